@@ -1,0 +1,55 @@
+# make quickstart        the whole pipeline on two CPU cores, ending in a report
+# make test, make check  what .ci/run runs
+# PYTHON=python3.12 VENV=/some/where make ...  uses another Python, another place for the environment
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+S3_PORT ?= 8333
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# DeepSpeed looks for `ninja` on the PATH when it compiles its CPU collectives (once, about a minute).
+WITH_PATH := PATH="$(abspath $(BIN)):$$PATH"
+
+.PHONY: venv quickstart quickstart-s3 test test-all check
+
+venv: $(INSTALLED)
+
+$(INSTALLED): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is missing or older than 3.11: install Python 3.11, or name another with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' && command -v c++ >/dev/null \
+		|| { echo "DeepSpeed compiles a small extension and needs a C++ compiler and Python's headers: apt-get install g++ python3-dev" >&2; exit 1; }
+	@echo "Installing into $(VENV): about 6 GB, 3 to 15 minutes depending on the network."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
+		|| { echo "$(PYTHON) cannot make a virtual environment: apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,eval]'
+	@touch $@
+
+quickstart: venv
+	@echo "Quick start: at most 15 minutes on 2 cores. Ctrl-C is safe: run it again and it goes on where it was."
+	$(WITH_PATH) oar run recipes/quickstart.yaml
+
+quickstart-s3: venv
+	@echo "Quick start on an S3 server of its own (127.0.0.1:$(S3_PORT)): at most 15 minutes on 2 cores."
+	@set -e; export $(WITH_PATH); \
+	trap 'python cluster/dev/s3.py down' EXIT; \
+	python cluster/dev/s3.py up --port $(S3_PORT) >/dev/null; \
+	eval "$$(python cluster/dev/s3.py env)"; \
+	oar run recipes/quickstart.yaml -o storage.root=s3://oar/quickstart -o run_dir=runs/quickstart-s3
+
+test: venv
+	@echo "Tests, without the slow ones: a few minutes."
+	$(WITH_PATH) python -m pytest -m "not slow"
+
+test-all: venv
+	@echo "All tests, with whole pipelines and killed workers: tens of minutes."
+	$(WITH_PATH) python -m pytest
+
+check: venv
+	@echo "Lint, format, types and import direction: about a minute."
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports

@@ -1,0 +1,188 @@
+"""YAML layers with a memory: every value knows the file and line, or the ``-o``, that set it.
+
+A recipe is a stack of layers: the files it extends, then itself, then the command line. Mappings merge key by key; lists
+and single values replace what was there. One exception: a mapping whose ``type`` changes replaces the old one, since the
+other keys belonged to the old type.
+
+YAML 1.2: ``on``, ``yes`` and dates are text; a key given twice is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from oar_scale.errors import UserError
+
+OVERRIDE = "-o"
+_TAG = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and its origin. A mapping is a dict of settings; lists and scalars are plain values."""
+
+    origin: str
+    value: Any
+
+    def child(self, key: str) -> Setting | None:
+        return self.value.get(key) if isinstance(self.value, dict) else None
+
+    def plain(self) -> Any:
+        if isinstance(self.value, dict):
+            return {key: setting.plain() for key, setting in self.value.items()}
+        return self.value
+
+
+def read_layers(path: str, overrides: Sequence[str] = ()) -> Setting:
+    """Read a recipe file, what it extends, and the overrides, and merge them.
+
+    Args:
+        path: the YAML file; ``extends:`` in it names files relative to it, later ones winning over earlier ones.
+        overrides: ``a.b=c`` each; c is YAML.
+
+    Raises:
+        UserError: a file is missing, not YAML, not a mapping, extends itself, or has a key twice; a malformed override.
+    """
+    merged = _read_file(path, f"{path}: there is no such recipe.", ())
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override))
+    return merged
+
+
+def _read_file(path: str, missing: str, inside: tuple[str, ...]) -> Setting:
+    """``missing`` is the error when the file does not exist; ``inside`` the files that led here, for cycles."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(missing + _neighbours(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file: {error}") from error
+    own = _parse(text, path)
+    if not isinstance(own.value, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections (`name: ...`), and this file {_kind(own.value)}.")
+    extends = own.value.pop("extends", None)
+    inside = (*inside, os.path.realpath(path))
+    merged: Setting | None = None
+    for base in _bases(extends):
+        assert extends is not None
+        target = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        if os.path.realpath(target) in inside:
+            chain = " -> ".join(os.path.relpath(step) for step in (*inside, os.path.realpath(target)))
+            raise UserError(f"{extends.origin}  extends = {base}\n  a recipe cannot extend itself: {chain}")
+        found = _read_file(target, f"{extends.origin}  extends = {base}\n  there is no file {target}.", inside)
+        merged = found if merged is None else _merge(merged, found)
+    return own if merged is None else _merge(merged, own)
+
+
+def _bases(extends: Setting | None) -> list[str]:
+    if extends is None:
+        return []
+    bases = [extends.value] if isinstance(extends.value, str) else extends.value
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{extends.origin}  extends\n  must be a file name, or a list of file names, relative to this file.")
+    return bases
+
+
+def _merge(below: Setting, above: Setting) -> Setting:
+    if not isinstance(below.value, dict) or not isinstance(above.value, dict):
+        return above
+    old, new = below.child("type"), above.child("type")
+    if old is not None and new is not None and old.value != new.value:
+        return above
+    merged = dict(below.value)
+    for key, setting in above.value.items():
+        merged[key] = _merge(merged[key], setting) if key in merged else setting
+    return Setting(above.origin, merged)
+
+
+def _parse_override(text: str) -> Setting:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"{OVERRIDE} {text}: an override is KEY=VALUE, like parallel.workers=4.")
+    setting = _parse(value, OVERRIDE, f"{OVERRIDE} {text}")
+    for part in reversed(parts):
+        setting = Setting(OVERRIDE, {part: setting})
+    return setting
+
+
+def _parse(text: str, source: str, shown: str | None = None) -> Setting:
+    """Parse one YAML document; ``source`` is a file (lines are added to the origins) or ``-o``."""
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        node = yaml.compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = shown or (f"{source}:{mark.line + 1}" if mark else source)
+        raise UserError(f"{place}  is not valid YAML: {error.problem or error.context or error}") from error
+    except YAMLError as error:
+        raise UserError(f"{shown or source}  is not valid YAML: {error}") from error
+    return Setting(source, None) if node is None else _setting(node, _origin(node, source), source, yaml, ())
+
+
+def _origin(node: Node, source: str) -> str:
+    return source if source == OVERRIDE else f"{source}:{node.start_mark.line + 1}"
+
+
+def _setting(node: Node, origin: str, source: str, yaml: YAML, around: tuple[int, ...]) -> Setting:
+    """``origin``: where the key of this value stands. ``around``: the nodes this one lies in (an alias may close a loop)."""
+    if id(node) in around:
+        raise UserError(f"{origin}  is an alias of something that contains it.")
+    around = (*around, id(node))
+    if isinstance(node, SequenceNode):
+        return Setting(origin, [_setting(item, origin, source, yaml, around).plain() for item in node.value])
+    if not isinstance(node, MappingNode):
+        assert isinstance(node, ScalarNode)
+        return Setting(origin, _scalar(node, origin, yaml))
+    result: dict[str, Setting] = {}
+    for key_node, value_node in node.value:
+        place = _origin(key_node, source)
+        if not isinstance(key_node, ScalarNode):
+            raise UserError(f"{place}  a key must be a word.")
+        key = str(key_node.value)
+        if key in result:
+            raise UserError(f"{place}  {key}\n  is set twice in the same mapping: first at {result[key].origin}. Remove one of the two.")
+        result[key] = _setting(value_node, place, source, yaml, around)
+    return Setting(origin, result)
+
+
+def _scalar(node: ScalarNode, origin: str, yaml: YAML) -> Any:
+    kind = str(node.tag).removeprefix(_TAG)
+    text: str = node.value
+    try:
+        match kind:
+            case "null":
+                return None
+            case "bool":
+                return text.lower() == "true"
+            case "int":
+                return yaml.constructor.construct_yaml_int(node)
+            case "float":
+                return yaml.constructor.construct_yaml_float(node)
+            case "str" | "timestamp" | "merge":  # YAML 1.2 has neither dates nor merge keys: they are text
+                return text
+    except (ValueError, ConstructorError) as error:
+        raise UserError(f"{origin}  {text} is not a valid {kind}: {error}") from error
+    raise UserError(f"{origin}  the YAML tag {node.tag} has no meaning in a recipe; remove it.")
+
+
+def _kind(value: Any) -> str:
+    return "is empty" if value is None else f"holds a {'list' if isinstance(value, list) else 'single value'}"
+
+
+def _neighbours(path: str) -> str:
+    """Name the recipes beside a path that does not exist."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        return f" Nor is there a folder {folder}."
+    found = sorted(name for name in os.listdir(folder) if name.endswith((".yaml", ".yml")))
+    return f" In {folder}: {', '.join(found[:12])}." if found else f" There is no YAML file in {folder}."

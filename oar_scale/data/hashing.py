@@ -1,0 +1,54 @@
+"""Randomness that belongs to a sample, not to a process.
+
+Every random choice about a sample (its order, its view, whether its caption is dropped) is a hash of (seed, epoch, sample
+uid, purpose): any rank, worker or restart computes the same value, and there is no generator state to save. The hash is
+SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), applied once per input word.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+UInt64Array = NDArray[np.uint64]
+
+
+def splitmix64(x: UInt64Array) -> UInt64Array:
+    """One SplitMix64 output for each state, modulo 2**64."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def hash_words(purpose: str, *words: int | NDArray[np.generic]) -> UInt64Array:
+    """Hash of a purpose and any number of integers or integer arrays (broadcast against each other)."""
+    state = splitmix64(np.asarray(zlib.crc32(purpose.encode()), dtype=np.uint64))
+    for word in words:
+        state = splitmix64(state ^ np.asarray(word).astype(np.uint64))
+    return state
+
+
+def uniform(purpose: str, *words: int | NDArray[np.generic]) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1) with 53 random bits, one for each combination of the words."""
+    return (hash_words(purpose, *words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def integers(purpose: str, bound: int, *words: int | NDArray[np.generic]) -> NDArray[np.int64]:
+    """Integers in [0, bound)."""
+    return np.minimum((uniform(purpose, *words) * bound).astype(np.int64), bound - 1)
+
+
+def permutations(purpose: str, cells: int, *words: int | NDArray[np.generic]) -> NDArray[np.int64]:
+    """A random permutation of ``range(cells)`` for each combination of the words: shape [..., cells]."""
+    columns = [np.asarray(word)[..., None] for word in words]
+    return np.argsort(hash_words(purpose, *columns, np.arange(cells)), axis=-1, kind="stable")
+
+
+def name_hash(name: str, purpose: str) -> float:
+    """Uniform number in [0, 1) of a name: fixed for ever, independent of any seed."""
+    low, high = zlib.crc32(name.encode()), zlib.crc32(name.encode()[::-1])
+    return float(uniform(purpose, low, high))

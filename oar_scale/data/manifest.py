@@ -1,0 +1,74 @@
+"""``manifest.json``: what lies in a folder of shards, so that nobody has to open a shard to know.
+
+It is written after the last shard; a folder without one is unfinished work and nobody reads it.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from oar_scale.config.fingerprint import fingerprint
+from oar_scale.errors import UserError
+from oar_scale.storage import Missing, join, open_storage
+
+FORMAT = 1
+
+
+class ShardInfo(BaseModel):
+    """One tar of the folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    bytes: int
+    samples: int
+    crc32c: int
+
+
+class Manifest(BaseModel):
+    """All shards in order; token shards also say what their codes mean."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    shards: tuple[ShardInfo, ...]
+    grid: int | None = None
+    vocab_size: int | None = None
+    views: tuple[str, ...] = ()
+    tokenizer_id: str | None = None
+    attribution: str = ""
+    skipped: dict[str, str] = {}
+    """Samples that were left out, by name, and why."""
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any byte of any shard and with the meaning of the codes."""
+        return fingerprint(self.model_dump(mode="json", exclude={"attribution", "skipped"}))
+
+
+def write_manifest(folder: str, manifest: Manifest) -> None:
+    """Write the manifest of a folder; the last thing that makes its shards count."""
+    uri = join(folder, "manifest.json")
+    open_storage(uri).write(uri, manifest.model_dump_json(indent=1).encode())
+
+
+def read_manifest(folder: str) -> Manifest:
+    """The manifest of a folder of shards.
+
+    Raises:
+        UserError: there is none, or it is not one of ours.
+    """
+    uri = join(folder, "manifest.json")
+    try:
+        manifest = Manifest.model_validate_json(open_storage(uri).read(uri))
+    except Missing as error:
+        raise UserError(f"{folder}: no manifest.json, so these shards were never finished. Run the stage that writes them again.") from error
+    except ValidationError as error:
+        raise UserError(f"{uri}: not a manifest that oar_scale wrote.\n{error}") from error
+    if manifest.format != FORMAT:
+        raise UserError(f"{uri}: format {manifest.format}, this version of oar_scale reads format {FORMAT}.")
+    return manifest

@@ -1,0 +1,91 @@
+"""A Ray to work with: the cluster that ``RAY_ADDRESS`` names, or a private one that lives as long as the ``with`` block.
+
+The private one is quiet and closed: loopback addresses, a token that only its own processes know, no dashboard, no usage
+statistics, and nothing left running afterwards. Workers can import whatever this process can, so that a source checkout
+works as well as an installed package.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_OBJECT_STORE_BYTES = 80 * 2**20
+"""Nothing large goes through it; Ray wants 75 MB at least."""
+
+
+@contextmanager
+def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
+    """Connect to Ray; inside another session, use that one.
+
+    Args:
+        cpus: cores a private Ray may hand out; what it counts, not what the machine has.
+        gpus: GPUs likewise.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if os.path.exists(path))}}
+    with _environment({"RAY_USAGE_STATS_ENABLED": "0"}):
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(log_to_driver=False, configure_logging=False, runtime_env=runtime_env)
+            try:
+                yield
+            finally:
+                ray.shutdown()
+            return
+        folder = tempfile.mkdtemp(prefix="oar-ray-", dir="/tmp")  # short: Ray's sockets live in it, and their paths may have 107 bytes
+        _choose_token()
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                num_gpus=gpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                configure_logging=False,
+                runtime_env=runtime_env,
+                _node_ip_address="127.0.0.2" if sys.platform == "linux" else None,  # Ray replaces 127.0.0.1 by a public address
+                _temp_dir=folder,
+            )
+            try:
+                yield
+            finally:
+                ray.shutdown()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _choose_token() -> None:
+    """Give a private Ray a token of its own, or it would leave one in the user's home directory.
+
+    Ray turns token authentication on by itself where ``RAY_AUTH_MODE`` is unset. It reads the token once in the life of a
+    process, so the variable stays: the next session must use the same.
+    """
+    if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it recommends what was just done
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

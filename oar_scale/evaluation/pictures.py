@@ -1,0 +1,73 @@
+"""Codes and orders into pictures: uint8 ``[H, W, 3]`` arrays, single or in sheets, and PNG files of them.
+
+Pictures are scaled by whole factors without smoothing: a 32-pixel drawing shows its pixels, an order map its cells.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from oar_scale.observe.report.figures import heat_map
+from oar_scale.observe.report_data import Picture
+from oar_scale.tokenizers.vq import VQTokenizer, unit_to_pixels
+
+WHITE = 255
+
+
+@torch.no_grad()
+def decode_pictures(vq: VQTokenizer, codes_SN: Tensor, batch: int = 64) -> list[Picture]:
+    """The image of each row of codes, [H, W, 3]."""
+    pictures: list[Picture] = []
+    for start in range(0, len(codes_SN), batch):
+        pictures.extend(unit_to_pixels(vq.decode(codes_SN[start : start + batch])).cpu().numpy())
+    return pictures
+
+
+def step_of_cell(order_SN: Tensor) -> NDArray[np.int64]:
+    """When each cell was placed, 0 first: [S, G, G] of orders [S, N]."""
+    images, cells = order_SN.shape
+    grid = round(cells**0.5)
+    return order_SN.cpu().numpy().argsort(axis=1).reshape(images, grid, grid)
+
+
+def order_map(steps_GG: NDArray[np.integer] | NDArray[np.floating]) -> Picture:
+    """A heat map, one pixel a cell, of when each cell of one image was placed: dark first, bright last."""
+    return heat_map(steps_GG, 0, steps_GG.size - 1)
+
+
+def upscale(picture: Picture, factor: int) -> Picture:
+    """Every pixel as a square of ``factor x factor``."""
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def contact_sheet(rows: Sequence[Sequence[Picture]], gap: int = 2) -> Picture:
+    """Pictures of one size in rows and columns, with white gaps of ``gap`` pixels between them; short rows end in white.
+
+    Raises:
+        ValueError: no picture at all, or pictures of different sizes.
+    """
+    shapes = {picture.shape for row in rows for picture in row}
+    if len(shapes) != 1:
+        raise ValueError(f"a contact sheet needs pictures of one size, got {sorted(shapes) or 'none'}")
+    height, width, _ = shapes.pop()
+    down, across = height + gap, width + gap
+    columns = max(len(row) for row in rows)
+    sheet = np.full((len(rows) * down - gap, columns * across - gap, 3), WHITE, dtype=np.uint8)
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            sheet[r * down : r * down + height, c * across : c * across + width] = picture
+    return sheet
+
+
+def png(picture: Picture) -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,66 @@
+"""Editing without training for it: cells to keep are placed first, the others are drawn after them.
+
+    inpainting      redo a box              known  . . . .        drawn  . . . .
+    outpainting     redo all but a box             . # # .               . o o .
+                                                   . # # .               . o o .
+
+Any permutation of the cells is a valid sequence for an any-order model, so both are ordinary generation with a prefix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oar_scale.generation.sampling import Generated, Known, SampleSettings, generate
+from oar_scale.model import AnyOrderModel
+
+
+def inpaint(
+    model: AnyOrderModel,
+    codes_BN: Tensor,
+    redo: Tensor,
+    condition_BTD: Tensor,
+    settings: SampleSettings,
+    generator: torch.Generator,
+    order_BN: Tensor | None = None,
+) -> Generated:
+    """Draw the cells marked in ``redo`` anew; all others keep their codes.
+
+    Args:
+        codes_BN: codes in raster order; those of marked cells are never looked at.
+        redo: bool [N] for all images, or [B, N] with the same number of cells in each image.
+        order_BN: permutations that both the known and the drawn cells follow. None: known cells in raster order, then
+            the model chooses.
+
+    Raises:
+        ValueError: the images have different numbers of cells to redo; and what :func:`generate` raises.
+    """
+    redo_BN = redo.expand(codes_BN.shape)
+    counts_B = redo_BN.sum(1)
+    if (counts_B != counts_B[0]).any():
+        raise ValueError(f"all images of a batch must redo the same number of cells, got {counts_B.tolist()}")
+    raster_BN = torch.arange(codes_BN.shape[1], device=codes_BN.device).expand_as(codes_BN)
+    sequence_BN = raster_BN if order_BN is None else order_BN
+    kept = codes_BN.shape[1] - int(counts_B[0])
+    cells_BK = sequence_BN[~redo_BN.gather(1, sequence_BN)].view(len(codes_BN), kept)
+    return generate(model, condition_BTD, settings, generator, order_BN, Known(cells_BK, codes_BN.gather(1, cells_BK)))
+
+
+def box_mask(grid: int, top: int, left: int, height: int, width: int) -> Tensor:
+    """Bool [N], True inside a box of the grid (raster order). ``~box_mask(...)`` is the mask of outpainting.
+
+    Raises:
+        ValueError: the box is empty or does not lie inside the grid.
+    """
+    if min(top, left) < 0 or min(height, width) < 1 or top + height > grid or left + width > grid:
+        raise ValueError(f"box (top {top}, left {left}, {height} x {width}) does not lie inside a {grid} x {grid} grid")
+    mask_GG = torch.zeros(grid, grid, dtype=torch.bool)
+    mask_GG[top : top + height, left : left + width] = True
+    return mask_GG.flatten()
+
+
+def centre_mask(grid: int, side: int) -> Tensor:
+    """Bool [N], True in the ``side x side`` box in the middle of the grid (towards the upper left where it cannot be exact)."""
+    margin = (grid - side) // 2
+    return box_mask(grid, margin, margin, side, side)

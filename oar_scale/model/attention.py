@@ -1,0 +1,41 @@
+"""Attention, and attention that also tells how much it has seen.
+
+A candidate row attends to the shared prefix and to itself. Its own key is not in the prefix, so the two parts are merged
+afterwards, exactly, through the log-sum-exp z of the prefix scores:
+
+    a = sigmoid(q.k_self / sqrt(d) - z)          share of the row itself
+    out = (1 - a) * attention(q, prefix) + a * v_self
+
+so that no mask over candidates exists and the prefix is never copied.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_with_lse(q_BHQd: Tensor, k_BHKd: Tensor, v_BHKd: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of every query to every key, and the log-sum-exp of its scores.
+
+    Returns:
+        out [B, H, Q, d] in the input's dtype, lse [B, H, Q] in float32.
+    """
+    if q_BHQd.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHQd, k_BHKd, v_BHKd)
+        return out, lse.float()
+    if q_BHQd.dtype != torch.float32:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q_BHQd, k_BHKd, v_BHKd)
+        return out, lse.float()
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q_BHQd, k_BHKd, v_BHKd, None, True)
+    return out, lse[:, :, : q_BHQd.shape[2]].float()
+
+
+def merge_self_(out_BHQd: Tensor, lse_BHQ: Tensor, own_BHQ: Tensor, v_BHQd: Tensor) -> None:
+    """Add to each query's attention its own value, in place; see the module's formula.
+
+    Args:
+        own_BHQ: scores of the queries' own keys, q.k / sqrt(d), in float32.
+    """
+    share_BHQ1 = torch.sigmoid(own_BHQ - lse_BHQ).unsqueeze(-1).to(out_BHQd.dtype)
+    out_BHQd.lerp_(v_BHQd, share_BHQ1)

@@ -1,0 +1,277 @@
+"""The live console of a run: what is being done, how far it is, when it will be done.
+
+The work happens in other processes; the console only reads their event files. On a terminal it draws a progress bar, and
+in a log file or a pipe it prints a plain line every ten seconds, with the same words:
+
+    [4/9] pretrain: continue the any-order model for 60 steps (about 1 min)
+          step 40/60  loss 3.214  nll 3.402  61.3 images/s  20 s left
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from oar_scale.observe.events import Event, attempts, parse_line
+
+PLAIN_INTERVAL_S = 10.0
+POLL_S = 0.3
+
+
+class Console:
+    """Prints the headers of the stages and follows their progress."""
+
+    def __init__(self, stream: TextIO | None = None, plain_interval_s: float = PLAIN_INTERVAL_S) -> None:
+        """``stream`` defaults to standard output; ``plain_interval_s`` is the time between lines where there is no terminal."""
+        self._stream = stream or sys.stdout
+        self._interval_s = plain_interval_s
+        self._rich = RichConsole(file=self._stream, highlight=False) if self._stream.isatty() else None
+
+    def say(self, text: str) -> None:
+        """Print one line (or a few)."""
+        if self._rich:
+            self._rich.print(escape(text))
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def stage(self, name: str, what: str, expected: str) -> None:
+        """Head line of a stage: ``name``, ``what`` it does in a few words, and how long it is ``expected`` to take."""
+        if self._rich:
+            self._rich.print(f"[bold]{escape(name)}[/bold]: {escape(what)} [dim]({escape(expected)})[/dim]")
+        else:
+            self.say(f"{name}: {what} ({expected})")
+
+    @contextmanager
+    def follow(self, folder: str, stage: str, total_steps: int) -> Iterator[None]:
+        """Show a stage's events while the ``with`` body runs it, usually in other processes.
+
+        Args:
+            folder: local folder of the run's events.
+            stage: name of the stage; what earlier attempts wrote is not shown again.
+            total_steps: the step at which the stage is complete.
+        """
+        view = self._view(total_steps, stage)
+        follower = _Follower(folder, stage, total_steps, view)
+        follower.start()
+        try:
+            yield
+        finally:
+            follower.finish()
+            view.close()
+
+    @contextmanager
+    def progress(self, total: int, what: str) -> Iterator[Tally]:
+        """Count ``total`` pieces of work: ``with console.progress(3900, "orders") as tally: tally.advance(48)``."""
+        view = self._view(total, what)
+        try:
+            yield Tally(total, what, view)
+        finally:
+            view.close()
+
+    def _view(self, total: int, what: str) -> _View:
+        return _Bar(self._rich, total, what) if self._rich else _Lines(self._stream, self._interval_s)
+
+
+class Tally:
+    """Work done so far, with its rate and the time left."""
+
+    def __init__(self, total: int, what: str, view: _View) -> None:
+        self.done = 0
+        self._total, self._what, self._view = total, what, view
+        self._pace = _Pace()
+        self._pace.add(0)
+
+    def advance(self, count: int = 1) -> None:
+        self.update(self.done + count)
+
+    def update(self, done: int) -> None:
+        """Set the number of pieces that are done."""
+        self.done = done
+        self._pace.add(done)
+        rate = self._pace.per_second()
+        parts = [f"{rate:.1f}/s" if rate else "", time_left(self._total - done, rate)]
+        text = "  ".join(part for part in parts if part)
+        self._view.show(done, f"{self._what} {done}/{self._total}", text)
+
+    def note(self, text: str) -> None:
+        """Print a line beside the progress, e.g. that an actor was lost and replaced."""
+        self._view.note(text)
+
+
+def time_left(units: float, per_second: float | None) -> str:
+    """``"1 min 20 s left"``; empty while the rate is not known, or when nothing is left."""
+    return f"{duration(units / per_second)} left" if per_second and units > 0 else ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: ``9 s``, ``2 min 05 s``, ``1 h 20 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class _Pace:
+    """Units per second over the last minute; a step back (a restart) begins anew."""
+
+    WINDOW_S = 60.0
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, float]] = deque()
+
+    def add(self, done: float, at: float | None = None) -> None:
+        now = time.monotonic() if at is None else at
+        if self._marks and done < self._marks[-1][1]:
+            self._marks.clear()
+        self._marks.append((now, done))
+        while len(self._marks) > 2 and now - self._marks[0][0] > self.WINDOW_S:
+            self._marks.popleft()
+
+    def per_second(self) -> float | None:
+        if len(self._marks) < 2:
+            return None
+        (start, first), (end, last) = self._marks[0], self._marks[-1]
+        return (last - first) / (end - start) if end > start and last > first else None
+
+
+class _View(Protocol):
+    def show(self, done: int, head: str, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Bar:
+    """A progress bar on a terminal."""
+
+    def __init__(self, rich: RichConsole, total: int, what: str) -> None:
+        columns = TextColumn("  {task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[text]}")
+        self._progress = Progress(*columns, console=rich, refresh_per_second=4)
+        self._task = self._progress.add_task(escape(what), total=total, text="")
+        self._progress.start()
+
+    def show(self, done: int, head: str, text: str) -> None:
+        self._progress.update(self._task, completed=done, text=escape(text))
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(f"  {escape(text)}")
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _Lines:
+    """Plain lines, at most one in ``interval_s`` seconds, and the last state when it ends."""
+
+    def __init__(self, stream: TextIO, interval_s: float) -> None:
+        self._stream, self._interval_s = stream, interval_s
+        self._printed_at = time.monotonic()
+        self._latest = self._printed = ""
+
+    def show(self, done: int, head: str, text: str) -> None:
+        self._latest = f"  {head}  {text}".rstrip()
+        if time.monotonic() - self._printed_at >= self._interval_s:
+            self._print_latest()
+
+    def note(self, text: str) -> None:
+        print(f"  {text}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._latest != self._printed:
+            self._print_latest()
+
+    def _print_latest(self) -> None:
+        print(self._latest, file=self._stream, flush=True)
+        self._printed, self._printed_at = self._latest, time.monotonic()
+
+
+class _Follower:
+    """Tails the attempt files of a stage, from where they end now, and shows what is appended."""
+
+    def __init__(self, folder: str, stage: str, total_steps: int, view: _View) -> None:
+        self._folder, self._stage, self._total, self._view = folder, stage, total_steps, view
+        self._offsets = {path: _size(path) for _, path in attempts(folder, stage)}
+        self._attempts_before = len(self._offsets)
+        self._state: dict[str, Any] = {}
+        self._pace = _Pace()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"console-{stage}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(POLL_S):
+            self._poll()
+
+    def finish(self) -> None:
+        """Stop, after showing what was written up to now."""
+        self._ended.set()
+        self._thread.join()
+        self._poll()
+
+    def _poll(self) -> None:
+        for _, path in attempts(self._folder, self._stage):
+            with open(path, "rb") as file:
+                file.seek(self._offsets.get(path, 0))
+                data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            self._offsets[path] = self._offsets.get(path, 0) + len(whole)
+            for line in whole.decode("utf-8", errors="replace").splitlines():
+                event = parse_line(line)
+                if event is not None:
+                    self._show(event)
+
+    def _show(self, event: Event) -> None:
+        kind, step = event["kind"], event.get("step")
+        if kind == "start":
+            self._show_start(event)
+        elif kind == "heldout":
+            self._state["nll"] = event.get("nll_random")
+            self._view.note(f"step {step}: held-out NLL {_number(event.get('nll_random'))} nats per code (random orders)")
+        elif kind == "checkpoint":
+            mb = event["bytes"] / 1e6 if "bytes" in event else 0.0
+            self._view.note(f"step {step}: checkpoint, {mb:.1f} MB in {event.get('seconds', 0.0):.1f} s")
+        elif step is not None:
+            self._state.update({name: event[name] for name in ("loss", "psnr", "images_per_s") if name in event})
+            # Only these move the bar: a checkpoint may be reported when training is already further.
+            self._pace.add(step, event["time"])
+            self._view.show(step, f"step {step}/{self._total}", self._text(step))
+        for name, value in event.get("non_finite", {}).items():
+            self._view.note(f"step {step}: {name} is {value}")
+
+    def _show_start(self, event: Event) -> None:
+        seen = self._attempts_before + self._state.get("starts", 0)
+        self._state["starts"] = self._state.get("starts", 0) + 1
+        start_step = event.get("start_step", 0)
+        self._pace = _Pace()
+        self._pace.add(start_step, event["time"])
+        if seen or start_step:
+            self._view.note(f"attempt {seen + 1}: goes on from step {start_step}")
+
+    def _text(self, step: int) -> str:
+        state = self._state
+        parts = [f"{name} {_number(state[name])}" for name in ("loss", "psnr", "nll") if name in state]
+        if state.get("images_per_s"):
+            parts.append(f"{state['images_per_s']:.1f} images/s")
+        parts.append(time_left(self._total - step, self._pace.per_second()))
+        return "  ".join(part for part in parts if part)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
+
+
+def _size(path: str) -> int:
+    with open(path, "rb") as file:
+        return file.seek(0, 2)

@@ -1,0 +1,100 @@
+"""The pictures of the report, each as text that goes straight into the page.
+
+Photographs and maps become PNG data URIs, one pixel an image pixel or a cell (the page scales them up unsmoothed). Curves
+become inline SVG that takes its colours from the page, so that they read on light and on dark.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from oar_scale.observe.report_data import Picture, Series, TrainingCurve
+
+COLOUR_MAP = "viridis"
+UNKNOWN_GREY = 176
+
+# Stand-ins that matplotlib writes into the SVG and the page's own colours that replace them.
+_INK, _RULE, _LOSS, _HELDOUT = "#010203", "#040506", "#070809", "#0a0b0c"
+_PAGE_COLOURS = {_INK: "var(--muted)", _RULE: "var(--rule)", _LOSS: "var(--soft)", _HELDOUT: "var(--accent)"}
+
+
+def data_uri(picture: Picture) -> str:
+    """PNG of a uint8 [H, W, 3] picture as a ``data:`` URI.
+
+    Raises:
+        ValueError: not uint8 [H, W, 3].
+    """
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"a picture is uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def heat_map(values: NDArray[np.floating] | NDArray[np.integer], low: float, high: float) -> Picture:
+    """One pixel a cell, coloured from ``low`` to ``high``."""
+    share = (np.asarray(values, dtype=np.float64) - low) / max(high - low, 1e-12)
+    coloured = colormaps[COLOUR_MAP](np.clip(share, 0, 1))[..., :3]
+    return np.round(coloured * 255).astype(np.uint8)
+
+
+def colour_ramp() -> str:
+    """The colour map of :func:`heat_map` as a CSS gradient, low to high."""
+    stops = [to_hex(colormaps[COLOUR_MAP](share)) for share in np.linspace(0, 1, 9)]
+    return f"linear-gradient(to right, {', '.join(stops)})"
+
+
+def known_part(picture: Picture, known: NDArray[np.bool_]) -> Picture:
+    """The picture with the cells that were not given ([G, G] False) in grey."""
+    height, width = picture.shape[:2]
+    rows, columns = np.arange(height) * known.shape[0] // height, np.arange(width) * known.shape[1] // width
+    visible = known[rows[:, None], columns[None, :]]
+    return np.where(visible[..., None], picture, np.uint8(UNKNOWN_GREY)).astype(np.uint8)
+
+
+def curve_svg(curve: TrainingCurve) -> str:
+    """Training loss and held-out NLL over the steps of one stage, as inline SVG."""
+    figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    _plot(axes, curve.loss, label=curve.loss_name, color=_LOSS, linewidth=1.2)
+    if curve.heldout is not None:
+        _plot(axes, curve.heldout, label="held-out NLL, random orders", color=_HELDOUT, linewidth=1.8, marker="o", markersize=4)
+    axes.set_xlabel("step", color=_INK)
+    axes.set_ylabel("nats per code" if curve.heldout else curve.loss_name, color=_INK)
+    axes.tick_params(colors=_INK, length=0)
+    axes.grid(color=_RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    if curve.heldout is not None:
+        axes.legend(frameon=False, labelcolor=_INK, loc="upper right")
+    return _inline_svg(figure, curve.title)
+
+
+def _plot(axes: object, series: Series, **style: object) -> None:
+    values: Sequence[float] = series.values
+    axes.plot(series.steps, values, **style)  # type: ignore[attr-defined]
+
+
+def _inline_svg(figure: Figure, title: str) -> str:
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+    buffer = io.StringIO()
+    # Text stays text; the salt makes the ids of the SVG the same in each run and different in each figure.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for stand_in, colour in _PAGE_COLOURS.items():
+        svg = svg.replace(stand_in, colour)
+    return svg

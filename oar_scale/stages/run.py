@@ -1,0 +1,56 @@
+"""A run: its recipe, and where its parts lie.
+
+    ROOT  (folder or s3://)   images/ tokens/ tokenizers/ checkpoints/ models/ orders/ stages/
+    LOCAL (folder)            recipe.yaml events/ figures/ evaluation.json report/index.html
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from oar_scale.config.schema import Recipe
+from oar_scale.observe.console import Console
+from oar_scale.observe.events import EventLog
+from oar_scale.storage import join
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe bound to its places."""
+
+    recipe: Recipe
+    console: Console = field(default_factory=Console)
+
+    def at(self, *parts: str) -> str:
+        """A place in the run's storage."""
+        root = self.recipe.root
+        return join(root if root.startswith("s3://") else os.path.abspath(root), *parts)
+
+    def local(self, *parts: str) -> str:
+        """A path in the run's local folder."""
+        return os.path.join(os.path.abspath(self.recipe.local_dir), *parts)
+
+    @property
+    def cache(self) -> str:
+        return self.recipe.storage.cache_dir or self.local("cache")
+
+    @property
+    def events(self) -> str:
+        return self.local("events")
+
+    def log(self, stage: str) -> EventLog:
+        """The event log of a new attempt at a stage."""
+        return EventLog(self.events, stage)
+
+    @property
+    def vq_uri(self) -> str:
+        return self.at("tokenizers", "vq.safetensors")
+
+    @property
+    def text_uri(self) -> str:
+        return self.at("tokenizers", "text.model")
+
+    def model_uri(self, name: str) -> str:
+        """An exported model: ``base``, ``anyorder``, ``control`` or ``ordered``."""
+        return self.at("models", f"{name}.safetensors")

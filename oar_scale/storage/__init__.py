@@ -1,0 +1,138 @@
+"""Objects by name: one small interface over a local folder and an S3 bucket.
+
+Every room names what it reads and writes by a string, so that a run moves to a cluster by changing ``storage.root``:
+
+    runs/quickstart/tokens/train/00000.tar          a plain path: the local file system
+    s3://bucket/quickstart/tokens/train/00000.tar   S3, through the standard AWS environment variables
+
+What a reader may rely on, on both: an object is there completely or not at all, ``write(if_absent=True)`` has exactly one
+winner however many try, and ``list`` is sorted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from functools import cache
+from typing import Any, Protocol
+
+from oar_scale.errors import UserError
+
+
+class Missing(UserError):
+    """There is no object at ``uri``."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(f"{uri}: there is nothing here. Check the path, or run the stage that writes it first.")
+        self.uri = uri
+
+    def __reduce__(self) -> tuple[type[Missing], tuple[str]]:
+        return Missing, (self.uri,)  # the default would hand the whole text to __init__ when the error crosses a process
+
+
+class Storage(Protocol):
+    """Where objects lie. Instances hold no connection: they can be pickled, forked and shared by threads."""
+
+    def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return bytes ``start`` to ``end`` (exclusive; ``None`` = the end); less when the object is shorter.
+
+        Raises:
+            Missing: there is no such object.
+        """
+
+    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Put ``data`` at ``uri`` atomically; return False, changing nothing, if ``if_absent`` and the object exists."""
+
+    def download(self, uri: str, path: str) -> None:
+        """Copy the object to the local file ``path`` (atomic there). Raises ``Missing``."""
+
+    def upload(self, path: str, uri: str) -> None:
+        """Copy the local file ``path`` to ``uri`` (atomic there). Raises ``Missing`` when there is no such file."""
+
+    def exists(self, uri: str) -> bool:
+        """Whether an object of exactly this name exists; a folder is not an object."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the URIs of all objects below the folder ``prefix``, at any depth, sorted; ``[]`` when there are none."""
+
+    def delete(self, uri: str) -> None:
+        """Remove the object; nothing happens if it is absent."""
+
+    def version(self, uri: str) -> str:
+        """Return a short text that changes whenever the object is replaced. Raises ``Missing``."""
+
+
+def open_storage(uri: str) -> Storage:
+    """Return the storage that ``uri`` lies in; cheap enough to call for every access.
+
+    Raises:
+        UserError: the URI has a scheme that is neither a plain path nor ``s3://``.
+    """
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", uri)
+    if scheme and not uri.startswith("s3://"):
+        raise UserError(f"{uri}: cannot store under {scheme[0]}. Use a local path, or s3://bucket/prefix.")
+    return _storage("s3" if scheme else "local")
+
+
+@cache
+def _storage(kind: str) -> Storage:
+    if kind == "s3":
+        from oar_scale.storage.s3 import S3Storage  # boto3 takes 0.3 s to import; a local run never needs it
+
+        return S3Storage()
+    from oar_scale.storage.local import LocalStorage
+
+    return LocalStorage()
+
+
+def join(uri: str, *parts: str) -> str:
+    """Append path parts to a URI: ``join("s3://b/run/", "tokens", "train") == "s3://b/run/tokens/train"``."""
+    base = uri.rstrip("/")
+    rest = [part.strip("/") for part in parts if part.strip("/")]
+    if not base and not uri:
+        return "/".join(rest)
+    return "/".join([base, *rest]) if rest else base or "/"
+
+
+def read_json(uri: str) -> Any:
+    """Return the JSON value stored at ``uri``.
+
+    Raises:
+        Missing: there is no such object.
+        UserError: what is there is not JSON.
+    """
+    data = open_storage(uri).read(uri)
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{uri}: this is not JSON ({error}). Delete it and run the stage that writes it again.") from error
+
+
+def write_json(uri: str, obj: Any) -> None:
+    """Store ``obj`` as JSON that a person can read, atomically."""
+    open_storage(uri).write(uri, (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def fetch(uri: str, cache_dir: str) -> str:
+    """Return a local file with the content of ``uri``: the path itself if it is local, else a copy in ``cache_dir``.
+
+    A copy is used again only while the object is unchanged (one small request asks); it carries the object's name, so
+    that a suffix like ``.safetensors`` survives.
+
+    Raises:
+        Missing: there is no such object.
+    """
+    storage = open_storage(uri)
+    version = storage.version(uri)  # also the check that the object exists
+    if not uri.startswith("s3://"):
+        return uri
+    digest = hashlib.sha256(f"{uri}\n{version}".encode()).hexdigest()[:16]
+    path = os.path.join(cache_dir, f"{digest}-{uri.rsplit('/', 1)[-1]}")
+    if not os.path.exists(path):
+        storage.download(uri, path)
+    return path
+
+
+__all__ = ["Missing", "Storage", "fetch", "join", "open_storage", "read_json", "write_json"]

@@ -1,0 +1,138 @@
+"""The local file system as a storage.
+
+A write goes to a hidden temporary file in the same folder, is flushed to the disk, and is then renamed onto its name (or
+hard-linked, where the name must not exist yet). Whatever dies in between leaves a ``.NAME.*.tmp`` that nobody reads.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from oar_scale.errors import UserError
+from oar_scale.storage import Missing
+
+_REMEDIES = {
+    errno.ENOSPC: "The disk is full: free some space, or set run_dir or storage.root to another disk.",
+    errno.EDQUOT: "The quota is used up: free some space, or set run_dir or storage.root to another disk.",
+    errno.EACCES: "Permission denied: use a folder that this user may write, or change its owner.",
+    errno.EPERM: "Permission denied: use a folder that this user may write, or change its owner.",
+    errno.EROFS: "The file system is read-only: set run_dir or storage.root to a writable folder.",
+    errno.ENOTDIR: "A part of this path is a file, not a folder: move that file away, or use another path.",
+    errno.EISDIR: "This is a folder, and a file was expected here.",
+    errno.EEXIST: "A part of this path is a file, not a folder: move that file away, or use another path.",
+}
+
+
+class LocalStorage:
+    """Plain paths. See :class:`oar_scale.storage.Storage` for what each method promises."""
+
+    def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        with _explained(uri), open(uri, "rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else max(0, end - start))
+
+    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+        if if_absent and os.path.lexists(uri):
+            return False
+        try:
+            with _explained(uri), atomic_file(uri, replace=not if_absent) as file:
+                file.write(data)
+        except _Taken:
+            return False
+        return True
+
+    def download(self, uri: str, path: str) -> None:
+        self._copy(uri, path)
+
+    def upload(self, path: str, uri: str) -> None:
+        self._copy(path, uri)
+
+    def exists(self, uri: str) -> bool:
+        return os.path.isfile(uri)
+
+    def list(self, prefix: str) -> list[str]:
+        folder = prefix.rstrip("/") or prefix
+        found = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+        return sorted(path for path in found if not _is_temporary(path))
+
+    def delete(self, uri: str) -> None:
+        try:
+            with _explained(uri):
+                os.unlink(uri)
+        except Missing:
+            pass  # absent is what was asked for
+
+    def version(self, uri: str) -> str:
+        with _explained(uri):
+            status = os.stat(uri)
+        return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+
+    @staticmethod
+    def _copy(source: str, target: str) -> None:
+        with _explained(source), open(source, "rb") as reader, _explained(target), atomic_file(target) as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+class _Taken(Exception):
+    """``atomic_file(replace=False)`` found its name in use."""
+
+
+@contextmanager
+def atomic_file(path: str, replace: bool = True) -> Iterator[BinaryIO]:
+    """Open a file that appears at ``path`` only when the block ends without an error; folders are made as needed."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder or ".", exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _link(temporary, path)
+        _sync_folder(folder or ".")
+    finally:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+
+
+def _link(temporary: str, path: str) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        raise _Taken from error
+
+
+def _sync_folder(folder: str) -> None:
+    """Make the new name itself survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_temporary(path: str) -> bool:
+    name = os.path.basename(path)
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+@contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """Turn the errors of the file system that a user can mend into one clear error."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Missing(uri) from error
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        raise UserError(f"{uri}: {error.strerror}. {_REMEDIES[error.errno]}") from error

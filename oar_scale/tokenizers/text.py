@@ -1,0 +1,76 @@
+"""Captions into SentencePiece ids: [B, T] with 0 = padding.
+
+Piece 0 of our own models is the padding piece; a foreign ``.model`` without one has its ids shifted up by one, so that 0
+is free in either case.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+from oar_scale.errors import UserError
+from oar_scale.storage import open_storage
+
+
+class TextTokenizer:
+    """A SentencePiece model and the length captions are cut to."""
+
+    def __init__(self, model: bytes, max_tokens: int) -> None:
+        self.model = model
+        self.max_tokens = max_tokens
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._shift = 0 if self.processor.pad_id() == 0 else 1
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids lie in [0, vocab_size); 0 is padding."""
+        return int(self.processor.vocab_size()) + self._shift
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Ids int64 [B, T] of captions, cut after ``max_tokens`` pieces, padded with 0 on the right."""
+        ids_BT = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)
+        for row, ids in enumerate(self.processor.encode(list(captions))):
+            ids = ids[: self.max_tokens]
+            ids_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.long) + self._shift
+        return ids_BT
+
+    def save(self, uri: str) -> None:
+        open_storage(uri).write(uri, self.model)
+
+    @classmethod
+    def load(cls, uri: str, max_tokens: int) -> TextTokenizer:
+        """Read a ``.model`` file.
+
+        Raises:
+            UserError: not a SentencePiece model.
+        """
+        data = open_storage(uri).read(uri)
+        try:
+            return cls(data, max_tokens)
+        except RuntimeError as error:
+            raise UserError(f"{uri}: not a SentencePiece model ({error})") from error
+
+
+def train_text_tokenizer(captions: Sequence[str], vocab_size: int, max_tokens: int) -> TextTokenizer:
+    """Train a unigram SentencePiece model; a vocabulary larger than the captions support is reduced to what they do."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="unigram",
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        pad_id=0,
+        unk_id=1,
+        bos_id=-1,
+        eos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return TextTokenizer(model.getvalue(), max_tokens)

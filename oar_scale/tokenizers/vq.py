@@ -1,0 +1,289 @@
+"""The image tokenizer: a convolutional autoencoder whose bottleneck is a codebook.
+
+    image [3, H, W] in [-1, 1]  --encoder-->  latent [C, G, G]  --nearest entry-->  G*G codes  --decoder-->  image
+
+Each cell of the G x G grid becomes the index of the codebook entry that is nearest on the unit sphere (both sides are
+L2-normalised, as in LlamaGen's VQ, arXiv 2406.06525). Module names equal LlamaGen's state-dict keys, so that its
+tokenizers fit this class: ``channels=128, multipliers=(1, 1, 2, 2, 4), res_blocks=2, codebook 16384 x 8`` is its VQ-16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from oar_scale.tokenizers.weights import load_weights, save_weights
+
+
+class VQSpec(BaseModel):
+    """What fixes the shape of a tokenizer; stored with its weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image_size: int
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    latent_channels: int = 256
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+
+    @property
+    def grid(self) -> int:
+        """Cells per side."""
+        return int(self.image_size // 2 ** (len(self.multipliers) - 1))
+
+
+class Quantized(NamedTuple):
+    """One pass through the codebook."""
+
+    latent_BCGG: Tensor
+    """Codebook vectors, with the gradient passed straight through to the encoder."""
+    codes_BN: Tensor
+    loss: Tensor
+    """Codebook loss + commitment x commitment loss."""
+
+
+class Quantizer(nn.Module):
+    """Nearest codebook entry by cosine similarity."""
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size, dim)
+        with torch.no_grad():
+            self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+
+    def codes(self, latent_BCGG: Tensor) -> Tensor:
+        """Codes [B, N] in raster order."""
+        rows = F.normalize(latent_BCGG.float().flatten(2).transpose(1, 2), dim=-1)
+        entries = F.normalize(self.embedding.weight.float(), dim=-1)
+        return (rows @ entries.t()).argmax(-1)
+
+    def lookup(self, codes_BN: Tensor) -> Tensor:
+        """Codebook vectors [B, C, G, G] of codes in raster order."""
+        grid = round(codes_BN.shape[1] ** 0.5)
+        vectors_BNC = F.normalize(self.embedding(codes_BN), dim=-1)
+        return vectors_BNC.transpose(1, 2).unflatten(2, (grid, grid))
+
+    def forward(self, latent_BCGG: Tensor, commitment: float) -> Quantized:
+        codes_BN = self.codes(latent_BCGG)
+        chosen = self.lookup(codes_BN)
+        latent = F.normalize(latent_BCGG, dim=1)
+        loss = F.mse_loss(chosen, latent.detach()) + commitment * F.mse_loss(latent, chosen.detach())
+        return Quantized(latent + (chosen - latent).detach(), codes_BN, loss)
+
+
+class VQTokenizer(nn.Module):
+    """Encoder, codebook and decoder. ``encode`` and ``decode`` are what the rest of the toolkit uses."""
+
+    def __init__(self, spec: VQSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec)
+        self.quantize = Quantizer(spec.codebook_size, spec.codebook_dim)
+        self.quant_conv = nn.Conv2d(spec.latent_channels, spec.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(spec.codebook_dim, spec.latent_channels, 1)
+        self.decoder = Decoder(spec)
+
+    def latent(self, images_B3HW: Tensor) -> Tensor:
+        """The encoder's output before the codebook, [B, codebook_dim, G, G]."""
+        return self.quant_conv(self.encoder(images_B3HW))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Codes [B, N] (long, raster order) of images in [-1, 1]."""
+        size = self.spec.image_size
+        if images_B3HW.shape[1:] != (3, size, size):
+            raise ValueError(f"images are {tuple(images_B3HW.shape[1:])}, the tokenizer takes (3, {size}, {size})")
+        return self.quantize.codes(self.latent(images_B3HW))
+
+    def decode(self, codes_BN: Tensor) -> Tensor:
+        """Images [B, 3, H, W], nominally in [-1, 1] (not clamped), of codes in raster order."""
+        return self.decoder(self.post_quant_conv(self.quantize.lookup(codes_BN)))  # type: ignore[no-any-return]
+
+    def forward(self, images_B3HW: Tensor, commitment: float = 0.25) -> tuple[Tensor, Quantized]:
+        """Reconstruction and the codebook pass, for training."""
+        quantized = self.quantize(self.latent(images_B3HW), commitment)
+        return self.decoder(self.post_quant_conv(quantized.latent_BCGG)), quantized
+
+
+class Encoder(nn.Module):
+    """``conv_in``, levels of residual blocks that halve the side, a middle with attention, ``conv_out``."""
+
+    def __init__(self, spec: VQSpec) -> None:
+        super().__init__()
+        widths = [spec.channels * m for m in spec.multipliers]
+        self.conv_in = nn.Conv2d(3, spec.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        width = spec.channels
+        for level, out in enumerate(widths):
+            last = level == len(widths) - 1
+            self.conv_blocks.append(Level(width, out, spec.res_blocks, attention=last, resample=None if last else "down"))
+            width = out
+        self.mid = middle(width)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, spec.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.conv_blocks:
+            x = level(x)
+        for block in self.mid:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """The encoder's mirror image, one residual block more a level."""
+
+    def __init__(self, spec: VQSpec) -> None:
+        super().__init__()
+        widths = [spec.channels * m for m in reversed(spec.multipliers)]
+        self.conv_in = nn.Conv2d(spec.latent_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0])
+        self.conv_blocks = nn.ModuleList()
+        width = widths[0]
+        for level, out in enumerate(widths):
+            last = level == len(widths) - 1
+            self.conv_blocks.append(Level(width, out, spec.res_blocks + 1, attention=level == 0, resample=None if last else "up"))
+            width = out
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.mid:
+            x = block(x)
+        for level in self.conv_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, attention after each where asked, then the change of resolution."""
+
+    def __init__(self, width: int, out: int, blocks: int, *, attention: bool, resample: str | None) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(width if i == 0 else out, out) for i in range(blocks))
+        self.attn = nn.ModuleList(Attention(out) for _ in range(blocks if attention else 0))
+        if resample == "down":
+            self.downsample = Downsample(out)
+        if resample == "up":
+            self.upsample = Upsample(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
+        return x
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(width), nn.Conv2d(width, out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(out), nn.Conv2d(out, out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the cells of a feature map."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = group_norm(width)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.proj_out(mixed)  # type: ignore[no-any-return]
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
+
+
+def middle(width: int) -> nn.ModuleList:
+    return nn.ModuleList([ResBlock(width, width), Attention(width), ResBlock(width, width)])
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+def pixels_to_unit(pixels_BHW3: Tensor) -> Tensor:
+    """uint8 pixels [B, H, W, 3] to images [B, 3, H, W] in [-1, 1]."""
+    return pixels_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def unit_to_pixels(images_B3HW: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 pixels [B, H, W, 3]."""
+    return (images_B3HW * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def psnr(images_B3HW: Tensor, reconstructed_B3HW: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image [B], in dB, for images in [-1, 1] (peak 2)."""
+    error = (images_B3HW.clamp(-1, 1) - reconstructed_B3HW.clamp(-1, 1)).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))
+
+
+def codebook_use(codes: Sequence[Tensor], size: int) -> float:
+    """Share of the codebook that these codes use at least once."""
+    used = torch.zeros(size, dtype=torch.bool)
+    for batch in codes:
+        used[batch.flatten()] = True
+    return float(used.float().mean())
+
+
+def save_vq(uri: str, vq: VQTokenizer, *, half: bool = False) -> None:
+    """Write a tokenizer as safetensors, its :class:`VQSpec` in the metadata."""
+    save_weights(uri, vq.state_dict(), {"kind": "vq", "spec": vq.spec.model_dump_json()}, half=half)
+
+
+def load_vq(uri: str) -> VQTokenizer:
+    """Read what :func:`save_vq` wrote (eval mode, float32, CPU)."""
+    tensors, spec = load_weights(uri, "vq")
+    vq = VQTokenizer(VQSpec.model_validate_json(spec))
+    vq.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return vq.eval().requires_grad_(False)
+
+
+def vq_id(vq: VQTokenizer) -> str:
+    """Content hash of a tokenizer: token shards carry it, so that codes never meet another codebook."""
+    digest = hashlib.sha256(vq.spec.model_dump_json().encode())
+    for name, tensor in sorted(vq.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.to(torch.float16).numpy().tobytes())
+    return digest.hexdigest()[:16]

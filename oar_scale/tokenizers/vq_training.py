@@ -1,0 +1,123 @@
+"""Training the small image tokenizer, in one process.
+
+    loss = |x - y|^2 + edge_weight * |grad x - grad y| + codebook loss + commitment * commitment loss
+
+The edge term compares horizontal and vertical differences of neighbouring pixels: drawings are their outlines, and the
+squared error alone blurs them. Codebook entries that no recent image chose move onto encoder outputs (revival), or a
+young codebook dies. What is kept is the exponential moving average of the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oar_scale.config.schema import VQTrainingConfig
+from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, codebook_use, pixels_to_unit, psnr
+
+
+@dataclass(frozen=True)
+class VQProgress:
+    """What is reported every ``log_every`` steps; ``psnr`` in dB on the current batch."""
+
+    step: int
+    loss: float
+    psnr: float
+    codebook_use: float
+
+
+def train_vq(
+    spec: VQSpec,
+    config: VQTrainingConfig,
+    pixels_SHW3: Tensor,
+    seed: int,
+    report: Callable[[VQProgress], None],
+    log_every: int = 20,
+) -> VQTokenizer:
+    """Train a tokenizer on uint8 images [S, H, W, 3] held in memory.
+
+    Every batch is drawn anew, each image shifted by up to an eighth of its side and flipped half of the time.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    vq = VQTokenizer(spec).to(memory_format=torch.channels_last)
+    average = copy.deepcopy(vq).requires_grad_(False)
+    optimizer = torch.optim.AdamW(vq.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    used = torch.zeros(spec.codebook_size, dtype=torch.long)
+    for step in range(1, config.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(config, step)
+        images = _batch(pixels_SHW3, config.batch, generator).to(memory_format=torch.channels_last)
+        reconstructed, quantized = vq(images, config.commitment)
+        loss = F.mse_loss(reconstructed, images) + config.edge_weight * _edge_loss(reconstructed, images) + quantized.loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
+        optimizer.step()
+        _update_average(average, vq, min(config.ema_decay, step / (step + 10)))
+
+        used += torch.bincount(quantized.codes_BN.flatten(), minlength=spec.codebook_size)
+        if step % config.revive_every == 0 and step < 0.8 * config.steps:
+            _revive(vq, average, used, images, generator)
+            used.zero_()
+        if step % log_every == 0 or step == config.steps:
+            quality = float(psnr(images, reconstructed.detach()).mean())
+            report(VQProgress(step, float(loss.detach()), quality, codebook_use([quantized.codes_BN], spec.codebook_size)))
+    return average.eval().to(memory_format=torch.contiguous_format)
+
+
+def _learning_rate(config: VQTrainingConfig, step: int) -> float:
+    warm = min(1.0, step / max(1, config.warmup_steps))
+    return config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+
+
+def _batch(pixels_SHW3: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Random images [B, 3, H, W] in [-1, 1], shifted on white and flipped."""
+    index = torch.randint(len(pixels_SHW3), (batch,), generator=generator)
+    images = pixels_to_unit(pixels_SHW3[index])
+    side = images.shape[-1]
+    room = side // 8
+    padded = F.pad(images, (room, room, room, room), value=1.0)
+    offsets = torch.randint(0, 2 * room + 1, (batch, 2), generator=generator).tolist()
+    flip = (torch.rand(batch, generator=generator) < 0.5).tolist()
+    crops = [padded[i, :, y : y + side, x : x + side] for i, (y, x) in enumerate(offsets)]
+    return torch.stack([crop.flip(-1) if flipped else crop for crop, flipped in zip(crops, flip, strict=True)])
+
+
+def _edge_loss(a: Tensor, b: Tensor) -> Tensor:
+    horizontal = F.l1_loss(a.diff(dim=-1), b.diff(dim=-1))
+    return horizontal + F.l1_loss(a.diff(dim=-2), b.diff(dim=-2))
+
+
+@torch.no_grad()
+def _update_average(average: VQTokenizer, vq: VQTokenizer, decay: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(vq.parameters()), 1 - decay)
+
+
+@torch.no_grad()
+def _revive(vq: VQTokenizer, average: VQTokenizer, used: Tensor, images: Tensor, generator: torch.Generator) -> None:
+    """Move codebook entries that nothing chose onto random encoder outputs of this batch."""
+    dead = torch.nonzero(used == 0).flatten()
+    if len(dead) == 0:
+        return
+    rows = F.normalize(vq.latent(images).flatten(2).transpose(1, 2).reshape(-1, vq.spec.codebook_dim), dim=-1)
+    chosen = rows[torch.randint(len(rows), (len(dead),), generator=generator)]
+    vq.quantize.embedding.weight[dead] = chosen
+    average.quantize.embedding.weight[dead] = chosen
+
+
+@torch.no_grad()
+def assess_vq(vq: VQTokenizer, pixels_SHW3: Tensor, batch: int = 64) -> tuple[float, float]:
+    """Mean PSNR in dB and share of the codebook used, over images [S, H, W, 3]."""
+    quality, codes = [], []
+    for start in range(0, len(pixels_SHW3), batch):
+        images = pixels_to_unit(pixels_SHW3[start : start + batch])
+        codes.append(vq.encode(images))
+        quality.append(psnr(images, vq.decode(codes[-1])))
+    return float(torch.cat(quality).mean()), codebook_use(codes, vq.spec.codebook_size)

@@ -1,0 +1,53 @@
+"""A training job: what a worker needs to know, and nothing that only lives in the driver's memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from oar_scale.config.schema import Recipe, TrainingConfig
+from oar_scale.storage import join
+
+Stage = Literal["pretrain", "finetune", "control"]
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training stage of a run. All fields are plain values: the job travels to workers on other machines."""
+
+    recipe: Recipe
+    stage: Stage
+    root: str
+    """The run's storage; absolute where it is a folder."""
+    local: str
+    """The run's local folder: events, scratch, cache."""
+    start_from: str
+    """The exported model whose weights the stage starts with."""
+    result: str
+    """Where the trained model is exported to."""
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The stage's settings; the control has fine-tuning's, on random orders alone."""
+        if self.stage == "pretrain":
+            return self.recipe.pretrain
+        if self.stage == "control":
+            return self.recipe.finetune.model_copy(update={"random_share": 1.0})
+        return self.recipe.finetune
+
+    @property
+    def checkpoints(self) -> str:
+        return join(self.root, "checkpoints", self.stage)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What a checkpoint must agree on to be continued; operational fields may change between attempts."""
+        recipe, training = self.recipe, self.training
+        operational = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+        return {
+            "stage": self.stage,
+            "seed": recipe.seed,
+            "model": recipe.model.model_dump(mode="json", exclude={"weights"}),
+            "training": training.model_dump(mode="json", exclude=operational),
+            "streams": [recipe.data.canonical_streams, recipe.data.shuffle_window_shards],
+        }

@@ -1,0 +1,272 @@
+"""What a training worker runs: the same function under Ray Train, torchrun, and the tests' own launcher.
+
+    weights -> engine -> last committed checkpoint -> steps -> checkpoint -> exported model
+
+The environment gives the rank (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), the job everything else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from oar_scale.config.deepspeed import deepspeed_config
+from oar_scale.data.hashing import permutations
+from oar_scale.data.manifest import read_manifest
+from oar_scale.data.shards import read_token_shard
+from oar_scale.data.stream import Batch, StreamSettings, TokenStream
+from oar_scale.errors import UserError
+from oar_scale.model import AnyOrderModel, load_model, save_model
+from oar_scale.observe.events import EventLog
+from oar_scale.storage import join
+from oar_scale.tokenizers.text import TextTokenizer
+from oar_scale.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from oar_scale.training.job import TrainingJob
+from oar_scale.training.schedule import learning_rate
+
+HELDOUT_IMAGES = 256
+
+
+class Objective(nn.Module):
+    """The training loss as a module: mean negative log-likelihood of a micro-batch, in nats per code."""
+
+    def __init__(self, model: AnyOrderModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, codes_bN: Tensor, order_bN: Tensor, text_bT: Tensor, drop_b: Tensor) -> Tensor:
+        return self.model.nll(codes_bN, order_bN, self.model.condition(text_bT, drop_b)).mean()
+
+
+def train(job: TrainingJob) -> None:
+    """Run a stage to its last step, from the newest committed checkpoint if there is one. Collective."""
+    device = _start_process(job)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with EventLog(join(job.local, "events"), job.stage) if rank == 0 else nullcontext() as log:
+        try:
+            _train(job, device, rank, world, log)
+        except UserError as error:
+            if log:
+                log.emit("failed", error=str(error))
+            raise
+
+
+def _train(job: TrainingJob, device: torch.device, rank: int, world: int, log: EventLog | None) -> None:
+    training, started = job.training, time.monotonic()
+    torch.manual_seed(job.recipe.seed + rank)  # dropout only: everything about samples is hashed, see data.stream
+    model = load_model(job.start_from)
+    engine = make_engine(job, model, world)
+    stream, heldout = _stream(job, rank, world), Heldout(job, rank, world, device)
+    start_step = _resume(engine, job, log)
+    if log:
+        parameters = sum(p.numel() for p in model.parameters())
+        log.emit("start", steps=training.steps, start_step=start_step, parameters=parameters, world_size=world, pid=os.getpid())
+
+    evaluate = _Evaluation(engine, heldout, log)
+    if start_step == 0:
+        evaluate(0)
+    meter = _Meter(log, training.log_every, training.global_batch, start_step)
+    for batch in stream.batches(start_step, training.steps):
+        meter.waited()
+        lr = learning_rate(training, batch.step)
+        loss = train_step(engine, batch, lr, job.recipe.parallel.micro_batch, device)
+        meter.done(batch, loss, lr, engine)
+        step = batch.step + 1
+        if step % training.evaluate_every == 0 or step == training.steps:
+            evaluate(step)
+        if step % training.checkpoint_every == 0 or step == training.steps:
+            saved = save_checkpoint(engine, job, step)
+            if log:
+                log.emit("checkpoint", step=step, seconds=saved.seconds, bytes=saved.bytes)
+        meter.resume()
+    if rank == 0:
+        save_model(job.result, engine.module.model.to("cpu"), half=job.recipe.parallel.precision == "bf16")
+    dist.barrier()
+    if log:
+        log.emit("end", seconds=time.monotonic() - started)
+
+
+def make_engine(job: TrainingJob, model: AnyOrderModel, world: int) -> Any:
+    """The DeepSpeed engine around the model; matrices decay, vectors and embeddings do not."""
+    import deepspeed
+
+    config = deepspeed_config(job.recipe.parallel, job.training, world)
+    decaying = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) in decaying], "weight_decay": job.training.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in decaying], "weight_decay": 0.0},
+    ]
+    engine, *_ = deepspeed.initialize(model=Objective(model), model_parameters=groups, config=config)
+    return engine
+
+
+def train_step(engine: Any, batch: Batch, lr: float, micro_batch: int, device: torch.device) -> Tensor:
+    """One optimiser step over this rank's share of the global batch; returns its mean loss.
+
+    Raises:
+        UserError: the loss is not finite; names the step and the samples.
+    """
+    engine.train()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    losses = []
+    for start in range(0, len(batch.codes_bN), micro_batch):
+        part = slice(start, start + micro_batch)
+        loss = engine(*(t[part].to(device) for t in (batch.codes_bN, batch.order_bN, batch.text_bT, batch.drop_b)))
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"step {batch.step}: the loss is {float(loss)} for samples {batch.uid_b[part].tolist()}. "
+                "Lower the learning rate, or continue from an earlier checkpoint."
+            )
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach().float())
+    return torch.stack(losses).mean()
+
+
+class Heldout:
+    """Held-out negative log-likelihood under fixed random orders, each rank its share."""
+
+    def __init__(self, job: TrainingJob, rank: int, world: int, device: torch.device) -> None:
+        folder = join(job.root, "tokens", "heldout")
+        manifest = read_manifest(folder)
+        shards = [read_token_shard(join(folder, shard.name), _cache(job), shard) for shard in manifest.shards]
+        text = _text(job)
+        codes = torch.cat([torch.from_numpy(shard.codes_SVN[:, 0].astype("int64")) for shard in shards])[:HELDOUT_IMAGES]
+        captions = [caption for shard in shards for caption in shard.captions][:HELDOUT_IMAGES]
+        order = torch.from_numpy(permutations("heldout order", codes.shape[1], torch.arange(len(codes)).numpy()))
+        self.codes, self.order, self.text = (t[rank::world].to(device) for t in (codes, order, text.encode(captions)))
+
+    @torch.no_grad()
+    def nll(self, model: AnyOrderModel, batch: int = 64) -> Tensor:
+        """Mean nats per code over all ranks' images. Collective."""
+        model.eval()
+        total = self.codes.new_zeros(2, dtype=torch.float64)
+        for start in range(0, len(self.codes), batch):
+            part = slice(start, start + batch)
+            nll_bN = model.nll(self.codes[part], self.order[part], model.condition(self.text[part]))
+            total += torch.stack([nll_bN.double().sum(), torch.tensor(float(nll_bN.numel()), device=total.device)])
+        dist.all_reduce(total)
+        return total[0] / total[1]
+
+
+class _Evaluation:
+    """Evaluates and logs; collective."""
+
+    def __init__(self, engine: Any, heldout: Heldout, log: EventLog | None) -> None:
+        self.engine, self.heldout, self.log = engine, heldout, log
+
+    def __call__(self, step: int) -> None:
+        nll = self.heldout.nll(self.engine.module.model)
+        if self.log:
+            self.log.emit("heldout", step=step, nll_random=float(nll))
+
+
+class _Meter:
+    """Turns steps into ``train`` events: loss over all ranks, rate, and how long the data was waited for."""
+
+    def __init__(self, log: EventLog | None, every: int, global_batch: int, start_step: int) -> None:
+        self.log, self.every, self.global_batch = log, every, global_batch
+        self.losses: list[Tensor] = []
+        self.wait = self.busy = 0.0
+        self.mark = time.monotonic()
+
+    def waited(self) -> None:
+        now = time.monotonic()
+        self.wait, self.mark = self.wait + now - self.mark, now
+
+    def done(self, batch: Batch, loss: Tensor, lr: float, engine: Any) -> None:
+        """After the step; collective every ``every`` steps."""
+        self.losses.append(loss)
+        now = time.monotonic()
+        self.busy, self.mark = self.busy + now - self.mark, now
+        if (batch.step + 1) % self.every:
+            return
+        mean = torch.stack(self.losses).mean()
+        dist.all_reduce(mean)
+        if self.log:
+            self.log.emit(
+                "train",
+                step=batch.step + 1,
+                loss=float(mean) / dist.get_world_size(),
+                lr=lr,
+                grad_norm=float(engine.get_global_grad_norm()),
+                images_per_s=len(self.losses) * self.global_batch / (self.busy + self.wait),
+                data_wait_s=self.wait / len(self.losses),
+            )
+        self.losses, self.wait, self.busy = [], 0.0, 0.0
+
+    def resume(self) -> None:
+        """Evaluation and checkpoints are not training time."""
+        self.mark = time.monotonic()
+
+
+def _resume(engine: Any, job: TrainingJob, log: EventLog | None) -> int:
+    """Load the newest usable checkpoint; rank 0 chooses, so that all ranks take the same one. Returns its step."""
+    choice: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            choice[0] = latest_checkpoint(job)
+        except UserError as error:
+            choice[0] = error
+    dist.broadcast_object_list(choice)
+    found = choice[0]
+    if isinstance(found, UserError):
+        raise found
+    if found is None:
+        return 0
+    if log:
+        for fault in found.rejected:
+            log.emit("rejected_checkpoint", fault=fault)
+    load_checkpoint(engine, job, found)
+    return int(found.step)
+
+
+def _stream(job: TrainingJob, rank: int, world: int) -> TokenStream:
+    recipe, training = job.recipe, job.training
+    folder = join(job.root, "tokens", "train")
+    settings = StreamSettings(
+        seed=recipe.seed,
+        global_batch=training.global_batch,
+        streams=recipe.data.canonical_streams,
+        window_shards=recipe.data.shuffle_window_shards,
+        caption_dropout=recipe.model.caption_dropout,
+        random_share=training.random_share,
+    )
+    stored = None
+    if training.random_share < 1:
+        from oar_scale.orders.table import StoredOrderTables
+
+        stored = StoredOrderTables(join(job.root, "orders", "train"), _cache(job))
+    return TokenStream(folder, read_manifest(folder), _text(job), settings, _cache(job), rank, world, stored)
+
+
+def _text(job: TrainingJob) -> TextTokenizer:
+    return TextTokenizer.load(join(job.root, "tokenizers", "text.model"), job.recipe.tokenizer.text.max_tokens)
+
+
+def _cache(job: TrainingJob) -> str:
+    return job.recipe.storage.cache_dir or join(job.local, "cache")
+
+
+def _start_process(job: TrainingJob) -> torch.device:
+    """Threads, accelerator and process group of this worker."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(job.recipe.parallel.cpu_threads)
+        device = torch.device("cpu")
+    import deepspeed
+
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+    return device

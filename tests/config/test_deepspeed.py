@@ -1,0 +1,91 @@
+"""The DeepSpeed settings of a recipe, given to the real DeepSpeed: ZeRO-2 on CPU over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from oar_scale.config.deepspeed import deepspeed_config
+from oar_scale.config.schema import ParallelConfig, TrainingConfig
+
+GLOBAL_BATCH, STEPS, WIDTH = 8, 6, 16
+TRAINING = TrainingConfig(global_batch=GLOBAL_BATCH, lr=0.02, weight_decay=0.1, clip_norm=0.5)
+
+
+def train(rank: int, workers: int, port: int, parallel: ParallelConfig, result: str) -> None:
+    """Fit a small regression; rank 0 writes the mean loss of each global step and the optimiser's settings."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    import deepspeed
+    import torch
+    from torch import nn
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    deepspeed.init_distributed("gloo", verbose=False)
+    model = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, 1))
+    inputs, weights = torch.randn(STEPS, GLOBAL_BATCH, WIDTH), torch.randn(WIDTH, 1)
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=deepspeed_config(parallel, TRAINING, workers)
+    )
+    dtype = next(engine.parameters()).dtype
+    losses = []
+    for _ in range(2):
+        for batch in inputs:
+            total = torch.zeros(())
+            for micro in batch.view(-1, workers, parallel.micro_batch, WIDTH)[:, rank]:
+                loss = ((engine(micro.to(dtype)).float() - micro @ weights) ** 2).mean()
+                engine.backward(loss)
+                engine.step()
+                total += loss.detach() / engine.gradient_accumulation_steps()
+            torch.distributed.all_reduce(total)
+            losses.append(float(total) / workers)
+    if rank == 0:
+        group = optimizer.param_groups[0]
+        settings = {name: group[name] for name in ("lr", "betas", "weight_decay")}
+        inner = type(optimizer.optimizer).__module__
+        facts = {"losses": losses, "settings": settings, "optimizer": inner, "dtype": str(dtype), "stage": engine.zero_optimization_stage()}
+        Path(result).write_text(json.dumps(facts))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def run(workers: int, parallel: ParallelConfig, folder: Path) -> dict[str, object]:
+    from torch.multiprocessing.spawn import spawn
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    result = folder / f"{workers}-{parallel.precision}.json"
+    spawn(train, (workers, port, parallel, str(result)), nprocs=workers)  # type: ignore[no-untyped-call]
+    facts: dict[str, object] = json.loads(result.read_text())
+    return facts
+
+
+def test_two_workers_learn_what_one_learns_with_accumulation(tmp_path: Path) -> None:
+    parallel = ParallelConfig(micro_batch=4, zero_stage=2, precision="fp32")
+    one, two = run(1, parallel, tmp_path), run(2, parallel, tmp_path)
+    losses = one["losses"]
+    assert isinstance(losses, list) and losses[-1] < losses[0]
+    assert two["losses"] == pytest.approx(losses, rel=1e-4)
+    assert two["stage"] == 2
+    assert two["settings"] == {"lr": 0.02, "betas": [0.9, 0.95], "weight_decay": 0.1}
+    assert str(two["optimizer"]).startswith("torch.optim")
+
+
+def test_bf16_zero_2_learns_on_two_workers(tmp_path: Path) -> None:
+    facts = run(2, ParallelConfig(micro_batch=2, zero_stage=2, precision="bf16"), tmp_path)
+    losses = facts["losses"]
+    assert facts["dtype"] == "torch.bfloat16"
+    assert isinstance(losses, list) and sum(losses[STEPS:]) < 0.9 * sum(losses[:STEPS])
+
+
+def test_the_batch_must_come_out_exact() -> None:
+    assert deepspeed_config(ParallelConfig(micro_batch=2), TRAINING, 2)["gradient_accumulation_steps"] == 2
+    with pytest.raises(ValueError, match="8 is not a multiple of 3 x 2"):
+        deepspeed_config(ParallelConfig(micro_batch=3), TRAINING, 2)
+    with pytest.raises(ValueError, match="8 is not a multiple of 16 x 1"):
+        deepspeed_config(ParallelConfig(micro_batch=16), TRAINING, 1)

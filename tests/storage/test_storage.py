@@ -1,0 +1,209 @@
+"""One contract, two storages: each test runs on a local folder and on a real S3 server."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from oar_scale.errors import UserError
+from oar_scale.storage import Missing, Storage, fetch, join, open_storage, read_json, write_json
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder of the test's own."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    return join(request.getfixturevalue("s3_root"), uuid.uuid4().hex[:8])
+
+
+@pytest.fixture
+def storage(root: str) -> Storage:
+    return open_storage(root)
+
+
+def test_what_is_written_is_read_and_ranges_count_from_zero(root: str, storage: Storage) -> None:
+    uri = join(root, "a", "b.bin")
+    assert storage.write(uri, b"0123456789")
+    assert storage.read(uri) == b"0123456789"
+    assert storage.read(uri, 3) == b"3456789"
+    assert storage.read(uri, 3, 5) == b"34"
+    assert storage.read(uri, 8, 100) == b"89"
+    assert storage.read(uri, 50, 60) == b""
+    assert storage.read(uri, 4, 4) == b""
+
+
+def test_an_empty_object_is_an_object(root: str, storage: Storage) -> None:
+    uri = join(root, "COMMITTED")
+    assert storage.write(uri, b"")
+    assert storage.exists(uri)
+    assert storage.read(uri) == storage.read(uri, 0, 10) == b""
+
+
+def test_a_second_write_replaces_the_whole_object(root: str, storage: Storage) -> None:
+    uri = join(root, "x")
+    storage.write(uri, b"long content")
+    before = storage.version(uri)
+    storage.write(uri, b"short")
+    assert storage.read(uri) == b"short"
+    assert storage.version(uri) != before
+
+
+def test_if_absent_changes_nothing_when_the_name_is_taken(root: str, storage: Storage) -> None:
+    uri = join(root, "claim")
+    assert storage.write(uri, b"first", if_absent=True)
+    assert not storage.write(uri, b"second", if_absent=True)
+    assert storage.read(uri) == b"first"
+
+
+def test_a_race_of_eight_has_exactly_one_winner(root: str, storage: Storage) -> None:
+    for turn in range(2):
+        uri = join(root, f"race-{turn}")
+        start = threading.Barrier(8)
+
+        def claim(number: int, uri: str = uri, start: threading.Barrier = start) -> bool:
+            start.wait()
+            return storage.write(uri, str(number).encode(), if_absent=True)
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(claim, range(8)))
+        assert sum(won) == 1
+        assert storage.read(uri) == str(won.index(True)).encode()
+
+
+def test_a_missing_object_is_named(root: str, storage: Storage, tmp_path: Path) -> None:
+    uri = join(root, "nothing")
+    attempts: list[Callable[[], object]] = [
+        lambda: storage.read(uri),
+        lambda: storage.read(uri, 5, 5),
+        lambda: storage.download(uri, str(tmp_path / "copy")),
+        lambda: storage.version(uri),
+        lambda: fetch(uri, str(tmp_path / "cache")),
+        lambda: read_json(uri),
+    ]
+    for attempt in attempts:
+        with pytest.raises(Missing) as caught:
+            attempt()
+        assert caught.value.uri == uri
+        assert uri in str(caught.value)
+    assert not storage.exists(uri)
+    assert not (tmp_path / "copy").exists()
+    storage.delete(uri)
+
+
+def test_missing_survives_the_way_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(Missing("s3://b/k")))
+    assert (error.uri, str(error)) == ("s3://b/k", str(Missing("s3://b/k")))
+
+
+def test_list_is_sorted_deep_and_of_this_folder_only(root: str, storage: Storage) -> None:
+    assert storage.list(root) == []
+    names = ["o/a-b", "o/a", "o/c/d", "o/c/d.txt", "o2/x", "oo"]
+    for name in names:
+        storage.write(join(root, name), b".")
+    assert storage.list(join(root, "o")) == [join(root, name) for name in ("o/a", "o/a-b", "o/c/d", "o/c/d.txt")]
+    assert storage.list(join(root, "o/")) == storage.list(join(root, "o"))
+    assert len(storage.list(root)) == 6
+
+
+def test_list_goes_past_the_thousand_keys_of_a_page(s3_root: str) -> None:
+    folder = join(s3_root, "many")
+    storage = open_storage(folder)
+    names = [join(folder, f"{number:04}") for number in range(1005)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: storage.write(name, b""), names))
+    assert storage.list(folder) == names
+
+
+def test_a_large_file_goes_up_in_parts_and_comes_down_whole(root: str, storage: Storage, tmp_path: Path) -> None:
+    content = os.urandom(1 << 20) * 40  # above the limit of a single put
+    source = tmp_path / "big.bin"
+    source.write_bytes(content)
+    uri = join(root, "checkpoints", "big.bin")
+    storage.upload(str(source), uri)
+    storage.download(uri, str(tmp_path / "new" / "copy.bin"))
+    assert (tmp_path / "new" / "copy.bin").read_bytes() == content
+    assert storage.read(uri, 39 << 20) == content[39 << 20 :]
+    assert os.listdir(tmp_path / "new") == ["copy.bin"]
+
+
+def test_uploading_a_file_that_is_not_there_names_the_file(root: str, storage: Storage, tmp_path: Path) -> None:
+    with pytest.raises(Missing, match="no-such-file"):
+        storage.upload(str(tmp_path / "no-such-file"), join(root, "x"))
+
+
+def test_json_comes_back_and_broken_json_is_named(root: str, storage: Storage) -> None:
+    uri = join(root, "stage.json")
+    write_json(uri, {"größe": [1, 2.5, None]})
+    assert read_json(uri) == {"größe": [1, 2.5, None]}
+    storage.write(uri, b'{"half": ')
+    with pytest.raises(UserError, match=r"stage\.json: this is not JSON"):
+        read_json(uri)
+
+
+def test_fetch_sees_a_replaced_object_and_reuses_an_unchanged_one(root: str, storage: Storage, tmp_path: Path) -> None:
+    uri, cache = join(root, "model.safetensors"), str(tmp_path / "cache")
+    storage.write(uri, b"old")
+    first = fetch(uri, cache)
+    changed = os.stat(first).st_mtime_ns
+    assert fetch(uri, cache) == first and os.stat(first).st_mtime_ns == changed
+    storage.write(uri, b"new weights")
+    assert Path(fetch(uri, cache)).read_bytes() == b"new weights"
+    assert first.endswith("model.safetensors")
+
+
+def test_a_storage_can_be_forked_and_pickled(root: str, storage: Storage) -> None:
+    uri = join(root, "shared")
+    storage.write(uri, b"seen")  # the parent's connection is open by now
+    for method in ("fork", "spawn"):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            assert pool.apply(storage.read, (uri,)) == b"seen"
+
+
+def test_a_writer_that_dies_leaves_nothing_to_read(tmp_path: Path) -> None:
+    target = tmp_path / "out" / "x"
+    script = (
+        "import os\nfrom oar_scale.storage.local import atomic_file\n"
+        f"with atomic_file({str(target)!r}) as file:\n    file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert len(os.listdir(target.parent)) == 1  # the half-written file is there, under its hidden name
+    assert open_storage(str(tmp_path)).list(str(tmp_path)) == []
+    assert open_storage(str(tmp_path)).write(str(target), b"whole", if_absent=True)
+
+
+def test_a_path_through_a_file_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/x: .*not a folder"):
+        open_storage("x").write(str(tmp_path / "file" / "x"), b"")
+
+
+def test_join_and_schemes() -> None:
+    assert join("s3://b/run/", "tokens", "/train/", "", "0.tar") == "s3://b/run/tokens/train/0.tar"
+    assert join("/", "x") == "/x"
+    assert join("", "x", "y") == "x/y"
+    assert join("runs/a/") == "runs/a"
+    for uri in ("gs://bucket/x", "s3:/bucket/x", "file:///x"):
+        with pytest.raises(UserError, match="Use a local path, or s3://bucket/prefix"):
+            open_storage(uri)
+    for uri in ("s3://", "s3://bucket", "s3://bucket/"):
+        with pytest.raises(UserError, match="s3://bucket/prefix/name"):
+            open_storage(uri).read(uri)
+
+
+def test_a_local_run_never_imports_boto3(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom oar_scale.storage import open_storage\n"
+        f"open_storage('x').write({str(tmp_path / 'x')!r}, b'')\nassert 'boto3' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
