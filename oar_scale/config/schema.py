@@ -67,7 +67,7 @@ class VQTrainingConfig(Section):
     ema_decay: float = Field(0.999, ge=0, lt=1)
     revive_every: int = Field(100, ge=1)
     """Steps between replacements of codebook entries that no image used."""
-    edge_weight: float = Field(1.0, ge=0)
+    edge_weight: float = Field(0.1, ge=0)
     """Weight of the L1 loss on horizontal and vertical differences: keeps outlines sharp."""
 
 

@@ -20,7 +20,8 @@ class RMSNorm(nn.RMSNorm):
             return super().forward(x)
         x32, mean_of = x.float(), x.shape[-1]
         scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(mean_of).add_(self.eps or 0.0).rsqrt_()
-        return (x32 * scale).mul_(self.weight).to(x.dtype)
+        scaled: Tensor = (x32 * scale).mul_(self.weight)
+        return scaled.to(x.dtype)
 
 
 class Heads(NamedTuple):

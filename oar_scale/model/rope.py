@@ -52,4 +52,6 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 def rotate_fast(x: Tensor, turn: Tensor) -> Tensor:
     """:func:`rotate` in float32 as one complex multiplication, for inference; ``turn`` is complex64 [..., head_dim / 2]."""
-    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    rotated = x.to(torch.float32, copy=True)
+    torch.view_as_complex(rotated.unflatten(-1, (-1, 2))).mul_(turn)
+    return rotated

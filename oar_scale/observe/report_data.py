@@ -229,6 +229,7 @@ class OrderFacts:
     neighbour_share: float
     """Share of the steps that go to one of the four neighbours of the cell placed just before."""
     seconds: float
+    """Time of the extraction; 0 where it is not known."""
     examples: tuple[OrderExample, ...] = ()
     brute_force: str = ""
     """Outcome of the comparison with brute force, in words; empty when it was not made."""

@@ -150,7 +150,7 @@ def _check_codes(model: AnyOrderModel, codes_BN: Tensor) -> None:
     cells, vocabulary = model.spec.cells, model.spec.vocab_size
     if codes_BN.ndim != 2 or codes_BN.shape[1] != cells:
         raise ValueError(f"codes of shape {tuple(codes_BN.shape)}, expected [B, {cells}]: the model's grid has {cells} cells")
-    if codes_BN.numel() and not (0 <= int(codes_BN.min()) and int(codes_BN.max()) < vocabulary):
+    if codes_BN.numel() and not (int(codes_BN.min()) >= 0 and int(codes_BN.max()) < vocabulary):
         raise ValueError(f"codes from {int(codes_BN.min())} to {int(codes_BN.max())}, the model's vocabulary is 0 .. {vocabulary - 1}")
 
 

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from oar_scale.data.hashing import permutations
 
+_TIE = 1e-6
+"""Relative; 8 roundings of float32."""
+
 
 def tie_ranks(seed: int, images_B: NDArray[np.int64], cells: int) -> Tensor:
     """A fixed random rank of every cell of every image, int64 [B, N]; among equal scores the highest rank wins.
@@ -27,9 +30,13 @@ def tie_ranks(seed: int, images_B: NDArray[np.int64], cells: int) -> Tensor:
 
 
 def pick_best(score_BR: Tensor, cells_BR: Tensor, ties_BN: Tensor) -> Tensor:
-    """The index into R of each image's best candidate; independent of the order in which the candidates are listed."""
-    best_BR = score_BR == score_BR.amax(1, keepdim=True)
-    return ties_BN.gather(1, cells_BR).masked_fill(~best_BR, -1).argmax(1)
+    """The index into R of each image's best candidate, however the candidates are listed.
+
+    Scores within a few roundings of the best are ties: the last bits of a score depend on where in a batch it was computed.
+    """
+    best_B1 = score_BR.amax(1, keepdim=True)
+    tied_BR = score_BR >= best_B1 - _TIE * best_B1.abs()
+    return ties_BN.gather(1, cells_BR).masked_fill(~tied_BR, -1).argmax(1)
 
 
 def without(cells_BR: Tensor, winner_B: Tensor) -> Tensor:

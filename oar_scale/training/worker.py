@@ -10,20 +10,25 @@ from __future__ import annotations
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oar_scale.config.deepspeed import deepspeed_config
 from oar_scale.data.hashing import permutations
 from oar_scale.data.manifest import read_manifest
-from oar_scale.data.shards import read_token_shard
+from oar_scale.data.shards import TokenShard, read_token_shard
 from oar_scale.data.stream import Batch, StreamSettings, TokenStream
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model, save_model
 from oar_scale.observe.events import EventLog
+from oar_scale.orders.pool import model_id
+from oar_scale.orders.table import join_orders, read_orders, table_name
 from oar_scale.storage import join
 from oar_scale.tokenizers.text import TextTokenizer
 from oar_scale.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -239,12 +244,24 @@ def _stream(job: TrainingJob, rank: int, world: int) -> TokenStream:
         caption_dropout=recipe.model.caption_dropout,
         random_share=training.random_share,
     )
-    stored = None
+    manifest, stored = read_manifest(folder), None
     if training.random_share < 1:
-        from oar_scale.orders.table import StoredOrderTables
+        stored = _StoredOrders(join(job.root, "orders", "train"), folder, manifest.grid or 0, model_id(job.start_from))
+    return TokenStream(folder, manifest, _text(job), settings, _cache(job), rank, world, stored)
 
-        stored = StoredOrderTables(join(job.root, "orders", "train"), _cache(job))
-    return TokenStream(folder, read_manifest(folder), _text(job), settings, _cache(job), rank, world, stored)
+
+@dataclass(frozen=True)
+class _StoredOrders:
+    """The orders of a token shard's samples, from the table of the same stem."""
+
+    orders: str
+    tokens: str
+    grid: int
+    model_id: str
+
+    def __call__(self, shard: str, samples: TokenShard) -> NDArray[np.uint16]:
+        table = read_orders(join(self.orders, table_name(shard)))
+        return join_orders(samples.keys, table, shard=join(self.tokens, shard), cells=self.grid**2, model_id=self.model_id)
 
 
 def _text(job: TrainingJob) -> TextTokenizer:
@@ -266,6 +283,9 @@ def _start_process(job: TrainingJob) -> torch.device:
         device = torch.device("cpu")
     import deepspeed
 
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce at first use: a minute, and a C++ compiler. Gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)

@@ -1,0 +1,120 @@
+"""``oar``: thin verbs over the pipeline. Help and errors come without importing torch.
+
+    oar run RECIPE [-o key=value ...] [--from STAGE | --only STAGE]
+    oar data|tokenizer|tokens|extract|evaluate|report RECIPE      one stage
+    oar train RECIPE [--stage pretrain|finetune|control]
+    oar sample RECIPE [--model ordered] [--out FILE.png] [CAPTION ...]
+    oar recipe RECIPE [--origin]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from oar_scale import __version__
+from oar_scale.errors import UserError
+
+STAGES = {
+    "data": "captioned images into WebDataset shards",
+    "tokenizer": "train or load the image and text tokenizers",
+    "tokens": "images into codes",
+    "extract": "one order for every training image",
+    "evaluate": "likelihoods, samples, distances",
+    "report": "write report/index.html again",
+}
+TRAINING = ("pretrain", "finetune", "control")
+MODELS = ("base", "anyorder", "control", "ordered")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0 done, 2 something the user can mend, 130 interrupted)."""
+    arguments = _parser().parse_args(argv)
+    # Ray's and DeepSpeed's helpers (ninja among them) lie beside this interpreter, which need not be on the PATH.
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    try:
+        return int(arguments.run(arguments) or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="oar", description="Ordered autoregressive image generation, trained at scale.")
+    parser.add_argument("--version", action="version", version=f"oar_scale {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    run = _verb(verbs, "run", "all stages of a recipe; finished ones are skipped", _run)
+    which = run.add_mutually_exclusive_group()
+    which.add_argument("--from", dest="start", metavar="STAGE", help="do this stage and all after it again")
+    which.add_argument("--only", metavar="STAGE", help="do this one stage again")
+    for name, text in STAGES.items():
+        _verb(verbs, name, text, _stage).set_defaults(stage=name)
+    train = _verb(verbs, "train", "one training stage", _stage)
+    train.add_argument("--stage", choices=TRAINING, default="pretrain")
+    sample = _verb(verbs, "sample", "draw images for captions", _sample)
+    sample.add_argument("captions", nargs="*", metavar="CAPTION", help="default: held-out captions")
+    sample.add_argument("--model", choices=MODELS, default="ordered")
+    sample.add_argument("--out", default="samples.png")
+    recipe = _verb(verbs, "recipe", "print the resolved recipe", _recipe)
+    recipe.add_argument("--origin", action="store_true", help="say which file and line set each value")
+    return parser
+
+
+def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, function: object) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text)
+    verb.add_argument("recipe", help="a YAML file, e.g. recipes/quickstart.yaml")
+    verb.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
+    verb.set_defaults(run=function)
+    return verb
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from oar_scale.config.loading import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from oar_scale.pipeline import run_pipeline
+    from oar_scale.stages.run import Run
+
+    run_pipeline(Run(recipe), start=arguments.start, only=arguments.only)
+
+
+def _stage(arguments: argparse.Namespace) -> None:
+    """A stage on its own goes on where it was interrupted; ``oar run --only`` does it again."""
+    from oar_scale.config.loading import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from oar_scale.pipeline import run_stage
+    from oar_scale.stages.run import Run
+
+    run_stage(Run(recipe), arguments.stage)
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from oar_scale.config.loading import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from oar_scale.stages.run import Run
+    from oar_scale.stages.sample import run_sample
+
+    print(run_sample(Run(recipe), arguments.captions or None, arguments.model, arguments.out))
+
+
+def _recipe(arguments: argparse.Namespace) -> None:
+    from oar_scale.config.loading import dump_recipe, load_recipe, recipe_origins
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if not arguments.origin:
+        print(dump_recipe(recipe), end="")
+        return
+    for key, origin in recipe_origins(arguments.recipe, arguments.overrides).items():
+        print(f"{key:45} {origin}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

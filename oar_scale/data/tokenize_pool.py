@@ -1,0 +1,97 @@
+"""Token shards of a whole folder of image shards: the tokenizer in a pool of actors, a shard at a time.
+
+IMAGES/00000.tar  ->  TOKENS/00000.tar, then TOKENS/ledger/00000.tar.json, and TOKENS/manifest.json last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from oar_scale.config.fingerprint import fingerprint
+from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
+from oar_scale.data.shard_pool import Facts, Worker, run_pool
+from oar_scale.data.tokenize import token_manifest, tokenize_shard
+from oar_scale.errors import UserError
+from oar_scale.storage import join
+from oar_scale.tokenizers.vq import load_vq, vq_id
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """Everything an actor needs to know: names and settings, no data."""
+
+    images: str
+    """Folder of image shards."""
+    tokens: str
+    """Folder the token shards go to."""
+    vq: str
+    """The image tokenizer's weights."""
+    views: tuple[str, ...]
+    cache_dir: str
+    """Local copies of remote shards."""
+    cpu_threads: int = 1
+
+    def make_worker(self) -> Worker:
+        return TokenizeWorker(self)
+
+
+class TokenizeWorker:
+    """Tokenises one shard after the other."""
+
+    def __init__(self, job: TokenizeJob) -> None:
+        torch.set_num_threads(job.cpu_threads)
+        self.job, self.vq = job, load_vq(job.vq)
+        self.origin = _origin(vq_id(self.vq), job.views)
+        self.shards = {shard.name: shard for shard in read_manifest(job.images).shards}
+
+    def run(self, shard: str) -> Facts:
+        source = self.shards[shard]
+        written = tokenize_shard(self.job.images, self.job.tokens, source, self.vq, self.job.views, self.job.cache_dir)
+        return {"shard": written.model_dump(), "origin": self.origin, "images_crc32c": source.crc32c}
+
+
+def tokenize_all(job: TokenizeJob, *, actors: int, max_retries: int = 3, on_progress: Callable[[int, int], None] | None = None) -> Manifest:
+    """Tokenise every shard of ``job.images`` that is not done yet, then write the manifest.
+
+    Args:
+        on_progress: called with (images done, images in all), at the start and after every shard.
+
+    Raises:
+        UserError: a shard could not be tokenised, or the ledger is of another tokenizer, other views or other images.
+    """
+    source, vq = read_manifest(job.images), load_vq(job.vq)
+    done, origin, shards = 0, _origin(vq_id(vq), job.views), {shard.name: shard for shard in source.shards}
+
+    def finished(shard: str, facts: Facts) -> None:
+        nonlocal done
+        if (facts["origin"], facts["images_crc32c"]) != (origin, shards[shard].crc32c):
+            raise UserError(
+                f"{job.tokens}: the codes of {shard} were made with another tokenizer, other views or other images.\n"
+                "Codes of two tokenizers must not mix: remove this folder, or tokenise into another."
+            )
+        done += shards[shard].samples
+        if on_progress:
+            on_progress(done, source.samples)
+
+    if on_progress:
+        on_progress(0, source.samples)
+    report = run_pool(
+        job.make_worker,
+        list(shards),
+        join(job.tokens, "ledger"),
+        actors=actors,
+        cpu_threads=job.cpu_threads,
+        max_retries=max_retries,
+        on_progress=finished,
+    )
+    report.raise_for_poison()
+    manifest = token_manifest([ShardInfo(**facts["shard"]) for facts in report.done.values()], vq, job.views, source.attribution)
+    write_manifest(job.tokens, manifest)
+    return manifest
+
+
+def _origin(tokenizer_id: str, views: tuple[str, ...]) -> str:
+    return fingerprint({"tokenizer": tokenizer_id, "views": list(views)})

@@ -1,0 +1,117 @@
+"""Order tables: for each token shard one Parquet file of the same stem.
+
+    key    view    order (fixed_size_list<uint16>[N])    score (fixed_size_list<float32>[N])
+
+One row per sample, in the order of the shard. ``score`` belongs to the cell of the same position in ``order``. The schema's
+metadata says which model found the orders (hash of its weights file), with which settings, on which grid. Joined to a
+token shard by key; everything that does not fit is an error that says where.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from oar_scale.errors import UserError
+from oar_scale.storage import open_storage
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class OrderTable:
+    """The orders of a shard's S samples."""
+
+    keys: list[str]
+    views: list[int]
+    order_SN: NDArray[np.uint16]
+    score_SN: NDArray[np.float32]
+    model_id: str
+    settings_id: str
+    uri: str = ""
+    """Where it was read from, for errors."""
+
+
+def table_name(shard: str) -> str:
+    """The order table of a token shard: same stem."""
+    return f"{shard.removesuffix('.tar')}.parquet"
+
+
+def write_orders(uri: str, table: OrderTable) -> None:
+    """Write a table atomically; the same table gives the same bytes."""
+    cells = table.order_SN.shape[1]
+    metadata = {"oar_format": FORMAT, "model_id": table.model_id, "settings_id": table.settings_id, "cells": str(cells)}
+    order = pa.FixedSizeListArray.from_arrays(pa.array(table.order_SN.astype(np.uint16).ravel()), cells)
+    score = pa.FixedSizeListArray.from_arrays(pa.array(table.score_SN.astype(np.float32).ravel()), cells)
+    columns = [pa.array(table.keys, pa.string()), pa.array(table.views, pa.int32()), order, score]
+    schema = pa.schema(
+        [pa.field(name, column.type, nullable=False) for name, column in zip(("key", "view", "order", "score"), columns, strict=True)],
+        metadata,
+    )
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer, compression="zstd")
+    open_storage(uri).write(uri, buffer.getvalue())
+
+
+def read_orders(uri: str) -> OrderTable:
+    """Read a table and check that every order is a permutation.
+
+    Raises:
+        UserError: not an order table, or a row that is no permutation; names file and key.
+    """
+    data = open_storage(uri).read(uri)
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{uri}: not a readable Parquet file ({error}). Extract the orders of this shard again.") from error
+    metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+    if metadata.get("oar_format") != FORMAT:
+        raise UserError(f"{uri}: not an order table of oar_scale, format {FORMAT} (found: {metadata.get('oar_format')}).")
+    cells = int(metadata["cells"])
+    keys = table["key"].to_pylist()
+    order_SN = _matrix(table["order"], cells).astype(np.uint16)
+    wrong_S = (np.sort(order_SN, axis=1) != np.arange(cells)).any(axis=1)
+    if wrong_S.any():
+        key = keys[int(wrong_S.argmax())]
+        raise UserError(f"{uri}: the order of {key!r} is not a permutation of 0 .. {cells - 1}. Extract this shard again.")
+    score_SN = _matrix(table["score"], cells).astype(np.float32)
+    return OrderTable(keys, table["view"].to_pylist(), order_SN, score_SN, metadata["model_id"], metadata["settings_id"], uri)
+
+
+def join_orders(keys: Sequence[str], table: OrderTable, *, shard: str, cells: int, model_id: str | None = None) -> NDArray[np.uint16]:
+    """The orders [S, N] of a token shard's samples, in their order.
+
+    Args:
+        keys: of the token shard.
+        shard: the token shard's URI, for errors.
+        cells: N of the token shard's grid.
+        model_id: the model that must have found the orders; None takes any.
+
+    Raises:
+        UserError: another grid, another model, or a key without an order.
+    """
+    found = table.order_SN.shape[1]
+    if found != cells:
+        raise UserError(f"{table.uri}: orders of {found} cells, {shard} has {cells}. They belong to another grid: extract them again.")
+    if model_id is not None and model_id != table.model_id:
+        raise UserError(f"{table.uri}: orders found by model {table.model_id}, not by {model_id}. Extract them again for {shard}.")
+    row_of = {key: row for row, (key, view) in enumerate(zip(table.keys, table.views, strict=True)) if view == 0}
+    missing = [key for key in keys if key not in row_of]
+    if missing:
+        raise UserError(
+            f"{table.uri}: no order for sample {missing[0]!r} of {shard}"
+            f"{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}. Extract the orders of this shard again."
+        )
+    return table.order_SN[[row_of[key] for key in keys]]
+
+
+def _matrix(column: pa.ChunkedArray, cells: int) -> NDArray[np.generic]:
+    """A fixed_size_list column as [S, cells]."""
+    values: NDArray[np.generic] = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(-1, cells)

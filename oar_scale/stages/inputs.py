@@ -1,0 +1,100 @@
+"""What several stages read: codes with their captions, pictures, and a clear word where something is missing."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from oar_scale.data.manifest import read_manifest
+from oar_scale.data.shards import read_shard, read_token_shard
+from oar_scale.errors import UserError
+from oar_scale.observe.report_data import ModelName, Picture
+from oar_scale.orders.table import join_orders, read_orders, table_name
+from oar_scale.stages.run import Run
+from oar_scale.storage import fetch, join, open_storage
+from oar_scale.tokenizers.text import TextTokenizer
+
+MODEL_FILES: dict[ModelName, str] = {"base": "base", "any-order": "anyorder", "control": "control", "ordered": "ordered"}
+MODEL_STAGES: dict[ModelName, str] = {"base": "pretrain", "any-order": "pretrain", "control": "control", "ordered": "finetune"}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Images as codes: view 0, in the order of the shards."""
+
+    keys: list[str]
+    captions: list[str]
+    codes_SN: NDArray[np.int64]
+
+
+def require(run: Run, uri: str, stage: str) -> str:
+    """``uri`` itself, if it is there.
+
+    Raises:
+        UserError: it is not; names the stage that writes it.
+    """
+    if not open_storage(uri).exists(uri):
+        raise UserError(f"{uri}: missing. The stage {stage} writes it: run that first (oar run RECIPE --only {stage}).")
+    return uri
+
+
+def model_files(run: Run) -> dict[ModelName, str]:
+    """Local files of the run's models; the control only where the recipe has one. Raises UserError as :func:`require`."""
+    wanted = [name for name in MODEL_FILES if name != "control" or run.recipe.pipeline.control]
+    return {name: fetch(require(run, run.model_uri(MODEL_FILES[name]), MODEL_STAGES[name]), run.cache) for name in wanted}
+
+
+def text_tokenizer(run: Run) -> TextTokenizer:
+    return TextTokenizer.load(require(run, run.text_uri, "tokenizer"), run.recipe.tokenizer.text.max_tokens)
+
+
+def read_tokens(run: Run, split: str, limit: int | None = None) -> Tokens:
+    """The first ``limit`` images of a split (default: all) as codes. Raises UserError where the stage has not finished."""
+    folder = run.at("tokens", split)
+    require(run, join(folder, "manifest.json"), "tokens")
+    keys: list[str] = []
+    captions: list[str] = []
+    codes: list[NDArray[np.int64]] = []
+    for info in read_manifest(folder).shards:
+        if limit is None or len(keys) < limit:
+            shard = read_token_shard(join(folder, info.name), run.cache, info)
+            keys += shard.keys
+            captions += shard.captions
+            codes.append(shard.codes_SVN[:, 0].astype(np.int64))
+    return Tokens(keys[:limit], captions[:limit], np.concatenate(codes)[:limit])
+
+
+def read_pictures(run: Run, split: str, keys: list[str]) -> list[Picture]:
+    """The images that the first tokens of a split were made from.
+
+    Raises:
+        UserError: the image shards hold others, or the stage has not finished.
+    """
+    folder = run.at("images", split)
+    require(run, join(folder, "manifest.json"), "data")
+    found: list[str] = []
+    pictures: list[Picture] = []
+    for info in read_manifest(folder).shards:
+        if len(found) < len(keys):
+            for sample in read_shard(join(folder, info.name), run.cache, info):
+                found.append(sample["__key__"])
+                pictures.append(np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB")))
+    if found[: len(keys)] != keys:
+        raise UserError(f"{folder}: these are not the images that the tokens were made from. Run the stage tokens again.")
+    return pictures[: len(keys)]
+
+
+def read_train_orders(run: Run, train: Tokens) -> NDArray[np.uint16]:
+    """The stored order [S, N] of every training image. Raises UserError where one is missing."""
+    folder, start = run.at("tokens", "train"), 0
+    found: list[NDArray[np.uint16]] = []
+    for info in read_manifest(folder).shards:
+        uri = require(run, run.at("orders", "train", table_name(info.name)), "extract")
+        keys = train.keys[start : start + info.samples]
+        found.append(join_orders(keys, read_orders(uri), shard=join(folder, info.name), cells=run.recipe.grid**2))
+        start += info.samples
+    return np.concatenate(found)

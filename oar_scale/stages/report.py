@@ -1,0 +1,87 @@
+"""Stage ``report``: one page with everything the run has so far. Needs no model: it reads what the other stages wrote."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from oar_scale.config.loading import dump_recipe
+from oar_scale.evaluation.record import Evaluation, load_evaluation
+from oar_scale.observe.report import write_report
+from oar_scale.observe.report_data import ReportData, TrainingCurve, training_curve
+from oar_scale.stages import facts
+from oar_scale.stages.run import Run
+
+EXPECTED = "a few seconds"
+
+CURVES = {
+    "tokenizer": "image tokenizer",
+    "pretrain": "any-order pretraining",
+    "finetune": "fine-tuning on the extracted orders",
+    "control": "control: fine-tuning on random orders",
+}
+
+
+def run_report(run: Run) -> dict[str, Any]:
+    """Write ``report/index.html`` in the run's local folder; sections whose stage has not finished say so."""
+    path = run.local("report", "index.html")
+    write_report(report_data(run), path)
+    run.console.say(f"  report: {path}")
+    return {"path": path}
+
+
+def report_data(run: Run) -> ReportData:
+    """Gather what the stages left."""
+    markers, found = facts.read_markers(run), load_evaluation(run.local())
+    results = {name: marker["results"] for name, marker in markers.items()}
+    report = ReportData(
+        run=facts.run_facts(run, markers),
+        recipe_yaml=dump_recipe(run.recipe),
+        stages=facts.stage_rows(run, markers),
+        data=facts.data_facts(run, results["data"]) if "data" in results else None,
+        tokenizer=facts.tokenizer_facts(run, results["tokenizer"]) if "tokenizer" in results else None,
+        model=facts.model_facts(run, results["pretrain"]) if "pretrain" in results else None,
+        curves=_curves(run),
+        notes=_notes(run, found),
+    )
+    if found is None:
+        return report
+    return replace(
+        report,
+        tokenizer=found.tokenizer,
+        pretrain=found.pretrain,
+        nll=found.nll,
+        captions=found.captions,
+        distances=found.distances,
+        samples=found.samples,
+        edits=found.edits,
+        orders=found.orders,
+    )
+
+
+def _curves(run: Run) -> tuple[TrainingCurve, ...]:
+    curves = []
+    for stage, title in CURVES.items():
+        curve = training_curve(run.events, stage, title) if stage != "control" or run.recipe.pipeline.control else None
+        if curve is not None:
+            curves.append(replace(curve, loss_name="tokenizer loss") if stage == "tokenizer" else curve)
+    return tuple(curves)
+
+
+def _notes(run: Run, found: Evaluation | None) -> tuple[str, ...]:
+    """What a reader must know before quoting a number."""
+    notes = ["One seed, one training run of each model: the errors given are those of the held-out images alone."]
+    if not run.recipe.pipeline.control:
+        notes.append("No control (pipeline.control: false): a gain over the any-order model may come from the further training alone.")
+    if found is not None:
+        rows = {row.name: row for row in found.distances}
+        samples = next(iter(rows.values())).samples if rows else 0
+        notes.append(
+            f"Distances are measured with {samples} images on each side. "
+            "Read those of the models by those of real training images, and of training images encoded and decoded, the best that these codes can do."
+            if "training images" in rows
+            else f"Distances are measured with {samples} images on each side."
+        )
+    if run.recipe.parallel.precision == "bf16":
+        notes.append("Orders are extracted and images drawn in bfloat16; likelihoods are computed in float32.")
+    return tuple(notes)

@@ -1,0 +1,58 @@
+"""Stages ``pretrain``, ``finetune`` and ``control``: the same worker on other orders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from oar_scale.data.manifest import read_manifest
+from oar_scale.errors import UserError
+from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
+from oar_scale.stages.run import Run
+from oar_scale.tokenizers.text import TextTokenizer
+from oar_scale.training.job import Stage, TrainingJob
+from oar_scale.training.launch import run_training
+
+RESULT = {"pretrain": "anyorder", "finetune": "ordered", "control": "control"}
+
+
+def run_train(run: Run, stage: Stage) -> dict[str, Any]:
+    """Train one stage with Ray and DeepSpeed; the result is exported to ``models/``."""
+    if stage == "pretrain":
+        _write_base(run)
+    start_from = run.model_uri("base" if stage == "pretrain" else "anyorder")
+    job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(RESULT[stage]))
+    return run_training(job, run.console)
+
+
+def expected_seconds(run: Run, stage: Stage) -> str:
+    """A guess for the console: 20 s to start the workers, then about 40 images/s for each CPU worker at 5 M parameters."""
+    training = run.recipe.pretrain if stage == "pretrain" else run.recipe.finetune
+    seconds = 20 + training.steps * training.global_batch / (35 * run.recipe.parallel.workers)
+    return f"about {max(1, round(seconds / 60))} min on CPU workers"
+
+
+def _write_base(run: Run) -> None:
+    """The model that pretraining starts with: the recipe's weights, or a fresh one."""
+    recipe, manifest = run.recipe, read_manifest(run.at("tokens", "train"))
+    assert manifest.vocab_size is not None and manifest.grid is not None
+    text = TextTokenizer.load(run.text_uri, recipe.tokenizer.text.max_tokens)
+    spec = ModelSpec.from_recipe(
+        recipe.model, vocab_size=manifest.vocab_size, grid=manifest.grid, text_vocab=text.vocab_size, max_tokens=text.max_tokens
+    )
+    if recipe.model.weights is None:
+        torch.manual_seed(recipe.seed)
+        save_model(run.model_uri("base"), AnyOrderModel(spec))
+        return
+    model = load_model(recipe.model.weights)
+    for field, wanted in spec.model_dump().items():
+        here = getattr(model.spec, field)
+        if here != wanted and field != "dropout":
+            raise UserError(
+                f"model.weights {recipe.model.weights}: has {field} {here}, the recipe and its tokenizers make {wanted}. "
+                "Set the model section to the weights' sizes and use the tokenizers they were trained with, or start anew (weights: null)."
+            )
+    weights = AnyOrderModel(spec)
+    weights.load_state_dict(model.state_dict())
+    save_model(run.model_uri("base"), weights)

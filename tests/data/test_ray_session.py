@@ -1,0 +1,49 @@
+"""A private Ray: closed while it runs, gone afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import oar_scale
+
+PROGRAM = """
+import json, os
+from oar_scale.data.ray_session import ray_session
+
+def inside():
+    import oar_scale
+    return {"package": oar_scale.__file__, "pid": os.getpid(), "parent": os.getppid()}
+
+with ray_session(cpus=1):
+    import ray
+    with ray_session(cpus=1):  # inside another one: the same Ray
+        found = ray.get(ray.remote(inside).remote())
+    still_there = ray.is_initialized()
+    node = ray.nodes()[0]["NodeManagerAddress"]
+with ray_session(cpus=1):  # a second one in the same process
+    again = ray.get(ray.remote(inside).remote())
+print(json.dumps({"node": node, "still_there": still_there, "after": ray.is_initialized(), "first": found, "again": again}))
+"""
+
+
+def test_a_private_ray_works_from_a_source_checkout_in_any_folder_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = str(Path(oar_scale.__file__).parent.parent)
+    hidden = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": source}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (said["still_there"], said["after"]) == (True, False)
+    assert said["first"]["package"] == oar_scale.__file__
+    assert sys.platform != "linux" or said["node"] == "127.0.0.2"
+    for worker in (said["first"], said["again"]):
+        assert not os.path.exists(f"/proc/{worker['pid']}")
+        assert not os.path.exists(f"/proc/{worker['parent']}")  # the raylet
+    assert not (tmp_path / ".ray").exists()  # no token was left in the home directory

@@ -1,0 +1,48 @@
+"""What the statistics say about orders whose answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oar_scale.orders.analysis import describe_orders, kendall_distance, mean_time_map
+
+RASTER = np.arange(16)
+
+
+def test_the_same_order_is_at_0_and_the_reversed_one_at_1() -> None:
+    assert kendall_distance(RASTER, RASTER).tolist() == [0.0]
+    assert kendall_distance(RASTER, RASTER[::-1]).tolist() == [1.0]
+
+
+@given(st.permutations(range(7)), st.permutations(range(7)))
+def test_the_distance_is_the_share_of_pairs_that_stand_the_other_way_round(first: list[int], second: list[int]) -> None:
+    pairs = [(a, b) for a in range(7) for b in range(a)]
+    swapped = sum((first.index(a) < first.index(b)) != (second.index(a) < second.index(b)) for a, b in pairs)
+    assert kendall_distance(np.array(first), np.array(second))[0] == pytest.approx(swapped / len(pairs))
+
+
+def test_random_orders_are_half_way_on_average() -> None:
+    orders = np.stack([np.random.default_rng(seed).permutation(64) for seed in range(300)])
+    statistics = describe_orders(orders, grid=8)
+    assert statistics.raster_distance == pytest.approx(0.5, abs=0.02)
+    assert statistics.pair_distance == pytest.approx(0.5, abs=0.02)
+    assert statistics.distinct == 300
+    assert statistics.first_cell_entropy > 0.9 * math.log(64)
+    assert statistics.neighbour_share == pytest.approx(420 / (64 * 63), abs=0.02)  # 420 ordered pairs of neighbours
+
+
+def test_raster_order_steps_to_a_neighbour_except_at_the_end_of_a_line() -> None:
+    statistics = describe_orders(np.stack([RASTER, RASTER]), grid=4)
+    assert statistics.neighbour_share == 12 / 15
+    assert (statistics.distinct, statistics.first_cell_entropy, statistics.raster_distance) == (1, 0.0, 0.0)
+
+
+def test_the_time_map_tells_first_from_last() -> None:
+    half_reversed = np.stack([RASTER, RASTER[::-1]])
+    np.testing.assert_allclose(mean_time_map(RASTER[None], grid=4).ravel(), RASTER / 15)
+    np.testing.assert_allclose(mean_time_map(half_reversed, grid=4), 0.5)

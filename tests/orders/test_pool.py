@@ -1,0 +1,121 @@
+"""The extraction of a folder of shards on a real Ray: the tables are those of one process, whatever was interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_models import random_codes, small_model
+
+from oar_scale.data.manifest import Manifest, write_manifest
+from oar_scale.data.ray_session import ray_session
+from oar_scale.data.shards import read_token_shard, shard_name, token_sample, write_shard
+from oar_scale.errors import UserError
+from oar_scale.model import load_model, save_model
+from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders
+from oar_scale.orders.pool import ExtractionJob, ExtractionWorker, extract_all
+from oar_scale.orders.table import join_orders, read_orders
+from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
+
+CAPTIONS = ["a b", "b a", "a a b", "b b a", "a b a b"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_for_this_file() -> Iterator[None]:
+    with ray_session(cpus=2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text tokenizer and three token shards of 5, 5 and 3 samples with two views."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = small_model(grid=3, vocab=7)
+    train_text_tokenizer(CAPTIONS * 20, vocab_size=8, max_tokens=4).save(str(folder / "text.model"))
+    save_model(str(folder / "model.safetensors"), model)
+    codes = random_codes(model, 26).numpy().reshape(13, 2, 9)
+    samples = [token_sample(f"image{i:02d}", CAPTIONS[i % 5], codes[i], b"{}") for i in range(13)]
+    shards = [write_shard(str(folder / "tokens"), shard_name(i), samples[5 * i : 5 * i + 5]) for i in range(3)]
+    write_manifest(str(folder / "tokens"), Manifest(shards=tuple(shards), grid=3, vocab_size=7, views=("center", "center_flip")))
+    return folder
+
+
+def job(inputs: Path, orders: Path) -> ExtractionJob:
+    return ExtractionJob(
+        tokens=str(inputs / "tokens"),
+        orders=str(orders),
+        model=str(inputs / "model.safetensors"),
+        text=str(inputs / "text.model"),
+        cache_dir=str(orders.parent / "cache"),
+        settings=ExtractionSettings(),
+        batch=2,
+        precision="fp32",
+    )
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_every_image_gets_the_brute_force_order_of_its_first_view(inputs: Path, tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    report = extract_all(job(inputs, tmp_path / "orders"), actors=2, on_progress=lambda *images: progress.append(images))
+    report.raise_for_poison()
+    assert (progress[0], progress[-1], len(progress)) == ((0, 13), (13, 13), 4)
+    model, text = load_model(str(inputs / "model.safetensors")), TextTokenizer.load(str(inputs / "text.model"), 4)
+    for index in range(3):
+        uri = str(inputs / "tokens" / shard_name(index))
+        shard, table = read_token_shard(uri, str(tmp_path)), read_orders(str(tmp_path / "orders" / f"0000{index}.parquet"))
+        joined = join_orders(shard.keys, table, shard=uri, cells=9)
+        with torch.no_grad():
+            condition = model.condition(text.encode(shard.captions))
+            codes = torch.from_numpy(shard.codes_SVN[:, 0].astype(np.int64))
+            images = np.array([zlib.crc32(key.encode()) for key in shard.keys])
+            expected = brute_force_orders(model, codes, condition, ExtractionSettings(), images)
+        np.testing.assert_array_equal(joined, expected.order_BN.numpy())
+        np.testing.assert_allclose(table.score_SN, expected.score_BN.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_and_resumed_extraction_equals_an_uninterrupted_one_byte_for_byte(inputs: Path, tmp_path: Path) -> None:
+    calm, torn = tmp_path / "calm", tmp_path / "torn"
+    extract_all(job(inputs, calm), actors=1)
+    # One shard finished, one with a table but no entry in the ledger, as if its actor had died between the two.
+    worker = ExtractionWorker(job(inputs, torn))
+    facts = worker.run(shard_name(0))
+    (torn / "ledger").mkdir()
+    (torn / "ledger/00000.tar.json").write_text(json.dumps({"shard": "00000.tar", "facts": facts}, sort_keys=True))
+    (torn / "00001.parquet").write_bytes(b"half a table")
+    report = extract_all(job(inputs, torn), actors=2)
+    assert report.found == 1
+    assert tables(torn) == tables(calm)
+
+
+def test_orders_of_two_settings_do_not_mix(inputs: Path, tmp_path: Path) -> None:
+    first = job(inputs, tmp_path / "orders")
+    extract_all(first, actors=2)
+    with pytest.raises(UserError, match=r"00000\.tar were extracted with settings_id"):
+        extract_all(dataclasses.replace(first, settings=ExtractionSettings(guidance=2.0)), actors=2)
+
+
+def test_a_model_of_another_grid_is_refused_before_anything_starts(inputs: Path, tmp_path: Path) -> None:
+    save_model(str(tmp_path / "other.safetensors"), small_model(grid=4))
+    with pytest.raises(UserError, match=r"other\.safetensors: made for grid 4, the token shards in .*tokens have grid 3"):
+        extract_all(dataclasses.replace(job(inputs, tmp_path / "orders"), model=str(tmp_path / "other.safetensors")), actors=2)
+
+
+def test_a_damaged_token_shard_is_named_and_the_others_are_extracted(inputs: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tokens"
+    copy.mkdir()
+    for path in (inputs / "tokens").iterdir():
+        data = path.read_bytes()
+        (copy / path.name).write_bytes(data[:-2000] if path.name == shard_name(1) else data)
+    report = extract_all(dataclasses.replace(job(inputs, tmp_path / "orders"), tokens=str(copy)), actors=2)
+    assert list(report.done) == [shard_name(0), shard_name(2)]
+    with pytest.raises(UserError, match=r"1 of 3 shards could not be done:\n.*00001\.tar.*the file is damaged"):
+        report.raise_for_poison()
