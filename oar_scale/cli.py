@@ -1,10 +1,10 @@
 """``oar``: thin verbs over the pipeline. Help and errors come without importing torch.
 
-    oar run RECIPE [-o key=value ...] [--from STAGE | --only STAGE]
-    oar data|tokenizer|tokens|extract|evaluate|report RECIPE      one stage
-    oar train RECIPE [--stage pretrain|finetune|control]
-    oar sample RECIPE [--model ordered] [--out FILE.png] [CAPTION ...]
-    oar recipe RECIPE [--origin]
+oar run RECIPE [-o key=value ...] [--from STAGE | --only STAGE]
+oar data|tokenizer|tokens|extract|evaluate|report RECIPE      one stage
+oar train RECIPE [--stage pretrain|finetune|control]
+oar sample RECIPE [--model ordered] [--out FILE.png] [CAPTION ...]
+oar recipe RECIPE [--origin]
 """
 
 from __future__ import annotations

@@ -64,7 +64,9 @@ def stages(recipe: Recipe) -> list[Stage]:
 
     found = [
         other("data", "captioned images into shards", (), ("data",), ("images",), data),
-        other("tokenizer", "image and text tokenizers", ("data",), ("tokenizer.image", "tokenizer.text", "seed"), ("tokenizers",), tokenizer),
+        other(
+            "tokenizer", "image and text tokenizers", ("data",), ("tokenizer.image", "tokenizer.text", "seed"), ("tokenizers",), tokenizer
+        ),
         other("tokens", "images into codes, by Ray actors", ("tokenizer",), ("tokenizer.views",), ("tokens",), tokens),
         training("pretrain", "any-order pretraining", "tokens", "model", "pretrain", "seed"),
         other("extract", "an order for every training image, by Ray actors", ("pretrain",), ("extract",), ("orders",), extract),
@@ -188,7 +190,9 @@ def _done(run: Run, todo: list[Stage], stage: Stage) -> dict[str, Any] | None:
     if marker["fingerprint"] == _fingerprint(run, todo, stage):
         return marker
     then, now = marker["settings"], _settings(run, stage)
-    changed = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    changed = [
+        f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)
+    ]
     raise UserError(
         f"stage {stage.name} in {run.at()} was done with other settings: {'; '.join(changed) or 'those of a stage it needs'}.\n"
         f"Set them back, do it again with --from {stage.name} (replaces its results and all after it), or choose another run_dir."
@@ -199,7 +203,10 @@ def _require(run: Run, todo: list[Stage], name: str) -> None:
     by_name = {stage.name: stage for stage in todo}
     for need in by_name[name].needs:
         if _done(run, todo, by_name[need]) is None:
-            raise UserError(f"stage {name} needs stage {need}, which is not finished in {run.at()}. Run the recipe without --from and --only, or --only {need}.")
+            raise UserError(
+                f"stage {name} needs stage {need}, which is not finished in {run.at()}.\n"
+                f"Run the whole recipe (without --from and --only), or that stage first: --only {need}."
+            )
 
 
 def _dependents(todo: list[Stage], name: str) -> list[str]:

@@ -190,7 +190,7 @@ class SampleConfig(Section):
 
 
 class EvaluateConfig(Section):
-    nll_images: int = Field(192, ge=1)
+    nll_images: int = Field(192, ge=2)
     feature_images: int = Field(256, ge=8)
     """Generated and held-out images compared by KID and Frechet distance, the same number of each."""
 

@@ -66,7 +66,9 @@ def read_manifest(folder: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(open_storage(uri).read(uri))
     except Missing as error:
-        raise UserError(f"{folder}: no manifest.json, so these shards were never finished. Run the stage that writes them again.") from error
+        raise UserError(
+            f"{folder}: no manifest.json, so these shards were never finished. Run the stage that writes them again."
+        ) from error
     except ValidationError as error:
         raise UserError(f"{uri}: not a manifest that oar_scale wrote.\n{error}") from error
     if manifest.format != FORMAT:

@@ -46,7 +46,7 @@ class PoolReport:
 
     done: dict[str, Facts] = field(default_factory=dict)
     poison: dict[str, str] = field(default_factory=dict)
-    """The last error of each shard that was set aside."""
+    """The last error of each shard that was set aside; its first line says what, a traceback may follow."""
     found: int = 0
     """Shards that an earlier pool had already finished."""
     failures: dict[str, int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class PoolReport:
     def raise_for_poison(self) -> None:
         """Raise a UserError that names the poison shards, if there are any."""
         if self.poison:
-            named = "\n".join(f"  {shard}: {error.strip().splitlines()[-1]}" for shard, error in list(self.poison.items())[:5])
+            named = "\n".join(f"  {shard}: {error.strip().splitlines()[0]}" for shard, error in list(self.poison.items())[:5])
             raise UserError(
                 f"{len(self.poison)} of {len(self.poison) + len(self.done)} shards could not be done:\n{named}\n"
                 "The others are finished and are kept. Mend or remove these, then run the stage again."
@@ -66,33 +66,40 @@ class PoolReport:
 class _Outcome:
     """What an actor answers; errors travel as text, because not every exception survives being pickled."""
 
-    kind: Literal["done", "bad data", "failed", "bad start", "failed start"]
+    kind: Literal["done", "user error", "failed"]
     facts: Facts = field(default_factory=dict)
     error: str = ""
 
 
 class _Actor:
-    """The Ray side: makes its worker with the first shard, runs it, and enters finished shards into the ledger."""
+    """The Ray side: makes its worker, runs it, and enters finished shards into the ledger."""
 
     def __init__(self, make_worker: Callable[[], Worker], ledger: str) -> None:
         self._make_worker, self._ledger = make_worker, ledger
-        self._worker: Worker | None = None
+
+    def start(self) -> _Outcome:
+        def make() -> Facts:
+            self._worker = self._make_worker()
+            return {}
+
+        return _outcome(make)
 
     def run(self, shard: str) -> _Outcome:
-        try:
-            self._worker = self._worker or self._make_worker()
-        except UserError as error:
-            return _Outcome("bad start", error=str(error))
-        except Exception:
-            return _Outcome("failed start", error=traceback.format_exc())
-        try:
+        def work() -> Facts:
             facts = self._worker.run(shard)
             _enter(self._ledger, shard, facts)
-        except UserError as error:
-            return _Outcome("bad data", error=str(error))
-        except Exception:
-            return _Outcome("failed", error=traceback.format_exc())
-        return _Outcome("done", facts)
+            return facts
+
+        return _outcome(work)
+
+
+def _outcome(action: Callable[[], Facts]) -> _Outcome:
+    try:
+        return _Outcome("done", action())
+    except UserError as error:
+        return _Outcome("user error", error=str(error))
+    except Exception as error:  # whatever it is, the driver decides: it comes back with its traceback
+        return _Outcome("failed", error=f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
 
 def run_pool(
@@ -163,50 +170,57 @@ class _Run:
     on_progress: OnProgress | None
     report: PoolReport
     failed_starts: int = 0
+    running: dict[Any, tuple[Any, str | None]] = field(default_factory=dict)
+    """What each pending answer is about: its actor, and a shard or (None) the making of the worker."""
 
     def do(self, missing: Sequence[str], actors: int) -> None:
         import ray
 
         waiting = deque(missing)
-        running: dict[Any, tuple[Any, str]] = {}
-        idle = [self._spawn() for _ in range(actors)]
+        idle: list[Any] = []
+        for _ in range(actors):
+            self._spawn()
         try:
-            while waiting or running:
-                while waiting and idle:
-                    actor, shard = idle.pop(), waiting.popleft()
-                    running[actor.run.remote(shard)] = actor, shard
-                for reference in ray.wait(list(running), num_returns=1)[0]:
-                    actor, shard = running.pop(reference)
+            while waiting or any(shard for _, shard in self.running.values()):
+                for reference in ray.wait(list(self.running), num_returns=1)[0]:
+                    actor, shard = self.running.pop(reference)
                     try:
                         outcome = ray.get(reference)
                     except ray.exceptions.RayActorError as error:
                         outcome = _Outcome("failed", error=f"its process died: {error}")
-                    if self._settle(shard, outcome):
+                    if shard is None:
+                        self._started(outcome)
+                    elif self._must_be_tried_again(shard, outcome):
                         waiting.append(shard)
-                    if outcome.kind in ("failed", "failed start"):  # whatever broke may have broken the process, too
+                    if outcome.kind != "failed":
+                        idle.append(actor)
+                    else:  # whatever broke may have broken the process, too
                         ray.kill(actor)
-                        actor = self._spawn()
-                    idle.append(actor)
+                        if waiting:
+                            self._spawn()
+                while waiting and idle:
+                    ready, next_shard = idle.pop(), waiting.popleft()
+                    self.running[ready.run.remote(next_shard)] = ready, next_shard
         finally:
-            for actor in [*idle, *(actor for actor, _ in running.values())]:
+            for actor in [*idle, *(actor for actor, _ in self.running.values())]:
                 ray.kill(actor)
 
-    def _spawn(self) -> Any:
+    def _spawn(self) -> None:
         import ray
 
-        remote = ray.remote(_Actor).options(num_cpus=self.cpu_threads, num_gpus=self.gpus_per_actor, max_restarts=0)
-        return remote.remote(self.make_worker, self.ledger)
+        remote: Any = ray.remote(_Actor).options(num_cpus=self.cpu_threads, num_gpus=self.gpus_per_actor, max_restarts=0)
+        actor = remote.remote(self.make_worker, self.ledger)
+        self.running[actor.start.remote()] = actor, None  # type: ignore[attr-defined]
 
-    def _settle(self, shard: str, outcome: _Outcome) -> bool:
-        """Enter the outcome into the report; True if the shard must be tried again."""
-        if outcome.kind == "bad start":
+    def _started(self, outcome: _Outcome) -> None:
+        if outcome.kind == "user error":
             raise UserError(outcome.error)
-        if outcome.kind == "failed start":
-            self.failed_starts += 1
-            if self.failed_starts > self.max_retries:
-                raise RuntimeError(f"no worker could be made in {self.failed_starts} tries; the last error:\n{outcome.error}")
-            return True
-        self.failed_starts = 0
+        self.failed_starts = self.failed_starts + 1 if outcome.kind == "failed" else 0
+        if self.failed_starts > self.max_retries:
+            raise RuntimeError(f"no worker could be made in {self.failed_starts} tries; the last error:\n{outcome.error}")
+
+    def _must_be_tried_again(self, shard: str, outcome: _Outcome) -> bool:
+        """Enter the outcome of a shard into the report."""
         if outcome.kind == "done":
             self.report.done[shard] = outcome.facts
             if self.on_progress:

@@ -85,7 +85,9 @@ def iterate_shard(path: str, uri: str) -> Iterator[dict[str, Any]]:
                 sample["__key__"] = key
                 sample[extension.lower()] = data
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{uri}: truncated or broken tar after sample {sample.get('__key__', '(none)')!r} ({error}). Write the shard again.") from error
+        raise UserError(
+            f"{uri}: truncated or broken tar after sample {sample.get('__key__', '(none)')!r} ({error}). Write the shard again."
+        ) from error
     if sample:
         yield sample
 
@@ -96,9 +98,10 @@ def read_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None) -> l
     if expected is not None:
         with open(path, "rb") as file:
             data = file.read()
-        if len(data) != expected.bytes or crc32c.crc32c(data) != expected.crc32c:
+        checksum = crc32c.crc32c(data)
+        if len(data) != expected.bytes or checksum != expected.crc32c:
             raise UserError(
-                f"{uri}: {len(data)} bytes with crc32c {crc32c.crc32c(data):08x}, the manifest says {expected.bytes} with {expected.crc32c:08x}: "
+                f"{uri}: {len(data)} bytes with crc32c {checksum:08x}, the manifest says {expected.bytes} with {expected.crc32c:08x}: "
                 "the file is damaged or was replaced. Write the shard again."
             )
     return list(iterate_shard(path, uri))

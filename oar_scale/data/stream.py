@@ -112,7 +112,9 @@ class TokenStream:
             drop_b=torch.from_numpy(uniform("caption", settings.seed, slots.epoch, slots.uid) < settings.caption_dropout),
         )
 
-    def _gather(self, slots: Slots, view_b: NDArray[np.int64], random_b: NDArray[np.bool_]) -> tuple[NDArray[np.uint16], list[str], NDArray[np.int64]]:
+    def _gather(
+        self, slots: Slots, view_b: NDArray[np.int64], random_b: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.uint16], list[str], NDArray[np.int64]]:
         codes = np.empty((len(slots.uid), self.cells), dtype=np.uint16)
         order_bN = permutations("order", self.cells, self.settings.seed, slots.epoch, slots.uid)
         captions = []

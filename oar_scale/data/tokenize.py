@@ -29,7 +29,10 @@ def tokenize_shard(source: str, target: str, shard: ShardInfo, vq: VQTokenizer, 
     samples = read_shard(uri, cache_dir, shard)
     pictures = [_picture(sample, uri) for sample in samples]
     pixels_VSHW3 = np.stack(
-        [[np.asarray(make_view(picture, view, sample["__key__"])) for picture, sample in zip(pictures, samples, strict=True)] for view in views]
+        [
+            [np.asarray(make_view(picture, view, sample["__key__"])) for picture, sample in zip(pictures, samples, strict=True)]
+            for view in views
+        ]
     )
     codes_VSN = np.stack([_encode(vq, torch.from_numpy(pixels)) for pixels in pixels_VSHW3])
     return write_shard(

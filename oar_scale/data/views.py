@@ -1,8 +1,8 @@
 """Views: fixed variants of a training image, tokenised side by side.
 
-    center        the image
-    center_flip   mirrored (not for arrows and flags)
-    jitterK       the K-th of a family of small zooms and shifts, chosen by a hash of the sample's key
+center        the image
+center_flip   mirrored (not for arrows and flags)
+jitterK       the K-th of a family of small zooms and shifts, chosen by a hash of the sample's key
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oar_scale.data.hashing import hash_words
+from oar_scale.errors import UserError
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import nll_table
 from oar_scale.generation.editing import inpaint
@@ -200,7 +202,8 @@ def run_pieces(pieces: Sequence[Piece], processes: int, threads: int, on_done: C
     """Run all pieces, in this process or in ``processes`` fresh ones of ``threads`` threads each.
 
     Raises:
-        Whatever a piece raises; those that have not begun are then left undone.
+        UserError: a process was killed.
+        Exception: whatever a piece raises; those that have not begun are then left undone.
     """
     found: list[Any] = [None] * len(pieces)
     if processes == 1:
@@ -215,6 +218,10 @@ def run_pieces(pieces: Sequence[Piece], processes: int, threads: int, on_done: C
             for future in as_completed(index_of):
                 found[index_of[future]] = future.result()
                 on_done()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process of the evaluation was killed, perhaps for lack of memory: run it again, with fewer parallel.workers if need be"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
     results = Results()

@@ -98,11 +98,12 @@ def mean_steps(order_SN: NDArray[np.uint16]) -> NDArray[np.float64]:
     return steps
 
 
-def brute_force_sentence(found: Sequence[BruteForce]) -> str:
+def brute_force_sentence(found: BruteForce) -> str:
     """The outcome of the comparison, in words."""
-    images, equal = sum(piece.images for piece in found), sum(piece.equal for piece in found)
-    opening = f"Compared with brute force (a fresh forward pass for every candidate, float32) on {images} training images:"
-    if equal == images:
-        return f"{opening} all {images} orders are equal."
-    gap = max(piece.gap for piece in found)
-    return f"{opening} {equal} of {images} orders are equal; where one first differs, the two choices' scores are {gap:.1e} apart."
+    opening = f"Compared with brute force (a fresh forward pass for every candidate, float32) on {found.images} training images:"
+    if found.equal == found.images:
+        return f"{opening} all {found.images} orders are equal."
+    return (
+        f"{opening} {found.equal} of {found.images} orders are equal; "
+        f"where one first differs, the scores of the two choices are {found.gap:.1e} apart."
+    )

@@ -112,7 +112,9 @@ def _read(run: Run) -> Inputs:
     vq_file = fetch(require(run, run.vq_uri, "tokenizer"), run.cache)
     text, heldout, train = text_tokenizer(run), read_tokens(run, "heldout"), read_tokens(run, "train")
     if len(heldout.keys) < 8:
-        raise UserError(f"{run.at('tokens', 'heldout')}: {len(heldout.keys)} held-out images are too few to evaluate; raise data.heldout_fraction.")
+        raise UserError(
+            f"{run.at('tokens', 'heldout')}: {len(heldout.keys)} held-out images are too few to evaluate; raise data.heldout_fraction."
+        )
     compared = min(run.recipe.evaluate.feature_images, len(heldout.keys))
     return Inputs(
         models=models,
@@ -133,16 +135,12 @@ def _read(run: Run) -> Inputs:
 
 
 def _pieces(run: Run, inputs: Inputs) -> list[Piece]:
-    return [*_brute_force_pieces(run, inputs), *_drawing_pieces(run, inputs), *_likelihood_pieces(run, inputs), *_edit_pieces(run, inputs)]
+    return [_brute_force_piece(run, inputs), *_drawing_pieces(run, inputs), *_likelihood_pieces(run, inputs), *_edit_pieces(run, inputs)]
 
 
-def _brute_force_pieces(run: Run, inputs: Inputs) -> list[Piece]:
-    settings, file = ExtractionSettings.from_recipe(run.recipe.extract), inputs.models["any-order"]
-    pieces: list[Piece] = []
-    for image in range(min(BRUTE_FORCE_IMAGES, len(inputs.train.keys))):
-        subject = Subject("any-order", file, inputs.train_text_ST[image : image + 1].numpy(), image)
-        pieces.append(BruteForcePiece(subject, inputs.train.codes_SN[image : image + 1], settings))
-    return pieces
+def _brute_force_piece(run: Run, inputs: Inputs) -> Piece:
+    subject = Subject("any-order", inputs.models["any-order"], inputs.train_text_ST.numpy())
+    return BruteForcePiece(subject, inputs.train.codes_SN[:BRUTE_FORCE_IMAGES], ExtractionSettings.from_recipe(run.recipe.extract))
 
 
 def _drawing_pieces(run: Run, inputs: Inputs) -> list[Piece]:
@@ -150,7 +148,9 @@ def _drawing_pieces(run: Run, inputs: Inputs) -> list[Piece]:
     recipe, settings = run.recipe, SampleSettings.from_recipe(run.recipe.sample)
     count = max(inputs.compared, min(recipe.sample.images, len(inputs.heldout.keys)))
     return [
-        DrawingPiece(Subject(name, file, inputs.text_ST[part].numpy(), part.start), inputs.vq_file, settings, recipe.seed, recipe.parallel.precision)
+        DrawingPiece(
+            Subject(name, file, inputs.text_ST[part].numpy(), part.start), inputs.vq_file, settings, recipe.seed, recipe.parallel.precision
+        )
         for part in _parts(count)
         for name, file in inputs.models.items()
         if name != "base"
@@ -161,8 +161,9 @@ def _likelihood_pieces(run: Run, inputs: Inputs) -> list[Piece]:
     recipe, cells = run.recipe, run.recipe.grid**2
     count = min(recipe.evaluate.nll_images, len(inputs.heldout.keys))
     random_SN, raster_SN = random_orders(count, cells, recipe.seed), raster_orders(count, cells)
-    other_ST = shuffled_captions(inputs.text_ST[:count], recipe.seed)
-    own = ExtractionSettings.from_recipe(recipe.extract)
+    text_ST = inputs.text_ST[:count]
+    other_ST = shuffled_captions(text_ST, recipe.seed).numpy() if len(text_ST.unique(dim=0)) > 1 else None
+    own, precision = ExtractionSettings.from_recipe(recipe.extract), recipe.parallel.precision
     pieces: list[Piece] = []
     for part in _parts(count):
         codes_SN, random = inputs.heldout.codes_SN[part], {"random": random_SN[part].numpy()}
@@ -172,7 +173,7 @@ def _likelihood_pieces(run: Run, inputs: Inputs) -> list[Piece]:
                 pieces.append(LikelihoodPiece(subject, codes_SN, random))
             else:
                 orders = {**random, "raster": raster_SN[part].numpy()}
-                pieces.append(LikelihoodPiece(subject, codes_SN, orders, other_ST[part].numpy(), own, recipe.parallel.precision))
+                pieces.append(LikelihoodPiece(subject, codes_SN, orders, None if other_ST is None else other_ST[part], own, precision))
     return pieces
 
 
@@ -256,7 +257,7 @@ def _orders(run: Run, inputs: Inputs, results: Results) -> OrderFacts:
         neighbour_share=summary.adjacent_share(orders_SN),
         seconds=float(stage_results(run, "extract").get("seconds", 0.0)),
         examples=tuple(OrderExample(captions[row], inputs.train_pictures[row], steps[row]) for row in range(len(steps))),
-        brute_force=summary.brute_force_sentence(results.brute_force),
+        brute_force=summary.brute_force_sentence(results.brute_force[0]),
     )
 
 
@@ -289,7 +290,7 @@ def _highlights(run: Run, evaluation: Evaluation) -> dict[str, Any]:
     kid = {row.name: row.kid_efflite0 for row in evaluation.distances}
     for name, difference in differences.items():
         run.console.say(f"  {name}: {difference['mean']:+.4f} +- {difference['standard_error']:.4f} nats per code")
-    shuffled = captions["ordered"]
-    run.console.say(f"  shuffled captions cost the ordered model {shuffled['mean']:+.4f} +- {shuffled['standard_error']:.4f} nats per code")
+    for name, cost in captions.items():
+        run.console.say(f"  captions of other images, {name}: {cost['mean']:+.4f} +- {cost['standard_error']:.4f} nats per code")
     run.console.say(f"  {evaluation.orders.brute_force}")
     return {"nll_images": evaluation.nll.images, "differences": differences, "shuffled_minus_own": captions, "kid_efflite0": kid}

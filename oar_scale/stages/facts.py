@@ -113,7 +113,7 @@ def _stage_row(run: Run, name: str, seconds: float, results: Mapping[str, Any]) 
         case "tokens":
             what, detail = "images into codes", f"{len(recipe.tokenizer.views)} views of each training image"
         case "extract":
-            what, detail = "found one order for each training image", f"{results.get('images_per_s', 0):.1f} images/s, {results.get('actors')} actors"
+            what, detail = "found one order for each training image", _extraction(results)
         case "pretrain":
             start = "continued" if recipe.model.weights else "trained"
             what, detail = f"{start} the any-order model", _training(results)
@@ -135,6 +135,10 @@ def _training(results: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _extraction(results: Mapping[str, Any]) -> str:
+    return f"{results['images_per_s']:.1f} images/s, {results['actors']} actors" if "images_per_s" in results else ""
+
+
 def _marker(run: Run, name: str) -> Marker | None:
     try:
         marker: Marker = read_json(run.at("stages", f"{name}.json"))
@@ -146,7 +150,7 @@ def _marker(run: Run, name: str) -> Marker | None:
 def _machine() -> str:
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GB memory"
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return f"{len(psutil.Process().cpu_affinity())} CPU cores, {memory}, {', '.join(gpus) or 'no GPU'}"
+    return f"{psutil.cpu_count()} CPU cores, {memory}, {', '.join(gpus) or 'no GPU'}"
 
 
 def _software() -> str:

@@ -73,14 +73,10 @@ def _notes(run: Run, found: Evaluation | None) -> tuple[str, ...]:
     notes = ["One seed, one training run of each model: the errors given are those of the held-out images alone."]
     if not run.recipe.pipeline.control:
         notes.append("No control (pipeline.control: false): a gain over the any-order model may come from the further training alone.")
-    if found is not None:
-        rows = {row.name: row for row in found.distances}
-        samples = next(iter(rows.values())).samples if rows else 0
+    if found is not None and any(row.name.startswith("training images") for row in found.distances):
         notes.append(
-            f"Distances are measured with {samples} images on each side. "
-            "Read those of the models by those of real training images, and of training images encoded and decoded, the best that these codes can do."
-            if "training images" in rows
-            else f"Distances are measured with {samples} images on each side."
+            "Read the distances of the models by those of real training images, and of training images encoded and decoded: "
+            "the best that these codes can do."
         )
     if run.recipe.parallel.precision == "bf16":
         notes.append("Orders are extracted and images drawn in bfloat16; likelihoods are computed in float32.")

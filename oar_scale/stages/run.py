@@ -1,7 +1,7 @@
 """A run: its recipe, and where its parts lie.
 
-    ROOT  (folder or s3://)   images/ tokens/ tokenizers/ checkpoints/ models/ orders/ stages/
-    LOCAL (folder)            recipe.yaml events/ figures/ evaluation.json report/index.html
+ROOT  (folder or s3://)   images/ tokens/ tokenizers/ checkpoints/ models/ orders/ stages/
+LOCAL (folder)            recipe.yaml events/ figures/ evaluation.json report/index.html
 """
 
 from __future__ import annotations

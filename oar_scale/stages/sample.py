@@ -39,7 +39,7 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str) -> st
     if captions is None:
         captions = read_tokens(run, "heldout", run.recipe.sample.images).captions
     if any(not caption.strip() for caption in captions):
-        raise UserError("a caption is empty: put quotation marks around each caption, e.g. oar sample RECIPE \"a smiling cat\"")
+        raise UserError('a caption is empty: put quotation marks around each caption, e.g. oar sample RECIPE "a smiling cat"')
     parallel = run.recipe.parallel
     torch.set_num_threads(parallel.cpu_threads * parallel.workers)
     vq = load_vq(require(run, run.vq_uri, "tokenizer"))

@@ -63,7 +63,8 @@ class Quantizer(nn.Module):
         """Codes [B, N] in raster order."""
         rows = F.normalize(latent_BCGG.float().flatten(2).transpose(1, 2), dim=-1)
         entries = F.normalize(self.embedding.weight.float(), dim=-1)
-        return (rows @ entries.t()).argmax(-1)
+        codes_BN: Tensor = torch.matmul(rows, entries.t()).argmax(-1)
+        return codes_BN
 
     def lookup(self, codes_BN: Tensor) -> Tensor:
         """Codebook vectors [B, C, G, G] of codes in raster order."""

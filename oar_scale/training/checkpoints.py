@@ -55,7 +55,9 @@ def save_checkpoint(engine: Any, job: TrainingJob, step: int) -> Saved:
     scratch = tempfile.mkdtemp(prefix="oar-checkpoint-")
     try:
         engine.save_checkpoint(scratch, tag=TAG, client_state={"step": step}, save_latest=False)
-        mine = {name: _upload(os.path.join(scratch, TAG, name), join(target, name)) for name in sorted(os.listdir(os.path.join(scratch, TAG)))}
+        mine = {
+            name: _upload(os.path.join(scratch, TAG, name), join(target, name)) for name in sorted(os.listdir(os.path.join(scratch, TAG)))
+        }
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
@@ -115,7 +117,9 @@ def latest_checkpoint(job: TrainingJob) -> Found | None:
             return Found(step, uri, manifest, tuple(rejected))
         rejected.append(f"{uri}: {fault}")
     if rejected:
-        raise UserError("no checkpoint of this stage can be used:\n" + "\n".join(rejected) + f"\nDelete {job.checkpoints} to start the stage anew.")
+        raise UserError(
+            "no checkpoint of this stage can be used:\n" + "\n".join(rejected) + f"\nDelete {job.checkpoints} to start the stage anew."
+        )
     return None
 
 
@@ -138,8 +142,10 @@ def _verify(uri: str, manifest: dict[str, Any]) -> str | None:
             data = open_storage(uri).read(join(uri, name))
         except UserError as error:
             return f"{name}: {error}"
-        if len(data) != entry["bytes"] or crc32c.crc32c(data) != entry["crc32c"]:
-            return f"{name} is damaged ({len(data)} bytes, crc32c {crc32c.crc32c(data):08x}; the manifest says {entry['bytes']}, {entry['crc32c']:08x})"
+        checksum = crc32c.crc32c(data)
+        if len(data) != entry["bytes"] or checksum != entry["crc32c"]:
+            written = f"{entry['bytes']}, {entry['crc32c']:08x}"
+            return f"{name} is damaged ({len(data)} bytes, crc32c {checksum:08x}; the manifest says {written})"
     return None
 
 

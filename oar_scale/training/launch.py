@@ -27,7 +27,10 @@ def run_training(job: TrainingJob, console: Console) -> dict[str, Any]:
     started, events = time.monotonic(), join(job.local, "events")
     first = len(attempts(events, job.stage))
     parallel = job.recipe.parallel
-    with ray_session(cpus=parallel.workers, gpus=int(parallel.gpus_per_worker * parallel.workers)), console.follow(events, job.stage, job.training.steps):
+    with (
+        ray_session(cpus=parallel.workers, gpus=int(parallel.gpus_per_worker * parallel.workers)),
+        console.follow(events, job.stage, job.training.steps),
+    ):
         _fit(job)
     history = read_events(events, job.stage)
     rates = sorted(event["images_per_s"] for event in history if event["kind"] == "train")
@@ -66,7 +69,8 @@ def _fit(job: TrainingJob) -> None:
         if last and last[0]["kind"] == "failed":
             raise UserError(last[0]["error"]) from error
         raise UserError(
-            f"stage {job.stage}: the workers failed more than parallel.max_failures = {parallel.max_failures} times; the last cause:\n{error}\n"
+            f"stage {job.stage}: the workers failed more than parallel.max_failures = {parallel.max_failures} times; "
+            f"the last cause:\n{error}\n"
             "Run the same command again to go on from the last checkpoint."
         ) from error
     finally:

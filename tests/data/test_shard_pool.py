@@ -36,12 +36,15 @@ class Writer:
     output: str
     log: str
     die_once_on: str = ""
+    die_on: str = ""
     fail_on: str = ""
     fault_on: str = ""
 
     def run(self, shard: str) -> Facts:
         with open(self.log, "a") as log:
             log.write(f"{shard} {os.getpid()}\n")
+        if shard == self.die_on:
+            os.kill(os.getpid(), signal.SIGKILL)
         if shard == self.fail_on:
             raise RuntimeError("the accelerator caught fire")
         if shard == self.fault_on:
@@ -112,6 +115,14 @@ def test_a_poison_shard_is_set_aside_and_named_and_the_others_are_done(tmp_path:
         report.raise_for_poison()
 
 
+def test_a_shard_that_kills_every_actor_is_set_aside_and_the_others_are_done(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    report = run_pool(make(folder, die_on=SHARDS[0]), SHARDS, str(folder / "ledger"), actors=2, max_retries=1)
+    assert list(report.done) == SHARDS[1:]
+    assert report.failures == {SHARDS[0]: 2}
+    assert report.poison[SHARDS[0]].startswith("its process died")
+
+
 def test_a_failed_shard_is_tried_by_another_process(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run_pool(make(folder, fail_on=SHARDS[0]), SHARDS[:1], str(folder / "ledger"), actors=1, max_retries=1)
@@ -135,11 +146,18 @@ def broken_worker() -> Writer:
     raise OSError("no GPU here")
 
 
+def deadly_worker() -> Writer:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
 def test_a_worker_that_cannot_be_made_stops_the_pool(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         run_pool(user_fault, SHARDS, str(tmp_path / "ledger"), actors=2)
     with pytest.raises(RuntimeError, match=r"(?s)no worker could be made in 2 tries.*no GPU here"):
         run_pool(broken_worker, SHARDS, str(tmp_path / "ledger"), actors=1, max_retries=1)
+    with pytest.raises(RuntimeError, match=r"no worker could be made in 2 tries"):
+        run_pool(deadly_worker, SHARDS, str(tmp_path / "ledger"), actors=1, max_retries=1)
 
 
 DRIVER = """

@@ -1,0 +1,147 @@
+"""The whole pipeline in its two-minute version: real drawings, Ray, DeepSpeed, shards; on a folder and on a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+
+from oar_scale.observe.events import attempts, read_events
+from oar_scale.orders.table import read_orders
+from oar_scale.storage import open_storage, read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = str(ROOT / "recipes" / "smoke.yaml")
+
+
+def oar(*arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "oar_scale.cli", *arguments], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of recipes/smoke.yaml."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = oar("run", SMOKE, "-o", f"run_dir={folder}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return folder
+
+
+@pytest.mark.timeout(900)
+def test_one_command_takes_captioned_images_to_a_report(finished: Path) -> None:
+    html = (finished / "report" / "index.html").read_text()
+    assert "kid_efflite0" in html and "OpenMoji" in html and "CC BY-SA" in html
+    evaluation = json.loads((finished / "evaluation.json").read_text())
+    assert evaluation
+    for name in ("base", "anyorder", "ordered", "control"):
+        assert (finished / "models" / f"{name}.safetensors").stat().st_size > 100_000
+
+
+def test_every_training_image_has_an_order_that_is_a_permutation(finished: Path) -> None:
+    tables = [read_orders(str(path)) for path in sorted((finished / "orders" / "train").glob("*.parquet"))]
+    orders = np.concatenate([table.order_SN for table in tables])
+    assert len(orders) == read_json(str(finished / "stages" / "tokens.json"))["results"]["train"]
+    assert (np.sort(orders, axis=1) == np.arange(64)).all()
+    assert len(np.unique(orders, axis=0)) > 1
+
+
+def test_plain_webdataset_reads_the_shards(finished: Path) -> None:
+    samples = list(webdataset.WebDataset(str(finished / "tokens" / "train" / "00000.tar"), shardshuffle=False))
+    assert len(samples) == 32
+    assert {"codes.npy", "txt", "json"} <= samples[0].keys()
+    images = list(webdataset.WebDataset(str(finished / "images" / "train" / "00000.tar"), shardshuffle=False))
+    assert [s["__key__"] for s in images] == [s["__key__"] for s in samples]
+
+
+def test_running_again_skips_every_stage(finished: Path) -> None:
+    began = time.monotonic()
+    again = oar("run", SMOKE, "-o", f"run_dir={finished}")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("skipped") == 9
+    assert time.monotonic() - began < 60
+
+
+def test_a_changed_setting_in_a_finished_run_is_refused_by_name(finished: Path) -> None:
+    refused = oar("run", SMOKE, "-o", f"run_dir={finished}", "-o", "pretrain.lr=0.5")
+    assert refused.returncode == 2
+    assert "pretrain.lr was 0.001, is 0.5" in refused.stderr and "--from pretrain" in refused.stderr
+
+
+def test_another_recipes_run_folder_is_refused(finished: Path) -> None:
+    refused = oar("run", SMOKE, "-o", f"run_dir={finished}", "-o", "name=other")
+    assert refused.returncode == 2
+    assert "belongs to another run: name was 'smoke'" in refused.stderr
+
+
+def test_sample_draws_a_picture(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "drawn.png"
+    drawn = oar("sample", SMOKE, "-o", f"run_dir={finished}", "--out", str(out), "a smiling cat")
+    assert drawn.returncode == 0, drawn.stderr
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_training_worker_is_replaced_and_goes_on_from_the_checkpoint(finished: Path, tmp_path: Path) -> None:
+    """The worker dies after step 5 at the earliest; the losses are those of the undisturbed run."""
+    for part in ("images", "tokens", "tokenizers"):
+        (tmp_path / part).symlink_to(finished / part)
+    (tmp_path / "stages").mkdir()
+    for stage in ("data", "tokenizer", "tokens"):
+        (tmp_path / "stages" / f"{stage}.json").symlink_to(finished / "stages" / f"{stage}.json")
+    command = [sys.executable, "-m", "oar_scale.cli", "train", SMOKE, "-o", f"run_dir={tmp_path}"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    try:
+        worker = next(_wait_for(tmp_path, "start"))["pid"]
+        next(_wait_for(tmp_path, "checkpoint"))
+        os.kill(worker, signal.SIGKILL)
+        output, _ = run.communicate(timeout=400)
+    finally:
+        run.kill()
+    assert run.returncode == 0, output[-4000:]
+    starts = [event["start_step"] for event in _events(tmp_path) if event["kind"] == "start"]
+    if len(attempts(str(tmp_path / "events"), "pretrain")) == 1:
+        pytest.fail("the worker was not killed before the end: make the smoke recipe longer")
+    assert starts[-1] >= 5
+    mine, undisturbed = (_losses(folder) for folder in (tmp_path, finished))
+    assert mine == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_same_run_with_everything_on_s3(s3_root: str, tmp_path: Path, finished: Path) -> None:
+    root = f"{s3_root}/pipeline"
+    done = oar("run", SMOKE, "-o", f"run_dir={tmp_path}", "-o", f"storage.root={root}", timeout_s=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert (tmp_path / "report" / "index.html").stat().st_size > 50_000
+    names = [uri.removeprefix(root) for uri in open_storage(root).list(root)]
+    for pattern in (r"/tokens/train/00000\.tar", r"/orders/train/00000\.parquet", r"/checkpoints/pretrain/step-00000020/COMMITTED"):
+        assert any(re.fullmatch(pattern, name) for name in names), pattern
+    assert not (tmp_path / "tokens").exists() and not (tmp_path / "checkpoints").exists()
+    assert _losses(tmp_path) == _losses(finished), "the storage changed the training"
+
+
+def _events(folder: Path) -> list[dict[str, Any]]:
+    return read_events(str(folder / "events"), "pretrain")
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in _events(folder) if event["kind"] == "train"}
+
+
+def _wait_for(folder: Path, kind: str, seconds: float = 240) -> Iterator[dict[str, Any]]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        yield from (event for event in _events(folder) if event["kind"] == kind)
+        time.sleep(0.02)
+    raise TimeoutError(f"no {kind} event in {folder}")

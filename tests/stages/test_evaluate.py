@@ -1,0 +1,274 @@
+"""Stages evaluate, report and sample on a run whose models are small and random: real shards, files and pictures."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from oar_scale.config.schema import Recipe
+from oar_scale.data.manifest import read_manifest, write_manifest
+from oar_scale.data.shards import read_token_shard
+from oar_scale.data.tokenize import token_manifest, tokenize_shard
+from oar_scale.errors import UserError
+from oar_scale.evaluation.record import load_evaluation
+from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
+from oar_scale.observe.console import Console
+from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+from oar_scale.orders.table import OrderTable, table_name, write_orders
+from oar_scale.stages.data import run_data
+from oar_scale.stages.evaluate import run_evaluate
+from oar_scale.stages.report import run_report
+from oar_scale.stages.run import Run
+from oar_scale.stages.sample import run_sample
+from oar_scale.stages.tokenizer import read_images
+from oar_scale.storage import join, read_json, write_json
+from oar_scale.tokenizers.text import train_text_tokenizer
+from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq
+
+MISSING = "This run has no {} yet."
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "small",
+            "run_dir": str(folder),
+            "data": {"source": {"type": "openmoji", "limit": 120}, "image_size": 16, "heldout_fraction": 0.4, "samples_per_shard": 32},
+            "tokenizer": {"image": {"codebook_size": 32}, "text": {"vocab_size": 200, "max_tokens": 6}},
+            "model": {"dim": 32, "layers": 2, "heads": 2},
+            "parallel": {"workers": 1, "micro_batch": 24},
+            "sample": {"images": 3},
+            "evaluate": {"nll_images": 24, "feature_images": 24},
+            **changes,
+        }
+    )
+
+
+def small_model(run: Run, seed: int) -> AnyOrderModel:
+    torch.manual_seed(seed)
+    spec = ModelSpec.from_recipe(run.recipe.model, vocab_size=32, grid=run.recipe.grid, text_vocab=201, max_tokens=6)
+    model = AnyOrderModel(spec)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run up to the fine-tuned models; ``ordered`` has the weights of ``anyorder``."""
+    run = Run(recipe(tmp_path_factory.mktemp("small")), Console(io.StringIO()))
+    write_json(run.at("stages", "data.json"), {"stage": "data", "seconds": 2.0, "started": 1.7e9, "results": run_data(run)})
+    _, captions = read_images(run, "train")
+    train_text_tokenizer(captions, 200, 6).save(run.text_uri)
+    torch.manual_seed(1)
+    spec = VQSpec(image_size=16, channels=32, multipliers=(1, 1, 1), res_blocks=1, latent_channels=32, codebook_size=32, codebook_dim=4)
+    save_vq(run.vq_uri, VQTokenizer(spec))
+    vq = load_vq(run.vq_uri)
+    for split in ("train", "heldout"):
+        source, target = run.at("images", split), run.at("tokens", split)
+        shards = [tokenize_shard(source, target, shard, vq, ("center",), run.cache) for shard in read_manifest(source).shards]
+        write_manifest(target, token_manifest(shards, vq, ("center",), ""))
+    for name, seed in {"base": 1, "anyorder": 2, "control": 3, "ordered": 2}.items():
+        save_model(run.model_uri(name), small_model(run, seed))
+    write_tables(run)
+    results = {"images": 80, "seconds": 4.0, "images_per_s": 20.0, "actors": 1, "poison": {}}
+    write_json(run.at("stages", "extract.json"), {"stage": "extract", "seconds": 4.5, "started": 1.7e9, "results": results})
+    with run.log("pretrain") as log:
+        for step in (1, 2):
+            log.emit("train", step=step, loss=3.5 - step, lr=1e-3, grad_norm=1.0, images_per_s=10.0, data_wait_s=0.0)
+    return run
+
+
+def write_tables(run: Run) -> None:
+    model, folder = load_model(run.model_uri("anyorder")), run.at("tokens", "train")
+    for info in read_manifest(folder).shards:
+        shard = read_token_shard(join(folder, info.name), run.cache, info)
+        codes = torch.from_numpy(shard.codes_SVN[:, 0].astype(np.int64))
+        found = extract_orders(model, codes, model.null_condition(len(codes)), ExtractionSettings())
+        order, score = found.order_BN.numpy().astype(np.uint16), found.score_BN.numpy()
+        write_orders(
+            run.at("orders", "train", table_name(info.name)), OrderTable(shard.keys, [0] * len(codes), order, score, "model", "settings")
+        )
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished: Run) -> Run:
+    run_evaluate(finished)
+    return finished
+
+
+@pytest.fixture
+def copied(finished: Run, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Copies of the run that a test may change, with another recipe if it likes."""
+
+    def copy(**changes: Any) -> Run:
+        shutil.copytree(finished.local(), tmp_path / "run")
+        return Run(recipe(tmp_path / "run", **changes), Console(io.StringIO()))
+
+    yield copy
+
+
+def numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in numbers(item)]
+    if isinstance(value, list):
+        return [number for item in value for number in numbers(item)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def test_every_number_of_the_evaluation_is_finite(evaluated: Run) -> None:
+    found = numbers(read_json(evaluated.local("evaluation.json")))
+    assert len(found) > 60
+    assert all(math.isfinite(number) for number in found)
+
+
+def test_models_with_the_same_weights_differ_by_exactly_nothing(evaluated: Run) -> None:
+    found = load_evaluation(evaluated.local())
+    assert found is not None
+    by_pair = {(d.first, d.second, d.order): d.difference for d in found.nll.differences}
+    for order in ("own confidence", "random"):
+        assert (by_pair["ordered", "any-order", order].mean, by_pair["ordered", "any-order", order].standard_error) == (0.0, 0.0)
+        assert by_pair["ordered", "control", order].mean != 0.0
+    distances = {row.name: row for row in found.distances}
+    assert distances["ordered"].fd_efflite0 == distances["any-order"].fd_efflite0
+    grid = found.samples
+    assert all(
+        np.array_equal(row.samples[grid.columns.index("ordered")], row.samples[grid.columns.index("any-order")]) for row in grid.rows
+    )
+
+
+def test_own_confidence_order_is_likelier_than_a_random_one(evaluated: Run) -> None:
+    found = load_evaluation(evaluated.local())
+    assert found is not None
+    nll = {(entry.model, entry.order): entry.nll.mean for entry in found.nll.entries}
+    for model in ("any-order", "control", "ordered"):
+        assert nll[model, "own confidence"] < nll[model, "random"]
+
+
+def test_evaluation_knows_what_the_order_tables_say(evaluated: Run) -> None:
+    found = load_evaluation(evaluated.local())
+    assert found is not None
+    orders = found.orders
+    assert orders.images == read_manifest(evaluated.at("tokens", "train")).samples
+    assert orders.distinct > 1
+    assert orders.mean_step_of_cell.sum() == pytest.approx(sum(range(16)))
+    assert all(sorted(example.step_of_cell.ravel()) == list(range(16)) for example in orders.examples)
+    assert "all 2 orders are equal" in orders.brute_force
+
+
+def test_edits_hide_the_middle_or_all_but_the_middle(evaluated: Run) -> None:
+    found = load_evaluation(evaluated.local())
+    assert found is not None
+    middle = np.zeros((4, 4), dtype=bool)
+    middle[1:3, 1:3] = True
+    assert [edit.kind for edit in found.edits] == ["inpainting", "outpainting"]
+    assert np.array_equal(found.edits[0].known, ~middle)
+    assert np.array_equal(found.edits[1].known, middle)
+    assert all(len(edit.completions) == 4 for edit in found.edits)
+
+
+def test_two_processes_find_the_same_numbers_as_one(evaluated: Run, copied: Callable[..., Run]) -> None:
+    run = copied(parallel={"workers": 2, "micro_batch": 24})
+    run_evaluate(run)
+    one, two = (read_json(each.local("evaluation.json")) for each in (evaluated, run))
+    assert numbers(one["nll"]) == pytest.approx(numbers(two["nll"]), rel=1e-6)
+    assert numbers(one["captions"]) == pytest.approx(numbers(two["captions"]), rel=1e-6, abs=1e-9)
+
+
+def test_report_has_the_numbers_and_pictures_of_the_evaluation(evaluated: Run) -> None:
+    path = run_report(evaluated)["path"]
+    page = Path(path).read_text()
+    found = load_evaluation(evaluated.local())
+    assert found is not None
+    for entry in found.nll.entries:
+        assert f"{entry.nll.mean:.3f} ± {entry.nll.standard_error:.3f}" in page
+    for row in found.distances:
+        assert f"{row.fd_efflite0:.1f}" in page
+    assert found.samples.rows[0].caption in page
+    assert "all 2 orders are equal" in page
+    assert "OpenMoji" in page and "CC" in page
+    assert "any-order pretraining" in page
+    assert page.count("data:image/png;base64,") > 30
+
+
+def test_report_of_a_run_that_has_only_begun_says_what_is_missing(tmp_path: Path) -> None:
+    page = Path(run_report(Run(recipe(tmp_path), Console(io.StringIO())))["path"]).read_text()
+    for section in ("samples", "held-out likelihoods", "distances", "extracted orders", "training curves", "data"):
+        assert MISSING.format(section) in page
+
+
+def test_evaluation_of_another_version_is_refused_by_name(evaluated: Run, tmp_path: Path) -> None:
+    shutil.copytree(evaluated.local("figures"), tmp_path / "figures")
+    plain = read_json(evaluated.local("evaluation.json"))
+    del plain["nll"]["images"]
+    write_json(str(tmp_path / "evaluation.json"), plain)
+    with pytest.raises(UserError, match=r"evaluation\.json.*stage evaluate again"):
+        load_evaluation(str(tmp_path))
+
+
+def test_without_control_nothing_asks_for_it(copied: Callable[..., Run]) -> None:
+    run = copied(pipeline={"control": False}, evaluate={"nll_images": 16, "feature_images": 8})
+    os.remove(run.model_uri("control"))
+    run_evaluate(run)
+    found = load_evaluation(run.local())
+    assert found is not None
+    assert found.samples.columns == ("any-order", "ordered")
+    assert {difference.second for difference in found.nll.differences} == {"any-order"}
+    assert "No control" in Path(run_report(run)["path"]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("lost", "stage"),
+    [("models/ordered.safetensors", "finetune"), ("models/base.safetensors", "pretrain"), ("orders/train/00000.parquet", "extract"),
+     ("tokens/heldout/manifest.json", "tokens"), ("tokenizers/vq.safetensors", "tokenizer")],
+)  # fmt: skip
+def test_missing_input_names_the_stage_that_makes_it(copied: Callable[..., Run], lost: str, stage: str) -> None:
+    run = copied()
+    os.remove(run.at(lost))
+    with pytest.raises(UserError, match=f"{lost.rsplit('/', 1)[1]}.*stage {stage} "):
+        run_evaluate(run)
+
+
+def test_images_that_share_one_caption_are_evaluated_without_shuffling(copied: Callable[..., Run]) -> None:
+    run = copied(evaluate={"nll_images": 8, "feature_images": 8}, tokenizer={"image": {"codebook_size": 32}, "text": {"max_tokens": 1}})
+    train_text_tokenizer(["a"] * 10, 64, 1).save(run.text_uri)
+    for name in ("base", "anyorder", "control", "ordered"):
+        save_model(run.model_uri(name), small_model(run, seed=4))
+    run_evaluate(run)
+    found = load_evaluation(run.local())
+    assert found is not None
+    assert found.captions == ()
+
+
+def test_sample_draws_a_row_for_each_caption(finished: Run, tmp_path: Path) -> None:
+    out = str(tmp_path / "sheet.png")
+    assert run_sample(finished, ["a cat", "a red heart"], "ordered", out) == out
+    first = np.asarray(Image.open(out))
+    assert first.shape == (2 * 128 + 8, 4 * 128 + 3 * 8, 3)
+    run_sample(finished, ["a cat", "a red heart"], "ordered", out)
+    assert np.array_equal(first, np.asarray(Image.open(out)))
+    run_sample(finished, ["a cat", "a red heart"], "control", out)
+    assert not np.array_equal(first, np.asarray(Image.open(out)))
+
+
+def test_sample_without_captions_draws_held_out_ones(finished: Run, tmp_path: Path) -> None:
+    out = str(tmp_path / "sheet.png")
+    run_sample(finished, None, "anyorder", out)
+    assert Image.open(out).height == 3 * 128 + 2 * 8
+
+
+def test_sample_of_an_unknown_model_names_the_known_ones(finished: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="anyorder, control, ordered"):
+        run_sample(finished, ["a cat"], "any-order", str(tmp_path / "sheet.png"))
