@@ -63,9 +63,10 @@ def _image_tokenizer(run: Run, pixels: Tensor) -> VQTokenizer:
         vq = load_vq(config.weights)
         if vq.spec.image_size != size or vq.spec.grid != run.recipe.grid:
             raise UserError(
-                f"tokenizer.image.weights {config.weights}: made for {vq.spec.image_size} px images, "
-                f"{vq.spec.grid} x {vq.spec.grid} codes; the recipe asks for {size} px and {run.recipe.grid} x {run.recipe.grid}.\nSet data.image_size: {vq.spec.image_size} "
-                f"and {len(vq.spec.multipliers)} tokenizer.image.multipliers, or train a tokenizer (tokenizer.image.weights: null)."
+                f"tokenizer.image.weights {config.weights}: made for {vq.spec.image_size} px and {vq.spec.grid} x {vq.spec.grid} codes; "
+                f"the recipe asks for {size} px and {run.recipe.grid} x {run.recipe.grid}.\n"
+                f"Set data.image_size: {vq.spec.image_size} and {len(vq.spec.multipliers)} tokenizer.image.multipliers, "
+                "or train a tokenizer (tokenizer.image.weights: null)."
             )
         return vq
     spec = VQSpec(
