@@ -210,7 +210,7 @@ class _Run:
 
         remote: Any = ray.remote(_Actor).options(num_cpus=self.cpu_threads, num_gpus=self.gpus_per_actor, max_restarts=0)
         actor = remote.remote(self.make_worker, self.ledger)
-        self.running[actor.start.remote()] = actor, None  # type: ignore[attr-defined]
+        self.running[actor.start.remote()] = actor, None
 
     def _started(self, outcome: _Outcome) -> None:
         if outcome.kind == "user error":

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oar_scale.config.deepspeed import deepspeed_config
-from oar_scale.data.hashing import permutations
+from oar_scale.data.hashing import hash_words, permutations
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import TokenShard, read_token_shard
 from oar_scale.data.stream import Batch, StreamSettings, TokenStream
@@ -64,7 +64,6 @@ def train(job: TrainingJob) -> None:
 
 def _train(job: TrainingJob, device: torch.device, rank: int, world: int, log: EventLog | None) -> None:
     training, started = job.training, time.monotonic()
-    torch.manual_seed(job.recipe.seed + rank)  # dropout only: everything about samples is hashed, see data.stream
     model = load_model(job.start_from)
     engine = make_engine(job, model, world)
     stream, heldout = _stream(job, rank, world), Heldout(job, rank, world, device)
@@ -80,6 +79,8 @@ def _train(job: TrainingJob, device: torch.device, rank: int, world: int, log: E
     for batch in stream.batches(start_step, training.steps):
         meter.waited()
         lr = learning_rate(training, batch.step)
+        # Dropout is all that draws from the generator; seeded by step, it too is the same after a restart.
+        torch.manual_seed(int(hash_words("dropout", job.recipe.seed, batch.step, rank)) >> 1)
         loss = train_step(engine, batch, lr, job.recipe.parallel.micro_batch, device)
         meter.done(batch, loss, lr, engine)
         step = batch.step + 1
