@@ -15,6 +15,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from oar_scale.errors import UserError
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing large goes through it; Ray wants 75 MB at least."""
@@ -45,24 +48,36 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
         folder = tempfile.mkdtemp(prefix="oar-ray-", dir="/tmp")  # short: Ray's sockets live in it, and their paths may have 107 bytes
         _choose_token()
         try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                num_gpus=gpus,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                configure_logging=False,
-                runtime_env=runtime_env,
-                _node_ip_address="127.0.0.2" if sys.platform == "linux" else None,  # Ray replaces 127.0.0.1 by a public address
-                _temp_dir=folder,
-            )
+            _start(cpus, gpus, folder, runtime_env)
             try:
                 yield
             finally:
                 ray.shutdown()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(cpus: int, gpus: int, folder: str, runtime_env: dict[str, Any]) -> None:
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env=runtime_env,
+            _node_ip_address="127.0.0.2" if sys.platform == "linux" else None,  # Ray replaces 127.0.0.1 by a public address
+            _temp_dir=folder,
+        )
+    except Exception as error:  # Ray has no class of its own for "my processes took longer than 30 s"
+        raise UserError(
+            f"Ray did not start: {error}\n"
+            "On an overloaded machine it may take longer than Ray waits: run the command again, finished work is kept."
+        ) from error
 
 
 def _choose_token() -> None:

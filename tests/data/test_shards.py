@@ -1,0 +1,81 @@
+"""Shards: what is written is what plain WebDataset reads, and damage is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
+from oar_scale.data.shards import read_token_shard, token_sample, write_shard
+from oar_scale.errors import UserError
+
+
+def samples(count: int, views: int = 2, cells: int = 16) -> list[dict[str, object]]:
+    codes = np.random.default_rng(0).integers(0, 512, (count, views, cells)).astype(np.uint16)
+    return [token_sample(f"key{i}", f"caption {i}", codes[i], b"{}") for i in range(count)]
+
+
+def test_a_token_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    info = write_shard(str(tmp_path), "00000.tar", samples(5))
+    shard = read_token_shard(str(tmp_path / "00000.tar"), str(tmp_path), info)
+    assert shard.keys == [f"key{i}" for i in range(5)]
+    assert shard.captions[3] == "caption 3"
+    assert shard.codes_SVN.dtype == np.uint16 and shard.codes_SVN.shape == (5, 2, 16)
+
+
+def test_plain_webdataset_decodes_the_same_codes(tmp_path: Path) -> None:
+    write_shard(str(tmp_path), "00000.tar", samples(5))
+    ours = read_token_shard(str(tmp_path / "00000.tar"), str(tmp_path)).codes_SVN
+    theirs = [s["codes.npy"] for s in webdataset.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False).decode()]
+    assert np.array_equal(np.stack(theirs), ours)
+
+
+@given(cut=st.integers(1, 10_239))
+def test_a_truncated_shard_is_never_taken_for_whole(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    info = write_shard(str(folder), "00000.tar", samples(3))
+    path = folder / "00000.tar"
+    path.write_bytes(path.read_bytes()[: min(cut, info.bytes - 1)])
+    with pytest.raises(UserError, match=r"00000\.tar"):
+        read_token_shard(str(path), str(folder), info)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    info = write_shard(str(tmp_path), "00000.tar", samples(3))
+    data = bytearray((tmp_path / "00000.tar").read_bytes())
+    data[700] ^= 1
+    (tmp_path / "00000.tar").write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged or was replaced"):
+        read_token_shard(str(tmp_path / "00000.tar"), str(tmp_path), info)
+
+
+def test_a_sample_without_codes_is_named(tmp_path: Path) -> None:
+    write_shard(str(tmp_path), "00000.tar", [{"__key__": "lonely", "txt": "only words"}])
+    with pytest.raises(UserError, match=r"00000\.tar: sample 'lonely' has no \.codes\.npy"):
+        read_token_shard(str(tmp_path / "00000.tar"), str(tmp_path))
+
+
+def test_a_file_that_is_no_tar_is_named(tmp_path: Path) -> None:
+    (tmp_path / "00000.tar").write_bytes(b"x" * 5000)
+    with pytest.raises(UserError, match=r"00000\.tar: truncated or broken tar"):
+        read_token_shard(str(tmp_path / "00000.tar"), str(tmp_path))
+
+
+def test_shards_without_a_manifest_are_unfinished_work(tmp_path: Path) -> None:
+    info = write_shard(str(tmp_path), "00000.tar", samples(3))
+    with pytest.raises(UserError, match=r"never finished"):
+        read_manifest(str(tmp_path))
+    write_manifest(str(tmp_path), Manifest(shards=(info,)))
+    assert read_manifest(str(tmp_path)).samples == 3
+
+
+def test_the_fingerprint_changes_with_the_bytes_and_with_the_meaning(tmp_path: Path) -> None:
+    one = Manifest(shards=(write_shard(str(tmp_path), "00000.tar", samples(3)),), grid=4, vocab_size=512)
+    other_bytes = Manifest(shards=(write_shard(str(tmp_path), "00000.tar", samples(4)),), grid=4, vocab_size=512)
+    other_meaning = one.model_copy(update={"tokenizer_id": "another"})
+    assert len({m.fingerprint for m in (one, other_bytes, other_meaning)}) == 3
