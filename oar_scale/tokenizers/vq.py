@@ -70,7 +70,7 @@ class Quantizer(nn.Module):
         """Codebook vectors [B, C, G, G] of codes in raster order."""
         grid = round(codes_BN.shape[1] ** 0.5)
         vectors_BNC = F.normalize(self.embedding(codes_BN), dim=-1)
-        return vectors_BNC.transpose(1, 2).unflatten(2, (grid, grid))
+        return vectors_BNC.transpose(1, 2).unflatten(2, (grid, grid))  # type: ignore[no-any-return]
 
     def forward(self, latent_BCGG: Tensor, commitment: float) -> Quantized:
         codes_BN = self.codes(latent_BCGG)
