@@ -2,8 +2,8 @@
 
     python tools/ship_weights.py runs/emoji recipes/weights/emoji
 
-writes ``emoji-vq.safetensors``, ``emoji-text.model``, ``emoji-anyorder.safetensors`` and ``emoji.json`` (recipe, seed,
-seconds, sizes and the curves of both trainings).
+writes ``emoji-vq.safetensors``, ``emoji-text.model``, ``emoji-anyorder.safetensors``, ``emoji.json`` (recipe, seed,
+seconds, results and the curves of both trainings) and ``emoji-curves.png``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def main() -> None:
     arguments = parser.parse_args()
     for source, name in FILES.items():
         shutil.copyfile(arguments.run / source, f"{arguments.target}-{name}")
-    write_json(f"{arguments.target}.json", history(arguments.run))
+    made = history(arguments.run)
+    write_json(f"{arguments.target}.json", made)
+    draw_curves(made["curves"], f"{arguments.target}-curves.png")
 
 
 def history(run: Path) -> dict[str, Any]:
@@ -46,6 +48,23 @@ def history(run: Path) -> dict[str, Any]:
             "heldout": [[e["step"], round(e["nll_random"], 4)] for e in events["pretrain"] if e["kind"] == "heldout"],
         },
     }
+
+
+def draw_curves(curves: dict[str, list[list[float]]], path: str) -> None:
+    """The tokenizer's PSNR and the model's losses over their steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    left.plot([point[0] for point in curves["tokenizer"]], [point[2] for point in curves["tokenizer"]], linewidth=0.8)
+    left.set(title="image tokenizer", xlabel="step", ylabel="PSNR of the batch, dB")
+    for name, label in (("pretrain", "training loss"), ("heldout", "held-out, random orders")):
+        right.plot([point[0] for point in curves[name]], [point[1] for point in curves[name]], linewidth=0.9, label=label)
+    right.set(title="any-order model", xlabel="step", ylabel="nats per code")
+    right.legend()
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ class StreamSettings:
     window_shards: int
     caption_dropout: float
     random_share: float = 1.0
-    """Share of samples in a fresh random order; the rest take view 0 and its stored order."""
+    """Share of samples that take any view, in a random order. The rest take view 0 in its stored order; without stored
+    orders (the control) still view 0, in a random order, so that the orders are all that differs."""
 
 
 class TokenStream:
@@ -99,10 +100,10 @@ class TokenStream:
         """This rank's samples of a step: a function of the settings and ``step`` alone."""
         settings = self.settings
         slots = self.plan.step(step, settings.global_batch, self.rank, self.world)
-        random_b = uniform("order kind", settings.seed, slots.epoch, slots.uid) < settings.random_share
+        any_view_b = uniform("order kind", settings.seed, slots.epoch, slots.uid) < settings.random_share
         view_b = integers("view", len(self.manifest.views), settings.seed, slots.epoch, slots.uid)
-        view_b[~random_b] = 0  # stored orders belong to the first view
-        codes, captions, order_bN = self._gather(slots, view_b, random_b)
+        view_b[~any_view_b] = 0  # stored orders belong to the first view
+        codes, captions, order_bN = self._gather(slots, view_b, ~any_view_b)
         return Batch(
             step=step,
             uid_b=torch.from_numpy(slots.uid),
@@ -113,7 +114,7 @@ class TokenStream:
         )
 
     def _gather(
-        self, slots: Slots, view_b: NDArray[np.int64], random_b: NDArray[np.bool_]
+        self, slots: Slots, view_b: NDArray[np.int64], stored_b: NDArray[np.bool_]
     ) -> tuple[NDArray[np.uint16], list[str], NDArray[np.int64]]:
         codes = np.empty((len(slots.uid), self.cells), dtype=np.uint16)
         order_bN = permutations("order", self.cells, self.settings.seed, slots.epoch, slots.uid)
@@ -123,8 +124,7 @@ class TokenStream:
             shard, orders_SN = self._shard(index)
             codes[row] = shard.codes_SVN[at, view_b[row]]
             captions.append(shard.captions[at])
-            if not random_b[row]:
-                assert orders_SN is not None, "random_share < 1 needs stored_orders"
+            if stored_b[row] and orders_SN is not None:
                 order_bN[row] = orders_SN[at]
         return codes, captions, order_bN
 
@@ -136,6 +136,4 @@ class TokenStream:
                 f"{join(self.folder, info.name)}: codes are {shard.codes_SVN.shape[1:]} (views, cells), "
                 f"the manifest says {(len(self.manifest.views), self.cells)}. Run the stage tokens again."
             )
-        if self.stored_orders is None or self.settings.random_share >= 1:
-            return shard, None
-        return shard, self.stored_orders(info.name, shard)
+        return shard, self.stored_orders(info.name, shard) if self.stored_orders else None

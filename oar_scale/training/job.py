@@ -28,12 +28,8 @@ class TrainingJob:
 
     @property
     def training(self) -> TrainingConfig:
-        """The stage's settings; the control has fine-tuning's, on random orders alone."""
-        if self.stage == "pretrain":
-            return self.recipe.pretrain
-        if self.stage == "control":
-            return self.recipe.finetune.model_copy(update={"random_share": 1.0})
-        return self.recipe.finetune
+        """The stage's settings. The control has fine-tuning's: same samples, views and budget, but no stored orders."""
+        return self.recipe.pretrain if self.stage == "pretrain" else self.recipe.finetune
 
     @property
     def checkpoints(self) -> str:

@@ -246,7 +246,7 @@ def _stream(job: TrainingJob, rank: int, world: int) -> TokenStream:
         random_share=training.random_share,
     )
     manifest, stored = read_manifest(folder), None
-    if training.random_share < 1:
+    if job.stage == "finetune":
         stored = _StoredOrders(join(job.root, "orders", "train"), folder, manifest.grid or 0, model_id(job.start_from))
     return TokenStream(folder, manifest, _text(job), settings, _cache(job), rank, world, stored)
 

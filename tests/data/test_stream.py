@@ -90,6 +90,19 @@ def test_stored_orders_come_with_the_first_view_and_in_the_stated_share(tokens: 
     assert (codes[follows, 0] < 100).all(), "a stored order was used on a view it was not found for"
 
 
+def test_the_control_sees_the_same_samples_and_views_in_random_orders(tokens: str, text: TextTokenizer) -> None:
+    backwards = np.arange(16, dtype=np.int64)[::-1].copy()
+    ordered, control = (
+        TokenStream(tokens, read_manifest(tokens), text, replace(SETTINGS, random_share=0.25), tokens, stored_orders=stored).batch(2)
+        for stored in (lambda name, shard: np.stack([backwards] * len(shard.keys)), None)
+    )
+    assert torch.equal(ordered.uid_b, control.uid_b) and torch.equal(ordered.codes_bN, control.codes_bN)
+    assert torch.equal(ordered.drop_b, control.drop_b)
+    follows = (ordered.order_bN == torch.from_numpy(backwards)).all(1)
+    assert follows.any() and not torch.equal(ordered.order_bN[follows], control.order_bN[follows])
+    assert torch.equal(ordered.order_bN[~follows], control.order_bN[~follows])
+
+
 def test_image_shards_are_not_taken_for_token_shards(tmp_path: Path, text: TextTokenizer) -> None:
     info = write_shard(str(tmp_path), "00000.tar", [{"__key__": "a", "txt": "x", "png": b""}])
     write_manifest(str(tmp_path), Manifest(shards=(info,)))
