@@ -9,7 +9,6 @@ S3_PORT ?= 8333
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# DeepSpeed looks for `ninja` on the PATH when it compiles its CPU collectives (once, about a minute).
 WITH_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
 .PHONY: venv quickstart quickstart-s3 test test-all check
@@ -19,8 +18,6 @@ venv: $(INSTALLED)
 $(INSTALLED): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is missing or older than 3.11: install Python 3.11, or name another with PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' && command -v c++ >/dev/null \
-		|| { echo "DeepSpeed compiles a small extension and needs a C++ compiler and Python's headers: apt-get install g++ python3-dev" >&2; exit 1; }
 	@echo "Installing into $(VENV): about 6 GB, 3 to 15 minutes depending on the network."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
 		|| { echo "$(PYTHON) cannot make a virtual environment: apt-get install python3-venv" >&2; exit 1; }

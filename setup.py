@@ -26,7 +26,7 @@ setup(
         "deepspeed>=0.19",
         "jinja2>=3.1",
         "matplotlib>=3.11",
-        "ninja>=1.13",  # DeepSpeed compiles its CPU collectives with it
+        "ninja>=1.13",  # DeepSpeed compiles its GPU kernels with it
         "numpy>=2.4",
         "open-clip-torch>=3.3",
         "pillow>=13",

@@ -32,7 +32,7 @@ MODELS = ("base", "anyorder", "control", "ordered")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0 done, 2 something the user can mend, 130 interrupted)."""
     arguments = _parser().parse_args(argv)
-    # Ray's and DeepSpeed's helpers (ninja among them) lie beside this interpreter, which need not be on the PATH.
+    # DeepSpeed looks for helpers (ninja) on the PATH; they lie beside this interpreter, whose folder need not be on it.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     try:
         return int(arguments.run(arguments) or 0)
@@ -85,14 +85,17 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
-    """A stage on its own goes on where it was interrupted; ``oar run --only`` does it again."""
+    """A stage on its own goes on where it was interrupted; ``oar run --only`` does it again. A report is always written anew."""
     from oar_scale.config.loading import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from oar_scale.pipeline import run_stage
+    from oar_scale.pipeline import run_pipeline, run_stage
     from oar_scale.stages.run import Run
 
-    run_stage(Run(recipe), arguments.stage)
+    if arguments.stage == "report":
+        run_pipeline(Run(recipe), only="report")
+    else:
+        run_stage(Run(recipe), arguments.stage)
 
 
 def _sample(arguments: argparse.Namespace) -> None:

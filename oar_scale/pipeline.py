@@ -26,7 +26,7 @@ from oar_scale.stages import data, evaluate, extract, report, tokenizer, tokens,
 from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 
-OPERATIONAL = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "batch", "actors", "gpus_per_actor", "max_retries"}
+OPERATIONAL = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "actors", "gpus_per_actor", "max_retries"}
 """Fields that say who does the work and how often it is logged or saved: they may change without changing the result."""
 
 
@@ -40,7 +40,7 @@ class Stage:
     sections: tuple[str, ...]
     """The parts of the recipe its result depends on (``a.b`` for a part of a part)."""
     outputs: tuple[str, ...]
-    """Folders of the run's storage that are its own."""
+    """Folders and objects of the run's storage that are its own."""
     run: Callable[[Run], dict[str, Any]]
     expected: Callable[[Run], str]
 
@@ -54,7 +54,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             what,
             (needs,),
             sections,
-            (f"checkpoints/{name}",),
+            (f"checkpoints/{name}", f"models/{train.RESULT[name]}.safetensors"),
             lambda run: train.run_train(run, name),
             lambda run: train.expected_seconds(run, name),
         )
@@ -68,12 +68,19 @@ def stages(recipe: Recipe) -> list[Stage]:
             "tokenizer", "image and text tokenizers", ("data",), ("tokenizer.image", "tokenizer.text", "seed"), ("tokenizers",), tokenizer
         ),
         other("tokens", "images into codes, by Ray actors", ("tokenizer",), ("tokenizer.views",), ("tokens",), tokens),
-        training("pretrain", "any-order pretraining", "tokens", "model", "pretrain", "seed"),
-        other("extract", "an order for every training image, by Ray actors", ("pretrain",), ("extract",), ("orders",), extract),
-        training("finetune", "fine-tuning on those orders", "extract", "finetune"),
+        training("pretrain", "any-order pretraining", "tokens", "model", "pretrain", "seed", "parallel.precision"),
+        other(
+            "extract",
+            "an order for every training image, by Ray actors",
+            ("pretrain",),
+            ("extract", "parallel.precision"),
+            ("orders",),
+            extract,
+        ),
+        training("finetune", "fine-tuning on those orders", "extract", "finetune", "parallel.precision"),
     ]
     if recipe.pipeline.control:
-        found.append(training("control", "the same fine-tuning on random orders", "pretrain", "finetune"))
+        found.append(training("control", "the same fine-tuning on random orders", "pretrain", "finetune", "parallel.precision"))
     models = ("finetune", "control") if recipe.pipeline.control else ("finetune",)
     found.append(other("evaluate", "likelihoods, samples, distances", models, ("sample", "evaluate"), (), evaluate))
     found.append(other("report", "one page with everything", ("evaluate",), (), (), report))
@@ -96,13 +103,11 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None)
     wanted = only or start
     if wanted is not None and wanted not in names:
         raise UserError(f"no stage {wanted!r} in this recipe; its stages are: {', '.join(names)}")
-    bind_run_dir(run)
+    check_run_dir(run)
     if wanted is not None:
         _require(run, todo, wanted)
         again = names[names.index(wanted) :] if only is None else [only, *_dependents(todo, only)]
-        for stage in todo:
-            if stage.name in again:
-                _clear(run, stage)
+        _clear(run, [stage for stage in todo if stage.name in again])
     began = time.monotonic()
     for stage in todo:
         if only in (None, stage.name):
@@ -113,7 +118,7 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None)
 def run_stage(run: Run, name: str) -> None:
     """Run one stage if it is not done yet; it goes on where it was interrupted. Raises as :func:`run_pipeline`."""
     todo = stages(run.recipe)
-    bind_run_dir(run)
+    check_run_dir(run)
     for stage in todo:
         if stage.name == name:
             _require(run, todo, name)
@@ -132,30 +137,41 @@ def _run_unless_done(run: Run, todo: list[Stage], stage: Stage) -> None:
 
 
 def _run_stage(run: Run, todo: list[Stage], stage: Stage) -> None:
+    bind_run_dir(run)
     started, clock = time.time(), time.monotonic()
     results = stage.run(run)
     seconds = time.monotonic() - clock
     marker = {"stage": stage.name, "fingerprint": _fingerprint(run, todo, stage), "settings": _settings(run, stage)}
-    write_json(_marker(run, stage.name), {**marker, "seconds": seconds, "started": started, "results": results})
+    write_json(run.marker(stage.name), {**marker, "seconds": seconds, "started": started, "results": results})
     run.console.say(f"  {stage.name} took {duration(seconds)}")
     if run.recipe.observe.wandb != "off":
         project(run.events, run.recipe.name, stage.name, run.recipe.observe.wandb, run.recipe.observe.wandb_project)
 
 
+def check_run_dir(run: Run) -> None:
+    """Refuse a folder that another recipe's run lives in."""
+    try:
+        there = read_json(join(run.local(), "run.json"))
+    except Missing:
+        return
+    for field, value in _run_facts(run).items():
+        if there.get(field) != value:
+            raise UserError(
+                f"{run.local()}: this folder belongs to another run: {field} was {there.get(field)!r}, the recipe says {value!r}.\n"
+                "Choose another folder with -o run_dir=..., or delete this one."
+            )
+
+
 def bind_run_dir(run: Run) -> None:
-    """Bind the run's folder to its recipe, or refuse a folder that another recipe's run lives in."""
-    uri = join(run.local(), "run.json")
-    here = {"name": run.recipe.name, "seed": run.recipe.seed, "storage": run.at(), "source": run.recipe.data.source.model_dump(mode="json")}
-    if open_storage(uri).exists(uri):
-        there = read_json(uri)
-        for field, value in here.items():
-            if there.get(field) != value:
-                raise UserError(
-                    f"{run.local()}: this folder belongs to another run: {field} was {there.get(field)!r}, the recipe says {value!r}.\n"
-                    "Choose another folder with -o run_dir=..., or delete this one."
-                )
-    write_json(uri, here)
-    open_storage(uri).write(join(run.local(), "recipe.yaml"), dump_recipe(run.recipe).encode())
+    """Write down whose folder it is, and the recipe as it is used."""
+    write_json(join(run.local(), "run.json"), _run_facts(run))
+    recipe = join(run.local(), "recipe.yaml")
+    open_storage(recipe).write(recipe, dump_recipe(run.recipe).encode())
+
+
+def _run_facts(run: Run) -> dict[str, Any]:
+    source = run.recipe.data.source.model_dump(mode="json")
+    return {"name": run.recipe.name, "seed": run.recipe.seed, "storage_root": run.recipe.storage.root, "source": source}
 
 
 def _settings(run: Run, stage: Stage) -> dict[str, Any]:
@@ -184,7 +200,7 @@ def _done(run: Run, todo: list[Stage], stage: Stage) -> dict[str, Any] | None:
         UserError: it was finished with other settings.
     """
     try:
-        marker: dict[str, Any] = read_json(_marker(run, stage.name))
+        marker: dict[str, Any] = read_json(run.marker(stage.name))
     except Missing:
         return None
     if marker["fingerprint"] == _fingerprint(run, todo, stage):
@@ -200,13 +216,18 @@ def _done(run: Run, todo: list[Stage], stage: Stage) -> dict[str, Any] | None:
 
 
 def _require(run: Run, todo: list[Stage], name: str) -> None:
-    by_name = {stage.name: stage for stage in todo}
-    for need in by_name[name].needs:
-        if _done(run, todo, by_name[need]) is None:
+    """Check that all a stage needs, directly or not, is done; the first that is not is named."""
+    needed = [stage for stage in todo if name in _dependents(todo, stage.name)]
+    for stage in needed:
+        if _done(run, todo, stage) is None:
             raise UserError(
-                f"stage {name} needs stage {need}, which is not finished in {run.at()}.\n"
-                f"Run the whole recipe (without --from and --only), or that stage first: --only {need}."
+                f"stage {name} needs stage {stage.name}, which is not finished in {run.at()}.\n"
+                f"Run the whole recipe (oar run RECIPE), or that stage first (oar {_verb(stage.name)})."
             )
+
+
+def _verb(stage: str) -> str:
+    return f"train RECIPE --stage {stage}" if stage in train.RESULT else f"{stage} RECIPE"
 
 
 def _dependents(todo: list[Stage], name: str) -> list[str]:
@@ -218,14 +239,13 @@ def _dependents(todo: list[Stage], name: str) -> list[str]:
     return found[1:]
 
 
-def _clear(run: Run, stage: Stage) -> None:
-    """Remove a stage's marker, then what it left."""
-    storage = open_storage(run.at())
-    storage.delete(_marker(run, stage.name))
-    for folder in stage.outputs:
-        for uri in storage.list(run.at(folder)):
-            storage.delete(uri)
-
-
-def _marker(run: Run, name: str) -> str:
-    return run.at("stages", f"{name}.json")
+def _clear(run: Run, again: list[Stage]) -> None:
+    """Remove what stages left. All markers go first, the last stage's before those it needs: a kill on the way leaves
+    unfinished stages, never finished ones that rest on what is gone."""
+    for stage in reversed(again):
+        open_storage(run.marker(stage.name)).delete(run.marker(stage.name))
+    for stage in again:
+        for output in (run.at(name) for name in stage.outputs):
+            storage = open_storage(output)
+            for uri in [output] if storage.exists(output) else storage.list(output):
+                storage.delete(uri)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))  # for cluster/dev, which is not part of the insta
 os.environ |= {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",  # the tests are the same where there is a GPU
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_DEDUP_LOGS": "0",

@@ -76,9 +76,8 @@ class ImageTokenizerConfig(Section):
 
     weights: str | None = None
     """A trained tokenizer (safetensors). Without it the stage trains one."""
-    channels: int = Field(32, ge=8)
+    channels: int = Field(32, ge=32, multiple_of=32)
     multipliers: tuple[int, ...] = (1, 2, 2)
-    decoder_multipliers: tuple[int, ...] | None = None
     res_blocks: int = Field(1, ge=1)
     codebook_size: int = Field(512, ge=2, le=65536)
     codebook_dim: int = Field(8, ge=2)
@@ -90,7 +89,7 @@ class TextTokenizerConfig(Section):
     """A SentencePiece ``.model`` file. Without it the stage trains one on the training captions."""
     vocab_size: int = Field(1000, ge=64, le=65536)
     max_tokens: int = Field(16, ge=1)
-    """T: condition rows a caption may take; longer captions are cut (and counted)."""
+    """T: condition rows a caption may take; longer captions are cut."""
 
 
 class TokenizerConfig(Section):
@@ -131,13 +130,13 @@ class ModelConfig(Section):
 
 class ParallelConfig(Section):
     workers: int = Field(2, ge=1)
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[1, 2] = 2
     micro_batch: int = Field(24, ge=1)
     """Images a worker takes through the model at once."""
     precision: Literal["bf16", "fp32"] = "bf16"
     cpu_threads: int = Field(1, ge=1)
     """Threads a worker computes with when it has no GPU."""
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: int = Field(0, ge=0)
     max_failures: int = Field(3, ge=0)
     """Restarts of the worker group before the stage gives up."""
 

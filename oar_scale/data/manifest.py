@@ -39,6 +39,8 @@ class Manifest(BaseModel):
     attribution: str = ""
     skipped: dict[str, str] = {}
     """Samples that were left out, by name, and why."""
+    with_variant_in_train: int = 0
+    """Held-out samples of which training has a variant: they are easier than unseen pictures."""
 
     @property
     def samples(self) -> int:
@@ -47,7 +49,7 @@ class Manifest(BaseModel):
     @property
     def fingerprint(self) -> str:
         """Changes with any byte of any shard and with the meaning of the codes."""
-        return fingerprint(self.model_dump(mode="json", exclude={"attribution", "skipped"}))
+        return fingerprint(self.model_dump(mode="json", exclude={"attribution", "skipped", "with_variant_in_train"}))
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:

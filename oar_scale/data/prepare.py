@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from typing import Any
 
 from oar_scale.config.schema import DataConfig
@@ -28,6 +29,7 @@ def prepare_images(config: DataConfig, folder: str) -> dict[str, Manifest]:
     """
     source = open_source(config.source)
     samples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    families: dict[str, list[str]] = {split: [] for split in SPLITS}
     skipped: dict[str, str] = {}
     images = sorted(source.images(config.image_size), key=lambda image: name_hash(image.key, "shard"))
     for image in images:
@@ -39,13 +41,20 @@ def prepare_images(config: DataConfig, folder: str) -> dict[str, Manifest]:
                 raise UserError(f"data: image {image.key!r}: {fault}. Mend it, or set data.on_bad_sample: skip.")
         else:
             samples[split].append(sample)
+            families[split].append(image.family)
+    _check_keys(samples)
     _check_amounts(config, len(images), skipped, samples)
 
     manifests = {}
     for split in SPLITS:
         target, size = join(folder, split), config.samples_per_shard
         shards = [write_shard(target, shard_name(i // size), samples[split][i : i + size]) for i in range(0, len(samples[split]), size)]
-        manifests[split] = Manifest(shards=tuple(shards), attribution=source.attribution, skipped=skipped if split == "train" else {})
+        if split == "train":
+            manifests[split] = Manifest(shards=tuple(shards), attribution=source.attribution, skipped=skipped)
+        else:
+            in_train = set(families["train"])
+            variants = sum(bool(family) and family in in_train for family in families[split])
+            manifests[split] = Manifest(shards=tuple(shards), attribution=source.attribution, with_variant_in_train=variants)
     for split in SPLITS:
         write_manifest(join(folder, split), manifests[split])
     return manifests
@@ -62,6 +71,15 @@ def _encode(image: SourceImage, size: int) -> tuple[str, dict[str, Any] | None]:
     buffer = io.BytesIO()
     pixels.save(buffer, "PNG")
     return "", {"__key__": image.key, "png": buffer.getvalue(), "txt": image.caption, "json": json.dumps({"name": image.name}).encode()}
+
+
+def _check_keys(samples: dict[str, list[dict[str, Any]]]) -> None:
+    keys = [sample["__key__"] for split in SPLITS for sample in samples[split]]
+    repeated = [key for key, count in Counter(keys).items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"data: {len(repeated)} keys stand for more than one image, e.g. {repeated[0]!r}. Give every image a name of its own."
+        )
 
 
 def _check_amounts(config: DataConfig, total: int, skipped: dict[str, str], samples: dict[str, list[dict[str, Any]]]) -> None:

@@ -3,6 +3,6 @@
 from oar_scale.model.decoding import Candidates, Prefix
 from oar_scale.model.spec import ModelSpec
 from oar_scale.model.transformer import AnyOrderModel
-from oar_scale.model.weights import load_model, save_model
+from oar_scale.model.weights import load_model, model_id, save_model
 
-__all__ = ["AnyOrderModel", "Candidates", "ModelSpec", "Prefix", "load_model", "save_model"]
+__all__ = ["AnyOrderModel", "Candidates", "ModelSpec", "Prefix", "load_model", "model_id", "save_model"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
 from oar_scale.errors import UserError
 from oar_scale.model.spec import ModelSpec
 from oar_scale.model.transformer import AnyOrderModel
+from oar_scale.storage import open_storage
 from oar_scale.tokenizers.weights import load_weights, save_weights
 
 
@@ -31,3 +34,8 @@ def load_model(uri: str) -> AnyOrderModel:
             raise UserError(f"{uri}: tensor {name} is {here} in the file, the model has {wanted}")
     model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
     return model.eval()
+
+
+def model_id(uri: str) -> str:
+    """The first 16 hex digits of the SHA-256 of a weights file: how order tables and checkpoints name a model."""
+    return hashlib.sha256(open_storage(uri).read(uri)).hexdigest()[:16]

@@ -242,6 +242,8 @@ class _Follower:
         elif kind == "checkpoint":
             mb = event["bytes"] / 1e6 if "bytes" in event else 0.0
             self._view.note(f"step {step}: checkpoint, {mb:.1f} MB in {event.get('seconds', 0.0):.1f} s")
+        elif kind == "rejected_checkpoint":
+            self._view.note(f"passed over {event.get('uri')}: {event.get('fault')}")
         elif step is not None:
             self._state.update({name: event[name] for name in ("loss", "psnr", "images_per_s") if name in event})
             # Only these move the bar: a checkpoint may be reported when training is already further.

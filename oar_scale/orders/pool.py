@@ -7,7 +7,6 @@ An actor loads the model once. What it writes for a shard depends on the shard, 
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.shard_pool import Facts, PoolReport, Worker, run_pool
 from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
-from oar_scale.model import load_model
+from oar_scale.model import load_model, model_id
 from oar_scale.orders.extraction import ExtractionSettings, Orders, extract_orders
 from oar_scale.orders.table import OrderTable, table_name, write_orders
-from oar_scale.storage import join, open_storage
+from oar_scale.storage import join
 from oar_scale.tokenizers.text import TextTokenizer
 
 
@@ -103,11 +102,6 @@ class ExtractionWorker:
             return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B)
         except ValueError as error:
             raise UserError(f"{uri}: {error}") from error
-
-
-def model_id(uri: str) -> str:
-    """The first 16 hex digits of the SHA-256 of a weights file: names the model in the order tables."""
-    return hashlib.sha256(open_storage(uri).read(uri)).hexdigest()[:16]
 
 
 def extract_all(

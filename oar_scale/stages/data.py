@@ -21,6 +21,7 @@ def run_data(run: Run) -> dict[str, Any]:
     return {
         "train": manifests["train"].samples,
         "heldout": manifests["heldout"].samples,
+        "heldout_with_variant_in_train": manifests["heldout"].with_variant_in_train,
         "shards": sum(len(m.shards) for m in manifests.values()),
         "skipped": skipped,
         "attribution": manifests["train"].attribution,

@@ -70,11 +70,22 @@ def data_facts(run: Run, results: Mapping[str, Any]) -> DataFacts:
         train_images=results["train"],
         heldout_images=results["heldout"],
         image_size=config.image_size,
-        split=f"{config.heldout_fraction:.0%} of the names, by a hash of the name; a name is on one side only",
+        split=_split(config.heldout_fraction, results),
         attribution=results.get("attribution", "") or "none given",
         bad_samples=len(skipped),
         bad_examples=tuple(f"{key}: {fault}" for key, fault in list(skipped.items())[:BAD_EXAMPLES]),
     )
+
+
+def _split(fraction: float, results: Mapping[str, Any]) -> str:
+    words = f"{fraction:.0%} of the names, by a hash of the name; a name is on one side only"
+    variants = results.get("heldout_with_variant_in_train", 0)
+    if variants:
+        words += (
+            f". {variants} of the {results['heldout']} held-out images have a variant in training that differs in skin tone alone: "
+            "they test combining what was seen, not drawing something new"
+        )
+    return words
 
 
 def tokenizer_facts(run: Run, results: Mapping[str, Any]) -> TokenizerFacts:
@@ -141,7 +152,7 @@ def _extraction(results: Mapping[str, Any]) -> str:
 
 def _marker(run: Run, name: str) -> Marker | None:
     try:
-        marker: Marker = read_json(run.at("stages", f"{name}.json"))
+        marker: Marker = read_json(run.marker(name))
     except Missing:
         return None
     return marker

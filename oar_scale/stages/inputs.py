@@ -38,7 +38,7 @@ def require(run: Run, uri: str, stage: str) -> str:
         UserError: it is not; names the stage that writes it.
     """
     if not open_storage(uri).exists(uri):
-        raise UserError(f"{uri}: missing. The stage {stage} writes it: run that first (oar run RECIPE --only {stage}).")
+        raise UserError(f"{uri}: missing. The stage {stage} writes it: run that first.")
     return uri
 
 

@@ -33,11 +33,16 @@ class Run:
 
     @property
     def cache(self) -> str:
-        return self.recipe.storage.cache_dir or self.local("cache")
+        return os.path.abspath(self.recipe.storage.cache_dir or self.local("cache"))
 
     @property
     def events(self) -> str:
         return self.local("events")
+
+    def marker(self, stage: str) -> str:
+        """What a finished stage writes last, beside its results: in the storage, but for the stages whose results are local."""
+        name = f"{stage}.json"
+        return self.local("stages", name) if stage in ("evaluate", "report") else self.at("stages", name)
 
     def log(self, stage: str) -> EventLog:
         """The event log of a new attempt at a stage."""

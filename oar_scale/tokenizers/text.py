@@ -59,18 +59,23 @@ class TextTokenizer:
 def train_text_tokenizer(captions: Sequence[str], vocab_size: int, max_tokens: int) -> TextTokenizer:
     """Train a unigram SentencePiece model; a vocabulary larger than the captions support is reduced to what they do."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="unigram",
-        character_coverage=1.0,
-        hard_vocab_limit=False,
-        pad_id=0,
-        unk_id=1,
-        bos_id=-1,
-        eos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            pad_id=0,
+            unk_id=1,
+            bos_id=-1,
+            eos_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:  # most often: more different characters than pieces
+        raise UserError(
+            f"tokenizer.text.vocab_size {vocab_size}: no SentencePiece model could be trained on the captions ({error})"
+        ) from error
     return TextTokenizer(model.getvalue(), max_tokens)

@@ -11,6 +11,7 @@ shards are pickles: they are opened only after their checksum held.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ import crc32c
 import torch.distributed as dist
 
 from oar_scale.errors import UserError
-from oar_scale.storage import join, open_storage, read_json, write_json
+from oar_scale.storage import Missing, join, open_storage, write_json
 from oar_scale.training.job import TrainingJob
 
 TAG = "shards"
@@ -38,14 +39,22 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """A committed checkpoint that cannot be used, and why."""
+
+    uri: str
+    fault: str
+
+
+@dataclass(frozen=True)
 class Found:
     """A committed, verified checkpoint: its step, and its manifest."""
 
     step: int
     uri: str
     manifest: dict[str, Any]
-    rejected: tuple[str, ...]
-    """Newer ones that failed verification, and why."""
+    rejected: tuple[Rejected, ...]
+    """Newer ones that failed verification."""
 
 
 def save_checkpoint(engine: Any, job: TrainingJob, step: int) -> Saved:
@@ -107,20 +116,28 @@ def latest_checkpoint(job: TrainingJob) -> Found | None:
     Raises:
         UserError: it belongs to other settings than the job's.
     """
-    rejected: list[str] = []
+    rejected: list[Rejected] = []
     for step in sorted(_committed(job), reverse=True):
         uri = join(job.checkpoints, f"step-{step:08d}")
-        manifest = read_json(join(uri, "manifest.json"))
-        fault = _verify(uri, manifest)
+        manifest, fault = _read_manifest(uri)
+        fault = fault or _verify(uri, manifest)
         if fault is None:
             _same_identity(job, uri, manifest["identity"])
             return Found(step, uri, manifest, tuple(rejected))
-        rejected.append(f"{uri}: {fault}")
+        rejected.append(Rejected(uri, fault))
     if rejected:
         raise UserError(
-            "no checkpoint of this stage can be used:\n" + "\n".join(rejected) + f"\nDelete {job.checkpoints} to start the stage anew."
+            "no checkpoint of this stage can be used:\n"
+            + "\n".join(f"{each.uri}: {each.fault}" for each in rejected)
+            + f"\nStart it anew with: oar run RECIPE --from {job.stage}"
         )
     return None
+
+
+def discard_rejected(found: Found) -> None:
+    """Take back the commitment of checkpoints that failed verification, or they would count among those that are kept."""
+    for rejected in found.rejected:
+        open_storage(rejected.uri).delete(join(rejected.uri, "COMMITTED"))
 
 
 def _upload(path: str, uri: str) -> dict[str, int]:
@@ -135,13 +152,23 @@ def _committed(job: TrainingJob) -> list[int]:
     return [int(match[1]) for uri in open_storage(job.checkpoints).list(job.checkpoints) if (match := pattern.search(uri))]
 
 
+def _read_manifest(uri: str) -> tuple[dict[str, Any], str | None]:
+    """A checkpoint's manifest, or what is wrong with it."""
+    try:
+        return json.loads(open_storage(uri).read(join(uri, "manifest.json"))), None
+    except Missing:
+        return {}, "manifest.json is missing"
+    except ValueError as error:
+        return {}, f"manifest.json is damaged ({error})"
+
+
 def _verify(uri: str, manifest: dict[str, Any]) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     for name, entry in manifest["files"].items():
         try:
             data = open_storage(uri).read(join(uri, name))
-        except UserError as error:
-            return f"{name}: {error}"
+        except Missing:  # an outage is no fault of the checkpoint: it ends the attempt
+            return f"{name} is missing"
         checksum = crc32c.crc32c(data)
         if len(data) != entry["bytes"] or checksum != entry["crc32c"]:
             written = f"{entry['bytes']}, {entry['crc32c']:08x}"
@@ -155,19 +182,21 @@ def _same_identity(job: TrainingJob, uri: str, written: dict[str, Any]) -> None:
         if then == value:
             continue
         if isinstance(then, dict) and isinstance(value, dict):
-            key = next(k for k in value if then.get(k) != value[k])
-            section, then, value = f"{section}.{key}", then.get(key), value[key]
+            key = next(k for k in sorted(then.keys() | value.keys()) if then.get(k, "absent") != value.get(k, "absent"))
+            section, then, value = f"{section}.{key}", then.get(key), value.get(key)
         raise UserError(
             f"{uri}: was written with {section} = {then!r}, the recipe now says {value!r}. "
-            f"Set it back, or use another run_dir (and storage.root) for the changed recipe."
+            f"Set it back, do the stage again with: oar run RECIPE --from {job.stage}, or use another run_dir (and storage.root)."
         )
 
 
 def _prune(job: TrainingJob) -> None:
-    """Delete all but the newest committed checkpoints; the marker goes first, so that no half is ever taken for whole."""
-    for step in sorted(_committed(job))[: -job.training.keep_checkpoints]:
-        uri = join(job.checkpoints, f"step-{step:08d}")
-        storage = open_storage(uri)
-        storage.delete(join(uri, "COMMITTED"))
-        for name in storage.list(uri):
-            storage.delete(name)
+    """Delete all but the newest committed checkpoints, and what kills left; the marker goes first, so that no half is ever
+    taken for whole."""
+    committed = sorted(_committed(job))
+    kept = {f"step-{step:08d}" for step in committed[-job.training.keep_checkpoints :]}
+    storage = open_storage(job.checkpoints)
+    names = storage.list(job.checkpoints)
+    for uri in sorted(names, key=lambda uri: not uri.endswith("/COMMITTED")):
+        if uri.removeprefix(job.checkpoints).strip("/").split("/")[0] not in kept:
+            storage.delete(uri)

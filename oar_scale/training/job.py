@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from oar_scale.config.schema import Recipe, TrainingConfig
+from oar_scale.data.manifest import read_manifest
+from oar_scale.model import model_id
 from oar_scale.storage import join
 
 Stage = Literal["pretrain", "finetune", "control"]
@@ -42,7 +44,10 @@ class TrainingJob:
         operational = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
         return {
             "stage": self.stage,
+            "start_from": model_id(self.start_from),
+            "tokens": read_manifest(join(self.root, "tokens", "train")).fingerprint,
             "seed": recipe.seed,
+            "precision": recipe.parallel.precision,
             "model": recipe.model.model_dump(mode="json", exclude={"weights"}),
             "training": training.model_dump(mode="json", exclude=operational),
             "streams": [recipe.data.canonical_streams, recipe.data.shuffle_window_shards],

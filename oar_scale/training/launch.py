@@ -1,9 +1,14 @@
-"""A training job on Ray: TorchTrainer starts the workers, restarts them when one dies, and they go on from the last checkpoint."""
+"""A training job on Ray: TorchTrainer starts the workers; when one dies, all start again from the last checkpoint.
+
+The retries are ours and not Ray Train's: a mistake that the user can mend ends the stage at once instead of being tried
+again, and only what was lost to a dead worker or node is.
+"""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -28,10 +33,10 @@ def run_training(job: TrainingJob, console: Console) -> dict[str, Any]:
     first = len(attempts(events, job.stage))
     parallel = job.recipe.parallel
     with (
-        ray_session(cpus=parallel.workers, gpus=int(parallel.gpus_per_worker * parallel.workers)),
+        ray_session(cpus=parallel.workers, gpus=parallel.gpus_per_worker * parallel.workers),
         console.follow(events, job.stage, job.training.steps),
     ):
-        _fit(job)
+        _fit_with_retries(job, console)
     history = read_events(events, job.stage)
     rates = sorted(event["images_per_s"] for event in history if event["kind"] == "train")
     return {
@@ -43,14 +48,52 @@ def run_training(job: TrainingJob, console: Console) -> dict[str, Any]:
     }
 
 
-def _fit(job: TrainingJob) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+def _fit_with_retries(job: TrainingJob, console: Console) -> None:
+    allowed = job.recipe.parallel.max_failures
+    for failures in range(allowed + 1):
+        error = _fit(job)
+        if error is None:
+            return
+        mistake = _user_error(error)
+        if mistake is not None:
+            raise mistake
+        if failures < allowed:
+            console.say(f"  the workers failed ({_cause(error)}); starting them again, {allowed - failures} tries left")
+    raise UserError(
+        f"stage {job.stage}: the workers failed more than parallel.max_failures = {allowed} times; the last cause: {_cause(error)}\n"
+        "Run the same command again to go on from the last checkpoint."
+    ) from error
+
+
+def _fit(job: TrainingJob) -> BaseException | None:
+    """One group of workers; what it failed with, or None."""
+    scratch = tempfile.mkdtemp(prefix="oar-train-")  # Ray Train's own bookkeeping; checkpoints are ours
+    outcome: list[BaseException | None] = [None]
+
+    def fit() -> None:
+        try:
+            _trainer(job, scratch).fit()
+        except Exception as error:
+            outcome[0] = error
+
+    # On the main thread Ray Train would put its own handler in place of Ctrl-C's and never take it away again.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return outcome[0]
+
+
+def _trainer(job: TrainingJob, scratch: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     parallel = job.recipe.parallel
     use_gpu = parallel.gpus_per_worker > 0
-    scratch = tempfile.mkdtemp(prefix="oar-train-")  # Ray Train's own bookkeeping; checkpoints are ours
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -59,22 +102,8 @@ def _fit(job: TrainingJob) -> None:
             use_gpu=use_gpu,
             resources_per_worker={"CPU": 1, **({"GPU": parallel.gpus_per_worker} if use_gpu else {})},
         ),
-        run_config=RunConfig(name=job.stage, storage_path=scratch, failure_config=FailureConfig(max_failures=parallel.max_failures)),
+        run_config=RunConfig(name=job.stage, storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
     )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        events = join(job.local, "events")
-        last = read_events(events, job.stage)[-1:]
-        if last and last[0]["kind"] == "failed":
-            raise UserError(last[0]["error"]) from error
-        raise UserError(
-            f"stage {job.stage}: the workers failed more than parallel.max_failures = {parallel.max_failures} times; "
-            f"the last cause:\n{error}\n"
-            "Run the same command again to go on from the last checkpoint."
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -82,3 +111,31 @@ def _worker(config: dict[str, Any]) -> None:
     from oar_scale.training.worker import train
 
     train(config["job"])
+
+
+def _user_error(error: BaseException) -> UserError | None:
+    """The mistake that a worker named, if one did; the other workers fail with it, of broken connections."""
+    for cause in _worker_errors(error):
+        if isinstance(cause, UserError):
+            return UserError(str(cause))
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what the first failed worker died of."""
+    first = next(iter(_worker_errors(error)), error)
+    lines = str(first).strip().splitlines()
+    return f"{type(first).__name__}: {lines[0] if lines else ''}"
+
+
+def _worker_errors(error: BaseException) -> list[BaseException]:
+    """The workers' own exceptions inside Ray Train's."""
+    found = []
+    for failure in getattr(error, "worker_failures", {}).values():
+        while True:
+            inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None) or failure.__cause__
+            if not isinstance(inner, BaseException):
+                break
+            failure = inner
+        found.append(failure)
+    return found

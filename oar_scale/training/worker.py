@@ -7,6 +7,7 @@ The environment gives the rank (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTE
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from contextlib import nullcontext
@@ -25,13 +26,12 @@ from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import TokenShard, read_token_shard
 from oar_scale.data.stream import Batch, StreamSettings, TokenStream
 from oar_scale.errors import UserError
-from oar_scale.model import AnyOrderModel, load_model, save_model
+from oar_scale.model import AnyOrderModel, load_model, model_id, save_model
 from oar_scale.observe.events import EventLog
-from oar_scale.orders.pool import model_id
 from oar_scale.orders.table import join_orders, read_orders, table_name
 from oar_scale.storage import join
 from oar_scale.tokenizers.text import TextTokenizer
-from oar_scale.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from oar_scale.training.checkpoints import discard_rejected, latest_checkpoint, load_checkpoint, save_checkpoint
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.schedule import learning_rate
 
@@ -54,12 +54,7 @@ def train(job: TrainingJob) -> None:
     device = _start_process(job)
     rank, world = dist.get_rank(), dist.get_world_size()
     with EventLog(join(job.local, "events"), job.stage) if rank == 0 else nullcontext() as log:
-        try:
-            _train(job, device, rank, world, log)
-        except UserError as error:
-            if log:
-                log.emit("failed", error=str(error))
-            raise
+        _train(job, device, rank, world, log)
 
 
 def _train(job: TrainingJob, device: torch.device, rank: int, world: int, log: EventLog | None) -> None:
@@ -75,18 +70,19 @@ def _train(job: TrainingJob, device: torch.device, rank: int, world: int, log: E
     evaluate = _Evaluation(engine, heldout, log)
     if start_step == 0:
         evaluate(0)
-    meter = _Meter(log, training.log_every, training.global_batch, start_step)
+    meter = _Meter(log, training.global_batch)
     for batch in stream.batches(start_step, training.steps):
         meter.waited()
         lr = learning_rate(training, batch.step)
         # Dropout is all that draws from the generator; seeded by step, it too is the same after a restart.
         torch.manual_seed(int(hash_words("dropout", job.recipe.seed, batch.step, rank)) >> 1)
         loss = train_step(engine, batch, lr, job.recipe.parallel.micro_batch, device)
-        meter.done(batch, loss, lr, engine)
         step = batch.step + 1
+        saving = step % training.checkpoint_every == 0 or step == training.steps
+        meter.done(batch, loss, lr, engine, flush=saving or step % training.log_every == 0)
         if step % training.evaluate_every == 0 or step == training.steps:
             evaluate(step)
-        if step % training.checkpoint_every == 0 or step == training.steps:
+        if saving:
             saved = save_checkpoint(engine, job, step)
             if log:
                 log.emit("checkpoint", step=step, seconds=saved.seconds, bytes=saved.bytes)
@@ -133,6 +129,12 @@ def train_step(engine: Any, batch: Batch, lr: float, micro_batch: int, device: t
         engine.backward(loss)
         engine.step()
         losses.append(loss.detach().float())
+    norm = engine.get_global_grad_norm()  # the same on every rank
+    if norm is not None and not math.isfinite(float(norm)):
+        raise UserError(
+            f"step {batch.step}: the gradient's norm is {float(norm)}; rank {dist.get_rank()} had samples {batch.uid_b.tolist()}. "
+            "Lower the learning rate; the last checkpoint is from before."
+        )
     return torch.stack(losses).mean()
 
 
@@ -175,10 +177,13 @@ class _Evaluation:
 
 
 class _Meter:
-    """Turns steps into ``train`` events: loss over all ranks, rate, and how long the data was waited for."""
+    """Turns steps into ``train`` events: loss over all ranks, rate, and how long the data was waited for.
 
-    def __init__(self, log: EventLog | None, every: int, global_batch: int, start_step: int) -> None:
-        self.log, self.every, self.global_batch = log, every, global_batch
+    A window of steps ends at each checkpoint too, so that a resumed run logs the same means as an undisturbed one.
+    """
+
+    def __init__(self, log: EventLog | None, global_batch: int) -> None:
+        self.log, self.global_batch = log, global_batch
         self.losses: list[Tensor] = []
         self.wait = self.busy = 0.0
         self.mark = time.monotonic()
@@ -187,12 +192,12 @@ class _Meter:
         now = time.monotonic()
         self.wait, self.mark = self.wait + now - self.mark, now
 
-    def done(self, batch: Batch, loss: Tensor, lr: float, engine: Any) -> None:
-        """After the step; collective every ``every`` steps."""
+    def done(self, batch: Batch, loss: Tensor, lr: float, engine: Any, *, flush: bool) -> None:
+        """After the step; collective where ``flush`` ends the window."""
         self.losses.append(loss)
         now = time.monotonic()
         self.busy, self.mark = self.busy + now - self.mark, now
-        if (batch.step + 1) % self.every:
+        if not flush:
             return
         mean = torch.stack(self.losses).mean()
         dist.all_reduce(mean)
@@ -228,8 +233,9 @@ def _resume(engine: Any, job: TrainingJob, log: EventLog | None) -> int:
     if found is None:
         return 0
     if log:
-        for fault in found.rejected:
-            log.emit("rejected_checkpoint", fault=fault)
+        discard_rejected(found)
+        for rejected in found.rejected:
+            log.emit("rejected_checkpoint", uri=rejected.uri, fault=rejected.fault)
     load_checkpoint(engine, job, found)
     return int(found.step)
 
@@ -275,11 +281,13 @@ def _cache(job: TrainingJob) -> str:
 
 def _start_process(job: TrainingJob) -> torch.device:
     """Threads, accelerator and process group of this worker."""
-    if torch.cuda.is_available():
+    if job.recipe.parallel.gpus_per_worker > 0:
+        if not torch.cuda.is_available():
+            raise UserError("parallel.gpus_per_worker is above 0, and this worker sees no CUDA GPU. Set it to 0 to train on the CPU.")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(job.recipe.parallel.cpu_threads)
         device = torch.device("cpu")
     import deepspeed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,12 +95,7 @@ def test_sample_draws_a_picture(finished: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_a_killed_training_worker_is_replaced_and_goes_on_from_the_checkpoint(finished: Path, tmp_path: Path) -> None:
     """The worker dies after step 5 at the earliest; the losses are those of the undisturbed run."""
-    for part in ("images", "tokens", "tokenizers"):
-        (tmp_path / part).symlink_to(finished / part)
-    (tmp_path / "stages").mkdir()
-    for stage in ("data", "tokenizer", "tokens"):
-        (tmp_path / "stages" / f"{stage}.json").symlink_to(finished / "stages" / f"{stage}.json")
-    command = [sys.executable, "-m", "oar_scale.cli", "train", SMOKE, "-o", f"run_dir={tmp_path}"]
+    command = _training_command(finished, tmp_path)
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     try:
         worker = next(_wait_for(tmp_path, "start"))["pid"]
@@ -113,8 +109,39 @@ def test_a_killed_training_worker_is_replaced_and_goes_on_from_the_checkpoint(fi
     if len(attempts(str(tmp_path / "events"), "pretrain")) == 1:
         pytest.fail("the worker was not killed before the end: make the smoke recipe longer")
     assert starts[-1] >= 5
-    mine, undisturbed = (_losses(folder) for folder in (tmp_path, finished))
-    assert mine == undisturbed
+    assert _losses(tmp_path) == _losses(finished)
+
+
+@pytest.mark.timeout(900)
+def test_interrupted_training_says_so_leaves_no_process_and_goes_on(finished: Path, tmp_path: Path) -> None:
+    command = _training_command(finished, tmp_path)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    try:
+        worker = next(_wait_for(tmp_path, "start"))["pid"]
+        next(_wait_for(tmp_path, "checkpoint"))
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130 and "the same command goes on from here" in errors, errors[-3000:]
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{worker}"), "a worker outlived the run"
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    starts = [event["start_step"] for event in _events(tmp_path) if event["kind"] == "start"]
+    assert starts[-1] >= 5
+    assert _losses(tmp_path) == _losses(finished)
+
+
+def test_a_missing_bucket_and_wrong_credentials_are_named(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ("data", SMOKE, "-o", f"run_dir={tmp_path}", "-o")
+    missing = oar(*data, "storage.root=s3://no-such-bucket/x")
+    assert missing.returncode == 2 and "no-such-bucket" in missing.stderr and "Traceback" not in missing.stderr
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    refused = oar(*data, f"storage.root={s3_root}/refused")
+    assert refused.returncode == 2 and "AWS_SECRET_ACCESS_KEY" in refused.stderr and "Traceback" not in refused.stderr
 
 
 @pytest.mark.slow
@@ -129,6 +156,16 @@ def test_the_same_run_with_everything_on_s3(s3_root: str, tmp_path: Path, finish
         assert any(re.fullmatch(pattern, name) for name in names), pattern
     assert not (tmp_path / "tokens").exists() and not (tmp_path / "checkpoints").exists()
     assert _losses(tmp_path) == _losses(finished), "the storage changed the training"
+
+
+def _training_command(finished: Path, folder: Path) -> list[str]:
+    """``oar train`` in a new folder, on the data and tokens of the finished run."""
+    for part in ("images", "tokens", "tokenizers"):
+        shutil.copytree(finished / part, folder / part)
+    for stage in ("data", "tokenizer", "tokens"):
+        (folder / "stages").mkdir(exist_ok=True)
+        shutil.copy(finished / "stages" / f"{stage}.json", folder / "stages")
+    return [sys.executable, "-m", "oar_scale.cli", "train", SMOKE, "-o", f"run_dir={folder}"]
 
 
 def _events(folder: Path) -> list[dict[str, Any]]:

@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_with_the_same_model(u
     run_workers(train_worker, 2, job)
 
     starts = [event["start_step"] for event in read_events(run.events, "pretrain") if event["kind"] == "start"]
-    assert starts[-1] >= 3, "the second attempt began from nothing"
+    assert 3 <= starts[-1] < 10, f"killed too late or resumed from nothing: {starts}"
     assert losses(run) == losses(undisturbed)
     expected = weights(undisturbed)
     for name, tensor in weights(run).items():
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed: Run
         Path(victim).write_bytes(whole[: len(whole) // 2])
         found = latest_checkpoint(job)
         assert found is not None and found.step == 9
-        assert os.path.basename(victim) in found.rejected[0]
+        assert os.path.basename(victim) in found.rejected[0].fault
     finally:
         Path(victim).write_bytes(whole)
 

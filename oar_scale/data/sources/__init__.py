@@ -22,6 +22,8 @@ class SourceImage:
     caption: str | None
     load: Callable[[int], Image.Image]
     """RGB image of the given side in pixels."""
+    family: str = ""
+    """What variants of one picture share (they differ in skin tone, say); empty for a picture without variants."""
 
 
 class ImageSource(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import zlib
 from collections.abc import Iterator
 
 from PIL import Image, ImageOps
@@ -32,7 +33,7 @@ class FolderImages:
             raise UserError(f"data.source.path {self.path}: no image in it ({', '.join('*' + e for e in EXTENSIONS)})")
         for name in names:
             stem, path = os.path.splitext(name)[0], os.path.join(self.path, name)
-            key = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+            key = re.sub(r"[^A-Za-z0-9_-]+", "-", name) + f"-{zlib.crc32(name.encode()):08x}"  # "a b.png" and "a-b.png" stay two
             yield SourceImage(key, stem, _caption(os.path.join(self.path, stem + ".txt")), functools.partial(_load, path))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from oar_scale.data.hashing import name_hash
 from oar_scale.data.sources import SourceImage
 from oar_scale.errors import UserError
 
+SKIN_TONE = re.compile(r"\b(light|medium-light|medium|medium-dark|dark) skin tone\b")
 TEMPLATES = ("{}", "a {}", "{}, emoji", "an emoji of {}", "a drawing of {}")
 
 
@@ -35,7 +37,9 @@ class OpenMojiImages:
             stem, _, extension = path.name.partition(".")
             name = self.names.get(stem)
             if extension == "svg" and name is not None:
-                found.append(SourceImage(stem.lower(), name, caption_of(name), functools.partial(_render, path)))
+                found.append(
+                    SourceImage(stem.lower(), name, caption_of(name), functools.partial(_render, path), SKIN_TONE.sub("", name).strip())
+                )
         if self.config.limit is not None:
             found = sorted(found, key=lambda image: name_hash(image.name, "limit"))[: self.config.limit]
         yield from found

@@ -1,0 +1,139 @@
+"""What is done again, what is skipped, and what is refused: the pipeline's bookkeeping with stages that only leave a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oar_scale import pipeline
+from oar_scale.config.schema import Recipe
+from oar_scale.errors import UserError
+from oar_scale.pipeline import Stage, run_pipeline, run_stage
+from oar_scale.stages.run import Run
+from oar_scale.storage import open_storage
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the stages that ran, in order. ``c`` needs ``b`` needs ``a``; ``d`` needs ``a``."""
+    names: list[str] = []
+
+    def stage(name: str, *needs: str) -> Stage:
+        def work(run: Run) -> dict[str, Any]:
+            names.append(name)
+            open_storage(run.at()).write(run.at(name, "result"), name.encode())
+            return {}
+
+        return Stage(name, f"stage {name}", needs, ("extract",) if name == "b" else ("seed",), (name,), work, lambda run: "no time")
+
+    monkeypatch.setattr(pipeline, "stages", lambda recipe: [stage("a"), stage("b", "a"), stage("c", "b"), stage("d", "a")])
+    return names
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(Recipe(name="stub", run_dir=str(tmp_path / "run")))
+
+
+def changed(run: Run, **changes: Any) -> Run:
+    return Run(Recipe.model_validate({**run.recipe.model_dump(), **changes}))
+
+
+def test_finished_stages_are_skipped(run: Run, ran: list[str]) -> None:
+    run_pipeline(run)
+    run_pipeline(run)
+    assert ran == ["a", "b", "c", "d"]
+
+
+def test_from_does_a_stage_and_all_after_it_again(run: Run, ran: list[str]) -> None:
+    run_pipeline(run)
+    run_pipeline(run, start="b")
+    assert ran[4:] == ["b", "c", "d"]
+
+
+def test_only_does_one_stage_again_and_makes_what_needs_it_unfinished(run: Run, ran: list[str]) -> None:
+    run_pipeline(run)
+    run_pipeline(run, only="b")
+    assert ran[4:] == ["b"]
+    assert not os.path.exists(run.at("c", "result")) and os.path.exists(run.at("d", "result"))
+    run_pipeline(run)
+    assert ran[5:] == ["c"], "a stage that rests on replaced results was taken for finished"
+
+
+def test_other_settings_are_refused_by_name_until_they_are_asked_for(run: Run, ran: list[str]) -> None:
+    run_pipeline(run)
+    other = changed(run, extract={"tie_seed": 7})
+    with pytest.raises(UserError, match=r"stage b .* extract\.tie_seed was 0, is 7(.|\n)*--from b"):
+        run_pipeline(other)
+    assert ran == ["a", "b", "c", "d"] and os.path.exists(run.at("b", "result"))
+    run_pipeline(other, start="b")
+    assert ran[4:] == ["b", "c", "d"]
+
+
+def test_settings_that_change_no_result_may_change(run: Run, ran: list[str]) -> None:
+    run_pipeline(run)
+    run_pipeline(changed(run, extract={"actors": 5}))
+    assert ran == ["a", "b", "c", "d"]
+
+
+def test_a_refused_recipe_leaves_the_folder_as_it_was(run: Run, ran: list[str]) -> None:
+    run_pipeline(run)
+    before = {path: path.read_bytes() for path in Path(run.local()).rglob("*") if path.is_file()}
+    for other in (changed(run, seed=9), changed(run, extract={"tie_seed": 7})):
+        with pytest.raises(UserError):
+            run_pipeline(other)
+    assert {path: path.read_bytes() for path in Path(run.local()).rglob("*") if path.is_file()} == before
+
+
+def test_a_kill_while_results_are_cleared_leaves_no_stage_on_what_is_gone(
+    run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever deletion the kill falls on, the next run does every stage again whose ground was removed."""
+    for kill_at in range(1, 7):
+        run_pipeline(run)
+        ran.clear()
+        storage, left = type(open_storage(run.at())), [kill_at]
+        delete = storage.delete
+
+        def dying(self: Any, uri: str, left: list[int] = left, delete: Any = delete) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            delete(self, uri)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(storage, "delete", dying)
+            run_pipeline(run, start="b")
+        run_pipeline(run)
+        assert "b" not in ran or "c" in ran, f"killed at deletion {kill_at}: {ran}"
+        assert all(os.path.exists(run.at(name, "result")) for name in "abcd")
+
+
+def test_a_stage_alone_names_the_first_stage_it_lacks(run: Run, ran: list[str]) -> None:
+    with pytest.raises(UserError, match="stage c needs stage a, which is not finished"):
+        run_stage(run, "c")
+    run_stage(run, "a")
+    with pytest.raises(UserError, match="stage c needs stage b"):
+        run_stage(run, "c")
+    assert ran == ["a"]
+
+
+def test_an_unknown_stage_is_answered_with_the_known_ones(run: Run, ran: list[str]) -> None:
+    with pytest.raises(UserError, match=r"no stage 'pretain'.* a, b, c, d"):
+        run_pipeline(run, start="pretain")
+
+
+def test_a_failed_stage_is_not_finished(run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = pipeline.stages(run.recipe)
+
+    def fail(run: Run) -> dict[str, Any]:
+        raise UserError("no bucket")
+
+    broken = [stages[0], Stage("b", "breaks", ("a",), (), ("b",), fail, lambda run: "")]
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no bucket"):
+        patch.setattr(pipeline, "stages", lambda recipe: broken)
+        run_pipeline(run)
+    assert not os.path.exists(run.marker("b"))
