@@ -49,20 +49,18 @@ def run_training(job: TrainingJob, console: Console) -> dict[str, Any]:
 
 
 def _fit_with_retries(job: TrainingJob, console: Console) -> None:
-    allowed = job.recipe.parallel.max_failures
-    for failures in range(allowed + 1):
-        error = _fit(job)
-        if error is None:
-            return
+    left = job.recipe.parallel.max_failures
+    while (error := _fit(job)) is not None:
         mistake = _user_error(error)
         if mistake is not None:
             raise mistake
-        if failures < allowed:
-            console.say(f"  the workers failed ({_cause(error)}); starting them again, {allowed - failures} tries left")
-    raise UserError(
-        f"stage {job.stage}: the workers failed more than parallel.max_failures = {allowed} times; the last cause: {_cause(error)}\n"
-        "Run the same command again to go on from the last checkpoint."
-    ) from error
+        if left == 0:
+            raise UserError(
+                f"stage {job.stage}: the workers failed more than parallel.max_failures = {job.recipe.parallel.max_failures} times; "
+                f"the last cause: {_cause(error)}\nRun the same command again to go on from the last checkpoint."
+            ) from error
+        console.say(f"  the workers failed ({_cause(error)}); starting them again, {left} tries left")
+        left -= 1
 
 
 def _fit(job: TrainingJob) -> BaseException | None:
