@@ -70,7 +70,12 @@ def _encode(image: SourceImage, size: int) -> tuple[str, dict[str, Any] | None]:
         return f"cannot be read ({error})", None
     buffer = io.BytesIO()
     pixels.save(buffer, "PNG")
-    return "", {"__key__": image.key, "png": buffer.getvalue(), "txt": image.caption, "json": json.dumps({"name": image.name}).encode()}
+    return "", {
+        "__key__": image.key,
+        "png": buffer.getvalue(),
+        "txt": image.caption,
+        "json": json.dumps({"name": image.name, "family": image.family}).encode(),
+    }
 
 
 def _check_keys(samples: dict[str, list[dict[str, Any]]]) -> None:

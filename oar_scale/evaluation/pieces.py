@@ -32,6 +32,7 @@ from oar_scale.generation.editing import inpaint
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.model import AnyOrderModel, load_model
 from oar_scale.observe.report_data import ModelName
+from oar_scale.orders.analysis import kendall_distance
 from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders
 from oar_scale.tokenizers.vq import load_vq
 
@@ -168,6 +169,8 @@ class BruteForcePiece:
 
     subject: Subject
     codes_SN: Ints
+    stored_SN: NDArray[np.uint16]
+    """The orders that the pool extracted, in the recipe's precision."""
     settings: ExtractionSettings
 
     def run(self) -> BruteForce:
@@ -176,8 +179,9 @@ class BruteForcePiece:
         exact, brute = (find(model, codes, condition, self.settings, self.subject.images) for find in (extract_orders, brute_force_orders))
         differs_SN = exact.order_BN != brute.order_BN
         # Up to its first other cell an image has the same prefix in both, so there the two scores answer the same question.
-        gap_SN = (exact.score_BN - brute.score_BN).abs().masked_fill(differs_SN.cumsum(1) != 1, 0.0)
-        return BruteForce(len(codes), int((~differs_SN.any(1)).sum()), float(gap_SN.max()))
+        gap_SN = (exact.score_BN - brute.score_BN).abs().masked_fill(~differs_SN | (differs_SN.cumsum(1) != 1), 0.0)
+        stored = float(kendall_distance(self.stored_SN, exact.order_BN.numpy()).mean())
+        return BruteForce(len(codes), int((~differs_SN.any(1)).sum()), float(gap_SN.max()), stored)
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,8 @@ class BruteForce:
     equal: int
     gap: float
     """Largest difference of scores where the two first choose different cells; 0 when all orders are equal."""
+    stored_distance: float
+    """Mean Kendall distance of the stored orders to the exact ones."""
 
 
 @dataclass(frozen=True)

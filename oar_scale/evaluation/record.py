@@ -37,6 +37,8 @@ class Evaluation:
     """Everything that the stage ``evaluate`` measured and drew."""
 
     nll: NllTable
+    nll_new: NllTable | None
+    """As ``nll``, over the images without a variant in training; None where all are, or fewer than two."""
     pretrain: PretrainEffect
     captions: tuple[CaptionDependence, ...]
     distances: tuple[DistanceRow, ...]

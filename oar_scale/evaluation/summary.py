@@ -102,8 +102,10 @@ def brute_force_sentence(found: BruteForce) -> str:
     """The outcome of the comparison, in words."""
     opening = f"Compared with brute force (a fresh forward pass for every candidate, float32) on {found.images} training images:"
     if found.equal == found.images:
-        return f"{opening} all {found.images} orders are equal."
-    return (
-        f"{opening} {found.equal} of {found.images} orders are equal; "
-        f"where one first differs, the scores of the two choices are {found.gap:.1e} apart."
-    )
+        outcome = f"all {found.images} orders are equal."
+    else:
+        outcome = (
+            f"{found.equal} of {found.images} orders are equal; "
+            f"where one first differs, the scores of the two choices are {found.gap:.1e} apart."
+        )
+    return f"{opening} {outcome} The stored orders of these images are {found.stored_distance:.1%} of the pairs of cells away from them."

@@ -247,6 +247,8 @@ class ReportData:
     curves: tuple[TrainingCurve, ...] = ()
     pretrain: PretrainEffect | None = None
     nll: NllTable | None = None
+    nll_new: NllTable | None = None
+    """As ``nll``, over the held-out images without a variant in training."""
     captions: tuple[CaptionDependence, ...] = ()
     distances: tuple[DistanceRow, ...] = ()
     samples: SampleGrid | None = None

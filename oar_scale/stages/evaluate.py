@@ -30,6 +30,7 @@ from oar_scale.observe.report_data import (
     DistanceRow,
     EditExample,
     ModelName,
+    NllTable,
     OrderExample,
     OrderFacts,
     Picture,
@@ -39,7 +40,16 @@ from oar_scale.observe.report_data import (
 )
 from oar_scale.orders.extraction import ExtractionSettings
 from oar_scale.stages.facts import stage_results, tokenizer_origin
-from oar_scale.stages.inputs import Tokens, model_files, read_pictures, read_tokens, read_train_orders, require, text_tokenizer
+from oar_scale.stages.inputs import (
+    Tokens,
+    model_files,
+    read_pictures,
+    read_tokens,
+    read_train_orders,
+    require,
+    text_tokenizer,
+    without_variant,
+)
 from oar_scale.stages.run import Run
 from oar_scale.storage import fetch
 from oar_scale.tokenizers.vq import VQTokenizer, codebook_use, load_vq, pixels_to_unit, psnr
@@ -76,6 +86,8 @@ class Inputs:
     """The stored order of every training image."""
     compared: int
     """Images on each side of a distance."""
+    new_S: NDArray[np.bool_]
+    """Held-out images that training has no variant of."""
 
 
 def run_evaluate(run: Run) -> dict[str, Any]:
@@ -95,6 +107,7 @@ def run_evaluate(run: Run) -> dict[str, Any]:
     nll = summary.per_image(results.likelihoods)
     evaluation = Evaluation(
         nll=summary.likelihood_table(nll),
+        nll_new=_likelihood_of_new(inputs, nll),
         pretrain=summary.pretrain_effect(nll),
         captions=summary.caption_dependence(nll),
         distances=_distances(run, inputs, results, reference_SF),
@@ -128,7 +141,15 @@ def _read(run: Run) -> Inputs:
         train_text_ST=text.encode(train.captions[:BRUTE_FORCE_IMAGES]),
         orders_SN=read_train_orders(run, train),
         compared=compared,
+        new_S=without_variant(run, heldout.keys),
     )
+
+
+def _likelihood_of_new(inputs: Inputs, nll: summary.PerImage) -> NllTable | None:
+    new = torch.from_numpy(inputs.new_S[: len(nll["ordered"]["random"])])
+    if bool(new.all()) or int(new.sum()) < 2:
+        return None
+    return summary.likelihood_table({model: {order: values[new] for order, values in row.items()} for model, row in nll.items()})
 
 
 # -- what there is to do: longest first, so that all processes end at about the same time ----------------------------------
@@ -140,7 +161,10 @@ def _pieces(run: Run, inputs: Inputs) -> list[Piece]:
 
 def _brute_force_piece(run: Run, inputs: Inputs) -> Piece:
     subject = Subject("any-order", inputs.models["any-order"], inputs.train_text_ST.numpy())
-    return BruteForcePiece(subject, inputs.train.codes_SN[:BRUTE_FORCE_IMAGES], ExtractionSettings.from_recipe(run.recipe.extract))
+    first = slice(BRUTE_FORCE_IMAGES)
+    return BruteForcePiece(
+        subject, inputs.train.codes_SN[first], inputs.orders_SN[first], ExtractionSettings.from_recipe(run.recipe.extract)
+    )
 
 
 def _drawing_pieces(run: Run, inputs: Inputs) -> list[Piece]:

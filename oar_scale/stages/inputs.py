@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +87,17 @@ def read_pictures(run: Run, split: str, keys: list[str]) -> list[Picture]:
     if found[: len(keys)] != keys:
         raise UserError(f"{folder}: these are not the images that the tokens were made from. Run the stage tokens again.")
     return pictures[: len(keys)]
+
+
+def without_variant(run: Run, keys: list[str]) -> NDArray[np.bool_]:
+    """Which held-out images [S] share no family with a training image (see ``SourceImage.family``)."""
+    families: dict[str, dict[str, str]] = {}
+    for split in ("train", "heldout"):
+        folder = run.at("images", split)
+        samples = (sample for info in read_manifest(folder).shards for sample in read_shard(join(folder, info.name), run.cache, info))
+        families[split] = {sample["__key__"]: json.loads(sample.get("json", b"{}")).get("family", "") for sample in samples}
+    in_train = set(families["train"].values()) - {""}
+    return np.array([families["heldout"].get(key, "") not in in_train for key in keys])
 
 
 def read_train_orders(run: Run, train: Tokens) -> NDArray[np.uint16]:

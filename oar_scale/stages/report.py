@@ -51,6 +51,7 @@ def report_data(run: Run) -> ReportData:
         tokenizer=found.tokenizer,
         pretrain=found.pretrain,
         nll=found.nll,
+        nll_new=found.nll_new,
         captions=found.captions,
         distances=found.distances,
         samples=found.samples,

@@ -32,7 +32,7 @@ def test_diagonal_steps_do_not_count_as_steps_to_a_neighbour() -> None:
 
 @pytest.mark.parametrize(("equal", "said"), [(2, "all 2 orders are equal"), (1, "1 of 2 orders are equal")])
 def test_the_comparison_with_brute_force_is_told_as_it_came_out(equal: int, said: str) -> None:
-    assert said in summary.brute_force_sentence(BruteForce(2, equal, 1e-6))
+    assert said in summary.brute_force_sentence(BruteForce(2, equal, 1e-6, 0.0))
 
 
 def test_the_gap_to_brute_force_is_that_of_the_first_other_choice(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +47,13 @@ def test_the_gap_to_brute_force_is_that_of_the_first_other_choice(tmp_path: obje
         order[0], score[0] = order[0].flip(0), score[0] - torch.arange(1, 10)
         return Orders(order, score)
 
-    piece = BruteForcePiece(Subject("any-order", f"{tmp_path}/model.safetensors", text.numpy()), codes.numpy(), ExtractionSettings())
-    assert piece.run() == BruteForce(2, 2, 0.0)
+    with torch.no_grad():
+        exact = extract_orders(model, codes, model.condition(text), ExtractionSettings()).order_BN.numpy().astype(np.uint16)
+    stored = np.stack([exact[0], exact[1, ::-1]])
+    piece = BruteForcePiece(
+        Subject("any-order", f"{tmp_path}/model.safetensors", text.numpy()), codes.numpy(), stored, ExtractionSettings()
+    )
+    assert piece.run() == BruteForce(2, 2, 0.0, 0.5)  # the second stored order is the exact one backwards
     monkeypatch.setattr(pieces, "extract_orders", backwards)
     found = piece.run()
     assert (found.images, found.equal) == (2, 1)

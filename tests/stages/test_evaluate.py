@@ -17,7 +17,7 @@ from PIL import Image
 
 from oar_scale.config.schema import Recipe
 from oar_scale.data.manifest import read_manifest, write_manifest
-from oar_scale.data.shards import read_token_shard
+from oar_scale.data.shards import read_shard, read_token_shard
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
 from oar_scale.errors import UserError
 from oar_scale.evaluation.record import load_evaluation
@@ -27,6 +27,7 @@ from oar_scale.orders.extraction import ExtractionSettings, extract_orders
 from oar_scale.orders.table import OrderTable, table_name, write_orders
 from oar_scale.stages.data import run_data
 from oar_scale.stages.evaluate import run_evaluate
+from oar_scale.stages.inputs import without_variant
 from oar_scale.stages.report import run_report
 from oar_scale.stages.run import Run
 from oar_scale.stages.sample import run_sample
@@ -166,6 +167,17 @@ def test_evaluation_knows_what_the_order_tables_say(evaluated: Run) -> None:
     assert orders.mean_step_of_cell.sum() == pytest.approx(sum(range(16)))
     assert all(sorted(example.step_of_cell.ravel()) == list(range(16)) for example in orders.examples)
     assert "all 2 orders are equal" in orders.brute_force
+
+
+def test_pictures_with_a_variant_in_training_are_told_apart(evaluated: Run) -> None:
+    folder = evaluated.at("images", "heldout")
+    manifest = read_manifest(folder)
+    keys = [sample["__key__"] for shard in manifest.shards for sample in read_shard(join(folder, shard.name), evaluated.cache)]
+    new_S = without_variant(evaluated, keys)
+    assert 0 < manifest.with_variant_in_train == int((~new_S).sum()) < len(keys)
+    found = load_evaluation(evaluated.local())
+    assert found is not None and found.nll_new is not None
+    assert found.nll_new.images == int(new_S[: found.nll.images].sum())
 
 
 def test_edits_hide_the_middle_or_all_but_the_middle(evaluated: Run) -> None:
