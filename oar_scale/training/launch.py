@@ -7,6 +7,7 @@ again, and only what was lost to a dead worker or node is.
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -65,24 +66,21 @@ def _fit_with_retries(job: TrainingJob, console: Console) -> None:
 
 def _fit(job: TrainingJob) -> BaseException | None:
     """One group of workers; what it failed with, or None."""
+    from ray.train import TrainingFailedError
+
     scratch = tempfile.mkdtemp(prefix="oar-train-")  # Ray Train's own bookkeeping; checkpoints are ours
-    outcome: list[BaseException | None] = [None]
-
-    def fit() -> None:
-        try:
-            _trainer(job, scratch).fit()
-        except Exception as error:
-            outcome[0] = error
-
-    # On the main thread Ray Train would put its own handler in place of Ctrl-C's and never take it away again.
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
+    handler = signal.getsignal(signal.SIGINT)
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        _trainer(job, scratch).fit()
+    except TrainingFailedError as error:
+        return error
+    except SystemExit as stop:  # Ray Train's answer to Ctrl-C, once it has ended the workers
+        raise KeyboardInterrupt from stop
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # Ray Train leaves its own behind
         shutil.rmtree(scratch, ignore_errors=True)
-    return outcome[0]
+    return None
 
 
 def _trainer(job: TrainingJob, scratch: str) -> Any:
