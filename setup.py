@@ -37,10 +37,8 @@ setup(
         "rich>=15",
         "ruamel.yaml>=0.19",
         "safetensors>=0.8",
-        "scipy>=1.17",
         "sentencepiece>=0.2.3",
         "setuptools>=84",  # torch builds C++ extensions with it
-        "tenacity>=9.2",
         "torch>=2.15",
         "wandb>=0.31",
         "webdataset>=1.0.2",
@@ -56,6 +54,7 @@ setup(
             "pytest>=9.2",
             "pytest-timeout>=2.4",
             "ruff>=0.17",
+            "scipy>=1.17",
         ],
     },
 )
