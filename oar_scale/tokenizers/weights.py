@@ -6,6 +6,8 @@ Nothing is unpickled, so a file can be wrong but never run code.
 
 from __future__ import annotations
 
+import json
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
@@ -15,6 +17,9 @@ from torch import Tensor
 from oar_scale.errors import UserError
 from oar_scale.storage import open_storage
 
+ENTRY = "oar_scale"
+"""The one entry of the file's metadata: a JSON object."""
+
 
 def save_weights(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str], *, half: bool = False) -> None:
     """Write tensors and metadata atomically."""
@@ -22,7 +27,8 @@ def save_weights(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str],
         name: (tensor.detach().to(torch.bfloat16) if half and tensor.ndim > 1 else tensor.detach()).cpu().contiguous()
         for name, tensor in tensors.items()
     }
-    open_storage(uri).write(uri, save_bytes(stored, metadata))
+    # One entry: safetensors writes several in random order, and the same weights must give the same bytes.
+    open_storage(uri).write(uri, save_bytes(stored, {ENTRY: json.dumps(metadata, sort_keys=True)}))
 
 
 def load_weights(uri: str, kind: str) -> tuple[dict[str, Tensor], str]:
@@ -43,8 +49,6 @@ def load_weights(uri: str, kind: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    import json
-
     size = int.from_bytes(data[:8], "little")
     found = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    return dict(found)
+    return dict(json.loads(found.get(ENTRY, "{}")))

@@ -73,6 +73,13 @@ def test_a_saved_tokenizer_gives_the_same_codes(
     assert torch.equal(again.encode(pixels_to_unit(pixels)), trained[0].encode(pixels_to_unit(pixels)))
 
 
+def test_the_same_weights_give_the_same_bytes(trained: tuple[VQTokenizer, list[VQProgress]], tmp_path: Path) -> None:
+    """Order tables and checkpoints know a model by the hash of its file."""
+    for index in range(12):
+        save_vq(str(tmp_path / f"{index}.safetensors"), trained[0])
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_a_pickle_is_never_opened_as_weights(tmp_path: Path) -> None:
     uri = tmp_path / "vq.safetensors"
     torch.save({"weights": torch.zeros(3)}, uri)
