@@ -13,9 +13,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from oar_scale import __version__
 from oar_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from oar_scale.config.schema import Recipe
 
 STAGES = {
     "data": "captioned images into WebDataset shards",
@@ -79,10 +83,15 @@ def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str,
     return verb
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _load(arguments: argparse.Namespace) -> Recipe:
+    """The recipe, before torch is imported: a typing error is answered at once."""
     from oar_scale.config.loading import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    return load_recipe(arguments.recipe, arguments.overrides)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    recipe = _load(arguments)
     from oar_scale.pipeline import run_pipeline
     from oar_scale.stages.run import Run
 
@@ -91,9 +100,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _stage(arguments: argparse.Namespace) -> None:
     """A stage on its own goes on where it was interrupted; ``oar run --only`` does it again. A report is always written anew."""
-    from oar_scale.config.loading import load_recipe
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = _load(arguments)
     from oar_scale.pipeline import run_pipeline, run_stage
     from oar_scale.stages.run import Run
 
@@ -104,9 +111,7 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from oar_scale.config.loading import load_recipe
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = _load(arguments)
     from oar_scale.stages.run import Run
     from oar_scale.stages.sample import run_sample
 
@@ -114,9 +119,9 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> None:
-    from oar_scale.config.loading import dump_recipe, load_recipe, recipe_origins
+    from oar_scale.config.loading import dump_recipe, recipe_origins
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = _load(arguments)
     if not arguments.origin:
         print(dump_recipe(recipe), end="")
         return

@@ -18,16 +18,13 @@ from typing import Any
 
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.loading import dump_recipe
-from oar_scale.config.schema import Recipe
+from oar_scale.config.schema import OPERATIONAL, Recipe
 from oar_scale.errors import UserError
 from oar_scale.observe.console import duration
 from oar_scale.observe.wandb_sink import project
 from oar_scale.stages import data, evaluate, extract, report, tokenizer, tokens, train
 from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
-
-OPERATIONAL = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "actors", "gpus_per_actor", "max_retries"}
-"""Fields that say who does the work and how often it is logged or saved: they may change without changing the result."""
 
 
 @dataclass(frozen=True)

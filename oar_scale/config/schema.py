@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin"]
+OPERATIONAL = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "actors", "gpus_per_actor", "max_retries"}
+"""Fields that say who does the work and how often it is logged or saved: they may change without changing the result."""
 View = Annotated[str, Field(pattern=r"^(center|center_flip|jitter[1-9][0-9]?)$")]
 
 

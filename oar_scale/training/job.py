@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from oar_scale.config.schema import Recipe, TrainingConfig
+from oar_scale.config.schema import OPERATIONAL, Recipe, TrainingConfig
 from oar_scale.data.manifest import read_manifest
 from oar_scale.model import model_id
 from oar_scale.storage import join
@@ -41,7 +41,6 @@ class TrainingJob:
     def identity(self) -> dict[str, object]:
         """What a checkpoint must agree on to be continued; operational fields may change between attempts."""
         recipe, training = self.recipe, self.training
-        operational = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
         return {
             "stage": self.stage,
             "start_from": model_id(self.start_from),
@@ -49,6 +48,6 @@ class TrainingJob:
             "seed": recipe.seed,
             "precision": recipe.parallel.precision,
             "model": recipe.model.model_dump(mode="json", exclude={"weights"}),
-            "training": training.model_dump(mode="json", exclude=operational),
+            "training": training.model_dump(mode="json", exclude=OPERATIONAL),
             "streams": [recipe.data.canonical_streams, recipe.data.shuffle_window_shards],
         }
