@@ -5,6 +5,7 @@ oar data|tokenizer|tokens|extract|evaluate|report RECIPE      one stage
 oar train RECIPE [--stage pretrain|finetune|control]
 oar sample RECIPE [--model ordered] [--out FILE.png] [CAPTION ...]
 oar recipe RECIPE [--origin]
+oar doctor [RECIPE] [--json]                                  is this machine fit for a run?
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MODELS = ("base", "anyorder", "control", "ordered")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 done, 2 something the user can mend, 130 interrupted)."""
+    """Run the command line; returns the exit code (0 done, 1 the doctor says FAIL, 2 something the user can mend, 130 interrupted)."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "captions") or any(word.startswith("-") for word in rest)):
@@ -72,12 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", default="samples.png")
     recipe = _verb(verbs, "recipe", "print the resolved recipe", _recipe)
     recipe.add_argument("--origin", action="store_true", help="say which file and line set each value")
+    doctor = _verb(verbs, "doctor", "check packages, devices, kernels and, with a recipe, its storage", _doctor, needs_recipe=False)
+    doctor.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
     return parser
 
 
-def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, function: object) -> argparse.ArgumentParser:
+def _verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, function: object, *, needs_recipe: bool = True
+) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=text, description=text)
-    verb.add_argument("recipe", help="a YAML file, e.g. recipes/quickstart.yaml")
+    verb.add_argument("recipe", nargs=None if needs_recipe else "?", help="a YAML file, e.g. recipes/quickstart.yaml")
     verb.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
     verb.set_defaults(run=function)
     return verb
@@ -127,6 +132,12 @@ def _recipe(arguments: argparse.Namespace) -> None:
         return
     for key, origin in recipe_origins(arguments.recipe, arguments.overrides).items():
         print(f"{key:45} {origin}")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from oar_scale.doctor import run_doctor
+
+    return run_doctor(arguments.recipe, arguments.overrides, as_json=arguments.json)
 
 
 if __name__ == "__main__":

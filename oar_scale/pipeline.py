@@ -65,7 +65,11 @@ def stages(recipe: Recipe) -> list[Stage]:
             "tokenizer", "image and text tokenizers", ("data",), ("tokenizer.image", "tokenizer.text", "seed"), ("tokenizers",), tokenizer
         ),
         other("tokens", "images into codes, by Ray actors", ("tokenizer",), ("tokenizer.views",), ("tokens",), tokens),
-        training("pretrain", "any-order pretraining", "tokens", "model", "pretrain", "seed", "parallel.precision"),
+        training("pretrain", "pretraining", "tokens", "model", "pretrain", "seed", "parallel.precision"),
+    ]
+    if recipe.model.layout == "raster":  # one order for all images: there is none to extract, and nothing to fine-tune on
+        return found
+    found += [
         other(
             "extract",
             "an order for every training image, by Ray actors",

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from oar_scale.model import AnyOrderModel, ModelSpec
+from oar_scale.model.spec import TextSpec
 
 
-def small_model(*, grid: int = 3, seed: int = 0, dropout: float = 0.0, vocab: int = 7) -> AnyOrderModel:
+def small_spec(**changes: Any) -> ModelSpec:
+    sizes: dict[str, Any] = {"dim": 32, "layers": 2, "heads": 2, "ffn_hidden": 48, "vocab_size": 7, "grid": 3}
+    return ModelSpec(**{**sizes, "condition": TextSpec(vocab=11, rows=4), **changes})
+
+
+def small_model(*, grid: int = 3, seed: int = 0, dropout: float = 0.0, vocab: int = 7, **changes: Any) -> AnyOrderModel:
     """A model whose weights, head included, are large enough that every choice between its logits is clear."""
-    spec = ModelSpec(dim=32, layers=2, heads=2, ffn_hidden=48, vocab_size=vocab, grid=grid, text_vocab=11, max_tokens=4, dropout=dropout)
+    spec = small_spec(grid=grid, dropout=dropout, vocab_size=vocab, **changes)
     model = AnyOrderModel(spec)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -30,4 +38,6 @@ def random_orders(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:
 
 def random_text(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:
     """Captions of full length: no padding."""
-    return torch.randint(1, model.spec.text_vocab, (images, model.spec.max_tokens), generator=torch.Generator().manual_seed(seed))
+    kind = model.spec.condition
+    assert isinstance(kind, TextSpec)
+    return torch.randint(1, kind.vocab, (images, kind.rows), generator=torch.Generator().manual_seed(seed))

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from oar_scale.config.schema import Recipe
+from oar_scale.config.schema import Recipe, SentencePieceConfig
 from oar_scale.data.manifest import read_manifest, write_manifest
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
 from oar_scale.model import AnyOrderModel, ModelSpec, save_model
+from oar_scale.model.spec import condition_spec
 from oar_scale.stages.data import run_data
 from oar_scale.stages.run import Run
-from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
+from oar_scale.tokenizers.prompts import load_prompts
+from oar_scale.tokenizers.text import train_text_tokenizer
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq
 from oar_scale.training.job import TrainingJob
 
@@ -52,7 +54,9 @@ def prepare_small_run(recipe: Recipe) -> Run:
     """Data, tokenizers, token shards and a base model."""
     run = Run(recipe)
     run_data(run)
-    train_text_tokenizer(_captions(run), recipe.tokenizer.text.vocab_size, recipe.tokenizer.text.max_tokens).save(run.text_uri)
+    text = recipe.tokenizer.text
+    if isinstance(text, SentencePieceConfig):
+        train_text_tokenizer(_captions(run), text.vocab_size, text.max_tokens).save(run.text_uri)
     torch.manual_seed(0)
     spec = VQSpec(image_size=32, channels=32, multipliers=(1, 1, 1), res_blocks=1, latent_channels=32, codebook_size=64)
     save_vq(run.vq_uri, VQTokenizer(spec))
@@ -62,8 +66,8 @@ def prepare_small_run(recipe: Recipe) -> Run:
         views = recipe.tokenizer.views if split == "train" else ("center",)
         shards = [tokenize_shard(run.at("images", split), run.at("tokens", split), s, vq, views, run.cache) for s in images.shards]
         write_manifest(run.at("tokens", split), token_manifest(shards, vq, views, images.attribution))
-    text = TextTokenizer.load(run.text_uri, recipe.tokenizer.text.max_tokens)
-    model = ModelSpec.from_recipe(recipe.model, vocab_size=64, grid=8, text_vocab=text.vocab_size, max_tokens=text.max_tokens)
+    condition = condition_spec(load_prompts(recipe.tokenizer.text, run.at("tokenizers")), encoder_layers=recipe.model.text_encoder_layers)
+    model = ModelSpec.from_recipe(recipe.model, vocab_size=64, grid=8, condition=condition)
     save_model(run.model_uri("base"), AnyOrderModel(model))
     return run
 

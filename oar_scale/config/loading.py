@@ -135,6 +135,10 @@ def _unknown_key(keys: tuple[str, ...]) -> str:
     """Name the nearest valid key: of the same section if one is near, else of any section."""
     *section, wrong = keys
     here = _fields_at(tuple(section))
+    if wrong in here:  # of another variant of the section
+        name = ".".join(section)
+        owners = [tag for tag, model in _variants(_type_at(tuple(section))).items() if wrong in model.model_fields]
+        return f"only {name}.type {' or '.join(owners)} has this key. Set that type, or remove the key."
     near = difflib.get_close_matches(wrong, here, n=1)
     if near:
         return f"unknown key. Did you mean {'.'.join([*section, near[0]])}?"
@@ -184,7 +188,8 @@ def _show(value: Any) -> str:
 
 def _variants(kind: Any) -> dict[str, Any]:
     """The models a field may hold, by ``type`` for a tagged union; empty for a plain value."""
-    models = [arg for arg in (kind, *get_args(kind)) if isinstance(arg, type) and issubclass(arg, BaseModel)]
+    bare = [getattr(arg, "__origin__", arg) if hasattr(arg, "__metadata__") else arg for arg in (kind, *get_args(kind))]
+    models = [arg for arg in bare if isinstance(arg, type) and issubclass(arg, BaseModel)]
     return {get_args(model.model_fields["type"].annotation)[0] if "type" in model.model_fields else "": model for model in models}
 
 

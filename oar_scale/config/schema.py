@@ -8,10 +8,11 @@ Names follow the field: ``global_batch = micro_batch x workers x accumulation``.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+Layout = Literal["raster", "instructed", "dual"]
 Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin"]
 OPERATIONAL = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "actors", "gpus_per_actor", "max_retries"}
 """Fields that say who does the work and how often it is logged or saved: they may change without changing the result."""
@@ -71,6 +72,12 @@ class VQTrainingConfig(Section):
     """Steps between replacements of codebook entries that no image used."""
     edge_weight: float = Field(0.1, ge=0)
     """Weight of the L1 loss on horizontal and vertical differences: keeps outlines sharp."""
+    perceptual_weight: float = Field(0.0, ge=0)
+    """Weight of the distance of EfficientNet-Lite0 features (extra ``eval``); 0: off."""
+    adversarial_weight: float = Field(0.0, ge=0)
+    """Weight of a patch discriminator's verdict, as a share of the gradient of the other image losses; 0: off."""
+    adversarial_from_step: int = Field(0, ge=0)
+    """The discriminator starts after so many steps, when reconstructions are worth judging."""
 
 
 class ImageTokenizerConfig(Section):
@@ -86,17 +93,62 @@ class ImageTokenizerConfig(Section):
     training: VQTrainingConfig = VQTrainingConfig()
 
 
-class TextTokenizerConfig(Section):
+class SentencePieceConfig(Section):
+    """Captions as SentencePiece ids, and a small encoder of them that is trained along with the model."""
+
+    type: Literal["sentencepiece"] = "sentencepiece"
     weights: str | None = None
-    """A SentencePiece ``.model`` file. Without it the stage trains one on the training captions."""
+    """A SentencePiece ``.model`` file, anyone's. Without it the stage trains one on the training captions."""
     vocab_size: int = Field(1000, ge=64, le=65536)
     max_tokens: int = Field(16, ge=1)
     """T: condition rows a caption may take; longer captions are cut."""
 
 
+class ClipTextConfig(Section):
+    """Captions through the frozen text tower of an open_clip model."""
+
+    type: Literal["open_clip"]
+    architecture: str
+    """Its name in open_clip, e.g. ``ViT-L-14``."""
+    weights: str
+    """A checkpoint file, or a tag that open_clip knows, e.g. ``laion2b_s32b_b82k``."""
+    features: Literal["tokens", "pooled"] = "tokens"
+    """A condition row for each token, or one for the whole caption."""
+
+
+class FeaturesConfig(Section):
+    """Features that the shards already hold (``KEY.features.npy``, float16 [rows, width])."""
+
+    type: Literal["features"]
+    width: int = Field(ge=1)
+    rows: int = Field(ge=1)
+
+
+class LabelsConfig(Section):
+    """Class labels instead of captions: ``label`` in the samples' ``KEY.json``."""
+
+    type: Literal["labels"]
+    classes: int = Field(ge=1)
+    """Labels are 0 to classes - 1."""
+
+
+def _text_type(given: Any) -> Any:
+    """``type`` of a text section; one that does not say it is SentencePiece's."""
+    return given.get("type", "sentencepiece") if isinstance(given, dict) else getattr(given, "type", None)
+
+
+TextConfig = Annotated[
+    Annotated[SentencePieceConfig, Tag("sentencepiece")]
+    | Annotated[ClipTextConfig, Tag("open_clip")]
+    | Annotated[FeaturesConfig, Tag("features")]
+    | Annotated[LabelsConfig, Tag("labels")],
+    Discriminator(_text_type),
+]
+
+
 class TokenizerConfig(Section):
     image: ImageTokenizerConfig = ImageTokenizerConfig()
-    text: TextTokenizerConfig = TextTokenizerConfig()
+    text: TextConfig = SentencePieceConfig()
     views: tuple[View, ...] = Field(("center",), min_length=1)
     """Variants of each training image that are tokenised; the first one is the image that orders are extracted for."""
 
@@ -104,10 +156,13 @@ class TokenizerConfig(Section):
 class ModelConfig(Section):
     """The any-order transformer (docs/model.md). Vocabulary, grid and text sizes follow from the tokenizers."""
 
-    layout: Literal["instructed"] = "instructed"
+    layout: Layout = "instructed"
+    """``raster`` is plain next-token; ``instructed`` (RandAR) and ``dual`` (OAR v1) place cells in any order."""
     dim: int = Field(256, ge=8)
     layers: int = Field(6, ge=1)
     heads: int = Field(4, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    """Heads of keys and values, a divisor of ``heads`` (grouped-query attention). Default: ``heads``."""
     ffn_multiple_of: int = Field(256, ge=1)
     """The SwiGLU width is ``int(8 dim / 3)`` rounded up to a multiple of this."""
     norm_eps: float = Field(1e-5, gt=0)
@@ -120,6 +175,11 @@ class ModelConfig(Section):
     weights: str | None = None
     """A trained any-order model (safetensors) to continue from."""
 
+    @property
+    def ffn_hidden(self) -> int:
+        """Width of the SwiGLU feed-forward."""
+        return -(-int(8 * self.dim / 3) // self.ffn_multiple_of) * self.ffn_multiple_of
+
     @model_validator(mode="after")
     def _head_dim(self) -> ModelConfig:
         if self.dim % self.heads or (self.dim // self.heads) % 4:
@@ -127,6 +187,8 @@ class ModelConfig(Section):
                 f"dim {self.dim} / heads {self.heads} must be a whole number and a multiple of 4 "
                 "(the rotation takes pairs for rows and pairs for columns); e.g. dim 256 with heads 4"
             )
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
         return self
 
 

@@ -3,7 +3,7 @@
 A sample is a run of members that share a KEY (the name up to the first dot):
 
     image shards   KEY.png  KEY.txt  KEY.json
-    token shards   KEY.codes.npy (uint16 [views, N], raster)  KEY.txt  KEY.json
+    token shards   KEY.codes.npy (uint16 [views, N], raster)  KEY.txt  KEY.json  [KEY.features.npy (float16 [T, F])]
 
 Plain ``webdataset.WebDataset(url)`` reads both. The same samples give the same bytes.
 """
@@ -11,10 +11,11 @@ Plain ``webdataset.WebDataset(url)`` reads both. The same samples give the same 
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from oar_scale.data.manifest import ShardInfo
 from oar_scale.errors import UserError
 from oar_scale.storage import fetch, join, open_storage
+from oar_scale.tokenizers.prompts import Field
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class TokenShard:
     keys: list[str]
     captions: list[str]
     codes_SVN: NDArray[np.uint16]
+    prompts: Sequence[Any]
+    """What the model is told about each sample: its caption, label or features, as was asked for."""
 
 
 def shard_name(index: int) -> str:
@@ -107,20 +111,24 @@ def read_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None) -> l
     return list(iterate_shard(path, uri))
 
 
-def token_sample(key: str, caption: str, codes_VN: NDArray[np.uint16], info: bytes) -> dict[str, Any]:
-    """One sample of a token shard, ready for :func:`write_shard`."""
+def token_sample(source: dict[str, Any], codes_VN: NDArray[np.uint16]) -> dict[str, Any]:
+    """One sample of a token shard, ready for :func:`write_shard`: the codes, and all of the image's sample but its picture."""
     buffer = io.BytesIO()
     np.save(buffer, codes_VN.astype(np.uint16))
-    return {"__key__": key, "codes.npy": buffer.getvalue(), "json": info, "txt": caption}
+    kept: dict[str, Any] = {part: source[part] for part in ("features.npy", "json", "txt") if part in source}
+    return {"__key__": source["__key__"], "codes.npy": buffer.getvalue(), "json": b"{}", **kept}
 
 
-def read_token_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None) -> TokenShard:
+def read_token_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None, field: Field = "txt") -> TokenShard:
     """Decode a token shard.
 
+    Args:
+        field: what the prompts are.
+
     Raises:
-        UserError: damaged, or a sample lacks codes or caption; the error names shard and key.
+        UserError: damaged, or a sample lacks codes, caption or prompt; the error names shard and key.
     """
-    keys, captions, codes = [], [], []
+    keys, captions, codes, prompts = [], [], [], []
     for sample in read_shard(uri, cache_dir, expected):
         missing = [part for part in ("codes.npy", "txt") if part not in sample]
         if missing:
@@ -128,4 +136,17 @@ def read_token_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None
         keys.append(sample["__key__"])
         captions.append(sample["txt"].decode("utf-8", errors="replace"))
         codes.append(np.load(io.BytesIO(sample["codes.npy"]), allow_pickle=False))
-    return TokenShard(keys, captions, np.stack(codes))
+        prompts.append(captions[-1] if field == "txt" else _prompt(sample, field, uri))
+    return TokenShard(keys, captions, np.stack(codes), prompts)
+
+
+def _prompt(sample: dict[str, Any], field: Field, uri: str) -> Any:
+    """A sample's label or features. Raises UserError where it has none."""
+    if field == "features" and "features.npy" in sample:
+        return np.load(io.BytesIO(sample["features.npy"]), allow_pickle=False)
+    if field == "label":
+        label = json.loads(sample.get("json", b"{}")).get("label")
+        if isinstance(label, int):
+            return label
+    what = "features (.features.npy)" if field == "features" else "whole number as label in its .json"
+    raise UserError(f"{uri}: sample {sample['__key__']!r} has no {what}, which the recipe's tokenizer.text asks for")

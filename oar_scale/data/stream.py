@@ -2,7 +2,7 @@
 
 The plan says which samples a step takes; this module opens their shards (verified, cached locally, a bounded number of
 them decoded at a time) and adds every random choice about a sample as a hash of (seed, epoch, uid): its view, its order,
-whether its caption is dropped. So a batch is a function of (recipe, step) alone, and resuming is starting at a step.
+whether its prompt is dropped. So a batch is a function of (recipe, step) alone, and resuming is starting at a step.
 
     for batch in TokenStream(...).batches(start_step=80): ...
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from oar_scale.data.plan import SamplePlan, Slots
 from oar_scale.data.shards import TokenShard, read_token_shard
 from oar_scale.errors import UserError
 from oar_scale.storage import join
-from oar_scale.tokenizers.text import TextTokenizer
+from oar_scale.tokenizers.prompts import PromptEncoder
 
 StoredOrders = Callable[[str, TokenShard], NDArray[np.uint16]]
 """Stored orders [S, N] of a shard of the given name."""
@@ -39,9 +40,10 @@ class Batch:
     uid_b: Tensor
     codes_bN: Tensor
     order_bN: Tensor
-    text_bT: Tensor
+    prompts_b: Tensor
+    """Encoded prompts, a row for each sample: ids [b, T], labels [b, 1] or features [b, T, F]."""
     drop_b: Tensor
-    """Samples whose caption is dropped (bool)."""
+    """Samples whose prompt is dropped (bool)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class StreamSettings:
     streams: int
     window_shards: int
     caption_dropout: float
+    raster: bool = False
+    """All samples in raster order, for a model that knows no other."""
     random_share: float = 1.0
     """Share of samples that take any view, in a random order. The rest take view 0 in its stored order; without stored
     orders (the control) still view 0, in a random order, so that the orders are all that differs."""
@@ -65,7 +69,7 @@ class TokenStream:
         self,
         folder: str,
         manifest: Manifest,
-        text: TextTokenizer,
+        prompts: PromptEncoder,
         settings: StreamSettings,
         cache_dir: str,
         rank: int = 0,
@@ -74,7 +78,7 @@ class TokenStream:
     ) -> None:
         if manifest.grid is None:
             raise UserError(f"{folder}: these are not token shards (the manifest has no grid). Run the stage tokens first.")
-        self.folder, self.manifest, self.text, self.settings = folder, manifest, text, settings
+        self.folder, self.manifest, self.prompts, self.settings = folder, manifest, prompts, settings
         self.cache_dir, self.rank, self.world, self.stored_orders = cache_dir, rank, world, stored_orders
         self.cells = manifest.grid**2
         if manifest.samples < settings.streams:
@@ -103,34 +107,36 @@ class TokenStream:
         any_view_b = uniform("order kind", settings.seed, slots.epoch, slots.uid) < settings.random_share
         view_b = integers("view", len(self.manifest.views), settings.seed, slots.epoch, slots.uid)
         view_b[~any_view_b] = 0  # stored orders belong to the first view
-        codes, captions, order_bN = self._gather(slots, view_b, ~any_view_b)
+        codes, prompts, order_bN = self._gather(slots, view_b, ~any_view_b)
         return Batch(
             step=step,
             uid_b=torch.from_numpy(slots.uid),
             codes_bN=torch.from_numpy(codes.astype(np.int64)),
             order_bN=torch.from_numpy(order_bN),
-            text_bT=self.text.encode(captions),
+            prompts_b=self.prompts.encode(prompts),
             drop_b=torch.from_numpy(uniform("caption", settings.seed, slots.epoch, slots.uid) < settings.caption_dropout),
         )
 
     def _gather(
         self, slots: Slots, view_b: NDArray[np.int64], stored_b: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.uint16], list[str], NDArray[np.int64]]:
+    ) -> tuple[NDArray[np.uint16], list[Any], NDArray[np.int64]]:
         codes = np.empty((len(slots.uid), self.cells), dtype=np.uint16)
         order_bN = permutations("order", self.cells, self.settings.seed, slots.epoch, slots.uid)
-        captions = []
+        if self.settings.raster:
+            order_bN[:] = np.arange(self.cells)
+        prompts = []
         for row, uid in enumerate(slots.uid):
             index, at = self.plan.shard_of(int(uid))
             shard, orders_SN = self._shard(index)
             codes[row] = shard.codes_SVN[at, view_b[row]]
-            captions.append(shard.captions[at])
+            prompts.append(shard.prompts[at])
             if stored_b[row] and orders_SN is not None:
                 order_bN[row] = orders_SN[at]
-        return codes, captions, order_bN
+        return codes, prompts, order_bN
 
     def _decode(self, index: int) -> tuple[TokenShard, NDArray[np.uint16] | None]:
         info = self.manifest.shards[index]
-        shard = read_token_shard(join(self.folder, info.name), self.cache_dir, info)
+        shard = read_token_shard(join(self.folder, info.name), self.cache_dir, info, self.prompts.field)
         if shard.codes_SVN.shape[1:] != (len(self.manifest.views), self.cells):
             raise UserError(
                 f"{join(self.folder, info.name)}: codes are {shard.codes_SVN.shape[1:]} (views, cells), "

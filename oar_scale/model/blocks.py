@@ -1,4 +1,8 @@
-"""One transformer block of the LlamaGen family: RMSNorm, rotary attention, RMSNorm, SwiGLU. Names equal the peers' keys."""
+"""One transformer block of the LlamaGen family: RMSNorm, rotary attention, RMSNorm, SwiGLU. Names equal the peers' keys.
+
+Every module initialises its own parameters where it is made, which is what ``deepspeed.zero.Init`` needs: it takes a module's
+parameters away as soon as its constructor returns.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oar_scale.model.rope import Rotation, rotate, rotate_fast
+from oar_scale.model.spec import ModelSpec
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` without bias that starts as Normal(0, 0.02)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, 0.0, 0.02)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -25,7 +40,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Heads(NamedTuple):
-    """Queries, keys and values of L rows, each [B, H, L, head_dim]; queries and keys are rotated."""
+    """Queries [B, H, L, head_dim], keys and values [B, kv_heads, L, head_dim] of L rows; queries and keys are rotated."""
 
     q: Tensor
     k: Tensor
@@ -42,57 +57,62 @@ class DecodingHeads(NamedTuple):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.heads = heads
-        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
+        self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads or spec.heads, spec.head_dim
+        self.wqkv = Linear(spec.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.wo = Linear(spec.dim, spec.dim)
 
     def project(self, x_BLD: Tensor, rotation: Rotation | None) -> Heads:
         """Project rows to heads; ``rotation`` [B or 1, L, head_dim / 2] turns queries and keys, None leaves them."""
-        q, k, v = self.wqkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qk, v = self._qk_and_v(x_BLD)
         if rotation is not None:
-            per_head = Rotation(rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1))
-            q, k = rotate(q, per_head), rotate(k, per_head)
-        return Heads(q, k, v)
+            qk = rotate(qk, Rotation(rotation.cos.unsqueeze(2), rotation.sin.unsqueeze(2)))
+        q, k = qk.split([self.heads, self.kv_heads], dim=2)
+        return Heads(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
     def project_decoding(self, x_BLD: Tensor, turn_BLP: Tensor) -> DecodingHeads:
         """:meth:`project` for inference: the same numbers with a quarter of the passes over memory."""
-        qkv_BL3Hd = self.wqkv(x_BLD).unflatten(-1, (3, self.heads, -1))
-        rotated_BL2Hd = rotate_fast(qkv_BL3Hd[:, :, :2], turn_BLP[:, :, None, None])
-        own_BLH = (rotated_BL2Hd[:, :, 0] * rotated_BL2Hd[:, :, 1]).sum(-1) / math.sqrt(qkv_BL3Hd.shape[-1])
-        q, k = rotated_BL2Hd.to(x_BLD.dtype).permute(2, 0, 3, 1, 4)
-        return DecodingHeads(q, k, qkv_BL3Hd[:, :, 2].transpose(1, 2), own_BLH.transpose(1, 2))
+        qk, v = self._qk_and_v(x_BLD)
+        rotated = rotate_fast(qk, turn_BLP[:, :, None])
+        q32, k32 = rotated.split([self.heads, self.kv_heads], dim=2)
+        own_BLH = (q32.unflatten(2, (self.kv_heads, -1)) * k32.unsqueeze(3)).sum(-1).flatten(2) / math.sqrt(self.head_dim)
+        q, k = rotated.to(x_BLD.dtype).split([self.heads, self.kv_heads], dim=2)
+        return DecodingHeads(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), own_BLH.transpose(1, 2))
 
     def merge(self, out_BHLd: Tensor) -> Tensor:
         """Heads back to rows [B, L, D]."""
         return self.wo(out_BHLd.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
+    def _qk_and_v(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, L, H + kv_heads, head_dim] together, and values [B, L, kv_heads, head_dim]."""
+        qkv = self.wqkv(x_BLD).unflatten(-1, (-1, self.head_dim))
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        return qk, v
+
 
 class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w1 = Linear(dim, hidden)
+        self.w3 = Linear(dim, hidden)
+        self.w2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
-    """``forward`` is the training path; decoding calls :meth:`heads` and :meth:`finish` with its own attention between."""
+    """``forward`` is the training path; decoding calls :meth:`decoding_heads` and :meth:`finish` with its own attention between."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, eps: float, dropout: float) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.attention = Attention(dim, heads)
-        self.feed_forward = FeedForward(dim, hidden)
-        self.attention_norm = RMSNorm(dim, eps)
-        self.ffn_norm = RMSNorm(dim, eps)
-        self.dropout = dropout
-
-    def heads(self, x_BLD: Tensor, rotation: Rotation | None) -> Heads:
-        return self.attention.project(self.attention_norm(x_BLD), rotation)
+        self.attention = Attention(spec)
+        self.feed_forward = FeedForward(spec.dim, spec.ffn_hidden)
+        self.attention_norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.ffn_norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.dropout = spec.dropout
+        self.grouped = self.attention.kv_heads != self.attention.heads
 
     def decoding_heads(self, x_BLD: Tensor, turn_BLP: Tensor) -> DecodingHeads:
         return self.attention.project_decoding(self.attention_norm(x_BLD), turn_BLP)
@@ -103,5 +123,6 @@ class Block(nn.Module):
         return x_BLD + F.dropout(self.feed_forward(self.ffn_norm(x_BLD)), self.dropout, self.training)
 
     def forward(self, x_BLD: Tensor, rotation: Rotation | None, *, causal: bool, mask: Tensor | None = None) -> Tensor:
-        q, k, v = self.heads(x_BLD, rotation)
-        return self.finish(x_BLD, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+        q, k, v = self.attention.project(self.attention_norm(x_BLD), rotation)
+        out_BHLd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        return self.finish(x_BLD, out_BHLd)

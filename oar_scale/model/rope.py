@@ -31,15 +31,32 @@ class Rotation(NamedTuple):
         return torch.complex(self.cos, self.sin)
 
 
-def cell_rotations(grid: int, head_dim: int, base: float, device: torch.device | None = None) -> Rotation:
-    """The table [N + 1, head_dim / 2]; row N is the identity."""
-    pairs = head_dim // 4
-    frequency_P = base ** (-torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
-    line_GP = torch.arange(grid, dtype=torch.float32, device=device)[:, None] * frequency_P
-    rows = line_GP[:, None, :].expand(grid, grid, pairs)
-    columns = line_GP[None, :, :].expand(grid, grid, pairs)
-    angles = torch.cat([rows, columns], dim=-1).reshape(grid * grid, 2 * pairs)
-    angles = torch.cat([angles, angles.new_zeros(1, 2 * pairs)])
+def cell_rotations(grid: int, head_dim: int, base: float, device: torch.device | None = None, *, zero_condition: bool = False) -> Rotation:
+    """The table [N + 1, head_dim / 2]; row N is the identity, or all zeros (see ``ModelSpec.condition_rotation``)."""
+    cells = _plane(torch.arange(grid, dtype=torch.float32, device=device), head_dim, base)
+    no_cell = cells.cos.new_zeros(1, head_dim // 2)
+    return Rotation(torch.cat([cells.cos, no_cell if zero_condition else no_cell + 1]), torch.cat([cells.sin, no_cell]))
+
+
+def offset_rotations(grid: int, head_dim: int, base: float, device: torch.device | None = None) -> Rotation:
+    """Rotations of the (2G - 1)^2 offsets from one cell to another, down and right from -(G - 1) to G - 1; see :func:`offset_index`."""
+    return _plane(torch.arange(1 - grid, grid, dtype=torch.float32, device=device), head_dim, base)
+
+
+def offset_index(grid: int, start: Tensor, end: Tensor) -> Tensor:
+    """Index into :func:`offset_rotations` of the way from cells ``start`` to cells ``end``."""
+    down, right = end // grid - start // grid, end % grid - start % grid
+    return (down + grid - 1) * (2 * grid - 1) + right + grid - 1
+
+
+def _plane(line_S: Tensor, head_dim: int, base: float) -> Rotation:
+    """Rotations [S * S, head_dim / 2] of all pairs of a row and a column coordinate, row by row."""
+    side, pairs = len(line_S), head_dim // 4
+    frequency_P = base ** (-torch.arange(pairs, dtype=torch.float32, device=line_S.device) / pairs)
+    angle_SP = line_S[:, None] * frequency_P
+    rows = angle_SP[:, None, :].expand(side, side, pairs)
+    columns = angle_SP[None, :, :].expand(side, side, pairs)
+    angles = torch.cat([rows, columns], dim=-1).reshape(side * side, 2 * pairs)
     return Rotation(angles.cos(), angles.sin())
 
 
@@ -48,6 +65,12 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_vector(vector_1D: Tensor, rotation: Rotation, heads: int) -> Tensor:
+    """One learned vector, seen as heads, turned by each of R rotations: [R, D]."""
+    per_head = Rotation(rotation.cos[:, None], rotation.sin[:, None])
+    return rotate(vector_1D.view(1, heads, -1).expand(len(rotation.cos), -1, -1), per_head).flatten(1)
 
 
 def rotate_fast(x: Tensor, turn: Tensor) -> Tensor:

@@ -1,34 +1,90 @@
-"""What fixes the shape of an any-order model; stored with its weights."""
+"""What fixes the shape of a model; stored with its weights."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from oar_scale.config.schema import ModelConfig
+from oar_scale.config.schema import Layout, ModelConfig
+from oar_scale.errors import UserError
+from oar_scale.tokenizers.clip_text import ClipText, ClipTextSpec
+from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder, PromptEncoder
 
 
-class ModelSpec(BaseModel):
-    """Sizes of the trunk (from the recipe) and of what surrounds it (from the tokenizers)."""
-
+class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layout: Literal["instructed"] = "instructed"
+
+class ClassSpec(_Spec):
+    """One condition row: the embedding of a class label; the last row of the table is the null."""
+
+    type: Literal["class"] = "class"
+    classes: int = Field(ge=1)
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+
+class TextSpec(_Spec):
+    """SentencePiece ids through a small bidirectional encoder that is trained along."""
+
+    type: Literal["text"] = "text"
+    vocab: int = Field(ge=1)
+    rows: int = Field(ge=1)
+    """T: condition rows; a caption's ids are cut to as many."""
+    encoder_layers: int = Field(1, ge=0)
+
+
+class FeatureSpec(_Spec):
+    """Features of a frozen text encoder through a two-layer MLP (LlamaGen's ``cap_proj``)."""
+
+    type: Literal["features"] = "features"
+    width: int = Field(ge=1)
+    """F: channels of a feature row."""
+    rows: int = Field(ge=1)
+    """T: condition rows."""
+    null_rows: int | None = None
+    """Rows of the stored null, where more than T (LlamaGen stores 120 whatever T is)."""
+    absent: Literal["null", "zero"] = "null"
+    """What stands for a row without a token: the null's row, or zeros (the peers)."""
+    tower: ClipTextSpec | None = None
+    """The open_clip text tower that makes the features; None: somebody else computes them."""
+    tower_id: str | None = None
+    """Content hash of the tower's weights, which are not stored with the model."""
+
+    @model_validator(mode="after")
+    def _enough_null_rows(self) -> FeatureSpec:
+        if self.null_rows is not None and self.null_rows < self.rows:
+            raise ValueError(f"null_rows {self.null_rows} must not be fewer than rows {self.rows}")
+        return self
+
+
+ConditionSpec = Annotated[ClassSpec | TextSpec | FeatureSpec, Field(discriminator="type")]
+
+
+class ModelSpec(_Spec):
+    """Sizes of the trunk (from the recipe) and of what surrounds it (from the tokenizers)."""
+
+    layout: Layout = "instructed"
     dim: int
     layers: int
     heads: int
+    kv_heads: int | None = None
+    """Heads of keys and values (grouped-query attention); None: as many as ``heads``."""
     ffn_hidden: int
     vocab_size: int
     """V: codes of the image tokenizer."""
     grid: int
-    text_vocab: int
-    max_tokens: int
-    """T: condition rows."""
-    text_encoder_layers: int = 1
+    condition: ConditionSpec
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
     dropout: float = 0.0
+    condition_rotation: Literal["identity", "zero"] = "identity"
+    """``zero`` multiplies queries and keys of condition rows by 0, as the RandAR and LlamaGen code does: for their weights only."""
+    trainable_null: bool = True
+    """False for LlamaGen's text models, whose null condition is a buffer that was never trained."""
 
     @property
     def cells(self) -> int:
@@ -39,22 +95,56 @@ class ModelSpec(BaseModel):
     def head_dim(self) -> int:
         return self.dim // self.heads
 
+    @model_validator(mode="after")
+    def _head_sizes(self) -> ModelSpec:
+        if self.dim % self.heads or self.head_dim % 4:
+            raise ValueError(f"dim {self.dim} / heads {self.heads} must be a whole number and a multiple of 4 (rotations take two pairs)")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
+        return self
+
     @classmethod
-    def from_recipe(cls, model: ModelConfig, *, vocab_size: int, grid: int, text_vocab: int, max_tokens: int) -> ModelSpec:
+    def from_recipe(cls, model: ModelConfig, *, vocab_size: int, grid: int, condition: ClassSpec | TextSpec | FeatureSpec) -> ModelSpec:
         """The spec of a recipe's model, once the tokenizers are known."""
-        multiple = model.ffn_multiple_of
         return cls(
             layout=model.layout,
             dim=model.dim,
             layers=model.layers,
             heads=model.heads,
-            ffn_hidden=-(-int(8 * model.dim / 3) // multiple) * multiple,
+            kv_heads=model.kv_heads,
+            ffn_hidden=model.ffn_hidden,
             vocab_size=vocab_size,
             grid=grid,
-            text_vocab=text_vocab,
-            max_tokens=max_tokens,
-            text_encoder_layers=model.text_encoder_layers,
+            condition=condition,
             norm_eps=model.norm_eps,
             rope_base=model.rope_base,
             dropout=model.dropout,
         )
+
+
+def condition_spec(prompts: PromptEncoder, *, encoder_layers: int) -> ClassSpec | TextSpec | FeatureSpec:
+    """The condition of a model that is told what ``prompts`` encodes; ``encoder_layers`` for text that is encoded along."""
+    if isinstance(prompts, ClipText):
+        rows = prompts.max_tokens if prompts.spec.features == "tokens" else 1
+        return FeatureSpec(width=prompts.width, rows=rows, tower=prompts.spec, tower_id=prompts.content_id)
+    if isinstance(prompts, FeatureReader):
+        return FeatureSpec(width=prompts.width, rows=prompts.max_tokens)
+    if isinstance(prompts, LabelEncoder):
+        return ClassSpec(classes=prompts.vocab_size)
+    return TextSpec(vocab=prompts.vocab_size, rows=prompts.max_tokens, encoder_layers=encoder_layers)
+
+
+def check_prompts(spec: ModelSpec, prompts: PromptEncoder, where: str) -> None:
+    """See that a model understands what ``prompts`` encodes.
+
+    Raises:
+        UserError: another kind of condition, another vocabulary or length, or other weights of a text tower.
+    """
+    trained, given = spec.condition.model_dump(), condition_spec(prompts, encoder_layers=0).model_dump()
+    for field in ("type", "classes", "vocab", "width", "rows", "tower", "tower_id"):
+        here, there = trained.get(field), given.get(field)
+        if here != there and not (field.startswith("tower") and there is None):  # features may have been computed beforehand
+            raise UserError(
+                f"{where}: its condition has {field} {here}, the prompt encoder of tokenizer.text makes {there}. "
+                "Use the tokenizer.text that the model was trained with."
+            )

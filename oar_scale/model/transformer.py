@@ -1,12 +1,8 @@
-"""The any-order transformer, layout ``instructed`` (RandAR, arXiv 2412.01827, sec. 3).
+"""The any-order transformer: one trunk, three layouts of its rows (``layouts.py``), three kinds of condition (``conditioning.py``).
 
-    rows      [c_1 .. c_T,  p_1, x_1,  p_2, x_2,  ...,  p_N]        plain causal attention
-    p_i       asks for the cell placed i-th: one learned vector, turned by that cell's rotation
-    x_i       the code that was placed there
-    logits    read off the p rows only
-
-Any permutation of the cells is a valid sequence, so one set of weights gives p(code | text, placed codes, cell) for every
-cell at every stage of an image. Shapes: B images, N cells, V codes, T condition rows, D channels, L rows.
+Any permutation of the cells is a valid sequence (of a raster model: one permutation), so one set of weights gives
+p(code | condition, placed codes, cell) for every cell at every stage of an image.
+Shapes: B images, N cells, V codes, T condition rows, D channels, L rows.
 """
 
 from __future__ import annotations
@@ -15,49 +11,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oar_scale.model.blocks import Block, RMSNorm
-from oar_scale.model.conditioning import TextCondition
+from oar_scale.model.blocks import Block, Linear, RMSNorm
+from oar_scale.model.conditioning import Embedding, conditioner
 from oar_scale.model.decoding import Candidates, Decoding, Prefix
-from oar_scale.model.rope import Rotation, cell_rotations, rotate
+from oar_scale.model.layouts import LAYOUTS
+from oar_scale.model.loss import mean_nll
+from oar_scale.model.rope import Rotation
 from oar_scale.model.spec import ModelSpec
 
 
+class CodeHead(Linear):
+    """Rows to logits. It starts at zero, so that the first loss is log V."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, rows: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Logits of rows [..., D]; with targets [R] for rows [R, D] their mean loss and the loss of each (``loss.mean_nll``)."""
+        return F.linear(rows, self.weight) if targets is None else mean_nll(rows, self.weight, targets)
+
+
 class AnyOrderModel(nn.Module):
-    """``forward``/``nll`` score whole images in a given order; ``begin`` ... ``commit`` place cells one at a time."""
+    """``forward``/``nll``/``loss`` score whole images in a given order; ``begin`` ... ``commit`` place cells one at a time."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.text = TextCondition(spec)
-        self.tok_embeddings = nn.Embedding(spec.vocab_size, spec.dim)
-        self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, spec.dim))
-        self.layers = nn.ModuleList(Block(spec.dim, spec.heads, spec.ffn_hidden, spec.norm_eps, spec.dropout) for _ in range(spec.layers))
+        self.conditioner = conditioner(spec)
+        self.layout = LAYOUTS[spec.layout](spec)
+        self.tok_embeddings = Embedding(spec.vocab_size, spec.dim)
+        self.layers = nn.ModuleList(Block(spec) for _ in range(spec.layers))
         self.norm = RMSNorm(spec.dim, spec.norm_eps)
-        self.output = nn.Linear(spec.dim, spec.vocab_size, bias=False)
-        self._rotations: dict[torch.device, Rotation] = {}
+        self.output = CodeHead(spec.dim, spec.vocab_size)
         self._turns: dict[torch.device, Tensor] = {}
         self.decoding = Decoding(self)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal(0, 0.02); the output head starts at zero, so that the first loss is log V."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02)
-        self.output.weight.zero_()
+        """Draw all weights anew, as the constructors do: for a model built on the meta device and then materialised."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
 
     # -- whole images -------------------------------------------------------------------------------------------------
 
-    def condition(self, text_BT: Tensor, drop_B: Tensor | None = None) -> Tensor:
-        """Condition rows [B, T, D] of text ids; captions marked in ``drop_B`` (bool) become the null condition."""
-        return self.text(text_BT, drop_B)  # type: ignore[no-any-return]
+    def condition(self, inputs: Tensor, drop_B: Tensor | None = None) -> Tensor:
+        """Condition rows [B, T, D].
+
+        Args:
+            inputs: class labels [B], text ids [B, T], or features [B, T, F], as the spec says.
+            drop_B: bool; these samples become the null condition.
+        """
+        return self.conditioner(inputs, drop_B)  # type: ignore[no-any-return]
 
     def null_condition(self, batch: int) -> Tensor:
         """Condition rows [B, T, D] of no caption."""
-        return self.text.null.expand(batch, -1, -1)
+        return self.conditioner.null().expand(batch, -1, -1)
 
     def forward(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> Tensor:
         """Logits [B, N, V] in generation order: row i is about cell ``order[i]``, given the i - 1 cells before it.
@@ -67,21 +76,34 @@ class AnyOrderModel(nn.Module):
             order_BN: a permutation of the cells for each image, first placed first.
             condition_BTD: what :meth:`condition` returned.
         """
-        asks_BND = self.ask_rows(order_BN)
-        codes_BND = self.code_rows(codes_BN.gather(1, order_BN))
-        pairs = torch.stack([asks_BND, codes_BND], dim=2).flatten(1, 2)[:, :-1]
-        x_BLD = torch.cat([condition_BTD, pairs], dim=1)
-        cells_BL = torch.cat([self.no_cell(condition_BTD), order_BN.repeat_interleave(2, dim=1)[:, :-1]], dim=1)
+        return self.output(self.rows(codes_BN, order_BN, condition_BTD))  # type: ignore[no-any-return]
+
+    def loss(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean negative log-likelihood [] in nats per code, for one backward pass, and of each code [B, N] without gradient.
+
+        The logits of all rows never exist together (``loss.py``). Both float32; the second is in generation order.
+        """
+        rows_RD = self.rows(codes_BN, order_BN, condition_BTD).flatten(0, 1)
+        mean, nll_R = self.output(rows_RD, codes_BN.gather(1, order_BN).flatten())
+        return mean, nll_R.view_as(order_BN)
+
+    @torch.no_grad()
+    def nll(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> Tensor:
+        """Negative log-likelihood of each code in nats, float32 [B, N], in generation order; to train, take :meth:`loss`."""
+        return self.loss(codes_BN, order_BN, condition_BTD)[1]
+
+    def rows(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> Tensor:
+        """The trunk's normalised rows [B, N, D] that predict the codes, in generation order."""
+        layout = self.layout
+        placed_BND = self.code_rows(codes_BN.gather(1, order_BN))
+        x_BLD, cells_BL = layout(layout.start(condition_BTD), order_BN, placed_BND)
+        head_BTD = condition_BTD[:, : condition_BTD.shape[1] - layout.held]
+        x_BLD = torch.cat([head_BTD, x_BLD], dim=1)
+        cells_BL = torch.cat([layout.no_cell(len(codes_BN), head_BTD.shape[1], cells_BL.device), cells_BL], dim=1)
         rotation = self.rotations(x_BLD.device).at(cells_BL)
         for layer in self.layers:
             x_BLD = layer(x_BLD, rotation, causal=True)
-        return self.head(x_BLD[:, condition_BTD.shape[1] :: 2])
-
-    def nll(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> Tensor:
-        """Negative log-likelihood of each code in nats, float32 [B, N], in generation order."""
-        logits_BNV = self.forward(codes_BN, order_BN, condition_BTD)
-        targets_BN = codes_BN.gather(1, order_BN)
-        return F.cross_entropy(logits_BNV.flatten(0, 1).float(), targets_BN.flatten(), reduction="none").view_as(targets_BN)
+        return self.norm(x_BLD[:, head_BTD.shape[1] :: layout.stride])  # type: ignore[no-any-return]
 
     # -- one cell at a time (see decoding.py) -----------------------------------------------------------------------------
 
@@ -101,34 +123,27 @@ class AnyOrderModel(nn.Module):
         """Place K known cells in the given order, in one pass."""
         return self.decoding.prefill(prefix, cells_BK, codes_BK)
 
-    # -- rows -----------------------------------------------------------------------------------------------------------
+    def ask_in_turn(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
+        """Logits [B, M, V] of M cells in one pass, each question seeing those before it: RandAR's parallel decoding."""
+        return self.decoding.ask_in_turn(prefix, cells_BM)
 
-    def ask_rows(self, cells: Tensor) -> Tensor:
-        """Position instruction rows [..., D] for cells [...]."""
-        spec = self.spec
-        asked_HE = self.pos_instruct_embeddings.view(spec.heads, spec.head_dim)
-        table = self.rotations(cells.device)
-        rotation_N1E = Rotation(table.cos[:-1, None], table.sin[:-1, None])
-        every_ND = rotate(asked_HE.expand(spec.cells, -1, -1), rotation_N1E).flatten(1)
-        return every_ND[cells]
+    def place(self, prefix: Prefix, cells_BM: Tensor, codes_BM: Tensor) -> Prefix:
+        """Place the codes of the cells that :meth:`ask_in_turn` asked for last."""
+        return self.decoding.place(prefix, cells_BM, codes_BM)
+
+    # -- rows -----------------------------------------------------------------------------------------------------------
 
     def code_rows(self, codes: Tensor) -> Tensor:
         """Rows [..., D] of placed codes [...]."""
         return F.dropout(self.tok_embeddings(codes), self.spec.dropout, self.training)
 
-    def no_cell(self, rows_BLD: Tensor) -> Tensor:
-        """The index of the identity rotation for each of the rows, [B, L]."""
-        return torch.full(rows_BLD.shape[:2], self.spec.cells, dtype=torch.long, device=rows_BLD.device)
-
     def head(self, rows: Tensor) -> Tensor:
-        """Logits [..., V] of rows [..., D]."""
+        """Logits [..., V] of rows [..., D] as they leave the trunk."""
         return self.output(self.norm(rows))  # type: ignore[no-any-return]
 
     def rotations(self, device: torch.device) -> Rotation:
-        """The table of cell rotations: float32 and outside the state dict, whatever the weights' dtype."""
-        if device not in self._rotations:
-            self._rotations[device] = cell_rotations(self.spec.grid, self.spec.head_dim, self.spec.rope_base, device)
-        return self._rotations[device]
+        """The table of cell rotations, float32."""
+        return self.layout.rotations(device)
 
     def turns(self, device: torch.device) -> Tensor:
         """The same table as complex numbers [N + 1, head_dim / 2], for decoding."""

@@ -1,10 +1,13 @@
-"""An any-order model in one safetensors file."""
+"""An any-order model in one safetensors file, and a model made of tensors that exist already."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
+from pydantic import ValidationError
+from torch import Tensor
 
 from oar_scale.errors import UserError
 from oar_scale.model.spec import ModelSpec
@@ -18,21 +21,43 @@ def save_model(uri: str, model: AnyOrderModel, *, half: bool = False) -> None:
     save_weights(uri, model.state_dict(), {"kind": "any-order model", "spec": model.spec.model_dump_json()}, half=half)
 
 
-def load_model(uri: str) -> AnyOrderModel:
-    """Read what :func:`save_model` wrote: eval mode, float32, CPU.
+def load_model(uri: str, *, as_stored: bool = False) -> AnyOrderModel:
+    """Read what :func:`save_model` wrote: eval mode, CPU, float32 or, ``as_stored``, in the dtypes of the file.
 
     Raises:
         UserError: no such file, another kind of file, or tensors that do not fit the spec.
     """
     tensors, spec = load_weights(uri, "any-order model")
-    model = AnyOrderModel(ModelSpec.model_validate_json(spec))
+    if not as_stored:
+        for name in tensors:
+            # Copied even where it is float32 already: a file's bytes lie at any address, and the last bits of a product depend on that.
+            tensors[name] = tensors[name].to(torch.float32, copy=True)
+    try:
+        return model_of(ModelSpec.model_validate_json(spec), tensors, uri)
+    except ValidationError as error:
+        raise UserError(f"{uri}: the sizes of this model are not understood; another version of oar_scale wrote them ({spec})") from error
+
+
+def model_of(spec: ModelSpec, tensors: dict[str, Tensor], where: str, shown: Callable[[str], str] = str) -> AnyOrderModel:
+    """A model, in eval mode, whose parameters are these very tensors: nothing is copied, and nothing drawn to be overwritten.
+
+    Args:
+        tensors: a state dict; its dtypes and devices become the model's.
+        where: names the file in errors.
+        shown: what the file calls a tensor.
+
+    Raises:
+        UserError: names the first tensor that does not fit the spec, and both shapes.
+    """
+    with torch.device("meta"):
+        model = AnyOrderModel(spec)
     expected = model.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         here = tuple(tensors[name].shape) if name in tensors else "absent"
         wanted = tuple(expected[name].shape) if name in expected else "absent"
         if here != wanted:
-            raise UserError(f"{uri}: tensor {name} is {here} in the file, the model has {wanted}")
-    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+            raise UserError(f"{where}: tensor {shown(name)} is {here} in the file, the model has {wanted}")
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 

@@ -83,10 +83,12 @@ class TokenizerFacts:
     codebook_use: float
     """Share of the codebook that occurs in the training images, 0 to 1."""
     psnr_db: float
-    text_vocabulary: int
-    max_tokens: int
+    prompts: str
+    """What the models are told, in words."""
     originals: tuple[Picture, ...] = ()
     reconstructions: tuple[Picture, ...] = ()
+    reconstruction_fd_efflite0: float | None = None
+    """Frechet distance of all held-out images to their reconstructions; None where it was not measured."""
 
 
 @dataclass(frozen=True)

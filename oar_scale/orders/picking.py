@@ -55,8 +55,11 @@ def guide(logits_GRV: Tensor, scale: float) -> Tensor:
     Returns:
         The guided logits [B, R, V].
     """
-    if scale == 1:
-        return logits_GRV
+    return logits_GRV if scale == 1 else mix_branches(logits_GRV, scale)
+
+
+def mix_branches(logits_GRV: Tensor, scale: float) -> Tensor:
+    """:func:`guide` where the null branch is there whatever the scale."""
     conditional_BRV, null_BRV = logits_GRV.chunk(2)
     return torch.lerp(null_BRV, conditional_BRV, scale)
 

@@ -17,15 +17,16 @@ import torch
 from numpy.typing import NDArray
 
 from oar_scale.config.fingerprint import fingerprint
+from oar_scale.config.schema import TextConfig
 from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.shard_pool import Facts, PoolReport, Worker, run_pool
 from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
-from oar_scale.model import load_model, model_id
+from oar_scale.model import check_prompts, load_model, model_id
 from oar_scale.orders.extraction import ExtractionSettings, Orders, extract_orders
 from oar_scale.orders.table import OrderTable, table_name, write_orders
 from oar_scale.storage import join
-from oar_scale.tokenizers.text import TextTokenizer
+from oar_scale.tokenizers.prompts import load_prompts, model_inputs
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ class ExtractionJob:
     orders: str
     """Folder the tables go to."""
     model: str
-    text: str
-    """The SentencePiece model."""
+    text: TextConfig
+    """The recipe's ``tokenizer.text``."""
+    tokenizers: str
+    """Folder of the run's tokenizers."""
     cache_dir: str
     """Local copies of remote shards."""
     settings: ExtractionSettings
@@ -65,18 +68,19 @@ class ExtractionWorker:
         self.job, self.model_id = job, model_id(job.model)
         self.device = torch.device("cuda" if job.cuda else "cpu")
         self.model = load_model(job.model).to(self.device, torch.bfloat16 if job.precision == "bf16" else torch.float32)
-        self.text = TextTokenizer.load(job.text, self.model.spec.max_tokens)
+        self.prompts = load_prompts(job.text, job.tokenizers)
+        check_prompts(self.model.spec, self.prompts, job.model)
         self.manifest = read_manifest(job.tokens)
         self.shards = {shard.name: shard for shard in self.manifest.shards}
 
     def run(self, shard: str) -> Facts:
         uri = join(self.job.tokens, shard)
-        tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard])
+        tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard], self.prompts.field)
         codes_SN = torch.from_numpy(tokens.codes_SVN[:, 0].astype(np.int64))
-        text_ST = self.text.encode(tokens.captions)
+        told_S = self.prompts.encode(tokens.prompts)
         images_S = np.array([zlib.crc32(key.encode()) for key in tokens.keys], dtype=np.int64)
         parts = [
-            self._extract(codes_SN[part], text_ST[part], images_S[part], uri)
+            self._extract(codes_SN[part], told_S[part], images_S[part], uri)
             for part in (slice(start, start + self.job.batch) for start in range(0, len(codes_SN), self.job.batch))
         ]
         table = OrderTable(
@@ -96,8 +100,8 @@ class ExtractionWorker:
         }
 
     @torch.no_grad()
-    def _extract(self, codes_BN: torch.Tensor, text_BT: torch.Tensor, images_B: NDArray[np.int64], uri: str) -> Orders:
-        condition_BTD = self.model.condition(text_BT.to(self.device))
+    def _extract(self, codes_BN: torch.Tensor, told_B: torch.Tensor, images_B: NDArray[np.int64], uri: str) -> Orders:
+        condition_BTD = self.model.condition(model_inputs(self.prompts, told_B.to(self.device)))
         try:
             return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B)
         except ValueError as error:

@@ -1,7 +1,7 @@
 """How sure is the model of a cell? The scores an order can be extracted by, all "higher is placed earlier".
 
     gt_logprob    log p(the image's own code)                    of the code that lies there: needs the image
-    max_prob      max_v p(v)                                     of the best guess
+    max_prob      max_v log p(v)                                 of the best guess
     neg_entropy   sum_v p(v) log p(v)                            of the whole distribution, nats
     margin        p(best) - p(second best)
 
@@ -31,8 +31,8 @@ def gt_logprob(logits_BRV: Tensor, targets_BR: Tensor) -> Tensor:
 
 
 def max_prob(logits_BRV: Tensor, targets_BR: Tensor) -> Tensor:
-    """Probability of the most likely code."""
-    return torch.exp(logits_BRV.amax(-1) - logits_BRV.logsumexp(-1))
+    """Log-probability of the most likely code in nats."""
+    return gt_logprob(logits_BRV, logits_BRV.argmax(-1))
 
 
 def neg_entropy(logits_BRV: Tensor, targets_BR: Tensor) -> Tensor:

@@ -39,20 +39,22 @@ from oar_scale.observe.report_data import (
     TokenizerFacts,
 )
 from oar_scale.orders.extraction import ExtractionSettings
-from oar_scale.stages.facts import stage_results, tokenizer_origin
+from oar_scale.stages.facts import prompts_in_words, stage_results, tokenizer_origin
 from oar_scale.stages.inputs import (
     Tokens,
     model_files,
+    prompt_encoder,
     read_pictures,
     read_tokens,
     read_train_orders,
     require,
-    text_tokenizer,
     without_variant,
 )
 from oar_scale.stages.run import Run
 from oar_scale.storage import fetch
-from oar_scale.tokenizers.vq import VQTokenizer, codebook_use, load_vq, pixels_to_unit, psnr
+from oar_scale.tokenizers.image import ImageTokenizer
+from oar_scale.tokenizers.prompts import model_inputs
+from oar_scale.tokenizers.vq import codebook_use, load_vq, pixels_to_unit, psnr
 
 EditKind = Literal["inpainting", "outpainting"]
 
@@ -72,16 +74,16 @@ class Inputs:
 
     models: dict[ModelName, str]
     """Local files."""
-    vq: VQTokenizer
+    vq: ImageTokenizer
     vq_file: str
     heldout: Tokens
     heldout_pictures: list[Picture]
-    text_ST: Tensor
-    """Held-out captions as ids."""
+    told_S: Tensor
+    """What the models are told about held-out images."""
     train: Tokens
     train_pictures: list[Picture]
     """Of the first training images."""
-    train_text_ST: Tensor
+    train_told_S: Tensor
     orders_SN: NDArray[np.uint16]
     """The stored order of every training image."""
     compared: int
@@ -123,7 +125,8 @@ def run_evaluate(run: Run) -> dict[str, Any]:
 def _read(run: Run) -> Inputs:
     models = model_files(run)
     vq_file = fetch(require(run, run.vq_uri, "tokenizer"), run.cache)
-    text, heldout, train = text_tokenizer(run), read_tokens(run, "heldout"), read_tokens(run, "train")
+    prompts = prompt_encoder(run)
+    heldout, train = (read_tokens(run, split, field=prompts.field) for split in ("heldout", "train"))
     if len(heldout.keys) < 8:
         raise UserError(
             f"{run.at('tokens', 'heldout')}: {len(heldout.keys)} held-out images are too few to evaluate; raise data.heldout_fraction."
@@ -135,10 +138,10 @@ def _read(run: Run) -> Inputs:
         vq_file=vq_file,
         heldout=heldout,
         heldout_pictures=read_pictures(run, "heldout", heldout.keys),
-        text_ST=text.encode(heldout.captions),
+        told_S=model_inputs(prompts, prompts.encode(heldout.prompts)),
         train=train,
         train_pictures=read_pictures(run, "train", train.keys[: max(compared, ORDER_EXAMPLES)]),
-        train_text_ST=text.encode(train.captions[:BRUTE_FORCE_IMAGES]),
+        train_told_S=model_inputs(prompts, prompts.encode(train.prompts[:BRUTE_FORCE_IMAGES])),
         orders_SN=read_train_orders(run, train),
         compared=compared,
         new_S=without_variant(run, heldout.keys),
@@ -160,7 +163,7 @@ def _pieces(run: Run, inputs: Inputs) -> list[Piece]:
 
 
 def _brute_force_piece(run: Run, inputs: Inputs) -> Piece:
-    subject = Subject("any-order", inputs.models["any-order"], inputs.train_text_ST.numpy())
+    subject = Subject("any-order", inputs.models["any-order"], inputs.train_told_S.numpy())
     first = slice(BRUTE_FORCE_IMAGES)
     return BruteForcePiece(
         subject, inputs.train.codes_SN[first], inputs.orders_SN[first], ExtractionSettings.from_recipe(run.recipe.extract)
@@ -173,7 +176,7 @@ def _drawing_pieces(run: Run, inputs: Inputs) -> list[Piece]:
     count = max(inputs.compared, min(recipe.sample.images, len(inputs.heldout.keys)))
     return [
         DrawingPiece(
-            Subject(name, file, inputs.text_ST[part].numpy(), part.start), inputs.vq_file, settings, recipe.seed, recipe.parallel.precision
+            Subject(name, file, inputs.told_S[part].numpy(), part.start), inputs.vq_file, settings, recipe.seed, recipe.parallel.precision
         )
         for part in _parts(count)
         for name, file in inputs.models.items()
@@ -185,19 +188,19 @@ def _likelihood_pieces(run: Run, inputs: Inputs) -> list[Piece]:
     recipe, cells = run.recipe, run.recipe.grid**2
     count = min(recipe.evaluate.nll_images, len(inputs.heldout.keys))
     random_SN, raster_SN = random_orders(count, cells, recipe.seed), raster_orders(count, cells)
-    text_ST = inputs.text_ST[:count]
-    other_ST = shuffled_captions(text_ST, recipe.seed).numpy() if len(text_ST.unique(dim=0)) > 1 else None
+    told_S = inputs.told_S[:count]
+    other_S = shuffled_captions(told_S, recipe.seed).numpy() if len(told_S.unique(dim=0)) > 1 else None
     own, precision = ExtractionSettings.from_recipe(recipe.extract), recipe.parallel.precision
     pieces: list[Piece] = []
     for part in _parts(count):
         codes_SN, random = inputs.heldout.codes_SN[part], {"random": random_SN[part].numpy()}
         for name, file in inputs.models.items():
-            subject = Subject(name, file, inputs.text_ST[part].numpy(), part.start)
+            subject = Subject(name, file, inputs.told_S[part].numpy(), part.start)
             if name == "base":
                 pieces.append(LikelihoodPiece(subject, codes_SN, random))
             else:
                 orders = {**random, "raster": raster_SN[part].numpy()}
-                pieces.append(LikelihoodPiece(subject, codes_SN, orders, None if other_ST is None else other_ST[part], own, precision))
+                pieces.append(LikelihoodPiece(subject, codes_SN, orders, None if other_S is None else other_S[part], own, precision))
     return pieces
 
 
@@ -208,7 +211,7 @@ def _edit_pieces(run: Run, inputs: Inputs) -> list[Piece]:
     kinds: tuple[tuple[EditKind, NDArray[np.bool_]], ...] = (("inpainting", middle_N), ("outpainting", ~middle_N))
     return [
         EditPiece(
-            Subject("ordered", file, inputs.text_ST[image : image + 1].expand(EDIT_COMPLETIONS, -1).numpy(), image),
+            Subject("ordered", file, inputs.told_S[image].expand(EDIT_COMPLETIONS, *inputs.told_S.shape[1:]).numpy(), image),
             kind,
             inputs.heldout.codes_SN[image],
             redo_N,
@@ -289,14 +292,15 @@ def _tokenizer(run: Run, inputs: Inputs) -> TokenizerFacts:
     originals = inputs.heldout_pictures
     decoded = decode_pictures(inputs.vq, torch.from_numpy(inputs.heldout.codes_SN))
     quality_S = psnr(*(pixels_to_unit(torch.from_numpy(np.stack(pictures))) for pictures in (originals, decoded)))
+    measured = stage_results(run, "tokenizer")
     return TokenizerFacts(
         origin=tokenizer_origin(run),
         grid=inputs.vq.spec.grid,
         codebook_size=inputs.vq.spec.codebook_size,
         codebook_use=codebook_use([torch.from_numpy(inputs.train.codes_SN)], inputs.vq.spec.codebook_size),
         psnr_db=float(quality_S.mean()),
-        text_vocabulary=text_tokenizer(run).vocab_size,
-        max_tokens=run.recipe.tokenizer.text.max_tokens,
+        prompts=prompts_in_words(run, measured),
+        reconstruction_fd_efflite0=measured.get("reconstruction_fd_efflite0"),
         originals=tuple(originals[:RECONSTRUCTIONS]),
         reconstructions=tuple(decoded[:RECONSTRUCTIONS]),
     )

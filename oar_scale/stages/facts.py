@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from oar_scale import __version__
-from oar_scale.config.schema import FolderSource
+from oar_scale.config.schema import ClipTextConfig, FeaturesConfig, FolderSource, LabelsConfig, SentencePieceConfig
 from oar_scale.observe.report_data import DataFacts, ModelFacts, RunFacts, StageRow, TokenizerFacts
 from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, read_json
@@ -93,11 +93,11 @@ def tokenizer_facts(run: Run, results: Mapping[str, Any]) -> TokenizerFacts:
     return TokenizerFacts(
         origin=tokenizer_origin(run),
         grid=run.recipe.grid,
-        codebook_size=run.recipe.tokenizer.image.codebook_size,
+        codebook_size=results.get("codebook_size", run.recipe.tokenizer.image.codebook_size),
         codebook_use=results["codebook_use"],
         psnr_db=results["psnr_db"],
-        text_vocabulary=results["text_pieces"],
-        max_tokens=run.recipe.tokenizer.text.max_tokens,
+        prompts=prompts_in_words(run, results),
+        reconstruction_fd_efflite0=results.get("reconstruction_fd_efflite0"),
     )
 
 
@@ -107,11 +107,26 @@ def model_facts(run: Run, results: Mapping[str, Any]) -> ModelFacts:
     return ModelFacts(results["parameters"], model.layers, model.dim, model.heads, origin)
 
 
+def prompts_in_words(run: Run, results: Mapping[str, Any]) -> str:
+    """What the models are told about an image; ``results`` are the stage tokenizer's."""
+    match run.recipe.tokenizer.text:
+        case SentencePieceConfig() as text:
+            return f"captions, {results.get('text_pieces', '?')} SentencePiece tokens, at most {text.max_tokens} a caption"
+        case ClipTextConfig() as text:
+            return f"captions, through the frozen text tower of {text.architecture} ({text.features})"
+        case FeaturesConfig() as text:
+            return f"precomputed features, {text.rows} rows of {text.width}"
+        case LabelsConfig() as text:
+            return f"class labels, {text.classes} classes"
+
+
 def tokenizer_origin(run: Run) -> str:
-    """Where the weights of the two tokenizers come from."""
-    image, text = run.recipe.tokenizer.image.weights, run.recipe.tokenizer.text.weights
-    parts = [f"{what} {f'from {weights}' if weights else 'trained in this run'}" for what, weights in (("images:", image), ("text:", text))]
-    return "; ".join(parts)
+    """Where the weights of the tokenizers come from."""
+    config = run.recipe.tokenizer
+    parts = [("images:", config.image.weights)]
+    if isinstance(config.text, SentencePieceConfig | ClipTextConfig):
+        parts.append(("text:", config.text.weights))
+    return "; ".join(f"{what} {f'from {weights}' if weights else 'trained in this run'}" for what, weights in parts)
 
 
 def _stage_row(run: Run, name: str, seconds: float, results: Mapping[str, Any]) -> StageRow:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from oar_scale.config.schema import SentencePieceConfig
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import read_shard, read_token_shard
 from oar_scale.errors import UserError
@@ -17,7 +19,7 @@ from oar_scale.observe.report_data import ModelName, Picture
 from oar_scale.orders.table import join_orders, read_orders, table_name
 from oar_scale.stages.run import Run
 from oar_scale.storage import fetch, join, open_storage
-from oar_scale.tokenizers.text import TextTokenizer
+from oar_scale.tokenizers.prompts import Field, PromptEncoder, load_prompts
 
 MODEL_FILES: dict[ModelName, str] = {"base": "base", "any-order": "anyorder", "control": "control", "ordered": "ordered"}
 MODEL_STAGES: dict[ModelName, str] = {"base": "pretrain", "any-order": "pretrain", "control": "control", "ordered": "finetune"}
@@ -30,6 +32,8 @@ class Tokens:
     keys: list[str]
     captions: list[str]
     codes_SN: NDArray[np.int64]
+    prompts: list[Any]
+    """What the model is told about each image: its caption, label or features."""
 
 
 def require(run: Run, uri: str, stage: str) -> str:
@@ -49,24 +53,29 @@ def model_files(run: Run) -> dict[ModelName, str]:
     return {name: fetch(require(run, run.model_uri(MODEL_FILES[name]), MODEL_STAGES[name]), run.cache) for name in wanted}
 
 
-def text_tokenizer(run: Run) -> TextTokenizer:
-    return TextTokenizer.load(require(run, run.text_uri, "tokenizer"), run.recipe.tokenizer.text.max_tokens)
+def prompt_encoder(run: Run) -> PromptEncoder:
+    """What the recipe's ``tokenizer.text`` makes of prompts. Raises UserError where the stage tokenizer has not finished."""
+    if isinstance(run.recipe.tokenizer.text, SentencePieceConfig):
+        require(run, run.text_uri, "tokenizer")
+    return load_prompts(run.recipe.tokenizer.text, run.at("tokenizers"))
 
 
-def read_tokens(run: Run, split: str, limit: int | None = None) -> Tokens:
+def read_tokens(run: Run, split: str, limit: int | None = None, field: Field = "txt") -> Tokens:
     """The first ``limit`` images of a split (default: all) as codes. Raises UserError where the stage has not finished."""
     folder = run.at("tokens", split)
     require(run, join(folder, "manifest.json"), "tokens")
     keys: list[str] = []
     captions: list[str] = []
+    prompts: list[Any] = []
     codes: list[NDArray[np.int64]] = []
     for info in read_manifest(folder).shards:
         if limit is None or len(keys) < limit:
-            shard = read_token_shard(join(folder, info.name), run.cache, info)
+            shard = read_token_shard(join(folder, info.name), run.cache, info, field)
             keys += shard.keys
             captions += shard.captions
+            prompts += shard.prompts
             codes.append(shard.codes_SVN[:, 0].astype(np.int64))
-    return Tokens(keys[:limit], captions[:limit], np.concatenate(codes)[:limit])
+    return Tokens(keys[:limit], captions[:limit], np.concatenate(codes)[:limit], prompts[:limit])
 
 
 def read_pictures(run: Run, split: str, keys: list[str]) -> list[Picture]:

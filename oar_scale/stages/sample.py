@@ -9,9 +9,10 @@ from oar_scale.errors import UserError
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, png, upscale
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.model import load_model
-from oar_scale.stages.inputs import MODEL_FILES, MODEL_STAGES, read_tokens, require, text_tokenizer
+from oar_scale.stages.inputs import MODEL_FILES, MODEL_STAGES, prompt_encoder, read_tokens, require
 from oar_scale.stages.run import Run
 from oar_scale.storage import open_storage
+from oar_scale.tokenizers.prompts import model_inputs
 from oar_scale.tokenizers.vq import load_vq
 
 DRAWINGS = 4
@@ -36,9 +37,10 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str) -> st
     stages = {file: MODEL_STAGES[name] for name, file in MODEL_FILES.items()}
     if model not in stages:
         raise UserError(f"no model {model!r}; a run has: {', '.join(stages)}")
+    prompts = prompt_encoder(run)
     if captions is None:
-        captions = read_tokens(run, "heldout", run.recipe.sample.images).captions
-    if any(not caption.strip() for caption in captions):
+        captions = read_tokens(run, "heldout", run.recipe.sample.images, prompts.field).prompts
+    if prompts.field != "features" and any(not str(caption).strip() for caption in captions):
         raise UserError('a caption is empty: put quotation marks around each caption, e.g. oar sample RECIPE "a smiling cat"')
     parallel = run.recipe.parallel
     torch.set_num_threads(parallel.cpu_threads * parallel.workers)
@@ -46,17 +48,17 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str) -> st
     network = load_model(require(run, run.model_uri(model), stages[model]))
     if parallel.precision == "bf16":
         network = network.to(torch.bfloat16)
-    text_RT = text_tokenizer(run).encode(captions)
-    unknown = [caption for caption, ids in zip(captions, text_RT, strict=True) if not ids.any()]
+    told = prompts.encode(captions)
+    unknown = [caption for caption, ids in zip(captions, told, strict=True) if prompts.field == "txt" and not ids.any()]
     if unknown:
         raise UserError(f"caption {unknown[0]!r} has no token in {run.text_uri}")
     noise = torch.Generator().manual_seed(int(hash_words("sample", run.recipe.seed)) >> 1)
     with torch.no_grad():
-        condition = network.condition(text_RT.repeat_interleave(DRAWINGS, dim=0))
+        condition = network.condition(model_inputs(prompts, told).repeat_interleave(DRAWINGS, dim=0))
     drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), noise)
     pictures = [upscale(picture, max(1, SHEET_PIXELS // len(picture))) for picture in decode_pictures(vq, drawn.codes_BN)]
     rows = [pictures[start : start + DRAWINGS] for start in range(0, len(pictures), DRAWINGS)]
     open_storage(out).write(out, png(contact_sheet(rows, gap=8)))
     for number, caption in enumerate(captions, 1):
-        run.console.say(f"  row {number}: {caption}")
+        run.console.say(f"  row {number}: {caption if prompts.field != 'features' else 'a held-out image'}")
     return out

@@ -11,32 +11,73 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from oar_scale.config.schema import SentencePieceConfig
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import read_shard
 from oar_scale.errors import UserError
+from oar_scale.evaluation.distances import frechet
+from oar_scale.evaluation.features import image_features
+from oar_scale.evaluation.pictures import decode_pictures
 from oar_scale.stages.run import Run
 from oar_scale.storage import join
+from oar_scale.tokenizers.image import ImageTokenizer
+from oar_scale.tokenizers.prompts import PromptEncoder, load_prompts
 from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
-from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq
+from oar_scale.tokenizers.vq import VQSpec, load_vq, pixels_to_unit, save_vq
 from oar_scale.tokenizers.vq_training import VQProgress, assess_vq, train_vq
 
 EXPECTED = "seconds with given weights, else about 10 ms an image and training step"
 
 
 def run_tokenizer(run: Run) -> dict[str, Any]:
-    """Write ``tokenizers/vq.safetensors`` and ``tokenizers/text.model``; returns PSNR and codebook use on the held-out images."""
+    """Write ``tokenizers/vq.safetensors`` and ``tokenizers/text.model``; returns what the image tokenizer is worth on held-out images."""
     recipe = run.recipe
     torch.set_num_threads(recipe.parallel.cpu_threads * recipe.parallel.workers)
     pixels, captions = read_images(run, "train")
     held_pixels, _ = read_images(run, "heldout")
-    text = _text_tokenizer(run, captions)
-    text.save(run.text_uri)
+    prompts = _prompts(run, captions)
     vq = _image_tokenizer(run, pixels)
-    save_vq(run.vq_uri, vq, half=True)
+    trained = recipe.tokenizer.image.weights is None
+    save_vq(run.vq_uri, vq, half=trained)  # weights that came from elsewhere keep every bit, or their codes would change
     vq = load_vq(run.vq_uri)  # what the other stages will use: rounded as stored
     psnr, use = assess_vq(vq, held_pixels)
-    run.console.say(f"  held-out PSNR {psnr:.2f} dB, codebook use {use:.0%}, {text.vocab_size} text pieces")
-    return {"psnr_db": psnr, "codebook_use": use, "trained": recipe.tokenizer.image.weights is None, "text_pieces": text.vocab_size}
+    run.console.say(f"  held-out PSNR {psnr:.2f} dB, codebook use {use:.0%}, {prompts.vocab_size} text pieces")
+    return {
+        "psnr_db": psnr,
+        "codebook_use": use,
+        "codebook_size": vq.spec.codebook_size,
+        "reconstruction_fd_efflite0": _distance(run, vq, held_pixels),
+        "heldout_images": len(held_pixels),
+        "trained": trained,
+        "text_pieces": prompts.vocab_size,
+    }
+
+
+def reconstruction_distance(vq: ImageTokenizer, pixels_SHW3: Tensor, batch: int = 64) -> float:
+    """Frechet distance (``fd_efflite0``) between images [S, H, W, 3] and what is left of them after encoding and decoding.
+
+    Both sets are the same S images, so that 0 is reached where nothing is lost. It still grows as S falls: compare it between
+    tokenizers on the same images only.
+
+    Raises:
+        UserError: the extra ``eval`` is not installed.
+        ValueError: fewer than two images.
+    """
+    codes_SN = torch.cat([vq.encode(pixels_to_unit(part)) for part in pixels_SHW3.split(batch)])
+    decoded_SHW3 = torch.from_numpy(np.stack(decode_pictures(vq, codes_SN, batch)))
+    originals, reconstructions = (image_features(pixels_to_unit(images)).numpy() for images in (pixels_SHW3, decoded_SHW3))
+    return frechet(originals, reconstructions)
+
+
+def _distance(run: Run, vq: ImageTokenizer, held_pixels: Tensor) -> float | None:
+    """As above, said on the console; None, and why, where it cannot be measured."""
+    try:
+        distance = reconstruction_distance(vq, held_pixels)
+    except (UserError, ValueError) as fault:
+        run.console.say(f"  reconstruction fd_efflite0 not measured: {fault}")
+        return None
+    run.console.say(f"  reconstruction fd_efflite0 {distance:.2f} on {len(held_pixels)} held-out images (EfficientNet-Lite0, not rFID)")
+    return distance
 
 
 def read_images(run: Run, split: str) -> tuple[Tensor, list[str]]:
@@ -50,14 +91,19 @@ def read_images(run: Run, split: str) -> tuple[Tensor, list[str]]:
     return torch.from_numpy(np.stack(pixels)), captions
 
 
-def _text_tokenizer(run: Run, captions: list[str]) -> TextTokenizer:
+def _prompts(run: Run, captions: list[str]) -> PromptEncoder:
+    """The prompt encoder, opened once to find faults now; a SentencePiece model is written for the other stages."""
     config = run.recipe.tokenizer.text
-    if config.weights is not None:
-        return TextTokenizer.load(config.weights, config.max_tokens)
-    return train_text_tokenizer(captions, config.vocab_size, config.max_tokens)
+    if isinstance(config, SentencePieceConfig):
+        if config.weights is not None:
+            text = TextTokenizer.load(config.weights, config.max_tokens)
+        else:
+            text = train_text_tokenizer(captions, config.vocab_size, config.max_tokens)
+        text.save(run.text_uri)
+    return load_prompts(config, run.at("tokenizers"))
 
 
-def _image_tokenizer(run: Run, pixels: Tensor) -> VQTokenizer:
+def _image_tokenizer(run: Run, pixels: Tensor) -> ImageTokenizer:
     config, size = run.recipe.tokenizer.image, run.recipe.data.image_size
     if config.weights is not None:
         vq = load_vq(config.weights)
@@ -82,7 +128,7 @@ def _image_tokenizer(run: Run, pixels: Tensor) -> VQTokenizer:
     with run.log("tokenizer") as log, run.console.progress(config.training.steps, "tokenizer steps") as tally:
 
         def report(at: VQProgress) -> None:
-            log.emit("vq", step=at.step, loss=at.loss, psnr=at.psnr, codebook_use=at.codebook_use)
+            log.emit("vq", step=at.step, loss=at.loss, psnr=at.psnr, codebook_use=at.codebook_use, **at.parts)
             tally.update(at.step)
 
         vq = train_vq(spec, config.training, pixels, run.recipe.seed, report)

@@ -9,8 +9,9 @@ import torch
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
+from oar_scale.model.spec import condition_spec
+from oar_scale.stages.inputs import prompt_encoder
 from oar_scale.stages.run import Run
-from oar_scale.tokenizers.text import TextTokenizer
 from oar_scale.training.job import Stage, TrainingJob
 from oar_scale.training.launch import run_training
 
@@ -37,10 +38,8 @@ def _write_base(run: Run) -> None:
     """The model that pretraining starts with: the recipe's weights, or a fresh one."""
     recipe, manifest = run.recipe, read_manifest(run.at("tokens", "train"))
     assert manifest.vocab_size is not None and manifest.grid is not None
-    text = TextTokenizer.load(run.text_uri, recipe.tokenizer.text.max_tokens)
-    spec = ModelSpec.from_recipe(
-        recipe.model, vocab_size=manifest.vocab_size, grid=manifest.grid, text_vocab=text.vocab_size, max_tokens=text.max_tokens
-    )
+    condition = condition_spec(prompt_encoder(run), encoder_layers=recipe.model.text_encoder_layers)
+    spec = ModelSpec.from_recipe(recipe.model, vocab_size=manifest.vocab_size, grid=manifest.grid, condition=condition)
     if recipe.model.weights is None:
         torch.manual_seed(recipe.seed)
         save_model(run.model_uri("base"), AnyOrderModel(spec))

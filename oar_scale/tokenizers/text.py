@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import sentencepiece
 import torch
@@ -19,6 +20,8 @@ from oar_scale.storage import open_storage
 
 class TextTokenizer:
     """A SentencePiece model and the length captions are cut to."""
+
+    field: ClassVar[Literal["txt"]] = "txt"
 
     def __init__(self, model: bytes, max_tokens: int) -> None:
         self.model = model
@@ -34,7 +37,9 @@ class TextTokenizer:
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Ids int64 [B, T] of captions, cut after ``max_tokens`` pieces, padded with 0 on the right."""
         ids_BT = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)
-        for row, ids in enumerate(self.processor.encode(list(captions))):
+        # Half a surrogate pair (a broken JSON escape, a terminal that is not UTF-8) is no text: it counts as "?".
+        texts = [caption.encode("utf-8", errors="replace") for caption in captions]
+        for row, ids in enumerate(self.processor.encode(texts)):
             ids = ids[: self.max_tokens]
             ids_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.long) + self._shift
         return ids_BT
@@ -50,6 +55,8 @@ class TextTokenizer:
             UserError: not a SentencePiece model.
         """
         data = open_storage(uri).read(uri)
+        if not data:  # SentencePiece would take it for "no model yet" and fail at the first caption
+            raise UserError(f"{uri}: not a SentencePiece model (the file is empty). Copy it again, or train one.")
         try:
             return cls(data, max_tokens)
         except RuntimeError as error:

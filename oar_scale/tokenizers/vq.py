@@ -11,33 +11,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from oar_scale.tokenizers.weights import load_weights, save_weights
+from oar_scale.tokenizers.image import ImageTokenizer, TokenizerSpec, check_tensors, group_norm
+from oar_scale.tokenizers.maskgit_vq import MaskGITSpec, MaskGITVQ
+from oar_scale.tokenizers.weights import read_weights, save_weights
+
+CODEBOOK_USED = "quantize.codebook_used"
+CODEBOOK_USED_SHAPE = (65536,)
+"""Of every tokenizer of LlamaGen, whatever the size of its codebook."""
 
 
-class VQSpec(BaseModel):
-    """What fixes the shape of a tokenizer; stored with its weights."""
+class VQSpec(TokenizerSpec):
+    """A tokenizer of LlamaGen's family; the defaults are its VQ-16."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    image_size: int
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
-    latent_channels: int = 256
     codebook_size: int = 16384
     codebook_dim: int = 8
-
-    @property
-    def grid(self) -> int:
-        """Cells per side."""
-        return int(self.image_size // 2 ** (len(self.multipliers) - 1))
 
 
 class Quantized(NamedTuple):
@@ -58,6 +51,8 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(size, dim)
         with torch.no_grad():
             self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+        self.codebook_used: Tensor | None
+        self.register_buffer("codebook_used", None)  # LlamaGen's record of recent codes: carried from import to export, never read
 
     def codes(self, latent_BCGG: Tensor) -> Tensor:
         """Codes [B, N] in raster order."""
@@ -69,7 +64,7 @@ class Quantizer(nn.Module):
     def lookup(self, codes_BN: Tensor) -> Tensor:
         """Codebook vectors [B, C, G, G] of codes in raster order."""
         grid = round(codes_BN.shape[1] ** 0.5)
-        vectors_BNC = F.normalize(self.embedding(codes_BN), dim=-1)
+        vectors_BNC = F.normalize(self.embedding(codes_BN).float(), dim=-1).to(self.embedding.weight.dtype)
         return vectors_BNC.transpose(1, 2).unflatten(2, (grid, grid))  # type: ignore[no-any-return]
 
     def forward(self, latent_BCGG: Tensor, commitment: float) -> Quantized:
@@ -80,8 +75,12 @@ class Quantizer(nn.Module):
         return Quantized(latent + (chosen - latent).detach(), codes_BN, loss)
 
 
-class VQTokenizer(nn.Module):
-    """Encoder, codebook and decoder. ``encode`` and ``decode`` are what the rest of the toolkit uses."""
+class VQTokenizer(ImageTokenizer):
+    """Encoder, codebook and decoder."""
+
+    kind = "vq"
+    spec: VQSpec
+    quantize: Quantizer
 
     def __init__(self, spec: VQSpec) -> None:
         super().__init__()
@@ -93,25 +92,23 @@ class VQTokenizer(nn.Module):
         self.decoder = Decoder(spec)
 
     def latent(self, images_B3HW: Tensor) -> Tensor:
-        """The encoder's output before the codebook, [B, codebook_dim, G, G]."""
         return self.quant_conv(self.encoder(images_B3HW))  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def encode(self, images_B3HW: Tensor) -> Tensor:
-        """Codes [B, N] (long, raster order) of images in [-1, 1]."""
-        size = self.spec.image_size
-        if images_B3HW.shape[1:] != (3, size, size):
-            raise ValueError(f"images are {tuple(images_B3HW.shape[1:])}, the tokenizer takes (3, {size}, {size})")
-        return self.quantize.codes(self.latent(images_B3HW))
-
-    def decode(self, codes_BN: Tensor) -> Tensor:
-        """Images [B, 3, H, W], nominally in [-1, 1] (not clamped), of codes in raster order."""
-        return self.decoder(self.post_quant_conv(self.quantize.lookup(codes_BN)))  # type: ignore[no-any-return]
+    def pixels(self, latent_BCGG: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latent_BCGG))  # type: ignore[no-any-return]
 
     def forward(self, images_B3HW: Tensor, commitment: float = 0.25) -> tuple[Tensor, Quantized]:
         """Reconstruction and the codebook pass, for training."""
         quantized = self.quantize(self.latent(images_B3HW), commitment)
-        return self.decoder(self.post_quant_conv(quantized.latent_BCGG)), quantized
+        return self.pixels(quantized.latent_BCGG), quantized
+
+    def load_tensors(self, tensors: dict[str, Tensor], where: str) -> Self:
+        self.quantize.codebook_used = None
+        super().load_tensors({name: tensor for name, tensor in tensors.items() if name != CODEBOOK_USED}, where)
+        if CODEBOOK_USED in tensors:
+            check_tensors({CODEBOOK_USED: tensors[CODEBOOK_USED]}, {CODEBOOK_USED: CODEBOOK_USED_SHAPE}, where)
+            self.quantize.codebook_used = tensors[CODEBOOK_USED].detach()
+        return self
 
 
 class Encoder(nn.Module):
@@ -240,10 +237,6 @@ def middle(width: int) -> nn.ModuleList:
     return nn.ModuleList([ResBlock(width, width), Attention(width), ResBlock(width, width)])
 
 
-def group_norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, width, eps=1e-6)
-
-
 def pixels_to_unit(pixels_BHW3: Tensor) -> Tensor:
     """uint8 pixels [B, H, W, 3] to images [B, 3, H, W] in [-1, 1]."""
     return pixels_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -268,23 +261,32 @@ def codebook_use(codes: Sequence[Tensor], size: int) -> float:
     return float(used.float().mean())
 
 
-def save_vq(uri: str, vq: VQTokenizer, *, half: bool = False) -> None:
-    """Write a tokenizer as safetensors, its :class:`VQSpec` in the metadata."""
-    save_weights(uri, vq.state_dict(), {"kind": "vq", "spec": vq.spec.model_dump_json()}, half=half)
+def save_vq(uri: str, vq: ImageTokenizer, *, half: bool = False) -> None:
+    """Write a tokenizer of either kind as safetensors, its spec in the metadata; ``half`` stores matrices in bfloat16."""
+    save_weights(uri, vq.state_dict(), {"kind": vq.kind, "spec": vq.spec.model_dump_json()}, half=half)
 
 
-def load_vq(uri: str) -> VQTokenizer:
-    """Read what :func:`save_vq` wrote (eval mode, float32, CPU)."""
-    tensors, spec = load_weights(uri, "vq")
-    vq = VQTokenizer(VQSpec.model_validate_json(spec))
-    vq.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return vq.eval().requires_grad_(False)
+def load_vq(uri: str) -> ImageTokenizer:
+    """Read what :func:`save_vq` wrote (eval mode, float32, CPU).
+
+    Raises:
+        UserError: not a safetensors file, one that holds something else, or tensors that do not fit its spec.
+    """
+    stored = read_weights(uri, VQTokenizer.kind, MaskGITVQ.kind)
+    vq: ImageTokenizer
+    with torch.device("meta"):
+        if stored.kind == MaskGITVQ.kind:
+            vq = MaskGITVQ(MaskGITSpec.model_validate_json(stored.spec))
+        else:
+            vq = VQTokenizer(VQSpec.model_validate_json(stored.spec))
+    return vq.load_tensors(stored.tensors, uri)
 
 
-def vq_id(vq: VQTokenizer) -> str:
+def vq_id(vq: ImageTokenizer) -> str:
     """Content hash of a tokenizer: token shards carry it, so that codes never meet another codebook."""
     digest = hashlib.sha256(vq.spec.model_dump_json().encode())
     for name, tensor in sorted(vq.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.to(torch.float16).numpy().tobytes())
+        if name != CODEBOOK_USED:  # changes no code
+            digest.update(name.encode())
+            digest.update(tensor.to(torch.float16).numpy().tobytes())
     return digest.hexdigest()[:16]

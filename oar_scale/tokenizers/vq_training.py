@@ -1,10 +1,14 @@
 """Training the small image tokenizer, in one process.
 
-    loss = |x - y|^2 + edge_weight * |grad x - grad y| + codebook loss + commitment * commitment loss
+    image loss = |x - y|^2 + edge_weight * |grad x - grad y| + perceptual_weight * d(x, y)
+    loss       = image loss + codebook loss + commitment * commitment loss + adversarial_weight * lambda * -D(y)
 
 The edge term compares horizontal and vertical differences of neighbouring pixels: drawings are their outlines, and the
-squared error alone blurs them. Codebook entries that no recent image chose move onto encoder outputs (revival), or a
-young codebook dies. What is kept is the exponential moving average of the weights.
+squared error alone blurs them. d is a distance of network features (``perceptual``), D a patch discriminator that learns
+along (``adversarial``); both are off unless the recipe asks for them, and cost nothing then.
+
+Codebook entries that no recent image chose move onto encoder outputs (revival), or a young codebook dies. What is kept is
+the exponential moving average of the weights.
 """
 
 from __future__ import annotations
@@ -12,14 +16,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from oar_scale.config.schema import VQTrainingConfig
-from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, codebook_use, pixels_to_unit, psnr
+from oar_scale.tokenizers.adversarial import Adversary, adaptive_weight
+from oar_scale.tokenizers.image import ImageTokenizer
+from oar_scale.tokenizers.perceptual import PerceptualLoss
+from oar_scale.tokenizers.vq import Quantized, VQSpec, VQTokenizer, codebook_use, pixels_to_unit, psnr
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class VQProgress:
     loss: float
     psnr: float
     codebook_use: float
+    parts: dict[str, float] = field(default_factory=dict)
+    """Losses that are not part of every training, unweighted: ``perceptual``, ``adversarial``, ``discriminator``."""
 
 
 def train_vq(
@@ -49,17 +58,19 @@ def train_vq(
     vq = VQTokenizer(spec).to(memory_format=torch.channels_last)
     average = copy.deepcopy(vq).requires_grad_(False)
     optimizer = torch.optim.AdamW(vq.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    losses = _Losses(spec, config)
     used = torch.zeros(spec.codebook_size, dtype=torch.long)
     for step in range(1, config.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(config, step)
         images = _batch(pixels_SHW3, config.batch, generator).to(memory_format=torch.channels_last)
         reconstructed, quantized = vq(images, config.commitment)
-        loss = F.mse_loss(reconstructed, images) + config.edge_weight * _edge_loss(reconstructed, images) + quantized.loss
+        loss = losses(step, images, reconstructed, quantized, vq.decoder.conv_out.weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
         optimizer.step()
+        losses.teach(step, images, reconstructed)
         _update_average(average, vq, min(config.ema_decay, step / (step + 10)))
 
         used += torch.bincount(quantized.codes_BN.flatten(), minlength=spec.codebook_size)
@@ -68,8 +79,36 @@ def train_vq(
             used.zero_()
         if step % log_every == 0 or step == config.steps:
             quality = float(psnr(images, reconstructed.detach()).mean())
-            report(VQProgress(step, float(loss.detach()), quality, codebook_use([quantized.codes_BN], spec.codebook_size)))
+            use = codebook_use([quantized.codes_BN], spec.codebook_size)
+            report(VQProgress(step, float(loss.detach()), quality, use, dict(losses.parts)))
     return average.eval().to(memory_format=torch.contiguous_format)
+
+
+class _Losses:
+    """What a step minimises, and the discriminator's own step."""
+
+    def __init__(self, spec: VQSpec, config: VQTrainingConfig) -> None:
+        self.config = config
+        self.perceptual = PerceptualLoss() if config.perceptual_weight else None
+        self.adversary = Adversary(spec.image_size, config.lr) if config.adversarial_weight else None
+        self.parts: dict[str, float] = {}
+
+    def __call__(self, step: int, images: Tensor, reconstructed: Tensor, quantized: Quantized, last_weight: Tensor) -> Tensor:
+        image_loss = F.mse_loss(reconstructed, images) + self.config.edge_weight * _edge_loss(reconstructed, images)
+        if self.perceptual is not None:
+            distance = self.perceptual(reconstructed, images)
+            image_loss = image_loss + self.config.perceptual_weight * distance
+            self.parts["perceptual"] = float(distance.detach())
+        loss = image_loss + quantized.loss
+        if self.adversary is not None and step > self.config.adversarial_from_step:
+            verdict = self.adversary.verdict(reconstructed)
+            loss = loss + self.config.adversarial_weight * adaptive_weight(image_loss, verdict, last_weight) * verdict
+            self.parts["adversarial"] = float(verdict.detach())
+        return loss
+
+    def teach(self, step: int, images: Tensor, reconstructed: Tensor) -> None:
+        if self.adversary is not None and step > self.config.adversarial_from_step:
+            self.parts["discriminator"] = self.adversary.learn(images, reconstructed, _learning_rate(self.config, step))
 
 
 def _learning_rate(config: VQTrainingConfig, step: int) -> float:
@@ -113,7 +152,7 @@ def _revive(vq: VQTokenizer, average: VQTokenizer, used: Tensor, images: Tensor,
 
 
 @torch.no_grad()
-def assess_vq(vq: VQTokenizer, pixels_SHW3: Tensor, batch: int = 64) -> tuple[float, float]:
+def assess_vq(vq: ImageTokenizer, pixels_SHW3: Tensor, batch: int = 64) -> tuple[float, float]:
     """Mean PSNR in dB and share of the codebook used, over images [S, H, W, 3]."""
     quality, codes = [], []
     for start in range(0, len(pixels_SHW3), batch):

@@ -7,6 +7,7 @@ Nothing is unpickled, so a file can be wrong but never run code.
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -31,8 +32,23 @@ def save_weights(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str],
     open_storage(uri).write(uri, save_bytes(stored, {ENTRY: json.dumps(metadata, sort_keys=True)}))
 
 
+class StoredWeights(NamedTuple):
+    """What a weights file holds."""
+
+    tensors: dict[str, Tensor]
+    kind: str
+    spec: str
+    """JSON."""
+
+
 def load_weights(uri: str, kind: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors and the spec (JSON) of a file written for ``kind``.
+    """Tensors and the spec (JSON) of a file written for ``kind``. Raises as :func:`read_weights`."""
+    stored = read_weights(uri, kind)
+    return stored.tensors, stored.spec
+
+
+def read_weights(uri: str, *kinds: str) -> StoredWeights:
+    """A file written for one of ``kinds``.
 
     Raises:
         UserError: not a safetensors file, or one that holds something else.
@@ -43,9 +59,11 @@ def load_weights(uri: str, kind: str) -> tuple[dict[str, Tensor], str]:
     except SafetensorError as error:
         raise UserError(f"{uri}: not a readable safetensors file ({error}). Export the weights again.") from error
     metadata = _metadata(data)
-    if metadata.get("kind") != kind:
-        raise UserError(f"{uri}: holds {metadata.get('kind') or 'unnamed tensors'!r}, expected {kind!r} written by oar_scale.")
-    return tensors, metadata["spec"]
+    kind = metadata.get("kind", "")
+    if kind not in kinds:
+        expected = " or ".join(repr(name) for name in kinds)
+        raise UserError(f"{uri}: holds {kind or 'unnamed tensors'!r}, expected {expected} written by oar_scale.")
+    return StoredWeights(tensors, kind, metadata["spec"])
 
 
 def _metadata(data: bytes) -> dict[str, str]:

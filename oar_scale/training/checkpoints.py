@@ -2,7 +2,7 @@
 
     checkpoints/pretrain/step-00000100/
         mp_rank_00_model_states.pt, *_optim_states.pt      DeepSpeed's shards, each written and uploaded by its rank
-        manifest.json                                      files, sizes, crc32c, world size, ZeRO stage, step, identity
+        manifest.json                                      files, sizes, crc32c, world size, ZeRO stage, step, identity, model
         COMMITTED                                          last; without it nobody reads the rest
 
 Loading verifies every file against the manifest first and falls back to the checkpoint before, saying so. DeepSpeed's
@@ -17,6 +17,8 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +80,7 @@ def save_checkpoint(engine: Any, job: TrainingJob, step: int) -> Saved:
             "world_size": dist.get_world_size(),
             "zero_stage": job.recipe.parallel.zero_stage,
             "identity": job.identity,
+            "model_spec": engine.module.model.spec.model_dump(mode="json"),
             "files": files,
         }
         write_json(join(target, "manifest.json"), manifest)
@@ -132,6 +135,29 @@ def latest_checkpoint(job: TrainingJob) -> Found | None:
             + f"\nStart it anew with: oar run RECIPE --from {job.stage}"
         )
     return None
+
+
+@contextmanager
+def local_checkpoint(uri: str) -> Iterator[Found]:
+    """A checkpoint by its name, verified, as a local folder (``uri`` of what is yielded): itself, or a copy for the block.
+
+    Raises:
+        UserError: it is not committed, or a file is missing or damaged.
+    """
+    storage = open_storage(uri)
+    manifest, fault = _read_manifest(uri)
+    if fault is None and not storage.exists(join(uri, "COMMITTED")):
+        fault = "is not committed: it is being written, or was interrupted"
+    with tempfile.TemporaryDirectory(prefix="oar-checkpoint-") as scratch:
+        folder = uri
+        if fault is None and uri.startswith("s3://"):
+            folder = os.path.join(scratch, TAG)
+            for name in manifest["files"]:
+                storage.download(join(uri, name), os.path.join(folder, name))
+        fault = fault or _verify(folder, manifest)  # of the very files that are opened
+        if fault is not None:
+            raise UserError(f"{uri}: {fault}. Use another checkpoint.")
+        yield Found(int(manifest["step"]), folder, manifest, ())
 
 
 def discard_rejected(found: Found) -> None:

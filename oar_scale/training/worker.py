@@ -26,11 +26,11 @@ from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import TokenShard, read_token_shard
 from oar_scale.data.stream import Batch, StreamSettings, TokenStream
 from oar_scale.errors import UserError
-from oar_scale.model import AnyOrderModel, load_model, model_id, save_model
+from oar_scale.model import AnyOrderModel, check_prompts, load_model, model_id, save_model
 from oar_scale.observe.events import EventLog
 from oar_scale.orders.table import join_orders, read_orders, table_name
 from oar_scale.storage import join
-from oar_scale.tokenizers.text import TextTokenizer
+from oar_scale.tokenizers.prompts import PromptEncoder, load_prompts, model_inputs
 from oar_scale.training.checkpoints import discard_rejected, latest_checkpoint, load_checkpoint, save_checkpoint
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.schedule import learning_rate
@@ -41,12 +41,13 @@ HELDOUT_IMAGES = 256
 class Objective(nn.Module):
     """The training loss as a module: mean negative log-likelihood of a micro-batch, in nats per code."""
 
-    def __init__(self, model: AnyOrderModel) -> None:
+    def __init__(self, model: AnyOrderModel, prompts: PromptEncoder) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.prompts = model, prompts
 
-    def forward(self, codes_bN: Tensor, order_bN: Tensor, text_bT: Tensor, drop_b: Tensor) -> Tensor:
-        return self.model.nll(codes_bN, order_bN, self.model.condition(text_bT, drop_b)).mean()
+    def forward(self, codes_bN: Tensor, order_bN: Tensor, prompts_b: Tensor, drop_b: Tensor) -> Tensor:
+        condition_bTD = self.model.condition(model_inputs(self.prompts, prompts_b), drop_b)
+        return self.model.loss(codes_bN, order_bN, condition_bTD)[0]
 
 
 def train(job: TrainingJob) -> None:
@@ -60,8 +61,10 @@ def train(job: TrainingJob) -> None:
 def _train(job: TrainingJob, device: torch.device, rank: int, world: int, log: EventLog | None) -> None:
     training, started = job.training, time.monotonic()
     model = load_model(job.start_from)
-    engine = make_engine(job, model, world)
-    stream, heldout = _stream(job, rank, world), Heldout(job, rank, world, device)
+    prompts = _prompts(job)
+    check_prompts(model.spec, prompts, job.start_from)
+    engine = make_engine(job, Objective(model, prompts), world)
+    stream, heldout = _stream(job, prompts, rank, world), Heldout(job, prompts, rank, world, device)
     start_step = _resume(engine, job, log)
     if log:
         parameters = sum(p.numel() for p in model.parameters())
@@ -94,17 +97,18 @@ def _train(job: TrainingJob, device: torch.device, rank: int, world: int, log: E
         log.emit("end", seconds=time.monotonic() - started)
 
 
-def make_engine(job: TrainingJob, model: AnyOrderModel, world: int) -> Any:
-    """The DeepSpeed engine around the model; matrices decay, vectors and embeddings do not."""
+def make_engine(job: TrainingJob, objective: Objective, world: int) -> Any:
+    """The DeepSpeed engine around the objective; matrices decay, vectors and embeddings do not."""
     import deepspeed
 
     config = deepspeed_config(job.recipe.parallel, job.training, world)
-    decaying = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    decaying = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Linear)}
+    trained = [p for p in objective.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in model.parameters() if id(p) in decaying], "weight_decay": job.training.weight_decay},
-        {"params": [p for p in model.parameters() if id(p) not in decaying], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in decaying], "weight_decay": job.training.weight_decay},
+        {"params": [p for p in trained if id(p) not in decaying], "weight_decay": 0.0},
     ]
-    engine, *_ = deepspeed.initialize(model=Objective(model), model_parameters=groups, config=config)
+    engine, *_ = deepspeed.initialize(model=objective, model_parameters=groups, config=config)
     return engine
 
 
@@ -120,7 +124,7 @@ def train_step(engine: Any, batch: Batch, lr: float, micro_batch: int, device: t
     losses = []
     for start in range(0, len(batch.codes_bN), micro_batch):
         part = slice(start, start + micro_batch)
-        loss = engine(*(t[part].to(device) for t in (batch.codes_bN, batch.order_bN, batch.text_bT, batch.drop_b)))
+        loss = engine(*(t[part].to(device) for t in (batch.codes_bN, batch.order_bN, batch.prompts_b, batch.drop_b)))
         if not torch.isfinite(loss):
             raise UserError(
                 f"step {batch.step}: the loss is {float(loss)} for samples {batch.uid_b[part].tolist()}. "
@@ -139,17 +143,19 @@ def train_step(engine: Any, batch: Batch, lr: float, micro_batch: int, device: t
 
 
 class Heldout:
-    """Held-out negative log-likelihood under fixed random orders, each rank its share."""
+    """Held-out negative log-likelihood under fixed random orders (a raster model's one order), each rank its share."""
 
-    def __init__(self, job: TrainingJob, rank: int, world: int, device: torch.device) -> None:
+    def __init__(self, job: TrainingJob, prompts: PromptEncoder, rank: int, world: int, device: torch.device) -> None:
         folder = join(job.root, "tokens", "heldout")
         manifest = read_manifest(folder)
-        shards = [read_token_shard(join(folder, shard.name), _cache(job), shard) for shard in manifest.shards]
-        text = _text(job)
+        shards = [read_token_shard(join(folder, shard.name), _cache(job), shard, prompts.field) for shard in manifest.shards]
         codes = torch.cat([torch.from_numpy(shard.codes_SVN[:, 0].astype("int64")) for shard in shards])[:HELDOUT_IMAGES]
-        captions = [caption for shard in shards for caption in shard.captions][:HELDOUT_IMAGES]
+        told = prompts.encode([prompt for shard in shards for prompt in shard.prompts][:HELDOUT_IMAGES])
         order = torch.from_numpy(permutations("heldout order", codes.shape[1], torch.arange(len(codes)).numpy()))
-        self.codes, self.order, self.text = (t[rank::world].to(device) for t in (codes, order, text.encode(captions)))
+        if job.recipe.model.layout == "raster":
+            order = torch.arange(codes.shape[1]).expand_as(order)
+        self.prompts = prompts
+        self.codes, self.order, self.told = (t[rank::world].to(device) for t in (codes, order, told))
 
     @torch.no_grad()
     def nll(self, model: AnyOrderModel, batch: int = 64) -> Tensor:
@@ -158,7 +164,8 @@ class Heldout:
         total = self.codes.new_zeros(2, dtype=torch.float64)
         for start in range(0, len(self.codes), batch):
             part = slice(start, start + batch)
-            nll_bN = model.nll(self.codes[part], self.order[part], model.condition(self.text[part]))
+            condition_bTD = model.condition(model_inputs(self.prompts, self.told[part]))
+            nll_bN = model.nll(self.codes[part], self.order[part], condition_bTD)
             total += torch.stack([nll_bN.double().sum(), torch.tensor(float(nll_bN.numel()), device=total.device)])
         dist.all_reduce(total)
         return total[0] / total[1]
@@ -240,7 +247,7 @@ def _resume(engine: Any, job: TrainingJob, log: EventLog | None) -> int:
     return int(found.step)
 
 
-def _stream(job: TrainingJob, rank: int, world: int) -> TokenStream:
+def _stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int) -> TokenStream:
     recipe, training = job.recipe, job.training
     folder = join(job.root, "tokens", "train")
     settings = StreamSettings(
@@ -249,12 +256,13 @@ def _stream(job: TrainingJob, rank: int, world: int) -> TokenStream:
         streams=recipe.data.canonical_streams,
         window_shards=recipe.data.shuffle_window_shards,
         caption_dropout=recipe.model.caption_dropout,
+        raster=recipe.model.layout == "raster",
         random_share=training.random_share,
     )
     manifest, stored = read_manifest(folder), None
     if job.stage == "finetune":
         stored = _StoredOrders(join(job.root, "orders", "train"), folder, manifest.grid or 0, model_id(job.start_from))
-    return TokenStream(folder, manifest, _text(job), settings, _cache(job), rank, world, stored)
+    return TokenStream(folder, manifest, prompts, settings, _cache(job), rank, world, stored)
 
 
 @dataclass(frozen=True)
@@ -271,8 +279,8 @@ class _StoredOrders:
         return join_orders(samples.keys, table, shard=join(self.tokens, shard), cells=self.grid**2, model_id=self.model_id)
 
 
-def _text(job: TrainingJob) -> TextTokenizer:
-    return TextTokenizer.load(join(job.root, "tokenizers", "text.model"), job.recipe.tokenizer.text.max_tokens)
+def _prompts(job: TrainingJob) -> PromptEncoder:
+    return load_prompts(job.recipe.tokenizer.text, join(job.root, "tokenizers"))
 
 
 def _cache(job: TrainingJob) -> str:

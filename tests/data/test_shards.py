@@ -17,7 +17,7 @@ from oar_scale.errors import UserError
 
 def samples(count: int, views: int = 2, cells: int = 16) -> list[dict[str, object]]:
     codes = np.random.default_rng(0).integers(0, 512, (count, views, cells)).astype(np.uint16)
-    return [token_sample(f"key{i}", f"caption {i}", codes[i], b"{}") for i in range(count)]
+    return [token_sample({"__key__": f"key{i}", "txt": f"caption {i}"}, codes[i]) for i in range(count)]
 
 
 def test_a_token_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
             uid = 10 * shard + row
             codes = np.full((2, 16), uid, dtype=np.uint16)
             codes[1] += 100
-            written.append(token_sample(f"k{uid}", f"a red number {uid}", codes, b"{}"))
+            written.append(token_sample({"__key__": f"k{uid}", "txt": f"a red number {uid}"}, codes))
         shards.append(write_shard(folder, f"{shard:05d}.tar", written))
     write_manifest(folder, Manifest(shards=tuple(shards), grid=4, vocab_size=512, views=("center", "jitter1")))
     return folder
@@ -46,7 +46,7 @@ def stream(tokens: str, text: TextTokenizer, rank: int = 0, world: int = 1, **ch
 
 
 def same(one: Batch, two: Batch) -> bool:
-    pairs = [(getattr(one, name), getattr(two, name)) for name in ("uid_b", "codes_bN", "order_bN", "text_bT", "drop_b")]
+    pairs = [(getattr(one, name), getattr(two, name)) for name in ("uid_b", "codes_bN", "order_bN", "prompts_b", "drop_b")]
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -62,14 +62,14 @@ def test_ranks_share_the_batch_of_one_worker(tokens: str, text: TextTokenizer, w
     whole = stream(tokens, text).batch(5)
     for rank in range(world):
         part = stream(tokens, text, rank, world).batch(5)
-        for name in ("uid_b", "codes_bN", "order_bN", "text_bT", "drop_b"):
+        for name in ("uid_b", "codes_bN", "order_bN", "prompts_b", "drop_b"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[rank::world]), name
 
 
 def test_codes_and_captions_are_those_of_the_sample(tokens: str, text: TextTokenizer) -> None:
     views = set()
     for batch in stream(tokens, text).batches(0, 10):
-        for uid, codes_N, ids_T in zip(batch.uid_b.tolist(), batch.codes_bN, batch.text_bT, strict=True):
+        for uid, codes_N, ids_T in zip(batch.uid_b.tolist(), batch.codes_bN, batch.prompts_b, strict=True):
             assert codes_N[0] % 100 == uid
             views.add(int(codes_N[0]) // 100)
             assert torch.equal(ids_T, text.encode([f"a red number {uid}"])[0])

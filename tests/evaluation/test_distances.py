@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from oar_scale.errors import UserError
-from oar_scale.evaluation import features
 from oar_scale.evaluation.distances import frechet, kid
 from oar_scale.evaluation.features import image_features
+from oar_scale.tokenizers import perceptual
 
 
 def gaussian(mean: NDArray[np.float64], covariance: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:
@@ -126,7 +126,7 @@ def test_features_do_not_depend_on_the_batch_size() -> None:
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    features._network.cache_clear()
+    perceptual.load_network.cache_clear()
     with pytest.raises(UserError, match=r"efficientnet_lite_pytorch: pip install 'oar_scale\[eval\]'"):
         image_features(torch.zeros(1, 3, 32, 32))
 
@@ -141,5 +141,5 @@ def test_the_network_knows_an_umbrella() -> None:
 
 def class_of(images: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        scores: torch.Tensor = features._network()._fc(image_features(images))  # type: ignore[operator]
+        scores: torch.Tensor = perceptual.load_network()._fc(image_features(images))  # type: ignore[operator]
     return scores.argmax(-1)

@@ -129,7 +129,7 @@ def test_order_temperature_spreads_the_choice_of_cells_and_zero_takes_the_most_c
 def test_guidance_one_does_not_see_the_null_condition_and_guidance_zero_not_the_caption() -> None:
     model, changed = small_model(), small_model()
     with torch.no_grad():
-        changed.text.null.mul_(-2.0)
+        changed.conditioner.null_rows.mul_(-2.0)
     condition, other = condition_of(model, 2), condition_of(model, 2, seed=9)
     plain, moved = (generate(m, condition, choices(top_k=1), seeded()) for m in (model, changed))
     assert torch.equal(plain.codes_BN, moved.codes_BN)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import random_codes, random_orders, random_text, small_model
+from small_models import random_codes, random_orders, random_text, small_model, small_spec
 from torch import Tensor
 
 from oar_scale.errors import UserError
-from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
+from oar_scale.model import AnyOrderModel, load_model, save_model
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
 from oar_scale.tokenizers.weights import load_weights, save_weights
 
@@ -125,7 +125,7 @@ def test_padding_does_not_leak_into_a_caption() -> None:
     text = random_text(model, 1)
     text[0, 2:] = 0
     before = model.condition(text)
-    model.text.embedding.weight[0].add_(1.0)
+    model.conditioner.embedding.weight[0].add_(1.0)
     assert torch.equal(model.condition(text), before)
     assert torch.equal(before[0, 2:], model.null_condition(1)[0, 2:])
 
@@ -140,15 +140,14 @@ def test_the_caption_changes_the_logits() -> None:
 
 def test_the_null_condition_is_trained() -> None:
     model = small_model()
-    model.nll(random_codes(model, 2), random_orders(model, 2), model.null_condition(2)).mean().backward()
-    assert model.text.null.grad is not None
-    assert model.text.null.grad.abs().amax(1).min() > 0
+    model.loss(random_codes(model, 2), random_orders(model, 2), model.null_condition(2))[0].backward()
+    assert model.conditioner.null_rows.grad is not None
+    assert model.conditioner.null_rows.grad.abs().amax(1).min() > 0
 
 
 @torch.no_grad()
 def test_the_first_loss_is_log_v() -> None:
-    spec = ModelSpec(dim=32, layers=2, heads=2, ffn_hidden=48, vocab_size=37, grid=4, text_vocab=11, max_tokens=4)
-    model = AnyOrderModel(spec)
+    model = AnyOrderModel(small_spec(vocab_size=37, grid=4))
     nll = model.nll(random_codes(model, 2), random_orders(model, 2), model.condition(random_text(model, 2)))
     assert_same(nll, torch.full((2, 16), math.log(37)))
 
@@ -176,7 +175,7 @@ def test_a_model_can_be_trained_after_orders_were_extracted_with_it() -> None:
     model = small_model()
     codes = random_codes(model, 1)
     order = extract_orders(model, codes, model.null_condition(1), ExtractionSettings()).order_BN.clone()
-    model.train().nll(codes, order, model.null_condition(1)).mean().backward()
+    model.train().loss(codes, order, model.null_condition(1))[0].backward()
     assert model.tok_embeddings.weight.grad is not None
 
 

@@ -142,7 +142,7 @@ def test_regret_is_the_loss_of_placing_a_worse_cell() -> None:
 def test_scores_are_what_their_names_say() -> None:
     p = torch.tensor([[[0.5, 0.3, 0.2]]])
     logits, target = p.log() + 3, torch.tensor([[1]])
-    expected = {"gt_logprob": np.log(0.3), "max_prob": 0.5, "neg_entropy": float((p * p.log()).sum()), "margin": 0.2}
+    expected = {"gt_logprob": np.log(0.3), "max_prob": np.log(0.5), "neg_entropy": float((p * p.log()).sum()), "margin": 0.2}
     assert SCORES.keys() == expected.keys() == set(get_args(Score))
     for name, value in expected.items():
         assert SCORES[name](logits, target).item() == pytest.approx(value, rel=1e-5)

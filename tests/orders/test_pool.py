@@ -13,11 +13,13 @@ import pytest
 import torch
 from small_models import random_codes, small_model
 
+from oar_scale.config.schema import SentencePieceConfig
 from oar_scale.data.manifest import Manifest, write_manifest
 from oar_scale.data.ray_session import ray_session
 from oar_scale.data.shards import read_token_shard, shard_name, token_sample, write_shard
 from oar_scale.errors import UserError
 from oar_scale.model import load_model, save_model
+from oar_scale.model.spec import TextSpec
 from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders
 from oar_scale.orders.pool import ExtractionJob, ExtractionWorker, extract_all
 from oar_scale.orders.table import join_orders, read_orders
@@ -36,11 +38,12 @@ def ray_for_this_file() -> Iterator[None]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a text tokenizer and three token shards of 5, 5 and 3 samples with two views."""
     folder = tmp_path_factory.mktemp("inputs")
-    model = small_model(grid=3, vocab=7)
-    train_text_tokenizer(CAPTIONS * 20, vocab_size=8, max_tokens=4).save(str(folder / "text.model"))
+    text = train_text_tokenizer(CAPTIONS * 20, vocab_size=8, max_tokens=4)
+    text.save(str(folder / "text.model"))
+    model = small_model(grid=3, vocab=7, condition=TextSpec(vocab=text.vocab_size, rows=4))
     save_model(str(folder / "model.safetensors"), model)
     codes = random_codes(model, 26).numpy().reshape(13, 2, 9)
-    samples = [token_sample(f"image{i:02d}", CAPTIONS[i % 5], codes[i], b"{}") for i in range(13)]
+    samples = [token_sample({"__key__": f"image{i:02d}", "txt": CAPTIONS[i % 5]}, codes[i]) for i in range(13)]
     shards = [write_shard(str(folder / "tokens"), shard_name(i), samples[5 * i : 5 * i + 5]) for i in range(3)]
     write_manifest(str(folder / "tokens"), Manifest(shards=tuple(shards), grid=3, vocab_size=7, views=("center", "center_flip")))
     return folder
@@ -51,7 +54,8 @@ def job(inputs: Path, orders: Path) -> ExtractionJob:
         tokens=str(inputs / "tokens"),
         orders=str(orders),
         model=str(inputs / "model.safetensors"),
-        text=str(inputs / "text.model"),
+        text=SentencePieceConfig(max_tokens=4),
+        tokenizers=str(inputs),
         cache_dir=str(orders.parent / "cache"),
         settings=ExtractionSettings(),
         batch=2,

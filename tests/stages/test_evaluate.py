@@ -22,6 +22,7 @@ from oar_scale.data.tokenize import token_manifest, tokenize_shard
 from oar_scale.errors import UserError
 from oar_scale.evaluation.record import load_evaluation
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
+from oar_scale.model.spec import TextSpec
 from oar_scale.observe.console import Console
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
 from oar_scale.orders.table import OrderTable, table_name, write_orders
@@ -57,7 +58,7 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
 
 def small_model(run: Run, seed: int) -> AnyOrderModel:
     torch.manual_seed(seed)
-    spec = ModelSpec.from_recipe(run.recipe.model, vocab_size=32, grid=run.recipe.grid, text_vocab=201, max_tokens=6)
+    spec = ModelSpec.from_recipe(run.recipe.model, vocab_size=32, grid=run.recipe.grid, condition=TextSpec(vocab=201, rows=6))
     model = AnyOrderModel(spec)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,40 @@
+"""One line of the doctor's report, and how an error becomes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from oar_scale.errors import UserError
+
+INSTALL = "pip install -c constraints.txt -e . in the source folder"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found out about an item; ``text`` holds the remedy where one is needed."""
+
+    status: Literal["ok", "warn", "FAIL"]
+    item: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.status:4} {self.item}: {self.text}"
+
+
+def guarded(item: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What a check finds; an error of its own is a finding, too."""
+    try:
+        yield from check()
+    except UserError as error:
+        yield Finding("FAIL", item, " ".join(str(error).split()))
+    except ImportError as error:
+        yield Finding("FAIL", item, f"not checked, for an import failed ({error}); {INSTALL}")
+    except Exception as error:  # whatever is broken here is what the user wants to hear about
+        yield Finding("FAIL", item, first_line(error))
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

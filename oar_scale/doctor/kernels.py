@@ -1,0 +1,194 @@
+"""The kernels that a model would run here: each is run once, watched, and compared with the plain computation."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from oar_scale.doctor.finding import INSTALL, Finding, first_line
+from oar_scale.doctor.machine import device
+
+if TYPE_CHECKING:
+    import torch
+
+    from oar_scale.config.schema import Recipe
+
+TOLERANCE = {"bf16": 0.05, "fp32": 0.01}
+"""Largest difference that rounding (TF32 included) explains between two attentions over values of unit variance."""
+BACKENDS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "math": "MATH"}
+OPERATORS = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "CPU flash",
+    "aten::_scaled_dot_product_flash_attention": "flash",
+    "aten::_scaled_dot_product_efficient_attention": "efficient",
+    "aten::_scaled_dot_product_cudnn_attention": "cuDNN",
+}
+
+
+class Shape(NamedTuple):
+    """Attention of a model: B images, heads of queries and of keys, L rows, width of a head."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    rows: int
+    head_dim: int
+
+
+DEFAULT_SHAPE = Shape(batch=2, heads=4, kv_heads=4, rows=128, head_dim=64)
+
+
+def shape_of(recipe: Recipe) -> Shape:
+    """The shape of a recipe's model, for two images and without the rows of a caption."""
+    model = recipe.model
+    return Shape(2, model.heads, model.kv_heads or model.heads, 2 * recipe.grid**2, model.dim // model.heads)
+
+
+def attention(shape: Shape) -> Iterator[Finding]:
+    """The kernel that ``scaled_dot_product_attention`` takes, forward and backward, and which others take these inputs."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for precision, dtype in _precisions().items():
+        q, k, v = (tensor.requires_grad_() for tensor in _qkv(shape, dtype))
+        mask = torch.ones(shape.rows, shape.rows, dtype=torch.bool, device=q.device).tril()
+        call = partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=shape.heads != shape.kv_heads)
+        causal, masked = partial(call, is_causal=True), partial(call, attn_mask=mask)
+        runs = []
+        for name, backend in BACKENDS.items():
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                if _works(causal):
+                    runs.append(name)
+        with sdpa_kernel(SDPBackend.MATH):
+            plain = causal()
+        chosen = _kernel(causal)
+        error = _difference(causal(), plain)
+        text = f"causal {chosen}, with a mask {_kernel(masked)}; runs here: {', '.join(runs)}"
+        yield _judged("attention", precision, text, chosen, error)
+
+
+def decoding_attention(shape: Shape) -> Iterator[Finding]:
+    """The model's own attention of candidates to a prefix, which calls a fused kernel by its name."""
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from oar_scale.model.attention import attention_with_lse
+
+    for precision, dtype in _precisions().items():
+        q, k, v = _qkv(shape, dtype)
+        chosen = _kernel(partial(attention_with_lse, q, k, v))
+        with sdpa_kernel(SDPBackend.MATH):
+            plain = F.scaled_dot_product_attention(q, k, v, enable_gqa=shape.heads != shape.kv_heads)
+        yield _judged("decoding attention", precision, chosen, chosen, _difference(attention_with_lse(q, k, v)[0], plain))
+
+
+def _judged(item: str, precision: str, text: str, chosen: str, error: float) -> Finding:
+    item, text = f"{item} {precision}", f"{text}; differs from math by {error:.1g}"
+    if not error <= TOLERANCE[precision]:  # also where it is not a number
+        return Finding("FAIL", item, f"{text}, more than rounding explains; {INSTALL}, or change the driver")
+    if chosen == "math":
+        return Finding("warn", item, f"{text}: slow; heads 64 or 128 wide (model.dim / model.heads) have a fused kernel on most devices")
+    return Finding("ok", item, text)
+
+
+def _precisions() -> dict[str, torch.dtype]:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _qkv(shape: Shape, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Seeded queries, keys and values [B, heads, L, head_dim] on the device."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(shape.batch, heads, shape.rows, shape.head_dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
+    return [torch.randn(size, generator=generator).to(device(), dtype) for size in sizes]
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).abs().max().detach())
+
+
+def _works(call: Callable[[], Any]) -> bool:
+    """Whether a kernel takes its inputs; torch warns about each reason why not, which is not what was asked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            call()
+        except RuntimeError:
+            return False
+    return True
+
+
+def _kernel(call: Callable[[], Any]) -> str:
+    """The attention kernel that a call runs, and its backward pass where the inputs want gradients: watched, not asked for."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():  # type: ignore[no-untyped-call]
+        out = call()
+        if isinstance(out, torch.Tensor) and out.requires_grad:
+            out.float().square().mean().backward()
+    return next((shown for operator, shown in OPERATORS.items() if operator in seen), "math")
+
+
+def bf16_matmul(size: int = 1024) -> Iterator[Finding]:
+    """Speed of a square matrix product in bfloat16 against float32."""
+    import torch
+
+    place = device()
+    if place.type == "cuda":
+        native = "native" if torch.cuda.is_bf16_supported(including_emulation=False) else "emulated"
+    else:
+        has = torch.cpu.get_capabilities()
+        native = "native AMX" if has.get("amx_bf16") else "native AVX512-bf16" if has.get("avx512_bf16") else "emulated"
+    seconds = {}
+    for precision, dtype in _precisions().items():
+        a = torch.randn(size, size, device=place).to(dtype)
+        seconds[precision] = min(_seconds(partial(torch.matmul, a, a)) for _ in range(4))
+    speedup = seconds["fp32"] / seconds["bf16"]
+    rates = ", ".join(f"{precision} {2e-12 * size**3 / taken:.2g}" for precision, taken in seconds.items())
+    text = f"{speedup:.1f} x the speed of fp32 ({native}; {rates} TFLOP/s)"
+    if speedup < 0.9:
+        yield Finding("warn", "bf16 matmul", f"{text}; try parallel.precision: fp32, which may train faster here")
+    else:
+        yield Finding("ok", "bf16 matmul", text)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    import torch
+
+    started = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def fused_adamw() -> Iterator[Finding]:
+    """One step of the optimiser in one kernel."""
+    import torch
+
+    place = device()
+    weight = torch.nn.Parameter(torch.ones(8, device=place))
+    weight.grad = torch.ones_like(weight)
+    try:
+        torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+    except RuntimeError as error:
+        yield Finding("warn", "fused AdamW", f"not on {place.type} ({first_line(error)}), so steps are slower; {INSTALL}")
+        return
+    if bool((weight < 1).all()):
+        yield Finding("ok", "fused AdamW", f"works on {place.type}")
+    else:
+        yield Finding("FAIL", "fused AdamW", f"changed no weight on {place.type}; {INSTALL}")

@@ -1,0 +1,154 @@
+"""What is installed and what the machine has: packages, devices, process groups, a compiler."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from oar_scale import __version__
+from oar_scale.doctor.finding import INSTALL, Finding, first_line, guarded
+
+if TYPE_CHECKING:
+    import torch
+
+OPTIONAL = {"open-clip-torch": "CLIP text towers", "wandb": "W&B", "boto3": "s3:// storage"}
+"""Packages that only some recipes need, and for what."""
+PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "sentencepiece", *OPTIONAL)
+
+
+def device() -> torch.device:
+    """Where the checks run: the first GPU, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def versions() -> Iterator[Finding]:
+    """Python and the packages, against the bounds of the installation and the versions of ``constraints.txt``."""
+    try:
+        required = importlib.metadata.requires("oar_scale") or []
+        python = str(importlib.metadata.metadata("oar_scale")["Requires-Python"])
+        yield Finding("ok", "oar_scale", __version__)
+    except importlib.metadata.PackageNotFoundError:
+        required, python = [], ""
+        yield Finding("warn", "oar_scale", f"{__version__}, not installed, so the bounds of its packages are unknown; {INSTALL}")
+    tested = _tested_versions()
+    yield from guarded("python", partial(_version, "python", platform.python_version(), python, None))
+    for name in PACKAGES:
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name in OPTIONAL:
+                yield Finding("warn", name, f"not installed; a recipe with {OPTIONAL[name]} needs it: {INSTALL}")
+            else:
+                yield Finding("FAIL", name, f"not installed; {INSTALL}")
+            continue
+        yield from guarded(name, partial(_version, name, installed, _bound(name, required), tested.get(name)))
+
+
+def _version(name: str, installed: str, bound: str, tested: str | None) -> Iterator[Finding]:
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    if not SpecifierSet(bound).contains(installed, prereleases=True):
+        remedy = "use a Python that fits" if name == "python" else INSTALL
+        yield Finding("FAIL", name, f"{installed}, and oar_scale needs {bound}; {remedy}")
+    elif tested is not None and Version(installed).public != tested:
+        yield Finding("warn", name, f"{installed}, and oar_scale was tested with {tested}; if something fails: {INSTALL}")
+    else:
+        yield Finding("ok", name, installed)
+
+
+def _bound(name: str, required: Sequence[str]) -> str:
+    """What the installation asks of a package, like ``>=2.15``."""
+    bare = (text.partition(";")[0].replace(" ", "") for text in required)
+    found = next((text for text in bare if text.startswith((f"{name}>", f"{name}["))), name)
+    return found.removeprefix(name).rpartition("]")[2]
+
+
+def _tested_versions() -> dict[str, str]:
+    """``constraints.txt`` of the source folder; nothing where the package lies without it."""
+    path = Path(__file__).resolve().parents[2] / "constraints.txt"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    pinned = (line.partition("==") for line in lines if "==" in line and not line.startswith("#"))
+    return {name.replace("_", "-").lower(): version for name, _, version in pinned}
+
+
+def devices() -> Iterator[Finding]:
+    """GPUs with memory, driver and CUDA; without one, the CPU."""
+    import torch
+
+    driver, cuda = _driver(), torch.version.cuda
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            text = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+            yield Finding("ok", f"GPU {index}", f"{text}, driver {driver or 'unknown'}, CUDA {cuda}")
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    yield Finding("ok", "devices", f"no GPU: CPU, {cores} cores, {memory:.0f} GiB, {torch.backends.cpu.get_cpu_capability()}")
+    if driver:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        remedy = "install a newer driver, or a torch that fits this one"
+        if hidden is not None:
+            remedy = f"unset CUDA_VISIBLE_DEVICES (now {hidden!r})"
+        yield Finding("warn", "devices", f"NVIDIA driver {driver} is here, and torch (CUDA {cuda}) sees no GPU; {remedy}")
+
+
+def _driver() -> str:
+    """Version of the NVIDIA driver, empty without one."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    return done.stdout.split("\n")[0].strip() if done.returncode == 0 else ""
+
+
+def process_group() -> Iterator[Finding]:
+    """Start a group of this one process with the backend that training would use here."""
+    import torch
+    import torch.distributed as dist
+
+    have = [name for name in ("nccl", "gloo") if dist.is_available() and getattr(dist, f"is_{name}_available")()]
+    place = device()
+    needed = "nccl" if place.type == "cuda" else "gloo"
+    if needed not in have:
+        yield Finding("FAIL", "process group", f"torch has no {needed}, which training on {place.type} needs; {INSTALL}")
+        return
+    try:
+        dist.init_process_group(needed, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        try:
+            dist.all_reduce(torch.ones(1, device=place))
+        finally:
+            dist.destroy_process_group()
+    except RuntimeError as error:
+        remedy = f"if the network is the cause, name an interface in {needed.upper()}_SOCKET_IFNAME"
+        yield Finding("FAIL", "process group", f"{needed} does not start ({first_line(error)}); {remedy}")
+        return
+    yield Finding("ok", "process group", f"{needed} works; torch has {' and '.join(have)}")
+
+
+def compilation() -> Iterator[Finding]:
+    """What ``torch.compile`` needs: a C++ compiler that finds Python's headers, on a GPU also Triton."""
+    compiler = next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        yield Finding("warn", "torch.compile", "no C++ compiler on the PATH; apt-get install g++")
+        return
+    command = [compiler, "-fsyntax-only", "-x", "c++", f"-I{sysconfig.get_paths()['include']}", "-"]
+    done = subprocess.run(command, input="#include <Python.h>\n#include <vector>\n", capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+        yield Finding("warn", "torch.compile", f"{compiler} cannot compile for this Python ({reason}); apt-get install g++ python3-dev")
+    elif device().type == "cuda":
+        yield Finding("ok", "torch.compile", f"{compiler} and triton {importlib.metadata.version('triton')}")
+    else:
+        yield Finding("ok", "torch.compile", f"{compiler} compiles for this Python")

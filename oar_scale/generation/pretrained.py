@@ -1,0 +1,209 @@
+"""A trained model with all it needs to draw: ``oar_scale.load``.
+
+import oar_scale
+model = oar_scale.load("exported/emoji")
+for number, image in enumerate(model.sample(["a red apple", "a smiling cat"])):
+    image.save(f"{number}.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, Self, TypedDict, Unpack
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from oar_scale.config.schema import SampleConfig
+from oar_scale.errors import UserError
+from oar_scale.generation import editing
+from oar_scale.generation.parts import Parts, check_codes, find_parts
+from oar_scale.generation.sampling import Generated, SampleSettings, generate
+from oar_scale.model import AnyOrderModel, check_prompts, load_model
+from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
+from oar_scale.tokenizers.image import ImageTokenizer
+from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder, PromptEncoder, load_prompts, model_inputs
+from oar_scale.tokenizers.vq import load_vq, pixels_to_unit, unit_to_pixels
+
+DECODE_BATCH = 16
+Order = Literal["raster", "random"] | Sequence[int] | Tensor
+"""The way through the cells: by name, or a permutation [N] for all images or [B, N] for each."""
+
+
+class Choices(TypedDict, total=False):
+    """What may be said otherwise than in the model's own recipe; see :class:`oar_scale.generation.sampling.SampleSettings`."""
+
+    guidance: float
+    guidance_start: float | None
+    temperature: float
+    top_k: int
+    order_temperature: float
+    steps: int | None
+
+
+class Pretrained:
+    """``sample`` and ``inpaint`` give pictures, ``draw`` the codes with their orders.
+
+    ``model``, ``vq`` and ``text`` are the parts; ``vq`` is None where only a model was loaded, ``text`` where nobody knows what
+    its captions are encoded with. ``defaults`` holds the settings that :class:`Choices` replace.
+    """
+
+    def __init__(
+        self, model: AnyOrderModel, vq: ImageTokenizer | None, text: PromptEncoder | None, defaults: SampleConfig, where: str
+    ) -> None:
+        self.model, self.vq, self.text, self.defaults, self.where = model, vq, text, defaults, where
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move all parts, in place. ``dtype`` is the model's; the image tokenizer, small beside it, keeps its float32."""
+        self.model.to(device=device, dtype=dtype)
+        if self.vq is not None:
+            self.vq.to(device=device)
+        return self
+
+    def sample(self, prompts: Sequence[Any], *, seed: int = 0, order: Order | None = None, **choices: Unpack[Choices]) -> list[Image.Image]:
+        """One picture for each prompt; the same seed and prompts give the same pictures.
+
+        Args:
+            prompts: captions, class labels, or arrays of features, as the model was trained.
+            order: the way through the cells; None: the model chooses (a raster model: its raster).
+            choices: settings other than the recipe's, see :class:`Choices`.
+
+        Raises:
+            UserError: there is no image tokenizer, or prompts of another kind than the model's.
+            ValueError: as :func:`oar_scale.generation.sampling.generate`.
+        """
+        vq = self._tokenizer()
+        return _pictures(vq, self.draw(prompts, seed=seed, order=order, **choices).codes_BN)
+
+    def draw(self, prompts: Sequence[Any], *, seed: int = 0, order: Order | None = None, **choices: Unpack[Choices]) -> Generated:
+        """As :meth:`sample`, but codes, orders and scores."""
+        noise = torch.Generator().manual_seed(seed)
+        condition_BTD = self._condition(prompts)
+        order_BN = self._order(order, len(condition_BTD), noise)
+        return generate(self.model, condition_BTD, self._settings(choices), noise, order_BN)
+
+    def inpaint(
+        self,
+        image: Image.Image,
+        box: tuple[int, int, int, int],
+        prompt: Any,
+        *,
+        seed: int = 0,
+        order: Order | None = None,
+        **choices: Unpack[Choices],
+    ) -> Image.Image:
+        """The image with a box drawn anew. The rest comes back as the image tokenizer reconstructs it.
+
+        Args:
+            box: left, top, right, bottom in pixels, as Pillow counts them; every cell that it touches is redrawn.
+
+        Raises:
+            UserError: as :meth:`sample`; an image of another size than the model draws, or a box that is not inside it.
+        """
+        vq = self._tokenizer()
+        size, cell = vq.spec.image_size, vq.spec.image_size // vq.spec.grid
+        if image.size != (size, size):
+            raise UserError(f"the image has {image.width} x {image.height} pixels, the model draws {size} x {size}: resize it first")
+        left, top, right, bottom = box
+        if not (0 <= left < right <= size and 0 <= top < bottom <= size):
+            raise UserError(f"box {box} (left, top, right, bottom) does not lie inside {size} x {size} pixels")
+        first_row, first_column, rows_end, columns_end = top // cell, left // cell, -(-bottom // cell), -(-right // cell)
+        redo_N = editing.box_mask(vq.spec.grid, first_row, first_column, rows_end - first_row, columns_end - first_column)
+        noise = torch.Generator().manual_seed(seed)
+        condition_BTD = self._condition([prompt])
+        pixels_1HW3 = torch.from_numpy(np.array(image.convert("RGB")))[None]
+        codes_1N = vq.encode(pixels_to_unit(pixels_1HW3).to(condition_BTD.device))
+        drawn = editing.inpaint(
+            self.model,
+            codes_1N,
+            redo_N.to(codes_1N.device),
+            condition_BTD,
+            self._settings(choices),
+            noise,
+            self._order(order, 1, noise),
+        )
+        return _pictures(vq, drawn.codes_BN)[0]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _settings(self, choices: Choices) -> SampleSettings:
+        return replace(SampleSettings.from_recipe(self.defaults), **choices)
+
+    def _tokenizer(self) -> ImageTokenizer:
+        if self.vq is None:
+            raise UserError(
+                f"{self.where}: a model without an image tokenizer draws codes only (.draw). Export it from its run's folder, or import "
+                "a tokenizer into its folder: oar checkpoint import llamagen-vq FILE --out FOLDER"
+            )
+        return self.vq
+
+    @torch.no_grad()
+    def _condition(self, prompts: Sequence[Any]) -> Tensor:
+        if self.text is None:
+            raise UserError(f"{self.where}: nobody knows what its captions are encoded with. Load its run's folder, or an export of that.")
+        if isinstance(prompts, str) or not len(prompts):
+            raise UserError("prompts are a list with one entry for each picture")
+        if self.text.field == "txt":
+            wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
+            if wrong is not None:
+                raise UserError(f"{wrong!r} is no caption: this model is told captions")
+        told = self.text.encode(prompts)
+        if self.text.field == "txt" and not told.flatten(1).any(1).all():
+            empty = int((~told.flatten(1).any(1)).nonzero()[0])
+            raise UserError(f"caption {prompts[empty]!r} has no token in the model's vocabulary")
+        return self.model.condition(model_inputs(self.text, told.to(self._device)))
+
+    def _order(self, order: Order | None, batch: int, noise: torch.Generator) -> Tensor | None:
+        cells = self.model.spec.cells
+        if order is None and self.model.spec.layout == "raster":
+            order = "raster"
+        if order is None:
+            return None
+        if isinstance(order, str):
+            if order not in ("raster", "random"):
+                raise UserError(f"order {order!r}: say raster or random, give a permutation of the cells, or leave the choice to the model")
+            found = torch.arange(cells) if order == "raster" else torch.rand(batch, cells, generator=noise).argsort(1)
+        else:
+            found = torch.as_tensor(order, dtype=torch.long)
+        return (found.expand(batch, -1) if found.ndim == 1 else found).to(self._device)
+
+
+def load_pretrained(path: str, model: str | None = None) -> Pretrained:
+    """An exported folder, a run's folder or a model file, ready to draw: eval mode, float32, CPU.
+
+    Args:
+        path: local or ``s3://``.
+        model: which one of a run, see :func:`oar_scale.generation.parts.find_parts`.
+
+    Raises:
+        UserError: nothing to load, or parts that do not fit together.
+    """
+    parts = find_parts(path, model)
+    network = load_model(parts.model)
+    vq = load_vq(parts.vq) if parts.vq else None
+    if vq is not None:
+        check_codes(network.spec, vq.spec, parts.where)
+    text = _prompts(parts, network.spec)
+    if text is not None:
+        check_prompts(network.spec, text, parts.where)
+    return Pretrained(network, vq, text, parts.sample, parts.where)
+
+
+def _prompts(parts: Parts, spec: ModelSpec) -> PromptEncoder | None:
+    """The prompt encoder: of the folder, or the only one there can be."""
+    if parts.text is not None:
+        return load_prompts(parts.text, parts.text_folder)
+    if isinstance(spec.condition, ClassSpec):
+        return LabelEncoder(spec.condition.classes)
+    return FeatureReader(spec.condition.rows, spec.condition.width) if isinstance(spec.condition, FeatureSpec) else None
+
+
+@torch.no_grad()
+def _pictures(vq: ImageTokenizer, codes_BN: Tensor) -> list[Image.Image]:
+    parts = [unit_to_pixels(vq.decode(codes)).cpu().numpy() for codes in codes_BN.split(DECODE_BATCH)]
+    return [Image.fromarray(picture) for part in parts for picture in part]

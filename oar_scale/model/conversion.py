@@ -1,0 +1,164 @@
+"""RandAR's and LlamaGen's weights as ours, and back: the same tensors under other names.
+
+    theirs                           ours
+    cls_embedding.*                  conditioner.*
+    pos_instruct_embeddings          layout.pos_instruct_embeddings
+    all others                       the same
+
+A spec is read off the shapes. Shapes do not tell the number of heads or the grid: heads come from the peers' table of sizes
+(64 channels a head, 100 for their 3B, 128 for their 7B), unless given. A width is told by several tensors, and what most of
+them say counts, so that a wrong tensor is named itself and not those it contradicts.
+
+Both peers multiply the condition's queries and keys by zero, and LlamaGen's text models have a null that was never trained; the
+spec records both, or their weights would not mean the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from oar_scale.errors import UserError
+from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
+from oar_scale.model.transformer import AnyOrderModel
+from oar_scale.model.weights import model_of
+
+Family = Literal["randar", "llamagen-c2i", "llamagen-t2i"]
+
+_INSTRUCTION = "layout.pos_instruct_embeddings"
+_THEIRS = {"conditioner.": "cls_embedding.", _INSTRUCTION: "pos_instruct_embeddings"}
+_WIDE_HEADS = {3200: 100, 4096: 128}
+TEXT_ROWS = 120
+"""Condition rows of LlamaGen's text models."""
+
+
+def import_peer(
+    tensors: dict[str, Tensor],
+    family: Family,
+    where: str,
+    *,
+    grid: int = 16,
+    heads: int | None = None,
+    text_rows: int = TEXT_ROWS,
+    start_instructed: bool = False,
+) -> AnyOrderModel:
+    """A model that computes what the peer's code computes with these tensors.
+
+    Args:
+        tensors: a peer's state dict, without wrapping.
+        where: names the file in errors.
+        grid: cells per side.
+        heads: attention heads; None: from the peers' table of sizes.
+        text_rows: condition rows T of a text model.
+        start_instructed: make an ``instructed`` model of a LlamaGen one, to go on training in any order: its position
+            instruction vector, which a raster model does not have, starts as Normal(0, 0.02).
+
+    Raises:
+        UserError: a tensor is missing, unknown, or of the wrong shape; names it and both shapes.
+    """
+    ours = {_renamed(name, {theirs: our for our, theirs in _THEIRS.items()}): tensor for name, tensor in tensors.items()}
+    _expect_family(ours, family, where)
+    spec = _spec(ours, family, where, grid, heads, text_rows)
+    if start_instructed:
+        spec = spec.model_copy(update={"layout": "instructed"})
+        fresh = torch.empty(1, spec.dim).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0))
+        ours.setdefault(_INSTRUCTION, fresh.to(ours["tok_embeddings.weight"].dtype))
+    return model_of(spec, ours, where, shown=_theirs)
+
+
+def export_peer(model: AnyOrderModel, family: Family) -> dict[str, Tensor]:
+    """The model's tensors under the peer's names.
+
+    Raises:
+        UserError: the peer's code cannot compute this model; says why.
+    """
+    spec = model.spec
+    wanted = {"randar": ("instructed", "class"), "llamagen-c2i": ("raster", "class"), "llamagen-t2i": ("raster", "features")}[family]
+    if (spec.layout, spec.condition.type) != wanted:
+        raise UserError(
+            f"{family} models have layout {wanted[0]} and condition {wanted[1]}; this one has layout {spec.layout} and condition "
+            f"{spec.condition.type}. Export it as a folder instead (--format folder)."
+        )
+    if spec.condition_rotation != "zero":
+        raise UserError(
+            f"{family}'s code multiplies the condition's queries and keys by zero, this model was trained with them: there it would draw "
+            "something else. Export it as a folder instead (--format folder)."
+        )
+    return {_theirs(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def _renamed(name: str, prefixes: dict[str, str]) -> str:
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _theirs(name: str) -> str:
+    return _renamed(name, _THEIRS)
+
+
+def _expect_family(tensors: dict[str, Tensor], family: Family, where: str) -> None:
+    """The mistakes that are easily made: a file of the sister project, or of the same project's other models."""
+    if family == "randar" and _INSTRUCTION not in tensors and "tok_embeddings.weight" in tensors:
+        raise UserError(
+            f"{where}: has no tensor pos_instruct_embeddings, which every RandAR model has. Is it LlamaGen's? Then import it as "
+            "llamagen-c2i, with --instructed if it is to learn any order."
+        )
+    if family != "randar" and _INSTRUCTION in tensors:
+        raise UserError(f"{where}: has the tensor pos_instruct_embeddings, which no LlamaGen model has. Import it as randar.")
+    other = {"llamagen-t2i": "conditioner.embedding_table.weight", "llamagen-c2i": "conditioner.cap_proj.fc1.weight"}.get(family)
+    if other in tensors:
+        meant = "llamagen-c2i" if family == "llamagen-t2i" else "llamagen-t2i"
+        raise UserError(f"{where}: has the tensor {_theirs(str(other))}, which no {family} model has. Import it as {meant}.")
+
+
+def _spec(tensors: dict[str, Tensor], family: Family, where: str, grid: int, heads: int | None, text_rows: int) -> ModelSpec:
+    def size(*places: str) -> int:
+        """The size that most of the ``tensor:dimension`` have, the first one in a draw."""
+        sizes: list[int] = []
+        for name, _, axis in (place.partition(":") for place in places):
+            sizes += tensors[name].shape[int(axis) : int(axis) + 1] if name in tensors else ()
+        if not sizes:
+            name = _theirs(places[0].partition(":")[0])
+            raise UserError(f"{where}: has no tensor {name}, which every {family} model has. Is it another kind of checkpoint?")
+        return Counter(sizes).most_common(1)[0][0]
+
+    dim = size(
+        "tok_embeddings.weight:1", "output.weight:1", "norm.weight:0", "layers.0.attention_norm.weight:0", "layers.0.ffn_norm.weight:0"
+    )
+    first = "layers.0.feed_forward"
+    heads = heads or dim // _WIDE_HEADS.get(dim, 64)
+    if heads < 1 or dim % heads or (dim // heads) % 4:
+        raise UserError(
+            f"{where}: {dim} channels do not divide into {heads} heads of a multiple of 4 channels. Give the number with --heads."
+        )
+    condition: ClassSpec | FeatureSpec
+    if family == "llamagen-t2i":
+        null_rows = size("conditioner.uncond_embedding:0")
+        if null_rows < text_rows:
+            raise UserError(
+                f"{where}: tensor cls_embedding.uncond_embedding has {null_rows} rows, fewer than the {text_rows} condition rows "
+                f"asked for. Give at most {null_rows} with --text-rows."
+            )
+        width = size("conditioner.uncond_embedding:1", "conditioner.cap_proj.fc1.weight:1")
+        condition = FeatureSpec(width=width, rows=text_rows, null_rows=null_rows, absent="zero")
+    else:
+        condition = ClassSpec(classes=max(1, size("conditioner.embedding_table.weight:0") - 1))
+    kv_heads = (size("layers.0.attention.wqkv.weight:0") - dim) // (2 * (dim // heads))
+    return ModelSpec(
+        layout="instructed" if family == "randar" else "raster",
+        dim=dim,
+        layers=len({name.split(".")[1] for name in tensors if name.startswith("layers.")}),
+        heads=heads,
+        kv_heads=None if kv_heads < 1 or kv_heads >= heads or heads % kv_heads else kv_heads,
+        ffn_hidden=size(f"{first}.w1.weight:0", f"{first}.w3.weight:0", f"{first}.w2.weight:1"),
+        vocab_size=size("tok_embeddings.weight:0", "output.weight:0"),
+        grid=grid,
+        condition=condition,
+        condition_rotation="zero",
+        trainable_null=family != "llamagen-t2i",
+    )

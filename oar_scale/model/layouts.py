@@ -1,0 +1,193 @@
+"""How codes and their cells become rows: the three layouts of one trunk.
+
+    raster       [c_1 .. c_T,  x_1, x_2, ..., x_{N-1}]            next token; row x_i predicts the code of cell i + 1    (LlamaGen)
+    instructed   [c_1 .. c_T,  p_1, x_1,  p_2, x_2,  ...,  p_N]   p_i asks for the cell placed i-th and predicts its code   (RandAR)
+    dual         [c_1 .. c_T,  z>1, x_1>2, x_2>3, ...]            x_i>j lies at cell i and asks for j; z is a zero token    (OAR v1)
+
+Attention is plainly causal in all of them. A layout answers three questions, each with rows and the cells that turn them:
+
+    forward      rows that ask for K cells, one after the other, knowing the code of each before the next: training, prefill
+    candidates   rows that each ask for a cell from the same point: extraction, generation by confidence
+    in_turn      rows that ask for M cells with no codes between: RandAR's parallel decoding
+
+What was placed last may still have to enter the cache (``Placed``): the code row of an instructed model, or the row of the
+last code of the others, which cannot be written before the next cell is known.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from oar_scale.model.rope import Rotation, cell_rotations, offset_index, offset_rotations, rotate_vector
+from oar_scale.model.spec import ModelSpec
+
+
+class Rows(NamedTuple):
+    """L rows of each image and the index into the table of rotations of each."""
+
+    x_BLD: Tensor
+    cells_BL: Tensor
+
+
+class Placed(NamedTuple):
+    """K codes whose rows are not all in the cache yet: their cells, and the rows of their codes alone."""
+
+    cells_BK: Tensor
+    codes_BKD: Tensor
+
+
+class RowLayout(nn.Module):
+    """Base of the layouts."""
+
+    held: int = 0
+    """Condition rows that wait for the first cell with the codes, instead of entering the cache first."""
+    stride: int = 1
+    """Every so many-th row of ``forward`` predicts a code."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self._rotations: dict[torch.device, Rotation] = {}
+
+    def start(self, condition_BTD: Tensor) -> Placed:
+        """What stands for the last placed code when there is none: a row, and the index that turns no row."""
+        raise NotImplementedError
+
+    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor) -> Rows:
+        """Rows that ask for K cells in turn: every ``stride``-th one, counted from the end, predicts the code of the next cell."""
+        raise NotImplementedError
+
+    def candidates(self, last: Placed, cells_BR: Tensor) -> tuple[Rows | None, Rows]:
+        """Rows that must enter the cache first, and one row for each of R cells."""
+        raise NotImplementedError
+
+    def in_turn(self, last: Placed, cells_BM: Tensor) -> Rows:
+        """Rows that ask for M cells, each seeing the questions before it; the last M rows predict."""
+        raise ValueError(f"layout {self.spec.layout} cannot ask for several cells in one step: only instructed models decode in parallel")
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters(recurse=False):
+            nn.init.normal_(parameter, 0.0, 0.02)
+
+    def rotations(self, device: torch.device) -> Rotation:
+        """The table of cell rotations: float32 and outside the state dict, whatever the weights' dtype."""
+        if device not in self._rotations:
+            spec = self.spec
+            self._rotations[device] = cell_rotations(
+                spec.grid, spec.head_dim, spec.rope_base, device, zero_condition=spec.condition_rotation == "zero"
+            )
+        return self._rotations[device]
+
+    def no_cell(self, batch: int, rows: int, device: torch.device) -> Tensor:
+        """The index, for [B, L] rows, of the rotation of rows that lie nowhere."""
+        return torch.full((batch, rows), self.spec.cells, dtype=torch.long, device=device)
+
+
+class RasterRows(RowLayout):
+    """Row by row, left to right; the last condition row predicts the first code."""
+
+    held = 1
+
+    def start(self, condition_BTD: Tensor) -> Placed:
+        return Placed(self.no_cell(len(condition_BTD), 1, condition_BTD.device), condition_BTD[:, -1:])
+
+    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor) -> Rows:
+        self._require_raster(last, cells_BK)
+        return Rows(torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1), torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1))
+
+    def candidates(self, last: Placed, cells_BR: Tensor) -> tuple[Rows | None, Rows]:
+        self._require_raster(last, cells_BR[:, :1])
+        if cells_BR.shape[1] != 1:
+            raise ValueError(f"a raster model goes on with the next cell only, not with a choice of {cells_BR.shape[1]}")
+        return None, Rows(last.codes_BKD, last.cells_BK)
+
+    def _require_raster(self, last: Placed, cells_BK: Tensor) -> None:
+        cells = self.spec.cells
+        first_B1 = torch.where(last.cells_BK == cells, 0, last.cells_BK + 1)
+        if not torch.equal(cells_BK, first_B1 + torch.arange(cells_BK.shape[1], device=cells_BK.device)):
+            raise ValueError("a raster model places cells in raster order only; layouts instructed and dual take any order")
+
+
+class InstructedRows(RowLayout):
+    """A position instruction token before each code: one learned vector, turned by the cell it asks for."""
+
+    stride = 2
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, spec.dim))
+        self.reset_parameters()
+
+    def start(self, condition_BTD: Tensor) -> Placed:
+        batch, _, dim = condition_BTD.shape
+        return Placed(self.no_cell(batch, 0, condition_BTD.device), condition_BTD.new_empty(batch, 0, dim))
+
+    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor) -> Rows:
+        asks_BKD = self._asks(cells_BK)
+        pairs = torch.stack([asks_BKD, codes_BKD], dim=2).flatten(1, 2)[:, :-1]
+        return self._after(last, pairs, cells_BK.repeat_interleave(2, dim=1)[:, :-1])
+
+    def candidates(self, last: Placed, cells_BR: Tensor) -> tuple[Rows | None, Rows]:
+        entering = self._after(last, last.codes_BKD[:, :0], cells_BR[:, :0]) if last.cells_BK.shape[1] else None
+        return entering, Rows(self._asks(cells_BR), cells_BR)
+
+    def in_turn(self, last: Placed, cells_BM: Tensor) -> Rows:
+        return self._after(last, self._asks(cells_BM), cells_BM)
+
+    def _after(self, last: Placed, x_BLD: Tensor, cells_BL: Tensor) -> Rows:
+        """New rows behind ``x_1, p_2, x_2, ..., p_K, x_K`` of the codes placed last: the question of the first is in the cache."""
+        if last.cells_BK.shape[1] == 0:
+            return Rows(x_BLD, cells_BL)
+        asks = self._asks(last.cells_BK).to(last.codes_BKD.dtype)
+        pairs = torch.stack([asks, last.codes_BKD], dim=2).flatten(1, 2)[:, 1:]
+        cells = last.cells_BK.repeat_interleave(2, dim=1)[:, 1:]
+        return Rows(torch.cat([pairs, x_BLD], dim=1), torch.cat([cells, cells_BL], dim=1))
+
+    def _asks(self, cells: Tensor) -> Tensor:
+        """Position instruction rows [..., D] for cells [...]."""
+        table = self.rotations(cells.device)
+        every_ND = rotate_vector(self.pos_instruct_embeddings, Rotation(table.cos[:-1], table.sin[:-1]), self.spec.heads)
+        return every_ND[cells]
+
+
+class DualRows(RowLayout):
+    """Each code's row says where it lies (absolute) and where the next code is wanted (relative to it).
+
+    Two learned vectors, turned by the cell and by the way to the next cell, are added to the code's embedding. The zero token
+    before the first code lies nowhere; its way starts at cell 0.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.pos_here_embeddings = nn.Parameter(torch.empty(1, spec.dim))
+        self.pos_next_embeddings = nn.Parameter(torch.empty(1, spec.dim))
+        self._offsets: dict[torch.device, Rotation] = {}
+        self.reset_parameters()
+
+    def start(self, condition_BTD: Tensor) -> Placed:
+        return Placed(self.no_cell(len(condition_BTD), 1, condition_BTD.device), torch.zeros_like(condition_BTD[:, :1]))
+
+    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor) -> Rows:
+        here_BK = torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1)
+        return self._rows(here_BK, torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1), cells_BK)
+
+    def candidates(self, last: Placed, cells_BR: Tensor) -> tuple[Rows | None, Rows]:
+        here_BR = last.cells_BK.expand_as(cells_BR)
+        return None, self._rows(here_BR, last.codes_BKD.expand(-1, cells_BR.shape[1], -1), cells_BR)
+
+    def _rows(self, here_BK: Tensor, codes_BKD: Tensor, next_BK: Tensor) -> Rows:
+        spec, device = self.spec, here_BK.device
+        if device not in self._offsets:
+            self._offsets[device] = offset_rotations(spec.grid, spec.head_dim, spec.rope_base, device)
+        table = self.rotations(device)
+        cells_ND = rotate_vector(self.pos_here_embeddings, Rotation(table.cos[:-1], table.sin[:-1]), spec.heads)
+        here_RD = torch.cat([cells_ND, torch.zeros_like(cells_ND[:1])])  # the zero token lies nowhere
+        ways_WD = rotate_vector(self.pos_next_embeddings, self._offsets[device], spec.heads)
+        way_BK = offset_index(spec.grid, torch.where(here_BK == spec.cells, 0, here_BK), next_BK)
+        return Rows(codes_BKD + here_RD[here_BK] + ways_WD[way_BK], here_BK)
+
+
+LAYOUTS: dict[str, type[RowLayout]] = {"raster": RasterRows, "instructed": InstructedRows, "dual": DualRows}

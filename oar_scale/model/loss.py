@@ -1,0 +1,70 @@
+"""Cross-entropy of the output head without its logits: rows go through in chunks, in the forward pass, gradients included.
+
+    logits = rows W^T          [c, V] for c rows at a time, float32 only here
+    nll    = logsumexp(logits) - logits[target]
+    d_rows = (softmax - onehot) W / R          d_W += (softmax - onehot)^T rows / R
+
+The mean of a loss has the same gradient whatever comes above but for one factor, so it can be taken while a chunk's logits are
+there; [R, V] never exists. ``torch.nn.functional.linear_cross_entropy`` does the same; it rounds a bfloat16 loss to bfloat16,
+does not return the loss of each row, and took 1.1 to 1.6 times as long (``tools/benchmarks/model.py --head``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_NUMBERS = {"cpu": 2**21, "cuda": 2**27}
+"""Logits held at once: what stays in the cache of a CPU, 0.5 GB of a GPU."""
+
+
+class _MeanNLL(torch.autograd.Function):
+    """Mean loss [] of R rows, and the loss of each [R] (float32, no gradient)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+        d_rows_RD, d_weight_VD = torch.empty_like(rows_RD), torch.zeros_like(weight_VD, dtype=torch.float32)
+        nll_R = rows_RD.new_empty(len(rows_RD), dtype=torch.float32)
+        for part in chunks(len(rows_RD), len(weight_VD), rows_RD.device):
+            logits_cV, targets_c1 = (rows_RD[part] @ weight_VD.t()).float(), targets_R[part, None]
+            lse_c1 = logits_cV.logsumexp(1, keepdim=True)
+            nll_R[part] = (lse_c1 - logits_cV.gather(1, targets_c1))[:, 0]
+            p_cV = logits_cV.sub_(lse_c1).exp_()
+            p_cV.scatter_add_(1, targets_c1, p_cV.new_full(targets_c1.shape, -1.0))
+            error_cV = p_cV.div_(len(rows_RD)).to(rows_RD.dtype)
+            torch.mm(error_cV, weight_VD, out=d_rows_RD[part])
+            if error_cV.dtype == torch.float32:
+                d_weight_VD.addmm_(error_cV.t(), rows_RD[part])
+            else:
+                d_weight_VD += error_cV.t() @ rows_RD[part]
+        ctx.save_for_backward(d_rows_RD, d_weight_VD.to(weight_VD.dtype))
+        ctx.mark_non_differentiable(nll_R)
+        return nll_R.mean(), nll_R
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        d_rows_RD, d_weight_VD = ctx.saved_tensors
+        d_mean = d_outputs[0]
+        return d_rows_RD * d_mean, d_weight_VD * d_mean, None
+
+
+def mean_nll(rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean negative log-likelihood [] of the targets under ``softmax(rows W^T)``, and of each row [R] without gradient.
+
+    Both float32, in nats. One backward pass only.
+    """
+    if torch.is_grad_enabled() and (rows_RD.requires_grad or weight_VD.requires_grad):
+        return _MeanNLL.apply(rows_RD, weight_VD, targets_R)  # type: ignore[no-any-return]
+    nll_R = rows_RD.new_empty(len(rows_RD), dtype=torch.float32)
+    for part in chunks(len(rows_RD), len(weight_VD), rows_RD.device):
+        logits_cV = (rows_RD[part] @ weight_VD.t()).float()
+        nll_R[part] = logits_cV.logsumexp(1) - logits_cV.gather(1, targets_R[part, None])[:, 0]
+    return nll_R.mean(), nll_R
+
+
+def chunks(rows: int, vocab: int, device: torch.device) -> list[slice]:
+    """Parts of R rows whose logits may exist at once."""
+    size = max(1, CHUNK_NUMBERS.get(device.type, CHUNK_NUMBERS["cpu"]) // vocab)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

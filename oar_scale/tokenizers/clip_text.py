@@ -1,0 +1,257 @@
+"""A frozen open_clip text tower as the text encoder: captions to ids, ids to features.
+
+    caption --byte-pair encoding--> start, word pieces, end --tower--> one feature row a token, or one for the caption
+
+The features are those of the pretrained model: ``tokens`` are the outputs of the final layer norm, ``pooled`` is what
+open_clip's ``encode_text`` returns (projected, not normalised). Only the text tower is ever built; its vocabulary comes
+with open_clip, so nothing but the weights has to be fetched, and those may be a file.
+
+Ids are CLIP's plus one: CLIP's id 0 is a real piece (an exclamation mark inside a run of signs), and 0 means "no token" here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from oar_scale.errors import UserError
+from oar_scale.storage import open_storage
+
+Features = Literal["tokens", "pooled"]
+
+
+class ClipTextSpec(BaseModel):
+    """Which tower, and what is taken from it; stored with a model that was trained on its features."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: str
+    """Name of a model in open_clip, e.g. ``ViT-L-14``."""
+    features: Features = "tokens"
+
+
+class ClipText:
+    """ids int64 [B, T] (0 = no token) -> features float [B, T, F] (``tokens``) or [B, 1, F] (``pooled``).
+
+    Feature rows without a token are exactly zero. Instances come from :meth:`load`.
+    """
+
+    field: ClassVar[Literal["txt"]] = "txt"
+    spec: ClipTextSpec
+    max_tokens: int
+    """T: context length of the tower."""
+    width: int
+    """F: the tower's width for ``tokens``, that of the joint space for ``pooled``."""
+    vocab_size: int
+    """Ids lie in [0, vocab_size)."""
+    content_id: str
+    """Hash of the tower's weights in float32, so the same for a file stored in half precision and its float32 copy."""
+
+    def __init__(self, spec: ClipTextSpec, tower: nn.Module) -> None:
+        import open_clip
+
+        self.spec = spec
+        self.max_tokens = int(tower.context_length)  # type: ignore[arg-type]
+        self.vocab_size = int(tower.vocab_size) + 1  # type: ignore[arg-type]
+        joint = tower.width if tower.text_projection is None else tower.output_dim
+        self.width = int(tower.width if spec.features == "tokens" else joint)  # type: ignore[arg-type]
+        self.content_id = _content_id(tower.state_dict())
+        self._tower = tower.eval().requires_grad_(False)
+        self._tokenizer = open_clip.get_tokenizer(spec.architecture)
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Ids int64 [B, T]: start, pieces, end, zeros; a longer caption keeps its end token; an empty one is all zeros."""
+        ids_BT = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)
+        for row, caption in enumerate(captions):
+            # Half a surrogate pair (a broken JSON escape, a terminal that is not UTF-8) is no text: it counts as "?".
+            pieces = self._tokenizer.encode(caption.encode("utf-8", errors="replace").decode())[: self.max_tokens - 2]
+            if pieces:
+                ids = [self._tokenizer.sot_token_id, *pieces, self._tokenizer.eot_token_id]
+                ids_BT[row, : len(ids)] = torch.tensor(ids) + 1
+        return ids_BT
+
+    @torch.no_grad()
+    def features(self, ids_BT: Tensor) -> Tensor:
+        """Features of ids from :meth:`encode`, on the ids' device, in the tower's precision, without a gradient.
+
+        A caption's features do not depend on the other captions of the batch. The tower sees all T positions, as in its training.
+
+        Raises:
+            ValueError: rows of another length than ``max_tokens``.
+        """
+        if ids_BT.ndim != 2 or ids_BT.shape[1] != self.max_tokens:
+            raise ValueError(f"ids are {tuple(ids_BT.shape)}, the text tower takes [B, {self.max_tokens}]")
+        ids_BT, device = ids_BT.to(next(self._tower.parameters()).device), ids_BT.device
+        pooled_BF, tokens_BTF = self._tower((ids_BT - 1).clamp_min(0))
+        present_BT = ids_BT != 0
+        if self.spec.features == "tokens":
+            features, present = tokens_BTF, present_BT
+        else:
+            features, present = pooled_BF.unsqueeze(1), present_BT.any(1, keepdim=True)
+        return features.masked_fill(~present.unsqueeze(-1), 0).to(device)  # type: ignore[no-any-return]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ClipText:
+        """Move the tower, in place, and return it; ``dtype`` changes its precision as well."""
+        self._tower.to(device=device, dtype=dtype)
+        return self
+
+    @classmethod
+    def load(cls, architecture: str, weights: str, *, features: Features = "tokens") -> ClipText:
+        """Read a tower (eval mode, float32, CPU).
+
+        Args:
+            architecture: name of an open_clip model with a text tower of its own.
+            weights: a checkpoint (``.safetensors``, or ``.pt``/``.bin`` with a state dict; whole model or text tower;
+                local or ``s3://``), or one of open_clip's pretrained tags, which open_clip then fetches. A file goes first.
+            features: one row a token, or one for the caption.
+
+        Raises:
+            UserError: unknown or unsupported architecture, weights that are missing, unreadable or of another shape, no network.
+        """
+        config = _config(architecture)
+        with tempfile.TemporaryDirectory(prefix="oar-clip-") as scratch:
+            path = _local_file(architecture, config, weights, scratch)
+            tower = _tower(config)
+            tensors = _read(path, weights, list(tower.state_dict()))
+        _check(tensors, tower.state_dict(), f"{weights} for {architecture}")
+        tower.load_state_dict(tensors, assign=True)
+        if tower.attn_mask is not None:
+            tower.attn_mask = tower.build_causal_mask()  # type: ignore[operator]  # it is in no checkpoint
+        return cls(ClipTextSpec(architecture=architecture, features=features), tower)
+
+
+def _config(architecture: str) -> dict[str, Any]:
+    """open_clip's description of a model whose text side is a plain CLIP tower."""
+    import open_clip
+
+    names = open_clip.list_models()
+    if architecture not in names:
+        near = difflib.get_close_matches(architecture, names, n=3, cutoff=0.5)
+        remedy = f"Near it: {', '.join(near)}." if near else "open_clip.list_models() has all names, e.g. ViT-B-32, ViT-L-14."
+        raise UserError(f"{architecture}: open_clip has no model of this name. {remedy}")
+    config: dict[str, Any] = open_clip.get_model_config(architecture)
+    text = config["text_cfg"]
+    if "hf_model_name" in text:
+        other = f"is the Hugging Face model {text['hf_model_name']}"
+    elif "hf_tokenizer_name" in text:
+        other = f"needs the tokenizer {text['hf_tokenizer_name']}"
+    elif "multimodal_cfg" in config or text.get("embed_cls"):
+        other = "is CoCa's, with a class token and features before the layer norm"
+    else:
+        return config
+    raise UserError(
+        f"{architecture}: its text tower {other}, which is not supported. "
+        "Use a model with CLIP's own text tower and vocabulary, e.g. ViT-B-32, ViT-L-14 or ViT-H-14."
+    )
+
+
+def _tower(config: Mapping[str, Any]) -> nn.Module:
+    """The text tower alone, without values: the weights take their place as they are read."""
+    from open_clip.model import _build_text_tower  # what open_clip's own models call; there is no public name for it
+
+    with torch.device("meta"):
+        tower: nn.Module = _build_text_tower(
+            config["embed_dim"], {**config["text_cfg"], "output_tokens": True}, config.get("quick_gelu", False)
+        )
+    return tower
+
+
+def _local_file(architecture: str, config: Mapping[str, Any], weights: str, scratch: str) -> str:
+    """The path of the checkpoint: the file itself, a copy of the object in ``scratch``, or what open_clip has fetched."""
+    if os.path.isfile(weights):
+        return weights
+    if "/" in weights or os.path.splitext(weights)[1]:
+        path = os.path.join(scratch, os.path.basename(weights))
+        open_storage(weights).download(weights, path)
+        return path
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if not open_clip.is_pretrained_cfg(architecture, weights):
+        near = difflib.get_close_matches(weights, tags, n=1, cutoff=0.5) or tags[:5]
+        remedy = f"Name a checkpoint file, or one of its tags: {', '.join(near)}." if near else "It has no tags: name a checkpoint file."
+        raise UserError(f"{weights}: there is no such file, and {architecture} has no pretrained tag of this name. {remedy}")
+    source = open_clip.get_pretrained_cfg(architecture, weights)
+    if bool(source.get("quick_gelu")) != bool(config.get("quick_gelu")):
+        raise UserError(
+            f"{weights}: these weights were not trained with the activation of {architecture}. Use {architecture}-quickgelu with this tag."
+        )
+    try:
+        return str(open_clip.download_pretrained(source))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{weights}: open_clip could not fetch these weights of {architecture} "
+            f"from {source.get('hf_hub') or source.get('url')} ({_first_line(error)}).\n"
+            "Fetch the checkpoint on a machine with a network and name the file instead of the tag."
+        ) from error
+
+
+def _read(path: str, weights: str, wanted: Sequence[str]) -> dict[str, Tensor]:
+    """The text tower's tensors of a checkpoint, in float32; of a whole model, the rest is not brought into memory."""
+    try:
+        if path.endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                names = _text_names(list(file.keys()), wanted)
+                return {name: file.get_tensor(stored).float() for name, stored in names.items()}
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"{weights}: not a checkpoint that can be read without running code from it ({_first_line(error)}). "
+            "Save the model's state_dict() with safetensors or torch.save, and name that file."
+        ) from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise UserError(f"{weights}: holds a {type(found).__name__}, not a state dict. Save the model's state_dict() and name that file.")
+    names = _text_names([name for name, value in found.items() if isinstance(value, Tensor)], wanted)
+    return {name: found[stored].to(torch.float32, copy=True) for name, stored in names.items()}
+
+
+def _text_names(stored: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
+    """The tower's name of each stored tensor that belongs to the text tower -> its name in the file.
+
+    A distributed wrapper puts ``module.`` before all names; a model with a tower of its own ``text.`` before the tower's.
+    """
+    bare = {name.removeprefix("module."): name for name in stored}
+    if any(name.startswith("text.") for name in bare):
+        bare = {name.removeprefix("text."): original for name, original in bare.items() if name.startswith("text.")}
+    parts = {name.split(".")[0] for name in wanted}
+    return {name: original for name, original in bare.items() if name.split(".")[0] in parts}
+
+
+def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """The tensors are those of the tower, all of them and no other.
+
+    Raises:
+        UserError: names the first that differs, and both shapes.
+    """
+    for name in [*wanted, *found]:
+        has, needs = (str(tuple(side[name].shape)) if name in side else "absent" for side in (found, wanted))
+        if has != needs:
+            raise UserError(
+                f"{what}: tensor {name} is {has} in the weights and {needs} in the text tower. "
+                "Name the architecture that the weights were trained with."
+            )
+
+
+def _content_id(tensors: Mapping[str, Tensor]) -> str:
+    """First 16 hex digits of a SHA-256 over names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

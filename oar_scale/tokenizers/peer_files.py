@@ -1,0 +1,132 @@
+"""Checkpoints of other projects as they come: safetensors or ``torch.save``, in any of the peers' wrappings.
+
+    {name: tensor}     {"model": {...}}     {"module": {...}}     {"state_dict": {...}}
+    and before all names of a file, once or more: "module." (DistributedDataParallel), "_orig_mod." (torch.compile)
+
+No file runs code: besides tensors and plain values only ``argparse.Namespace`` is read, since LlamaGen's training keeps its
+command line beside the weights. Dtypes stay as they are stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import tempfile
+import zipfile
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from oar_scale.errors import UserError
+from oar_scale.storage import Missing, fetch, open_storage
+
+Wrapping = Literal["bare", "model"]
+"""How a peer's own code expects a ``torch.save`` file."""
+PICKLED = (".pt", ".pth", ".bin")
+SAFE = ".safetensors"
+_WRAPPINGS = ("model", "module", "state_dict")
+_DEEPEST = 4
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+class PeerFile(NamedTuple):
+    """A state dict, and what came with it."""
+
+    tensors: dict[str, Tensor]
+    where: str
+    """The file, for errors; says what was taken off its names."""
+    settings: dict[str, Any]
+    """The training's command line, where the file has it (``args``)."""
+
+
+def read_peer_file(uri: str) -> PeerFile:
+    """The tensors of a checkpoint of another project.
+
+    Args:
+        uri: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, local or ``s3://``.
+
+    Raises:
+        UserError: no such file, a damaged one, one that could run code, or one without a state dict.
+    """
+    found = _content(uri)
+    settings = found.get("args", {}) if isinstance(found, dict) else {}
+    tensors = _state_dict(found, uri)
+    prefix = ""
+    while step := next((each for each in _PREFIXES if all(name.startswith(prefix + each) for name in tensors)), None):
+        prefix += step
+    where = f"{uri} (names without {prefix!r})" if prefix else uri
+    bare = {name.removeprefix(prefix): tensor.detach() for name, tensor in tensors.items()}
+    return PeerFile(bare, where, vars(settings) if isinstance(settings, argparse.Namespace) else dict(settings))
+
+
+def write_peer_file(uri: str, tensors: dict[str, Tensor], wrapping: Wrapping) -> None:
+    """Write a state dict for a peer's code, atomically, as what the name's ending says.
+
+    Raises:
+        UserError: another ending, or there is a file of this name.
+    """
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}  # of a storage of their own
+    if _ending(uri) == SAFE:
+        data = save_bytes(own)
+    else:
+        buffer = io.BytesIO()
+        torch.save({"model": own} if wrapping == "model" else own, buffer)
+        data = buffer.getvalue()
+    if not open_storage(uri).write(uri, data, if_absent=True):
+        raise UserError(f"{uri}: there is a file of this name. Delete it, or choose another name.")
+
+
+def _ending(uri: str) -> str:
+    ending = os.path.splitext(uri)[1]
+    if ending not in (SAFE, *PICKLED):
+        raise UserError(f"{uri}: a checkpoint's name ends in {SAFE} or in {', '.join(PICKLED)}, which says how it is stored.")
+    return ending
+
+
+def _content(uri: str) -> Any:
+    ending = _ending(uri)
+    if not open_storage(uri).exists(uri):
+        raise Missing(uri)
+    with tempfile.TemporaryDirectory(prefix="oar-peer-") as scratch:
+        path = fetch(uri, scratch)
+        if ending == SAFE:
+            try:
+                return load_file(path)
+            except SafetensorError as error:
+                raise UserError(f"{uri}: not a readable safetensors file ({error}). Copy it again.") from error
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as error:  # a local file: what is damaged may fail in any way, and nothing else can
+            raise UserError(f"{uri}: {_fault(error)}") from error
+
+
+def _fault(error: Exception) -> str:
+    refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    if refused:
+        return (
+            f"asks for {refused[1]}, and reading that would run code from the file. "
+            "Where you trust its author, load it there and save its state_dict() as safetensors."
+        )
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"not a checkpoint that torch.load reads: damaged, cut off, or another kind of file ({first[:200]}). Copy it again."
+
+
+def _state_dict(found: Any, uri: str) -> dict[str, Tensor]:
+    for _ in range(_DEEPEST):  # a file may nest, but not without end
+        inner = next((found[key] for key in _WRAPPINGS if isinstance(found.get(key), dict)), None) if isinstance(found, dict) else None
+        if inner is None:
+            break
+        found = inner
+    entries = found if isinstance(found, dict) else {}
+    tensors = {name: value for name, value in entries.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        holds = ", ".join(str(name) for name in list(entries)[:6]) if entries else f"a {type(found).__name__}" if found else "nothing"
+        raise UserError(f"{uri}: has no model's tensors, only {holds}. Name the file that holds the model's state dict.")
+    return tensors

@@ -1,0 +1,256 @@
+"""Big models never exist whole on one machine: built on the meta device, or partitioned by DeepSpeed's ZeRO-3 as they are built.
+
+What a constructor forgets to fill shows: memory from ``torch.empty`` holds NaN here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from launcher import run_workers
+from small_models import random_codes, random_orders, small_spec
+from torch import Tensor, nn
+
+from oar_scale.model import AnyOrderModel, ModelSpec
+from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
+
+WIDTH, IMAGES, STEPS, LR = 24, 4, 2, 0.1
+CONDITIONS = {"class": ClassSpec(classes=5), "text": TextSpec(vocab=11, rows=4), "features": FeatureSpec(width=WIDTH, rows=3)}
+SPECS = {
+    f"{layout}-{name}": small_spec(layout=layout, condition=condition, trainable_null=(layout, name) != ("raster", "features"))
+    for layout in ("raster", "instructed", "dual")
+    for name, condition in CONDITIONS.items()
+}
+
+
+class Careless(nn.Module):
+    """What the tests must notice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forgotten = nn.Parameter(torch.empty(8))
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory from ``torch.empty`` holds NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before[0]
+        torch.use_deterministic_algorithms(before[1])
+
+
+def assert_starts_as_documented(name: str, values: Tensor) -> None:
+    """Norms at one, the head at zero, all else Normal(0, 0.02), the null in feature space of about unit length."""
+    values = values.float()
+    assert values.isfinite().all(), name
+    if name.endswith("norm.weight"):
+        assert (values == 1).all(), name
+    elif name == "output.weight":
+        assert (values == 0).all(), name
+    else:
+        expected = WIDTH**-0.5 if name.endswith("uncond_embedding") else 0.02
+        numbers = values.numel()
+        assert abs(values.mean()) < 5 * expected / math.sqrt(numbers), name  # five standard errors
+        assert float(values.std()) == pytest.approx(expected, rel=5 / math.sqrt(2 * numbers)), name
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_a_model_from_the_meta_device_starts_as_documented(spec: ModelSpec) -> None:
+    torch.manual_seed(0)
+    with poisoned_memory():
+        with torch.device("meta"):
+            model, careless = AnyOrderModel(spec), Careless()
+        model.to_empty(device="cpu")
+        assert careless.to_empty(device="cpu").forgotten.isnan().all()
+        assert all(parameter.isnan().all() for parameter in model.parameters())
+        model.reset_parameters()
+    for name, parameter in model.named_parameters():
+        assert_starts_as_documented(name, parameter.detach())
+
+
+class Objective(nn.Module):
+    def __init__(self, model: AnyOrderModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, codes_bN: Tensor, order_bN: Tensor, inputs_b: Tensor, drop_b: Tensor) -> Tensor:
+        return self.model.loss(codes_bN, order_bN, self.model.condition(inputs_b, drop_b))[0]
+
+
+class Found(NamedTuple):
+    """What the ranks found for one spec."""
+
+    initial: dict[str, list[dict[str, Tensor]]]
+    """For each precision and rank: the parameters, gathered."""
+    pieces: dict[str, list[int]]
+    """Numbers of each parameter, and how many of them each rank held."""
+    losses: Tensor
+    """[steps, ranks, 2]: partitioned, whole."""
+    nll: Tensor
+    """[2, B, N] after the last step: partitioned, whole."""
+    trained: list[dict[str, Tensor]]
+    """The parameters after the last step: partitioned, whole."""
+    careless: Tensor
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    folder = tmp_path_factory.mktemp("zero")
+    run_workers(two_ranks, 2, str(folder))
+    return {name: Found(**torch.load(folder / name)) for name in SPECS}
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_built_in_pieces_starts_as_documented_and_the_same_on_both_ranks(
+    found: dict[str, Found], name: str, precision: str
+) -> None:
+    assert found[name].careless.isnan().all()
+    first, second = found[name].initial[precision]
+    assert first.keys() == AnyOrderModel(SPECS[name]).state_dict().keys()
+    for parameter, values in first.items():
+        assert values.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        assert_starts_as_documented(parameter, values)
+        assert torch.equal(values, second[parameter]), parameter
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_each_rank_holds_half_of_every_parameter(found: dict[str, Found], name: str) -> None:
+    for parameter, (whole, *pieces) in found[name].pieces.items():
+        assert pieces == [-(-whole // 2)] * 2, parameter
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_partitioned_model_learns_what_a_whole_one_learns(found: dict[str, Found], name: str) -> None:
+    # The same float32 sums in another order: gradients are averaged over ranks, not over images.
+    result = found[name]
+    assert (result.losses[0] > result.losses[-1]).all()
+    torch.testing.assert_close(result.losses[..., 0], result.losses[..., 1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.nll[0], result.nll[1], rtol=1e-4, atol=1e-4)
+    partitioned, whole = result.trained
+    for parameter, values in partitioned.items():
+        torch.testing.assert_close(values, whole[parameter], rtol=1e-4, atol=1e-5, msg=lambda text, at=parameter: f"{at}: {text}")
+
+
+def two_ranks(folder: str) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as the training worker does: no compiler needed
+    torch.distributed.init_process_group("gloo")
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    rank = torch.distributed.get_rank()
+    with poisoned_memory():
+        for name, spec in SPECS.items():
+            torch.manual_seed(rank)  # the ranks would draw different weights
+            facts = {**build(spec), **train(spec, rank)}
+            if rank == 0:
+                torch.save(facts, Path(folder) / name)
+    torch.distributed.destroy_process_group()
+
+
+def settings(precision: str) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": IMAGES // 2,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,  # or parameters as small as these would stay whole
+            "reduce_bucket_size": 10_000,
+            "stage3_prefetch_bucket_size": 10_000,
+        },
+    }
+
+
+def build(spec: ModelSpec) -> dict[str, Any]:
+    import deepspeed
+
+    initial, pieces = {}, {}
+    for precision in ("fp32", "bf16"):
+        with deepspeed.zero.Init(config_dict_or_path=settings(precision)):
+            model, careless = AnyOrderModel(spec), Careless()
+        pieces = {name: [p.ds_numel, *over_ranks(p.ds_tensor.numel())] for name, p in model.named_parameters()}
+        initial[precision] = over_ranks(gathered(model))
+    return {"initial": initial, "pieces": pieces, "careless": gathered(careless)["forgotten"]}
+
+
+def train(spec: ModelSpec, rank: int) -> dict[str, Any]:
+    """A few steps of the partitioned model, each rank half of the images, and of a whole one on all of them.
+
+    Plain gradient descent: the parameters then differ by as much as the gradients do.
+    """
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=settings("fp32")):
+        model = AnyOrderModel(spec)
+    whole = AnyOrderModel(spec)
+    generator = torch.Generator().manual_seed(0)
+    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(ours, modifier_rank=0):
+            theirs.copy_(torch.randn(theirs.shape, generator=generator) * 0.3 if theirs.ndim > 1 else 1)
+            ours.copy_(theirs)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=Objective(model), optimizer=torch.optim.SGD(trained, lr=LR), config=settings("fp32"))
+    objective, optimizer = Objective(whole), torch.optim.SGD(whole.parameters(), lr=LR)
+
+    codes_BN, order_BN = random_codes(whole, IMAGES), random_orders(whole, IMAGES)
+    if spec.layout == "raster":
+        order_BN = torch.arange(spec.cells).expand_as(order_BN)
+    inputs = condition_inputs(spec)
+    batch = (codes_BN, order_BN, inputs, torch.tensor([False, True, False, False]))
+    losses = []
+    for _ in range(STEPS):
+        parts = [[t[half] for t in batch] for half in (slice(0, IMAGES // 2), slice(IMAGES // 2, IMAGES))]
+        loss = engine(*parts[rank])
+        engine.backward(loss)
+        engine.step()
+        optimizer.zero_grad()
+        expected = [objective(*part) for part in parts]
+        (torch.stack(expected).mean()).backward()
+        optimizer.step()
+        losses.append(list(zip(over_ranks(float(loss)), map(float, expected), strict=True)))
+    nll = torch.stack([m.eval().nll(codes_BN, order_BN, m.condition(inputs)) for m in (model, whole)])
+    after = [gathered(model), {name: p.detach() for name, p in whole.named_parameters()}]
+    engine.destroy()
+    return {"losses": torch.tensor(losses), "nll": nll, "trained": after}
+
+
+def condition_inputs(spec: ModelSpec) -> Tensor:
+    kind = spec.condition
+    if isinstance(kind, ClassSpec):
+        return torch.tensor([0, 3, 2, 4])
+    if isinstance(kind, TextSpec):
+        return torch.tensor([[5, 2, 3, 0], [4, 1, 1, 7], [0, 0, 0, 0], [1, 2, 3, 4]])
+    return torch.randn(IMAGES, kind.rows, kind.width, generator=torch.Generator().manual_seed(0))
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    import deepspeed
+
+    values = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.numel() == 0
+        with deepspeed.zero.GatheredParameters(parameter):
+            values[name] = parameter.detach().clone()
+    return values
+
+
+def over_ranks(fact: Any) -> list[Any]:
+    facts: list[Any] = [None, None]
+    torch.distributed.all_gather_object(facts, fact)
+    return facts

