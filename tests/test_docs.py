@@ -61,9 +61,11 @@ def test_a_typo_gives_one_clear_error_and_exit_code_2(capsys: pytest.CaptureFixt
     assert "pretrain.stepps" in error and "steps" in error and "Traceback" not in error
 
 
-def test_the_python_in_the_model_guide_runs() -> None:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "model.md").read_text(), re.DOTALL)
-    assert code
-    check = code[1] + "\nassert pixels.shape == (2, 32, 32, 3)\n"
-    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=200)
+@pytest.mark.parametrize("guide", ["model.md", "checkpoints.md"])
+def test_the_python_in_a_guide_runs(guide: str, tmp_path: Path) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / guide).read_text(), re.DOTALL))
+    check = code + "\nassert [image.size for image in images] == [(32, 32)] * 2\n"
+    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("*.png"))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 UInt64Array = NDArray[np.uint64]
 
@@ -46,6 +48,32 @@ def permutations(purpose: str, cells: int, *words: int | NDArray[np.generic]) ->
     """A random permutation of ``range(cells)`` for each combination of the words: shape [..., cells]."""
     columns = [np.asarray(word)[..., None] for word in words]
     return np.argsort(hash_words(purpose, *columns, np.arange(cells)), axis=-1, kind="stable")
+
+
+def device_permutations(purpose: str, cells: int, *words: int | Tensor) -> Tensor:
+    """:func:`permutations` made on the words' device in one call: the same numbers, int64 [..., cells].
+
+    Args:
+        words: integers and int64 tensors [...] (broadcast against each other), at least one of them a tensor.
+    """
+    device = next(word.device for word in words if isinstance(word, Tensor))
+    columns = [word[..., None] if isinstance(word, Tensor) else word for word in words]
+    state = _splitmix64(torch.tensor(zlib.crc32(purpose.encode()), device=device))
+    for column in (*columns, torch.arange(cells, device=device)):
+        state = _splitmix64(state ^ column)
+    return (state ^ _signed(1 << 63)).argsort(dim=-1, stable=True)  # signed numbers in the order of the unsigned ones
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    """:func:`splitmix64` on int64, whose sums and products keep the same 64 bits; only the shifts must not copy the sign."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64) if bits >= 1 << 63 else bits
 
 
 def name_hash(name: str, purpose: str) -> float:

@@ -70,12 +70,13 @@ def _encode(image: SourceImage, size: int) -> tuple[str, dict[str, Any] | None]:
         return f"cannot be read ({error})", None
     buffer = io.BytesIO()
     pixels.save(buffer, "PNG")
-    return "", {
+    sample = {
         "__key__": image.key,
         "png": buffer.getvalue(),
         "txt": image.caption,
-        "json": json.dumps({"name": image.name, "family": image.family}).encode(),
+        "json": json.dumps({**image.facts, "name": image.name, "family": image.family}).encode(),
     }
+    return "", sample if image.features is None else {**sample, "features.npy": image.features}
 
 
 def _check_keys(samples: dict[str, list[dict[str, Any]]]) -> None:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oar_scale.data.hashing import integers, permutations, uniform
+from oar_scale.data.hashing import device_permutations, integers, uniform
 from oar_scale.data.manifest import Manifest
 from oar_scale.data.plan import SamplePlan, Slots
 from oar_scale.data.shards import TokenShard, read_token_shard
@@ -39,11 +39,21 @@ class Batch:
     step: int
     uid_b: Tensor
     codes_bN: Tensor
-    order_bN: Tensor
     prompts_b: Tensor
     """Encoded prompts, a row for each sample: ids [b, T], labels [b, 1] or features [b, T, F]."""
     drop_b: Tensor
     """Samples whose prompt is dropped (bool)."""
+    seed: int
+    epoch_b: Tensor
+    fixed_b: Tensor
+    """Samples in a given order (bool); the others get a random one."""
+    fixed_bN: Tensor
+    """The given orders; any numbers where there is none."""
+
+    def orders(self, device: torch.device | str = "cpu") -> Tensor:
+        """The order of each sample [b, N]. Random ones are made on ``device``, and are the same on all."""
+        random_bN = device_permutations("order", self.codes_bN.shape[1], self.seed, self.epoch_b.to(device), self.uid_b.to(device))
+        return torch.where(self.fixed_b.to(device)[:, None], self.fixed_bN.to(device), random_bN)
 
 
 @dataclass(frozen=True)
@@ -107,23 +117,25 @@ class TokenStream:
         any_view_b = uniform("order kind", settings.seed, slots.epoch, slots.uid) < settings.random_share
         view_b = integers("view", len(self.manifest.views), settings.seed, slots.epoch, slots.uid)
         view_b[~any_view_b] = 0  # stored orders belong to the first view
-        codes, prompts, order_bN = self._gather(slots, view_b, ~any_view_b)
+        codes, prompts, fixed_b, fixed_bN = self._gather(slots, view_b, ~any_view_b)
         return Batch(
             step=step,
             uid_b=torch.from_numpy(slots.uid),
             codes_bN=torch.from_numpy(codes.astype(np.int64)),
-            order_bN=torch.from_numpy(order_bN),
             prompts_b=self.prompts.encode(prompts),
             drop_b=torch.from_numpy(uniform("caption", settings.seed, slots.epoch, slots.uid) < settings.caption_dropout),
+            seed=settings.seed,
+            epoch_b=torch.from_numpy(slots.epoch),
+            fixed_b=torch.from_numpy(fixed_b),
+            fixed_bN=torch.from_numpy(fixed_bN),
         )
 
     def _gather(
         self, slots: Slots, view_b: NDArray[np.int64], stored_b: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.uint16], list[Any], NDArray[np.int64]]:
+    ) -> tuple[NDArray[np.uint16], list[Any], NDArray[np.bool_], NDArray[np.int64]]:
         codes = np.empty((len(slots.uid), self.cells), dtype=np.uint16)
-        order_bN = permutations("order", self.cells, self.settings.seed, slots.epoch, slots.uid)
-        if self.settings.raster:
-            order_bN[:] = np.arange(self.cells)
+        fixed_b = np.full(len(slots.uid), self.settings.raster)
+        fixed_bN = np.tile(np.arange(self.cells), (len(slots.uid), 1))
         prompts = []
         for row, uid in enumerate(slots.uid):
             index, at = self.plan.shard_of(int(uid))
@@ -131,8 +143,8 @@ class TokenStream:
             codes[row] = shard.codes_SVN[at, view_b[row]]
             prompts.append(shard.prompts[at])
             if stored_b[row] and orders_SN is not None:
-                order_bN[row] = orders_SN[at]
-        return codes, prompts, order_bN
+                fixed_b[row], fixed_bN[row] = True, orders_SN[at]
+        return codes, prompts, fixed_b, fixed_bN
 
     def _decode(self, index: int) -> tuple[TokenShard, NDArray[np.uint16] | None]:
         info = self.manifest.shards[index]

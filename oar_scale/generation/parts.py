@@ -22,7 +22,7 @@ from oar_scale.model import ModelSpec
 from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.image import TokenizerSpec
 
-CONFIG, MODEL, VQ = "config.json", "model.safetensors", "vq.safetensors"
+CONFIG, MODEL, VQ, RECIPE = "config.json", "model.safetensors", "vq.safetensors", "recipe.yaml"
 TOWER = "text"
 """Name, without its ending, of the copy of an open_clip checkpoint."""
 RUN_MODELS = ("ordered", "anyorder", "control", "base")
@@ -76,15 +76,19 @@ def find_parts(path: str, model: str | None = None) -> Parts:
         UserError: nothing of this kind is there.
     """
     storage = open_storage(path)
+    run = storage.exists(join(path, RECIPE))
+    if run and not storage.exists(join(path, CONFIG)):
+        recipe = load_recipe(join(path, RECIPE))
+        return run_parts(path, recipe, _run_model(path, recipe, model))
+    if model is not None:
+        raise UserError(f"{path}: {model!r} would be one of the models of a run's folder, and this is none.")
     if path.endswith(".safetensors"):
         return Parts(path, path, None, None, "", SampleConfig(), None)
     if storage.exists(join(path, CONFIG)):
         return _exported(path)
-    if storage.exists(join(path, "recipe.yaml")):
-        return run_parts(path, load_recipe(join(path, "recipe.yaml")), model)
     raise UserError(
-        f"{path}: neither an exported folder ({CONFIG}), nor a run's folder (recipe.yaml), nor a model file (.safetensors). "
-        "Check the path; checkpoints of a training become a folder with: oar checkpoint export"
+        f"{path}: neither an exported folder ({CONFIG}), nor a run's folder ({RECIPE}), nor a model file (.safetensors). "
+        "Check the path; a checkpoint of a training becomes a folder with: oar checkpoint export"
     )
 
 
@@ -99,17 +103,22 @@ def read_config(folder: str) -> FolderConfig:
         raise UserError(f"{uri}: not the configuration of an exported folder ({at}: {first['msg']}). Export it again.") from error
 
 
-def run_parts(path: str, recipe: Recipe, model: str | None = None) -> Parts:
-    """The parts of a run whose local folder is ``path``. Raises UserError as :func:`find_parts`."""
-    root = recipe.storage.root or path
+def run_parts(path: str, recipe: Recipe, model: str) -> Parts:
+    """The model file ``model`` and what lies beside it in the run whose local folder is ``path``."""
+    tokenizers = join(recipe.storage.root or path, "tokenizers")
+    vq = join(tokenizers, VQ)
+    return Parts(path, model, vq if open_storage(vq).exists(vq) else None, recipe.tokenizer.text, tokenizers, recipe.sample, recipe.name)
+
+
+def _run_model(path: str, recipe: Recipe, model: str | None) -> str:
+    """The file of a run's model, if it is there."""
+    folder = join(recipe.storage.root or path, "models")
     model = model or ("anyorder" if recipe.model.layout == "raster" else "ordered")
-    uri, vq = join(root, "models", f"{model}.safetensors"), join(root, "tokenizers", VQ)
-    storage = open_storage(root)
-    if not storage.exists(uri):
-        there = [name for name in RUN_MODELS if storage.exists(join(root, "models", f"{name}.safetensors"))]
+    there = [name for name in RUN_MODELS if open_storage(folder).exists(join(folder, f"{name}.safetensors"))]
+    if model not in there:
         has = f"It has: {', '.join(there)}. Name one of them, or go on with the run." if there else "Run its training first."
         raise UserError(f"{path}: this run has no model {model!r}. {has}")
-    return Parts(path, uri, vq if storage.exists(vq) else None, recipe.tokenizer.text, join(root, "tokenizers"), recipe.sample, recipe.name)
+    return join(folder, f"{model}.safetensors")
 
 
 def check_codes(model: ModelSpec, vq: TokenizerSpec, where: str) -> None:

@@ -33,6 +33,8 @@ _THEIRS = {"conditioner.": "cls_embedding.", _INSTRUCTION: "pos_instruct_embeddi
 _WIDE_HEADS = {3200: 100, 4096: 128}
 TEXT_ROWS = 120
 """Condition rows of LlamaGen's text models."""
+GRID = 16
+"""Cells per side of both peers' 256 px images."""
 
 
 def import_peer(
@@ -40,7 +42,7 @@ def import_peer(
     family: Family,
     where: str,
     *,
-    grid: int = 16,
+    grid: int = GRID,
     heads: int | None = None,
     text_rows: int = TEXT_ROWS,
     start_instructed: bool = False,

@@ -35,7 +35,7 @@ class PromptEncoder(Protocol):
 
     @property
     def max_tokens(self) -> int:
-        """T: rows a prompt may take."""
+        """T: length of an encoded prompt."""
 
     @property
     def vocab_size(self) -> int:

@@ -121,10 +121,10 @@ def train_step(engine: Any, batch: Batch, lr: float, micro_batch: int, device: t
     engine.train()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    losses = []
+    losses, order_bN = [], batch.orders(device)
     for start in range(0, len(batch.codes_bN), micro_batch):
         part = slice(start, start + micro_batch)
-        loss = engine(*(t[part].to(device) for t in (batch.codes_bN, batch.order_bN, batch.prompts_b, batch.drop_b)))
+        loss = engine(*(t[part].to(device) for t in (batch.codes_bN, order_bN, batch.prompts_b, batch.drop_b)))
         if not torch.isfinite(loss):
             raise UserError(
                 f"step {batch.step}: the loss is {float(loss)} for samples {batch.uid_b[part].tolist()}. "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oar_scale.data.hashing import integers, permutations, uniform
+from oar_scale.data.hashing import device_permutations, integers, permutations, uniform
 from oar_scale.data.plan import SamplePlan
 
 plans = st.builds(
@@ -87,3 +88,12 @@ def test_hashed_numbers_are_uniform_and_differ_by_purpose() -> None:
 def test_random_orders_favour_no_cell() -> None:
     first = permutations("order", 16, 0, 0, np.arange(16_000))[:, 0]
     assert abs(np.bincount(first, minlength=16) - 1000).max() < 150
+
+
+@settings(max_examples=100, deadline=None)
+@given(cells=st.integers(1, 70), seed=st.integers(0, 2**62), epoch=st.integers(0, 2**31), uids=st.lists(st.integers(0, 2**62), max_size=9))
+def test_orders_made_on_a_device_are_those_of_numpy(cells: int, seed: int, epoch: int, uids: list[int]) -> None:
+    uid_b, epoch_b = np.array(uids, dtype=np.int64), np.full(len(uids), epoch, dtype=np.int64)
+    expected = permutations("order", cells, seed, epoch_b, uid_b)
+    made = device_permutations("order", cells, seed, torch.from_numpy(epoch_b), torch.from_numpy(uid_b))
+    assert np.array_equal(made.numpy(), expected)

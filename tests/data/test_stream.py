@@ -46,8 +46,11 @@ def stream(tokens: str, text: TextTokenizer, rank: int = 0, world: int = 1, **ch
 
 
 def same(one: Batch, two: Batch) -> bool:
-    pairs = [(getattr(one, name), getattr(two, name)) for name in ("uid_b", "codes_bN", "order_bN", "prompts_b", "drop_b")]
-    return all(torch.equal(a, b) for a, b in pairs)
+    return all(torch.equal(a, b) for a, b in zip(tensors(one).values(), tensors(two).values(), strict=True))
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    return {name: getattr(batch, name) for name in ("uid_b", "codes_bN", "prompts_b", "drop_b")} | {"orders": batch.orders()}
 
 
 def test_going_on_at_a_step_gives_the_batches_of_an_uninterrupted_stream(tokens: str, text: TextTokenizer) -> None:
@@ -62,8 +65,8 @@ def test_ranks_share_the_batch_of_one_worker(tokens: str, text: TextTokenizer, w
     whole = stream(tokens, text).batch(5)
     for rank in range(world):
         part = stream(tokens, text, rank, world).batch(5)
-        for name in ("uid_b", "codes_bN", "order_bN", "prompts_b", "drop_b"):
-            assert torch.equal(getattr(part, name), getattr(whole, name)[rank::world]), name
+        for name, tensor in tensors(part).items():
+            assert torch.equal(tensor, tensors(whole)[name][rank::world]), name
 
 
 def test_codes_and_captions_are_those_of_the_sample(tokens: str, text: TextTokenizer) -> None:
@@ -84,7 +87,7 @@ def test_stored_orders_come_with_the_first_view_and_in_the_stated_share(tokens: 
 
     settings = replace(SETTINGS, random_share=0.25)
     batches = list(TokenStream(tokens, read_manifest(tokens), text, settings, tokens, stored_orders=stored).batches(0, 50))
-    codes, orders = torch.cat([b.codes_bN for b in batches]), torch.cat([b.order_bN for b in batches])
+    codes, orders = torch.cat([b.codes_bN for b in batches]), torch.cat([b.orders() for b in batches])
     follows = (orders == torch.from_numpy(backwards.astype(np.int64))).all(1)
     assert 0.65 < float(follows.float().mean()) < 0.85
     assert (codes[follows, 0] < 100).all(), "a stored order was used on a view it was not found for"
@@ -98,9 +101,14 @@ def test_the_control_sees_the_same_samples_and_views_in_random_orders(tokens: st
     )
     assert torch.equal(ordered.uid_b, control.uid_b) and torch.equal(ordered.codes_bN, control.codes_bN)
     assert torch.equal(ordered.drop_b, control.drop_b)
-    follows = (ordered.order_bN == torch.from_numpy(backwards)).all(1)
-    assert follows.any() and not torch.equal(ordered.order_bN[follows], control.order_bN[follows])
-    assert torch.equal(ordered.order_bN[~follows], control.order_bN[~follows])
+    follows = (ordered.orders() == torch.from_numpy(backwards)).all(1)
+    assert follows.any() and not torch.equal(ordered.orders()[follows], control.orders()[follows])
+    assert torch.equal(ordered.orders()[~follows], control.orders()[~follows])
+
+
+def test_a_raster_stream_has_one_order(tokens: str, text: TextTokenizer) -> None:
+    batch = stream(tokens, text, raster=True).batch(3)
+    assert torch.equal(batch.orders(), torch.arange(16).expand(len(batch.uid_b), -1))
 
 
 def test_image_shards_are_not_taken_for_token_shards(tmp_path: Path, text: TextTokenizer) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model, save_model
+from oar_scale.model.spec import FeatureSpec
+from oar_scale.model.weights import model_of
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
 from oar_scale.tokenizers.weights import load_weights, save_weights
 
@@ -201,6 +203,26 @@ def test_half_precision_halves_the_file_and_barely_moves_the_likelihood(tmp_path
     codes, order = random_codes(model, 4), random_orders(model, 4)
     means = [m.nll(codes, order, m.null_condition(4)).mean() for m in (model, loaded)]
     torch.testing.assert_close(means[0], means[1], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_loading_draws_nothing_and_gives_whole_trainable_weights(tmp_path: Path, half: bool) -> None:
+    uri = str(tmp_path / "model.safetensors")
+    save_model(uri, small_model(vocab=5), half=half)
+    before = torch.get_rng_state()
+    loaded = load_model(uri)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.device.type == "cpu" and parameter.requires_grad and parameter.is_leaf, name
+        assert parameter.data_ptr() % 64 == 0, name  # at whatever address the file had them, products would round differently
+
+
+def test_a_model_made_of_tensors_holds_those_and_keeps_what_is_frozen_frozen() -> None:
+    spec = small_spec(layout="raster", condition=FeatureSpec(width=6, rows=2), trainable_null=False)
+    tensors = dict(AnyOrderModel(spec).state_dict())
+    model = model_of(spec, tensors, "tensors")
+    assert all(parameter.data_ptr() == tensors[name].data_ptr() for name, parameter in model.named_parameters())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["conditioner.uncond_embedding"]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -101,7 +101,15 @@ def report(
             bad_examples=("1f9ff: no caption", "2b1b: blank picture"),
         ),
         tokenizer=d.TokenizerFacts(
-            "weights shipped with the recipe", GRID, 512, 0.973, 21.37, 1000, 16, tuple(pictures[:24]), tuple(blurred[:24])
+            "weights shipped with the recipe",
+            GRID,
+            512,
+            0.973,
+            21.37,
+            "captions, 1000 SentencePiece tokens, at most 16 a caption",
+            tuple(pictures[:24]),
+            tuple(blurred[:24]),
+            reconstruction_fd_efflite0=187.65,
         ),
         model=d.ModelFacts(3_412_480, 6, 192, 6, "the checkpoint shipped with the recipe (60 min on 2 cores)"),
         curves=(

@@ -84,7 +84,7 @@ def test_all_numbers_given_appear(html: str) -> None:
     report = synthetic.report()
     assert report.nll and report.orders and report.pretrain
     expected = ["3,557", "396", "12 min 11 s", "21.37 dB", "97.3%", "3,412,480", "6.238", "1f9ff: no caption", "CC BY-SA 4.0", "seed 17"]
-    expected += ["0.463", "0.218", "0.056", "3,549 of 3,557", "24.0 images/s", "2 min 28 s", "equal those of brute force"]
+    expected += ["187.65", "0.463", "0.218", "0.056", "3,549 of 3,557", "24.0 images/s", "2 min 28 s", "equal those of brute force"]
     for entry in report.nll.entries:
         expected.append(f"{entry.nll.mean:.3f} ± {entry.nll.standard_error:.3f}")
     for row in report.nll.differences:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -24,6 +24,10 @@ class SourceImage:
     """RGB image of the given side in pixels."""
     family: str = ""
     """What variants of one picture share (they differ in skin tone, say); empty for a picture without variants."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else ``KEY.json`` shall hold, a whole number ``label`` for one."""
+    features: bytes | None = None
+    """``KEY.features.npy``: features of the caption, float16 [T, F]."""
 
 
 class ImageSource(Protocol):

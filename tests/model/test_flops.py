@@ -1,0 +1,144 @@
+"""The formulas against what torch counts while the real model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import random_codes, random_orders, small_model, small_spec
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
+
+from oar_scale.config.loading import load_recipe
+from oar_scale.model import AnyOrderModel, ModelSpec
+from oar_scale.model.flops import extraction_flops, forward_flops, training_flops, useful_flops
+from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
+from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+
+IMAGES = 2
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
+CONDITIONS = {
+    "class": ClassSpec(classes=5),
+    "text": TextSpec(vocab=11, rows=4, encoder_layers=2),
+    "features": FeatureSpec(width=24, rows=3),
+}
+SPECS = {
+    **{
+        f"{layout}-{name}": small_spec(layout=layout, condition=c)
+        for layout in ("raster", "instructed", "dual")
+        for name, c in CONDITIONS.items()
+    },
+    "grouped": small_spec(heads=4, kv_heads=2),
+    "frozen-null": small_spec(layout="raster", condition=CONDITIONS["features"], trainable_null=False),
+}
+SIZE_L = ModelSpec(dim=1024, layers=24, heads=16, ffn_hidden=2816, vocab_size=16384, grid=16, condition=ClassSpec(classes=1000))
+each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+
+
+def addmm_flops(_out: Any, a_shape: Any, b_shape: Any, *_rest: Any, **_named: Any) -> int:
+    return 2 * int(a_shape[0]) * int(a_shape[1]) * int(b_shape[1])
+
+
+def counted(run: Callable[[], object]) -> int:
+    """Operations that torch sees; it does not know the in-place form of a product that is added, which the loss uses."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def batch(model: AnyOrderModel, images: int = IMAGES) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, orders and condition inputs."""
+    kind, order_BN = model.spec.condition, random_orders(model, images)
+    if model.spec.layout == "raster":
+        order_BN = torch.arange(model.spec.cells).expand_as(order_BN)
+    inputs = torch.ones(images, kind.rows, dtype=torch.long)
+    return random_codes(model, images), order_BN, torch.ones(images, kind.rows, kind.width) if isinstance(kind, FeatureSpec) else inputs
+
+
+@each_spec
+def test_the_forward_formula_counts_what_torch_counts(spec: ModelSpec) -> None:
+    model = AnyOrderModel(spec)
+    codes_BN, order_BN, inputs = batch(model)
+    with torch.no_grad():
+        assert counted(lambda: model(codes_BN, order_BN, model.condition(inputs))) == IMAGES * forward_flops(spec)
+        assert counted(lambda: model.nll(codes_BN, order_BN, model.condition(inputs))) == IMAGES * forward_flops(spec)
+
+
+@each_spec
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_training_formula_counts_what_torch_counts(spec: ModelSpec, dtype: torch.dtype) -> None:
+    model = AnyOrderModel(spec).to(dtype)
+    codes_BN, order_BN, inputs = batch(model)
+    found = counted(lambda: model.loss(codes_BN, order_BN, model.condition(inputs))[0].backward())
+    assert found == IMAGES * training_flops(spec)
+
+
+@each_spec
+def test_recomputed_blocks_cost_one_more_forward_pass_of_the_trunk(spec: ModelSpec) -> None:
+    model = AnyOrderModel(spec)
+    for layer in model.layers:
+        plain = layer.forward
+        layer.forward = lambda *args, plain=plain, **named: checkpoint(plain, *args, use_reentrant=False, **named)  # type: ignore[method-assign]
+    codes_BN, order_BN, inputs = batch(model)
+    with set_checkpoint_early_stop(False):
+        found = counted(lambda: model.loss(codes_BN, order_BN, model.condition(inputs))[0].backward())
+    assert found == IMAGES * training_flops(spec, recompute=True)
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in SPECS.values() if s.layout != "raster"], ids=[n for n, s in SPECS.items() if s.layout != "raster"]
+)
+def test_the_extraction_formula_counts_what_torch_counts(spec: ModelSpec) -> None:
+    model = AnyOrderModel(spec).eval()
+    codes_BN, _, inputs = batch(model)
+    with torch.no_grad():
+        found = counted(lambda: extract_orders(model, codes_BN, model.condition(inputs), ExtractionSettings()))
+    assert found == IMAGES * extraction_flops(spec)
+
+
+@pytest.mark.parametrize("layout", ["instructed", "dual"])
+def test_guided_extraction_takes_both_branches(layout: str) -> None:
+    model = small_model(layout=layout)
+    codes_BN, _, inputs = batch(model)
+    with torch.no_grad():
+        found = counted(lambda: extract_orders(model, codes_BN, model.condition(inputs), ExtractionSettings(guidance=2.0)))
+    assert found == IMAGES * extraction_flops(model.spec, guided=True)
+
+
+def test_a_raster_model_has_nothing_to_extract() -> None:
+    with pytest.raises(ValueError, match="a raster model has one order"):
+        extraction_flops(small_spec(layout="raster"))
+
+
+def test_the_l_size_in_full_shapes() -> None:
+    # Fake tensors: the shapes and kernels of a CPU without its memory or its time.
+    with FakeTensorMode():
+        model = AnyOrderModel(SIZE_L)
+        codes_BN, order_BN, inputs = (torch.zeros(1, n, dtype=torch.long) for n in (SIZE_L.cells, SIZE_L.cells, 1))
+        found = counted(lambda: model.loss(codes_BN, order_BN, model.condition(inputs))[0].backward())
+    assert found == training_flops(SIZE_L)
+
+
+@pytest.mark.parametrize("line", [line for line in DOCUMENT.splitlines() if line.startswith("| ") and not line.startswith("| size")])
+def test_the_table_in_the_documentation_is_what_the_formulas_give(line: str) -> None:
+    size, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+    shape = load_recipe(str(ROOT / "recipes" / "base" / f"model-{size}.yaml"), ["name=x"]).model
+    spec = ModelSpec.from_recipe(shape, vocab_size=16384, grid=16, condition=ClassSpec(classes=1000))
+    slots, qkv_out_swiglu = 2 * spec.cells + 1, 4 * spec.dim + 3 * spec.ffn_hidden  # RandAR: all of them through trunk and head
+    randars = spec.layers * (2 * slots * spec.dim * qkv_out_swiglu + 4 * slots**2 * spec.dim) + 2 * slots * spec.dim * spec.vocab_size
+    giga = [f"{number / 1e9:,.0f}" for number in (forward_flops(spec), training_flops(spec), useful_flops(spec))]
+    assert figures == [*giga, f"{extraction_flops(spec) / 1e12:.1f}", f"{randars / 1e9:,.0f}"]
+
+
+def test_what_is_useful_is_less_than_what_is_computed() -> None:
+    for spec in SPECS.values():
+        assert useful_flops(spec) < training_flops(spec) < training_flops(spec, recompute=True)
+    rows = 2 * SIZE_L.cells
+    half = 3 * SIZE_L.layers * 4 * SIZE_L.dim * (rows * (rows - 1) // 2)
+    assert useful_flops(SIZE_L) == 3 * forward_flops(SIZE_L) - half

@@ -1,0 +1,202 @@
+"""Three layouts, three conditions, grouped queries: whole images against one cell at a time, and what a row may know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import random_codes, random_orders, small_model
+from torch import Tensor
+
+from oar_scale.generation.sampling import Known, SampleSettings, cells_per_step, generate
+from oar_scale.model import AnyOrderModel
+from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
+from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders, regret
+
+CONDITIONS = {"class": ClassSpec(classes=5), "text": TextSpec(vocab=11, rows=4), "features": FeatureSpec(width=6, rows=3)}
+ANY_ORDER = ("instructed", "dual")
+
+
+def any_model(layout: str, condition: str = "text", **changes: Any) -> AnyOrderModel:
+    return small_model(layout=layout, condition=CONDITIONS[condition], **changes)
+
+
+def told(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:
+    """What a model is told about some images."""
+    generator, kind = torch.Generator().manual_seed(seed), model.spec.condition
+    if isinstance(kind, FeatureSpec):
+        return torch.randn(images, kind.rows, kind.width, generator=generator)
+    if isinstance(kind, TextSpec):
+        return torch.randint(1, kind.vocab, (images, kind.rows), generator=generator)
+    return torch.randint(kind.classes, (images, 1), generator=generator)
+
+
+def orders(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:
+    if model.spec.layout == "raster":
+        return torch.arange(model.spec.cells).expand(images, -1)
+    return random_orders(model, images, seed)
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to the roundings of float32 sums taken in another order."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layout=st.sampled_from(["raster", "instructed", "dual"]),
+    condition=st.sampled_from(sorted(CONDITIONS)),
+    kv_heads=st.sampled_from([None, 1]),
+    rotation=st.sampled_from(["identity", "zero"]),
+    grid=st.integers(1, 4),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+    known_share=st.floats(0, 1),
+)
+@torch.no_grad()
+def test_likelihood_cell_by_cell_equals_the_whole_image(
+    layout: str, condition: str, kv_heads: int | None, rotation: str, grid: int, batch: int, seed: int, known_share: float
+) -> None:
+    model = any_model(layout, condition, kv_heads=kv_heads, condition_rotation=rotation, grid=grid, seed=seed)
+    codes, order, rows = random_codes(model, batch, seed), orders(model, batch, seed), model.condition(told(model, batch, seed))
+    placed, known, image = codes.gather(1, order), round(known_share * model.spec.cells), torch.arange(batch)
+    prefix = model.prefill(model.begin(rows), order[:, :known], placed[:, :known])
+    nll = []
+    for step in range(known, model.spec.cells):
+        empty = order[:, step : step + 1] if layout == "raster" else order[:, step:].sort(1).values
+        winner = (empty == order[:, step, None]).int().argmax(1)
+        candidates = model.candidate_rows(prefix, empty)
+        nll.append(-candidates.logits_BRV[image, winner].log_softmax(-1)[image, placed[:, step]])
+        prefix = model.commit(prefix, candidates, winner, placed[:, step])
+    whole = model.nll(codes, order, rows)
+    assert_same(torch.stack(nll, dim=1) if nll else whole[:, :0], whole[:, known:])
+
+
+@pytest.mark.parametrize("layout", ["raster", "instructed", "dual"])
+@pytest.mark.parametrize("condition", sorted(CONDITIONS))
+def test_every_parameter_is_trained(layout: str, condition: str) -> None:
+    model = any_model(layout, condition)
+    # Dropping one of the prompts trains the null; the labels cover every class; ids and features are random.
+    inputs = torch.arange(6)[:, None] % 5 if condition == "class" else told(model, 6)
+    drop = torch.tensor([True, False, False, False, False, False])
+    model.loss(random_codes(model, 6), orders(model, 6), model.condition(inputs, drop))[0].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ANY_ORDER)
+@pytest.mark.parametrize("step", [0, 3, 7])
+def test_a_logit_depends_on_earlier_codes_and_the_cell_asked_for_alone(layout: str, step: int) -> None:
+    model = any_model(layout)
+    codes, order, rows = random_codes(model, 1), random_orders(model, 1), model.condition(told(model, 1))
+    before = model(codes, order, rows)
+    changed = codes.clone()
+    changed[0, order[0, step]] = (changed[0, order[0, step]] + 1) % model.spec.vocab_size
+    after = model(changed, order, rows)
+    assert torch.equal(before[:, : step + 1], after[:, : step + 1])
+    assert (before[:, step + 1 :] - after[:, step + 1 :]).abs().amax(-1).min() > 1e-3
+    swapped = order.clone()
+    swapped[0, step], swapped[0, step + 1] = order[0, step + 1], order[0, step]
+    other_cell = model(codes, swapped, rows)
+    assert torch.equal(before[:, :step], other_cell[:, :step])
+    assert (before[:, step] - other_cell[:, step]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ANY_ORDER)
+@pytest.mark.parametrize("condition", sorted(CONDITIONS))
+def test_orders_equal_brute_force(layout: str, condition: str) -> None:
+    model = any_model(layout, condition, kv_heads=1)
+    codes, rows = random_codes(model, 3), model.condition(told(model, 3))
+    found, brute = (find(model, codes, rows, ExtractionSettings(guidance=2.0)) for find in (extract_orders, brute_force_orders))
+    assert torch.equal(found.order_BN, brute.order_BN)
+    assert_same(found.score_BN, brute.score_BN)
+    assert regret(model, codes, rows, ExtractionSettings(guidance=2.0), found.order_BN).max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["raster", "instructed", "dual"])
+def test_a_greedy_drawing_is_its_own_teacher_forced_choice(layout: str) -> None:
+    model = any_model(layout, "class")
+    rows, order = model.condition(told(model, 3)), orders(model, 3)
+    settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=1, order_temperature=0.0)
+    drawn = generate(model, rows, settings, torch.Generator(), order_BN=order)
+    assert torch.equal(model(drawn.codes_BN, order, rows).argmax(-1), drawn.codes_BN.gather(1, order))
+
+
+@torch.no_grad()
+def test_known_cells_may_precede_a_parallel_drawing() -> None:
+    model = any_model("instructed", "class", grid=4)
+    rows, order, codes = model.condition(told(model, 2)), random_orders(model, 2), random_codes(model, 2)
+    known = Known(order[:, :5], codes.gather(1, order[:, :5]))
+    settings = SampleSettings(guidance=2.0, temperature=1.0, top_k=1, order_temperature=0.0, steps=4)
+    drawn = generate(model, rows, settings, torch.Generator(), order_BN=order, known=known)
+    assert torch.equal(drawn.codes_BN.gather(1, known.cells_BK), known.codes_BK)
+    assert torch.equal(drawn.order_BN, order)
+    # The first question of every pass sees exactly what a teacher-forced row sees.
+    first = [5 + sum(sizes) for sizes in _beginnings(cells_per_step(16, 4, known=5))]
+    null = model.null_condition(2)
+    logits = model(drawn.codes_BN, order, null).lerp(model(drawn.codes_BN, order, rows), 2.0)
+    assert torch.equal(logits.argmax(-1)[:, first], drawn.codes_BN.gather(1, order)[:, first])
+
+
+def _beginnings(sizes: list[int]) -> list[list[int]]:
+    return [sizes[:index] for index in range(len(sizes))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(cells=st.integers(1, 600), steps=st.one_of(st.none(), st.integers(1, 700)), known=st.integers(0, 600))
+def test_every_cell_is_placed_in_about_as_many_steps_as_asked_for(cells: int, steps: int | None, known: int) -> None:
+    known = min(known, cells)
+    sizes = cells_per_step(cells, steps, known)
+    assert sum(sizes) == cells - known
+    assert all(size >= 1 for size in sizes)
+    assert len(sizes) <= (cells if steps is None else max(steps, 1) + 1)
+    if steps is None or steps >= cells:
+        assert max(sizes, default=1) <= 2
+
+
+def test_a_raster_model_refuses_other_orders_and_choices() -> None:
+    model = any_model("raster")
+    rows, backwards = model.null_condition(1), torch.arange(9).flip(0)[None]
+    with pytest.raises(ValueError, match="raster order only"):
+        model(random_codes(model, 1), backwards, rows)
+    with pytest.raises(ValueError, match="not with a choice of 9"):
+        extract_orders(model, random_codes(model, 1), rows, ExtractionSettings())
+
+
+@pytest.mark.parametrize("layout", ["raster", "dual"])
+def test_only_instructed_models_ask_for_several_cells_at_once(layout: str) -> None:
+    model = any_model(layout, grid=4)
+    settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=1, order_temperature=0.0, steps=4)
+    with pytest.raises(ValueError, match="only instructed models decode in parallel"):
+        generate(model, model.null_condition(1), settings, torch.Generator(), order_BN=torch.arange(16)[None])
+
+
+@torch.no_grad()
+def test_a_dropped_prompt_is_the_null_condition_of_each_kind() -> None:
+    for condition in CONDITIONS:
+        model = any_model("instructed", condition)
+        rows = model.condition(told(model, 2), torch.tensor([True, False]))
+        assert torch.equal(rows[0], model.null_condition(1)[0]), condition
+        assert not torch.equal(rows[1], model.null_condition(1)[0]), condition
+
+
+@torch.no_grad()
+def test_a_feature_row_of_zeros_is_no_token() -> None:
+    model = any_model("instructed", "features")
+    features = told(model, 1)
+    features[0, 1:] = 0
+    rows, null = model.condition(features), model.null_condition(1)
+    assert torch.equal(rows[0, 1:], null[0, 1:])
+    assert not torch.equal(rows[0, 0], null[0, 0])
+
+
+def test_features_of_another_shape_are_named() -> None:
+    model = any_model("instructed", "features")
+    with pytest.raises(ValueError, match=r"\[2, 3, 7\], the model takes \[B, 3, 6\]"):
+        model.condition(torch.zeros(2, 3, 7))
