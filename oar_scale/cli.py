@@ -1,10 +1,12 @@
 """``oar``: thin verbs over the pipeline. Help and errors come without importing torch.
 
 oar run RECIPE [-o key=value ...] [--from STAGE | --only STAGE]
-oar data|tokenizer|tokens|extract|evaluate|report RECIPE      one stage
+oar prepare|tokenizer|tokens|extract|evaluate|report RECIPE   one stage
 oar train RECIPE [--stage pretrain|finetune|control]
 oar sample RECIPE [--model ordered] [--out FILE.png] [CAPTION ...]
 oar recipe RECIPE [--origin]
+oar data index|verify|stats URL                               shards in a folder or an S3 prefix, whoever wrote them
+oar data tokenize URL --out URL --tokenizer FILE              image shards into token shards
 oar checkpoint import KIND FILE --out FOLDER_OR_FILE          weights of RandAR, LlamaGen, MaskGIT's tokenizer
 oar checkpoint export SOURCE --out PATH [--format FORMAT]     a folder for oar_scale.load, or a peer's file
 oar doctor [RECIPE] [--json]                                  is this machine fit for a run?
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from oar_scale.config.schema import Recipe
 
 STAGES = {
-    "data": "captioned images into WebDataset shards",
+    "prepare": "captioned images into WebDataset shards",
     "tokenizer": "train or load the image and text tokenizers",
     "tokens": "images into codes",
     "extract": "one order for every training image",
@@ -38,7 +40,11 @@ PEERS = ("randar", "llamagen-c2i", "llamagen-t2i", "llamagen-vq", "maskgit-vq")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 done, 1 the doctor says FAIL, 2 something the user can mend, 130 interrupted)."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0 done, 1 the doctor says FAIL or shards have faults, 2 something the user can mend, 130 interrupted.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "captions") or any(word.startswith("-") for word in rest)):
@@ -67,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--from", dest="start", metavar="STAGE", help="do this stage and all after it again")
     which.add_argument("--only", metavar="STAGE", help="do this one stage again")
     for name, text in STAGES.items():
-        _verb(verbs, name, text, _stage).set_defaults(stage=name)
+        _verb(verbs, name, text, _stage).set_defaults(stage="data" if name == "prepare" else name)
     train = _verb(verbs, "train", "one training stage", _stage)
     train.add_argument("--stage", choices=TRAINING, default="pretrain")
     sample = _verb(verbs, "sample", "draw images for captions", _sample)
@@ -76,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", default="samples.png")
     recipe = _verb(verbs, "recipe", "print the resolved recipe", _recipe)
     recipe.add_argument("--origin", action="store_true", help="say which file and line set each value")
+    _data_verbs(verbs)
     _checkpoint_verbs(verbs)
     doctor = _verb(verbs, "doctor", "check packages, devices, kernels and, with a recipe, its storage", _doctor, needs_recipe=False)
     doctor.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
@@ -90,6 +97,57 @@ def _verb(
     verb.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
     verb.set_defaults(run=function)
     return verb
+
+
+def _data_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "look after shards (a recipe's own images: oar prepare)"
+    actions = verbs.add_parser("data", help=text, description=text).add_subparsers(metavar="ACTION", required=True)
+
+    text = "write the manifest of shards that another program wrote"
+    index = actions.add_parser("index", help=text, description=text)
+    index.add_argument("url", help="a folder or s3://bucket/prefix")
+    index.add_argument("--out", metavar="FILE", help="default: manifest.json beside the shards, where training looks for it")
+    index.add_argument("--pattern", default="*.tar", help="which objects are shards; default: %(default)s")
+    index.add_argument("--workers", type=_count, default=8, help="shards read at the same time; default: %(default)s")
+    index.add_argument("--grid", type=_count, help="token shards: cells per side; default: the root of the number of codes")
+    index.add_argument("--vocab-size", type=_count, help="token shards: codes of the tokenizer; default: the largest code found, plus one")
+    index.add_argument("--views", metavar="A,B", help="token shards: names of the views")
+    index.add_argument("--tokenizer-id", help="token shards: which tokenizer made them")
+    index.add_argument("--force", action="store_true", help="replace another manifest")
+    index.set_defaults(run=_index)
+
+    text = "compare every byte of a folder of shards with its manifest"
+    verify = actions.add_parser("verify", help=text, description=text)
+    verify.add_argument("url", help="a folder or s3://bucket/prefix")
+    verify.add_argument("--manifest", metavar="FILE", help="default: manifest.json beside the shards")
+    verify.add_argument("--workers", type=_count, default=8, help="shards read at the same time; default: %(default)s")
+    verify.set_defaults(run=_verify)
+
+    text = "counts, captions, image sizes, codes and labels of a folder of shards, with or without a manifest"
+    stats = actions.add_parser("stats", help=text, description=text)
+    stats.add_argument("url", help="a folder or s3://bucket/prefix")
+    stats.add_argument("--shards", type=int, default=4, help="how many of the first shards are read, 0 for all; default: %(default)s")
+    stats.add_argument("--pattern", default="*.tar", help="which objects are shards, where there is no manifest; default: %(default)s")
+    stats.add_argument("--grid", metavar="FILE.png", help="draw some samples into this file")
+    stats.add_argument("--tokenizer", metavar="FILE", help="image tokenizer that decodes the codes of token shards for --grid")
+    stats.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    stats.set_defaults(run=_stats)
+
+    text = "image shards into token shards, by a pool of Ray actors; goes on where it was interrupted"
+    tokenize = actions.add_parser("tokenize", help=text, description=text)
+    tokenize.add_argument("url", help="image shards with a manifest: a folder or s3://bucket/prefix")
+    tokenize.add_argument("--out", required=True, metavar="URL", help="where the token shards go")
+    tokenize.add_argument("--tokenizer", required=True, metavar="FILE", help="weights of the image tokenizer (.safetensors)")
+    tokenize.add_argument("--views", default="center", metavar="A,B", help="variants of each image; default: %(default)s")
+    tokenize.add_argument("--actors", type=_count, default=2, help="processes that tokenise; default: %(default)s")
+    tokenize.set_defaults(run=_tokenize)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def _checkpoint_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -161,6 +219,32 @@ def _recipe(arguments: argparse.Namespace) -> None:
         return
     for key, origin in recipe_origins(arguments.recipe, arguments.overrides).items():
         print(f"{key:45} {origin}")
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from oar_scale.data.commands import run_index
+    from oar_scale.data.index import IndexJob
+
+    options = {name: getattr(arguments, name) for name in ("out", "pattern", "workers", "grid", "vocab_size", "tokenizer_id", "force")}
+    run_index(IndexJob(arguments.url, views=tuple(arguments.views.split(",")) if arguments.views else None, **options))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from oar_scale.data.commands import run_verify
+
+    return run_verify(arguments.url, arguments.manifest, arguments.workers)
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    from oar_scale.data.commands import run_stats
+
+    run_stats(arguments.url, arguments.pattern, arguments.shards, arguments.grid, arguments.tokenizer, arguments.json)
+
+
+def _tokenize(arguments: argparse.Namespace) -> None:
+    from oar_scale.data.commands import run_tokenize
+
+    run_tokenize(arguments.url, arguments.out, arguments.tokenizer, arguments.views, arguments.actors)
 
 
 def _import(arguments: argparse.Namespace) -> None:

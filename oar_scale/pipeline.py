@@ -228,7 +228,9 @@ def _require(run: Run, todo: list[Stage], name: str) -> None:
 
 
 def _verb(stage: str) -> str:
-    return f"train RECIPE --stage {stage}" if stage in train.RESULT else f"{stage} RECIPE"
+    if stage in train.RESULT:
+        return f"train RECIPE --stage {stage}"
+    return "prepare RECIPE" if stage == "data" else f"{stage} RECIPE"
 
 
 def _dependents(todo: list[Stage], name: str) -> list[str]:

@@ -1,38 +1,31 @@
-"""Copy a finished run's tokenizers and any-order model to a folder of weights, with how they were made beside them.
+"""Export a finished run's any-order model with its tokenizers to a folder of weights, with how they were made beside them.
 
     python tools/ship_weights.py runs/emoji recipes/weights/emoji
 
-writes ``emoji-vq.safetensors``, ``emoji-text.model``, ``emoji-anyorder.safetensors``, ``emoji.json`` (recipe, seed,
-seconds, results and the curves of both trainings) and ``emoji-curves.png``.
+writes what ``oar checkpoint export RUN --model anyorder`` writes, ``history.json`` (recipe, seed, seconds, results and the curves of
+both trainings) and ``curves.png``.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
 from oar_scale.observe.events import read_events
+from oar_scale.stages.checkpoint import run_export
 from oar_scale.storage import read_json, write_json
-
-FILES = {
-    "tokenizers/vq.safetensors": "vq.safetensors",
-    "tokenizers/text.model": "text.model",
-    "models/anyorder.safetensors": "anyorder.safetensors",
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("target", type=Path, help="folder and first part of the names to write")
+    parser.add_argument("target", type=Path, help="folder to write; must not exist")
     arguments = parser.parse_args()
-    for source, name in FILES.items():
-        shutil.copyfile(arguments.run / source, f"{arguments.target}-{name}")
+    run_export(str(arguments.run), str(arguments.target), "folder", "anyorder")
     made = history(arguments.run)
-    write_json(f"{arguments.target}.json", made)
-    draw_curves(made["curves"], f"{arguments.target}-curves.png")
+    write_json(str(arguments.target / "history.json"), made)
+    draw_curves(made["curves"], str(arguments.target / "curves.png"))
 
 
 def history(run: Path) -> dict[str, Any]:

@@ -10,13 +10,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 Layout = Literal["raster", "instructed", "dual"]
 Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin"]
-OPERATIONAL = {"log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "actors", "gpus_per_actor", "max_retries"}
+OPERATIONAL = {
+    "loader_processes",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "actors",
+    "gpus_per_actor",
+    "max_retries",
+    "prepare_threads",
+}
 """Fields that say who does the work and how often it is logged or saved: they may change without changing the result."""
-View = Annotated[str, Field(pattern=r"^(center|center_flip|jitter[1-9][0-9]?)$")]
+View = Annotated[str, Field(pattern=r"^(center|center_flip|jitter[1-9][0-9]?|crop1?[0-9]|tencrop|tencrop105)$")]
+CROPS = {"tencrop": tuple(f"crop{k}" for k in range(10)), "tencrop105": tuple(f"crop{k}" for k in range(10, 20))}
+"""Views that stand for several."""
 
 
 class Section(BaseModel):
@@ -29,7 +41,13 @@ class StorageConfig(Section):
     root: str | None = None
     """Where shards, orders and checkpoints live: a folder or ``s3://bucket/prefix``. Default: ``run_dir``."""
     cache_dir: str | None = None
-    """Local copies of remote shards. Default: ``run_dir/cache``."""
+    """Local copies of remote shards, shared by all processes of a host. Default: ``run_dir/cache``."""
+    cache_gb: float | None = Field(None, gt=0)
+    """Bound of that folder, 10^9 bytes; the shards used least recently go first. Default: no bound."""
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return None if self.cache_gb is None else int(self.cache_gb * 1e9)
 
 
 class OpenMojiSource(Section):
@@ -41,10 +59,56 @@ class OpenMojiSource(Section):
 class FolderSource(Section):
     type: Literal["folder"]
     path: str
-    """A folder of ``NAME.png|jpg|jpeg|webp`` with a caption in ``NAME.txt`` beside each."""
+    """A folder of ``NAME.png|jpg|jpeg|webp`` with a caption in ``NAME.txt`` beside each; subfolders are read as well."""
+    captions: str | None = None
+    """The folder of the ``NAME.txt``, where they do not lie beside the images."""
+    alternatives: bool = False
+    """Each line of a ``NAME.txt`` is a caption: one is taken (a fixed choice of the name), all go to ``captions`` in ``KEY.json``."""
 
 
-Source = Annotated[OpenMojiSource | FolderSource, Field(discriminator="type")]
+class TableSource(Section):
+    """A CSV, TSV or Parquet file with a row for each image (docs/data-sources.md)."""
+
+    type: Literal["table"]
+    path: str
+    root: str | None = None
+    """What paths of images are relative to. Default: the folder of the table."""
+    image: str = "image"
+    """The column with the image's path, or a text with columns in braces: ``images/{id}.jpg``."""
+    caption: str = "caption"
+    """The column with the caption, or a text with columns in braces."""
+    label: str | None = None
+    """The column with the class label, a whole number."""
+    name: str | None = None
+    """The column that images are held out by: those of one name are all on the same side. Default: their path."""
+    family: str | None = None
+    """The column that variants of one picture share: held-out images with a variant in training are counted."""
+    attribution: str = ""
+    """Whom to name with the images; kept in the manifests and the report."""
+
+
+class ClassFoldersSource(Section):
+    """A folder of images for each class (ImageNet); the label is the folder's number in alphabetical order."""
+
+    type: Literal["class_folders"]
+    path: str
+    names: str | None = None
+    """A file with a line ``CLASS name`` for each class, or JSON. Default: the folder's own name."""
+    caption: str = Field("a photo of a {name}", pattern=r"\{name\}")
+
+
+class WebDatasetSource(Section):
+    """Image shards that others wrote: a folder or ``s3://bucket/prefix`` of ``*.tar``."""
+
+    type: Literal["webdataset"]
+    url: str
+    caption: str | None = None
+    """The field of ``KEY.json`` with the caption. Default: ``KEY.txt``."""
+    label: str = "label"
+    """The field of ``KEY.json`` with the class label, where there is one."""
+
+
+Source = Annotated[OpenMojiSource | FolderSource | TableSource | ClassFoldersSource | WebDatasetSource, Field(discriminator="type")]
 
 
 class DataConfig(Section):
@@ -53,12 +117,16 @@ class DataConfig(Section):
     heldout_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the names kept out of training; a name always falls on the same side."""
     samples_per_shard: int = Field(256, ge=1)
+    prepare_threads: int = Field(4, ge=1)
+    """Images read, decoded and resized at once by the stage ``data``."""
     on_bad_sample: Literal["skip", "fail"] = "skip"
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """More bad samples than this share stop the stage even under ``skip``."""
     canonical_streams: int = Field(8, ge=1)
     """C: the line of samples is cut into C segments; the number of workers must divide it (docs/stream.md)."""
     shuffle_window_shards: int = Field(8, ge=1)
+    loader_processes: int = Field(0, ge=0)
+    """Processes of each worker that make its batches; 0: a thread. They change no batch."""
 
 
 class VQTrainingConfig(Section):
@@ -114,6 +182,8 @@ class ClipTextConfig(Section):
     """A checkpoint file, or a tag that open_clip knows, e.g. ``laion2b_s32b_b82k``."""
     features: Literal["tokens", "pooled"] = "tokens"
     """A condition row for each token, or one for the whole caption."""
+    precompute: bool = False
+    """The stage ``tokens`` runs the tower, once for each caption, and stores what it says in the token shards (float16)."""
 
 
 class FeaturesConfig(Section):
@@ -150,7 +220,13 @@ class TokenizerConfig(Section):
     image: ImageTokenizerConfig = ImageTokenizerConfig()
     text: TextConfig = SentencePieceConfig()
     views: tuple[View, ...] = Field(("center",), min_length=1)
-    """Variants of each training image that are tokenised; the first one is the image that orders are extracted for."""
+    """Variants of each training image that are tokenised (docs/data-sources.md); the first one is the image that orders are
+    extracted for. ``tencrop`` stands for ``crop0`` to ``crop9``, ``tencrop105`` for ``crop10`` to ``crop19``."""
+
+    @field_validator("views")
+    @classmethod
+    def _each_crop(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(each for view in views for each in CROPS.get(view, (view,)))
 
 
 class ModelConfig(Section):
@@ -201,6 +277,10 @@ class ParallelConfig(Section):
     cpu_threads: int = Field(1, ge=1)
     """Threads a worker computes with when it has no GPU."""
     gpus_per_worker: int = Field(0, ge=0)
+    compile: bool = False
+    """Compile each block with torch.compile: a minute or more at the start, faster steps (docs/results/model-cpu.md)."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, all but matrix products and attention, or whole blocks."""
     max_failures: int = Field(3, ge=0)
     """Restarts of the worker group before the stage gives up."""
 

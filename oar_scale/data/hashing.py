@@ -8,6 +8,7 @@ SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), applied once per input word.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -78,5 +79,11 @@ def _signed(bits: int) -> int:
 
 def name_hash(name: str, purpose: str) -> float:
     """Uniform number in [0, 1) of a name: fixed for ever, independent of any seed."""
-    low, high = zlib.crc32(name.encode()), zlib.crc32(name.encode()[::-1])
-    return float(uniform(purpose, low, high))
+    return float(name_hashes([name], purpose)[0])
+
+
+def name_hashes(names: Sequence[str], purpose: str) -> NDArray[np.float64]:
+    """:func:`name_hash` of many names at once."""
+    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+    low, high = (np.array([zlib.crc32(data[::step]) for data in encoded], dtype=np.uint64) for step in (1, -1))
+    return uniform(purpose, low, high)

@@ -25,6 +25,17 @@ class ShardInfo(BaseModel):
     crc32c: int
 
 
+class TextFeatures(BaseModel):
+    """What the ``KEY.features.npy`` of a folder are: float16 [at most rows, width], made by a frozen text tower."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tower_id: str
+    """Content hash of the tower's weights."""
+    rows: int
+    width: int
+
+
 class Manifest(BaseModel):
     """All shards in order; token shards also say what their codes mean."""
 
@@ -36,6 +47,8 @@ class Manifest(BaseModel):
     vocab_size: int | None = None
     views: tuple[str, ...] = ()
     tokenizer_id: str | None = None
+    features: TextFeatures | None = None
+    """The captions through a text tower, where they were computed beforehand."""
     attribution: str = ""
     skipped: dict[str, str] = {}
     """Samples that were left out, by name, and why."""
@@ -49,7 +62,10 @@ class Manifest(BaseModel):
     @property
     def fingerprint(self) -> str:
         """Changes with any byte of any shard and with the meaning of the codes."""
-        return fingerprint(self.model_dump(mode="json", exclude={"attribution", "skipped", "with_variant_in_train"}))
+        left_out = {"attribution", "skipped", "with_variant_in_train"}
+        if self.features is None:
+            left_out.add("features")  # shards without any keep the fingerprint they had before there was this field
+        return fingerprint(self.model_dump(mode="json", exclude=left_out))
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
@@ -66,11 +82,18 @@ def read_manifest(folder: str) -> Manifest:
     """
     uri = join(folder, "manifest.json")
     try:
-        manifest = Manifest.model_validate_json(open_storage(uri).read(uri))
+        return parse_manifest(open_storage(uri).read(uri), uri)
     except Missing as error:
         raise UserError(
-            f"{folder}: no manifest.json, so these shards were never finished. Run the stage that writes them again."
+            f"{folder}: no manifest.json, so these shards were never finished. Run the stage that writes them again; "
+            "for shards that another program wrote: oar data index."
         ) from error
+
+
+def parse_manifest(data: bytes, uri: str) -> Manifest:
+    """The manifest in these bytes, which came from ``uri``. Raises UserError where it is not one of ours."""
+    try:
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         raise UserError(f"{uri}: not a manifest that oar_scale wrote.\n{error}") from error
     if manifest.format != FORMAT:

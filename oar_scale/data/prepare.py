@@ -1,100 +1,172 @@
-"""Captioned images into image shards, a fixed share of the names held out."""
+"""Captioned images into image shards, a fixed share of the names held out.
+
+    names of all images --sort by a hash of the key--> threads read, decode, resize --> a shard goes out as soon as it is full
+
+Nothing but the names is in memory as a whole, so that a million images take no more than a thousand and their names.
+"""
 
 from __future__ import annotations
 
 import io
 import json
-from collections import Counter
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
 
 from oar_scale.config.schema import DataConfig
-from oar_scale.data.hashing import name_hash
-from oar_scale.data.manifest import Manifest, write_manifest
+from oar_scale.data.hashing import name_hash, name_hashes
+from oar_scale.data.manifest import Manifest, ShardInfo, write_manifest
 from oar_scale.data.shards import shard_name, write_shard
-from oar_scale.data.sources import SourceImage, open_source
+from oar_scale.data.sources import BadSample, SourceImage, open_source
 from oar_scale.errors import UserError
 from oar_scale.storage import join
 
 SPLITS = ("train", "heldout")
+AHEAD = 4
+"""Images read ahead, for each thread."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+OnProgress = Callable[[int, int], None]
+"""Called with (images done, images in all), at the start and after every shard."""
 
 
-def prepare_images(config: DataConfig, folder: str) -> dict[str, Manifest]:
+def prepare_images(config: DataConfig, folder: str, on_progress: OnProgress | None = None) -> dict[str, Manifest]:
     """Write ``folder/train`` and ``folder/heldout``; the manifests come last.
 
     Bad samples (no caption, an image that cannot be read) are skipped and named in the manifest, or stop the stage, as
-    ``data.on_bad_sample`` says.
+    ``data.on_bad_sample`` says. The bytes depend on the images and on ``config`` without its ``prepare_threads``.
 
     Raises:
-        UserError: a bad sample under ``fail``, too many of them under ``skip``, or an empty split.
+        UserError: a bad sample under ``fail``, too many of them under ``skip``, two images of one key, or an empty split.
     """
     source = open_source(config.source)
-    samples: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    families: dict[str, list[str]] = {split: [] for split in SPLITS}
+    images = _in_order(list(source.images()))
+    splits = {split: _Split(join(folder, split), config.samples_per_shard) for split in SPLITS}
     skipped: dict[str, str] = {}
-    images = sorted(source.images(config.image_size), key=lambda image: name_hash(image.key, "shard"))
-    for image in images:
-        split = "heldout" if name_hash(image.name, "heldout") < config.heldout_fraction else "train"
-        fault, sample = _encode(image, config.image_size)
-        if sample is None:
-            skipped[image.key] = fault
+
+    def encode(image: SourceImage) -> dict[str, Any] | str:
+        return _encode(image, config.image_size)
+
+    report = on_progress or (lambda done, total: None)
+    report(0, len(images))
+    for done, (image, sample) in enumerate(_map_in_order(encode, images, config.prepare_threads), 1):
+        if isinstance(sample, str):
+            skipped[image.key] = sample
             if config.on_bad_sample == "fail":
-                raise UserError(f"data: image {image.key!r}: {fault}. Mend it, or set data.on_bad_sample: skip.")
-        else:
-            samples[split].append(sample)
-            families[split].append(image.family)
-    _check_keys(samples)
-    _check_amounts(config, len(images), skipped, samples)
-
-    manifests = {}
-    for split in SPLITS:
-        target, size = join(folder, split), config.samples_per_shard
-        shards = [write_shard(target, shard_name(i // size), samples[split][i : i + size]) for i in range(0, len(samples[split]), size)]
-        if split == "train":
-            manifests[split] = Manifest(shards=tuple(shards), attribution=source.attribution, skipped=skipped)
-        else:
-            in_train = set(families["train"])
-            variants = sum(bool(family) and family in in_train for family in families[split])
-            manifests[split] = Manifest(shards=tuple(shards), attribution=source.attribution, with_variant_in_train=variants)
-    for split in SPLITS:
-        write_manifest(join(folder, split), manifests[split])
-    return manifests
+                raise UserError(f"data: image {image.key!r}: {sample}. Mend it, or set data.on_bad_sample: skip.")
+        elif splits[_split_of(image, config)].add(sample, image.family):
+            report(done, len(images))
+            _check_skipped(config, skipped, done, len(images))
+    _check_skipped(config, skipped, len(images), len(images))
+    for split in splits.values():
+        split.flush()
+    report(len(images), len(images))
+    return _write_manifests(splits, source.attribution, skipped, len(images))
 
 
-def _encode(image: SourceImage, size: int) -> tuple[str, dict[str, Any] | None]:
-    """The shard sample of an image, or the reason why there is none."""
-    if not image.caption:
-        return "no caption", None
-    try:
-        pixels = image.load(size)
-    except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # what PIL and resvg raise for broken files
-        return f"cannot be read ({error})", None
-    buffer = io.BytesIO()
-    pixels.save(buffer, "PNG")
-    sample = {
-        "__key__": image.key,
-        "png": buffer.getvalue(),
-        "txt": image.caption,
-        "json": json.dumps({**image.facts, "name": image.name, "family": image.family}).encode(),
-    }
-    return "", sample if image.features is None else {**sample, "features.npy": image.features}
-
-
-def _check_keys(samples: dict[str, list[dict[str, Any]]]) -> None:
-    keys = [sample["__key__"] for split in SPLITS for sample in samples[split]]
-    repeated = [key for key, count in Counter(keys).items() if count > 1]
-    if repeated:
+def _in_order(images: list[SourceImage]) -> list[SourceImage]:
+    """By a hash of the key: the same for the same images, and no relatives side by side."""
+    keys = [image.key for image in images]
+    if len(set(keys)) < len(keys):
+        repeated = [key for key, count in Counter(keys).items() if count > 1]
         raise UserError(
             f"data: {len(repeated)} keys stand for more than one image, e.g. {repeated[0]!r}. Give every image a name of its own."
         )
+    return [images[index] for index in np.argsort(name_hashes(keys, "shard"), kind="stable")]
 
 
-def _check_amounts(config: DataConfig, total: int, skipped: dict[str, str], samples: dict[str, list[dict[str, Any]]]) -> None:
+def _split_of(image: SourceImage, config: DataConfig) -> str:
+    return "heldout" if name_hash(image.name, "heldout") < config.heldout_fraction else "train"
+
+
+def _encode(image: SourceImage, size: int) -> dict[str, Any] | str:
+    """The shard sample of an image, or the reason why there is none."""
+    try:
+        content = image.read(size)
+    except BadSample as fault:
+        return str(fault)
+    buffer = io.BytesIO()
+    content.image.save(buffer, "PNG")
+    sample = {
+        "__key__": image.key,
+        "png": buffer.getvalue(),
+        "txt": content.caption,
+        "json": json.dumps({**content.facts, "name": image.name, "family": image.family}).encode(),
+    }
+    return sample if content.features is None else {**sample, "features.npy": content.features}
+
+
+def _map_in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[tuple[Item, Result]]:
+    """Each item with its result, in the order of the items; a bounded number of them is under way.
+
+    Threads, because decoding, resizing and packing an image all happen outside Python's lock.
+    """
+    under_way: deque[tuple[Item, Future[Result]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                under_way.append((item, pool.submit(function, item)))
+                if len(under_way) > AHEAD * threads:
+                    first, result = under_way.popleft()
+                    yield first, result.result()
+            while under_way:
+                first, result = under_way.popleft()
+                yield first, result.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class _Split:
+    """The shards of one split: at most one of them is in memory."""
+
+    folder: str
+    samples_per_shard: int
+    shards: list[ShardInfo] = field(default_factory=list)
+    families: Counter[str] = field(default_factory=Counter)
+    """Images of each family; those without one are not counted."""
+    waiting: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, sample: dict[str, Any], family: str) -> bool:
+        """Whether this sample made a shard full, which was then written."""
+        self.waiting.append(sample)
+        if family:
+            self.families[family] += 1
+        if len(self.waiting) < self.samples_per_shard:
+            return False
+        self.flush()
+        return True
+
+    def flush(self) -> None:
+        if self.waiting:
+            self.shards.append(write_shard(self.folder, shard_name(len(self.shards)), self.waiting))
+            self.waiting = []
+
+
+def _check_skipped(config: DataConfig, skipped: dict[str, str], done: int, total: int) -> None:
     if total and len(skipped) / total > config.max_bad_fraction:
         named = "; ".join(f"{key}: {fault}" for key, fault in list(skipped.items())[:5])
         raise UserError(
-            f"data: {len(skipped)} of {total} images are bad, more than data.max_bad_fraction = {config.max_bad_fraction}.\n"
-            f"The first: {named}"
+            f"data: {len(skipped)} of the first {done} images are bad, more than data.max_bad_fraction = {config.max_bad_fraction} "
+            f"of all {total}.\nThe first: {named}"
         )
-    for split, found in samples.items():
-        if not found:
-            raise UserError(f"data: no image left for the {split} split of {total} images; change data.heldout_fraction or add images.")
+
+
+def _write_manifests(splits: dict[str, _Split], attribution: str, skipped: dict[str, str], total: int) -> dict[str, Manifest]:
+    for name, split in splits.items():
+        if not split.shards:
+            raise UserError(f"data: no image left for the {name} split of {total} images; change data.heldout_fraction or add images.")
+    train, heldout = splits["train"], splits["heldout"]
+    variants = sum(count for family, count in heldout.families.items() if family in train.families)
+    manifests = {
+        "train": Manifest(shards=tuple(train.shards), attribution=attribution, skipped=skipped),
+        "heldout": Manifest(shards=tuple(heldout.shards), attribution=attribution, with_variant_in_train=variants),
+    }
+    for name, manifest in manifests.items():
+        write_manifest(splits[name].folder, manifest)
+    return manifests

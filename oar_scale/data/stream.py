@@ -1,35 +1,51 @@
-"""Token shards as training batches.
+"""Shards as training batches.
 
-The plan says which samples a step takes; this module opens their shards (verified, cached locally, a bounded number of
-them decoded at a time) and adds every random choice about a sample as a hash of (seed, epoch, uid): its view, its order,
-whether its prompt is dropped. So a batch is a function of (recipe, step) alone, and resuming is starting at a step.
+The plan says which samples a step takes; this module opens their shards (verified, cached on local disk, a bounded number of them
+open at a time) and adds every random choice about a sample as a hash of (seed, epoch, uid): its view, its order, whether its prompt
+is dropped. So a batch is a function of (settings, step) alone, and resuming is starting at a step.
 
-    for batch in TokenStream(...).batches(start_step=80): ...
+    for batch in TokenStream(...).batches(start_step=80, end_step=100): ...
+
+A sample that cannot be used is replaced by another one, the same on every rank and in every attempt, and named in the batch. Loader
+processes take whole steps in turn: each one is the same function of the step, so their number changes nothing either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from oar_scale.data.hashing import device_permutations, integers, uniform
-from oar_scale.data.manifest import Manifest
-from oar_scale.data.plan import SamplePlan, Slots
-from oar_scale.data.shards import TokenShard, read_token_shard
+from oar_scale.data.plan import MixturePlan, Plan, SamplePlan, step_slots
+from oar_scale.data.open_shard import Unusable
+from oar_scale.data.shard_source import OpenShards, Row, ShardSource
 from oar_scale.errors import UserError
-from oar_scale.storage import join
+from oar_scale.storage import FetchStats
 from oar_scale.tokenizers.prompts import PromptEncoder
+from oar_scale.tokenizers.vq import pixels_to_unit
 
-StoredOrders = Callable[[str, TokenShard], NDArray[np.uint16]]
-"""Stored orders [S, N] of a shard of the given name."""
+LOOK_AHEAD_STEPS = 8
+"""A shard that a step so far ahead needs is fetched while others are in use."""
+SUBSTITUTES = 16
+"""Samples tried in the place of one that cannot be used."""
+BAD_FROM = 64
+"""Samples seen before the share of bad ones can stop the stream."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used, and was replaced."""
+
+    uid: int
+    fault: str
+    """Names shard and key, and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,10 @@ class Batch:
     """Samples in a given order (bool); the others get a random one."""
     fixed_bN: Tensor
     """The given orders; any numbers where there is none."""
+    bad: tuple[BadSample, ...] = ()
+    """Samples that were replaced."""
+    fetched: FetchStats = field(default_factory=FetchStats)
+    """What was fetched for this batch and the ones it looked ahead to."""
 
     def orders(self, device: torch.device | str = "cpu") -> Tensor:
         """The order of each sample [b, N]. Random ones are made on ``device``, and are the same on all."""
@@ -70,38 +90,146 @@ class StreamSettings:
     random_share: float = 1.0
     """Share of samples that take any view, in a random order. The rest take view 0 in its stored order; without stored
     orders (the control) still view 0, in a random order, so that the orders are all that differs."""
+    max_bad_fraction: float = 0.01
+    """More bad samples than this share of those seen stop the stream."""
 
 
 class TokenStream:
-    """The batches of one rank."""
+    """The batches of one rank, from one folder of shards or a mixture of several."""
 
     def __init__(
         self,
-        folder: str,
-        manifest: Manifest,
+        sources: ShardSource | Sequence[ShardSource],
         prompts: PromptEncoder,
         settings: StreamSettings,
-        cache_dir: str,
         rank: int = 0,
         world: int = 1,
-        stored_orders: StoredOrders | None = None,
+        loader_processes: int = 0,
     ) -> None:
-        if manifest.grid is None:
-            raise UserError(f"{folder}: these are not token shards (the manifest has no grid). Run the stage tokens first.")
-        self.folder, self.manifest, self.prompts, self.settings = folder, manifest, prompts, settings
-        self.cache_dir, self.rank, self.world, self.stored_orders = cache_dir, rank, world, stored_orders
-        self.cells = manifest.grid**2
-        if manifest.samples < settings.streams:
-            raise UserError(
-                f"{folder}: {manifest.samples} samples are fewer than data.canonical_streams = {settings.streams}. Lower it, or add images."
-            )
-        self.plan = SamplePlan(tuple(s.samples for s in manifest.shards), settings.seed, settings.streams, settings.window_shards)
+        """Raises UserError for sources that do not fit together, or hold too few samples."""
+        self.sources = [sources] if isinstance(sources, ShardSource) else list(sources)
+        self.prompts, self.settings = prompts, settings
+        self.rank, self.world, self.loader_processes = rank, world, loader_processes
+        grids = {source.grid for source in self.sources}
+        if len(grids) != 1:
+            raise UserError(f"{', '.join(s.folder for s in self.sources)}: code grids {sorted(grids)}; a mixture needs one")
+        self.cells = grids.pop() ** 2
+        self.plans = [_plan(source, settings) for source in self.sources]
+        self.plan: Plan = MixturePlan(self.plans, [s.weight for s in self.sources]) if len(self.plans) > 1 else self.plans[0]
+        self.first_uid = np.concatenate([[0], np.cumsum([plan.samples for plan in self.plans])])
         # A rank reads streams/world segments at once, each inside one window; two shards more for the edges.
-        decoded = settings.streams // world * min(settings.window_shards, len(manifest.shards)) + 2
-        self._shard = lru_cache(maxsize=min(decoded, len(manifest.shards)))(self._decode)
+        room = settings.streams // world * settings.window_shards + 2
+        self.shards = [OpenShards(source, prompts.field, room) for source in self.sources]
+        self._counted: dict[str, int] = {}
+
+    def __reduce__(self) -> tuple[type[TokenStream], tuple[object, ...]]:
+        """What a loader process gets: how to make this stream, not what it has open."""
+        return TokenStream, (self.sources, self.prompts, self.settings, self.rank, self.world, self.loader_processes)
 
     def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
-        """The batches of steps ``start_step`` to ``end_step - 1``; the next one is made while the last is in use."""
+        """The batches of steps ``start_step`` to ``end_step - 1``; the next ones are made while the last is in use.
+
+        Raises:
+            UserError: too many bad samples; names some.
+        """
+        seen, bad = 0, list[BadSample]()
+        for batch in self._made_ahead(start_step, end_step):
+            seen, bad = seen + len(batch.uid_b), [*bad, *batch.bad]
+            if len(bad) > self.settings.max_bad_fraction * max(seen, BAD_FROM):
+                named = "\n".join(f"  {sample.fault}" for sample in bad[:5])
+                raise UserError(
+                    f"step {batch.step}: {len(bad)} of {seen} samples could not be used, more than data.max_bad_fraction = "
+                    f"{self.settings.max_bad_fraction:g} allows:\n{named}\nMend the shards (oar data verify), or raise the limit."
+                )
+            yield batch
+
+    def batch(self, step: int) -> Batch:
+        """This rank's samples of a step: a function of the settings and ``step`` alone."""
+        settings = self.settings
+        self._look_ahead(step + LOOK_AHEAD_STEPS)
+        slots = step_slots(self.plan, step, settings.global_batch, self.rank, self.world)
+        any_view_b = uniform("order kind", settings.seed, slots.epoch, slots.uid) < settings.random_share
+        bad: list[BadSample] = []
+        rows = [
+            self._sample(epoch, uid, any_view, bad)
+            for epoch, uid, any_view in zip(slots.epoch.tolist(), slots.uid.tolist(), any_view_b.tolist(), strict=True)
+        ]
+        raster_N = np.arange(self.cells)
+        orders = [raster_N if settings.raster else row.order for _, row in rows]
+        return Batch(
+            step=step,
+            uid_b=torch.from_numpy(slots.uid),
+            codes_bN=self._codes(rows),
+            prompts_b=self.prompts.encode([row.prompt for _, row in rows]),
+            drop_b=torch.from_numpy(uniform("caption", settings.seed, slots.epoch, slots.uid) < settings.caption_dropout),
+            seed=settings.seed,
+            epoch_b=torch.from_numpy(slots.epoch),
+            fixed_b=torch.tensor([order is not None for order in orders]),
+            fixed_bN=torch.from_numpy(np.stack([raster_N if order is None else order.astype(np.int64) for order in orders])),
+            bad=tuple(bad),
+            fetched=self._fetched(),
+        )
+
+    def _sample(self, epoch: int, uid: int, any_view: bool, bad: list[BadSample]) -> tuple[int, Row]:
+        """The sample of a slot, or the first of its substitutes that can be used, and which source it is of."""
+        seed = self.settings.seed
+        wanted = uid
+        for attempt in range(SUBSTITUTES):
+            folder, shard, row = self._place(wanted)
+            # Stored orders belong to the first view.
+            view = int(integers("view", self.sources[folder].views, seed, epoch, uid)) if any_view else 0
+            try:
+                return folder, self.shards[folder].row(shard, row, view, stored_order=not any_view)
+            except Unusable as fault:
+                bad.append(BadSample(wanted, str(fault)))
+            wanted = int(integers("substitute", int(self.first_uid[-1]), seed, epoch, uid, attempt))
+        raise UserError(f"{SUBSTITUTES} samples in a row could not be used; the last: {bad[-1].fault}")
+
+    def _place(self, uid: int) -> tuple[int, int, int]:
+        """A sample's folder, shard and row."""
+        folder = int(np.searchsorted(self.first_uid, uid, side="right")) - 1
+        shard, row = self.plans[folder].shard_of(np.int64(uid) - self.first_uid[folder])
+        return folder, int(shard), int(row)
+
+    def _codes(self, rows: list[tuple[int, Row]]) -> Tensor:
+        """Codes int64 [b, N]; pictures of image shards go through their tokenizer together."""
+        joined = b"".join(row.codes or bytes(2 * self.cells) for _, row in rows)
+        codes_bN = torch.from_numpy(np.frombuffer(joined, dtype="<u2").reshape(-1, self.cells).astype(np.int64))
+        for number, source in enumerate(self.sources):
+            if source.tokenizer is not None:
+                pictures = {at: row.pixels for at, (folder, row) in enumerate(rows) if folder == number and row.pixels is not None}
+                if pictures:
+                    pixels = torch.from_numpy(np.stack(list(pictures.values())))
+                    codes_bN[list(pictures)] = source.tokenizer.encode(pixels_to_unit(pixels))
+        return codes_bN
+
+    def _look_ahead(self, step: int) -> None:
+        """Begin to fetch the shards of a later step."""
+        slots = step_slots(self.plan, step, self.settings.global_batch, self.rank, self.world)
+        folder = np.searchsorted(self.first_uid, slots.uid, side="right") - 1
+        for number, plan in enumerate(self.plans):
+            shards, _ = plan.shard_of(slots.uid[folder == number] - self.first_uid[number])
+            for shard in np.unique(shards).tolist():
+                self.shards[number].prefetch(shard)
+
+    def _fetched(self) -> FetchStats:
+        """What the caches did since the last batch."""
+        now = {
+            name: sum(getattr(cache.stats, name) for cache in {id(source.cache): source.cache for source in self.sources}.values())
+            for name in (each.name for each in dataclasses.fields(FetchStats))
+        }
+        since, self._counted = self._counted, now
+        return FetchStats(**{name: number - since.get(name, 0) for name, number in now.items()})
+
+    def _made_ahead(self, start_step: int, end_step: int) -> Iterator[Batch]:
+        if self.loader_processes:
+            yield from DataLoader(
+                _Steps(self, start_step, end_step),
+                batch_size=None,
+                num_workers=min(self.loader_processes, max(1, end_step - start_step)),
+                multiprocessing_context="spawn",  # a fork would copy locked clients and the threads of torch.distributed
+            )
+            return
         with ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(self.batch, start_step) if start_step < end_step else None
             for step in range(start_step, end_step):
@@ -110,48 +238,24 @@ class TokenStream:
                 coming = ahead.submit(self.batch, step + 1) if step + 1 < end_step else None
                 yield batch
 
-    def batch(self, step: int) -> Batch:
-        """This rank's samples of a step: a function of the settings and ``step`` alone."""
-        settings = self.settings
-        slots = self.plan.step(step, settings.global_batch, self.rank, self.world)
-        any_view_b = uniform("order kind", settings.seed, slots.epoch, slots.uid) < settings.random_share
-        view_b = integers("view", len(self.manifest.views), settings.seed, slots.epoch, slots.uid)
-        view_b[~any_view_b] = 0  # stored orders belong to the first view
-        codes, prompts, fixed_b, fixed_bN = self._gather(slots, view_b, ~any_view_b)
-        return Batch(
-            step=step,
-            uid_b=torch.from_numpy(slots.uid),
-            codes_bN=torch.from_numpy(codes.astype(np.int64)),
-            prompts_b=self.prompts.encode(prompts),
-            drop_b=torch.from_numpy(uniform("caption", settings.seed, slots.epoch, slots.uid) < settings.caption_dropout),
-            seed=settings.seed,
-            epoch_b=torch.from_numpy(slots.epoch),
-            fixed_b=torch.from_numpy(fixed_b),
-            fixed_bN=torch.from_numpy(fixed_bN),
+
+class _Steps(IterableDataset[Batch]):
+    """Whole steps, dealt out to the loader's processes in turn, in which order the loader also collects them."""
+
+    def __init__(self, stream: TokenStream, start_step: int, end_step: int) -> None:
+        self.stream, self.start_step, self.end_step = stream, start_step, end_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for step in range(self.start_step + first, self.end_step, stride):
+            yield self.stream.batch(step)
+
+
+def _plan(source: ShardSource, settings: StreamSettings) -> SamplePlan:
+    if source.manifest.samples < settings.streams:
+        raise UserError(
+            f"{source.folder}: {source.manifest.samples} samples are fewer than data.canonical_streams = {settings.streams}. "
+            "Lower it, or add images."
         )
-
-    def _gather(
-        self, slots: Slots, view_b: NDArray[np.int64], stored_b: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.uint16], list[Any], NDArray[np.bool_], NDArray[np.int64]]:
-        codes = np.empty((len(slots.uid), self.cells), dtype=np.uint16)
-        fixed_b = np.full(len(slots.uid), self.settings.raster)
-        fixed_bN = np.tile(np.arange(self.cells), (len(slots.uid), 1))
-        prompts = []
-        for row, uid in enumerate(slots.uid):
-            index, at = self.plan.shard_of(int(uid))
-            shard, orders_SN = self._shard(index)
-            codes[row] = shard.codes_SVN[at, view_b[row]]
-            prompts.append(shard.prompts[at])
-            if stored_b[row] and orders_SN is not None:
-                fixed_b[row], fixed_bN[row] = True, orders_SN[at]
-        return codes, prompts, fixed_b, fixed_bN
-
-    def _decode(self, index: int) -> tuple[TokenShard, NDArray[np.uint16] | None]:
-        info = self.manifest.shards[index]
-        shard = read_token_shard(join(self.folder, info.name), self.cache_dir, info, self.prompts.field)
-        if shard.codes_SVN.shape[1:] != (len(self.manifest.views), self.cells):
-            raise UserError(
-                f"{join(self.folder, info.name)}: codes are {shard.codes_SVN.shape[1:]} (views, cells), "
-                f"the manifest says {(len(self.manifest.views), self.cells)}. Run the stage tokens again."
-            )
-        return shard, self.stored_orders(info.name, shard) if self.stored_orders else None
+    return SamplePlan([shard.samples for shard in source.manifest.shards], settings.seed, settings.streams, settings.window_shards)

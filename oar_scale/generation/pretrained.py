@@ -25,7 +25,7 @@ from oar_scale.generation.sampling import Generated, SampleSettings, generate
 from oar_scale.model import AnyOrderModel, check_prompts, load_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
 from oar_scale.tokenizers.image import ImageTokenizer
-from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder, PromptEncoder, load_prompts, model_inputs
+from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder, PromptEncoder, for_new_prompts, load_prompts, model_inputs
 from oar_scale.tokenizers.vq import load_vq, pixels_to_unit, unit_to_pixels
 
 DECODE_BATCH = 16
@@ -197,7 +197,7 @@ def load_pretrained(path: str, model: str | None = None) -> Pretrained:
 def _prompts(parts: Parts, spec: ModelSpec) -> PromptEncoder | None:
     """The prompt encoder: of the folder, or the only one there can be."""
     if parts.text is not None:
-        return load_prompts(parts.text, parts.text_folder)
+        return load_prompts(for_new_prompts(parts.text), parts.text_folder)
     if isinstance(spec.condition, ClassSpec):
         return LabelEncoder(spec.condition.classes)
     return FeatureReader(spec.condition.rows, spec.condition.width) if isinstance(spec.condition, FeatureSpec) else None

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oar_scale.model.rope import Rotation, rotate, rotate_fast
+from oar_scale.model import lean
+from oar_scale.model.rope import rotate_fast, rotate_heads
 from oar_scale.model.spec import ModelSpec
 
 
@@ -28,15 +28,19 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """``nn.RMSNorm``; where no gradient is wanted, a CPU (which has no fused kernel for it) takes half the passes over memory."""
+    """``nn.RMSNorm``, on a CPU with :func:`lean.rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            return super().forward(x)
-        x32, mean_of = x.float(), x.shape[-1]
-        scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(mean_of).add_(self.eps or 0.0).rsqrt_()
-        scaled: Tensor = (x32 * scale).mul_(self.weight)
-        return scaled.to(x.dtype)
+        if lean.worthwhile(x):
+            return lean.rms_norm(x, self.weight, self.eps or 0.0)
+        return super().forward(x)
+
+
+class GatedLinear(Linear):
+    """The way out of a SwiGLU feed-forward: ``(silu(gate) * up) W^T``."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        return lean.gated_linear(gate, up, self.weight)
 
 
 class Heads(NamedTuple):
@@ -63,18 +67,19 @@ class Attention(nn.Module):
         self.wqkv = Linear(spec.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.wo = Linear(spec.dim, spec.dim)
 
-    def project(self, x_BLD: Tensor, rotation: Rotation | None) -> Heads:
-        """Project rows to heads; ``rotation`` [B or 1, L, head_dim / 2] turns queries and keys, None leaves them."""
-        qk, v = self._qk_and_v(x_BLD)
-        if rotation is not None:
-            qk = rotate(qk, Rotation(rotation.cos.unsqueeze(2), rotation.sin.unsqueeze(2)))
-        q, k = qk.split([self.heads, self.kv_heads], dim=2)
+    def project(self, x_BLD: Tensor, turn_BLP2: Tensor | None) -> Heads:
+        """Project rows to heads; rotations [B, L, P, 2] turn queries and keys, None leaves them."""
+        qkv_BLHd = self.wqkv(x_BLD).unflatten(-1, (-1, self.head_dim))
+        if turn_BLP2 is None:
+            q, k, v = qkv_BLHd.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        else:
+            q, k, v = rotate_heads(qkv_BLHd, turn_BLP2, self.kv_heads)
         return Heads(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
-    def project_decoding(self, x_BLD: Tensor, turn_BLP: Tensor) -> DecodingHeads:
-        """:meth:`project` for inference: the same numbers with a quarter of the passes over memory."""
-        qk, v = self._qk_and_v(x_BLD)
-        rotated = rotate_fast(qk, turn_BLP[:, :, None])
+    def project_decoding(self, x_BLD: Tensor, turn_BLP2: Tensor) -> DecodingHeads:
+        """:meth:`project` for inference, with the rows' own scores."""
+        qk, v = self.wqkv(x_BLD).unflatten(-1, (-1, self.head_dim)).split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        rotated = rotate_fast(qk, turn_BLP2[:, :, None])
         q32, k32 = rotated.split([self.heads, self.kv_heads], dim=2)
         own_BLH = (q32.unflatten(2, (self.kv_heads, -1)) * k32.unsqueeze(3)).sum(-1).flatten(2) / math.sqrt(self.head_dim)
         q, k = rotated.to(x_BLD.dtype).split([self.heads, self.kv_heads], dim=2)
@@ -84,22 +89,16 @@ class Attention(nn.Module):
         """Heads back to rows [B, L, D]."""
         return self.wo(out_BHLd.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
-    def _qk_and_v(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys [B, L, H + kv_heads, head_dim] together, and values [B, L, kv_heads, head_dim]."""
-        qkv = self.wqkv(x_BLD).unflatten(-1, (-1, self.head_dim))
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        return qk, v
-
 
 class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.w1 = Linear(dim, hidden)
         self.w3 = Linear(dim, hidden)
-        self.w2 = Linear(hidden, dim)
+        self.w2 = GatedLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+        return self.w2(self.w1(x), self.w3(x))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -114,15 +113,23 @@ class Block(nn.Module):
         self.dropout = spec.dropout
         self.grouped = self.attention.kv_heads != self.attention.heads
 
-    def decoding_heads(self, x_BLD: Tensor, turn_BLP: Tensor) -> DecodingHeads:
-        return self.attention.project_decoding(self.attention_norm(x_BLD), turn_BLP)
+    def decoding_heads(self, x_BLD: Tensor, turn_BLP2: Tensor) -> DecodingHeads:
+        return self.attention.project_decoding(self.attention_norm(x_BLD), turn_BLP2)
 
     def finish(self, x_BLD: Tensor, out_BHLd: Tensor) -> Tensor:
         """Residual connections around attention (already computed) and feed-forward."""
-        x_BLD = x_BLD + F.dropout(self.attention.merge(out_BHLd), self.dropout, self.training)
-        return x_BLD + F.dropout(self.feed_forward(self.ffn_norm(x_BLD)), self.dropout, self.training)
+        x_BLD = self._add(x_BLD, self.attention.merge(out_BHLd))
+        return self._add(x_BLD, self.feed_forward(self.ffn_norm(x_BLD)))
 
-    def forward(self, x_BLD: Tensor, rotation: Rotation | None, *, causal: bool, mask: Tensor | None = None) -> Tensor:
-        q, k, v = self.attention.project(self.attention_norm(x_BLD), rotation)
+    def forward(
+        self, x_BLD: Tensor, turn_BLP2: Tensor | None, *, causal: bool, mask: Tensor | None = None, leaving: slice = slice(None)
+    ) -> Tensor:
+        """The rows ``leaving`` the block: the last block of a trunk need not finish rows that predict nothing."""
+        q, k, v = self.attention.project(self.attention_norm(x_BLD), turn_BLP2)
         out_BHLd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
-        return self.finish(x_BLD, out_BHLd)
+        return self.finish(x_BLD[:, leaving], out_BHLd[:, :, leaving])
+
+    def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+        if self.training and self.dropout and lean.worthwhile(x_BLD):
+            return lean.add_dropped(x_BLD, y_BLD, self.dropout)
+        return x_BLD + F.dropout(y_BLD, self.dropout, self.training)

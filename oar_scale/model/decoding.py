@@ -81,11 +81,11 @@ class Decoding:
             entering, prefix.last = None, self._nothing(prefix)
         before = 0 if entering is None else 1
         x, cells = asking if entering is None else (torch.cat(pair, dim=1) for pair in zip(entering, asking, strict=True))
-        turn_BLP = self.model.turns(x.device)[cells]
+        turn_BLP2 = self.model.rotations(x.device)[cells]
         end = prefix.rows + before
         keys, values = [], []
         for index, layer in enumerate(self.model.layers):
-            q, k, v, own = layer.decoding_heads(x, turn_BLP)  # type: ignore[operator]
+            q, k, v, own = layer.decoding_heads(x, turn_BLP2)  # type: ignore[operator]
             key_cache, value_cache = prefix.keys[index][:, :, :end], prefix.values[index][:, :, :end]
             key_cache[:, :, prefix.rows :] = k[:, :, :before]
             value_cache[:, :, prefix.rows :] = v[:, :, :before]
@@ -136,10 +136,10 @@ class Decoding:
         start, end = prefix.rows, prefix.rows + x_BLD.shape[1]
         if end == start:
             return x_BLD
-        turn_BLP = self.model.turns(x_BLD.device)[cells_BL]
+        turn_BLP2 = self.model.rotations(x_BLD.device)[cells_BL]
         mask = torch.ones(end - start, end, dtype=torch.bool, device=x_BLD.device).tril(diagonal=start)
         for index, layer in enumerate(self.model.layers):
-            q, k, v, _ = layer.decoding_heads(x_BLD, turn_BLP)  # type: ignore[operator]
+            q, k, v, _ = layer.decoding_heads(x_BLD, turn_BLP2)  # type: ignore[operator]
             prefix.keys[index][:, :, start:end] = k
             prefix.values[index][:, :, start:end] = v
             keys, values = prefix.keys[index][:, :, :end], prefix.values[index][:, :, :end]

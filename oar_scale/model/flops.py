@@ -1,7 +1,8 @@
 """What a model costs: floating-point operations per image, by formula.
 
-    forward   layers (L row + 4 L^2 D)  +  2 N D V  +  condition encoder
-    row       2 (D (H + 2 kv_heads) head_dim + D^2 + 3 D F)          the matrices of a block, for one row
+    forward   layers (L row + 4 L^2 D)  -  (L - N) end  +  2 N D V  +  condition encoder
+    row       2 D (H + 2 kv_heads) head_dim + end                    the matrices of a block, for one row
+    end       2 (D^2 + 3 D F)                                        those after attention: the last block has N rows there
     L         T + N - 1 raster,  T + 2 N - 1 instructed,  T + N dual
 
 N cells, V codes, T condition rows, D channels, H heads, F channels of the feed-forward. A multiply-add counts two. Matrix products
@@ -77,13 +78,17 @@ def _rows(spec: ModelSpec) -> int:
 
 def _trunk(spec: ModelSpec) -> int:
     rows = _rows(spec)
-    return spec.layers * (rows * _block_row(spec) + _attention(spec, rows, rows))
+    return spec.layers * (rows * _block_row(spec) + _attention(spec, rows, rows)) - (rows - spec.cells) * _end_row(spec)
 
 
 def _block_row(spec: ModelSpec) -> int:
     """The matrices of a block, for one row."""
-    qkv = (spec.heads + 2 * (spec.kv_heads or spec.heads)) * spec.head_dim
-    return 2 * spec.dim * (qkv + spec.dim + 3 * spec.ffn_hidden)
+    return 2 * spec.dim * (spec.heads + 2 * (spec.kv_heads or spec.heads)) * spec.head_dim + _end_row(spec)
+
+
+def _end_row(spec: ModelSpec) -> int:
+    """The matrices of a block after attention, for one row."""
+    return 2 * spec.dim * (spec.dim + 3 * spec.ffn_hidden)
 
 
 def _attention(spec: ModelSpec, queries: int, keys: int) -> int:

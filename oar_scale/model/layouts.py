@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oar_scale.model.rope import Rotation, cell_rotations, offset_index, offset_rotations, rotate_vector
+from oar_scale.model.rope import cell_rotations, offset_index, offset_rotations, rotate_vector
 from oar_scale.model.spec import ModelSpec
 
 
@@ -50,7 +50,7 @@ class RowLayout(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self._rotations: dict[torch.device, Rotation] = {}
+        self._rotations: dict[torch.device, Tensor] = {}
 
     def start(self, condition_BTD: Tensor) -> Placed:
         """What stands for the last placed code when there is none: a row, and the index that turns no row."""
@@ -72,8 +72,8 @@ class RowLayout(nn.Module):
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, 0.0, 0.02)
 
-    def rotations(self, device: torch.device) -> Rotation:
-        """The table of cell rotations: float32 and outside the state dict, whatever the weights' dtype."""
+    def rotations(self, device: torch.device) -> Tensor:
+        """The table of cell rotations [N + 1, P, 2]: float32 and outside the state dict, whatever the weights' dtype."""
         if device not in self._rotations:
             spec = self.spec
             self._rotations[device] = cell_rotations(
@@ -148,8 +148,7 @@ class InstructedRows(RowLayout):
 
     def _asks(self, cells: Tensor) -> Tensor:
         """Position instruction rows [..., D] for cells [...]."""
-        table = self.rotations(cells.device)
-        every_ND = rotate_vector(self.pos_instruct_embeddings, Rotation(table.cos[:-1], table.sin[:-1]), self.spec.heads)
+        every_ND = rotate_vector(self.pos_instruct_embeddings, self.rotations(cells.device)[:-1], self.spec.heads)
         return every_ND[cells]
 
 
@@ -164,7 +163,7 @@ class DualRows(RowLayout):
         super().__init__(spec)
         self.pos_here_embeddings = nn.Parameter(torch.empty(1, spec.dim))
         self.pos_next_embeddings = nn.Parameter(torch.empty(1, spec.dim))
-        self._offsets: dict[torch.device, Rotation] = {}
+        self._offsets: dict[torch.device, Tensor] = {}
         self.reset_parameters()
 
     def start(self, condition_BTD: Tensor) -> Placed:
@@ -182,8 +181,7 @@ class DualRows(RowLayout):
         spec, device = self.spec, here_BK.device
         if device not in self._offsets:
             self._offsets[device] = offset_rotations(spec.grid, spec.head_dim, spec.rope_base, device)
-        table = self.rotations(device)
-        cells_ND = rotate_vector(self.pos_here_embeddings, Rotation(table.cos[:-1], table.sin[:-1]), spec.heads)
+        cells_ND = rotate_vector(self.pos_here_embeddings, self.rotations(device)[:-1], spec.heads)
         here_RD = torch.cat([cells_ND, torch.zeros_like(cells_ND[:1])])  # the zero token lies nowhere
         ways_WD = rotate_vector(self.pos_next_embeddings, self._offsets[device], spec.heads)
         way_BK = offset_index(spec.grid, torch.where(here_BK == spec.cells, 0, here_BK), next_BK)

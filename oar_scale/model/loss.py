@@ -2,7 +2,7 @@
 
     logits = rows W^T          [c, V] for c rows at a time, float32 only here
     nll    = logsumexp(logits) - logits[target]
-    d_rows = (softmax - onehot) W / R          d_W += (softmax - onehot)^T rows / R
+    d_rows = (softmax - onehot) W              d_W += (softmax - onehot)^T rows
 
 The mean of a loss has the same gradient whatever comes above but for one factor, so it can be taken while a chunk's logits are
 there; [R, V] never exists. ``torch.nn.functional.linear_cross_entropy`` does the same; it rounds a bfloat16 loss to bfloat16,
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK_NUMBERS = {"cpu": 2**21, "cuda": 2**27}
+CHUNK_NUMBERS = {"cpu": 2**22, "cuda": 2**27}
 """Logits held at once: what stays in the cache of a CPU, 0.5 GB of a GPU."""
 
 
@@ -27,27 +28,32 @@ class _MeanNLL(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
         d_rows_RD, d_weight_VD = torch.empty_like(rows_RD), torch.zeros_like(weight_VD, dtype=torch.float32)
         nll_R = rows_RD.new_empty(len(rows_RD), dtype=torch.float32)
-        for part in chunks(len(rows_RD), len(weight_VD), rows_RD.device):
-            logits_cV, targets_c1 = (rows_RD[part] @ weight_VD.t()).float(), targets_R[part, None]
-            lse_c1 = logits_cV.logsumexp(1, keepdim=True)
-            nll_R[part] = (lse_c1 - logits_cV.gather(1, targets_c1))[:, 0]
-            p_cV = logits_cV.sub_(lse_c1).exp_()
-            p_cV.scatter_add_(1, targets_c1, p_cV.new_full(targets_c1.shape, -1.0))
-            error_cV = p_cV.div_(len(rows_RD)).to(rows_RD.dtype)
+        parts = chunks(len(rows_RD), len(weight_VD), rows_RD.device)
+        room_cV = rows_RD.new_empty(parts[0].stop, len(weight_VD))
+        for part in parts:
+            x_cD, targets_c1 = rows_RD[part], targets_R[part, None]
+            logits_cV = torch.mm(x_cD, weight_VD.t(), out=room_cV[: len(x_cD)]).float()
+            target_c1, top_c1 = logits_cV.gather(1, targets_c1), logits_cV.amax(1, keepdim=True)
+            p_cV = logits_cV.sub_(top_c1).exp_()
+            sum_c1 = p_cV.sum(1, keepdim=True)
+            nll_R[part] = (sum_c1.log() + top_c1 - target_c1)[:, 0]
+            p_cV.div_(sum_c1).scatter_add_(1, targets_c1, p_cV.new_full(targets_c1.shape, -1.0))
+            error_cV = p_cV.to(rows_RD.dtype)
             torch.mm(error_cV, weight_VD, out=d_rows_RD[part])
             if error_cV.dtype == torch.float32:
-                d_weight_VD.addmm_(error_cV.t(), rows_RD[part])
+                d_weight_VD.addmm_(error_cV.t(), x_cD)
             else:
-                d_weight_VD += error_cV.t() @ rows_RD[part]
+                d_weight_VD += error_cV.t() @ x_cD
         ctx.save_for_backward(d_rows_RD, d_weight_VD.to(weight_VD.dtype))
         ctx.mark_non_differentiable(nll_R)
         return nll_R.mean(), nll_R
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         d_rows_RD, d_weight_VD = ctx.saved_tensors
-        d_mean = d_outputs[0]
-        return d_rows_RD * d_mean, d_weight_VD * d_mean, None
+        factor = d_outputs[0] / len(d_rows_RD)
+        return d_rows_RD.mul_(factor), d_weight_VD.mul_(factor), None
 
 
 def mean_nll(rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,40 +6,31 @@ Half of a head's channel pairs turn with the row of the cell, the other half wit
                           column(cell) * the same                                             second half
 
 Condition rows have no cell: they use index N of the table, the identity (cos 1, sin 0).
+
+A rotation is kept as the cosine and the sine of each pair, float32 [..., P, 2] with P = head_dim / 2: seen as complex numbers of
+modulus 1, they turn a row of channels, seen as complex numbers too, in one multiplication.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
-class Rotation(NamedTuple):
-    """Cosines and sines, float32 [..., head_dim / 2]."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def at(self, cells: Tensor) -> Rotation:
-        """The rotations of cells (any shape of indices into the table)."""
-        return Rotation(self.cos[cells], self.sin[cells])
-
-    def turn(self) -> Tensor:
-        """The same as complex numbers of modulus 1, for :func:`rotate_fast`."""
-        return torch.complex(self.cos, self.sin)
-
-
-def cell_rotations(grid: int, head_dim: int, base: float, device: torch.device | None = None, *, zero_condition: bool = False) -> Rotation:
-    """The table [N + 1, head_dim / 2]; row N is the identity, or all zeros (see ``ModelSpec.condition_rotation``)."""
+def cell_rotations(grid: int, head_dim: int, base: float, device: torch.device | None = None, *, zero_condition: bool = False) -> Tensor:
+    """The table [N + 1, P, 2]; row N is the identity, or all zeros (see ``ModelSpec.condition_rotation``)."""
     cells = _plane(torch.arange(grid, dtype=torch.float32, device=device), head_dim, base)
-    no_cell = cells.cos.new_zeros(1, head_dim // 2)
-    return Rotation(torch.cat([cells.cos, no_cell if zero_condition else no_cell + 1]), torch.cat([cells.sin, no_cell]))
+    no_cell = cells.new_zeros(1, head_dim // 2, 2)
+    if not zero_condition:
+        no_cell[..., 0] = 1
+    return torch.cat([cells, no_cell])
 
 
-def offset_rotations(grid: int, head_dim: int, base: float, device: torch.device | None = None) -> Rotation:
-    """Rotations of the (2G - 1)^2 offsets from one cell to another, down and right from -(G - 1) to G - 1; see :func:`offset_index`."""
+def offset_rotations(grid: int, head_dim: int, base: float, device: torch.device | None = None) -> Tensor:
+    """Rotations [(2G - 1)^2, P, 2] of the offsets between cells, down and right from -(G - 1) to G - 1; see :func:`offset_index`."""
     return _plane(torch.arange(1 - grid, grid, dtype=torch.float32, device=device), head_dim, base)
 
 
@@ -49,32 +40,83 @@ def offset_index(grid: int, start: Tensor, end: Tensor) -> Tensor:
     return (down + grid - 1) * (2 * grid - 1) + right + grid - 1
 
 
-def _plane(line_S: Tensor, head_dim: int, base: float) -> Rotation:
-    """Rotations [S * S, head_dim / 2] of all pairs of a row and a column coordinate, row by row."""
+def _plane(line_S: Tensor, head_dim: int, base: float) -> Tensor:
+    """Rotations [S * S, P, 2] of all pairs of a row and a column coordinate, row by row."""
     side, pairs = len(line_S), head_dim // 4
     frequency_P = base ** (-torch.arange(pairs, dtype=torch.float32, device=line_S.device) / pairs)
     angle_SP = line_S[:, None] * frequency_P
     rows = angle_SP[:, None, :].expand(side, side, pairs)
     columns = angle_SP[None, :, :].expand(side, side, pairs)
     angles = torch.cat([rows, columns], dim=-1).reshape(side * side, 2 * pairs)
-    return Rotation(angles.cos(), angles.sin())
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Rotate channel pairs (0, 1), (2, 3), ... of ``x`` [..., head_dim]; the result has its dtype."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation
+    cos, sin = turn.unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-def rotate_vector(vector_1D: Tensor, rotation: Rotation, heads: int) -> Tensor:
+def rotate_vector(vector_1D: Tensor, turn_RP2: Tensor, heads: int) -> Tensor:
     """One learned vector, seen as heads, turned by each of R rotations: [R, D]."""
-    per_head = Rotation(rotation.cos[:, None], rotation.sin[:, None])
-    return rotate(vector_1D.view(1, heads, -1).expand(len(rotation.cos), -1, -1), per_head).flatten(1)
+    return rotate(vector_1D.view(1, heads, -1).expand(len(turn_RP2), -1, -1), turn_RP2[:, None]).flatten(1)
 
 
 def rotate_fast(x: Tensor, turn: Tensor) -> Tensor:
-    """:func:`rotate` in float32 as one complex multiplication, for inference; ``turn`` is complex64 [..., head_dim / 2]."""
+    """:func:`rotate` in float32 as one complex multiplication, for inference."""
     rotated = x.to(torch.float32, copy=True)
-    torch.view_as_complex(rotated.unflatten(-1, (-1, 2))).mul_(turn)
+    _pairs(rotated).mul_(torch.view_as_complex(turn))
     return rotated
+
+
+def rotate_heads(qkv_BLHd: Tensor, turn_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split projected rows into queries, keys and values [B, L, heads, head_dim], and rotate queries and keys.
+
+    One multiplication, and one back in the backward pass, where :func:`rotate` makes a dozen passes over memory: a quarter of its
+    time on a CPU (``tools/benchmarks/model.py --parts``). A compiler fuses those passes by itself.
+    """
+    if torch.compiler.is_compiling():
+        qk, v = qkv_BLHd.split([qkv_BLHd.shape[2] - kv_heads, kv_heads], dim=2)
+        q, k = rotate(qk, turn_BLP2[:, :, None]).split([qk.shape[2] - kv_heads, kv_heads], dim=2)
+        return q, k, v
+    return _RotateHeads.apply(qkv_BLHd, turn_BLP2, kv_heads)  # type: ignore[no-any-return]
+
+
+class _RotateHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv_BLHd: Tensor, turn_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(turn_BLP2)
+        heads = [qkv_BLHd.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
+        turned_BLHd = torch.empty_like(qkv_BLHd)
+        _turn_into(turned_BLHd[:, :, :-kv_heads], qkv_BLHd[:, :, :-kv_heads], torch.view_as_complex(turn_BLP2))
+        turned_BLHd[:, :, -kv_heads:] = qkv_BLHd[:, :, -kv_heads:]
+        q, k, v = turned_BLHd.split(heads, dim=2)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq_BLHd: Tensor, dk_BLHd: Tensor, dv_BLHd: Tensor) -> tuple[Tensor, None, None]:
+        (turn_BLP2,) = ctx.saved_tensors
+        back_BLP = torch.view_as_complex(turn_BLP2).conj()
+        heads = [dq_BLHd.shape[2], dk_BLHd.shape[2], dv_BLHd.shape[2]]
+        d_qkv_BLHd = dq_BLHd.new_empty(*dq_BLHd.shape[:2], sum(heads), dq_BLHd.shape[3])
+        d_q, d_k, d_v = d_qkv_BLHd.split(heads, dim=2)
+        _turn_into(d_q, dq_BLHd, back_BLP)
+        _turn_into(d_k, dk_BLHd, back_BLP)
+        d_v.copy_(dv_BLHd)
+        return d_qkv_BLHd, None, None
+
+
+def _turn_into(out_BLHd: Tensor, x_BLHd: Tensor, turn_BLP: Tensor) -> None:
+    if x_BLHd.dtype == torch.float32 and x_BLHd.stride(-1) == 1:
+        torch.mul(_pairs(x_BLHd), turn_BLP.unsqueeze(2), out=_pairs(out_BLHd))
+    else:
+        rotated = x_BLHd.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        _pairs(rotated).mul_(turn_BLP.unsqueeze(2))
+        out_BLHd.copy_(rotated)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Channel pairs of float32 ``x`` [..., head_dim] as complex numbers [..., P], the same memory."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

@@ -125,10 +125,9 @@ class ModelSpec(_Spec):
 def condition_spec(prompts: PromptEncoder, *, encoder_layers: int) -> ClassSpec | TextSpec | FeatureSpec:
     """The condition of a model that is told what ``prompts`` encodes; ``encoder_layers`` for text that is encoded along."""
     if isinstance(prompts, ClipText):
-        rows = prompts.max_tokens if prompts.spec.features == "tokens" else 1
-        return FeatureSpec(width=prompts.width, rows=rows, tower=prompts.spec, tower_id=prompts.content_id)
+        return FeatureSpec(width=prompts.width, rows=prompts.rows, tower=prompts.spec, tower_id=prompts.content_id)
     if isinstance(prompts, FeatureReader):
-        return FeatureSpec(width=prompts.width, rows=prompts.max_tokens)
+        return FeatureSpec(width=prompts.width, rows=prompts.max_tokens, tower=prompts.tower, tower_id=prompts.tower_id)
     if isinstance(prompts, LabelEncoder):
         return ClassSpec(classes=prompts.vocab_size)
     return TextSpec(vocab=prompts.vocab_size, rows=prompts.max_tokens, encoder_layers=encoder_layers)

@@ -16,7 +16,6 @@ from oar_scale.model.conditioning import Embedding, conditioner
 from oar_scale.model.decoding import Candidates, Decoding, Prefix
 from oar_scale.model.layouts import LAYOUTS
 from oar_scale.model.loss import mean_nll
-from oar_scale.model.rope import Rotation
 from oar_scale.model.spec import ModelSpec
 
 
@@ -43,7 +42,6 @@ class AnyOrderModel(nn.Module):
         self.layers = nn.ModuleList(Block(spec) for _ in range(spec.layers))
         self.norm = RMSNorm(spec.dim, spec.norm_eps)
         self.output = CodeHead(spec.dim, spec.vocab_size)
-        self._turns: dict[torch.device, Tensor] = {}
         self.decoding = Decoding(self)
 
     @torch.no_grad()
@@ -100,10 +98,11 @@ class AnyOrderModel(nn.Module):
         head_BTD = condition_BTD[:, : condition_BTD.shape[1] - layout.held]
         x_BLD = torch.cat([head_BTD, x_BLD], dim=1)
         cells_BL = torch.cat([layout.no_cell(len(codes_BN), head_BTD.shape[1], cells_BL.device), cells_BL], dim=1)
-        rotation = self.rotations(x_BLD.device).at(cells_BL)
-        for layer in self.layers:
-            x_BLD = layer(x_BLD, rotation, causal=True)
-        return self.norm(x_BLD[:, head_BTD.shape[1] :: layout.stride])  # type: ignore[no-any-return]
+        turn_BLP2 = self.rotations(x_BLD.device)[cells_BL]
+        predicting = slice(head_BTD.shape[1], None, layout.stride)
+        for layer in self.layers[:-1]:
+            x_BLD = layer(x_BLD, turn_BLP2, causal=True)
+        return self.norm(self.layers[-1](x_BLD, turn_BLP2, causal=True, leaving=predicting))  # type: ignore[no-any-return]
 
     # -- one cell at a time (see decoding.py) -----------------------------------------------------------------------------
 
@@ -141,12 +140,6 @@ class AnyOrderModel(nn.Module):
         """Logits [..., V] of rows [..., D] as they leave the trunk."""
         return self.output(self.norm(rows))  # type: ignore[no-any-return]
 
-    def rotations(self, device: torch.device) -> Rotation:
-        """The table of cell rotations, float32."""
+    def rotations(self, device: torch.device) -> Tensor:
+        """The table of cell rotations [N + 1, head_dim / 2, 2], float32."""
         return self.layout.rotations(device)
-
-    def turns(self, device: torch.device) -> Tensor:
-        """The same table as complex numbers [N + 1, head_dim / 2], for decoding."""
-        if device not in self._turns:
-            self._turns[device] = self.rotations(device).turn()
-        return self._turns[device]

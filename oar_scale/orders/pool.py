@@ -26,7 +26,7 @@ from oar_scale.model import check_prompts, load_model, model_id
 from oar_scale.orders.extraction import ExtractionSettings, Orders, extract_orders
 from oar_scale.orders.table import OrderTable, table_name, write_orders
 from oar_scale.storage import join
-from oar_scale.tokenizers.prompts import load_prompts, model_inputs
+from oar_scale.tokenizers.prompts import check_features, load_prompts, model_inputs
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,14 @@ class ExtractionWorker:
         self.prompts = load_prompts(job.text, job.tokenizers)
         check_prompts(self.model.spec, self.prompts, job.model)
         self.manifest = read_manifest(job.tokens)
+        check_features(self.manifest.features, self.prompts, job.tokens)
         self.shards = {shard.name: shard for shard in self.manifest.shards}
 
     def run(self, shard: str) -> Facts:
         uri = join(self.job.tokens, shard)
-        tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard], self.prompts.field)
-        codes_SN = torch.from_numpy(tokens.codes_SVN[:, 0].astype(np.int64))
-        told_S = self.prompts.encode(tokens.prompts)
+        tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard])
+        codes_SN = torch.from_numpy(tokens.view(0).astype(np.int64))
+        told_S = self.prompts.encode(tokens.prompts(self.prompts.field))
         images_S = np.array([zlib.crc32(key.encode()) for key in tokens.keys], dtype=np.int64)
         parts = [
             self._extract(codes_SN[part], told_S[part], images_S[part], uri)

@@ -9,7 +9,6 @@ What is imported and exported again has the same bits: tensors keep their dtypes
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
@@ -151,16 +150,12 @@ def _open(source: str, name: str | None) -> tuple[Parts, AnyOrderModel]:
     if storage.exists(join(source, "manifest.json")):
         model = consolidate(source)
         return _parts_beside(source, model.spec), model
-    steps = sorted(uri for uri in storage.list(source) if re.search(r"step-\d{8}/COMMITTED$", uri)) if _no_parts(source) else []
+    steps = [uri for uri in storage.list(source) if uri.endswith("/COMMITTED")] if "checkpoints" in source.split("/") else []
     if steps:
-        newest = os.path.dirname(steps[-1])
+        newest = max(map(os.path.dirname, steps), key=os.path.basename)
         raise UserError(f"{source}: holds the checkpoints of a training. Name one of them, the newest is {newest}")
     parts = find_parts(source, name)
     return parts, load_model(parts.model, as_stored=True)
-
-
-def _no_parts(source: str) -> bool:
-    return not (source.endswith(SAFE) or any(open_storage(source).exists(join(source, name)) for name in (CONFIG, RECIPE)))
 
 
 def _parts_beside(checkpoint: str, spec: ModelSpec) -> Parts:

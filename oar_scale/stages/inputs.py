@@ -19,7 +19,7 @@ from oar_scale.observe.report_data import ModelName, Picture
 from oar_scale.orders.table import join_orders, read_orders, table_name
 from oar_scale.stages.run import Run
 from oar_scale.storage import fetch, join, open_storage
-from oar_scale.tokenizers.prompts import Field, PromptEncoder, load_prompts
+from oar_scale.tokenizers.prompts import Field, PromptEncoder, check_features, for_new_prompts, load_prompts
 
 MODEL_FILES: dict[ModelName, str] = {"base": "base", "any-order": "anyorder", "control": "control", "ordered": "ordered"}
 MODEL_STAGES: dict[ModelName, str] = {"base": "pretrain", "any-order": "pretrain", "control": "control", "ordered": "finetune"}
@@ -53,11 +53,21 @@ def model_files(run: Run) -> dict[ModelName, str]:
     return {name: fetch(require(run, run.model_uri(MODEL_FILES[name]), MODEL_STAGES[name]), run.cache) for name in wanted}
 
 
-def prompt_encoder(run: Run) -> PromptEncoder:
-    """What the recipe's ``tokenizer.text`` makes of prompts. Raises UserError where the stage tokenizer has not finished."""
-    if isinstance(run.recipe.tokenizer.text, SentencePieceConfig):
+def prompt_encoder(run: Run, *, new: bool = False) -> PromptEncoder:
+    """What the recipe's ``tokenizer.text`` makes of the prompts in the token shards, or of ``new`` ones that somebody types.
+
+    Raises:
+        UserError: the stage tokenizer has not finished, or the shards hold features of another text tower.
+    """
+    config = run.recipe.tokenizer.text
+    if isinstance(config, SentencePieceConfig):
         require(run, run.text_uri, "tokenizer")
-    return load_prompts(run.recipe.tokenizer.text, run.at("tokenizers"))
+    if new:
+        return load_prompts(for_new_prompts(config), run.at("tokenizers"))
+    prompts, tokens = load_prompts(config, run.at("tokenizers")), run.at("tokens", "train")
+    if open_storage(tokens).exists(join(tokens, "manifest.json")):
+        check_features(read_manifest(tokens).features, prompts, tokens)
+    return prompts
 
 
 def read_tokens(run: Run, split: str, limit: int | None = None, field: Field = "txt") -> Tokens:
@@ -70,11 +80,11 @@ def read_tokens(run: Run, split: str, limit: int | None = None, field: Field = "
     codes: list[NDArray[np.int64]] = []
     for info in read_manifest(folder).shards:
         if limit is None or len(keys) < limit:
-            shard = read_token_shard(join(folder, info.name), run.cache, info, field)
+            shard = read_token_shard(join(folder, info.name), run.cache, info)
             keys += shard.keys
             captions += shard.captions
-            prompts += shard.prompts
-            codes.append(shard.codes_SVN[:, 0].astype(np.int64))
+            prompts += shard.prompts(field)
+            codes.append(shard.view(0).astype(np.int64))
     return Tokens(keys[:limit], captions[:limit], np.concatenate(codes)[:limit], prompts[:limit])
 
 

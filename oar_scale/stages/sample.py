@@ -37,7 +37,7 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str) -> st
     stages = {file: MODEL_STAGES[name] for name, file in MODEL_FILES.items()}
     if model not in stages:
         raise UserError(f"no model {model!r}; a run has: {', '.join(stages)}")
-    prompts = prompt_encoder(run)
+    prompts = prompt_encoder(run, new=True)
     if captions is None:
         captions = read_tokens(run, "heldout", run.recipe.sample.images, prompts.field).prompts
     if prompts.field != "features" and any(not str(caption).strip() for caption in captions):

@@ -20,8 +20,9 @@ from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.pictures import decode_pictures
 from oar_scale.stages.run import Run
 from oar_scale.storage import join
+from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.image import ImageTokenizer
-from oar_scale.tokenizers.prompts import PromptEncoder, load_prompts
+from oar_scale.tokenizers.prompts import PromptEncoder, for_new_prompts, load_prompts, write_features_note
 from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
 from oar_scale.tokenizers.vq import VQSpec, load_vq, pixels_to_unit, save_vq
 from oar_scale.tokenizers.vq_training import VQProgress, assess_vq, train_vq
@@ -100,7 +101,10 @@ def _prompts(run: Run, captions: list[str]) -> PromptEncoder:
         else:
             text = train_text_tokenizer(captions, config.vocab_size, config.max_tokens)
         text.save(run.text_uri)
-    return load_prompts(config, run.at("tokenizers"))
+    prompts = load_prompts(for_new_prompts(config), run.at("tokenizers"))
+    if isinstance(prompts, ClipText):
+        write_features_note(prompts, run.at("tokenizers"))
+    return prompts
 
 
 def _image_tokenizer(run: Run, pixels: Tensor) -> ImageTokenizer:

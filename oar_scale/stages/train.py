@@ -45,13 +45,21 @@ def _write_base(run: Run) -> None:
         save_model(run.model_uri("base"), AnyOrderModel(spec))
         return
     model = load_model(recipe.model.weights)
-    for field, wanted in spec.model_dump().items():
-        here = getattr(model.spec, field)
-        if here != wanted and field != "dropout":
+    kept = model.spec.model_copy(update={"dropout": spec.dropout})
+    here, wanted = (_comparable(each) for each in (kept, spec))
+    for field in {**wanted, **here}:
+        if here.get(field) != wanted.get(field):
             raise UserError(
-                f"model.weights {recipe.model.weights}: has {field} {here}, the recipe and its tokenizers make {wanted}. "
+                f"model.weights {recipe.model.weights}: has {field} {here.get(field)}, the recipe and its tokenizers make {wanted.get(field)}.\n"
                 "Set the model section to the weights' sizes and use the tokenizers they were trained with, or start anew (weights: null)."
             )
-    weights = AnyOrderModel(spec)
+    weights = AnyOrderModel(kept)
     weights.load_state_dict(model.state_dict())
     save_model(run.model_uri("base"), weights)
+
+
+def _comparable(spec: ModelSpec) -> dict[str, Any]:
+    """Fields that a recipe decides about; what an imported peer's weights need besides goes with the weights."""
+    plain = spec.model_dump(exclude={"condition_rotation": True, "trainable_null": True, "condition": {"null_rows", "absent"}})
+    condition = plain.pop("condition")
+    return {**plain, **{f"condition.{name}": value for name, value in condition.items()}}

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -30,6 +31,29 @@ class Missing(UserError):
 
     def __reduce__(self) -> tuple[type[Missing], tuple[str]]:
         return Missing, (self.uri,)  # the default would hand the whole text to __init__ when the error crosses a process
+
+
+@dataclass
+class FetchStats:
+    """What reading took. Additive: over parts, readers, processes."""
+
+    requests: int = 0
+    """HTTP requests sent."""
+    retries: int = 0
+    """Those of them that repeat one which failed."""
+    bytes: int = 0
+    """Bytes that arrived."""
+    hits: int = 0
+    """Objects that lay in the cache already."""
+    resumed: int = 0
+    """Retries that went on inside a body that had broken off."""
+    fallbacks: int = 0
+    """Objects that went to memory because the cache could not take them."""
+
+    def add(self, other: FetchStats) -> None:
+        """Add what another read took."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 class Storage(Protocol):
@@ -135,4 +159,4 @@ def fetch(uri: str, cache_dir: str) -> str:
     return path
 
 
-__all__ = ["Missing", "Storage", "fetch", "join", "open_storage", "read_json", "write_json"]
+__all__ = ["FetchStats", "Missing", "Storage", "fetch", "join", "open_storage", "read_json", "write_json"]

@@ -70,6 +70,11 @@ class ClipText:
         self._tower = tower.eval().requires_grad_(False)
         self._tokenizer = open_clip.get_tokenizer(spec.architecture)
 
+    @property
+    def rows(self) -> int:
+        """Feature rows of a caption: T, or 1."""
+        return self.max_tokens if self.spec.features == "tokens" else 1
+
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Ids int64 [B, T]: start, pieces, end, zeros; a longer caption keeps its end token; an empty one is all zeros."""
         ids_BT = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)

@@ -108,13 +108,15 @@ def _content(uri: str) -> Any:
 
 
 def _fault(error: Exception) -> str:
-    refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
         return (
             f"asks for {refused[1]}, and reading that would run code from the file. "
             "Where you trust its author, load it there and save its state_dict() as safetensors."
         )
-    first = (str(error).strip().splitlines() or [""])[0]
+    # torch opens with the advice to switch the protection off, which is the one thing not to do.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Weights only load failed")]
+    first = lines[0] if lines else type(error).__name__
     return f"not a checkpoint that torch.load reads: damaged, cut off, or another kind of file ({first[:200]}). Copy it again."
 
 
@@ -127,6 +129,6 @@ def _state_dict(found: Any, uri: str) -> dict[str, Tensor]:
     entries = found if isinstance(found, dict) else {}
     tensors = {name: value for name, value in entries.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        holds = ", ".join(str(name) for name in list(entries)[:6]) if entries else f"a {type(found).__name__}" if found else "nothing"
+        holds = ", ".join(map(str, list(entries)[:6])) or ("nothing" if isinstance(found, dict) else f"a {type(found).__name__}")
         raise UserError(f"{uri}: has no model's tensors, only {holds}. Name the file that holds the model's state dict.")
     return tensors

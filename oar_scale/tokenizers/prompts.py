@@ -13,18 +13,20 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from oar_scale.config.schema import ClipTextConfig, FeaturesConfig, LabelsConfig, SentencePieceConfig, TextConfig
+from oar_scale.data.manifest import TextFeatures
 from oar_scale.errors import UserError
-from oar_scale.storage import join
-from oar_scale.tokenizers.clip_text import ClipText
+from oar_scale.storage import join, read_json, write_json
+from oar_scale.tokenizers.clip_text import ClipText, ClipTextSpec
 from oar_scale.tokenizers.text import TextTokenizer
 
 Field = Literal["txt", "label", "features"]
 """Which part of a shard sample the prompts are: ``KEY.txt``, ``label`` of ``KEY.json``, or ``KEY.features.npy``."""
 
-TEXT_FILE = "text.model"
+TEXT_FILE, FEATURES_FILE = "text.model", "text-features.json"
 
 
 class PromptEncoder(Protocol):
@@ -62,26 +64,35 @@ class LabelEncoder:
 
 
 class FeatureReader:
-    """Features that are there already, arrays [T, F], to float32 [B, T, F]."""
+    """Features that are there already, arrays [T, F] or shorter, to float32 [B, T, F]. Rows that are missing at the end are zeros."""
 
     field: ClassVar[Field] = "features"
     vocab_size = 0
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, rows: int, width: int, tower: ClipTextSpec | None = None, tower_id: str | None = None) -> None:
         self.max_tokens, self.width = rows, width
+        self.tower, self.tower_id = tower, tower_id
+        """Which text tower made them; None: nobody knows."""
 
     def encode(self, prompts: Sequence[Any]) -> Tensor:
         """Raises UserError for features of another shape, or captions."""
-        wanted = (self.max_tokens, self.width)
-        for prompt in prompts:
-            if isinstance(prompt, str) or np.shape(prompt) != wanted:
-                given = f"the caption {prompt!r}" if isinstance(prompt, str) else f"features {np.shape(prompt)}"
-                raise UserError(f"this model's prompts are precomputed features {wanted} (rows, width), got {given}")
-        return torch.from_numpy(np.stack([np.asarray(prompt, dtype=np.float32) for prompt in prompts]))
+        encoded_BTF = torch.zeros(len(prompts), self.max_tokens, self.width)
+        for row, prompt in enumerate(prompts):
+            shape: tuple[int, ...] = () if isinstance(prompt, str) else np.shape(prompt)
+            if len(shape) != 2 or shape[0] > self.max_tokens or shape[1] != self.width:
+                given = f"the caption {prompt!r}" if isinstance(prompt, str) else f"features {shape}"
+                raise UserError(
+                    f"this model's prompts are precomputed features {(self.max_tokens, self.width)} (rows at most, width), got {given}"
+                )
+            encoded_BTF[row, : shape[0]] = torch.from_numpy(np.asarray(prompt, dtype=np.float32))
+        return encoded_BTF
 
 
 def load_prompts(config: TextConfig, folder: str) -> PromptEncoder:
-    """The prompt encoder of a recipe's ``tokenizer.text``; a SentencePiece model lies in ``folder``.
+    """What a recipe's ``tokenizer.text`` makes of the prompts in its shards; a SentencePiece model lies in ``folder``.
+
+    Where a text tower's features are in the shards (``precompute``), this reads them, and no tower is loaded: for prompts that
+    are in no shard, see :func:`for_new_prompts`.
 
     Raises:
         UserError: weights that are missing or of another kind.
@@ -89,12 +100,62 @@ def load_prompts(config: TextConfig, folder: str) -> PromptEncoder:
     match config:
         case SentencePieceConfig():
             return TextTokenizer.load(join(folder, TEXT_FILE), config.max_tokens)
+        case ClipTextConfig() if config.precompute:
+            made = _read_features_note(folder)
+            return FeatureReader(
+                made.rows, made.width, ClipTextSpec(architecture=config.architecture, features=config.features), made.tower_id
+            )
         case ClipTextConfig():
             return ClipText.load(config.architecture, config.weights, features=config.features)
         case FeaturesConfig():
             return FeatureReader(config.rows, config.width)
         case LabelsConfig():
             return LabelEncoder(config.classes)
+
+
+def for_new_prompts(config: TextConfig) -> TextConfig:
+    """The same section for prompts that somebody types: there the tower runs, whatever was computed beforehand."""
+    return config.model_copy(update={"precompute": False}) if isinstance(config, ClipTextConfig) else config
+
+
+def features_of(text: ClipText) -> TextFeatures:
+    """What features that ``text`` makes are, in words that fit into a manifest."""
+    return TextFeatures(tower_id=text.content_id, rows=text.rows, width=text.width)
+
+
+def write_features_note(text: ClipText, folder: str) -> None:
+    """Leave in the folder of the tokenizers what readers of precomputed features must know, so that they need no tower."""
+    write_json(join(folder, FEATURES_FILE), features_of(text).model_dump())
+
+
+def check_features(stored: TextFeatures | None, prompts: PromptEncoder, where: str) -> None:
+    """See that shards hold the features that ``prompts`` reads.
+
+    Args:
+        stored: ``features`` of the shards' manifest.
+
+    Raises:
+        UserError: none were computed, or by another tower.
+    """
+    if not isinstance(prompts, FeatureReader) or prompts.tower_id is None:
+        return
+    if stored is None:
+        raise UserError(
+            f"{where}: these shards hold no text features. Run the stage tokens again, or set tokenizer.text.precompute: false."
+        )
+    if stored.tower_id != prompts.tower_id:
+        raise UserError(
+            f"{where}: the text features are of the tower {stored.tower_id}, tokenizer.text is the tower {prompts.tower_id}. "
+            "Name the weights they were made with, or run the stage tokens again."
+        )
+
+
+def _read_features_note(folder: str) -> TextFeatures:
+    uri = join(folder, FEATURES_FILE)
+    try:
+        return TextFeatures.model_validate(read_json(uri))
+    except ValidationError as error:
+        raise UserError(f"{uri}: not what the stage tokenizer writes. Run it again.") from error
 
 
 def model_inputs(encoder: PromptEncoder, encoded: Tensor) -> Tensor:

@@ -23,13 +23,16 @@ from torch import Tensor, nn
 from oar_scale.config.deepspeed import deepspeed_config
 from oar_scale.data.hashing import hash_words, permutations
 from oar_scale.data.manifest import read_manifest
-from oar_scale.data.shards import TokenShard, read_token_shard
-from oar_scale.data.stream import Batch, StreamSettings, TokenStream
+from oar_scale.data.open_shard import OpenShard
+from oar_scale.data.shard_source import ShardSource
+from oar_scale.data.shards import read_token_shard
+from oar_scale.data.stream import BadSample, Batch, StreamSettings, TokenStream
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, check_prompts, load_model, model_id, save_model
 from oar_scale.observe.events import EventLog
 from oar_scale.orders.table import join_orders, read_orders, table_name
 from oar_scale.storage import join
+from oar_scale.storage.shard_cache import ShardCache
 from oar_scale.tokenizers.prompts import PromptEncoder, load_prompts, model_inputs
 from oar_scale.training.checkpoints import discard_rejected, latest_checkpoint, load_checkpoint, save_checkpoint
 from oar_scale.training.job import TrainingJob
@@ -148,9 +151,9 @@ class Heldout:
     def __init__(self, job: TrainingJob, prompts: PromptEncoder, rank: int, world: int, device: torch.device) -> None:
         folder = join(job.root, "tokens", "heldout")
         manifest = read_manifest(folder)
-        shards = [read_token_shard(join(folder, shard.name), _cache(job), shard, prompts.field) for shard in manifest.shards]
-        codes = torch.cat([torch.from_numpy(shard.codes_SVN[:, 0].astype("int64")) for shard in shards])[:HELDOUT_IMAGES]
-        told = prompts.encode([prompt for shard in shards for prompt in shard.prompts][:HELDOUT_IMAGES])
+        shards = [read_token_shard(join(folder, shard.name), _cache(job), shard) for shard in manifest.shards]
+        codes = torch.cat([torch.from_numpy(shard.view(0).astype("int64")) for shard in shards])[:HELDOUT_IMAGES]
+        told = prompts.encode([prompt for shard in shards for prompt in shard.prompts(prompts.field)][:HELDOUT_IMAGES])
         order = torch.from_numpy(permutations("heldout order", codes.shape[1], torch.arange(len(codes)).numpy()))
         if job.recipe.model.layout == "raster":
             order = torch.arange(codes.shape[1]).expand_as(order)
@@ -192,6 +195,8 @@ class _Meter:
     def __init__(self, log: EventLog | None, global_batch: int) -> None:
         self.log, self.global_batch = log, global_batch
         self.losses: list[Tensor] = []
+        self.bad: list[BadSample] = []
+        self.retries = 0
         self.wait = self.busy = 0.0
         self.mark = time.monotonic()
 
@@ -202,23 +207,38 @@ class _Meter:
     def done(self, batch: Batch, loss: Tensor, lr: float, engine: Any, *, flush: bool) -> None:
         """After the step; collective where ``flush`` ends the window."""
         self.losses.append(loss)
+        self.bad += batch.bad
+        self.retries += batch.fetched.retries
         now = time.monotonic()
         self.busy, self.mark = self.busy + now - self.mark, now
         if not flush:
             return
-        mean = torch.stack(self.losses).mean()
-        dist.all_reduce(mean)
+        totals = torch.stack([torch.stack(self.losses).mean().double(), *torch.tensor([len(self.bad), self.retries]).to(loss.device)])
+        dist.all_reduce(totals)
+        loss_sum, bad, retries = totals.tolist()
+        if bad:
+            self._name_bad_samples(batch.step + 1)
         if self.log:
             self.log.emit(
                 "train",
                 step=batch.step + 1,
-                loss=float(mean) / dist.get_world_size(),
+                loss=loss_sum / dist.get_world_size(),
                 lr=lr,
                 grad_norm=float(engine.get_global_grad_norm()),
                 images_per_s=len(self.losses) * self.global_batch / (self.busy + self.wait),
                 data_wait_s=self.wait / len(self.losses),
+                bad_samples=int(bad),
+                storage_retries=int(retries),
             )
-        self.losses, self.wait, self.busy = [], 0.0, 0.0
+        self.losses, self.bad, self.retries, self.wait, self.busy = [], [], 0, 0.0, 0.0
+
+    def _name_bad_samples(self, step: int) -> None:
+        """Log which samples any rank had to replace. Collective."""
+        named: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(named, [(sample.uid, sample.fault) for sample in self.bad])
+        if self.log:
+            for uid, fault in (sample for part in named for sample in part):
+                self.log.emit("bad_sample", step=step, uid=uid, fault=fault)
 
     def resume(self) -> None:
         """Evaluation and checkpoints are not training time."""
@@ -258,11 +278,13 @@ def _stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int) -> 
         caption_dropout=recipe.model.caption_dropout,
         raster=recipe.model.layout == "raster",
         random_share=training.random_share,
+        max_bad_fraction=recipe.data.max_bad_fraction,
     )
     manifest, stored = read_manifest(folder), None
     if job.stage == "finetune":
         stored = _StoredOrders(join(job.root, "orders", "train"), folder, manifest.grid or 0, model_id(job.start_from))
-    return TokenStream(folder, manifest, prompts, settings, _cache(job), rank, world, stored)
+    source = ShardSource(folder, manifest, ShardCache(_cache(job), recipe.storage.cache_bytes), stored_orders=stored)
+    return TokenStream(source, prompts, settings, rank, world, recipe.data.loader_processes)
 
 
 @dataclass(frozen=True)
@@ -274,7 +296,7 @@ class _StoredOrders:
     grid: int
     model_id: str
 
-    def __call__(self, shard: str, samples: TokenShard) -> NDArray[np.uint16]:
+    def __call__(self, shard: str, samples: OpenShard) -> NDArray[np.uint16]:
         table = read_orders(join(self.orders, table_name(shard)))
         return join_orders(samples.keys, table, shard=join(self.tokens, shard), cells=self.grid**2, model_id=self.model_id)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oar_scale.data.hashing import device_permutations, integers, permutations, uniform
-from oar_scale.data.plan import SamplePlan
+from oar_scale.data.plan import MIXTURE_PERIOD, MixturePlan, SamplePlan, shuffled, step_slots
 
 plans = st.builds(
     SamplePlan,
@@ -24,7 +27,7 @@ def global_batch(plan: SamplePlan, step: int, batch: int, world: int) -> np.ndar
     """The batch put together from what every rank computes on its own."""
     whole = np.empty(batch, dtype=np.int64)
     for rank in range(world):
-        whole[rank::world] = plan.step(step, batch, rank, world).uid
+        whole[rank::world] = step_slots(plan, step, batch, rank, world).uid
     return whole
 
 
@@ -33,7 +36,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_workers(plan: Samp
     batch = plan.streams * factor
     for world in range(1, plan.streams + 1):
         if plan.streams % world == 0:
-            assert np.array_equal(global_batch(plan, step, batch, world), plan.step(step, batch).uid)
+            assert np.array_equal(global_batch(plan, step, batch, world), step_slots(plan, step, batch).uid)
 
 
 @given(plan=plans)
@@ -41,17 +44,16 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_workers(plan: Samp
 def test_every_sample_comes_once_an_epoch_but_for_the_remainder(plan: SamplePlan) -> None:
     total = int(plan.sizes.sum())
     for epoch in (0, 1):
-        steps = range(epoch * plan.segment, (epoch + 1) * plan.segment)
-        slots = [plan.step(step, plan.streams) for step in steps]
-        uids = np.concatenate([slot.uid for slot in slots])
-        assert {int(e) for slot in slots for e in slot.epoch} == {epoch}
+        slots = step_slots(plan, epoch, plan.per_epoch)
+        uids = slots.uid
+        assert set(slots.epoch.tolist()) == {epoch}
         assert len(np.unique(uids)) == len(uids) == total - total % plan.streams
         assert uids.min() >= 0 and uids.max() < total
 
 
 def test_epochs_and_seeds_differ() -> None:
     def epoch(plan: SamplePlan, number: int) -> list[int]:
-        return plan.step(number, plan.per_epoch).uid.tolist()
+        return step_slots(plan, number, plan.per_epoch).uid.tolist()
 
     plan, other = (SamplePlan((32,) * 8, seed, 4, 2) for seed in (0, 1))
     assert epoch(plan, 0) != epoch(plan, 1)
@@ -61,12 +63,79 @@ def test_epochs_and_seeds_differ() -> None:
 
 def test_a_uid_names_shard_and_row() -> None:
     plan = SamplePlan((3, 5, 2), 0, 1, 1)
-    assert [plan.shard_of(uid) for uid in (0, 2, 3, 7, 8, 9)] == [(0, 0), (0, 2), (1, 0), (1, 4), (2, 0), (2, 1)]
+    shards, rows = plan.shard_of(np.array([0, 2, 3, 7, 8, 9]))
+    assert (shards.tolist(), rows.tolist()) == ([0, 0, 1, 1, 2, 2], [0, 2, 0, 4, 0, 1])
 
 
 def test_too_few_samples_for_the_streams_are_refused() -> None:
     with pytest.raises(ValueError, match="3 samples cannot fill 4 streams"):
         SamplePlan((3,), 0, 4, 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(length=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_a_shuffle_without_a_table_is_a_permutation(length: int, key: int) -> None:
+    every = shuffled(np.arange(length), np.int64(length), np.uint64(key))
+    assert np.array_equal(np.sort(every), np.arange(length))
+
+
+def test_a_shuffle_without_a_table_favours_no_place() -> None:
+    keys = np.arange(20_000, dtype=np.uint64)
+    for length in (2, 3, 10, 17, 50):
+        for index in (0, length // 2, length - 1):
+            counts = np.bincount(shuffled(np.int64(index), np.int64(length), keys), minlength=length)
+            spread = np.sqrt(20_000 / length * (1 - 1 / length))
+            assert abs(counts - 20_000 / length).max() < 5 * spread, (length, index)
+
+
+def test_neighbours_do_not_stay_together() -> None:
+    places = shuffled(np.arange(100_000), np.int64(100_000), np.uint64(7))
+    steps = np.abs(np.diff(places))
+    assert (steps < 100).mean() < 0.004  # 0.002 by chance
+    assert abs(np.corrcoef(np.arange(100_000), places)[0, 1]) < 0.02
+
+
+def test_a_billion_samples_are_planned_in_no_time_and_no_memory() -> None:
+    """1e9 samples in 10,000 shards: a step in the middle of epoch 3, and its peak of allocated memory."""
+    tracemalloc.start()
+    plan = SamplePlan([100_000] * 10_000, 0, 240, 8)
+    began = time.perf_counter()
+    slots = step_slots(plan, 3 * 10**9 // 960 + 12_345, 960)
+    seconds = time.perf_counter() - began
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert set(slots.epoch.tolist()) == {3} and len(set(slots.uid.tolist())) == 960
+    assert seconds < 5
+    assert peak < 20e6
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.0001, 5), min_size=2, max_size=4),
+    streams=st.sampled_from([1, 2, 4]),
+    world=st.sampled_from([1, 2, 4]),
+    step=st.integers(0, 3000),
+)
+def test_a_mixture_is_the_same_for_any_number_of_workers(weights: list[float], streams: int, world: int, step: int) -> None:
+    mixture = MixturePlan([SamplePlan((20 + n, 30, 7), 3, streams, 2) for n in range(len(weights))], weights)
+    if streams % world:
+        return
+    whole = step_slots(mixture, step, 4 * streams)
+    for rank in range(world):
+        part = step_slots(mixture, step, 4 * streams, rank, world)
+        assert np.array_equal(part.uid, whole.uid[rank::world]) and np.array_equal(part.epoch, whole.epoch[rank::world])
+
+
+def test_a_mixture_keeps_its_weights_and_every_data_set_its_epochs() -> None:
+    plans = [SamplePlan((300, 300), 0, 2, 1), SamplePlan((100,), 0, 2, 1)]
+    slots = step_slots(MixturePlan(plans, [3, 1]), 0, 2 * MIXTURE_PERIOD)
+    second = slots.uid >= 600
+    assert second.sum() == 500
+    assert np.bincount(slots.uid[second] - 600).tolist() == [5] * 100  # five whole epochs of the small one
+    first_epoch = slots.uid[~second & (slots.epoch == 0)]
+    assert len(np.unique(first_epoch)) == len(first_epoch) == 600
+    with pytest.raises(ValueError, match="positive weights"):
+        MixturePlan(plans, [1, 0])
 
 
 @given(seed=st.integers(0, 2**62), epoch=st.integers(0, 1000), cells=st.integers(1, 80))

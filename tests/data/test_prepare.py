@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import zlib
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from oar_scale.config.schema import DataConfig, FolderSource, OpenMojiSource
-from oar_scale.data.manifest import read_manifest
-from oar_scale.data.prepare import prepare_images
-from oar_scale.data.shards import read_shard
+from oar_scale.config.schema import DataConfig, FolderSource, OpenMojiSource, TableSource
+from oar_scale.data.manifest import ShardInfo, read_manifest
+from oar_scale.data.prepare import AHEAD, prepare_images
+from oar_scale.data.shards import iterate_shard, read_shard, write_shard
+from oar_scale.data.sources.files import square
 from oar_scale.errors import UserError
 from oar_scale.storage import join
 
@@ -63,7 +66,9 @@ def test_a_bad_sample_stops_the_stage_where_the_recipe_says_so(pictures: Path, t
 
 
 def test_too_many_bad_samples_stop_the_stage(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"2 of 32 images are bad.*max_bad_fraction = 0.01"):
+    with pytest.raises(
+        UserError, match=r"images are bad, more than data\.max_bad_fraction = 0\.01 of all 32\.\nThe first: (silent|broken)"
+    ):
         prepare_images(config(pictures, max_bad_fraction=0.01), str(tmp_path / "images"))
 
 
@@ -85,6 +90,71 @@ def test_a_name_stays_on_its_side_of_the_split_when_images_are_added(pictures: P
 def test_the_same_images_give_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
     one, two = (prepare_images(config(pictures), str(tmp_path / name)) for name in ("one", "two"))
     assert one["train"].fingerprint == two["train"].fingerprint
+
+
+def digest(folder: Path) -> str:
+    """Of all samples of both splits in the order of the shards, the pictures as pixels: compressors may differ."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.tar")):
+        for sample in iterate_shard(str(path), str(path)):
+            pixels = Image.open(io.BytesIO(sample["png"])).tobytes()
+            parts = [str(path.relative_to(folder)).encode(), sample["__key__"].encode(), sample["txt"], sample["json"], pixels]
+            found.update(b"\n".join(parts))
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("threads", [1, 7])
+def test_the_shards_of_a_source_are_those_of_every_earlier_version(tmp_path: Path, threads: int) -> None:
+    """Weights and order tables of older runs belong to them."""
+    settings = DataConfig(source=OpenMojiSource(limit=96), heldout_fraction=0.25, samples_per_shard=16, prepare_threads=threads)
+    manifests = prepare_images(settings, str(tmp_path))
+    assert [shard.samples for shard in manifests["train"].shards] == [16, 16, 16, 16, 7]
+    assert manifests["heldout"].with_variant_in_train == 0
+    assert digest(tmp_path) == "82f544b5c4310cca47aebdb40ab782e6e83d7a5217574dace35156445c2fa0af"
+
+
+def test_no_more_is_in_memory_than_a_shard_of_each_split_and_a_few_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read, kept = tmp_path / "pictures", 0, 0
+    folder.mkdir()
+    for index in range(300):
+        Image.new("RGB", (8, 8), (index % 255, 0, 0)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text("a square")
+    peak = 0
+
+    def counted_read(path: str, size: int) -> Image.Image:
+        nonlocal read
+        read += 1
+        return square(path, size)
+
+    def counted_write(folder: str, name: str, samples: list[dict[str, Any]]) -> ShardInfo:
+        nonlocal kept, peak
+        peak = max(peak, read - kept)
+        kept += len(samples)
+        return write_shard(folder, name, samples)
+
+    monkeypatch.setattr("oar_scale.data.sources.folder.square", counted_read)
+    monkeypatch.setattr("oar_scale.data.prepare.write_shard", counted_write)
+    progress: list[tuple[int, int]] = []
+    prepare_images(config(folder, prepare_threads=2), str(tmp_path / "images"), lambda *images: progress.append(images))
+    assert kept == 300
+    assert peak <= 2 * 8 + (AHEAD + 1) * 2
+    assert (progress[0], progress[-1]) == ((0, 300), (300, 300)) and progress == sorted(progress)
+
+
+def test_many_bad_samples_stop_the_stage_long_before_the_end(pictures: Path, tmp_path: Path) -> None:
+    for index in range(200):
+        (pictures / f"bad{index}.png").write_bytes(b"no picture")
+        (pictures / f"bad{index}.txt").write_text("bad")
+    with pytest.raises(UserError, match=r"of all 232") as stopped:
+        prepare_images(config(pictures, samples_per_shard=2), str(tmp_path / "images"))
+    assert int(str(stopped.value).split()[1]) < 100
+
+
+def test_two_images_of_one_key_are_named_before_any_is_read(tmp_path: Path) -> None:
+    table = tmp_path / "twice.csv"
+    table.write_text("image,caption\na.png,a cat\na.png,a dog\n")
+    with pytest.raises(UserError, match=r"1 keys stand for more than one image, e\.g\. 'a-png-"):
+        prepare_images(DataConfig(source=TableSource(type="table", path=str(table))), str(tmp_path / "images"))
 
 
 def test_openmoji_drawings_are_named_and_drawn(tmp_path: Path) -> None:

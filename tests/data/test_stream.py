@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launcher import run_workers, start_workers
 from numpy.typing import NDArray
+from PIL import Image
 
 from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
-from oar_scale.data.shards import TokenShard, token_sample, write_shard
+from oar_scale.data.open_shard import OpenShard
+from oar_scale.data.shard_source import ShardSource, StoredOrders
+from oar_scale.data.shards import token_sample, write_shard
 from oar_scale.data.stream import Batch, StreamSettings, TokenStream
 from oar_scale.errors import UserError
+from oar_scale.storage.shard_cache import ShardCache
 from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
+from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, pixels_to_unit
 
 SETTINGS = StreamSettings(seed=3, global_batch=8, streams=4, window_shards=2, caption_dropout=0.2)
 
@@ -41,8 +53,12 @@ def text() -> TextTokenizer:
     return train_text_tokenizer([f"a red number {i}" for i in range(40)], 64, 8)
 
 
-def stream(tokens: str, text: TextTokenizer, rank: int = 0, world: int = 1, **changes: object) -> TokenStream:
-    return TokenStream(tokens, read_manifest(tokens), text, replace(SETTINGS, **changes), tokens, rank, world)  # type: ignore[arg-type]
+def source(folder: str, stored_orders: StoredOrders | None = None, **changes: Any) -> ShardSource:
+    return ShardSource(folder, read_manifest(folder), ShardCache(folder), stored_orders=stored_orders, **changes)
+
+
+def stream(tokens: str, text: TextTokenizer, rank: int = 0, world: int = 1, **changes: Any) -> TokenStream:
+    return TokenStream(source(tokens), text, replace(SETTINGS, **changes), rank, world)
 
 
 def same(one: Batch, two: Batch) -> bool:
@@ -82,11 +98,11 @@ def test_codes_and_captions_are_those_of_the_sample(tokens: str, text: TextToken
 def test_stored_orders_come_with_the_first_view_and_in_the_stated_share(tokens: str, text: TextTokenizer) -> None:
     backwards = np.arange(16, dtype=np.uint16)[::-1]
 
-    def stored(name: str, shard: TokenShard) -> NDArray[np.uint16]:
+    def stored(name: str, shard: OpenShard) -> NDArray[np.uint16]:
         return np.stack([backwards] * len(shard.keys))
 
     settings = replace(SETTINGS, random_share=0.25)
-    batches = list(TokenStream(tokens, read_manifest(tokens), text, settings, tokens, stored_orders=stored).batches(0, 50))
+    batches = list(TokenStream(source(tokens, stored), text, settings).batches(0, 50))
     codes, orders = torch.cat([b.codes_bN for b in batches]), torch.cat([b.orders() for b in batches])
     follows = (orders == torch.from_numpy(backwards.astype(np.int64))).all(1)
     assert 0.65 < float(follows.float().mean()) < 0.85
@@ -96,7 +112,7 @@ def test_stored_orders_come_with_the_first_view_and_in_the_stated_share(tokens: 
 def test_the_control_sees_the_same_samples_and_views_in_random_orders(tokens: str, text: TextTokenizer) -> None:
     backwards = np.arange(16, dtype=np.int64)[::-1].copy()
     ordered, control = (
-        TokenStream(tokens, read_manifest(tokens), text, replace(SETTINGS, random_share=0.25), tokens, stored_orders=stored).batch(2)
+        TokenStream(source(tokens, stored), text, replace(SETTINGS, random_share=0.25)).batch(2)
         for stored in (lambda name, shard: np.stack([backwards] * len(shard.keys)), None)
     )
     assert torch.equal(ordered.uid_b, control.uid_b) and torch.equal(ordered.codes_bN, control.codes_bN)
@@ -115,4 +131,176 @@ def test_image_shards_are_not_taken_for_token_shards(tmp_path: Path, text: TextT
     info = write_shard(str(tmp_path), "00000.tar", [{"__key__": "a", "txt": "x", "png": b""}])
     write_manifest(str(tmp_path), Manifest(shards=(info,)))
     with pytest.raises(UserError, match="not token shards"):
-        TokenStream(str(tmp_path), read_manifest(str(tmp_path)), text, SETTINGS, str(tmp_path))
+        TokenStream(source(str(tmp_path)), text, SETTINGS)
+
+
+def write_tokens(folder: str, sizes: list[int], broken: dict[int, str] | None = None) -> None:
+    """Token shards of the given sizes; the first code of a sample is its uid. ``broken``: uid -> what is wrong with it."""
+    shards, uid = [], 0
+    for shard, size in enumerate(sizes):
+        written = []
+        for _ in range(size):
+            sample = token_sample({"__key__": f"k{uid}", "txt": f"a red number {uid}"}, np.full((1, 16), uid, dtype=np.uint16))
+            match (broken or {}).get(uid):
+                case "no codes":
+                    del sample["codes.npy"]
+                case "no caption":
+                    del sample["txt"]
+                case "codes above the vocabulary":
+                    sample = {**sample, **token_sample({"__key__": f"k{uid}", "txt": "x"}, np.full((1, 16), 60_000, dtype=np.uint16))}
+                case "codes of another shape":
+                    sample = {**sample, **token_sample({"__key__": f"k{uid}", "txt": "x"}, np.zeros((2, 16), dtype=np.uint16))}
+            written.append(sample)
+            uid += 1
+        shards.append(write_shard(folder, f"{shard:05d}.tar", written))
+    write_manifest(folder, Manifest(shards=tuple(shards), grid=4, vocab_size=50_000, views=("center",)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=7).filter(lambda sizes: sum(sizes) >= 24),
+    worlds=st.lists(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]), min_size=1, max_size=6),
+    stops=st.lists(st.integers(1, 4), min_size=6, max_size=6),
+    window=st.integers(1, 4),
+    seed=st.integers(0, 100),
+)
+def test_any_sequence_of_worlds_and_stops_sees_the_same_global_batches(
+    text: TextTokenizer,
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    worlds: list[int],
+    stops: list[int],
+    window: int,
+    seed: int,
+) -> None:
+    folder = str(tmp_path_factory.mktemp("elastic"))
+    write_tokens(folder, sizes)
+    how = replace(SETTINGS, seed=seed, global_batch=48, streams=24, window_shards=window)
+    whole = TokenStream(source(folder), text, how)
+    step = 0
+    for world, steps in zip(worlds, stops, strict=False):
+        ranks = [TokenStream(source(folder), text, how, rank, world) for rank in range(world)]
+        for number in range(step, step + steps):
+            expected = tensors(whole.batch(number))
+            for rank, part in enumerate(ranks):
+                for name, tensor in tensors(part.batch(number)).items():
+                    assert torch.equal(tensor, expected[name][rank::world]), (name, number, world, rank)
+        step += steps
+
+
+def log_batches(folder: str, log: str, steps: int, seconds_a_step: float) -> None:
+    """A training without a model: every rank reads its batches, rank 0 writes down the uids of all; goes on where the log ends."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    text = train_text_tokenizer([f"a red number {i}" for i in range(40)], 64, 8)
+    how = replace(SETTINGS, global_batch=24, streams=12)
+    done = [len(Path(log).read_text().splitlines()) if os.path.exists(log) else 0]
+    dist.broadcast_object_list(done)
+    for batch in TokenStream(source(folder), text, how, dist.get_rank(), dist.get_world_size()).batches(done[0], steps):
+        time.sleep(seconds_a_step)
+        uids: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(uids, [batch.uid_b.tolist(), batch.orders().tolist()])
+        if dist.get_rank() == 0:
+            together = [[uids[slot % len(uids)][part][slot // len(uids)] for slot in range(24)] for part in (0, 1)]
+            with open(log, "a") as file:
+                file.write(json.dumps(together) + "\n")
+    dist.barrier()
+
+
+def test_two_ranks_killed_and_restarted_as_three_log_what_one_would_have(tmp_path: Path) -> None:
+    folder, one, elastic = (str(tmp_path / name) for name in ("tokens", "one", "elastic"))
+    write_tokens(folder, [13, 29, 8, 31, 17])
+    run_workers(log_batches, 1, folder, one, 16, 0.0)
+    workers = start_workers(log_batches, 2, folder, elastic, 16, 0.3)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not os.path.exists(elastic) or len(Path(elastic).read_text().splitlines()) < 5):
+        time.sleep(0.02)
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    stopped = len(Path(elastic).read_text().splitlines())
+    assert 5 <= stopped < 16
+    run_workers(log_batches, 3, folder, elastic, 16, 0.0)
+    assert Path(elastic).read_text() == Path(one).read_text()
+
+
+def test_loader_processes_change_nothing(tokens: str, text: TextTokenizer) -> None:
+    alone = list(stream(tokens, text).batches(3, 10))
+    loaded = list(TokenStream(source(tokens), text, SETTINGS, loader_processes=2).batches(3, 10))
+    assert [batch.step for batch in loaded] == list(range(3, 10))
+    assert all(same(a, b) for a, b in zip(alone, loaded, strict=True))
+
+
+@pytest.mark.parametrize("fault", ["no codes", "no caption", "codes above the vocabulary", "codes of another shape"])
+def test_a_broken_sample_is_replaced_the_same_way_everywhere_and_named(text: TextTokenizer, tmp_path: Path, fault: str) -> None:
+    write_tokens(str(tmp_path), [20, 20], {27: fault})
+    how = replace(SETTINGS, global_batch=8, max_bad_fraction=0.1)
+    batches = list(TokenStream(source(str(tmp_path)), text, how).batches(0, 5))
+    (bad,) = [sample for batch in batches for sample in batch.bad]
+    assert bad.uid == 27 and "sample 'k27'" in bad.fault and "00001.tar" in bad.fault
+    uids, codes = torch.cat([b.uid_b for b in batches]), torch.cat([b.codes_bN for b in batches])
+    assert torch.equal(codes[uids != 27, 0], uids[uids != 27])
+    substitute = int(codes[uids == 27, 0])
+    assert substitute != 27
+    for rank in range(2):
+        half = list(TokenStream(source(str(tmp_path)), text, how, rank, 2).batches(0, 5))
+        for part, whole in zip(half, batches, strict=True):
+            assert torch.equal(part.codes_bN, whole.codes_bN[rank::2])
+
+
+def test_a_shard_that_is_gone_is_named_and_all_its_samples_replaced(text: TextTokenizer, tmp_path: Path) -> None:
+    write_tokens(str(tmp_path), [20, 20, 20, 20])
+    os.unlink(tmp_path / "00002.tar")
+    batches = list(TokenStream(source(str(tmp_path)), text, replace(SETTINGS, max_bad_fraction=0.5)).batches(0, 10))
+    named = [sample for batch in batches for sample in batch.bad]
+    assert {sample.uid for sample in named} >= set(range(40, 60))
+    assert all("00002.tar" in sample.fault for sample in named)
+    codes = torch.cat([batch.codes_bN[:, 0] for batch in batches])
+    assert len(codes) == 80 and not ((codes >= 40) & (codes < 60)).any()
+
+
+def test_too_many_bad_samples_stop_the_stream_and_name_some(text: TextTokenizer, tmp_path: Path) -> None:
+    write_tokens(str(tmp_path), [20, 20], {uid: "no codes" for uid in (3, 9, 11, 24, 33)})
+    with pytest.raises(UserError, match=r"of \d+ samples could not be used, more than data\.max_bad_fraction = 0\.02") as stopped:
+        list(TokenStream(source(str(tmp_path)), text, replace(SETTINGS, max_bad_fraction=0.02)).batches(0, 5))
+    assert "sample 'k" in str(stopped.value)
+
+
+def test_data_sets_are_mixed_by_weight_each_with_its_own_samples(text: TextTokenizer, tmp_path: Path) -> None:
+    for name, sizes in (("big", [30, 30, 30]), ("small", [12])):
+        write_tokens(str(tmp_path / name), sizes)
+    parts = [source(str(tmp_path / "big"), weight=4), source(str(tmp_path / "small"), weight=1)]
+    batches = list(TokenStream(parts, text, SETTINGS).batches(0, 500))
+    uids, codes = torch.cat([b.uid_b for b in batches]), torch.cat([b.codes_bN[:, 0] for b in batches])
+    small = uids >= 90
+    assert int(small.sum()) == 800
+    assert torch.equal(codes, torch.where(small, uids - 90, uids))
+    with pytest.raises(UserError, match="a mixture needs one"):
+        odd = replace(parts[1], manifest=parts[1].manifest.model_copy(update={"grid": 5}))
+        TokenStream([parts[0], odd], text, SETTINGS)
+
+
+def test_image_shards_are_tokenised_on_the_fly_to_the_same_codes(text: TextTokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vq = VQTokenizer(VQSpec(image_size=16, channels=32, multipliers=(1, 1, 1), res_blocks=1, latent_channels=32, codebook_size=64)).eval()
+    noise, written, pictures = np.random.default_rng(0), [], []
+    for index in range(20):
+        pictures.append(noise.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        Image.fromarray(pictures[-1]).save(tmp_path / "picture.png")
+        written.append({"__key__": f"k{index}", "png": (tmp_path / "picture.png").read_bytes(), "txt": f"a red number {index}"})
+    write_manifest(str(tmp_path / "images"), Manifest(shards=(write_shard(str(tmp_path / "images"), "00000.tar", written),)))
+    images = source(str(tmp_path / "images"), tokenizer=vq, image_views=("center", "center_flip"))
+    for batch in TokenStream(images, text, SETTINGS).batches(0, 3):
+        for uid, codes_N in zip(batch.uid_b.tolist(), batch.codes_bN, strict=True):
+            pixels = torch.from_numpy(pictures[uid])[None]
+            expected = [vq.encode(pixels_to_unit(view))[0] for view in (pixels, pixels.flip(2))]
+            assert any(torch.equal(codes_N, each) for each in expected)
+
+
+def test_open_shards_are_bounded(text: TextTokenizer, tmp_path: Path) -> None:
+    write_tokens(str(tmp_path), [6] * 40)
+    tokens = TokenStream(source(str(tmp_path)), text, replace(SETTINGS, window_shards=3))
+    for step in range(60):
+        tokens.batch(step)
+        assert len(tokens.shards[0]._open) <= 4 * 3 + 2

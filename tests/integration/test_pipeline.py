@@ -137,11 +137,11 @@ def test_interrupted_training_says_so_leaves_no_process_and_goes_on(finished: Pa
 
 
 def test_a_missing_bucket_and_wrong_credentials_are_named(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = ("data", SMOKE, "-o", f"run_dir={tmp_path}", "-o")
-    missing = oar(*data, "storage.root=s3://no-such-bucket/x")
+    prepare = ("prepare", SMOKE, "-o", f"run_dir={tmp_path}", "-o")
+    missing = oar(*prepare, "storage.root=s3://no-such-bucket/x")
     assert missing.returncode == 2 and "no-such-bucket" in missing.stderr and "Traceback" not in missing.stderr
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    refused = oar(*data, f"storage.root={s3_root}/refused")
+    refused = oar(*prepare, f"storage.root={s3_root}/refused")
     assert refused.returncode == 2 and "AWS_SECRET_ACCESS_KEY" in refused.stderr and "Traceback" not in refused.stderr
 
 

@@ -97,7 +97,7 @@ def write_tables(run: Run) -> None:
     model, folder = load_model(run.model_uri("anyorder")), run.at("tokens", "train")
     for info in read_manifest(folder).shards:
         shard = read_token_shard(join(folder, info.name), run.cache, info)
-        codes = torch.from_numpy(shard.codes_SVN[:, 0].astype(np.int64))
+        codes = torch.from_numpy(shard.view(0).astype(np.int64))
         found = extract_orders(model, codes, model.null_condition(len(codes)), ExtractionSettings())
         order, score = found.order_BN.numpy().astype(np.uint16), found.score_BN.numpy()
         write_orders(

@@ -21,8 +21,8 @@ CAPTIONS = [f"a {colour} {thing}" for colour in ("red", "green", "blue") for thi
 
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
-    drawings = OpenMojiImages(OpenMojiSource(limit=48)).images(16)
-    return torch.from_numpy(np.stack([np.asarray(drawing.load(16)) for drawing in drawings]))
+    drawings = OpenMojiImages(OpenMojiSource(limit=48)).images()
+    return torch.from_numpy(np.stack([np.asarray(drawing.read(16).image) for drawing in drawings]))
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ PLAIN = VQTrainingConfig(steps=6, batch=8, lr=3e-3, warmup_steps=2, revive_every
 
 @pytest.fixture(scope="module")
 def pixels() -> Tensor:
-    drawings = OpenMojiImages(OpenMojiSource(limit=32)).images(16)
-    return torch.from_numpy(np.stack([np.asarray(drawing.load(16)) for drawing in drawings]))
+    drawings = OpenMojiImages(OpenMojiSource(limit=32)).images()
+    return torch.from_numpy(np.stack([np.asarray(drawing.read(16).image) for drawing in drawings]))
 
 
 def trained(pixels: Tensor, config: VQTrainingConfig) -> tuple[VQTokenizer, list[VQProgress]]:

@@ -1,6 +1,7 @@
-"""A folder of images, each with its caption in a text file beside it: ``cat.png`` and ``cat.txt``.
+"""A folder of images, each with its caption in a text file: ``cat.png`` and ``cat.txt``, subfolders included.
 
-Also taken, where there: ``cat.json`` (a ``label``, or anything else) and ``cat.features.npy`` (features of the caption).
+Also taken, where they lie beside the image: ``cat.json`` (a ``label``, or anything else) and ``cat.features.npy`` (features of
+the caption). The text files may lie in a folder of their own, and hold several captions, one a line.
 """
 
 from __future__ import annotations
@@ -8,18 +9,15 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from PIL import Image, ImageOps
-
 from oar_scale.config.schema import FolderSource
-from oar_scale.data.sources import SourceImage
+from oar_scale.data.hashing import name_hash
+from oar_scale.data.images import EXTENSIONS
+from oar_scale.data.sources import BadSample, Content, SourceImage
+from oar_scale.data.sources.files import image_files, key_of, square
 from oar_scale.errors import UserError
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class FolderImages:
@@ -28,39 +26,34 @@ class FolderImages:
     attribution = ""
 
     def __init__(self, config: FolderSource) -> None:
-        self.path = config.path
-        if not os.path.isdir(self.path):
-            raise UserError(f"data.source.path {self.path}: no such folder")
+        self.path, self.captions, self.alternatives = config.path, config.captions or config.path, config.alternatives
+        for field, path in (("path", self.path), ("captions", self.captions)):
+            if not os.path.isdir(path):
+                raise UserError(f"data.source.{field} {path}: no such folder")
 
-    def images(self, size: int) -> Iterator[SourceImage]:
-        names = sorted(name for name in os.listdir(self.path) if name.lower().endswith(EXTENSIONS))
+    def images(self) -> Iterator[SourceImage]:
+        names = sorted(image_files(self.path))
         if not names:
-            raise UserError(f"data.source.path {self.path}: no image in it ({', '.join('*' + e for e in EXTENSIONS)})")
+            raise UserError(f"data.source.path {self.path}: no image in it (*.{', *.'.join(EXTENSIONS)})")
         for name in names:
-            stem, path = os.path.splitext(name)[0], os.path.join(self.path, name)
-            key = re.sub(r"[^A-Za-z0-9_-]+", "-", name) + f"-{zlib.crc32(name.encode()):08x}"  # "a b.png" and "a-b.png" stay two
-            beside = os.path.join(self.path, stem)
-            yield SourceImage(
-                key,
-                stem,
-                _caption(f"{beside}.txt"),
-                functools.partial(_load, path),
-                facts=_facts(f"{beside}.json"),
-                features=_bytes(f"{beside}.features.npy"),
-            )
+            yield SourceImage(key_of(name), os.path.splitext(name)[0], functools.partial(self._read, name))
+
+    def _read(self, name: str, size: int) -> Content:
+        stem = os.path.splitext(name)[0]
+        beside = os.path.join(self.path, stem)
+        text = _text(os.path.join(self.captions, f"{stem}.txt"))
+        facts = _facts(f"{beside}.json")
+        if self.alternatives:
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            text = lines[int(name_hash(key_of(name), "caption") * len(lines))] if lines else ""
+            facts = {"captions": lines, **facts}
+        if not text:
+            raise BadSample("no caption")
+        return Content(square(os.path.join(self.path, name), size), text, facts, _bytes(f"{beside}.features.npy"))
 
 
-def _caption(path: str) -> str | None:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip() or None
-    except FileNotFoundError:
-        return None
-
-
-def _load(path: str, size: int) -> Image.Image:
-    with Image.open(path) as image:
-        return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+def _text(path: str) -> str:
+    return (_bytes(path) or b"").decode(errors="replace").strip()
 
 
 def _facts(path: str) -> dict[str, Any]:
@@ -75,7 +68,8 @@ def _facts(path: str) -> dict[str, Any]:
 
 
 def _bytes(path: str) -> bytes | None:
-    if not os.path.exists(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
         return None
-    with open(path, "rb") as file:
-        return file.read()

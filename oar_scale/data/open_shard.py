@@ -1,0 +1,170 @@
+"""A shard that is open: where everything lies in its bytes, decoded when it is asked for.
+
+    token shards   KEY.codes.npy (uint16 [views, N], raster order)  KEY.txt  KEY.json  [KEY.features.npy (float16 [T, F])]
+    image shards   KEY.png|jpg|jpeg|webp                            KEY.txt  KEY.json  [KEY.features.npy]
+
+Opening reads the tar's headers and nothing else, and keeps a few numbers for each sample. What cannot be used is :class:`Unusable`:
+the stream replaces such samples, everybody else stops.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from oar_scale.data.images import decode_image
+from oar_scale.data.tars import key_and_extension, members
+from oar_scale.data.views import make_view
+from oar_scale.errors import UserError
+from oar_scale.tokenizers.prompts import Field
+
+Codes = NDArray[np.uint16]
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+
+
+class Unusable(UserError):
+    """A shard or a sample cannot be used; the text names it."""
+
+
+class OpenShard:
+    """All samples of a shard, S of them, and what image and token shards have in common."""
+
+    def __init__(self, data: memoryview, where: str) -> None:
+        """Raises UserError for a tar that cannot be read."""
+        self.where = where
+        self.keys: list[str] = []
+        self._data = data
+        self._places: dict[str, array[int]] = {}
+        """For each extension where the part of each sample begins and ends; 0, 0 for none."""
+        for name, offset, size in members(data, where):
+            key, extension = key_and_extension(name)
+            if not key:
+                continue
+            if not self.keys or self.keys[-1] != key:
+                self.keys.append(key)
+            places = self._places.setdefault(extension, array("q"))
+            places.extend([0] * (2 * len(self.keys) - 2 - len(places)))
+            if len(places) < 2 * len(self.keys):
+                places.extend((offset, offset + size))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Raises Unusable where one is missing."""
+        return [self.caption(row) for row in range(len(self))]
+
+    def caption(self, row: int) -> str:
+        """Raises Unusable where there is none."""
+        return bytes(self.part(row, "txt")).decode("utf-8", errors="replace")
+
+    def prompts(self, field: Field) -> list[Any]:
+        """What the model is told about each sample. Raises as :meth:`prompt`."""
+        return [self.prompt(row, field) for row in range(len(self))]
+
+    def prompt(self, row: int, field: Field) -> Any:
+        """What the model is told about a sample: its caption, its label, or features [T, F]. Raises Unusable where it has none."""
+        if field == "txt":
+            return self.caption(row)
+        if field == "features":
+            return self.array(row, "features.npy")
+        try:
+            label = json.loads(bytes(self.part(row, "json"))).get("label")
+        except (ValueError, AttributeError):
+            label = None
+        if not isinstance(label, int):
+            raise self.fault(row, "has no whole number as label in its .json, which tokenizer.text asks for")
+        return label
+
+    def part(self, row: int, extension: str) -> memoryview:
+        """The bytes of one member of a sample. Raises Unusable where it has none."""
+        found = self.find(row, (extension,))
+        if found is None:
+            raise self.fault(row, f"has no .{extension}")
+        return found
+
+    def find(self, row: int, extensions: Sequence[str]) -> memoryview | None:
+        """The bytes of the first of these members that a sample has."""
+        for extension in extensions:
+            places = self._places.get(extension)
+            if places is not None and 2 * row + 1 < len(places) and places[2 * row]:
+                return self._data[places[2 * row] : places[2 * row + 1]]
+        return None
+
+    def array(self, row: int, extension: str) -> NDArray[Any]:
+        """A ``.npy`` member. Raises Unusable where it is none."""
+        part = self.part(row, extension)
+        try:
+            found: NDArray[Any] = np.load(io.BytesIO(part), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise self.fault(row, f"has a .{extension} that is no array ({error})") from error
+        return found
+
+    def fault(self, row: int, what: str) -> Unusable:
+        return Unusable(f"{self.where}: sample {self.keys[row]!r} {what}")
+
+
+class TokenShard(OpenShard):
+    """A shard of codes."""
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Views and cells of a sample's codes: those of the first sample. Raises Unusable where it has none, or there is no sample."""
+        return self._first[1]
+
+    def codes(self, row: int, view: int) -> bytes:
+        """One view's codes as the bytes of little-endian uint16 [N]: a batch joins them and reads them all at once.
+
+        Raises:
+            Unusable: the sample has none, or others than the first one has.
+        """
+        header, (views, cells) = self._first
+        data = self.part(row, "codes.npy")
+        if len(data) != len(header) + 2 * views * cells or data[: len(header)] != header:
+            raise self.fault(row, f"has no codes uint16 {[views, cells]} (views, cells) as the first sample of the shard has")
+        start = len(header) + 2 * cells * view
+        return bytes(data[start : start + 2 * cells])
+
+    def view(self, number: int) -> Codes:
+        """One view's codes of all samples, [S, N]. Raises as :meth:`codes`."""
+        joined = b"".join(self.codes(row, number) for row in range(len(self)))
+        return np.frombuffer(joined, dtype="<u2").reshape(len(self), self.shape[1])
+
+    @cached_property
+    def _first(self) -> tuple[bytes, tuple[int, int]]:
+        """What every sample's codes begin with, and their shape, as in the first sample."""
+        if not self.keys:
+            raise Unusable(f"{self.where}: holds no sample")
+        data = self.find(0, ("codes.npy",))
+        if data is None:
+            raise self.fault(0, "has no .codes.npy; is this a folder of token shards?")
+        codes = self.array(0, "codes.npy")
+        if codes.ndim != 2 or codes.dtype != np.dtype("<u2") or not codes.flags.c_contiguous:
+            raise self.fault(0, f"has codes {codes.dtype} {list(codes.shape)} instead of uint16 [views, cells]")
+        return bytes(data[: len(data) - codes.nbytes]), (codes.shape[0], codes.shape[1])
+
+
+class ImageShard(OpenShard):
+    """A shard of pictures."""
+
+    def pixels(self, row: int, view: str, size: int) -> NDArray[np.uint8]:
+        """One view of a picture at ``size`` x ``size``, uint8 [size, size, 3]. Raises Unusable where there is no picture that can be read."""
+        data = self.find(row, IMAGE_EXTENSIONS)
+        if data is None:
+            raise self.fault(row, f"has no image ({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)})")
+        try:
+            picture = decode_image(data, self.where)
+        except UserError as error:
+            raise self.fault(row, f"has a picture that cannot be read ({error})") from error
+        square = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS) if picture.size != (size, size) else picture
+        return np.asarray(make_view(square, view, self.keys[row]))

@@ -1,0 +1,264 @@
+"""One pass over one shard: its bytes, its samples, and everything that is wrong with it.
+
+What the manifest of a folder is made of (``oar data index``) and what it is compared with (``oar data verify``). The shard is
+mapped, not read into memory; one from S3 is downloaded once into a temporary file that has no name any more when it is used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import islice
+from typing import TypeVar
+
+import crc32c
+import numpy as np
+
+from oar_scale.data.images import EXTENSIONS
+from oar_scale.data.tars import map_file, samples
+from oar_scale.errors import UserError
+from oar_scale.storage import open_storage
+
+FAULTS_KEPT = 20
+"""Faults of a shard that are kept as text; the others are counted."""
+KINDS_KEPT = 200
+"""Extensions, and sets of them, that are told apart in a shard; the rest is counted as ``(other)``."""
+
+_Done = TypeVar("_Done")
+
+
+@dataclass
+class ShardScan:
+    """What a shard holds."""
+
+    bytes: int
+    crc32c: int
+    samples: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+    """How many samples have a member of each extension."""
+    codes_shape: tuple[int, int] | None = None
+    """Views and cells of its codes; None where it has none."""
+    largest_code: int = -1
+    bad_captions: int = 0
+    """Captions that are not UTF-8; what is not is read as U+FFFD."""
+    faults: list[str] = field(default_factory=list)
+    fault_count: int = 0
+
+    def fault(self, text: str) -> None:
+        self.fault_count += 1
+        if len(self.faults) < FAULTS_KEPT:
+            self.faults.append(text)
+
+
+def list_shards(folder: str, pattern: str = "*.tar") -> list[str]:
+    """Names of the shards below a folder, relative to it, numbers in their natural order: ``2.tar`` before ``10.tar``.
+
+    Raises:
+        UserError: there are none.
+    """
+    names = names_below(folder)
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise UserError(
+            f"{folder}: none of the {len(names)} objects below it matches {pattern!r}. Check the path, or give another --pattern."
+        )
+    return sorted(found, key=_natural)
+
+
+def names_below(folder: str) -> list[str]:
+    """Names of all objects below a folder, relative to it."""
+    base = folder.rstrip("/") + "/"
+    return [uri.removeprefix(base) for uri in open_storage(folder).list(folder)]
+
+
+def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Digits compare as numbers: first by how many there are, without leading zeros."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(len(part.lstrip("0")), part.lstrip("0")) if at % 2 else (0, part) for at, part in enumerate(parts)], name
+
+
+@contextmanager
+def open_bytes(uri: str) -> Iterator[memoryview]:
+    """The bytes of an object, mapped from a local file. Raises ``Missing``."""
+    if not uri.startswith("s3://"):
+        open_storage(uri).version(uri)  # the clear error where there is none
+        yield map_file(uri)
+        return
+    with tempfile.TemporaryDirectory(prefix="oar-scan-") as folder:
+        path = os.path.join(folder, "shard")
+        open_storage(uri).download(uri, path)
+        data = map_file(path)
+    yield data
+
+
+def scan_shard(uri: str, vocab_size: int | None = None) -> ShardScan:
+    """Read a shard once.
+
+    Args:
+        vocab_size: codes must be below it.
+
+    Raises:
+        UserError: it cannot be had, or is no tar that can be read; what is wrong with single samples is in ``faults``.
+    """
+    with open_bytes(uri) as data:
+        scan = ShardScan(len(data), crc32c.crc32c(data))
+        codes, sets = _Codes(scan, vocab_size), dict[frozenset[str], list[str]]()
+        counts: Counter[frozenset[str]] = Counter()
+        parts: Counter[str] = Counter()
+        seen: set[str] = set()
+        for key, sample in samples(data, uri):
+            scan.samples += 1
+            if key in seen:
+                scan.fault(f"key {key!r} comes twice (are its members not next to each other?)")
+            seen.add(key)
+            parts.update(part if part in parts or len(parts) < KINDS_KEPT else "(other)" for part in sample)
+            kinds = frozenset("image" if part in EXTENSIONS else part for part in sample)
+            if len(counts) < KINDS_KEPT or kinds in counts:
+                counts[kinds] += 1
+                if len(sets.setdefault(kinds, [])) < FAULTS_KEPT:
+                    sets[kinds].append(key)
+            if "codes.npy" in sample:
+                codes.add(key, sample["codes.npy"])
+            if "txt" in sample and not _is_utf8(sample["txt"]):
+                scan.bad_captions += 1
+        codes.flush()
+        scan.parts = dict(sorted(parts.items()))
+        _compare_members(scan, counts, sets)
+    return scan
+
+
+def _compare_members(scan: ShardScan, counts: Counter[frozenset[str]], sets: dict[frozenset[str], list[str]]) -> None:
+    """Each sample should have what most samples of the shard have, and a picture or codes."""
+    having: Counter[str] = Counter()
+    for kinds, count in counts.items():
+        having.update(dict.fromkeys(kinds, count))
+    usual = {kind for kind, count in having.items() if 2 * count > scan.samples}
+    for kinds, count in counts.items():
+        lacking = sorted(usual - kinds)
+        if not kinds & {"image", "codes.npy"}:
+            lacking = ["image or codes"]
+        for key in sets[kinds] if lacking else []:
+            scan.fault(f"sample {key!r} has no {' and no '.join(lacking)}")
+        scan.fault_count += count - len(sets[kinds]) if lacking else 0
+
+
+class _Codes:
+    """Checks the codes of a shard, some hundred samples at a time."""
+
+    def __init__(self, scan: ShardScan, vocab_size: int | None) -> None:
+        self.scan, self.vocab_size = scan, vocab_size
+        self.header = b""
+        self.keys: list[str] = []
+        self.waiting: list[bytes] = []
+
+    def add(self, key: str, data: memoryview) -> None:
+        shape = self.scan.codes_shape
+        if shape is None or data[: len(self.header)] != self.header or len(data) != len(self.header) + 2 * shape[0] * shape[1]:
+            header = self._header(key, data)
+            if header is None:
+                return
+            self.header = header
+        self.keys.append(key)
+        self.waiting.append(data[len(self.header) :].tobytes())
+        if len(self.keys) == 512:
+            self.flush()
+
+    def flush(self) -> None:
+        """Look at the values that were added."""
+        if not self.keys:
+            return
+        largest = [int(np.frombuffer(codes, dtype="<u2").max()) for codes in self.waiting] if self.vocab_size is not None else []
+        for key, code in zip(self.keys, largest, strict=bool(largest)):
+            if self.vocab_size is not None and code >= self.vocab_size:
+                self.scan.fault(f"sample {key!r} has code {code}, the vocabulary has {self.vocab_size}")
+        together = np.frombuffer(b"".join(self.waiting), dtype="<u2")
+        self.scan.largest_code = max(self.scan.largest_code, int(together.max()))
+        self.keys, self.waiting = [], []
+
+    def _header(self, key: str, data: memoryview) -> bytes | None:
+        """The ``.npy`` header of codes of the shard's shape; without it a fault is noted."""
+        try:
+            shape, dtype, fortran, start = npy_header(data)
+        except ValueError as error:
+            self.scan.fault(f"codes of sample {key!r} are no .npy array ({error})")
+            return None
+        bad = dtype != "<u2" or fortran or len(shape) != 2 or not all(shape)
+        if bad or len(data) != start + 2 * shape[0] * shape[1]:
+            self.scan.fault(f"codes of sample {key!r} are {dtype} {list(shape)} in {len(data)} bytes instead of uint16 [views, cells]")
+            return None
+        if self.scan.codes_shape is None:
+            self.scan.codes_shape = shape[0], shape[1]
+        if self.scan.codes_shape != shape:
+            self.scan.fault(f"codes of sample {key!r} are {list(shape)} (views, cells), those before it {list(self.scan.codes_shape)}")
+            return None
+        return data[:start].tobytes()
+
+
+def npy_header(data: memoryview) -> tuple[tuple[int, ...], str, bool, int]:
+    """Shape, type (``<u2``), whether columns come first, and where the values begin.
+
+    ``numpy.load`` would first allocate whatever the header claims, and evaluate its text.
+
+    Raises:
+        ValueError: no ``.npy``.
+    """
+    if data[:6].tobytes() != b"\x93NUMPY" or len(data) < 12:
+        raise ValueError("it begins otherwise")
+    start, width = (10, 2) if data[6] == 1 else (12, 4)
+    end = start + int.from_bytes(data[8 : 8 + width], "little")
+    text = data[start : min(end, start + 10_000)].tobytes()
+    found = [
+        re.search(pattern, text)
+        for pattern in (rb"'shape':\s*\(([0-9, ]*)\)", rb"'descr':\s*'([^']*)'", rb"'fortran_order':\s*(True|False)")
+    ]
+    if not all(found) or end > len(data):
+        raise ValueError("its header cannot be read")
+    shape, dtype, fortran = (match[1].decode("latin-1") for match in found if match)
+    return tuple(int(number) for number in shape.replace(",", " ").split()), dtype, fortran == "True", end
+
+
+def _is_utf8(data: memoryview) -> bool:
+    try:
+        str(data, "utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def in_parallel(
+    work: Callable[[str], _Done], names: Iterable[str], workers: int, on_error: Callable[[str, UserError], None]
+) -> Iterator[tuple[str, _Done]]:
+    """Do each piece of work in threads, a few ahead of what is taken; results come as they are ready.
+
+    Threads, because most of the time is download, checksum and disk, which run beside each other; and because nothing is left
+    running when the process is killed.
+
+    Args:
+        on_error: called with the name and what the work raised; the others go on.
+    """
+    rest = iter(names)
+    running: dict[Future[_Done], str] = {}
+    pool = ThreadPoolExecutor(workers)
+    try:
+        while True:
+            for name in islice(rest, 2 * workers - len(running)):
+                running[pool.submit(work, name)] = name
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                try:
+                    result = future.result()
+                except UserError as error:
+                    on_error(name, error)
+                    continue
+                yield name, result
+    finally:
+        pool.shutdown(cancel_futures=True)

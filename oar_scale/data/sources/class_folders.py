@@ -1,0 +1,72 @@
+"""A folder for each class, as ImageNet comes: ``ROOT/n02119789/n02119789_1.JPEG``.
+
+The label is the number of the folder among all folders in alphabetical order; the caption is made from the class's name.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+
+from oar_scale.config.schema import ClassFoldersSource
+from oar_scale.data.sources import Content, SourceImage
+from oar_scale.data.sources.files import image_files, key_of, square
+from oar_scale.errors import UserError
+
+
+class ClassFolderImages:
+    """Centre-cropped to a square, resized."""
+
+    attribution = ""
+
+    def __init__(self, config: ClassFoldersSource) -> None:
+        self.path, self.template = config.path, config.caption
+        if not os.path.isdir(self.path):
+            raise UserError(f"data.source.path {self.path}: no such folder")
+        with os.scandir(self.path) as entries:
+            self.classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        if not self.classes:
+            raise UserError(f"data.source.path {self.path}: no folder in it; each class is a folder of images")
+        self.names = {name: name.replace("_", " ") for name in self.classes}
+        if config.names is not None:
+            self.names = read_names(config.names)
+            missing = [name for name in self.classes if name not in self.names]
+            if missing:
+                raise UserError(f"data.source.names {config.names}: no name for {len(missing)} of the classes, e.g. {missing[0]!r}")
+
+    def images(self) -> Iterator[SourceImage]:
+        for label, folder in enumerate(self.classes):
+            for file in sorted(image_files(os.path.join(self.path, folder))):
+                path = f"{folder}/{file}"
+                yield SourceImage(key_of(path), os.path.splitext(path)[0], functools.partial(self._read, path, label))
+
+    def _read(self, path: str, label: int, size: int) -> Content:
+        folder = self.classes[label]
+        caption = self.template.replace("{name}", self.names[folder])
+        return Content(square(os.path.join(self.path, path), size), caption, {"label": label, "class": folder})
+
+
+def read_names(path: str) -> dict[str, str]:
+    """Names of classes in words, by folder; of several ("tench, Tinca tinca") the first.
+
+    Args:
+        path: a JSON object of class and name (or of number and [class, name], as Keras has them for ImageNet), or text with
+            a line for each class, the name behind the first blank (as in ``LOC_synset_mapping.txt``).
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        if path.endswith(".json"):
+            pairs = [value if isinstance(value, list) else (key, value) for key, value in json.loads(text).items()]
+        else:
+            pairs = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+        return {folder: name.split(",")[0].replace("_", " ").strip() for folder, name in pairs}
+    except FileNotFoundError as error:
+        raise UserError(f"data.source.names {path}: no such file") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"data.source.names {path}: a class and its name are expected for each class ({error})") from error

@@ -1,0 +1,49 @@
+"""What sources of image files share: which files are images, how they are named, and how one becomes a square."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Iterator
+
+from PIL import Image, ImageOps
+
+from oar_scale.data.images import EXTENSIONS, decode_image
+from oar_scale.data.sources import BadSample
+from oar_scale.errors import UserError
+
+
+def image_files(folder: str) -> Iterator[str]:
+    """Paths of all images in and below a folder, relative to it, with ``/``; folders that begin with a dot are left out."""
+    for at, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().rpartition(".")[2] in EXTENSIONS:
+                yield os.path.relpath(os.path.join(at, name), folder).replace(os.sep, "/")
+
+
+def key_of(path: str) -> str:
+    """A path as a sample's key: readable, and still different for ``a b.png`` and ``a-b.png``."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path) + f"-{zlib.crc32(path.encode('utf-8', 'surrogateescape')):08x}"
+
+
+def square(path: str, size: int) -> Image.Image:
+    """An image file as RGB, centre-cropped to a square and resized. Raises BadSample as :func:`square_of`."""
+    try:
+        with open(path, "rb") as file:
+            return square_of(file.read(), size)
+    except OSError as error:
+        raise BadSample(f"cannot be read ({error})") from error
+
+
+def square_of(data: bytes | memoryview, size: int) -> Image.Image:
+    """:func:`square` of a file's content.
+
+    Raises:
+        BadSample: it cannot be read, or unpacks to more pixels than a photo has.
+    """
+    try:
+        return ImageOps.fit(decode_image(data, "it"), (size, size), Image.Resampling.LANCZOS)
+    except UserError as error:
+        raise BadSample(str(error)) from error

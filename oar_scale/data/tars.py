@@ -1,0 +1,370 @@
+"""The members and samples of a tar that lies in memory, found without copying a byte of their content.
+
+A tar is a chain: each 512-byte header says how long its file is, and so where the next header begins.
+
+    | header | file, padded to 512 | header | file ... | header of zeros |
+      name[0:100] size[124:136] checksum[148:156] type[156] magic[257:265] prefix[345:500]
+
+Nearly all members of nearly all shards are plain: a regular file with an octal size. Those are followed in one tight loop,
+a few thousand headers at a time, and the checksums of these are compared in one NumPy call. The rest goes through rules:
+
+    pax headers (x), GNU long names (L)   applied to the member that follows; a size in a global header (g) is refused
+    sizes in base 256                     read; negative ones are refused
+    folders, links, devices, pipes        skipped
+    sparse files, split volumes           refused
+    names that leave the archive          refused ("../x", "/etc/x"): nothing is written by name here, but somebody might
+    no zero header at the end             refused: the file was cut, or it was never finished
+    anything but zeros after it           refused: two tars were put together, and all readers would miss the second
+
+Names are UTF-8; bytes that are not come as lone surrogates (``surrogateescape``), so that no two names fall together. Show
+such a name with ``repr``.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from struct import Struct
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oar_scale.errors import UserError
+
+BLOCK = 512
+
+
+class Member(NamedTuple):
+    """A regular file of the archive."""
+
+    name: str
+    offset: int
+    """Where its content begins, in bytes."""
+    size: int
+
+
+@dataclass(frozen=True)
+class TarLimits:
+    """What a shard may ask for. Far above any shard meant for training; a tar above them is a mistake or an attack."""
+
+    max_members: int = 2_000_000
+    max_member_bytes: int = 1 << 30
+    max_total_bytes: int = 64 << 30
+
+
+LIMITS = TarLimits()
+
+_HEADER = Struct("<124x11sB20xB188xB")  # digits of the size, the byte after them, type, first byte of the prefix
+_CHUNK = 4096
+_FILE, _OLD_FILE, _CONTIGUOUS = ord("0"), 0, ord("7")
+_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = ord("x"), ord("g"), ord("L"), ord("K")
+_DESCRIBING = frozenset({_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK})
+_HARD_LINK = ord("1")
+_NO_DATA = frozenset(b"23456")
+"""Symbolic link, devices, folder, pipe."""
+_REFUSED = {ord("S"): "a sparse file", ord("M"): "a file split over volumes", ord("X"): "an old Solaris header"}
+_MAX_EXTRA = 1 << 20
+"""Bytes of a pax header or a long name."""
+_PAX_RECORD = re.compile(rb"(\d{1,8}) ([^=]+)=")
+_ZEROS = bytes(BLOCK)
+
+
+class _Fault(Exception):
+    """What is wrong with an entry; the caller adds where."""
+
+
+def members(data: memoryview, where: str, limits: TarLimits = LIMITS) -> Iterator[Member]:
+    """The regular files of a tar, in its order.
+
+    Args:
+        data: the whole tar, one byte an item.
+        where: names the tar in errors.
+
+    Raises:
+        UserError: broken, truncated, compressed or hostile; names the tar, the place and the member.
+    """
+    for names, offsets, sizes in _runs(data, where, limits):
+        yield from map(Member, names, offsets, sizes)
+
+
+def samples(data: memoryview, where: str, limits: TarLimits = LIMITS) -> Iterator[tuple[str, dict[str, memoryview]]]:
+    """The samples of a tar: neighbouring members that share a KEY, as ``(KEY, {extension: content})``.
+
+    KEY is the name up to the first dot of its last part, the extension is what follows, in lower case: ``a.b/7.Codes.npy``
+    is ``codes.npy`` of ``a.b/7``. Names without either (``README``, ``.hidden``) belong to no sample, nor does what lies
+    under ``__meta__``. A key that comes again later is a second sample, as in WebDataset.
+
+    Raises:
+        UserError: as :func:`members`, and for a sample with two members of one extension.
+    """
+    key, sample = "", dict[str, memoryview]()
+    for names, offsets, sizes in _runs(data, where, limits):
+        for name, offset, size in zip(names, offsets, sizes, strict=True):
+            of, extension = key_and_extension(name)
+            if not of:
+                continue
+            if of != key:
+                if sample:
+                    yield key, sample
+                key, sample = of, {}
+            if extension in sample:
+                raise UserError(f"{where}: sample {key!r} has two members .{extension}. Write it again with a key for each.")
+            sample[extension] = data[offset : offset + size]
+    if sample:
+        yield key, sample
+
+
+def key_and_extension(name: str) -> tuple[str, str]:
+    """WebDataset's rule for a member's name; two empty strings for a member of no sample."""
+    start = name.rfind("/") + 1
+    cut = name.find(".", start)
+    if cut <= start or (name.startswith("__") and re.match(r"__[^/]*__($|/)", name)):
+        return "", ""
+    return name[:cut], name[cut + 1 :].lower()
+
+
+def map_file(path: str) -> memoryview:
+    """The content of a local file without reading it into memory; mapped as long as the view, or a part of it, is in use."""
+    with open(path, "rb") as file:
+        empty = os.fstat(file.fileno()).st_size == 0  # which cannot be mapped
+        return memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+_Run = tuple[list[str], list[int], list[int]]
+"""Names, offsets and sizes of members that follow each other."""
+
+
+def _runs(data: memoryview, where: str, limits: TarLimits) -> Iterator[_Run]:
+    """The members of a tar in pieces of a bounded number. Raises UserError as :func:`members`."""
+    if len(data) > limits.max_total_bytes:
+        raise UserError(f"{where}: {len(data)} bytes, the limit for a shard is {limits.max_total_bytes}. Write smaller shards.")
+    count, at, last = 0, 0, ""
+    while True:
+        run, at = _plain_run(data, at)
+        count += len(run[0])
+        if count > limits.max_members:
+            raise UserError(f"{where}: more than {limits.max_members} members. Write smaller shards.")
+        yield _checked(run, where, limits)
+        last = run[0][-1] if run[0] else last
+        try:
+            entry, at = _entry(data, at)
+        except _Fault as fault:
+            after = f" after member {last!r}" if last else ""
+            raise UserError(f"{where}: truncated or broken tar{after}: {fault}. Write or copy the shard again.") from None
+        if entry is _END:
+            return
+        if isinstance(entry, Member):
+            yield _checked(([entry.name], [entry.offset], [entry.size]), where, limits)
+            count, last = count + 1, entry.name
+
+
+def _checked(run: _Run, where: str, limits: TarLimits) -> _Run:
+    """The run itself, if all its names stay inside the archive and no size is above the limit."""
+    names, _, sizes = run
+    if max(sizes, default=0) > limits.max_member_bytes:
+        name = names[sizes.index(max(sizes))]
+        raise UserError(f"{where}: member {name!r} has {max(sizes)} bytes, the limit is {limits.max_member_bytes}. This is no sample.")
+    together = "\0" + "\0".join(names)
+    if "\0/" in together or ".." in together:  # seldom, and then one by one
+        for name in names:
+            if name.startswith("/") or ".." in name.split("/"):
+                raise UserError(f"{where}: member {name!r} points out of the archive. Do not trust this tar; write it with relative names.")
+    return run
+
+
+def _plain_run(data: memoryview, at: int) -> tuple[_Run, int]:
+    """Follow plain members from ``at``, at most a chunk of them; returns them and where the first other header lies.
+
+    Pax headers that say neither name nor size (WebDataset's writer puts one with the time before each member) are passed over.
+    Nothing is believed that a checksum does not confirm; a fault is left to :func:`_entry` to find and name.
+    """
+    total, unpack = len(data) - BLOCK, _HEADER.unpack_from
+    headers: list[int] = []
+    sizes: list[int] = []
+    while at <= total and len(headers) < _CHUNK:
+        digits, end, kind, prefix = unpack(data, at)
+        if prefix or end > ord(" ") or (kind != _FILE and kind != _PAX):
+            break
+        try:
+            size = int(digits, 8)
+        except ValueError:
+            break
+        following = at + BLOCK + (size + 511 & -512)
+        if size < 0 or following > total + BLOCK:
+            break
+        if kind == _PAX and (size > _MAX_EXTRA or _says_something(data[at + BLOCK : following].tobytes())):
+            break
+        headers.append(at)
+        sizes.append(size)
+        at = following
+    return _believed(data, headers, sizes, at)
+
+
+def _believed(data: memoryview, headers: list[int], sizes: list[int], at: int) -> tuple[_Run, int]:
+    """The files among these headers up to the first that is none, and where that lies; ``at`` if all are good."""
+    blocks = np.frombuffer(data[: len(data) // BLOCK * BLOCK], dtype=np.uint8).reshape(-1, BLOCK)
+    at_H = np.array(headers, dtype=np.int64)
+    rows_H512 = blocks[at_H // BLOCK]
+    digits_H11 = rows_H512[:, 124:135]
+    octal_H = (((digits_H11 >= ord("0")) & (digits_H11 < ord("8"))) | (digits_H11 == ord(" "))).all(axis=1)  # int() takes "1_0", too
+    octal_H &= (rows_H512[:, 135] == 0) | (rows_H512[:, 135] == ord(" "))
+    good_H = octal_H & _usual_checksums(rows_H512)
+    good = len(headers)
+    for row in np.flatnonzero(~good_H).tolist():
+        if not octal_H[row] or not _checksum_fits(data, headers[row]):
+            good, at = row, headers[row]
+            break
+    files = np.flatnonzero(rows_H512[:good, 156] == _FILE)
+    names = [name.partition(b"\0")[0] for name in rows_H512[files, :100].reshape(-1).view("S100").tolist()]
+    text = b"\0".join(names).decode("utf-8", "surrogateescape").split("\0") if names else []
+    return (text, (at_H[files] + BLOCK).tolist(), np.array(sizes, dtype=np.int64)[files].tolist()), at
+
+
+def _entry(data: memoryview, at: int) -> tuple[Member | object, int]:
+    """One member of any kind with all headers that belong to it; ``_END`` at the end, ``_SKIPPED`` for what is no regular file."""
+    name: bytes | None = None
+    size: int | None = None
+    while True:
+        header = data[at : at + BLOCK].tobytes()
+        if header == _ZEROS:
+            if name is not None or size is not None:
+                raise _Fault(f"a long name or size without its file at byte {at}")
+            _check_end(data, at)
+            return _END, at
+        _require_header(data, at)
+        kind, stored = header[156], _number(header[124:136], at)
+        if kind in _REFUSED:
+            raise _Fault(f"{_REFUSED[kind]} ({_text(header[:100])!r}) at byte {at} cannot be used as a sample")
+        if kind not in _DESCRIBING:
+            return _file(data, at, kind, header, name, stored if size is None else size)
+        new_name, new_size, at = _description(data, at, kind, stored)
+        if (new_name is not None and name is not None) or (new_size is not None and size is not None):
+            raise _Fault(f"two long names or sizes for one file before byte {at}")
+        name, size = new_name if name is None else name, new_size if size is None else size
+
+
+def _description(data: memoryview, at: int, kind: int, size: int) -> tuple[bytes | None, int | None, int]:
+    """What a header at ``at`` says about the next member, name and size, and where the next header lies."""
+    content = at + BLOCK
+    following = content + (size + 511 & -512)
+    if size > _MAX_EXTRA or following > len(data):
+        raise _Fault(f"a header of {size} bytes at byte {at}")
+    padded = data[content:following].tobytes()
+    if kind == _LONG_LINK:
+        return None, None, following
+    if kind == _LONG_NAME:
+        name = padded.partition(b"\0")[0]
+        if len(name) > size:
+            raise _Fault(f"a long name that is longer than it says at byte {at}")
+        return name, None, following
+    if not _says_something(padded):
+        return None, None, following
+    said = _read_pax(padded, size, at)
+    if kind == _PAX_GLOBAL and said != (None, None):
+        raise _Fault(f"a name or size for all files at byte {at}")
+    return *said, following
+
+
+def _file(data: memoryview, at: int, kind: int, header: bytes, name: bytes | None, size: int) -> tuple[Member | object, int]:
+    """The entry whose own header lies at ``at``, with the name and size that are known by now."""
+    short, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
+    folder = kind in _NO_DATA or (kind == _OLD_FILE and short.endswith(b"/"))
+    if header[345]:
+        if not header[257:].startswith(b"ustar\0"):
+            raise _Fault(f"a header of an unknown kind at byte {at}")
+        short = prefix + b"/" + short
+    full = _text(short if name is None else name)
+    if kind == _HARD_LINK:
+        if size:
+            raise _Fault(f"a hard link with content ({full!r}) at byte {at}")
+        folder = True
+    content = at + BLOCK
+    if folder:
+        return _SKIPPED, content
+    following = content + (size + 511 & -512)
+    if following > len(data):
+        raise _Fault(f"{full!r} is said to have {size} bytes at byte {at}, the file has {len(data) - content} more")
+    if kind not in (_FILE, _OLD_FILE, _CONTIGUOUS):
+        return _SKIPPED, following
+    return Member(full, content, size), following
+
+
+_END, _SKIPPED = object(), object()
+
+
+def _check_end(data: memoryview, at: int) -> None:
+    for start in range(at, len(data), 1 << 20):
+        if np.frombuffer(data[start : start + (1 << 20)], dtype=np.uint8).any():
+            raise _Fault(f"the archive ends at byte {at}, and more follows that no reader would see (two tars in one file?)")
+
+
+def _says_something(pax: bytes) -> bool:
+    return b"path=" in pax or b"size=" in pax or b"GNU.sparse" in pax
+
+
+def _read_pax(pax: bytes, size: int, at: int) -> tuple[bytes | None, int | None]:
+    """Name and size in a pax header: records of ``LENGTH KEY=VALUE\\n``, the length in bytes and of all of the record."""
+    found: dict[bytes, bytes] = {}
+    start = 0
+    while start < size:
+        record = _PAX_RECORD.match(pax, start)
+        end = start + int(record[1]) if record else 0
+        if record is None or end > size or end <= record.end() or pax[end - 1] != ord("\n"):
+            raise _Fault(f"a broken pax header at byte {at}")
+        if record[2] in found or record[2].startswith(b"GNU.sparse"):
+            raise _Fault(f"a pax header with {_text(record[2])!r} at byte {at}")
+        found[record[2]] = pax[record.end() : end - 1]
+        start = end
+    if pax[size:].strip(b"\0"):
+        raise _Fault(f"a pax header longer than it says at byte {at}")
+    name, digits = found.get(b"path"), found.get(b"size")
+    if (name is not None and b"\0" in name) or (digits is not None and not (digits.isdigit() and len(digits) < 20)):
+        raise _Fault(f"a pax header with an impossible name or size at byte {at}")
+    return None if name is None else name.rstrip(b"/"), None if digits is None else int(digits)
+
+
+def _text(name: bytes) -> str:
+    return name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _number(field: bytes, at: int) -> int:
+    """A size: octal digits, or, from a first byte of 0x80, a big number in base 256."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.partition(b"\0")[0].strip(b" ")
+    if not re.fullmatch(rb"[0-7]*", digits):
+        raise _Fault(f"a size that is no number, or a negative one, at byte {at}")
+    return int(digits or b"0", 8)
+
+
+def _usual_checksums(rows_H512: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which headers carry the sum of their bytes as six octal digits, as nearly all do; the eight bytes of the sum count as spaces."""
+    stored_H8 = rows_H512[:, 148:156]
+    actual_H = rows_H512.sum(axis=1, dtype=np.uint32) - stored_H8.sum(axis=1, dtype=np.uint32) + 8 * ord(" ")
+    digits_H6 = stored_H8[:, :6] - np.uint8(ord("0"))  # what is below "0" wraps to something large
+    claimed_H = digits_H6 @ (8 ** np.arange(5, -1, -1))
+    usual_H: NDArray[np.bool_] = (digits_H6 < 8).all(axis=1) & (stored_H8[:, 6] == 0) & (claimed_H == actual_H)
+    return usual_H
+
+
+def _checksum_fits(data: memoryview, at: int) -> bool:
+    """Whether a header carries its sum in any form; some old writers summed signed bytes."""
+    header = data[at : at + BLOCK].tobytes()
+    digits = header[148:156].partition(b"\0")[0].strip(b" ")
+    plain = header[:148] + b" " * 8 + header[156:]
+    sums = (sum(plain), sum(byte - 256 if byte > 127 else byte for byte in plain))
+    return re.fullmatch(rb"[0-7]+", digits) is not None and int(digits, 8) in sums
+
+
+def _require_header(data: memoryview, at: int) -> None:
+    """Raise a fault that says what is there instead of a header."""
+    if len(data) < at + BLOCK:
+        raise _Fault(f"it ends at byte {len(data)} without the zero block of a finished tar" if len(data) else "it is empty")
+    if not _checksum_fits(data, at):
+        if at == 0 and data[:2].tobytes() in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):
+            raise _Fault("it is compressed; unpack it (pictures do not get smaller)")
+        raise _Fault(f"no header at byte {at} (wrong checksum)" if at else "it does not begin with the header of a tar")

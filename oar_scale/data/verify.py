@@ -1,0 +1,98 @@
+"""Every byte of a folder of shards against its manifest.
+
+What is compared: size and crc32c of each shard, the number of its samples, that no key comes twice in it, that each sample has
+the members that most have, and that codes have the shape and the range the manifest says. Shards that are missing, or that the
+manifest does not know, are faults as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from oar_scale.data.manifest import Manifest, ShardInfo, parse_manifest
+from oar_scale.data.scan import ShardScan, in_parallel, names_below, scan_shard
+from oar_scale.errors import UserError
+from oar_scale.storage import join, open_storage
+
+FAULTS_KEPT = 200
+"""Faults that are kept as text; all are counted."""
+
+
+@dataclass
+class Verified:
+    """What was found."""
+
+    shards: int = 0
+    samples: int = 0
+    bytes: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
+    bad_captions: int = 0
+    """Captions that are not UTF-8: no fault, they are read with replacement characters."""
+    faults: list[str] = field(default_factory=list)
+    """Each begins with the name of its shard."""
+    fault_count: int = 0
+
+    def add(self, name: str, faults: list[str], count: int) -> None:
+        self.fault_count += count
+        self.faults += [f"{name}: {fault}" for fault in faults[: FAULTS_KEPT - len(self.faults)]]
+
+
+def verify_folder(
+    folder: str, manifest_uri: str | None = None, *, workers: int = 8, on_progress: Callable[[int, int], None] | None = None
+) -> Verified:
+    """Read every shard once and compare it with the manifest.
+
+    Args:
+        manifest_uri: default: ``manifest.json`` beside the shards.
+        on_progress: called with (shards done, shards in all), at the start and after every shard.
+
+    Raises:
+        UserError: no manifest, or no access. What is wrong with shards and samples is in the answer.
+    """
+    uri = manifest_uri or join(folder, "manifest.json")
+    manifest = parse_manifest(open_storage(uri).read(uri), uri)
+    infos, result, report = {info.name: info for info in manifest.shards}, Verified(), on_progress or (lambda done, total: None)
+    found: dict[str, tuple[list[str], int]] = {}
+
+    def broken(name: str, error: UserError) -> None:
+        found[name] = [str(error).removeprefix(f"{join(folder, name)}: ")], 1
+
+    report(0, len(infos))
+    scans = in_parallel(lambda name: scan_shard(join(folder, name), manifest.vocab_size), infos, workers, broken)
+    for name, scan in scans:
+        faults = list(_compare(infos[name], scan, manifest))
+        found[name] = faults + scan.faults, len(faults) + scan.fault_count
+        result.shards += 1
+        result.samples += scan.samples
+        result.bytes += scan.bytes
+        result.parts.update(scan.parts)
+        result.bad_captions += scan.bad_captions
+        report(len(found), len(infos))
+    for name in infos:  # in the order of the manifest, whichever was read first
+        result.add(name, *found[name])
+    for name in _unknown(folder, manifest):
+        result.add(name, ["lies here, but the manifest does not know it"], 1)
+    return result
+
+
+def _compare(info: ShardInfo, scan: ShardScan, manifest: Manifest) -> Iterator[str]:
+    """How the shard differs from what the manifest says of it."""
+    if scan.bytes != info.bytes:
+        yield f"{scan.bytes} bytes, the manifest says {info.bytes}"
+    elif scan.crc32c != info.crc32c:
+        yield f"crc32c {scan.crc32c:08x}, the manifest says {info.crc32c:08x}: the file is damaged or was replaced"
+    if scan.samples != info.samples:
+        yield f"{scan.samples} samples, the manifest says {info.samples}"
+    shape = None if manifest.grid is None else (len(manifest.views), manifest.grid**2)
+    if scan.samples and scan.codes_shape != shape:
+        here = "no codes" if scan.codes_shape is None else f"codes {list(scan.codes_shape)} (views, cells)"
+        yield f"{here}, the manifest says {'none' if shape is None else list(shape)}"
+
+
+def _unknown(folder: str, manifest: Manifest) -> list[str]:
+    """Shards that lie in the folder and stand in no line of the manifest."""
+    known = {info.name for info in manifest.shards}
+    endings = tuple({"." + info.name.rpartition(".")[2] for info in manifest.shards})
+    return [name for name in names_below(folder) if name.endswith(endings) and name not in known]

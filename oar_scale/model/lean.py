@@ -1,0 +1,103 @@
+"""The cheap parts of a block with less kept for the backward pass, and fewer passes over memory on a CPU.
+
+Matrix products are dear and everything between them is cheap, so what lies between them is computed again rather than kept:
+
+    rms_norm       keeps x and one scale a row     not x * scale, and not the squares
+    gated_linear   keeps gate and up               not silu(gate), and not silu(gate) * up
+    add_dropped    keeps one byte a number         not the noise in float32
+
+Each is, to the rounding, the composition its docstring states. torch.compile finds the same savings by itself and is given the
+composition. Parameters are saved as they are, never a view of one: ZeRO-3 takes their memory away between forward and backward.
+What each is worth: ``tools/benchmarks/model.py --parts``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def worthwhile(x: Tensor) -> bool:
+    """Whether PyTorch has no fused kernel: for norms and dropout it has them on GPUs, and a compiler makes its own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, in float32; the result has the dtype of ``x`` [..., D]."""
+    return _RMSNorm.apply(x, weight_D, eps)  # type: ignore[no-any-return]
+
+
+def gated_linear(gate: Tensor, up: Tensor, weight_DF: Tensor) -> Tensor:
+    """``(silu(gate) * up) W^T`` [..., D] of gate and up [..., F]."""
+    if torch.compiler.is_compiling():
+        return F.linear(F.silu(gate) * up, weight_DF)
+    return _GatedLinear.apply(gate, up, weight_DF)  # type: ignore[no-any-return]
+
+
+def add_dropped(x: Tensor, y: Tensor, p: float) -> Tensor:
+    """``x + dropout(y, p)``, with p rounded to a multiple of 2^-16."""
+    return _AddDropped.apply(x, y, p)  # type: ignore[no-any-return]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        # rsqrt(mean(x^2) + eps), with no tensor of squares.
+        scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, scale)
+        scaled: Tensor = (x32 * scale).mul_(weight_D)
+        return scaled.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight_D, scale = ctx.saved_tensors
+        x32_RD, d_RD, scale_R1 = x.float().reshape(-1, x.shape[-1]), d_out.float().reshape(-1, x.shape[-1]), scale.view(-1, 1)
+        weight32_D = weight_D.float()
+        products_RD = d_RD * x32_RD
+        d_weight_D = products_RD.t() @ scale_R1[:, 0]
+        along_R1 = (products_RD @ weight32_D)[:, None] * scale_R1.square() / x.shape[-1]
+        d_x_RD = torch.mul(d_RD, weight32_D, out=products_RD).addcmul_(x32_RD, along_R1, value=-1).mul_(scale_R1)
+        return d_x_RD.to(x.dtype).view_as(x), d_weight_D.to(weight_D.dtype), None
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight_DF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight_DF)
+        return F.linear(F.silu(gate).mul_(up), weight_DF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, weight_DF = ctx.saved_tensors
+        d_hidden = d_out @ weight_DF
+        silu = F.silu(gate)
+        d_up = d_hidden * silu
+        hidden = silu.mul_(up)
+        d_weight_DF = d_out.reshape(-1, d_out.shape[-1]).t() @ hidden.view(-1, hidden.shape[-1])
+        d_gate = torch.ops.aten.silu_backward(d_hidden.mul_(up), gate, grad_input=d_hidden)
+        return d_gate, d_up, d_weight_DF
+
+
+class _AddDropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, p: float) -> Tensor:
+        threshold = min(round(p * 2**16), 2**16 - 1)
+        # 16 random bits a number, four numbers a draw: a fifth of the time of bernoulli_, which draws a float for each.
+        draws = torch.empty(-(-y.numel() // 4), dtype=torch.int64, device=y.device).random_(-(2**63), None)
+        kept = (draws.view(torch.int16)[: y.numel()] >= threshold - 2**15).view(y.shape)
+        ctx.scale = 2**16 / (2**16 - threshold)
+        ctx.save_for_backward(kept)
+        return torch.where(kept, y, 0).mul_(ctx.scale).add_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return d_out, torch.where(kept, d_out, 0).mul_(ctx.scale), None

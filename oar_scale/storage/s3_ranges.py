@@ -1,0 +1,207 @@
+"""The bytes of an S3 object, whatever happens to the connections that carry them.
+
+Requests that get no good answer (503, SlowDown, reset, timeout) are first repeated by botocore. What it cannot see is a body
+that breaks off, stalls or trickles: such a body is left, and a new request continues at the byte where it stopped, pinned
+to the same version of the object. Between tries we wait a random time that doubles on average (full jitter).
+
+One range is given up after ``TRIES`` connections, or ``PATIENCE_S`` in which not one byte came; a server that has never
+answered this process is given up as soon as botocore does, for then the address is wrong rather than the network.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import urllib3.exceptions
+from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError
+
+from oar_scale.errors import UserError
+from oar_scale.storage import FetchStats
+from oar_scale.storage.s3_client import EXPIRED, client, renew, requests_sent, split
+
+TRIES = 12
+"""Connections for one range (each of them up to AWS_MAX_ATTEMPTS requests)."""
+PATIENCE_S = 120.0
+"""Seconds without one byte."""
+STALL_S = 10.0
+"""Silence after which a connection is left; a new one mostly reaches another machine, and nothing that came is lost."""
+SLOW_S, SLOW_BYTES = 20.0, 256 << 10
+"""A connection that brings less than this in that time is left as well."""
+BACKOFF_S, BACKOFF_MAX_S = 0.1, 10.0
+"""The wait after the n-th failure in a row is uniform in [0, min(BACKOFF_MAX_S, BACKOFF_S 2^n)]."""
+_CHUNK = 1 << 20
+
+_NO_ANSWER = (ConnectionError, HTTPClientError)
+_answered: set[str] = set()  # servers that this process has heard from
+
+
+class Replaced(UserError):
+    """Another object was written under the name while it was being read."""
+
+
+class Head(NamedTuple):
+    """What a server says of an object."""
+
+    size: int
+    etag: str
+
+
+class _Broken(Exception):
+    """A body that we leave ourselves."""
+
+
+class Stopped(Exception):
+    """The reader has no more use for the bytes."""
+
+
+def head(uri: str, stats: FetchStats) -> Head:
+    """Size and version of an object; ``stats`` learns what it took. Raises botocore's errors: see ``s3_client.explained``."""
+    bucket, key = split(uri)
+    patience = _Patience(uri, stats)
+    while True:
+        with patience.one_try():
+            answer = client(STALL_S).head_object(Bucket=bucket, Key=key)
+            return Head(answer["ContentLength"], answer["ETag"])
+
+
+def read_range(
+    uri: str,
+    start: int,
+    end: int | None,
+    sink: Callable[[bytes], object],
+    stats: FetchStats,
+    etag: str = "",
+    stop: threading.Event | None = None,
+) -> None:
+    """Hand the bytes ``start`` to ``end`` (exclusive; ``None`` = the end) to ``sink``, in order and each once.
+
+    Args:
+        sink: called with each chunk, in this thread. Fewer bytes come when the object is shorter.
+        stats: learns what it took.
+        etag: the version that is meant; without it, the one that the first answer brings.
+        stop: once set, the read ends with ``Stopped``.
+
+    Raises:
+        Replaced: the object is no longer that version.
+        UserError: given up; the text says after what.
+        ClientError, BotoCoreError: other answers of the server: see ``s3_client.explained``.
+    """
+    patience = _Patience(uri, stats, stop or threading.Event())
+    at = start
+    while True:
+        with patience.one_try():
+            stats.resumed += at > start
+            response = _get(uri, at, end, etag)
+            if response is None:
+                return
+            etag = response["ETag"]
+            for chunk in _chunks(response, ranged=at > 0 or end is not None):
+                sink(chunk)
+                at += len(chunk)
+                stats.bytes += len(chunk)
+                patience.progress()
+            return
+
+
+class _Patience:
+    """How long one read goes on trying."""
+
+    def __init__(self, uri: str, stats: FetchStats, stop: threading.Event | None = None) -> None:
+        self.uri, self.stats, self.stop = uri, stats, stop or threading.Event()
+        self.begun = self.last_byte = time.monotonic()
+        self.tries = self.in_a_row = self.requests = 0
+        self.renewed = False
+
+    def progress(self) -> None:
+        self.last_byte, self.in_a_row = time.monotonic(), 0
+        if self.stop.is_set():
+            raise Stopped
+
+    @contextmanager
+    def one_try(self) -> Iterator[None]:
+        """Count the requests of the block; after an error that may pass, wait and end quietly, so that a loop tries again."""
+        used, before = client(STALL_S), requests_sent()
+        try:
+            try:
+                yield
+            finally:
+                self._count(requests_sent() - before)
+        except (*_NO_ANSWER, ResponseStreamingError, IncompleteReadError, urllib3.exceptions.HTTPError, _Broken, ClientError) as error:
+            if isinstance(error, ClientError) and error.response["Error"]["Code"] in EXPIRED and not self.renewed:
+                self.renewed = True
+                renew(used, STALL_S)
+            else:
+                self._wait(error, used.meta.endpoint_url)
+
+    def _count(self, sent: int) -> None:
+        self.stats.requests += sent
+        self.stats.retries += sent if self.requests else max(0, sent - 1)
+        self.requests += sent
+
+    def _wait(self, error: Exception, server: str) -> None:
+        if isinstance(error, ClientError):
+            _answered.add(server)
+            if not _may_pass(error):
+                raise error
+        elif isinstance(error, _NO_ANSWER) and server not in _answered:
+            raise error
+        self.tries, self.in_a_row = self.tries + 1, self.in_a_row + 1
+        if self.tries >= TRIES or time.monotonic() - self.last_byte > PATIENCE_S:
+            seconds = time.monotonic() - self.begun
+            raise UserError(
+                f"{self.uri}: given up after {self.requests} requests in {seconds:.0f} s; the last one: {error}\n"
+                f"The S3 server at {server} is overloaded or out of reach. When it answers again, start the same command again."
+            ) from error
+        if self.stop.wait(random.uniform(0, min(BACKOFF_MAX_S, BACKOFF_S * 2**self.in_a_row))):
+            raise Stopped
+
+
+def _may_pass(error: ClientError) -> bool:
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status >= 500 or status in (408, 429) or error.response["Error"]["Code"] in ("SlowDown", "RequestTimeout")
+
+
+def _get(uri: str, start: int, end: int | None, etag: str) -> Any:
+    """Ask for the bytes from ``start``; ``None`` when the object ends before them."""
+    bucket, key = split(uri)
+    wanted: dict[str, str] = {"IfMatch": etag} if etag else {}
+    if start or end is not None:
+        wanted["Range"] = f"bytes={start}-" + (str(end - 1) if end is not None else "")
+    used = client(STALL_S)
+    try:
+        response = used.get_object(Bucket=bucket, Key=key, **wanted)
+    except ClientError as error:
+        code = error.response["Error"]["Code"]
+        if code in ("InvalidRange", "416"):
+            return None
+        if code in ("PreconditionFailed", "412"):
+            raise Replaced(f"{uri}: another object was written under this name while it was read. Start the same command again.") from error
+        raise
+    _answered.add(used.meta.endpoint_url)
+    return response
+
+
+def _chunks(response: Any, ranged: bool) -> Iterator[bytes]:
+    """What has come so far, again and again; a read of a fixed size would wait for a trickle without end."""
+    body, missing = response["Body"], response["ContentLength"]
+    begun, came = time.monotonic(), 0
+    for chunk in _arrivals(body) if ranged else body.iter_chunks(_CHUNK):  # botocore checks the checksum of a whole object
+        yield chunk
+        came, missing = came + len(chunk), missing - len(chunk)
+        if (now := time.monotonic()) - begun > SLOW_S:
+            if came < SLOW_BYTES:
+                raise _Broken(f"only {came} bytes came in {now - begun:.0f} s")
+            begun, came = now, 0
+    if missing:
+        raise _Broken(f"the body broke off, {missing} bytes are missing")
+
+
+def _arrivals(body: Any) -> Iterator[bytes]:
+    with body as raw:  # urllib3's response; leaving it early closes the connection
+        while chunk := raw.read1(_CHUNK):
+            yield chunk

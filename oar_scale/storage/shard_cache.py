@@ -1,0 +1,239 @@
+"""Whole shards as memory, from a local folder or from S3 through a cache on the local disk.
+
+    cache = ShardCache("/local/cache", max_bytes=200 << 30)
+    cache.prefetch(next_uri, info.bytes, info.crc32c)       # in the background
+    data = cache.read(uri, info.bytes, info.crc32c)         # a memoryview, backed by the page cache
+
+A local shard is mapped as it lies. A shard in S3 is fetched once per host: in parts over a few connections, each resumed
+where it breaks (``s3_ranges``), checked by crc32c while it comes, and renamed into the cache when it is whole. Nothing that
+can happen to the cache (full, read-only, damaged, a writer killed) stops a reader: the bytes then go to memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mmap
+import os
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import NamedTuple
+
+from crc32c import crc32c as checksum
+
+from oar_scale.errors import UserError
+from oar_scale.storage import FetchStats, Missing
+from oar_scale.storage.background import start
+from oar_scale.storage.cache_folder import CacheFolder, Damaged, Part, Unusable, compare
+
+_BLOCK = 1 << 20
+_log = logging.getLogger(__name__)
+
+
+class _Shard(NamedTuple):
+    """What is to be read; ``None`` = not known."""
+
+    uri: str
+    size: int | None
+    crc32c: int | None
+
+
+class _Process:
+    """What belongs to one process: a fork starts with a fresh one, whatever its parent's threads were doing."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.lock = threading.Lock()
+        self.stats = FetchStats()
+        self.coming: dict[_Shard, Future[memoryview]] = {}
+        self.verified: set[tuple[str, int]] = set()
+        self.said = False
+
+
+class ShardCache:
+    """Reads shards through a cache folder that all processes of the host may share.
+
+    Cheap to make, pickle and fork: connections and threads are made at first use, in the process that uses them.
+
+    Args:
+        folder: where copies of remote shards lie; made at first use.
+        max_bytes: what the copies may add up to, those on their way included; the ones that nobody has read for the longest
+            go first. ``None`` = no bound. What does not fit goes to memory.
+    """
+
+    def __init__(self, folder: str, max_bytes: int | None = None) -> None:
+        self._folder = CacheFolder(folder, max_bytes)
+        self._process = _Process()
+
+    def __reduce__(self) -> tuple[type[ShardCache], tuple[str, int | None]]:
+        return ShardCache, (self._folder.folder, self._folder.max_bytes)
+
+    @property
+    def stats(self) -> FetchStats:
+        """What the reads of this process through this object have taken so far."""
+        return self._own().stats
+
+    def read(self, uri: str, size: int | None = None, crc32c: int | None = None) -> memoryview:
+        """Return the whole object, read-only, valid for as long as it is referenced.
+
+        A file is checked against ``size`` and ``crc32c`` when this process first opens it (a cached copy always, a local file
+        where they are given). With both, a cached copy costs no request; else one asks whether the object is still the same.
+
+        Raises:
+            Missing: there is no such object.
+            UserError: it cannot be had, or is not what ``size`` and ``crc32c`` say; names ``uri``, what was tried, the remedy.
+        """
+        own, shard = self._own(), _Shard(uri, size, crc32c)
+        with own.lock:
+            coming = own.coming.pop(shard, None)
+        return coming.result() if coming else self._read(shard)
+
+    def prefetch(self, uri: str, size: int | None = None, crc32c: int | None = None) -> None:
+        """Begin to read in the background; the next ``read`` of the same arguments takes the result, or its error."""
+        own, shard = self._own(), _Shard(uri, size, crc32c)
+        with own.lock:
+            if shard not in own.coming:
+                own.coming[shard] = start(lambda: self._read(shard))
+
+    def _own(self) -> _Process:
+        if self._process.pid != os.getpid():
+            self._process = _Process()
+        return self._process
+
+    def _read(self, shard: _Shard) -> memoryview:
+        return self._read_remote(shard) if shard.uri.startswith("s3://") else self._read_local(shard)
+
+    def _read_local(self, shard: _Shard) -> memoryview:
+        try:
+            return self._open(shard.uri, shard.size, shard.crc32c)
+        except Damaged as error:
+            raise UserError(f"{shard.uri}: {error}. The file is damaged or was replaced: write the shard again.") from None
+        except FileNotFoundError:
+            raise Missing(shard.uri) from None
+        except OSError as error:
+            raise UserError(f"{shard.uri}: {error.strerror}. Check the disk, and that this user may read the file.") from error
+
+    def _read_remote(self, shard: _Shard) -> memoryview:
+        from oar_scale.storage.s3_ranges import Replaced  # boto3 takes 0.3 s to import; a local run never needs it
+
+        try:
+            return self._through_cache(shard, again=False)
+        except (Damaged, Replaced):
+            pass  # it happened on the way, perhaps, or while someone wrote the object
+        try:
+            return self._through_cache(shard, again=True)
+        except Damaged as error:
+            raise UserError(
+                f"{shard.uri}: {error}, also when fetched a second time. The object is damaged or was replaced: "
+                "write the shard again, or its manifest."
+            ) from None
+
+    def _through_cache(self, shard: _Shard, again: bool) -> memoryview:
+        """The cached copy, or the object on its way into the cache. Raises Damaged, Replaced."""
+        etag = ""
+        if shard.size is None or shard.crc32c is None:
+            shard, etag = self._ask(shard, again)
+        version = etag if shard.crc32c is None else f"{shard.crc32c:08x}"
+        digest = hashlib.sha256(f"{shard.uri}\n{shard.size}\n{version}".encode()).hexdigest()[:24]
+        try:
+            while isinstance(place := self._folder.obtain(digest, shard.crc32c, shard.size or 0), str):
+                if (data := self._cached(place, shard)) is not None:
+                    return data
+        except Unusable as reason:
+            self._fall_back(str(reason))
+            return self._fetch(shard, etag, again)
+        try:
+            return self._fetch(shard, etag, again, place, digest)
+        except OSError as error:  # the disk took the bytes, and does not give them back
+            self._fall_back(str(error.strerror))
+            return self._fetch(shard, etag, again)
+        finally:
+            place.discard()
+
+    def _ask(self, shard: _Shard, again: bool) -> tuple[_Shard, str]:
+        """Learn size and version of an object from the server."""
+        from oar_scale.storage.s3_client import explained
+        from oar_scale.storage.s3_ranges import head
+
+        took = FetchStats()
+        try:
+            with explained(shard.uri):
+                found = head(shard.uri, took)
+        finally:
+            self._count(took, again)
+        compare(found.size, None, shard.size, None)
+        return shard._replace(size=found.size), found.etag
+
+    def _cached(self, path: str, shard: _Shard) -> memoryview | None:
+        """A copy; ``None`` when it was evicted a moment ago, or is damaged and hence dropped. Raises Unusable."""
+        try:
+            data = self._open(path, shard.size, self._folder.crc32c(path))
+        except FileNotFoundError:
+            return None
+        except (Damaged, OSError) as error:
+            self._folder.drop(path, str(error))
+            return None
+        with suppress(OSError):  # a cache that we may only read is one, too
+            os.utime(path)
+        self._count(FetchStats(hits=1))
+        return data
+
+    def _fetch(self, shard: _Shard, etag: str, again: bool, part: Part | None = None, digest: str = "") -> memoryview:
+        """The object from S3, in the cache if that takes it. Raises Damaged, Replaced."""
+        from oar_scale.storage.s3_download import Landing, download
+
+        landing = Landing(shard.size or 0, part)
+        found = download(shard.uri, etag, landing, lambda took: self._count(took, again))
+        compare(landing.size, found, shard.size, shard.crc32c)
+        if landing.memory is not None:
+            if landing.problem:
+                self._fall_back(str(landing.problem.strerror))
+            return memoryview(landing.memory).toreadonly()
+        assert part is not None
+        data = _mapped(part.descriptor)
+        try:
+            self._own().verified.add((self._folder.publish(part, digest, found), part.inode))
+        except Unusable as reason:  # the bytes are there all the same, in a file without a name
+            self._fall_back(str(reason))
+        return data
+
+    def _open(self, path: str, size: int | None, crc32c: int | None) -> memoryview:
+        """Map a file; the first time in this process it is checked. Raises Damaged, OSError."""
+        with open(path, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if (path, status.st_ino) not in self._own().verified:
+                crc = 0
+                while crc32c is not None and (block := file.read(_BLOCK)):  # a bad disk is an error here, and a dead process when mapped
+                    crc = checksum(block, crc)
+                compare(status.st_size, crc, size, crc32c)
+                self._own().verified.add((path, status.st_ino))
+            return _mapped(file.fileno())
+
+    def _count(self, took: FetchStats, again: bool = False) -> None:
+        """Add what something took; ``again`` = all its requests repeat earlier ones."""
+        if again:
+            took.retries = took.requests
+        own = self._own()
+        with own.lock:
+            own.stats.add(took)
+
+    def _fall_back(self, reason: str) -> None:
+        """Count a shard that the cache does not hold; said once."""
+        self._count(FetchStats(fallbacks=1))
+        own = self._own()
+        if not own.said:
+            own.said = True
+            _log.warning(
+                "%s: the cache cannot take a shard (%s), so that it is read into memory and fetched again next time. "
+                "Make room, or choose another cache folder. This is said once.",
+                self._folder.folder,
+                reason,
+            )
+
+
+def _mapped(descriptor: int) -> memoryview:
+    """The file as memory; it stays there when the descriptor is closed and the name is gone."""
+    if not os.fstat(descriptor).st_size:
+        return memoryview(b"")
+    return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))

@@ -1,0 +1,61 @@
+"""From shards that others wrote to token shards that are verified, by commands alone."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from foreign_shards import img2dataset_folder, upload
+
+from oar_scale.cli import main
+from oar_scale.data.manifest import read_manifest
+from oar_scale.data.shards import read_shard
+from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    spec = VQSpec(image_size=8, channels=32, multipliers=(1, 2), res_blocks=1, latent_channels=32, codebook_size=64, codebook_dim=4)
+    save_vq(str(tmp_path / "vq.safetensors"), VQTokenizer(spec))
+    return str(tmp_path / "vq.safetensors")
+
+
+def test_foreign_pictures_on_s3_become_token_shards(
+    s3_root: str, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = upload(img2dataset_folder(tmp_path / "images"), f"{s3_root}/{uuid.uuid4().hex[:8]}")
+    tokens = f"{images}-tokens"
+    command = ["data", "tokenize", images, "--out", tokens, "--tokenizer", tokenizer, "--views", "center,center_flip", "--actors", "2"]
+    assert main(command) == 2
+    assert "oar data index" in capsys.readouterr().err
+    assert main(["data", "index", images]) == 0
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert f"{tokens}: 12 images in 3 shards, 2 views of 4 x 4 codes" in shown.out
+    assert "images 12/12" in shown.err
+    manifest = read_manifest(tokens)
+    assert (manifest.samples, manifest.grid, manifest.vocab_size, manifest.views) == (12, 4, 64, ("center", "center_flip"))
+    assert len(manifest.tokenizer_id or "") > 8
+    assert main(["data", "verify", tokens]) == 0
+    before = read_shard(f"{tokens}/00000.tar", str(tmp_path / "cache"))
+    assert [sample["__key__"] for sample in before] == [f"{number:09d}" for number in range(4)]
+    assert np.array_equal(before[0]["txt"], b"photo 0")
+    assert main(command) == 0, "a finished folder is gone through again"
+    assert main(["data", "stats", tokens, "--tokenizer", tokenizer, "--grid", str(tmp_path / "grid.png")]) == 0
+    assert os.path.getsize(tmp_path / "grid.png") > 1000
+
+
+def test_a_view_that_does_not_exist_is_named(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "tokenize", str(tmp_path), "--out", str(tmp_path / "t"), "--tokenizer", tokenizer, "--views", "centre"]) == 2
+    assert "--views centre: no such view" in capsys.readouterr().err
+
+
+def test_the_old_name_of_the_stage_is_answered_with_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "--help"])
+    assert "oar prepare" in capsys.readouterr().out

@@ -1,0 +1,234 @@
+"""``oar_scale.load``: from a folder to pictures in five lines, and a clear word where a part is missing or a prompt is of another kind."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from small_models import small_model
+
+import oar_scale
+from oar_scale.config.loading import dump_recipe
+from oar_scale.config.schema import Recipe
+from oar_scale.errors import UserError
+from oar_scale.generation import editing
+from oar_scale.generation.pretrained import Pretrained
+from oar_scale.model import save_model
+from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec, condition_spec
+from oar_scale.stages.checkpoint import run_export
+from oar_scale.storage import read_json, write_json
+from oar_scale.tokenizers.clip_text import ClipText
+from oar_scale.tokenizers.text import train_text_tokenizer
+from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, pixels_to_unit, save_vq
+
+CAPTIONS = ["a red apple", "a smiling cat", "a blue car", "two green leaves"]
+GRID, CODES, PIXELS = 3, 7, 12
+
+
+def small_run(folder: Path, text: dict[str, Any], condition: Any, **changes: Any) -> str:
+    """The folder of a run, with the parts that drawing needs."""
+    recipe = Recipe.model_validate(
+        {
+            "name": "small",
+            "data": {"image_size": PIXELS},
+            "tokenizer": {"image": {"multipliers": (1, 1, 1)}, "text": text},
+            "model": {"layout": changes.get("layout", "instructed")},
+            "sample": {"guidance": 1.5, "top_k": 5},
+        }
+    )
+    (folder / "models").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"image_size": PIXELS, "channels": 32, "multipliers": (1, 1, 1), "res_blocks": 1, "latent_channels": 32}
+    save_vq(str(folder / "tokenizers" / "vq.safetensors"), VQTokenizer(VQSpec(**sizes, codebook_size=CODES, codebook_dim=4)))
+    if text["type"] == "sentencepiece":
+        encoder = train_text_tokenizer(CAPTIONS, 64, 4)
+        encoder.save(str(folder / "tokenizers" / "text.model"))
+        condition = TextSpec(vocab=encoder.vocab_size, rows=4)
+    name = "anyorder" if changes.get("layout") == "raster" else "ordered"
+    save_model(str(folder / "models" / f"{name}.safetensors"), small_model(grid=GRID, vocab=CODES, condition=condition, **changes))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def captions_run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_run(tmp_path_factory.mktemp("captions") / "run", {"type": "sentencepiece", "max_tokens": 4}, None)
+
+
+@pytest.fixture(scope="module")
+def drawer(captions_run: str) -> Pretrained:
+    return oar_scale.load(captions_run)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+    run = small_run(tmp_path_factory.mktemp("classes") / "run", {"type": "labels", "classes": 10}, ClassSpec(classes=10))
+    return oar_scale.load(run)
+
+
+def pixels(images: list[Image.Image]) -> list[bytes]:
+    return [image.tobytes() for image in images]
+
+
+def test_importing_oar_scale_loads_no_torch() -> None:
+    check = "import sys, oar_scale; oar_scale.load; assert not {'torch', 'ray', 'deepspeed', 'pydantic'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_same_seed_draws_the_same_pictures_and_another_draws_others(drawer: Pretrained) -> None:
+    first, again, other = (drawer.sample(CAPTIONS, seed=seed) for seed in (1, 1, 2))
+    assert [(image.size, image.mode) for image in first] == [((PIXELS, PIXELS), "RGB")] * 4
+    assert pixels(first) == pixels(again) != pixels(other)
+
+
+def test_a_run_and_its_exported_folder_draw_the_same(captions_run: str, drawer: Pretrained, tmp_path: Path) -> None:
+    run_export(captions_run, str(tmp_path / "exported"))
+    exported = oar_scale.load(str(tmp_path / "exported"))
+    assert exported.defaults == drawer.defaults and exported.defaults.guidance == 1.5
+    assert pixels(exported.sample(CAPTIONS)) == pixels(drawer.sample(CAPTIONS))
+
+
+def test_what_is_not_said_comes_from_the_recipe(drawer: Pretrained) -> None:
+    said = drawer.draw(CAPTIONS, guidance=1.5, top_k=5, temperature=1.0, order_temperature=0.0)
+    assert torch.equal(drawer.draw(CAPTIONS).codes_BN, said.codes_BN)
+    assert not torch.equal(drawer.draw(CAPTIONS, guidance=9.0, top_k=1).codes_BN, said.codes_BN)
+
+
+def test_an_order_is_followed_by_name_or_as_a_permutation(drawer: Pretrained) -> None:
+    backwards = list(range(GRID * GRID))[::-1]
+    assert drawer.draw(CAPTIONS[:2], order=backwards).order_BN.tolist() == [backwards] * 2
+    each = torch.stack([torch.tensor(backwards), torch.arange(9)])
+    assert torch.equal(drawer.draw(CAPTIONS[:2], order=each).order_BN, each)
+    assert drawer.draw(CAPTIONS[:1], order="raster").order_BN[0].tolist() == list(range(9))
+    orders = drawer.draw(CAPTIONS, order="random").order_BN
+    assert torch.equal(orders.sort(1).values, torch.arange(9).expand(4, -1)) and len(orders.unique(dim=0)) == 4
+    assert len(drawer.sample(CAPTIONS, order="random", steps=4)) == 4
+    with pytest.raises(UserError, match="order 'diagonal': say raster or random"):
+        drawer.draw(CAPTIONS, order="diagonal")  # type: ignore[arg-type]
+
+
+def test_a_raster_run_draws_its_own_model_in_its_own_order(tmp_path: Path) -> None:
+    raster = oar_scale.load(small_run(tmp_path / "run", {"type": "sentencepiece", "max_tokens": 4}, None, layout="raster"))
+    assert raster.draw(CAPTIONS[:1]).order_BN[0].tolist() == list(range(9))
+
+
+def test_labels_draw_and_what_is_no_label_is_refused(classes: Pretrained) -> None:
+    assert len(classes.sample([0, 9, 3])) == 3
+    for wrong in (10, -1, "a red apple"):
+        with pytest.raises(UserError, match=rf"{wrong!r} is no class label: this model knows the labels 0 to 9"):
+            classes.sample([3, wrong])
+
+
+def test_what_is_no_caption_is_refused(drawer: Pretrained) -> None:
+    with pytest.raises(UserError, match="7 is no caption: this model is told captions"):
+        drawer.sample(["a red apple", 7])
+    with pytest.raises(UserError, match="caption '  ' has no token"):
+        drawer.sample(["a red apple", "  "])
+    for none in ("a red apple", []):
+        with pytest.raises(UserError, match="prompts are a list"):
+            drawer.sample(none)
+
+
+def test_a_model_file_alone_draws_codes_and_says_what_pictures_need(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.safetensors")
+    save_model(path, small_model(condition=ClassSpec(classes=4)))
+    alone = oar_scale.load(path)
+    assert alone.draw([0, 3]).codes_BN.shape == (2, 9)
+    with pytest.raises(UserError, match=r"model\.safetensors: a model without an image tokenizer draws codes only.*oar checkpoint import"):
+        alone.sample([0])
+
+
+def test_a_model_file_of_captions_alone_says_whose_captions_are_missing(tmp_path: Path) -> None:
+    save_model(str(tmp_path / "model.safetensors"), small_model())
+    with pytest.raises(UserError, match="nobody knows what its captions are encoded with"):
+        oar_scale.load(str(tmp_path / "model.safetensors")).draw(["a red apple"])
+
+
+def test_precomputed_features_are_prompts_of_a_model_trained_on_them(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", {"type": "features", "width": 6, "rows": 2}, FeatureSpec(width=6, rows=2))
+    features = torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(0)).numpy()
+    assert len(oar_scale.load(run).sample(features)) == 3
+    with pytest.raises(UserError, match=r"precomputed features \(2, 6\) .* got the caption 'a red apple'"):
+        oar_scale.load(run).sample(["a red apple"])
+
+
+def test_an_export_takes_its_text_tower_along(tmp_path: Path) -> None:
+    import open_clip
+
+    weights = tmp_path / "tower.bin"
+    torch.save(open_clip.create_model("ViT-S-16-alt").state_dict(), weights)
+    tower = ClipText.load("ViT-S-16-alt", str(weights))
+    text = {"type": "open_clip", "architecture": "ViT-S-16-alt", "weights": str(weights)}
+    run = small_run(tmp_path / "run", text, condition_spec(tower, encoder_layers=0))
+    expected = oar_scale.load(run).sample(["a red apple"])
+    run_export(run, str(tmp_path / "exported"))
+    weights.unlink()
+    shutil.move(tmp_path / "exported", tmp_path / "elsewhere")
+    assert pixels(oar_scale.load(str(tmp_path / "elsewhere")).sample(["a red apple"])) == pixels(expected)
+
+
+def test_inpainting_keeps_every_code_outside_the_cells_that_the_box_touches(drawer: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    real = editing.inpaint
+
+    def watched(model: Any, codes: Any, redo: Any, *rest: Any) -> Any:
+        drawn = real(model, codes, redo, *rest)
+        seen.append((redo, drawn.codes_BN))
+        return drawn
+
+    monkeypatch.setattr(editing, "inpaint", watched)
+    assert drawer.vq is not None
+    image = drawer.sample(["a red apple"])[0]
+    codes = drawer.vq.encode(pixels_to_unit(torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(1, PIXELS, PIXELS, 3)))
+    out = drawer.inpaint(image, (5, 0, 11, 3), "a blue car", seed=3)  # cells of 4 x 4 pixels: the right two of the first row
+    redo, drawn = seen[0]
+    assert out.size == image.size and redo.nonzero()[:, 0].tolist() == [1, 2]
+    assert torch.equal(drawn[0][~redo], codes[0][~redo])
+    with pytest.raises(UserError, match=r"12 x 12: resize it first"):
+        drawer.inpaint(image.resize((16, 16)), (0, 0, 4, 4), "a blue car")
+    for box in [(0, 0, 13, 4), (4, 4, 4, 8), (-1, 0, 4, 4)]:
+        with pytest.raises(UserError, match="does not lie inside 12 x 12 pixels"):
+            drawer.inpaint(image, box, "a blue car")
+
+
+def test_bfloat16_draws_too(captions_run: str) -> None:
+    half = oar_scale.load(captions_run).to(dtype=torch.bfloat16)
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+    assert half.sample(CAPTIONS[:2])[1].size == (PIXELS, PIXELS)
+
+
+def test_a_damaged_or_foreign_configuration_is_named(captions_run: str, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    run_export(captions_run, str(out))
+    config = read_json(str(out / "config.json"))
+    for key, value in {"format": 2, "model": {"dim": "wide"}, "text": {"type": "telepathy"}}.items():
+        write_json(str(out / "config.json"), {**config, key: value})
+        with pytest.raises(UserError, match=rf"config\.json: not the configuration of an exported folder \({key}"):
+            oar_scale.load(str(out))
+    write_json(str(out / "config.json"), {**config, "a later version's": "field"})
+    assert oar_scale.load(str(out)).sample(["a red apple"])
+
+
+def test_parts_that_do_not_belong_together_are_refused(captions_run: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(captions_run, run)
+    train_text_tokenizer(["x y z"], 64, 4).save(str(run / "tokenizers" / "text.model"))
+    with pytest.raises(UserError, match="its condition has vocab"):
+        oar_scale.load(str(run))
+    save_model(str(run / "models" / "ordered.safetensors"), small_model(grid=GRID, vocab=9))
+    with pytest.raises(UserError, match="the image tokenizer has 7 codes, the model a vocabulary of 9"):
+        oar_scale.load(str(run))
+
+
+def test_what_is_nothing_to_load_and_models_a_run_lacks_are_explained(captions_run: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither an exported folder"):
+        oar_scale.load(str(tmp_path))
+    with pytest.raises(UserError, match=r"has no model 'base'\. It has: ordered"):
+        oar_scale.load(captions_run, "base")

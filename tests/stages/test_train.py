@@ -1,0 +1,41 @@
+"""What pretraining starts with: given weights, with what they need, or a refusal that names the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import prepare_small_run, small_recipe
+
+from oar_scale.errors import UserError
+from oar_scale.model import AnyOrderModel, load_model, save_model
+from oar_scale.stages.run import Run
+from oar_scale.stages.train import _write_base
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return prepare_small_run(small_recipe(str(tmp_path_factory.mktemp("run"))))
+
+
+def starting_from(run: Run, weights: Path, **changes: object) -> Run:
+    recipe = run.recipe
+    return Run(recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": str(weights), **changes})}))
+
+
+def test_a_peers_habits_go_with_its_weights(run: Run, tmp_path: Path) -> None:
+    spec = load_model(run.model_uri("base")).spec.model_copy(update={"condition_rotation": "zero", "dropout": 0.0})
+    torch.manual_seed(1)
+    peer = AnyOrderModel(spec)
+    save_model(str(tmp_path / "peer.safetensors"), peer)
+    _write_base(starting_from(run, tmp_path / "peer.safetensors"))
+    base = load_model(run.model_uri("base"))
+    assert base.spec == spec.model_copy(update={"dropout": run.recipe.model.dropout})
+    assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in base.state_dict().items())
+
+
+def test_weights_of_another_shape_are_refused_by_field(run: Run, tmp_path: Path) -> None:
+    save_model(str(tmp_path / "model.safetensors"), AnyOrderModel(load_model(run.model_uri("base")).spec))
+    with pytest.raises(UserError, match=r"has layers 2, the recipe and its tokenizers make 3"):
+        _write_base(starting_from(run, tmp_path / "model.safetensors", layers=3))

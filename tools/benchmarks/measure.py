@@ -1,0 +1,100 @@
+"""Measurements that can be trusted on a shared machine: fresh processes in alternation, medians, and each process its own peak.
+
+The parent imports no torch: a child's peak memory then is what the child did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+
+def in_fresh_process(script: str, arguments: Sequence[str], threads: int) -> dict[str, Any]:
+    """Run a script that prints one JSON object as its last line, with so many threads; returns the object."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, script, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{Path(script).name} {' '.join(arguments)} failed with exit code {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def alternate(cases: Sequence[str], rounds: int, run: Callable[[str], dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Run every case once a round, forwards and backwards in turn: whatever else the machine does falls on all of them."""
+    found: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
+    for turn in range(rounds):
+        for case in cases if turn % 2 == 0 else reversed(cases):
+            print(f"round {turn + 1} of {rounds}: {case}", file=sys.stderr, flush=True)
+            found[case].append(run(case))
+    return found
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over the rounds of ours / theirs."""
+    return statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
+
+
+class Meter:
+    """Seconds of each step, and the most memory that was in use since the meter was made, in MiB above what was in use then."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.seconds: list[float] = []
+        self.before = self._most()
+
+    def time(self, step: Callable[[], object]) -> None:
+        self._wait()
+        start = time.perf_counter()
+        step()
+        self._wait()
+        self.seconds.append(time.perf_counter() - start)
+
+    def peak(self) -> float:
+        return self._most() - self.before
+
+    def _wait(self) -> None:
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+
+    def _most(self) -> float:
+        if self.cuda:
+            import torch
+
+            return float(torch.cuda.max_memory_allocated() / MIB)
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+
+
+def machine(device: str, threads: int) -> str:
+    """What the figures were measured on, in one line without names or dates."""
+    import torch
+
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    cores = f"{os.cpu_count()} cores" if os.cpu_count() != 1 else "1 core"
+    return f"{name}, {cores} ({threads} threads used), {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if os.path.exists(path) else []
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -1,0 +1,323 @@
+"""How fast the model trains, and in how much memory, beside RandAR's own code with the same weights, codes and orders.
+
+    python tools/benchmarks/model.py --randar CHECKOUT           a training step, ours and theirs
+    python tools/benchmarks/model.py --head                      the loss of the output head, three ways
+    python tools/benchmarks/model.py --parts                     the parts of a block that keep less, and their plain composition
+    python tools/benchmarks/model.py --orders                    one random order an image
+
+CHECKOUT is a copy of https://github.com/ziqipang/RandAR, anywhere; without ``--randar`` ours is measured alone. Every side
+runs in fresh processes, in alternation; peak memory is each process's own, less what it took for imports and data. A training
+step is zero_grad, forward, backward, clipping and AdamW, each side as its authors write it. Before it is timed, each side
+says the loss and the gradient's norm of the same images in the same orders without dropout: they must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from measure import Meter, alternate, in_fresh_process, machine, median_ratio, table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLASSES = 1000
+RANDAR, SHIPPED = "RandAR", "RandAR as shipped (full recomputation)"
+OURS = {
+    "ours": ("none", False),
+    "ours, compiled": ("none", True),
+    "ours, selective recomputation": ("selective", False),
+    "ours, full recomputation": ("full", False),
+}
+LR, DECAY, BETAS, CLIP, DROPOUT = 4e-4, 0.05, (0.9, 0.95), 1.0, 0.1  # RandAR's recipe
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "B200": 2250}
+"""Dense bfloat16, from the makers' data sheets."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--randar", help="a checkout of RandAR")
+    mode = parser.add_mutually_exclusive_group()
+    for name in ("head", "parts", "orders"):
+        mode.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--size", help="a size of recipes/base; default: dim 384, 6 layers, 6 heads")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a process, after a first one")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="also ours with compiled blocks")
+    parser.add_argument("--recompute", action="store_true", help="also RandAR's and ours with activation checkpointing")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.head or arguments.parts or arguments.orders:
+        import parts  # here, because it imports torch
+
+        parts.main(arguments)
+    elif arguments.side:
+        print(json.dumps(measured(arguments)))
+    else:
+        compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Measure all sides, print the table; exits with 1 if the sides do not compute the same."""
+    sides = [RANDAR] if arguments.randar else []
+    sides += [SHIPPED] if arguments.randar and arguments.recompute else []
+    sides += ["ours"] + (["ours, compiled"] if arguments.compile else [])
+    sides += ["ours, selective recomputation", "ours, full recomputation"] if arguments.recompute else []
+    with tempfile.TemporaryDirectory() as folder:
+        common = [*sys.argv[1:], "--folder", folder]
+
+        def run(side: str) -> dict[str, Any]:
+            return in_fresh_process(__file__, [*common, "--side", side], arguments.threads)
+
+        facts = run("prepare")
+        found = alternate(sides, arguments.rounds, run)
+    rate = {side: [arguments.batch / statistics.median(result["seconds"]) for result in runs] for side, runs in found.items()}
+    peak = {side: [result["peak"] for result in runs] for side, runs in found.items()}
+    first = sides[0]
+    rows = [
+        [
+            side,
+            f"{statistics.median(rate[side]):.2f}",
+            f"{median_ratio(rate[side], rate[first]):.2f}",
+            f"{statistics.median(peak[side]):,.0f}",
+            f"{median_ratio(peak[side], peak[first]):.2f}",
+            f"{found[side][0]['loss']:.6f}",
+            f"{found[side][0]['norm']:.5f}",
+            *([f"{_mfu(statistics.median(rate[side]), facts):.1%}"] if facts["peak_flops"] else []),
+        ]
+        for side in sides
+    ]
+    print(facts["machine"], facts["setting"], sep="\n", end="\n\n")
+    head = ["side", "images/s", "ratio", "peak MiB", "ratio", "loss", "gradient norm"]
+    print(table([*head, *(["MFU"] if facts["peak_flops"] else [])], rows))
+    for side in sides[1:]:
+        for fact in ("loss", "norm"):
+            mine, other = found[side][0][fact], found[first][0][fact]
+            if abs(mine - other) > 1e-4 * max(1.0, abs(other)):
+                raise SystemExit(f"{side} and {first} do not compute the same {fact}: {mine} and {other}")
+
+
+def _mfu(images_per_s: float, facts: dict[str, Any]) -> float:
+    """Model FLOPs utilisation: what training needs (``oar_scale.model.flops.useful_flops``) over what the chip can do."""
+    return float(images_per_s * facts["useful_flops"] / facts["peak_flops"])
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One side in this process: seconds of each step, peak memory in MiB, loss and gradient norm without dropout."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    if arguments.side == "prepare":
+        return prepare(arguments)
+    inputs = torch.load(arguments.folder / "inputs.pt")
+    codes_BN, order_BN, labels_B = (inputs[name].to(arguments.device) for name in ("codes", "order", "labels"))
+    if arguments.side in OURS:
+        side: Side = Ours(arguments)
+    else:
+        sys.path.insert(0, arguments.randar)
+        side = Theirs(arguments)
+    meter = Meter(arguments.device)
+    side.build(torch.load(arguments.folder / "weights.pt"))
+    facts = side.facts(codes_BN, labels_B, order_BN)
+    side.start_training()
+    side.step(codes_BN, labels_B)
+    for _ in range(arguments.steps):
+        meter.time(lambda: side.step(codes_BN, labels_B))
+    return {**facts, "seconds": meter.seconds, "peak": meter.peak()}
+
+
+def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write weights (under RandAR's names), codes, orders and labels; returns facts for the table's caption."""
+    import torch
+
+    from oar_scale.model import AnyOrderModel
+    from oar_scale.model.conversion import export_peer
+    from oar_scale.model.flops import useful_flops
+
+    torch.manual_seed(0)
+    spec = _spec(arguments)
+    model = AnyOrderModel(spec)
+    torch.nn.init.normal_(model.output.weight, 0.0, 0.02)  # it starts at zero, where every model has the same loss
+    batch = (arguments.batch, spec.cells)
+    inputs = {
+        "codes": torch.randint(spec.vocab_size, batch),
+        "order": torch.rand(batch).argsort(1),
+        "labels": torch.randint(CLASSES, (arguments.batch,)),
+    }
+    torch.save(inputs, arguments.folder / "inputs.pt")
+    torch.save(export_peer(model, "randar"), arguments.folder / "weights.pt")
+    name = torch.cuda.get_device_name() if arguments.device == "cuda" else ""
+    peak = next((1e12 * tera for chip, tera in PEAK_TFLOPS.items() if chip in name), None)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    setting = (
+        f"dim {spec.dim}, {spec.layers} layers, {spec.heads} heads, {spec.vocab_size:,} codes, {spec.cells} cells, "
+        f"batch {arguments.batch}, {arguments.dtype}, dropout {DROPOUT}; {parameters:.1f} M parameters"
+    )
+    return {
+        "machine": machine(arguments.device, arguments.threads),
+        "setting": setting,
+        "useful_flops": useful_flops(spec),
+        "peak_flops": peak if arguments.dtype == "bf16" else None,
+    }
+
+
+def _spec(arguments: argparse.Namespace) -> Any:
+    from oar_scale.config.loading import load_recipe
+    from oar_scale.config.schema import ModelConfig
+    from oar_scale.model import ModelSpec
+    from oar_scale.model.spec import ClassSpec
+
+    if arguments.size:
+        base = Path(__file__).resolve().parents[2] / "recipes" / "base" / f"model-{arguments.size}.yaml"
+        size = load_recipe(str(base), ["name=benchmark"]).model
+    else:
+        size = ModelConfig(dim=384, layers=6, heads=6)
+    spec = ModelSpec.from_recipe(size, vocab_size=16384, grid=16, condition=ClassSpec(classes=CLASSES))
+    return spec.model_copy(update={"layout": "instructed", "dropout": DROPOUT, "condition_rotation": "zero"})
+
+
+class Side:
+    """A model and its training step."""
+
+    model: Any
+
+    def build(self, tensors: dict[str, Tensor]) -> None:
+        """Make the model of RandAR's state dict, for evaluation."""
+        raise NotImplementedError
+
+    def loss(self, codes_BN: Tensor, labels_B: Tensor, order_BN: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def start_training(self) -> None:
+        """Training mode, the recipe's precision, and an optimizer."""
+        raise NotImplementedError
+
+    def step(self, codes_BN: Tensor, labels_B: Tensor) -> None:
+        """One training step, its random orders included."""
+        raise NotImplementedError
+
+    def facts(self, codes_BN: Tensor, labels_B: Tensor, order_BN: Tensor) -> dict[str, float]:
+        """Loss and gradient norm."""
+        import torch
+
+        loss = self.loss(codes_BN, labels_B, order_BN)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.model.zero_grad()
+        return {"loss": loss.item(), "norm": norm.item()}
+
+
+class Ours(Side):
+    """As ``oar_scale.training.worker`` trains: weights in the precision of the recipe, AdamW on a float32 copy of them."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from oar_scale.data.hashing import device_permutations
+        from oar_scale.model import acceleration, conversion
+
+        self.arguments, self.conversion, self.acceleration, self.permutations = arguments, conversion, acceleration, device_permutations
+
+    def build(self, tensors: dict[str, Tensor]) -> None:
+        spec = _spec(self.arguments)
+        model = self.conversion.import_peer(tensors, "randar", "the benchmark's weights", heads=spec.heads)
+        model.spec = spec
+        for block in model.layers:
+            block.dropout = DROPOUT
+        self.model = model.eval().to(self.arguments.device)
+
+    def loss(self, codes_BN: Tensor, labels_B: Tensor, order_BN: Tensor) -> Tensor:
+        loss: Tensor = self.model.loss(codes_BN, order_BN, self.model.condition(labels_B))[0]
+        return loss
+
+    def start_training(self) -> None:
+        import torch
+
+        from oar_scale.config.schema import ParallelConfig
+
+        checkpointing, compiled = OURS[self.arguments.side]
+        self.acceleration.accelerate(self.model.train(), ParallelConfig(activation_checkpointing=checkpointing, compile=compiled))
+        half = self.arguments.dtype == "bf16"
+        self.weights = list(self.model.to(torch.bfloat16 if half else torch.float32).parameters())
+        self.masters = [w.detach().float().requires_grad_() for w in self.weights] if half else self.weights
+        matrices = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Linear)}
+        decay = [id(w) in matrices for w in self.weights]
+        groups = [
+            {"params": [m for m, d in zip(self.masters, decay, strict=True) if d is wanted], "weight_decay": rate}
+            for wanted, rate in ((True, DECAY), (False, 0.0))
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
+        self.step_number = 0
+
+    def step(self, codes_BN: Tensor, labels_B: Tensor) -> None:
+        import torch
+
+        self.step_number += 1
+        uid_B = torch.arange(len(codes_BN), device=codes_BN.device)
+        order_BN = self.permutations("order", codes_BN.shape[1], self.step_number, uid_B)
+        drop_B = torch.rand(len(codes_BN), device=codes_BN.device) < DROPOUT
+        self.model.loss(codes_BN, order_BN, self.model.condition(labels_B, drop_B))[0].backward()
+        if self.masters is not self.weights:
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
+        self.optimizer.step()
+        if self.masters is not self.weights:
+            torch._foreach_copy_([w.detach() for w in self.weights], [m.detach() for m in self.masters])
+        self.optimizer.zero_grad()
+
+
+class Theirs(Side):
+    """As RandAR trains: its own orders, loss and optimizer; in bf16 under autocast."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from RandAR.model.randar_gpt import RandARTransformer
+
+        self.arguments, self.transformer = arguments, RandARTransformer
+
+    def build(self, tensors: dict[str, Tensor]) -> None:
+        spec = _spec(self.arguments)
+        model = self.transformer(
+            dim=spec.dim,
+            n_layer=spec.layers,
+            n_head=spec.heads,
+            num_classes=CLASSES,
+            vocab_size=spec.vocab_size,
+            block_size=spec.cells,
+            token_dropout_p=DROPOUT,
+            resid_dropout_p=DROPOUT,
+            ffn_dropout_p=DROPOUT,
+            grad_checkpointing=self.arguments.side == SHIPPED,
+        )
+        model.load_state_dict(tensors)
+        self.model = model.eval().to(self.arguments.device)
+
+    def loss(self, codes_BN: Tensor, labels_B: Tensor, order_BN: Tensor | None) -> Tensor:
+        loss: Tensor = self.model(codes_BN, labels_B, token_order=order_BN, targets=codes_BN)[1]
+        return loss
+
+    def start_training(self) -> None:
+        self.model.train()
+        self.optimizer = self.model.configure_optimizer(LR, DECAY, *BETAS, CLIP)
+
+    def step(self, codes_BN: Tensor, labels_B: Tensor) -> None:
+        import torch
+
+        with torch.autocast(self.arguments.device, torch.bfloat16, enabled=self.arguments.dtype == "bf16"):
+            loss = self.loss(codes_BN, labels_B, None)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    main()
