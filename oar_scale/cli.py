@@ -126,7 +126,9 @@ def _data_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     text = "counts, captions, image sizes, codes and labels of a folder of shards, with or without a manifest"
     stats = actions.add_parser("stats", help=text, description=text)
     stats.add_argument("url", help="a folder or s3://bucket/prefix")
-    stats.add_argument("--shards", type=int, default=4, help="how many of the first shards are read, 0 for all; default: %(default)s")
+    how_many = stats.add_mutually_exclusive_group()
+    how_many.add_argument("--shards", type=_count, default=4, help="how many of the first shards are read; default: %(default)s")
+    how_many.add_argument("--all", action="store_true", help="read all shards")
     stats.add_argument("--pattern", default="*.tar", help="which objects are shards, where there is no manifest; default: %(default)s")
     stats.add_argument("--grid", metavar="FILE.png", help="draw some samples into this file")
     stats.add_argument("--tokenizer", metavar="FILE", help="image tokenizer that decodes the codes of token shards for --grid")
@@ -144,10 +146,10 @@ def _data_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+    """A number of things, at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def _checkpoint_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -238,7 +240,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _stats(arguments: argparse.Namespace) -> None:
     from oar_scale.data.commands import run_stats
 
-    run_stats(arguments.url, arguments.pattern, arguments.shards, arguments.grid, arguments.tokenizer, arguments.json)
+    run_stats(
+        arguments.url, arguments.pattern, None if arguments.all else arguments.shards, arguments.grid, arguments.tokenizer, arguments.json
+    )
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:

@@ -285,6 +285,16 @@ class ParallelConfig(Section):
     """Restarts of the worker group before the stage gives up."""
 
 
+class MixConfig(Section):
+    """Another folder of shards to train on."""
+
+    shards: str
+    """A folder or ``s3://bucket/prefix`` with a manifest.json (``oar data index`` makes one): token shards of the same tokenizer, or
+    image shards, which are tokenised on the fly."""
+    weight: float = Field(1.0, gt=0)
+    """Its share of the samples, in proportion to 1 for the run's own images."""
+
+
 class TrainingConfig(Section):
     steps: int = Field(100, ge=1)
     global_batch: int = Field(48, ge=1)
@@ -297,6 +307,8 @@ class TrainingConfig(Section):
     clip_norm: float = Field(1.0, gt=0)
     random_share: float = Field(1.0, ge=0, le=1)
     """Share of the samples trained in a fresh random order; the rest follow their stored orders."""
+    mix: tuple[MixConfig, ...] = ()
+    """Other folders that samples are drawn from, besides the run's own."""
     log_every: int = Field(5, ge=1)
     evaluate_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(50, ge=1)

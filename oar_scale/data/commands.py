@@ -64,7 +64,7 @@ def run_verify(folder: str, manifest: str | None, workers: int) -> int:
     return 1 if result.fault_count else 0
 
 
-def run_stats(folder: str, pattern: str, shards: int, grid: str | None, tokenizer: str | None, as_json: bool) -> None:
+def run_stats(folder: str, pattern: str, shards: int | None, grid: str | None, tokenizer: str | None, as_json: bool) -> None:
     """Print the figures, and draw the pictures into the file ``grid``."""
     decode = _decoder(tokenizer) if tokenizer and grid else None
     with _progress("shards") as show:
@@ -100,6 +100,10 @@ def _decoder(weights: str) -> DecodeCodes:
     return decode
 
 
+CACHE_BYTES = 8 << 30
+"""Copies of image shards that tokenising keeps; each is read once."""
+
+
 def run_tokenize(images: str, tokens: str, tokenizer: str, views: str, actors: int) -> None:
     """Tokenise a folder of image shards; goes on where it was interrupted."""
     try:
@@ -110,7 +114,9 @@ def run_tokenize(images: str, tokens: str, tokenizer: str, views: str, actors: i
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="oar-tokenize-") as cache, _progress("images") as show:
-        manifest = tokenize_all(TokenizeJob(images, tokens, tokenizer, named, cache), actors=actors, on_progress=show)
+        manifest = tokenize_all(
+            TokenizeJob(images, tokens, tokenizer, named, cache, cache_bytes=CACHE_BYTES), actors=actors, on_progress=show
+        )
     print(
         f"{tokens}: {manifest.samples} images in {len(manifest.shards)} shards, {len(manifest.views)} views of {manifest.grid} x "
         f"{manifest.grid} codes, in {duration(time.monotonic() - began)}"

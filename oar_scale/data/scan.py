@@ -28,8 +28,8 @@ from oar_scale.storage import open_storage
 
 FAULTS_KEPT = 20
 """Faults of a shard that are kept as text; the others are counted."""
-KINDS_KEPT = 200
-"""Extensions, and sets of them, that are told apart in a shard; the rest is counted as ``(other)``."""
+KINDS_KEPT = 500
+"""Sets of extensions that are told apart in a shard; the samples of others are counted as having ``(other)``."""
 
 _Done = TypeVar("_Done")
 
@@ -109,44 +109,51 @@ def scan_shard(uri: str, vocab_size: int | None = None) -> ShardScan:
     """
     with open_bytes(uri) as data:
         scan = ShardScan(len(data), crc32c.crc32c(data))
-        codes, sets = _Codes(scan, vocab_size), dict[frozenset[str], list[str]]()
-        counts: Counter[frozenset[str]] = Counter()
-        parts: Counter[str] = Counter()
-        seen: set[str] = set()
+        codes, sets, seen = _Codes(scan, vocab_size), dict[tuple[str, ...], list[str]](), set[str]()
+        counts: Counter[tuple[str, ...]] = Counter()
         for key, sample in samples(data, uri):
             scan.samples += 1
             if key in seen:
                 scan.fault(f"key {key!r} comes twice (are its members not next to each other?)")
             seen.add(key)
-            parts.update(part if part in parts or len(parts) < KINDS_KEPT else "(other)" for part in sample)
-            kinds = frozenset("image" if part in EXTENSIONS else part for part in sample)
-            if len(counts) < KINDS_KEPT or kinds in counts:
-                counts[kinds] += 1
-                if len(sets.setdefault(kinds, [])) < FAULTS_KEPT:
-                    sets[kinds].append(key)
+            parts = tuple(sample)
+            if parts not in counts:
+                if len(counts) == KINDS_KEPT:
+                    parts = ("(other)",)
+                sets.setdefault(parts, [])
+            counts[parts] += 1
+            if len(sets[parts]) < FAULTS_KEPT:
+                sets[parts].append(key)
             if "codes.npy" in sample:
                 codes.add(key, sample["codes.npy"])
             if "txt" in sample and not _is_utf8(sample["txt"]):
                 scan.bad_captions += 1
         codes.flush()
-        scan.parts = dict(sorted(parts.items()))
         _compare_members(scan, counts, sets)
     return scan
 
 
-def _compare_members(scan: ShardScan, counts: Counter[frozenset[str]], sets: dict[frozenset[str], list[str]]) -> None:
-    """Each sample should have what most samples of the shard have, and a picture or codes."""
-    having: Counter[str] = Counter()
-    for kinds, count in counts.items():
-        having.update(dict.fromkeys(kinds, count))
+def _compare_members(scan: ShardScan, counts: Counter[tuple[str, ...]], sets: dict[tuple[str, ...], list[str]]) -> None:
+    """Count the members; each sample should have what most samples of the shard have, and a picture or codes.
+
+    Args:
+        counts: how many samples have just these members.
+        sets: the keys of the first of them.
+    """
+    having, total = Counter[str](), Counter[str]()
+    kinds = {parts: {"image" if part in EXTENSIONS else part for part in parts} for parts in counts}
+    for parts, count in counts.items():
+        total.update(dict.fromkeys(parts, count))
+        having.update(dict.fromkeys(kinds[parts], count))
+    scan.parts = dict(sorted(total.items()))
     usual = {kind for kind, count in having.items() if 2 * count > scan.samples}
-    for kinds, count in counts.items():
-        lacking = sorted(usual - kinds)
-        if not kinds & {"image", "codes.npy"}:
+    for parts, count in counts.items():
+        lacking = sorted(usual - kinds[parts])
+        if not kinds[parts] & {"image", "codes.npy"}:
             lacking = ["image or codes"]
-        for key in sets[kinds] if lacking else []:
+        for key in sets[parts] if lacking else []:
             scan.fault(f"sample {key!r} has no {' and no '.join(lacking)}")
-        scan.fault_count += count - len(sets[kinds]) if lacking else 0
+        scan.fault_count += count - len(sets[parts]) if lacking else 0
 
 
 class _Codes:

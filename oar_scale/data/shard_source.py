@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from oar_scale.data.manifest import Manifest, ShardInfo
@@ -21,6 +22,7 @@ from oar_scale.storage import join
 from oar_scale.storage.shard_cache import ShardCache
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import Field
+from oar_scale.tokenizers.vq import pixels_to_unit
 
 Orders = NDArray[np.uint16]
 StoredOrders = Callable[[str, OpenShard], Orders]
@@ -55,6 +57,13 @@ class ShardSource:
             raise UserError(f"{self.folder}: these are not token shards (the manifest has no grid). Run the stage tokens first.")
         return self.manifest.grid
 
+    @property
+    def vocabulary(self) -> int:
+        """Codes lie below it."""
+        if self.tokenizer is not None:
+            return self.tokenizer.spec.codebook_size
+        return self.manifest.vocab_size or 2**16
+
     def open(self, info: ShardInfo) -> OpenShard:
         """Open a shard and compare it with the manifest.
 
@@ -71,25 +80,23 @@ class ShardSource:
             raise Unusable(f"{uri}: {len(shard)} samples, the manifest says {info.samples}. Index the folder again (oar data index).")
         if isinstance(shard, TokenShard) and shard.shape != (self.views, self.grid**2):
             raise Unusable(
-                f"{uri}: codes are {shard.shape} (views, cells), the manifest says {(self.views, self.grid**2)}. Run the stage tokens again."
+                f"{uri}: codes are {shard.shape} (views, cells), the manifest says {(self.views, self.grid**2)}. "
+                "Run the stage tokens again."
             )
         return shard
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One sample as a batch takes it."""
 
     codes: bytes
-    """Little-endian uint16 [N]; empty where there are pixels."""
-    pixels: NDArray[np.uint8] | None
-    """[H, W, 3]"""
+    """Little-endian uint16 [N]."""
     prompt: Any
     order: Orders | None
 
 
 class OpenShards:
-    """Samples of a source by shard and row. The shards used last stay open, ``room`` of them; those that cannot be opened are remembered."""
+    """Samples of a source by shard and row. The ``room`` shards used last stay open; broken ones are remembered."""
 
     def __init__(self, source: ShardSource, field: Field, room: int) -> None:
         self.source, self.field, self.room = source, field, room
@@ -105,14 +112,17 @@ class OpenShards:
         opened, orders_SN = self._shard(shard)
         order = orders_SN[row] if stored_order and orders_SN is not None else None
         prompt = opened.prompt(row, self.field)
-        if isinstance(opened, ImageShard):
-            assert self.source.tokenizer is not None
-            return Row(b"", opened.pixels(row, self.source.image_views[view], self.source.tokenizer.spec.image_size), prompt, order)
-        assert isinstance(opened, TokenShard)
-        codes, limit = opened.codes(row, view), self.source.manifest.vocab_size
-        if limit is not None and int(np.frombuffer(codes, dtype="<u2").max()) >= limit:
-            raise opened.fault(row, f"has codes above {limit - 1}, the last one of the vocabulary")
-        return Row(codes, None, prompt, order)
+        if isinstance(opened, TokenShard):
+            return Row(opened.codes(row, view), prompt, order)
+        assert isinstance(opened, ImageShard) and self.source.tokenizer is not None
+        pixels = opened.pixels(row, self.source.image_views[view], self.source.tokenizer.spec.image_size)
+        codes_1N = self.source.tokenizer.encode(pixels_to_unit(torch.tensor(pixels)[None]))
+        return Row(codes_1N.numpy().astype("<u2").tobytes(), prompt, order)
+
+    def outside_vocabulary(self, shard: int, row: int) -> str:
+        """What is wrong with a sample that has such codes."""
+        opened, _ = self._shard(shard)
+        return str(opened.fault(row, f"has codes above {self.source.vocabulary - 1}, the last one of the vocabulary"))
 
     def prefetch(self, shard: int) -> None:
         """Begin to fetch a shard that will be needed soon."""

@@ -11,11 +11,9 @@ Plain ``webdataset.WebDataset(url)`` reads both. The same samples give the same 
 from __future__ import annotations
 
 import io
-import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import crc32c
@@ -24,10 +22,9 @@ import webdataset
 from numpy.typing import NDArray
 
 from oar_scale.data.manifest import ShardInfo
-from oar_scale.data.tars import map_file, samples
 from oar_scale.data.open_shard import TokenShard
-from oar_scale.errors import UserError
-from oar_scale.storage import fetch, join, open_storage
+from oar_scale.data.tars import map_file, samples
+from oar_scale.storage import join, open_storage
 from oar_scale.storage.shard_cache import ShardCache
 
 
@@ -62,17 +59,16 @@ def iterate_shard(path: str, uri: str) -> Iterator[dict[str, Any]]:
     return _samples(map_file(path), uri)
 
 
-def read_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None) -> list[dict[str, Any]]:
-    """All samples of a shard, checked against the manifest's size and crc32c where it is given."""
-    data = map_file(fetch(uri, cache_dir))
-    if expected is not None:
-        checksum = crc32c.crc32c(data)
-        if len(data) != expected.bytes or checksum != expected.crc32c:
-            raise UserError(
-                f"{uri}: {len(data)} bytes with crc32c {checksum:08x}, the manifest says {expected.bytes} with {expected.crc32c:08x}: "
-                "the file is damaged or was replaced. Write the shard again."
-            )
-    return list(_samples(data, uri))
+def read_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None, *, cache_bytes: int | None = None) -> list[dict[str, Any]]:
+    """All samples of a shard, checked against the manifest's size and crc32c where it is given.
+
+    Args:
+        cache_bytes: bound of the folder with copies of remote shards.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    return list(_samples(_read(uri, cache_dir, expected, cache_bytes), uri))
 
 
 def _samples(data: memoryview, uri: str) -> Iterator[dict[str, Any]]:
@@ -88,11 +84,11 @@ def token_sample(source: dict[str, Any], codes_VN: NDArray[np.uint16]) -> dict[s
     return {"__key__": source["__key__"], "codes.npy": buffer.getvalue(), "json": b"{}", **kept}
 
 
-def read_token_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None) -> TokenShard:
-    """Open a token shard, checked against the manifest's size and crc32c where it is given.
+def read_token_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None, *, cache_bytes: int | None = None) -> TokenShard:
+    """Open a token shard. Arguments and errors as those of :func:`read_shard`."""
+    return TokenShard(_read(uri, cache_dir, expected, cache_bytes), uri)
 
-    Raises:
-        UserError: missing or damaged.
-    """
-    cache = ShardCache(cache_dir)
-    return TokenShard(cache.read(uri) if expected is None else cache.read(uri, expected.bytes, expected.crc32c), uri)
+
+def _read(uri: str, cache_dir: str, expected: ShardInfo | None, cache_bytes: int | None) -> memoryview:
+    cache = ShardCache(cache_dir, cache_bytes)
+    return cache.read(uri) if expected is None else cache.read(uri, expected.bytes, expected.crc32c)

@@ -78,8 +78,8 @@ class StatsJob:
 
     folder: str
     pattern: str = "*.tar"
-    shards: int = 4
-    """How many of the first shards; 0: all."""
+    shards: int | None = 4
+    """How many of the first shards; None: all."""
     workers: int = 4
     pictures: int = 0
     """Samples kept for a picture grid, as many of each shard."""
@@ -93,7 +93,7 @@ def look_at(job: StatsJob, on_progress: Callable[[int, int], None] | None = None
     """
     manifest = _manifest(job.folder)
     names = list_shards(job.folder, job.pattern) if manifest is None else [shard.name for shard in manifest.shards]
-    names = names[: job.shards or None]
+    names = names[: job.shards]
     share = math.ceil(job.pictures / len(names)) if names else 0
     report = on_progress or (lambda done, total: None)
     report(0, len(names))

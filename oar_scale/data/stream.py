@@ -16,20 +16,21 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from oar_scale.data.hashing import device_permutations, integers, uniform
-from oar_scale.data.plan import MixturePlan, Plan, SamplePlan, step_slots
 from oar_scale.data.open_shard import Unusable
+from oar_scale.data.plan import Ids, MixturePlan, Plan, SamplePlan, Slots, step_slots
 from oar_scale.data.shard_source import OpenShards, Row, ShardSource
 from oar_scale.errors import UserError
 from oar_scale.storage import FetchStats
 from oar_scale.tokenizers.prompts import PromptEncoder
-from oar_scale.tokenizers.vq import pixels_to_unit
 
 LOOK_AHEAD_STEPS = 8
 """A shard that a step so far ahead needs is fetched while others are in use."""
@@ -46,6 +47,17 @@ class BadSample:
     uid: int
     fault: str
     """Names shard and key, and what is wrong."""
+
+
+class _Choice(NamedTuple):
+    """A sample that a slot shows, and how."""
+
+    uid: int
+    folder: int
+    shard: int
+    row: int
+    view: int
+    stored_order: bool
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,7 @@ class TokenStream:
         # A rank reads streams/world segments at once, each inside one window; two shards more for the edges.
         room = settings.streams // world * settings.window_shards + 2
         self.shards = [OpenShards(source, prompts.field, room) for source in self.sources]
+        self.limits = [source.vocabulary for source in self.sources]
         self._counted: dict[str, int] = {}
 
     def __reduce__(self) -> tuple[type[TokenStream], tuple[object, ...]]:
@@ -148,19 +161,15 @@ class TokenStream:
         settings = self.settings
         self._look_ahead(step + LOOK_AHEAD_STEPS)
         slots = step_slots(self.plan, step, settings.global_batch, self.rank, self.world)
-        any_view_b = uniform("order kind", settings.seed, slots.epoch, slots.uid) < settings.random_share
         bad: list[BadSample] = []
-        rows = [
-            self._sample(epoch, uid, any_view, bad)
-            for epoch, uid, any_view in zip(slots.epoch.tolist(), slots.uid.tolist(), any_view_b.tolist(), strict=True)
-        ]
+        rows, codes_bN = self._samples(slots, bad)
         raster_N = np.arange(self.cells)
-        orders = [raster_N if settings.raster else row.order for _, row in rows]
+        orders = [raster_N if settings.raster else row.order for row in rows]
         return Batch(
             step=step,
             uid_b=torch.from_numpy(slots.uid),
-            codes_bN=self._codes(rows),
-            prompts_b=self.prompts.encode([row.prompt for _, row in rows]),
+            codes_bN=torch.from_numpy(codes_bN.astype(np.int64)),
+            prompts_b=self.prompts.encode([row.prompt for row in rows]),
             drop_b=torch.from_numpy(uniform("caption", settings.seed, slots.epoch, slots.uid) < settings.caption_dropout),
             seed=settings.seed,
             epoch_b=torch.from_numpy(slots.epoch),
@@ -170,38 +179,57 @@ class TokenStream:
             fetched=self._fetched(),
         )
 
-    def _sample(self, epoch: int, uid: int, any_view: bool, bad: list[BadSample]) -> tuple[int, Row]:
-        """The sample of a slot, or the first of its substitutes that can be used, and which source it is of."""
-        seed = self.settings.seed
-        wanted = uid
-        for attempt in range(SUBSTITUTES):
-            folder, shard, row = self._place(wanted)
-            # Stored orders belong to the first view.
-            view = int(integers("view", self.sources[folder].views, seed, epoch, uid)) if any_view else 0
+    def _samples(self, slots: Slots, bad: list[BadSample]) -> tuple[list[Row], NDArray[np.uint16]]:
+        """The samples of some slots, and their codes [b, N]; bad ones are replaced and added to ``bad``."""
+        wanted = self._choices(slots.epoch, slots.uid, slots.uid)
+        rows: list[Row | None] = []
+        for choice in wanted:
             try:
-                return folder, self.shards[folder].row(shard, row, view, stored_order=not any_view)
+                rows.append(self.shards[choice.folder].row(choice.shard, choice.row, choice.view, stored_order=choice.stored_order))
             except Unusable as fault:
-                bad.append(BadSample(wanted, str(fault)))
-            wanted = int(integers("substitute", int(self.first_uid[-1]), seed, epoch, uid, attempt))
+                bad.append(BadSample(choice.uid, str(fault)))
+                rows.append(None)
+        codes_bN = self._stack([row.codes if row else bytes(2 * self.cells) for row in rows])
+        for at in np.flatnonzero(codes_bN.max(1) >= np.array([self.limits[choice.folder] for choice in wanted])).tolist():
+            bad.append(BadSample(wanted[at].uid, self.shards[wanted[at].folder].outside_vocabulary(wanted[at].shard, wanted[at].row)))
+            rows[at] = None
+        for at in [at for at, row in enumerate(rows) if row is None]:
+            rows[at] = self._substitute(slots.epoch[at : at + 1], slots.uid[at : at + 1], bad)
+            codes_bN[at] = self._stack([rows[at].codes])[0]  # type: ignore[union-attr]
+        return [row for row in rows if row is not None], codes_bN
+
+    def _choices(self, epoch_b: Ids, uid_b: Ids, wanted_b: Ids) -> list[_Choice]:
+        """Which sample and view the slots of ``uid_b`` take, when they are to show the samples ``wanted_b``."""
+        seed = self.settings.seed
+        any_view_b = uniform("order kind", seed, epoch_b, uid_b) < self.settings.random_share
+        folder_b = np.searchsorted(self.first_uid, wanted_b, side="right") - 1
+        shard_b, row_b, view_b = (np.zeros_like(wanted_b) for _ in range(3))
+        for number, (source, plan) in enumerate(zip(self.sources, self.plans, strict=True)):
+            here = folder_b == number
+            shard_b[here], row_b[here] = plan.shard_of(wanted_b[here] - self.first_uid[number])
+            view_b[here] = integers("view", source.views, seed, epoch_b[here], uid_b[here])
+        view_b[~any_view_b] = 0  # stored orders belong to the first view
+        columns = (wanted_b, folder_b, shard_b, row_b, view_b, ~any_view_b)
+        return [_Choice(*choice) for choice in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def _substitute(self, epoch_1: Ids, uid_1: Ids, bad: list[BadSample]) -> Row:
+        """The first sample that can be used in the place of one that cannot."""
+        for attempt in range(SUBSTITUTES):
+            other_1 = integers("substitute", int(self.first_uid[-1]), self.settings.seed, epoch_1, uid_1, attempt)
+            (choice,) = self._choices(epoch_1, uid_1, other_1)
+            shards = self.shards[choice.folder]
+            try:
+                row = shards.row(choice.shard, choice.row, choice.view, stored_order=choice.stored_order)
+            except Unusable as fault:
+                bad.append(BadSample(choice.uid, str(fault)))
+                continue
+            if self._stack([row.codes]).max() < self.limits[choice.folder]:
+                return row
+            bad.append(BadSample(choice.uid, shards.outside_vocabulary(choice.shard, choice.row)))
         raise UserError(f"{SUBSTITUTES} samples in a row could not be used; the last: {bad[-1].fault}")
 
-    def _place(self, uid: int) -> tuple[int, int, int]:
-        """A sample's folder, shard and row."""
-        folder = int(np.searchsorted(self.first_uid, uid, side="right")) - 1
-        shard, row = self.plans[folder].shard_of(np.int64(uid) - self.first_uid[folder])
-        return folder, int(shard), int(row)
-
-    def _codes(self, rows: list[tuple[int, Row]]) -> Tensor:
-        """Codes int64 [b, N]; pictures of image shards go through their tokenizer together."""
-        joined = b"".join(row.codes or bytes(2 * self.cells) for _, row in rows)
-        codes_bN = torch.from_numpy(np.frombuffer(joined, dtype="<u2").reshape(-1, self.cells).astype(np.int64))
-        for number, source in enumerate(self.sources):
-            if source.tokenizer is not None:
-                pictures = {at: row.pixels for at, (folder, row) in enumerate(rows) if folder == number and row.pixels is not None}
-                if pictures:
-                    pixels = torch.from_numpy(np.stack(list(pictures.values())))
-                    codes_bN[list(pictures)] = source.tokenizer.encode(pixels_to_unit(pixels))
-        return codes_bN
+    def _stack(self, codes: list[bytes]) -> NDArray[np.uint16]:
+        return np.frombuffer(bytearray().join(codes), dtype="<u2").reshape(-1, self.cells)
 
     def _look_ahead(self, step: int) -> None:
         """Begin to fetch the shards of a later step."""

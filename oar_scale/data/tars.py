@@ -63,7 +63,7 @@ _CHUNK = 4096
 _FILE, _OLD_FILE, _CONTIGUOUS = ord("0"), 0, ord("7")
 _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = ord("x"), ord("g"), ord("L"), ord("K")
 _DESCRIBING = frozenset({_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK})
-_HARD_LINK = ord("1")
+_HARD_LINK, _SPACE = ord("1"), ord(" ")
 _NO_DATA = frozenset(b"23456")
 """Symbolic link, devices, folder, pipe."""
 _REFUSED = {ord("S"): "a sparse file", ord("M"): "a file split over volumes", ord("X"): "an old Solaris header"}
@@ -187,7 +187,7 @@ def _plain_run(data: memoryview, at: int) -> tuple[_Run, int]:
     sizes: list[int] = []
     while at <= total and len(headers) < _CHUNK:
         digits, end, kind, prefix = unpack(data, at)
-        if prefix or end > ord(" ") or (kind != _FILE and kind != _PAX):
+        if prefix or end > _SPACE or (kind != _FILE and kind != _PAX):
             break
         try:
             size = int(digits, 8)

@@ -27,7 +27,14 @@ BATCH = 128
 
 
 def tokenize_shard(
-    source: str, target: str, shard: ShardInfo, vq: ImageTokenizer, views: Sequence[str], cache_dir: str, text: ClipText | None = None
+    source: str,
+    target: str,
+    shard: ShardInfo,
+    vq: ImageTokenizer,
+    views: Sequence[str],
+    cache_dir: str,
+    text: ClipText | None = None,
+    cache_bytes: int | None = None,
 ) -> ShardInfo:
     """Encode every view of every image of ``source/shard.name`` into ``target/shard.name``.
 
@@ -38,7 +45,7 @@ def tokenize_shard(
         UserError: a sample without image or caption, or an image that cannot be read; names shard and key.
     """
     uri = join(source, shard.name)
-    samples = read_shard(uri, cache_dir, shard)
+    samples = read_shard(uri, cache_dir, shard, cache_bytes=cache_bytes)
     parts = (samples[start : start + BATCH] for start in range(0, len(samples), BATCH))
     return write_shard(target, shard.name, (sample for part in parts for sample in _tokenize(part, vq, views, text, uri)))
 

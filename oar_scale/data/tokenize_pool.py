@@ -39,6 +39,8 @@ class TokenizeJob:
     text: ClipTextConfig | None = None
     """The text tower whose features of the captions are stored as well."""
     cuda: bool = False
+    cache_bytes: int | None = None
+    """Bound of the copies; None = no bound."""
 
     def make_worker(self) -> Worker:
         return TokenizeWorker(self)
@@ -59,7 +61,9 @@ class TokenizeWorker:
 
     def run(self, shard: str) -> Facts:
         source = self.shards[shard]
-        written = tokenize_shard(self.job.images, self.job.tokens, source, self.vq, self.job.views, self.job.cache_dir, self.text)
+        written = tokenize_shard(
+            self.job.images, self.job.tokens, source, self.vq, self.job.views, self.job.cache_dir, self.text, self.job.cache_bytes
+        )
         return {"shard": written.model_dump(), "origin": self.origin, "images_crc32c": source.crc32c}
 
 

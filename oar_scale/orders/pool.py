@@ -50,6 +50,8 @@ class ExtractionJob:
     precision: Literal["bf16", "fp32"]
     cpu_threads: int = 1
     cuda: bool = False
+    cache_bytes: int | None = None
+    """Bound of the copies; None = no bound."""
 
     def make_worker(self) -> Worker:
         return ExtractionWorker(self)
@@ -76,7 +78,7 @@ class ExtractionWorker:
 
     def run(self, shard: str) -> Facts:
         uri = join(self.job.tokens, shard)
-        tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard])
+        tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard], cache_bytes=self.job.cache_bytes)
         codes_SN = torch.from_numpy(tokens.view(0).astype(np.int64))
         told_S = self.prompts.encode(tokens.prompts(self.prompts.field))
         images_S = np.array([zlib.crc32(key.encode()) for key in tokens.keys], dtype=np.int64)

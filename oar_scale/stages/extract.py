@@ -23,6 +23,7 @@ def run_extract(run: Run) -> dict[str, Any]:
         text=run.recipe.tokenizer.text,
         tokenizers=run.at("tokenizers"),
         cache_dir=run.cache,
+        cache_bytes=run.recipe.storage.cache_bytes,
         settings=ExtractionSettings.from_recipe(config),
         batch=config.batch,
         precision=parallel.precision,

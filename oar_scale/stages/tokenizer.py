@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
 from oar_scale.tokenizers.vq import VQSpec, load_vq, pixels_to_unit, save_vq
 from oar_scale.tokenizers.vq_training import VQProgress, assess_vq, train_vq
 
+ASSESSED = 4096
+"""Held-out images that the image tokenizer is judged by, at most."""
 EXPECTED = "seconds with given weights, else about 10 ms an image and training step"
 
 
@@ -34,10 +38,9 @@ def run_tokenizer(run: Run) -> dict[str, Any]:
     """Write ``tokenizers/vq.safetensors`` and ``tokenizers/text.model``; returns what the image tokenizer is worth on held-out images."""
     recipe = run.recipe
     torch.set_num_threads(recipe.parallel.cpu_threads * recipe.parallel.workers)
-    pixels, captions = read_images(run, "train")
-    held_pixels, _ = read_images(run, "heldout")
-    prompts = _prompts(run, captions)
-    vq = _image_tokenizer(run, pixels)
+    held_pixels, _ = read_images(run, "heldout", ASSESSED)
+    prompts = _prompts(run)
+    vq = _image_tokenizer(run)
     trained = recipe.tokenizer.image.weights is None
     save_vq(run.vq_uri, vq, half=trained)  # weights that came from elsewhere keep every bit, or their codes would change
     vq = load_vq(run.vq_uri)  # what the other stages will use: rounded as stored
@@ -81,24 +84,29 @@ def _distance(run: Run, vq: ImageTokenizer, held_pixels: Tensor) -> float | None
     return distance
 
 
-def read_images(run: Run, split: str) -> tuple[Tensor, list[str]]:
-    """All images of a split, uint8 [S, H, W, 3], and their captions."""
-    folder = run.at("images", split)
+def read_images(run: Run, split: str, limit: int | None = None) -> tuple[Tensor, list[str]]:
+    """The first images of a split (default: all), uint8 [S, H, W, 3], and their captions."""
     pixels, captions = [], []
-    for shard in read_manifest(folder).shards:
-        for sample in read_shard(join(folder, shard.name), run.cache, shard):
-            pixels.append(np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB")))
-            captions.append(sample["txt"].decode())
+    for sample in itertools.islice(_samples(run, split), limit):
+        pixels.append(np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB")))
+        captions.append(sample["txt"].decode())
     return torch.from_numpy(np.stack(pixels)), captions
 
 
-def _prompts(run: Run, captions: list[str]) -> PromptEncoder:
+def _samples(run: Run, split: str) -> Iterator[dict[str, Any]]:
+    folder = run.at("images", split)
+    for shard in read_manifest(folder).shards:
+        yield from read_shard(join(folder, shard.name), run.cache, shard)
+
+
+def _prompts(run: Run) -> PromptEncoder:
     """The prompt encoder, opened once to find faults now; a SentencePiece model is written for the other stages."""
     config = run.recipe.tokenizer.text
     if isinstance(config, SentencePieceConfig):
         if config.weights is not None:
             text = TextTokenizer.load(config.weights, config.max_tokens)
         else:
+            captions = [sample["txt"].decode() for sample in _samples(run, "train")]
             text = train_text_tokenizer(captions, config.vocab_size, config.max_tokens)
         text.save(run.text_uri)
     prompts = load_prompts(for_new_prompts(config), run.at("tokenizers"))
@@ -107,7 +115,7 @@ def _prompts(run: Run, captions: list[str]) -> PromptEncoder:
     return prompts
 
 
-def _image_tokenizer(run: Run, pixels: Tensor) -> ImageTokenizer:
+def _image_tokenizer(run: Run) -> ImageTokenizer:
     config, size = run.recipe.tokenizer.image, run.recipe.data.image_size
     if config.weights is not None:
         vq = load_vq(config.weights)
@@ -128,6 +136,7 @@ def _image_tokenizer(run: Run, pixels: Tensor) -> ImageTokenizer:
         codebook_size=config.codebook_size,
         codebook_dim=config.codebook_dim,
     )
+    pixels, _ = read_images(run, "train")
     started = time.monotonic()
     with run.log("tokenizer") as log, run.console.progress(config.training.steps, "tokenizer steps") as tally:
 

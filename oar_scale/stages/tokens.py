@@ -24,6 +24,7 @@ def run_tokens(run: Run) -> dict[str, Any]:
             vq=run.vq_uri,
             views=views,
             cache_dir=run.cache,
+            cache_bytes=run.recipe.storage.cache_bytes,
             cpu_threads=parallel.cpu_threads,
             text=tower,
             cuda=parallel.gpus_per_worker > 0,

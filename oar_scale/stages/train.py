@@ -50,7 +50,8 @@ def _write_base(run: Run) -> None:
     for field in {**wanted, **here}:
         if here.get(field) != wanted.get(field):
             raise UserError(
-                f"model.weights {recipe.model.weights}: has {field} {here.get(field)}, the recipe and its tokenizers make {wanted.get(field)}.\n"
+                f"model.weights {recipe.model.weights}: has {field} {here.get(field)}, "
+                f"the recipe and its tokenizers make {wanted.get(field)}.\n"
                 "Set the model section to the weights' sizes and use the tokenizers they were trained with, or start anew (weights: null)."
             )
     weights = AnyOrderModel(kept)

@@ -34,7 +34,7 @@ SLOW_S, SLOW_BYTES = 20.0, 256 << 10
 """A connection that brings less than this in that time is left as well."""
 BACKOFF_S, BACKOFF_MAX_S = 0.1, 10.0
 """The wait after the n-th failure in a row is uniform in [0, min(BACKOFF_MAX_S, BACKOFF_S 2^n)]."""
-_CHUNK = 1 << 20
+_CHUNK, _SMALL_CHUNK = 1 << 20, 64 << 10
 
 _NO_ANSWER = (ConnectionError, HTTPClientError)
 _answered: set[str] = set()  # servers that this process has heard from
@@ -125,6 +125,8 @@ class _Patience:
     @contextmanager
     def one_try(self) -> Iterator[None]:
         """Count the requests of the block; after an error that may pass, wait and end quietly, so that a loop tries again."""
+        if self.stop.is_set():
+            raise Stopped
         used, before = client(STALL_S), requests_sent()
         try:
             try:
@@ -190,7 +192,8 @@ def _chunks(response: Any, ranged: bool) -> Iterator[bytes]:
     """What has come so far, again and again; a read of a fixed size would wait for a trickle without end."""
     body, missing = response["Body"], response["ContentLength"]
     begun, came = time.monotonic(), 0
-    for chunk in _arrivals(body) if ranged else body.iter_chunks(_CHUNK):  # botocore checks the checksum of a whole object
+    # Of a whole object botocore checks the server's checksum, and waits until a chunk is full.
+    for chunk in _arrivals(body) if ranged else body.iter_chunks(_SMALL_CHUNK):
         yield chunk
         came, missing = came + len(chunk), missing - len(chunk)
         if (now := time.monotonic()) - begun > SLOW_S:

@@ -49,5 +49,6 @@ class TrainingJob:
             "precision": recipe.parallel.precision,
             "model": recipe.model.model_dump(mode="json", exclude={"weights"}),
             "training": training.model_dump(mode="json", exclude=OPERATIONAL),
+            "mix": [read_manifest(mix.shards).fingerprint for mix in training.mix],
             "streams": [recipe.data.canonical_streams, recipe.data.shuffle_window_shards],
         }

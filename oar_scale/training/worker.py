@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oar_scale.config.deepspeed import deepspeed_config
+from oar_scale.config.schema import MixConfig
 from oar_scale.data.hashing import hash_words, permutations
-from oar_scale.data.manifest import read_manifest
+from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.open_shard import OpenShard
 from oar_scale.data.shard_source import ShardSource
 from oar_scale.data.shards import read_token_shard
@@ -34,6 +35,7 @@ from oar_scale.orders.table import join_orders, read_orders, table_name
 from oar_scale.storage import join
 from oar_scale.storage.shard_cache import ShardCache
 from oar_scale.tokenizers.prompts import PromptEncoder, load_prompts, model_inputs
+from oar_scale.tokenizers.vq import load_vq
 from oar_scale.training.checkpoints import discard_rejected, latest_checkpoint, load_checkpoint, save_checkpoint
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.schedule import learning_rate
@@ -283,8 +285,23 @@ def _stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int) -> 
     manifest, stored = read_manifest(folder), None
     if job.stage == "finetune":
         stored = _StoredOrders(join(job.root, "orders", "train"), folder, manifest.grid or 0, model_id(job.start_from))
-    source = ShardSource(folder, manifest, ShardCache(_cache(job), recipe.storage.cache_bytes), stored_orders=stored)
-    return TokenStream(source, prompts, settings, rank, world, recipe.data.loader_processes)
+    cache = ShardCache(_cache(job), recipe.storage.cache_bytes)
+    sources = [ShardSource(folder, manifest, cache, stored_orders=stored)]
+    sources += [_mixed_in(job, mix, manifest, cache) for mix in training.mix]
+    return TokenStream(sources, prompts, settings, rank, world, recipe.data.loader_processes)
+
+
+def _mixed_in(job: TrainingJob, mix: MixConfig, own: Manifest, cache: ShardCache) -> ShardSource:
+    manifest = read_manifest(mix.shards)
+    if manifest.grid is None:  # pictures
+        vq = load_vq(join(job.root, "tokenizers", "vq.safetensors"))
+        return ShardSource(mix.shards, manifest, cache, mix.weight, tokenizer=vq, image_views=job.recipe.tokenizer.views)
+    if manifest.tokenizer_id != own.tokenizer_id:
+        raise UserError(
+            f"{mix.shards}: its codes are of the tokenizer {manifest.tokenizer_id}, the run's own are of {own.tokenizer_id}. "
+            "Tokenise its images with the run's tokenizer (oar data tokenize)."
+        )
+    return ShardSource(mix.shards, manifest, cache, mix.weight)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import uuid
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from foreign_shards import img2dataset_folder, upload
 
-from oar_scale.cli import main
+from oar_scale.cli import _parser, main
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import read_shard
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
@@ -53,6 +54,14 @@ def test_foreign_pictures_on_s3_become_token_shards(
 def test_a_view_that_does_not_exist_is_named(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "tokenize", str(tmp_path), "--out", str(tmp_path / "t"), "--tokenizer", tokenizer, "--views", "centre"]) == 2
     assert "--views centre: no such view" in capsys.readouterr().err
+
+
+def test_every_command_of_the_guide_is_understood() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    commands = [shlex.split(line, comments=True)[1:] for line in guide.splitlines() if line.startswith("    oar ")]
+    assert {tuple(command[:2]) for command in commands} == {("data", verb) for verb in ("index", "verify", "stats", "tokenize")}
+    for command in commands:
+        assert callable(_parser().parse_args(command).run)
 
 
 def test_the_old_name_of_the_stage_is_answered_with_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -261,7 +261,7 @@ def test_a_shard_that_is_gone_is_named_and_all_its_samples_replaced(text: TextTo
 
 
 def test_too_many_bad_samples_stop_the_stream_and_name_some(text: TextTokenizer, tmp_path: Path) -> None:
-    write_tokens(str(tmp_path), [20, 20], {uid: "no codes" for uid in (3, 9, 11, 24, 33)})
+    write_tokens(str(tmp_path), [20, 20], dict.fromkeys((3, 9, 11, 24, 33), "no codes"))
     with pytest.raises(UserError, match=r"of \d+ samples could not be used, more than data\.max_bad_fraction = 0\.02") as stopped:
         list(TokenStream(source(str(tmp_path)), text, replace(SETTINGS, max_bad_fraction=0.02)).batches(0, 5))
     assert "sample 'k" in str(stopped.value)

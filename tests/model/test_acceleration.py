@@ -68,16 +68,15 @@ def test_recomputing_changes_no_bit_of_the_loss_or_a_gradient(layout: str, dtype
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"dropout": 0.1}], ids=["plain", "grouped", "dropout"])
 def test_the_more_is_recomputed_the_less_is_kept(changes: dict[str, Any]) -> None:
     none, selective, full = (ran(way, **changes).kept for way in ("none", *WAYS))
-    assert selective < 0.8 * none
-    assert full < 0.25 * selective
+    assert selective < 0.9 * none
+    assert full < 0.3 * selective
 
 
 @pytest.mark.slow  # a C++ compiler at work
-@pytest.mark.parametrize("layout", ["instructed", "dual"])
 @pytest.mark.parametrize("way", ["none", *WAYS])
-def test_compiled_blocks_compute_the_same_to_rounding(way: str, layout: str) -> None:
+def test_compiled_blocks_compute_the_same_to_rounding(way: str) -> None:
     torch._dynamo.reset()
-    plain, compiled = ran(way, layout=layout), ran(way, compiled=True, layout=layout)
+    plain, compiled = ran(way), ran(way, compiled=True)
     torch.testing.assert_close(compiled.loss, plain.loss, rtol=1e-5, atol=1e-5)
     for name, gradient in plain.gradients.items():
         torch.testing.assert_close(compiled.gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
@@ -141,6 +140,7 @@ def zero3_losses(way: str) -> Tensor:
 
     config = {
         "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,  # DeepSpeed would clip at 1
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10_000},
     }

@@ -107,18 +107,28 @@ def test_a_shard_is_fetched_once_and_then_read_from_the_disk_without_a_request(p
 
 
 @pytest.mark.parametrize(
-    ("kind", "retries"),
-    [("503", 2), ("slow down", 2), ("refused", 2), ("reset", 2), ("cut", 2), ("stall", 2), ("trickle", 0), ("expired", 2), ("flip", PARTS)],
+    ("kind", "count", "retries"),
+    [
+        ("503", 2, 2),
+        ("slow down", 2, 2),
+        ("refused", 2, 2),
+        ("reset", 2, 2),
+        ("cut", 2, 2),
+        ("stall", 2, 2),
+        ("trickle", 2, 0),
+        ("expired", 1, 1),
+        ("flip", 1, PARTS),  # nobody knows which part is wrong
+    ],
 )
 def test_a_fault_changes_nothing_but_the_count_of_retries(
-    kind: str, retries: int, proxy: FaultProxy, shard: Shard, cache: ShardCache
+    kind: str, count: int, retries: int, proxy: FaultProxy, shard: Shard, cache: ShardCache
 ) -> None:
-    proxy.spoil({kind: 1.0}, at_most=2)
+    proxy.spoil({kind: 1.0}, at_most=count)
     assert cache.read(*shard) == content(0)
-    assert proxy.injected[kind] == (1 if kind == "flip" else 2)
+    assert proxy.injected == {kind: count}
     assert cache.stats.retries == retries
     assert cache.stats.requests == len(proxy.gets) == PARTS + retries
-    assert cache.stats.resumed == (2 if kind in ("reset", "cut", "stall") else 0)
+    assert cache.stats.resumed == (count if kind in ("reset", "cut", "stall") else 0)
     assert _files(cache._folder.folder, ".part") == []
 
 
@@ -236,6 +246,16 @@ def test_an_object_that_is_not_the_one_of_the_manifest_is_named_with_both_checks
     assert _files(cache._folder.folder) == _files(cache._folder.folder, ".part") == []
 
 
+def test_a_plain_read_of_the_storage_survives_the_same_faults(proxy: FaultProxy, shard: Shard) -> None:
+    proxy.spoil({"503": 0.3, "reset": 0.3, "cut": 0.2, "flip": 0.2}, at_most=4)
+    for _ in range(4):
+        assert open_storage(shard.uri).read(shard.uri) == content(0)
+    assert proxy.injected.total() == 4
+    proxy.spoil({"503": 0.5, "reset": 0.5}, at_most=4)
+    for _ in range(4):
+        assert open_storage(shard.uri).read(shard.uri, 1000, 200_000) == content(0)[1000:200_000]
+
+
 def test_a_missing_shard_is_missing(shard: Shard, cache: ShardCache, tmp_path: Path) -> None:
     for uri in (shard.uri + "x", str(tmp_path / "nothing")):
         for known in ((), (5, 5)):
@@ -253,12 +273,20 @@ def test_without_a_checksum_a_replaced_object_is_noticed(shard: Shard, cache: Sh
     assert cache.read(shard.uri) == cache.read(shard.uri) == b""
 
 
-def test_an_object_that_is_replaced_while_it_is_read_is_read_again_from_its_start(
-    proxy: FaultProxy, shard: Shard, cache: ShardCache
+def test_an_object_that_is_replaced_between_two_parts_is_read_again_from_its_start(
+    proxy: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy.on_fault = lambda kind: open_storage(shard.uri).write(shard.uri, content(9))
-    proxy.spoil({"cut": 1.0}, at_most=1)
+    monkeypatch.setattr(s3_download, "CONNECTIONS", 1)
+    proxy.trickle_s = 0  # a fault that does nothing but call us
+
+    def replace(kind: str) -> None:
+        if len(proxy.gets) == 2:
+            open_storage(shard.uri).write(shard.uri, content(9))
+
+    proxy.on_fault = replace
+    proxy.spoil({"trickle": 1.0})
     assert cache.read(shard.uri) == content(9)
+    assert cache.stats.retries == 1 + PARTS  # asked for its version, and read, a second time
 
 
 def test_a_local_shard_is_mapped_as_it_lies_and_checked(tmp_path: Path, cache: ShardCache) -> None:

@@ -68,13 +68,20 @@ def runs(pictures: Path, tower: str, tmp_path_factory: pytest.TempPathFactory) -
     layouts = {"labels": "dual", "features": "raster", "open_clip": "instructed", "captions": "dual"}
     runs = {}
     for name, text in texts.items():
+        folder = tmp_path_factory.mktemp(name)
         recipe = small_recipe(
-            str(tmp_path_factory.mktemp(name)),
+            str(folder),
             data={"source": {"type": "folder", "path": str(pictures)}},
             tokenizer={"text": text, "views": ("center",)},
             model={"layout": layouts[name]},
             parallel={"workers": 1, "precision": "fp32"},
-            pretrain={"steps": 4, "checkpoint_every": 4, "evaluate_every": 4},
+            # The pictures themselves once more, tokenised on the fly.
+            pretrain={
+                "steps": 4,
+                "checkpoint_every": 4,
+                "evaluate_every": 4,
+                "mix": [{"shards": str(folder / "images" / "train"), "weight": 0.5}] if name == "captions" else [],
+            },
         )
         runs[name] = prepare_small_run(recipe)
     run_workers(train_all, 1, [pretraining(run) for run in runs.values()])
