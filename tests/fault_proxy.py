@@ -60,6 +60,7 @@ class FaultProxy:
         self.on_fault: Callable[[str], None] = lambda kind: None
         self._kinds: Mapping[str, float] = {}
         self._left = 0
+        self._awake = threading.Event()
         self._flipped: set[str] = set()
         self._dice, self._places = random.Random(seed), random.Random(seed)
 
@@ -67,6 +68,10 @@ class FaultProxy:
         """From now on spoil GETs of objects: a probability for each of the ``KINDS``, no more than ``at_most`` in all."""
         assert set(kinds) <= set(KINDS) and sum(kinds.values()) <= 1
         self._kinds, self._left = kinds, at_most
+
+    def wake(self) -> None:
+        """End all stalls."""
+        self._awake.set()
 
     def close(self) -> None:
         _hang_up(self._listener)
@@ -139,7 +144,7 @@ class FaultProxy:
                 if kind == "cut":
                     return None
                 if kind == "stall":
-                    time.sleep(self.stall_s)
+                    self._awake.wait(self.stall_s)
                 if kind == "flip":
                     data = bytes([data[0] ^ 4]) + data[1:]
                 if kind == "trickle":

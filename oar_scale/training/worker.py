@@ -30,6 +30,7 @@ from oar_scale.data.shards import read_token_shard
 from oar_scale.data.stream import BadSample, Batch, StreamSettings, TokenStream
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, check_prompts, load_model, model_id, save_model
+from oar_scale.model.acceleration import accelerate
 from oar_scale.observe.events import EventLog
 from oar_scale.orders.table import join_orders, read_orders, table_name
 from oar_scale.storage import join
@@ -68,6 +69,7 @@ def _train(job: TrainingJob, device: torch.device, rank: int, world: int, log: E
     model = load_model(job.start_from)
     prompts = _prompts(job)
     check_prompts(model.spec, prompts, job.start_from)
+    accelerate(model, job.recipe.parallel)
     engine = make_engine(job, Objective(model, prompts), world)
     stream, heldout = _stream(job, prompts, rank, world), Heldout(job, prompts, rank, world, device)
     start_step = _resume(engine, job, log)

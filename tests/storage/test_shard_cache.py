@@ -412,15 +412,15 @@ def test_a_reader_killed_in_the_middle_leaves_no_broken_copy_and_no_lock(
     assert victim.pid is not None
     while not proxy.injected["stall"] or len(proxy.gets) < PARTS:
         time.sleep(0.01)
-    time.sleep(0.2)
     folder = cache._folder.folder
     assert len(_files(folder, ".part")) == 1
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
+    proxy.wake()
     assert _files(folder) == []
     begun = time.monotonic()
     assert cache.read(*shard) == content(0)
-    assert time.monotonic() - begun < 10  # it does not wait for the dead
+    assert time.monotonic() - begun < 10  # nobody waits for the dead
     assert sorted(os.listdir(folder)) == [".lock", *_files(folder)] and len(_files(folder)) == 1
 
 
@@ -512,19 +512,17 @@ def test_a_fork_in_the_middle_of_a_prefetch_reads_on(
     proxy: FaultProxy, shard: Shard, s3_root: str, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = _put(s3_root, content(1))
-    monkeypatch.setattr(s3_ranges, "STALL_S", 10.0)
-    proxy.stall_s = 3.0
+    monkeypatch.setattr(s3_ranges, "STALL_S", 60.0)
+    proxy.stall_s = 60.0
     proxy.spoil({"stall": 1.0}, at_most=1)
-    begun = time.monotonic()
     cache.prefetch(*shard)
     while not proxy.injected["stall"]:
         time.sleep(0.01)
 
-    def work() -> tuple[bool, float, bool, FetchStats]:
-        right = cache.read(*other) == content(1)
-        return right, time.monotonic() - begun, cache.read(*shard) == content(0), cache.stats
+    def work() -> tuple[bool, FetchStats]:
+        return cache.read(*other) == content(1), cache.stats
 
-    right, seconds, also_right, took = _in_processes([work])[0]
-    assert right and seconds < 3  # it has not waited for the parent's stall
-    assert also_right and took == FetchStats(requests=PARTS, bytes=SIZE, hits=1)  # the parent's download served the second
+    assert _in_processes([work]) == [(True, FetchStats(requests=PARTS, bytes=SIZE))]
+    assert len(_files(cache._folder.folder, ".part")) == 1  # the parent is still at it
+    proxy.wake()
     assert cache.read(*shard) == content(0)

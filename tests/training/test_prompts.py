@@ -74,7 +74,7 @@ def runs(pictures: Path, tower: str, tmp_path_factory: pytest.TempPathFactory) -
             data={"source": {"type": "folder", "path": str(pictures)}},
             tokenizer={"text": text, "views": ("center",)},
             model={"layout": layouts[name]},
-            parallel={"workers": 1, "precision": "fp32"},
+            parallel={"workers": 1, "precision": "fp32", "activation_checkpointing": "selective" if name == "labels" else "none"},
             # The pictures themselves once more, tokenised on the fly.
             pretrain={
                 "steps": 4,
