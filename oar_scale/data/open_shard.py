@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from oar_scale.data.images import decode_image
 from oar_scale.data.scan import npy_header
@@ -168,5 +167,4 @@ class ImageShard(OpenShard):
             picture = decode_image(data, self.where)
         except UserError as error:
             raise self.fault(row, f"has a picture that cannot be read ({error})") from error
-        square = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS) if picture.size != (size, size) else picture
-        return np.asarray(make_view(square, view, self.keys[row]))
+        return np.asarray(make_view(picture, view, self.keys[row], size))

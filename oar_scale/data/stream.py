@@ -30,7 +30,7 @@ from oar_scale.data.plan import Ids, MixturePlan, Plan, SamplePlan, Slots, step_
 from oar_scale.data.shard_source import OpenShards, Row, ShardSource
 from oar_scale.errors import UserError
 from oar_scale.storage import FetchStats
-from oar_scale.tokenizers.prompts import PromptEncoder
+from oar_scale.tokenizers.prompts import PromptEncoder, check_features
 
 LOOK_AHEAD_STEPS = 8
 """A shard that a step so far ahead needs is fetched while others are in use."""
@@ -122,6 +122,8 @@ class TokenStream:
         self.sources = [sources] if isinstance(sources, ShardSource) else list(sources)
         self.prompts, self.settings = prompts, settings
         self.rank, self.world, self.loader_processes = rank, world, loader_processes
+        for source in self.sources:
+            check_features(source.manifest.features, prompts, source.folder)
         grids = {source.grid for source in self.sources}
         if len(grids) != 1:
             raise UserError(f"{', '.join(s.folder for s in self.sources)}: code grids {sorted(grids)}; a mixture needs one")

@@ -100,9 +100,10 @@ class AnyOrderModel(nn.Module):
         cells_BL = torch.cat([layout.no_cell(len(codes_BN), head_BTD.shape[1], cells_BL.device), cells_BL], dim=1)
         turn_BLP2 = self.rotations(x_BLD.device)[cells_BL]
         predicting = slice(head_BTD.shape[1], None, layout.stride)
-        for layer in self.layers[:-1]:
+        *layers, last = self.layers
+        for layer in layers:
             x_BLD = layer(x_BLD, turn_BLP2, causal=True)
-        return self.norm(self.layers[-1](x_BLD, turn_BLP2, causal=True, leaving=predicting))  # type: ignore[no-any-return]
+        return self.norm(last(x_BLD, turn_BLP2, causal=True, leaving=predicting))  # type: ignore[no-any-return]
 
     # -- one cell at a time (see decoding.py) -----------------------------------------------------------------------------
 

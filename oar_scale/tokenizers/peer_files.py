@@ -115,7 +115,8 @@ def _fault(error: Exception) -> str:
             "Where you trust its author, load it there and save its state_dict() as safetensors."
         )
     # torch opens with the advice to switch the protection off, which is the one thing not to do.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Weights only load failed")]
+    advice = ("Weights only load failed", "Please file an issue")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(advice)]
     first = lines[0] if lines else type(error).__name__
     return f"not a checkpoint that torch.load reads: damaged, cut off, or another kind of file ({first[:200]}). Copy it again."
 

@@ -35,7 +35,7 @@ from oar_scale.observe.events import EventLog
 from oar_scale.orders.table import join_orders, read_orders, table_name
 from oar_scale.storage import join
 from oar_scale.storage.shard_cache import ShardCache
-from oar_scale.tokenizers.prompts import PromptEncoder, load_prompts, model_inputs
+from oar_scale.tokenizers.prompts import PromptEncoder, check_features, load_prompts, model_inputs
 from oar_scale.tokenizers.vq import load_vq
 from oar_scale.training.checkpoints import discard_rejected, latest_checkpoint, load_checkpoint, save_checkpoint
 from oar_scale.training.job import TrainingJob
@@ -155,6 +155,7 @@ class Heldout:
     def __init__(self, job: TrainingJob, prompts: PromptEncoder, rank: int, world: int, device: torch.device) -> None:
         folder = join(job.root, "tokens", "heldout")
         manifest = read_manifest(folder)
+        check_features(manifest.features, prompts, folder)
         shards = [read_token_shard(join(folder, shard.name), _cache(job), shard) for shard in manifest.shards]
         codes = torch.cat([torch.from_numpy(shard.view(0).astype("int64")) for shard in shards])[:HELDOUT_IMAGES]
         told = prompts.encode([prompt for shard in shards for prompt in shard.prompts(prompts.field)][:HELDOUT_IMAGES])

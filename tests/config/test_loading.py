@@ -125,8 +125,10 @@ def test_all_wrong_values_are_listed_in_the_order_of_the_lines() -> None:
 
 def test_a_source_is_explained_by_the_keys_a_user_writes() -> None:
     path = put("a.yaml", MINIMAL)
-    assert error_of(path, "data.source.type=zip") == "-o  data.source.type = zip\n  must be one of 'openmoji', 'folder'."
-    assert error_of(path, "data.source.limit=50") == "-o  data.source\n  needs a type: one of openmoji, folder."
+    types = ["openmoji", "folder", "table", "class_folders", "webdataset"]
+    quoted = ", ".join(f"'{name}'" for name in types)
+    assert error_of(path, "data.source.type=zip") == f"-o  data.source.type = zip\n  must be one of {quoted}."
+    assert error_of(path, "data.source.limit=50") == f"-o  data.source\n  needs a type: one of {', '.join(types)}."
     assert error_of(path, "data.source={type: folder}") == "-o  data.source.path\n  is required and not set."
     assert error_of(path, "data.source={type: folder, path: 3}").startswith("-o  data.source.path = 3\n  must be text")
 

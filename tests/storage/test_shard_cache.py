@@ -22,7 +22,7 @@ import pytest
 from crc32c import crc32c
 
 from oar_scale.errors import UserError
-from oar_scale.storage import FetchStats, Missing, join, open_storage, s3_download, s3_ranges
+from oar_scale.storage import FetchStats, Missing, cache_folder, join, open_storage, s3_download, s3_ranges
 from oar_scale.storage.shard_cache import ShardCache
 from tests.fault_proxy import FaultProxy
 
@@ -170,11 +170,11 @@ def test_a_connection_that_trickles_for_too_long_is_left(
     begun = time.monotonic()
     assert cache.read(*shard) == content(0)
     assert cache.stats.retries == 1
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20  # the rest of it would take 50 s
 
 
 @pytest.mark.slow
-def test_a_stall_of_ten_seconds_is_waited_out_or_left(
+def test_a_stall_of_ten_seconds_is_left_for_a_new_connection(
     proxy: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_ranges, "STALL_S", 8.0)
@@ -422,6 +422,23 @@ def test_a_reader_killed_in_the_middle_leaves_no_broken_copy_and_no_lock(
     assert cache.read(*shard) == content(0)
     assert time.monotonic() - begun < 10  # nobody waits for the dead
     assert sorted(os.listdir(folder)) == [".lock", *_files(folder)] and len(_files(folder)) == 1
+
+
+def test_nobody_waits_for_ever_for_a_reader_that_hangs(
+    proxy: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_folder, "STUCK_S", 1.0)
+    monkeypatch.setattr(s3_ranges, "STALL_S", 60.0)
+    proxy.stall_s = 60.0
+    proxy.spoil({"stall": 1.0}, at_most=1)
+    cache.prefetch(*shard)
+    while not proxy.injected["stall"]:
+        time.sleep(0.01)
+    other = pickle.loads(pickle.dumps(cache))
+    assert other.read(*shard) == content(0)
+    assert other.stats == FetchStats(requests=PARTS, bytes=SIZE, fallbacks=1)
+    proxy.wake()
+    assert cache.read(*shard) == content(0)
 
 
 def test_what_a_killed_reader_left_makes_room_for_others(proxy: FaultProxy, shard: Shard, tmp_path: Path) -> None:
