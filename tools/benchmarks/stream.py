@@ -1,12 +1,12 @@
 """How fast training batches come, beside other loaders reading the same samples, and how much memory that takes.
 
     python tools/benchmarks/stream.py                        token shards on the local disk: ours, plain webdataset, MosaicML streaming
-    python tools/benchmarks/stream.py --s3 s3://bucket/x     the same shards from S3, against boto3 reading the same bytes
     python tools/benchmarks/stream.py --memory               private memory of a process over an epoch
 
 Samples: codes uint16 [2, 256], a caption, a small JSON. Every loader decodes codes and caption, shuffles, and makes batches of int64
 codes [256, 256] of a random view with their captions, in one process. MosaicML streaming (``pip install mosaicml-streaming``) reads
 samples of its own format, written from the same arrays; without the package it is left out. Sides run in fresh processes, in alternation.
+Reading from S3 is measured by ``s3_reading.py``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ STREAMS, WINDOW = 8, 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--s3", metavar="URI", help="an empty place in a bucket; AWS_* say where")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--shards", type=int, default=48)
     parser.add_argument("--samples", type=int, default=2000, help="samples of a shard")
@@ -44,28 +43,26 @@ def main() -> None:
         print(json.dumps(SIDES[arguments.side](arguments.folder)))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = f"{scratch}/tokens" if not arguments.s3 else arguments.s3
+        folder = f"{scratch}/tokens"
         write_shards(folder, arguments.shards, arguments.samples)
         if arguments.memory:
             print(memory_report(run_side("memory", folder)))
-        elif arguments.s3:
-            compare(folder, ("ours, from S3", "boto3 alone"), arguments.rounds, "MB/s", arguments)
         else:
             sides = ["ours", "webdataset"]
             if write_mds(f"{scratch}/mds", arguments.shards * arguments.samples):
                 sides.append("MosaicML streaming")
-            compare(scratch, sides, arguments.rounds, "samples/s", arguments)
+            compare(scratch, sides, arguments)
 
 
-def compare(folder: str, sides: Sequence[str], rounds: int, unit: str, arguments: argparse.Namespace) -> None:
-    found = alternate(sides, rounds, lambda side: run_side(side, folder))
+def compare(folder: str, sides: Sequence[str], arguments: argparse.Namespace) -> None:
+    found = alternate(sides, arguments.rounds, lambda side: run_side(side, folder))
     rates = {side: [run["rate"] for run in runs] for side, runs in found.items()}
     rows = [
         [side, f"{statistics.median(rates[side]):,.0f}", f"{median_ratio(rates[sides[0]], rates[side]):.2f}" if side != sides[0] else ""]
         for side in sides
     ]
-    print(f"{arguments.shards} shards of {arguments.samples} samples, median of {rounds} rounds; {machine('cpu', 1)}\n")
-    print(table(["loader", unit, f"{sides[0]} / it"], rows))
+    print(f"{arguments.shards} shards of {arguments.samples} samples, median of {arguments.rounds} rounds; {machine('cpu', 1)}\n")
+    print(table(["loader", "samples/s", f"{sides[0]} / it"], rows))
 
 
 def run_side(side: str, folder: str) -> dict[str, Any]:
@@ -189,36 +186,6 @@ def mosaic_streaming(scratch: str) -> dict[str, float]:
     return rate(batches(), len)
 
 
-def ours_from_s3(folder: str) -> dict[str, float]:
-    """Every shard once through an empty cache, as the stream reads them, in MB/s."""
-    from oar_scale.data.manifest import read_manifest
-    from oar_scale.storage import join
-    from oar_scale.storage.shard_cache import ShardCache
-
-    infos = read_manifest(folder).shards
-    with tempfile.TemporaryDirectory() as cache_dir:
-        cache, began = ShardCache(cache_dir), time.perf_counter()
-        for number, info in enumerate(infos):
-            if number + 1 < len(infos):  # as the stream looks ahead
-                cache.prefetch(join(folder, infos[number + 1].name), infos[number + 1].bytes, infos[number + 1].crc32c)
-            cache.read(join(folder, info.name), info.bytes, info.crc32c)
-        seconds = time.perf_counter() - began
-    return {"rate": sum(info.bytes for info in infos) / seconds / 1e6}
-
-
-def boto3_alone(folder: str) -> dict[str, float]:
-    import boto3
-
-    from oar_scale.data.manifest import read_manifest
-
-    infos = read_manifest(folder).shards
-    bucket, _, prefix = folder.removeprefix("s3://").partition("/")
-    client, began = boto3.client("s3"), time.perf_counter()
-    for info in infos:
-        client.get_object(Bucket=bucket, Key=f"{prefix}/{info.name}")["Body"].read()
-    return {"rate": sum(info.bytes for info in infos) / (time.perf_counter() - began) / 1e6}
-
-
 def memory(folder: str) -> dict[str, Any]:
     import psutil
 
@@ -242,8 +209,6 @@ SIDES: dict[str, Callable[[str], dict[str, Any]]] = {
     "ours": ours,
     "webdataset": plain_webdataset,
     "MosaicML streaming": mosaic_streaming,
-    "ours, from S3": ours_from_s3,
-    "boto3 alone": boto3_alone,
     "memory": memory,
 }
 
