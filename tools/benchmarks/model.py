@@ -227,11 +227,15 @@ class Ours(Side):
         self.arguments, self.conversion, self.acceleration, self.permutations = arguments, conversion, acceleration, device_permutations
 
     def build(self, tensors: dict[str, Tensor]) -> None:
+        from oar_scale.config.schema import ParallelConfig
+
         spec = _spec(self.arguments)
         model = self.conversion.import_peer(tensors, "randar", "the benchmark's weights", heads=spec.heads)
         model.spec = spec
         for block in model.layers:
             block.dropout = DROPOUT
+        checkpointing, compiled = OURS[self.arguments.side]
+        self.acceleration.accelerate(model, ParallelConfig(activation_checkpointing=checkpointing, compile=compiled))
         self.model = model.eval().to(self.arguments.device)
 
     def loss(self, codes_BN: Tensor, labels_B: Tensor, order_BN: Tensor) -> Tensor:
@@ -241,10 +245,7 @@ class Ours(Side):
     def start_training(self) -> None:
         import torch
 
-        from oar_scale.config.schema import ParallelConfig
-
-        checkpointing, compiled = OURS[self.arguments.side]
-        self.acceleration.accelerate(self.model.train(), ParallelConfig(activation_checkpointing=checkpointing, compile=compiled))
+        self.model.train()
         half = self.arguments.dtype == "bf16"
         self.weights = list(self.model.to(torch.bfloat16 if half else torch.float32).parameters())
         self.masters = [w.detach().float().requires_grad_() for w in self.weights] if half else self.weights
