@@ -278,7 +278,7 @@ class ParallelConfig(Section):
     """Threads a worker computes with when it has no GPU."""
     gpus_per_worker: int = Field(0, ge=0)
     compile: bool = False
-    """Compile each block with torch.compile: a minute or more at the start, faster steps (docs/results/model-cpu.md)."""
+    """Compile each block with torch.compile, a minute or more at the start. For GPUs: on a CPU it is no faster."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping: nothing, all but matrix products and attention, or whole blocks."""
     max_failures: int = Field(3, ge=0)

@@ -8,7 +8,7 @@ Matrix products are dear and everything between them is cheap, so what lies betw
 
 Each is, to the rounding, the composition its docstring states. torch.compile finds the same savings by itself and is given the
 composition. Parameters are saved as they are, never a view of one: ZeRO-3 takes their memory away between forward and backward.
-What each is worth: ``tools/benchmarks/model.py --parts``.
+What each is worth, in time and memory: ``tools/benchmarks/model.py --parts``, docs/results/model-cpu.md.
 """
 
 from __future__ import annotations

@@ -46,19 +46,24 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 class Meter:
-    """Seconds of each step, and the most memory that was in use since the meter was made, in MiB above what was in use then."""
+    """Seconds of each step, and the most memory that was in use since the meter was made, in MiB above what was in use then.
+
+    ``cpu_seconds`` are those that this process computed, all threads together: with one thread, other programs do not add to them.
+    """
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.before = self._most()
 
     def time(self, step: Callable[[], object]) -> None:
         self._wait()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         step()
         self._wait()
         self.seconds.append(time.perf_counter() - start)
+        self.cpu_seconds.append(time.process_time() - cpu_start)
 
     def peak(self) -> float:
         return self._most() - self.before

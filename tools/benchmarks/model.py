@@ -14,6 +14,7 @@ says the loss and the gradient's norm of the same images in the same orders with
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -83,12 +84,15 @@ def compare(arguments: argparse.Namespace) -> None:
         found = alternate(sides, arguments.rounds, run)
     rate = {side: [arguments.batch / statistics.median(result["seconds"]) for result in runs] for side, runs in found.items()}
     peak = {side: [result["peak"] for result in runs] for side, runs in found.items()}
+    cpu = {side: [statistics.median(result["cpu_seconds"]) for result in runs] for side, runs in found.items()}
     first = sides[0]
     rows = [
         [
             side,
             f"{statistics.median(rate[side]):.2f}",
             f"{median_ratio(rate[side], rate[first]):.2f}",
+            f"{statistics.median(cpu[side]):.2f}",
+            f"{median_ratio(cpu[side], cpu[first]):.2f}",
             f"{statistics.median(peak[side]):,.0f}",
             f"{median_ratio(peak[side], peak[first]):.2f}",
             f"{found[side][0]['loss']:.6f}",
@@ -98,7 +102,7 @@ def compare(arguments: argparse.Namespace) -> None:
         for side in sides
     ]
     print(facts["machine"], facts["setting"], sep="\n", end="\n\n")
-    head = ["side", "images/s", "ratio", "peak MiB", "ratio", "loss", "gradient norm"]
+    head = ["side", "images/s", "ratio", "CPU s a step", "ratio", "peak MiB", "ratio", "loss", "gradient norm"]
     print(table([*head, *(["MFU"] if facts["peak_flops"] else [])], rows))
     for side in sides[1:]:
         for fact in ("loss", "norm"):
@@ -126,6 +130,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         sys.path.insert(0, arguments.randar)
         side = Theirs(arguments)
+    importlib.import_module("torch._dynamo")  # the first step would: imports are nobody's memory
     meter = Meter(arguments.device)
     side.build(torch.load(arguments.folder / "weights.pt"))
     facts = side.facts(codes_BN, labels_B, order_BN)
@@ -133,7 +138,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     side.step(codes_BN, labels_B)
     for _ in range(arguments.steps):
         meter.time(lambda: side.step(codes_BN, labels_B))
-    return {**facts, "seconds": meter.seconds, "peak": meter.peak()}
+    return {**facts, "seconds": meter.seconds, "cpu_seconds": meter.cpu_seconds, "peak": meter.peak()}
 
 
 def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
