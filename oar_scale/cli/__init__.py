@@ -1,0 +1,57 @@
+"""``oar``: thin verbs over the pipeline. Help and errors come without importing torch.
+
+oar run RECIPE [-o key=value ...] [--from STAGE | --only STAGE]
+oar prepare|tokenizer|tokens|extract|evaluate|report RECIPE   one stage
+oar train RECIPE [--stage pretrain|finetune|control]
+oar sample RECIPE [--model ordered] [--out FILE.png] [CAPTION ...]
+oar recipe RECIPE [--origin]
+oar data index|verify|stats URL                               shards in a folder or an S3 prefix, whoever wrote them
+oar data tokenize URL --out URL --tokenizer FILE              image shards into token shards
+oar checkpoint import KIND FILE --out FOLDER_OR_FILE          weights of RandAR, LlamaGen, MaskGIT's tokenizer
+oar checkpoint export SOURCE --out PATH [--format FORMAT]     a folder for oar_scale.load, or a peer's file
+oar doctor [RECIPE] [--json]                                  is this machine fit for a run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from oar_scale import __version__
+from oar_scale.cli import checkpoint, data, run
+from oar_scale.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0 done, 1 the doctor says FAIL or shards have faults, 2 something the user can mend, 130 interrupted.
+    """
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "captions") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.captions += rest  # argparse gives up on captions that come after an option
+    # DeepSpeed looks for helpers (ninja) on the PATH; they lie beside this interpreter, whose folder need not be on it.
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    try:
+        return int(arguments.run(arguments) or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="oar", description="Ordered autoregressive image generation, trained at scale.")
+    parser.add_argument("--version", action="version", version=f"oar_scale {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for module in (run, data, checkpoint):
+        module.add(verbs)
+    return parser

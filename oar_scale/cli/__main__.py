@@ -1,0 +1,5 @@
+import sys
+
+from oar_scale.cli import main
+
+sys.exit(main())

@@ -1,0 +1,34 @@
+"""What the verbs share: how one is added, and how a recipe is read."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from oar_scale.config.schema import Recipe
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+MODELS = ("base", "anyorder", "control", "ordered")
+
+
+def add_verb(verbs: Subparsers, name: str, text: str, function: object, *, needs_recipe: bool = True) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text)
+    verb.add_argument("recipe", nargs=None if needs_recipe else "?", help="a YAML file, e.g. recipes/quickstart.yaml")
+    verb.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
+    verb.set_defaults(run=function)
+    return verb
+
+
+def count(text: str) -> int:
+    """A number of things, at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def load(arguments: argparse.Namespace) -> Recipe:
+    """The recipe, before torch is imported: a typing error is answered at once."""
+    from oar_scale.config.loading import load_recipe
+
+    return load_recipe(arguments.recipe, arguments.overrides)

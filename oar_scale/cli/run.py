@@ -1,0 +1,81 @@
+"""The verbs that take a recipe: the whole run, its stages, samples, the recipe itself, the machine it would run on."""
+
+from __future__ import annotations
+
+import argparse
+
+from oar_scale.cli.common import MODELS, Subparsers, add_verb, load
+
+STAGES = {
+    "prepare": "captioned images into WebDataset shards",
+    "tokenizer": "train or load the image and text tokenizers",
+    "tokens": "images into codes",
+    "extract": "one order for every training image",
+    "evaluate": "likelihoods, samples, distances",
+    "report": "write report/index.html again",
+}
+TRAINING = ("pretrain", "finetune", "control")
+
+
+def add(verbs: Subparsers) -> None:
+    run = add_verb(verbs, "run", "all stages of a recipe; finished ones are skipped", _run)
+    which = run.add_mutually_exclusive_group()
+    which.add_argument("--from", dest="start", metavar="STAGE", help="do this stage and all after it again")
+    which.add_argument("--only", metavar="STAGE", help="do this one stage again")
+    for name, text in STAGES.items():
+        add_verb(verbs, name, text, _stage).set_defaults(stage="data" if name == "prepare" else name)
+    train = add_verb(verbs, "train", "one training stage", _stage)
+    train.add_argument("--stage", choices=TRAINING, default="pretrain")
+    sample = add_verb(verbs, "sample", "draw images for captions", _sample)
+    sample.add_argument("captions", nargs="*", metavar="CAPTION", help="default: held-out captions")
+    sample.add_argument("--model", choices=MODELS, default="ordered")
+    sample.add_argument("--out", default="samples.png")
+    recipe = add_verb(verbs, "recipe", "print the resolved recipe", _recipe)
+    recipe.add_argument("--origin", action="store_true", help="say which file and line set each value")
+    doctor = add_verb(verbs, "doctor", "check packages, devices, kernels and, with a recipe, its storage", _doctor, needs_recipe=False)
+    doctor.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    recipe = load(arguments)
+    from oar_scale.pipeline import run_pipeline
+    from oar_scale.stages.run import Run
+
+    run_pipeline(Run(recipe), start=arguments.start, only=arguments.only)
+
+
+def _stage(arguments: argparse.Namespace) -> None:
+    """A stage on its own goes on where it was interrupted; ``oar run --only`` does it again. A report is always written anew."""
+    recipe = load(arguments)
+    from oar_scale.pipeline import run_pipeline, run_stage
+    from oar_scale.stages.run import Run
+
+    if arguments.stage == "report":
+        run_pipeline(Run(recipe), only="report")
+    else:
+        run_stage(Run(recipe), arguments.stage)
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    recipe = load(arguments)
+    from oar_scale.stages.run import Run
+    from oar_scale.stages.sample import run_sample
+
+    print(run_sample(Run(recipe), arguments.captions or None, arguments.model, arguments.out))
+
+
+def _recipe(arguments: argparse.Namespace) -> None:
+    from oar_scale.config.loading import dump_recipe, recipe_origins
+
+    recipe = load(arguments)
+    if not arguments.origin:
+        print(dump_recipe(recipe), end="")
+        return
+    for key, origin in recipe_origins(arguments.recipe, arguments.overrides).items():
+        print(f"{key:45} {origin}")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from oar_scale.doctor import run_doctor
+
+    return run_doctor(arguments.recipe, arguments.overrides, as_json=arguments.json)
