@@ -8,3 +8,11 @@ else that is raised is a defect of ours and keeps its traceback.
 
 class UserError(Exception):
     """Something the user can mend; ``str(error)`` names the thing, the place and the remedy."""
+
+
+class Requeue(Exception):
+    """The work was asked to stop, has saved what it had, and goes on when the same command is run again (exit code 75)."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import OPERATIONAL, Recipe
 from oar_scale.errors import UserError
 from oar_scale.observe.console import duration
-from oar_scale.observe.wandb_sink import project
+from oar_scale.observe.watch import catch_up, watching
 from oar_scale.stages import data, evaluate, extract, report, tokenizer, tokens, train
 from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
@@ -113,6 +114,7 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None)
     for stage in todo:
         if only in (None, stage.name):
             _run_unless_done(run, todo, stage)
+    catch_up(run.events, run.recipe, run.at(), names, run.console.say)
     run.console.say(f"finished in {duration(time.monotonic() - began)}")
 
 
@@ -138,15 +140,18 @@ def _run_unless_done(run: Run, todo: list[Stage], stage: Stage) -> None:
 
 
 def _run_stage(run: Run, todo: list[Stage], stage: Stage) -> None:
+    if run.rank:
+        stage.run(run)
+        return
     bind_run_dir(run)
     started, clock = time.time(), time.monotonic()
-    results = stage.run(run)
+    # A training stage is watched where its workers are started, which knows its steps.
+    with nullcontext() if stage.name in train.RESULT else watching(run.events, stage.name, run.recipe, run.at(), console=run.console):
+        results = stage.run(run)
     seconds = time.monotonic() - clock
     marker = {"stage": stage.name, "fingerprint": _fingerprint(run, todo, stage), "settings": _settings(run, stage)}
     write_json(run.marker(stage.name), {**marker, "seconds": seconds, "started": started, "results": results})
     run.console.say(f"  {stage.name} took {duration(seconds)}")
-    if run.recipe.observe.wandb != "off":
-        project(run.events, run.recipe.name, stage.name, run.recipe.observe.wandb, run.recipe.observe.wandb_project)
 
 
 def check_run_dir(run: Run) -> None:

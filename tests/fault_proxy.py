@@ -33,6 +33,7 @@ KINDS = {
 }
 _ERRORS = {"503": (503, "ServiceUnavailable"), "slow down": (503, "SlowDown"), "expired": (400, "ExpiredToken")}
 _BLOCK = 1 << 16
+ALL_METHODS = ("GET", "HEAD", "PUT", "POST", "DELETE")
 
 
 class FaultProxy:
@@ -60,6 +61,7 @@ class FaultProxy:
         self.on_fault: Callable[[str], None] = lambda kind: None
         self._kinds: Mapping[str, float] = {}
         self._left = 0
+        self._methods: tuple[str, ...] = ("GET",)
         self._awake = threading.Event()
         self._flipped: set[str] = set()
         self._dice, self._places = random.Random(seed), random.Random(seed)
@@ -67,7 +69,12 @@ class FaultProxy:
     def spoil(self, kinds: Mapping[str, float], at_most: int = 1 << 30) -> None:
         """From now on spoil GETs of objects: a probability for each of the ``KINDS``, no more than ``at_most`` in all."""
         assert set(kinds) <= set(KINDS) and sum(kinds.values()) <= 1
-        self._kinds, self._left = kinds, at_most
+        self._kinds, self._left, self._methods = kinds, at_most, ("GET",)
+
+    def spoil_all(self, probability: float) -> None:
+        """From now on let calls of every kind fail with this probability, half of them unanswered; 0: none."""
+        self.spoil({"503": probability / 2, "refused": probability / 2})
+        self._methods = ALL_METHODS
 
     def wake(self) -> None:
         """End all stalls."""
@@ -97,7 +104,7 @@ class FaultProxy:
                 self._forward(client, method, path, head + rest, kind)
 
     def _choose(self, method: str, path: str, head: bytes) -> str:
-        if method != "GET" or path.count("/") < 2 or "list-type" in path:
+        if method not in self._methods or (self._methods == ("GET",) and (path.count("/") < 2 or "list-type" in path)):
             return ""
         with self._lock:
             fields = [line.partition(b":") for line in head.split(b"\r\n")[1:]]

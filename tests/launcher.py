@@ -1,4 +1,7 @@
-"""Runs a function in a few processes that know their rank, as Ray Train and torchrun do: the tests' own launcher."""
+"""Runs a function in a few processes that know their rank, as Ray Train and torchrun do: the tests' own launcher.
+
+The processes are forked from one that has imported torch and DeepSpeed already, which is seconds of CPU for each of them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,14 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from functools import cache
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+
+PRELOADED = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "oar_scale.training.worker"]
+"""What workers import, some of it where one would not look for it."""
 
 
 def start_workers(function: Callable[..., None], world: int, *args: Any) -> list[BaseProcess]:
@@ -15,8 +24,9 @@ def start_workers(function: Callable[..., None], world: int, *args: Any) -> list
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_run, args=(function, rank, world, port, args)) for rank in range(world)]
+    # The fork server's own environment is that of its start: what a test has set since travels with the call.
+    environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    workers = [_server().Process(target=_run, args=(environment, rank, function, args)) for rank in range(world)]
     for worker in workers:
         worker.start()
     return workers
@@ -33,8 +43,14 @@ def run_workers(function: Callable[..., None], world: int, *args: Any, timeout_s
     assert codes == [0] * world, f"exit codes {codes}"
 
 
-def _run(function: Callable[..., None], rank: int, world: int, port: int, args: tuple[Any, ...]) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo"
-    )
+@cache
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _run(environment: dict[str, str], rank: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     function(*args)

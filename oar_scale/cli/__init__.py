@@ -1,10 +1,13 @@
 """``oar``: thin verbs over the pipeline. Help and errors come without importing torch.
 
 oar run RECIPE [-o key=value ...] [--from STAGE | --only STAGE]
-oar prepare|tokenizer|tokens|extract|evaluate|report RECIPE   one stage
+oar prepare|tokenizer|tokens|evaluate|report RECIPE           one stage
+oar extract RECIPE [--status | --compare | --array I/N]       an order for every training image
 oar train RECIPE [--stage pretrain|finetune|control]
 oar sample RECIPE [--model ordered] [--out FILE.png] [CAPTION ...]
 oar recipe RECIPE [--origin]
+oar status RUN                                                one screen about a run: its folder, recipe or s3://
+oar tail RUN [-n N] [-f] [--kind K]                           its events as lines
 oar data index|verify|stats URL                               shards in a folder or an S3 prefix, whoever wrote them
 oar data tokenize URL --out URL --tokenizer FILE              image shards into token shards
 oar checkpoint import KIND FILE --out FOLDER_OR_FILE          weights of RandAR, LlamaGen, MaskGIT's tokenizer
@@ -20,15 +23,19 @@ import sys
 from collections.abc import Sequence
 
 from oar_scale import __version__
-from oar_scale.cli import checkpoint, data, run
-from oar_scale.errors import UserError
+from oar_scale.cli import checkpoint, data, extract, observe, run
+from oar_scale.errors import Requeue, UserError
+
+REQUEUE = 75
+"""EX_TEMPFAIL of sysexits.h: a scheduler that sees it starts the same command again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 done, 1 the doctor says FAIL or shards have faults, 2 something the user can mend, 130 interrupted.
+        The exit code: 0 done, 1 the doctor says FAIL or shards have faults, 2 something the user can mend, 75 stopped by a signal
+        with everything saved (run it again), 130 interrupted.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -43,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Requeue as stop:
+        print(f"stopped ({stop.reason}) with everything saved; the same command goes on from here", file=sys.stderr)
+        return REQUEUE
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -52,6 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="oar", description="Ordered autoregressive image generation, trained at scale.")
     parser.add_argument("--version", action="version", version=f"oar_scale {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for module in (run, data, checkpoint):
+    for module in (run, extract, observe, data, checkpoint):
         module.add(verbs)
     return parser

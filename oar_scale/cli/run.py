@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+from typing import TYPE_CHECKING
 
-from oar_scale.cli.common import MODELS, Subparsers, add_verb, load
+from oar_scale.cli.common import MODELS, Subparsers, add_verb, count, load
+
+if TYPE_CHECKING:
+    from oar_scale.config.schema import Recipe
+    from oar_scale.stages.run import Run
 
 STAGES = {
     "prepare": "captioned images into WebDataset shards",
     "tokenizer": "train or load the image and text tokenizers",
     "tokens": "images into codes",
-    "extract": "one order for every training image",
     "evaluate": "likelihoods, samples, distances",
     "report": "write report/index.html again",
 }
@@ -26,6 +31,7 @@ def add(verbs: Subparsers) -> None:
         add_verb(verbs, name, text, _stage).set_defaults(stage="data" if name == "prepare" else name)
     train = add_verb(verbs, "train", "one training stage", _stage)
     train.add_argument("--stage", choices=TRAINING, default="pretrain")
+    train.add_argument("--profile", type=count, default=0, metavar="N", help="where do N of the first steps go? A trace and a table")
     sample = add_verb(verbs, "sample", "draw images for captions", _sample)
     sample.add_argument("captions", nargs="*", metavar="CAPTION", help="default: held-out captions")
     sample.add_argument("--model", choices=MODELS, default="ordered")
@@ -53,7 +59,17 @@ def _stage(arguments: argparse.Namespace) -> None:
     if arguments.stage == "report":
         run_pipeline(Run(recipe), only="report")
     else:
-        run_stage(Run(recipe), arguments.stage)
+        run_stage(_run_of(recipe, arguments), arguments.stage)
+
+
+def _run_of(recipe: Recipe, arguments: argparse.Namespace) -> Run:
+    """Under torchrun each worker runs this command; the first one speaks for all."""
+    from oar_scale.observe.console import Console
+    from oar_scale.stages.run import Run
+
+    rank = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    console = Console() if rank == 0 else Console(open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
+    return Run(recipe, console, getattr(arguments, "profile", 0), rank)
 
 
 def _sample(arguments: argparse.Namespace) -> None:

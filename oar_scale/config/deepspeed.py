@@ -1,8 +1,8 @@
-"""What DeepSpeed is told: the recipe's parallelism and optimiser as its JSON.
+"""What DeepSpeed is told: the recipe's parallelism as its JSON.
 
     global_batch = micro_batch x workers x accumulation
 
-The learning rate starts at the recipe's peak; the training loop sets it before each step, so no scheduler is named here.
+The optimiser is ours (``training/optimizer.py``), and the training loop sets its rate before each step, so neither is named here.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def deepspeed_config(parallel: ParallelConfig, training: TrainingConfig, workers
     """Return the configuration for ``deepspeed.initialize``.
 
     Args:
-        parallel: micro batch, precision, ZeRO stage.
-        training: global batch, optimiser, clipping.
+        parallel: micro batch, precision, ZeRO and its options.
+        training: global batch, clipping.
         workers: processes that train, which may differ from ``parallel.workers`` after nodes were lost.
 
     Raises:
@@ -32,18 +32,27 @@ def deepspeed_config(parallel: ParallelConfig, training: TrainingConfig, workers
     return {
         "train_micro_batch_size_per_gpu": parallel.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": training.clip_norm,
-        "bf16": {"enabled": parallel.precision == "bf16"},
-        "zero_optimization": {"stage": parallel.zero_stage},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": training.lr,
-                "betas": list(training.betas),
-                "weight_decay": training.weight_decay,
-                "torch_adam": True,  # the plain PyTorch optimiser: DeepSpeed's own kernels need a compiler on every node
-            },
-        },
+        # Without ZeRO the optimiser clips, which also has to know the norm.
+        "gradient_clipping": training.clip_norm if parallel.zero_stage else 0.0,
+        "bf16": {"enabled": parallel.precision == "bf16", "check_grad_overflow": True},
+        "zero_optimization": _zero(parallel),
+        "zero_allow_untested_optimizer": True,  # training/optimizer.py: AdamW, element by element as ZeRO needs it
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own kernel would need a compiler on every node
         "steps_per_print": _NEVER,
         "wall_clock_breakdown": False,
     }
+
+
+def _zero(parallel: ParallelConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    if parallel.hpz_workers > 1:
+        zero["zero_hpz_partition_size"] = parallel.hpz_workers
+    if parallel.quantized_weights:
+        zero["zero_quantized_weights"] = True
+    if parallel.quantized_gradients:
+        zero["zero_quantized_gradients"] = True
+    if parallel.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": parallel.gpus_per_worker > 0}
+    if parallel.offload == "optimizer_and_parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": parallel.gpus_per_worker > 0}
+    return zero

@@ -13,13 +13,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 Layout = Literal["raster", "instructed", "dual"]
-Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin"]
+Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled"]
+FirstCell = Literal["free", "random"] | Annotated[int, Field(ge=0)]
 OPERATIONAL = {
     "loader_processes",
     "log_every",
     "evaluate_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
+    "keep_best",
+    "evaluate_orders",
+    "sample_every",
     "actors",
     "gpus_per_actor",
     "max_retries",
@@ -44,6 +49,10 @@ class StorageConfig(Section):
     """Local copies of remote shards, shared by all processes of a host. Default: ``run_dir/cache``."""
     cache_gb: float | None = Field(None, gt=0)
     """Bound of that folder, 10^9 bytes; the shards used least recently go first. Default: no bound."""
+    scratch_dir: str | None = None
+    """Local disk that checkpoints are written to before they are uploaded. Default: ``run_dir/scratch``."""
+    patience_s: float = Field(1200, ge=0)
+    """How long a training waits for a storage that does not answer, before the attempt ends."""
 
     @property
     def cache_bytes(self) -> int | None:
@@ -268,9 +277,27 @@ class ModelConfig(Section):
         return self
 
 
+class WorkersConfig(Section):
+    """Elastic training: as many workers as the cluster has room for, between two bounds."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+
 class ParallelConfig(Section):
-    workers: int = Field(2, ge=1)
-    zero_stage: Literal[1, 2] = 2
+    workers: int | WorkersConfig = 2
+    """Processes that train, or ``{min, max}``: with fewer of them after a node is lost, with more when it is back. The global batch and
+    the samples of a step stay the same."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed ZeRO shares out among the workers: nothing, the optimiser's state, gradients too, parameters too."""
+    hpz_workers: int = Field(1, ge=1)
+    """ZeRO-3, ZeRO++ hpZ: workers of a node that hold the parameters once more between them; 1: off."""
+    quantized_weights: bool = False
+    """ZeRO-3, ZeRO++ qwZ: parameters travel as 8-bit numbers."""
+    quantized_gradients: bool = False
+    """ZeRO-3, ZeRO++ qgZ: gradients travel as 4-bit numbers."""
+    offload: Literal["none", "optimizer", "optimizer_and_parameters"] = "none"
+    """What lies in the memory of the CPU instead of the GPU."""
     micro_batch: int = Field(24, ge=1)
     """Images a worker takes through the model at once."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -282,7 +309,40 @@ class ParallelConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping: nothing, all but matrix products and attention, or whole blocks."""
     max_failures: int = Field(3, ge=0)
-    """Restarts of the worker group before the stage gives up."""
+    """Restarts of the worker group before the stage gives up; a restart that got further than the one before is not counted."""
+    hang_timeout_s: float = Field(1800, gt=0)
+    """A worker that makes no step for so long writes down its stacks and ends; all start again from the last checkpoint."""
+    grace_s: float = Field(120, gt=0)
+    """Time to save and leave after SIGTERM or SIGUSR1."""
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ParallelConfig:
+        if self.min_workers < 1 or self.min_workers > self.max_workers:
+            raise RecipeConflict("parallel.workers", f"workers from {self.min_workers} to {self.max_workers}: there must be at least one.")
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise RecipeConflict(
+                "parallel.zero_stage", "ZeRO 0 keeps no float32 weights beside those in bf16.\nUse zero_stage 1 or more, or precision fp32."
+            )
+        for name in ("quantized_weights", "quantized_gradients"):
+            if getattr(self, name) and (self.zero_stage < 3 or not self.gpus_per_worker):
+                raise RecipeConflict(
+                    f"parallel.{name}", f"{name} is a part of ZeRO-3 on GPUs.\nSet zero_stage 3 and gpus_per_worker, or leave it out."
+                )
+        if self.hpz_workers > 1 and self.zero_stage < 3:
+            raise RecipeConflict("parallel.hpz_workers", "hpz_workers is a part of ZeRO-3.\nSet zero_stage 3, or hpz_workers 1.")
+        if self.offload == "optimizer_and_parameters" and self.zero_stage < 3:
+            raise RecipeConflict("parallel.offload", "only ZeRO-3 can offload parameters.\nSet zero_stage 3, or offload: optimizer.")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise RecipeConflict("parallel.offload", "ZeRO 0 offloads nothing.\nSet zero_stage 1, 2 or 3, or offload: none.")
+        return self
 
 
 class MixConfig(Section):
@@ -300,19 +360,38 @@ class TrainingConfig(Section):
     global_batch: int = Field(48, ge=1)
     lr: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
-    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    schedule: Literal["cosine", "constant", "linear", "linear_tail"] = "cosine"
+    """How the rate falls after the warm-up; ``linear_tail`` is constant, then linear over the last ``tail_fraction`` of the steps."""
+    tail_fraction: float = Field(0.2, gt=0, le=1)
     final_lr_fraction: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep a moving average of the weights, which then is what the stage leaves; at the start it follows them faster. Default: off."""
     random_share: float = Field(1.0, ge=0, le=1)
     """Share of the samples trained in a fresh random order; the rest follow their stored orders."""
     mix: tuple[MixConfig, ...] = ()
     """Other folders that samples are drawn from, besides the run's own."""
     log_every: int = Field(5, ge=1)
     evaluate_every: int = Field(50, ge=1)
+    evaluate_orders: tuple[Literal["random", "raster", "stored"], ...] = ("random",)
+    """Orders of the held-out likelihood; ``stored`` (fine-tuning) are those the any-order model prefers, extracted at the start."""
+    sample_every: int = Field(0, ge=0)
+    """Steps between grids of drawn held-out captions; 0: none."""
     checkpoint_every: int = Field(50, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_every: int = Field(0, ge=0)
+    """Steps whose multiples are kept besides; 0: none."""
+    keep_best: int = Field(0, ge=0)
+    """Checkpoints with the best held-out likelihood that are kept besides."""
+    max_non_finite: int = Field(20, ge=0)
+    """Batches without a finite gradient that are left out before the stage stops."""
+    spike_guard: Literal["off", "warn", "rollback"] = "warn"
+    """A loss far above the last ones: say so, or go back to the last good checkpoint and leave out the batches since."""
+    spike_sigmas: float = Field(8.0, gt=0)
+    """What is far, in robust standard deviations of the last 100 losses."""
 
 
 class FinetuneConfig(TrainingConfig):
@@ -321,16 +400,74 @@ class FinetuneConfig(TrainingConfig):
     random_share: float = Field(0.1, ge=0, le=1)
 
 
+class ActorsConfig(Section):
+    """A pool that grows while the cluster has room for it, between two bounds."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+
 class ExtractConfig(Section):
     score: Score = "gt_logprob"
     guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance scale while scoring; 1 = the conditional model alone."""
     tie_seed: int = 0
+    """Of all that is left to chance: ties, noise, the codes that score ``sampled`` draws, random cells."""
+    order_temperature: float = Field(0.0, ge=0)
+    """Gumbel noise on the choice of the next cell, in units of the score; 0 takes the best cell."""
+    orders_per_image: int = Field(1, ge=1)
+    """Orders that are found for each image, with noise of their own; training takes one of them, another one in each epoch."""
+    first_cell: FirstCell = "free"
+    """``free``: the best cell; ``random``; or its number in raster order."""
+    commit_per_step: int = Field(1, ge=1)
+    """Cells placed at each step; more than 1 is cheaper and no longer exact, as all below (docs/orders.md)."""
+    cosine_steps: int | None = Field(None, ge=1)
+    """Instead: about so many steps, the later ones placing more cells (RandAR's schedule)."""
+    repulsion_radius: int = Field(0, ge=0)
+    """Cells placed in one step are more than so many cells apart, as a king moves, where there are such; 0: anywhere."""
+    frontier_random: int | None = Field(None, ge=0)
+    """Score only the neighbours of placed cells and so many random cells besides. Default: all empty cells."""
+    rescore_radius: int | None = Field(None, ge=1)
+    """Score anew only cells within so many of those placed last; the others keep their scores. Default: all."""
     batch: int = Field(64, ge=1)
-    actors: int = Field(2, ge=1)
+    actors: Annotated[int, Field(ge=1)] | ActorsConfig = 2
+    """Processes with a model each, or ``{min, max}``: more of them as the cluster has room (docs/extraction-pool.md)."""
     gpus_per_actor: float = Field(0, ge=0)
+    """GPUs an actor takes; 0.5: two actors share one. 0: it computes on ``parallel.cpu_threads`` cores."""
     max_retries: int = Field(3, ge=0)
     """Times a shard is tried again, on another actor, before it is set aside as poison."""
+
+    @property
+    def min_actors(self) -> int:
+        return self.actors if isinstance(self.actors, int) else self.actors.min
+
+    @property
+    def max_actors(self) -> int:
+        return self.actors if isinstance(self.actors, int) else self.actors.max
+
+    @model_validator(mode="after")
+    def _actor_bounds(self) -> ExtractConfig:
+        if self.min_actors > self.max_actors:
+            raise RecipeConflict("extract.actors", f"actors from {self.min_actors} to {self.max_actors}: min must not be above max.")
+        return self
+
+    @model_validator(mode="after")
+    def _shortcuts(self) -> ExtractConfig:
+        if self.cosine_steps is not None and self.commit_per_step > 1:
+            raise RecipeConflict("extract.cosine_steps", "the cosine schedule says how many cells a step places.\nLeave out commit_per_step.")
+        if self.repulsion_radius and self.commit_per_step == 1 and self.cosine_steps is None:
+            raise RecipeConflict(
+                "extract.repulsion_radius", "it keeps cells apart that are placed in one step.\nSet commit_per_step above 1, or cosine_steps."
+            )
+        if self.frontier_random is not None and self.rescore_radius is not None:
+            raise RecipeConflict("extract.rescore_radius", "it cannot be combined with frontier_random.\nLeave one of them out.")
+        if self.orders_per_image > 1 and not (self.order_temperature or self.score == "sampled" or self.first_cell == "random"):
+            raise RecipeConflict(
+                "extract.orders_per_image",
+                f"{self.orders_per_image} orders of an image would be the same.\n"
+                "Set order_temperature above 0, score: sampled, or first_cell: random; or orders_per_image: 1.",
+            )
+        return self
 
 
 class SampleConfig(Section):
@@ -356,8 +493,22 @@ class PipelineConfig(Section):
 
 
 class ObserveConfig(Section):
+    """Who may watch a run (docs/observability.md). None of it changes a result, or can stop a run."""
+
     wandb: Literal["off", "offline", "online"] = "off"
+    """``online`` without a key or an answer is kept offline; ``wandb sync`` uploads it later."""
     wandb_project: str = "oar_scale"
+    wandb_tags: tuple[str, ...] = ()
+    wandb_artifacts: bool = False
+    """Log each stage's exported model as an artifact; the end of the stage then waits for its upload, up to ten minutes."""
+    metrics_port: int | None = Field(None, ge=0, le=65535)
+    """Serve ``/metrics`` and ``/healthz`` for Prometheus while a stage runs; 0: any free port. Default: no server."""
+    metrics_address: str = "127.0.0.1"
+    """Whom the server answers; ``0.0.0.0``: every host that reaches this one."""
+    stall_s: float = Field(600.0, gt=0)
+    """Silence of a stage that counts as a stall."""
+    mirror_s: float = Field(30.0, gt=0)
+    """Between two copies of the events to ``storage.root``, where that is in S3."""
 
 
 class Recipe(Section):
@@ -395,32 +546,43 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _batch_arithmetic(self) -> Recipe:
-        micro, workers = self.parallel.micro_batch, self.parallel.workers
-        for stage in ("pretrain", "finetune"):
-            total = getattr(self, stage).global_batch
-            if total % (micro * workers):
-                fits = [m for m in range(1, total + 1) if total % (m * workers) == 0]
-                nearest = sorted(sorted(fits, key=lambda m: abs(m - micro))[:2])
-                options = " or ".join(f"{m} (accumulation {total // (m * workers)})" for m in nearest)
-                remedy = f"Nearest that fit: micro_batch {options}." if fits else f"Use a global_batch that {workers} divides."
+        micro = self.parallel.micro_batch
+        for workers in dict.fromkeys((self.parallel.min_workers, self.parallel.max_workers)):
+            for stage in ("pretrain", "finetune"):
+                total = getattr(self, stage).global_batch
+                if total % (micro * workers):
+                    fits = [m for m in range(1, total + 1) if total % (m * workers) == 0]
+                    nearest = sorted(sorted(fits, key=lambda m: abs(m - micro))[:2])
+                    options = " or ".join(f"{m} (accumulation {total // (m * workers)})" for m in nearest)
+                    remedy = f"Nearest that fit: micro_batch {options}." if fits else f"Use a global_batch that {workers} divides."
+                    raise RecipeConflict(
+                        "parallel.micro_batch",
+                        f"{stage}.global_batch {total} is not a multiple of micro_batch x workers = "
+                        f"{micro} x {workers} = {micro * workers}.\n{remedy}",
+                    )
+                if total % self.data.canonical_streams:
+                    raise RecipeConflict(
+                        "data.canonical_streams",
+                        f"{stage}.global_batch {total} is not a multiple of canonical_streams {self.data.canonical_streams}.\n"
+                        f"Every stream gives the same number of samples to each step: use a divisor of {total}.",
+                    )
+            if self.data.canonical_streams % workers:
                 raise RecipeConflict(
-                    "parallel.micro_batch",
-                    f"{stage}.global_batch {total} is not a multiple of micro_batch x workers = "
-                    f"{micro} x {workers} = {micro * workers}.\n{remedy}",
+                    "parallel.workers",
+                    f"{workers} workers cannot share data.canonical_streams = {self.data.canonical_streams} evenly.\n"
+                    f"Workers that fit: {', '.join(str(w) for w in _divisors(self.data.canonical_streams))}.",
                 )
-            if total % self.data.canonical_streams:
-                raise RecipeConflict(
-                    "data.canonical_streams",
-                    f"{stage}.global_batch {total} is not a multiple of canonical_streams {self.data.canonical_streams}.\n"
-                    f"Every stream gives the same number of samples to each step: use a divisor of {total}.",
-                )
-        if self.data.canonical_streams % workers:
-            raise RecipeConflict(
-                "parallel.workers",
-                f"{workers} workers cannot share data.canonical_streams = {self.data.canonical_streams} evenly.\n"
-                f"Workers that fit: {', '.join(str(w) for w in _divisors(self.data.canonical_streams))}.",
-            )
         return self
+
+    def worker_counts(self) -> list[int]:
+        """Numbers of workers that the recipe can train with, most first."""
+        parallel, streams = self.parallel, self.data.canonical_streams
+        batches = (self.pretrain.global_batch, self.finetune.global_batch)
+        return [
+            workers
+            for workers in range(parallel.max_workers, parallel.min_workers - 1, -1)
+            if streams % workers == 0 and not any(total % (parallel.micro_batch * workers) for total in batches)
+        ]
 
     @model_validator(mode="after")
     def _grid(self) -> Recipe:
@@ -431,6 +593,10 @@ class Recipe(Section):
                 "data.image_size",
                 f"the tokenizer halves the image {len(self.tokenizer.image.multipliers) - 1} times, and {self.data.image_size} "
                 f"is not a multiple of {factor}.\nNearest that fit: {low or factor} or {low + factor}.",
+            )
+        if isinstance(self.extract.first_cell, int) and self.extract.first_cell >= self.grid**2:
+            raise RecipeConflict(
+                "extract.first_cell", f"{self.extract.first_cell}: there are {self.grid**2} cells.\nThe last one is {self.grid**2 - 1}."
             )
         return self
 

@@ -52,7 +52,8 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False) -> int:
     """Exact order extraction of one image: N (N + 1) / 2 candidate rows over one shared prefix (``orders/extraction.py``).
 
     Args:
-        guided: with a second, unconditional branch. (Its condition rows, one set for all images, are left out.)
+        guided: with a second, unconditional branch through the trunk; the head sees the mixture of both. (Its condition rows, one set for
+            all images, are left out.)
 
     Raises:
         ValueError: a raster model, which has one order.
@@ -67,7 +68,16 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False) -> int:
         rows = spec.cells - placed + entering
         trunk += rows * _block_row(spec) + _attention(spec, rows, begin + stride * placed)
     candidates = spec.cells * (spec.cells + 1) // 2
-    return _condition(spec) + (1 + guided) * (spec.layers * trunk + _head(spec, candidates))
+    return _condition(spec) + (1 + guided) * spec.layers * trunk + _head(spec, candidates)
+
+
+_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+"""Dense bfloat16 operations a second by the makers' data sheets, by a part of the GPU's name."""
+
+
+def peak_flops(device: str, precision: str) -> float | None:
+    """What a GPU of this name can do in a second at most; None where it is not known, and for float32."""
+    return next((peak for name, peak in _PEAKS.items() if name in device), None) if precision == "bf16" else None
 
 
 def _rows(spec: ModelSpec) -> int:

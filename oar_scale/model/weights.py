@@ -13,12 +13,24 @@ from oar_scale.errors import UserError
 from oar_scale.model.spec import ModelSpec
 from oar_scale.model.transformer import AnyOrderModel
 from oar_scale.storage import open_storage
-from oar_scale.tokenizers.weights import load_weights, save_weights
+from oar_scale.tokenizers.weights import load_weights, read_header, save_weights
+
+_KIND = "any-order model"
 
 
 def save_model(uri: str, model: AnyOrderModel, *, half: bool = False) -> None:
     """Write a model as safetensors, its :class:`ModelSpec` in the metadata; ``half`` stores matrices in bfloat16."""
-    save_weights(uri, model.state_dict(), {"kind": "any-order model", "spec": model.spec.model_dump_json()}, half=half)
+    save_tensors(uri, model.spec, model.state_dict(), half=half)
+
+
+def save_tensors(uri: str, spec: ModelSpec, tensors: dict[str, Tensor], *, half: bool = False) -> None:
+    """:func:`save_model` of a model that is nowhere whole: its spec, and its state dict."""
+    save_weights(uri, tensors, {"kind": _KIND, "spec": spec.model_dump_json()}, half=half)
+
+
+def read_spec(uri: str) -> ModelSpec:
+    """What :func:`save_model` wrote a model of; its tensors are not read. Raises as :func:`load_model`."""
+    return _spec(uri, read_header(uri, _KIND))
 
 
 def load_model(uri: str, *, as_stored: bool = False) -> AnyOrderModel:
@@ -27,15 +39,19 @@ def load_model(uri: str, *, as_stored: bool = False) -> AnyOrderModel:
     Raises:
         UserError: no such file, another kind of file, or tensors that do not fit the spec.
     """
-    tensors, spec = load_weights(uri, "any-order model")
+    tensors, spec = load_weights(uri, _KIND)
     if not as_stored:
         for name in tensors:
             # Copied even where it is float32 already: a file's bytes lie at any address, and the last bits of a product depend on that.
             tensors[name] = tensors[name].to(torch.float32, copy=True)
+    return model_of(_spec(uri, spec), tensors, uri)
+
+
+def _spec(uri: str, stored: str) -> ModelSpec:
     try:
-        return model_of(ModelSpec.model_validate_json(spec), tensors, uri)
+        return ModelSpec.model_validate_json(stored)
     except ValidationError as error:
-        raise UserError(f"{uri}: the sizes of this model are not understood; another version of oar_scale wrote them ({spec})") from error
+        raise UserError(f"{uri}: the sizes of this model are not understood; another version of oar_scale wrote them ({stored})") from error
 
 
 def model_of(spec: ModelSpec, tensors: dict[str, Tensor], where: str, shown: Callable[[str], str] = str) -> AnyOrderModel:

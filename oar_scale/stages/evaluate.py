@@ -99,13 +99,13 @@ def run_evaluate(run: Run) -> dict[str, Any]:
         UserError: a stage before this one has not finished (names it), or the extra ``eval`` is not installed.
     """
     parallel = run.recipe.parallel
-    torch.set_num_threads(parallel.cpu_threads * parallel.workers)
+    torch.set_num_threads(parallel.cpu_threads * parallel.max_workers)
     inputs = _read(run)
     # Before the long part: this is also what finds out that the extra `eval` is missing.
     reference_SF = _features(inputs.heldout_pictures[: inputs.compared])
     pieces = _pieces(run, inputs)
     with run.console.progress(len(pieces), "likelihoods, drawings, checks: piece") as tally:
-        results = run_pieces(pieces, parallel.workers, parallel.cpu_threads, tally.advance)
+        results = run_pieces(pieces, parallel.max_workers, parallel.cpu_threads, tally.advance)
     nll = summary.per_image(results.likelihoods)
     evaluation = Evaluation(
         nll=summary.likelihood_table(nll),

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, field
 
 from oar_scale.config.schema import Recipe
+from oar_scale.data.pool.terms import ArrayTask
 from oar_scale.observe.console import Console
 from oar_scale.observe.events import EventLog
 from oar_scale.storage import join
@@ -21,6 +22,12 @@ class Run:
 
     recipe: Recipe
     console: Console = field(default_factory=Console)
+    profile_steps: int = 0
+    """Training steps that are profiled; 0: none."""
+    rank: int = 0
+    """Which one of the processes that torchrun started for a training stage; all but the first leave the run's files alone."""
+    array: ArrayTask | None = None
+    """Which of several processes this one is, where they share the extraction without Ray."""
 
     def at(self, *parts: str) -> str:
         """A place in the run's storage."""

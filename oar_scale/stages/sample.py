@@ -43,7 +43,7 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str) -> st
     if prompts.field != "features" and any(not str(caption).strip() for caption in captions):
         raise UserError('a caption is empty: put quotation marks around each caption, e.g. oar sample RECIPE "a smiling cat"')
     parallel = run.recipe.parallel
-    torch.set_num_threads(parallel.cpu_threads * parallel.workers)
+    torch.set_num_threads(parallel.cpu_threads * parallel.max_workers)
     vq = load_vq(require(run, run.vq_uri, "tokenizer"))
     network = load_model(require(run, run.model_uri(model), stages[model]))
     if parallel.precision == "bf16":

@@ -37,7 +37,7 @@ EXPECTED = "seconds with given weights, else about 10 ms an image and training s
 def run_tokenizer(run: Run) -> dict[str, Any]:
     """Write ``tokenizers/vq.safetensors`` and ``tokenizers/text.model``; returns what the image tokenizer is worth on held-out images."""
     recipe = run.recipe
-    torch.set_num_threads(recipe.parallel.cpu_threads * recipe.parallel.workers)
+    torch.set_num_threads(recipe.parallel.cpu_threads * recipe.parallel.max_workers)
     held_pixels, _ = read_images(run, "heldout", ASSESSED)
     prompts = _prompts(run)
     vq = _image_tokenizer(run)

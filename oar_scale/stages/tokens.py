@@ -38,7 +38,7 @@ def _tokenize(run: Run, job: TokenizeJob, what: str) -> Manifest:
     with run.console.progress(read_manifest(job.images).samples, what) as tally:
         return tokenize_all(
             job,
-            actors=parallel.workers,
+            actors=parallel.max_workers,
             gpus_per_actor=float(parallel.gpus_per_worker > 0),
             on_progress=lambda done, total: tally.update(done),
         )

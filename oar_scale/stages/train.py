@@ -20,17 +20,17 @@ RESULT = {"pretrain": "anyorder", "finetune": "ordered", "control": "control"}
 
 def run_train(run: Run, stage: Stage) -> dict[str, Any]:
     """Train one stage with Ray and DeepSpeed; the result is exported to ``models/``."""
-    if stage == "pretrain":
+    if stage == "pretrain" and run.rank == 0:
         _write_base(run)
     start_from = run.model_uri("base" if stage == "pretrain" else "anyorder")
-    job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(RESULT[stage]))
+    job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(RESULT[stage]), run.profile_steps)
     return run_training(job, run.console)
 
 
 def expected_seconds(run: Run, stage: Stage) -> str:
     """A guess for the console: 20 s to start the workers, then about 40 images/s for each CPU worker at 5 M parameters."""
     training = run.recipe.pretrain if stage == "pretrain" else run.recipe.finetune
-    seconds = 20 + training.steps * training.global_batch / (35 * run.recipe.parallel.workers)
+    seconds = 20 + training.steps * training.global_batch / (35 * run.recipe.parallel.max_workers)
     return f"about {max(1, round(seconds / 60))} min on CPU workers"
 
 

@@ -33,6 +33,10 @@ class Missing(UserError):
         return Missing, (self.uri,)  # the default would hand the whole text to __init__ when the error crosses a process
 
 
+class Unreachable(UserError):
+    """The storage does not answer: the same call may succeed later."""
+
+
 @dataclass
 class FetchStats:
     """What reading took. Additive: over parts, readers, processes."""
@@ -159,4 +163,4 @@ def fetch(uri: str, cache_dir: str) -> str:
     return path
 
 
-__all__ = ["FetchStats", "Missing", "Storage", "fetch", "join", "open_storage", "read_json", "write_json"]
+__all__ = ["FetchStats", "Missing", "Storage", "Unreachable", "fetch", "join", "open_storage", "read_json", "write_json"]

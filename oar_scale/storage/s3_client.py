@@ -30,7 +30,7 @@ from botocore.exceptions import (
 )
 
 from oar_scale.errors import UserError
-from oar_scale.storage import Missing
+from oar_scale.storage import Missing, Unreachable
 
 TRIES = 6
 """Tries per request, unless AWS_MAX_ATTEMPTS says otherwise; botocore waits between them (its standard mode)."""
@@ -109,7 +109,7 @@ def explained(uri: str) -> Iterator[None]:
     except ParamValidationError as error:
         raise UserError(f"{uri}: not a valid S3 name: {error}") from error
     except (ConnectionError, HTTPClientError, ResponseStreamingError, IncompleteReadError) as error:
-        raise UserError(
+        raise Unreachable(
             f"{uri}: no connection to the S3 server at {client().meta.endpoint_url}: {error}\n"
             f"Check that it runs, and the URL in AWS_ENDPOINT_URL (now {os.environ.get('AWS_ENDPOINT_URL', 'not set: AWS itself')})."
         ) from error

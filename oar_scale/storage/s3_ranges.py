@@ -21,7 +21,7 @@ import urllib3.exceptions
 from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError
 
 from oar_scale.errors import UserError
-from oar_scale.storage import FetchStats
+from oar_scale.storage import FetchStats, Unreachable
 from oar_scale.storage.s3_client import EXPIRED, client, renew, requests_sent, split
 
 TRIES = 12
@@ -155,7 +155,7 @@ class _Patience:
         self.tries, self.in_a_row = self.tries + 1, self.in_a_row + 1
         if self.tries >= TRIES or time.monotonic() - self.last_byte > PATIENCE_S:
             seconds = time.monotonic() - self.begun
-            raise UserError(
+            raise Unreachable(
                 f"{self.uri}: given up after {self.requests} requests in {seconds:.0f} s; the last one: {error}\n"
                 f"The S3 server at {server} is overloaded or out of reach. When it answers again, start the same command again."
             ) from error

@@ -26,6 +26,7 @@ from oar_scale.errors import UserError
 from oar_scale.storage import FetchStats, Missing
 from oar_scale.storage.background import start
 from oar_scale.storage.cache_folder import CacheFolder, Damaged, Part, Unusable, compare
+from oar_scale.storage.patience import patiently
 
 _BLOCK = 1 << 20
 _log = logging.getLogger(__name__)
@@ -60,14 +61,15 @@ class ShardCache:
         folder: where copies of remote shards lie; made at first use.
         max_bytes: what the copies may add up to, those on their way included; the ones that nobody has read for the longest
             go first. ``None`` = no bound. What does not fit goes to memory.
+        patience_s: how long a storage that does not answer is asked again.
     """
 
-    def __init__(self, folder: str, max_bytes: int | None = None) -> None:
-        self._folder = CacheFolder(folder, max_bytes)
+    def __init__(self, folder: str, max_bytes: int | None = None, patience_s: float = 0.0) -> None:
+        self._folder, self._patience_s = CacheFolder(folder, max_bytes), patience_s
         self._process = _Process()
 
-    def __reduce__(self) -> tuple[type[ShardCache], tuple[str, int | None]]:
-        return ShardCache, (self._folder.folder, self._folder.max_bytes)
+    def __reduce__(self) -> tuple[type[ShardCache], tuple[str, int | None, float]]:
+        return ShardCache, (self._folder.folder, self._folder.max_bytes, self._patience_s)
 
     @property
     def stats(self) -> FetchStats:
@@ -102,7 +104,7 @@ class ShardCache:
         return self._process
 
     def _read(self, shard: _Shard) -> memoryview:
-        return self._read_remote(shard) if shard.uri.startswith("s3://") else self._read_local(shard)
+        return patiently(lambda: self._read_remote(shard), self._patience_s) if shard.uri.startswith("s3://") else self._read_local(shard)
 
     def _read_local(self, shard: _Shard) -> memoryview:
         try:

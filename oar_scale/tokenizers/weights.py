@@ -20,6 +20,8 @@ from oar_scale.storage import open_storage
 
 ENTRY = "oar_scale"
 """The one entry of the file's metadata: a JSON object."""
+MAX_HEADER = 1 << 28
+"""Bytes; what claims to be longer is no safetensors file."""
 
 
 def save_weights(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str], *, half: bool = False) -> None:
@@ -60,10 +62,27 @@ def read_weights(uri: str, *kinds: str) -> StoredWeights:
         raise UserError(f"{uri}: not a readable safetensors file ({error}). Export the weights again.") from error
     metadata = _metadata(data)
     kind = metadata.get("kind", "")
+    _check_kind(uri, kind, *kinds)
+    return StoredWeights(tensors, kind, metadata["spec"])
+
+
+def read_header(uri: str, kind: str) -> str:
+    """The spec (JSON) of a file written for ``kind``, without its tensors. Raises as :func:`read_weights`."""
+    storage = open_storage(uri)
+    size = int.from_bytes(storage.read(uri, 0, 8), "little")
+    data = storage.read(uri, 0, 8 + size) if size < MAX_HEADER else b""
+    try:
+        metadata = _metadata(data)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{uri}: not a readable safetensors file ({error}). Export the weights again.") from error
+    _check_kind(uri, metadata.get("kind", ""), kind)
+    return metadata["spec"]
+
+
+def _check_kind(uri: str, kind: str, *kinds: str) -> None:
     if kind not in kinds:
         expected = " or ".join(repr(name) for name in kinds)
         raise UserError(f"{uri}: holds {kind or 'unnamed tensors'!r}, expected {expected} written by oar_scale.")
-    return StoredWeights(tensors, kind, metadata["spec"])
 
 
 def _metadata(data: bytes) -> dict[str, str]:

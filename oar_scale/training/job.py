@@ -27,6 +27,8 @@ class TrainingJob:
     """The exported model whose weights the stage starts with."""
     result: str
     """Where the trained model is exported to."""
+    profile_steps: int = 0
+    """Steps that rank 0 profiles; 0: none."""
 
     @property
     def training(self) -> TrainingConfig:
@@ -36,6 +38,20 @@ class TrainingJob:
     @property
     def checkpoints(self) -> str:
         return join(self.root, "checkpoints", self.stage)
+
+    @property
+    def cache(self) -> str:
+        return self.recipe.storage.cache_dir or join(self.local, "cache")
+
+    @property
+    def scratch(self) -> str:
+        """Local disk that checkpoints are written to first."""
+        return self.recipe.storage.scratch_dir or join(self.local, "scratch")
+
+    @property
+    def section(self) -> str:
+        """The section of the recipe that ``training`` is."""
+        return "pretrain" if self.stage == "pretrain" else "finetune"
 
     @property
     def identity(self) -> dict[str, object]:

@@ -1,24 +1,34 @@
 """A training job on Ray: TorchTrainer starts the workers; when one dies, all start again from the last checkpoint.
 
-The retries are ours and not Ray Train's: a mistake that the user can mend ends the stage at once instead of being tried
-again, and only what was lost to a dead worker or node is.
+The retries are ours and not Ray Train's, for three reasons: a mistake that the user can mend ends the stage at once, workers that got
+further since the last failure may fail again as often as before, and an elastic run starts with as many workers as there is room for now.
+Under torchrun there is no driver: the process is a worker itself.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from oar_scale.data.ray_session import ray_session
-from oar_scale.errors import UserError
+from oar_scale.errors import Requeue, UserError
 from oar_scale.observe.console import Console
-from oar_scale.observe.events import attempts, read_events
-from oar_scale.storage import join
+from oar_scale.observe.events import EventLog, attempts, read_events
+from oar_scale.storage import Unreachable, join
+from oar_scale.training.bell import GROW, Watch, make_bell, wait_for
+from oar_scale.training.checkpoints import committed_steps
+from oar_scale.training.elastic import choose_workers, room_for_workers
 from oar_scale.training.job import TrainingJob
+
+START_S = 60
+"""Seconds that Ray Train may take to place an elastic run's workers; then the room is looked at again."""
 
 
 def run_training(job: TrainingJob, console: Console) -> dict[str, Any]:
@@ -29,15 +39,22 @@ def run_training(job: TrainingJob, console: Console) -> dict[str, Any]:
 
     Raises:
         UserError: a worker met something the user can mend, or the workers died more often than ``parallel.max_failures``.
+        Requeue: asked to stop by a signal; everything is saved.
     """
     started, events = time.monotonic(), join(job.local, "events")
     first = len(attempts(events, job.stage))
-    parallel = job.recipe.parallel
-    with (
-        ray_session(cpus=parallel.workers, gpus=parallel.gpus_per_worker * parallel.workers),
-        console.follow(events, job.stage, job.training.steps),
-    ):
-        _fit_with_retries(job, console)
+    if under_torchrun():
+        from oar_scale.training.worker import train
+
+        train(job)
+    else:
+        parallel = job.recipe.parallel
+        with (
+            ray_session(cpus=parallel.max_workers, gpus=parallel.gpus_per_worker * parallel.max_workers),
+            console.follow(events, job.stage, job.training.steps),
+            EventLog(events, f"{job.stage}.driver") as log,
+        ):
+            _Driver(job, console, log).run()
     history = read_events(events, job.stage)
     rates = sorted(event["images_per_s"] for event in history if event["kind"] == "train")
     return {
@@ -45,86 +62,153 @@ def run_training(job: TrainingJob, console: Console) -> dict[str, Any]:
         "attempts": len(attempts(events, job.stage)) - first,
         "seconds": time.monotonic() - started,
         "images_per_s": rates[len(rates) // 2] if rates else None,
-        "parameters": next(event["parameters"] for event in reversed(history) if event["kind"] == "start"),
+        "parameters": next((event["parameters"] for event in reversed(history) if event["kind"] == "start"), None),
     }
 
 
-def _fit_with_retries(job: TrainingJob, console: Console) -> None:
-    left = job.recipe.parallel.max_failures
-    while (error := _fit(job)) is not None:
-        mistake = _user_error(error)
-        if mistake is not None:
-            raise mistake
-        if left == 0:
+def under_torchrun() -> bool:
+    """Whether torchrun started this process as one of its workers."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+class _Driver:
+    """Starts groups of workers until the stage is done."""
+
+    def __init__(self, job: TrainingJob, console: Console, log: EventLog) -> None:
+        self._job, self._console, self._log = job, console, log
+        self._elastic = len(job.recipe.worker_counts()) > 1
+        self._failures = 0
+        self._furthest = 0
+        self._furthest = self._reached()
+        self._workers = 0
+
+    def run(self) -> None:
+        while True:
+            workers = self._choose()
+            if self._workers not in (0, workers):
+                self._log.emit("resized", from_workers=self._workers, to_workers=workers, reason="room in the cluster")
+                self._console.say(f"  going on with {workers} workers instead of {self._workers}")
+            self._workers = workers
+            error = self._fit(workers)
+            if error is None:
+                return
+            self._judge(error)
+
+    def _choose(self) -> int:
+        recipe = self._job.recipe
+        return choose_workers(recipe, room_for_workers(recipe.parallel, asking=True)) if self._elastic else recipe.parallel.max_workers
+
+    def _judge(self, error: BaseException) -> None:
+        """Return to try again, raise to give up."""
+        causes = worker_errors(error)
+        for cause in causes:
+            if isinstance(cause, UserError) and not isinstance(cause, Unreachable):
+                raise UserError(str(cause)) from error
+            if isinstance(cause, Requeue):
+                if cause.reason == GROW:
+                    return
+                raise Requeue(cause.reason) from error
+        limit, reached = self._job.recipe.parallel.max_failures, self._reached()
+        self._failures = 1 if reached > self._furthest else self._failures + 1
+        self._furthest = max(reached, self._furthest)
+        cause_text = _cause(error, causes)
+        self._log.emit("worker_failure", cause=cause_text, step=reached)
+        if self._failures > limit:
             raise UserError(
-                f"stage {job.stage}: the workers failed more than parallel.max_failures = {job.recipe.parallel.max_failures} times; "
-                f"the last cause: {_cause(error)}\nRun the same command again to go on from the last checkpoint."
+                f"stage {self._job.stage}: the workers failed more than parallel.max_failures = {limit} times without a new checkpoint; "
+                f"the last cause: {cause_text}\nRun the same command again to go on from the last checkpoint."
             ) from error
-        console.say(f"  the workers failed ({_cause(error)}); starting them again, {left} tries left")
-        left -= 1
+        left = limit - self._failures
+        self._console.say(f"  the workers failed ({cause_text}); starting them again, {left} more tries without a new checkpoint")
+
+    def _reached(self) -> int:
+        """The newest committed step; as far as was known where the storage does not answer, which must not end the run."""
+        try:
+            return max(committed_steps(self._job.checkpoints), default=0)
+        except Unreachable as error:
+            self._console.say(f"  {error}")
+            return self._furthest
+
+    def _fit(self, workers: int) -> BaseException | None:
+        """One group of workers; what it failed with, or None."""
+        from ray.train import TrainingFailedError
+
+        scratch = tempfile.mkdtemp(prefix="oar-train-")  # Ray Train's own bookkeeping; checkpoints are ours
+        bell, began = make_bell(), self._reached()
+
+        def may_grow() -> bool:
+            """Only after a checkpoint, or a cluster that comes and goes would keep the run from ever getting on."""
+            more = choose_workers(self._job.recipe, room_for_workers(self._job.recipe.parallel, asking=False)) > workers
+            return more and self._reached() > began
+
+        try:
+            with _sigint_kept(), Watch(bell, may_grow if self._elastic else None) as watch:
+                self._trainer(workers, bell, scratch).fit()
+        except TrainingFailedError as error:
+            if watch.signalled is not None and not worker_errors(error):
+                raise Requeue(watch.signalled) from error  # it came before the workers ran
+            return error
+        except SystemExit as stop:  # Ray Train's answer to Ctrl-C, once it has ended the workers
+            raise KeyboardInterrupt from stop
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return None
+
+    def _trainer(self, workers: int, bell: Any, scratch: str) -> Any:
+        import ray.train
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        parallel = self._job.recipe.parallel
+        use_gpu = parallel.gpus_per_worker > 0
+        if self._elastic:
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_S))
+        failures: Any = ray.train.FailureConfig
+        return TorchTrainer(
+            _worker,
+            train_loop_config={"job": self._job, "bell": bell},
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(1.5 * parallel.hang_timeout_s) + 1),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": 1, **({"GPU": parallel.gpus_per_worker} if use_gpu else {})},
+            ),
+            run_config=RunConfig(
+                name=self._job.stage,
+                storage_path=scratch,
+                failure_config=failures(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if self._elastic else -1),
+            ),
+        )
 
 
-def _fit(job: TrainingJob) -> BaseException | None:
-    """One group of workers; what it failed with, or None."""
-    from ray.train import TrainingFailedError
-
-    scratch = tempfile.mkdtemp(prefix="oar-train-")  # Ray Train's own bookkeeping; checkpoints are ours
+@contextmanager
+def _sigint_kept() -> Iterator[None]:
+    """Ray Train leaves its own handler of SIGINT behind."""
     handler = signal.getsignal(signal.SIGINT)
     try:
-        _trainer(job, scratch).fit()
-    except TrainingFailedError as error:
-        return error
-    except SystemExit as stop:  # Ray Train's answer to Ctrl-C, once it has ended the workers
-        raise KeyboardInterrupt from stop
+        yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)  # Ray Train leaves its own behind
-        shutil.rmtree(scratch, ignore_errors=True)
-    return None
-
-
-def _trainer(job: TrainingJob, scratch: str) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    parallel = job.recipe.parallel
-    use_gpu = parallel.gpus_per_worker > 0
-    return TorchTrainer(
-        _worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=parallel.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": parallel.gpus_per_worker} if use_gpu else {})},
-        ),
-        run_config=RunConfig(name=job.stage, storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
-    )
+            signal.signal(signal.SIGINT, handler)
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Runs in a Ray Train worker, which has set the rank's environment."""
+    """Runs in a Ray Train worker."""
+    import ray.train
+
+    context = ray.train.get_context()
+    os.environ |= {
+        "RANK": str(context.get_world_rank()),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "WORLD_SIZE": str(context.get_world_size()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+    }
     from oar_scale.training.worker import train
 
-    train(config["job"])
+    train(config["job"], asked=lambda: wait_for(config["bell"]))
 
 
-def _user_error(error: BaseException) -> UserError | None:
-    """The mistake that a worker named, if one did; the other workers fail with it, of broken connections."""
-    for cause in _worker_errors(error):
-        if isinstance(cause, UserError):
-            return UserError(str(cause))
-    return None
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of what the first failed worker died of."""
-    first = next(iter(_worker_errors(error)), error)
-    lines = str(first).strip().splitlines()
-    return f"{type(first).__name__}: {lines[0] if lines else ''}"
-
-
-def _worker_errors(error: BaseException) -> list[BaseException]:
+def worker_errors(error: BaseException) -> list[BaseException]:
     """The workers' own exceptions inside Ray Train's."""
     found = []
     for failure in getattr(error, "worker_failures", {}).values():
@@ -135,3 +219,10 @@ def _worker_errors(error: BaseException) -> list[BaseException]:
             failure = inner
         found.append(failure)
     return found
+
+
+def _cause(error: BaseException, causes: list[BaseException]) -> str:
+    """The first line of what the first failed worker died of."""
+    first = next(iter(causes), error)
+    lines = str(first).strip().splitlines()
+    return f"{type(first).__name__}: {lines[0] if lines else ''}"

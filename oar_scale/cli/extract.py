@@ -1,0 +1,63 @@
+"""``oar extract``: one order for every training image, by Ray actors or by the tasks of a job array."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from oar_scale.cli.common import Subparsers, add_verb, load
+
+SLURM = "SLURM_ARRAY_TASK_ID"
+
+
+def add(verbs: Subparsers) -> None:
+    verb = add_verb(verbs, "extract", "one order for every training image; goes on where it was interrupted", _extract)
+    instead = verb.add_mutually_exclusive_group()
+    instead.add_argument("--status", action="store_true", help="how far it is, told anywhere: rate, time left, cost, slow actors, poison")
+    instead.add_argument("--compare", action="store_true", help="measure the cheaper ways against the exact one")
+    instead.add_argument(
+        "--array",
+        nargs="?",
+        const="",
+        metavar="I/N",
+        help=f"be one of N processes that share the work without Ray (I from 0); without I/N: as {SLURM} and SLURM_ARRAY_TASK_COUNT say",
+    )
+
+
+def _extract(arguments: argparse.Namespace) -> None:
+    recipe = load(arguments)
+    place = None if arguments.array is None else _place(arguments.array)
+    from oar_scale.stages.run import Run
+
+    if arguments.status:
+        from oar_scale.stages.extract_status import run_status
+
+        run_status(Run(recipe))
+    elif arguments.compare:
+        from oar_scale.stages.compare import run_compare
+
+        run_compare(Run(recipe))
+    else:
+        from oar_scale.data.pool.terms import ArrayTask
+        from oar_scale.pipeline import run_stage
+
+        run_stage(Run(recipe, array=ArrayTask(*place) if place else None), "extract")
+
+
+def _place(given: str) -> tuple[int, int]:
+    """Which process of how many.
+
+    Raises:
+        UserError: not I/N, or not in a job array.
+    """
+    from oar_scale.errors import UserError
+
+    if not given:
+        task, count, first = (os.environ.get(name, "") for name in (SLURM, "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"))
+        if not task or not count:
+            raise UserError(f"--array: {SLURM} and SLURM_ARRAY_TASK_COUNT are not set: say which process this is, e.g. --array 0/4")
+        return (int(task) - int(first or 0)) % int(count), int(count)
+    index, _, of = given.partition("/")
+    if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+        raise UserError(f"--array {given}: I/N is needed, with I from 0 to N - 1, e.g. --array 0/4")
+    return int(index), int(of)

@@ -1,0 +1,99 @@
+"""How the driver asks the workers to leave: an actor that rank 0 waits for.
+
+A worker under Ray Train gets no signals of its own: SIGTERM and SIGUSR1 come to the driver. The watch below rings for them, and when the
+cluster has room for more workers than an elastic run has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+GROW = "more workers have room"
+"""The reason to leave that is no end: the driver starts more of them."""
+POLL_S = 0.2
+LOOK_S = 10.0
+"""Between two looks at the size of the cluster; it has to be seen twice."""
+
+
+class _Bell:
+    """An async actor: any number may wait."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+        self._reason = ""
+
+    async def ring(self, reason: str) -> None:
+        self._reason = self._reason or reason
+        self._rung.set()
+
+    async def wait(self) -> str:
+        await self._rung.wait()
+        return self._reason
+
+
+def make_bell() -> Any:
+    """A bell on this node, where the driver is: it shall not be lost with another one."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    bell: Any = ray.remote(_Bell)
+    return bell.options(num_cpus=0, max_concurrency=8, scheduling_strategy=here).remote()
+
+
+def wait_for(bell: Any) -> str:
+    """In a worker: blocks until the bell is rung; the reason."""
+    import ray
+
+    return str(ray.get(bell.wait.remote()))
+
+
+class Watch:
+    """While the workers run: rings for signals to this process, and for ``may_grow``.
+
+    Attributes:
+        signalled: the signal that came, or None.
+    """
+
+    def __init__(self, bell: Any, may_grow: Callable[[], bool] | None) -> None:
+        self.signalled: str | None = None
+        self._bell, self._may_grow = bell, may_grow
+        self._ended = threading.Event()
+        self._handlers: dict[int, Any] = {}
+        self._thread = threading.Thread(target=self._watch, name="bell", daemon=True)
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _signal(self, number: int, _frame: FrameType | None) -> None:
+        self.signalled = signal.Signals(number).name  # no call of Ray's inside a handler: the main thread may be in one
+
+    def _watch(self) -> None:
+        seen, looked = 0, time.monotonic()
+        while not self._ended.wait(POLL_S):
+            if self.signalled is not None:
+                return self._ring(self.signalled)
+            if self._may_grow is not None and time.monotonic() - looked > LOOK_S:
+                looked = time.monotonic()
+                seen = seen + 1 if self._may_grow() else 0
+                if seen == 2:
+                    return self._ring(GROW)
+        return None
+
+    def _ring(self, reason: str) -> None:
+        self._bell.ring.remote(reason)

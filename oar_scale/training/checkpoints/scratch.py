@@ -1,0 +1,58 @@
+"""Folders on the local disk that do not outlive their process, however it ends.
+
+A folder is held by a lock on a file beside it, which ends with the process; whoever starts next on the same disk removes those that
+nobody holds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from contextlib import suppress
+
+_PREFIX = "checkpoint-"
+
+
+class Scratch:
+    """A folder ``path`` of this process's own. Not made yet when the disk does not let us: ``fault`` says why."""
+
+    def __init__(self, parent: str, name: str) -> None:
+        self.path = os.path.join(parent, f"{_PREFIX}{name}")
+        self.fault: str | None = None
+        self._lock: int | None = None
+        try:
+            os.makedirs(parent, exist_ok=True)
+            self._lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            os.makedirs(self.path)
+        except OSError as error:
+            self.fault = f"{self.path}: {error.strerror}"
+
+    def remove(self) -> None:
+        """Remove it with all that is in it; may be called again."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            with suppress(OSError):
+                os.unlink(f"{self.path}.lock")
+            os.close(self._lock)
+            self._lock = None
+
+
+def clear_dead(parent: str) -> None:
+    """Remove what dead processes have left below ``parent``."""
+    with suppress(OSError):
+        for name in sorted(os.listdir(parent)):
+            if name.startswith(_PREFIX) and name.endswith(".lock"):
+                _clear(os.path.join(parent, name.removesuffix(".lock")))
+
+
+def _clear(path: str) -> None:
+    with suppress(OSError):
+        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+            os.unlink(f"{path}.lock")
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,374 @@
+"""Training, disturbed: seeded trials that kill, starve, corrupt and resize a small run, and compare it with one that was left alone.
+
+    python tests/chaos/training_chaos.py --trials 200 [--seed 0]          real processes, DeepSpeed over gloo, a folder or a real S3 server
+
+A trial is a function of its number: a storage, then attempts at a stage of twelve steps, each with its disturbance, until one gets
+through. In every trial: the run ends; every step of every attempt has the samples of the undisturbed run; the losses are those of the
+undisturbed run, bit for bit while neither the number of workers nor the ZeRO stage changed, within 1e-5 otherwise; every checkpoint that
+is committed, and was not corrupted on purpose, can be read; none that is not committed is ever used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+
+import conftest  # noqa: E402, F401 (a quiet environment on loopback)
+from fault_proxy import FaultProxy  # noqa: E402
+from launcher import start_workers  # noqa: E402
+from small_run import prepare_small_run, pretraining, small_recipe  # noqa: E402
+
+from oar_scale.observe.events import read_events  # noqa: E402
+from oar_scale.stages.run import Run  # noqa: E402
+from oar_scale.storage import join, open_storage  # noqa: E402
+
+STEPS, ATTEMPTS = 12, 8
+POINTS = ("step", "save", "deliver", "commit", "committed")
+"""Where a rank can kill itself: after a step, before DeepSpeed writes, before a file goes to its place, before the manifest, after the marker."""
+KINDS = ("kill one", "kill all", "kill at random", "terminate", "corrupt", "disk full", "resize")
+WORLDS, ZERO_STAGES = (2, 3, 1), (1, 3, 2)
+
+
+@dataclass
+class Trial:
+    """What happened."""
+
+    number: int
+    kinds: Counter[str] = field(default_factory=Counter)
+    attempts: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one attempt suffers; travels to its workers."""
+
+    kind: str
+    rank: int
+    point: str
+    count: int
+    """At the how manieth time at that point."""
+
+
+# -- in the workers ------------------------------------------------------------------------------------------------------------
+
+
+def worker(job: Any, plan: Plan, seen: str) -> None:
+    """The real worker, with a record of its samples and a way to die at a point of the plan."""
+    from oar_scale.errors import Requeue
+    from oar_scale.training import loop
+    from oar_scale.training.checkpoints import deepspeed_files, layout, saver
+    from oar_scale.training.worker import train
+
+    rank = int(os.environ["RANK"])
+    passed: Counter[str] = Counter()
+
+    def at(point: str) -> None:
+        passed[point] += 1
+        if plan.point != point or passed[point] != plan.count or rank != plan.rank % int(os.environ["WORLD_SIZE"]):
+            return
+        if plan.kind in ("kill one", "kill all"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif plan.kind == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif plan.kind == "disk full":
+            # A file may grow no further: what a full disk or a quota does, for this process alone. Python ignores the signal.
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+
+    one_step, save, deliver, commit = loop.train_step, deepspeed_files.save_shards, saver._deliver, layout.commit
+
+    def recorded(engine: Any, batch: Any, *rest: Any) -> Any:
+        done = one_step(engine, batch, *rest)
+        descriptor = os.open(f"{seen}-{rank}", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if plan.kind != "disk full":
+            os.write(descriptor, (json.dumps([batch.step, batch.uid_b.tolist()]) + "\n").encode())
+        os.close(descriptor)
+        at("step")
+        return done
+
+    def saving(*arguments: Any) -> Any:
+        at("save")
+        found = save(*arguments)
+        if plan.kind == "disk full":  # there is room again
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        return found
+
+    def delivering(path: str, uri: str) -> None:
+        at("deliver")
+        deliver(path, uri)
+
+    def committing(*arguments: Any) -> None:
+        at("commit")
+        commit(*arguments)
+        at("committed")
+
+    loop.train_step, deepspeed_files.save_shards, saver._deliver, layout.commit = recorded, saving, delivering, committing  # type: ignore[assignment]
+    try:
+        train(job)
+    except Requeue:
+        sys.exit(75)
+
+
+# -- the trial -----------------------------------------------------------------------------------------------------------------
+
+
+class Ground:
+    """A run that is ready to be trained, and what it does when nobody disturbs it."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.run = prepare_small_run(_recipe(join(folder, "prepared"), 2, 2))
+        self.losses: dict[tuple[int, int], dict[int, float]] = {}
+        self.samples: dict[int, list[int]] = {}
+
+    def undisturbed(self, world: int, zero_stage: int) -> dict[int, float]:
+        """The losses by step; made at first use."""
+        if (world, zero_stage) not in self.losses:
+            folder = join(self.folder, f"undisturbed-{world}-{zero_stage}")
+            run = self.copy(folder, folder, world, zero_stage)
+            codes = attempt(run, Plan("none", 0, "", 0), join(folder, "seen"), world, None)
+            assert codes == [0] * world, f"the undisturbed run ended with {codes}"
+            self.losses[world, zero_stage] = losses(run)
+            samples = seen_samples([join(folder, "seen")])
+            assert sorted(samples) == list(range(STEPS)) and not self.samples or samples == {k: [v] for k, v in self.samples.items()}
+            self.samples = {step: found[0] for step, found in samples.items()}
+        return self.losses[world, zero_stage]
+
+    def copy(self, folder: str, root: str, world: int, zero_stage: int) -> Run:
+        """The prepared run again, in a folder of its own and on another storage."""
+        for part in ("tokens", "tokenizers", "models"):
+            source = self.run.at(part)
+            for uri in open_storage(source).list(source):
+                target = join(root, part, uri.removeprefix(source))
+                if not open_storage(target).exists(target):
+                    open_storage(target).upload(uri, target)
+        return Run(_recipe(folder, world, zero_stage, root))
+
+
+def _recipe(folder: str, world: int, zero_stage: int, root: str | None = None) -> Any:
+    return small_recipe(
+        folder,
+        storage={"root": root, "patience_s": 60},
+        data={"canonical_streams": 6},
+        parallel={"workers": world, "zero_stage": zero_stage, "micro_batch": 2, "precision": "fp32", "hang_timeout_s": 120},
+        pretrain={"steps": STEPS, "global_batch": 12, "checkpoint_every": 3, "evaluate_every": 100, "log_every": 1},
+        finetune={"global_batch": 12},
+    )
+
+
+def attempt(run: Run, plan: Plan, seen: str, world: int, kill_after_s: float | None) -> list[int | None]:
+    """Start the workers, let the plan happen; their exit codes."""
+    workers = start_workers(worker, world, pretraining(run), plan, seen)
+    began, victim = time.monotonic(), plan.rank % world
+    while any(each.is_alive() for each in workers):
+        time.sleep(0.01)
+        died = any(each.exitcode not in (None, 0, 75) for each in workers)
+        if died or (kill_after_s is not None and time.monotonic() - began > kill_after_s):
+            if not died:
+                workers[victim].kill()
+            if plan.kind != "kill one":
+                for each in workers:
+                    each.kill()
+            break
+        assert time.monotonic() - began < 200, f"nothing moves: {plan}"
+    for each in workers:
+        each.join(60)
+        if each.is_alive():  # a peer's death has to end the others by itself
+            each.kill()
+            raise AssertionError(f"a worker outlived the death of another one by a minute: {plan}")
+    return [each.exitcode for each in workers]
+
+
+def run_trial(ground: Ground, number: int, seed: int, s3: tuple[str, FaultProxy] | None) -> Trial:
+    """One trial.
+
+    Raises:
+        AssertionError: something that must hold does not; says what.
+    """
+    dice = random.Random(f"{seed}-{number}")
+    trial, began = Trial(number), time.monotonic()
+    folder = tempfile.mkdtemp(prefix=f"trial-{number}-", dir=ground.folder)
+    root = folder
+    if s3 is not None and dice.random() < 0.4:
+        root = join(s3[0], f"trial-{seed}-{number}")
+        if dice.random() < 0.6:
+            s3[1].spoil_all(0.2)
+            trial.kinds["S3 fails 20 % of calls"] += 1
+        trial.kinds["on S3"] += 1
+    try:
+        _attempts(ground, trial, dice, folder, root)
+    finally:
+        if s3 is not None:
+            s3[1].spoil_all(0)
+    trial.seconds = time.monotonic() - began
+    shutil.rmtree(folder)
+    return trial
+
+
+def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, root: str) -> None:
+    world, zero_stage = dice.choice(WORLDS), dice.choice(ZERO_STAGES)
+    shapes, first = [(world, zero_stage)], ground.undisturbed(world, zero_stage)
+    corrupted: set[str] = set()
+    seen: list[str] = []
+    for number in range(ATTEMPTS):
+        last = number == ATTEMPTS - 1
+        kind = "none" if last or (number >= 2 and dice.random() < 0.6) else dice.choice(KINDS)
+        run = ground.copy(folder, root, world, zero_stage)
+        before = committed(run)
+        plan = Plan(kind, dice.randrange(3), dice.choice(POINTS), dice.randint(1, 4))
+        seen.append(join(folder, f"seen-{number}"))
+        codes = attempt(run, plan, seen[-1], world, dice.uniform(0.5, 6) if kind == "kill at random" else None)
+        trial.attempts += 1
+        trial.kinds[kind] += 1
+        check_resumed(run, before, number, corrupted)
+        check_committed(run, corrupted)
+        if codes == [0] * world and open_storage(run.at()).exists(run.model_uri("anyorder")):
+            break
+        if kind == "corrupt":
+            corrupted |= corrupt(run, dice)
+        if kind == "resize":
+            world, zero_stage = dice.choice(WORLDS), dice.choice(ZERO_STAGES)
+        shapes.append((world, zero_stage))
+    else:
+        raise AssertionError(f"trial {trial.number}: not done after {ATTEMPTS} attempts")
+    check_samples(ground, seen)
+    found = losses(run)
+    assert sorted(found) == list(range(1, STEPS + 1)), sorted(found)
+    same = len(set(shapes)) == 1
+    worst = max(abs(found[step] - first[step]) for step in found)
+    assert worst == 0 if same else worst < 1e-5, f"trial {trial.number}: losses differ by {worst}; workers and stages: {shapes}"
+
+
+def check_samples(ground: Ground, seen: Sequence[str]) -> None:
+    """Every step that any attempt completed on all ranks had the samples of the undisturbed run."""
+    for step, found in seen_samples(seen).items():
+        for samples in found:
+            assert samples == ground.samples[step], f"step {step}: other samples"
+
+
+def seen_samples(prefixes: Sequence[str]) -> dict[int, list[list[int]]]:
+    """The samples of each step, once for each attempt that recorded all of them."""
+    steps: dict[int, list[list[int]]] = {}
+    for prefix in prefixes:
+        mine: dict[int, list[int]] = {}
+        for path in sorted(Path(prefix).parent.glob(f"{Path(prefix).name}-*")):
+            for line in path.read_text().splitlines():
+                step, uids = json.loads(line)
+                mine.setdefault(step, []).extend(uids)
+        for step, uids in mine.items():
+            if len(uids) == 12:
+                steps.setdefault(step, []).append(sorted(uids))
+    return steps
+
+
+def losses(run: Run) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in read_events(run.events, "pretrain") if event["kind"] == "train"}
+
+
+def committed(run: Run) -> set[str]:
+    from oar_scale.training.checkpoints.layout import places
+
+    return {place.uri for place in places(pretraining(run).checkpoints) if place.committed}
+
+
+def check_resumed(run: Run, before: set[str], number: int, corrupted: set[str]) -> None:
+    """The attempt started from something that was committed before it, and whole."""
+    from oar_scale.observe.events import _read_file, attempts
+
+    files = attempts(run.events, "pretrain")
+    if not files:
+        return
+    for event in _read_file(files[-1][1]):
+        if event["kind"] == "resumed":
+            assert event["uri"] in before, f"attempt {number} used {event['uri']}, which was not committed"
+            assert event["uri"] not in corrupted, f"attempt {number} used {event['uri']}, which was damaged"
+
+
+def check_committed(run: Run, corrupted: set[str]) -> None:
+    """Whatever is committed, and was not damaged on purpose, can be read."""
+    from oar_scale.training.checkpoints.layout import read
+    from oar_scale.training.checkpoints.verify import faults
+
+    for uri in committed(run) - corrupted:
+        assert not (found := faults(read(uri))), f"{uri}: {found}"
+
+
+def corrupt(run: Run, dice: random.Random) -> set[str]:
+    """Damage a file of the newest checkpoint, the way disks do."""
+    newest = max(committed(run), default=None)
+    if newest is None:
+        return set()
+    storage = open_storage(newest)
+    victim = dice.choice([uri for uri in storage.list(newest)])
+    data = bytearray(storage.read(victim))
+    how = dice.choice(("flip", "cut", "lose"))
+    if how == "flip" and data:
+        data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        storage.write(victim, bytes(data))
+    elif how == "cut":
+        storage.write(victim, bytes(data[: len(data) // 2]))
+    else:
+        storage.delete(victim)
+    return {newest}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="oar-chaos-") as folder:
+        return _all_trials(arguments, folder)
+
+
+def _all_trials(arguments: argparse.Namespace, folder: str) -> int:
+    from cluster.dev import s3
+
+    server = s3.up(join(folder, "s3"), s3.free_port(), "chaos")
+    os.environ |= server.env
+    proxy = FaultProxy(server.port)
+    os.environ["AWS_ENDPOINT_URL"] = proxy.url
+    total: Counter[str] = Counter()
+    began, attempts_made, failed = time.monotonic(), 0, 0
+    try:
+        ground = Ground(folder)
+        for number in range(arguments.first, arguments.first + arguments.trials):
+            try:
+                trial = run_trial(ground, number, arguments.seed, ("s3://chaos/run", proxy))
+            except AssertionError as error:
+                failed += 1
+                print(f"trial {number}: FAILED: {error}", flush=True)
+                continue
+            total += trial.kinds
+            attempts_made += trial.attempts
+            kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(trial.kinds.items()) if kind != "none")
+            print(f"trial {number}: {trial.attempts} attempts, {trial.seconds:.0f} s: {kinds}", flush=True)
+    finally:
+        s3.down(join(folder, "s3"))
+    seconds = time.monotonic() - began
+    print(f"{arguments.trials} trials, {attempts_made} attempts, {seconds:.0f} s, {failed} failed; {dict(sorted(total.items()))}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
