@@ -13,6 +13,7 @@ from oar_scale.model import AnyOrderModel, ModelSpec, save_model
 from oar_scale.model.spec import condition_spec
 from oar_scale.stages.data import run_data
 from oar_scale.stages.run import Run
+from oar_scale.storage import open_storage
 from oar_scale.tokenizers.prompts import load_prompts
 from oar_scale.tokenizers.text import train_text_tokenizer
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq
@@ -46,7 +47,7 @@ def small_recipe(run_dir: str, **changes: Any) -> Recipe:
         "finetune": {"global_batch": 8, "steps": 4},
     }
     for section, value in changes.items():
-        settings[section] = {**settings[section], **value} if isinstance(value, dict) else value
+        settings[section] = {**settings.get(section, {}), **value} if isinstance(value, dict) else value
     return Recipe.model_validate(settings)
 
 
@@ -80,3 +81,18 @@ def _captions(run: Run) -> list[str]:
     from oar_scale.stages.tokenizer import read_images
 
     return read_images(run, "train")[1]
+
+
+def copy_run(run: Run, folder: str, root: str | None = None, **changes: Any) -> Run:
+    """A prepared run again: its shards, tokenizers and base model in another folder (and storage), under a changed recipe."""
+    if root is not None:
+        changes["storage"] = {**changes.get("storage", {}), "root": root}
+    copy = Run(small_recipe(folder, **changes))
+    for part in ("tokens", "tokenizers", "models/base.safetensors"):
+        source = run.at(part)
+        storage = open_storage(source)
+        for uri in [source] if storage.exists(source) else storage.list(source):
+            target = copy.at(part, uri.removeprefix(source))
+            if not open_storage(target).exists(target):
+                open_storage(target).upload(uri, target)
+    return copy

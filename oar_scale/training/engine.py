@@ -4,7 +4,7 @@
     done = train_step(engine, batch, lr, micro_batch, device)
     with averaged(engine): ...                     the weights' moving average in the place of the weights
     for name, tensor in whole_weights(engine): ... one parameter at a time, whole, on every rank
-    model = whole_model(engine)                    all of them at once
+    model = plain_model(engine)                    all of them at once
 
 ZeRO-3 builds the model in pieces: no process ever holds more than one parameter whole.
 """
@@ -170,7 +170,7 @@ def whole_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach()
 
 
-def whole_model(engine: Any) -> AnyOrderModel:
+def plain_model(engine: Any) -> AnyOrderModel:
     """The model as a plain one, in eval mode: itself, or under ZeRO-3 a whole copy on every rank. Collective."""
     model: AnyOrderModel = engine.module.model
     if engine.zero_optimization_stage() < 3:

@@ -32,7 +32,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 import conftest  # noqa: E402, F401 (a quiet environment on loopback)
 from fault_proxy import FaultProxy  # noqa: E402
 from launcher import start_workers  # noqa: E402
-from small_run import prepare_small_run, pretraining, small_recipe  # noqa: E402
+from small_run import copy_run, prepare_small_run, pretraining, small_recipe  # noqa: E402
 
 from oar_scale.observe.events import read_events  # noqa: E402
 from oar_scale.stages.run import Run  # noqa: E402
@@ -77,13 +77,16 @@ def worker(job: Any, plan: Plan, seen: str) -> None:
     from oar_scale.training.worker import train
 
     rank = int(os.environ["RANK"])
+    with open(f"{seen}.log", "a") as log:  # what the dying say is kept with the trial
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     passed: Counter[str] = Counter()
 
     def at(point: str) -> None:
         passed[point] += 1
         if plan.point != point or passed[point] != plan.count or rank != plan.rank % int(os.environ["WORLD_SIZE"]):
             return
-        if plan.kind in ("kill one", "kill all"):
+        if plan.kind in ("kill one", "kill all", "corrupt", "resize"):
             os.kill(os.getpid(), signal.SIGKILL)
         elif plan.kind == "terminate":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -136,7 +139,7 @@ class Ground:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.run = prepare_small_run(_recipe(join(folder, "prepared"), 2, 2))
+        self.run = prepare_small_run(small_recipe(join(folder, "prepared"), **changes(2, 2)))
         self.losses: dict[tuple[int, int], dict[int, float]] = {}
         self.samples: dict[int, list[int]] = {}
 
@@ -144,7 +147,7 @@ class Ground:
         """The losses by step; made at first use."""
         if (world, zero_stage) not in self.losses:
             folder = join(self.folder, f"undisturbed-{world}-{zero_stage}")
-            run = self.copy(folder, folder, world, zero_stage)
+            run = copy_run(self.run, folder, **changes(world, zero_stage))
             codes = attempt(run, Plan("none", 0, "", 0), join(folder, "seen"), world, None)
             assert codes == [0] * world, f"the undisturbed run ended with {codes}"
             self.losses[world, zero_stage] = losses(run)
@@ -153,26 +156,17 @@ class Ground:
             self.samples = {step: found[0] for step, found in samples.items()}
         return self.losses[world, zero_stage]
 
-    def copy(self, folder: str, root: str, world: int, zero_stage: int) -> Run:
-        """The prepared run again, in a folder of its own and on another storage."""
-        for part in ("tokens", "tokenizers", "models"):
-            source = self.run.at(part)
-            for uri in open_storage(source).list(source):
-                target = join(root, part, uri.removeprefix(source))
-                if not open_storage(target).exists(target):
-                    open_storage(target).upload(uri, target)
-        return Run(_recipe(folder, world, zero_stage, root))
 
-
-def _recipe(folder: str, world: int, zero_stage: int, root: str | None = None) -> Any:
-    return small_recipe(
-        folder,
-        storage={"root": root, "patience_s": 60},
-        data={"canonical_streams": 6},
-        parallel={"workers": world, "zero_stage": zero_stage, "micro_batch": 2, "precision": "fp32", "hang_timeout_s": 120},
-        pretrain={"steps": STEPS, "global_batch": 12, "checkpoint_every": 3, "evaluate_every": 100, "log_every": 1},
-        finetune={"global_batch": 12},
-    )
+def changes(world: int, zero_stage: int) -> dict[str, Any]:
+    """The recipe of a trial, but for its places."""
+    return {
+        "storage": {"patience_s": 60},
+        "data": {"canonical_streams": 6},
+        "model": {"dropout": 0.0},  # its masks depend on the rank
+        "parallel": {"workers": world, "zero_stage": zero_stage, "micro_batch": 2, "precision": "fp32", "hang_timeout_s": 120},
+        "pretrain": {"steps": STEPS, "global_batch": 12, "checkpoint_every": 3, "evaluate_every": 100, "log_every": 1},
+        "finetune": {"global_batch": 12},
+    }
 
 
 def attempt(run: Run, plan: Plan, seen: str, world: int, kill_after_s: float | None) -> list[int | None]:
@@ -207,7 +201,7 @@ def run_trial(ground: Ground, number: int, seed: int, s3: tuple[str, FaultProxy]
     dice = random.Random(f"{seed}-{number}")
     trial, began = Trial(number), time.monotonic()
     folder = tempfile.mkdtemp(prefix=f"trial-{number}-", dir=ground.folder)
-    root = folder
+    root: str | None = None
     if s3 is not None and dice.random() < 0.4:
         root = join(s3[0], f"trial-{seed}-{number}")
         if dice.random() < 0.6:
@@ -224,7 +218,7 @@ def run_trial(ground: Ground, number: int, seed: int, s3: tuple[str, FaultProxy]
     return trial
 
 
-def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, root: str) -> None:
+def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, root: str | None) -> None:
     world, zero_stage = dice.choice(WORLDS), dice.choice(ZERO_STAGES)
     shapes, first = [(world, zero_stage)], ground.undisturbed(world, zero_stage)
     corrupted: set[str] = set()
@@ -232,7 +226,7 @@ def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, ro
     for number in range(ATTEMPTS):
         last = number == ATTEMPTS - 1
         kind = "none" if last or (number >= 2 and dice.random() < 0.6) else dice.choice(KINDS)
-        run = ground.copy(folder, root, world, zero_stage)
+        run = copy_run(ground.run, folder, root, **changes(world, zero_stage))
         before = committed(run)
         plan = Plan(kind, dice.randrange(3), dice.choice(POINTS), dice.randint(1, 4))
         seen.append(join(folder, f"seen-{number}"))
@@ -305,11 +299,16 @@ def check_resumed(run: Run, before: set[str], number: int, corrupted: set[str]) 
 
 def check_committed(run: Run, corrupted: set[str]) -> None:
     """Whatever is committed, and was not damaged on purpose, can be read."""
-    from oar_scale.training.checkpoints.layout import read
-    from oar_scale.training.checkpoints.verify import faults
+    from oar_scale.training.checkpoints.fetch import check
+    from oar_scale.training.checkpoints.layout import Damaged, read
 
     for uri in committed(run) - corrupted:
-        assert not (found := faults(read(uri))), f"{uri}: {found}"
+        try:
+            checkpoint = read(uri)
+            for name in checkpoint.files:
+                check(checkpoint, name)
+        except Damaged as fault:
+            raise AssertionError(f"{uri} is committed, and {fault}") from fault
 
 
 def corrupt(run: Run, dice: random.Random) -> set[str]:
@@ -337,8 +336,11 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="oar-chaos-") as folder:
-        return _all_trials(arguments, folder)
+    folder = tempfile.mkdtemp(prefix="oar-chaos-")
+    failed = _all_trials(arguments, folder)
+    if not failed:
+        shutil.rmtree(folder)
+    return failed
 
 
 def _all_trials(arguments: argparse.Namespace, folder: str) -> int:
@@ -357,7 +359,7 @@ def _all_trials(arguments: argparse.Namespace, folder: str) -> int:
                 trial = run_trial(ground, number, arguments.seed, ("s3://chaos/run", proxy))
             except AssertionError as error:
                 failed += 1
-                print(f"trial {number}: FAILED: {error}", flush=True)
+                print(f"trial {number}: FAILED, see its folder {folder}/trial-{number}-*: {error}", flush=True)
                 continue
             total += trial.kinds
             attempts_made += trial.attempts

@@ -18,7 +18,7 @@ from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.prompts import model_inputs
 from oar_scale.tokenizers.vq import load_vq
 from oar_scale.training.callbacks import Callback
-from oar_scale.training.engine import whole_model
+from oar_scale.training.engine import plain_model
 from oar_scale.training.inputs import Heldout
 from oar_scale.training.loop import Loop
 
@@ -39,7 +39,7 @@ class Sampling(Callback):
     def _draw(self, loop: Loop) -> None:
         world, rank = loop.process.world, loop.process.rank
         share = -(-loop.job.recipe.sample.images // world)
-        model, told = whole_model(loop.engine), self._heldout.told[:share]
+        model, told = plain_model(loop.engine), self._heldout.told[:share]
         noise = torch.Generator().manual_seed(int(hash_words("samples while training", loop.job.recipe.seed, rank)) >> 1)
         with torch.no_grad():
             condition_bTD = model.condition(model_inputs(self._heldout.prompts, told))

@@ -129,6 +129,11 @@ def step_uri(checkpoints: str, step: int) -> str:
     return join(checkpoints, f"step-{step:08d}")
 
 
+def is_step(uri: str) -> bool:
+    """Whether ``uri`` is the name of one step's place."""
+    return _STEP.search(f"/{uri.rstrip('/')}") is not None
+
+
 def places(uri: str) -> list[Place]:
     """All steps below ``uri``, a folder at any height above them or a step itself; ordered by folder, then step. One listing."""
     found: dict[str, set[str]] = {}

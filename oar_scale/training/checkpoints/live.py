@@ -35,6 +35,7 @@ class LiveState:
         self.parameters: dict[str, Any] = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
         self._engine, self._zero = engine, engine.optimizer
         self._base: torch.optim.Optimizer = engine.optimizer.optimizer if self.stage else engine.optimizer
+        relink(engine)
 
     def shape(self, name: str) -> torch.Size:
         parameter = self.parameters[name]
@@ -73,7 +74,8 @@ class LiveState:
         """A parameter's float32 weights, or one of its moments. Collective."""
         parameter = self.parameters[name]
         if self.stage == 0:
-            return parameter.detach() if what == WEIGHTS else self._base.state[parameter][what]
+            held: Tensor = parameter.detach() if what == WEIGHTS else self._base.state[parameter][what]
+            return held
         found: Tensor = safe_get_full_fp32_param(parameter) if what == WEIGHTS else safe_get_full_optimizer_state(parameter, what)
         return found
 
@@ -111,9 +113,10 @@ class LiveState:
 
 
 def relink(engine: Any) -> None:
-    """Let ``deepspeed.utils.safe_get_full_optimizer_state`` find the moments of ZeRO-1 and 2, which loading has put elsewhere.
+    """Let ``deepspeed.utils.safe_get_full_optimizer_state`` find the moments of ZeRO-1 and 2.
 
-    DeepSpeed itself does so at the first step of an engine, and not again after a checkpoint was loaded into it.
+    DeepSpeed itself does so once, after the first step of the first parameter group, when the others have no moments yet; and not
+    again after a checkpoint was loaded.
     """
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
