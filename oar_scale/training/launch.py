@@ -14,13 +14,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from oar_scale.data.ray_session import ray_session
 from oar_scale.errors import Requeue, UserError
 from oar_scale.observe.console import Console
-from oar_scale.observe.events import EventLog, attempts, read_events
+from oar_scale.observe.events import read_events
+from oar_scale.observe.mirror import open_log
+from oar_scale.observe.watch import watching
 from oar_scale.storage import Unreachable, join
 from oar_scale.training.bell import GROW, Watch, make_bell, wait_for
 from oar_scale.training.checkpoints import committed_steps
@@ -42,28 +44,33 @@ def run_training(job: TrainingJob, console: Console) -> dict[str, Any]:
         Requeue: asked to stop by a signal; everything is saved.
     """
     started, events = time.monotonic(), join(job.local, "events")
-    first = len(attempts(events, job.stage))
+    first = _starts(events, job.stage)
+    watched = watching(events, job.stage, job.recipe, job.root, console=console, steps=job.training.steps, result=job.result)
     if under_torchrun():
         from oar_scale.training.worker import train
 
-        train(job)
+        with watched if os.environ["RANK"] == "0" else nullcontext():
+            train(job)
     else:
         parallel = job.recipe.parallel
         with (
             ray_session(cpus=parallel.max_workers, gpus=parallel.gpus_per_worker * parallel.max_workers),
-            console.follow(events, job.stage, job.training.steps),
-            EventLog(events, f"{job.stage}.driver") as log,
+            watched,
         ):
-            _Driver(job, console, log).run()
+            _Driver(job, console).run()
     history = read_events(events, job.stage)
     rates = sorted(event["images_per_s"] for event in history if event["kind"] == "train")
     return {
         "steps": job.training.steps,
-        "attempts": len(attempts(events, job.stage)) - first,
+        "attempts": _starts(events, job.stage) - first,
         "seconds": time.monotonic() - started,
         "images_per_s": rates[len(rates) // 2] if rates else None,
         "parameters": next((event["parameters"] for event in reversed(history) if event["kind"] == "start"), None),
     }
+
+
+def _starts(events: str, stage: str) -> int:
+    return sum(event["kind"] == "start" for event in read_events(events, stage))
 
 
 def under_torchrun() -> bool:
@@ -74,8 +81,8 @@ def under_torchrun() -> bool:
 class _Driver:
     """Starts groups of workers until the stage is done."""
 
-    def __init__(self, job: TrainingJob, console: Console, log: EventLog) -> None:
-        self._job, self._console, self._log = job, console, log
+    def __init__(self, job: TrainingJob, console: Console) -> None:
+        self._job, self._console = job, console
         self._elastic = len(job.recipe.worker_counts()) > 1
         self._failures = 0
         self._furthest = 0
@@ -86,7 +93,7 @@ class _Driver:
         while True:
             workers = self._choose()
             if self._workers not in (0, workers):
-                self._log.emit("resized", from_workers=self._workers, to_workers=workers, reason="room in the cluster")
+                self._note("resized", from_workers=self._workers, to_workers=workers, reason="room in the cluster")
                 self._console.say(f"  going on with {workers} workers instead of {self._workers}")
             self._workers = workers
             error = self._fit(workers)
@@ -112,7 +119,7 @@ class _Driver:
         self._failures = 1 if reached > self._furthest else self._failures + 1
         self._furthest = max(reached, self._furthest)
         cause_text = _cause(error, causes)
-        self._log.emit("worker_failure", cause=cause_text, step=reached)
+        self._note("worker_failure", cause=cause_text)
         if self._failures > limit:
             raise UserError(
                 f"stage {self._job.stage}: the workers failed more than parallel.max_failures = {limit} times without a new checkpoint; "
@@ -128,6 +135,11 @@ class _Driver:
         except Unreachable as error:
             self._console.say(f"  {error}")
             return self._furthest
+
+    def _note(self, kind: str, **fields: Any) -> None:
+        """An event between two attempts, in a file of its own."""
+        with open_log(join(self._job.local, "events"), self._job.stage, self._job.root, self._job.recipe.observe.mirror_s) as log:
+            log.emit(kind, **fields)
 
     def _fit(self, workers: int) -> BaseException | None:
         """One group of workers; what it failed with, or None."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from oar_scale.errors import Requeue
 from oar_scale.model.flops import training_flops
 from oar_scale.model.weights import save_tensors
 from oar_scale.observe.events import EventLog
+from oar_scale.observe.mirror import open_log
 from oar_scale.storage import join
 from oar_scale.storage.patience import patiently
 from oar_scale.training.about import about
@@ -54,11 +55,15 @@ def train(job: TrainingJob, asked: Callable[[], str] | None = None) -> None:
         back: RollBack | None = None
         while True:
             # An attempt is an event file, after a roll-back too: what reads them knows how to leave out the steps that were undone.
-            with EventLog(join(job.local, "events"), job.stage) if process.rank == 0 else nullcontext() as log:
+            with _log(job) if process.rank == 0 else nullcontext() as log:
                 try:
                     return _attempt(job, process, log, back)
                 except RollBack as again:
                     back = again
+
+
+def _log(job: TrainingJob) -> AbstractContextManager[EventLog]:
+    return open_log(join(job.local, "events"), job.stage, job.root, job.recipe.observe.mirror_s)
 
 
 def _attempt(job: TrainingJob, process: Process, log: EventLog | None, back: RollBack | None) -> None:

@@ -40,7 +40,8 @@ from oar_scale.storage import join, open_storage  # noqa: E402
 
 STEPS, ATTEMPTS = 12, 8
 POINTS = ("step", "save", "deliver", "commit", "committed")
-"""Where a rank can kill itself: after a step, before DeepSpeed writes, before a file goes to its place, before the manifest, after the marker."""
+"""Where a rank can kill itself: after a step, before DeepSpeed writes, before a file goes to its place, before the manifest, after the
+marker."""
 KINDS = ("kill one", "kill all", "kill at random", "terminate", "corrupt", "disk full", "resize")
 WORLDS, ZERO_STAGES = (2, 3, 1), (1, 3, 2)
 
@@ -100,9 +101,7 @@ def worker(job: Any, plan: Plan, seen: str) -> None:
     def recorded(engine: Any, batch: Any, *rest: Any) -> Any:
         done = one_step(engine, batch, *rest)
         descriptor = os.open(f"{seen}-{rank}", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if plan.kind != "disk full":
-            os.write(descriptor, (json.dumps([batch.step, batch.uid_b.tolist()]) + "\n").encode())
+        os.write(descriptor, (json.dumps([batch.step, batch.uid_b.tolist()]) + "\n").encode())
         os.close(descriptor)
         at("step")
         return done
@@ -152,7 +151,7 @@ class Ground:
             assert codes == [0] * world, f"the undisturbed run ended with {codes}"
             self.losses[world, zero_stage] = losses(run)
             samples = seen_samples([join(folder, "seen")])
-            assert sorted(samples) == list(range(STEPS)) and not self.samples or samples == {k: [v] for k, v in self.samples.items()}
+            assert (sorted(samples) == list(range(STEPS)) and not self.samples) or samples == {k: [v] for k, v in self.samples.items()}
             self.samples = {step: found[0] for step, found in samples.items()}
         return self.losses[world, zero_stage]
 
@@ -317,7 +316,7 @@ def corrupt(run: Run, dice: random.Random) -> set[str]:
     if newest is None:
         return set()
     storage = open_storage(newest)
-    victim = dice.choice([uri for uri in storage.list(newest)])
+    victim = dice.choice(storage.list(newest))
     data = bytearray(storage.read(victim))
     how = dice.choice(("flip", "cut", "lose"))
     if how == "flip" and data:

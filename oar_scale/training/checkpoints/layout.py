@@ -13,10 +13,12 @@ marker says which one counts, and putting another there replaces the whole check
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -209,8 +211,13 @@ def withdraw(uri: str) -> None:
 def delete(uri: str, names: Iterable[str]) -> None:
     """Delete objects of a step; the marker first, so that no half is ever taken for whole."""
     storage = open_storage(uri)
-    for name in sorted(names, key=lambda name: (name != MARKER, name)):
+    names = sorted(names, key=lambda name: (name != MARKER, name))
+    for name in names:
         storage.delete(join(uri, name))
+    if not uri.startswith("s3://"):
+        for folder in [*sorted({os.path.dirname(join(uri, name)) for name in names}, reverse=True), uri]:
+            with suppress(OSError):  # it holds something else, or is gone
+                os.rmdir(folder)
 
 
 def _split(name: str) -> tuple[str, str]:

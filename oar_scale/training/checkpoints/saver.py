@@ -80,7 +80,9 @@ class Saver:
         self._job, self._patience_s = job, patience_s
         self._rank = dist.get_rank()
         self._group: Any = dist.new_group(backend="gloo", timeout=_LONGEST)
-        self._identity = job.identity if self._rank == 0 else {}
+        self._about: dict[str, Any] = {}
+        if self._rank == 0:
+            self._about = {"stage": job.stage, "identity": job.identity, "libraries": {name: version(name) for name in LIBRARIES}}
         self._retention = Retention(Keep.of(job.training))
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
@@ -154,14 +156,12 @@ class Saver:
 
     def _manifest(self, engine: Any, step: int, state: dict[str, Any]) -> dict[str, Any]:
         return {
-            "stage": self._job.stage,
+            **self._about,
             "step": step,
             "saved_at": time.time(),
             "world_size": dist.get_world_size(),
             "zero_stage": engine.zero_optimization_stage(),
-            "identity": self._identity,
             "model_spec": engine.module.model.spec.model_dump(mode="json"),
-            "libraries": {name: version(name) for name in LIBRARIES},
             "state": state,
         }
 

@@ -23,8 +23,7 @@ class Scratch:
         self._lock: int | None = None
         try:
             os.makedirs(parent, exist_ok=True)
-            self._lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._lock = _locked(f"{self.path}.lock")
             os.makedirs(self.path)
         except OSError as error:
             self.fault = f"{self.path}: {error.strerror}"
@@ -37,6 +36,16 @@ class Scratch:
                 os.unlink(f"{self.path}.lock")
             os.close(self._lock)
             self._lock = None
+
+
+def _locked(path: str) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        os.close(descriptor)  # someone took it for a dead process's before we held it
 
 
 def clear_dead(parent: str) -> None:
