@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WITH_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: venv quickstart quickstart-s3 test test-all check
+.PHONY: venv quickstart quickstart-s3 test test-all chaos check
 
 venv: $(INSTALLED)
 
@@ -43,6 +43,10 @@ test: venv
 test-all: venv
 	@echo "All tests, with whole pipelines and killed workers: tens of minutes."
 	$(WITH_PATH) python -m pytest
+
+chaos: venv
+	@echo "Two hundred disturbed trainings: half an hour or more."
+	$(WITH_PATH) OMP_NUM_THREADS=1 python tests/chaos/training_chaos.py --trials 200
 
 check: venv
 	@echo "Lint, format, types and import direction: about a minute."

@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.layers import Setting, read_layers
-from oar_scale.config.schema import Recipe, RecipeConflict
+from oar_scale.config.schema import NUMBER, RANGE, Recipe, RecipeConflict
 from oar_scale.errors import UserError
 
 DEFAULT = "(default)"
@@ -156,6 +156,8 @@ def _real_keys(location: tuple[int | str, ...]) -> tuple[str, ...]:
         variants = _variants(model)
         if len(variants) > 1 and part in _tags(tuple(keys)):
             model = variants[part]
+            continue
+        if part in (NUMBER, RANGE):
             continue
         keys.append(str(part))
         model = _field_type(model, str(part))

@@ -42,6 +42,32 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Range(Section):
+    """As many as there is room for, between two bounds."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+def _count_kind(given: Any) -> str:
+    return RANGE if isinstance(given, dict | Range) else NUMBER
+
+
+NUMBER, RANGE = "a number", "a range"
+Count = Annotated[Annotated[int, Field(ge=1), Tag(NUMBER)] | Annotated[Range, Tag(RANGE)], Discriminator(_count_kind)]
+"""A number of processes, or ``{min, max}``."""
+
+
+def _bounds(count: int | Range) -> tuple[int, int]:
+    return (count, count) if isinstance(count, int) else (count.min, count.max)
+
+
 class StorageConfig(Section):
     root: str | None = None
     """Where shards, orders and checkpoints live: a folder or ``s3://bucket/prefix``. Default: ``run_dir``."""
@@ -277,15 +303,8 @@ class ModelConfig(Section):
         return self
 
 
-class WorkersConfig(Section):
-    """Elastic training: as many workers as the cluster has room for, between two bounds."""
-
-    min: int = Field(ge=1)
-    max: int = Field(ge=1)
-
-
 class ParallelConfig(Section):
-    workers: int | WorkersConfig = 2
+    workers: Count = 2
     """Processes that train, or ``{min, max}``: with fewer of them after a node is lost, with more when it is back. The global batch and
     the samples of a step stay the same."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -317,16 +336,14 @@ class ParallelConfig(Section):
 
     @property
     def min_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers.min
+        return _bounds(self.workers)[0]
 
     @property
     def max_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers.max
+        return _bounds(self.workers)[1]
 
     @model_validator(mode="after")
     def _fits_together(self) -> ParallelConfig:
-        if self.min_workers < 1 or self.min_workers > self.max_workers:
-            raise RecipeConflict("parallel.workers", f"workers from {self.min_workers} to {self.max_workers}: there must be at least one.")
         if self.zero_stage == 0 and self.precision == "bf16":
             raise RecipeConflict(
                 "parallel.zero_stage", "ZeRO 0 keeps no float32 weights beside those in bf16.\nUse zero_stage 1 or more, or precision fp32."
@@ -400,13 +417,6 @@ class FinetuneConfig(TrainingConfig):
     random_share: float = Field(0.1, ge=0, le=1)
 
 
-class ActorsConfig(Section):
-    """A pool that grows while the cluster has room for it, between two bounds."""
-
-    min: int = Field(ge=1)
-    max: int = Field(ge=1)
-
-
 class ExtractConfig(Section):
     score: Score = "gt_logprob"
     guidance: float = Field(1.0, ge=0)
@@ -430,7 +440,7 @@ class ExtractConfig(Section):
     rescore_radius: int | None = Field(None, ge=1)
     """Score anew only cells within so many of those placed last; the others keep their scores. Default: all."""
     batch: int = Field(64, ge=1)
-    actors: Annotated[int, Field(ge=1)] | ActorsConfig = 2
+    actors: Count = 2
     """Processes with a model each, or ``{min, max}``: more of them as the cluster has room (docs/extraction-pool.md)."""
     gpus_per_actor: float = Field(0, ge=0)
     """GPUs an actor takes; 0.5: two actors share one. 0: it computes on ``parallel.cpu_threads`` cores."""
@@ -439,17 +449,11 @@ class ExtractConfig(Section):
 
     @property
     def min_actors(self) -> int:
-        return self.actors if isinstance(self.actors, int) else self.actors.min
+        return _bounds(self.actors)[0]
 
     @property
     def max_actors(self) -> int:
-        return self.actors if isinstance(self.actors, int) else self.actors.max
-
-    @model_validator(mode="after")
-    def _actor_bounds(self) -> ExtractConfig:
-        if self.min_actors > self.max_actors:
-            raise RecipeConflict("extract.actors", f"actors from {self.min_actors} to {self.max_actors}: min must not be above max.")
-        return self
+        return _bounds(self.actors)[1]
 
     @model_validator(mode="after")
     def _shortcuts(self) -> ExtractConfig:

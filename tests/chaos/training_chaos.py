@@ -237,7 +237,7 @@ def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, ro
         if codes == [0] * world and open_storage(run.at()).exists(run.model_uri("anyorder")):
             break
         if kind == "corrupt":
-            corrupted |= corrupt(run, dice)
+            corrupted |= corrupt(run, dice, committed(run) - corrupted)
         if kind == "resize":
             world, zero_stage = dice.choice(WORLDS), dice.choice(ZERO_STAGES)
         shapes.append((world, zero_stage))
@@ -310,11 +310,11 @@ def check_committed(run: Run, corrupted: set[str]) -> None:
             raise AssertionError(f"{uri} is committed, and {fault}") from fault
 
 
-def corrupt(run: Run, dice: random.Random) -> set[str]:
-    """Damage a file of the newest checkpoint, the way disks do."""
-    newest = max(committed(run), default=None)
-    if newest is None:
+def corrupt(run: Run, dice: random.Random, whole: set[str]) -> set[str]:
+    """Damage a file of the newest checkpoint, the way disks do; not of the only one, without which the stage rightly refuses to go on."""
+    if len(whole) < 2:
         return set()
+    newest = max(whole)
     storage = open_storage(newest)
     victim = dice.choice(storage.list(newest))
     data = bytearray(storage.read(victim))

@@ -118,7 +118,7 @@ def test_all_wrong_values_are_listed_in_the_order_of_the_lines() -> None:
         "  must be greater than or equal to 0.",
         "  must be 'bf16' or 'fp32'.",
         "  must be a valid integer.",
-        "  must be 1 or 2.",
+        "  must be 0, 1, 2 or 3.",
         "  must be a finite number.",
     ]
 

@@ -84,7 +84,7 @@ def test_torchrun_starts_the_same_workers(prepared: Run, undisturbed: dict[int, 
     assert os.path.exists(run.marker("pretrain"))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_run_goes_on_without_a_lost_node_and_with_the_one_that_takes_its_place(
     cluster: RayCluster, prepared: Run, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
@@ -108,7 +108,7 @@ def test_a_run_goes_on_without_a_lost_node_and_with_the_one_that_takes_its_place
     assert _apart(losses(run), undisturbed) < 1e-5
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_a_signal_to_the_driver_saves_and_leaves_and_the_same_command_goes_on(
     prepared: Run, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
