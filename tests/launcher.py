@@ -14,7 +14,6 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-
 PRELOADED = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "oar_scale.training.worker"]
 """What workers import, some of it where one would not look for it."""
 
@@ -45,6 +44,7 @@ def run_workers(function: Callable[..., None], world: int, *args: Any, timeout_s
 
 @cache
 def _server() -> ForkServerContext:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks once, when it is imported
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from oar_scale.training.job import TrainingJob
 
 
 def tiny_recipe(run_dir: str, **changes: Any) -> Recipe:
-    """Four thousand parameters and six images a step, which one, two or three workers can share. No dropout: its masks depend on the rank."""
+    """Eleven thousand parameters, and six images a step for one, two or three workers. No dropout: its masks depend on the rank."""
     settings: dict[str, Any] = {
         "data": {"source": {"type": "openmoji", "limit": 48}, "canonical_streams": 6},
         "tokenizer": {"text": {"vocab_size": 100}, "views": ("center",)},
@@ -40,11 +40,12 @@ def with_stage(job: TrainingJob, zero_stage: int, precision: str = "fp32", root:
 
 
 def rooted(job: TrainingJob, name: str) -> str:
-    """A root beside the job's own that shares its tokens."""
+    """A root beside the job's own that shares its tokens and tokenizers."""
     root = join(os.path.dirname(job.root), name)
     os.makedirs(root, exist_ok=True)
-    if not os.path.lexists(join(root, "tokens")):
-        os.symlink(join(job.root, "tokens"), join(root, "tokens"))
+    for part in ("tokens", "tokenizers"):
+        with suppress(FileExistsError):  # made before, or by another rank at this moment
+            os.symlink(join(job.root, part), join(root, part))
     return root
 
 
@@ -55,6 +56,11 @@ class Trainer:
     engine: Any
     batches: list[Any]
     process: Any
+
+    @property
+    def parameters(self) -> int:
+        """Trained ones, whole."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters() if p.requires_grad)
 
     def losses(self, first: int, end: int) -> list[float]:
         """Take the steps ``first`` to ``end``; the loss of each over all ranks. Collective."""
@@ -76,9 +82,12 @@ class Trainer:
 
         live = LiveState(self.engine)
         kinds = ("weights", "exp_avg", "exp_avg_sq", "ema")
-        # Plus zero: adding the ranks' parts up makes a minus zero positive.
-        found = {f"{name} {kind}": crc32c((live.get(name, kind).cpu() + 0.0).numpy().tobytes()) for name in live.parameters for kind in kinds}
-        return {**found, "steps": int(max(live.steps()))}
+        found = {"steps": int(max(live.steps()))}
+        for name in live.parameters:
+            for kind in kinds:
+                whole = live.get(name, kind).cpu() + 0.0  # adding the ranks' parts up makes a minus zero positive
+                found[f"{name} {kind}"] = crc32c(whole.numpy().tobytes())
+        return found
 
 
 @contextmanager

@@ -1,18 +1,59 @@
-"""``oar checkpoint``: weights of other projects in, ours out."""
+"""``oar checkpoint``: what trainings have saved, and weights of other projects in, ours out."""
 
 from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import MODELS, Subparsers
+from oar_scale.cli.common import MODELS, Subparsers, count
 
 PEERS = ("randar", "llamagen-c2i", "llamagen-t2i", "llamagen-vq", "maskgit-vq")
 
 
 def add(verbs: Subparsers) -> None:
-    text = "weights of other projects in, ours out"
+    text = "what trainings have saved: list, verify, prune, compare; weights of other projects in, ours out"
     actions = verbs.add_parser("checkpoint", help=text, description=text).add_subparsers(metavar="ACTION", required=True)
+    _add_care(actions)
+    _add_content(actions)
+    _add_exchange(actions)
 
+
+def _add_care(actions: Subparsers) -> None:
+    where = "a recipe, a run's folder, a folder or s3:// prefix above checkpoints, or one checkpoint (.../step-00000100)"
+    text = "all checkpoints of a run"
+    lists = actions.add_parser("list", help=text, description=text)
+    lists.add_argument("where", help=where)
+    lists.set_defaults(run=_list)
+
+    text = "read every byte and compare it with the checksums; exit code 1 when something is wrong"
+    verify = actions.add_parser("verify", help=text, description=text)
+    verify.add_argument("where", help=where)
+    verify.set_defaults(run=_verify)
+
+    text = "remove checkpoints that are not kept, and what interrupted saves have left"
+    prune = actions.add_parser("prune", help=text, description=f"{text}; never the newest committed one")
+    prune.add_argument("where", help=where)
+    prune.add_argument("--keep", type=count, metavar="N", help="the newest N; default: as the run's recipe says")
+    prune.add_argument("--keep-every", type=count, metavar="M", help="with --keep: also the steps that are multiples of M")
+    prune.add_argument("--keep-best", type=count, metavar="N", help="with --keep: also the N with the best held-out likelihood")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    prune.set_defaults(run=_prune)
+
+
+def _add_content(actions: Subparsers) -> None:
+    text = "compare two checkpoints: manifests, weights, moments"
+    diff = actions.add_parser("diff", help=text, description=text)
+    diff.add_argument("first", help="a checkpoint (.../step-00000100), local or s3://")
+    diff.add_argument("second", help="another one; any ZeRO stage and number of workers")
+    diff.set_defaults(run=_diff)
+
+    text = "write a checkpoint in DeepSpeed's universal format, and compare it"
+    convert = actions.add_parser("convert", help=text, description=f"{text}. To continue a run none is needed: oar converts by itself")
+    convert.add_argument("checkpoint", help="a checkpoint (.../step-00000100), local or s3://")
+    convert.add_argument("--out", required=True, help="a new folder")
+    convert.set_defaults(run=_convert)
+
+
+def _add_exchange(actions: Subparsers) -> None:
     text = "convert a checkpoint of another project"
     imports = actions.add_parser("import", help=text, description=text)
     imports.add_argument("kind", choices=PEERS)
@@ -31,6 +72,7 @@ def add(verbs: Subparsers) -> None:
     exports.add_argument("--out", required=True, help="a new folder, or for a peer's format a new file (.safetensors, .pt, .pth, .bin)")
     exports.add_argument("--format", choices=("folder", *PEERS), default="folder")
     exports.add_argument("--model", choices=MODELS, help="which one of a run; default: ordered")
+    exports.add_argument("--ema", action="store_true", help="of a training checkpoint: the moving average of the weights")
     exports.set_defaults(run=_export)
 
 
@@ -50,4 +92,43 @@ def _import(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from oar_scale.stages.checkpoint import run_export
 
-    print(run_export(arguments.source, arguments.out, arguments.format, arguments.model))
+    print(run_export(arguments.source, arguments.out, arguments.format, arguments.model, average=arguments.ema))
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from oar_scale.stages.checkpoint_care import run_list
+
+    print(run_list(arguments.where))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from oar_scale.stages.checkpoint_care import run_verify
+
+    faults = 0
+    for said, fault in run_verify(arguments.where):
+        print(said if fault is None else f"{said}: {fault}", flush=True)
+        faults += fault is not None
+    return int(faults > 0)
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    from oar_scale.errors import UserError
+    from oar_scale.stages.checkpoint_care import run_prune
+    from oar_scale.training.checkpoints.retention import Keep
+
+    if arguments.keep is None and (arguments.keep_every or arguments.keep_best):
+        raise UserError("--keep-every and --keep-best go with --keep: say how many of the newest are kept.")
+    keep = Keep(arguments.keep, arguments.keep_every or 0, arguments.keep_best or 0) if arguments.keep else None
+    print("\n".join(run_prune(arguments.where, keep, dry_run=arguments.dry_run)) or "nothing to remove")
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    from oar_scale.stages.checkpoint_content import run_diff
+
+    print(run_diff(arguments.first, arguments.second))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from oar_scale.stages.checkpoint_content import run_convert
+
+    print(run_convert(arguments.checkpoint, arguments.out))

@@ -1,4 +1,4 @@
-"""``oar checkpoint``: weights of other projects in, ours out.
+"""``oar checkpoint import | export``: weights of other projects in, ours out.
 
     import   RandAR, LlamaGen, LlamaGen's and MaskGIT's tokenizers  ->  a folder that ``oar_scale.load`` opens, or one file
     export   a model file, a run, or the shards of a training checkpoint  ->  such a folder, or a file that the peer's code opens
@@ -33,7 +33,8 @@ from oar_scale.tokenizers.peer_files import SAFE, PeerFile, Wrapping, read_peer_
 from oar_scale.tokenizers.prompts import TEXT_FILE
 from oar_scale.tokenizers.vq import VQTokenizer, load_vq, vq_id
 from oar_scale.tokenizers.weights import read_weights, save_weights
-from oar_scale.training.consolidation import consolidate
+from oar_scale.training.checkpoints.layout import is_step, places
+from oar_scale.training.checkpoints.whole_model import whole_model
 
 IMAGE_SIZE = 256
 """Side in pixels of the images that both tokenizers were trained on."""
@@ -114,7 +115,7 @@ def run_import(kind: str, file: str, out: str, options: ImportOptions) -> str:
     return out
 
 
-def run_export(source: str, out: str, form: str = "folder", name: str | None = None) -> str:
+def run_export(source: str, out: str, form: str = "folder", name: str | None = None, *, average: bool = False) -> str:
     """Write a model, or an image tokenizer, for use elsewhere.
 
     Args:
@@ -122,6 +123,7 @@ def run_export(source: str, out: str, form: str = "folder", name: str | None = N
         out: a new folder, or a new file whose ending says how a peer's format is stored.
         form: ``folder``, or one of ``TRUNKS`` and ``TOKENIZERS``.
         name: which model of a run; default ``ordered``.
+        average: of a training checkpoint, the moving average of the weights.
 
     Returns:
         ``out``.
@@ -133,27 +135,29 @@ def run_export(source: str, out: str, form: str = "folder", name: str | None = N
         _export_tokenizer(source, _unused(out), form)
     elif form in TRUNKS:
         _unused(out)
-        _, model = _open(source, name)
+        _, model = _open(source, name, average)
         write_peer_file(out, export_peer(model, _family(form)), _WRAPPINGS[_family(form)])
     else:
         with new_folder(out, last=CONFIG) as folder:
-            _fill(folder, source, name)
+            _fill(folder, source, name, average)
     return out
 
 
 # -- models -----------------------------------------------------------------------------------------------------------------
 
 
-def _open(source: str, name: str | None) -> tuple[Parts, AnyOrderModel]:
+def _open(source: str, name: str | None, average: bool) -> tuple[Parts, AnyOrderModel]:
     """A source's model in its stored dtypes, and the parts that lie beside it."""
-    storage = open_storage(source)
-    if storage.exists(join(source, "manifest.json")):
-        model = consolidate(source)
+    if is_step(source):
+        model = whole_model(source, average=average)
         return _parts_beside(source, model.spec), model
-    steps = [uri for uri in storage.list(source) if uri.endswith("/COMMITTED")] if "checkpoints" in source.split("/") else []
+    steps = [place.uri for place in places(source) if place.committed] if "checkpoints" in source.split("/") else []
     if steps:
-        newest = max(map(os.path.dirname, steps), key=os.path.basename)
-        raise UserError(f"{source}: holds the checkpoints of a training. Name one of them, the newest is {newest}")
+        raise UserError(f"{source}: holds the checkpoints of a training. Name one of them, the newest is {steps[-1]}")
+    if average:
+        raise UserError(
+            f"{source}: --ema is for a training checkpoint (.../step-00000100). A run's models are averages where its recipe says so."
+        )
     parts = find_parts(source, name)
     return parts, load_model(parts.model, as_stored=True)
 
@@ -172,9 +176,9 @@ def _parts_beside(checkpoint: str, spec: ModelSpec) -> Parts:
     return Parts(checkpoint, checkpoint, vq if storage.exists(vq) else None, told, join(root, "tokenizers"), SampleConfig(), None)
 
 
-def _fill(folder: str, source: str, name: str | None) -> None:
+def _fill(folder: str, source: str, name: str | None, average: bool) -> None:
     """The files of an exported folder."""
-    parts, model = _open(source, name)
+    parts, model = _open(source, name, average)
     if parts.model.endswith(SAFE):
         _copy(parts.model, join(folder, MODEL))  # the same bytes: the model keeps its id
     else:

@@ -220,24 +220,24 @@ def run_trial(ground: Ground, number: int, seed: int, s3: tuple[str, FaultProxy]
 def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, root: str | None) -> None:
     world, zero_stage = dice.choice(WORLDS), dice.choice(ZERO_STAGES)
     shapes, first = [(world, zero_stage)], ground.undisturbed(world, zero_stage)
-    corrupted: set[str] = set()
+    corrupted: dict[str, bytes | None] = {}
     seen: list[str] = []
     for number in range(ATTEMPTS):
         last = number == ATTEMPTS - 1
         kind = "none" if last or (number >= 2 and dice.random() < 0.6) else dice.choice(KINDS)
         run = copy_run(ground.run, folder, root, **changes(world, zero_stage))
-        before = committed(run)
+        before, damaged = committed(run), still_damaged(corrupted)
         plan = Plan(kind, dice.randrange(3), dice.choice(POINTS), dice.randint(1, 4))
         seen.append(join(folder, f"seen-{number}"))
         codes = attempt(run, plan, seen[-1], world, dice.uniform(0.5, 6) if kind == "kill at random" else None)
         trial.attempts += 1
         trial.kinds[kind] += 1
-        check_resumed(run, before, number, corrupted)
-        check_committed(run, corrupted)
+        check_resumed(run, before, number, damaged)
+        check_committed(run, still_damaged(corrupted))
         if codes == [0] * world and open_storage(run.at()).exists(run.model_uri("anyorder")):
             break
         if kind == "corrupt":
-            corrupted |= corrupt(run, dice, committed(run) - corrupted)
+            corrupted |= corrupt(dice, committed(run) - still_damaged(corrupted))
         if kind == "resize":
             world, zero_stage = dice.choice(WORLDS), dice.choice(ZERO_STAGES)
         shapes.append((world, zero_stage))
@@ -310,23 +310,41 @@ def check_committed(run: Run, corrupted: set[str]) -> None:
             raise AssertionError(f"{uri} is committed, and {fault}") from fault
 
 
-def corrupt(run: Run, dice: random.Random, whole: set[str]) -> set[str]:
-    """Damage a file of the newest checkpoint, the way disks do; not of the only one, without which the stage rightly refuses to go on."""
+def corrupt(dice: random.Random, whole: set[str]) -> dict[str, bytes | None]:
+    """Damage a file of the newest checkpoint, the way disks do; not of the only one, without which the stage rightly refuses to go on.
+
+    Returns:
+        Its URI, and its marker as it is now.
+    """
+    from oar_scale.training.checkpoints.layout import MANIFEST, MARKER, read
+
     if len(whole) < 2:
-        return set()
+        return {}
     newest = max(whole)
-    storage = open_storage(newest)
-    victim = dice.choice(storage.list(newest))
+    storage, folder = open_storage(newest), read(newest).folder
+    victim = dice.choice([join(newest, MARKER), join(folder, MANIFEST), *(join(folder, name) for name in read(newest).files)])
     data = bytearray(storage.read(victim))
     how = dice.choice(("flip", "cut", "lose"))
-    if how == "flip" and data:
+    if how == "flip":
         data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
         storage.write(victim, bytes(data))
     elif how == "cut":
         storage.write(victim, bytes(data[: len(data) // 2]))
     else:
         storage.delete(victim)
-    return {newest}
+    return {newest: marker_of(newest)}
+
+
+def marker_of(uri: str) -> bytes | None:
+    from oar_scale.training.checkpoints.layout import MARKER
+
+    storage = open_storage(uri)
+    return storage.read(join(uri, MARKER)) if storage.exists(join(uri, MARKER)) else None
+
+
+def still_damaged(corrupted: dict[str, bytes | None]) -> set[str]:
+    """Those whose step has not been done and committed again since."""
+    return {uri for uri, marker in corrupted.items() if marker_of(uri) == marker}
 
 
 def main() -> int:

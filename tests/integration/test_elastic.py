@@ -26,15 +26,28 @@ SHAPE: dict[str, Any] = {
     "pretrain": {"steps": STEPS, "checkpoint_every": 5, "evaluate_every": 100, "spike_guard": "off"},
 }
 SLOW = """
-import time
-from oar_scale.training import loop
-one_step = loop.train_step
-def slow(*given):
-    time.sleep({pause})
-    return one_step(*given)
-loop.train_step = slow
+import importlib.util, sys, time
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != "oar_scale.training.loop":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            one_step = module.train_step
+            def slow(*given):
+                time.sleep({pause})
+                return one_step(*given)
+            module.train_step = slow
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
 """
-"""So that there is time to lose a node: put into the workers' ``sitecustomize``."""
+"""So that there is time to lose a node: a ``sitecustomize`` that makes the steps of whoever imports the loop slow."""
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from oar_scale.model.spec import ClassSpec
 from oar_scale.pipeline import bind_run_dir
 from oar_scale.stages.checkpoint import ImportOptions, run_export, run_import
 from oar_scale.stages.run import Run
-from oar_scale.storage import join, open_storage, read_json, write_json
+from oar_scale.storage import join, open_storage, read_json
 from oar_scale.tokenizers.conversion import export_llamagen_vq
 from oar_scale.tokenizers.maskgit_vq import MaskGITSpec, MaskGITVQ
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, vq_id
@@ -300,7 +300,7 @@ def test_a_run_and_its_export_draw_the_same(trained: Run, tmp_path: Path) -> Non
 def test_a_checkpoint_without_its_run_is_exported_as_a_model_alone(trained: Run, s3_root: str, tmp_path: Path) -> None:
     uri = f"{s3_root}/{trained.recipe.parallel.precision}/step-00000003"
     for path in open_storage(checkpoint_of(trained)).list(checkpoint_of(trained)):
-        open_storage(uri).upload(path, join(uri, os.path.basename(path)))
+        open_storage(uri).upload(path, join(uri, os.path.relpath(path, checkpoint_of(trained))))
     run_export(uri, str(tmp_path / "exported"))
     assert sorted(os.listdir(tmp_path / "exported")) == ["config.json", "model.safetensors"]
     found = load_model(str(tmp_path / "exported" / "model.safetensors"))
@@ -308,30 +308,29 @@ def test_a_checkpoint_without_its_run_is_exported_as_a_model_alone(trained: Run,
 
 
 def test_a_damaged_or_uncommitted_checkpoint_is_never_opened(trained: Run, tmp_path: Path) -> None:
-    checkpoint = Path(checkpoint_of(trained))
-    victim = next(path for path in checkpoint.iterdir() if path.name.endswith("optim_states.pt"))
-    whole = victim.read_bytes()
+    checkpoint, marker = Path(checkpoint_of(trained)), Path(checkpoint_of(trained), "COMMITTED")
+    victim = next(checkpoint.glob("*/*optim_states.pt"))
+    for path, damaged, fault in [
+        (victim, victim.read_bytes()[:-1], rf"step-00000003: {victim.name} is damaged"),
+        (marker, b"", "COMMITTED is damaged"),
+    ]:
+        whole = path.read_bytes()
+        try:
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=fault):
+                run_export(str(checkpoint), str(tmp_path / "out"))
+        finally:
+            path.write_bytes(whole)
     try:
-        victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(UserError, match=rf"step-00000003: {victim.name} is damaged"):
-            run_export(str(checkpoint), str(tmp_path / "out"))
-    finally:
-        victim.write_bytes(whole)
-    try:
-        (checkpoint / "COMMITTED").unlink()
+        marker.rename(tmp_path / "marker")
         with pytest.raises(UserError, match="is not committed"):
             run_export(str(checkpoint), str(tmp_path / "out"))
     finally:
-        (checkpoint / "COMMITTED").touch()
-    manifest = read_json(str(checkpoint / "manifest.json"))
-    write_json(str(checkpoint / "manifest.json"), {key: value for key, value in manifest.items() if key != "model_spec"})
-    try:
-        with pytest.raises(UserError, match=r"does not say which model it is of.*next checkpoint"):
-            run_export(str(checkpoint), str(tmp_path / "out"))
-    finally:
-        write_json(str(checkpoint / "manifest.json"), manifest)
+        (tmp_path / "marker").rename(marker)
     with pytest.raises(UserError, match=r"holds the checkpoints of a training.*step-00000003"):
         run_export(str(checkpoint.parent), str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"keeps no moving average.*Leave --ema out"):
+        run_export(str(checkpoint), str(tmp_path / "out"), average=True)
     assert os.listdir(tmp_path) == []
 
 

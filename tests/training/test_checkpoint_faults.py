@@ -101,6 +101,25 @@ def save_while_s3_is_down(job: TrainingJob, out: str) -> None:
         restored = restore(train.engine, there)
         note(out, "s3", {"outcomes": found, "went_on": went_on, "outage": outage, "same": train.digest() == before, "step": restored.step})
         note(out, "s3 losses", [expected, train.losses(3, 5)])
+        restore_on_two_hosts(trainer(with_stage(there, 3)), with_stage(there, 3), before, out)
+
+
+def restore_on_two_hosts(train: Trainer, there: TrainingJob, expected: dict[str, int], out: str) -> None:
+    """Convert with a disk for each rank that the other does not see: once with a mistake that has to be noticed, once without."""
+    from oar_scale.training.checkpoints.live import LiveState
+
+    rank = os.environ["RANK"]
+    socket.gethostname = lambda: f"host{rank}"
+    apart = replace(there, local=join(there.local, f"host{rank}"))
+    put = LiveState.put
+    LiveState.put = lambda self, name, what, whole: put(self, name, what, whole + 1e-9 * (what == "ema" and name.endswith("null_rows")))
+    try:
+        restore(train.engine, apart)
+    except RuntimeError as error:
+        note(out, "unfaithful", str(error))
+    LiveState.put = put
+    restored = restore(train.engine, apart)
+    note(out, "hosts", {"converted": restored.converted, "same": train.digest() == expected, "left": os.listdir(apart.scratch)})
 
 
 def test_an_s3_that_is_down_costs_one_checkpoint_and_the_next_one_waits_for_it(
@@ -121,6 +140,8 @@ def test_an_s3_that_is_down_costs_one_checkpoint_and_the_next_one_waits_for_it(
     assert found["step"] == 3 and found["same"]
     before, after = noted(str(tmp_path), "s3 losses")
     assert before == after
+    assert re.search(r"not converted faithfully: \S+null_rows: its ema are not those", noted(str(tmp_path), "unfaithful"))
+    assert noted(str(tmp_path), "hosts") == {"converted": True, "same": True, "left": []}, "converted with another host's disk"
 
 
 # -- kill -9 ----------------------------------------------------------------------------------------------------------------

@@ -73,8 +73,10 @@ def check(checkpoint: Checkpoint, name: str) -> None:
     storage, crc, read = open_storage(uri), 0, 0
     starts = range(0, size + 1, _PIECE)  # with a byte more than there may be
     try:
-        for piece in in_order(lambda start: storage.read(uri, start, min(start + _PIECE, size + 1)), starts, _CONNECTIONS):
-            crc, read = crc32c(piece, crc), read + len(piece)
+        for first in range(0, len(starts), _CONNECTIONS):  # a few at a time: a reader that is ahead would fill the memory
+            few = starts[first : first + _CONNECTIONS]
+            for piece in in_order(lambda start: storage.read(uri, start, min(start + _PIECE, size + 1)), few, _CONNECTIONS):
+                crc, read = crc32c(piece, crc), read + len(piece)
     except Missing:
         raise Damaged(f"{name} is missing") from None
     _compare(checkpoint, name, read, crc)
@@ -85,14 +87,14 @@ def _download(checkpoint: Checkpoint, name: str, path: str) -> None:
     from oar_scale.storage.cache_folder import Part
     from oar_scale.storage.s3_download import Landing, download
 
-    size = checkpoint.files[name]["bytes"]
+    uri, size = join(checkpoint.folder, name), checkpoint.files[name]["bytes"]
     for last in range(_TRIES):
         landing = Landing(size, Part(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), path))
         try:
-            found = download(join(checkpoint.folder, name), "", landing, lambda took: None)
+            found = download(uri, "", landing, lambda took: None)
             if landing.problem is not None:
                 raise UserError(f"{path}: {landing.problem.strerror}. Free some space, or set storage.scratch_dir to another disk.")
-            _compare(checkpoint, name, size, found)
+            _compare(checkpoint, name, size + len(open_storage(uri).read(uri, size, size + 1)), found)
             return
         except Missing:
             raise Damaged(f"{name} is missing") from None

@@ -10,6 +10,7 @@ error is not tried again by then, one that moves is let finish.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.background import start
 from oar_scale.training.checkpoints import layout
+from oar_scale.training.checkpoints.layout import Damaged
 from oar_scale.training.checkpoints.retention import Keep, Retention, prune
 from oar_scale.training.checkpoints.scratch import Scratch, clear_dead
 from oar_scale.training.job import TrainingJob
@@ -77,6 +79,10 @@ class Saver:
     """Saves an engine's checkpoints. Collective: every rank makes one and calls the same methods in the same order."""
 
     def __init__(self, job: TrainingJob, *, patience_s: float = PATIENCE_S) -> None:
+        global _last
+        if _last is not None:
+            _last._settle()  # after a roll-back: its last save would commit in the midst of ours
+        _last = self
         self._job, self._patience_s = job, patience_s
         self._rank = dist.get_rank()
         self._group: Any = dist.new_group(backend="gloo", timeout=_LONGEST)
@@ -155,6 +161,7 @@ class Saver:
         return values
 
     def _manifest(self, engine: Any, step: int, state: dict[str, Any]) -> dict[str, Any]:
+        json.dumps(state)  # what is no JSON is the caller's mistake, and no storage's
         return {
             **self._about,
             "step": step,
@@ -227,6 +234,8 @@ class Saver:
             if not isinstance(raised, Exception):
                 raise raised
             error = raised
+            if isinstance(error, Damaged):  # and will not be whole again
+                break
             if self._hurry.wait(min(wait, deadline - time.monotonic())) or time.monotonic() >= deadline:
                 break
             wait = min(2 * wait, BACKOFF_MAX_S)
@@ -249,6 +258,10 @@ class Saver:
             prune(layout.places(self._job.checkpoints), self._retention)
         except Exception as error:
             _log.warning("%s: old checkpoints could not be removed, the next save tries again: %s", self._job.checkpoints, error)
+
+
+_last: Saver | None = None
+"""The newest of this process."""
 
 
 def _first(faults: Any) -> str | None:

@@ -40,7 +40,7 @@ class _Piece:
     count: int
 
     def values(self, what: str) -> Tensor:
-        return self.flat[what].view(-1).narrow(0, self.start, self.count)
+        return self.flat[what].detach().view(-1).narrow(0, self.start, self.count)
 
 
 @dataclass
