@@ -87,8 +87,8 @@ def _attempt(job: TrainingJob, process: Process, log: EventLog | None, back: Rol
             callback.start(loop)
         try:
             loop.run(callbacks)
-        except Requeue:
-            _end(callbacks, loop)
+        except (Requeue, RollBack):
+            _end(callbacks, loop)  # the checkpoint on its way is what comes next goes on from
             raise
         _end(callbacks, loop)
         process.beat("export")

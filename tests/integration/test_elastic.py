@@ -19,7 +19,7 @@ from oar_scale.config.loading import dump_recipe
 from oar_scale.observe.events import read_events
 from oar_scale.stages.run import Run
 
-STEPS = 60
+STEPS = 45
 SHAPE: dict[str, Any] = {
     "model": {"dropout": 0.0},
     "parallel": {"workers": {"min": 1, "max": 2}, "precision": "fp32", "micro_batch": 2},
