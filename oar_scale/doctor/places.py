@@ -101,10 +101,10 @@ def weights_and_biases(mode: str) -> Iterator[Finding]:
         return
     import wandb
 
-    from oar_scale.observe.wandb_sink import _has_key
+    from oar_scale.observe.wandb_run import has_key
 
     server = wandb.setup().settings.base_url
-    if _has_key(server):
+    if has_key(server):
         yield Finding("ok", "W&B", f"online at {server}, with a key")
     else:
         yield Finding("warn", "W&B", f"online, and no key for {server}, so runs are kept offline; set WANDB_API_KEY, or wandb login")

@@ -9,22 +9,33 @@ in a log file or a pipe it prints a plain line every ten seconds, with the same 
 
 from __future__ import annotations
 
+import logging
+import math
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from oar_scale.observe.events import Event, attempts, parse_line
+from oar_scale.observe.events import Event, EventReader, attempts
+from oar_scale.observe.words import duration as duration
+from oar_scale.observe.words import number, sentence, time_left
+
+log = logging.getLogger(__name__)
 
 PLAIN_INTERVAL_S = 10.0
 POLL_S = 0.3
+JOIN_S = 2.0
+"""How long the end of a stage waits for its last lines to be shown."""
+QUIET = ("bad_sample", "worker_failure", "resized", "end")
+"""Said elsewhere: the bad samples by number, the rest by the driver itself."""
 
 
 class Console:
@@ -51,16 +62,17 @@ class Console:
             self.say(f"{name}: {what} ({expected})")
 
     @contextmanager
-    def follow(self, folder: str, stage: str, total_steps: int) -> Iterator[None]:
+    def follow(self, folder: str, stage: str, total_steps: int, stall_s: float = math.inf) -> Iterator[None]:
         """Show a stage's events while the ``with`` body runs it, usually in other processes.
 
         Args:
             folder: local folder of the run's events.
             stage: name of the stage; what earlier attempts wrote is not shown again.
             total_steps: the step at which the stage is complete.
+            stall_s: silence that is worth a line.
         """
         view = self._view(total_steps, stage)
-        follower = _Follower(folder, stage, total_steps, view)
+        follower = _Follower(folder, stage, total_steps, view, stall_s)
         follower.start()
         try:
             yield
@@ -105,21 +117,6 @@ class Tally:
     def note(self, text: str) -> None:
         """Print a line beside the progress, e.g. that an actor was lost and replaced."""
         self._view.note(text)
-
-
-def time_left(units: float, per_second: float | None) -> str:
-    """``"1 min 20 s left"``; empty while the rate is not known, or when nothing is left."""
-    return f"{duration(units / per_second)} left" if per_second and units > 0 else ""
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: ``9 s``, ``2 min 05 s``, ``1 h 20 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 class _Pace:
@@ -196,14 +193,16 @@ class _Lines:
 
 
 class _Follower:
-    """Tails the attempt files of a stage, from where they end now, and shows what is appended."""
+    """Shows what is appended to a stage's events, from where they end now."""
 
-    def __init__(self, folder: str, stage: str, total_steps: int, view: _View) -> None:
-        self._folder, self._stage, self._total, self._view = folder, stage, total_steps, view
-        self._offsets = {path: _size(path) for _, path in attempts(folder, stage)}
-        self._attempts_before = len(self._offsets)
+    def __init__(self, folder: str, stage: str, total_steps: int, view: _View, stall_s: float) -> None:
+        self._folder, self._stage, self._total, self._view, self._stall_s = folder, stage, total_steps, view, stall_s
+        # Not every file is an attempt of the workers; this is exact enough, and reads a history of weeks in no time.
+        self._attempts_before = sum(Path(path).read_bytes().count(b'"kind": "start"') for _, path in attempts(folder, stage))
+        self._reader = EventReader(folder, stage, from_now=True)
         self._state: dict[str, Any] = {}
         self._pace = _Pace()
+        self._progressed, self._stalled = time.monotonic(), False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"console-{stage}", daemon=True)
 
@@ -211,46 +210,46 @@ class _Follower:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._ended.wait(POLL_S):
-            self._poll()
+        """In a thread of its own, which may break (a closed pipe, a full disk) without harm to the stage."""
+        try:
+            ended = False
+            while not ended:
+                ended = self._ended.wait(POLL_S)
+                self._poll()
+        except Exception as error:  # a view of the stage must not be able to end it
+            log.warning("the console no longer follows %s (%s: %s)", self._stage, type(error).__name__, error)
 
     def finish(self) -> None:
         """Stop, after showing what was written up to now."""
         self._ended.set()
-        self._thread.join()
-        self._poll()
+        self._thread.join(JOIN_S)
 
     def _poll(self) -> None:
-        for _, path in attempts(self._folder, self._stage):
-            with open(path, "rb") as file:
-                file.seek(self._offsets.get(path, 0))
-                data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            self._offsets[path] = self._offsets.get(path, 0) + len(whole)
-            for line in whole.decode("utf-8", errors="replace").splitlines():
-                event = parse_line(line)
-                if event is not None:
-                    self._show(event)
+        for entry in self._reader.poll():
+            self._progressed, self._stalled = time.monotonic(), False
+            self._show(entry.event)
+        silent = time.monotonic() - self._progressed
+        if silent > self._stall_s and not self._stalled:
+            self._stalled = True
+            self._view.note(f"nothing was heard of {self._stage} for {duration(silent)}")
 
     def _show(self, event: Event) -> None:
         kind, step = event["kind"], event.get("step")
+        note = sentence(event)
         if kind == "start":
             self._show_start(event)
         elif kind == "heldout":
             self._state["nll"] = event.get("nll_random")
-            self._view.note(f"step {step}: held-out NLL {_number(event.get('nll_random'))} nats per code (random orders)")
-        elif kind == "checkpoint":
-            mb = event["bytes"] / 1e6 if "bytes" in event else 0.0
-            self._view.note(f"step {step}: checkpoint, {mb:.1f} MB in {event.get('seconds', 0.0):.1f} s")
-        elif kind == "rejected_checkpoint":
-            self._view.note(f"passed over {event.get('uri')}: {event.get('fault')}")
-        elif step is not None:
+        elif kind in ("train", "vq"):
             self._state.update({name: event[name] for name in ("loss", "psnr", "images_per_s") if name in event})
             # Only these move the bar: a checkpoint may be reported when training is already further.
+            assert step is not None
             self._pace.add(step, event["time"])
             self._view.show(step, f"step {step}/{self._total}", self._text(step))
-        for name, value in event.get("non_finite", {}).items():
-            self._view.note(f"step {step}: {name} is {value}")
+            for name, value in event.get("non_finite", {}).items():
+                self._view.note(f"step {step}: {name} is {value}")
+        if note and kind not in QUIET:
+            self._view.note(note)
 
     def _show_start(self, event: Event) -> None:
         seen = self._attempts_before + self._state.get("starts", 0)
@@ -259,21 +258,13 @@ class _Follower:
         self._pace = _Pace()
         self._pace.add(start_step, event["time"])
         if seen or start_step:
-            self._view.note(f"attempt {seen + 1}: goes on from step {start_step}")
+            workers = f", {event['world_size']} workers" if "world_size" in event else ""
+            self._view.note(f"attempt {seen + 1}: goes on from step {start_step}{workers}")
 
     def _text(self, step: int) -> str:
         state = self._state
-        parts = [f"{name} {_number(state[name])}" for name in ("loss", "psnr", "nll") if name in state]
+        parts = [f"{name} {number(state[name])}" for name in ("loss", "psnr", "nll") if name in state]
         if state.get("images_per_s"):
             parts.append(f"{state['images_per_s']:.1f} images/s")
         parts.append(time_left(self._total - step, self._pace.per_second()))
         return "  ".join(part for part in parts if part)
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}"
-
-
-def _size(path: str) -> int:
-    with open(path, "rb") as file:
-        return file.seek(0, 2)

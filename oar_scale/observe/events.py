@@ -1,42 +1,56 @@
 """The event stream: what happened in a run, one JSON object a line, one file an attempt.
 
     events/pretrain-000.jsonl      first attempt, ended by a kill at step 80
-    events/pretrain-001.jsonl      second attempt, went on from the checkpoint of step 50
+    events/pretrain-001.jsonl      what the driver said in between: that workers had died
+    events/pretrain-002.jsonl      second attempt, went on from the checkpoint of step 50
 
-Every line is ``{"time": unix seconds, "stage": ..., "kind": ..., ...}``. The console, W&B and the report are views of
-these files and hold nothing of their own. A line is written whole and flushed at once, so a killed process loses at most
-the line it was writing; :func:`read_events` ignores such a torn end.
+Every line is ``{"time": unix seconds, "stage": ..., "kind": ..., ...}``. The console, W&B, Prometheus, ``oar status`` and the
+report are views of these files and hold nothing of their own. A line is written whole and flushed at once, so a killed
+process loses at most the line it was writing; readers ignore such a torn end. :class:`EventReader` hands out what was
+appended since the last look; :func:`read_events` is the history as it counts, without what a restart has undone.
 
 A number JSON cannot hold is written as null and named beside it: ``{"loss": null, "non_finite": {"loss": "nan"}}``.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
+import logging
 import math
 import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from oar_scale.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
 _RESERVED = ("time", "stage", "non_finite")
+_HELD_BYTES = 16 << 20
+"""What a log keeps in memory while the disk takes nothing; more is lost, and said."""
 
 
 class EventLog:
-    """Appends the events of one attempt at a stage to a new file in ``folder``. Safe to use from several threads."""
+    """Appends the events of one attempt at a stage to a new file in ``folder``. Safe to use from several threads.
 
-    def __init__(self, folder: str, stage: str) -> None:
-        """Open the next free attempt file.
+    A disk that is full does not end the run: the lines are kept in memory and written with the next event that can be.
+    """
+
+    def __init__(self, folder: str, stage: str, attempt: int | None = None) -> None:
+        """Open a new attempt file.
 
         Args:
             folder: local folder of the run's events; made when absent.
             stage: letters, digits, ``_``, ``.`` and ``-``.
+            attempt: its number, or the first free one after it (:func:`oar_scale.observe.mirror.next_attempt` tells the number
+                where attempts are made on several hosts). Default: the next of this folder.
 
         Raises:
             ValueError: ``stage`` cannot be a file name.
@@ -45,16 +59,18 @@ class EventLog:
             raise ValueError(f"stage {stage!r} cannot be part of a file name")
         os.makedirs(folder, exist_ok=True)
         self.stage = stage
+        self.attempt = next_local(folder, stage) if attempt is None else attempt
         self._lock = threading.Lock()
-        attempt = max((number for number, _ in attempts(folder, stage)), default=-1) + 1
+        self._held = bytearray()
+        self._lost = 0
         while True:
-            self.path = os.path.join(folder, f"{stage}-{attempt:03d}.jsonl")
+            self.path = attempt_path(folder, stage, self.attempt)
             try:
-                # "x": two processes that start at once get two files.
-                self._file = open(self.path, "x", encoding="utf-8")  # noqa: SIM115 (closed by close())
+                # O_EXCL: two processes that start at once get two files.
+                self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
                 break
             except FileExistsError:
-                attempt += 1
+                self.attempt += 1
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Append one event.
@@ -72,23 +88,100 @@ class EventLog:
             raise ValueError(f"event fields {taken} are written by the log itself")
         non_finite: dict[str, str] = {}
         plain = {name: _plain(value, name, non_finite) for name, value in fields.items()}
-        event: Event = {"time": round(time.time(), 3), "stage": self.stage, "kind": kind, **plain}
+        event: Event = {"time": round(time.time(), 6), "stage": self.stage, "kind": kind, **plain}
         if non_finite:
             event["non_finite"] = non_finite
-        line = json.dumps(event, allow_nan=False) + "\n"
+        line = (json.dumps(event, allow_nan=False) + "\n").encode()
         with self._lock:
-            self._file.write(line)
-            self._file.flush()
+            if self._file < 0:
+                raise ValueError(f"{self.path}: event {kind!r} after the log was closed")
+            self._append(line)
 
     def close(self) -> None:
         with self._lock:
-            self._file.close()
+            if self._file >= 0:
+                self._append(b"")
+                os.close(self._file)
+                self._file = -1
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _append(self, line: bytes) -> None:
+        """Write what is held and then ``line``; whatever the disk does not take is held."""
+        fits = len(self._held) + len(line) <= _HELD_BYTES
+        self._lost += not fits
+        waiting = bool(self._held)
+        self._held += line if fits else b""
+        try:
+            while self._held:
+                del self._held[: os.write(self._file, self._held)]  # the rest of a line that was cut off is written first
+        except OSError as error:
+            if not waiting:
+                log.warning("%s: %s; events are kept in memory until it can be written again", self.path, error.strerror)
+            return
+        if self._lost:
+            log.warning("%s: %d events were lost while it could not be written", self.path, self._lost)
+            self._lost = 0
+
+
+class Entry(NamedTuple):
+    """An event and where it stands."""
+
+    file: str
+    """Name of its file without ``.jsonl``."""
+    attempt: int
+    event: Event
+    end: int
+    """Size of the file up to the end of this line."""
+
+
+class EventReader:
+    """What was appended to a stage's attempt files since the last look. Reads nothing twice, and only whole lines.
+
+    Where several files grew, their events come in the order of their times: told as they happened.
+    """
+
+    def __init__(self, folder: str, stage: str, *, from_now: bool = False) -> None:
+        """``from_now``: leave out what is there already."""
+        self.folder, self.stage = folder, stage
+        self.ends: dict[str, int] = {}
+        """Bytes read of each file, by its name without ``.jsonl``."""
+        if from_now:
+            self.ends = {file: os.path.getsize(self._path(file)) for file in self._files()}
+
+    def poll(self) -> Iterator[Entry]:
+        """The new events; an entry counts as read when it has been handed out."""
+        grown = [file for file in self._files() if _size(self._path(file)) > self.ends.get(file, 0)]
+        for entry in heapq.merge(*map(self.lines, grown), key=lambda entry: float(entry.event.get("time", 0.0))):
+            self.ends[entry.file] = entry.end
+            yield entry
+
+    def lines(self, file: str, stop: int | None = None) -> Iterator[Entry]:
+        """The whole lines of one file from where it was read to, at most up to byte ``stop``; they do not count as read."""
+        end, number = self.ends.get(file, 0), int(file.rpartition("-")[2])
+        try:
+            opened = open(self._path(file), "rb")  # noqa: SIM115 (closed by the with below)
+        except FileNotFoundError:
+            return  # somebody cleans up
+        with opened as lines:
+            lines.seek(end)
+            for line in lines:
+                end += len(line)
+                if not line.endswith(b"\n") or (stop is not None and end > stop):
+                    return
+                event = parse_line(line.decode("utf-8", errors="replace"))
+                if event is not None:
+                    yield Entry(file, number, event, end)
+
+    def _files(self) -> list[str]:
+        return [os.path.basename(path).removesuffix(".jsonl") for _, path in attempts(self.folder, self.stage)]
+
+    def _path(self, file: str) -> str:
+        return os.path.join(self.folder, f"{file}.jsonl")
 
 
 def attempts(folder: str, stage: str) -> list[tuple[int, str]]:
@@ -98,6 +191,22 @@ def attempts(folder: str, stage: str) -> list[tuple[int, str]]:
     pattern = re.compile(re.escape(stage) + r"-(\d+)\.jsonl")
     found = [(int(match[1]), os.path.join(folder, name)) for name in os.listdir(folder) if (match := pattern.fullmatch(name))]
     return sorted(found)
+
+
+def attempt_path(folder: str, stage: str, attempt: int) -> str:
+    """The file of one attempt."""
+    return os.path.join(folder, f"{stage}-{attempt:03d}.jsonl")
+
+
+def next_local(folder: str, stage: str) -> int:
+    """The number after the last attempt in this folder."""
+    return max((number for number, _ in attempts(folder, stage)), default=-1) + 1
+
+
+def stages_with_events(folder: str) -> list[str]:
+    """The stages that have event files, by name."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted({match[1] for name in names if (match := re.fullmatch(r"([A-Za-z0-9_.-]+)-\d+\.jsonl", name))})
 
 
 def read_events(folder: str, stage: str) -> list[Event]:
@@ -113,15 +222,17 @@ def read_events(folder: str, stage: str) -> list[Event]:
     Raises:
         UserError: a line that is not JSON, other than the last one of a file.
     """
-    history: list[Event] = []
-    for _, path in attempts(folder, stage):
+    kept: list[list[Event]] = []
+    limit, repeated = math.inf, set[tuple[str, int]]()
+    for _, path in reversed(attempts(folder, stage)):
         events = _read_file(path)
+        counts = [e for e in events if "step" not in e or (e["step"] <= limit and (e["kind"], e["step"]) not in repeated)]
+        kept.append(counts)
         resumed_at = _resumed_at(events)
         if resumed_at is not None:
-            repeated = {(event["kind"], event["step"]) for event in events if "step" in event}
-            history = [e for e in history if "step" not in e or (e["step"] <= resumed_at and (e["kind"], e["step"]) not in repeated)]
-        history += events
-    return history
+            limit = min(limit, resumed_at)
+            repeated |= {(event["kind"], event["step"]) for event in counts if "step" in event}
+    return [event for events in reversed(kept) for event in events]
 
 
 def parse_line(line: str) -> Event | None:
@@ -154,6 +265,13 @@ def _resumed_at(events: list[Event]) -> int | None:
         if event["kind"] == "start" and "start_step" in event:
             return int(event["start_step"])
     return min((int(event["step"]) for event in events if "step" in event), default=None)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        return 0
 
 
 def _plain(value: Any, name: str, non_finite: dict[str, str]) -> Any:

@@ -1,100 +1,111 @@
-"""W&B as a view of the event files: call it after a stage (or again at any time), and the run there catches up.
+"""W&B as a view of the event files: a process of its own sends them, during a stage or after it.
 
-The files are the truth; a small ``STAGE.wandb.json`` beside them holds the W&B run id and the last step it has, so that
-restarts go on in the same W&B run and no step is sent twice. Nothing here can fail a run: whatever goes wrong is one
-warning in the log, and without a key or a network the W&B run is kept offline (``wandb sync`` uploads it later).
+The files are the truth; ``STAGE.wandb.json`` beside them is that process' memory (:mod:`oar_scale.observe.wandb_process`).
+Nothing here can fail a run or hold it up: whatever goes wrong is a warning in the log, all waiting is bounded, and what
+W&B has not got by then is sent the next time. Without a key or a network the W&B run is kept offline.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import netrc
 import os
-import uuid
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlparse
 
-from oar_scale.observe.events import Event, read_events
+import psutil
+
+import oar_scale
+from oar_scale.observe.wandb_process import Spec, end_descendants, is_delivered
 
 log = logging.getLogger(__name__)
 
-INIT_TIMEOUT_S = 20.0
-FINISH_TIMEOUT_S = 60.0
+WAIT_S = 10.0
+"""How long the end of a stage waits for W&B."""
+ARTIFACT_WAIT_S = 600.0
+"""The same where a model is to be uploaded."""
 
 
-def project(events_folder: str, recipe_name: str, stage: str, mode: Literal["off", "offline", "online"], project: str) -> None:
-    """Bring the W&B run of a stage up to date with its event files. Never raises.
+class WandbProcess:
+    """The running process of one stage."""
 
-    Args:
-        events_folder: local folder of the run's events; W&B's own files go into ``wandb/`` beside it.
-        recipe_name: groups the stages of one recipe; first part of the run's name.
-        stage: the stage whose events are sent.
-        mode: ``off`` does nothing; ``online`` falls back to offline when there is no key or no answer.
-        project: the W&B project.
+    def __init__(self, spec: Spec, say: Callable[[str], None]) -> None:
+        """Start it. ``say`` gets what a user wants to read, such as the run's address; warnings go to the log."""
+        folder = Path(spec.events).absolute().parent / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        package = str(Path(oar_scale.__file__).parents[1])
+        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        with open(folder / f"{spec.stage}.log", "ab") as chatter:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "oar_scale.observe.wandb_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=chatter,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is the driver's
+            )
+        self._stage, self._say = spec.stage, say
+        self._relay = threading.Thread(target=self._pass_on, name=f"wandb-{spec.stage}", daemon=True)
+        self._relay.start()
+        self._tell(json.dumps(asdict(spec)))
+
+    def stop(self, wait_s: float) -> bool:
+        """Let it send what is written; end it when that takes longer than ``wait_s``. Returns whether it ended by itself."""
+        until = time.monotonic() + wait_s
+        self._tell("end")
+        with contextlib.suppress(OSError):
+            if self._process.stdin:
+                self._process.stdin.close()
+        try:
+            self._process.wait(max(0.0, until - time.monotonic()))
+            finished = True
+        except subprocess.TimeoutExpired:
+            finished = False
+            log.warning("W&B did not finish with %s within %.0f s; what it lacks is sent the next time", self._stage, wait_s)
+            self._kill()
+        self._relay.join(1.0)
+        return finished
+
+    def _kill(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            end_descendants(psutil.Process(self._process.pid))  # wandb's own server has a session of its own
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # it has ended; its last words are in the log
+            assert self._process.stdin is not None
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _pass_on(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                level, text = json.loads(line)
+                if level == "info":
+                    self._say(text)
+                else:
+                    log.warning("%s", text)
+
+
+def project(spec: Spec, say: Callable[[str], None], wait_s: float = WAIT_S) -> bool:
+    """Bring the W&B run of a stage up to date with its event files, if it is not. Never raises, and waits at most ``wait_s``.
+
+    Returns:
+        Whether W&B has everything.
     """
-    if mode == "off":
-        return
     try:
-        _send(events_folder, recipe_name, stage, mode, project)
+        if not is_delivered(spec.events, spec.stage):
+            WandbProcess(spec, say).stop(wait_s)
+        return is_delivered(spec.events, spec.stage)
     except Exception as error:  # a view of the run must not be able to end it
-        log.warning("W&B did not get the events of %s (%s: %s); they are in %s", stage, type(error).__name__, error, events_folder)
-
-
-def _send(folder: str, recipe_name: str, stage: str, mode: Literal["offline", "online"], project: str) -> None:
-    state_file = Path(folder) / f"{stage}.wandb.json"
-    state = json.loads(state_file.read_text()) if state_file.exists() else {}
-    run_id, last_step = state.get("run_id") or uuid.uuid4().hex[:12], int(state.get("last_step", -1))
-    events = read_events(folder, stage)
-    points = sorted((p for e in events if (p := _point(e)) and p[0] > last_step), key=lambda p: p[0])
-    if not points:
-        return
-
-    import wandb
-
-    if mode == "online" and not _has_key(wandb.setup().settings.base_url):
-        log.warning("W&B: no WANDB_API_KEY and none in ~/.netrc; the run of %s is kept offline", stage)
-        mode = "offline"
-    arguments: dict[str, Any] = {
-        "project": project,
-        "group": recipe_name,
-        "name": f"{recipe_name}-{stage}",
-        "id": run_id,
-        "resume": "allow",
-        "dir": os.path.dirname(os.path.abspath(folder)),
-        "config": {k: v for e in events if e["kind"] == "start" for k, v in e.items() if k not in ("time", "kind")},
-    }
-    settings: dict[str, Any] = {"init_timeout": INIT_TIMEOUT_S, "finish_timeout": FINISH_TIMEOUT_S, "silent": True, "console": "off"}
-    try:
-        run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **arguments)
-    except wandb.Error as error:
-        if mode == "offline":
-            raise
-        log.warning("W&B did not answer (%s); the run of %s is kept offline", error, stage)
-        wandb.teardown()  # the failed start still holds the run id
-        run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
-    try:
-        for step, values in points:
-            run.log(values, step=step)
-    finally:
-        run.finish()
-    state_file.write_text(json.dumps({"run_id": run_id, "last_step": points[-1][0]}))
-
-
-def _point(event: Event) -> tuple[int, dict[str, float]] | None:
-    """The numbers of an event under ``kind/name``, at its step (a pool's step is its count); None when it has no step."""
-    step = event.get("step", event.get("done"))
-    if step is None:
-        return None
-    numbers = {name: value for name, value in event.items() if isinstance(value, int | float) and name not in ("time", "step", "done")}
-    return int(step), {f"{event['kind']}/{name}": value for name, value in numbers.items()}
-
-
-def _has_key(base_url: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(urlparse(base_url).hostname or "") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
+        log.warning("W&B did not get the events of %s (%s: %s); they are in %s", spec.stage, type(error).__name__, error, spec.events)
         return False

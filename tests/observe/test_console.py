@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from oar_scale.config.schema import Recipe
 from oar_scale.observe.console import Console, duration
 from oar_scale.observe.events import EventLog
+from oar_scale.observe.watch import watching
+from tests.observe import synthetic_run
 
 
 def test_followed_stage_shows_progress_evaluations_checkpoints_and_restarts(tmp_path: Path) -> None:
     with EventLog(str(tmp_path), "pretrain") as log:
+        log.emit("start", steps=10, start_step=0)
         log.emit("train", step=1, loss=9.999)
+    with EventLog(str(tmp_path), "pretrain") as log:
+        log.emit("worker_failure", cause="lost")
     stream = io.StringIO()
     console = Console(stream)
     console.stage("pretrain", "continue the any-order model", "about 1 min")
@@ -30,6 +36,38 @@ def test_followed_stage_shows_progress_evaluations_checkpoints_and_restarts(tmp_
     assert "step 7: loss is nan" in text
     assert "step 7/10  loss not finite  nll 3.500  61.3 images/s" in text
     assert "9.999" not in text  # what an earlier attempt wrote
+
+
+def test_faults_and_silence_are_said_and_what_the_driver_says_itself_is_not_said_twice(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with Console(stream).follow(str(tmp_path), "pretrain", 100, stall_s=0.4), EventLog(str(tmp_path), "pretrain") as log:
+        synthetic_run.start(log, 50)
+        synthetic_run.faults(log, 60)
+        log.emit("stopping", step=60, reason="SIGTERM")
+        synthetic_run.driver(tmp_path)
+        time.sleep(1.2)
+    text = stream.getvalue()
+    assert "attempt 1: goes on from step 50, 2 workers" in text
+    assert "step 60: batch skipped: loss nan and grad_norm inf (samples 3, 17, 99)" in text
+    assert "step 60: loss 9.000 where 3.200 was expected; going on" in text
+    assert "step 60: the checkpoint was not written: the disk is full" in text
+    assert "step 60: stopping: SIGTERM" in text
+    assert text.count("nothing was heard of pretrain for ") == 1
+    assert "ActorDiedError" not in text and "2 -> 1 workers" not in text
+
+
+def test_a_console_that_cannot_be_written_to_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError("nobody reads")
+
+    recipe = Recipe.model_validate({"name": "emoji"})
+    with watching(str(tmp_path), "pretrain", recipe, str(tmp_path), console=Console(Gone(), 0.0), steps=100):
+        with EventLog(str(tmp_path), "pretrain") as log:
+            synthetic_run.start(log, 50)
+            synthetic_run.train(log, 60)
+        time.sleep(0.5)
+    assert "the console no longer follows pretrain (BrokenPipeError: nobody reads)" in caplog.text
 
 
 def test_progress_counts_and_ends_with_the_total() -> None:

@@ -1,14 +1,16 @@
 """The event files: what survives a kill, a restart and a number that is not one."""
 
 import json
+import resource
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from oar_scale.errors import UserError
-from oar_scale.observe.events import Event, EventLog, read_events
+from oar_scale.observe.events import Event, EventLog, EventReader, read_events, stages_with_events
 
 
 def steps(events: list[Event], kind: str = "train") -> list[tuple[int, float]]:
@@ -109,3 +111,84 @@ def test_reserved_fields_and_bad_names_are_refused(tmp_path: Path) -> None:
         log.emit("train", time=3)
     with pytest.raises(ValueError, match=r"\.\./up"):
         EventLog(str(tmp_path), "../up")
+
+
+def test_an_attempt_may_be_given_its_number(tmp_path: Path) -> None:
+    with EventLog(str(tmp_path), "pretrain", attempt=4) as log:
+        assert (log.attempt, Path(log.path).name) == (4, "pretrain-004.jsonl")
+    with EventLog(str(tmp_path), "pretrain", attempt=4) as log:
+        assert log.attempt == 5  # two that start at once never share a file
+    with EventLog(str(tmp_path), "pretrain") as log:
+        assert log.attempt == 6
+
+
+def test_a_disk_that_takes_no_more_ends_nothing_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with EventLog(str(tmp_path), "pretrain") as log:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))  # the kernel cuts off a write in the middle of a line
+            for step in range(1, 21):
+                log.emit("train", step=step, loss=1.0)
+            assert Path(log.path).stat().st_size == 700
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert len(read_events(str(tmp_path), "pretrain")) < 20
+        log.emit("train", step=21, loss=1.0)
+    assert [step for step, _ in steps(read_events(str(tmp_path), "pretrain"))] == list(range(1, 22))
+    assert caplog.text.count("kept in memory") == 1
+
+
+def told(reader: EventReader) -> list[object]:
+    return [entry.event.get("step", entry.event["kind"]) for entry in reader.poll()]
+
+
+def test_a_reader_gets_each_event_once_and_a_torn_line_when_it_is_whole(tmp_path: Path) -> None:
+    reader = EventReader(str(tmp_path), "pretrain")
+    assert told(reader) == []
+    path = Path(write_attempt(tmp_path, 0, 2, loss=1.0))
+    assert told(reader) == ["start", 1, 2]
+    with open(path, "a") as file:
+        file.write('{"time": 1, "kind": "train", "st')
+        file.flush()
+        assert told(reader) == []
+        file.write('ep": 3}\n')
+    assert told(reader) == [3]
+    write_attempt(tmp_path, 2, 4, loss=1.0)
+    assert told(EventReader(str(tmp_path), "pretrain", from_now=True)) == []
+    assert told(reader) == ["start", 3, 4]
+    assert [entry.attempt for entry in EventReader(str(tmp_path), "pretrain").poll()] == [0] * 4 + [1] * 3
+
+
+def test_a_reader_that_stops_half_way_goes_on_there(tmp_path: Path) -> None:
+    write_attempt(tmp_path, 0, 3, loss=1.0)
+    reader = EventReader(str(tmp_path), "pretrain")
+    poll = reader.poll()
+    assert [next(poll).event["kind"], next(poll).event["step"]] == ["start", 1]
+    assert told(reader) == [2, 3]
+
+
+def test_what_the_driver_says_in_a_file_of_its_own_is_told_in_its_place_and_undoes_nothing(tmp_path: Path) -> None:
+    with EventLog(str(tmp_path), "pretrain") as driver:
+        write_attempt(tmp_path, 0, 1, loss=1.0)
+        driver.emit("worker_failure", cause="lost")
+        write_attempt(tmp_path, 1, 2, loss=1.0)
+    entries = list(EventReader(str(tmp_path), "pretrain").poll())
+    assert [(e.attempt, e.event["kind"]) for e in entries] == [
+        (1, "start"), (1, "train"), (0, "worker_failure"), (2, "start"), (2, "train"),
+    ]  # fmt: skip
+    assert steps(read_events(str(tmp_path), "pretrain")) == [(1, 1.0), (2, 1.0)]
+    assert stages_with_events(str(tmp_path)) == ["pretrain"]
+
+
+def test_a_history_of_a_hundred_attempts_is_read_in_one_pass(tmp_path: Path) -> None:
+    """100,000 events, each attempt undoing half of the one before."""
+    line = '{"time": 1.0, "stage": "pretrain", "kind": "train", "step": %d, "loss": 1.0}\n'
+    for attempt in range(100):
+        first = 500 * attempt
+        start = f'{{"time": 1.0, "stage": "pretrain", "kind": "start", "start_step": {first}}}\n'
+        (tmp_path / f"pretrain-{attempt:03d}.jsonl").write_text(start + "".join(line % (first + step) for step in range(1, 1001)))
+    began = time.process_time()
+    history = read_events(str(tmp_path), "pretrain")
+    spent = time.process_time() - began
+    assert [step for step, _ in steps(history)] == list(range(1, 50_501))
+    assert spent < 5, f"{spent:.1f} s of CPU"

@@ -7,10 +7,9 @@ file loads nothing from anywhere (its content security policy forbids it), so it
 from __future__ import annotations
 
 import math
-import os
 from typing import get_args
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from oar_scale.observe.console import duration
@@ -18,20 +17,18 @@ from oar_scale.observe.report import figures, summary
 from oar_scale.observe.report_data import ModelName, NllTable, OrderName, ReportData
 from oar_scale.storage import open_storage
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["page_environment", "render_report", "write_report"]
 
 
 def write_report(report: ReportData, path: str) -> None:
     """Write the report to ``path`` (a local file or an object URI), whole or not at all."""
-    if "://" not in path and os.path.dirname(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
     open_storage(path).write(path, render_report(report).encode())
 
 
-def render_report(report: ReportData) -> str:
-    """The report as HTML text."""
+def page_environment(*templates: BaseLoader) -> Environment:
+    """Templates of self-contained pages: ``page.html.j2`` is their frame, ``parts.html.j2`` what they share; and ``templates``."""
     environment = Environment(
-        loader=PackageLoader("oar_scale.observe", "report"),
+        loader=ChoiceLoader([PackageLoader("oar_scale.observe", "report"), *templates]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -40,14 +37,14 @@ def render_report(report: ReportData) -> str:
     environment.filters.update(
         png=figures.data_uri, number=summary.number, signed=summary.signed, estimate=summary.plus_minus, duration=_stage_duration
     )
-    environment.globals.update(
-        heat_map=figures.heat_map,
-        known_part=figures.known_part,
-        colour_ramp=Markup(figures.colour_ramp()),
-        verdict=summary.verdict,
-        measured=summary.measured,
-        standard_errors=summary.STANDARD_ERRORS,
-    )
+    environment.globals.update(heat_map=figures.heat_map, known_part=figures.known_part, colour_ramp=Markup(figures.colour_ramp()))
+    return environment
+
+
+def render_report(report: ReportData) -> str:
+    """The report as HTML text."""
+    environment = page_environment()
+    environment.globals.update(verdict=summary.verdict, measured=summary.measured, standard_errors=summary.STANDARD_ERRORS)
     grid = len(report.orders.mean_step_of_cell) if report.orders else 0
     return environment.get_template("report.html.j2").render(
         report=report,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -17,9 +19,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from oar_scale.observe.report_data import Picture, Series, TrainingCurve
+from oar_scale.observe.report_data import Picture, TrainingCurve
 
 COLOUR_MAP = "viridis"
+DIFFERENCE_MAP = "RdBu"
+"""Red below zero, blue above."""
 UNKNOWN_GREY = 176
 
 # Stand-ins that matplotlib writes into the SVG and the page's own colours that replace them.
@@ -40,16 +44,16 @@ def data_uri(picture: Picture) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def heat_map(values: NDArray[np.floating] | NDArray[np.integer], low: float, high: float) -> Picture:
+def heat_map(values: NDArray[np.floating] | NDArray[np.integer], low: float, high: float, colours: str = COLOUR_MAP) -> Picture:
     """One pixel a cell, coloured from ``low`` to ``high``."""
     share = (np.asarray(values, dtype=np.float64) - low) / max(high - low, 1e-12)
-    coloured = colormaps[COLOUR_MAP](np.clip(share, 0, 1))[..., :3]
+    coloured = colormaps[colours](np.clip(share, 0, 1))[..., :3]
     return np.round(coloured * 255).astype(np.uint8)
 
 
-def colour_ramp() -> str:
-    """The colour map of :func:`heat_map` as a CSS gradient, low to high."""
-    stops = [to_hex(colormaps[COLOUR_MAP](share)) for share in np.linspace(0, 1, 9)]
+def colour_ramp(colours: str = COLOUR_MAP) -> str:
+    """The colours of :func:`heat_map` as a CSS gradient, low to high."""
+    stops = [to_hex(colormaps[colours](share)) for share in np.linspace(0, 1, 9)]
     return f"linear-gradient(to right, {', '.join(stops)})"
 
 
@@ -63,26 +67,45 @@ def known_part(picture: Picture, known: NDArray[np.bool_]) -> Picture:
 
 def curve_svg(curve: TrainingCurve) -> str:
     """Training loss and held-out NLL over the steps of one stage, as inline SVG."""
+    lines = [Line(curve.loss_name, curve.loss.steps, curve.loss.values)]
+    if curve.heldout is not None:
+        lines.append(Line("held-out NLL, random orders", curve.heldout.steps, curve.heldout.values))
+    return line_chart(curve.title, "step", "nats per code" if curve.heldout else curve.loss_name, lines, marked=curve.heldout is not None)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def line_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], *, marked: bool = False) -> str:
+    """One or two lines as inline SVG, the second one in the page's accent colour; named where there are two.
+
+    Args:
+        title: names the figure's inner ids; no two figures of a page have the same.
+        marked: the points of the second line are few, and shown.
+    """
     figure = Figure(figsize=(5.4, 2.9), layout="constrained")
     axes = figure.add_subplot()
-    _plot(axes, curve.loss, label=curve.loss_name, color=_LOSS, linewidth=1.2)
-    if curve.heldout is not None:
-        _plot(axes, curve.heldout, label="held-out NLL, random orders", color=_HELDOUT, linewidth=1.8, marker="o", markersize=4)
-    axes.set_xlabel("step", color=_INK)
-    axes.set_ylabel("nats per code" if curve.heldout else curve.loss_name, color=_INK)
+    styles: list[dict[str, Any]] = [{"color": _LOSS, "linewidth": 1.2}, {"color": _HELDOUT, "linewidth": 1.8}]
+    if marked:
+        styles[1] |= {"marker": "o", "markersize": 4}
+    for line, style in zip(lines, styles, strict=False):
+        axes.plot(line.x, line.y, label=line.name, **style)
+    axes.set_xlabel(x_label, color=_INK)
+    axes.set_ylabel(y_label, color=_INK)
     axes.tick_params(colors=_INK, length=0)
     axes.grid(color=_RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in axes.spines.values():
         side.set_visible(False)
-    if curve.heldout is not None:
-        axes.legend(frameon=False, labelcolor=_INK, loc="upper right")
-    return _inline_svg(figure, curve.title)
-
-
-def _plot(axes: object, series: Series, **style: object) -> None:
-    values: Sequence[float] = series.values
-    axes.plot(series.steps, values, **style)  # type: ignore[attr-defined]
+    if len(lines) > 1:
+        axes.legend(frameon=False, labelcolor=_INK, loc="best")
+    return _inline_svg(figure, title)
 
 
 def _inline_svg(figure: Figure, title: str) -> str:

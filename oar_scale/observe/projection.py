@@ -1,0 +1,147 @@
+"""Events as the rows of a W&B run. No network, no clock: the same event files always give the same rows.
+
+A row is one event's numbers under ``kind/field``, beside its own x-axis ``kind/step`` (``pool/done``): a checkpoint that is
+reported late moves no other curve. Rows are numbered from 0, and W&B is told the number; as the rows follow from the files
+alone, the number that W&B has says all about where to go on, after whatever crash.
+
+    attempt 0   train 10   train 20   train 30   killed
+    attempt 1   start (from 20)       train 30   train 40
+    rows        start 0, train 10, train 20, train 30, start 1, train 40            a replayed step is no second row
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from oar_scale.observe.events import Event
+from oar_scale.observe.state import Attempts
+from oar_scale.observe.words import ALERTS, sentence
+
+HAPPENED = {"start", "resumed", "stopping", "profile", "end", "non_finite", "bad_sample", "spike", "checkpoint_failed"}
+"""Kinds with a step that are no measurements: each is counted, also where its step is done again."""
+PICTURES = {"samples": ("image", "orders")}
+"""Fields with paths of pictures, relative to the run's local folder."""
+START_FIELDS = ("start_step", "world_size", "zero_stage")
+"""What may differ between the attempts of a run, as curves; the rest of ``start`` is configuration."""
+CONFIG_ONLY = ("time", "stage", "kind", "recipe", "non_finite")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a W&B run's history."""
+
+    number: int
+    time: float
+    kind: str
+    axis: str
+    """The key of ``values`` that the curves of this kind are drawn over."""
+    values: dict[str, float]
+    pictures: dict[str, str] = field(default_factory=dict)
+    """Key and path."""
+    captions: str = ""
+
+
+@dataclass(frozen=True)
+class Alert:
+    """Something that somebody should know of at once."""
+
+    number: int
+    time: float
+    kind: str
+    text: str
+
+
+class Projection:
+    """See the top of this file.
+
+    Attributes:
+        generation: how often the stage was begun anew; each is a W&B run of its own.
+        config: the last ``start`` event's recipe and facts.
+        complete: the stage has ended.
+    """
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.alerts = 0
+        self._attempts = Attempts()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.rows = 0
+        self.config: dict[str, object] = {}
+        self.complete = False
+        self._highest: dict[str, float] = {}
+        self._before: dict[str, float] = {}
+        self._totals: Counter[str] = Counter()
+
+    def take(self, attempt: int, event: Event) -> tuple[Row | None, Alert | None]:
+        """The row and the alert that an event makes, where it makes one."""
+        if self._attempts.new(attempt):
+            self._before = dict(self._highest)
+        if self._attempts.anew(event):
+            self.generation += 1
+            self._clear()
+        row, kind = self._row(event), event["kind"]
+        pool_done = kind == "pool" and event["done"] == event["total"]
+        self.complete = kind == "end" or pool_done or (self.complete and kind not in ("start", "pool"))
+        if kind not in ALERTS:
+            return row, None
+        self.alerts += 1
+        return row, Alert(self.alerts - 1, float(event.get("time", 0.0)), kind, sentence(event) or kind)
+
+    def _row(self, event: Event) -> Row | None:
+        kind = event["kind"]
+        self._totals[kind] += 1
+        if kind == "start":
+            facts = {name: value for name, value in event.items() if name not in CONFIG_ONLY}
+            self.config = {**event.get("recipe", {}), "start": facts}
+            values = {"start/total": float(self._totals[kind])} | _numbers(kind, {n: event[n] for n in START_FIELDS if n in event})
+            return self._made(event, "total", values)
+        axis = _axis(event)
+        if measured(event):
+            x = event[axis]
+            if x <= self._before.get(kind, float("-inf")):
+                return None
+            self._highest[kind] = max(x, self._highest.get(kind, x))
+            return self._made(event, axis, _numbers(kind, event))
+        values = {f"{kind}/total": float(self._totals[kind])}
+        if axis == "step":
+            values[f"{kind}/step"] = float(event["step"])
+        if kind in ("end", "resumed"):
+            values[f"{kind}/seconds"] = float(event.get("seconds", 0.0))
+        if kind == "resized":
+            values["resized/to_workers"] = float(event["to_workers"])
+        return self._made(event, axis, values)
+
+    def _made(self, event: Event, axis: str, values: dict[str, float]) -> Row:
+        kind = event["kind"]
+        pictures = {f"{kind}/{name}": str(event[name]) for name in PICTURES.get(kind, ()) if event.get(name)}
+        captions = "\n".join(map(str, event.get("captions", ()))) if pictures else ""
+        self.rows += 1
+        return Row(self.rows - 1, float(event.get("time", 0.0)), kind, f"{kind}/{axis}", values, pictures, captions)
+
+
+def measured(event: Event) -> bool:
+    """Whether the event is a point of curves that go on from step to step; a step that is done again is no second point."""
+    return _axis(event) != "total" and event["kind"] not in HAPPENED
+
+
+def _axis(event: Event) -> str:
+    """The field that the curves of an event are drawn over; ``total`` is counted here."""
+    return "done" if event["kind"] == "pool" else "step" if "step" in event else "total"
+
+
+def _numbers(kind: str, event: Event) -> dict[str, float]:
+    """All numbers of an event; those of a list by their place, from 1; what is not finite as what it was."""
+    found: dict[str, float] = {}
+    for name, value in event.items():
+        if name == "time":
+            continue
+        for part, each in [(name, value)] if not isinstance(value, list) else [(f"{name}/{i}", v) for i, v in enumerate(value, start=1)]:
+            if isinstance(each, int | float):
+                found[f"{kind}/{part}"] = float(each)
+    for name, text in event.get("non_finite", {}).items():
+        field_name, _, index = name.partition(".")
+        found[f"{kind}/{field_name}" + (f"/{int(index) + 1}" if index.isdecimal() else "")] = float(text)
+    return found

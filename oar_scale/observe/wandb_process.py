@@ -1,0 +1,333 @@
+"""The process beside a stage that keeps its W&B run up to date: ``python -m oar_scale.observe.wandb_process``.
+
+It reads the same event files as everybody, in its own time. A server that hangs, a client library that stalls at exit, a
+crash in here: nothing of that reaches the process that trains, which at the end waits a bounded time and then ends this
+one. It outlives a driver that is killed by just as much as it takes to send what was written.
+
+Where to go on after any crash follows from three facts. Rows are numbered, and follow from the events alone (see
+:mod:`oar_scale.observe.projection`). A server says how many rows it has; a run kept offline is written from row 0 again.
+And the order in which events of several files were read is written down before any row of them is sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import psutil
+
+from oar_scale.observe.events import Entry, EventReader
+from oar_scale.observe.mirror import run_id
+from oar_scale.observe.projection import Alert, Projection
+from oar_scale.observe.state import PROGRESS
+from oar_scale.observe.wandb_run import Mode, NotConfirmed, WandbName, WandbRun, reachable_mode, start_over, wanted_mode
+from oar_scale.observe.words import ALERTS, duration
+
+POLL_S = 2.0
+RETRY_S = 300.0
+"""Between two tries to reach a server that did not answer."""
+GRACE_S = 20.0
+"""What the process may take beyond ``finish_s`` after its driver has ended."""
+BATCH = 1000
+REPLAY = "tools/wandb_replay.py"
+ALERT_AGE_S = 3600.0
+"""Older faults are history: they are rows, and no longer alerts."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the process is told, as JSON on the first line of its standard input."""
+
+    events: str
+    """Folder of the run's event files; the run's local folder is the one around it."""
+    stage: str
+    recipe_name: str
+    root: str
+    """The run's storage: hosts that share it share the W&B run."""
+    mode: Mode
+    project: str
+    tags: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved recipe, for stages whose events do not hold it."""
+    artifact: str | None = None
+    """The exported model, to be logged when the stage has ended."""
+    stall_s: float | None = None
+    finish_s: float = 8.0
+
+    def wandb_name(self, generation: int) -> WandbName:
+        """Under which names a generation of the stage is found (see :class:`oar_scale.observe.projection.Projection`)."""
+        run, again = run_id(self.events, self.root), f"-{generation + 1}" if generation else ""
+        group, name = f"{self.recipe_name}-{run}", f"{self.recipe_name}-{self.stage}{again}"
+        return WandbName(self.project, group, name, self.stage, f"{run}-{self.stage}{again}", tuple(self.tags))
+
+
+@dataclass
+class State:
+    """What survives of a projection, in ``STAGE.wandb.json`` beside the events."""
+
+    journal: list[tuple[str, int]] = field(default_factory=list)
+    """Files and how far each was read, in that order."""
+    alerts: int = 0
+    """Alerts that were sent, or are too old to be."""
+    generations: int = 0
+    """W&B runs of this stage that are closed: it was begun anew since."""
+    delivered: dict[str, int] = field(default_factory=dict)
+    """How far each file was read when W&B last had everything."""
+
+    @classmethod
+    def load(cls, path: str) -> State:
+        """What was saved; a fresh state if that cannot be read."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls(**json.load(file))
+        except (OSError, ValueError, TypeError):
+            return cls()
+
+    def save(self, path: str) -> None:
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file)
+        os.replace(f"{path}.new", path)
+
+    def note(self, entries: list[Entry]) -> None:
+        """Write down that these were read next."""
+        for entry in entries:
+            if self.journal and self.journal[-1][0] == entry.file:
+                self.journal.pop()
+            self.journal.append((entry.file, entry.end))
+
+
+def state_path(events: str, stage: str) -> str:
+    return os.path.join(events, f"{stage}.wandb.json")
+
+
+def is_delivered(events: str, stage: str) -> bool:
+    """Whether W&B has all that is written."""
+    reader = EventReader(events, stage)
+    reader.ends = State.load(state_path(events, stage)).delivered
+    return next(reader.poll(), None) is None
+
+
+class Follower:
+    """Walks through a stage's events once, from the first to the end of the stage, into its W&B run(s)."""
+
+    def __init__(self, spec: Spec, mode: Mode) -> None:
+        self.spec, self.mode = spec, mode
+        self._path = state_path(spec.events, spec.stage)
+        self._state = State.load(self._path)
+        self._reader = EventReader(spec.events, spec.stage)
+        self._projection = Projection()
+        self._run: WandbRun | None = None
+        self._config: Mapping[str, Any] = spec.config
+        self._progressed, self._stalled = time.monotonic(), False
+
+    def follow(self, ended: threading.Event, interrupted: Callable[[], bool]) -> bool:
+        """Send what is there and what comes, until ``ended`` is set and all is read (True), or it is ``interrupted`` (False).
+
+        Raises:
+            NotConfirmed: W&B takes too long to say that it has everything.
+            Exception: whatever else W&B has to say.
+        """
+        for entry in self._as_before():
+            self._take(entry)
+        while True:
+            last = ended.is_set()
+            while batch := list(itertools.islice(self._reader.poll(), BATCH)):
+                self._state.note(batch)
+                self._save()  # before the first row of it is sent
+                for entry in batch:
+                    self._take(entry)
+            if last or interrupted():
+                break
+            self._watch_for_stall()
+            ended.wait(POLL_S)
+        if self._run is not None and self._projection.complete and self.spec.artifact and self._reader.ends != self._state.delivered:
+            self._run.add_model(self.spec.artifact, {"stage": self.spec.stage, "recipe": self.spec.recipe_name})
+        self._close(self._projection.complete)
+        if self.mode == self.spec.mode:
+            self._state.delivered = dict(self._reader.ends)
+            self._save()
+        return last
+
+    def _as_before(self) -> Iterator[Entry]:
+        """What earlier processes read, in their order."""
+        for file, end in self._state.journal:
+            yield from self._reader.lines(file, stop=end)
+            self._reader.ends[file] = end
+
+    def _take(self, entry: Entry) -> None:
+        if entry.event["kind"] in PROGRESS:
+            self._progressed, self._stalled = time.monotonic(), False
+        before, complete = self._projection.generation, self._projection.complete
+        row, alert = self._projection.take(entry.attempt, entry.event)
+        if self._projection.generation != before:
+            self._close(complete)
+            self._state.generations = max(self._state.generations, self._projection.generation)
+        if self._projection.generation < self._state.generations:
+            return  # closed by an earlier process
+        if entry.event["kind"] == "start":
+            self._config = {**self.spec.config, **self._projection.config}
+            if self._run is not None:
+                self._run.configure(self._config)
+        if row is not None:
+            self._opened().log(row)
+        if alert is not None:
+            self._alert(alert)
+
+    def _opened(self) -> WandbRun:
+        if self._run is None:
+            name = self.spec.wandb_name(self._projection.generation)
+            folder = os.path.dirname(os.path.abspath(self.spec.events))
+            self._run = WandbRun(folder, name, self.mode, self._config, self.spec.finish_s)
+            if self._run.url:
+                say("info", f"W&B: {self._run.url}")
+        return self._run
+
+    def _alert(self, alert: Alert) -> None:
+        """Send an alert, unless it was sent. A run offline is written anew and has them all; an absent server waits for its own."""
+        sent = self.mode == "online" and alert.number < self._state.alerts
+        if sent or self.mode != self.spec.mode:
+            return
+        if time.time() - alert.time < ALERT_AGE_S:
+            level: Any = "WARN" if alert.kind in ("spike", "rejected_checkpoint") else "ERROR"
+            self._opened().alert(self._title(ALERTS[alert.kind]), alert.text, level)
+        self._state.alerts = max(self._state.alerts, alert.number + 1)
+        self._save()
+
+    def _watch_for_stall(self) -> None:
+        silent = time.monotonic() - self._progressed
+        if self.spec.stall_s is None or self._stalled or self._projection.complete or silent < self.spec.stall_s:
+            return
+        self._stalled = True
+        self._opened().alert(self._title("stall"), f"no progress for {duration(silent)}", "ERROR")
+
+    def _title(self, what: str) -> str:
+        return f"{what}: {self.spec.recipe_name} {self.spec.stage}"[:63]
+
+    def _close(self, complete: bool) -> None:
+        """Wait until W&B has everything of the open run."""
+        if self._run is not None:
+            run, self._run = self._run, None
+            run.finish(complete)
+
+    def _save(self) -> None:
+        self._state.save(self._path)
+
+
+def follow(spec: Spec, ended: threading.Event) -> None:
+    """Keep the W&B run of a stage up to date until ``ended``. Where the server does not answer it is kept offline meanwhile."""
+    if not _something_to_say(spec, ended):
+        return
+    spec = replace(spec, mode=wanted_mode(spec.mode, say))
+    mode = reachable_mode(spec.mode, say)
+    while True:
+        try:
+            if Follower(spec, mode).follow(ended, _Recovery(spec, mode)):
+                return
+            mode = spec.mode
+        except NotConfirmed:
+            say("warning", f"W&B has not confirmed all of {spec.stage}; the rest is sent when the run goes on, or by {REPLAY}")
+            return
+        except Exception as error:  # a view of the run must not be able to end it
+            say("warning", f"W&B: {type(error).__name__}: {error}" + ("; the run is kept offline meanwhile" if mode == "online" else ""))
+            start_over()
+            if mode == "offline":
+                return
+            mode = "offline"
+
+
+def _something_to_say(spec: Spec, ended: threading.Event) -> bool:
+    """Wait for the first event, or for a silence that is worth an alert; false if the stage ends without either."""
+    until = time.monotonic() + (spec.stall_s or float("inf"))
+    while True:
+        last = ended.is_set()
+        if time.monotonic() > until or next(EventReader(spec.events, spec.stage).poll(), None) is not None:
+            return True
+        if last:
+            return False
+        ended.wait(POLL_S)
+
+
+class _Recovery:
+    """Asks a server that did not answer again, every ``RETRY_S``; true once it does."""
+
+    def __init__(self, spec: Spec, mode: Mode) -> None:
+        self._waiting = mode != spec.mode
+        self._mode, self._next = spec.mode, time.monotonic() + RETRY_S
+
+    def __call__(self) -> bool:
+        if not self._waiting or time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + RETRY_S
+        return reachable_mode(self._mode, lambda level, text: None) == self._mode
+
+
+def say(level: str, text: str) -> None:
+    """Tell the driver; nothing happens if it is gone."""
+    with contextlib.suppress(OSError):
+        print(json.dumps([level, text]), flush=True)
+
+
+def end_descendants(process: psutil.Process) -> None:
+    """Kill what a process started (wandb's own server process), now."""
+    with contextlib.suppress(psutil.Error):
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+
+
+@contextlib.contextmanager
+def _only_one(spec: Spec, ended: threading.Event) -> Iterator[bool]:
+    """Wait for the process of a killed driver to end: two must not write the same W&B run. False: the stage ended before."""
+    with open(os.path.join(spec.events, f"{spec.stage}.wandb.lock"), "w", encoding="utf-8") as lock:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield True
+                return
+            if ended.wait(0.2):
+                say("warning", f"W&B: another process still sends {spec.stage}")
+                yield False
+                return
+
+
+def _listen(ended: threading.Event, driver: int, finish_s: float) -> None:
+    """Wait until the driver says so or is gone; end everything if finishing takes much longer than it may."""
+    while os.getppid() == driver:  # a process that the driver forked may hold the pipe open after its death
+        if select.select([0], [], [], 1.0)[0]:
+            break
+    ended.set()
+    time.sleep(finish_s + GRACE_S)
+    end_descendants(psutil.Process())
+    os._exit(1)
+
+
+def main() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # meant for the driver, which says when it is over
+    driver = os.getppid()
+    with open(0, "rb", buffering=0, closefd=False) as told:  # unbuffered: what comes next is for _listen
+        spec = Spec(**json.loads(told.readline()))
+    ended = threading.Event()
+    threading.Thread(target=_listen, args=(ended, driver, spec.finish_s), daemon=True).start()
+    with _only_one(spec, ended) as first:
+        try:
+            if first:
+                follow(spec, ended)
+        except Exception as error:  # the driver logs it; a traceback would be seen by nobody
+            say("warning", f"W&B: {type(error).__name__}: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

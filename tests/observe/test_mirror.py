@@ -1,0 +1,223 @@
+"""The copy of the events in a real S3 server: what a reader on another host sees, and what an absent server does."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.dev import s3
+from oar_scale.config.schema import Recipe
+from oar_scale.observe import mirror
+from oar_scale.observe.events import EventLog, attempts, read_events
+from oar_scale.observe.mirror import Mirror, next_attempt, open_log, pull, run_id
+from oar_scale.observe.watch import watching
+from oar_scale.storage import join, open_storage
+from tests.observe import synthetic_run
+
+QUICK = 0.1
+
+
+@pytest.fixture
+def root(s3_root: str) -> str:
+    return f"{s3_root}/{uuid.uuid4().hex[:8]}"
+
+
+def hosts(folder: Path) -> tuple[str, str]:
+    """The events folders of two hosts."""
+    return str(folder / "host-1" / "events"), str(folder / "host-2" / "events")
+
+
+def content(folder: str, stage: str = "pretrain") -> dict[str, bytes]:
+    return {Path(path).name: Path(path).read_bytes() for _, path in attempts(folder, stage)}
+
+
+def until(fact: Callable[[], object], wait_s: float = 20.0) -> None:
+    end = time.monotonic() + wait_s
+    while not fact():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_another_host_reads_the_same_events_while_they_are_written(tmp_path: Path, root: str) -> None:
+    here, there = hosts(tmp_path)
+    with open_log(here, "pretrain", root, QUICK) as log:
+        synthetic_run.start(log)
+        until(lambda: pull(root, there) or content(there) == content(here))
+        synthetic_run.train(log, 10)
+        synthetic_run.samples(log, 10, Path(here).parent)
+        until(lambda: pull(root, there) or content(there) == content(here))
+    with open_log(here, "pretrain", root, QUICK) as log:
+        synthetic_run.start(log, 10)
+    pull(root, there)
+    assert content(there) == content(here) and len(content(there)) == 2
+    picture = "samples/step-00000010.png"
+    assert (Path(there).parent / picture).read_bytes() == (Path(here).parent / picture).read_bytes()
+
+
+def test_long_events_are_copied_in_parts_and_brought_in_parts(tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "CHUNK_BYTES", 1000)
+    here, there = hosts(tmp_path)
+    with open_log(here, "pretrain", root, QUICK) as log:
+        for step in range(1, 30):
+            synthetic_run.train(log, step)
+            if step in (10, 20):
+                until(lambda: pull(root, there) or content(there) == content(here))
+        log.emit("resized", reason="x" * 3000)  # longer than a part
+    pull(root, there)
+    assert content(there) == content(here)
+    parts = [uri for uri in open_storage(root).list(join(root, "events")) if uri.endswith(".jsonl")]
+    assert len(parts) > 5
+
+
+def test_attempts_on_two_hosts_never_have_the_same_number(tmp_path: Path, root: str) -> None:
+    here, there = hosts(tmp_path)
+    assert next_attempt(here, "pretrain", root) == 0  # claimed, and killed before its first event
+    found: list[int] = []
+    threads = [
+        threading.Thread(target=lambda folder=folder: found.append(next_attempt(folder, "pretrain", root))) for folder in (here, there) * 3
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [1, 2, 3, 4, 5, 6]
+    assert next_attempt(there, "finetune", root) == 0
+    assert next_attempt(str(tmp_path / "local"), "pretrain", str(tmp_path)) == 0
+
+
+def test_the_history_goes_on_across_hosts(tmp_path: Path, root: str) -> None:
+    here, there = hosts(tmp_path)
+    with open_log(here, "pretrain", root, QUICK) as log:
+        synthetic_run.start(log)
+        for step in (10, 20, 30):
+            synthetic_run.train(log, step)
+    with open_log(there, "pretrain", root, QUICK) as log:
+        synthetic_run.start(log, 20)
+        synthetic_run.train(log, 30, loss=7.0)
+    for folder in (here, there):
+        pull(root, folder)
+        told = [(e["step"], e["loss"]) for e in read_events(folder, "pretrain") if e["kind"] == "train"]
+        assert [step for step, _ in told] == [10, 20, 30] and told[-1][1] == 7.0
+    assert run_id(here, root) == run_id(there, root) != run_id(str(tmp_path / "other"), f"{root}/other")
+
+
+class Unsteady:
+    """A server of its own, that is taken down and brought up again."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.port = folder, s3.free_port()
+        self.up()
+
+    def up(self) -> None:
+        self.env = s3.up(self.folder, self.port, "oar-mirror").env
+
+    def down(self) -> None:
+        s3.down(self.folder)
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unsteady]:
+    server = Unsteady(str(tmp_path_factory.mktemp("unsteady")))
+    yield server
+    server.down()
+
+
+@pytest.fixture
+def unsteady(one_server: Unsteady, monkeypatch: pytest.MonkeyPatch) -> Unsteady:
+    for name, value in {**one_server.env, "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    return one_server
+
+
+@pytest.fixture
+def unsteady_root(unsteady: Unsteady) -> str:
+    return f"s3://oar-mirror/{uuid.uuid4().hex[:8]}"
+
+
+def test_a_server_that_is_away_for_a_while_stops_nobody_and_gets_everything_later(
+    tmp_path: Path, unsteady: Unsteady, unsteady_root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, (here, there) = unsteady_root, hosts(tmp_path)
+    with open_log(here, "pretrain", root, QUICK) as log:
+        synthetic_run.start(log)
+        until(lambda: pull(root, there) or content(there) == content(here))
+        unsteady.down()
+        began = time.monotonic()
+        for step in range(10, 60, 10):
+            synthetic_run.train(log, step)
+        assert time.monotonic() - began < 0.5
+        until(lambda: "are not copied for now" in caplog.text)
+        unsteady.up()
+        until(lambda: pull(root, there) or content(there) == content(here), 60)
+
+
+def test_an_attempt_made_while_the_server_was_away_is_copied_by_the_next_one(
+    tmp_path: Path, unsteady: Unsteady, unsteady_root: str
+) -> None:
+    root, (here, there) = unsteady_root, hosts(tmp_path)
+    unsteady.down()
+    with EventLog(here, "pretrain", next_attempt(here, "pretrain", root)) as log:
+        flush = Mirror(here, "pretrain", root, QUICK)
+        synthetic_run.start(log)
+        synthetic_run.train(log, 10)
+        began = time.monotonic()
+        flush.close(1.0)
+        assert time.monotonic() - began < 2
+    unsteady.up()
+    with open_log(here, "pretrain", root, QUICK) as log:
+        assert log.attempt == 1
+        synthetic_run.start(log, 10)
+        until(lambda: pull(root, there) or content(there) == content(here))
+
+
+def test_two_hosts_that_could_not_ask_and_chose_one_number_do_not_mix_their_lines(
+    tmp_path: Path, unsteady: Unsteady, unsteady_root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, (here, there) = unsteady_root, hosts(tmp_path)
+    unsteady.down()
+    for folder, step in ((here, 10), (there, 20)):
+        with EventLog(folder, "pretrain", next_attempt(folder, "pretrain", root)) as log:
+            synthetic_run.train(log, step)
+    unsteady.up()
+    for folder in (here, there):
+        Mirror(folder, "pretrain", root, QUICK).close(20)
+    assert "another host made attempt 0" in caplog.text
+    before = content(there)
+    for folder in (here, there, str(tmp_path / "third")):
+        pull(root, folder)
+    assert content(there) == before  # what a host wrote itself stays
+    assert content(str(tmp_path / "third")) == content(here)
+
+
+def test_a_server_that_never_answers_holds_no_attempt_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        monkeypatch.setattr(mirror, "CLAIM_S", 0.5)
+        monkeypatch.setattr(mirror, "FLUSH_S", 0.5)
+        began = time.monotonic()
+        with open_log(str(tmp_path), "pretrain", "s3://away/run", QUICK) as log:
+            synthetic_run.start(log)
+        assert time.monotonic() - began < 5
+    assert "could not be claimed (TimeoutError)" in caplog.text
+    assert len(read_events(str(tmp_path), "pretrain")) == 1
+
+
+def test_a_driver_watches_workers_of_another_host(tmp_path: Path, root: str) -> None:
+    here, there = hosts(tmp_path)
+    recipe = Recipe.model_validate({"name": "emoji", "storage": {"root": root}, "observe": {"mirror_s": QUICK}})
+    with watching(here, "pretrain", recipe, root), open_log(there, "pretrain", root, QUICK) as log:
+        synthetic_run.start(log)
+        synthetic_run.train(log, 10)
+        until(lambda: content(here) == content(there) != {})
+        synthetic_run.train(log, 20)
+    assert content(here) == content(there)  # the end of the stage brings the rest

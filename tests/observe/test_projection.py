@@ -1,0 +1,132 @@
+"""Rows follow from the events alone; a stage's state is the same whoever reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from oar_scale.observe.events import Entry, EventLog, EventReader
+from oar_scale.observe.projection import Projection, Row
+from oar_scale.observe.state import StageState
+from tests.observe import synthetic_run
+from tests.observe.documented import promised_fields
+
+
+def read(events: Path, stage: str = "pretrain") -> list[Entry]:
+    return list(EventReader(str(events), stage).poll())
+
+
+def rows(entries: Iterable[Entry]) -> list[Row]:
+    projection = Projection()
+    return [row for entry in entries if (row := projection.take(entry.attempt, entry.event)[0])]
+
+
+def train_steps(made: list[Row]) -> list[float]:
+    return [row.values["train/step"] for row in made if "train/step" in row.values]
+
+
+def test_the_documentation_names_exactly_the_fields_of_every_event(tmp_path: Path) -> None:
+    events = synthetic_run.whole_run(tmp_path)
+    found: dict[str, set[str]] = {}
+    for stage in ("pretrain", "tokenizer", "extract"):
+        for entry in read(events, stage):
+            found.setdefault(entry.event["kind"], set()).update(set(entry.event) - {"time", "stage", "kind", "non_finite"})
+    assert found == promised_fields()
+
+
+def test_the_same_files_give_the_same_numbered_rows(tmp_path: Path) -> None:
+    entries = read(synthetic_run.whole_run(tmp_path))
+    first, second = rows(entries), rows(entries)
+    assert first == second and [row.number for row in first] == list(range(len(first)))
+    assert rows(entries[:10]) == first[: len(rows(entries[:10]))]
+
+
+def test_a_step_done_again_makes_no_second_row_and_a_late_checkpoint_makes_one(tmp_path: Path) -> None:
+    with EventLog(str(tmp_path), "pretrain") as log:
+        synthetic_run.start(log)
+        for step in (10, 20, 30):
+            synthetic_run.train(log, step)
+        synthetic_run.checkpoint(log, 20)
+    with EventLog(str(tmp_path), "pretrain") as log:
+        synthetic_run.start(log, 20)
+        synthetic_run.train(log, 30, loss=7.0)
+        synthetic_run.train(log, 40)
+        synthetic_run.checkpoint(log, 20)  # reported again
+        synthetic_run.checkpoint(log, 40)
+    made = rows(read(tmp_path))
+    assert train_steps(made) == [10, 20, 30, 40]
+    assert [row.values["checkpoint/step"] for row in made if "checkpoint/step" in row.values] == [20, 40]
+    assert 7.0 not in [row.values.get("train/loss") for row in made]
+
+
+def test_a_roll_back_is_an_attempt_whose_old_steps_are_not_told_again(tmp_path: Path) -> None:
+    with EventLog(str(tmp_path), "pretrain") as log:
+        synthetic_run.start(log)
+        for step in (10, 20, 30):
+            synthetic_run.train(log, step)
+        synthetic_run.checkpoint(log, 10)
+        log.emit("spike", step=30, loss=9.0, expected=3.0, action="rollback")
+    with EventLog(str(tmp_path), "pretrain") as log:
+        synthetic_run.start(log, 10)
+        for step in (20, 30, 40):
+            synthetic_run.train(log, step)
+    assert train_steps(rows(read(tmp_path))) == [10, 20, 30, 40]
+    state = StageState("pretrain")
+    state.read(EventReader(str(tmp_path), "pretrain"))
+    assert (state.step, state.attempts, state.totals["spike"]) == (40, 2, 1)
+
+
+def test_only_a_start_from_nothing_after_something_was_kept_begins_anew(tmp_path: Path) -> None:
+    def attempt(start_step: int, *, checkpoint: bool = False, rejected: bool = False) -> None:
+        with EventLog(str(tmp_path), "pretrain") as log:
+            if rejected:
+                log.emit("rejected_checkpoint", uri="step-10", fault="bad checksum")
+            synthetic_run.start(log, start_step)
+            synthetic_run.train(log, start_step + 10)
+            if checkpoint:
+                synthetic_run.checkpoint(log, start_step + 10)
+
+    def generations() -> int:
+        projection = Projection()
+        for entry in read(tmp_path):
+            projection.take(entry.attempt, entry.event)
+        return projection.generation
+
+    attempt(0)
+    attempt(0, checkpoint=True)  # killed before its first checkpoint: the same run
+    attempt(10)
+    attempt(0, rejected=True)  # nothing usable was left: the same run
+    assert generations() == 0
+    attempt(0)  # everything was removed
+    assert generations() == 1
+    attempt(0)
+    assert generations() == 1
+
+
+def test_a_pool_that_was_complete_and_works_again_begins_anew(tmp_path: Path) -> None:
+    for done in ((48, 96), (24,), (72,)):
+        with EventLog(str(tmp_path), "extract") as log:
+            for each in done:
+                log.emit("pool", done=each, total=96, images_per_s=40.0)
+    projection = Projection()
+    made = [(projection.take(e.attempt, e.event)[0], projection.generation) for e in read(tmp_path, "extract")]
+    assert [(row.number, row.values["pool/done"], generation) for row, generation in made if row] == [
+        (0, 48, 0), (1, 96, 0), (0, 24, 1), (1, 72, 1),
+    ]  # fmt: skip
+
+
+def test_pace_and_time_left_count_from_the_start_of_the_attempt() -> None:
+    state = StageState("pretrain")
+
+    def event(attempt: int, time: float, kind: str, **fields: object) -> None:
+        state.take(attempt, {"time": time, "stage": "pretrain", "kind": kind, **fields})
+
+    event(0, 100.0, "start", start_step=0, steps=100)
+    event(0, 110.0, "train", step=60, images_per_s=10.0)
+    event(1, 1000.0, "start", start_step=20, steps=100)
+    assert state.seconds_left() is None
+    event(1, 1010.0, "train", step=40, images_per_s=30.0)
+    event(1, 1020.0, "heldout", step=40, nll_random=3.0)
+    event(1, 1030.0, "train", step=60, images_per_s=20.0)
+    assert state.per_second() == 40 / 30 and state.seconds_left() == 30.0
+    assert (state.attempts, state.median_images_per_s, state.doing) == (2, 20.0, "running")

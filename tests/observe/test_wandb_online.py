@@ -1,0 +1,338 @@
+"""The real wandb client against a small server: everything arrives once, whatever dies in between, and nothing waits for it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from oar_scale.config.schema import Recipe
+from oar_scale.observe.events import EventLog, read_events
+from oar_scale.observe.wandb_process import Spec, is_delivered
+from oar_scale.observe.wandb_sink import project
+from oar_scale.observe.watch import watching
+from tests.observe import synthetic_run
+from tests.observe.documented import promised_at_wandb
+from tests.wandb_file import offline_runs
+from tests.wandb_server import KEY, ServedRun, WandbServer
+
+OWN = {"_step", "_timestamp", "_runtime"}
+QUICK = {"FILE_STREAM_RETRY_WAIT_MIN_SECONDS": 0.2, "GRAPHQL_RETRY_WAIT_MIN_SECONDS": 0.2}
+"""wandb's own waiting, which would only make the tests longer."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    running = WandbServer()
+    for name, value in {**running.environment, **{f"WANDB__{name}": str(seconds) for name, seconds in QUICK.items()}}.items():
+        monkeypatch.setenv(name, value)
+    yield running
+    running.close()
+
+
+def spec(events: Path, stage: str = "pretrain", **changed: Any) -> Spec:
+    told = {"events": str(events), "stage": stage, "recipe_name": "emoji", "root": str(events.parent), "mode": "online", "project": "p"}
+    return Spec(**(told | changed))
+
+
+def recipe(folder: Path, **observe: Any) -> Recipe:
+    return Recipe.model_validate({"name": "emoji", "run_dir": str(folder), "observe": {"wandb": "online", **observe}})
+
+
+def send(events: Path, stage: str = "pretrain", wait_s: float = 30.0, **changed: Any) -> list[str]:
+    said: list[str] = []
+    project(spec(events, stage, **changed), said.append, wait_s)
+    return said
+
+
+def only_run(server: WandbServer) -> ServedRun:
+    [run] = server.runs.values()
+    return run
+
+
+def names(run: ServedRun) -> set[str]:
+    return {name for row in run.history for name in row} - OWN
+
+
+def assert_nothing_twice(run: ServedRun) -> None:
+    assert [row["_step"] for row in run.history] == list(range(len(run.history)))
+    for kind, axis in (("train", "step"), ("heldout", "step"), ("checkpoint", "step"), ("samples", "step"), ("pool", "done")):
+        seen = Counter(row[f"{kind}/{axis}"] for row in run.history if f"{kind}/{axis}" in row)
+        assert set(seen.values()) <= {1}, (kind, seen)
+
+
+def assert_agrees_with_the_files(run: ServedRun, events: Path) -> None:
+    expected = [(e["step"], e["loss"]) for e in read_events(str(events), "pretrain") if e["kind"] == "train"]
+    assert [(row["train/step"], row["train/loss"]) for row in run.history if "train/step" in row] == expected
+
+
+def test_every_metric_of_the_documentation_arrives_once_across_a_resume_and_failing_requests(tmp_path: Path, server: WandbServer) -> None:
+    events = tmp_path / "events"
+    server.fail("UpsertBucket", 503, 1)
+    server.fail("file_stream", 500, 2)
+    server.fail("PUT", 500, 1)
+    synthetic_run.interrupted(events)
+    synthetic_run.driver(events)
+    said = send(events)
+    assert server.failures >= 3
+    synthetic_run.resumed(events)
+    server.fail("file_stream", 500, 1)
+    send(events)
+    run = only_run(server)
+    assert said == [f"W&B: {server.url}/tests/p/runs/{run.name}"]
+    assert_nothing_twice(run)
+    assert_agrees_with_the_files(run, events)
+    synthetic_run.pools(events)
+    for stage in ("tokenizer", "extract"):
+        send(events, stage)
+    assert {name for each in server.runs.values() for name in names(each)} == promised_at_wandb()
+    assert all(is_delivered(str(events), stage) for stage in ("pretrain", "tokenizer", "extract"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_a_run_is_found_under_its_group_job_type_tags_and_configuration(tmp_path: Path, server: WandbServer) -> None:
+    events = synthetic_run.whole_run(tmp_path)
+    send(events, tags=("emoji", "5m"))
+    send(events, "extract", config={"name": "emoji"})
+    pretrain, extract = server.runs.values()
+    name = (events / "run.id").read_text().strip()
+    assert (pretrain.name, pretrain.title, pretrain.job_type, pretrain.tags) == (
+        f"{name}-pretrain",
+        "emoji-pretrain",
+        "pretrain",
+        ["emoji", "5m"],
+    )
+    assert pretrain.group == extract.group == f"emoji-{name}"
+    settings = pretrain.settings()
+    assert settings["model"] == {"dim": 256} and extract.settings() == {"name": "emoji"}
+    assert settings["start"]["code"] == "v0.5.0-3-gabc1234" and settings["start"]["versions"]["deepspeed"] == "0.19.8"
+    assert settings["start"]["world_size"] == 1  # as it was resumed
+    assert pretrain.exit_code == extract.exit_code == 0
+    assert len([file for file in pretrain.files if file.startswith("media/images/samples/")]) == 2
+    [row] = [row for row in pretrain.history if "samples/image" in row]
+    assert row["samples/image"]["caption"] == "a grinning cat\npizza"
+
+
+def test_events_that_come_late_from_another_host_are_rows_behind_those_that_were_sent(tmp_path: Path, server: WandbServer) -> None:
+    events = tmp_path / "events"
+    events.mkdir()
+
+    def append(attempt: int, time: float, **fields: Any) -> None:
+        with open(events / f"pretrain-{attempt:03d}.jsonl", "a") as file:
+            file.write(json.dumps({"time": time, "stage": "pretrain", **fields}) + "\n")
+
+    append(1, 100.0, kind="worker_failure", cause="the driver's own event, seen at once")
+    append(1, 101.0, kind="resized", from_workers=2, to_workers=1, reason="lost")
+    send(events)
+    for step in (1, 2, 3):
+        append(0, 50.0 + step, kind="train", step=step, loss=float(step))  # before, and brought here later
+    append(1, 102.0, kind="resized", from_workers=1, to_workers=2, reason="back")
+    send(events)
+    run = only_run(server)
+    assert_nothing_twice(run)
+    assert [row["train/step"] for row in run.history if "train/step" in row] == [1, 2, 3]
+    assert [row["resized/total"] for row in run.history if "resized/total" in row] == [1, 2]
+    assert len(run.history) == 6
+
+
+def test_alerts_name_what_happened_and_are_not_repeated_by_the_next_process(tmp_path: Path, server: WandbServer) -> None:
+    events = tmp_path / "events"
+    synthetic_run.interrupted(events)
+    send(events)
+    synthetic_run.driver(events)
+    synthetic_run.resumed(events)
+    send(events)
+    alerts = only_run(server).alerts
+    assert sorted(alert.split(":")[0] for alert in alerts) == [
+        "checkpoint failed", "checkpoint rejected", "loss spike", "non-finite batch", "worker failure",
+    ]  # fmt: skip
+    assert "non-finite batch: emoji pretrain | step 30: batch skipped: loss nan and grad_norm inf (samples 3, 17, 99)" in alerts
+    assert only_run(server).exit_code == 0
+
+
+def test_a_stage_that_is_begun_anew_is_a_new_run(tmp_path: Path, server: WandbServer) -> None:
+    events = synthetic_run.whole_run(tmp_path)
+    send(events)
+    with EventLog(str(events), "pretrain") as log:
+        synthetic_run.start(log)
+        synthetic_run.train(log, 10, loss=1.25)
+    send(events)
+    first, second = server.runs.values()
+    assert second.name == f"{first.name}-2" and second.title == "emoji-pretrain-2"
+    assert [row["train/loss"] for row in second.history if "train/loss" in row] == [1.25]
+    send(events)
+    assert len(server.runs) == 2 and len(second.history) == 2
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from oar_scale.config.loading import load_recipe
+from oar_scale.observe.events import EventLog
+from oar_scale.observe.watch import watching
+from tests.observe import synthetic_run
+folder, first = Path(sys.argv[1]), int(sys.argv[2])
+events = folder / "events"
+with watching(str(events), "pretrain", load_recipe(sys.argv[3]), str(folder)), EventLog(str(events), "pretrain") as log:
+    synthetic_run.start(log, first)
+    for step in range(first + 10, 101, 10):
+        synthetic_run.train(log, step)
+        print(step, flush=True)
+        time.sleep(0.4 if first == 0 else 0.01)
+    log.emit("end", step=100, seconds=1.0)
+"""
+
+
+def test_a_driver_killed_at_any_time_goes_on_in_the_same_run(tmp_path: Path, server: WandbServer) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: emoji\nobserve: {wandb: online}\n")
+
+    def drive(first: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", DRIVER, str(tmp_path), str(first), str(path)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    killed = drive(0)
+    assert killed.stdout is not None
+    while killed.stdout.readline() != "60\n":
+        pass
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert drive(40).wait(timeout=60) == 0
+    run = only_run(server)
+    assert_nothing_twice(run)
+    assert_agrees_with_the_files(run, tmp_path / "events")
+    assert [row["start/start_step"] for row in run.history if "start/start_step" in row] == [0, 40]
+
+
+def test_rows_arrive_while_the_stage_runs_and_a_sender_that_is_killed_loses_and_doubles_none(tmp_path: Path, server: WandbServer) -> None:
+    events = tmp_path / "events"
+    with watching(str(events), "pretrain", recipe(tmp_path), str(tmp_path)), EventLog(str(events), "pretrain") as log:
+        synthetic_run.start(log)
+        for step in (10, 20, 30):
+            synthetic_run.train(log, step)
+        until = time.monotonic() + 30
+        while not (server.runs and only_run(server).history) and time.monotonic() < until:
+            time.sleep(0.05)
+        arrived = len(only_run(server).history)
+        for step in (40, 50, 60):
+            synthetic_run.train(log, step)
+        [sender] = [child for child in psutil.Process().children() if "wandb_process" in " ".join(child.cmdline())]
+        sender.kill()
+    assert 0 < arrived <= len(only_run(server).history)
+    synthetic_run.resumed(events)
+    send(events)
+    assert_nothing_twice(only_run(server))
+    assert_agrees_with_the_files(only_run(server), events)
+
+
+def test_a_server_that_stops_answering_holds_nothing_up_and_gets_the_rest_later(
+    tmp_path: Path, server: WandbServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    events = tmp_path / "events"
+    server.stall("file_stream")
+    with watching(str(events), "pretrain", recipe(tmp_path), str(tmp_path), wait_s=5.0):
+        synthetic_run.interrupted(events)
+        while not server.runs:
+            time.sleep(0.05)
+        ended = time.monotonic()
+    assert time.monotonic() - ended < 7
+    assert "what it lacks is sent the next time" in caplog.text
+    assert not only_run(server).history
+    server.release()
+    synthetic_run.resumed(events)
+    send(events)
+    assert_nothing_twice(only_run(server))
+    assert_agrees_with_the_files(only_run(server), events)
+
+
+def test_a_client_that_hangs_holds_nothing_up_and_leaves_no_process(tmp_path: Path, server: WandbServer) -> None:
+    events = tmp_path / "events"
+    with watching(str(events), "pretrain", recipe(tmp_path), str(tmp_path), wait_s=2.0):
+        synthetic_run.interrupted(events)
+        while not server.runs:
+            time.sleep(0.05)
+        started = [child for child in psutil.Process().children(recursive=True) if "wandb" in " ".join(child.cmdline())]
+        for process in started:
+            process.suspend()
+        ended = time.monotonic()
+    assert time.monotonic() - ended < 4
+    assert len(started) >= 2 and not psutil.wait_procs(started, timeout=5)[1]
+
+
+@pytest.mark.parametrize("how", ["closed", "silent"])
+def test_an_unreachable_server_costs_a_bounded_time_and_leaves_an_offline_run(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))  # takes connections, and never answers
+    port = listener.getsockname()[1]
+    if how == "closed":
+        listener.close()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    events = tmp_path / "events"
+    with watching(str(events), "pretrain", recipe(tmp_path), str(tmp_path)):
+        synthetic_run.interrupted(events)
+        ended = time.monotonic()
+    assert time.monotonic() - ended < 11
+    listener.close()
+    assert "no answer" in caplog.text
+    [run] = offline_runs(tmp_path)
+    assert [row["train/step"] for row in run.history if "train/step" in row] == [10, 20, 30, 40, 50, 60]
+    assert not is_delivered(str(events), "pretrain")  # it is tried again
+
+
+def test_a_run_kept_offline_meanwhile_is_sent_whole_once_the_server_is_back(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = tmp_path / "events"
+    synthetic_run.interrupted(events)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    send(events)
+    assert len(offline_runs(tmp_path)) == 1
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    send(events)
+    assert_agrees_with_the_files(only_run(server), events)
+    assert not offline_runs(tmp_path)  # all of it is at the server
+
+
+def test_a_refused_key_is_a_warning_and_an_offline_run(tmp_path: Path, server: WandbServer, caplog: pytest.LogCaptureFixture) -> None:
+    events = tmp_path / "events"
+    synthetic_run.interrupted(events)
+    server.fail("UpsertBucket", 401, 1000)
+    send(events)
+    assert "kept offline" in caplog.text
+    assert len(offline_runs(tmp_path)) == 1
+
+
+def test_silence_is_an_alert_once(tmp_path: Path, server: WandbServer) -> None:
+    events = tmp_path / "events"
+    with watching(str(events), "pretrain", recipe(tmp_path, stall_s=0.5), str(tmp_path)):
+        with EventLog(str(events), "pretrain") as log:
+            synthetic_run.start(log)
+        until = time.monotonic() + 30
+        while not (server.runs and only_run(server).alerts) and time.monotonic() < until:
+            time.sleep(0.1)
+    [alert] = only_run(server).alerts
+    assert alert.startswith("stall: emoji pretrain | no progress for ")
+
+
+def test_the_exported_model_is_an_artifact_where_that_is_asked_for(tmp_path: Path, server: WandbServer) -> None:
+    events = synthetic_run.whole_run(tmp_path)
+    model = tmp_path / "anyorder.safetensors"
+    model.write_bytes(b"weights")
+    send(events)
+    assert not server.artifacts
+    with EventLog(str(events), "pretrain") as log:
+        log.emit("end", step=100, seconds=1.0)
+    send(events, artifact=str(model))
+    assert set(server.artifacts.values()) == {"COMMITTED"}
