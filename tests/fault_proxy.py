@@ -30,6 +30,7 @@ KINDS = {
     "trickle": "up to 64 kB of the body in pieces of `trickle_bytes`, `trickle_s` apart",
     "flip": "one wrong bit in the body; not twice in the same object",
     "expired": "400 with the code ExpiredToken",
+    "unanswered": "a reset instead of the answer, after the call was carried out",
 }
 _ERRORS = {"503": (503, "ServiceUnavailable"), "slow down": (503, "SlowDown"), "expired": (400, "ExpiredToken")}
 _BLOCK = 1 << 16
@@ -66,15 +67,14 @@ class FaultProxy:
         self._flipped: set[str] = set()
         self._dice, self._places = random.Random(seed), random.Random(seed)
 
-    def spoil(self, kinds: Mapping[str, float], at_most: int = 1 << 30) -> None:
-        """From now on spoil GETs of objects: a probability for each of the ``KINDS``, no more than ``at_most`` in all."""
+    def spoil(self, kinds: Mapping[str, float], at_most: int = 1 << 30, methods: tuple[str, ...] = ("GET",)) -> None:
+        """From now on spoil GETs of objects, or other calls as well: a probability for each of the ``KINDS``, ``at_most`` in all."""
         assert set(kinds) <= set(KINDS) and sum(kinds.values()) <= 1
-        self._kinds, self._left, self._methods = kinds, at_most, ("GET",)
+        self._kinds, self._left, self._methods = kinds, at_most, methods
 
     def spoil_all(self, probability: float) -> None:
         """From now on let calls of every kind fail with this probability, half of them unanswered; 0: none."""
-        self.spoil({"503": probability / 2, "refused": probability / 2})
-        self._methods = ALL_METHODS
+        self.spoil({"503": probability / 2, "refused": probability / 2}, methods=ALL_METHODS)
 
     def wake(self) -> None:
         """End all stalls."""
@@ -129,6 +129,8 @@ class FaultProxy:
             while head.startswith(b"HTTP/1.1 100"):
                 client.sendall(head)
                 head, rest = _read_head(server, rest)
+            if kind == "unanswered":
+                return _reset(client)
             client.sendall(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
             fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if line)
             length = 0 if method == "HEAD" else int(fields.get(b"content-length", 0))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from oar_scale.model import AnyOrderModel, ModelSpec
-from oar_scale.model.spec import TextSpec
+from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
+
+CONDITIONS = {"class": ClassSpec(classes=5), "text": TextSpec(vocab=11, rows=4), "features": FeatureSpec(width=6, rows=3)}
 
 
 def small_spec(**changes: Any) -> ModelSpec:
@@ -41,3 +43,13 @@ def random_text(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:
     kind = model.spec.condition
     assert isinstance(kind, TextSpec)
     return torch.randint(1, kind.vocab, (images, kind.rows), generator=torch.Generator().manual_seed(seed))
+
+
+def told(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:
+    """What a model of any condition is told about some images."""
+    generator, kind = torch.Generator().manual_seed(seed), model.spec.condition
+    if isinstance(kind, FeatureSpec):
+        return torch.randn(images, kind.rows, kind.width, generator=generator)
+    if isinstance(kind, ClassSpec):
+        return torch.randint(kind.classes, (images, 1), generator=generator)
+    return random_text(model, images, seed)

@@ -5,13 +5,18 @@ oar prepare|tokenizer|tokens|evaluate|report RECIPE           one stage
 oar extract RECIPE [--status | --compare | --array I/N]       an order for every training image
 oar train RECIPE [--stage pretrain|finetune|control]
 oar sample RECIPE [--model ordered] [--out FILE.png] [CAPTION ...]
+oar orders RECIPE [--against FOLDER] [--train-head]             what the orders look like; a head that predicts them
 oar recipe RECIPE [--origin]
 oar status RUN                                                one screen about a run: its folder, recipe or s3://
 oar tail RUN [-n N] [-f] [--kind K]                           its events as lines
 oar data index|verify|stats URL                               shards in a folder or an S3 prefix, whoever wrote them
 oar data tokenize URL --out URL --tokenizer FILE              image shards into token shards
+oar checkpoint list|verify|prune WHERE                        what trainings have saved; WHERE is a recipe, a run, a folder
+oar checkpoint diff A B                                       settings, weights and moments of two checkpoints
+oar checkpoint convert CHECKPOINT --out FOLDER                DeepSpeed's universal format
 oar checkpoint import KIND FILE --out FOLDER_OR_FILE          weights of RandAR, LlamaGen, MaskGIT's tokenizer
 oar checkpoint export SOURCE --out PATH [--format FORMAT]     a folder for oar_scale.load, or a peer's file
+oar plan RECIPE --gpu h200 --nodes 8 [--simulate ranks=1024]   memory, time, cost and failures, before a GPU is touched
 oar doctor [RECIPE] [--json]                                  is this machine fit for a run?
 """
 
@@ -23,7 +28,7 @@ import sys
 from collections.abc import Sequence
 
 from oar_scale import __version__
-from oar_scale.cli import checkpoint, data, extract, observe, run
+from oar_scale.cli import checkpoint, data, extract, observe, orders, plan, run
 from oar_scale.errors import Requeue, UserError
 
 REQUEUE = 75
@@ -34,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 done, 1 the doctor says FAIL or shards have faults, 2 something the user can mend, 75 stopped by a signal
-        with everything saved (run it again), 130 interrupted.
+        The exit code: 0 done, 1 the doctor says FAIL, shards or checkpoints have faults, 2 something the user can mend, 75 stopped by a
+        signal with everything saved (run it again), 130 interrupted.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -62,6 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="oar", description="Ordered autoregressive image generation, trained at scale.")
     parser.add_argument("--version", action="version", version=f"oar_scale {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for module in (run, extract, observe, data, checkpoint):
+    for module in (run, plan, extract, observe, data, checkpoint, orders):
         module.add(verbs)
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from oar_scale.cli.common import Subparsers, add_verb, load
+from oar_scale.cli.common import Subparsers, add_verb, count, load
 
 SLURM = "SLURM_ARRAY_TASK_ID"
 
@@ -22,6 +22,10 @@ def add(verbs: Subparsers) -> None:
         metavar="I/N",
         help=f"be one of N processes that share the work without Ray (I from 0); without I/N: as {SLURM} and SLURM_ARRAY_TASK_COUNT say",
     )
+    compare = verb.add_argument_group("with --compare")
+    compare.add_argument("--images", type=count, default=64, metavar="N", help="training images to take; default: %(default)s")
+    compare.add_argument("--finetune", type=int, default=0, metavar="STEPS", help="also train on the orders of each way; default: no")
+    compare.add_argument("--out", metavar="FILE.json", help="write the figures as well")
 
 
 def _extract(arguments: argparse.Namespace) -> None:
@@ -36,7 +40,7 @@ def _extract(arguments: argparse.Namespace) -> None:
     elif arguments.compare:
         from oar_scale.stages.compare import run_compare
 
-        run_compare(Run(recipe))
+        run_compare(Run(recipe), images=arguments.images, out=arguments.out, finetune=arguments.finetune)
     else:
         from oar_scale.data.pool.terms import ArrayTask
         from oar_scale.pipeline import run_stage

@@ -439,6 +439,8 @@ class ExtractConfig(Section):
     """Score only the neighbours of placed cells and so many random cells besides. Default: all empty cells."""
     rescore_radius: int | None = Field(None, ge=1)
     """Score anew only cells within so many of those placed last; the others keep their scores. Default: all."""
+    views: int = Field(1, ge=1)
+    """Orders are extracted for so many of ``tokenizer.views``, from the first one on."""
     batch: int = Field(64, ge=1)
     actors: Count = 2
     """Processes with a model each, or ``{min, max}``: more of them as the cluster has room (docs/extraction-pool.md)."""
@@ -472,6 +474,21 @@ class ExtractConfig(Section):
                 "Set order_temperature above 0, score: sampled, or first_cell: random; or orders_per_image: 1.",
             )
         return self
+
+
+class OrderHeadConfig(Section):
+    """The order head (docs/order-policies.md): a small network that predicts a whole order at once."""
+
+    first: int = Field(0, ge=0)
+    """Cells that are placed before it is asked, in the checkerboard order; 0: it knows the text alone."""
+    width: int = Field(128, ge=1)
+    steps: int = Field(600, ge=1)
+    batch: int = Field(64, ge=1)
+    lr: float = Field(2e-3, gt=0)
+    heldout_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the training images that it is measured on instead of trained."""
+    heldout_images: int = Field(512, ge=1)
+    """At most so many of them are used."""
 
 
 class SampleConfig(Section):
@@ -530,6 +547,7 @@ class Recipe(Section):
     pretrain: TrainingConfig = TrainingConfig()
     extract: ExtractConfig = ExtractConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    order_head: OrderHeadConfig = OrderHeadConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     pipeline: PipelineConfig = PipelineConfig()

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # which samples make up a step is asked without torch, too (`oar plan`)
+    from torch import Tensor
 
 UInt64Array = NDArray[np.uint64]
 
@@ -57,12 +59,29 @@ def device_permutations(purpose: str, cells: int, *words: int | Tensor) -> Tenso
     Args:
         words: integers and int64 tensors [...] (broadcast against each other), at least one of them a tensor.
     """
-    device = next(word.device for word in words if isinstance(word, Tensor))
-    columns = [word[..., None] if isinstance(word, Tensor) else word for word in words]
-    state = _splitmix64(torch.tensor(zlib.crc32(purpose.encode()), device=device))
-    for column in (*columns, torch.arange(cells, device=device)):
-        state = _splitmix64(state ^ column)
+    import torch
+
+    columns = [word[..., None] if isinstance(word, torch.Tensor) else word for word in words]
+    device = next(word.device for word in words if isinstance(word, torch.Tensor))
+    state = _device_hash(purpose, *columns, torch.arange(cells, device=device))
     return (state ^ _signed(1 << 63)).argsort(dim=-1, stable=True)  # signed numbers in the order of the unsigned ones
+
+
+def device_uniform(purpose: str, *words: int | Tensor) -> Tensor:
+    """Uniform numbers in (0, 1), float64, made on the words' device; neither 0 nor 1. The words as in :func:`device_permutations`."""
+    bits = _device_hash(purpose, *words) >> 11 & (1 << 53) - 1
+    return (bits.double() + 0.5) * 2.0**-53
+
+
+def _device_hash(purpose: str, *words: int | Tensor) -> Tensor:
+    """:func:`hash_words`, as the int64 with the same bits."""
+    import torch
+
+    device = next(word.device for word in words if isinstance(word, torch.Tensor))
+    state = _splitmix64(torch.tensor(zlib.crc32(purpose.encode()), device=device))
+    for word in words:
+        state = _splitmix64(state ^ (word if isinstance(word, torch.Tensor) else _signed(word & (1 << 64) - 1)))
+    return state
 
 
 def _splitmix64(x: Tensor) -> Tensor:

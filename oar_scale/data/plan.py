@@ -70,7 +70,8 @@ class SamplePlan:
         self.segment = self.samples // streams
         if self.segment == 0:
             raise ValueError(f"{self.samples} samples cannot fill {streams} streams")
-        self._epoch = lru_cache(maxsize=4)(self._lay_out)
+        self.laid_out = lru_cache(maxsize=4)(self._lay_out)
+        """Shards in the order of an epoch's line (those without samples left out), and where each begins on it."""
 
     @property
     def samples(self) -> int:
@@ -95,7 +96,7 @@ class SamplePlan:
         return shard, uid - self.first_uid[shard]
 
     def _uids(self, epoch: int, stream: Ids, within: Ids) -> Ids:
-        shards, starts = self._epoch(epoch)
+        shards, starts = self.laid_out(epoch)
         edges = np.append(starts[:: self.window_shards], self.samples)
         at = stream * self.segment + within
         window = np.searchsorted(edges, at, side="right") - 1
@@ -107,7 +108,6 @@ class SamplePlan:
         return uid
 
     def _lay_out(self, epoch: int) -> tuple[Ids, Ids]:
-        """Shards in this epoch's order (those without samples left out), and where each begins on the line."""
         shards = permutations("shards", len(self.sizes), self.seed, epoch)
         shards = shards[self.sizes[shards] > 0]
         return shards, np.concatenate([[0], np.cumsum(self.sizes[shards])[:-1]])

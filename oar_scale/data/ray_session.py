@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from oar_scale.errors import UserError
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing large goes through it; Ray wants 75 MB at least."""
+_ANSWER_S = 10.0
 
 
 @contextmanager
@@ -30,6 +32,9 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
     Args:
         cpus: cores a private Ray may hand out; what it counts, not what the machine has.
         gpus: GPUs likewise.
+
+    Raises:
+        UserError: nobody answers at ``RAY_ADDRESS``, or the private one did not start.
     """
     import ray
 
@@ -39,6 +44,7 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
     runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if os.path.exists(path))}}
     with _environment({"RAY_USAGE_STATS_ENABLED": "0"}):
         if "RAY_ADDRESS" in os.environ:
+            _check_address(os.environ["RAY_ADDRESS"])
             ray.init(log_to_driver=False, configure_logging=False, runtime_env=runtime_env)
             try:
                 yield
@@ -55,6 +61,20 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
                 ray.shutdown()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_address(address: str) -> None:
+    """Ray itself would wait minutes for a head that is not there, and then end the process."""
+    host, colon, port = address.rpartition("//")[2].partition("/")[0].rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto" and the like: a file on this machine says where
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray answers there ({error}).\n"
+            "Start it, correct the address, or unset RAY_ADDRESS to work with a private Ray on this machine."
+        ) from error
 
 
 def _start(cpus: int, gpus: int, folder: str, runtime_env: dict[str, Any]) -> None:

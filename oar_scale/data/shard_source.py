@@ -26,7 +26,7 @@ from oar_scale.tokenizers.vq import pixels_to_unit
 
 Orders = NDArray[np.uint16]
 StoredOrders = Callable[[str, OpenShard], Orders]
-"""Stored orders [S, N] of a shard of the given name."""
+"""Stored orders [S, K, N] of a shard of the given name: K orders of each sample."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,19 @@ class OpenShards:
         self._open: OrderedDict[int, tuple[OpenShard, Orders | None]] = OrderedDict()
         self._broken: dict[int, Unusable] = {}
 
-    def row(self, shard: int, row: int, view: int, *, stored_order: bool) -> Row:
+    def row(self, shard: int, row: int, view: int, draw: float | None) -> Row:
         """One sample.
+
+        Args:
+            draw: a number from 0 to 1 that says which of its K stored orders it takes; None: none of them.
 
         Raises:
             Unusable: the shard or the sample.
         """
-        opened, orders_SN = self._shard(shard)
-        order = orders_SN[row] if stored_order and orders_SN is not None else None
+        opened, orders_SKN = self._shard(shard)
+        order = None
+        if draw is not None and orders_SKN is not None:
+            order = orders_SKN[row, int(draw * orders_SKN.shape[1])]
         prompt = opened.prompt(row, self.field)
         if isinstance(opened, TokenShard):
             return Row(opened.codes(row, view), prompt, order)

@@ -58,6 +58,8 @@ class _Choice(NamedTuple):
     row: int
     view: int
     stored_order: bool
+    draw: float
+    """From 0 to 1: which one, where several are stored."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,9 @@ class TokenStream:
         rows: list[Row | None] = []
         for choice in wanted:
             try:
-                rows.append(self.shards[choice.folder].row(choice.shard, choice.row, choice.view, stored_order=choice.stored_order))
+                rows.append(
+                    self.shards[choice.folder].row(choice.shard, choice.row, choice.view, choice.draw if choice.stored_order else None)
+                )
             except Unusable as fault:
                 bad.append(BadSample(choice.uid, str(fault)))
                 rows.append(None)
@@ -211,7 +215,8 @@ class TokenStream:
             shard_b[here], row_b[here] = plan.shard_of(wanted_b[here] - self.first_uid[number])
             view_b[here] = integers("view", source.views, seed, epoch_b[here], uid_b[here])
         view_b[~any_view_b] = 0  # stored orders belong to the first view
-        columns = (wanted_b, folder_b, shard_b, row_b, view_b, ~any_view_b)
+        draw_b = uniform("stored order", seed, epoch_b, uid_b)
+        columns = (wanted_b, folder_b, shard_b, row_b, view_b, ~any_view_b, draw_b)
         return [_Choice(*choice) for choice in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _substitute(self, epoch_1: Ids, uid_1: Ids, bad: list[BadSample]) -> Row:
@@ -221,7 +226,7 @@ class TokenStream:
             (choice,) = self._choices(epoch_1, uid_1, other_1)
             shards = self.shards[choice.folder]
             try:
-                row = shards.row(choice.shard, choice.row, choice.view, stored_order=choice.stored_order)
+                row = shards.row(choice.shard, choice.row, choice.view, choice.draw if choice.stored_order else None)
             except Unusable as fault:
                 bad.append(BadSample(choice.uid, str(fault)))
                 continue

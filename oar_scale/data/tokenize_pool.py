@@ -13,7 +13,7 @@ import torch
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import ClipTextConfig
 from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
-from oar_scale.data.shard_pool import Facts, Worker, run_pool
+from oar_scale.data.pool import Facts, PoolReport, Worker, run_pool
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
 from oar_scale.errors import UserError
 from oar_scale.storage import join
@@ -86,7 +86,7 @@ def tokenize_all(
     source, vq, text = read_manifest(job.images), load_vq(job.vq), _tower(job)
     done, origin, shards = 0, _origin(vq, job.views, text), {shard.name: shard for shard in source.shards}
 
-    def finished(shard: str, facts: Facts) -> None:
+    def finished(shard: str, facts: Facts, _: PoolReport) -> None:
         nonlocal done
         if (facts["origin"], facts["images_crc32c"]) != (origin, shards[shard].crc32c):
             raise UserError(
@@ -107,6 +107,7 @@ def tokenize_all(
         gpus_per_actor=gpus_per_actor,
         cpu_threads=job.cpu_threads,
         max_retries=max_retries,
+        what={"tokenizer, text tower and views": origin},
         on_progress=finished,
     )
     report.raise_for_poison()

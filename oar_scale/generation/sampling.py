@@ -16,7 +16,6 @@ are compared by the guided distribution, too.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +25,8 @@ from torch import Tensor
 from oar_scale.config.schema import SampleConfig
 from oar_scale.model import AnyOrderModel, Prefix
 from oar_scale.orders.picking import mix_branches
-from oar_scale.orders.scores import max_prob
+from oar_scale.orders.schedule import cells_per_step
+from oar_scale.orders.scores import score_logits, score_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,21 +137,6 @@ def generate(
     return drawing.result()
 
 
-def cells_per_step(cells: int, steps: int | None, known: int = 0) -> list[int]:
-    """How many cells each pass places: after pass s of S, floor((1 - cos(pi/2 * s/S)) * N + 1) of N are there (RandAR, sec. 3.3).
-
-    At least one a pass; the first pass places one. ``known`` cells count as placed before the first.
-    """
-    sizes: list[int] = []
-    placed, step = known, 1
-    while placed < cells:
-        target = cells if steps is None else int((1 - math.cos(math.pi / 2 * step / steps)) * cells + 1)
-        size = 1 if steps is None or not sizes else max(1, min(target, cells) - placed)
-        sizes.append(size)
-        placed, step = placed + size, step + 1
-    return sizes
-
-
 class _Drawing:
     """Images that are being drawn: the cells placed so far, and what the model knows of them."""
 
@@ -167,10 +152,11 @@ class _Drawing:
     def most_confident(self, empty_BR: Tensor) -> Tensor:
         """Place the most confident of R empty cells; returns it."""
         candidates = self.model.candidate_rows(self.prefix, self._branches(empty_BR))
-        logits_BRV = self._guide(candidates.logits_BRV)
-        confidence_BR = max_prob(logits_BRV, empty_BR)
+        rows_BRD, head = self._guide(candidates.rows_BRD), self.model.output
+        confidence_BR = score_rows(head.weight, rows_BRD.flatten(0, 1), "max_prob", empty_BR.flatten()).view_as(empty_BR)
         winner_B = (confidence_BR + self.settings.order_temperature * _gumbel(confidence_BR, self.generator)).argmax(1)
-        cell_B, code_B = empty_BR[self.image_B, winner_B], _draw(logits_BRV[self.image_B, winner_B], self.settings, self.generator)
+        logits_BV = head(rows_BRD[self.image_B, winner_B]).float()
+        cell_B, code_B = empty_BR[self.image_B, winner_B], _draw(logits_BV, self.settings, self.generator)
         self.prefix = self.model.commit(self.prefix, candidates, self._branches(winner_B), self._branches(code_B))
         self._keep(cell_B[:, None], code_B[:, None], confidence_BR[self.image_B, winner_B, None])
         return cell_B
@@ -188,7 +174,8 @@ class _Drawing:
             logits_BMV = self._guide(self.model.ask_in_turn(self.prefix, self._branches(cells_BM)))
             codes_BM = _draw(logits_BMV.flatten(0, 1), self.settings, self.generator).view_as(cells_BM)
             self.prefix = self.model.place(self.prefix, self._branches(cells_BM), self._branches(codes_BM))
-        self._keep(cells_BM, codes_BM, max_prob(logits_BMV, cells_BM))
+        scores_R = score_logits("max_prob", logits_BMV.flatten(0, 1), cells_BM.flatten())
+        self._keep(cells_BM, codes_BM, scores_R.view_as(cells_BM))
 
     def result(self) -> Generated:
         return Generated(self.codes_BN, torch.cat(self.placed, dim=1), torch.cat(self.scores, dim=1))
@@ -203,10 +190,11 @@ class _Drawing:
         """Rows of the conditional images, and again for the unconditional ones."""
         return torch.cat([rows, rows]) if self.settings.guided else rows
 
-    def _guide(self, logits_GRV: Tensor) -> Tensor:
+    def _guide(self, rows_GRD: Tensor) -> Tensor:
+        """Of rows for the output head, or of logits."""
         if not self.settings.guided:
-            return logits_GRV
-        return mix_branches(logits_GRV, self.settings.scale(self.count, self.model.spec.cells))
+            return rows_GRD
+        return mix_branches(rows_GRD, self.settings.scale(self.count, self.model.spec.cells))
 
 
 def _draw(logits_BV: Tensor, settings: SampleSettings, generator: torch.Generator) -> Tensor:

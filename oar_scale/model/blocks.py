@@ -9,12 +9,26 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oar_scale.model import lean
-from oar_scale.model.rope import rotate_fast, rotate_heads
+from oar_scale.model.rope import rotate_, rotate_heads
 from oar_scale.model.spec import ModelSpec
+
+
+def in_few_shapes(x_RD: Tensor) -> Tensor:
+    """Rows for a matrix product without gradients, with rows of zeros behind them where their number would be one of many.
+
+    For bfloat16 on a CPU oneDNN keeps a packed copy of the other matrix for every number of rows it has met. Cells that are placed one by
+    one make as many numbers as there are cells, and the copies take more memory than model and cache.
+    """
+    rows = len(x_RD)
+    if x_RD.dtype != torch.bfloat16 or x_RD.device.type != "cpu" or torch.is_grad_enabled():
+        return x_RD
+    missing = -rows % (8 if rows < 64 else 64)
+    return F.pad(x_RD, (0, 0, 0, missing)) if missing else x_RD
 
 
 class Linear(nn.Linear):
@@ -25,6 +39,11 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, 0.0, 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        x_RD = in_few_shapes(x.reshape(rows, -1))
+        return F.linear(x, self.weight) if len(x_RD) == rows else F.linear(x_RD, self.weight)[:rows].view(*x.shape[:-1], -1)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -40,7 +59,9 @@ class GatedLinear(Linear):
     """The way out of a SwiGLU feed-forward: ``(silu(gate) * up) W^T``."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
-        return lean.gated_linear(gate, up, self.weight)
+        if torch.is_grad_enabled():
+            return lean.gated_linear(gate, up, self.weight)
+        return super().forward(F.silu(gate).mul_(up))
 
 
 class Heads(NamedTuple):
@@ -51,13 +72,11 @@ class Heads(NamedTuple):
     v: Tensor
 
 
-class DecodingHeads(NamedTuple):
-    """:class:`Heads`, and the score of each row's own key under its own query, q.k / sqrt(head_dim): float32 [B, H, L]."""
+class Room(NamedTuple):
+    """Keys and values of some rows, [B, kv_heads, L, head_dim] each: a part of the cache, to be written."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    own: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class Attention(nn.Module):
@@ -76,14 +95,18 @@ class Attention(nn.Module):
             q, k, v = rotate_heads(qkv_BLHd, turn_BLP2, self.kv_heads)
         return Heads(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
-    def project_decoding(self, x_BLD: Tensor, turn_BLP2: Tensor) -> DecodingHeads:
-        """:meth:`project` for inference, with the rows' own scores."""
-        qk, v = self.wqkv(x_BLD).unflatten(-1, (-1, self.head_dim)).split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        rotated = rotate_fast(qk, turn_BLP2[:, :, None])
-        q32, k32 = rotated.split([self.heads, self.kv_heads], dim=2)
+    def project_into(self, room: Room, x_BLD: Tensor, turn_BLP2: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`project` for inference: keys and values go into the cache.
+
+        Returns:
+            Queries [B, H, L, head_dim], and the score of each row's own key under its own query, q.k / sqrt(head_dim): float32 [B, H, L].
+        """
+        qk_BLHd, v_BLGd = self.wqkv(x_BLD).unflatten(-1, (-1, self.head_dim)).split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        q32, k32 = rotate_(qk_BLHd.float(), turn_BLP2[:, :, None]).split([self.heads, self.kv_heads], dim=2)
+        room.keys.copy_(k32.transpose(1, 2))
+        room.values.copy_(v_BLGd.transpose(1, 2))
         own_BLH = (q32.unflatten(2, (self.kv_heads, -1)) * k32.unsqueeze(3)).sum(-1).flatten(2) / math.sqrt(self.head_dim)
-        q, k = rotated.to(x_BLD.dtype).split([self.heads, self.kv_heads], dim=2)
-        return DecodingHeads(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), own_BLH.transpose(1, 2))
+        return q32.to(x_BLD.dtype).transpose(1, 2), own_BLH.transpose(1, 2)
 
     def merge(self, out_BHLd: Tensor) -> Tensor:
         """Heads back to rows [B, L, D]."""
@@ -102,7 +125,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """``forward`` is the training path; decoding calls :meth:`decoding_heads` and :meth:`finish` with its own attention between."""
+    """``forward`` is the training path; decoding calls :meth:`project_into` and :meth:`finish` with its own attention between."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -113,8 +136,8 @@ class Block(nn.Module):
         self.dropout = spec.dropout
         self.grouped = self.attention.kv_heads != self.attention.heads
 
-    def decoding_heads(self, x_BLD: Tensor, turn_BLP2: Tensor) -> DecodingHeads:
-        return self.attention.project_decoding(self.attention_norm(x_BLD), turn_BLP2)
+    def project_into(self, room: Room, x_BLD: Tensor, turn_BLP2: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attention.project_into(room, self.attention_norm(x_BLD), turn_BLP2)
 
     def finish(self, x_BLD: Tensor, out_BHLd: Tensor) -> Tensor:
         """Residual connections around attention (already computed) and feed-forward."""

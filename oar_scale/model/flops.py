@@ -12,8 +12,7 @@ though causality leaves half of them; only :func:`useful_flops` does not.
 
 from __future__ import annotations
 
-from oar_scale.model.layouts import LAYOUTS
-from oar_scale.model.spec import FeatureSpec, ModelSpec, TextSpec
+from oar_scale.model.spec import STRIDE, FeatureSpec, ModelSpec, TextSpec
 
 
 def forward_flops(spec: ModelSpec) -> int:
@@ -30,7 +29,7 @@ def training_flops(spec: ModelSpec, *, recompute: bool = False) -> int:
     Args:
         recompute: the trunk's blocks run once more in the backward pass (activation checkpointing).
     """
-    rows, again = _rows(spec), _trunk(spec) if recompute else 0
+    rows, again = spec.rows, _trunk(spec) if recompute else 0
     backward = 2 * (forward_flops(spec) - _frozen_input(spec)) + _frozen_input(spec)
     scores_again = spec.layers * _attention(spec, rows, rows) // 2
     if isinstance(spec.condition, TextSpec):
@@ -43,7 +42,7 @@ def useful_flops(spec: ModelSpec) -> int:
 
     Three times the forward pass, with the L (L + 1) / 2 pairs that causality leaves; neither recomputed blocks nor recomputed scores.
     """
-    rows = _rows(spec)
+    rows = spec.rows
     masked = spec.layers * (_attention(spec, rows, rows) - _attention(spec, rows, rows + 1) // 2)
     return 3 * (forward_flops(spec) - masked)
 
@@ -62,7 +61,7 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False) -> int:
         raise ValueError("a raster model has one order, so there is nothing to extract; layouts instructed and dual take any order")
     begin = spec.condition.rows
     trunk = begin * _block_row(spec) + _attention(spec, begin, begin)
-    stride = LAYOUTS[spec.layout].stride
+    stride = STRIDE[spec.layout]
     for placed in range(spec.cells):
         entering = stride - 1 if placed else 0  # an instructed model's last code row enters the cache with the candidates
         rows = spec.cells - placed + entering
@@ -80,14 +79,8 @@ def peak_flops(device: str, precision: str) -> float | None:
     return next((peak for name, peak in _PEAKS.items() if name in device), None) if precision == "bf16" else None
 
 
-def _rows(spec: ModelSpec) -> int:
-    """L, as ``AnyOrderModel.rows`` runs them."""
-    layout = LAYOUTS[spec.layout]
-    return spec.condition.rows - layout.held + layout.stride * (spec.cells - 1) + 1
-
-
 def _trunk(spec: ModelSpec) -> int:
-    rows = _rows(spec)
+    rows = spec.rows
     return spec.layers * (rows * _block_row(spec) + _attention(spec, rows, rows)) - (rows - spec.cells) * _end_row(spec)
 
 

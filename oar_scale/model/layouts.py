@@ -11,7 +11,8 @@ Attention is plainly causal in all of them. A layout answers three questions, ea
     in_turn      rows that ask for M cells with no codes between: RandAR's parallel decoding
 
 What was placed last may still have to enter the cache (``Placed``): the code row of an instructed model, or the row of the
-last code of the others, which cannot be written before the next cell is known.
+last code of the others, which cannot be written before the next cell is known. What a layout has learned about cells is a few
+tables (``tables``), made once for an image that is placed cell by cell.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from oar_scale.model.rope import cell_rotations, offset_index, offset_rotations, rotate_vector
-from oar_scale.model.spec import ModelSpec
+from oar_scale.model.spec import HELD, STRIDE, ModelSpec
 
 
 class Rows(NamedTuple):
@@ -37,6 +38,14 @@ class Placed(NamedTuple):
 
     cells_BK: Tensor
     codes_BKD: Tensor
+
+    def images(self, part: slice) -> Placed:
+        """Some of the B images."""
+        return Placed(self.cells_BK[part], self.codes_BKD[part])
+
+
+Tables = tuple[Tensor, ...]
+"""What a layout adds to a row for the cells it is about, a row of a table for each cell or way."""
 
 
 class RowLayout(nn.Module):
@@ -56,15 +65,23 @@ class RowLayout(nn.Module):
         """What stands for the last placed code when there is none: a row, and the index that turns no row."""
         raise NotImplementedError
 
-    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor) -> Rows:
+    def tables(self, device: torch.device) -> Tables:
+        """The learned tables, of the weights as they are."""
+        return ()
+
+    def entering(self, last: Placed) -> int:
+        """How many rows must enter the cache before candidates can ask; see ``candidates``."""
+        return 0
+
+    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
         """Rows that ask for K cells in turn: every ``stride``-th one, counted from the end, predicts the code of the next cell."""
         raise NotImplementedError
 
-    def candidates(self, last: Placed, cells_BR: Tensor) -> tuple[Rows | None, Rows]:
+    def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
         """Rows that must enter the cache first, and one row for each of R cells."""
         raise NotImplementedError
 
-    def in_turn(self, last: Placed, cells_BM: Tensor) -> Rows:
+    def in_turn(self, last: Placed, cells_BM: Tensor, tables: Tables) -> Rows:
         """Rows that ask for M cells, each seeing the questions before it; the last M rows predict."""
         raise ValueError(f"layout {self.spec.layout} cannot ask for several cells in one step: only instructed models decode in parallel")
 
@@ -89,16 +106,16 @@ class RowLayout(nn.Module):
 class RasterRows(RowLayout):
     """Row by row, left to right; the last condition row predicts the first code."""
 
-    held = 1
+    held = HELD["raster"]
 
     def start(self, condition_BTD: Tensor) -> Placed:
         return Placed(self.no_cell(len(condition_BTD), 1, condition_BTD.device), condition_BTD[:, -1:])
 
-    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor) -> Rows:
+    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
         self._require_raster(last, cells_BK)
         return Rows(torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1), torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1))
 
-    def candidates(self, last: Placed, cells_BR: Tensor) -> tuple[Rows | None, Rows]:
+    def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
         self._require_raster(last, cells_BR[:, :1])
         if cells_BR.shape[1] != 1:
             raise ValueError(f"a raster model goes on with the next cell only, not with a choice of {cells_BR.shape[1]}")
@@ -114,7 +131,7 @@ class RasterRows(RowLayout):
 class InstructedRows(RowLayout):
     """A position instruction token before each code: one learned vector, turned by the cell it asks for."""
 
-    stride = 2
+    stride = STRIDE["instructed"]
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
@@ -125,31 +142,35 @@ class InstructedRows(RowLayout):
         batch, _, dim = condition_BTD.shape
         return Placed(self.no_cell(batch, 0, condition_BTD.device), condition_BTD.new_empty(batch, 0, dim))
 
-    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor) -> Rows:
-        asks_BKD = self._asks(cells_BK)
-        pairs = torch.stack([asks_BKD, codes_BKD], dim=2).flatten(1, 2)[:, :-1]
-        return self._after(last, pairs, cells_BK.repeat_interleave(2, dim=1)[:, :-1])
+    def tables(self, device: torch.device) -> Tables:
+        """Position instruction rows [N, D]."""
+        return (rotate_vector(self.pos_instruct_embeddings, self.rotations(device)[:-1], self.spec.heads),)
 
-    def candidates(self, last: Placed, cells_BR: Tensor) -> tuple[Rows | None, Rows]:
-        entering = self._after(last, last.codes_BKD[:, :0], cells_BR[:, :0]) if last.cells_BK.shape[1] else None
-        return entering, Rows(self._asks(cells_BR), cells_BR)
+    def entering(self, last: Placed) -> int:
+        return max(0, 2 * last.cells_BK.shape[1] - 1)
 
-    def in_turn(self, last: Placed, cells_BM: Tensor) -> Rows:
-        return self._after(last, self._asks(cells_BM), cells_BM)
+    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
+        (asks_ND,) = tables or self.tables(cells_BK.device)
+        pairs = torch.stack([asks_ND[cells_BK], codes_BKD], dim=2).flatten(1, 2)[:, :-1]
+        return self._after(last, pairs, cells_BK.repeat_interleave(2, dim=1)[:, :-1], asks_ND)
 
-    def _after(self, last: Placed, x_BLD: Tensor, cells_BL: Tensor) -> Rows:
+    def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
+        (asks_ND,) = tables
+        entering = self._after(last, last.codes_BKD[:, :0], cells_BR[:, :0], asks_ND) if self.entering(last) else None
+        return entering, Rows(asks_ND[cells_BR], cells_BR)
+
+    def in_turn(self, last: Placed, cells_BM: Tensor, tables: Tables) -> Rows:
+        (asks_ND,) = tables
+        return self._after(last, asks_ND[cells_BM], cells_BM, asks_ND)
+
+    def _after(self, last: Placed, x_BLD: Tensor, cells_BL: Tensor, asks_ND: Tensor) -> Rows:
         """New rows behind ``x_1, p_2, x_2, ..., p_K, x_K`` of the codes placed last: the question of the first is in the cache."""
         if last.cells_BK.shape[1] == 0:
             return Rows(x_BLD, cells_BL)
-        asks = self._asks(last.cells_BK).to(last.codes_BKD.dtype)
-        pairs = torch.stack([asks, last.codes_BKD], dim=2).flatten(1, 2)[:, 1:]
+        asks_BKD = asks_ND[last.cells_BK].to(last.codes_BKD.dtype)
+        pairs = torch.stack([asks_BKD, last.codes_BKD], dim=2).flatten(1, 2)[:, 1:]
         cells = last.cells_BK.repeat_interleave(2, dim=1)[:, 1:]
         return Rows(torch.cat([pairs, x_BLD], dim=1), torch.cat([cells, cells_BL], dim=1))
-
-    def _asks(self, cells: Tensor) -> Tensor:
-        """Position instruction rows [..., D] for cells [...]."""
-        every_ND = rotate_vector(self.pos_instruct_embeddings, self.rotations(cells.device)[:-1], self.spec.heads)
-        return every_ND[cells]
 
 
 class DualRows(RowLayout):
@@ -169,23 +190,28 @@ class DualRows(RowLayout):
     def start(self, condition_BTD: Tensor) -> Placed:
         return Placed(self.no_cell(len(condition_BTD), 1, condition_BTD.device), torch.zeros_like(condition_BTD[:, :1]))
 
-    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor) -> Rows:
-        here_BK = torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1)
-        return self._rows(here_BK, torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1), cells_BK)
-
-    def candidates(self, last: Placed, cells_BR: Tensor) -> tuple[Rows | None, Rows]:
-        here_BR = last.cells_BK.expand_as(cells_BR)
-        return None, self._rows(here_BR, last.codes_BKD.expand(-1, cells_BR.shape[1], -1), cells_BR)
-
-    def _rows(self, here_BK: Tensor, codes_BKD: Tensor, next_BK: Tensor) -> Rows:
-        spec, device = self.spec, here_BK.device
+    def tables(self, device: torch.device) -> Tables:
+        """Where a code lies [N + 1, D], and the ways to the next one [(2G - 1)^2, D]."""
+        spec = self.spec
         if device not in self._offsets:
             self._offsets[device] = offset_rotations(spec.grid, spec.head_dim, spec.rope_base, device)
         cells_ND = rotate_vector(self.pos_here_embeddings, self.rotations(device)[:-1], spec.heads)
         here_RD = torch.cat([cells_ND, torch.zeros_like(cells_ND[:1])])  # the zero token lies nowhere
-        ways_WD = rotate_vector(self.pos_next_embeddings, self._offsets[device], spec.heads)
-        way_BK = offset_index(spec.grid, torch.where(here_BK == spec.cells, 0, here_BK), next_BK)
-        return Rows(codes_BKD + here_RD[here_BK] + ways_WD[way_BK], here_BK)
+        return here_RD, rotate_vector(self.pos_next_embeddings, self._offsets[device], spec.heads)
+
+    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
+        here_BK = torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1)
+        codes_BKD = torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1)
+        return Rows(self._rows(here_BK, codes_BKD, cells_BK, tables or self.tables(cells_BK.device)), here_BK)
+
+    def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
+        return None, Rows(self._rows(last.cells_BK, last.codes_BKD, cells_BR, tables), last.cells_BK.expand_as(cells_BR))
+
+    def _rows(self, here_BK: Tensor, codes_BKD: Tensor, next_BR: Tensor, tables: Tables) -> Tensor:
+        """Rows [B, R, D] of codes at cells ``here`` that ask for the next ones; K is R, or 1 for all of them."""
+        here_RD, ways_WD = tables
+        way_BR = offset_index(self.spec.grid, torch.where(here_BK == self.spec.cells, 0, here_BK), next_BR)
+        return codes_BKD + here_RD[here_BK] + ways_WD[way_BR]
 
 
 LAYOUTS: dict[str, type[RowLayout]] = {"raster": RasterRows, "instructed": InstructedRows, "dual": DualRows}

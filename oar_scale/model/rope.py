@@ -63,11 +63,10 @@ def rotate_vector(vector_1D: Tensor, turn_RP2: Tensor, heads: int) -> Tensor:
     return rotate(vector_1D.view(1, heads, -1).expand(len(turn_RP2), -1, -1), turn_RP2[:, None]).flatten(1)
 
 
-def rotate_fast(x: Tensor, turn: Tensor) -> Tensor:
-    """:func:`rotate` in float32 as one complex multiplication, for inference."""
-    rotated = x.to(torch.float32, copy=True)
-    _pairs(rotated).mul_(torch.view_as_complex(turn))
-    return rotated
+def rotate_(x: Tensor, turn: Tensor) -> Tensor:
+    """:func:`rotate` of float32 ``x`` in place, as one complex multiplication: for inference."""
+    _pairs(x).mul_(torch.view_as_complex(turn))
+    return x
 
 
 def rotate_heads(qkv_BLHd: Tensor, turn_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,15 +1,22 @@
-"""What fixes the shape of a model; stored with its weights."""
+"""What fixes the shape of a model; stored with its weights. Imports no torch: sizes and costs are answered at once."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from oar_scale.config.schema import Layout, ModelConfig
 from oar_scale.errors import UserError
-from oar_scale.tokenizers.clip_text import ClipText, ClipTextSpec
-from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder, PromptEncoder
+from oar_scale.tokenizers.clip_spec import ClipTextSpec
+
+if TYPE_CHECKING:
+    from oar_scale.tokenizers.prompts import PromptEncoder
+
+STRIDE: dict[Layout, int] = {"raster": 1, "instructed": 2, "dual": 1}
+"""Rows for each cell (``layouts.py``)."""
+HELD: dict[Layout, int] = {"raster": 1, "instructed": 0, "dual": 0}
+"""Condition rows that wait for the first cell with the codes, instead of entering the cache first."""
 
 
 class _Spec(BaseModel):
@@ -95,6 +102,11 @@ class ModelSpec(_Spec):
     def head_dim(self) -> int:
         return self.dim // self.heads
 
+    @property
+    def rows(self) -> int:
+        """L: rows of an image in the trunk when it is trained."""
+        return self.condition.rows - HELD[self.layout] + STRIDE[self.layout] * (self.cells - 1) + 1
+
     @model_validator(mode="after")
     def _head_sizes(self) -> ModelSpec:
         if self.dim % self.heads or self.head_dim % 4:
@@ -124,6 +136,9 @@ class ModelSpec(_Spec):
 
 def condition_spec(prompts: PromptEncoder, *, encoder_layers: int) -> ClassSpec | TextSpec | FeatureSpec:
     """The condition of a model that is told what ``prompts`` encodes; ``encoder_layers`` for text that is encoded along."""
+    from oar_scale.tokenizers.clip_text import ClipText
+    from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder
+
     if isinstance(prompts, ClipText):
         return FeatureSpec(width=prompts.width, rows=prompts.rows, tower=prompts.spec, tower_id=prompts.content_id)
     if isinstance(prompts, FeatureReader):

@@ -7,11 +7,14 @@ the text, the cells placed before, and itself:
 
 The winner's row is, unchanged, the next row of the cache: N (N + 1) / 2 candidate rows for an image of N cells and
 nothing is computed twice. :func:`brute_force_orders` asks the same question with a fresh forward pass per candidate.
+Cheaper ways, which are no longer exact, are in ``schedule.py``; all that is left to chance is in ``picking.Chance``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,29 +22,53 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oar_scale.config.fingerprint import fingerprint
-from oar_scale.config.schema import ExtractConfig, Score
+from oar_scale.config.schema import ExtractConfig, FirstCell, Score
 from oar_scale.model import AnyOrderModel
-from oar_scale.orders.picking import guide, guided_batch, pick_best, tie_ranks, without
-from oar_scale.orders.scores import SCORES
+from oar_scale.orders.picking import Chance, guide, guided_batch, pick_several
+from oar_scale.orders.schedule import Asking, pack, step_sizes, within
+from oar_scale.orders.scores import score_logits, score_rows
+
+Images = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ExtractionSettings:
-    """What an order depends on besides the model and the image."""
+    """What an order depends on besides the model and the image: see :class:`~oar_scale.config.schema.ExtractConfig`.
+
+    Raises:
+        ValueError: settings that contradict each other.
+    """
 
     score: Score = "gt_logprob"
     guidance: float = 1.0
-    """Scale of classifier-free guidance; 1 is the conditional model alone, at half the cost."""
     tie_seed: int = 0
+    order_temperature: float = 0.0
+    orders_per_image: int = 1
+    first_cell: FirstCell = "free"
+    commit_per_step: int = 1
+    cosine_steps: int | None = None
+    repulsion_radius: int = 0
+    frontier_random: int | None = None
+    rescore_radius: int | None = None
+
+    def __post_init__(self) -> None:
+        ExtractConfig.model_validate(dataclasses.asdict(self))
 
     @classmethod
     def from_recipe(cls, config: ExtractConfig) -> ExtractionSettings:
-        return cls(config.score, config.guidance, config.tie_seed)
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
     @property
     def id(self) -> str:
-        """Names these settings in the order tables."""
-        return fingerprint({"method": "exact", "score": self.score, "guidance": self.guidance, "tie_seed": self.tie_seed})
+        """Names these settings in the order tables: fields that came later count where they are not at their defaults."""
+        named: dict[str, Any] = {"method": "exact", "score": self.score, "guidance": self.guidance, "tie_seed": self.tie_seed}
+        later = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in named}
+        return fingerprint(named | {name: value for name, value in later.items() if value != getattr(type(self), name)})
+
+    @property
+    def exact(self) -> bool:
+        """Whether every step asks about every cell that may come next, and places one."""
+        return self.commit_per_step == 1 and self.cosine_steps is None and self.frontier_random is None and self.rescore_radius is None
 
 
 @dataclass(frozen=True)
@@ -52,87 +79,200 @@ class Orders:
     """Permutations of the cells, int64, first placed first."""
     score_BN: Tensor
     """float32; the score that the cell of the same column had when it was placed."""
+    rows: int = 0
+    """What it cost: questions that the model was asked about each image, those asked again included."""
 
 
 @torch.no_grad()
 def extract_orders(
-    model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, images_B: NDArray[np.int64] | None = None
+    model: AnyOrderModel,
+    codes_BN: Tensor,
+    condition_BTD: Tensor,
+    settings: ExtractionSettings,
+    images_B: Images | None = None,
+    draw: int = 0,
 ) -> Orders:
-    """Find the confidence order of each image, exactly.
+    """Find the confidence order of each image; exactly, unless the settings say otherwise.
 
     Args:
         codes_BN: codes in raster order.
         condition_BTD: what ``model.condition`` returned; its dtype and the model's decide the precision.
-        images_B: a number for each image that fixes how its ties are broken; default 0 .. B - 1.
+        images_B: a number for each image that fixes what is left to chance; default 0 .. B - 1.
+        draw: which one of the orders of an image, from 0: ``settings.orders_per_image`` are wanted.
 
     Raises:
-        ValueError: codes that are not N of the model's vocabulary for each image, or a model whose scores are not numbers.
+        ValueError: codes that are not N of the model's vocabulary for each image, a model in training mode, or one whose scores
+            are not numbers.
     """
-    _check_codes(model, codes_BN)
-    batch, cells = codes_BN.shape
-    score_of = SCORES[settings.score]
-    ties_BN = _ties(settings, images_B, batch, cells).to(codes_BN.device)
-    order_BN, score_BN = torch.empty_like(codes_BN), torch.empty(batch, cells, device=codes_BN.device)
-
-    prefix = model.begin(_branches(model, condition_BTD, settings))
-    empty_BR = torch.arange(cells, device=codes_BN.device).repeat(batch, 1)
-    for step in range(cells):
-        candidates = model.candidate_rows(prefix, guided_batch(empty_BR, settings.guidance))
-        score_BR = score_of(guide(candidates.logits_BRV, settings.guidance), codes_BN.gather(1, empty_BR))
-        winner_B = pick_best(score_BR, empty_BR, ties_BN)
-        chosen_B1 = empty_BR.gather(1, winner_B[:, None])
-        order_BN[:, step], score_BN[:, step] = chosen_B1[:, 0], score_BR.gather(1, winner_B[:, None])[:, 0]
-        placed_B = codes_BN.gather(1, chosen_B1)[:, 0]
-        prefix = model.commit(prefix, candidates, guided_batch(winner_B, settings.guidance), guided_batch(placed_B, settings.guidance))
-        empty_BR = without(empty_BR, winner_B)
-    return _checked(order_BN, score_BN)
+    chance = _chance(model, codes_BN, settings, images_B, draw)
+    return _place_all(model, codes_BN, settings, chance, _Cached(model, codes_BN, condition_BTD, settings, chance))
 
 
 @torch.no_grad()
 def brute_force_orders(
-    model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, images_B: NDArray[np.int64] | None = None
+    model: AnyOrderModel,
+    codes_BN: Tensor,
+    condition_BTD: Tensor,
+    settings: ExtractionSettings,
+    images_B: Images | None = None,
+    draw: int = 0,
 ) -> Orders:
-    """The same orders by a fresh forward pass for every empty cell at every step: slow, and free of any cache."""
-    _check_codes(model, codes_BN)
-    batch, cells = codes_BN.shape
-    ties_BN = _ties(settings, images_B, batch, cells).to(codes_BN.device)
-    empty_BR = torch.arange(cells, device=codes_BN.device).repeat(batch, 1)
-    order_BN, score_BN = codes_BN.new_empty(batch, 0), codes_BN.new_empty(batch, 0, dtype=torch.float32)
-    for _ in range(cells):
-        score_BR = _fresh_scores(model, codes_BN, condition_BTD, settings, order_BN, empty_BR)
-        winner_B1 = pick_best(score_BR, empty_BR, ties_BN)[:, None]
-        order_BN = torch.cat([order_BN, empty_BR.gather(1, winner_B1)], dim=1)
-        score_BN = torch.cat([score_BN, score_BR.gather(1, winner_B1)], dim=1)
-        empty_BR = without(empty_BR, winner_B1[:, 0])
-    return _checked(order_BN, score_BN)
+    """The same orders by a fresh forward pass for every cell that is asked about: slow, and free of any cache."""
+    chance = _chance(model, codes_BN, settings, images_B, draw)
+    return _place_all(model, codes_BN, settings, chance, _Fresh(model, codes_BN, condition_BTD, settings, chance))
 
 
 @torch.no_grad()
-def regret(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, order_BN: Tensor) -> Tensor:
+def scores_along(
+    model: AnyOrderModel,
+    codes_BN: Tensor,
+    condition_BTD: Tensor,
+    settings: ExtractionSettings,
+    order_BN: Tensor,
+    images_B: Images | None = None,
+    draw: int = 0,
+) -> Tensor:
+    """The score of each cell of an order given the cells before it, float32 [B, N], in one forward pass.
+
+    With ``gt_logprob`` the sum of a row is the log-likelihood of the image in this order.
+    """
+    chance = _chance(model, codes_BN, settings, images_B, draw)
+    rows_GND = model.rows(
+        guided_batch(codes_BN, settings.guidance), guided_batch(order_BN, settings.guidance), _branches(model, condition_BTD, settings)
+    )
+    uniform_BN = None
+    if settings.score == "sampled":
+        step_BN = order_BN.argsort(1)
+        uniform_BN = chance.uniform("drawn code", step_BN).gather(1, order_BN)
+    return _score_rows(model, rows_GND, settings, codes_BN.gather(1, order_BN), uniform_BN)
+
+
+@torch.no_grad()
+def shortfall(
+    model: AnyOrderModel,
+    codes_BN: Tensor,
+    condition_BTD: Tensor,
+    settings: ExtractionSettings,
+    order_BN: Tensor,
+    images_B: Images | None = None,
+) -> Tensor:
     """How much better the best empty cell was than the one an order places next, in units of the score: float32 [B, N].
 
     By brute force along the given orders. Zero everywhere is what greedy means, and a tolerance of a few roundings
     here is a fairer test of an extraction than equality of orders, which a near-tie may flip.
     """
+    asker = _Fresh(model, codes_BN, condition_BTD, settings, _chance(model, codes_BN, settings, images_B, 0))
     columns = []
     for step in range(order_BN.shape[1]):
-        score_BR = _fresh_scores(model, codes_BN, condition_BTD, settings, order_BN[:, :step], order_BN[:, step:])
+        score_BR = asker.scores(order_BN[:, step:], step)
         columns.append(score_BR.amax(1) - score_BR[:, 0])
+        asker.place(order_BN[:, step : step + 1], asked=True)
     return torch.stack(columns, dim=1)
 
 
-def _fresh_scores(
-    model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, placed_BK: Tensor, empty_BR: Tensor
+class _Asker(Protocol):
+    """Somebody who knows the scores of empty cells."""
+
+    def scores(self, cells_BR: Tensor, step: int) -> Tensor:
+        """Of R cells of each image, float32 [B, R]."""
+        ...
+
+    def place(self, cells_Bk: Tensor, *, asked: bool) -> None:
+        """Place these cells in turn; ``asked``: the first of them was among those asked about last, in all images."""
+        ...
+
+
+def _place_all(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings, chance: Chance, asker: _Asker) -> Orders:
+    cells, device = codes_BN.shape[1], codes_BN.device
+    asking, ties_BN = Asking(settings, chance, model.spec.grid), chance.ties()
+    apart_NN = within(model.spec.grid, settings.repulsion_radius, device) if settings.repulsion_radius else None
+    empty_BN = torch.ones_like(codes_BN, dtype=torch.bool)
+    score_BN = torch.full(codes_BN.shape, -torch.inf, device=device)
+    order: list[Tensor] = []
+    scores: list[Tensor] = []
+    rows = 0
+    for step, size in enumerate(step_sizes(settings, cells)):
+        asked_BN = asking.cells(step, size, empty_BN, score_BN)
+        placed = sum(chosen_Bk.shape[1] for chosen_Bk in order)
+        given = step == 0 and settings.first_cell != "free"
+        cells_BR, count = pack(asked_BN, 1 if given else cells - placed if asking.all_empty else None)
+        if count:
+            score_BN = torch.where(asked_BN, score_BN.scatter(1, cells_BR, asker.scores(cells_BR, step)), score_BN)
+        # A score that is not asked for again may be picked only where that is the point of it.
+        open_BN = empty_BN if settings.rescore_radius is not None and not given else asked_BN
+        wanted_BN = score_BN + settings.order_temperature * chance.gumbel(step) if settings.order_temperature else score_BN
+        chosen_Bk = pick_several(wanted_BN.masked_fill(~open_BN, -torch.inf), ties_BN, size, apart_NN)
+        order.append(chosen_Bk)
+        scores.append(score_BN.gather(1, chosen_Bk))
+        asked = settings.rescore_radius is None or bool(asked_BN.gather(1, chosen_Bk[:, :1]).all())
+        asker.place(chosen_Bk, asked=asked)
+        asking.placed(chosen_Bk)
+        empty_BN = empty_BN.scatter(1, chosen_Bk, False)
+        rows += count + size - asked
+    score_BN = torch.cat(scores, dim=1)
+    if score_BN.isnan().any():
+        raise ValueError("the model's scores are not numbers (NaN): its weights are damaged, or its precision is too low for them")
+    return Orders(torch.cat(order, dim=1), score_BN, rows)
+
+
+class _Cached:
+    """Asks about all cells in one pass over what is cached."""
+
+    def __init__(self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, chance: Chance) -> None:
+        self.model, self.codes_BN, self.settings, self.chance = model, codes_BN, settings, chance
+        self.prefix = model.begin(_branches(model, condition_BTD, settings))
+
+    def scores(self, cells_BR: Tensor, step: int) -> Tensor:
+        self.candidates = self.model.candidate_rows(self.prefix, guided_batch(cells_BR, self.settings.guidance))
+        uniform_BR = _uniform(self.settings, self.chance, cells_BR, step)
+        return _score_rows(self.model, self.candidates.rows_BRD, self.settings, self.codes_BN.gather(1, cells_BR), uniform_BR)
+
+    def place(self, cells_Bk: Tensor, *, asked: bool) -> None:
+        scale, codes_Bk = self.settings.guidance, self.codes_BN.gather(1, cells_Bk)
+        if asked:
+            first_G = guided_batch(cells_Bk[:, 0], scale)
+            winner_G = (self.candidates.cells_BR == first_G[:, None]).int().argmax(1)
+            self.prefix = self.model.commit(self.prefix, self.candidates, winner_G, guided_batch(codes_Bk[:, 0], scale))
+            cells_Bk, codes_Bk = cells_Bk[:, 1:], codes_Bk[:, 1:]
+        # These did not know of those placed with them, or of what came since they were asked about.
+        self.prefix = self.model.prefill(self.prefix, guided_batch(cells_Bk, scale), guided_batch(codes_Bk, scale))
+
+
+class _Fresh:
+    """Asks about each cell by a forward pass of its own, in which it comes last."""
+
+    def __init__(self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, chance: Chance) -> None:
+        self.model, self.codes_BN, self.settings, self.chance = model, codes_BN, settings, chance
+        self.branches_GTD = _branches(model, condition_BTD, settings)
+        self.placed_BK = codes_BN[:, :0]
+
+    def scores(self, cells_BR: Tensor, step: int) -> Tensor:
+        scale, columns = self.settings.guidance, []
+        uniform_BR = _uniform(self.settings, self.chance, cells_BR, step)
+        for r in range(cells_BR.shape[1]):
+            cell_B1 = cells_BR[:, r : r + 1]
+            order_BL = torch.cat([self.placed_BK, cell_B1], dim=1)
+            logits_GLV = self.model(guided_batch(self.codes_BN, scale), guided_batch(order_BL, scale), self.branches_GTD)
+            guided_BV = guide(logits_GLV[:, -1].float(), scale)
+            uniform_B = None if uniform_BR is None else uniform_BR[:, r]
+            columns.append(score_logits(self.settings.score, guided_BV, self.codes_BN.gather(1, cell_B1)[:, 0], uniform_B))
+        return torch.stack(columns, dim=1)
+
+    def place(self, cells_Bk: Tensor, *, asked: bool) -> None:
+        self.placed_BK = torch.cat([self.placed_BK, cells_Bk], dim=1)
+
+
+def _score_rows(
+    model: AnyOrderModel, rows_GRD: Tensor, settings: ExtractionSettings, targets_BR: Tensor, uniform_BR: Tensor | None
 ) -> Tensor:
-    """Scores [B, R] of the empty cells after the placed ones, each cell the last one of its own forward pass."""
-    columns = []
-    branches_GTD, branch_codes_GN = _branches(model, condition_BTD, settings), guided_batch(codes_BN, settings.guidance)
-    for r in range(empty_BR.shape[1]):
-        order_BL = torch.cat([placed_BK, empty_BR[:, r : r + 1]], dim=1)
-        logits_GLV = model(branch_codes_GN, guided_batch(order_BL, settings.guidance), branches_GTD)
-        guided_B1V = guide(logits_GLV[:, -1:].float(), settings.guidance)
-        columns.append(SCORES[settings.score](guided_B1V, codes_BN.gather(1, empty_BR[:, r : r + 1])))
-    return torch.cat(columns, dim=1)
+    rows_BRD = guide(rows_GRD, settings.guidance)
+    uniform_R = None if uniform_BR is None else uniform_BR.flatten()
+    return score_rows(model.output.weight, rows_BRD.flatten(0, 1), settings.score, targets_BR.flatten(), uniform_R).view_as(targets_BR)
+
+
+def _uniform(settings: ExtractionSettings, chance: Chance, cells_BR: Tensor, step: int) -> Tensor | None:
+    """What the score ``sampled`` draws the codes of these cells with."""
+    return chance.uniform("drawn code", step).gather(1, cells_BR) if settings.score == "sampled" else None
 
 
 def _branches(model: AnyOrderModel, condition_BTD: Tensor, settings: ExtractionSettings) -> Tensor:
@@ -142,19 +282,15 @@ def _branches(model: AnyOrderModel, condition_BTD: Tensor, settings: ExtractionS
     return torch.cat([condition_BTD, model.null_condition(len(condition_BTD)).to(condition_BTD.dtype)])
 
 
-def _ties(settings: ExtractionSettings, images_B: NDArray[np.int64] | None, batch: int, cells: int) -> Tensor:
-    return tie_ranks(settings.tie_seed, np.arange(batch) if images_B is None else images_B, cells)
-
-
-def _check_codes(model: AnyOrderModel, codes_BN: Tensor) -> None:
+def _chance(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings, images_B: Images | None, draw: int) -> Chance:
+    """Raises ValueError for what cannot be extracted."""
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout changes its answers: call model.eval() first")
     cells, vocabulary = model.spec.cells, model.spec.vocab_size
     if codes_BN.ndim != 2 or codes_BN.shape[1] != cells:
         raise ValueError(f"codes of shape {tuple(codes_BN.shape)}, expected [B, {cells}]: the model's grid has {cells} cells")
     if codes_BN.numel() and not (int(codes_BN.min()) >= 0 and int(codes_BN.max()) < vocabulary):
         raise ValueError(f"codes from {int(codes_BN.min())} to {int(codes_BN.max())}, the model's vocabulary is 0 .. {vocabulary - 1}")
-
-
-def _checked(order_BN: Tensor, score_BN: Tensor) -> Orders:
-    if score_BN.isnan().any():
-        raise ValueError("the model's scores are not numbers (NaN): its weights are damaged, or its precision is too low for them")
-    return Orders(order_BN, score_BN)
+    if isinstance(settings.first_cell, int) and settings.first_cell >= cells:
+        raise ValueError(f"first_cell {settings.first_cell}: the model's cells are 0 .. {cells - 1}")
+    return Chance.of(settings.tie_seed, np.arange(len(codes_BN)) if images_B is None else images_B, draw, cells, codes_BN.device)

@@ -1,67 +1,105 @@
-"""One step of placing cells by confidence: guide the logits, take the best cell, strike it off the list.
+"""One step of placing cells by confidence: guide the rows, take the best cells, leave the rest to chance.
 
 Extraction and generation by confidence are the same loop; only the code that is placed differs:
 
     candidates = model.candidate_rows(prefix, cells)
-    winner     = pick_best(scores, cells, ties)
+    scores     = score_rows(head, guide(candidates.rows), ...)
+    winner     = pick(scores (+ temperature x Gumbel noise), ...)
     prefix     = model.commit(prefix, candidates, winner, codes)       the image's own code, or a sampled one
-    cells      = without(cells, winner)
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oar_scale.data.hashing import permutations
+from oar_scale.data.hashing import device_permutations, device_uniform
 
 _TIE = 1e-6
 """Relative; 8 roundings of float32."""
 
 
-def tie_ranks(seed: int, images_B: NDArray[np.int64], cells: int) -> Tensor:
-    """A fixed random rank of every cell of every image, int64 [B, N]; among equal scores the highest rank wins.
+@dataclass(frozen=True)
+class Chance:
+    """All that is left to chance about B images: a function of (seed, image, draw, step, cell) alone, in any batch, process and restart."""
 
-    A function of (seed, image, cell) alone: the same in any batch, process and restart.
-    """
-    return torch.from_numpy(permutations("tie", cells, seed, images_B))
+    seed: int
+    image_B1: Tensor
+    """int64: a number for each image."""
+    draw: int
+    """Number of the order, where several are wanted of an image."""
+    cells: int
+
+    @classmethod
+    def of(cls, seed: int, images_B: NDArray[np.int64], draw: int, cells: int, device: torch.device) -> Chance:
+        return cls(seed, torch.from_numpy(images_B.astype(np.int64)).to(device)[:, None], draw, cells)
+
+    def ties(self) -> Tensor:
+        """A rank of every cell of every image, int64 [B, N], the same at every step and in every draw: the highest of equals wins."""
+        return device_permutations("tie", self.cells, self.seed, self.image_B1[:, 0])
+
+    def uniform(self, purpose: str, step: int | Tensor) -> Tensor:
+        """Numbers in (0, 1) for each cell at a step, float64 [B, N]; or at a step of each cell's own."""
+        cell_N = torch.arange(self.cells, device=self.image_B1.device)
+        return device_uniform(purpose, self.seed, self.image_B1, self.draw, step, cell_N)
+
+    def gumbel(self, step: int) -> Tensor:
+        """Standard Gumbel noise for each cell at a step, float32 [B, N]."""
+        return -(-self.uniform("cell noise", step).log()).log().float()
 
 
-def pick_best(score_BR: Tensor, cells_BR: Tensor, ties_BN: Tensor) -> Tensor:
-    """The index into R of each image's best candidate, however the candidates are listed.
+def pick_best(score_BN: Tensor, ties_BN: Tensor) -> Tensor:
+    """Each image's best cell [B]; cells that may not be picked have the score -inf.
 
     Scores within a few roundings of the best are ties: the last bits of a score depend on where in a batch it was computed.
     """
-    best_B1 = score_BR.amax(1, keepdim=True)
-    tied_BR = score_BR >= best_B1 - _TIE * best_B1.abs()
-    return ties_BN.gather(1, cells_BR).masked_fill(~tied_BR, -1).argmax(1)
+    best_B1 = score_BN.amax(1, keepdim=True)
+    tied_BN = score_BN >= best_B1 - _TIE * best_B1.abs()
+    return ties_BN.masked_fill(~tied_BN, -1).argmax(1)
 
 
-def without(cells_BR: Tensor, winner_B: Tensor) -> Tensor:
-    """The other R - 1 candidates; the last one takes the winner's place, so their order changes."""
-    kept_BR = cells_BR.scatter(1, winner_B[:, None], cells_BR[:, -1:])
-    return kept_BR[:, :-1].contiguous()
-
-
-def guide(logits_GRV: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: null + scale x (conditional - null).
+def pick_several(score_BN: Tensor, ties_BN: Tensor, count: int, near_NN: Tensor | None = None) -> Tensor:
+    """The ``count`` best cells of each image [B, count], best first.
 
     Args:
-        logits_GRV: the logits of B conditional images, followed (unless ``scale`` is 1) by those of the same images
-            under the null condition.
+        near_NN: which cells lie too near each other to be picked together. Where no cell is far enough from those that were
+            picked, the best of the others is taken.
+    """
+    left_BN, far_BN = score_BN, torch.zeros_like(score_BN)
+    picked = []
+    for _ in range(count):
+        apart_BN = left_BN + far_BN
+        some_B1 = apart_BN.amax(1, keepdim=True) > -torch.inf
+        cell_B = pick_best(torch.where(some_B1, apart_BN, left_BN), ties_BN)
+        picked.append(cell_B)
+        left_BN = left_BN.scatter(1, cell_B[:, None], -torch.inf)
+        if near_NN is not None:
+            far_BN = far_BN.masked_fill(near_NN[cell_B], -torch.inf)
+    return torch.stack(picked, dim=1)
+
+
+def guide(rows_GRD: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: null + scale x (conditional - null).
+
+    Of normalised rows or of logits, which are the same mixture: the output head is linear.
+
+    Args:
+        rows_GRD: the rows of B conditional images, followed (unless ``scale`` is 1) by those of the same images under the null condition.
 
     Returns:
-        The guided logits [B, R, V].
+        The guided rows [B, R, D].
     """
-    return logits_GRV if scale == 1 else mix_branches(logits_GRV, scale)
+    return rows_GRD if scale == 1 else mix_branches(rows_GRD, scale)
 
 
-def mix_branches(logits_GRV: Tensor, scale: float) -> Tensor:
+def mix_branches(rows_GRD: Tensor, scale: float) -> Tensor:
     """:func:`guide` where the null branch is there whatever the scale."""
-    conditional_BRV, null_BRV = logits_GRV.chunk(2)
-    return torch.lerp(null_BRV, conditional_BRV, scale)
+    conditional_BRD, null_BRD = rows_GRD.chunk(2)
+    return torch.lerp(null_BRD, conditional_BRD, scale)
 
 
 def guided_batch(tensor_B: Tensor, scale: float) -> Tensor:

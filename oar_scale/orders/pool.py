@@ -2,7 +2,8 @@
 
     TOKENS/00000.tar  ->  ORDERS/00000.parquet, then ORDERS/ledger/00000.tar.json
 
-An actor loads the model once. What it writes for a shard depends on the shard, the model and the settings alone.
+What happens when something dies is the pool's affair (``oar_scale/data/pool``). An actor loads the model once; what it writes for
+a shard depends on the shard, the model and the settings alone.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from numpy.typing import NDArray
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import TextConfig
 from oar_scale.data.manifest import Manifest, read_manifest
-from oar_scale.data.shard_pool import Facts, PoolReport, Worker, run_pool
+from oar_scale.data.open_shard import TokenShard
+from oar_scale.data.pool import ArrayTask, Bounds, Facts, PoolReport, Timing, Worker, run_pool
+from oar_scale.data.pool.terms import OnEvent
 from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
 from oar_scale.model import check_prompts, load_model, model_id
+from oar_scale.model.weights import read_spec
 from oar_scale.orders.extraction import ExtractionSettings, Orders, extract_orders
 from oar_scale.orders.table import OrderTable, table_name, write_orders
-from oar_scale.storage import join
+from oar_scale.storage import fetch, join
 from oar_scale.tokenizers.prompts import check_features, load_prompts, model_inputs
 
 
@@ -50,6 +54,8 @@ class ExtractionJob:
     precision: Literal["bf16", "fp32"]
     cpu_threads: int = 1
     cuda: bool = False
+    views: int = 1
+    """Orders are extracted for so many of the views in the shards, from the first one on."""
     cache_bytes: int | None = None
     """Bound of the copies; None = no bound."""
 
@@ -58,8 +64,13 @@ class ExtractionJob:
 
     @property
     def settings_id(self) -> str:
-        """Settings, precision and batch: everything but the model and the shard that can change a byte of a table."""
-        return fingerprint({"settings": self.settings.id, "precision": self.precision, "batch": self.batch})
+        """Settings, precision, batch and views: everything but the model and the shard that can change a byte of a table."""
+        told = {} if self.views == 1 else {"views": self.views}  # tables of the first view keep the id they always had
+        return fingerprint({"settings": self.settings.id, "precision": self.precision, "batch": self.batch, **told})
+
+    @property
+    def ledger(self) -> str:
+        return join(self.orders, "ledger")
 
 
 class ExtractionWorker:
@@ -67,9 +78,10 @@ class ExtractionWorker:
 
     def __init__(self, job: ExtractionJob) -> None:
         torch.set_num_threads(job.cpu_threads)
-        self.job, self.model_id = job, model_id(job.model)
+        local = fetch(job.model, job.cache_dir)  # one download for all actors of a host
+        self.job, self.model_id = job, model_id(local)
         self.device = torch.device("cuda" if job.cuda else "cpu")
-        self.model = load_model(job.model).to(self.device, torch.bfloat16 if job.precision == "bf16" else torch.float32)
+        self.model = load_model(local).to(self.device, torch.bfloat16 if job.precision == "bf16" else torch.float32)
         self.prompts = load_prompts(job.text, job.tokenizers)
         check_prompts(self.model.spec, self.prompts, job.model)
         self.manifest = read_manifest(job.tokens)
@@ -79,34 +91,41 @@ class ExtractionWorker:
     def run(self, shard: str) -> Facts:
         uri = join(self.job.tokens, shard)
         tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard], cache_bytes=self.job.cache_bytes)
-        codes_SN = torch.from_numpy(tokens.view(0).astype(np.int64))
         told_S = self.prompts.encode(tokens.prompts(self.prompts.field))
-        images_S = np.array([zlib.crc32(key.encode()) for key in tokens.keys], dtype=np.int64)
-        parts = [
-            self._extract(codes_SN[part], told_S[part], images_S[part], uri)
-            for part in (slice(start, start + self.job.batch) for start in range(0, len(codes_SN), self.job.batch))
-        ]
-        table = OrderTable(
-            keys=tokens.keys,
-            views=[0] * len(tokens.keys),
-            order_SN=torch.cat([part.order_BN for part in parts]).cpu().numpy().astype(np.uint16),
-            score_SN=torch.cat([part.score_BN for part in parts]).cpu().numpy(),
+        kinds = [(view, draw) for view in range(self.job.views) for draw in range(self.job.settings.orders_per_image)]
+        found = [self._orders(tokens, told_S, view, draw, uri) for view, draw in kinds]
+        samples = len(tokens.keys)
+        table = OrderTable(  # all rows of the first sample, then those of the second
+            keys=[key for key in tokens.keys for _ in kinds],
+            views=[view for view, _ in kinds] * samples,
+            order_SN=torch.stack([orders.order_BN for orders in found], dim=1).flatten(0, 1).cpu().numpy().astype(np.uint16),
+            score_SN=torch.stack([orders.score_BN for orders in found], dim=1).flatten(0, 1).cpu().numpy(),
             model_id=self.model_id,
             settings_id=self.job.settings_id,
+            draws=[draw for _, draw in kinds] * samples,
         )
         write_orders(join(self.job.orders, table_name(shard)), table)
         return {
-            "images": len(tokens.keys),
+            "images": samples,
             "tokens_crc32c": self.shards[shard].crc32c,
             "model_id": self.model_id,
             "settings_id": self.job.settings_id,
         }
 
+    def _orders(self, tokens: TokenShard, told_S: torch.Tensor, view: int, draw: int, uri: str) -> Orders:
+        """One order for each sample of a shard, a batch at a time."""
+        codes_SN = torch.from_numpy(tokens.view(view).astype(np.int64))
+        names = tokens.keys if view == 0 else [f"{key}/{view}" for key in tokens.keys]
+        images_S = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64)
+        cuts = [slice(start, start + self.job.batch) for start in range(0, len(codes_SN), self.job.batch)]
+        parts = [self._extract(codes_SN[cut], told_S[cut], images_S[cut], draw, uri) for cut in cuts]
+        return Orders(torch.cat([part.order_BN for part in parts]), torch.cat([part.score_BN for part in parts]))
+
     @torch.no_grad()
-    def _extract(self, codes_BN: torch.Tensor, told_B: torch.Tensor, images_B: NDArray[np.int64], uri: str) -> Orders:
+    def _extract(self, codes_BN: torch.Tensor, told_B: torch.Tensor, images_B: NDArray[np.int64], draw: int, uri: str) -> Orders:
         condition_BTD = self.model.condition(model_inputs(self.prompts, told_B.to(self.device)))
         try:
-            return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B)
+            return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B, draw)
         except ValueError as error:
             raise UserError(f"{uri}: {error}") from error
 
@@ -114,28 +133,34 @@ class ExtractionWorker:
 def extract_all(
     job: ExtractionJob,
     *,
-    actors: int,
+    actors: int | Bounds,
     gpus_per_actor: float = 0,
     max_retries: int = 3,
-    on_progress: Callable[[int, int], None] | None = None,
+    array: ArrayTask | None = None,
+    timing: Timing | None = None,
+    on_progress: Callable[[int, PoolReport], None] | None = None,
+    on_event: OnEvent | None = None,
 ) -> PoolReport:
     """Extract the orders of every shard of ``job.tokens`` that is not done yet.
 
     Args:
-        on_progress: called with (images done, images in all), at the start and after every shard.
+        array: be one of several processes without Ray; they share the shards through the ledger.
+        on_progress: called with the images that are done and the report so far, at the start and after every shard.
+        on_event: see :data:`oar_scale.data.pool.terms.OnEvent`.
 
     Returns:
         The pool's report; the caller decides what a poison shard means (:meth:`PoolReport.raise_for_poison`).
 
     Raises:
-        UserError: the model's grid or vocabulary is not the token shards', or the ledger is of another model or settings.
+        UserError: the model does not fit the token shards, or the ledger is of another model or settings; nothing was written.
+        Requeue: stopped by a signal; the same call goes on.
     """
     manifest = read_manifest(job.tokens)
     _check_fit(job, manifest)
     done, shards = 0, {shard.name: shard for shard in manifest.shards}
-    this = {"model_id": model_id(job.model), "settings_id": job.settings_id}
+    this = {"model_id": model_id(fetch(job.model, job.cache_dir)), "settings_id": job.settings_id}
 
-    def finished(shard: str, facts: Facts) -> None:
+    def finished(shard: str, facts: Facts, report: PoolReport) -> None:
         nonlocal done
         for name, expected in (this | {"tokens_crc32c": shards[shard].crc32c}).items():
             if facts[name] != expected:
@@ -145,24 +170,30 @@ def extract_all(
                 )
         done += shards[shard].samples
         if on_progress:
-            on_progress(done, manifest.samples)
+            on_progress(done, report)
 
     if on_progress:
-        on_progress(0, manifest.samples)
+        on_progress(0, PoolReport())
     return run_pool(
         job.make_worker,
         list(shards),
-        join(job.orders, "ledger"),
+        job.ledger,
         actors=actors,
         gpus_per_actor=gpus_per_actor,
         cpu_threads=job.cpu_threads,
         max_retries=max_retries,
+        what=this,
+        array=array,
+        timing=timing,
         on_progress=finished,
+        on_event=on_event,
     )
 
 
 def _check_fit(job: ExtractionJob, manifest: Manifest) -> None:
-    spec = load_model(job.model).spec
+    spec = read_spec(job.model)
     for name, here, there in (("grid", spec.grid, manifest.grid), ("vocabulary", spec.vocab_size, manifest.vocab_size)):
         if here != there:
             raise UserError(f"{job.model}: made for {name} {here}, the token shards in {job.tokens} have {name} {there}.")
+    if job.views > max(1, len(manifest.views)):
+        raise UserError(f"{job.tokens}: the shards hold {len(manifest.views)} views, and orders of {job.views} are wanted.")

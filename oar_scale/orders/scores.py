@@ -4,47 +4,187 @@
     max_prob      max_v log p(v)                                 of the best guess
     neg_entropy   sum_v p(v) log p(v)                            of the whole distribution, nats
     margin        p(best) - p(second best)
+    sampled       log p(v), v drawn from p                       of a guess, drawn anew at every step
 
-A score is one function of the logits and one entry of :data:`SCORES`.
+Logits of all candidates never exist together: :func:`score_rows` takes some rows through some codes of the output head at a
+time, and a score adds up what it needs of each block of logits.
+
+    own, best, second     the largest logits so far                      top + log sum_v exp(logit_v - top)      so far
+
+A score is one class and one entry of :data:`SCORES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-ScoreFunction = Callable[[Tensor, Tensor], Tensor]
-"""(logits_BRV, targets_BR) -> score_BR, all floating point in float32."""
+from oar_scale.config.schema import Score
+from oar_scale.model.blocks import in_few_shapes
+
+BLOCK = {"cpu": (512, 2048), "cuda": (2**13, 2**14)}
+"""Rows and codes whose logits exist at once: on a CPU what fits its cache, on a GPU half a gigabyte."""
 
 
-def gt_logprob(logits_BRV: Tensor, targets_BR: Tensor) -> Tensor:
-    """Log-probability of the targets in nats.
+class SumExp:
+    """log(exp(a) + exp(b) + ...) of each row, a block at a time; -inf of nothing."""
 
-    Computed as -log(1 + sum over the *other* codes of exp(logit - target's logit)): the most confident cells, where
-    p is within rounding of 1 and log_softmax returns 0 for all of them, stay apart.
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.top_R = torch.full((rows,), torch.finfo(torch.float32).min, device=device)
+        self.sum_R = torch.zeros(rows, device=device)
+
+    def add_(self, logits_RC: Tensor) -> Tensor:
+        """Add a block of logits; overwrites it with exp(logit - top), and returns the factor that earlier sums are to be multiplied by."""
+        top_R = torch.maximum(self.top_R, logits_RC.amax(1))
+        fading_R = (self.top_R - top_R).exp()
+        self.sum_R = self.sum_R * fading_R + logits_RC.sub_(top_R[:, None]).exp_().sum(1)
+        self.top_R = top_R
+        return fading_R
+
+    def log(self) -> Tensor:
+        return self.top_R + self.sum_R.log()
+
+
+class BlockScore:
+    """The score of some rows, whose logits it is shown block by block."""
+
+    whole = False
+    """It must see all codes in one block."""
+
+    def __init__(self, targets_R: Tensor, uniform_R: Tensor | None) -> None:
+        """
+        Args:
+            targets_R: the code that lies in each cell.
+            uniform_R: a number in (0, 1) for each row, for scores that draw.
+        """
+        self.targets_R, self.uniform_R = targets_R, uniform_R
+        self.others = SumExp(len(targets_R), targets_R.device)
+
+    def add_(self, logits_RC: Tensor, first: int) -> None:
+        """Take the logits of the codes from ``first`` on; may overwrite them."""
+        raise NotImplementedError
+
+    def score(self) -> Tensor:
+        raise NotImplementedError
+
+
+class GtLogprob(BlockScore):
+    """Computed as -log(1 + sum over the *other* codes of exp(logit - own logit)): the most confident cells, where p is within
+    rounding of 1 and log_softmax returns 0 for all of them, stay apart."""
+
+    def __init__(self, targets_R: Tensor, uniform_R: Tensor | None) -> None:
+        super().__init__(targets_R, uniform_R)
+        self.own_R = self.others.sum_R
+
+    def add_(self, logits_RC: Tensor, first: int) -> None:
+        at_R = self.targets_R - first
+        here_R = (at_R >= 0) & (at_R < logits_RC.shape[1])
+        at_R1 = at_R.clamp(0, logits_RC.shape[1] - 1)[:, None]
+        logit_R = logits_RC.gather(1, at_R1)[:, 0]
+        self.own_R = torch.where(here_R, logit_R, self.own_R)
+        logits_RC.scatter_(1, at_R1, logit_R.masked_fill(here_R, -torch.inf)[:, None])
+        self.others.add_(logits_RC)
+
+    def score(self) -> Tensor:
+        return -F.softplus(self.others.log() - self.own_R)
+
+
+class MaxProb(BlockScore):
+    """As :class:`GtLogprob`, of the most likely code."""
+
+    def __init__(self, targets_R: Tensor, uniform_R: Tensor | None) -> None:
+        super().__init__(targets_R, uniform_R)
+        self.best_R = torch.full_like(self.others.sum_R, -torch.inf)
+
+    def add_(self, logits_RC: Tensor, first: int) -> None:
+        best_R1, at_R1 = logits_RC.max(1, keepdim=True)
+        logits_RC.scatter_(1, at_R1, torch.minimum(best_R1, self.best_R[:, None]))  # the better one of two stays out of the sum
+        self.best_R = torch.maximum(self.best_R, best_R1[:, 0])
+        self.others.add_(logits_RC)
+
+    def score(self) -> Tensor:
+        return -F.softplus(self.others.log() - self.best_R)
+
+
+class Margin(MaxProb):
+    def __init__(self, targets_R: Tensor, uniform_R: Tensor | None) -> None:
+        super().__init__(targets_R, uniform_R)
+        self.second_R = self.best_R
+
+    def add_(self, logits_RC: Tensor, first: int) -> None:
+        two_RK = logits_RC.topk(min(2, logits_RC.shape[1]), dim=1).values
+        two_R2 = torch.cat([self.best_R[:, None], self.second_R[:, None], two_RK], dim=1).topk(2, dim=1).values
+        self.second_R = two_R2[:, 1]
+        super().add_(logits_RC, first)
+
+    def score(self) -> Tensor:
+        all_R = torch.logaddexp(self.others.log(), self.best_R)
+        return (self.best_R - all_R).exp() - (self.second_R - all_R).exp()
+
+
+class NegEntropy(BlockScore):
+    def __init__(self, targets_R: Tensor, uniform_R: Tensor | None) -> None:
+        super().__init__(targets_R, uniform_R)
+        self.weighted_R = self.others.sum_R  # sum of exp(logit - top) * (logit - top)
+
+    def add_(self, logits_RC: Tensor, first: int) -> None:
+        logits, before_R, sum_R = logits_RC.clone(), self.others.top_R, self.others.sum_R
+        fading_R = self.others.add_(logits_RC)
+        top_R = self.others.top_R
+        earlier_R = torch.where(sum_R > 0, (self.weighted_R + sum_R * (before_R - top_R)) * fading_R, 0.0)
+        self.weighted_R = earlier_R + logits.sub_(top_R[:, None]).mul_(logits_RC).sum(1)
+
+    def score(self) -> Tensor:
+        return self.weighted_R / self.others.sum_R - self.others.sum_R.log()
+
+
+class Sampled(GtLogprob):
+    """The code is the one where the cumulative distribution passes the row's uniform number."""
+
+    whole = True
+
+    def add_(self, logits_RC: Tensor, first: int) -> None:
+        assert self.uniform_R is not None
+        cumulated_RC = logits_RC.softmax(1).cumsum(1)
+        wanted_R1 = self.uniform_R.to(cumulated_RC.dtype)[:, None] * cumulated_RC[:, -1:]
+        self.targets_R = torch.searchsorted(cumulated_RC, wanted_R1)[:, 0].clamp_max(logits_RC.shape[1] - 1)
+        super().add_(logits_RC, first)
+
+
+SCORES: dict[Score, type[BlockScore]] = {
+    "gt_logprob": GtLogprob,
+    "max_prob": MaxProb,
+    "neg_entropy": NegEntropy,
+    "margin": Margin,
+    "sampled": Sampled,
+}
+
+
+def score_logits(score: Score, logits_RV: Tensor, targets_R: Tensor, uniform_R: Tensor | None = None) -> Tensor:
+    """The score of each row [R], float32, of logits that are there; leaves them as they are."""
+    found = SCORES[score](targets_R, uniform_R)
+    found.add_(logits_RV.to(torch.float32, copy=True), 0)
+    return found.score()
+
+
+def score_rows(weight_VD: Tensor, rows_RD: Tensor, score: Score, targets_R: Tensor, uniform_R: Tensor | None = None) -> Tensor:
+    """The score of each row [R], float32, by the output head's weights; the logits never exist all at once.
+
+    Args:
+        rows_RD: normalised rows, as the head takes them.
+        targets_R, uniform_R: see :class:`BlockScore`.
     """
-    own_BR1 = targets_BR.unsqueeze(-1)
-    others_BR = logits_BRV.scatter(-1, own_BR1, -torch.inf).logsumexp(-1)
-    return -torch.nn.functional.softplus(others_BR - logits_BRV.gather(-1, own_BR1).squeeze(-1))
-
-
-def max_prob(logits_BRV: Tensor, targets_BR: Tensor) -> Tensor:
-    """Log-probability of the most likely code in nats."""
-    return gt_logprob(logits_BRV, logits_BRV.argmax(-1))
-
-
-def neg_entropy(logits_BRV: Tensor, targets_BR: Tensor) -> Tensor:
-    """Negative entropy in nats."""
-    log_p_BRV = logits_BRV.log_softmax(-1)
-    return (log_p_BRV.exp() * log_p_BRV).sum(-1)
-
-
-def margin(logits_BRV: Tensor, targets_BR: Tensor) -> Tensor:
-    """Probability of the most likely code less that of the second."""
-    best_BR2 = (logits_BRV.topk(2, dim=-1).values - logits_BRV.logsumexp(-1, keepdim=True)).exp()
-    return best_BR2[..., 0] - best_BR2[..., 1]
-
-
-SCORES: dict[str, ScoreFunction] = {"gt_logprob": gt_logprob, "max_prob": max_prob, "neg_entropy": neg_entropy, "margin": margin}
+    rows, codes = BLOCK.get(rows_RD.device.type, BLOCK["cpu"])
+    if SCORES[score].whole:
+        rows, codes = max(1, rows * codes // len(weight_VD)), len(weight_VD)
+    found_R = torch.empty(len(rows_RD), device=rows_RD.device)
+    room = rows_RD.new_empty((min(rows, len(rows_RD)) + 64) * min(codes, len(weight_VD)))
+    for part in (slice(start, start + rows) for start in range(0, len(rows_RD), rows)):
+        x_rD, taken = in_few_shapes(rows_RD[part]), SCORES[score](targets_R[part], None if uniform_R is None else uniform_R[part])
+        for first in range(0, len(weight_VD), codes):
+            weight_CD = weight_VD[first : first + codes]
+            logits_rC = torch.mm(x_rD, weight_CD.t(), out=room[: len(x_rD) * len(weight_CD)].view(len(x_rD), -1))
+            taken.add_(logits_rC[: len(taken.targets_R)].float(), first)
+        found_R[part] = taken.score()
+    return found_R

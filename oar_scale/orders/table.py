@@ -1,10 +1,11 @@
 """Order tables: for each token shard one Parquet file of the same stem.
 
-    key    view    order (fixed_size_list<uint16>[N])    score (fixed_size_list<float32>[N])
+    key    view    draw    order (fixed_size_list<uint16>[N])    score (fixed_size_list<float32>[N])
 
-One row per sample, in the order of the shard. ``score`` belongs to the cell of the same position in ``order``. The schema's
-metadata says which model found the orders (hash of its weights file), with which settings, on which grid. Joined to a
-token shard by key; everything that does not fit is an error that says where.
+One row per sample and view, in the order of the shard, and for each of its draws where a sample has several orders. ``score``
+belongs to the cell of the same position in ``order``. The schema's metadata says which model found the orders (hash of its
+weights file), with which settings, on which grid. Joined to a token shard by key; everything that does not fit is an error that
+says where.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FORMAT = "1"
 
 @dataclass(frozen=True)
 class OrderTable:
-    """The orders of a shard's S samples."""
+    """S orders of a shard's samples."""
 
     keys: list[str]
     views: list[int]
@@ -36,6 +37,8 @@ class OrderTable:
     settings_id: str
     uri: str = ""
     """Where it was read from, for errors."""
+    draws: list[int] | None = None
+    """Which of its sample's orders each is, from 0; None: every sample has one."""
 
 
 def table_name(shard: str) -> str:
@@ -49,13 +52,17 @@ def write_orders(uri: str, table: OrderTable) -> None:
     metadata = {"oar_format": FORMAT, "model_id": table.model_id, "settings_id": table.settings_id, "cells": str(cells)}
     order = pa.FixedSizeListArray.from_arrays(pa.array(table.order_SN.astype(np.uint16).ravel()), cells)
     score = pa.FixedSizeListArray.from_arrays(pa.array(table.score_SN.astype(np.float32).ravel()), cells)
-    columns = [pa.array(table.keys, pa.string()), pa.array(table.views, pa.int32()), order, score]
-    schema = pa.schema(
-        [pa.field(name, column.type, nullable=False) for name, column in zip(("key", "view", "order", "score"), columns, strict=True)],
-        metadata,
-    )
+    draws = [0] * len(table.keys) if table.draws is None else table.draws
+    columns = {
+        "key": pa.array(table.keys, pa.string()),
+        "view": pa.array(table.views, pa.int32()),
+        "draw": pa.array(draws, pa.int32()),
+        "order": order,
+        "score": score,
+    }
+    schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()], metadata)
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer, compression="zstd")
+    pq.write_table(pa.Table.from_arrays(list(columns.values()), schema=schema), buffer, compression="zstd")
     open_storage(uri).write(uri, buffer.getvalue())
 
 
@@ -81,11 +88,12 @@ def read_orders(uri: str) -> OrderTable:
         key = keys[int(wrong_S.argmax())]
         raise UserError(f"{uri}: the order of {key!r} is not a permutation of 0 .. {cells - 1}. Extract this shard again.")
     score_SN = _matrix(table["score"], cells).astype(np.float32)
-    return OrderTable(keys, table["view"].to_pylist(), order_SN, score_SN, metadata["model_id"], metadata["settings_id"], uri)
+    draws = table["draw"].to_pylist() if "draw" in table.column_names else None
+    return OrderTable(keys, table["view"].to_pylist(), order_SN, score_SN, metadata["model_id"], metadata["settings_id"], uri, draws)
 
 
 def join_orders(keys: Sequence[str], table: OrderTable, *, shard: str, cells: int, model_id: str | None = None) -> NDArray[np.uint16]:
-    """The orders [S, N] of a token shard's samples, in their order.
+    """The orders [S, K, N] of a token shard's samples, in their order: K orders of each sample's first view.
 
     Args:
         keys: of the token shard.
@@ -94,21 +102,24 @@ def join_orders(keys: Sequence[str], table: OrderTable, *, shard: str, cells: in
         model_id: the model that must have found the orders; None takes any.
 
     Raises:
-        UserError: another grid, another model, or a key without an order.
+        UserError: another grid, another model, or a key without an order, or with fewer orders than others have.
     """
     found = table.order_SN.shape[1]
     if found != cells:
         raise UserError(f"{table.uri}: orders of {found} cells, {shard} has {cells}. They belong to another grid: extract them again.")
     if model_id is not None and model_id != table.model_id:
         raise UserError(f"{table.uri}: orders found by model {table.model_id}, not by {model_id}. Extract them again for {shard}.")
-    row_of = {key: row for row, (key, view) in enumerate(zip(table.keys, table.views, strict=True)) if view == 0}
-    missing = [key for key in keys if key not in row_of]
+    draws = table.draws or [0] * len(table.keys)
+    rows = zip(table.keys, table.views, draws, strict=True)
+    row_of = {(key, draw): row for row, (key, view, draw) in enumerate(rows) if view == 0}
+    wanted = [(key, draw) for key in keys for draw in range(max(draws, default=0) + 1)]
+    missing = list(dict.fromkeys(key for key, draw in wanted if (key, draw) not in row_of))
     if missing:
         raise UserError(
             f"{table.uri}: no order for sample {missing[0]!r} of {shard}"
             f"{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}. Extract the orders of this shard again."
         )
-    return table.order_SN[[row_of[key] for key in keys]]
+    return table.order_SN[[row_of[each] for each in wanted]].reshape(len(keys), -1, cells)
 
 
 def _matrix(column: pa.ChunkedArray, cells: int) -> NDArray[np.generic]:

@@ -6,6 +6,8 @@ import time
 from typing import Any
 
 from oar_scale.data.manifest import read_manifest
+from oar_scale.data.pool import Bounds, Facts, PoolReport, Timing
+from oar_scale.observe.words import duration
 from oar_scale.orders.extraction import ExtractionSettings
 from oar_scale.orders.pool import ExtractionJob, extract_all
 from oar_scale.stages.run import Run
@@ -26,29 +28,74 @@ def run_extract(run: Run) -> dict[str, Any]:
         cache_bytes=run.recipe.storage.cache_bytes,
         settings=ExtractionSettings.from_recipe(config),
         batch=config.batch,
+        views=config.views,
         precision=parallel.precision,
         cpu_threads=parallel.cpu_threads,
         cuda=config.gpus_per_actor > 0,
     )
-    total = read_manifest(job.tokens).samples
+    total, found = read_manifest(job.tokens).samples, 0
     with run.log("extract") as log, run.console.progress(total, "orders") as tally:
 
-        def progress(done: int, total: int) -> None:
-            seconds = time.monotonic() - started
-            log.emit("pool", done=done, total=total, images_per_s=done / seconds)
+        def progress(done: int, report: PoolReport) -> None:
+            nonlocal found
+            if not report.most_actors:  # nobody has begun yet: this is what earlier pools have done
+                found = done
+            rate = (done - found) / (time.monotonic() - started)
+            counts = {"actors": report.actors, "retries": report.retries, "deaths": report.deaths, "late": report.late}
+            log.emit("pool", done=done, total=total, images_per_s=rate, **counts)
             tally.update(done)
 
+        def event(kind: str, fields: Facts) -> None:
+            log.emit(kind, **fields)
+            if said := _words(kind, fields):
+                tally.note(said)
+
         report = extract_all(
-            job, actors=config.actors, gpus_per_actor=config.gpus_per_actor, max_retries=config.max_retries, on_progress=progress
+            job,
+            actors=Bounds(config.min_actors, config.max_actors),
+            gpus_per_actor=config.gpus_per_actor,
+            max_retries=config.max_retries,
+            array=run.array,
+            timing=Timing(grace_s=parallel.grace_s, patience_s=run.recipe.storage.patience_s),
+            on_progress=progress,
+            on_event=event,
         )
     report.raise_for_poison()
     seconds = time.monotonic() - started
     return {
         "images": total,
         "seconds": seconds,
-        "images_per_s": total / seconds,
-        "actors": config.actors,
+        "images_per_s": (total - found) / seconds,
+        "actors": report.most_actors,
+        "actor_seconds": report.actor_seconds,
         "found": report.found,
+        "elsewhere": report.elsewhere,
         "failures": report.failures,
+        "late": report.late,
         "poison": report.poison,
     }
+
+
+def _words(kind: str, fields: Facts) -> str:
+    """What the console says of an event of the pool; nothing of those that everybody expects."""
+    match kind:
+        case "retry":
+            return f"{fields['shard']}: attempt {fields['attempt']} on another actor; {fields['error']}"
+        case "poison":
+            return f"{fields['shard']}: set aside; {fields['error']}"
+        case "late":
+            return f"{fields['shard']}: takes far longer than the others, another actor does it as well"
+        case "taken_over":
+            return f"{fields['shard']}: taken over from {fields['holder']}, which is gone"
+        case "helping":
+            return f"another pool works on these orders (host {fields['host']}, pid {fields['pid']}): this one helps it"
+        case "waiting":
+            return f"no actor could start in {duration(fields['seconds'])}: no room in the cluster, or a model that takes long to load"
+        case "storage":
+            return f"the storage cannot be looked through: {fields['error']}"
+        case "draining":
+            return f"{fields['reason']}: {fields['running']} shards that are being done have {duration(fields['grace_s'])} to end"
+        case "drained":
+            return f"{fields['finished']} of them ended, {fields['handed_back']} are handed back"
+        case _:
+            return ""

@@ -120,12 +120,12 @@ def without_variant(run: Run, keys: list[str]) -> NDArray[np.bool_]:
 
 
 def read_train_orders(run: Run, train: Tokens) -> NDArray[np.uint16]:
-    """The stored order [S, N] of every training image. Raises UserError where one is missing."""
+    """The stored order [S, N] of every training image, the first one where it has several. Raises UserError where one is missing."""
     folder, start = run.at("tokens", "train"), 0
     found: list[NDArray[np.uint16]] = []
     for info in read_manifest(folder).shards:
         uri = require(run, run.at("orders", "train", table_name(info.name)), "extract")
         keys = train.keys[start : start + info.samples]
-        found.append(join_orders(keys, read_orders(uri), shard=join(folder, info.name), cells=run.recipe.grid**2))
+        found.append(join_orders(keys, read_orders(uri), shard=join(folder, info.name), cells=run.recipe.grid**2)[:, 0])
         start += info.samples
     return np.concatenate(found)

@@ -104,11 +104,22 @@ def _put_once(bucket: str, key: str, data: bytes) -> bool:
         except ClientError as error:
             code = error.response["Error"]["Code"]
             if code in ("PreconditionFailed", "412"):
-                return bool(client().head_object(Bucket=bucket, Key=key)["Metadata"].get("writer") == mark)
+                return _writer(bucket, key) == mark
             if code != "ConditionalRequestConflict" or attempt == TRIES:
                 raise
             time.sleep(0.1 * 2**attempt)  # the server could not decide a race; it asks to try again
     raise AssertionError("the last attempt returns or raises")
+
+
+def _writer(bucket: str, key: str) -> str | None:
+    """The mark of whoever wrote an object once; None also if it has been deleted since it was met."""
+    try:
+        found: str | None = client().head_object(Bucket=bucket, Key=key)["Metadata"].get("writer")
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in ("404", "NoSuchKey", "NotFound"):
+            raise
+        return None
+    return found
 
 
 @lru_cache(maxsize=64)

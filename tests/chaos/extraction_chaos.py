@@ -1,11 +1,11 @@
 """The pool, disturbed: seeded trials in which actors, nodes, drivers and storage fail, compared with what nobody disturbed.
 
-    python tests/chaos/extraction_chaos.py --trials 100 [--seed 0] [--first 0]     a stand-in worker that writes a real order table
-    python tests/chaos/extraction_chaos.py --emoji [--images 120] [--kills 10]     the real worker on drawings, all six views
+    python tests/chaos/extraction_chaos.py --trials 100 [--seed 0] [--first 0]
 
-Real processes: a Ray cluster of two node processes that lives through all trials (the second one is killed and started again), drivers
-that are started and killed, job arrays without Ray, a folder or a real S3 server behind a proxy that fails 20 % of all calls. A trial is
-a function of its number. In every trial: the pool ends; every shard is in the ledger, once, and its table is byte for byte that of the
+The worker is a stand-in that sleeps and then writes a real order table; ``emoji_chaos.py`` has the real one. Real processes: a Ray
+cluster of two node processes that lives through all trials (the second one is killed and started again), drivers that are started
+and killed, job arrays without Ray, a folder or a real S3 server behind a proxy that fails 20 % of all calls. A trial is a function
+of its number. In every trial: the pool ends; every shard is in the ledger, once, and its table is byte for byte that of the
 undisturbed run; a shard with a broken sample is named while the others are done; nothing else lies where tables are looked for.
 """
 
@@ -81,9 +81,9 @@ def drive(told: dict[str, Any]) -> int:
 class Driver:
     """A driver of a trial, and all processes it started, as a node has them."""
 
-    def __init__(self, told: dict[str, Any], ray: str | None) -> None:
+    def __init__(self, told: dict[str, Any], ray: str | None, script: str = __file__) -> None:
         environment = dict(os.environ) | ({"RAY_ADDRESS": ray} if ray else {})
-        command = [sys.executable, __file__, "--drive", json.dumps(told)]
+        command = [sys.executable, script, "--drive", json.dumps(told)]
         self.errors = open(Path(told["log"], f"driver-{time.monotonic_ns()}.err"), "w+")  # noqa: SIM115 (closed by end())
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
@@ -216,30 +216,22 @@ class Trial:
     def told(self, actors: int = 2, array: tuple[int, int] | None = None) -> dict[str, Any]:
         return {"output": self.output, "log": self.log, "faults": self.faults, "actors": actors, "array": array}
 
-    def after_tries(self, more: int, drivers: list[Driver]) -> None:
-        """Wait for so many more tries of shards and a random moment; not longer than the drivers run."""
-        wanted = len(_tries(self.log)) + more
-        _wait(lambda: len(_tries(self.log)) >= wanted or not any(driver.running for driver in drivers), 120, "no shard is tried")
-        time.sleep(self.dice.uniform(0, 2 * WORK_S))
 
-
-def plan(number: int, seed: int, folder: str, s3_root: str | None, scenarios: tuple[str, ...]) -> Trial:
+def plan(number: int, seed: int, folder: str, s3_root: str, scenarios: tuple[str, ...]) -> Trial:
     dice = random.Random(f"{seed}-{number}")
     scenario = scenarios[number % len(scenarios)]
     log = str(Path(folder, f"log-{number}"))
     Path(log).mkdir()
-    remote = s3_root is not None and dice.random() < 0.4
-    trial = Trial(number, scenario, dice, join(s3_root or "", f"{seed}-{number}") if remote else str(Path(folder, f"out-{number}")), log)
+    remote = dice.random() < 0.4
+    trial = Trial(number, scenario, dice, join(s3_root if remote else folder, f"out-{seed}-{number}"), log)
     trial.happened["on S3" if remote else "on a folder"] += 1
     victims = dice.sample(SHARDS, 4)
     if scenario == "write" or dice.random() < 0.3:
         for shard in victims[: 3 if scenario == "write" else 1]:
             write, phase = dice.randrange(len(WRITES)), dice.choice(PHASES)
             trial.faults[shard] = f"crash {write} {phase}"
-            trial.happened[f"killed {phase} {WRITES[write]}" if phase != "half" else f"killed inside {WRITES[write]}"] += 1
     if dice.random() < 0.2:
         trial.faults[victims[3]] = "broken"
-        trial.happened["broken sample"] += 1
     return trial
 
 
@@ -268,7 +260,12 @@ def run_trial(trial: Trial, cluster: Cluster | None) -> None:
     for report in finished:
         trial.happened.update({f"event {kind}": count for kind, count in report["events"].items()})
         check_report(trial, report)
+    for shard, fault in trial.faults.items():
+        kind, *point = fault.split()
+        if kind == "crash" and Path(trial.log, f"{shard}.struck").exists():
+            trial.happened[f"killed {'inside' if point[1] == 'half' else point[1]} the {WRITES[int(point[0])]}"] += 1
     if "broken" in trial.faults.values():  # mended: the same command again
+        trial.happened["broken sample"] += 1
         trial.faults.clear()
         code, report = Driver(trial.told(array=(0, 1)), None).end()
         assert code == 0 and not report["poison"]
@@ -280,16 +277,14 @@ def run_trial(trial: Trial, cluster: Cluster | None) -> None:
 def disturb(trial: Trial, drivers: list[Driver], cluster: Cluster | None) -> None:
     dice = trial.dice
     for _ in range(dice.randint(1, 3) if trial.scenario == "actor" else 1):
-        trial.after_tries(dice.randint(1, 4), drivers)
+        after_tries(trial.log, dice.randint(1, 4), drivers)
+        time.sleep(dice.uniform(0, 2 * WORK_S))
         if not any(driver.running for driver in drivers):
             return
         victim = dice.choice(drivers)
         match trial.scenario:
             case "actor":
-                alive = [pid for pid in pids(trial.log) if psutil.pid_exists(pid)]
-                if alive:
-                    _kill(dice.choice(alive))
-                    trial.happened["actors killed"] += 1
+                trial.happened["actors killed"] += kill_an_actor(trial.log, dice)
             case "node" if cluster is not None:
                 cluster.kill_node()
                 trial.happened["nodes killed"] += 1
@@ -309,13 +304,23 @@ def disturb(trial: Trial, drivers: list[Driver], cluster: Cluster | None) -> Non
                     trial.happened["array tasks killed with their node"] += 1
 
 
+def after_tries(log: str, more: int, drivers: list[Driver]) -> None:
+    """Wait for so many more tries of shards; not longer than the drivers run."""
+    wanted = len(tries(log)) + more
+    _wait(lambda: len(tries(log)) >= wanted or not any(driver.running for driver in drivers), 180, "no shard is tried")
+
+
+def kill_an_actor(log: str, dice: random.Random) -> int:
+    """How many were killed: one, or none if none is alive."""
+    alive = [pid for pid in pids(log) if psutil.pid_exists(pid)]
+    if alive:
+        _kill(dice.choice(alive))
+    return min(1, len(alive))
+
+
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def _tries(log: str) -> list[str]:
-    return tries(log) if Path(log, "tries.log").exists() else []
 
 
 def check_report(trial: Trial, report: dict[str, Any]) -> None:
@@ -350,20 +355,23 @@ def calm(shard: str) -> bytes:
         return Path(folder, "calm.parquet").read_bytes()
 
 
-def run_trials(numbers: range, seed: int, folder: str, scenarios: tuple[str, ...] = SCENARIOS, use_s3: bool = True) -> Counter[str]:
+def run_trials(numbers: range, seed: int, folder: str, scenarios: tuple[str, ...] = SCENARIOS, failing: float = 0.7) -> Counter[str]:
     """Run trials; returns what happened in all of them.
+
+    Args:
+        failing: share of the trials on S3 whose server fails 20 % of all calls.
 
     Raises:
         AssertionError: a trial failed; its folder and log are left where they are.
     """
     total: Counter[str] = Counter()
-    with _s3(folder) if use_s3 else _nowhere() as (s3_root, proxy):
+    with s3_with_faults(folder) as (s3_root, proxy):
         cluster = Cluster(folder) if set(scenarios) - set(QUICK) else None
         try:
             for number in numbers:
                 began = time.monotonic()
                 trial = plan(number, seed, folder, s3_root, scenarios)
-                if proxy is not None and trial.output.startswith("s3://") and trial.dice.random() < 0.7:
+                if trial.output.startswith("s3://") and trial.dice.random() < failing:
                     proxy.spoil(S3_FAULTS, methods=ALL_METHODS)
                     trial.happened["S3 failing 20 %"] += 1
                 try:
@@ -371,9 +379,8 @@ def run_trials(numbers: range, seed: int, folder: str, scenarios: tuple[str, ...
                 except Exception as error:
                     raise AssertionError(f"trial {number} ({trial.scenario}, {trial.output}, {trial.faults}): {error}") from error
                 finally:
-                    if proxy is not None:
-                        total["calls to S3 that failed"] += sum(proxy.injected.values())
-                        proxy.reset(seed=number)
+                    total["calls to S3 that failed"] += sum(proxy.injected.values())
+                    proxy.reset(seed=number)
                 total.update({f"trial: {trial.scenario}": 1} | trial.happened)
                 what = ", ".join(f"{name} {count}" for name, count in sorted(trial.happened.items()))
                 print(f"trial {number}: {trial.scenario}, {time.monotonic() - began:.0f} s: {what}", flush=True)
@@ -384,7 +391,8 @@ def run_trials(numbers: range, seed: int, folder: str, scenarios: tuple[str, ...
 
 
 @contextmanager
-def _s3(folder: str) -> Iterator[tuple[str | None, FaultProxy | None]]:
+def s3_with_faults(folder: str) -> Iterator[tuple[str, FaultProxy]]:
+    """A root on a real S3 server, and the proxy before it; the AWS variables point there."""
     from cluster.dev import s3
 
     server = s3.up(join(folder, "s3"), s3.free_port(), "chaos")
@@ -398,11 +406,6 @@ def _s3(folder: str) -> Iterator[tuple[str | None, FaultProxy | None]]:
         s3.down(join(folder, "s3"))
         os.environ.clear()
         os.environ |= before
-
-
-@contextmanager
-def _nowhere() -> Iterator[tuple[str | None, FaultProxy | None]]:
-    yield None, None
 
 
 def main() -> int:

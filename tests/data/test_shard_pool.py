@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pool_worker import TableWriter, pids, table_of, tries
 
+from oar_scale.data.pool import Bounds, Ledger, PoolReport, Timing, run_pool
 from oar_scale.data.ray_session import ray_session
-from oar_scale.data.shard_pool import Facts, read_ledger, run_pool
 from oar_scale.errors import UserError
-from oar_scale.storage import join, open_storage
+from oar_scale.orders.table import write_orders
 
 SHARDS = [f"{index:05d}.tar" for index in range(6)]
 
@@ -29,124 +29,118 @@ def ray_for_this_file() -> Iterator[None]:
         yield
 
 
-@dataclass
-class Writer:
-    """Writes one small file a shard and notes in ``log`` each time that it does."""
-
-    output: str
-    log: str
-    die_once_on: str = ""
-    die_on: str = ""
-    fail_on: str = ""
-    fault_on: str = ""
-
-    def run(self, shard: str) -> Facts:
-        with open(self.log, "a") as log:
-            log.write(f"{shard} {os.getpid()}\n")
-        if shard == self.die_on:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if shard == self.fail_on:
-            raise RuntimeError("the accelerator caught fire")
-        if shard == self.fault_on:
-            raise UserError(f"{shard}: sample 'cat' has no caption")
-        uri = join(self.output, shard)
-        if shard == self.die_once_on and not open_storage(uri).exists(uri):
-            open_storage(uri).write(uri, b"output without an entry in the ledger")
-            os.kill(os.getpid(), signal.SIGKILL)
-        open_storage(uri).write(uri, f"the work of {shard}".encode())
-        return {"bytes": len(shard)}
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The tables as no pool at all writes them."""
+    folder = tmp_path_factory.mktemp("calm")
+    for shard in SHARDS:
+        write_orders(str(folder / f"{shard[:-4]}.parquet"), table_of(shard))
+    return tables(folder)
 
 
-def tries(log: Path) -> list[str]:
-    return [line.split()[0] for line in log.read_text().splitlines()]
+def tables(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
 
 
-def all_bytes(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def run(
+    folder: Path, shards: list[str] = SHARDS, *, seconds: float = 0.0, faults: dict[str, str] | None = None, **options: Any
+) -> PoolReport:
+    make = partial(TableWriter, str(folder), str(folder / "log"), seconds, faults or {})
+    return run_pool(make, shards, str(folder / "ledger"), **{"actors": 2, **options})
 
 
-def make(folder: Path, **faults: str) -> Callable[[], Writer]:
-    return partial(Writer, str(folder / "out"), str(folder.parent / f"{folder.name}.log"), **faults)
-
-
-def undisturbed(folder: Path) -> dict[str, bytes]:
-    run_pool(make(folder), SHARDS, str(folder / "ledger"), actors=2)
-    return all_bytes(folder)
-
-
-def test_a_dead_actor_loses_no_shard_and_the_bytes_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
-    disturbed = tmp_path / "disturbed"
-    report = run_pool(make(disturbed, die_once_on=SHARDS[2]), SHARDS, str(disturbed / "ledger"), actors=2)
+def test_a_dead_actor_loses_no_shard_and_the_bytes_are_those_of_an_undisturbed_run(tmp_path: Path, calm: dict[str, bytes]) -> None:
+    report = run(tmp_path, faults={SHARDS[2]: "crash 1 after"})
     assert list(report.done) == SHARDS
     assert report.failures == {SHARDS[2]: 1}
-    assert sorted(tries(tmp_path / "disturbed.log")) == sorted([*SHARDS, SHARDS[2]])
-    assert all_bytes(disturbed) == undisturbed(tmp_path / "calm")
+    assert sorted(tries(tmp_path / "log")) == sorted([*SHARDS, SHARDS[2]])
+    assert tables(tmp_path) == calm
 
 
-def test_a_restarted_pool_does_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run_pool(make(folder), SHARDS[:3], str(folder / "ledger"), actors=2)
+def test_a_restarted_pool_does_what_is_missing_and_nothing_else(tmp_path: Path, calm: dict[str, bytes]) -> None:
+    run(tmp_path, SHARDS[:3])
     seen: list[str] = []
-    report = run_pool(make(folder), SHARDS, str(folder / "ledger"), actors=2, on_progress=lambda shard, _: seen.append(shard))
+    report = run(tmp_path, on_progress=lambda shard, *_: seen.append(shard))
     assert (report.found, list(report.done)) == (3, SHARDS)
-    assert sorted(tries(tmp_path / "run.log")) == SHARDS
+    assert sorted(tries(tmp_path / "log")) == SHARDS
     assert seen[:3] == SHARDS[:3]
     assert sorted(seen) == SHARDS
-    assert all_bytes(folder) == undisturbed(tmp_path / "calm")
+    assert tables(tmp_path) == calm
+    assert run_pool(never, SHARDS, str(tmp_path / "ledger"), actors=2).found == len(SHARDS), "a finished pool made a worker"
 
 
-def test_a_finished_pool_makes_no_worker(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    undisturbed(folder)
-
-    def never() -> Writer:
-        raise AssertionError("a worker was made")
-
-    assert run_pool(never, SHARDS, str(folder / "ledger"), actors=2).found == len(SHARDS)
+def never() -> TableWriter:
+    raise AssertionError("a worker was made")
 
 
 def test_a_poison_shard_is_set_aside_and_named_and_the_others_are_done(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    report = run_pool(make(folder, fail_on=SHARDS[1]), SHARDS, str(folder / "ledger"), actors=2, max_retries=2)
+    report = run(tmp_path, faults={SHARDS[1]: "fail"}, max_retries=2)
     assert list(report.done) == [shard for shard in SHARDS if shard != SHARDS[1]]
-    assert tries(tmp_path / "run.log").count(SHARDS[1]) == 3
-    assert SHARDS[1] not in read_ledger(str(folder / "ledger"))
+    assert tries(tmp_path / "log").count(SHARDS[1]) == 3
+    ledger = Ledger(str(tmp_path / "ledger"))
+    assert SHARDS[1] not in ledger.done()
+    assert ledger.poison()[SHARDS[1]]["error"].startswith("RuntimeError: the accelerator caught fire")
     with pytest.raises(UserError, match=r"1 of 6 shards could not be done:\n  00001\.tar: RuntimeError: the accelerator caught fire"):
         report.raise_for_poison()
+    run(tmp_path)  # mended
+    assert not ledger.poison()
 
 
 def test_a_shard_that_kills_every_actor_is_set_aside_and_the_others_are_done(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    report = run_pool(make(folder, die_on=SHARDS[0]), SHARDS, str(folder / "ledger"), actors=2, max_retries=1)
+    report = run(tmp_path, faults={SHARDS[0]: "die"}, max_retries=1)
     assert list(report.done) == SHARDS[1:]
     assert report.failures == {SHARDS[0]: 2}
     assert report.poison[SHARDS[0]].startswith("its process died")
 
 
 def test_a_failed_shard_is_tried_by_another_process(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run_pool(make(folder, fail_on=SHARDS[0]), SHARDS[:1], str(folder / "ledger"), actors=1, max_retries=1)
-    processes = {line.split()[1] for line in (tmp_path / "run.log").read_text().splitlines()}
-    assert len(processes) == 2
+    run(tmp_path, SHARDS[:1], faults={SHARDS[0]: "fail"}, actors=1, max_retries=1)
+    assert len(set(pids(tmp_path / "log"))) == 2
 
 
 def test_a_fault_of_the_data_is_not_tried_again(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    report = run_pool(make(folder, fault_on=SHARDS[4]), SHARDS, str(folder / "ledger"), actors=2)
+    report = run(tmp_path, faults={SHARDS[4]: "broken"})
     assert report.poison == {SHARDS[4]: "00004.tar: sample 'cat' has no caption"}
-    assert tries(tmp_path / "run.log").count(SHARDS[4]) == 1
+    assert tries(tmp_path / "log").count(SHARDS[4]) == 1
     assert len(report.done) == 5
 
 
-def user_fault() -> Writer:
+def test_a_shard_that_takes_far_longer_than_the_others_is_done_by_an_idle_actor(tmp_path: Path, calm: dict[str, bytes]) -> None:
+    report = run(tmp_path, faults={SHARDS[1]: "hang"}, timing=Timing(late_s=0.5))
+    assert (list(report.done), report.late, report.failures) == (SHARDS, 1, {})
+    assert tries(tmp_path / "log").count(SHARDS[1]) == 2
+    assert tables(tmp_path) == calm
+
+
+def test_an_actor_that_never_answers_is_replaced(tmp_path: Path) -> None:
+    report = run(tmp_path, faults={SHARDS[5]: "hang"}, actors=1, timing=Timing(stuck_s=1.0, patience_s=0))
+    assert (list(report.done), report.failures, report.deaths) == (SHARDS, {SHARDS[5]: 1}, 1)
+
+
+def test_a_pool_grows_as_far_as_there_is_room(tmp_path: Path) -> None:
+    assert run(tmp_path / "both", seconds=0.5, actors=Bounds(1, 4)).most_actors == 2
+    assert run(tmp_path / "few", SHARDS[:1], actors=Bounds(1, 4)).most_actors == 1
+
+
+def test_the_ledger_says_who_did_what_and_how_long_it_took(tmp_path: Path) -> None:
+    report = run(tmp_path, seconds=0.2, faults={SHARDS[0]: "die once"})
+    entries = Ledger(str(tmp_path / "ledger")).entries(SHARDS)
+    assert {shard: entry.facts for shard, entry in entries.items()} == report.done
+    assert all(0.2 <= entry.work["seconds"] < 30 for entry in entries.values())
+    assert [entries[shard].work["attempt"] for shard in SHARDS] == [2, 1, 1, 1, 1, 1]
+    assert {int(entry.work["actor"].split(":")[1]) for entry in entries.values()} <= set(pids(tmp_path / "log"))
+    assert report.actor_seconds > sum(entry.work["seconds"] for entry in entries.values())
+
+
+def user_fault() -> TableWriter:
     raise UserError("models/anyorder.safetensors: no such file")
 
 
-def broken_worker() -> Writer:
+def broken_worker() -> TableWriter:
     raise OSError("no GPU here")
 
 
-def deadly_worker() -> Writer:
+def deadly_worker() -> TableWriter:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
@@ -162,36 +156,29 @@ def test_a_worker_that_cannot_be_made_stops_the_pool(tmp_path: Path) -> None:
 
 DRIVER = """
 import sys
-from pathlib import Path
-sys.path.insert(0, {here!r})
-from test_shard_pool import SHARDS, SlowWriter
-from oar_scale.data.shard_pool import run_pool
+sys.path[:0] = {path!r}
 from functools import partial
-run_pool(partial(SlowWriter, {out!r}, {log!r}), SHARDS, {ledger!r}, actors=2)
+from pool_worker import TableWriter
+from oar_scale.data.pool import run_pool
+run_pool(partial(TableWriter, {folder!r}, {log!r}, 0.3), {shards!r}, {folder!r} + "/ledger", actors=2)
 """
 
 
-class SlowWriter(Writer):
-    def run(self, shard: str) -> Facts:
-        time.sleep(0.3)
-        return super().run(shard)
-
-
-def test_a_killed_driver_leaves_nothing_running_and_its_successor_finishes(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    names = {"out": str(folder / "out"), "log": str(tmp_path / "run.log"), "ledger": str(folder / "ledger")}
-    program = DRIVER.format(here=str(Path(__file__).parent), **names)
+def test_a_killed_driver_leaves_nothing_running_and_its_successor_finishes(tmp_path: Path, calm: dict[str, bytes]) -> None:
+    program = DRIVER.format(path=sys.path, folder=str(tmp_path), log=str(tmp_path / "log"), shards=SHARDS)
     driver = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
-    wait_until(lambda: len(read_ledger(names["ledger"])) >= 2)
-    workers = {int(line.split()[1]) for line in (tmp_path / "run.log").read_text().splitlines()}
+    ledger = Ledger(str(tmp_path / "ledger"))
+    wait_until(lambda: len(ledger.done()) >= 2)
     driver.kill()
     driver.wait()
-    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers))
-    before = len(read_ledger(names["ledger"]))
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids(tmp_path / "log")))
+    before = len(ledger.done())
     assert 2 <= before < len(SHARDS)
-    report = run_pool(make(folder), SHARDS, names["ledger"], actors=2)
+    began = time.monotonic()
+    report = run(tmp_path)
     assert (report.found, list(report.done)) == (before, SHARDS)
-    assert all_bytes(folder) == undisturbed(tmp_path / "calm")
+    assert time.monotonic() - began < Timing().lease_s, "it waited for the lease of a process that was gone"
+    assert tables(tmp_path) == calm
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -199,8 +186,3 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
-
-
-def test_the_ledger_is_readable_json(tmp_path: Path) -> None:
-    undisturbed(tmp_path / "run")
-    assert json.loads((tmp_path / "run/ledger/00000.tar.json").read_text()) == {"shard": "00000.tar", "facts": {"bytes": 9}}

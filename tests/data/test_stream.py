@@ -99,7 +99,7 @@ def test_stored_orders_come_with_the_first_view_and_in_the_stated_share(tokens: 
     backwards = np.arange(16, dtype=np.uint16)[::-1]
 
     def stored(name: str, shard: OpenShard) -> NDArray[np.uint16]:
-        return np.stack([backwards] * len(shard.keys))
+        return np.stack([backwards[None]] * len(shard.keys))
 
     settings = replace(SETTINGS, random_share=0.25)
     batches = list(TokenStream(source(tokens, stored), text, settings).batches(0, 50))
@@ -109,11 +109,33 @@ def test_stored_orders_come_with_the_first_view_and_in_the_stated_share(tokens: 
     assert (codes[follows, 0] < 100).all(), "a stored order was used on a view it was not found for"
 
 
+def test_one_of_several_stored_orders_is_taken_by_sample_and_epoch(tokens: str, text: TextTokenizer) -> None:
+    several = np.stack([np.roll(np.arange(16, dtype=np.uint16), shift) for shift in (1, 2, 3)])
+    settings = replace(SETTINGS, random_share=0.0)
+
+    def taken(stored: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ours = TokenStream(source(tokens, lambda name, shard: np.stack([stored] * len(shard.keys))), text, settings)
+        batches = list(ours.batches(0, 60))
+        return tuple(torch.cat(parts) for parts in zip(*((b.uid_b, b.epoch_b, b.orders()) for b in batches), strict=True))  # type: ignore[return-value]
+
+    uid, epoch, orders = taken(several)
+    shift = orders.argmin(1)
+    assert set(shift.tolist()) == {1, 2, 3}
+    assert shift.bincount()[1:].min() > 0.25 * len(shift)
+    of_sample: dict[int, set[int]] = {}
+    for one, at in zip(uid.tolist(), shift.tolist(), strict=True):
+        of_sample.setdefault(one, set()).add(at)
+    assert len(epoch.unique()) > 1 and any(len(seen) > 1 for seen in of_sample.values())
+    assert all(torch.equal(a, b) for a, b in zip(taken(several), (uid, epoch, orders), strict=True))
+    only = taken(several[:1])[2]
+    assert torch.equal(only, torch.from_numpy(several[0].astype(np.int64)).expand_as(only))
+
+
 def test_the_control_sees_the_same_samples_and_views_in_random_orders(tokens: str, text: TextTokenizer) -> None:
     backwards = np.arange(16, dtype=np.int64)[::-1].copy()
     ordered, control = (
         TokenStream(source(tokens, stored), text, replace(SETTINGS, random_share=0.25)).batch(2)
-        for stored in (lambda name, shard: np.stack([backwards] * len(shard.keys)), None)
+        for stored in (lambda name, shard: np.stack([backwards[None]] * len(shard.keys)), None)
     )
     assert torch.equal(ordered.uid_b, control.uid_b) and torch.equal(ordered.codes_bN, control.codes_bN)
     assert torch.equal(ordered.drop_b, control.drop_b)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from oar_scale.model import lean
 from oar_scale.model import loss as loss_module
+from oar_scale.model.blocks import GatedLinear, Linear, in_few_shapes
 from oar_scale.model.loss import mean_nll
-from oar_scale.model.rope import cell_rotations, rotate, rotate_fast, rotate_heads
+from oar_scale.model.rope import cell_rotations, rotate, rotate_, rotate_heads
 
 DTYPES = [torch.float32, torch.bfloat16]
 BATCH, ROWS, DIM, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 2, 9, 24, 40, 4, 2, 8
@@ -97,7 +98,7 @@ def test_decoding_and_training_rotate_alike(dtype: torch.dtype) -> None:
     qk = qkv[:, :, :-KV_HEADS]
     turned = torch.cat(rotate_heads(qkv, TURN, KV_HEADS)[:2], dim=2)
     torch.testing.assert_close(turned, rotate(qk, TURN[:, :, None]), rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
-    assert torch.equal(turned, rotate_fast(qk, TURN[:, :, None]).to(dtype))
+    assert torch.equal(turned, rotate_(qk.to(torch.float32, copy=True), TURN[:, :, None]).to(dtype))
 
 
 def kept_bytes(run: Callable[[], Any], known: list[Tensor]) -> int:
@@ -211,3 +212,16 @@ def test_a_second_backward_pass_of_the_loss_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 8, 63, 64, 65, 130])
+def test_rows_of_zeros_behind_a_product_change_nothing(rows: int) -> None:
+    layer, gated = Linear(24, 16).bfloat16(), GatedLinear(24, 16).bfloat16()
+    x, gate = torch.randn(2, rows, 24).bfloat16(), torch.randn(2, rows, 24).bfloat16()
+    torch.testing.assert_close(layer(x), x @ layer.weight.t(), rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(gated(gate, x), (torch.nn.functional.silu(gate) * x) @ gated.weight.t(), rtol=2e-2, atol=2e-3)
+    shapes = {len(in_few_shapes(torch.zeros(count, 4, dtype=torch.bfloat16))) for count in range(1, 513)}
+    assert len(shapes) == 15
+    same = torch.zeros(65, 4)
+    assert in_few_shapes(same) is same

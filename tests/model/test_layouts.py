@@ -8,30 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import random_codes, random_orders, small_model
+from small_models import CONDITIONS, random_codes, random_orders, small_model, told
 from torch import Tensor
 
 from oar_scale.generation.sampling import Known, SampleSettings, cells_per_step, generate
 from oar_scale.model import AnyOrderModel
-from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
-from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders, regret
+from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders, shortfall
 
-CONDITIONS = {"class": ClassSpec(classes=5), "text": TextSpec(vocab=11, rows=4), "features": FeatureSpec(width=6, rows=3)}
 ANY_ORDER = ("instructed", "dual")
 
 
 def any_model(layout: str, condition: str = "text", **changes: Any) -> AnyOrderModel:
     return small_model(layout=layout, condition=CONDITIONS[condition], **changes)
-
-
-def told(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:
-    """What a model is told about some images."""
-    generator, kind = torch.Generator().manual_seed(seed), model.spec.condition
-    if isinstance(kind, FeatureSpec):
-        return torch.randn(images, kind.rows, kind.width, generator=generator)
-    if isinstance(kind, TextSpec):
-        return torch.randint(1, kind.vocab, (images, kind.rows), generator=generator)
-    return torch.randint(kind.classes, (images, 1), generator=generator)
 
 
 def orders(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:
@@ -115,7 +103,7 @@ def test_orders_equal_brute_force(layout: str, condition: str) -> None:
     found, brute = (find(model, codes, rows, ExtractionSettings(guidance=2.0)) for find in (extract_orders, brute_force_orders))
     assert torch.equal(found.order_BN, brute.order_BN)
     assert_same(found.score_BN, brute.score_BN)
-    assert regret(model, codes, rows, ExtractionSettings(guidance=2.0), found.order_BN).max() < 1e-4
+    assert shortfall(model, codes, rows, ExtractionSettings(guidance=2.0), found.order_BN).max() < 1e-4
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ from small_models import random_codes, small_model
 
 from oar_scale.config.schema import SentencePieceConfig
 from oar_scale.data.manifest import Manifest, write_manifest
+from oar_scale.data.pool import Facts, Ledger
+from oar_scale.data.pool.ledger import Entry
 from oar_scale.data.ray_session import ray_session
 from oar_scale.data.shards import read_token_shard, shard_name, token_sample, write_shard
 from oar_scale.errors import UserError
@@ -64,19 +65,23 @@ def job(inputs: Path, orders: Path) -> ExtractionJob:
 
 
 def tables(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+def facts(folder: Path) -> dict[str, Facts]:
+    return {shard: entry.facts for shard, entry in Ledger(str(folder / "ledger")).entries(map(shard_name, range(3))).items()}
 
 
 def test_every_image_gets_the_brute_force_order_of_its_first_view(inputs: Path, tmp_path: Path) -> None:
-    progress: list[tuple[int, int]] = []
-    report = extract_all(job(inputs, tmp_path / "orders"), actors=2, on_progress=lambda *images: progress.append(images))
+    progress: list[int] = []
+    report = extract_all(job(inputs, tmp_path / "orders"), actors=2, on_progress=lambda done, _: progress.append(done))
     report.raise_for_poison()
-    assert (progress[0], progress[-1], len(progress)) == ((0, 13), (13, 13), 4)
+    assert (progress[0], progress[-1], len(progress)) == (0, 13, 4)
     model, text = load_model(str(inputs / "model.safetensors")), TextTokenizer.load(str(inputs / "text.model"), 4)
     for index in range(3):
         uri = str(inputs / "tokens" / shard_name(index))
         shard, table = read_token_shard(uri, str(tmp_path)), read_orders(str(tmp_path / "orders" / f"0000{index}.parquet"))
-        joined = join_orders(shard.keys, table, shard=uri, cells=9)
+        joined = join_orders(shard.keys, table, shard=uri, cells=9)[:, 0]
         with torch.no_grad():
             condition = model.condition(text.encode(shard.captions))
             codes = torch.from_numpy(shard.view(0).astype(np.int64))
@@ -91,13 +96,12 @@ def test_an_interrupted_and_resumed_extraction_equals_an_uninterrupted_one_byte_
     extract_all(job(inputs, calm), actors=1)
     # One shard finished, one with a table but no entry in the ledger, as if its actor had died between the two.
     worker = ExtractionWorker(job(inputs, torn))
-    facts = worker.run(shard_name(0))
-    (torn / "ledger").mkdir()
-    (torn / "ledger/00000.tar.json").write_text(json.dumps({"shard": "00000.tar", "facts": facts}, sort_keys=True))
+    assert Ledger(str(torn / "ledger")).enter(shard_name(0), Entry(worker.run(shard_name(0))))
     (torn / "00001.parquet").write_bytes(b"half a table")
     report = extract_all(job(inputs, torn), actors=2)
     assert report.found == 1
     assert tables(torn) == tables(calm)
+    assert facts(torn) == facts(calm)
 
 
 def test_orders_of_two_settings_do_not_mix(inputs: Path, tmp_path: Path) -> None:
@@ -107,10 +111,32 @@ def test_orders_of_two_settings_do_not_mix(inputs: Path, tmp_path: Path) -> None
         extract_all(dataclasses.replace(first, settings=ExtractionSettings(guidance=2.0)), actors=2)
 
 
-def test_a_model_of_another_grid_is_refused_before_anything_starts(inputs: Path, tmp_path: Path) -> None:
-    save_model(str(tmp_path / "other.safetensors"), small_model(grid=4))
+def test_a_model_that_does_not_fit_is_refused_by_its_header_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    save_model(str(other), small_model(grid=4))
+    other.write_bytes(other.read_bytes()[:-1000])  # nobody gets as far as its tensors
     with pytest.raises(UserError, match=r"other\.safetensors: made for grid 4, the token shards in .*tokens have grid 3"):
-        extract_all(dataclasses.replace(job(inputs, tmp_path / "orders"), model=str(tmp_path / "other.safetensors")), actors=2)
+        extract_all(dataclasses.replace(job(inputs, tmp_path / "orders"), model=str(other)), actors=2)
+    with pytest.raises(UserError, match=r"tokens: the shards hold 2 views, and orders of 3 are wanted"):
+        extract_all(dataclasses.replace(job(inputs, tmp_path / "orders"), views=3), actors=2)
+    assert not (tmp_path / "orders").exists() and not list(tmp_path.glob("orders*"))
+
+
+def test_every_view_can_have_an_order_of_its_own(inputs: Path, tmp_path: Path) -> None:
+    worker = ExtractionWorker(dataclasses.replace(job(inputs, tmp_path / "orders"), views=2))
+    worker.run(shard_name(2))
+    table = read_orders(str(tmp_path / "orders/00002.parquet"))
+    assert (table.keys[:4], table.views) == (["image10", "image10", "image11", "image11"], [0, 1] * 3)
+    ExtractionWorker(job(inputs, tmp_path / "first")).run(shard_name(2))
+    first = read_orders(str(tmp_path / "first/00002.parquet"))
+    np.testing.assert_array_equal(table.order_SN[::2], first.order_SN)
+    model, text = load_model(str(inputs / "model.safetensors")), TextTokenizer.load(str(inputs / "text.model"), 4)
+    shard = read_token_shard(str(inputs / "tokens" / shard_name(2)), str(tmp_path))
+    with torch.no_grad():
+        codes = torch.from_numpy(shard.view(1).astype(np.int64))
+        images = np.array([zlib.crc32(f"{key}/1".encode()) for key in shard.keys])
+        expected = brute_force_orders(model, codes, model.condition(text.encode(shard.captions)), ExtractionSettings(), images)
+    np.testing.assert_array_equal(table.order_SN[1::2], expected.order_BN.numpy())
 
 
 def test_a_damaged_token_shard_is_named_and_the_others_are_extracted(inputs: Path, tmp_path: Path) -> None:

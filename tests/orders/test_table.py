@@ -43,6 +43,7 @@ def test_the_file_is_plain_parquet_with_fixed_size_lists(table: OrderTable, tmp_
     assert [str(field.type) for field in schema] == [
         "string",
         "int32",
+        "int32",
         "fixed_size_list<element: uint16>[16]",
         "fixed_size_list<element: float>[16]",
     ]
@@ -59,7 +60,24 @@ def test_the_same_table_gives_the_same_bytes(table: OrderTable, tmp_path: Path) 
 def test_orders_are_joined_by_key_and_not_by_position(table: OrderTable, tmp_path: Path) -> None:
     found = written(table, tmp_path)
     joined = join_orders(["image3", "image0"], found, shard=SHARD, cells=16, model_id="m1")
-    np.testing.assert_array_equal(joined, table.order_SN[[3, 0]])
+    np.testing.assert_array_equal(joined, table.order_SN[[3, 0], None])
+
+
+def test_all_orders_of_a_sample_come_in_the_order_of_their_draws(table: OrderTable, tmp_path: Path) -> None:
+    several = dataclasses.replace(table, keys=["cat", "dog", "cat", "dog", "cat"], views=[0, 0, 0, 0, 1], draws=[1, 0, 0, 1, 0])
+    found = written(several, tmp_path)
+    assert found.draws == several.draws
+    joined = join_orders(["dog", "cat"], found, shard=SHARD, cells=16)
+    np.testing.assert_array_equal(joined, table.order_SN[[[1, 3], [2, 0]]])
+    with pytest.raises(UserError, match="no order for sample 'dog'"):
+        join_orders(["dog", "cat"], dataclasses.replace(found, draws=[2, 0, 0, 1, 0]), shard=SHARD, cells=16)
+
+
+def test_a_table_from_before_there_were_several_orders_is_read(table: OrderTable, tmp_path: Path) -> None:
+    written(table, tmp_path)
+    path = tmp_path / "00000.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["draw"]), path)
+    np.testing.assert_array_equal(join_orders(["image1"], read_orders(str(path)), shard=SHARD, cells=16)[0, 0], table.order_SN[1])
 
 
 def test_a_repeated_cell_is_named_with_file_and_key(table: OrderTable, tmp_path: Path) -> None:

@@ -1,0 +1,38 @@
+"""``oar orders``: what the extracted orders look like, and a head that predicts them."""
+
+from __future__ import annotations
+
+import argparse
+
+from oar_scale.cli.common import MODELS, Subparsers, add_verb, count, load
+
+
+def add(verbs: Subparsers) -> None:
+    verb = add_verb(verbs, "orders", "what the extracted orders look like: maps, words, an animation, one page", _orders)
+    verb.add_argument("--out", metavar="DIR", help="the folder that is written; default: report/orders in the run's folder")
+    verb.add_argument("--images", type=count, default=4096, metavar="N", help="training images to look at, about; default: 4096")
+    verb.add_argument(
+        "--against", action="append", default=[], metavar="FOLDER", help="other order tables of the same images, to compare with"
+    )
+    verb.add_argument("--train-head", action="store_true", help="instead: train an order head on the orders, and say what it is worth")
+    verb.add_argument("--model", choices=MODELS, default="anyorder", help="whose rows the head reads; default: anyorder")
+    verb.add_argument("--predict", action="store_true", help="instead, or after --train-head: write the head's orders of all images")
+
+
+def _orders(arguments: argparse.Namespace) -> None:
+    recipe = load(arguments)
+    from oar_scale.stages.run import Run
+
+    run = Run(recipe)
+    if arguments.train_head:
+        from oar_scale.stages.order_head import run_train_head
+
+        run_train_head(run, arguments.model)
+    if arguments.predict:
+        from oar_scale.stages.order_head import run_predict
+
+        run_predict(run)
+    if not (arguments.train_head or arguments.predict):
+        from oar_scale.stages.orders import run_orders
+
+        run_orders(run, images=arguments.images, against=arguments.against, out=arguments.out)

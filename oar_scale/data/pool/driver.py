@@ -1,0 +1,408 @@
+"""The driver of a pool: hires actors, gives them shards, and looks after what is late, lost or somebody else's.
+
+One loop, one thread; nothing it remembers is needed by the next driver:
+
+    hire, assign, wait for outcomes, and now and then look at what other pools on the same ledger have done
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from oar_scale.data.pool.actor import Actor, Order, Outcome, Worker
+from oar_scale.data.pool.backends import Actors, ProcessActors, RayActors
+from oar_scale.data.pool.holders import Holder, Watch
+from oar_scale.data.pool.ledger import Entry, Facts, Ledger
+from oar_scale.data.pool.signals import StopSignals
+from oar_scale.data.pool.terms import ArrayTask, Bounds, OnEvent, OnProgress, PoolReport, Timing
+from oar_scale.data.ray_session import ray_session
+from oar_scale.errors import Requeue, UserError
+from oar_scale.storage.patience import patiently
+
+
+def run_pool(
+    make_worker: Callable[[], Worker],
+    shards: Sequence[str],
+    ledger: str,
+    *,
+    actors: int | Bounds,
+    gpus_per_actor: float = 0,
+    cpu_threads: int = 1,
+    max_retries: int = 3,
+    what: Mapping[str, str] | None = None,
+    array: ArrayTask | None = None,
+    timing: Timing | None = None,
+    on_progress: OnProgress | None = None,
+    on_event: OnEvent | None = None,
+) -> PoolReport:
+    """Do every shard that is not in the ledger yet.
+
+    Args:
+        make_worker: called once in each actor's process; picklable, and small when pickled.
+        shards: names, unique; they also name the ledger's entries.
+        ledger: folder URI of the ledger; the folder ``{ledger}-pool`` beside it is the pool's as well.
+        cpu_threads: cores an actor takes; Ray sets ``OMP_NUM_THREADS`` to it where that is unset.
+        max_retries: how often a shard is tried again after its actor died or its worker failed.
+        what: what the shards are made into; another pool on the same ledger must say the same.
+        array: be one of several processes, with one actor and without Ray; ``actors`` does not matter then.
+
+    Raises:
+        UserError: a worker could not be made and it is the user's to mend, or the ledger is for something else.
+        RuntimeError: workers could not be made more than ``max_retries`` times in a row.
+        Requeue: stopped by a signal; what is done is in the ledger.
+    """
+    book, report, timing = Ledger(ledger), PoolReport(), timing or Timing()
+    for shard, entry in book.entries(shards).items():
+        report.done[shard] = entry.facts
+        if on_progress:
+            on_progress(shard, entry.facts, report)
+    report.found = len(report.done)
+    missing = [shard for shard in shards if shard not in report.done]
+    if missing:
+        if what:
+            book.bind(what)
+        bounds = Bounds(1, 1) if array else _bounds(actors, len(missing), cpu_threads)
+        with StopSignals() as signals, ExitStack() as stack:
+            if not array:
+                stack.enter_context(ray_session(cpus=bounds.most * cpu_threads, gpus=math.ceil(bounds.most * gpus_per_actor)))
+                signals.arm()
+            driver = _Driver(book, missing, bounds, max_retries, timing, report, signals, array, on_progress, on_event)
+            make_actor = partial(Actor, make_worker, book, driver.holder.id, timing.patience_s)
+            driver.do(ProcessActors(make_actor) if array else RayActors(make_actor, cpu_threads, gpus_per_actor))
+    report.done = {shard: report.done[shard] for shard in shards if shard in report.done}
+    return report
+
+
+def _bounds(actors: int | Bounds, missing: int, cpu_threads: int) -> Bounds:
+    """No more than there are shards; a Ray of our own has the room that this machine has."""
+    if isinstance(actors, int):
+        return Bounds(min(actors, missing), min(actors, missing))
+    most = actors.most if "RAY_ADDRESS" in os.environ else max(actors.least, min(actors.most, (os.cpu_count() or 1) // cpu_threads))
+    return Bounds(min(actors.least, missing), min(most, missing))
+
+
+@dataclass
+class _Task:
+    """What an actor is doing: an order, or (None) making its worker."""
+
+    order: Order | None
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class _Driver:
+    ledger: Ledger
+    missing: Sequence[str]
+    bounds: Bounds
+    max_retries: int
+    timing: Timing
+    report: PoolReport
+    signals: StopSignals
+    array: ArrayTask | None
+    on_progress: OnProgress | None
+    on_event: OnEvent | None
+
+    def __post_init__(self) -> None:
+        self.holder = Holder(self.ledger, self._describe, self.timing.beat_s)
+        self.watch = Watch(self.ledger, self.timing.lease_s)
+        self.open = dict.fromkeys(self.missing)
+        """Shards that are neither done nor poison."""
+        self.waiting: deque[tuple[str, int]] = deque()
+        """Shards that nobody is at, and the number of the claim to get for each."""
+        self.foreign: dict[str, float] = {}
+        """Shards that another pool is at, and since when we know."""
+        self.tasks: dict[int, _Task] = {}
+        self.idle: list[int] = []
+        self.hosts: dict[int, str] = {}
+        self.born: dict[int, float] = {}
+        self.failed_at: dict[str, set[str]] = {}
+        self.seconds: list[float] = []
+        self.failed_starts = 0
+        self.next_look, self.spent_s = 0.0, 0.0
+        self.said_waiting = False
+        self.blind_since: float | None = None
+        self.began = time.monotonic()
+
+    # -- the loop -------------------------------------------------------------------------------------------------------
+
+    def do(self, actors: Actors) -> None:
+        self.actors = actors
+        with self.holder:
+            try:
+                self._begin()
+                while self.open:
+                    if self.signals.reason:
+                        self._drain(self.signals.reason)
+                        raise Requeue(self.signals.reason)
+                    self._hire()
+                    self._assign()
+                    for actor, outcome in self.actors.wait(min(1.0, self.timing.look_s)):
+                        self._take(actor, outcome)
+                    self._replace_stuck()
+                    if self.foreign and (self.idle or not self.tasks) and time.monotonic() >= self.next_look:
+                        self._look()
+                self._tidy()
+            finally:
+                self.actors.close()
+                self.report.actor_seconds = self._actor_seconds()
+
+    def _begin(self) -> None:
+        """Who else is here, and who is at what?"""
+        self.poison_before = {shard: record["holder"] for shard, record in self.ledger.poison().items()}
+        self.watch.look()
+        others = {holder: record for holder, record in self.watch.living().items() if holder != self.holder.id}
+        for holder, record in others.items():
+            if not (self.array and record.get("array")):
+                self._say("helping", holder=holder, host=record["host"], pid=record["pid"])
+        self.waiting.extend((shard, 0) for shard in self._own_order(bool(others)))
+        self._look()
+
+    def _own_order(self, others: bool) -> Sequence[str]:
+        """All missing shards; several pools begin in several places."""
+        if self.array:
+            start = self.array.index * len(self.missing) // self.array.of
+        else:
+            start = hash(self.holder.id) % len(self.missing) if others else 0
+        return [*self.missing[start:], *self.missing[:start]]
+
+    def _say(self, kind: str, **fields: Any) -> None:
+        if self.on_event:
+            self.on_event(kind, fields)
+
+    def _describe(self) -> Facts:
+        """What our heartbeat says; called in its thread."""
+        report = self.report
+        return {
+            "array": self.array is not None,
+            "actors": report.actors,
+            "actor_seconds": round(self._actor_seconds(), 1),
+            "deaths": report.deaths,
+            "retries": report.retries,
+            "late": report.late,
+        }
+
+    # -- actors ---------------------------------------------------------------------------------------------------------
+
+    def _hire(self) -> None:
+        starting = sum(task.order is None for task in self.tasks.values())
+        have, wanted = len(self.idle) + len(self.tasks), len(self.waiting) - len(self.idle) - starting
+        count = min(wanted, self.bounds.most - have)
+        if count > (sure := max(0, self.bounds.least - have)):
+            # Some more than there is room for: a cluster that can grow does so for what is asked of it.
+            count = min(count, max(sure, self.actors.room() - starting, max(1, len(self.hosts) // 2) - starting))
+        for _ in range(count):
+            actor = self.actors.start()
+            self.tasks[actor], self.born[actor] = _Task(None), time.monotonic()
+        if not self.hosts and not self.said_waiting and time.monotonic() - self.began > 60:
+            self.said_waiting = True
+            self._say("waiting", seconds=60)
+
+    def _dismiss(self, actor: int) -> None:
+        self.actors.kill(actor)
+        self.spent_s += time.monotonic() - self.born.pop(actor)
+        self.hosts.pop(actor, None)
+        self.tasks.pop(actor, None)
+        if actor in self.idle:
+            self.idle.remove(actor)
+        self.report.actors = len(self.hosts)
+
+    def _lost(self, actor: int, error: str) -> None:
+        """An actor that died or whose worker failed: whatever broke may have broken the process, too."""
+        self.report.deaths += 1
+        self._say("actor_lost", host=self.hosts.get(actor, ""), error=_first_line(error))
+        self._dismiss(actor)
+
+    def _actor_seconds(self) -> float:
+        now = time.monotonic()
+        return self.spent_s + sum(now - born for born in list(self.born.values()))
+
+    # -- giving shards out ----------------------------------------------------------------------------------------------
+
+    def _assign(self) -> None:
+        while self.idle and (match := self._match()):
+            actor, (shard, number) = match
+            self.waiting.remove((shard, number))
+            self._give(actor, shard, number)
+        if not self.waiting:
+            self._back_up()
+            while len(self.idle) > 1 and len(self.hosts) > self.bounds.least:
+                self._dismiss(self.idle[0])
+
+    def _match(self) -> tuple[int, tuple[str, int]] | None:
+        """The first waiting shard with an actor for it: not on a host where it failed, if there is another host."""
+        hosts = set(self.hosts.values())
+        for shard, number in self.waiting:
+            shunned = self.failed_at.get(shard, set())
+            usable = [actor for actor in self.idle if self.hosts[actor] not in shunned or hosts <= shunned]
+            if usable:
+                return usable[-1], (shard, number)
+        return None
+
+    def _give(self, actor: int, shard: str, number: int) -> None:
+        self.idle.remove(actor)
+        order = Order(shard, self.report.failures.get(shard, 0) + 1, number)
+        self.tasks[actor] = _Task(order)
+        self.actors.run(actor, order)
+
+    def _back_up(self) -> None:
+        """Give what is late to an idle actor as well."""
+        at: dict[str, list[_Task]] = {}
+        for task in self.tasks.values():
+            if task.order and task.order.shard in self.open:
+                at.setdefault(task.order.shard, []).append(task)
+        for shard, tasks in at.items():
+            seconds = time.monotonic() - tasks[0].since
+            if self.idle and len(tasks) == 1 and tasks[0].order and self._late(seconds):
+                self.report.late += 1
+                self._say("late", shard=shard, seconds=seconds, median_s=statistics.median(self.seconds))
+                self._give(self.idle[-1], shard, tasks[0].order.claim)
+
+    def _late(self, seconds: float) -> bool:
+        return len(self.seconds) >= 3 and seconds > max(self.timing.late_s, self.timing.late * statistics.median(self.seconds))
+
+    def _replace_stuck(self) -> None:
+        if len(self.seconds) < 3:
+            return
+        limit = max(self.timing.stuck_s, self.timing.stuck * statistics.median(self.seconds)) + self.timing.patience_s
+        for actor, task in list(self.tasks.items()):
+            if task.order and time.monotonic() - task.since > limit:
+                self._take(actor, Outcome("failed", error=f"no answer in {limit:.0f} s"))
+
+    # -- taking outcomes ------------------------------------------------------------------------------------------------
+
+    def _take(self, actor: int, outcome: Outcome) -> None:
+        task = self.tasks.pop(actor, None)
+        if outcome.kind == "failed":
+            self._lost(actor, outcome.error)
+        else:
+            self.idle.append(actor)
+        if task is None:
+            return
+        if task.order is None:
+            self._started(actor, outcome)
+        elif task.order.shard in self.open:
+            self._ended(task.order, outcome)
+
+    def _started(self, actor: int, outcome: Outcome) -> None:
+        if outcome.kind == "user error":
+            raise UserError(outcome.error)
+        if outcome.kind == "failed":
+            self.failed_starts += 1
+            if self.failed_starts > self.max_retries:
+                raise RuntimeError(f"no worker could be made in {self.failed_starts} tries; the last error:\n{outcome.error}")
+            return
+        self.failed_starts = 0
+        self.hosts[actor] = outcome.work["host"]
+        self.report.actors = len(self.hosts)
+        self.report.most_actors = max(self.report.most_actors, len(self.hosts))
+        self._say("actor_started", **outcome.work)
+
+    def _ended(self, order: Order, outcome: Outcome) -> None:
+        shard = order.shard
+        if outcome.kind == "done":
+            self._settle(shard, Entry(outcome.facts, outcome.work))
+        elif outcome.kind == "taken":
+            self.foreign[shard] = time.monotonic()
+        elif outcome.kind == "user error":
+            self._set_aside(shard, outcome.error)
+        else:
+            self.report.failures[shard] = tries = self.report.failures.get(shard, 0) + 1
+            if any(task.order and task.order.shard == shard for task in self.tasks.values()):
+                return  # another actor is at it as well
+            if tries > self.max_retries:
+                self._set_aside(shard, outcome.error)
+                return
+            self._say("retry", shard=shard, attempt=tries + 1, error=_first_line(outcome.error))
+            self.waiting.append((shard, order.claim))
+
+    def _settle(self, shard: str, entry: Entry) -> None:
+        del self.open[shard]
+        self.report.done[shard] = entry.facts
+        if entry.work.get("holder") == self.holder.id:
+            self.seconds.append(entry.work["seconds"])
+        else:
+            self.report.elsewhere += 1
+        if shard in self.poison_before:
+            patiently(lambda: self.ledger.readmit(shard), self.timing.patience_s)
+        if self.on_progress:
+            self.on_progress(shard, entry.facts, self.report)
+
+    def _set_aside(self, shard: str, error: str) -> None:
+        del self.open[shard]
+        self.report.poison[shard] = error
+        patiently(lambda: self.ledger.set_aside(shard, error, self.holder.id), self.timing.patience_s)
+        self._say("poison", shard=shard, error=_first_line(error))
+
+    # -- other pools ----------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """See what others have done, are at, have given up, or have left behind."""
+        began = time.monotonic()
+        try:
+            self._look_once()
+            self.blind_since = None
+        except Exception as error:  # a storage that refuses now may answer at the next look; it is said, and not for ever
+            self.blind_since = self.blind_since or began
+            if time.monotonic() - self.blind_since > self.timing.patience_s:
+                raise
+            self._say("storage", error=f"{type(error).__name__}: {_first_line(str(error))}")
+        self.next_look = time.monotonic() + max(self.timing.look_s, 20 * (time.monotonic() - began))
+
+    def _look_once(self) -> None:
+        claims = self.ledger.claims()  # before the entries: a claim is released after its entry is written
+        waiting, foreign = dict(self.waiting), self.foreign
+        entries = self.ledger.entries([*waiting, *foreign])
+        poison = self.ledger.poison()
+        self.watch.look()
+        self.waiting, self.foreign = deque(), {}
+        for shard in (*waiting, *foreign):
+            claim, since = claims.get(shard), foreign.get(shard, time.monotonic())
+            if shard not in self.open:
+                continue
+            if shard in entries:
+                self._settle(shard, entries[shard])
+            elif shard in poison and poison[shard]["holder"] != self.poison_before.get(shard):
+                del self.open[shard]
+                self.report.poison[shard] = poison[shard]["error"]
+            elif claim is None or claim.holder == self.holder.id or waiting.get(shard, 0) > claim.number:
+                self.waiting.append((shard, waiting.get(shard, 0)))
+            elif (gone := self.watch.gone(claim.holder)) or (self.idle and self._late(time.monotonic() - since)):
+                self._say("taken_over" if gone else "late", shard=shard, holder=claim.holder)
+                self.waiting.append((shard, claim.number + 1))
+            else:
+                self.foreign[shard] = since
+
+    def _tidy(self) -> None:
+        """Remove the claims of those who died between entering a shard and releasing it."""
+        for claim in self.ledger.claims().values():
+            if claim.shard in self.report.done:
+                self.ledger.release(claim)
+
+    # -- being stopped --------------------------------------------------------------------------------------------------
+
+    def _drain(self, reason: str) -> None:
+        """Let running shards end if they do so in time; what is claimed beyond that goes back as the holder leaves."""
+        running = sum(task.order is not None for task in self.tasks.values())
+        self._say("draining", reason=reason, running=running, grace_s=self.timing.grace_s)
+        end, before = time.monotonic() + self.timing.grace_s, len(self.report.done)
+        for actor in [*self.idle, *(actor for actor, task in self.tasks.items() if task.order is None)]:
+            self._dismiss(actor)
+        while self.tasks and (left := end - time.monotonic()) > 0:
+            for actor, outcome in self.actors.wait(min(1.0, left)):
+                self._take(actor, outcome)
+                if actor in self.born:
+                    self._dismiss(actor)
+        self._say("drained", finished=len(self.report.done) - before, handed_back=len(self.tasks))
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0]

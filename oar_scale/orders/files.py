@@ -1,0 +1,55 @@
+"""Where a run, or an exported folder, keeps what order policies rest on.
+
+a run's storage      orders/train/*.parquet  orders/mean.json  orders/predicted/*.parquet  models/NAME.order-head.safetensors
+an exported folder   mean-order.json  model.order-head.safetensors
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oar_scale.storage import join
+
+_MODEL, _HEAD = ".safetensors", ".order-head.safetensors"
+
+
+@dataclass(frozen=True)
+class OrderFiles:
+    """Names; nothing need be there."""
+
+    where: str
+    """The run or folder, for errors."""
+    mean: str
+    """The mean order of the data set."""
+    tokens: str | None = None
+    """Training images as codes."""
+    tables: str | None = None
+    """The orders that were extracted for them."""
+    predicted: str | None = None
+    """The orders that an order head predicted for them."""
+
+
+def run_files(root: str) -> OrderFiles:
+    """Those of the run whose storage is ``root``."""
+    return OrderFiles(
+        where=root,
+        mean=join(root, "orders", "mean.json"),
+        tokens=join(root, "tokens", "train"),
+        tables=join(root, "orders", "train"),
+        predicted=join(root, "orders", "predicted"),
+    )
+
+
+def folder_files(folder: str) -> OrderFiles:
+    """Those of an exported folder."""
+    return OrderFiles(where=folder, mean=join(folder, "mean-order.json"))
+
+
+def head_file(model_file: str) -> str:
+    """The order head of a model lies beside it."""
+    return model_file.removesuffix(_MODEL) + _HEAD
+
+
+def head_report_file(model_file: str) -> str:
+    """What a model's order head is worth."""
+    return head_file(model_file).removesuffix(_MODEL) + ".json"

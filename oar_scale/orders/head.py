@@ -1,0 +1,202 @@
+"""The order head: the whole order of an image from one question about each of its cells.
+
+Exact extraction asks N (N + 1) / 2 times, for after every placed cell all others are asked again. The head asks about all cells once,
+and a small network says from the trunk's answer (a row of D numbers) when each cell would be placed:
+
+    time(cell) = MLP(row(cell | text, first codes), which cell)               order = cells by time
+
+It is two such networks on the same frozen trunk:
+
+    ahead       knows the text and the codes of the ``first`` cells of the checkerboard order (with first = 0 the text alone). It can
+                guide an image that is being drawn.
+    hindsight   also knows how likely the image's own code is at each cell: for images that are there already.
+
+The rows of a frozen model belong to that model alone, so a head carries its id, and :func:`load_head` refuses another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from oar_scale.errors import UserError
+from oar_scale.model import AnyOrderModel, model_id
+from oar_scale.model.spec import ModelSpec
+from oar_scale.orders.extraction import Orders
+from oar_scale.orders.files import head_file
+from oar_scale.orders.policies.checkerboard import path
+from oar_scale.orders.scores import score_rows
+from oar_scale.storage import open_storage
+from oar_scale.tokenizers.weights import load_weights, save_weights
+
+KIND = "order head"
+_CERTAIN = 1e-8
+
+
+class HeadSpec(BaseModel):
+    """Sizes of a head, and the model it reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_id: str
+    dim: int
+    """D of the model."""
+    grid: int
+    width: int
+    first: int
+    """Cells that are placed before ``ahead`` is asked."""
+
+    @classmethod
+    def of(cls, model: ModelSpec, own_id: str, *, width: int, first: int) -> HeadSpec:
+        """Raises UserError where there are fewer cells than the first ones."""
+        if first >= model.cells:
+            raise UserError(f"order_head.first {first}: the model has {model.cells} cells, and there must be some left to ask about.")
+        return cls(model_id=own_id, dim=model.dim, grid=model.grid, width=width, first=first)
+
+    @property
+    def cells(self) -> int:
+        return self.grid**2
+
+
+class TimeNet(nn.Module):
+    """Placing times of cells from the trunk's rows about them; only their order means something."""
+
+    def __init__(self, spec: HeadSpec, *, sees_codes: bool) -> None:
+        super().__init__()
+        self.cell = nn.Parameter(torch.zeros(spec.cells, spec.width))
+        self.rows = nn.Sequential(nn.LayerNorm(spec.dim), nn.Linear(spec.dim, spec.width))
+        self.own = nn.Linear(2, spec.width) if sees_codes else None
+        self.times = nn.Sequential(
+            nn.GELU(), nn.Dropout(0.1), nn.LayerNorm(spec.width), nn.Linear(spec.width, spec.width), nn.GELU(), nn.Linear(spec.width, 1)
+        )
+
+    def forward(self, rows_BRD: Tensor, cells_BR: Tensor, own_BR: Tensor | None = None) -> Tensor:
+        """Times [B, R], float32.
+
+        Args:
+            rows_BRD: normalised rows of R cells, as the output head takes them.
+            own_BR: log-probability of each cell's own code, in nats; for a net that sees codes.
+        """
+        x_BRW = self.rows(rows_BRD.float()) + self.cell[cells_BR]
+        if self.own is not None:
+            assert own_BR is not None
+            # Cells that are all but certain (log p from -1e-2 to -1e-6) are placed first, and their order among themselves counts as much.
+            x_BRW = x_BRW + self.own(torch.stack([own_BR, (-own_BR).clamp_min(_CERTAIN).log()], dim=-1))
+        return self.times(x_BRW)[..., 0]  # type: ignore[no-any-return]
+
+
+class OrderHead(nn.Module):
+    """Both networks, and which cells come first."""
+
+    def __init__(self, spec: HeadSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.ahead = TimeNet(spec, sees_codes=False)
+        self.hindsight = TimeNet(spec, sees_codes=True)
+
+    @property
+    def first_N(self) -> Tensor:
+        """The cells that are placed before the head is asked [first]: those of a coarse lattice."""
+        return torch.from_numpy(path(self.spec.grid)[: self.spec.first]).to(self.ahead.cell.device)
+
+    def order_ahead(self, rows_BRD: Tensor, cells_BR: Tensor) -> Tensor:
+        """R cells of each image in their order, from the rows that asked about them."""
+        return cells_BR.gather(1, self.ahead(rows_BRD, cells_BR).argsort(1))
+
+
+class Predicted(NamedTuple):
+    order_BN: NDArray[np.uint16]
+    rows: int
+    """Candidate rows an image."""
+
+
+@torch.no_grad()
+def predict_orders(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, head: OrderHead) -> Predicted:
+    """The orders of images that are there, in one pass: ``hindsight`` on rows that see nothing but the text."""
+    rows_BND, own_BN = ask_all(model, codes_BN, condition_BTD)
+    order_BN = head.hindsight(rows_BND, all_cells(codes_BN), own_BN).argsort(1)
+    return Predicted(order_BN.cpu().numpy().astype(np.uint16), codes_BN.shape[1])
+
+
+def find_way(model_file: str) -> Callable[..., Orders] | None:
+    """The head beside a model file as a way of finding orders (``orders/comparison.py``); None where there is none."""
+    uri = head_file(model_file)
+    if not model_file or not open_storage(uri).exists(uri):
+        return None
+    found: list[OrderHead] = []
+
+    def way(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, *_: object) -> Orders:
+        if not found:
+            found.append(load_head(uri, model, model_id(model_file)))
+        order_BN, rows = predict_orders(model, codes_BN, condition_BTD, found[0])
+        order = torch.from_numpy(order_BN.astype(np.int64)).to(codes_BN.device)
+        return Orders(order, torch.zeros(codes_BN.shape, device=codes_BN.device), rows)
+
+    return way
+
+
+@torch.no_grad()
+def ask_all(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of all cells of empty images [B, N, D], and the log-probability of each cell's own code [B, N]."""
+    rows_BND = model.candidate_rows(model.begin(condition_BTD), all_cells(codes_BN)).rows_BRD
+    own_R = score_rows(model.output.weight, rows_BND.flatten(0, 1), "gt_logprob", codes_BN.flatten())
+    return rows_BND, own_R.view_as(codes_BN)
+
+
+@torch.no_grad()
+def ask_rest(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, head: OrderHead) -> tuple[Tensor, Tensor]:
+    """Once the head's first cells are placed: rows of all others [B, R, D], and these [B, R], in raster order."""
+    first_BK = head.first_N.expand(len(codes_BN), -1)
+    rest_BR = all_cells(codes_BN)[:, ~torch.isin(torch.arange(codes_BN.shape[1], device=codes_BN.device), head.first_N)]
+    prefix = model.prefill(model.begin(condition_BTD), first_BK, codes_BN.gather(1, first_BK))
+    return model.candidate_rows(prefix, rest_BR).rows_BRD, rest_BR
+
+
+def all_cells(codes_BN: Tensor) -> Tensor:
+    return torch.arange(codes_BN.shape[1], device=codes_BN.device).expand_as(codes_BN)
+
+
+def ranking_loss(time_BR: Tensor, exact_BR: Tensor) -> Tensor:
+    """Mean over all pairs of cells of log(1 + exp(time of the earlier one - time of the later one)).
+
+    Kendall tau counts the pairs in the wrong order; this is its usual smooth upper bound (RankNet, Burges et al. 2005).
+
+    Args:
+        exact_BR: the steps at which the cells are placed; no two of an image are the same.
+    """
+    difference_BRR = time_BR[:, :, None] - time_BR[:, None, :]
+    earlier_BRR = exact_BR[:, :, None] < exact_BR[:, None, :]
+    return F.softplus(difference_BRR[earlier_BRR]).mean()
+
+
+def save_head(uri: str, head: OrderHead) -> None:
+    """Write a head as safetensors, its :class:`HeadSpec` in the metadata."""
+    save_weights(uri, head.state_dict(), {"kind": KIND, "spec": head.spec.model_dump_json()})
+
+
+def load_head(uri: str, model: AnyOrderModel, own_id: str) -> OrderHead:
+    """Read what :func:`save_head` wrote, for this model: eval mode, float32, on the model's device.
+
+    Args:
+        own_id: the model's id (``model.model_id`` of its file).
+
+    Raises:
+        UserError: no such file, or a head of another model.
+    """
+    tensors, text = load_weights(uri, KIND)
+    spec = HeadSpec.model_validate_json(text)
+    if spec.model_id != own_id:
+        raise UserError(
+            f"{uri}: this order head was trained on the rows of model {spec.model_id}, the model here is {own_id}. "
+            "Train one for this model (oar orders RECIPE --train-head)."
+        )
+    head = OrderHead(spec)
+    head.load_state_dict(tensors)
+    return head.to(next(model.parameters()).device).eval()

@@ -1,0 +1,126 @@
+"""Order policies: by which rule the cells of an image are placed, in training and in drawing.
+
+A policy is one module of this package, found by its name (``centre_out.py`` is ``centre-out``); its ``POLICY`` says for whom it works:
+
+    training   random orders, one order for all samples, or a table with an order for each
+    drawing    an order for each image, an order that is known once the first cells have codes, or: the model decides
+
+Orders are permutations of the cells of a grid of any size, first placed first, cells counted in raster order.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from oar_scale.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from oar_scale.model import AnyOrderModel
+    from oar_scale.orders.files import OrderFiles
+
+    Path = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TrainingOrders:
+    """What the samples outside the random share follow; with neither field a random order, too."""
+
+    order: tuple[int, ...] | None = None
+    """One order for all."""
+    tables: str | None = None
+    """A folder of order tables: an order for each."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images that are to be drawn, and what a policy may ask about them."""
+
+    model: AnyOrderModel
+    images: int
+    noise: torch.Generator
+    """Of the images: a policy that needs chance takes it from here."""
+    files: OrderFiles
+    model_file: str
+    """Where the model was loaded from."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+class LateOrder(NamedTuple):
+    """An order whose first cells are given, and the others only when those have codes."""
+
+    first_BK: Tensor
+    rest: Callable[[Tensor, Tensor], Tensor]
+    """From the trunk's rows [B, R, D] about the cells [B, R] that are still empty to the order of these, [B, R]."""
+
+
+class Policy:
+    """Base of all policies. A method that is left out says that the policy does not work there."""
+
+    def __init__(self, module: str) -> None:
+        self.name = module.rpartition(".")[2].replace("_", "-")
+
+    def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
+        """The orders of training samples. Raises UserError where there are none, or what they rest on is missing."""
+        self._refuse("has no orders to train on", "Extract orders and train on the stored ones, or name a policy that has")
+
+    def drawing(self, drawing: Drawing) -> Tensor | LateOrder | None:
+        """Orders int64 [B, N] of images to be drawn; None: the model decides. Raises UserError as :meth:`training`."""
+        self._refuse("belongs to images that are there already, not to one that is to be drawn", "Name another policy")
+
+    def _refuse(self, why: str, remedy: str) -> NoReturn:
+        raise UserError(f"order {self.name!r} {why}. {remedy}: {', '.join(known())}.")
+
+
+class GridPolicy(Policy):
+    """The same way through the grid for every image."""
+
+    def __init__(self, module: str, path: Callable[[int], Path]) -> None:
+        super().__init__(module)
+        self.path = path
+        """From cells a side to the order [N]."""
+
+    def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
+        return TrainingOrders(order=tuple(self.path(grid).tolist()))
+
+    def drawing(self, drawing: Drawing) -> Tensor:
+        import torch
+
+        order_N = torch.from_numpy(self.path(drawing.model.spec.grid))
+        return order_N.expand(drawing.images, -1).to(drawing.device)
+
+
+def known() -> list[str]:
+    """The names of all policies."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def policy(name: str, where: str = "order") -> Policy:
+    """The policy of this name.
+
+    Args:
+        where: the field or argument that names it, for the error.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in known():
+        raise UserError(f"{where} {name!r}: no such policy. There are: {', '.join(known())}.")
+    found: Policy = import_module(f"{__name__}.{name.replace('-', '_')}").POLICY
+    return found
+
+
+def grid_policies() -> dict[str, GridPolicy]:
+    """All policies that go the same way through every image, by name."""
+    return {name: found for name in known() if isinstance(found := policy(name), GridPolicy)}

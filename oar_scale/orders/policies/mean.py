@@ -1,0 +1,78 @@
+"""The mean order of the data set: cells by their mean placing time in the extracted orders, ties in raster order.
+
+It is found once, from all order tables, and kept beside them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oar_scale.data.manifest import read_manifest
+from oar_scale.errors import UserError
+from oar_scale.orders.analysis import placing_times
+from oar_scale.orders.files import OrderFiles
+from oar_scale.orders.policies import Drawing, Policy, TrainingOrders
+from oar_scale.orders.table import read_orders, table_name
+from oar_scale.storage import Missing, join, read_json, write_json
+
+
+class MeanPolicy(Policy):
+    def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
+        return TrainingOrders(order=tuple(mean_order(files, grid).tolist()))
+
+    def drawing(self, drawing: Drawing) -> Tensor:
+        order_N = torch.from_numpy(mean_order(drawing.files, drawing.model.spec.grid))
+        return order_N.expand(drawing.images, -1).to(drawing.device)
+
+
+def mean_order(files: OrderFiles, grid: int) -> NDArray[np.int64]:
+    """The mean order [N]: read, or found from the order tables and written.
+
+    Raises:
+        UserError: orders of another grid or of several models, or an image without one.
+    """
+    try:
+        found = read_json(files.mean)
+    except Missing:
+        found = _from_tables(files)
+        write_json(files.mean, found)
+    order_N = np.array(found["order"], dtype=np.int64)
+    if sorted(order_N.tolist()) != list(range(grid * grid)):
+        raise UserError(f"{files.mean}: not an order of {grid} x {grid} cells. Delete it; it is made again from the order tables.")
+    return order_N
+
+
+def order_by_time(time_N: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+    """Cells by placing time, ties in raster order."""
+    return np.argsort(time_N, kind="stable")
+
+
+def _from_tables(files: OrderFiles) -> dict[str, Any]:
+    if files.tables is None or files.tokens is None:
+        raise UserError(f"{files.where}: there is no mean order here ({files.mean}). Export the run again after its stage extract.")
+    total_N, images, made_by = np.zeros(0), 0, set[tuple[str, str]]()
+    for shard in read_manifest(files.tokens).shards:
+        try:
+            table = read_orders(join(files.tables, table_name(shard.name)))
+        except Missing as error:
+            raise UserError(f"{error.uri}: missing, and the mean order needs the orders of all images. Run the stage extract.") from error
+        made_by.add((table.model_id, table.settings_id))
+        total_N = placing_times(table.order_SN).sum(axis=0) + (total_N if images else 0)
+        images += len(table.keys)
+    if len(made_by) != 1:
+        raise UserError(f"{files.tables}: orders of several models or settings: {sorted(made_by)}. Extract them again.")
+    ((model_id, settings_id),) = made_by
+    return {
+        "order": order_by_time(total_N / images).tolist(),
+        "images": images,
+        "model_id": model_id,
+        "settings_id": settings_id,
+    }
+
+
+POLICY = MeanPolicy(__name__)

@@ -1,0 +1,34 @@
+"""What the order head says (:mod:`oar_scale.orders.head`): in training the orders it predicted for the images, in drawing the one it
+predicts from the text and the first cells."""
+
+from __future__ import annotations
+
+from oar_scale.data.manifest import read_manifest
+from oar_scale.errors import UserError
+from oar_scale.model import model_id
+from oar_scale.orders.files import OrderFiles, head_file
+from oar_scale.orders.head import load_head
+from oar_scale.orders.policies import Drawing, LateOrder, Policy, TrainingOrders
+from oar_scale.orders.table import table_name
+from oar_scale.storage import Missing, join, open_storage
+
+
+class OrderHeadPolicy(Policy):
+    def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
+        assert files.predicted is not None and files.tokens is not None
+        for shard in read_manifest(files.tokens).shards:
+            uri = join(files.predicted, table_name(shard.name))
+            if not open_storage(uri).exists(uri):
+                raise UserError(f"{uri}: missing. The order head's orders are written by: oar orders RECIPE --train-head --predict")
+        return TrainingOrders(tables=files.predicted)
+
+    def drawing(self, drawing: Drawing) -> LateOrder:
+        uri = head_file(drawing.model_file)
+        try:
+            head = load_head(uri, drawing.model, model_id(drawing.model_file))
+        except Missing as error:
+            raise UserError(f"{uri}: this model has no order head. Train one (oar orders RECIPE --train-head), or name another order.") from error
+        return LateOrder(head.first_N.expand(drawing.images, -1), head.order_ahead)
+
+
+POLICY = OrderHeadPolicy(__name__)

@@ -1,0 +1,21 @@
+"""A fresh random order for each image; in training another one in every epoch (:mod:`oar_scale.data.hashing`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oar_scale.orders.files import OrderFiles
+from oar_scale.orders.policies import Drawing, Policy, TrainingOrders
+
+
+class RandomPolicy(Policy):
+    def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
+        return TrainingOrders()
+
+    def drawing(self, drawing: Drawing) -> Tensor:
+        uniform_BN = torch.rand(drawing.images, drawing.model.spec.cells, generator=drawing.noise)
+        return uniform_BN.argsort(1).to(drawing.device)
+
+
+POLICY = RandomPolicy(__name__)
