@@ -21,25 +21,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from oar_scale.errors import UserError
 from oar_scale.storage import open_storage
-
-Features = Literal["tokens", "pooled"]
-
-
-class ClipTextSpec(BaseModel):
-    """Which tower, and what is taken from it; stored with a model that was trained on its features."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    architecture: str
-    """Name of a model in open_clip, e.g. ``ViT-L-14``."""
-    features: Features = "tokens"
-
+from oar_scale.tokenizers.clip_spec import ClipTextSpec, Features
 
 class ClipText:
     """ids int64 [B, T] (0 = no token) -> features float [B, T, F] (``tokens``) or [B, 1, F] (``pooled``).

@@ -20,7 +20,8 @@ from oar_scale.config.schema import ClipTextConfig, FeaturesConfig, LabelsConfig
 from oar_scale.data.manifest import TextFeatures
 from oar_scale.errors import UserError
 from oar_scale.storage import join, read_json, write_json
-from oar_scale.tokenizers.clip_text import ClipText, ClipTextSpec
+from oar_scale.tokenizers.clip_spec import ClipTextSpec
+from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.text import TextTokenizer
 
 Field = Literal["txt", "label", "features"]

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oar_scale.errors import UserError
-from oar_scale.tokenizers.clip_text import ClipText, ClipTextSpec
+from oar_scale.tokenizers.clip_spec import ClipTextSpec
+from oar_scale.tokenizers.clip_text import ClipText
 
 SMALL = "ViT-S-16-alt"  # the smallest text tower open_clip has: 10 layers, 256 wide
 CAPTIONS = ["a red apple", "", "a !( b", "two green cars on a blue road", "Ünïcode 🙂 & <b>html</b>", "word " * 200, "  \n"]

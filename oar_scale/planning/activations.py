@@ -1,0 +1,164 @@
+"""What training holds besides parameters, their gradients and the optimiser's state: by formula, in bytes.
+
+One block, per row (D channels, F of the feed-forward, H heads and G of keys and values, d channels each, e bytes a number):
+
+    kept           its input D e, both normed inputs 2 D e, the sum between them D e, queries, keys and values (H + 2 G) d e,
+                   attention's output H d e and its log-sum-exp 4 H, gate and up 2 F e, two scales 8, two dropout masks 2 D
+    selective      its input D e, the outputs of its matrix products ((H + 2 G) d + 2 D + 2 F) e, attention's output and log-sum-exp
+    full           its input D e
+    at work        the backward pass of the feed-forward: three of its width, one of D                     (3 F + D) e
+
+The last block goes on with the N rows that predict a code. The head's logits exist for some rows at a time (``model/loss.py``).
+``trace.py`` finds the same by running the model; the two agree to a few per cent (tests/planning/test_activations.py).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from oar_scale.model.spec import FeatureSpec, ModelSpec, TextSpec
+from oar_scale.planning.shape import parameters
+
+Precision = Literal["bf16", "fp32"]
+Checkpointing = Literal["none", "selective", "full"]
+BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
+
+CHUNK_NUMBERS = {"cpu": 2**22, "cuda": 2**27}
+"""``model.loss.CHUNK_NUMBERS``, which this module cannot import without torch; a test compares them."""
+ROWS_AT_ONCE = {"cpu": 512, "cuda": 2**16}
+"""``model.decoding.ROWS_AT_ONCE``, likewise."""
+SCORE_BLOCK = {"cpu": (512, 2048), "cuda": (2**13, 2**14)}
+"""``orders.scores.BLOCK``, likewise."""
+GPU_HEAD = 8
+"""A GPU's flash attention takes heads of a multiple of so many channels, and copies others."""
+
+
+class Trunk(NamedTuple):
+    """Condition and trunk, forward and backward."""
+
+    kept: int
+    """After the forward pass, the rows that go to the head included."""
+    peak: int
+    """The most at any moment, without gradients of parameters."""
+    late: int
+    """The most from the first block's backward pass on, with the gradients that are there by then."""
+
+
+class Head(NamedTuple):
+    """The output head and its loss."""
+
+    at_work: int
+    """While the loss is computed: a chunk's logits, and the gradients so far."""
+    kept: int
+    """From then on: the gradient of the head's weight. (That of the rows counts with the trunk's backward pass.)"""
+
+
+def trunk(spec: ModelSpec, micro_batch: int, precision: Precision, checkpointing: Checkpointing) -> Trunk:
+    """The formula above, for a micro-batch."""
+    block = _Block(spec, micro_batch, BYTES[precision])
+    rows, cells = block.rows, block.cells
+    inputs = spec.layers * rows * block.row
+    base = _surroundings(spec, micro_batch, block.e)
+    out = cells * (2 * block.row + 4)  # what leaves the last block, its scale, and the normed rows
+    inner = {"none": block.kept, "selective": block.outputs, "full": lambda attending, leaving: 0}[checkpointing]
+    again = {"none": lambda attending, leaving: 0, "selective": block.cheap, "full": block.kept}[checkpointing]
+    last, middle = inner(rows, cells), inner(rows, rows)
+    kept = base + inputs + (spec.layers - 1) * middle + last + out
+    in_last = kept + cells * block.row + again(rows, cells) + block.at_work(cells)
+    before = inputs - rows * block.row + (spec.layers - 1) * middle  # once the last block is done
+    in_middle = base + before + rows * block.row + again(rows, rows) + block.at_work(rows) if spec.layers > 1 else 0
+    # Gradients come block by block, that of the embeddings last; the head's is counted with the loss.
+    counts = parameters(spec)
+    of_blocks = counts.blocks * (spec.layers - 1) // spec.layers * block.e
+    all_but_head = (counts.total - spec.vocab_size * spec.dim) * block.e
+    in_first = base + 2 * rows * block.row + block.kept(rows, rows) + block.at_work(rows) + of_blocks
+    at_end = base + 2 * rows * block.row + all_but_head
+    return Trunk(kept, max(in_last, in_middle), max(in_first if spec.layers > 1 else in_last, at_end))
+
+
+def head(spec: ModelSpec, micro_batch: int, precision: Precision, *, gpu: bool) -> Head:
+    """The loss in chunks, as ``model/loss.py`` takes them."""
+    e, rows, weight = BYTES[precision], micro_batch * spec.cells, spec.vocab_size * spec.dim
+    chunk = max(1, min(rows, CHUNK_NUMBERS["cuda" if gpu else "cpu"] // spec.vocab_size)) * spec.vocab_size
+    d_rows = rows * spec.dim * e
+    if precision == "fp32":
+        return Head(at_work=chunk * 4 + d_rows + weight * 4, kept=weight * 4)
+    # The float32 copy of the logits, the errors in bfloat16, a product that is added to the gradient in float32.
+    return Head(at_work=chunk * (2 + 4 + 2) + d_rows + weight * (4 + 2), kept=weight * 2)
+
+
+def padding(spec: ModelSpec, micro_batch: int, precision: Precision, checkpointing: Checkpointing) -> int:
+    """What a GPU keeps besides where heads are no multiple of :data:`GPU_HEAD`: padded queries, keys, values and outputs."""
+    wider = -(-spec.head_dim // GPU_HEAD) * GPU_HEAD
+    if wider == spec.head_dim or checkpointing == "full":
+        return 0
+    heads = spec.heads + 2 * (spec.kv_heads or spec.heads)
+    numbers = heads * (wider - spec.head_dim) + spec.heads * wider
+    return spec.layers * micro_batch * spec.rows * numbers * BYTES[precision]
+
+
+def decoding(spec: ModelSpec, images: int, precision: Precision, *, gpu: bool) -> tuple[int, int]:
+    """Bytes of the KV cache, and of a pass over the candidates of all cells, when orders are extracted or images are drawn.
+
+    Args:
+        images: that go through the model at once; guidance doubles them.
+    """
+    e, device = BYTES[precision], "cuda" if gpu else "cpu"
+    kv = (spec.kv_heads or spec.heads) * spec.head_dim
+    room = spec.rows + 1  # of the sequence with its last code
+    cache = spec.layers * 2 * images * room * kv * e
+    at_once = max(1, ROWS_AT_ONCE[device] // (spec.cells + 1))
+    rows = min(images, at_once) * (spec.cells + 1)
+    heads = (spec.heads * spec.head_dim + 2 * kv) * e + (spec.dim + kv) * 4  # projected, and turned in float32
+    width = 2 * spec.dim * e + max(heads + spec.dim * e, spec.dim * e + 3 * spec.ffn_hidden * e)
+    block_rows, block_codes = SCORE_BLOCK[device]
+    logits = min(block_rows, images * spec.cells) * min(block_codes, spec.vocab_size) * (e + 4)
+    return cache, rows * width + images * spec.cells * spec.dim * e + logits
+
+
+class _Block:
+    """One block's bytes, for a micro-batch."""
+
+    def __init__(self, spec: ModelSpec, micro_batch: int, e: int) -> None:
+        self.e, self.masks = e, 2 * spec.dim if spec.dropout else 0
+        self.rows, self.cells = micro_batch * spec.rows, micro_batch * spec.cells
+        self.row = spec.dim * e
+        self.qkv = (spec.heads + 2 * (spec.kv_heads or spec.heads)) * spec.head_dim * e
+        self.out = spec.dim * e + 4 * spec.heads
+        self.gated = 2 * spec.ffn_hidden * e
+        self.copied = self.row  # rows that leave are taken out of attention's output
+
+    def kept(self, attending: int, leaving: int) -> int:
+        """Everything but the input; the rows that attend may be more than those that leave."""
+        taken = leaving * self.copied if leaving < attending else 0
+        return attending * (self.row + 4 + self.qkv + self.out) + taken + leaving * (2 * self.row + 4 + self.gated + self.masks)
+
+    def outputs(self, attending: int, leaving: int) -> int:
+        """Outputs of matrix products and of attention."""
+        return attending * (self.qkv + self.out) + leaving * (2 * self.row + self.gated)
+
+    def cheap(self, attending: int, leaving: int) -> int:
+        """What selective checkpointing computes again, and holds beside those outputs."""
+        return self.kept(attending, leaving) - self.outputs(attending, leaving) + leaving * self.row
+
+    def at_work(self, leaving: int) -> int:
+        return leaving * (self.gated * 3 // 2 + self.row)
+
+
+def _surroundings(spec: ModelSpec, micro_batch: int, e: int) -> int:
+    """Condition, embeddings, indices and rotations."""
+    rotations = micro_batch * spec.rows * spec.head_dim * 4
+    indices = micro_batch * 8 * (spec.rows + 4 * spec.cells)
+    embedded = micro_batch * spec.cells * spec.dim * (1 if spec.dropout else 0)
+    return rotations + indices + embedded + _condition(spec, micro_batch, e)
+
+
+def _condition(spec: ModelSpec, micro_batch: int, e: int) -> int:
+    rows = micro_batch * spec.condition.rows
+    match spec.condition:
+        case TextSpec() as kind:
+            block = _Block(spec, micro_batch, e)
+            return rows * 3 * spec.dim * e + kind.encoder_layers * (rows * spec.dim * e + block.kept(rows, rows))
+        case FeatureSpec() as kind:
+            return rows * (kind.width * (4 + e) + 3 * spec.dim * e)
+    return rows * spec.dim * e

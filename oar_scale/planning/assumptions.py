@@ -1,0 +1,127 @@
+"""What a plan takes for granted: ``assumptions.yaml``, with what the user knows better in its place.
+
+assumed = read_assumptions(["storage.s3_read_gb_s=5"])
+assumed("storage.s3_read_gb_s")          5.0; from now on it is among those that were used
+assumed.used()                           for the plan to print
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from oar_scale.errors import UserError
+
+GIVEN = "given with this plan"
+
+
+@dataclass(frozen=True)
+class Assumption:
+    key: str
+    value: float
+    source: str
+    date: str
+    """Month in which the source was read; empty for what the user gave."""
+
+
+class Assumptions:
+    """All figures by dotted key; remembers which were asked for."""
+
+    def __init__(self, figures: dict[str, Assumption], labels: dict[str, str], mfu: list[tuple[float, str]]) -> None:
+        self._figures, self._labels, self._mfu = figures, labels, mfu
+        self._used: dict[str, Assumption] = {}
+
+    def __call__(self, key: str) -> float:
+        self._used[key] = self._figures[key]
+        return self._figures[key].value
+
+    def used(self) -> list[Assumption]:
+        """Those that were asked for, in the order of the file."""
+        return [self._used[key] for key in self._figures if key in self._used]
+
+    def replaced(self, key: str, value: float) -> Assumptions:
+        """The same with another figure.
+
+        Raises:
+            UserError: no such key, or a value that is not positive.
+        """
+        if key not in self._figures:
+            near = difflib.get_close_matches(key, self._figures, n=3, cutoff=0.4)
+            known = f"Did you mean {', '.join(near)}?" if near else f"Keys: {', '.join(self._figures)}."
+            raise UserError(f"--assume {key}: there is no such assumption. {known}")
+        if not 0 <= value < float("inf"):
+            raise UserError(f"--assume {key}={value:g}: a number that is not negative is needed")
+        return Assumptions({**self._figures, key: Assumption(key, value, GIVEN, "")}, self._labels, self._mfu)
+
+    def gpu_label(self, gpu: str) -> str:
+        """What a GPU is called.
+
+        Raises:
+            UserError: an unknown one.
+        """
+        if gpu not in self._labels:
+            raise UserError(
+                f"--gpu {gpu}: not known; there are {', '.join(self._labels)}. For another one take the nearest and say what differs, "
+                "e.g. --gpu h100 --assume gpus.h100.memory_gb=96"
+            )
+        return self._labels[gpu]
+
+    def mfu(self, parameters: int) -> float:
+        """Share of the peak that training a model of this size makes use of."""
+        return self(next((key for most, key in self._mfu if parameters <= most), self._mfu[-1][1]))
+
+    def mfu_keys(self) -> list[str]:
+        return [key for _, key in self._mfu]
+
+    def data_set(self, names: Sequence[str]) -> int | None:
+        """Images of the data set whose name one of ``names`` begins with, the longest such name first."""
+        known = sorted((key for key in self._figures if key.startswith("data_sets.")), key=len, reverse=True)
+        for name in names:
+            for key in known:
+                if name.startswith(key.removeprefix("data_sets.")):
+                    return int(self(key))
+        return None
+
+
+def read_assumptions(overrides: Sequence[str] = ()) -> Assumptions:
+    """The shipped figures, and ``KEY=VALUE`` each in their place.
+
+    Raises:
+        UserError: an override that is none.
+    """
+    found = _shipped()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not equals or value != value:
+            raise UserError(f"--assume {override}: KEY=NUMBER is needed, e.g. --assume storage.s3_read_gb_s=5")
+        found = found.replaced(key, value)
+    return found
+
+
+def _shipped() -> Assumptions:
+    table = YAML(typ="safe", pure=True).load(files(__package__).joinpath("assumptions.yaml").read_text(encoding="utf-8"))
+    sources, figures = table.pop("sources"), dict[str, Assumption]()
+    labels = {gpu: str(row["label"]) for gpu, row in table["gpus"].items()}
+    mfu = [(float(row["parameters"]), f"mfu.{size}.value") for size, row in table["mfu"].items()]
+    for key, leaf in _leaves(table, ""):
+        value, source = leaf
+        figures[key] = Assumption(key, float(value), sources[source]["text"], str(sources[source]["date"]))
+    return Assumptions(figures, labels, mfu)
+
+
+def _leaves(value: Any, name: str) -> list[tuple[str, list[Any]]]:
+    """``a.b`` and [value, source] of each figure."""
+    if isinstance(value, list):
+        return [(name, value)]
+    if not isinstance(value, dict):
+        return []
+    return [leaf for key, item in value.items() for leaf in _leaves(item, f"{name}.{key}" if name else str(key))]

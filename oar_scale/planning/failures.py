@@ -1,0 +1,102 @@
+"""What failures cost a training run, and how often it should save.
+
+    work |--interval--|save|--interval--|save|--in  X   lost since the last save that was uploaded, then the restart
+                           `-- upload --'
+
+With the time between failures M and the time a save stands in the way d, the best interval is about sqrt(2 d M) (Young, CACM 1974), and with
+the next terms (Daly, FGCS 2006)
+
+    sqrt(2 d M) (1 + sqrt(d / 2M) / 3 + d / 18M) - d            for d < 2M, else M
+
+The simulation draws the times between failures from an exponential distribution, with a seed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+YEAR_S = 365.25 * 86400
+HOPELESS = 50
+"""A run that takes so many times as long as it would without failures gets nowhere."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How a run saves, and what a failure costs it; seconds."""
+
+    interval_s: float
+    """Of training between two saves."""
+    stall_s: float
+    """For which a save stops it."""
+    upload_s: float
+    """From then until the checkpoint counts."""
+    restart_s: float
+    """From a failure to the next step, loading the checkpoint included."""
+    between_failures_s: float
+    """Mean; infinite where nothing fails."""
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What became of a run, as the mean over simulated ones."""
+
+    hours: float
+    goodput: float
+    """Share of the time that was training which counts."""
+    goodput_low: float
+    """That of the unluckiest twentieth of the runs, at best."""
+    failures: float
+    lost_hours: float
+    """Training that was done again, and restarts."""
+
+
+def between_failures(per_gpu_year: float, gpus: int) -> float:
+    """Mean seconds between failures of a job on so many GPUs."""
+    return YEAR_S / (per_gpu_year * gpus) if per_gpu_year else math.inf
+
+
+def best_interval(stall_s: float, between_failures_s: float) -> float:
+    """Daly's interval, in seconds; infinite where nothing fails."""
+    if math.isinf(between_failures_s):
+        return math.inf
+    if stall_s >= 2 * between_failures_s:
+        return between_failures_s
+    ratio = stall_s / (2 * between_failures_s)
+    return math.sqrt(2 * stall_s * between_failures_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_s
+
+
+def survive(work_s: float, saving: Saving, *, seed: int, runs: int = 200) -> Survival:
+    """Live through ``work_s`` seconds of training, ``runs`` times at once."""
+    import numpy as np
+
+    cycle = saving.interval_s + saving.stall_s
+    plain = work_s + int(work_s / saving.interval_s) * saving.stall_s
+    if math.isinf(saving.between_failures_s):
+        return Survival(plain / 3600, work_s / plain, work_s / plain, 0.0, 0.0)
+    draw = np.random.default_rng(seed)
+    left, took, failures = np.full(runs, float(work_s)), np.zeros(runs), np.zeros(runs)
+    alive = np.ones(runs, dtype=bool)
+    starting = 0.0  # the first start is no restart
+    while alive.any():
+        up = draw.exponential(saving.between_failures_s, runs)
+        need = starting + left + np.floor(left / saving.interval_s) * saving.stall_s
+        ends = alive & (need <= up)
+        took[ends] += need[ends]
+        alive &= ~ends
+        trained = np.maximum(0.0, up - starting)
+        saved = np.maximum(0.0, np.floor((trained - saving.upload_s) / cycle)) * saving.interval_s
+        took[alive] += up[alive]
+        left[alive] -= np.minimum(saved, left - 1e-9)[alive]
+        failures += alive
+        starting = saving.restart_s
+        if alive.any() and took[alive].min() > HOPELESS * (plain + saving.restart_s):
+            took[alive], alive = np.inf, np.zeros(runs, dtype=bool)
+    good = work_s / took
+    return Survival(
+        hours=float(took.mean()) / 3600,
+        goodput=float(good.mean()),
+        goodput_low=float(np.quantile(good, 0.05)),
+        failures=float(failures.mean()),
+        lost_hours=float(took.mean() - plain) / 3600,
+    )

@@ -1,0 +1,77 @@
+"""``oar plan --simulate ranks=1024``: the parts of a run that can be acted out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oar_scale.config.schema import Recipe
+from oar_scale.errors import UserError
+from oar_scale.planning.assumptions import Assumptions
+from oar_scale.planning.cluster import Cluster
+from oar_scale.planning.extracting import Extraction, Makespan, makespan
+from oar_scale.planning.streaming import StreamLoad, stream_load
+from oar_scale.planning.traffic import Shard
+from oar_scale.planning.training import Stage
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be simulated."""
+
+    ranks: int
+    failures: float | None = None
+    """For each GPU in a year."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    stream: StreamLoad
+    extraction: Makespan | None
+    """None for a raster model."""
+
+
+def parse_simulation(text: str) -> Wanted:
+    """``ranks=1024[,failures=0.19]``.
+
+    Raises:
+        UserError: anything else.
+    """
+    given: dict[str, float] = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        try:
+            given[key.strip()] = float(value)
+        except ValueError:
+            given[key.strip()] = -1.0
+    ranks, failures = given.pop("ranks", 0.0), given.pop("failures", None)
+    if given or ranks < 1 or ranks != int(ranks) or (failures is not None and failures < 0):
+        raise UserError(
+            f"--simulate {text}: ranks=N is needed, and failures=RATE (for each GPU in a year) may follow, e.g. ranks=1024,failures=0.5"
+        )
+    return Wanted(int(ranks), failures)
+
+
+def simulate(
+    recipe: Recipe,
+    found: Cluster,
+    wanted: Wanted,
+    stages: list[Stage],
+    orders: Extraction | None,
+    shard: Shard,
+    images: int | None,
+    assumed: Assumptions,
+    per_gpu_year: float,
+    seed: int,
+) -> Simulation:
+    """Act out the stream of the first stage, and the extraction.
+
+    Raises:
+        UserError: nobody knows how many images there are, or ranks that cannot share the streams.
+    """
+    if images is None:
+        raise UserError("--simulate needs to know how many training images there are: add --images, e.g. --images 1e6")
+    stream = stream_load(recipe, shard, images, wanted.ranks, found.per_node, stages[0].step.seconds, seed=seed)
+    if orders is None:
+        return Simulation(stream, None)
+    lost = per_gpu_year * found.gpus * found.per_node / orders.actors  # a failure takes the actors of its node
+    return Simulation(stream, makespan(orders.shards, orders.shard_s, orders.actors, lost, orders.start_s, assumed, seed=seed))

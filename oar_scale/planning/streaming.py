@@ -1,0 +1,143 @@
+"""Who reads which shards: the real sample plan (``data/plan.py``), asked about every stream and some of the samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from oar_scale.config.schema import Recipe
+from oar_scale.data.plan import Ids, SamplePlan, step_slots
+from oar_scale.errors import UserError
+from oar_scale.planning.traffic import Shard
+
+LOOKED_AT = 400_000
+"""Samples whose places are computed, at most, to see that none comes twice."""
+
+
+@dataclass(frozen=True)
+class StreamLoad:
+    """An epoch of training on so many ranks."""
+
+    ranks: int
+    images: int
+    shards: int
+    steps: int
+    """Of an epoch."""
+    left_out: int
+    """Images that the epoch leaves out, fewer than there are streams."""
+    per_step: tuple[int, int]
+    """Samples of a rank in a step, fewest and most."""
+    shards_per_rank: tuple[int, float, int]
+    """That a rank reads in an epoch: fewest, mean, most."""
+    open_at_once: int
+    """Shards of a rank at any moment, at most (docs/stream.md)."""
+    node_bytes: float
+    """That a node fetches in an epoch, at most; each shard once."""
+    read_twice: float
+    """Bytes that all nodes fetch in an epoch / bytes of all shards."""
+    gets_per_epoch: int
+    gets_per_s: float
+    first_gets: int
+    """Requests that the first step waits for, sent all at once."""
+    bytes_per_s: float
+    checked: int
+    """Samples whose places were computed; each came once."""
+
+
+def stream_load(recipe: Recipe, shard: Shard, images: int, ranks: int, per_node: int, step_s: float, *, seed: int) -> StreamLoad:
+    """Ask the plan of a training run on ``ranks`` workers.
+
+    Args:
+        per_node: ranks that share a node, and its cache.
+        step_s: of a step; 0 leaves out the rates.
+
+    Raises:
+        UserError: ranks that cannot share the recipe's streams or batch, or fewer images than streams.
+    """
+    streams, batch = recipe.data.canonical_streams, recipe.pretrain.global_batch
+    check_sharing(recipe, ranks)
+    sizes = [shard.samples] * (images // shard.samples) + ([images % shard.samples] if images % shard.samples else [])
+    try:
+        plan = SamplePlan(sizes, recipe.seed, streams, recipe.data.shuffle_window_shards)
+    except ValueError as error:
+        raise UserError(f"data.canonical_streams = {streams}: {error}. Use fewer streams.") from error
+    places = _shards_of_streams(plan)
+    owners = [np.unique(np.concatenate([places[stream] for stream in range(rank, streams, ranks)])) for rank in range(ranks)]
+    counts = [len(owned) for owned in owners]
+    nodes = [owners[first : first + per_node] for first in range(0, ranks, per_node)]
+    fetched = np.array([len(np.unique(np.concatenate(together))) for together in nodes])
+    steps = plan.per_epoch // batch
+    gets = int(fetched.sum()) * shard.gets
+    return StreamLoad(
+        ranks=ranks,
+        images=images,
+        shards=len(sizes),
+        steps=steps,
+        left_out=images - plan.per_epoch,
+        per_step=_per_step(plan, batch, ranks),
+        shards_per_rank=(min(counts), float(np.mean(counts)), max(counts)),
+        open_at_once=streams // ranks * recipe.data.shuffle_window_shards + 2,
+        node_bytes=float(fetched.max()) * shard.bytes,
+        read_twice=float(fetched.sum()) / len(sizes),
+        gets_per_epoch=gets,
+        gets_per_s=gets / (steps * step_s) if steps and step_s else 0.0,
+        first_gets=_first_shards(plan, batch, ranks, per_node) * shard.gets,
+        bytes_per_s=float(fetched.sum()) * shard.bytes / (steps * step_s) if steps and step_s else 0.0,
+        checked=_check_coverage(plan, seed),
+    )
+
+
+def check_sharing(recipe: Recipe, ranks: int) -> None:
+    """See that so many ranks can share the streams and the global batches.
+
+    Raises:
+        UserError: they cannot; names the nearest numbers of ranks that can, and what else would help.
+    """
+    streams, batches = recipe.data.canonical_streams, (recipe.pretrain.global_batch, recipe.finetune.global_batch)
+    if streams % ranks == 0 and not any(batch % ranks for batch in batches):
+        return
+    fits = [n for n in range(1, min(streams, *batches) + 1) if streams % n == 0 and not any(batch % n for batch in batches)]
+    near = sorted(sorted(fits, key=lambda n: abs(n - ranks))[:3])
+    raise UserError(
+        f"{ranks} workers cannot share data.canonical_streams = {streams} and global batches of {' and '.join(map(str, dict.fromkeys(batches)))} evenly. "
+        f"Workers that can: {', '.join(map(str, near))}; or set canonical_streams to a multiple of {ranks} that divides the batches, "
+        f"e.g. -o data.canonical_streams={ranks} -o pretrain.global_batch={-(-batches[0] // ranks) * ranks} "
+        f"-o finetune.global_batch={-(-batches[1] // ranks) * ranks}"
+    )
+
+
+def _shards_of_streams(plan: SamplePlan) -> list[Ids]:
+    """The shards that each stream takes samples of in epoch 0."""
+    shards, starts = plan.laid_out(0)
+    begin = np.arange(plan.streams) * plan.segment
+    first = np.searchsorted(starts, begin, side="right") - 1
+    last = np.searchsorted(starts, begin + plan.segment - 1, side="right") - 1
+    return [shards[a : b + 1] for a, b in zip(first, last, strict=True)]
+
+
+def _per_step(plan: SamplePlan, batch: int, ranks: int) -> tuple[int, int]:
+    counts = [len(step_slots(plan, 0, batch, rank, ranks).uid) for rank in (0, ranks - 1)]
+    return min(counts), max(counts)
+
+
+def _first_shards(plan: SamplePlan, batch: int, ranks: int, per_node: int) -> int:
+    """Shards that the nodes need for step 0, together."""
+    slots = step_slots(plan, 0, batch)
+    shard, _ = plan.shard_of(slots.uid)
+    node = np.arange(batch) % ranks // per_node
+    return len(np.unique(np.stack([node, shard]), axis=1).T)
+
+
+def _check_coverage(plan: SamplePlan, seed: int) -> int:
+    """Compute all places of as many streams as may be looked at; an image that came twice would be a fault of the plan."""
+    count = max(1, min(plan.streams, LOOKED_AT // plan.segment))
+    streams = np.random.default_rng(seed).choice(plan.streams, count, replace=False)
+    seen: list[Ids] = []
+    for stream in streams:
+        places = np.arange(min(plan.segment, LOOKED_AT), dtype=np.int64)
+        seen.append(plan.at(np.full_like(places, stream), places).uid)
+    uids = np.concatenate(seen)
+    if len(np.unique(uids)) != len(uids):
+        raise AssertionError("an image comes twice in an epoch")
+    return len(uids)

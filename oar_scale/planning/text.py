@@ -1,0 +1,296 @@
+"""A plan in words and columns, for a terminal; and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import BaseModel
+
+from oar_scale.planning.plan import Plan
+from oar_scale.planning.simulating import Simulation
+from oar_scale.planning.training import Stage
+
+_OFFLOAD = {"none": "", "optimizer": "optimiser", "optimizer_and_parameters": "and weights"}
+
+
+def as_json(plan: Plan) -> str:
+    """Everything, with null for what never ends."""
+    return json.dumps(_finite(asdict(plan)), indent=1)
+
+
+def as_text(plan: Plan) -> str:
+    """Everything, for reading."""
+    parts = [_head(plan), _memory(plan), _training(plan), _checkpoints(plan), _orders(plan), _sum(plan), _cheaper(plan)]
+    if plan.simulation:
+        parts.append(_simulation(plan.simulation, plan))
+    return "\n\n".join("\n".join(part) for part in [*parts, _assumptions(plan)])
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    found, spec, count = plan.cluster, plan.spec, plan.parameters
+    what = "workers" if found.on_cpu else found.label
+    yield f"{plan.recipe} on {found.nodes} node{'s' * (found.nodes > 1)} x {found.per_node} {what}"
+    parts = {"blocks": count.blocks, "codes": count.codes, "condition": count.condition, "rest": count.rest}
+    yield f"  {count.total:,} parameters: " + ", ".join(f"{name} {_big(value)}" for name, value in parts.items())
+    yield f"  layout {spec.layout}, {spec.cells} cells, {spec.rows} rows an image ({spec.condition.rows} of them condition)"
+    yield f"  {plan.fit.said}"
+    if plan.images:
+        size = plan.images.count * plan.shard.sample
+        yield f"  {plan.images.count:,} training images ({plan.images.source}); token shards of {_gb(size)} GB, {plan.shard.sample:,.0f} bytes an image"
+    else:
+        yield "  how many images there are is not known: --images N tells epochs and extraction as well"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    parallel, who = plan.parallel, "worker" if plan.cluster.on_cpu else "GPU"
+    yield f"Memory of a {who}, GB (10^9 bytes): micro-batch {parallel.micro_batch}, {parallel.precision}, checkpointing {parallel.activation_checkpointing}"
+    parts = {
+        "weights": [row.memory.parameters for row in plan.table],
+        "gathered": [row.memory.gathered for row in plan.table],
+        "gradients": [row.memory.gradients for row in plan.table],
+        "optimiser": [row.memory.optimizer for row in plan.table],
+        "average": [row.memory.average for row in plan.table],
+        "buckets": [row.memory.buckets for row in plan.table],
+        "activations": [row.memory.activations for row in plan.table],
+        "logits": [row.memory.logits for row in plan.table],
+        "other": [row.memory.framework for row in plan.table],
+        "most": [row.memory.total for row in plan.table],
+    }
+    shown = {name: sizes for name, sizes in parts.items() if any(sizes)}
+    rows = [["", "offload", *shown, "| fits: none", "selective", "full"]]
+    for number, row in enumerate(plan.table):
+        largest = [str(size or "-") for size in row.largest.values()]
+        rows.append(
+            [
+                f"{'*' if row.planned else ' '}ZeRO {row.zero_stage}",
+                _OFFLOAD[row.offload],
+                *(_gb(sizes[number]) for sizes in shown.values()),
+                *largest,
+            ]
+        )
+    yield from _columns(rows)
+    yield f"  * planned. fits: the largest micro-batch in {_gb(plan.cluster.memory)} GB that divides the batch, by kind of activation checkpointing"
+    yield f"  The optimiser's step needs {_gb(plan.fit.memory.step)} GB where buckets and activations were."
+    host = {
+        f"ZeRO {row.zero_stage} {_OFFLOAD[row.offload]}": row.memory.host * plan.cluster.per_node for row in plan.table if row.memory.host
+    }
+    if host:
+        yield "  Offload takes of a node's memory: " + ", ".join(f"{name} {_gb(size)}" for name, size in host.items()) + " GB"
+    if plan.traced:
+        yield (
+            f"  Activations traced: {_gb(plan.traced.kept)} GB kept for the backward pass, {_gb(plan.traced.peak)} GB at most; "
+            f"by formula {_gb(plan.formula.kept)} and {_gb(plan.formula.peak)} GB"
+        )
+
+
+def _training(plan: Plan) -> Iterator[str]:
+    stages = plan.stages
+    yield f"Training, MFU {plan.mfu:.0%} while computing" if not plan.cluster.on_cpu else "Training"
+
+    def row(name: str, tell: Any) -> list[str]:
+        return [name, *(tell(stage) for stage in stages)]
+
+    rows = [
+        ["", *(stage.name for stage in stages)],
+        row("steps x images", lambda s: f"{s.steps:,} x {s.global_batch:,}"),
+        row("epochs", lambda s: "?" if s.epochs is None else f"{s.epochs:,.1f}"),
+        row("tokens", lambda s: _big(s.tokens)),
+        row("operations", lambda s: f"{s.flops:.2e}"),
+        row("a step takes", lambda s: _seconds(s.step.seconds)),
+        row("  computing", lambda s: _seconds(s.step.compute_s)),
+        row("  of that, again", lambda s: _seconds(s.step.recompute_s)),
+        row("  communication", lambda s: _seconds(s.step.exposed_s)),
+        row("  hidden communication", lambda s: _seconds(s.step.communication_s - s.step.exposed_s)),
+        row("  offload", lambda s: _seconds(s.step.offload_s)),
+        row("  waiting for data", lambda s: _seconds(s.step.data_wait_s)),
+        row("a worker sends", lambda s: f"{_gb(sum(s.step.sent.values()))} GB"),
+        row("images/s", lambda s: f"{s.step.images_per_s:,.1f}"),
+        row("MFU of the step", lambda s: f"{s.step.mfu:.0%}"),
+        row("time", lambda s: _time(s.hours)),
+        row("worker-hours" if plan.cluster.on_cpu else "GPU-hours", lambda s: f"{s.gpu_hours:,.1f}"),
+        row("money", lambda s: _money(s.money)),
+    ]
+    dull = {"  of that, again", "  hidden communication", "  offload", "  waiting for data"}
+    yield from _columns([r for r in rows if r[0] not in dull or any(cell != _seconds(0) for cell in r[1:])])
+    sent = stages[0].step.sent
+    if sent:
+        links = f"{plan.cluster.link(plan.workers) / 1e9:,.0f} GB/s between the workers"
+        yield f"  A worker sends in a step of {stages[0].name}: {', '.join(f'{name} {_gb(size)} GB' for name, size in sent.items())}; {links}"
+
+
+def _checkpoints(plan: Plan) -> Iterator[str]:
+    stages = plan.stages
+    yield "Checkpoints and failures"
+    rows = [
+        ["", *(stage.name for stage in stages)],
+        ["bytes", *(f"{_gb(s.saves.bytes)} GB" for s in stages)],
+        ["every", *(f"{s.saves.every:,} steps, {_seconds(s.saves.every * s.step.seconds)}" for s in stages)],
+        ["stops training for", *(_seconds(s.saves.stall_s) for s in stages)],
+        ["uploaded in", *(f"{_seconds(s.saves.upload_s)}, {s.saves.puts:,} requests" for s in stages)],
+    ]
+    if stages[0].saves.between_failures_s is not None:
+        rows += [
+            ["a failure every", *(_time((s.saves.between_failures_s or math.inf) / 3600) for s in stages)],
+            ["failures, expected", *(f"{s.survival.failures:,.1f}" for s in stages)],
+            ["goodput", *(_goodput(s) for s in stages)],
+            ["best interval", *(f"{s.saves.best_every:,} steps, {_seconds((s.saves.best_every or 0) * s.step.seconds)}" for s in stages)],
+            ["goodput then", *(f"{s.best_survival.goodput:.2%}" if s.best_survival else "-" for s in stages)],
+        ]
+    yield from _columns(rows)
+    if stages[0].saves.between_failures_s is None:
+        yield "  No failures are assumed on CPUs; --failures-per-gpu-year X simulates some."
+
+
+def _goodput(stage: Stage) -> str:
+    if not stage.survival.goodput:
+        return "it gets nowhere: save more often"
+    unlucky = f" (5 % of runs below {stage.survival.goodput_low:.2%})" if stage.survival.goodput_low < stage.survival.goodput else ""
+    return f"{stage.survival.goodput:.2%}{unlucky}"
+
+
+def _orders(plan: Plan) -> Iterator[str]:
+    yield "Extraction and evaluation"
+    found = plan.extraction
+    if found:
+        load = found.load
+        bound = "" if found.exact else " at most (a cheaper way than exact is set)"
+        yield f"  {found.orders:,} orders of {found.flops_per_order / 1e12:,.2f} TF each{bound}; {found.images_per_s:,.1f} images/s, {_time(found.seconds / 3600)}"
+        yield f"  {plan.extraction_gpu_hours:,.1f} {'worker' if plan.cluster.on_cpu else 'GPU'}-hours, {_money(plan.extraction_money)}; {found.failures:,.1f} failures expected"
+        yield f"  an actor holds {_gb(found.memory)} GB; extract.batch up to {found.largest_batch:,} fits" + (
+            "" if found.largest_batch else ": NOTHING fits"
+        )
+        yield (
+            f"  {found.shards:,} shards, one takes an actor {_seconds(found.shard_s)}; tables of {_gb(found.order_bytes)} GB before compression\n"
+            f"  storage: {load.requests:,} requests ({load.gets:,} GET, {load.puts:,} PUT, {load.deletes:,} DELETE), {load.requests / found.seconds:,.2f}/s; "
+            f"a new driver reads the ledger in {_seconds(found.takeover_s)}"
+        )
+        yield f"  limited by {_limit(plan)}"
+    elif plan.spec.layout == "raster":
+        yield "  a raster model has one order: nothing is extracted"
+    if plan.evaluation:
+        seen = plan.evaluation
+        yield f"  evaluate computes on {seen.processes} CPU processes: {seen.flops:.1e} operations, {_time(seen.seconds / 3600)} (not in the sum below)"
+
+
+def _limit(plan: Plan) -> str:
+    """What takes the time of the extraction, and how near the storage is to its limits."""
+    found = plan.extraction
+    assert found is not None
+    limits = {assumption.key: assumption.value for assumption in plan.assumptions}
+    used = max(
+        found.load.gets / found.seconds / limits.get("storage.s3_gets_per_s", 5500),
+        (found.load.puts + found.load.deletes) / found.seconds / limits.get("storage.s3_puts_per_s", 3500),
+    )
+    what = f"computing; the storage's requests take {used:.2%} of what one prefix allows"
+    if found.shards < plan.cluster.gpus:
+        what = f"the number of shards: {found.shards:,} for {plan.cluster.gpus:,} {'workers' if plan.cluster.on_cpu else 'GPUs'}, make smaller ones (data.samples_per_shard)"
+    elif used > 1:
+        what = f"the storage: its requests are {used:.1f} times what one prefix allows, make larger shards (data.samples_per_shard)"
+    return what
+
+
+def _sum(plan: Plan) -> Iterator[str]:
+    who = "worker" if plan.cluster.on_cpu else "GPU"
+    hours = sum(stage.hours for stage in plan.stages) + (plan.extraction.seconds / 3600 if plan.extraction else 0.0)
+    yield f"Training and extraction together: {_time(hours)}, {plan.gpu_hours:,.1f} {who}-hours, {_money(plan.money)}"
+
+
+def _cheaper(plan: Plan) -> Iterator[str]:
+    if not plan.cheaper:
+        yield "Cheaper: none of fewer GPUs, other ZeRO stages or other checkpointing trains for at least 3 % less"
+        return
+    yield "Cheaper training, best first"
+    rows = [["nodes x GPUs", "zero_stage", "checkpointing", "micro_batch", "time", "money", "saved"]]
+    for other in plan.cheaper:
+        rows.append(
+            [
+                f"{other.nodes} x {other.per_node}",
+                str(other.zero_stage),
+                other.activation_checkpointing,
+                str(other.micro_batch),
+                _time(other.hours),
+                _money(other.money),
+                f"{other.saved:.0%}",
+            ]
+        )
+    yield from _columns(rows)
+
+
+def _simulation(done: Simulation, plan: Plan) -> Iterator[str]:
+    stream = done.stream
+    fewest, mean, most = stream.shards_per_rank
+    yield f"Simulated: an epoch of {stream.images:,} images on {stream.ranks:,} ranks"
+    yield f"  balance   {stream.per_step[0]} to {stream.per_step[1]} samples of each rank in every step; a rank reads {fewest} to {most} shards, {mean:,.1f} on average, and has at most {stream.open_at_once} open"
+    yield f"  coverage  {stream.left_out:,} images are left out of the epoch; of {stream.checked:,} places that were computed none holds an image twice"
+    yield f"  storage   a node fetches at most {_gb(stream.node_bytes)} GB, all of them {stream.read_twice:.2f} times the data; {stream.gets_per_epoch:,} GETs"
+    yield f"            {stream.gets_per_s:,.2f} GET/s and {stream.bytes_per_s / 1e9:,.3f} GB/s over the epoch's {stream.steps:,} steps; the first step waits for {stream.first_gets:,} GETs at once"
+    for stage in plan.stages:
+        survived = stage.survival
+        yield f"  failures  {stage.name}: {survived.failures:,.1f} in {_time(survived.hours)}, {survived.lost_hours:,.2f} hours lost, goodput {_goodput(stage)}"
+    if done.extraction:
+        orders = done.extraction
+        yield (
+            f"  orders    {_time(orders.seconds / 3600)} against {_time(orders.ideal_s / 3600)} without stragglers and losses; "
+            f"{orders.lost_actors} actors lost, {orders.given_twice} shards given twice, {orders.idle_share:.1%} of the time idle at the end"
+        )
+
+
+def _assumptions(plan: Plan) -> Iterator[str]:
+    yield "Assumptions (--assume KEY=VALUE replaces one)"
+    for one in plan.assumptions:
+        yield f"  {one.key} = {one.value:g}: {one.source}{f' ({one.date})' if one.date else ''}"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        first, *rest = (
+            cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  " + "  ".join([first, *rest]).rstrip()
+
+
+def _gb(size: float) -> str:
+    value = size / 1e9
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 or not value else f"{value:.2f}"
+
+
+def _big(count: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:,.0f}"
+
+
+def _seconds(value: float) -> str:
+    if value >= 7200:
+        return _time(value / 3600)
+    if value >= 120:
+        return f"{value / 60:,.1f} min"
+    return f"{value:,.1f} s" if value >= 1 else f"{value * 1000:,.1f} ms"
+
+
+def _time(hours: float) -> str:
+    if math.isinf(hours):
+        return "for ever"
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:,.1f} h" if hours >= 2 else _seconds(hours * 3600)
+
+
+def _money(amount: float) -> str:
+    return "?" if math.isinf(amount) else f"${amount:,.0f}" if amount >= 10 else f"${amount:,.2f}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

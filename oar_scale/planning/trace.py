@@ -1,0 +1,141 @@
+"""What a training step holds, found by running the real model on fake tensors: shapes and lifetimes without memory or arithmetic.
+
+Every operation's results are counted while anything holds on to them. Kernels are a CPU's, in the precision asked for; what they keep
+for the backward pass is what the fused kernels of a GPU keep (``model/lean.py``), but for heads that a GPU pads (``activations.py``).
+Memory grows by the same amount with every block but the first and the last, so two shallow models tell it for any depth.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from oar_scale.config.schema import ParallelConfig
+from oar_scale.model.acceleration import accelerate
+from oar_scale.model.layouts import RasterRows
+from oar_scale.model.spec import FeatureSpec, ModelSpec
+from oar_scale.model.transformer import AnyOrderModel
+from oar_scale.planning.activations import Trunk
+
+SHALLOW = (3, 4)
+"""Layers of the models that are run: a first block, a last one, and one or two between."""
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and that are still there; works on fake and on real tensors.
+
+    Attributes:
+        bytes: now, without gradients of parameters.
+        gradients: theirs.
+        peak: the most of ``bytes`` so far.
+        most: the most of both together.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.gradients = self.peak = self.most = 0
+        self._sizes: dict[int, int] = {}
+        self._gradients: set[int] = set()
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor's memory for as long as it is there."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.bytes += storage.nbytes()
+            self._look()
+            weakref.finalize(storage, self._gone, key)
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """This one does not count, nor do its views."""
+        self._sizes[tensor.untyped_storage()._cdata] = 0
+
+    def is_gradient(self, tensor: Tensor) -> None:
+        """This one is a parameter's gradient: it is counted apart from now on."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._sizes and key not in self._gradients:
+            self._gradients.add(key)
+            self.bytes -= self._sizes[key]
+            self.gradients += self._sizes[key]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self.hold(leaf)
+        return made
+
+    def _look(self) -> None:
+        self.peak = max(self.peak, self.bytes)
+        self.most = max(self.most, self.bytes + self.gradients)
+
+    def _gone(self, key: int) -> None:
+        size = self._sizes.pop(key)
+        if key in self._gradients:
+            self._gradients.discard(key)
+            self.gradients -= size
+        else:
+            self.bytes -= size
+
+
+def trace_trunk(
+    spec: ModelSpec, micro_batch: int, precision: Literal["bf16", "fp32"], checkpointing: Literal["none", "selective", "full"]
+) -> Trunk:
+    """The memory of forward and backward pass through condition and trunk, at full depth; as :func:`activations.trunk`, traced."""
+    if spec.layers <= SHALLOW[1]:
+        return _trace(spec, micro_batch, precision, checkpointing)
+    few, more = (_trace(spec.model_copy(update={"layers": n}), micro_batch, precision, checkpointing) for n in SHALLOW)
+    return Trunk(*(a + (b - a) * (spec.layers - SHALLOW[0]) // (SHALLOW[1] - SHALLOW[0]) for a, b in zip(few, more, strict=True)))
+
+
+def _trace(spec: ModelSpec, micro_batch: int, precision: str, checkpointing: Any) -> Trunk:
+    with FakeTensorMode():
+        model = _model(spec, precision)
+        accelerate(model, ParallelConfig(activation_checkpointing=checkpointing))
+        alive = Alive()
+
+        def first_block_begins(_gradient: Tensor) -> None:
+            alive.most = 0
+
+        def watch(_block: nn.Module, _inputs: Any, output: Tensor) -> None:
+            output.register_hook(first_block_begins)
+
+        model.layers[0].register_forward_hook(watch)
+        for parameter in model.parameters():
+            alive.leave_out(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda p: alive.is_gradient(p.grad))  # type: ignore[arg-type]
+        codes_BN = torch.zeros(micro_batch, spec.cells, dtype=torch.long)
+        inputs, drop_B = _inputs(spec, micro_batch), torch.zeros(micro_batch, dtype=torch.bool)
+        model.rotations(codes_BN.device)  # a table that stays, whatever is trained
+        with alive:
+            condition_BTD = model.condition(inputs, drop_B)
+            rows_BND = model.rows(codes_BN, torch.zeros_like(codes_BN), condition_BTD)
+            kept = alive.bytes
+            rows_BND.backward(torch.empty_like(rows_BND))
+        return Trunk(kept, alive.peak, alive.most)
+
+
+def _model(spec: ModelSpec, precision: str) -> AnyOrderModel:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)  # a fake model cannot be cast
+    try:
+        model = AnyOrderModel(spec).train()
+    finally:
+        torch.set_default_dtype(before)
+    if isinstance(model.layout, RasterRows):
+        model.layout._require_raster = lambda *_: None  # type: ignore[method-assign]  # it looks at values, and there are none
+    return model
+
+
+def _inputs(spec: ModelSpec, micro_batch: int) -> Tensor:
+    kind = spec.condition
+    if isinstance(kind, FeatureSpec):
+        return torch.zeros(micro_batch, kind.rows, kind.width)
+    return torch.zeros(micro_batch, kind.rows, dtype=torch.long)

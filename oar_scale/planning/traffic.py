@@ -1,0 +1,108 @@
+"""Bytes and requests that shards, checkpoints and orders cost the storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oar_scale.config.schema import ClipTextConfig, FeaturesConfig, LabelsConfig, Recipe
+from oar_scale.model.spec import FeatureSpec, ModelSpec
+from oar_scale.planning.shape import parameters
+
+TAR, RECORD = 512, 10240
+"""Blocks of a tar, and of its end."""
+NPY = 128
+"""Header of a .npy file of a small array."""
+CAPTION = 64
+"""Bytes taken for a caption; up to 512 it is one block."""
+PART = 16 << 20
+"""Bytes of one ranged GET and of one part of an upload (``storage/s3_download.py``, ``storage/s3.py``); a test compares them."""
+MULTIPART = 32 << 20
+"""Larger files are uploaded in parts."""
+LISTED = 1000
+"""Names in one answer of S3 to a listing."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A token shard."""
+
+    samples: int
+    bytes: int
+
+    @property
+    def sample(self) -> float:
+        """Bytes for each sample."""
+        return self.bytes / self.samples
+
+    @property
+    def gets(self) -> int:
+        """Requests that read it."""
+        return -(-self.bytes // PART)
+
+
+def token_shard(recipe: Recipe, spec: ModelSpec) -> Shard:
+    """A full token shard of the recipe; text features at their full length."""
+    text = recipe.tokenizer.text
+    members = [NPY + 2 * len(recipe.tokenizer.views) * spec.cells, CAPTION, 16 if isinstance(text, LabelsConfig) else 2]
+    stored = isinstance(text, FeaturesConfig) or (isinstance(text, ClipTextConfig) and text.precompute)
+    if stored and isinstance(spec.condition, FeatureSpec):
+        members.append(NPY + 2 * spec.condition.rows * spec.condition.width)
+    sample = sum(TAR + _up(size, TAR) for size in members)
+    count = recipe.data.samples_per_shard
+    return Shard(count, _up(count * sample + 2 * TAR, RECORD))
+
+
+def orders_bytes(spec: ModelSpec) -> int:
+    """Of an image in an order table before compression: the order, a score for each cell, its key."""
+    return spec.cells * (2 + 4) + 16
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of all workers together."""
+
+    bytes: int
+    files: int
+    puts: int
+
+
+def checkpoint(spec: ModelSpec, workers: int, *, average: bool) -> Checkpoint:
+    """Float32 weights and two moments (``training/checkpoints``), a file a worker; the average is a third moment."""
+    total = parameters(spec).total * 4 * (4 if average else 3)
+    each = total // workers
+    parts = -(-each // PART) + 2 if each > MULTIPART else 1
+    small = 3  # DeepSpeed's own state, the manifest, the mark that commits
+    return Checkpoint(total, workers + small, workers * parts + small)
+
+
+@dataclass(frozen=True)
+class PoolLoad:
+    """What a pool that does every shard once asks of the storage."""
+
+    gets: int
+    puts: int
+    deletes: int
+    lists: int
+    """Of one look at the ledger, when a driver starts."""
+    entry_gets: int
+    """That a driver which takes over near the end reads, one for each finished shard."""
+
+    @property
+    def requests(self) -> int:
+        return self.gets + self.puts + self.deletes
+
+
+def pool_load(shards: int, shard: Shard, seconds: float, beat_s: float = 10.0) -> PoolLoad:
+    """For each shard: a claim, a look for an entry, its parts, the table, the entry, the claim's end; and the pool's heartbeat."""
+    beats = int(seconds / beat_s)
+    return PoolLoad(
+        gets=shards * (1 + shard.gets),
+        puts=shards * 3 + beats,
+        deletes=shards + beats,
+        lists=-(-shards // LISTED),
+        entry_gets=shards,
+    )
+
+
+def _up(size: int, block: int) -> int:
+    return -(-size // block) * block
