@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WITH_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: venv quickstart quickstart-s3 test test-all chaos check
+.PHONY: venv quickstart quickstart-s3 test test-all chaos chaos-extraction check
 
 venv: $(INSTALLED)
 
@@ -47,6 +47,11 @@ test-all: venv
 chaos: venv
 	@echo "Two hundred disturbed trainings: half an hour or more."
 	$(WITH_PATH) OMP_NUM_THREADS=1 python tests/chaos/training_chaos.py --trials 200
+
+chaos-extraction: venv
+	@echo "A hundred disturbed extractions and one of real drawings that is killed ten times: an hour, most of it waiting for an S3 that fails."
+	$(WITH_PATH) OMP_NUM_THREADS=1 python tests/chaos/extraction_chaos.py --trials 100
+	$(WITH_PATH) OMP_NUM_THREADS=1 python tests/chaos/emoji_chaos.py
 
 check: venv
 	@echo "Lint, format, types and import direction: about a minute."

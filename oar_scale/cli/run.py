@@ -35,6 +35,7 @@ def add(verbs: Subparsers) -> None:
     sample = add_verb(verbs, "sample", "draw images for captions", _sample)
     sample.add_argument("captions", nargs="*", metavar="CAPTION", help="default: held-out captions")
     sample.add_argument("--model", choices=MODELS, default="ordered")
+    sample.add_argument("--order", metavar="POLICY", help="the way through the cells, e.g. halton; default: sample.order")
     sample.add_argument("--out", default="samples.png")
     recipe = add_verb(verbs, "recipe", "print the resolved recipe", _recipe)
     recipe.add_argument("--origin", action="store_true", help="say which file and line set each value")
@@ -77,7 +78,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     from oar_scale.stages.run import Run
     from oar_scale.stages.sample import run_sample
 
-    print(run_sample(Run(recipe), arguments.captions or None, arguments.model, arguments.out))
+    print(run_sample(Run(recipe), arguments.captions or None, arguments.model, arguments.out, arguments.order))
 
 
 def _recipe(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 Layout = Literal["raster", "instructed", "dual"]
 Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled"]
 FirstCell = Literal["free", "random"] | Annotated[int, Field(ge=0)]
+_RASTER_ONLY = "a raster model has its raster order only.\nLeave it out, or choose another model.layout."
 OPERATIONAL = {
     "loader_processes",
     "log_every",
@@ -34,6 +35,10 @@ OPERATIONAL = {
 View = Annotated[str, Field(pattern=r"^(center|center_flip|jitter[1-9][0-9]?|crop1?[0-9]|tencrop|tencrop105)$")]
 CROPS = {"tencrop": tuple(f"crop{k}" for k in range(10)), "tencrop105": tuple(f"crop{k}" for k in range(10, 20))}
 """Views that stand for several."""
+
+
+PolicyName = Annotated[str, Field(pattern=r"^[a-z]+(-[a-z]+)*$")]
+"""An order policy: a module of ``oar_scale.orders.policies``, which is asked for it when the stage begins."""
 
 
 class Section(BaseModel):
@@ -386,8 +391,11 @@ class TrainingConfig(Section):
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep a moving average of the weights, which then is what the stage leaves; at the start it follows them faster. Default: off."""
+    order: PolicyName | None = None
+    """An order policy (docs/order-policies.md) for the samples outside the random share. Default: ``random``, in fine-tuning ``stored``;
+    a raster model has its raster order only. The control of a fine-tuning takes random orders, whatever is said here."""
     random_share: float = Field(1.0, ge=0, le=1)
-    """Share of the samples trained in a fresh random order; the rest follow their stored orders."""
+    """Share of the samples trained in a fresh random order; the rest follow ``order``."""
     mix: tuple[MixConfig, ...] = ()
     """Other folders that samples are drawn from, besides the run's own."""
     log_every: int = Field(5, ge=1)
@@ -460,10 +468,13 @@ class ExtractConfig(Section):
     @model_validator(mode="after")
     def _shortcuts(self) -> ExtractConfig:
         if self.cosine_steps is not None and self.commit_per_step > 1:
-            raise RecipeConflict("extract.cosine_steps", "the cosine schedule says how many cells a step places.\nLeave out commit_per_step.")
+            raise RecipeConflict(
+                "extract.cosine_steps", "the cosine schedule says how many cells a step places.\nLeave out commit_per_step."
+            )
         if self.repulsion_radius and self.commit_per_step == 1 and self.cosine_steps is None:
             raise RecipeConflict(
-                "extract.repulsion_radius", "it keeps cells apart that are placed in one step.\nSet commit_per_step above 1, or cosine_steps."
+                "extract.repulsion_radius",
+                "it keeps cells apart that are placed in one step.\nSet commit_per_step above 1, or cosine_steps.",
             )
         if self.frontier_random is not None and self.rescore_radius is not None:
             raise RecipeConflict("extract.rescore_radius", "it cannot be combined with frontier_random.\nLeave one of them out.")
@@ -500,6 +511,8 @@ class SampleConfig(Section):
     """0 keeps the whole vocabulary."""
     order_temperature: float = Field(0.0, ge=0)
     """Gumbel noise on the choice of the next cell; 0 takes the most confident cell."""
+    order: PolicyName | None = None
+    """An order policy (docs/order-policies.md). Default: the model decides; a raster model draws in raster order."""
 
 
 class EvaluateConfig(Section):
@@ -605,6 +618,24 @@ class Recipe(Section):
             for workers in range(parallel.max_workers, parallel.min_workers - 1, -1)
             if streams % workers == 0 and not any(total % (parallel.micro_batch * workers) for total in batches)
         ]
+
+    @model_validator(mode="after")
+    def _orders(self) -> Recipe:
+        for stage in ("pretrain", "finetune"):
+            training = getattr(self, stage)
+            if training.order in (None, "random"):
+                continue
+            if training.random_share == 1:
+                raise RecipeConflict(
+                    f"{stage}.random_share",
+                    f"with random_share 1 every sample takes a random order, and none follows {stage}.order {training.order!r}.\n"
+                    "Set random_share: 0, or another share below 1.",
+                )
+            if self.model.layout == "raster":
+                raise RecipeConflict(f"{stage}.order", _RASTER_ONLY)
+        if self.model.layout == "raster" and self.sample.order not in (None, "raster"):
+            raise RecipeConflict("sample.order", _RASTER_ONLY)
+        return self
 
     @model_validator(mode="after")
     def _grid(self) -> Recipe:

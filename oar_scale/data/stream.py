@@ -99,11 +99,11 @@ class StreamSettings:
     streams: int
     window_shards: int
     caption_dropout: float
-    raster: bool = False
-    """All samples in raster order, for a model that knows no other."""
+    order: tuple[int, ...] | None = None
+    """One order for all samples outside the random share, whatever their view."""
     random_share: float = 1.0
-    """Share of samples that take any view, in a random order. The rest take view 0 in its stored order; without stored
-    orders (the control) still view 0, in a random order, so that the orders are all that differs."""
+    """Share of samples that take any view, in a random order. The rest follow ``order``; without one they take view 0 in its stored
+    order, or without stored orders (the control) still view 0, in a random order, so that the orders are all that differs."""
     max_bad_fraction: float = 0.01
     """More bad samples than this share of those seen stop the stream."""
 
@@ -167,8 +167,7 @@ class TokenStream:
         slots = step_slots(self.plan, step, settings.global_batch, self.rank, self.world)
         bad: list[BadSample] = []
         rows, codes_bN = self._samples(slots, bad)
-        raster_N = np.arange(self.cells)
-        orders = [raster_N if settings.raster else row.order for row in rows]
+        fixed_b, fixed_bN = self._fixed(rows, slots)
         return Batch(
             step=step,
             uid_b=torch.from_numpy(slots.uid),
@@ -177,11 +176,24 @@ class TokenStream:
             drop_b=torch.from_numpy(uniform("caption", settings.seed, slots.epoch, slots.uid) < settings.caption_dropout),
             seed=settings.seed,
             epoch_b=torch.from_numpy(slots.epoch),
-            fixed_b=torch.tensor([order is not None for order in orders]),
-            fixed_bN=torch.from_numpy(np.stack([raster_N if order is None else order.astype(np.int64) for order in orders])),
+            fixed_b=fixed_b,
+            fixed_bN=fixed_bN,
             bad=tuple(bad),
             fetched=self._fetched(),
         )
+
+    def _fixed(self, rows: list[Row], slots: Slots) -> tuple[Tensor, Tensor]:
+        """Which samples follow a given order, and the orders: what the settings name, or the rows'."""
+        if self.settings.order is not None:
+            order_N = torch.tensor(self.settings.order)
+            return torch.from_numpy(~self._random(slots.epoch, slots.uid)), order_N.expand(len(rows), -1)
+        nothing_N = np.arange(self.cells)
+        orders = [nothing_N if row.order is None else row.order.astype(np.int64) for row in rows]
+        return torch.tensor([row.order is not None for row in rows]), torch.from_numpy(np.stack(orders))
+
+    def _random(self, epoch_b: Ids, uid_b: Ids) -> NDArray[np.bool_]:
+        """Which slots belong to the random share."""
+        return uniform("order kind", self.settings.seed, epoch_b, uid_b) < self.settings.random_share
 
     def _samples(self, slots: Slots, bad: list[BadSample]) -> tuple[list[Row], NDArray[np.uint16]]:
         """The samples of some slots, and their codes [b, N]; bad ones are replaced and added to ``bad``."""
@@ -207,16 +219,17 @@ class TokenStream:
     def _choices(self, epoch_b: Ids, uid_b: Ids, wanted_b: Ids) -> list[_Choice]:
         """Which sample and view the slots of ``uid_b`` take, when they are to show the samples ``wanted_b``."""
         seed = self.settings.seed
-        any_view_b = uniform("order kind", seed, epoch_b, uid_b) < self.settings.random_share
+        random_b = self._random(epoch_b, uid_b)
         folder_b = np.searchsorted(self.first_uid, wanted_b, side="right") - 1
         shard_b, row_b, view_b = (np.zeros_like(wanted_b) for _ in range(3))
         for number, (source, plan) in enumerate(zip(self.sources, self.plans, strict=True)):
             here = folder_b == number
             shard_b[here], row_b[here] = plan.shard_of(wanted_b[here] - self.first_uid[number])
             view_b[here] = integers("view", source.views, seed, epoch_b[here], uid_b[here])
-        view_b[~any_view_b] = 0  # stored orders belong to the first view
+        if self.settings.order is None:
+            view_b[~random_b] = 0  # stored orders belong to the first view
         draw_b = uniform("stored order", seed, epoch_b, uid_b)
-        columns = (wanted_b, folder_b, shard_b, row_b, view_b, ~any_view_b, draw_b)
+        columns = (wanted_b, folder_b, shard_b, row_b, view_b, ~random_b, draw_b)
         return [_Choice(*choice) for choice in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _substitute(self, epoch_1: Ids, uid_1: Ids, bad: list[BadSample]) -> Row:

@@ -34,6 +34,8 @@ from oar_scale.model import AnyOrderModel, load_model
 from oar_scale.observe.report_data import ModelName
 from oar_scale.orders.analysis import kendall_distance
 from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders
+from oar_scale.orders.files import OrderFiles, folder_files
+from oar_scale.orders.policies import Drawing, order_to_draw
 from oar_scale.tokenizers.vq import load_vq
 
 Ints = NDArray[np.int64]
@@ -111,18 +113,26 @@ class Likelihoods:
 
 @dataclass(frozen=True)
 class DrawingPiece:
-    """Images drawn for captions, each in the order that the model chooses."""
+    """Images drawn for captions."""
 
     subject: Subject
     vq: str
     settings: SampleSettings
     seed: int
     precision: Precision = "bf16"
+    order: str | None = None
+    """An order policy; None: the model chooses."""
+    files: OrderFiles = field(default_factory=lambda: folder_files(""))
+    """What the policy rests on."""
+    model_uri: str = ""
+    """Where the model's file comes from: its order head lies beside it."""
 
     def run(self) -> Drawn:
         model = self.subject.open(self.precision)
         # The seed leaves the model out: all models draw with the same noise.
-        drawn = generate(model, _condition(model, self.subject.told), self.settings, _noise("drawing", self.seed, self.subject.first))
+        noise = _noise("drawing", self.seed, self.subject.first)
+        drawing = Drawing(model, len(self.subject.told_S), noise, self.files, self.model_uri)
+        drawn = generate(model, _condition(model, self.subject.told), self.settings, noise, order_to_draw(self.order, drawing))
         with torch.no_grad():
             features_SF = image_features(load_vq(self.vq).decode(drawn.codes_BN)).numpy()
         return Drawn(self.subject.model, self.subject.first, drawn.codes_BN.numpy(), features_SF)

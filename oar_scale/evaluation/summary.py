@@ -85,12 +85,6 @@ def raster_distance(order_SN: NDArray[np.uint16]) -> float:
     return float(kendall_distance(order_SN, np.arange(order_SN.shape[1])).mean())
 
 
-def adjacent_share(order_SN: NDArray[np.uint16]) -> float:
-    """Share of the steps that go up, down, left or right by one cell."""
-    row_SN, column_SN = np.divmod(order_SN.astype(np.int64), round(order_SN.shape[1] ** 0.5))
-    return float((np.abs(np.diff(row_SN)) + np.abs(np.diff(column_SN)) == 1).mean())
-
-
 def mean_steps(order_SN: NDArray[np.uint16]) -> NDArray[np.float64]:
     """When each cell was placed on average, [G, G], 0 = always first."""
     grid = round(order_SN.shape[1] ** 0.5)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from oar_scale.generation.sampling import Generated, Known, SampleSettings, generate
 from oar_scale.model import AnyOrderModel
+from oar_scale.orders.policies import LateOrder
 
 
 def inpaint(
@@ -23,7 +24,7 @@ def inpaint(
     condition_BTD: Tensor,
     settings: SampleSettings,
     generator: torch.Generator,
-    order_BN: Tensor | None = None,
+    order_BN: Tensor | LateOrder | None = None,
 ) -> Generated:
     """Draw the cells marked in ``redo`` anew; all others keep their codes.
 
@@ -31,7 +32,7 @@ def inpaint(
         codes_BN: codes in raster order; those of marked cells are never looked at.
         redo: bool [N] for all images, or [B, N] with the same number of cells in each image.
         order_BN: permutations that both the known and the drawn cells follow. None: known cells in raster order, then
-            the model chooses.
+            the model chooses; a late order: known cells in raster order, then what it says.
 
     Raises:
         ValueError: the images have different numbers of cells to redo; and what :func:`generate` raises.
@@ -41,7 +42,7 @@ def inpaint(
     if (counts_B != counts_B[0]).any():
         raise ValueError(f"all images of a batch must redo the same number of cells, got {counts_B.tolist()}")
     raster_BN = torch.arange(codes_BN.shape[1], device=codes_BN.device).expand_as(codes_BN)
-    sequence_BN = raster_BN if order_BN is None else order_BN
+    sequence_BN = order_BN if isinstance(order_BN, Tensor) else raster_BN
     kept = codes_BN.shape[1] - int(counts_B[0])
     cells_BK = sequence_BN[~redo_BN.gather(1, sequence_BN)].view(len(codes_BN), kept)
     return generate(model, condition_BTD, settings, generator, order_BN, Known(cells_BK, codes_BN.gather(1, cells_BK)))

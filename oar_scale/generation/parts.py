@@ -19,6 +19,7 @@ from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import ClipTextConfig, Recipe, SampleConfig, TextConfig
 from oar_scale.errors import UserError
 from oar_scale.model import ModelSpec
+from oar_scale.orders.files import OrderFiles, folder_files, run_files
 from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.image import TokenizerSpec
 
@@ -64,6 +65,13 @@ class Parts:
     text_folder: str
     sample: SampleConfig
     recipe: str | None
+    root: str | None = None
+    """The storage of the run that the model belongs to."""
+
+    @property
+    def orders(self) -> OrderFiles:
+        """What order policies rest on."""
+        return folder_files(self.where) if self.root is None else run_files(self.root)
 
 
 def find_parts(path: str, model: str | None = None) -> Parts:
@@ -105,9 +113,12 @@ def read_config(folder: str) -> FolderConfig:
 
 def run_parts(path: str, recipe: Recipe, model: str) -> Parts:
     """The model file ``model`` and what lies beside it in the run whose local folder is ``path``."""
-    tokenizers = join(recipe.storage.root or path, "tokenizers")
+    root = recipe.storage.root or path
+    tokenizers = join(root, "tokenizers")
     vq = join(tokenizers, VQ)
-    return Parts(path, model, vq if open_storage(vq).exists(vq) else None, recipe.tokenizer.text, tokenizers, recipe.sample, recipe.name)
+    return Parts(
+        path, model, vq if open_storage(vq).exists(vq) else None, recipe.tokenizer.text, tokenizers, recipe.sample, recipe.name, root
+    )
 
 
 def _run_model(path: str, recipe: Recipe, model: str | None) -> str:

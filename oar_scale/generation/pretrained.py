@@ -10,27 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from oar_scale.config.schema import SampleConfig
 from oar_scale.errors import UserError
 from oar_scale.generation import editing
 from oar_scale.generation.parts import Parts, check_codes, find_parts
 from oar_scale.generation.sampling import Generated, SampleSettings, generate
 from oar_scale.model import AnyOrderModel, check_prompts, load_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
+from oar_scale.orders.policies import Drawing, LateOrder, order_to_draw
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder, PromptEncoder, for_new_prompts, load_prompts, model_inputs
 from oar_scale.tokenizers.vq import load_vq, pixels_to_unit, unit_to_pixels
 
 DECODE_BATCH = 16
-Order = Literal["raster", "random"] | Sequence[int] | Tensor
-"""The way through the cells: by name, or a permutation [N] for all images or [B, N] for each."""
+Order = str | Sequence[int] | Tensor
+"""The way through the cells: the name of a policy (docs/order-policies.md), or a permutation [N] for all images or [B, N] for each."""
 
 
 class Choices(TypedDict, total=False):
@@ -51,10 +51,9 @@ class Pretrained:
     its captions are encoded with. ``defaults`` holds the settings that :class:`Choices` replace.
     """
 
-    def __init__(
-        self, model: AnyOrderModel, vq: ImageTokenizer | None, text: PromptEncoder | None, defaults: SampleConfig, where: str
-    ) -> None:
-        self.model, self.vq, self.text, self.defaults, self.where = model, vq, text, defaults, where
+    def __init__(self, model: AnyOrderModel, vq: ImageTokenizer | None, text: PromptEncoder | None, parts: Parts) -> None:
+        self.model, self.vq, self.text, self.parts = model, vq, text, parts
+        self.defaults, self.where = parts.sample, parts.where
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move all parts, in place. ``dtype`` is the model's; the image tokenizer, small beside it, keeps its float32."""
@@ -68,7 +67,7 @@ class Pretrained:
 
         Args:
             prompts: captions, class labels, or arrays of features, as the model was trained.
-            order: the way through the cells; None: the model chooses (a raster model: its raster).
+            order: the way through the cells; None: as the recipe says, else the model chooses (a raster model: its raster).
             choices: settings other than the recipe's, see :class:`Choices`.
 
         Raises:
@@ -158,18 +157,11 @@ class Pretrained:
             raise UserError(f"caption {prompts[empty]!r} has no token in the model's vocabulary")
         return self.model.condition(model_inputs(self.text, told.to(self._device)))
 
-    def _order(self, order: Order | None, batch: int, noise: torch.Generator) -> Tensor | None:
-        cells = self.model.spec.cells
-        if order is None and self.model.spec.layout == "raster":
-            order = "raster"
-        if order is None:
-            return None
-        if isinstance(order, str):
-            if order not in ("raster", "random"):
-                raise UserError(f"order {order!r}: say raster or random, give a permutation of the cells, or leave the choice to the model")
-            found = torch.arange(cells) if order == "raster" else torch.rand(batch, cells, generator=noise).argsort(1)
-        else:
-            found = torch.as_tensor(order, dtype=torch.long)
+    def _order(self, order: Order | None, batch: int, noise: torch.Generator) -> Tensor | LateOrder | None:
+        if order is None or isinstance(order, str):
+            drawing = Drawing(self.model, batch, noise, self.parts.orders, self.parts.model)
+            return order_to_draw(order or self.defaults.order, drawing, "order")
+        found = torch.as_tensor(order, dtype=torch.long)
         return (found.expand(batch, -1) if found.ndim == 1 else found).to(self._device)
 
 
@@ -191,7 +183,7 @@ def load_pretrained(path: str, model: str | None = None) -> Pretrained:
     text = _prompts(parts, network.spec)
     if text is not None:
         check_prompts(network.spec, text, parts.where)
-    return Pretrained(network, vq, text, parts.sample, parts.where)
+    return Pretrained(network, vq, text, parts)
 
 
 def _prompts(parts: Parts, spec: ModelSpec) -> PromptEncoder | None:

@@ -8,7 +8,8 @@
 The cell is chosen by the largest probability of its distribution, before a code is drawn: choosing by the probability of
 drawn codes would favour cells that happened to draw their likely code. In the first steps this tends to pick background.
 With a given order there is one candidate per step, the cell whose turn it is, and everything else is the same. Fewer steps than
-cells ask for several cells of the order in one pass, as RandAR does.
+cells ask for several cells of the order in one pass, as RandAR does. A late order (``orders.policies``) is given for the first cells;
+when those are placed, all others are asked about once, and it says in which order these come.
 
 Under guidance (``orders.picking``) every image goes through the model with its caption and without, in one batch, and cells
 are compared by the guided distribution, too.
@@ -25,6 +26,7 @@ from torch import Tensor
 from oar_scale.config.schema import SampleConfig
 from oar_scale.model import AnyOrderModel, Prefix
 from oar_scale.orders.picking import mix_branches
+from oar_scale.orders.policies import LateOrder
 from oar_scale.orders.schedule import cells_per_step
 from oar_scale.orders.scores import score_logits, score_rows
 
@@ -98,7 +100,7 @@ def generate(
     condition_BTD: Tensor,
     settings: SampleSettings,
     generator: torch.Generator,
-    order_BN: Tensor | None = None,
+    order_BN: Tensor | LateOrder | None = None,
     known: Known | None = None,
 ) -> Generated:
     """Draw one image for each condition, all images one cell a step.
@@ -108,7 +110,7 @@ def generate(
         generator: source of all noise. It may live on another device than the model; the CPU's gives every device the
             same noise.
         order_BN: a permutation of the cells for each image, to be followed; None: the model chooses. Known cells are
-            passed over.
+            passed over; beside them a late order has no first cells of its own.
         known: cells whose codes are given.
 
     Raises:
@@ -123,7 +125,7 @@ def generate(
     if known is None:
         nothing = torch.empty(batch, 0, dtype=torch.long, device=device)
         known = Known(nothing, nothing)
-    empty_BR = _empty_cells(model, batch, order_BN, known, device)
+    empty_BR = _empty_cells(model, batch, order_BN if isinstance(order_BN, Tensor) else None, known, device)
     null_BTD = model.null_condition(batch).to(condition_BTD)
     prefix = model.begin(torch.cat([condition_BTD, null_BTD]) if settings.guided else condition_BTD)
     drawing = _Drawing(model, prefix, settings, generator, known)
@@ -131,9 +133,11 @@ def generate(
         while empty_BR.shape[1] > 0:
             cell_B = drawing.most_confident(empty_BR)
             empty_BR = empty_BR[empty_BR != cell_B[:, None]].view(batch, -1)
-    else:
-        for cells_BM in empty_BR.split(cells_per_step(model.spec.cells, settings.steps, known.cells_BK.shape[1]), dim=1):
-            drawing.in_turn(cells_BM)
+        return drawing.result()
+    if isinstance(order_BN, LateOrder):
+        empty_BR = drawing.late(order_BN, empty_BR)
+    for cells_BM in empty_BR.split(cells_per_step(model.spec.cells, settings.steps, drawing.count), dim=1):
+        drawing.in_turn(cells_BM)
     return drawing.result()
 
 
@@ -160,6 +164,16 @@ class _Drawing:
         self.prefix = self.model.commit(self.prefix, candidates, self._branches(winner_B), self._branches(code_B))
         self._keep(cell_B[:, None], code_B[:, None], confidence_BR[self.image_B, winner_B, None])
         return cell_B
+
+    def late(self, order: LateOrder, empty_BR: Tensor) -> Tensor:
+        """Place the first cells, where none are known; returns the others in the order that is then known."""
+        if self.count == 0:
+            for cell_B in order.first_BK.unbind(1):
+                self.in_turn(cell_B[:, None])
+            there_BN = torch.zeros_like(self.codes_BN, dtype=torch.bool).scatter(1, order.first_BK, True)
+            empty_BR = empty_BR[~there_BN.gather(1, empty_BR)].view(len(empty_BR), -1)
+        rows_GRD = self.model.candidate_rows(self.prefix, self._branches(empty_BR)).rows_BRD
+        return order.rest(rows_GRD[: len(empty_BR)], empty_BR)
 
     def in_turn(self, cells_BM: Tensor) -> None:
         """Place the next M cells of the order in one pass."""

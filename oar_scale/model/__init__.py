@@ -1,4 +1,4 @@
-"""The any-order transformer. Needs torch alone: no ray, no deepspeed; the spec and the formulas about it (``spec``, ``flops``) not even that."""
+"""The any-order transformer. Needs torch alone, no ray or deepspeed; its spec and formulas (``spec``, ``flops``) not even that."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def open_log(folder: str, stage: str, root: str, mirror_s: float) -> Iterator[Ev
         try:
             yield events
         finally:
-            mirror.close()
+            mirror.close(FLUSH_S)
 
 
 def next_attempt(folder: str, stage: str, root: str) -> int:
@@ -87,7 +87,7 @@ class Mirror:
         self._thread = threading.Thread(target=self._run, name=f"mirror-{stage}", daemon=True)
         self._thread.start()
 
-    def close(self, wait_s: float = FLUSH_S) -> None:
+    def close(self, wait_s: float) -> None:
         """Copy what is left, and wait for it at most ``wait_s``."""
         self._ended.set()
         self._thread.join(wait_s)

@@ -93,6 +93,8 @@ def compare(
     methods: Mapping[str, Way],
     batch: int,
     images_S: Images,
+    *,
+    rounds: int = ROUNDS,
     on_done: Callable[[], None] = lambda: None,
 ) -> dict[str, Measured]:
     """Measure every way on S images, all ways in turn: whatever else the machine does falls on all of them.
@@ -103,6 +105,7 @@ def compare(
         told_S: what ``model.condition`` takes, a row for each image.
         methods: the first one is exact.
         batch: images at a time.
+        rounds: how often every way is timed.
         on_done: called after each way of each round.
     """
     cuts = [slice(start, start + batch) for start in range(0, len(codes_SN), batch)]
@@ -110,7 +113,7 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     with torch.no_grad():
         conditions = {finder: [finder.condition(told_S[cut]) for cut in cuts] for finder in (model, judge)}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, way in methods.items():
             started = time.perf_counter()
             found[name] = [

@@ -65,11 +65,6 @@ class ExtractionSettings:
         later = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in named}
         return fingerprint(named | {name: value for name, value in later.items() if value != getattr(type(self), name)})
 
-    @property
-    def exact(self) -> bool:
-        """Whether every step asks about every cell that may come next, and places one."""
-        return self.commit_per_step == 1 and self.cosine_steps is None and self.frontier_random is None and self.rescore_radius is None
-
 
 @dataclass(frozen=True)
 class Orders:
@@ -188,27 +183,26 @@ def _place_all(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSetti
     apart_NN = within(model.spec.grid, settings.repulsion_radius, device) if settings.repulsion_radius else None
     empty_BN = torch.ones_like(codes_BN, dtype=torch.bool)
     score_BN = torch.full(codes_BN.shape, -torch.inf, device=device)
-    order: list[Tensor] = []
-    scores: list[Tensor] = []
-    rows = 0
+    order, scores, placed, rows = list[Tensor](), list[Tensor](), 0, 0
     for step, size in enumerate(step_sizes(settings, cells)):
         asked_BN = asking.cells(step, size, empty_BN, score_BN)
-        placed = sum(chosen_Bk.shape[1] for chosen_Bk in order)
         given = step == 0 and settings.first_cell != "free"
         cells_BR, count = pack(asked_BN, 1 if given else cells - placed if asking.all_empty else None)
         if count:
             score_BN = torch.where(asked_BN, score_BN.scatter(1, cells_BR, asker.scores(cells_BR, step)), score_BN)
-        # A score that is not asked for again may be picked only where that is the point of it.
+        # A score that was not asked for again may be picked only where that is the point of it.
         open_BN = empty_BN if settings.rescore_radius is not None and not given else asked_BN
         wanted_BN = score_BN + settings.order_temperature * chance.gumbel(step) if settings.order_temperature else score_BN
         chosen_Bk = pick_several(wanted_BN.masked_fill(~open_BN, -torch.inf), ties_BN, size, apart_NN)
         order.append(chosen_Bk)
         scores.append(score_BN.gather(1, chosen_Bk))
-        asked = settings.rescore_radius is None or bool(asked_BN.gather(1, chosen_Bk[:, :1]).all())
-        asker.place(chosen_Bk, asked=asked)
-        asking.placed(chosen_Bk)
-        empty_BN = empty_BN.scatter(1, chosen_Bk, False)
-        rows += count + size - asked
+        placed, rows = placed + size, rows + count
+        if placed < cells:
+            asked = settings.rescore_radius is None or bool(asked_BN.gather(1, chosen_Bk[:, :1]).all())
+            asker.place(chosen_Bk, asked=asked)
+            asking.placed(chosen_Bk)
+            empty_BN = empty_BN.scatter(1, chosen_Bk, False)
+            rows += size - asked
     score_BN = torch.cat(scores, dim=1)
     if score_BN.isnan().any():
         raise ValueError("the model's scores are not numbers (NaN): its weights are damaged, or its precision is too low for them")

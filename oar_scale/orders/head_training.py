@@ -120,7 +120,7 @@ def train_head(
         mean.add(batch)
         loss = _loss(data.model, head, batch)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         on_step(step + 1, float(loss.detach()))
     head.eval()
@@ -148,7 +148,6 @@ def write_predicted(data: HeadData, head: OrderHead, batch: int, on_done: Callab
         done += info.samples
         on_done(done)
     return done
-
 
 
 def _content(head: OrderHead) -> str:
@@ -189,7 +188,7 @@ def _batches(data: HeadData, config: OrderHeadConfig, seed: int) -> Iterator[Lab
             for start in range(0, len(rows), config.batch):
                 yield data.take(shard, rows[start : start + config.batch], order_SN)
         if not images:
-            raise UserError(f"{data.tokens}: order_head.heldout_fraction {config.heldout_fraction:g} leaves no image to train on. Lower it.")
+            raise UserError(f"{data.tokens}: order_head.heldout_fraction {config.heldout_fraction:g} leaves none to train on. Lower it.")
         epoch += 1
 
 

@@ -9,11 +9,12 @@ One block, per row (D channels, F of the feed-forward, H heads and G of keys and
     at work        the backward pass of the feed-forward: three of its width, one of D                     (3 F + D) e
 
 The last block goes on with the N rows that predict a code. The head's logits exist for some rows at a time (``model/loss.py``).
-``trace.py`` finds the same by running the model; the two agree to a few per cent (tests/planning/test_activations.py).
+``trace.py`` finds the same by running the model; the two agree to a few per cent (tests/planning/test_activation_memory.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from oar_scale.model.spec import FeatureSpec, ModelSpec, TextSpec
@@ -29,6 +30,12 @@ ROWS_AT_ONCE = {"cpu": 512, "cuda": 2**16}
 """``model.decoding.ROWS_AT_ONCE``, likewise."""
 SCORE_BLOCK = {"cpu": (512, 2048), "cuda": (2**13, 2**14)}
 """``orders.scores.BLOCK``, likewise."""
+TABLES: dict[str, Callable[[int], int]] = {
+    "raster": lambda grid: 0,
+    "instructed": lambda grid: grid * grid,
+    "dual": lambda grid: grid * grid + (2 * grid - 1) ** 2,
+}
+"""Rows of a layout's learned tables, each with its rotation in float32, by the side of the grid."""
 GPU_HEAD = 8
 """A GPU's flash attention takes heads of a multiple of so many channels, and copies others."""
 
@@ -60,8 +67,8 @@ def trunk(spec: ModelSpec, micro_batch: int, precision: Precision, checkpointing
     inputs = spec.layers * rows * block.row
     base = _surroundings(spec, micro_batch, block.e)
     out = cells * (2 * block.row + 4)  # what leaves the last block, its scale, and the normed rows
-    inner = {"none": block.kept, "selective": block.outputs, "full": lambda attending, leaving: 0}[checkpointing]
-    again = {"none": lambda attending, leaving: 0, "selective": block.cheap, "full": block.kept}[checkpointing]
+    inner = {"none": block.kept, "selective": block.outputs, "full": block.nothing}[checkpointing]
+    again = {"none": block.nothing, "selective": block.cheap, "full": block.kept}[checkpointing]
     last, middle = inner(rows, cells), inner(rows, rows)
     kept = base + inputs + (spec.layers - 1) * middle + last + out
     in_last = kept + cells * block.row + again(rows, cells) + block.at_work(cells)
@@ -107,13 +114,14 @@ def decoding(spec: ModelSpec, images: int, precision: Precision, *, gpu: bool) -
     kv = (spec.kv_heads or spec.heads) * spec.head_dim
     room = spec.rows + 1  # of the sequence with its last code
     cache = spec.layers * 2 * images * room * kv * e
-    at_once = max(1, ROWS_AT_ONCE[device] // (spec.cells + 1))
-    rows = min(images, at_once) * (spec.cells + 1)
-    heads = (spec.heads * spec.head_dim + 2 * kv) * e + (spec.dim + kv) * 4  # projected, and turned in float32
-    width = 2 * spec.dim * e + max(heads + spec.dim * e, spec.dim * e + 3 * spec.ffn_hidden * e)
+    rows = min(images, max(1, ROWS_AT_ONCE[device] // spec.cells)) * spec.cells
+    # In a feed-forward: what attention was made of and made, seven rows on both sides of it, and three of its width.
+    width = spec.heads * spec.head_dim + 2 * kv + 7 * spec.dim + 3 * spec.ffn_hidden
+    answers = images * spec.cells * spec.dim * e
+    tables = TABLES[spec.layout](spec.grid) * (spec.dim * e + spec.head_dim * 4)
     block_rows, block_codes = SCORE_BLOCK[device]
     logits = min(block_rows, images * spec.cells) * min(block_codes, spec.vocab_size) * (e + 4)
-    return cache, rows * width + images * spec.cells * spec.dim * e + logits
+    return cache, answers + tables + max(rows * width * e, logits)
 
 
 class _Block:
@@ -132,6 +140,9 @@ class _Block:
         """Everything but the input; the rows that attend may be more than those that leave."""
         taken = leaving * self.copied if leaving < attending else 0
         return attending * (self.row + 4 + self.qkv + self.out) + taken + leaving * (2 * self.row + 4 + self.gated + self.masks)
+
+    def nothing(self, attending: int, leaving: int) -> int:
+        return 0
 
     def outputs(self, attending: int, leaving: int) -> int:
         """Outputs of matrix products and of attention."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oar_scale.config.schema import ParallelConfig, Recipe
-from oar_scale.model.spec import ModelSpec
-from oar_scale.planning.assumptions import Assumptions
-from oar_scale.planning.cluster import Cluster, workers_of
-from oar_scale.planning.failures import between_failures
-from oar_scale.planning.fitting import MODES, accumulation, average
-from oar_scale.planning.memory import memory, micro_batches
+from oar_scale.config.schema import ParallelConfig
+from oar_scale.planning.case import Case
+from oar_scale.planning.cluster import Cluster
+from oar_scale.planning.fitting import MODES, has_room, holder
+from oar_scale.planning.memory import micro_batches
 from oar_scale.planning.speed import step_time
-from oar_scale.planning.traffic import Shard
-from oar_scale.planning.training import Stage
+from oar_scale.planning.traffic import checkpoint
+from oar_scale.planning.training import Stage, saving_of, settings_of
 
 WORTH = 0.03
 """A smaller share of the money, or of the time, is within what the assumptions leave open."""
@@ -35,59 +33,34 @@ class Alternative:
     """Share of the plan's money."""
 
 
-def alternatives(
-    recipe: Recipe,
-    spec: ModelSpec,
-    found: Cluster,
-    planned: ParallelConfig,
-    stages: list[Stage],
-    shard: Shard,
-    assumed: Assumptions,
-    mfu: float,
-    per_gpu_year: float,
-) -> list[Alternative]:
-    """The best few by money; of two that cost the same only the faster one is shown.
+def alternatives(case: Case, planned: ParallelConfig, stages: list[Stage]) -> list[Alternative]:
+    """The best few by money. A slower one has to be worth it: of two that cost about the same only the faster is there.
 
     Failures enter by their expected cost, which changes little between these settings.
     """
-    planned_money = sum(stage.money for stage in stages)
+    money = sum(stage.money for stage in stages)
     tried: list[Alternative] = []
-    for part in _sizes(found):
-        workers = workers_of(part, planned)
-        if not workers or recipe.data.canonical_streams % workers:
+    for part in _parts(case.cluster):
+        smaller = case.on(part)
+        if not smaller.workers or case.recipe.data.canonical_streams % smaller.workers:
             continue
-        for parallel in _settings(planned, workers):
-            size = _largest(recipe, spec, part, parallel, workers, assumed)
-            if size:
-                tried.append(
-                    _cost(
-                        recipe,
-                        spec,
-                        part,
-                        parallel.model_copy(update={"micro_batch": size}),
-                        stages,
-                        shard,
-                        assumed,
-                        mfu,
-                        per_gpu_year,
-                        planned_money,
-                    )
-                )
-    better = sorted((found for found in tried if found.saved >= WORTH), key=lambda a: (a.money, a.hours))
+        for setting in _settings(planned, smaller.workers):
+            if (parallel := _largest(smaller, setting)) is not None:
+                tried.append(_cost(smaller, parallel, stages, money))
     front: list[Alternative] = []
-    for candidate in better:
-        if all(candidate.hours < other.hours * (1 - WORTH) for other in front):
+    for candidate in sorted((one for one in tried if one.saved >= WORTH), key=lambda one: (one.hours, one.money)):
+        if all(candidate.money < faster.money * (1 - WORTH) for faster in front):
             front.append(candidate)
-    return front[-SHOWN:]
+    return sorted(front, key=lambda one: one.money)[:SHOWN]
 
 
-def _sizes(found: Cluster) -> list[Cluster]:
+def _parts(found: Cluster) -> list[Cluster]:
     """The cluster, and halves of it down to one GPU."""
-    sizes, nodes, per_node = [found], found.nodes, found.per_node
+    parts, nodes, per_node = [found], found.nodes, found.per_node
     while nodes > 1 or per_node > 1:
         nodes, per_node = (nodes // 2, per_node) if nodes > 1 else (1, per_node // 2)
-        sizes.append(found.smaller(nodes, per_node))
-    return sizes
+        parts.append(found.part(nodes, per_node))
+    return parts
 
 
 def _settings(planned: ParallelConfig, workers: int) -> list[ParallelConfig]:
@@ -98,45 +71,26 @@ def _settings(planned: ParallelConfig, workers: int) -> list[ParallelConfig]:
     ]
 
 
-def _largest(recipe: Recipe, spec: ModelSpec, part: Cluster, parallel: ParallelConfig, workers: int, assumed: Assumptions) -> int:
-    for size in micro_batches(recipe, workers):
-        setting = parallel.model_copy(update={"micro_batch": size})
-        held = memory(
-            spec, setting, workers=workers, accumulation=accumulation(recipe, setting, workers), average=average(recipe), assumed=assumed
-        )
-        if held.total <= part.memory:
-            return size
-    return 0
+def _largest(case: Case, setting: ParallelConfig) -> ParallelConfig | None:
+    """With the largest micro-batch that fits."""
+    holds = holder(case)
+    sizes = (setting.model_copy(update={"micro_batch": size}) for size in micro_batches(case.recipe, case.workers))
+    return next((parallel for parallel in sizes if has_room(case, holds(parallel))), None)
 
 
-def _cost(
-    recipe: Recipe,
-    spec: ModelSpec,
-    part: Cluster,
-    parallel: ParallelConfig,
-    stages: list[Stage],
-    shard: Shard,
-    assumed: Assumptions,
-    mfu: float,
-    per_gpu_year: float,
-    planned_money: float,
-) -> Alternative:
-    workers, hours = workers_of(part, parallel), 0.0
-    gpus = workers * max(1, parallel.gpus_per_worker)
+def _cost(case: Case, parallel: ParallelConfig, stages: list[Stage], planned_money: float) -> Alternative:
+    hours = 0.0
     for stage in stages:
-        training = recipe.pretrain if stage.name == "pretrain" else recipe.finetune
-        step = step_time(
-            spec, parallel, part, workers=workers, global_batch=training.global_batch, sample_bytes=shard.sample, assumed=assumed, mfu=mfu
-        )
-        work = training.steps * step.seconds
-        stall = stage.saves.bytes / part.nodes / 1e9 / assumed("storage.disk_write_gb_s")
+        training = settings_of(case, stage.name)
+        step = step_time(case, parallel, training.global_batch)
         interval = training.checkpoint_every * step.seconds
-        lost = (interval / 2 + assumed("failures.restart_s")) / between_failures(per_gpu_year, gpus)
-        hours += work * (1 + stall / interval) * (1 + lost) / 3600
-    money = hours * gpus * part.price
+        saving = saving_of(case, checkpoint(case.spec, case.workers, average=training.ema_decay is not None), interval)
+        lost = (interval / 2 + saving.restart_s) / saving.between_failures_s
+        hours += training.steps * step.seconds * (1 + saving.stall_s / interval) * (1 + lost) / 3600
+    money = hours * case.workers * case.gpus_per_worker * case.cluster.price
     return Alternative(
-        nodes=part.nodes,
-        per_node=part.per_node,
+        nodes=case.cluster.nodes,
+        per_node=case.cluster.per_node,
         zero_stage=parallel.zero_stage,
         activation_checkpointing=parallel.activation_checkpointing,
         micro_batch=parallel.micro_batch,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from oar_scale.config.schema import ParallelConfig, Recipe
+from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
 from oar_scale.planning.assumptions import Assumptions
 
 NODE = 8
 """GPUs of the nodes whose network adapters the assumptions describe."""
 CPU = "cpu"
+USUAL = "h200"
+"""Where the command line names no GPU."""
 
 
 @dataclass(frozen=True)
@@ -45,31 +47,32 @@ class Cluster:
         """Bytes a second of a collective over so many neighbouring workers."""
         return self.bus if workers <= self.per_node else min(self.bus, self.network)
 
-    def smaller(self, nodes: int, per_node: int) -> Cluster:
+    def part(self, nodes: int, per_node: int) -> Cluster:
         """Fewer of the same."""
-        return Cluster(**{**self.__dict__, "nodes": nodes, "per_node": per_node, "network": self.network * per_node / self.per_node})
+        return replace(self, nodes=nodes, per_node=per_node, network=self.network * per_node / self.per_node)
 
 
-def cluster(recipe: Recipe, assumed: Assumptions, gpu: str | None, nodes: int | None, per_node: int | None) -> Cluster:
+def gpu_of(recipe: Recipe, given: str | None) -> str:
+    """The key of a GPU: as given, else ``cpu`` for a recipe that trains on CPUs, else :data:`USUAL`."""
+    return (given or (CPU if recipe.parallel.gpus_per_worker == 0 else USUAL)).lower()
+
+
+def cluster(recipe: Recipe, assumed: Assumptions, gpu: str, nodes: int | None, per_node: int | None) -> Cluster:
     """The cluster as given; as many nodes as the recipe's workers fill, where that is not.
 
     Raises:
-        UserError: an unknown GPU, or GPUs for a recipe that trains on CPUs.
+        UserError: an unknown GPU, GPUs for a recipe that trains on CPUs, or fewer than one worker takes.
     """
-    parallel = recipe.parallel
+    parallel, label = recipe.parallel, assumed.gpu_label(gpu)
     on_cpu = parallel.gpus_per_worker == 0
-    gpu = (gpu or (CPU if on_cpu else "h200")).lower()
-    label = assumed.gpu_label(gpu)
     if on_cpu != (gpu == CPU):
-        wanted = (
-            "trains on CPUs: add -o parallel.gpus_per_worker=1"
-            if on_cpu
-            else "trains on GPUs: name one, or add -o parallel.gpus_per_worker=0"
-        )
-        raise UserError(f"--gpu {gpu}: the recipe {recipe.name} {wanted}")
+        here, other = ("CPUs", 1) if on_cpu else ("GPUs", 0)
+        raise UserError(f"--gpu {gpu}: {recipe.name} trains on {here}; leave --gpu out, or add -o parallel.gpus_per_worker={other}")
     slots = parallel.max_workers * max(1, parallel.gpus_per_worker)
-    per_node = per_node or (min(slots, NODE) if not on_cpu else -(-slots // (nodes or 1)))
+    per_node = per_node or (-(-slots // (nodes or 1)) if on_cpu else min(slots, NODE))
     nodes = nodes or -(-slots // per_node)
+    if nodes * per_node < parallel.gpus_per_worker:
+        raise UserError(f"{nodes} x {per_node} GPUs are fewer than parallel.gpus_per_worker = {parallel.gpus_per_worker}: take more")
     tflops = assumed(f"gpus.{gpu}.{parallel.precision}_tflops") * (parallel.cpu_threads if on_cpu else 1)
     wire = assumed(f"gpus.{gpu}.network_gb_s") * (1 if on_cpu else min(1.0, per_node / NODE))
     return Cluster(
@@ -83,8 +86,3 @@ def cluster(recipe: Recipe, assumed: Assumptions, gpu: str | None, nodes: int | 
         network=wire * assumed("time.network_efficiency") * 1e9,
         price=assumed(f"gpus.{gpu}.price_per_hour"),
     )
-
-
-def workers_of(found: Cluster, parallel: ParallelConfig) -> int:
-    """Training workers that the cluster has room for."""
-    return found.gpus // max(1, parallel.gpus_per_worker)

@@ -1,7 +1,7 @@
 """Orders for all images, and the evaluation: operations, memory, time, and what the pool asks of the storage.
 
-An order takes N (N + 1) / 2 candidate rows (``model/flops.extraction_flops``). Cheaper ways (docs/orders.md) are planned as if they were exact:
-an upper bound. Actors do not wait for one another, so a failure costs what is lost with its node and nothing else.
+An order takes N (N + 1) / 2 candidate rows (``model/flops.extraction_flops``). Cheaper ways (docs/orders.md) are planned as if they were
+exact: an upper bound. Actors do not wait for one another, so a failure costs what is lost with its node and nothing else.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from oar_scale.model.spec import ModelSpec
 from oar_scale.planning import activations
 from oar_scale.planning.activations import BYTES
 from oar_scale.planning.assumptions import Assumptions
+from oar_scale.planning.case import Case
 from oar_scale.planning.cluster import Cluster
 from oar_scale.planning.failures import YEAR_S
 from oar_scale.planning.shape import parameters
-from oar_scale.planning.traffic import PoolLoad, Shard, orders_bytes, pool_load
+from oar_scale.planning.traffic import PoolLoad, orders_bytes, pool_load
 
 MODELS = 3
 """Any-order, control, ordered: those that the evaluation draws with; one less without a control."""
@@ -27,6 +28,8 @@ NLL_PASSES = 4
 """Orders, and captions of other images, under which the likelihood of an image is taken."""
 BRUTE_FORCE_IMAGES = 2
 """Whose orders the evaluation also finds by a fresh forward pass for every candidate (``stages/evaluate.py``)."""
+READERS = 16
+"""Ledger entries that a driver reads at once (``data/pool/ledger.py``)."""
 LATE = 3.0
 """Times the median after which the pool gives a shard to a second actor (``data/pool/terms.py``)."""
 
@@ -48,6 +51,8 @@ class Extraction:
     shard_s: float
     """That an actor takes for a shard."""
     seconds: float
+    gpu_hours: float
+    money: float
     failures: float
     """Expected while it runs."""
     memory: int
@@ -58,28 +63,27 @@ class Extraction:
     load: PoolLoad
     takeover_s: float
     """That a driver which starts near the end spends on reading the ledger."""
+    storage_share: float
+    """Of the requests that one prefix allows."""
 
 
-def extraction(
-    recipe: Recipe, spec: ModelSpec, found: Cluster, shard: Shard, images: int, assumed: Assumptions, per_gpu_year: float
-) -> Extraction:
-    """Plan the stage ``extract`` on all of the cluster."""
-    config, parallel = recipe.extract, recipe.parallel
-    guided = config.guidance != 1
+def extraction(case: Case) -> Extraction | None:
+    """Plan the stage ``extract`` on all of the cluster; None where nobody knows how many images there are, or a model has one order."""
+    recipe, spec, found, assumed = case.recipe, case.spec, case.cluster, case.assumed
+    if case.images is None or spec.layout == "raster":
+        return None
+    config, images, guided = recipe.extract, case.images.count, recipe.extract.guidance != 1
     flops = extraction_flops(spec, guided=guided)
     orders = images * config.orders_per_image
     rate = found.gpus * found.flops * (1.0 if found.on_cpu else assumed("time.extraction_mfu")) / flops / config.orders_per_image
-    shards = -(-images // shard.samples)
-    actors = _actors(recipe, found)
-    shard_s = shard.samples / rate * actors
+    shards, actors = -(-images // case.shard.samples), _actors(recipe, found)
+    shard_s = case.shard.samples / rate * actors
+    start_s = assumed("actors.start_on_cpu_s" if found.on_cpu else "actors.start_s")
     rounds = shards / actors
-    start_s = _start_s(found, assumed)
     plain = start_s + max(1.0, rounds) * shard_s + (shard_s / 2 if rounds > 1 else 0.0)
-    failures = per_gpu_year * found.gpus * plain / YEAR_S
+    failures = case.failures * found.gpus * plain / YEAR_S
     lost = failures * found.per_node / found.gpus * (shard_s / 2 + start_s)
-    load = pool_load(shards, shard, plain + lost)
-    share = max(1.0, found.gpus / actors)  # GPUs of an actor; several actors of one GPU share its memory
-    room = found.memory * min(1.0, share) if not found.on_cpu else found.memory
+    load = pool_load(shards, case.shard, plain + lost)
     return Extraction(
         images=images,
         orders=orders,
@@ -94,12 +98,18 @@ def extraction(
         start_s=start_s,
         shard_s=shard_s,
         seconds=plain + lost,
+        gpu_hours=(plain + lost) / 3600 * found.gpus,
+        money=(plain + lost) / 3600 * found.gpus * found.price,
         failures=failures,
-        memory=actor_memory(spec, parallel, config.batch, guided, assumed),
-        largest_batch=_largest_batch(spec, parallel, guided, room, assumed),
+        memory=actor_memory(spec, recipe.parallel, config.batch, guided, assumed),
+        largest_batch=_largest_batch(spec, recipe.parallel, guided, found.memory * min(1.0, found.gpus / actors), assumed),
         order_bytes=orders * orders_bytes(spec),
         load=load,
-        takeover_s=(load.lists + load.entry_gets / 16) * assumed("storage.s3_request_s"),
+        takeover_s=(load.lists + load.entry_gets / READERS) * assumed("storage.s3_request_s"),
+        storage_share=max(
+            load.gets / (plain + lost) / assumed("storage.s3_gets_per_s"),
+            (load.puts + load.deletes) / (plain + lost) / assumed("storage.s3_puts_per_s"),
+        ),
     )
 
 
@@ -121,10 +131,6 @@ def _largest_batch(spec: ModelSpec, parallel: ParallelConfig, guided: bool, room
     return low
 
 
-def _start_s(found: Cluster, assumed: Assumptions) -> float:
-    return assumed("actors.start_on_cpu_s" if found.on_cpu else "actors.start_s")
-
-
 def _actors(recipe: Recipe, found: Cluster) -> int:
     if found.on_cpu or not recipe.extract.gpus_per_actor:
         return found.gpus
@@ -140,21 +146,24 @@ class Evaluation:
     seconds: float
 
 
-def evaluation(recipe: Recipe, spec: ModelSpec, images: int | None, assumed: Assumptions) -> Evaluation:
+def evaluation(case: Case) -> Evaluation | None:
     """Drawn images, likelihoods under several orders, and two images by brute force, on the recipe's processes of CPU threads."""
-    drawn = max(recipe.evaluate.feature_images, recipe.sample.images)
-    heldout = drawn if images is None else round(images / (1 - recipe.data.heldout_fraction) * recipe.data.heldout_fraction)
-    drawn, scored = min(drawn, heldout), min(recipe.evaluate.nll_images, heldout)
+    recipe, spec = case.recipe, case.spec
+    if spec.layout == "raster":
+        return None
+    drawn, scored = max(recipe.evaluate.feature_images, recipe.sample.images), recipe.evaluate.nll_images
+    if case.images is not None:
+        share = recipe.data.heldout_fraction
+        heldout = round(case.images.count * share / (1 - share))
+        drawn, scored = min(drawn, heldout), min(scored, heldout)
     models = MODELS - (not recipe.pipeline.control)
     find = extraction_flops(spec, guided=recipe.extract.guidance != 1)
     flops = float(models * drawn * extraction_flops(spec, guided=recipe.sample.guidance != 1))
     flops += (models + 1) * scored * NLL_PASSES * forward_flops(spec) + models * scored * find
-    flops += BRUTE_FORCE_IMAGES * (
-        find + forward_flops(spec) * spec.cells * (spec.cells + 1) / 6
-    )  # prefixes are a third as long on average
-    processes = recipe.parallel.max_workers
-    rate = assumed(f"gpus.cpu.{recipe.parallel.precision}_tflops") * 1e12 * recipe.parallel.cpu_threads
-    return Evaluation(flops, processes, flops / (processes * rate))
+    # By brute force N (N + 1) / 2 passes over prefixes that are a third as long on average.
+    flops += BRUTE_FORCE_IMAGES * (find + forward_flops(spec) * spec.cells * (spec.cells + 1) / 6)
+    rate = case.assumed(f"gpus.cpu.{recipe.parallel.precision}_tflops") * 1e12 * recipe.parallel.cpu_threads
+    return Evaluation(flops, recipe.parallel.max_workers, flops / (recipe.parallel.max_workers * rate))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
     work |--interval--|save|--interval--|save|--in  X   lost since the last save that was uploaded, then the restart
                            `-- upload --'
 
-With the time between failures M and the time a save stands in the way d, the best interval is about sqrt(2 d M) (Young, CACM 1974), and with
-the next terms (Daly, FGCS 2006)
+With the time between failures M and the time a save stands in the way d, the best interval is about sqrt(2 d M) (Young, CACM 1974), and
+with the next terms (Daly, FGCS 2006)
 
     sqrt(2 d M) (1 + sqrt(d / 2M) / 3 + d / 18M) - d            for d < 2M, else M
 
@@ -17,8 +17,8 @@ import math
 from dataclasses import dataclass
 
 YEAR_S = 365.25 * 86400
-HOPELESS = 50
-"""A run that takes so many times as long as it would without failures gets nowhere."""
+HOPELESS = 20
+"""A run that is expected to take so many times as long as it would without failures gets nowhere."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ def survive(work_s: float, saving: Saving, *, seed: int, runs: int = 200) -> Sur
     plain = work_s + int(work_s / saving.interval_s) * saving.stall_s
     if math.isinf(saving.between_failures_s):
         return Survival(plain / 3600, work_s / plain, work_s / plain, 0.0, 0.0)
+    if _expected(work_s, saving) > HOPELESS * (plain + saving.restart_s):
+        return Survival(math.inf, 0.0, 0.0, math.inf, math.inf)
     draw = np.random.default_rng(seed)
     left, took, failures = np.full(runs, float(work_s)), np.zeros(runs), np.zeros(runs)
     alive = np.ones(runs, dtype=bool)
@@ -90,8 +92,6 @@ def survive(work_s: float, saving: Saving, *, seed: int, runs: int = 200) -> Sur
         left[alive] -= np.minimum(saved, left - 1e-9)[alive]
         failures += alive
         starting = saving.restart_s
-        if alive.any() and took[alive].min() > HOPELESS * (plain + saving.restart_s):
-            took[alive], alive = np.inf, np.zeros(runs, dtype=bool)
     good = work_s / took
     return Survival(
         hours=float(took.mean()) / 3600,
@@ -100,3 +100,12 @@ def survive(work_s: float, saving: Saving, *, seed: int, runs: int = 200) -> Sur
         failures=float(failures.mean()),
         lost_hours=float(took.mean() - plain) / 3600,
     )
+
+
+def _expected(work_s: float, saving: Saving) -> float:
+    """How long a run takes that never ends within one life: what a life brings forward on average, again and again."""
+    between, cycle = saving.between_failures_s, saving.interval_s + saving.stall_s
+    first = math.exp(-(saving.restart_s + cycle + saving.upload_s) / between)  # the first save of a life counts
+    gained = saving.interval_s * first / -math.expm1(-cycle / between)
+    whole = math.exp(-(work_s + saving.restart_s) / between)  # or all of it is done in one
+    return between / max(gained / work_s, whole) if max(gained, whole) else math.inf

@@ -9,9 +9,10 @@
     optimiser         8 P       12 P / W      12 P / W   12 P / W       two moments, and float32 weights under ZeRO; 4 P more for an average
     buckets           e b       e (B + b)     e (B + b)  e (B + b)      B = 5 10^8 numbers, b = min(P, B); a CPU touches 2 e b of them
 
-Beside these, one of: activations and logits (the backward pass), or the gradients as the optimiser takes them (its step): 8 P / W, under ZeRO-3
-(e + 4) min(P / W, 10^9). Offload moves the optimiser's part, and parameters, to the node's memory. The table was found by counting the tensors of a
-real engine (tests/planning/test_zero_memory.py), and agrees with DeepSpeed's own estimators where they count the same.
+Beside these there are either activations and logits (the backward pass), or the gradients as the optimiser takes them (its step):
+(e + 4) P / W in bf16, 4 P / W in fp32, under ZeRO-3 of 10^9 parameters at a time. Offload moves the optimiser's part, and parameters, to
+the node's memory. The table was found by counting the tensors of real engines (tests/planning/test_zero_memory.py), and agrees with
+DeepSpeed's own estimators where they count the same.
 """
 
 from __future__ import annotations

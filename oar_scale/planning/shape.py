@@ -57,8 +57,8 @@ def _tower(architecture: str) -> tuple[int, int, int]:
         return int(text["width"]), int(config["embed_dim"]), int(text["context_length"])
     except (OSError, KeyError) as error:
         raise UserError(
-            f"tokenizer.text.architecture = {architecture}: open_clip describes no plain text tower of this name in {folder or 'any folder'} "
-            "(pip install open-clip-torch; python -c 'import open_clip; print(open_clip.list_models())')"
+            f"tokenizer.text.architecture = {architecture}: open_clip, where it is installed, describes no plain text tower of this name "
+            f"({folder or 'it is not installed'}). Names: python -c 'import open_clip; print(open_clip.list_models())'"
         ) from error
 
 

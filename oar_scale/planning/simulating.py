@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
-from oar_scale.planning.assumptions import Assumptions
-from oar_scale.planning.cluster import Cluster
+from oar_scale.planning.case import Case
 from oar_scale.planning.extracting import Extraction, Makespan, makespan
 from oar_scale.planning.streaming import StreamLoad, stream_load
-from oar_scale.planning.traffic import Shard
 from oar_scale.planning.training import Stage
 
 
@@ -51,27 +48,14 @@ def parse_simulation(text: str) -> Wanted:
     return Wanted(int(ranks), failures)
 
 
-def simulate(
-    recipe: Recipe,
-    found: Cluster,
-    wanted: Wanted,
-    stages: list[Stage],
-    orders: Extraction | None,
-    shard: Shard,
-    images: int | None,
-    assumed: Assumptions,
-    per_gpu_year: float,
-    seed: int,
-) -> Simulation:
+def simulate(case: Case, wanted: Wanted, stages: list[Stage], orders: Extraction | None) -> Simulation:
     """Act out the stream of the first stage, and the extraction.
 
     Raises:
         UserError: nobody knows how many images there are, or ranks that cannot share the streams.
     """
-    if images is None:
-        raise UserError("--simulate needs to know how many training images there are: add --images, e.g. --images 1e6")
-    stream = stream_load(recipe, shard, images, wanted.ranks, found.per_node, stages[0].step.seconds, seed=seed)
+    stream = stream_load(case, wanted.ranks, stages[0].step.seconds)
     if orders is None:
         return Simulation(stream, None)
-    lost = per_gpu_year * found.gpus * found.per_node / orders.actors  # a failure takes the actors of its node
-    return Simulation(stream, makespan(orders.shards, orders.shard_s, orders.actors, lost, orders.start_s, assumed, seed=seed))
+    lost = case.failures * case.cluster.gpus * case.cluster.per_node / orders.actors  # a failure takes the actors of its node
+    return Simulation(stream, makespan(orders.shards, orders.shard_s, orders.actors, lost, orders.start_s, case.assumed, seed=case.seed))

@@ -9,7 +9,7 @@ import numpy as np
 from oar_scale.config.schema import Recipe
 from oar_scale.data.plan import Ids, SamplePlan, step_slots
 from oar_scale.errors import UserError
-from oar_scale.planning.traffic import Shard
+from oar_scale.planning.case import Case
 
 LOOKED_AT = 400_000
 """Samples whose places are computed, at most, to see that none comes twice."""
@@ -45,18 +45,20 @@ class StreamLoad:
     """Samples whose places were computed; each came once."""
 
 
-def stream_load(recipe: Recipe, shard: Shard, images: int, ranks: int, per_node: int, step_s: float, *, seed: int) -> StreamLoad:
+def stream_load(case: Case, ranks: int, step_s: float) -> StreamLoad:
     """Ask the plan of a training run on ``ranks`` workers.
 
     Args:
-        per_node: ranks that share a node, and its cache.
-        step_s: of a step; 0 leaves out the rates.
+        step_s: that a step takes.
 
     Raises:
-        UserError: ranks that cannot share the recipe's streams or batch, or fewer images than streams.
+        UserError: ranks that cannot share the recipe's streams or batch, fewer images than streams, or nobody knows how many there are.
     """
-    streams, batch = recipe.data.canonical_streams, recipe.pretrain.global_batch
+    recipe, shard, per_node = case.recipe, case.shard, case.cluster.per_node
+    if case.images is None:
+        raise UserError("--simulate has to know how many training images there are: add --images, e.g. --images 1e6")
     check_sharing(recipe, ranks)
+    streams, batch, images = recipe.data.canonical_streams, recipe.pretrain.global_batch, case.images.count
     sizes = [shard.samples] * (images // shard.samples) + ([images % shard.samples] if images % shard.samples else [])
     try:
         plan = SamplePlan(sizes, recipe.seed, streams, recipe.data.shuffle_window_shards)
@@ -65,10 +67,9 @@ def stream_load(recipe: Recipe, shard: Shard, images: int, ranks: int, per_node:
     places = _shards_of_streams(plan)
     owners = [np.unique(np.concatenate([places[stream] for stream in range(rank, streams, ranks)])) for rank in range(ranks)]
     counts = [len(owned) for owned in owners]
-    nodes = [owners[first : first + per_node] for first in range(0, ranks, per_node)]
-    fetched = np.array([len(np.unique(np.concatenate(together))) for together in nodes])
+    fetched = np.array([len(np.unique(np.concatenate(owners[first : first + per_node]))) for first in range(0, ranks, per_node)])
     steps = plan.per_epoch // batch
-    gets = int(fetched.sum()) * shard.gets
+    gets, seconds = int(fetched.sum()) * shard.gets, max(steps * step_s, 1e-9)
     return StreamLoad(
         ranks=ranks,
         images=images,
@@ -81,10 +82,10 @@ def stream_load(recipe: Recipe, shard: Shard, images: int, ranks: int, per_node:
         node_bytes=float(fetched.max()) * shard.bytes,
         read_twice=float(fetched.sum()) / len(sizes),
         gets_per_epoch=gets,
-        gets_per_s=gets / (steps * step_s) if steps and step_s else 0.0,
+        gets_per_s=gets / seconds,
         first_gets=_first_shards(plan, batch, ranks, per_node) * shard.gets,
-        bytes_per_s=float(fetched.sum()) * shard.bytes / (steps * step_s) if steps and step_s else 0.0,
-        checked=_check_coverage(plan, seed),
+        bytes_per_s=float(fetched.sum()) * shard.bytes / seconds,
+        checked=_check_coverage(plan, case.seed),
     )
 
 
@@ -98,12 +99,13 @@ def check_sharing(recipe: Recipe, ranks: int) -> None:
     if streams % ranks == 0 and not any(batch % ranks for batch in batches):
         return
     fits = [n for n in range(1, min(streams, *batches) + 1) if streams % n == 0 and not any(batch % n for batch in batches)]
-    near = sorted(sorted(fits, key=lambda n: abs(n - ranks))[:3])
+    near = ", ".join(str(n) for n in sorted(sorted(fits, key=lambda n: abs(n - ranks))[:3]))
+    changes = {"data.canonical_streams": ranks if streams % ranks else streams}
+    changes |= {f"{name}.global_batch": -(-batch // ranks) * ranks for name, batch in zip(("pretrain", "finetune"), batches, strict=True)}
+    said = " and ".join(str(batch) for batch in dict.fromkeys(batches))
     raise UserError(
-        f"{ranks} workers cannot share data.canonical_streams = {streams} and global batches of {' and '.join(map(str, dict.fromkeys(batches)))} evenly. "
-        f"Workers that can: {', '.join(map(str, near))}; or set canonical_streams to a multiple of {ranks} that divides the batches, "
-        f"e.g. -o data.canonical_streams={ranks} -o pretrain.global_batch={-(-batches[0] // ranks) * ranks} "
-        f"-o finetune.global_batch={-(-batches[1] // ranks) * ranks}"
+        f"{ranks} workers cannot share data.canonical_streams = {streams} and global batches of {said} evenly. Workers that can: {near}. "
+        f"Or change the recipe: {' '.join(f'-o {key}={value}' for key, value in changes.items())}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from oar_scale.planning.extracting import Extraction
 from oar_scale.planning.plan import Plan
 from oar_scale.planning.simulating import Simulation
 from oar_scale.planning.training import Stage
@@ -39,15 +40,16 @@ def _head(plan: Plan) -> Iterator[str]:
     yield f"  layout {spec.layout}, {spec.cells} cells, {spec.rows} rows an image ({spec.condition.rows} of them condition)"
     yield f"  {plan.fit.said}"
     if plan.images:
-        size = plan.images.count * plan.shard.sample
-        yield f"  {plan.images.count:,} training images ({plan.images.source}); token shards of {_gb(size)} GB, {plan.shard.sample:,.0f} bytes an image"
+        size = f"{_gb(plan.images.count * plan.shard.sample)} GB of token shards, {plan.shard.sample:,.0f} bytes an image"
+        yield f"  {plan.images.count:,} training images ({plan.images.source}); {size}"
     else:
         yield "  how many images there are is not known: --images N tells epochs and extraction as well"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    parallel, who = plan.parallel, "worker" if plan.cluster.on_cpu else "GPU"
-    yield f"Memory of a {who}, GB (10^9 bytes): micro-batch {parallel.micro_batch}, {parallel.precision}, checkpointing {parallel.activation_checkpointing}"
+    parallel = plan.fit.parallel
+    mode = parallel.activation_checkpointing
+    yield f"Memory of a {_who(plan)}, GB (10^9 bytes): micro-batch {parallel.micro_batch}, {parallel.precision}, checkpointing {mode}"
     parts = {
         "weights": [row.memory.parameters for row in plan.table],
         "gathered": [row.memory.gathered for row in plan.table],
@@ -73,7 +75,8 @@ def _memory(plan: Plan) -> Iterator[str]:
             ]
         )
     yield from _columns(rows)
-    yield f"  * planned. fits: the largest micro-batch in {_gb(plan.cluster.memory)} GB that divides the batch, by kind of activation checkpointing"
+    room = _gb(plan.cluster.memory)
+    yield f"  * planned. fits: the largest micro-batch in {room} GB that divides the batch, by kind of activation checkpointing"
     yield f"  The optimiser's step needs {_gb(plan.fit.memory.step)} GB where buckets and activations were."
     host = {
         f"ZeRO {row.zero_stage} {_OFFLOAD[row.offload]}": row.memory.host * plan.cluster.per_node for row in plan.table if row.memory.host
@@ -111,7 +114,7 @@ def _training(plan: Plan) -> Iterator[str]:
         row("images/s", lambda s: f"{s.step.images_per_s:,.1f}"),
         row("MFU of the step", lambda s: f"{s.step.mfu:.0%}"),
         row("time", lambda s: _time(s.hours)),
-        row("worker-hours" if plan.cluster.on_cpu else "GPU-hours", lambda s: f"{s.gpu_hours:,.1f}"),
+        row(f"{_who(plan)}-hours", lambda s: f"{s.gpu_hours:,.1f}"),
         row("money", lambda s: _money(s.money)),
     ]
     dull = {"  of that, again", "  hidden communication", "  offload", "  waiting for data"}
@@ -119,7 +122,11 @@ def _training(plan: Plan) -> Iterator[str]:
     sent = stages[0].step.sent
     if sent:
         links = f"{plan.cluster.link(plan.workers) / 1e9:,.0f} GB/s between the workers"
-        yield f"  A worker sends in a step of {stages[0].name}: {', '.join(f'{name} {_gb(size)} GB' for name, size in sent.items())}; {links}"
+        parts = ", ".join(f"{name} {_gb(size)} GB" for name, size in sent.items())
+        yield f"  A worker sends in a step of {stages[0].name}: {parts}; {links}"
+    rate, shard = stages[0].step.images_per_s, plan.shard
+    fetched = f"{rate * shard.sample / 1e6:,.1f} MB/s and {rate / shard.samples * shard.gets:,.2f} GET/s"
+    yield f"  {stages[0].name} takes {fetched} from the storage, as long as its nodes' caches do not hold the shards"
 
 
 def _checkpoints(plan: Plan) -> Iterator[str]:
@@ -145,6 +152,10 @@ def _checkpoints(plan: Plan) -> Iterator[str]:
         yield "  No failures are assumed on CPUs; --failures-per-gpu-year X simulates some."
 
 
+def _who(plan: Plan) -> str:
+    return "worker" if plan.cluster.on_cpu else "GPU"
+
+
 def _goodput(stage: Stage) -> str:
     if not stage.survival.goodput:
         return "it gets nowhere: save more often"
@@ -154,49 +165,45 @@ def _goodput(stage: Stage) -> str:
 
 def _orders(plan: Plan) -> Iterator[str]:
     yield "Extraction and evaluation"
-    found = plan.extraction
-    if found:
-        load = found.load
-        bound = "" if found.exact else " at most (a cheaper way than exact is set)"
-        yield f"  {found.orders:,} orders of {found.flops_per_order / 1e12:,.2f} TF each{bound}; {found.images_per_s:,.1f} images/s, {_time(found.seconds / 3600)}"
-        yield f"  {plan.extraction_gpu_hours:,.1f} {'worker' if plan.cluster.on_cpu else 'GPU'}-hours, {_money(plan.extraction_money)}; {found.failures:,.1f} failures expected"
-        yield f"  an actor holds {_gb(found.memory)} GB; extract.batch up to {found.largest_batch:,} fits" + (
-            "" if found.largest_batch else ": NOTHING fits"
-        )
+    if found := plan.extraction:
+        load, who = found.load, _who(plan)
+        bound = "" if found.exact else " at most (the recipe takes a cheaper way than exact)"
+        yield f"  {found.orders:,} orders of {found.flops_per_order / 1e12:,.2f} TF each{bound}: {found.images_per_s:,.1f} images/s"
         yield (
-            f"  {found.shards:,} shards, one takes an actor {_seconds(found.shard_s)}; tables of {_gb(found.order_bytes)} GB before compression\n"
-            f"  storage: {load.requests:,} requests ({load.gets:,} GET, {load.puts:,} PUT, {load.deletes:,} DELETE), {load.requests / found.seconds:,.2f}/s; "
-            f"a new driver reads the ledger in {_seconds(found.takeover_s)}"
+            f"  {_time(found.seconds / 3600)}, {found.gpu_hours:,.1f} {who}-hours, {_money(found.money)}; "
+            f"{found.failures:,.1f} failures expected, each of which costs the shards of its node's actors"
         )
-        yield f"  limited by {_limit(plan)}"
+        batch = f"extract.batch up to {found.largest_batch:,} fits" if found.largest_batch else "NOT EVEN THE WEIGHTS FIT"
+        yield f"  an actor holds {_gb(found.memory)} GB; {batch}"
+        yield f"  {found.shards:,} shards of {_seconds(found.shard_s)} each; tables of {_gb(found.order_bytes)} GB before compression"
+        yield (
+            f"  storage: {load.requests:,} requests ({load.gets:,} GET, {load.puts:,} PUT, {load.deletes:,} DELETE), "
+            f"{load.requests / found.seconds:,.2f}/s, {found.storage_share:.2%} of what one prefix allows"
+        )
+        yield f"  a driver that takes over near the end reads the ledger in {_seconds(found.takeover_s)}: {load.entry_gets:,} entries"
+        yield f"  limited by {_limit(found)}"
     elif plan.spec.layout == "raster":
         yield "  a raster model has one order: nothing is extracted"
-    if plan.evaluation:
-        seen = plan.evaluation
-        yield f"  evaluate computes on {seen.processes} CPU processes: {seen.flops:.1e} operations, {_time(seen.seconds / 3600)} (not in the sum below)"
+    if seen := plan.evaluation:
+        yield (
+            f"  evaluate computes on CPUs, {seen.processes} processes: {seen.flops:.1e} operations, {_time(seen.seconds / 3600)} "
+            "(not in the sum below)"
+        )
 
 
-def _limit(plan: Plan) -> str:
-    """What takes the time of the extraction, and how near the storage is to its limits."""
-    found = plan.extraction
-    assert found is not None
-    limits = {assumption.key: assumption.value for assumption in plan.assumptions}
-    used = max(
-        found.load.gets / found.seconds / limits.get("storage.s3_gets_per_s", 5500),
-        (found.load.puts + found.load.deletes) / found.seconds / limits.get("storage.s3_puts_per_s", 3500),
-    )
-    what = f"computing; the storage's requests take {used:.2%} of what one prefix allows"
-    if found.shards < plan.cluster.gpus:
-        what = f"the number of shards: {found.shards:,} for {plan.cluster.gpus:,} {'workers' if plan.cluster.on_cpu else 'GPUs'}, make smaller ones (data.samples_per_shard)"
-    elif used > 1:
-        what = f"the storage: its requests are {used:.1f} times what one prefix allows, make larger shards (data.samples_per_shard)"
-    return what
+def _limit(found: Extraction) -> str:
+    if found.shards < found.actors:
+        return f"the number of shards: {found.shards:,} for {found.actors:,} actors; make smaller ones (data.samples_per_shard)"
+    if found.storage_share > 1:
+        return (
+            f"the storage: {found.storage_share:.1f} times the requests that one prefix allows; make larger shards (data.samples_per_shard)"
+        )
+    return "computing"
 
 
 def _sum(plan: Plan) -> Iterator[str]:
-    who = "worker" if plan.cluster.on_cpu else "GPU"
     hours = sum(stage.hours for stage in plan.stages) + (plan.extraction.seconds / 3600 if plan.extraction else 0.0)
-    yield f"Training and extraction together: {_time(hours)}, {plan.gpu_hours:,.1f} {who}-hours, {_money(plan.money)}"
+    yield f"Training and extraction together: {_time(hours)}, {plan.gpu_hours:,.1f} {_who(plan)}-hours, {_money(plan.money)}"
 
 
 def _cheaper(plan: Plan) -> Iterator[str]:
@@ -224,18 +231,24 @@ def _simulation(done: Simulation, plan: Plan) -> Iterator[str]:
     stream = done.stream
     fewest, mean, most = stream.shards_per_rank
     yield f"Simulated: an epoch of {stream.images:,} images on {stream.ranks:,} ranks"
-    yield f"  balance   {stream.per_step[0]} to {stream.per_step[1]} samples of each rank in every step; a rank reads {fewest} to {most} shards, {mean:,.1f} on average, and has at most {stream.open_at_once} open"
-    yield f"  coverage  {stream.left_out:,} images are left out of the epoch; of {stream.checked:,} places that were computed none holds an image twice"
-    yield f"  storage   a node fetches at most {_gb(stream.node_bytes)} GB, all of them {stream.read_twice:.2f} times the data; {stream.gets_per_epoch:,} GETs"
-    yield f"            {stream.gets_per_s:,.2f} GET/s and {stream.bytes_per_s / 1e9:,.3f} GB/s over the epoch's {stream.steps:,} steps; the first step waits for {stream.first_gets:,} GETs at once"
+    yield f"  balance    {stream.per_step[0]} to {stream.per_step[1]} samples of each rank in every step"
+    read = f"{fewest} to {most} of {stream.shards:,} shards, {mean:,.1f} on average"
+    yield f"             a rank reads {read}, at most {stream.open_at_once} at once"
+    yield f"  coverage   {stream.left_out:,} images left out of the epoch; none comes twice in {stream.checked:,} places that were computed"
+    yield f"  storage    a node fetches {_gb(stream.node_bytes)} GB at most, all nodes {stream.read_twice:.2f} times the data"
+    yield (
+        f"             {stream.gets_per_epoch:,} GETs in {stream.steps:,} steps, {stream.gets_per_s:,.2f}/s and "
+        f"{stream.bytes_per_s / 1e9:,.3f} GB/s; the first step waits for {stream.first_gets:,} at once"
+    )
     for stage in plan.stages:
-        survived = stage.survival
-        yield f"  failures  {stage.name}: {survived.failures:,.1f} in {_time(survived.hours)}, {survived.lost_hours:,.2f} hours lost, goodput {_goodput(stage)}"
-    if done.extraction:
-        orders = done.extraction
+        lived = stage.survival
+        lost = f"{lived.failures:,.1f} in {_time(lived.hours)}, {_time(lived.lost_hours)} lost"
+        yield f"  failures   {stage.name}: {lost}, goodput {_goodput(stage)}"
+    if orders := done.extraction:
+        yield f"  extraction {_time(orders.seconds / 3600)}; {_time(orders.ideal_s / 3600)} if no actor were slow or lost"
         yield (
-            f"  orders    {_time(orders.seconds / 3600)} against {_time(orders.ideal_s / 3600)} without stragglers and losses; "
-            f"{orders.lost_actors} actors lost, {orders.given_twice} shards given twice, {orders.idle_share:.1%} of the time idle at the end"
+            f"             {orders.lost_actors} actors lost, {orders.given_twice} shards given to a second actor, "
+            f"{orders.idle_share:.1%} of the time idle at the end"
         )
 
 

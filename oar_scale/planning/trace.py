@@ -38,7 +38,7 @@ class Alive(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = self.gradients = self.peak = self.most = 0
         self._sizes: dict[int, int] = {}
         self._gradients: set[int] = set()
@@ -110,7 +110,7 @@ def _trace(spec: ModelSpec, micro_batch: int, precision: str, checkpointing: Any
         model.layers[0].register_forward_hook(watch)
         for parameter in model.parameters():
             alive.leave_out(parameter)
-            parameter.register_post_accumulate_grad_hook(lambda p: alive.is_gradient(p.grad))  # type: ignore[arg-type]
+            parameter.register_post_accumulate_grad_hook(lambda p: alive.is_gradient(p.grad))
         codes_BN = torch.zeros(micro_batch, spec.cells, dtype=torch.long)
         inputs, drop_B = _inputs(spec, micro_batch), torch.zeros(micro_batch, dtype=torch.bool)
         model.rotations(codes_BN.device)  # a table that stays, whatever is trained

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 from oar_scale.config.schema import ParallelConfig, TrainingConfig
 from oar_scale.model.flops import forward_flops, training_flops
-from oar_scale.model.spec import ModelSpec
-from oar_scale.planning.assumptions import Assumptions
-from oar_scale.planning.cluster import Cluster
+from oar_scale.planning.case import Case
 from oar_scale.planning.failures import Saving, Survival, best_interval, between_failures, survive
 from oar_scale.planning.speed import Step, step_time
-from oar_scale.planning.traffic import Checkpoint, Shard, checkpoint
+from oar_scale.planning.traffic import Checkpoint, checkpoint
 
 HELDOUT_IMAGES = 256
 """That a training evaluates (``training/inputs.py``)."""
@@ -59,40 +57,26 @@ class Stage:
     money: float
 
 
-def plan_stage(
-    name: str,
-    training: TrainingConfig,
-    spec: ModelSpec,
-    parallel: ParallelConfig,
-    found: Cluster,
-    *,
-    workers: int,
-    images: int | None,
-    shard: Shard,
-    assumed: Assumptions,
-    mfu: float,
-    per_gpu_year: float,
-    seed: int,
-) -> Stage:
-    """Plan one stage on ``workers`` workers of ``found``."""
-    batch, gpus = training.global_batch, workers * max(1, parallel.gpus_per_worker)
-    step = step_time(spec, parallel, found, workers=workers, global_batch=batch, sample_bytes=shard.sample, assumed=assumed, mfu=mfu)
-    evaluated = training.steps // training.evaluate_every * len(training.evaluate_orders) * -(-HELDOUT_IMAGES // workers)
-    evaluation_s = evaluated * forward_flops(spec) / (found.flops * max(1, parallel.gpus_per_worker) * mfu)
-    written = checkpoint(spec, workers, average=training.ema_decay is not None)
-    apart = between_failures(per_gpu_year, gpus)
-    saving = _saving(written, training.checkpoint_every * step.seconds, found, assumed, apart)
-    work = training.steps * step.seconds + evaluation_s
-    survival = survive(work, saving, seed=seed)
+def plan_stage(case: Case, name: str, parallel: ParallelConfig) -> Stage:
+    """Plan one training stage."""
+    training, spec = settings_of(case, name), case.spec
+    batch, gpus = training.global_batch, case.workers * case.gpus_per_worker
+    step = step_time(case, parallel, batch)
+    evaluated = training.steps // training.evaluate_every * len(training.evaluate_orders) * -(-HELDOUT_IMAGES // case.workers)
+    evaluation_s = evaluated * forward_flops(spec) / case.worker_flops
+    written = checkpoint(spec, case.workers, average=training.ema_decay is not None)
+    saving = saving_of(case, written, training.checkpoint_every * step.seconds)
+    apart, work = saving.between_failures_s, training.steps * step.seconds + evaluation_s
+    survival = survive(work, saving, seed=case.seed)
     best, best_survival = None, None
     if not math.isinf(apart):
         best = max(1, min(training.steps, round(best_interval(saving.stall_s, apart) / step.seconds)))
-        best_survival = survive(work, _saving(written, best * step.seconds, found, assumed, apart), seed=seed)
+        best_survival = survive(work, saving_of(case, written, best * step.seconds), seed=case.seed)
     return Stage(
         name=name,
         steps=training.steps,
         global_batch=batch,
-        epochs=None if images is None else training.steps * batch / images,
+        epochs=training.steps * batch / case.images.count if case.images else None,
         tokens=training.steps * batch * spec.rows,
         flops=training.steps * batch * training_flops(spec, recompute=parallel.activation_checkpointing == "full"),
         step=step,
@@ -111,18 +95,23 @@ def plan_stage(
         best_survival=best_survival,
         hours=survival.hours,
         gpu_hours=survival.hours * gpus,
-        money=survival.hours * gpus * found.price,
+        money=survival.hours * gpus * case.cluster.price,
     )
 
 
-def _saving(written: Checkpoint, interval_s: float, found: Cluster, assumed: Assumptions, apart: float) -> Saving:
+def settings_of(case: Case, name: str) -> TrainingConfig:
+    """The section of the recipe that a stage follows; the control has fine-tuning's."""
+    return case.recipe.pretrain if name == "pretrain" else case.recipe.finetune
+
+
+def saving_of(case: Case, written: Checkpoint, interval_s: float) -> Saving:
     """A save stops training while it goes to the local disk, and for as long as the one before is still on its way."""
-    each = written.bytes / found.nodes / 1e9
+    assumed, each = case.assumed, written.bytes / case.cluster.nodes / 1e9
     upload = each / assumed("storage.s3_write_gb_s") + 2 * assumed("storage.s3_request_s")
     return Saving(
         interval_s=interval_s,
         stall_s=each / assumed("storage.disk_write_gb_s") + max(0.0, upload - interval_s),
         upload_s=upload,
         restart_s=assumed("failures.restart_s") + each / assumed("storage.s3_read_gb_s"),
-        between_failures_s=apart,
+        between_failures_s=between_failures(case.failures, case.workers * case.gpus_per_worker),
     )

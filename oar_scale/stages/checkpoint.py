@@ -24,6 +24,8 @@ from oar_scale.generation.parts import CONFIG, MODEL, RECIPE, VQ, FolderConfig, 
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
 from oar_scale.model.conversion import GRID, TEXT_ROWS, Family, export_peer, import_peer
 from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
+from oar_scale.orders.files import folder_files, head_file
+from oar_scale.orders.policies.mean import mean_order
 from oar_scale.storage import Missing, join, open_storage, write_json
 from oar_scale.storage.folders import new_folder
 from oar_scale.tokenizers.conversion import export_llamagen_vq, export_maskgit_vq, import_llamagen_vq, import_maskgit_vq
@@ -180,9 +182,13 @@ def _fill(folder: str, source: str, name: str | None, average: bool) -> None:
     """The files of an exported folder."""
     parts, model = _open(source, name, average)
     if parts.model.endswith(SAFE):
-        _copy(parts.model, join(folder, MODEL))  # the same bytes: the model keeps its id
+        _copy(parts.model, join(folder, MODEL))  # the same bytes: the model keeps its id, and its order head
+        _copy_if_there(head_file(parts.model), join(folder, head_file(MODEL)))
     else:
         save_model(join(folder, MODEL), model)
+    if parts.sample.order == "mean":
+        mean_order(parts.orders, model.spec.grid)  # is there from now on
+    _copy_if_there(parts.orders.mean, folder_files(folder).mean)
     note = None
     if parts.vq is not None:
         vq = load_vq(parts.vq)
@@ -199,6 +205,11 @@ def _fill(folder: str, source: str, name: str | None, average: bool) -> None:
         sample=parts.sample,
     )
     _write_config(folder, config)
+
+
+def _copy_if_there(source: str, target: str) -> None:
+    if open_storage(source).exists(source):
+        _copy(source, target)
 
 
 def _copy_text(parts: Parts, folder: str) -> TextConfig | None:

@@ -34,7 +34,7 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
     Args:
         images: training images to take; with ``finetune`` all of the shards they lie in.
         out: a path or an object URI for the JSON; None: nowhere.
-        finetune: steps of training on the orders of each way; 0: none.
+        finetune: steps of training on the orders of each way; 0: none. With it every way is timed once only.
 
     Returns:
         What is written: the settings, and the figures of each way.
@@ -52,7 +52,7 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
     where: dict[str, Any] = {"images": len(tokens.keys), "batch": config.batch, "score": config.score, "guidance": config.guidance}
     where |= {"precision": parallel.precision, "device": device, "threads": torch.get_num_threads()}
     run.console.say("  " + ", ".join(f"{name} {value}" for name, value in where.items()))
-    found = _measured(run, model_file, tokens, device)
+    found = _measured(run, model_file, tokens, device, 1 if finetune else ROUNDS)
     rows = [_row(each, found[EXACT]) for each in found.values()]
     if finetune:
         with tempfile.TemporaryDirectory(prefix="oar-compare-") as folder, run.console.progress(len(found), "short trainings") as tally:
@@ -91,7 +91,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [heads, *lines]]
 
 
-def _measured(run: Run, model_file: str, tokens: Tokens, device: str) -> dict[str, Measured]:
+def _measured(run: Run, model_file: str, tokens: Tokens, device: str, rounds: int) -> dict[str, Measured]:
     config, prompts = run.recipe.extract, prompt_encoder(run)
     judge = load_model(model_file).to(device)
     model = load_model(model_file).to(device, torch.bfloat16 if run.recipe.parallel.precision == "bf16" else torch.float32)
@@ -99,8 +99,8 @@ def _measured(run: Run, model_file: str, tokens: Tokens, device: str) -> dict[st
     methods = ways(settings, model.spec.grid, run.model_uri("anyorder"))
     told_S = model_inputs(prompts, prompts.encode(tokens.prompts)).to(device)
     codes_SN, images_S = torch.from_numpy(tokens.codes_SN).to(device), np.array([zlib.crc32(key.encode()) for key in tokens.keys], np.int64)
-    with run.console.progress(ROUNDS * len(methods), "ways of finding orders") as tally:
-        return compare(model, judge, codes_SN, told_S, settings, methods, config.batch, images_S, tally.advance)
+    with run.console.progress(rounds * len(methods), "ways of finding orders") as tally:
+        return compare(model, judge, codes_SN, told_S, settings, methods, config.batch, images_S, rounds=rounds, on_done=tally.advance)
 
 
 def _shards(run: Run, images: int) -> list[ShardInfo]:

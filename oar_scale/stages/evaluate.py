@@ -38,9 +38,12 @@ from oar_scale.observe.report_data import (
     SampleRow,
     TokenizerFacts,
 )
+from oar_scale.orders.analysis import neighbour_share
 from oar_scale.orders.extraction import ExtractionSettings
+from oar_scale.orders.files import run_files
 from oar_scale.stages.facts import prompts_in_words, stage_results, tokenizer_origin
 from oar_scale.stages.inputs import (
+    MODEL_FILES,
     Tokens,
     model_files,
     prompt_encoder,
@@ -176,7 +179,14 @@ def _drawing_pieces(run: Run, inputs: Inputs) -> list[Piece]:
     count = max(inputs.compared, min(recipe.sample.images, len(inputs.heldout.keys)))
     return [
         DrawingPiece(
-            Subject(name, file, inputs.told_S[part].numpy(), part.start), inputs.vq_file, settings, recipe.seed, recipe.parallel.precision
+            Subject(name, file, inputs.told_S[part].numpy(), part.start),
+            inputs.vq_file,
+            settings,
+            recipe.seed,
+            recipe.parallel.precision,
+            recipe.sample.order,
+            run_files(run.at()),
+            run.model_uri(MODEL_FILES[name]),
         )
         for part in _parts(count)
         for name, file in inputs.models.items()
@@ -255,7 +265,8 @@ def _samples(run: Run, inputs: Inputs, results: Results) -> SampleGrid:
     )
     settings = f"Guidance {sample.guidance:g}, temperature {sample.temperature:g}"
     settings += f", top {sample.top_k} codes" if sample.top_k else ""
-    return SampleGrid(columns, f"{settings}; each model in its own confidence order, all with the same noise", rows)
+    order = f"order {sample.order}" if sample.order else "each model in its own confidence order"
+    return SampleGrid(columns, f"{settings}; {order}, all with the same noise", rows)
 
 
 def _edits(inputs: Inputs, results: Results) -> tuple[EditExample, ...]:
@@ -281,7 +292,7 @@ def _orders(run: Run, inputs: Inputs, results: Results) -> OrderFacts:
         distinct=len(np.unique(orders_SN, axis=0)),
         mean_step_of_cell=summary.mean_steps(orders_SN),
         kendall_to_raster=summary.raster_distance(orders_SN),
-        neighbour_share=summary.adjacent_share(orders_SN),
+        neighbour_share=float(neighbour_share(orders_SN, run.recipe.grid).mean()),
         seconds=float(stage_results(run, "extract").get("seconds", 0.0)),
         examples=tuple(OrderExample(captions[row], inputs.train_pictures[row], steps[row]) for row in range(len(steps))),
         brute_force=summary.brute_force_sentence(results.brute_force[0]),

@@ -166,7 +166,8 @@ def _stage_row(run: Run, name: str, seconds: float, results: Mapping[str, Any]) 
             start = "continued" if recipe.model.weights else "trained"
             what, detail = f"{start} the any-order model", _training(results)
         case "finetune":
-            what, detail = f"trained it on the extracted orders ({recipe.finetune.random_share:.0%} random)", _training(results)
+            order = "the extracted orders" if recipe.finetune.order in (None, "stored") else f"the order {recipe.finetune.order}"
+            what, detail = f"trained it on {order} ({recipe.finetune.random_share:.0%} random)", _training(results)
         case "control":
             what, detail = "the same on random orders", _training(results)
         case _:

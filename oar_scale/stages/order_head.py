@@ -71,7 +71,8 @@ def report_lines(report: HeadReport) -> list[str]:
     head = f"{'way':{width}}  {'tau':>6}  {'of the cells it decides':>23}  candidate rows"
     rows = [f"{row.name:{width}}  {row.tau:6.3f}  {row.tau_rest:23.3f}  {row.rows:,}" for row in report.rows]
     exact = f"{'exact extraction':{width}}  {1:6.3f}  {1:23.3f}  {report.exact_rows:,}"
-    return [f"Kendall tau to the exact orders of {report.heldout} training images kept out, learned from {report.images}:", head, *rows, exact]
+    title = f"Kendall tau to the exact orders of {report.heldout} training images kept out, learned from {report.images}:"
+    return [title, head, *rows, exact]
 
 
 def _data(run: Run, model: str) -> tuple[HeadData, str]:

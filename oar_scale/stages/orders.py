@@ -1,7 +1,7 @@
 """``oar orders``: what the extracted orders look like.
 
-    OUT/index.html   one page with everything      OUT/orders.json    all numbers
-    OUT/appearing.webp, OUT/appearing.gif          images that appear in their order
+OUT/index.html   one page with everything      OUT/orders.json    all numbers
+OUT/appearing.webp, OUT/appearing.gif          images that appear in their order
 """
 
 from __future__ import annotations

@@ -7,12 +7,14 @@ LOCAL (folder)            recipe.yaml events/ figures/ evaluation.json report/in
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from oar_scale.config.schema import Recipe
 from oar_scale.data.pool.terms import ArrayTask
 from oar_scale.observe.console import Console
 from oar_scale.observe.events import EventLog
+from oar_scale.observe.mirror import open_log
 from oar_scale.storage import join
 
 
@@ -51,9 +53,9 @@ class Run:
         name = f"{stage}.json"
         return self.local("stages", name) if stage in ("evaluate", "report") else self.at("stages", name)
 
-    def log(self, stage: str) -> EventLog:
+    def log(self, stage: str) -> AbstractContextManager[EventLog]:
         """The event log of a new attempt at a stage."""
-        return EventLog(self.events, stage)
+        return open_log(self.events, stage, self.at(), self.recipe.observe.mirror_s)
 
     @property
     def vq_uri(self) -> str:

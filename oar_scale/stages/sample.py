@@ -9,6 +9,8 @@ from oar_scale.errors import UserError
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, png, upscale
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.model import load_model
+from oar_scale.orders.files import run_files
+from oar_scale.orders.policies import Drawing, order_to_draw
 from oar_scale.stages.inputs import MODEL_FILES, MODEL_STAGES, prompt_encoder, read_tokens, require
 from oar_scale.stages.run import Run
 from oar_scale.storage import open_storage
@@ -21,12 +23,13 @@ SHEET_PIXELS = 128
 """Side of a picture on the sheet, about: images are scaled by a whole factor."""
 
 
-def run_sample(run: Run, captions: list[str] | None, model: str, out: str) -> str:
+def run_sample(run: Run, captions: list[str] | None, model: str, out: str, order: str | None = None) -> str:
     """Draw four images for each caption (None: the first held-out ones), a row a caption, and write them as a PNG.
 
     Args:
         model: ``base``, ``anyorder``, ``control`` or ``ordered``.
         out: a path or an object URI.
+        order: an order policy; default: the recipe's.
 
     Returns:
         ``out``.
@@ -55,7 +58,9 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str) -> st
     noise = torch.Generator().manual_seed(int(hash_words("sample", run.recipe.seed)) >> 1)
     with torch.no_grad():
         condition = network.condition(model_inputs(prompts, told).repeat_interleave(DRAWINGS, dim=0))
-    drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), noise)
+    drawing = Drawing(network, len(condition), noise, run_files(run.at()), run.model_uri(model))
+    order_BN = order_to_draw(order or run.recipe.sample.order, drawing, "--order" if order else "sample.order")
+    drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), noise, order_BN)
     pictures = [upscale(picture, max(1, SHEET_PIXELS // len(picture))) for picture in decode_pictures(vq, drawn.codes_BN)]
     rows = [pictures[start : start + DRAWINGS] for start in range(0, len(pictures), DRAWINGS)]
     open_storage(out).write(out, png(contact_sheet(rows, gap=8)))

@@ -12,6 +12,7 @@ from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
 from oar_scale.model.spec import condition_spec
 from oar_scale.stages.inputs import prompt_encoder
 from oar_scale.stages.run import Run
+from oar_scale.training.inputs import job_orders
 from oar_scale.training.job import Stage, TrainingJob
 from oar_scale.training.launch import run_training
 
@@ -24,6 +25,7 @@ def run_train(run: Run, stage: Stage) -> dict[str, Any]:
         _write_base(run)
     start_from = run.model_uri("base" if stage == "pretrain" else "anyorder")
     job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(RESULT[stage]), run.profile_steps)
+    job_orders(job)  # what an order policy lacks is said here, and the mean order is found once, before there are workers
     return run_training(job, run.console)
 
 

@@ -28,6 +28,7 @@ from oar_scale.errors import UserError
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.clip_spec import ClipTextSpec, Features
 
+
 class ClipText:
     """ids int64 [B, T] (0 = no token) -> features float [B, T, F] (``tokens``) or [B, 1, F] (``pooled``).
 

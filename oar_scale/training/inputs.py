@@ -15,12 +15,14 @@ from oar_scale.config.schema import MixConfig
 from oar_scale.data.hashing import permutations
 from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.open_shard import OpenShard
-from oar_scale.data.shard_source import ShardSource
+from oar_scale.data.shard_source import ShardSource, StoredOrders
 from oar_scale.data.shards import read_token_shard
 from oar_scale.data.stream import StreamSettings, TokenStream
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model, model_id
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+from oar_scale.orders.files import run_files
+from oar_scale.orders.policies import TrainingOrders, policy
 from oar_scale.orders.table import join_orders, read_orders, table_name
 from oar_scale.storage import join
 from oar_scale.storage.shard_cache import ShardCache
@@ -38,41 +40,66 @@ def job_prompts(job: TrainingJob) -> PromptEncoder:
 def job_stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int) -> TokenStream:
     """This rank's batches of the stage."""
     recipe, training = job.recipe, job.training
-    folder = join(job.root, "tokens", "train")
+    folder, given = join(job.root, "tokens", "train"), job_orders(job)
     settings = StreamSettings(
         seed=recipe.seed,
         global_batch=training.global_batch,
         streams=recipe.data.canonical_streams,
         window_shards=recipe.data.shuffle_window_shards,
         caption_dropout=recipe.model.caption_dropout,
-        raster=recipe.model.layout == "raster",
-        random_share=training.random_share,
+        order=given.order if job.stage == "pretrain" else None,
+        random_share=0.0 if recipe.model.layout == "raster" else training.random_share,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
-    manifest, stored = read_manifest(folder), None
-    if job.stage == "finetune":
-        stored = _StoredOrders(join(job.root, "orders", "train"), folder, manifest.grid or 0, model_id(job.start_from))
+    manifest = read_manifest(folder)
+    stored: StoredOrders | None = None
+    if given.tables is not None:
+        stored = _Tables(given.tables, folder, manifest.grid or 0, model_id(job.start_from))
+    elif given.order is not None and job.stage == "finetune":
+        # By sample, as if it were stored: so that another order policy changes the orders and nothing else, not the views.
+        stored = _SameForAll(given.order)
     cache = ShardCache(job.cache, recipe.storage.cache_bytes, recipe.storage.patience_s)
     sources = [ShardSource(folder, manifest, cache, stored_orders=stored)]
-    sources += [_mixed_in(job, mix, manifest, cache) for mix in training.mix]
+    sources += [_mixed_in(job, mix, manifest, cache, stored if given.order is not None else None) for mix in training.mix]
     return TokenStream(sources, prompts, settings, rank, world, recipe.data.loader_processes)
 
 
-def _mixed_in(job: TrainingJob, mix: MixConfig, own: Manifest, cache: ShardCache) -> ShardSource:
+def job_orders(job: TrainingJob) -> TrainingOrders:
+    """What the stage's samples outside the random share follow. Raises UserError for a policy that has nothing for them."""
+    if job.recipe.model.layout == "raster":
+        name = "raster"
+    elif job.stage == "control":
+        name = "random"
+    else:
+        name = job.training.order or ("stored" if job.stage == "finetune" else "random")
+    return policy(name, f"{job.section}.order").training(run_files(job.root), job.recipe.grid)
+
+
+def _mixed_in(job: TrainingJob, mix: MixConfig, own: Manifest, cache: ShardCache, orders: StoredOrders | None) -> ShardSource:
     manifest = read_manifest(mix.shards)
     if manifest.grid is None:  # pictures
         vq = load_vq(join(job.root, "tokenizers", "vq.safetensors"))
-        return ShardSource(mix.shards, manifest, cache, mix.weight, tokenizer=vq, image_views=job.recipe.tokenizer.views)
+        return ShardSource(mix.shards, manifest, cache, mix.weight, orders, vq, job.recipe.tokenizer.views)
     if manifest.tokenizer_id != own.tokenizer_id:
         raise UserError(
             f"{mix.shards}: its codes are of the tokenizer {manifest.tokenizer_id}, the run's own are of {own.tokenizer_id}. "
             "Tokenise its images with the run's tokenizer (oar data tokenize)."
         )
-    return ShardSource(mix.shards, manifest, cache, mix.weight)
+    return ShardSource(mix.shards, manifest, cache, mix.weight, orders)
 
 
 @dataclass(frozen=True)
-class _StoredOrders:
+class _SameForAll:
+    """One order for all samples of a shard."""
+
+    order: tuple[int, ...]
+
+    def __call__(self, shard: str, samples: OpenShard) -> NDArray[np.uint16]:
+        return np.broadcast_to(np.array(self.order, dtype=np.uint16), (len(samples), 1, len(self.order)))
+
+
+@dataclass(frozen=True)
+class _Tables:
     """The orders of a token shard's samples, from the table of the same stem."""
 
     orders: str

@@ -20,7 +20,7 @@ def test_disturbed_job_arrays_leave_what_an_undisturbed_one_leaves(tmp_path: Pat
 
 def test_disturbed_ray_pools_leave_what_an_undisturbed_one_leaves(tmp_path: Path) -> None:
     happened = extraction_chaos.run_trials(range(3), SEED, str(tmp_path), ("driver", "node", "two pools"), failing=0)
-    assert happened["drivers killed"] and happened["nodes killed"] and happened["event helping"]
+    assert happened["drivers killed"] and happened["nodes killed"] and happened["trial: two pools"]
 
 
 @pytest.mark.slow

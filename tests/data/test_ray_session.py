@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
+
 import oar_scale
+from oar_scale.data.ray_session import ray_session
+from oar_scale.errors import UserError
 
 PROGRAM = """
 import json, os
@@ -47,3 +53,15 @@ def test_a_private_ray_works_from_a_source_checkout_in_any_folder_and_leaves_not
         assert not os.path.exists(f"/proc/{worker['pid']}")
         assert not os.path.exists(f"/proc/{worker['parent']}")  # the raylet
     assert not (tmp_path / ".ray").exists()  # no token was left in the home directory
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_no_ray_answers_is_named_at_once(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.2", 0))  # bound, but nobody listens
+        address = f"{scheme}127.0.0.2:{unused.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        began = time.monotonic()
+        with pytest.raises(UserError, match=rf"RAY_ADDRESS={address}: no Ray answers there"), ray_session(cpus=1):
+            pass
+        assert time.monotonic() - began < 15

@@ -144,9 +144,21 @@ def test_the_control_sees_the_same_samples_and_views_in_random_orders(tokens: st
     assert torch.equal(ordered.orders()[~follows], control.orders()[~follows])
 
 
-def test_a_raster_stream_has_one_order(tokens: str, text: TextTokenizer) -> None:
-    batch = stream(tokens, text, raster=True).batch(3)
-    assert torch.equal(batch.orders(), torch.arange(16).expand(len(batch.uid_b), -1))
+def test_a_given_order_is_that_of_all_samples_and_leaves_their_views(tokens: str, text: TextTokenizer) -> None:
+    backwards = tuple(reversed(range(16)))
+    batch, random = stream(tokens, text, order=backwards, random_share=0.0).batch(3), stream(tokens, text).batch(3)
+    assert torch.equal(batch.orders(), torch.tensor(backwards).expand(len(batch.uid_b), -1))
+    assert torch.equal(batch.codes_bN, random.codes_bN)
+
+
+def test_a_given_order_leaves_the_random_share_its_random_orders(tokens: str, text: TextTokenizer) -> None:
+    given = torch.arange(15, -1, -1)
+    mixed = [stream(tokens, text, order=tuple(given.tolist()), random_share=0.5).batch(step) for step in range(8)]
+    random = [stream(tokens, text).batch(step) for step in range(8)]
+    follows = torch.cat([(batch.orders() == given).all(1) for batch in mixed])
+    assert 0.25 < float(follows.float().mean()) < 0.75
+    found, expected = (torch.cat([batch.orders() for batch in batches])[~follows] for batches in (mixed, random))
+    assert torch.equal(found, expected)
 
 
 def test_image_shards_are_not_taken_for_token_shards(tmp_path: Path, text: TextTokenizer) -> None:

@@ -18,16 +18,11 @@ def test_pieces_that_end_in_any_order_give_the_images_in_theirs() -> None:
     assert summary.per_image(found)["ordered"]["random"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_raster_order_goes_to_a_neighbour_except_at_the_end_of_a_row() -> None:
+def test_raster_order_is_at_distance_0_and_its_steps_are_the_cells() -> None:
     raster = np.arange(16, dtype=np.uint16)[None]
-    assert summary.adjacent_share(raster) == pytest.approx(12 / 15)
     assert summary.raster_distance(raster) == 0
     assert summary.raster_distance(raster[:, ::-1]) == 1
     assert summary.mean_steps(raster).ravel().tolist() == list(range(16))
-
-
-def test_diagonal_steps_do_not_count_as_steps_to_a_neighbour() -> None:
-    assert summary.adjacent_share(np.array([[0, 3, 1, 2]], dtype=np.uint16)) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(("equal", "said"), [(2, "all 2 orders are equal"), (1, "1 of 2 orders are equal")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -62,6 +63,16 @@ def only_run(server: WandbServer) -> ServedRun:
 
 def names(run: ServedRun) -> set[str]:
     return {name for row in run.history for name in row} - OWN
+
+
+def wandb_processes() -> list[psutil.Process]:
+    """The sending process of this test's driver, and the server that wandb starts for it."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ends just now
+            if "wandb" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def assert_nothing_twice(run: ServedRun) -> None:
@@ -226,7 +237,7 @@ def test_rows_arrive_while_the_stage_runs_and_a_sender_that_is_killed_loses_and_
         arrived = len(only_run(server).history)
         for step in (40, 50, 60):
             synthetic_run.train(log, step)
-        [sender] = [child for child in psutil.Process().children() if "wandb_process" in " ".join(child.cmdline())]
+        sender, *_ = wandb_processes()
         sender.kill()
     assert 0 < arrived <= len(only_run(server).history)
     synthetic_run.resumed(events)
@@ -261,7 +272,7 @@ def test_a_client_that_hangs_holds_nothing_up_and_leaves_no_process(tmp_path: Pa
         synthetic_run.interrupted(events)
         while not server.runs:
             time.sleep(0.05)
-        started = [child for child in psutil.Process().children(recursive=True) if "wandb" in " ".join(child.cmdline())]
+        started = wandb_processes()
         for process in started:
             process.suspend()
         ended = time.monotonic()

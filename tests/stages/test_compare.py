@@ -49,7 +49,7 @@ def test_the_figures_are_what_their_names_say() -> None:
     codes, text, images = random_codes(model, 5), random_text(model, 5), np.arange(5) + 40
     methods = ways(settings, 3) | {"backwards": backwards}
     done: list[None] = []
-    found = compare(model, model, codes, text, settings, methods, 2, images, lambda: done.append(None))
+    found = compare(model, model, codes, text, settings, methods, 2, images, on_done=lambda: done.append(None))
     assert len(done) == comparison.ROUNDS * len(methods)
     exact = extract_orders(model, codes, model.condition(text), settings, images)
     assert np.array_equal(found[EXACT].order_SN, exact.order_BN.numpy())

@@ -1,11 +1,13 @@
-"""What `oar plan` says a training step holds, beside what a process that trains holds.
+"""What `oar plan` says a training step holds, beside what a process that trains holds; and what a CPU's thread does.
 
-    python tools/benchmarks/plan.py                      three sizes, with and without activation checkpointing
-    python tools/benchmarks/plan.py --child JSON         one of them in this process; prints JSON
+    python tools/benchmarks/plan.py                      memory of three sizes, with and without activation checkpointing
+    python tools/benchmarks/plan.py --rate               useful operations a second of one thread
+    python tools/benchmarks/plan.py --child JSON         one of the sizes in this process; prints JSON
 
 A step is zero_grad, forward, backward and AdamW in float32; measured is the process's highest resident memory during two steps, less
-what was resident before the model was made. glibc keeps freed blocks of up to 32 MB for itself; with MALLOC_MMAP_THRESHOLD_ it gives them back,
-and resident is what tensors take. Predicted are parameters, gradients, the optimiser's state, and activations by formula and traced.
+what was resident before the model was made. glibc keeps freed blocks of up to 32 MB for itself; with MALLOC_MMAP_THRESHOLD_ it gives
+them back, and resident is what tensors take. Predicted are parameters, gradients, the optimiser's state, and activations by formula
+and traced.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import argparse
 import json
 import os
 import re
+import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +39,13 @@ def main() -> None:
     parser.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--rate", action="store_true", help="time forward and backward pass of the emoji size instead")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(run(json.loads(arguments.child))))
+        return
+    if arguments.rate:
+        rate()
         return
     rows = []
     for size in arguments.sizes:
@@ -58,6 +66,29 @@ def measured(case: dict[str, Any], *, give_back: bool) -> int:
     else:
         os.environ.pop(GIVE_BACK, None)
     return int(in_fresh_process(__file__, ["--child", json.dumps(case)], threads=1)["peak"])
+
+
+def rate() -> None:
+    """CPU seconds of one thread, so that other programs do not count."""
+    import torch
+
+    from oar_scale.model.flops import useful_flops
+    from oar_scale.model.transformer import AnyOrderModel
+
+    torch.set_num_threads(1)
+    spec, images, rows = spec_of(SIZES["4.5 M (emoji)"]), 24, []
+    codes_BN, label_B1 = torch.randint(spec.vocab_size, (images, spec.cells)), torch.zeros(images, 1, dtype=torch.long)
+    order_BN = torch.rand(images, spec.cells).argsort(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        model, seconds = AnyOrderModel(spec).to(dtype).train(), []
+        for _ in range(5):
+            begun = time.process_time()
+            model.loss(codes_BN, order_BN, model.condition(label_B1))[0].backward()
+            seconds.append(time.process_time() - begun)
+        took = statistics.median(seconds[1:])
+        rows.append([str(dtype).removeprefix("torch."), f"{images / took:.1f}", f"{images * useful_flops(spec) / took / 1e12:.3f}"])
+    print(machine("cpu", 1))
+    print(table(["precision", "images/s", "useful TFLOP/s"], rows))
 
 
 def spec_of(case: dict[str, Any]) -> Any:

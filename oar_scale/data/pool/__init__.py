@@ -18,8 +18,8 @@ processes; through Ray go shard names and facts, no data.
 """
 
 from oar_scale.data.pool.actor import Worker
-from oar_scale.data.pool.driver import run_pool
 from oar_scale.data.pool.ledger import Facts, Ledger
+from oar_scale.data.pool.run import run_pool
 from oar_scale.data.pool.terms import ArrayTask, Bounds, PoolReport, Timing
 
 __all__ = ["ArrayTask", "Bounds", "Facts", "Ledger", "PoolReport", "Timing", "Worker", "run_pool"]

@@ -7,87 +7,21 @@ One loop, one thread; nothing it remembers is needed by the next driver:
 
 from __future__ import annotations
 
-import math
-import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-from oar_scale.data.pool.actor import Actor, Order, Outcome, Worker
-from oar_scale.data.pool.backends import Actors, ProcessActors, RayActors
+from oar_scale.data.pool.actor import Order, Outcome
+from oar_scale.data.pool.backends import Actors
 from oar_scale.data.pool.holders import Holder, Watch
 from oar_scale.data.pool.ledger import Entry, Facts, Ledger
 from oar_scale.data.pool.signals import StopSignals
 from oar_scale.data.pool.terms import ArrayTask, Bounds, OnEvent, OnProgress, PoolReport, Timing
-from oar_scale.data.ray_session import ray_session
 from oar_scale.errors import Requeue, UserError
 from oar_scale.storage.patience import patiently
-
-
-def run_pool(
-    make_worker: Callable[[], Worker],
-    shards: Sequence[str],
-    ledger: str,
-    *,
-    actors: int | Bounds,
-    gpus_per_actor: float = 0,
-    cpu_threads: int = 1,
-    max_retries: int = 3,
-    what: Mapping[str, str] | None = None,
-    array: ArrayTask | None = None,
-    timing: Timing | None = None,
-    on_progress: OnProgress | None = None,
-    on_event: OnEvent | None = None,
-) -> PoolReport:
-    """Do every shard that is not in the ledger yet.
-
-    Args:
-        make_worker: called once in each actor's process; picklable, and small when pickled.
-        shards: names, unique; they also name the ledger's entries.
-        ledger: folder URI of the ledger; the folder ``{ledger}-pool`` beside it is the pool's as well.
-        cpu_threads: cores an actor takes; Ray sets ``OMP_NUM_THREADS`` to it where that is unset.
-        max_retries: how often a shard is tried again after its actor died or its worker failed.
-        what: what the shards are made into; another pool on the same ledger must say the same.
-        array: be one of several processes, with one actor and without Ray; ``actors`` does not matter then.
-
-    Raises:
-        UserError: a worker could not be made and it is the user's to mend, or the ledger is for something else.
-        RuntimeError: workers could not be made more than ``max_retries`` times in a row.
-        Requeue: stopped by a signal; what is done is in the ledger.
-    """
-    book, report, timing = Ledger(ledger), PoolReport(), timing or Timing()
-    for shard, entry in book.entries(shards).items():
-        report.done[shard] = entry.facts
-        if on_progress:
-            on_progress(shard, entry.facts, report)
-    report.found = len(report.done)
-    missing = [shard for shard in shards if shard not in report.done]
-    if missing:
-        if what:
-            book.bind(what)
-        bounds = Bounds(1, 1) if array else _bounds(actors, len(missing), cpu_threads)
-        with StopSignals() as signals, ExitStack() as stack:
-            if not array:
-                stack.enter_context(ray_session(cpus=bounds.most * cpu_threads, gpus=math.ceil(bounds.most * gpus_per_actor)))
-                signals.arm()
-            driver = _Driver(book, missing, bounds, max_retries, timing, report, signals, array, on_progress, on_event)
-            make_actor = partial(Actor, make_worker, book, driver.holder.id, timing.patience_s)
-            driver.do(ProcessActors(make_actor) if array else RayActors(make_actor, cpu_threads, gpus_per_actor))
-    report.done = {shard: report.done[shard] for shard in shards if shard in report.done}
-    return report
-
-
-def _bounds(actors: int | Bounds, missing: int, cpu_threads: int) -> Bounds:
-    """No more than there are shards; a Ray of our own has the room that this machine has."""
-    if isinstance(actors, int):
-        return Bounds(min(actors, missing), min(actors, missing))
-    most = actors.most if "RAY_ADDRESS" in os.environ else max(actors.least, min(actors.most, (os.cpu_count() or 1) // cpu_threads))
-    return Bounds(min(actors.least, missing), min(most, missing))
 
 
 @dataclass
@@ -99,7 +33,7 @@ class _Task:
 
 
 @dataclass
-class _Driver:
+class Driver:
     ledger: Ledger
     missing: Sequence[str]
     bounds: Bounds
@@ -254,17 +188,19 @@ class _Driver:
         self.actors.run(actor, order)
 
     def _back_up(self) -> None:
-        """Give what is late to an idle actor as well."""
-        at: dict[str, list[_Task]] = {}
-        for task in self.tasks.values():
+        """Give what is late to an idle actor as well, of another host if there is one."""
+        at: dict[str, list[tuple[int, _Task, Order]]] = {}
+        for actor, task in self.tasks.items():
             if task.order and task.order.shard in self.open:
-                at.setdefault(task.order.shard, []).append(task)
-        for shard, tasks in at.items():
-            seconds = time.monotonic() - tasks[0].since
-            if self.idle and len(tasks) == 1 and tasks[0].order and self._late(seconds):
+                at.setdefault(task.order.shard, []).append((actor, task, task.order))
+        for shard, working in at.items():
+            actor, task, order = working[0]
+            seconds = time.monotonic() - task.since
+            if self.idle and len(working) == 1 and self._late(seconds):
                 self.report.late += 1
                 self._say("late", shard=shard, seconds=seconds, median_s=statistics.median(self.seconds))
-                self._give(self.idle[-1], shard, tasks[0].order.claim)
+                elsewhere = [other for other in self.idle if self.hosts[other] != self.hosts[actor]]
+                self._give((elsewhere or self.idle)[-1], shard, order.claim)
 
     def _late(self, seconds: float) -> bool:
         return len(self.seconds) >= 3 and seconds > max(self.timing.late_s, self.timing.late * statistics.median(self.seconds))
@@ -280,7 +216,7 @@ class _Driver:
     # -- taking outcomes ------------------------------------------------------------------------------------------------
 
     def _take(self, actor: int, outcome: Outcome) -> None:
-        task = self.tasks.pop(actor, None)
+        task, host = self.tasks.pop(actor, None), self.hosts.get(actor, "")
         if outcome.kind == "failed":
             self._lost(actor, outcome.error)
         else:
@@ -290,7 +226,7 @@ class _Driver:
         if task.order is None:
             self._started(actor, outcome)
         elif task.order.shard in self.open:
-            self._ended(task.order, outcome)
+            self._ended(task.order, outcome, host)
 
     def _started(self, actor: int, outcome: Outcome) -> None:
         if outcome.kind == "user error":
@@ -306,7 +242,7 @@ class _Driver:
         self.report.most_actors = max(self.report.most_actors, len(self.hosts))
         self._say("actor_started", **outcome.work)
 
-    def _ended(self, order: Order, outcome: Outcome) -> None:
+    def _ended(self, order: Order, outcome: Outcome, host: str) -> None:
         shard = order.shard
         if outcome.kind == "done":
             self._settle(shard, Entry(outcome.facts, outcome.work))
@@ -316,6 +252,7 @@ class _Driver:
             self._set_aside(shard, outcome.error)
         else:
             self.report.failures[shard] = tries = self.report.failures.get(shard, 0) + 1
+            self.failed_at.setdefault(shard, set()).add(host)
             if any(task.order and task.order.shard == shard for task in self.tasks.values()):
                 return  # another actor is at it as well
             if tries > self.max_retries:

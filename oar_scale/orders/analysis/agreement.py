@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from oar_scale.errors import UserError
-from oar_scale.orders.analysis.statistics import Orders, kendall_distance, mean_time_map
+from oar_scale.orders.analysis.statistics import FloatArray, Orders, kendall_distance, mean_time_map
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,6 @@ def agreement(name: str, first_SN: Orders, second_SN: Orders, grid: int) -> Agre
         raise UserError(f"{name}: orders of {second_SN.shape[1]} cells, the run's have {first_SN.shape[1]}. They cannot be compared.")
     early = max(first_SN.shape[1] // 4, 1)
     both_SE = (first_SN[:, :early, None] == second_SN[:, None, :early]).any(axis=2)
-    maps = [mean_time_map(order_SN, grid).ravel() for order_SN in (first_SN, second_SN)]
-    flat = any(np.ptp(each) == 0 for each in maps)
     return Agreement(
         name=name,
         images=len(first_SN),
@@ -51,5 +49,11 @@ def agreement(name: str, first_SN: Orders, second_SN: Orders, grid: int) -> Agre
         other_image_distance=float(kendall_distance(first_SN[:-1], second_SN[1:]).mean()) if len(first_SN) > 1 else float("nan"),
         same_first=float((first_SN[:, 0] == second_SN[:, 0]).mean()),
         early_overlap=float(both_SE.mean()),
-        map_correlation=float("nan") if flat else float(np.corrcoef(maps)[0, 1]),
+        map_correlation=_correlation(mean_time_map(first_SN, grid), mean_time_map(second_SN, grid)),
     )
+
+
+def _correlation(first: FloatArray, second: FloatArray) -> float:
+    first, second = first - first.mean(), second - second.mean()
+    scale = float(np.sqrt((first**2).sum() * (second**2).sum()))
+    return float((first * second).sum()) / scale if scale else float("nan")

@@ -30,10 +30,13 @@ def render_orders(orders: OrderAnalysis) -> str:
     environment = page_environment(PackageLoader("oar_scale.orders", "analysis/templates"))
     low, high = float(orders.time_map.min()), float(orders.time_map.max())
     groups = (*orders.frequent, *orders.deviating)
+    every = [orders.time_map, *(each.time_map for each in groups)]
     environment.globals.update(
         orders=orders,
         low=low,
         high=high,
+        group_low=float(min(each.min() for each in every)),
+        group_high=float(max(each.max() for each in every)),
         reach=max([float(abs(each.time_map - orders.time_map).max()) for each in groups], default=1.0),
         difference_map=DIFFERENCE_MAP,
         difference_ramp=Markup(colour_ramp(DIFFERENCE_MAP)),
@@ -56,7 +59,7 @@ def _sentences(orders: OrderAnalysis) -> list[str]:
         f"(50 % where they have nothing in common).",
         f"{number(100 * statistics.neighbour_share, 0)} % of the steps go to a neighbouring cell "
         f"({number(100 * orders.random.neighbour_share, 0)} % in random orders).",
-        f"One order for all images reaches at best about tau {number(tau['mean'], 2)} (the mean order); of those that know no image, {nearest} "
+        f"The mean order has tau {number(tau['mean'], 2)} with them; of the orders that know no image, {nearest} "
         f"has most to do with them (tau {number(tau[nearest], 2)}).",
     ]
     if orders.deviating:

@@ -48,11 +48,7 @@ def groups(order_SN: Orders, grid: int, names_of: Sequence[Sequence[Hashable]], 
         for name in names:
             rows.setdefault(name, []).append(row)
     time_SN = placing_times(order_SN) / max(grid * grid - 1, 1)
-    found = [
-        _group(str(name), time_SN[having], time_SN, grid)
-        for name, having in rows.items()
-        if at_least <= len(having) < len(order_SN)
-    ]
+    found = [_group(str(name), time_SN[having], time_SN, grid) for name, having in rows.items() if at_least <= len(having) < len(order_SN)]
     return sorted(found, key=lambda group: (-group.images, group.name))
 
 
@@ -66,4 +62,3 @@ def _group(name: str, time_GN: FloatArray, time_SN: FloatArray, grid: int) -> Gr
 def most_deviating(found: Sequence[Group], count: int) -> list[Group]:
     """Those whose images are placed most differently from the others."""
     return sorted(found, key=lambda group: (-group.deviation, group.name))[:count]
-

@@ -121,6 +121,16 @@ def policy(name: str, where: str = "order") -> Policy:
     return found
 
 
+def order_to_draw(name: str | None, drawing: Drawing, where: str = "sample.order") -> Tensor | LateOrder | None:
+    """The order that images are drawn in: a policy's, or the model's own choice (a raster model's raster) where none is named.
+
+    Raises:
+        UserError: no such policy, or one that cannot say in which order these images are drawn.
+    """
+    own = "raster" if drawing.model.spec.layout == "raster" else "confidence"
+    return policy(name or own, where).drawing(drawing)
+
+
 def grid_policies() -> dict[str, GridPolicy]:
     """All policies that go the same way through every image, by name."""
     return {name: found for name in known() if isinstance(found := policy(name), GridPolicy)}

@@ -16,7 +16,8 @@ def path(grid: int) -> NDArray[np.int64]:
     number_P = np.arange(24 * grid * grid)
     cell_P = _cells(number_P, 2, grid) * grid + _cells(number_P, 3, grid)
     cell_N, first_N = np.unique(cell_P, return_index=True)
-    return cell_N[np.argsort(first_N)]
+    order_N: NDArray[np.int64] = cell_N[np.argsort(first_N)]
+    return order_N
 
 
 def _cells(number_P: NDArray[np.int64], base: int, grid: int) -> NDArray[np.int64]:

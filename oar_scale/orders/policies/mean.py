@@ -54,7 +54,7 @@ def order_by_time(time_N: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
 
 def _from_tables(files: OrderFiles) -> dict[str, Any]:
     if files.tables is None or files.tokens is None:
-        raise UserError(f"{files.where}: there is no mean order here ({files.mean}). Export the run again after its stage extract.")
+        raise UserError(f"{files.where}: there is no mean order here ({files.mean}). A run's export has one if sample.order is mean.")
     total_N, images, made_by = np.zeros(0), 0, set[tuple[str, str]]()
     for shard in read_manifest(files.tokens).shards:
         try:

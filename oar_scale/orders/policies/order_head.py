@@ -27,7 +27,7 @@ class OrderHeadPolicy(Policy):
         try:
             head = load_head(uri, drawing.model, model_id(drawing.model_file))
         except Missing as error:
-            raise UserError(f"{uri}: this model has no order head. Train one (oar orders RECIPE --train-head), or name another order.") from error
+            raise UserError(f"{uri}: this model has no order head. Train one: oar orders RECIPE --train-head") from error
         return LateOrder(head.first_N.expand(drawing.images, -1), head.order_ahead)
 
 

@@ -1,8 +1,8 @@
 """From the middle outwards in a square spiral; every step goes to a cell above, below, left or right.
 
-    6 7 8      The spiral that winds inwards from the upper left corner, walked backwards: 8 comes last.
-    5 0 1
-    4 3 2
+6 7 8      The spiral that winds inwards from the upper left corner, walked backwards: 8 comes last.
+5 0 1
+4 3 2
 """
 
 from __future__ import annotations

@@ -1,0 +1,357 @@
+#!/usr/bin/env python3
+"""A real Slurm of a few virtual nodes on this machine, for tests and for trying job files out. Loopback only.
+
+    python cluster/dev/slurm.py up               start it (or find it running), wait until every node is idle, print the variables
+    eval "$(python cluster/dev/slurm.py env)"    point this shell at it: sbatch, squeue and oar submit use it
+    python cluster/dev/slurm.py down             end its daemons, each by its pid; jobs that run are cancelled first
+
+Needs Debian's packages slurmctld, slurmd, slurm-client and munge; no system service, no cgroups, no root for others' files: key,
+sockets, logs and state lie in one folder. The nodes are called n1, n2, ...; the partitions main, preempt (requeued by the others)
+and high. What a node has (CPUs, stand-in GPUs) is counted, not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+
+HOST = "127.0.0.1"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+PACKAGES = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+START_S = 60.0
+CLIENT_S = 10
+"""Clients wait minutes for a controller that is gone; these do not."""
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """A process that was started here; the time of its start tells it from another one that got its pid later."""
+
+    name: str
+    pid: int
+    created: float
+
+    def process(self) -> psutil.Process | None:
+        try:
+            process = psutil.Process(self.pid)
+            alive = abs(process.create_time() - self.created) < 0.1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return None
+        return process if alive else None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Slurm."""
+
+    folder: str
+    nodes: int
+    port: int
+    daemons: list[Daemon] = field(default_factory=list)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What points Slurm's commands at this cluster."""
+        return {"SLURM_CONF": os.path.join(self.folder, "slurm.conf")}
+
+    def node(self, name: str) -> Daemon:
+        """The daemon of a node, for tests that take it away."""
+        return next(daemon for daemon in self.daemons if daemon.name == f"slurmd-{name}")
+
+    def command(self, *words: str) -> str:
+        """What one of Slurm's commands says."""
+        done = subprocess.run(words, env={**os.environ, **self.env}, capture_output=True, text=True, timeout=CLIENT_S)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+
+def up(folder: str = ".dev/slurm", nodes: int = 2, cpus: int = 4, port: int = 16800) -> Cluster:
+    """Start the cluster unless it runs already; return once every node is idle.
+
+    Raises:
+        RuntimeError: a program is missing, a port is taken, it runs with other settings, or it did not come up.
+    """
+    folder = os.path.abspath(folder)
+    with _locked(folder):
+        cluster = running(folder)
+        if cluster is not None:
+            if (cluster.nodes, cluster.port) != (nodes, port):
+                raise RuntimeError(f"the Slurm in {folder} already runs with {cluster.nodes} nodes on port {cluster.port}: stop it first")
+            return cluster
+        cluster = _start(folder, nodes, cpus, port)
+    _until(lambda: _idle(cluster) >= nodes, START_S, f"the nodes do not get idle: see {folder}/log")
+    return cluster
+
+
+def down(folder: str = ".dev/slurm") -> bool:
+    """Cancel what runs and end the daemons; return whether there were any. The logs stay."""
+    folder = os.path.abspath(folder)
+    if not os.path.exists(os.path.join(folder, "cluster.json")):
+        return False
+    with _locked(folder):
+        cluster = _read(folder)
+        alive = [daemon for daemon in cluster.daemons if daemon.process() is not None]
+        with suppress(RuntimeError, subprocess.TimeoutExpired):  # the controller may be what is gone
+            cluster.command("scancel", "--user", str(os.getuid()), "--full")
+            _until(lambda: not cluster.command("squeue", "-h", "-t", "R,CG").strip(), 15, "jobs do not end")
+        for daemon in reversed(cluster.daemons):
+            _end(daemon)
+        os.unlink(os.path.join(folder, "cluster.json"))
+    return bool(alive)
+
+
+def running(folder: str = ".dev/slurm") -> Cluster | None:
+    """Return the cluster of this folder, or None where its controller does not live."""
+    folder = os.path.abspath(folder)
+    if not os.path.exists(os.path.join(folder, "cluster.json")):
+        return None
+    cluster = _read(folder)
+    controller = next((daemon for daemon in cluster.daemons if daemon.name == "slurmctld"), None)
+    return cluster if controller is not None and controller.process() is not None else None
+
+
+def restart_node(cluster: Cluster, name: str) -> Cluster:
+    """Start the daemon of a node that was lost; returns the cluster with it."""
+    lost = cluster.node(name)
+    if lost.process() is not None:
+        raise RuntimeError(f"{name} runs")
+    found = _launch(cluster.folder, f"slurmd-{name}", ["slurmd", "-D", "-f", cluster.env["SLURM_CONF"], "-N", name])
+    again = Cluster(cluster.folder, cluster.nodes, cluster.port, [found if each is lost else each for each in cluster.daemons])
+    _write(again)
+    return again
+
+
+def free_port(nodes: int = 2) -> int:
+    """Find a port that, with one for each node above it, nobody listens on."""
+    for port in range(30000 + os.getpid() % 1500 * 10, 60000, 10):
+        if not _taken(port, nodes):
+            return port
+    raise RuntimeError("no free range of ports")
+
+
+def _start(folder: str, nodes: int, cpus: int, port: int) -> Cluster:
+    for program in PROGRAMS:
+        if _program(program) is None:
+            raise RuntimeError(f"no program `{program}`: {PACKAGES}")
+    if taken := _taken(port, nodes):
+        raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {nodes} must be free)")
+    for part in ("state", "log", "run", "munge", "dev", *(f"spool/n{i + 1}" for i in range(nodes))):
+        os.makedirs(os.path.join(folder, part), exist_ok=True)
+    _write_files(folder, nodes, cpus, port)
+    conf, run, munge = (os.path.join(folder, part) for part in ("slurm.conf", "run", "munge"))
+    cluster = Cluster(folder, nodes, port)
+    commands = {
+        "munged": [
+            *("munged", "--foreground", "--force", "--num-threads=2", f"--key-file={munge}/key", f"--socket={run}/munge.socket"),
+            *(f"--pid-file={run}/munged.pid", f"--log-file={folder}/log/munged.log", f"--seed-file={munge}/seed"),
+        ],
+        "slurmctld": ["slurmctld", "-D", "-f", conf],
+        **{f"slurmd-n{i + 1}": ["slurmd", "-D", "-f", conf, "-N", f"n{i + 1}"] for i in range(nodes)},
+    }
+    for name, command in commands.items():
+        cluster.daemons.append(_launch(folder, name, command))
+        _write(cluster)
+        if name == "munged":
+            _until(lambda: os.path.exists(f"{run}/munge.socket"), 10, f"munged does not start: see {folder}/log/munged.log")
+    return cluster
+
+
+def _write_files(folder: str, nodes: int, cpus: int, port: int) -> None:
+    host = socket.gethostname().split(".")[0]
+    memory = psutil.virtual_memory().total // 2**20 - 500
+    for number in range(cpus):  # stand-in GPUs: Slurm wants character devices
+        device = os.path.join(folder, "dev", f"gpu{number}")
+        if not os.path.lexists(device):
+            os.symlink(os.devnull, device)
+    partition = f"Nodes=n[1-{nodes}] State=UP"
+    lines = [
+        "ClusterName=oar",
+        f"SlurmctldHost={host}({HOST})",
+        f"SlurmctldPort={port}",
+        *(f"{who}={_user()}" for who in ("SlurmUser", "SlurmdUser")),
+        "AuthType=auth/munge",
+        # A requeued job waits until its old credential has expired, two minutes by default.
+        f"AuthInfo=socket={folder}/run/munge.socket,cred_expire=5",
+        "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny",
+        f"StateSaveLocation={folder}/state",
+        f"SlurmdSpoolDir={folder}/spool/%n",
+        f"SlurmctldPidFile={folder}/run/slurmctld.pid",
+        f"SlurmdPidFile={folder}/run/slurmd.%n.pid",
+        f"SlurmctldLogFile={folder}/log/slurmctld.log",
+        f"SlurmdLogFile={folder}/log/slurmd.%n.log",
+        "ProctrackType=proctrack/linuxproc",
+        "TaskPlugin=task/none",
+        "SwitchType=switch/none",
+        "MpiDefault=none",
+        "MailProg=/bin/true",
+        "JobAcctGatherType=jobacct_gather/none",
+        "AccountingStorageType=accounting_storage/none",
+        "JobCompType=jobcomp/filetxt",
+        f"JobCompLoc={folder}/log/jobcomp.txt",
+        "SelectType=select/cons_tres",
+        "SelectTypeParameters=CR_Core",
+        "SlurmdParameters=config_overrides",
+        "GresTypes=gpu",
+        "SchedulerType=sched/backfill",
+        "SchedulerParameters=sched_interval=1,bf_interval=2,batch_sched_delay=0,sched_min_interval=0",
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+        "EnforcePartLimits=ALL",
+        "JobRequeue=1",
+        "ReturnToService=2",
+        "KillWait=5",
+        "MinJobAge=600",
+        "SlurmctldTimeout=30",
+        "SlurmdTimeout=15",
+        "LaunchParameters=send_gids",
+        *(
+            f"NodeName=n{i + 1} NodeHostname={host} NodeAddr={HOST} Port={port + 1 + i} CPUs={cpus} Boards=1 SocketsPerBoard=1 "
+            f"CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={memory} Gres=gpu:{cpus} State=UNKNOWN"
+            for i in range(nodes)
+        ),
+        f"PartitionName=main {partition} Default=YES MaxTime=1-00:00:00 PriorityTier=10 PreemptMode=OFF",
+        f"PartitionName=preempt {partition} MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60",
+        f"PartitionName=high {partition} MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF",
+    ]
+    files = {
+        "slurm.conf": "\n".join(lines) + "\n",
+        "gres.conf": f"AutoDetect=off\nName=gpu File={folder}/dev/gpu[0-{cpus - 1}]\n",
+        "cgroup.conf": "CgroupPlugin=cgroup/v1\n",  # slurmd wants one even where it is not used; looking for it by itself may fail
+    }
+    for name, text in files.items():
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            file.write(text)
+    os.chmod(os.path.join(folder, "munge"), 0o700)
+    key = os.path.join(folder, "munge", "key")
+    if not os.path.exists(key):
+        with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as out:
+            out.write(secrets.token_bytes(1024))
+
+
+def _launch(folder: str, name: str, command: Sequence[str]) -> Daemon:
+    program = _program(command[0])
+    assert program is not None
+    with open(os.path.join(folder, "log", f"{name}.out"), "ab") as log:
+        process = subprocess.Popen(
+            [program, *command[1:]], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    created = psutil.Process(process.pid).create_time()
+    process.returncode = 0  # it is meant to outlive us: no warning when the handle goes
+    return Daemon(name, process.pid, created)
+
+
+def _end(daemon: Daemon) -> None:
+    process = daemon.process()
+    if process is None:
+        return
+    process.send_signal(signal.SIGTERM)
+    with suppress(RuntimeError):
+        _until(lambda: daemon.process() is None, 10, "")
+        return
+    process.kill()
+
+
+def _idle(cluster: Cluster) -> int:
+    for daemon in cluster.daemons:
+        if daemon.process() is None:
+            raise RuntimeError(f"{daemon.name} ended at once: see {cluster.folder}/log")
+    try:
+        answer = cluster.command("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip()
+    except (RuntimeError, subprocess.TimeoutExpired):
+        return 0  # not yet; the deadline is with whoever asks
+    return int(answer or 0)
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+
+
+def _user() -> str:
+    return psutil.Process().username()
+
+
+def _taken(port: int, nodes: int) -> list[int]:
+    taken = []
+    for number in range(port, port + nodes + 1):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, number))
+            except OSError:
+                taken.append(number)
+    return taken
+
+
+@contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """One ``up`` or ``down`` at a time."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(folder: str) -> Cluster:
+    with open(os.path.join(folder, "cluster.json"), encoding="utf-8") as file:
+        stored = json.load(file)
+    return Cluster(**{**stored, "daemons": [Daemon(**each) for each in stored["daemons"]]})
+
+
+def _write(cluster: Cluster) -> None:
+    path = os.path.join(cluster.folder, "cluster.json")
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        json.dump(asdict(cluster), file, indent=1)
+    os.replace(f"{path}.new", path)
+
+
+def _until(condition: Callable[[], Any], timeout_s: float, problem: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{problem} (waited {timeout_s:.0f} s)")
+        time.sleep(0.1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A real Slurm of virtual nodes on loopback.")
+    parser.add_argument("verb", choices=["up", "down", "env"])
+    parser.add_argument("--dir", default=".dev/slurm", help="configuration, logs and state (default: .dev/slurm)")
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--cpus", type=int, default=4, help="CPUs that a node counts, and stand-in GPUs")
+    parser.add_argument("--port", type=int, default=16800)
+    arguments = parser.parse_args()
+    try:
+        if arguments.verb == "down":
+            print("stopped" if down(arguments.dir) else "was not running", file=sys.stderr)
+            return 0
+        cluster = up(arguments.dir, arguments.nodes, arguments.cpus, arguments.port) if arguments.verb == "up" else running(arguments.dir)
+    except RuntimeError as error:
+        print(f"slurm: {error}", file=sys.stderr)
+        return 1
+    if cluster is None:
+        print(f"slurm: no cluster runs in {arguments.dir}: start it with `up`", file=sys.stderr)
+        return 1
+    for name, value in cluster.env.items():
+        print(f"export {name}={shlex.quote(value)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""What is being planned: one recipe on one cluster, under one set of assumptions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from oar_scale.config.schema import ParallelConfig, Recipe
+from oar_scale.model.spec import ModelSpec
+from oar_scale.planning.assumptions import Assumptions
+from oar_scale.planning.cluster import Cluster
+from oar_scale.planning.shape import Images, Parameters, parameters
+from oar_scale.planning.traffic import Shard
+
+
+@dataclass(frozen=True)
+class Case:
+    recipe: Recipe
+    spec: ModelSpec
+    cluster: Cluster
+    images: Images | None
+    """None: nobody knows how many there are."""
+    shard: Shard
+    assumed: Assumptions
+    mfu: float
+    """Share of the peak while computing; 1 on CPUs, whose rate is measured."""
+    failures: float
+    """For each GPU in a year."""
+    seed: int
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        return parameters(self.spec)
+
+    @property
+    def workers(self) -> int:
+        """Training workers that the cluster has room for."""
+        return self.cluster.gpus // self.gpus_per_worker
+
+    @property
+    def gpus_per_worker(self) -> int:
+        return max(1, self.recipe.parallel.gpus_per_worker)
+
+    @property
+    def worker_flops(self) -> float:
+        """Useful operations a second of a worker."""
+        return self.cluster.flops * self.gpus_per_worker * self.mfu
+
+    @property
+    def average(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return self.recipe.pretrain.ema_decay is not None or self.recipe.finetune.ema_decay is not None
+
+    def accumulation(self, parallel: ParallelConfig) -> int:
+        """Micro-batches of a step, in the stage that takes most."""
+        return max(self.recipe.pretrain.global_batch, self.recipe.finetune.global_batch) // (parallel.micro_batch * self.workers)
+
+    def on(self, cluster: Cluster) -> Case:
+        """The same elsewhere."""
+        return replace(self, cluster=cluster)

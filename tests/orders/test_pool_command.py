@@ -1,0 +1,91 @@
+"""``oar extract`` as a job array without Ray: what it leaves, what it says meanwhile, and how far it is from outside."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_run import prepare_small_run, small_recipe
+
+from oar_scale.cli import main
+from oar_scale.cli.extract import _place
+from oar_scale.config.loading import dump_recipe
+from oar_scale.data.manifest import read_manifest
+from oar_scale.data.pool import ArrayTask
+from oar_scale.errors import UserError
+from oar_scale.observe.events import read_events
+from oar_scale.orders.table import read_orders, table_name
+from oar_scale.stages.extract import run_extract
+from oar_scale.stages.run import Run
+from oar_scale.storage import open_storage
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Ready to be extracted: 96 drawings in shards of 16, an untrained model."""
+    found = prepare_small_run(small_recipe(str(tmp_path_factory.mktemp("run")), extract={"views": 2, "batch": 16}))
+    open_storage(found.at()).upload(found.model_uri("base"), found.model_uri("anyorder"))
+    return Run(found.recipe, array=ArrayTask(0, 1))
+
+
+@pytest.fixture(scope="module")
+def recipe_file(run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(dump_recipe(run.recipe))
+    return str(path)
+
+
+def test_the_status_before_anything_began(run: Run, recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["extract", recipe_file, "--status"]) == 0
+    assert ": 0 of 5 shards, 0 of " in capsys.readouterr().out
+
+
+def test_one_task_of_an_array_extracts_everything_and_says_so(run: Run, recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    results = run_extract(run)
+    manifest = read_manifest(run.at("tokens", "train"))
+    assert (results["images"], results["actors"], results["found"], results["poison"]) == (manifest.samples, 1, 0, {})
+    for shard in manifest.shards:
+        table = read_orders(run.at("orders", "train", table_name(shard.name)))
+        assert table.views == [0, 1] * shard.samples
+    points = [event for event in read_events(run.events, "extract") if event["kind"] == "pool"]
+    assert [point["done"] for point in points][-1] == manifest.samples == points[-1]["total"]
+    assert points[-1]["images_per_s"] > 0 and points[-1]["actors"] == 1 and points[-1]["retries"] == 0
+    capsys.readouterr()
+    assert main(["extract", recipe_file, "--status"]) == 0
+    said = capsys.readouterr().out
+    assert f": {len(manifest.shards)} of {len(manifest.shards)} shards" in said and "(100.0 %)" in said
+    assert "none at work\n" in said and "actor-hours so far" in said
+    assert run_extract(run)["found"] == len(manifest.shards)
+
+
+def test_the_status_brings_neither_torch_nor_ray(recipe_file: str) -> None:
+    status = f"main(['extract', {recipe_file!r}, '--status'])"
+    program = f"import sys; from oar_scale.cli import main; {status}; sys.exit(bool({{'torch', 'ray'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_place_in_an_array_is_given_or_slurms(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _place("3/8") == (3, 8)
+    for name, value in (("SLURM_ARRAY_TASK_ID", "11"), ("SLURM_ARRAY_TASK_COUNT", "4"), ("SLURM_ARRAY_TASK_MIN", "10")):
+        monkeypatch.setenv(name, value)
+    assert _place("") == (1, 4)
+
+
+def test_a_place_that_is_none_is_refused(recipe_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    for given in ("4/4", "x/2", "1"):
+        with pytest.raises(UserError, match="I/N is needed, with I from 0 to N - 1"):
+            _place(given)
+    assert main(["extract", recipe_file, "--array"]) == 2
+    assert "SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT are not set" in capsys.readouterr().err
+
+
+def test_actors_are_a_number_or_bounds(tmp_path: Path) -> None:
+    config = small_recipe(str(tmp_path), extract={"actors": {"min": 2, "max": 9}}).extract
+    assert (config.min_actors, config.max_actors) == (2, 9)
+    assert (small_recipe(str(tmp_path)).extract.min_actors, small_recipe(str(tmp_path)).extract.max_actors) == (2, 2)
+    with pytest.raises(ValueError, match="min 3 is above max 2"):
+        small_recipe(str(tmp_path), extract={"actors": {"min": 3, "max": 2}})

@@ -1,0 +1,171 @@
+"""``oar plan`` answers for every shipped recipe, at once, and says what is wrong in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from oar_scale.cli import main
+from oar_scale.errors import UserError
+from oar_scale.planning.cheaper import WORTH
+from oar_scale.planning.plan import Options, Plan, make_plan
+from oar_scale.planning.text import as_json, as_text
+from tests.planning.cases import RECIPES, SHIPPED
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+LARGE = ["-o", "model.dim=5120", "-o", "model.layers=40", "-o", "model.heads=40"]
+
+
+def plan(recipe: str, *overrides: str, **options: object) -> Plan:
+    return make_plan(str(RECIPES / f"{recipe}.yaml"), overrides, Options(**options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_fits_and_is_planned_in_two_seconds(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = time.process_time()
+    assert main(["plan", str(path)]) == 0
+    assert time.process_time() - begun < 2
+    said = capsys.readouterr().out
+    assert said.startswith(path.stem) and " fits: " in said and "Assumptions" in said
+    assert not re.search(r"\b(nan|inf|None)\b", said)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_traced_in_ten_seconds(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = time.process_time()
+    assert main(["plan", str(path), "--activations"]) == 0
+    assert time.process_time() - begun < 10
+    assert "Activations traced" in capsys.readouterr().out
+
+
+def test_no_torch_is_imported_unless_it_is_to_trace() -> None:
+    recipe = str(RECIPES / "imagenet.yaml")
+    code = (
+        f"import sys; from oar_scale.cli import main; main(['plan', {recipe!r}, '--simulate', 'ranks=64']); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_json_holds_what_the_lines_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "imagenet.yaml"), "--json", "--simulate", "ranks=64"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["parameters"]["blocks"] + found["parameters"]["codes"] + found["parameters"]["condition"] + found["parameters"]["rest"]
+        == 342_912_000
+    )
+    assert found["spec"]["dim"] == 1024 and found["simulation"]["stream"]["ranks"] == 64
+    assert {one["key"] for one in found["assumptions"]} >= {"gpus.h200.price_per_hour", "failures.per_gpu_year"}
+
+
+def test_what_never_ends_is_null_in_json_and_said_in_words() -> None:
+    hopeless = plan("imagenet", nodes=8, failures_per_gpu_year=1e5)
+    assert json.loads(as_json(hopeless))["stages"][0]["hours"] is None
+    assert "it gets nowhere" in as_text(hopeless)
+
+
+def test_twice_the_price_is_twice_the_money_and_fewer_failures_are_less_time() -> None:
+    one, two = (plan("imagenet", price=price) for price in (2.0, 4.0))
+    assert two.money == pytest.approx(2 * one.money)
+    calm, wild = (plan("imagenet", nodes=8, failures_per_gpu_year=rate).stages[0] for rate in (0.0, 50.0))
+    assert calm.survival.failures == 0 < wild.survival.failures and calm.hours < wild.hours
+    assert calm.saves.best_every is None and wild.best_survival and wild.best_survival.goodput >= 0.995 * wild.survival.goodput
+
+
+def test_a_plan_is_the_same_again() -> None:
+    assert as_text(plan("imagenet", simulate="ranks=64")) == as_text(plan("imagenet", simulate="ranks=64"))
+
+
+def test_what_is_cheaper_is_cheaper_fits_and_can_be_run() -> None:
+    planned = plan("imagenet", nodes=8)
+    assert planned.cheaper
+    money = sum(stage.money for stage in planned.stages)
+    for other in planned.cheaper:
+        assert other.money < (1 - WORTH) * money
+        workers = other.nodes * other.per_node
+        again = plan(
+            "imagenet",
+            f"parallel.workers={workers}",
+            f"parallel.micro_batch={other.micro_batch}",
+            f"parallel.zero_stage={other.zero_stage}",
+            f"parallel.activation_checkpointing={other.activation_checkpointing}",
+            nodes=other.nodes,
+            gpus_per_node=other.per_node,
+        )
+        assert again.fit.fits and sum(stage.money for stage in again.stages) == pytest.approx(other.money, rel=0.02)
+
+
+def test_a_recipe_that_does_not_fit_is_planned_with_the_nearest_that_does_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "imagenet.yaml"), *LARGE, "--gpu", "h100"]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "DOES NOT FIT" in line]
+    settings = re.search(r"Planned with (.*): ", line)
+    assert settings and "of 80.0 GB" in line
+    changes = [f"parallel.{change.replace(' ', '=')}" for change in settings[1].split(", ")]
+    overrides = [*LARGE[1::2], *changes]
+    assert plan("imagenet", *overrides, gpu="h100").fit.fits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "h300"], r"--gpu h300: not known; there are h200, h100"),
+        (["--gpu", "cpu"], r"trains on GPUs; .* -o parallel\.gpus_per_worker=0"),
+        (["--nodes", "64"], r"512 workers cannot share data\.canonical_streams = 256"),
+        (["--simulate", "ranks=1000"], r"1000 workers cannot share"),
+        (["--simulate", "rank=8"], r"--simulate rank=8: ranks=N is needed"),
+        (["--assume", "gpu.price=3"], r"--assume gpu\.price: there is no such assumption"),
+        (["--mfu", "40"], r"--mfu 40: a share of the peak"),
+        (["-o", "parallel.gpus_per_worker=2", "--nodes", "1", "--gpus-per-node", "1"], r"fewer than parallel\.gpus_per_worker"),
+        (
+            [*LARGE, "--gpu", "l40s", "--nodes", "1", "--gpus-per-node", "1", "--assume", "gpus.l40s.memory_gb=8"],
+            r"does not fit on 1 x L40S: .*",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line_with_the_remedy(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "imagenet.yaml"), *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(words, error) and "\n" not in error
+
+
+def test_too_few_gpus_hear_how_many_would_do() -> None:
+    small = ["memory.node_gb=64"]  # no room for what could be offloaded
+    with pytest.raises(UserError, match=r"does not fit on 2 x L40S.*About (\d+) of them would do under ZeRO-3") as raised:
+        plan("imagenet", *LARGE[1::2], gpu="l40s", nodes=1, gpus_per_node=2, assume=small)
+    found = re.search(r"About (\d+) of them", str(raised.value))
+    assert found and 4 < int(found[1]) <= 8
+    assert plan("imagenet", *LARGE[1::2], gpu="l40s", nodes=1, gpus_per_node=8, assume=small).fit.parallel.zero_stage == 3
+
+
+def test_unknown_data_leaves_out_what_needs_the_number_of_images(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"extends: {RECIPES / 'imagenet.yaml'}\nname: mine\n")
+    found = make_plan(str(tmp_path / "mine.yaml"), (), Options())
+    assert found.images is None and found.extraction is None and found.stages[0].epochs is None
+    assert "--images N tells" in as_text(found)
+
+
+def test_a_raster_recipe_is_pretrained_and_no_more() -> None:
+    found = plan("imagenet", "model.layout=raster")
+    assert [stage.name for stage in found.stages] == ["pretrain"] and found.extraction is None
+    assert "a raster model has one order" in as_text(found)
+
+
+def test_the_guide_quotes_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """The block under a command in docs/planning.md is its output, but for lines of three dots."""
+    guide = (DOCS / "planning.md").read_text()
+    blocks = re.findall(r"```console\n\$ (oar plan (?:.|\n)*?)```", guide)
+    assert blocks
+    for block in blocks:
+        command, _, shown = re.sub(r" \\\n\s*", " ", block).partition("\n")
+        words = command.split()[2:]
+        assert main(["plan", str(RECIPES.parent / words[0]), *words[1:]]) == 0
+        said = capsys.readouterr().out
+        for part in re.split(r"^ *\.\.\.\n", shown, flags=re.MULTILINE):
+            assert part in said + "\n", part
