@@ -15,11 +15,13 @@ import time
 import urllib.parse
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 
 from oar_scale.data.pool import Facts
 from oar_scale.errors import UserError
@@ -120,7 +122,7 @@ class NotedExtraction:
 
 def note_process(log: str) -> None:
     Path(log).mkdir(parents=True, exist_ok=True)
-    _append(Path(log, "pids.log"), f"{os.getpid()}")
+    _append(Path(log, "pids.log"), f"{os.getpid()} {psutil.Process().create_time()}")
 
 
 def note_try(log: str, shard: str) -> None:
@@ -136,7 +138,19 @@ def tries(log: Path | str) -> list[str]:
 def pids(log: Path | str) -> list[int]:
     """Of all processes that ever had a worker, oldest first."""
     path = Path(log, "pids.log")
-    return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def living(log: Path | str) -> list[psutil.Process]:
+    """Those of these processes that still run; another one of the same number is none of them."""
+    path, found = Path(log, "pids.log"), []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        pid, born = line.split()
+        with suppress(psutil.Error):
+            process = psutil.Process(int(pid))
+            if abs(process.create_time() - float(born)) < 0.1 and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def _append(path: Path, line: str) -> None:

@@ -61,7 +61,7 @@ class GatedLinear(Linear):
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
         if torch.is_grad_enabled():
             return lean.gated_linear(gate, up, self.weight)
-        return super().forward(F.silu(gate, inplace=True).mul_(up))
+        return super().forward(F.silu(gate).mul_(up))
 
 
 class Heads(NamedTuple):
@@ -155,6 +155,4 @@ class Block(nn.Module):
     def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
         if self.training and self.dropout and lean.worthwhile(x_BLD):
             return lean.add_dropped(x_BLD, y_BLD, self.dropout)
-        if not torch.is_grad_enabled():
-            return y_BLD.add_(x_BLD)
         return x_BLD + F.dropout(y_BLD, self.dropout, self.training)

@@ -35,7 +35,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 import conftest  # noqa: E402, F401 (a quiet environment on loopback)
 import psutil  # noqa: E402
 from fault_proxy import ALL_METHODS, FaultProxy  # noqa: E402
-from pool_worker import PHASES, WRITES, TableWriter, pids, table_of, tries  # noqa: E402
+from pool_worker import PHASES, WRITES, TableWriter, living, table_of, tries  # noqa: E402
 
 from oar_scale.data.pool import ArrayTask, Ledger, Timing, run_pool  # noqa: E402
 from oar_scale.errors import Requeue, UserError  # noqa: E402
@@ -93,7 +93,7 @@ class Driver:
         return self.process.poll() is None
 
     def kill_group(self) -> None:
-        with suppress(ProcessLookupError):
+        if self.running:  # or its number may be another's by now
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def end(self, timeout_s: float = 240) -> tuple[int, Any]:
@@ -296,7 +296,7 @@ def disturb(trial: Trial, drivers: list[Driver], cluster: Cluster | None) -> Non
                 victim.process.send_signal(dice.choice((signal.SIGTERM, signal.SIGUSR1)))
                 trial.happened["drivers asked to stop"] += 1
             case "array":
-                _kill(victim.process.pid)
+                victim.process.kill()
                 trial.happened["array tasks killed"] += 1
             case "array node":
                 for driver in dice.sample(drivers, dice.randint(1, 3)):
@@ -312,15 +312,11 @@ def after_tries(log: str, more: int, drivers: list[Driver]) -> None:
 
 def kill_an_actor(log: str, dice: random.Random) -> int:
     """How many were killed: one, or none if none is alive."""
-    alive = [pid for pid in pids(log) if psutil.pid_exists(pid)]
+    alive = living(log)
     if alive:
-        _kill(dice.choice(alive))
+        with suppress(psutil.NoSuchProcess):
+            dice.choice(alive).kill()
     return min(1, len(alive))
-
-
-def _kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 def check_report(trial: Trial, report: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pool_worker import TableWriter, pids, table_of, tries
+from pool_worker import TableWriter, living, pids, table_of, tries
 
 from oar_scale.data.pool import Bounds, Ledger, PoolReport, Timing, run_pool
 from oar_scale.data.ray_session import ray_session
@@ -171,7 +171,7 @@ def test_a_killed_driver_leaves_nothing_running_and_its_successor_finishes(tmp_p
     wait_until(lambda: len(ledger.done()) >= 2)
     driver.kill()
     driver.wait()
-    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids(tmp_path / "log")))
+    wait_until(lambda: not living(tmp_path / "log"))
     before = len(ledger.done())
     assert 2 <= before < len(SHARDS)
     began = time.monotonic()

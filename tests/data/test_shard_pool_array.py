@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pool_worker import pids, table_of, tries
+from pool_worker import living, pids, table_of, tries
 
 from oar_scale.data.pool import Ledger
 from oar_scale.orders.table import write_orders
@@ -105,13 +105,14 @@ def test_a_killed_tasks_shards_are_taken_over_at_once_where_its_end_can_be_seen(
 def test_a_task_that_stands_still_loses_its_claims_and_does_no_harm_when_it_goes_on(tmp_path: Path, calm: dict[str, bytes]) -> None:
     frozen = Task(tmp_path, 0, 2, seconds=0.5)
     wait_until(lambda: bool(pids(tmp_path / "log")) and len(Ledger(str(tmp_path / "ledger")).done()) >= 2)
-    for pid in (frozen.process.pid, *pids(tmp_path / "log")):
-        os.kill(pid, signal.SIGSTOP)
+    child = living(tmp_path / "log")[0]
+    for process in (frozen.process, child):
+        process.send_signal(signal.SIGSTOP)
     said = Task(tmp_path, 1, 2).end()
     assert said[-1][1]["done"] == SHARDS
     assert [kind for kind, _ in said].count("taken_over") == 1
-    for pid in (frozen.process.pid, pids(tmp_path / "log")[0]):
-        os.kill(pid, signal.SIGCONT)
+    for process in (frozen.process, child):
+        process.send_signal(signal.SIGCONT)
     assert frozen.end()[-1][1]["done"] == SHARDS
     assert tables(tmp_path) == calm
     assert sorted(Ledger(str(tmp_path / "ledger")).done()) == SHARDS
@@ -138,7 +139,7 @@ def test_what_does_not_end_in_the_grace_period_is_handed_back(tmp_path: Path) ->
     task.process.send_signal(signal.SIGUSR1)
     assert dict(task.end(timeout_s=20))["drained"] == {"finished": 0, "handed_back": 1}
     assert not Ledger(str(tmp_path / "ledger")).claims()
-    assert not os.path.exists(f"/proc/{pids(tmp_path / 'log')[0]}")
+    assert not living(tmp_path / "log")
 
 
 def test_a_shard_that_kills_its_process_is_set_aside_by_one_task_for_all(tmp_path: Path) -> None:
@@ -167,4 +168,4 @@ def test_the_child_of_a_killed_task_does_not_outlive_it_for_long(tmp_path: Path)
     wait_until(lambda: bool(pids(tmp_path / "log")))
     task.process.kill()
     task.end()
-    wait_until(lambda: not os.path.exists(f"/proc/{pids(tmp_path / 'log')[0]}"), timeout_s=10)
+    wait_until(lambda: not living(tmp_path / "log"), timeout_s=10)

@@ -52,7 +52,7 @@ def test_a_near_miss_is_answered_with_the_key_that_was_meant() -> None:
 
 def test_larger_models_take_the_mfu_of_their_size() -> None:
     assumed = read_assumptions()
-    assert [assumed.mfu(count) for count in (10**8, 7 * 10**8, 3 * 10**9, 7 * 10**9, 13 * 10**9)] == [0.30, 0.35, 0.41, 0.46, 0.40]
+    assert [assumed.mfu(count) for count in (10**8, 7 * 10**8, 3 * 10**9, 7 * 10**9, 13 * 10**9)] == [0.27, 0.35, 0.41, 0.46, 0.40]
 
 
 def test_the_longest_name_of_a_data_set_counts() -> None:

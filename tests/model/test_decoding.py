@@ -1,0 +1,93 @@
+"""Placing cells one at a time: what it takes of memory, and which rows it refuses to mix up. What it computes: ``test_layouts.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import random_codes, random_orders, small_model, told
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from oar_scale.model import decoding
+from oar_scale.orders import scores
+from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["instructed", "dual"])
+def test_how_many_rows_go_together_changes_nothing(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(layout=layout, grid=4, kv_heads=1)
+    codes, rows, order = random_codes(model, 5), model.condition(told(model, 5)), random_orders(model, 5)
+    settings = ExtractionSettings(guidance=2.0, commit_per_step=3)
+
+    def results() -> tuple[Any, torch.Tensor]:
+        known = model.prefill(model.begin(rows), order[:, :6], codes.gather(1, order[:, :6]))
+        return extract_orders(model, codes, rows, settings), model.candidate_rows(known, order[:, 6:]).logits_BRV
+
+    together, logits = results()
+    monkeypatch.setitem(decoding.ROWS_AT_ONCE, "cpu", 20)
+    monkeypatch.setitem(scores.BLOCK, "cpu", (7, 3))
+    apart, other_logits = results()
+    assert torch.equal(apart.order_BN, together.order_BN)
+    torch.testing.assert_close(apart.score_BN, together.score_BN, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other_logits, logits, rtol=1e-4, atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("score", ["gt_logprob", "neg_entropy"])
+def test_nothing_an_extraction_makes_is_larger_than_the_cache_of_a_layer(score: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the logits of all candidates, nor a mask among them, nor a copy of the cache for each."""
+    model = small_model(grid=8, vocab=4096)
+    codes, rows = random_codes(model, 8), model.null_condition(8)
+    monkeypatch.setitem(decoding.ROWS_AT_ONCE, "cpu", 64)
+    monkeypatch.setitem(scores.BLOCK, "cpu", (64, 512))
+    whole_cache = model.begin(rows).cache.numel()
+    with Largest() as largest:
+        extract_orders(model, codes, rows, ExtractionSettings(score=score, commit_per_step=16))
+    weights = model.output.weight.numel()
+    assert largest.numel <= max(whole_cache, weights)
+    assert 4 * whole_cache < 8 * 64 * 4096  # what the logits would be
+
+
+@torch.no_grad()
+def test_the_cache_has_room_for_the_rows_of_an_image_and_no_more() -> None:
+    for layout, stride in (("instructed", 2), ("dual", 1)):
+        model = small_model(layout=layout, kv_heads=1)
+        assert model.begin(model.null_condition(2)).cache.shape == (2, 2, 2, 1, 4 + stride * 9, 16)
+
+
+@torch.no_grad()
+def test_rows_of_candidates_that_were_written_over_are_not_committed() -> None:
+    model = small_model()
+    order, codes = random_orders(model, 2), random_codes(model, 2)
+    prefix, winner = model.begin(model.null_condition(2)), torch.zeros(2, dtype=torch.long)
+    first = model.candidate_rows(prefix, order)
+    second = model.candidate_rows(prefix, order[:, :3])
+    with pytest.raises(ValueError, match="rows are gone"):
+        model.commit(prefix, first, winner, codes[:, 0])
+    model.commit(prefix, second, winner, codes[:, 0])
+    with pytest.raises(ValueError, match="rows are gone"):
+        model.commit(prefix, second, winner, codes[:, 0])
+
+
+@torch.no_grad()
+def test_more_candidates_than_cells_are_refused() -> None:
+    model = small_model(layout="dual")
+    with pytest.raises(ValueError, match="10 candidates are more than the cells that are left"):
+        model.candidate_rows(model.begin(model.null_condition(1)), torch.arange(10)[None] % 9)

@@ -1,0 +1,152 @@
+"""The order head: it learns, says what it is worth on images it has not seen, and belongs to one model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_models import random_codes, random_text, small_model
+
+from oar_scale.config.schema import OrderHeadConfig
+from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
+from oar_scale.data.shards import token_sample, write_shard
+from oar_scale.errors import UserError
+from oar_scale.model import model_id, save_model
+from oar_scale.model.spec import ClassSpec
+from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+from oar_scale.orders.files import head_file, run_files
+from oar_scale.orders.head import HeadSpec, OrderHead, find_way, load_head, predict_orders, ranking_loss, save_head
+from oar_scale.orders.head_training import HeadData, kept_out, train_head, write_predicted
+from oar_scale.orders.table import OrderTable, join_orders, read_orders, table_name, write_orders
+from oar_scale.tokenizers.prompts import LabelEncoder
+
+SHARDS, IMAGES, CLASSES, GRID = 4, 40, 5, 4
+CONFIG = OrderHeadConfig(width=32, steps=120, batch=16, lr=5e-3, heldout_fraction=0.2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> HeadData:
+    """160 images of random codes, a class each, with the exact orders of a model that has opinions. Two images are one family."""
+    root = str(tmp_path_factory.mktemp("run"))
+    files, model = run_files(root), small_model(grid=GRID, vocab=16, condition=ClassSpec(classes=CLASSES))
+    save_model(f"{root}/models/anyorder.safetensors", model)
+    infos = []
+    for index in range(SHARDS):
+        codes, labels = random_codes(model, IMAGES, seed=index), torch.arange(IMAGES) % CLASSES
+        keys = [f"{index}x{row}" for row in range(IMAGES)]
+        facts = [{"label": int(label), "family": f"{index} {row // 2}"} for row, label in enumerate(labels)]
+        assert files.tokens is not None and files.tables is not None
+        samples = [
+            token_sample({"__key__": key, "txt": b"", "json": json.dumps(fact).encode()}, row[None].numpy().astype(np.uint16))
+            for key, fact, row in zip(keys, facts, codes, strict=True)
+        ]
+        infos.append(write_shard(files.tokens, f"{index:05d}.tar", samples))
+        with torch.no_grad():
+            orders = extract_orders(model, codes, model.condition(labels[:, None]), ExtractionSettings())
+        table = OrderTable(keys, [0] * IMAGES, orders.order_BN.numpy().astype(np.uint16), orders.score_BN.numpy(), "exact", "s")
+        write_orders(f"{files.tables}/{table_name(infos[-1].name)}", table)
+    assert files.tokens is not None
+    write_manifest(files.tokens, Manifest(shards=tuple(infos), grid=GRID, vocab_size=16, views=("center",)))
+    return HeadData(model, LabelEncoder(CLASSES), files, f"{root}/cache", None)
+
+
+def test_the_loss_is_small_for_the_right_order_and_large_for_its_reverse() -> None:
+    exact = torch.tensor([[2, 0, 1, 3]])
+    right = exact.float() * 10
+    assert float(ranking_loss(right, exact)) < 1e-3 < 5 < float(ranking_loss(-right, exact))
+    assert float(ranking_loss(torch.zeros(1, 4), exact)) == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_it_learns_from_exact_orders_and_is_measured_beside_what_needs_no_training(first: int, data: HeadData) -> None:
+    steps: list[int] = []
+    config = CONFIG.model_copy(update={"first": first})
+    head, report = train_head(data, config, "exact", seed=0, on_step=lambda step, loss: steps.append(step))
+    tau = {row.name: row.tau for row in report.rows}
+    assert steps == list(range(1, CONFIG.steps + 1)) and not head.training
+    assert report.images + report.heldout == SHARDS * IMAGES and 16 <= report.heldout <= 48
+    assert report.exact_rows == 136 and {row.name: row.rows for row in report.rows} == dict.fromkeys(tau, 16) | {
+        "mean order of the data set": 0
+    }
+    assert tau["order head in hindsight"] > tau["own code's score, asked once"] > tau["mean order of the data set"] + 0.1
+    rest = {row.name: row.tau_rest for row in report.rows}
+    assert rest["order head ahead"] > rest["mean order of the data set"]
+    assert rest == tau if first == 0 else rest["order head ahead"] > tau["order head ahead"]
+
+
+def test_the_same_seed_gives_the_same_head_and_another_one_another(data: HeadData) -> None:
+    config = CONFIG.model_copy(update={"steps": 3})
+    first, again, other = (train_head(data, config, "exact", seed=seed)[0].state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_variants_of_a_picture_are_on_one_side(data: HeadData) -> None:
+    for info in data.manifest.shards:
+        out = kept_out(data.open(info), 0.3)
+        assert np.array_equal(out[::2], out[1::2]) and 0 < out.sum() < len(out)
+
+
+def test_no_image_to_measure_with_is_an_error_that_names_the_field(data: HeadData) -> None:
+    with pytest.raises(UserError, match=r"order_head\.heldout_fraction 1e-09 keeps no image out"):
+        train_head(data, CONFIG.model_copy(update={"heldout_fraction": 1e-9, "steps": 1}), "exact", seed=0)
+    with pytest.raises(UserError, match=r"order_head\.heldout_fraction 1 leaves none to train on"):
+        train_head(data, CONFIG.model_copy(update={"heldout_fraction": 1.0, "steps": 1}), "exact", seed=0)
+    with pytest.raises(UserError, match=r"order_head\.first 16: the model has 16 cells"):
+        train_head(data, CONFIG.model_copy(update={"first": 16}), "exact", seed=0)
+
+
+@torch.no_grad()
+def test_predicted_orders_are_permutations_for_one_row_a_cell_and_do_not_depend_on_the_batch() -> None:
+    model = small_model(grid=GRID, vocab=16)
+    head = OrderHead(HeadSpec.of(model.spec, "m", width=8, first=0)).eval()
+    codes, condition = random_codes(model, 6), model.condition(random_text(model, 6))
+    found = predict_orders(model, codes, condition, head)
+    assert found.rows == 16 and found.order_BN.dtype == np.uint16
+    assert np.array_equal(np.sort(found.order_BN, axis=1), np.tile(np.arange(16), (6, 1)))
+    assert np.array_equal(predict_orders(model, codes[4:], condition[4:], head).order_BN, found.order_BN[4:])
+    other = predict_orders(model, random_codes(model, 6, seed=5), condition, head)
+    assert not np.array_equal(other.order_BN, found.order_BN), "in hindsight it sees the codes"
+
+
+@torch.no_grad()
+def test_it_comes_back_as_it_was_and_is_a_way_of_finding_orders_for_its_model_alone(tmp_path: Path) -> None:
+    model, file = small_model(grid=GRID, vocab=16), str(tmp_path / "model.safetensors")
+    save_model(file, model)
+    assert find_way(file) is None and find_way("") is None
+    head = OrderHead(HeadSpec.of(model.spec, model_id(file), width=8, first=2)).eval()
+    save_head(head_file(file), head)
+    codes, condition = random_codes(model, 3), model.condition(random_text(model, 3))
+    expected = predict_orders(model, codes, condition, head).order_BN
+    assert np.array_equal(predict_orders(model, codes, condition, load_head(head_file(file), model, model_id(file))).order_BN, expected)
+    way = find_way(file)
+    assert way is not None
+    found = way(model, codes, condition, ExtractionSettings(), np.arange(3))
+    assert found.rows == 16 and np.array_equal(found.order_BN.numpy(), expected)
+    save_model(file, small_model(grid=GRID, vocab=16, seed=1))
+    way = find_way(file)
+    assert way is not None
+    with pytest.raises(UserError, match="this order head was trained on the rows of model"):
+        way(model, codes, condition, ExtractionSettings(), np.arange(3))
+
+
+def test_its_orders_of_all_images_are_tables_that_training_reads_and_are_written_once(data: HeadData) -> None:
+    head = OrderHead(HeadSpec.of(data.model.spec, "exact", width=8, first=0)).eval()
+    done: list[int] = []
+    assert write_predicted(data, head, 16, done.append) == SHARDS * IMAGES and done[-1] == SHARDS * IMAGES
+    assert data.files.predicted is not None and data.files.tokens is not None
+    uris = [f"{data.files.predicted}/{table_name(info.name)}" for info in read_manifest(data.files.tokens).shards]
+    first = [Path(uri).stat().st_mtime_ns for uri in uris]
+    for uri, info in zip(uris, data.manifest.shards, strict=True):
+        shard = data.open(info)
+        orders = join_orders(shard.keys, read_orders(uri), shard=info.name, cells=16, model_id="exact")[:, 0]
+        taken = data.take(shard, np.arange(3), orders)
+        assert np.array_equal(predict_orders(data.model, taken.codes_BN, taken.condition_BTD, head).order_BN, orders[:3])
+    write_predicted(data, head, 16, done.append)
+    assert [Path(uri).stat().st_mtime_ns for uri in uris] == first
+    other = OrderHead(HeadSpec.of(data.model.spec, "exact", width=8, first=0)).eval()
+    write_predicted(data, other, 16, done.append)
+    assert all(Path(uri).stat().st_mtime_ns > before for uri, before in zip(uris, first, strict=True)), "another head's orders were kept"

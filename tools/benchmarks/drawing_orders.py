@@ -1,0 +1,80 @@
+"""What is a drawing worth in one order or another? A run's model draws held-out captions under every order policy.
+
+    python tools/benchmarks/drawing_orders.py recipes/quickstart.yaml --model ordered --images 256
+
+The same captions and the same seed for all; distances to as many held-out images (docs/order-policies.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import torch
+
+from oar_scale.config.loading import load_recipe
+from oar_scale.errors import UserError
+from oar_scale.evaluation.distances import frechet, kid
+from oar_scale.evaluation.features import image_features
+from oar_scale.evaluation.pieces import DrawingPiece, Subject
+from oar_scale.generation.sampling import SampleSettings
+from oar_scale.orders.files import run_files
+from oar_scale.orders.policies import known
+from oar_scale.stages.inputs import prompt_encoder, read_pictures, read_tokens
+from oar_scale.stages.run import Run
+from oar_scale.tokenizers.prompts import model_inputs
+from oar_scale.tokenizers.vq import pixels_to_unit
+
+BATCH = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--model", default="ordered")
+    parser.add_argument("--images", type=int, default=256)
+    arguments = parser.parse_args()
+    run = Run(load_recipe(arguments.recipe, arguments.overrides))
+    torch.set_num_threads(run.recipe.parallel.cpu_threads * run.recipe.parallel.max_workers)
+    prompts = prompt_encoder(run)
+    tokens = read_tokens(run, "heldout", arguments.images, prompts.field)
+    told_S = model_inputs(prompts, prompts.encode(tokens.prompts)).numpy()
+    pictures = torch.from_numpy(np.stack(read_pictures(run, "heldout", tokens.keys)))
+    heldout = image_features(pixels_to_unit(pictures)).numpy()
+    print(f"{len(heldout)} captions, model {arguments.model}, guidance {run.recipe.sample.guidance:g}")
+    print(f"{'order':14} {'kid_efflite0':>12} {'between subsets':>16} {'fd_efflite0':>12} {'seconds':>8}")
+    for name in known():
+        started = time.monotonic()
+        try:
+            drawn = draw(run, arguments.model, told_S, name)
+        except UserError as error:
+            print(f"{name:14} {error}")
+            continue
+        spread = kid(drawn, heldout, seed=run.recipe.seed)
+        distances = f"{spread.mean:12.4f} {spread.std:16.4f} {frechet(drawn, heldout):12.2f}"
+        print(f"{name:14} {distances} {time.monotonic() - started:8.0f}", flush=True)
+
+
+def draw(run: Run, model: str, told_S: np.ndarray, order: str) -> np.ndarray:
+    """Features of the drawings."""
+    uri, settings = run.model_uri(model), SampleSettings.from_recipe(run.recipe.sample)
+    pieces = [
+        DrawingPiece(
+            Subject("ordered", uri, told_S[start : start + BATCH], start),
+            run.vq_uri,
+            settings,
+            run.recipe.seed,
+            run.recipe.parallel.precision,
+            order,
+            run_files(run.at()),
+            uri,
+        )
+        for start in range(0, len(told_S), BATCH)
+    ]
+    return np.concatenate([piece.run().features_SF for piece in pieces])
+
+
+if __name__ == "__main__":
+    main()
