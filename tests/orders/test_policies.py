@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_models import random_text, small_model
+from small_models import random_codes, random_text, small_model
 
 from oar_scale.data.manifest import Manifest, ShardInfo, write_manifest
 from oar_scale.errors import UserError
+from oar_scale.generation.editing import box_mask, inpaint
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.model import AnyOrderModel, model_id, save_model
 from oar_scale.orders import policies
@@ -245,6 +246,22 @@ def test_an_order_head_draws_its_first_cells_and_then_what_it_says(first: int, t
     rest = torch.tensor([cell for cell in range(16) if cell not in lattice]).expand(5, -1)
     said = rest.gather(1, head.ahead(model.candidate_rows(prefix, rest).rows_BRD, rest).argsort(1))
     assert torch.equal(drawn.order_BN[:, first:], said)
+
+
+@torch.no_grad()
+def test_an_order_head_goes_on_from_known_cells_and_in_fewer_passes(tmp_path: Path) -> None:
+    model, file = small_model(grid=4), str(tmp_path / "model.safetensors")
+    save_model(file, model)
+    save_head(head_file(file), OrderHead(HeadSpec.of(model.spec, model_id(file), width=8, first=4)))
+    late, condition = policy("order-head").drawing(drawing(model, 2, model_file=file)), model.condition(random_text(model, 2))
+    assert isinstance(late, LateOrder)
+    settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=0, order_temperature=0.0, steps=6)
+    codes, redo = random_codes(model, 2), box_mask(4, 1, 1, 2, 3)
+    edited = inpaint(model, codes, redo, condition, settings, torch.Generator().manual_seed(0), late)
+    assert torch.equal(edited.codes_BN[:, ~redo], codes[:, ~redo])
+    assert torch.equal(edited.order_BN.sort(1).values, torch.arange(16).expand(2, -1))
+    drawn = generate(model, condition, settings, torch.Generator().manual_seed(0), late)
+    assert torch.equal(drawn.order_BN.sort(1).values, torch.arange(16).expand(2, -1))
 
 
 def test_the_head_of_another_model_is_refused_and_none_is_named(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from oar_scale.data.pool.terms import ArrayTask, Bounds, OnEvent, OnProgress, Po
 from oar_scale.errors import Requeue, UserError
 from oar_scale.storage.patience import patiently
 
+REMEMBERED = 300
+"""Shards whose seconds make the median."""
+
 
 @dataclass
 class _Task:
@@ -59,7 +62,8 @@ class Driver:
         self.hosts: dict[int, str] = {}
         self.born: dict[int, float] = {}
         self.failed_at: dict[str, set[str]] = {}
-        self.seconds: list[float] = []
+        self.seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self.next_round = 0.0
         self.failed_starts = 0
         self.next_look, self.spent_s = 0.0, 0.0
         self.said_waiting = False
@@ -81,7 +85,9 @@ class Driver:
                     self._assign()
                     for actor, outcome in self.actors.wait(min(1.0, self.timing.look_s)):
                         self._take(actor, outcome)
-                    self._replace_stuck()
+                    if time.monotonic() >= self.next_round:
+                        self._replace_stuck()
+                        self.next_round = time.monotonic() + min(1.0, self.timing.look_s)
                     if self.foreign and (self.idle or not self.tasks) and time.monotonic() >= self.next_look:
                         self._look()
                 self._tidy()
