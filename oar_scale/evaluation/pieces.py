@@ -1,7 +1,7 @@
 """The heavy part of an evaluation, cut into pieces that a few processes share.
 
-A piece is one model and some images. It carries all it needs as plain values, opens the model itself, and its result does not
-depend on the process it runs in or on how many there are: noise and ties are numbered by image.
+A piece is one model and some images. It carries all it needs as plain values, opens the model itself on the device of its process, and
+its result does not depend on the process it runs in or on how many there are: noise and ties are numbered by image.
 
     likelihood    four forward passes an image (float32), and its confidence order
     drawing       one image for a caption, cell by cell, and what EfficientNet-Lite0 sees in it
@@ -12,11 +12,13 @@ depend on the process it runs in or on how many there are: noise and ties are nu
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing.queues import SimpleQueue
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -40,6 +42,7 @@ from oar_scale.tokenizers.vq import load_vq
 
 Ints = NDArray[np.int64]
 Precision = Literal["bf16", "fp32"]
+_DEVICE = "OAR_EVALUATION_DEVICE"
 
 
 class Piece(Protocol):
@@ -61,7 +64,8 @@ class Subject:
     """Number of the first image among all that are evaluated."""
 
     def open(self, precision: Precision = "fp32") -> AnyOrderModel:
-        return load_model(self.uri).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        """On the device of this process."""
+        return load_model(self.uri).to(_here(), torch.bfloat16 if precision == "bf16" else torch.float32)
 
     @property
     def told(self) -> Tensor:
@@ -89,7 +93,7 @@ class LikelihoodPiece:
     """Of the extraction; the likelihoods themselves are always float32."""
 
     def run(self) -> Likelihoods:
-        codes, told = torch.from_numpy(self.codes_SN), self.subject.told
+        codes, told = torch.from_numpy(self.codes_SN).to(_here()), self.subject.told
         orders = {name: torch.from_numpy(order) for name, order in self.orders.items()}
         if self.own is not None:
             finder = self.subject.open(self.precision)
@@ -134,8 +138,8 @@ class DrawingPiece:
         drawing = Drawing(model, len(self.subject.told_S), noise, self.files, self.model_uri)
         drawn = generate(model, _condition(model, self.subject.told), self.settings, noise, order_to_draw(self.order, drawing))
         with torch.no_grad():
-            features_SF = image_features(load_vq(self.vq).decode(drawn.codes_BN)).numpy()
-        return Drawn(self.subject.model, self.subject.first, drawn.codes_BN.numpy(), features_SF)
+            features_SF = image_features(load_vq(self.vq).to(_here()).decode(drawn.codes_BN).cpu()).numpy()
+        return Drawn(self.subject.model, self.subject.first, drawn.codes_BN.cpu().numpy(), features_SF)
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,10 @@ class EditPiece:
 
     def run(self) -> Edited:
         model, count = self.subject.open(self.precision), len(self.subject.told_S)
-        codes = torch.from_numpy(self.codes_N).expand(count, -1)
+        codes, redo = torch.from_numpy(self.codes_N).to(_here()).expand(count, -1), torch.from_numpy(self.redo_N).to(_here())
         noise = _noise(self.kind, self.seed, self.subject.first)
-        drawn = inpaint(model, codes, torch.from_numpy(self.redo_N), _condition(model, self.subject.told), self.settings, noise)
-        return Edited(self.kind, self.subject.first, self.redo_N, drawn.codes_BN.numpy())
+        drawn = inpaint(model, codes, redo, _condition(model, self.subject.told), self.settings, noise)
+        return Edited(self.kind, self.subject.first, self.redo_N, drawn.codes_BN.cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -185,13 +189,13 @@ class BruteForcePiece:
     settings: ExtractionSettings
 
     def run(self) -> BruteForce:
-        model, codes = self.subject.open(), torch.from_numpy(self.codes_SN)
+        model, codes = self.subject.open(), torch.from_numpy(self.codes_SN).to(_here())
         condition = _condition(model, self.subject.told)
         exact, brute = (find(model, codes, condition, self.settings, self.subject.images) for find in (extract_orders, brute_force_orders))
         differs_SN = exact.order_BN != brute.order_BN
         # Up to its first other cell an image has the same prefix in both, so there the two scores answer the same question.
         gap_SN = (exact.score_BN - brute.score_BN).abs().masked_fill(~differs_SN | (differs_SN.cumsum(1) != 1), 0.0)
-        stored = float(kendall_distance(self.stored_SN, exact.order_BN.numpy()).mean())
+        stored = float(kendall_distance(self.stored_SN, exact.order_BN.cpu().numpy()).mean())
         return BruteForce(len(codes), int((~differs_SN.any(1)).sum()), float(gap_SN.max()), stored)
 
 
@@ -215,21 +219,27 @@ class Results:
     brute_force: list[BruteForce] = field(default_factory=list)
 
 
-def run_pieces(pieces: Sequence[Piece], processes: int, threads: int, on_done: Callable[[], None]) -> Results:
-    """Run all pieces, in this process or in ``processes`` fresh ones of ``threads`` threads each.
+def run_pieces(pieces: Sequence[Piece], devices: Sequence[str], threads: int, on_done: Callable[[], None]) -> Results:
+    """Run all pieces, in this process or in as many fresh ones as there are devices, of ``threads`` threads each.
+
+    Args:
+        devices: that of each process, ``cpu`` or ``cuda:0``; a single ``cpu`` is this process's.
 
     Raises:
         UserError: a process was killed.
         Exception: whatever a piece raises; those that have not begun are then left undone.
     """
     found: list[Any] = [None] * len(pieces)
-    if processes == 1:
+    if list(devices) == ["cpu"]:
         for index, piece in enumerate(pieces):
             found[index] = piece.run()
             on_done()
     else:
         fresh = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
-        pool = ProcessPoolExecutor(min(processes, len(pieces)), fresh, _start_process, (threads,))
+        given = fresh.SimpleQueue()
+        for device in devices:
+            given.put(device)
+        pool = ProcessPoolExecutor(min(len(devices), len(pieces)), fresh, _start_process, (threads, given))
         try:
             index_of = {pool.submit(_run, piece): index for index, piece in enumerate(pieces)}
             for future in as_completed(index_of):
@@ -253,9 +263,15 @@ def run_pieces(pieces: Sequence[Piece], processes: int, threads: int, on_done: C
     return results
 
 
-def _start_process(threads: int) -> None:
+def _start_process(threads: int, devices: SimpleQueue[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once; the process that waits for it says so
     torch.set_num_threads(threads)
+    os.environ[_DEVICE] = devices.get()
+
+
+def _here() -> torch.device:
+    """The device that this process computes on."""
+    return torch.device(os.environ.get(_DEVICE, "cpu"))
 
 
 def _run(piece: Piece) -> Any:
@@ -264,7 +280,7 @@ def _run(piece: Piece) -> Any:
 
 @torch.no_grad()
 def _condition(model: AnyOrderModel, told_S: Tensor) -> Tensor:
-    return model.condition(told_S)
+    return model.condition(told_S.to(_here()))
 
 
 def _noise(purpose: str, seed: int, image: int) -> torch.Generator:

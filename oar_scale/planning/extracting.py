@@ -139,15 +139,16 @@ def _actors(recipe: Recipe, found: Cluster) -> int:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The stage ``evaluate``; it computes on CPU cores."""
+    """The stage ``evaluate``: on the GPUs of one node, or on the CPU cores of workers that have none."""
 
     flops: float
     processes: int
+    on: str
     seconds: float
 
 
 def evaluation(case: Case) -> Evaluation | None:
-    """Drawn images, likelihoods under several orders, and two images by brute force, on the recipe's processes of CPU threads."""
+    """Drawn images, likelihoods under several orders, and two images by brute force."""
     recipe, spec = case.recipe, case.spec
     if spec.layout == "raster":
         return None
@@ -162,8 +163,11 @@ def evaluation(case: Case) -> Evaluation | None:
     flops += (models + 1) * scored * NLL_PASSES * forward_flops(spec) + models * scored * find
     # By brute force N (N + 1) / 2 passes over prefixes that are a third as long on average.
     flops += BRUTE_FORCE_IMAGES * (find + forward_flops(spec) * spec.cells * (spec.cells + 1) / 6)
+    if not case.cluster.on_cpu:
+        gpus = min(case.cluster.per_node, case.workers * case.gpus_per_worker)
+        return Evaluation(flops, gpus, "GPUs", flops / (gpus * case.cluster.flops * case.assumed("time.extraction_mfu")))
     rate = case.assumed(f"gpus.cpu.{recipe.parallel.precision}_tflops") * 1e12 * recipe.parallel.cpu_threads
-    return Evaluation(flops, recipe.parallel.max_workers, flops / (recipe.parallel.max_workers * rate))
+    return Evaluation(flops, recipe.parallel.max_workers, "CPUs", flops / (recipe.parallel.max_workers * rate))
 
 
 @dataclass(frozen=True)

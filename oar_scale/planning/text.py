@@ -186,7 +186,7 @@ def _orders(plan: Plan) -> Iterator[str]:
         yield "  a raster model has one order: nothing is extracted"
     if seen := plan.evaluation:
         yield (
-            f"  evaluate computes on CPUs, {seen.processes} processes: {seen.flops:.1e} operations, {_time(seen.seconds / 3600)} "
+            f"  evaluate computes on {seen.processes} {seen.on}: {seen.flops:.1e} operations, {_time(seen.seconds / 3600)} "
             "(not in the sum below)"
         )
 

@@ -8,6 +8,7 @@ The result is ``evaluation.json`` with its pictures (``evaluation.record``) in t
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
 from oar_scale.evaluation import summary
 from oar_scale.evaluation.features import image_features
@@ -102,13 +104,14 @@ def run_evaluate(run: Run) -> dict[str, Any]:
         UserError: a stage before this one has not finished (names it), or the extra ``eval`` is not installed.
     """
     parallel = run.recipe.parallel
-    torch.set_num_threads(parallel.cpu_threads * parallel.max_workers)
+    devices = _devices(parallel)
+    torch.set_num_threads(parallel.cpu_threads * len(devices))
     inputs = _read(run)
     # Before the long part: this is also what finds out that the extra `eval` is missing.
     reference_SF = _features(inputs.heldout_pictures[: inputs.compared])
     pieces = _pieces(run, inputs)
     with run.console.progress(len(pieces), "likelihoods, drawings, checks: piece") as tally:
-        results = run_pieces(pieces, parallel.max_workers, parallel.cpu_threads, tally.advance)
+        results = run_pieces(pieces, devices, parallel.cpu_threads, tally.advance)
     nll = summary.per_image(results.likelihoods)
     evaluation = Evaluation(
         nll=summary.likelihood_table(nll),
@@ -123,6 +126,14 @@ def run_evaluate(run: Run) -> dict[str, Any]:
     )
     save_evaluation(evaluation, run.local())
     return _highlights(run, evaluation)
+
+
+def _devices(parallel: ParallelConfig) -> list[str]:
+    """A process for each GPU of this machine where the recipe trains on GPUs, else for each worker that has cores here."""
+    gpus = min(torch.cuda.device_count(), parallel.max_workers * parallel.gpus_per_worker)
+    if gpus:
+        return [f"cuda:{index}" for index in range(gpus)]
+    return ["cpu"] * max(1, min(parallel.max_workers, len(os.sched_getaffinity(0)) // parallel.cpu_threads))
 
 
 def _read(run: Run) -> Inputs:

@@ -83,3 +83,9 @@ def test_the_largest_batch_fills_the_gpu_and_not_more() -> None:
 def test_the_evaluation_draws_with_three_models_and_two_without_a_control() -> None:
     with_control, without = (evaluation(case("imagenet", *more)) for more in ((), ("pipeline.control=false",)))
     assert with_control and without and without.flops == pytest.approx(with_control.flops * 2 / 3, rel=0.05)
+
+
+def test_the_evaluation_takes_the_gpus_of_one_node() -> None:
+    on_gpus, on_cpus = evaluation(case("imagenet", "parallel.workers=32", nodes=4)), evaluation(case("smoke"))
+    assert on_gpus and (on_gpus.processes, on_gpus.on) == (8, "GPUs")
+    assert on_cpus and (on_cpus.processes, on_cpus.on) == (2, "CPUs")

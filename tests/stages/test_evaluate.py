@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from oar_scale.config.schema import Recipe
+from oar_scale.config.schema import ParallelConfig, Recipe
 from oar_scale.data.manifest import read_manifest, write_manifest
 from oar_scale.data.shards import read_shard, read_token_shard
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
@@ -27,7 +27,7 @@ from oar_scale.observe.console import Console
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
 from oar_scale.orders.table import OrderTable, table_name, write_orders
 from oar_scale.stages.data import run_data
-from oar_scale.stages.evaluate import run_evaluate
+from oar_scale.stages.evaluate import _devices, run_evaluate
 from oar_scale.stages.inputs import without_variant
 from oar_scale.stages.report import run_report
 from oar_scale.stages.run import Run
@@ -198,6 +198,24 @@ def test_two_processes_find_the_same_numbers_as_one(evaluated: Run, copied: Call
     one, two = (read_json(each.local("evaluation.json")) for each in (evaluated, run))
     assert numbers(one["nll"]) == pytest.approx(numbers(two["nll"]), rel=1e-6)
     assert numbers(one["captions"]) == pytest.approx(numbers(two["captions"]), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "parallel", "devices"),
+    [
+        (8, {"workers": 512, "gpus_per_worker": 1}, [f"cuda:{index}" for index in range(8)]),
+        (8, {"workers": 2, "gpus_per_worker": 1}, ["cuda:0", "cuda:1"]),
+        (8, {"workers": 3}, ["cpu"] * 3),
+        (0, {"workers": 512, "gpus_per_worker": 1}, ["cpu"] * 4),
+        (0, {"workers": 4, "cpu_threads": 2}, ["cpu"] * 2),
+    ],
+)
+def test_there_is_a_process_for_each_gpu_of_the_machine_or_for_its_cores(
+    gpus: int, parallel: dict[str, int], devices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert _devices(ParallelConfig(**parallel)) == devices
 
 
 def test_report_has_the_numbers_and_pictures_of_the_evaluation(evaluated: Run) -> None:
