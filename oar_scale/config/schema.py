@@ -328,6 +328,10 @@ class ParallelConfig(Section):
     cpu_threads: int = Field(1, ge=1)
     """Threads a worker computes with when it has no GPU."""
     gpus_per_worker: int = Field(0, ge=0)
+    gpu_type: str | None = None
+    """On Ray: only GPUs of this type, by Ray's name of it, e.g. H100; for the actors of extraction, too. Default: any."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """On Ray: workers on few nodes or on many; strictly on one, or each on a node of its own."""
     compile: bool = False
     """Compile each block with torch.compile, a minute or more at the start. For GPUs: on a CPU it is no faster."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -378,7 +382,8 @@ class MixConfig(Section):
 
 
 class TrainingConfig(Section):
-    steps: int = Field(100, ge=1)
+    steps: int = Field(100, ge=0)
+    """0, for pretraining only: ``model.weights`` are the any-order model as they are, and orders are extracted from them at once."""
     global_batch: int = Field(48, ge=1)
     lr: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
@@ -422,6 +427,7 @@ class TrainingConfig(Section):
 class FinetuneConfig(TrainingConfig):
     """A class of its own, so that its default holds for recipes that set some other field of the section, too."""
 
+    steps: int = Field(100, ge=1)
     random_share: float = Field(0.1, ge=0, le=1)
 
 
@@ -607,6 +613,16 @@ class Recipe(Section):
                     f"{workers} workers cannot share data.canonical_streams = {self.data.canonical_streams} evenly.\n"
                     f"Workers that fit: {', '.join(str(w) for w in _divisors(self.data.canonical_streams))}.",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_start_with(self) -> Recipe:
+        if not self.pretrain.steps and self.model.weights is None:
+            raise RecipeConflict(
+                "pretrain.steps",
+                "without pretraining there has to be a trained any-order model to start with.\n"
+                "Name its file in model.weights (`oar checkpoint import` makes one of RandAR's), or pretrain for some steps.",
+            )
         return self
 
     def worker_counts(self) -> list[int]:

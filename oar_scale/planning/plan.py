@@ -116,7 +116,8 @@ def training_stages(recipe: Recipe) -> list[str]:
     """The training stages of a recipe (``pipeline.stages``)."""
     if recipe.model.layout == "raster":
         return ["pretrain"]
-    return ["pretrain", "finetune", *(["control"] if recipe.pipeline.control else [])]
+    first = ["pretrain"] if recipe.pretrain.steps else []
+    return [*first, "finetune", *(["control"] if recipe.pipeline.control else [])]
 
 
 def _trace(spec: ModelSpec, parallel: ParallelConfig) -> Trunk:

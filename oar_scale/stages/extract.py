@@ -54,6 +54,7 @@ def run_extract(run: Run) -> dict[str, Any]:
             job,
             actors=Bounds(config.min_actors, config.max_actors),
             gpus_per_actor=config.gpus_per_actor,
+            gpu_type=parallel.gpu_type if config.gpus_per_actor else None,
             max_retries=config.max_retries,
             array=run.array,
             timing=Timing(grace_s=parallel.grace_s, patience_s=run.recipe.storage.patience_s),

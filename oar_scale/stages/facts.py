@@ -165,6 +165,8 @@ def _stage_row(run: Run, name: str, seconds: float, results: Mapping[str, Any]) 
         case "pretrain":
             start = "continued" if recipe.model.weights else "trained"
             what, detail = f"{start} the any-order model", _training(results)
+            if not recipe.pretrain.steps:
+                what, detail = "took the given any-order model as it is", ""
         case "finetune":
             order = "the extracted orders" if recipe.finetune.order in (None, "stored") else f"the order {recipe.finetune.order}"
             what, detail = f"trained it on {order} ({recipe.finetune.random_share:.0%} random)", _training(results)

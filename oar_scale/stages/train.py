@@ -23,6 +23,8 @@ def run_train(run: Run, stage: Stage) -> dict[str, Any]:
     """Train one stage with Ray and DeepSpeed; the result is exported to ``models/``."""
     if stage == "pretrain" and run.rank == 0:
         _write_base(run)
+    if stage == "pretrain" and not run.recipe.pretrain.steps:
+        return _take_weights(run)
     start_from = run.model_uri("base" if stage == "pretrain" else "anyorder")
     job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(RESULT[stage]), run.profile_steps)
     job_orders(job)  # what an order policy lacks is said here, and the mean order is found once, before there are workers
@@ -59,6 +61,15 @@ def _write_base(run: Run) -> None:
     weights = AnyOrderModel(kept)
     weights.load_state_dict(model.state_dict())
     save_model(run.model_uri("base"), weights)
+
+
+def _take_weights(run: Run) -> dict[str, Any]:
+    """No pretraining: the recipe's weights are the any-order model."""
+    if run.rank:
+        return {}
+    model = load_model(run.model_uri("base"))
+    save_model(run.model_uri("anyorder"), model)
+    return {"steps": 0, "parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
 def _comparable(spec: ModelSpec) -> dict[str, Any]:

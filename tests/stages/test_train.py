@@ -11,7 +11,7 @@ from small_run import prepare_small_run, small_recipe
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model, save_model
 from oar_scale.stages.run import Run
-from oar_scale.stages.train import _write_base
+from oar_scale.stages.train import _write_base, run_train
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +39,20 @@ def test_weights_of_another_shape_are_refused_by_field(run: Run, tmp_path: Path)
     save_model(str(tmp_path / "model.safetensors"), AnyOrderModel(load_model(run.model_uri("base")).spec))
     with pytest.raises(UserError, match=r"has layers 2, the recipe and its tokenizers make 3"):
         _write_base(starting_from(run, tmp_path / "model.safetensors", layers=3))
+
+
+def test_without_pretraining_the_given_weights_are_the_any_order_model(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    peer = AnyOrderModel(load_model(run.model_uri("base")).spec)
+    save_model(str(tmp_path / "peer.safetensors"), peer)
+    given = starting_from(run, tmp_path / "peer.safetensors")
+    at_once = Run(given.recipe.model_copy(update={"pretrain": given.recipe.pretrain.model_copy(update={"steps": 0})}))
+    found = run_train(at_once, "pretrain")
+    assert found == {"steps": 0, "parameters": sum(parameter.numel() for parameter in peer.parameters())}
+    taken = load_model(run.model_uri("anyorder")).state_dict()
+    assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in taken.items())
+
+
+def test_nothing_to_pretrain_and_nothing_to_start_with_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there has to be a trained any-order model.*\n.*model\.weights"):
+        small_recipe(str(tmp_path), pretrain={"steps": 0})
