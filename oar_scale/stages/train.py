@@ -34,6 +34,8 @@ def run_train(run: Run, stage: Stage) -> dict[str, Any]:
 def expected_seconds(run: Run, stage: Stage) -> str:
     """A guess for the console: 20 s to start the workers, then about 40 images/s for each CPU worker at 5 M parameters."""
     training = run.recipe.pretrain if stage == "pretrain" else run.recipe.finetune
+    if not training.steps:
+        return "a copy of the given weights"
     seconds = 20 + training.steps * training.global_batch / (35 * run.recipe.parallel.max_workers)
     return f"about {max(1, round(seconds / 60))} min on CPU workers"
 
