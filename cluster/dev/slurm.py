@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""A real Slurm of a few virtual nodes on this machine, for tests and for trying job files out. Loopback only.
+"""A real Slurm of a few virtual nodes on this machine, for tests and for trying job files out. Nothing leaves the machine.
 
     python cluster/dev/slurm.py up               start it (or find it running), wait until every node is idle, print the variables
     eval "$(python cluster/dev/slurm.py env)"    point this shell at it: sbatch, squeue and oar submit use it
     python cluster/dev/slurm.py down             end its daemons, each by its pid; jobs that run are cancelled first
 
-Needs Debian's packages slurmctld, slurmd, slurm-client and munge; no system service, no cgroups, no root for others' files: key,
-sockets, logs and state lie in one folder. The nodes are called n1, n2, ...; the partitions main, preempt (requeued by the others)
-and high. What a node has (CPUs, stand-in GPUs) is counted, not measured.
+The nodes share the machine's loopback addresses; with ``up --hosts`` each is a host of its own (hosts.py; needs root), and commands
+reach the cluster by
+
+    python cluster/dev/slurm.py exec -- oar submit ...
+
+Needs Debian's packages slurmctld, slurmd, slurm-client and munge; no system service, no cgroups: key, sockets, logs and state lie in
+one folder. The nodes are called n1, n2, ...; the partitions main, preempt (requeued by the others) and high. What a node has (CPUs,
+stand-in GPUs) is counted, not measured.
 """
 
 from __future__ import annotations
@@ -30,6 +35,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import psutil
+
+sys.path[:0] = [] if __package__ else [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
+from cluster.dev import hosts  # noqa: E402 (a script's own folder is not where packages start)
 
 HOST = "127.0.0.1"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -63,6 +71,8 @@ class Cluster:
     folder: str
     nodes: int
     port: int
+    apart: bool = False
+    """Each node is a host of its own."""
     daemons: list[Daemon] = field(default_factory=list)
 
     @property
@@ -70,20 +80,35 @@ class Cluster:
         """What points Slurm's commands at this cluster."""
         return {"SLURM_CONF": os.path.join(self.folder, "slurm.conf")}
 
+    @property
+    def prefix(self) -> list[str]:
+        """Put before a command, it runs where the cluster can be reached."""
+        return hosts.enter(self.daemon(hosts.GATE).pid) if self.apart else []
+
+    def daemon(self, name: str) -> Daemon:
+        return next(daemon for daemon in self.daemons if daemon.name == name)
+
     def node(self, name: str) -> Daemon:
-        """The daemon of a node, for tests that take it away."""
-        return next(daemon for daemon in self.daemons if daemon.name == f"slurmd-{name}")
+        """The daemon of a node, for tests that take it away. With hosts of their own, killing it is a power cut."""
+        return self.daemon(f"slurmd-{name}")
 
     def command(self, *words: str) -> str:
         """What one of Slurm's commands says."""
-        done = subprocess.run(words, env={**os.environ, **self.env}, capture_output=True, text=True, timeout=CLIENT_S)
+        command = [*self.prefix, *words]
+        done = subprocess.run(command, env={**os.environ, **self.env}, capture_output=True, text=True, timeout=CLIENT_S)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
 
-def up(folder: str = ".dev/slurm", nodes: int = 2, cpus: int = 4, port: int = 16800) -> Cluster:
+def up(folder: str = ".dev/slurm", nodes: int = 2, cpus: int = 4, port: int = 16800, *, apart: bool = False) -> Cluster:
     """Start the cluster unless it runs already; return once every node is idle.
+
+    Args:
+        folder: for everything that it writes.
+        nodes, cpus: how many, and what each one counts.
+        port: the controller's; the nodes' are the next ones.
+        apart: each node a host of its own.
 
     Raises:
         RuntimeError: a program is missing, a port is taken, it runs with other settings, or it did not come up.
@@ -92,10 +117,11 @@ def up(folder: str = ".dev/slurm", nodes: int = 2, cpus: int = 4, port: int = 16
     with _locked(folder):
         cluster = running(folder)
         if cluster is not None:
-            if (cluster.nodes, cluster.port) != (nodes, port):
-                raise RuntimeError(f"the Slurm in {folder} already runs with {cluster.nodes} nodes on port {cluster.port}: stop it first")
+            if (cluster.nodes, cluster.port, cluster.apart) != (nodes, port, apart):
+                kind = " with hosts of their own" if cluster.apart else ""
+                raise RuntimeError(f"the Slurm in {folder} already runs: {cluster.nodes} nodes{kind}, port {cluster.port}. Stop it first")
             return cluster
-        cluster = _start(folder, nodes, cpus, port)
+        cluster = _start(folder, nodes, cpus, port, apart)
     _until(lambda: _idle(cluster) >= nodes, START_S, f"the nodes do not get idle: see {folder}/log")
     return cluster
 
@@ -112,7 +138,7 @@ def down(folder: str = ".dev/slurm") -> bool:
             cluster.command("scancel", "--user", str(os.getuid()), "--full")
             _until(lambda: not cluster.command("squeue", "-h", "-t", "R,CG").strip(), 15, "jobs do not end")
         for daemon in reversed(cluster.daemons):
-            _end(daemon)
+            _end(daemon, at_once=cluster.apart and daemon.name.startswith("slurmd-"))
         os.unlink(os.path.join(folder, "cluster.json"))
     return bool(alive)
 
@@ -132,10 +158,9 @@ def restart_node(cluster: Cluster, name: str) -> Cluster:
     lost = cluster.node(name)
     if lost.process() is not None:
         raise RuntimeError(f"{name} runs")
-    found = _launch(cluster.folder, f"slurmd-{name}", ["slurmd", "-D", "-f", cluster.env["SLURM_CONF"], "-N", name])
-    again = Cluster(cluster.folder, cluster.nodes, cluster.port, [found if each is lost else each for each in cluster.daemons])
-    _write(again)
-    return again
+    cluster.daemons[cluster.daemons.index(lost)] = _start_node(cluster, name)
+    _write(cluster)
+    return cluster
 
 
 def free_port(nodes: int = 2) -> int:
@@ -146,35 +171,58 @@ def free_port(nodes: int = 2) -> int:
     raise RuntimeError("no free range of ports")
 
 
-def _start(folder: str, nodes: int, cpus: int, port: int) -> Cluster:
+def _start(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> Cluster:
+    if apart and (reason := hosts.missing()):
+        raise RuntimeError(reason)
     for program in PROGRAMS:
         if _program(program) is None:
             raise RuntimeError(f"no program `{program}`: {PACKAGES}")
-    if taken := _taken(port, nodes):
+    if not apart and (taken := _taken(port, nodes)):
         raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {nodes} must be free)")
     for part in ("state", "log", "run", "munge", "dev", *(f"spool/n{i + 1}" for i in range(nodes))):
         os.makedirs(os.path.join(folder, part), exist_ok=True)
-    _write_files(folder, nodes, cpus, port)
-    conf, run, munge = (os.path.join(folder, part) for part in ("slurm.conf", "run", "munge"))
-    cluster = Cluster(folder, nodes, port)
-    commands = {
-        "munged": [
-            *("munged", "--foreground", "--force", "--num-threads=2", f"--key-file={munge}/key", f"--socket={run}/munge.socket"),
-            *(f"--pid-file={run}/munged.pid", f"--log-file={folder}/log/munged.log", f"--seed-file={munge}/seed"),
-        ],
-        "slurmctld": ["slurmctld", "-D", "-f", conf],
-        **{f"slurmd-n{i + 1}": ["slurmd", "-D", "-f", conf, "-N", f"n{i + 1}"] for i in range(nodes)},
-    }
-    for name, command in commands.items():
-        cluster.daemons.append(_launch(folder, name, command))
-        _write(cluster)
-        if name == "munged":
-            _until(lambda: os.path.exists(f"{run}/munge.socket"), 10, f"munged does not start: see {folder}/log/munged.log")
+    _write_files(folder, nodes, cpus, port, apart)
+    run, munge = (os.path.join(folder, part) for part in ("run", "munge"))
+    cluster = Cluster(folder, nodes, port, apart)
+    munged = [
+        *("munged", "--foreground", "--force", "--num-threads=2", f"--key-file={munge}/key", f"--socket={run}/munge.socket"),
+        *(f"--pid-file={run}/munged.pid", f"--log-file={folder}/log/munged.log", f"--seed-file={munge}/seed"),
+    ]
+    _add(cluster, _launch(folder, "munged", munged))
+    _until(lambda: os.path.exists(f"{run}/munge.socket"), 10, f"munged does not start: see {folder}/log/munged.log")
+    if apart:
+        hosts.write_names(os.path.join(folder, "hosts"), nodes)
+        _add(cluster, _launch(folder, hosts.GATE, hosts.gate(os.path.join(folder, "hosts"))))
+        _until(lambda: hosts.is_ready(cluster.daemon(hosts.GATE).pid), 10, f"no bridge: see {folder}/log/{hosts.GATE}.out")
+    _add(cluster, _launch(folder, "slurmctld", [*cluster.prefix, _program("slurmctld") or "", "-D", "-f", cluster.env["SLURM_CONF"]]))
+    for number in range(nodes):
+        _add(cluster, _start_node(cluster, f"n{number + 1}"))
     return cluster
 
 
-def _write_files(folder: str, nodes: int, cpus: int, port: int) -> None:
-    host = socket.gethostname().split(".")[0]
+def _add(cluster: Cluster, daemon: Daemon) -> None:
+    cluster.daemons.append(daemon)
+    _write(cluster)
+
+
+def _start_node(cluster: Cluster, name: str) -> Daemon:
+    command = [_program("slurmd") or "", "-D", "-f", cluster.env["SLURM_CONF"], "-N", name]
+    if not cluster.apart:
+        return _launch(cluster.folder, f"slurmd-{name}", command)
+    daemon = _launch(cluster.folder, f"slurmd-{name}", hosts.node(name, os.path.join(cluster.folder, "hosts"), command))
+    hosts.connect(cluster.daemon(hosts.GATE).pid, daemon.pid, name)
+    return daemon
+
+
+def _write_files(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> None:
+    here = socket.gethostname().split(".")[0]
+    names = [f"n{i + 1}" for i in range(nodes)]
+    places = {
+        name: f"NodeHostname={name} NodeAddr={hosts.address(name)} Port={port + 1}"
+        if apart
+        else f"NodeHostname={here} NodeAddr={HOST} Port={port + 1 + i}"
+        for i, name in enumerate(names)
+    }
     memory = psutil.virtual_memory().total // 2**20 - 500
     for number in range(cpus):  # stand-in GPUs: Slurm wants character devices
         device = os.path.join(folder, "dev", f"gpu{number}")
@@ -183,13 +231,13 @@ def _write_files(folder: str, nodes: int, cpus: int, port: int) -> None:
     partition = f"Nodes=n[1-{nodes}] State=UP"
     lines = [
         "ClusterName=oar",
-        f"SlurmctldHost={host}({HOST})",
+        f"SlurmctldHost={hosts.GATE}({hosts.GATE_ADDRESS})" if apart else f"SlurmctldHost={here}({HOST})",
         f"SlurmctldPort={port}",
         *(f"{who}={_user()}" for who in ("SlurmUser", "SlurmdUser")),
         "AuthType=auth/munge",
         # A requeued job waits until its old credential has expired, two minutes by default.
         f"AuthInfo=socket={folder}/run/munge.socket,cred_expire=5",
-        "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny",
+        *(() if apart else ("CommunicationParameters=NoInAddrAny,NoCtldInAddrAny",)),  # loopback only
         f"StateSaveLocation={folder}/state",
         f"SlurmdSpoolDir={folder}/spool/%n",
         f"SlurmctldPidFile={folder}/run/slurmctld.pid",
@@ -222,9 +270,9 @@ def _write_files(folder: str, nodes: int, cpus: int, port: int) -> None:
         "SlurmdTimeout=15",
         "LaunchParameters=send_gids",
         *(
-            f"NodeName=n{i + 1} NodeHostname={host} NodeAddr={HOST} Port={port + 1 + i} CPUs={cpus} Boards=1 SocketsPerBoard=1 "
+            f"NodeName={name} {place} CPUs={cpus} Boards=1 SocketsPerBoard=1 "
             f"CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={memory} Gres=gpu:{cpus} State=UNKNOWN"
-            for i in range(nodes)
+            for name, place in places.items()
         ),
         f"PartitionName=main {partition} Default=YES MaxTime=1-00:00:00 PriorityTier=10 PreemptMode=OFF",
         f"PartitionName=preempt {partition} MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60",
@@ -247,7 +295,8 @@ def _write_files(folder: str, nodes: int, cpus: int, port: int) -> None:
 
 def _launch(folder: str, name: str, command: Sequence[str]) -> Daemon:
     program = _program(command[0])
-    assert program is not None
+    if program is None:
+        raise RuntimeError(f"no program `{command[0]}`")
     with open(os.path.join(folder, "log", f"{name}.out"), "ab") as log:
         process = subprocess.Popen(
             [program, *command[1:]], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -257,14 +306,15 @@ def _launch(folder: str, name: str, command: Sequence[str]) -> Daemon:
     return Daemon(name, process.pid, created)
 
 
-def _end(daemon: Daemon) -> None:
+def _end(daemon: Daemon, *, at_once: bool) -> None:
     process = daemon.process()
     if process is None:
         return
-    process.send_signal(signal.SIGTERM)
-    with suppress(RuntimeError):
-        _until(lambda: daemon.process() is None, 10, "")
-        return
+    if not at_once:
+        process.send_signal(signal.SIGTERM)
+        with suppress(RuntimeError):
+            _until(lambda: daemon.process() is None, 10, "")
+            return
     process.kill()
 
 
@@ -330,24 +380,30 @@ def _until(condition: Callable[[], Any], timeout_s: float, problem: str) -> None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A real Slurm of virtual nodes on loopback.")
-    parser.add_argument("verb", choices=["up", "down", "env"])
+    parser = argparse.ArgumentParser(description="A real Slurm of virtual nodes on this machine.")
+    parser.add_argument("verb", choices=["up", "down", "env", "exec"])
     parser.add_argument("--dir", default=".dev/slurm", help="configuration, logs and state (default: .dev/slurm)")
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--cpus", type=int, default=4, help="CPUs that a node counts, and stand-in GPUs")
     parser.add_argument("--port", type=int, default=16800)
-    arguments = parser.parse_args()
+    parser.add_argument("--hosts", action="store_true", help="each node a host of its own: network, name, processes (needs root)")
+    parser.usage = "%(prog)s up|down|env|exec [options] [-- COMMAND ...]"  # of exec: runs where the cluster can be reached
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    given, command = parser.parse_args(words[:split]), words[split + 1 :]
     try:
-        if arguments.verb == "down":
-            print("stopped" if down(arguments.dir) else "was not running", file=sys.stderr)
+        if given.verb == "down":
+            print("stopped" if down(given.dir) else "was not running", file=sys.stderr)
             return 0
-        cluster = up(arguments.dir, arguments.nodes, arguments.cpus, arguments.port) if arguments.verb == "up" else running(arguments.dir)
+        cluster = up(given.dir, given.nodes, given.cpus, given.port, apart=given.hosts) if given.verb == "up" else running(given.dir)
     except RuntimeError as error:
         print(f"slurm: {error}", file=sys.stderr)
         return 1
     if cluster is None:
-        print(f"slurm: no cluster runs in {arguments.dir}: start it with `up`", file=sys.stderr)
+        print(f"slurm: no cluster runs in {given.dir}: start it with `up`", file=sys.stderr)
         return 1
+    if given.verb == "exec":
+        return subprocess.run([*cluster.prefix, *(command or ["bash"])], env={**os.environ, **cluster.env}).returncode
     for name, value in cluster.env.items():
         print(f"export {name}={shlex.quote(value)}")
     return 0

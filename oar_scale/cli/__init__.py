@@ -17,6 +17,8 @@ oar checkpoint convert CHECKPOINT --out FOLDER                DeepSpeed's univer
 oar checkpoint import KIND FILE --out FOLDER_OR_FILE          weights of RandAR, LlamaGen, MaskGIT's tokenizer
 oar checkpoint export SOURCE --out PATH [--format FORMAT]     a folder for oar_scale.load, or a peer's file
 oar plan RECIPE --gpu h200 --nodes 8 [--simulate ranks=1024]   memory, time, cost and failures, before a GPU is touched
+oar submit RECIPE --cluster PROFILE [--stages A,B] [--dry-run]  to a Slurm or a Ray cluster
+oar jobs|logs|cancel|resubmit RUN                             its jobs there
 oar doctor [RECIPE] [--json]                                  is this machine fit for a run?
 """
 
@@ -28,7 +30,7 @@ import sys
 from collections.abc import Sequence
 
 from oar_scale import __version__
-from oar_scale.cli import checkpoint, data, extract, observe, orders, plan, run
+from oar_scale.cli import checkpoint, data, extract, observe, orders, plan, run, submit
 from oar_scale.errors import Requeue, UserError
 
 REQUEUE = 75
@@ -39,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 done, 1 the doctor says FAIL, shards or checkpoints have faults, 2 something the user can mend, 75 stopped by a
-        signal with everything saved (run it again), 130 interrupted.
+        The exit code: 0 done, 1 the doctor says FAIL, shards or checkpoints have faults, a recipe does not fit as written, 2 something the
+        user can mend, 75 stopped by a signal with everything saved (run it again), 130 interrupted.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -67,6 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="oar", description="Ordered autoregressive image generation, trained at scale.")
     parser.add_argument("--version", action="version", version=f"oar_scale {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for module in (run, plan, extract, observe, data, checkpoint, orders):
+    for module in (run, plan, submit, extract, observe, data, checkpoint, orders):
         module.add(verbs)
     return parser

@@ -41,6 +41,8 @@ def add(verbs: Subparsers) -> None:
     recipe.add_argument("--origin", action="store_true", help="say which file and line set each value")
     doctor = add_verb(verbs, "doctor", "check packages, devices, kernels and, with a recipe, its storage", _doctor, needs_recipe=False)
     doctor.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
+    doctor.add_argument("--cluster", metavar="PROFILE", help="the nodes of a cluster instead of this machine: cluster/slurm or cluster/ray")
+    doctor.add_argument("-p", dest="profile", action="append", default=[], metavar="KEY=VALUE", help="change a field of the profile")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -93,6 +95,11 @@ def _recipe(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from oar_scale.doctor import run_doctor
+    from oar_scale.doctor import report, run_doctor
 
+    if arguments.cluster:
+        from oar_scale.launch.doctor import examine_cluster
+
+        found = examine_cluster(arguments.cluster, arguments.profile, arguments.recipe, arguments.overrides)
+        return report(found, as_json=arguments.json)
     return run_doctor(arguments.recipe, arguments.overrides, as_json=arguments.json)

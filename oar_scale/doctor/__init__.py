@@ -12,7 +12,7 @@ at the top of these files: the doctor must be able to say that a package is miss
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -33,8 +33,13 @@ def run_doctor(recipe_path: str | None, overrides: Sequence[str], *, as_json: bo
     Raises:
         UserError: the recipe cannot be read.
     """
+    return report(examine(recipe_path, overrides), as_json=as_json)
+
+
+def report(found: Iterable[Finding], *, as_json: bool) -> int:
+    """Print findings as they come; 1 when something FAILed, else 0."""
     findings = []
-    for finding in examine(recipe_path, overrides):
+    for finding in found:
         findings.append(finding)
         if not as_json:
             print(finding, flush=True)
@@ -79,4 +84,4 @@ def examine(recipe_path: str | None = None, overrides: Sequence[str] = ()) -> It
         yield from guarded(item, check)
 
 
-__all__ = ["Finding", "examine", "run_doctor"]
+__all__ = ["Finding", "examine", "report", "run_doctor"]

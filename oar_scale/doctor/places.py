@@ -6,17 +6,28 @@ import os
 import shutil
 import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from oar_scale.doctor.finding import Finding
 from oar_scale.errors import UserError
 
+T = TypeVar("T")
 STORAGE_TIMEOUT_S = 20.0
+SERVER_TIMEOUT_S = 5.0
 LOW_DISK_GIB = 5.0
 LOW_SHM_MIB = 256.0
 """Ray's object store takes 80 MB of /dev/shm, NCCL some more; containers often have 64 MB."""
+
+
+class _Late(UserError):
+    """No answer in time."""
 
 
 def storage_root(root: str) -> Iterator[Finding]:
@@ -25,44 +36,98 @@ def storage_root(root: str) -> Iterator[Finding]:
     Raises:
         UserError: what the storage says; it names the place and the remedy.
     """
-    outcome: list[Exception | float] = []
+    try:
+        seconds = _in_time(root, _round_trip)
+    except _Late as late:
+        yield Finding("FAIL", "storage root", str(late))
+    else:
+        yield Finding("ok", "storage root", f"{root}: wrote, read and deleted an object in {seconds:.2f} s")
+
+
+def storage_speed(root: str, megabytes: int = 32) -> Iterator[Finding]:
+    """Write and read an object of some size, and try to make it a second time: only one of two writers may have it.
+
+    Raises:
+        UserError: likewise.
+    """
+    written_s, read_s, refused = _in_time(root, partial(_large_trip, megabytes=megabytes))
+    speed = f"wrote {megabytes / written_s:.0f} MB/s, read {megabytes / read_s:.0f} MB/s"
+    if refused:
+        yield Finding("ok", "storage speed", f"{speed}; a second writer of the same object is refused")
+    else:
+        text = f"{speed}; a second writer of the same object is NOT refused, so two could do the same work"
+        yield Finding("FAIL", "storage speed", f"{text}: use a server that knows If-None-Match, or a file system with hard links")
+
+
+def _in_time(root: str, action: Callable[[str], T]) -> T:
+    """A server that does not answer keeps its client waiting for minutes, and nobody else."""
+    outcome: list[T | Exception] = []
 
     def try_it() -> None:
         try:
-            outcome.append(_round_trip(root))
+            outcome.append(action(root))
         except Exception as error:
             outcome.append(error)
 
-    worker = threading.Thread(target=try_it, daemon=True)  # a server that does not answer keeps its client waiting for minutes
+    worker = threading.Thread(target=try_it, daemon=True)
     worker.start()
     worker.join(STORAGE_TIMEOUT_S)
     if not outcome:
         remedy = "check the network and AWS_ENDPOINT_URL" if root.startswith("s3://") else "check the file system"
-        yield Finding("FAIL", "storage root", f"{root}: no answer in {STORAGE_TIMEOUT_S:.0f} s; {remedy}")
-    elif isinstance(outcome[0], Exception):
+        raise _Late(f"{root}: no answer in {STORAGE_TIMEOUT_S:.0f} s; {remedy}")
+    if isinstance(outcome[0], Exception):
         raise outcome[0]
-    else:
-        yield Finding("ok", "storage root", f"{root}: wrote, read and deleted an object in {outcome[0]:.2f} s")
+    return outcome[0]
+
+
+def _large_trip(root: str, megabytes: int) -> tuple[float, float, bool]:
+    """Seconds to write, seconds to read, whether a second writer was refused."""
+    from oar_scale.storage import open_storage
+
+    with own_object(root) as uri:
+        storage, data = open_storage(root), os.urandom(megabytes * 10**6)
+        started = time.perf_counter()
+        storage.write(uri, data, if_absent=True)
+        written = time.perf_counter()
+        back = storage.read(uri)
+        read = time.perf_counter()
+        refused = not storage.write(uri, b"second", if_absent=True)
+        storage.delete(uri)
+    _check_same(root, back, data)
+    return written - started, read - written, refused
 
 
 def _round_trip(root: str) -> float:
     """Seconds that it took."""
-    from oar_scale.storage import join, open_storage
+    from oar_scale.storage import open_storage
 
-    storage, uri, data = open_storage(root), join(root, f".oar-doctor-{uuid.uuid4().hex[:8]}"), os.urandom(1024)
-    absent = [] if root.startswith("s3://") else [folder for folder in _upwards(root) if not folder.exists()]
-    started = time.perf_counter()
-    try:
+    with own_object(root) as uri:
+        storage, data = open_storage(root), os.urandom(1024)
+        started = time.perf_counter()
         storage.write(uri, data)
         back = storage.read(uri)
         storage.delete(uri)
+    _check_same(root, back, data)
+    return time.perf_counter() - started
+
+
+@contextmanager
+def own_object(root: str) -> Iterator[str]:
+    """A name that nobody else has; a folder that was not there before is not left behind."""
+    from oar_scale.storage import join
+
+    absent = [] if root.startswith("s3://") else [folder for folder in _upwards(root) if not folder.exists()]
+    try:
+        yield join(root, f".oar-doctor-{uuid.uuid4().hex[:8]}")
     finally:
-        for folder in absent:  # the innermost first: a folder that was not there before is not left behind
-            if folder.is_dir() and not any(folder.iterdir()):
+        for folder in absent:  # the innermost first
+            with suppress(OSError):  # another node's doctor is in it, or was quicker
                 folder.rmdir()
+
+
+def _check_same(root: str, back: bytes, data: bytes) -> None:
     if back != data:
         raise UserError(f"{root}: gives back other bytes than were written. Use another disk or server for storage.root.")
-    return time.perf_counter() - started
 
 
 def _upwards(path: str) -> list[Path]:
@@ -108,3 +173,21 @@ def weights_and_biases(mode: str) -> Iterator[Finding]:
         yield Finding("ok", "W&B", f"online at {server}, with a key")
     else:
         yield Finding("warn", "W&B", f"online, and no key for {server}, so runs are kept offline; set WANDB_API_KEY, or wandb login")
+
+
+def wandb_server(mode: str) -> Iterator[Finding]:
+    """Whether this machine reaches the W&B server; nothing is logged there."""
+    if mode != "online":
+        return
+    import wandb
+
+    server = wandb.setup().settings.base_url
+    try:
+        urllib.request.urlopen(server, timeout=SERVER_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as error:
+        text = f"{server} does not answer ({error}), so runs are kept offline; open the way there, or set observe.wandb: offline"
+        yield Finding("warn", "W&B server", text)
+        return
+    yield Finding("ok", "W&B server", f"{server} answers")

@@ -32,12 +32,22 @@ def room_for_workers(parallel: ParallelConfig, *, asking: bool) -> int:
 
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     answering = _answering([node["NodeID"] for node in nodes]) if asking else {node["NodeID"] for node in nodes}
-    return sum(_places(node["Resources"], parallel.gpus_per_worker) for node in nodes if node["NodeID"] in answering)
+    return room_in([node["Resources"] for node in nodes if node["NodeID"] in answering], parallel)
 
 
-def _places(resources: dict[str, float], gpus: int) -> int:
+def room_in(nodes: Sequence[dict[str, float]], parallel: ParallelConfig) -> int:
+    """Workers that nodes of these resources hold, placed as the recipe asks."""
+    places = [_places(resources, parallel) for resources in nodes]
+    if parallel.placement == "STRICT_PACK":
+        return max(places, default=0)
+    return sum(min(1, each) for each in places) if parallel.placement == "STRICT_SPREAD" else sum(places)
+
+
+def _places(resources: dict[str, float], parallel: ParallelConfig) -> int:
     """Workers that a node holds: a core each, and their GPUs."""
-    by_core = int(resources.get("CPU", 0))
+    if parallel.gpu_type and f"accelerator_type:{parallel.gpu_type}" not in resources:
+        return 0
+    by_core, gpus = int(resources.get("CPU", 0)), parallel.gpus_per_worker
     return min(by_core, int(resources.get("GPU", 0)) // gpus) if gpus else by_core
 
 

@@ -184,6 +184,8 @@ class _Driver:
                 num_workers=workers,
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": 1, **({"GPU": parallel.gpus_per_worker} if use_gpu else {})},
+                placement_strategy=parallel.placement,
+                accelerator_type=parallel.gpu_type,
             ),
             run_config=RunConfig(
                 name=self._job.stage,

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from oar_scale.config.schema import Recipe
-from oar_scale.training.elastic import choose_workers
+from oar_scale.config.schema import ParallelConfig, Recipe
+from oar_scale.training.elastic import choose_workers, room_in
 
 BATCH = {"pretrain": {"global_batch": 96}, "finetune": {"global_batch": 96}, "data": {"canonical_streams": 48}}
 
@@ -48,3 +48,22 @@ def test_what_does_not_go_together_is_said(parallel: dict[str, Any], named: str)
     batch = {"pretrain": {"global_batch": 240}, "finetune": {"global_batch": 240}, "data": {"canonical_streams": 48}}
     with pytest.raises(ValidationError, match=named):
         Recipe.model_validate({"name": "x", **batch, "parallel": {"micro_batch": 1, **parallel}})
+
+
+@pytest.mark.parametrize(
+    ("parallel", "room"),
+    [
+        ({}, 2 + 96 + 96 + 8),
+        ({"gpus_per_worker": 1}, 8 + 8 + 4),
+        ({"gpus_per_worker": 8}, 2),
+        ({"gpus_per_worker": 1, "gpu_type": "H100"}, 16),
+        ({"gpus_per_worker": 1, "gpu_type": "B200"}, 0),
+        ({"gpus_per_worker": 1, "placement": "STRICT_PACK"}, 8),
+        ({"gpus_per_worker": 1, "placement": "STRICT_SPREAD"}, 3),
+        ({"gpus_per_worker": 1, "gpu_type": "L4", "placement": "STRICT_SPREAD"}, 1),
+    ],
+)
+def test_room_is_counted_on_the_nodes_that_a_recipe_takes_and_as_it_places_its_workers(parallel: dict[str, Any], room: int) -> None:
+    h100 = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
+    nodes = [{"CPU": 2.0}, h100, h100, {"CPU": 8.0, "GPU": 4.0, "accelerator_type:L4": 1.0}]
+    assert room_in(nodes, ParallelConfig.model_validate(parallel)) == room

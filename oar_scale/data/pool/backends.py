@@ -48,8 +48,8 @@ class Actors(Protocol):
 class RayActors:
     """Actors of the Ray that this process is connected to."""
 
-    def __init__(self, make_actor: MakeActor, cpus: int, gpus: float) -> None:
-        self._make_actor, self._cpus, self._gpus = make_actor, cpus, gpus
+    def __init__(self, make_actor: MakeActor, cpus: int, gpus: float, gpu_type: str | None = None) -> None:
+        self._make_actor, self._cpus, self._gpus, self._gpu_type = make_actor, cpus, gpus, gpu_type
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, int] = {}
         self._count = 0
@@ -58,7 +58,8 @@ class RayActors:
         import ray
 
         self._count += 1
-        remote: Any = ray.remote(_RayActor).options(num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0)
+        needs = {"num_cpus": self._cpus, "num_gpus": self._gpus, **({"accelerator_type": self._gpu_type} if self._gpu_type else {})}
+        remote: Any = ray.remote(_RayActor).options(**needs, max_restarts=0)
         self._actors[self._count] = remote.remote(self._make_actor)
         self._pending[self._actors[self._count].start.remote()] = self._count
         return self._count

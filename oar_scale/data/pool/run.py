@@ -24,6 +24,7 @@ def run_pool(
     *,
     actors: int | Bounds,
     gpus_per_actor: float = 0,
+    gpu_type: str | None = None,
     cpu_threads: int = 1,
     max_retries: int = 3,
     what: Mapping[str, str] | None = None,
@@ -65,7 +66,7 @@ def run_pool(
                 signals.arm()
             driver = Driver(book, missing, bounds, max_retries, timing, report, signals, array, on_progress, on_event)
             make_actor = partial(Actor, make_worker, book, driver.holder.id, timing.patience_s)
-            driver.do(ProcessActors(make_actor) if array else RayActors(make_actor, cpu_threads, gpus_per_actor))
+            driver.do(ProcessActors(make_actor) if array else RayActors(make_actor, cpu_threads, gpus_per_actor, gpu_type))
     report.done = {shard: report.done[shard] for shard in shards if shard in report.done}
     return report
 

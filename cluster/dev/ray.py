@@ -1,0 +1,293 @@
+#!/usr/bin/env python3
+"""A real Ray cluster of a few node processes on this machine, for tests and for trying things out: on loopback, with a token.
+
+    python cluster/dev/ray.py up               start it (or find it running), wait until every node is alive, print the variables
+    eval "$(python cluster/dev/ray.py env)"    point this shell at it: oar run and oar submit --cluster cluster/ray/dev.yaml use it
+    python cluster/dev/ray.py down             end its nodes, each by its pid
+
+Node n has the address 127.0.0.(n + 1): Ray tells nodes apart by their addresses, and takes a public one where 127.0.0.1 is given.
+The first one is the head, with the dashboard and the Jobs API; what the nodes have (CPUs) is counted, not measured. Ray's nodes
+listen on every address of the machine; nobody without the token gets an answer. Never end them with ``ray stop``, which ends every
+Ray process of the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+
+HEAD = "127.0.0.2"
+PORTS = 3
+"""Of the head, of its dashboard and of Ray's client listen on consecutive ports."""
+START_S = 90.0
+OBJECT_STORE_BYTES = 80 * 2**20
+
+
+@dataclass(frozen=True)
+class Node:
+    """A ``ray start --block``; the time of its start tells it from another process that got its pid later."""
+
+    address: str
+    pid: int
+    created: float
+
+    def process(self) -> psutil.Process | None:
+        try:
+            process = psutil.Process(self.pid)
+            alive = abs(process.create_time() - self.created) < 0.1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return None
+        return process if alive else None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray."""
+
+    folder: str
+    scratch: str
+    """Ray's sockets lie in it: a short path."""
+    port: int
+    dashboard: bool
+    token: str
+    nodes: list[Node] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return f"{HEAD}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Of the dashboard and the Jobs API."""
+        return f"http://{HEAD}:{self.port + 1}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What points a program at this cluster."""
+        return {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def up(folder: str = ".dev/ray", nodes: int = 2, cpus: int = 2, port: int = 26379, *, dashboard: bool = True) -> Cluster:
+    """Start the cluster unless it runs already; return once every node is alive.
+
+    Raises:
+        RuntimeError: a port is taken, it runs with other settings, or it did not come up.
+    """
+    folder = os.path.abspath(folder)
+    with _locked(folder):
+        cluster = running(folder)
+        if cluster is None:
+            _clear(folder)
+            cluster = _start_head(folder, cpus, port, dashboard)
+            for _ in range(nodes - 1):
+                add_node(cluster, cpus)
+        elif (len(cluster.nodes), cluster.port) != (nodes, port):
+            raise RuntimeError(f"the Ray in {folder} already runs with {len(cluster.nodes)} nodes on port {cluster.port}: stop it first")
+    wait_for_nodes(cluster, nodes)
+    return cluster
+
+
+def down(folder: str = ".dev/ray") -> bool:
+    """End the nodes; return whether the cluster was running. Ray's logs go with it, those of the nodes' start stay."""
+    folder = os.path.abspath(folder)
+    if not os.path.exists(os.path.join(folder, "cluster.json")):
+        return False
+    with _locked(folder):
+        alive = running(folder) is not None
+        _clear(folder)
+    return alive
+
+
+def running(folder: str = ".dev/ray") -> Cluster | None:
+    """Return the cluster of this folder, or None where its head does not live."""
+    cluster = _read(os.path.abspath(folder))
+    return cluster if cluster is not None and cluster.nodes and cluster.nodes[0].process() is not None else None
+
+
+def add_node(cluster: Cluster, cpus: int) -> Node:
+    """Another node; returns at once, it takes some seconds to join."""
+    address = f"127.0.0.{len(cluster.nodes) + 2}"
+    return _start(cluster, address, cpus, [f"--address={cluster.address}"])
+
+
+def lose_node(node: Node) -> None:
+    """Every process of the node dies at once, as in a power cut."""
+    process = node.process()
+    if process is None:
+        return
+    everyone = [process, *process.children(recursive=True)]
+    for each in everyone:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(everyone, timeout=10)
+
+
+def wait_for_nodes(cluster: Cluster, count: int) -> None:
+    """Until so many nodes are alive, and the dashboard answers.
+
+    Raises:
+        RuntimeError: they are not in time.
+    """
+    command = [sys.executable, "-m", "oar_scale.launch.ray_ready", str(count), str(int(START_S))]
+    asked = subprocess.run(command, env={**os.environ, **cluster.env}, capture_output=True, text=True)
+    if asked.returncode:
+        raise RuntimeError(f"{asked.stderr.strip()}: see {cluster.folder}/log")
+    if cluster.dashboard:
+        _until(lambda: _answers(cluster), START_S, f"no dashboard at {cluster.url}: see {cluster.folder}/log")
+
+
+def free_port() -> int:
+    """Find a port that, with its neighbours, nobody listens on; Ray wants it outside 10002-19999."""
+    for port in range(20000 + os.getpid() % 1000 * 10, 32000, 10):
+        if not _taken(port):
+            return port
+    raise RuntimeError("no free range of ports")
+
+
+def _start_head(folder: str, cpus: int, port: int, dashboard: bool) -> Cluster:
+    if taken := _taken(port):
+        raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {PORTS - 1} must be free)")
+    os.makedirs(os.path.join(folder, "log"), exist_ok=True)
+    cluster = Cluster(folder, tempfile.mkdtemp(prefix="oar-ray-", dir="/tmp"), port, dashboard, secrets.token_hex(32))
+    options = ["--head", f"--port={port}", f"--temp-dir={cluster.scratch}", f"--ray-client-server-port={port + 2}"]
+    options += [f"--include-dashboard={str(dashboard).lower()}", f"--dashboard-host={HEAD}", f"--dashboard-port={port + 1}"]
+    _start(cluster, HEAD, cpus, options)
+    _until(lambda: bool(_taken(port)) or cluster.nodes[0].process() is None, START_S, f"no head at {cluster.address}")
+    if cluster.nodes[0].process() is None:
+        raise RuntimeError(f"the head ended at once: see {folder}/log")
+    return cluster
+
+
+def _start(cluster: Cluster, address: str, cpus: int, rest: Sequence[str]) -> Node:
+    ray = os.path.join(os.path.dirname(sys.executable), "ray")
+    options = [f"--node-ip-address={address}", f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"]
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {**cluster.env}
+    del env["RAY_ADDRESS"]  # of the cluster that is to come
+    # A job's `python` is that of the node's PATH.
+    env["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), env.get("PATH", "")])
+    with open(os.path.join(cluster.folder, "log", f"{address}.log"), "ab") as log:
+        process = subprocess.Popen(
+            [ray, "start", "--block", *options, *rest], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    node = Node(address, process.pid, psutil.Process(process.pid).create_time())
+    process.returncode = 0  # it is meant to outlive us: no warning when the handle goes
+    cluster.nodes.append(node)
+    _write(cluster)
+    return node
+
+
+def _clear(folder: str) -> None:
+    """End what is left of a cluster, and its traces."""
+    cluster = _read(folder)
+    if cluster is None:
+        return
+    for node in reversed(cluster.nodes):
+        if (process := node.process()) is not None:
+            process.send_signal(signal.SIGTERM)  # ray start ends its children itself
+    for node in cluster.nodes:
+        try:
+            _until(lambda node=node: node.process() is None, 20, "")
+        except RuntimeError:
+            lose_node(node)
+    shutil.rmtree(cluster.scratch, ignore_errors=True)
+    os.unlink(os.path.join(folder, "cluster.json"))
+
+
+def _answers(cluster: Cluster) -> bool:
+    asked = urllib.request.Request(f"{cluster.url}/api/version", headers={"Authorization": f"Bearer {cluster.token}"})
+    try:
+        with urllib.request.urlopen(asked, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _taken(port: int) -> list[int]:
+    taken = []
+    for number in range(port, port + PORTS):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HEAD, number))
+            except OSError:
+                taken.append(number)
+    return taken
+
+
+@contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """One ``up`` or ``down`` at a time."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(folder: str) -> Cluster | None:
+    path = os.path.join(folder, "cluster.json")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        stored = json.load(file)
+    return Cluster(**{**stored, "nodes": [Node(**each) for each in stored["nodes"]]})
+
+
+def _write(cluster: Cluster) -> None:
+    path = os.path.join(cluster.folder, "cluster.json")
+    with os.fdopen(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # the token is in it
+        json.dump(asdict(cluster), file, indent=1)
+    os.replace(f"{path}.new", path)
+
+
+def _until(condition: Callable[[], Any], timeout_s: float, problem: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{problem} (waited {timeout_s:.0f} s)")
+        time.sleep(0.1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A real Ray cluster of node processes on loopback.")
+    parser.add_argument("verb", choices=["up", "down", "env"])
+    parser.add_argument("--dir", default=".dev/ray", help="what is known of the cluster, and logs (default: .dev/ray)")
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--cpus", type=int, default=2, help="CPUs that a node counts")
+    parser.add_argument("--port", type=int, default=26379, help="of the head; the dashboard has the next one (default: 26379)")
+    arguments = parser.parse_args()
+    try:
+        if arguments.verb == "down":
+            print("stopped" if down(arguments.dir) else "was not running", file=sys.stderr)
+            return 0
+        cluster = up(arguments.dir, arguments.nodes, arguments.cpus, arguments.port) if arguments.verb == "up" else running(arguments.dir)
+    except RuntimeError as error:
+        print(f"ray: {error}", file=sys.stderr)
+        return 1
+    if cluster is None:
+        print(f"ray: no cluster runs in {arguments.dir}: start it with `up`", file=sys.stderr)
+        return 1
+    for name, value in cluster.env.items():
+        print(f"export {name}={shlex.quote(value)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

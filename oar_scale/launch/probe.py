@@ -1,0 +1,145 @@
+"""What ``oar doctor --cluster`` runs on the cluster; each line that begins with ``OAR-DOCTOR`` is for the one that asked.
+
+    srun ... python -m oar_scale.launch.probe slurm     in each task, with MASTER_ADDR set: a task is a worker
+    python -m oar_scale.launch.probe ray                as a Ray job: starts a worker on each node, for each GPU where there are any
+
+OAR_RECIPE holds the recipe's text, if there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from oar_scale.config.loading import load_recipe
+from oar_scale.doctor.finding import Finding, first_line
+from oar_scale.doctor.group import GROUP_S, Facts, Place, between, node_facts
+from oar_scale.launch.ray_entry import RECIPE
+
+if TYPE_CHECKING:
+    from oar_scale.config.schema import Recipe
+
+MARK = "OAR-DOCTOR "
+NODES = "nodes"
+
+
+def main(kind: str) -> int:
+    if kind == "slurm":
+        _in_task(os.environ)
+    else:
+        _on_ray()
+    return 0
+
+
+def said(log: str) -> tuple[list[Facts], list[Finding]]:
+    """Of the probe's lines: each node's facts, and what was found between them."""
+    facts, findings = [], []
+    for line in log.splitlines():
+        _, mark, text = line.partition(MARK)
+        if mark:
+            given = json.loads(text)
+            if "node" in given:
+                facts.append(Facts.of(given))
+            else:
+                findings.append(Finding(**given))
+    return facts, findings
+
+
+def _in_task(env: os._Environ[str]) -> None:
+    rank, local = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
+    recipe, node = _recipe(), env.get("SLURMD_NODENAME", socket.gethostname())
+    if local == 0:
+        _tell([node_facts(node, recipe).plain()])
+    place = Place(node, rank, int(env["SLURM_NTASKS"]), local, env["MASTER_ADDR"], int(env["MASTER_PORT"]), _gpu(local))
+    _tell([vars(finding) for finding in between(place, recipe)])
+
+
+def _on_ray() -> None:
+    from oar_scale.data.ray_session import ray_session
+
+    with ray_session(cpus=1):
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in nodes}
+        _tell([vars(_room(nodes))])
+        remote: Any = ray.remote(_Probe)
+        actors, homes = [], []
+        for node in nodes:
+            options = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False), "num_cpus": 0}
+            for _ in range(max(1, gpus[node["NodeID"]])):
+                options["num_gpus"] = int(gpus[node["NodeID"]] > 0)
+                actors.append(remote.options(**options).remote(node["NodeManagerAddress"]))
+                homes.append(node["NodeID"])
+        firsts = [actor for index, actor in enumerate(actors) if homes.index(homes[index]) == index]
+        try:
+            _tell(ray.get([actor.facts.remote() for actor in firsts], timeout=GROUP_S))
+            works = [actor for actor, home in zip(actors, homes, strict=True) if gpus[home] or not any(gpus.values())]
+            local = [sum(home == other for other in homes[:index]) for index, home in enumerate(homes)]
+            places = [local[actors.index(actor)] for actor in works]
+            address, port = ray.get(works[0].door.remote(), timeout=GROUP_S)
+            asked = [actor.join.remote(rank, len(works), places[rank], address, port) for rank, actor in enumerate(works)]
+            _tell([found for each in ray.get(asked, timeout=2 * GROUP_S) for found in each])
+        except ray.exceptions.RayError as error:
+            text = f"the check did not come to its end ({first_line(error)}); are GPUs of a node in use, or is one dying? ray status"
+            _tell([vars(Finding("FAIL", "workers", text))])
+
+
+class _Probe:
+    """A worker on a node, as an actor."""
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+
+    def facts(self) -> dict[str, Any]:
+        return node_facts(self._node, _recipe()).plain()
+
+    def door(self) -> tuple[str, int]:
+        with socket.create_server((self._node, 0)) as probe:
+            return self._node, int(probe.getsockname()[1])
+
+    def join(self, rank: int, world: int, local_rank: int, address: str, port: int) -> list[dict[str, Any]]:
+        place = Place(self._node, rank, world, local_rank, address, port, _gpu(0))
+        return [vars(finding) for finding in between(place, _recipe())]
+
+
+def _room(nodes: Sequence[dict[str, Any]]) -> Finding:
+    total: dict[str, float] = {}
+    for node in nodes:
+        for name, count in node["Resources"].items():
+            total[name] = total.get(name, 0) + count
+    types = sorted(name.partition(":")[2] for name in total if name.startswith("accelerator_type:"))
+    text = f"{len(nodes)} alive, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs{f' ({chr(44).join(types)})' if types else ''}"
+    return Finding("ok", NODES, text)
+
+
+def _gpu(local_rank: int) -> int | None:
+    import torch
+
+    return local_rank % torch.cuda.device_count() if torch.cuda.is_available() else None
+
+
+def _recipe() -> Recipe | None:
+    text = os.environ.get(RECIPE)
+    if not text:
+        return None
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        return load_recipe(file.name)
+
+
+def _tell(lines: Sequence[dict[str, Any]]) -> None:
+    for line in lines:
+        sys.stdout.write(f"{MARK}{json.dumps(line)}\n")  # in one piece: other tasks write, too
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,262 @@
+"""A cluster, as a file that a team writes once: what to ask the scheduler for, and how a shell there gets a working ``oar``.
+
+    cluster/slurm/mine.yaml:4  partitoin = gpu
+      unknown key. Did you mean partition?
+
+Profiles may extend one another as recipes do, and ``-p a.b=c`` changes a field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from oar_scale.config.layers import Setting, read_layers
+from oar_scale.config.schema import Section
+from oar_scale.errors import UserError
+
+Word = Annotated[str, Field(pattern=r"^[^\s'\"$`\\]+$")]
+"""Goes into a job file as it is."""
+Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d\d):(\d\d)")
+SECRET = re.compile(r"(?:^|_)(?:SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_KEY)(?:_|$)", re.IGNORECASE)
+
+
+class Container(Section):
+    """What the commands run in."""
+
+    engine: Literal["apptainer", "enroot"]
+    """``enroot`` is Slurm's Pyxis: srun --container-image."""
+    image: Word
+    mounts: tuple[Word, ...] = ()
+    """Folders that are the same inside, or ``OUTSIDE:INSIDE``; the run's folder and the working folder are among them by themselves."""
+
+
+class Resources(Section):
+    """What a stage may ask for instead of what the profile says."""
+
+    partition: Word | None = None
+    nodes: int | None = Field(None, ge=1)
+    min_nodes: int | None = Field(None, ge=1)
+    cpus_per_node: int | None = Field(None, ge=1)
+    gpus_per_node: int | None = Field(None, ge=0)
+    memory_gb: int | None = Field(None, ge=1)
+    time: str | None = None
+    array: int | None = Field(None, ge=2)
+    """``extract`` only: so many tasks of a job array, each on its own, without Ray."""
+
+    @field_validator("time")
+    @classmethod
+    def _time(cls, given: str | None) -> str | None:
+        if given is not None:
+            _check_time(given)
+        return given
+
+
+class SlurmProfile(Section):
+    """A Slurm cluster. Unset fields are left to Slurm's own defaults."""
+
+    type: Literal["slurm"]
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    nodes: int = Field(1, ge=1)
+    min_nodes: int | None = Field(None, ge=1)
+    """Go on with so many when nodes fail ``node_check``; for recipes whose ``parallel.workers`` is a range. Default: ``nodes``."""
+    cpus_per_node: int = Field(ge=1)
+    gpus_per_node: int = Field(0, ge=0)
+    gpu_type: Word | None = None
+    memory_gb: int | None = Field(None, ge=1)
+    """Of each node, 2^30 bytes."""
+    time: str
+    """``HH:MM:SS`` or ``D-HH:MM:SS`` of one attempt; a job that needs longer comes back by itself."""
+    warn_s: int = Field(300, ge=10)
+    """Before that limit: the driver is told to save and leave."""
+    sbatch: tuple[Annotated[str, Field(pattern=r"^--[^\n]+$")], ...] = ()
+    """More options of sbatch, e.g. ``--constraint=ib``."""
+    setup: tuple[Line, ...] = ()
+    """Shell lines before everything else: modules, a virtual environment."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Variables of the job. Keys and passwords are no part of a profile: export them where you submit, Slurm hands them on."""
+    container: Container | None = None
+    node_address: Line = "hostname --ip-address | cut -d ' ' -f 1"
+    """A shell command that prints a node's address for the others."""
+    node_check: Line | None = None
+    """A shell command that fails on a node with broken hardware, e.g. ``nvidia-smi -L``; such nodes are left out and written down."""
+    start_s: int = Field(180, ge=10)
+    """Until Ray is up on all nodes."""
+    object_store_mb: int = Field(200, ge=100)
+    """Of Ray, on each node; nothing large goes through it."""
+    max_failures: int = Field(3, ge=0)
+    """Attempts in a row that may fail for reasons of their own; time limits and preemptions are none."""
+    backoff_s: int = Field(30, ge=0)
+    """Before the attempt after a failure; doubled each time, up to ten minutes."""
+    stages: dict[str, Resources] = Field(default_factory=dict)
+    """Other resources for a stage."""
+
+    @field_validator("time")
+    @classmethod
+    def _time(cls, given: str) -> str:
+        _check_time(given)
+        return given
+
+    @field_validator("env")
+    @classmethod
+    def _variables(cls, given: dict[str, str]) -> dict[str, str]:
+        return _check_env(given)
+
+    @model_validator(mode="after")
+    def _fits(self) -> SlurmProfile:
+        for name, stage in {"": Resources(), **self.stages}.items():
+            own = self.min_nodes if stage.nodes is None else None  # the profile's belongs to its own number of nodes
+            nodes, least = stage.nodes or self.nodes, stage.min_nodes or own or 1
+            if least > nodes:
+                raise ValueError(f"{f'stages.{name}.' if name else ''}min_nodes {least} is above nodes {nodes}")
+            time = stage.time or self.time
+            if self.warn_s >= seconds(time):
+                raise ValueError(f"warn_s {self.warn_s} leaves nothing of {f'stages.{name}.' if name else ''}time {time}")
+            if stage.array and name != "extract":
+                raise ValueError(f"stages.{name}.array: only extract can be a job array")
+        return self
+
+    def resources(self, stage: str) -> SlurmProfile:
+        """The profile with what it says of a stage in place."""
+        chosen = self.stages.get(stage, Resources()).model_dump(exclude_none=True, exclude={"array"})
+        if "nodes" in chosen:
+            chosen.setdefault("min_nodes", None)
+        return self.model_copy(update=chosen)
+
+    def array(self, stage: str) -> int | None:
+        return self.stages[stage].array if stage in self.stages else None
+
+
+class RayProfile(Section):
+    """A Ray cluster that runs, reached through its Jobs API."""
+
+    type: Literal["ray"]
+    address: Annotated[str, Field(pattern=r"^https?://[^\s]+$")]
+    """Of the dashboard: ``http://HEAD:8265``."""
+    working_dir: str | None = "."
+    """Sent along: small files that the recipe names, and the code where the cluster has none. Default: the current folder. Or the address
+    of a .zip that the nodes fetch."""
+    excludes: tuple[str, ...] = ("/.git", "/.venv", "/runs", "/data", "/weights", "__pycache__")
+    """What of it stays here, as lines of a .gitignore."""
+    pip: tuple[Line, ...] = ()
+    """Packages that the nodes install first, pinned; empty where the image has them."""
+    env: dict[str, str] = Field(default_factory=dict)
+    pass_env: tuple[Word, ...] = ()
+    """Variables of this shell that the job gets. Who may see the cluster's dashboard sees them: keys are better kept on the cluster."""
+    python: Line = "python"
+    """The interpreter on the cluster's nodes."""
+    folder: Word | None = None
+    """Of the cluster: where relative paths of the recipe start. Default: the copy of ``working_dir`` there, which goes with the job."""
+    driver_cpus: float = Field(0, ge=0)
+    """Asked for the driver. 0, and no ``driver_resources``: it runs on the head, the node that must not be lost anyway."""
+    driver_resources: dict[str, float] = Field(default_factory=dict)
+    """Where the driver may run instead, e.g. ``{on_demand: 0.001}``."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
+    """The recipe's ``parallel.placement`` on this cluster."""
+    gpu_type: Word | None = None
+    """The recipe's ``parallel.gpu_type`` on this cluster."""
+    start_s: int = Field(120, ge=1)
+    """So long ``oar submit`` looks whether the job begins; installing packages may take longer."""
+    max_failures: int = Field(3, ge=0)
+    """Failures in a row after which a command is not begun again."""
+    backoff_s: int = Field(30, ge=0)
+    """Before it is begun again; doubled each time."""
+
+    @field_validator("env")
+    @classmethod
+    def _variables(cls, given: dict[str, str]) -> dict[str, str]:
+        if "PYTHONPATH" in given:
+            raise ValueError("PYTHONPATH: is the job's own; code lies in working_dir, in the image or among the packages of pip")
+        return _check_env(given)
+
+
+Profile = SlurmProfile | RayProfile
+KINDS: dict[str, type[SlurmProfile] | type[RayProfile]] = {"slurm": SlurmProfile, "ray": RayProfile}
+
+
+def load_profile(path: str, overrides: Sequence[str] = ()) -> Profile:
+    """Read and check a profile.
+
+    Raises:
+        UserError: no such file, no valid YAML, or wrong fields; the text lists each place and remedy.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: there is no such cluster profile. Examples lie in cluster/slurm and cluster/ray.")
+    layers = read_layers(path, overrides)
+    kind = layers.child("type")
+    if kind is None or kind.value not in KINDS:
+        raise UserError(f"{kind.origin if kind else path}  type\n  must be one of {', '.join(KINDS)}.")
+    try:
+        profile: Profile = KINDS[kind.value].model_validate_json(json.dumps(layers.plain()), strict=True)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(detail, layers, KINDS[kind.value], path) for detail in error.errors())) from error
+    return profile
+
+
+def seconds(time: str) -> int:
+    """Of a time as Slurm writes it."""
+    found = TIME.fullmatch(time)
+    if found is None:
+        raise ValueError(f"{time!r} is no HH:MM:SS or D-HH:MM:SS; in YAML, put it in quotes")
+    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def _check_time(time: str) -> None:
+    if seconds(time) < 60:
+        raise ValueError(f"{time} is below a minute, Slurm's unit of limits")
+
+
+def _check_env(given: dict[str, str]) -> dict[str, str]:
+    for name in given:
+        if not VARIABLE.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a variable")
+        if SECRET.search(name):
+            raise ValueError(f"{name}: keys and passwords do not belong in a profile; export it in the shell that submits")
+    return given
+
+
+def _explain(detail: ErrorDetails, layers: Setting, model: type[BaseModel], path: str) -> str:
+    keys = tuple(str(part) for part in detail["loc"])
+    setting, origin = layers, path
+    for key in keys:
+        inner = setting.child(key)
+        if inner is None:
+            break
+        setting, origin = inner, inner.origin
+    shown = "" if isinstance(setting.value, dict) else f" = {json.dumps(setting.value)}"
+    cause = detail.get("ctx", {}).get("error")
+    match detail["type"]:
+        case "extra_forbidden":
+            fields = _fields(model, keys[:-1])
+            near = difflib.get_close_matches(keys[-1], fields, n=1)
+            reason = f"unknown key. Did you mean {near[0]}?" if near else f"unknown key. Keys here: {', '.join(fields)}."
+        case "missing":
+            reason = "is required and not set."
+        case "value_error":
+            reason = f"{cause}."
+        case _:
+            reason = re.sub(r"^(?:Input|String) should", "must", detail["msg"]) + "."
+    return f"{origin}  {'.'.join(keys)}{shown}\n  {reason}" if keys else f"{origin}\n  {reason}"
+
+
+def _fields(model: type[BaseModel], keys: tuple[str, ...]) -> list[str]:
+    """The keys that may stand at a place."""
+    if not keys:
+        return list(model.model_fields)
+    if keys[0] == "stages":
+        return list(Resources.model_fields)
+    field = model.model_fields.get(keys[0])
+    inner = [each for each in get_args(field.annotation) if isinstance(each, type) and issubclass(each, BaseModel)] if field else []
+    return list(inner[0].model_fields) if inner else []

@@ -1,0 +1,86 @@
+"""What a Ray job runs: the stages of a submission one after the other, each begun again after failures that time may mend.
+
+OAR_RECIPE="name: ..." python -m oar_scale.launch.ray_entry --max-failures 3 --backoff-s 30 pretrain extract
+
+    0    done, the next one
+    2    a mistake that a person has to mend: the job ends
+    75   stopped with everything saved: begun again, unless it is this job that was stopped
+    else a lost node, a crash: begun again after a pause, at most so many times in a row
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+
+from oar_scale.launch.steps import Step
+
+RECIPE = "OAR_RECIPE"
+"""The variable that holds the recipe's text."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="ray_entry", description="The stages of a submission, on the cluster.")
+    parser.add_argument("--max-failures", type=int, required=True)
+    parser.add_argument("--backoff-s", type=float, required=True)
+    parser.add_argument("--recipe", metavar="FILE", help=f"default: the text in {RECIPE}")
+    parser.add_argument("--folder", help="where relative paths start")
+    parser.add_argument("stages", nargs="*", help="none: all of the recipe's")
+    asked = parser.parse_args(arguments)
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray sends it to the command as well, which saves and ends
+    if asked.folder:
+        os.makedirs(asked.folder, exist_ok=True)
+        os.chdir(asked.folder)
+    with tempfile.TemporaryDirectory(prefix="oar-job-") as scratch:
+        recipe = asked.recipe or os.path.join(scratch, "recipe.yaml")
+        if not asked.recipe:
+            with open(recipe, "w", encoding="utf-8") as file:
+                file.write(os.environ[RECIPE])
+        for command in Step(tuple(asked.stages)).commands(recipe):
+            if code := _run(command, asked.max_failures, asked.backoff_s, stopped):
+                return code
+    return 0
+
+
+def _run(command: Sequence[str], max_failures: int, backoff_s: float, stopped: threading.Event) -> int:
+    """Until it succeeds, or there is no sense in another attempt; returns the last exit code."""
+    name, failures = f"oar {command[0]} {' '.join(command[2:])}".rstrip(), 0
+    while True:
+        _say(name)
+        code = subprocess.call([sys.executable, "-m", "oar_scale.cli", *command])
+        if code == 0:
+            return 0
+        if stopped.is_set():
+            _say(f"{name}: stopped")
+            return os.EX_TEMPFAIL
+        if code == 2:
+            _say(f"{name}: something to mend, see above; then oar resubmit")
+            return 2
+        if code == os.EX_TEMPFAIL:
+            failures = 0
+            _say(f"{name}: stopped with everything saved; again")
+            continue
+        failures += 1
+        if failures > max_failures:
+            _say(f"{name}: failed with code {code}, {failures} times in a row")
+            return code if code > 0 else 128 - code
+        pause = backoff_s * 2 ** (failures - 1)
+        _say(f"{name}: failed with code {code} ({failures} in a row); again in {pause:g} s")
+        if stopped.wait(pause):
+            return os.EX_TEMPFAIL
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Ray: a submission is one job of the Jobs API, with the recipe, the code and the variables that it needs sent along.
+
+Ray's jobs cannot wait for one another, so the steps of a submission are one job, which runs their stages in order
+(:mod:`oar_scale.launch.ray_entry`). The words of the cluster are passed on where it refuses something, with a remedy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import secrets
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from oar_scale.config.loading import dump_recipe
+from oar_scale.config.schema import Recipe
+from oar_scale.errors import UserError
+from oar_scale.launch import ray_client
+from oar_scale.launch.profile import RayProfile
+from oar_scale.launch.ray_entry import RECIPE
+from oar_scale.launch.record import Job, Submission
+from oar_scale.launch.steps import Step
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
+
+STOP_S = 30.0
+"""Beyond the recipe's own time to save."""
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Between SIGTERM and SIGKILL to the processes of a job that is stopped."""
+WORDS = {"PENDING": "PENDING", "RUNNING": "RUNNING", "STOPPED": "CANCELLED", "SUCCEEDED": "COMPLETED", "FAILED": "FAILED"}
+
+
+def describe(recipe: Recipe, profile: RayProfile, steps: Sequence[Step]) -> str:
+    """What would be submitted, as YAML; nothing is sent, and no value of this shell's variables is shown."""
+    request = _request(recipe, profile, steps)
+    given = request["runtime_env"]["env_vars"]
+    request["runtime_env"]["env_vars"] = given | dict.fromkeys(profile.pass_env, "(of this shell)") | {RECIPE: "(the recipe, below)"}
+    text, yaml = StringIO(), YAML()
+    yaml.width = 4096
+    yaml.dump({"address": profile.address, **request}, text)
+    return f"{text.getvalue()}---\n{dump_recipe(on_cluster(recipe, profile))}"
+
+
+def submit_steps(recipe: Recipe, profile: RayProfile, steps: Sequence[Step], submission: Submission, run_dir: str) -> list[Job]:
+    """Submit the steps as one job, and look whether it begins.
+
+    Raises:
+        UserError: the cluster does not answer, refuses the job or cannot prepare its environment; the job is gone again then.
+    """
+    request = _request(recipe, profile, steps)
+    name = "-".join(step.name for step in steps)
+    job_id = f"{re.sub('[^A-Za-z0-9_-]', '-', recipe.name)}-{submission.number}-{secrets.token_hex(4)}"
+    ray_client.begin(ray_client.connect(profile.address), request, job_id, name, profile.start_s)
+    stages = [stage for step in steps for stage in step.stages]
+    return [Job(name, stages, job_id, os.path.join("jobs", f"{submission.number}-{name}"))]
+
+
+def states(submission: Submission) -> dict[str, tuple[str, str, bool]]:
+    """Of each job what has become of it: a word, details, and whether it is over. Raises ``UserError`` where nobody answers."""
+    client = ray_client.connect(submission.where)
+    found = {}
+    for job in submission.jobs:
+        info = ray_client.info(client, job.id)
+        found[job.id] = ("UNKNOWN", "the cluster does not know it (any more)", True) if info is None else _state(info)
+    return found
+
+
+def stop(submission: Submission, jobs: Sequence[Job]) -> None:
+    """End jobs: their drivers get SIGTERM, save and leave. Raises ``UserError`` where nobody answers, or a job does not end."""
+    client = ray_client.connect(submission.where)
+    patience_s = 0.0
+    for job in jobs:
+        with ray_client.told(f"stopping {job.name} ({job.id})"):
+            info = client.get_job_info(job.id)
+            if info.status == "RUNNING":
+                patience_s = max(patience_s, float(((info.runtime_env or {}).get("env_vars") or {}).get(STOP_WAIT, 0)))
+            client.stop_job(job.id)
+    deadline = time.monotonic() + patience_s + STOP_S
+    for job in jobs:
+        while (now := ray_client.info(client, job.id)) is not None and not now.status.is_terminal():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{job.name} ({job.id}) was told to stop, and is {now.status.value} still; one that waits for its environment ends "
+                    "when that is ready. Look again: oar jobs"
+                )
+            time.sleep(0.5)
+
+
+def logs(submission: Submission, job: str | None, follow: bool) -> Iterator[str]:
+    """Lines of a job's log; the cluster keeps it as long as it lives."""
+    chosen = next((each for each in submission.jobs if job in (None, each.name, each.id)), None)
+    if chosen is None:
+        names = ", ".join(f"{each.name} ({each.id})" for each in submission.jobs)
+        raise UserError(f"no job {job!r} in the last submission; it has {names}")
+    client, what = ray_client.connect(submission.where), f"the log of {chosen.name} ({chosen.id})"
+    if not follow:
+        with ray_client.told(what):
+            text = client.get_job_logs(chosen.id)
+        yield from (line.rsplit("\r", 1)[-1] for line in text.splitlines())
+        return
+    with asyncio.Runner() as runner:
+        chunks, rest = client.tail_job_logs(chosen.id), ""
+        while True:
+            with ray_client.told(what):
+                chunk = runner.run(_next(chunks))
+            if chunk is None:
+                break
+            *lines, rest = (rest + chunk).split("\n")
+            yield from (line.rsplit("\r", 1)[-1] for line in lines)
+        if rest:
+            yield rest
+
+
+async def _next(chunks: Any) -> str | None:
+    chunk: str | None = await anext(chunks, None)
+    return chunk
+
+
+def _request(recipe: Recipe, profile: RayProfile, steps: Sequence[Step]) -> dict[str, Any]:
+    check_root(recipe, profile)
+    entry = ["-m", "oar_scale.launch.ray_entry", f"--max-failures={profile.max_failures}", f"--backoff-s={profile.backoff_s}"]
+    entry += [f"--folder={profile.folder}"] if profile.folder else []
+    stages = [stage for step in steps for stage in step.stages]
+    env = {RECIPE: dump_recipe(on_cluster(recipe, profile)), STOP_WAIT: str(int(recipe.parallel.grace_s + STOP_S / 2))}
+    return ray_client.request(profile, f"exec {profile.python} {shlex.join([*entry, *stages])}", env)
+
+
+def check_root(recipe: Recipe, profile: RayProfile) -> None:
+    """Raises ``UserError`` where the results would be lost."""
+    if not recipe.root.startswith(("s3://", "/")) and profile.folder is None:
+        raise UserError(
+            f"the run's results would lie in {recipe.root!r} of a copy that goes with the job.\n"
+            "Set storage.root to s3://BUCKET/PREFIX in the recipe, or `folder` in the profile to a file system that all nodes share."
+        )
+
+
+def on_cluster(recipe: Recipe, profile: RayProfile) -> Recipe:
+    """The recipe with what the profile says of its workers."""
+    said = {name: value for name in ("placement", "gpu_type") if (value := getattr(profile, name)) is not None}
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=said)})
+
+
+def _state(info: JobDetails) -> tuple[str, str, bool]:
+    word = WORDS[info.status.value]
+    details = []
+    if word == "PENDING":
+        details.append(info.message or "")
+    if word == "RUNNING" and info.start_time:
+        details.append(f"since {time.strftime('%Y-%m-%d %H:%M', time.localtime(info.start_time / 1000))}")
+    if word == "FAILED":
+        code = info.driver_exit_code
+        details.append((info.message or "").partition("\n")[0] if code is None else f"exit code {code}, see oar logs")
+    return word, "; ".join(detail for detail in details if detail), info.status.is_terminal()

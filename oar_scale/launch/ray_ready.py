@@ -1,0 +1,32 @@
+"""Wait until a Ray cluster has its nodes: ``python -m oar_scale.launch.ray_ready COUNT SECONDS``, with RAY_ADDRESS set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+QUESTION = "import ray; ray.init(log_to_driver=False, configure_logging=False); print(sum(node['Alive'] for node in ray.nodes()))"
+ANSWER_S = 30.0
+"""In a process of its own: Ray ends the one that asks in vain."""
+
+
+def main(count: int, patience_s: float) -> int:
+    started, alive = time.monotonic(), "no answer"
+    while (left := started + patience_s - time.monotonic()) > 0:
+        try:
+            asked = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, text=True, timeout=min(ANSWER_S, left))
+            alive = asked.stdout.strip() or alive
+        except subprocess.TimeoutExpired:
+            continue
+        if alive == str(count):
+            print(f"Ray has {count} nodes after {time.monotonic() - started:.0f} s", flush=True)
+            return 0
+        time.sleep(1)
+    print(f"Ray at {os.environ.get('RAY_ADDRESS')}: {alive} of {count} nodes after {patience_s:.0f} s", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2])))

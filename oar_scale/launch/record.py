@@ -1,0 +1,113 @@
+"""What was submitted for a run: ``RUN/jobs.json``, and beside it a folder for each job with its script and its logs.
+
+RUN/jobs.json
+RUN/jobs/recipe-1.yaml             the recipe as it was submitted, first time
+RUN/jobs/excluded                  nodes that failed their check
+RUN/jobs/1-pretrain/job.sbatch     what sbatch got
+                    42.log         what the job's shell said
+                    42.0/          logs of the first attempt: driver.log, ray-NODE.log; 42.1/ the next
+                    42.failures    attempts in a row that failed
+                    42.outcome     how it ended
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+from oar_scale.errors import UserError
+
+
+@dataclass
+class Job:
+    """One job of the scheduler."""
+
+    name: str
+    stages: list[str]
+    """Empty: the whole pipeline."""
+    id: str
+    folder: str
+    """Relative to the run's."""
+    after: str | None = None
+    """The id of the job that it waits for."""
+
+    def outcomes(self, run_dir: str) -> list[str]:
+        """How it ended, by its own word; of each task of an array. Empty for a task that left no word."""
+        folder = os.path.join(run_dir, self.folder)
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        tasks = dict.fromkeys(name.split(".")[0] for name in names if name.split(".")[0].split("_")[0] == self.id)
+        return [_content(os.path.join(folder, f"{task}.outcome")) for task in tasks]
+
+
+@dataclass
+class Submission:
+    """What one ``oar submit`` made."""
+
+    number: int
+    time: float
+    kind: str
+    cluster: str
+    """The profile's file."""
+    overrides: list[str]
+    recipe: str
+    """The snapshot, relative to the run's folder."""
+    stages: list[str] | None
+    where: str
+    """The scheduler's own address: SLURM_CONF, or the URL of a Ray cluster."""
+    folder: str
+    """Where relative paths of the recipe start."""
+    jobs: list[Job] = field(default_factory=list)
+
+
+def _content(path: str) -> str:
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
+
+
+def read_submissions(run_dir: str) -> list[Submission]:
+    """All submissions of a run, oldest first; empty where there are none."""
+    path = os.path.join(run_dir, "jobs.json")
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        try:
+            stored = json.load(file)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: is damaged ({error}). Move it away; jobs that run go on, but are no longer known here.") from error
+    return [Submission(**{**each, "jobs": [Job(**job) for job in each["jobs"]]}) for each in stored]
+
+
+def write_submissions(run_dir: str, submissions: list[Submission]) -> None:
+    path = os.path.join(run_dir, "jobs.json")
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        json.dump([asdict(each) for each in submissions], file, indent=1)
+        file.write("\n")
+    os.replace(f"{path}.new", path)
+
+
+@contextmanager
+def locked(run_dir: str) -> Iterator[None]:
+    """One submission of a run at a time."""
+    os.makedirs(os.path.join(run_dir, "jobs"), exist_ok=True)
+    with open(os.path.join(run_dir, "jobs", ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run_dir}: another oar submit works on this run right now. Wait for it, then look: oar jobs.") from error
+        yield
+
+
+def last_submission(run_dir: str) -> Submission:
+    """Raises ``UserError`` where nothing was submitted."""
+    submissions = read_submissions(run_dir)
+    if not submissions:
+        raise UserError(
+            f"{run_dir}: no job was submitted for this run (there is no jobs.json). Submit one: oar submit RECIPE --cluster PROFILE"
+        )
+    return submissions[-1]

@@ -1,0 +1,273 @@
+"""Slurm: a job file for each step, sbatch, and what has become of the jobs.
+
+Slurm's own words are passed on where it refuses something, with a remedy for the refusals that are met most.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from oar_scale.errors import UserError
+from oar_scale.launch.profile import SlurmProfile
+from oar_scale.launch.steps import Step
+
+CLIENT_S = 60
+"""Slurm's commands wait minutes for a controller that is gone."""
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "NODE_FAIL", "PREEMPTED", "REVOKED"}
+"""A job that comes back after a lost node or a preemption is COMPLETING, then PENDING."""
+HOPELESS = re.compile(
+    r"PartitionTimeLimit|PartitionNodeLimit|BadConstraints|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed"
+    r"|(Assoc|QOS)\w*(PerJob|PerNode|MinutesPerJob|WallDurationPerJob|TimeLimit)\w*|DependencyNeverSatisfied"
+)
+"""Reasons to wait that no time mends: some clusters accept such jobs and leave them in the queue."""
+REMEDIES = (
+    (r"invalid partition", "Partitions here: {partitions}. Set `partition` in the profile."),
+    (
+        r"requested time limit|PartitionTimeLimit",
+        "Limits here: {limits}. Lower `time` in the profile; a job that needs longer comes back by itself.",
+    ),
+    (
+        r"invalid account|account/partition|InvalidAccount|QOS specification|InvalidQOS",
+        "Set `account` and `qos` in the profile to what `sacctmgr show assoc user=$USER` lists.",
+    ),
+    (
+        r"QOS|Assoc|accounting|limit",
+        "That is a quota: ask for less (nodes, gpus_per_node, time), or set another `account` or `qos`: `sacctmgr show assoc user=$USER`.",
+    ),
+    (
+        r"node configuration|node count|more processors|memory specification|gres|Generic",
+        "No nodes of the partition have that: {nodes}. Change nodes, cpus_per_node, gpus_per_node, gpu_type or memory_gb.",
+    ),
+    (
+        r"contact slurm controller|connection refused|timed out|resolve",
+        "The head of the cluster does not answer: is SLURM_CONF right, and slurmctld up (scontrol ping)?",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """What Slurm says of a job; of an array, of its tasks together."""
+
+    word: str
+    detail: str = ""
+
+    @property
+    def over(self) -> bool:
+        return self.word in ENDED or self.word == "UNKNOWN"
+
+
+def render(step: Step, profile: SlurmProfile, *, title: str, job_name: str, folder: str, jobs: str, recipe: str) -> str:
+    """The job file.
+
+    Args:
+        title: what it is, for who reads it.
+        job_name: what squeue shows.
+        folder: where relative paths of the recipe start.
+        jobs: the folder of this job's logs.
+        recipe: the recipe's file.
+    """
+    stage = step.stages[0] if len(step.stages) == 1 else ""
+    array, asked = profile.array(stage), profile.resources(stage)
+    mounts = (folder, os.path.dirname(os.path.dirname(jobs)))
+    environment = Environment(
+        loader=PackageLoader("oar_scale.launch", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        comment_start_string="<#",  # Jinja's own, {#, is also bash's for a length
+        comment_end_string="#>",
+    )
+    environment.filters |= {"q": shlex.quote, "in_single_quotes": lambda text: text.replace("'", "'\\''")}
+    return environment.get_template("job.sbatch.j2").render(
+        title=title,
+        options=_options(asked, job_name, jobs, array),
+        folder=folder,
+        jobs=jobs,
+        setup=profile.setup,
+        env=profile.env,
+        cpus=asked.cpus_per_node,
+        gpus=asked.gpus_per_node,
+        min_nodes=1 if array else asked.min_nodes or asked.nodes,
+        node_check=profile.node_check,
+        node_address=profile.node_address,
+        start_s=profile.start_s,
+        warn_s=profile.warn_s,
+        object_store_bytes=profile.object_store_mb * 2**20,
+        max_failures=profile.max_failures,
+        backoff_s=profile.backoff_s,
+        ray=step.needs_ray and not array,
+        array=array,
+        commands=[shlex.join(["oar", *command]) for command in step.commands(recipe, array=bool(array))],
+        **container(profile, mounts),
+    )
+
+
+def allocation(profile: SlurmProfile, job_name: str, nodes: int) -> list[str]:
+    """What a job asks for, as options of sbatch or salloc."""
+    gpus = f"{profile.gpu_type}:{profile.gpus_per_node}" if profile.gpu_type else str(profile.gpus_per_node)
+    return [
+        f"--job-name={job_name}",
+        *(f"--{name}={value}" for name in ("partition", "account", "qos") if (value := getattr(profile, name))),
+        f"--nodes={nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={profile.cpus_per_node}",
+        *([f"--gpus-per-node={gpus}"] if profile.gpus_per_node else []),
+        *([f"--mem={profile.memory_gb}G"] if profile.memory_gb else []),
+        f"--time={profile.time}",
+    ]
+
+
+def _options(profile: SlurmProfile, job_name: str, jobs: str, array: int | None) -> list[str]:
+    options = [
+        *allocation(profile, job_name, 1 if array else profile.nodes),
+        f"--signal=B:USR1@{profile.warn_s}",
+        "--requeue",
+        "--open-mode=append",
+        *([f"--array=0-{array - 1}"] if array else []),
+        f"--output={jobs}/{'%A_%a' if array else '%j'}.log",
+        *profile.sbatch,
+    ]
+    return options
+
+
+def container(profile: SlurmProfile, mounts: Sequence[str]) -> dict[str, str]:
+    """Words before a command in a batch shell, and options of srun."""
+    if profile.container is None:
+        return {"exec_container": "", "srun_container": ""}
+    container = profile.container
+    binds = [*dict.fromkeys([*mounts, "/tmp", *container.mounts])]  # /tmp: the sockets of Ray, for the steps that work with it
+    if container.engine == "apptainer":
+        words = ["apptainer", "exec", *(["--nv"] if profile.gpus_per_node else []), *(f"--bind={bind}" for bind in binds), container.image]
+        return {"exec_container": shlex.join(words) + " ", "srun_container": ""}
+    both = ",".join(bind if ":" in bind else f"{bind}:{bind}" for bind in binds)
+    return {"exec_container": "", "srun_container": f" --container-image={container.image} '--container-mounts={both}'"}
+
+
+def sbatch(script: str, name: str, *, after: str | None = None, exclude: Sequence[str] = (), hold: bool = False) -> str:
+    """Hand a job file to Slurm; returns the id.
+
+    Args:
+        script: the file.
+        name: for the error.
+        after: the id of a job that must succeed first.
+        exclude: nodes that it shall not get.
+        hold: do not start it before :func:`release`.
+
+    Raises:
+        UserError: it is refused, or could never start; then it is not in the queue either.
+    """
+    options = [*(["--hold"] if hold else []), *([f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else [])]
+    options += [f"--exclude={','.join(exclude)}"] if exclude else []
+    done = client("sbatch", "--parsable", *options, script)
+    if done.returncode:
+        raise UserError(refusal(f"sbatch refuses the job {name}", done.stderr))
+    job = done.stdout.strip().split(";")[0]
+    if not hold:
+        _refuse_hopeless(job, name)
+    return job
+
+
+def release(job: str, name: str) -> None:
+    """Let a held job start. Raises as :func:`sbatch`."""
+    done = client("scontrol", "release", job)
+    if done.returncode:
+        raise UserError(refusal(f"scontrol release {job}", done.stderr))
+    _refuse_hopeless(job, name)
+
+
+def _refuse_hopeless(job: str, name: str) -> None:
+    reason = client("squeue", "--noheader", "--jobs", job, "--format=%r").stdout.strip().splitlines()
+    if reason and HOPELESS.fullmatch(reason[0]):
+        scancel([job])
+        raise UserError(refusal(f"the job {name} could never start", reason[0]))
+
+
+def scancel(jobs: Sequence[str], conf: str = "") -> None:
+    """Take jobs away; one that is over is no mistake.
+
+    Args:
+        conf: the SLURM_CONF they were submitted with; empty: Slurm's own.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    done = client("scancel", *jobs, conf=conf)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise UserError(refusal(f"scancel {' '.join(jobs)}", done.stderr))
+
+
+def states(jobs: Sequence[str], conf: str = "") -> dict[str, State]:
+    """What Slurm says of each job; ``UNKNOWN`` of one that it has forgotten. Raises as :func:`scancel`."""
+    return {job: _state(job, conf) for job in jobs}
+
+
+def _state(job: str, conf: str) -> State:
+    done = client("scontrol", "show", "job", "--oneliner", job, conf=conf)
+    if done.returncode:
+        if "Invalid job id" not in done.stderr:
+            raise UserError(refusal(f"scontrol show job {job}", done.stderr))
+        question = ("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State")
+        asked = client(*question, conf=conf) if shutil.which("sacct") else None
+        words = [line.split()[0] for line in asked.stdout.splitlines() if line.split()] if asked and not asked.returncode else []
+        return State(_together(words) if words else "UNKNOWN")
+    tasks = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in done.stdout.splitlines() if line.strip()]
+    word = _together([task.get("JobState", "UNKNOWN") for task in tasks])
+    shown = next(task for task in tasks if task.get("JobState", "UNKNOWN") == word)
+    detail = [f"on {shown['NodeList']}"] if shown.get("NodeList", "(null)") not in ("", "(null)") else []
+    detail += [f"waits: {shown['Reason']}"] if word == "PENDING" else []
+    detail += [f"came back {shown['Restarts']} times"] if shown.get("Restarts", "0") != "0" else []
+    detail += [f"exit code {shown['ExitCode'].split(':')[0]}"] if word == "FAILED" else []
+    if len(tasks) > 1:
+        over = sum(task.get("JobState") == "COMPLETED" for task in tasks)
+        detail.append(f"{over} of {len(tasks)} tasks done")
+    return State(word, ", ".join(detail))
+
+
+def _together(words: Sequence[str]) -> str:
+    """Of the tasks of an array: what runs comes first, then what waits, then what went wrong."""
+    for word in ("RUNNING", "COMPLETING", "PENDING"):
+        if word in words:
+            return word
+    return next((word for word in words if word != "COMPLETED"), words[0])
+
+
+def client(*command: str, conf: str = "") -> subprocess.CompletedProcess[str]:
+    """What one of Slurm's commands says. Raises ``UserError`` where it is not installed; a timeout reads as a failure."""
+    if shutil.which(command[0]) is None:
+        raise UserError(
+            f"there is no program {command[0]} on this machine: run oar submit on a login node of the cluster, "
+            "or look at the job file only, with --dry-run."
+        )
+    try:
+        where = {**os.environ, "SLURM_CONF": conf} if conf else None
+        return subprocess.run(command, env=where, capture_output=True, text=True, timeout=CLIENT_S)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"timed out after {CLIENT_S} s: no answer from the Slurm controller")
+
+
+def refusal(what: str, words: str) -> str:
+    """Slurm's words, and the remedy where one is known."""
+    text = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in words.strip().splitlines())
+    for pattern, remedy in REMEDIES:
+        if re.search(pattern, text, re.IGNORECASE):
+            return f"{what}: {text}\n{_filled(remedy)}"
+    return f"{what}: {text}"
+
+
+def _filled(remedy: str) -> str:
+    """The remedy with what this cluster has, as far as it says so."""
+    for name, shape in (("partitions", "%R"), ("limits", "%R %l"), ("nodes", "%R: %D nodes of %c CPUs, %m MB, %G")):
+        if f"{{{name}}}" in remedy:
+            lines = dict.fromkeys(client("sinfo", "--noheader", f"--format={shape}").stdout.splitlines())
+            remedy = remedy.replace(f"{{{name}}}", "; ".join(lines) or "unknown")
+    return remedy

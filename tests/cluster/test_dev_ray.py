@@ -1,0 +1,47 @@
+"""The development Ray: started once, found again, a node lost and replaced, nothing left after down."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.dev import ray as dev_ray
+
+SCRIPT = str(Path(dev_ray.__file__))
+
+
+def test_up_is_idempotent_a_lost_node_is_replaced_and_down_leaves_nothing(tmp_path: Path) -> None:
+    folder, port = str(tmp_path), dev_ray.free_port()
+    try:
+        cluster = dev_ray.up(folder, nodes=2, cpus=1, port=port, dashboard=False)
+        assert dev_ray.up(folder, nodes=2, cpus=1, port=port, dashboard=False) == cluster == dev_ray.running(folder)
+        with pytest.raises(RuntimeError, match=f"already runs with 2 nodes on port {port}"):
+            dev_ray.up(folder, nodes=3, port=port)
+        with pytest.raises(RuntimeError, match=f"port {port} is taken"):
+            dev_ray.up(str(tmp_path / "other"), port=port)
+        assert oct((tmp_path / "cluster.json").stat().st_mode)[-3:] == "600", "the token is in it"
+
+        everyone = {child.pid for node in cluster.nodes for child in psutil.Process(node.pid).children(recursive=True)}
+        dev_ray.lose_node(cluster.nodes[1])
+        assert cluster.nodes[1].process() is None
+        assert dev_ray.add_node(cluster, cpus=1).address == "127.0.0.4"
+        shown = subprocess.run([sys.executable, SCRIPT, "env", "--dir", folder], capture_output=True, text=True, check=True).stdout
+        assert f"export RAY_ADDRESS=127.0.0.2:{port}\n" in shown and f"export RAY_AUTH_TOKEN={cluster.token}\n" in shown
+    finally:
+        assert dev_ray.down(folder)
+    assert dev_ray.running(folder) is None and not dev_ray.down(folder)
+    assert not os.path.exists(cluster.scratch)
+    left = [pid for pid in everyone if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    assert not left, [psutil.Process(pid).cmdline() for pid in left]
+
+
+def test_env_and_down_without_a_cluster_say_so(tmp_path: Path) -> None:
+    env = subprocess.run([sys.executable, SCRIPT, "env", "--dir", str(tmp_path)], capture_output=True, text=True)
+    assert env.returncode == 1 and "start it with `up`" in env.stderr
+    down = subprocess.run([sys.executable, SCRIPT, "down", "--dir", str(tmp_path)], capture_output=True, text=True)
+    assert down.returncode == 0 and "was not running" in down.stderr

@@ -1,0 +1,133 @@
+"""Trainings that are disturbed, and the same one undisturbed: each step's samples and loss must be the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import copy_run, prepare_small_run, small_recipe
+
+from oar_scale import pipeline
+from oar_scale.config.loading import dump_recipe
+from oar_scale.data.manifest import read_manifest
+from oar_scale.observe.events import read_events
+from oar_scale.stages.run import Run
+from oar_scale.storage import write_json
+
+STEPS = 45
+SHAPE: dict[str, Any] = {
+    "model": {"dropout": 0.0},
+    "parallel": {"workers": {"min": 1, "max": 2}, "precision": "fp32", "micro_batch": 2},
+    "pretrain": {"steps": STEPS, "checkpoint_every": 5, "evaluate_every": 100, "spike_guard": "off"},
+}
+WATCHED = """
+import importlib.util, json, os, sys, time
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != "oar_scale.training.loop":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            one_step = module.train_step
+            def slow(engine, batch, *rest):
+                time.sleep({pause})
+                with open("{seen}-" + str(os.getpid()), "a") as file:
+                    file.write(json.dumps([batch.step, batch.uid_b.tolist()]) + "\\n")
+                return one_step(engine, batch, *rest)
+            module.train_step = slow
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+"""A ``sitecustomize`` for whoever imports the loop: slow steps, time enough to lose a node; samples written down."""
+_made: dict[str, Any] = {}
+
+
+def prepared_run(folders: pytest.TempPathFactory) -> Run:
+    """Once a session."""
+    if "prepared" not in _made:
+        _made["prepared"] = prepare_small_run(small_recipe(str(folders.mktemp("prepared")), **SHAPE))
+    run: Run = _made["prepared"]
+    return run
+
+
+def undisturbed_run(folders: pytest.TempPathFactory) -> tuple[dict[int, float], dict[int, list[int]]]:
+    """The losses and the samples of a single process, once a session."""
+    if "undisturbed" not in _made:
+        folder = folders.mktemp("undisturbed")
+        shape = {**SHAPE, "parallel": {**SHAPE["parallel"], "workers": 1}}
+        run = copy_run(prepared_run(folders), str(folder / "run"), **shape)
+        done = subprocess.run(torchrun(run, 1), env={**os.environ, **watched(folder, 0)}, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        _made["undisturbed"] = losses(run), samples(folder)
+    found: tuple[dict[int, float], dict[int, list[int]]] = _made["undisturbed"]
+    return found
+
+
+def watched(folder: Path, pause: float) -> dict[str, str]:
+    """Variables of a process whose steps are slow and written down in the folder."""
+    (folder / "sitecustomize.py").write_text(WATCHED.format(pause=pause, seen=folder / "seen"))
+    return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+
+
+def samples(folder: Path) -> dict[int, list[int]]:
+    """Of each step; one that was done again must have had the same."""
+    by_rank: dict[int, dict[tuple[int, ...], None]] = {}
+    for path in folder.glob("seen-*"):
+        for line in path.read_text().splitlines():
+            step, uids = json.loads(line)
+            by_rank.setdefault(step, {})[tuple(uids)] = None
+    return {step: sorted({uid for uids in parts for uid in uids}) for step, parts in by_rank.items()}
+
+
+def events(run: Run, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(run.events, "pretrain") if event["kind"] == kind]
+
+
+def losses(run: Run) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in events(run, "train")}
+
+
+def apart(found: dict[int, float], expected: dict[int, float]) -> float:
+    assert sorted(found) == sorted(expected)
+    return max(abs(found[step] - expected[step]) for step in expected)
+
+
+def recipe_file(run: Run, stages: int = 3) -> str:
+    """The run's recipe as a file; its first stages are marked as done."""
+    path = run.local("as-given.yaml")
+    Path(path).write_text(dump_recipe(run.recipe))
+    todo = pipeline.stages(run.recipe)
+    counts = {split: read_manifest(run.at("tokens", split)).samples for split in ("train", "heldout")}
+    results = {"data": {**counts, "shards": 6}, "tokenizer": {"psnr_db": 0.0, "codebook_use": 1.0, "trained": False}, "tokens": counts}
+    for stage in todo[:stages]:
+        marker = {"stage": stage.name, "fingerprint": pipeline._fingerprint(run, todo, stage), "settings": {}, "seconds": 0, "started": 0}
+        write_json(run.marker(stage.name), {**marker, "results": results.get(stage.name, {})})
+    return path
+
+
+def torchrun(run: Run, workers: int) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+    return [*command, "-m", "oar_scale.cli", "train", recipe_file(run)]
+
+
+def wait_for_events(run: Run, kind: str, count: int, ended: Callable[[], str | None], seconds: float = 150) -> None:
+    """``ended``: what the driver said last, if it is over."""
+    deadline = time.monotonic() + seconds
+    while len(events(run, kind)) < count:
+        said = ended()
+        assert said is None, f"the driver ended: {said[-4000:]}"
+        assert time.monotonic() < deadline, f"no {kind} number {count}"
+        time.sleep(0.1)

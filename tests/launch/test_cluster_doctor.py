@@ -1,0 +1,160 @@
+"""The doctor of a real Ray and of a real Slurm: what it asks of the scheduler, of each node, and what it measures between them."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_ray_jobs import jobs_known, oar, profile
+
+from cluster.dev import ray as dev_ray
+from cluster.dev import slurm as dev_slurm
+from oar_scale.cli import main
+from oar_scale.doctor.finding import Finding
+from oar_scale.doctor.group import Facts, merged
+from oar_scale.doctor.places import storage_speed, wandb_server
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def recipe(folder: Path) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(f"name: doctored\nrun_dir: {folder}/run\n")
+    return str(path)
+
+
+def by_item(lines: str) -> dict[str, str]:
+    return {line[5:].partition(": ")[0]: line[:5].strip() + " " + line.partition(": ")[2] for line in lines.splitlines()}
+
+
+def check_measured(said: dict[str, str], nodes: list[str]) -> None:
+    assert said["versions"].startswith("ok python ") and all(node in said["versions"] for node in nodes)
+    assert re.fullmatch(r"ok within [\d.]+ ms of one another", said["clocks"])
+    assert re.fullmatch(r"\w+ [\d.]+ GB/s, gloo between 2 workers \(32 MB\).*", said["all-reduce"])
+    assert said["shared storage"].startswith("ok ") and "a second writer of the same object is refused" in said["storage speed"]
+    assert said["W&B"].startswith("ok off") and "GiB free" in said["run_dir"] and said["devices"].startswith("ok no GPU")
+
+
+def test_a_ray_cluster_is_examined_by_a_job_that_leaves_nothing(ray_cluster: dev_ray.Cluster, tmp_path: Path) -> None:
+    said = by_item(oar(ray_cluster, "doctor", recipe(tmp_path), "--cluster", profile(tmp_path, ray_cluster, gpu_type="H100")))
+    check_measured(said, [ray_cluster.nodes[0].address, ray_cluster.nodes[-1].address])
+    assert said["nodes"] == "ok 2 alive, 2 CPUs, 0 GPUs"
+    assert said["GPU type"].startswith("warn no node has one of type H100")
+    assert "oar-doctor" not in jobs_known(ray_cluster)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_slurm_is_examined_by_a_step_that_leaves_nothing(
+    slurm: dev_slurm.Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dev = str(ROOT / "cluster" / "slurm" / "dev.yaml")
+    assert main(["doctor", recipe(tmp_path), "--cluster", dev, "-p", "nodes=2", "-p", "cpus_per_node=1"]) == 0
+    said = by_item(capsys.readouterr().out)
+    check_measured(said, ["n1", "n2"])
+    assert "partition main" in said["scheduler"]
+    assert not slurm.command("squeue", "-h", "--name=oar-doctor", "--states=PENDING,RUNNING").strip()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("partition=gone", "Partitions here: main"),
+        ("time='9-00:00:00'", "Limits here"),
+        ("nodes=3", "Change nodes"),
+        ("setup=[exit 3]", "no node answered"),
+    ],
+)
+def test_what_slurm_would_refuse_is_told_with_the_remedy(
+    wrong: str, said: str, slurm: dev_slurm.Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dev = str(ROOT / "cluster" / "slurm" / "dev.yaml")
+    assert main(["doctor", "--cluster", dev, "-p", "cpus_per_node=1", "-p", wrong]) == 1
+    shown = capsys.readouterr().out
+    assert "FAIL" in shown and said in shown, shown
+
+
+def test_a_cluster_that_is_not_there_ends_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nobody = dev_ray.Cluster("", "", dev_ray.free_port(), True, "")
+    assert main(["doctor", "--cluster", profile(tmp_path, nobody)]) == 2
+    assert "no Ray answers there" in capsys.readouterr().err
+
+
+def test_nodes_that_differ_are_named_and_many_that_agree_are_one_line() -> None:
+    same = Finding("ok", "devices", "8 GPUs")
+    facts = [Facts(f"n{i}", {"torch": "2.15.0", "ray": "2.60.0"}, [same]) for i in range(6)]
+    lines = [str(finding) for finding in merged(facts)]
+    assert lines == [
+        "ok   versions: torch 2.15.0, ray 2.60.0 on n0, n1, n2 and 3 more nodes",
+        "ok   devices: 8 GPUs (on n0, n1, n2 and 3 more nodes)",
+    ]
+    odd = Facts("n6", {"torch": "2.14.1", "ray": "2.60.0"}, [Finding("warn", "devices", "no GPU")])
+    lines = [str(finding) for finding in merged([*facts, odd])]
+    assert lines[0] == "FAIL torch: n0, n1, n2 and 3 more nodes: 2.15.0 | n6: 2.14.1; let all nodes use one image or environment"
+    assert lines[1] == "warn devices: n0, n1, n2 and 3 more nodes: 8 GPUs | n6: no GPU"
+
+
+GROUP = """
+import json, sys, time
+from oar_scale.config.loading import load_recipe
+from oar_scale.doctor import group
+
+rank, port, late, where = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+if rank == 1:
+    now = time.time
+    time.time = lambda: now() + late
+recipe = load_recipe(sys.argv[5 + rank])
+place = group.Place(f"n{rank}", rank, 2, 0, "127.0.0.1", port)
+print(json.dumps([str(finding) for finding in group.between(place, recipe)]))
+"""
+
+
+def test_a_clock_that_is_off_and_a_storage_that_is_not_shared_are_found(tmp_path: Path) -> None:
+    recipes = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        recipes.append(recipe(tmp_path / name))
+    port = str(dev_ray.free_port())
+    workers = [
+        subprocess.Popen([sys.executable, "-c", GROUP, str(rank), port, "3", str(tmp_path), *recipes], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = workers[0].communicate(timeout=100)[0]
+    assert workers[1].communicate(timeout=100)[0].strip() == "[]"
+    assert "warn clocks: n1 is +3.0 s off n0" in said
+    assert "what n0 writes is not seen on n1" in said and "set storage.root to s3://" in said
+
+
+def test_storage_is_timed_and_a_second_writer_refused(s3_root: str) -> None:
+    (found,) = storage_speed(s3_root, megabytes=2)
+    assert found.status == "ok" and re.fullmatch(r"wrote \d+ MB/s, read \d+ MB/s; a second writer .* is refused", found.text)
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """Somebody who answers, if only that there is nothing."""
+    http_server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http_server.server_port}"
+    http_server.shutdown()
+    http_server.server_close()
+
+
+def test_a_wandb_server_is_asked_only_where_runs_are_online(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def at(url: str) -> Any:
+        return type("Setup", (), {"settings": type("Settings", (), {"base_url": url})})
+
+    monkeypatch.setattr(wandb, "setup", lambda: at(server))
+    assert [finding.status for finding in wandb_server("online")] == ["ok"]
+    monkeypatch.setattr(wandb, "setup", lambda: at("http://127.0.0.1:9"))
+    assert [finding.status for finding in wandb_server("online")] == ["warn"]
+    assert not list(wandb_server("offline"))

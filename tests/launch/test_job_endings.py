@@ -1,0 +1,230 @@
+"""Each way in which a job may end, on a real Slurm, and what becomes of it then. The ``oar`` in these jobs is a shell script."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.dev.slurm import Cluster
+from oar_scale.errors import UserError
+from oar_scale.launch import cancel, find_jobs, resubmit, submit
+from oar_scale.launch.jobs import JobStatus
+from oar_scale.launch.logs import logs
+
+pytestmark = pytest.mark.timeout(280)
+
+PROFILE = {
+    "type": "slurm",
+    "partition": "main",
+    "cpus_per_node": 1,
+    "time": "00:05:00",
+    "warn_s": 30,
+    "backoff_s": 1,
+    "max_failures": 1,
+}
+UNTIL_TOLD = """
+trap 'echo told USR1; exit 75' USR1
+trap 'echo told TERM; exit 75' TERM
+for _ in $(seq 3000); do sleep 0.1; done
+"""
+FIRST_TIME = """
+if mkdir "$BEHAVIOUR.seen" 2>/dev/null; then
+    {first}
+fi
+"""
+HALTS_ONCE = 'echo "$1" >> "$BEHAVIOUR.order"; [ "$1" != evaluate ] || mkdir "$BEHAVIOUR.seen" || exit 0; [ "$1" != evaluate ] || exit 2'
+SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
+
+
+@dataclass
+class Submitted:
+    """A run of the stub, somewhere on its way."""
+
+    run: Path
+    behaviour: Path
+
+    def wait(self, condition: Callable[[JobStatus], bool] = lambda status: status.over, seconds: float = 150) -> list[JobStatus]:
+        deadline = time.monotonic() + seconds
+        while True:
+            found = find_jobs(str(self.run))
+            if all(condition(status) for status in found):
+                return found
+            assert time.monotonic() < deadline, f"{found}\n{self.said()}"
+            time.sleep(0.3)
+
+    def wait_for(self, words: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while words not in self.said():
+            assert time.monotonic() < deadline, f"{words!r} does not come:\n{self.said()}"
+            time.sleep(0.2)
+
+    def said(self) -> str:
+        """By the shells and the drivers of all attempts."""
+        return "".join(path.read_text() for path in sorted(self.run.glob("jobs/*/**/*.log")))
+
+    def noted(self, what: str) -> str:
+        """What the script left beside itself."""
+        return Path(f"{self.behaviour}.{what}").read_text()
+
+    def attempts(self) -> list[str]:
+        return sorted(path.suffix[1:] for path in self.run.glob("jobs/1-*/*.*") if path.is_dir())
+
+
+class Room:
+    """Submits runs of the stub."""
+
+    def __init__(self, folder: Path, stub: Path) -> None:
+        self.folder, self._stub = folder, stub
+
+    def submit(self, name: str, behaviour: str, stages: str = "report", **profile: Any) -> Submitted:
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        script = folder / "behaviour.sh"
+        script.write_text(behaviour)
+        given = {**PROFILE, "setup": [f"export PATH={self._stub}:$PATH"], "env": {"BEHAVIOUR": str(script)}, **profile}
+        (folder / "profile.yaml").write_text(json.dumps(given))  # which is YAML
+        submit(SMOKE, str(folder / "profile.yaml"), stages=stages, overrides=[f"run_dir={folder}/run", f"name={name}"])
+        return Submitted(folder / "run", script)
+
+
+@pytest.fixture(scope="module")
+def room(slurm: Cluster, stub: Path, tmp_path_factory: pytest.TempPathFactory) -> Room:
+    return Room(tmp_path_factory.mktemp("endings"), stub)
+
+
+@pytest.fixture(scope="module")
+def runs(room: Room) -> dict[str, Submitted]:
+    """All at once, since most of their time is Slurm's waiting."""
+    first_time = f"test -e {room.folder}/checked || {{ touch {room.folder}/checked; false; }}"
+    return {
+        "limit": room.submit("limit", FIRST_TIME.format(first=UNTIL_TOLD), time="00:01:00"),
+        "crash": room.submit("crash", "echo crashing; exit 1"),
+        "saved": room.submit("saved", FIRST_TIME.format(first="exit 75")),
+        "broken": room.submit("broken", "echo fine on $SLURMD_NODENAME", node_check=first_time),
+        "back": room.submit("back", FIRST_TIME.format(first=UNTIL_TOLD)),
+        "mistake": room.submit("mistake", "echo 'error: no such column'; exit 2"),
+        "missing": room.submit("missing", "exec no-such-program"),
+        "halted": room.submit("halted", HALTS_ONCE, "data,evaluate,report"),
+        "chain": room.submit("chain", 'echo "$1" >> "$BEHAVIOUR.order"', "data+tokenizer,evaluate"),
+        "gone": room.submit("gone", UNTIL_TOLD),
+    }
+
+
+def test_done_is_done(runs: dict[str, Submitted]) -> None:
+    first, second = runs["chain"].wait()
+    assert first.done and second.done and second.job.after == first.job.id
+    assert runs["chain"].noted("order").split() == ["prepare", "tokenizer", "evaluate"]
+
+
+def test_a_mistake_is_not_tried_again(runs: dict[str, Submitted]) -> None:
+    (status,) = runs["mistake"].wait()
+    assert status.state == "FAILED" and not status.done and "something to mend" in status.detail
+    assert runs["mistake"].attempts() == ["0"]
+
+
+def test_a_program_that_is_not_there_is_a_mistake(runs: dict[str, Submitted]) -> None:
+    (status,) = runs["missing"].wait()
+    assert status.state == "FAILED" and "setup in the profile" in status.detail
+    assert runs["missing"].attempts() == ["0"]
+
+
+def test_a_crash_is_tried_again_after_a_pause_and_no_more_often_than_allowed(runs: dict[str, Submitted]) -> None:
+    (status,) = runs["crash"].wait()
+    assert status.state == "FAILED" and "code 1, 2 times in a row" in status.detail
+    assert runs["crash"].attempts() == ["0", "1"]
+    assert "(1 in a row); again in 1 s" in runs["crash"].said()
+
+
+def test_a_job_that_saved_comes_back(runs: dict[str, Submitted]) -> None:
+    (status,) = runs["saved"].wait()
+    assert status.done and "came back 1 time" in status.detail
+    assert not list(runs["saved"].run.glob("jobs/*/*.failures"))
+
+
+def test_a_job_is_told_before_its_time_is_up_and_comes_back(runs: dict[str, Submitted]) -> None:
+    (status,) = runs["limit"].wait()
+    assert status.done
+    assert "told USR1" in runs["limit"].said() and runs["limit"].attempts() == ["0", "1"]
+
+
+def test_a_node_that_fails_its_check_is_left_out_from_then_on(slurm: Cluster, runs: dict[str, Submitted]) -> None:
+    (status,) = runs["broken"].wait()
+    assert status.done
+    (bad,) = (runs["broken"].run / "jobs" / "excluded").read_text().split()
+    good = {"n1": "n2", "n2": "n1"}[bad]
+    assert f"node {bad} fails its check" in runs["broken"].said() and f"fine on {good}" in runs["broken"].said()
+    assert not list(runs["broken"].run.glob("jobs/*/*.failures"))
+    again = submit(SMOKE, str(runs["broken"].run.parent / "profile.yaml"), stages="report", overrides=[f"run_dir={runs['broken'].run}"])
+    assert f"ExcNodeList={bad}" in slurm.command("scontrol", "show", "job", again.jobs[0].id)
+
+
+def test_scontrol_requeue_saves_and_counts_as_no_failure(slurm: Cluster, runs: dict[str, Submitted]) -> None:
+    runs["back"].wait_for("oar report")
+    (status,) = find_jobs(str(runs["back"].run))
+    slurm.command("scontrol", "requeue", status.job.id)
+    (status,) = runs["back"].wait()
+    assert status.done and runs["back"].attempts() == ["0", "1"]
+    assert "told TERM" in runs["back"].said() and "taken away by Slurm" in runs["back"].said()
+    assert not list(runs["back"].run.glob("jobs/*/*.failures"))
+
+
+def test_cancelled_jobs_save_and_stay_away(runs: dict[str, Submitted]) -> None:
+    runs["gone"].wait_for("oar report")
+    assert [job.name for job in cancel(str(runs["gone"].run))] == ["report"]
+    (status,) = runs["gone"].wait()
+    assert status.state == "CANCELLED" and not status.done
+    assert cancel(str(runs["gone"].run)) == []
+
+
+def test_after_a_failure_the_jobs_behind_it_are_gone_and_resubmit_goes_on_there(runs: dict[str, Submitted]) -> None:
+    halted = runs["halted"]
+    data, evaluate, report = halted.wait()
+    assert data.done and evaluate.state == "FAILED" and report.state == "CANCELLED"
+    again = resubmit(str(halted.run))
+    assert [job.name for job in again.jobs] == ["evaluate", "report"]
+    assert all(status.done for status in halted.wait())
+    assert halted.noted("order").split() == ["prepare", "evaluate", "evaluate", "report"]
+    with pytest.raises(UserError, match="all jobs of the last submission are done"):
+        resubmit(str(halted.run))
+
+
+def test_a_run_that_is_submitted_cannot_be_submitted_twice(room: Room, slurm: Cluster) -> None:
+    first = room.submit("twice", UNTIL_TOLD)
+    with pytest.raises(UserError, match=r"(?s)submitted already: report .* oar cancel"):
+        room.submit("twice", UNTIL_TOLD)
+    with pytest.raises(UserError, match="oar cancel"):
+        resubmit(str(first.run))
+    cancel(str(first.run))
+    first.wait()
+
+
+def test_oar_logs_follows_a_run_through_its_attempts_to_the_end(room: Room) -> None:
+    run = room.submit("told", FIRST_TIME.format(first="echo one; exit 75") + "echo two; sleep 1; echo three")
+    lines = list(logs(str(run.run), follow=True))
+    said = [line.split(": ", 1)[1] for line in lines if "driver.log" in line and "srun: " not in line]
+    assert said == ["one", "two", "three"]
+    assert any(line.endswith(" done") for line in lines)
+    assert list(logs(str(run.run), job="report"))
+    with pytest.raises(UserError, match=r"no job 'train' .* it has report"):
+        list(logs(str(run.run), job="train"))
+
+
+@pytest.mark.slow
+def test_a_job_that_never_saves_in_time_ends(room: Room) -> None:
+    run = room.submit("unsaved", "trap '' USR1 TERM; while :; do sleep 1; done", time="00:01:00", max_failures=0)
+    (status,) = run.wait()
+    assert not status.done and "out of time before everything was saved, 1 times in a row" in status.detail
+
+
+def test_a_preempted_job_comes_back_without_counting(room: Room, slurm: Cluster) -> None:
+    run = room.submit("preempted", FIRST_TIME.format(first=UNTIL_TOLD), partition="preempt", max_failures=0)
+    run.wait_for("oar report")
+    slurm.command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    (status,) = run.wait()
+    assert status.done and "told TERM" in run.said() and run.attempts() == ["0", "1"]

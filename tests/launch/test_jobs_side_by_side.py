@@ -1,0 +1,110 @@
+"""Jobs that share nodes: two runs with a Ray each, and the tasks of a job array."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from elastic_runs import prepared_run, recipe_file
+from small_run import copy_run
+
+from cluster.dev.slurm import Cluster
+from oar_scale.launch import find_jobs, submit
+from oar_scale.launch.jobs import JobStatus
+from oar_scale.orders.table import read_orders
+from oar_scale.storage import open_storage
+
+SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
+LOOKS_AROUND = """#!{python}
+import os, time, ray
+ray.init(log_to_driver=False)
+@ray.remote(num_cpus=1)
+class Worker:
+    def job(self):
+        return os.environ["SLURM_JOB_ID"]
+workers = [Worker.remote() for _ in range(int(ray.cluster_resources()["CPU"]))]
+jobs = set(ray.get([worker.job.remote() for worker in workers]))
+print("nodes", len(ray.nodes()), "jobs", *jobs, flush=True)
+open("{folder}/" + os.environ["SLURM_JOB_ID"], "w").close()
+while len(os.listdir("{folder}")) < {count}:  # until the others are as far
+    time.sleep(0.1)
+"""
+
+
+def profile(folder: Path, **fields: Any) -> str:
+    address = "echo 127.0.0.$((${SLURMD_NODENAME#n} + 1))"
+    given = {"type": "slurm", "cpus_per_node": 2, "time": "00:10:00", "warn_s": 60, "object_store_mb": 100, "backoff_s": 1}
+    (folder / "profile.yaml").write_text(json.dumps({**given, "node_address": address, "env": {"OMP_NUM_THREADS": "1"}, **fields}))
+    return str(folder / "profile.yaml")
+
+
+def wait(run: Path, seconds: float) -> list[JobStatus]:
+    deadline = time.monotonic() + seconds
+    while True:
+        statuses = find_jobs(str(run))
+        if all(status.over for status in statuses):
+            return statuses
+        assert time.monotonic() < deadline, f"{statuses}\n{said(run)}"
+        time.sleep(0.5)
+
+
+def said(run: Path) -> str:
+    return "".join(path.read_text() for path in sorted(run.glob("jobs/*/**/*.log")))
+
+
+@pytest.mark.timeout(200)
+def test_two_runs_on_the_same_nodes_each_have_a_ray_of_their_own(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "seen").mkdir()
+    program = tmp_path / "bin" / "oar"
+    program.write_text(LOOKS_AROUND.format(python=sys.executable, folder=tmp_path / "seen", count=2))
+    program.chmod(0o755)
+    cluster = profile(tmp_path, nodes=2, setup=[f"export PATH={tmp_path}/bin:$PATH"])
+    runs = [tmp_path / "one", tmp_path / "two"]
+    ids = [submit(SMOKE, cluster, overrides=[f"run_dir={run}"], stages="pretrain").jobs[0].id for run in runs]
+    for run, job in zip(runs, ids, strict=True):
+        (status,) = wait(run, 120)
+        assert status.done, said(run)
+        assert f"nodes 2 jobs {job}\n" in said(run)
+        assert not list(Path("/tmp").glob(f"oar-{job}-*")), "a folder of Ray was left behind"
+
+
+@pytest.mark.timeout(280)
+def test_a_job_array_extracts_all_orders_though_one_task_is_killed(
+    slurm: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = copy_run(prepared_run(tmp_path_factory), str(tmp_path / "run"))
+    open_storage(run.model_uri("anyorder")).upload(run.model_uri("base"), run.model_uri("anyorder"))
+    recipe = recipe_file(run, stages=4)
+    cluster = profile(tmp_path, cpus_per_node=1, stages={"extract": {"array": 4}})
+    (job,) = submit(recipe, cluster, stages="extract").jobs
+    victim = task_of(job.id, "2", 60)
+    victim.send_signal(signal.SIGKILL)
+    (status,) = wait(tmp_path / "run", 240)
+    assert status.done and "4 of 4 tasks done" in status.detail, said(tmp_path / "run")
+    assert (tmp_path / "run" / "jobs" / "1-extract" / f"{job.id}_2.1").is_dir(), "the killed task did not come back"
+    tables = [read_orders(str(path)) for path in sorted((tmp_path / "run" / "orders" / "train").glob("*.parquet"))]
+    orders = np.concatenate([table.order_SN for table in tables])
+    assert len(orders) == 71 and (np.sort(orders, axis=1) == np.arange(64)).all()
+
+
+def task_of(job: str, task: str, seconds: float) -> psutil.Process:
+    """The ``oar`` of an array's task."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for process in psutil.process_iter(["cmdline"]):
+            if "extract" not in (process.info["cmdline"] or []) or "srun" in process.info["cmdline"][0]:
+                continue
+            variables = process.environ()
+            if (variables.get("SLURM_ARRAY_JOB_ID"), variables.get("SLURM_ARRAY_TASK_ID")) == (job, task):
+                return process
+        time.sleep(0.05)
+    raise TimeoutError(f"no task {task} of job {job}: {os.listdir('/tmp')}")

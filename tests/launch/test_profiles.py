@@ -1,0 +1,115 @@
+"""A profile is checked before anything is submitted: each mistake is named with its place and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from oar_scale.config.loading import load_recipe
+from oar_scale.errors import UserError
+from oar_scale.launch.profile import Container, Resources, SlurmProfile, load_profile, seconds
+from oar_scale.launch.slurm import render
+from oar_scale.launch.steps import Step, plan_steps
+
+SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
+GOOD = 'type: slurm\ncpus_per_node: 8\ntime: "01:00:00"\n'
+
+
+def load(folder: Path, text: str, *overrides: str) -> SlurmProfile:
+    (folder / "mine.yaml").write_text(text)
+    found = load_profile(str(folder / "mine.yaml"), overrides)
+    assert isinstance(found, SlurmProfile)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD + "partitoin: gpu\n", r"mine.yaml:4  partitoin = \"gpu\"\n  unknown key. Did you mean partition\?"),
+        (GOOD + "stages: {extract: {partitoin: gpu}}\n", r"stages.extract.partitoin.*\n.*Did you mean partition\?"),
+        (
+            GOOD + "container: {engine: docker, image: x}\n",
+            r"mine.yaml:4  container.engine = \"docker\"\n  must be 'apptainer' or 'enroot'",
+        ),
+        (GOOD + "nodes: two\n", r"mine.yaml:4  nodes = \"two\"\n  must be a valid integer"),
+        (GOOD + "nodes: 0\n", "greater than or equal to 1"),
+        (GOOD + "warn_s: 3600\n", "warn_s 3600 leaves nothing of time 01:00:00"),
+        (GOOD + 'stages: {evaluate: {time: "00:05:00"}}\n', "leaves nothing of stages.evaluate.time 00:05:00"),
+        (GOOD + "nodes: 2\nmin_nodes: 3\n", "min_nodes 3 is above nodes 2"),
+        (GOOD + "stages: {evaluate: {array: 4}}\n", "stages.evaluate.array: only extract can be a job array"),
+        (GOOD + 'partition: "gpu; rm -rf /"\n', r"mine.yaml:4  partition"),
+        (GOOD + "sbatch: [constraint=ib]\n", r"mine.yaml:4  sbatch.0.*\n  must match pattern"),
+        (GOOD + "env: {WANDB_API_KEY: abc}\n", "WANDB_API_KEY: keys and passwords do not belong in a profile; export it"),
+        (GOOD + "env: {HF_TOKEN: abc}\n", "keys and passwords"),
+        (GOOD + "env: {MY-NAME: abc}\n", "'MY-NAME' is no name of a variable"),
+        ("type: slurm\ncpus_per_node: 8\n", "time\n  is required and not set"),
+        ("type: slurm\ncpus_per_node: 8\ntime: 90\n", r"mine.yaml:3  time = 90\n  must be a valid string"),
+        ('type: slurm\ncpus_per_node: 8\ntime: "90"\n', "'90' is no HH:MM:SS or D-HH:MM:SS; in YAML, put it in quotes"),
+        ('type: slurm\ncpus_per_node: 8\ntime: "00:00:30"\n', "below a minute"),
+        ("type: pbs\n", r"mine.yaml:1  type\n  must be one of slurm, ray"),
+        ("cpus_per_node: 8\n", "type\n  must be one of slurm, ray"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load(tmp_path, text)
+
+
+def test_a_profile_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match="there is no such cluster profile"):
+        load_profile("cluster/slurm/mine.yaml")
+
+
+def test_variables_that_only_sound_secret_are_allowed(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD + 'env: {TOKENIZERS_PARALLELISM: "false", NCCL_NET: Socket}\n').env["NCCL_NET"] == "Socket"
+
+
+def test_the_guide_has_every_field() -> None:
+    slurm_part = (Path(SMOKE).parents[1] / "docs" / "launching.md").read_text().partition("## Ray clusters")[0]
+    fields = {*SlurmProfile.model_fields, *Resources.model_fields, *Container.model_fields}
+    assert not {name for name in fields if f"`{name}`" not in slurm_part and f"`{name}: N`" not in slurm_part}
+
+
+def test_times_are_read_as_slurm_writes_them() -> None:
+    assert seconds("1-02:03:04") == 93784 and seconds("00:10:00") == 600
+
+
+def test_a_profile_extends_another_and_the_command_line_has_the_last_word(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(GOOD + "partition: gpu\nstages: {evaluate: {nodes: 1}}\n")
+    found = load(tmp_path, "extends: site.yaml\nnodes: 4\nmin_nodes: 3\n", "partition=debug")
+    assert (found.partition, found.nodes, found.cpus_per_node) == ("debug", 4, 8)
+    assert found.resources("pretrain").min_nodes == 3
+    assert found.resources("evaluate").nodes == 1 and found.resources("evaluate").min_nodes is None
+
+
+def test_what_a_profile_says_reaches_the_job_as_text_and_never_as_code(tmp_path: Path) -> None:
+    profile = load(tmp_path, GOOD + 'env: {NOTE: "it\'s $(here) `now`"}\nnode_check: test "$X" != \'a b\'\n')
+    text = render(Step(("report",)), profile, title="t", job_name="j", folder="/a b/it's", jobs="/a b/jobs/1-report", recipe="/a b/r.yaml")
+    assert """export NOTE='it'"'"'s $(here) `now`'""" in text
+    assert """cd '/a b/it'"'"'s'""" in text and "run oar report '/a b/r.yaml'" in text
+    assert """bash -c 'test "$X" != '"'"'a b'"'"''""" in text
+
+
+def test_stages_become_jobs_and_the_commands_that_a_laptop_would_run() -> None:
+    recipe = load_recipe(SMOKE)
+    assert [step.commands("r.yaml") for step in plan_steps(recipe, None)] == [[["run", "r.yaml"]]]
+    data, training, extraction = plan_steps(recipe, "data+tokenizer+tokens, pretrain,extract")
+    assert data.name == "data-tokenizer-tokens" and data.needs_ray and not plan_steps(recipe, "evaluate")[0].needs_ray
+    assert data.commands("r.yaml") == [["prepare", "r.yaml"], ["tokenizer", "r.yaml"], ["tokens", "r.yaml"]]
+    assert training.commands("r.yaml") == [["train", "r.yaml", "--stage", "pretrain"]]
+    assert extraction.commands("r.yaml", array=True) == [["extract", "r.yaml", "--array"]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("pretrain,extrakt", "no stage 'extrakt' in this recipe; its stages are: data, tokenizer"),
+        ("pretrain,pretrain", "pretrain is named twice"),
+        ("extract,pretrain", "extract needs pretrain, which comes after it"),
+        ("pretrain,", "no stage ''"),
+    ],
+)
+def test_stages_that_cannot_follow_one_another_are_refused(asked: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        plan_steps(load_recipe(SMOKE), asked)

@@ -1,0 +1,178 @@
+"""Trainings on a Slurm whose nodes are hosts of their own, Ray across both and S3 behind it; what is done to them changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from elastic_runs import SHAPE, apart, events, losses, prepared_run, samples, undisturbed_run, wait_for_events, watched
+
+from cluster.dev import s3 as dev_s3
+from cluster.dev import slurm as dev_slurm
+from cluster.dev.hosts import GATE_ADDRESS
+from oar_scale.config.loading import load_recipe
+from oar_scale.stages.run import Run
+
+TESTS = str(Path(__file__).resolve().parents[1])
+PREPARE = """
+import json, sys
+from elastic_runs import SHAPE, recipe_file
+from small_run import copy_run, small_recipe
+from oar_scale.stages.run import Run
+from oar_scale.storage import open_storage
+source, folder, root, changes = sys.argv[1:]
+prepared = Run(small_recipe(source, **SHAPE))
+run = copy_run(prepared, folder, root, **json.loads(changes))
+for uri in open_storage(prepared.at("images")).list(prepared.at("images")):
+    open_storage(run.at()).upload(uri, run.at("images", uri.removeprefix(prepared.at("images"))))
+print(recipe_file(run))
+"""
+
+
+class Gate:
+    """Runs commands where the cluster and its S3 server can be reached, which this process is not."""
+
+    def __init__(self, cluster: dev_slurm.Cluster, variables: dict[str, str]) -> None:
+        self.cluster, self._variables = cluster, variables
+
+    def python(self, *words: str, **variables: str) -> str:
+        done = subprocess.run(
+            [*self.cluster.prefix, sys.executable, *words],
+            env={**os.environ, **self.cluster.env, **self._variables, **variables},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def oar(self, *words: str, **variables: str) -> str:
+        return self.python("-m", "oar_scale.cli", *words, **variables)
+
+    def prepared(self, source: Run, folder: Path, root: str, shape: dict[str, Any]) -> str:
+        """The recipe of a run whose tokens lie in S3."""
+        folder.mkdir()
+        path = f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"
+        return self.python("-c", PREPARE, source.local(), str(folder), root, json.dumps(shape), PYTHONPATH=path).strip()
+
+    def jobs(self, run: Run) -> str:
+        return self.oar("jobs", run.local())
+
+    def over(self, run: Run) -> str | None:
+        """For :func:`wait_for_events`."""
+        state = self.jobs(run)
+        return None if re.search("RUNNING|PENDING|COMPLETING", state) else state + said(run)
+
+    def wait(self, run: Run, seconds: float) -> str:
+        deadline = time.monotonic() + seconds
+        while self.over(run) is None:
+            assert time.monotonic() < deadline, self.jobs(run) + said(run)
+            time.sleep(2)
+        return self.jobs(run)
+
+    def wait_for(self, run: Run, words: str, seconds: float = 150) -> None:
+        deadline = time.monotonic() + seconds
+        while words not in said(run):
+            assert time.monotonic() < deadline and self.over(run) is None, f"{words!r} does not come\n{self.jobs(run)}{said(run)}"
+            time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def gate(hosts_slurm: dev_slurm.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    folder = str(tmp_path_factory.mktemp("gate-s3"))
+    gate = Gate(hosts_slurm, {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]})
+    try:
+        told = gate.python(dev_s3.__file__, "up", "--dir", folder, "--host", GATE_ADDRESS)
+        gate._variables |= dict(line.removeprefix("export ").split("=", 1) for line in told.splitlines())
+        yield gate
+    finally:
+        dev_s3.down(folder)
+
+
+def profile(folder: Path, **fields: Any) -> str:
+    """One CPU a node, so that two workers are on two nodes."""
+    given = {"type": "slurm", "nodes": 2, "cpus_per_node": 1, "time": "00:30:00", "warn_s": 60, "object_store_mb": 100, "backoff_s": 1}
+    (folder / "profile.yaml").write_text(json.dumps({**given, "env": {"OMP_NUM_THREADS": "1"}, **fields}))
+    return str(folder / "profile.yaml")
+
+
+def said(run: Run) -> str:
+    """By the shells and the drivers of all attempts."""
+    return "".join(
+        f"--- {path}\n{path.read_text()}" for path in sorted(Path(run.local("jobs")).glob("*/**/*.log")) if "ray-" not in path.name
+    )
+
+
+def job_id(printed: str) -> str:
+    found = re.search(r"as job (\d+)", printed)
+    assert found is not None, printed
+    return found[1]
+
+
+@pytest.mark.timeout(600)
+def test_one_submit_takes_a_run_to_its_report_through_a_requeue_in_the_middle_of_training(
+    gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    small = {"evaluate": {"nll_images": 4, "feature_images": 8}, "sample": {"images": 2}, "pipeline": {"control": False}}
+    shape = {**SHAPE, "parallel": {**SHAPE["parallel"], "workers": 2}, **small}
+    recipe = gate.prepared(prepared_run(tmp_path_factory), tmp_path / "run", "s3://oar/flagship", shape)
+    run = Run(load_recipe(recipe))
+    printed = gate.oar("submit", recipe, "--cluster", profile(tmp_path), **watched(tmp_path, 0.2))
+    wait_for_events(run, "checkpoint", 1, lambda: gate.over(run))
+    gate.cluster.command("scontrol", "requeue", job_id(printed))
+    state = gate.wait(run, 400)
+    assert "COMPLETED" in state and "came back 1 times" in state, state + said(run)
+    starts = events(run, "start")
+    assert [start["world_size"] for start in starts] == [2, 2] and starts[1]["start_step"] >= 5
+    assert "Ray has 2 nodes" in said(run)
+    expected_losses, expected_samples = undisturbed_run(tmp_path_factory)
+    assert apart(losses(run), expected_losses) < 1e-5
+    assert samples(tmp_path) == expected_samples
+    assert (Path(run.local()) / "report" / "index.html").stat().st_size > 50_000
+    assert not Path(run.local("tokens")).exists(), "the shards belong into S3"
+    assert "report" in gate.oar("status", run.local()) and "finished in" in gate.oar("logs", run.local())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_requeue_a_power_cut_a_preemption_and_time_limits_leave_samples_and_losses_as_they_are(
+    gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    recipe = gate.prepared(prepared_run(tmp_path_factory), tmp_path / "run", "s3://oar/faults", SHAPE)
+    run, command = Run(load_recipe(recipe)), gate.cluster.command
+    cluster = profile(tmp_path, partition="preempt", time="00:03:00", warn_s=60)
+    printed = gate.oar("submit", recipe, "--cluster", cluster, "--stages", "pretrain", **watched(tmp_path, 2.0))
+
+    def trained(starts: int, checkpoints: int) -> None:
+        wait_for_events(run, "start", starts, lambda: gate.over(run), 300)
+        wait_for_events(run, "checkpoint", checkpoints, lambda: gate.over(run), 300)
+
+    trained(1, 1)
+    command("scontrol", "requeue", job_id(printed))
+    trained(2, 2)
+    os.kill(gate.cluster.node("n2").pid, 9)
+    deadline = time.monotonic() + 90
+    while "down" not in command("sinfo", "--noheader", "--nodes=n2", "--format=%T"):
+        assert time.monotonic() < deadline, "nobody misses n2"
+        time.sleep(1)
+    dev_slurm.restart_node(gate.cluster, "n2")
+    trained(len(events(run, "start")) + 1, len(events(run, "checkpoint")) + 1)
+    command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    gate.wait_for(run, "attempt 3, on")
+    gate.wait_for(run, "stopped with everything saved", 300)
+    watched(tmp_path, 0)
+    state = gate.wait(run, 400)
+    assert "COMPLETED" in state, state + said(run)
+    assert int(re.findall(r"came back (\d+) times", state)[0]) >= 4
+    assert {"SIGUSR1"} <= {stopped["reason"] for stopped in events(run, "stopping")}
+    expected_losses, expected_samples = undisturbed_run(tmp_path_factory)
+    assert apart(losses(run), expected_losses) < 1e-5
+    assert samples(tmp_path) == expected_samples
