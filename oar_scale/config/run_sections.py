@@ -1,0 +1,132 @@
+"""Sections of a recipe about what a trained model is asked: orders, drawings, an evaluation; and how a run is watched."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from oar_scale.config.section import Count, PolicyName, RecipeConflict, Section, bounds
+
+Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled"]
+FirstCell = Literal["free", "random"] | Annotated[int, Field(ge=0)]
+
+
+class ExtractConfig(Section):
+    score: Score = "gt_logprob"
+    guidance: float = Field(1.0, ge=0)
+    """Classifier-free guidance scale while scoring; 1 = the conditional model alone."""
+    tie_seed: int = 0
+    """Of all that is left to chance: ties, noise, the codes that score ``sampled`` draws, random cells."""
+    order_temperature: float = Field(0.0, ge=0)
+    """Gumbel noise on the choice of the next cell, in units of the score; 0 takes the best cell."""
+    orders_per_image: int = Field(1, ge=1)
+    """Orders that are found for each image, with noise of their own; training takes one of them, another one in each epoch."""
+    first_cell: FirstCell = "free"
+    """``free``: the best cell; ``random``; or its number in raster order."""
+    commit_per_step: int = Field(1, ge=1)
+    """Cells placed at each step; more than 1 is cheaper and no longer exact, as all below (docs/orders.md)."""
+    cosine_steps: int | None = Field(None, ge=1)
+    """Instead: about so many steps, the later ones placing more cells (RandAR's schedule)."""
+    repulsion_radius: int = Field(0, ge=0)
+    """Cells placed in one step are more than so many cells apart, as a king moves, where there are such; 0: anywhere."""
+    frontier_random: int | None = Field(None, ge=0)
+    """Score only the neighbours of placed cells and so many random cells besides. Default: all empty cells."""
+    rescore_radius: int | None = Field(None, ge=1)
+    """Score anew only cells within so many of those placed last; the others keep their scores. Default: all."""
+    views: int = Field(1, ge=1)
+    """Orders are extracted for so many of ``tokenizer.views``, from the first one on."""
+    batch: int = Field(64, ge=1)
+    actors: Count = 2
+    """Processes with a model each, or ``{min, max}``: more of them as the cluster has room (docs/extraction-pool.md)."""
+    gpus_per_actor: float = Field(0, ge=0)
+    """GPUs an actor takes; 0.5: two actors share one. 0: it computes on ``parallel.cpu_threads`` cores."""
+    max_retries: int = Field(3, ge=0)
+    """Times a shard is tried again, on another actor, before it is set aside as poison."""
+
+    @property
+    def min_actors(self) -> int:
+        return bounds(self.actors)[0]
+
+    @property
+    def max_actors(self) -> int:
+        return bounds(self.actors)[1]
+
+    @model_validator(mode="after")
+    def _shortcuts(self) -> ExtractConfig:
+        if self.cosine_steps is not None and self.commit_per_step > 1:
+            raise RecipeConflict(
+                "extract.cosine_steps", "the cosine schedule says how many cells a step places.\nLeave out commit_per_step."
+            )
+        if self.repulsion_radius and self.commit_per_step == 1 and self.cosine_steps is None:
+            raise RecipeConflict(
+                "extract.repulsion_radius",
+                "it keeps cells apart that are placed in one step.\nSet commit_per_step above 1, or cosine_steps.",
+            )
+        if self.frontier_random is not None and self.rescore_radius is not None:
+            raise RecipeConflict("extract.rescore_radius", "it cannot be combined with frontier_random.\nLeave one of them out.")
+        if self.orders_per_image > 1 and not (self.order_temperature or self.score == "sampled" or self.first_cell == "random"):
+            raise RecipeConflict(
+                "extract.orders_per_image",
+                f"{self.orders_per_image} orders of an image would be the same.\n"
+                "Set order_temperature above 0, score: sampled, or first_cell: random; or orders_per_image: 1.",
+            )
+        return self
+
+
+class OrderHeadConfig(Section):
+    """The order head (docs/order-policies.md): a small network that predicts a whole order at once."""
+
+    first: int = Field(0, ge=0)
+    """Cells that are placed before it is asked, in the checkerboard order; 0: it knows the text alone."""
+    width: int = Field(128, ge=1)
+    steps: int = Field(600, ge=1)
+    batch: int = Field(64, ge=1)
+    lr: float = Field(2e-3, gt=0)
+    heldout_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the training images that it is measured on instead of trained."""
+    heldout_images: int = Field(512, ge=1)
+    """At most so many of them are used."""
+
+
+class SampleConfig(Section):
+    images: int = Field(16, ge=1)
+    """Held-out captions drawn in the report."""
+    guidance: float = Field(2.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    """0 keeps the whole vocabulary."""
+    order_temperature: float = Field(0.0, ge=0)
+    """Gumbel noise on the choice of the next cell; 0 takes the most confident cell."""
+    order: PolicyName | None = None
+    """An order policy (docs/order-policies.md). Default: the model decides; a raster model draws in raster order."""
+
+
+class EvaluateConfig(Section):
+    nll_images: int = Field(192, ge=2)
+    feature_images: int = Field(256, ge=8)
+    """Generated and held-out images compared by KID and Frechet distance, the same number of each."""
+
+
+class PipelineConfig(Section):
+    control: bool = True
+    """Also fine-tune on random orders with the same budget: what the orders themselves are worth."""
+
+
+class ObserveConfig(Section):
+    """Who may watch a run (docs/observability.md). None of it changes a result, or can stop a run."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """``online`` without a key or an answer is kept offline; ``wandb sync`` uploads it later."""
+    wandb_project: str = "oar_scale"
+    wandb_tags: tuple[str, ...] = ()
+    wandb_artifacts: bool = False
+    """Log each stage's exported model as an artifact; the end of the stage then waits for its upload, up to ten minutes."""
+    metrics_port: int | None = Field(None, ge=0, le=65535)
+    """Serve ``/metrics`` and ``/healthz`` for Prometheus while a stage runs; 0: any free port. Default: no server."""
+    metrics_address: str = "127.0.0.1"
+    """Whom the server answers; ``0.0.0.0``: every host that reaches this one."""
+    stall_s: float = Field(600.0, gt=0)
+    """Silence of a stage that counts as a stall."""
+    mirror_s: float = Field(30.0, gt=0)
+    """Between two copies of the events to ``storage.root``, where that is in S3."""

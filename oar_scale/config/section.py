@@ -1,0 +1,55 @@
+"""What all sections of a recipe are made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+
+class Section(BaseModel):
+    """Base of all recipe sections: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Range(Section):
+    """As many as there is room for, between two bounds."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+def _count_kind(given: Any) -> str:
+    return RANGE if isinstance(given, dict | Range) else NUMBER
+
+
+NUMBER, RANGE = "a number", "a range"
+Count = Annotated[Annotated[int, Field(ge=1), Tag(NUMBER)] | Annotated[Range, Tag(RANGE)], Discriminator(_count_kind)]
+"""A number of processes, or ``{min, max}``."""
+
+
+def bounds(count: int | Range) -> tuple[int, int]:
+    return (count, count) if isinstance(count, int) else (count.min, count.max)
+
+
+PolicyName = Annotated[str, Field(pattern=r"^[a-z]+(-[a-z]+)*$")]
+"""An order policy: a module of ``oar_scale.orders.policies``, which is asked for it when the stage begins."""
+
+
+class RecipeConflict(ValueError):
+    """Two fields contradict each other; ``key`` is the one to name to the user."""
+
+    def __init__(self, key: str, text: str) -> None:
+        super().__init__(text)
+        self.key = key
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

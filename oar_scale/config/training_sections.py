@@ -1,0 +1,173 @@
+"""Sections of a recipe about training: the model, how it is shared out among workers, the two trainings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from oar_scale.config.section import Count, PolicyName, RecipeConflict, Section, bounds
+
+Layout = Literal["raster", "instructed", "dual"]
+
+
+class ModelConfig(Section):
+    """The any-order transformer (docs/model.md). Vocabulary, grid and text sizes follow from the tokenizers."""
+
+    layout: Layout = "instructed"
+    """``raster`` is plain next-token; ``instructed`` (RandAR) and ``dual`` (OAR v1) place cells in any order."""
+    dim: int = Field(256, ge=8)
+    layers: int = Field(6, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    """Heads of keys and values, a divisor of ``heads`` (grouped-query attention). Default: ``heads``."""
+    ffn_multiple_of: int = Field(256, ge=1)
+    """The SwiGLU width is ``int(8 dim / 3)`` rounded up to a multiple of this."""
+    norm_eps: float = Field(1e-5, gt=0)
+    rope_base: float = Field(10000.0, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """On image-code embeddings, attention outputs and feed-forward outputs."""
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of captions replaced by the trainable null condition, for guidance."""
+    text_encoder_layers: int = Field(1, ge=0)
+    weights: str | None = None
+    """A trained any-order model (safetensors) to continue from."""
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Width of the SwiGLU feed-forward."""
+        return -(-int(8 * self.dim / 3) // self.ffn_multiple_of) * self.ffn_multiple_of
+
+    @model_validator(mode="after")
+    def _head_dim(self) -> ModelConfig:
+        if self.dim % self.heads or (self.dim // self.heads) % 4:
+            raise ValueError(
+                f"dim {self.dim} / heads {self.heads} must be a whole number and a multiple of 4 "
+                "(the rotation takes pairs for rows and pairs for columns); e.g. dim 256 with heads 4"
+            )
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
+        return self
+
+
+class ParallelConfig(Section):
+    workers: Count = 2
+    """Processes that train, or ``{min, max}``: with fewer of them after a node is lost, with more when it is back. The global batch and
+    the samples of a step stay the same."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed ZeRO shares out among the workers: nothing, the optimiser's state, gradients too, parameters too."""
+    hpz_workers: int = Field(1, ge=1)
+    """ZeRO-3, ZeRO++ hpZ: workers of a node that hold the parameters once more between them; 1: off."""
+    quantized_weights: bool = False
+    """ZeRO-3, ZeRO++ qwZ: parameters travel as 8-bit numbers."""
+    quantized_gradients: bool = False
+    """ZeRO-3, ZeRO++ qgZ: gradients travel as 4-bit numbers."""
+    offload: Literal["none", "optimizer", "optimizer_and_parameters"] = "none"
+    """What lies in the memory of the CPU instead of the GPU."""
+    micro_batch: int = Field(24, ge=1)
+    """Images a worker takes through the model at once."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    cpu_threads: int = Field(1, ge=1)
+    """Threads a worker computes with when it has no GPU."""
+    gpus_per_worker: int = Field(0, ge=0)
+    gpu_type: str | None = None
+    """On Ray: only GPUs of this type, by Ray's name of it, e.g. H100; for the actors of extraction, too. Default: any."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """On Ray: workers on few nodes or on many; strictly on one, or each on a node of its own."""
+    compile: bool = False
+    """Compile each block with torch.compile, a minute or more at the start. For GPUs: on a CPU it is no faster."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, all but matrix products and attention, or whole blocks."""
+    max_failures: int = Field(3, ge=0)
+    """Restarts of the worker group before the stage gives up; a restart that got further than the one before is not counted."""
+    hang_timeout_s: float = Field(1800, gt=0)
+    """A worker that makes no step for so long writes down its stacks and ends; all start again from the last checkpoint."""
+    grace_s: float = Field(120, gt=0)
+    """Time to save and leave after SIGTERM or SIGUSR1."""
+
+    @property
+    def min_workers(self) -> int:
+        return bounds(self.workers)[0]
+
+    @property
+    def max_workers(self) -> int:
+        return bounds(self.workers)[1]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ParallelConfig:
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise RecipeConflict(
+                "parallel.zero_stage", "ZeRO 0 keeps no float32 weights beside those in bf16.\nUse zero_stage 1 or more, or precision fp32."
+            )
+        for name in ("quantized_weights", "quantized_gradients"):
+            if getattr(self, name) and (self.zero_stage < 3 or not self.gpus_per_worker):
+                raise RecipeConflict(
+                    f"parallel.{name}", f"{name} is a part of ZeRO-3 on GPUs.\nSet zero_stage 3 and gpus_per_worker, or leave it out."
+                )
+        if self.hpz_workers > 1 and self.zero_stage < 3:
+            raise RecipeConflict("parallel.hpz_workers", "hpz_workers is a part of ZeRO-3.\nSet zero_stage 3, or hpz_workers 1.")
+        if self.offload == "optimizer_and_parameters" and self.zero_stage < 3:
+            raise RecipeConflict("parallel.offload", "only ZeRO-3 can offload parameters.\nSet zero_stage 3, or offload: optimizer.")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise RecipeConflict("parallel.offload", "ZeRO 0 offloads nothing.\nSet zero_stage 1, 2 or 3, or offload: none.")
+        return self
+
+
+class MixConfig(Section):
+    """Another folder of shards to train on."""
+
+    shards: str
+    """A folder or ``s3://bucket/prefix`` with a manifest.json (``oar data index`` makes one): token shards of the same tokenizer, or
+    image shards, which are tokenised on the fly."""
+    weight: float = Field(1.0, gt=0)
+    """Its share of the samples, in proportion to 1 for the run's own images."""
+
+
+class TrainingConfig(Section):
+    steps: int = Field(100, ge=0)
+    """0, for pretraining only: ``model.weights`` are the any-order model as they are, and orders are extracted from them at once."""
+    global_batch: int = Field(48, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["cosine", "constant", "linear", "linear_tail"] = "cosine"
+    """How the rate falls after the warm-up; ``linear_tail`` is constant, then linear over the last ``tail_fraction`` of the steps."""
+    tail_fraction: float = Field(0.2, gt=0, le=1)
+    final_lr_fraction: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep a moving average of the weights, which then is what the stage leaves; at the start it follows them faster. Default: off."""
+    order: PolicyName | None = None
+    """An order policy (docs/order-policies.md) for the samples outside the random share. Default: ``random``, in fine-tuning ``stored``;
+    a raster model has its raster order only. The control of a fine-tuning takes random orders, whatever is said here."""
+    random_share: float = Field(1.0, ge=0, le=1)
+    """Share of the samples trained in a fresh random order; the rest follow ``order``."""
+    mix: tuple[MixConfig, ...] = ()
+    """Other folders that samples are drawn from, besides the run's own."""
+    log_every: int = Field(5, ge=1)
+    evaluate_every: int = Field(50, ge=1)
+    evaluate_orders: tuple[Literal["random", "raster", "stored"], ...] = ("random",)
+    """Orders of the held-out likelihood; ``stored`` (fine-tuning) are those the any-order model prefers, extracted at the start."""
+    sample_every: int = Field(0, ge=0)
+    """Steps between grids of drawn held-out captions; 0: none."""
+    checkpoint_every: int = Field(50, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_every: int = Field(0, ge=0)
+    """Steps whose multiples are kept besides; 0: none."""
+    keep_best: int = Field(0, ge=0)
+    """Checkpoints with the best held-out likelihood that are kept besides."""
+    max_non_finite: int = Field(20, ge=0)
+    """Batches without a finite gradient that are left out before the stage stops."""
+    spike_guard: Literal["off", "warn", "rollback"] = "warn"
+    """A loss far above the last ones: say so, or go back to the last good checkpoint and leave out the batches since."""
+    spike_sigmas: float = Field(8.0, gt=0)
+    """What is far, in robust standard deviations of the last 100 losses."""
+
+
+class FinetuneConfig(TrainingConfig):
+    """A class of its own, so that its default holds for recipes that set some other field of the section, too."""
+
+    steps: int = Field(100, ge=1)
+    random_share: float = Field(0.1, ge=0, le=1)
