@@ -19,7 +19,7 @@ oar checkpoint export SOURCE --out PATH [--format FORMAT]     a folder for oar_s
 oar plan RECIPE --gpu h200 --nodes 8 [--simulate ranks=1024]   memory, time, cost and failures, before a GPU is touched
 oar submit RECIPE --cluster PROFILE [--stages A,B] [--dry-run]  to a Slurm or a Ray cluster
 oar jobs|logs|cancel|resubmit RUN                             its jobs there
-oar doctor [RECIPE] [--json]                                  is this machine fit for a run?
+oar doctor [RECIPE] [--cluster PROFILE] [--json]              is this machine, or that cluster, fit for a run?
 """
 
 from __future__ import annotations

@@ -166,6 +166,7 @@ def test_a_requeue_a_power_cut_a_preemption_and_time_limits_leave_samples_and_lo
     dev_slurm.restart_node(gate.cluster, "n2")
     trained(len(events(run, "start")) + 1, len(events(run, "checkpoint")) + 1)
     command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    watched(tmp_path, 6.0)  # longer than the limit
     gate.wait_for(run, "attempt 3, on")
     gate.wait_for(run, "stopped with everything saved", 300)
     watched(tmp_path, 0)
