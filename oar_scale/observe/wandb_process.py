@@ -313,8 +313,8 @@ def _listen(ended: threading.Event, driver: int, finish_s: float) -> None:
 
 
 def main() -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # meant for the driver, which says when it is over
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # meant for the driver, which says when it is over; srun sends them to both
     driver = os.getppid()
     with open(0, "rb", buffering=0, closefd=False) as told:  # unbuffered: what comes next is for _listen
         spec = Spec(**json.loads(told.readline()))
