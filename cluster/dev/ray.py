@@ -35,8 +35,8 @@ from typing import Any
 import psutil
 
 HEAD = "127.0.0.2"
-PORTS = 3
-"""Of the head, of its dashboard and of Ray's client listen on consecutive ports."""
+PORTS = 4
+"""Of the head, its dashboard, Ray's client and the nodes' agents, which another Ray on this machine would take: consecutive."""
 START_S = 90.0
 OBJECT_STORE_BYTES = 80 * 2**20
 
@@ -179,6 +179,7 @@ def _start_head(folder: str, cpus: int, port: int, dashboard: bool) -> Cluster:
 def _start(cluster: Cluster, address: str, cpus: int, rest: Sequence[str]) -> Node:
     ray = os.path.join(os.path.dirname(sys.executable), "ray")
     options = [f"--node-ip-address={address}", f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"]
+    options.append(f"--dashboard-agent-listen-port={cluster.port + 3}")
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {**cluster.env}
     del env["RAY_ADDRESS"]  # of the cluster that is to come
     # A job's `python` is that of the node's PATH.
