@@ -37,8 +37,8 @@ quickstart-s3: venv
 	oar run recipes/quickstart.yaml -o storage.root=s3://oar/quickstart -o run_dir=runs/quickstart-s3
 
 test: venv
-	@echo "Tests, without the slow ones: a few minutes."
-	$(WITH_PATH) python -m pytest -m "not slow"
+	@echo "Tests, without the slow ones: tens of minutes on two cores. Two processes, for many tests wait for clusters to start."
+	$(WITH_PATH) python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: venv
 	@echo "All tests, with whole pipelines and killed workers: tens of minutes."

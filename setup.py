@@ -54,6 +54,7 @@ setup(
             "mypy>=2.4",
             "pytest>=9.2",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
             "ruff>=0.17",
             "scipy>=1.17",
         ],
