@@ -32,6 +32,12 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
     os.environ.pop(name, None)
 
 
+@pytest.fixture(autouse=True)
+def _no_wandb_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks W&B in the tests' own process leaves the address of a service behind, which other processes would take for theirs."""
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+
+
 @pytest.fixture(scope="session")
 def s3_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``s3://bucket/prefix`` on a real server of this session; the AWS variables point at it."""

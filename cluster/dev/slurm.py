@@ -153,6 +153,13 @@ def running(folder: str = ".dev/slurm") -> Cluster | None:
     return cluster if controller is not None and controller.process() is not None else None
 
 
+def lose_node(cluster: Cluster, name: str) -> None:
+    """Kill the daemon of a node, and with ``--hosts`` all that runs on it: a power cut."""
+    if (process := cluster.node(name).process()) is not None:
+        process.kill()
+        psutil.wait_procs([process], timeout=10)
+
+
 def restart_node(cluster: Cluster, name: str) -> Cluster:
     """Start the daemon of a node that was lost; returns the cluster with it."""
     lost = cluster.node(name)
@@ -231,6 +238,8 @@ def _write_files(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> 
     partition = f"Nodes=n[1-{nodes}] State=UP"
     lines = [
         "ClusterName=oar",
+        # Jobs count their ports from their number: those of two clusters on one machine must not be the same.
+        f"FirstJobId={port * 37 % 50000 + 1}",
         f"SlurmctldHost={hosts.GATE}({hosts.GATE_ADDRESS})" if apart else f"SlurmctldHost={here}({HOST})",
         f"SlurmctldPort={port}",
         *(f"{who}={_user()}" for who in ("SlurmUser", "SlurmdUser")),

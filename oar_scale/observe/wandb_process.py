@@ -315,6 +315,7 @@ def _listen(ended: threading.Event, driver: int, finish_s: float) -> None:
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # meant for the driver, which says when it is over; srun sends them to both
+    os.environ.pop("WANDB_SERVICE", None)  # of a program around the driver: its end must not be ours
     driver = os.getppid()
     with open(0, "rb", buffering=0, closefd=False) as told:  # unbuffered: what comes next is for _listen
         spec = Spec(**json.loads(told.readline()))

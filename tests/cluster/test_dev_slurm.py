@@ -28,8 +28,7 @@ def test_up_is_idempotent_a_lost_node_comes_back_and_down_ends_all(tmp_path: Pat
         with pytest.raises(RuntimeError, match="n1 runs"):
             slurm.restart_node(cluster, "n1")
         lost = cluster.node("n2")
-        os.kill(lost.pid, 9)
-        os.waitpid(lost.pid, 0)
+        slurm.lose_node(cluster, "n2")
         again = slurm.restart_node(cluster, "n2")
         assert again.node("n2").pid != lost.pid and slurm.running(folder) == again
         assert sorted(again.command("srun", "--nodes=2", "bash", "-c", "echo $SLURMD_NODENAME").split()) == ["n1", "n2"]
@@ -71,7 +70,7 @@ def test_hosts_have_names_networks_and_processes_of_their_own_and_reach_each_oth
         assert "Network is unreachable" in refused.stderr
         cluster = slurm.running(str(tmp_path))
         assert cluster is not None
-        os.kill(cluster.node("n2").pid, 9)  # a power cut
+        slurm.lose_node(cluster, "n2")
         slurm.restart_node(cluster, "n2")
         deadline = time.monotonic() + 20
         while cluster.command("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() != "2":

@@ -158,7 +158,7 @@ def test_a_requeue_a_power_cut_a_preemption_and_time_limits_leave_samples_and_lo
     trained(1, 1)
     command("scontrol", "requeue", job_id(printed))
     trained(2, 2)
-    os.kill(gate.cluster.node("n2").pid, 9)
+    dev_slurm.lose_node(gate.cluster, "n2")
     deadline = time.monotonic() + 90
     while "down" not in command("sinfo", "--noheader", "--nodes=n2", "--format=%T"):
         assert time.monotonic() < deadline, "nobody misses n2"
