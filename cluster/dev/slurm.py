@@ -18,7 +18,6 @@ stand-in GPUs) is counted, not measured.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import secrets
@@ -28,16 +27,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import psutil
 
 sys.path[:0] = [] if __package__ else [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
-from cluster.dev import hosts  # noqa: E402 (a script's own folder is not where packages start)
+from cluster.dev import hosts, processes  # noqa: E402 (a script's own folder is not where packages start)
 
 HOST = "127.0.0.1"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -56,12 +53,7 @@ class Daemon:
     created: float
 
     def process(self) -> psutil.Process | None:
-        try:
-            process = psutil.Process(self.pid)
-            alive = abs(process.create_time() - self.created) < 0.1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return None
-        return process if alive else None
+        return processes.find(self.pid, self.created)
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,7 @@ def up(folder: str = ".dev/slurm", nodes: int = 2, cpus: int = 4, port: int = 16
         RuntimeError: a program is missing, a port is taken, it runs with other settings, or it did not come up.
     """
     folder = os.path.abspath(folder)
-    with _locked(folder):
+    with processes.locked(folder):
         cluster = running(folder)
         if cluster is not None:
             if (cluster.nodes, cluster.port, cluster.apart) != (nodes, port, apart):
@@ -122,7 +114,7 @@ def up(folder: str = ".dev/slurm", nodes: int = 2, cpus: int = 4, port: int = 16
                 raise RuntimeError(f"the Slurm in {folder} already runs: {cluster.nodes} nodes{kind}, port {cluster.port}. Stop it first")
             return cluster
         cluster = _start(folder, nodes, cpus, port, apart)
-    _until(lambda: _idle(cluster) >= nodes, START_S, f"the nodes do not get idle: see {folder}/log")
+    processes.until(lambda: _idle(cluster) >= nodes, START_S, f"the nodes do not get idle: see {folder}/log")
     return cluster
 
 
@@ -131,12 +123,12 @@ def down(folder: str = ".dev/slurm") -> bool:
     folder = os.path.abspath(folder)
     if not os.path.exists(os.path.join(folder, "cluster.json")):
         return False
-    with _locked(folder):
+    with processes.locked(folder):
         cluster = _read(folder)
         alive = [daemon for daemon in cluster.daemons if daemon.process() is not None]
         with suppress(RuntimeError, subprocess.TimeoutExpired):  # the controller may be what is gone
             cluster.command("scancel", "--user", str(os.getuid()), "--full")
-            _until(lambda: not cluster.command("squeue", "-h", "-t", "R,CG").strip(), 15, "jobs do not end")
+            processes.until(lambda: not cluster.command("squeue", "-h", "-t", "R,CG").strip(), 15, "jobs do not end")
         for daemon in reversed(cluster.daemons):
             _end(daemon, at_once=cluster.apart and daemon.name.startswith("slurmd-"))
         os.unlink(os.path.join(folder, "cluster.json"))
@@ -173,7 +165,7 @@ def restart_node(cluster: Cluster, name: str) -> Cluster:
 def free_port(nodes: int = 2) -> int:
     """Find a port that, with one for each node above it, nobody listens on."""
     for port in range(30000 + os.getpid() % 1500 * 10, 60000, 10):
-        if not _taken(port, nodes):
+        if not processes.taken(HOST, range(port, port + nodes + 1)):
             return port
     raise RuntimeError("no free range of ports")
 
@@ -184,7 +176,7 @@ def _start(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> Cluste
     for program in PROGRAMS:
         if _program(program) is None:
             raise RuntimeError(f"no program `{program}`: {PACKAGES}")
-    if not apart and (taken := _taken(port, nodes)):
+    if not apart and (taken := processes.taken(HOST, range(port, port + nodes + 1))):
         raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {nodes} must be free)")
     for part in ("state", "log", "run", "munge", "dev", *(f"spool/n{i + 1}" for i in range(nodes))):
         os.makedirs(os.path.join(folder, part), exist_ok=True)
@@ -196,11 +188,11 @@ def _start(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> Cluste
         *(f"--pid-file={run}/munged.pid", f"--log-file={folder}/log/munged.log", f"--seed-file={munge}/seed"),
     ]
     _add(cluster, _launch(folder, "munged", munged))
-    _until(lambda: os.path.exists(f"{run}/munge.socket"), 10, f"munged does not start: see {folder}/log/munged.log")
+    processes.until(lambda: os.path.exists(f"{run}/munge.socket"), 10, f"munged does not start: see {folder}/log/munged.log")
     if apart:
         hosts.write_names(os.path.join(folder, "hosts"), nodes)
         _add(cluster, _launch(folder, hosts.GATE, hosts.gate(os.path.join(folder, "hosts"))))
-        _until(lambda: hosts.is_ready(cluster.daemon(hosts.GATE).pid), 10, f"no bridge: see {folder}/log/{hosts.GATE}.out")
+        processes.until(lambda: hosts.is_ready(cluster.daemon(hosts.GATE).pid), 10, f"no bridge: see {folder}/log/{hosts.GATE}.out")
     _add(cluster, _launch(folder, "slurmctld", [*cluster.prefix, _program("slurmctld") or "", "-D", "-f", cluster.env["SLURM_CONF"]]))
     for number in range(nodes):
         _add(cluster, _start_node(cluster, f"n{number + 1}"))
@@ -322,7 +314,7 @@ def _end(daemon: Daemon, *, at_once: bool) -> None:
     if not at_once:
         process.send_signal(signal.SIGTERM)
         with suppress(RuntimeError):
-            _until(lambda: daemon.process() is None, 10, "")
+            processes.until(lambda: daemon.process() is None, 10, "")
             return
     process.kill()
 
@@ -346,27 +338,6 @@ def _user() -> str:
     return psutil.Process().username()
 
 
-def _taken(port: int, nodes: int) -> list[int]:
-    taken = []
-    for number in range(port, port + nodes + 1):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, number))
-            except OSError:
-                taken.append(number)
-    return taken
-
-
-@contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """One ``up`` or ``down`` at a time."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _read(folder: str) -> Cluster:
     with open(os.path.join(folder, "cluster.json"), encoding="utf-8") as file:
         stored = json.load(file)
@@ -378,14 +349,6 @@ def _write(cluster: Cluster) -> None:
     with open(f"{path}.new", "w", encoding="utf-8") as file:
         json.dump(asdict(cluster), file, indent=1)
     os.replace(f"{path}.new", path)
-
-
-def _until(condition: Callable[[], Any], timeout_s: float, problem: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{problem} (waited {timeout_s:.0f} s)")
-        time.sleep(0.1)
 
 
 def main() -> int:
