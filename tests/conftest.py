@@ -33,9 +33,13 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
 
 
 @pytest.fixture(autouse=True)
-def _no_wandb_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What asks W&B in the tests' own process leaves the address of a service behind, which other processes would take for theirs."""
-    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+def _no_wandb_of_this_process() -> Iterator[None]:
+    """What asks W&B in the tests' own process starts a service there, which other tests would take for that of a process of theirs."""
+    yield
+    if os.environ.pop("WANDB_SERVICE", None):
+        import wandb
+
+        wandb.teardown()
 
 
 @pytest.fixture(scope="session")
