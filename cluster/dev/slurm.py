@@ -39,6 +39,8 @@ from cluster.dev import hosts, processes  # noqa: E402 (a script's own folder is
 HOST = "127.0.0.1"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+FREE = range(23000, 24000, 10)
+"""Where :func:`free_port` looks."""
 START_S = 60.0
 CLIENT_S = 10
 """Clients wait minutes for a controller that is gone; these do not."""
@@ -50,7 +52,7 @@ class Daemon:
 
     name: str
     pid: int
-    created: float
+    created: int
 
     def process(self) -> psutil.Process | None:
         return processes.find(self.pid, self.created)
@@ -164,10 +166,7 @@ def restart_node(cluster: Cluster, name: str) -> Cluster:
 
 def free_port(nodes: int = 2) -> int:
     """Find a port that, with one for each node above it, nobody listens on."""
-    for port in range(30000 + os.getpid() % 1500 * 10, 60000, 10):
-        if not processes.taken(HOST, range(port, port + nodes + 1)):
-            return port
-    raise RuntimeError("no free range of ports")
+    return processes.free_port(FREE, lambda port: range(port, port + nodes + 1))
 
 
 def _start(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> Cluster:
@@ -176,7 +175,7 @@ def _start(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> Cluste
     for program in PROGRAMS:
         if _program(program) is None:
             raise RuntimeError(f"no program `{program}`: {PACKAGES}")
-    if not apart and (taken := processes.taken(HOST, range(port, port + nodes + 1))):
+    if not apart and (taken := processes.taken(range(port, port + nodes + 1))):
         raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {nodes} must be free)")
     for part in ("state", "log", "run", "munge", "dev", *(f"spool/n{i + 1}" for i in range(nodes))):
         os.makedirs(os.path.join(folder, part), exist_ok=True)
@@ -302,7 +301,7 @@ def _launch(folder: str, name: str, command: Sequence[str]) -> Daemon:
         process = subprocess.Popen(
             [program, *command[1:]], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    created = psutil.Process(process.pid).create_time()
+    created = processes.born(process.pid)
     process.returncode = 0  # it is meant to outlive us: no warning when the handle goes
     return Daemon(name, process.pid, created)
 
@@ -322,7 +321,8 @@ def _end(daemon: Daemon, *, at_once: bool) -> None:
 def _idle(cluster: Cluster) -> int:
     for daemon in cluster.daemons:
         if daemon.process() is None:
-            raise RuntimeError(f"{daemon.name} ended at once: see {cluster.folder}/log")
+            log = os.path.join(cluster.folder, "log", f"{daemon.name}.out")
+            raise RuntimeError(f"{daemon.name} ended at once, see {cluster.folder}/log:\n{processes.last_lines(log)}")
     try:
         answer = cluster.command("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip()
     except (RuntimeError, subprocess.TimeoutExpired):

@@ -32,7 +32,7 @@ TIME = "00:10:00"
 ON_HEAD = """
 address=$(srun --overlap --nodes=1 --ntasks=1 --mem=0 --nodelist="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" \\
     bash -c {node_address}) || exit 1
-export MASTER_ADDR=$address MASTER_PORT=$((20000 + SLURM_JOB_ID % 3000 * 4))
+export MASTER_ADDR=$address MASTER_PORT=$((24000 + SLURM_JOB_ID % 1500 * 4))
 srun --overlap --ntasks={all} --ntasks-per-node={tasks} --cpus-per-task={cpus} --mem=0 --kill-on-bad-exit=0{srun_container} \\
     bash -c {on_node}
 """

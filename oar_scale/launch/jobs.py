@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from oar_scale.config.loading import dump_recipe, load_recipe
@@ -15,8 +15,6 @@ from oar_scale.launch import slurm
 from oar_scale.launch.profile import RayProfile, SlurmProfile, load_profile
 from oar_scale.launch.record import Job, Submission, last_submission, locked, read_submissions, write_submissions
 from oar_scale.launch.steps import Step, plan_steps
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

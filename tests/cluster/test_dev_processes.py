@@ -1,0 +1,44 @@
+"""What the development services share: ports that are free for whoever listens on all addresses, and processes known again."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from cluster.dev import processes
+
+
+def test_a_port_that_somebody_has_on_another_loopback_address_is_taken() -> None:
+    with socket.create_server(("127.0.0.3", 0)) as other:
+        port = other.getsockname()[1]
+        assert processes.taken([port]) == [port]
+        with pytest.raises(RuntimeError, match=f"no free ports from {port} to {port}"):
+            processes.free_port(range(port, port + 1), lambda first: [first])
+
+
+def test_a_free_port_has_all_that_it_needs() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        found = processes.free_port(range(port - 2, port + 10, 2), lambda first: [first, first + 2])
+        assert found not in (port - 2, port)
+
+
+def test_a_process_is_known_again_by_its_start_and_gone_when_it_ended() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    created = processes.born(process.pid)
+    found = processes.find(process.pid, created)
+    assert found is not None and found.pid == process.pid
+    assert processes.find(process.pid, created - 1) is None, "another process that had this number"
+    process.communicate(b"\n")
+    assert processes.find(process.pid, created) is None
+
+
+def test_the_end_of_a_log_is_told_and_a_missing_one_too(tmp_path: object) -> None:
+    log = f"{tmp_path}/log"
+    with open(log, "w") as file:
+        file.writelines(f"line {i}\n" for i in range(30))
+    assert processes.last_lines(log, 2) == "line 28\nline 29"
+    assert "No such file" in processes.last_lines(f"{log}.none")
