@@ -26,6 +26,8 @@ from oar_scale.tokenizers.prompts import FeatureReader, check_features, for_new_
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
 
 TOWER = "ViT-S-16-alt"
+ROUNDED = {"rtol": 2e-3, "atol": 2e-4}
+"""To float16, of a tower that was asked for other batches: how a CPU multiplies depends on the shape."""
 CAPTIONS = ["a red apple", "two green cars on a blue road", "!", "word " * 100]
 
 
@@ -92,7 +94,7 @@ def test_the_model_is_told_what_the_tower_would_have_said(job: TokenizeJob, towe
     on_the_fly_BTF = model_inputs(tower, tower.encode(CAPTIONS))
     read_BTF = model_inputs(reader, reader.encode(stored(job)))
     assert read_BTF.dtype == on_the_fly_BTF.dtype == torch.float32 and read_BTF.shape == on_the_fly_BTF.shape
-    assert torch.equal(read_BTF, on_the_fly_BTF.half().float()), "nothing but the rounding to float16"
+    torch.testing.assert_close(read_BTF, on_the_fly_BTF, **ROUNDED)
     no_token_BT = (on_the_fly_BTF == 0).all(-1)
     assert torch.equal((read_BTF == 0).all(-1), no_token_BT) and no_token_BT.any() and not no_token_BT.all()
 
@@ -143,7 +145,7 @@ def test_one_row_a_caption_is_stored_where_the_recipe_asks_for_it(job: TokenizeJ
     write_features_note(text, str(tmp_path))
     encoder = load_prompts(pooled, str(tmp_path))
     wanted = text.features(text.encode(CAPTIONS))
-    assert torch.equal(encoder.encode(stored(job)), wanted.half().float())
+    torch.testing.assert_close(encoder.encode(stored(job)), wanted, **ROUNDED)
 
 
 def test_a_reader_takes_no_more_rows_than_there_are_and_no_other_width() -> None:

@@ -170,8 +170,10 @@ def test_a_dropped_prompt_is_the_null_condition_of_each_kind() -> None:
     for condition in CONDITIONS:
         model = any_model("instructed", condition)
         rows = model.condition(told(model, 2), torch.tensor([True, False]))
-        assert torch.equal(rows[0], model.null_condition(1)[0]), condition
-        assert not torch.equal(rows[1], model.null_condition(1)[0]), condition
+        null = model.null_condition(1)[0]
+        # Other batches, other last bits: how a CPU multiplies depends on the shape.
+        assert torch.allclose(rows[0], null, rtol=1e-5, atol=1e-6), condition
+        assert not torch.allclose(rows[1], null, rtol=0.1, atol=0.01), condition
 
 
 @torch.no_grad()
