@@ -38,7 +38,7 @@ quickstart-s3: venv
 
 test: venv
 	@echo "Tests, without the slow ones: tens of minutes on two cores. Two processes, for many tests wait for clusters to start."
-	$(WITH_PATH) python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(WITH_PATH) python -m pytest -m "not slow" -n 2 --dist loadfile --durations=20
 
 test-all: venv
 	@echo "All tests, with whole pipelines and killed workers: tens of minutes."
