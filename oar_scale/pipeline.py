@@ -145,8 +145,9 @@ def _run_stage(run: Run, todo: list[Stage], stage: Stage) -> None:
         return
     bind_run_dir(run)
     started, clock = time.time(), time.monotonic()
-    # A training stage is watched where its workers are started, which knows its steps.
-    with nullcontext() if stage.name in train.RESULT else watching(run.events, stage.name, run.recipe, run.at(), console=run.console):
+    # A training stage is watched where its workers are started, which knows its steps; what several processes share, by the first.
+    unwatched = stage.name in train.RESULT or (run.array is not None and run.array.index > 0)
+    with nullcontext() if unwatched else watching(run.events, stage.name, run.recipe, run.at(), console=run.console):
         results = stage.run(run)
     seconds = time.monotonic() - clock
     marker = {"stage": stage.name, "fingerprint": _fingerprint(run, todo, stage), "settings": _settings(run, stage)}
