@@ -24,6 +24,7 @@ from oar_scale.errors import UserError
 from oar_scale.observe.console import duration
 from oar_scale.observe.watch import catch_up, watching
 from oar_scale.stages import data, evaluate, extract, report, tokenizer, tokens, train
+from oar_scale.stages.inputs import ONE_ORDER, OTHER_LAYOUT
 from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 
@@ -104,7 +105,7 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None)
     names = [stage.name for stage in todo]
     wanted = only or start
     if wanted is not None and wanted not in names:
-        raise UserError(f"no stage {wanted!r} in this recipe; its stages are: {', '.join(names)}")
+        raise _no_stage(run.recipe, wanted, names)
     check_run_dir(run)
     if wanted is not None:
         _require(run, todo, wanted)
@@ -126,7 +127,18 @@ def run_stage(run: Run, name: str) -> None:
         if stage.name == name:
             _require(run, todo, name)
             return _run_unless_done(run, todo, stage)
-    raise UserError(f"stage {name} is not part of this recipe (pipeline.control is false?)")
+    raise _no_stage(run.recipe, name, [stage.name for stage in todo])
+
+
+def _no_stage(recipe: Recipe, name: str, names: list[str]) -> UserError:
+    """Why a recipe has no such stage, and what to do."""
+    if name in ("extract", "finetune", "control", "evaluate", "report") and recipe.model.layout == "raster":
+        why = f"{ONE_ORDER}, so the run ends with the pretraining.\n{OTHER_LAYOUT}"
+    elif name == "control" and not recipe.pipeline.control:
+        why = "pipeline.control is false. Set it to true to fine-tune on random orders as well."
+    else:
+        why = "there is none of this name."
+    return UserError(f"no stage {name!r} in this recipe: {why} Its stages are: {', '.join(names)}.")
 
 
 def _run_unless_done(run: Run, todo: list[Stage], stage: Stage) -> None:

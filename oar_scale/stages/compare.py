@@ -22,7 +22,7 @@ from oar_scale.model import load_model
 from oar_scale.orders.comparison import EXACT, ROUNDS, Measured, compare, ways
 from oar_scale.orders.extraction import ExtractionSettings
 from oar_scale.stages.compare_training import ShortTraining
-from oar_scale.stages.inputs import Tokens, prompt_encoder, read_tokens, require
+from oar_scale.stages.inputs import Tokens, prompt_encoder, read_tokens, require, require_any_order
 from oar_scale.stages.run import Run
 from oar_scale.storage import fetch, join, open_storage
 from oar_scale.tokenizers.prompts import model_inputs
@@ -42,6 +42,7 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
     Raises:
         UserError: a stage before this one has not finished, or a training failed.
     """
+    require_any_order(run)
     config, parallel = run.recipe.extract, run.recipe.parallel
     model_file = fetch(require(run, run.model_uri("anyorder"), "pretrain"), run.cache)
     shards = _shards(run, images)

@@ -11,7 +11,7 @@ from oar_scale.orders.analysis.record import HeadReport, HeadRow
 from oar_scale.orders.files import head_file, head_report_file, run_files
 from oar_scale.orders.head import load_head, save_head
 from oar_scale.orders.head_training import HeadData, train_head, write_predicted
-from oar_scale.stages.inputs import MODEL_FILES, MODEL_STAGES, prompt_encoder, require
+from oar_scale.stages.inputs import MODEL_FILES, MODEL_STAGES, prompt_encoder, require, require_any_order
 from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, read_json, write_json
 
@@ -77,6 +77,7 @@ def report_lines(report: HeadReport) -> list[str]:
 
 def _data(run: Run, model: str) -> tuple[HeadData, str]:
     """The training images as a model of the run sees them, and the model's file."""
+    require_any_order(run)
     recipe = run.recipe
     stage = next(MODEL_STAGES[name] for name, file in MODEL_FILES.items() if file == model)
     uri = require(run, run.model_uri(model), stage)

@@ -32,7 +32,7 @@ from oar_scale.orders.files import head_report_file
 from oar_scale.orders.policies import grid_policies
 from oar_scale.orders.policies.mean import order_by_time
 from oar_scale.orders.table import OrderTable, join_orders, read_orders, table_name
-from oar_scale.stages.inputs import require
+from oar_scale.stages.inputs import require, require_any_order
 from oar_scale.stages.order_head import read_report
 from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, join, open_storage
@@ -76,6 +76,7 @@ def run_orders(run: Run, *, images: int, against: Sequence[str] = (), out: str |
     Raises:
         UserError: a stage before this one has not finished, or tables that are not of these images.
     """
+    require_any_order(run)
     found = _extracted(run, images)
     examples, animation, gif = _examples(run, found)
     analysis = _analysis(run, found, [_agreement(run, found, folder) for folder in against], examples, animation)
