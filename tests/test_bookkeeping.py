@@ -10,6 +10,7 @@ import pytest
 
 from oar_scale import pipeline
 from oar_scale.config.schema import Recipe
+from oar_scale.data.pool import ArrayTask
 from oar_scale.errors import UserError
 from oar_scale.pipeline import Stage, run_pipeline, run_stage
 from oar_scale.stages.compare import run_compare
@@ -113,6 +114,24 @@ def test_a_kill_while_results_are_cleared_leaves_no_stage_on_what_is_gone(
         run_pipeline(run)
         assert "b" not in ran or "c" in ran, f"killed at deletion {kill_at}: {ran}"
         assert all(os.path.exists(run.at(name, "result")) for name in "abcd")
+
+
+def test_only_the_first_of_several_processes_is_watched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' events are in the same folder: a second metrics server, or W&B process, would show the same once more."""
+    watched: dict[int, bool] = {}
+
+    def work(run: Run) -> dict[str, Any]:
+        assert run.array is not None
+        watched[run.array.index] = os.path.exists(run.local("metrics.json"))
+        return {}
+
+    monkeypatch.setattr(pipeline, "stages", lambda recipe: [Stage("b", "shared", (), (), ("b",), work, lambda run: "")])
+    recipe = changed(run, observe={"metrics_port": 0}).recipe
+    for index in (1, 0):
+        task = Run(recipe, array=ArrayTask(index, 2))
+        run_stage(task, "b")
+        os.remove(task.marker("b"))
+    assert watched == {0: True, 1: False}
 
 
 def test_a_stage_alone_names_the_first_stage_it_lacks(run: Run, ran: list[str]) -> None:
