@@ -163,7 +163,7 @@ def test_a_stage_that_a_recipe_has_not_is_refused_for_its_own_reason(run: Run) -
 def test_a_raster_run_says_so_where_orders_are_asked_for(run: Run) -> None:
     raster = changed(run, model={"layout": "raster"})
     for ask in (run_compare, lambda run: run_orders(run, images=1), lambda run: run_train_head(run, "anyorder"), run_predict):
-        with pytest.raises(UserError, match="raster has one order for all images.*\n.*instructed or dual"):
+        with pytest.raises(UserError, match=r"raster has one order for all images.*\n.*instructed or dual"):
             ask(raster)
 
 

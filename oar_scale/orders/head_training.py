@@ -32,7 +32,18 @@ from oar_scale.model import AnyOrderModel
 from oar_scale.orders.analysis.record import HeadReport, HeadRow
 from oar_scale.orders.analysis.statistics import kendall_distance, placing_times
 from oar_scale.orders.files import OrderFiles
-from oar_scale.orders.head import KIND, HeadSpec, OrderHead, all_cells, ask_all, ask_rest, predict_orders, ranking_loss
+from oar_scale.orders.head import (
+    KIND,
+    HeadSpec,
+    OrderHead,
+    all_cells,
+    ask_all,
+    ask_rest,
+    predict_ahead,
+    predict_orders,
+    ranking_loss,
+    tables_id,
+)
 from oar_scale.orders.scores import score_rows
 from oar_scale.orders.table import OrderTable, join_orders, read_orders, table_name, write_orders
 from oar_scale.storage import Missing, join, open_storage
@@ -68,6 +79,7 @@ class HeadData:
         self.tokens, self.tables = self.files.tokens, self.files.tables
         self.manifest: Manifest = read_manifest(self.tokens)
         self.device = next(self.model.parameters()).device
+        self.settings_id = tables_id(self.files)
 
     def open(self, info: ShardInfo) -> TokenShard:
         return read_token_shard(join(self.tokens, info.name), self.cache_dir, info, cache_bytes=self.cache_bytes)
@@ -78,6 +90,8 @@ class HeadData:
             table = read_orders(join(self.tables, table_name(info.name)))
         except Missing as error:
             raise UserError(f"{error.uri}: missing; an order head learns from extracted orders. Run the stage extract.") from error
+        if table.settings_id != self.settings_id:
+            raise UserError(f"{self.tables}: orders of several settings: {self.settings_id}, {table.settings_id}. Extract them again.")
         return join_orders(shard.keys, table, shard=join(self.tokens, info.name), cells=self.model.spec.cells)[:, 0]
 
     @torch.no_grad()
@@ -110,7 +124,15 @@ def train_head(
         UserError: images without an order, or too few of them to train on or to measure with.
     """
     torch.manual_seed(int(hash_words("order head", seed)) >> 1)
-    head = OrderHead(HeadSpec.of(data.model.spec, own_id, width=config.width, first=config.first)).to(data.device)
+    spec = HeadSpec.of(
+        data.model.spec,
+        own_id,
+        width=config.width,
+        first=config.first,
+        settings_id=data.settings_id or "",
+        heldout_fraction=config.heldout_fraction,
+    )
+    head = OrderHead(spec).to(data.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=0.05)
     batches, mean, started = _batches(data, config, seed), _Mean(data.model.spec.cells), time.monotonic()
     for step in range(config.steps):
@@ -142,7 +164,8 @@ def write_predicted(data: HeadData, head: OrderHead, batch: int, on_done: Callab
             shard = data.open(info)
             unknown_SN = np.zeros((len(shard), data.model.spec.cells), dtype=np.uint16)
             parts = [data.take(shard, rows, unknown_SN) for rows in np.split(np.arange(len(shard)), range(batch, len(shard), batch))]
-            order_SN = np.concatenate([predict_orders(data.model, part.codes_BN, part.condition_BTD, head).order_BN for part in parts])
+            found = [predict_orders(data.model, part.codes_BN, part.condition_BTD, head) for part in parts]
+            order_SN = torch.cat([orders.order_BN for orders in found]).cpu().numpy().astype(np.uint16)
             scores = np.zeros(order_SN.shape, dtype=np.float32)
             write_orders(uri, OrderTable(shard.keys, [0] * len(shard), order_SN, scores, head.spec.model_id, settings_id))
         done += info.samples
@@ -233,7 +256,8 @@ def _measure(data: HeadData, config: OrderHeadConfig, head: OrderHead, mean: _Me
     means = {name: np.concatenate(parts, axis=1).mean(axis=1) for name, parts in found.items()}
     asked = {"mean order of the data set": 0}
     rows = tuple(HeadRow(name, float(tau), float(rest), asked.get(name, cells)) for name, (tau, rest) in means.items())
-    return HeadReport(head.spec.model_id, len(mean.keys), kept, cells * (cells + 1) // 2, config.steps, seconds, first, rows)
+    exact_rows = cells * (cells + 1) // 2
+    return HeadReport(head.spec.model_id, head.spec.settings_id, len(mean.keys), kept, exact_rows, config.steps, seconds, first, rows)
 
 
 def _kept_out_batches(data: HeadData, config: OrderHeadConfig) -> Iterator[Labelled]:
@@ -254,14 +278,9 @@ def _orders(model: AnyOrderModel, head: OrderHead, batch: Labelled, mean_N: NDAr
     rows_BND, own_BN = ask_all(model, batch.codes_BN, batch.condition_BTD)
     every_BN = all_cells(batch.codes_BN)
     best_R = score_rows(model.output.weight, rows_BND.flatten(0, 1), "max_prob", batch.codes_BN.flatten())
-    if head.spec.first:
-        rows_BRD, rest_BR = ask_rest(model, batch.codes_BN, batch.condition_BTD, head)
-        ahead_BN = torch.cat([head.first_N.expand(len(rest_BR), -1), head.order_ahead(rows_BRD, rest_BR)], dim=1)
-    else:
-        ahead_BN = head.order_ahead(rows_BND, every_BN)
     found = {
         "confidence, asked once": best_R.view_as(own_BN).argsort(1, descending=True),
-        "order head ahead": ahead_BN,
+        "order head ahead": predict_ahead(model, batch.codes_BN, batch.condition_BTD, head).order_BN,
         "own code's score, asked once": own_BN.argsort(1, descending=True),
         "order head in hindsight": head.hindsight(rows_BND, every_BN, own_BN).argsort(1),
     }

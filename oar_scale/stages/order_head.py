@@ -46,21 +46,23 @@ def run_predict(run: Run) -> int:
     """Write order tables with the orders that the any-order model's head predicts for all training images; returns their number.
 
     Raises:
-        UserError: there is no head, or it is another model's.
+        UserError: there is no head, it is another model's, or it learned from other orders than the run has now.
     """
     data, uri = _data(run, "anyorder")
-    head = load_head(require(run, head_file(uri), "oar orders --train-head"), data.model, model_id(uri))
+    head = load_head(require(run, head_file(uri), "oar orders --train-head"), data.model, model_id(uri), data.settings_id)
     with run.console.progress(data.manifest.samples, "predicted orders") as tally:
         done = write_predicted(data, head, run.recipe.extract.batch, tally.update)
     run.console.say(f"  predicted orders: {data.files.predicted}")
     return done
 
 
-def read_report(uri: str) -> HeadReport | None:
-    """What :func:`run_train_head` wrote; None where there is none."""
+def read_report(uri: str, settings_id: str) -> HeadReport | None:
+    """What :func:`run_train_head` wrote about a head that learned from the orders of ``settings_id``; None where there is none."""
     try:
         found = read_json(uri)
     except Missing:
+        return None
+    if found.get("settings_id") != settings_id:
         return None
     return HeadReport(**{**found, "rows": tuple(HeadRow(**row) for row in found["rows"])})
 

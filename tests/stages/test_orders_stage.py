@@ -26,6 +26,7 @@ from oar_scale.orders.policies import grid_policies
 from oar_scale.orders.policies.mean import mean_order
 from oar_scale.orders.table import OrderTable, read_orders, table_name, write_orders
 from oar_scale.stages.checkpoint import run_export
+from oar_scale.stages.compare import run_compare
 from oar_scale.stages.order_head import run_predict, run_train_head
 from oar_scale.stages.orders import run_orders, spread
 from oar_scale.stages.run import Run
@@ -34,16 +35,15 @@ from oar_scale.training.inputs import job_orders, job_prompts, job_stream
 from oar_scale.training.job import TrainingJob
 
 
-def write_tables(run: Run, folder: str, seed: int) -> None:
+def write_tables(run: Run, folder: str, seed: int, settings_id: str = "s") -> None:
     """Orders that nobody found."""
     tokens = run.at("tokens", "train")
     for number, info in enumerate(read_manifest(tokens).shards):
         keys = read_token_shard(f"{tokens}/{info.name}", run.cache, info).keys
         order = permutations("made up", 64, seed, number, np.arange(len(keys))).astype(np.uint16)
         scores = np.tile(-np.arange(64, dtype=np.float32), (len(keys), 1))
-        write_orders(
-            f"{folder}/{table_name(info.name)}", OrderTable(keys, [0] * len(keys), order, scores, model_id(run.model_uri("anyorder")), "s")
-        )
+        table = OrderTable(keys, [0] * len(keys), order, scores, model_id(run.model_uri("anyorder")), settings_id)
+        write_orders(f"{folder}/{table_name(info.name)}", table)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,22 @@ def test_the_head_is_trained_measured_and_predicts_by_the_cli(run: Run, tmp_path
     assert main(["orders", recipe, "--out", str(tmp_path)]) == 0
     assert len(json.loads((tmp_path / "orders.json").read_text())["head"]["rows"]) == 5
     assert "order head in hindsight" in (tmp_path / "index.html").read_text()
+    assert run_compare(run, images=20)["ways"][-2]["way"] == "order head in hindsight"
+
+
+def test_a_head_that_learned_from_other_orders_than_there_are_now_is_used_nowhere(run: Run, tmp_path: Path) -> None:
+    run_train_head(run, "anyorder")
+    write_tables(run, run.at("orders", "train"), 0, "t")
+    try:
+        drawer = oar_scale.load(run.local(), model="anyorder")
+        uses = (run_predict, lambda run: run_compare(run, images=20), lambda run: drawer.draw(["a cat"], order="order-head"))
+        for use in uses:
+            with pytest.raises(UserError, match=r"learned from orders of the settings s, .* extracted with t\\. Train the head again"):
+                use(run)
+        run_orders(run, images=20, out=str(tmp_path))
+        assert read_json(str(tmp_path / "orders.json"))["head"] is None
+    finally:
+        write_tables(run, run.at("orders", "train"), 0)
 
 
 def test_a_head_needs_its_model(run: Run) -> None:
