@@ -83,7 +83,8 @@ def stages(recipe: Recipe) -> list[Stage]:
         training("finetune", "fine-tuning on those orders", "extract", "finetune", "parallel.precision"),
     ]
     if recipe.pipeline.control:
-        found.append(training("control", "the same fine-tuning on random orders", "pretrain", "finetune", "parallel.precision"))
+        views = ("extract.views",) if recipe.extract.views > 1 else ()  # the control takes the views that have orders
+        found.append(training("control", "the same fine-tuning on random orders", "pretrain", "finetune", "parallel.precision", *views))
     models = ("finetune", "control") if recipe.pipeline.control else ("finetune",)
     found.append(other("evaluate", "likelihoods, samples, distances", models, ("sample", "evaluate"), (), evaluate))
     found.append(other("report", "one page with everything", ("evaluate",), (), (), report))

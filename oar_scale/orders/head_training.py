@@ -95,11 +95,11 @@ class HeadData:
         return join_orders(shard.keys, table, shard=join(self.tokens, info.name), cells=self.model.spec.cells)[:, 0]
 
     @torch.no_grad()
-    def take(self, shard: TokenShard, rows: NDArray[np.int64], order_SN: NDArray[np.uint16]) -> Labelled:
-        """Some images of a shard."""
+    def take(self, shard: TokenShard, rows: NDArray[np.int64], order_SN: NDArray[np.uint16], view: int = 0) -> Labelled:
+        """Some images of a shard, in one of their views."""
         prompts = shard.prompts(self.prompts.field)
         told = self.prompts.encode([prompts[row] for row in rows.tolist()]).to(self.device)
-        codes_BN, order_BN = (torch.from_numpy(each[rows].astype(np.int64)).to(self.device) for each in (shard.view(0), order_SN))
+        codes_BN, order_BN = (torch.from_numpy(each[rows].astype(np.int64)).to(self.device) for each in (shard.view(view), order_SN))
         keys = [shard.keys[row] for row in rows.tolist()]
         return Labelled(codes_BN, self.model.condition(model_inputs(self.prompts, told)), order_BN, keys)
 
@@ -149,25 +149,29 @@ def train_head(
     return head, _measure(data, config, head, mean, time.monotonic() - started)
 
 
-def write_predicted(data: HeadData, head: OrderHead, batch: int, on_done: Callable[[int], None]) -> int:
+def write_predicted(data: HeadData, head: OrderHead, batch: int, on_done: Callable[[int], None], views: int = 1) -> int:
     """Write an order table with the head's orders for each token shard that has none yet; returns the number of images.
 
     Args:
+        views: orders are predicted for so many of the views, from the first one on.
         on_done: called with the images done.
     """
     assert data.files.predicted is not None
-    settings_id = fingerprint({"method": KIND, "head": _content(head)})
+    told = {} if views == 1 else {"views": views}
+    settings_id = fingerprint({"method": KIND, "head": _content(head), **told})
     done = 0
     for info in data.manifest.shards:
         uri = join(data.files.predicted, table_name(info.name))
         if not open_storage(uri).exists(uri) or read_orders(uri).settings_id != settings_id:
             shard = data.open(info)
             unknown_SN = np.zeros((len(shard), data.model.spec.cells), dtype=np.uint16)
-            parts = [data.take(shard, rows, unknown_SN) for rows in np.split(np.arange(len(shard)), range(batch, len(shard), batch))]
+            cuts = np.split(np.arange(len(shard)), range(batch, len(shard), batch))
+            parts = [data.take(shard, rows, unknown_SN, view) for view in range(views) for rows in cuts]
             found = [predict_orders(data.model, part.codes_BN, part.condition_BTD, head) for part in parts]
             order_SN = torch.cat([orders.order_BN for orders in found]).cpu().numpy().astype(np.uint16)
             scores = np.zeros(order_SN.shape, dtype=np.float32)
-            write_orders(uri, OrderTable(shard.keys, [0] * len(shard), order_SN, scores, head.spec.model_id, settings_id))
+            keys, of_view = list(shard.keys) * views, [view for view in range(views) for _ in shard.keys]
+            write_orders(uri, OrderTable(keys, of_view, order_SN, scores, head.spec.model_id, settings_id))
         done += info.samples
         on_done(done)
     return done

@@ -51,7 +51,7 @@ def run_predict(run: Run) -> int:
     data, uri = _data(run, "anyorder")
     head = load_head(require(run, head_file(uri), "oar orders --train-head"), data.model, model_id(uri), data.settings_id)
     with run.console.progress(data.manifest.samples, "predicted orders") as tally:
-        done = write_predicted(data, head, run.recipe.extract.batch, tally.update)
+        done = write_predicted(data, head, run.recipe.extract.batch, tally.update, run.recipe.extract.views)
     run.console.say(f"  predicted orders: {data.files.predicted}")
     return done
 
