@@ -25,6 +25,7 @@ from oar_scale.observe.console import Console
 from oar_scale.orders.policies import grid_policies
 from oar_scale.orders.policies.mean import mean_order
 from oar_scale.orders.table import OrderTable, read_orders, table_name, write_orders
+from oar_scale.stages import compare
 from oar_scale.stages.checkpoint import run_export
 from oar_scale.stages.compare import run_compare
 from oar_scale.stages.order_head import run_predict, run_train_head
@@ -121,7 +122,16 @@ def test_the_head_is_trained_measured_and_predicts_by_the_cli(run: Run, tmp_path
     assert main(["orders", recipe, "--out", str(tmp_path)]) == 0
     assert len(json.loads((tmp_path / "orders.json").read_text())["head"]["rows"]) == 5
     assert "order head in hindsight" in (tmp_path / "index.html").read_text()
-    assert run_compare(run, images=20)["ways"][-2]["way"] == "order head in hindsight"
+
+
+def test_the_comparison_judges_the_head_by_images_that_it_has_not_seen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_train_head(run, "anyorder")
+    monkeypatch.setattr(compare, "ROUNDS", 1)
+    exact, *_, ahead, hindsight, random = run_compare(run, images=20)["ways"]
+    assert (ahead["way"], hindsight["way"]) == ("order head ahead", "order head in hindsight")
+    assert 2 <= ahead["judged_by_images"] == hindsight["judged_by_images"] < 20 == exact["judged_by_images"] == random["judged_by_images"]
+    with pytest.raises(UserError, match=r"cannot be judged by what it has seen\. Take more \(--images\)"):
+        run_compare(run, images=1)
 
 
 def test_a_head_that_learned_from_other_orders_than_there_are_now_is_used_nowhere(run: Run, tmp_path: Path) -> None:
@@ -131,7 +141,7 @@ def test_a_head_that_learned_from_other_orders_than_there_are_now_is_used_nowher
         drawer = oar_scale.load(run.local(), model="anyorder")
         uses = (run_predict, lambda run: run_compare(run, images=20), lambda run: drawer.draw(["a cat"], order="order-head"))
         for use in uses:
-            with pytest.raises(UserError, match=r"learned from orders of the settings s, .* extracted with t\\. Train the head again"):
+            with pytest.raises(UserError, match=r"learned from orders of the settings s, .* extracted with t\. Train the head again"):
                 use(run)
         run_orders(run, images=20, out=str(tmp_path))
         assert read_json(str(tmp_path / "orders.json"))["head"] is None
