@@ -24,6 +24,7 @@ from oar_scale.errors import UserError
 from oar_scale.observe.console import duration
 from oar_scale.observe.watch import catch_up, watching
 from oar_scale.stages import data, evaluate, extract, report, tokenizer, tokens, train
+from oar_scale.stages.inputs import ONE_ORDER, OTHER_LAYOUT
 from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 
@@ -82,7 +83,8 @@ def stages(recipe: Recipe) -> list[Stage]:
         training("finetune", "fine-tuning on those orders", "extract", "finetune", "parallel.precision"),
     ]
     if recipe.pipeline.control:
-        found.append(training("control", "the same fine-tuning on random orders", "pretrain", "finetune", "parallel.precision"))
+        views = ("extract.views",) if recipe.extract.views > 1 else ()  # the control takes the views that have orders
+        found.append(training("control", "the same fine-tuning on random orders", "pretrain", "finetune", "parallel.precision", *views))
     models = ("finetune", "control") if recipe.pipeline.control else ("finetune",)
     found.append(other("evaluate", "likelihoods, samples, distances", models, ("sample", "evaluate"), (), evaluate))
     found.append(other("report", "one page with everything", ("evaluate",), (), (), report))
@@ -104,7 +106,7 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None)
     names = [stage.name for stage in todo]
     wanted = only or start
     if wanted is not None and wanted not in names:
-        raise UserError(f"no stage {wanted!r} in this recipe; its stages are: {', '.join(names)}")
+        raise _no_stage(run.recipe, wanted, names)
     check_run_dir(run)
     if wanted is not None:
         _require(run, todo, wanted)
@@ -126,7 +128,18 @@ def run_stage(run: Run, name: str) -> None:
         if stage.name == name:
             _require(run, todo, name)
             return _run_unless_done(run, todo, stage)
-    raise UserError(f"stage {name} is not part of this recipe (pipeline.control is false?)")
+    raise _no_stage(run.recipe, name, [stage.name for stage in todo])
+
+
+def _no_stage(recipe: Recipe, name: str, names: list[str]) -> UserError:
+    """Why a recipe has no such stage, and what to do."""
+    if name in ("extract", "finetune", "control", "evaluate", "report") and recipe.model.layout == "raster":
+        why = f"{ONE_ORDER}, so the run ends with the pretraining.\n{OTHER_LAYOUT}"
+    elif name == "control" and not recipe.pipeline.control:
+        why = "pipeline.control is false. Set it to true to fine-tune on random orders as well."
+    else:
+        why = "there is none of this name."
+    return UserError(f"no stage {name!r} in this recipe: {why} Its stages are: {', '.join(names)}.")
 
 
 def _run_unless_done(run: Run, todo: list[Stage], stage: Stage) -> None:
@@ -145,8 +158,9 @@ def _run_stage(run: Run, todo: list[Stage], stage: Stage) -> None:
         return
     bind_run_dir(run)
     started, clock = time.time(), time.monotonic()
-    # A training stage is watched where its workers are started, which knows its steps.
-    with nullcontext() if stage.name in train.RESULT else watching(run.events, stage.name, run.recipe, run.at(), console=run.console):
+    # A training stage is watched where its workers are started, which knows its steps; what several processes share, by the first.
+    unwatched = stage.name in train.RESULT or (run.array is not None and run.array.index > 0)
+    with nullcontext() if unwatched else watching(run.events, stage.name, run.recipe, run.at(), console=run.console):
         results = stage.run(run)
     seconds = time.monotonic() - clock
     marker = {"stage": stage.name, "fingerprint": _fingerprint(run, todo, stage), "settings": _settings(run, stage)}

@@ -10,8 +10,12 @@ import pytest
 
 from oar_scale import pipeline
 from oar_scale.config.schema import Recipe
+from oar_scale.data.pool import ArrayTask
 from oar_scale.errors import UserError
 from oar_scale.pipeline import Stage, run_pipeline, run_stage
+from oar_scale.stages.compare import run_compare
+from oar_scale.stages.order_head import run_predict, run_train_head
+from oar_scale.stages.orders import run_orders
 from oar_scale.stages.run import Run
 from oar_scale.storage import open_storage
 
@@ -112,6 +116,24 @@ def test_a_kill_while_results_are_cleared_leaves_no_stage_on_what_is_gone(
         assert all(os.path.exists(run.at(name, "result")) for name in "abcd")
 
 
+def test_only_the_first_of_several_processes_is_watched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' events are in the same folder: a second metrics server, or W&B process, would show the same once more."""
+    watched: dict[int, bool] = {}
+
+    def work(run: Run) -> dict[str, Any]:
+        assert run.array is not None
+        watched[run.array.index] = os.path.exists(run.local("metrics.json"))
+        return {}
+
+    monkeypatch.setattr(pipeline, "stages", lambda recipe: [Stage("b", "shared", (), (), ("b",), work, lambda run: "")])
+    recipe = changed(run, observe={"metrics_port": 0}).recipe
+    for index in (1, 0):
+        task = Run(recipe, array=ArrayTask(index, 2))
+        run_stage(task, "b")
+        os.remove(task.marker("b"))
+    assert watched == {0: True, 1: False}
+
+
 def test_a_stage_alone_names_the_first_stage_it_lacks(run: Run, ran: list[str]) -> None:
     with pytest.raises(UserError, match="stage c needs stage a, which is not finished"):
         run_stage(run, "c")
@@ -124,6 +146,25 @@ def test_a_stage_alone_names_the_first_stage_it_lacks(run: Run, ran: list[str]) 
 def test_an_unknown_stage_is_answered_with_the_known_ones(run: Run, ran: list[str]) -> None:
     with pytest.raises(UserError, match=r"no stage 'pretain'.* a, b, c, d"):
         run_pipeline(run, start="pretain")
+
+
+def test_a_stage_that_a_recipe_has_not_is_refused_for_its_own_reason(run: Run) -> None:
+    raster, alone = changed(run, model={"layout": "raster"}), changed(run, pipeline={"control": False})
+    for stage in ("extract", "finetune", "control"):
+        with pytest.raises(UserError, match=rf"no stage '{stage}'.*model\.layout raster has one order for all images") as refused:
+            run_stage(raster, stage)
+        assert "pipeline.control" not in str(refused.value) and "data, tokenizer, tokens, pretrain." in str(refused.value)
+        with pytest.raises(UserError, match=rf"no stage '{stage}'.*model\.layout raster"):
+            run_pipeline(raster, start=stage)
+    with pytest.raises(UserError, match=r"no stage 'control'.*pipeline\.control is false\. Set it to true"):
+        run_stage(alone, "control")
+
+
+def test_a_raster_run_says_so_where_orders_are_asked_for(run: Run) -> None:
+    raster = changed(run, model={"layout": "raster"})
+    for ask in (run_compare, lambda run: run_orders(run, images=1), lambda run: run_train_head(run, "anyorder"), run_predict):
+        with pytest.raises(UserError, match=r"raster has one order for all images.*\n.*instructed or dual"):
+            ask(raster)
 
 
 def test_a_failed_stage_is_not_finished(run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from oar_scale.tokenizers.vq import pixels_to_unit
 
 Orders = NDArray[np.uint16]
 StoredOrders = Callable[[str, OpenShard], Orders]
-"""Stored orders [S, K, N] of a shard of the given name: K orders of each sample."""
+"""Stored orders [S, V, K, N] of a shard of the given name: K orders of each of a sample's first V views."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,15 @@ class OpenShards:
         """One sample.
 
         Args:
-            draw: a number from 0 to 1 that says which of its K stored orders it takes; None: none of them.
+            draw: a number from 0 to 1 that says which of the view's K stored orders it takes; None: none of them.
 
         Raises:
             Unusable: the shard or the sample.
         """
-        opened, orders_SKN = self._shard(shard)
+        opened, orders_SVKN = self._shard(shard)
         order = None
-        if draw is not None and orders_SKN is not None:
-            order = orders_SKN[row, int(draw * orders_SKN.shape[1])]
+        if draw is not None and orders_SVKN is not None:
+            order = orders_SVKN[row, view, int(draw * orders_SVKN.shape[2])]
         prompt = opened.prompt(row, self.field)
         if isinstance(opened, TokenShard):
             return Row(opened.codes(row, view), prompt, order)

@@ -102,8 +102,11 @@ class StreamSettings:
     order: tuple[int, ...] | None = None
     """One order for all samples outside the random share, whatever their view."""
     random_share: float = 1.0
-    """Share of samples that take any view, in a random order. The rest follow ``order``; without one they take view 0 in its stored
-    order, or without stored orders (the control) still view 0, in a random order, so that the orders are all that differs."""
+    """Share of samples that take any view, in a random order. The rest follow ``order``; without one they take one of the first
+    ``stored_views`` in its stored order, or without stored orders (the control) the same view, in a random order, so that the orders
+    are all that differs."""
+    stored_views: int = 1
+    """Views that have stored orders, from the first one on."""
     max_bad_fraction: float = 0.01
     """More bad samples than this share of those seen stop the stream."""
 
@@ -226,8 +229,9 @@ class TokenStream:
             here = folder_b == number
             shard_b[here], row_b[here] = plan.shard_of(wanted_b[here] - self.first_uid[number])
             view_b[here] = integers("view", source.views, seed, epoch_b[here], uid_b[here])
-        if self.settings.order is None:
-            view_b[~random_b] = 0  # stored orders belong to the first view
+            if self.settings.order is None:
+                stored = here & ~random_b
+                view_b[stored] = integers("view", min(self.settings.stored_views, source.views), seed, epoch_b[stored], uid_b[stored])
         draw_b = uniform("stored order", seed, epoch_b, uid_b)
         columns = (wanted_b, folder_b, shard_b, row_b, view_b, ~random_b, draw_b)
         return [_Choice(*choice) for choice in zip(*(column.tolist() for column in columns), strict=True)]

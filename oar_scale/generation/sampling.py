@@ -2,11 +2,12 @@
 
     repeat until no cell is empty
         one candidate row per empty cell           p(code | caption, placed codes, cell) for all of them, in one pass
-        cell  = argmax over cells of max over codes log p        most confident cell   (+ order_temperature * Gumbel)
+        cell  = best over cells of max over codes log p          most confident cell   (+ order_temperature * Gumbel)
         code ~ p( . | cell)                                      temperature, top-k
 
 The cell is chosen by the largest probability of its distribution, before a code is drawn: choosing by the probability of
 drawn codes would favour cells that happened to draw their likely code. In the first steps this tends to pick background.
+What is best among cells, and when two are equal, is as in extraction (``orders.picking``); the noise is the generator's, image by image.
 With a given order there is one candidate per step, the cell whose turn it is, and everything else is the same. Fewer steps than
 cells ask for several cells of the order in one pass, as RandAR does. A late order (``orders.policies``) is given for the first cells;
 when those are placed, all others are asked about once, and it says in which order these come.
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from oar_scale.config.schema import SampleConfig
 from oar_scale.model import AnyOrderModel, Prefix
-from oar_scale.orders.picking import mix_branches
+from oar_scale.orders.picking import mix_branches, pick_best
 from oar_scale.orders.policies import LateOrder
 from oar_scale.orders.schedule import cells_per_step
 from oar_scale.orders.scores import score_logits, score_rows
@@ -158,7 +159,9 @@ class _Drawing:
         candidates = self.model.candidate_rows(self.prefix, self._branches(empty_BR))
         rows_BRD, head = self._guide(candidates.rows_BRD), self.model.output
         confidence_BR = score_rows(head.weight, rows_BRD.flatten(0, 1), "max_prob", empty_BR.flatten()).view_as(empty_BR)
-        winner_B = (confidence_BR + self.settings.order_temperature * _gumbel(confidence_BR, self.generator)).argmax(1)
+        wanted_BR = confidence_BR + self.settings.order_temperature * _gumbel(confidence_BR, self.generator)
+        first_R = torch.arange(empty_BR.shape[1], device=empty_BR.device).flip(0)  # of equals the first in raster order
+        winner_B = pick_best(wanted_BR, first_R.expand_as(empty_BR))
         logits_BV = head(rows_BRD[self.image_B, winner_B]).float()
         cell_B, code_B = empty_BR[self.image_B, winner_B], _draw(logits_BV, self.settings, self.generator)
         self.prefix = self.model.commit(self.prefix, candidates, self._branches(winner_B), self._branches(code_B))

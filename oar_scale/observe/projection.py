@@ -71,26 +71,25 @@ class Projection:
         self.rows = 0
         self.config: dict[str, object] = {}
         self.complete = False
-        self._highest: dict[str, float] = {}
-        self._before: dict[str, float] = {}
+        self._highest: dict[str, tuple[float, int]] = {}
+        """Of each kind of measurement the last step there was, and the attempt that got there."""
         self._totals: Counter[str] = Counter()
 
     def take(self, attempt: int, event: Event) -> tuple[Row | None, Alert | None]:
         """The row and the alert that an event makes, where it makes one."""
-        if self._attempts.new(attempt):
-            self._before = dict(self._highest)
-        if self._attempts.anew(event):
+        _, anew = self._attempts.take(attempt, event)
+        if anew:
             self.generation += 1
             self._clear()
-        row, kind = self._row(event), event["kind"]
+        row, kind = self._row(attempt, event), event["kind"]
         pool_done = kind == "pool" and event["done"] == event["total"]
-        self.complete = kind == "end" or pool_done or (self.complete and kind not in ("start", "pool"))
+        self.complete = kind == "end" or pool_done or (self.complete and kind != "start")
         if kind not in ALERTS:
             return row, None
         self.alerts += 1
         return row, Alert(self.alerts - 1, float(event.get("time", 0.0)), kind, sentence(event) or kind)
 
-    def _row(self, event: Event) -> Row | None:
+    def _row(self, attempt: int, event: Event) -> Row | None:
         kind = event["kind"]
         self._totals[kind] += 1
         if kind == "start":
@@ -101,9 +100,10 @@ class Projection:
         axis = _axis(event)
         if measured(event):
             x = event[axis]
-            if x <= self._before.get(kind, float("-inf")):
+            highest, whose = self._highest.get(kind, (float("-inf"), attempt))
+            if x < highest or (x == highest and attempt != whose):
                 return None
-            self._highest[kind] = max(x, self._highest.get(kind, x))
+            self._highest[kind] = x, attempt
             return self._made(event, axis, _numbers(kind, event))
         values = {f"{kind}/total": float(self._totals[kind])}
         if axis == "step":

@@ -24,36 +24,43 @@ SHOWN_ALERTS = 5
 
 
 class Attempts:
-    """Follows which attempt an event belongs to, and notices when a stage that was done is begun anew (``--from``)."""
+    """Follows the attempts at a stage, and notices when one that was done is begun anew (``--from``).
+
+    Attempts at a training follow one another. Pools on the same shards (the tasks of a job array, a second ``oar extract``) are at
+    work at the same time: their events come mixed, each tells of all shards it knows to be done, and none begins anything anew.
+    """
 
     def __init__(self) -> None:
-        self.number: int | None = None
-        self._something_kept = self._rejected = self._began = False
+        self._first: dict[int, float] = {}
+        """When each attempt said its first word."""
+        self._rejected: set[int] = set()
+        """Attempts that found a checkpoint, but a damaged one."""
+        self._committed = False
+        self._complete: float | None = None
+        """When the stage was."""
 
-    def new(self, attempt: int) -> bool:
-        """Whether this is the first event of another attempt. Call it for each event, before :meth:`anew`."""
-        changed = attempt != self.number
-        if changed:
-            self.number, self._rejected, self._began = attempt, False, False
-        return changed
+    def take(self, attempt: int, event: Event) -> tuple[bool, bool]:
+        """Whether this is the first event of an attempt, and whether it begins the stage from nothing although there was something.
 
-    def anew(self, event: Event) -> bool:
-        """Whether this event begins the stage from nothing although an earlier attempt had left something to go on from.
-
-        A training stage says so in ``start`` (step 0 although a checkpoint was committed and none was rejected); the others
-        have neither checkpoints nor an event of their own, and are begun anew after they were complete.
+        A training stage says so in ``start`` (step 0 although a checkpoint was committed and none was rejected). The others have
+        neither checkpoints nor an event of their own: they are begun anew where an attempt that came after all was complete
+        trains, or hires actors, which a pool does only for shards that are missing.
         """
+        first = attempt not in self._first
+        self._first.setdefault(attempt, float(event.get("time", 0.0)))
         kind, begins = event["kind"], False
         if kind == "start" and "start_step" in event:
-            begins = event["start_step"] == 0 and self._something_kept and not self._rejected
-        elif kind in ("pool", "vq") and not self._began:
-            begins = self._something_kept
-        if kind in ("start", "pool", "vq"):
-            self._began = True
-            self._something_kept &= not begins
-        self._rejected |= kind == "rejected_checkpoint"
-        self._something_kept |= kind in ("checkpoint", "end") or (kind == "pool" and event.get("done") == event.get("total"))
-        return begins
+            begins = event["start_step"] == 0 and attempt not in self._rejected and (self._committed or self._complete is not None)
+        elif kind in ("vq", "actor_started"):
+            begins = self._complete is not None and self._first[attempt] > self._complete
+        if begins:
+            self._committed, self._complete = False, None
+        if kind == "rejected_checkpoint":
+            self._rejected.add(attempt)
+        self._committed |= kind == "checkpoint"
+        if kind == "end" or (kind == "pool" and event["done"] == event["total"]):
+            self._complete = float(event.get("time", 0.0))
+        return first, begins
 
 
 class StageState:
@@ -91,8 +98,8 @@ class StageState:
 
     def take(self, attempt: int, event: Event) -> None:
         """Fold one event in."""
-        new = self._attempts.new(attempt)
-        if self._attempts.anew(event):
+        new, anew = self._attempts.take(attempt, event)
+        if anew:
             self._clear()
         if new and event["kind"] in ("start", "pool", "vq"):
             self._pace.clear()
@@ -120,10 +127,9 @@ class StageState:
                 for name in COUNTED:
                     self.totals[name] += event.get(name) or 0
             case "pool":
-                self.step, self.steps, self.doing = event["done"], event["total"], "running"
+                self.step = max(event["done"], self.step or 0)  # of several pools each learns late what the others have done
+                self.steps, self.doing = event["total"], "running" if self.step < event["total"] else "done"
                 self._mark(at)
-                if self.step == self.steps:
-                    self.doing = "done"
             case "stopping" | "worker_failure" | "end":
                 self.doing = {"stopping": "stopping", "worker_failure": "failed", "end": "done"}[kind]  # type: ignore[assignment]
                 if kind == "end" and self.steps is not None:

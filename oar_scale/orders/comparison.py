@@ -15,8 +15,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -28,15 +26,12 @@ from oar_scale.model import AnyOrderModel
 from oar_scale.observe.report_data import Estimate, estimate
 from oar_scale.orders.analysis import kendall_distance
 from oar_scale.orders.extraction import ExtractionSettings, Images, Orders, extract_orders, scores_along
+from oar_scale.orders.head import OrderHead, predict_ahead, predict_orders
 
 EXACT, RANDOM = "exact", "random"
 
 Way = Callable[[AnyOrderModel, Tensor, Tensor, ExtractionSettings, Images], Orders]
 """(model, codes_BN, condition_BTD, settings, images_B) -> orders, with what they cost in ``Orders.rows``."""
-
-OTHERS = {"order head": "oar_scale.orders.head"}
-"""Ways that are no extraction, by the module that has them: its ``find_way(model_file)`` gives the :data:`Way`, or None where there is
-none for this model."""
 
 ROUNDS = 3
 
@@ -56,14 +51,17 @@ class Measured:
     regret: Estimate
     """Units of the score per code."""
     order_SN: NDArray[np.int64]
+    """Of all images."""
+    judged: int
+    """Images that tau and regret are means of."""
 
 
-def ways(settings: ExtractionSettings, grid: int, model_file: str = "") -> dict[str, Way]:
+def ways(settings: ExtractionSettings, grid: int, head: OrderHead | None = None) -> dict[str, Way]:
     """The ways to compare, the exact one first and random orders last.
 
     Args:
         settings: score, guidance, first cell, temperature and seed of all of them.
-        model_file: where the model lies; what was trained for it lies beside it.
+        head: an order head of the model, where there is one.
     """
     plain = replace(
         settings, orders_per_image=1, commit_per_step=1, cosine_steps=None, repulsion_radius=0, frontier_random=None, rescore_radius=None
@@ -78,10 +76,15 @@ def ways(settings: ExtractionSettings, grid: int, model_file: str = "") -> dict[
     found[f"frontier + {apart * 2}"] = _extraction(replace(plain, frontier_random=apart * 2))
     for radius in (apart, 2 * apart):
         found[f"rescoring within {radius}"] = _extraction(replace(plain, rescore_radius=radius))
-    for name, module in OTHERS.items():
-        if find_spec(module) is not None and (other := import_module(module).find_way(model_file)) is not None:
-            found[name] = other
-    return found | {RANDOM: _random}
+    return found | ({} if head is None else head_ways(head)) | {RANDOM: _random}
+
+
+def head_ways(head: OrderHead) -> dict[str, Way]:
+    """The two networks of an order head."""
+    return {
+        "order head ahead" + (f", {head.spec.first} placed" if head.spec.first else ""): _by_head(predict_ahead, head),
+        "order head in hindsight": _by_head(predict_orders, head),
+    }
 
 
 def compare(
@@ -94,6 +97,7 @@ def compare(
     batch: int,
     images_S: Images,
     *,
+    judged: Mapping[str, NDArray[np.bool_]] | None = None,
     rounds: int = ROUNDS,
     on_done: Callable[[], None] = lambda: None,
 ) -> dict[str, Measured]:
@@ -105,6 +109,7 @@ def compare(
         told_S: what ``model.condition`` takes, a row for each image.
         methods: the first one is exact.
         batch: images at a time.
+        judged: ways that are judged by some of the images only [S], those they did not learn from; the others are by all.
         rounds: how often every way is timed.
         on_done: called after each way of each round.
     """
@@ -132,16 +137,18 @@ def compare(
         for name, parts in found.items()
     }
     order_SN = {name: torch.cat([part.order_BN for part in parts]).cpu().numpy() for name, parts in found.items()}
-    first = next(iter(methods))
+    first, every_S = next(iter(methods)), np.ones(len(codes_SN), dtype=np.bool_)
+    by = {name: (judged or {}).get(name, every_S) for name in methods}
     return {
         name: Measured(
             name,
             round(sum(part.rows * len(part.order_BN) for part in parts) / len(codes_SN)),
             len(codes_SN) / statistics.median(seconds[name]),
             statistics.median(exact / own for exact, own in zip(seconds[first], seconds[name], strict=True)),
-            estimate(1 - 2 * kendall_distance(order_SN[name], order_SN[first])),
-            estimate((worth_S[first] - worth_S[name]).cpu().numpy()),
+            estimate(1 - 2 * kendall_distance(order_SN[name], order_SN[first])[by[name]]),
+            estimate((worth_S[first] - worth_S[name]).cpu().numpy()[by[name]]),
             order_SN[name],
+            int(by[name].sum()),
         )
         for name, parts in found.items()
     }
@@ -149,6 +156,10 @@ def compare(
 
 def _extraction(how: ExtractionSettings) -> Way:
     return lambda model, codes_BN, condition_BTD, settings, images_B: extract_orders(model, codes_BN, condition_BTD, how, images_B)
+
+
+def _by_head(predict: Callable[[AnyOrderModel, Tensor, Tensor, OrderHead], Orders], head: OrderHead) -> Way:
+    return lambda model, codes_BN, condition_BTD, settings, images_B: predict(model, codes_BN, condition_BTD, head)
 
 
 def _random(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, images_B: Images) -> Orders:

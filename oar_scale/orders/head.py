@@ -11,28 +11,25 @@ It is two such networks on the same frozen trunk:
                 guide an image that is being drawn.
     hindsight   also knows how likely the image's own code is at each cell: for images that are there already.
 
-The rows of a frozen model belong to that model alone, so a head carries its id, and :func:`load_head` refuses another one.
+The rows of a frozen model belong to that model alone, and the times are those of the orders it learned from: a head carries the ids of
+both, and :func:`load_head` refuses others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from oar_scale.errors import UserError
-from oar_scale.model import AnyOrderModel, model_id
+from oar_scale.model import AnyOrderModel
 from oar_scale.model.spec import ModelSpec
 from oar_scale.orders.extraction import Orders
-from oar_scale.orders.files import head_file
+from oar_scale.orders.files import OrderFiles
 from oar_scale.orders.policies.checkerboard import path
 from oar_scale.orders.scores import score_rows
+from oar_scale.orders.table import read_orders
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.weights import load_weights, save_weights
 
@@ -52,13 +49,25 @@ class HeadSpec(BaseModel):
     width: int
     first: int
     """Cells that are placed before ``ahead`` is asked."""
+    settings_id: str = ""
+    """Of the order tables that it learned from; empty in heads of earlier versions."""
+    heldout_fraction: float = 0.0
+    """Share of the training images that it was not trained on (:func:`oar_scale.orders.head_training.kept_out`)."""
 
     @classmethod
-    def of(cls, model: ModelSpec, own_id: str, *, width: int, first: int) -> HeadSpec:
+    def of(cls, model: ModelSpec, own_id: str, *, width: int, first: int, settings_id: str = "", heldout_fraction: float = 0.0) -> HeadSpec:
         """Raises UserError where there are fewer cells than the first ones."""
         if first >= model.cells:
             raise UserError(f"order_head.first {first}: the model has {model.cells} cells, and there must be some left to ask about.")
-        return cls(model_id=own_id, dim=model.dim, grid=model.grid, width=width, first=first)
+        return cls(
+            model_id=own_id,
+            dim=model.dim,
+            grid=model.grid,
+            width=width,
+            first=first,
+            settings_id=settings_id,
+            heldout_fraction=heldout_fraction,
+        )
 
     @property
     def cells(self) -> int:
@@ -111,35 +120,23 @@ class OrderHead(nn.Module):
         return cells_BR.gather(1, self.ahead(rows_BRD, cells_BR).argsort(1))
 
 
-class Predicted(NamedTuple):
-    order_BN: NDArray[np.uint16]
-    rows: int
-    """Candidate rows an image."""
+@torch.no_grad()
+def predict_orders(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, head: OrderHead) -> Orders:
+    """The orders of images that are there, in one pass: ``hindsight`` on rows that see nothing but the text."""
+    rows_BND, own_BN = ask_all(model, codes_BN, condition_BTD)
+    return _placed(head.hindsight(rows_BND, all_cells(codes_BN), own_BN).argsort(1))
 
 
 @torch.no_grad()
-def predict_orders(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, head: OrderHead) -> Predicted:
-    """The orders of images that are there, in one pass: ``hindsight`` on rows that see nothing but the text."""
-    rows_BND, own_BN = ask_all(model, codes_BN, condition_BTD)
-    order_BN = head.hindsight(rows_BND, all_cells(codes_BN), own_BN).argsort(1)
-    return Predicted(order_BN.cpu().numpy().astype(np.uint16), codes_BN.shape[1])
+def predict_ahead(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, head: OrderHead) -> Orders:
+    """The orders that ``ahead`` would have drawn these images in: its first cells, then the others as it says once those have codes."""
+    rows_BRD, rest_BR = ask_rest(model, codes_BN, condition_BTD, head)
+    return _placed(torch.cat([head.first_N.expand(len(codes_BN), -1), head.order_ahead(rows_BRD, rest_BR)], dim=1))
 
 
-def find_way(model_file: str) -> Callable[..., Orders] | None:
-    """The head beside a model file as a way of finding orders (``orders/comparison.py``); None where there is none."""
-    uri = head_file(model_file)
-    if not model_file or not open_storage(uri).exists(uri):
-        return None
-    found: list[OrderHead] = []
-
-    def way(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, *_: object) -> Orders:
-        if not found:
-            found.append(load_head(uri, model, model_id(model_file)))
-        order_BN, rows = predict_orders(model, codes_BN, condition_BTD, found[0])
-        order = torch.from_numpy(order_BN.astype(np.int64)).to(codes_BN.device)
-        return Orders(order, torch.zeros(codes_BN.shape, device=codes_BN.device), rows)
-
-    return way
+def _placed(order_BN: Tensor) -> Orders:
+    """A row for each cell, asked about or placed; no cell has a score."""
+    return Orders(order_BN, torch.zeros(order_BN.shape, device=order_BN.device), order_BN.shape[1])
 
 
 @torch.no_grad()
@@ -176,19 +173,28 @@ def ranking_loss(time_BR: Tensor, exact_BR: Tensor) -> Tensor:
     return F.softplus(difference_BRR[earlier_BRR]).mean()
 
 
+def tables_id(files: OrderFiles) -> str | None:
+    """The settings that the stored orders were extracted with, as one table has it; None where there are no orders."""
+    if files.tables is None:
+        return None
+    tables = (uri for uri in open_storage(files.tables).list(files.tables) if uri.endswith(".parquet"))
+    return read_orders(uri).settings_id if (uri := next(tables, None)) else None
+
+
 def save_head(uri: str, head: OrderHead) -> None:
     """Write a head as safetensors, its :class:`HeadSpec` in the metadata."""
     save_weights(uri, head.state_dict(), {"kind": KIND, "spec": head.spec.model_dump_json()})
 
 
-def load_head(uri: str, model: AnyOrderModel, own_id: str) -> OrderHead:
+def load_head(uri: str, model: AnyOrderModel, own_id: str, settings_id: str | None = None) -> OrderHead:
     """Read what :func:`save_head` wrote, for this model: eval mode, float32, on the model's device.
 
     Args:
         own_id: the model's id (``model.model_id`` of its file).
+        settings_id: of the orders that are there now (:func:`tables_id`); None takes any.
 
     Raises:
-        UserError: no such file, or a head of another model.
+        UserError: no such file, a head of another model, or one that learned from other orders.
     """
     tensors, text = load_weights(uri, KIND)
     spec = HeadSpec.model_validate_json(text)
@@ -196,6 +202,11 @@ def load_head(uri: str, model: AnyOrderModel, own_id: str) -> OrderHead:
         raise UserError(
             f"{uri}: this order head was trained on the rows of model {spec.model_id}, the model here is {own_id}. "
             "Train one for this model (oar orders RECIPE --train-head)."
+        )
+    if settings_id is not None and spec.settings_id != settings_id:
+        raise UserError(
+            f"{uri}: this order head learned from orders of the settings {spec.settings_id or '(not told)'}, the orders here were "
+            f"extracted with {settings_id}. Train the head again (oar orders RECIPE --train-head)."
         )
     head = OrderHead(spec)
     head.load_state_dict(tensors)

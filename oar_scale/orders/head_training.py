@@ -32,7 +32,18 @@ from oar_scale.model import AnyOrderModel
 from oar_scale.orders.analysis.record import HeadReport, HeadRow
 from oar_scale.orders.analysis.statistics import kendall_distance, placing_times
 from oar_scale.orders.files import OrderFiles
-from oar_scale.orders.head import KIND, HeadSpec, OrderHead, all_cells, ask_all, ask_rest, predict_orders, ranking_loss
+from oar_scale.orders.head import (
+    KIND,
+    HeadSpec,
+    OrderHead,
+    all_cells,
+    ask_all,
+    ask_rest,
+    predict_ahead,
+    predict_orders,
+    ranking_loss,
+    tables_id,
+)
 from oar_scale.orders.scores import score_rows
 from oar_scale.orders.table import OrderTable, join_orders, read_orders, table_name, write_orders
 from oar_scale.storage import Missing, join, open_storage
@@ -68,6 +79,7 @@ class HeadData:
         self.tokens, self.tables = self.files.tokens, self.files.tables
         self.manifest: Manifest = read_manifest(self.tokens)
         self.device = next(self.model.parameters()).device
+        self.settings_id = tables_id(self.files)
 
     def open(self, info: ShardInfo) -> TokenShard:
         return read_token_shard(join(self.tokens, info.name), self.cache_dir, info, cache_bytes=self.cache_bytes)
@@ -78,14 +90,16 @@ class HeadData:
             table = read_orders(join(self.tables, table_name(info.name)))
         except Missing as error:
             raise UserError(f"{error.uri}: missing; an order head learns from extracted orders. Run the stage extract.") from error
+        if table.settings_id != self.settings_id:
+            raise UserError(f"{self.tables}: orders of several settings: {self.settings_id}, {table.settings_id}. Extract them again.")
         return join_orders(shard.keys, table, shard=join(self.tokens, info.name), cells=self.model.spec.cells)[:, 0]
 
     @torch.no_grad()
-    def take(self, shard: TokenShard, rows: NDArray[np.int64], order_SN: NDArray[np.uint16]) -> Labelled:
-        """Some images of a shard."""
+    def take(self, shard: TokenShard, rows: NDArray[np.int64], order_SN: NDArray[np.uint16], view: int = 0) -> Labelled:
+        """Some images of a shard, in one of their views."""
         prompts = shard.prompts(self.prompts.field)
         told = self.prompts.encode([prompts[row] for row in rows.tolist()]).to(self.device)
-        codes_BN, order_BN = (torch.from_numpy(each[rows].astype(np.int64)).to(self.device) for each in (shard.view(0), order_SN))
+        codes_BN, order_BN = (torch.from_numpy(each[rows].astype(np.int64)).to(self.device) for each in (shard.view(view), order_SN))
         keys = [shard.keys[row] for row in rows.tolist()]
         return Labelled(codes_BN, self.model.condition(model_inputs(self.prompts, told)), order_BN, keys)
 
@@ -110,7 +124,15 @@ def train_head(
         UserError: images without an order, or too few of them to train on or to measure with.
     """
     torch.manual_seed(int(hash_words("order head", seed)) >> 1)
-    head = OrderHead(HeadSpec.of(data.model.spec, own_id, width=config.width, first=config.first)).to(data.device)
+    spec = HeadSpec.of(
+        data.model.spec,
+        own_id,
+        width=config.width,
+        first=config.first,
+        settings_id=data.settings_id or "",
+        heldout_fraction=config.heldout_fraction,
+    )
+    head = OrderHead(spec).to(data.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=0.05)
     batches, mean, started = _batches(data, config, seed), _Mean(data.model.spec.cells), time.monotonic()
     for step in range(config.steps):
@@ -127,24 +149,29 @@ def train_head(
     return head, _measure(data, config, head, mean, time.monotonic() - started)
 
 
-def write_predicted(data: HeadData, head: OrderHead, batch: int, on_done: Callable[[int], None]) -> int:
+def write_predicted(data: HeadData, head: OrderHead, batch: int, on_done: Callable[[int], None], views: int = 1) -> int:
     """Write an order table with the head's orders for each token shard that has none yet; returns the number of images.
 
     Args:
+        views: orders are predicted for so many of the views, from the first one on.
         on_done: called with the images done.
     """
     assert data.files.predicted is not None
-    settings_id = fingerprint({"method": KIND, "head": _content(head)})
+    told = {} if views == 1 else {"views": views}
+    settings_id = fingerprint({"method": KIND, "head": _content(head), **told})
     done = 0
     for info in data.manifest.shards:
         uri = join(data.files.predicted, table_name(info.name))
         if not open_storage(uri).exists(uri) or read_orders(uri).settings_id != settings_id:
             shard = data.open(info)
             unknown_SN = np.zeros((len(shard), data.model.spec.cells), dtype=np.uint16)
-            parts = [data.take(shard, rows, unknown_SN) for rows in np.split(np.arange(len(shard)), range(batch, len(shard), batch))]
-            order_SN = np.concatenate([predict_orders(data.model, part.codes_BN, part.condition_BTD, head).order_BN for part in parts])
+            cuts = np.split(np.arange(len(shard)), range(batch, len(shard), batch))
+            parts = [data.take(shard, rows, unknown_SN, view) for view in range(views) for rows in cuts]
+            found = [predict_orders(data.model, part.codes_BN, part.condition_BTD, head) for part in parts]
+            order_SN = torch.cat([orders.order_BN for orders in found]).cpu().numpy().astype(np.uint16)
             scores = np.zeros(order_SN.shape, dtype=np.float32)
-            write_orders(uri, OrderTable(shard.keys, [0] * len(shard), order_SN, scores, head.spec.model_id, settings_id))
+            keys, of_view = list(shard.keys) * views, [view for view in range(views) for _ in shard.keys]
+            write_orders(uri, OrderTable(keys, of_view, order_SN, scores, head.spec.model_id, settings_id))
         done += info.samples
         on_done(done)
     return done
@@ -233,7 +260,8 @@ def _measure(data: HeadData, config: OrderHeadConfig, head: OrderHead, mean: _Me
     means = {name: np.concatenate(parts, axis=1).mean(axis=1) for name, parts in found.items()}
     asked = {"mean order of the data set": 0}
     rows = tuple(HeadRow(name, float(tau), float(rest), asked.get(name, cells)) for name, (tau, rest) in means.items())
-    return HeadReport(head.spec.model_id, len(mean.keys), kept, cells * (cells + 1) // 2, config.steps, seconds, first, rows)
+    exact_rows = cells * (cells + 1) // 2
+    return HeadReport(head.spec.model_id, head.spec.settings_id, len(mean.keys), kept, exact_rows, config.steps, seconds, first, rows)
 
 
 def _kept_out_batches(data: HeadData, config: OrderHeadConfig) -> Iterator[Labelled]:
@@ -254,14 +282,9 @@ def _orders(model: AnyOrderModel, head: OrderHead, batch: Labelled, mean_N: NDAr
     rows_BND, own_BN = ask_all(model, batch.codes_BN, batch.condition_BTD)
     every_BN = all_cells(batch.codes_BN)
     best_R = score_rows(model.output.weight, rows_BND.flatten(0, 1), "max_prob", batch.codes_BN.flatten())
-    if head.spec.first:
-        rows_BRD, rest_BR = ask_rest(model, batch.codes_BN, batch.condition_BTD, head)
-        ahead_BN = torch.cat([head.first_N.expand(len(rest_BR), -1), head.order_ahead(rows_BRD, rest_BR)], dim=1)
-    else:
-        ahead_BN = head.order_ahead(rows_BND, every_BN)
     found = {
         "confidence, asked once": best_R.view_as(own_BN).argsort(1, descending=True),
-        "order head ahead": ahead_BN,
+        "order head ahead": predict_ahead(model, batch.codes_BN, batch.condition_BTD, head).order_BN,
         "own code's score, asked once": own_BN.argsort(1, descending=True),
         "order head in hindsight": head.hindsight(rows_BND, every_BN, own_BN).argsort(1),
     }

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from oar_scale.data.manifest import ShardInfo, read_manifest, write_manifest
 from oar_scale.errors import UserError
-from oar_scale.evaluation.distances import kid
+from oar_scale.evaluation.distances import Kid, kid
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import random_orders
 from oar_scale.evaluation.pieces import DrawingPiece, LikelihoodPiece, Subject
@@ -32,6 +33,25 @@ from oar_scale.storage import fetch, join, open_storage
 from oar_scale.tokenizers.prompts import model_inputs
 from oar_scale.tokenizers.vq import pixels_to_unit
 from oar_scale.training.job import TrainingJob
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model is worth that was trained on the orders of one way."""
+
+    nll_own_S: NDArray[np.float64]
+    """Nats per code of each held-out image, in the order that the model prefers."""
+    nll_random_S: NDArray[np.float64]
+    kid: Kid
+
+    def figures(self, exact: Outcome) -> dict[str, Any]:
+        """Means, and differences to what came of the exact orders: the images are the same, so their differences are paired."""
+        found: dict[str, Any] = {"kid_efflite0": self.kid.mean, "kid_efflite0_std": self.kid.std}
+        pairs = {"own": (self.nll_own_S, exact.nll_own_S), "random": (self.nll_random_S, exact.nll_random_S)}
+        for name, (here_S, exact_S) in pairs.items():
+            found[f"heldout_nll_{name}"] = asdict(estimate(here_S))
+            found[f"heldout_nll_{name}_above_exact"] = asdict(estimate(here_S - exact_S))
+        return found
 
 
 class ShortTraining:
@@ -58,6 +78,7 @@ class ShortTraining:
         self.recipe = recipe.model_copy(
             update={
                 "finetune": recipe.finetune.model_copy(update=short),
+                "extract": recipe.extract.model_copy(update={"views": 1}),
                 "parallel": recipe.parallel.model_copy(update={"workers": 1}),
                 "storage": recipe.storage.model_copy(update={"cache_dir": run.cache, "scratch_dir": None}),
             }
@@ -70,7 +91,7 @@ class ShortTraining:
         pictures = read_pictures(run, "heldout", heldout.keys[: self.drawn])
         self.reference_SF = image_features(pixels_to_unit(torch.from_numpy(np.stack(pictures)))).numpy()
 
-    def __call__(self, order_SN: NDArray[np.integer[Any]]) -> dict[str, Any]:
+    def __call__(self, order_SN: NDArray[np.integer[Any]]) -> Outcome:
         """Train on these orders of the samples; the likelihoods of held-out images, and the distance of drawings to them."""
         with tempfile.TemporaryDirectory(dir=self.folder) as root:  # of its own: no training goes on from another's checkpoint
             for name in ("tokens", "tokenizers"):
@@ -113,7 +134,7 @@ class ShortTraining:
             )
             write_orders(join(folder, table_name(shard.name)), table)
 
-    def _value(self, model_file: str) -> dict[str, Any]:
+    def _value(self, model_file: str) -> Outcome:
         recipe, run = self.run.recipe, self.run
         count, cells = min(recipe.evaluate.nll_images, len(self.codes_SN)), self.codes_SN.shape[1]
         orders = {"random": random_orders(count, cells, recipe.seed).numpy()}
@@ -128,12 +149,7 @@ class ShortTraining:
             recipe.parallel.precision,
         )
         distance = kid(drawing.run().features_SF, self.reference_SF, seed=recipe.seed)
-        return {
-            "heldout_nll_own": vars(estimate(nll["own confidence"])),
-            "heldout_nll_random": vars(estimate(nll["random"])),
-            "kid_efflite0": distance.mean,
-            "kid_efflite0_std": distance.std,
-        }
+        return Outcome(nll["own confidence"], nll["random"], distance)
 
 
 def _train(job: TrainingJob) -> None:

@@ -24,6 +24,9 @@ from oar_scale.tokenizers.prompts import Field, PromptEncoder, check_features, f
 MODEL_FILES: dict[ModelName, str] = {"base": "base", "any-order": "anyorder", "control": "control", "ordered": "ordered"}
 MODEL_STAGES: dict[ModelName, str] = {"base": "pretrain", "any-order": "pretrain", "control": "control", "ordered": "finetune"}
 
+ONE_ORDER = "model.layout raster has one order for all images: there is none to find for each"
+OTHER_LAYOUT = "Choose model.layout instructed or dual for orders of images."
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -45,6 +48,12 @@ def require(run: Run, uri: str, stage: str) -> str:
     if not open_storage(uri).exists(uri):
         raise UserError(f"{uri}: missing. The stage {stage} writes it: run that first.")
     return uri
+
+
+def require_any_order(run: Run) -> None:
+    """Raises UserError for a recipe whose model has its raster order only."""
+    if run.recipe.model.layout == "raster":
+        raise UserError(f"{run.at()}: {ONE_ORDER}.\n{OTHER_LAYOUT}")
 
 
 def model_files(run: Run) -> dict[ModelName, str]:

@@ -11,7 +11,7 @@ from oar_scale.orders.analysis.record import HeadReport, HeadRow
 from oar_scale.orders.files import head_file, head_report_file, run_files
 from oar_scale.orders.head import load_head, save_head
 from oar_scale.orders.head_training import HeadData, train_head, write_predicted
-from oar_scale.stages.inputs import MODEL_FILES, MODEL_STAGES, prompt_encoder, require
+from oar_scale.stages.inputs import MODEL_FILES, MODEL_STAGES, prompt_encoder, require, require_any_order
 from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, read_json, write_json
 
@@ -46,21 +46,23 @@ def run_predict(run: Run) -> int:
     """Write order tables with the orders that the any-order model's head predicts for all training images; returns their number.
 
     Raises:
-        UserError: there is no head, or it is another model's.
+        UserError: there is no head, it is another model's, or it learned from other orders than the run has now.
     """
     data, uri = _data(run, "anyorder")
-    head = load_head(require(run, head_file(uri), "oar orders --train-head"), data.model, model_id(uri))
+    head = load_head(require(run, head_file(uri), "oar orders --train-head"), data.model, model_id(uri), data.settings_id)
     with run.console.progress(data.manifest.samples, "predicted orders") as tally:
-        done = write_predicted(data, head, run.recipe.extract.batch, tally.update)
+        done = write_predicted(data, head, run.recipe.extract.batch, tally.update, run.recipe.extract.views)
     run.console.say(f"  predicted orders: {data.files.predicted}")
     return done
 
 
-def read_report(uri: str) -> HeadReport | None:
-    """What :func:`run_train_head` wrote; None where there is none."""
+def read_report(uri: str, settings_id: str) -> HeadReport | None:
+    """What :func:`run_train_head` wrote about a head that learned from the orders of ``settings_id``; None where there is none."""
     try:
         found = read_json(uri)
     except Missing:
+        return None
+    if found.get("settings_id") != settings_id:
         return None
     return HeadReport(**{**found, "rows": tuple(HeadRow(**row) for row in found["rows"])})
 
@@ -77,6 +79,7 @@ def report_lines(report: HeadReport) -> list[str]:
 
 def _data(run: Run, model: str) -> tuple[HeadData, str]:
     """The training images as a model of the run sees them, and the model's file."""
+    require_any_order(run)
     recipe = run.recipe
     stage = next(MODEL_STAGES[name] for name, file in MODEL_FILES.items() if file == model)
     uri = require(run, run.model_uri(model), stage)

@@ -32,7 +32,7 @@ from oar_scale.orders.files import head_report_file
 from oar_scale.orders.policies import grid_policies
 from oar_scale.orders.policies.mean import order_by_time
 from oar_scale.orders.table import OrderTable, join_orders, read_orders, table_name
-from oar_scale.stages.inputs import require
+from oar_scale.stages.inputs import require, require_any_order
 from oar_scale.stages.order_head import read_report
 from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, join, open_storage
@@ -76,6 +76,7 @@ def run_orders(run: Run, *, images: int, against: Sequence[str] = (), out: str |
     Raises:
         UserError: a stage before this one has not finished, or tables that are not of these images.
     """
+    require_any_order(run)
     found = _extracted(run, images)
     examples, animation, gif = _examples(run, found)
     analysis = _analysis(run, found, [_agreement(run, found, folder) for folder in against], examples, animation)
@@ -109,7 +110,7 @@ def _extracted(run: Run, images: int) -> Extracted:
         names_of=_classes(opened) if labels else [caption_words(caption) for caption in captions],
         codes_EN=np.concatenate([shard.view(0)[:EXAMPLES] for shard in opened])[:EXAMPLES].astype(np.int64),
         order_SN=np.concatenate([_joined(run, info, shard.keys, table) for info, shard, table in zip(shards, opened, tables, strict=True)]),
-        step_score_N=np.concatenate([table.score_SN for table in tables]).mean(axis=0, dtype=np.float64),
+        step_score_N=np.concatenate([_first_scores(table) for table in tables]).mean(axis=0, dtype=np.float64),
         model_id=model_id,
         settings_id=settings_id,
     )
@@ -134,6 +135,12 @@ def _table(run: Run, info: ShardInfo) -> OrderTable:
 def _joined(run: Run, info: ShardInfo, keys: list[str], table: OrderTable) -> NDArray[np.uint16]:
     """The first order of each image [S, N]."""
     return join_orders(keys, table, shard=join(run.at("tokens", "train"), info.name), cells=run.recipe.grid**2)[:, 0]
+
+
+def _first_scores(table: OrderTable) -> NDArray[np.float32]:
+    """The scores of the first order of each image: view 0, draw 0."""
+    draws = table.draws or [0] * len(table.views)
+    return table.score_SN[[view == draw == 0 for view, draw in zip(table.views, draws, strict=True)]]
 
 
 def _agreement(run: Run, found: Extracted, folder: str) -> Agreement:
@@ -181,7 +188,7 @@ def _analysis(run: Run, found: Extracted, agreements: list[Agreement], examples:
         deviating=deviating,
         agreements=tuple(agreements),
         examples=examples,
-        head=read_report(head_report_file(run.model_uri("anyorder"))),
+        head=read_report(head_report_file(run.model_uri("anyorder")), found.settings_id),
         animation=animation,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from oar_scale.model import AnyOrderModel, load_model, model_id
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
 from oar_scale.orders.files import run_files
 from oar_scale.orders.policies import TrainingOrders, policy
-from oar_scale.orders.table import join_orders, read_orders, table_name
+from oar_scale.orders.table import OrderTable, join_orders, read_orders, table_name
 from oar_scale.storage import join
 from oar_scale.storage.shard_cache import ShardCache
 from oar_scale.tokenizers.prompts import PromptEncoder, check_features, load_prompts, model_inputs
@@ -41,6 +41,7 @@ def job_stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int) 
     """This rank's batches of the stage."""
     recipe, training = job.recipe, job.training
     folder, given = join(job.root, "tokens", "train"), job_orders(job)
+    views = 1 if job.stage == "pretrain" else recipe.extract.views
     settings = StreamSettings(
         seed=recipe.seed,
         global_batch=training.global_batch,
@@ -49,15 +50,16 @@ def job_stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int) 
         caption_dropout=recipe.model.caption_dropout,
         order=given.order if job.stage == "pretrain" else None,
         random_share=0.0 if recipe.model.layout == "raster" else training.random_share,
+        stored_views=views,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
     manifest = read_manifest(folder)
     stored: StoredOrders | None = None
     if given.tables is not None:
-        stored = _Tables(given.tables, folder, manifest.grid or 0, model_id(job.start_from))
+        stored = _Tables(given.tables, folder, manifest.grid or 0, model_id(job.start_from), views)
     elif given.order is not None and job.stage == "finetune":
         # By sample, as if it were stored: so that another order policy changes the orders and nothing else, not the views.
-        stored = _SameForAll(given.order)
+        stored = _SameForAll(given.order, views)
     cache = ShardCache(job.cache, recipe.storage.cache_bytes, recipe.storage.patience_s)
     sources = [ShardSource(folder, manifest, cache, stored_orders=stored)]
     sources += [_mixed_in(job, mix, manifest, cache, stored if given.order is not None else None) for mix in training.mix]
@@ -90,12 +92,13 @@ def _mixed_in(job: TrainingJob, mix: MixConfig, own: Manifest, cache: ShardCache
 
 @dataclass(frozen=True)
 class _SameForAll:
-    """One order for all samples of a shard."""
+    """One order for all samples of a shard, in all views."""
 
     order: tuple[int, ...]
+    views: int
 
     def __call__(self, shard: str, samples: OpenShard) -> NDArray[np.uint16]:
-        return np.broadcast_to(np.array(self.order, dtype=np.uint16), (len(samples), 1, len(self.order)))
+        return np.broadcast_to(np.array(self.order, dtype=np.uint16), (len(samples), self.views, 1, len(self.order)))
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,30 @@ class _Tables:
     tokens: str
     grid: int
     model_id: str
+    views: int
 
     def __call__(self, shard: str, samples: OpenShard) -> NDArray[np.uint16]:
-        table = read_orders(join(self.orders, table_name(shard)))
-        return join_orders(samples.keys, table, shard=join(self.tokens, shard), cells=self.grid**2, model_id=self.model_id)
+        table, where = read_orders(join(self.orders, table_name(shard))), join(self.tokens, shard)
+        of_view = [_of_view(table, view) for view in range(self.views)]
+        joined = [join_orders(samples.keys, each, shard=where, cells=self.grid**2, model_id=self.model_id) for each in of_view]
+        return np.stack(joined, axis=1)
+
+
+def _of_view(table: OrderTable, view: int) -> OrderTable:
+    """The rows of one view, as a table of first views.
+
+    Raises:
+        UserError: it has none.
+    """
+    rows = [row for row, each in enumerate(table.views) if each == view]
+    if not rows:
+        raise UserError(
+            f"{table.uri}: no orders of view {view}, where extract.views asks for those of the first {view + 1} and more. "
+            "Extract them again, or set extract.views back."
+        )
+    draws = None if table.draws is None else [table.draws[row] for row in rows]
+    keys, order_SN, score_SN = [table.keys[row] for row in rows], table.order_SN[rows], table.score_SN[rows]
+    return replace(table, keys=keys, views=[0] * len(rows), order_SN=order_SN, score_SN=score_SN, draws=draws)
 
 
 class Heldout:

@@ -99,7 +99,7 @@ def test_stored_orders_come_with_the_first_view_and_in_the_stated_share(tokens: 
     backwards = np.arange(16, dtype=np.uint16)[::-1]
 
     def stored(name: str, shard: OpenShard) -> NDArray[np.uint16]:
-        return np.stack([backwards[None]] * len(shard.keys))
+        return np.stack([backwards[None, None]] * len(shard.keys))
 
     settings = replace(SETTINGS, random_share=0.25)
     batches = list(TokenStream(source(tokens, stored), text, settings).batches(0, 50))
@@ -109,12 +109,40 @@ def test_stored_orders_come_with_the_first_view_and_in_the_stated_share(tokens: 
     assert (codes[follows, 0] < 100).all(), "a stored order was used on a view it was not found for"
 
 
+def orders_of_views(name: str, shard: OpenShard) -> NDArray[np.uint16]:
+    """For view v of each sample the order that begins with cell 1 + v: [S, 2, 1, 16]."""
+    return np.stack([np.stack([np.roll(np.arange(16, dtype=np.uint16), -1 - view)[None] for view in (0, 1)])] * len(shard.keys))
+
+
+def test_a_view_with_stored_orders_follows_the_one_that_was_found_for_it(tokens: str, text: TextTokenizer) -> None:
+    settings = replace(SETTINGS, random_share=0.25, stored_views=2)
+    batches = list(TokenStream(source(tokens, orders_of_views), text, settings).batches(0, 50))
+    codes, orders, fixed = (torch.cat(each) for each in zip(*((b.codes_bN, b.orders(), b.fixed_b) for b in batches), strict=True))
+    view = codes[:, 0] // 100
+    assert torch.equal(orders[fixed, 0], 1 + view[fixed])
+    assert 0.4 < float(view[fixed].float().mean()) < 0.6, "both views are trained on"
+    # The view is that of pretraining, whatever follows an order; the control sees the same; and no rank changes any of it.
+    pretraining = list(stream(tokens, text).batches(0, 50))
+    control = list(TokenStream(source(tokens), text, settings).batches(0, 50))
+    for other in (pretraining, control):
+        assert torch.equal(codes, torch.cat([batch.codes_bN for batch in other]))
+    for rank in range(2):
+        part = TokenStream(source(tokens, orders_of_views), text, settings, rank, 2).batch(7)
+        assert torch.equal(part.codes_bN, batches[7].codes_bN[rank::2]) and torch.equal(part.orders(), batches[7].orders()[rank::2])
+
+
+def test_where_the_first_view_alone_has_orders_it_is_taken(tokens: str, text: TextTokenizer) -> None:
+    stored = TokenStream(source(tokens, lambda *of: orders_of_views(*of)[:, :1]), text, replace(SETTINGS, random_share=0.25))
+    for batch in stored.batches(0, 20):
+        assert (batch.codes_bN[batch.fixed_b, 0] < 100).all() and (batch.orders()[batch.fixed_b, 0] == 1).all()
+
+
 def test_one_of_several_stored_orders_is_taken_by_sample_and_epoch(tokens: str, text: TextTokenizer) -> None:
     several = np.stack([np.roll(np.arange(16, dtype=np.uint16), shift) for shift in (1, 2, 3)])
     settings = replace(SETTINGS, random_share=0.0)
 
     def taken(stored: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ours = TokenStream(source(tokens, lambda name, shard: np.stack([stored] * len(shard.keys))), text, settings)
+        ours = TokenStream(source(tokens, lambda name, shard: np.stack([stored[None]] * len(shard.keys))), text, settings)
         batches = list(ours.batches(0, 60))
         return tuple(torch.cat(parts) for parts in zip(*((b.uid_b, b.epoch_b, b.orders()) for b in batches), strict=True))  # type: ignore[return-value]
 
@@ -135,7 +163,7 @@ def test_the_control_sees_the_same_samples_and_views_in_random_orders(tokens: st
     backwards = np.arange(16, dtype=np.int64)[::-1].copy()
     ordered, control = (
         TokenStream(source(tokens, stored), text, replace(SETTINGS, random_share=0.25)).batch(2)
-        for stored in (lambda name, shard: np.stack([backwards[None]] * len(shard.keys)), None)
+        for stored in (lambda name, shard: np.stack([backwards[None, None]] * len(shard.keys)), None)
     )
     assert torch.equal(ordered.uid_b, control.uid_b) and torch.equal(ordered.codes_bN, control.codes_bN)
     assert torch.equal(ordered.drop_b, control.drop_b)

@@ -112,6 +112,18 @@ def test_codes_are_drawn_with_the_probabilities_of_the_model() -> None:
     assert kept == set(logits.topk(2).indices.tolist())
 
 
+@torch.no_grad()
+def test_of_cells_that_differ_by_roundings_the_first_is_taken() -> None:
+    """As in extraction: the last bits of a confidence depend on the batch that it was computed in."""
+    model = small_model()
+    model.output.weight.mul_(1e-7 / float(model.output.weight.std()))
+    condition = condition_of(model, 3)
+    logits = model.candidate_rows(model.begin(condition), torch.arange(9).expand(3, -1)).logits_BRV
+    best = logits.log_softmax(2).amax(2)
+    assert 0 < float(best.max() - best.min()) < 1e-6 and best.argmax(1).any(), "there is something to be strict about"
+    assert generate(model, condition, choices(), seeded()).order_BN.tolist() == [list(range(9))] * 3
+
+
 def test_order_temperature_spreads_the_choice_of_cells_and_zero_takes_the_most_confident() -> None:
     model = small_model(grid=2)
     condition = condition_of(model, 1).expand(4000, -1, -1)

@@ -103,16 +103,55 @@ def test_only_a_start_from_nothing_after_something_was_kept_begins_anew(tmp_path
     assert generations() == 1
 
 
+def pool(log: EventLog, done: int) -> None:
+    log.emit("pool", done=done, total=96, images_per_s=40.0, actors=1, retries=0, deaths=0, late=0)
+
+
+def pool_rows(events: Path) -> list[tuple[int, float, int]]:
+    """Number, images done and W&B run of each point of the pools' curve."""
+    projection = Projection()
+    made = [(projection.take(e.attempt, e.event)[0], projection.generation) for e in read(events, "extract")]
+    return [(row.number, row.values["pool/done"], run) for row, run in made if row and "pool/done" in row.values]
+
+
 def test_a_pool_that_was_complete_and_works_again_begins_anew(tmp_path: Path) -> None:
     for done in ((48, 96), (24,), (72,)):
         with EventLog(str(tmp_path), "extract") as log:
+            pool(log, 0)
+            log.emit("actor_started", host="a")
             for each in done:
-                log.emit("pool", done=each, total=96, images_per_s=40.0)
+                pool(log, each)
+    assert pool_rows(tmp_path) == [(0, 0, 0), (2, 48, 0), (3, 96, 0), (1, 24, 1), (3, 72, 1)]
+    state = StageState("extract")
+    state.read(EventReader(str(tmp_path), "extract"))
+    assert (state.step, state.doing, state.totals["actor_started"]) == (72, "running", 2)
+
+
+def test_pools_at_work_at_the_same_time_are_one_run(tmp_path: Path) -> None:
+    """Three tasks of an array, each of which learns late what the others have done, and one that comes when all is complete."""
+    logs = [EventLog(str(tmp_path), "extract") for _ in range(3)]
+    for log in logs:
+        pool(log, 0)
+        log.emit("actor_started", host="a")
+    for task, done in ((0, 32), (1, 24), (2, 16), (0, 64), (0, 96), (1, 48), (2, 96), (1, 96)):
+        if task == 2:
+            logs[task].emit("retry", shard="0", attempt=2, error="an actor died")
+        pool(logs[task], done)
+    logs.append(EventLog(str(tmp_path), "extract"))
+    for done in (0, 48, 96):
+        pool(logs[3], done)
+    for log in logs:
+        log.close()
+    found = pool_rows(tmp_path)
+    assert [(done, run) for _, done, run in found] == [(0, 0), (32, 0), (64, 0), (96, 0)]
     projection = Projection()
-    made = [(projection.take(e.attempt, e.event)[0], projection.generation) for e in read(tmp_path, "extract")]
-    assert [(row.number, row.values["pool/done"], generation) for row, generation in made if row] == [
-        (0, 48, 0), (1, 96, 0), (0, 24, 1), (1, 72, 1),
-    ]  # fmt: skip
+    for entry in read(tmp_path, "extract"):
+        projection.take(entry.attempt, entry.event)
+    assert projection.complete and projection.rows == 4 + 3 + 2, "points, actors and retries are rows"
+    state = StageState("extract")
+    state.read(EventReader(str(tmp_path), "extract"))
+    assert (state.step, state.doing) == (96, "done")
+    assert (state.totals["actor_started"], state.totals["retry"]) == (3, 2), "what the first tasks counted is kept"
 
 
 def test_pace_and_time_left_count_from_the_start_of_the_attempt() -> None:

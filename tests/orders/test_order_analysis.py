@@ -105,7 +105,7 @@ def analysis() -> OrderAnalysis:
             replace(agreement("flat", orders, orders, GRID), map_correlation=math.nan),
         ),
         examples=(Example('a "cat" <i>', picture, np.arange(CELLS).reshape(GRID, GRID)),),
-        head=HeadReport("m", 50, 10, 136, 5, 1.0, 0, (HeadRow("order head ahead", 0.4, 0.4, 16),)),
+        head=HeadReport("m", "s", 50, 10, 136, 5, 1.0, 0, (HeadRow("order head ahead", 0.4, 0.4, 16),)),
         animation=b"RIFF",
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from oar_scale.model import model_id, save_model
 from oar_scale.model.spec import ClassSpec
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
 from oar_scale.orders.files import head_file, run_files
-from oar_scale.orders.head import HeadSpec, OrderHead, find_way, load_head, predict_orders, ranking_loss, save_head
+from oar_scale.orders.head import HeadSpec, OrderHead, load_head, predict_ahead, predict_orders, ranking_loss, save_head, tables_id
 from oar_scale.orders.head_training import HeadData, kept_out, train_head, write_predicted
 from oar_scale.orders.table import OrderTable, join_orders, read_orders, table_name, write_orders
 from oar_scale.tokenizers.prompts import LabelEncoder
@@ -105,32 +107,55 @@ def test_predicted_orders_are_permutations_for_one_row_a_cell_and_do_not_depend_
     head = OrderHead(HeadSpec.of(model.spec, "m", width=8, first=0)).eval()
     codes, condition = random_codes(model, 6), model.condition(random_text(model, 6))
     found = predict_orders(model, codes, condition, head)
-    assert found.rows == 16 and found.order_BN.dtype == np.uint16
-    assert np.array_equal(np.sort(found.order_BN, axis=1), np.tile(np.arange(16), (6, 1)))
-    assert np.array_equal(predict_orders(model, codes[4:], condition[4:], head).order_BN, found.order_BN[4:])
+    assert found.rows == 16 and torch.equal(found.order_BN.sort(1).values, torch.arange(16).expand(6, -1))
+    assert torch.equal(predict_orders(model, codes[4:], condition[4:], head).order_BN, found.order_BN[4:])
     other = predict_orders(model, random_codes(model, 6, seed=5), condition, head)
-    assert not np.array_equal(other.order_BN, found.order_BN), "in hindsight it sees the codes"
+    assert not torch.equal(other.order_BN, found.order_BN), "in hindsight it sees the codes"
 
 
 @torch.no_grad()
-def test_it_comes_back_as_it_was_and_is_a_way_of_finding_orders_for_its_model_alone(tmp_path: Path) -> None:
+def test_ahead_sees_the_codes_of_its_first_cells_and_no_others() -> None:
+    model = small_model(grid=GRID, vocab=16)
+    head = OrderHead(HeadSpec.of(model.spec, "m", width=8, first=4)).eval()
+    codes, condition = random_codes(model, 6), model.condition(random_text(model, 6))
+    found = predict_ahead(model, codes, condition, head)
+    assert found.rows == 16 and torch.equal(found.order_BN.sort(1).values, torch.arange(16).expand(6, -1))
+    assert torch.equal(found.order_BN[:, :4], head.first_N.expand(6, -1))
+    others = random_codes(model, 6, seed=5)
+    kept = others.scatter(1, found.order_BN[:, :4], codes.gather(1, found.order_BN[:, :4]))
+    assert torch.equal(predict_ahead(model, kept, condition, head).order_BN, found.order_BN)
+    assert not torch.equal(predict_ahead(model, others, condition, head).order_BN, found.order_BN)
+
+
+@torch.no_grad()
+def test_it_comes_back_as_it_was_for_its_model_alone(tmp_path: Path) -> None:
     model, file = small_model(grid=GRID, vocab=16), str(tmp_path / "model.safetensors")
     save_model(file, model)
-    assert find_way(file) is None and find_way("") is None
     head = OrderHead(HeadSpec.of(model.spec, model_id(file), width=8, first=2)).eval()
     save_head(head_file(file), head)
     codes, condition = random_codes(model, 3), model.condition(random_text(model, 3))
     expected = predict_orders(model, codes, condition, head).order_BN
-    assert np.array_equal(predict_orders(model, codes, condition, load_head(head_file(file), model, model_id(file))).order_BN, expected)
-    way = find_way(file)
-    assert way is not None
-    found = way(model, codes, condition, ExtractionSettings(), np.arange(3))
-    assert found.rows == 16 and np.array_equal(found.order_BN.numpy(), expected)
-    save_model(file, small_model(grid=GRID, vocab=16, seed=1))
-    way = find_way(file)
-    assert way is not None
+    assert torch.equal(predict_orders(model, codes, condition, load_head(head_file(file), model, model_id(file))).order_BN, expected)
     with pytest.raises(UserError, match="this order head was trained on the rows of model"):
-        way(model, codes, condition, ExtractionSettings(), np.arange(3))
+        load_head(head_file(file), model, "another")
+
+
+def test_it_is_refused_once_the_orders_that_it_learned_from_were_extracted_anew(data: HeadData, tmp_path: Path) -> None:
+    head, report = train_head(data, CONFIG.model_copy(update={"steps": 1}), "exact", seed=0)
+    assert head.spec.settings_id == report.settings_id == "s" and head.spec.heldout_fraction == CONFIG.heldout_fraction
+    uri = str(tmp_path / "head.safetensors")
+    save_head(uri, head)
+    assert load_head(uri, data.model, "exact", tables_id(data.files)).spec == head.spec
+    anew = shutil.copytree(Path(data.tokens).parents[1], tmp_path / "run")
+    files = run_files(str(anew))
+    assert files.tables is not None
+    first = f"{files.tables}/{table_name(data.manifest.shards[0].name)}"
+    write_orders(first, dataclasses.replace(read_orders(first), settings_id="t"))
+    with pytest.raises(UserError, match=r"learned from orders of the settings s, .* extracted with t\. Train the head again"):
+        load_head(uri, data.model, "exact", tables_id(files))
+    with pytest.raises(UserError, match="orders of several settings: t, s"):
+        train_head(dataclasses.replace(data, files=files), CONFIG, "exact", seed=0)
+    assert tables_id(run_files(str(tmp_path / "nothing"))) is None
 
 
 def test_its_orders_of_all_images_are_tables_that_training_reads_and_are_written_once(data: HeadData) -> None:
@@ -144,7 +169,7 @@ def test_its_orders_of_all_images_are_tables_that_training_reads_and_are_written
         shard = data.open(info)
         orders = join_orders(shard.keys, read_orders(uri), shard=info.name, cells=16, model_id="exact")[:, 0]
         taken = data.take(shard, np.arange(3), orders)
-        assert np.array_equal(predict_orders(data.model, taken.codes_BN, taken.condition_BTD, head).order_BN, orders[:3])
+        assert np.array_equal(predict_orders(data.model, taken.codes_BN, taken.condition_BTD, head).order_BN.numpy(), orders[:3])
     write_predicted(data, head, 16, done.append)
     assert [Path(uri).stat().st_mtime_ns for uri in uris] == first
     other = OrderHead(HeadSpec.of(data.model.spec, "exact", width=8, first=0)).eval()

@@ -17,8 +17,9 @@ from torch import Tensor
 from oar_scale.model import AnyOrderModel, load_model, save_model
 from oar_scale.observe.console import Console
 from oar_scale.orders import comparison
-from oar_scale.orders.comparison import EXACT, RANDOM, compare, ways
+from oar_scale.orders.comparison import EXACT, RANDOM, compare, head_ways, ways
 from oar_scale.orders.extraction import ExtractionSettings, Images, Orders, extract_orders
+from oar_scale.orders.head import HeadSpec, OrderHead
 from oar_scale.stages import compare as stage
 from oar_scale.stages.run import Run
 from oar_scale.storage import open_storage
@@ -66,12 +67,22 @@ def test_the_figures_are_what_their_names_say() -> None:
         assert name in (EXACT, RANDOM, "backwards") or 0 < each.rows <= 45
 
 
-def test_ways_that_are_no_extraction_take_part_where_there_are_some(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "some_other_way.py").write_text("def find_way(model_file):\n    return len if model_file == 'mine' else None\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(comparison, "OTHERS", {"other": "some_other_way", "missing": "no_such_module"})
-    assert ways(ExtractionSettings(), 4, "mine")["other"] is len  # type: ignore[comparison-overlap]
-    assert not {"other", "missing"} & ways(ExtractionSettings(), 4, "another's").keys()
+@torch.no_grad()
+def test_an_order_head_takes_part_and_is_judged_by_what_it_has_not_seen() -> None:
+    model, settings = small_model(grid=3), ExtractionSettings()
+    head = OrderHead(HeadSpec.of(model.spec, "m", width=8, first=2)).eval()
+    codes, text, images = random_codes(model, 6), random_text(model, 6), np.arange(6)
+    methods = {EXACT: ways(settings, 3)[EXACT], **head_ways(head)}
+    assert list(methods) == [EXACT, "order head ahead, 2 placed", "order head in hindsight"]
+    assert list(ways(settings, 3, head))[-3:-1] == list(methods)[1:]
+    unseen = np.array([True, False, False, True, True, False])
+    found = compare(model, model, codes, text, settings, methods, 4, images, judged=dict.fromkeys(head_ways(head), unseen), rounds=1)
+    alone = compare(model, model, codes[unseen], text[unseen], settings, methods, 4, images[unseen], rounds=1)
+    assert {name: each.judged for name, each in found.items()} == dict.fromkeys(head_ways(head), 3) | {EXACT: 6}
+    for name in head_ways(head):
+        assert found[name].rows == 9
+        assert found[name].tau.mean == pytest.approx(alone[name].tau.mean) and found[name].order_SN.shape == (6, 9)
+        assert found[name].regret.mean == pytest.approx(alone[name].regret.mean, abs=1e-6)
 
 
 def test_the_ways_keep_what_the_recipe_says_besides() -> None:
@@ -90,7 +101,7 @@ def test_the_comparison_is_printed_and_written(run: Run, tmp_path: Path) -> None
     exact, *_, worst = told["ways"]
     assert (exact["way"], exact["rows"], exact["kendall_tau"]["mean"]) == ("exact", 64 * 65 // 2, 1.0)
     assert worst["way"] == "random"
-    assert worst["regret"]["mean"] > 0
+    assert worst["regret"]["mean"] > 0 and worst["judged_by_images"] == 5
     stream = run.console._stream  # type: ignore[attr-defined]
     assert isinstance(stream, io.StringIO)
     printed = stream.getvalue()
@@ -110,5 +121,10 @@ def test_each_way_is_trained_on_and_the_run_is_left_as_it_was(run: Run, tmp_path
     for row in told["ways"]:
         assert 0 < row["heldout_nll_own"]["mean"] < row["heldout_nll_random"]["mean"] + 1
         assert row["kid_efflite0"] == pytest.approx(row["kid_efflite0"])
-    assert told["ways"][0]["heldout_nll_random"] != told["ways"][1]["heldout_nll_random"]
+    exact, random = told["ways"]
+    assert exact["heldout_nll_own_above_exact"] == {"mean": 0.0, "standard_error": 0.0}
+    for name in ("heldout_nll_own", "heldout_nll_random"):
+        above = random[f"{name}_above_exact"]
+        assert above["mean"] == pytest.approx(random[name]["mean"] - exact[name]["mean"]) != 0
+        assert 0 < above["standard_error"] < random[name]["standard_error"], "paired"
     assert sorted(open_storage(run.at()).list(run.at())) == before

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import prepare_small_run, small_recipe
+from small_run import copy_run, prepare_small_run, small_recipe
 
 import oar_scale
 from oar_scale.cli import main
@@ -25,7 +25,9 @@ from oar_scale.observe.console import Console
 from oar_scale.orders.policies import grid_policies
 from oar_scale.orders.policies.mean import mean_order
 from oar_scale.orders.table import OrderTable, read_orders, table_name, write_orders
+from oar_scale.stages import compare
 from oar_scale.stages.checkpoint import run_export
+from oar_scale.stages.compare import run_compare
 from oar_scale.stages.order_head import run_predict, run_train_head
 from oar_scale.stages.orders import run_orders, spread
 from oar_scale.stages.run import Run
@@ -34,16 +36,15 @@ from oar_scale.training.inputs import job_orders, job_prompts, job_stream
 from oar_scale.training.job import TrainingJob
 
 
-def write_tables(run: Run, folder: str, seed: int) -> None:
+def write_tables(run: Run, folder: str, seed: int, settings_id: str = "s") -> None:
     """Orders that nobody found."""
     tokens = run.at("tokens", "train")
     for number, info in enumerate(read_manifest(tokens).shards):
         keys = read_token_shard(f"{tokens}/{info.name}", run.cache, info).keys
         order = permutations("made up", 64, seed, number, np.arange(len(keys))).astype(np.uint16)
         scores = np.tile(-np.arange(64, dtype=np.float32), (len(keys), 1))
-        write_orders(
-            f"{folder}/{table_name(info.name)}", OrderTable(keys, [0] * len(keys), order, scores, model_id(run.model_uri("anyorder")), "s")
-        )
+        table = OrderTable(keys, [0] * len(keys), order, scores, model_id(run.model_uri("anyorder")), settings_id)
+        write_orders(f"{folder}/{table_name(info.name)}", table)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,31 @@ def test_the_head_is_trained_measured_and_predicts_by_the_cli(run: Run, tmp_path
     assert "order head in hindsight" in (tmp_path / "index.html").read_text()
 
 
+def test_the_comparison_judges_the_head_by_images_that_it_has_not_seen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_train_head(run, "anyorder")
+    monkeypatch.setattr(compare, "ROUNDS", 1)
+    exact, *_, ahead, hindsight, random = run_compare(run, images=20)["ways"]
+    assert (ahead["way"], hindsight["way"]) == ("order head ahead", "order head in hindsight")
+    assert 2 <= ahead["judged_by_images"] == hindsight["judged_by_images"] < 20 == exact["judged_by_images"] == random["judged_by_images"]
+    with pytest.raises(UserError, match=r"cannot be judged by what it has seen\. Take more \(--images\)"):
+        run_compare(run, images=1)
+
+
+def test_a_head_that_learned_from_other_orders_than_there_are_now_is_used_nowhere(run: Run, tmp_path: Path) -> None:
+    run_train_head(run, "anyorder")
+    write_tables(run, run.at("orders", "train"), 0, "t")
+    try:
+        drawer = oar_scale.load(run.local(), model="anyorder")
+        uses = (run_predict, lambda run: run_compare(run, images=20), lambda run: drawer.draw(["a cat"], order="order-head"))
+        for use in uses:
+            with pytest.raises(UserError, match=r"learned from orders of the settings s, .* extracted with t\. Train the head again"):
+                use(run)
+        run_orders(run, images=20, out=str(tmp_path))
+        assert read_json(str(tmp_path / "orders.json"))["head"] is None
+    finally:
+        write_tables(run, run.at("orders", "train"), 0)
+
+
 def test_a_head_needs_its_model(run: Run) -> None:
     with pytest.raises(UserError, match=r"control\.safetensors: missing\. The stage control writes it"):
         run_train_head(run, "control")
@@ -164,6 +190,44 @@ def test_fine_tuning_follows_the_heads_orders_where_they_were_written(run: Run) 
     tables = [read_orders(str(path)) for path in sorted(Path(run.at("orders", "predicted")).glob("*.parquet"))]
     expected = np.concatenate([table.order_SN for table in tables])[uids.numpy()]
     assert np.array_equal(orders.numpy(), expected)
+
+
+@pytest.mark.parametrize("order", ["stored", "order-head", "mean"])
+def test_fine_tuning_on_several_views_takes_the_order_of_each(order: str, run: Run, tmp_path: Path) -> None:
+    """Whatever the orders are, the control sees the same views of the same samples."""
+    both = changed(copy_run(run, str(tmp_path)), extract={"views": 2}, finetune=run.recipe.finetune, order_head=run.recipe.order_head)
+    save_model(both.model_uri("anyorder"), load_model(run.model_uri("anyorder")))
+    write_tables(both, both.at("orders", "train"), 0)
+    tokens, folder = both.at("tokens", "train"), both.at("orders", "predicted" if order == "order-head" else "train")
+    if order == "stored":
+        with pytest.raises(UserError, match=r"\.parquet: no orders of view 1, where extract\.views asks"):
+            orders_of(job(both, "finetune", order=order))
+    for path in Path(both.at("orders", "train")).glob("*.parquet"):  # of the second view: the same, backwards
+        table = read_orders(str(path))
+        two = {"keys": table.keys * 2, "views": [0] * len(table.keys) + [1] * len(table.keys), "draws": None}
+        order_SN = np.concatenate([table.order_SN, table.order_SN[:, ::-1]])
+        write_orders(str(path), replace(table, **two, order_SN=order_SN, score_SN=np.concatenate([table.score_SN, table.score_SN - 9])))
+    if order == "stored":
+        run_orders(both, images=20, out=str(tmp_path / "analysis"))
+        scores = read_json(str(tmp_path / "analysis" / "orders.json"))["step_score"]
+        np.testing.assert_allclose(scores, -np.arange(64), err_msg="scores belong to the orders that are shown, those of the first view")
+    if order == "order-head":
+        run_train_head(both, "anyorder")
+        run_predict(both)
+    uids, codes, orders = orders_of(job(both, "finetune", order=order, random_share=0.0))
+    control = orders_of(job(both, "control", random_share=0.0))
+    assert torch.equal(uids, control[0]) and torch.equal(codes, control[1])
+    shards = [read_token_shard(f"{tokens}/{info.name}", both.cache, info) for info in read_manifest(tokens).shards]
+    views = np.concatenate([np.stack([shard.view(0), shard.view(1)], axis=1) for shard in shards])[uids.numpy()]
+    seen = np.stack([(views[:, view] == codes.numpy()).all(axis=1) for view in (0, 1)])
+    assert seen.any(axis=0).all() and (seen[0] & ~seen[1]).any() and (seen[1] & ~seen[0]).any()
+    if order == "mean":
+        return
+    tables = [read_orders(f"{folder}/{table_name(info.name)}") for info in read_manifest(tokens).shards]
+    of_view = [np.concatenate([t.order_SN[np.array(t.views) == view] for t in tables])[uids.numpy()] for view in (0, 1)]
+    for view in (0, 1):
+        only = seen[view] & ~seen[1 - view]
+        assert np.array_equal(orders.numpy()[only], of_view[view][only])
 
 
 def test_a_stage_says_at_once_what_its_policy_lacks(run: Run) -> None:

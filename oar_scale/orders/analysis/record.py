@@ -35,6 +35,8 @@ class HeadReport:
     """What an order head is worth."""
 
     model_id: str
+    settings_id: str
+    """Of the orders that it learned from."""
     images: int
     """That it was trained on."""
     heldout: int

@@ -7,7 +7,7 @@ from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.model import model_id
 from oar_scale.orders.files import OrderFiles, head_file
-from oar_scale.orders.head import load_head
+from oar_scale.orders.head import load_head, tables_id
 from oar_scale.orders.policies import Drawing, LateOrder, Policy, TrainingOrders
 from oar_scale.orders.table import table_name
 from oar_scale.storage import Missing, join, open_storage
@@ -25,7 +25,7 @@ class OrderHeadPolicy(Policy):
     def drawing(self, drawing: Drawing) -> LateOrder:
         uri = head_file(drawing.model_file)
         try:
-            head = load_head(uri, drawing.model, model_id(drawing.model_file))
+            head = load_head(uri, drawing.model, model_id(drawing.model_file), tables_id(drawing.files))
         except Missing as error:
             raise UserError(f"{uri}: this model has no order head. Train one: oar orders RECIPE --train-head") from error
         return LateOrder(head.first_N.expand(drawing.images, -1), head.order_ahead)
