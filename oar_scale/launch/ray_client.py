@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 ANSWER_S = 10.0
+SETTLES_S = 2.5
+"""So long after a job was stopped on its way up Ray may still write down, anew, that it has failed."""
 ELSEWHERE = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Variables that would silently win over the profile's address."""
 REMEDIES = (
@@ -113,15 +115,20 @@ def remove(client: JobSubmissionClient, job_id: str) -> None:
     Raises:
         UserError: nobody answers, or the job does not end.
     """
+    deadline, settles = time.monotonic() + ANSWER_S, 0.0
     with told(f"removing {job_id}"):
-        deadline = time.monotonic() + ANSWER_S
-        while (now := info(client, job_id)) is not None:
-            if now.status.is_terminal():
+        while True:
+            now = info(client, job_id)
+            if now is None and time.monotonic() > settles:
+                return
+            if now is not None and now.status.is_terminal():
                 client.delete_job(job_id)
-            elif time.monotonic() > deadline:
+            elif now is not None and time.monotonic() > deadline:
                 raise UserError(f"{job_id} was told to stop, and is {now.status.value} still; it goes when its environment is ready.")
-            else:
+            elif now is not None:
                 client.stop_job(job_id)
+                settles = time.monotonic() + SETTLES_S
+            if settles:
                 time.sleep(0.5)
 
 
