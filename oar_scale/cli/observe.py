@@ -7,12 +7,14 @@ import os
 import sys
 
 from oar_scale.cli.common import Subparsers, count
+from oar_scale.cli.submit import job_line
+from oar_scale.errors import UserError
 
 RUN = "a run's folder, its recipe (.yaml), or its storage (s3://bucket/prefix)"
 
 
 def add(verbs: Subparsers) -> None:
-    text = "one screen: progress, speed, checkpoints, restarts, alerts"
+    text = "one screen: progress, speed, checkpoints, restarts, alerts, and its jobs on a cluster"
     status = verbs.add_parser("status", help=text, description=text)
     status.add_argument("target", metavar="RUN", help=RUN)
     status.set_defaults(run=_status)
@@ -29,7 +31,34 @@ def _status(arguments: argparse.Namespace) -> None:
     from oar_scale.observe.place import find_run
     from oar_scale.observe.status import status
 
-    print(status(find_run(arguments.target)), end="")
+    submitted = _submitted(arguments.target)
+    try:
+        print(status(find_run(arguments.target)), end="", flush=True)
+    except UserError as error:
+        if not submitted:
+            raise
+        print(str(error).partition("\n")[0])
+    if submitted:
+        print("\n".join(["", *_job_lines(arguments.target)]))
+
+
+def _submitted(run: str) -> bool:
+    """Whether jobs of the run were submitted to a cluster; only then it is worth the imports to ask."""
+    if run.endswith((".yaml", ".yml")):
+        from oar_scale.config.loading import load_recipe
+
+        run = load_recipe(run).local_dir
+    return not run.startswith("s3://") and os.path.exists(os.path.join(run, "jobs.json"))
+
+
+def _job_lines(run: str) -> list[str]:
+    """What the cluster says of the run's jobs. One that does not answer keeps nobody from the run itself."""
+    from oar_scale.launch import find_jobs
+
+    try:
+        return [job_line(status) for status in find_jobs(run)]
+    except UserError as error:
+        return [f"its jobs: {error}"]
 
 
 def _tail(arguments: argparse.Namespace) -> None:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from oar_scale.cli.common import Subparsers, add_verb
 
+if TYPE_CHECKING:
+    from oar_scale.launch import JobStatus
+
 RUN = "a run's folder, or its recipe (.yaml)"
+FORGET = "where the cluster of the last submission does not answer: take it and its jobs for gone"
 
 
 def add(verbs: Subparsers) -> None:
     submit = add_verb(verbs, "submit", "run a recipe on a Slurm or a Ray cluster", _submit)
-    submit.add_argument("--cluster", required=True, metavar="PROFILE", help="a YAML file, e.g. cluster/slurm/example.yaml")
+    submit.add_argument("--cluster", required=True, metavar="PROFILE", help="a YAML file, e.g. cluster/slurm/gpu.yaml")
     submit.add_argument(
         "--stages", metavar="A,B+C,...", help="a job for each, one after the other; + puts stages into one job. Default: one job for all"
     )
     submit.add_argument("-p", dest="profile", action="append", default=[], metavar="KEY=VALUE", help="change a field of the profile")
     submit.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    submit.add_argument("--forget", action="store_true", help=FORGET)
     for name, text, function in (
         ("jobs", "the jobs of a run and what has become of them", _jobs),
         ("logs", "what a run's jobs say", _logs),
@@ -28,13 +34,15 @@ def add(verbs: Subparsers) -> None:
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("target", metavar="RUN", help=RUN)
         verb.set_defaults(run=function)
+        if name == "resubmit":
+            verb.add_argument("--forget", action="store_true", help=FORGET)
         if name == "logs":
             verb.add_argument("-f", dest="follow", action="store_true", help="go on with what comes, until the jobs are over")
             verb.add_argument("--job", metavar="JOB", help="its name or id; default: the one that wrote last")
 
 
 def _submit(arguments: argparse.Namespace) -> None:
-    from oar_scale.launch.jobs import dry_run, submit
+    from oar_scale.launch import dry_run, submit
 
     if arguments.dry_run:
         for text in dry_run(arguments.recipe, arguments.cluster, arguments.stages, arguments.overrides, arguments.profile):
@@ -46,20 +54,25 @@ def _submit(arguments: argparse.Namespace) -> None:
         stages=arguments.stages,
         overrides=arguments.overrides,
         profile_overrides=arguments.profile,
+        forget=arguments.forget,
     )
     for job in submission.jobs:
         print(f"submitted {job.name} as job {job.id}" + (f", after {job.after}" if job.after else ""))
 
 
 def _jobs(arguments: argparse.Namespace) -> None:
-    from oar_scale.launch.jobs import find_jobs
+    from oar_scale.launch import find_jobs
 
     for status in find_jobs(arguments.target):
-        print(f"{status.job.name:24} {status.job.id:>12}  {status.state:12} {status.detail}".rstrip())
+        print(job_line(status))
+
+
+def job_line(status: JobStatus) -> str:
+    return f"{status.job.name:24} {status.job.id:>12}  {status.state:12} {status.detail}".rstrip()
 
 
 def _logs(arguments: argparse.Namespace) -> None:
-    from oar_scale.launch.logs import logs
+    from oar_scale.launch import logs
 
     try:
         for line in logs(arguments.target, job=arguments.job, follow=arguments.follow):
@@ -71,14 +84,14 @@ def _logs(arguments: argparse.Namespace) -> None:
 
 
 def _cancel(arguments: argparse.Namespace) -> None:
-    from oar_scale.launch.jobs import cancel
+    from oar_scale.launch import cancel
 
     jobs = cancel(arguments.target)
     print("\n".join(f"cancelled {job.name} ({job.id})" for job in jobs) or "no job of this run is queued or running")
 
 
 def _resubmit(arguments: argparse.Namespace) -> None:
-    from oar_scale.launch.jobs import resubmit
+    from oar_scale.launch import resubmit
 
-    for job in resubmit(arguments.target).jobs:
+    for job in resubmit(arguments.target, forget=arguments.forget).jobs:
         print(f"submitted {job.name} as job {job.id}" + (f", after {job.after}" if job.after else ""))

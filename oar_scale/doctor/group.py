@@ -11,10 +11,11 @@ import datetime
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from oar_scale import __version__
 from oar_scale.doctor import machine, places
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from oar_scale.config.schema import Recipe
 
+T = TypeVar("T")
 GROUP_S = 120.0
 SKEW_S = 1.0
 """More than this confuses logs, and S3 refuses requests that are minutes off."""
@@ -201,30 +203,47 @@ def _timed(numbers: torch.Tensor, device: torch.device, group: Any) -> float:
 
 
 def _shared_storage(place: Place, root: str) -> Iterator[Finding]:
-    """Whether the nodes see what one of them writes."""
-    import torch.distributed as dist
-
-    from oar_scale.storage import join, open_storage
-
-    with places.own_object(root) as own:
-        names: list[str] = _gathered(own.rpartition("/")[2])
-        uri = join(root, names[0])
-        storage, problem = open_storage(root), ""
-        try:
-            if place.rank == 0:
-                storage.write(uri, b"seen?")
-            dist.barrier()
-            seen = storage.exists(uri)
-        except Exception as error:  # told below, after all have come to the end
-            seen, problem = False, first_line(error)
-        blind = sorted({node for node, sees in _gathered((place.node, seen)) if not sees})
-        if place.rank == 0 and not problem:
-            storage.delete(uri)
-    if blind:
-        text = f"{root}: what {place.node} writes is not seen on {_nodes(blind)}{f' ({problem})' if problem else ''}"
-        yield Finding("FAIL", "shared storage", f"{text}; set storage.root to s3://BUCKET/PREFIX or to a file system that all nodes have")
+    """Whether the nodes see what one of them writes. Nobody leaves on an error of its own before all have been told: they would wait."""
+    remedy = "set storage.root to s3://BUCKET/PREFIX or to a file system that all nodes have"
+    with ExitStack() as after:
+        name, problem = _gathered(_tried(partial(_written, place, root, after)))[0]
+        if name is None:
+            yield Finding("FAIL", "shared storage", f"{root}: {place.node} cannot write there ({problem}); {remedy}")
+            return
+        looks = _gathered((place.node, *_tried(partial(_sees, root, name))))
+    problems = list(dict.fromkeys(problem for _, _, problem in looks if problem))
+    if blind := sorted({node for node, seen, _ in looks if not seen}):
+        text = f"{root}: what {place.node} writes is not seen on {_nodes(blind)}{f' ({problems[0]})' if problems else ''}"
+        yield Finding("FAIL", "shared storage", f"{text}; {remedy}")
     else:
         yield Finding("ok", "shared storage", f"{root}: all nodes see what one writes")
+
+
+def _written(place: Place, root: str, after: ExitStack) -> str:
+    """The name of the object that rank 0 has written, and takes away afterwards; the others write none."""
+    from oar_scale.storage import open_storage
+
+    if place.rank != 0:
+        return ""
+    uri = after.enter_context(places.own_object(root))
+    storage = open_storage(root)
+    storage.write(uri, b"seen?")
+    after.callback(storage.delete, uri)
+    return uri.rpartition("/")[2]
+
+
+def _sees(root: str, name: str) -> bool:
+    from oar_scale.storage import join, open_storage
+
+    return open_storage(root).exists(join(root, name))
+
+
+def _tried(action: Callable[[], T]) -> tuple[T | None, str]:
+    """What comes of it, and what went wrong."""
+    try:
+        return action(), ""
+    except Exception as error:  # whatever it is, it is told to all
+        return None, first_line(error)
 
 
 def _gathered(value: Any) -> list[Any]:

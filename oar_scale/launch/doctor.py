@@ -12,7 +12,7 @@ import secrets
 import shlex
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from oar_scale.config.loading import dump_recipe, load_recipe
@@ -21,7 +21,7 @@ from oar_scale.doctor.finding import Finding
 from oar_scale.doctor.group import GROUP_S, merged
 from oar_scale.errors import UserError
 from oar_scale.launch import slurm
-from oar_scale.launch.probe import MARK, NODES, said
+from oar_scale.launch.probe import MARK, NODES, PARTING_S, said
 from oar_scale.launch.profile import RayProfile, SlurmProfile, load_profile
 from oar_scale.launch.ray_entry import RECIPE
 
@@ -29,12 +29,14 @@ TRIAL_S = 3 * GROUP_S
 """For the job on the nodes, once it runs."""
 TIME = "00:10:00"
 """Its limit, in place of the profile's: short jobs begin sooner."""
+LEAVE_S = 10.0
+"""For salloc, once it was told to stop."""
 ON_HEAD = """
 address=$(srun --overlap --nodes=1 --ntasks=1 --mem=0 --nodelist="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" \\
     bash -c {node_address}) || exit 1
 export MASTER_ADDR=$address MASTER_PORT=$((24000 + SLURM_JOB_ID % 1500 * 4))
-srun --overlap --ntasks={all} --ntasks-per-node={tasks} --cpus-per-task={cpus} --mem=0 --kill-on-bad-exit=0{srun_container} \\
-    bash -c {on_node}
+srun --overlap --ntasks={all} --ntasks-per-node={tasks} --cpus-per-task={cpus} --mem=0 --kill-on-bad-exit=0 --wait={parting} \\
+    {srun_container} bash -c {on_node}
 """
 
 
@@ -50,7 +52,8 @@ def examine_cluster(cluster: str, profile_overrides: Sequence[str], recipe: str 
 
 
 def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
-    options = [*slurm.allocation(profile, "oar-doctor", profile.nodes), *profile.sbatch]
+    name = f"oar-doctor-{secrets.token_hex(4)}"
+    options = [*slurm.allocation(profile, name, profile.nodes), *profile.sbatch]
     asked = slurm.client("sbatch", "--test-only", "--wrap=true", *options)
     if asked.returncode:
         yield Finding("FAIL", "scheduler", _one_line(slurm.refusal("Slurm would refuse the job", asked.stderr)))
@@ -65,23 +68,40 @@ def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
         tasks=tasks,
         all=profile.nodes * tasks,
         cpus=max(1, profile.cpus_per_node // tasks),
+        parting=PARTING_S,
         srun_container=words["srun_container"],
         on_node=shlex.quote("\n".join([*profile.setup, *exports, probe])),
     )
     command = ["salloc", "--quiet", f"--immediate={profile.start_s}", *options, f"--time={TIME}", "bash", "-c", script]
     env = {**os.environ, **({RECIPE: dump_recipe(recipe)} if recipe else {})}
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=profile.start_s + TRIAL_S)
+        said_out, said_err = _allocated(command, env, name, profile.start_s + TRIAL_S)
     except subprocess.TimeoutExpired:
         yield Finding(
             "FAIL", "workers", f"the check on the nodes takes longer than {profile.start_s + TRIAL_S:.0f} s; look at them: sinfo -N"
         )
         return
-    if MARK not in done.stdout and re.search("nodes are busy|immediate|timed out", done.stderr, re.IGNORECASE):
-        text = f"no nodes free in {profile.start_s} s ({_one_line(done.stderr)}); try again later, or ask for fewer: -p nodes=1"
+    if MARK not in said_out and re.search("nodes are busy|immediate|timed out", said_err, re.IGNORECASE):
+        text = f"no nodes free in {profile.start_s} s ({_one_line(said_err)}); try again later, or ask for fewer: -p nodes=1"
         yield Finding("warn", "workers", text)
         return
-    yield from _told(done.stdout, done.stderr, profile.nodes)
+    yield from _told(said_out, said_err, profile.nodes)
+
+
+def _allocated(command: Sequence[str], env: Mapping[str, str], name: str, timeout_s: float) -> tuple[str, str]:
+    """What a command of salloc prints. Whatever ends it early ends its allocation, too: one killed outright would leave that behind."""
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        return process.communicate(timeout=timeout_s)
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            slurm.client("scancel", f"--name={name}")
+            try:
+                process.communicate(timeout=LEAVE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _ray(profile: RayProfile, recipe: Recipe | None) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from oar_scale.config.loading import dump_recipe, load_recipe
@@ -46,6 +47,7 @@ def submit(
     stages: str | None = None,
     overrides: Sequence[str] = (),
     profile_overrides: Sequence[str] = (),
+    forget: bool = False,
 ) -> Submission:
     """Submit a recipe; the jobs are written down in the run's folder.
 
@@ -55,13 +57,15 @@ def submit(
         stages: as ``--stages``; None: the whole pipeline in one job.
         overrides: ``a.b=c`` each, of the recipe.
         profile_overrides: likewise, of the profile.
+        forget: where the scheduler of the run's last submission does not answer, take its jobs for gone.
 
     Raises:
-        UserError: whatever a person can mend, in the recipe, the profile or at the scheduler; nothing is left in the queue then.
+        UserError: whatever a person can mend, in the recipe, the profile or at the scheduler; nothing is left in the queue then, or it
+            names what could not be taken back.
     """
     loaded = load_recipe(recipe, overrides)
     profile = load_profile(cluster, profile_overrides)
-    return _submit(loaded, profile, cluster, profile_overrides, plan_steps(loaded, stages), os.getcwd())
+    return _submit(loaded, profile, cluster, profile_overrides, plan_steps(loaded, stages), os.getcwd(), forget)
 
 
 def job_files(recipe: Recipe, profile: SlurmProfile, steps: Sequence[Step], *, folder: str, number: int = 1) -> list[JobFile]:
@@ -89,8 +93,14 @@ def job_files(recipe: Recipe, profile: SlurmProfile, steps: Sequence[Step], *, f
     return found
 
 
-def dry_run(recipe: str, cluster: str, stages: str | None, overrides: Sequence[str], profile_overrides: Sequence[str]) -> Iterator[str]:
-    """What would be submitted, as text. Raises as :func:`submit`."""
+def dry_run(
+    recipe: str,
+    cluster: str,
+    stages: str | None = None,
+    overrides: Sequence[str] = (),
+    profile_overrides: Sequence[str] = (),
+) -> Iterator[str]:
+    """What :func:`submit` would submit, as text for each job; nothing is written. Raises likewise."""
     loaded, profile = load_recipe(recipe, overrides), load_profile(cluster, profile_overrides)
     steps = plan_steps(loaded, stages)
     if isinstance(profile, RayProfile):
@@ -112,15 +122,7 @@ def find_jobs(run: str) -> list[JobStatus]:
         UserError: nothing was submitted, or the scheduler does not answer.
     """
     run_dir = run_folder(run)
-    submission = last_submission(run_dir)
-    if submission.kind == "ray":
-        from oar_scale.launch import ray_jobs
-
-        found = ray_jobs.states(submission)
-    else:
-        states = slurm.states([job.id for job in submission.jobs], submission.where)
-        found = {job: (state.word, state.detail, state.over) for job, state in states.items()}
-    return [_status(job, run_dir, *found[job.id]) for job in submission.jobs]
+    return _look(run_dir, last_submission(run_dir))
 
 
 def cancel(run: str) -> list[Job]:
@@ -133,14 +135,20 @@ def cancel(run: str) -> list[Job]:
     return jobs
 
 
-def resubmit(run: str) -> Submission:
+def resubmit(run: str, *, forget: bool = False) -> Submission:
     """Submit what is not done of a run's last submission, with the profile as it is now, and without nodes that failed their check.
+
+    The recipe is the one of that submission; a corrected one is for :func:`submit`.
+
+    Args:
+        forget: as of :func:`submit`.
 
     Raises:
         UserError: all is done, or some of it still runs; besides as :func:`submit`.
     """
     run_dir = run_folder(run)
-    submission, statuses = last_submission(run_dir), find_jobs(run)
+    submission = last_submission(run_dir)
+    statuses = _look(run_dir, submission, forget)
     if active := [f"{status.job.name} ({status.job.id}) is {status.state}" for status in statuses if not status.over]:
         raise UserError(f"{run_dir}: {', '.join(active)}. Wait, or cancel first: oar cancel {run}")
     left = [Step(tuple(status.job.stages)) for status in statuses if not status.done]
@@ -148,7 +156,7 @@ def resubmit(run: str) -> Submission:
         raise UserError(f"{run_dir}: all jobs of the last submission are done; submit other stages with oar submit.")
     recipe = load_recipe(os.path.join(run_dir, submission.recipe))
     profile = load_profile(submission.cluster, submission.overrides)
-    return _submit(recipe, profile, submission.cluster, submission.overrides, left, submission.folder)
+    return _submit(recipe, profile, submission.cluster, submission.overrides, left, submission.folder, forget)
 
 
 def run_folder(run: str) -> str:
@@ -164,64 +172,95 @@ def _submit(
     profile_overrides: Sequence[str],
     steps: Sequence[Step],
     folder: str,
+    forget: bool,
 ) -> Submission:
     run_dir = os.path.join(folder, recipe.local_dir)
-    made = _missing(os.path.join(run_dir, "jobs"))
-    submission: Submission | None = None
-    try:
-        with locked(run_dir):
-            before = read_submissions(run_dir)
-            _refuse_second(run_dir, before)
-            number = len(before) + 1
-            submission = Submission(
-                number=number,
-                time=time.time(),
-                kind=profile.type,
-                cluster=os.path.abspath(cluster),
-                overrides=list(profile_overrides),
-                folder=folder,
-                recipe=_snapshot(number),
-                stages=[step.name for step in steps] if steps[0].stages else None,
-                where=os.environ.get("SLURM_CONF", "") if isinstance(profile, SlurmProfile) else profile.address,
-            )
-            snapshot = os.path.join(run_dir, submission.recipe)
-            made.append(snapshot)
-            with open(snapshot, "w", encoding="utf-8") as file:
+    with locked(run_dir):
+        before = read_submissions(run_dir)
+        if before:
+            _refuse_second(run_dir, before[-1], forget)
+        number = len(before) + 1
+        while os.path.exists(os.path.join(run_dir, _snapshot(number))):  # of a jobs.json that was moved away
+            number += 1
+        submission = Submission(
+            number=number,
+            time=time.time(),
+            kind=profile.type,
+            cluster=os.path.abspath(cluster),
+            overrides=list(profile_overrides),
+            folder=folder,
+            recipe=_snapshot(number),
+            stages=[step.name for step in steps] if steps[0].stages else None,
+            where=os.environ.get("SLURM_CONF", "") if isinstance(profile, SlurmProfile) else profile.address,
+        )
+        made: list[str] = []
+        try:
+            with open(os.path.join(run_dir, submission.recipe), "w", encoding="utf-8") as file:
                 file.write(dump_recipe(recipe))
             if isinstance(profile, RayProfile):
                 from oar_scale.launch import ray_jobs
 
-                submission.jobs = ray_jobs.submit_steps(recipe, profile, steps, submission, run_dir)
+                ray_jobs.submit_steps(recipe, profile, steps, submission)
             else:
-                _sbatch_all(job_files(recipe, profile, steps, folder=folder, number=number), submission, run_dir, made)
+                _sbatch_all(job_files(recipe, profile, steps, folder=folder, number=number), profile, submission, run_dir, made)
             write_submissions(run_dir, [*before, submission])
-            return submission
-    except BaseException:  # Ctrl-C as well
-        if submission is not None and submission.jobs:
-            _stop(submission, submission.jobs)
-        for path in reversed(made):
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            elif os.path.exists(path):
-                os.unlink(path)
-        raise
+        except BaseException as error:  # Ctrl-C as well
+            _take_back(run_dir, before, submission, made, error)
+            raise
+        return submission
 
 
-def _sbatch_all(files: Sequence[JobFile], submission: Submission, run_dir: str, made: list[str]) -> None:
+def _sbatch_all(files: Sequence[JobFile], profile: SlurmProfile, submission: Submission, run_dir: str, made: list[str]) -> None:
     """A chain of jobs; the first is held until all are accepted. Without the nodes that failed their check."""
-    exclude = _excluded(run_dir)
-    for index, file in enumerate(files):
-        folder = os.path.join(run_dir, file.folder)
-        made.append(folder)
-        os.makedirs(folder)
-        script = os.path.join(folder, "job.sbatch")
-        with open(script, "w", encoding="utf-8") as out:
-            out.write(file.text)
-        after = submission.jobs[-1].id if submission.jobs else None
-        job = slurm.sbatch(script, file.name, after=after, exclude=exclude, hold=index == 0 and len(files) > 1)
-        submission.jobs.append(Job(file.name, list(file.step.stages), job, file.folder, after))
-    if len(files) > 1:
-        slurm.release(submission.jobs[0].id, files[0].name)
+    excluded = os.path.join(run_dir, "jobs", "excluded")
+    bad, chain = _lines(excluded), len(files) > 1
+    try:
+        for index, file in enumerate(files):
+            folder = os.path.join(run_dir, file.folder)
+            os.makedirs(folder)
+            made.append(folder)
+            script = os.path.join(folder, "job.sbatch")
+            with open(script, "w", encoding="utf-8") as out:
+                out.write(file.text)
+            after = submission.jobs[-1].id if submission.jobs else None
+            leave_out = [*slurm.left_out(profile), *bad] if bad else []
+            job = slurm.sbatch(script, file.name, after=after, exclude=leave_out, hold=chain and index == 0)
+            submission.jobs.append(Job(file.name, list(file.step.stages), job, file.folder, after))
+        if chain:
+            slurm.release(submission.jobs[0].id, files[0].name)
+        slurm.refuse_hopeless({job.id: job.name for job in submission.jobs})
+    except UserError as error:
+        if not bad:
+            raise
+        raise UserError(
+            f"{error}\n{excluded} leaves out {', '.join(bad)}: delete a line when its node is mended, or not of this cluster."
+        ) from error
+
+
+def _take_back(run_dir: str, before: Sequence[Submission], submission: Submission, made: Sequence[str], cause: BaseException) -> None:
+    """The jobs and files of a submission that came to nothing.
+
+    Raises:
+        UserError: the jobs could not be taken away; then they are written down, and their files stay.
+    """
+    try:
+        if submission.jobs and submission.kind == "ray":
+            from oar_scale.launch import ray_jobs
+
+            ray_jobs.take_back(submission)
+        elif submission.jobs:
+            _stop(submission, submission.jobs)
+    except UserError as error:
+        write_submissions(run_dir, [*before, submission])
+        jobs = ", ".join(f"{job.name} ({job.id})" for job in submission.jobs)
+        raise UserError(
+            f"{str(cause) or 'interrupted'}\nNot taken back: {jobs}, because: {error}\n"
+            f"They are written down. When the cluster answers again: oar cancel {run_dir}"
+        ) from cause
+    for folder in made:
+        shutil.rmtree(folder)
+    with suppress(FileNotFoundError):
+        os.unlink(os.path.join(run_dir, submission.recipe))
 
 
 def _stop(submission: Submission, jobs: Sequence[Job]) -> None:
@@ -233,11 +272,34 @@ def _stop(submission: Submission, jobs: Sequence[Job]) -> None:
         slurm.scancel([job.id for job in reversed(jobs)], submission.where)
 
 
-def _refuse_second(run_dir: str, before: Sequence[Submission]) -> None:
+def _look(run_dir: str, submission: Submission, forget: bool = False) -> list[JobStatus]:
+    """What has become of each job. A cluster that does not answer may run them still: it is taken for gone on request only."""
+    try:
+        if submission.kind == "ray":
+            from oar_scale.launch import ray_jobs
+
+            found = ray_jobs.states(submission)
+        else:
+            states = slurm.states([job.id for job in submission.jobs], submission.where)
+            found = {job: (state.word, state.detail, state.over) for job, state in states.items()}
+    except UserError as error:
+        if not forget:
+            where = submission.where or "the Slurm of the machine that submitted"
+            raise UserError(
+                f"{error}\n{run_dir}/jobs.json: the run's jobs were submitted to {where}, with the profile {submission.cluster}.\n"
+                "If that cluster is gone for good, and they with it: oar submit --forget (or oar resubmit --forget) goes on without asking."
+            ) from error
+        found = {job.id: ("UNKNOWN", "its cluster does not answer", True) for job in submission.jobs}
+    return [_status(job, run_dir, *found[job.id]) for job in submission.jobs]
+
+
+def _refuse_second(run_dir: str, last: Submission, forget: bool) -> None:
     """Two jobs that work on one run would tread on each other."""
-    if before and (active := [status for status in find_jobs(run_dir) if not status.over]):
+    if active := [status for status in _look(run_dir, last, forget) if not status.over]:
         names = ", ".join(f"{status.job.name} ({status.job.id}) is {status.state}" for status in active)
-        raise UserError(f"{run_dir}: this run has been submitted already: {names}.\nLook with oar jobs, or oar cancel first.")
+        raise UserError(
+            f"{run_dir}: this run has been submitted already: {names}.\nLook with oar jobs {run_dir}, or oar cancel {run_dir} first."
+        )
 
 
 def _status(job: Job, run_dir: str, state: str, detail: str, over: bool) -> JobStatus:
@@ -247,21 +309,12 @@ def _status(job: Job, run_dir: str, state: str, detail: str, over: bool) -> JobS
     return JobStatus(job, "COMPLETED" if done else state, "; ".join(part for part in (detail, told) if part), over, done)
 
 
-def _missing(folder: str) -> list[str]:
-    """A folder and those above it, as far as they are still to be made; the outermost first."""
-    found = []
-    while not os.path.exists(folder):
-        found.append(folder)
-        folder = os.path.dirname(folder)
-    return found[::-1]
-
-
 def _snapshot(number: int) -> str:
     return os.path.join("jobs", f"recipe-{number}.yaml")
 
 
-def _excluded(run_dir: str) -> list[str]:
-    path = os.path.join(run_dir, "jobs", "excluded")
+def _lines(path: str) -> list[str]:
+    """Of a file, which need not be there; each once."""
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as file:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MARK = "OAR-DOCTOR "
 NODES = "nodes"
+PARTING_S = 30
+"""For the others, once the first worker has come to its end: one that gave up at once leaves them waiting for it."""
 
 
 def main(kind: str) -> int:
@@ -85,7 +87,9 @@ def _on_ray() -> None:
             places = [local[actors.index(actor)] for actor in works]
             address, port = ray.get(works[0].door.remote(), timeout=GROUP_S)
             asked = [actor.join.remote(rank, len(works), places[rank], address, port) for rank, actor in enumerate(works)]
-            _tell([found for each in ray.get(asked, timeout=2 * GROUP_S) for found in each])
+            first, _ = ray.wait(asked, timeout=2 * GROUP_S)
+            ended, _ = ray.wait(asked, num_returns=len(asked), timeout=PARTING_S if first else 0)
+            _tell([found for each in ray.get(ended or asked, timeout=1) for found in each])
         except ray.exceptions.RayError as error:
             text = f"the check did not come to its end ({first_line(error)}); are GPUs of a node in use, or is one dying? ray status"
             _tell([vars(Finding("FAIL", "workers", text))])

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 ANSWER_S = 10.0
+SETTLES_S = 2.5
+"""So long after a job was stopped on its way up Ray may still write down, anew, that it has failed."""
 ELSEWHERE = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Variables that would silently win over the profile's address."""
 REMEDIES = (
@@ -86,7 +88,8 @@ def begin(client: JobSubmissionClient, asked: dict[str, Any], job_id: str, name:
     """Submit a job, and look until it runs, or waits for longer than one wants to look.
 
     Raises:
-        UserError: the cluster refuses it, or cannot prepare its environment; the job is gone again then.
+        UserError: the cluster refuses it, cannot prepare its environment, or does not answer any more. Whatever is raised, the cluster may
+            know the job: :func:`remove` it.
     """
     deadline = time.monotonic() + start_s
     while True:
@@ -98,30 +101,34 @@ def begin(client: JobSubmissionClient, asked: dict[str, Any], job_id: str, name:
             if "try again later" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(1)
-    try:
-        while (now := info(client, job_id)) is not None and now.status == "PENDING":
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.5)
-    except KeyboardInterrupt:
-        client.stop_job(job_id)
-        raise
+    while (now := info(client, job_id)) is not None and now.status == "PENDING":
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.5)
     if now is not None and now.status == "FAILED" and now.driver_exit_code is None:
-        remove(client, job_id)
         raise UserError(refusal(f"the job {name} could not begin", f"{now.message}"))
 
 
 def remove(client: JobSubmissionClient, job_id: str) -> None:
-    """A job that is over or waits, and what the cluster knows of it."""
+    """End a job that has hardly begun, and have the cluster forget it; nothing to do where it does not know the job.
+
+    Raises:
+        UserError: nobody answers, or the job does not end.
+    """
+    deadline, settles = time.monotonic() + ANSWER_S, 0.0
     with told(f"removing {job_id}"):
-        deadline = time.monotonic() + ANSWER_S
-        while (now := info(client, job_id)) is not None:
-            if now.status.is_terminal():
-                client.delete_job(job_id)
-            elif time.monotonic() > deadline:
+        while True:
+            now = info(client, job_id)
+            if now is None and time.monotonic() > settles:
                 return
-            else:
+            if now is not None and now.status.is_terminal():
+                client.delete_job(job_id)
+            elif now is not None and time.monotonic() > deadline:
+                raise UserError(f"{job_id} was told to stop, and is {now.status.value} still; it goes when its environment is ready.")
+            elif now is not None:
                 client.stop_job(job_id)
+                settles = time.monotonic() + SETTLES_S
+            if settles:
                 time.sleep(0.5)
 
 

@@ -4,7 +4,7 @@ OAR_RECIPE="name: ..." python -m oar_scale.launch.ray_entry --max-failures 3 --b
 
     0    done, the next one
     2    a mistake that a person has to mend: the job ends
-    75   stopped with everything saved: begun again, unless it is this job that was stopped
+    75   stopped with everything saved: begun again, unless it is this job that was stopped; one that came within a minute is a failure
     else a lost node, a crash: begun again after a pause, at most so many times in a row
 """
 
@@ -24,6 +24,9 @@ from oar_scale.launch.steps import Step
 
 RECIPE = "OAR_RECIPE"
 """The variable that holds the recipe's text."""
+SHORT_S = 60.0
+"""A command that is stopped sooner has not come any further: without a pause and an end it would be begun again for ever."""
+MENDED = "In the recipe: correct it and oar submit it again, finished stages are skipped. In the cluster or the data: oar resubmit."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +58,7 @@ def _run(command: Sequence[str], max_failures: int, backoff_s: float, stopped: t
     name, failures = f"oar {command[0]} {' '.join(command[2:])}".rstrip(), 0
     while True:
         _say(name)
+        began = time.monotonic()
         code = subprocess.call([sys.executable, "-m", "oar_scale.cli", *command])
         if code == 0:
             return 0
@@ -62,9 +66,9 @@ def _run(command: Sequence[str], max_failures: int, backoff_s: float, stopped: t
             _say(f"{name}: stopped")
             return os.EX_TEMPFAIL
         if code == 2:
-            _say(f"{name}: something to mend, see above; then oar resubmit")
+            _say(f"{name}: something to mend, see above. {MENDED}")
             return 2
-        if code == os.EX_TEMPFAIL:
+        if code == os.EX_TEMPFAIL and time.monotonic() - began >= SHORT_S:
             failures = 0
             _say(f"{name}: stopped with everything saved; again")
             continue

@@ -48,18 +48,25 @@ def describe(recipe: Recipe, profile: RayProfile, steps: Sequence[Step]) -> str:
     return f"{text.getvalue()}---\n{dump_recipe(on_cluster(recipe, profile))}"
 
 
-def submit_steps(recipe: Recipe, profile: RayProfile, steps: Sequence[Step], submission: Submission, run_dir: str) -> list[Job]:
-    """Submit the steps as one job, and look whether it begins.
+def submit_steps(recipe: Recipe, profile: RayProfile, steps: Sequence[Step], submission: Submission) -> None:
+    """Submit the steps as one job, and look whether it begins. It joins the submission's jobs before the cluster may know it.
 
     Raises:
-        UserError: the cluster does not answer, refuses the job or cannot prepare its environment; the job is gone again then.
+        UserError: the cluster does not answer, refuses the job or cannot prepare its environment; see :func:`take_back`.
     """
     request = _request(recipe, profile, steps)
     name = "-".join(step.name for step in steps)
     job_id = f"{re.sub('[^A-Za-z0-9_-]', '-', recipe.name)}-{submission.number}-{secrets.token_hex(4)}"
-    ray_client.begin(ray_client.connect(profile.address), request, job_id, name, profile.start_s)
-    stages = [stage for step in steps for stage in step.stages]
-    return [Job(name, stages, job_id, os.path.join("jobs", f"{submission.number}-{name}"))]
+    client, stages = ray_client.connect(profile.address), [stage for step in steps for stage in step.stages]
+    submission.jobs.append(Job(name, stages, job_id, os.path.join("jobs", f"{submission.number}-{name}")))
+    ray_client.begin(client, request, job_id, name, profile.start_s)
+
+
+def take_back(submission: Submission) -> None:
+    """Remove the jobs of a submission that came to nothing. Raises ``UserError`` where nobody answers, or a job does not end."""
+    client = ray_client.connect(submission.where)
+    for job in submission.jobs:
+        ray_client.remove(client, job.id)
 
 
 def states(submission: Submission) -> dict[str, tuple[str, str, bool]]:
@@ -88,7 +95,7 @@ def stop(submission: Submission, jobs: Sequence[Job]) -> None:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{job.name} ({job.id}) was told to stop, and is {now.status.value} still; one that waits for its environment ends "
-                    "when that is ready. Look again: oar jobs"
+                    "when that is ready. Look again: oar jobs RUN"
                 )
             time.sleep(0.5)
 

@@ -16,8 +16,9 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from typing import IO
 
 from oar_scale.errors import UserError
 
@@ -93,14 +94,49 @@ def write_submissions(run_dir: str, submissions: list[Submission]) -> None:
 
 @contextmanager
 def locked(run_dir: str) -> Iterator[None]:
-    """One submission of a run at a time."""
-    os.makedirs(os.path.join(run_dir, "jobs"), exist_ok=True)
-    with open(os.path.join(run_dir, "jobs", ".lock"), "w") as file:
+    """One submission of a run at a time. Where it raises, the folders that were made for it go again, unless something else is in them."""
+    jobs = os.path.join(run_dir, "jobs")
+    lock, absent = os.path.join(jobs, ".lock"), _absent(jobs)
+    with _held(lock, run_dir):
+        try:
+            yield
+        except BaseException:  # Ctrl-C as well
+            if absent:
+                os.unlink(lock)
+            with suppress(OSError):  # other runs may have begun beside this one
+                for folder in absent:
+                    os.rmdir(folder)
+            raise
+
+
+def _absent(folder: str) -> list[str]:
+    """A folder and those above it, as far as they are still to be made; the innermost first."""
+    found = []
+    while not os.path.exists(folder):
+        found.append(folder)
+        folder = os.path.dirname(folder)
+    return found
+
+
+def _held(path: str, run_dir: str) -> IO[str]:
+    """The lock's file, open and locked. A submission that was refused may take file and folder away between two looks."""
+    for tries_left in reversed(range(10)):
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            file = open(path, "w")  # noqa: SIM115 (as long as it is locked)
+        except FileNotFoundError:
+            if not tries_left:
+                raise
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{run_dir}: another oar submit works on this run right now. Wait for it, then look: oar jobs.") from error
-        yield
+        except BlockingIOError:
+            file.close()
+            break
+        if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+        file.close()
+    raise UserError(f"{run_dir}: another oar submit works on this run right now. Wait for it, then look: oar jobs {run_dir}")
 
 
 def last_submission(run_dir: str) -> Submission:

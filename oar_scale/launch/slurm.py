@@ -10,7 +10,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -21,6 +22,12 @@ from oar_scale.launch.steps import Step
 
 CLIENT_S = 60
 """Slurm's commands wait minutes for a controller that is gone."""
+LOOK_S = 4.0
+"""Slurm takes its first look at a new job within 3 s (batch_sched_delay)."""
+UNDECIDED = (["None"], ["PartitionConfig"])
+"""What it names as the reason to wait before."""
+AWKWARD = re.compile(r"""[%"'\\\n]""")
+"""Slurm, bash or Pyxis would read something else into a path with one of these."""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "NODE_FAIL", "PREEMPTED", "REVOKED"}
 """A job that comes back after a lost node or a preemption is COMPLETING, then PENDING."""
 HOPELESS = re.compile(
@@ -35,19 +42,28 @@ REMEDIES = (
         "Limits here: {limits}. Lower `time` in the profile; a job that needs longer comes back by itself.",
     ),
     (
-        r"invalid account|account/partition|InvalidAccount|QOS specification|InvalidQOS",
+        r"invalid account|account/partition|InvalidAccount|AccountNotAllowed|QOS specification|InvalidQOS|QOSNotAllowed",
         "Set `account` and `qos` in the profile to what `sacctmgr show assoc user=$USER` lists.",
+    ),
+    (
+        r"permission denied|not permitted",
+        "You may not use that partition with this account and QOS: `scontrol show partition` has AllowGroups, AllowAccounts, AllowQos. "
+        "Set `partition`, `account` or `qos` in the profile.",
+    ),
+    (r"feature", "Features of the nodes here: {features}. Correct `--constraint` in `sbatch` of the profile."),
+    (r"node name", "Nodes here: {names}. Correct `--exclude` and `--nodelist` in `sbatch` of the profile."),
+    (r"DependencyNeverSatisfied", "The job before it has failed or was taken away meanwhile. Submit again; that stage alone shows why."),
+    (r"PartitionNodeLimit", "Nodes of a job here: {sizes}. Change `nodes` in the profile."),
+    (
+        r"node configuration|node count|more processors|memory specification|\bgres\b|generic resource|BadConstraints",
+        "No nodes of the partition have that: {nodes}. Change nodes, cpus_per_node, gpus_per_node, gpu_type, memory_gb, or `sbatch`.",
     ),
     (
         r"QOS|Assoc|accounting|limit",
         "That is a quota: ask for less (nodes, gpus_per_node, time), or set another `account` or `qos`: `sacctmgr show assoc user=$USER`.",
     ),
     (
-        r"node configuration|node count|more processors|memory specification|gres|Generic",
-        "No nodes of the partition have that: {nodes}. Change nodes, cpus_per_node, gpus_per_node, gpu_type or memory_gb.",
-    ),
-    (
-        r"contact slurm controller|connection refused|timed out|resolve",
+        r"contact slurm controller|connection refused|timed out|resolve|slurm\.conf|configuration source",
         "The head of the cluster does not answer: is SLURM_CONF right, and slurmctld up (scontrol ping)?",
     ),
 )
@@ -74,7 +90,12 @@ def render(step: Step, profile: SlurmProfile, *, title: str, job_name: str, fold
         folder: where relative paths of the recipe start.
         jobs: the folder of this job's logs.
         recipe: the recipe's file.
+
+    Raises:
+        UserError: the run's folder has a name that Slurm would take for something else.
     """
+    if found := AWKWARD.search(jobs):
+        raise UserError(f"{jobs}: a path with {found[0]!r} cannot be told to Slurm. Set run_dir to another one.")
     stage = step.stages[0] if len(step.stages) == 1 else ""
     array, asked = profile.array(stage), profile.resources(stage)
     mounts = (folder, os.path.dirname(os.path.dirname(jobs)))
@@ -128,16 +149,22 @@ def allocation(profile: SlurmProfile, job_name: str, nodes: int) -> list[str]:
 
 
 def _options(profile: SlurmProfile, job_name: str, jobs: str, array: int | None) -> list[str]:
-    options = [
+    log = f"{jobs}/{'%A_%a' if array else '%j'}.log"
+    return [
         *allocation(profile, job_name, 1 if array else profile.nodes),
         f"--signal=B:USR1@{profile.warn_s}",
         "--requeue",
         "--open-mode=append",
         *([f"--array=0-{array - 1}"] if array else []),
-        f"--output={jobs}/{'%A_%a' if array else '%j'}.log",
+        f"--output={f'{chr(34)}{log}{chr(34)}' if ' ' in log else log}",
         *profile.sbatch,
     ]
-    return options
+
+
+def left_out(profile: SlurmProfile) -> list[str]:
+    """The nodes that a profile excludes by itself; ``--exclude`` on the command line would replace, not add."""
+    found = [re.fullmatch(r"--exclude[= ]\s*(\S+)", option) for option in profile.sbatch]
+    return [match[1] for match in found if match]
 
 
 def container(profile: SlurmProfile, mounts: Sequence[str]) -> dict[str, str]:
@@ -164,32 +191,35 @@ def sbatch(script: str, name: str, *, after: str | None = None, exclude: Sequenc
         hold: do not start it before :func:`release`.
 
     Raises:
-        UserError: it is refused, or could never start; then it is not in the queue either.
+        UserError: it is refused.
     """
     options = [*(["--hold"] if hold else []), *([f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else [])]
     options += [f"--exclude={','.join(exclude)}"] if exclude else []
     done = client("sbatch", "--parsable", *options, script)
     if done.returncode:
         raise UserError(refusal(f"sbatch refuses the job {name}", done.stderr))
-    job = done.stdout.strip().split(";")[0]
-    if not hold:
-        _refuse_hopeless(job, name)
-    return job
+    return done.stdout.strip().split(";")[0]
 
 
 def release(job: str, name: str) -> None:
     """Let a held job start. Raises as :func:`sbatch`."""
     done = client("scontrol", "release", job)
     if done.returncode:
-        raise UserError(refusal(f"scontrol release {job}", done.stderr))
-    _refuse_hopeless(job, name)
+        raise UserError(refusal(f"scontrol release {job} ({name})", done.stderr))
 
 
-def _refuse_hopeless(job: str, name: str) -> None:
-    reason = client("squeue", "--noheader", "--jobs", job, "--format=%r").stdout.strip().splitlines()
-    if reason and HOPELESS.fullmatch(reason[0]):
-        scancel([job])
-        raise UserError(refusal(f"the job {name} could never start", reason[0]))
+def refuse_hopeless(jobs: Mapping[str, str]) -> None:
+    """Raises ``UserError`` where one of these jobs, names by id, could never start. Of one that waits for another Slurm cannot tell yet."""
+    deadline = time.monotonic() + LOOK_S
+    while True:
+        asked = client("squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%F %T %r").stdout
+        waits = [line.split() for line in asked.splitlines() if line.split()[1:2] == ["PENDING"]]
+        for job, _, *reason in waits:
+            if HOPELESS.fullmatch(" ".join(reason)):
+                raise UserError(refusal(f"the job {jobs.get(job, job)} could never start", reason[0]))
+        if not any(reason in UNDECIDED for _, _, *reason in waits) or time.monotonic() > deadline:
+            return
+        time.sleep(0.5)
 
 
 def scancel(jobs: Sequence[str], conf: str = "") -> None:
@@ -248,6 +278,8 @@ def client(*command: str, conf: str = "") -> subprocess.CompletedProcess[str]:
             f"there is no program {command[0]} on this machine: run oar submit on a login node of the cluster, "
             "or look at the job file only, with --dry-run."
         )
+    if conf and not os.path.isfile(conf):  # Slurm would look for another one on the network, for minutes
+        return subprocess.CompletedProcess(command, 1, "", f"there is no slurm.conf at {conf} (any more)")
     try:
         where = {**os.environ, "SLURM_CONF": conf} if conf else None
         return subprocess.run(command, env=where, capture_output=True, text=True, timeout=CLIENT_S)
@@ -266,7 +298,8 @@ def refusal(what: str, words: str) -> str:
 
 def _filled(remedy: str) -> str:
     """The remedy with what this cluster has, as far as it says so."""
-    for name, shape in (("partitions", "%R"), ("limits", "%R %l"), ("nodes", "%R: %D nodes of %c CPUs, %m MB, %G")):
+    shapes = {"partitions": "%R", "limits": "%R %l", "sizes": "%R %s", "features": "%f", "names": "%N"}
+    for name, shape in {**shapes, "nodes": "%R: %D nodes of %c CPUs, %m MB, %G"}.items():
         if f"{{{name}}}" in remedy:
             lines = dict.fromkeys(client("sinfo", "--noheader", f"--format={shape}").stdout.splitlines())
             remedy = remedy.replace(f"{{{name}}}", "; ".join(lines) or "unknown")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 from test_ray_jobs import jobs_known, oar, profile
 
+from cluster.dev import processes
 from cluster.dev import ray as dev_ray
 from cluster.dev import slurm as dev_slurm
 from oar_scale.cli import main
 from oar_scale.doctor.finding import Finding
-from oar_scale.doctor.group import Facts, merged
+from oar_scale.doctor.group import GROUP_S, Facts, merged
 from oar_scale.doctor.places import storage_speed, wandb_server
+from oar_scale.launch import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +62,7 @@ def test_a_slurm_is_examined_by_a_step_that_leaves_nothing(
     said = by_item(capsys.readouterr().out)
     check_measured(said, ["n1", "n2"])
     assert "partition main" in said["scheduler"]
-    assert not slurm.command("squeue", "-h", "--name=oar-doctor", "--states=PENDING,RUNNING").strip()
+    assert "oar-doctor" not in slurm.command("squeue", "-h", "--format=%j", "--states=PENDING,RUNNING")
     # Two nodes look at one folder at once: the first to leave may find the other's file in it, and leave it standing, empty.
     assert not [*(tmp_path / "run").rglob("*")]
 
@@ -80,6 +83,29 @@ def test_what_slurm_would_refuse_is_told_with_the_remedy(
     assert main(["doctor", "--cluster", dev, "-p", "cpus_per_node=1", "-p", wrong]) == 1
     shown = capsys.readouterr().out
     assert "FAIL" in shown and said in shown, shown
+
+
+def test_a_check_that_takes_too_long_leaves_no_allocation(
+    slurm: dev_slurm.Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "TRIAL_S", -7)  # of start_s, at least 10 s, three are left
+    dev = str(ROOT / "cluster" / "slurm" / "dev.yaml")
+    words = ["cpus_per_node=1", "start_s=10", "setup=['sleep 600']"]
+    assert main(["doctor", "--cluster", dev, *(word for each in words for word in ("-p", each))]) == 1
+    assert "the check on the nodes takes longer than 3 s" in capsys.readouterr().out
+    assert "oar-doctor" not in slurm.command("squeue", "-h", "--format=%j", "--states=PENDING,RUNNING")
+    assert "oar-doctor" in slurm.command("squeue", "-h", "--format=%j", "--states=all"), "it had none"
+
+
+def test_workers_do_not_wait_long_for_one_that_gave_up(
+    slurm: dev_slurm.Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "PARTING_S", 2)
+    dev, began = str(ROOT / "cluster" / "slurm" / "dev.yaml"), time.monotonic()
+    wrong = "setup=['[ $SLURM_PROCID = 1 ] || exit 3']"
+    assert main(["doctor", "--cluster", dev, "-p", "cpus_per_node=1", "-p", wrong]) == 1
+    assert time.monotonic() - began < GROUP_S / 2
+    assert re.search("FAIL workers: (1 of 2 nodes|no node) answered", capsys.readouterr().out)
 
 
 def test_a_cluster_that_is_not_there_ends_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,14 +133,27 @@ import json, sys, time
 from oar_scale.config.loading import load_recipe
 from oar_scale.doctor import group
 
-rank, port, late, where = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+rank, port, late = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 if rank == 1:
     now = time.time
     time.time = lambda: now() + late
-recipe = load_recipe(sys.argv[5 + rank])
+recipe = load_recipe(sys.argv[4 + rank])
 place = group.Place(f"n{rank}", rank, 2, 0, "127.0.0.1", port)
 print(json.dumps([str(finding) for finding in group.between(place, recipe)]))
 """
+
+
+def between_two(late_s: float, *recipes: str) -> list[str]:
+    """What each of two workers says; none outlives this."""
+    port = str(processes.free_port(range(18000, 20000), lambda port: [port]))  # nobody else's range
+    command = [sys.executable, "-c", GROUP]
+    workers = [subprocess.Popen([*command, str(rank), port, str(late_s), *recipes], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    try:
+        return [worker.communicate(timeout=60)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
 
 
 def test_a_clock_that_is_off_and_a_storage_that_is_not_shared_are_found(tmp_path: Path) -> None:
@@ -122,15 +161,20 @@ def test_a_clock_that_is_off_and_a_storage_that_is_not_shared_are_found(tmp_path
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         recipes.append(recipe(tmp_path / name))
-    port = str(dev_ray.free_port())
-    workers = [
-        subprocess.Popen([sys.executable, "-c", GROUP, str(rank), port, "3", str(tmp_path), *recipes], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    said = workers[0].communicate(timeout=100)[0]
-    assert workers[1].communicate(timeout=100)[0].strip() == "[]"
+    said, other = between_two(3, *recipes)
+    assert other.strip() == "[]"
     assert "warn clocks: n1 is +3.0 s off n0" in said
     assert "what n0 writes is not seen on n1" in said and "set storage.root to s3://" in said
+
+
+def test_a_storage_that_takes_nothing_is_told_at_once_by_the_worker_that_tries(tmp_path: Path) -> None:
+    """A file where the folder should be stops root as well."""
+    (tmp_path / "run").touch()
+    began = time.monotonic()
+    said, other = between_two(0, *[recipe(tmp_path)] * 2)
+    assert other.strip() == "[]" and time.monotonic() - began < GROUP_S / 2
+    assert f"FAIL shared storage: {tmp_path}/run: n0 cannot write there (UserError: {tmp_path}/run/" in said
+    assert "set storage.root to s3://" in said
 
 
 def test_storage_is_timed_and_a_second_writer_refused(s3_root: str) -> None:

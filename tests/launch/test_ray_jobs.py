@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ from cluster.dev import ray as dev_ray
 from oar_scale.cli import main
 from oar_scale.config.loading import load_recipe
 from oar_scale.launch import ray_entry
+from oar_scale.launch.record import last_submission
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,6 +119,71 @@ def test_a_wrong_token_is_refused_with_the_remedy(ray_cluster: dev_ray.Cluster, 
     assert not (tmp_path / "run").exists()
 
 
+class Door(http.server.BaseHTTPRequestHandler):
+    """Before a head: once a job has been submitted it lets so many requests through, drops the next ``drops``, and is open again then."""
+
+    url: str
+    passes: int
+    drops: int
+
+    def do_GET(self) -> None:
+        kind = type(self)
+        if self.path.startswith("/api/jobs/") or kind.passes < 0:
+            kind.passes -= 1
+        if kind.passes < 0 and kind.drops > 0:
+            kind.drops -= 1
+            self.close_connection = True
+            return
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+        headers = {name: self.headers[name] for name in ("Authorization", "Content-Type") if name in self.headers}
+        asked = urllib.request.Request(kind.url + self.path, data, headers, method=self.command)
+        try:
+            answered = urllib.request.urlopen(asked, timeout=20)
+        except urllib.error.HTTPError as refusal:
+            answered = refusal
+        with answered as answer:
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.headers["Content-Type"])
+            self.end_headers()
+            self.wfile.write(answer.read())
+
+    do_POST = do_DELETE = do_GET
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def door(ray_cluster: dev_ray.Cluster) -> Iterator[tuple[type[Door], str]]:
+    kind = type("ThisDoor", (Door,), {"url": ray_cluster.url, "passes": 1, "drops": 0})
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    yield kind, f"http://127.0.0.1:{http_server.server_port}"
+    http_server.shutdown()
+    http_server.server_close()
+
+
+@pytest.mark.parametrize("drops", [1, 1000], ids=["once", "from then on"])
+def test_a_job_whose_head_is_silent_when_it_begins_is_taken_back_or_written_down(
+    drops: int, ray_cluster: dev_ray.Cluster, door: tuple[type[Door], str], tmp_path: Path
+) -> None:
+    kind, url = door
+    kind.drops = drops
+    cluster = profile(tmp_path, ray_cluster, address=url)
+    error = oar(ray_cluster, "submit", recipe(tmp_path), "--cluster", cluster, code=2)
+    if drops == 1:
+        time.sleep(1.5)  # Ray may write something of the job again
+        assert "asking for tried-1-" in error and "tried-1-" not in jobs_known(ray_cluster)
+        assert not (tmp_path / "run").exists()
+        return
+    (job,) = last_submission(str(tmp_path / "run")).jobs
+    assert job.id in jobs_known(ray_cluster)
+    assert f"Not taken back: run ({job.id})" in error and f"oar cancel {tmp_path}/run" in error
+    kind.drops = 0
+    oar(ray_cluster, "cancel", str(tmp_path / "run"))
+    assert "RUNNING" not in oar(ray_cluster, "jobs", str(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -172,20 +241,24 @@ def sigterm() -> Iterator[None]:
 
 @pytest.mark.usefixtures("sigterm")
 @pytest.mark.parametrize(
-    ("codes", "ends", "runs"),
+    ("codes", "short_s", "ends", "runs"),
     [
-        ([0, 0], 0, 2),
-        ([2], 2, 1),
-        ([75, 75, 75, 0, 0], 0, 5),
-        ([1, 0, 137, 1, 0], 0, 5),
-        ([1, 1, 75, 1, 1, 0, 0], 0, 7),
-        ([1, 1, 1], 1, 3),
-        ([1, 9, 3], 3, 3),
+        ([0, 0], 60, 0, 2),
+        ([2], 60, 2, 1),
+        ([75, 75, 75, 0, 0], 0, 0, 5),
+        ([75, 75, 75], 60, 75, 3),
+        ([75, 1, 0, 75, 0], 60, 0, 5),
+        ([1, 0, 137, 1, 0], 60, 0, 5),
+        ([1, 1, 75, 1, 1, 0, 0], 0, 0, 7),
+        ([1, 1, 1], 60, 1, 3),
+        ([1, 9, 3], 60, 3, 3),
     ],
 )
 def test_a_command_is_begun_again_only_where_that_may_help(
-    codes: list[int], ends: int, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codes: list[int], short_s: float, ends: int, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One that is stopped soon after it began, time and again, is a failure; with ``short_s`` 0 none is soon."""
+    monkeypatch.setattr(ray_entry, "SHORT_S", short_s)
     program = tmp_path / "python"  # ends with the next of the codes, and writes down how it was called
     program.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/called\nexit $(sed -n $(wc -l <{tmp_path}/called)p {tmp_path}/codes)\n')
     program.chmod(0o755)

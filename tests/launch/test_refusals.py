@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import pytest
 from cluster.dev import slurm as dev_slurm
 from cluster.dev.slurm import Cluster
 from oar_scale.cli import main
+from oar_scale.launch import cancel, find_jobs, logs
+from oar_scale.launch.record import last_submission
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = str(ROOT / "recipes" / "smoke.yaml")
@@ -36,8 +41,10 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: str, **pro
         ({"nodes": 3}, "node", "Change nodes, cpus_per_node"),
         ({"cpus_per_node": 200}, "", "Change nodes, cpus_per_node"),
         ({"sbatch": ["--no-such-option"]}, "unrecognized option", ""),
+        ({"sbatch": ["--constraint=ib"]}, "Invalid feature specification", "Correct `--constraint`"),
+        ({"sbatch": ["--exclude=elsewhere"]}, "Invalid node name specified", "Nodes here: n[1-2]. Correct `--exclude`"),
     ],
-    ids=["partition", "time", "gpus", "nodes", "cpus", "option"],
+    ids=["partition", "time", "gpus", "nodes", "cpus", "option", "feature", "node"],
 )
 def test_slurm_says_no_and_the_remedy_follows(
     slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], profile: dict[str, Any], words: str, remedy: str
@@ -86,7 +93,9 @@ def test_a_machine_without_slurm_is_told_so(tmp_path: Path, capsys: pytest.Captu
         ("Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "a quota"),
         ("Batch job submission failed: Invalid account or account/partition combination specified", "Set `account` and `qos`"),
         ("Batch job submission failed: Invalid qos specification", "Set `account` and `qos`"),
-        ("Batch job submission failed: Requested GRES option unsupported by configured SelectType plugin", "gpu_type or memory_gb"),
+        ("Batch job submission failed: Requested GRES option unsupported by configured SelectType plugin", "gpu_type, memory_gb"),
+        ("Batch job submission failed: Access/permission denied", "AllowGroups"),
+        ("Batch job submission failed: Job's account not permitted to use this partition (gpu allows a not b)", "AllowAccounts"),
         ("Batch job submission failed: Unable to contact slurm controller (connect failure)", "slurmctld up"),
     ],
 )
@@ -100,14 +109,148 @@ def test_what_only_a_site_with_accounts_refuses_has_its_remedy_too(
     assert remedy in said
 
 
-@pytest.mark.parametrize("reason", ["PartitionTimeLimit", "AssocMaxWallDurationPerJobLimit", "QOSMaxGRESPerJob", "InvalidAccount"])
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("PartitionTimeLimit", "Lower `time`"),
+        ("PartitionNodeLimit", "Nodes of a job here: gpu. Change `nodes`"),
+        ("AssocMaxWallDurationPerJobLimit", "a quota"),
+        ("QOSMaxGRESPerJob", "a quota"),
+        ("InvalidAccount", "Set `account` and `qos`"),
+        ("AccountNotAllowed", "Set `account` and `qos`"),
+        ("BadConstraints", "or `sbatch`"),
+        ("DependencyNeverSatisfied", "Submit again"),
+    ],
+)
 def test_a_job_that_a_cluster_accepts_but_could_never_start_is_taken_back(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reason: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reason: str, remedy: str
 ) -> None:
-    taken = tmp_path.parent / f"{tmp_path.name}-taken"
-    fake(tmp_path, monkeypatch, sbatch="echo 7", squeue=f"echo {reason}", scancel=f"echo $* > {taken}", sinfo="echo gpu")
+    """At the first look Slurm has no reason yet."""
+    beside = str(tmp_path.parent / tmp_path.name)
+    squeue = f"if [ -e {beside}-asked ]; then echo 7 PENDING {reason}; else touch {beside}-asked; echo 7 PENDING None; fi"
+    fake(tmp_path, monkeypatch, sbatch="echo 7", squeue=squeue, scancel=f"echo $* > {beside}-taken", sinfo="echo gpu")
     said = refused(tmp_path, capsys)
-    assert f"the job run could never start: {reason}" in said and taken.read_text() == "7\n"
+    assert f"the job run could never start: {reason}" in said and remedy in said
+    assert Path(f"{beside}-taken").read_text() == "7\n"
+
+
+def test_nodes_that_failed_their_check_join_those_that_the_profile_excludes_and_are_named(
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two nodes are all there are: without both, there is none."""
+    run = tmp_path / "runs" / "new"
+    (run / "jobs").mkdir(parents=True)
+    (run / "jobs" / ".lock").touch()
+    (run / "jobs" / "excluded").write_text("n2\nn2\n")
+    said = refused(tmp_path, capsys, sbatch=["--exclude=n1"])
+    assert "node configuration is not available" in said and f"{run}/jobs/excluded leaves out n2: delete" in said
+    submit_held(tmp_path, run)
+    (job,) = find_jobs(str(run))
+    assert "ExcNodeList=n2" in slurm.command("scontrol", "show", "job", job.job.id)
+    cancel(str(run))
+
+
+def submit_held(folder: Path, run: Path, *words: str) -> None:
+    (folder / "profile.yaml").write_text(
+        json.dumps({"type": "slurm", "partition": "main", "cpus_per_node": 1, "time": "00:05:00", "warn_s": 30, "sbatch": ["--hold"]})
+    )
+    assert main(["submit", SMOKE, "--cluster", str(folder / "profile.yaml"), "-o", f"run_dir={run}", *words]) == 0
+
+
+OTHER = """
+if [ ! -e {flag} ]; then
+    touch {flag}
+    {python} -m oar_scale.cli submit {recipe} --cluster {profile} -o run_dir={other} >{flag} 2>&1
+    echo $? >>{flag}
+    {ends}
+fi
+echo 7
+"""
+
+
+def while_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, other: Path, ends: str) -> Path:
+    """A sbatch in the middle of whose first call another submission happens, to its end; what that says, and its exit code."""
+    flag = folder.parent / f"{folder.name}-flag"
+    profile = folder / "profile.yaml"
+    words = {"flag": flag, "python": sys.executable, "recipe": SMOKE, "profile": profile, "other": other, "ends": ends}
+    fake(folder, monkeypatch, sbatch=OTHER.format(**words), squeue="", scancel="", sinfo="")
+    profile.write_text('{"type": "slurm", "cpus_per_node": 1, "time": "00:10:00"}')
+    return flag
+
+
+def test_a_refused_submission_leaves_a_run_alone_that_was_submitted_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "runs" / "one", tmp_path / "runs" / "other"
+    flag = while_sbatch(tmp_path, monkeypatch, other, "exit 1")
+    assert main(["submit", SMOKE, "--cluster", str(tmp_path / "profile.yaml"), "-o", f"run_dir={one}"]) == 2
+    assert flag.read_text() == "submitted run as job 7\n0\n"
+    assert last_submission(str(other)).jobs[0].id == "7" and (other / "jobs" / "1-run" / "job.sbatch").exists()
+    assert not one.exists()
+
+
+def test_of_two_submissions_of_a_run_the_second_leaves_the_first_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs" / "one"
+    flag = while_sbatch(tmp_path, monkeypatch, run, ":")
+    assert main(["submit", SMOKE, "--cluster", str(tmp_path / "profile.yaml"), "-o", f"run_dir={run}"]) == 0
+    assert "another oar submit works on this run" in flag.read_text() and flag.read_text().endswith("\n2\n")
+    assert last_submission(str(run)).jobs[0].id == "7" and (run / "jobs" / "1-run" / "job.sbatch").exists()
+
+
+def test_what_earlier_submissions_left_stays_though_their_record_was_moved_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "runs" / "new" / "jobs" / "1-run"
+    old.mkdir(parents=True)
+    (old / "5.log").write_text("said\n")
+    (old.parent / "recipe-1.yaml").write_text("name: old\n")
+    (old.parent / ".lock").touch()
+    fake(tmp_path, monkeypatch, sbatch="exit 1", sinfo="")
+    refused(tmp_path, capsys)
+
+
+def test_jobs_that_cannot_be_taken_back_are_named_and_written_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controller goes in the middle of a chain."""
+    gone = "echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    here = f"{tmp_path}/bin"
+    fake(tmp_path, monkeypatch, sbatch=f"[ -e {here}/first ] && {{ {gone}; }}; touch {here}/first; echo 7", scancel=gone, squeue=gone)
+    (tmp_path / "profile.yaml").write_text('{"type": "slurm", "cpus_per_node": 1, "time": "00:10:00"}')
+    run = str(tmp_path / "run")
+    words = ["--cluster", str(tmp_path / "profile.yaml"), "-o", f"run_dir={run}", "--stages", "data,tokens"]
+    assert main(["submit", SMOKE, *words]) == 2
+    said = capsys.readouterr().err
+    assert "sbatch refuses the job tokens: Unable to contact" in said and "Not taken back: data (7)" in said
+    assert f"oar cancel {run}" in said
+    assert [job.id for job in last_submission(run).jobs] == ["7"] and (tmp_path / "run" / "jobs" / "1-data" / "job.sbatch").exists()
+
+
+def test_a_path_with_a_space_gets_its_log_and_one_that_slurm_would_expand_is_refused(
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stub: Path
+) -> None:
+    (tmp_path / "behaviour").write_text("echo at work\n")
+    monkeypatch.setenv("BEHAVIOUR", str(tmp_path / "behaviour"))
+    monkeypatch.setenv("PATH", f"{stub}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    profile = {
+        "type": "slurm",
+        "partition": "main",
+        "cpus_per_node": 1,
+        "time": "00:05:00",
+        "warn_s": 30,
+        "env": {"PATH": os.environ["PATH"]},
+    }
+    (tmp_path / "profile.yaml").write_text(json.dumps(profile))
+    assert main(["submit", SMOKE, "--cluster", "profile.yaml", "--stages", "data", "-o", "run_dir=my runs/one"]) == 0
+    deadline = time.monotonic() + 60
+    while not (status := find_jobs("my runs/one")[0]).over and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert status.done, status
+    text = "".join(logs("my runs/one"))
+    assert "at work" in text and f"jobs/1-data/{status.job.id}.log: " in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["behaviour", "my runs", "profile.yaml"]
+    assert main(["submit", SMOKE, "--cluster", "profile.yaml", "-o", "run_dir=runs/50%j"]) == 2
+    assert "a path with '%' cannot be told to Slurm. Set run_dir" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> None:

@@ -1,0 +1,122 @@
+"""A run goes on after a mistake that was mended, and on another cluster when its own is gone; and one looks at it before it begins."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.dev import ray as dev_ray
+from cluster.dev.slurm import Cluster
+from oar_scale.cli import main
+from oar_scale.launch import JobStatus, cancel, find_jobs
+from oar_scale.launch.record import Job, Submission, read_submissions, write_submissions
+from oar_scale.observe.events import EventLog
+
+SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
+
+
+def profile(folder: Path, **fields: object) -> str:
+    given = {"type": "slurm", "partition": "main", "cpus_per_node": 1, "time": "00:05:00", "warn_s": 30, **fields}
+    (folder / "profile.yaml").write_text(json.dumps(given))
+    return str(folder / "profile.yaml")
+
+
+def submitted_elsewhere(run: Path, kind: str, where: str, cluster: str) -> None:
+    """The record of two jobs at a cluster that is gone; the first was done."""
+    (run / "jobs" / "1-data").mkdir(parents=True)
+    (run / "jobs" / "1-data" / "41.log").touch()
+    (run / "jobs" / "1-data" / "41.outcome").write_text("done\n")
+    (run / "jobs" / "recipe-1.yaml").write_text(f"name: gone\nrun_dir: {run}\n")
+    jobs = [Job("data", ["data"], "41", "jobs/1-data"), Job("tokens", ["tokens"], "42", "jobs/1-tokens", "41")]
+    write_submissions(str(run), [Submission(1, 0.0, kind, cluster, [], "jobs/recipe-1.yaml", ["data", "tokens"], where, str(run), jobs)])
+
+
+def begun(run: Path) -> None:
+    with EventLog(str(run / "events"), "pretrain") as log:
+        log.emit("start", steps=100, start_step=0, world_size=2)
+
+
+def ended(run: Path) -> JobStatus:
+    deadline = time.monotonic() + 60
+    while not (status := find_jobs(str(run))[0]).over:
+        assert time.monotonic() < deadline, status
+        time.sleep(0.2)
+    return status
+
+
+def test_a_run_whose_ray_is_gone_goes_on_elsewhere_when_one_says_so(
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, head = tmp_path / "run", f"http://127.0.0.1:{dev_ray.free_port()}"
+    submitted_elsewhere(run, "ray", head, "/gone/ray.yaml")
+    words = ["submit", SMOKE, "--cluster", profile(tmp_path, sbatch=["--hold"]), "-o", f"run_dir={run}"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"{head}: no Ray answers there" in said and f"{run}/jobs.json" in said and "oar submit --forget" in said
+    assert len(read_submissions(str(run))) == 1
+    assert main([*words, "--forget"]) == 0
+    assert [each.kind for each in read_submissions(str(run))] == ["ray", "slurm"]
+    capsys.readouterr()
+    assert main([*words, "--forget"]) == 2, "a job that lives is not forgotten"
+    assert "submitted already: run (" in capsys.readouterr().err
+    cancel(str(run))
+
+
+def test_what_a_lost_slurm_left_undone_is_submitted_again_when_one_says_so(
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    submitted_elsewhere(run, "slurm", str(tmp_path / "gone.conf"), profile(tmp_path, sbatch=["--hold"]))
+    assert main(["resubmit", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"{run}/jobs.json" in said and f"submitted to {tmp_path}/gone.conf" in said and "oar resubmit --forget" in said
+    assert main(["resubmit", str(run), "--forget"]) == 0
+    assert [job.name for job in read_submissions(str(run))[-1].jobs] == ["tokens"]
+    cancel(str(run))
+
+
+def test_a_recipe_that_was_corrected_is_submitted_again_and_one_that_was_not_fails_again(
+    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: Path
+) -> None:
+    (tmp_path / "behaviour").write_text('grep -q "^seed: 7$" "$2" || exit 2\n')
+    monkeypatch.setenv("BEHAVIOUR", str(tmp_path / "behaviour"))
+    run, cluster = tmp_path / "run", profile(tmp_path, env={"PATH": f"{stub}:{os.environ['PATH']}"})
+    words = ["submit", SMOKE, "--cluster", cluster, "--stages", "data", "-o", f"run_dir={run}"]
+    assert main(words) == 0
+    assert ended(run).state == "FAILED"
+    assert main(["resubmit", str(run)]) == 0
+    assert ended(run).state == "FAILED"
+    assert main([*words, "-o", "seed=7"]) == 0
+    assert ended(run).done
+    assert [each.recipe for each in read_submissions(str(run))] == [f"jobs/recipe-{number}.yaml" for number in (1, 2, 3)]
+
+
+def test_status_shows_the_jobs_of_a_run_before_it_has_begun_and_beside_its_state_later(
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["submit", SMOKE, "--cluster", profile(tmp_path, sbatch=["--hold"]), "-o", f"run_dir={run}", "--stages", "pretrain"]) == 0
+    (job,) = read_submissions(str(run))[-1].jobs
+    capsys.readouterr()
+    assert main(["status", str(run)]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert "it has not begun" in first and rest == ["", f"{'pretrain':24} {job.id:>12}  PENDING      waits: JobHeldUser"]
+    begun(run)
+    assert main(["status", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        said.startswith(f"{run}\n") and "pretrain   starting" in said and said.endswith(f"{job.id:>12}  PENDING      waits: JobHeldUser\n")
+    )
+    cancel(str(run))
+
+
+def test_status_of_a_run_whose_cluster_does_not_answer_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submitted_elsewhere(tmp_path, "ray", f"http://127.0.0.1:{dev_ray.free_port()}", "/gone/ray.yaml")
+    begun(tmp_path)
+    assert main(["status", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "pretrain   starting" in said and "its jobs: http://127.0.0.1:" in said and "no Ray answers there" in said
