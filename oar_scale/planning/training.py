@@ -112,7 +112,8 @@ def evaluating(case: Case, training: TrainingConfig) -> float:
 def saving_of(case: Case, written: Checkpoint, interval_s: float) -> Saving:
     """A save stops training while it goes to the local disk, and for as long as the one before is still on its way."""
     assumed, each = case.assumed, written.bytes / case.cluster.nodes / 1e9
-    upload = each / assumed("storage.s3_write_gb_s") + 2 * assumed("storage.s3_request_s")
+    sent = max(each / assumed("storage.s3_write_gb_s"), written.puts / assumed("storage.s3_puts_per_s"))
+    upload = sent + 2 * assumed("storage.s3_request_s")
     return Saving(
         interval_s=interval_s,
         stall_s=each / assumed("storage.disk_write_gb_s") + max(0.0, upload - interval_s),

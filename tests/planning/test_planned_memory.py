@@ -137,12 +137,12 @@ def test_workers_that_train_hold_what_is_printed(sizes: list[Any], tmp_path: Pat
     tool = benchmark()
     cases = [tool.case(size, images=images, checkpointing=mode, zero_stage=stage) for size, images, mode, stage, _ in sizes]
     run_workers(_train, tool.WORKERS, cases, str(tmp_path))
-    for case, took, (*_, moment) in zip(cases, tool.peaks(str(tmp_path)), sizes, strict=True):
-        assert main(["plan", case["recipe"], *(word for override in case["overrides"] for word in ("-o", override))]) == 0
+    for wanted, took, (*_, moment) in zip(cases, tool.peaks(str(tmp_path)), sizes, strict=True):
+        assert main(["plan", wanted["recipe"], *(word for override in wanted["overrides"] for word in ("-o", override))]) == 0
         lines = capsys.readouterr().out.splitlines()
         (heads,) = [line.split() for line in lines if "weights" in line and "tensors" in line]
         (row,) = [line.split() for line in lines if line.startswith("  *ZeRO")]
         assert any(f"most is held in the {moment}" in line for line in lines)
         printed = float(row[2:][heads[1:].index("tensors")]) * 1e9  # "*ZeRO", "2"; its offload is empty
-        assert printed == pytest.approx(took, rel=0.1), case
-        assert tool.predicted(case, traced=True) == pytest.approx(took, rel=0.1), case
+        assert printed == pytest.approx(took, rel=0.1), wanted
+        assert tool.predicted(wanted, traced=True) == pytest.approx(took, rel=0.1), wanted

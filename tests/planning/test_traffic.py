@@ -13,6 +13,7 @@ from oar_scale.orders.table import OrderTable, write_orders
 from oar_scale.planning import extracting, traffic
 from oar_scale.planning.shape import spec_of
 from oar_scale.planning.traffic import checkpoint, orders_bytes, pool_load, token_shard
+from oar_scale.planning.training import saving_of
 from oar_scale.storage import s3_download
 from oar_scale.storage.s3 import _TRANSFER
 from tests.planning.cases import case
@@ -66,6 +67,13 @@ def test_large_files_go_up_in_parts() -> None:
     few, many = checkpoint(spec, 8, average=False), checkpoint(spec, 1024, average=False)
     assert few.puts == 8 * (-(-few.bytes // 8 // (16 << 20)) + 2) + 3
     assert many.puts == 1024 + 3
+
+
+def test_an_upload_waits_for_the_bytes_or_for_what_a_prefix_takes() -> None:
+    few, many = (case("imagenet", "data.canonical_streams=1024", nodes=nodes, gpus_per_node=8) for nodes in (1, 128))
+    slow, crowded = (saving_of(each, checkpoint(each.spec, each.workers, average=False), 600.0) for each in (few, many))
+    assert slow.upload_s == pytest.approx(12 * 342_912_000 / 1e9 + 0.2)
+    assert crowded.upload_s == pytest.approx((1024 + 3) / 3500 + 0.2)
 
 
 def test_a_pool_claims_looks_reads_writes_enters_and_lets_go() -> None:
