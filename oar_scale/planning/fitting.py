@@ -128,19 +128,10 @@ def has_room(case: Case, held: Memory) -> bool:
 
 
 def gb(size: float) -> str:
-    """GB of 10^9 bytes, in three figures."""
+    """GB of 10^9 bytes, in three figures or so."""
     value = size / 1e9
-    return (
-        f"{value:,.0f}"
-        if value >= 1000
-        else f"{value:.1f}"
-        if value >= 10
-        else f"{value:.2f}"
-        if value >= 1
-        else f"{value:.3f}"
-        if value
-        else "0"
-    )
+    decimals = next(places for least, places in ((1000, 0), (10, 1), (1, 2), (0, 3)) if value >= least)
+    return f"{value:,.{decimals}f}" if value else "0"
 
 
 def _nearest(written: ParallelConfig, sizes: list[int]) -> Iterator[tuple[ParallelConfig, str]]:
@@ -186,5 +177,5 @@ def _nothing_fits(case: Case, needed: Memory, holds: Callable[[ParallelConfig], 
 
 
 def _would_fit(case: Case, parallel: ParallelConfig, workers: int) -> bool:
-    elsewhere = case.on(replace(case.cluster, nodes=workers, per_node=case.gpus_per_worker))
+    elsewhere = replace(case, cluster=replace(case.cluster, nodes=workers, per_node=case.gpus_per_worker), bounded=False)
     return has_room(elsewhere, holder(elsewhere)(parallel.model_copy(update={"workers": workers})))

@@ -135,7 +135,8 @@ def _training(plan: Plan) -> Iterator[str]:
     yield from _columns([r for r in rows if r[0] not in dull or any(cell != _seconds(0) for cell in r[1:])])
     sent = stages[0].step.sent
     if sent:
-        links = f"{plan.cluster.link(plan.workers) / 1e9:,.0f} GB/s between the workers"
+        gpus = plan.workers * max(1, plan.fit.parallel.gpus_per_worker)
+        links = f"{plan.cluster.link(gpus) / 1e9:,.0f} GB/s between the workers"
         parts = ", ".join(f"{name} {gb(size)} GB" for name, size in sent.items())
         yield f"  A worker sends in a step of {stages[0].name}: {parts}; {links}"
     rate, shard = stages[0].step.images_per_s, plan.shard

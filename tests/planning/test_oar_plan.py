@@ -213,10 +213,11 @@ def test_what_cannot_be_planned_is_one_line_with_the_remedy(arguments: list[str]
     assert re.search(words, error) and "\n" not in error
 
 
-def test_too_few_gpus_hear_how_many_would_do() -> None:
+@pytest.mark.parametrize("cluster", [{"nodes": 1, "gpus_per_node": 2}, {}], ids=["given", "the recipe's"])
+def test_too_few_gpus_hear_how_many_would_do(cluster: dict[str, int]) -> None:
     small = ["memory.node_gb=64"]  # no room for what could be offloaded
     with pytest.raises(UserError, match=r"does not fit on 2 x L40S.*About (\d+) of them would do under ZeRO-3") as raised:
-        plan("imagenet", *LARGE[1::2], gpu="l40s", nodes=1, gpus_per_node=2, assume=small)
+        plan("imagenet", *LARGE[1::2], "parallel.workers=2", gpu="l40s", assume=small, **cluster)
     found = re.search(r"About (\d+) of them", str(raised.value))
     assert found and 4 < int(found[1]) <= 8
     assert plan("imagenet", *LARGE[1::2], gpu="l40s", nodes=1, gpus_per_node=8, assume=small).fit.parallel.zero_stage == 3
