@@ -49,6 +49,7 @@ class Node:
     address: str
     pid: int
     created: int
+    cpus: int
 
     def process(self) -> psutil.Process | None:
         return processes.find(self.pid, self.created)
@@ -65,6 +66,11 @@ class Cluster:
     dashboard: bool
     token: str
     nodes: list[Node] = field(default_factory=list)
+    """Those that were lost too."""
+
+    @property
+    def living(self) -> list[Node]:
+        return [node for node in self.nodes if node.process() is not None]
 
     @property
     def address(self) -> str:
@@ -95,8 +101,11 @@ def up(folder: str = ".dev/ray", nodes: int = 2, cpus: int = 2, port: int = 2637
             cluster = _start_head(folder, cpus, port, dashboard)
             for _ in range(nodes - 1):
                 add_node(cluster, cpus)
-        elif (len(cluster.nodes), cluster.port) != (nodes, port):
-            raise RuntimeError(f"the Ray in {folder} already runs with {len(cluster.nodes)} nodes on port {cluster.port}: stop it first")
+        elif ([node.cpus for node in cluster.living], cluster.port) != ([cpus] * nodes, port):
+            found = ", ".join(str(node.cpus) for node in cluster.living)
+            raise RuntimeError(
+                f"the Ray in {folder} already runs with {len(cluster.living)} nodes of {found} CPUs on port {cluster.port}: stop it first"
+            )
     wait_for_nodes(cluster, nodes)
     return cluster
 
@@ -183,7 +192,7 @@ def _start(cluster: Cluster, address: str, cpus: int, rest: Sequence[str]) -> No
         process = subprocess.Popen(
             [ray, "start", "--block", *options, *rest], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    node = Node(address, process.pid, processes.born(process.pid))
+    node = Node(address, process.pid, processes.born(process.pid), cpus)
     process.returncode = 0  # it is meant to outlive us: no warning when the handle goes
     cluster.nodes.append(node)
     _write(cluster)

@@ -30,7 +30,7 @@ def add(verbs: Subparsers) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    """1: the recipe does not fit as it is written, and was planned with other settings."""
+    """1: training or extraction do not fit as the recipe is written, and were planned with other settings."""
     from oar_scale.planning.plan import Options, make_plan
     from oar_scale.planning.text import as_json, as_text
 
@@ -49,7 +49,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     )
     plan = make_plan(arguments.recipe, arguments.overrides, options)
     print(as_json(plan) if arguments.json else as_text(plan))
-    return 0 if plan.fit.fits else 1
+    return 0 if plan.fits else 1
 
 
 def _whole(text: str) -> int:

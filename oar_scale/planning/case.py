@@ -18,6 +18,8 @@ class Case:
     recipe: Recipe
     spec: ModelSpec
     cluster: Cluster
+    bounded: bool
+    """No cluster was given: there are no more workers and actors than the recipe has."""
     images: Images | None
     """None: nobody knows how many there are."""
     shard: Shard
@@ -35,7 +37,8 @@ class Case:
     @property
     def workers(self) -> int:
         """Training workers that the cluster has room for."""
-        return self.cluster.gpus // self.gpus_per_worker
+        room = self.cluster.gpus // self.gpus_per_worker
+        return min(room, self.recipe.parallel.max_workers) if self.bounded else room
 
     @property
     def gpus_per_worker(self) -> int:

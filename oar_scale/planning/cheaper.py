@@ -11,7 +11,7 @@ from oar_scale.planning.fitting import MODES, has_room, holder
 from oar_scale.planning.memory import micro_batches
 from oar_scale.planning.speed import step_time
 from oar_scale.planning.traffic import checkpoint
-from oar_scale.planning.training import Stage, saving_of, settings_of
+from oar_scale.planning.training import Stage, evaluating, saving_of, settings_of
 
 WORTH = 0.03
 """A smaller share of the money, or of the time, is within what the assumptions leave open."""
@@ -85,8 +85,9 @@ def _cost(case: Case, parallel: ParallelConfig, stages: list[Stage], planned_mon
         step = step_time(case, parallel, training.global_batch)
         interval = training.checkpoint_every * step.seconds
         saving = saving_of(case, checkpoint(case.spec, case.workers, average=training.ema_decay is not None), interval)
-        lost = (interval / 2 + saving.restart_s) / saving.between_failures_s
-        hours += training.steps * step.seconds * (1 + saving.stall_s / interval) * (1 + lost) / 3600
+        lost = (interval / 2 + saving.upload_s + saving.restart_s) / saving.between_failures_s
+        work = training.steps * step.seconds * (1 + saving.stall_s / interval) + evaluating(case, training)
+        hours += work * (1 + lost) / 3600
     money = hours * case.workers * case.gpus_per_worker * case.cluster.price
     return Alternative(
         nodes=case.cluster.nodes,

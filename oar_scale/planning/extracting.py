@@ -1,23 +1,27 @@
 """Orders for all images, and the evaluation: operations, memory, time, and what the pool asks of the storage.
 
-An order takes N (N + 1) / 2 candidate rows (``model/flops.extraction_flops``). Cheaper ways (docs/orders.md) are planned as if they were
-exact: an upper bound. Actors do not wait for one another, so a failure costs what is lost with its node and nothing else.
+An order takes N (N + 1) / 2 candidate rows (``model/flops.extraction_flops``), and an image as many orders as ``extract.orders_per_image``
+for each of ``extract.views``. Cheaper ways (docs/orders.md) are planned as if they were exact: an upper bound. Actors do not wait for one
+another, so a failure costs what is lost with its node and nothing else.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from oar_scale.config.schema import ParallelConfig, Recipe
+from oar_scale.config.schema import ParallelConfig
+from oar_scale.errors import UserError
 from oar_scale.model.flops import extraction_flops, forward_flops
 from oar_scale.model.spec import ModelSpec
 from oar_scale.planning import activations
 from oar_scale.planning.activations import BYTES
 from oar_scale.planning.assumptions import Assumptions
 from oar_scale.planning.case import Case
-from oar_scale.planning.cluster import Cluster
 from oar_scale.planning.failures import YEAR_S
 from oar_scale.planning.shape import parameters
 from oar_scale.planning.traffic import PoolLoad, orders_bytes, pool_load
@@ -35,6 +39,66 @@ LATE = 3.0
 
 
 @dataclass(frozen=True)
+class Actors:
+    """The pool that the stage ``extract`` is planned with."""
+
+    count: int
+    gpus_per_actor: float
+    computing: int
+    """GPUs that are busy; on CPUs, workers."""
+    held: int
+    """GPUs that are taken, and paid for."""
+    lost_per_year: float
+    """How often an actor is lost: with any GPU of its node."""
+    batch: int
+    """As the recipe says."""
+    memory: int
+    """Of one at this batch."""
+    room: float
+    """For one."""
+    largest_batch: int
+    """That fits; 0: not even the weights do."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= self.room
+
+
+def plan_actors(case: Case) -> Actors | None:
+    """As many actors as the cluster has room for, of at most the recipe's where no cluster is given; None: a raster model has one order.
+
+    Raises:
+        UserError: an actor takes more GPUs than a node has.
+    """
+    found, spec = case.cluster, case.spec
+    if spec.layout == "raster":
+        return None
+    # An actor without a GPU beside training that has some, or the other way round, is no pool for this cluster.
+    each = 0.0 if found.on_cpu else case.recipe.extract.gpus_per_actor or 1.0
+    if each > found.per_node:
+        raise UserError(f"extract.gpus_per_actor = {each:g}: a node has {found.per_node}. Take fewer; an actor computes on one of them.")
+    sharing = int(1 / each + 1e-9) if 0 < each <= 1 else 1
+    of_node = found.per_node * sharing if each <= 1 else int(found.per_node // each)
+    count = found.nodes * of_node
+    if case.bounded:
+        count = min(count, case.recipe.extract.max_actors)
+    computing = -(-count // sharing)
+    held = computing if each <= 1 else math.ceil(count * each)
+    room, needs = found.memory / sharing, partial(actor_memory, spec, case.recipe.parallel, guided=_guided(case), assumed=case.assumed)
+    return Actors(
+        count=count,
+        gpus_per_actor=each,
+        computing=computing,
+        held=held,
+        lost_per_year=case.failures * min(held, found.per_node),
+        batch=case.recipe.extract.batch,
+        memory=needs(case.recipe.extract.batch),
+        room=room,
+        largest_batch=_largest(lambda batch: needs(batch) <= room),
+    )
+
+
+@dataclass(frozen=True)
 class Extraction:
     """Orders for every training image."""
 
@@ -45,7 +109,6 @@ class Extraction:
     flops_per_order: int
     images_per_s: float
     shards: int
-    actors: int
     start_s: float
     """That an actor takes to start."""
     shard_s: float
@@ -55,10 +118,6 @@ class Extraction:
     money: float
     failures: float
     """Expected while it runs."""
-    memory: int
-    """Of an actor."""
-    largest_batch: int
-    """That fits; 0: not even the weights do."""
     order_bytes: int
     load: PoolLoad
     takeover_s: float
@@ -67,26 +126,27 @@ class Extraction:
     """Of the requests that one prefix allows."""
 
 
-def extraction(case: Case) -> Extraction | None:
-    """Plan the stage ``extract`` on all of the cluster; None where nobody knows how many images there are, or a model has one order."""
-    recipe, spec, found, assumed = case.recipe, case.spec, case.cluster, case.assumed
-    if case.images is None or spec.layout == "raster":
+def extraction(case: Case, actors: Actors) -> Extraction | None:
+    """Plan the stage ``extract``; None where nobody knows how many images there are."""
+    spec, found, assumed, config = case.spec, case.cluster, case.assumed, case.recipe.extract
+    if case.images is None:
         return None
-    config, images, guided = recipe.extract, case.images.count, recipe.extract.guidance != 1
-    flops = extraction_flops(spec, guided=guided)
-    orders = images * config.orders_per_image
-    rate = found.gpus * found.flops * (1.0 if found.on_cpu else assumed("time.extraction_mfu")) / flops / config.orders_per_image
-    shards, actors = -(-images // case.shard.samples), _actors(recipe, found)
-    shard_s = case.shard.samples / rate * actors
+    images, each = case.images.count, config.orders_per_image * config.views
+    flops = extraction_flops(spec, guided=_guided(case))
+    rate = actors.computing * found.flops * (1.0 if found.on_cpu else assumed("time.extraction_mfu")) / (flops * each)
+    shards = -(-images // case.shard.samples)
+    shard_s = case.shard.samples / rate * actors.count
     start_s = assumed("actors.start_on_cpu_s" if found.on_cpu else "actors.start_s")
-    rounds = shards / actors
+    rounds = shards / actors.count
     plain = start_s + max(1.0, rounds) * shard_s + (shard_s / 2 if rounds > 1 else 0.0)
-    failures = case.failures * found.gpus * plain / YEAR_S
-    lost = failures * found.per_node / found.gpus * (shard_s / 2 + start_s)
-    load = pool_load(shards, case.shard, plain + lost)
+    failures = case.failures * actors.held * plain / YEAR_S
+    lost = failures * min(1.0, found.per_node / actors.held) * (shard_s / 2 + start_s)
+    hours = (plain + lost) / 3600 * actors.held
+    tables = images * each * orders_bytes(spec)
+    load = pool_load(shards, case.shard, tables // shards, plain + lost)
     return Extraction(
         images=images,
-        orders=orders,
+        orders=images * each,
         exact=config.commit_per_step == 1
         and config.cosine_steps is None
         and config.frontier_random is None
@@ -94,16 +154,13 @@ def extraction(case: Case) -> Extraction | None:
         flops_per_order=flops,
         images_per_s=rate,
         shards=shards,
-        actors=actors,
         start_s=start_s,
         shard_s=shard_s,
         seconds=plain + lost,
-        gpu_hours=(plain + lost) / 3600 * found.gpus,
-        money=(plain + lost) / 3600 * found.gpus * found.price,
+        gpu_hours=hours,
+        money=hours * found.price,
         failures=failures,
-        memory=actor_memory(spec, recipe.parallel, config.batch, guided, assumed),
-        largest_batch=_largest_batch(spec, recipe.parallel, guided, found.memory * min(1.0, found.gpus / actors), assumed),
-        order_bytes=orders * orders_bytes(spec),
+        order_bytes=tables,
         load=load,
         takeover_s=(load.lists + load.entry_gets / READERS) * assumed("storage.s3_request_s"),
         storage_share=max(
@@ -113,7 +170,7 @@ def extraction(case: Case) -> Extraction | None:
     )
 
 
-def actor_memory(spec: ModelSpec, parallel: ParallelConfig, batch: int, guided: bool, assumed: Assumptions) -> int:
+def actor_memory(spec: ModelSpec, parallel: ParallelConfig, batch: int, *, guided: bool, assumed: Assumptions) -> int:
     """Weights, KV cache, a pass over all candidates."""
     gpu = parallel.gpus_per_worker > 0
     cache, working = activations.decoding(spec, batch * (1 + guided), parallel.precision, gpu=gpu)
@@ -121,20 +178,15 @@ def actor_memory(spec: ModelSpec, parallel: ParallelConfig, batch: int, guided: 
     return int(held * (1 + assumed("memory.fragmentation")) + assumed("memory.framework_gb") * 1e9) if gpu else held
 
 
-def _largest_batch(spec: ModelSpec, parallel: ParallelConfig, guided: bool, room: float, assumed: Assumptions) -> int:
-    low, high = 0, 1
-    while high <= 4096 and actor_memory(spec, parallel, high, guided, assumed) <= room:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if actor_memory(spec, parallel, middle, guided, assumed) <= room else (low, middle)
-    return low
+def _guided(case: Case) -> bool:
+    return case.recipe.extract.guidance != 1
 
 
-def _actors(recipe: Recipe, found: Cluster) -> int:
-    if found.on_cpu or not recipe.extract.gpus_per_actor:
-        return found.gpus
-    return max(1, int(found.gpus / recipe.extract.gpus_per_actor))
+def _largest(fits: Callable[[int], bool]) -> int:
+    high = 1
+    while fits(high):
+        high *= 2
+    return bisect.bisect_left(range(high), True, lo=high // 2 + 1, key=lambda batch: not fits(batch)) - 1 if high > 1 else 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -127,7 +128,10 @@ def has_room(case: Case, held: Memory) -> bool:
 
 
 def gb(size: float) -> str:
-    return f"{size / 1e9:,.1f}"
+    """GB of 10^9 bytes, in three figures or so."""
+    value = size / 1e9
+    decimals = next(places for least, places in ((1000, 0), (10, 1), (1, 2), (0, 3)) if value >= least)
+    return f"{value:,.{decimals}f}" if value else "0"
 
 
 def _nearest(written: ParallelConfig, sizes: list[int]) -> Iterator[tuple[ParallelConfig, str]]:
@@ -150,19 +154,28 @@ def _nearest(written: ParallelConfig, sizes: list[int]) -> Iterator[tuple[Parall
 
 
 _OFFLOADS = ("optimizer", "optimizer_and_parameters")
+MANY = 2**17
+"""Workers that nobody has."""
 
 
 def _nothing_fits(case: Case, needed: Memory, holds: Callable[[ParallelConfig], Memory]) -> str:
     update = {"workers": case.workers, "micro_batch": 1, "zero_stage": 3, "activation_checkpointing": "full", "offload": "none", **_PLAIN}
-    least = holds(case.recipe.parallel.model_copy(update=update))
-    sharded = least.states + least.step
-    fixed = replace(least, parameters=0, gradients=0, optimizer=0, average=0, step=0).total
+    smallest = case.recipe.parallel.model_copy(update=update)
+    least, more = holds(smallest), case.workers
+    while more < MANY and not _would_fit(case, smallest, more):
+        more *= 2
     remedy = "Take a GPU with more memory."
-    if fixed < case.cluster.memory:
-        enough = -(-sharded * case.workers // int(case.cluster.memory - fixed))
-        remedy = f"About {enough} of them would do under ZeRO-3 with full activation checkpointing, or fewer with more memory."
+    if more < MANY:
+        enough = bisect.bisect_left(range(more), True, lo=more // 2, key=lambda workers: _would_fit(case, smallest, workers))
+        gpus = enough * case.gpus_per_worker
+        remedy = f"About {gpus} of them would do under ZeRO-3 with full activation checkpointing, or fewer with more memory."
     return (
         f"{case.recipe.name} does not fit on {case.workers} x {case.cluster.label}: {gb(needed.total)} GB are needed of "
         f"{gb(case.cluster.memory)} GB as the recipe is written, and {gb(least.total)} GB with zero_stage 3, micro_batch 1 and full "
         f"activation checkpointing. {remedy}"
     )
+
+
+def _would_fit(case: Case, parallel: ParallelConfig, workers: int) -> bool:
+    elsewhere = replace(case, cluster=replace(case.cluster, nodes=workers, per_node=case.gpus_per_worker), bounded=False)
+    return has_room(elsewhere, holder(elsewhere)(parallel.model_copy(update={"workers": workers})))

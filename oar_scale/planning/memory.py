@@ -9,16 +9,24 @@
     optimiser         8 P       12 P / W      12 P / W   12 P / W       two moments, and float32 weights under ZeRO; 4 P more for an average
     buckets           e b       e (B + b)     e (B + b)  e (B + b)      B = 5 10^8 numbers, b = min(P, B); a CPU touches 2 e b of them
 
-Beside these there are either activations and logits (the backward pass), or the gradients as the optimiser takes them (its step):
-(e + 4) P / W in bf16, 4 P / W in fp32, under ZeRO-3 of 10^9 parameters at a time. Offload moves the optimiser's part, and parameters, to
-the node's memory. The table was found by counting the tensors of real engines (tests/planning/test_zero_memory.py), and agrees with
-DeepSpeed's own estimators where they count the same.
+Beside weights, optimiser and average there is, one after the other, and the most of it counts:
+
+    forward     activations that are kept, and the loss at work: logits, and its gradients so far
+    backward    activations, the head's gradient, the bucket B (a CPU touches of it what gradients have come)
+    late        the first block's activations with all gradients whole: ZeRO 0 and 1, which reduce at the end
+    reduction   the bucket and its copy b, with the activations that are left when the first bucket is full: none where P < B
+    step        gradients as the optimiser takes them: (e + 4) P / W in bf16, 4 P / W in fp32, under ZeRO-3 of 10^9 parameters at a time
+
+and gradients from the micro-batches before, gathered parameters and ZeRO-3's bucket in all passes. Offload moves the optimiser's part,
+and parameters, to the node's memory. The table was found by counting the tensors of real engines (tests/planning/test_zero_memory.py),
+and agrees with DeepSpeed's own estimators where they count the same; the most is what workers that train take on a CPU
+(tests/planning/test_planned_memory.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 
 from oar_scale.config.schema import ParallelConfig, Recipe
@@ -45,11 +53,21 @@ class Memory:
     average: int
     buckets: int
     activations: int
+    """In the backward pass, at their most."""
     logits: int
-    """What the loss needs beyond the activations that are kept at that time, where that is more than the backward pass needs."""
+    """With all that the loss works with, after the forward pass."""
     step: int
     """Gradients as the optimiser takes them, when there are no activations and buckets."""
-    framework: int
+    moments: dict[str, int]
+    """What there is beside weights, optimiser and average, by moment."""
+    worst: str
+    """The moment that takes most."""
+    tensors: int
+    """All that torch has allocated then."""
+    other: int
+    """On a GPU, framework and fragmentation; on a CPU, what the allocator keeps of what was freed."""
+    total: int
+    """Both."""
     host: int
     """In the node's memory, for this worker."""
 
@@ -57,11 +75,6 @@ class Memory:
     def states(self) -> int:
         """Parameters, gradients and the optimiser's state."""
         return self.parameters + self.gradients + self.optimizer + self.average
-
-    @property
-    def total(self) -> int:
-        """The most at any moment."""
-        return self.states + max(self.gathered + self.buckets + self.activations + self.logits, self.step) + self.framework
 
 
 def memory(
@@ -86,37 +99,90 @@ def memory(
     total, share = count.total, -(-count.total // workers)
     stage, offloaded = parallel.zero_stage, parallel.offload != "none"
     whole_gradients = stage == 0 or (stage == 1 and accumulation > 1)
+    gradients = 0 if offloaded else e * (total if whole_gradients else share)
     optimizer, averaged = (12 * share, 4 * share * average) if stage else (8 * total, 4 * total * average)
-    bucket = min(total, BUCKET)
-    found = Memory(
-        parameters=_parameters(parallel, total, share, e),
-        gathered=e * min(total, LIVE) if stage == 3 else 0,
-        gradients=0 if offloaded else e * (total if whole_gradients else share),
-        optimizer=0 if offloaded else optimizer,
-        average=0 if offloaded else averaged,
-        buckets=_buckets(stage, bucket, workers, gpu) * e,
-        activations=0,
-        logits=0,
-        step=_step(stage, share, e) if not offloaded else 0,
-        framework=0,
-        host=_host(parallel, share, optimizer + averaged, e, count.largest),
-    )
-    if offloaded:
-        found = replace(found, buckets=found.buckets + e * count.largest)  # a gradient on its way
     traced = trunk or activations.trunk(spec, parallel.micro_batch, parallel.precision, parallel.activation_checkpointing)
     head = activations.head(spec, parallel.micro_batch, parallel.precision, gpu=gpu)
     padded = activations.padding(spec, parallel.micro_batch, parallel.precision, parallel.activation_checkpointing) if gpu else 0
-    at_work, loss = traced.peak + padded, traced.kept + padded + head.at_work
-    found = replace(found, activations=at_work, logits=max(0, loss - at_work))
-    if not gpu:
-        return replace(found, framework=int(assumed("memory.malloc") * found.total))
-    return replace(found, framework=int(assumed("memory.framework_gb") * 1e9 + assumed("memory.fragmentation") * found.total))
+    sizes = _Sizes(
+        gradients=e * total,
+        share=0 if offloaded else e * share,
+        earlier=gradients if accumulation > 1 or stage == 3 else 0,
+        gathered=e * min(total, LIVE) if stage == 3 else 0,
+        bucket=(e * BUCKET if gpu else 0) if stage else 0,
+        copy=e * min(total, BUCKET) if stage or workers > 1 else 0,
+        on_its_way=e * count.largest if offloaded else 0,
+    )
+    step = _step(stage, share, e) if not offloaded else 0
+    moments = {**_passes(stage, sizes, Trunk(*(size + padded for size in traced)), head), "step": gradients + step}
+    weights = _parameters(parallel, total, share, e)
+    tensors = weights + (0 if offloaded else optimizer + averaged) + max(moments.values())
+    if gpu:
+        other = int(assumed("memory.framework_gb") * 1e9 + assumed("memory.fragmentation") * tensors)
+    else:
+        other = int(assumed("memory.malloc") * tensors)
+    return Memory(
+        parameters=weights,
+        gathered=sizes.gathered,
+        gradients=gradients,
+        optimizer=0 if offloaded else optimizer,
+        average=0 if offloaded else averaged,
+        buckets=sizes.buckets(stage),
+        activations=traced.peak + padded,
+        logits=head.at_work,
+        step=step,
+        moments=moments,
+        worst=max(moments, key=moments.__getitem__),
+        tensors=tensors,
+        other=other,
+        total=tensors + other,
+        host=_host(parallel, share, optimizer + averaged, e, count.largest),
+    )
 
 
-def alone(total: int, trunk: Trunk, head: Head) -> int:
-    """The peak of a process that trains in float32 without DeepSpeed: its gradients come into being as activations go."""
-    states = 3 * 4 * total
-    return states + max(trunk.kept + head.at_work, trunk.peak + head.kept, trunk.late + head.kept, 4 * total)
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes that come and go in a pass."""
+
+    gradients: int
+    """All of them, whole."""
+    share: int
+    """Those that this worker keeps."""
+    earlier: int
+    """Those of the micro-batches before."""
+    gathered: int
+    bucket: int
+    """Allocated before a gradient is in it; a CPU's is there as far as it is filled."""
+    copy: int
+    """Of the gradients in a full bucket."""
+    on_its_way: int
+    """A gradient, to the node's memory."""
+
+    def buckets(self, stage: int) -> int:
+        """A full one, and its copy."""
+        return (max(self.bucket, self.copy) if stage else 0) + self.copy + self.on_its_way
+
+
+def _passes(stage: int, sizes: _Sizes, trunk: Trunk, head: Head) -> dict[str, int]:
+    """What there is in a pass beside weights, optimiser and average, at its moments."""
+    stays = sizes.gathered + sizes.earlier + (max(sizes.bucket, sizes.copy) if stage == 3 else 0)
+    comes = stays + (sizes.bucket if stage in (1, 2) else 0) + sizes.on_its_way
+    several = sizes.gradients > sizes.copy  # buckets: what was reduced of the first is there when the next one is full
+    beside = (
+        sizes.gradients,
+        sizes.gradients - sizes.copy + sizes.share * several,
+        sizes.share if several or sizes.earlier else 0,
+        sizes.share,
+    )[stage]
+    left = 1 - sizes.copy / sizes.gradients if stage > 1 else 0.0
+    found = {
+        "forward": stays + trunk.kept + head.at_work,
+        "backward": comes + trunk.peak + head.kept,
+        "reduction": sizes.gathered + sizes.buckets(stage) + beside + int(left * trunk.peak),
+    }
+    if stage < 2 and not sizes.earlier:
+        found["late"] = comes + trunk.late + head.kept
+    return found
 
 
 def micro_batches(recipe: Recipe, workers: int) -> list[int]:
@@ -146,12 +212,6 @@ def _parameters(parallel: ParallelConfig, total: int, share: int, e: int) -> int
         return e * total
     own = 0 if parallel.offload == "optimizer_and_parameters" else e * share
     return own + (e * -(-total // parallel.hpz_workers) if parallel.hpz_workers > 1 else 0)
-
-
-def _buckets(stage: int, bucket: int, workers: int, gpu: bool) -> int:
-    if stage == 0:
-        return bucket if workers > 1 else 0
-    return (BUCKET if gpu else bucket) + bucket
 
 
 def _step(stage: int, share: int, e: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import ParallelConfig, Recipe
@@ -15,7 +16,7 @@ from oar_scale.planning.assumptions import Assumption, read_assumptions
 from oar_scale.planning.case import Case
 from oar_scale.planning.cheaper import Alternative, alternatives
 from oar_scale.planning.cluster import NODE, Cluster, cluster, gpu_of
-from oar_scale.planning.extracting import Evaluation, Extraction, evaluation, extraction
+from oar_scale.planning.extracting import Actors, Evaluation, Extraction, evaluation, extraction, plan_actors
 from oar_scale.planning.fitting import Fit, Row, choose, memory_table
 from oar_scale.planning.shape import Images, Parameters, parameters, spec_of, training_images
 from oar_scale.planning.simulating import Simulation, Wanted, parse_simulation, simulate
@@ -54,6 +55,10 @@ class Plan:
     images: Images | None
     shard: Shard
     fit: Fit
+    actors: Actors | None
+    """None: a raster model."""
+    overrides: list[str]
+    """What the plan presumes and the recipe does not say: ``KEY=VALUE`` each."""
     table: list[Row]
     """Memory under each ZeRO stage and offload."""
     traced: Trunk | None
@@ -68,6 +73,11 @@ class Plan:
     cheaper: list[Alternative]
     simulation: Simulation | None
     assumptions: list[Assumption]
+
+    @property
+    def fits(self) -> bool:
+        """Training and extraction do as the recipe is written."""
+        return self.fit.fits and (self.actors is None or self.actors.fits)
 
 
 def make_plan(path: str, overrides: Sequence[str], options: Options) -> Plan:
@@ -87,7 +97,8 @@ def make_plan(path: str, overrides: Sequence[str], options: Options) -> Plan:
         fit = choose(case, traced)
     parallel = fit.parallel
     stages = [plan_stage(case, name, parallel) for name in training_stages(recipe)]
-    orders = extraction(case)
+    actors = plan_actors(case)
+    orders = extraction(case, actors) if actors else None
     return Plan(
         recipe=recipe.name,
         cluster=case.cluster,
@@ -97,6 +108,8 @@ def make_plan(path: str, overrides: Sequence[str], options: Options) -> Plan:
         images=case.images,
         shard=case.shard,
         fit=fit,
+        actors=actors,
+        overrides=overrides_of(case, parallel, actors),
         table=memory_table(case, parallel, traced),
         traced=traced[1] if traced else None,
         formula=activations.trunk(case.spec, parallel.micro_batch, parallel.precision, parallel.activation_checkpointing),
@@ -107,9 +120,26 @@ def make_plan(path: str, overrides: Sequence[str], options: Options) -> Plan:
         gpu_hours=sum(stage.gpu_hours for stage in stages) + (orders.gpu_hours if orders else 0.0),
         money=sum(stage.money for stage in stages) + (orders.money if orders else 0.0),
         cheaper=alternatives(case, parallel, stages),
-        simulation=simulate(case, wanted, stages, orders) if wanted else None,
+        simulation=simulate(case, wanted, stages, actors, orders) if wanted else None,
         assumptions=case.assumed.used(),
     )
+
+
+def overrides_of(case: Case, planned: ParallelConfig, actors: Actors | None) -> list[str]:
+    """What has to be changed in the recipe for a run as it is planned."""
+    given, extract = case.recipe.parallel, case.recipe.extract
+    changed: dict[str, Any] = {}
+    if not given.min_workers <= planned.max_workers <= given.max_workers:
+        changed["parallel.workers"] = planned.workers
+    written = given.model_dump(exclude={"workers"})
+    changed |= {f"parallel.{key}": value for key, value in planned.model_dump(include=set(written)).items() if value != written[key]}
+    if actors and not extract.min_actors <= actors.count <= extract.max_actors:
+        changed["extract.actors"] = actors.count
+    if actors and actors.gpus_per_actor != extract.gpus_per_actor:
+        changed["extract.gpus_per_actor"] = actors.gpus_per_actor
+    if actors and not actors.fits and actors.largest_batch:
+        changed["extract.batch"] = actors.largest_batch
+    return [f"{key}={value}".lower() for key, value in changed.items()]
 
 
 def training_stages(recipe: Recipe) -> list[str]:
@@ -146,6 +176,7 @@ def case_of(recipe: Recipe, options: Options, wanted: Wanted | None = None) -> C
         recipe=recipe,
         spec=spec,
         cluster=found,
+        bounded=nodes is None,
         images=training_images(recipe, options.images, assumed),
         shard=token_shard(recipe, spec),
         assumed=assumed,

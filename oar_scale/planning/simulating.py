@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from oar_scale.errors import UserError
 from oar_scale.planning.case import Case
-from oar_scale.planning.extracting import Extraction, Makespan, makespan
+from oar_scale.planning.extracting import Actors, Extraction, Makespan, makespan
 from oar_scale.planning.streaming import StreamLoad, stream_load
 from oar_scale.planning.training import Stage
 
@@ -48,14 +48,14 @@ def parse_simulation(text: str) -> Wanted:
     return Wanted(int(ranks), failures)
 
 
-def simulate(case: Case, wanted: Wanted, stages: list[Stage], orders: Extraction | None) -> Simulation:
+def simulate(case: Case, wanted: Wanted, stages: list[Stage], actors: Actors | None, orders: Extraction | None) -> Simulation:
     """Act out the stream of the first stage, and the extraction.
 
     Raises:
         UserError: nobody knows how many images there are, or ranks that cannot share the streams.
     """
     stream = stream_load(case, wanted.ranks, stages[0].step.seconds)
-    if orders is None:
+    if actors is None or orders is None:
         return Simulation(stream, None)
-    lost = case.failures * case.cluster.gpus * case.cluster.per_node / orders.actors  # a failure takes the actors of its node
-    return Simulation(stream, makespan(orders.shards, orders.shard_s, orders.actors, lost, orders.start_s, case.assumed, seed=case.seed))
+    acted = makespan(orders.shards, orders.shard_s, actors.count, actors.lost_per_year, orders.start_s, case.assumed, seed=case.seed)
+    return Simulation(stream, acted)

@@ -93,7 +93,7 @@ def communication(case: Case, parallel: ParallelConfig, accumulation: int) -> tu
     weight = size * (0.5 if parallel.quantized_weights else 1) * accumulation
     gradient = size * (0.25 if parallel.quantized_gradients else 1) * accumulation
     sent = {"all-gather, forward": weight, "all-gather, backward": weight, "reduce-scatter of gradients": gradient}
-    near = found.link(parallel.hpz_workers) if parallel.hpz_workers > 1 else link
+    near = found.link(parallel.hpz_workers * case.gpus_per_worker) if parallel.hpz_workers > 1 else link
     return sent, started + (weight + gradient) / link + weight / near
 
 

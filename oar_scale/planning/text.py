@@ -10,11 +10,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from oar_scale.planning.extracting import Extraction
+from oar_scale.planning.extracting import Actors, Extraction
+from oar_scale.planning.fitting import gb
 from oar_scale.planning.plan import Plan
 from oar_scale.planning.simulating import Simulation
 from oar_scale.planning.training import Stage
 
+_MOMENTS = {
+    "forward": "forward pass, with the loss",
+    "backward": "backward pass",
+    "late": "end of the backward pass",
+    "reduction": "reduction of gradients",
+    "step": "optimiser's step",
+}
 _OFFLOAD = {"none": "", "optimizer": "optimiser", "optimizer_and_parameters": "and weights"}
 
 
@@ -39,8 +47,12 @@ def _head(plan: Plan) -> Iterator[str]:
     yield f"  {count.total:,} parameters: " + ", ".join(f"{name} {_big(value)}" for name, value in parts.items())
     yield f"  layout {spec.layout}, {spec.cells} cells, {spec.rows} rows an image ({spec.condition.rows} of them condition)"
     yield f"  {plan.fit.said}"
+    if plan.actors and not plan.actors.fits:
+        yield f"  DOES NOT FIT: {_actor(plan, plan.actors)}"
+    if plan.overrides:
+        yield f"  To run it as planned: {' '.join(f'-o {each}' for each in plan.overrides)}"
     if plan.images:
-        size = f"{_gb(plan.images.count * plan.shard.sample)} GB of token shards, {plan.shard.sample:,.0f} bytes an image"
+        size = f"{gb(plan.images.count * plan.shard.sample)} GB of token shards, {plan.shard.sample:,.0f} bytes an image"
         yield f"  {plan.images.count:,} training images ({plan.images.source}); {size}"
     else:
         yield "  how many images there are is not known: --images N tells epochs and extraction as well"
@@ -59,7 +71,8 @@ def _memory(plan: Plan) -> Iterator[str]:
         "buckets": [row.memory.buckets for row in plan.table],
         "activations": [row.memory.activations for row in plan.table],
         "logits": [row.memory.logits for row in plan.table],
-        "other": [row.memory.framework for row in plan.table],
+        "tensors": [row.memory.tensors for row in plan.table],
+        "other": [row.memory.other for row in plan.table],
         "most": [row.memory.total for row in plan.table],
     }
     shown = {name: sizes for name, sizes in parts.items() if any(sizes)}
@@ -70,23 +83,24 @@ def _memory(plan: Plan) -> Iterator[str]:
             [
                 f"{'*' if row.planned else ' '}ZeRO {row.zero_stage}",
                 _OFFLOAD[row.offload],
-                *(_gb(sizes[number]) for sizes in shown.values()),
+                *(gb(sizes[number]) for sizes in shown.values()),
                 *largest,
             ]
         )
     yield from _columns(rows)
-    room = _gb(plan.cluster.memory)
+    room = gb(plan.cluster.memory)
     yield f"  * planned. fits: the largest micro-batch in {room} GB that divides the batch, by kind of activation checkpointing"
-    yield f"  The optimiser's step needs {_gb(plan.fit.memory.step)} GB where buckets and activations were."
+    yield f"  The most is held in the {_MOMENTS[plan.fit.memory.worst]}; its parts are not all there at one moment."
+    yield f"  tensors: all that torch allocates; other: {_other(plan)}"
     host = {
         f"ZeRO {row.zero_stage} {_OFFLOAD[row.offload]}": row.memory.host * plan.cluster.per_node for row in plan.table if row.memory.host
     }
     if host:
-        yield "  Offload takes of a node's memory: " + ", ".join(f"{name} {_gb(size)}" for name, size in host.items()) + " GB"
+        yield "  Offload takes of a node's memory: " + ", ".join(f"{name} {gb(size)}" for name, size in host.items()) + " GB"
     if plan.traced:
         yield (
-            f"  Activations traced: {_gb(plan.traced.kept)} GB kept for the backward pass, {_gb(plan.traced.peak)} GB at most; "
-            f"by formula {_gb(plan.formula.kept)} and {_gb(plan.formula.peak)} GB"
+            f"  Activations traced: {gb(plan.traced.kept)} GB kept for the backward pass, {gb(plan.traced.peak)} GB at most; "
+            f"by formula {gb(plan.formula.kept)} and {gb(plan.formula.peak)} GB"
         )
 
 
@@ -102,7 +116,7 @@ def _training(plan: Plan) -> Iterator[str]:
         row("steps x images", lambda s: f"{s.steps:,} x {s.global_batch:,}"),
         row("epochs", lambda s: "?" if s.epochs is None else f"{s.epochs:,.1f}"),
         row("tokens", lambda s: _big(s.tokens)),
-        row("operations", lambda s: f"{s.flops:.2e}"),
+        row("operations, FLOP", lambda s: f"{s.flops:.2e}"),
         row("a step takes", lambda s: _seconds(s.step.seconds)),
         row("  computing", lambda s: _seconds(s.step.compute_s)),
         row("  of that, again", lambda s: _seconds(s.step.recompute_s)),
@@ -110,7 +124,7 @@ def _training(plan: Plan) -> Iterator[str]:
         row("  hidden communication", lambda s: _seconds(s.step.communication_s - s.step.exposed_s)),
         row("  offload", lambda s: _seconds(s.step.offload_s)),
         row("  waiting for data", lambda s: _seconds(s.step.data_wait_s)),
-        row("a worker sends", lambda s: f"{_gb(sum(s.step.sent.values()))} GB"),
+        row("a worker sends", lambda s: f"{gb(sum(s.step.sent.values()))} GB"),
         row("images/s", lambda s: f"{s.step.images_per_s:,.1f}"),
         row("MFU of the step", lambda s: f"{s.step.mfu:.0%}"),
         row("time", lambda s: _time(s.hours)),
@@ -121,8 +135,9 @@ def _training(plan: Plan) -> Iterator[str]:
     yield from _columns([r for r in rows if r[0] not in dull or any(cell != _seconds(0) for cell in r[1:])])
     sent = stages[0].step.sent
     if sent:
-        links = f"{plan.cluster.link(plan.workers) / 1e9:,.0f} GB/s between the workers"
-        parts = ", ".join(f"{name} {_gb(size)} GB" for name, size in sent.items())
+        gpus = plan.workers * max(1, plan.fit.parallel.gpus_per_worker)
+        links = f"{plan.cluster.link(gpus) / 1e9:,.0f} GB/s between the workers"
+        parts = ", ".join(f"{name} {gb(size)} GB" for name, size in sent.items())
         yield f"  A worker sends in a step of {stages[0].name}: {parts}; {links}"
     rate, shard = stages[0].step.images_per_s, plan.shard
     fetched = f"{rate * shard.sample / 1e6:,.1f} MB/s and {rate / shard.samples * shard.gets:,.2f} GET/s"
@@ -134,22 +149,30 @@ def _checkpoints(plan: Plan) -> Iterator[str]:
     yield "Checkpoints and failures"
     rows = [
         ["", *(stage.name for stage in stages)],
-        ["bytes", *(f"{_gb(s.saves.bytes)} GB" for s in stages)],
-        ["every", *(f"{s.saves.every:,} steps, {_seconds(s.saves.every * s.step.seconds)}" for s in stages)],
-        ["stops training for", *(_seconds(s.saves.stall_s) for s in stages)],
-        ["uploaded in", *(f"{_seconds(s.saves.upload_s)}, {s.saves.puts:,} requests" for s in stages)],
+        ["bytes", *(f"{gb(s.saves.bytes)} GB" for s in stages)],
+        ["saved every", *(f"{s.saves.every:,} steps, {_seconds(s.saves.every * s.step.seconds)}" for s in stages)],
+        ["training stalls for", *(_seconds(s.saves.stall_s) for s in stages)],
+        ["uploaded in", *(_seconds(s.saves.upload_s) for s in stages)],
+        ["PUT requests", *(f"{s.saves.puts:,}, {s.saves.puts_per_s:,.0f}/s" for s in stages)],
     ]
     if stages[0].saves.between_failures_s is not None:
         rows += [
             ["a failure every", *(_time((s.saves.between_failures_s or math.inf) / 3600) for s in stages)],
             ["failures, expected", *(f"{s.survival.failures:,.1f}" for s in stages)],
             ["goodput", *(_goodput(s) for s in stages)],
-            ["best interval", *(f"{s.saves.best_every:,} steps, {_seconds((s.saves.best_every or 0) * s.step.seconds)}" for s in stages)],
+            [
+                "recommended interval",
+                *(f"{s.saves.best_every:,} steps, {_seconds((s.saves.best_every or 0) * s.step.seconds)}" for s in stages),
+            ],
             ["goodput then", *(f"{s.best_survival.goodput:.2%}" if s.best_survival else "-" for s in stages)],
         ]
     yield from _columns(rows)
     if stages[0].saves.between_failures_s is None:
         yield "  No failures are assumed on CPUs; --failures-per-gpu-year X simulates some."
+
+
+def _other(plan: Plan) -> str:
+    return "what the allocator keeps of what was freed" if plan.cluster.on_cpu else "framework and fragmentation"
 
 
 def _who(plan: Plan) -> str:
@@ -165,7 +188,9 @@ def _goodput(stage: Stage) -> str:
 
 def _orders(plan: Plan) -> Iterator[str]:
     yield "Extraction and evaluation"
-    if found := plan.extraction:
+    if plan.actors:
+        yield f"  {plan.actors.count:,} actors on {plan.actors.held:,} {_who(plan)}s; {_actor(plan, plan.actors)}"
+    if plan.actors and (found := plan.extraction):
         load, who = found.load, _who(plan)
         bound = "" if found.exact else " at most (the recipe takes a cheaper way than exact)"
         yield f"  {found.orders:,} orders of {found.flops_per_order / 1e12:,.2f} TF each{bound}: {found.images_per_s:,.1f} images/s"
@@ -173,15 +198,13 @@ def _orders(plan: Plan) -> Iterator[str]:
             f"  {_time(found.seconds / 3600)}, {found.gpu_hours:,.1f} {who}-hours, {_money(found.money)}; "
             f"{found.failures:,.1f} failures expected, each of which costs the shards of its node's actors"
         )
-        batch = f"extract.batch up to {found.largest_batch:,} fits" if found.largest_batch else "NOT EVEN THE WEIGHTS FIT"
-        yield f"  an actor holds {_gb(found.memory)} GB; {batch}"
-        yield f"  {found.shards:,} shards of {_seconds(found.shard_s)} each; tables of {_gb(found.order_bytes)} GB before compression"
+        yield f"  {found.shards:,} shards of {_seconds(found.shard_s)} each; tables of {gb(found.order_bytes)} GB before compression"
         yield (
             f"  storage: {load.requests:,} requests ({load.gets:,} GET, {load.puts:,} PUT, {load.deletes:,} DELETE), "
             f"{load.requests / found.seconds:,.2f}/s, {found.storage_share:.2%} of what one prefix allows"
         )
         yield f"  a driver that takes over near the end reads the ledger in {_seconds(found.takeover_s)}: {load.entry_gets:,} entries"
-        yield f"  limited by {_limit(found)}"
+        yield f"  limited by {_limit(found, plan.actors.count)}"
     elif plan.spec.layout == "raster":
         yield "  a raster model has one order: nothing is extracted"
     if seen := plan.evaluation:
@@ -191,9 +214,17 @@ def _orders(plan: Plan) -> Iterator[str]:
         )
 
 
-def _limit(found: Extraction) -> str:
-    if found.shards < found.actors:
-        return f"the number of shards: {found.shards:,} for {found.actors:,} actors; make smaller ones (data.samples_per_shard)"
+def _actor(plan: Plan, actors: Actors) -> str:
+    holds = f"an actor holds {gb(actors.memory)} of {gb(actors.room)} GB at extract.batch {actors.batch:,}"
+    if actors.largest_batch:
+        return f"{holds}; batches up to {actors.largest_batch:,} fit"
+    share = "; an actor with a GPU of its own has more room (extract.gpus_per_actor=1)" if 0 < actors.gpus_per_actor < 1 else ""
+    return f"{holds}; not even one image fits: take {_who(plan)}s with more memory{share}"
+
+
+def _limit(found: Extraction, actors: int) -> str:
+    if found.shards < actors:
+        return f"the number of shards: {found.shards:,} for {actors:,} actors; make smaller ones (data.samples_per_shard)"
     if found.storage_share > 1:
         return (
             f"the storage: {found.storage_share:.1f} times the requests that one prefix allows; make larger shards (data.samples_per_shard)"
@@ -235,7 +266,7 @@ def _simulation(done: Simulation, plan: Plan) -> Iterator[str]:
     read = f"{fewest} to {most} of {stream.shards:,} shards, {mean:,.1f} on average"
     yield f"             a rank reads {read}, at most {stream.open_at_once} at once"
     yield f"  coverage   {stream.left_out:,} images left out of the epoch; none comes twice in {stream.checked:,} places that were computed"
-    yield f"  storage    a node fetches {_gb(stream.node_bytes)} GB at most, all nodes {stream.read_twice:.2f} times the data"
+    yield f"  storage    a node fetches {gb(stream.node_bytes)} GB at most, all nodes {stream.read_twice:.2f} times the data"
     yield (
         f"             {stream.gets_per_epoch:,} GETs in {stream.steps:,} steps, {stream.gets_per_s:,.2f}/s and "
         f"{stream.bytes_per_s / 1e9:,.3f} GB/s; the first step waits for {stream.first_gets:,} at once"
@@ -265,11 +296,6 @@ def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
             cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         yield "  " + "  ".join([first, *rest]).rstrip()
-
-
-def _gb(size: float) -> str:
-    value = size / 1e9
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 or not value else f"{value:.2f}"
 
 
 def _big(count: float) -> str:

@@ -70,9 +70,8 @@ def checkpoint(spec: ModelSpec, workers: int, *, average: bool) -> Checkpoint:
     """Float32 weights and two moments (``training/checkpoints``), a file a worker; the average is a third moment."""
     total = parameters(spec).total * 4 * (4 if average else 3)
     each = total // workers
-    parts = -(-each // PART) + 2 if each > MULTIPART else 1
     small = 3  # DeepSpeed's own state, the manifest, the mark that commits
-    return Checkpoint(total, workers + small, workers * parts + small)
+    return Checkpoint(total, workers + small, workers * _puts(each) + small)
 
 
 @dataclass(frozen=True)
@@ -92,16 +91,21 @@ class PoolLoad:
         return self.gets + self.puts + self.deletes
 
 
-def pool_load(shards: int, shard: Shard, seconds: float, beat_s: float = 10.0) -> PoolLoad:
+def pool_load(shards: int, shard: Shard, table_bytes: int, seconds: float, beat_s: float = 10.0) -> PoolLoad:
     """For each shard: a claim, a look for an entry, its parts, the table, the entry, the claim's end; and the pool's heartbeat."""
     beats = int(seconds / beat_s)
     return PoolLoad(
         gets=shards * (1 + shard.gets),
-        puts=shards * 3 + beats,
+        puts=shards * (2 + _puts(table_bytes)) + beats,
         deletes=shards + beats,
         lists=-(-shards // LISTED),
         entry_gets=shards,
     )
+
+
+def _puts(size: int) -> int:
+    """Requests that upload a file: one, or its parts with a beginning and an end."""
+    return -(-size // PART) + 2 if size > MULTIPART else 1
 
 
 def _up(size: int, block: int) -> int:

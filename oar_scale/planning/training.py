@@ -62,8 +62,7 @@ def plan_stage(case: Case, name: str, parallel: ParallelConfig) -> Stage:
     training, spec = settings_of(case, name), case.spec
     batch, gpus = training.global_batch, case.workers * case.gpus_per_worker
     step = step_time(case, parallel, batch)
-    evaluated = training.steps // training.evaluate_every * len(training.evaluate_orders) * -(-HELDOUT_IMAGES // case.workers)
-    evaluation_s = evaluated * forward_flops(spec) / case.worker_flops
+    evaluation_s = evaluating(case, training)
     written = checkpoint(spec, case.workers, average=training.ema_decay is not None)
     saving = saving_of(case, written, training.checkpoint_every * step.seconds)
     apart, work = saving.between_failures_s, training.steps * step.seconds + evaluation_s
@@ -104,10 +103,17 @@ def settings_of(case: Case, name: str) -> TrainingConfig:
     return case.recipe.pretrain if name == "pretrain" else case.recipe.finetune
 
 
+def evaluating(case: Case, training: TrainingConfig) -> float:
+    """Seconds of a stage's evaluations."""
+    images = training.steps // training.evaluate_every * len(training.evaluate_orders) * -(-HELDOUT_IMAGES // case.workers)
+    return images * forward_flops(case.spec) / case.worker_flops
+
+
 def saving_of(case: Case, written: Checkpoint, interval_s: float) -> Saving:
     """A save stops training while it goes to the local disk, and for as long as the one before is still on its way."""
     assumed, each = case.assumed, written.bytes / case.cluster.nodes / 1e9
-    upload = each / assumed("storage.s3_write_gb_s") + 2 * assumed("storage.s3_request_s")
+    sent = max(each / assumed("storage.s3_write_gb_s"), written.puts / assumed("storage.s3_puts_per_s"))
+    upload = sent + 2 * assumed("storage.s3_request_s")
     return Saving(
         interval_s=interval_s,
         stall_s=each / assumed("storage.disk_write_gb_s") + max(0.0, upload - interval_s),

@@ -20,8 +20,9 @@ def test_up_is_idempotent_a_lost_node_is_replaced_and_down_leaves_nothing(tmp_pa
     try:
         cluster = dev_ray.up(folder, nodes=2, cpus=1, port=port, dashboard=False)
         assert dev_ray.up(folder, nodes=2, cpus=1, port=port, dashboard=False) == cluster == dev_ray.running(folder)
-        with pytest.raises(RuntimeError, match=f"already runs with 2 nodes on port {port}"):
-            dev_ray.up(folder, nodes=3, port=port)
+        for nodes, cpus in ((3, 1), (2, 2)):
+            with pytest.raises(RuntimeError, match=f"already runs with 2 nodes of 1, 1 CPUs on port {port}"):
+                dev_ray.up(folder, nodes=nodes, cpus=cpus, port=port, dashboard=False)
         with pytest.raises(RuntimeError, match=f"port {port} is taken"):
             dev_ray.up(str(tmp_path / "other"), port=port)
         assert oct((tmp_path / "cluster.json").stat().st_mode)[-3:] == "600", "the token is in it"
@@ -29,7 +30,10 @@ def test_up_is_idempotent_a_lost_node_is_replaced_and_down_leaves_nothing(tmp_pa
         everyone = {child.pid for node in cluster.nodes for child in psutil.Process(node.pid).children(recursive=True)}
         dev_ray.lose_node(cluster.nodes[1])
         assert cluster.nodes[1].process() is None
+        with pytest.raises(RuntimeError, match="already runs with 1 nodes"):
+            dev_ray.up(folder, nodes=2, cpus=1, port=port, dashboard=False)
         assert dev_ray.add_node(cluster, cpus=1).address == "127.0.0.4"
+        assert dev_ray.up(folder, nodes=2, cpus=1, port=port, dashboard=False) == cluster
         shown = subprocess.run([sys.executable, SCRIPT, "env", "--dir", folder], capture_output=True, text=True, check=True).stdout
         assert f"export RAY_ADDRESS=127.0.0.2:{port}\n" in shown and f"export RAY_AUTH_TOKEN={cluster.token}\n" in shown
     finally:

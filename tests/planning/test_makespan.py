@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import pytest
 
+from oar_scale.errors import UserError
 from oar_scale.model.flops import extraction_flops
 from oar_scale.planning.assumptions import Assumptions, read_assumptions
-from oar_scale.planning.extracting import evaluation, extraction, makespan
+from oar_scale.planning.case import Case
+from oar_scale.planning.extracting import Actors, Extraction, evaluation, extraction, makespan, plan_actors
+from oar_scale.planning.failures import YEAR_S
 from tests.planning.cases import case
 
 EVEN = ["actors.slow_share=0", "actors.spread=0"]
+
+
+def planned(found: Case) -> tuple[Actors, Extraction]:
+    actors = plan_actors(found)
+    assert actors is not None
+    orders = extraction(found, actors)
+    assert orders is not None
+    return actors, orders
 
 
 def even(*more: str) -> Assumptions:
@@ -47,37 +58,87 @@ def test_the_same_seed_acts_out_the_same() -> None:
 
 
 def test_extraction_takes_the_operations_of_its_formula_whatever_dies() -> None:
-    planned = case("imagenet", nodes=8, gpus_per_node=8, images=10**6, assume=["time.extraction_mfu=0.5"])
-    found = extraction(planned)
-    assert found is not None and found.flops_per_order == extraction_flops(planned.spec)
-    assert found.images_per_s == pytest.approx(64 * 989e12 * 0.5 / extraction_flops(planned.spec))
+    large = case("imagenet", nodes=8, gpus_per_node=8, images=10**6, assume=["time.extraction_mfu=0.5"])
+    _, found = planned(large)
+    assert found.flops_per_order == extraction_flops(large.spec)
+    assert found.images_per_s == pytest.approx(64 * 989e12 * 0.5 / extraction_flops(large.spec))
     assert found.seconds == pytest.approx(10**6 / found.images_per_s + 60 + found.shard_s / 2, rel=0.01)
 
 
-def test_guidance_and_several_orders_cost_their_share() -> None:
-    one = extraction(case(images=10**6))
-    guided = extraction(case("imagenet", "extract.guidance=2.0", images=10**6))
-    several = extraction(case("imagenet", "extract.orders_per_image=4", "extract.first_cell=random", images=10**6))
-    assert one and guided and several
-    assert 1.8 < guided.seconds / one.seconds < 2.1 and several.orders == 4 * one.orders
-    assert several.seconds == pytest.approx(4 * one.seconds, rel=0.05)
+@pytest.mark.parametrize(
+    ("more", "orders"),
+    [
+        (["extract.orders_per_image=4", "extract.first_cell=random"], 4),
+        (["extract.views=2"], 2),
+        (["extract.orders_per_image=4", "extract.first_cell=random", "extract.views=2"], 8),
+    ],
+)
+def test_every_order_of_every_view_costs_its_share(more: list[str], orders: int) -> None:
+    _, one = planned(case(images=10**6))
+    _, several = planned(case("imagenet", *more, images=10**6))
+    assert several.orders == orders * 10**6 and several.order_bytes == orders * one.order_bytes
+    assert several.images_per_s == pytest.approx(one.images_per_s / orders)
+    assert several.seconds == pytest.approx(orders * one.seconds, rel=0.05)
+
+
+def test_guidance_costs_a_second_branch() -> None:
+    (_, one), (_, guided) = planned(case(images=10**6)), planned(case("imagenet", "extract.guidance=2.0", images=10**6))
+    assert 1.8 < guided.seconds / one.seconds < 2.1
 
 
 def test_a_cheaper_way_is_called_an_upper_bound() -> None:
-    found = extraction(case("imagenet", "extract.commit_per_step=4", images=10**6))
-    assert found is not None and not found.exact
+    assert not planned(case("imagenet", "extract.commit_per_step=4", images=10**6))[1].exact
 
 
 def test_a_raster_model_has_nothing_to_extract() -> None:
-    planned = case("imagenet", "model.layout=raster", images=10**6)
-    assert extraction(planned) is None and evaluation(planned) is None
+    raster = case("imagenet", "model.layout=raster", images=10**6)
+    assert plan_actors(raster) is None and evaluation(raster) is None
 
 
 def test_the_largest_batch_fills_the_gpu_and_not_more() -> None:
-    found = extraction(case(images=10**6))
-    assert found is not None and found.largest_batch > 1000
-    too_many = extraction(case("imagenet", f"extract.batch={found.largest_batch + 1}", images=10**6))
-    assert too_many is not None and too_many.memory > 141e9 > found.memory
+    largest = planned(case(images=10**6))[0].largest_batch
+    assert largest > 1000
+    full, too_many = (planned(case("imagenet", f"extract.batch={batch}", images=10**6))[0] for batch in (largest, largest + 1))
+    assert full.fits and not too_many.fits and too_many.memory > 141e9 >= full.memory
+
+
+def test_a_small_model_is_not_cut_short() -> None:
+    largest = planned(case("smoke", images=1000))[0].largest_batch
+    assert largest > 8192 and planned(case("smoke", f"extract.batch={largest}", images=1000))[0].fits
+
+
+def test_without_a_cluster_there_are_no_more_actors_and_workers_than_the_recipe_has() -> None:
+    few = case("imagenet", "extract.actors=3", images=10**6)
+    actors, orders = planned(few)
+    assert (actors.count, actors.held) == (3, 3) and orders.gpu_hours == pytest.approx(3 * orders.seconds / 3600)
+    assert planned(case("imagenet", "extract.actors=3", nodes=2, images=10**6))[0].count == 16
+    twelve = ("data.canonical_streams=12", "parallel.workers=12", "pretrain.global_batch=768", "finetune.global_batch=768")
+    assert case("imagenet", *twelve).workers == 12  # on two nodes of eight
+
+
+def test_actors_that_share_a_gpu_are_as_fast_and_have_half_the_room() -> None:
+    (one, whole), (two, halves) = (
+        planned(case("imagenet", f"extract.gpus_per_actor={share}", nodes=2, images=10**6)) for share in (1, 0.5)
+    )
+    assert two.count == 2 * one.count == 32 and two.held == one.held and two.room == one.room / 2
+    assert halves.images_per_s == whole.images_per_s and halves.shard_s == pytest.approx(2 * whole.shard_s)
+    (four,) = {planned(case("imagenet", "extract.gpus_per_actor=4", nodes=2, images=10**6))[0]}
+    assert (four.count, four.computing, four.held) == (4, 4, 16)
+
+
+@pytest.mark.parametrize("share", [0.25, 1, 4])
+def test_an_actor_is_lost_with_any_gpu_of_its_node(share: float) -> None:
+    busy = case("imagenet", f"extract.gpus_per_actor={share}", nodes=4, gpus_per_node=8, images=10**7, failures_per_gpu_year=100.0)
+    actors, orders = planned(busy)
+    assert actors.lost_per_year == 8 * 100.0
+    acted = makespan(orders.shards, orders.shard_s, actors.count, actors.lost_per_year, orders.start_s, even(), seed=0)
+    nodes_lost = 100.0 * 32 * acted.seconds / YEAR_S
+    assert acted.lost_actors == pytest.approx(nodes_lost * actors.count / 4, rel=0.3)
+
+
+def test_an_actor_on_more_gpus_than_a_node_has_is_refused() -> None:
+    with pytest.raises(UserError, match=r"extract\.gpus_per_actor = 16: a node has 8"):
+        plan_actors(case("imagenet", "extract.gpus_per_actor=16"))
 
 
 def test_the_evaluation_draws_with_three_models_and_two_without_a_control() -> None:

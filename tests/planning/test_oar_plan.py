@@ -27,20 +27,51 @@ def plan(recipe: str, *overrides: str, **options: object) -> Plan:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_recipe_fits_and_is_planned_in_two_seconds(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begun = time.process_time()
+def test_every_shipped_recipe_fits_as_it_is_written(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(path)]) == 0
-    assert time.process_time() - begun < 2
     said = capsys.readouterr().out
     assert said.startswith(path.stem) and " fits: " in said and "Assumptions" in said
-    assert not re.search(r"\b(nan|inf|None)\b", said)
+    assert not re.search(r"\b(nan|inf|None)\b", said) and "To run it as planned" not in said
+
+
+TIMED = """
+import sys
+from oar_scale.cli import main
+code = main(sys.argv[1:])
+with open("/proc/self/schedstat") as file:
+    print(file.read().split()[1], file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def seconds(*arguments: str) -> float:
+    """From the command to its end, in a process of its own; the best of three, less what it waited for a core that others had."""
+
+    def once() -> float:
+        begun = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", TIMED, "plan", *arguments], capture_output=True, text=True, timeout=120)
+        took = time.monotonic() - begun
+        assert done.returncode == 0, done.stderr
+        return took - int(done.stderr.splitlines()[-1]) / 1e9
+
+    return min(once() for _ in range(3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what a process waited from /proc")
+def test_a_plan_takes_less_than_two_seconds() -> None:
+    assert seconds(str(RECIPES / "text-13b.yaml"), "--gpu", "h200", "--nodes", "8") < 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what a process waited from /proc")
+@pytest.mark.parametrize("recipe", ["text-13b", "imagenet-xl", "emoji"])
+def test_a_plan_with_traced_activations_takes_less_than_ten_seconds(recipe: str) -> None:
+    assert seconds(str(RECIPES / f"{recipe}.yaml"), "--activations") < 10
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_recipe_is_traced_in_ten_seconds(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begun = time.process_time()
+def test_every_shipped_recipe_is_traced(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(path), "--activations"]) == 0
-    assert time.process_time() - begun < 10
     assert "Activations traced" in capsys.readouterr().out
 
 
@@ -52,6 +83,66 @@ def test_no_torch_is_imported_unless_it_is_to_trace() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_thousand_ranks_share_the_largest_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "text-13b.yaml"), "--simulate", "ranks=1024"]) == 0
+    assert "balance    2 to 2 samples of each rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "changed"),
+    [
+        ("imagenet", ["--nodes", "8"], ["parallel.workers=64", "parallel.micro_batch=16", "extract.actors=64"]),
+        ("text-3b", ["--nodes", "8"], ["parallel.workers=64"]),  # its actors may be 16 to 128
+        ("text-13b", ["--simulate", "ranks=1024"], ["parallel.workers=1024", "parallel.micro_batch=2", "extract.actors=1024"]),
+        ("imagenet", ["-o", "extract.batch=4000", "--gpu", "l40s"], ["extract.batch=779"]),
+        ("imagenet", ["--gpu", "h100", *LARGE], ["parallel.micro_batch=8", "parallel.activation_checkpointing=selective"]),
+        ("emoji", ["--gpu", "h100", "-o", "parallel.gpus_per_worker=1"], ["extract.gpus_per_actor=1.0"]),
+    ],
+)
+def test_what_is_planned_runs_with_the_changes_that_are_printed(
+    recipe: str, arguments: list[str], changed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", str(RECIPES / f"{recipe}.yaml"), *arguments]
+    main(command)
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "To run it as planned: " in line]
+    words = line.partition("planned: ")[2].split()
+    assert words[1::2] == changed and set(words[::2]) == {"-o"}
+    assert main([*command, *words]) == 0  # and it fits
+    again = capsys.readouterr().out
+    assert "To run it as planned" not in again
+    for part in ("Training, MFU", "Training and extraction together"):
+        assert said.partition(part)[2].splitlines()[:20] == again.partition(part)[2].splitlines()[:20]
+
+
+@pytest.mark.parametrize("options", [[], ["-o", "name=mine"]], ids=["", "of nobody knows how many images"])
+def test_an_extraction_that_does_not_fit_is_said_and_is_exit_code_1(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "imagenet.yaml"), "-o", "extract.batch=4000", "--gpu", "l40s", *options]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "DOES NOT FIT" in line]
+    assert "an actor holds 220.3 of 48.0 GB at extract.batch 4,000; batches up to 779 fit" in line
+
+
+def test_an_actor_whose_weights_do_not_fit_hears_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "text-3b.yaml"), "-o", "extract.gpus_per_actor=0.1", "--gpu", "h100"]) == 1
+    said = capsys.readouterr().out
+    assert "not even one image fits" in said and "extract.gpus_per_actor=1" in said
+
+
+def test_the_plan_of_a_large_recipe_answers_what_is_asked_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "text-3b.yaml"), "--gpu", "h200", "--nodes", "8"]) == 0
+    said = capsys.readouterr().out
+    for answer in (
+        *(rf"\n  {row} .*\d" for row in ("epochs", "tokens", "time", "GPU-hours", "money", "training stalls for", "recommended interval")),
+        r"\n  PUT requests +3,139, 490/s",
+        r"\n  goodput +99\.\d+%",
+        r"\n  7\.5 days, [\d,.]+ GPU-hours, \$[\d,]+",
+        r"\n  evaluate computes on 8 GPUs",
+        r"\nTraining and extraction together: ",
+        r"\nCheaper training",
+    ):
+        assert re.search(answer, said), answer
 
 
 def test_json_holds_what_the_lines_say(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +215,7 @@ def test_a_recipe_that_does_not_fit_is_planned_with_the_nearest_that_does_and_ex
         (["--mfu", "40"], r"--mfu 40: a share of the peak"),
         (["-o", "parallel.gpus_per_worker=2", "--nodes", "1", "--gpus-per-node", "1"], r"fewer than parallel\.gpus_per_worker"),
         (
-            [*LARGE, "--gpu", "l40s", "--nodes", "1", "--gpus-per-node", "1", "--assume", "gpus.l40s.memory_gb=8"],
+            [*LARGE, "--gpu", "l40s", "--nodes", "1", "--gpus-per-node", "1", "--assume", "gpus.l40s.memory_gb=6"],
             r"does not fit on 1 x L40S: .*",
         ),
     ],
@@ -135,10 +226,11 @@ def test_what_cannot_be_planned_is_one_line_with_the_remedy(arguments: list[str]
     assert re.search(words, error) and "\n" not in error
 
 
-def test_too_few_gpus_hear_how_many_would_do() -> None:
+@pytest.mark.parametrize("cluster", [{"nodes": 1, "gpus_per_node": 2}, {}], ids=["given", "the recipe's"])
+def test_too_few_gpus_hear_how_many_would_do(cluster: dict[str, int]) -> None:
     small = ["memory.node_gb=64"]  # no room for what could be offloaded
     with pytest.raises(UserError, match=r"does not fit on 2 x L40S.*About (\d+) of them would do under ZeRO-3") as raised:
-        plan("imagenet", *LARGE[1::2], gpu="l40s", nodes=1, gpus_per_node=2, assume=small)
+        plan("imagenet", *LARGE[1::2], "parallel.workers=2", gpu="l40s", assume=small, **cluster)
     found = re.search(r"About (\d+) of them", str(raised.value))
     assert found and 4 < int(found[1]) <= 8
     assert plan("imagenet", *LARGE[1::2], gpu="l40s", nodes=1, gpus_per_node=8, assume=small).fit.parallel.zero_stage == 3

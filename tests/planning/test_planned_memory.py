@@ -1,4 +1,4 @@
-"""Memory by part: against DeepSpeed's own estimators, and against what a process that trains takes."""
+"""Memory by part: against DeepSpeed's own estimators, and against what workers that train take."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from oar_scale.cli import main
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.model.spec import ModelSpec
 from oar_scale.planning.activations import Trunk
 from oar_scale.planning.assumptions import read_assumptions
 from oar_scale.planning.memory import Memory, memory, micro_batches, settings
 from oar_scale.planning.shape import parameters
+from tests.launcher import run_workers
 from tests.planning.cases import SPECS, case
 
 SPEC = SPECS["instructed, class"]
@@ -120,15 +122,27 @@ def benchmark() -> ModuleType:
     return module
 
 
+SMALL = [("4.5 M (emoji)", 24, "none", 2, "backward pass"), ("24 M", 2, "selective", 1, "reduction")]
+LARGE = [("24 M", 4, "selective", 3, "backward pass"), ("111 M (b)", 1, "full", 2, "reduction")]
+
+
+def _train(cases: list[dict[str, Any]], folder: str) -> None:
+    benchmark().worker(cases, folder, give_back=True)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize(
-    ("size", "images", "checkpointing"), [("4.5 M (emoji)", 24, "none"), ("24 M", 4, "selective"), ("111 M (b)", 1, "full")]
-)
-def test_a_process_that_trains_takes_what_is_predicted(size: str, images: int, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sizes", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)], ids=["small", "large"])
+def test_workers_that_train_hold_what_is_printed(sizes: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two real workers, by the column ``tensors`` of the planned row; sizes are at their most at different moments."""
     tool = benchmark()
-    monkeypatch.delenv(tool.GIVE_BACK, raising=False)
-    wanted = {**tool.SIZES[size], "batch": images, "checkpointing": checkpointing}
-    took = tool.measured(wanted, give_back=True)
-    monkeypatch.delenv(tool.GIVE_BACK, raising=False)
-    for traced in (False, True):
-        assert tool.predicted(wanted, traced=traced) == pytest.approx(took, rel=0.1)
+    cases = [tool.case(size, images=images, checkpointing=mode, zero_stage=stage) for size, images, mode, stage, _ in sizes]
+    run_workers(_train, tool.WORKERS, cases, str(tmp_path))
+    for wanted, took, (*_, moment) in zip(cases, tool.peaks(str(tmp_path)), sizes, strict=True):
+        assert main(["plan", wanted["recipe"], *(word for override in wanted["overrides"] for word in ("-o", override))]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (heads,) = [line.split() for line in lines if "weights" in line and "tensors" in line]
+        (row,) = [line.split() for line in lines if line.startswith("  *ZeRO")]
+        assert any(f"most is held in the {moment}" in line for line in lines)
+        printed = float(row[2:][heads[1:].index("tensors")]) * 1e9  # "*ZeRO", "2"; its offload is empty
+        assert printed == pytest.approx(took, rel=0.1), wanted
+        assert tool.predicted(wanted, traced=True) == pytest.approx(took, rel=0.1), wanted

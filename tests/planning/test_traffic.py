@@ -13,6 +13,7 @@ from oar_scale.orders.table import OrderTable, write_orders
 from oar_scale.planning import extracting, traffic
 from oar_scale.planning.shape import spec_of
 from oar_scale.planning.traffic import checkpoint, orders_bytes, pool_load, token_shard
+from oar_scale.planning.training import saving_of
 from oar_scale.storage import s3_download
 from oar_scale.storage.s3 import _TRANSFER
 from tests.planning.cases import case
@@ -68,8 +69,17 @@ def test_large_files_go_up_in_parts() -> None:
     assert many.puts == 1024 + 3
 
 
+def test_an_upload_waits_for_the_bytes_or_for_what_a_prefix_takes() -> None:
+    few, many = (case("imagenet", "data.canonical_streams=1024", nodes=nodes, gpus_per_node=8) for nodes in (1, 128))
+    slow, crowded = (saving_of(each, checkpoint(each.spec, each.workers, average=False), 600.0) for each in (few, many))
+    assert slow.upload_s == pytest.approx(12 * 342_912_000 / 1e9 + 0.2)
+    assert crowded.upload_s == pytest.approx((1024 + 3) / 3500 + 0.2)
+
+
 def test_a_pool_claims_looks_reads_writes_enters_and_lets_go() -> None:
     shard = token_shard(case("imagenet").recipe, case("imagenet").spec)
-    load = pool_load(1000, shard, seconds=100.0)
+    load = pool_load(1000, shard, 1 << 20, seconds=100.0)
     assert (load.gets, load.puts, load.deletes) == (1000 * (1 + shard.gets), 3000 + 10, 1000 + 10)
-    assert load.lists == 1 and pool_load(1001, shard, 1.0).lists == 2
+    assert load.lists == 1 and pool_load(1001, shard, 1 << 20, 1.0).lists == 2
+    many = pool_load(1000, shard, 100 << 20, seconds=100.0)  # several orders of each image: a table goes up in parts
+    assert many.puts - load.puts == 1000 * (7 + 2 - 1)

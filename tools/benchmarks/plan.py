@@ -1,48 +1,59 @@
-"""What `oar plan` says a training step holds, beside what a process that trains holds; and what a CPU's thread does.
+"""What `oar plan` says a training worker holds, beside what workers that train hold; and what a CPU's thread does.
 
     python tools/benchmarks/plan.py                      memory of three sizes, with and without activation checkpointing
+    python tools/benchmarks/plan.py --zero 0 1 2 3       under each ZeRO stage
     python tools/benchmarks/plan.py --rate               useful operations a second of one thread
-    python tools/benchmarks/plan.py --child JSON         one of the sizes in this process; prints JSON
 
-A step is zero_grad, forward, backward and AdamW in float32; measured is the process's highest resident memory during two steps, less
-what was resident before the model was made. glibc keeps freed blocks of up to 32 MB for itself; with MALLOC_MMAP_THRESHOLD_ it gives
-them back, and resident is what tensors take. Predicted are parameters, gradients, the optimiser's state, and activations by formula
-and traced.
+Two workers are the training's own engine (DeepSpeed over gloo) and its own steps; measured is the highest resident memory of the larger one
+during two steps, less what was resident before the engine was made. glibc keeps freed blocks of up to 32 MB for itself; told to give them
+back, and resident is what tensors take: the column `tensors` of the plan.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
+import socket
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import MIB, in_fresh_process, machine, table
+from measure import MIB, machine, table
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+LABELS = ["tokenizer.text={type: labels, classes: 1000}"]
+B = str(RECIPES / "imagenet-b.yaml")
 SIZES: dict[str, dict[str, Any]] = {
-    "4.5 M (emoji)": {"dim": 256, "layers": 4, "heads": 4, "ffn_hidden": 704, "vocab": 512, "grid": 8, "batch": 48},
-    "24 M": {"dim": 384, "layers": 6, "heads": 6, "ffn_hidden": 1024, "vocab": 16384, "grid": 16, "batch": 8},
-    "111 M (b)": {"dim": 768, "layers": 12, "heads": 12, "ffn_hidden": 2048, "vocab": 16384, "grid": 16, "batch": 4},
+    "4.5 M (emoji)": {"recipe": str(RECIPES / "emoji.yaml"), "overrides": LABELS, "images": 48},
+    "24 M": {"recipe": B, "overrides": ["model.dim=384", "model.layers=6", "model.heads=6"], "images": 8},
+    "111 M (b)": {"recipe": B, "overrides": [], "images": 4},
 }
 MODES = ("none", "selective", "full")
-GIVE_BACK = "MALLOC_MMAP_THRESHOLD_"
+WORKERS = 2
+KEPT = 65536
+"""Bytes of the largest block that glibc keeps for itself when it is told to give memory back."""
+M_MMAP_THRESHOLD = -3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted and measured memory of a training step.")
-    parser.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--give-back", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--zero", nargs="+", type=int, choices=range(4), default=[2], metavar="STAGE")
     parser.add_argument("--rate", action="store_true", help="time forward and backward pass of the emoji size instead")
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(run(json.loads(arguments.child))))
+        worker([json.loads(arguments.child[0])], arguments.child[1], give_back=arguments.give_back)
         return
     if arguments.rate:
         rate()
@@ -50,33 +61,118 @@ def main() -> None:
     rows = []
     for size in arguments.sizes:
         for mode in arguments.modes:
-            case = {**SIZES[size], "checkpointing": mode}
-            kept, taken = measured(case, give_back=False), measured(case, give_back=True)
-            said = [predicted(case, traced=traced) for traced in (False, True)]
-            cells = [f"{value / MIB:,.0f} ({value / taken - 1:+.1%})" for value in said]
-            rows.append([size, case["batch"], mode, f"{taken / MIB:,.0f}", *cells, f"{kept / MIB:,.0f}"])
+            for stage in arguments.zero:
+                wanted = case(size, checkpointing=mode, zero_stage=stage)
+                kept, taken = measured(wanted, give_back=False), measured(wanted, give_back=True)
+                said = [predicted(wanted, traced=traced) for traced in (False, True)]
+                cells = [f"{value / MIB:,.0f} ({value / taken - 1:+.1%})" for value in said]
+                rows.append([size, SIZES[size]["images"], stage, mode, f"{taken / MIB:,.0f}", *cells, f"{kept / MIB:,.0f}"])
     print(machine("cpu", 1))
-    print(table(["size", "images", "checkpointing", "measured MiB", "formula MiB", "traced MiB", "measured, glibc as it is"], rows))
+    print(table(["size", "images", "ZeRO", "checkpointing", "measured MiB", "formula MiB", "traced MiB", "measured, glibc as it is"], rows))
+
+
+def case(size: str, *, checkpointing: str, images: int | None = None, zero_stage: int = 2) -> dict[str, Any]:
+    """A recipe and what is changed in it: so many images for each of two workers that have no GPU, in one micro-batch."""
+    images = images or SIZES[size]["images"]
+    parallel = {
+        "gpus_per_worker": 0,
+        "workers": WORKERS,
+        "micro_batch": images,
+        "precision": "fp32",
+        "zero_stage": zero_stage,
+        "activation_checkpointing": checkpointing,
+    }
+    changed = [f"parallel.{key}={value}" for key, value in parallel.items()]
+    changed += [f"{stage}.global_batch={WORKERS * images}" for stage in ("pretrain", "finetune")]
+    return {"recipe": SIZES[size]["recipe"], "overrides": [*SIZES[size]["overrides"], *changed, f"data.canonical_streams={WORKERS}"]}
+
+
+def predicted(case: dict[str, Any], *, traced: bool) -> int:
+    """Bytes of a worker's tensors, as `oar plan` prints them."""
+    from oar_scale.planning.plan import Options, make_plan
+
+    return make_plan(case["recipe"], case["overrides"], Options(activations=traced)).fit.memory.tensors
 
 
 def measured(case: dict[str, Any], *, give_back: bool) -> int:
-    """The peak of a fresh process, in bytes."""
+    """The peak of the larger of two fresh processes, in bytes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rendezvous = {"WORLD_SIZE": str(WORKERS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **rendezvous, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--child", json.dumps(case), folder, *["--give-back"] * give_back]
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(WORKERS)]
+        processes = [subprocess.Popen(command, env={**environment, **rank}, stdout=sys.stderr) for rank in ranks]
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            raise SystemExit(f"{case['recipe']} failed")
+        return peaks(folder)[0]
+
+
+def peaks(folder: str) -> list[int]:
+    """Of the larger worker in each case, in bytes."""
+    of_ranks = [json.loads(path.read_text()) for path in Path(folder).glob("peaks-*")]
+    return [max(of_case) for of_case in zip(*of_ranks, strict=True)]
+
+
+def worker(cases: list[dict[str, Any]], folder: str, *, give_back: bool) -> None:
+    """Two steps of the real engine for each case, in this process, which knows its rank; leaves the bytes at the peaks in ``folder``."""
+    import torch
+    import torch.distributed as dist
+
+    from oar_scale.config.loading import load_recipe
+    from oar_scale.config.schema import LabelsConfig, Recipe
+    from oar_scale.data.stream import Batch
+    from oar_scale.model import AnyOrderModel, save_model
+    from oar_scale.planning.shape import spec_of
+    from oar_scale.tokenizers.prompts import load_prompts
+    from oar_scale.training.engine import make_engine, train_step
+    from oar_scale.training.job import TrainingJob
+    from oar_scale.training.process import Process
+
     if give_back:
-        os.environ[GIVE_BACK] = "65536"  # glibc reads it when the process starts
-    else:
-        os.environ.pop(GIVE_BACK, None)
-    return int(in_fresh_process(__file__, ["--child", json.dumps(case)], threads=1)["peak"])
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, KEPT)
+
+    def train(recipe: Recipe, process: Process) -> int:
+        spec, text = spec_of(recipe), recipe.tokenizer.text
+        assert isinstance(text, LabelsConfig)
+        job = TrainingJob(recipe, "pretrain", folder, folder, os.path.join(folder, "first"), os.path.join(folder, "result"))
+        if process.rank == 0:
+            save_model(job.start_from, AnyOrderModel(spec))
+        dist.barrier()
+        before = _resident("VmRSS")
+        engine = make_engine(job, load_prompts(text, folder), process.world)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        count = recipe.parallel.micro_batch
+        several, no = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
+        for step in range(2):
+            codes_bN = torch.randint(spec.vocab_size, (count, spec.cells))
+            batch = Batch(step, torch.arange(count), codes_bN, several[:, None], no, 0, several, no, torch.zeros_like(codes_bN))
+            train_step(engine, batch, 1e-4, count, process.device)
+        taken = _resident("VmHWM") - before
+        engine.destroy()
+        return taken
+
+    recipes = [load_recipe(case["recipe"], case["overrides"]) for case in cases]
+    small = ["model.dim=64", "model.layers=1", "model.heads=2", "data.image_size=64", "tokenizer.image.codebook_size=64"]
+    with Process(TrainingJob(recipes[0], "pretrain", folder, folder, "", "")) as process:
+        train(load_recipe(cases[0]["recipe"], [*cases[0]["overrides"], *small]), process)  # what is set up at first use
+        Path(folder, f"peaks-{process.rank}").write_text(json.dumps([train(recipe, process) for recipe in recipes]))
 
 
 def rate() -> None:
     """CPU seconds of one thread, so that other programs do not count."""
     import torch
 
+    from oar_scale.config.loading import load_recipe
     from oar_scale.model.flops import useful_flops
     from oar_scale.model.transformer import AnyOrderModel
+    from oar_scale.planning.shape import spec_of
 
     torch.set_num_threads(1)
-    spec, images, rows = spec_of(SIZES["4.5 M (emoji)"]), 24, []
+    spec, images, rows = spec_of(load_recipe(SIZES["4.5 M (emoji)"]["recipe"], LABELS)), 24, []
     codes_BN, label_B1 = torch.randint(spec.vocab_size, (images, spec.cells)), torch.zeros(images, 1, dtype=torch.long)
     order_BN = torch.rand(images, spec.cells).argsort(1)
     for dtype in (torch.float32, torch.bfloat16):
@@ -89,68 +185,6 @@ def rate() -> None:
         rows.append([str(dtype).removeprefix("torch."), f"{images / took:.1f}", f"{images * useful_flops(spec) / took / 1e12:.3f}"])
     print(machine("cpu", 1))
     print(table(["precision", "images/s", "useful TFLOP/s"], rows))
-
-
-def spec_of(case: dict[str, Any]) -> Any:
-    from oar_scale.model.spec import ClassSpec, ModelSpec
-
-    return ModelSpec(
-        dim=case["dim"],
-        layers=case["layers"],
-        heads=case["heads"],
-        ffn_hidden=case["ffn_hidden"],
-        vocab_size=case["vocab"],
-        grid=case["grid"],
-        dropout=0.1,
-        condition=ClassSpec(classes=1000),
-    )
-
-
-def predicted(case: dict[str, Any], *, traced: bool) -> int:
-    """The peak of a process that trains alone, in bytes."""
-    from oar_scale.planning.activations import head, trunk
-    from oar_scale.planning.memory import alone
-    from oar_scale.planning.shape import parameters
-
-    spec = spec_of(case)
-    if traced:
-        from oar_scale.planning.trace import trace_trunk
-
-        found = trace_trunk(spec, case["batch"], "fp32", case["checkpointing"])
-    else:
-        found = trunk(spec, case["batch"], "fp32", case["checkpointing"])
-    return alone(parameters(spec).total, found, head(spec, case["batch"], "fp32", gpu=False))
-
-
-def run(case: dict[str, Any]) -> dict[str, int]:
-    """Two steps of the real model in this process."""
-    import torch
-
-    from oar_scale.config.schema import ParallelConfig
-    from oar_scale.model.acceleration import accelerate
-    from oar_scale.model.transformer import AnyOrderModel
-
-    small = {**case, "dim": 64, "layers": 1, "heads": 2, "ffn_hidden": 64, "vocab": 64, "grid": 4, "batch": 1}
-
-    def train(case: dict[str, Any]) -> None:
-        spec = spec_of(case)
-        model = AnyOrderModel(spec).train()
-        accelerate(model, ParallelConfig(activation_checkpointing=case["checkpointing"]))
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        codes_BN = torch.randint(spec.vocab_size, (case["batch"], spec.cells))
-        order_BN = torch.rand(case["batch"], spec.cells).argsort(1)
-        label_B1 = torch.zeros(case["batch"], 1, dtype=torch.long)
-        for _ in range(2):
-            optimizer.zero_grad()
-            loss, _ = model.loss(codes_BN, order_BN, model.condition(label_B1))
-            loss.backward()
-            optimizer.step()
-
-    train(small)  # what is loaded and set up at first use is no part of it
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    train(case)
-    return {"peak": _resident("VmHWM") - before}
 
 
 def _resident(name: str) -> int:
