@@ -26,5 +26,5 @@ def test_disturbed_ray_pools_leave_what_an_undisturbed_one_leaves(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_the_drawings_have_the_same_orders_when_the_pool_is_killed_ten_times(tmp_path: Path) -> None:
-    happened = emoji_chaos.run(str(tmp_path), str(tmp_path / "killed"), images=80, kills=10, seed=0)
+    happened = emoji_chaos.run(str(tmp_path), str(tmp_path / "killed"), images=160, kills=10, seed=0)
     assert sum(count for kind, count in happened.items() if kind.endswith("killed")) == 10
