@@ -9,10 +9,12 @@ import time
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
+from oar_scale.data.pool import holders
 from oar_scale.data.pool.holders import Holder, Watch, read_holders
-from oar_scale.data.pool.ledger import Entry, Ledger
+from oar_scale.data.pool.ledger import Entry, Facts, Ledger
 from oar_scale.data.pool.status import read_status, status_lines
 from oar_scale.errors import UserError
 from oar_scale.storage import join, open_storage
@@ -134,3 +136,33 @@ def test_holders_that_ended_keep_what_they_cost(tmp_path: Path) -> None:
             pass
     assert sorted(record["actor_seconds"] for record in read_holders(ledger).values()) == [5.0, 10.0]
     assert read_status(ledger.uri, {}).actor_seconds == 15.0
+
+
+def test_a_pool_does_not_seem_dead_when_somebody_sets_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(str(tmp_path / "ledger"))
+    with Holder(ledger, lambda: {}, beat_s=10) as holder:
+        monkeypatch.setattr(psutil.Process, "create_time", lambda process: 1.0)
+        monkeypatch.setattr(time, "time", lambda: 1e9)
+        watch = Watch(ledger, lease_s=60)
+        watch.look()
+        assert not watch.gone(holder.id)
+
+
+def test_a_beat_that_hangs_does_not_keep_a_pool_from_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, hanging, over, write = Ledger(str(tmp_path / "ledger")), threading.Event(), threading.Event(), holders.write_record
+
+    def stalled(uri: str, record: Facts, **options: bool) -> bool:
+        if threading.current_thread() is not threading.main_thread():
+            hanging.set()
+            over.wait(30)
+        return write(uri, record, **options)
+
+    monkeypatch.setattr(holders, "write_record", stalled)
+    monkeypatch.setattr(holders, "LAST_BEAT_S", 0.1)
+    with Holder(ledger, lambda: {}, beat_s=0.01) as holder:
+        assert hanging.wait(10)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    over.set()
+    holder._thread.join()
+    assert read_holders(ledger)[holder.id]["ended"], "a late beat took back that it has ended"
