@@ -71,6 +71,11 @@ class ExtractionJob:
         return fingerprint({"settings": self.settings.id, "precision": self.precision, "batch": self.batch, **told})
 
     @property
+    def device(self) -> torch.device:
+        """Ray and Slurm leave an actor its own GPUs to see; processes that are started by hand see all, and take them in turn."""
+        return torch.device("cuda", self.place % max(1, torch.cuda.device_count())) if self.cuda else torch.device("cpu")
+
+    @property
     def ledger(self) -> str:
         return join(self.orders, "ledger")
 
@@ -82,8 +87,7 @@ class ExtractionWorker:
         torch.set_num_threads(job.cpu_threads)
         local = fetch(job.model, job.cache_dir)  # one download for all actors of a host
         self.job, self.model_id = job, model_id(local)
-        # Ray and Slurm leave an actor its own GPUs to see; processes started by hand see all, and take them in turn.
-        self.device = torch.device("cuda", job.place % max(1, torch.cuda.device_count())) if job.cuda else torch.device("cpu")
+        self.device = job.device
         self.model = load_model(local).to(self.device, torch.bfloat16 if job.precision == "bf16" else torch.float32)
         self.prompts = load_prompts(job.text, job.tokenizers)
         check_prompts(self.model.spec, self.prompts, job.model)
