@@ -19,6 +19,9 @@ from oar_scale.data.pool.signals import StopSignals
 from oar_scale.data.pool.terms import Bounds, PoolReport, Timing
 from oar_scale.storage import Unreachable
 
+pytestmark = pytest.mark.timeout(60)
+"""A driver that waits for ever is what some of these are about."""
+
 
 class Cluster:
     """Actors on hosts in turn; a shard fails on the host that ``broken`` says. Everything happens at once and in order."""
