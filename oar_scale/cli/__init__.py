@@ -2,7 +2,7 @@
 
 oar run RECIPE [-o key=value ...] [--from STAGE | --only STAGE]
 oar prepare|tokenizer|tokens|evaluate|report RECIPE           one stage
-oar extract RECIPE [--status | --compare | --array I/N]       an order for every training image
+oar extract RECIPE [--status|--verify|--compare|--array I/N]  an order for every training image
 oar train RECIPE [--stage pretrain|finetune|control]
 oar sample RECIPE [--model ordered] [--out FILE.png] [CAPTION ...]
 oar orders RECIPE [--against FOLDER] [--train-head]             what the orders look like; a head that predicts them
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 done, 1 the doctor says FAIL, shards or checkpoints have faults, a recipe does not fit as written, 2 something the
-        user can mend, 75 stopped by a signal with everything saved (run it again), 130 interrupted.
+        The exit code: 0 done, 1 the doctor says FAIL, shards, order tables or checkpoints have faults, a recipe does not fit as written,
+        2 something the user can mend, 75 stopped by a signal with everything saved (run it again), 130 interrupted.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)

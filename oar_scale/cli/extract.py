@@ -14,6 +14,7 @@ def add(verbs: Subparsers) -> None:
     verb = add_verb(verbs, "extract", "one order for every training image; goes on where it was interrupted", _extract)
     instead = verb.add_mutually_exclusive_group()
     instead.add_argument("--status", action="store_true", help="how far it is, told anywhere: rate, time left, cost, slow actors, poison")
+    instead.add_argument("--verify", action="store_true", help="read every table; those lost or damaged are made again by the next extract")
     instead.add_argument("--compare", action="store_true", help="measure the cheaper ways against the exact one")
     instead.add_argument(
         "--array",
@@ -28,7 +29,7 @@ def add(verbs: Subparsers) -> None:
     compare.add_argument("--out", metavar="FILE.json", help="write the figures as well")
 
 
-def _extract(arguments: argparse.Namespace) -> None:
+def _extract(arguments: argparse.Namespace) -> int:
     recipe = load(arguments)
     place = None if arguments.array is None else _place(arguments.array)
     from oar_scale.stages.run import Run
@@ -37,6 +38,10 @@ def _extract(arguments: argparse.Namespace) -> None:
         from oar_scale.stages.extract_status import run_status
 
         run_status(Run(recipe))
+    elif arguments.verify:
+        from oar_scale.stages.extract_verify import run_verify
+
+        return run_verify(Run(recipe))
     elif arguments.compare:
         from oar_scale.stages.compare import run_compare
 
@@ -46,6 +51,7 @@ def _extract(arguments: argparse.Namespace) -> None:
         from oar_scale.pipeline import run_stage
 
         run_stage(Run(recipe, array=ArrayTask(*place) if place else None), "extract")
+    return 0
 
 
 def _place(given: str) -> tuple[int, int]:

@@ -205,7 +205,10 @@ def _place_all(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSetti
             rows += size - asked
     score_BN = torch.cat(scores, dim=1)
     if score_BN.isnan().any():
-        raise ValueError("the model's scores are not numbers (NaN): its weights are damaged, or its precision is too low for them")
+        # Not the images' fault: perhaps the model's, perhaps that of the device that computed it.
+        raise ArithmeticError(
+            "the model's scores are not numbers (NaN): its weights are damaged, its precision is too low, or the device is broken"
+        )
     return Orders(torch.cat(order, dim=1), score_BN, rows)
 
 

@@ -9,8 +9,8 @@ a shard depends on the shard, the model and the settings alone.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,7 +29,7 @@ from oar_scale.model import check_prompts, load_model, model_id
 from oar_scale.model.weights import read_spec
 from oar_scale.orders.extraction import ExtractionSettings, Orders, extract_orders
 from oar_scale.orders.table import OrderTable, table_name, write_orders
-from oar_scale.storage import fetch, join
+from oar_scale.storage import fetch, join, open_storage
 from oar_scale.tokenizers.prompts import check_features, load_prompts, model_inputs
 
 
@@ -58,6 +58,8 @@ class ExtractionJob:
     """Orders are extracted for so many of the views in the shards, from the first one on."""
     cache_bytes: int | None = None
     """Bound of the copies; None = no bound."""
+    place: int = 0
+    """Which of several processes without Ray this is: see :class:`ArrayTask`."""
 
     def make_worker(self) -> Worker:
         return ExtractionWorker(self)
@@ -67,6 +69,11 @@ class ExtractionJob:
         """Settings, precision, batch and views: everything but the model and the shard that can change a byte of a table."""
         told = {} if self.views == 1 else {"views": self.views}  # tables of the first view keep the id they always had
         return fingerprint({"settings": self.settings.id, "precision": self.precision, "batch": self.batch, **told})
+
+    @property
+    def device(self) -> torch.device:
+        """Ray and Slurm leave an actor its own GPUs to see; processes that are started by hand see all, and take them in turn."""
+        return torch.device("cuda", self.place % max(1, torch.cuda.device_count())) if self.cuda else torch.device("cpu")
 
     @property
     def ledger(self) -> str:
@@ -80,7 +87,7 @@ class ExtractionWorker:
         torch.set_num_threads(job.cpu_threads)
         local = fetch(job.model, job.cache_dir)  # one download for all actors of a host
         self.job, self.model_id = job, model_id(local)
-        self.device = torch.device("cuda" if job.cuda else "cpu")
+        self.device = job.device
         self.model = load_model(local).to(self.device, torch.bfloat16 if job.precision == "bf16" else torch.float32)
         self.prompts = load_prompts(job.text, job.tokenizers)
         check_prompts(self.model.spec, self.prompts, job.model)
@@ -104,8 +111,10 @@ class ExtractionWorker:
             settings_id=self.job.settings_id,
             draws=[draw for _, draw in kinds] * samples,
         )
-        write_orders(join(self.job.orders, table_name(shard)), table)
+        stored = write_orders(join(self.job.orders, table_name(shard)), table)
         return {
+            "table_bytes": stored.size,
+            "table_crc32c": stored.crc32c,
             "images": samples,
             "tokens_crc32c": self.shards[shard].crc32c,
             "model_id": self.model_id,
@@ -128,6 +137,13 @@ class ExtractionWorker:
             return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B, draw)
         except ValueError as error:
             raise UserError(f"{uri}: {error}") from error
+        except ArithmeticError as error:  # on another device it may be numbers
+            raise ArithmeticError(f"{uri}: {error}") from error
+        except torch.OutOfMemoryError as error:  # another GPU may be larger, or less used
+            raise RuntimeError(
+                f"{uri}: the GPU's memory is too small for extract.batch = {self.job.batch} images at once, or others use it: "
+                f"set extract.batch lower. {error}"
+            ) from error
 
 
 def extract_all(
@@ -142,7 +158,7 @@ def extract_all(
     on_progress: Callable[[int, PoolReport], None] | None = None,
     on_event: OnEvent | None = None,
 ) -> PoolReport:
-    """Extract the orders of every shard of ``job.tokens`` that is not done yet.
+    """Extract the orders of every shard of ``job.tokens`` that is not done yet, or whose table is gone or has another size.
 
     Args:
         array: be one of several processes without Ray; they share the shards through the ledger.
@@ -161,14 +177,30 @@ def extract_all(
     done, shards = 0, {shard.name: shard for shard in manifest.shards}
     this = {"model_id": model_id(fetch(job.model, job.cache_dir)), "settings_id": job.settings_id}
 
-    def finished(shard: str, facts: Facts, report: PoolReport) -> None:
-        nonlocal done
+    def check(shard: str, facts: Facts) -> None:
         for name, expected in (this | {"tokens_crc32c": shards[shard].crc32c}).items():
             if facts[name] != expected:
                 raise UserError(
                     f"{job.orders}: the orders of {shard} were extracted with {name} {facts[name]}, now it is {expected}.\n"
                     "Orders of different models, settings or tokens must not mix: remove this folder, or extract into another."
                 )
+
+    def lost(finished: Mapping[str, Facts]) -> dict[str, str]:
+        for shard, facts in finished.items():
+            check(shard, facts)
+        # Listed after the ledger was read: a table is older than its entry.
+        sizes, problems = open_storage(job.orders).sizes(job.orders) if finished else {}, dict[str, str]()
+        for shard, facts in finished.items():
+            size = sizes.get(join(job.orders, table_name(shard)))
+            if size is None:
+                problems[shard] = "its table is gone"
+            elif size != facts.get("table_bytes", size):  # entries of older versions do not say
+                problems[shard] = f"its table has {size} bytes, {facts['table_bytes']} were written"
+        return problems
+
+    def finished(shard: str, facts: Facts, report: PoolReport) -> None:
+        nonlocal done
+        check(shard, facts)
         done += shards[shard].samples
         if on_progress:
             on_progress(done, report)
@@ -176,7 +208,7 @@ def extract_all(
     if on_progress:
         on_progress(0, PoolReport())
     return run_pool(
-        job.make_worker,
+        (job if array is None else replace(job, place=array.index)).make_worker,
         list(shards),
         job.ledger,
         actors=actors,
@@ -187,6 +219,7 @@ def extract_all(
         what=this,
         array=array,
         timing=timing,
+        find_lost=lost,
         on_progress=finished,
         on_event=on_event,
     )

@@ -14,15 +14,17 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from oar_scale.errors import UserError
-from oar_scale.storage import open_storage
+from oar_scale.storage import Missing, open_storage
 
 FORMAT = "1"
+_AGAIN = "`oar extract RECIPE --verify` finds all tables that are lost or damaged, and the next `oar extract RECIPE` makes them again."
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,31 @@ def table_name(shard: str) -> str:
     return f"{shard.removesuffix('.tar')}.parquet"
 
 
-def write_orders(uri: str, table: OrderTable) -> None:
+class NoOrders(Missing):
+    """There is no order table at ``uri``."""
+
+    def __init__(self, uri: str) -> None:
+        UserError.__init__(self, f"{uri}: there is no order table here. If it was lost: {_AGAIN}")
+        self.uri = uri
+
+    def __reduce__(self) -> tuple[type[NoOrders], tuple[str]]:
+        return NoOrders, (self.uri,)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What lies in the storage."""
+
+    size: int
+    """Bytes."""
+    crc32c: int
+
+    @classmethod
+    def of(cls, data: bytes) -> Stored:
+        return cls(len(data), crc32c.crc32c(data))
+
+
+def write_orders(uri: str, table: OrderTable) -> Stored:
     """Write a table atomically; the same table gives the same bytes."""
     cells = table.order_SN.shape[1]
     metadata = {"oar_format": FORMAT, "model_id": table.model_id, "settings_id": table.settings_id, "cells": str(cells)}
@@ -63,20 +89,31 @@ def write_orders(uri: str, table: OrderTable) -> None:
     schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()], metadata)
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(list(columns.values()), schema=schema), buffer, compression="zstd")
-    open_storage(uri).write(uri, buffer.getvalue())
+    data = buffer.getvalue()
+    open_storage(uri).write(uri, data)
+    return Stored.of(data)
 
 
 def read_orders(uri: str) -> OrderTable:
     """Read a table and check that every order is a permutation.
 
     Raises:
+        NoOrders: there is nothing.
         UserError: not an order table, or a row that is no permutation; names file and key.
     """
-    data = open_storage(uri).read(uri)
+    try:
+        data = open_storage(uri).read(uri)
+    except Missing as error:
+        raise NoOrders(uri) from error
+    return parse_orders(data, uri)
+
+
+def parse_orders(data: bytes, uri: str) -> OrderTable:
+    """:func:`read_orders` of what was read from ``uri``."""
     try:
         table = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{uri}: not a readable Parquet file ({error}). Extract the orders of this shard again.") from error
+        raise UserError(f"{uri}: not a readable Parquet file ({error}).\n{_AGAIN}") from error
     metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
     if metadata.get("oar_format") != FORMAT:
         raise UserError(f"{uri}: not an order table of oar_scale, format {FORMAT} (found: {metadata.get('oar_format')}).")
@@ -86,7 +123,7 @@ def read_orders(uri: str) -> OrderTable:
     wrong_S = (np.sort(order_SN, axis=1) != np.arange(cells)).any(axis=1)
     if wrong_S.any():
         key = keys[int(wrong_S.argmax())]
-        raise UserError(f"{uri}: the order of {key!r} is not a permutation of 0 .. {cells - 1}. Extract this shard again.")
+        raise UserError(f"{uri}: the order of {key!r} is not a permutation of 0 .. {cells - 1}.\n{_AGAIN}")
     score_SN = _matrix(table["score"], cells).astype(np.float32)
     draws = table["draw"].to_pylist() if "draw" in table.column_names else None
     return OrderTable(keys, table["view"].to_pylist(), order_SN, score_SN, metadata["model_id"], metadata["settings_id"], uri, draws)
@@ -117,7 +154,7 @@ def join_orders(keys: Sequence[str], table: OrderTable, *, shard: str, cells: in
     if missing:
         raise UserError(
             f"{table.uri}: no order for sample {missing[0]!r} of {shard}"
-            f"{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}. Extract the orders of this shard again."
+            f"{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}.\n{_AGAIN}"
         )
     return table.order_SN[[row_of[each] for each in wanted]].reshape(len(keys), -1, cells)
 

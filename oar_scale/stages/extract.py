@@ -57,7 +57,7 @@ def run_extract(run: Run) -> dict[str, Any]:
             gpu_type=parallel.gpu_type if config.gpus_per_actor else None,
             max_retries=config.max_retries,
             array=run.array,
-            timing=Timing(grace_s=parallel.grace_s, patience_s=run.recipe.storage.patience_s),
+            timing=Timing(grace_s=parallel.grace_s, hang_s=parallel.hang_timeout_s, patience_s=run.recipe.storage.patience_s),
             on_progress=progress,
             on_event=event,
         )
@@ -92,6 +92,10 @@ def _words(kind: str, fields: Facts) -> str:
             return f"another pool works on these orders (host {fields['host']}, pid {fields['pid']}): this one helps it"
         case "waiting":
             return f"no actor could start in {duration(fields['seconds'])}: no room in the cluster, or a model that takes long to load"
+        case "not_hiring":
+            return f"a worker could not be made: no more are tried for {duration(fields['seconds'])}; {fields['error']}"
+        case "lost_output":
+            return f"{fields['shard']}: extracted again, {fields['error']}"
         case "storage":
             return f"the storage cannot be looked through: {fields['error']}"
         case "draining":

@@ -85,6 +85,9 @@ class Storage(Protocol):
     def list(self, prefix: str) -> list[str]:
         """Return the URIs of all objects below the folder ``prefix``, at any depth, sorted; ``[]`` when there are none."""
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the bytes of each object that :meth:`list` names, for the price of a listing."""
+
     def delete(self, uri: str) -> None:
         """Remove the object; nothing happens if it is absent."""
 

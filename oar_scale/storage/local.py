@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from oar_scale.errors import UserError
@@ -60,6 +60,13 @@ class LocalStorage:
         folder = prefix.rstrip("/") or prefix
         found = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
         return sorted(path for path in found if not _is_temporary(path))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for path in self.list(prefix):
+            with suppress(FileNotFoundError):  # gone since it was listed
+                found[path] = os.stat(path).st_size
+        return found
 
     def delete(self, uri: str) -> None:
         try:

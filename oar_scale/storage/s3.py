@@ -72,13 +72,16 @@ class S3Storage:
         return True
 
     def list(self, prefix: str) -> list[str]:
+        return sorted(self.sizes(prefix))  # here: not every server lists in byte order
+
+    def sizes(self, prefix: str) -> dict[str, int]:
         bucket, key = split(prefix, folder=True)
         folder = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
         with explained(prefix):
             pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder)
-            keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
-        # Sorted here: not every server lists in byte order. A key that ends in "/" is a folder that some tool has drawn.
-        return sorted(f"s3://{bucket}/{key}" for key in keys if not key.endswith("/"))
+            found = {item["Key"]: int(item["Size"]) for page in pages for item in page.get("Contents", ())}
+        # A key that ends in "/" is a folder that some tool has drawn.
+        return {f"s3://{bucket}/{key}": size for key, size in found.items() if not key.endswith("/")}
 
     def delete(self, uri: str) -> None:
         bucket, key = split(uri)

@@ -1,9 +1,11 @@
 """The real extraction, killed ten times: drawings in all six views of recipes/emoji.yaml, with the model that ships with the recipes.
 
-    python tests/chaos/emoji_chaos.py [--images 80] [--kills 10] [--seed 0]
+    python tests/chaos/emoji_chaos.py [--images 160] [--kills 10] [--seed 0] [--compare N]
 
-A quarter of the kills each: the driver with all its actors, one actor, the second node, a request to stop (SIGTERM). In the end the
-order tables are, byte for byte, those of one process that nobody disturbed. ``--images`` of the 3,953 drawings are taken, ten a shard.
+A quarter of the kills each: the driver with all its actors, one actor, the second node, a request to stop (SIGTERM), spread over the
+shards there are to do. In the end every shard is in the ledger and has a whole table, and the tables are, byte for byte, those of one
+process that nobody disturbed. ``--images`` of the 3,953 drawings are taken (0: all), without those held out, ten a shard. A core takes
+10 s for a shard: with ``--compare N``, only those that were tried more than once, and N others, are extracted again undisturbed.
 """
 
 from __future__ import annotations
@@ -21,31 +23,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from extraction_chaos import HERE, Cluster, Driver, after_tries, kill_an_actor
+from pool_chaos import HERE, Cluster, Driver, after_tries, begin, kill_an_actor
 from pool_worker import NotedExtraction, tries
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import Recipe, SentencePieceConfig
 from oar_scale.data.manifest import read_manifest, write_manifest
-from oar_scale.data.pool import Ledger, Timing, run_pool
+from oar_scale.data.pool import Facts, Ledger, Timing, run_pool
 from oar_scale.data.prepare import prepare_images
 from oar_scale.errors import Requeue
 from oar_scale.orders.extraction import ExtractionSettings
 from oar_scale.orders.pool import ExtractionJob, ExtractionWorker
-from oar_scale.orders.table import table_name
+from oar_scale.orders.table import read_orders, table_name
 from oar_scale.storage import join, open_storage
 
 WEIGHTS = HERE.parents[1] / "recipes" / "weights" / "emoji"
 VIEWS = 6
 KINDS = ("driver", "actor", "node", "terminate")
+SAY_S = 60.0
+"""Between lines about what is done."""
+SHARD_S = 10.0
+"""A kill comes so long after a shard was begun, at most: about what one takes."""
 
 
 def prepare(folder: str, images: int) -> Recipe:
-    """Token shards of so many drawings, all views, by the tokenizer that ships."""
+    """Token shards of so many drawings (0: all), all views, by the tokenizer that ships."""
     from oar_scale.data.tokenize import token_manifest, tokenize_shard
     from oar_scale.tokenizers.vq import load_vq
 
-    overrides = [f"data.source.limit={images}", "data.samples_per_shard=10", "data.heldout_fraction=0.1"]
+    overrides = ["data.samples_per_shard=10", "data.heldout_fraction=0.1", *([f"data.source.limit={images}"] if images else [])]
     recipe = load_recipe(str(HERE.parents[1] / "recipes" / "emoji.yaml"), overrides)
     source, vq = prepare_images(recipe.data, join(folder, "images"))["train"], load_vq(str(WEIGHTS / "vq.safetensors"))
     assert len(recipe.tokenizer.views) == VIEWS
@@ -74,99 +80,173 @@ def job(folder: str, orders: str) -> ExtractionJob:
 
 def drive(told: dict[str, Any]) -> int:
     """A driver of two actors; prints its report."""
+    begin(told)
     work = job(told["folder"], told["orders"])
     shards = [shard.name for shard in read_manifest(work.tokens).shards]
     timing = Timing(beat_s=0.5, lease_s=10.0, look_s=0.5, grace_s=5.0)
     make = partial(NotedExtraction, work, told["log"])
+
+    def note(kind: str, fields: Facts) -> None:
+        with events(told["log"]).open("a") as file:
+            file.write(json.dumps({**fields, "kind": kind}) + "\n")
+
     try:
-        report = run_pool(make, shards, work.ledger, actors=2, timing=timing, what={"settings_id": work.settings_id})
+        # Every kill may hit the same shard: that alone must not set it aside.
+        what = {"settings_id": work.settings_id}
+        report = run_pool(make, shards, work.ledger, actors=2, max_retries=told["kills"], timing=timing, what=what, on_event=note)
     except Requeue:
         return 75
     print(json.dumps({"done": list(report.done), "poison": report.poison}), flush=True)
     return 0
 
 
-def run(folder: str, root: str, images: int, kills: int, seed: int) -> Counter[str]:
+def events(log: str) -> Path:
+    """What the pools said, a line each."""
+    return Path(log, "events.jsonl")
+
+
+class Killing:
+    """One extraction, from its first driver to its end."""
+
+    def __init__(self, folder: str, root: str, kills: int, seed: int) -> None:
+        self.folder, self.orders, self.log = folder, join(root, "orders"), join(folder, "log")
+        Path(self.log).mkdir()
+        self.dice, self.kills, self.happened = random.Random(seed), kills, Counter[str]()
+        self.shards = [shard.name for shard in read_manifest(join(folder, "tokens")).shards]
+        self.ledger = Ledger(job(folder, self.orders).ledger)
+        self.began, self.said = time.monotonic(), time.monotonic()
+        self.cluster = Cluster(folder)
+        self.driver: Driver | None = None
+
+    def go(self) -> None:
+        """Kill and go on until all is done.
+
+        Raises:
+            AssertionError: it does not end, or not well.
+        """
+        kinds = [KINDS[number % len(KINDS)] for number in range(self.kills)]
+        self.dice.shuffle(kinds)
+        try:
+            for kind in kinds:
+                if not self._kill(kind):
+                    self.say(f"finished before the other kills ({kind}, ...) came")
+                    break
+            driver = self._running()
+            while driver.running:
+                self._now_and_then()
+                time.sleep(0.2)
+            code, report = driver.end()
+            assert code == 0, f"exit code {code} though nobody disturbed it any more"
+        finally:
+            if self.driver is not None:
+                self.driver.kill_group()
+            self.cluster.close()
+        assert report["done"] == self.shards and not report["poison"], report
+        self.happened["seconds"] = round(time.monotonic() - self.began)
+
+    def _kill(self, kind: str) -> bool:
+        """False if the pool finished first."""
+        self.cluster.ready()
+        hit = 0
+        while not hit:
+            driver = self._running()
+            left = len(self.shards) - len(self.ledger.done())
+            # About half of the shards are done when the last kill comes.
+            after_tries(self.log, self.dice.randint(1, max(1, left // self.kills)), [driver], self._now_and_then)
+            time.sleep(self.dice.uniform(0, SHARD_S))
+            if not driver.running:
+                return False
+            match kind:
+                case "driver":
+                    driver.kill_group()
+                case "node":
+                    self.cluster.kill_node()
+                case "terminate":
+                    driver.process.send_signal(signal.SIGTERM)
+            hit = kill_an_actor(self.log, self.dice) if kind == "actor" else 1
+        if kind in ("driver", "terminate"):
+            self.driver = None
+            driver.end()
+        self.happened[f"{kind} killed"] += hit
+        self.say(f"{kind} killed")
+        return True
+
+    def _running(self) -> Driver:
+        if self.driver is None:
+            told = {"folder": self.folder, "orders": self.orders, "log": self.log, "kills": self.kills}
+            self.driver = Driver(__file__, told, self.cluster.ray.env)
+            self.happened["drivers"] += 1
+        return self.driver
+
+    def say(self, what: str) -> None:
+        self.said = time.monotonic()
+        done = f"{len(self.ledger.done())} of {len(self.shards)} shards done, {len(tries(self.log))} tries"
+        print(f"{self.said - self.began:5.0f} s: {what}; {done}", flush=True)
+
+    def _now_and_then(self) -> None:
+        if time.monotonic() - self.said > SAY_S:
+            self.say("going on")
+
+
+def run(folder: str, root: str, images: int, kills: int, seed: int, compare: int | None = None) -> Counter[str]:
     """Returns what happened.
+
+    Args:
+        compare: compare the shards that were tried more than once and so many others; None: all.
 
     Raises:
         AssertionError: a table differs, or it does not end.
     """
-    dice, happened, began = random.Random(seed), Counter[str](), time.monotonic()
+    began = time.monotonic()
     prepare(folder, images)
-    calm, worker = join(folder, "calm"), ExtractionWorker(job(folder, join(folder, "calm")))
-    shards = [shard.name for shard in worker.manifest.shards]
-    for shard in shards:
+    killing = Killing(folder, root, kills, seed)
+    print(f"prepared in {time.monotonic() - began:.0f} s: {len(killing.shards)} shards", flush=True)
+    killing.go()
+    killing.say("finished")
+    happened, shards, tried = killing.happened, killing.shards, Counter(tries(killing.log))
+    assert sorted(killing.ledger.done()) == sorted(shards) == sorted(tried)
+    samples = 0
+    for shard, entry in killing.ledger.entries(shards).items():
+        views = read_orders(join(killing.orders, table_name(shard))).views
+        assert views == list(range(VIEWS)) * entry.facts["images"], f"{shard}: not all views"
+        samples += entry.facts["images"]
+    again = [shard for shard in shards if tried[shard] > 1]
+    once = [shard for shard in shards if tried[shard] == 1]
+    others = once if compare is None else killing.dice.sample(once, min(compare, len(once)))
+    worker, compared = ExtractionWorker(job(folder, join(folder, "calm"))), [*again, *others]
+    for number, shard in enumerate(compared):
         worker.run(shard)
-    print(f"prepared and extracted undisturbed in {time.monotonic() - began:.0f} s: {len(shards)} shards", flush=True)
-    orders, log, began = join(root, "orders"), join(folder, "log"), time.monotonic()
-    Path(log).mkdir()
-    cluster = Cluster(folder)
-    kinds = [KINDS[number % len(KINDS)] for number in range(kills)]
-    dice.shuffle(kinds)
-    driver: Driver | None = None
-    try:
-        for kind in kinds:
-            cluster.ready()
-            if driver is None or not driver.running:
-                driver = start(folder, orders, log, cluster)
-                happened["drivers"] += 1
-            after_tries(log, dice.randint(1, 2), [driver])
-            time.sleep(dice.uniform(0, 2))
-            if not driver.running and driver.end()[0] == 0:
-                raise AssertionError(f"finished after {happened.total()} kills: take more --images")
-            disturb(kind, driver, cluster, log, dice)
-            happened[f"{kind} killed"] += 1
-            print(f"{time.monotonic() - began:4.0f} s: {kind} killed; {len(Ledger(join(orders, 'ledger')).done())} shards done", flush=True)
-        cluster.ready()
-        code, report = (driver or start(folder, orders, log, cluster)).end()
-        while code != 0:
-            happened["drivers"] += 1
-            code, report = start(folder, orders, log, cluster).end()
-    finally:
-        if driver is not None:
-            driver.kill_group()
-        cluster.close()
-    assert report["done"] == shards and not report["poison"]
-    for shard in shards:
-        ours, theirs = (join(place, table_name(shard)) for place in (orders, calm))
+        ours, theirs = (join(place, table_name(shard)) for place in (killing.orders, join(folder, "calm")))
         assert open_storage(ours).read(ours) == open_storage(theirs).read(theirs), f"{ours} differs from {theirs}"
-    happened["shards"], happened["tries"] = len(shards), len(tries(log))
-    happened["seconds"] = round(time.monotonic() - began)
+        if time.monotonic() - killing.said > SAY_S:
+            killing.say(f"{number + 1} of {len(compared)} tables compared, all alike")
+    happened |= {"drawings": samples, "orders": samples * VIEWS, "shards": len(shards), "tries": tried.total()}
+    happened |= {"shards tried more than once": len(again), "tables compared": len(compared)}
+    said = [json.loads(line)["kind"] for line in events(killing.log).read_text().splitlines()]
+    happened.update(f"event {kind}" for kind in said)
     return happened
-
-
-def start(folder: str, orders: str, log: str, cluster: Cluster) -> Driver:
-    return Driver({"folder": folder, "orders": orders, "log": log}, cluster.address, __file__)
-
-
-def disturb(kind: str, driver: Driver, cluster: Cluster, log: str, dice: random.Random) -> None:
-    match kind:
-        case "driver":
-            driver.kill_group()
-        case "actor":
-            kill_an_actor(log, dice)
-        case "node":
-            cluster.kill_node()
-        case "terminate":
-            driver.process.send_signal(signal.SIGTERM)
-    if kind in ("driver", "terminate"):
-        driver.end()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=80)
+    parser.add_argument("--images", type=int, default=160, help="drawings to take; 0: all")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", type=int, metavar="N", help="compare what was tried more than once, and N others; default: all")
     parser.add_argument("--drive", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.drive:
         return drive(json.loads(arguments.drive))
     folder = tempfile.mkdtemp(prefix="oar-emoji-chaos-")
-    happened = run(folder, join(folder, "killed"), arguments.images, arguments.kills, arguments.seed)
+    try:
+        happened = run(folder, join(folder, "killed"), arguments.images, arguments.kills, arguments.seed, arguments.compare)
+    except AssertionError as error:
+        print(f"FAILED, everything is in {folder}: {error}", file=sys.stderr)
+        return 1
     shutil.rmtree(folder)
-    print(f"\nevery table byte for byte as undisturbed: {', '.join(f'{name} {count}' for name, count in happened.items())}")
+    print("\nevery shard once, every table that was compared byte for byte as undisturbed")
+    for name, count in sorted(happened.items()):
+        print(f"  {count:6} {name}")
     return 0
 
 

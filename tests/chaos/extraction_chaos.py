@@ -13,34 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+from pool_chaos import Cluster, Driver, after_tries, begin, fail_a_fifth, kill_an_actor, s3_with_faults
+from pool_worker import PHASES, WRITES, TableWriter, table_of, tries
 
-import conftest  # noqa: E402, F401 (a quiet environment on loopback)
-import psutil  # noqa: E402
-from fault_proxy import ALL_METHODS, FaultProxy  # noqa: E402
-from pool_worker import PHASES, WRITES, TableWriter, living, table_of, tries  # noqa: E402
-
-from oar_scale.data.pool import ArrayTask, Ledger, Timing, run_pool  # noqa: E402
-from oar_scale.errors import Requeue, UserError  # noqa: E402
-from oar_scale.orders.table import table_name, write_orders  # noqa: E402
-from oar_scale.storage import join, open_storage  # noqa: E402
+from oar_scale.data.pool import ArrayTask, Ledger, Timing, run_pool
+from oar_scale.errors import Requeue, UserError
+from oar_scale.orders.table import table_name, write_orders
+from oar_scale.storage import join, open_storage
 
 SHARDS = [f"{index:05d}.tar" for index in range(12)]
 WORK_S = 0.15
@@ -48,14 +39,11 @@ SCENARIOS = ("actor", "write", "node", "driver", "terminate", "two pools", "arra
 QUICK = ("write", "array", "array node")
 """Those that need no Ray."""
 ATTEMPTS = 12
-S3_FAULTS = {"503": 0.08, "slow down": 0.04, "refused": 0.04, "unanswered": 0.04}
-
-
-# -- a driver, which is a process of its own -------------------------------------------------------------------------------------
 
 
 def drive(told: dict[str, Any]) -> int:
     """Run a pool as ``told``; prints how it ended."""
+    begin(told)
     make = partial(TableWriter, told["output"], told["log"], WORK_S, told["faults"])
     array = ArrayTask(*told["array"]) if told["array"] else None
     timing = Timing(beat_s=0.3, lease_s=4.0, look_s=0.3, grace_s=3.0, patience_s=60)
@@ -76,126 +64,6 @@ def drive(told: dict[str, Any]) -> int:
     done = {"done": report.done, "poison": report.poison, "events": events, "elsewhere": report.elsewhere}
     print(json.dumps(done), flush=True)
     return 0
-
-
-class Driver:
-    """A driver of a trial, and all processes it started, as a node has them."""
-
-    def __init__(self, told: dict[str, Any], ray: str | None, script: str = __file__) -> None:
-        environment = dict(os.environ) | ({"RAY_ADDRESS": ray} if ray else {})
-        command = [sys.executable, script, "--drive", json.dumps(told)]
-        self.errors = open(Path(told["log"], f"driver-{time.monotonic_ns()}.err"), "w+")  # noqa: SIM115 (closed by end())
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-
-    @property
-    def running(self) -> bool:
-        return self.process.poll() is None
-
-    def kill_group(self) -> None:
-        if self.running:  # or its number may be another's by now
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def end(self, timeout_s: float = 240) -> tuple[int, Any]:
-        """Exit code, and what it reported."""
-        output, _ = self.process.communicate(timeout=timeout_s)
-        self.errors.seek(0)
-        said = self.errors.read()
-        self.errors.close()
-        assert self.process.returncode in (0, 75, -signal.SIGKILL), f"exit code {self.process.returncode}: {said[-3000:]}"
-        return self.process.returncode, json.loads(output.splitlines()[-1]) if self.process.returncode == 0 else None
-
-
-# -- a cluster of two node processes ---------------------------------------------------------------------------------------------
-
-
-class Cluster:
-    """A Ray head and a second node, both on loopback, with two cores each as Ray counts."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = tempfile.mkdtemp(prefix="oar-cr-", dir="/tmp")  # short: the paths of sockets may have 107 bytes
-        self.log = open(Path(folder, "ray.log"), "ab")  # noqa: SIM115 (closed by close())
-        port = _free_port()
-        self.address = f"127.0.0.2:{port}"
-        self.environment = dict(os.environ) | {
-            "RAY_health_check_initial_delay_ms": "0",
-            "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_timeout_ms": "3000",
-            "RAY_health_check_failure_threshold": "3",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        head = ["--head", "--node-ip-address=127.0.0.2", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false"]
-        self.head = self._start(*head)
-        _wait(lambda: _listens(port), 60, "the Ray head does not answer")
-        self.node: subprocess.Popen[bytes] | None = None
-        import ray
-
-        ray.init(self.address, log_to_driver=False, configure_logging=False, _node_ip_address="127.0.0.2")
-        self.ready()
-
-    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        command = ["ray", "start", "--block", "--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats", *arguments]
-        command[0] = str(Path(sys.executable).with_name("ray"))
-        return subprocess.Popen(command, env=self.environment, stdout=self.log, stderr=self.log, start_new_session=True)
-
-    def ready(self) -> None:
-        """Start the second node where it is not there, and wait for it."""
-        import ray
-
-        if self.node is None:
-            self.node = self._start(f"--address={self.address}", "--node-ip-address=127.0.0.3")
-        _wait(lambda: sum(each["Alive"] for each in ray.nodes()) == 2, 90, "the second node does not join")
-
-    def kill_node(self) -> None:
-        """As if its machine had lost power."""
-        assert self.node is not None
-        _kill_tree(self.node.pid)
-        self.node.wait()
-        self.node = None
-
-    def close(self) -> None:
-        import ray
-
-        ray.shutdown()
-        for process in (self.node, self.head):
-            if process is not None:
-                _kill_tree(process.pid)
-                process.wait()
-        self.log.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _kill_tree(pid: int) -> None:
-    with suppress(psutil.Error):
-        root = psutil.Process(pid)
-        for process in [*root.children(recursive=True), root]:
-            with suppress(psutil.Error):
-                process.kill()
-
-
-def _free_port() -> int:
-    import socket
-
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.2", 0))
-            if not 10002 <= (port := int(probe.getsockname()[1])) <= 19999:  # Ray's workers take these
-                return port
-
-
-def _listens(port: int) -> bool:
-    import socket
-
-    with suppress(OSError), socket.create_connection(("127.0.0.2", port), timeout=1):
-        return True
-    return False
-
-
-def _wait(condition: Callable[[], bool], timeout_s: float, problem: str) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, problem
-        time.sleep(0.02)
 
 
 # -- a trial -----------------------------------------------------------------------------------------------------------------------
@@ -240,14 +108,14 @@ def run_trial(trial: Trial, cluster: Cluster | None) -> None:
     array = trial.scenario.startswith("array")
     for attempt in range(ATTEMPTS):
         if array or (trial.scenario == "write" and cluster is None):
-            drivers = [Driver(trial.told(array=(index, 3)), None) for index in range(3)]
+            drivers = [Driver(__file__, trial.told(array=(index, 3)), {}) for index in range(3)]
         else:
             assert cluster is not None
             cluster.ready()
-            drivers = [Driver(trial.told(4 if trial.scenario == "node" else 2), cluster.address)]
+            drivers = [Driver(__file__, trial.told(4 if trial.scenario == "node" else 2), cluster.ray.env)]
             if trial.scenario == "two pools":
                 time.sleep(trial.dice.uniform(0, 2))
-                drivers.append(Driver(trial.told(), cluster.address))
+                drivers.append(Driver(__file__, trial.told(), cluster.ray.env))
         if attempt < 3:
             disturb(trial, drivers, cluster)
         ends = [driver.end() for driver in drivers]
@@ -267,7 +135,7 @@ def run_trial(trial: Trial, cluster: Cluster | None) -> None:
     if "broken" in trial.faults.values():  # mended: the same command again
         trial.happened["broken sample"] += 1
         trial.faults.clear()
-        code, report = Driver(trial.told(array=(0, 1)), None).end()
+        code, report = Driver(__file__, trial.told(array=(0, 1)), {}).end()
         assert code == 0 and not report["poison"]
     check_output(trial)
     trial.happened["tries"] += len(tries(trial.log))
@@ -302,21 +170,6 @@ def disturb(trial: Trial, drivers: list[Driver], cluster: Cluster | None) -> Non
                 for driver in dice.sample(drivers, dice.randint(1, 3)):
                     driver.kill_group()
                     trial.happened["array tasks killed with their node"] += 1
-
-
-def after_tries(log: str, more: int, drivers: list[Driver]) -> None:
-    """Wait for so many more tries of shards; not longer than the drivers run."""
-    wanted = len(tries(log)) + more
-    _wait(lambda: len(tries(log)) >= wanted or not any(driver.running for driver in drivers), 180, "no shard is tried")
-
-
-def kill_an_actor(log: str, dice: random.Random) -> int:
-    """How many were killed: one, or none if none is alive."""
-    alive = living(log)
-    if alive:
-        with suppress(psutil.NoSuchProcess):
-            dice.choice(alive).kill()
-    return min(1, len(alive))
 
 
 def check_report(trial: Trial, report: dict[str, Any]) -> None:
@@ -368,7 +221,7 @@ def run_trials(numbers: range, seed: int, folder: str, scenarios: tuple[str, ...
                 began = time.monotonic()
                 trial = plan(number, seed, folder, s3_root, scenarios)
                 if trial.output.startswith("s3://") and trial.dice.random() < failing:
-                    proxy.spoil(S3_FAULTS, methods=ALL_METHODS)
+                    fail_a_fifth(proxy)
                     trial.happened["S3 failing 20 %"] += 1
                 try:
                     run_trial(trial, cluster)
@@ -384,24 +237,6 @@ def run_trials(numbers: range, seed: int, folder: str, scenarios: tuple[str, ...
             if cluster is not None:
                 cluster.close()
     return total
-
-
-@contextmanager
-def s3_with_faults(folder: str) -> Iterator[tuple[str, FaultProxy]]:
-    """A root on a real S3 server, and the proxy before it; the AWS variables point there."""
-    from cluster.dev import s3
-
-    server = s3.up(join(folder, "s3"), s3.free_port(), "chaos")
-    proxy = FaultProxy(server.port)
-    before = dict(os.environ)
-    os.environ |= server.env | {"AWS_ENDPOINT_URL": proxy.url}
-    try:
-        yield "s3://chaos/run", proxy
-    finally:
-        proxy.close()
-        s3.down(join(folder, "s3"))
-        os.environ.clear()
-        os.environ |= before
 
 
 def main() -> int:

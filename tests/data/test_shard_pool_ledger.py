@@ -9,10 +9,14 @@ import time
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
+from oar_scale.data.pool import Bounds, holders, run_pool
+from oar_scale.data.pool import run as pool_run
 from oar_scale.data.pool.holders import Holder, Watch, read_holders
-from oar_scale.data.pool.ledger import Entry, Ledger
+from oar_scale.data.pool.ledger import Entry, Facts, Ledger
+from oar_scale.data.pool.run import _bounds, _last_seconds
 from oar_scale.data.pool.status import read_status, status_lines
 from oar_scale.errors import UserError
 from oar_scale.storage import join, open_storage
@@ -134,3 +138,54 @@ def test_holders_that_ended_keep_what_they_cost(tmp_path: Path) -> None:
             pass
     assert sorted(record["actor_seconds"] for record in read_holders(ledger).values()) == [5.0, 10.0]
     assert read_status(ledger.uri, {}).actor_seconds == 15.0
+
+
+def test_actors_on_gpus_are_as_many_as_a_machine_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert _bounds(Bounds(1, 8), 100, 1, 1, gpus=2) == Bounds(1, 2)
+    assert _bounds(Bounds(1, 8), 100, 1, 0.4, gpus=2) == Bounds(1, 4)  # an actor's share lies on one GPU
+    assert _bounds(4, 1, 1, 1, gpus=1) == Bounds(1, 1)
+    monkeypatch.setattr(pool_run, "_gpus", lambda: 1)
+    with pytest.raises(
+        UserError, match=r"4 actors with 1 GPUs each do not fit on this machine, which has 1 GPUs\.\nAsk for 1 \(extract\.actors"
+    ):
+        run_pool(dict, ["0", "1", "2", "3"], str(tmp_path / "ledger"), actors=4, gpus_per_actor=1, what={"model_id": "a"})
+    assert not list(tmp_path.iterdir()), "something was written"
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    assert _bounds(Bounds(4, 8), 100, 1, 1, gpus=0) == Bounds(4, 8)
+
+
+def test_the_last_shards_of_earlier_pools_say_what_one_takes() -> None:
+    works = [{"seconds": float(index), "finished": 100.0 - index} for index in range(20)]
+    assert _last_seconds([Entry({}, work) for work in works] + [Entry({})]) == [float(index) for index in range(9, -1, -1)]
+
+
+def test_a_pool_does_not_seem_dead_when_somebody_sets_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(str(tmp_path / "ledger"))
+    with Holder(ledger, lambda: {}, beat_s=10) as holder:
+        monkeypatch.setattr(psutil.Process, "create_time", lambda process: 1.0)
+        monkeypatch.setattr(time, "time", lambda: 1e9)
+        watch = Watch(ledger, lease_s=60)
+        watch.look()
+        assert not watch.gone(holder.id)
+
+
+def test_a_beat_that_hangs_does_not_keep_a_pool_from_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, hanging, over, write = Ledger(str(tmp_path / "ledger")), threading.Event(), threading.Event(), holders.write_record
+
+    def stalled(uri: str, record: Facts, **options: bool) -> bool:
+        if threading.current_thread() is not threading.main_thread():
+            hanging.set()
+            over.wait(30)
+        return write(uri, record, **options)
+
+    monkeypatch.setattr(holders, "write_record", stalled)
+    monkeypatch.setattr(holders, "LAST_BEAT_S", 0.1)
+    with Holder(ledger, lambda: {}, beat_s=0.01) as holder:
+        assert hanging.wait(10)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    over.set()
+    holder._thread.join()
+    assert read_holders(ledger)[holder.id]["ended"], "a late beat took back that it has ended"

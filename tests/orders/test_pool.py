@@ -6,6 +6,7 @@ import dataclasses
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,16 +15,18 @@ from small_models import random_codes, small_model
 
 from oar_scale.config.schema import SentencePieceConfig
 from oar_scale.data.manifest import Manifest, write_manifest
-from oar_scale.data.pool import Facts, Ledger
+from oar_scale.data.pool import ArrayTask, Facts, Ledger
 from oar_scale.data.pool.ledger import Entry
 from oar_scale.data.ray_session import ray_session
 from oar_scale.data.shards import read_token_shard, shard_name, token_sample, write_shard
 from oar_scale.errors import UserError
 from oar_scale.model import load_model, save_model
 from oar_scale.model.spec import TextSpec
+from oar_scale.orders import pool
 from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders
 from oar_scale.orders.pool import ExtractionJob, ExtractionWorker, extract_all
 from oar_scale.orders.table import join_orders, read_orders
+from oar_scale.storage import open_storage
 from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
 
 CAPTIONS = ["a b", "b a", "a a b", "b b a", "a b a b"]
@@ -149,3 +152,86 @@ def test_a_damaged_token_shard_is_named_and_the_others_are_extracted(inputs: Pat
     assert list(report.done) == [shard_name(0), shard_name(2)]
     with pytest.raises(UserError, match=r"1 of 3 shards could not be done:\n.*00001\.tar.*The file is damaged"):
         report.raise_for_poison()
+
+
+def test_tables_that_are_gone_or_cut_short_are_made_again_and_no_others(inputs: Path, tmp_path: Path) -> None:
+    here = job(inputs, tmp_path / "orders")
+    worker, ledger = ExtractionWorker(here), Ledger(here.ledger)
+    for index in range(3):
+        found = worker.run(shard_name(index))
+        if index == 2:  # as older versions entered it
+            found = {name: value for name, value in found.items() if not name.startswith("table_")}
+        ledger.enter(shard_name(index), Entry(found))
+    before, intact = tables(tmp_path / "orders"), open_storage(here.orders).version(f"{here.orders}/00002.parquet")
+    (tmp_path / "orders/00000.parquet").unlink()
+    (tmp_path / "orders/00001.parquet").write_bytes(before["00001.parquet"][:-1])
+    said: list[tuple[str, Facts]] = []
+    report = extract_all(here, actors=1, on_event=lambda kind, fields: said.append((kind, fields)))
+    assert (report.found, len(report.done)) == (1, 3)
+    assert [fields for kind, fields in said if kind == "lost_output"] == [
+        {"shard": "00000.tar", "error": "its table is gone"},
+        {
+            "shard": "00001.tar",
+            "error": f"its table has {len(before['00001.parquet']) - 1} bytes, {len(before['00001.parquet'])} were written",
+        },
+    ]
+    assert tables(tmp_path / "orders") == before
+    assert open_storage(here.orders).version(f"{here.orders}/00002.parquet") == intact
+
+
+def test_a_foreign_folder_loses_nothing_because_its_tables_are_gone(inputs: Path, tmp_path: Path) -> None:
+    here = job(inputs, tmp_path / "orders")
+    Ledger(here.ledger).enter(shard_name(0), Entry(ExtractionWorker(here).run(shard_name(0))))
+    (tmp_path / "orders/00000.parquet").unlink()
+    with pytest.raises(UserError, match="were extracted with settings_id"):
+        extract_all(dataclasses.replace(here, batch=3), actors=2)
+    assert Ledger(here.ledger).done() == {shard_name(0)}
+
+
+def test_scores_that_are_no_numbers_are_not_the_shards_fault(inputs: Path, tmp_path: Path) -> None:
+    worker = ExtractionWorker(job(inputs, tmp_path / "orders"))
+    with torch.no_grad():
+        worker.model.output.weight[0, 0] = torch.nan
+    with pytest.raises(ArithmeticError, match=r"tokens/00000\.tar: the model's scores are not numbers"):  # UserError is not tried again
+        worker.run(shard_name(0))
+
+
+def test_a_gpu_without_memory_names_the_batch(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(pool, "extract_orders", full)
+    with pytest.raises(RuntimeError, match=r"00000\.tar: .*too small for extract\.batch = 2 images.*CUDA out of memory") as raised:
+        ExtractionWorker(job(inputs, tmp_path / "orders")).run(shard_name(0))
+    assert not isinstance(raised.value, UserError)
+
+
+def test_processes_without_ray_take_the_gpus_they_see_in_turn(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(pool, "run_pool", lambda make, *_, **__: seen.append(make.__self__.device))
+    here = dataclasses.replace(job(inputs, tmp_path / "orders"), cuda=True)
+    for index in (0, 3, 6):
+        extract_all(here, actors=1, array=ArrayTask(index, 8))
+    extract_all(here, actors=1)  # Ray shows an actor its own GPUs alone
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    extract_all(here, actors=1, array=ArrayTask(6, 8))  # as Slurm does
+    assert [str(device) for device in seen] == ["cuda:0", "cuda:3", "cuda:2", "cuda:0", "cuda:0"]
+
+
+def test_several_orders_of_several_views_have_rows_of_their_own(inputs: Path, tmp_path: Path) -> None:
+    settings = ExtractionSettings(order_temperature=1.0, orders_per_image=2)
+    ExtractionWorker(dataclasses.replace(job(inputs, tmp_path / "orders"), views=2, settings=settings)).run(shard_name(2))
+    table = read_orders(str(tmp_path / "orders/00002.parquet"))
+    assert table.keys == [f"image{index}" for index in (10, 11, 12) for _ in range(4)]
+    assert (table.views, table.draws) == ([0, 0, 1, 1] * 3, [0, 1, 0, 1] * 3)
+    model, text = load_model(str(inputs / "model.safetensors")), TextTokenizer.load(str(inputs / "text.model"), 4)
+    shard = read_token_shard(str(inputs / "tokens" / shard_name(2)), str(tmp_path))
+    for row, (view, draw) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        with torch.no_grad():
+            codes, condition = torch.from_numpy(shard.view(view).astype(np.int64)), model.condition(text.encode(shard.captions))
+            images = np.array([zlib.crc32((f"{key}/{view}" if view else key).encode()) for key in shard.keys])
+            expected = brute_force_orders(model, codes, condition, settings, images, draw)
+        np.testing.assert_array_equal(table.order_SN[row::4], expected.order_BN.numpy())
+    joined = join_orders(shard.keys, table, shard=shard_name(2), cells=9)
+    np.testing.assert_array_equal(joined, table.order_SN.reshape(3, 4, 9)[:, :2])

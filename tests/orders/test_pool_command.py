@@ -6,20 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from small_run import prepare_small_run, small_recipe
+from small_run import copy_run, prepare_small_run, small_recipe
 
 from oar_scale.cli import main
 from oar_scale.cli.extract import _place
 from oar_scale.config.loading import dump_recipe
 from oar_scale.data.manifest import read_manifest
-from oar_scale.data.pool import ArrayTask
+from oar_scale.data.pool import ArrayTask, Ledger
+from oar_scale.data.pool.ledger import Entry
 from oar_scale.errors import UserError
 from oar_scale.observe.events import read_events
-from oar_scale.orders.table import read_orders, table_name
+from oar_scale.orders.table import OrderTable, read_orders, table_name, write_orders
 from oar_scale.stages.extract import run_extract
+from oar_scale.stages.extract_verify import run_verify
 from oar_scale.stages.run import Run
-from oar_scale.storage import open_storage
+from oar_scale.storage import open_storage, write_json
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +63,43 @@ def test_one_task_of_an_array_extracts_everything_and_says_so(run: Run, recipe_f
     assert run_extract(run)["found"] == len(manifest.shards)
 
 
-def test_the_status_brings_neither_torch_nor_ray(recipe_file: str) -> None:
-    status = f"main(['extract', {recipe_file!r}, '--status'])"
+def test_damaged_and_lost_tables_are_found_and_made_again(run: Run, recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_extract(run)
+    write_json(run.marker("extract"), {})  # the stage is finished
+    assert main(["extract", recipe_file, "--verify"]) == 0
+    assert ": 5 tables, all of them as they were written" in capsys.readouterr().out
+    assert open_storage(run.at()).exists(run.marker("extract"))
+    folder = Path(run.at("orders", "train"))
+    before = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+    data = before["00001.parquet"]
+    (folder / "00001.parquet").write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    (folder / "00002.parquet").write_bytes(data)
+    (folder / "00004.parquet").unlink()
+    capsys.readouterr()
+    assert main(["extract", recipe_file, "--verify"]) == 1
+    said = capsys.readouterr().out
+    assert ": 3 of 5 tables are lost or damaged; the next `oar extract RECIPE` makes them again" in said
+    assert "00001.tar: other bytes than were written (crc32c)" in said and "00004.tar: there is no table" in said
+    assert not open_storage(run.at()).exists(run.marker("extract")), "the next extraction would be skipped"
+    assert run_extract(run)["found"] == 2
+    assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == before
+
+
+def test_the_table_of_an_older_entry_is_read_and_one_of_other_tokens_is_dropped(run: Run, tmp_path: Path) -> None:
+    copy = copy_run(run, str(tmp_path / "run"))
+    manifest, ledger = read_manifest(copy.at("tokens", "train")), Ledger(copy.at("orders", "train", "ledger"))
+    for shard, tokens in zip(manifest.shards, (None, None, "other"), strict=False):
+        ledger.enter(shard.name, Entry({"tokens_crc32c": tokens or shard.crc32c}))
+        order = np.arange(64, dtype=np.uint16)[None]
+        write_orders(copy.at("orders", "train", table_name(shard.name)), OrderTable(["a"], [0], order, order.astype(np.float32), "m", "s"))
+    Path(copy.at("orders", "train", "00001.parquet")).write_bytes(b"PAR1")
+    assert run_verify(copy) == 1
+    assert ledger.done() == {"00000.tar"}
+
+
+@pytest.mark.parametrize("what", ["--status", "--verify"])
+def test_looking_brings_neither_torch_nor_ray(recipe_file: str, what: str) -> None:
+    status = f"main(['extract', {recipe_file!r}, {what!r}])"
     program = f"import sys; from oar_scale.cli import main; {status}; sys.exit(bool({{'torch', 'ray'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr

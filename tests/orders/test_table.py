@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from oar_scale.errors import UserError
 from oar_scale.orders.table import OrderTable, join_orders, read_orders, table_name, write_orders
+from oar_scale.storage import Missing
 
 SHARD = "tokens/train/00000.tar"
 
@@ -112,3 +114,15 @@ def test_a_file_that_is_no_order_table_is_named(table: OrderTable, tmp_path: Pat
         pq.write_table(pq.read_table(path).replace_schema_metadata({}), path)
     with pytest.raises(UserError, match=r"00000\.parquet: not a"):
         read_orders(str(path))
+
+
+def test_what_is_wrong_with_a_table_says_how_it_is_made_again(table: OrderTable, tmp_path: Path) -> None:
+    with pytest.raises(Missing, match=r"00000\.parquet: there is no order table here.*`oar extract RECIPE --verify`") as missing:
+        read_orders(str(tmp_path / "00000.parquet"))
+    assert str(pickle.loads(pickle.dumps(missing.value))) == str(missing.value)
+    found = written(table, tmp_path)
+    with pytest.raises(UserError, match=r"`oar extract RECIPE --verify` finds"):
+        join_orders(["dog"], found, shard=SHARD, cells=16)
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"(?s)not a readable Parquet file.*`oar extract RECIPE --verify` finds"):
+        read_orders(str(tmp_path / "00000.parquet"))

@@ -116,6 +116,13 @@ def test_list_is_sorted_deep_and_of_this_folder_only(root: str, storage: Storage
     assert len(storage.list(root)) == 6
 
 
+def test_sizes_are_those_of_what_is_listed(root: str, storage: Storage) -> None:
+    assert storage.sizes(root) == {}
+    for name in ("o/a", "o/c/ddd", "o2/x"):
+        storage.write(join(root, name), name.encode())
+    assert storage.sizes(join(root, "o")) == {join(root, "o/a"): 3, join(root, "o/c/ddd"): 7}
+
+
 def test_list_goes_past_the_thousand_keys_of_a_page(s3_root: str) -> None:
     folder = join(s3_root, "many")
     storage = open_storage(folder)

@@ -8,7 +8,9 @@ shard writes the same bytes. A pool that starts on a ledger does what is missing
 
     the actor dies, or its worker fails          another actor tries the shard, ``max_retries`` times; then it is poison
     the worker raises UserError                  the data is at fault: poison at once
-    the worker cannot be made                    UserError: the pool stops; anything else is tried again ``max_retries`` times
+    a worker cannot be made                      while others work, no more are hired for a while; where nobody is left, the pool
+                                                 stops: after a UserError at once, after anything else when ``max_retries`` more failed
+    a finished shard's output is gone            its entry is removed, and it is done again
     a shard takes far longer than the others     an idle actor does it as well; the first to finish counts
     SIGTERM, SIGUSR1                             running shards have ``grace_s`` to end, the others are handed back: Requeue
     another pool on the same ledger              each does what the other has not claimed; a claim ends with its holder

@@ -36,7 +36,8 @@ class Order:
 class Outcome:
     """What an actor answers; errors travel as text, because not every exception survives being pickled."""
 
-    kind: Literal["started", "done", "taken", "user error", "failed"]
+    kind: Literal["placed", "started", "done", "taken", "user error", "failed"]
+    """``placed``: the actor has a process, which makes its worker now."""
     facts: Facts = field(default_factory=dict)
     work: Facts = field(default_factory=dict)
     error: str = ""

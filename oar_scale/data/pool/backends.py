@@ -1,6 +1,6 @@
 """Where the actors of a pool live: in Ray, on one machine or many, or in child processes of this one.
 
-actor = actors.start()                  begins a process; its first outcome is that of making its worker
+actor = actors.start()                  asks for a process; it is placed, and then its next outcome is that of making its worker
 actors.run(actor, order)                one order at a time
 actors.wait(1.0)                        [(actor, outcome), ...]: also of those whose process died
 """
@@ -61,7 +61,7 @@ class RayActors:
         needs = {"num_cpus": self._cpus, "num_gpus": self._gpus, **({"accelerator_type": self._gpu_type} if self._gpu_type else {})}
         remote: Any = ray.remote(_RayActor).options(**needs, max_restarts=0)
         self._actors[self._count] = remote.remote(self._make_actor)
-        self._pending[self._actors[self._count].start.remote()] = self._count
+        self._pending[self._actors[self._count].placed.remote()] = self._count
         return self._count
 
     def run(self, actor: int, order: Order) -> None:
@@ -76,7 +76,9 @@ class RayActors:
         ready = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)[0]
         if ready:
             ready = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)[0]
-        return [(self._pending.pop(reference), _result(reference)) for reference in ready]
+        found = [(self._pending.pop(reference), _result(reference)) for reference in ready]
+        self._pending |= {self._actors[actor].start.remote(): actor for actor, outcome in found if outcome.kind == "placed"}
+        return found
 
     def kill(self, actor: int) -> None:
         import ray
@@ -101,6 +103,9 @@ class _RayActor:
 
     def __init__(self, make_actor: MakeActor) -> None:
         self._actor = make_actor()
+
+    def placed(self) -> Outcome:
+        return Outcome("placed")
 
     def start(self) -> Outcome:
         return self._actor.start()
@@ -179,6 +184,7 @@ def _serve(connection: Connection, make_actor: MakeActor) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     actor = make_actor()
+    connection.send(Outcome("placed"))
     connection.send(actor.start())
     while True:
         try:

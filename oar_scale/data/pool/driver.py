@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from oar_scale.data.pool.actor import Order, Outcome
@@ -25,6 +25,8 @@ from oar_scale.storage.patience import patiently
 
 REMEMBERED = 300
 """Shards whose seconds make the median."""
+LONGEST_PAUSE_S = 600.0
+"""Between tries to hire where workers cannot be made though others work."""
 
 
 @dataclass
@@ -32,7 +34,8 @@ class _Task:
     """What an actor is doing: an order, or (None) making its worker."""
 
     order: Order | None
-    since: float = field(default_factory=time.monotonic)
+    since: float | None
+    """None: it has no process yet, because there is no room for it."""
 
 
 @dataclass
@@ -45,11 +48,13 @@ class Driver:
     report: PoolReport
     signals: StopSignals
     array: ArrayTask | None
+    earlier_s: Sequence[float]
+    """What the last shards took that earlier pools finished."""
     on_progress: OnProgress | None
     on_event: OnEvent | None
 
     def __post_init__(self) -> None:
-        self.holder = Holder(self.ledger, self._describe, self.timing.beat_s)
+        self.holder = Holder(self.ledger, self._describe, self.timing.beat_s, self.timing.patience_s)
         self.watch = Watch(self.ledger, self.timing.lease_s)
         self.open = dict.fromkeys(self.missing)
         """Shards that are neither done nor poison."""
@@ -62,9 +67,13 @@ class Driver:
         self.hosts: dict[int, str] = {}
         self.born: dict[int, float] = {}
         self.failed_at: dict[str, set[str]] = {}
-        self.seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self.seconds: deque[float] = deque(self.earlier_s, maxlen=REMEMBERED)
+        self.ours = 0
+        """Of these seconds, those of shards that this pool finished."""
         self.next_round = 0.0
         self.failed_starts = 0
+        """Since the last worker that could be made."""
+        self.pause_s, self.hire_again = self.timing.pause_s, 0.0
         self.next_look, self.spent_s = 0.0, 0.0
         self.said_waiting = False
         self.blind_since: float | None = None
@@ -97,8 +106,9 @@ class Driver:
 
     def _begin(self) -> None:
         """Who else is here, and who is at what?"""
-        self.poison_before = {shard: record["holder"] for shard, record in self.ledger.poison().items()}
-        self.watch.look()
+        poison = patiently(self.ledger.poison, self.timing.patience_s)
+        self.poison_before = {shard: record["holder"] for shard, record in poison.items()}
+        patiently(self.watch.look, self.timing.patience_s)
         others = {holder: record for holder, record in self.watch.living().items() if holder != self.holder.id}
         for holder, record in others.items():
             if not (self.array and record.get("array")):
@@ -139,9 +149,9 @@ class Driver:
         if count > (sure := max(0, self.bounds.least - have)):
             # Some more than there is room for: a cluster that can grow does so for what is asked of it.
             count = min(count, max(sure, self.actors.room() - starting, max(1, len(self.hosts) // 2) - starting))
-        for _ in range(count):
+        for _ in range(count if time.monotonic() >= self.hire_again else 0):
             actor = self.actors.start()
-            self.tasks[actor], self.born[actor] = _Task(None), time.monotonic()
+            self.tasks[actor], self.born[actor] = _Task(None, None), time.monotonic()
         if not self.hosts and not self.said_waiting and time.monotonic() - self.began > 60:
             self.said_waiting = True
             self._say("waiting", seconds=60)
@@ -149,7 +159,8 @@ class Driver:
     def _dismiss(self, actor: int) -> None:
         self.actors.kill(actor)
         self.spent_s += time.monotonic() - self.born.pop(actor)
-        self.hosts.pop(actor, None)
+        if self.hosts.pop(actor, None) is not None and not self.hosts:
+            self.failed_starts, self.hire_again = 0, 0.0  # whatever failed beside it: all rests on new ones now
         self.tasks.pop(actor, None)
         if actor in self.idle:
             self.idle.remove(actor)
@@ -190,7 +201,7 @@ class Driver:
     def _give(self, actor: int, shard: str, number: int) -> None:
         self.idle.remove(actor)
         order = Order(shard, self.report.failures.get(shard, 0) + 1, number)
-        self.tasks[actor] = _Task(order)
+        self.tasks[actor] = _Task(order, time.monotonic())
         self.actors.run(actor, order)
 
     def _back_up(self) -> None:
@@ -201,52 +212,69 @@ class Driver:
                 at.setdefault(task.order.shard, []).append((actor, task, task.order))
         for shard, working in at.items():
             actor, task, order = working[0]
-            seconds = time.monotonic() - task.since
+            seconds = time.monotonic() - (task.since or 0)
             if self.idle and len(working) == 1 and self._late(seconds):
-                self.report.late += 1
-                self._say("late", shard=shard, seconds=seconds, median_s=statistics.median(self.seconds))
+                self._say_late(shard, seconds)
                 elsewhere = [other for other in self.idle if self.hosts[other] != self.hosts[actor]]
                 self._give((elsewhere or self.idle)[-1], shard, order.claim)
 
     def _late(self, seconds: float) -> bool:
         return len(self.seconds) >= 3 and seconds > max(self.timing.late_s, self.timing.late * statistics.median(self.seconds))
 
+    def _say_late(self, shard: str, seconds: float) -> None:
+        self.report.late += 1
+        self._say("late", shard=shard, seconds=seconds, median_s=statistics.median(self.seconds))
+
     def _replace_stuck(self) -> None:
-        if len(self.seconds) < 3:
-            return
-        limit = max(self.timing.stuck_s, self.timing.stuck * statistics.median(self.seconds)) + self.timing.patience_s
+        timing, median = self.timing, statistics.median(self.seconds or [0.0])
+        # What earlier pools took may have been other hardware's: it can lengthen the wait for a first shard, not shorten it.
+        shard_s = max(timing.stuck_s if self.ours >= 3 else timing.hang_s, timing.stuck * median)
         for actor, task in list(self.tasks.items()):
-            if task.order and time.monotonic() - task.since > limit:
+            limit = (shard_s if task.order else timing.hang_s) + timing.patience_s
+            if task.since is not None and time.monotonic() - task.since > limit:
                 self._take(actor, Outcome("failed", error=f"no answer in {limit:.0f} s"))
 
     # -- taking outcomes ------------------------------------------------------------------------------------------------
 
     def _take(self, actor: int, outcome: Outcome) -> None:
+        if outcome.kind == "placed":
+            if actor in self.tasks:
+                self.tasks[actor].since = time.monotonic()
+            return
         task, host = self.tasks.pop(actor, None), self.hosts.get(actor, "")
-        if outcome.kind == "failed":
+        starting = task is not None and task.order is None
+        if outcome.kind == "failed" or (starting and outcome.kind != "started"):
             self._lost(actor, outcome.error)
         else:
             self.idle.append(actor)
-        if task is None:
-            return
-        if task.order is None:
+        if starting:
             self._started(actor, outcome)
-        elif task.order.shard in self.open:
+        elif task is not None and task.order is not None and task.order.shard in self.open:
             self._ended(task.order, outcome, host)
 
     def _started(self, actor: int, outcome: Outcome) -> None:
-        if outcome.kind == "user error":
-            raise UserError(outcome.error)
-        if outcome.kind == "failed":
-            self.failed_starts += 1
-            if self.failed_starts > self.max_retries:
-                raise RuntimeError(f"no worker could be made in {self.failed_starts} tries; the last error:\n{outcome.error}")
+        if outcome.kind == "started":
+            self.failed_starts, self.pause_s = 0, self.timing.pause_s
+            self.hosts[actor] = outcome.work["host"]
+            self.report.actors = len(self.hosts)
+            self.report.most_actors = max(self.report.most_actors, len(self.hosts))
+            self._say("actor_started", **outcome.work)
+        else:
+            self._not_started(outcome)
+
+    def _not_started(self, outcome: Outcome) -> None:
+        """One host may be broken, or lack what the others have: that stops nobody who works, or who may in a moment."""
+        self.failed_starts += 1
+        user_error, tried = outcome.kind == "user error", self.failed_starts
+        if not user_error and tried <= self.max_retries:
             return
-        self.failed_starts = 0
-        self.hosts[actor] = outcome.work["host"]
-        self.report.actors = len(self.hosts)
-        self.report.most_actors = max(self.report.most_actors, len(self.hosts))
-        self._say("actor_started", **outcome.work)
+        if not self.hosts and not any(task.order is None and task.since is not None for task in self.tasks.values()):
+            if user_error:
+                raise UserError(outcome.error)
+            raise RuntimeError(f"no worker could be made in {tried} tries; the last error:\n{outcome.error}")
+        if time.monotonic() >= self.hire_again:
+            self._say("not_hiring", seconds=self.pause_s, error=_first_line(outcome.error))
+            self.hire_again, self.pause_s = time.monotonic() + self.pause_s, min(2 * self.pause_s, LONGEST_PAUSE_S)
 
     def _ended(self, order: Order, outcome: Outcome, host: str) -> None:
         shard = order.shard
@@ -272,6 +300,7 @@ class Driver:
         self.report.done[shard] = entry.facts
         if entry.work.get("holder") == self.holder.id:
             self.seconds.append(entry.work["seconds"])
+            self.ours += 1
         else:
             self.report.elsewhere += 1
         if shard in self.poison_before:
@@ -319,16 +348,22 @@ class Driver:
             elif claim is None or claim.holder == self.holder.id or waiting.get(shard, 0) > claim.number:
                 self.waiting.append((shard, waiting.get(shard, 0)))
             elif (gone := self.watch.gone(claim.holder)) or (self.idle and self._late(time.monotonic() - since)):
-                self._say("taken_over" if gone else "late", shard=shard, holder=claim.holder)
+                if gone:
+                    self._say("taken_over", shard=shard, holder=claim.holder)
+                else:
+                    self._say_late(shard, time.monotonic() - since)
                 self.waiting.append((shard, claim.number + 1))
             else:
                 self.foreign[shard] = since
 
     def _tidy(self) -> None:
-        """Remove the claims of those who died between entering a shard and releasing it."""
-        for claim in self.ledger.claims().values():
-            if claim.shard in self.report.done:
-                self.ledger.release(claim)
+        """Remove the claims of those who died between entering a shard and releasing it. They harm nobody: all is done already."""
+        try:
+            for claim in self.ledger.claims().values():
+                if claim.shard in self.report.done:
+                    self.ledger.release(claim)
+        except UserError as error:
+            self._say("storage", error=_first_line(str(error)))
 
     # -- being stopped --------------------------------------------------------------------------------------------------
 

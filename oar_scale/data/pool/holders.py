@@ -16,43 +16,46 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import psutil
-
 from oar_scale.data.pool.ledger import Facts, Ledger, names_in, read_record, write_record
 from oar_scale.errors import UserError
 from oar_scale.storage import join, open_storage
+from oar_scale.storage.patience import patiently
 
 log = logging.getLogger(__name__)
 
+LAST_BEAT_S = 5.0
+"""For a beat that is on its way as a pool takes its leave, perhaps with a scheduler waiting to kill it."""
 _ENDED = "ended"
 
 
 class Holder:
     """This pool as the others see it, for as long as the ``with`` block lasts."""
 
-    def __init__(self, ledger: Ledger, describe: Callable[[], Facts], beat_s: float) -> None:
-        """``describe`` is called at each beat, in another thread: what there is to say about the pool."""
+    def __init__(self, ledger: Ledger, describe: Callable[[], Facts], beat_s: float, patience_s: float = 0) -> None:
+        """``describe`` is called at each beat, in another thread: what there is to say about the pool.
+
+        ``patience_s`` is how long the first beat waits for a storage that does not answer.
+        """
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        self._ledger, self._describe, self._beat_s = ledger, describe, beat_s
-        self._self = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "machine": _machine()}
+        self._ledger, self._describe, self._beat_s, self._patience_s = ledger, describe, beat_s, patience_s
+        self._self = {"host": socket.gethostname(), "pid": os.getpid(), "born_ticks": _born(os.getpid()), "machine": _machine()}
         self._self |= {"started": round(time.time(), 3), "beat_s": beat_s}
         self._beat, self._written = 0, ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._go_on, name="pool-heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
-        self._write(f"{self._beat:06d}")
+        patiently(lambda: self._write(f"{self._beat:06d}"), self._patience_s)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(LAST_BEAT_S)  # one that comes still later sorts before our last word
         try:
             for claim in self._ledger.claims().values():
                 if claim.holder == self.id:
@@ -70,9 +73,10 @@ class Holder:
                 log.warning("no heartbeat of this pool: %s", problem)
 
     def _write(self, beat: str) -> None:
-        before, self._written = self._written, join(self._ledger.beside, "holders", f"{self.id}.{beat}.json")
-        write_record(self._written, {**self._self, "time": round(time.time(), 3), **self._describe()})
-        if before:
+        before, uri = self._written, join(self._ledger.beside, "holders", f"{self.id}.{beat}.json")
+        write_record(uri, {**self._self, "time": round(time.time(), 3), **self._describe()})
+        self._written = uri
+        if before:  # as it was when we began: what a late beat finds now is our last word
             open_storage(before).delete(before)
 
 
@@ -135,16 +139,20 @@ def _newest(folder: str) -> dict[str, str]:
 def _died_here(record: Facts) -> bool:
     """Whether the pool ran on this machine and its process is no more."""
     machine = _machine()
-    return bool(machine) and record.get("machine") == machine and abs(_born(record["pid"]) - record["born"]) > 2
+    here = bool(machine) and record.get("machine") == machine and "born_ticks" in record
+    return here and _born(record["pid"]) != record["born_ticks"]
 
 
-def _born(pid: int) -> float:
-    """When a running process was started; 0 if there is none."""
-    with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        if process.status() != psutil.STATUS_ZOMBIE:
-            return float(process.create_time())
-    return 0.0
+def _born(pid: int) -> int:
+    """When a running process was started, in clock ticks since the machine was; 0 if there is none.
+
+    Not by the clock, which somebody may set: a pool that lives would seem to be another process.
+    """
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()  # a name may have spaces
+    except OSError:
+        return 0
+    return 0 if state == "Z" else int(rest[18])
 
 
 def _machine() -> str:

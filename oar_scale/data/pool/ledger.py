@@ -76,6 +76,10 @@ class Ledger:
         """Write the entry of a shard whose output is written; False if there is one already."""
         return write_record(self._entry(shard), {"shard": shard, "facts": entry.facts, "work": entry.work}, if_absent=True)
 
+    def forget(self, shard: str) -> None:
+        """The shard is to be done again."""
+        open_storage(self.uri).delete(self._entry(shard))
+
     def _entry(self, shard: str) -> str:
         return join(self.uri, shard + _SUFFIX)
 

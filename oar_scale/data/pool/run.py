@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
 from oar_scale.data.pool.actor import Actor, Worker
 from oar_scale.data.pool.backends import ProcessActors, RayActors
 from oar_scale.data.pool.driver import Driver
-from oar_scale.data.pool.ledger import Ledger
+from oar_scale.data.pool.ledger import Entry, Ledger
 from oar_scale.data.pool.signals import StopSignals
-from oar_scale.data.pool.terms import ArrayTask, Bounds, OnEvent, OnProgress, PoolReport, Timing
+from oar_scale.data.pool.terms import ArrayTask, Bounds, FindLost, OnEvent, OnProgress, PoolReport, Timing
 from oar_scale.data.ray_session import ray_session
+from oar_scale.errors import UserError
+from oar_scale.storage.patience import patiently
+
+EARLIER = 10
+"""Shards of earlier pools that say what one takes until there are shards of our own."""
 
 
 def run_pool(
@@ -30,6 +34,7 @@ def run_pool(
     what: Mapping[str, str] | None = None,
     array: ArrayTask | None = None,
     timing: Timing | None = None,
+    find_lost: FindLost | None = None,
     on_progress: OnProgress | None = None,
     on_event: OnEvent | None = None,
 ) -> PoolReport:
@@ -43,37 +48,73 @@ def run_pool(
         max_retries: how often a shard is tried again after its actor died or its worker failed.
         what: what the shards are made into; another pool on the same ledger must say the same.
         array: be one of several processes, with one actor and without Ray; ``actors`` does not matter then.
+        find_lost: says which of the finished shards have lost their output; they are done again.
 
     Raises:
-        UserError: a worker could not be made and it is the user's to mend, or the ledger is for something else.
-        RuntimeError: workers could not be made more than ``max_retries`` times in a row.
+        UserError: no worker could be made and it is the user's to mend, the actors do not fit on this machine, or the ledger is for
+            something else.
+        RuntimeError: nobody works, and workers could not be made more than ``max_retries`` times in a row.
         Requeue: stopped by a signal; what is done is in the ledger.
     """
     book, report, timing = Ledger(ledger), PoolReport(), timing or Timing()
-    for shard, entry in book.entries(shards).items():
+    entries = patiently(lambda: book.entries(shards), timing.patience_s)
+    if find_lost:
+        facts = {shard: entry.facts for shard, entry in entries.items()}
+        for shard, problem in patiently(lambda: find_lost(facts), timing.patience_s).items():
+            patiently(partial(book.forget, shard), timing.patience_s)
+            del entries[shard]
+            if on_event:
+                on_event("lost_output", {"shard": shard, "error": problem})
+    for shard, entry in entries.items():
         report.done[shard] = entry.facts
         if on_progress:
             on_progress(shard, entry.facts, report)
     report.found = len(report.done)
     missing = [shard for shard in shards if shard not in report.done]
     if missing:
+        gpus = _gpus() if gpus_per_actor and not array and "RAY_ADDRESS" not in os.environ else 0
+        bounds = Bounds(1, 1) if array else _bounds(actors, len(missing), cpu_threads, gpus_per_actor, gpus)
         if what:
-            book.bind(what)
-        bounds = Bounds(1, 1) if array else _bounds(actors, len(missing), cpu_threads)
+            patiently(lambda: book.bind(what), timing.patience_s)
         with StopSignals() as signals, ExitStack() as stack:
             if not array:
-                stack.enter_context(ray_session(cpus=bounds.most * cpu_threads, gpus=math.ceil(bounds.most * gpus_per_actor)))
+                stack.enter_context(ray_session(cpus=bounds.most * cpu_threads, gpus=gpus))
                 signals.arm()
-            driver = Driver(book, missing, bounds, max_retries, timing, report, signals, array, on_progress, on_event)
+            driver = Driver(
+                book, missing, bounds, max_retries, timing, report, signals, array, _last_seconds(entries.values()), on_progress, on_event
+            )
             make_actor = partial(Actor, make_worker, book, driver.holder.id, timing.patience_s)
             driver.do(ProcessActors(make_actor) if array else RayActors(make_actor, cpu_threads, gpus_per_actor, gpu_type))
     report.done = {shard: report.done[shard] for shard in shards if shard in report.done}
     return report
 
 
-def _bounds(actors: int | Bounds, missing: int, cpu_threads: int) -> Bounds:
+def _bounds(actors: int | Bounds, missing: int, cpu_threads: int, gpus_per_actor: float, gpus: int) -> Bounds:
     """No more than there are shards; a Ray of our own has the room that this machine has."""
-    if isinstance(actors, int):
-        return Bounds(min(actors, missing), min(actors, missing))
-    most = actors.most if "RAY_ADDRESS" in os.environ else max(actors.least, min(actors.most, (os.cpu_count() or 1) // cpu_threads))
-    return Bounds(min(actors.least, missing), min(most, missing))
+    wanted = Bounds(actors, actors) if isinstance(actors, int) else actors
+    least, most = min(wanted.least, missing), min(wanted.most, missing)
+    if "RAY_ADDRESS" in os.environ:
+        return Bounds(least, most)
+    most = min(most, (os.cpu_count() or 1) // cpu_threads)
+    if gpus_per_actor:
+        fit = gpus * int(1 / gpus_per_actor) if gpus_per_actor < 1 else int(gpus / gpus_per_actor)
+        if least > fit:
+            way = f"Ask for {fit} (extract.actors, for tokens parallel.workers)" if fit else "Ask for none (gpus_per_actor: 0)"
+            raise UserError(
+                f"{least} actors with {gpus_per_actor:g} GPUs each do not fit on this machine, which has {gpus} GPUs.\n"
+                f"{way}, or point RAY_ADDRESS at a cluster that has them."
+            )
+        most = min(most, fit)
+    return Bounds(least, max(least, most))
+
+
+def _gpus() -> int:
+    """That this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _last_seconds(entries: Iterable[Entry]) -> list[float]:
+    works = sorted((entry.work for entry in entries if "finished" in entry.work), key=lambda work: work["finished"])
+    return [work["seconds"] for work in works[-EARLIER:]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from oar_scale.data.pool.ledger import Facts
@@ -47,6 +47,10 @@ class Timing:
     """An actor is stuck, and replaced, after so many times the median ..."""
     stuck_s: float = 600.0
     """... and so many seconds, and the patience with the storage."""
+    hang_s: float = 1800.0
+    """The same for what has no median: making a worker, and shards before three have been finished."""
+    pause_s: float = 30.0
+    """Where workers cannot be made though others work, before the next try; twice as long each time, to ten minutes."""
 
 
 @dataclass
@@ -87,6 +91,8 @@ class PoolReport:
 
 OnProgress = Callable[[str, Facts, PoolReport], None]
 """Called with each shard that is in the ledger: first those found there, then each as it is finished; and the report so far."""
+FindLost = Callable[[Mapping[str, Facts]], Mapping[str, str]]
+"""Told the facts of all shards that are in the ledger: those whose output is not what it was, and what is wrong with it."""
 OnEvent = Callable[[str, Facts], None]
 """Called with what else happens, by name: ``actor_started``, ``actor_lost``, ``retry``, ``poison``, ``late``, ``taken_over``,
-``helping``, ``waiting``, ``storage``, ``draining``, ``drained``."""
+``helping``, ``waiting``, ``not_hiring``, ``lost_output``, ``storage``, ``draining``, ``drained``."""
