@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ANSWER_S = 10.0
 SETTLES_S = 2.5
-"""So long after a job was stopped on its way up Ray may still write down, anew, that it has failed."""
+"""So long after a job was deleted Ray's monitor of it may still write down, anew, that it has failed."""
 ELSEWHERE = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Variables that would silently win over the profile's address."""
 REMEDIES = (
@@ -117,19 +117,15 @@ def remove(client: JobSubmissionClient, job_id: str) -> None:
     """
     deadline, settles = time.monotonic() + ANSWER_S, 0.0
     with told(f"removing {job_id}"):
-        while True:
-            now = info(client, job_id)
-            if now is None and time.monotonic() > settles:
-                return
+        while (now := info(client, job_id)) is not None or time.monotonic() < settles:
             if now is not None and now.status.is_terminal():
                 client.delete_job(job_id)
+                settles = time.monotonic() + SETTLES_S
             elif now is not None and time.monotonic() > deadline:
                 raise UserError(f"{job_id} was told to stop, and is {now.status.value} still; it goes when its environment is ready.")
             elif now is not None:
                 client.stop_job(job_id)
-                settles = time.monotonic() + SETTLES_S
-            if settles:
-                time.sleep(0.5)
+            time.sleep(0.5)
 
 
 def info(client: JobSubmissionClient, job_id: str) -> JobDetails | None:
