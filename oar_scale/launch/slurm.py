@@ -28,6 +28,8 @@ HOPELESS = re.compile(
     r"|(Assoc|QOS)\w*(PerJob|PerNode|MinutesPerJob|WallDurationPerJob|TimeLimit)\w*|DependencyNeverSatisfied"
 )
 """Reasons to wait that no time mends: some clusters accept such jobs and leave them in the queue."""
+PLAIN = re.compile(r"[\w%+=@:./-]*")
+"""What needs no quotes in a line ``#SBATCH``."""
 REMEDIES = (
     (r"invalid partition", "Partitions here: {partitions}. Set `partition` in the profile."),
     (
@@ -98,7 +100,7 @@ def render(step: Step, profile: SlurmProfile, *, title: str, job_name: str, fold
         cpus=asked.cpus_per_node,
         gpus=asked.gpus_per_node,
         min_nodes=1 if array else asked.min_nodes or asked.nodes,
-        node_check=profile.node_check,
+        node_check=asked.node_check,
         node_address=profile.node_address,
         start_s=profile.start_s,
         warn_s=profile.warn_s,
@@ -107,8 +109,9 @@ def render(step: Step, profile: SlurmProfile, *, title: str, job_name: str, fold
         backoff_s=profile.backoff_s,
         ray=step.needs_ray and not array,
         array=array,
+        recipe=recipe,
         commands=[shlex.join(["oar", *command]) for command in step.commands(recipe, array=bool(array))],
-        **container(profile, mounts),
+        **container(asked, mounts),
     )
 
 
@@ -134,10 +137,18 @@ def _options(profile: SlurmProfile, job_name: str, jobs: str, array: int | None)
         "--requeue",
         "--open-mode=append",
         *([f"--array=0-{array - 1}"] if array else []),
-        f"--output={jobs}/{'%A_%a' if array else '%j'}.log",
+        f"--output={_pattern(jobs, '%A_%a.log' if array else '%j.log')}",
         *profile.sbatch,
     ]
     return options
+
+
+def _pattern(folder: str, name: str) -> str:
+    """A file in a folder as ``#SBATCH`` has it: % stands for itself only when it is doubled, and a backslash for nothing at all."""
+    if "\\" in folder or "\n" in folder:
+        raise UserError(f"{folder!r}: Slurm writes no log into a folder with a backslash or a line break in its name. Set `run_dir`.")
+    path = f"{folder.replace('%', '%%')}/{name}"
+    return path if PLAIN.fullmatch(path) else '"' + path.replace('"', '\\"') + '"'
 
 
 def container(profile: SlurmProfile, mounts: Sequence[str]) -> dict[str, str]:
@@ -146,11 +157,14 @@ def container(profile: SlurmProfile, mounts: Sequence[str]) -> dict[str, str]:
         return {"exec_container": "", "srun_container": ""}
     container = profile.container
     binds = [*dict.fromkeys([*mounts, "/tmp", *container.mounts])]  # /tmp: the sockets of Ray, for the steps that work with it
+    if spoilt := [mount for mount in mounts if set(",:") & set(mount)]:
+        raise UserError(f"{spoilt[0]}: a folder with a comma or a colon in its name cannot be mounted. Move it, or do without `container`.")
     if container.engine == "apptainer":
         words = ["apptainer", "exec", *(["--nv"] if profile.gpus_per_node else []), *(f"--bind={bind}" for bind in binds), container.image]
         return {"exec_container": shlex.join(words) + " ", "srun_container": ""}
     both = ",".join(bind if ":" in bind else f"{bind}:{bind}" for bind in binds)
-    return {"exec_container": "", "srun_container": f" --container-image={container.image} '--container-mounts={both}'"}
+    mounted = f"--container-mounts={both}".replace("'", "'\"'\"'")
+    return {"exec_container": "", "srun_container": f" --container-image={container.image} '{mounted}'"}
 
 
 def sbatch(script: str, name: str, *, after: str | None = None, exclude: Sequence[str] = (), hold: bool = False) -> str:

@@ -29,6 +29,7 @@ ray.init(log_to_driver=False)
 @ray.remote(num_cpus=1)
 class Worker:
     def job(self):
+        print("heard by a worker", flush=True)
         return os.environ["SLURM_JOB_ID"]
 workers = [Worker.remote() for _ in range(int(ray.cluster_resources()["CPU"]))]
 jobs = set(ray.get([worker.job.remote() for worker in workers]))
@@ -68,12 +69,15 @@ def test_two_runs_on_the_same_nodes_each_have_a_ray_of_their_own(slurm: Cluster,
     program.write_text(LOOKS_AROUND.format(python=sys.executable, folder=tmp_path / "seen", count=2))
     program.chmod(0o755)
     cluster = profile(tmp_path, nodes=2, setup=[f"export PATH={tmp_path}/bin:$PATH"])
-    runs = [tmp_path / "one", tmp_path / "two"]
+    runs = [tmp_path / "one", tmp_path / 'it\'s "two" at 100%j #2']
     ids = [submit(SMOKE, cluster, overrides=[f"run_dir={run}"], stages="pretrain").jobs[0].id for run in runs]
     for run, job in zip(runs, ids, strict=True):
         (status,) = wait(run, 120)
         assert status.done, said(run)
         assert f"nodes 2 jobs {job}\n" in said(run)
+        (logs,) = run.glob(f"jobs/1-pretrain/{job}.0")
+        assert {path.name for path in logs.glob("ray-*.log")} == {"ray-n1.log", "ray-n2.log"}
+        assert [path for path in logs.glob("ray-n?/worker-*.out") if "heard by a worker" in path.read_text()], list(logs.iterdir())
         assert not list(Path("/tmp").glob(f"oar-{job}-*")), "a folder of Ray was left behind"
 
 
