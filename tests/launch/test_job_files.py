@@ -56,7 +56,7 @@ def test_no_golden_file_is_without_its_profile() -> None:
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.sbatch")), ids=lambda path: path.stem)
 def test_bash_and_shellcheck_find_nothing_in_a_job_file(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True).stderr == ""
-    inner = [text.replace("'\\''", "'") for text in re.findall(r"bash -c '\n((?:[^']|'\\'')*)'", path.read_text())]
+    inner = [text.replace("'\\''", "'") for text in re.findall(r"(?:bash -c |step=)'\n((?:[^']|'\\'')*)'", path.read_text())]
     assert inner, "no script of a step was found"
     for text in inner:
         assert subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True).stderr == ""

@@ -20,10 +20,11 @@ if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
     while :; do date +'old %s.%N' >>"$BEHAVIOUR.seen"; sleep 0.1; done
 fi
 date +'new %s.%N' >>"$BEHAVIOUR.seen"
-sleep 8
+sleep 3
 """
 
 
+@pytest.mark.slow  # Slurm takes half a minute to miss a node; `make test-faults` runs it
 @pytest.mark.timeout(200)
 def test_an_attempt_that_slurm_has_lost_sight_of_ends_before_the_next_one_works(
     own_slurm: dev_slurm.Cluster, stub: Path, tmp_path: Path
