@@ -150,10 +150,11 @@ def test_a_time_limit_a_power_cut_and_a_preemption_leave_samples_and_losses_as_t
     run, command = Run(load_recipe(recipe)), gate.cluster.command
     cluster = profile(tmp_path, partition="preempt", time="00:03:00", warn_s=90)
     slow = watched(tmp_path, 4.0)  # longer than the limit
-    gate.oar("submit", recipe, "--cluster", cluster, "--stages", "pretrain", **slow)
+    printed = gate.oar("submit", recipe, "--cluster", cluster, "--stages", "pretrain", **slow)
     expected_losses, expected_samples = undisturbed_run(tmp_path_factory)  # while the first attempt uses its time up
     gate.wait_for(run, "stopped with everything saved", 200)
     assert {"SIGUSR1"} == {stopped["reason"] for stopped in events(run, "stopping")}
+    command("scontrol", "update", f"JobId={job_id(printed)}", "TimeLimit=30")
 
     def trained_on() -> None:
         starts, checkpoints = len(events(run, "start")), len(events(run, "checkpoint"))
