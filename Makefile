@@ -1,5 +1,5 @@
 # make quickstart        the whole pipeline on two CPU cores, ending in a report
-# make test, make check  what .ci/run runs
+# make test, make test-faults, make check  what .ci/run runs
 # PYTHON=python3.12 VENV=/some/where make ...  uses another Python, another place for the environment
 
 SHELL := /bin/bash
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WITH_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: venv quickstart quickstart-s3 test test-all chaos chaos-extraction check
+.PHONY: venv quickstart quickstart-s3 test test-faults test-all chaos chaos-extraction check
 
 venv: $(INSTALLED)
 
@@ -39,6 +39,11 @@ quickstart-s3: venv
 test: venv
 	@echo "Tests, without the slow ones: tens of minutes on two cores. Two processes, for many tests wait for clusters to start."
 	$(WITH_PATH) python -m pytest -m "not slow" -n 2 --dist loadfile --durations=20
+
+test-faults: venv
+	@echo "What Slurm jobs survive, with real trainings and nodes that are lost: about four minutes."
+	$(WITH_PATH) python -m pytest -n 2 --dist loadfile tests/launch/test_lost_daemon.py \
+		"tests/launch/test_training_on_slurm.py::test_a_time_limit_a_power_cut_and_a_preemption_leave_samples_and_losses_as_they_are"
 
 test-all: venv
 	@echo "All tests, with whole pipelines and killed workers: tens of minutes."

@@ -64,6 +64,8 @@ class Cluster:
 
     folder: str
     nodes: int
+    cpus: int
+    """That each node counts."""
     port: int
     apart: bool = False
     """Each node is a host of its own."""
@@ -111,9 +113,9 @@ def up(folder: str = ".dev/slurm", nodes: int = 2, cpus: int = 4, port: int = 16
     with processes.locked(folder):
         cluster = running(folder)
         if cluster is not None:
-            if (cluster.nodes, cluster.port, cluster.apart) != (nodes, port, apart):
-                kind = " with hosts of their own" if cluster.apart else ""
-                raise RuntimeError(f"the Slurm in {folder} already runs: {cluster.nodes} nodes{kind}, port {cluster.port}. Stop it first")
+            if (cluster.nodes, cluster.cpus, cluster.port, cluster.apart) != (nodes, cpus, port, apart):
+                kind = f"{cluster.nodes} nodes of {cluster.cpus} CPUs{' with hosts of their own' if cluster.apart else ''}"
+                raise RuntimeError(f"the Slurm in {folder} already runs: {kind}, port {cluster.port}. Stop it first")
             return cluster
         cluster = _start(folder, nodes, cpus, port, apart)
     processes.until(lambda: _idle(cluster) >= nodes, START_S, f"the nodes do not get idle: see {folder}/log")
@@ -181,7 +183,7 @@ def _start(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> Cluste
         os.makedirs(os.path.join(folder, part), exist_ok=True)
     _write_files(folder, nodes, cpus, port, apart)
     run, munge = (os.path.join(folder, part) for part in ("run", "munge"))
-    cluster = Cluster(folder, nodes, port, apart)
+    cluster = Cluster(folder, nodes, cpus, port, apart)
     munged = [
         *("munged", "--foreground", "--force", "--num-threads=2", f"--key-file={munge}/key", f"--socket={run}/munge.socket"),
         *(f"--pid-file={run}/munged.pid", f"--log-file={folder}/log/munged.log", f"--seed-file={munge}/seed"),

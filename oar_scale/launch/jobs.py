@@ -223,7 +223,7 @@ def _sbatch_all(files: Sequence[JobFile], profile: SlurmProfile, submission: Sub
             with open(script, "w", encoding="utf-8") as out:
                 out.write(file.text)
             after = submission.jobs[-1].id if submission.jobs else None
-            leave_out = [*slurm.left_out(profile), *bad] if bad else []
+            leave_out = [*slurm.left_out(profile.resources(file.step.only)), *bad] if bad else []
             job = slurm.sbatch(script, file.name, after=after, exclude=leave_out, hold=chain and index == 0)
             submission.jobs.append(Job(file.name, list(file.step.stages), job, file.folder, after))
         if chain:

@@ -24,6 +24,8 @@ from oar_scale.errors import UserError
 
 Word = Annotated[str, Field(pattern=r"^[^\s'\"$`\\]+$")]
 """Goes into a job file as it is."""
+Option = Annotated[str, Field(pattern=r"^--[^\n]+$")]
+"""Of sbatch."""
 Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d\d):(\d\d)")
@@ -41,15 +43,20 @@ class Container(Section):
 
 
 class Resources(Section):
-    """What a stage may ask for instead of what the profile says."""
+    """What a stage may ask for instead of what the profile says; ``null`` takes back what may be unset there."""
 
     partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
     nodes: int | None = Field(None, ge=1)
     min_nodes: int | None = Field(None, ge=1)
     cpus_per_node: int | None = Field(None, ge=1)
     gpus_per_node: int | None = Field(None, ge=0)
+    gpu_type: Word | None = None
     memory_gb: int | None = Field(None, ge=1)
     time: str | None = None
+    sbatch: tuple[Option, ...] | None = None
+    node_check: Line | None = None
     array: int | None = Field(None, ge=2)
     """``extract`` only: so many tasks of a job array, each on its own, without Ray."""
 
@@ -79,8 +86,8 @@ class SlurmProfile(Section):
     time: str
     """``HH:MM:SS`` or ``D-HH:MM:SS`` of one attempt; a job that needs longer comes back by itself."""
     warn_s: int = Field(300, ge=10)
-    """Before that limit: the driver is told to save and leave."""
-    sbatch: tuple[Annotated[str, Field(pattern=r"^--[^\n]+$")], ...] = ()
+    """Before that limit, at most half of it: the driver is told to save and leave."""
+    sbatch: tuple[Option, ...] = ()
     """More options of sbatch, e.g. ``--constraint=ib``."""
     setup: tuple[Line, ...] = ()
     """Shell lines before everything else: modules, a virtual environment."""
@@ -121,15 +128,17 @@ class SlurmProfile(Section):
             if least > nodes:
                 raise ValueError(f"{f'stages.{name}.' if name else ''}min_nodes {least} is above nodes {nodes}")
             time = stage.time or self.time
-            if self.warn_s >= seconds(time):
-                raise ValueError(f"warn_s {self.warn_s} leaves nothing of {f'stages.{name}.' if name else ''}time {time}")
+            if self.warn_s > seconds(time) / 2:
+                raise ValueError(f"warn_s {self.warn_s} leaves less than half of {f'stages.{name}.' if name else ''}time {time} to work in")
             if stage.array and name != "extract":
                 raise ValueError(f"stages.{name}.array: only extract can be a job array")
         return self
 
     def resources(self, stage: str) -> SlurmProfile:
         """The profile with what it says of a stage in place."""
-        chosen = self.stages.get(stage, Resources()).model_dump(exclude_none=True, exclude={"array"})
+        asked = self.stages.get(stage, Resources())
+        given = {name: getattr(asked, name) for name in asked.model_fields_set - {"array"}}
+        chosen = {name: value for name, value in given.items() if value is not None or type(self).model_fields[name].default is None}
         if "nodes" in chosen:
             chosen.setdefault("min_nodes", None)
         return self.model_copy(update=chosen)

@@ -26,8 +26,6 @@ LOOK_S = 4.0
 """Slurm takes its first look at a new job within 3 s (batch_sched_delay)."""
 UNDECIDED = (["None"], ["PartitionConfig"])
 """What it names as the reason to wait before."""
-AWKWARD = re.compile(r"""[%"'\\\n]""")
-"""Slurm, bash or Pyxis would read something else into a path with one of these."""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "NODE_FAIL", "PREEMPTED", "REVOKED"}
 """A job that comes back after a lost node or a preemption is COMPLETING, then PENDING."""
 HOPELESS = re.compile(
@@ -35,6 +33,8 @@ HOPELESS = re.compile(
     r"|(Assoc|QOS)\w*(PerJob|PerNode|MinutesPerJob|WallDurationPerJob|TimeLimit)\w*|DependencyNeverSatisfied"
 )
 """Reasons to wait that no time mends: some clusters accept such jobs and leave them in the queue."""
+PLAIN = re.compile(r"[\w%+=@:./-]*")
+"""What needs no quotes in a line ``#SBATCH``."""
 REMEDIES = (
     (r"invalid partition", "Partitions here: {partitions}. Set `partition` in the profile."),
     (
@@ -94,10 +94,7 @@ def render(step: Step, profile: SlurmProfile, *, title: str, job_name: str, fold
     Raises:
         UserError: the run's folder has a name that Slurm would take for something else.
     """
-    if found := AWKWARD.search(jobs):
-        raise UserError(f"{jobs}: a path with {found[0]!r} cannot be told to Slurm. Set run_dir to another one.")
-    stage = step.stages[0] if len(step.stages) == 1 else ""
-    array, asked = profile.array(stage), profile.resources(stage)
+    array, asked = profile.array(step.only), profile.resources(step.only)
     mounts = (folder, os.path.dirname(os.path.dirname(jobs)))
     environment = Environment(
         loader=PackageLoader("oar_scale.launch", "."),
@@ -119,7 +116,7 @@ def render(step: Step, profile: SlurmProfile, *, title: str, job_name: str, fold
         cpus=asked.cpus_per_node,
         gpus=asked.gpus_per_node,
         min_nodes=1 if array else asked.min_nodes or asked.nodes,
-        node_check=profile.node_check,
+        node_check=asked.node_check,
         node_address=profile.node_address,
         start_s=profile.start_s,
         warn_s=profile.warn_s,
@@ -128,8 +125,10 @@ def render(step: Step, profile: SlurmProfile, *, title: str, job_name: str, fold
         backoff_s=profile.backoff_s,
         ray=step.needs_ray and not array,
         array=array,
+        left_out=left_out(asked),
+        recipe=recipe,
         commands=[shlex.join(["oar", *command]) for command in step.commands(recipe, array=bool(array))],
-        **container(profile, mounts),
+        **container(asked, mounts),
     )
 
 
@@ -149,14 +148,13 @@ def allocation(profile: SlurmProfile, job_name: str, nodes: int) -> list[str]:
 
 
 def _options(profile: SlurmProfile, job_name: str, jobs: str, array: int | None) -> list[str]:
-    log = f"{jobs}/{'%A_%a' if array else '%j'}.log"
     return [
         *allocation(profile, job_name, 1 if array else profile.nodes),
         f"--signal=B:USR1@{profile.warn_s}",
         "--requeue",
         "--open-mode=append",
         *([f"--array=0-{array - 1}"] if array else []),
-        f"--output={f'{chr(34)}{log}{chr(34)}' if ' ' in log else log}",
+        f"--output={_pattern(jobs, '%A_%a.log' if array else '%j.log')}",
         *profile.sbatch,
     ]
 
@@ -167,17 +165,28 @@ def left_out(profile: SlurmProfile) -> list[str]:
     return [match[1] for match in found if match]
 
 
+def _pattern(folder: str, name: str) -> str:
+    """A file in a folder as ``#SBATCH`` has it: % stands for itself only when it is doubled, and a backslash for nothing at all."""
+    if "\\" in folder or "\n" in folder:
+        raise UserError(f"{folder!r}: Slurm writes no log into a folder with a backslash or a line break in its name. Set `run_dir`.")
+    path = f"{folder.replace('%', '%%')}/{name}"
+    return path if PLAIN.fullmatch(path) else '"' + path.replace('"', '\\"') + '"'
+
+
 def container(profile: SlurmProfile, mounts: Sequence[str]) -> dict[str, str]:
     """Words before a command in a batch shell, and options of srun."""
     if profile.container is None:
         return {"exec_container": "", "srun_container": ""}
     container = profile.container
     binds = [*dict.fromkeys([*mounts, "/tmp", *container.mounts])]  # /tmp: the sockets of Ray, for the steps that work with it
+    if spoilt := [mount for mount in mounts if set(",:") & set(mount)]:
+        raise UserError(f"{spoilt[0]}: a folder with a comma or a colon in its name cannot be mounted. Move it, or do without `container`.")
     if container.engine == "apptainer":
         words = ["apptainer", "exec", *(["--nv"] if profile.gpus_per_node else []), *(f"--bind={bind}" for bind in binds), container.image]
         return {"exec_container": shlex.join(words) + " ", "srun_container": ""}
     both = ",".join(bind if ":" in bind else f"{bind}:{bind}" for bind in binds)
-    return {"exec_container": "", "srun_container": f" --container-image={container.image} '--container-mounts={both}'"}
+    mounted = f"--container-mounts={both}".replace("'", "'\"'\"'")
+    return {"exec_container": "", "srun_container": f" --container-image={container.image} '{mounted}'"}
 
 
 def sbatch(script: str, name: str, *, after: str | None = None, exclude: Sequence[str] = (), hold: bool = False) -> str:

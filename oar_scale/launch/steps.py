@@ -28,6 +28,11 @@ class Step:
         return "-".join(self.stages) or "run"
 
     @property
+    def only(self) -> str:
+        """Its stage, where it has just one: what the profile says of that stage counts for the job."""
+        return self.stages[0] if len(self.stages) == 1 else ""
+
+    @property
     def needs_ray(self) -> bool:
         return not self.stages or bool(RAY_STAGES & set(self.stages))
 

@@ -21,8 +21,9 @@ def test_up_is_idempotent_a_lost_node_comes_back_and_down_ends_all(tmp_path: Pat
     cluster = slurm.up(folder, port=port)
     try:
         assert slurm.up(folder, port=port) == cluster == slurm.running(folder)
-        with pytest.raises(RuntimeError, match=f"already runs: 2 nodes, port {port}"):
-            slurm.up(folder, nodes=3, port=port)
+        for other in ({"nodes": 3}, {"cpus": 8}):
+            with pytest.raises(RuntimeError, match=f"already runs: 2 nodes of 4 CPUs, port {port}"):
+                slurm.up(folder, port=port, **other)
         with pytest.raises(RuntimeError, match=f"port {port} is taken"):
             slurm.up(str(tmp_path / "other"), port=port)
         with pytest.raises(RuntimeError, match="n1 runs"):

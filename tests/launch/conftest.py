@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,36 @@ CPUS = 16
 """Counted, not there: all jobs of a test run at once."""
 
 
-def skip_without_slurm() -> None:
+def unable(reason: str) -> None:
+    """Skip, but not where everything is meant to be there: OAR_NO_SKIP=1."""
+    if os.environ.get("OAR_NO_SKIP") == "1":
+        pytest.fail(f"nothing may be skipped here (OAR_NO_SKIP=1): {reason}")
+    pytest.skip(reason)
+
+
+def needs_slurm() -> None:
     for program in dev_slurm.PROGRAMS:
         if dev_slurm._program(program) is None:
-            pytest.skip(f"Slurm is not installed ({program}): {dev_slurm.PACKAGES}")
+            unable(f"Slurm is not installed ({program}): {dev_slurm.PACKAGES}")
 
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dev_slurm.Cluster]:
     """SLURM_CONF points at it."""
-    skip_without_slurm()
-    folder = str(tmp_path_factory.mktemp("slurm"))
+    with _on_loopback(str(tmp_path_factory.mktemp("slurm"))) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def own_slurm(tmp_path: Path) -> Iterator[dev_slurm.Cluster]:
+    """One that a test may spoil; SLURM_CONF points at it meanwhile."""
+    with _on_loopback(str(tmp_path / "slurm")) as cluster:
+        yield cluster
+
+
+@contextmanager
+def _on_loopback(folder: str) -> Iterator[dev_slurm.Cluster]:
+    needs_slurm()
     try:
         cluster = dev_slurm.up(folder, cpus=CPUS, port=dev_slurm.free_port())
         with pytest.MonkeyPatch.context() as patch:
@@ -42,9 +62,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dev_slurm.Cluste
 @pytest.fixture(scope="session")
 def hosts_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dev_slurm.Cluster]:
     """Each node with a network and processes of its own; put ``cluster.prefix`` before what is to reach it."""
-    skip_without_slurm()
+    needs_slurm()
     if reason := hosts.missing():
-        pytest.skip(reason)
+        unable(reason)
     folder = str(tmp_path_factory.mktemp("hosts"))
     try:
         yield dev_slurm.up(folder, cpus=CPUS, apart=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster.dev.slurm import Cluster
@@ -39,6 +40,8 @@ if mkdir "$BEHAVIOUR.seen" 2>/dev/null; then
 fi
 """
 HALTS_ONCE = 'echo "$1" >> "$BEHAVIOUR.order"; [ "$1" != evaluate ] || mkdir "$BEHAVIOUR.seen" || exit 0; [ "$1" != evaluate ] || exit 2'
+BUSY_CHECK = "mkdir {path} || exit 0; sleep 60"
+"""Long the first time."""
 SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
 
 
@@ -102,11 +105,16 @@ def room(slurm: Cluster, stub: Path, tmp_path_factory: pytest.TempPathFactory) -
 def runs(room: Room) -> dict[str, Submitted]:
     """All at once, since most of their time is Slurm's waiting."""
     first_time = f"test -e {room.folder}/checked || {{ touch {room.folder}/checked; false; }}"
+    checks = {name: BUSY_CHECK.format(path=room.folder / f"{name}-check") for name in ("checked-back", "checked-gone")}
     return {
         "limit": room.submit("limit", FIRST_TIME.format(first=UNTIL_TOLD), time="00:01:00"),
         "crash": room.submit("crash", "echo crashing; exit 1"),
         "saved": room.submit("saved", FIRST_TIME.format(first="exit 75")),
         "broken": room.submit("broken", "echo fine on $SLURMD_NODENAME", node_check=first_time),
+        **{name: room.submit(name, "echo fine", node_check=check) for name, check in checks.items()},
+        "misspelt": room.submit("misspelt", "echo fine", node_check="nvidia-smy -L"),
+        "harsh": room.submit("harsh", "echo fine", node_check="false", nodes=2),
+        "idle": room.submit("idle", "exit 75"),
         "back": room.submit("back", FIRST_TIME.format(first=UNTIL_TOLD)),
         "mistake": room.submit("mistake", "echo 'error: no such column'; exit 2"),
         "missing": room.submit("missing", "exec no-such-program"),
@@ -162,6 +170,61 @@ def test_a_node_that_fails_its_check_is_left_out_from_then_on(slurm: Cluster, ru
     assert not list(runs["broken"].run.glob("jobs/*/*.failures"))
     again = submit(SMOKE, str(runs["broken"].run.parent / "profile.yaml"), stages="report", overrides=[f"run_dir={runs['broken'].run}"])
     assert f"ExcNodeList={bad}" in slurm.command("scontrol", "show", "job", again.jobs[0].id)
+
+
+def test_a_job_that_is_taken_away_during_the_check_condemns_no_node(slurm: Cluster, room: Room, runs: dict[str, Submitted]) -> None:
+    for name in ("checked-back", "checked-gone"):
+        deadline = time.monotonic() + 60
+        while not (room.folder / f"{name}-check").exists():
+            assert time.monotonic() < deadline, runs[name].said()
+            time.sleep(0.1)
+    slurm.command("scontrol", "requeue", find_jobs(str(runs["checked-back"].run))[0].job.id)
+    cancel(str(runs["checked-gone"].run))
+    (back,), (gone,) = runs["checked-back"].wait(), runs["checked-gone"].wait()
+    assert back.done and gone.state == "CANCELLED"
+    assert "taken away by Slurm" in runs["checked-back"].said()
+    assert not [name for name in ("checked-back", "checked-gone") if (runs[name].run / "jobs" / "excluded").exists()]
+
+
+def test_a_check_that_is_no_command_is_a_mistake_and_no_nodes_fault(runs: dict[str, Submitted]) -> None:
+    (status,) = runs["misspelt"].wait()
+    assert status.state == "FAILED" and "node_check is no command on the nodes" in status.detail
+    assert runs["misspelt"].attempts() == ["0"] and not (runs["misspelt"].run / "jobs" / "excluded").exists()
+
+
+def test_a_check_that_no_node_passes_condemns_none(runs: dict[str, Submitted]) -> None:
+    (status,) = runs["harsh"].wait()
+    assert status.state == "FAILED" and "no node has passed node_check" in status.detail
+    assert runs["harsh"].attempts() == ["0", "1"] and not (runs["harsh"].run / "jobs" / "excluded").exists()
+
+
+def test_a_job_that_stops_again_and_again_without_getting_on_ends(runs: dict[str, Submitted]) -> None:
+    (status,) = runs["idle"].wait()
+    assert status.state == "FAILED" and "without having got on" in status.detail and "2 times in a row" in status.detail
+    assert runs["idle"].attempts() == ["0", "1", "2"]
+
+
+def test_a_job_that_gets_on_may_stop_as_often_as_it_likes(room: Room) -> None:
+    saves = """
+        n=$(ls "$BEHAVIOUR.d" 2>/dev/null | wc -l); mkdir -p "$BEHAVIOUR.d/$n" {root}/checkpoints/pretrain/step-$n
+        touch {root}/checkpoints/pretrain/step-$n/COMMITTED; [ "$n" = 3 ] || exit 75
+    """.format(root=room.folder / "gets-on" / "run")
+    run = room.submit("gets-on", saves)
+    (status,) = run.wait()
+    assert status.done and run.attempts() == ["0", "1", "2", "3"], run.said()
+
+
+def test_nothing_of_a_job_that_was_told_stays_behind(slurm: Cluster, room: Room) -> None:
+    run = room.submit("tidy", UNTIL_TOLD.replace("exit 75", "exit 0"), warn_s=119)
+    run.wait_for("oar report")
+    (status,) = find_jobs(str(run.run))
+    slurm.command("scancel", "--signal=USR1", "--batch", status.job.id)
+    (status,) = run.wait()
+    assert status.done and "told USR1" in run.said()
+    deadline = time.monotonic() + 10
+    while left := [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "114"]]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 def test_scontrol_requeue_saves_and_counts_as_no_failure(slurm: Cluster, runs: dict[str, Submitted]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -29,6 +30,7 @@ ray.init(log_to_driver=False)
 @ray.remote(num_cpus=1)
 class Worker:
     def job(self):
+        print("heard by a worker", flush=True)
         return os.environ["SLURM_JOB_ID"]
 workers = [Worker.remote() for _ in range(int(ray.cluster_resources()["CPU"]))]
 jobs = set(ray.get([worker.job.remote() for worker in workers]))
@@ -68,12 +70,15 @@ def test_two_runs_on_the_same_nodes_each_have_a_ray_of_their_own(slurm: Cluster,
     program.write_text(LOOKS_AROUND.format(python=sys.executable, folder=tmp_path / "seen", count=2))
     program.chmod(0o755)
     cluster = profile(tmp_path, nodes=2, setup=[f"export PATH={tmp_path}/bin:$PATH"])
-    runs = [tmp_path / "one", tmp_path / "two"]
+    runs = [tmp_path / "one", tmp_path / 'it\'s "two" at 100%j #2']
     ids = [submit(SMOKE, cluster, overrides=[f"run_dir={run}"], stages="pretrain").jobs[0].id for run in runs]
     for run, job in zip(runs, ids, strict=True):
         (status,) = wait(run, 120)
         assert status.done, said(run)
         assert f"nodes 2 jobs {job}\n" in said(run)
+        (logs,) = run.glob(f"jobs/1-pretrain/{job}.0")
+        assert {path.name for path in logs.glob("ray-*.log")} == {"ray-n1.log", "ray-n2.log"}
+        assert [path for path in logs.glob("ray-n?/worker-*.out") if "heard by a worker" in path.read_text()], list(logs.iterdir())
         assert not list(Path("/tmp").glob(f"oar-{job}-*")), "a folder of Ray was left behind"
 
 
@@ -94,6 +99,28 @@ def test_a_job_array_extracts_all_orders_though_one_task_is_killed(
     tables = [read_orders(str(path)) for path in sorted((tmp_path / "run" / "orders" / "train").glob("*.parquet"))]
     orders = np.concatenate([table.order_SN for table in tables])
     assert len(orders) == 71 and (np.sort(orders, axis=1) == np.arange(64)).all()
+
+
+@pytest.mark.slow  # four jobs one after the other, three of them with a Ray of their own
+@pytest.mark.timeout(600)
+def test_a_chain_of_jobs_takes_a_run_from_pretraining_to_its_evaluation(
+    slurm: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    small = {"evaluate": {"nll_images": 4, "feature_images": 8}, "sample": {"images": 2}, "pipeline": {"control": False}}
+    prepared = prepared_run(tmp_path_factory)
+    run = copy_run(prepared, str(tmp_path / "run"), parallel={"micro_batch": 2, "precision": "fp32", "workers": 2}, **small)
+    shutil.copytree(prepared.at("images"), run.at("images"), dirs_exist_ok=True)
+    array = {"extract": {"array": 2, "cpus_per_node": 1, "nodes": 1}, "evaluate": {"nodes": 1}}
+    cluster = profile(tmp_path, cpus_per_node=1, nodes=2, stages=array)
+    chain = submit(recipe_file(run), cluster, stages="pretrain,extract,finetune,evaluate").jobs
+    assert [job.after for job in chain] == [None, *(job.id for job in chain[:-1])]
+    statuses = wait(tmp_path / "run", 500)
+    assert all(status.done for status in statuses), f"{statuses}{said(tmp_path / 'run')}"
+    assert "2 of 2 tasks done" in statuses[1].detail
+    ended = [os.path.getmtime(run.marker(stage)) for stage in ("pretrain", "extract", "finetune", "evaluate")]
+    assert ended == sorted(ended)
+    orders = np.concatenate([read_orders(str(path)).order_SN for path in (tmp_path / "run" / "orders" / "train").glob("*.parquet")])
+    assert len(orders) == 71 and os.path.exists(run.model_uri("ordered")) and os.path.exists(run.local("evaluation.json"))
 
 
 def task_of(job: str, task: str, seconds: float) -> psutil.Process:

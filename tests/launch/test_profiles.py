@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from oar_scale.config.loading import load_recipe
 from oar_scale.errors import UserError
 from oar_scale.launch.profile import Container, Resources, SlurmProfile, load_profile, seconds
-from oar_scale.launch.slurm import render
+from oar_scale.launch.slurm import container, render
 from oar_scale.launch.steps import Step, plan_steps
 
 SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
@@ -34,8 +35,8 @@ def load(folder: Path, text: str, *overrides: str) -> SlurmProfile:
         ),
         (GOOD + "nodes: two\n", r"mine.yaml:4  nodes = \"two\"\n  must be a valid integer"),
         (GOOD + "nodes: 0\n", "greater than or equal to 1"),
-        (GOOD + "warn_s: 3600\n", "warn_s 3600 leaves nothing of time 01:00:00"),
-        (GOOD + 'stages: {evaluate: {time: "00:05:00"}}\n', "leaves nothing of stages.evaluate.time 00:05:00"),
+        (GOOD + "warn_s: 3600\n", "warn_s 3600 leaves less than half of time 01:00:00 to work in"),
+        (GOOD + 'stages: {evaluate: {time: "00:05:00"}}\n', "less than half of stages.evaluate.time 00:05:00"),
         (GOOD + "nodes: 2\nmin_nodes: 3\n", "min_nodes 3 is above nodes 2"),
         (GOOD + "stages: {evaluate: {array: 4}}\n", "stages.evaluate.array: only extract can be a job array"),
         (GOOD + 'partition: "gpu; rm -rf /"\n', r"mine.yaml:4  partition"),
@@ -83,12 +84,46 @@ def test_a_profile_extends_another_and_the_command_line_has_the_last_word(tmp_pa
     assert found.resources("evaluate").nodes == 1 and found.resources("evaluate").min_nodes is None
 
 
+def test_a_stage_takes_back_what_does_not_fit_it(tmp_path: Path) -> None:
+    site = "node_check: 'false'\nsbatch: [--exclusive]\nnodes: 4\naccount: all\ngpu_type: h100\ngpus_per_node: 8\n"
+    found = load(tmp_path, GOOD + site + "stages: {report: {node_check: null, sbatch: [], account: null, gpu_type: a100, nodes: null}}\n")
+    report, training = found.resources("report"), found.resources("pretrain")
+    assert (report.node_check, report.sbatch, report.account, report.gpu_type, report.nodes) == (None, (), None, "a100", 4)
+    assert (training.node_check, training.sbatch, training.account) == ("false", ("--exclusive",), "all")
+
+
+def test_the_gpu_profiles_check_no_gpus_where_they_ask_for_none() -> None:
+    for path in (Path(SMOKE).parents[1] / "cluster" / "slurm").glob("*.yaml"):
+        profile = load_profile(str(path))
+        assert isinstance(profile, SlurmProfile)
+        for stage in ("data", "tokenizer", "tokens", "pretrain", "extract", "finetune", "evaluate", "report"):
+            asked = profile.resources(stage)
+            assert asked.gpus_per_node or not asked.node_check, f"{path.name}: {stage}"
+            assert "--exclusive" not in asked.sbatch or asked.gpus_per_node == profile.gpus_per_node, f"{path.name}: {stage}"
+
+
+@pytest.mark.parametrize("folder", ["/a\\b", "/a\nb"])
+def test_a_folder_that_slurm_cannot_write_into_is_refused(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(UserError, match="Slurm writes no log into a folder with a backslash or a line break"):
+        render(Step(("report",)), load(tmp_path, GOOD), title="t", job_name="j", folder="/a", jobs=f"{folder}/jobs/1-report", recipe="r")
+
+
+@pytest.mark.parametrize(
+    ("engine", "mount"), [("apptainer", "--bind=/it's mine"), ("enroot", "--container-mounts=/it's mine:/it's mine,/tmp:/tmp")]
+)
+def test_a_container_mounts_odd_folders_or_says_that_it_cannot(tmp_path: Path, engine: str, mount: str) -> None:
+    profile = load(tmp_path, GOOD + f"container: {{engine: {engine}, image: x.sif}}\n")
+    assert mount in shlex.split(" ".join(container(profile, ["/it's mine"]).values()))
+    with pytest.raises(UserError, match="/a,b: a folder with a comma or a colon in its name cannot be mounted"):
+        container(profile, ["/a,b"])
+
+
 def test_what_a_profile_says_reaches_the_job_as_text_and_never_as_code(tmp_path: Path) -> None:
     profile = load(tmp_path, GOOD + 'env: {NOTE: "it\'s $(here) `now`"}\nnode_check: test "$X" != \'a b\'\n')
     text = render(Step(("report",)), profile, title="t", job_name="j", folder="/a b/it's", jobs="/a b/jobs/1-report", recipe="/a b/r.yaml")
     assert """export NOTE='it'"'"'s $(here) `now`'""" in text
     assert """cd '/a b/it'"'"'s'""" in text and "run oar report '/a b/r.yaml'" in text
-    assert """bash -c 'test "$X" != '"'"'a b'"'"''""" in text
+    assert """bash -c '(test "$X" != '"'"'a b'"'"'\n)""" in text
 
 
 def test_stages_become_jobs_and_the_commands_that_a_laptop_would_run() -> None:

@@ -141,39 +141,40 @@ def test_one_submit_takes_a_run_to_its_report_through_a_requeue_in_the_middle_of
     assert "report" in gate.oar("status", run.local()) and "finished in" in gate.oar("logs", run.local())
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_a_requeue_a_power_cut_a_preemption_and_time_limits_leave_samples_and_losses_as_they_are(
+@pytest.mark.slow  # Slurm counts limits in minutes, and takes half of one to miss a node; `make test-faults` runs it
+@pytest.mark.timeout(900)
+def test_a_time_limit_a_power_cut_and_a_preemption_leave_samples_and_losses_as_they_are(
     gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     recipe = gate.prepared(prepared_run(tmp_path_factory), tmp_path / "run", "s3://oar/faults", SHAPE)
     run, command = Run(load_recipe(recipe)), gate.cluster.command
-    cluster = profile(tmp_path, partition="preempt", time="00:03:00", warn_s=60)
-    printed = gate.oar("submit", recipe, "--cluster", cluster, "--stages", "pretrain", **watched(tmp_path, 2.0))
+    cluster = profile(tmp_path, partition="preempt", time="00:03:00", warn_s=90)
+    slow = watched(tmp_path, 4.0)  # longer than the limit
+    printed = gate.oar("submit", recipe, "--cluster", cluster, "--stages", "pretrain", **slow)
+    expected_losses, expected_samples = undisturbed_run(tmp_path_factory)  # while the first attempt uses its time up
+    gate.wait_for(run, "stopped with everything saved", 200)
+    assert {"SIGUSR1"} == {stopped["reason"] for stopped in events(run, "stopping")}
+    command("scontrol", "update", f"JobId={job_id(printed)}", "TimeLimit=30")
 
-    def trained(starts: int, checkpoints: int) -> None:
-        wait_for_events(run, "start", starts, lambda: gate.over(run), 300)
-        wait_for_events(run, "checkpoint", checkpoints, lambda: gate.over(run), 300)
+    def trained_on() -> None:
+        starts, checkpoints = len(events(run, "start")), len(events(run, "checkpoint"))
+        wait_for_events(run, "start", starts + 1, lambda: gate.over(run), 200)
+        wait_for_events(run, "checkpoint", checkpoints + 1, lambda: gate.over(run), 200)
 
-    trained(1, 1)
-    command("scontrol", "requeue", job_id(printed))
-    trained(2, 2)
+    watched(tmp_path, 0.7)
+    trained_on()
     dev_slurm.lose_node(gate.cluster, "n2")
     deadline = time.monotonic() + 90
     while "down" not in command("sinfo", "--noheader", "--nodes=n2", "--format=%T"):
         assert time.monotonic() < deadline, "nobody misses n2"
         time.sleep(1)
     dev_slurm.restart_node(gate.cluster, "n2")
-    trained(len(events(run, "start")) + 1, len(events(run, "checkpoint")) + 1)
-    command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
-    watched(tmp_path, 6.0)  # longer than the limit
+    trained_on()
+    command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     gate.wait_for(run, "attempt 3, on")
-    gate.wait_for(run, "stopped with everything saved", 300)
     watched(tmp_path, 0)
-    state = gate.wait(run, 400)
+    state = gate.wait(run, 300)
     assert "COMPLETED" in state, state + said(run)
-    assert int(re.findall(r"came back (\d+) times", state)[0]) >= 4
-    assert {"SIGUSR1"} <= {stopped["reason"] for stopped in events(run, "stopping")}
-    expected_losses, expected_samples = undisturbed_run(tmp_path_factory)
+    assert int(re.findall(r"came back (\d+) times", state)[0]) >= 3
     assert apart(losses(run), expected_losses) < 1e-5
     assert samples(tmp_path) == expected_samples
