@@ -113,7 +113,7 @@ def test_a_shard_that_takes_far_longer_than_the_others_is_done_by_an_idle_actor(
 
 
 def test_an_actor_that_never_answers_is_replaced(tmp_path: Path) -> None:
-    report = run(tmp_path, faults={SHARDS[5]: "hang"}, actors=1, timing=Timing(stuck_s=1.0, patience_s=0))
+    report = run(tmp_path, faults={SHARDS[5]: "hang"}, actors=1, timing=Timing(stuck_s=4.0, patience_s=0))
     assert (list(report.done), report.failures, report.deaths) == (SHARDS, {SHARDS[5]: 1}, 1)
 
 
