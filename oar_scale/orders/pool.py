@@ -66,7 +66,10 @@ class ExtractionJob:
 
     @property
     def settings_id(self) -> str:
-        """Settings, precision, batch and views: everything but the model and the shard that can change a byte of a table."""
+        """Settings, precision, batch and views: everything in a recipe, but the model, that decides about orders.
+
+        Where scores are nearly equal the device, its number of threads and torch's version may decide too; they are not in it.
+        """
         told = {} if self.views == 1 else {"views": self.views}  # tables of the first view keep the id they always had
         return fingerprint({"settings": self.settings.id, "precision": self.precision, "batch": self.batch, **told})
 
