@@ -222,7 +222,7 @@ def test_nothing_of_a_job_that_was_told_stays_behind(slurm: Cluster, room: Room)
     (status,) = run.wait()
     assert status.done and "told USR1" in run.said()
     deadline = time.monotonic() + 10
-    while left := [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "114"]]:
+    while left := [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "90"]]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
 

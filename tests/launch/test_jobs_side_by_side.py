@@ -70,7 +70,7 @@ def test_two_runs_on_the_same_nodes_each_have_a_ray_of_their_own(slurm: Cluster,
     program.write_text(LOOKS_AROUND.format(python=sys.executable, folder=tmp_path / "seen", count=2))
     program.chmod(0o755)
     cluster = profile(tmp_path, nodes=2, setup=[f"export PATH={tmp_path}/bin:$PATH"])
-    runs = [tmp_path / "one", tmp_path / 'it\'s "two" at 100%j #2']
+    runs = [tmp_path / "one", tmp_path / 'it\'s "two" at 100%j']
     ids = [submit(SMOKE, cluster, overrides=[f"run_dir={run}"], stages="pretrain").jobs[0].id for run in runs]
     for run, job in zip(runs, ids, strict=True):
         (status,) = wait(run, 120)
