@@ -90,7 +90,8 @@ def gate(hosts_slurm: dev_slurm.Cluster, tmp_path_factory: pytest.TempPathFactor
     folder = str(tmp_path_factory.mktemp("gate-s3"))
     gate = Gate(hosts_slurm, {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]})
     try:
-        told = gate.python(dev_s3.__file__, "up", "--dir", folder, "--host", GATE_ADDRESS)
+        port = str(dev_s3.free_port())  # its sockets lie in /tmp, named by the port, which the hosts share with everybody
+        told = gate.python(dev_s3.__file__, "up", "--dir", folder, "--host", GATE_ADDRESS, "--port", port)
         gate._variables |= dict(line.removeprefix("export ").split("=", 1) for line in told.splitlines())
         yield gate
     finally:
