@@ -14,15 +14,20 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import psutil
 
 from oar_scale.errors import UserError
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing large goes through it; Ray wants 75 MB at least."""
 _ANSWER_S = 10.0
+_PARTING_S = 10.0
+"""For workers that are still at something; Ray's own notice in a second or two that it is gone."""
 
 
 @contextmanager
@@ -58,7 +63,7 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
             try:
                 yield
             finally:
-                ray.shutdown()
+                _end()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -98,6 +103,34 @@ def _start(cpus: int, gpus: int, folder: str, runtime_env: dict[str, Any]) -> No
             f"Ray did not start: {error}\n"
             "On an overloaded machine it may take longer than Ray waits: run the command again, finished work is kept."
         ) from error
+
+
+def _end() -> None:
+    """End the private Ray with its workers. ``ray.shutdown`` alone does not wait for them, and a GPU's memory is theirs until they go."""
+    import ray
+
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
+    ray.shutdown()
+    for worker in _left(workers):
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
+    _left(workers)
+
+
+def _left(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still live after a while; none as soon as all are gone."""
+    deadline = time.monotonic() + _PARTING_S
+    while (alive := [process for process in processes if _lives(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return alive
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _choose_token() -> None:

@@ -80,8 +80,9 @@ def examine(recipe_path: str | None = None, overrides: Sequence[str] = ()) -> It
             "/dev/shm": places.shared_memory,
             "W&B": partial(places.weights_and_biases, recipe.observe.wandb),
         }
-    for item, check in checks.items():
-        yield from guarded(item, check)
+    with places.left_as_found(recipe.root if recipe else None):
+        for item, check in checks.items():
+            yield from guarded(item, check)
 
 
 __all__ = ["Finding", "examine", "report", "run_doctor"]

@@ -1,7 +1,8 @@
 """What only several machines together can tell: the same versions, the same clock, the same storage, a network between them.
 
-facts = node_facts(name, recipe)                 on each node
-findings = between(place, recipe)                in each worker, all at once; rank 0 gets the answer
+with left_as_found(root):                        from before the first to after the last
+    facts = node_facts(name, recipe)             on each node
+    findings = between(place, recipe)            in each worker, all at once; rank 0 gets the answer
 merged(all facts)                                wherever they are collected: one line an item, however many nodes
 """
 
@@ -211,6 +212,7 @@ def _shared_storage(place: Place, root: str) -> Iterator[Finding]:
             yield Finding("FAIL", "shared storage", f"{root}: {place.node} cannot write there ({problem}); {remedy}")
             return
         looks = _gathered((place.node, *_tried(partial(_sees, root, name))))
+    _gathered(None)  # the object is gone: now who made its folder can remove it
     problems = list(dict.fromkeys(problem for _, _, problem in looks if problem))
     if blind := sorted({node for node, seen, _ in looks if not seen}):
         text = f"{root}: what {place.node} writes is not seen on {_nodes(blind)}{f' ({problems[0]})' if problems else ''}"
@@ -225,8 +227,7 @@ def _written(place: Place, root: str, after: ExitStack) -> str:
 
     if place.rank != 0:
         return ""
-    uri = after.enter_context(places.own_object(root))
-    storage = open_storage(root)
+    storage, uri = open_storage(root), places.own_object(root)
     storage.write(uri, b"seen?")
     after.callback(storage.delete, uri)
     return uri.rpartition("/")[2]

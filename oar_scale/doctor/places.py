@@ -84,15 +84,14 @@ def _large_trip(root: str, megabytes: int) -> tuple[float, float, bool]:
     """Seconds to write, seconds to read, whether a second writer was refused."""
     from oar_scale.storage import open_storage
 
-    with own_object(root) as uri:
-        storage, data = open_storage(root), os.urandom(megabytes * 10**6)
-        started = time.perf_counter()
-        storage.write(uri, data, if_absent=True)
-        written = time.perf_counter()
-        back = storage.read(uri)
-        read = time.perf_counter()
-        refused = not storage.write(uri, b"second", if_absent=True)
-        storage.delete(uri)
+    storage, uri, data = open_storage(root), own_object(root), os.urandom(megabytes * 10**6)
+    started = time.perf_counter()
+    storage.write(uri, data, if_absent=True)
+    written = time.perf_counter()
+    back = storage.read(uri)
+    read = time.perf_counter()
+    refused = not storage.write(uri, b"second", if_absent=True)
+    storage.delete(uri)
     _check_same(root, back, data)
     return written - started, read - written, refused
 
@@ -101,27 +100,31 @@ def _round_trip(root: str) -> float:
     """Seconds that it took."""
     from oar_scale.storage import open_storage
 
-    with own_object(root) as uri:
-        storage, data = open_storage(root), os.urandom(1024)
-        started = time.perf_counter()
-        storage.write(uri, data)
-        back = storage.read(uri)
-        storage.delete(uri)
+    storage, uri, data = open_storage(root), own_object(root), os.urandom(1024)
+    started = time.perf_counter()
+    storage.write(uri, data)
+    back = storage.read(uri)
+    storage.delete(uri)
     _check_same(root, back, data)
     return time.perf_counter() - started
 
 
-@contextmanager
-def own_object(root: str) -> Iterator[str]:
-    """A name that nobody else has; a folder that was not there before is not left behind."""
+def own_object(root: str) -> str:
+    """A name that nobody else has."""
     from oar_scale.storage import join
 
-    absent = [] if root.startswith("s3://") else [folder for folder in _upwards(root) if not folder.exists()]
+    return join(root, f".oar-doctor-{uuid.uuid4().hex[:8]}")
+
+
+@contextmanager
+def left_as_found(root: str | None) -> Iterator[None]:
+    """Remove the folders that were not there before. Of nodes that share them, whoever looked first has to stay until all have finished."""
+    absent = [] if root is None or root.startswith("s3://") else [folder for folder in _upwards(root) if not folder.exists()]
     try:
-        yield join(root, f".oar-doctor-{uuid.uuid4().hex[:8]}")
+        yield
     finally:
         for folder in absent:  # the innermost first
-            with suppress(OSError):  # another node's doctor is in it, or was quicker
+            with suppress(OSError):  # something is in it, or another node was quicker
                 folder.rmdir()
 
 

@@ -14,11 +14,13 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.doctor.finding import Finding, first_line
 from oar_scale.doctor.group import GROUP_S, Facts, Place, between, node_facts
+from oar_scale.doctor.places import left_as_found
 from oar_scale.launch.ray_entry import RECIPE
 
 if TYPE_CHECKING:
@@ -55,10 +57,11 @@ def said(log: str) -> tuple[list[Facts], list[Finding]]:
 def _in_task(env: os._Environ[str]) -> None:
     rank, local = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
     recipe, node = _recipe(), env.get("SLURMD_NODENAME", socket.gethostname())
-    if local == 0:
-        _tell([node_facts(node, recipe).plain()])
-    place = Place(node, rank, int(env["SLURM_NTASKS"]), local, env["MASTER_ADDR"], int(env["MASTER_PORT"]), _gpu(local))
-    _tell([vars(finding) for finding in between(place, recipe)])
+    with left_as_found(recipe.root if recipe else None):
+        if local == 0:
+            _tell([node_facts(node, recipe).plain()])
+        place = Place(node, rank, int(env["SLURM_NTASKS"]), local, env["MASTER_ADDR"], int(env["MASTER_PORT"]), _gpu(local))
+        _tell([vars(finding) for finding in between(place, recipe)])
 
 
 def _on_ray() -> None:
@@ -90,6 +93,7 @@ def _on_ray() -> None:
             first, _ = ray.wait(asked, timeout=2 * GROUP_S)
             ended, _ = ray.wait(asked, num_returns=len(asked), timeout=PARTING_S if first else 0)
             _tell([found for each in ray.get(ended or asked, timeout=1) for found in each])
+            ray.get([actor.leave.remote() for actor in firsts], timeout=PARTING_S)
         except ray.exceptions.RayError as error:
             text = f"the check did not come to its end ({first_line(error)}); are GPUs of a node in use, or is one dying? ray status"
             _tell([vars(Finding("FAIL", "workers", text))])
@@ -99,10 +103,11 @@ class _Probe:
     """A worker on a node, as an actor."""
 
     def __init__(self, node: str) -> None:
-        self._node = node
+        self._node, self._recipe, self._places = node, _recipe(), ExitStack()
 
     def facts(self) -> dict[str, Any]:
-        return node_facts(self._node, _recipe()).plain()
+        self._places.enter_context(left_as_found(self._recipe.root if self._recipe else None))
+        return node_facts(self._node, self._recipe).plain()
 
     def door(self) -> tuple[str, int]:
         with socket.create_server((self._node, 0)) as probe:
@@ -110,7 +115,11 @@ class _Probe:
 
     def join(self, rank: int, world: int, local_rank: int, address: str, port: int) -> list[dict[str, Any]]:
         place = Place(self._node, rank, world, local_rank, address, port, _gpu(0))
-        return [vars(finding) for finding in between(place, _recipe())]
+        return [vars(finding) for finding in between(place, self._recipe)]
+
+    def leave(self) -> None:
+        """For the one that told its facts, once all have joined."""
+        self._places.close()
 
 
 def _room(nodes: Sequence[dict[str, Any]]) -> Finding:
