@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -37,12 +38,16 @@ REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: a scheduler that sees it starts the same command again."""
 
 
+NOBODY_READS = 141
+"""What a shell says of a command that SIGPIPE ended: ``oar plan ... | head``."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
         The exit code: 0 done, 1 the doctor says FAIL, shards, order tables or checkpoints have faults, a recipe does not fit as written,
-        2 something the user can mend, 75 stopped by a signal with everything saved (run it again), 130 interrupted.
+        2 something the user can mend, 75 stopped by a signal with everything saved (run it again), 130 interrupted, 141 nobody reads on.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -53,7 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # DeepSpeed looks for helpers (ninja) on the PATH; they lie beside this interpreter, whose folder need not be on it.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     try:
-        return int(arguments.run(arguments) or 0)
+        code = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return NOBODY_READS
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,6 +74,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether it is our output whose reader has gone; if so, what is left of it goes nowhere, or Python would complain at its exit."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file: somebody captures it
+        return False
+    door = select.poll()
+    door.register(output, 0)  # POLLERR, which a pipe without a reader gives, needs no asking
+    if not door.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
