@@ -34,7 +34,8 @@ LEAVE_S = 10.0
 ON_HEAD = """
 address=$(srun --overlap --nodes=1 --ntasks=1 --mem=0 --nodelist="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" \\
     bash -c {node_address}) || exit 1
-export MASTER_ADDR=$address MASTER_PORT=$((24000 + SLURM_JOB_ID % 1500 * 4))
+attempt=0
+export MASTER_ADDR=$address MASTER_PORT=$(({port}))
 srun --overlap --ntasks={all} --ntasks-per-node={tasks} --cpus-per-task={cpus} --mem=0 --kill-on-bad-exit=0 --wait={parting} \\
     {srun_container} bash -c {on_node}
 """
@@ -69,6 +70,7 @@ def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
         all=profile.nodes * tasks,
         cpus=max(1, profile.cpus_per_node // tasks),
         parting=PARTING_S,
+        port=slurm.PORT,
         srun_container=words["srun_container"],
         on_node=shlex.quote("\n".join([*profile.setup, *exports, probe])),
     )

@@ -26,6 +26,8 @@ LOOK_S = 4.0
 """Slurm takes its first look at a new job within 3 s (batch_sched_delay)."""
 UNDECIDED = (["None"], ["PartitionConfig"])
 """What it names as the reason to wait before."""
+PORT = "24000 + (SLURM_JOB_ID + 997 * attempt) % 1500 * 4"
+"""The first of four that are an attempt's own, as bash computes it."""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "NODE_FAIL", "PREEMPTED", "REVOKED"}
 """A job that comes back after a lost node or a preemption is COMPLETING, then PENDING."""
 HOPELESS = re.compile(
@@ -127,6 +129,7 @@ def render(step: Step, profile: SlurmProfile, *, title: str, job_name: str, fold
         array=array,
         left_out=left_out(asked),
         recipe=recipe,
+        port=PORT,
         commands=[shlex.join(["oar", *command]) for command in step.commands(recipe, array=bool(array))],
         **container(asked, mounts),
     )
