@@ -21,10 +21,11 @@ from oar_scale.config.schema import ClipTextConfig, FeaturesConfig, LabelsConfig
 from oar_scale.errors import UserError
 from oar_scale.generation import parts as folder_parts
 from oar_scale.generation.parts import CONFIG, MODEL, RECIPE, VQ, FolderConfig, Parts, TokenizerNote, check_codes, find_parts, read_config
-from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
+from oar_scale.model import AnyOrderModel, ModelSpec, load_model, model_id, save_model
 from oar_scale.model.conversion import GRID, TEXT_ROWS, Family, export_peer, import_peer
 from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
 from oar_scale.orders.files import folder_files, head_file
+from oar_scale.orders.head import load_head, tables_id
 from oar_scale.orders.policies.mean import mean_order
 from oar_scale.storage import Missing, join, open_storage, write_json
 from oar_scale.storage.folders import new_folder
@@ -183,7 +184,7 @@ def _fill(folder: str, source: str, name: str | None, average: bool) -> None:
     parts, model = _open(source, name, average)
     if parts.model.endswith(SAFE):
         _copy(parts.model, join(folder, MODEL))  # the same bytes: the model keeps its id, and its order head
-        _copy_if_there(head_file(parts.model), join(folder, head_file(MODEL)))
+        _copy_head(parts, model, join(folder, head_file(MODEL)))
     else:
         save_model(join(folder, MODEL), model)
     if parts.sample.order == "mean":
@@ -205,6 +206,24 @@ def _fill(folder: str, source: str, name: str | None, average: bool) -> None:
         sample=parts.sample,
     )
     _write_config(folder, config)
+
+
+def _copy_head(parts: Parts, model: AnyOrderModel, target: str) -> None:
+    """The order head, if it is one of this model and of these orders: nobody could tell from the exported folder that it is an old one.
+
+    Raises:
+        UserError: it is not, and the recipe draws with it.
+    """
+    uri = head_file(parts.model)
+    if not open_storage(uri).exists(uri):
+        return
+    try:
+        load_head(uri, model, model_id(parts.model), tables_id(parts.orders))
+    except UserError:
+        if parts.sample.order == "order-head":
+            raise
+    else:
+        _copy(uri, target)
 
 
 def _copy_if_there(source: str, target: str) -> None:

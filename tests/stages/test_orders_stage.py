@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,6 +251,21 @@ def test_a_sheet_is_drawn_in_the_order_that_is_asked_for(run: Run, tmp_path: Pat
     assert (tmp_path / "recipe.png").read_bytes() == sheets["halton"] != sheets["spiral"]
     assert main(["sample", recipe, "a cat", "--order", "zigzag"]) == 2
     assert "--order 'zigzag': no such policy" in capsys.readouterr().err
+
+
+def test_an_order_head_of_other_orders_stays_behind(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.local(), tmp_path / "run")
+    old = changed(run, run_dir=str(tmp_path / "run"))
+    run_train_head(old, "ordered")
+    write_tables(old, old.at("orders", "train"), seed=1, settings_id="newer")
+    Path(old.local("recipe.yaml")).write_text(dump_recipe(old.recipe))
+    run_export(old.local(), str(tmp_path / "out"))
+    assert not [*(tmp_path / "out").glob("*head*")] and oar_scale.load(str(tmp_path / "out")).draw(["a cat"], order="raster")
+    drawn_by_it = changed(old, sample={"order": "order-head"})
+    Path(old.local("recipe.yaml")).write_text(dump_recipe(drawn_by_it.recipe))
+    with pytest.raises(UserError, match="this order head learned from orders of the settings"):
+        run_export(old.local(), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_exported_folder_takes_the_mean_order_and_the_head_along(run: Run, tmp_path: Path) -> None:
