@@ -28,8 +28,8 @@ from oar_scale.config.schema import SampleConfig
 from oar_scale.model import AnyOrderModel, Prefix
 from oar_scale.orders.picking import mix_branches, pick_best
 from oar_scale.orders.policies import LateOrder
-from oar_scale.orders.schedule import cells_per_step
 from oar_scale.orders.scores import score_logits, score_rows
+from oar_scale.orders.steps import cells_per_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ though causality leaves half of them; only :func:`useful_flops` does not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from oar_scale.model.spec import STRIDE, FeatureSpec, ModelSpec, TextSpec
 
 
@@ -47,12 +49,17 @@ def useful_flops(spec: ModelSpec) -> int:
     return 3 * (forward_flops(spec) - masked)
 
 
-def extraction_flops(spec: ModelSpec, *, guided: bool = False) -> int:
-    """Exact order extraction of one image: N (N + 1) / 2 candidate rows over one shared prefix (``orders/extraction.py``).
+def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[int] | None = None, first_given: bool = False) -> int:
+    """Order extraction of one image: rows for all empty cells at every step, over one shared prefix (``orders/extraction.py``).
+
+    Exactly, that is N (N + 1) / 2 candidate rows, and no others: the winner's stays. Of several cells placed at once only one was asked
+    about with what is in the cache then, and the others pass through the trunk once more.
 
     Args:
         guided: with a second, unconditional branch through the trunk; the head sees the mixture of both. (Its condition rows, one set for
             all images, are left out.)
+        sizes: how many cells each step places (``orders/steps.py``); default: one.
+        first_given: the first step asks about one cell only.
 
     Raises:
         ValueError: a raster model, which has one order.
@@ -61,12 +68,15 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False) -> int:
         raise ValueError("a raster model has one order, so there is nothing to extract; layouts instructed and dual take any order")
     begin = spec.condition.rows
     trunk = begin * _block_row(spec) + _attention(spec, begin, begin)
-    stride = STRIDE[spec.layout]
-    for placed in range(spec.cells):
-        entering = stride - 1 if placed else 0  # an instructed model's last code row enters the cache with the candidates
-        rows = spec.cells - placed + entering
+    stride, placed, candidates = STRIDE[spec.layout], 0, 0
+    for size in [1] * spec.cells if sizes is None else sizes:
+        asked = 1 if first_given and not placed else spec.cells - placed
+        rows = asked + (stride - 1 if placed else 0)  # an instructed model's last code row enters the cache with the candidates
         trunk += rows * _block_row(spec) + _attention(spec, rows, begin + stride * placed)
-    candidates = spec.cells * (spec.cells + 1) // 2
+        candidates, placed = candidates + asked, placed + size
+        if size > 1 and placed < spec.cells:
+            rows = stride * (size - 1)
+            trunk += rows * _block_row(spec) + _attention(spec, rows, begin + stride * (placed - 1) + 1)
     return _condition(spec) + (1 + guided) * spec.layers * trunk + _head(spec, candidates)
 
 

@@ -25,8 +25,9 @@ from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import ExtractConfig, FirstCell, Score
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.picking import Chance, guide, guided_batch, pick_several
-from oar_scale.orders.schedule import Asking, pack, step_sizes, within
+from oar_scale.orders.schedule import Asking, pack, within
 from oar_scale.orders.scores import score_logits, score_rows
+from oar_scale.orders.steps import step_sizes
 
 Images = NDArray[np.int64]
 

@@ -1,4 +1,4 @@
-"""How many cells a step places, and which it asks about: the ways to make extraction cheaper than exact.
+"""Which cells a step asks about, beside how many it places (``steps.py``): the ways to make extraction cheaper than exact.
 
     exact         asks about every empty cell, places one                                    N (N + 1) / 2 rows
     commit        places the k best: the second best did not know about the best             about 1 / k of the rows
@@ -13,7 +13,6 @@ about fewer cells than others ask about some more, and do not look at the answer
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,31 +22,6 @@ from oar_scale.orders.picking import Chance
 
 if TYPE_CHECKING:
     from oar_scale.orders.extraction import ExtractionSettings
-
-
-def step_sizes(settings: ExtractionSettings, cells: int) -> list[int]:
-    """How many cells each step places. A first cell that is given is placed on its own."""
-    if settings.cosine_steps is not None:
-        return cells_per_step(cells, settings.cosine_steps)
-    sizes = [1] if settings.first_cell != "free" else []
-    while (left := cells - sum(sizes)) > 0:
-        sizes.append(min(settings.commit_per_step, left))
-    return sizes
-
-
-def cells_per_step(cells: int, steps: int | None, known: int = 0) -> list[int]:
-    """How many cells each pass places: after pass s of S, floor((1 - cos(pi/2 * s/S)) * N + 1) of N are there (RandAR, sec. 3.3).
-
-    At least one a pass; the first pass places one. ``known`` cells count as placed before the first.
-    """
-    sizes: list[int] = []
-    placed, step = known, 1
-    while placed < cells:
-        target = cells if steps is None else int((1 - math.cos(math.pi / 2 * step / steps)) * cells + 1)
-        size = 1 if steps is None or not sizes else max(1, min(target, cells) - placed)
-        sizes.append(size)
-        placed, step = placed + size, step + 1
-    return sizes
 
 
 def within(grid: int, radius: int, device: torch.device) -> Tensor:

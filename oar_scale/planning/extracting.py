@@ -1,8 +1,9 @@
 """Orders for all images, and the evaluation: operations, memory, time, and what the pool asks of the storage.
 
-An order takes N (N + 1) / 2 candidate rows (``model/flops.extraction_flops``), and an image as many orders as ``extract.orders_per_image``
-for each of ``extract.views``. Cheaper ways (docs/orders.md) are planned as if they were exact: an upper bound. Actors do not wait for one
-another, so a failure costs what is lost with its node and nothing else.
+An order takes N (N + 1) / 2 candidate rows, fewer where steps place several cells (``model/flops.extraction_flops``), and an image as
+many orders as ``extract.orders_per_image`` for each of ``extract.views``. Steps that ask about some of the empty cells only
+(``frontier_random``, ``rescore_radius``) are planned as if they asked about all: an upper bound. Actors do not wait for one another, so a
+failure costs what is lost with its node and nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
 from oar_scale.model.flops import extraction_flops, forward_flops
 from oar_scale.model.spec import ModelSpec
+from oar_scale.orders.steps import step_sizes
 from oar_scale.planning import activations
 from oar_scale.planning.activations import BYTES
 from oar_scale.planning.assumptions import Assumptions
@@ -104,8 +106,8 @@ class Extraction:
 
     images: int
     orders: int
-    exact: bool
-    """False: the recipe takes a cheaper way, and this is an upper bound."""
+    asks_all: bool
+    """False: the recipe asks about some of the empty cells only, and this is an upper bound."""
     flops_per_order: int
     images_per_s: float
     shards: int
@@ -132,7 +134,7 @@ def extraction(case: Case, actors: Actors) -> Extraction | None:
     if case.images is None:
         return None
     images, each = case.images.count, config.orders_per_image * config.views
-    flops = extraction_flops(spec, guided=_guided(case))
+    flops = extraction_flops(spec, guided=_guided(case), sizes=step_sizes(config, spec.cells), first_given=config.first_cell != "free")
     rate = actors.computing * found.flops * (1.0 if found.on_cpu else assumed("time.extraction_mfu")) / (flops * each)
     shards = -(-images // case.shard.samples)
     shard_s = case.shard.samples / rate * actors.count
@@ -147,10 +149,7 @@ def extraction(case: Case, actors: Actors) -> Extraction | None:
     return Extraction(
         images=images,
         orders=images * each,
-        exact=config.commit_per_step == 1
-        and config.cosine_steps is None
-        and config.frontier_random is None
-        and config.rescore_radius is None,
+        asks_all=config.frontier_random is None and config.rescore_radius is None,
         flops_per_order=flops,
         images_per_s=rate,
         shards=shards,

@@ -19,6 +19,7 @@ from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.model.flops import extraction_flops, forward_flops, training_flops, useful_flops
 from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+from oar_scale.orders.steps import step_sizes
 
 IMAGES = 2
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +110,27 @@ def test_guided_extraction_takes_both_branches(layout: str) -> None:
     with torch.no_grad():
         found = counted(lambda: extract_orders(model, codes_BN, model.condition(inputs), ExtractionSettings(guidance=2.0)))
     assert found == IMAGES * extraction_flops(model.spec, guided=True)
+
+
+@pytest.mark.parametrize("layout", ["instructed", "dual"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"first_cell": 3},
+        {"commit_per_step": 4},
+        {"commit_per_step": 5, "first_cell": "random"},
+        {"cosine_steps": 5},
+        {"commit_per_step": 3, "repulsion_radius": 1, "guidance": 2.0},
+    ],
+)
+def test_steps_that_place_several_cells_cost_what_torch_counts(how: dict[str, Any], layout: str) -> None:
+    model, settings = small_model(layout=layout), ExtractionSettings(**how)
+    codes_BN, _, inputs = batch(model)
+    with torch.no_grad():
+        found = counted(lambda: extract_orders(model, codes_BN, model.condition(inputs), settings))
+    cells, given = model.spec.cells, settings.first_cell != "free"
+    guided, sizes = settings.guidance != 1, step_sizes(settings, cells)
+    assert found == IMAGES * extraction_flops(model.spec, guided=guided, sizes=sizes, first_given=given)
 
 
 def test_a_raster_model_has_nothing_to_extract() -> None:

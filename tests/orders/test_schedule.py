@@ -17,7 +17,7 @@ from oar_scale.data.hashing import hash_words
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.extraction import ExtractionSettings, Orders, brute_force_orders, extract_orders
 from oar_scale.orders.picking import Chance
-from oar_scale.orders.schedule import step_sizes
+from oar_scale.orders.steps import step_sizes
 
 GRID = 4
 CELLS = GRID * GRID
