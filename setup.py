@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["oar_scale", "oar_scale.*"]),
     package_data={"": ["*.j2", "*.yaml", "py.typed"]},
-    entry_points={"console_scripts": ["oar = oar_scale.cli:main"]},
+    entry_points={"console_scripts": ["oar = oar_scale.cli:command"]},
     install_requires=[
         "boto3>=1.44",
         "crc32c>=2.9",

@@ -1,5 +1,3 @@
-import sys
+from oar_scale.cli import command
 
-from oar_scale.cli import main
-
-sys.exit(main())
+command()

@@ -1,4 +1,4 @@
-"""What the command line does when nobody reads its output."""
+"""How the program ``oar`` ends."""
 
 from __future__ import annotations
 
@@ -21,3 +21,21 @@ def test_a_reader_that_leaves_ends_the_command_quietly(words: list[str]) -> None
         command.stdout.close()
         complaints = command.stderr.read()
     assert (command.returncode, complaints) == (141, "")
+
+
+ENDS_BADLY = """
+import ctypes, sys
+c = ctypes.CDLL(None)
+c.__cxa_atexit(c.abort, None, None)  # as the destructor of a static object that a thread still uses
+import ray
+from oar_scale.cli import command
+sys.argv = ["oar", *sys.argv[1:]]
+command()
+"""
+
+
+@pytest.mark.parametrize(("words", "code"), [("recipe smoke.yaml", 0), ("recipe none.yaml", 2), ("--version", 0), ("walk", 2)])
+def test_what_native_threads_do_at_the_end_does_not_change_the_exit_code(words: str, code: int) -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDS_BADLY, *words.split()], cwd=RECIPES, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    assert ended.stderr if code else ended.stdout.endswith("\n")
