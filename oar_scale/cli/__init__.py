@@ -25,18 +25,16 @@ oar doctor [RECIPE] [--cluster PROFILE] [--json]              is this machine, o
 from __future__ import annotations
 
 import argparse
-import atexit
-import logging
 import os
 import select
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NoReturn
 
 from oar_scale import __version__
 from oar_scale.cli import checkpoint, data, extract, observe, orders, plan, run, submit
 from oar_scale.errors import Requeue, UserError
+from oar_scale.program import run_program
 
 REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: a scheduler that sees it starts the same command again."""
@@ -81,28 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """The program ``oar``: :func:`main`, and an end at which nothing of Ray is taken apart.
-
-    Threads of Ray's client that collect metrics go on after ``ray.shutdown``. At the end of a process the C++ library destroys static
-    objects that they may be using: now and then a run that had finished well ended with SIGSEGV, and a scheduler began it again.
-    """
-    code = 1
-
-    def leave() -> None:
-        if "ray" in sys.modules:
-            logging.shutdown()
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, ValueError):  # nobody reads, or it was closed
-                    stream.flush()
-            os._exit(code)
-
-    atexit.register(leave)  # the first to be registered is the last to run: W&B and others have their turn
-    try:
-        code = main()
-    except SystemExit as stop:  # argparse: help, or a mistake
-        code = stop.code if isinstance(stop.code, int) else 0
-        raise
-    sys.exit(code)
+    """The program ``oar``."""
+    run_program(main)
 
 
 def _nobody_reads() -> bool:

@@ -22,6 +22,7 @@ from oar_scale.doctor.finding import Finding, first_line
 from oar_scale.doctor.group import GROUP_S, Facts, Place, between, node_facts
 from oar_scale.doctor.places import left_as_found
 from oar_scale.launch.ray_entry import RECIPE
+from oar_scale.program import run_program
 
 if TYPE_CHECKING:
     from oar_scale.config.schema import Recipe
@@ -155,4 +156,4 @@ def _tell(lines: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    run_program(lambda: main(sys.argv[1]))

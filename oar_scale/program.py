@@ -1,0 +1,36 @@
+"""How a program that may have used Ray ends."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """End the process with the code that ``main`` returns; if Ray was imported, without the end of the C++ library.
+
+    Threads of Ray's client that collect metrics go on after ``ray.shutdown``. At the end of a process the C++ library destroys static
+    objects that they may be using: now and then a run that had finished well ended with SIGSEGV, and a scheduler began it again.
+    """
+    code = 1
+
+    def leave() -> None:
+        if "ray" in sys.modules:
+            logging.shutdown()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # nobody reads, or it was closed
+                    stream.flush()
+            os._exit(code)
+
+    atexit.register(leave)  # the first to be registered is the last to run: W&B and others have their turn
+    try:
+        code = main()
+    except SystemExit as stop:  # argparse: help, or a mistake
+        code = stop.code if isinstance(stop.code, int) else 0
+        raise
+    sys.exit(code)
