@@ -3,10 +3,14 @@
 RUN/jobs.json
 RUN/jobs/recipe-1.yaml             the recipe as it was submitted, first time
 RUN/jobs/excluded                  nodes that failed their check
+RUN/jobs/holder                    the job and attempt that may work on the run
 RUN/jobs/1-pretrain/job.sbatch     what sbatch got
                     42.log         what the job's shell said
-                    42.0/          logs of the first attempt: driver.log, ray-NODE.log; 42.1/ the next
+                    42.0/          logs of the first attempt: driver.log, ray-NODE.log; done-N where step N has ended; 42.1/ the next
                     42.failures    attempts in a row that failed
+                    42.reached     how far the run had come at the last stop
+                    42.avoided     a node that failed its check, with no other to compare
+                    42.holder      instead of holder, of a task of an array
                     42.outcome     how it ended
 """
 
