@@ -226,13 +226,13 @@ def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, ro
         last = number == ATTEMPTS - 1
         kind = "none" if last or (number >= 2 and dice.random() < 0.6) else dice.choice(KINDS)
         run = copy_run(ground.run, folder, root, **changes(world, zero_stage))
-        before, damaged = committed(run), still_damaged(corrupted)
+        before, damaged, told = committed(run), still_damaged(corrupted), len(event_files(run))
         plan = Plan(kind, dice.randrange(3), dice.choice(POINTS), dice.randint(1, 4))
         seen.append(join(folder, f"seen-{number}"))
         codes = attempt(run, plan, seen[-1], world, dice.uniform(0.5, 6) if kind == "kill at random" else None)
         trial.attempts += 1
         trial.kinds[kind] += 1
-        check_resumed(run, before, number, damaged)
+        check_resumed(event_files(run)[told:], before, number, damaged)
         check_committed(run, still_damaged(corrupted))
         if codes == [0] * world and open_storage(run.at()).exists(run.model_uri("anyorder")):
             break
@@ -283,14 +283,18 @@ def committed(run: Run) -> set[str]:
     return {place.uri for place in places(pretraining(run).checkpoints) if place.committed}
 
 
-def check_resumed(run: Run, before: set[str], number: int, corrupted: set[str]) -> None:
-    """The attempt started from something that was committed before it, and whole."""
-    from oar_scale.observe.events import _read_file, attempts
+def event_files(run: Run) -> list[str]:
+    """Of the attempts that came as far as to have one, oldest first."""
+    from oar_scale.observe.events import attempts
 
-    files = attempts(run.events, "pretrain")
-    if not files:
-        return
-    for event in _read_file(files[-1][1]):
+    return [path for _, path in attempts(run.events, "pretrain")]
+
+
+def check_resumed(files: Sequence[str], before: set[str], number: int, corrupted: set[str]) -> None:
+    """The attempt whose events these are started from something that was committed before it, and whole."""
+    from oar_scale.observe.events import _read_file
+
+    for event in (event for path in files for event in _read_file(path)):
         if event["kind"] == "resumed":
             assert event["uri"] in before, f"attempt {number} used {event['uri']}, which was not committed"
             assert event["uri"] not in corrupted, f"attempt {number} used {event['uri']}, which was damaged"

@@ -137,7 +137,7 @@ def test_the_plan_of_a_large_recipe_answers_what_is_asked_of_it(capsys: pytest.C
         *(rf"\n  {row} .*\d" for row in ("epochs", "tokens", "time", "GPU-hours", "money", "training stalls for", "recommended interval")),
         r"\n  PUT requests +3,139, 490/s",
         r"\n  goodput +99\.\d+%",
-        r"\n  7\.5 days, [\d,.]+ GPU-hours, \$[\d,]+",
+        r"\n  47\.9 h, [\d,.]+ GPU-hours, \$[\d,]+",
         r"\n  evaluate computes on 8 GPUs",
         r"\nTraining and extraction together: ",
         r"\nCheaper training",
