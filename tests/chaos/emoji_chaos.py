@@ -35,6 +35,7 @@ from oar_scale.errors import Requeue
 from oar_scale.orders.extraction import ExtractionSettings
 from oar_scale.orders.pool import ExtractionJob, ExtractionWorker
 from oar_scale.orders.table import read_orders, table_name
+from oar_scale.program import run_program
 from oar_scale.storage import join, open_storage
 
 WEIGHTS = HERE.parents[1] / "recipes" / "weights" / "emoji"
@@ -251,4 +252,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

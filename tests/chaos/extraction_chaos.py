@@ -31,6 +31,7 @@ from pool_worker import PHASES, WRITES, TableWriter, table_of, tries
 from oar_scale.data.pool import ArrayTask, Ledger, Timing, run_pool
 from oar_scale.errors import Requeue, UserError
 from oar_scale.orders.table import table_name, write_orders
+from oar_scale.program import run_program
 from oar_scale.storage import join, open_storage
 
 SHARDS = [f"{index:05d}.tar" for index in range(12)]
@@ -270,4 +271,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

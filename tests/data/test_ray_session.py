@@ -21,6 +21,7 @@ import json, os, subprocess
 import psutil
 from oar_scale.data import ray_session as module
 from oar_scale.data.ray_session import ray_session
+from oar_scale.program import run_program
 
 module._PARTING_S = 3.0
 
@@ -39,6 +40,7 @@ with ray_session(cpus=1):  # a second one in the same process
     again = ray.get(ray.remote(inside).remote())
 left = [pid for pid in found["pids"] + again["pids"] if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 print(json.dumps({"node": node, "still_there": still_there, "after": ray.is_initialized(), "first": found, "left": left}))
+run_program(lambda: 0)
 """
 
 
