@@ -135,21 +135,27 @@ def test_a_reader_killed_in_the_middle_leaves_no_broken_copy_and_no_lock(
     assert sorted(os.listdir(folder)) == [".lock", *files(folder)] and len(files(folder)) == 1
 
 
-def test_nobody_waits_for_ever_for_a_reader_that_hangs(
-    proxy: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache_folder, "STUCK_S", 1.0)
+@pytest.fixture
+def hanging(proxy: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> Shard:
+    """A shard whose prefetch by the cache gets no answer until the proxy wakes."""
     monkeypatch.setattr(s3_ranges, "STALL_S", 60.0)
     proxy.stall_s = 60.0
     proxy.spoil({"stall": 1.0}, at_most=1)
     cache.prefetch(*shard)
     while not proxy.injected["stall"]:
         time.sleep(0.01)
+    return shard
+
+
+def test_nobody_waits_for_ever_for_a_reader_that_hangs(
+    proxy: FaultProxy, hanging: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_folder, "STUCK_S", 1.0)
     other = pickle.loads(pickle.dumps(cache))
-    assert other.read(*shard) == content(0)
+    assert other.read(*hanging) == content(0)
     assert other.stats == FetchStats(requests=PARTS, bytes=SIZE, fallbacks=1)
     proxy.wake()
-    assert cache.read(*shard) == content(0)
+    assert cache.read(*hanging) == content(0)
 
 
 def test_what_a_killed_reader_left_makes_room_for_others(proxy: FaultProxy, shard: Shard, tmp_path: Path) -> None:
@@ -236,16 +242,8 @@ def test_a_cache_can_be_pickled_and_counts_anew(proxy: FaultProxy, shard: Shard,
     assert other.read(*shard) == content(0) and other.stats.hits == 1
 
 
-def test_a_fork_in_the_middle_of_a_prefetch_reads_on(
-    proxy: FaultProxy, shard: Shard, s3_root: str, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fork_in_the_middle_of_a_prefetch_reads_on(proxy: FaultProxy, hanging: Shard, s3_root: str, cache: ShardCache) -> None:
     other = put(s3_root, content(1))
-    monkeypatch.setattr(s3_ranges, "STALL_S", 60.0)
-    proxy.stall_s = 60.0
-    proxy.spoil({"stall": 1.0}, at_most=1)
-    cache.prefetch(*shard)
-    while not proxy.injected["stall"]:
-        time.sleep(0.01)
 
     def work() -> tuple[bool, FetchStats]:
         return cache.read(*other) == content(1), cache.stats
@@ -253,4 +251,4 @@ def test_a_fork_in_the_middle_of_a_prefetch_reads_on(
     assert in_processes([work]) == [(True, FetchStats(requests=PARTS, bytes=SIZE))]
     assert len(files(cache._folder.folder, ".part")) == 1  # the parent is still at it
     proxy.wake()
-    assert cache.read(*shard) == content(0)
+    assert cache.read(*hanging) == content(0)
