@@ -276,7 +276,7 @@ def test_a_client_that_hangs_holds_nothing_up_and_leaves_no_process(tmp_path: Pa
         for process in started:
             process.suspend()
         ended = time.monotonic()
-    assert time.monotonic() - ended < 10
+    assert time.monotonic() - ended < 4
     assert len(started) >= 2 and not psutil.wait_procs(started, timeout=5)[1]
 
 
