@@ -134,7 +134,7 @@ def extraction(case: Case, actors: Actors) -> Extraction | None:
     if case.images is None:
         return None
     images, each = case.images.count, config.orders_per_image * config.views
-    flops = extraction_flops(spec, guided=_guided(case), sizes=step_sizes(config, spec.cells), first_given=config.first_cell != "free")
+    flops = _order_flops(case)
     rate = actors.computing * found.flops * (1.0 if found.on_cpu else assumed("time.extraction_mfu")) / (flops * each)
     shards = -(-images // case.shard.samples)
     shard_s = case.shard.samples / rate * actors.count
@@ -177,6 +177,12 @@ def actor_memory(spec: ModelSpec, parallel: ParallelConfig, batch: int, *, guide
     return int(held * (1 + assumed("memory.fragmentation")) + assumed("memory.framework_gb") * 1e9) if gpu else held
 
 
+def _order_flops(case: Case) -> int:
+    """To find one order as the recipe says: the pool, and the evaluation of what the models prefer."""
+    config, cells = case.recipe.extract, case.spec.cells
+    return extraction_flops(case.spec, guided=_guided(case), sizes=step_sizes(config, cells), first_given=config.first_cell != "free")
+
+
 def _guided(case: Case) -> bool:
     return case.recipe.extract.guidance != 1
 
@@ -209,7 +215,7 @@ def evaluation(case: Case) -> Evaluation | None:
         heldout = round(case.images.count * share / (1 - share))
         drawn, scored = min(drawn, heldout), min(scored, heldout)
     models = MODELS - (not recipe.pipeline.control)
-    find = extraction_flops(spec, guided=recipe.extract.guidance != 1)
+    find = _order_flops(case)
     flops = float(models * drawn * extraction_flops(spec, guided=recipe.sample.guidance != 1))
     flops += (models + 1) * scored * NLL_PASSES * forward_flops(spec) + models * scored * find
     # By brute force N (N + 1) / 2 passes over prefixes that are a third as long on average.

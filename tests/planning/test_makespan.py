@@ -74,10 +74,10 @@ def test_extraction_takes_the_operations_of_its_formula_whatever_dies() -> None:
     ],
 )
 def test_every_order_of_every_view_costs_its_share(more: list[str], orders: int) -> None:
-    _, one = planned(case(images=10**6))
+    _, one = planned(case("imagenet", *(word for word in more if "first_cell" in word), images=10**6))
     _, several = planned(case("imagenet", *more, images=10**6))
     assert several.orders == orders * 10**6 and several.order_bytes == orders * one.order_bytes
-    assert several.images_per_s == pytest.approx(one.images_per_s / orders, rel=0.01)  # a given first cell saves a step
+    assert several.images_per_s == pytest.approx(one.images_per_s / orders)
     assert several.seconds == pytest.approx(orders * one.seconds, rel=0.05)
 
 
@@ -90,6 +90,8 @@ def test_steps_that_place_several_cells_are_planned_as_they_are() -> None:
     _, exact = planned(case("imagenet", images=10**6))
     _, four = planned(case("imagenet", "extract.commit_per_step=4", images=10**6))
     assert four.asks_all and 3.5 < exact.flops_per_order / four.flops_per_order < 4
+    evaluated, cheaper = evaluation(case(images=10**6)), evaluation(case("imagenet", "extract.commit_per_step=4", images=10**6))
+    assert evaluated is not None and cheaper is not None and cheaper.flops < evaluated.flops
 
 
 @pytest.mark.parametrize("way", ["extract.frontier_random=8", "extract.rescore_radius=2"])
