@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from oar_scale.config.loading import load_recipe
@@ -94,10 +94,12 @@ def _on_ray() -> None:
             first, _ = ray.wait(asked, timeout=2 * GROUP_S)
             ended, _ = ray.wait(asked, num_returns=len(asked), timeout=PARTING_S if first else 0)
             _tell([found for each in ray.get(ended or asked, timeout=1) for found in each])
-            ray.get([actor.leave.remote() for actor in firsts], timeout=PARTING_S)
         except ray.exceptions.RayError as error:
             text = f"the check did not come to its end ({first_line(error)}); are GPUs of a node in use, or is one dying? ray status"
             _tell([vars(Finding("FAIL", "workers", text))])
+        finally:
+            with suppress(ray.exceptions.RayError):  # one that hangs or is gone leaves its folder
+                ray.get([actor.leave.remote() for actor in firsts], timeout=PARTING_S)
 
 
 class _Probe:
