@@ -38,8 +38,6 @@ from oar_scale.program import run_program
 
 REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: a scheduler that sees it starts the same command again."""
-
-
 NOBODY_READS = 141
 """What a shell says of a command that SIGPIPE ended: ``oar plan ... | head``."""
 

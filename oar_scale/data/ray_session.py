@@ -127,6 +127,7 @@ def _left(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def _lives(process: psutil.Process) -> bool:
+    """A zombie does not: containers without an init keep them, and ``psutil.wait_procs`` would wait for them in vain."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
