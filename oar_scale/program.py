@@ -15,7 +15,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     """End the process with the code that ``main`` returns; if Ray was imported, without the end of the C++ library.
 
     Threads of Ray's client that collect metrics go on after ``ray.shutdown``. At the end of a process the C++ library destroys static
-    objects that they may be using: now and then a run that had finished well ended with SIGSEGV, and a scheduler began it again.
+    objects that they may be using. That is the likely cause of a run that had finished well and ended with SIGSEGV, in a function that
+    hashes strings; a scheduler would have begun it again.
     """
     code = 1
 
