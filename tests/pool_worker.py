@@ -42,7 +42,8 @@ class TableWriter:
     Attributes:
         log: a local folder. ``tries.log`` gets a line "SHARD PID" at each try, ``pids.log`` one "PID" for each process.
         seconds: how long a shard takes, by the clock.
-        faults: by shard: ``fail``, ``broken``, ``die``, or, once only, ``hang``, ``die once``, ``crash N PHASE``.
+        faults: by shard: ``fail``, ``broken``, ``die``, or, once only, ``hang``, ``die once``, ``crash N PHASE``, or ``wait`` for a file
+            "go on" in the log's folder.
     """
 
     output: str
@@ -67,6 +68,9 @@ class TableWriter:
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "hang" and self._first(shard):
             time.sleep(3600)
+        if fault == "wait" and self._first(shard):
+            while not Path(self.log, "go on").exists():
+                time.sleep(0.02)
         time.sleep(self.seconds)
         write_orders(join(self.output, table_name(shard)), table_of(shard))
         return {"images": ROWS, "bytes": len(shard)}

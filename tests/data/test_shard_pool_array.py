@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pool_worker import living, pids, table_of, tries
 
-from oar_scale.data.pool import Ledger
+from oar_scale.data.pool import Ledger, Timing
 from oar_scale.orders.table import write_orders
 
 SHARDS = [f"{index:05d}.tar" for index in range(8)]
@@ -46,7 +46,7 @@ class Task:
     """One process of the array."""
 
     def __init__(self, folder: Path, index: int = 0, of: int = 1, seconds: float = 0.2, **told: Any) -> None:
-        given: dict[str, Any] = {"faults": {}, "what": {}, "timing": {"look_s": 0.2, "beat_s": 0.2, "lease_s": 2.0}, **told}
+        given: dict[str, Any] = {"faults": {}, "what": {}, "timing": {"look_s": 0.2}, **told}
         self.script = folder / f"task{index}-{time.monotonic_ns()}.py"
         folder.mkdir(exist_ok=True)
         self.script.write_text(
@@ -54,12 +54,19 @@ class Task:
         )
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, str(self.script)], start_new_session=True, **pipes)
+        self.said: list[Any] = []
         self.errors = ""
+
+    def hear(self, kind: str) -> None:
+        """Wait until it says that something happens."""
+        assert self.process.stdout
+        while not self.said or self.said[-1][0] != kind:
+            self.said.append(json.loads(self.process.stdout.readline()))
 
     def end(self, timeout_s: float = 60) -> list[Any]:
         """What it said; the last item tells how it ended."""
         output, self.errors = self.process.communicate(timeout=timeout_s)
-        return [json.loads(line) for line in output.splitlines()]
+        return [*self.said, *(json.loads(line) for line in output.splitlines())]
 
 
 def tables(folder: Path) -> dict[str, bytes]:
@@ -81,8 +88,24 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.02)
 
 
+def two_at_once(folder: Path, faults: dict[str, str] | None = None) -> list[Task]:
+    """Two tasks that wait for each other in their first shards, however long one of them takes to start."""
+    first_shards = [SHARDS[index * len(SHARDS) // 2] for index in range(2)]
+    tasks = [Task(folder, index, 2, faults={**(faults or {}), first_shards[index]: "wait"}) for index in range(2)]
+    wait_until(lambda: all((folder / f"log/{shard}.struck").exists() for shard in first_shards))
+    (folder / "log/go on").touch()
+    return tasks
+
+
+def one_that_waits(folder: Path, shard: str, **told: Any) -> Task:
+    """The first of two tasks, at work on a shard that it does not end before it is told."""
+    task = Task(folder, 0, 2, faults={shard: "wait"}, **told)
+    wait_until((folder / f"log/{shard}.struck").exists)
+    return task
+
+
 def test_tasks_share_the_shards_and_each_is_done_once(tmp_path: Path, calm: dict[str, bytes]) -> None:
-    tasks = [Task(tmp_path, index, 2) for index in range(2)]
+    tasks = two_at_once(tmp_path)
     for said in (task.end() for task in tasks):
         assert said[-1][0] == "end" and said[-1][1]["done"] == SHARDS
         assert not any(kind == "helping" for kind, _ in said), "the other tasks of an array are no mistake"
@@ -93,38 +116,37 @@ def test_tasks_share_the_shards_and_each_is_done_once(tmp_path: Path, calm: dict
 
 
 def test_a_killed_tasks_shards_are_taken_over_at_once_where_its_end_can_be_seen(tmp_path: Path, calm: dict[str, bytes]) -> None:
-    tasks = [Task(tmp_path, index, 2, seconds=0.5, timing={"look_s": 0.2}) for index in range(2)]
-    wait_until(lambda: len(pids(tmp_path / "log")) == 2 and len(tries(tmp_path / "log")) >= 3)
-    os.killpg(tasks[0].process.pid, signal.SIGKILL)
-    said = tasks[1].end(timeout_s=30)  # less than the lease
+    killed = one_that_waits(tmp_path, SHARDS[2])
+    other = Task(tmp_path, 1, 2)
+    wait_until(lambda: len(pids(tmp_path / "log")) == 2)
+    os.killpg(killed.process.pid, signal.SIGKILL)
+    said = other.end(timeout_s=Timing().lease_s / 2)
     assert said[-1][1]["done"] == SHARDS
     assert any(kind == "taken_over" for kind, _ in said)
     assert tables(tmp_path) == calm
 
 
 def test_a_task_that_stands_still_loses_its_claims_and_does_no_harm_when_it_goes_on(tmp_path: Path, calm: dict[str, bytes]) -> None:
-    frozen = Task(tmp_path, 0, 2, seconds=0.5)
-    wait_until(lambda: bool(pids(tmp_path / "log")) and len(Ledger(str(tmp_path / "ledger")).done()) >= 2)
-    child = living(tmp_path / "log")[0]
-    for process in (frozen.process, child):
-        process.send_signal(signal.SIGSTOP)
-    said = Task(tmp_path, 1, 2).end()
+    frozen = one_that_waits(tmp_path, SHARDS[2])
+    os.killpg(frozen.process.pid, signal.SIGSTOP)
+    said = Task(tmp_path, 1, 2, timing={"look_s": 0.2, "lease_s": 2.0}).end()
     assert said[-1][1]["done"] == SHARDS
-    assert [kind for kind, _ in said].count("taken_over") == 1
-    for process in (frozen.process, child):
-        process.send_signal(signal.SIGCONT)
+    assert [fields["shard"] for kind, fields in said if kind == "taken_over"] == [SHARDS[2]]
+    (tmp_path / "log/go on").touch()
+    os.killpg(frozen.process.pid, signal.SIGCONT)
     assert frozen.end()[-1][1]["done"] == SHARDS
     assert tables(tmp_path) == calm
     assert sorted(Ledger(str(tmp_path / "ledger")).done()) == SHARDS
 
 
 def test_a_task_that_is_asked_to_stop_ends_its_shard_and_hands_back_the_rest(tmp_path: Path, calm: dict[str, bytes]) -> None:
-    task = Task(tmp_path, seconds=0.5)
-    wait_until(lambda: bool(pids(tmp_path / "log")) and len(tries(tmp_path / "log")) >= 2)
+    task = one_that_waits(tmp_path, SHARDS[2])
     task.process.send_signal(signal.SIGTERM)
+    task.hear("draining")
+    (tmp_path / "log/go on").touch()
     said = task.end()
     assert task.process.returncode == 75 and said[-1] == ["requeue", "SIGTERM"]
-    assert dict(said)["drained"]["finished"] >= 1 and dict(said)["drained"]["handed_back"] == 0
+    assert dict(said)["drained"] == {"finished": 1, "handed_back": 0}
     ledger = Ledger(str(tmp_path / "ledger"))
     assert sorted(ledger.done()) == sorted(tries(tmp_path / "log")), "a shard that was begun was not ended"
     assert not ledger.claims()
@@ -143,7 +165,7 @@ def test_what_does_not_end_in_the_grace_period_is_handed_back(tmp_path: Path) ->
 
 
 def test_a_shard_that_kills_its_process_is_set_aside_by_one_task_for_all(tmp_path: Path) -> None:
-    tasks = [Task(tmp_path, index, 2, faults={SHARDS[3]: "die", SHARDS[6]: "broken"}) for index in range(2)]
+    tasks = two_at_once(tmp_path, {SHARDS[3]: "die", SHARDS[6]: "broken"})
     for said in (task.end() for task in tasks):
         poison = said[-1][1]["poison"]
         assert poison.keys() == {SHARDS[3], SHARDS[6]}
