@@ -16,6 +16,8 @@ from oar_scale.storage import join, open_storage
 PART = 128 << 10
 SIZE = 300_000
 PARTS = 3
+SOON_S = 6.0
+"""A patience with a silent connection that a test can wait for, and yet above what a busy machine needs to answer."""
 FORK = multiprocessing.get_context("fork")
 
 

@@ -196,7 +196,7 @@ def _chunks(response: Any, ranged: bool) -> Iterator[bytes]:
     for chunk in _arrivals(body) if ranged else body.iter_chunks(_SMALL_CHUNK):
         yield chunk
         came, missing = came + len(chunk), missing - len(chunk)
-        if (now := time.monotonic()) - begun > SLOW_S:
+        if missing and (now := time.monotonic()) - begun > SLOW_S:  # with the last byte there is nothing left to ask for
             if came < SLOW_BYTES:
                 raise _Broken(f"only {came} bytes came in {now - begun:.0f} s")
             begun, came = now, 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from crc32c import crc32c
@@ -13,7 +15,7 @@ from oar_scale.errors import UserError
 from oar_scale.storage import FetchStats, Missing, open_storage, s3_download, s3_ranges
 from oar_scale.storage.shard_cache import ShardCache
 from tests.fault_proxy import FaultProxy
-from tests.shard_files import PARTS, SIZE, Shard, content, files, put
+from tests.shard_files import PARTS, SIZE, SOON_S, Shard, content, files, put
 
 
 def test_a_shard_is_fetched_once_and_then_read_from_the_disk_without_a_request(proxy: FaultProxy, shard: Shard, cache: ShardCache) -> None:
@@ -40,8 +42,10 @@ def test_a_shard_is_fetched_once_and_then_read_from_the_disk_without_a_request(p
     ],
 )
 def test_a_fault_changes_nothing_but_the_count_of_retries(
-    kind: str, count: int, retries: int, proxy: FaultProxy, shard: Shard, cache: ShardCache
+    kind: str, count: int, retries: int, proxy: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if kind == "stall":
+        monkeypatch.setattr(s3_ranges, "STALL_S", SOON_S)
     proxy.spoil({kind: 1.0}, at_most=count)
     assert cache.read(*shard) == content(0)
     assert proxy.injected == {kind: count}
@@ -52,8 +56,9 @@ def test_a_fault_changes_nothing_but_the_count_of_retries(
 
 
 def test_with_a_fifth_of_all_requests_failing_each_shard_arrives_right_and_the_retries_are_counted(
-    proxy: FaultProxy, s3_root: str, cache: ShardCache
+    proxy: FaultProxy, s3_root: str, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(s3_ranges, "STALL_S", SOON_S)
     shards = [put(s3_root, content(number)) for number in range(40)]
     proxy.spoil({"503": 0.04, "slow down": 0.01, "refused": 0.04, "reset": 0.04, "cut": 0.04, "stall": 0.01, "flip": 0.02})
     for number, shard in enumerate(shards):
@@ -83,17 +88,30 @@ def test_a_broken_connection_goes_on_where_it_stopped(
 def test_a_connection_that_trickles_for_too_long_is_left(
     proxy: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_ranges, "SLOW_S", 0.2)
-    proxy.trickle_bytes = 64  # 1.3 kB/s
+    monkeypatch.setattr(s3_ranges, "SLOW_S", 1.0)
+    proxy.trickle_bytes = 16  # 0.3 kB/s
     proxy.spoil({"trickle": 1.0}, at_most=1)
     begun = time.monotonic()
     assert cache.read(*shard) == content(0)
-    assert cache.stats.retries == 1
-    assert time.monotonic() - begun < 20  # the rest of it would take 50 s
+    assert cache.stats.retries >= 1  # a busy machine may bring another part as slowly
+    assert time.monotonic() - begun < 60  # the rest of it would take minutes
+
+
+def test_a_slow_connection_that_has_brought_the_last_byte_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There would be nothing left to ask for: the range after the last byte is none."""
+    monkeypatch.setattr(s3_ranges, "time", SimpleNamespace(monotonic=itertools.count(step=s3_ranges.SLOW_S + 1).__next__))
+
+    def brought(chunks: list[bytes], length: int) -> list[bytes]:
+        body = SimpleNamespace(iter_chunks=lambda size: iter(chunks))
+        return list(s3_ranges._chunks({"Body": body, "ContentLength": length}, ranged=False))
+
+    assert brought([b"12345"], 5) == [b"12345"]
+    with pytest.raises(s3_ranges._Broken, match="only 5 bytes came"):
+        brought([b"12345", b"67890"], 10)
 
 
 @pytest.mark.slow
-def test_a_stall_of_ten_seconds_is_left_for_a_new_connection(
+def test_a_long_stall_is_left_for_a_new_connection(
     proxy: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_ranges, "STALL_S", 8.0)
@@ -101,7 +119,7 @@ def test_a_stall_of_ten_seconds_is_left_for_a_new_connection(
     begun = time.monotonic()
     assert cache.read(*shard) == content(0)
     assert cache.stats.resumed == 1
-    assert 8 < time.monotonic() - begun < 12
+    assert 8 < time.monotonic() - begun < 60  # it would last two minutes
 
 
 def test_a_server_that_stays_overloaded_is_given_up_with_the_name_and_the_count(
