@@ -7,6 +7,7 @@ cluster has room for more workers than an elastic run has.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ GROW = "more workers have room"
 POLL_S = 0.2
 LOOK_S = 10.0
 """Between two looks at the size of the cluster; it has to be seen twice."""
+_log = logging.getLogger(__name__)
 
 
 class _Bell:
@@ -90,10 +92,18 @@ class Watch:
                 return self._ring(self.signalled)
             if self._may_grow is not None and time.monotonic() - looked > LOOK_S:
                 looked = time.monotonic()
-                seen = seen + 1 if self._may_grow() else 0
+                seen = seen + 1 if self._grows() else 0
                 if seen == 2:
                     return self._ring(GROW)
         return None
+
+    def _grows(self) -> bool:
+        """A look that fails, whatever Ray or the storage says, must not end this thread: it rings for signals, too."""
+        try:
+            return self._may_grow is not None and self._may_grow()
+        except Exception as error:
+            _log.warning("the size of the cluster is not known now: %s", error)
+            return False
 
     def _ring(self, reason: str) -> None:
         self._bell.ring.remote(reason)

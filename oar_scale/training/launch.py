@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from oar_scale.data.pool.signals import StopSignals
 from oar_scale.data.ray_session import ray_session
 from oar_scale.errors import Requeue, UserError
 from oar_scale.observe.console import Console
@@ -88,18 +89,23 @@ class _Driver:
         self._furthest = 0
         self._furthest = self._reached()
         self._workers = 0
+        self._signalled: str | None = None
+        """The signal that came while the last workers ran, whatever ended them first."""
 
     def run(self) -> None:
-        while True:
-            workers = self._choose()
-            if self._workers not in (0, workers):
-                self._note("resized", from_workers=self._workers, to_workers=workers, reason="room in the cluster")
-                self._console.say(f"  going on with {workers} workers instead of {self._workers}")
-            self._workers = workers
-            error = self._fit(workers)
-            if error is None:
-                return
-            self._judge(error)
+        with StopSignals() as stop:  # between groups of workers: while they run, the watch takes them
+            while True:
+                workers = self._choose()
+                if stop.reason is not None:
+                    raise Requeue(stop.reason)
+                if self._workers not in (0, workers):
+                    self._note("resized", from_workers=self._workers, to_workers=workers, reason="room in the cluster")
+                    self._console.say(f"  going on with {workers} workers instead of {self._workers}")
+                self._workers = workers
+                error = self._fit(workers)
+                if error is None:
+                    return
+                self._judge(error)
 
     def _choose(self) -> int:
         recipe = self._job.recipe
@@ -112,14 +118,17 @@ class _Driver:
             if isinstance(cause, UserError) and not isinstance(cause, Unreachable):
                 raise UserError(str(cause)) from error
             if isinstance(cause, Requeue):
-                if cause.reason == GROW:
+                reason = self._signalled if cause.reason == GROW else cause.reason
+                if reason is None:
                     return
-                raise Requeue(cause.reason) from error
+                raise Requeue(reason) from error
         limit, reached = self._job.recipe.parallel.max_failures, self._reached()
         self._failures = 1 if reached > self._furthest else self._failures + 1
         self._furthest = max(reached, self._furthest)
         cause_text = _cause(error, causes)
         self._note("worker_failure", cause=cause_text)
+        if self._signalled is not None:
+            raise Requeue(self._signalled) from error  # the next workers would not hear of it
         if self._failures > limit:
             raise UserError(
                 f"stage {self._job.stage}: the workers failed more than parallel.max_failures = {limit} times without a new checkpoint; "
@@ -159,6 +168,7 @@ class _Driver:
         except TrainingFailedError as error:
             if watch.signalled is not None and not worker_errors(error):
                 raise Requeue(watch.signalled) from error  # it came before the workers ran
+            self._signalled = watch.signalled
             return error
         except SystemExit as stop:  # Ray Train's answer to Ctrl-C, once it has ended the workers
             raise KeyboardInterrupt from stop

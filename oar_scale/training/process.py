@@ -75,7 +75,8 @@ class Process:
 class _Watchdog:
     """Ends a process that does not move, after writing down where each of its threads is.
 
-    Every rank of a hung collective waits, so each writes its own stacks: the one that is elsewhere is the one to look at.
+    Every rank of a hung collective waits, so each writes its own stacks: the one that is elsewhere is the one to look at. Who has written
+    stays for a moment: a peer that is gone would break the collective of the others, who then had no stacks to show.
     """
 
     def __init__(self, job: TrainingJob, rank: int, timeout_s: float) -> None:
@@ -98,6 +99,7 @@ class _Watchdog:
         while not self._ended.wait(min(1.0, self._timeout_s / 10)):
             if time.monotonic() - self._last > self._timeout_s:
                 self._report()
+                time.sleep(min(10.0, self._timeout_s / 4))  # all collectives break by themselves after 1.5 times the timeout
                 os._exit(HUNG)
 
     def _report(self) -> None:

@@ -131,19 +131,19 @@ def test_what_a_stage_leaves_is_the_average_of_the_weights_where_one_is_kept(sti
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_with_the_same_model(prepared: Run, undisturbed: Run, tmp_path: Path) -> None:
+    """They are killed in the sixth step, which would last for ever: ten steps might be over before anybody kills."""
     run = copy_run(prepared, str(tmp_path))
     job = pretraining(run)
-    workers = start_workers(train_worker, 2, job)
+    workers = start_workers(stuck, 2, job, 5)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not os.path.exists(join(job.checkpoints, "step-00000003", "COMMITTED")):
-        time.sleep(0.002)
+        time.sleep(0.02)
     for worker in workers:
         worker.kill()
         worker.join()
     run_workers(train_worker, 2, job)
 
-    starts = [event["start_step"] for event in events(run, "start")]
-    assert 3 <= starts[-1] < 10, f"killed too late or resumed from nothing: {starts}"
+    assert [event["start_step"] for event in events(run, "start")] == [0, 3]
     assert losses(run) == losses(undisturbed)
     expected = weights(undisturbed)
     for name, tensor in weights(run).items():
@@ -250,13 +250,13 @@ def stuck(job: TrainingJob, step: int) -> None:
 
 
 def test_workers_that_do_not_move_write_down_their_stacks_and_end(prepared: Run, tmp_path: Path) -> None:
-    run = copy_run(prepared, str(tmp_path), parallel={"hang_timeout_s": 6})
+    run = copy_run(prepared, str(tmp_path), parallel={"hang_timeout_s": 20})  # nothing else takes so long, not on a busy machine either
     workers = start_workers(stuck, 2, pretraining(run), 4)
     for worker in workers:
-        worker.join(60)
+        worker.join(150)
     assert [worker.exitcode for worker in workers] == [70, 70]
     stacks = [Path(run.local("logs", f"pretrain-rank{rank}.stacks")).read_text() for rank in (0, 1)]
-    assert all("nothing moved for 6 s" in text and "step 5" in text for text in stacks)
+    assert all("nothing moved for 20 s" in text and "step 5" in text for text in stacks)
     assert "step_of" in stacks[1] and "_one_step" in stacks[0]
 
 
