@@ -109,8 +109,10 @@ def _end() -> None:
     """End the private Ray with its workers. ``ray.shutdown`` alone does not wait for them, and a GPU's memory is theirs until they go."""
     import ray
 
-    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
-    workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
+    workers: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            workers += child.children(recursive=True) if child.name() == "raylet" else []
     ray.shutdown()
     for worker in _left(workers):
         with suppress(psutil.NoSuchProcess):

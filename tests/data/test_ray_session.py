@@ -18,6 +18,7 @@ from oar_scale.errors import UserError
 
 PROGRAM = """
 import json, os, subprocess
+from contextlib import suppress
 import psutil
 from oar_scale.data import ray_session as module
 from oar_scale.data.ray_session import ray_session
@@ -38,7 +39,10 @@ with ray_session(cpus=1):
     node = ray.nodes()[0]["NodeManagerAddress"]
 with ray_session(cpus=1):  # a second one in the same process
     again = ray.get(ray.remote(inside).remote())
-left = [pid for pid in found["pids"] + again["pids"] if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+left = []
+for pid in found["pids"] + again["pids"]:
+    with suppress(psutil.NoSuchProcess):
+        left += [pid] if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else []
 print(json.dumps({"node": node, "still_there": still_there, "after": ray.is_initialized(), "first": found, "left": left}))
 run_program(lambda: 0)
 """
@@ -50,7 +54,7 @@ def test_a_private_ray_works_from_a_source_checkout_in_any_folder_and_leaves_not
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"HOME": str(tmp_path), "PYTHONPATH": source}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
@@ -70,4 +74,4 @@ def test_an_address_where_no_ray_answers_is_named_at_once(scheme: str, monkeypat
         began = time.monotonic()
         with pytest.raises(UserError, match=rf"RAY_ADDRESS={address}: no Ray answers there"), ray_session(cpus=1):
             pass
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60  # Ray itself would wait for minutes; importing it alone may take some seconds
