@@ -20,6 +20,7 @@ import psutil
 
 GATE = "gate"
 GATE_ADDRESS = "10.77.0.1"
+START_S = 60.0
 BOOT = """
 hostname "$1" && mount --bind "$2" /etc/hosts && mount -t tmpfs -o size=2g tmpfs /dev/shm && ip link set lo up || exit 1
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
@@ -75,7 +76,7 @@ def connect(gate_pid: int, node_pid: int, host: str) -> None:
     inner = _until_child(node_pid)
     cable = f"to-{host}"
     plug = f"ip link add {cable} type veth peer name eth0 netns {inner} && ip link set {cable} master br0 up"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + START_S
     while True:  # the namespaces may still be on their way, or an earlier node of that name has not quite gone
         done = subprocess.run(["nsenter", f"--target={gate_pid}", "--net", "sh", "-c", plug], capture_output=True, text=True)
         if done.returncode == 0:
@@ -92,7 +93,7 @@ def enter(gate_pid: int) -> list[str]:
 
 def _until_child(pid: int) -> int:
     """The process 1 inside, in a network of its own."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         children = psutil.Process(pid).children()
         if children and os.stat(f"/proc/{children[0].pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import psutil
 
 T = TypeVar("T")
+_reserved: list[socket.socket] = []
 
 
 def born(pid: int) -> int:
@@ -51,14 +53,67 @@ def taken(ports: Iterable[int]) -> list[int]:
 def free_port(among: range, needed: Callable[[int], Iterable[int]]) -> int:
     """Find a port that is free, with all that ``needed`` tells for it. Processes that look at the same time begin at different places.
 
+    It stays this process': between the look and the time when a service listens lie seconds, and a service may be stopped and started
+    again on its port. Who else looks here meanwhile is told another one.
+
     Raises:
         RuntimeError: there is none.
     """
     for i in range(len(among)):
         port = among[(os.getpid() + i) % len(among)]
-        if not taken(needed(port)):
+        if not taken(needed(port)) and _reserve(port):
             return port
     raise RuntimeError(f"no free ports from {among[0]} to {among[-1]}")
+
+
+def _reserve(port: int) -> bool:
+    """Whether nobody else has reserved it; until this process ends it is ours.
+
+    The mark is a Unix socket without a file (Linux has them): one process has a name at a time, and none outlives it. Like the port
+    itself, the name is one of the network that this process is in.
+    """
+    if sys.platform != "linux":
+        return True
+    mark = socket.socket(socket.AF_UNIX)
+    try:
+        mark.bind(f"\0oar-dev-port-{port}")
+    except OSError:
+        mark.close()
+        return False
+    _reserved.append(mark)
+    return True
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """The process and all that it has started, and that they have; those that live."""
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def bury(everyone: Iterable[psutil.Process], patience_s: float) -> None:
+    """Wait until all of them are gone, and kill those that have not ended after a while. A zombie is gone: others are to collect it.
+
+    Raises:
+        RuntimeError: one outlives its kill by a minute.
+    """
+    left, deadline = list(everyone), time.monotonic() + patience_s
+    while left := [each for each in left if _lives(each)]:
+        if (late := time.monotonic() - deadline) > 60:
+            raise RuntimeError(f"{left[0]} does not end")
+        if late > 0:
+            for each in left:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+        time.sleep(0.05)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def last_lines(path: str, count: int = 20) -> str:

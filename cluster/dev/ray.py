@@ -138,11 +138,7 @@ def lose_node(node: Node) -> None:
     process = node.process()
     if process is None:
         return
-    everyone = [process, *process.children(recursive=True)]
-    for each in everyone:
-        with suppress(psutil.NoSuchProcess):
-            each.kill()
-    psutil.wait_procs(everyone, timeout=10)
+    processes.bury(processes.family(process), 0)
 
 
 def wait_for_nodes(cluster: Cluster, count: int) -> None:
@@ -204,14 +200,18 @@ def _clear(folder: str) -> None:
     cluster = _read(folder)
     if cluster is None:
         return
+    everyone: list[psutil.Process] = []
     for node in reversed(cluster.nodes):
         if (process := node.process()) is not None:
-            process.send_signal(signal.SIGTERM)  # ray start ends its children itself
+            everyone += processes.family(process)
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)  # ray start ends its children itself
     for node in cluster.nodes:
         try:
             processes.until(lambda node=node: node.process() is None, 20, "")
         except RuntimeError:
             lose_node(node)
+    processes.bury(everyone, 10)  # theirs notice it themselves, a moment later; whoever lives still writes into the folder
     shutil.rmtree(cluster.scratch, ignore_errors=True)
     os.unlink(os.path.join(folder, "cluster.json"))
 

@@ -37,7 +37,7 @@ PORTS = 5
 """S3, master, volume, filer and admin listen on consecutive ports, and each again 10,000 higher for gRPC."""
 FREE = range(20000, 22000, 10)
 """Where :func:`free_port` looks; jobs of `oar submit` have 24000 to 29999, clients of all kinds those above 32768."""
-START_S = 60.0
+START_S = 120.0
 PROBE_BUCKET = "oar-dev-probe"
 """Holds one object that tells, at each start, when the server can read what it had and write again."""
 
@@ -92,7 +92,7 @@ def down(folder: str = ".dev/s3") -> bool:
             return False
         server = _read(state)
         os.kill(server.pid, signal.SIGKILL)  # SIGTERM takes seconds; the store is safe against this by design
-        processes.until(lambda: _lock(state), 10, f"pid {server.pid} does not end")
+        processes.until(lambda: _lock(state), 60, f"pid {server.pid} does not end")
     for number in _ports(server.port):
         for path in glob.glob(f"/tmp/seaweedfs-*-{number}.sock"):
             os.unlink(path)

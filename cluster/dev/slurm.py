@@ -42,7 +42,7 @@ PACKAGES = "apt-get install --no-install-recommends slurmctld slurmd slurm-clien
 FREE = range(23000, 24000, 10)
 """Where :func:`free_port` looks."""
 START_S = 60.0
-CLIENT_S = 10
+CLIENT_S = 30
 """Clients wait minutes for a controller that is gone; these do not."""
 
 
@@ -132,7 +132,7 @@ def down(folder: str = ".dev/slurm") -> bool:
         alive = [daemon for daemon in cluster.daemons if daemon.process() is not None]
         with suppress(RuntimeError, subprocess.TimeoutExpired):  # the controller may be what is gone
             cluster.command("scancel", "--user", str(os.getuid()), "--full")
-            processes.until(lambda: not cluster.command("squeue", "-h", "-t", "R,CG").strip(), 15, "jobs do not end")
+            processes.until(lambda: not cluster.command("squeue", "-h", "-t", "R,CG").strip(), 30, "jobs do not end")
         for daemon in reversed(cluster.daemons):
             _end(daemon, at_once=cluster.apart and daemon.name.startswith("slurmd-"))
         os.unlink(os.path.join(folder, "cluster.json"))
@@ -151,9 +151,10 @@ def running(folder: str = ".dev/slurm") -> Cluster | None:
 
 def lose_node(cluster: Cluster, name: str) -> None:
     """Kill the daemon of a node, and with ``--hosts`` all that runs on it: a power cut."""
-    if (process := cluster.node(name).process()) is not None:
+    lost = cluster.node(name)
+    if (process := lost.process()) is not None:
         process.kill()
-        psutil.wait_procs([process], timeout=10)
+        processes.until(lambda: lost.process() is None, 60, f"{name} does not end")
 
 
 def restart_node(cluster: Cluster, name: str) -> Cluster:
@@ -189,11 +190,11 @@ def _start(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> Cluste
         *(f"--pid-file={run}/munged.pid", f"--log-file={folder}/log/munged.log", f"--seed-file={munge}/seed"),
     ]
     _add(cluster, _launch(folder, "munged", munged))
-    processes.until(lambda: os.path.exists(f"{run}/munge.socket"), 10, f"munged does not start: see {folder}/log/munged.log")
+    processes.until(lambda: os.path.exists(f"{run}/munge.socket"), START_S, f"munged does not start: see {folder}/log/munged.log")
     if apart:
         hosts.write_names(os.path.join(folder, "hosts"), nodes)
         _add(cluster, _launch(folder, hosts.GATE, hosts.gate(os.path.join(folder, "hosts"))))
-        processes.until(lambda: hosts.is_ready(cluster.daemon(hosts.GATE).pid), 10, f"no bridge: see {folder}/log/{hosts.GATE}.out")
+        processes.until(lambda: hosts.is_ready(cluster.daemon(hosts.GATE).pid), START_S, f"no bridge: see {folder}/log/{hosts.GATE}.out")
     _add(cluster, _launch(folder, "slurmctld", [*cluster.prefix, _program("slurmctld") or "", "-D", "-f", cluster.env["SLURM_CONF"]]))
     for number in range(nodes):
         _add(cluster, _start_node(cluster, f"n{number + 1}"))
@@ -231,8 +232,9 @@ def _write_files(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> 
     partition = f"Nodes=n[1-{nodes}] State=UP"
     lines = [
         "ClusterName=oar",
-        # Jobs count their ports from their number: those of two clusters on one machine must not be the same.
-        f"FirstJobId={port * 37 % 50000 + 1}",
+        # Jobs count their ports from their number, modulo 1500: those of clusters on one machine, whose ports follow one another, must
+        # lie apart.
+        f"FirstJobId={port // 10 * 573 % 60000 + 1}",
         f"SlurmctldHost={hosts.GATE}({hosts.GATE_ADDRESS})" if apart else f"SlurmctldHost={here}({HOST})",
         f"SlurmctldPort={port}",
         *(f"{who}={_user()}" for who in ("SlurmUser", "SlurmdUser")),
@@ -266,8 +268,9 @@ def _write_files(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> 
         "EnforcePartLimits=ALL",
         "JobRequeue=1",
         "ReturnToService=2",
-        "KillWait=5",
-        "MinJobAge=600",
+        "KillWait=30",  # Slurm's own default: what a busy machine needs to clean up after a signal
+        "BatchStartTimeout=60",
+        "MinJobAge=3600",
         "SlurmctldTimeout=30",
         "SlurmdTimeout=15",
         "LaunchParameters=send_gids",
@@ -312,12 +315,14 @@ def _end(daemon: Daemon, *, at_once: bool) -> None:
     process = daemon.process()
     if process is None:
         return
-    if not at_once:
-        process.send_signal(signal.SIGTERM)
-        with suppress(RuntimeError):
-            processes.until(lambda: daemon.process() is None, 10, "")
-            return
-    process.kill()
+    with suppress(psutil.NoSuchProcess):  # it ends by itself right now
+        if not at_once:
+            process.send_signal(signal.SIGTERM)
+            with suppress(RuntimeError):
+                processes.until(lambda: daemon.process() is None, 10, "")
+                return
+        process.kill()
+    processes.until(lambda: daemon.process() is None, 60, f"{daemon.name} does not end")
 
 
 def _idle(cluster: Cluster) -> int:

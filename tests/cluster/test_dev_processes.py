@@ -5,10 +5,13 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from cluster.dev import processes
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_port_that_somebody_has_on_another_loopback_address_is_taken() -> None:
@@ -24,6 +27,13 @@ def test_a_free_port_has_all_that_it_needs() -> None:
         port = other.getsockname()[1]
         found = processes.free_port(range(port - 2, port + 10, 2), lambda first: [first, first + 2])
         assert found not in (port - 2, port)
+
+
+def test_a_port_that_was_given_out_is_given_to_nobody_else() -> None:
+    port = processes.free_port(range(17000, 17600), lambda first: [first])
+    ask = f"from cluster.dev.processes import free_port; free_port(range({port}, {port + 1}), lambda first: [first])"
+    other = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True)
+    assert f"no free ports from {port} to {port}" in other.stderr
 
 
 def test_a_process_is_known_again_by_its_start_and_gone_when_it_ended() -> None:

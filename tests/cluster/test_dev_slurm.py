@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from cluster.dev import hosts, slurm
+from cluster.dev import hosts, processes, slurm
 
 SCRIPT = str(Path(slurm.__file__))
 pytestmark = pytest.mark.skipif(slurm._program("slurmctld") is None, reason=f"Slurm is not installed: {slurm.PACKAGES}")
+
+
+def wait_until_idle(cluster: slurm.Cluster) -> None:
+    processes.until(lambda: slurm._idle(cluster) == 2, 60, "the nodes do not get idle")
 
 
 def test_up_is_idempotent_a_lost_node_comes_back_and_down_ends_all(tmp_path: Path) -> None:
@@ -32,6 +35,7 @@ def test_up_is_idempotent_a_lost_node_comes_back_and_down_ends_all(tmp_path: Pat
         slurm.lose_node(cluster, "n2")
         again = slurm.restart_node(cluster, "n2")
         assert again.node("n2").pid != lost.pid and slurm.running(folder) == again
+        wait_until_idle(again)
         assert sorted(again.command("srun", "--nodes=2", "bash", "-c", "echo $SLURMD_NODENAME").split()) == ["n1", "n2"]
     finally:
         assert slurm.down(folder)
@@ -43,10 +47,7 @@ def test_down_takes_running_jobs_along(tmp_path: Path) -> None:
     cluster = slurm.up(str(tmp_path), port=slurm.free_port())
     try:
         cluster.command("sbatch", f"--output={tmp_path}/out", f"--wrap=echo $$ > {tmp_path}/pid; sleep 100")
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        processes.until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60, "the job does not begin")
     finally:
         slurm.down(str(tmp_path))
     assert not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text().strip()}/cwd")
@@ -73,10 +74,7 @@ def test_hosts_have_names_networks_and_processes_of_their_own_and_reach_each_oth
         assert cluster is not None
         slurm.lose_node(cluster, "n2")
         slurm.restart_node(cluster, "n2")
-        deadline = time.monotonic() + 20
-        while cluster.command("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() != "2":
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until_idle(cluster)
         assert cluster.command("srun", "-w", "n2", "hostname").strip() == "n2"
     finally:
         subprocess.run([*arguments, "down"], check=True)
