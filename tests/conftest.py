@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for cluster/dev, which is not part of the installed package
@@ -31,6 +32,10 @@ os.environ |= {
 for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
     os.environ.pop(name, None)
 
+# How long an example takes, or making one, says what else the machine does.
+settings.register_profile("oar", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("oar")
+
 
 @pytest.fixture(autouse=True)
 def _no_wandb_of_this_process() -> Iterator[None]:
@@ -48,8 +53,8 @@ def s3_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from cluster.dev import s3
 
     folder = str(tmp_path_factory.mktemp("s3"))
-    server = s3.up(folder, s3.free_port(), "oar-tests")
     try:
+        server = s3.up(folder, s3.free_port(), "oar-tests")
         with pytest.MonkeyPatch.context() as patch:
             for name, value in server.env.items():
                 patch.setenv(name, value)

@@ -41,7 +41,7 @@ class Finder:
             execute(module)
             one_step = module.train_step
             def slow(engine, batch, *rest):
-                time.sleep({pause})
+                time.sleep(float(open("{pause}").read()))
                 with open("{seen}-" + str(os.getpid()), "a") as file:
                     file.write(json.dumps([batch.step, batch.uid_b.tolist()]) + "\\n")
                 return one_step(engine, batch, *rest)
@@ -51,7 +51,7 @@ class Finder:
 
 sys.meta_path.insert(0, Finder())
 """
-"""A ``sitecustomize`` for whoever imports the loop: slow steps, time enough to lose a node; samples written down."""
+"""A ``sitecustomize`` for whoever imports the loop: steps slow enough for what is to happen between them; samples written down."""
 _made: dict[str, Any] = {}
 
 
@@ -77,8 +77,11 @@ def undisturbed_run(folders: pytest.TempPathFactory) -> tuple[dict[int, float], 
 
 
 def watched(folder: Path, pause: float) -> dict[str, str]:
-    """Variables of a process whose steps are slow and written down in the folder."""
-    (folder / "sitecustomize.py").write_text(WATCHED.format(pause=pause, seen=folder / "seen"))
+    """Variables of a process whose steps are slow and written down in the folder; called again, it changes the pause of steps to come."""
+    if not (folder / "sitecustomize.py").exists():
+        (folder / "sitecustomize.py").write_text(WATCHED.format(pause=folder / "pause", seen=folder / "seen"))
+    (folder / "pause.new").write_text(str(pause))
+    os.replace(folder / "pause.new", folder / "pause")  # in one piece: steps read it
     return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
 
 
@@ -123,7 +126,7 @@ def torchrun(run: Run, workers: int) -> list[str]:
     return [*command, "-m", "oar_scale.cli", "train", recipe_file(run)]
 
 
-def wait_for_events(run: Run, kind: str, count: int, ended: Callable[[], str | None], seconds: float = 150) -> None:
+def wait_for_events(run: Run, kind: str, count: int, ended: Callable[[], str | None], seconds: float = 240) -> None:
     """``ended``: what the driver said last, if it is over."""
     deadline = time.monotonic() + seconds
     while len(events(run, kind)) < count:

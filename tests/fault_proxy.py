@@ -14,11 +14,13 @@ from __future__ import annotations
 import random
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 KINDS = {
     "503": "an error that botocore repeats at once",
@@ -148,7 +150,7 @@ class FaultProxy:
                 self._send(client, before)
                 passed += len(before)
                 if kind == "reset":
-                    time.sleep(0.05)  # a reset also takes back what the client has not read yet
+                    _until_read(client)  # a reset also takes back what the client has not read yet
                     return _reset(client)
                 if kind == "cut":
                     return None
@@ -192,6 +194,19 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
     with suppress(OSError, ValueError):
         while data := source.recv(_BLOCK):
             target.sendall(data)
+
+
+def _until_read(end: socket.socket, wait_s: float = 20.0) -> None:
+    """Wait until the other end, of this machine, has taken all that was sent: nothing is left in the queues of either socket."""
+    names = {
+        f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}" for host, port in (end.getsockname(), end.getpeername())
+    }
+    calm, deadline = 0, time.monotonic() + wait_s
+    while calm < 2 and time.monotonic() < deadline:  # twice: a look may miss a line while others come and go
+        time.sleep(0.02)
+        sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        queues = [queue for fields in sockets if set(fields[1:3]) == names for queue in fields[4].split(":")]
+        calm = 0 if any(int(queue, 16) for queue in queues) else calm + 1
 
 
 def _reset(end: socket.socket) -> None:

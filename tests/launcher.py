@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from cluster.dev import processes
+
+PORTS = range(18000, 20000)
+"""No client's, who would take one between the look and the time when the first worker listens: with a slow start those are seconds."""
 PRELOADED = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "oar_scale.training.worker"]
 """What workers import, some of it where one would not look for it."""
 
 
 def start_workers(function: Callable[..., None], world: int, *args: Any) -> list[BaseProcess]:
     """Start ``function(*args)`` in ``world`` processes with the environment that torch.distributed reads."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     # The fork server's own environment is that of its start: what a test has set since travels with the call.
-    environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **group}
     workers = [_server().Process(target=_run, args=(environment, rank, function, args)) for rank in range(world)]
     for worker in workers:
         worker.start()
@@ -40,6 +41,12 @@ def run_workers(function: Callable[..., None], world: int, *args: Any, timeout_s
     for worker in workers:
         worker.kill()
     assert codes == [0] * world, f"exit codes {codes}"
+
+
+@cache
+def _port() -> int:
+    """Of all groups of this process, one after the other."""
+    return processes.free_port(PORTS, lambda port: [port])
 
 
 @cache

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pool_chaos import Cluster, Driver, after_tries, begin, fail_a_fifth, kill_an_actor, s3_with_faults
+from pool_chaos import PATIENCE_S, Cluster, Driver, after_tries, begin, fail_a_fifth, kill_an_actor, s3_with_faults
 from pool_worker import PHASES, WRITES, TableWriter, table_of, tries
 
 from oar_scale.data.pool import ArrayTask, Ledger, Timing, run_pool
@@ -33,6 +33,7 @@ from oar_scale.errors import Requeue, UserError
 from oar_scale.orders.table import table_name, write_orders
 from oar_scale.program import run_program
 from oar_scale.storage import join, open_storage
+from oar_scale.storage.patience import patiently
 
 SHARDS = [f"{index:05d}.tar" for index in range(12)]
 WORK_S = 0.15
@@ -80,7 +81,14 @@ class Trial:
     output: str
     log: str
     faults: dict[str, str] = field(default_factory=dict)
+    held: str = ""
+    """A shard that waits for the first disturbance, so that no pool ends before it, however late that comes."""
     happened: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def go_on(self) -> Path:
+        """There as soon as it need wait no more."""
+        return Path(self.log, "go on")
 
     def told(self, actors: int = 2, array: tuple[int, int] | None = None) -> dict[str, Any]:
         return {"output": self.output, "log": self.log, "faults": self.faults, "actors": actors, "array": array}
@@ -101,6 +109,8 @@ def plan(number: int, seed: int, folder: str, s3_root: str, scenarios: tuple[str
             trial.faults[shard] = f"crash {write} {phase}"
     if dice.random() < 0.2:
         trial.faults[victims[3]] = "broken"
+    trial.held = max(set(SHARDS) - set(victims))
+    trial.faults[trial.held] = "wait"
     return trial
 
 
@@ -119,6 +129,7 @@ def run_trial(trial: Trial, cluster: Cluster | None) -> None:
                 drivers.append(Driver(__file__, trial.told(), cluster.ray.env))
         if attempt < 3:
             disturb(trial, drivers, cluster)
+            trial.go_on.touch()
         ends = [driver.end() for driver in drivers]
         trial.happened["drivers"] += len(drivers)
         finished = [report for code, report in ends if code == 0]
@@ -146,14 +157,17 @@ def run_trial(trial: Trial, cluster: Cluster | None) -> None:
 def disturb(trial: Trial, drivers: list[Driver], cluster: Cluster | None) -> None:
     dice = trial.dice
     for _ in range(dice.randint(1, 3) if trial.scenario == "actor" else 1):
-        after_tries(trial.log, dice.randint(1, 4), drivers)
+        # While a shard is held, all that are not may have been tried already.
+        after_tries(trial.log, dice.randint(1, 4), drivers, quiet_s=PATIENCE_S if trial.go_on.exists() else 3.0)
         time.sleep(dice.uniform(0, 2 * WORK_S))
         if not any(driver.running for driver in drivers):
             return
         victim = dice.choice(drivers)
         match trial.scenario:
             case "actor":
-                trial.happened["actors killed"] += kill_an_actor(trial.log, dice)
+                while not (hit := kill_an_actor(trial.log, dice)) and any(driver.running for driver in drivers):
+                    time.sleep(0.02)  # until the next one has been hired
+                trial.happened["actors killed"] += hit
             case "node" if cluster is not None:
                 cluster.kill_node()
                 trial.happened["nodes killed"] += 1
@@ -168,9 +182,19 @@ def disturb(trial: Trial, drivers: list[Driver], cluster: Cluster | None) -> Non
                 victim.process.kill()
                 trial.happened["array tasks killed"] += 1
             case "array node":
-                for driver in dice.sample(drivers, dice.randint(1, 3)):
+                for driver in {*dice.sample(drivers, dice.randint(1, 3)), *at_the_held_shard(trial, drivers)}:
                     driver.kill_group()
                     trial.happened["array tasks killed with their node"] += 1
+
+
+def at_the_held_shard(trial: Trial, drivers: list[Driver]) -> list[Driver]:
+    """The task that is at the shard that waits, which surely leaves a claim behind when it is killed; none if nothing waits any more."""
+    while not trial.go_on.exists() and any(driver.running for driver in drivers):
+        claim = patiently(Ledger(join(trial.output, "ledger")).claims, PATIENCE_S).get(trial.held)
+        if claim is not None and Path(trial.log, f"{trial.held}.struck").exists():
+            return [driver for driver in drivers if claim.holder.rsplit("-", 2)[1] == str(driver.process.pid)]
+        time.sleep(0.02)
+    return []
 
 
 def check_report(trial: Trial, report: dict[str, Any]) -> None:

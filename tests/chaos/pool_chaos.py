@@ -100,13 +100,13 @@ class Cluster:
 @contextmanager
 def s3_with_faults(folder: str) -> Iterator[tuple[str, FaultProxy]]:
     """A root on a real S3 server, and the proxy before it; the AWS variables point there."""
-    server = s3.up(join(folder, "s3"), s3.free_port(), "chaos")
-    proxy = FaultProxy(server.port)
     try:
+        server = s3.up(join(folder, "s3"), s3.free_port(), "chaos")
+        proxy = FaultProxy(server.port)
         with mock.patch.dict(os.environ, server.env | {"AWS_ENDPOINT_URL": proxy.url}):
             yield "s3://chaos/run", proxy
-    finally:
         proxy.close()
+    finally:
         s3.down(join(folder, "s3"))
 
 
@@ -114,12 +114,16 @@ def fail_a_fifth(proxy: FaultProxy) -> None:
     proxy.spoil(S3_FAULTS, methods=ALL_METHODS)
 
 
-def after_tries(log: str, more: int, drivers: Sequence[Driver], meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Wait for so many more tries of shards; not longer than the drivers run."""
+def after_tries(
+    log: str, more: int, drivers: Sequence[Driver], meanwhile: Callable[[], None] = lambda: None, quiet_s: float = PATIENCE_S
+) -> None:
+    """Wait for so many more tries of shards; not longer than the drivers run, nor, once there was one, than none comes in ``quiet_s``."""
     for _ in range(more):
-        before, end = len(tries(log)), time.monotonic() + PATIENCE_S
+        before, began = len(tries(log)), time.monotonic()
         while len(tries(log)) == before and any(driver.running for driver in drivers):
-            assert time.monotonic() < end, "no shard is tried"
+            if before and time.monotonic() - began > quiet_s:
+                return
+            assert time.monotonic() - began < PATIENCE_S, "no shard is tried"
             meanwhile()
             time.sleep(0.02)
 

@@ -18,6 +18,7 @@ from oar_scale.storage import join, open_storage
 SEED = 5
 
 
+@pytest.mark.timeout(600)
 def test_disturbed_job_arrays_leave_what_an_undisturbed_one_leaves(tmp_path: Path) -> None:
     happened = extraction_chaos.run_trials(range(6), SEED, str(tmp_path), extraction_chaos.QUICK, failing=0)
     assert happened["on S3"] and happened["on a folder"] and happened["broken sample"]

@@ -99,9 +99,9 @@ def test_a_billion_samples_are_planned_in_no_time_and_no_memory() -> None:
     """1e9 samples in 10,000 shards: a step in the middle of epoch 3, and its peak of allocated memory."""
     tracemalloc.start()
     plan = SamplePlan([100_000] * 10_000, 0, 240, 8)
-    began = time.perf_counter()
+    began = time.process_time()
     slots = step_slots(plan, 3 * 10**9 // 960 + 12_345, 960)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert set(slots.epoch.tolist()) == {3} and len(set(slots.uid.tolist())) == 960

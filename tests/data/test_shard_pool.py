@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pool_worker import TableWriter, living, pids, table_of, tries
 
-from oar_scale.data.pool import Bounds, Ledger, PoolReport, Timing, run_pool
+from oar_scale.data.pool import Bounds, Facts, Ledger, PoolReport, Timing, run_pool
 from oar_scale.data.ray_session import ray_session
 from oar_scale.errors import UserError
 from oar_scale.orders.table import write_orders
@@ -46,7 +46,8 @@ def run(
     folder: Path, shards: list[str] = SHARDS, *, seconds: float = 0.0, faults: dict[str, str] | None = None, **options: Any
 ) -> PoolReport:
     make = partial(TableWriter, str(folder), str(folder / "log"), seconds, faults or {})
-    return run_pool(make, shards, str(folder / "ledger"), **{"actors": 2, **options})
+    calm = Timing(late_s=60)  # no shard is tried a second time because the machine is busy
+    return run_pool(make, shards, str(folder / "ledger"), **{"actors": 2, "timing": calm, **options})
 
 
 def test_a_dead_actor_loses_no_shard_and_the_bytes_are_those_of_an_undisturbed_run(tmp_path: Path, calm: dict[str, bytes]) -> None:
@@ -113,12 +114,21 @@ def test_a_shard_that_takes_far_longer_than_the_others_is_done_by_an_idle_actor(
 
 
 def test_an_actor_that_never_answers_is_replaced(tmp_path: Path) -> None:
-    report = run(tmp_path, faults={SHARDS[5]: "hang"}, actors=1, timing=Timing(stuck_s=4.0, patience_s=0))
+    timing = Timing(stuck_s=10.0, patience_s=0)  # longer than a busy machine lets a shard wait
+    report = run(tmp_path, faults={SHARDS[5]: "hang"}, actors=1, timing=timing)
     assert (list(report.done), report.failures, report.deaths) == (SHARDS, {SHARDS[5]: 1}, 1)
 
 
 def test_a_pool_grows_as_far_as_there_is_room(tmp_path: Path) -> None:
-    assert run(tmp_path / "both", seconds=0.5, actors=Bounds(1, 4)).most_actors == 2
+    started: list[str] = []
+
+    def say(kind: str, _: Facts) -> None:
+        started.extend([kind] if kind == "actor_started" else [])
+        if len(started) == 2:
+            (tmp_path / "both/log/go on").touch()  # until then the first one waits, however long the second takes to start
+
+    waiting = dict.fromkeys(SHARDS, "wait")
+    assert run(tmp_path / "both", faults=waiting, actors=Bounds(1, 4), on_event=say).most_actors == 2
     assert run(tmp_path / "few", SHARDS[:1], actors=Bounds(1, 4)).most_actors == 1
 
 
@@ -160,12 +170,13 @@ sys.path[:0] = {path!r}
 from functools import partial
 from pool_worker import TableWriter
 from oar_scale.data.pool import run_pool
-run_pool(partial(TableWriter, {folder!r}, {log!r}, 0.3), {shards!r}, {folder!r} + "/ledger", actors=2)
+run_pool(partial(TableWriter, {folder!r}, {log!r}, 0.3, {faults!r}), {shards!r}, {folder!r} + "/ledger", actors=2)
 """
 
 
 def test_a_killed_driver_leaves_nothing_running_and_its_successor_finishes(tmp_path: Path, calm: dict[str, bytes]) -> None:
-    program = DRIVER.format(path=sys.path, folder=str(tmp_path), log=str(tmp_path / "log"), shards=SHARDS)
+    faults = {SHARDS[4]: "wait"}  # so that not all is done before the kill
+    program = DRIVER.format(path=sys.path, folder=str(tmp_path), log=str(tmp_path / "log"), shards=SHARDS, faults=faults)
     driver = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
     ledger = Ledger(str(tmp_path / "ledger"))
     wait_until(lambda: len(ledger.done()) >= 2)

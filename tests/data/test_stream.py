@@ -250,8 +250,11 @@ def test_any_sequence_of_worlds_and_stops_sees_the_same_global_batches(
         step += steps
 
 
-def log_batches(folder: str, log: str, steps: int, seconds_a_step: float) -> None:
-    """A training without a model: every rank reads its batches, rank 0 writes down the uids of all; goes on where the log ends."""
+def log_batches(folder: str, log: str, steps: int, seconds_a_step: float, stands_at: int | None = None) -> None:
+    """A training without a model: every rank reads its batches, rank 0 writes down the uids of all; goes on where the log ends.
+
+    ``stands_at``: the step that is never done.
+    """
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -260,7 +263,7 @@ def log_batches(folder: str, log: str, steps: int, seconds_a_step: float) -> Non
     done = [len(Path(log).read_text().splitlines()) if os.path.exists(log) else 0]
     dist.broadcast_object_list(done)
     for batch in TokenStream(source(folder), text, how, dist.get_rank(), dist.get_world_size()).batches(done[0], steps):
-        time.sleep(seconds_a_step)
+        time.sleep(3600 if batch.step == stands_at else seconds_a_step)
         uids: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(uids, [batch.uid_b.tolist(), batch.orders().tolist()])
         if dist.get_rank() == 0:
@@ -274,8 +277,8 @@ def test_two_ranks_killed_and_restarted_as_three_log_what_one_would_have(tmp_pat
     folder, one, elastic = (str(tmp_path / name) for name in ("tokens", "one", "elastic"))
     write_tokens(folder, [13, 29, 8, 31, 17])
     run_workers(log_batches, 1, folder, one, 16, 0.0)
-    workers = start_workers(log_batches, 2, folder, elastic, 16, 0.3)
-    deadline = time.monotonic() + 60
+    workers = start_workers(log_batches, 2, folder, elastic, 16, 0.3, 12)
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not os.path.exists(elastic) or len(Path(elastic).read_text().splitlines()) < 5):
         time.sleep(0.02)
     for worker in workers:

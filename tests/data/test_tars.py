@@ -253,8 +253,8 @@ def test_a_hundred_thousand_empty_members_take_seconds_and_megabytes() -> None:
     for header in (one, odd):
         data = memoryview(bytes(header) * 100_000 + bytes(1024))
         tracemalloc.start()
-        began = time.monotonic()
+        began = time.process_time()
         assert sum(1 for _ in members(data, "0.tar")) == 100_000
-        assert time.monotonic() - began < 20
+        assert time.process_time() - began < 20
         assert tracemalloc.get_traced_memory()[1] < 16e6
         tracemalloc.stop()

@@ -64,9 +64,12 @@ def test_a_run_goes_on_without_a_lost_node_and_with_the_one_that_takes_its_place
     driver = train(run, **cluster.env, **watched(tmp_path, 0.8))
     try:
         _wait(run, "checkpoint", 1, driver)
+        watched(tmp_path, 3.0)  # a node has to join and to be seen twice, and a checkpoint to be made, before the last step
         dev_ray.lose_node(cluster.nodes[1])
         _wait(run, "start", 2, driver)
         dev_ray.add_node(cluster, cpus=1)
+        _wait(run, "start", 3, driver)
+        watched(tmp_path, 0)
         output, _ = driver.communicate(timeout=300)
     finally:
         driver.kill()
@@ -82,11 +85,11 @@ def test_a_signal_to_the_driver_saves_and_leaves_and_the_same_command_goes_on(
     prepared: Run, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     run = copy_run(prepared, str(tmp_path / "run"), **SHAPE)
-    driver = train(run, **watched(tmp_path, 0.3))
+    driver = train(run, **watched(tmp_path, 1.0))  # the signal has to come before the last step
     try:
-        _wait(run, "train", 8, driver)
+        _wait(run, "train", 4, driver)
         driver.send_signal(signal.SIGUSR1)
-        output, _ = driver.communicate(timeout=100)
+        output, _ = driver.communicate(timeout=150)
     finally:
         driver.kill()
     assert driver.returncode == 75 and "everything saved" in output, output[-3000:]

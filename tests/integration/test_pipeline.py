@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import webdataset
+from elastic_runs import watched
 
 from oar_scale.observe.events import attempts, read_events
 from oar_scale.orders.table import read_orders
@@ -96,12 +97,13 @@ def test_sample_draws_a_picture(finished: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_a_killed_training_worker_is_replaced_and_goes_on_from_the_checkpoint(finished: Path, tmp_path: Path) -> None:
     """The worker dies after step 5 at the earliest; the losses are those of the undisturbed run."""
-    command = _training_command(finished, tmp_path)
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    command, slow = _training_command(finished, tmp_path), {**os.environ, **watched(tmp_path, 2.0)}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=slow)
     try:
         worker = next(_wait_for(tmp_path, "start"))["pid"]
         next(_wait_for(tmp_path, "checkpoint"))
         os.kill(worker, signal.SIGKILL)
+        watched(tmp_path, 0)
         output, _ = run.communicate(timeout=400)
     finally:
         run.kill()
@@ -115,13 +117,13 @@ def test_a_killed_training_worker_is_replaced_and_goes_on_from_the_checkpoint(fi
 
 @pytest.mark.timeout(900)
 def test_interrupted_training_says_so_leaves_no_process_and_goes_on(finished: Path, tmp_path: Path) -> None:
-    command = _training_command(finished, tmp_path)
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    command, slow = _training_command(finished, tmp_path), {**os.environ, **watched(tmp_path, 2.0)}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=slow, start_new_session=True)
     try:
         worker = next(_wait_for(tmp_path, "start"))["pid"]
         next(_wait_for(tmp_path, "checkpoint"))
         run.send_signal(signal.SIGINT)
-        _, errors = run.communicate(timeout=60)
+        _, errors = run.communicate(timeout=150)
     finally:
         run.kill()
     assert run.returncode == 130 and "the same command goes on from here" in errors, errors[-3000:]

@@ -18,7 +18,7 @@ from oar_scale.launch import cancel, find_jobs, resubmit, submit
 from oar_scale.launch.jobs import JobStatus
 from oar_scale.launch.logs import logs
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(400)
 
 PROFILE = {
     "type": "slurm",
@@ -32,8 +32,11 @@ PROFILE = {
 UNTIL_TOLD = """
 trap 'echo told USR1; exit 75' USR1
 trap 'echo told TERM; exit 75' TERM
-for _ in $(seq 3000); do sleep 0.1; done
+echo waits to be told
+for _ in $(seq 12000); do sleep 0.1; done
 """
+WAITS = "waits to be told"
+"""Whoever tells it sooner, while the step is on its way, ends it without a word."""
 FIRST_TIME = """
 if mkdir "$BEHAVIOUR.seen" 2>/dev/null; then
     {first}
@@ -61,7 +64,7 @@ class Submitted:
             assert time.monotonic() < deadline, f"{found}\n{self.said()}"
             time.sleep(0.3)
 
-    def wait_for(self, words: str, seconds: float = 60) -> None:
+    def wait_for(self, words: str, seconds: float = 150) -> None:
         deadline = time.monotonic() + seconds
         while words not in self.said():
             assert time.monotonic() < deadline, f"{words!r} does not come:\n{self.said()}"
@@ -103,24 +106,22 @@ def room(slurm: Cluster, stub: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def runs(room: Room) -> dict[str, Submitted]:
-    """All at once, since most of their time is Slurm's waiting."""
+    """All at once, since most of their time is Slurm's waiting. Those that wait for their test have the time for it."""
     first_time = f"test -e {room.folder}/checked || {{ touch {room.folder}/checked; false; }}"
-    checks = {name: BUSY_CHECK.format(path=room.folder / f"{name}-check") for name in ("checked-back", "checked-gone")}
     return {
         "limit": room.submit("limit", FIRST_TIME.format(first=UNTIL_TOLD), time="00:01:00"),
         "crash": room.submit("crash", "echo crashing; exit 1"),
         "saved": room.submit("saved", FIRST_TIME.format(first="exit 75")),
         "broken": room.submit("broken", "echo fine on $SLURMD_NODENAME", node_check=first_time),
-        **{name: room.submit(name, "echo fine", node_check=check) for name, check in checks.items()},
         "misspelt": room.submit("misspelt", "echo fine", node_check="nvidia-smy -L"),
         "harsh": room.submit("harsh", "echo fine", node_check="false", nodes=2),
         "idle": room.submit("idle", "exit 75"),
-        "back": room.submit("back", FIRST_TIME.format(first=UNTIL_TOLD)),
+        "back": room.submit("back", FIRST_TIME.format(first=UNTIL_TOLD), time="00:20:00"),
         "mistake": room.submit("mistake", "echo 'error: no such column'; exit 2"),
         "missing": room.submit("missing", "exec no-such-program"),
         "halted": room.submit("halted", HALTS_ONCE, "data,evaluate,report"),
         "chain": room.submit("chain", 'echo "$1" >> "$BEHAVIOUR.order"', "data+tokenizer,evaluate"),
-        "gone": room.submit("gone", UNTIL_TOLD),
+        "gone": room.submit("gone", UNTIL_TOLD, time="00:20:00"),
     }
 
 
@@ -172,18 +173,19 @@ def test_a_node_that_fails_its_check_is_left_out_from_then_on(slurm: Cluster, ru
     assert f"ExcNodeList={bad}" in slurm.command("scontrol", "show", "job", again.jobs[0].id)
 
 
-def test_a_job_that_is_taken_away_during_the_check_condemns_no_node(slurm: Cluster, room: Room, runs: dict[str, Submitted]) -> None:
-    for name in ("checked-back", "checked-gone"):
-        deadline = time.monotonic() + 60
-        while not (room.folder / f"{name}-check").exists():
-            assert time.monotonic() < deadline, runs[name].said()
-            time.sleep(0.1)
-    slurm.command("scontrol", "requeue", find_jobs(str(runs["checked-back"].run))[0].job.id)
-    cancel(str(runs["checked-gone"].run))
-    (back,), (gone,) = runs["checked-back"].wait(), runs["checked-gone"].wait()
-    assert back.done and gone.state == "CANCELLED"
-    assert "taken away by Slurm" in runs["checked-back"].said()
-    assert not [name for name in ("checked-back", "checked-gone") if (runs[name].run / "jobs" / "excluded").exists()]
+def test_a_job_that_is_taken_away_during_the_check_condemns_no_node(slurm: Cluster, room: Room) -> None:
+    checks = {name: room.folder / f"{name}-check" for name in ("checked-back", "checked-gone")}
+    back, gone = (room.submit(name, "echo fine", node_check=BUSY_CHECK.format(path=path)) for name, path in checks.items())
+    deadline = time.monotonic() + 60
+    while not all(path.exists() for path in checks.values()):
+        assert time.monotonic() < deadline, back.said() + gone.said()
+        time.sleep(0.1)
+    slurm.command("scontrol", "requeue", find_jobs(str(back.run))[0].job.id)
+    cancel(str(gone.run))
+    (came_back,), (went,) = back.wait(), gone.wait()
+    assert came_back.done and went.state == "CANCELLED"
+    assert "taken away by Slurm" in back.said()
+    assert not [run for run in (back, gone) if (run.run / "jobs" / "excluded").exists()]
 
 
 def test_a_check_that_is_no_command_is_a_mistake_and_no_nodes_fault(runs: dict[str, Submitted]) -> None:
@@ -216,7 +218,7 @@ def test_a_job_that_gets_on_may_stop_as_often_as_it_likes(room: Room) -> None:
 
 def test_nothing_of_a_job_that_was_told_stays_behind(slurm: Cluster, room: Room) -> None:
     run = room.submit("tidy", UNTIL_TOLD.replace("exit 75", "exit 0"), warn_s=119)
-    run.wait_for("oar report")
+    run.wait_for(WAITS)
     (status,) = find_jobs(str(run.run))
     slurm.command("scancel", "--signal=USR1", "--batch", status.job.id)
     (status,) = run.wait()
@@ -228,7 +230,7 @@ def test_nothing_of_a_job_that_was_told_stays_behind(slurm: Cluster, room: Room)
 
 
 def test_scontrol_requeue_saves_and_counts_as_no_failure(slurm: Cluster, runs: dict[str, Submitted]) -> None:
-    runs["back"].wait_for("oar report")
+    runs["back"].wait_for(WAITS)
     (status,) = find_jobs(str(runs["back"].run))
     slurm.command("scontrol", "requeue", status.job.id)
     (status,) = runs["back"].wait()
@@ -238,7 +240,7 @@ def test_scontrol_requeue_saves_and_counts_as_no_failure(slurm: Cluster, runs: d
 
 
 def test_cancelled_jobs_save_and_stay_away(runs: dict[str, Submitted]) -> None:
-    runs["gone"].wait_for("oar report")
+    runs["gone"].wait_for(WAITS)
     assert [job.name for job in cancel(str(runs["gone"].run))] == ["report"]
     (status,) = runs["gone"].wait()
     assert status.state == "CANCELLED" and not status.done
@@ -287,7 +289,7 @@ def test_a_job_that_never_saves_in_time_ends(room: Room) -> None:
 
 def test_a_preempted_job_comes_back_without_counting(room: Room, slurm: Cluster) -> None:
     run = room.submit("preempted", FIRST_TIME.format(first=UNTIL_TOLD), partition="preempt", max_failures=0)
-    run.wait_for("oar report")
+    run.wait_for(WAITS)
     slurm.command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     (status,) = run.wait()
     assert status.done and "told TERM" in run.said() and run.attempts() == ["0", "1"]

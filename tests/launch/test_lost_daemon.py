@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -25,32 +26,43 @@ sleep 3
 
 
 @pytest.mark.slow  # Slurm takes half a minute to miss a node; `make test-faults` runs it
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_an_attempt_that_slurm_has_lost_sight_of_ends_before_the_next_one_works(
     own_slurm: dev_slurm.Cluster, stub: Path, tmp_path: Path
 ) -> None:
     runs = [Lost(own_slurm, stub, tmp_path / name) for name in ("awake", "asleep")]
     for run in runs:
-        run.until("old", 60)
+        run.until("old", 150)
     assert runs[0].node() == runs[1].node() == "n1"
     shell, *rest = [process for process in runs[1].processes() if process.cmdline()[-1].endswith("/slurm_script")]
     assert not rest
     shell.suspend()  # it cannot end its steps, as where it is on another node than they are
     old = [process for run in runs for process in run.processes()]
     dev_slurm.lose_node(own_slurm, "n1")
-    assert all(process.is_running() for process in old), "the node's processes are to outlive its slurmd"
+    assert all(lives(process) for process in old), "the node's processes are to outlive its slurmd"
     for run in runs:
-        run.until("new", 120)
+        run.until("new", 200)
         assert run.node() == "n2"
     for run in runs:
         while not (status := run.status()).over:
             time.sleep(0.3)
         assert status.done and "came back 1 times" in status.detail, run.said()
         assert run.seen()[-1].startswith("new") and sum(line.startswith("new") for line in run.seen()) == 1, "two attempts worked at once"
-    assert "taken away by Slurm" in runs[0].said() and runs[0].said().count(" done\n") == 1
+    # Whichever it sees first.
+    assert re.search("taken away by Slurm|another attempt has taken over", runs[0].said()) and runs[0].said().count(" done\n") == 1
     shell.resume()
-    assert not psutil.wait_procs(old, timeout=20)[1]
+    deadline = time.monotonic() + 60
+    while left := [process for process in old if lives(process)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
     assert "another attempt has taken over" in runs[1].said() and runs[1].status().done
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Lost:
@@ -68,7 +80,8 @@ class Lost:
         return find_jobs(str(self._run))[0]
 
     def node(self) -> str:
-        return self._cluster.command("squeue", "--noheader", "--jobs", self.job.id, "--format=%N").strip()
+        """The last one that it was on."""
+        return self._cluster.command("squeue", "--noheader", "--states=all", "--jobs", self.job.id, "--format=%N").strip()
 
     def seen(self) -> list[str]:
         path = Path(f"{self._behaviour}.seen")
@@ -81,7 +94,12 @@ class Lost:
             time.sleep(0.2)
 
     def processes(self) -> list[psutil.Process]:
-        """Of the job, but for those that come and go."""
+        """Of the job, but for those that come and go: a shell's child is called like the shell until it becomes a program, or ends."""
+        before = self._processes()
+        time.sleep(1)
+        return [process for process in self._processes() if process in before]
+
+    def _processes(self) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():
             try:

@@ -53,7 +53,7 @@ def profile(folder: Path, cluster: dev_ray.Cluster, **fields: Any) -> str:
 
 def jobs_known(cluster: dev_ray.Cluster) -> str:
     asked = urllib.request.Request(f"{cluster.url}/api/jobs/", headers={"Authorization": f"Bearer {cluster.token}"})
-    with urllib.request.urlopen(asked, timeout=10) as answer:
+    with urllib.request.urlopen(asked, timeout=60) as answer:
         return str(answer.read().decode())
 
 
@@ -63,7 +63,7 @@ def test_a_job_goes_on_without_a_lost_node_and_after_being_cancelled(
 ) -> None:
     run = copy_run(prepared_run(tmp_path_factory), str(tmp_path / "run"), **SHAPE)
     (tmp_path / "code").mkdir()
-    watched(tmp_path / "code", 0.5)  # the working dir of a job is on the path of all its processes
+    watched(tmp_path / "code", 2.0)  # the working dir of a job is on the path of all its processes; each `oar` below takes a few steps
     cluster = profile(tmp_path, ray_cluster, working_dir=str(tmp_path / "code"), excludes=["seen-*"], placement="SPREAD")
     said = oar(ray_cluster, "submit", recipe_file(run), "--cluster", cluster, "--stages", "pretrain")
     assert (found := re.fullmatch(r"submitted pretrain as job (small-1-\w+)\n", said))
@@ -88,8 +88,10 @@ def test_a_job_goes_on_without_a_lost_node_and_after_being_cancelled(
     assert stopped["reason"] == "SIGTERM"
     assert [event["world_size"] for event in events(run, "start")] == [2, 1]
 
+    dev_ray.wait_for_nodes(ray_cluster, 1)  # or the lost one might be counted still
     dev_ray.add_node(ray_cluster, cpus=1)
     dev_ray.wait_for_nodes(ray_cluster, 2)
+    watched(tmp_path / "code", 0)
     assert "submitted pretrain as job small-2-" in oar(ray_cluster, "resubmit", run.local())
     log = oar(ray_cluster, "logs", "-f", run.local())
     assert "oar train --stage pretrain" in log and "INFO" not in log.partition("Running entrypoint")[2]

@@ -241,7 +241,7 @@ def test_a_path_with_a_space_gets_its_log_and_one_that_slurm_would_expand_is_ref
     }
     (tmp_path / "profile.yaml").write_text(json.dumps(profile))
     assert main(["submit", SMOKE, "--cluster", "profile.yaml", "--stages", "data", "-o", "run_dir=my runs/one"]) == 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not (status := find_jobs("my runs/one")[0]).over and time.monotonic() < deadline:
         time.sleep(0.2)
     assert status.done, status

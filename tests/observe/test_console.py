@@ -3,14 +3,21 @@
 import io
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from oar_scale.config.schema import Recipe
+from oar_scale.observe import console as module
 from oar_scale.observe.console import Console, duration
 from oar_scale.observe.events import EventLog
 from oar_scale.observe.watch import watching
 from tests.observe import synthetic_run
+
+
+@pytest.fixture(autouse=True)
+def _time_for_the_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "JOIN_S", 60.0)
 
 
 def test_followed_stage_shows_progress_evaluations_checkpoints_and_restarts(tmp_path: Path) -> None:
@@ -38,14 +45,27 @@ def test_followed_stage_shows_progress_evaluations_checkpoints_and_restarts(tmp_
     assert "9.999" not in text  # what an earlier attempt wrote
 
 
-def test_faults_and_silence_are_said_and_what_the_driver_says_itself_is_not_said_twice(tmp_path: Path) -> None:
-    stream = io.StringIO()
-    with Console(stream).follow(str(tmp_path), "pretrain", 100, stall_s=0.4), EventLog(str(tmp_path), "pretrain") as log:
+def test_faults_and_silence_are_said_and_what_the_driver_says_itself_is_not_said_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, clock = io.StringIO(), SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def until(said: str) -> None:
+        end = time.monotonic() + 60
+        while said not in stream.getvalue():
+            assert time.monotonic() < end, stream.getvalue()
+            time.sleep(0.02)
+
+    with Console(stream).follow(str(tmp_path), "pretrain", 100, stall_s=600), EventLog(str(tmp_path), "pretrain") as log:
         synthetic_run.start(log, 50)
         synthetic_run.faults(log, 60)
         log.emit("stopping", step=60, reason="SIGTERM")
         synthetic_run.driver(tmp_path)
-        time.sleep(1.2)
+        synthetic_run.heldout(log, 70)
+        until("step 70: held-out NLL")
+        clock.now += 601
+        until("nothing was heard of pretrain for ")
     text = stream.getvalue()
     assert "attempt 1: goes on from step 50, 2 workers" in text
     assert "step 60: batch skipped: loss nan and grad_norm inf (samples 3, 17, 99)" in text
@@ -62,11 +82,10 @@ def test_a_console_that_cannot_be_written_to_ends_nothing(tmp_path: Path, caplog
             raise BrokenPipeError("nobody reads")
 
     recipe = Recipe.model_validate({"name": "emoji"})
-    with watching(str(tmp_path), "pretrain", recipe, str(tmp_path), console=Console(Gone(), 0.0), steps=100):
-        with EventLog(str(tmp_path), "pretrain") as log:
-            synthetic_run.start(log, 50)
-            synthetic_run.train(log, 60)
-        time.sleep(0.5)
+    told = watching(str(tmp_path), "pretrain", recipe, str(tmp_path), console=Console(Gone(), 0.0), steps=100)
+    with told, EventLog(str(tmp_path), "pretrain") as log:
+        synthetic_run.start(log, 50)
+        synthetic_run.train(log, 60)
     assert "the console no longer follows pretrain (BrokenPipeError: nobody reads)" in caplog.text
 
 

@@ -10,11 +10,13 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
 
 from oar_scale.config.schema import ObserveConfig, Recipe
+from oar_scale.observe import metrics
 from oar_scale.observe.events import EventLog
 from oar_scale.observe.metrics import METRICS, MetricsServer
 from oar_scale.observe.watch import watching
@@ -25,17 +27,25 @@ GRAFANA = Path(__file__).resolve().parents[2] / "cluster" / "grafana"
 
 
 @contextmanager
-def serving(events: Path, stage: str = "pretrain", stall_s: float = 600.0) -> Iterator[MetricsServer]:
-    server = MetricsServer(str(events), stage, "emoji", ObserveConfig(metrics_port=0, stall_s=stall_s), lambda text: None)
+def serving(events: Path, stage: str = "pretrain") -> Iterator[MetricsServer]:
+    server = MetricsServer(str(events), stage, "emoji", ObserveConfig(metrics_port=0, stall_s=600.0), lambda text: None)
     try:
         yield server
     finally:
         server.stop(1.0)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """That of the server: it stands still but for what is added to ``now``."""
+    told = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: told.now, time=time.time))
+    return told
+
+
 def get(url: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -103,28 +113,28 @@ def test_a_number_that_was_not_finite_is_left_out(tmp_path: Path) -> None:
     assert "oar_loss" not in found and found["oar_step"] == 10
 
 
-def test_health_turns_with_progress(tmp_path: Path) -> None:
+def test_health_turns_with_progress(tmp_path: Path, clock: SimpleNamespace) -> None:
     events = tmp_path / "events"
-    with serving(events, stall_s=0.5) as server, EventLog(str(events), "pretrain") as log:
+    with serving(events) as server, EventLog(str(events), "pretrain") as log:
         synthetic_run.start(log)
         synthetic_run.train(log, 10)
         assert get(f"{server.url}/healthz") == (200, "running, step 10 of 100, last progress 0 s ago\n")
-        time.sleep(0.7)
+        clock.now += 601
         log.emit("worker_failure", cause="lost")  # no progress
         status, text = get(f"{server.url}/healthz")
         assert status == 503 and text.startswith("stalled: no progress for ")
         synthetic_run.train(log, 20)
         assert get(f"{server.url}/healthz")[0] == 200
         log.emit("end", step=100, seconds=1.0)
-        time.sleep(0.7)
+        clock.now += 601
         assert get(f"{server.url}/healthz")[0] == 200  # done is not stalled
 
 
-def test_a_stage_that_never_begins_is_stalled_whatever_its_last_attempt_came_to(tmp_path: Path) -> None:
+def test_a_stage_that_never_begins_is_stalled_whatever_its_last_attempt_came_to(tmp_path: Path, clock: SimpleNamespace) -> None:
     events = synthetic_run.whole_run(tmp_path)
-    with serving(events, stall_s=0.5) as server:
+    with serving(events) as server:
         assert get(f"{server.url}/healthz")[0] == 200
-        time.sleep(0.7)
+        clock.now += 601
         assert get(f"{server.url}/healthz")[0] == 503
 
 

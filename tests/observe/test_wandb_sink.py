@@ -3,12 +3,14 @@
 import logging
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from oar_scale.config.schema import Recipe
+from oar_scale.observe import watch
 from oar_scale.observe.events import EventLog
 from oar_scale.observe.wandb_process import Spec, is_delivered
 from oar_scale.observe.wandb_sink import project
@@ -22,7 +24,7 @@ SECRETS = {"AWS_SECRET_ACCESS_KEY": "aws-secret-of-this-test", "WANDB_API_KEY": 
 
 def send(events: Path, stage: str = "pretrain", **changed: Any) -> None:
     told = {"events": str(events), "stage": stage, "recipe_name": "emoji", "root": str(events.parent), "mode": "offline", "project": "p"}
-    project(Spec(**(told | changed)), lambda text: None, wait_s=30.0)
+    project(Spec(**(told | changed)), lambda text: None, wait_s=120.0)
 
 
 def test_an_offline_run_holds_every_metric_of_the_documentation_once_across_a_resume(tmp_path: Path) -> None:
@@ -84,7 +86,8 @@ def test_a_broken_client_is_a_warning_with_its_cause(
     assert "wandb was built for another Python" in caplog.text
 
 
-def test_off_starts_nothing_and_a_stage_without_events_makes_no_run(tmp_path: Path) -> None:
+def test_off_starts_nothing_and_a_stage_without_events_makes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "project", partial(project, wait_s=120.0))
     off = Recipe.model_validate({"name": "emoji", "run_dir": str(tmp_path)})
     events = tmp_path / "events"
     with watching(str(events), "pretrain", off, str(tmp_path)):
@@ -92,7 +95,7 @@ def test_off_starts_nothing_and_a_stage_without_events_makes_no_run(tmp_path: Pa
     catch_up(str(events), off, str(tmp_path), ["pretrain"], print)
     assert not (tmp_path / "wandb").exists()
     kept = off.model_copy(update={"observe": off.observe.model_copy(update={"wandb": "offline"})})
-    with watching(str(events), "evaluate", kept, str(tmp_path)):
+    with watching(str(events), "evaluate", kept, str(tmp_path), wait_s=120.0):
         pass
     assert not offline_runs(tmp_path)
     catch_up(str(events), kept, str(tmp_path), ["pretrain", "finetune"], print)
@@ -107,7 +110,7 @@ def test_no_secret_of_the_environment_is_in_any_file_of_the_run(tmp_path: Path, 
     )
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     events = tmp_path / "events"
-    with watching(str(events), "pretrain", recipe, str(tmp_path)):
+    with watching(str(events), "pretrain", recipe, str(tmp_path), wait_s=120.0):
         synthetic_run.whole_run(tmp_path)
     assert offline_runs(tmp_path)
     files = [Path(at, name) for at, _, names in os.walk(tmp_path) for name in names]
