@@ -12,6 +12,8 @@ from oar_scale.launch.record import Job, last_submission
 
 POLL_S = 0.5
 LOOK_S = 10.0
+PATIENCE_S = 300.0
+"""How long a scheduler may not answer: a controller is restarted, or busy. The lines come from files meanwhile."""
 
 
 def logs(run: str, *, job: str | None = None, follow: bool = False) -> Iterator[str]:
@@ -23,7 +25,7 @@ def logs(run: str, *, job: str | None = None, follow: bool = False) -> Iterator[
         follow: go on with what comes, through requeues, until the jobs are over.
 
     Raises:
-        UserError: nothing was submitted, or there is no such job.
+        UserError: nothing was submitted, there is no such job, or its scheduler does not answer for minutes.
     """
     run_dir = run_folder(run)
     submission = last_submission(run_dir)
@@ -39,7 +41,7 @@ def logs(run: str, *, job: str | None = None, follow: bool = False) -> Iterator[
     places: dict[str, int] = {}
     if not follow:
         chosen = [max(chosen, key=lambda each: max((os.path.getmtime(path) for path in _files(run_dir, each)), default=0.0))]
-    looked, over = 0.0, False
+    looked, over, answered = 0.0, False, time.monotonic()
     while True:
         for path in [path for each in chosen for path in _files(run_dir, each)]:
             yield from (f"{os.path.relpath(path, run_dir)}: {line}" for line in _new_lines(path, places))
@@ -47,7 +49,12 @@ def logs(run: str, *, job: str | None = None, follow: bool = False) -> Iterator[
             return
         if time.monotonic() - looked > LOOK_S:
             looked = time.monotonic()
-            over = all(status.over for status in find_jobs(run_dir) if status.job.id in {each.id for each in chosen})
+            try:
+                over = all(status.over for status in find_jobs(run_dir) if status.job.id in {each.id for each in chosen})
+                answered = looked
+            except UserError:
+                if looked - answered > PATIENCE_S:
+                    raise
         time.sleep(POLL_S)
 
 

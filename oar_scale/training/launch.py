@@ -152,6 +152,7 @@ class _Driver:
 
     def _fit(self, workers: int) -> BaseException | None:
         """One group of workers; what it failed with, or None."""
+        from ray.exceptions import RayError
         from ray.train import TrainingFailedError
 
         scratch = tempfile.mkdtemp(prefix="oar-train-")  # Ray Train's own bookkeeping; checkpoints are ours
@@ -170,6 +171,10 @@ class _Driver:
                 raise Requeue(watch.signalled) from error  # it came before the workers ran
             self._signalled = watch.signalled
             return error
+        except RayError as error:
+            if watch.signalled is None:
+                raise
+            raise Requeue(watch.signalled) from error  # a scheduler tells Ray's own processes to end as well, and they may be faster
         except SystemExit as stop:  # Ray Train's answer to Ctrl-C, once it has ended the workers
             raise KeyboardInterrupt from stop
         finally:

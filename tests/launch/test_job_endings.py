@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -269,11 +270,20 @@ def test_a_run_that_is_submitted_cannot_be_submitted_twice(room: Room, slurm: Cl
     first.wait()
 
 
-def test_oar_logs_follows_a_run_through_its_attempts_to_the_end(room: Room) -> None:
+def test_oar_logs_follows_a_run_through_its_attempts_to_the_end(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    silences: list[str] = []
+
+    def with_a_silence(run: str) -> list[JobStatus]:
+        if not silences:
+            silences.append(run)
+            raise UserError("slurm_load_jobs error: Unable to contact slurm controller")
+        return find_jobs(run)
+
+    monkeypatch.setattr(import_module("oar_scale.launch.logs"), "find_jobs", with_a_silence)
     run = room.submit("told", FIRST_TIME.format(first="echo one; exit 75") + "echo two; sleep 1; echo three")
     lines = list(logs(str(run.run), follow=True))
     said = [line.split(": ", 1)[1] for line in lines if "driver.log" in line and "srun: " not in line]
-    assert said == ["one", "two", "three"]
+    assert said == ["one", "two", "three"] and silences
     assert any(line.endswith(" done") for line in lines)
     assert list(logs(str(run.run), job="report"))
     with pytest.raises(UserError, match=r"no job 'train' .* it has report"):

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnavailableError
 from small_run import pretraining, small_recipe
 
 from oar_scale.errors import Requeue
 from oar_scale.observe.console import Console
 from oar_scale.observe.events import read_events
 from oar_scale.stages.run import Run
-from oar_scale.training import bell
+from oar_scale.training import bell, launch
 from oar_scale.training.launch import _Driver
 
 
@@ -50,6 +51,24 @@ def test_a_signal_between_two_groups_of_workers_ends_the_run(driver: _Driver, mo
     monkeypatch.setattr(driver, "_fit", lambda workers: pytest.fail("workers were started"))
     with pytest.raises(Requeue, match="SIGTERM"):
         driver.run()
+
+
+def test_a_ray_that_ends_by_the_same_signal_is_no_error(driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    signals = [signal.SIGTERM]
+
+    def fit() -> None:
+        for number in signals:
+            os.kill(os.getpid(), number)
+        raise ActorUnavailableError("the controller does not answer", b"0" * 16)
+
+    own = SimpleNamespace(ring=SimpleNamespace(remote=lambda reason: None))
+    monkeypatch.setattr(launch, "make_bell", lambda: own)
+    monkeypatch.setattr(driver, "_trainer", lambda *_: SimpleNamespace(fit=fit))
+    with pytest.raises(Requeue, match="SIGTERM"):
+        driver._fit(1)
+    signals.clear()
+    with pytest.raises(ActorUnavailableError):
+        driver._fit(1)
 
 
 def test_what_the_workers_died_of_is_written_down_though_a_signal_came(driver: _Driver, tmp_path: Path) -> None:
