@@ -99,7 +99,7 @@ def bury(everyone: Iterable[psutil.Process], patience_s: float) -> None:
         RuntimeError: one outlives its kill by a minute.
     """
     left, deadline = list(everyone), time.monotonic() + patience_s
-    while left := [each for each in left if _lives(each)]:
+    while left := [each for each in left if lives(each)]:
         if (late := time.monotonic() - deadline) > 60:
             raise RuntimeError(f"{left[0]} does not end")
         if late > 0:
@@ -109,7 +109,8 @@ def bury(everyone: Iterable[psutil.Process], patience_s: float) -> None:
         time.sleep(0.05)
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs: a zombie does not, nor does another process that has got its number."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.dev import processes
 from cluster.dev import ray as dev_ray
 
 SCRIPT = str(Path(dev_ray.__file__))
@@ -40,14 +41,7 @@ def test_up_is_idempotent_a_lost_node_is_replaced_and_down_leaves_nothing(tmp_pa
         assert dev_ray.down(folder)
     assert dev_ray.running(folder) is None and not dev_ray.down(folder)
     assert not os.path.exists(cluster.scratch)
-    assert everyone and not [child for child in everyone if lives(child)]
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False  # it ended between the two questions
+    assert everyone and not [child for child in everyone if processes.lives(child)]
 
 
 def test_env_and_down_without_a_cluster_say_so(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.dev import processes
 from cluster.dev import slurm as dev_slurm
 from oar_scale.launch import find_jobs, submit
 from oar_scale.launch.jobs import JobStatus
@@ -39,7 +40,7 @@ def test_an_attempt_that_slurm_has_lost_sight_of_ends_before_the_next_one_works(
     shell.suspend()  # it cannot end its steps, as where it is on another node than they are
     old = [process for run in runs for process in run.processes()]
     dev_slurm.lose_node(own_slurm, "n1")
-    assert all(lives(process) for process in old), "the node's processes are to outlive its slurmd"
+    assert all(processes.lives(process) for process in old), "the node's processes are to outlive its slurmd"
     for run in runs:
         run.until("new", 200)
         assert run.node() == "n2"
@@ -52,17 +53,10 @@ def test_an_attempt_that_slurm_has_lost_sight_of_ends_before_the_next_one_works(
     assert re.search("taken away by Slurm|another attempt has taken over", runs[0].said()) and runs[0].said().count(" done\n") == 1
     shell.resume()
     deadline = time.monotonic() + 60
-    while left := [process for process in old if lives(process)]:
+    while left := [process for process in old if processes.lives(process)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
     assert "another attempt has taken over" in runs[1].said() and runs[1].status().done
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class Lost:
