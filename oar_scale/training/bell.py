@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
+
+from oar_scale.data.pool.signals import StopSignals
 
 GROW = "more workers have room"
 """The reason to leave that is no end: the driver starts more of them."""
@@ -57,39 +58,26 @@ def wait_for(bell: Any) -> str:
 
 
 class Watch:
-    """While the workers run: rings for signals to this process, and for ``may_grow``.
+    """While the workers run: rings for the signals that ``stop`` notes, and for ``may_grow``."""
 
-    Attributes:
-        signalled: the signal that came, or None.
-    """
-
-    def __init__(self, bell: Any, may_grow: Callable[[], bool] | None) -> None:
-        self.signalled: str | None = None
-        self._bell, self._may_grow = bell, may_grow
+    def __init__(self, bell: Any, stop: StopSignals, may_grow: Callable[[], bool] | None) -> None:
+        self._bell, self._stop, self._may_grow = bell, stop, may_grow
         self._ended = threading.Event()
-        self._handlers: dict[int, Any] = {}
         self._thread = threading.Thread(target=self._watch, name="bell", daemon=True)
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _signal(self, number: int, _frame: FrameType | None) -> None:
-        self.signalled = signal.Signals(number).name  # no call of Ray's inside a handler: the main thread may be in one
 
     def _watch(self) -> None:
         seen, looked = 0, time.monotonic()
         while not self._ended.wait(POLL_S):
-            if self.signalled is not None:
-                return self._ring(self.signalled)
+            if self._stop.reason is not None:  # from here: the handler must not call Ray, which the main thread may be in
+                return self._ring(self._stop.reason)
             if self._may_grow is not None and time.monotonic() - looked > LOOK_S:
                 looked = time.monotonic()
                 seen = seen + 1 if self._grows() else 0

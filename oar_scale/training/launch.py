@@ -89,15 +89,14 @@ class _Driver:
         self._furthest = 0
         self._furthest = self._reached()
         self._workers = 0
-        self._signalled: str | None = None
-        """The signal that came while the last workers ran, whatever ended them first."""
+        self._stop = StopSignals()
 
     def run(self) -> None:
-        with StopSignals() as stop:  # between groups of workers: while they run, the watch takes them
+        with self._stop:
             while True:
                 workers = self._choose()
-                if stop.reason is not None:
-                    raise Requeue(stop.reason)
+                if self._stop.reason is not None:
+                    raise Requeue(self._stop.reason)
                 if self._workers not in (0, workers):
                     self._note("resized", from_workers=self._workers, to_workers=workers, reason="room in the cluster")
                     self._console.say(f"  going on with {workers} workers instead of {self._workers}")
@@ -118,7 +117,7 @@ class _Driver:
             if isinstance(cause, UserError) and not isinstance(cause, Unreachable):
                 raise UserError(str(cause)) from error
             if isinstance(cause, Requeue):
-                reason = self._signalled if cause.reason == GROW else cause.reason
+                reason = self._stop.reason if cause.reason == GROW else cause.reason
                 if reason is None:
                     return
                 raise Requeue(reason) from error
@@ -127,8 +126,8 @@ class _Driver:
         self._furthest = max(reached, self._furthest)
         cause_text = _cause(error, causes)
         self._note("worker_failure", cause=cause_text)
-        if self._signalled is not None:
-            raise Requeue(self._signalled) from error  # the next workers would not hear of it
+        if self._stop.reason is not None:
+            raise Requeue(self._stop.reason) from error
         if self._failures > limit:
             raise UserError(
                 f"stage {self._job.stage}: the workers failed more than parallel.max_failures = {limit} times without a new checkpoint; "
@@ -163,18 +162,18 @@ class _Driver:
             more = choose_workers(self._job.recipe, room_for_workers(self._job.recipe.parallel, asking=False)) > workers
             return more and self._reached() > began
 
+        self._stop.arm()
         try:
-            with _sigint_kept(), Watch(bell, may_grow if self._elastic else None) as watch:
+            with _sigint_kept(), Watch(bell, self._stop, may_grow if self._elastic else None):
                 self._trainer(workers, bell, scratch).fit()
         except TrainingFailedError as error:
-            if watch.signalled is not None and not worker_errors(error):
-                raise Requeue(watch.signalled) from error  # it came before the workers ran
-            self._signalled = watch.signalled
+            if self._stop.reason is not None and not worker_errors(error):
+                raise Requeue(self._stop.reason) from error  # it came before the workers ran
             return error
         except RayError as error:
-            if watch.signalled is None:
+            if self._stop.reason is None:
                 raise
-            raise Requeue(watch.signalled) from error  # a scheduler tells Ray's own processes to end as well, and they may be faster
+            raise Requeue(self._stop.reason) from error  # a scheduler tells Ray's own processes to end as well, and they may be faster
         except SystemExit as stop:  # Ray Train's answer to Ctrl-C, once it has ended the workers
             raise KeyboardInterrupt from stop
         finally:

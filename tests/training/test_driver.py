@@ -13,6 +13,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 from small_run import pretraining, small_recipe
 
+from oar_scale.data.pool.signals import StopSignals
 from oar_scale.errors import Requeue
 from oar_scale.observe.console import Console
 from oar_scale.observe.events import read_events
@@ -37,7 +38,7 @@ def driver(tmp_path: Path) -> _Driver:
 @pytest.mark.parametrize("cause", [Requeue(bell.GROW), RuntimeError("Connection closed by peer")], ids=["they leave to grow", "one died"])
 def test_a_signal_that_the_workers_did_not_hear_of_ends_the_run_and_no_others_are_started(driver: _Driver, cause: Exception) -> None:
     driver._judge(Failed(cause))
-    driver._signalled = "SIGUSR1"
+    driver._stop.reason = "SIGUSR1"
     with pytest.raises(Requeue, match="SIGUSR1"):
         driver._judge(Failed(cause))
 
@@ -64,15 +65,16 @@ def test_a_ray_that_ends_by_the_same_signal_is_no_error(driver: _Driver, monkeyp
     own = SimpleNamespace(ring=SimpleNamespace(remote=lambda reason: None))
     monkeypatch.setattr(launch, "make_bell", lambda: own)
     monkeypatch.setattr(driver, "_trainer", lambda *_: SimpleNamespace(fit=fit))
-    with pytest.raises(Requeue, match="SIGTERM"):
+    with driver._stop, pytest.raises(Requeue, match="SIGTERM"):
         driver._fit(1)
     signals.clear()
+    driver._stop.reason = None
     with pytest.raises(ActorUnavailableError):
         driver._fit(1)
 
 
 def test_what_the_workers_died_of_is_written_down_though_a_signal_came(driver: _Driver, tmp_path: Path) -> None:
-    driver._signalled = "SIGTERM"
+    driver._stop.reason = "SIGTERM"
     with pytest.raises(Requeue):
         driver._judge(Failed(RuntimeError("Connection closed by peer")))
     (event,) = read_events(str(tmp_path / "events"), "pretrain")
@@ -93,7 +95,7 @@ def test_a_signal_is_passed_on_after_a_look_at_the_cluster_that_failed(monkeypat
         raise ConnectionError("no answer")
 
     own: Any = SimpleNamespace(ring=SimpleNamespace(remote=ring))
-    with bell.Watch(own, look):
+    with StopSignals() as stop, bell.Watch(own, stop, look):
         assert looked.wait(60)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert rung.wait(60)
