@@ -74,4 +74,4 @@ def test_an_address_where_no_ray_answers_is_named_at_once(scheme: str, monkeypat
         began = time.monotonic()
         with pytest.raises(UserError, match=rf"RAY_ADDRESS={address}: no Ray answers there"), ray_session(cpus=1):
             pass
-        assert time.monotonic() - began < 60  # Ray itself would wait for minutes; importing it alone may take some seconds
+        assert time.monotonic() - began < 15

@@ -208,7 +208,7 @@ def test_a_beat_that_hangs_does_not_keep_a_pool_from_ending(tmp_path: Path, monk
     with Holder(ledger, lambda: {}, beat_s=0.01) as holder:
         assert hanging.wait(60)
         began = time.monotonic()
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 5
     over.set()
     holder._thread.join()
     assert read_holders(ledger)[holder.id]["ended"], "a late beat took back that it has ended"

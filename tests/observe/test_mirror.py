@@ -157,7 +157,7 @@ def test_a_server_that_is_away_for_a_while_stops_nobody_and_gets_everything_late
         began = time.monotonic()
         for step in range(10, 60, 10):
             synthetic_run.train(log, step)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 0.5
         until(lambda: "are not copied for now" in caplog.text)
         unsteady.up()
         until(lambda: pull(root, there) or content(there) == content(here))
@@ -174,7 +174,7 @@ def test_an_attempt_made_while_the_server_was_away_is_copied_by_the_next_one(
         synthetic_run.train(log, 10)
         began = time.monotonic()
         flush.close(1.0)
-        assert time.monotonic() - began < 30  # it is away for good, as far as it knows
+        assert time.monotonic() - began < 2
     unsteady.up()
     with open_log(here, "pretrain", root, QUICK) as log:
         assert log.attempt == 1
@@ -213,7 +213,7 @@ def test_a_server_that_never_answers_holds_no_attempt_up(
         began = time.monotonic()
         with open_log(str(tmp_path), "pretrain", "s3://away/run", QUICK) as log:
             synthetic_run.start(log)
-        assert time.monotonic() - began < 40  # one call alone would wait for a minute
+        assert time.monotonic() - began < 5
     assert "could not be claimed (TimeoutError)" in caplog.text
     assert len(read_events(str(tmp_path), "pretrain")) == 1
 

@@ -184,7 +184,6 @@ def test_a_reader_of_tail_may_leave(tmp_path: Path) -> None:
 
 
 def test_both_answer_without_torch_in_half_a_second_of_cpu(tmp_path: Path) -> None:
-    """The least of three measurements: what shares the machine costs some of them more."""
     synthetic_run.whole_run(tmp_path)
     finish(tmp_path, "data", "tokens")
     for verb in ("status", "tail"):
@@ -195,11 +194,7 @@ assert main([{verb!r}, {str(tmp_path)!r}]) == 0
 used = resource.getrusage(resource.RUSAGE_SELF)
 heavy = {{"torch", "ray", "wandb", "boto3", "rich", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
-print(used.ru_utime + used.ru_stime)
+assert used.ru_utime + used.ru_stime < 0.5, used
 """
-        spent = []
-        for _ in range(3):
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=90)
-            assert done.returncode == 0, done.stderr
-            spent.append(float(done.stdout.splitlines()[-1]))
-        assert min(spent) < 0.5, spent
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=90)
+        assert done.returncode == 0, done.stderr

@@ -256,7 +256,7 @@ def test_a_server_that_stops_answering_holds_nothing_up_and_gets_the_rest_later(
         while not server.runs:
             time.sleep(0.05)
         ended = time.monotonic()
-    assert time.monotonic() - ended < 40  # it would not answer for ever
+    assert time.monotonic() - ended < 7
     assert "what it lacks is sent the next time" in caplog.text
     assert not only_run(server).history
     server.release()
@@ -277,8 +277,8 @@ def test_a_client_that_hangs_holds_nothing_up_and_leaves_no_process(tmp_path: Pa
             with contextlib.suppress(psutil.NoSuchProcess):  # a helper that has ended
                 process.suspend()
         ended = time.monotonic()
-    assert time.monotonic() - ended < 40  # they would stand still for ever
-    assert len(started) >= 2 and not psutil.wait_procs(started, timeout=60)[1]
+    assert time.monotonic() - ended < 4
+    assert len(started) >= 2 and not psutil.wait_procs(started, timeout=5)[1]
 
 
 @pytest.mark.parametrize("how", ["closed", "silent"])
@@ -293,10 +293,10 @@ def test_an_unreachable_server_costs_a_bounded_time_and_leaves_an_offline_run(
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     events = tmp_path / "events"
-    with watching(str(events), "pretrain", recipe(tmp_path), str(tmp_path), wait_s=60.0):
+    with watching(str(events), "pretrain", recipe(tmp_path), str(tmp_path)):
         synthetic_run.interrupted(events)
         ended = time.monotonic()
-    assert time.monotonic() - ended < 60, "it did not end by itself"
+    assert time.monotonic() - ended < 11
     listener.close()
     assert "no answer" in caplog.text
     [run] = offline_runs(tmp_path)

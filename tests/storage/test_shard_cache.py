@@ -93,8 +93,8 @@ def test_a_connection_that_trickles_for_too_long_is_left(
     proxy.spoil({"trickle": 1.0}, at_most=1)
     begun = time.monotonic()
     assert cache.read(*shard) == content(0)
-    assert cache.stats.retries >= 1  # a busy machine may bring another part as slowly
-    assert time.monotonic() - begun < 60  # the rest of it would take minutes
+    assert cache.stats.retries == 1
+    assert time.monotonic() - begun < 20  # the rest of it would take minutes
 
 
 def test_a_slow_connection_that_has_brought_the_last_byte_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_a_long_stall_is_left_for_a_new_connection(
     begun = time.monotonic()
     assert cache.read(*shard) == content(0)
     assert cache.stats.resumed == 1
-    assert 8 < time.monotonic() - begun < 60  # it would last two minutes
+    assert 8 < time.monotonic() - begun < 12
 
 
 def test_a_server_that_stays_overloaded_is_given_up_with_the_name_and_the_count(

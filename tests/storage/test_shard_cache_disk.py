@@ -131,7 +131,7 @@ def test_a_reader_killed_in_the_middle_leaves_no_broken_copy_and_no_lock(
     assert files(folder) == []
     begun = time.monotonic()
     assert cache.read(*shard) == content(0)
-    assert time.monotonic() - begun < cache_folder.STUCK_S / 2  # nobody waits for the dead
+    assert time.monotonic() - begun < 10  # nobody waits for the dead
     assert sorted(os.listdir(folder)) == [".lock", *files(folder)] and len(files(folder)) == 1
 
 
