@@ -23,13 +23,14 @@ setup(
     install_requires=[
         "boto3>=1.44",
         "crc32c>=2.9",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19,<0.20",  # checkpoints and averages reach into its engine
         "jinja2>=3.1",
         "matplotlib>=3.11",
         "ninja>=1.13",  # DeepSpeed compiles its GPU kernels with it
         "numpy>=2.4",
         "open-clip-torch>=3.3",
         "pillow>=13",
+        "prometheus-client>=0.26",
         "psutil>=7.2",
         "pyarrow>=26",
         "pydantic>=2.14",
@@ -39,6 +40,7 @@ setup(
         "safetensors>=0.8",
         "sentencepiece>=0.2.3",
         "setuptools>=84",  # torch builds C++ extensions with it
+        "tenacity>=9.1",
         "torch>=2.15",
         "wandb>=0.31",
         "webdataset>=1.0.2",

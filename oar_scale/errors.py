@@ -5,6 +5,8 @@ thing, the place and the way out. The command line prints the text without a tra
 else that is raised is a defect of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """Something the user can mend; ``str(error)`` names the thing, the place and the remedy."""
@@ -16,3 +18,18 @@ class Requeue(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class Missing(UserError):
+    """There is no object at ``uri``."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(f"{uri}: there is nothing here. Check the path, or run the stage that writes it first.")
+        self.uri = uri
+
+    def __reduce__(self) -> tuple[type[Missing], tuple[str]]:
+        return Missing, (self.uri,)  # the default would hand the whole text to __init__ when the error crosses a process
+
+
+class Unreachable(UserError):
+    """The storage does not answer: the same call may succeed later."""

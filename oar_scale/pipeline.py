@@ -23,9 +23,9 @@ from oar_scale.config.schema import OPERATIONAL, Recipe
 from oar_scale.errors import UserError
 from oar_scale.observe.console import duration
 from oar_scale.observe.watch import catch_up, watching
+from oar_scale.run.artifacts import ONE_ORDER, OTHER_LAYOUT
+from oar_scale.run.context import Run
 from oar_scale.stages import data, evaluate, extract, report, tokenizer, tokens, train
-from oar_scale.stages.inputs import ONE_ORDER, OTHER_LAYOUT
-from oar_scale.stages.run import Run
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 
 

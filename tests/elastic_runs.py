@@ -18,7 +18,7 @@ from oar_scale import pipeline
 from oar_scale.config.loading import dump_recipe
 from oar_scale.data.manifest import read_manifest
 from oar_scale.observe.events import read_events
-from oar_scale.stages.run import Run
+from oar_scale.run.context import Run
 from oar_scale.storage import write_json
 
 STEPS = 45

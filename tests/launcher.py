@@ -17,7 +17,7 @@ from cluster.dev import processes
 
 PORTS = range(18000, 20000)
 """No client's, who would take one between the look and the time when the first worker listens: with a slow start those are seconds."""
-PRELOADED = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "oar_scale.training.worker"]
+PRELOADED = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "oar_scale.distributed.worker"]
 """What workers import, some of it where one would not look for it."""
 
 

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from oar_scale.data.pool import Facts
 from oar_scale.errors import UserError
-from oar_scale.orders.table import OrderTable, table_name, write_orders
+from oar_scale.orders.order_table import OrderTable, table_name, write_orders
+from oar_scale.shard_pool import Facts
 from oar_scale.storage import join, open_storage
 
 if TYPE_CHECKING:
-    from oar_scale.orders.pool import ExtractionJob  # brings torch, which the stand-in does without
+    from oar_scale.shard_pool.extraction_pool import ExtractionJob  # brings torch, which the stand-in does without
 
 ROWS, CELLS = 40, 16
 WRITES, PHASES = ("claim", "table", "entry"), ("before", "half", "after")

@@ -11,8 +11,8 @@ from oar_scale.data.manifest import read_manifest, write_manifest
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
 from oar_scale.model import AnyOrderModel, ModelSpec, save_model
 from oar_scale.model.spec import condition_spec
+from oar_scale.run.context import Run
 from oar_scale.stages.data import run_data
-from oar_scale.stages.run import Run
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.prompts import load_prompts
 from oar_scale.tokenizers.text import train_text_tokenizer

@@ -67,7 +67,7 @@ class Trainer:
         import torch
         import torch.distributed as dist
 
-        from oar_scale.training.engine import train_step
+        from oar_scale.distributed.deepspeed_engine import train_step
 
         found = []
         for batch in self.batches[first:end]:
@@ -78,7 +78,7 @@ class Trainer:
 
     def digest(self) -> dict[str, int]:
         """Checksums of all float32 weights and moments, whole. Collective."""
-        from oar_scale.training.checkpoints.live import LiveState
+        from oar_scale.distributed.checkpoints.live import LiveState
 
         live = LiveState(self.engine)
         kinds = ("weights", "exp_avg", "exp_avg_sq", "ema")
@@ -95,9 +95,9 @@ def training(job: TrainingJob, count: int) -> Iterator[Any]:
     """Yields a function that makes a :class:`Trainer` of a job; one process group and ``count`` batches for all of them."""
     from deepspeed.utils import logger
 
-    from oar_scale.training.engine import make_engine
+    from oar_scale.distributed.deepspeed_engine import make_engine
+    from oar_scale.distributed.worker_process import Process
     from oar_scale.training.inputs import job_prompts, job_stream
-    from oar_scale.training.process import Process
 
     logger.setLevel(logging.ERROR)
     with Process(job) as process:

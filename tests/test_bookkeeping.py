@@ -10,14 +10,14 @@ import pytest
 
 from oar_scale import pipeline
 from oar_scale.config.schema import Recipe
-from oar_scale.data.pool import ArrayTask
 from oar_scale.errors import UserError
 from oar_scale.pipeline import Stage, run_pipeline, run_stage
-from oar_scale.stages.compare import run_compare
-from oar_scale.stages.order_head import run_predict, run_train_head
-from oar_scale.stages.orders import run_orders
-from oar_scale.stages.run import Run
+from oar_scale.run.context import Run
+from oar_scale.shard_pool import ArrayTask
 from oar_scale.storage import open_storage
+from oar_scale.studies.compare_extraction import run_compare
+from oar_scale.studies.order_analysis import run_orders
+from oar_scale.studies.order_head import run_predict, run_train_head
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from oar_scale.cli import main
 from oar_scale.doctor import Finding, examine
 from oar_scale.doctor import kernels as kernel_checks
 from oar_scale.doctor.finding import guarded
-from oar_scale.doctor.places import disk, shared_memory, storage_root, weights_and_biases
+from oar_scale.doctor.storage_checks import disk, shared_memory, storage_root, weights_and_biases
 from oar_scale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +98,7 @@ def test_a_bucket_that_is_not_there_fails_with_its_remedy(s3_root: str) -> None:
 
 def test_storage_that_does_not_answer_fails_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A named pipe as the storage: whoever opens it waits for the other end."""
-    from oar_scale.doctor import places
+    from oar_scale.doctor import storage_checks as places
     from oar_scale.storage.local import LocalStorage
 
     os.mkfifo(tmp_path / "pipe")
@@ -184,7 +184,7 @@ def test_grouped_heads_are_examined_as_such() -> None:
 
 
 def test_little_room_is_a_warning_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from oar_scale.doctor import places
+    from oar_scale.doctor import storage_checks as places
 
     monkeypatch.setattr(places, "LOW_DISK_GIB", 1e9)
     monkeypatch.setattr(places, "LOW_SHM_MIB", 1e12)

@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from oar_scale.commands.checkpoint_exchange import run_export
 from oar_scale.observe.events import read_events
-from oar_scale.stages.checkpoint import run_export
 from oar_scale.storage import read_json, write_json
 
 

@@ -19,8 +19,8 @@ import uuid
 
 from oar_scale.errors import UserError
 from oar_scale.observe.events import EventReader, read_events, stages_with_events
-from oar_scale.observe.place import find_run
 from oar_scale.observe.projection import Projection, measured
+from oar_scale.observe.run_location import find_run
 from oar_scale.observe.wandb_run import Mode, WandbName, WandbRun, wanted_mode
 
 FINISH_S = 3600.0

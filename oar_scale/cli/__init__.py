@@ -34,7 +34,7 @@ from typing import NoReturn
 from oar_scale import __version__
 from oar_scale.cli import checkpoint, data, extract, observe, orders, plan, run, submit
 from oar_scale.errors import Requeue, UserError
-from oar_scale.program import run_program
+from oar_scale.runtime.program import run_program
 
 REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: a scheduler that sees it starts the same command again."""

@@ -77,7 +77,7 @@ def _add_exchange(actions: Subparsers) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from oar_scale.stages.checkpoint import ImportOptions, run_import
+    from oar_scale.commands.checkpoint_exchange import ImportOptions, run_import
 
     options = ImportOptions(
         heads=arguments.heads,
@@ -90,19 +90,19 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from oar_scale.stages.checkpoint import run_export
+    from oar_scale.commands.checkpoint_exchange import run_export
 
     print(run_export(arguments.source, arguments.out, arguments.format, arguments.model, average=arguments.ema))
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from oar_scale.stages.checkpoint_care import run_list
+    from oar_scale.commands.checkpoint_management import run_list
 
     print(run_list(arguments.where))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from oar_scale.stages.checkpoint_care import run_verify
+    from oar_scale.commands.checkpoint_management import run_verify
 
     faults = 0
     for said, fault in run_verify(arguments.where):
@@ -112,9 +112,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _prune(arguments: argparse.Namespace) -> None:
+    from oar_scale.commands.checkpoint_management import run_prune
+    from oar_scale.distributed.checkpoints.retention import Keep
     from oar_scale.errors import UserError
-    from oar_scale.stages.checkpoint_care import run_prune
-    from oar_scale.training.checkpoints.retention import Keep
 
     if arguments.keep is None and (arguments.keep_every or arguments.keep_best):
         raise UserError("--keep-every and --keep-best go with --keep: say how many of the newest are kept.")
@@ -123,12 +123,12 @@ def _prune(arguments: argparse.Namespace) -> None:
 
 
 def _diff(arguments: argparse.Namespace) -> None:
-    from oar_scale.stages.checkpoint_content import run_diff
+    from oar_scale.commands.checkpoint_content import run_diff
 
     print(run_diff(arguments.first, arguments.second))
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from oar_scale.stages.checkpoint_content import run_convert
+    from oar_scale.commands.checkpoint_content import run_convert
 
     print(run_convert(arguments.checkpoint, arguments.out))

@@ -54,7 +54,7 @@ def add(verbs: Subparsers) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from oar_scale.data.commands import run_index
+    from oar_scale.commands.shards import run_index
     from oar_scale.data.index import IndexJob
 
     options = {name: getattr(arguments, name) for name in ("out", "pattern", "workers", "grid", "vocab_size", "tokenizer_id", "force")}
@@ -62,13 +62,13 @@ def _index(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from oar_scale.data.commands import run_verify
+    from oar_scale.commands.shards import run_verify
 
     return run_verify(arguments.url, arguments.manifest, arguments.workers)
 
 
 def _stats(arguments: argparse.Namespace) -> None:
-    from oar_scale.data.commands import run_stats
+    from oar_scale.commands.shards import run_stats
 
     run_stats(
         arguments.url, arguments.pattern, None if arguments.all else arguments.shards, arguments.grid, arguments.tokenizer, arguments.json
@@ -76,6 +76,6 @@ def _stats(arguments: argparse.Namespace) -> None:
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:
-    from oar_scale.data.commands import run_tokenize
+    from oar_scale.commands.shards import run_tokenize
 
     run_tokenize(arguments.url, arguments.out, arguments.tokenizer, arguments.views, arguments.actors)

@@ -32,23 +32,23 @@ def add(verbs: Subparsers) -> None:
 def _extract(arguments: argparse.Namespace) -> int:
     recipe = load(arguments)
     place = None if arguments.array is None else _place(arguments.array)
-    from oar_scale.stages.run import Run
+    from oar_scale.run.context import Run
 
     if arguments.status:
-        from oar_scale.stages.extract_status import run_status
+        from oar_scale.commands.extraction_status import run_status
 
         run_status(Run(recipe))
     elif arguments.verify:
-        from oar_scale.stages.extract_verify import run_verify
+        from oar_scale.commands.extraction_verify import run_verify
 
         return run_verify(Run(recipe))
     elif arguments.compare:
-        from oar_scale.stages.compare import run_compare
+        from oar_scale.studies.compare_extraction import run_compare
 
         run_compare(Run(recipe), images=arguments.images, out=arguments.out, finetune=arguments.finetune)
     else:
-        from oar_scale.data.pool.terms import ArrayTask
         from oar_scale.pipeline import run_stage
+        from oar_scale.shard_pool.pool_types import ArrayTask
 
         run_stage(Run(recipe, array=ArrayTask(*place) if place else None), "extract")
     return 0

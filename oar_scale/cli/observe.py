@@ -28,7 +28,7 @@ def add(verbs: Subparsers) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from oar_scale.observe.place import find_run
+    from oar_scale.observe.run_location import find_run
     from oar_scale.observe.status import status
 
     submitted = _submitted(arguments.target)
@@ -62,7 +62,7 @@ def _job_lines(run: str) -> list[str]:
 
 
 def _tail(arguments: argparse.Namespace) -> None:
-    from oar_scale.observe.place import find_run
+    from oar_scale.observe.run_location import find_run
     from oar_scale.observe.tail import tail
 
     try:

@@ -21,18 +21,18 @@ def add(verbs: Subparsers) -> None:
 
 def _orders(arguments: argparse.Namespace) -> None:
     recipe = load(arguments)
-    from oar_scale.stages.run import Run
+    from oar_scale.run.context import Run
 
     run = Run(recipe)
     if arguments.train_head:
-        from oar_scale.stages.order_head import run_train_head
+        from oar_scale.studies.order_head import run_train_head
 
         run_train_head(run, arguments.model)
     if arguments.predict:
-        from oar_scale.stages.order_head import run_predict
+        from oar_scale.studies.order_head import run_predict
 
         run_predict(run)
     if not (arguments.train_head or arguments.predict):
-        from oar_scale.stages.orders import run_orders
+        from oar_scale.studies.order_analysis import run_orders
 
         run_orders(run, images=arguments.images, against=arguments.against, out=arguments.out)

@@ -32,7 +32,7 @@ def add(verbs: Subparsers) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     """1: training or extraction do not fit as the recipe is written, and were planned with other settings."""
     from oar_scale.planning.plan import Options, make_plan
-    from oar_scale.planning.text import as_json, as_text
+    from oar_scale.planning.plan_report import as_json, as_text
 
     options = Options(
         gpu=arguments.gpu,

@@ -10,7 +10,7 @@ from oar_scale.cli.common import MODELS, Subparsers, add_verb, count, load
 
 if TYPE_CHECKING:
     from oar_scale.config.schema import Recipe
-    from oar_scale.stages.run import Run
+    from oar_scale.run.context import Run
 
 STAGES = {
     "prepare": "captioned images into WebDataset shards",
@@ -48,7 +48,7 @@ def add(verbs: Subparsers) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     recipe = load(arguments)
     from oar_scale.pipeline import run_pipeline
-    from oar_scale.stages.run import Run
+    from oar_scale.run.context import Run
 
     run_pipeline(Run(recipe), start=arguments.start, only=arguments.only)
 
@@ -57,7 +57,7 @@ def _stage(arguments: argparse.Namespace) -> None:
     """A stage on its own goes on where it was interrupted; ``oar run --only`` does it again. A report is always written anew."""
     recipe = load(arguments)
     from oar_scale.pipeline import run_pipeline, run_stage
-    from oar_scale.stages.run import Run
+    from oar_scale.run.context import Run
 
     if arguments.stage == "report":
         run_pipeline(Run(recipe), only="report")
@@ -68,7 +68,7 @@ def _stage(arguments: argparse.Namespace) -> None:
 def _run_of(recipe: Recipe, arguments: argparse.Namespace) -> Run:
     """Under torchrun each worker runs this command; the first one speaks for all."""
     from oar_scale.observe.console import Console
-    from oar_scale.stages.run import Run
+    from oar_scale.run.context import Run
 
     rank = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
     console = Console() if rank == 0 else Console(open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
@@ -77,8 +77,8 @@ def _run_of(recipe: Recipe, arguments: argparse.Namespace) -> Run:
 
 def _sample(arguments: argparse.Namespace) -> None:
     recipe = load(arguments)
-    from oar_scale.stages.run import Run
-    from oar_scale.stages.sample import run_sample
+    from oar_scale.commands.sample import run_sample
+    from oar_scale.run.context import Run
 
     print(run_sample(Run(recipe), arguments.captions or None, arguments.model, arguments.out, arguments.order))
 
@@ -98,7 +98,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from oar_scale.doctor import report, run_doctor
 
     if arguments.cluster:
-        from oar_scale.launch.doctor import examine_cluster
+        from oar_scale.launch.cluster_doctor import examine_cluster
 
         found = examine_cluster(arguments.cluster, arguments.profile, arguments.recipe, arguments.overrides)
         return report(found, as_json=arguments.json)

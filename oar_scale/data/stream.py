@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from oar_scale.data.hashing import device_permutations, integers, uniform
 from oar_scale.data.open_shard import Unusable
-from oar_scale.data.plan import Ids, MixturePlan, Plan, SamplePlan, Slots, step_slots
+from oar_scale.data.sample_plan import Ids, MixturePlan, Plan, SamplePlan, Slots, step_slots
 from oar_scale.data.shard_source import OpenShards, Row, ShardSource
 from oar_scale.errors import UserError
 from oar_scale.storage import FetchStats

@@ -17,7 +17,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from oar_scale.doctor import kernels, machine, places
+from oar_scale.doctor import kernels, machine
+from oar_scale.doctor import storage_checks as places
 from oar_scale.doctor.finding import INSTALL, Finding, guarded
 
 if TYPE_CHECKING:

@@ -13,11 +13,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from oar_scale.evaluation.pictures import contact_sheet, upscale
-from oar_scale.observe.report.figures import known_part
-from oar_scale.observe.report_data import Picture
+from oar_scale.evaluation.pictures import contact_sheet, known_part, upscale
 from oar_scale.orders.analysis import placing_times
 from oar_scale.orders.analysis.statistics import Orders
+from oar_scale.results.examples import Picture
 
 FRAMES = 64
 """At most, after the empty one; grids of more cells show several new ones in a frame."""

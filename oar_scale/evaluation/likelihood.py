@@ -20,7 +20,7 @@ from torch import Tensor
 
 from oar_scale.data.hashing import permutations
 from oar_scale.model import AnyOrderModel
-from oar_scale.observe.report_data import Estimate, estimate
+from oar_scale.results.estimates import Estimate, estimate
 
 
 @torch.no_grad()

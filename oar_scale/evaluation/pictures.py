@@ -10,16 +10,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from oar_scale.observe.report.figures import heat_map
-from oar_scale.observe.report_data import Picture
+from oar_scale.results.examples import Picture
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.vq import unit_to_pixels
 
 WHITE = 255
+COLOUR_MAP = "viridis"
+UNKNOWN_GREY = 176
 
 
 @torch.no_grad()
@@ -72,3 +74,18 @@ def png(picture: Picture) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def heat_map(values: NDArray[np.floating] | NDArray[np.integer], low: float, high: float, colours: str = COLOUR_MAP) -> Picture:
+    """One pixel a cell, coloured from ``low`` to ``high``."""
+    share = (np.asarray(values, dtype=np.float64) - low) / max(high - low, 1e-12)
+    coloured = colormaps[colours](np.clip(share, 0, 1))[..., :3]
+    return np.round(coloured * 255).astype(np.uint8)
+
+
+def known_part(picture: Picture, known: NDArray[np.bool_]) -> Picture:
+    """The picture with the cells that were not given ([G, G] False) in grey."""
+    height, width = picture.shape[:2]
+    rows, columns = np.arange(height) * known.shape[0] // height, np.arange(width) * known.shape[1] // width
+    visible = known[rows[:, None], columns[None, :]]
+    return np.where(visible[..., None], picture, np.uint8(UNKNOWN_GREY)).astype(np.uint8)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from oar_scale.errors import UserError
 from oar_scale.generation import editing
-from oar_scale.generation.parts import Parts, check_codes, find_parts
+from oar_scale.generation.model_bundle import Parts, check_codes, find_parts
 from oar_scale.generation.sampling import Generated, SampleSettings, generate
 from oar_scale.model import AnyOrderModel, check_prompts, load_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
@@ -170,7 +170,7 @@ def load_pretrained(path: str, model: str | None = None) -> Pretrained:
 
     Args:
         path: local or ``s3://``.
-        model: which one of a run, see :func:`oar_scale.generation.parts.find_parts`.
+        model: which one of a run, see :func:`oar_scale.generation.model_bundle.find_parts`.
 
     Raises:
         UserError: nothing to load, or parts that do not fit together.

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from oar_scale.config.schema import SampleConfig
 from oar_scale.model import AnyOrderModel, Prefix
-from oar_scale.orders.picking import mix_branches, pick_best
 from oar_scale.orders.policies import LateOrder
 from oar_scale.orders.scores import score_logits, score_rows
-from oar_scale.orders.steps import cells_per_step
+from oar_scale.orders.selection import mix_branches, pick_best
+from oar_scale.orders.step_sizes import cells_per_step
 
 
 @dataclass(frozen=True, kw_only=True)

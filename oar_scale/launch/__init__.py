@@ -10,6 +10,6 @@ way in which it may end (docs/launching.md).
 
 from oar_scale.launch.jobs import JobStatus, cancel, dry_run, find_jobs, resubmit, submit
 from oar_scale.launch.logs import logs
-from oar_scale.launch.record import Job, Submission
+from oar_scale.launch.submissions import Job, Submission
 
 __all__ = ["Job", "JobStatus", "Submission", "cancel", "dry_run", "find_jobs", "logs", "resubmit", "submit"]

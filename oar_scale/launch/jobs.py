@@ -13,9 +13,9 @@ from oar_scale.config.loading import dump_recipe, load_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
 from oar_scale.launch import slurm
+from oar_scale.launch.job_specs import Step, plan_steps
 from oar_scale.launch.profile import RayProfile, SlurmProfile, load_profile
-from oar_scale.launch.record import Job, Submission, last_submission, locked, read_submissions, write_submissions
-from oar_scale.launch.steps import Step, plan_steps
+from oar_scale.launch.submissions import Job, Submission, last_submission, locked, read_submissions, write_submissions
 
 
 @dataclass(frozen=True)

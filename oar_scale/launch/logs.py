@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from oar_scale.errors import UserError
 from oar_scale.launch.jobs import find_jobs, run_folder
-from oar_scale.launch.record import Job, last_submission
+from oar_scale.launch.submissions import Job, last_submission
 
 POLL_S = 0.5
 LOOK_S = 10.0

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.doctor.finding import Finding, first_line
-from oar_scale.doctor.group import GROUP_S, Facts, Place, between, node_facts
-from oar_scale.doctor.places import left_as_found
+from oar_scale.doctor.node_checks import GROUP_S, Facts, Place, between, node_facts
+from oar_scale.doctor.storage_checks import left_as_found
 from oar_scale.launch.ray_entry import RECIPE
-from oar_scale.program import run_program
+from oar_scale.runtime.program import run_program
 
 if TYPE_CHECKING:
     from oar_scale.config.schema import Recipe
@@ -66,7 +66,7 @@ def _in_task(env: os._Environ[str]) -> None:
 
 
 def _on_ray() -> None:
-    from oar_scale.data.ray_session import ray_session
+    from oar_scale.runtime.ray_session import ray_session
 
     with ray_session(cpus=1):
         import ray

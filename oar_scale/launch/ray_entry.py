@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from oar_scale.launch.steps import Step
+from oar_scale.launch.job_specs import Step
 
 RECIPE = "OAR_RECIPE"
 """The variable that holds the recipe's text."""

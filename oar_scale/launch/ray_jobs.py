@@ -22,10 +22,10 @@ from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
 from oar_scale.launch import ray_client
+from oar_scale.launch.job_specs import Step
 from oar_scale.launch.profile import RayProfile
 from oar_scale.launch.ray_entry import RECIPE
-from oar_scale.launch.record import Job, Submission
-from oar_scale.launch.steps import Step
+from oar_scale.launch.submissions import Job, Submission
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from oar_scale.errors import UserError
+from oar_scale.launch.job_specs import Step
 from oar_scale.launch.profile import SlurmProfile
-from oar_scale.launch.steps import Step
 
 CLIENT_S = 60
 """Slurm's commands wait minutes for a controller that is gone."""

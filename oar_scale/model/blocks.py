@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oar_scale.model import lean
+from oar_scale.model import memory_efficient as lean
 from oar_scale.model.rope import rotate_, rotate_heads
 from oar_scale.model.spec import ModelSpec
 

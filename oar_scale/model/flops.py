@@ -58,7 +58,7 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[i
     Args:
         guided: with a second, unconditional branch through the trunk; the head sees the mixture of both. (Its condition rows, one set for
             all images, are left out.)
-        sizes: how many cells each step places (``orders/steps.py``); default: one.
+        sizes: how many cells each step places (``orders/step_sizes.py``); default: one.
         first_given: the first step asks about one cell only.
 
     Raises:

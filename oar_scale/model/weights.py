@@ -13,7 +13,7 @@ from oar_scale.errors import UserError
 from oar_scale.model.spec import ModelSpec
 from oar_scale.model.transformer import AnyOrderModel
 from oar_scale.storage import open_storage
-from oar_scale.tokenizers.weights import load_weights, read_header, save_weights
+from oar_scale.tokenizers.safetensors_file import load_weights, read_header, save_weights
 
 _KIND = "any-order model"
 

@@ -25,8 +25,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from oar_scale.observe.events import Event, EventReader, attempts
-from oar_scale.observe.words import duration as duration
-from oar_scale.observe.words import number, sentence, time_left
+from oar_scale.observe.formatting import duration as duration
+from oar_scale.observe.formatting import number, sentence, time_left
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from oar_scale.observe.events import Event
+from oar_scale.observe.formatting import ALERTS, sentence
 from oar_scale.observe.state import Attempts
-from oar_scale.observe.words import ALERTS, sentence
 
 HAPPENED = {"start", "resumed", "stopping", "profile", "end", "non_finite", "bad_sample", "spike", "checkpoint_failed"}
 """Kinds with a step that are no measurements: each is counted, also where its step is done again."""

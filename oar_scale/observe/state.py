@@ -11,7 +11,7 @@ from collections import Counter, deque
 from typing import Literal
 
 from oar_scale.observe.events import Event, EventReader
-from oar_scale.observe.words import ALERTS
+from oar_scale.observe.formatting import ALERTS
 
 Doing = Literal["waiting", "starting", "running", "stopping", "failed", "done"]
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 import time
 
 from oar_scale.observe.events import EventReader, stages_with_events
-from oar_scale.observe.place import Place
+from oar_scale.observe.formatting import ALERTS, duration, line, number
+from oar_scale.observe.run_location import Place
 from oar_scale.observe.state import StageState
-from oar_scale.observe.words import ALERTS, duration, line, number
 
 ORDER = ("data", "tokenizer", "tokens", "pretrain", "extract", "finetune", "control", "evaluate", "report")
 DEFAULT_STALL_S = 600.0

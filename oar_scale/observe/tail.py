@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Iterator
 
 from oar_scale.observe.events import Event, EventReader, stages_with_events
-from oar_scale.observe.place import Place
-from oar_scale.observe.words import line
+from oar_scale.observe.formatting import line
+from oar_scale.observe.run_location import Place
 
 POLL_S = 0.5
 POLL_S3_S = 5.0

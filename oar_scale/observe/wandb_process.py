@@ -28,11 +28,11 @@ from typing import Any
 import psutil
 
 from oar_scale.observe.events import Entry, EventReader
+from oar_scale.observe.formatting import ALERTS, duration
 from oar_scale.observe.mirror import run_id
 from oar_scale.observe.projection import Alert, Projection
 from oar_scale.observe.state import PROGRESS
 from oar_scale.observe.wandb_run import Mode, NotConfirmed, WandbName, WandbRun, reachable_mode, start_over, wanted_mode
-from oar_scale.observe.words import ALERTS, duration
 
 POLL_S = 2.0
 RETRY_S = 300.0

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from oar_scale.config.schema import Recipe
 from oar_scale.observe.console import Console
-from oar_scale.observe.metrics import MetricsServer
 from oar_scale.observe.mirror import pull
+from oar_scale.observe.prometheus import MetricsServer
 from oar_scale.observe.wandb_process import Spec
 from oar_scale.observe.wandb_sink import ARTIFACT_WAIT_S, WAIT_S, WandbProcess, project
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import ExtractConfig, FirstCell, Score
 from oar_scale.model import AnyOrderModel
-from oar_scale.orders.picking import Chance, guide, guided_batch, pick_several
-from oar_scale.orders.schedule import Asking, pack, within
+from oar_scale.orders.candidates import Asking, pack, within
 from oar_scale.orders.scores import score_logits, score_rows
-from oar_scale.orders.steps import step_sizes
+from oar_scale.orders.selection import Chance, guide, guided_batch, pick_several
+from oar_scale.orders.step_sizes import step_sizes
 
 Images = NDArray[np.int64]
 

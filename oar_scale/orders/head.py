@@ -26,12 +26,12 @@ from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel
 from oar_scale.model.spec import ModelSpec
 from oar_scale.orders.extraction import Orders
-from oar_scale.orders.files import OrderFiles
+from oar_scale.orders.order_files import OrderFiles
+from oar_scale.orders.order_table import read_orders
 from oar_scale.orders.policies.checkerboard import path
 from oar_scale.orders.scores import score_rows
-from oar_scale.orders.table import read_orders
 from oar_scale.storage import open_storage
-from oar_scale.tokenizers.weights import load_weights, save_weights
+from oar_scale.tokenizers.safetensors_file import load_weights, save_weights
 
 KIND = "order head"
 _CERTAIN = 1e-8
@@ -52,7 +52,7 @@ class HeadSpec(BaseModel):
     settings_id: str = ""
     """Of the order tables that it learned from; empty in heads of earlier versions."""
     heldout_fraction: float = 0.0
-    """Share of the training images that it was not trained on (:func:`oar_scale.orders.head_training.kept_out`)."""
+    """Share of the training images that it was not trained on (:func:`oar_scale.studies.order_head_training.kept_out`)."""
 
     @classmethod
     def of(cls, model: ModelSpec, own_id: str, *, width: int, first: int, settings_id: str = "", heldout_fraction: float = 0.0) -> HeadSpec:

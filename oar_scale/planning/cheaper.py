@@ -8,10 +8,10 @@ from oar_scale.config.schema import ParallelConfig
 from oar_scale.planning.case import Case
 from oar_scale.planning.cluster import Cluster
 from oar_scale.planning.fitting import MODES, has_room, holder
-from oar_scale.planning.memory import micro_batches
-from oar_scale.planning.speed import step_time
+from oar_scale.planning.step_time import step_time
 from oar_scale.planning.traffic import checkpoint
-from oar_scale.planning.training import Stage, evaluating, saving_of, settings_of
+from oar_scale.planning.training_stage import Stage, evaluating, saving_of, settings_of
+from oar_scale.planning.worker_memory import micro_batches
 
 WORTH = 0.03
 """A smaller share of the money, or of the time, is within what the assumptions leave open."""

@@ -19,7 +19,7 @@ from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
 from oar_scale.model.flops import extraction_flops, forward_flops
 from oar_scale.model.spec import ModelSpec
-from oar_scale.orders.steps import step_sizes
+from oar_scale.orders.step_sizes import step_sizes
 from oar_scale.planning import activations
 from oar_scale.planning.activations import BYTES
 from oar_scale.planning.assumptions import Assumptions
@@ -35,9 +35,9 @@ NLL_PASSES = 4
 BRUTE_FORCE_IMAGES = 2
 """Whose orders the evaluation also finds by a fresh forward pass for every candidate (``stages/evaluate.py``)."""
 READERS = 16
-"""Ledger entries that a driver reads at once (``data/pool/ledger.py``)."""
+"""Ledger entries that a driver reads at once (``shard_pool/ledger.py``)."""
 LATE = 3.0
-"""Times the median after which the pool gives a shard to a second actor (``data/pool/terms.py``)."""
+"""Times the median after which the pool gives a shard to a second actor (``shard_pool/pool_types.py``)."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from oar_scale.errors import UserError
 from oar_scale.planning import activations
 from oar_scale.planning.activations import Checkpointing, Trunk
 from oar_scale.planning.case import Case
-from oar_scale.planning.memory import Memory, memory, micro_batches, settings
+from oar_scale.planning.worker_memory import Memory, memory, micro_batches, settings
 
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 _PLAIN: dict[str, Any] = {"hpz_workers": 1, "quantized_weights": False, "quantized_gradients": False}

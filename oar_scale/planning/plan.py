@@ -22,7 +22,7 @@ from oar_scale.planning.shape import Images, Parameters, parameters, spec_of, tr
 from oar_scale.planning.simulating import Simulation, Wanted, parse_simulation, simulate
 from oar_scale.planning.streaming import check_sharing
 from oar_scale.planning.traffic import Shard, token_shard
-from oar_scale.planning.training import Stage, plan_stage
+from oar_scale.planning.training_stage import Stage, plan_stage
 
 
 @dataclass(frozen=True)

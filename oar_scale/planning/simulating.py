@@ -8,7 +8,7 @@ from oar_scale.errors import UserError
 from oar_scale.planning.case import Case
 from oar_scale.planning.extracting import Actors, Extraction, Makespan, makespan
 from oar_scale.planning.streaming import StreamLoad, stream_load
-from oar_scale.planning.training import Stage
+from oar_scale.planning.training_stage import Stage
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Who reads which shards: the real sample plan (``data/plan.py``), asked about every stream and some of the samples."""
+"""Who reads which shards: the real sample plan (``data/sample_plan.py``), asked about every stream and some of the samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from oar_scale.config.schema import Recipe
-from oar_scale.data.plan import Ids, SamplePlan, step_slots
+from oar_scale.data.sample_plan import Ids, SamplePlan, step_slots
 from oar_scale.errors import UserError
 from oar_scale.planning.case import Case
 

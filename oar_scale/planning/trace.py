@@ -1,8 +1,9 @@
 """What a training step holds, found by running the real model on fake tensors: shapes and lifetimes without memory or arithmetic.
 
-Every operation's results are counted while anything holds on to them. Kernels are a CPU's, in the precision asked for; what they keep
-for the backward pass is what the fused kernels of a GPU keep (``model/lean.py``), but for heads that a GPU pads (``activations.py``).
-Memory grows by the same amount with every block but the first and the last, so two shallow models tell it for any depth.
+Every operation's results are counted while anything holds on to them. Kernels are a CPU's, in the precision asked for; what they
+keep for the backward pass is what the fused kernels of a GPU keep (``model/memory_efficient.py``), but for heads that a GPU pads
+(``activations.py``). Memory grows by the same amount with every block but the first and the last, so two shallow models
+tell it for any depth.
 """
 
 from __future__ import annotations

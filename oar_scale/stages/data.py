@@ -7,7 +7,7 @@ from typing import Any
 
 from oar_scale.data.prepare import prepare_images
 from oar_scale.observe.console import Tally
-from oar_scale.stages.run import Run
+from oar_scale.run.context import Run
 
 EXPECTED = "about 10 s for 4,000 drawings; photos 40 to 100 a second and core"
 

@@ -19,32 +19,22 @@ from torch import Tensor
 
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
-from oar_scale.evaluation import summary
+from oar_scale.evaluation import result_tables as summary
+from oar_scale.evaluation.eval_tasks import BruteForcePiece, DrawingPiece, EditPiece, LikelihoodPiece, Piece, Results, Subject, run_pieces
+from oar_scale.evaluation.evaluation_record import Evaluation, save_evaluation
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import random_orders, raster_orders, shuffled_captions
 from oar_scale.evaluation.pictures import decode_pictures, step_of_cell
-from oar_scale.evaluation.pieces import BruteForcePiece, DrawingPiece, EditPiece, LikelihoodPiece, Piece, Results, Subject, run_pieces
-from oar_scale.evaluation.record import Evaluation, save_evaluation
-from oar_scale.evaluation.summary import Features
+from oar_scale.evaluation.result_tables import Features
 from oar_scale.generation.editing import centre_mask
 from oar_scale.generation.sampling import SampleSettings
-from oar_scale.observe.report_data import (
-    DistanceRow,
-    EditExample,
-    ModelName,
-    NllTable,
-    OrderExample,
-    OrderFacts,
-    Picture,
-    SampleGrid,
-    SampleRow,
-    TokenizerFacts,
-)
 from oar_scale.orders.analysis import neighbour_share
 from oar_scale.orders.extraction import ExtractionSettings
-from oar_scale.orders.files import run_files
-from oar_scale.stages.facts import prompts_in_words, stage_results, tokenizer_origin
-from oar_scale.stages.inputs import (
+from oar_scale.orders.order_files import run_files
+from oar_scale.report.run_metadata import prompts_in_words, stage_results, tokenizer_origin
+from oar_scale.results.estimates import DistanceRow, ModelName, NllTable
+from oar_scale.results.examples import EditExample, OrderExample, OrderFacts, Picture, SampleGrid, SampleRow, TokenizerFacts
+from oar_scale.run.artifacts import (
     MODEL_FILES,
     Tokens,
     model_files,
@@ -55,7 +45,7 @@ from oar_scale.stages.inputs import (
     require,
     without_variant,
 )
-from oar_scale.stages.run import Run
+from oar_scale.run.context import Run
 from oar_scale.storage import fetch
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import model_inputs

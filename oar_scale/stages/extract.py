@@ -6,11 +6,11 @@ import time
 from typing import Any
 
 from oar_scale.data.manifest import read_manifest
-from oar_scale.data.pool import Bounds, Facts, PoolReport, Timing
-from oar_scale.observe.words import duration
+from oar_scale.observe.formatting import duration
 from oar_scale.orders.extraction import ExtractionSettings
-from oar_scale.orders.pool import ExtractionJob, extract_all
-from oar_scale.stages.run import Run
+from oar_scale.run.context import Run
+from oar_scale.shard_pool import Bounds, Facts, PoolReport, Timing
+from oar_scale.shard_pool.extraction_pool import ExtractionJob, extract_all
 
 EXPECTED = "10 s to start the actors, then about 20 images/s and actor at 64 cells"
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from oar_scale.config.loading import dump_recipe
-from oar_scale.evaluation.record import Evaluation, load_evaluation
-from oar_scale.observe.report import write_report
-from oar_scale.observe.report_data import ReportData, TrainingCurve, training_curve
-from oar_scale.stages import facts
-from oar_scale.stages.run import Run
+from oar_scale.evaluation.evaluation_record import Evaluation, load_evaluation
+from oar_scale.report import run_metadata as facts
+from oar_scale.report import write_report
+from oar_scale.report.report_data import ReportData, TrainingCurve, training_curve
+from oar_scale.run.context import Run
 
 EXPECTED = "a few seconds"
 

@@ -20,7 +20,7 @@ from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import frechet
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.pictures import decode_pictures
-from oar_scale.stages.run import Run
+from oar_scale.run.context import Run
 from oar_scale.storage import join
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.image import ImageTokenizer

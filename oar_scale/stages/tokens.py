@@ -6,8 +6,8 @@ from typing import Any
 
 from oar_scale.config.schema import ClipTextConfig
 from oar_scale.data.manifest import Manifest, read_manifest
-from oar_scale.data.tokenize_pool import TokenizeJob, tokenize_all
-from oar_scale.stages.run import Run
+from oar_scale.run.context import Run
+from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
 
 EXPECTED = "10 s to start the actors, then about 200 images and views a second"
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from oar_scale.data.manifest import read_manifest
+from oar_scale.distributed.ray_train import run_training
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
 from oar_scale.model.spec import condition_spec
-from oar_scale.stages.inputs import prompt_encoder
-from oar_scale.stages.run import Run
+from oar_scale.run.artifacts import prompt_encoder
+from oar_scale.run.context import Run
 from oar_scale.training.inputs import job_orders
 from oar_scale.training.job import Stage, TrainingJob
-from oar_scale.training.launch import run_training
 
 RESULT = {"pretrain": "anyorder", "finetune": "ordered", "control": "control"}
 

@@ -19,22 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
-from oar_scale.errors import UserError
-
-
-class Missing(UserError):
-    """There is no object at ``uri``."""
-
-    def __init__(self, uri: str) -> None:
-        super().__init__(f"{uri}: there is nothing here. Check the path, or run the stage that writes it first.")
-        self.uri = uri
-
-    def __reduce__(self) -> tuple[type[Missing], tuple[str]]:
-        return Missing, (self.uri,)  # the default would hand the whole text to __init__ when the error crosses a process
-
-
-class Unreachable(UserError):
-    """The storage does not answer: the same call may succeed later."""
+from oar_scale.errors import Missing, Unreachable, UserError
 
 
 @dataclass

@@ -23,10 +23,10 @@ from typing import NamedTuple
 from crc32c import crc32c as checksum
 
 from oar_scale.errors import UserError
+from oar_scale.runtime.retry import patiently
 from oar_scale.storage import FetchStats, Missing
 from oar_scale.storage.background import start
 from oar_scale.storage.cache_folder import CacheFolder, Damaged, Part, Unusable, compare
-from oar_scale.storage.patience import patiently
 
 _BLOCK = 1 << 20
 _log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from oar_scale.tokenizers.image import ImageTokenizer, TokenizerSpec, check_tensors, group_norm
 from oar_scale.tokenizers.maskgit_vq import MaskGITSpec, MaskGITVQ
-from oar_scale.tokenizers.weights import read_weights, save_weights
+from oar_scale.tokenizers.safetensors_file import read_weights, save_weights
 
 CODEBOOK_USED = "quantize.codebook_used"
 CODEBOOK_USED_SHAPE = (65536,)

@@ -21,9 +21,9 @@ from oar_scale.data.stream import StreamSettings, TokenStream
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model, model_id
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
-from oar_scale.orders.files import run_files
+from oar_scale.orders.order_files import run_files
+from oar_scale.orders.order_table import OrderTable, join_orders, read_orders, table_name
 from oar_scale.orders.policies import TrainingOrders, policy
-from oar_scale.orders.table import OrderTable, join_orders, read_orders, table_name
 from oar_scale.storage import join
 from oar_scale.storage.shard_cache import ShardCache
 from oar_scale.tokenizers.prompts import PromptEncoder, check_features, load_prompts, model_inputs

@@ -18,14 +18,14 @@ from torch.profiler import record_function
 
 from oar_scale.data.hashing import hash_words
 from oar_scale.data.stream import Batch, TokenStream
+from oar_scale.distributed.deepspeed_engine import StepDone, train_step
+from oar_scale.distributed.worker_process import Process
 from oar_scale.errors import Requeue
 from oar_scale.model import ModelSpec
 from oar_scale.observe.events import EventLog
-from oar_scale.training.engine import StepDone, train_step
 from oar_scale.training.job import TrainingJob
+from oar_scale.training.learning_rate import learning_rate
 from oar_scale.training.metrics import Metrics
-from oar_scale.training.process import Process
-from oar_scale.training.schedule import learning_rate
 
 
 class RollBack(Exception):

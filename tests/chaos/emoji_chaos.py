@@ -29,13 +29,13 @@ from pool_worker import NotedExtraction, tries
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import Recipe, SentencePieceConfig
 from oar_scale.data.manifest import read_manifest, write_manifest
-from oar_scale.data.pool import Facts, Ledger, Timing, run_pool
 from oar_scale.data.prepare import prepare_images
 from oar_scale.errors import Requeue
 from oar_scale.orders.extraction import ExtractionSettings
-from oar_scale.orders.pool import ExtractionJob, ExtractionWorker
-from oar_scale.orders.table import read_orders, table_name
-from oar_scale.program import run_program
+from oar_scale.orders.order_table import read_orders, table_name
+from oar_scale.runtime.program import run_program
+from oar_scale.shard_pool import Facts, Ledger, Timing, run_pool
+from oar_scale.shard_pool.extraction_pool import ExtractionJob, ExtractionWorker
 from oar_scale.storage import join, open_storage
 
 WEIGHTS = HERE.parents[1] / "recipes" / "weights" / "emoji"

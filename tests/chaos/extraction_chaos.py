@@ -28,12 +28,12 @@ from typing import Any
 from pool_chaos import PATIENCE_S, Cluster, Driver, after_tries, begin, fail_a_fifth, kill_an_actor, s3_with_faults
 from pool_worker import PHASES, WRITES, TableWriter, table_of, tries
 
-from oar_scale.data.pool import ArrayTask, Ledger, Timing, run_pool
 from oar_scale.errors import Requeue, UserError
-from oar_scale.orders.table import table_name, write_orders
-from oar_scale.program import run_program
+from oar_scale.orders.order_table import table_name, write_orders
+from oar_scale.runtime.program import run_program
+from oar_scale.runtime.retry import patiently
+from oar_scale.shard_pool import ArrayTask, Ledger, Timing, run_pool
 from oar_scale.storage import join, open_storage
-from oar_scale.storage.patience import patiently
 
 SHARDS = [f"{index:05d}.tar" for index in range(12)]
 WORK_S = 0.15

@@ -11,8 +11,8 @@ import pool_chaos
 import pytest
 from pool_worker import TableWriter
 
-from oar_scale.data.pool import ArrayTask, Ledger, Timing, run_pool
-from oar_scale.orders.table import table_name
+from oar_scale.orders.order_table import table_name
+from oar_scale.shard_pool import ArrayTask, Ledger, Timing, run_pool
 from oar_scale.storage import join, open_storage
 
 SEED = 5

@@ -35,7 +35,7 @@ from launcher import start_workers  # noqa: E402
 from small_run import copy_run, prepare_small_run, pretraining, small_recipe  # noqa: E402
 
 from oar_scale.observe.events import read_events  # noqa: E402
-from oar_scale.stages.run import Run  # noqa: E402
+from oar_scale.run.context import Run  # noqa: E402
 from oar_scale.storage import join, open_storage  # noqa: E402
 
 STEPS, ATTEMPTS = 12, 8
@@ -72,10 +72,10 @@ class Plan:
 
 def worker(job: Any, plan: Plan, seen: str) -> None:
     """The real worker, with a record of its samples and a way to die at a point of the plan."""
+    from oar_scale.distributed.checkpoints import deepspeed_files, layout, saver
+    from oar_scale.distributed.worker import train
     from oar_scale.errors import Requeue
     from oar_scale.training import loop
-    from oar_scale.training.checkpoints import deepspeed_files, layout, saver
-    from oar_scale.training.worker import train
 
     rank = int(os.environ["RANK"])
     with open(f"{seen}.log", "a") as log:  # what the dying say is kept with the trial
@@ -278,7 +278,7 @@ def losses(run: Run) -> dict[int, float]:
 
 
 def committed(run: Run) -> set[str]:
-    from oar_scale.training.checkpoints.layout import places
+    from oar_scale.distributed.checkpoints.layout import places
 
     return {place.uri for place in places(pretraining(run).checkpoints) if place.committed}
 
@@ -302,8 +302,8 @@ def check_resumed(files: Sequence[str], before: set[str], number: int, corrupted
 
 def check_committed(run: Run, corrupted: set[str]) -> None:
     """Whatever is committed, and was not damaged on purpose, can be read."""
-    from oar_scale.training.checkpoints.fetch import check
-    from oar_scale.training.checkpoints.layout import Damaged, read
+    from oar_scale.distributed.checkpoints.fetch import check
+    from oar_scale.distributed.checkpoints.layout import Damaged, read
 
     for uri in committed(run) - corrupted:
         try:
@@ -320,7 +320,7 @@ def corrupt(dice: random.Random, whole: set[str]) -> dict[str, bytes | None]:
     Returns:
         Its URI, and its marker as it is now.
     """
-    from oar_scale.training.checkpoints.layout import MANIFEST, MARKER, read
+    from oar_scale.distributed.checkpoints.layout import MANIFEST, MARKER, read
 
     if len(whole) < 2:
         return {}
@@ -340,7 +340,7 @@ def corrupt(dice: random.Random, whole: set[str]) -> dict[str, bytes | None]:
 
 
 def marker_of(uri: str) -> bytes | None:
-    from oar_scale.training.checkpoints.layout import MARKER
+    from oar_scale.distributed.checkpoints.layout import MARKER
 
     storage = open_storage(uri)
     return storage.read(join(uri, MARKER)) if storage.exists(join(uri, MARKER)) else None

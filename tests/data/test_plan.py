@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oar_scale.data.hashing import device_permutations, integers, permutations, uniform
-from oar_scale.data.plan import MIXTURE_PERIOD, MixturePlan, SamplePlan, shuffled, step_slots
+from oar_scale.data.sample_plan import MIXTURE_PERIOD, MixturePlan, SamplePlan, shuffled, step_slots
 
 plans = st.builds(
     SamplePlan,

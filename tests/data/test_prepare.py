@@ -15,7 +15,7 @@ from oar_scale.config.schema import DataConfig, FolderSource, OpenMojiSource, Ta
 from oar_scale.data.manifest import ShardInfo, read_manifest
 from oar_scale.data.prepare import AHEAD, prepare_images
 from oar_scale.data.shards import iterate_shard, read_shard, write_shard
-from oar_scale.data.sources.files import square
+from oar_scale.data.sources.image_files import square
 from oar_scale.errors import UserError
 from oar_scale.storage import join
 

@@ -21,7 +21,7 @@ from oar_scale.config.schema import DataConfig, Source
 from oar_scale.data.prepare import prepare_images
 from oar_scale.data.shards import read_shard
 from oar_scale.data.sources import BadSample, Content, open_source
-from oar_scale.data.sources.files import square_of
+from oar_scale.data.sources.image_files import square_of
 from oar_scale.errors import UserError
 from oar_scale.storage import join, open_storage
 

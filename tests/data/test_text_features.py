@@ -15,12 +15,12 @@ from PIL import Image
 
 from oar_scale.config.schema import ClipTextConfig, ModelConfig
 from oar_scale.data.manifest import Manifest, TextFeatures, read_manifest, write_manifest
-from oar_scale.data.ray_session import ray_session
 from oar_scale.data.shards import read_shard, shard_name, write_shard
-from oar_scale.data.tokenize_pool import TokenizeJob, tokenize_all
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, ModelSpec, check_prompts
 from oar_scale.model.spec import condition_spec
+from oar_scale.runtime.ray_session import ray_session
+from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.prompts import FeatureReader, check_features, for_new_prompts, load_prompts, model_inputs, write_features_note
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from oar_scale.evaluation.animation import FRAMES, LAST_MS, animated, appearing
-from oar_scale.evaluation.pictures import contact_sheet, upscale
-from oar_scale.observe.report.figures import UNKNOWN_GREY
+from oar_scale.evaluation.pictures import UNKNOWN_GREY, contact_sheet, upscale
 
 PICTURES = [np.random.default_rng(seed).integers(0, 160, (8, 8, 3)).astype(np.uint8) for seed in range(3)]  # none of it is grey
 ORDERS = np.stack([np.arange(16), np.arange(16)[::-1], np.random.default_rng(9).permutation(16)])

@@ -14,6 +14,7 @@ from PIL import Image
 from small_models import small_model
 
 import oar_scale
+from oar_scale.commands.checkpoint_exchange import run_export
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
@@ -21,7 +22,6 @@ from oar_scale.generation import editing
 from oar_scale.generation.pretrained import Pretrained
 from oar_scale.model import save_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec, condition_spec
-from oar_scale.stages.checkpoint import run_export
 from oar_scale.storage import read_json, write_json
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.text import train_text_tokenizer

@@ -14,7 +14,7 @@ from elastic_runs import SHAPE, apart, events, losses, prepared_run, recipe_file
 from small_run import copy_run
 
 from cluster.dev import ray as dev_ray
-from oar_scale.stages.run import Run
+from oar_scale.run.context import Run
 
 
 @pytest.fixture(scope="module")

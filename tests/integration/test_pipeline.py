@@ -21,7 +21,7 @@ import webdataset
 from elastic_runs import watched
 
 from oar_scale.observe.events import attempts, read_events
-from oar_scale.orders.table import read_orders
+from oar_scale.orders.order_table import read_orders
 from oar_scale.storage import open_storage, read_json
 
 ROOT = Path(__file__).resolve().parents[2]

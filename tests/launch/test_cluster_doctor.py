@@ -20,11 +20,11 @@ from cluster.dev import processes
 from cluster.dev import ray as dev_ray
 from cluster.dev import slurm as dev_slurm
 from oar_scale.cli import main
-from oar_scale.doctor import places
+from oar_scale.doctor import storage_checks as places
 from oar_scale.doctor.finding import Finding
-from oar_scale.doctor.group import GROUP_S, Facts, merged
-from oar_scale.doctor.places import storage_speed, wandb_server
-from oar_scale.launch import doctor
+from oar_scale.doctor.node_checks import GROUP_S, Facts, merged
+from oar_scale.doctor.storage_checks import storage_speed, wandb_server
+from oar_scale.launch import cluster_doctor as doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,7 +132,7 @@ def test_nodes_that_differ_are_named_and_many_that_agree_are_one_line() -> None:
 GROUP = """
 import json, sys, time
 from oar_scale.config.loading import load_recipe
-from oar_scale.doctor import group
+from oar_scale.doctor import node_checks as group
 
 rank, port, late = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 if rank == 1:

@@ -13,7 +13,7 @@ from cluster.dev import ray as dev_ray
 from cluster.dev.slurm import Cluster
 from oar_scale.cli import main
 from oar_scale.launch import JobStatus, cancel, find_jobs
-from oar_scale.launch.record import Job, Submission, read_submissions, write_submissions
+from oar_scale.launch.submissions import Job, Submission, read_submissions, write_submissions
 from oar_scale.observe.events import EventLog
 
 SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")

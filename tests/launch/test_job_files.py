@@ -15,9 +15,9 @@ import pytest
 
 from oar_scale.cli import main
 from oar_scale.config.loading import load_recipe
+from oar_scale.launch.job_specs import Step
 from oar_scale.launch.jobs import dry_run, job_files
 from oar_scale.launch.profile import SlurmProfile, load_profile
-from oar_scale.launch.steps import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "launch"

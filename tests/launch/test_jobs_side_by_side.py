@@ -21,7 +21,7 @@ from small_run import copy_run
 from cluster.dev.slurm import Cluster
 from oar_scale.launch import find_jobs, submit
 from oar_scale.launch.jobs import JobStatus
-from oar_scale.orders.table import read_orders
+from oar_scale.orders.order_table import read_orders
 from oar_scale.storage import open_storage
 
 SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")

@@ -9,9 +9,9 @@ import pytest
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.errors import UserError
+from oar_scale.launch.job_specs import Step, plan_steps
 from oar_scale.launch.profile import Container, Resources, SlurmProfile, load_profile, seconds
 from oar_scale.launch.slurm import container, render
-from oar_scale.launch.steps import Step, plan_steps
 
 SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
 GOOD = 'type: slurm\ncpus_per_node: 8\ntime: "01:00:00"\n'

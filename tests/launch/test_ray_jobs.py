@@ -25,7 +25,7 @@ from cluster.dev import ray as dev_ray
 from oar_scale.cli import main
 from oar_scale.config.loading import load_recipe
 from oar_scale.launch import ray_entry
-from oar_scale.launch.record import last_submission
+from oar_scale.launch.submissions import last_submission
 
 ROOT = Path(__file__).resolve().parents[2]
 

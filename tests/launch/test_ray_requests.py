@@ -13,9 +13,9 @@ from ruamel.yaml import YAML
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.launch import dry_run
+from oar_scale.launch.job_specs import Step
 from oar_scale.launch.profile import RayProfile, load_profile
 from oar_scale.launch.ray_jobs import describe
-from oar_scale.launch.steps import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "launch"

@@ -15,7 +15,7 @@ from cluster.dev import slurm as dev_slurm
 from cluster.dev.slurm import Cluster
 from oar_scale.cli import main
 from oar_scale.launch import cancel, find_jobs, logs
-from oar_scale.launch.record import last_submission
+from oar_scale.launch.submissions import last_submission
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = str(ROOT / "recipes" / "smoke.yaml")

@@ -20,14 +20,14 @@ from cluster.dev import slurm as dev_slurm
 from cluster.dev.hosts import GATE_ADDRESS
 from oar_scale.config.loading import load_recipe
 from oar_scale.launch.slurm import ENDED
-from oar_scale.stages.run import Run
+from oar_scale.run.context import Run
 
 TESTS = str(Path(__file__).resolve().parents[1])
 PREPARE = """
 import json, sys
 from elastic_runs import SHAPE, recipe_file
 from small_run import copy_run, small_recipe
-from oar_scale.stages.run import Run
+from oar_scale.run.context import Run
 from oar_scale.storage import open_storage
 source, folder, root, changes = sys.argv[1:]
 prepared = Run(small_recipe(source, **SHAPE))

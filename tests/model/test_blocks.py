@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from small_models import random_codes, random_orders, random_text, small_model
 from torch import Tensor
 
-from oar_scale.model import lean
 from oar_scale.model import loss as loss_module
+from oar_scale.model import memory_efficient as lean
 from oar_scale.model.blocks import GatedLinear, Linear, in_few_shapes
 from oar_scale.model.loss import mean_nll
 from oar_scale.model.rope import cell_rotations, rotate, rotate_, rotate_heads

@@ -19,7 +19,7 @@ from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.model.flops import extraction_flops, forward_flops, training_flops, useful_flops
 from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
-from oar_scale.orders.steps import step_sizes
+from oar_scale.orders.step_sizes import step_sizes
 
 IMAGES = 2
 ROOT = Path(__file__).resolve().parents[2]

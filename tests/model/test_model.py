@@ -18,7 +18,7 @@ from oar_scale.model import AnyOrderModel, load_model, save_model
 from oar_scale.model.spec import FeatureSpec
 from oar_scale.model.weights import model_of
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
-from oar_scale.tokenizers.weights import load_weights, save_weights
+from oar_scale.tokenizers.safetensors_file import load_weights, save_weights
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:

@@ -8,12 +8,24 @@ from datetime import datetime
 
 import numpy as np
 
-from oar_scale.observe import report_data as d
+from oar_scale.report import report_data as d
+from oar_scale.results.estimates import (
+    CaptionDependence,
+    DistanceRow,
+    Estimate,
+    ModelName,
+    NllDifference,
+    NllEntry,
+    NllTable,
+    OrderName,
+    PretrainEffect,
+)
+from oar_scale.results.examples import EditExample, OrderExample, OrderFacts, Picture, SampleGrid, SampleRow, TokenizerFacts
 
 GRID = 8
 
 
-def picture(seed: int, size: int = 32) -> d.Picture:
+def picture(seed: int, size: int = 32) -> Picture:
     """Smooth colours, different for each seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3))
     return np.kron(coarse, np.ones((size // 4, size // 4, 1))).astype(np.uint8)
@@ -28,26 +40,26 @@ def curve(title: str, steps: int, start: float, end: float, heldout: bool = True
     return d.TrainingCurve(title, d.Series(at, losses), heldout=evaluated if heldout else None)
 
 
-def nll_table(ordered_minus_control: float = -0.042) -> d.NllTable:
-    means: dict[tuple[d.ModelName, d.OrderName], float] = {
+def nll_table(ordered_minus_control: float = -0.042) -> NllTable:
+    means: dict[tuple[ModelName, OrderName], float] = {
         ("base", "random"): 3.912, ("base", "raster"): 3.871, ("base", "own confidence"): 3.702,
         ("any-order", "random"): 3.544, ("any-order", "raster"): 3.521, ("any-order", "own confidence"): 3.361,
         ("control", "random"): 3.532, ("control", "raster"): 3.509, ("control", "own confidence"): 3.352,
         ("ordered", "random"): 3.581, ("ordered", "raster"): 3.557, ("ordered", "own confidence"): 3.352 + ordered_minus_control,
     }  # fmt: skip
-    return d.NllTable(
+    return NllTable(
         images=192,
-        entries=tuple(d.NllEntry(model, order, d.Estimate(mean, 0.031)) for (model, order), mean in means.items()),
+        entries=tuple(NllEntry(model, order, Estimate(mean, 0.031)) for (model, order), mean in means.items()),
         differences=(
-            d.NllDifference("ordered", "control", "own confidence", d.Estimate(ordered_minus_control, 0.006)),
-            d.NllDifference("ordered", "any-order", "own confidence", d.Estimate(-0.051, 0.007)),
-            d.NllDifference("ordered", "control", "random", d.Estimate(0.049, 0.005)),
-            d.NllDifference("ordered", "control", "raster", d.Estimate(0.008, 0.006)),
+            NllDifference("ordered", "control", "own confidence", Estimate(ordered_minus_control, 0.006)),
+            NllDifference("ordered", "any-order", "own confidence", Estimate(-0.051, 0.007)),
+            NllDifference("ordered", "control", "random", Estimate(0.049, 0.005)),
+            NllDifference("ordered", "control", "raster", Estimate(0.008, 0.006)),
         ),
     )
 
 
-def orders(captions: Sequence[str], pictures: Sequence[d.Picture]) -> d.OrderFacts:
+def orders(captions: Sequence[str], pictures: Sequence[Picture]) -> OrderFacts:
     rows, columns = np.mgrid[:GRID, :GRID]
     rng = np.random.default_rng(3)
 
@@ -55,16 +67,16 @@ def orders(captions: Sequence[str], pictures: Sequence[d.Picture]) -> d.OrderFac
         distance = np.hypot(rows - centre, columns - centre) + rng.normal(0, 0.8, (GRID, GRID))
         return np.argsort(np.argsort(-distance.ravel())).reshape(GRID, GRID)
 
-    examples = tuple(d.OrderExample(c, p, steps(3.5 + rng.normal(0, 1))) for c, p in zip(captions, pictures, strict=True))
+    examples = tuple(OrderExample(c, p, steps(3.5 + rng.normal(0, 1))) for c, p in zip(captions, pictures, strict=True))
     mean = np.mean([steps(3.5 + rng.normal(0, 1)) for _ in range(50)], axis=0)
     brute_force = "On 4 images the extracted orders equal those of brute force."
-    return d.OrderFacts("gt_logprob", 3557, 3549, mean, 0.463, 0.218, 148.2, examples, brute_force)
+    return OrderFacts("gt_logprob", 3557, 3549, mean, 0.463, 0.218, 148.2, examples, brute_force)
 
 
 def report(
     captions: Sequence[str] = ("a grinning cat", "pizza, emoji", "an emoji of <umbrella> & rain"),
-    pictures: Sequence[d.Picture] | None = None,
-    nll: d.NllTable | None = None,
+    pictures: Sequence[Picture] | None = None,
+    nll: NllTable | None = None,
 ) -> d.ReportData:
     pictures = pictures or [picture(seed) for seed in range(len(captions))]
     blurred = [(p.astype(np.float64) * 0.8 + np.roll(p, 2, axis=0) * 0.2).astype(np.uint8) for p in pictures]
@@ -100,7 +112,7 @@ def report(
             bad_samples=2,
             bad_examples=("1f9ff: no caption", "2b1b: blank picture"),
         ),
-        tokenizer=d.TokenizerFacts(
+        tokenizer=TokenizerFacts(
             "weights shipped with the recipe",
             GRID,
             512,
@@ -118,26 +130,26 @@ def report(
             curve("finetune (ordered)", 80, 3.6, 3.3),
             curve("control (random orders)", 80, 3.6, 3.5),
         ),
-        pretrain=d.PretrainEffect(192, d.Estimate(3.912, 0.033), d.Estimate(3.544, 0.031), d.Estimate(-0.368, 0.012)),
+        pretrain=PretrainEffect(192, Estimate(3.912, 0.033), Estimate(3.544, 0.031), Estimate(-0.368, 0.012)),
         nll=nll or nll_table(),
         captions=(
-            d.CaptionDependence("any-order", 192, d.Estimate(3.544, 0.031), d.Estimate(3.721, 0.035), d.Estimate(0.177, 0.013)),
-            d.CaptionDependence("ordered", 192, d.Estimate(3.581, 0.032), d.Estimate(3.742, 0.036), d.Estimate(0.161, 0.014)),
+            CaptionDependence("any-order", 192, Estimate(3.544, 0.031), Estimate(3.721, 0.035), Estimate(0.177, 0.013)),
+            CaptionDependence("ordered", 192, Estimate(3.581, 0.032), Estimate(3.742, 0.036), Estimate(0.161, 0.014)),
         ),
         distances=(
-            d.DistanceRow("reconstructions", 256, 0.0312, 0.0021, 88.4),
-            d.DistanceRow("any-order", 256, 0.1211, 0.0043, 191.8),
-            d.DistanceRow("control", 256, 0.1184, 0.0041, 189.5),
-            d.DistanceRow("ordered", 256, 0.1032, 0.0039, 180.6),
+            DistanceRow("reconstructions", 256, 0.0312, 0.0021, 88.4),
+            DistanceRow("any-order", 256, 0.1211, 0.0043, 191.8),
+            DistanceRow("control", 256, 0.1184, 0.0041, 189.5),
+            DistanceRow("ordered", 256, 0.1032, 0.0039, 180.6),
         ),
-        samples=d.SampleGrid(
+        samples=SampleGrid(
             ("any-order", "control", "ordered"),
             "Guidance 2, temperature 1, each in its own confidence order",
-            tuple(d.SampleRow(c, p, (b, b, b)) for c, p, b in zip(captions, pictures, blurred, strict=True)),
+            tuple(SampleRow(c, p, (b, b, b)) for c, p, b in zip(captions, pictures, blurred, strict=True)),
         ),
         edits=(
-            d.EditExample("inpainting", captions[0], "ordered", pictures[0], known, (blurred[0], blurred[0])),
-            d.EditExample("outpainting", captions[1], "ordered", pictures[1], ~known, (blurred[1], blurred[1])),
+            EditExample("inpainting", captions[0], "ordered", pictures[0], known, (blurred[0], blurred[0])),
+            EditExample("outpainting", captions[1], "ordered", pictures[1], ~known, (blurred[1], blurred[1])),
         ),
         orders=orders(captions, pictures),
         notes=("A model of this size on 3,557 pictures learns shapes and colours, not fine detail.", "One seed."),

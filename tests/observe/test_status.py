@@ -16,7 +16,7 @@ from oar_scale.errors import UserError
 from oar_scale.observe import events
 from oar_scale.observe.events import EventLog
 from oar_scale.observe.mirror import open_log
-from oar_scale.observe.place import find_run
+from oar_scale.observe.run_location import find_run
 from oar_scale.observe.status import status
 from oar_scale.storage import join, write_json
 from tests.observe import synthetic_run

@@ -16,10 +16,10 @@ from oar_scale.generation.editing import box_mask, inpaint
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.model import AnyOrderModel, model_id, save_model
 from oar_scale.orders import policies
-from oar_scale.orders.files import OrderFiles, folder_files, head_file, run_files
 from oar_scale.orders.head import HeadSpec, OrderHead, save_head
+from oar_scale.orders.order_files import OrderFiles, folder_files, head_file, run_files
+from oar_scale.orders.order_table import OrderTable, table_name, write_orders
 from oar_scale.orders.policies import Drawing, GridPolicy, LateOrder, TrainingOrders, grid_policies, known, order_to_draw, policy
-from oar_scale.orders.table import OrderTable, table_name, write_orders
 
 GRIDS = range(1, 34)
 POWERS = (1, 2, 4, 8, 16, 32)

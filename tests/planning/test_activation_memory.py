@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oar_scale.data.pool.ledger import _READERS
 from oar_scale.model import AnyOrderModel, decoding, loss
 from oar_scale.orders import scores
 from oar_scale.planning import activations, extracting, trace
 from oar_scale.planning.trace import Alive, trace_trunk
+from oar_scale.shard_pool.ledger import _READERS
 from tests.planning.cases import SPECS
 
 IMAGES = 4

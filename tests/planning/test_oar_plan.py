@@ -15,7 +15,7 @@ from oar_scale.cli import main
 from oar_scale.errors import UserError
 from oar_scale.planning.cheaper import WORTH
 from oar_scale.planning.plan import Options, Plan, make_plan
-from oar_scale.planning.text import as_json, as_text
+from oar_scale.planning.plan_report import as_json, as_text
 from tests.planning.cases import RECIPES, SHIPPED
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

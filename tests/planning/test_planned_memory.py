@@ -15,8 +15,8 @@ from oar_scale.config.schema import ParallelConfig
 from oar_scale.model.spec import ModelSpec
 from oar_scale.planning.activations import Trunk
 from oar_scale.planning.assumptions import read_assumptions
-from oar_scale.planning.memory import Memory, memory, micro_batches, settings
 from oar_scale.planning.shape import parameters
+from oar_scale.planning.worker_memory import Memory, memory, micro_batches, settings
 from tests.launcher import run_workers
 from tests.planning.cases import SPECS, case
 

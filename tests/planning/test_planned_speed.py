@@ -8,7 +8,7 @@ import pytest
 
 from oar_scale.model.flops import training_flops, useful_flops
 from oar_scale.planning.case import Case
-from oar_scale.planning.speed import Step, collectives, communication, step_time
+from oar_scale.planning.step_time import Step, collectives, communication, step_time
 from tests.planning.cases import case
 
 H200_PEAK = 989e12

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from oar_scale.data.plan import SamplePlan, step_slots
+from oar_scale.data.sample_plan import SamplePlan, step_slots
 from oar_scale.errors import UserError
 from oar_scale.planning.streaming import StreamLoad, check_sharing, stream_load
 from tests.planning.cases import case

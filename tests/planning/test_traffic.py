@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oar_scale.data.pool import Timing
 from oar_scale.data.shards import token_sample, write_shard
-from oar_scale.orders.table import OrderTable, write_orders
+from oar_scale.orders.order_table import OrderTable, write_orders
 from oar_scale.planning import extracting, traffic
 from oar_scale.planning.shape import spec_of
 from oar_scale.planning.traffic import checkpoint, orders_bytes, pool_load, token_shard
-from oar_scale.planning.training import saving_of
+from oar_scale.planning.training_stage import saving_of
+from oar_scale.shard_pool import Timing
 from oar_scale.storage import s3_download
 from oar_scale.storage.s3 import _TRANSFER
 from tests.planning.cases import case

@@ -1,4 +1,4 @@
-"""The table in planning/memory.py is what a real DeepSpeed engine holds on each of two ranks."""
+"""The table in planning/worker_memory.py is what a real DeepSpeed engine holds on each of two ranks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from oar_scale.config.schema import ParallelConfig, TrainingConfig
 from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.model.spec import ClassSpec
 from oar_scale.planning.assumptions import read_assumptions
-from oar_scale.planning.memory import BUCKET, memory
 from oar_scale.planning.trace import Alive
 from oar_scale.planning.traffic import checkpoint
+from oar_scale.planning.worker_memory import BUCKET, memory
 from oar_scale.training.optimizer import SteadyAdamW
 from tests.launcher import run_workers
 
@@ -41,7 +41,7 @@ def _train(settings: dict[str, Any], accumulation: int, average: bool, out: str)
     """Three steps; rank 0 leaves the bytes of all tensors: between steps, at most in a backward pass, at most in a step."""
     import deepspeed
 
-    from oar_scale.training.checkpoints.deepspeed_files import save_shards
+    from oar_scale.distributed.checkpoints.deepspeed_files import save_shards
 
     deepspeed.init_distributed("gloo", verbose=False)
     parallel = ParallelConfig(micro_batch=1, workers=WORLD, **settings)

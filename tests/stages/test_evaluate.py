@@ -15,23 +15,23 @@ import pytest
 import torch
 from PIL import Image
 
+from oar_scale.commands.sample import run_sample
 from oar_scale.config.schema import ParallelConfig, Recipe
 from oar_scale.data.manifest import read_manifest, write_manifest
 from oar_scale.data.shards import read_shard, read_token_shard
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
 from oar_scale.errors import UserError
-from oar_scale.evaluation.record import load_evaluation
+from oar_scale.evaluation.evaluation_record import load_evaluation
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
 from oar_scale.model.spec import TextSpec
 from oar_scale.observe.console import Console
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
-from oar_scale.orders.table import OrderTable, table_name, write_orders
+from oar_scale.orders.order_table import OrderTable, table_name, write_orders
+from oar_scale.run.artifacts import without_variant
+from oar_scale.run.context import Run
 from oar_scale.stages.data import run_data
 from oar_scale.stages.evaluate import _devices, run_evaluate
-from oar_scale.stages.inputs import without_variant
 from oar_scale.stages.report import run_report
-from oar_scale.stages.run import Run
-from oar_scale.stages.sample import run_sample
 from oar_scale.stages.tokenizer import read_images
 from oar_scale.storage import join, read_json, write_json
 from oar_scale.tokenizers.text import train_text_tokenizer

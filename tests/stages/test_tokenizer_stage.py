@@ -15,11 +15,11 @@ from oar_scale.evaluation.distances import frechet
 from oar_scale.evaluation.features import image_features
 from oar_scale.observe.console import Console
 from oar_scale.observe.events import read_events
-from oar_scale.observe.report import render_report
-from oar_scale.observe.report_data import ReportData
+from oar_scale.report import render_report
+from oar_scale.report.report_data import ReportData
+from oar_scale.report.run_metadata import run_facts, tokenizer_facts
+from oar_scale.run.context import Run
 from oar_scale.stages.data import run_data
-from oar_scale.stages.facts import run_facts, tokenizer_facts
-from oar_scale.stages.run import Run
 from oar_scale.stages.tokenizer import read_images, run_tokenizer
 from oar_scale.tokenizers import perceptual
 from oar_scale.tokenizers.image import ImageTokenizer

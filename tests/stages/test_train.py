@@ -10,7 +10,7 @@ from small_run import prepare_small_run, small_recipe
 
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model, save_model
-from oar_scale.stages.run import Run
+from oar_scale.run.context import Run
 from oar_scale.stages.train import _write_base, run_train
 
 

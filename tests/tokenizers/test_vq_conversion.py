@@ -11,9 +11,9 @@ from torch import Tensor
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.errors import UserError
-from oar_scale.tokenizers.conversion import export_llamagen_vq, export_maskgit_vq, import_llamagen_vq, import_maskgit_vq
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.maskgit_vq import MaskGITSpec, MaskGITVQ
+from oar_scale.tokenizers.peer_vq import export_llamagen_vq, export_maskgit_vq, import_llamagen_vq, import_maskgit_vq
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq, vq_id
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from parity import Case, peer_case
 
-from oar_scale.tokenizers.conversion import import_llamagen_vq, import_maskgit_vq
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.maskgit_vq import MaskGITSpec, MaskGITVQ
+from oar_scale.tokenizers.peer_vq import import_llamagen_vq, import_maskgit_vq
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, psnr, unit_to_pixels
 
 IMPORTS = {"vq16": import_llamagen_vq, "maskgit_vq": import_maskgit_vq}

@@ -18,9 +18,9 @@ from oar_scale.errors import UserError
 from oar_scale.model import load_model
 from oar_scale.observe.events import read_events
 from oar_scale.orders.extraction import ExtractionSettings
-from oar_scale.orders.pool import ExtractionJob, ExtractionWorker
-from oar_scale.orders.table import read_orders
-from oar_scale.stages.run import Run
+from oar_scale.orders.order_table import read_orders
+from oar_scale.run.context import Run
+from oar_scale.shard_pool.extraction_pool import ExtractionJob, ExtractionWorker
 from oar_scale.training.job import TrainingJob
 
 TOWER = "ViT-S-16-alt"
@@ -50,7 +50,7 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def train_all(jobs: list[TrainingJob]) -> None:
-    from oar_scale.training.worker import train
+    from oar_scale.distributed.worker import train
 
     for job in jobs:
         train(job)

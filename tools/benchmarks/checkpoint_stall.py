@@ -117,10 +117,10 @@ def _worker(rank: int, port: int, case: Case, out: str) -> None:
     import torch.distributed as dist
     from deepspeed.utils import logger
 
+    from oar_scale.distributed.checkpoints import Saver
+    from oar_scale.distributed.deepspeed_engine import make_engine
+    from oar_scale.distributed.worker_process import Process
     from oar_scale.tokenizers.prompts import LabelEncoder
-    from oar_scale.training.checkpoints import Saver
-    from oar_scale.training.engine import make_engine
-    from oar_scale.training.process import Process
 
     logger.setLevel(logging.ERROR)
     job = _job(case)

@@ -16,13 +16,13 @@ import torch
 from oar_scale.config.loading import load_recipe
 from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import frechet, kid
+from oar_scale.evaluation.eval_tasks import DrawingPiece, Subject
 from oar_scale.evaluation.features import image_features
-from oar_scale.evaluation.pieces import DrawingPiece, Subject
 from oar_scale.generation.sampling import SampleSettings
-from oar_scale.orders.files import run_files
+from oar_scale.orders.order_files import run_files
 from oar_scale.orders.policies import known
-from oar_scale.stages.inputs import prompt_encoder, read_pictures, read_tokens
-from oar_scale.stages.run import Run
+from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
+from oar_scale.run.context import Run
 from oar_scale.tokenizers.prompts import model_inputs
 from oar_scale.tokenizers.vq import pixels_to_unit
 

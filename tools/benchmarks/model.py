@@ -146,8 +146,8 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from oar_scale.model import AnyOrderModel
-    from oar_scale.model.conversion import export_peer
     from oar_scale.model.flops import useful_flops
+    from oar_scale.model.peer_weights import export_peer
 
     torch.manual_seed(0)
     spec = _spec(arguments)
@@ -223,11 +223,12 @@ class Side:
 
 
 class Ours(Side):
-    """As ``oar_scale.training.worker`` trains: weights in the precision of the recipe, AdamW on a float32 copy of them."""
+    """As ``oar_scale.distributed.worker`` trains: weights in the precision of the recipe, AdamW on a float32 copy of them."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         from oar_scale.data.hashing import device_permutations
-        from oar_scale.model import acceleration, conversion
+        from oar_scale.model import acceleration
+        from oar_scale.model import peer_weights as conversion
 
         self.arguments, self.conversion, self.acceleration, self.permutations = arguments, conversion, acceleration, device_permutations
 

@@ -14,7 +14,7 @@ from measure import MIB, Meter, alternate, in_fresh_process, machine, median_rat
 from torch import Tensor
 
 from oar_scale.data.hashing import device_permutations, permutations
-from oar_scale.model import lean
+from oar_scale.model import memory_efficient as lean
 from oar_scale.model.loss import mean_nll
 from oar_scale.model.rope import cell_rotations, rotate, rotate_heads
 

@@ -125,12 +125,12 @@ def worker(cases: list[dict[str, Any]], folder: str, *, give_back: bool) -> None
     from oar_scale.config.loading import load_recipe
     from oar_scale.config.schema import LabelsConfig, Recipe
     from oar_scale.data.stream import Batch
+    from oar_scale.distributed.deepspeed_engine import make_engine, train_step
+    from oar_scale.distributed.worker_process import Process
     from oar_scale.model import AnyOrderModel, save_model
     from oar_scale.planning.shape import spec_of
     from oar_scale.tokenizers.prompts import load_prompts
-    from oar_scale.training.engine import make_engine, train_step
     from oar_scale.training.job import TrainingJob
-    from oar_scale.training.process import Process
 
     if give_back:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, KEPT)

@@ -50,7 +50,7 @@ class Sleeper:
 
     def run(self, shard: str) -> dict[str, Any]:
         from oar_scale.data.shards import read_token_shard
-        from oar_scale.orders.table import OrderTable, table_name, write_orders
+        from oar_scale.orders.order_table import OrderTable, table_name, write_orders
         from oar_scale.storage import join
 
         keys = read_token_shard(join(self.tokens, shard), self.cache).keys
@@ -96,7 +96,7 @@ class Measured:
 
 
 def measured(make: Callable[[], Any], shards: list[str], ledger: str, actors: int) -> Measured:
-    from oar_scale.data.pool import run_pool
+    from oar_scale.shard_pool import run_pool
 
     ready: list[float] = []
 
@@ -115,8 +115,8 @@ def measured(make: Callable[[], Any], shards: list[str], ledger: str, actors: in
 
 
 def overhead(arguments: argparse.Namespace) -> None:
-    from oar_scale.data.ray_session import ray_session
     from oar_scale.data.shards import shard_name, token_sample, write_shard
+    from oar_scale.runtime.ray_session import ray_session
     from oar_scale.storage import join
 
     names = [shard_name(index) for index in range(arguments.shards)]
@@ -164,7 +164,7 @@ def places(scratch: str, with_s3: bool) -> Iterator[dict[str, str]]:
 
 
 def actors(arguments: argparse.Namespace) -> None:
-    from oar_scale.data.ray_session import ray_session
+    from oar_scale.runtime.ray_session import ray_session
 
     with tempfile.TemporaryDirectory() as folder, ray_session(cpus=2):
         job, shards = prepare(folder, arguments.images)
@@ -199,7 +199,7 @@ def prepare(folder: str, images: int) -> tuple[Callable[[str], Any], list[str]]:
     from oar_scale.data.prepare import prepare_images
     from oar_scale.data.tokenize import token_manifest, tokenize_shard
     from oar_scale.orders.extraction import ExtractionSettings
-    from oar_scale.orders.pool import ExtractionJob
+    from oar_scale.shard_pool.extraction_pool import ExtractionJob
     from oar_scale.tokenizers.vq import load_vq
 
     recipe = load_recipe(str(ROOT / "recipes" / "emoji.yaml"), [f"data.source.limit={images}", "data.samples_per_shard=64"])

@@ -173,7 +173,7 @@ def _worker(job: Any, side: str, rank: int, port: int, results: Any, passed: Any
 
     loops.Loop._one_step = marked  # type: ignore[method-assign]
     if side == "observed":
-        from oar_scale.training.worker import train
+        from oar_scale.distributed.worker import train
 
         train(job)
     else:
@@ -186,11 +186,11 @@ def _worker(job: Any, side: str, rank: int, port: int, results: Any, passed: Any
 
 def _bare(job: Any) -> None:
     """The loop with nothing beside it."""
-    from oar_scale.training.engine import make_engine
+    from oar_scale.distributed.deepspeed_engine import make_engine
+    from oar_scale.distributed.worker_process import Process
     from oar_scale.training.inputs import job_prompts, job_stream
     from oar_scale.training.loop import Loop
     from oar_scale.training.metrics import Metrics
-    from oar_scale.training.process import Process
 
     with Process(job) as process:
         prompts = job_prompts(job)

@@ -16,7 +16,7 @@ from oar_scale.config.schema import FolderSource
 from oar_scale.data.hashing import name_hash
 from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.sources import BadSample, Content, SourceImage
-from oar_scale.data.sources.files import image_files, key_of, square
+from oar_scale.data.sources.image_files import image_files, key_of, square
 from oar_scale.errors import UserError
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from oar_scale.config.schema import TableSource
 from oar_scale.data.sources import BadSample, Content, SourceImage
-from oar_scale.data.sources.files import key_of, square
+from oar_scale.data.sources.image_files import key_of, square
 from oar_scale.errors import UserError
 
 Columns = dict[str, Sequence[str]]

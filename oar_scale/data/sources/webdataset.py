@@ -18,7 +18,7 @@ from typing import Any
 from oar_scale.config.schema import WebDatasetSource
 from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.sources import BadSample, Content, SourceImage
-from oar_scale.data.sources.files import key_of, square_of
+from oar_scale.data.sources.image_files import key_of, square_of
 from oar_scale.data.tars import BLOCK, key_and_extension, map_file, members, samples
 from oar_scale.errors import UserError
 from oar_scale.storage import open_storage

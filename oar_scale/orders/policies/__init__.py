@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from oar_scale.model import AnyOrderModel
-    from oar_scale.orders.files import OrderFiles
+    from oar_scale.orders.order_files import OrderFiles
 
     Path = NDArray[np.int64]
 

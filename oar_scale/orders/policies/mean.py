@@ -15,9 +15,9 @@ from torch import Tensor
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.orders.analysis import placing_times
-from oar_scale.orders.files import OrderFiles
+from oar_scale.orders.order_files import OrderFiles
+from oar_scale.orders.order_table import read_orders, table_name
 from oar_scale.orders.policies import Drawing, Policy, TrainingOrders
-from oar_scale.orders.table import read_orders, table_name
 from oar_scale.storage import Missing, join, read_json, write_json
 
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.model import model_id
-from oar_scale.orders.files import OrderFiles, head_file
 from oar_scale.orders.head import load_head, tables_id
+from oar_scale.orders.order_files import OrderFiles, head_file
+from oar_scale.orders.order_table import table_name
 from oar_scale.orders.policies import Drawing, LateOrder, Policy, TrainingOrders
-from oar_scale.orders.table import table_name
 from oar_scale.storage import Missing, join, open_storage
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oar_scale.orders.files import OrderFiles
+from oar_scale.orders.order_files import OrderFiles
 from oar_scale.orders.policies import Drawing, Policy, TrainingOrders
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oar_scale.orders.files import OrderFiles
+from oar_scale.orders.order_files import OrderFiles
 from oar_scale.orders.policies import Policy, TrainingOrders
 
 

@@ -1,0 +1,112 @@
+"""``oar checkpoint diff | convert``: what two checkpoints have in common, and a checkpoint for DeepSpeed's own tools.
+
+Both read the shards parameter by parameter: memory stays at one parameter, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oar_scale.commands.checkpoint_management import table
+from oar_scale.distributed.checkpoints.fetch import local_checkpoint
+from oar_scale.distributed.checkpoints.layout import Checkpoint
+from oar_scale.distributed.checkpoints.shard_tensors import WEIGHTS, Shards, read_shards
+from oar_scale.errors import UserError
+from oar_scale.storage.folders import new_folder
+
+_LATEST, _TAG = "latest_universal", "universal"
+_UNIVERSAL = {WEIGHTS: "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""What DeepSpeed's converter takes along, under its names."""
+_ASIDE = ("files", "saved_at")
+
+
+def run_diff(first: str, second: str) -> str:
+    """The differences of two checkpoints: of their manifests, then the largest absolute one of each parameter and its moments.
+
+    Raises:
+        UserError: one of them is not whole.
+    """
+    with ExitStack() as stack:
+        a, b = (stack.enter_context(local_checkpoint(uri)) for uri in (first, second))
+        left, right = (read_shards(folder, checkpoint.files) for checkpoint, folder in (a, b))
+        kinds = [WEIGHTS, *sorted({*left.moments, *right.moments})]
+        rows = [["MANIFEST", first, second], *([name, *values] for name, values in _manifest_differences(a[0], b[0]))]
+        differences = [["PARAMETER", *kinds]]
+        for name in sorted({*left.shapes, *right.shapes}):
+            differences.append([name, *(_difference(left, right, name, kind) for kind in kinds)])
+    return f"{table(rows)}\n\n{table(differences)}"
+
+
+def run_convert(uri: str, out: str) -> str:
+    """Write a checkpoint in DeepSpeed's universal format: ``out/universal``, for ``load_universal``, with the moving average beside it.
+
+    DeepSpeed's own converter writes it; then every value in it is compared with the shards.
+
+    Raises:
+        UserError: the checkpoint is not whole, was written under ZeRO 0, or something is at ``out`` already.
+    """
+    with local_checkpoint(uri) as (checkpoint, folder):
+        if checkpoint.zero_stage == 0:
+            raise UserError(f"{uri}: DeepSpeed converts none of ZeRO 0. Continue it under ZeRO 1, 2 or 3, and convert the next one.")
+        with new_folder(out, last=_LATEST) as target:
+            _to_universal(folder, os.path.join(target, _TAG))
+            shards = read_shards(folder, checkpoint.files)
+            for name in shards.shapes:
+                _check_parameter(shards, name, os.path.join(target, _TAG, "zero", name), uri)
+    return out
+
+
+def _to_universal(folder: str, out: str) -> None:
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True, "inject_missing_state": False}
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it chats, and draws bars
+        main(Namespace(input_folder=folder, output_folder=out, **settings))
+
+
+def _check_parameter(shards: Shards, name: str, folder: str, uri: str) -> None:
+    """Compare what was written of a parameter; add the moments that the converter does not know."""
+    for kind in (WEIGHTS, *shards.moments):
+        path, whole = os.path.join(folder, f"{_UNIVERSAL.get(kind, kind)}.pt"), shards.whole(name, kind)
+        if kind not in _UNIVERSAL:
+            torch.save({"param": whole.clone()}, path)
+            continue
+        found = torch.load(path, weights_only=True)
+        found = found["param"] if isinstance(found, dict) else found  # of ZeRO-3 the bare tensor
+        if not torch.equal(found.view(whole.shape), whole):
+            raise RuntimeError(f"{uri}: DeepSpeed's converter has changed {kind} of {name}")
+
+
+def _manifest_differences(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[str, list[str]]]:
+    left, right = (dict(_flat({name: value for name, value in each.manifest.items() if name not in _ASIDE})) for each in (a, b))
+    for name in sorted({*left, *right}):
+        values = [str(each.get(name, "-")) for each in (left, right)]
+        if values[0] != values[1]:
+            yield name, values
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _difference(left: Shards, right: Shards, name: str, kind: str) -> str:
+    here: list[Tensor | None] = [
+        each.whole(name, kind) if name in each.shapes and (kind == WEIGHTS or kind in each.moments) else None for each in (left, right)
+    ]
+    if here[0] is None or here[1] is None:
+        return "-" if here[0] is here[1] else "only one"
+    if here[0].shape != here[1].shape:
+        return "shapes"
+    return f"{float((here[0] - here[1]).abs().max()):.3g}"

@@ -1,0 +1,15 @@
+"""``oar extract RECIPE --status``: from the storage alone, so from any machine; without torch, so at once."""
+
+from __future__ import annotations
+
+from oar_scale.data.manifest import read_manifest
+from oar_scale.run.context import Run
+from oar_scale.shard_pool.pool_status import read_status, status_lines
+
+
+def run_status(run: Run) -> None:
+    """Print how far the extraction is, its rate, what it has cost, and what is wrong."""
+    orders = run.at("orders", "train")
+    sizes = {shard.name: shard.samples for shard in read_manifest(run.at("tokens", "train")).shards}
+    status = read_status(run.at("orders", "train", "ledger"), sizes)
+    print("\n".join(status_lines(status, orders)))

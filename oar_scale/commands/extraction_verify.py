@@ -1,0 +1,63 @@
+"""``oar extract RECIPE --verify``: is every order table still what was written? What is not will be extracted again."""
+
+from __future__ import annotations
+
+from oar_scale.data.manifest import ShardInfo, read_manifest
+from oar_scale.errors import UserError
+from oar_scale.orders.order_table import Stored, parse_orders, table_name
+from oar_scale.run.context import Run
+from oar_scale.shard_pool import Facts, Ledger
+from oar_scale.storage import Missing, Unreachable, join, open_storage
+from oar_scale.storage.background import in_order
+
+READERS = 16
+
+
+def run_verify(run: Run) -> int:
+    """Read the table of every finished shard; take those that are lost or damaged out of the ledger, and the stage with them.
+
+    Returns:
+        1 if there are such, else 0.
+    """
+    orders, tokens = run.at("orders", "train"), read_manifest(run.at("tokens", "train"))
+    book, shards = Ledger(join(orders, "ledger")), {shard.name: shard for shard in tokens.shards}
+    entries = book.entries(shards)
+    with run.console.progress(len(entries), "tables") as tally:
+        bad: dict[str, str] = {}
+        found = in_order(lambda shard: _problem(orders, shards[shard], entries[shard].facts), list(entries), READERS)
+        for number, (shard, problem) in enumerate(zip(entries, found, strict=True)):
+            if problem:
+                bad[shard] = problem
+            tally.update(number + 1)
+    if len(entries) - len(bad) < len(shards):  # however that came: the stage is not finished
+        open_storage(run.marker("extract")).delete(run.marker("extract"))
+    for shard in bad:
+        book.forget(shard)
+    if not bad:
+        print(f"{orders}: {len(entries)} tables, all of them as they were written")
+        return 0
+    print(f"{orders}: {len(bad)} of {len(entries)} tables are lost or damaged; the next `oar extract RECIPE` makes them again:")
+    print("\n".join(f"  {shard}: {problem}" for shard, problem in bad.items()))
+    return 1
+
+
+def _problem(orders: str, shard: ShardInfo, facts: Facts) -> str:
+    """What is wrong with the table of a finished shard; empty if nothing is."""
+    if facts["tokens_crc32c"] != shard.crc32c:
+        return "made from other tokens than are there now"
+    uri = join(orders, table_name(shard.name))
+    try:
+        data = open_storage(uri).read(uri)
+        if "table_crc32c" not in facts:  # an entry of an older version
+            parse_orders(data, uri)
+            return ""
+    except Missing:
+        return "there is no table"
+    except Unreachable:
+        raise
+    except UserError as error:
+        return str(error).splitlines()[0]
+    stored = Stored.of(data)
+    if stored.size != facts["table_bytes"]:
+        return f"{stored.size} bytes, {facts['table_bytes']} were written"
+    return "" if stored.crc32c == facts["table_crc32c"] else "other bytes than were written (crc32c)"

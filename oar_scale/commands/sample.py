@@ -1,0 +1,69 @@
+"""``oar sample``: pictures for captions, on one sheet."""
+
+from __future__ import annotations
+
+import torch
+
+from oar_scale.data.hashing import hash_words
+from oar_scale.errors import UserError
+from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, png, upscale
+from oar_scale.generation.sampling import SampleSettings, generate
+from oar_scale.model import load_model
+from oar_scale.orders.order_files import run_files
+from oar_scale.orders.policies import Drawing, order_to_draw
+from oar_scale.run.artifacts import MODEL_FILES, MODEL_STAGES, prompt_encoder, read_tokens, require
+from oar_scale.run.context import Run
+from oar_scale.storage import open_storage
+from oar_scale.tokenizers.prompts import model_inputs
+from oar_scale.tokenizers.vq import load_vq
+
+DRAWINGS = 4
+"""Of each caption, side by side."""
+SHEET_PIXELS = 128
+"""Side of a picture on the sheet, about: images are scaled by a whole factor."""
+
+
+def run_sample(run: Run, captions: list[str] | None, model: str, out: str, order: str | None = None) -> str:
+    """Draw four images for each caption (None: the first held-out ones), a row a caption, and write them as a PNG.
+
+    Args:
+        model: ``base``, ``anyorder``, ``control`` or ``ordered``.
+        out: a path or an object URI.
+        order: an order policy; default: the recipe's.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: no such model, an empty caption, or a stage that has not finished.
+    """
+    stages = {file: MODEL_STAGES[name] for name, file in MODEL_FILES.items()}
+    if model not in stages:
+        raise UserError(f"no model {model!r}; a run has: {', '.join(stages)}")
+    prompts = prompt_encoder(run, new=True)
+    if captions is None:
+        captions = read_tokens(run, "heldout", run.recipe.sample.images, prompts.field).prompts
+    if prompts.field != "features" and any(not str(caption).strip() for caption in captions):
+        raise UserError('a caption is empty: put quotation marks around each caption, e.g. oar sample RECIPE "a smiling cat"')
+    parallel = run.recipe.parallel
+    torch.set_num_threads(parallel.cpu_threads * parallel.max_workers)
+    vq = load_vq(require(run, run.vq_uri, "tokenizer"))
+    network = load_model(require(run, run.model_uri(model), stages[model]))
+    if parallel.precision == "bf16":
+        network = network.to(torch.bfloat16)
+    told = prompts.encode(captions)
+    unknown = [caption for caption, ids in zip(captions, told, strict=True) if prompts.field == "txt" and not ids.any()]
+    if unknown:
+        raise UserError(f"caption {unknown[0]!r} has no token in {run.text_uri}")
+    noise = torch.Generator().manual_seed(int(hash_words("sample", run.recipe.seed)) >> 1)
+    with torch.no_grad():
+        condition = network.condition(model_inputs(prompts, told).repeat_interleave(DRAWINGS, dim=0))
+    drawing = Drawing(network, len(condition), noise, run_files(run.at()), run.model_uri(model))
+    order_BN = order_to_draw(order or run.recipe.sample.order, drawing, "--order" if order else "sample.order")
+    drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), noise, order_BN)
+    pictures = [upscale(picture, max(1, SHEET_PIXELS // len(picture))) for picture in decode_pictures(vq, drawn.codes_BN)]
+    rows = [pictures[start : start + DRAWINGS] for start in range(0, len(pictures), DRAWINGS)]
+    open_storage(out).write(out, png(contact_sheet(rows, gap=8)))
+    for number, caption in enumerate(captions, 1):
+        run.console.say(f"  row {number}: {caption if prompts.field != 'features' else 'a held-out image'}")
+    return out

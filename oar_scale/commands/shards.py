@@ -1,0 +1,138 @@
+"""``oar data ...``: progress goes to standard error, what was found to standard output."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from oar_scale.config.schema import TokenizerConfig
+from oar_scale.data.index import IndexJob, index_folder
+from oar_scale.data.stats import DecodeCodes, StatsJob, lines, look_at, picture_grid, summary
+from oar_scale.data.verify import verify_folder
+from oar_scale.errors import UserError
+from oar_scale.observe.console import Console, Tally, duration
+from oar_scale.storage import open_storage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+FAULTS_SHOWN = 50
+PICTURES = 64
+"""Pictures in the grid of ``oar data stats``."""
+
+
+def run_index(job: IndexJob) -> None:
+    """Write the manifest and say what is in it."""
+    with _progress("shards") as show:
+        found = index_folder(job, show)
+    manifest = found.manifest
+    size = sum(shard.bytes for shard in manifest.shards)
+    print(f"{job.manifest_uri}: {len(manifest.shards)} shards ({found.read} read now), {manifest.samples} samples, {size / 1e6:.1f} MB")
+    print("members: " + ", ".join(f".{part} {count}" for part, count in sorted(found.parts.items(), key=lambda item: -item[1])))
+    if manifest.grid is not None:
+        print(
+            f"codes: grid {manifest.grid} x {manifest.grid}, vocabulary {manifest.vocab_size}, views {', '.join(manifest.views)}, "
+            f"tokenizer {manifest.tokenizer_id or 'unknown (--tokenizer-id)'}"
+        )
+    if found.bad_captions:
+        print(f"{found.bad_captions} captions are not UTF-8 and are read with replacement characters")
+    if found.faults:
+        print(f"{found.faults} faults in samples; oar data verify names them")
+
+
+def run_verify(folder: str, manifest: str | None, workers: int) -> int:
+    """Name every fault; returns 1 if there is one."""
+    with _progress("shards") as show:
+        result = verify_folder(folder, manifest, workers=workers, on_progress=show)
+    for fault in result.faults[:FAULTS_SHOWN]:
+        print(fault)
+    if result.fault_count > FAULTS_SHOWN:
+        print(f"... and {result.fault_count - min(FAULTS_SHOWN, len(result.faults))} more")
+    read = f"{result.shards} shards, {result.samples} samples, {result.bytes / 1e6:.1f} MB read"
+    captions = f"; {result.bad_captions} captions are not UTF-8 and are read with replacement characters" if result.bad_captions else ""
+    print(f"{folder}: {read}: {f'{result.fault_count} faults' if result.fault_count else 'all as the manifest says'}{captions}")
+    return 1 if result.fault_count else 0
+
+
+def run_stats(folder: str, pattern: str, shards: int | None, grid: str | None, tokenizer: str | None, as_json: bool) -> None:
+    """Print the figures, and draw the pictures into the file ``grid``."""
+    decode = _decoder(tokenizer) if tokenizer and grid else None
+    with _progress("shards") as show:
+        look, manifest = look_at(StatsJob(folder, pattern, shards, pictures=PICTURES if grid else 0), show)
+    figures = summary(look, manifest)
+    print(json.dumps(figures, indent=2, ensure_ascii=True) if as_json else "\n".join(lines(figures)))
+    if grid:
+        buffer = io.BytesIO()
+        picture_grid(look, decode).save(buffer, "PNG")
+        open_storage(grid).write(grid, buffer.getvalue())
+
+
+def _decoder(weights: str) -> DecodeCodes:
+    """Pictures of codes [S, N], by an image tokenizer."""
+    import torch
+    from PIL import Image
+
+    from oar_scale.tokenizers.vq import load_vq, unit_to_pixels
+
+    vq = load_vq(weights)
+
+    def decode(codes_SN: NDArray[np.uint16]) -> list[Image.Image]:
+        cells, largest = vq.spec.grid**2, int(codes_SN.max())
+        if codes_SN.shape[1] != cells or largest >= vq.spec.codebook_size:
+            raise UserError(
+                f"{weights}: made for {cells} codes below {vq.spec.codebook_size}; these are {codes_SN.shape[1]} up to {largest}, "
+                "so another tokenizer made them."
+            )
+        with torch.no_grad():
+            pixels = unit_to_pixels(vq.decode(torch.from_numpy(codes_SN.astype("int64"))))
+        return [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
+
+    return decode
+
+
+CACHE_BYTES = 8 << 30
+"""Copies of image shards that tokenising keeps; each is read once."""
+
+
+def run_tokenize(images: str, tokens: str, tokenizer: str, views: str, actors: int) -> None:
+    """Tokenise a folder of image shards; goes on where it was interrupted."""
+    try:
+        named = TokenizerConfig(views=tuple(views.split(","))).views
+    except ValidationError as error:
+        raise UserError(f"--views {views}: no such view. Give some of center, center_flip, jitter1 to jitter99, tencrop.") from error
+    from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
+
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="oar-tokenize-") as cache, _progress("images") as show:
+        manifest = tokenize_all(
+            TokenizeJob(images, tokens, tokenizer, named, cache, cache_bytes=CACHE_BYTES), actors=actors, on_progress=show
+        )
+    print(
+        f"{tokens}: {manifest.samples} images in {len(manifest.shards)} shards, {len(manifest.views)} views of {manifest.grid} x "
+        f"{manifest.grid} codes, in {duration(time.monotonic() - began)}"
+    )
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback for (done, in all) that draws a bar, or prints a line now and then; its first call says the total."""
+    console = Console(sys.stderr)
+    with ExitStack() as open_bar:
+        bars: list[Tally] = []
+
+        def show(done: int, total: int) -> None:
+            if not bars:
+                bars.append(open_bar.enter_context(console.progress(total, what)))
+            bars[0].update(done)
+
+        yield show

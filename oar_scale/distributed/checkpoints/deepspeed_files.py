@@ -1,0 +1,170 @@
+"""How DeepSpeed's engine writes and reads the files of a checkpoint here: the object in the place of its own checkpoint engine.
+
+Checksums are taken of the bytes as they are written, without a second look at the file. A disk that does not take them is remembered and
+not raised: the rank would leave DeepSpeed's save half-way, and the others would wait for it for ever.
+
+ZeRO-1 and 2 would have rank 0 write all weights once more, in low precision, beside everyone's float32: the largest file by far, and
+nothing in it that the others do not hold. They are left out, and made again from the float32 weights when the checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch
+from crc32c import crc32c
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO, UNIVERSAL_CHECKPOINT_VERSION_KEY, UNIVERSAL_CHECKPOINT_VERSION_VALUE
+from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from oar_scale.distributed.checkpoints.live import relink
+from oar_scale.distributed.checkpoints.shard_tensors import GROUPS
+
+_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+"""All that DeepSpeed's pickles hold besides tensors and plain values; a file that names anything else is not opened."""
+
+
+def save_shards(engine: Any, folder: str, tag: str, client_state: dict[str, Any]) -> CheckpointFiles:
+    """DeepSpeed's save to ``folder/tag``. Collective. What could not be written is the ``fault`` of the answer."""
+    assert not engine.load_universal_checkpoint(), "rank 0 alone would write model states"
+    info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}  # for DeepSpeed's ds_to_universal
+    client_state = {**client_state, UNIVERSAL_CHECKPOINT_INFO: info}
+    if engine.zero_optimization_stage() == 0:
+        client_state[GROUPS] = _names_by_group(engine)
+    with _installed(engine) as files:
+        engine.save_checkpoint(folder, tag=tag, client_state=client_state, save_latest=False)
+    return files
+
+
+def load_shards(engine: Any, folder: str, tag: str) -> None:
+    """DeepSpeed's load of what an engine of the same ZeRO stage and number of ranks has saved. Collective."""
+    with _installed(engine):
+        engine.load_checkpoint(folder, tag=tag)
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer.update_lp_params()
+    relink(engine)
+
+
+@contextmanager
+def _installed(engine: Any) -> Iterator[CheckpointFiles]:
+    """An engine that writes and reads its checkpoints through ours."""
+    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    files = CheckpointFiles(engine.module, trained if engine.zero_optimization_stage() in (1, 2) else ())
+    own, engine.checkpoint_engine = engine.checkpoint_engine, files
+    # Rank 0 would copy zero_to_fp32.py beside the shards, and raise where the disk is full.
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        yield files
+    finally:
+        engine.checkpoint_engine = own
+        del engine._copy_recovery_script
+
+
+def _names_by_group(engine: Any) -> list[list[str]]:
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in engine.optimizer.param_groups]
+
+
+class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
+    """Writes and reads one checkpoint.
+
+    Args:
+        redundant: weights of the module that the optimiser's shards hold too.
+
+    Attributes:
+        files: size and crc32c of what was written, by name.
+        fault: why something was not.
+    """
+
+    def __init__(self, module: torch.nn.Module, redundant: Collection[str]) -> None:
+        super().__init__()
+        self.name = "oar_scale"
+        self.files: dict[str, dict[str, int]] = {}
+        self.fault: str | None = None
+        self._module, self._redundant = module, redundant
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Nothing has to be prepared."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            os.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self._note(error, path)
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if state_dict.get("module") is not None:
+            kept = {name: tensor for name, tensor in state_dict["module"].items() if name not in self._redundant}
+            state_dict = {**state_dict, "module": kept}
+        writer: Any = _Writer(path)
+        before = get_crc32_options()
+        set_crc32_options(False)  # half of the time, for a checksum that ours stands in for
+        try:
+            torch.save(state_dict, writer)
+        finally:
+            set_crc32_options(before)
+        writer.close()
+        if writer.error is not None:
+            self._note(writer.error, path)
+        self.files[os.path.basename(path)] = {"bytes": writer.bytes, "crc32c": writer.crc32c}
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        state = load_shard(path, map_location)
+        if self._redundant and state.get("module") is not None:
+            here = self._module.state_dict()
+            state["module"] |= {name: here[name] for name in self._redundant}  # to be overwritten once the float32 weights are there
+        return state
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return True
+
+    def _note(self, error: OSError, path: str) -> None:
+        self.fault = self.fault or f"{path}: {error.strerror}"
+
+
+def load_shard(path: str, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
+    """What DeepSpeed wrote; ``mmap`` leaves tensors on the disk until they are looked at. Nothing in the file is executed."""
+    with torch.serialization.safe_globals(_CLASSES):
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+
+
+class _Writer:
+    """A file that is summed up while it is written. After an error it swallows the rest."""
+
+    def __init__(self, path: str) -> None:
+        self.bytes = self.crc32c = 0
+        self.error: OSError | None = None
+        self._file: IO[bytes] | None = None
+        with self._remembering():
+            self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by close())
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        size = len(view)
+        self.bytes, self.crc32c = self.bytes + size, crc32c(view, self.crc32c)
+        with self._remembering():
+            while view and self._file is not None and self.error is None:
+                view = view[self._file.write(view) :]
+        return size
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        with self._remembering():
+            if self._file is not None:
+                self._file.close()
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error

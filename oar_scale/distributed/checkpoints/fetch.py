@@ -1,0 +1,110 @@
+"""The files of a checkpoint, checked against its manifest: as they come from S3, or where they lie."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from crc32c import crc32c
+
+from oar_scale.distributed.checkpoints.layout import Checkpoint, Damaged, read
+from oar_scale.errors import UserError
+from oar_scale.storage import Missing, join, open_storage
+from oar_scale.storage.background import in_order
+
+_PIECE = 16 << 20
+_CONNECTIONS = 4
+_TRIES = 2
+"""What arrives damaged may have become so on the way."""
+
+
+def local_folder(checkpoint: Checkpoint, scratch: str) -> str:
+    """Where the files of a checkpoint are to be found once they have been :func:`obtain`-ed."""
+    return os.path.join(scratch, checkpoint.save) if checkpoint.uri.startswith("s3://") else checkpoint.folder
+
+
+def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
+    """Bring files of a checkpoint to ``local_folder(checkpoint, scratch)``; each is checked on its way, or where it lies.
+
+    Raises:
+        Damaged: names a file that is missing, or is not what the manifest says.
+        UserError: the storage cannot be reached, or the disk is full: no fault of the checkpoint.
+    """
+    folder, names = local_folder(checkpoint, scratch), list(names)
+    if folder == checkpoint.folder:
+        for name in names:
+            check(checkpoint, name)
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}. Set storage.scratch_dir to a folder that can be written.") from error
+    needed, free = sum(checkpoint.files[name]["bytes"] for name in names), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: {needed} bytes of {checkpoint.uri} are needed here, {free} are free. Free some, or set storage.scratch_dir."
+        )
+    for name in names:
+        _download(checkpoint, name, os.path.join(folder, name))
+
+
+@contextmanager
+def local_checkpoint(uri: str) -> Iterator[tuple[Checkpoint, str]]:
+    """A checkpoint by its name, verified, and the local folder of its files: its own, or a copy for the block.
+
+    Raises:
+        UserError: it is not committed, or a file is missing or damaged.
+    """
+    with tempfile.TemporaryDirectory(prefix="oar-checkpoint-") as scratch:
+        try:
+            checkpoint = read(uri)
+            obtain(checkpoint, checkpoint.files, scratch)
+        except Damaged as error:
+            raise UserError(f"{uri}: {error}. Use another checkpoint.") from error
+        yield checkpoint, local_folder(checkpoint, scratch)
+
+
+def check(checkpoint: Checkpoint, name: str) -> None:
+    """Read a file of a checkpoint and compare it with the manifest. Raises Damaged, UserError."""
+    uri, size = join(checkpoint.folder, name), checkpoint.files[name]["bytes"]
+    storage, crc, read = open_storage(uri), 0, 0
+    starts = range(0, size + 1, _PIECE)  # with a byte more than there may be
+    try:
+        for first in range(0, len(starts), _CONNECTIONS):  # a few at a time: a reader that is ahead would fill the memory
+            few = starts[first : first + _CONNECTIONS]
+            for piece in in_order(lambda start: storage.read(uri, start, min(start + _PIECE, size + 1)), few, _CONNECTIONS):
+                crc, read = crc32c(piece, crc), read + len(piece)
+    except Missing:
+        raise Damaged(f"{name} is missing") from None
+    _compare(checkpoint, name, read, crc)
+
+
+def _download(checkpoint: Checkpoint, name: str, path: str) -> None:
+    from oar_scale.storage.cache_folder import Damaged as Short
+    from oar_scale.storage.cache_folder import Part
+    from oar_scale.storage.s3_download import Landing, download
+
+    uri, size = join(checkpoint.folder, name), checkpoint.files[name]["bytes"]
+    for last in range(_TRIES):
+        landing = Landing(size, Part(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), path))
+        try:
+            found = download(uri, "", landing, lambda took: None)
+            if landing.problem is not None:
+                raise UserError(f"{path}: {landing.problem.strerror}. Free some space, or set storage.scratch_dir to another disk.")
+            _compare(checkpoint, name, size + len(open_storage(uri).read(uri, size, size + 1)), found)
+            return
+        except Missing:
+            raise Damaged(f"{name} is missing") from None
+        except (Damaged, Short) as error:
+            if last == _TRIES - 1:
+                raise error if isinstance(error, Damaged) else Damaged(f"{name} is damaged ({error})") from None
+
+
+def _compare(checkpoint: Checkpoint, name: str, size: int, crc: int) -> None:
+    entry = checkpoint.files[name]
+    if (size, crc) != (entry["bytes"], entry["crc32c"]):
+        written = f"{entry['bytes']} bytes, {entry['crc32c']:08x}"
+        raise Damaged(f"{name} is damaged ({size} bytes, crc32c {crc:08x}; the manifest says {written})")

@@ -1,0 +1,280 @@
+"""Saving while training goes on.
+
+    main thread    |-- DeepSpeed's save to the local disk --|  training ...
+    its thread                                              |-- all whole? -- upload -- all there? -- commit -- prune --|
+
+Every rank has such a thread; they agree over a process group of their own. What fails anywhere fails everywhere: the attempt is given
+up, its files are removed, the outcome says why, and training goes on. The next save waits for the thread; an upload that has met an
+error is not tried again by then, one that moves is let finish.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any
+
+import torch.distributed as dist
+
+from oar_scale.distributed.checkpoints import layout
+from oar_scale.distributed.checkpoints.layout import Damaged
+from oar_scale.distributed.checkpoints.retention import Keep, Retention, prune
+from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
+from oar_scale.storage import join, open_storage
+from oar_scale.storage.background import start
+from oar_scale.training.job import TrainingJob
+
+PATIENCE_S = 900.0
+"""How long an upload that fails is tried again, unless the next save comes before."""
+BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
+LIBRARIES = ("oar_scale", "torch", "deepspeed", "numpy")
+_LONGEST = timedelta(days=1)  # ranks wait for the slowest upload; a dead peer ends the wait at once
+_POLL_S = 0.02
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has become of a save; at rank 0."""
+
+    step: int
+    seconds: float
+    """For which the training stood still; ``wait_s`` of them for the save before."""
+    wait_s: float
+    upload_s: float
+    """From then on until it was committed, or given up."""
+    bytes: int
+    """Of all ranks' files."""
+    uri: str
+    fault: str | None = None
+    """Why it is not committed."""
+
+
+@dataclass
+class _Save:
+    """One rank's part of a save."""
+
+    step: int
+    name: str
+    scratch: Scratch
+    manifest: dict[str, Any]
+    files: dict[str, dict[str, int]]
+    fault: str | None
+    begun: float
+    seconds: float
+    wait_s: float
+    reported: bool = False
+
+
+class Saver:
+    """Saves an engine's checkpoints. Collective: every rank makes one and calls the same methods in the same order."""
+
+    def __init__(self, job: TrainingJob, *, patience_s: float = PATIENCE_S) -> None:
+        global _last
+        if _last is not None:
+            _last._settle()  # after a roll-back: its last save would commit in the midst of ours
+        _last = self
+        self._job, self._patience_s = job, patience_s
+        self._rank = dist.get_rank()
+        self._group: Any = dist.new_group(backend="gloo", timeout=_LONGEST)
+        self._about: dict[str, Any] = {}
+        if self._rank == 0:
+            self._about = {"stage": job.stage, "identity": job.identity, "libraries": {name: version(name) for name in LIBRARIES}}
+        self._retention = Retention(Keep.of(job.training))
+        self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
+        self._save: _Save | None = None
+        self._finished: deque[Outcome] = deque()
+        clear_dead(job.scratch)
+
+    def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
+        """Write the engine's checkpoint of ``step`` to the local disk, and begin to upload it. Collective.
+
+        Args:
+            state: JSON that :func:`restore` gives back; rank 0's is kept. ``state["metrics"]`` tells which checkpoints are the best.
+        """
+        from oar_scale.distributed.checkpoints.deepspeed_files import save_shards
+
+        started = time.monotonic()
+        self._settle()
+        waited = time.monotonic()
+        name = self._agree(layout.new_save())
+        scratch = Scratch(self._job.scratch, f"{name}-{self._rank}")
+        files = save_shards(engine, scratch.path, name, {"step": step})
+        self._save = _Save(
+            step=step,
+            name=name,
+            scratch=scratch,
+            manifest=self._manifest(engine, step, state) if self._rank == 0 else {},
+            files=files.files,
+            fault=scratch.fault or files.fault,
+            begun=started,
+            seconds=time.monotonic() - started,
+            wait_s=waited - started,
+        )
+        self._hurry.clear()
+        self._thread = threading.Thread(target=self._carry_out, args=(self._save,), name=f"checkpoint {step}", daemon=True)
+        self._thread.start()
+
+    def outcomes(self) -> list[Outcome]:
+        """What saves have come to since the last call; nothing at other ranks than 0."""
+        found = []
+        while self._finished:
+            found.append(self._finished.popleft())
+        return found
+
+    def finish(self, timeout_s: float) -> list[Outcome]:
+        """Wait for the last save, but no longer than ``timeout_s``; then as :meth:`outcomes`.
+
+        A save that is not done by then is reported as failed; it may still succeed while the process lives.
+        """
+        if self._thread is not None and self._save is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                self._hurry.set()
+                self._report(self._save, {}, f"was not uploaded within {timeout_s:g} s")
+        return self.outcomes()
+
+    def _settle(self) -> None:
+        if self._thread is not None:
+            self._hurry.set()
+            self._thread.join()
+
+    def _agree(self, mine: Any) -> Any:
+        """Rank 0's value. Collective."""
+        values = [mine]
+        dist.broadcast_object_list(values, group=self._group)
+        return values[0]
+
+    def _gather(self, mine: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, mine, group=self._group)
+        return values
+
+    def _manifest(self, engine: Any, step: int, state: dict[str, Any]) -> dict[str, Any]:
+        json.dumps(state)  # what is no JSON is the caller's mistake, and no storage's
+        return {
+            **self._about,
+            "step": step,
+            "saved_at": time.time(),
+            "world_size": dist.get_world_size(),
+            "zero_stage": engine.zero_optimization_stage(),
+            "model_spec": engine.module.model.spec.model_dump(mode="json"),
+            "state": state,
+        }
+
+    # -- in the thread ----------------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, save: _Save) -> None:
+        uri = layout.step_uri(self._job.checkpoints, save.step)
+        files: dict[str, dict[str, int]] = {}
+        try:
+            fault, files = self._carry(save, uri)
+        except Exception as error:  # a peer has died, most likely: the training's own collectives end the attempt
+            fault = f"{type(error).__name__}: {error}"
+            _log.warning("%s: %s", uri, fault)
+        finally:
+            save.scratch.remove()
+        if fault is None and self._rank == 0:
+            self._prune()
+        self._report(save, files, fault)
+
+    def _carry(self, save: _Save, uri: str) -> tuple[str | None, dict[str, dict[str, int]]]:
+        """Upload and commit; why that failed, and all ranks' files."""
+        parts = self._gather((save.files, save.fault))
+        files = {name: {**entry, "rank": rank} for rank, (part, _) in enumerate(parts) for name, entry in part.items()}
+        fault = _first(fault for _, fault in parts)
+        if fault is None:
+            fault = _first(self._gather(self._upload(save, uri)))
+        if fault is not None:
+            self._abandon(save, uri)
+        elif self._rank == 0:
+            # Whatever comes of this, the files stay: the marker may have been written though nobody answered.
+            fault = self._patiently(lambda: layout.commit(uri, save.name, {**save.manifest, "files": files}))
+        return fault, files
+
+    def _report(self, save: _Save, files: dict[str, dict[str, int]], fault: str | None) -> None:
+        if self._rank != 0 or save.reported:
+            return
+        save.reported = True
+        upload_s, size = time.monotonic() - save.begun - save.seconds, sum(entry["bytes"] for entry in files.values())
+        uri = layout.step_uri(self._job.checkpoints, save.step)
+        self._finished.append(Outcome(save.step, save.seconds, save.wait_s, upload_s, size, uri, fault))
+
+    def _upload(self, save: _Save, uri: str) -> str | None:
+        """Why this rank's files are not all in the storage, or None."""
+        for name in save.files:
+            path, target = os.path.join(save.scratch.path, save.name, name), join(uri, save.name, name)
+            fault = self._patiently(lambda path=path, target=target: _deliver(path, target))  # type: ignore[misc]
+            if fault is not None:
+                return fault
+        return None
+
+    def _patiently(self, action: Callable[[], object]) -> str | None:
+        """Do it again until it works; the last error when it did not in time."""
+        deadline, wait = time.monotonic() + self._patience_s, BACKOFF_S
+        error: Exception | None = None
+        while True:
+            work = start(action)
+            self._await(work, failed_before=error is not None)
+            if not work.done():
+                break
+            raised = work.exception()
+            if raised is None:
+                return None
+            if not isinstance(raised, Exception):
+                raise raised
+            error = raised
+            if isinstance(error, Damaged):  # and will not be whole again
+                break
+            if self._hurry.wait(min(wait, deadline - time.monotonic())) or time.monotonic() >= deadline:
+                break
+            wait = min(2 * wait, BACKOFF_MAX_S)
+        return f"given up: {error}"
+
+    def _await(self, work: Future[object], failed_before: bool) -> None:
+        """Until it is done; what has failed before is left alone when the next save wants to begin."""
+        while not work.done() and not (failed_before and self._hurry.is_set()):
+            time.sleep(_POLL_S)
+
+    def _abandon(self, save: _Save, uri: str) -> None:
+        """Remove what this rank may have uploaded. What cannot be removed is a left-over, for a later prune."""
+        try:
+            layout.delete(uri, [f"{save.name}/{name}" for name in (*save.files, layout.MANIFEST)])
+        except Exception as error:
+            _log.warning("%s: the files of a save that was given up could not be removed: %s", uri, error)
+
+    def _prune(self) -> None:
+        try:
+            prune(layout.places(self._job.checkpoints), self._retention)
+        except Exception as error:
+            _log.warning("%s: old checkpoints could not be removed, the next save tries again: %s", self._job.checkpoints, error)
+
+
+_last: Saver | None = None
+"""The newest of this process."""
+
+
+def _first(faults: Any) -> str | None:
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _deliver(path: str, uri: str) -> None:
+    """Bring a file to its place: to S3, to another disk, or by giving it another name."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())  # a disk that has taken the bytes and cannot keep them says so here
+    if not uri.startswith("s3://"):
+        os.makedirs(os.path.dirname(uri), exist_ok=True)
+        if os.stat(path).st_dev == os.stat(os.path.dirname(uri)).st_dev:
+            os.replace(path, uri)
+            return
+    open_storage(uri).upload(path, uri)

@@ -1,0 +1,147 @@
+"""DeepSpeed's shards as what they are of: parameters, their float32 weights and moments, whole, one at a time.
+
+Each ZeRO stage cuts them up in its own way:
+
+    0       rank 0 has everything, parameter by parameter; the optimiser's state counts them in the order of its groups
+    1, 2    the parameters of a group are laid end to end, and the line is cut into as many parts as there are ranks
+    3       each parameter is cut into as many parts as there are ranks; the last ones end in padding
+
+    shards = read_shards(checkpoint.folder, names)      # opens the files; tensors stay on the disk
+    shards.whole("model.head.weight", "exp_avg")        # put together when it is asked for
+
+``weights`` is the name of the float32 weights here; the moments have the optimiser's own names.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WEIGHTS = "weights"
+GROUPS = "parameter_groups"
+"""The names of the optimiser's parameters, by group, in our part of DeepSpeed's client state; only ZeRO-0 does not say them itself."""
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+"""DeepSpeed's own."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a parameter's values: the same of its weights and of each moment."""
+
+    flat: Mapping[str, Tensor]
+    start: int
+    count: int
+
+    def values(self, what: str) -> Tensor:
+        return self.flat[what].detach().view(-1).narrow(0, self.start, self.count)
+
+
+@dataclass
+class Shards:
+    """All that a checkpoint holds of a model and its optimiser."""
+
+    step: float = 0.0
+    """The optimiser's own count, which leaves out the steps that were not taken."""
+    counters: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    moments: tuple[str, ...] = ()
+    untrained: dict[str, Tensor] = field(default_factory=dict)
+    """Buffers, and parameters that stay as they are."""
+    _pieces: dict[str, list[_Piece]] = field(default_factory=dict)
+
+    def whole(self, name: str, what: str) -> Tensor:
+        """A parameter's ``weights`` or one of its moments: float32, on the CPU."""
+        parts = [piece.values(what) for piece in self._pieces[name]]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).view(self.shapes[name])
+
+    def _add(self, name: str, flat: Mapping[str, Tensor], start: int, count: int) -> None:
+        if count > 0:
+            self._pieces.setdefault(name, []).append(_Piece(flat, start, count))
+
+    def _take_state(self, states: Mapping[int, Mapping[str, Tensor]]) -> None:
+        state = states[0]
+        self.step = float(state["step"])
+        self.moments = tuple(sorted(name for name, value in state.items() if name != "step" and torch.is_tensor(value)))
+
+
+def read_shards(folder: str, names: Iterable[str]) -> Shards:
+    """Open the files ``names`` of a checkpoint in a local folder; their checksums have been seen to.
+
+    Raises:
+        ValueError: they do not make up whole parameters.
+    """
+    from oar_scale.distributed.checkpoints.deepspeed_files import load_shard
+
+    models, optimizers = (
+        [load_shard(os.path.join(folder, name), mmap=True) for name in _by_rank(names, kind)] for kind in ("model", "optim")
+    )
+    states = [optimizer["optimizer_state_dict"] for optimizer in optimizers]
+    shards = Shards(counters={name: int(models[0][name]) for name in COUNTERS})
+    if not states:
+        _read_whole(shards, models[0])
+    elif int(states[0]["zero_stage"]) < 3:
+        _read_lines(shards, models[0], states)
+    else:
+        _read_parts(shards, models, states)
+    for name, shape in shards.shapes.items():
+        found = sum(piece.count for piece in shards._pieces.get(name, ()))
+        if found != shape.numel():
+            raise ValueError(f"the shards hold {found} values of {name}, which has {shape.numel()}")
+    return shards
+
+
+def _read_whole(shards: Shards, model: Mapping[str, Any]) -> None:
+    """ZeRO 0."""
+    states = model["optimizer"]["state"]
+    shards._take_state(states)
+    for number, name in enumerate(name for group in model[GROUPS] for name in group):
+        weights = model["module"][name]
+        state = states.get(number) or dict.fromkeys(shards.moments, torch.zeros_like(weights))  # it never had a gradient
+        shards.shapes[name] = weights.shape
+        shards._add(name, {WEIGHTS: weights, **state}, 0, weights.numel())
+    shards.untrained = {name: tensor for name, tensor in model["module"].items() if name not in shards.shapes}
+
+
+def _read_lines(shards: Shards, model: Mapping[str, Any], ranks: list[Any]) -> None:
+    """ZeRO 1 and 2."""
+    shards.shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+    for rank in ranks:
+        states = rank["base_optimizer_state"]["state"]
+        shards._take_state(states)
+        lines = zip(rank["single_partition_of_fp32_groups"], rank["param_slice_mappings"], strict=True)
+        for group, (weights, slices) in enumerate(lines):
+            for name, address in slices.items():
+                shards._add(name, {WEIGHTS: weights, **states[group]}, address.start, address.numel)
+    shards.untrained = {name: tensor for name, tensor in model["module"].items() if name not in shards.shapes}
+
+
+def _read_parts(shards: Shards, models: list[Any], ranks: list[Any]) -> None:
+    """ZeRO 3."""
+    model = models[0]
+    shards.shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+    for number, rank in enumerate(ranks):
+        states = rank["optimizer_state_dict"]["state"]
+        shards._take_state(states)
+        for group, (weights, shapes) in enumerate(zip(rank["fp32_flat_groups"], model["param_shapes"], strict=True)):
+            start = 0
+            for name, shape in shapes.items():
+                part = math.ceil(shape.numel() / len(ranks))
+                shards._add(name, {WEIGHTS: weights, **states[group]}, start, min(part, shape.numel() - number * part))
+                start += part
+    shards.untrained = {name: model["module"][name] for name in model["buffer_names"]}
+    for name, shape in (model["frozen_param_shapes"] or {}).items():
+        parts = torch.cat([each["frozen_param_fragments"][name].view(-1) for each in models])
+        shards.untrained[name] = parts[: shape.numel()].view(shape)
+
+
+def _by_rank(names: Iterable[str], kind: str) -> list[str]:
+    """The files of a kind, in the order of the ranks that wrote them."""
+    matches = (re.fullmatch(rf"(?:bf16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_00_{kind}_states\.pt", name) for name in names)
+    return [match[0] for match in sorted((match for match in matches if match), key=lambda match: int(match[1] or 0))]

@@ -1,0 +1,287 @@
+"""The heavy part of an evaluation, cut into pieces that a few processes share.
+
+A piece is one model and some images. It carries all it needs as plain values, opens the model itself on the device of its process, and
+its result does not depend on the process it runs in or on how many there are: noise and ties are numbered by image.
+
+    likelihood    four forward passes an image (float32), and its confidence order
+    drawing       one image for a caption, cell by cell, and what EfficientNet-Lite0 sees in it
+    editing       a few completions of one image
+    brute force   the confidence order of one image, with and without the cache
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing.queues import SimpleQueue
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oar_scale.data.hashing import hash_words
+from oar_scale.errors import UserError
+from oar_scale.evaluation.features import image_features
+from oar_scale.evaluation.likelihood import nll_table
+from oar_scale.generation.editing import inpaint
+from oar_scale.generation.sampling import SampleSettings, generate
+from oar_scale.model import AnyOrderModel, load_model
+from oar_scale.orders.analysis import kendall_distance
+from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders
+from oar_scale.orders.order_files import OrderFiles, folder_files
+from oar_scale.orders.policies import Drawing, order_to_draw
+from oar_scale.results.estimates import ModelName
+from oar_scale.tokenizers.vq import load_vq
+
+Ints = NDArray[np.int64]
+Precision = Literal["bf16", "fp32"]
+_DEVICE = "OAR_EVALUATION_DEVICE"
+
+
+class Piece(Protocol):
+    """Some work that can be sent to another process."""
+
+    def run(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the images or captions it is to work on."""
+
+    model: ModelName
+    uri: str
+    """Its file, local."""
+    told_S: NDArray[Any]
+    """What the model is told about each, as ``model.condition`` takes it."""
+    first: int = 0
+    """Number of the first image among all that are evaluated."""
+
+    def open(self, precision: Precision = "fp32") -> AnyOrderModel:
+        """On the device of this process."""
+        return load_model(self.uri).to(_here(), torch.bfloat16 if precision == "bf16" else torch.float32)
+
+    @property
+    def told(self) -> Tensor:
+        return torch.from_numpy(self.told_S)
+
+    @property
+    def images(self) -> Ints:
+        """The number of each image."""
+        return np.arange(self.first, self.first + len(self.told_S))
+
+
+@dataclass(frozen=True)
+class LikelihoodPiece:
+    """NLL of held-out images."""
+
+    subject: Subject
+    codes_SN: Ints
+    orders: dict[str, Ints]
+    """Orders [S, N] to measure, by name."""
+    other_told_S: NDArray[Any] | None = None
+    """Captions of other images; measured in random orders where given."""
+    own: ExtractionSettings | None = None
+    """Also measure the order that the model finds with these settings."""
+    precision: Precision = "bf16"
+    """Of the extraction; the likelihoods themselves are always float32."""
+
+    def run(self) -> Likelihoods:
+        codes, told = torch.from_numpy(self.codes_SN).to(_here()), self.subject.told
+        orders = {name: torch.from_numpy(order) for name, order in self.orders.items()}
+        if self.own is not None:
+            finder = self.subject.open(self.precision)
+            orders["own confidence"] = extract_orders(finder, codes, _condition(finder, told), self.own, self.subject.images).order_BN
+        model, batch = self.subject.open(), len(codes)
+        table = nll_table(model, codes, told, orders, batch)
+        if self.other_told_S is not None:
+            other = nll_table(model, codes, torch.from_numpy(self.other_told_S), {"random": orders["random"]}, batch)
+            table["shuffled captions"] = other["random"]
+        return Likelihoods(self.subject.model, self.subject.first, {name: nll.numpy() for name, nll in table.items()})
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Nats per code of S images, [S] for each order."""
+
+    model: ModelName
+    first: int
+    nll: dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class DrawingPiece:
+    """Images drawn for captions."""
+
+    subject: Subject
+    vq: str
+    settings: SampleSettings
+    seed: int
+    precision: Precision = "bf16"
+    order: str | None = None
+    """An order policy; None: the model chooses."""
+    files: OrderFiles = field(default_factory=lambda: folder_files(""))
+    """What the policy rests on."""
+    model_uri: str = ""
+    """Where the model's file comes from: its order head lies beside it."""
+
+    def run(self) -> Drawn:
+        model = self.subject.open(self.precision)
+        # The seed leaves the model out: all models draw with the same noise.
+        noise = _noise("drawing", self.seed, self.subject.first)
+        drawing = Drawing(model, len(self.subject.told_S), noise, self.files, self.model_uri)
+        drawn = generate(model, _condition(model, self.subject.told), self.settings, noise, order_to_draw(self.order, drawing))
+        with torch.no_grad():
+            features_SF = image_features(load_vq(self.vq).to(_here()).decode(drawn.codes_BN).cpu()).numpy()
+        return Drawn(self.subject.model, self.subject.first, drawn.codes_BN.cpu().numpy(), features_SF)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    model: ModelName
+    first: int
+    codes_SN: Ints
+    features_SF: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EditPiece:
+    """Completions of one image: each row of ``subject`` has its caption."""
+
+    subject: Subject
+    kind: Literal["inpainting", "outpainting"]
+    codes_N: Ints
+    redo_N: NDArray[np.bool_]
+    settings: SampleSettings
+    seed: int
+    precision: Precision = "bf16"
+
+    def run(self) -> Edited:
+        model, count = self.subject.open(self.precision), len(self.subject.told_S)
+        codes, redo = torch.from_numpy(self.codes_N).to(_here()).expand(count, -1), torch.from_numpy(self.redo_N).to(_here())
+        noise = _noise(self.kind, self.seed, self.subject.first)
+        drawn = inpaint(model, codes, redo, _condition(model, self.subject.told), self.settings, noise)
+        return Edited(self.kind, self.subject.first, self.redo_N, drawn.codes_BN.cpu().numpy())
+
+
+@dataclass(frozen=True)
+class Edited:
+    kind: Literal["inpainting", "outpainting"]
+    image: int
+    redo_N: NDArray[np.bool_]
+    codes_SN: Ints
+
+
+@dataclass(frozen=True)
+class BruteForcePiece:
+    """Exact extraction against a fresh forward pass for every candidate, both in float32."""
+
+    subject: Subject
+    codes_SN: Ints
+    stored_SN: NDArray[np.uint16]
+    """The orders that the pool extracted, in the recipe's precision."""
+    settings: ExtractionSettings
+
+    def run(self) -> BruteForce:
+        model, codes = self.subject.open(), torch.from_numpy(self.codes_SN).to(_here())
+        condition = _condition(model, self.subject.told)
+        exact, brute = (find(model, codes, condition, self.settings, self.subject.images) for find in (extract_orders, brute_force_orders))
+        differs_SN = exact.order_BN != brute.order_BN
+        # Up to its first other cell an image has the same prefix in both, so there the two scores answer the same question.
+        gap_SN = (exact.score_BN - brute.score_BN).abs().masked_fill(~differs_SN | (differs_SN.cumsum(1) != 1), 0.0)
+        stored = float(kendall_distance(self.stored_SN, exact.order_BN.cpu().numpy()).mean())
+        return BruteForce(len(codes), int((~differs_SN.any(1)).sum()), float(gap_SN.max()), stored)
+
+
+@dataclass(frozen=True)
+class BruteForce:
+    images: int
+    equal: int
+    gap: float
+    """Largest difference of scores where the two first choose different cells; 0 when all orders are equal."""
+    stored_distance: float
+    """Mean Kendall distance of the stored orders to the exact ones."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the pieces returned, by kind, each in the order of the pieces."""
+
+    likelihoods: list[Likelihoods] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+    edited: list[Edited] = field(default_factory=list)
+    brute_force: list[BruteForce] = field(default_factory=list)
+
+
+def run_pieces(pieces: Sequence[Piece], devices: Sequence[str], threads: int, on_done: Callable[[], None]) -> Results:
+    """Run all pieces, in this process or in as many fresh ones as there are devices, of ``threads`` threads each.
+
+    Args:
+        devices: that of each process, ``cpu`` or ``cuda:0``; a single ``cpu`` is this process's.
+
+    Raises:
+        UserError: a process was killed.
+        Exception: whatever a piece raises; those that have not begun are then left undone.
+    """
+    found: list[Any] = [None] * len(pieces)
+    if list(devices) == ["cpu"]:
+        for index, piece in enumerate(pieces):
+            found[index] = piece.run()
+            on_done()
+    else:
+        fresh = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+        given = fresh.SimpleQueue()
+        for device in devices:
+            given.put(device)
+        pool = ProcessPoolExecutor(min(len(devices), len(pieces)), fresh, _start_process, (threads, given))
+        try:
+            index_of = {pool.submit(_run, piece): index for index, piece in enumerate(pieces)}
+            for future in as_completed(index_of):
+                found[index_of[future]] = future.result()
+                on_done()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process of the evaluation was killed, perhaps for lack of memory: run it again, with fewer parallel.workers if need be"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    results = Results()
+    lists: dict[type, list[Any]] = {
+        Likelihoods: results.likelihoods,
+        Drawn: results.drawn,
+        Edited: results.edited,
+        BruteForce: results.brute_force,
+    }
+    for result in found:
+        lists[type(result)].append(result)
+    return results
+
+
+def _start_process(threads: int, devices: SimpleQueue[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once; the process that waits for it says so
+    torch.set_num_threads(threads)
+    os.environ[_DEVICE] = devices.get()
+
+
+def _here() -> torch.device:
+    """The device that this process computes on."""
+    return torch.device(os.environ.get(_DEVICE, "cpu"))
+
+
+def _run(piece: Piece) -> Any:
+    return piece.run()
+
+
+@torch.no_grad()
+def _condition(model: AnyOrderModel, told_S: Tensor) -> Tensor:
+    return model.condition(told_S.to(_here()))
+
+
+def _noise(purpose: str, seed: int, image: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(hash_words(purpose, seed, image)) >> 1)

@@ -1,0 +1,95 @@
+"""What an evaluation found, and how it is kept between the stages.
+
+    evaluation.json           every number and text, as a person or another program would read them
+    figures/evaluation.npz    every picture and map; the JSON names them: {"array": "samples.rows.3.original"}
+
+The parts are those of the report (``observe.report_data``), so that a report can be written again without a model.
+"""
+
+from __future__ import annotations
+
+import io
+import types
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oar_scale.errors import UserError
+from oar_scale.results.estimates import CaptionDependence, DistanceRow, NllTable, PretrainEffect
+from oar_scale.results.examples import EditExample, OrderFacts, SampleGrid, TokenizerFacts
+from oar_scale.storage import join, open_storage, read_json, write_json
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that the stage ``evaluate`` measured and drew."""
+
+    nll: NllTable
+    nll_new: NllTable | None
+    """As ``nll``, over the images without a variant in training; None where all are, or fewer than two."""
+    pretrain: PretrainEffect
+    captions: tuple[CaptionDependence, ...]
+    distances: tuple[DistanceRow, ...]
+    samples: SampleGrid
+    edits: tuple[EditExample, ...]
+    orders: OrderFacts
+    tokenizer: TokenizerFacts
+
+
+def save_evaluation(evaluation: Evaluation, folder: str) -> None:
+    """Write the two files below ``folder``; the JSON comes last and makes them count."""
+    arrays: Arrays = {}
+    plain = _to_plain(evaluation, arrays, "")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # the names are never one of its options
+    uri = join(folder, "figures", "evaluation.npz")
+    open_storage(uri).write(uri, buffer.getvalue())
+    write_json(join(folder, "evaluation.json"), plain)
+
+
+def load_evaluation(folder: str) -> Evaluation | None:
+    """Read what :func:`save_evaluation` wrote; None where there is none.
+
+    Raises:
+        UserError: the files are damaged, or come from another version.
+    """
+    uri = join(folder, "evaluation.json")
+    if not open_storage(uri).exists(uri):
+        return None
+    figures = join(folder, "figures", "evaluation.npz")
+    try:
+        with np.load(io.BytesIO(open_storage(figures).read(figures)), allow_pickle=False) as arrays:
+            found: Evaluation = _from_plain(Evaluation, read_json(uri), dict(arrays))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{uri}: not what this version of oar_scale writes ({error}). Run the stage evaluate again.") from error
+    return found
+
+
+def _to_plain(value: Any, arrays: Arrays, path: str) -> Any:
+    """``value`` as JSON knows it; arrays go to ``arrays`` under the path that leads to them."""
+    if isinstance(value, np.ndarray):
+        arrays[path] = value
+        return {"array": path}
+    if is_dataclass(value):
+        return {field.name: _to_plain(getattr(value, field.name), arrays, f"{path}.{field.name}".lstrip(".")) for field in fields(value)}
+    if isinstance(value, tuple):
+        return [_to_plain(item, arrays, f"{path}.{index}") for index, item in enumerate(value)]
+    return value
+
+
+def _from_plain(kind: Any, plain: Any, arrays: Arrays) -> Any:
+    """The value of type ``kind`` that :func:`_to_plain` made ``plain`` of."""
+    if get_origin(kind) in (Union, types.UnionType):  # X | None
+        return None if plain is None else _from_plain(get_args(kind)[0], plain, arrays)
+    if isinstance(plain, dict) and plain.keys() == {"array"}:
+        return arrays[plain["array"]]
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _from_plain(hints[name], item, arrays) for name, item in plain.items()})  # type: ignore[operator]
+    if get_origin(kind) is tuple:
+        return tuple(_from_plain(get_args(kind)[0], item, arrays) for item in plain)
+    return plain

@@ -1,0 +1,164 @@
+"""What belongs together to draw images, and where it lies.
+
+    an exported folder    config.json  model.safetensors  [vq.safetensors]  [text.model]
+    a run's folder        recipe.yaml  models/NAME.safetensors  tokenizers/vq.safetensors  tokenizers/text.model
+    a model file          the model alone
+
+``config.json`` says in words what the folder holds, and is written last: a folder without it is not whole.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from oar_scale.config.loading import load_recipe
+from oar_scale.config.schema import ClipTextConfig, Recipe, SampleConfig, TextConfig
+from oar_scale.errors import UserError
+from oar_scale.model import ModelSpec
+from oar_scale.orders.order_files import OrderFiles, folder_files, run_files
+from oar_scale.storage import join, open_storage
+from oar_scale.tokenizers.image import TokenizerSpec
+
+CONFIG, MODEL, VQ, RECIPE = "config.json", "model.safetensors", "vq.safetensors", "recipe.yaml"
+TOWER = "text"
+"""Name, without its ending, of the copy of an open_clip checkpoint."""
+RUN_MODELS = ("ordered", "anyorder", "control", "base")
+
+
+class TokenizerNote(BaseModel):
+    """The image tokenizer of an exported folder."""
+
+    kind: str
+    id: str
+    spec: dict[str, Any]
+
+
+class FolderConfig(BaseModel):
+    """``config.json``."""
+
+    model_config = ConfigDict(extra="ignore")  # a later version may say more
+
+    format: Literal[1] = 1
+    library: str
+    source: str
+    recipe: str | None = None
+    model: ModelSpec
+    vq: TokenizerNote | None = None
+    text: TextConfig | None = None
+    sample: SampleConfig = SampleConfig()
+    """The recipe's way to draw."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where each part lies."""
+
+    where: str
+    """Named in errors."""
+    model: str
+    vq: str | None
+    text: TextConfig | None
+    text_folder: str
+    sample: SampleConfig
+    recipe: str | None
+    root: str | None = None
+    """The storage of the run that the model belongs to."""
+
+    @property
+    def orders(self) -> OrderFiles:
+        """What order policies rest on."""
+        return folder_files(self.where) if self.root is None else run_files(self.root)
+
+
+def find_parts(path: str, model: str | None = None) -> Parts:
+    """The parts below ``path``: an exported folder, a run's folder, or a model file.
+
+    Args:
+        model: which one of a run, ``ordered`` unless said (``anyorder`` of a raster run, which has no other).
+
+    Raises:
+        UserError: nothing of this kind is there.
+    """
+    storage = open_storage(path)
+    run = storage.exists(join(path, RECIPE))
+    if run and not storage.exists(join(path, CONFIG)):
+        recipe = load_recipe(join(path, RECIPE))
+        return run_parts(path, recipe, _run_model(path, recipe, model))
+    if model is not None:
+        raise UserError(f"{path}: {model!r} would be one of the models of a run's folder, and this is none.")
+    if path.endswith(".safetensors"):
+        return Parts(path, path, None, None, "", SampleConfig(), None)
+    if storage.exists(join(path, CONFIG)):
+        return _exported(path)
+    raise UserError(
+        f"{path}: neither an exported folder ({CONFIG}), nor a run's folder ({RECIPE}), nor a model file (.safetensors). "
+        "Check the path; a checkpoint of a training becomes a folder with: oar checkpoint export"
+    )
+
+
+def read_config(folder: str) -> FolderConfig:
+    """Raises UserError for what is not the ``config.json`` of an exported folder."""
+    uri = join(folder, CONFIG)
+    try:
+        return FolderConfig.model_validate_json(open_storage(uri).read(uri))
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{uri}: not the configuration of an exported folder ({at}: {first['msg']}). Export it again.") from error
+
+
+def run_parts(path: str, recipe: Recipe, model: str) -> Parts:
+    """The model file ``model`` and what lies beside it in the run whose local folder is ``path``."""
+    root = recipe.storage.root or path
+    tokenizers = join(root, "tokenizers")
+    vq = join(tokenizers, VQ)
+    return Parts(
+        path, model, vq if open_storage(vq).exists(vq) else None, recipe.tokenizer.text, tokenizers, recipe.sample, recipe.name, root
+    )
+
+
+def _run_model(path: str, recipe: Recipe, model: str | None) -> str:
+    """The file of a run's model, if it is there."""
+    folder = join(recipe.storage.root or path, "models")
+    model = model or ("anyorder" if recipe.model.layout == "raster" else "ordered")
+    there = [name for name in RUN_MODELS if open_storage(folder).exists(join(folder, f"{name}.safetensors"))]
+    if model not in there:
+        has = f"It has: {', '.join(there)}. Name one of them, or go on with the run." if there else "Run its training first."
+        raise UserError(f"{path}: this run has no model {model!r}. {has}")
+    return join(folder, f"{model}.safetensors")
+
+
+def check_codes(model: ModelSpec, vq: TokenizerSpec, where: str) -> None:
+    """See that a model and an image tokenizer speak of the same codes.
+
+    Raises:
+        UserError: another vocabulary, or another grid.
+    """
+    if model.vocab_size != vq.codebook_size:
+        raise UserError(
+            f"{where}: the image tokenizer has {vq.codebook_size} codes, the model a vocabulary of {model.vocab_size}. "
+            "Use the tokenizer that the model was trained with."
+        )
+    if model.grid != vq.grid:
+        fits = model.grid * vq.image_size // vq.grid
+        raise UserError(
+            f"{where}: the image tokenizer makes {vq.grid} x {vq.grid} codes of {vq.image_size} px, the model draws "
+            f"{model.grid} x {model.grid}. Where the same tokenizer is to be used on {fits} px, import it with --image-size {fits}."
+        )
+
+
+def _exported(path: str) -> Parts:
+    config = read_config(path)
+    text = config.text
+    if isinstance(text, ClipTextConfig) and is_file(text.weights):
+        text = text.model_copy(update={"weights": join(path, text.weights)})
+    return Parts(path, join(path, MODEL), join(path, VQ) if config.vq else None, text, path, config.sample, config.recipe)
+
+
+def is_file(weights: str) -> bool:
+    """Whether an open_clip ``weights`` names a file, and not one of its tags."""
+    return "/" in weights or os.path.splitext(weights)[1] in (".safetensors", ".pt", ".pth", ".bin")

@@ -1,0 +1,159 @@
+"""``oar doctor --cluster PROFILE``: is the cluster fit for a run, as the profile asks for it?
+
+First the scheduler: does it answer, would it take such a job? Then a short job on the profile's nodes, which looks at each of them
+and measures between them (:mod:`oar_scale.doctor.node_checks`). Nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from oar_scale.config.loading import dump_recipe, load_recipe
+from oar_scale.config.schema import Recipe
+from oar_scale.doctor.finding import Finding
+from oar_scale.doctor.node_checks import GROUP_S, merged
+from oar_scale.errors import UserError
+from oar_scale.launch import slurm
+from oar_scale.launch.probe import MARK, NODES, PARTING_S, said
+from oar_scale.launch.profile import RayProfile, SlurmProfile, load_profile
+from oar_scale.launch.ray_entry import RECIPE
+
+TRIAL_S = 3 * GROUP_S
+"""For the job on the nodes, once it runs."""
+TIME = "00:10:00"
+"""Its limit, in place of the profile's: short jobs begin sooner."""
+LEAVE_S = 10.0
+"""For salloc, once it was told to stop."""
+ON_HEAD = """
+address=$(srun --overlap --nodes=1 --ntasks=1 --mem=0 --nodelist="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" \\
+    bash -c {node_address}) || exit 1
+attempt=0
+export MASTER_ADDR=$address MASTER_PORT=$(({port}))
+srun --overlap --ntasks={all} --ntasks-per-node={tasks} --cpus-per-task={cpus} --mem=0 --kill-on-bad-exit=0 --wait={parting} \\
+    {srun_container} bash -c {on_node}
+"""
+
+
+def examine_cluster(cluster: str, profile_overrides: Sequence[str], recipe: str | None, overrides: Sequence[str]) -> Iterator[Finding]:
+    """All checks of a cluster.
+
+    Raises:
+        UserError: the profile or the recipe cannot be read, or the scheduler does not let us in.
+    """
+    profile = load_profile(cluster, profile_overrides)
+    loaded = load_recipe(recipe, overrides) if recipe is not None else None
+    yield from _ray(profile, loaded) if isinstance(profile, RayProfile) else _slurm(profile, loaded)
+
+
+def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
+    name = f"oar-doctor-{secrets.token_hex(4)}"
+    options = [*slurm.allocation(profile, name, profile.nodes), *profile.sbatch]
+    asked = slurm.client("sbatch", "--test-only", "--wrap=true", *options)
+    if asked.returncode:
+        yield Finding("FAIL", "scheduler", _one_line(slurm.refusal("Slurm would refuse the job", asked.stderr)))
+        return
+    yield Finding("ok", "scheduler", _one_line(asked.stderr.replace("sbatch: ", "")))
+    words = slurm.container(profile, [os.getcwd()])
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.env.items()]
+    probe = f"exec {words['exec_container']}python -m oar_scale.launch.probe slurm"
+    tasks = max(1, profile.gpus_per_node)
+    script = ON_HEAD.format(
+        node_address=shlex.quote(profile.node_address),
+        tasks=tasks,
+        all=profile.nodes * tasks,
+        cpus=max(1, profile.cpus_per_node // tasks),
+        parting=PARTING_S,
+        port=slurm.PORT,
+        srun_container=words["srun_container"],
+        on_node=shlex.quote("\n".join([*profile.setup, *exports, probe])),
+    )
+    command = ["salloc", "--quiet", f"--immediate={profile.start_s}", *options, f"--time={TIME}", "bash", "-c", script]
+    env = {**os.environ, **({RECIPE: dump_recipe(recipe)} if recipe else {})}
+    try:
+        said_out, said_err = _allocated(command, env, name, profile.start_s + TRIAL_S)
+    except subprocess.TimeoutExpired:
+        yield Finding(
+            "FAIL", "workers", f"the check on the nodes takes longer than {profile.start_s + TRIAL_S:.0f} s; look at them: sinfo -N"
+        )
+        return
+    if MARK not in said_out and re.search("nodes are busy|immediate|timed out", said_err, re.IGNORECASE):
+        text = f"no nodes free in {profile.start_s} s ({_one_line(said_err)}); try again later, or ask for fewer: -p nodes=1"
+        yield Finding("warn", "workers", text)
+        return
+    yield from _told(said_out, said_err, profile.nodes)
+
+
+def _allocated(command: Sequence[str], env: Mapping[str, str], name: str, timeout_s: float) -> tuple[str, str]:
+    """What a command of salloc prints. Whatever ends it early ends its allocation, too: one killed outright would leave that behind."""
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        return process.communicate(timeout=timeout_s)
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            slurm.client("scancel", f"--name={name}")
+            try:
+                process.communicate(timeout=LEAVE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _ray(profile: RayProfile, recipe: Recipe | None) -> Iterator[Finding]:
+    from oar_scale.launch import ray_client, ray_jobs
+
+    client = ray_client.connect(profile.address)
+    yield Finding("ok", "scheduler", f"Ray at {profile.address} answers")
+    if recipe is not None:
+        ray_jobs.check_root(recipe, profile)
+        recipe = _at(profile.folder or "", recipe)
+    env = {RECIPE: dump_recipe(recipe)} if recipe else {}
+    asked = ray_client.request(profile, f"exec {profile.python} -m oar_scale.launch.probe ray", env)
+    job_id, log = f"oar-doctor-{secrets.token_hex(4)}", ""
+    deadline = time.monotonic() + profile.start_s + TRIAL_S
+    try:
+        ray_client.begin(client, asked, job_id, "oar doctor", profile.start_s)
+        while (info := ray_client.info(client, job_id)) is not None and not info.status.is_terminal() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        log = client.get_job_logs(job_id)
+    except UserError as error:
+        yield Finding("FAIL", "job", _one_line(error))
+        return
+    finally:
+        ray_client.remove(client, job_id)
+    wanted = [finding for finding in said(log)[1] if finding.item == NODES]
+    yield from _told(log, log, None)
+    if profile.gpu_type and wanted and profile.gpu_type not in wanted[0].text:
+        text = f"no node has one of type {profile.gpu_type} now; correct gpu_type, or let the autoscaler bring one"
+        yield Finding("warn", "GPU type", text)
+
+
+def _at(folder: str, recipe: Recipe) -> Recipe:
+    """The recipe with its places as seen from a folder."""
+    root = recipe.root if recipe.root.startswith("s3://") else os.path.join(folder, recipe.root)
+    storage = recipe.storage.model_copy(update={"root": root})
+    return recipe.model_copy(update={"run_dir": os.path.join(folder, recipe.local_dir), "storage": storage})
+
+
+def _told(log: str, errors: str, nodes: int | None) -> Iterator[Finding]:
+    """The findings in the job's log; where there are none, what it said instead."""
+    facts, findings = said(log)
+    if not facts:
+        last = "; ".join(line for line in errors.strip().splitlines()[-3:])
+        yield Finding("FAIL", "workers", f"no node answered ({last}); do `setup` and `python` of the profile find oar_scale there?")
+    elif nodes is not None and len(facts) < nodes:
+        text = f"{len(facts)} of {nodes} nodes answered: {', '.join(each.node for each in facts)}; {errors.strip()[-300:]}"
+        yield Finding("FAIL", "workers", _one_line(text))
+    yield from merged(facts)
+    yield from findings
+
+
+def _one_line(text: Any) -> str:
+    return " ".join(str(text).split())

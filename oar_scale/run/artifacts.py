@@ -1,0 +1,141 @@
+"""What several stages read: codes with their captions, pictures, and a clear word where something is missing."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from oar_scale.config.schema import SentencePieceConfig
+from oar_scale.data.manifest import read_manifest
+from oar_scale.data.shards import read_shard, read_token_shard
+from oar_scale.errors import UserError
+from oar_scale.orders.order_table import join_orders, read_orders, table_name
+from oar_scale.results.estimates import ModelName
+from oar_scale.results.examples import Picture
+from oar_scale.run.context import Run
+from oar_scale.storage import fetch, join, open_storage
+from oar_scale.tokenizers.prompts import Field, PromptEncoder, check_features, for_new_prompts, load_prompts
+
+MODEL_FILES: dict[ModelName, str] = {"base": "base", "any-order": "anyorder", "control": "control", "ordered": "ordered"}
+MODEL_STAGES: dict[ModelName, str] = {"base": "pretrain", "any-order": "pretrain", "control": "control", "ordered": "finetune"}
+
+ONE_ORDER = "model.layout raster has one order for all images: there is none to find for each"
+OTHER_LAYOUT = "Choose model.layout instructed or dual for orders of images."
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Images as codes: view 0, in the order of the shards."""
+
+    keys: list[str]
+    captions: list[str]
+    codes_SN: NDArray[np.int64]
+    prompts: list[Any]
+    """What the model is told about each image: its caption, label or features."""
+
+
+def require(run: Run, uri: str, stage: str) -> str:
+    """``uri`` itself, if it is there.
+
+    Raises:
+        UserError: it is not; names the stage that writes it.
+    """
+    if not open_storage(uri).exists(uri):
+        raise UserError(f"{uri}: missing. The stage {stage} writes it: run that first.")
+    return uri
+
+
+def require_any_order(run: Run) -> None:
+    """Raises UserError for a recipe whose model has its raster order only."""
+    if run.recipe.model.layout == "raster":
+        raise UserError(f"{run.at()}: {ONE_ORDER}.\n{OTHER_LAYOUT}")
+
+
+def model_files(run: Run) -> dict[ModelName, str]:
+    """Local files of the run's models; the control only where the recipe has one. Raises UserError as :func:`require`."""
+    wanted = [name for name in MODEL_FILES if name != "control" or run.recipe.pipeline.control]
+    return {name: fetch(require(run, run.model_uri(MODEL_FILES[name]), MODEL_STAGES[name]), run.cache) for name in wanted}
+
+
+def prompt_encoder(run: Run, *, new: bool = False) -> PromptEncoder:
+    """What the recipe's ``tokenizer.text`` makes of the prompts in the token shards, or of ``new`` ones that somebody types.
+
+    Raises:
+        UserError: the stage tokenizer has not finished, or the shards hold features of another text tower.
+    """
+    config = run.recipe.tokenizer.text
+    if isinstance(config, SentencePieceConfig):
+        require(run, run.text_uri, "tokenizer")
+    if new:
+        return load_prompts(for_new_prompts(config), run.at("tokenizers"))
+    prompts, tokens = load_prompts(config, run.at("tokenizers")), run.at("tokens", "train")
+    if open_storage(tokens).exists(join(tokens, "manifest.json")):
+        check_features(read_manifest(tokens).features, prompts, tokens)
+    return prompts
+
+
+def read_tokens(run: Run, split: str, limit: int | None = None, field: Field = "txt") -> Tokens:
+    """The first ``limit`` images of a split (default: all) as codes. Raises UserError where the stage has not finished."""
+    folder = run.at("tokens", split)
+    require(run, join(folder, "manifest.json"), "tokens")
+    keys: list[str] = []
+    captions: list[str] = []
+    prompts: list[Any] = []
+    codes: list[NDArray[np.int64]] = []
+    for info in read_manifest(folder).shards:
+        if limit is None or len(keys) < limit:
+            shard = read_token_shard(join(folder, info.name), run.cache, info)
+            keys += shard.keys
+            captions += shard.captions
+            prompts += shard.prompts(field)
+            codes.append(shard.view(0).astype(np.int64))
+    return Tokens(keys[:limit], captions[:limit], np.concatenate(codes)[:limit], prompts[:limit])
+
+
+def read_pictures(run: Run, split: str, keys: list[str]) -> list[Picture]:
+    """The images that the first tokens of a split were made from.
+
+    Raises:
+        UserError: the image shards hold others, or the stage has not finished.
+    """
+    folder = run.at("images", split)
+    require(run, join(folder, "manifest.json"), "data")
+    found: list[str] = []
+    pictures: list[Picture] = []
+    for info in read_manifest(folder).shards:
+        if len(found) < len(keys):
+            for sample in read_shard(join(folder, info.name), run.cache, info):
+                found.append(sample["__key__"])
+                pictures.append(np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB")))
+    if found[: len(keys)] != keys:
+        raise UserError(f"{folder}: these are not the images that the tokens were made from. Run the stage tokens again.")
+    return pictures[: len(keys)]
+
+
+def without_variant(run: Run, keys: list[str]) -> NDArray[np.bool_]:
+    """Which held-out images [S] share no family with a training image (see ``SourceImage.family``)."""
+    families: dict[str, dict[str, str]] = {}
+    for split in ("train", "heldout"):
+        folder = run.at("images", split)
+        samples = (sample for info in read_manifest(folder).shards for sample in read_shard(join(folder, info.name), run.cache, info))
+        families[split] = {sample["__key__"]: json.loads(sample.get("json", b"{}")).get("family", "") for sample in samples}
+    in_train = set(families["train"].values()) - {""}
+    return np.array([families["heldout"].get(key, "") not in in_train for key in keys])
+
+
+def read_train_orders(run: Run, train: Tokens) -> NDArray[np.uint16]:
+    """The stored order [S, N] of every training image, the first one where it has several. Raises UserError where one is missing."""
+    folder, start = run.at("tokens", "train"), 0
+    found: list[NDArray[np.uint16]] = []
+    for info in read_manifest(folder).shards:
+        uri = require(run, run.at("orders", "train", table_name(info.name)), "extract")
+        keys = train.keys[start : start + info.samples]
+        found.append(join_orders(keys, read_orders(uri), shard=join(folder, info.name), cells=run.recipe.grid**2)[:, 0])
+        start += info.samples
+    return np.concatenate(found)

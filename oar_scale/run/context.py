@@ -1,0 +1,70 @@
+"""A run: its recipe, and where its parts lie.
+
+ROOT  (folder or s3://)   images/ tokens/ tokenizers/ checkpoints/ models/ orders/ stages/
+LOCAL (folder)            recipe.yaml events/ figures/ evaluation.json report/index.html
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+from oar_scale.config.schema import Recipe
+from oar_scale.observe.console import Console
+from oar_scale.observe.events import EventLog
+from oar_scale.observe.mirror import open_log
+from oar_scale.shard_pool.pool_types import ArrayTask
+from oar_scale.storage import join
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe bound to its places."""
+
+    recipe: Recipe
+    console: Console = field(default_factory=Console)
+    profile_steps: int = 0
+    """Training steps that are profiled; 0: none."""
+    rank: int = 0
+    """Which one of the processes that torchrun started for a training stage; all but the first leave the run's files alone."""
+    array: ArrayTask | None = None
+    """Which of several processes this one is, where they share the extraction without Ray."""
+
+    def at(self, *parts: str) -> str:
+        """A place in the run's storage."""
+        root = self.recipe.root
+        return join(root if root.startswith("s3://") else os.path.abspath(root), *parts)
+
+    def local(self, *parts: str) -> str:
+        """A path in the run's local folder."""
+        return os.path.join(os.path.abspath(self.recipe.local_dir), *parts)
+
+    @property
+    def cache(self) -> str:
+        return os.path.abspath(self.recipe.storage.cache_dir or self.local("cache"))
+
+    @property
+    def events(self) -> str:
+        return self.local("events")
+
+    def marker(self, stage: str) -> str:
+        """What a finished stage writes last, beside its results: in the storage, but for the stages whose results are local."""
+        name = f"{stage}.json"
+        return self.local("stages", name) if stage in ("evaluate", "report") else self.at("stages", name)
+
+    def log(self, stage: str) -> AbstractContextManager[EventLog]:
+        """The event log of a new attempt at a stage."""
+        return open_log(self.events, stage, self.at(), self.recipe.observe.mirror_s)
+
+    @property
+    def vq_uri(self) -> str:
+        return self.at("tokenizers", "vq.safetensors")
+
+    @property
+    def text_uri(self) -> str:
+        return self.at("tokenizers", "text.model")
+
+    def model_uri(self, name: str) -> str:
+        """An exported model: ``base``, ``anyorder``, ``control`` or ``ordered``."""
+        return self.at("models", f"{name}.safetensors")

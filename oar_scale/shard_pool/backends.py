@@ -1,0 +1,200 @@
+"""Where the actors of a pool live: in Ray, on one machine or many, or in child processes of this one.
+
+actor = actors.start()                  asks for a process; it is placed, and then its next outcome is that of making its worker
+actors.run(actor, order)                one order at a time
+actors.wait(1.0)                        [(actor, outcome), ...]: also of those whose process died
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
+
+from oar_scale.shard_pool.actor import Actor, Order, Outcome
+
+MakeActor = Callable[[], Actor]
+
+
+class Actors(Protocol):
+    """Actors by number."""
+
+    def start(self) -> int: ...
+
+    def run(self, actor: int, order: Order) -> None: ...
+
+    def wait(self, timeout_s: float) -> list[tuple[int, Outcome]]:
+        """The outcomes that have come, at the latest after ``timeout_s``."""
+        ...
+
+    def kill(self, actor: int) -> None: ...
+
+    def room(self) -> int:
+        """How many more could start at once, about."""
+        ...
+
+    def close(self) -> None:
+        """Kill all that are left."""
+        ...
+
+
+class RayActors:
+    """Actors of the Ray that this process is connected to."""
+
+    def __init__(self, make_actor: MakeActor, cpus: int, gpus: float, gpu_type: str | None = None) -> None:
+        self._make_actor, self._cpus, self._gpus, self._gpu_type = make_actor, cpus, gpus, gpu_type
+        self._actors: dict[int, Any] = {}
+        self._pending: dict[Any, int] = {}
+        self._count = 0
+
+    def start(self) -> int:
+        import ray
+
+        self._count += 1
+        needs = {"num_cpus": self._cpus, "num_gpus": self._gpus, **({"accelerator_type": self._gpu_type} if self._gpu_type else {})}
+        remote: Any = ray.remote(_RayActor).options(**needs, max_restarts=0)
+        self._actors[self._count] = remote.remote(self._make_actor)
+        self._pending[self._actors[self._count].placed.remote()] = self._count
+        return self._count
+
+    def run(self, actor: int, order: Order) -> None:
+        self._pending[self._actors[actor].run.remote(order)] = actor
+
+    def wait(self, timeout_s: float) -> list[tuple[int, Outcome]]:
+        import ray
+
+        if not self._pending:
+            time.sleep(timeout_s)
+            return []
+        ready = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)[0]
+        if ready:
+            ready = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)[0]
+        found = [(self._pending.pop(reference), _result(reference)) for reference in ready]
+        self._pending |= {self._actors[actor].start.remote(): actor for actor, outcome in found if outcome.kind == "placed"}
+        return found
+
+    def kill(self, actor: int) -> None:
+        import ray
+
+        ray.kill(self._actors.pop(actor))
+        self._pending = {reference: other for reference, other in self._pending.items() if other != actor}
+
+    def room(self) -> int:
+        import ray
+
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        by_gpu = free.get("GPU", 0) / self._gpus if self._gpus else float("inf")
+        return int(min(free.get("CPU", 0) / self._cpus, by_gpu))
+
+    def close(self) -> None:
+        for actor in list(self._actors):
+            self.kill(actor)
+
+
+class _RayActor:
+    """An :class:`Actor` that is made in its own process: what makes it must not fail while Ray unpickles it."""
+
+    def __init__(self, make_actor: MakeActor) -> None:
+        self._actor = make_actor()
+
+    def placed(self) -> Outcome:
+        return Outcome("placed")
+
+    def start(self) -> Outcome:
+        return self._actor.start()
+
+    def run(self, order: Order) -> Outcome:
+        return self._actor.run(order)
+
+
+def _result(reference: Any) -> Outcome:
+    import ray
+
+    try:
+        outcome: Outcome = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return Outcome("failed", error=f"its process died: {error}")
+    return outcome
+
+
+class ProcessActors:
+    """Actors that are children of this process, and end with it."""
+
+    def __init__(self, make_actor: MakeActor) -> None:
+        self._make_actor = make_actor
+        self._children: dict[int, tuple[BaseProcess, Connection]] = {}
+        self._count = 0
+
+    def start(self) -> int:
+        context = multiprocessing.get_context("spawn")  # a fork would inherit threads, and a GPU that cannot be shared like that
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self._make_actor), name="pool-actor", daemon=True)
+        process.start()
+        theirs.close()
+        self._count += 1
+        self._children[self._count] = process, ours
+        return self._count
+
+    def run(self, actor: int, order: Order) -> None:
+        with suppress(OSError):  # a dead one is seen by wait()
+            self._children[actor][1].send(order)
+
+    def wait(self, timeout_s: float) -> list[tuple[int, Outcome]]:
+        ends: dict[Any, int] = {}
+        for actor, (process, connection) in self._children.items():
+            ends[connection] = ends[process.sentinel] = actor
+        if not ends:
+            time.sleep(timeout_s)
+        ready = {ends[end] for end in wait(list(ends), timeout_s)}
+        return [(actor, self._outcome(actor)) for actor in sorted(ready)]
+
+    def _outcome(self, actor: int) -> Outcome:
+        process, connection = self._children[actor]
+        with suppress(EOFError, OSError):  # nothing more comes from it
+            if connection.poll():
+                outcome: Outcome = connection.recv()
+                return outcome
+        process.join(5)
+        return Outcome("failed", error=f"its process died: exit code {process.exitcode}")
+
+    def kill(self, actor: int) -> None:
+        process, connection = self._children.pop(actor)
+        process.kill()
+        process.join()
+        connection.close()
+
+    def room(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        for actor in list(self._children):
+            self.kill(actor)
+
+
+def _serve(connection: Connection, make_actor: MakeActor) -> None:
+    """What a child does. Signals that are sent to a whole process group are for the parent to act on."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    actor = make_actor()
+    connection.send(Outcome("placed"))
+    connection.send(actor.start())
+    while True:
+        try:
+            order = connection.recv()
+        except EOFError:
+            return
+        connection.send(actor.run(order))
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -1,0 +1,237 @@
+"""The orders of a whole training set: the extraction in a pool of actors, a token shard at a time.
+
+    TOKENS/00000.tar  ->  ORDERS/00000.parquet, then ORDERS/ledger/00000.tar.json
+
+What happens when something dies is the pool's affair (``oar_scale/data/pool``). An actor loads the model once; what it writes for
+a shard depends on the shard, the model and the settings alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from oar_scale.config.fingerprint import fingerprint
+from oar_scale.config.schema import TextConfig
+from oar_scale.data.manifest import Manifest, read_manifest
+from oar_scale.data.open_shard import TokenShard
+from oar_scale.data.shards import read_token_shard
+from oar_scale.errors import UserError
+from oar_scale.model import check_prompts, load_model, model_id
+from oar_scale.model.weights import read_spec
+from oar_scale.orders.extraction import ExtractionSettings, Orders, extract_orders
+from oar_scale.orders.order_table import OrderTable, table_name, write_orders
+from oar_scale.shard_pool import ArrayTask, Bounds, Facts, PoolReport, Timing, Worker, run_pool
+from oar_scale.shard_pool.pool_types import OnEvent
+from oar_scale.storage import fetch, join, open_storage
+from oar_scale.tokenizers.prompts import check_features, load_prompts, model_inputs
+
+
+@dataclass(frozen=True)
+class ExtractionJob:
+    """Everything an actor needs to know: names and settings, no data."""
+
+    tokens: str
+    """Folder of token shards."""
+    orders: str
+    """Folder the tables go to."""
+    model: str
+    text: TextConfig
+    """The recipe's ``tokenizer.text``."""
+    tokenizers: str
+    """Folder of the run's tokenizers."""
+    cache_dir: str
+    """Local copies of remote shards."""
+    settings: ExtractionSettings
+    batch: int
+    """Images extracted at once."""
+    precision: Literal["bf16", "fp32"]
+    cpu_threads: int = 1
+    cuda: bool = False
+    views: int = 1
+    """Orders are extracted for so many of the views in the shards, from the first one on."""
+    cache_bytes: int | None = None
+    """Bound of the copies; None = no bound."""
+    place: int = 0
+    """Which of several processes without Ray this is: see :class:`ArrayTask`."""
+
+    def make_worker(self) -> Worker:
+        return ExtractionWorker(self)
+
+    @property
+    def settings_id(self) -> str:
+        """Settings, precision, batch and views: everything in a recipe, but the model, that decides about orders.
+
+        Where scores are nearly equal the device, its number of threads and torch's version may decide too; they are not in it.
+        """
+        told = {} if self.views == 1 else {"views": self.views}  # tables of the first view keep the id they always had
+        return fingerprint({"settings": self.settings.id, "precision": self.precision, "batch": self.batch, **told})
+
+    @property
+    def device(self) -> torch.device:
+        """Ray and Slurm leave an actor its own GPUs to see; processes that are started by hand see all, and take them in turn."""
+        return torch.device("cuda", self.place % max(1, torch.cuda.device_count())) if self.cuda else torch.device("cpu")
+
+    @property
+    def ledger(self) -> str:
+        return join(self.orders, "ledger")
+
+
+class ExtractionWorker:
+    """Extracts one shard after the other with one model."""
+
+    def __init__(self, job: ExtractionJob) -> None:
+        torch.set_num_threads(job.cpu_threads)
+        local = fetch(job.model, job.cache_dir)  # one download for all actors of a host
+        self.job, self.model_id = job, model_id(local)
+        self.device = job.device
+        self.model = load_model(local).to(self.device, torch.bfloat16 if job.precision == "bf16" else torch.float32)
+        self.prompts = load_prompts(job.text, job.tokenizers)
+        check_prompts(self.model.spec, self.prompts, job.model)
+        self.manifest = read_manifest(job.tokens)
+        check_features(self.manifest.features, self.prompts, job.tokens)
+        self.shards = {shard.name: shard for shard in self.manifest.shards}
+
+    def run(self, shard: str) -> Facts:
+        uri = join(self.job.tokens, shard)
+        tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard], cache_bytes=self.job.cache_bytes)
+        told_S = self.prompts.encode(tokens.prompts(self.prompts.field))
+        kinds = [(view, draw) for view in range(self.job.views) for draw in range(self.job.settings.orders_per_image)]
+        found = [self._orders(tokens, told_S, view, draw, uri) for view, draw in kinds]
+        samples = len(tokens.keys)
+        table = OrderTable(  # all rows of the first sample, then those of the second
+            keys=[key for key in tokens.keys for _ in kinds],
+            views=[view for view, _ in kinds] * samples,
+            order_SN=torch.stack([orders.order_BN for orders in found], dim=1).flatten(0, 1).cpu().numpy().astype(np.uint16),
+            score_SN=torch.stack([orders.score_BN for orders in found], dim=1).flatten(0, 1).cpu().numpy(),
+            model_id=self.model_id,
+            settings_id=self.job.settings_id,
+            draws=[draw for _, draw in kinds] * samples,
+        )
+        stored = write_orders(join(self.job.orders, table_name(shard)), table)
+        return {
+            "table_bytes": stored.size,
+            "table_crc32c": stored.crc32c,
+            "images": samples,
+            "tokens_crc32c": self.shards[shard].crc32c,
+            "model_id": self.model_id,
+            "settings_id": self.job.settings_id,
+        }
+
+    def _orders(self, tokens: TokenShard, told_S: torch.Tensor, view: int, draw: int, uri: str) -> Orders:
+        """One order for each sample of a shard, a batch at a time."""
+        codes_SN = torch.from_numpy(tokens.view(view).astype(np.int64))
+        names = tokens.keys if view == 0 else [f"{key}/{view}" for key in tokens.keys]
+        images_S = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64)
+        cuts = [slice(start, start + self.job.batch) for start in range(0, len(codes_SN), self.job.batch)]
+        parts = [self._extract(codes_SN[cut], told_S[cut], images_S[cut], draw, uri) for cut in cuts]
+        return Orders(torch.cat([part.order_BN for part in parts]), torch.cat([part.score_BN for part in parts]))
+
+    @torch.no_grad()
+    def _extract(self, codes_BN: torch.Tensor, told_B: torch.Tensor, images_B: NDArray[np.int64], draw: int, uri: str) -> Orders:
+        condition_BTD = self.model.condition(model_inputs(self.prompts, told_B.to(self.device)))
+        try:
+            return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B, draw)
+        except ValueError as error:
+            raise UserError(f"{uri}: {error}") from error
+        except ArithmeticError as error:  # on another device it may be numbers
+            raise ArithmeticError(f"{uri}: {error}") from error
+        except torch.OutOfMemoryError as error:  # another GPU may be larger, or less used
+            raise RuntimeError(
+                f"{uri}: the GPU's memory is too small for extract.batch = {self.job.batch} images at once, or others use it: "
+                f"set extract.batch lower. {error}"
+            ) from error
+
+
+def extract_all(
+    job: ExtractionJob,
+    *,
+    actors: int | Bounds,
+    gpus_per_actor: float = 0,
+    gpu_type: str | None = None,
+    max_retries: int = 3,
+    array: ArrayTask | None = None,
+    timing: Timing | None = None,
+    on_progress: Callable[[int, PoolReport], None] | None = None,
+    on_event: OnEvent | None = None,
+) -> PoolReport:
+    """Extract the orders of every shard of ``job.tokens`` that is not done yet, or whose table is gone or has another size.
+
+    Args:
+        array: be one of several processes without Ray; they share the shards through the ledger.
+        on_progress: called with the images that are done and the report so far, at the start and after every shard.
+        on_event: see :data:`oar_scale.shard_pool.pool_types.OnEvent`.
+
+    Returns:
+        The pool's report; the caller decides what a poison shard means (:meth:`PoolReport.raise_for_poison`).
+
+    Raises:
+        UserError: the model does not fit the token shards, or the ledger is of another model or settings; nothing was written.
+        Requeue: stopped by a signal; the same call goes on.
+    """
+    manifest = read_manifest(job.tokens)
+    _check_fit(job, manifest)
+    done, shards = 0, {shard.name: shard for shard in manifest.shards}
+    this = {"model_id": model_id(fetch(job.model, job.cache_dir)), "settings_id": job.settings_id}
+
+    def check(shard: str, facts: Facts) -> None:
+        for name, expected in (this | {"tokens_crc32c": shards[shard].crc32c}).items():
+            if facts[name] != expected:
+                raise UserError(
+                    f"{job.orders}: the orders of {shard} were extracted with {name} {facts[name]}, now it is {expected}.\n"
+                    "Orders of different models, settings or tokens must not mix: remove this folder, or extract into another."
+                )
+
+    def lost(finished: Mapping[str, Facts]) -> dict[str, str]:
+        for shard, facts in finished.items():
+            check(shard, facts)
+        # Listed after the ledger was read: a table is older than its entry.
+        sizes, problems = open_storage(job.orders).sizes(job.orders) if finished else {}, dict[str, str]()
+        for shard, facts in finished.items():
+            size = sizes.get(join(job.orders, table_name(shard)))
+            if size is None:
+                problems[shard] = "its table is gone"
+            elif size != facts.get("table_bytes", size):  # entries of older versions do not say
+                problems[shard] = f"its table has {size} bytes, {facts['table_bytes']} were written"
+        return problems
+
+    def finished(shard: str, facts: Facts, report: PoolReport) -> None:
+        nonlocal done
+        check(shard, facts)
+        done += shards[shard].samples
+        if on_progress:
+            on_progress(done, report)
+
+    if on_progress:
+        on_progress(0, PoolReport())
+    return run_pool(
+        (job if array is None else replace(job, place=array.index)).make_worker,
+        list(shards),
+        job.ledger,
+        actors=actors,
+        gpus_per_actor=gpus_per_actor,
+        gpu_type=gpu_type,
+        cpu_threads=job.cpu_threads,
+        max_retries=max_retries,
+        what=this,
+        array=array,
+        timing=timing,
+        find_lost=lost,
+        on_progress=finished,
+        on_event=on_event,
+    )
+
+
+def _check_fit(job: ExtractionJob, manifest: Manifest) -> None:
+    spec = read_spec(job.model)
+    for name, here, there in (("grid", spec.grid, manifest.grid), ("vocabulary", spec.vocab_size, manifest.vocab_size)):
+        if here != there:
+            raise UserError(f"{job.model}: made for {name} {here}, the token shards in {job.tokens} have {name} {there}.")
+    if job.views > max(1, len(manifest.views)):
+        raise UserError(f"{job.tokens}: the shards hold {len(manifest.views)} views, and orders of {job.views} are wanted.")

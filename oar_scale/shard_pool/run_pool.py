@@ -1,0 +1,120 @@
+"""``run_pool``: from a ledger with gaps to one without."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+from oar_scale.errors import UserError
+from oar_scale.runtime.ray_session import ray_session
+from oar_scale.runtime.retry import patiently
+from oar_scale.runtime.stop_signals import StopSignals
+from oar_scale.shard_pool.actor import Actor, Worker
+from oar_scale.shard_pool.backends import ProcessActors, RayActors
+from oar_scale.shard_pool.driver import Driver
+from oar_scale.shard_pool.ledger import Entry, Ledger
+from oar_scale.shard_pool.pool_types import ArrayTask, Bounds, FindLost, OnEvent, OnProgress, PoolReport, Timing
+
+EARLIER = 10
+"""Shards of earlier pools that say what one takes until there are shards of our own."""
+
+
+def run_pool(
+    make_worker: Callable[[], Worker],
+    shards: Sequence[str],
+    ledger: str,
+    *,
+    actors: int | Bounds,
+    gpus_per_actor: float = 0,
+    gpu_type: str | None = None,
+    cpu_threads: int = 1,
+    max_retries: int = 3,
+    what: Mapping[str, str] | None = None,
+    array: ArrayTask | None = None,
+    timing: Timing | None = None,
+    find_lost: FindLost | None = None,
+    on_progress: OnProgress | None = None,
+    on_event: OnEvent | None = None,
+) -> PoolReport:
+    """Do every shard that is not in the ledger yet.
+
+    Args:
+        make_worker: called once in each actor's process; picklable, and small when pickled.
+        shards: names, unique; they also name the ledger's entries.
+        ledger: folder URI of the ledger; the folder ``{ledger}-pool`` beside it is the pool's as well.
+        cpu_threads: cores an actor takes; Ray sets ``OMP_NUM_THREADS`` to it where that is unset.
+        max_retries: how often a shard is tried again after its actor died or its worker failed.
+        what: what the shards are made into; another pool on the same ledger must say the same.
+        array: be one of several processes, with one actor and without Ray; ``actors`` does not matter then.
+        find_lost: says which of the finished shards have lost their output; they are done again.
+
+    Raises:
+        UserError: no worker could be made and it is the user's to mend, the actors do not fit on this machine, or the ledger is for
+            something else.
+        RuntimeError: nobody works, and workers could not be made more than ``max_retries`` times in a row.
+        Requeue: stopped by a signal; what is done is in the ledger.
+    """
+    book, report, timing = Ledger(ledger), PoolReport(), timing or Timing()
+    entries = patiently(lambda: book.entries(shards), timing.patience_s)
+    if find_lost:
+        facts = {shard: entry.facts for shard, entry in entries.items()}
+        for shard, problem in patiently(lambda: find_lost(facts), timing.patience_s).items():
+            patiently(partial(book.forget, shard), timing.patience_s)
+            del entries[shard]
+            if on_event:
+                on_event("lost_output", {"shard": shard, "error": problem})
+    for shard, entry in entries.items():
+        report.done[shard] = entry.facts
+        if on_progress:
+            on_progress(shard, entry.facts, report)
+    report.found = len(report.done)
+    missing = [shard for shard in shards if shard not in report.done]
+    if missing:
+        gpus = _gpus() if gpus_per_actor and not array and "RAY_ADDRESS" not in os.environ else 0
+        bounds = Bounds(1, 1) if array else _bounds(actors, len(missing), cpu_threads, gpus_per_actor, gpus)
+        if what:
+            patiently(lambda: book.bind(what), timing.patience_s)
+        with StopSignals() as signals, ExitStack() as stack:
+            if not array:
+                stack.enter_context(ray_session(cpus=bounds.most * cpu_threads, gpus=gpus))
+                signals.arm()
+            driver = Driver(
+                book, missing, bounds, max_retries, timing, report, signals, array, _last_seconds(entries.values()), on_progress, on_event
+            )
+            make_actor = partial(Actor, make_worker, book, driver.holder.id, timing.patience_s)
+            driver.do(ProcessActors(make_actor) if array else RayActors(make_actor, cpu_threads, gpus_per_actor, gpu_type))
+    report.done = {shard: report.done[shard] for shard in shards if shard in report.done}
+    return report
+
+
+def _bounds(actors: int | Bounds, missing: int, cpu_threads: int, gpus_per_actor: float, gpus: int) -> Bounds:
+    """No more than there are shards; a Ray of our own has the room that this machine has."""
+    wanted = Bounds(actors, actors) if isinstance(actors, int) else actors
+    least, most = min(wanted.least, missing), min(wanted.most, missing)
+    if "RAY_ADDRESS" in os.environ:
+        return Bounds(least, most)
+    most = min(most, (os.cpu_count() or 1) // cpu_threads)
+    if gpus_per_actor:
+        fit = gpus * int(1 / gpus_per_actor) if gpus_per_actor < 1 else int(gpus / gpus_per_actor)
+        if least > fit:
+            way = f"Ask for {fit} (extract.actors, for tokens parallel.workers)" if fit else "Ask for none (gpus_per_actor: 0)"
+            raise UserError(
+                f"{least} actors with {gpus_per_actor:g} GPUs each do not fit on this machine, which has {gpus} GPUs.\n"
+                f"{way}, or point RAY_ADDRESS at a cluster that has them."
+            )
+        most = min(most, fit)
+    return Bounds(least, max(least, most))
+
+
+def _gpus() -> int:
+    """That this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _last_seconds(entries: Iterable[Entry]) -> list[float]:
+    works = sorted((entry.work for entry in entries if "finished" in entry.work), key=lambda work: work["finished"])
+    return [work["seconds"] for work in works[-EARLIER:]]

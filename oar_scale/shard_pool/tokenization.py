@@ -1,0 +1,127 @@
+"""Token shards of a whole folder of image shards: the tokenizer in a pool of actors, a shard at a time.
+
+IMAGES/00000.tar  ->  TOKENS/00000.tar, then TOKENS/ledger/00000.tar.json, and TOKENS/manifest.json last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from oar_scale.config.fingerprint import fingerprint
+from oar_scale.config.schema import ClipTextConfig
+from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
+from oar_scale.data.tokenize import token_manifest, tokenize_shard
+from oar_scale.errors import UserError
+from oar_scale.shard_pool import Facts, PoolReport, Worker, run_pool
+from oar_scale.storage import join
+from oar_scale.tokenizers.clip_text import ClipText
+from oar_scale.tokenizers.image import ImageTokenizer
+from oar_scale.tokenizers.vq import load_vq, vq_id
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """Everything an actor needs to know: names and settings, no data."""
+
+    images: str
+    """Folder of image shards."""
+    tokens: str
+    """Folder the token shards go to."""
+    vq: str
+    """The image tokenizer's weights."""
+    views: tuple[str, ...]
+    cache_dir: str
+    """Local copies of remote shards."""
+    cpu_threads: int = 1
+    text: ClipTextConfig | None = None
+    """The text tower whose features of the captions are stored as well."""
+    cuda: bool = False
+    cache_bytes: int | None = None
+    """Bound of the copies; None = no bound."""
+
+    def make_worker(self) -> Worker:
+        return TokenizeWorker(self)
+
+
+class TokenizeWorker:
+    """Tokenises one shard after the other."""
+
+    def __init__(self, job: TokenizeJob) -> None:
+        torch.set_num_threads(job.cpu_threads)
+        self.job, self.vq, self.text = job, load_vq(job.vq), _tower(job)
+        self.origin = _origin(self.vq, job.views, self.text)
+        if job.cuda:
+            self.vq.cuda()
+            if self.text is not None:
+                self.text.to("cuda")
+        self.shards = {shard.name: shard for shard in read_manifest(job.images).shards}
+
+    def run(self, shard: str) -> Facts:
+        source = self.shards[shard]
+        written = tokenize_shard(
+            self.job.images, self.job.tokens, source, self.vq, self.job.views, self.job.cache_dir, self.text, self.job.cache_bytes
+        )
+        return {"shard": written.model_dump(), "origin": self.origin, "images_crc32c": source.crc32c}
+
+
+def tokenize_all(
+    job: TokenizeJob,
+    *,
+    actors: int,
+    gpus_per_actor: float = 0,
+    max_retries: int = 3,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Tokenise every shard of ``job.images`` that is not done yet, then write the manifest.
+
+    Args:
+        on_progress: called with (images done, images in all), at the start and after every shard.
+
+    Raises:
+        UserError: a shard could not be tokenised, or the ledger is of another tokenizer, text tower, other views or images.
+    """
+    source, vq, text = read_manifest(job.images), load_vq(job.vq), _tower(job)
+    done, origin, shards = 0, _origin(vq, job.views, text), {shard.name: shard for shard in source.shards}
+
+    def finished(shard: str, facts: Facts, _: PoolReport) -> None:
+        nonlocal done
+        if (facts["origin"], facts["images_crc32c"]) != (origin, shards[shard].crc32c):
+            raise UserError(
+                f"{job.tokens}: the codes of {shard} were made with another tokenizer, text tower, other views or other images.\n"
+                "Codes of two tokenizers must not mix: remove this folder, or tokenise into another."
+            )
+        done += shards[shard].samples
+        if on_progress:
+            on_progress(done, source.samples)
+
+    if on_progress:
+        on_progress(0, source.samples)
+    report = run_pool(
+        job.make_worker,
+        list(shards),
+        join(job.tokens, "ledger"),
+        actors=actors,
+        gpus_per_actor=gpus_per_actor,
+        cpu_threads=job.cpu_threads,
+        max_retries=max_retries,
+        what={"tokenizer, text tower and views": origin},
+        on_progress=finished,
+    )
+    report.raise_for_poison()
+    manifest = token_manifest([ShardInfo(**facts["shard"]) for facts in report.done.values()], vq, job.views, source.attribution, text)
+    write_manifest(job.tokens, manifest)
+    return manifest
+
+
+def _tower(job: TokenizeJob) -> ClipText | None:
+    text = job.text
+    return None if text is None else ClipText.load(text.architecture, text.weights, features=text.features)
+
+
+def _origin(vq: ImageTokenizer, views: tuple[str, ...], text: ClipText | None) -> str:
+    """Names everything but the images that decides about the bytes of a token shard."""
+    told = {} if text is None else {"text": text.content_id, "features": text.spec.features}
+    return fingerprint({"tokenizer": vq_id(vq), "views": list(views), **told})

@@ -1,0 +1,176 @@
+"""``oar checkpoint list | verify | prune | diff | convert | export --ema`` on what two real trainings have saved."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launcher import run_workers
+from small_run import prepare_small_run, pretraining
+from small_training import note, noted, tiny_recipe, training, with_stage
+
+from oar_scale.cli import main
+from oar_scale.commands.checkpoint_content import run_convert
+from oar_scale.commands.checkpoint_exchange import run_export
+from oar_scale.commands.checkpoint_management import run_list, run_verify
+from oar_scale.distributed.checkpoints import Saver, restore
+from oar_scale.distributed.checkpoints.layout import new_save, read
+from oar_scale.distributed.checkpoints.shard_tensors import WEIGHTS, read_shards
+from oar_scale.errors import UserError
+from oar_scale.model import AnyOrderModel, load_model
+from oar_scale.pipeline import bind_run_dir
+from oar_scale.run.context import Run
+from oar_scale.storage import join, open_storage
+from oar_scale.training.job import TrainingJob
+
+UNTRAINED = "conditioner.null_rows"
+
+
+def save_under_both_kinds(job: TrainingJob, out: str) -> None:
+    """Steps 2 under ZeRO 2, 4 under ZeRO 3, 6 under ZeRO 0; each goes on from the one before. One parameter is not trained."""
+    from oar_scale.distributed import deepspeed_engine as engine
+
+    made = engine._model
+
+    def frozen(*args: Any) -> AnyOrderModel:
+        model = made(*args)
+        model.get_parameter(UNTRAINED).requires_grad_(False)
+        return model
+
+    engine._model = frozen
+    with training(job, 6) as trainer:
+        for first, stage in ((0, 2), (2, 3), (4, 0)):
+            here = with_stage(job, stage)
+            train = trainer(here)
+            if first:
+                restore(train.engine, here)
+            train.losses(first, first + 2)
+            saver = Saver(here)
+            saver.save(train.engine, first + 2, {"metrics": {"nll_random": 4.5 - first / 4}})
+            note(out, f"{first + 2}", {"outcomes": [vars(outcome) for outcome in saver.finish(60)]})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("care")
+    run = prepare_small_run(tiny_recipe(str(folder / "run"), pretrain={"keep_checkpoints": 3}))
+    bind_run_dir(run)
+    run_workers(save_under_both_kinds, 2, pretraining(run), str(folder))
+    assert [noted(str(folder), str(step))["outcomes"][0]["fault"] for step in (2, 4, 6)] == [None] * 3
+    return run
+
+
+@pytest.fixture
+def copy(run: Run, tmp_path: Path) -> Path:
+    """The run's checkpoints, to be spoiled."""
+    return Path(shutil.copytree(run.at("checkpoints"), tmp_path / "checkpoints"))
+
+
+def checkpoint(run: Run, step: int) -> str:
+    return run.at("checkpoints", "pretrain", f"step-{step:08d}")
+
+
+def test_the_list_shows_steps_workers_bytes_age_and_likelihood(run: Run, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left = copy / "pretrain" / "step-00000008" / new_save(time.time() - 7200)
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(b"")
+    assert main(["checkpoint", "list", str(copy)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["STAGE", "STEP", "COMMITTED", "WORKERS", "ZERO", "BYTES", "AGE", "nll_random"]
+    assert re.fullmatch(r"pretrain +2 +yes +2 +2 +[\d,]+ +\d+ (s|min) +4\.5000", rows[0])
+    assert re.fullmatch(r"pretrain +6 +yes +2 +0 +[\d,]+ +\d+ (s|min) +3\.5000", rows[2])
+    assert re.fullmatch(r"pretrain +8 +no +2 h", rows[3])
+    assert run_list(run.local()).count("yes") == 3, "a run's folder is as good a name"
+    with pytest.raises(UserError, match="no checkpoints here"):
+        run_list(run.at("tokens"))
+
+
+def test_every_byte_is_verified_and_what_is_wrong_is_named(copy: Path, s3_root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = join(s3_root, "verify")
+    for path in (path for path in copy.rglob("*") if path.is_file()):
+        open_storage(prefix).upload(str(path), join(prefix, str(path.relative_to(copy))))
+    for place in (str(copy), prefix):
+        assert main(["checkpoint", "verify", place]) == 0
+        assert capsys.readouterr().out.count("all as they were written") == 3
+    victim = next((copy / "pretrain" / "step-00000004").glob("*/*rank_1*optim*"))
+    whole = bytearray(victim.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    victim.write_bytes(whole)
+    open_storage(prefix).write(join(prefix, str(victim.relative_to(copy))), bytes(whole))
+    for place in (str(copy), prefix):
+        assert main(["checkpoint", "verify", place]) == 1
+        assert re.search(rf"step-00000004: {victim.name} is damaged \(\d+ bytes, crc32c", capsys.readouterr().out)
+    assert [fault for _, fault in run_verify(str(copy / "pretrain" / "step-00000006"))] == [None]
+
+
+def test_a_prune_says_what_it_would_do_and_keeps_the_newest(run: Run, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left = copy / "pretrain" / "step-00000004" / new_save(time.time() - 7200)
+    left.mkdir()
+    (left / "half").write_bytes(b"")
+    assert main(["checkpoint", "prune", str(copy), "--keep", "1", "--keep-best", "1", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("would remove") == 2 and left.exists()
+    assert main(["checkpoint", "prune", str(copy), "--keep", "1", "--keep-every", "4"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"removed .*step-00000002: \d+ files, not kept", said) and re.search(
+        r"removed .*step-00000004: 1 files, left over", said
+    )
+    assert sorted(os.listdir(copy / "pretrain")) == ["step-00000004", "step-00000006"] and not left.exists()
+    assert main(["checkpoint", "prune", run.local()]) == 0
+    assert "nothing to remove" in capsys.readouterr().out, "the recipe keeps three"
+    assert main(["checkpoint", "prune", str(copy)]) == 2
+    assert "Say it: --keep N" in capsys.readouterr().err
+
+
+def test_a_difference_is_shown_for_every_parameter_and_moment(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "diff", checkpoint(run, 2), checkpoint(run, 4)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^step +2 +4$", said, re.MULTILINE) and re.search(r"^zero_stage +2 +3$", said, re.MULTILINE)
+    table = said.split("\n\n")[1].splitlines()
+    assert table[0].split() == ["PARAMETER", "weights", "ema", "exp_avg", "exp_avg_sq"]
+    assert all(float(number) > 0 for number in table[1].split()[1:]), table[1]
+    assert main(["checkpoint", "diff", checkpoint(run, 2), checkpoint(run, 2)]) == 0
+    assert not re.findall(r" (?!0$)\S+$", capsys.readouterr().out.split("\n\n")[1].split("\n", 1)[1], re.MULTILINE)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_deepspeeds_universal_format_has_the_same_values_and_the_average_beside_them(run: Run, tmp_path: Path, step: int) -> None:
+    out = tmp_path / "universal"
+    assert main(["checkpoint", "convert", checkpoint(run, step), "--out", str(out)]) == 0
+    assert (out / "latest_universal").read_text() == "universal"
+    found = read(checkpoint(run, step))
+    shards = read_shards(found.folder, found.files)
+    for name in shards.shapes:
+        for kind, file in ((WEIGHTS, "fp32"), ("exp_avg", "exp_avg"), ("ema", "ema")):
+            stored = torch.load(out / "universal" / "zero" / name / f"{file}.pt", weights_only=True)
+            stored = stored["param"] if isinstance(stored, dict) else stored
+            assert torch.equal(stored.view(shards.shapes[name]), shards.whole(name, kind)), (name, kind)
+    with pytest.raises(UserError, match="there is something here already"):
+        run_convert(checkpoint(run, step), str(out))
+
+
+def test_zero_0_has_no_universal_format(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="DeepSpeed converts none of ZeRO 0"):
+        run_convert(checkpoint(run, 6), str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_weights_or_their_average_are_exported_whatever_stage_wrote_them(run: Run, tmp_path: Path, step: int) -> None:
+    found = read(checkpoint(run, step))
+    shards = read_shards(found.folder, found.files)
+    base = load_model(run.model_uri("base")).get_parameter(UNTRAINED)
+    for flags, kind in (([], WEIGHTS), (["--ema"], "ema")):
+        out = str(tmp_path / kind)
+        assert main(["checkpoint", "export", checkpoint(run, step), "--out", out, *flags]) == 0
+        model = load_model(join(out, "model.safetensors"))
+        for name, tensor in model.named_parameters():
+            expected = base if name == UNTRAINED else shards.whole(f"model.{name}", kind)
+            assert torch.equal(tensor, expected), name
+    with pytest.raises(UserError, match="--ema is for a training checkpoint"):
+        run_export(str(tmp_path / "weights"), str(tmp_path / "again"), average=True)

@@ -1,0 +1,318 @@
+"""What disks, networks, storages and kill -9 do to checkpoints: training goes on, and nothing but whole ones is ever used."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launcher import run_workers, start_workers
+from small_run import prepare_small_run, pretraining
+from small_training import Trainer, note, noted, rooted, tiny_recipe, training, with_stage
+
+from oar_scale.distributed.checkpoints import Saver, committed_steps, restore
+from oar_scale.distributed.checkpoints.layout import places
+from oar_scale.errors import UserError
+from oar_scale.storage import join, open_storage
+from oar_scale.training.job import TrainingJob
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
+    return with_stage(pretraining(prepare_small_run(tiny_recipe(str(tmp_path_factory.mktemp("faults") / "run")))), 2)
+
+
+def saved_steps(saver: Saver, train: Trainer, steps: range) -> list[dict[str, Any]]:
+    """Train to each of the steps and save there, waiting for it."""
+    outcomes = []
+    for step in steps:
+        train.losses(step - 1, step)
+        saver.save(train.engine, step, {"step": step})
+        outcomes += [vars(outcome) for outcome in saver.finish(60)]
+    return outcomes
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------------
+
+
+def save_on_bad_disks(job: TrainingJob, out: str) -> None:
+    rank = int(os.environ["RANK"])
+    with training(job, 6) as trainer:
+        train, saver = trainer(job), Saver(job)
+        found = saved_steps(saver, train, range(1, 2))
+        if rank == 1:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        found += saved_steps(saver, train, range(2, 3))
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        nowhere = job.recipe.storage.model_copy(update={"scratch_dir": "/dev/null/scratch"})
+        elsewhere = replace(job, recipe=job.recipe.model_copy(update={"storage": nowhere})) if rank == 0 else job
+        found += saved_steps(Saver(elsewhere), train, range(3, 4))
+        found += saved_steps(saver, train, range(4, 5))
+        note(out, "disks", {"outcomes": found, "loss": train.losses(4, 6)})
+
+
+def test_a_full_or_unwritable_disk_of_one_rank_costs_that_checkpoint_and_nothing_else(job: TrainingJob, tmp_path: Path) -> None:
+    here = replace(job, root=rooted(job, "disks"), local=str(tmp_path / "local"))
+    run_workers(save_on_bad_disks, 2, here, str(tmp_path))
+    faults = {outcome["step"]: outcome["fault"] for outcome in noted(str(tmp_path), "disks")["outcomes"]}
+    assert faults[1] is None and faults[4] is None
+    assert re.search(r"optim_states\.pt: File too large", faults[2]), faults[2]
+    assert re.search(r"/dev/null/scratch.*: Not a directory", faults[3]), faults[3]
+    found = places(here.checkpoints)
+    assert [(place.step, len(place.saves)) for place in found] == [(1, 1), (4, 1)], "left-overs of the saves that failed"
+    assert sorted(os.listdir(here.checkpoints)) == ["step-00000001", "step-00000004"]
+    assert os.listdir(here.scratch) == []
+
+
+def save_while_s3_is_down(job: TrainingJob, out: str) -> None:
+    server = os.environ["AWS_ENDPOINT_URL"]
+    with training(job, 6) as trainer, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        there = replace(job, root=os.environ["CHECKPOINT_ROOT"])
+        train, saver = trainer(job), Saver(there)
+        found = saved_steps(saver, train, range(1, 2))
+        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        train.losses(1, 2)
+        saver.save(train.engine, 2, {})
+        went_on = train.losses(2, 3)
+        saver.save(train.engine, 3, {})
+        before = train.digest()
+        found += [vars(outcome) for outcome in saver.outcomes()]
+        try:
+            restore(train.engine, there)
+            outage = ""
+        except UserError as error:
+            outage = str(error)
+        os.environ["AWS_ENDPOINT_URL"] = server
+        found += [vars(outcome) for outcome in saver.finish(60)]
+        expected = train.losses(3, 5)
+        restored = restore(train.engine, there)
+        note(out, "s3", {"outcomes": found, "went_on": went_on, "outage": outage, "same": train.digest() == before, "step": restored.step})
+        note(out, "s3 losses", [expected, train.losses(3, 5)])
+        restore_on_two_hosts(trainer(with_stage(there, 3)), with_stage(there, 3), before, out)
+
+
+def restore_on_two_hosts(train: Trainer, there: TrainingJob, expected: dict[str, int], out: str) -> None:
+    """Convert with a disk for each rank that the other does not see: once with a mistake that has to be noticed, once without."""
+    from oar_scale.distributed.checkpoints.live import LiveState
+
+    rank = os.environ["RANK"]
+    socket.gethostname = lambda: f"host{rank}"
+    apart = replace(there, local=join(there.local, f"host{rank}"))
+    put = LiveState.put
+    LiveState.put = lambda self, name, what, whole: put(self, name, what, whole + 1e-9 * (what == "ema" and name.endswith("null_rows")))
+    try:
+        restore(train.engine, apart)
+    except RuntimeError as error:
+        note(out, "unfaithful", str(error))
+    LiveState.put = put
+    restored = restore(train.engine, apart)
+    note(out, "hosts", {"converted": restored.converted, "same": train.digest() == expected, "left": os.listdir(apart.scratch)})
+
+
+def test_an_s3_that_is_down_costs_one_checkpoint_and_the_next_one_waits_for_it(
+    job: TrainingJob, tmp_path: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = f"{s3_root}/down"
+    monkeypatch.setenv("CHECKPOINT_ROOT", root)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    open_storage(root).upload(join(job.root, "tokens", "train", "manifest.json"), join(root, "tokens", "train", "manifest.json"))
+    run_workers(save_while_s3_is_down, 2, replace(job, local=str(tmp_path / "local")), str(tmp_path))
+    found = noted(str(tmp_path), "s3")
+    outcomes = {outcome["step"]: outcome for outcome in found["outcomes"]}
+    assert outcomes[1]["fault"] is None and outcomes[3]["fault"] is None
+    assert "given up" in outcomes[2]["fault"] and "no connection to the S3 server" in outcomes[2]["fault"]
+    assert outcomes[3]["wait_s"] > 0
+    assert "no connection" in found["outage"], "an outage was taken for a fault of the checkpoint"
+    assert committed_steps(join(root, "checkpoints", "pretrain")) == [1, 3]
+    assert found["step"] == 3 and found["same"]
+    before, after = noted(str(tmp_path), "s3 losses")
+    assert before == after
+    assert re.search(r"not converted faithfully: \S+null_rows: its ema are not those", noted(str(tmp_path), "unfaithful"))
+    assert noted(str(tmp_path), "hosts") == {"converted": True, "same": True, "left": []}, "converted with another host's disk"
+
+
+# -- kill -9 ----------------------------------------------------------------------------------------------------------------
+
+
+def die_at(point: str) -> None:
+    """Arrange for this process to be killed at a point of its second save."""
+    from oar_scale.distributed.checkpoints import layout, saver
+    from oar_scale.distributed.checkpoints.deepspeed_files import _Writer
+
+    def dying(function: Callable[..., Any], *, after: bool = False, when: Callable[..., bool] = lambda *args: True) -> Callable[..., Any]:
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            if not when(*args):
+                return function(*args, **kwargs)
+            if after:
+                function(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return instead
+
+    rank = os.environ["RANK"]
+    if point == "save" and rank == "1":
+        _Writer.close = dying(_Writer.close)  # type: ignore[method-assign]
+    elif point == "upload" and rank == "1":
+        saver._deliver = dying(saver._deliver)
+    elif point == "between" and rank == "0":
+        saver._deliver = dying(saver._deliver, after=True)
+    elif point == "commit" and rank == "0":
+        storage = type(layout.open_storage("x"))
+        storage.write = dying(storage.write, when=lambda self, uri, data: uri.endswith("COMMITTED"))  # type: ignore[method-assign]
+    elif point == "after" and rank == "0":
+        layout.commit = dying(layout.commit, after=True)
+
+
+def save_and_die(job: TrainingJob, point: str) -> None:
+    with training(job, 3) as trainer:
+        train, saver = trainer(job), Saver(job)
+        saved_steps(saver, train, range(1, 2))
+        die_at(point)
+        saved_steps(saver, train, range(2, 3))
+        time.sleep(60)  # the others are killed by the test
+
+
+POINTS = {"save": 1, "upload": 1, "between": 1, "commit": 1, "after": 2}
+"""Where one rank is killed, and the step that is to be found then."""
+
+
+def go_on_after_deaths(job: TrainingJob, out: str) -> None:
+    with training(job, 4) as trainer:
+        train = trainer(job)
+        for point in POINTS:
+            here = replace(job, root=rooted(job, f"killed-{point}"))
+            restored = restore(train.engine, here)
+            assert restored is not None
+            outcomes = saved_steps(Saver(here), train, range(restored.step + 1, restored.step + 2))
+            note(out, point, {"step": restored.step, "rejected": restored.rejected, "outcomes": outcomes})
+
+
+def test_a_rank_killed_anywhere_in_a_save_leaves_the_checkpoint_before_or_the_new_one(job: TrainingJob, tmp_path: Path) -> None:
+    here = replace(job, local=str(tmp_path / "local"))
+    for point in POINTS:
+        workers = start_workers(save_and_die, 2, replace(here, root=rooted(job, f"killed-{point}")), point)
+        victim = workers[1] if point in ("save", "upload") else workers[0]
+        victim.join(100)
+        code = victim.exitcode
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        assert code == -signal.SIGKILL, f"not killed at {point}: {code}"
+    run_workers(go_on_after_deaths, 2, here, str(tmp_path))
+    for point, step in POINTS.items():
+        found = noted(str(tmp_path), point)
+        assert found["step"] == step and found["rejected"] == [], point
+        assert [outcome["fault"] for outcome in found["outcomes"]] == [None], point
+    assert os.listdir(here.scratch) == [], "what dead processes left on the local disk"
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    """Turn over one bit."""
+    data = bytearray(path.read_bytes())
+    at = random.Random(path.name).randrange(len(data) * 8)
+    data[at // 8] ^= 1 << at % 8
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def one(step: Path, pattern: str) -> Path:
+    return next(step.glob(pattern))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "rank 1's shard cut short": (lambda step: cut(one(step, "*/*rank_1_*optim*")), r"rank_1_\w+optim_states\.pt is damaged \(\d+ bytes"),
+    "a bit of rank 0's shard": (lambda step: flip(one(step, "*/*rank_0_*optim*")), r"rank_0_\w+optim_states\.pt is damaged"),
+    "a bit of the model states": (lambda step: flip(one(step, "*/mp_rank*")), r"mp_rank_00_model_states\.pt is damaged"),
+    "a shard gone": (lambda step: one(step, "*/*rank_1_*optim*").unlink(), r"optim_states\.pt is missing"),
+    "a bit of the manifest": (lambda step: flip(one(step, "*/manifest.json")), r"manifest\.json is damaged \(crc32c"),
+    "the manifest gone": (lambda step: one(step, "*/manifest.json").unlink(), r"manifest\.json is missing"),
+    "a bit of the marker": (lambda step: flip(step / "COMMITTED"), r"COMMITTED|manifest\.json"),
+    "an empty marker": (lambda step: (step / "COMMITTED").write_bytes(b""), r"COMMITTED is damaged"),
+    "a marker and nothing else": (lambda step: shutil.rmtree(one(step, "2*")), r"manifest\.json is missing"),
+    "no marker: not committed": (lambda step: (step / "COMMITTED").unlink(), ""),
+}
+"""What is done to the newest checkpoint, and what is said of it."""
+
+
+def restore_the_damaged(job: TrainingJob, out: str) -> None:
+    with training(job, 4) as trainer:
+        train = trainer(job)
+        for number in range(len(DAMAGE) + 1):
+            here = replace(job, root=join(out, str(number)))
+            try:
+                restored = restore(train.engine, here)
+                note(
+                    out,
+                    f"{number}",
+                    {"step": restored.step, "rejected": [vars(each) for each in restored.rejected], "at": train.digest()["steps"]},
+                )
+            except UserError as error:
+                note(out, f"{number}", {"error": str(error)})
+
+
+def save_three_and_go_back(job: TrainingJob, out: str) -> None:
+    with training(job, 4) as trainer:
+        train, saver = trainer(job), Saver(job)
+        saved_steps(saver, train, range(1, 3))
+        before = [train.digest(), train.losses(2, 4)]
+        saved_steps(saver, train, range(3, 4))
+        restored = restore(train.engine, job, at_most=2)
+        note(out, "back", {"step": restored.step, "before": before, "after": [train.digest(), train.losses(2, 4)]})
+
+
+@pytest.fixture(scope="module")
+def whole(job: TrainingJob, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingJob, str]:
+    """Two checkpoints, after one more was taken back."""
+    out = tmp_path_factory.mktemp("whole")
+    here = replace(job, root=rooted(job, "whole"), local=str(out / "local"))
+    run_workers(save_three_and_go_back, 2, here, str(out))
+    return here, str(out)
+
+
+def test_going_back_to_a_step_undoes_the_later_ones(whole: tuple[TrainingJob, str]) -> None:
+    here, out = whole
+    found = noted(out, "back")
+    assert found["step"] == 2 and found["after"] == found["before"]
+    assert committed_steps(here.checkpoints) == [1, 2]
+
+
+def test_what_is_damaged_is_passed_over_by_name_and_what_is_uncommitted_in_silence(whole: tuple[TrainingJob, str], tmp_path: Path) -> None:
+    here, _ = whole
+    for number, (damage, _) in enumerate(DAMAGE.values()):
+        shutil.copytree(here.root, tmp_path / str(number), symlinks=True)
+        damage(tmp_path / str(number) / "checkpoints" / "pretrain" / "step-00000002")
+    hopeless = tmp_path / str(len(DAMAGE))
+    shutil.copytree(here.root, hopeless, symlinks=True)
+    for step in sorted((hopeless / "checkpoints" / "pretrain").iterdir()):
+        flip(one(step, "*/manifest.json"))
+    run_workers(restore_the_damaged, 2, here, str(tmp_path))
+    for number, (name, (_, fault)) in enumerate(DAMAGE.items()):
+        found = noted(str(tmp_path), str(number))
+        assert (found["step"], found["at"]) == (1, 1), name
+        if fault:
+            (rejected,) = found["rejected"]
+            assert re.search(fault, rejected["fault"]) and rejected["uri"].endswith("step-00000002"), (name, rejected)
+            assert committed_steps(str(tmp_path / str(number) / "checkpoints" / "pretrain")) == [1], f"{name}: still counts as committed"
+        else:
+            assert found["rejected"] == []
+    assert "no checkpoint of this stage can be used" in noted(str(tmp_path), str(len(DAMAGE)))["error"]
+    assert committed_steps(str(hopeless / "checkpoints" / "pretrain")) == [1, 2], "nothing is taken back when nothing else is there"

@@ -1,0 +1,154 @@
+"""What counts as a checkpoint and what is kept, on made-up files: no engine is needed to be strict about names."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crc32c import crc32c
+
+from oar_scale.distributed.checkpoints.fetch import check, local_checkpoint
+from oar_scale.distributed.checkpoints.layout import (
+    Damaged,
+    begun,
+    commit,
+    committed_steps,
+    delete,
+    new_save,
+    places,
+    read,
+    step_uri,
+)
+from oar_scale.distributed.checkpoints.retention import Keep, Retention, prune
+from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
+from oar_scale.errors import UserError
+from oar_scale.storage import Storage, join, open_storage
+
+HOUR = 3600.0
+
+
+def write(checkpoints: str, step: int, *, nll: float | None = None, ago_s: float = 0.0, marked: bool = True, data: bytes = b"shard") -> str:
+    """A checkpoint with one file; returns its attempt's name."""
+    uri, save = step_uri(checkpoints, step), new_save(time.time() - ago_s)
+    open_storage(uri).write(join(uri, save, "mp_rank_00_model_states.pt"), data)
+    if marked:
+        manifest = {
+            "step": step,
+            "world_size": 1,
+            "zero_stage": 2,
+            "state": {"metrics": {} if nll is None else {"nll_random": nll}},
+            "files": {"mp_rank_00_model_states.pt": {"bytes": len(data), "crc32c": crc32c(data), "rank": 0}},
+        }
+        commit(uri, save, manifest)
+    return save
+
+
+@pytest.fixture(params=["local", "s3"])
+def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "run" / "checkpoints" / "pretrain")
+    return join(request.getfixturevalue("s3_root"), tmp_path.name, "checkpoints", "pretrain")
+
+
+def kept(checkpoints: str, keep: Keep, now: float | None = None) -> list[int]:
+    prune(places(checkpoints), Retention(keep), now or time.time())
+    return committed_steps(checkpoints)
+
+
+def test_the_name_of_an_attempt_tells_when_it_began() -> None:
+    assert begun(new_save(1_800_000_000)) == 1_800_000_000
+    assert new_save() != new_save()
+
+
+def test_a_step_done_again_replaces_the_checkpoint_in_one_piece(checkpoints: str) -> None:
+    first, second = (write(checkpoints, 5, data=data) for data in (b"one", b"another"))
+    found = read(step_uri(checkpoints, 5))
+    assert found.save == second != first and found.bytes == len(b"another")
+    check(found, "mp_rank_00_model_states.pt")
+    assert kept(checkpoints, Keep(1), time.time() + 2 * HOUR) == [5]
+    assert places(checkpoints)[0].saves == {second}, "the replaced attempt was left over"
+
+
+def test_an_attempt_whose_files_were_removed_is_not_committed(checkpoints: str) -> None:
+    save = write(checkpoints, 5, marked=False)
+    uri = step_uri(checkpoints, 5)
+    delete(uri, [f"{save}/mp_rank_00_model_states.pt"])
+    manifest = {"step": 5, "files": {"mp_rank_00_model_states.pt": {"bytes": 5, "crc32c": crc32c(b"shard"), "rank": 0}}}
+    with pytest.raises(Damaged, match=r"mp_rank_00_model_states\.pt was removed by someone else"):
+        commit(uri, save, manifest)
+    assert committed_steps(checkpoints) == []
+
+
+def test_the_newest_every_mth_and_the_best_are_kept(checkpoints: str) -> None:
+    for step, nll in [(10, 4.0), (20, 2.0), (30, None), (40, 2.5), (50, 3.0), (60, 3.1)]:
+        write(checkpoints, step, nll=nll)
+    assert kept(checkpoints, Keep(newest=2, every=30, best=2)) == [20, 30, 40, 50, 60]
+    assert kept(checkpoints, Keep(newest=2, best=1)) == [20, 50, 60]
+    assert kept(checkpoints, Keep(newest=1)) == [60]
+    assert [place.step for place in places(checkpoints)] == [60], "files of removed checkpoints are still there"
+
+
+def test_the_newest_committed_one_is_never_removed(tmp_path: Path) -> None:
+    checkpoints = str(tmp_path)
+    write(checkpoints, 10)
+    write(checkpoints, 20, marked=False)
+    assert kept(checkpoints, Keep(newest=0)) == [10]
+
+
+def test_what_an_interrupted_save_left_is_removed_after_an_hour_and_not_before(tmp_path: Path) -> None:
+    checkpoints = str(tmp_path)
+    write(checkpoints, 10, ago_s=3 * HOUR)
+    dead, alive = write(checkpoints, 10, marked=False, ago_s=2 * HOUR), write(checkpoints, 20, marked=False, ago_s=0.5 * HOUR)
+    kept(checkpoints, Keep(1))
+    assert {save for place in places(checkpoints) for save in place.saves} >= {alive} and not (tmp_path / "step-00000010" / dead).exists()
+    assert kept(checkpoints, Keep(1), time.time() + HOUR) == [10]
+    assert os.listdir(tmp_path) == ["step-00000010"]
+
+
+def test_a_removal_that_breaks_off_leaves_no_half_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints, removed = str(tmp_path), []
+    for step in (1, 2):
+        write(checkpoints, step)
+    storage: type[Storage] = type(open_storage(checkpoints))
+    whole_delete = storage.delete
+
+    def delete_once(self: Any, uri: str) -> None:
+        if removed:
+            raise OSError("killed")
+        removed.append(uri)
+        whole_delete(self, uri)
+
+    monkeypatch.setattr(storage, "delete", delete_once)
+    with pytest.raises(OSError, match="killed"):
+        kept(checkpoints, Keep(1))
+    assert committed_steps(checkpoints) == [2]
+
+
+def test_a_file_that_grew_or_shrank_or_changed_is_named(checkpoints: str) -> None:
+    name = "mp_rank_00_model_states.pt"
+    for data, fault in [(b"sharD", "crc32c"), (b"shards", "6 bytes"), (b"shar", "4 bytes"), (b"", "0 bytes")]:
+        save = write(checkpoints, 5)
+        uri = step_uri(checkpoints, 5)
+        open_storage(uri).write(join(uri, save, name), data)
+        with pytest.raises(Damaged, match=rf"{name} is damaged .*{fault}.*the manifest says 5 bytes"):
+            check(read(uri), name)
+        with pytest.raises(UserError, match=rf"step-00000005: {name} is damaged"), local_checkpoint(uri):
+            pass
+
+
+def test_a_folder_of_a_dead_process_is_cleared_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+    parent = str(tmp_path / "scratch")
+    mine = Scratch(parent, "mine")
+    if (child := os.fork()) == 0:
+        Path(Scratch(parent, "dead").path, "shard").write_bytes(b"half")
+        os._exit(0)
+    os.waitpid(child, 0)
+    Path(tmp_path / "scratch" / "other").mkdir()
+    clear_dead(parent)
+    assert sorted(os.listdir(parent)) == ["checkpoint-mine", "checkpoint-mine.lock", "other"]
+    mine.remove()
+    mine.remove()
+    assert os.listdir(parent) == ["other"]

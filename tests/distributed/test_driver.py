@@ -1,0 +1,103 @@
+"""What the driver makes of a group of workers that has ended, and of signals that come at a bad moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorUnavailableError
+from small_run import pretraining, small_recipe
+
+from oar_scale.distributed import ray_train as launch
+from oar_scale.distributed import stop_request as bell
+from oar_scale.distributed.ray_train import _Driver
+from oar_scale.errors import Requeue
+from oar_scale.observe.console import Console
+from oar_scale.observe.events import read_events
+from oar_scale.run.context import Run
+from oar_scale.runtime.stop_signals import StopSignals
+
+
+class Failed(Exception):
+    """As Ray Train raises it: with what each worker died of."""
+
+    def __init__(self, *causes: BaseException) -> None:
+        super().__init__("some workers failed")
+        self.worker_failures = dict(enumerate(causes))
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> _Driver:
+    return _Driver(pretraining(Run(small_recipe(str(tmp_path)))), Console())
+
+
+@pytest.mark.parametrize("cause", [Requeue(bell.GROW), RuntimeError("Connection closed by peer")], ids=["they leave to grow", "one died"])
+def test_a_signal_that_the_workers_did_not_hear_of_ends_the_run_and_no_others_are_started(driver: _Driver, cause: Exception) -> None:
+    driver._judge(Failed(cause))
+    driver._stop.reason = "SIGUSR1"
+    with pytest.raises(Requeue, match="SIGUSR1"):
+        driver._judge(Failed(cause))
+
+
+def test_a_signal_between_two_groups_of_workers_ends_the_run(driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose() -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 1
+
+    monkeypatch.setattr(driver, "_choose", choose)
+    monkeypatch.setattr(driver, "_fit", lambda workers: pytest.fail("workers were started"))
+    with pytest.raises(Requeue, match="SIGTERM"):
+        driver.run()
+
+
+def test_a_ray_that_ends_by_the_same_signal_is_no_error(driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    signals = [signal.SIGTERM]
+
+    def fit() -> None:
+        for number in signals:
+            os.kill(os.getpid(), number)
+        raise ActorUnavailableError("the controller does not answer", b"0" * 16)
+
+    own = SimpleNamespace(ring=SimpleNamespace(remote=lambda reason: None))
+    monkeypatch.setattr(launch, "make_bell", lambda: own)
+    monkeypatch.setattr(driver, "_trainer", lambda *_: SimpleNamespace(fit=fit))
+    with driver._stop, pytest.raises(Requeue, match="SIGTERM"):
+        driver._fit(1)
+    signals.clear()
+    driver._stop.reason = None
+    with pytest.raises(ActorUnavailableError):
+        driver._fit(1)
+
+
+def test_what_the_workers_died_of_is_written_down_though_a_signal_came(driver: _Driver, tmp_path: Path) -> None:
+    driver._stop.reason = "SIGTERM"
+    with pytest.raises(Requeue):
+        driver._judge(Failed(RuntimeError("Connection closed by peer")))
+    (event,) = read_events(str(tmp_path / "events"), "pretrain")
+    assert event["kind"] == "worker_failure" and "Connection closed" in event["cause"]
+
+
+def test_a_signal_is_passed_on_after_a_look_at_the_cluster_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bell, "LOOK_S", 0.0)
+    looked, rung = threading.Event(), threading.Event()
+    heard: list[str] = []
+
+    def ring(reason: str) -> None:
+        heard.append(reason)
+        rung.set()
+
+    def look() -> bool:
+        looked.set()
+        raise ConnectionError("no answer")
+
+    own: Any = SimpleNamespace(ring=SimpleNamespace(remote=ring))
+    with StopSignals() as stop, bell.Watch(own, stop, look):
+        assert looked.wait(60)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert rung.wait(60)
+    assert heard == ["SIGUSR1"]

@@ -1,0 +1,56 @@
+"""Tables and sentences of the evaluation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small_models import random_codes, random_text, small_model
+
+from oar_scale.evaluation import eval_tasks as pieces
+from oar_scale.evaluation import result_tables as summary
+from oar_scale.evaluation.eval_tasks import BruteForce, BruteForcePiece, Likelihoods, Subject
+from oar_scale.model import AnyOrderModel, save_model
+from oar_scale.orders.extraction import ExtractionSettings, Orders, extract_orders
+
+
+def test_pieces_that_end_in_any_order_give_the_images_in_theirs() -> None:
+    found = [Likelihoods("ordered", first, {"random": np.array([first, first + 1.0])}) for first in (2, 0, 4)]
+    assert summary.per_image(found)["ordered"]["random"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_raster_order_is_at_distance_0_and_its_steps_are_the_cells() -> None:
+    raster = np.arange(16, dtype=np.uint16)[None]
+    assert summary.raster_distance(raster) == 0
+    assert summary.raster_distance(raster[:, ::-1]) == 1
+    assert summary.mean_steps(raster).ravel().tolist() == list(range(16))
+
+
+@pytest.mark.parametrize(("equal", "said"), [(2, "all 2 orders are equal"), (1, "1 of 2 orders are equal")])
+def test_the_comparison_with_brute_force_is_told_as_it_came_out(equal: int, said: str) -> None:
+    assert said in summary.brute_force_sentence(BruteForce(2, equal, 1e-6, 0.0))
+
+
+def test_the_gap_to_brute_force_is_that_of_the_first_other_choice(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extraction that takes the cells of the first image backwards is found out at its first step."""
+    model = small_model()
+    save_model(f"{tmp_path}/model.safetensors", model)
+    codes, text = random_codes(model, 2), random_text(model, 2)
+
+    def backwards(model: AnyOrderModel, *args: object) -> Orders:
+        right = extract_orders(model, *args)  # type: ignore[arg-type]
+        order, score = right.order_BN.clone(), right.score_BN.clone()
+        order[0], score[0] = order[0].flip(0), score[0] - torch.arange(1, 10)
+        return Orders(order, score)
+
+    with torch.no_grad():
+        exact = extract_orders(model, codes, model.condition(text), ExtractionSettings()).order_BN.numpy().astype(np.uint16)
+    stored = np.stack([exact[0], exact[1, ::-1]])
+    piece = BruteForcePiece(
+        Subject("any-order", f"{tmp_path}/model.safetensors", text.numpy()), codes.numpy(), stored, ExtractionSettings()
+    )
+    assert piece.run() == BruteForce(2, 2, 0.0, 0.5)  # the second stored order is the exact one backwards
+    monkeypatch.setattr(pieces, "extract_orders", backwards)
+    found = piece.run()
+    assert (found.images, found.equal) == (2, 1)
+    assert found.gap == pytest.approx(1.0, abs=1e-4)

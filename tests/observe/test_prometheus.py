@@ -1,0 +1,189 @@
+"""/metrics and /healthz over HTTP, and what is made of them: the dashboard and the alert rules."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ruamel.yaml import YAML
+
+from oar_scale.config.schema import ObserveConfig, Recipe
+from oar_scale.observe import prometheus as metrics
+from oar_scale.observe.events import EventLog
+from oar_scale.observe.prometheus import METRICS, MetricsServer
+from oar_scale.observe.watch import watching
+from tests.observe import synthetic_run
+from tests.observe.documented import promised_metrics
+
+GRAFANA = Path(__file__).resolve().parents[2] / "cluster" / "grafana"
+
+
+@contextmanager
+def serving(events: Path, stage: str = "pretrain") -> Iterator[MetricsServer]:
+    server = MetricsServer(str(events), stage, "emoji", ObserveConfig(metrics_port=0, stall_s=600.0), lambda text: None)
+    try:
+        yield server
+    finally:
+        server.stop(1.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """That of the server: it stands still but for what is added to ``now``."""
+    told = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: told.now, time=time.time))
+    return told
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def samples(text: str) -> dict[str, float]:
+    """``name{labels without run and stage}`` and value."""
+    found = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()  # type: ignore[union-attr]
+            own = [label for label in labels.split(",") if not label.startswith(("run=", "stage="))]
+            found[name + (f"{{{','.join(own)}}}" if own else "")] = float(value)
+    return found
+
+
+def exposed(folder: Path) -> set[str]:
+    """The metrics of all stages of a run in which everything happened."""
+    events = synthetic_run.whole_run(folder)
+    found: set[str] = set()
+    for stage in ("pretrain", "tokenizer", "extract"):
+        with serving(events, stage) as server:
+            found |= {name.partition("{")[0] for name in samples(get(f"{server.url}/metrics")[1])}
+    return found
+
+
+def test_metrics_follow_the_events_and_count_all_attempts(tmp_path: Path) -> None:
+    events = tmp_path / "events"
+    synthetic_run.interrupted(events)
+    with serving(events) as server:
+        before = samples(get(f"{server.url}/metrics")[1])
+        assert before["oar_step"] == 60 and before["oar_loss"] == synthetic_run.loss_at(60) and before["oar_starts_total"] == 1
+        synthetic_run.driver(events)
+        synthetic_run.resumed(events)
+        after = samples(get(f"{server.url}/metrics")[1])
+    assert (after["oar_step"], after["oar_target_step"], after["oar_world_size"], after["oar_starts_total"]) == (100, 100, 1, 2)
+    assert after['oar_state{doing="done"}'] == 1 and after['oar_state{doing="running"}'] == 0
+    assert after['oar_loss_by_position{quarter="4"}'] == pytest.approx(synthetic_run.loss_at(100) - 0.4)
+    assert after['oar_heldout_nll{orders="ema"}'] == pytest.approx(synthetic_run.loss_at(100) + 0.08)
+    assert (after["oar_checkpoint_step"], after["oar_memory_bytes"], after["oar_disk_free_bytes"]) == (100, 1500 * 2**20, 80e9)
+    counted = ("bad_samples", "storage_retries", "non_finite", "spikes", "worker_failures", "resizes")
+    assert [after[f"oar_{name}_total"] for name in counted] == [1] * len(counted)
+    assert after["oar_skipped_batches_total"] == 2  # step 60 was done twice
+
+
+def test_every_metric_has_a_help_and_a_type_and_strange_labels_are_escaped(tmp_path: Path) -> None:
+    events = tmp_path / "events"
+    with EventLog(str(events), "pretrain") as log:
+        synthetic_run.start(log, code='v1 "dirty"\\\n')
+    with serving(events) as server:
+        text = get(f"{server.url}/metrics")[1]
+    assert 'code="v1 \\"dirty\\"\\\\\\n"' in text
+    for name in samples(text.replace('\\"dirty\\"\\\\\\n', "")):
+        bare = name.partition("{")[0]
+        assert f"# HELP {bare} " in text and f"# TYPE {bare} " in text
+
+
+def test_a_number_that_was_not_finite_is_left_out(tmp_path: Path) -> None:
+    events = tmp_path / "events"
+    with EventLog(str(events), "pretrain") as log:
+        synthetic_run.start(log)
+        synthetic_run.train(log, 10, loss=float("nan"))
+    with serving(events) as server:
+        found = samples(get(f"{server.url}/metrics")[1])
+    assert "oar_loss" not in found and found["oar_step"] == 10
+
+
+def test_health_turns_with_progress(tmp_path: Path, clock: SimpleNamespace) -> None:
+    events = tmp_path / "events"
+    with serving(events) as server, EventLog(str(events), "pretrain") as log:
+        synthetic_run.start(log)
+        synthetic_run.train(log, 10)
+        assert get(f"{server.url}/healthz") == (200, "running, step 10 of 100, last progress 0 s ago\n")
+        clock.now += 601
+        log.emit("worker_failure", cause="lost")  # no progress
+        status, text = get(f"{server.url}/healthz")
+        assert status == 503 and text.startswith("stalled: no progress for ")
+        synthetic_run.train(log, 20)
+        assert get(f"{server.url}/healthz")[0] == 200
+        log.emit("end", step=100, seconds=1.0)
+        clock.now += 601
+        assert get(f"{server.url}/healthz")[0] == 200  # done is not stalled
+
+
+def test_a_stage_that_never_begins_is_stalled_whatever_its_last_attempt_came_to(tmp_path: Path, clock: SimpleNamespace) -> None:
+    events = synthetic_run.whole_run(tmp_path)
+    with serving(events) as server:
+        assert get(f"{server.url}/healthz")[0] == 200
+        clock.now += 601
+        assert get(f"{server.url}/healthz")[0] == 503
+
+
+def test_health_says_that_a_stage_has_failed_and_the_address_is_written_down_while_it_counts(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"name": "emoji", "observe": {"metrics_port": 0}})
+    events, seen = tmp_path / "events", []
+    with serving(events) as server:
+        server.fail(RuntimeError("out of memory\nlong trace"))
+        assert get(f"{server.url}/healthz") == (503, "failed: RuntimeError: out of memory\n")
+        assert get(f"{server.url}/else")[0] == 404
+    with pytest.raises(RuntimeError), watching(str(events), "pretrain", recipe, str(tmp_path)):
+        [found] = json.loads((tmp_path / "metrics.json").read_text())
+        seen += [get(f"http://{target}/healthz")[0] for target in found["targets"]]
+        raise RuntimeError("stop")
+    assert seen == [200] and found["targets"][0].startswith("127.0.0.1:")
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_port_that_is_taken_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(tmp_path / "events") as server:
+        recipe = Recipe.model_validate({"name": "emoji", "observe": {"metrics_port": server.port}})
+        with watching(str(tmp_path / "events"), "pretrain", recipe, str(tmp_path)):
+            pass
+    assert "/metrics: OSError" in caplog.text
+
+
+def test_the_documentation_names_exactly_the_metrics_that_are_served(tmp_path: Path) -> None:
+    served = exposed(tmp_path)
+    assert served | {"oar_remaining_seconds"} == promised_metrics()  # that one needs some time to pass
+    assert promised_metrics() == {metric.name for metric in METRICS}
+
+
+def test_the_dashboard_shows_every_metric_and_no_other() -> None:
+    board = json.loads((GRAFANA / "dashboard.json").read_text())
+    assert board["uid"] == "oar-scale" and [v["type"] for v in board["templating"]["list"]] == ["datasource", "query", "query"]
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    assert set(re.findall(r"oar_\w+", " ".join(expressions))) == promised_metrics()
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels)
+    assert all('run=~"$run"' in expression and 'stage=~"$stage"' in expression for expression in expressions)
+
+
+def test_alert_rules_name_metrics_that_exist_and_cover_what_must_be_known() -> None:
+    rules = [rule for group in YAML(typ="safe").load((GRAFANA / "alerts.yaml").read_text())["groups"] for rule in group["rules"]]
+    assert {rule["alert"] for rule in rules} >= {
+        "OarStalled", "OarNoCheckpoint", "OarNonFinite", "OarSpike", "OarWaitsForData", "OarRestarts", "OarTargetDown",
+    }  # fmt: skip
+    for rule in rules:
+        named = set(re.findall(r"\b(?:oar_\w+|up)\b", rule["expr"]))
+        assert named and named <= promised_metrics() | {"up"}, rule["alert"]
+        assert rule["labels"]["severity"] in ("warning", "critical") and rule["annotations"]["summary"]

@@ -1,0 +1,172 @@
+"""The report: self-contained, complete, and as honest about a loss as about a win."""
+
+import base64
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from oar_scale.evaluation.pictures import heat_map, known_part
+from oar_scale.observe.events import EventLog
+from oar_scale.report import render_report, write_report
+from oar_scale.report import report_data as d
+from oar_scale.report.summary import summarise
+from oar_scale.results.estimates import CaptionDependence, Estimate, PretrainEffect, estimate
+from tests.observe import synthetic
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, the visible text, and whether the tags match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.images: list[str] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == [], f"tags left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.loads += [value for name, value in attrs if name in ("src", "srcset", "data", "xlink:href", "action", "poster") and value]
+        if tag != "a" and values.get("href"):
+            self.loads.append(str(values["href"]))
+        if tag == "img":
+            self.images.append(str(values["src"]))
+            assert values.get("alt"), "a picture without a description"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in ("style", "title"):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return render_report(synthetic.report())
+
+
+def test_the_page_loads_nothing_from_anywhere(html: str) -> None:
+    loads = Page(html).loads
+    assert loads and all(uri.startswith(("data:", "#")) for uri in loads)
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", html)
+    assert "<script" not in html
+
+
+def test_tags_match_and_pictures_decode_to_what_went_in(html: str) -> None:
+    page = Page(html)
+    pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))) for uri in page.images]
+    original = synthetic.picture(0)
+    assert any(p.shape == original.shape and (p == original).all() for p in pixels)
+    assert sum(p.shape[:2] == (8, 8) for p in pixels) == 1 + 3  # the mean order map and three single ones
+
+
+def test_all_numbers_given_appear(html: str) -> None:
+    text = Page(html).text
+    report = synthetic.report()
+    assert report.nll and report.orders and report.pretrain
+    expected = ["3,557", "396", "12 min 11 s", "21.37 dB", "97.3%", "3,412,480", "6.238", "1f9ff: no caption", "CC BY-SA 4.0", "seed 17"]
+    expected += ["187.65", "0.463", "0.218", "0.056", "3,549 of 3,557", "24.0 images/s", "2 min 28 s", "equal those of brute force"]
+    for entry in report.nll.entries:
+        expected.append(f"{entry.nll.mean:.3f} ± {entry.nll.standard_error:.3f}")
+    for row in report.nll.differences:
+        expected.append(f"{row.difference.mean:+.3f} ± {row.difference.standard_error:.3f}".replace("-", "−"))
+    for caption in report.captions:
+        expected += [f"{caption.shuffled.mean:.3f}", f"+{caption.difference.mean:.3f}"]
+    for distance in report.distances:
+        expected += [f"{distance.kid_efflite0:.4f}", f"{distance.kid_efflite0_std:.4f}", f"{distance.fd_efflite0:.1f}"]
+    expected += [stage.what for stage in report.stages] + ["kid_efflite0", "fd_efflite0", "These are not FID", *report.notes]
+    assert [number for number in expected if number not in text] == []
+
+
+def test_captions_and_recipes_are_text_not_markup(html: str) -> None:
+    assert "an emoji of &lt;umbrella&gt; &amp; rain" in html
+    assert "<umbrella>" not in html
+
+
+@pytest.mark.parametrize(
+    ("ordered_minus_control", "reading", "sentence"),
+    [
+        (-0.042, "better", "the ordered model is better than the control by 0.042 ± 0.006 nats per code"),
+        (+0.042, "worse", "the ordered model is worse than the control by 0.042 ± 0.006 nats per code"),
+        (
+            -0.009,
+            "not measurably different",
+            "the ordered model is not measurably different from the control (−0.009 ± 0.006 nats per code)",
+        ),
+    ],
+)
+def test_the_comparison_with_the_control_is_told_whatever_it_is(ordered_minus_control: float, reading: str, sentence: str) -> None:
+    report = synthetic.report(nll=synthetic.nll_table(ordered_minus_control))
+    assert f"With each model's own confidence orders, {sentence}" in " ".join(summarise(report))
+    assert f"nats per code, own confidence order: ordered is {reading}" in Page(render_report(report)).text
+
+
+def test_unused_captions_and_a_worse_pretraining_are_said() -> None:
+    report = synthetic.report()
+    flat = CaptionDependence("ordered", 192, Estimate(3.5, 0.03), Estimate(3.51, 0.03), Estimate(0.01, 0.02))
+    worse = PretrainEffect(192, Estimate(3.5, 0.03), Estimate(3.7, 0.03), Estimate(0.2, 0.01))
+    text = " ".join(summarise(replace(report, captions=(flat,), pretrain=worse)))
+    assert "Captions of other images cost the ordered model nothing measurable" in text
+    assert "Pretraining raised the held-out NLL from 3.500 ± 0.030 to 3.700 ± 0.030" in text
+
+
+def test_an_unfinished_run_has_a_report_that_names_what_is_missing() -> None:
+    full = synthetic.report()
+    text = Page(render_report(d.ReportData(full.run, full.recipe_yaml, stages=full.stages[:1]))).text
+    for missing in ("samples", "held-out likelihoods", "distances", "extracted orders", "tokenizer"):
+        assert f"This run has no {missing} yet." in text
+
+
+def test_the_report_is_written_into_a_new_folder(tmp_path: Path) -> None:
+    path = tmp_path / "report" / "index.html"
+    write_report(synthetic.report(), str(path))
+    assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_unknown_cells_are_grey_and_known_ones_untouched() -> None:
+    picture, known = synthetic.picture(1), np.eye(8, dtype=bool)
+    shown = known_part(picture, known)
+    assert (shown[:4, :4] == picture[:4, :4]).all()
+    assert (shown[:4, 4:] == 176).all()
+
+
+def test_heat_map_ends_are_the_ends_of_the_colour_map() -> None:
+    colours = heat_map(np.array([[0.0, 63.0]]), 0, 63)
+    assert colours[0].tolist() == [[68, 1, 84], [253, 231, 37]]  # viridis
+
+
+def test_curves_come_from_the_events(tmp_path: Path) -> None:
+    with EventLog(str(tmp_path), "pretrain") as log:
+        log.emit("heldout", step=0, nll_random=4.0)
+        log.emit("train", step=5, loss=3.5)
+        log.emit("train", step=10, loss=float("nan"))
+    curve = d.training_curve(str(tmp_path), "pretrain", "pretrain")
+    assert curve and curve.loss == d.Series((5,), (3.5,)) and curve.heldout == d.Series((0,), (4.0,))
+    assert d.training_curve(str(tmp_path), "finetune", "finetune") is None
+
+
+def test_estimate_is_mean_and_standard_error() -> None:
+    found = estimate([1.0, 3.0])
+    assert (found.mean, found.standard_error) == pytest.approx((2.0, 1.0))
+    with pytest.raises(ValueError, match="at least 2"):
+        estimate([1.0])

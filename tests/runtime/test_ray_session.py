@@ -1,0 +1,77 @@
+"""A private Ray: closed while it runs, gone afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import oar_scale
+from oar_scale.errors import UserError
+from oar_scale.runtime.ray_session import ray_session
+
+PROGRAM = """
+import json, os, subprocess
+from contextlib import suppress
+import psutil
+from oar_scale.runtime import ray_session as module
+from oar_scale.runtime.ray_session import ray_session
+from oar_scale.runtime.program import run_program
+
+module._PARTING_S = 3.0
+
+def inside():
+    import oar_scale
+    child = subprocess.Popen(["sleep", "600"], start_new_session=True)  # as a data loader that does not notice
+    return {"package": oar_scale.__file__, "pids": [os.getpid(), os.getppid(), child.pid]}
+
+with ray_session(cpus=1):
+    import ray
+    with ray_session(cpus=1):  # inside another one: the same Ray
+        found = ray.get(ray.remote(inside).remote())
+    still_there = ray.is_initialized()
+    node = ray.nodes()[0]["NodeManagerAddress"]
+with ray_session(cpus=1):  # a second one in the same process
+    again = ray.get(ray.remote(inside).remote())
+left = []
+for pid in found["pids"] + again["pids"]:
+    with suppress(psutil.NoSuchProcess):
+        left += [pid] if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else []
+print(json.dumps({"node": node, "still_there": still_there, "after": ray.is_initialized(), "first": found, "left": left}))
+run_program(lambda: 0)
+"""
+
+
+def test_a_private_ray_works_from_a_source_checkout_in_any_folder_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = str(Path(oar_scale.__file__).parent.parent)
+    hidden = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": source}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (said["still_there"], said["after"]) == (True, False)
+    assert said["first"]["package"] == oar_scale.__file__
+    assert sys.platform != "linux" or said["node"] == "127.0.0.2"
+    assert not said["left"], "a worker, its child or the raylet"
+    assert not (tmp_path / ".ray").exists()  # no token was left in the home directory
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_no_ray_answers_is_named_at_once(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.2", 0))  # bound, but nobody listens
+        address = f"{scheme}127.0.0.2:{unused.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        began = time.monotonic()
+        with pytest.raises(UserError, match=rf"RAY_ADDRESS={address}: no Ray answers there"), ray_session(cpus=1):
+            pass
+        assert time.monotonic() - began < 15

@@ -1,0 +1,299 @@
+"""Whom the driver hires and where it sends a shard, on a cluster that is played: several hosts, and room for so many actors."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import pytest
+
+from oar_scale.runtime.stop_signals import StopSignals
+from oar_scale.shard_pool import driver as pool_driver
+from oar_scale.shard_pool import leases as holders
+from oar_scale.shard_pool.actor import Order, Outcome
+from oar_scale.shard_pool.driver import Driver
+from oar_scale.shard_pool.leases import Holder
+from oar_scale.shard_pool.ledger import Claim, Facts, Ledger
+from oar_scale.shard_pool.pool_types import Bounds, PoolReport, Timing
+from oar_scale.storage import Unreachable
+
+pytestmark = pytest.mark.timeout(60)
+"""A driver that waits for ever is what some of these are about."""
+
+
+class Clock:
+    """The driver's: time passes as it waits, and at no other moment, so that on a busy machine nothing is late that should not be."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Cluster:
+    """Actors on hosts in turn; a shard fails on the host that ``broken`` says. Everything happens at once and in order.
+
+    An outcome takes ``pace_s`` of the ``clock``; where there is none, the driver waits for as long as it wanted to.
+    """
+
+    def __init__(self, hosts: list[str], room: int, broken: dict[str, str] | None = None, *, pace_s: float = 0) -> None:
+        self.hosts, self.free, self.broken, self.pace_s = hosts, room, broken or {}, pace_s
+        self.count, self.most, self.alive = 0, 0, set[int]()
+        self.log: list[tuple[str, str]] = []
+        self.outcomes: deque[tuple[int, Outcome]] = deque()
+        self.clock = Clock()
+
+    def host(self, actor: int) -> str:
+        return self.hosts[actor % len(self.hosts)]
+
+    def start(self) -> int:
+        self.count += 1
+        self.alive.add(self.count)
+        self.most = max(self.most, len(self.alive))
+        if len(self.alive) <= self.free:
+            self.outcomes.append((self.count, Outcome("placed")))
+            self.make(self.count)
+        return self.count
+
+    def make(self, actor: int) -> None:
+        self.outcomes.append((actor, Outcome("started", work={"host": self.host(actor)})))
+
+    def run(self, actor: int, order: Order) -> None:
+        host = self.host(actor)
+        self.log.append((order.shard, host))
+        failed = self.broken.get(order.shard) == host or self.broken.get("any") == host
+        self.outcomes.append((actor, Outcome("failed", error="bad GPU") if failed else done()))
+
+    def wait(self, timeout_s: float) -> list[tuple[int, Outcome]]:
+        self.clock.now += self.pace_s if self.outcomes else timeout_s
+        return [self.outcomes.popleft()] if self.outcomes else []
+
+    def kill(self, actor: int) -> None:
+        self.alive.discard(actor)
+        self.outcomes = deque(item for item in self.outcomes if item[0] != actor)
+
+    def room(self) -> int:
+        return max(0, self.free - len(self.alive))
+
+    def close(self) -> None:
+        self.alive.clear()
+
+
+def done() -> Outcome:
+    return Outcome("done", {}, {"holder": "", "seconds": 0.1})
+
+
+class Slots(Cluster):
+    """A place on each host: whoever is started gets the first that is free, that of a broken one, too.
+
+    On the host ``bad`` shards fail after the first ``lasts``, and then workers cannot be made; elsewhere those of ``once`` fail once.
+    """
+
+    def __init__(self, hosts: list[str], lasts: int, how: Literal["failed", "user error"], once: Sequence[str] = ()) -> None:
+        super().__init__(hosts, len(hosts))
+        self.lasts, self.how, self.once, self.slots = lasts, how, set(once), dict[int, int]()
+
+    def host(self, actor: int) -> str:
+        return self.hosts[self.slots[actor]]
+
+    def start(self) -> int:
+        self.slots[self.count + 1] = min(set(range(len(self.hosts))) - {self.slots[actor] for actor in self.alive})
+        return super().start()
+
+    def works(self, actor: int) -> bool:
+        return self.host(actor) != "bad" or sum(host == "bad" for _, host in self.log) <= self.lasts
+
+    def make(self, actor: int) -> None:
+        super().make(actor) if self.works(actor) else self.outcomes.append((actor, Outcome(self.how, error="no GPU here")))
+
+    def run(self, actor: int, order: Order) -> None:
+        self.log.append((order.shard, self.host(actor)))
+        failed = not self.works(actor) or (self.host(actor) != "bad" and order.shard in self.once)
+        self.once -= {order.shard}
+        self.outcomes.append((actor, Outcome("failed", error="CUDA error") if failed else done()))
+
+
+class Hanging(Cluster):
+    """The first ``starts`` workers are never made; the first try of any shard of ``shards`` never ends."""
+
+    def __init__(self, hosts: list[str], starts: int = 0, shards: Sequence[str] = ()) -> None:
+        super().__init__(hosts, len(hosts), pace_s=0.001)
+        self.starts, self.shards = starts, set(shards)
+
+    def make(self, actor: int) -> None:
+        if actor > self.starts:
+            super().make(actor)
+
+    def run(self, actor: int, order: Order) -> None:
+        if order.shard in self.shards:
+            self.shards.remove(order.shard)
+        else:
+            super().run(actor, order)
+
+
+def play(
+    ledger: Ledger, cluster: Cluster, shards: list[str], bounds: Bounds, timing: Timing | None = None, earlier_s: Sequence[float] = ()
+) -> tuple[PoolReport, list[tuple[str, Facts]]]:
+    """What the driver reports, and the events."""
+    report, events = PoolReport(), list[tuple[str, Facts]]()
+    nothing: Any = None
+
+    def say(kind: str, fields: Facts) -> None:
+        events.append((kind, fields))
+
+    with mock.patch.object(pool_driver, "time", cluster.clock):
+        driver = Driver(ledger, shards, bounds, 3, timing or Timing(), report, StopSignals(), None, earlier_s, nothing, say)
+        driver.do(cluster)
+    return report, events
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(str(tmp_path / "ledger"))
+
+
+def names(count: int) -> list[str]:
+    return [f"{index}.tar" for index in range(count)]
+
+
+def test_a_shard_that_failed_on_one_host_is_tried_on_another(ledger: Ledger) -> None:
+    cluster = Cluster(["a", "a", "a", "b"], 100, {"any": "a"})
+    report, _ = play(ledger, cluster, names(12), Bounds(4, 4))
+    assert report.done.keys() == set(names(12))
+    failed = [shard for shard, host in cluster.log if host == "a"]
+    assert failed and len(set(failed)) == len(failed), "a shard was tried twice on the host where it fails"
+
+
+def test_a_host_where_everything_fails_poisons_no_shard(ledger: Ledger) -> None:
+    report, _ = play(ledger, Cluster(["bad", "bad", "bad", "good"], 100, {"any": "bad"}), names(20), Bounds(4, 4))
+    assert len(report.done) == 20 and not report.poison
+
+
+@pytest.mark.parametrize("how", ["failed", "user error"])
+def test_a_host_that_breaks_and_gets_every_new_actor_stops_nobody(ledger: Ledger, how: Literal["failed", "user error"]) -> None:
+    cluster = Slots(["bad", "b", "c", "d"], 5, how)
+    report, events = play(ledger, cluster, names(60), Bounds(4, 4))
+    assert len(report.done) == 60 and not report.poison
+    said = [fields for kind, fields in events if kind == "not_hiring"]
+    assert said == [{"seconds": 30.0, "error": "no GPU here"}]
+    assert cluster.count < 12, "it went on hiring for the broken host"
+
+
+def test_when_the_last_actor_is_lost_new_ones_are_hired_at_once_whatever_failed_before(ledger: Ledger) -> None:
+    cluster = Slots(["bad", "good"], -1, "failed", once=["30.tar"])
+    began = cluster.clock.now
+    report, events = play(ledger, cluster, names(40), Bounds(2, 2))
+    assert len(report.done) == 40
+    kinds = [kind for kind, _ in events]
+    assert "not_hiring" in kinds[: kinds.index("retry")], "nothing had failed before"
+    assert cluster.clock.now - began < 20
+
+
+def test_a_worker_that_is_never_made_is_given_up(ledger: Ledger) -> None:
+    report, events = play(ledger, Hanging(["a", "b"], starts=2), names(30), Bounds(2, 2), Timing(hang_s=0.1, patience_s=0, look_s=0.01))
+    assert (len(report.done), report.deaths) == (30, 2)
+    assert [fields["error"] for kind, fields in events if kind == "actor_lost"] == ["no answer in 0 s"] * 2
+
+
+def test_an_actor_that_waits_for_room_does_not_hang(ledger: Ledger) -> None:
+    report, _ = play(ledger, Cluster(["a"], 2, pace_s=0.02), names(30), Bounds(4, 4), Timing(hang_s=0.1, patience_s=0, look_s=0.01))
+    assert (len(report.done), report.deaths) == (30, 0)
+
+
+def test_a_first_shard_that_hangs_is_given_up_though_nothing_says_what_one_takes(ledger: Ledger) -> None:
+    cluster = Hanging(["a", "b"], shards=["0.tar", "1.tar"])
+    report, _ = play(ledger, cluster, names(2), Bounds(2, 2), Timing(hang_s=0.1, patience_s=0, look_s=0.01))
+    assert report.failures == {"0.tar": 1, "1.tar": 1} and len(report.done) == 2
+
+
+def test_what_earlier_pools_took_tells_that_a_first_shard_is_late(ledger: Ledger) -> None:
+    report, _ = play(ledger, Hanging(["a", "b"], shards=["0.tar"]), names(2), Bounds(2, 2), Timing(late_s=0.1), earlier_s=[0.01] * 3)
+    assert (len(report.done), report.late, report.failures) == (2, 1, {})
+
+
+def test_what_earlier_pools_took_gives_a_first_shard_more_time_and_not_less(ledger: Ledger) -> None:
+    timing = Timing(hang_s=0.1, stuck_s=0, stuck=2.0, late=99, patience_s=0, look_s=0.01)
+    cluster = Hanging(["a"], shards=["0.tar"])
+    began = cluster.clock.now
+    report, _ = play(ledger, cluster, names(1), Bounds(1, 1), timing, earlier_s=[0.5] * 3)
+    assert report.failures == {"0.tar": 1} and cluster.clock.now - began > 1.0
+
+
+def test_a_shard_that_fails_on_every_host_is_set_aside(ledger: Ledger) -> None:
+    cluster = Cluster(["a"], 100, {"1.tar": "a"})
+    report, _ = play(ledger, cluster, names(3), Bounds(2, 2))
+    assert list(report.poison) == ["1.tar"] and report.failures == {"1.tar": 4}
+    assert len([shard for shard, _ in cluster.log if shard == "1.tar"]) == 4
+
+
+def test_beyond_the_least_it_hires_what_there_is_room_for_and_asks_for_some_more(tmp_path: Path) -> None:
+    cluster = Cluster(["a"], 10)
+    report, _ = play(Ledger(str(tmp_path / "narrow")), cluster, names(200), Bounds(2, 50))
+    assert report.most_actors == 10
+    assert 10 < cluster.most <= 15, "a cluster that can grow was asked for nothing, or for everything"
+    cluster = Cluster(["a"], 100)
+    report, _ = play(Ledger(str(tmp_path / "wide")), cluster, names(200), Bounds(2, 50))
+    assert report.most_actors == 50 == cluster.most
+
+
+def test_no_more_actors_are_hired_than_there_are_shards(ledger: Ledger) -> None:
+    cluster = Cluster(["a"], 100)
+    play(ledger, cluster, names(3), Bounds(1, 50))
+    assert cluster.count <= 3
+
+
+def test_a_pool_beside_another_says_that_it_helps(ledger: Ledger) -> None:
+    _, alone = play(ledger, Cluster(["a"], 100), names(2), Bounds(1, 1))
+    assert "helping" not in Counter(kind for kind, _ in alone)
+    with Holder(ledger, lambda: {"array": False}, beat_s=10) as other:
+        _, events = play(ledger, Cluster(["a"], 100), names(2), Bounds(1, 1))
+    assert [fields["holder"] for kind, fields in events if kind == "helping"] == [other.id]
+
+
+class Failing(Ledger):
+    """A storage that is out of reach at the first look for poison, and at each look for claims once ``out``."""
+
+    out, looked = False, False
+
+    def poison(self) -> dict[str, Facts]:
+        self.looked, before = True, self.looked
+        if not before:
+            raise Unreachable("no route to the storage")
+        return super().poison()
+
+    def claims(self) -> dict[str, Claim]:
+        if self.out:
+            raise Unreachable("no route to the storage")
+        return super().claims()
+
+
+def test_a_storage_that_is_out_of_reach_as_a_pool_begins_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, failed = holders.write_record, list[str]()
+
+    def once(uri: str, record: Facts, **options: Any) -> bool:
+        if not failed:
+            failed.append(uri)
+            raise Unreachable("no route to the storage")
+        return write(uri, record, **options)
+
+    monkeypatch.setattr(holders, "write_record", once)
+    ledger = Failing(str(tmp_path / "ledger"))
+    report, _ = play(ledger, Cluster(["a"], 100), names(2), Bounds(1, 1))
+    assert len(report.done) == 2 and failed and ledger.looked
+
+
+def test_a_storage_that_is_out_of_reach_when_all_is_done_fails_nothing(tmp_path: Path) -> None:
+    ledger = Failing(str(tmp_path / "ledger"))
+
+    class Last(Cluster):
+        def run(self, actor: int, order: Order) -> None:
+            ledger.out = order.shard == "1.tar"
+            super().run(actor, order)
+
+    report, events = play(ledger, Last(["a"], 100), names(2), Bounds(1, 1))
+    assert len(report.done) == 2
+    assert [fields["error"] for kind, fields in events if kind == "storage"] == ["no route to the storage"]

@@ -1,0 +1,199 @@
+"""The pool on a real Ray: whatever dies, every shard is done once, and the bytes are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pool_worker import TableWriter, living, pids, table_of, tries
+
+from oar_scale.errors import UserError
+from oar_scale.orders.order_table import write_orders
+from oar_scale.runtime.ray_session import ray_session
+from oar_scale.shard_pool import Bounds, Facts, Ledger, PoolReport, Timing, run_pool
+
+SHARDS = [f"{index:05d}.tar" for index in range(6)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_for_this_file() -> Iterator[None]:
+    with ray_session(cpus=2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The tables as no pool at all writes them."""
+    folder = tmp_path_factory.mktemp("calm")
+    for shard in SHARDS:
+        write_orders(str(folder / f"{shard[:-4]}.parquet"), table_of(shard))
+    return tables(folder)
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+def run(
+    folder: Path, shards: list[str] = SHARDS, *, seconds: float = 0.0, faults: dict[str, str] | None = None, **options: Any
+) -> PoolReport:
+    make = partial(TableWriter, str(folder), str(folder / "log"), seconds, faults or {})
+    calm = Timing(late_s=60)  # no shard is tried a second time because the machine is busy
+    return run_pool(make, shards, str(folder / "ledger"), **{"actors": 2, "timing": calm, **options})
+
+
+def test_a_dead_actor_loses_no_shard_and_the_bytes_are_those_of_an_undisturbed_run(tmp_path: Path, calm: dict[str, bytes]) -> None:
+    report = run(tmp_path, faults={SHARDS[2]: "crash 1 after"})
+    assert list(report.done) == SHARDS
+    assert report.failures == {SHARDS[2]: 1}
+    assert sorted(tries(tmp_path / "log")) == sorted([*SHARDS, SHARDS[2]])
+    assert tables(tmp_path) == calm
+
+
+def test_a_restarted_pool_does_what_is_missing_and_nothing_else(tmp_path: Path, calm: dict[str, bytes]) -> None:
+    run(tmp_path, SHARDS[:3])
+    seen: list[str] = []
+    report = run(tmp_path, on_progress=lambda shard, *_: seen.append(shard))
+    assert (report.found, list(report.done)) == (3, SHARDS)
+    assert sorted(tries(tmp_path / "log")) == SHARDS
+    assert seen[:3] == SHARDS[:3]
+    assert sorted(seen) == SHARDS
+    assert tables(tmp_path) == calm
+    assert run_pool(never, SHARDS, str(tmp_path / "ledger"), actors=2).found == len(SHARDS), "a finished pool made a worker"
+
+
+def never() -> TableWriter:
+    raise AssertionError("a worker was made")
+
+
+def test_a_poison_shard_is_set_aside_and_named_and_the_others_are_done(tmp_path: Path) -> None:
+    report = run(tmp_path, faults={SHARDS[1]: "fail"}, max_retries=2)
+    assert list(report.done) == [shard for shard in SHARDS if shard != SHARDS[1]]
+    assert tries(tmp_path / "log").count(SHARDS[1]) == 3
+    ledger = Ledger(str(tmp_path / "ledger"))
+    assert SHARDS[1] not in ledger.done()
+    assert ledger.poison()[SHARDS[1]]["error"].startswith("RuntimeError: the accelerator caught fire")
+    with pytest.raises(UserError, match=r"1 of 6 shards could not be done:\n  00001\.tar: RuntimeError: the accelerator caught fire"):
+        report.raise_for_poison()
+    run(tmp_path)  # mended
+    assert not ledger.poison()
+
+
+def test_a_shard_that_kills_every_actor_is_set_aside_and_the_others_are_done(tmp_path: Path) -> None:
+    report = run(tmp_path, faults={SHARDS[0]: "die"}, max_retries=1)
+    assert list(report.done) == SHARDS[1:]
+    assert report.failures == {SHARDS[0]: 2}
+    assert report.poison[SHARDS[0]].startswith("its process died")
+
+
+def test_a_failed_shard_is_tried_by_another_process(tmp_path: Path) -> None:
+    run(tmp_path, SHARDS[:1], faults={SHARDS[0]: "fail"}, actors=1, max_retries=1)
+    assert len(set(pids(tmp_path / "log"))) == 2
+
+
+def test_a_fault_of_the_data_is_not_tried_again(tmp_path: Path) -> None:
+    report = run(tmp_path, faults={SHARDS[4]: "broken"})
+    assert report.poison == {SHARDS[4]: "00004.tar: sample 'cat' has no caption"}
+    assert tries(tmp_path / "log").count(SHARDS[4]) == 1
+    assert len(report.done) == 5
+
+
+def test_a_shard_that_takes_far_longer_than_the_others_is_done_by_an_idle_actor(tmp_path: Path, calm: dict[str, bytes]) -> None:
+    report = run(tmp_path, faults={SHARDS[1]: "hang"}, timing=Timing(late_s=0.5))
+    assert (list(report.done), report.late, report.failures) == (SHARDS, 1, {})
+    assert tries(tmp_path / "log").count(SHARDS[1]) == 2
+    assert tables(tmp_path) == calm
+
+
+def test_an_actor_that_never_answers_is_replaced(tmp_path: Path) -> None:
+    timing = Timing(stuck_s=10.0, patience_s=0)  # longer than a busy machine lets a shard wait
+    report = run(tmp_path, faults={SHARDS[5]: "hang"}, actors=1, timing=timing)
+    assert (list(report.done), report.failures, report.deaths) == (SHARDS, {SHARDS[5]: 1}, 1)
+
+
+def test_a_pool_grows_as_far_as_there_is_room(tmp_path: Path) -> None:
+    started: list[str] = []
+
+    def say(kind: str, _: Facts) -> None:
+        started.extend([kind] if kind == "actor_started" else [])
+        if len(started) == 2:
+            (tmp_path / "both/log/go on").touch()  # until then the first one waits, however long the second takes to start
+
+    waiting = dict.fromkeys(SHARDS, "wait")
+    assert run(tmp_path / "both", faults=waiting, actors=Bounds(1, 4), on_event=say).most_actors == 2
+    assert run(tmp_path / "few", SHARDS[:1], actors=Bounds(1, 4)).most_actors == 1
+
+
+def test_the_ledger_says_who_did_what_and_how_long_it_took(tmp_path: Path) -> None:
+    report = run(tmp_path, seconds=0.2, faults={SHARDS[0]: "die once"})
+    entries = Ledger(str(tmp_path / "ledger")).entries(SHARDS)
+    assert {shard: entry.facts for shard, entry in entries.items()} == report.done
+    assert all(0.2 <= entry.work["seconds"] < 30 for entry in entries.values())
+    assert [entries[shard].work["attempt"] for shard in SHARDS] == [2, 1, 1, 1, 1, 1]
+    assert {int(entry.work["actor"].split(":")[1]) for entry in entries.values()} <= set(pids(tmp_path / "log"))
+    assert report.actor_seconds > sum(entry.work["seconds"] for entry in entries.values())
+
+
+def user_fault() -> TableWriter:
+    raise UserError("models/anyorder.safetensors: no such file")
+
+
+def broken_worker() -> TableWriter:
+    raise OSError("no GPU here")
+
+
+def deadly_worker() -> TableWriter:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_worker_that_cannot_be_made_stops_the_pool(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        run_pool(user_fault, SHARDS, str(tmp_path / "ledger"), actors=2)
+    with pytest.raises(RuntimeError, match=r"(?s)no worker could be made in 2 tries.*no GPU here"):
+        run_pool(broken_worker, SHARDS, str(tmp_path / "ledger"), actors=1, max_retries=1)
+    with pytest.raises(RuntimeError, match=r"no worker could be made in 2 tries"):
+        run_pool(deadly_worker, SHARDS, str(tmp_path / "ledger"), actors=1, max_retries=1)
+
+
+DRIVER = """
+import sys
+sys.path[:0] = {path!r}
+from functools import partial
+from pool_worker import TableWriter
+from oar_scale.shard_pool import run_pool
+run_pool(partial(TableWriter, {folder!r}, {log!r}, 0.3, {faults!r}), {shards!r}, {folder!r} + "/ledger", actors=2)
+"""
+
+
+def test_a_killed_driver_leaves_nothing_running_and_its_successor_finishes(tmp_path: Path, calm: dict[str, bytes]) -> None:
+    faults = {SHARDS[4]: "wait"}  # so that not all is done before the kill
+    program = DRIVER.format(path=sys.path, folder=str(tmp_path), log=str(tmp_path / "log"), shards=SHARDS, faults=faults)
+    driver = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
+    ledger = Ledger(str(tmp_path / "ledger"))
+    wait_until(lambda: len(ledger.done()) >= 2)
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not living(tmp_path / "log"))
+    before = len(ledger.done())
+    assert 2 <= before < len(SHARDS)
+    began = time.monotonic()
+    report = run(tmp_path)
+    assert (report.found, list(report.done)) == (before, SHARDS)
+    assert time.monotonic() - began < Timing().lease_s, "it waited for the lease of a process that was gone"
+    assert tables(tmp_path) == calm
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.05)

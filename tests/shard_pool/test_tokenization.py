@@ -1,0 +1,89 @@
+"""Tokenising a folder with the pool: the codes of every view, a manifest that counts them, and no mixing of tokenizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
+from oar_scale.data.shards import read_token_shard, shard_name, write_shard
+from oar_scale.errors import UserError
+from oar_scale.runtime.ray_session import ray_session
+from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
+from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, pixels_to_unit, save_vq
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_for_this_file() -> Iterator[None]:
+    with ray_session(cpus=2):
+        yield
+
+
+SIDE, VIEWS = 16, ("center", "center_flip")
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def small_vq(seed: int) -> VQTokenizer:
+    torch.manual_seed(seed)
+    spec = VQSpec(image_size=SIDE, channels=32, multipliers=(1, 2), res_blocks=1, latent_channels=32, codebook_size=32, codebook_dim=4)
+    return VQTokenizer(spec)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> TokenizeJob:
+    """Two image shards of 4 and 3 pictures and an untrained tokenizer."""
+    folder = tmp_path_factory.mktemp("images")
+    save_vq(str(folder / "vq.safetensors"), small_vq(0))
+    samples = [{"__key__": f"image{i}", "png": picture(i), "txt": f"picture {i}", "json": b"{}"} for i in range(7)]
+    shards = [write_shard(str(folder / "images"), shard_name(i), samples[4 * i : 4 * i + 4]) for i in range(2)]
+    write_manifest(str(folder / "images"), Manifest(shards=tuple(shards), attribution="drawn by a generator"))
+    return TokenizeJob(
+        images=str(folder / "images"), tokens="", vq=str(folder / "vq.safetensors"), views=VIEWS, cache_dir=str(folder / "cache")
+    )
+
+
+def test_every_view_of_every_image_is_encoded_and_counted(job: TokenizeJob, tmp_path: Path) -> None:
+    job = dataclasses.replace(job, tokens=str(tmp_path / "tokens"))
+    progress: list[tuple[int, int]] = []
+    manifest = tokenize_all(job, actors=2, on_progress=lambda *images: progress.append(images))
+    assert manifest == read_manifest(job.tokens)
+    assert (manifest.samples, manifest.grid, manifest.vocab_size, manifest.views) == (7, 8, 32, VIEWS)
+    assert manifest.attribution == "drawn by a generator"
+    assert (progress[0], progress[-1]) == ((0, 7), (7, 7))
+    vq = load_vq(job.vq)
+    first = read_token_shard(str(tmp_path / "tokens/00000.tar"), job.cache_dir, manifest.shards[0])
+    assert first.keys == ["image0", "image1", "image2", "image3"]
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(io.BytesIO(picture(i)))) for i in range(4)]))
+    np.testing.assert_array_equal(first.view(0), vq.encode(pixels_to_unit(pixels)).numpy())
+    np.testing.assert_array_equal(first.view(1), vq.encode(pixels_to_unit(pixels.flip(2))).numpy())
+
+
+def test_codes_of_two_tokenizers_do_not_mix(job: TokenizeJob, tmp_path: Path) -> None:
+    job = dataclasses.replace(job, tokens=str(tmp_path / "tokens"))
+    tokenize_all(job, actors=1)
+    save_vq(str(tmp_path / "other.safetensors"), small_vq(1))
+    with pytest.raises(UserError, match=r"the codes of 00000\.tar were made with another tokenizer"):
+        tokenize_all(dataclasses.replace(job, vq=str(tmp_path / "other.safetensors")), actors=1)
+
+
+def test_no_manifest_is_written_while_a_shard_is_missing(job: TokenizeJob, tmp_path: Path) -> None:
+    images, tokens = tmp_path / "images", tmp_path / "tokens"
+    broken = [{"__key__": "cat", "png": b"no picture", "txt": "a cat", "json": b"{}"}]
+    shards = [write_shard(str(images), shard_name(0), broken)]
+    write_manifest(str(images), Manifest(shards=tuple(shards)))
+    with pytest.raises(UserError, match=r"00000\.tar: image of sample 'cat' cannot be read"):
+        tokenize_all(dataclasses.replace(job, images=str(images), tokens=str(tokens)), actors=1)
+    assert not (tokens / "manifest.json").exists()

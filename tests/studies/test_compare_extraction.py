@@ -1,0 +1,130 @@
+"""``oar extract --compare``: the figures are those of the definitions, and they reach the console and the file."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_models import random_codes, random_text, small_model
+from small_run import prepare_small_run, small_recipe
+from torch import Tensor
+
+from oar_scale.model import AnyOrderModel, load_model, save_model
+from oar_scale.observe.console import Console
+from oar_scale.orders.extraction import ExtractionSettings, Images, Orders, extract_orders
+from oar_scale.orders.head import HeadSpec, OrderHead
+from oar_scale.run.context import Run
+from oar_scale.storage import open_storage
+from oar_scale.studies import compare_extraction as stage
+from oar_scale.studies import extraction_comparison as comparison
+from oar_scale.studies.extraction_comparison import EXACT, RANDOM, compare, head_ways, ways
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose any-order model has opinions."""
+    recipe = small_recipe(str(tmp_path_factory.mktemp("small")), evaluate={"nll_images": 8, "feature_images": 8}, extract={"batch": 8})
+    run = Run(prepare_small_run(recipe).recipe, Console(io.StringIO()))
+    model = load_model(run.model_uri("base"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.2)
+    save_model(run.model_uri("anyorder"), model)
+    return run
+
+
+def backwards(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, images_B: Images) -> Orders:
+    found = extract_orders(model, codes_BN, condition_BTD, settings, images_B)
+    return Orders(found.order_BN.flip(1), found.score_BN.flip(1), rows=7)
+
+
+@torch.no_grad()
+def test_the_figures_are_what_their_names_say() -> None:
+    model, settings = small_model(grid=3), ExtractionSettings(tie_seed=2)
+    codes, text, images = random_codes(model, 5), random_text(model, 5), np.arange(5) + 40
+    methods = ways(settings, 3) | {"backwards": backwards}
+    done: list[None] = []
+    found = compare(model, model, codes, text, settings, methods, 2, images, on_done=lambda: done.append(None))
+    assert len(done) == comparison.ROUNDS * len(methods)
+    exact = extract_orders(model, codes, model.condition(text), settings, images)
+    assert np.array_equal(found[EXACT].order_SN, exact.order_BN.numpy())
+    assert (found[EXACT].tau.mean, found[EXACT].regret.mean, found[EXACT].rows, found[EXACT].speed) == (1.0, 0.0, 45, 1.0)
+    assert (found["backwards"].tau.mean, found["backwards"].rows) == (-1.0, 7)
+    likelihood = {
+        name: -model.nll(codes, torch.from_numpy(found[name].order_SN), model.condition(text)).double().mean(1) for name in (EXACT, RANDOM)
+    }
+    assert found[RANDOM].regret.mean == pytest.approx(float((likelihood[EXACT] - likelihood[RANDOM]).mean()), abs=1e-5)
+    assert abs(found[RANDOM].tau.mean) < 0.5 and found[RANDOM].rows == 0
+    for name, each in found.items():
+        assert each.images_per_s > 0
+        assert np.array_equal(np.sort(each.order_SN, axis=1), np.arange(9)[None].repeat(5, 0)), name
+        assert name in (EXACT, RANDOM, "backwards") or 0 < each.rows <= 45
+
+
+@torch.no_grad()
+def test_an_order_head_takes_part_and_is_judged_by_what_it_has_not_seen() -> None:
+    model, settings = small_model(grid=3), ExtractionSettings()
+    head = OrderHead(HeadSpec.of(model.spec, "m", width=8, first=2)).eval()
+    codes, text, images = random_codes(model, 6), random_text(model, 6), np.arange(6)
+    methods = {EXACT: ways(settings, 3)[EXACT], **head_ways(head)}
+    assert list(methods) == [EXACT, "order head ahead, 2 placed", "order head in hindsight"]
+    assert list(ways(settings, 3, head))[-3:-1] == list(methods)[1:]
+    unseen = np.array([True, False, False, True, True, False])
+    found = compare(model, model, codes, text, settings, methods, 4, images, judged=dict.fromkeys(head_ways(head), unseen), rounds=1)
+    alone = compare(model, model, codes[unseen], text[unseen], settings, methods, 4, images[unseen], rounds=1)
+    assert {name: each.judged for name, each in found.items()} == dict.fromkeys(head_ways(head), 3) | {EXACT: 6}
+    for name in head_ways(head):
+        assert found[name].rows == 9
+        assert found[name].tau.mean == pytest.approx(alone[name].tau.mean) and found[name].order_SN.shape == (6, 9)
+        assert found[name].regret.mean == pytest.approx(alone[name].regret.mean, abs=1e-6)
+
+
+def test_the_ways_keep_what_the_recipe_says_besides() -> None:
+    """A recipe that already takes a short cut is compared with exact orders, not with itself."""
+    model = small_model(grid=3)
+    codes, rows = random_codes(model, 2), model.null_condition(2)
+    settings = ExtractionSettings(score="margin", first_cell=4, commit_per_step=2)
+    order = ways(settings, 3)[EXACT](model, codes, rows, settings, np.arange(2)).order_BN
+    assert torch.equal(order, extract_orders(model, codes, rows, ExtractionSettings(score="margin", first_cell=4)).order_BN)
+
+
+def test_the_comparison_is_printed_and_written(run: Run, tmp_path: Path) -> None:
+    told = stage.run_compare(run, images=5, out=str(tmp_path / "compared.json"))
+    assert told == json.loads((tmp_path / "compared.json").read_text())
+    assert (told["images"], told["score"], told["precision"], told["device"]) == (5, "gt_logprob", "bf16", "cpu")
+    exact, *_, worst = told["ways"]
+    assert (exact["way"], exact["rows"], exact["kendall_tau"]["mean"]) == ("exact", 64 * 65 // 2, 1.0)
+    assert worst["way"] == "random"
+    assert worst["regret"]["mean"] > 0 and worst["judged_by_images"] == 5
+    stream = run.console._stream  # type: ignore[attr-defined]
+    assert isinstance(stream, io.StringIO)
+    printed = stream.getvalue()
+    for row in told["ways"]:
+        assert f"  {row['way']} " in printed
+
+
+@pytest.mark.slow
+def test_each_way_is_trained_on_and_the_run_is_left_as_it_was(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two(*args: Any) -> dict[str, comparison.Way]:
+        return {name: way for name, way in ways(*args).items() if name in (EXACT, RANDOM)}
+
+    monkeypatch.setattr(stage, "ways", two)
+    before = sorted(open_storage(run.at()).list(run.at()))
+    told = stage.run_compare(run, images=5, finetune=2)
+    assert told["images"] == 16  # a shard
+    for row in told["ways"]:
+        assert 0 < row["heldout_nll_own"]["mean"] < row["heldout_nll_random"]["mean"] + 1
+        assert row["kid_efflite0"] == pytest.approx(row["kid_efflite0"])
+    exact, random = told["ways"]
+    assert exact["heldout_nll_own_above_exact"] == {"mean": 0.0, "standard_error": 0.0}
+    for name in ("heldout_nll_own", "heldout_nll_random"):
+        above = random[f"{name}_above_exact"]
+        assert above["mean"] == pytest.approx(random[name]["mean"] - exact[name]["mean"]) != 0
+        assert 0 < above["standard_error"] < random[name]["standard_error"], "paired"
+    assert sorted(open_storage(run.at()).list(run.at())) == before
