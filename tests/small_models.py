@@ -45,8 +45,8 @@ def random_text(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:
     return torch.randint(1, kind.vocab, (images, kind.rows), generator=torch.Generator().manual_seed(seed))
 
 
-def told(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:
-    """What a model of any condition is told about some images."""
+def cond_inputs(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:
+    """Random inputs of a model's condition (labels, text ids or features) for some images, as ``model.condition`` takes them."""
     generator, kind = torch.Generator().manual_seed(seed), model.spec.condition
     if isinstance(kind, FeatureSpec):
         return torch.randn(images, kind.rows, kind.width, generator=generator)

@@ -51,13 +51,13 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str, order
     network = load_model(require(run, run.model_uri(model), stages[model]))
     if parallel.precision == "bf16":
         network = network.to(torch.bfloat16)
-    told = prompts.encode(captions)
-    unknown = [caption for caption, ids in zip(captions, told, strict=True) if prompts.field == "txt" and not ids.any()]
+    cond_inputs = prompts.encode(captions)
+    unknown = [caption for caption, ids in zip(captions, cond_inputs, strict=True) if prompts.field == "txt" and not ids.any()]
     if unknown:
         raise UserError(f"caption {unknown[0]!r} has no token in {run.text_uri}")
     noise = torch.Generator().manual_seed(int(hash_words("sample", run.recipe.seed)) >> 1)
     with torch.no_grad():
-        condition = network.condition(model_inputs(prompts, told).repeat_interleave(DRAWINGS, dim=0))
+        condition = network.condition(model_inputs(prompts, cond_inputs).repeat_interleave(DRAWINGS, dim=0))
     drawing = Drawing(network, len(condition), noise, run_files(run.at()), run.model_uri(model))
     order_BN = order_to_draw(order or run.recipe.sample.order, drawing, "--order" if order else "sample.order")
     drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), noise, order_BN)

@@ -58,8 +58,8 @@ class Subject:
     model: ModelName
     uri: str
     """Its file, local."""
-    told_S: NDArray[Any]
-    """What the model is told about each, as ``model.condition`` takes it."""
+    cond_inputs_S: NDArray[Any]
+    """What the model is conditioned on for each, as ``model.condition`` takes it."""
     first: int = 0
     """Number of the first image among all that are evaluated."""
 
@@ -68,13 +68,13 @@ class Subject:
         return load_model(self.uri).to(_here(), torch.bfloat16 if precision == "bf16" else torch.float32)
 
     @property
-    def told(self) -> Tensor:
-        return torch.from_numpy(self.told_S)
+    def cond_inputs(self) -> Tensor:
+        return torch.from_numpy(self.cond_inputs_S)
 
     @property
     def images(self) -> Ints:
         """The number of each image."""
-        return np.arange(self.first, self.first + len(self.told_S))
+        return np.arange(self.first, self.first + len(self.cond_inputs_S))
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class LikelihoodPiece:
     codes_SN: Ints
     orders: dict[str, Ints]
     """Orders [S, N] to measure, by name."""
-    other_told_S: NDArray[Any] | None = None
+    other_cond_inputs_S: NDArray[Any] | None = None
     """Captions of other images; measured in random orders where given."""
     own: ExtractionSettings | None = None
     """Also measure the order that the model finds with these settings."""
@@ -93,15 +93,17 @@ class LikelihoodPiece:
     """Of the extraction; the likelihoods themselves are always float32."""
 
     def run(self) -> Likelihoods:
-        codes, told = torch.from_numpy(self.codes_SN).to(_here()), self.subject.told
+        codes, cond_inputs = torch.from_numpy(self.codes_SN).to(_here()), self.subject.cond_inputs
         orders = {name: torch.from_numpy(order) for name, order in self.orders.items()}
         if self.own is not None:
             finder = self.subject.open(self.precision)
-            orders["own confidence"] = extract_orders(finder, codes, _condition(finder, told), self.own, self.subject.images).order_BN
+            orders["own confidence"] = extract_orders(
+                finder, codes, _condition(finder, cond_inputs), self.own, self.subject.images
+            ).order_BN
         model, batch = self.subject.open(), len(codes)
-        table = nll_table(model, codes, told, orders, batch)
-        if self.other_told_S is not None:
-            other = nll_table(model, codes, torch.from_numpy(self.other_told_S), {"random": orders["random"]}, batch)
+        table = nll_table(model, codes, cond_inputs, orders, batch)
+        if self.other_cond_inputs_S is not None:
+            other = nll_table(model, codes, torch.from_numpy(self.other_cond_inputs_S), {"random": orders["random"]}, batch)
             table["shuffled captions"] = other["random"]
         return Likelihoods(self.subject.model, self.subject.first, {name: nll.numpy() for name, nll in table.items()})
 
@@ -135,8 +137,8 @@ class DrawingPiece:
         model = self.subject.open(self.precision)
         # The seed leaves the model out: all models draw with the same noise.
         noise = _noise("drawing", self.seed, self.subject.first)
-        drawing = Drawing(model, len(self.subject.told_S), noise, self.files, self.model_uri)
-        drawn = generate(model, _condition(model, self.subject.told), self.settings, noise, order_to_draw(self.order, drawing))
+        drawing = Drawing(model, len(self.subject.cond_inputs_S), noise, self.files, self.model_uri)
+        drawn = generate(model, _condition(model, self.subject.cond_inputs), self.settings, noise, order_to_draw(self.order, drawing))
         with torch.no_grad():
             features_SF = image_features(load_vq(self.vq).to(_here()).decode(drawn.codes_BN).cpu()).numpy()
         return Drawn(self.subject.model, self.subject.first, drawn.codes_BN.cpu().numpy(), features_SF)
@@ -163,10 +165,10 @@ class EditPiece:
     precision: Precision = "bf16"
 
     def run(self) -> Edited:
-        model, count = self.subject.open(self.precision), len(self.subject.told_S)
+        model, count = self.subject.open(self.precision), len(self.subject.cond_inputs_S)
         codes, redo = torch.from_numpy(self.codes_N).to(_here()).expand(count, -1), torch.from_numpy(self.redo_N).to(_here())
         noise = _noise(self.kind, self.seed, self.subject.first)
-        drawn = inpaint(model, codes, redo, _condition(model, self.subject.told), self.settings, noise)
+        drawn = inpaint(model, codes, redo, _condition(model, self.subject.cond_inputs), self.settings, noise)
         return Edited(self.kind, self.subject.first, self.redo_N, drawn.codes_BN.cpu().numpy())
 
 
@@ -190,7 +192,7 @@ class BruteForcePiece:
 
     def run(self) -> BruteForce:
         model, codes = self.subject.open(), torch.from_numpy(self.codes_SN).to(_here())
-        condition = _condition(model, self.subject.told)
+        condition = _condition(model, self.subject.cond_inputs)
         exact, brute = (find(model, codes, condition, self.settings, self.subject.images) for find in (extract_orders, brute_force_orders))
         differs_SN = exact.order_BN != brute.order_BN
         # Up to its first other cell an image has the same prefix in both, so there the two scores answer the same question.
@@ -279,8 +281,8 @@ def _run(piece: Piece) -> Any:
 
 
 @torch.no_grad()
-def _condition(model: AnyOrderModel, told_S: Tensor) -> Tensor:
-    return model.condition(told_S.to(_here()))
+def _condition(model: AnyOrderModel, cond_inputs_S: Tensor) -> Tensor:
+    return model.condition(cond_inputs_S.to(_here()))
 
 
 def _noise(purpose: str, seed: int, image: int) -> torch.Generator:

@@ -24,12 +24,12 @@ from oar_scale.results.estimates import Estimate, estimate
 
 
 @torch.no_grad()
-def nll_table(model: AnyOrderModel, codes_SN: Tensor, told_S: Tensor, orders: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+def nll_table(model: AnyOrderModel, codes_SN: Tensor, cond_inputs_S: Tensor, orders: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
     """Mean NLL of each image under several orders.
 
     Args:
         codes_SN: codes in raster order, on any device.
-        told_S: what ``model.condition`` takes, a row for each image.
+        cond_inputs_S: what ``model.condition`` takes, a row for each image.
         orders: for each name a permutation of the cells for each image, [S, N].
         batch: images taken through the model at once.
 
@@ -48,7 +48,7 @@ def nll_table(model: AnyOrderModel, codes_SN: Tensor, told_S: Tensor, orders: Ma
     table = {name: torch.empty(len(codes_SN), dtype=torch.float64) for name in orders}
     for start in range(0, len(codes_SN), batch):
         part = slice(start, start + batch)
-        codes_BN, condition_BTD = codes_SN[part].to(device), model.condition(told_S[part].to(device))
+        codes_BN, condition_BTD = codes_SN[part].to(device), model.condition(cond_inputs_S[part].to(device))
         for name, order_SN in orders.items():
             table[name][part] = model.nll(codes_BN, order_SN[part].to(device), condition_BTD).double().mean(1).cpu()
     return table
@@ -64,7 +64,7 @@ def raster_orders(images: int, cells: int) -> Tensor:
     return torch.arange(cells).expand(images, -1)
 
 
-def shuffled_captions(told_S: Tensor, seed: int) -> Tensor:
+def shuffled_captions(cond_inputs_S: Tensor, seed: int) -> Tensor:
     """Give every image the caption of another one: text ids [S, T] that differ from the image's own in every row.
 
     The different captions are put in a random cycle, and each image gets the one that follows its own. So no image keeps
@@ -73,14 +73,14 @@ def shuffled_captions(told_S: Tensor, seed: int) -> Tensor:
     Raises:
         ValueError: all captions are the same.
     """
-    captions_UT, caption_S = np.unique(told_S.cpu().numpy(), axis=0, return_inverse=True)
+    captions_UT, caption_S = np.unique(cond_inputs_S.cpu().numpy(), axis=0, return_inverse=True)
     count = len(captions_UT)
     if count < 2:
         raise ValueError("captions can only be shuffled where there are at least two different ones")
     cycle_U = permutations("shuffled captions", count, seed)
     next_U = np.empty_like(cycle_U)
     next_U[cycle_U] = np.roll(cycle_U, -1)
-    return torch.from_numpy(captions_UT[next_U[caption_S.ravel()]]).to(told_S.device)
+    return torch.from_numpy(captions_UT[next_U[caption_S.ravel()]]).to(cond_inputs_S.device)
 
 
 def mean_nll(nll_S: Tensor) -> Estimate:

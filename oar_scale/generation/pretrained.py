@@ -151,11 +151,11 @@ class Pretrained:
             wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
             if wrong is not None:
                 raise UserError(f"{wrong!r} is no caption: this model is told captions")
-        told = self.text.encode(prompts)
-        if self.text.field == "txt" and not told.flatten(1).any(1).all():
-            empty = int((~told.flatten(1).any(1)).nonzero()[0])
+        cond_inputs = self.text.encode(prompts)
+        if self.text.field == "txt" and not cond_inputs.flatten(1).any(1).all():
+            empty = int((~cond_inputs.flatten(1).any(1)).nonzero()[0])
             raise UserError(f"caption {prompts[empty]!r} has no token in the model's vocabulary")
-        return self.model.condition(model_inputs(self.text, told.to(self._device)))
+        return self.model.condition(model_inputs(self.text, cond_inputs.to(self._device)))
 
     def _order(self, order: Order | None, batch: int, noise: torch.Generator) -> Tensor | LateOrder | None:
         if order is None or isinstance(order, str):

@@ -70,8 +70,8 @@ class ExtractionJob:
 
         Where scores are nearly equal the device, its number of threads and torch's version may decide too; they are not in it.
         """
-        told = {} if self.views == 1 else {"views": self.views}  # tables of the first view keep the id they always had
-        return fingerprint({"settings": self.settings.id, "precision": self.precision, "batch": self.batch, **told})
+        not_default = {} if self.views == 1 else {"views": self.views}  # tables of the first view keep the id they always had
+        return fingerprint({"settings": self.settings.id, "precision": self.precision, "batch": self.batch, **not_default})
 
     @property
     def device(self) -> torch.device:
@@ -101,9 +101,9 @@ class ExtractionWorker:
     def run(self, shard: str) -> Facts:
         uri = join(self.job.tokens, shard)
         tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard], cache_bytes=self.job.cache_bytes)
-        told_S = self.prompts.encode(tokens.prompts(self.prompts.field))
+        cond_inputs_S = self.prompts.encode(tokens.prompts(self.prompts.field))
         kinds = [(view, draw) for view in range(self.job.views) for draw in range(self.job.settings.orders_per_image)]
-        found = [self._orders(tokens, told_S, view, draw, uri) for view, draw in kinds]
+        found = [self._orders(tokens, cond_inputs_S, view, draw, uri) for view, draw in kinds]
         samples = len(tokens.keys)
         table = OrderTable(  # all rows of the first sample, then those of the second
             keys=[key for key in tokens.keys for _ in kinds],
@@ -124,18 +124,18 @@ class ExtractionWorker:
             "settings_id": self.job.settings_id,
         }
 
-    def _orders(self, tokens: TokenShard, told_S: torch.Tensor, view: int, draw: int, uri: str) -> Orders:
+    def _orders(self, tokens: TokenShard, cond_inputs_S: torch.Tensor, view: int, draw: int, uri: str) -> Orders:
         """One order for each sample of a shard, a batch at a time."""
         codes_SN = torch.from_numpy(tokens.view(view).astype(np.int64))
         names = tokens.keys if view == 0 else [f"{key}/{view}" for key in tokens.keys]
         images_S = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64)
         cuts = [slice(start, start + self.job.batch) for start in range(0, len(codes_SN), self.job.batch)]
-        parts = [self._extract(codes_SN[cut], told_S[cut], images_S[cut], draw, uri) for cut in cuts]
+        parts = [self._extract(codes_SN[cut], cond_inputs_S[cut], images_S[cut], draw, uri) for cut in cuts]
         return Orders(torch.cat([part.order_BN for part in parts]), torch.cat([part.score_BN for part in parts]))
 
     @torch.no_grad()
-    def _extract(self, codes_BN: torch.Tensor, told_B: torch.Tensor, images_B: NDArray[np.int64], draw: int, uri: str) -> Orders:
-        condition_BTD = self.model.condition(model_inputs(self.prompts, told_B.to(self.device)))
+    def _extract(self, codes_BN: torch.Tensor, cond_inputs_B: torch.Tensor, images_B: NDArray[np.int64], draw: int, uri: str) -> Orders:
+        condition_BTD = self.model.condition(model_inputs(self.prompts, cond_inputs_B.to(self.device)))
         try:
             return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B, draw)
         except ValueError as error:

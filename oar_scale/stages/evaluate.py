@@ -73,12 +73,12 @@ class Inputs:
     vq_file: str
     heldout: Tokens
     heldout_pictures: list[Picture]
-    told_S: Tensor
-    """What the models are told about held-out images."""
+    cond_inputs_S: Tensor
+    """What the models are conditioned on for each held-out image."""
     train: Tokens
     train_pictures: list[Picture]
     """Of the first training images."""
-    train_told_S: Tensor
+    train_cond_inputs_S: Tensor
     orders_SN: NDArray[np.uint16]
     """The stored order of every training image."""
     compared: int
@@ -142,10 +142,10 @@ def _read(run: Run) -> Inputs:
         vq_file=vq_file,
         heldout=heldout,
         heldout_pictures=read_pictures(run, "heldout", heldout.keys),
-        told_S=model_inputs(prompts, prompts.encode(heldout.prompts)),
+        cond_inputs_S=model_inputs(prompts, prompts.encode(heldout.prompts)),
         train=train,
         train_pictures=read_pictures(run, "train", train.keys[: max(compared, ORDER_EXAMPLES)]),
-        train_told_S=model_inputs(prompts, prompts.encode(train.prompts[:BRUTE_FORCE_IMAGES])),
+        train_cond_inputs_S=model_inputs(prompts, prompts.encode(train.prompts[:BRUTE_FORCE_IMAGES])),
         orders_SN=read_train_orders(run, train),
         compared=compared,
         new_S=without_variant(run, heldout.keys),
@@ -167,7 +167,7 @@ def _pieces(run: Run, inputs: Inputs) -> list[Piece]:
 
 
 def _brute_force_piece(run: Run, inputs: Inputs) -> Piece:
-    subject = Subject("any-order", inputs.models["any-order"], inputs.train_told_S.numpy())
+    subject = Subject("any-order", inputs.models["any-order"], inputs.train_cond_inputs_S.numpy())
     first = slice(BRUTE_FORCE_IMAGES)
     return BruteForcePiece(
         subject, inputs.train.codes_SN[first], inputs.orders_SN[first], ExtractionSettings.from_recipe(run.recipe.extract)
@@ -180,7 +180,7 @@ def _drawing_pieces(run: Run, inputs: Inputs) -> list[Piece]:
     count = max(inputs.compared, min(recipe.sample.images, len(inputs.heldout.keys)))
     return [
         DrawingPiece(
-            Subject(name, file, inputs.told_S[part].numpy(), part.start),
+            Subject(name, file, inputs.cond_inputs_S[part].numpy(), part.start),
             inputs.vq_file,
             settings,
             recipe.seed,
@@ -199,14 +199,14 @@ def _likelihood_pieces(run: Run, inputs: Inputs) -> list[Piece]:
     recipe, cells = run.recipe, run.recipe.grid**2
     count = min(recipe.evaluate.nll_images, len(inputs.heldout.keys))
     random_SN, raster_SN = random_orders(count, cells, recipe.seed), raster_orders(count, cells)
-    told_S = inputs.told_S[:count]
-    other_S = shuffled_captions(told_S, recipe.seed).numpy() if len(told_S.unique(dim=0)) > 1 else None
+    cond_inputs_S = inputs.cond_inputs_S[:count]
+    other_S = shuffled_captions(cond_inputs_S, recipe.seed).numpy() if len(cond_inputs_S.unique(dim=0)) > 1 else None
     own, precision = ExtractionSettings.from_recipe(recipe.extract), recipe.parallel.precision
     pieces: list[Piece] = []
     for part in _parts(count):
         codes_SN, random = inputs.heldout.codes_SN[part], {"random": random_SN[part].numpy()}
         for name, file in inputs.models.items():
-            subject = Subject(name, file, inputs.told_S[part].numpy(), part.start)
+            subject = Subject(name, file, inputs.cond_inputs_S[part].numpy(), part.start)
             if name == "base":
                 pieces.append(LikelihoodPiece(subject, codes_SN, random))
             else:
@@ -222,7 +222,7 @@ def _edit_pieces(run: Run, inputs: Inputs) -> list[Piece]:
     kinds: tuple[tuple[EditKind, NDArray[np.bool_]], ...] = (("inpainting", middle_N), ("outpainting", ~middle_N))
     return [
         EditPiece(
-            Subject("ordered", file, inputs.told_S[image].expand(EDIT_COMPLETIONS, *inputs.told_S.shape[1:]).numpy(), image),
+            Subject("ordered", file, inputs.cond_inputs_S[image].expand(EDIT_COMPLETIONS, *inputs.cond_inputs_S.shape[1:]).numpy(), image),
             kind,
             inputs.heldout.codes_SN[image],
             redo_N,

@@ -73,10 +73,10 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
                 tally.advance()
     for line in table(rows):
         run.console.say(f"  {line}")
-    told = {**where, "finetune_steps": finetune, "ways": rows}
+    report = {**where, "finetune_steps": finetune, "ways": rows}
     if out is not None:
-        open_storage(out).write(out, json.dumps(told, indent=1).encode())
-    return told
+        open_storage(out).write(out, json.dumps(report, indent=1).encode())
+    return report
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -113,14 +113,14 @@ def _measured(run: Run, model_file: str, shards: Sequence[ShardInfo], tokens: To
     head = _head(run, model, model_id(model_file))
     methods = ways(settings, model.spec.grid, head)
     judged = {} if head is None else dict.fromkeys(head_ways(head), _unseen(run, head, shards, len(tokens.keys)))
-    told_S = model_inputs(prompts, prompts.encode(tokens.prompts)).to(device)
+    cond_inputs_S = model_inputs(prompts, prompts.encode(tokens.prompts)).to(device)
     codes_SN, images_S = torch.from_numpy(tokens.codes_SN).to(device), np.array([zlib.crc32(key.encode()) for key in tokens.keys], np.int64)
     with run.console.progress(rounds * len(methods), "ways of finding orders") as tally:
         return compare(
             model,
             judge,
             codes_SN,
-            told_S,
+            cond_inputs_S,
             settings,
             methods,
             config.batch,

@@ -91,7 +91,7 @@ def compare(
     model: AnyOrderModel,
     judge: AnyOrderModel,
     codes_SN: Tensor,
-    told_S: Tensor,
+    cond_inputs_S: Tensor,
     settings: ExtractionSettings,
     methods: Mapping[str, Way],
     batch: int,
@@ -106,7 +106,7 @@ def compare(
     Args:
         model: finds the orders, in the precision they are to be found in.
         judge: the same model in float32, which says what an order is worth.
-        told_S: what ``model.condition`` takes, a row for each image.
+        cond_inputs_S: what ``model.condition`` takes, a row for each image.
         methods: the first one is exact.
         batch: images at a time.
         judged: ways that are judged by some of the images only [S], those they did not learn from; the others are by all.
@@ -117,7 +117,7 @@ def compare(
     found: dict[str, list[Orders]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     with torch.no_grad():
-        conditions = {finder: [finder.condition(told_S[cut]) for cut in cuts] for finder in (model, judge)}
+        conditions = {finder: [finder.condition(cond_inputs_S[cut]) for cut in cuts] for finder in (model, judge)}
     for _ in range(rounds):
         for name, way in methods.items():
             started = time.perf_counter()

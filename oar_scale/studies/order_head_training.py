@@ -98,10 +98,10 @@ class HeadData:
     def take(self, shard: TokenShard, rows: NDArray[np.int64], order_SN: NDArray[np.uint16], view: int = 0) -> Labelled:
         """Some images of a shard, in one of their views."""
         prompts = shard.prompts(self.prompts.field)
-        told = self.prompts.encode([prompts[row] for row in rows.tolist()]).to(self.device)
+        cond_inputs = self.prompts.encode([prompts[row] for row in rows.tolist()]).to(self.device)
         codes_BN, order_BN = (torch.from_numpy(each[rows].astype(np.int64)).to(self.device) for each in (shard.view(view), order_SN))
         keys = [shard.keys[row] for row in rows.tolist()]
-        return Labelled(codes_BN, self.model.condition(model_inputs(self.prompts, told)), order_BN, keys)
+        return Labelled(codes_BN, self.model.condition(model_inputs(self.prompts, cond_inputs)), order_BN, keys)
 
 
 def kept_out(shard: TokenShard, share: float) -> NDArray[np.bool_]:
@@ -157,8 +157,8 @@ def write_predicted(data: HeadData, head: OrderHead, batch: int, on_done: Callab
         on_done: called with the images done.
     """
     assert data.files.predicted is not None
-    told = {} if views == 1 else {"views": views}
-    settings_id = fingerprint({"method": KIND, "head": _content(head), **told})
+    not_default = {} if views == 1 else {"views": views}
+    settings_id = fingerprint({"method": KIND, "head": _content(head), **not_default})
     done = 0
     for info in data.manifest.shards:
         uri = join(data.files.predicted, table_name(info.name))

@@ -86,7 +86,7 @@ class ShortTraining:
         self._copy_inputs()
         prompts, evaluate = prompt_encoder(run), recipe.evaluate
         heldout = read_tokens(run, "heldout", max(evaluate.nll_images, evaluate.feature_images), prompts.field)
-        self.codes_SN, self.told_S = heldout.codes_SN, model_inputs(prompts, prompts.encode(heldout.prompts)).numpy()
+        self.codes_SN, self.cond_inputs_S = heldout.codes_SN, model_inputs(prompts, prompts.encode(heldout.prompts)).numpy()
         self.drawn = min(evaluate.feature_images, len(heldout.keys))
         pictures = read_pictures(run, "heldout", heldout.keys[: self.drawn])
         self.reference_SF = image_features(pixels_to_unit(torch.from_numpy(np.stack(pictures)))).numpy()
@@ -139,10 +139,10 @@ class ShortTraining:
         count, cells = min(recipe.evaluate.nll_images, len(self.codes_SN)), self.codes_SN.shape[1]
         orders = {"random": random_orders(count, cells, recipe.seed).numpy()}
         own = ExtractionSettings(recipe.extract.score, recipe.extract.guidance, recipe.extract.tie_seed)
-        subject = Subject("ordered", model_file, self.told_S[:count])
+        subject = Subject("ordered", model_file, self.cond_inputs_S[:count])
         nll = LikelihoodPiece(subject, self.codes_SN[:count], orders, own=own, precision=recipe.parallel.precision).run().nll
         drawing = DrawingPiece(
-            Subject("ordered", model_file, self.told_S[: self.drawn]),
+            Subject("ordered", model_file, self.cond_inputs_S[: self.drawn]),
             fetch(run.vq_uri, run.cache),
             SampleSettings.from_recipe(recipe.sample),
             recipe.seed,

@@ -149,14 +149,14 @@ class Heldout:
         check_features(manifest.features, prompts, folder)
         shards = [read_token_shard(join(folder, shard.name), job.cache, shard) for shard in manifest.shards]
         codes = torch.cat([torch.from_numpy(shard.view(0).astype("int64")) for shard in shards])[:HELDOUT_IMAGES]
-        told = prompts.encode([prompt for shard in shards for prompt in shard.prompts(prompts.field)][:HELDOUT_IMAGES])
+        cond_inputs = prompts.encode([prompt for shard in shards for prompt in shard.prompts(prompts.field)][:HELDOUT_IMAGES])
         self.captions = [caption for shard in shards for caption in shard.captions][:HELDOUT_IMAGES]
         self.prompts = prompts
         # A rank that has no share computes with someone else's image, for under ZeRO-3 each forward pass is collective.
         self.counts = rank < len(codes)
         mine = torch.arange(len(codes))[rank::world] if self.counts else torch.tensor([rank % len(codes)])
         self.share = -(-len(codes) // world)
-        self.codes, self.told = (t[mine].to(device) for t in (codes, told))
+        self.codes, self.cond_inputs = (t[mine].to(device) for t in (codes, cond_inputs))
         raster = torch.arange(codes.shape[1], device=device).expand_as(self.codes)
         makers: dict[str, Callable[[], Tensor]] = {
             "random": lambda: torch.from_numpy(permutations("heldout order", codes.shape[1], mine.numpy())).to(device),
@@ -176,7 +176,7 @@ class Heldout:
         for start in range(0, self.share, batch):  # as many rounds on every rank
             counts = self.counts and start < len(self.codes)
             part = slice(start, start + batch) if counts else slice(0, 1)
-            condition_bTD = model.condition(model_inputs(self.prompts, self.told[part]))
+            condition_bTD = model.condition(model_inputs(self.prompts, self.cond_inputs[part]))
             nll_bN = model.nll(self.codes[part], self.orders[order][part], condition_bTD).double()
             if counts:
                 total += torch.stack([nll_bN.sum(), nll_bN.new_tensor(nll_bN.numel())])
@@ -190,7 +190,7 @@ class Heldout:
         found = []
         for start in range(0, len(self.codes), batch):
             part = slice(start, start + batch)
-            condition_bTD = model.condition(model_inputs(self.prompts, self.told[part]))
+            condition_bTD = model.condition(model_inputs(self.prompts, self.cond_inputs[part]))
             orders = extract_orders(model, self.codes[part], condition_bTD, settings, mine[part].numpy())
             found.append(orders.order_BN.long())
         return torch.cat(found).to(device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import random_codes, random_orders, small_model, told
+from small_models import cond_inputs, random_codes, random_orders, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oar_scale.model import decoding
@@ -18,7 +18,7 @@ from oar_scale.orders.extraction import ExtractionSettings, extract_orders
 @pytest.mark.parametrize("layout", ["instructed", "dual"])
 def test_how_many_rows_go_together_changes_nothing(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(layout=layout, grid=4, kv_heads=1)
-    codes, rows, order = random_codes(model, 5), model.condition(told(model, 5)), random_orders(model, 5)
+    codes, rows, order = random_codes(model, 5), model.condition(cond_inputs(model, 5)), random_orders(model, 5)
     settings = ExtractionSettings(guidance=2.0, commit_per_step=3)
 
     def results() -> tuple[Any, torch.Tensor]:

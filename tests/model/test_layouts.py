@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import CONDITIONS, random_codes, random_orders, small_model, told
+from small_models import CONDITIONS, cond_inputs, random_codes, random_orders, small_model
 from torch import Tensor
 
 from oar_scale.generation.sampling import Known, SampleSettings, cells_per_step, generate
@@ -49,7 +49,7 @@ def test_likelihood_cell_by_cell_equals_the_whole_image(
     layout: str, condition: str, kv_heads: int | None, rotation: str, grid: int, batch: int, seed: int, known_share: float
 ) -> None:
     model = any_model(layout, condition, kv_heads=kv_heads, condition_rotation=rotation, grid=grid, seed=seed)
-    codes, order, rows = random_codes(model, batch, seed), orders(model, batch, seed), model.condition(told(model, batch, seed))
+    codes, order, rows = random_codes(model, batch, seed), orders(model, batch, seed), model.condition(cond_inputs(model, batch, seed))
     placed, known, image = codes.gather(1, order), round(known_share * model.spec.cells), torch.arange(batch)
     prefix = model.prefill(model.begin(rows), order[:, :known], placed[:, :known])
     nll = []
@@ -68,7 +68,7 @@ def test_likelihood_cell_by_cell_equals_the_whole_image(
 def test_every_parameter_is_trained(layout: str, condition: str) -> None:
     model = any_model(layout, condition)
     # Dropping one of the prompts trains the null; the labels cover every class; ids and features are random.
-    inputs = torch.arange(6)[:, None] % 5 if condition == "class" else told(model, 6)
+    inputs = torch.arange(6)[:, None] % 5 if condition == "class" else cond_inputs(model, 6)
     drop = torch.tensor([True, False, False, False, False, False])
     model.loss(random_codes(model, 6), orders(model, 6), model.condition(inputs, drop))[0].backward()
     for name, parameter in model.named_parameters():
@@ -80,7 +80,7 @@ def test_every_parameter_is_trained(layout: str, condition: str) -> None:
 @pytest.mark.parametrize("step", [0, 3, 7])
 def test_a_logit_depends_on_earlier_codes_and_the_cell_asked_for_alone(layout: str, step: int) -> None:
     model = any_model(layout)
-    codes, order, rows = random_codes(model, 1), random_orders(model, 1), model.condition(told(model, 1))
+    codes, order, rows = random_codes(model, 1), random_orders(model, 1), model.condition(cond_inputs(model, 1))
     before = model(codes, order, rows)
     changed = codes.clone()
     changed[0, order[0, step]] = (changed[0, order[0, step]] + 1) % model.spec.vocab_size
@@ -99,7 +99,7 @@ def test_a_logit_depends_on_earlier_codes_and_the_cell_asked_for_alone(layout: s
 @pytest.mark.parametrize("condition", sorted(CONDITIONS))
 def test_orders_equal_brute_force(layout: str, condition: str) -> None:
     model = any_model(layout, condition, kv_heads=1)
-    codes, rows = random_codes(model, 3), model.condition(told(model, 3))
+    codes, rows = random_codes(model, 3), model.condition(cond_inputs(model, 3))
     found, brute = (find(model, codes, rows, ExtractionSettings(guidance=2.0)) for find in (extract_orders, brute_force_orders))
     assert torch.equal(found.order_BN, brute.order_BN)
     assert_same(found.score_BN, brute.score_BN)
@@ -110,7 +110,7 @@ def test_orders_equal_brute_force(layout: str, condition: str) -> None:
 @pytest.mark.parametrize("layout", ["raster", "instructed", "dual"])
 def test_a_greedy_drawing_is_its_own_teacher_forced_choice(layout: str) -> None:
     model = any_model(layout, "class")
-    rows, order = model.condition(told(model, 3)), orders(model, 3)
+    rows, order = model.condition(cond_inputs(model, 3)), orders(model, 3)
     settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=1, order_temperature=0.0)
     drawn = generate(model, rows, settings, torch.Generator(), order_BN=order)
     assert torch.equal(model(drawn.codes_BN, order, rows).argmax(-1), drawn.codes_BN.gather(1, order))
@@ -119,7 +119,7 @@ def test_a_greedy_drawing_is_its_own_teacher_forced_choice(layout: str) -> None:
 @torch.no_grad()
 def test_known_cells_may_precede_a_parallel_drawing() -> None:
     model = any_model("instructed", "class", grid=4)
-    rows, order, codes = model.condition(told(model, 2)), random_orders(model, 2), random_codes(model, 2)
+    rows, order, codes = model.condition(cond_inputs(model, 2)), random_orders(model, 2), random_codes(model, 2)
     known = Known(order[:, :5], codes.gather(1, order[:, :5]))
     settings = SampleSettings(guidance=2.0, temperature=1.0, top_k=1, order_temperature=0.0, steps=4)
     drawn = generate(model, rows, settings, torch.Generator(), order_BN=order, known=known)
@@ -169,7 +169,7 @@ def test_only_instructed_models_ask_for_several_cells_at_once(layout: str) -> No
 def test_a_dropped_prompt_is_the_null_condition_of_each_kind() -> None:
     for condition in CONDITIONS:
         model = any_model("instructed", condition)
-        rows = model.condition(told(model, 2), torch.tensor([True, False]))
+        rows = model.condition(cond_inputs(model, 2), torch.tensor([True, False]))
         null = model.null_condition(1)[0]
         # Other batches, other last bits: how a CPU multiplies depends on the shape.
         assert torch.allclose(rows[0], null, rtol=1e-5, atol=1e-6), condition
@@ -179,7 +179,7 @@ def test_a_dropped_prompt_is_the_null_condition_of_each_kind() -> None:
 @torch.no_grad()
 def test_a_feature_row_of_zeros_is_no_token() -> None:
     model = any_model("instructed", "features")
-    features = told(model, 1)
+    features = cond_inputs(model, 1)
     features[0, 1:] = 0
     rows, null = model.condition(features), model.null_condition(1)
     assert torch.equal(rows[0, 1:], null[0, 1:])

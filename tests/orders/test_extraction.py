@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import CONDITIONS, random_codes, random_text, small_model, told
+from small_models import CONDITIONS, cond_inputs, random_codes, random_text, small_model
 
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import Score
@@ -54,7 +54,7 @@ def test_orders_equal_brute_force(
     layout: str, condition: str, kv_heads: int | None, grid: int, batch: int, seed: int, how: dict[str, Any]
 ) -> None:
     model = small_model(grid=grid, seed=seed, layout=layout, condition=CONDITIONS[condition], kv_heads=kv_heads)
-    codes, rows, chosen = random_codes(model, batch, seed), model.condition(told(model, batch, seed)), ExtractionSettings(**how)
+    codes, rows, chosen = random_codes(model, batch, seed), model.condition(cond_inputs(model, batch, seed)), ExtractionSettings(**how)
     found, expected = (find(model, codes, rows, chosen) for find in (extract_orders, brute_force_orders))
     assert is_permutation(found.order_BN)
     differs = found.order_BN != expected.order_BN

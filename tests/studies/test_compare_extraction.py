@@ -95,17 +95,17 @@ def test_the_ways_keep_what_the_recipe_says_besides() -> None:
 
 
 def test_the_comparison_is_printed_and_written(run: Run, tmp_path: Path) -> None:
-    told = stage.run_compare(run, images=5, out=str(tmp_path / "compared.json"))
-    assert told == json.loads((tmp_path / "compared.json").read_text())
-    assert (told["images"], told["score"], told["precision"], told["device"]) == (5, "gt_logprob", "bf16", "cpu")
-    exact, *_, worst = told["ways"]
+    report = stage.run_compare(run, images=5, out=str(tmp_path / "compared.json"))
+    assert report == json.loads((tmp_path / "compared.json").read_text())
+    assert (report["images"], report["score"], report["precision"], report["device"]) == (5, "gt_logprob", "bf16", "cpu")
+    exact, *_, worst = report["ways"]
     assert (exact["way"], exact["rows"], exact["kendall_tau"]["mean"]) == ("exact", 64 * 65 // 2, 1.0)
     assert worst["way"] == "random"
     assert worst["regret"]["mean"] > 0 and worst["judged_by_images"] == 5
     stream = run.console._stream  # type: ignore[attr-defined]
     assert isinstance(stream, io.StringIO)
     printed = stream.getvalue()
-    for row in told["ways"]:
+    for row in report["ways"]:
         assert f"  {row['way']} " in printed
 
 
@@ -116,12 +116,12 @@ def test_each_way_is_trained_on_and_the_run_is_left_as_it_was(run: Run, tmp_path
 
     monkeypatch.setattr(stage, "ways", two)
     before = sorted(open_storage(run.at()).list(run.at()))
-    told = stage.run_compare(run, images=5, finetune=2)
-    assert told["images"] == 16  # a shard
-    for row in told["ways"]:
+    report = stage.run_compare(run, images=5, finetune=2)
+    assert report["images"] == 16  # a shard
+    for row in report["ways"]:
         assert 0 < row["heldout_nll_own"]["mean"] < row["heldout_nll_random"]["mean"] + 1
         assert row["kid_efflite0"] == pytest.approx(row["kid_efflite0"])
-    exact, random = told["ways"]
+    exact, random = report["ways"]
     assert exact["heldout_nll_own_above_exact"] == {"mean": 0.0, "standard_error": 0.0}
     for name in ("heldout_nll_own", "heldout_nll_random"):
         above = random[f"{name}_above_exact"]

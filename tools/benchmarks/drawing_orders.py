@@ -40,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(run.recipe.parallel.cpu_threads * run.recipe.parallel.max_workers)
     prompts = prompt_encoder(run)
     tokens = read_tokens(run, "heldout", arguments.images, prompts.field)
-    told_S = model_inputs(prompts, prompts.encode(tokens.prompts)).numpy()
+    cond_inputs_S = model_inputs(prompts, prompts.encode(tokens.prompts)).numpy()
     pictures = torch.from_numpy(np.stack(read_pictures(run, "heldout", tokens.keys)))
     heldout = image_features(pixels_to_unit(pictures)).numpy()
     print(f"{len(heldout)} captions, model {arguments.model}, guidance {run.recipe.sample.guidance:g}")
@@ -48,7 +48,7 @@ def main() -> None:
     for name in known():
         started = time.monotonic()
         try:
-            drawn = draw(run, arguments.model, told_S, name)
+            drawn = draw(run, arguments.model, cond_inputs_S, name)
         except UserError as error:
             print(f"{name:14} {error}")
             continue
@@ -57,12 +57,12 @@ def main() -> None:
         print(f"{name:14} {distances} {time.monotonic() - started:8.0f}", flush=True)
 
 
-def draw(run: Run, model: str, told_S: np.ndarray, order: str) -> np.ndarray:
+def draw(run: Run, model: str, cond_inputs_S: np.ndarray, order: str) -> np.ndarray:
     """Features of the drawings."""
     uri, settings = run.model_uri(model), SampleSettings.from_recipe(run.recipe.sample)
     pieces = [
         DrawingPiece(
-            Subject("ordered", uri, told_S[start : start + BATCH], start),
+            Subject("ordered", uri, cond_inputs_S[start : start + BATCH], start),
             run.vq_uri,
             settings,
             run.recipe.seed,
@@ -71,7 +71,7 @@ def draw(run: Run, model: str, told_S: np.ndarray, order: str) -> np.ndarray:
             run_files(run.at()),
             uri,
         )
-        for start in range(0, len(told_S), BATCH)
+        for start in range(0, len(cond_inputs_S), BATCH)
     ]
     return np.concatenate([piece.run().features_SF for piece in pieces])
 

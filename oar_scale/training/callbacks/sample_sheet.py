@@ -39,10 +39,10 @@ class Sampling(Callback):
     def _draw(self, loop: Loop) -> None:
         world, rank = loop.process.world, loop.process.rank
         share = -(-loop.job.recipe.sample.images // world)
-        model, told = plain_model(loop.engine), self._heldout.told[:share]
+        model, cond_inputs = plain_model(loop.engine), self._heldout.cond_inputs[:share]
         noise = torch.Generator().manual_seed(int(hash_words("samples while training", loop.job.recipe.seed, rank)) >> 1)
         with torch.no_grad():
-            condition_bTD = model.condition(model_inputs(self._heldout.prompts, told))
+            condition_bTD = model.condition(model_inputs(self._heldout.prompts, cond_inputs))
         raster = self._heldout.orders["nll_random"][:share] if loop.spec.layout == "raster" else None
         drawn = generate(model, condition_bTD, SampleSettings.from_recipe(loop.job.recipe.sample), noise, raster)
         parts: list[Any] = [None] * world
