@@ -14,12 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol
 
 from oar_scale.errors import Missing, Unreachable, UserError
+from oar_scale.storage.schemes import LOCAL, scheme_of, storage_of
 
 
 @dataclass
@@ -86,21 +85,7 @@ def open_storage(uri: str) -> Storage:
     Raises:
         UserError: the URI has a scheme that is neither a plain path nor ``s3://``.
     """
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", uri)
-    if scheme and not uri.startswith("s3://"):
-        raise UserError(f"{uri}: cannot store under {scheme[0]}. Use a local path, or s3://bucket/prefix.")
-    return _storage("s3" if scheme else "local")
-
-
-@cache
-def _storage(kind: str) -> Storage:
-    if kind == "s3":
-        from oar_scale.storage.s3 import S3Storage  # boto3 takes 0.3 s to import; a local run never needs it
-
-        return S3Storage()
-    from oar_scale.storage.local import LocalStorage
-
-    return LocalStorage()
+    return storage_of(scheme_of(uri))
 
 
 def join(uri: str, *parts: str) -> str:
@@ -142,7 +127,7 @@ def fetch(uri: str, cache_dir: str) -> str:
     """
     storage = open_storage(uri)
     version = storage.version(uri)  # also the check that the object exists
-    if not uri.startswith("s3://"):
+    if scheme_of(uri) == LOCAL:
         return uri
     digest = hashlib.sha256(f"{uri}\n{version}".encode()).hexdigest()[:16]
     path = os.path.join(cache_dir, f"{digest}-{uri.rsplit('/', 1)[-1]}")

@@ -22,20 +22,20 @@ STUCK_S = 150.0
 """A ``.part`` file that does not grow for so long has a writer that hangs; longer than any read waits for a byte."""
 
 
-class Unusable(Exception):
+class CacheUnusable(Exception):
     """The folder cannot take this object; the text says why."""
 
 
-class Damaged(Exception):
+class DamagedObject(Exception):
     """What is there is not what was expected; the text says both."""
 
 
 def compare(size: int, crc32c: int | None, expected_size: int | None, expected_crc32c: int | None) -> None:
-    """Raise Damaged unless size and checksum are the expected ones; ``None`` = not known."""
+    """Raise DamagedObject unless size and checksum are the expected ones; ``None`` = not known."""
     if expected_size not in (None, size):
-        raise Damaged(f"{size} bytes, and {expected_size} were expected")
+        raise DamagedObject(f"{size} bytes, and {expected_size} were expected")
     if crc32c is not None and expected_crc32c is not None and crc32c != expected_crc32c:
-        raise Damaged(f"its crc32c is {crc32c:08x}, and {expected_crc32c:08x} was expected")
+        raise DamagedObject(f"its crc32c is {crc32c:08x}, and {expected_crc32c:08x} was expected")
 
 
 class Part:
@@ -50,14 +50,14 @@ class Part:
         os.close(self.descriptor)
 
     def lock(self) -> None:
-        """Wait for the lock. Raises Unusable when its holder hangs."""
+        """Wait for the lock. Raises CacheUnusable when its holder hangs."""
         seen, since = -1, time.monotonic()
         while not _lock(self.descriptor):
             changed = os.fstat(self.descriptor).st_mtime_ns
             if changed != seen:
                 seen, since = changed, time.monotonic()
             elif time.monotonic() - since > STUCK_S:
-                raise Unusable(f"another process has held {self._path} for {STUCK_S:.0f} s without writing to it")
+                raise CacheUnusable(f"another process has held {self._path} for {STUCK_S:.0f} s without writing to it")
             time.sleep(_POLL_S)
         self._held = True
 
@@ -129,7 +129,7 @@ class CacheFolder:
         """The path of a whole object, or ``size`` bytes to be filled with it; waits while someone else fills them.
 
         Raises:
-            Unusable: the folder cannot be written, has no room, or the other writer hangs.
+            CacheUnusable: the folder cannot be written, has no room, or the other writer hangs.
         """
         path = os.path.join(self.folder, f"{digest}.part")
         with _unusable_if_it_fails():
@@ -150,14 +150,14 @@ class CacheFolder:
         return found
 
     def publish(self, part: Part, digest: str, crc32c: int) -> str:
-        """Make ``part`` a whole object and return its path. Raises Unusable when the folder cannot be written."""
+        """Make ``part`` a whole object and return its path. Raises CacheUnusable when the folder cannot be written."""
         path = self._path(digest, crc32c)
         with _unusable_if_it_fails(), self._locked():  # who makes room meanwhile finds it once, under the old name or the new one
             part.rename(path)
         return path
 
     def drop(self, path: str, why: str) -> None:
-        """Remove a damaged object. Raises Unusable when that is not allowed."""
+        """Remove a damaged object. Raises CacheUnusable when that is not allowed."""
         with _unusable_if_it_fails(f"{why}; it cannot be removed: "), suppress(FileNotFoundError):
             os.unlink(path)
 
@@ -178,7 +178,7 @@ class CacheFolder:
                         status = os.stat(entry.path)
                         objects.append((status.st_mtime_ns, entry.path, status.st_size))
         if coming + size > max_bytes:
-            raise Unusable(f"{size} bytes do not fit: it may hold {max_bytes}, and {coming} are on their way for other readers")
+            raise CacheUnusable(f"{size} bytes do not fit: it may hold {max_bytes}, and {coming} are on their way for other readers")
         taken = coming + sum(length for _, _, length in objects)
         for _, path, length in sorted(objects):
             if taken + size <= max_bytes:
@@ -228,4 +228,4 @@ def _unusable_if_it_fails(before: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Unusable(f"{before}{error.strerror}") from error
+        raise CacheUnusable(f"{before}{error.strerror}") from error

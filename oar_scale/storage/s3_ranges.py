@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import urllib3.exceptions
 from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError
 
-from oar_scale.errors import UserError
 from oar_scale.storage import FetchStats, Unreachable
+from oar_scale.storage.remote import ObjectHead, Replaced
 from oar_scale.storage.s3_client import EXPIRED, client, renew, requests_sent, split
 
 TRIES = 12
@@ -40,17 +40,6 @@ _NO_ANSWER = (ConnectionError, HTTPClientError)
 _answered: set[str] = set()  # servers that this process has heard from
 
 
-class Replaced(UserError):
-    """Another object was written under the name while it was being read."""
-
-
-class Head(NamedTuple):
-    """What a server says of an object."""
-
-    size: int
-    etag: str
-
-
 class _Broken(Exception):
     """A body that we leave ourselves."""
 
@@ -59,14 +48,14 @@ class Stopped(Exception):
     """The reader has no more use for the bytes."""
 
 
-def head(uri: str, stats: FetchStats) -> Head:
+def head(uri: str, stats: FetchStats) -> ObjectHead:
     """Size and version of an object; ``stats`` learns what it took. Raises botocore's errors: see ``s3_client.explained``."""
     bucket, key = split(uri)
     patience = _Patience(uri, stats)
     while True:
         with patience.one_try():
             answer = client(STALL_S).head_object(Bucket=bucket, Key=key)
-            return Head(answer["ContentLength"], answer["ETag"])
+            return ObjectHead(answer["ContentLength"], answer["ETag"])
 
 
 def read_range(

@@ -26,7 +26,9 @@ from oar_scale.errors import UserError
 from oar_scale.runtime.retry import patiently
 from oar_scale.storage import FetchStats, Missing
 from oar_scale.storage.background import start
-from oar_scale.storage.cache_folder import CacheFolder, Damaged, Part, Unusable, compare
+from oar_scale.storage.cache_folder import CacheFolder, CacheUnusable, DamagedObject, Part, compare
+from oar_scale.storage.remote import Landing, Replaced
+from oar_scale.storage.schemes import LOCAL, remote_objects_of, scheme_of
 
 _BLOCK = 1 << 20
 _log = logging.getLogger(__name__)
@@ -104,12 +106,12 @@ class ShardCache:
         return self._process
 
     def _read(self, shard: _Shard) -> memoryview:
-        return patiently(lambda: self._read_remote(shard), self._patience_s) if shard.uri.startswith("s3://") else self._read_local(shard)
+        return patiently(lambda: self._read_remote(shard), self._patience_s) if scheme_of(shard.uri) != LOCAL else self._read_local(shard)
 
     def _read_local(self, shard: _Shard) -> memoryview:
         try:
             return self._open(shard.uri, shard.size, shard.crc32c)
-        except Damaged as error:
+        except DamagedObject as error:
             raise UserError(f"{shard.uri}: {error}. The file is damaged or was replaced: write the shard again.") from None
         except FileNotFoundError:
             raise Missing(shard.uri) from None
@@ -117,22 +119,20 @@ class ShardCache:
             raise UserError(f"{shard.uri}: {error.strerror}. Check the disk, and that this user may read the file.") from error
 
     def _read_remote(self, shard: _Shard) -> memoryview:
-        from oar_scale.storage.s3_ranges import Replaced  # boto3 takes 0.3 s to import; a local run never needs it
-
         try:
             return self._through_cache(shard, again=False)
-        except (Damaged, Replaced):
+        except (DamagedObject, Replaced):
             pass  # it happened on the way, perhaps, or while someone wrote the object
         try:
             return self._through_cache(shard, again=True)
-        except Damaged as error:
+        except DamagedObject as error:
             raise UserError(
                 f"{shard.uri}: {error}, also when fetched a second time. The object is damaged or was replaced: "
                 "write the shard again, or its manifest."
             ) from None
 
     def _through_cache(self, shard: _Shard, again: bool) -> memoryview:
-        """The cached copy, or the object on its way into the cache. Raises Damaged, Replaced."""
+        """The cached copy, or the object on its way into the cache. Raises DamagedObject, Replaced."""
         etag = ""
         if shard.size is None or shard.crc32c is None:
             shard, etag = self._ask(shard, again)
@@ -142,7 +142,7 @@ class ShardCache:
             while isinstance(place := self._folder.obtain(digest, shard.crc32c, shard.size or 0), str):
                 if (data := self._cached(place, shard)) is not None:
                     return data
-        except Unusable as reason:
+        except CacheUnusable as reason:
             self._fall_back(str(reason))
             return self._fetch(shard, etag, again)
         try:
@@ -155,25 +155,21 @@ class ShardCache:
 
     def _ask(self, shard: _Shard, again: bool) -> tuple[_Shard, str]:
         """Learn size and version of an object from the server."""
-        from oar_scale.storage.s3_client import explained
-        from oar_scale.storage.s3_ranges import head
-
         took = FetchStats()
         try:
-            with explained(shard.uri):
-                found = head(shard.uri, took)
+            found = remote_objects_of(scheme_of(shard.uri)).head(shard.uri, took)
         finally:
             self._count(took, again)
         compare(found.size, None, shard.size, None)
         return shard._replace(size=found.size), found.etag
 
     def _cached(self, path: str, shard: _Shard) -> memoryview | None:
-        """A copy; ``None`` when it was evicted a moment ago, or is damaged and hence dropped. Raises Unusable."""
+        """A copy; ``None`` when it was evicted a moment ago, or is damaged and hence dropped. Raises CacheUnusable."""
         try:
             data = self._open(path, shard.size, self._folder.crc32c(path))
         except FileNotFoundError:
             return None
-        except (Damaged, OSError) as error:
+        except (DamagedObject, OSError) as error:
             self._folder.drop(path, str(error))
             return None
         with suppress(OSError):  # a cache that we may only read is one, too
@@ -182,11 +178,9 @@ class ShardCache:
         return data
 
     def _fetch(self, shard: _Shard, etag: str, again: bool, part: Part | None = None, digest: str = "") -> memoryview:
-        """The object from S3, in the cache if that takes it. Raises Damaged, Replaced."""
-        from oar_scale.storage.s3_download import Landing, download
-
+        """The object from S3, in the cache if that takes it. Raises DamagedObject, Replaced."""
         landing = Landing(shard.size or 0, part)
-        found = download(shard.uri, etag, landing, lambda took: self._count(took, again))
+        found = remote_objects_of(scheme_of(shard.uri)).download(shard.uri, etag, landing, lambda took: self._count(took, again))
         compare(landing.size, found, shard.size, shard.crc32c)
         if landing.memory is not None:
             if landing.problem:
@@ -196,12 +190,12 @@ class ShardCache:
         data = _mapped(part.descriptor)
         try:
             self._own().verified.add((self._folder.publish(part, digest, found), part.inode))
-        except Unusable as reason:  # the bytes are there all the same, in a file without a name
+        except CacheUnusable as reason:  # the bytes are there all the same, in a file without a name
             self._fall_back(str(reason))
         return data
 
     def _open(self, path: str, size: int | None, crc32c: int | None) -> memoryview:
-        """Map a file; the first time in this process it is checked. Raises Damaged, OSError."""
+        """Map a file; the first time in this process it is checked. Raises DamagedObject, OSError."""
         with open(path, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             if (path, status.st_ino) not in self._own().verified:

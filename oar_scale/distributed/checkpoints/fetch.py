@@ -83,22 +83,22 @@ def check(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _download(checkpoint: Checkpoint, name: str, path: str) -> None:
-    from oar_scale.storage.cache_folder import Damaged as Short
-    from oar_scale.storage.cache_folder import Part
-    from oar_scale.storage.s3_download import Landing, download
+    from oar_scale.storage.cache_folder import DamagedObject, Part
+    from oar_scale.storage.remote import Landing
+    from oar_scale.storage.schemes import remote_objects_of, scheme_of
 
     uri, size = join(checkpoint.folder, name), checkpoint.files[name]["bytes"]
     for last in range(_TRIES):
         landing = Landing(size, Part(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), path))
         try:
-            found = download(uri, "", landing, lambda took: None)
+            found = remote_objects_of(scheme_of(uri)).download(uri, "", landing, lambda took: None)
             if landing.problem is not None:
                 raise UserError(f"{path}: {landing.problem.strerror}. Free some space, or set storage.scratch_dir to another disk.")
             _compare(checkpoint, name, size + len(open_storage(uri).read(uri, size, size + 1)), found)
             return
         except Missing:
             raise Damaged(f"{name} is missing") from None
-        except (Damaged, Short) as error:
+        except (Damaged, DamagedObject) as error:
             if last == _TRIES - 1:
                 raise error if isinstance(error, Damaged) else Damaged(f"{name} is damaged ({error})") from None
 
