@@ -1,7 +1,7 @@
-"""Which jobs a submission consists of, and what each one runs.
+"""Which jobs a submission consists of, and which ``oar`` commands each of them runs.
 
 oar submit RECIPE                                     one job: oar run, all stages in one allocation
-oar submit RECIPE --stages pretrain,extract,finetune  three, each waiting for the one before to succeed
+oar submit RECIPE --stages pretrain,extract,finetune  three jobs, each of which waits for the one before to succeed
 ... --stages data+tokenizer+tokens,pretrain           stages joined by + share an allocation
 """
 
@@ -17,45 +17,52 @@ TRAINING = {"pretrain", "finetune", "control"}
 
 
 @dataclass(frozen=True)
-class Step:
-    """One job of a submission."""
+class JobSpec:
+    """One job of a submission: the stages that it runs, in order."""
 
     stages: tuple[str, ...]
-    """Empty: all of them."""
+    """Empty: all stages of the recipe."""
 
     @property
     def name(self) -> str:
+        """What the job is called in ``oar jobs`` and in the run's folder."""
         return "-".join(self.stages) or "run"
 
     @property
-    def only(self) -> str:
-        """Its stage, where it has just one: what the profile says of that stage counts for the job."""
+    def single_stage(self) -> str:
+        """Its stage where it has just one, whose resources in the profile then count for the job; otherwise empty."""
         return self.stages[0] if len(self.stages) == 1 else ""
 
     @property
     def needs_ray(self) -> bool:
+        """Whether one of its stages runs on Ray."""
         return not self.stages or bool(RAY_STAGES & set(self.stages))
 
     def commands(self, recipe: str, *, array: bool = False) -> list[list[str]]:
-        """Without the word ``oar``: what to run, one after the other."""
+        """The arguments of ``oar`` for each command that the job runs, one after the other.
+
+        Args:
+            recipe: path of the recipe as the job sees it.
+            array: the job is an array, whose tasks extract without Ray.
+        """
         if not self.stages:
             return [["run", recipe]]
         return [_command(stage, recipe, array) for stage in self.stages]
 
 
-def plan_steps(recipe: Recipe, asked: str | None) -> list[Step]:
-    """Read ``--stages``.
+def plan_jobs(recipe: Recipe, asked: str | None) -> list[JobSpec]:
+    """The jobs that ``--stages`` asks for; None: one job that runs the whole recipe.
 
     Raises:
-        UserError: a stage that the recipe has not, one twice, or one before another that it needs.
+        UserError: a stage that the recipe does not have, one that is named twice, or one before another that it needs.
     """
     if asked is None:
-        return [Step(())]
+        return [JobSpec(())]
     from oar_scale.pipeline import stages
 
     known = {stage.name: stage for stage in stages(recipe)}
-    steps = [Step(tuple(part.strip() for part in job.split("+"))) for job in asked.split(",")]
-    order = [name for step in steps for name in step.stages]
+    specs = [JobSpec(tuple(part.strip() for part in job.split("+"))) for job in asked.split(",")]
+    order = [name for spec in specs for name in spec.stages]
     for index, name in enumerate(order):
         if name not in known:
             raise UserError(f"--stages {asked}: no stage {name!r} in this recipe; its stages are: {', '.join(known)}")
@@ -64,7 +71,7 @@ def plan_steps(recipe: Recipe, asked: str | None) -> list[Step]:
         for need in known[name].needs:
             if need in order[index:]:
                 raise UserError(f"--stages {asked}: {name} needs {need}, which comes after it. Name it first.")
-    return steps
+    return specs
 
 
 def _command(stage: str, recipe: str, array: bool) -> list[str]:

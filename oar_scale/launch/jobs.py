@@ -13,16 +13,16 @@ from oar_scale.config.loading import dump_recipe, load_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
 from oar_scale.launch import slurm
-from oar_scale.launch.job_specs import Step, plan_steps
+from oar_scale.launch.job_specs import JobSpec, plan_jobs
 from oar_scale.launch.profile import RayProfile, SlurmProfile, load_profile
 from oar_scale.launch.submissions import Job, Submission, last_submission, locked, read_submissions, write_submissions
 
 
 @dataclass(frozen=True)
 class JobFile:
-    """What a step is submitted as."""
+    """The batch script of one job, before it is written to the run's folder."""
 
-    step: Step
+    spec: JobSpec
     name: str
     folder: str
     """Relative to the run's."""
@@ -65,10 +65,10 @@ def submit(
     """
     loaded = load_recipe(recipe, overrides)
     profile = load_profile(cluster, profile_overrides)
-    return _submit(loaded, profile, cluster, profile_overrides, plan_steps(loaded, stages), os.getcwd(), forget)
+    return _submit(loaded, profile, cluster, profile_overrides, plan_jobs(loaded, stages), os.getcwd(), forget)
 
 
-def job_files(recipe: Recipe, profile: SlurmProfile, steps: Sequence[Step], *, folder: str, number: int = 1) -> list[JobFile]:
+def job_files(recipe: Recipe, profile: SlurmProfile, specs: Sequence[JobSpec], *, folder: str, number: int = 1) -> list[JobFile]:
     """The job files of a submission to Slurm; nothing is written.
 
     Args:
@@ -77,19 +77,19 @@ def job_files(recipe: Recipe, profile: SlurmProfile, steps: Sequence[Step], *, f
     """
     run_dir = os.path.join(folder, recipe.local_dir)
     found = []
-    for step in steps:
-        part = os.path.join("jobs", f"{number}-{step.name}")
-        title = f"{recipe.name}: {', '.join(step.stages) or 'all stages'}. Made by oar submit; the next submission makes it anew."
+    for spec in specs:
+        part = os.path.join("jobs", f"{number}-{spec.name}")
+        title = f"{recipe.name}: {', '.join(spec.stages) or 'all stages'}. Made by oar submit; the next submission makes it anew."
         text = slurm.render(
-            step,
+            spec,
             profile,
             title=title,
-            job_name=f"{recipe.name}-{step.name}",
+            job_name=f"{recipe.name}-{spec.name}",
             folder=folder,
             jobs=os.path.join(run_dir, part),
             recipe=os.path.join(run_dir, _snapshot(number)),
         )
-        found.append(JobFile(step, step.name, part, text))
+        found.append(JobFile(spec, spec.name, part, text))
     return found
 
 
@@ -102,14 +102,14 @@ def dry_run(
 ) -> Iterator[str]:
     """What :func:`submit` would submit, as text for each job; nothing is written. Raises likewise."""
     loaded, profile = load_recipe(recipe, overrides), load_profile(cluster, profile_overrides)
-    steps = plan_steps(loaded, stages)
+    specs = plan_jobs(loaded, stages)
     if isinstance(profile, RayProfile):
         from oar_scale.launch import ray_jobs
 
-        yield ray_jobs.describe(loaded, profile, steps)
+        yield ray_jobs.describe(loaded, profile, specs)
         return
-    for index, file in enumerate(job_files(loaded, profile, steps, folder=os.getcwd())):
-        yield (f"# after {steps[index - 1].name} succeeded:\n" if index else "") + file.text
+    for index, file in enumerate(job_files(loaded, profile, specs, folder=os.getcwd())):
+        yield (f"# after {specs[index - 1].name} succeeded:\n" if index else "") + file.text
 
 
 def find_jobs(run: str) -> list[JobStatus]:
@@ -151,7 +151,7 @@ def resubmit(run: str, *, forget: bool = False) -> Submission:
     statuses = _look(run_dir, submission, forget)
     if active := [f"{status.job.name} ({status.job.id}) is {status.state}" for status in statuses if not status.over]:
         raise UserError(f"{run_dir}: {', '.join(active)}. Wait, or cancel first: oar cancel {run}")
-    left = [Step(tuple(status.job.stages)) for status in statuses if not status.done]
+    left = [JobSpec(tuple(status.job.stages)) for status in statuses if not status.done]
     if not left:
         raise UserError(f"{run_dir}: all jobs of the last submission are done; submit other stages with oar submit.")
     recipe = load_recipe(os.path.join(run_dir, submission.recipe))
@@ -170,7 +170,7 @@ def _submit(
     profile: SlurmProfile | RayProfile,
     cluster: str,
     profile_overrides: Sequence[str],
-    steps: Sequence[Step],
+    specs: Sequence[JobSpec],
     folder: str,
     forget: bool,
 ) -> Submission:
@@ -190,7 +190,7 @@ def _submit(
             overrides=list(profile_overrides),
             folder=folder,
             recipe=_snapshot(number),
-            stages=[step.name for step in steps] if steps[0].stages else None,
+            stages=[spec.name for spec in specs] if specs[0].stages else None,
             where=os.environ.get("SLURM_CONF", "") if isinstance(profile, SlurmProfile) else profile.address,
         )
         made: list[str] = []
@@ -200,9 +200,9 @@ def _submit(
             if isinstance(profile, RayProfile):
                 from oar_scale.launch import ray_jobs
 
-                ray_jobs.submit_steps(recipe, profile, steps, submission)
+                ray_jobs.submit_job(recipe, profile, specs, submission)
             else:
-                _sbatch_all(job_files(recipe, profile, steps, folder=folder, number=number), profile, submission, run_dir, made)
+                _sbatch_all(job_files(recipe, profile, specs, folder=folder, number=number), profile, submission, run_dir, made)
             write_submissions(run_dir, [*before, submission])
         except BaseException as error:  # Ctrl-C as well
             _take_back(run_dir, before, submission, made, error)
@@ -223,9 +223,9 @@ def _sbatch_all(files: Sequence[JobFile], profile: SlurmProfile, submission: Sub
             with open(script, "w", encoding="utf-8") as out:
                 out.write(file.text)
             after = submission.jobs[-1].id if submission.jobs else None
-            leave_out = [*slurm.left_out(profile.resources(file.step.only)), *bad] if bad else []
+            leave_out = [*slurm.left_out(profile.resources(file.spec.single_stage)), *bad] if bad else []
             job = slurm.sbatch(script, file.name, after=after, exclude=leave_out, hold=chain and index == 0)
-            submission.jobs.append(Job(file.name, list(file.step.stages), job, file.folder, after))
+            submission.jobs.append(Job(file.name, list(file.spec.stages), job, file.folder, after))
         if chain:
             slurm.release(submission.jobs[0].id, files[0].name)
         slurm.refuse_hopeless({job.id: job.name for job in submission.jobs})

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from oar_scale.launch.job_specs import Step
+from oar_scale.launch.job_specs import JobSpec
 
 RECIPE = "OAR_RECIPE"
 """The variable that holds the recipe's text."""
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not asked.recipe:
             with open(recipe, "w", encoding="utf-8") as file:
                 file.write(os.environ[RECIPE])
-        for command in Step(tuple(asked.stages)).commands(recipe):
+        for command in JobSpec(tuple(asked.stages)).commands(recipe):
             if code := _run(command, asked.max_failures, asked.backoff_s, stopped):
                 return code
     return 0

@@ -1,6 +1,6 @@
 """Ray: a submission is one job of the Jobs API, with the recipe, the code and the variables that it needs sent along.
 
-Ray's jobs cannot wait for one another, so the steps of a submission are one job, which runs their stages in order
+Ray's jobs cannot wait for one another, so all job specs of a submission become one job, which runs their stages in order
 (:mod:`oar_scale.launch.ray_entry`). The words of the cluster are passed on where it refuses something, with a remedy.
 """
 
@@ -22,7 +22,7 @@ from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
 from oar_scale.launch import ray_client
-from oar_scale.launch.job_specs import Step
+from oar_scale.launch.job_specs import JobSpec
 from oar_scale.launch.profile import RayProfile
 from oar_scale.launch.ray_entry import RECIPE
 from oar_scale.launch.submissions import Job, Submission
@@ -37,9 +37,9 @@ STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 WORDS = {"PENDING": "PENDING", "RUNNING": "RUNNING", "STOPPED": "CANCELLED", "SUCCEEDED": "COMPLETED", "FAILED": "FAILED"}
 
 
-def describe(recipe: Recipe, profile: RayProfile, steps: Sequence[Step]) -> str:
+def describe(recipe: Recipe, profile: RayProfile, specs: Sequence[JobSpec]) -> str:
     """What would be submitted, as YAML; nothing is sent, and no value of this shell's variables is shown."""
-    request = _request(recipe, profile, steps)
+    request = _request(recipe, profile, specs)
     given = request["runtime_env"]["env_vars"]
     request["runtime_env"]["env_vars"] = given | dict.fromkeys(profile.pass_env, "(of this shell)") | {RECIPE: "(the recipe, below)"}
     text, yaml = StringIO(), YAML()
@@ -48,16 +48,17 @@ def describe(recipe: Recipe, profile: RayProfile, steps: Sequence[Step]) -> str:
     return f"{text.getvalue()}---\n{dump_recipe(on_cluster(recipe, profile))}"
 
 
-def submit_steps(recipe: Recipe, profile: RayProfile, steps: Sequence[Step], submission: Submission) -> None:
-    """Submit the steps as one job, and look whether it begins. It joins the submission's jobs before the cluster may know it.
+def submit_job(recipe: Recipe, profile: RayProfile, specs: Sequence[JobSpec], submission: Submission) -> None:
+    """Submit the specs as one job and wait until it starts. The job is added to the submission before it is sent, so that
+    whatever happens then, it can be withdrawn.
 
     Raises:
         UserError: the cluster does not answer, refuses the job or cannot prepare its environment; see :func:`take_back`.
     """
-    request = _request(recipe, profile, steps)
-    name = "-".join(step.name for step in steps)
+    request = _request(recipe, profile, specs)
+    name = "-".join(spec.name for spec in specs)
     job_id = f"{re.sub('[^A-Za-z0-9_-]', '-', recipe.name)}-{submission.number}-{secrets.token_hex(4)}"
-    client, stages = ray_client.connect(profile.address), [stage for step in steps for stage in step.stages]
+    client, stages = ray_client.connect(profile.address), [stage for spec in specs for stage in spec.stages]
     submission.jobs.append(Job(name, stages, job_id, os.path.join("jobs", f"{submission.number}-{name}")))
     ray_client.begin(client, request, job_id, name, profile.start_s)
 
@@ -130,11 +131,11 @@ async def _next(chunks: Any) -> str | None:
     return chunk
 
 
-def _request(recipe: Recipe, profile: RayProfile, steps: Sequence[Step]) -> dict[str, Any]:
+def _request(recipe: Recipe, profile: RayProfile, specs: Sequence[JobSpec]) -> dict[str, Any]:
     check_root(recipe, profile)
     entry = ["-m", "oar_scale.launch.ray_entry", f"--max-failures={profile.max_failures}", f"--backoff-s={profile.backoff_s}"]
     entry += [f"--folder={profile.folder}"] if profile.folder else []
-    stages = [stage for step in steps for stage in step.stages]
+    stages = [stage for spec in specs for stage in spec.stages]
     env = {RECIPE: dump_recipe(on_cluster(recipe, profile)), STOP_WAIT: str(int(recipe.parallel.grace_s + STOP_S / 2))}
     return ray_client.request(profile, f"exec {profile.python} {shlex.join([*entry, *stages])}", env)
 

@@ -1,4 +1,4 @@
-"""Slurm: a job file for each step, sbatch, and what has become of the jobs.
+"""Slurm: renders a job file for each job, calls sbatch, and reports the states of the jobs.
 
 Slurm's own words are passed on where it refuses something, with a remedy for the refusals that are met most.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from oar_scale.errors import UserError
-from oar_scale.launch.job_specs import Step
+from oar_scale.launch.job_specs import JobSpec
 from oar_scale.launch.profile import SlurmProfile
 
 CLIENT_S = 60
@@ -83,7 +83,7 @@ class State:
         return self.word in ENDED or self.word == "UNKNOWN"
 
 
-def render(step: Step, profile: SlurmProfile, *, title: str, job_name: str, folder: str, jobs: str, recipe: str) -> str:
+def render(spec: JobSpec, profile: SlurmProfile, *, title: str, job_name: str, folder: str, jobs: str, recipe: str) -> str:
     """The job file.
 
     Args:
@@ -96,7 +96,7 @@ def render(step: Step, profile: SlurmProfile, *, title: str, job_name: str, fold
     Raises:
         UserError: the run's folder has a name that Slurm would take for something else.
     """
-    array, asked = profile.array(step.only), profile.resources(step.only)
+    array, asked = profile.array(spec.single_stage), profile.resources(spec.single_stage)
     mounts = (folder, os.path.dirname(os.path.dirname(jobs)))
     environment = Environment(
         loader=PackageLoader("oar_scale.launch", "."),
@@ -125,12 +125,12 @@ def render(step: Step, profile: SlurmProfile, *, title: str, job_name: str, fold
         object_store_bytes=profile.object_store_mb * 2**20,
         max_failures=profile.max_failures,
         backoff_s=profile.backoff_s,
-        ray=step.needs_ray and not array,
+        ray=spec.needs_ray and not array,
         array=array,
         left_out=left_out(asked),
         recipe=recipe,
         port=PORT,
-        commands=[shlex.join(["oar", *command]) for command in step.commands(recipe, array=bool(array))],
+        commands=[shlex.join(["oar", *command]) for command in spec.commands(recipe, array=bool(array))],
         **container(asked, mounts),
     )
 
@@ -181,7 +181,7 @@ def container(profile: SlurmProfile, mounts: Sequence[str]) -> dict[str, str]:
     if profile.container is None:
         return {"exec_container": "", "srun_container": ""}
     container = profile.container
-    binds = [*dict.fromkeys([*mounts, "/tmp", *container.mounts])]  # /tmp: the sockets of Ray, for the steps that work with it
+    binds = [*dict.fromkeys([*mounts, "/tmp", *container.mounts])]  # /tmp: Ray's sockets, for commands that connect to it
     if spoilt := [mount for mount in mounts if set(",:") & set(mount)]:
         raise UserError(f"{spoilt[0]}: a folder with a comma or a colon in its name cannot be mounted. Move it, or do without `container`.")
     if container.engine == "apptainer":

@@ -1,6 +1,6 @@
-"""The job files, letter by letter: what each kind of step becomes with each profile that is shipped.
+"""The Slurm job files: each kind of job letter by letter, and every stage with every shipped profile checked by bash and shellcheck.
 
-REGENERATE_GOLDEN=1 pytest tests/launch/test_job_files.py       writes tests/golden/launch anew; read the diff
+REGENERATE_GOLDEN=1 pytest tests/launch/test_job_files.py       writes the golden files anew; read the diff
 """
 
 from __future__ import annotations
@@ -15,46 +15,63 @@ import pytest
 
 from oar_scale.cli import main
 from oar_scale.config.loading import load_recipe
-from oar_scale.launch.job_specs import Step
-from oar_scale.launch.jobs import dry_run, job_files
+from oar_scale.launch.job_specs import JobSpec
+from oar_scale.launch.jobs import JobFile, dry_run, job_files
 from oar_scale.launch.profile import SlurmProfile, load_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "launch"
 PROFILES = sorted((ROOT / "cluster" / "slurm").glob("*.yaml"))
-STEPS = [
-    Step(()),
-    Step(("data",)),
-    Step(("data", "tokenizer")),
-    *(Step((stage,)) for stage in ("tokenizer", "pretrain", "extract", "finetune", "evaluate", "report")),
+STAGES: list[tuple[str, ...]] = [
+    (),
+    ("data",),
+    ("data", "tokenizer"),
+    *((stage,) for stage in ("tokenizer", "pretrain", "extract", "finetune", "evaluate", "report")),
 ]
+KINDS: list[tuple[str, tuple[str, ...]]] = [
+    ("dev", ()),  # a whole run with Ray, no node check
+    ("gpu", ("pretrain",)),  # one training stage, with a node check
+    ("gpu", ("data", "tokenizer")),  # two stages that share a job without Ray
+    ("gpu", ("extract",)),  # a job array
+    ("gpu-apptainer", ()),
+    ("gpu-enroot", ()),
+]
+"""Profile and stages of the job files that are stored."""
 
 
-def rendered(path: Path) -> dict[str, str]:
-    """By the name of the golden file."""
-    profile = load_profile(str(path))
-    assert isinstance(profile, SlurmProfile)
+def job_file(profile: str, stages: tuple[str, ...]) -> JobFile:
+    loaded = load_profile(str(ROOT / "cluster" / "slurm" / f"{profile}.yaml"))
+    assert isinstance(loaded, SlurmProfile)
     recipe = load_recipe(str(ROOT / "recipes" / "smoke.yaml"))
-    files = job_files(recipe, profile, STEPS, folder="/home/me/work")
-    return {f"{path.stem}-{file.name}.sbatch": file.text for file in files}
+    (file,) = job_files(recipe, loaded, [JobSpec(stages)], folder="/home/me/work")
+    return file
 
 
-@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
-def test_the_job_files_are_as_they_were_read_and_approved(path: Path) -> None:
-    for name, text in rendered(path).items():
+def golden_files() -> dict[str, str]:
+    """The text by the name of the golden file."""
+    files = [(profile, job_file(profile, stages)) for profile, stages in KINDS]
+    return {f"{profile}-{file.name}.sbatch": file.text for profile, file in files}
+
+
+def test_job_files_are_as_they_were_read_and_approved() -> None:
+    for name, text in golden_files().items():
         if os.environ.get("REGENERATE_GOLDEN"):
             GOLDEN.mkdir(exist_ok=True)
             (GOLDEN / name).write_text(text)
         assert text == (GOLDEN / name).read_text(), f"{name} differs: see the head of this file"
 
 
-def test_no_golden_file_is_without_its_profile() -> None:
-    names = {name for path in PROFILES for name in rendered(path)}
-    assert {path.name for path in GOLDEN.glob("*.sbatch")} == names
+def test_each_profile_has_a_golden_job_file() -> None:
+    assert {path.stem for path in PROFILES} == {profile for profile, _ in KINDS}
+    assert {path.name for path in GOLDEN.glob("*.sbatch")} == set(golden_files())
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.sbatch")), ids=lambda path: path.stem)
-def test_bash_and_shellcheck_find_nothing_in_a_job_file(path: Path) -> None:
+@pytest.mark.parametrize("stages", STAGES, ids=lambda stages: "-".join(stages) or "run")
+@pytest.mark.parametrize("profile", [path.stem for path in PROFILES])
+def test_bash_and_shellcheck_accept_each_job_file(profile: str, stages: tuple[str, ...], tmp_path: Path) -> None:
+    """The job file itself, and the scripts that it passes to ``srun ... bash -c``."""
+    path = tmp_path / "job.sbatch"
+    path.write_text(job_file(profile, stages).text)
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True).stderr == ""
     inner = [text.replace("'\\''", "'") for text in re.findall(r"(?:bash -c |step=)'\n((?:[^']|'\\'')*)'", path.read_text())]
     assert inner, "no script of a step was found"
@@ -65,6 +82,24 @@ def test_bash_and_shellcheck_find_nothing_in_a_job_file(path: Path) -> None:
         assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.parametrize("profile", [path.stem for path in PROFILES])
+def test_a_job_file_has_what_its_stages_and_profile_need(profile: str) -> None:
+    """Of each stage: its command, Ray where it needs one, the check of the nodes, the container, and the array of the extraction."""
+    loaded = load_profile(str(ROOT / "cluster" / "slurm" / f"{profile}.yaml"))
+    assert isinstance(loaded, SlurmProfile)
+    for stages in STAGES:
+        spec, text = JobSpec(stages), job_file(profile, stages).text
+        asked, array = loaded.resources(spec.single_stage), loaded.array(spec.single_stage)
+        commands = [" ".join(command) for command in spec.commands("/home/me/work/runs/smoke/jobs/recipe-1.yaml", array=bool(array))]
+        assert re.findall("^run oar (.*)$", text, re.MULTILINE) == commands
+        assert ("ray start" in text) == (spec.needs_ray and not array)
+        assert ("#SBATCH --array" in text) == bool(array)
+        assert ("checks=()" in text) == bool(asked.node_check)
+        assert ("apptainer exec" in text, "--container-image" in text) == (profile == "gpu-apptainer", profile == "gpu-enroot")
+        assert f"#SBATCH --time={asked.time}\n" in text and f"#SBATCH --job-name=smoke-{spec.name}\n" in text
+        assert f"#SBATCH --nodes={1 if array else asked.nodes}\n" in text and "#SBATCH --requeue\n" in text
+
+
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
 def test_every_recipe_dry_runs_with_every_profile(profile: Path) -> None:
     for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
@@ -73,7 +108,7 @@ def test_every_recipe_dry_runs_with_every_profile(profile: Path) -> None:
         assert "#SBATCH --requeue" in whole
 
 
-def test_a_dry_run_of_a_chain_says_what_waits_for_what_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_of_a_chain_names_the_order_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     smoke, dev = str(ROOT / "recipes" / "smoke.yaml"), str(ROOT / "cluster" / "slurm" / "dev.yaml")
     words = ["--stages", "tokens,pretrain+extract", "--dry-run", "-o", f"run_dir={tmp_path}/run", "-p", "time=0-02:00:00"]
     assert main(["submit", smoke, "--cluster", dev, *words]) == 0

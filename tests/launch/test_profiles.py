@@ -9,7 +9,7 @@ import pytest
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.errors import UserError
-from oar_scale.launch.job_specs import Step, plan_steps
+from oar_scale.launch.job_specs import JobSpec, plan_jobs
 from oar_scale.launch.profile import Container, Resources, SlurmProfile, load_profile, seconds
 from oar_scale.launch.slurm import container, render
 
@@ -105,7 +105,7 @@ def test_the_gpu_profiles_check_no_gpus_where_they_ask_for_none() -> None:
 @pytest.mark.parametrize("folder", ["/a\\b", "/a\nb"])
 def test_a_folder_that_slurm_cannot_write_into_is_refused(tmp_path: Path, folder: str) -> None:
     with pytest.raises(UserError, match="Slurm writes no log into a folder with a backslash or a line break"):
-        render(Step(("report",)), load(tmp_path, GOOD), title="t", job_name="j", folder="/a", jobs=f"{folder}/jobs/1-report", recipe="r")
+        render(JobSpec(("report",)), load(tmp_path, GOOD), title="t", job_name="j", folder="/a", jobs=f"{folder}/jobs/1-report", recipe="r")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,8 @@ def test_a_container_mounts_odd_folders_or_says_that_it_cannot(tmp_path: Path, e
 
 def test_what_a_profile_says_reaches_the_job_as_text_and_never_as_code(tmp_path: Path) -> None:
     profile = load(tmp_path, GOOD + 'env: {NOTE: "it\'s $(here) `now`"}\nnode_check: test "$X" != \'a b\'\n')
-    text = render(Step(("report",)), profile, title="t", job_name="j", folder="/a b/it's", jobs="/a b/jobs/1-report", recipe="/a b/r.yaml")
+    spec, folder = JobSpec(("report",)), "/a b/it's"
+    text = render(spec, profile, title="t", job_name="j", folder=folder, jobs="/a b/jobs/1-report", recipe="/a b/r.yaml")
     assert """export NOTE='it'"'"'s $(here) `now`'""" in text
     assert """cd '/a b/it'"'"'s'""" in text and "run oar report '/a b/r.yaml'" in text
     assert """bash -c '(test "$X" != '"'"'a b'"'"'\n)""" in text
@@ -128,9 +129,9 @@ def test_what_a_profile_says_reaches_the_job_as_text_and_never_as_code(tmp_path:
 
 def test_stages_become_jobs_and_the_commands_that_a_laptop_would_run() -> None:
     recipe = load_recipe(SMOKE)
-    assert [step.commands("r.yaml") for step in plan_steps(recipe, None)] == [[["run", "r.yaml"]]]
-    data, training, extraction = plan_steps(recipe, "data+tokenizer+tokens, pretrain,extract")
-    assert data.name == "data-tokenizer-tokens" and data.needs_ray and not plan_steps(recipe, "evaluate")[0].needs_ray
+    assert [spec.commands("r.yaml") for spec in plan_jobs(recipe, None)] == [[["run", "r.yaml"]]]
+    data, training, extraction = plan_jobs(recipe, "data+tokenizer+tokens, pretrain,extract")
+    assert data.name == "data-tokenizer-tokens" and data.needs_ray and not plan_jobs(recipe, "evaluate")[0].needs_ray
     assert data.commands("r.yaml") == [["prepare", "r.yaml"], ["tokenizer", "r.yaml"], ["tokens", "r.yaml"]]
     assert training.commands("r.yaml") == [["train", "r.yaml", "--stage", "pretrain"]]
     assert extraction.commands("r.yaml", array=True) == [["extract", "r.yaml", "--array"]]
@@ -147,4 +148,4 @@ def test_stages_become_jobs_and_the_commands_that_a_laptop_would_run() -> None:
 )
 def test_stages_that_cannot_follow_one_another_are_refused(asked: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        plan_steps(load_recipe(SMOKE), asked)
+        plan_jobs(load_recipe(SMOKE), asked)
