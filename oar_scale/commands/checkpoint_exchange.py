@@ -21,18 +21,19 @@ from oar_scale.config.schema import ClipTextConfig, FeaturesConfig, LabelsConfig
 from oar_scale.distributed.checkpoints.layout import is_step, places
 from oar_scale.distributed.checkpoints.whole_model import whole_model
 from oar_scale.errors import UserError
-from oar_scale.generation import model_bundle as folder_parts
+from oar_scale.generation import model_bundle as model_bundle
 from oar_scale.generation.model_bundle import (
     CONFIG,
     MODEL,
     RECIPE,
     VQ,
     FolderConfig,
-    Parts,
+    ModelBundle,
     TokenizerNote,
     check_codes,
-    find_parts,
+    find_bundle,
     read_config,
+    run_bundle,
 )
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, model_id, save_model
 from oar_scale.model.peer_weights import GRID, TEXT_ROWS, Family, export_peer, import_peer
@@ -160,11 +161,11 @@ def run_export(source: str, out: str, form: str = "folder", name: str | None = N
 # -- models -----------------------------------------------------------------------------------------------------------------
 
 
-def _open(source: str, name: str | None, average: bool) -> tuple[Parts, AnyOrderModel]:
-    """A source's model in its stored dtypes, and the parts that lie beside it."""
+def _open(source: str, name: str | None, average: bool) -> tuple[ModelBundle, AnyOrderModel]:
+    """A source's model in its stored dtypes, and the files that lie beside it."""
     if is_step(source):
         model = whole_model(source, average=average)
-        return _parts_beside(source, model.spec), model
+        return _bundle_of_checkpoint(source, model.spec), model
     steps = [place.uri for place in places(source) if place.committed] if "checkpoints" in source.split("/") else []
     if steps:
         raise UserError(f"{source}: holds the checkpoints of a training. Name one of them, the newest is {steps[-1]}")
@@ -172,66 +173,68 @@ def _open(source: str, name: str | None, average: bool) -> tuple[Parts, AnyOrder
         raise UserError(
             f"{source}: --ema is for a training checkpoint (.../step-00000100). A run's models are averages where its recipe says so."
         )
-    parts = find_parts(source, name)
-    return parts, load_model(parts.model, as_stored=True)
+    bundle = find_bundle(source, name)
+    return bundle, load_model(bundle.model, as_stored=True)
 
 
-def _parts_beside(checkpoint: str, spec: ModelSpec) -> Parts:
-    """What the run has that ``ROOT/checkpoints/STAGE/step-N`` belongs to, as far as it can be told from here."""
+def _bundle_of_checkpoint(checkpoint: str, spec: ModelSpec) -> ModelBundle:
+    """What the run has that ``ROOT/checkpoints/STAGE/step-N`` belongs to, as far as it can be text_config from here."""
     place = checkpoint if checkpoint.startswith("s3://") else os.path.abspath(checkpoint)
     root = place.rstrip("/").rsplit("/", 3)[0]
     recipe, vq, text = join(root, RECIPE), join(root, "tokenizers", VQ), join(root, "tokenizers", TEXT_FILE)
     storage = open_storage(checkpoint)
     if storage.exists(recipe):
-        return folder_parts.run_parts(root, load_recipe(recipe), checkpoint)
-    told = _only_prompts(spec)
+        return run_bundle(root, load_recipe(recipe), checkpoint)
+    text_config = _only_prompts(spec)
     if isinstance(spec.condition, TextSpec) and storage.exists(text):
-        told = SentencePieceConfig(max_tokens=spec.condition.rows)
-    return Parts(checkpoint, checkpoint, vq if storage.exists(vq) else None, told, join(root, "tokenizers"), SampleConfig(), None)
+        text_config = SentencePieceConfig(max_tokens=spec.condition.rows)
+    return ModelBundle(
+        checkpoint, checkpoint, vq if storage.exists(vq) else None, text_config, join(root, "tokenizers"), SampleConfig(), None
+    )
 
 
 def _fill(folder: str, source: str, name: str | None, average: bool) -> None:
     """The files of an exported folder."""
-    parts, model = _open(source, name, average)
-    if parts.model.endswith(SAFE):
-        _copy(parts.model, join(folder, MODEL))  # the same bytes: the model keeps its id, and its order head
-        _copy_head(parts, model, join(folder, head_file(MODEL)))
+    bundle, model = _open(source, name, average)
+    if bundle.model.endswith(SAFE):
+        _copy(bundle.model, join(folder, MODEL))  # the same bytes: the model keeps its id, and its order head
+        _copy_head(bundle, model, join(folder, head_file(MODEL)))
     else:
         save_model(join(folder, MODEL), model)
-    if parts.sample.order == "mean":
-        mean_order(parts.orders, model.spec.grid)  # is there from now on
-    _copy_if_there(parts.orders.mean, folder_files(folder).mean)
+    if bundle.sample.order == "mean":
+        mean_order(bundle.orders, model.spec.grid)  # is there from now on
+    _copy_if_there(bundle.orders.mean, folder_files(folder).mean)
     note = None
-    if parts.vq is not None:
-        vq = load_vq(parts.vq)
-        check_codes(model.spec, vq.spec, parts.where)
-        _copy(parts.vq, join(folder, VQ))
+    if bundle.vq is not None:
+        vq = load_vq(bundle.vq)
+        check_codes(model.spec, vq.spec, bundle.where)
+        _copy(bundle.vq, join(folder, VQ))
         note = _note(vq)
     config = FolderConfig(
         library=_library(),
-        source=parts.model,
-        recipe=parts.recipe,
+        source=bundle.model,
+        recipe=bundle.recipe,
         model=model.spec,
         vq=note,
-        text=_copy_text(parts, folder) or _only_prompts(model.spec),
-        sample=parts.sample,
+        text=_copy_text(bundle, folder) or _only_prompts(model.spec),
+        sample=bundle.sample,
     )
     _write_config(folder, config)
 
 
-def _copy_head(parts: Parts, model: AnyOrderModel, target: str) -> None:
+def _copy_head(bundle: ModelBundle, model: AnyOrderModel, target: str) -> None:
     """The order head, if it is one of this model and of these orders: nobody could tell from the exported folder that it is an old one.
 
     Raises:
         UserError: it is not, and the recipe draws with it.
     """
-    uri = head_file(parts.model)
+    uri = head_file(bundle.model)
     if not open_storage(uri).exists(uri):
         return
     try:
-        load_head(uri, model, model_id(parts.model), tables_id(parts.orders))
+        load_head(uri, model, model_id(bundle.model), tables_id(bundle.orders))
     except UserError:
-        if parts.sample.order == "order-head":
+        if bundle.sample.order == "order-head":
             raise
     else:
         _copy(uri, target)
@@ -242,14 +245,14 @@ def _copy_if_there(source: str, target: str) -> None:
         _copy(source, target)
 
 
-def _copy_text(parts: Parts, folder: str) -> TextConfig | None:
+def _copy_text(bundle: ModelBundle, folder: str) -> TextConfig | None:
     """Bring along what the prompt encoder needs; returns its settings as they are from the folder's point of view."""
-    text = parts.text
+    text = bundle.text
     if isinstance(text, SentencePieceConfig):
-        _copy(join(parts.text_folder, TEXT_FILE), join(folder, TEXT_FILE))
+        _copy(join(bundle.text_folder, TEXT_FILE), join(folder, TEXT_FILE))
         return text.model_copy(update={"weights": None})
-    if isinstance(text, ClipTextConfig) and folder_parts.is_file(text.weights):
-        own = folder_parts.TOWER + os.path.splitext(text.weights)[1]
+    if isinstance(text, ClipTextConfig) and model_bundle.is_file(text.weights):
+        own = model_bundle.TOWER + os.path.splitext(text.weights)[1]
         _copy(text.weights, join(folder, own))
         return text.model_copy(update={"weights": own})
     return text
@@ -304,9 +307,9 @@ def _tokenizer_of(source: str) -> str:
         return source
     recipe = join(source, RECIPE)
     if open_storage(source).exists(recipe):  # a run has its tokenizer long before it has a model
-        vq = folder_parts.run_parts(source, load_recipe(recipe), "").vq
+        vq = run_bundle(source, load_recipe(recipe), "").vq
     else:
-        vq = find_parts(source).vq
+        vq = find_bundle(source).vq
     if vq is None:
         raise UserError(f"{source}: has no image tokenizer.")
     return vq

@@ -10,7 +10,7 @@ from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, png, u
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.model import load_model
 from oar_scale.orders.order_files import run_files
-from oar_scale.orders.policies import Drawing, order_to_draw
+from oar_scale.orders.policies import OrderRequest, sampling_order
 from oar_scale.run.artifacts import MODEL_FILES, MODEL_STAGES, prompt_encoder, read_tokens, require
 from oar_scale.run.context import Run
 from oar_scale.storage import open_storage
@@ -58,8 +58,8 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str, order
     noise = torch.Generator().manual_seed(int(hash_words("sample", run.recipe.seed)) >> 1)
     with torch.no_grad():
         condition = network.condition(model_inputs(prompts, cond_inputs).repeat_interleave(DRAWINGS, dim=0))
-    drawing = Drawing(network, len(condition), noise, run_files(run.at()), run.model_uri(model))
-    order_BN = order_to_draw(order or run.recipe.sample.order, drawing, "--order" if order else "sample.order")
+    request = OrderRequest(network, len(condition), noise, run_files(run.at()), run.model_uri(model))
+    order_BN = sampling_order(order or run.recipe.sample.order, request, "--order" if order else "sample.order")
     drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), noise, order_BN)
     pictures = [upscale(picture, max(1, SHEET_PIXELS // len(picture))) for picture in decode_pictures(vq, drawn.codes_BN)]
     rows = [pictures[start : start + DRAWINGS] for start in range(0, len(pictures), DRAWINGS)]

@@ -1,11 +1,11 @@
-"""The heavy part of an evaluation, cut into pieces that a few processes share.
+"""The heavy part of an evaluation, cut into tasks that a few processes share.
 
-A piece is one model and some images. It carries all it needs as plain values, opens the model itself on the device of its process, and
+A task is one model and some images. It carries all it needs as plain values, opens the model itself on the device of its process, and
 its result does not depend on the process it runs in or on how many there are: noise and ties are numbered by image.
 
     likelihood    four forward passes an image (float32), and its confidence order
-    drawing       one image for a caption, cell by cell, and what EfficientNet-Lite0 sees in it
-    editing       a few completions of one image
+    sampling      one image for a caption, cell by cell, and what EfficientNet-Lite0 sees in it
+    edit          a few completions of one image
     brute force   the confidence order of one image, with and without the cache
 """
 
@@ -36,7 +36,7 @@ from oar_scale.model import AnyOrderModel, load_model
 from oar_scale.orders.analysis import kendall_distance
 from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders
 from oar_scale.orders.order_files import OrderFiles, folder_files
-from oar_scale.orders.policies import Drawing, order_to_draw
+from oar_scale.orders.policies import OrderRequest, sampling_order
 from oar_scale.results.estimates import ModelName
 from oar_scale.tokenizers.vq import load_vq
 
@@ -45,14 +45,14 @@ Precision = Literal["bf16", "fp32"]
 _DEVICE = "OAR_EVALUATION_DEVICE"
 
 
-class Piece(Protocol):
+class EvalTask(Protocol):
     """Some work that can be sent to another process."""
 
     def run(self) -> Any: ...
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """A model and the images or captions it is to work on."""
 
     model: ModelName
@@ -78,10 +78,10 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class LikelihoodPiece:
+class LikelihoodTask:
     """NLL of held-out images."""
 
-    subject: Subject
+    target: EvalTarget
     codes_SN: Ints
     orders: dict[str, Ints]
     """Orders [S, N] to measure, by name."""
@@ -93,19 +93,17 @@ class LikelihoodPiece:
     """Of the extraction; the likelihoods themselves are always float32."""
 
     def run(self) -> Likelihoods:
-        codes, cond_inputs = torch.from_numpy(self.codes_SN).to(_here()), self.subject.cond_inputs
+        codes, cond_inputs = torch.from_numpy(self.codes_SN).to(_here()), self.target.cond_inputs
         orders = {name: torch.from_numpy(order) for name, order in self.orders.items()}
         if self.own is not None:
-            finder = self.subject.open(self.precision)
-            orders["own confidence"] = extract_orders(
-                finder, codes, _condition(finder, cond_inputs), self.own, self.subject.images
-            ).order_BN
-        model, batch = self.subject.open(), len(codes)
+            finder = self.target.open(self.precision)
+            orders["own confidence"] = extract_orders(finder, codes, _condition(finder, cond_inputs), self.own, self.target.images).order_BN
+        model, batch = self.target.open(), len(codes)
         table = nll_table(model, codes, cond_inputs, orders, batch)
         if self.other_cond_inputs_S is not None:
             other = nll_table(model, codes, torch.from_numpy(self.other_cond_inputs_S), {"random": orders["random"]}, batch)
             table["shuffled captions"] = other["random"]
-        return Likelihoods(self.subject.model, self.subject.first, {name: nll.numpy() for name, nll in table.items()})
+        return Likelihoods(self.target.model, self.target.first, {name: nll.numpy() for name, nll in table.items()})
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,10 @@ class Likelihoods:
 
 
 @dataclass(frozen=True)
-class DrawingPiece:
+class SamplingTask:
     """Images drawn for captions."""
 
-    subject: Subject
+    target: EvalTarget
     vq: str
     settings: SampleSettings
     seed: int
@@ -134,14 +132,14 @@ class DrawingPiece:
     """Where the model's file comes from: its order head lies beside it."""
 
     def run(self) -> Drawn:
-        model = self.subject.open(self.precision)
+        model = self.target.open(self.precision)
         # The seed leaves the model out: all models draw with the same noise.
-        noise = _noise("drawing", self.seed, self.subject.first)
-        drawing = Drawing(model, len(self.subject.cond_inputs_S), noise, self.files, self.model_uri)
-        drawn = generate(model, _condition(model, self.subject.cond_inputs), self.settings, noise, order_to_draw(self.order, drawing))
+        noise = _noise("drawing", self.seed, self.target.first)
+        request = OrderRequest(model, len(self.target.cond_inputs_S), noise, self.files, self.model_uri)
+        drawn = generate(model, _condition(model, self.target.cond_inputs), self.settings, noise, sampling_order(self.order, request))
         with torch.no_grad():
             features_SF = image_features(load_vq(self.vq).to(_here()).decode(drawn.codes_BN).cpu()).numpy()
-        return Drawn(self.subject.model, self.subject.first, drawn.codes_BN.cpu().numpy(), features_SF)
+        return Drawn(self.target.model, self.target.first, drawn.codes_BN.cpu().numpy(), features_SF)
 
 
 @dataclass(frozen=True)
@@ -153,10 +151,10 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class EditPiece:
-    """Completions of one image: each row of ``subject`` has its caption."""
+class EditTask:
+    """Completions of one image: each row of ``target`` has its caption."""
 
-    subject: Subject
+    target: EvalTarget
     kind: Literal["inpainting", "outpainting"]
     codes_N: Ints
     redo_N: NDArray[np.bool_]
@@ -165,11 +163,11 @@ class EditPiece:
     precision: Precision = "bf16"
 
     def run(self) -> Edited:
-        model, count = self.subject.open(self.precision), len(self.subject.cond_inputs_S)
+        model, count = self.target.open(self.precision), len(self.target.cond_inputs_S)
         codes, redo = torch.from_numpy(self.codes_N).to(_here()).expand(count, -1), torch.from_numpy(self.redo_N).to(_here())
-        noise = _noise(self.kind, self.seed, self.subject.first)
-        drawn = inpaint(model, codes, redo, _condition(model, self.subject.cond_inputs), self.settings, noise)
-        return Edited(self.kind, self.subject.first, self.redo_N, drawn.codes_BN.cpu().numpy())
+        noise = _noise(self.kind, self.seed, self.target.first)
+        drawn = inpaint(model, codes, redo, _condition(model, self.target.cond_inputs), self.settings, noise)
+        return Edited(self.kind, self.target.first, self.redo_N, drawn.codes_BN.cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -181,19 +179,19 @@ class Edited:
 
 
 @dataclass(frozen=True)
-class BruteForcePiece:
+class BruteForceTask:
     """Exact extraction against a fresh forward pass for every candidate, both in float32."""
 
-    subject: Subject
+    target: EvalTarget
     codes_SN: Ints
     stored_SN: NDArray[np.uint16]
     """The orders that the pool extracted, in the recipe's precision."""
     settings: ExtractionSettings
 
     def run(self) -> BruteForce:
-        model, codes = self.subject.open(), torch.from_numpy(self.codes_SN).to(_here())
-        condition = _condition(model, self.subject.cond_inputs)
-        exact, brute = (find(model, codes, condition, self.settings, self.subject.images) for find in (extract_orders, brute_force_orders))
+        model, codes = self.target.open(), torch.from_numpy(self.codes_SN).to(_here())
+        condition = _condition(model, self.target.cond_inputs)
+        exact, brute = (find(model, codes, condition, self.settings, self.target.images) for find in (extract_orders, brute_force_orders))
         differs_SN = exact.order_BN != brute.order_BN
         # Up to its first other cell an image has the same prefix in both, so there the two scores answer the same question.
         gap_SN = (exact.score_BN - brute.score_BN).abs().masked_fill(~differs_SN | (differs_SN.cumsum(1) != 1), 0.0)
@@ -213,7 +211,7 @@ class BruteForce:
 
 @dataclass(frozen=True)
 class Results:
-    """What the pieces returned, by kind, each in the order of the pieces."""
+    """What the tasks returned, by kind, each in the order of the tasks."""
 
     likelihoods: list[Likelihoods] = field(default_factory=list)
     drawn: list[Drawn] = field(default_factory=list)
@@ -221,29 +219,29 @@ class Results:
     brute_force: list[BruteForce] = field(default_factory=list)
 
 
-def run_pieces(pieces: Sequence[Piece], devices: Sequence[str], threads: int, on_done: Callable[[], None]) -> Results:
-    """Run all pieces, in this process or in as many fresh ones as there are devices, of ``threads`` threads each.
+def run_eval_tasks(tasks: Sequence[EvalTask], devices: Sequence[str], threads: int, on_done: Callable[[], None]) -> Results:
+    """Run all tasks, in this process or in as many fresh ones as there are devices, of ``threads`` threads each.
 
     Args:
         devices: that of each process, ``cpu`` or ``cuda:0``; a single ``cpu`` is this process's.
 
     Raises:
         UserError: a process was killed.
-        Exception: whatever a piece raises; those that have not begun are then left undone.
+        Exception: whatever a task raises; those that have not begun are then left undone.
     """
-    found: list[Any] = [None] * len(pieces)
+    found: list[Any] = [None] * len(tasks)
     if list(devices) == ["cpu"]:
-        for index, piece in enumerate(pieces):
-            found[index] = piece.run()
+        for index, task in enumerate(tasks):
+            found[index] = task.run()
             on_done()
     else:
         fresh = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
         given = fresh.SimpleQueue()
         for device in devices:
             given.put(device)
-        pool = ProcessPoolExecutor(min(len(devices), len(pieces)), fresh, _start_process, (threads, given))
+        pool = ProcessPoolExecutor(min(len(devices), len(tasks)), fresh, _start_process, (threads, given))
         try:
-            index_of = {pool.submit(_run, piece): index for index, piece in enumerate(pieces)}
+            index_of = {pool.submit(_run, task): index for index, task in enumerate(tasks)}
             for future in as_completed(index_of):
                 found[index_of[future]] = future.result()
                 on_done()
@@ -276,8 +274,8 @@ def _here() -> torch.device:
     return torch.device(os.environ.get(_DEVICE, "cpu"))
 
 
-def _run(piece: Piece) -> Any:
-    return piece.run()
+def _run(task: EvalTask) -> Any:
+    return task.run()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""From the pieces' raw results to the tables of the report."""
+"""From the tasks' raw results to the tables of the report."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ ORDERS: tuple[OrderName, ...] = ("random", "raster", "own confidence")
 
 
 def per_image(found: Sequence[Likelihoods]) -> PerImage:
-    """The images of all pieces, in their order."""
+    """The images of all tasks, in their order."""
     table: PerImage = {}
-    for model in dict.fromkeys(piece.model for piece in found):
-        pieces = sorted((piece for piece in found if piece.model == model), key=lambda piece: piece.first)
-        table[model] = {name: torch.from_numpy(np.concatenate([piece.nll[name] for piece in pieces])) for name in pieces[0].nll}
+    for model in dict.fromkeys(task.model for task in found):
+        tasks = sorted((task for task in found if task.model == model), key=lambda task: task.first)
+        table[model] = {name: torch.from_numpy(np.concatenate([task.nll[name] for task in tasks])) for name in tasks[0].nll}
     return table
 
 

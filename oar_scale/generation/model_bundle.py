@@ -54,8 +54,8 @@ class FolderConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Where each part lies."""
+class ModelBundle:
+    """The files of one model and of what it is used with: where each lies."""
 
     where: str
     """Named in errors."""
@@ -74,8 +74,8 @@ class Parts:
         return folder_files(self.where) if self.root is None else run_files(self.root)
 
 
-def find_parts(path: str, model: str | None = None) -> Parts:
-    """The parts below ``path``: an exported folder, a run's folder, or a model file.
+def find_bundle(path: str, model: str | None = None) -> ModelBundle:
+    """The bundle at ``path``: an exported folder, a run's folder, or a model file.
 
     Args:
         model: which one of a run, ``ordered`` unless said (``anyorder`` of a raster run, which has no other).
@@ -87,11 +87,11 @@ def find_parts(path: str, model: str | None = None) -> Parts:
     run = storage.exists(join(path, RECIPE))
     if run and not storage.exists(join(path, CONFIG)):
         recipe = load_recipe(join(path, RECIPE))
-        return run_parts(path, recipe, _run_model(path, recipe, model))
+        return run_bundle(path, recipe, _run_model(path, recipe, model))
     if model is not None:
         raise UserError(f"{path}: {model!r} would be one of the models of a run's folder, and this is none.")
     if path.endswith(".safetensors"):
-        return Parts(path, path, None, None, "", SampleConfig(), None)
+        return ModelBundle(path, path, None, None, "", SampleConfig(), None)
     if storage.exists(join(path, CONFIG)):
         return _exported(path)
     raise UserError(
@@ -111,12 +111,12 @@ def read_config(folder: str) -> FolderConfig:
         raise UserError(f"{uri}: not the configuration of an exported folder ({at}: {first['msg']}). Export it again.") from error
 
 
-def run_parts(path: str, recipe: Recipe, model: str) -> Parts:
+def run_bundle(path: str, recipe: Recipe, model: str) -> ModelBundle:
     """The model file ``model`` and what lies beside it in the run whose local folder is ``path``."""
     root = recipe.storage.root or path
     tokenizers = join(root, "tokenizers")
     vq = join(tokenizers, VQ)
-    return Parts(
+    return ModelBundle(
         path, model, vq if open_storage(vq).exists(vq) else None, recipe.tokenizer.text, tokenizers, recipe.sample, recipe.name, root
     )
 
@@ -151,12 +151,12 @@ def check_codes(model: ModelSpec, vq: TokenizerSpec, where: str) -> None:
         )
 
 
-def _exported(path: str) -> Parts:
+def _exported(path: str) -> ModelBundle:
     config = read_config(path)
     text = config.text
     if isinstance(text, ClipTextConfig) and is_file(text.weights):
         text = text.model_copy(update={"weights": join(path, text.weights)})
-    return Parts(path, join(path, MODEL), join(path, VQ) if config.vq else None, text, path, config.sample, config.recipe)
+    return ModelBundle(path, join(path, MODEL), join(path, VQ) if config.vq else None, text, path, config.sample, config.recipe)
 
 
 def is_file(weights: str) -> bool:

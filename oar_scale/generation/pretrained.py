@@ -19,11 +19,11 @@ from torch import Tensor
 
 from oar_scale.errors import UserError
 from oar_scale.generation import editing
-from oar_scale.generation.model_bundle import Parts, check_codes, find_parts
+from oar_scale.generation.model_bundle import ModelBundle, check_codes, find_bundle
 from oar_scale.generation.sampling import Generated, SampleSettings, generate
 from oar_scale.model import AnyOrderModel, check_prompts, load_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
-from oar_scale.orders.policies import Drawing, LateOrder, order_to_draw
+from oar_scale.orders.policies import LateOrder, OrderRequest, sampling_order
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder, PromptEncoder, for_new_prompts, load_prompts, model_inputs
 from oar_scale.tokenizers.vq import load_vq, pixels_to_unit, unit_to_pixels
@@ -47,16 +47,17 @@ class Choices(TypedDict, total=False):
 class Pretrained:
     """``sample`` and ``inpaint`` give pictures, ``draw`` the codes with their orders.
 
-    ``model``, ``vq`` and ``text`` are the parts; ``vq`` is None where only a model was loaded, ``text`` where nobody knows what
-    its captions are encoded with. ``defaults`` holds the settings that :class:`Choices` replace.
+    ``model``, ``vq`` (the image tokenizer) and ``text`` (the prompt encoder) are what ``bundle`` names, loaded; ``vq`` is None where
+    only a model was loaded, ``text`` where nothing says how its captions are encoded. ``defaults`` holds the settings that
+    :class:`Choices` replace.
     """
 
-    def __init__(self, model: AnyOrderModel, vq: ImageTokenizer | None, text: PromptEncoder | None, parts: Parts) -> None:
-        self.model, self.vq, self.text, self.parts = model, vq, text, parts
-        self.defaults, self.where = parts.sample, parts.where
+    def __init__(self, model: AnyOrderModel, vq: ImageTokenizer | None, text: PromptEncoder | None, bundle: ModelBundle) -> None:
+        self.model, self.vq, self.text, self.bundle = model, vq, text, bundle
+        self.defaults, self.where = bundle.sample, bundle.where
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move all parts, in place. ``dtype`` is the model's; the image tokenizer, small beside it, keeps its float32."""
+        """Move model and image tokenizer, in place. ``dtype`` is the model's; the image tokenizer, small beside it, keeps its float32."""
         self.model.to(device=device, dtype=dtype)
         if self.vq is not None:
             self.vq.to(device=device)
@@ -159,8 +160,8 @@ class Pretrained:
 
     def _order(self, order: Order | None, batch: int, noise: torch.Generator) -> Tensor | LateOrder | None:
         if order is None or isinstance(order, str):
-            drawing = Drawing(self.model, batch, noise, self.parts.orders, self.parts.model)
-            return order_to_draw(order or self.defaults.order, drawing, "order")
+            request = OrderRequest(self.model, batch, noise, self.bundle.orders, self.bundle.model)
+            return sampling_order(order or self.defaults.order, request, "order")
         found = torch.as_tensor(order, dtype=torch.long)
         return (found.expand(batch, -1) if found.ndim == 1 else found).to(self._device)
 
@@ -170,26 +171,26 @@ def load_pretrained(path: str, model: str | None = None) -> Pretrained:
 
     Args:
         path: local or ``s3://``.
-        model: which one of a run, see :func:`oar_scale.generation.model_bundle.find_parts`.
+        model: which one of a run, see :func:`oar_scale.generation.model_bundle.find_bundle`.
 
     Raises:
-        UserError: nothing to load, or parts that do not fit together.
+        UserError: nothing to load, or a model and tokenizers that do not fit together.
     """
-    parts = find_parts(path, model)
-    network = load_model(parts.model)
-    vq = load_vq(parts.vq) if parts.vq else None
+    bundle = find_bundle(path, model)
+    network = load_model(bundle.model)
+    vq = load_vq(bundle.vq) if bundle.vq else None
     if vq is not None:
-        check_codes(network.spec, vq.spec, parts.where)
-    text = _prompts(parts, network.spec)
+        check_codes(network.spec, vq.spec, bundle.where)
+    text = _prompts(bundle, network.spec)
     if text is not None:
-        check_prompts(network.spec, text, parts.where)
-    return Pretrained(network, vq, text, parts)
+        check_prompts(network.spec, text, bundle.where)
+    return Pretrained(network, vq, text, bundle)
 
 
-def _prompts(parts: Parts, spec: ModelSpec) -> PromptEncoder | None:
+def _prompts(bundle: ModelBundle, spec: ModelSpec) -> PromptEncoder | None:
     """The prompt encoder: of the folder, or the only one there can be."""
-    if parts.text is not None:
-        return load_prompts(for_new_prompts(parts.text), parts.text_folder)
+    if bundle.text is not None:
+        return load_prompts(for_new_prompts(bundle.text), bundle.text_folder)
     if isinstance(spec.condition, ClassSpec):
         return LabelEncoder(spec.condition.classes)
     return FeatureReader(spec.condition.rows, spec.condition.width) if isinstance(spec.condition, FeatureSpec) else None
@@ -197,5 +198,5 @@ def _prompts(parts: Parts, spec: ModelSpec) -> PromptEncoder | None:
 
 @torch.no_grad()
 def _pictures(vq: ImageTokenizer, codes_BN: Tensor) -> list[Image.Image]:
-    parts = [unit_to_pixels(vq.decode(codes)).cpu().numpy() for codes in codes_BN.split(DECODE_BATCH)]
-    return [Image.fromarray(picture) for part in parts for picture in part]
+    batches = [unit_to_pixels(vq.decode(codes)).cpu().numpy() for codes in codes_BN.split(DECODE_BATCH)]
+    return [Image.fromarray(picture) for batch in batches for picture in batch]

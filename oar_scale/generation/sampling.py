@@ -7,12 +7,12 @@
 
 The cell is chosen by the largest probability of its distribution, before a code is drawn: choosing by the probability of
 drawn codes would favour cells that happened to draw their likely code. In the first steps this tends to pick background.
-What is best among cells, and when two are equal, is as in extraction (``orders.picking``); the noise is the generator's, image by image.
+What is best among cells, and when two are equal, is as in extraction (``orders.selection``); the noise is the generator's, image by image.
 With a given order there is one candidate per step, the cell whose turn it is, and everything else is the same. Fewer steps than
 cells ask for several cells of the order in one pass, as RandAR does. A late order (``orders.policies``) is given for the first cells;
 when those are placed, all others are asked about once, and it says in which order these come.
 
-Under guidance (``orders.picking``) every image goes through the model with its caption and without, in one batch, and cells
+Under guidance (``orders.selection``) every image goes through the model with its caption and without, in one batch, and cells
 are compared by the guided distribution, too.
 """
 

@@ -1,4 +1,4 @@
-"""Which cells a step asks about, beside how many it places (``steps.py``): the ways to make extraction cheaper than exact.
+"""Which cells a step asks about, beside how many it places (``step_sizes.py``): the ways to make extraction cheaper than exact.
 
     exact         asks about every empty cell, places one                                    N (N + 1) / 2 rows
     commit        places the k best: the second best did not know about the best             about 1 / k of the rows
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from oar_scale.orders.selection import Chance
+from oar_scale.orders.selection import CounterRNG
 
 if TYPE_CHECKING:
     from oar_scale.orders.extraction import ExtractionSettings
@@ -33,9 +33,9 @@ def within(grid: int, radius: int, device: torch.device) -> Tensor:
 class Asking:
     """Which cells of B images are asked about at each step."""
 
-    def __init__(self, settings: ExtractionSettings, chance: Chance, grid: int) -> None:
-        self.settings, self.chance = settings, chance
-        batch, device = len(chance.image_B1), chance.image_B1.device
+    def __init__(self, settings: ExtractionSettings, rng: CounterRNG, grid: int) -> None:
+        self.settings, self.rng = settings, rng
+        batch, device = len(rng.image_B1), rng.image_B1.device
         radius = 1 if settings.rescore_radius is None else settings.rescore_radius
         self.near_NN = within(grid, radius, device)
         self.near_BN = torch.zeros(batch, grid * grid, dtype=torch.bool, device=device)
@@ -68,7 +68,7 @@ class Asking:
 
     def _first_cell(self, empty_BN: Tensor) -> Tensor:
         if self.settings.first_cell == "random":
-            cell_B = self.chance.uniform("first cell", 0).argmax(1)
+            cell_B = self.rng.uniform("first cell", 0).argmax(1)
         else:
             cell_B = torch.full((len(empty_BN),), int(self.settings.first_cell), device=empty_BN.device)
         return torch.zeros_like(empty_BN).scatter(1, cell_B[:, None], True)
@@ -77,7 +77,7 @@ class Asking:
         """Neighbours of what is there and ``extra`` random cells; more of these where there would not be enough to place."""
         near_BN = self.near_BN & empty_BN
         rank_BN = (
-            (self.chance.uniform("beyond the frontier", step) + 2 * near_BN.int() + empty_BN.int()).argsort(1, descending=True).argsort(1)
+            (self.rng.uniform("beyond the frontier", step) + 2 * near_BN.int() + empty_BN.int()).argsort(1, descending=True).argsort(1)
         )
         count_B1 = near_BN.sum(1, keepdim=True)
         return empty_BN & (rank_BN < torch.clamp(count_B1 + extra, min=size))

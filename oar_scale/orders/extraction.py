@@ -7,7 +7,7 @@ the text, the cells placed before, and itself:
 
 The winner's row is, unchanged, the next row of the cache: N (N + 1) / 2 candidate rows for an image of N cells and
 nothing is computed twice. :func:`brute_force_orders` asks the same question with a fresh forward pass per candidate.
-Cheaper ways, which are no longer exact, are in ``schedule.py``; all that is left to chance is in ``picking.Chance``.
+Cheaper ways, which are no longer exact, are in ``candidates.py``; random numbers come from ``selection.CounterRNG``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from oar_scale.config.schema import ExtractConfig, FirstCell, Score
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.candidates import Asking, pack, within
 from oar_scale.orders.scores import score_logits, score_rows
-from oar_scale.orders.selection import Chance, guide, guided_batch, pick_several
+from oar_scale.orders.selection import CounterRNG, guide, guided_batch, pick_several
 from oar_scale.orders.step_sizes import step_sizes
 
 Images = NDArray[np.int64]
@@ -100,8 +100,8 @@ def extract_orders(
         ValueError: codes that are not N of the model's vocabulary for each image, a model in training mode, or one whose scores
             are not numbers.
     """
-    chance = _chance(model, codes_BN, settings, images_B, draw)
-    return _place_all(model, codes_BN, settings, chance, _Cached(model, codes_BN, condition_BTD, settings, chance))
+    rng = _checked_rng(model, codes_BN, settings, images_B, draw)
+    return _place_all(model, codes_BN, settings, rng, _Cached(model, codes_BN, condition_BTD, settings, rng))
 
 
 @torch.no_grad()
@@ -114,8 +114,8 @@ def brute_force_orders(
     draw: int = 0,
 ) -> Orders:
     """The same orders by a fresh forward pass for every cell that is asked about: slow, and free of any cache."""
-    chance = _chance(model, codes_BN, settings, images_B, draw)
-    return _place_all(model, codes_BN, settings, chance, _Fresh(model, codes_BN, condition_BTD, settings, chance))
+    rng = _checked_rng(model, codes_BN, settings, images_B, draw)
+    return _place_all(model, codes_BN, settings, rng, _Fresh(model, codes_BN, condition_BTD, settings, rng))
 
 
 @torch.no_grad()
@@ -132,19 +132,19 @@ def scores_along(
 
     With ``gt_logprob`` the sum of a row is the log-likelihood of the image in this order.
     """
-    chance = _chance(model, codes_BN, settings, images_B, draw)
+    rng = _checked_rng(model, codes_BN, settings, images_B, draw)
     rows_GND = model.rows(
         guided_batch(codes_BN, settings.guidance), guided_batch(order_BN, settings.guidance), _branches(model, condition_BTD, settings)
     )
     uniform_BN = None
     if settings.score == "sampled":
         step_BN = order_BN.argsort(1)
-        uniform_BN = chance.uniform("drawn code", step_BN).gather(1, order_BN)
+        uniform_BN = rng.uniform("drawn code", step_BN).gather(1, order_BN)
     return _score_rows(model, rows_GND, settings, codes_BN.gather(1, order_BN), uniform_BN)
 
 
 @torch.no_grad()
-def shortfall(
+def regret(
     model: AnyOrderModel,
     codes_BN: Tensor,
     condition_BTD: Tensor,
@@ -157,7 +157,7 @@ def shortfall(
     By brute force along the given orders. Zero everywhere is what greedy means, and a tolerance of a few roundings
     here is a fairer test of an extraction than equality of orders, which a near-tie may flip.
     """
-    asker = _Fresh(model, codes_BN, condition_BTD, settings, _chance(model, codes_BN, settings, images_B, 0))
+    asker = _Fresh(model, codes_BN, condition_BTD, settings, _checked_rng(model, codes_BN, settings, images_B, 0))
     columns = []
     for step in range(order_BN.shape[1]):
         score_BR = asker.scores(order_BN[:, step:], step)
@@ -178,9 +178,9 @@ class _Asker(Protocol):
         ...
 
 
-def _place_all(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings, chance: Chance, asker: _Asker) -> Orders:
+def _place_all(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings, rng: CounterRNG, asker: _Asker) -> Orders:
     cells, device = codes_BN.shape[1], codes_BN.device
-    asking, ties_BN = Asking(settings, chance, model.spec.grid), chance.ties()
+    asking, ties_BN = Asking(settings, rng, model.spec.grid), rng.ties()
     apart_NN = within(model.spec.grid, settings.repulsion_radius, device) if settings.repulsion_radius else None
     empty_BN = torch.ones_like(codes_BN, dtype=torch.bool)
     score_BN = torch.full(codes_BN.shape, -torch.inf, device=device)
@@ -193,7 +193,7 @@ def _place_all(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSetti
             score_BN = torch.where(asked_BN, score_BN.scatter(1, cells_BR, asker.scores(cells_BR, step)), score_BN)
         # A score that was not asked for again may be picked only where that is the point of it.
         open_BN = empty_BN if settings.rescore_radius is not None and not given else asked_BN
-        wanted_BN = score_BN + settings.order_temperature * chance.gumbel(step) if settings.order_temperature else score_BN
+        wanted_BN = score_BN + settings.order_temperature * rng.gumbel(step) if settings.order_temperature else score_BN
         chosen_Bk = pick_several(wanted_BN.masked_fill(~open_BN, -torch.inf), ties_BN, size, apart_NN)
         order.append(chosen_Bk)
         scores.append(score_BN.gather(1, chosen_Bk))
@@ -216,13 +216,15 @@ def _place_all(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSetti
 class _Cached:
     """Asks about all cells in one pass over what is cached."""
 
-    def __init__(self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, chance: Chance) -> None:
-        self.model, self.codes_BN, self.settings, self.chance = model, codes_BN, settings, chance
+    def __init__(
+        self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, rng: CounterRNG
+    ) -> None:
+        self.model, self.codes_BN, self.settings, self.rng = model, codes_BN, settings, rng
         self.prefix = model.begin(_branches(model, condition_BTD, settings))
 
     def scores(self, cells_BR: Tensor, step: int) -> Tensor:
         self.candidates = self.model.candidate_rows(self.prefix, guided_batch(cells_BR, self.settings.guidance))
-        uniform_BR = _uniform(self.settings, self.chance, cells_BR, step)
+        uniform_BR = _uniform(self.settings, self.rng, cells_BR, step)
         return _score_rows(self.model, self.candidates.rows_BRD, self.settings, self.codes_BN.gather(1, cells_BR), uniform_BR)
 
     def place(self, cells_Bk: Tensor, *, asked: bool) -> None:
@@ -239,14 +241,16 @@ class _Cached:
 class _Fresh:
     """Asks about each cell by a forward pass of its own, in which it comes last."""
 
-    def __init__(self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, chance: Chance) -> None:
-        self.model, self.codes_BN, self.settings, self.chance = model, codes_BN, settings, chance
+    def __init__(
+        self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, rng: CounterRNG
+    ) -> None:
+        self.model, self.codes_BN, self.settings, self.rng = model, codes_BN, settings, rng
         self.branches_GTD = _branches(model, condition_BTD, settings)
         self.placed_BK = codes_BN[:, :0]
 
     def scores(self, cells_BR: Tensor, step: int) -> Tensor:
         scale, columns = self.settings.guidance, []
-        uniform_BR = _uniform(self.settings, self.chance, cells_BR, step)
+        uniform_BR = _uniform(self.settings, self.rng, cells_BR, step)
         for r in range(cells_BR.shape[1]):
             cell_B1 = cells_BR[:, r : r + 1]
             order_BL = torch.cat([self.placed_BK, cell_B1], dim=1)
@@ -268,9 +272,9 @@ def _score_rows(
     return score_rows(model.output.weight, rows_BRD.flatten(0, 1), settings.score, targets_BR.flatten(), uniform_R).view_as(targets_BR)
 
 
-def _uniform(settings: ExtractionSettings, chance: Chance, cells_BR: Tensor, step: int) -> Tensor | None:
+def _uniform(settings: ExtractionSettings, rng: CounterRNG, cells_BR: Tensor, step: int) -> Tensor | None:
     """What the score ``sampled`` draws the codes of these cells with."""
-    return chance.uniform("drawn code", step).gather(1, cells_BR) if settings.score == "sampled" else None
+    return rng.uniform("drawn code", step).gather(1, cells_BR) if settings.score == "sampled" else None
 
 
 def _branches(model: AnyOrderModel, condition_BTD: Tensor, settings: ExtractionSettings) -> Tensor:
@@ -280,7 +284,7 @@ def _branches(model: AnyOrderModel, condition_BTD: Tensor, settings: ExtractionS
     return torch.cat([condition_BTD, model.null_condition(len(condition_BTD)).to(condition_BTD.dtype)])
 
 
-def _chance(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings, images_B: Images | None, draw: int) -> Chance:
+def _checked_rng(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings, images_B: Images | None, draw: int) -> CounterRNG:
     """Raises ValueError for what cannot be extracted."""
     if model.training:
         raise ValueError("the model is in training mode, where dropout changes its answers: call model.eval() first")
@@ -291,4 +295,4 @@ def _chance(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings
         raise ValueError(f"codes from {int(codes_BN.min())} to {int(codes_BN.max())}, the model's vocabulary is 0 .. {vocabulary - 1}")
     if isinstance(settings.first_cell, int) and settings.first_cell >= cells:
         raise ValueError(f"first_cell {settings.first_cell}: the model's cells are 0 .. {cells - 1}")
-    return Chance.of(settings.tie_seed, np.arange(len(codes_BN)) if images_B is None else images_B, draw, cells, codes_BN.device)
+    return CounterRNG.of(settings.tie_seed, np.arange(len(codes_BN)) if images_B is None else images_B, draw, cells, codes_BN.device)

@@ -1,4 +1,4 @@
-"""One step of placing cells by confidence: guide the rows, take the best cells, leave the rest to chance.
+"""One step of placing cells by confidence: guide the rows, take the best cells, break ties at random.
 
 Extraction and generation by confidence are the same loop; only the code that is placed differs:
 
@@ -24,8 +24,11 @@ _TIE = 1e-6
 
 
 @dataclass(frozen=True)
-class Chance:
-    """All that is left to chance about B images: a function of (seed, image, draw, step, cell) alone, in any batch, process and restart."""
+class CounterRNG:
+    """All random numbers that the orders of B images depend on, from a counter-based generator.
+
+    Each number is a function of (seed, image, draw, step, cell) alone, so it is the same in any batch, process and restart.
+    """
 
     seed: int
     image_B1: Tensor
@@ -35,7 +38,7 @@ class Chance:
     cells: int
 
     @classmethod
-    def of(cls, seed: int, images_B: NDArray[np.int64], draw: int, cells: int, device: torch.device) -> Chance:
+    def of(cls, seed: int, images_B: NDArray[np.int64], draw: int, cells: int, device: torch.device) -> CounterRNG:
         return cls(seed, torch.from_numpy(images_B.astype(np.int64)).to(device)[:, None], draw, cells)
 
     def ties(self) -> Tensor:

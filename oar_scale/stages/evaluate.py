@@ -20,7 +20,16 @@ from torch import Tensor
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
 from oar_scale.evaluation import result_tables as summary
-from oar_scale.evaluation.eval_tasks import BruteForcePiece, DrawingPiece, EditPiece, LikelihoodPiece, Piece, Results, Subject, run_pieces
+from oar_scale.evaluation.eval_tasks import (
+    BruteForceTask,
+    EditTask,
+    EvalTarget,
+    EvalTask,
+    LikelihoodTask,
+    Results,
+    SamplingTask,
+    run_eval_tasks,
+)
 from oar_scale.evaluation.evaluation_record import Evaluation, save_evaluation
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import random_orders, raster_orders, shuffled_captions
@@ -55,7 +64,7 @@ EditKind = Literal["inpainting", "outpainting"]
 
 EXPECTED = "about 3 min for 6 M parameters on 2 cores"
 
-PIECE_IMAGES = 64
+TASK_IMAGES = 64
 EDIT_COMPLETIONS = 4
 BRUTE_FORCE_IMAGES = 2
 """Each costs a full forward pass for every one of N (N + 1) / 2 candidates: 20 s at 64 cells and 6 M parameters."""
@@ -99,9 +108,9 @@ def run_evaluate(run: Run) -> dict[str, Any]:
     inputs = _read(run)
     # Before the long part: this is also what finds out that the extra `eval` is missing.
     reference_SF = _features(inputs.heldout_pictures[: inputs.compared])
-    pieces = _pieces(run, inputs)
-    with run.console.progress(len(pieces), "likelihoods, drawings, checks: piece") as tally:
-        results = run_pieces(pieces, devices, parallel.cpu_threads, tally.advance)
+    tasks = _eval_tasks(run, inputs)
+    with run.console.progress(len(tasks), "likelihoods, drawings, checks: task") as tally:
+        results = run_eval_tasks(tasks, devices, parallel.cpu_threads, tally.advance)
     nll = summary.per_image(results.likelihoods)
     evaluation = Evaluation(
         nll=summary.likelihood_table(nll),
@@ -162,25 +171,23 @@ def _likelihood_of_new(inputs: Inputs, nll: summary.PerImage) -> NllTable | None
 # -- what there is to do: longest first, so that all processes end at about the same time ----------------------------------
 
 
-def _pieces(run: Run, inputs: Inputs) -> list[Piece]:
-    return [_brute_force_piece(run, inputs), *_drawing_pieces(run, inputs), *_likelihood_pieces(run, inputs), *_edit_pieces(run, inputs)]
+def _eval_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
+    return [_brute_force_task(run, inputs), *_sampling_tasks(run, inputs), *_likelihood_tasks(run, inputs), *_edit_tasks(run, inputs)]
 
 
-def _brute_force_piece(run: Run, inputs: Inputs) -> Piece:
-    subject = Subject("any-order", inputs.models["any-order"], inputs.train_cond_inputs_S.numpy())
+def _brute_force_task(run: Run, inputs: Inputs) -> EvalTask:
+    target = EvalTarget("any-order", inputs.models["any-order"], inputs.train_cond_inputs_S.numpy())
     first = slice(BRUTE_FORCE_IMAGES)
-    return BruteForcePiece(
-        subject, inputs.train.codes_SN[first], inputs.orders_SN[first], ExtractionSettings.from_recipe(run.recipe.extract)
-    )
+    return BruteForceTask(target, inputs.train.codes_SN[first], inputs.orders_SN[first], ExtractionSettings.from_recipe(run.recipe.extract))
 
 
-def _drawing_pieces(run: Run, inputs: Inputs) -> list[Piece]:
+def _sampling_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
     """The captions of the images that samples are compared with; the first of them are the ones shown."""
     recipe, settings = run.recipe, SampleSettings.from_recipe(run.recipe.sample)
     count = max(inputs.compared, min(recipe.sample.images, len(inputs.heldout.keys)))
     return [
-        DrawingPiece(
-            Subject(name, file, inputs.cond_inputs_S[part].numpy(), part.start),
+        SamplingTask(
+            EvalTarget(name, file, inputs.cond_inputs_S[part].numpy(), part.start),
             inputs.vq_file,
             settings,
             recipe.seed,
@@ -195,34 +202,36 @@ def _drawing_pieces(run: Run, inputs: Inputs) -> list[Piece]:
     ]
 
 
-def _likelihood_pieces(run: Run, inputs: Inputs) -> list[Piece]:
+def _likelihood_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
     recipe, cells = run.recipe, run.recipe.grid**2
     count = min(recipe.evaluate.nll_images, len(inputs.heldout.keys))
     random_SN, raster_SN = random_orders(count, cells, recipe.seed), raster_orders(count, cells)
     cond_inputs_S = inputs.cond_inputs_S[:count]
     other_S = shuffled_captions(cond_inputs_S, recipe.seed).numpy() if len(cond_inputs_S.unique(dim=0)) > 1 else None
     own, precision = ExtractionSettings.from_recipe(recipe.extract), recipe.parallel.precision
-    pieces: list[Piece] = []
+    tasks: list[EvalTask] = []
     for part in _parts(count):
         codes_SN, random = inputs.heldout.codes_SN[part], {"random": random_SN[part].numpy()}
         for name, file in inputs.models.items():
-            subject = Subject(name, file, inputs.cond_inputs_S[part].numpy(), part.start)
+            target = EvalTarget(name, file, inputs.cond_inputs_S[part].numpy(), part.start)
             if name == "base":
-                pieces.append(LikelihoodPiece(subject, codes_SN, random))
+                tasks.append(LikelihoodTask(target, codes_SN, random))
             else:
                 orders = {**random, "raster": raster_SN[part].numpy()}
-                pieces.append(LikelihoodPiece(subject, codes_SN, orders, None if other_S is None else other_S[part], own, precision))
-    return pieces
+                tasks.append(LikelihoodTask(target, codes_SN, orders, None if other_S is None else other_S[part], own, precision))
+    return tasks
 
 
-def _edit_pieces(run: Run, inputs: Inputs) -> list[Piece]:
+def _edit_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
     """The first two held-out images: one without its middle, one without all but its middle."""
     recipe, file = run.recipe, inputs.models["ordered"]
     middle_N = centre_mask(recipe.grid, max(recipe.grid // 2, 1)).numpy()
     kinds: tuple[tuple[EditKind, NDArray[np.bool_]], ...] = (("inpainting", middle_N), ("outpainting", ~middle_N))
     return [
-        EditPiece(
-            Subject("ordered", file, inputs.cond_inputs_S[image].expand(EDIT_COMPLETIONS, *inputs.cond_inputs_S.shape[1:]).numpy(), image),
+        EditTask(
+            EvalTarget(
+                "ordered", file, inputs.cond_inputs_S[image].expand(EDIT_COMPLETIONS, *inputs.cond_inputs_S.shape[1:]).numpy(), image
+            ),
             kind,
             inputs.heldout.codes_SN[image],
             redo_N,
@@ -235,7 +244,7 @@ def _edit_pieces(run: Run, inputs: Inputs) -> list[Piece]:
 
 
 def _parts(count: int) -> list[slice]:
-    return [slice(start, min(start + PIECE_IMAGES, count)) for start in range(0, count, PIECE_IMAGES)]
+    return [slice(start, min(start + TASK_IMAGES, count)) for start in range(0, count, TASK_IMAGES)]
 
 
 # -- what came out --------------------------------------------------------------------------------------------------------
@@ -249,7 +258,7 @@ def _distances(run: Run, inputs: Inputs, results: Results, reference_SF: Feature
         decoded = decode_pictures(inputs.vq, torch.from_numpy(inputs.train.codes_SN[:count]))
         sets = {"training images": _features(inputs.train_pictures[:count]), "training images, encoded and decoded": _features(decoded)}
     for name in (name for name in inputs.models if name != "base"):
-        sets[name] = np.concatenate([piece.features_SF for piece in results.drawn if piece.model == name])[:count]
+        sets[name] = np.concatenate([task.features_SF for task in results.drawn if task.model == name])[:count]
     return summary.distance_rows(sets, reference_SF, run.recipe.seed)
 
 
@@ -258,7 +267,7 @@ def _samples(run: Run, inputs: Inputs, results: Results) -> SampleGrid:
     count = min(sample.images, len(inputs.heldout.keys))
     pictures = {}
     for name in columns:
-        codes_SN = np.concatenate([piece.codes_SN for piece in results.drawn if piece.model == name])[:count]
+        codes_SN = np.concatenate([task.codes_SN for task in results.drawn if task.model == name])[:count]
         pictures[name] = decode_pictures(inputs.vq, torch.from_numpy(codes_SN))
     rows = tuple(
         SampleRow(inputs.heldout.captions[row], inputs.heldout_pictures[row], tuple(pictures[name][row] for name in columns))

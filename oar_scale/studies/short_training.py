@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from oar_scale.data.manifest import ShardInfo, read_manifest, write_manifest
 from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import Kid, kid
-from oar_scale.evaluation.eval_tasks import DrawingPiece, LikelihoodPiece, Subject
+from oar_scale.evaluation.eval_tasks import EvalTarget, LikelihoodTask, SamplingTask
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import random_orders
 from oar_scale.generation.sampling import SampleSettings
@@ -139,10 +139,10 @@ class ShortTraining:
         count, cells = min(recipe.evaluate.nll_images, len(self.codes_SN)), self.codes_SN.shape[1]
         orders = {"random": random_orders(count, cells, recipe.seed).numpy()}
         own = ExtractionSettings(recipe.extract.score, recipe.extract.guidance, recipe.extract.tie_seed)
-        subject = Subject("ordered", model_file, self.cond_inputs_S[:count])
-        nll = LikelihoodPiece(subject, self.codes_SN[:count], orders, own=own, precision=recipe.parallel.precision).run().nll
-        drawing = DrawingPiece(
-            Subject("ordered", model_file, self.cond_inputs_S[: self.drawn]),
+        target = EvalTarget("ordered", model_file, self.cond_inputs_S[:count])
+        nll = LikelihoodTask(target, self.codes_SN[:count], orders, own=own, precision=recipe.parallel.precision).run().nll
+        drawing = SamplingTask(
+            EvalTarget("ordered", model_file, self.cond_inputs_S[: self.drawn]),
             fetch(run.vq_uri, run.cache),
             SampleSettings.from_recipe(recipe.sample),
             recipe.seed,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from small_models import random_codes, random_text, small_model
 
-from oar_scale.evaluation import eval_tasks as pieces
+from oar_scale.evaluation import eval_tasks
 from oar_scale.evaluation import result_tables as summary
-from oar_scale.evaluation.eval_tasks import BruteForce, BruteForcePiece, Likelihoods, Subject
+from oar_scale.evaluation.eval_tasks import BruteForce, BruteForceTask, EvalTarget, Likelihoods
 from oar_scale.model import AnyOrderModel, save_model
 from oar_scale.orders.extraction import ExtractionSettings, Orders, extract_orders
 
@@ -46,11 +46,11 @@ def test_the_gap_to_brute_force_is_that_of_the_first_other_choice(tmp_path: obje
     with torch.no_grad():
         exact = extract_orders(model, codes, model.condition(text), ExtractionSettings()).order_BN.numpy().astype(np.uint16)
     stored = np.stack([exact[0], exact[1, ::-1]])
-    piece = BruteForcePiece(
-        Subject("any-order", f"{tmp_path}/model.safetensors", text.numpy()), codes.numpy(), stored, ExtractionSettings()
+    task = BruteForceTask(
+        EvalTarget("any-order", f"{tmp_path}/model.safetensors", text.numpy()), codes.numpy(), stored, ExtractionSettings()
     )
-    assert piece.run() == BruteForce(2, 2, 0.0, 0.5)  # the second stored order is the exact one backwards
-    monkeypatch.setattr(pieces, "extract_orders", backwards)
-    found = piece.run()
+    assert task.run() == BruteForce(2, 2, 0.0, 0.5)  # the second stored order is the exact one backwards
+    monkeypatch.setattr(eval_tasks, "extract_orders", backwards)
+    found = task.run()
     assert (found.images, found.equal) == (2, 1)
     assert found.gap == pytest.approx(1.0, abs=1e-4)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oar_scale.generation.sampling import Known, SampleSettings, cells_per_step, generate
 from oar_scale.model import AnyOrderModel
-from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders, shortfall
+from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders, regret
 
 ANY_ORDER = ("instructed", "dual")
 
@@ -103,7 +103,7 @@ def test_orders_equal_brute_force(layout: str, condition: str) -> None:
     found, brute = (find(model, codes, rows, ExtractionSettings(guidance=2.0)) for find in (extract_orders, brute_force_orders))
     assert torch.equal(found.order_BN, brute.order_BN)
     assert_same(found.score_BN, brute.score_BN)
-    assert shortfall(model, codes, rows, ExtractionSettings(guidance=2.0), found.order_BN).max() < 1e-4
+    assert regret(model, codes, rows, ExtractionSettings(guidance=2.0), found.order_BN).max() < 1e-4
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from oar_scale.config.schema import ExtractConfig
 from oar_scale.data.hashing import hash_words
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.extraction import ExtractionSettings, Orders, brute_force_orders, extract_orders
-from oar_scale.orders.selection import Chance
+from oar_scale.orders.selection import CounterRNG
 from oar_scale.orders.step_sizes import step_sizes
 
 GRID = 4
@@ -55,7 +55,7 @@ def best_cells(how: ExtractionSettings, scores: dict[int, float], ties: Tensor, 
 
 def by_definition(model: AnyOrderModel, codes_1N: Tensor, rows_1TD: Tensor, how: ExtractionSettings, image: int) -> tuple[list[int], int]:
     """The order of one image and how often the model was asked, in plain loops."""
-    ties = Chance.of(how.tie_seed, np.array([image]), 0, CELLS, codes_1N.device).ties()[0]
+    ties = CounterRNG.of(how.tie_seed, np.array([image]), 0, CELLS, codes_1N.device).ties()[0]
     order, last, known, times = list[int](), list[int](), dict[int, float](), 0
     for step, size in enumerate(step_sizes(how, CELLS)):
         asked = cells_asked(how, image, step, size, order, last, set(known))

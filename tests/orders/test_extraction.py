@@ -15,7 +15,7 @@ from small_models import CONDITIONS, cond_inputs, random_codes, random_text, sma
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import Score
 from oar_scale.model import AnyOrderModel
-from oar_scale.orders.extraction import ExtractionSettings, Orders, brute_force_orders, extract_orders, scores_along, shortfall
+from oar_scale.orders.extraction import ExtractionSettings, Orders, brute_force_orders, extract_orders, regret, scores_along
 
 
 def assert_same_orders(found: Orders, expected: Orders) -> None:
@@ -124,9 +124,9 @@ def test_shortfall_is_the_loss_of_placing_a_worse_cell() -> None:
     model, how = small_model(), ExtractionSettings()
     codes, condition = random_codes(model, 2), model.condition(random_text(model, 2))
     best = extract_orders(model, codes, condition, how)
-    assert shortfall(model, codes, condition, how, best.order_BN).abs().max() < 1e-4
+    assert regret(model, codes, condition, how, best.order_BN).abs().max() < 1e-4
     worse = best.order_BN.flip(1)
-    assert shortfall(model, codes, condition, how, worse)[:, 0].min() > 1e-3
+    assert regret(model, codes, condition, how, worse)[:, 0].min() > 1e-3
 
 
 @torch.no_grad()
@@ -136,8 +136,8 @@ def test_bf16_orders_lose_little_against_exact_ones() -> None:
     condition = model.condition(text)
     half = small_model(grid=4).to(torch.bfloat16)
     order = extract_orders(half, codes, half.condition(text), how).order_BN
-    loss = shortfall(model, codes, condition, how, order)
-    random_loss = shortfall(model, codes, condition, how, torch.arange(16).expand(4, -1))
+    loss = regret(model, codes, condition, how, order)
+    random_loss = regret(model, codes, condition, how, torch.arange(16).expand(4, -1))
     assert loss.mean() < 0.05 * random_loss.mean()
 
 

@@ -19,7 +19,7 @@ from oar_scale.orders import policies
 from oar_scale.orders.head import HeadSpec, OrderHead, save_head
 from oar_scale.orders.order_files import OrderFiles, folder_files, head_file, run_files
 from oar_scale.orders.order_table import OrderTable, table_name, write_orders
-from oar_scale.orders.policies import Drawing, GridPolicy, LateOrder, TrainingOrders, grid_policies, known, order_to_draw, policy
+from oar_scale.orders.policies import GridPolicy, LateOrder, OrderRequest, TrainingOrders, grid_policies, known, policy, sampling_order
 
 GRIDS = range(1, 34)
 POWERS = (1, 2, 4, 8, 16, 32)
@@ -35,8 +35,8 @@ def cells(name: str, grid: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.divmod(path(name, grid), grid)
 
 
-def drawing(model: AnyOrderModel, images: int = 3, *, seed: int = 0, files: OrderFiles = NOWHERE, model_file: str = "") -> Drawing:
-    return Drawing(model, images, torch.Generator().manual_seed(seed), files, model_file)
+def request(model: AnyOrderModel, images: int = 3, *, seed: int = 0, files: OrderFiles = NOWHERE, model_file: str = "") -> OrderRequest:
+    return OrderRequest(model, images, torch.Generator().manual_seed(seed), files, model_file)
 
 
 def test_all_policies_are_there_under_their_names() -> None:
@@ -78,7 +78,7 @@ def test_every_grid_from_1_to_33_has_a_permutation_that_both_uses_share(name: st
         assert order.dtype == np.int64 and np.array_equal(np.sort(order), np.arange(grid * grid)), grid
     order = path(name, 3)
     assert policy(name).training(NOWHERE, 3).order == tuple(order.tolist())
-    drawn = policy(name).drawing(drawing(small_model(grid=3)))
+    drawn = policy(name).sampling(request(small_model(grid=3)))
     assert isinstance(drawn, torch.Tensor) and drawn.tolist() == [order.tolist()] * 3
 
 
@@ -141,7 +141,7 @@ def test_the_checkerboard_of_other_grids_keeps_the_order_of_the_next_power_of_tw
 def test_random_orders_differ_between_images_and_are_those_of_the_seed() -> None:
     assert policy("random").training(NOWHERE, 4) == TrainingOrders()  # the stream makes them, from (seed, epoch, sample)
     model = small_model(grid=4)
-    first, again, other = (policy("random").drawing(drawing(model, 5, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (policy("random").sampling(request(model, 5, seed=seed)) for seed in (1, 1, 2))
     assert isinstance(first, torch.Tensor) and isinstance(again, torch.Tensor) and isinstance(other, torch.Tensor)
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(first.sort(1).values, torch.arange(16).expand(5, -1)) and len(first.unique(dim=0)) == 5
@@ -150,11 +150,11 @@ def test_random_orders_differ_between_images_and_are_those_of_the_seed() -> None
 def test_stored_orders_are_for_training_only() -> None:
     assert policy("stored").training(run_files("runs/a"), 4) == TrainingOrders(tables="runs/a/orders/train")
     with pytest.raises(UserError, match=r"order 'stored' belongs to images that are there already.* halton"):
-        policy("stored").drawing(drawing(small_model()))
+        policy("stored").sampling(request(small_model()))
 
 
 def test_confidence_is_for_drawing_only() -> None:
-    assert policy("confidence").drawing(drawing(small_model())) is None
+    assert policy("confidence").sampling(request(small_model())) is None
     with pytest.raises(UserError, match=r"order 'confidence' has no orders to train on.*stored"):
         policy("confidence").training(NOWHERE, 4)
 
@@ -165,8 +165,8 @@ def test_a_policy_nobody_wrote_is_answered_with_those_there_are() -> None:
 
 
 def test_without_a_name_the_model_decides_and_a_raster_model_goes_on_in_raster() -> None:
-    assert order_to_draw(None, drawing(small_model())) is None
-    raster = order_to_draw(None, drawing(small_model(layout="raster"), 1))
+    assert sampling_order(None, request(small_model())) is None
+    raster = sampling_order(None, request(small_model(layout="raster"), 1))
     assert isinstance(raster, torch.Tensor) and raster.tolist() == [list(range(9))]
 
 
@@ -203,7 +203,7 @@ def test_the_mean_order_is_found_once_and_kept(tmp_path: Path) -> None:
     for table in (tmp_path / "orders" / "train").glob("*.parquet"):
         table.unlink()
     assert policy("mean").training(files, 2) == first
-    drawn = policy("mean").drawing(drawing(small_model(grid=2), 2, files=files))
+    drawn = policy("mean").sampling(request(small_model(grid=2), 2, files=files))
     assert isinstance(drawn, torch.Tensor) and drawn.tolist() == [[3, 1, 2, 0]] * 2
     with pytest.raises(UserError, match=r"mean\.json: not an order of 3 x 3 cells"):
         policy("mean").training(files, 3)
@@ -232,7 +232,7 @@ def test_an_order_head_draws_its_first_cells_and_then_what_it_says(first: int, t
     torch.manual_seed(3)
     head = OrderHead(HeadSpec.of(model.spec, model_id(file), width=8, first=first)).eval()
     save_head(head_file(file), head)
-    late = policy("order-head").drawing(drawing(model, 5, model_file=file))
+    late = policy("order-head").sampling(request(model, 5, model_file=file))
     assert isinstance(late, LateOrder)
     settings = SampleSettings(guidance=2.0, temperature=1.0, top_k=1, order_temperature=0.0)
     condition = model.condition(random_text(model, 5))
@@ -253,7 +253,7 @@ def test_an_order_head_goes_on_from_known_cells_and_in_fewer_passes(tmp_path: Pa
     model, file = small_model(grid=4), str(tmp_path / "model.safetensors")
     save_model(file, model)
     save_head(head_file(file), OrderHead(HeadSpec.of(model.spec, model_id(file), width=8, first=4)))
-    late, condition = policy("order-head").drawing(drawing(model, 2, model_file=file)), model.condition(random_text(model, 2))
+    late, condition = policy("order-head").sampling(request(model, 2, model_file=file)), model.condition(random_text(model, 2))
     assert isinstance(late, LateOrder)
     settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=0, order_temperature=0.0, steps=6)
     codes, redo = random_codes(model, 2), box_mask(4, 1, 1, 2, 3)
@@ -268,10 +268,10 @@ def test_the_head_of_another_model_is_refused_and_none_is_named(tmp_path: Path) 
     model, file = small_model(), str(tmp_path / "model.safetensors")
     save_model(file, model)
     with pytest.raises(UserError, match=r"model\.order-head\.safetensors: this model has no order head.*--train-head"):
-        policy("order-head").drawing(drawing(model, model_file=file))
+        policy("order-head").sampling(request(model, model_file=file))
     save_head(head_file(file), OrderHead(HeadSpec.of(model.spec, "0123456789abcdef", width=8, first=0)))
     with pytest.raises(UserError, match=f"trained on the rows of model 0123456789abcdef, the model here is {model_id(file)}"):
-        policy("order-head").drawing(drawing(model, model_file=file))
+        policy("order-head").sampling(request(model, model_file=file))
 
 
 def test_training_by_an_order_head_needs_its_predictions(tmp_path: Path) -> None:

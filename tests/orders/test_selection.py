@@ -9,23 +9,23 @@ from hypothesis import strategies as st
 
 from oar_scale.data.hashing import permutations
 from oar_scale.orders.candidates import within
-from oar_scale.orders.selection import Chance, guide, pick_best, pick_several
+from oar_scale.orders.selection import CounterRNG, guide, pick_best, pick_several
 
 
-def chance(seed: int, images: int, cells: int, draw: int = 0) -> Chance:
-    return Chance.of(seed, np.arange(images), draw, cells, torch.device("cpu"))
+def rng(seed: int, images: int, cells: int, draw: int = 0) -> CounterRNG:
+    return CounterRNG.of(seed, np.arange(images), draw, cells, torch.device("cpu"))
 
 
 def test_the_best_of_equals_is_uniform() -> None:
-    first = pick_best(torch.zeros(9000, 9), chance(0, 9000, 9).ties()).bincount(minlength=9)
+    first = pick_best(torch.zeros(9000, 9), rng(0, 9000, 9).ties()).bincount(minlength=9)
     assert first.min() > 850
     assert first.max() < 1150
 
 
 def test_ties_are_broken_as_they_always_were() -> None:
     for seed in (0, 3, -1):
-        assert np.array_equal(chance(seed, 4, 9).ties().numpy(), permutations("tie", 9, seed, np.arange(4)))
-    assert torch.equal(chance(0, 4, 9, draw=2).ties(), chance(0, 4, 9).ties())
+        assert np.array_equal(rng(seed, 4, 9).ties().numpy(), permutations("tie", 9, seed, np.arange(4)))
+    assert torch.equal(rng(0, 4, 9, draw=2).ties(), rng(0, 4, 9).ties())
 
 
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 9), radius=st.integers(0, 2))
@@ -34,7 +34,7 @@ def test_several_cells_are_the_best_ones_that_lie_apart(seed: int, count: int, r
     generator = torch.Generator().manual_seed(seed)
     score = torch.randint(-2, 2, (3, 9), generator=generator).float()
     score[:, torch.randperm(9, generator=generator)[: 9 - count]] = -torch.inf
-    ties, near = chance(seed, 3, 9).ties(), within(3, radius, torch.device("cpu")) if radius else None
+    ties, near = rng(seed, 3, 9).ties(), within(3, radius, torch.device("cpu")) if radius else None
     picked = pick_several(score, ties, count, near)
     for image in range(3):
         left, expected = {cell for cell in range(9) if score[image, cell] > -torch.inf}, list[int]()
@@ -47,17 +47,17 @@ def test_several_cells_are_the_best_ones_that_lie_apart(seed: int, count: int, r
 
 
 def test_noise_is_gumbels_and_new_at_every_step_and_in_every_draw() -> None:
-    noise = chance(0, 4000, 9).gumbel(0)
+    noise = rng(0, 4000, 9).gumbel(0)
     assert abs(float(noise.mean()) - 0.5772) < 0.02
     assert abs(float(noise.var()) - np.pi**2 / 6) < 0.05
-    for other in (chance(0, 4000, 9).gumbel(1), chance(1, 4000, 9).gumbel(0), chance(0, 4000, 9, draw=1).gumbel(0)):
+    for other in (rng(0, 4000, 9).gumbel(1), rng(1, 4000, 9).gumbel(0), rng(0, 4000, 9, draw=1).gumbel(0)):
         assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1])) < 0.02
 
 
 def test_numbers_of_a_step_of_each_cells_own_are_those_of_the_step() -> None:
-    by_step = torch.stack([chance(0, 2, 4).uniform("drawn code", step) for step in range(3)])
+    by_step = torch.stack([rng(0, 2, 4).uniform("drawn code", step) for step in range(3)])
     step = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
-    assert torch.equal(chance(0, 2, 4).uniform("drawn code", step), by_step.gather(0, step[None])[0])
+    assert torch.equal(rng(0, 2, 4).uniform("drawn code", step), by_step.gather(0, step[None])[0])
 
 
 def test_guidance_of_scale_1_needs_no_second_branch() -> None:

@@ -274,7 +274,7 @@ def test_an_exported_folder_takes_the_mean_order_and_the_head_along(run: Run, tm
     Path(run.local("recipe.yaml")).write_text(dump_recipe(mean.recipe))
     run_export(run.local(), str(tmp_path / "out"))
     drawer = oar_scale.load(str(tmp_path / "out"))
-    expected = mean_order(drawer.parts.orders, 8).tolist()
+    expected = mean_order(drawer.bundle.orders, 8).tolist()
     assert drawer.draw(["a cat"]).order_BN.tolist() == [expected]
     assert drawer.draw(["a cat"], order="raster").order_BN.tolist() == [list(range(64))]
     by_head = drawer.draw(["a cat", "a dog"], order="order-head").order_BN

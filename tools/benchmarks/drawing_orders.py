@@ -16,7 +16,7 @@ import torch
 from oar_scale.config.loading import load_recipe
 from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import frechet, kid
-from oar_scale.evaluation.eval_tasks import DrawingPiece, Subject
+from oar_scale.evaluation.eval_tasks import EvalTarget, SamplingTask
 from oar_scale.evaluation.features import image_features
 from oar_scale.generation.sampling import SampleSettings
 from oar_scale.orders.order_files import run_files
@@ -60,9 +60,9 @@ def main() -> None:
 def draw(run: Run, model: str, cond_inputs_S: np.ndarray, order: str) -> np.ndarray:
     """Features of the drawings."""
     uri, settings = run.model_uri(model), SampleSettings.from_recipe(run.recipe.sample)
-    pieces = [
-        DrawingPiece(
-            Subject("ordered", uri, cond_inputs_S[start : start + BATCH], start),
+    tasks = [
+        SamplingTask(
+            EvalTarget("ordered", uri, cond_inputs_S[start : start + BATCH], start),
             run.vq_uri,
             settings,
             run.recipe.seed,
@@ -73,7 +73,7 @@ def draw(run: Run, model: str, cond_inputs_S: np.ndarray, order: str) -> np.ndar
         )
         for start in range(0, len(cond_inputs_S), BATCH)
     ]
-    return np.concatenate([piece.run().features_SF for piece in pieces])
+    return np.concatenate([task.run().features_SF for task in tasks])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Order policies: by which rule the cells of an image are placed, in training and in drawing.
+"""Order policies: by which rule the cells of an image are placed, in training and in sampling.
 
 A policy is one module of this package, found by its name (``centre_out.py`` is ``centre-out``); its ``POLICY`` says for whom it works:
 
     training   random orders, one order for all samples, or a table with an order for each
-    drawing    an order for each image, an order that is known once the first cells have codes, or: the model decides
+    sampling   an order for each image, an order that is known once the first cells have codes, or: the model decides
 
 Orders are permutations of the cells of a grid of any size, first placed first, cells counted in raster order.
 """
@@ -41,8 +41,8 @@ class TrainingOrders:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """Images that are to be drawn, and what a policy may ask about them."""
+class OrderRequest:
+    """Images that need an order to be sampled in, and what a policy may use to find it."""
 
     model: AnyOrderModel
     images: int
@@ -75,7 +75,7 @@ class Policy:
         """The orders of training samples. Raises UserError where there are none, or what they rest on is missing."""
         self._refuse("has no orders to train on", "Extract orders and train on the stored ones, or name a policy that has")
 
-    def drawing(self, drawing: Drawing) -> Tensor | LateOrder | None:
+    def sampling(self, request: OrderRequest) -> Tensor | LateOrder | None:
         """Orders int64 [B, N] of images to be drawn; None: the model decides. Raises UserError as :meth:`training`."""
         self._refuse("belongs to images that are there already, not to one that is to be drawn", "Name another policy")
 
@@ -94,11 +94,11 @@ class GridPolicy(Policy):
     def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
         return TrainingOrders(order=tuple(self.path(grid).tolist()))
 
-    def drawing(self, drawing: Drawing) -> Tensor:
+    def sampling(self, request: OrderRequest) -> Tensor:
         import torch
 
-        order_N = torch.from_numpy(self.path(drawing.model.spec.grid))
-        return order_N.expand(drawing.images, -1).to(drawing.device)
+        order_N = torch.from_numpy(self.path(request.model.spec.grid))
+        return order_N.expand(request.images, -1).to(request.device)
 
 
 def known() -> list[str]:
@@ -121,14 +121,14 @@ def policy(name: str, where: str = "order") -> Policy:
     return found
 
 
-def order_to_draw(name: str | None, drawing: Drawing, where: str = "sample.order") -> Tensor | LateOrder | None:
+def sampling_order(name: str | None, request: OrderRequest, where: str = "sample.order") -> Tensor | LateOrder | None:
     """The order that images are drawn in: a policy's, or the model's own choice (a raster model's raster) where none is named.
 
     Raises:
         UserError: no such policy, or one that cannot say in which order these images are drawn.
     """
-    own = "raster" if drawing.model.spec.layout == "raster" else "confidence"
-    return policy(name or own, where).drawing(drawing)
+    own = "raster" if request.model.spec.layout == "raster" else "confidence"
+    return policy(name or own, where).sampling(request)
 
 
 def grid_policies() -> dict[str, GridPolicy]:

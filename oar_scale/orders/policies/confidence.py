@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from oar_scale.orders.policies import Drawing, Policy
+from oar_scale.orders.policies import OrderRequest, Policy
 
 
 class ConfidencePolicy(Policy):
-    def drawing(self, drawing: Drawing) -> None:
+    def sampling(self, request: OrderRequest) -> None:
         return None
 
 

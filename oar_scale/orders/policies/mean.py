@@ -17,7 +17,7 @@ from oar_scale.errors import UserError
 from oar_scale.orders.analysis import placing_times
 from oar_scale.orders.order_files import OrderFiles
 from oar_scale.orders.order_table import read_orders, table_name
-from oar_scale.orders.policies import Drawing, Policy, TrainingOrders
+from oar_scale.orders.policies import OrderRequest, Policy, TrainingOrders
 from oar_scale.storage import Missing, join, read_json, write_json
 
 
@@ -25,9 +25,9 @@ class MeanPolicy(Policy):
     def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
         return TrainingOrders(order=tuple(mean_order(files, grid).tolist()))
 
-    def drawing(self, drawing: Drawing) -> Tensor:
-        order_N = torch.from_numpy(mean_order(drawing.files, drawing.model.spec.grid))
-        return order_N.expand(drawing.images, -1).to(drawing.device)
+    def sampling(self, request: OrderRequest) -> Tensor:
+        order_N = torch.from_numpy(mean_order(request.files, request.model.spec.grid))
+        return order_N.expand(request.images, -1).to(request.device)
 
 
 def mean_order(files: OrderFiles, grid: int) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from oar_scale.model import model_id
 from oar_scale.orders.head import load_head, tables_id
 from oar_scale.orders.order_files import OrderFiles, head_file
 from oar_scale.orders.order_table import table_name
-from oar_scale.orders.policies import Drawing, LateOrder, Policy, TrainingOrders
+from oar_scale.orders.policies import LateOrder, OrderRequest, Policy, TrainingOrders
 from oar_scale.storage import Missing, join, open_storage
 
 
@@ -22,13 +22,13 @@ class OrderHeadPolicy(Policy):
                 raise UserError(f"{uri}: missing. The order head's orders are written by: oar orders RECIPE --train-head --predict")
         return TrainingOrders(tables=files.predicted)
 
-    def drawing(self, drawing: Drawing) -> LateOrder:
-        uri = head_file(drawing.model_file)
+    def sampling(self, request: OrderRequest) -> LateOrder:
+        uri = head_file(request.model_file)
         try:
-            head = load_head(uri, drawing.model, model_id(drawing.model_file), tables_id(drawing.files))
+            head = load_head(uri, request.model, model_id(request.model_file), tables_id(request.files))
         except Missing as error:
             raise UserError(f"{uri}: this model has no order head. Train one: oar orders RECIPE --train-head") from error
-        return LateOrder(head.first_N.expand(drawing.images, -1), head.order_ahead)
+        return LateOrder(head.first_N.expand(request.images, -1), head.order_ahead)
 
 
 POLICY = OrderHeadPolicy(__name__)

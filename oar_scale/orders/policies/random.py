@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from oar_scale.orders.order_files import OrderFiles
-from oar_scale.orders.policies import Drawing, Policy, TrainingOrders
+from oar_scale.orders.policies import OrderRequest, Policy, TrainingOrders
 
 
 class RandomPolicy(Policy):
     def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
         return TrainingOrders()
 
-    def drawing(self, drawing: Drawing) -> Tensor:
-        uniform_BN = torch.rand(drawing.images, drawing.model.spec.cells, generator=drawing.noise)
-        return uniform_BN.argsort(1).to(drawing.device)
+    def sampling(self, request: OrderRequest) -> Tensor:
+        uniform_BN = torch.rand(request.images, request.model.spec.cells, generator=request.noise)
+        return uniform_BN.argsort(1).to(request.device)
 
 
 POLICY = RandomPolicy(__name__)
