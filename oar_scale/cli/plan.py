@@ -31,10 +31,10 @@ def add(verbs: Subparsers) -> None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     """1: training or extraction do not fit as the recipe is written, and were planned with other settings."""
-    from oar_scale.planning.plan import Options, make_plan
+    from oar_scale.planning.plan import PlanOptions, make_plan
     from oar_scale.planning.plan_report import as_json, as_text
 
-    options = Options(
+    options = PlanOptions(
         gpu=arguments.gpu,
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node,

@@ -40,7 +40,7 @@ GPU_HEAD = 8
 """A GPU's flash attention takes heads of a multiple of so many channels, and copies others."""
 
 
-class Trunk(NamedTuple):
+class TrunkActivations(NamedTuple):
     """Condition and trunk, forward and backward."""
 
     kept: int
@@ -51,7 +51,7 @@ class Trunk(NamedTuple):
     """The most from the first block's backward pass on, with the gradients that are there by then."""
 
 
-class Head(NamedTuple):
+class HeadActivations(NamedTuple):
     """The output head and its loss."""
 
     at_work: int
@@ -60,9 +60,9 @@ class Head(NamedTuple):
     """From then on: the gradient of the head's weight. (That of the rows counts with the trunk's backward pass.)"""
 
 
-def trunk(spec: ModelSpec, micro_batch: int, precision: Precision, checkpointing: Checkpointing) -> Trunk:
+def trunk(spec: ModelSpec, micro_batch: int, precision: Precision, checkpointing: Checkpointing) -> TrunkActivations:
     """The formula above, for a micro-batch."""
-    block = _Block(spec, micro_batch, BYTES[precision])
+    block = _BlockActivations(spec, micro_batch, BYTES[precision])
     rows, cells = block.rows, block.cells
     inputs = spec.layers * rows * block.row
     base = _surroundings(spec, micro_batch, block.e)
@@ -80,18 +80,18 @@ def trunk(spec: ModelSpec, micro_batch: int, precision: Precision, checkpointing
     all_but_head = (counts.total - spec.vocab_size * spec.dim) * block.e
     in_first = base + 2 * rows * block.row + block.kept(rows, rows) + block.at_work(rows) + of_blocks
     at_end = base + 2 * rows * block.row + all_but_head
-    return Trunk(kept, max(in_last, in_middle), max(in_first if spec.layers > 1 else in_last, at_end))
+    return TrunkActivations(kept, max(in_last, in_middle), max(in_first if spec.layers > 1 else in_last, at_end))
 
 
-def head(spec: ModelSpec, micro_batch: int, precision: Precision, *, gpu: bool) -> Head:
+def head(spec: ModelSpec, micro_batch: int, precision: Precision, *, gpu: bool) -> HeadActivations:
     """The loss in chunks, as ``model/loss.py`` takes them."""
     e, rows, weight = BYTES[precision], micro_batch * spec.cells, spec.vocab_size * spec.dim
     chunk = max(1, min(rows, CHUNK_NUMBERS["cuda" if gpu else "cpu"] // spec.vocab_size)) * spec.vocab_size
     d_rows = rows * spec.dim * e
     if precision == "fp32":
-        return Head(at_work=chunk * 4 + d_rows + weight * 4, kept=weight * 4)
+        return HeadActivations(at_work=chunk * 4 + d_rows + weight * 4, kept=weight * 4)
     # The float32 copy of the logits, the errors in bfloat16, a product that is added to the gradient in float32.
-    return Head(at_work=chunk * (2 + 4 + 2) + d_rows + weight * (4 + 2), kept=weight * 2)
+    return HeadActivations(at_work=chunk * (2 + 4 + 2) + d_rows + weight * (4 + 2), kept=weight * 2)
 
 
 def padding(spec: ModelSpec, micro_batch: int, precision: Precision, checkpointing: Checkpointing) -> int:
@@ -124,7 +124,7 @@ def decoding(spec: ModelSpec, images: int, precision: Precision, *, gpu: bool) -
     return cache, answers + tables + max(rows * width * e, logits)
 
 
-class _Block:
+class _BlockActivations:
     """One block's bytes, for a micro-batch."""
 
     def __init__(self, spec: ModelSpec, micro_batch: int, e: int) -> None:
@@ -168,7 +168,7 @@ def _condition(spec: ModelSpec, micro_batch: int, e: int) -> int:
     rows = micro_batch * spec.condition.rows
     match spec.condition:
         case TextSpec() as kind:
-            block = _Block(spec, micro_batch, e)
+            block = _BlockActivations(spec, micro_batch, e)
             return rows * 3 * spec.dim * e + kind.encoder_layers * (rows * spec.dim * e + block.kept(rows, rows))
         case FeatureSpec() as kind:
             return rows * (kind.width * (4 + e) + 3 * spec.dim * e)

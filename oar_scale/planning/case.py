@@ -9,8 +9,8 @@ from oar_scale.config.schema import ParallelConfig, Recipe
 from oar_scale.model.spec import ModelSpec
 from oar_scale.planning.assumptions import Assumptions
 from oar_scale.planning.cluster import Cluster
-from oar_scale.planning.shape import Images, Parameters, parameters
-from oar_scale.planning.traffic import Shard
+from oar_scale.planning.shape import Images, ParameterCounts, parameters
+from oar_scale.planning.traffic import ShardTraffic
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Case:
     """No cluster was given: there are no more workers and actors than the recipe has."""
     images: Images | None
     """None: nobody knows how many there are."""
-    shard: Shard
+    shard: ShardTraffic
     assumed: Assumptions
     mfu: float
     """Share of the peak while computing; 1 on CPUs, whose rate is measured."""
@@ -31,7 +31,7 @@ class Case:
     seed: int
 
     @cached_property
-    def parameters(self) -> Parameters:
+    def parameters(self) -> ParameterCounts:
         return parameters(self.spec)
 
     @property

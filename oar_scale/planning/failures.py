@@ -22,7 +22,7 @@ HOPELESS = 20
 
 
 @dataclass(frozen=True)
-class Saving:
+class CheckpointTiming:
     """How a run saves, and what a failure costs it; seconds."""
 
     interval_s: float
@@ -66,7 +66,7 @@ def best_interval(stall_s: float, between_failures_s: float) -> float:
     return math.sqrt(2 * stall_s * between_failures_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_s
 
 
-def survive(work_s: float, saving: Saving, *, seed: int, runs: int = 200) -> Survival:
+def simulate_failures(work_s: float, saving: CheckpointTiming, *, seed: int, runs: int = 200) -> Survival:
     """Live through ``work_s`` seconds of training, ``runs`` times at once."""
     import numpy as np
 
@@ -102,7 +102,7 @@ def survive(work_s: float, saving: Saving, *, seed: int, runs: int = 200) -> Sur
     )
 
 
-def _expected(work_s: float, saving: Saving) -> float:
+def _expected(work_s: float, saving: CheckpointTiming) -> float:
     """How long a run takes that never ends within one life: what a life brings forward on average, again and again."""
     between, cycle = saving.between_failures_s, saving.interval_s + saving.stall_s
     first = math.exp(-(saving.restart_s + cycle + saving.upload_s) / between)  # the first save of a life counts

@@ -11,22 +11,22 @@ from oar_scale.config.schema import ParallelConfig, Recipe
 from oar_scale.errors import UserError
 from oar_scale.model.spec import ModelSpec
 from oar_scale.planning import activations
-from oar_scale.planning.activations import Trunk
+from oar_scale.planning.activations import TrunkActivations
+from oar_scale.planning.alternatives import Alternative, alternatives
 from oar_scale.planning.assumptions import Assumption, read_assumptions
 from oar_scale.planning.case import Case
-from oar_scale.planning.cheaper import Alternative, alternatives
 from oar_scale.planning.cluster import NODE, Cluster, cluster, gpu_of
-from oar_scale.planning.extracting import Actors, Evaluation, Extraction, evaluation, extraction, plan_actors
-from oar_scale.planning.fitting import Fit, Row, choose, memory_table
-from oar_scale.planning.shape import Images, Parameters, parameters, spec_of, training_images
-from oar_scale.planning.simulating import Simulation, Wanted, parse_simulation, simulate
-from oar_scale.planning.streaming import check_sharing
-from oar_scale.planning.traffic import Shard, token_shard
-from oar_scale.planning.training_stage import Stage, plan_stage
+from oar_scale.planning.extraction_plan import ActorPlan, EvaluationPlan, ExtractionPlan, plan_actors, plan_evaluation, plan_extraction
+from oar_scale.planning.memory_fit import MemoryFit, MemoryRow, choose_settings, memory_table
+from oar_scale.planning.shape import Images, ParameterCounts, parameters, spec_of, training_images
+from oar_scale.planning.simulation import Simulation, SimulationRequest, parse_simulation, simulate
+from oar_scale.planning.stream_load import check_sharing
+from oar_scale.planning.traffic import ShardTraffic, token_shard
+from oar_scale.planning.training_stage import TrainingStagePlan, plan_stage
 
 
 @dataclass(frozen=True)
-class Options:
+class PlanOptions:
     """What the command line says beside the recipe."""
 
     gpu: str | None = None
@@ -44,30 +44,30 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """All there is to say. Bytes, seconds, and hours where the name says so."""
 
     recipe: str
     cluster: Cluster
     workers: int
     spec: ModelSpec
-    parameters: Parameters
+    parameters: ParameterCounts
     images: Images | None
-    shard: Shard
-    fit: Fit
-    actors: Actors | None
+    shard: ShardTraffic
+    fit: MemoryFit
+    actors: ActorPlan | None
     """None: a raster model."""
     overrides: list[str]
     """What the plan presumes and the recipe does not say: ``KEY=VALUE`` each."""
-    table: list[Row]
+    table: list[MemoryRow]
     """Memory under each ZeRO stage and offload."""
-    traced: Trunk | None
-    formula: Trunk
+    traced: TrunkActivations | None
+    formula: TrunkActivations
     mfu: float
-    stages: list[Stage]
-    extraction: Extraction | None
+    stages: list[TrainingStagePlan]
+    extraction: ExtractionPlan | None
     """None: a raster model, or nobody knows how many images there are."""
-    evaluation: Evaluation | None
+    evaluation: EvaluationPlan | None
     gpu_hours: float
     money: float
     cheaper: list[Alternative]
@@ -80,7 +80,7 @@ class Plan:
         return self.fit.fits and (self.actors is None or self.actors.fits)
 
 
-def make_plan(path: str, overrides: Sequence[str], options: Options) -> Plan:
+def make_plan(path: str, overrides: Sequence[str], options: PlanOptions) -> RunPlan:
     """Plan a recipe.
 
     Raises:
@@ -91,15 +91,15 @@ def make_plan(path: str, overrides: Sequence[str], options: Options) -> Plan:
     wanted = parse_simulation(options.simulate) if options.simulate else None
     case = case_of(recipe, options, wanted)
     check_sharing(recipe, case.workers)
-    fit = choose(case)
+    fit = choose_settings(case)
     traced = (fit.parallel, _trace(case.spec, fit.parallel)) if options.activations else None
     if traced:
-        fit = choose(case, traced)
+        fit = choose_settings(case, traced)
     parallel = fit.parallel
     stages = [plan_stage(case, name, parallel) for name in training_stages(recipe)]
     actors = plan_actors(case)
-    orders = extraction(case, actors) if actors else None
-    return Plan(
+    orders = plan_extraction(case, actors) if actors else None
+    return RunPlan(
         recipe=recipe.name,
         cluster=case.cluster,
         workers=case.workers,
@@ -116,7 +116,7 @@ def make_plan(path: str, overrides: Sequence[str], options: Options) -> Plan:
         mfu=case.mfu,
         stages=stages,
         extraction=orders,
-        evaluation=evaluation(case),
+        evaluation=plan_evaluation(case),
         gpu_hours=sum(stage.gpu_hours for stage in stages) + (orders.gpu_hours if orders else 0.0),
         money=sum(stage.money for stage in stages) + (orders.money if orders else 0.0),
         cheaper=alternatives(case, parallel, stages),
@@ -125,7 +125,7 @@ def make_plan(path: str, overrides: Sequence[str], options: Options) -> Plan:
     )
 
 
-def overrides_of(case: Case, planned: ParallelConfig, actors: Actors | None) -> list[str]:
+def overrides_of(case: Case, planned: ParallelConfig, actors: ActorPlan | None) -> list[str]:
     """What has to be changed in the recipe for a run as it is planned."""
     given, extract = case.recipe.parallel, case.recipe.extract
     changed: dict[str, Any] = {}
@@ -150,13 +150,13 @@ def training_stages(recipe: Recipe) -> list[str]:
     return [*first, "finetune", *(["control"] if recipe.pipeline.control else [])]
 
 
-def _trace(spec: ModelSpec, parallel: ParallelConfig) -> Trunk:
+def _trace(spec: ModelSpec, parallel: ParallelConfig) -> TrunkActivations:
     from oar_scale.planning.trace import trace_trunk
 
     return trace_trunk(spec, parallel.micro_batch, parallel.precision, parallel.activation_checkpointing)
 
 
-def case_of(recipe: Recipe, options: Options, wanted: Wanted | None = None) -> Case:
+def case_of(recipe: Recipe, options: PlanOptions, wanted: SimulationRequest | None = None) -> Case:
     """The recipe on the cluster of the command line, under its assumptions; of the size that is simulated, where no other is given."""
     nodes, per_node = options.nodes, options.gpus_per_node
     if wanted and nodes is None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from oar_scale.planning.extracting import Actors, Extraction
-from oar_scale.planning.fitting import gb
-from oar_scale.planning.plan import Plan
-from oar_scale.planning.simulating import Simulation
-from oar_scale.planning.training_stage import Stage
+from oar_scale.planning.extraction_plan import ActorPlan, ExtractionPlan
+from oar_scale.planning.memory_fit import gb
+from oar_scale.planning.plan import RunPlan
+from oar_scale.planning.simulation import Simulation
+from oar_scale.planning.training_stage import TrainingStagePlan
 
 _MOMENTS = {
     "forward": "forward pass, with the loss",
@@ -26,12 +26,12 @@ _MOMENTS = {
 _OFFLOAD = {"none": "", "optimizer": "optimiser", "optimizer_and_parameters": "and weights"}
 
 
-def as_json(plan: Plan) -> str:
+def as_json(plan: RunPlan) -> str:
     """Everything, with null for what never ends."""
     return json.dumps(_finite(asdict(plan)), indent=1)
 
 
-def as_text(plan: Plan) -> str:
+def as_text(plan: RunPlan) -> str:
     """Everything, for reading."""
     parts = [_head(plan), _memory(plan), _training(plan), _checkpoints(plan), _orders(plan), _sum(plan), _cheaper(plan)]
     if plan.simulation:
@@ -39,7 +39,7 @@ def as_text(plan: Plan) -> str:
     return "\n\n".join("\n".join(part) for part in [*parts, _assumptions(plan)])
 
 
-def _head(plan: Plan) -> Iterator[str]:
+def _head(plan: RunPlan) -> Iterator[str]:
     found, spec, count = plan.cluster, plan.spec, plan.parameters
     what = "workers" if found.on_cpu else found.label
     yield f"{plan.recipe} on {found.nodes} node{'s' * (found.nodes > 1)} x {found.per_node} {what}"
@@ -58,7 +58,7 @@ def _head(plan: Plan) -> Iterator[str]:
         yield "  how many images there are is not known: --images N tells epochs and extraction as well"
 
 
-def _memory(plan: Plan) -> Iterator[str]:
+def _memory(plan: RunPlan) -> Iterator[str]:
     parallel = plan.fit.parallel
     mode = parallel.activation_checkpointing
     yield f"Memory of a {_who(plan)}, GB (10^9 bytes): micro-batch {parallel.micro_batch}, {parallel.precision}, checkpointing {mode}"
@@ -104,7 +104,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         )
 
 
-def _training(plan: Plan) -> Iterator[str]:
+def _training(plan: RunPlan) -> Iterator[str]:
     stages = plan.stages
     yield f"Training, MFU {plan.mfu:.0%} while computing" if not plan.cluster.on_cpu else "Training"
 
@@ -144,7 +144,7 @@ def _training(plan: Plan) -> Iterator[str]:
     yield f"  {stages[0].name} takes {fetched} from the storage, as long as its nodes' caches do not hold the shards"
 
 
-def _checkpoints(plan: Plan) -> Iterator[str]:
+def _checkpoints(plan: RunPlan) -> Iterator[str]:
     stages = plan.stages
     yield "Checkpoints and failures"
     rows = [
@@ -171,22 +171,22 @@ def _checkpoints(plan: Plan) -> Iterator[str]:
         yield "  No failures are assumed on CPUs; --failures-per-gpu-year X simulates some."
 
 
-def _other(plan: Plan) -> str:
+def _other(plan: RunPlan) -> str:
     return "what the allocator keeps of what was freed" if plan.cluster.on_cpu else "framework and fragmentation"
 
 
-def _who(plan: Plan) -> str:
+def _who(plan: RunPlan) -> str:
     return "worker" if plan.cluster.on_cpu else "GPU"
 
 
-def _goodput(stage: Stage) -> str:
+def _goodput(stage: TrainingStagePlan) -> str:
     if not stage.survival.goodput:
         return "it gets nowhere: save more often"
     unlucky = f" (5 % of runs below {stage.survival.goodput_low:.2%})" if stage.survival.goodput_low < stage.survival.goodput else ""
     return f"{stage.survival.goodput:.2%}{unlucky}"
 
 
-def _orders(plan: Plan) -> Iterator[str]:
+def _orders(plan: RunPlan) -> Iterator[str]:
     yield "Extraction and evaluation"
     if plan.actors:
         yield f"  {plan.actors.count:,} actors on {plan.actors.held:,} {_who(plan)}s; {_actor(plan, plan.actors)}"
@@ -214,7 +214,7 @@ def _orders(plan: Plan) -> Iterator[str]:
         )
 
 
-def _actor(plan: Plan, actors: Actors) -> str:
+def _actor(plan: RunPlan, actors: ActorPlan) -> str:
     holds = f"an actor holds {gb(actors.memory)} of {gb(actors.room)} GB at extract.batch {actors.batch:,}"
     if actors.largest_batch:
         return f"{holds}; batches up to {actors.largest_batch:,} fit"
@@ -222,7 +222,7 @@ def _actor(plan: Plan, actors: Actors) -> str:
     return f"{holds}; not even one image fits: take {_who(plan)}s with more memory{share}"
 
 
-def _limit(found: Extraction, actors: int) -> str:
+def _limit(found: ExtractionPlan, actors: int) -> str:
     if found.shards < actors:
         return f"the number of shards: {found.shards:,} for {actors:,} actors; make smaller ones (data.samples_per_shard)"
     if found.storage_share > 1:
@@ -232,12 +232,12 @@ def _limit(found: Extraction, actors: int) -> str:
     return "computing"
 
 
-def _sum(plan: Plan) -> Iterator[str]:
+def _sum(plan: RunPlan) -> Iterator[str]:
     hours = sum(stage.hours for stage in plan.stages) + (plan.extraction.seconds / 3600 if plan.extraction else 0.0)
     yield f"Training and extraction together: {_time(hours)}, {plan.gpu_hours:,.1f} {_who(plan)}-hours, {_money(plan.money)}"
 
 
-def _cheaper(plan: Plan) -> Iterator[str]:
+def _cheaper(plan: RunPlan) -> Iterator[str]:
     if not plan.cheaper:
         yield "Cheaper: none of fewer GPUs, other ZeRO stages or other checkpointing trains for at least 3 % less"
         return
@@ -258,7 +258,7 @@ def _cheaper(plan: Plan) -> Iterator[str]:
     yield from _columns(rows)
 
 
-def _simulation(done: Simulation, plan: Plan) -> Iterator[str]:
+def _simulation(done: Simulation, plan: RunPlan) -> Iterator[str]:
     stream = done.stream
     fewest, mean, most = stream.shards_per_rank
     yield f"Simulated: an epoch of {stream.images:,} images on {stream.ranks:,} ranks"
@@ -283,7 +283,7 @@ def _simulation(done: Simulation, plan: Plan) -> Iterator[str]:
         )
 
 
-def _assumptions(plan: Plan) -> Iterator[str]:
+def _assumptions(plan: RunPlan) -> Iterator[str]:
     yield "Assumptions (--assume KEY=VALUE replaces one)"
     for one in plan.assumptions:
         yield f"  {one.key} = {one.value:g}: {one.source}{f' ({one.date})' if one.date else ''}"

@@ -63,7 +63,7 @@ def _tower(architecture: str) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class Parameters:
+class ParameterCounts:
     """How many numbers are learned, by part. Tested to be the real model's."""
 
     blocks: int
@@ -81,11 +81,11 @@ class Parameters:
         return self.blocks + self.codes + self.condition + self.rest
 
 
-def parameters(spec: ModelSpec) -> Parameters:
+def parameters(spec: ModelSpec) -> ParameterCounts:
     """Count them: the null of a LlamaGen text model, which is never trained, included."""
     table = spec.vocab_size * spec.dim
     matrices = (_qkv(spec), spec.dim * spec.dim, spec.dim * spec.ffn_hidden, table)
-    return Parameters(
+    return ParameterCounts(
         blocks=spec.layers * _block(spec),
         codes=2 * table,
         condition=_condition_parameters(spec),

@@ -32,7 +32,7 @@ ADAMW = 28
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     """Seconds and bytes of one optimiser step."""
 
     compute_s: float
@@ -51,7 +51,7 @@ class Step:
     """Of the whole step: useful operations against the peak."""
 
 
-def step_time(case: Case, parallel: ParallelConfig, global_batch: int) -> Step:
+def step_time(case: Case, parallel: ParallelConfig, global_batch: int) -> StepTime:
     """One step of ``global_batch`` images on all of the case's workers."""
     assumed, own = case.assumed, global_batch / case.workers
     compute = own * useful_flops(case.spec) / case.worker_flops
@@ -64,7 +64,7 @@ def step_time(case: Case, parallel: ParallelConfig, global_batch: int) -> Step:
     read = global_batch / case.cluster.nodes * case.shard.sample / (assumed("storage.s3_read_gb_s") * 1e9)
     loaded = own / assumed("time.loader_samples_per_s")
     wait = max(0.0, max(read, loaded) - busy)
-    return Step(
+    return StepTime(
         compute_s=compute + again,
         recompute_s=again,
         sent=sent,

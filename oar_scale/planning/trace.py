@@ -22,13 +22,13 @@ from oar_scale.model.acceleration import accelerate
 from oar_scale.model.layouts import RasterRows
 from oar_scale.model.spec import FeatureSpec, ModelSpec
 from oar_scale.model.transformer import AnyOrderModel
-from oar_scale.planning.activations import Trunk
+from oar_scale.planning.activations import TrunkActivations
 
 SHALLOW = (3, 4)
 """Layers of the models that are run: a first block, a last one, and one or two between."""
 
 
-class Alive(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Bytes of the tensors that operations have made and that are still there; works on fake and on real tensors.
 
     Attributes:
@@ -88,19 +88,20 @@ class Alive(TorchDispatchMode):
 
 def trace_trunk(
     spec: ModelSpec, micro_batch: int, precision: Literal["bf16", "fp32"], checkpointing: Literal["none", "selective", "full"]
-) -> Trunk:
+) -> TrunkActivations:
     """The memory of forward and backward pass through condition and trunk, at full depth; as :func:`activations.trunk`, traced."""
     if spec.layers <= SHALLOW[1]:
         return _trace(spec, micro_batch, precision, checkpointing)
     few, more = (_trace(spec.model_copy(update={"layers": n}), micro_batch, precision, checkpointing) for n in SHALLOW)
-    return Trunk(*(a + (b - a) * (spec.layers - SHALLOW[0]) // (SHALLOW[1] - SHALLOW[0]) for a, b in zip(few, more, strict=True)))
+    more_layers, step = spec.layers - SHALLOW[0], SHALLOW[1] - SHALLOW[0]
+    return TrunkActivations(*(a + (b - a) * more_layers // step for a, b in zip(few, more, strict=True)))
 
 
-def _trace(spec: ModelSpec, micro_batch: int, precision: str, checkpointing: Any) -> Trunk:
+def _trace(spec: ModelSpec, micro_batch: int, precision: str, checkpointing: Any) -> TrunkActivations:
     with FakeTensorMode():
         model = _model(spec, precision)
         accelerate(model, ParallelConfig(activation_checkpointing=checkpointing))
-        alive = Alive()
+        alive = LiveTensors()
 
         def first_block_begins(_gradient: Tensor) -> None:
             alive.most = 0
@@ -120,7 +121,7 @@ def _trace(spec: ModelSpec, micro_batch: int, precision: str, checkpointing: Any
             rows_BND = model.rows(codes_BN, torch.zeros_like(codes_BN), condition_BTD)
             kept = alive.bytes
             rows_BND.backward(torch.empty_like(rows_BND))
-        return Trunk(kept, alive.peak, alive.most)
+        return TrunkActivations(kept, alive.peak, alive.most)
 
 
 def _model(spec: ModelSpec, precision: str) -> AnyOrderModel:

@@ -23,7 +23,7 @@ LISTED = 1000
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardTraffic:
     """A token shard."""
 
     samples: int
@@ -40,7 +40,7 @@ class Shard:
         return -(-self.bytes // PART)
 
 
-def token_shard(recipe: Recipe, spec: ModelSpec) -> Shard:
+def token_shard(recipe: Recipe, spec: ModelSpec) -> ShardTraffic:
     """A full token shard of the recipe; text features at their full length."""
     text = recipe.tokenizer.text
     members = [NPY + 2 * len(recipe.tokenizer.views) * spec.cells, CAPTION, 16 if isinstance(text, LabelsConfig) else 2]
@@ -49,7 +49,7 @@ def token_shard(recipe: Recipe, spec: ModelSpec) -> Shard:
         members.append(NPY + 2 * spec.condition.rows * spec.condition.width)
     sample = sum(TAR + _up(size, TAR) for size in members)
     count = recipe.data.samples_per_shard
-    return Shard(count, _up(count * sample + 2 * TAR, RECORD))
+    return ShardTraffic(count, _up(count * sample + 2 * TAR, RECORD))
 
 
 def orders_bytes(spec: ModelSpec) -> int:
@@ -58,7 +58,7 @@ def orders_bytes(spec: ModelSpec) -> int:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointTraffic:
     """A checkpoint of all workers together."""
 
     bytes: int
@@ -66,12 +66,12 @@ class Checkpoint:
     puts: int
 
 
-def checkpoint(spec: ModelSpec, workers: int, *, average: bool) -> Checkpoint:
+def checkpoint_traffic(spec: ModelSpec, workers: int, *, average: bool) -> CheckpointTraffic:
     """Float32 weights and two moments (``training/checkpoints``), a file a worker; the average is a third moment."""
     total = parameters(spec).total * 4 * (4 if average else 3)
     each = total // workers
     small = 3  # DeepSpeed's own state, the manifest, the mark that commits
-    return Checkpoint(total, workers + small, workers * _puts(each) + small)
+    return CheckpointTraffic(total, workers + small, workers * _puts(each) + small)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class PoolLoad:
         return self.gets + self.puts + self.deletes
 
 
-def pool_load(shards: int, shard: Shard, table_bytes: int, seconds: float, beat_s: float = 10.0) -> PoolLoad:
+def pool_load(shards: int, shard: ShardTraffic, table_bytes: int, seconds: float, beat_s: float = 10.0) -> PoolLoad:
     """For each shard: a claim, a look for an entry, its parts, the table, the entry, the claim's end; and the pool's heartbeat."""
     beats = int(seconds / beat_s)
     return PoolLoad(

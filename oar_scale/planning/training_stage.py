@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from oar_scale.config.schema import ParallelConfig, TrainingConfig
 from oar_scale.model.flops import forward_flops, training_flops
 from oar_scale.planning.case import Case
-from oar_scale.planning.failures import Saving, Survival, best_interval, between_failures, survive
-from oar_scale.planning.step_time import Step, step_time
-from oar_scale.planning.traffic import Checkpoint, checkpoint
+from oar_scale.planning.failures import CheckpointTiming, Survival, best_interval, between_failures, simulate_failures
+from oar_scale.planning.step_time import StepTime, step_time
+from oar_scale.planning.traffic import CheckpointTraffic, checkpoint_traffic
 
 HELDOUT_IMAGES = 256
 """That a training evaluates (``training/inputs.py``)."""
 
 
 @dataclass(frozen=True)
-class Saves:
+class CheckpointPlan:
     """The checkpoints of a stage."""
 
     bytes: int
@@ -34,7 +34,7 @@ class Saves:
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStagePlan:
     """One training stage."""
 
     name: str
@@ -46,9 +46,9 @@ class Stage:
     """Rows of the trunk, those of the condition included."""
     flops: int
     """As they are computed, both passes."""
-    step: Step
+    step: StepTime
     evaluation_s: float
-    saves: Saves
+    saves: CheckpointPlan
     survival: Survival
     best_survival: Survival | None
     """With ``best_every``."""
@@ -57,21 +57,21 @@ class Stage:
     money: float
 
 
-def plan_stage(case: Case, name: str, parallel: ParallelConfig) -> Stage:
+def plan_stage(case: Case, name: str, parallel: ParallelConfig) -> TrainingStagePlan:
     """Plan one training stage."""
-    training, spec = settings_of(case, name), case.spec
+    training, spec = training_config(case, name), case.spec
     batch, gpus = training.global_batch, case.workers * case.gpus_per_worker
     step = step_time(case, parallel, batch)
-    evaluation_s = evaluating(case, training)
-    written = checkpoint(spec, case.workers, average=training.ema_decay is not None)
-    saving = saving_of(case, written, training.checkpoint_every * step.seconds)
+    evaluation_s = evaluation_seconds(case, training)
+    written = checkpoint_traffic(spec, case.workers, average=training.ema_decay is not None)
+    saving = checkpoint_timing(case, written, training.checkpoint_every * step.seconds)
     apart, work = saving.between_failures_s, training.steps * step.seconds + evaluation_s
-    survival = survive(work, saving, seed=case.seed)
+    survival = simulate_failures(work, saving, seed=case.seed)
     best, best_survival = None, None
     if not math.isinf(apart):
         best = max(1, min(training.steps, round(best_interval(saving.stall_s, apart) / step.seconds)))
-        best_survival = survive(work, saving_of(case, written, best * step.seconds), seed=case.seed)
-    return Stage(
+        best_survival = simulate_failures(work, checkpoint_timing(case, written, best * step.seconds), seed=case.seed)
+    return TrainingStagePlan(
         name=name,
         steps=training.steps,
         global_batch=batch,
@@ -80,7 +80,7 @@ def plan_stage(case: Case, name: str, parallel: ParallelConfig) -> Stage:
         flops=training.steps * batch * training_flops(spec, recompute=parallel.activation_checkpointing == "full"),
         step=step,
         evaluation_s=evaluation_s,
-        saves=Saves(
+        saves=CheckpointPlan(
             bytes=written.bytes,
             every=training.checkpoint_every,
             stall_s=saving.stall_s,
@@ -98,23 +98,23 @@ def plan_stage(case: Case, name: str, parallel: ParallelConfig) -> Stage:
     )
 
 
-def settings_of(case: Case, name: str) -> TrainingConfig:
+def training_config(case: Case, name: str) -> TrainingConfig:
     """The section of the recipe that a stage follows; the control has fine-tuning's."""
     return case.recipe.pretrain if name == "pretrain" else case.recipe.finetune
 
 
-def evaluating(case: Case, training: TrainingConfig) -> float:
+def evaluation_seconds(case: Case, training: TrainingConfig) -> float:
     """Seconds of a stage's evaluations."""
     images = training.steps // training.evaluate_every * len(training.evaluate_orders) * -(-HELDOUT_IMAGES // case.workers)
     return images * forward_flops(case.spec) / case.worker_flops
 
 
-def saving_of(case: Case, written: Checkpoint, interval_s: float) -> Saving:
+def checkpoint_timing(case: Case, written: CheckpointTraffic, interval_s: float) -> CheckpointTiming:
     """A save stops training while it goes to the local disk, and for as long as the one before is still on its way."""
     assumed, each = case.assumed, written.bytes / case.cluster.nodes / 1e9
     sent = max(each / assumed("storage.s3_write_gb_s"), written.puts / assumed("storage.s3_puts_per_s"))
     upload = sent + 2 * assumed("storage.s3_request_s")
-    return Saving(
+    return CheckpointTiming(
         interval_s=interval_s,
         stall_s=each / assumed("storage.disk_write_gb_s") + max(0.0, upload - interval_s),
         upload_s=upload,

@@ -32,7 +32,7 @@ from math import gcd
 from oar_scale.config.schema import ParallelConfig, Recipe
 from oar_scale.model.spec import ModelSpec
 from oar_scale.planning import activations
-from oar_scale.planning.activations import BYTES, Head, Trunk
+from oar_scale.planning.activations import BYTES, HeadActivations, TrunkActivations
 from oar_scale.planning.assumptions import Assumptions
 from oar_scale.planning.shape import parameters
 
@@ -43,7 +43,7 @@ LIVE = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Memory:
+class WorkerMemory:
     """Bytes of one worker."""
 
     parameters: int
@@ -77,7 +77,7 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.average
 
 
-def memory(
+def worker_memory(
     spec: ModelSpec,
     parallel: ParallelConfig,
     *,
@@ -85,8 +85,8 @@ def memory(
     accumulation: int,
     average: bool,
     assumed: Assumptions,
-    trunk: Trunk | None = None,
-) -> Memory:
+    trunk: TrunkActivations | None = None,
+) -> WorkerMemory:
     """A worker's memory at ``parallel.micro_batch``.
 
     Args:
@@ -114,14 +114,14 @@ def memory(
         on_its_way=e * count.largest if offloaded else 0,
     )
     step = _step(stage, share, e) if not offloaded else 0
-    moments = {**_passes(stage, sizes, Trunk(*(size + padded for size in traced)), head), "step": gradients + step}
+    moments = {**_passes(stage, sizes, TrunkActivations(*(size + padded for size in traced)), head), "step": gradients + step}
     weights = _parameters(parallel, total, share, e)
     tensors = weights + (0 if offloaded else optimizer + averaged) + max(moments.values())
     if gpu:
         other = int(assumed("memory.framework_gb") * 1e9 + assumed("memory.fragmentation") * tensors)
     else:
         other = int(assumed("memory.malloc") * tensors)
-    return Memory(
+    return WorkerMemory(
         parameters=weights,
         gathered=sizes.gathered,
         gradients=gradients,
@@ -163,7 +163,7 @@ class _Sizes:
         return (max(self.bucket, self.copy) if stage else 0) + self.copy + self.on_its_way
 
 
-def _passes(stage: int, sizes: _Sizes, trunk: Trunk, head: Head) -> dict[str, int]:
+def _passes(stage: int, sizes: _Sizes, trunk: TrunkActivations, head: HeadActivations) -> dict[str, int]:
     """What there is in a pass beside weights, optimiser and average, at its moments."""
     stays = sizes.gathered + sizes.earlier + (max(sizes.bucket, sizes.copy) if stage == 3 else 0)
     comes = stays + (sizes.bucket if stage in (1, 2) else 0) + sizes.on_its_way
@@ -194,7 +194,7 @@ def micro_batches(recipe: Recipe, workers: int) -> list[int]:
     return [size for size in range(per_worker, 0, -1) if per_worker % size == 0]
 
 
-def settings(parallel: ParallelConfig) -> Iterator[ParallelConfig]:
+def zero_settings(parallel: ParallelConfig) -> Iterator[ParallelConfig]:
     """The ZeRO stages and offloads there are, at the given precision and micro-batch."""
     plain = {"hpz_workers": 1, "quantized_weights": False, "quantized_gradients": False, "offload": "none"}
     for stage in (0, 1, 2, 3):

@@ -8,7 +8,7 @@ from typing import Any
 from oar_scale.config.loading import load_recipe
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec, TextSpec
 from oar_scale.planning.case import Case
-from oar_scale.planning.plan import Options, case_of
+from oar_scale.planning.plan import PlanOptions, case_of
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SHIPPED = sorted(RECIPES.glob("*.yaml"))
@@ -55,4 +55,4 @@ SPECS: dict[str, ModelSpec] = {
 
 def case(recipe: str = "imagenet", *overrides: str, **options: Any) -> Case:
     """A shipped recipe on a cluster."""
-    return case_of(load_recipe(str(RECIPES / f"{recipe}.yaml"), overrides), Options(**options))
+    return case_of(load_recipe(str(RECIPES / f"{recipe}.yaml"), overrides), PlanOptions(**options))

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oar_scale.model import AnyOrderModel, decoding, loss
 from oar_scale.orders import scores
-from oar_scale.planning import activations, extracting, trace
-from oar_scale.planning.trace import Alive, trace_trunk
+from oar_scale.planning import activations, extraction_plan, trace
+from oar_scale.planning.trace import LiveTensors, trace_trunk
 from oar_scale.shard_pool.ledger import _READERS
 from tests.planning.cases import SPECS
 
@@ -22,7 +22,7 @@ def test_the_constants_are_those_of_the_modules_that_use_them() -> None:
     assert activations.CHUNK_NUMBERS == loss.CHUNK_NUMBERS
     assert activations.ROWS_AT_ONCE == decoding.ROWS_AT_ONCE
     assert activations.SCORE_BLOCK == scores.BLOCK
-    assert extracting.READERS == _READERS
+    assert extraction_plan.READERS == _READERS
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -47,7 +47,7 @@ def test_trunk_and_head_together_are_a_whole_loss() -> None:
     spec = SPECS["instructed, class"].model_copy(update={"layers": 3})
     trunk, head = trace_trunk(spec, IMAGES, "fp32", "none"), activations.head(spec, IMAGES, "fp32", gpu=False)
     with FakeTensorMode():
-        model, alive = AnyOrderModel(spec).train(), Alive()
+        model, alive = AnyOrderModel(spec).train(), LiveTensors()
         for parameter in model.parameters():
             alive.leave_out(parameter)
             parameter.register_post_accumulate_grad_hook(lambda p: alive.is_gradient(p.grad))
@@ -75,7 +75,7 @@ def test_it_counts_as_torchs_own_tracker_does() -> None:
             step(model, x)
         theirs = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
         model.zero_grad()
-        alive = Alive()
+        alive = LiveTensors()
         for tensor in (x, *model.parameters()):
             alive.hold(tensor)
         with alive:
@@ -96,7 +96,7 @@ def test_decoding_takes_what_a_trace_of_it_takes(name: str) -> None:
     spec, images = SPECS[name].model_copy(update={"layers": 3}), 2
     cache, working = activations.decoding(spec, images, "fp32", gpu=False)
     with FakeTensorMode():
-        model, alive = AnyOrderModel(spec).eval(), Alive()
+        model, alive = AnyOrderModel(spec).eval(), LiveTensors()
         for parameter in model.parameters():
             alive.leave_out(parameter)
         model.rotations(torch.device("cpu"))

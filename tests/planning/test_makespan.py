@@ -8,17 +8,17 @@ from oar_scale.errors import UserError
 from oar_scale.model.flops import extraction_flops
 from oar_scale.planning.assumptions import Assumptions, read_assumptions
 from oar_scale.planning.case import Case
-from oar_scale.planning.extracting import Actors, Extraction, evaluation, extraction, makespan, plan_actors
+from oar_scale.planning.extraction_plan import ActorPlan, ExtractionPlan, makespan, plan_actors, plan_evaluation, plan_extraction
 from oar_scale.planning.failures import YEAR_S
 from tests.planning.cases import case
 
 EVEN = ["actors.slow_share=0", "actors.spread=0"]
 
 
-def planned(found: Case) -> tuple[Actors, Extraction]:
+def planned(found: Case) -> tuple[ActorPlan, ExtractionPlan]:
     actors = plan_actors(found)
     assert actors is not None
-    orders = extraction(found, actors)
+    orders = plan_extraction(found, actors)
     assert orders is not None
     return actors, orders
 
@@ -90,7 +90,7 @@ def test_steps_that_place_several_cells_are_planned_as_they_are() -> None:
     _, exact = planned(case("imagenet", images=10**6))
     _, four = planned(case("imagenet", "extract.commit_per_step=4", images=10**6))
     assert four.asks_all and 3.5 < exact.flops_per_order / four.flops_per_order < 4
-    evaluated, cheaper = evaluation(case(images=10**6)), evaluation(case("imagenet", "extract.commit_per_step=4", images=10**6))
+    evaluated, cheaper = plan_evaluation(case(images=10**6)), plan_evaluation(case("imagenet", "extract.commit_per_step=4", images=10**6))
     assert evaluated is not None and cheaper is not None and cheaper.flops < evaluated.flops
 
 
@@ -103,7 +103,7 @@ def test_steps_that_ask_about_some_cells_are_called_an_upper_bound(way: str) -> 
 
 def test_a_raster_model_has_nothing_to_extract() -> None:
     raster = case("imagenet", "model.layout=raster", images=10**6)
-    assert plan_actors(raster) is None and evaluation(raster) is None
+    assert plan_actors(raster) is None and plan_evaluation(raster) is None
 
 
 def test_the_largest_batch_fills_the_gpu_and_not_more() -> None:
@@ -153,11 +153,11 @@ def test_an_actor_on_more_gpus_than_a_node_has_is_refused() -> None:
 
 
 def test_the_evaluation_draws_with_three_models_and_two_without_a_control() -> None:
-    with_control, without = (evaluation(case("imagenet", *more)) for more in ((), ("pipeline.control=false",)))
+    with_control, without = (plan_evaluation(case("imagenet", *more)) for more in ((), ("pipeline.control=false",)))
     assert with_control and without and without.flops == pytest.approx(with_control.flops * 2 / 3, rel=0.05)
 
 
 def test_the_evaluation_takes_the_gpus_of_one_node() -> None:
-    on_gpus, on_cpus = evaluation(case("imagenet", "parallel.workers=32", nodes=4)), evaluation(case("smoke"))
+    on_gpus, on_cpus = plan_evaluation(case("imagenet", "parallel.workers=32", nodes=4)), plan_evaluation(case("smoke"))
     assert on_gpus and (on_gpus.processes, on_gpus.on) == (8, "GPUs")
     assert on_cpus and (on_cpus.processes, on_cpus.on) == (2, "CPUs")

@@ -13,8 +13,8 @@ import pytest
 
 from oar_scale.cli import main
 from oar_scale.errors import UserError
-from oar_scale.planning.cheaper import WORTH
-from oar_scale.planning.plan import Options, Plan, make_plan
+from oar_scale.planning.alternatives import WORTH
+from oar_scale.planning.plan import PlanOptions, RunPlan, make_plan
 from oar_scale.planning.plan_report import as_json, as_text
 from tests.planning.cases import RECIPES, SHIPPED
 
@@ -22,8 +22,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 LARGE = ["-o", "model.dim=5120", "-o", "model.layers=40", "-o", "model.heads=40"]
 
 
-def plan(recipe: str, *overrides: str, **options: object) -> Plan:
-    return make_plan(str(RECIPES / f"{recipe}.yaml"), overrides, Options(**options))  # type: ignore[arg-type]
+def plan(recipe: str, *overrides: str, **options: object) -> RunPlan:
+    return make_plan(str(RECIPES / f"{recipe}.yaml"), overrides, PlanOptions(**options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -238,7 +238,7 @@ def test_too_few_gpus_hear_how_many_would_do(cluster: dict[str, int]) -> None:
 
 def test_unknown_data_leaves_out_what_needs_the_number_of_images(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(f"extends: {RECIPES / 'imagenet.yaml'}\nname: mine\n")
-    found = make_plan(str(tmp_path / "mine.yaml"), (), Options())
+    found = make_plan(str(tmp_path / "mine.yaml"), (), PlanOptions())
     assert found.images is None and found.extraction is None and found.stages[0].epochs is None
     assert "--images N tells" in as_text(found)
 

@@ -13,10 +13,10 @@ import pytest
 from oar_scale.cli import main
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.model.spec import ModelSpec
-from oar_scale.planning.activations import Trunk
+from oar_scale.planning.activations import TrunkActivations
 from oar_scale.planning.assumptions import read_assumptions
 from oar_scale.planning.shape import parameters
-from oar_scale.planning.worker_memory import Memory, memory, micro_batches, settings
+from oar_scale.planning.worker_memory import WorkerMemory, micro_batches, worker_memory, zero_settings
 from tests.launcher import run_workers
 from tests.planning.cases import SPECS, case
 
@@ -26,9 +26,9 @@ NODES, PER_NODE = 4, 8
 WORKERS = NODES * PER_NODE
 
 
-def held(spec: ModelSpec = SPEC, *, workers: int = WORKERS, accumulation: int = 1, average: bool = False, **parallel: Any) -> Memory:
+def held(spec: ModelSpec = SPEC, *, workers: int = WORKERS, accumulation: int = 1, average: bool = False, **parallel: Any) -> WorkerMemory:
     config = ParallelConfig(**{"gpus_per_worker": 1, "micro_batch": 4, **parallel})
-    return memory(spec, config, workers=workers, accumulation=accumulation, average=average, assumed=read_assumptions())
+    return worker_memory(spec, config, workers=workers, accumulation=accumulation, average=average, assumed=read_assumptions())
 
 
 def test_zero_2_holds_what_deepspeeds_estimator_says() -> None:
@@ -94,16 +94,22 @@ def test_every_stage_shares_out_more_and_checkpointing_keeps_less() -> None:
 
 def test_a_traced_trunk_takes_the_place_of_the_formula() -> None:
     config = ParallelConfig(gpus_per_worker=1, zero_stage=2)
-    traced = memory(
-        SPEC, config, workers=8, accumulation=1, average=False, assumed=read_assumptions(), trunk=Trunk(kept=10**9, peak=2 * 10**9, late=0)
+    traced = worker_memory(
+        SPEC,
+        config,
+        workers=8,
+        accumulation=1,
+        average=False,
+        assumed=read_assumptions(),
+        trunk=TrunkActivations(kept=10**9, peak=2 * 10**9, late=0),
     )
     assert traced.activations == 2 * 10**9
 
 
 def test_the_settings_of_the_table_are_those_a_recipe_may_have() -> None:
-    for setting in settings(case().recipe.parallel):
+    for setting in zero_settings(case().recipe.parallel):
         ParallelConfig.model_validate(setting.model_dump())
-    stages = [(setting.zero_stage, setting.offload) for setting in settings(ParallelConfig(precision="fp32"))]
+    stages = [(setting.zero_stage, setting.offload) for setting in zero_settings(ParallelConfig(precision="fp32"))]
     assert (0, "none") in stages and (3, "optimizer_and_parameters") in stages
 
 

@@ -8,13 +8,13 @@ import pytest
 
 from oar_scale.model.flops import training_flops, useful_flops
 from oar_scale.planning.case import Case
-from oar_scale.planning.step_time import Step, collectives, communication, step_time
+from oar_scale.planning.step_time import StepTime, collectives, communication, step_time
 from tests.planning.cases import case
 
 H200_PEAK = 989e12
 
 
-def step(planned: Case, global_batch: int = 1024, **parallel: Any) -> Step:
+def step(planned: Case, global_batch: int = 1024, **parallel: Any) -> StepTime:
     return step_time(planned, planned.recipe.parallel.model_copy(update=parallel), global_batch)
 
 

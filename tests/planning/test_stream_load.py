@@ -7,7 +7,7 @@ import pytest
 
 from oar_scale.data.sample_plan import SamplePlan, step_slots
 from oar_scale.errors import UserError
-from oar_scale.planning.streaming import StreamLoad, check_sharing, stream_load
+from oar_scale.planning.stream_load import StreamLoad, check_sharing, stream_load
 from tests.planning.cases import case
 
 SMALL = (

@@ -6,14 +6,14 @@ import math
 
 import pytest
 
-from oar_scale.planning.failures import YEAR_S, Saving, best_interval, between_failures, survive
+from oar_scale.planning.failures import YEAR_S, CheckpointTiming, best_interval, between_failures, simulate_failures
 
 DAY = 86400.0
-SAVING = Saving(interval_s=3600, stall_s=30, upload_s=60, restart_s=300, between_failures_s=2 * DAY)
+SAVING = CheckpointTiming(interval_s=3600, stall_s=30, upload_s=60, restart_s=300, between_failures_s=2 * DAY)
 
 
 def goodput(interval_s: float, work_s: float = 200 * DAY, between_s: float = 2 * DAY) -> float:
-    return survive(work_s, Saving(interval_s, 30, 60, 300, between_s), seed=1, runs=100).goodput
+    return simulate_failures(work_s, CheckpointTiming(interval_s, 30, 60, 300, between_s), seed=1, runs=100).goodput
 
 
 def test_llama_3s_rate_is_a_failure_in_three_hours_on_sixteen_thousand_gpus() -> None:
@@ -22,21 +22,25 @@ def test_llama_3s_rate_is_a_failure_in_three_hours_on_sixteen_thousand_gpus() ->
 
 
 def test_without_failures_only_the_saves_cost_time() -> None:
-    lived = survive(10 * 3600 + 1, Saving(3600, 36, 60, 300, math.inf), seed=0)
+    lived = simulate_failures(10 * 3600 + 1, CheckpointTiming(3600, 36, 60, 300, math.inf), seed=0)
     assert (lived.failures, lived.lost_hours) == (0, 0) and lived.goodput == pytest.approx(0.99, abs=0.001)
 
 
 def test_the_same_seed_lives_the_same_lives() -> None:
-    assert survive(30 * DAY, SAVING, seed=3) == survive(30 * DAY, SAVING, seed=3) != survive(30 * DAY, SAVING, seed=4)
+    assert (
+        simulate_failures(30 * DAY, SAVING, seed=3)
+        == simulate_failures(30 * DAY, SAVING, seed=3)
+        != simulate_failures(30 * DAY, SAVING, seed=4)
+    )
 
 
 def test_failures_come_as_often_as_they_should() -> None:
-    lived = survive(100 * DAY, SAVING, seed=0)
+    lived = simulate_failures(100 * DAY, SAVING, seed=0)
     assert lived.failures == pytest.approx(lived.hours / 48, rel=0.05)
 
 
 def test_the_expected_loss_is_half_an_interval_an_upload_and_a_restart() -> None:
-    lived = survive(200 * DAY, SAVING, seed=0)
+    lived = simulate_failures(200 * DAY, SAVING, seed=0)
     assert lived.lost_hours * 3600 / lived.failures == pytest.approx(3600 / 2 + 60 + 300, rel=0.06)
 
 
@@ -52,5 +56,5 @@ def test_where_a_save_takes_as_long_as_a_life_daly_saves_once_a_life() -> None:
 
 
 def test_a_run_that_dies_before_its_first_save_gets_nowhere_and_the_simulation_ends() -> None:
-    lived = survive(10 * DAY, Saving(DAY, 30, 60, 300, 3600), seed=0, runs=10)
+    lived = simulate_failures(10 * DAY, CheckpointTiming(DAY, 30, 60, 300, 3600), seed=0, runs=10)
     assert math.isinf(lived.hours) and lived.goodput == 0

@@ -9,10 +9,10 @@ import pytest
 
 from oar_scale.data.shards import token_sample, write_shard
 from oar_scale.orders.order_table import OrderTable, write_orders
-from oar_scale.planning import extracting, traffic
+from oar_scale.planning import extraction_plan, traffic
 from oar_scale.planning.shape import spec_of
-from oar_scale.planning.traffic import checkpoint, orders_bytes, pool_load, token_shard
-from oar_scale.planning.training_stage import saving_of
+from oar_scale.planning.traffic import checkpoint_traffic, orders_bytes, pool_load, token_shard
+from oar_scale.planning.training_stage import checkpoint_timing
 from oar_scale.shard_pool import Timing
 from oar_scale.storage import s3_download
 from oar_scale.storage.s3 import _TRANSFER
@@ -22,7 +22,7 @@ from tests.planning.cases import case
 def test_the_constants_are_those_of_the_storage_and_the_pool() -> None:
     assert s3_download.PART_BYTES == _TRANSFER.multipart_chunksize == traffic.PART
     assert _TRANSFER.multipart_threshold == traffic.MULTIPART
-    assert Timing().late == extracting.LATE
+    assert Timing().late == extraction_plan.LATE
     assert Timing().beat_s == pool_load.__defaults__[0]  # type: ignore[index]
 
 
@@ -58,20 +58,20 @@ def test_order_tables_are_no_longer_than_planned(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_three_numbers_a_parameter_and_four_with_an_average() -> None:
     spec = case("imagenet").spec
-    assert checkpoint(spec, 8, average=False).bytes == 12 * 342_912_000
-    assert checkpoint(spec, 8, average=True).bytes == 16 * 342_912_000
+    assert checkpoint_traffic(spec, 8, average=False).bytes == 12 * 342_912_000
+    assert checkpoint_traffic(spec, 8, average=True).bytes == 16 * 342_912_000
 
 
 def test_large_files_go_up_in_parts() -> None:
     spec = case("imagenet").spec
-    few, many = checkpoint(spec, 8, average=False), checkpoint(spec, 1024, average=False)
+    few, many = checkpoint_traffic(spec, 8, average=False), checkpoint_traffic(spec, 1024, average=False)
     assert few.puts == 8 * (-(-few.bytes // 8 // (16 << 20)) + 2) + 3
     assert many.puts == 1024 + 3
 
 
 def test_an_upload_waits_for_the_bytes_or_for_what_a_prefix_takes() -> None:
     few, many = (case("imagenet", "data.canonical_streams=1024", nodes=nodes, gpus_per_node=8) for nodes in (1, 128))
-    slow, crowded = (saving_of(each, checkpoint(each.spec, each.workers, average=False), 600.0) for each in (few, many))
+    slow, crowded = (checkpoint_timing(each, checkpoint_traffic(each.spec, each.workers, average=False), 600.0) for each in (few, many))
     assert slow.upload_s == pytest.approx(12 * 342_912_000 / 1e9 + 0.2)
     assert crowded.upload_s == pytest.approx((1024 + 3) / 3500 + 0.2)
 

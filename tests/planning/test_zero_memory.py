@@ -17,9 +17,9 @@ from oar_scale.config.schema import ParallelConfig, TrainingConfig
 from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.model.spec import ClassSpec
 from oar_scale.planning.assumptions import read_assumptions
-from oar_scale.planning.trace import Alive
-from oar_scale.planning.traffic import checkpoint
-from oar_scale.planning.worker_memory import BUCKET, memory
+from oar_scale.planning.trace import LiveTensors
+from oar_scale.planning.traffic import checkpoint_traffic
+from oar_scale.planning.worker_memory import BUCKET, worker_memory
 from oar_scale.training.optimizer import SteadyAdamW
 from tests.launcher import run_workers
 
@@ -54,7 +54,7 @@ def _train(settings: dict[str, Any], accumulation: int, average: bool, out: str)
     engine, *_ = deepspeed.initialize(model=Loss(model), optimizer=optimizer, config=config)
     optimizer.armed = True
     batch = torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None], torch.zeros(1, 1, dtype=torch.long)
-    alive = Alive()
+    alive = LiveTensors()
     for thing in [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]:
         if thing.device.type != "meta" and thing.layout == torch.strided:
             alive.hold(thing)
@@ -94,7 +94,7 @@ def test_an_engine_holds_what_the_table_says(settings: dict[str, Any], accumulat
     # As for a GPU, whose buckets are there whole; without what is assumed about frameworks.
     assumed = read_assumptions(["memory.framework_gb=0", "memory.fragmentation=0"])
     parallel = ParallelConfig(micro_batch=1, workers=WORLD, gpus_per_worker=1, **settings)
-    held = memory(SPEC, parallel, workers=WORLD, accumulation=accumulation, average=average, assumed=assumed)
+    held = worker_memory(SPEC, parallel, workers=WORLD, accumulation=accumulation, average=average, assumed=assumed)
     bucket = BUCKET * (2 if parallel.precision == "bf16" else 4)
     stays, comes = (bucket, 0) if parallel.zero_stage == 3 else (0, bucket if parallel.zero_stage else 0)
     gone = 0 if parallel.zero_stage == 3 else held.gradients
@@ -104,4 +104,4 @@ def test_an_engine_holds_what_the_table_says(settings: dict[str, Any], accumulat
     backward, table = found["backward"] - stays - comes, held.states + held.gathered + held.buckets - bucket * (parallel.zero_stage > 0)
     assert 0.97 * (table - held.gradients) < backward < 1.05 * table
     written = sum(os.path.getsize(path) for path in (tmp_path / "tag").iterdir())
-    assert written == pytest.approx(checkpoint(SPEC, WORLD, average=average).bytes, rel=0.03)
+    assert written == pytest.approx(checkpoint_traffic(SPEC, WORLD, average=average).bytes, rel=0.03)

@@ -89,9 +89,9 @@ def case(size: str, *, checkpointing: str, images: int | None = None, zero_stage
 
 def predicted(case: dict[str, Any], *, traced: bool) -> int:
     """Bytes of a worker's tensors, as `oar plan` prints them."""
-    from oar_scale.planning.plan import Options, make_plan
+    from oar_scale.planning.plan import PlanOptions, make_plan
 
-    return make_plan(case["recipe"], case["overrides"], Options(activations=traced)).fit.memory.tensors
+    return make_plan(case["recipe"], case["overrides"], PlanOptions(activations=traced)).fit.memory.tensors
 
 
 def measured(case: dict[str, Any], *, give_back: bool) -> int:

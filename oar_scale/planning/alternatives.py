@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.planning.case import Case
 from oar_scale.planning.cluster import Cluster
-from oar_scale.planning.fitting import MODES, has_room, holder
+from oar_scale.planning.memory_fit import MODES, fits_on, memory_function
 from oar_scale.planning.step_time import step_time
-from oar_scale.planning.traffic import checkpoint
-from oar_scale.planning.training_stage import Stage, evaluating, saving_of, settings_of
+from oar_scale.planning.traffic import checkpoint_traffic
+from oar_scale.planning.training_stage import TrainingStagePlan, checkpoint_timing, evaluation_seconds, training_config
 from oar_scale.planning.worker_memory import micro_batches
 
 WORTH = 0.03
@@ -33,7 +33,7 @@ class Alternative:
     """Share of the plan's money."""
 
 
-def alternatives(case: Case, planned: ParallelConfig, stages: list[Stage]) -> list[Alternative]:
+def alternatives(case: Case, planned: ParallelConfig, stages: list[TrainingStagePlan]) -> list[Alternative]:
     """The best few by money. A slower one has to be worth it: of two that cost about the same only the faster is there.
 
     Failures enter by their expected cost, which changes little between these settings.
@@ -73,20 +73,20 @@ def _settings(planned: ParallelConfig, workers: int) -> list[ParallelConfig]:
 
 def _largest(case: Case, setting: ParallelConfig) -> ParallelConfig | None:
     """With the largest micro-batch that fits."""
-    holds = holder(case)
+    holds = memory_function(case)
     sizes = (setting.model_copy(update={"micro_batch": size}) for size in micro_batches(case.recipe, case.workers))
-    return next((parallel for parallel in sizes if has_room(case, holds(parallel))), None)
+    return next((parallel for parallel in sizes if fits_on(case, holds(parallel))), None)
 
 
-def _cost(case: Case, parallel: ParallelConfig, stages: list[Stage], planned_money: float) -> Alternative:
+def _cost(case: Case, parallel: ParallelConfig, stages: list[TrainingStagePlan], planned_money: float) -> Alternative:
     hours = 0.0
     for stage in stages:
-        training = settings_of(case, stage.name)
+        training = training_config(case, stage.name)
         step = step_time(case, parallel, training.global_batch)
         interval = training.checkpoint_every * step.seconds
-        saving = saving_of(case, checkpoint(case.spec, case.workers, average=training.ema_decay is not None), interval)
+        saving = checkpoint_timing(case, checkpoint_traffic(case.spec, case.workers, average=training.ema_decay is not None), interval)
         lost = (interval / 2 + saving.upload_s + saving.restart_s) / saving.between_failures_s
-        work = training.steps * step.seconds * (1 + saving.stall_s / interval) + evaluating(case, training)
+        work = training.steps * step.seconds * (1 + saving.stall_s / interval) + evaluation_seconds(case, training)
         hours += work * (1 + lost) / 3600
     money = hours * case.workers * case.gpus_per_worker * case.cluster.price
     return Alternative(

@@ -41,7 +41,7 @@ LATE = 3.0
 
 
 @dataclass(frozen=True)
-class Actors:
+class ActorPlan:
     """The pool that the stage ``extract`` is planned with."""
 
     count: int
@@ -66,7 +66,7 @@ class Actors:
         return self.memory <= self.room
 
 
-def plan_actors(case: Case) -> Actors | None:
+def plan_actors(case: Case) -> ActorPlan | None:
     """As many actors as the cluster has room for, of at most the recipe's where no cluster is given; None: a raster model has one order.
 
     Raises:
@@ -87,7 +87,7 @@ def plan_actors(case: Case) -> Actors | None:
     computing = -(-count // sharing)
     held = computing if each <= 1 else math.ceil(count * each)
     room, needs = found.memory / sharing, partial(actor_memory, spec, case.recipe.parallel, guided=_guided(case), assumed=case.assumed)
-    return Actors(
+    return ActorPlan(
         count=count,
         gpus_per_actor=each,
         computing=computing,
@@ -101,7 +101,7 @@ def plan_actors(case: Case) -> Actors | None:
 
 
 @dataclass(frozen=True)
-class Extraction:
+class ExtractionPlan:
     """Orders for every training image."""
 
     images: int
@@ -128,7 +128,7 @@ class Extraction:
     """Of the requests that one prefix allows."""
 
 
-def extraction(case: Case, actors: Actors) -> Extraction | None:
+def plan_extraction(case: Case, actors: ActorPlan) -> ExtractionPlan | None:
     """Plan the stage ``extract``; None where nobody knows how many images there are."""
     spec, found, assumed, config = case.spec, case.cluster, case.assumed, case.recipe.extract
     if case.images is None:
@@ -146,7 +146,7 @@ def extraction(case: Case, actors: Actors) -> Extraction | None:
     hours = (plain + lost) / 3600 * actors.held
     tables = images * each * orders_bytes(spec)
     load = pool_load(shards, case.shard, tables // shards, plain + lost)
-    return Extraction(
+    return ExtractionPlan(
         images=images,
         orders=images * each,
         asks_all=config.frontier_random is None and config.rescore_radius is None,
@@ -195,7 +195,7 @@ def _largest(fits: Callable[[int], bool]) -> int:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationPlan:
     """The stage ``evaluate``: on the GPUs of one node, or on the CPU cores of workers that have none."""
 
     flops: float
@@ -204,7 +204,7 @@ class Evaluation:
     seconds: float
 
 
-def evaluation(case: Case) -> Evaluation | None:
+def plan_evaluation(case: Case) -> EvaluationPlan | None:
     """Drawn images, likelihoods under several orders, and two images by brute force."""
     recipe, spec = case.recipe, case.spec
     if spec.layout == "raster":
@@ -222,9 +222,9 @@ def evaluation(case: Case) -> Evaluation | None:
     flops += BRUTE_FORCE_IMAGES * (find + forward_flops(spec) * spec.cells * (spec.cells + 1) / 6)
     if not case.cluster.on_cpu:
         gpus = min(case.cluster.per_node, case.workers * case.gpus_per_worker)
-        return Evaluation(flops, gpus, "GPUs", flops / (gpus * case.cluster.flops * case.assumed("time.extraction_mfu")))
+        return EvaluationPlan(flops, gpus, "GPUs", flops / (gpus * case.cluster.flops * case.assumed("time.extraction_mfu")))
     rate = case.assumed(f"gpus.cpu.{recipe.parallel.precision}_tflops") * 1e12 * recipe.parallel.cpu_threads
-    return Evaluation(flops, recipe.parallel.max_workers, "CPUs", flops / (recipe.parallel.max_workers * rate))
+    return EvaluationPlan(flops, recipe.parallel.max_workers, "CPUs", flops / (recipe.parallel.max_workers * rate))
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from oar_scale.errors import UserError
 from oar_scale.planning.case import Case
-from oar_scale.planning.extracting import Actors, Extraction, Makespan, makespan
-from oar_scale.planning.streaming import StreamLoad, stream_load
-from oar_scale.planning.training_stage import Stage
+from oar_scale.planning.extraction_plan import ActorPlan, ExtractionPlan, Makespan, makespan
+from oar_scale.planning.stream_load import StreamLoad, stream_load
+from oar_scale.planning.training_stage import TrainingStagePlan
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SimulationRequest:
     """What is to be simulated."""
 
     ranks: int
@@ -27,7 +27,7 @@ class Simulation:
     """None for a raster model."""
 
 
-def parse_simulation(text: str) -> Wanted:
+def parse_simulation(text: str) -> SimulationRequest:
     """``ranks=1024[,failures=0.19]``.
 
     Raises:
@@ -45,10 +45,12 @@ def parse_simulation(text: str) -> Wanted:
         raise UserError(
             f"--simulate {text}: ranks=N is needed, and failures=RATE (for each GPU in a year) may follow, e.g. ranks=1024,failures=0.5"
         )
-    return Wanted(int(ranks), failures)
+    return SimulationRequest(int(ranks), failures)
 
 
-def simulate(case: Case, wanted: Wanted, stages: list[Stage], actors: Actors | None, orders: Extraction | None) -> Simulation:
+def simulate(
+    case: Case, wanted: SimulationRequest, stages: list[TrainingStagePlan], actors: ActorPlan | None, orders: ExtractionPlan | None
+) -> Simulation:
     """Act out the stream of the first stage, and the extraction.
 
     Raises:

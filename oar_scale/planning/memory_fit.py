@@ -10,24 +10,24 @@ from typing import Any
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
 from oar_scale.planning import activations
-from oar_scale.planning.activations import Checkpointing, Trunk
+from oar_scale.planning.activations import Checkpointing, TrunkActivations
 from oar_scale.planning.case import Case
-from oar_scale.planning.worker_memory import Memory, memory, micro_batches, settings
+from oar_scale.planning.worker_memory import WorkerMemory, micro_batches, worker_memory, zero_settings
 
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 _PLAIN: dict[str, Any] = {"hpz_workers": 1, "quantized_weights": False, "quantized_gradients": False}
 
-Traced = tuple[ParallelConfig, Trunk]
+Traced = tuple[ParallelConfig, TrunkActivations]
 """A trunk that was traced, and the settings it was traced with."""
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryFit:
     """The settings that are planned with."""
 
     parallel: ParallelConfig
     """The recipe's, with the cluster's workers and a micro-batch that divides the batch among them."""
-    memory: Memory
+    memory: WorkerMemory
     fits: bool
     """The recipe's own settings fit, but for a micro-batch that has to divide the batch among other workers."""
     said: str
@@ -35,20 +35,20 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Row:
+class MemoryRow:
     """One ZeRO stage and offload at the planned micro-batch."""
 
     zero_stage: int
     offload: str
     planned: bool
-    memory: Memory
+    memory: WorkerMemory
     totals: dict[str, int]
     """With each kind of activation checkpointing."""
     largest: dict[str, int]
     """The largest micro-batch that fits and divides the batch, with each; 0: none."""
 
 
-def choose(case: Case, traced: Traced | None = None) -> Fit:
+def choose_settings(case: Case, traced: Traced | None = None) -> MemoryFit:
     """The recipe's settings if they fit; else the nearest that do: first a smaller micro-batch, then activation checkpointing, then others.
 
     Raises:
@@ -59,37 +59,37 @@ def choose(case: Case, traced: Traced | None = None) -> Fit:
     divides = given.micro_batch in sizes
     if not divides:
         written = written.model_copy(update={"micro_batch": next((size for size in sizes if size <= given.micro_batch), sizes[0])})
-    holds = holder(case, traced)
+    holds = memory_function(case, traced)
     needed = holds(written)
-    if has_room(case, needed):
+    if fits_on(case, needed):
         said = f"fits: {gb(needed.total)} of {gb(room)} GB"
         if not divides:
             said += (
                 f" with parallel.micro_batch {written.micro_batch} ({given.micro_batch} x {case.workers} workers do not divide the batch)"
             )
-        return Fit(written, needed, True, said)
+        return MemoryFit(written, needed, True, said)
     for candidate, words in _nearest(written, sizes):
-        if has_room(case, held := holds(candidate)):
+        if fits_on(case, held := holds(candidate)):
             said = (
                 f"DOES NOT FIT as written: {gb(needed.total)} of {gb(room)} GB with micro_batch {written.micro_batch} and zero_stage "
                 f"{written.zero_stage}. Planned with {words}: {gb(held.total)} GB"
             )
-            return Fit(candidate, held, False, said)
+            return MemoryFit(candidate, held, False, said)
     raise UserError(_nothing_fits(case, needed, holds))
 
 
-def memory_table(case: Case, parallel: ParallelConfig, traced: Traced | None = None) -> list[Row]:
+def memory_table(case: Case, parallel: ParallelConfig, traced: Traced | None = None) -> list[MemoryRow]:
     """Memory at the planned micro-batch, and the largest micro-batch, for each ZeRO stage, offload and kind of activation checkpointing."""
-    sizes, holds = micro_batches(case.recipe, case.workers), holder(case, traced)
+    sizes, holds = micro_batches(case.recipe, case.workers), memory_function(case, traced)
 
     def largest(setting: ParallelConfig) -> int:
-        return next((n for n in sizes if has_room(case, holds(setting.model_copy(update={"micro_batch": n})))), 0)
+        return next((n for n in sizes if fits_on(case, holds(setting.model_copy(update={"micro_batch": n})))), 0)
 
     rows = []
-    for setting in settings(parallel):
+    for setting in zero_settings(parallel):
         by_mode = {mode: setting.model_copy(update={"activation_checkpointing": mode}) for mode in MODES}
         rows.append(
-            Row(
+            MemoryRow(
                 zero_stage=setting.zero_stage,
                 offload=setting.offload,
                 planned=(setting.zero_stage, setting.offload) == (parallel.zero_stage, parallel.offload),
@@ -101,15 +101,15 @@ def memory_table(case: Case, parallel: ParallelConfig, traced: Traced | None = N
     return rows
 
 
-def holder(case: Case, traced: Traced | None = None) -> Callable[[ParallelConfig], Memory]:
+def memory_function(case: Case, traced: Traced | None = None) -> Callable[[ParallelConfig], WorkerMemory]:
     """A worker's memory under any settings; where a trace is at hand, activations by formula in proportion to it."""
 
-    def holds(parallel: ParallelConfig) -> Memory:
+    def holds(parallel: ParallelConfig) -> WorkerMemory:
         trunk, mode = None, parallel.activation_checkpointing
         if traced is not None and traced[0].activation_checkpointing == mode:
             there, here = (activations.trunk(case.spec, each.micro_batch, parallel.precision, mode) for each in (traced[0], parallel))
-            trunk = Trunk(*(value * ours // by_formula for value, ours, by_formula in zip(traced[1], here, there, strict=True)))
-        return memory(
+            trunk = TrunkActivations(*(value * ours // by_formula for value, ours, by_formula in zip(traced[1], here, there, strict=True)))
+        return worker_memory(
             case.spec,
             parallel,
             workers=case.workers,
@@ -122,7 +122,7 @@ def holder(case: Case, traced: Traced | None = None) -> Callable[[ParallelConfig
     return holds
 
 
-def has_room(case: Case, held: Memory) -> bool:
+def fits_on(case: Case, held: WorkerMemory) -> bool:
     """Whether that fits into a GPU, and what is offloaded into its node."""
     return held.total <= case.cluster.memory and held.host * case.cluster.per_node <= case.assumed("memory.node_gb") * 1e9
 
@@ -158,7 +158,7 @@ MANY = 2**17
 """Workers that nobody has."""
 
 
-def _nothing_fits(case: Case, needed: Memory, holds: Callable[[ParallelConfig], Memory]) -> str:
+def _nothing_fits(case: Case, needed: WorkerMemory, holds: Callable[[ParallelConfig], WorkerMemory]) -> str:
     update = {"workers": case.workers, "micro_batch": 1, "zero_stage": 3, "activation_checkpointing": "full", "offload": "none", **_PLAIN}
     smallest = case.recipe.parallel.model_copy(update=update)
     least, more = holds(smallest), case.workers
@@ -178,4 +178,4 @@ def _nothing_fits(case: Case, needed: Memory, holds: Callable[[ParallelConfig], 
 
 def _would_fit(case: Case, parallel: ParallelConfig, workers: int) -> bool:
     elsewhere = replace(case, cluster=replace(case.cluster, nodes=workers, per_node=case.gpus_per_worker), bounded=False)
-    return has_room(elsewhere, holder(elsewhere)(parallel.model_copy(update={"workers": workers})))
+    return fits_on(elsewhere, memory_function(elsewhere)(parallel.model_copy(update={"workers": workers})))
