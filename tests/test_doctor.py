@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from oar_scale.cli import main
-from oar_scale.doctor import Finding, examine
+from oar_scale.doctor import Finding, examine, storage_checks
 from oar_scale.doctor import kernels as kernel_checks
 from oar_scale.doctor.finding import guarded
 from oar_scale.doctor.storage_checks import disk, shared_memory, storage_root, weights_and_biases
 from oar_scale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = kernel_checks.Shape(batch=1, heads=2, kv_heads=2, rows=16, head_dim=16)
+TINY = kernel_checks.AttentionShape(batch=1, heads=2, kv_heads=2, rows=16, head_dim=16)
 
 
 @pytest.fixture
@@ -98,11 +98,10 @@ def test_a_bucket_that_is_not_there_fails_with_its_remedy(s3_root: str) -> None:
 
 def test_storage_that_does_not_answer_fails_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A named pipe as the storage: whoever opens it waits for the other end."""
-    from oar_scale.doctor import storage_checks as places
     from oar_scale.storage.local import LocalStorage
 
     os.mkfifo(tmp_path / "pipe")
-    monkeypatch.setattr(places, "STORAGE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(storage_checks, "STORAGE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(LocalStorage, "write", lambda self, uri, data: (tmp_path / "pipe").write_bytes(data))
     (finding,) = storage_root(str(tmp_path))
     assert finding.status == "FAIL" and f"{tmp_path}: no answer in" in finding.text
@@ -184,10 +183,8 @@ def test_grouped_heads_are_examined_as_such() -> None:
 
 
 def test_little_room_is_a_warning_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from oar_scale.doctor import storage_checks as places
-
-    monkeypatch.setattr(places, "LOW_DISK_GIB", 1e9)
-    monkeypatch.setattr(places, "LOW_SHM_MIB", 1e12)
+    monkeypatch.setattr(storage_checks, "LOW_DISK_GIB", 1e9)
+    monkeypatch.setattr(storage_checks, "LOW_SHM_MIB", 1e12)
     (low,) = disk(str(tmp_path / "not" / "there"))
     assert low.status == "warn" and "set run_dir to another disk" in low.text
     (shm,) = shared_memory(str(tmp_path))
@@ -221,9 +218,14 @@ def test_a_missing_compiler_is_a_warning_with_the_package_to_install(monkeypatch
     assert cannot.status == "warn" and "Python.h" in cannot.text and "python3-dev" in cannot.text
 
 
-def test_the_whole_examination_takes_seconds() -> None:
-    import time
+def test_the_checks_are_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All checks of a machine: under 40 GFLOP and at most two programs started, so seconds on any CPU."""
+    from torch.utils.flop_counter import FlopCounterMode
 
-    started = time.monotonic()
-    list(examine())
-    assert time.monotonic() - started < 30
+    started: list[Any] = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: started.append(args) or run(*args, **kwargs))
+    with FlopCounterMode(display=False) as counter:
+        list(examine())
+    assert 1e9 < counter.get_total_flops() < 40e9
+    assert len(started) <= 2

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from oar_scale.data.sources import BadSample
+from oar_scale.data.sources import BadImage
 from oar_scale.data.sources.openmoji import draw
 from oar_scale.errors import UserError
 
@@ -218,7 +218,7 @@ def _draw(picture: Picture, out: Path, size: int) -> str:
     """Draw one picture; returns what is wrong with it, nothing if it is written."""
     try:
         image = draw(picture.svg, size)
-    except BadSample as fault:
+    except BadImage as fault:
         return str(fault)
     if np.asarray(image).min() == 255:
         return "it is blank"

@@ -3,7 +3,7 @@
     token shards   KEY.codes.npy (uint16 [views, N], raster order)  KEY.txt  KEY.json  [KEY.features.npy (float16 [T, F])]
     image shards   KEY.png|jpg|jpeg|webp                            KEY.txt  KEY.json  [KEY.features.npy]
 
-Opening reads the tar's headers and nothing else, and keeps a few numbers for each sample. What cannot be used is :class:`Unusable`:
+Opening reads the tar's headers and nothing else, and keeps a few numbers for each sample. What cannot be used is :class:`UnusableSample`:
 the stream replaces such samples, everybody else stops.
 """
 
@@ -30,7 +30,7 @@ Codes = NDArray[np.uint16]
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 
-class Unusable(UserError):
+class UnusableSample(UserError):
     """A shard or a sample cannot be used; the text names it."""
 
 
@@ -60,11 +60,11 @@ class OpenShard:
 
     @cached_property
     def captions(self) -> list[str]:
-        """Raises Unusable where one is missing."""
+        """Raises UnusableSample where one is missing."""
         return [self.caption(row) for row in range(len(self))]
 
     def caption(self, row: int) -> str:
-        """Raises Unusable where there is none."""
+        """Raises UnusableSample where there is none."""
         return bytes(self.part(row, "txt")).decode("utf-8", errors="replace")
 
     def prompts(self, field: Field) -> list[Any]:
@@ -72,7 +72,7 @@ class OpenShard:
         return [self.prompt(row, field) for row in range(len(self))]
 
     def prompt(self, row: int, field: Field) -> Any:
-        """What the model is told about a sample: its caption, its label, or features [T, F]. Raises Unusable where it has none."""
+        """What the model is told about a sample: its caption, its label, or features [T, F]. Raises UnusableSample where it has none."""
         if field == "txt":
             return self.caption(row)
         if field == "features":
@@ -86,7 +86,7 @@ class OpenShard:
         return label
 
     def part(self, row: int, extension: str) -> memoryview:
-        """The bytes of one member of a sample. Raises Unusable where it has none."""
+        """The bytes of one member of a sample. Raises UnusableSample where it has none."""
         found = self.find(row, (extension,))
         if found is None:
             raise self.fault(row, f"has no .{extension}")
@@ -101,7 +101,7 @@ class OpenShard:
         return None
 
     def array(self, row: int, extension: str) -> NDArray[Any]:
-        """A ``.npy`` member. Raises Unusable where it is none."""
+        """A ``.npy`` member. Raises UnusableSample where it is none."""
         part = self.part(row, extension)
         try:
             shape, dtype, columns_first, start = npy_header(part)
@@ -111,8 +111,8 @@ class OpenShard:
             raise self.fault(row, f"has a .{extension} that is no array ({error})") from error
         return found
 
-    def fault(self, row: int, what: str) -> Unusable:
-        return Unusable(f"{self.where}: sample {self.keys[row]!r} {what}")
+    def fault(self, row: int, what: str) -> UnusableSample:
+        return UnusableSample(f"{self.where}: sample {self.keys[row]!r} {what}")
 
 
 class TokenShard(OpenShard):
@@ -120,14 +120,14 @@ class TokenShard(OpenShard):
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """Views and cells of a sample's codes: those of the first sample. Raises Unusable where it has none, or there is no sample."""
+        """Views and cells of every sample's codes, as the first sample has them. Raises UnusableSample where there are none."""
         return self._first[1]
 
     def codes(self, row: int, view: int) -> bytes:
         """One view's codes as the bytes of little-endian uint16 [N]: a batch joins them and reads them all at once.
 
         Raises:
-            Unusable: the sample has none, or others than the first one has.
+            UnusableSample: the sample has none, or others than the first one has.
         """
         header, (views, cells) = self._first
         data = self.part(row, "codes.npy")
@@ -145,7 +145,7 @@ class TokenShard(OpenShard):
     def _first(self) -> tuple[bytes, tuple[int, int]]:
         """What every sample's codes begin with, and their shape, as in the first sample."""
         if not self.keys:
-            raise Unusable(f"{self.where}: holds no sample")
+            raise UnusableSample(f"{self.where}: holds no sample")
         data = self.find(0, ("codes.npy",))
         if data is None:
             raise self.fault(0, "has no .codes.npy; is this a folder of token shards?")
@@ -159,7 +159,7 @@ class ImageShard(OpenShard):
     """A shard of pictures."""
 
     def pixels(self, row: int, view: str, size: int) -> NDArray[np.uint8]:
-        """One view of a picture, uint8 [size, size, 3]. Raises Unusable where there is none that can be read."""
+        """One view of a picture, uint8 [size, size, 3]. Raises UnusableSample where there is none that can be read."""
         data = self.find(row, IMAGE_EXTENSIONS)
         if data is None:
             raise self.fault(row, f"has no image ({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)})")

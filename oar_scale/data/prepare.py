@@ -21,7 +21,7 @@ from oar_scale.config.schema import DataConfig
 from oar_scale.data.hashing import name_hash, name_hashes
 from oar_scale.data.manifest import Manifest, ShardInfo, write_manifest
 from oar_scale.data.shards import shard_name, write_shard
-from oar_scale.data.sources import BadSample, SourceImage, open_source
+from oar_scale.data.sources import BadImage, SourceImage, open_source
 from oar_scale.errors import UserError
 from oar_scale.storage import join
 
@@ -88,7 +88,7 @@ def _encode(image: SourceImage, size: int) -> dict[str, Any] | str:
     """The shard sample of an image, or the reason why there is none."""
     try:
         content = image.read(size)
-    except BadSample as fault:
+    except BadImage as fault:
         return str(fault)
     buffer = io.BytesIO()
     content.image.save(buffer, "PNG")

@@ -43,7 +43,7 @@ class Slots:
     uid: Ids
 
 
-class Plan(Protocol):
+class StreamPlan(Protocol):
     """What a stream needs to know: the sample at each place of each of C streams, without end."""
 
     streams: int
@@ -53,7 +53,7 @@ class Plan(Protocol):
         ...
 
 
-def step_slots(plan: Plan, step: int, batch: int, rank: int = 0, world: int = 1) -> Slots:
+def step_slots(plan: StreamPlan, step: int, batch: int, rank: int = 0, world: int = 1) -> Slots:
     """The samples of a rank's slots of global step ``step`` (0-based), in slot order; rank 0 of 1 = all B of them."""
     slots = step * batch + np.arange(rank, batch, world, dtype=np.int64)
     return plan.at(slots % plan.streams, slots // plan.streams)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from oar_scale.data.manifest import Manifest, ShardInfo
-from oar_scale.data.open_shard import ImageShard, OpenShard, TokenShard, Unusable
+from oar_scale.data.open_shard import ImageShard, OpenShard, TokenShard, UnusableSample
 from oar_scale.errors import UserError
 from oar_scale.storage import join
 from oar_scale.storage.shard_cache import ShardCache
@@ -68,25 +68,25 @@ class ShardSource:
         """Open a shard and compare it with the manifest.
 
         Raises:
-            Unusable: it cannot be had or read, or it is another one.
+            UnusableSample: it cannot be had or read, or it is another one.
         """
         uri = join(self.folder, info.name)
         try:
             data = self.cache.read(uri, info.bytes, info.crc32c)
             shard = TokenShard(data, uri) if self.tokenizer is None else ImageShard(data, uri)
         except UserError as error:
-            raise Unusable(str(error)) from error
+            raise UnusableSample(str(error)) from error
         if len(shard) != info.samples:
-            raise Unusable(f"{uri}: {len(shard)} samples, the manifest says {info.samples}. Index the folder again (oar data index).")
+            raise UnusableSample(f"{uri}: {len(shard)} samples, the manifest says {info.samples}. Index the folder again (oar data index).")
         if isinstance(shard, TokenShard) and shard.shape != (self.views, self.grid**2):
-            raise Unusable(
+            raise UnusableSample(
                 f"{uri}: codes are {shard.shape} (views, cells), the manifest says {(self.views, self.grid**2)}. "
                 "Run the stage tokens again."
             )
         return shard
 
 
-class Row(NamedTuple):
+class ShardRow(NamedTuple):
     """One sample as a batch takes it."""
 
     codes: bytes
@@ -101,16 +101,16 @@ class OpenShards:
     def __init__(self, source: ShardSource, field: Field, room: int) -> None:
         self.source, self.field, self.room = source, field, room
         self._open: OrderedDict[int, tuple[OpenShard, Orders | None]] = OrderedDict()
-        self._broken: dict[int, Unusable] = {}
+        self._broken: dict[int, UnusableSample] = {}
 
-    def row(self, shard: int, row: int, view: int, draw: float | None) -> Row:
+    def row(self, shard: int, row: int, view: int, draw: float | None) -> ShardRow:
         """One sample.
 
         Args:
             draw: a number from 0 to 1 that says which of the view's K stored orders it takes; None: none of them.
 
         Raises:
-            Unusable: the shard or the sample.
+            UnusableSample: the shard or the sample.
         """
         opened, orders_SVKN = self._shard(shard)
         order = None
@@ -118,11 +118,11 @@ class OpenShards:
             order = orders_SVKN[row, view, int(draw * orders_SVKN.shape[2])]
         prompt = opened.prompt(row, self.field)
         if isinstance(opened, TokenShard):
-            return Row(opened.codes(row, view), prompt, order)
+            return ShardRow(opened.codes(row, view), prompt, order)
         assert isinstance(opened, ImageShard) and self.source.tokenizer is not None
         pixels = opened.pixels(row, self.source.image_views[view], self.source.tokenizer.spec.image_size)
         codes_1N = self.source.tokenizer.encode(pixels_to_unit(torch.tensor(pixels)[None]))
-        return Row(codes_1N.numpy().astype("<u2").tobytes(), prompt, order)
+        return ShardRow(codes_1N.numpy().astype("<u2").tobytes(), prompt, order)
 
     def outside_vocabulary(self, shard: int, row: int) -> str:
         """What is wrong with a sample that has such codes."""
@@ -144,7 +144,7 @@ class OpenShards:
         info = self.source.manifest.shards[index]
         try:
             opened = self.source.open(info)
-        except Unusable as fault:
+        except UnusableSample as fault:
             self._broken[index] = fault
             raise
         orders = self.source.stored_orders(info.name, opened) if self.source.stored_orders else None

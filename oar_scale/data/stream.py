@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from oar_scale.data.hashing import device_permutations, integers, uniform
-from oar_scale.data.open_shard import Unusable
-from oar_scale.data.sample_plan import Ids, MixturePlan, Plan, SamplePlan, Slots, step_slots
-from oar_scale.data.shard_source import OpenShards, Row, ShardSource
+from oar_scale.data.open_shard import UnusableSample
+from oar_scale.data.sample_plan import Ids, MixturePlan, SamplePlan, Slots, StreamPlan, step_slots
+from oar_scale.data.shard_source import OpenShards, ShardRow, ShardSource
 from oar_scale.errors import UserError
 from oar_scale.storage import FetchStats
 from oar_scale.tokenizers.prompts import PromptEncoder, check_features
@@ -41,7 +41,7 @@ BAD_FROM = 64
 
 
 @dataclass(frozen=True)
-class BadSample:
+class ReplacedSample:
     """A sample that could not be used, and was replaced."""
 
     uid: int
@@ -79,7 +79,7 @@ class Batch:
     """Samples in a given order (bool); the others get a random one."""
     fixed_bN: Tensor
     """The given orders; any numbers where there is none."""
-    bad: tuple[BadSample, ...] = ()
+    bad: tuple[ReplacedSample, ...] = ()
     """Samples that were replaced."""
     fetched: FetchStats = field(default_factory=FetchStats)
     """What was fetched for this batch and the ones it looked ahead to."""
@@ -134,7 +134,7 @@ class TokenStream:
             raise UserError(f"{', '.join(s.folder for s in self.sources)}: code grids {sorted(grids)}; a mixture needs one")
         self.cells = grids.pop() ** 2
         self.plans = [_plan(source, settings) for source in self.sources]
-        self.plan: Plan = MixturePlan(self.plans, [s.weight for s in self.sources]) if len(self.plans) > 1 else self.plans[0]
+        self.plan: StreamPlan = MixturePlan(self.plans, [s.weight for s in self.sources]) if len(self.plans) > 1 else self.plans[0]
         self.first_uid = np.concatenate([[0], np.cumsum([plan.samples for plan in self.plans])])
         # A rank reads streams/world segments at once, each inside one window; two shards more for the edges.
         room = settings.streams // world * settings.window_shards + 2
@@ -152,7 +152,7 @@ class TokenStream:
         Raises:
             UserError: too many bad samples; names some.
         """
-        seen, bad = 0, list[BadSample]()
+        seen, bad = 0, list[ReplacedSample]()
         for batch in self._made_ahead(start_step, end_step):
             seen, bad = seen + len(batch.uid_b), [*bad, *batch.bad]
             if len(bad) > self.settings.max_bad_fraction * max(seen, BAD_FROM):
@@ -168,7 +168,7 @@ class TokenStream:
         settings = self.settings
         self._look_ahead(step + LOOK_AHEAD_STEPS)
         slots = step_slots(self.plan, step, settings.global_batch, self.rank, self.world)
-        bad: list[BadSample] = []
+        bad: list[ReplacedSample] = []
         rows, codes_bN = self._samples(slots, bad)
         fixed_b, fixed_bN = self._fixed(rows, slots)
         return Batch(
@@ -185,7 +185,7 @@ class TokenStream:
             fetched=self._fetched(),
         )
 
-    def _fixed(self, rows: list[Row], slots: Slots) -> tuple[Tensor, Tensor]:
+    def _fixed(self, rows: list[ShardRow], slots: Slots) -> tuple[Tensor, Tensor]:
         """Which samples follow a given order, and the orders: what the settings name, or the rows'."""
         if self.settings.order is not None:
             order_N = torch.tensor(self.settings.order)
@@ -198,21 +198,21 @@ class TokenStream:
         """Which slots belong to the random share."""
         return uniform("order kind", self.settings.seed, epoch_b, uid_b) < self.settings.random_share
 
-    def _samples(self, slots: Slots, bad: list[BadSample]) -> tuple[list[Row], NDArray[np.uint16]]:
+    def _samples(self, slots: Slots, bad: list[ReplacedSample]) -> tuple[list[ShardRow], NDArray[np.uint16]]:
         """The samples of some slots, and their codes [b, N]; bad ones are replaced and added to ``bad``."""
         wanted = self._choices(slots.epoch, slots.uid, slots.uid)
-        rows: list[Row | None] = []
+        rows: list[ShardRow | None] = []
         for choice in wanted:
             try:
                 rows.append(
                     self.shards[choice.folder].row(choice.shard, choice.row, choice.view, choice.draw if choice.stored_order else None)
                 )
-            except Unusable as fault:
-                bad.append(BadSample(choice.uid, str(fault)))
+            except UnusableSample as fault:
+                bad.append(ReplacedSample(choice.uid, str(fault)))
                 rows.append(None)
         codes_bN = self._stack([row.codes if row else bytes(2 * self.cells) for row in rows])
         for at in np.flatnonzero(codes_bN.max(1) >= np.array([self.limits[choice.folder] for choice in wanted])).tolist():
-            bad.append(BadSample(wanted[at].uid, self.shards[wanted[at].folder].outside_vocabulary(wanted[at].shard, wanted[at].row)))
+            bad.append(ReplacedSample(wanted[at].uid, self.shards[wanted[at].folder].outside_vocabulary(wanted[at].shard, wanted[at].row)))
             rows[at] = None
         for at in [at for at, row in enumerate(rows) if row is None]:
             rows[at] = self._substitute(slots.epoch[at : at + 1], slots.uid[at : at + 1], bad)
@@ -236,7 +236,7 @@ class TokenStream:
         columns = (wanted_b, folder_b, shard_b, row_b, view_b, ~random_b, draw_b)
         return [_Choice(*choice) for choice in zip(*(column.tolist() for column in columns), strict=True)]
 
-    def _substitute(self, epoch_1: Ids, uid_1: Ids, bad: list[BadSample]) -> Row:
+    def _substitute(self, epoch_1: Ids, uid_1: Ids, bad: list[ReplacedSample]) -> ShardRow:
         """The first sample that can be used in the place of one that cannot."""
         for attempt in range(SUBSTITUTES):
             other_1 = integers("substitute", int(self.first_uid[-1]), self.settings.seed, epoch_1, uid_1, attempt)
@@ -244,12 +244,12 @@ class TokenStream:
             shards = self.shards[choice.folder]
             try:
                 row = shards.row(choice.shard, choice.row, choice.view, choice.draw if choice.stored_order else None)
-            except Unusable as fault:
-                bad.append(BadSample(choice.uid, str(fault)))
+            except UnusableSample as fault:
+                bad.append(ReplacedSample(choice.uid, str(fault)))
                 continue
             if self._stack([row.codes]).max() < self.limits[choice.folder]:
                 return row
-            bad.append(BadSample(choice.uid, shards.outside_vocabulary(choice.shard, choice.row)))
+            bad.append(ReplacedSample(choice.uid, shards.outside_vocabulary(choice.shard, choice.row)))
         raise UserError(f"{SUBSTITUTES} samples in a row could not be used; the last: {bad[-1].fault}")
 
     def _stack(self, codes: list[bytes]) -> NDArray[np.uint16]:

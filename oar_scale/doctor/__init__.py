@@ -1,11 +1,11 @@
-"""``oar doctor``: is this machine fit for a run? One line an item, with the remedy in it.
+"""``oar doctor``: checks whether this machine is fit for a run. One line an item, with the remedy in it.
 
     ok   torch: 2.15.0
     warn torch.compile: no C++ compiler on the PATH; apt-get install g++
     FAIL storage root: /data/runs/.oar-doctor-1f: Permission denied. Use a folder that this user may write, or change its owner.
 
-Nothing is believed that can be tried: kernels are run and watched, a process group is started, an object is written to the
-storage and read back. A check that raises becomes a FAIL line and the others go on. Only the standard library is imported
+What can be tried is tried: kernels are run and profiled, a process group is started, an object is written to the storage
+and read back. A check that raises becomes a FAIL line, and the other checks still run. Only the standard library is imported
 at the top of these files: the doctor must be able to say that a package is missing.
 """
 
@@ -17,8 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from oar_scale.doctor import kernels, machine
-from oar_scale.doctor import storage_checks as places
+from oar_scale.doctor import kernels, machine, storage_checks
 from oar_scale.doctor.finding import INSTALL, Finding, guarded
 
 if TYPE_CHECKING:
@@ -37,20 +36,20 @@ def run_doctor(recipe_path: str | None, overrides: Sequence[str], *, as_json: bo
     return report(examine(recipe_path, overrides), as_json=as_json)
 
 
-def report(found: Iterable[Finding], *, as_json: bool) -> int:
-    """Print findings as they come; 1 when something FAILed, else 0."""
-    findings = []
-    for finding in found:
-        findings.append(finding)
+def report(findings: Iterable[Finding], *, as_json: bool) -> int:
+    """Print findings as they come, or as one JSON list at the end; returns 1 when something FAILed, else 0."""
+    printed = []
+    for finding in findings:
+        printed.append(finding)
         if not as_json:
             print(finding, flush=True)
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
-    return int(any(finding.status == "FAIL" for finding in findings))
+        print(json.dumps([asdict(finding) for finding in printed], indent=2, ensure_ascii=False))
+    return int(any(finding.status == "FAIL" for finding in printed))
 
 
 def examine(recipe_path: str | None = None, overrides: Sequence[str] = ()) -> Iterator[Finding]:
-    """All checks of this machine; with a recipe, its attention shapes and the places it names.
+    """All checks of this machine; with a recipe, its attention shapes, its storage, its disk and its W&B mode.
 
     Raises:
         UserError: the recipe cannot be read.
@@ -76,12 +75,12 @@ def examine(recipe_path: str | None = None, overrides: Sequence[str] = ()) -> It
     }
     if recipe:
         checks |= {
-            "storage root": partial(places.storage_root, recipe.root),
-            "run_dir": partial(places.disk, recipe.local_dir),
-            "/dev/shm": places.shared_memory,
-            "W&B": partial(places.weights_and_biases, recipe.observe.wandb),
+            "storage root": partial(storage_checks.storage_root, recipe.root),
+            "run_dir": partial(storage_checks.disk, recipe.local_dir),
+            "/dev/shm": storage_checks.shared_memory,
+            "W&B": partial(storage_checks.weights_and_biases, recipe.observe.wandb),
         }
-    with places.left_as_found(recipe.root if recipe else None):
+    with storage_checks.remove_created_folders(recipe.root if recipe else None):
         for item, check in checks.items():
             yield from guarded(item, check)
 

@@ -13,7 +13,7 @@ INSTALL = "pip install -c constraints.txt -e . in the source folder"
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found out about an item; ``text`` holds the remedy where one is needed."""
+    """The result of one check; ``text`` holds the remedy where one is needed."""
 
     status: Literal["ok", "warn", "FAIL"]
     item: str
@@ -24,14 +24,14 @@ class Finding:
 
 
 def guarded(item: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What a check finds; an error of its own is a finding, too."""
+    """The findings of a check; an error that it raises becomes a finding with status FAIL."""
     try:
         yield from check()
     except UserError as error:
         yield Finding("FAIL", item, " ".join(str(error).split()))
     except ImportError as error:
         yield Finding("FAIL", item, f"not checked, for an import failed ({error}); {INSTALL}")
-    except Exception as error:  # whatever is broken here is what the user wants to hear about
+    except Exception as error:  # whatever is broken is what this command is there to report
         yield Finding("FAIL", item, first_line(error))
 
 

@@ -1,4 +1,4 @@
-"""The kernels that a model would run here: each is run once, watched, and compared with the plain computation."""
+"""The kernels that a model would run here: each is run once, recorded by name, and compared with the plain computation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPERATORS = {
 }
 
 
-class Shape(NamedTuple):
+class AttentionShape(NamedTuple):
     """Attention of a model: B images, heads of queries and of keys, L rows, width of a head."""
 
     batch: int
@@ -37,16 +37,16 @@ class Shape(NamedTuple):
     head_dim: int
 
 
-DEFAULT_SHAPE = Shape(batch=2, heads=4, kv_heads=4, rows=128, head_dim=64)
+DEFAULT_SHAPE = AttentionShape(batch=2, heads=4, kv_heads=4, rows=128, head_dim=64)
 
 
-def shape_of(recipe: Recipe) -> Shape:
+def shape_of(recipe: Recipe) -> AttentionShape:
     """The shape of a recipe's model, for two images and without the rows of a caption."""
     model = recipe.model
-    return Shape(2, model.heads, model.kv_heads or model.heads, 2 * recipe.grid**2, model.dim // model.heads)
+    return AttentionShape(2, model.heads, model.kv_heads or model.heads, 2 * recipe.grid**2, model.dim // model.heads)
 
 
-def attention(shape: Shape) -> Iterator[Finding]:
+def attention(shape: AttentionShape) -> Iterator[Finding]:
     """The kernel that ``scaled_dot_product_attention`` takes, forward and backward, and which others take these inputs."""
     import torch
     import torch.nn.functional as F
@@ -70,7 +70,7 @@ def attention(shape: Shape) -> Iterator[Finding]:
         yield _judged("attention", precision, text, chosen, error)
 
 
-def decoding_attention(shape: Shape) -> Iterator[Finding]:
+def decoding_attention(shape: AttentionShape) -> Iterator[Finding]:
     """The model's own attention of candidates to a prefix, which calls a fused kernel by its name."""
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -100,7 +100,7 @@ def _precisions() -> dict[str, torch.dtype]:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _qkv(shape: Shape, dtype: torch.dtype) -> list[torch.Tensor]:
+def _qkv(shape: AttentionShape, dtype: torch.dtype) -> list[torch.Tensor]:
     """Seeded queries, keys and values [B, heads, L, head_dim] on the device."""
     import torch
 
@@ -110,11 +110,12 @@ def _qkv(shape: Shape, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest absolute difference, in float32."""
     return float((a.float() - b.float()).abs().max().detach())
 
 
 def _works(call: Callable[[], Any]) -> bool:
-    """Whether a kernel takes its inputs; torch warns about each reason why not, which is not what was asked."""
+    """Whether a kernel accepts its inputs; torch's warnings about the reasons why not are suppressed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -125,18 +126,18 @@ def _works(call: Callable[[], Any]) -> bool:
 
 
 def _kernel(call: Callable[[], Any]) -> str:
-    """The attention kernel that a call runs, and its backward pass where the inputs want gradients: watched, not asked for."""
+    """Name of the attention kernel that a call runs, backward pass included where inputs need gradients, from the operators dispatched."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen = set()
 
-    class Watch(TorchDispatchMode):
+    class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             seen.add(func.name())
             return func(*args, **(kwargs or {}))
 
-    with Watch():  # type: ignore[no-untyped-call]
+    with Recorder():  # type: ignore[no-untyped-call]
         out = call()
         if isinstance(out, torch.Tensor) and out.requires_grad:
             out.float().square().mean().backward()
@@ -147,15 +148,15 @@ def bf16_matmul(size: int = 1024) -> Iterator[Finding]:
     """Speed of a square matrix product in bfloat16 against float32."""
     import torch
 
-    place = device()
-    if place.type == "cuda":
+    target = device()
+    if target.type == "cuda":
         native = "native" if torch.cuda.is_bf16_supported(including_emulation=False) else "emulated"
     else:
         has = torch.cpu.get_capabilities()
         native = "native AMX" if has.get("amx_bf16") else "native AVX512-bf16" if has.get("avx512_bf16") else "emulated"
     seconds = {}
     for precision, dtype in _precisions().items():
-        a = torch.randn(size, size, device=place).to(dtype)
+        a = torch.randn(size, size, device=target).to(dtype)
         seconds[precision] = min(_seconds(partial(torch.matmul, a, a)) for _ in range(4))
     speedup = seconds["fp32"] / seconds["bf16"]
     rates = ", ".join(f"{precision} {2e-12 * size**3 / taken:.2g}" for precision, taken in seconds.items())
@@ -180,15 +181,15 @@ def fused_adamw() -> Iterator[Finding]:
     """One step of the optimiser in one kernel."""
     import torch
 
-    place = device()
-    weight = torch.nn.Parameter(torch.ones(8, device=place))
+    target = device()
+    weight = torch.nn.Parameter(torch.ones(8, device=target))
     weight.grad = torch.ones_like(weight)
     try:
         torch.optim.AdamW([weight], lr=0.1, fused=True).step()
     except RuntimeError as error:
-        yield Finding("warn", "fused AdamW", f"not on {place.type} ({first_line(error)}), so steps are slower; {INSTALL}")
+        yield Finding("warn", "fused AdamW", f"not on {target.type} ({first_line(error)}), so steps are slower; {INSTALL}")
         return
     if bool((weight < 1).all()):
-        yield Finding("ok", "fused AdamW", f"works on {place.type}")
+        yield Finding("ok", "fused AdamW", f"works on {target.type}")
     else:
-        yield Finding("FAIL", "fused AdamW", f"changed no weight on {place.type}; {INSTALL}")
+        yield Finding("FAIL", "fused AdamW", f"changed no weight on {target.type}; {INSTALL}")

@@ -70,12 +70,12 @@ def _version(name: str, installed: str, bound: str, tested: str | None) -> Itera
 def _bound(name: str, required: Sequence[str]) -> str:
     """What the installation asks of a package, like ``>=2.15``."""
     bare = (text.partition(";")[0].replace(" ", "") for text in required)
-    found = next((text for text in bare if text.startswith((f"{name}>", f"{name}["))), name)
-    return found.removeprefix(name).rpartition("]")[2]
+    requirement = next((text for text in bare if text.startswith((f"{name}>", f"{name}["))), name)
+    return requirement.removeprefix(name).rpartition("]")[2]
 
 
 def _tested_versions() -> dict[str, str]:
-    """``constraints.txt`` of the source folder; nothing where the package lies without it."""
+    """``constraints.txt`` of the source folder; empty where the package was installed without it."""
     path = Path(__file__).resolve().parents[2] / "constraints.txt"
     lines = path.read_text().splitlines() if path.is_file() else []
     pinned = (line.partition("==") for line in lines if "==" in line and not line.startswith("#"))
@@ -119,15 +119,15 @@ def process_group() -> Iterator[Finding]:
     import torch.distributed as dist
 
     have = [name for name in ("nccl", "gloo") if dist.is_available() and getattr(dist, f"is_{name}_available")()]
-    place = device()
-    needed = "nccl" if place.type == "cuda" else "gloo"
+    target = device()
+    needed = "nccl" if target.type == "cuda" else "gloo"
     if needed not in have:
-        yield Finding("FAIL", "process group", f"torch has no {needed}, which training on {place.type} needs; {INSTALL}")
+        yield Finding("FAIL", "process group", f"torch has no {needed}, which training on {target.type} needs; {INSTALL}")
         return
     try:
         dist.init_process_group(needed, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         try:
-            dist.all_reduce(torch.ones(1, device=place))
+            dist.all_reduce(torch.ones(1, device=target))
         finally:
             dist.destroy_process_group()
     except RuntimeError as error:

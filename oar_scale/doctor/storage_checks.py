@@ -1,4 +1,4 @@
-"""The places and services that a recipe names: storage, local disk, shared memory, W&B."""
+"""Checks of what a recipe writes to and connects to: storage, local disk, shared memory, W&B."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ LOW_SHM_MIB = 256.0
 """Ray's object store takes 80 MB of /dev/shm, NCCL some more; containers often have 64 MB."""
 
 
-class _Late(UserError):
-    """No answer in time."""
+class _Timeout(UserError):
+    """The storage did not answer within ``STORAGE_TIMEOUT_S``."""
 
 
 def storage_root(root: str) -> Iterator[Finding]:
     """Write a small object, read it back, delete it.
 
     Raises:
-        UserError: what the storage says; it names the place and the remedy.
+        UserError: what the storage answers; it names the URI and the remedy.
     """
     try:
         seconds = _in_time(root, _round_trip)
-    except _Late as late:
-        yield Finding("FAIL", "storage root", str(late))
+    except _Timeout as timeout:
+        yield Finding("FAIL", "storage root", str(timeout))
     else:
         yield Finding("ok", "storage root", f"{root}: wrote, read and deleted an object in {seconds:.2f} s")
 
 
 def storage_speed(root: str, megabytes: int = 32) -> Iterator[Finding]:
-    """Write and read an object of some size, and try to make it a second time: only one of two writers may have it.
+    """Time the write and the read of a large object, and see that a second writer of the same object is refused.
 
     Raises:
-        UserError: likewise.
+        UserError: as :func:`storage_root`.
     """
     written_s, read_s, refused = _in_time(root, partial(_large_trip, megabytes=megabytes))
     speed = f"wrote {megabytes / written_s:.0f} MB/s, read {megabytes / read_s:.0f} MB/s"
@@ -60,7 +60,11 @@ def storage_speed(root: str, megabytes: int = 32) -> Iterator[Finding]:
 
 
 def _in_time(root: str, action: Callable[[str], T]) -> T:
-    """A server that does not answer keeps its client waiting for minutes, and nobody else."""
+    """Run the action in a thread, and stop waiting after ``STORAGE_TIMEOUT_S``: clients retry for minutes when a server does not answer.
+
+    Raises:
+        _Timeout: no answer in time. Errors of the action are raised as they are.
+    """
     outcome: list[T | Exception] = []
 
     def try_it() -> None:
@@ -74,7 +78,7 @@ def _in_time(root: str, action: Callable[[str], T]) -> T:
     worker.join(STORAGE_TIMEOUT_S)
     if not outcome:
         remedy = "check the network and AWS_ENDPOINT_URL" if root.startswith("s3://") else "check the file system"
-        raise _Late(f"{root}: no answer in {STORAGE_TIMEOUT_S:.0f} s; {remedy}")
+        raise _Timeout(f"{root}: no answer in {STORAGE_TIMEOUT_S:.0f} s; {remedy}")
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
@@ -97,7 +101,7 @@ def _large_trip(root: str, megabytes: int) -> tuple[float, float, bool]:
 
 
 def _round_trip(root: str) -> float:
-    """Seconds that it took."""
+    """Seconds to write, read back and delete a small object."""
     from oar_scale.storage import open_storage
 
     storage, uri, data = open_storage(root), own_object(root), os.urandom(1024)
@@ -110,15 +114,18 @@ def _round_trip(root: str) -> float:
 
 
 def own_object(root: str) -> str:
-    """A name that nobody else has."""
+    """A new URI below ``root`` that no other process uses."""
     from oar_scale.storage import join
 
     return join(root, f".oar-doctor-{uuid.uuid4().hex[:8]}")
 
 
 @contextmanager
-def left_as_found(root: str | None) -> Iterator[None]:
-    """Remove the folders that were not there before. Of nodes that share them, whoever looked first has to stay until all have finished."""
+def remove_created_folders(root: str | None) -> Iterator[None]:
+    """Remove, on leaving, the folders on the way to ``root`` that did not exist on entering.
+
+    Of nodes that share the folders, the first to enter must be the last to leave.
+    """
     absent = [] if root is None or root.startswith("s3://") else [folder for folder in _upwards(root) if not folder.exists()]
     try:
         yield
@@ -188,7 +195,7 @@ def wandb_server(mode: str) -> Iterator[Finding]:
     try:
         urllib.request.urlopen(server, timeout=SERVER_TIMEOUT_S).close()
     except urllib.error.HTTPError:
-        pass  # it answers
+        pass  # an answer of any status shows that the server is reachable
     except OSError as error:
         text = f"{server} does not answer ({error}), so runs are kept offline; open the way there, or set observe.wandb: offline"
         yield Finding("warn", "W&B server", text)

@@ -18,7 +18,7 @@ from typing import Any
 from oar_scale.config.loading import dump_recipe, load_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.doctor.finding import Finding
-from oar_scale.doctor.node_checks import GROUP_S, merged
+from oar_scale.doctor.node_checks import GROUP_S, merge_node_facts
 from oar_scale.errors import UserError
 from oar_scale.launch import slurm
 from oar_scale.launch.probe import MARK, NODES, PARTING_S, said
@@ -151,7 +151,7 @@ def _told(log: str, errors: str, nodes: int | None) -> Iterator[Finding]:
     elif nodes is not None and len(facts) < nodes:
         text = f"{len(facts)} of {nodes} nodes answered: {', '.join(each.node for each in facts)}; {errors.strip()[-300:]}"
         yield Finding("FAIL", "workers", _one_line(text))
-    yield from merged(facts)
+    yield from merge_node_facts(facts)
     yield from findings
 
 

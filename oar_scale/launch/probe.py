@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.doctor.finding import Finding, first_line
-from oar_scale.doctor.node_checks import GROUP_S, Facts, Place, between, node_facts
-from oar_scale.doctor.storage_checks import left_as_found
+from oar_scale.doctor.node_checks import GROUP_S, NodeFacts, RankInfo, check_between_nodes, node_facts
+from oar_scale.doctor.storage_checks import remove_created_folders
 from oar_scale.launch.ray_entry import RECIPE
 from oar_scale.runtime.program import run_program
 
@@ -41,7 +41,7 @@ def main(kind: str) -> int:
     return 0
 
 
-def said(log: str) -> tuple[list[Facts], list[Finding]]:
+def said(log: str) -> tuple[list[NodeFacts], list[Finding]]:
     """Of the probe's lines: each node's facts, and what was found between them."""
     facts, findings = [], []
     for line in log.splitlines():
@@ -49,7 +49,7 @@ def said(log: str) -> tuple[list[Facts], list[Finding]]:
         if mark:
             given = json.loads(text)
             if "node" in given:
-                facts.append(Facts.of(given))
+                facts.append(NodeFacts.of(given))
             else:
                 findings.append(Finding(**given))
     return facts, findings
@@ -58,11 +58,11 @@ def said(log: str) -> tuple[list[Facts], list[Finding]]:
 def _in_task(env: os._Environ[str]) -> None:
     rank, local = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
     recipe, node = _recipe(), env.get("SLURMD_NODENAME", socket.gethostname())
-    with left_as_found(recipe.root if recipe else None):
+    with remove_created_folders(recipe.root if recipe else None):
         if local == 0:
             _tell([node_facts(node, recipe).plain()])
-        place = Place(node, rank, int(env["SLURM_NTASKS"]), local, env["MASTER_ADDR"], int(env["MASTER_PORT"]), _gpu(local))
-        _tell([vars(finding) for finding in between(place, recipe)])
+        info = RankInfo(node, rank, int(env["SLURM_NTASKS"]), local, env["MASTER_ADDR"], int(env["MASTER_PORT"]), _gpu(local))
+        _tell([vars(finding) for finding in check_between_nodes(info, recipe)])
 
 
 def _on_ray() -> None:
@@ -88,9 +88,9 @@ def _on_ray() -> None:
             _tell(ray.get([actor.facts.remote() for actor in firsts], timeout=GROUP_S))
             works = [actor for actor, home in zip(actors, homes, strict=True) if gpus[home] or not any(gpus.values())]
             local = [sum(home == other for other in homes[:index]) for index, home in enumerate(homes)]
-            places = [local[actors.index(actor)] for actor in works]
+            local_ranks = [local[actors.index(actor)] for actor in works]
             address, port = ray.get(works[0].door.remote(), timeout=GROUP_S)
-            asked = [actor.join.remote(rank, len(works), places[rank], address, port) for rank, actor in enumerate(works)]
+            asked = [actor.join.remote(rank, len(works), local_ranks[rank], address, port) for rank, actor in enumerate(works)]
             first, _ = ray.wait(asked, timeout=2 * GROUP_S)
             ended, _ = ray.wait(asked, num_returns=len(asked), timeout=PARTING_S if first else 0)
             _tell([found for each in ray.get(ended or asked, timeout=1) for found in each])
@@ -106,10 +106,10 @@ class _Probe:
     """A worker on a node, as an actor."""
 
     def __init__(self, node: str) -> None:
-        self._node, self._recipe, self._places = node, _recipe(), ExitStack()
+        self._node, self._recipe, self._cleanup = node, _recipe(), ExitStack()
 
     def facts(self) -> dict[str, Any]:
-        self._places.enter_context(left_as_found(self._recipe.root if self._recipe else None))
+        self._cleanup.enter_context(remove_created_folders(self._recipe.root if self._recipe else None))
         return node_facts(self._node, self._recipe).plain()
 
     def door(self) -> tuple[str, int]:
@@ -117,12 +117,12 @@ class _Probe:
             return self._node, int(probe.getsockname()[1])
 
     def join(self, rank: int, world: int, local_rank: int, address: str, port: int) -> list[dict[str, Any]]:
-        place = Place(self._node, rank, world, local_rank, address, port, _gpu(0))
-        return [vars(finding) for finding in between(place, self._recipe)]
+        info = RankInfo(self._node, rank, world, local_rank, address, port, _gpu(0))
+        return [vars(finding) for finding in check_between_nodes(info, self._recipe)]
 
     def leave(self) -> None:
         """For the one that told its facts, once all have joined."""
-        self._places.close()
+        self._cleanup.close()
 
 
 def _room(nodes: Sequence[dict[str, Any]]) -> Finding:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from oar_scale.config.schema import DataConfig, Source
 from oar_scale.data.prepare import prepare_images
 from oar_scale.data.shards import read_shard
-from oar_scale.data.sources import BadSample, Content, open_source
+from oar_scale.data.sources import BadImage, Content, open_source
 from oar_scale.data.sources.image_files import square_of
 from oar_scale.errors import UserError
 from oar_scale.storage import join, open_storage
@@ -37,7 +37,7 @@ def contents(**fields: Any) -> dict[str, Content]:
     for image in open_source(source_of(**fields)).images():
         try:
             found[image.name] = image.read(8)
-        except BadSample:
+        except BadImage:
             continue
     return found
 
@@ -47,7 +47,7 @@ def faults(**fields: Any) -> dict[str, str]:
     for image in open_source(source_of(**fields)).images():
         try:
             image.read(8)
-        except BadSample as fault:
+        except BadImage as fault:
             found[image.name] = str(fault)
     return found
 
@@ -308,7 +308,7 @@ def test_a_damaged_picture_is_a_bad_sample_or_a_picture(kind: str, data: st.Data
         whole[at] = data.draw(st.integers(0, 255))
     try:
         assert square_of(bytes(whole[: data.draw(st.integers(0, len(whole)))]), 8).size == (8, 8)
-    except BadSample as fault:
+    except BadImage as fault:
         assert "cannot be read" in str(fault)
 
 
@@ -317,12 +317,12 @@ def test_a_picture_that_unpacks_to_more_than_a_photo_holds_is_a_bad_sample(side:
     bomb = bytearray(picture((0, 0, 0)))
     bomb[16:24] = side.to_bytes(4, "big") * 2
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
-    with pytest.raises(BadSample, match=r"cannot be read \(.*pixels"):
+    with pytest.raises(BadImage, match=r"cannot be read \(.*pixels"):
         square_of(bytes(bomb), 8)
 
 
 def test_a_script_that_calls_itself_a_picture_is_not_run() -> None:
-    with pytest.raises(BadSample, match="cannot identify image file"):
+    with pytest.raises(BadImage, match="cannot identify image file"):
         square_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", 8)
 
 

@@ -20,9 +20,9 @@ from cluster.dev import processes
 from cluster.dev import ray as dev_ray
 from cluster.dev import slurm as dev_slurm
 from oar_scale.cli import main
-from oar_scale.doctor import storage_checks as places
+from oar_scale.doctor import storage_checks
 from oar_scale.doctor.finding import Finding
-from oar_scale.doctor.node_checks import GROUP_S, Facts, merged
+from oar_scale.doctor.node_checks import GROUP_S, NodeFacts, merge_node_facts
 from oar_scale.doctor.storage_checks import storage_speed, wandb_server
 from oar_scale.launch import cluster_doctor as doctor
 
@@ -117,14 +117,14 @@ def test_a_cluster_that_is_not_there_ends_with_code_2(tmp_path: Path, capsys: py
 
 def test_nodes_that_differ_are_named_and_many_that_agree_are_one_line() -> None:
     same = Finding("ok", "devices", "8 GPUs")
-    facts = [Facts(f"n{i}", {"torch": "2.15.0", "ray": "2.60.0"}, [same]) for i in range(6)]
-    lines = [str(finding) for finding in merged(facts)]
+    facts = [NodeFacts(f"n{i}", {"torch": "2.15.0", "ray": "2.60.0"}, [same]) for i in range(6)]
+    lines = [str(finding) for finding in merge_node_facts(facts)]
     assert lines == [
         "ok   versions: torch 2.15.0, ray 2.60.0 on n0, n1, n2 and 3 more nodes",
         "ok   devices: 8 GPUs (on n0, n1, n2 and 3 more nodes)",
     ]
-    odd = Facts("n6", {"torch": "2.14.1", "ray": "2.60.0"}, [Finding("warn", "devices", "no GPU")])
-    lines = [str(finding) for finding in merged([*facts, odd])]
+    odd = NodeFacts("n6", {"torch": "2.14.1", "ray": "2.60.0"}, [Finding("warn", "devices", "no GPU")])
+    lines = [str(finding) for finding in merge_node_facts([*facts, odd])]
     assert lines[0] == "FAIL torch: n0, n1, n2 and 3 more nodes: 2.15.0 | n6: 2.14.1; let all nodes use one image or environment"
     assert lines[1] == "warn devices: n0, n1, n2 and 3 more nodes: 8 GPUs | n6: no GPU"
 
@@ -132,15 +132,15 @@ def test_nodes_that_differ_are_named_and_many_that_agree_are_one_line() -> None:
 GROUP = """
 import json, sys, time
 from oar_scale.config.loading import load_recipe
-from oar_scale.doctor import node_checks as group
+from oar_scale.doctor import node_checks
 
 rank, port, late = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 if rank == 1:
     now = time.time
     time.time = lambda: now() + late
 recipe = load_recipe(sys.argv[4 + rank])
-place = group.Place(f"n{rank}", rank, 2, 0, "127.0.0.1", port)
-print(json.dumps([str(finding) for finding in group.between(place, recipe)]))
+info = node_checks.RankInfo(f"n{rank}", rank, 2, 0, "127.0.0.1", port)
+print(json.dumps([str(finding) for finding in node_checks.check_between_nodes(info, recipe)]))
 """
 
 
@@ -200,7 +200,7 @@ def test_a_wandb_server_is_asked_only_where_runs_are_online(server: str, monkeyp
     def at(url: str) -> Any:
         return type("Setup", (), {"settings": type("Settings", (), {"base_url": url})})
 
-    monkeypatch.setattr(places, "SERVER_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(storage_checks, "SERVER_TIMEOUT_S", 60.0)
     monkeypatch.setattr(wandb, "setup", lambda: at(server))
     assert [finding.status for finding in wandb_server("online")] == ["ok"]
     monkeypatch.setattr(wandb, "setup", lambda: at("http://127.0.0.1:9"))

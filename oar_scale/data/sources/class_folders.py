@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterator
 
 from oar_scale.config.schema import ClassFoldersSource
-from oar_scale.data.sources import Content, SourceImage
 from oar_scale.data.sources.image_files import image_files, key_of, square
+from oar_scale.data.sources.source import Content, SourceImage
 from oar_scale.errors import UserError
 
 

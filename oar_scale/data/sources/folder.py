@@ -15,8 +15,8 @@ from typing import Any
 from oar_scale.config.schema import FolderSource
 from oar_scale.data.hashing import name_hash
 from oar_scale.data.images import EXTENSIONS
-from oar_scale.data.sources import BadSample, Content, SourceImage
 from oar_scale.data.sources.image_files import image_files, key_of, square
+from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.errors import UserError
 
 
@@ -48,7 +48,7 @@ class FolderImages:
             text = lines[int(name_hash(key_of(name), "caption") * len(lines))] if lines else ""
             facts = {"captions": lines, **facts}
         if not text:
-            raise BadSample("no caption")
+            raise BadImage("no caption")
         return Content(square(os.path.join(self.path, name), size), text, facts, _bytes(f"{beside}.features.npy"))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from PIL import Image, ImageOps
 
 from oar_scale.data.images import EXTENSIONS, decode_image
-from oar_scale.data.sources import BadSample
+from oar_scale.data.sources.source import BadImage
 from oar_scale.errors import UserError
 
 
@@ -29,21 +29,21 @@ def key_of(path: str) -> str:
 
 
 def square(path: str, size: int) -> Image.Image:
-    """An image file as RGB, centre-cropped to a square and resized. Raises BadSample as :func:`square_of`."""
+    """An image file as RGB, centre-cropped to a square and resized. Raises BadImage as :func:`square_of`."""
     try:
         with open(path, "rb") as file:
             return square_of(file.read(), size)
     except OSError as error:
-        raise BadSample(f"cannot be read ({error})") from error
+        raise BadImage(f"cannot be read ({error})") from error
 
 
 def square_of(data: bytes | memoryview, size: int) -> Image.Image:
     """:func:`square` of a file's content.
 
     Raises:
-        BadSample: it cannot be read, or unpacks to more pixels than a photo has.
+        BadImage: it cannot be read, or unpacks to more pixels than a photo has.
     """
     try:
         return ImageOps.fit(decode_image(data, "it"), (size, size), Image.Resampling.LANCZOS)
     except UserError as error:
-        raise BadSample(str(error)) from error
+        raise BadImage(str(error)) from error

@@ -15,7 +15,7 @@ from PIL import Image
 
 from oar_scale.config.schema import OpenMojiSource
 from oar_scale.data.hashing import name_hash
-from oar_scale.data.sources import BadSample, Content, SourceImage
+from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.errors import UserError
 
 SKIN_TONE = re.compile(r"\b(light|medium-light|medium|medium-dark|dark) skin tone\b")
@@ -68,7 +68,7 @@ def _read(path: Any, name: str, size: int) -> Content:
 
 
 def draw(svg: str, size: int) -> Image.Image:
-    """An SVG on white. Raises BadSample."""
+    """An SVG on white. Raises BadImage."""
     import resvg_py
 
     try:
@@ -76,7 +76,7 @@ def draw(svg: str, size: int) -> Image.Image:
         data = resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size, dpi=96.0, skip_system_fonts=True)
         drawing = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:
-        raise BadSample(f"cannot be drawn ({error})") from error
+        raise BadImage(f"cannot be drawn ({error})") from error
     page = Image.new("RGBA", drawing.size, "white")
     page.alpha_composite(drawing)
     return page.convert("RGB").resize((size, size), Image.Resampling.BOX)

@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from oar_scale.config.schema import TableSource
-from oar_scale.data.sources import BadSample, Content, SourceImage
 from oar_scale.data.sources.image_files import key_of, square
+from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.errors import UserError
 
 Columns = dict[str, Sequence[str]]
@@ -47,9 +47,9 @@ class TableImages:
     def _read(self, row: int, size: int) -> Content:
         path, caption = self._cell("image", row), self._cell("caption", row)
         if not path:
-            raise BadSample("no path")
+            raise BadImage("no path")
         if not caption:
-            raise BadSample("no caption")
+            raise BadImage("no caption")
         return Content(square(os.path.join(self.root, path), size), caption, self._facts(row))
 
     def _facts(self, row: int) -> dict[str, int]:
@@ -57,7 +57,7 @@ class TableImages:
             return {}
         label = self._cell("label", row)
         if not label.isdecimal():
-            raise BadSample(f"its label {label!r} is no whole number")
+            raise BadImage(f"its label {label!r} is no whole number")
         return {"label": int(label)}
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from oar_scale.config.schema import WebDatasetSource
 from oar_scale.data.images import EXTENSIONS
-from oar_scale.data.sources import BadSample, Content, SourceImage
 from oar_scale.data.sources.image_files import key_of, square_of
+from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.data.tars import BLOCK, key_and_extension, map_file, members, samples
 from oar_scale.errors import UserError
 from oar_scale.storage import open_storage
@@ -26,8 +26,8 @@ from oar_scale.storage import open_storage
 SHARDS_AT_ONCE = 4
 """Opened at the same time in the first pass; shards on S3 are whole in memory then."""
 
-Place = tuple[str, int, int]
-"""A sample's KEY, and where its part of the tar begins and ends."""
+SampleRange = tuple[str, int, int]
+"""A sample's KEY, and the byte offsets in the tar at which its members begin and end."""
 
 
 class WebDatasetImages:
@@ -37,17 +37,17 @@ class WebDatasetImages:
 
     def __init__(self, config: WebDatasetSource) -> None:
         self.config = config
-        found = [config.url] if config.url.endswith(".tar") else open_storage(config.url).list(config.url)
-        self.shards = [uri for uri in found if uri.endswith(".tar")]
+        uris = [config.url] if config.url.endswith(".tar") else open_storage(config.url).list(config.url)
+        self.shards = [uri for uri in uris if uri.endswith(".tar")]
         if not self.shards:
             raise UserError(f"data.source.url {config.url}: no .tar below it")
 
     def images(self) -> Iterator[SourceImage]:
         folder = self.config.url.rstrip("/") + "/"
         with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-            for uri, places in zip(self.shards, pool.map(_places, self.shards), strict=True):
+            for uri, ranges in zip(self.shards, pool.map(_sample_ranges, self.shards), strict=True):
                 shard = os.path.basename(uri) if uri == self.config.url else uri.removeprefix(folder)
-                for key, start, end in places:
+                for key, start, end in ranges:
                     name = f"{shard.removesuffix('.tar')}/{key}"
                     yield SourceImage(key_of(name), name, functools.partial(self._read, uri, start, end))
 
@@ -56,37 +56,37 @@ class WebDatasetImages:
         _, sample = next(samples(memoryview(part), uri))
         picture = next((sample[extension] for extension in EXTENSIONS if extension in sample), None)
         if picture is None:
-            raise BadSample(f"no image among .{', .'.join(sample)}")
+            raise BadImage(f"no image among .{', .'.join(sample)}")
         facts = _facts(sample)
         caption = bytes(sample.get("txt", b"")).decode(errors="replace") if self.config.caption is None else facts.get(self.config.caption)
         if not isinstance(caption, str) or not caption.strip():
-            raise BadSample("no caption")
+            raise BadImage("no caption")
         label = facts.get(self.config.label)
         if isinstance(label, int):
             facts["label"] = label
         return Content(square_of(picture, size), caption.strip(), facts)
 
 
-def _places(uri: str) -> list[Place]:
+def _sample_ranges(uri: str) -> list[SampleRange]:
     """The samples of a shard: each begins where the one before it ends, so that headers that belong to a member come along."""
-    found: list[Place] = []
+    ranges: list[SampleRange] = []
     data = memoryview(open_storage(uri).read(uri)) if uri.startswith("s3://") else map_file(uri)
     for name, offset, size in members(data, uri):
         key, end = key_and_extension(name)[0], offset + -(-size // BLOCK) * BLOCK
         if not key:
             continue
-        if found and found[-1][0] == key:
-            found[-1] = (key, found[-1][1], end)
+        if ranges and ranges[-1][0] == key:
+            ranges[-1] = (key, ranges[-1][1], end)
         else:
-            found.append((key, found[-1][2] if found else 0, end))
-    return found
+            ranges.append((key, ranges[-1][2] if ranges else 0, end))
+    return ranges
 
 
 def _facts(sample: dict[str, memoryview]) -> dict[str, Any]:
     try:
         facts = json.loads(bytes(sample.get("json", b"{}")))
     except ValueError as error:
-        raise BadSample(f"its .json is none ({error})") from error
+        raise BadImage(f"its .json is none ({error})") from error
     if not isinstance(facts, dict):
-        raise BadSample("its .json holds no object")
+        raise BadImage("its .json holds no object")
     return facts

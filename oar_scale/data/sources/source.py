@@ -1,0 +1,54 @@
+"""What a source of captioned images has to offer.
+
+A source is read in two passes: first the names of all images, so that a million of them can be ordered and split while nothing
+but names is in memory; then the content of one image at a time, by several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from PIL import Image
+
+
+class BadImage(Exception):
+    """An image that cannot be used; ``str(error)`` says why in a few words."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a name stands for."""
+
+    image: Image.Image
+    """RGB, square, of the side that was asked for."""
+    caption: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else ``KEY.json`` shall hold, a whole number ``label`` for one."""
+    features: bytes | None = None
+    """``KEY.features.npy``: features of the caption, float16 [T, F]."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceImage:
+    """One captioned image, by name."""
+
+    key: str
+    """Unique, safe as a tar member name, without dots."""
+    name: str
+    """What the image is held out by."""
+    read: Callable[[int], Content]
+    """Its content for a side in pixels. Raises BadImage; called by several threads at once."""
+    family: str = ""
+    """What variants of one picture share (they differ in skin tone, say); empty for a picture without variants."""
+
+
+class ImageSource(Protocol):
+    """A data set of captioned images (``data.source`` of a recipe)."""
+
+    attribution: str
+    """Author and licence, copied into the manifest; empty where the source names none."""
+
+    def images(self) -> Iterator[SourceImage]:
+        """All images, in a fixed order, none of them read yet."""
