@@ -74,7 +74,7 @@ def prepare_small_run(recipe: Recipe) -> Run:
 
 
 def pretraining(run: Run) -> TrainingJob:
-    return TrainingJob(run.recipe, "pretrain", run.at(), run.local(), run.model_uri("base"), run.model_uri("anyorder"))
+    return TrainingJob(run.recipe, "pretrain", run.at(), run.local(), run.model_uri("base"), run.model_uri("any_order"))
 
 
 def _captions(run: Run) -> list[str]:

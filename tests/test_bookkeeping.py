@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from oar_scale import pipeline
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
-from oar_scale.pipeline import Stage, run_pipeline, run_stage
+from oar_scale.pipeline import run_pipeline, run_stage
+from oar_scale.registry import Stage
 from oar_scale.run.context import Run
 from oar_scale.shard_pool import ArrayTask
 from oar_scale.storage import open_storage
@@ -20,20 +22,29 @@ from oar_scale.studies.order_analysis import run_orders
 from oar_scale.studies.order_head import run_predict, run_train_head
 
 
+def use_stages(patch: pytest.MonkeyPatch, *stages: Stage, work: Callable[[Run, str], dict[str, Any]]) -> None:
+    """Every recipe has these stages; each one calls ``work`` with the run and its name."""
+    patch.setattr(Recipe, "stages", lambda recipe: list(stages))
+    patch.setattr(pipeline, "entry_point", lambda stage: lambda run: work(run, stage.name))
+
+
+def stub(name: Any, *needs: Any, sections: tuple[str, ...] = ()) -> Stage:
+    return Stage(name, f"stage {name}", "", needs, sections, (name,))
+
+
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the stages that ran, in order. ``c`` needs ``b`` needs ``a``; ``d`` needs ``a``."""
     names: list[str] = []
 
-    def stage(name: str, *needs: str) -> Stage:
-        def work(run: Run) -> dict[str, Any]:
-            names.append(name)
-            open_storage(run.at()).write(run.at(name, "result"), name.encode())
-            return {}
+    def work(run: Run, name: str) -> dict[str, Any]:
+        names.append(name)
+        open_storage(run.at()).write(run.at(name, "result"), name.encode())
+        return {}
 
-        return Stage(name, f"stage {name}", needs, ("extract",) if name == "b" else ("seed",), (name,), work, lambda run: "no time")
-
-    monkeypatch.setattr(pipeline, "stages", lambda recipe: [stage("a"), stage("b", "a"), stage("c", "b"), stage("d", "a")])
+    seed = ("seed",)
+    stages = (stub("a", sections=seed), stub("b", "a", sections=("extract",)), stub("c", "b", sections=seed), stub("d", "a", sections=seed))
+    use_stages(monkeypatch, *stages, work=work)
     return names
 
 
@@ -120,12 +131,12 @@ def test_only_the_first_of_several_processes_is_watched(run: Run, monkeypatch: p
     """The others' events are in the same folder: a second metrics server, or W&B process, would show the same once more."""
     watched: dict[int, bool] = {}
 
-    def work(run: Run) -> dict[str, Any]:
+    def work(run: Run, name: str) -> dict[str, Any]:
         assert run.array is not None
         watched[run.array.index] = os.path.exists(run.local("metrics.json"))
         return {}
 
-    monkeypatch.setattr(pipeline, "stages", lambda recipe: [Stage("b", "shared", (), (), ("b",), work, lambda run: "")])
+    use_stages(monkeypatch, stub("b"), work=work)
     recipe = changed(run, observe={"metrics_port": 0}).recipe
     for index in (1, 0):
         task = Run(recipe, array=ArrayTask(index, 2))
@@ -162,19 +173,19 @@ def test_a_stage_that_a_recipe_has_not_is_refused_for_its_own_reason(run: Run) -
 
 def test_a_raster_run_says_so_where_orders_are_asked_for(run: Run) -> None:
     raster = changed(run, model={"layout": "raster"})
-    for ask in (run_compare, lambda run: run_orders(run, images=1), lambda run: run_train_head(run, "anyorder"), run_predict):
+    for ask in (run_compare, lambda run: run_orders(run, images=1), lambda run: run_train_head(run, "any_order"), run_predict):
         with pytest.raises(UserError, match=r"raster has one order for all images.*\n.*instructed or dual"):
             ask(raster)
 
 
 def test_a_failed_stage_is_not_finished(run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = pipeline.stages(run.recipe)
+    def fail(run: Run, name: str) -> dict[str, Any]:
+        if name == "b":
+            raise UserError("no bucket")
+        return {}
 
-    def fail(run: Run) -> dict[str, Any]:
-        raise UserError("no bucket")
-
-    broken = [stages[0], Stage("b", "breaks", ("a",), (), ("b",), fail, lambda run: "")]
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="no bucket"):
-        patch.setattr(pipeline, "stages", lambda recipe: broken)
+    use_stages(monkeypatch, stub("a"), stub("b", "a"), work=fail)
+    with pytest.raises(UserError, match="no bucket"):
         run_pipeline(run)
+    assert os.path.exists(run.marker("a"))
     assert not os.path.exists(run.marker("b"))

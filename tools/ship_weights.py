@@ -2,7 +2,7 @@
 
     python tools/ship_weights.py runs/emoji recipes/weights/emoji
 
-writes what ``oar checkpoint export RUN --model anyorder`` writes, ``history.json`` (recipe, seed, seconds, results and the curves of
+writes what ``oar checkpoint export RUN --model any_order`` writes, ``history.json`` (recipe, seed, seconds, results and the curves of
 both trainings) and ``curves.png``.
 """
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("target", type=Path, help="folder to write; must not exist")
     arguments = parser.parse_args()
-    run_export(str(arguments.run), str(arguments.target), "folder", "anyorder")
+    run_export(str(arguments.run), str(arguments.target), "folder", "any_order")
     made = history(arguments.run)
     write_json(str(arguments.target / "history.json"), made)
     draw_curves(made["curves"], str(arguments.target / "curves.png"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import MODELS, Subparsers, count
+from oar_scale.cli.common import Subparsers, add_model, count
 
 PEERS = ("randar", "llamagen-c2i", "llamagen-t2i", "llamagen-vq", "maskgit-vq")
 
@@ -71,7 +71,7 @@ def _add_exchange(actions: Subparsers) -> None:
     exports.add_argument("source", help="a model file, an exported folder, a run's folder, or a training checkpoint (.../step-00000100)")
     exports.add_argument("--out", required=True, help="a new folder, or for a peer's format a new file (.safetensors, .pt, .pth, .bin)")
     exports.add_argument("--format", choices=("folder", *PEERS), default="folder")
-    exports.add_argument("--model", choices=MODELS, help="which one of a run; default: ordered")
+    add_model(exports, "which one of a run; default: ordered")
     exports.add_argument("--ema", action="store_true", help="of a training checkpoint: the moving average of the weights")
     exports.set_defaults(run=_export)
 

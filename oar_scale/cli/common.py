@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, TypeAlias
 
+from oar_scale.registry import MODELS, current_name
+
 if TYPE_CHECKING:
     from oar_scale.config.schema import Recipe
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-MODELS = ("base", "anyorder", "control", "ordered")
 
 
 def add_verb(verbs: Subparsers, name: str, text: str, function: object, *, needs_recipe: bool = True) -> argparse.ArgumentParser:
@@ -18,6 +19,11 @@ def add_verb(verbs: Subparsers, name: str, text: str, function: object, *, needs
     verb.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
     verb.set_defaults(run=function)
     return verb
+
+
+def add_model(verb: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
+    """``--model``: one of a run's models, also by the name that an earlier version gave it."""
+    verb.add_argument("--model", type=current_name, choices=list(MODELS), default=default, help=text)
 
 
 def count(text: str) -> int:

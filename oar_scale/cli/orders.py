@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import MODELS, Subparsers, add_verb, count, load
+from oar_scale.cli.common import Subparsers, add_model, add_verb, count, load
 
 
 def add(verbs: Subparsers) -> None:
@@ -15,7 +15,7 @@ def add(verbs: Subparsers) -> None:
         "--against", action="append", default=[], metavar="FOLDER", help="other order tables of the same images, to compare with"
     )
     verb.add_argument("--train-head", action="store_true", help="instead: train an order head on the orders, and say what it is worth")
-    verb.add_argument("--model", choices=MODELS, default="anyorder", help="whose rows the head reads; default: anyorder")
+    add_model(verb, "whose rows the head reads; default: %(default)s", default="any_order")
     verb.add_argument("--predict", action="store_true", help="instead, or after --train-head: write the head's orders of all images")
 
 

@@ -6,20 +6,12 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from oar_scale.cli.common import MODELS, Subparsers, add_verb, count, load
+from oar_scale.cli.common import Subparsers, add_model, add_verb, count, load
+from oar_scale.registry import STAGES
 
 if TYPE_CHECKING:
     from oar_scale.config.schema import Recipe
     from oar_scale.run.context import Run
-
-STAGES = {
-    "prepare": "captioned images into WebDataset shards",
-    "tokenizer": "train or load the image and text tokenizers",
-    "tokens": "images into codes",
-    "evaluate": "likelihoods, samples, distances",
-    "report": "write report/index.html again",
-}
-TRAINING = ("pretrain", "finetune", "control")
 
 
 def add(verbs: Subparsers) -> None:
@@ -27,14 +19,15 @@ def add(verbs: Subparsers) -> None:
     which = run.add_mutually_exclusive_group()
     which.add_argument("--from", dest="start", metavar="STAGE", help="do this stage and all after it again")
     which.add_argument("--only", metavar="STAGE", help="do this one stage again")
-    for name, text in STAGES.items():
-        add_verb(verbs, name, text, _stage).set_defaults(stage="data" if name == "prepare" else name)
+    for stage in STAGES.values():
+        if not stage.training and stage.name != "extract":  # those have options of their own
+            add_verb(verbs, stage.verb or stage.name, stage.title, _stage).set_defaults(stage=stage.name)
     train = add_verb(verbs, "train", "one training stage", _stage)
-    train.add_argument("--stage", choices=TRAINING, default="pretrain")
+    train.add_argument("--stage", choices=[stage.name for stage in STAGES.values() if stage.training], default="pretrain")
     train.add_argument("--profile", type=count, default=0, metavar="N", help="where do N of the first steps go? A trace and a table")
     sample = add_verb(verbs, "sample", "draw images for captions", _sample)
     sample.add_argument("captions", nargs="*", metavar="CAPTION", help="default: held-out captions")
-    sample.add_argument("--model", choices=MODELS, default="ordered")
+    add_model(sample, "which one of the run; default: %(default)s", default="ordered")
     sample.add_argument("--order", metavar="POLICY", help="the way through the cells, e.g. halton; default: sample.order")
     sample.add_argument("--out", default="samples.png")
     recipe = add_verb(verbs, "recipe", "print the resolved recipe", _recipe)

@@ -11,7 +11,8 @@ from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.model import load_model
 from oar_scale.orders.order_files import run_files
 from oar_scale.orders.policies import OrderRequest, sampling_order
-from oar_scale.run.artifacts import MODEL_FILES, MODEL_STAGES, prompt_encoder, read_tokens, require
+from oar_scale.registry import MODELS, current_name
+from oar_scale.run.artifacts import prompt_encoder, read_tokens, require, require_model
 from oar_scale.run.context import Run
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.prompts import model_inputs
@@ -27,7 +28,7 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str, order
     """Draw four images for each caption (None: the first held-out ones), a row a caption, and write them as a PNG.
 
     Args:
-        model: ``base``, ``anyorder``, ``control`` or ``ordered``.
+        model: one of the run's models (``oar_scale.registry``).
         out: a path or an object URI.
         order: an order policy; default: the recipe's.
 
@@ -37,9 +38,9 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str, order
     Raises:
         UserError: no such model, an empty caption, or a stage that has not finished.
     """
-    stages = {file: MODEL_STAGES[name] for name, file in MODEL_FILES.items()}
-    if model not in stages:
-        raise UserError(f"no model {model!r}; a run has: {', '.join(stages)}")
+    chosen = next((name for name in MODELS if name == current_name(model)), None)
+    if chosen is None:
+        raise UserError(f"no model {model!r}; a run has: {', '.join(MODELS)}")
     prompts = prompt_encoder(run, new=True)
     if captions is None:
         captions = read_tokens(run, "heldout", run.recipe.sample.images, prompts.field).prompts
@@ -48,7 +49,7 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str, order
     parallel = run.recipe.parallel
     torch.set_num_threads(parallel.cpu_threads * parallel.max_workers)
     vq = load_vq(require(run, run.vq_uri, "tokenizer"))
-    network = load_model(require(run, run.model_uri(model), stages[model]))
+    network = load_model(require_model(run, chosen))
     if parallel.precision == "bf16":
         network = network.to(torch.bfloat16)
     cond_inputs = prompts.encode(captions)
@@ -58,7 +59,7 @@ def run_sample(run: Run, captions: list[str] | None, model: str, out: str, order
     noise = torch.Generator().manual_seed(int(hash_words("sample", run.recipe.seed)) >> 1)
     with torch.no_grad():
         condition = network.condition(model_inputs(prompts, cond_inputs).repeat_interleave(DRAWINGS, dim=0))
-    request = OrderRequest(network, len(condition), noise, run_files(run.at()), run.model_uri(model))
+    request = OrderRequest(network, len(condition), noise, run_files(run.at()), run.model_uri(chosen))
     order_BN = sampling_order(order or run.recipe.sample.order, request, "--order" if order else "sample.order")
     drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), noise, order_BN)
     pictures = [upscale(picture, max(1, SHEET_PIXELS // len(picture))) for picture in decode_pictures(vq, drawn.codes_BN)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from oar_scale.config.section import Section
+from oar_scale.config.section import Operational, Section
 
 View = Annotated[str, Field(pattern=r"^(center|center_flip|jitter[1-9][0-9]?|crop1?[0-9]|tencrop|tencrop105)$")]
 CROPS = {"tencrop": tuple(f"crop{k}" for k in range(10)), "tencrop105": tuple(f"crop{k}" for k in range(10, 20))}
@@ -97,7 +97,7 @@ class DataConfig(Section):
     heldout_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the names kept out of training; a name always falls on the same side."""
     samples_per_shard: int = Field(256, ge=1)
-    prepare_threads: int = Field(4, ge=1)
+    prepare_threads: Operational[int] = Field(4, ge=1)
     """Images read, decoded and resized at once by the stage ``data``."""
     on_bad_sample: Literal["skip", "fail"] = "skip"
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
@@ -105,7 +105,7 @@ class DataConfig(Section):
     canonical_streams: int = Field(8, ge=1)
     """C: the line of samples is cut into C segments; the number of workers must divide it (docs/stream.md)."""
     shuffle_window_shards: int = Field(8, ge=1)
-    loader_processes: int = Field(0, ge=0)
+    loader_processes: Operational[int] = Field(0, ge=0)
     """Processes of each worker that make its batches; 0: a thread. They change no batch."""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from oar_scale.config.section import Count, PolicyName, RecipeConflict, Section, bounds
+from oar_scale.config.section import Count, Operational, PolicyName, RecipeConflict, Section, bounds
 
 Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled"]
 FirstCell = Literal["free", "random"] | Annotated[int, Field(ge=0)]
@@ -37,11 +37,11 @@ class ExtractConfig(Section):
     views: int = Field(1, ge=1)
     """Orders are extracted for so many of ``tokenizer.views``, from the first one on."""
     batch: int = Field(64, ge=1)
-    actors: Count = 2
+    actors: Operational[Count] = 2
     """Processes with a model each, or ``{min, max}``: more of them as the cluster has room (docs/extraction-pool.md)."""
-    gpus_per_actor: float = Field(0, ge=0)
+    gpus_per_actor: Operational[float] = Field(0, ge=0)
     """GPUs an actor takes; 0.5: two actors share one. 0: it computes on ``parallel.cpu_threads`` cores."""
-    max_retries: int = Field(3, ge=0)
+    max_retries: Operational[int] = Field(3, ge=0)
     """Times a shard is tried again, on another actor, before it is set aside as poison."""
 
     @property

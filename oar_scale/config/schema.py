@@ -62,11 +62,11 @@ from oar_scale.config.training_sections import (
     ParallelConfig,
     TrainingConfig,
 )
+from oar_scale.registry import TRAINING_SECTIONS, Stage, stages_of
 
 __all__ = [
     "CROPS",
     "NUMBER",
-    "OPERATIONAL",
     "RANGE",
     "ClassFoldersSource",
     "ClipTextConfig",
@@ -107,22 +107,6 @@ __all__ = [
     "WebDatasetSource",
 ]
 
-OPERATIONAL = {
-    "loader_processes",
-    "log_every",
-    "evaluate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_every",
-    "keep_best",
-    "evaluate_orders",
-    "sample_every",
-    "actors",
-    "gpus_per_actor",
-    "max_retries",
-    "prepare_threads",
-}
-"""Fields that say who does the work and how often it is logged or saved: they may change without changing the result."""
 _RASTER_ONLY = "a raster model has its raster order only.\nLeave it out, or choose another model.layout."
 
 
@@ -160,12 +144,20 @@ class Recipe(Section):
     def root(self) -> str:
         return self.storage.root or self.local_dir
 
+    def stages(self) -> list[Stage]:
+        """The stages of this recipe, each after those it needs."""
+        return stages_of(raster=self.model.layout == "raster", control=self.pipeline.control)
+
+    def training(self, section: str) -> TrainingConfig:
+        """The settings of a training: the section ``pretrain`` or ``finetune``."""
+        return self.pretrain if section == "pretrain" else self.finetune
+
     @model_validator(mode="after")
     def _batch_arithmetic(self) -> Recipe:
         micro = self.parallel.micro_batch
         for workers in dict.fromkeys((self.parallel.min_workers, self.parallel.max_workers)):
-            for stage in ("pretrain", "finetune"):
-                total = getattr(self, stage).global_batch
+            for stage in TRAINING_SECTIONS:
+                total = self.training(stage).global_batch
                 if total % (micro * workers):
                     fits = [m for m in range(1, total + 1) if total % (m * workers) == 0]
                     nearest = sorted(sorted(fits, key=lambda m: abs(m - micro))[:2])
@@ -212,8 +204,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _orders(self) -> Recipe:
-        for stage in ("pretrain", "finetune"):
-            training = getattr(self, stage)
+        for stage in TRAINING_SECTIONS:
+            training = self.training(stage)
             if training.order in (None, "random"):
                 continue
             if training.random_share == 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from functools import cache
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -11,6 +12,25 @@ class Section(BaseModel):
     """Base of all recipe sections: unknown keys are errors, values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+T = TypeVar("T")
+
+
+class _Operational:
+    """The mark of a field that may change when a run is resumed."""
+
+
+Operational = Annotated[T, _Operational()]
+"""The type of a field that says who does the work, or how often it is logged, saved or watched. It changes no result, so it is no
+part of a stage's fingerprint, and a run may be resumed with another value: ``log_every: Operational[int] = Field(5, ge=1)``."""
+
+
+@cache
+def operational_fields(section: type[Section]) -> frozenset[str]:
+    """The names of a section's own fields that are marked :data:`Operational`; those of sections within it are not looked at."""
+    fields = section.model_fields.items()
+    return frozenset(name for name, field in fields if any(isinstance(mark, _Operational) for mark in field.metadata))
 
 
 class Range(Section):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from oar_scale.config.section import Count, PolicyName, RecipeConflict, Section, bounds
+from oar_scale.config.section import Count, Operational, PolicyName, RecipeConflict, Section, bounds
 
 Layout = Literal["raster", "instructed", "dual"]
 
@@ -146,18 +146,18 @@ class TrainingConfig(Section):
     """Share of the samples trained in a fresh random order; the rest follow ``order``."""
     mix: tuple[MixConfig, ...] = ()
     """Other folders that samples are drawn from, besides the run's own."""
-    log_every: int = Field(5, ge=1)
-    evaluate_every: int = Field(50, ge=1)
-    evaluate_orders: tuple[Literal["random", "raster", "stored"], ...] = ("random",)
+    log_every: Operational[int] = Field(5, ge=1)
+    evaluate_every: Operational[int] = Field(50, ge=1)
+    evaluate_orders: Operational[tuple[Literal["random", "raster", "stored"], ...]] = ("random",)
     """Orders of the held-out likelihood; ``stored`` (fine-tuning) are those the any-order model prefers, extracted at the start."""
-    sample_every: int = Field(0, ge=0)
+    sample_every: Operational[int] = Field(0, ge=0)
     """Steps between grids of drawn held-out captions; 0: none."""
-    checkpoint_every: int = Field(50, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_every: Operational[int] = Field(50, ge=1)
+    keep_checkpoints: Operational[int] = Field(2, ge=1)
     """Newest checkpoints that are kept."""
-    keep_every: int = Field(0, ge=0)
+    keep_every: Operational[int] = Field(0, ge=0)
     """Steps whose multiples are kept besides; 0: none."""
-    keep_best: int = Field(0, ge=0)
+    keep_best: Operational[int] = Field(0, ge=0)
     """Checkpoints with the best held-out likelihood that are kept besides."""
     max_non_finite: int = Field(20, ge=0)
     """Batches without a finite gradient that are left out before the stage stops."""

@@ -37,7 +37,7 @@ from oar_scale.orders.analysis import kendall_distance
 from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders
 from oar_scale.orders.order_files import OrderFiles, folder_files
 from oar_scale.orders.policies import OrderRequest, sampling_order
-from oar_scale.results.estimates import ModelName
+from oar_scale.registry import ModelName
 from oar_scale.tokenizers.vq import load_vq
 
 Ints = NDArray[np.int64]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.errors import UserError
+from oar_scale.registry import ModelName, current_name
 from oar_scale.results.estimates import CaptionDependence, DistanceRow, NllTable, PretrainEffect
 from oar_scale.results.examples import EditExample, OrderFacts, SampleGrid, TokenizerFacts
 from oar_scale.storage import join, open_storage, read_json, write_json
@@ -85,6 +86,8 @@ def _from_plain(kind: Any, plain: Any, arrays: Arrays) -> Any:
     """The value of type ``kind`` that :func:`_to_plain` made ``plain`` of."""
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         return None if plain is None else _from_plain(get_args(kind)[0], plain, arrays)
+    if kind is ModelName:
+        return current_name(plain)
     if isinstance(plain, dict) and plain.keys() == {"array"}:
         return arrays[plain["array"]]
     if is_dataclass(kind):

@@ -12,10 +12,10 @@ from oar_scale.evaluation.distances import frechet, kid
 from oar_scale.evaluation.eval_tasks import BruteForce, Likelihoods
 from oar_scale.evaluation.likelihood import mean_nll, paired_difference
 from oar_scale.orders.analysis import kendall_distance, placing_times
+from oar_scale.registry import BASELINES, ModelName
 from oar_scale.results.estimates import (
     CaptionDependence,
     DistanceRow,
-    ModelName,
     NllDifference,
     NllEntry,
     NllTable,
@@ -41,18 +41,17 @@ def per_image(found: Sequence[Likelihoods]) -> PerImage:
 def likelihood_table(nll: PerImage) -> NllTable:
     """Means, and the ordered model against the others where both were measured."""
     entries = [NllEntry(model, order, mean_nll(row[order])) for model, row in nll.items() for order in ORDERS if order in row]
-    others: tuple[ModelName, ...] = ("control", "any-order")
     differences = [
         NllDifference("ordered", other, order, paired_difference(nll["ordered"][order], nll[other][order]))
         for order in ("own confidence", "random")
-        for other in others
+        for other in BASELINES
         if other in nll
     ]
     return NllTable(len(nll["ordered"]["random"]), tuple(entries), tuple(differences))
 
 
 def pretrain_effect(nll: PerImage) -> PretrainEffect:
-    before, after = nll["base"]["random"], nll["any-order"]["random"]
+    before, after = nll["base"]["random"], nll["any_order"]["random"]
     return PretrainEffect(len(after), mean_nll(before), mean_nll(after), paired_difference(after, before))
 
 

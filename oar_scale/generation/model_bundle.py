@@ -19,14 +19,15 @@ from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import ClipTextConfig, Recipe, SampleConfig, TextConfig
 from oar_scale.errors import UserError
 from oar_scale.model import ModelSpec
+from oar_scale.model.run_models import run_model_file
 from oar_scale.orders.order_files import OrderFiles, folder_files, run_files
+from oar_scale.registry import MODELS, current_name
 from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.image import TokenizerSpec
 
 CONFIG, MODEL, VQ, RECIPE = "config.json", "model.safetensors", "vq.safetensors", "recipe.yaml"
 TOWER = "text"
 """Name, without its ending, of the copy of an open_clip checkpoint."""
-RUN_MODELS = ("ordered", "anyorder", "control", "base")
 
 
 class TokenizerNote(BaseModel):
@@ -78,7 +79,7 @@ def find_bundle(path: str, model: str | None = None) -> ModelBundle:
     """The bundle at ``path``: an exported folder, a run's folder, or a model file.
 
     Args:
-        model: which one of a run, ``ordered`` unless said (``anyorder`` of a raster run, which has no other).
+        model: which one of a run, ``ordered`` unless said (``any_order`` of a raster run, which has no other).
 
     Raises:
         UserError: nothing of this kind is there.
@@ -123,13 +124,13 @@ def run_bundle(path: str, recipe: Recipe, model: str) -> ModelBundle:
 
 def _run_model(path: str, recipe: Recipe, model: str | None) -> str:
     """The file of a run's model, if it is there."""
-    folder = join(recipe.storage.root or path, "models")
-    model = model or ("anyorder" if recipe.model.layout == "raster" else "ordered")
-    there = [name for name in RUN_MODELS if open_storage(folder).exists(join(folder, f"{name}.safetensors"))]
-    if model not in there:
+    root = recipe.storage.root or path
+    wanted = current_name(model or ("any_order" if recipe.model.layout == "raster" else "ordered"))
+    there = {str(name): uri for name in MODELS if open_storage(uri := run_model_file(root, name)).exists(uri)}
+    if wanted not in there:
         has = f"It has: {', '.join(there)}. Name one of them, or go on with the run." if there else "Run its training first."
-        raise UserError(f"{path}: this run has no model {model!r}. {has}")
-    return join(folder, f"{model}.safetensors")
+        raise UserError(f"{path}: this run has no model {wanted!r}. {has}")
+    return there[wanted]
 
 
 def check_codes(model: ModelSpec, vq: TokenizerSpec, where: str) -> None:

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
-
-RAY_STAGES = {"tokens", "pretrain", "extract", "finetune", "control"}
-TRAINING = {"pretrain", "finetune", "control"}
+from oar_scale.registry import STAGES, Stage
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class JobSpec:
     @property
     def needs_ray(self) -> bool:
         """Whether one of its stages runs on Ray."""
-        return not self.stages or bool(RAY_STAGES & set(self.stages))
+        return not self.stages or any(STAGES[stage].ray for stage in self.stages)
 
     def commands(self, recipe: str, *, array: bool = False) -> list[list[str]]:
         """The arguments of ``oar`` for each command that the job runs, one after the other.
@@ -58,9 +56,7 @@ def plan_jobs(recipe: Recipe, asked: str | None) -> list[JobSpec]:
     """
     if asked is None:
         return [JobSpec(())]
-    from oar_scale.pipeline import stages
-
-    known = {stage.name: stage for stage in stages(recipe)}
+    known: dict[str, Stage] = {stage.name: stage for stage in recipe.stages()}
     specs = [JobSpec(tuple(part.strip() for part in job.split("+"))) for job in asked.split(",")]
     order = [name for spec in specs for name in spec.stages]
     for index, name in enumerate(order):
@@ -75,8 +71,4 @@ def plan_jobs(recipe: Recipe, asked: str | None) -> list[JobSpec]:
 
 
 def _command(stage: str, recipe: str, array: bool) -> list[str]:
-    if stage in TRAINING:
-        return ["train", recipe, "--stage", stage]
-    if stage == "extract" and array:
-        return ["extract", recipe, "--array"]
-    return ["prepare" if stage == "data" else stage, recipe]
+    return [*STAGES[stage].command(recipe), *(["--array"] if array and stage == "extract" else [])]

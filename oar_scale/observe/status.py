@@ -18,8 +18,8 @@ from oar_scale.observe.events import EventReader, stages_with_events
 from oar_scale.observe.formatting import ALERTS, duration, line, number
 from oar_scale.observe.run_location import Place
 from oar_scale.observe.state import StageState
+from oar_scale.registry import STAGES
 
-ORDER = ("data", "tokenizer", "tokens", "pretrain", "extract", "finetune", "control", "evaluate", "report")
 DEFAULT_STALL_S = 600.0
 
 
@@ -28,7 +28,8 @@ def status(place: Place, now: float | None = None) -> str:
     now = time.time() if now is None else now
     finished, lines = place.finished(), [place.name]
     stages = {*finished, *stages_with_events(place.events)}
-    for stage in sorted(stages, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
+    order = list(STAGES)
+    for stage in sorted(stages, key=lambda name: (order.index(name) if name in order else len(order), name)):
         state = StageState(stage)
         state.read(EventReader(place.events, stage))
         told = [f"done in {duration(finished[stage])}"] if stage in finished else [_doing(state, now)]

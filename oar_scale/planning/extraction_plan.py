@@ -27,9 +27,8 @@ from oar_scale.planning.case import Case
 from oar_scale.planning.failures import YEAR_S
 from oar_scale.planning.shape import parameters
 from oar_scale.planning.traffic import PoolLoad, orders_bytes, pool_load
+from oar_scale.registry import MODELS
 
-MODELS = 3
-"""Any-order, control, ordered: those that the evaluation draws with; one less without a control."""
 NLL_PASSES = 4
 """Orders, and captions of other images, under which the likelihood of an image is taken."""
 BRUTE_FORCE_IMAGES = 2
@@ -214,7 +213,7 @@ def plan_evaluation(case: Case) -> EvaluationPlan | None:
         share = recipe.data.heldout_fraction
         heldout = round(case.images.count * share / (1 - share))
         drawn, scored = min(drawn, heldout), min(scored, heldout)
-    models = MODELS - (not recipe.pipeline.control)
+    models = len(MODELS) - 1 - (not recipe.pipeline.control)  # the base model does not draw
     find = _order_flops(case)
     flops = float(models * drawn * extraction_flops(spec, guided=recipe.sample.guidance != 1))
     flops += (models + 1) * scored * NLL_PASSES * forward_flops(spec) + models * scored * find

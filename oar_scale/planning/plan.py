@@ -143,11 +143,8 @@ def overrides_of(case: Case, planned: ParallelConfig, actors: ActorPlan | None) 
 
 
 def training_stages(recipe: Recipe) -> list[str]:
-    """The training stages of a recipe (``pipeline.stages``)."""
-    if recipe.model.layout == "raster":
-        return ["pretrain"]
-    first = ["pretrain"] if recipe.pretrain.steps else []
-    return [*first, "finetune", *(["control"] if recipe.pipeline.control else [])]
+    """The stages of a recipe that train for at least one step."""
+    return [stage.name for stage in recipe.stages() if stage.training and recipe.training(stage.training).steps]
 
 
 def _trace(spec: ModelSpec, parallel: ParallelConfig) -> TrunkActivations:

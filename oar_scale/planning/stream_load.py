@@ -10,6 +10,7 @@ from oar_scale.config.schema import Recipe
 from oar_scale.data.sample_plan import Ids, SamplePlan, step_slots
 from oar_scale.errors import UserError
 from oar_scale.planning.case import Case
+from oar_scale.registry import TRAINING_SECTIONS
 
 LOOKED_AT = 400_000
 """Samples whose places are computed, at most, to see that none comes twice."""
@@ -101,7 +102,7 @@ def check_sharing(recipe: Recipe, ranks: int) -> None:
     fits = [n for n in range(1, min(streams, *batches) + 1) if streams % n == 0 and not any(batch % n for batch in batches)]
     near = ", ".join(str(n) for n in sorted(sorted(fits, key=lambda n: abs(n - ranks))[:3]))
     changes = {"data.canonical_streams": ranks if streams % ranks else streams}
-    changes |= {f"{name}.global_batch": -(-batch // ranks) * ranks for name, batch in zip(("pretrain", "finetune"), batches, strict=True)}
+    changes |= {f"{name}.global_batch": -(-batch // ranks) * ranks for name, batch in zip(TRAINING_SECTIONS, batches, strict=True)}
     said = " and ".join(str(batch) for batch in dict.fromkeys(batches))
     raise UserError(
         f"{ranks} workers cannot share data.canonical_streams = {streams} and global batches of {said} evenly. Workers that can: {near}. "

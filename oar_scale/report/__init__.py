@@ -14,9 +14,10 @@ from markupsafe import Markup
 
 from oar_scale.evaluation.pictures import heat_map, known_part
 from oar_scale.observe.console import duration
+from oar_scale.registry import MODELS, model_label
 from oar_scale.report import figures, summary
 from oar_scale.report.report_data import ReportData
-from oar_scale.results.estimates import ModelName, NllTable, OrderName
+from oar_scale.results.estimates import NllTable, OrderName
 from oar_scale.storage import open_storage
 
 __all__ = ["page_environment", "render_report", "write_report"]
@@ -37,7 +38,12 @@ def page_environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        png=figures.data_uri, number=summary.number, signed=summary.signed, estimate=summary.plus_minus, duration=_stage_duration
+        png=figures.data_uri,
+        number=summary.number,
+        signed=summary.signed,
+        estimate=summary.plus_minus,
+        duration=_stage_duration,
+        model_label=model_label,
     )
     environment.globals.update(heat_map=heat_map, known_part=known_part, colour_ramp=Markup(figures.colour_ramp()))
     return environment
@@ -67,13 +73,13 @@ def _nll_rows(table: NllTable) -> list[tuple[str, list[tuple[str, bool]]]]:
     orders = _orders_in(table)
     best = {order: min(nll.mean for (_, o), nll in entries.items() if o == order) for order in orders}
     rows = []
-    for model in get_args(ModelName):
+    for model in MODELS:
         found = [entries.get((model, order)) for order in orders]
         cells = [
             (summary.plus_minus(nll), nll.mean == best[order]) if nll else ("", False) for order, nll in zip(orders, found, strict=True)
         ]
         if any(text for text, _ in cells):
-            rows.append((model, cells))
+            rows.append((model_label(model), cells))
     return rows
 
 

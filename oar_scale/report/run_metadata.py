@@ -32,17 +32,16 @@ from oar_scale.run.context import Run
 from oar_scale.storage import Missing, read_json
 
 Marker = Mapping[str, Any]
-STAGES = ("data", "tokenizer", "tokens", "pretrain", "extract", "finetune", "control", "evaluate")
 BAD_EXAMPLES = 5
 
 
 def read_markers(run: Run) -> dict[str, Marker]:
-    """``stages/NAME.json`` of every stage of the recipe that has finished."""
+    """``stages/NAME.json`` of every stage of the recipe that has finished, but for the report itself."""
     markers: dict[str, Marker] = {}
-    for name in STAGES:
-        marker = _marker(run, name) if name != "control" or run.recipe.pipeline.control else None
+    for stage in run.recipe.stages():
+        marker = _marker(run, stage.name) if stage.name != "report" else None
         if marker is not None:
-            markers[name] = marker
+            markers[stage.name] = marker
     return markers
 
 

@@ -7,16 +7,11 @@ reported as not measurably different, with the numbers beside it.
 from __future__ import annotations
 
 from oar_scale.observe.console import duration
+from oar_scale.registry import BASELINES, MODELS, ModelName, model_label
 from oar_scale.report.report_data import ReportData
-from oar_scale.results.estimates import CaptionDependence, DistanceRow, Estimate, ModelName, NllTable
+from oar_scale.results.estimates import CaptionDependence, DistanceRow, Estimate, NllTable
 
 STANDARD_ERRORS = 2.0
-MODEL_PHRASES: dict[ModelName, str] = {
-    "base": "the model before pretraining",
-    "any-order": "the any-order model",
-    "control": "the control",
-    "ordered": "the ordered model",
-}
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -61,14 +56,14 @@ def key_numbers(report: ReportData) -> list[tuple[str, str, str]]:
     """(label, value, what it means) of the few numbers to look at first."""
     found: list[tuple[str, str, str]] = []
     if report.nll:
-        for other in ("control", "any-order"):
+        for other in BASELINES:
             difference = _difference(report.nll, "ordered", other, "own confidence")
             if difference:
                 meaning = f"nats per code, own confidence order: ordered is {verdict(difference)}"
-                found.append((f"ordered − {other}", plus_minus(difference, sign=True), meaning))
+                found.append((f"ordered − {model_label(other)}", plus_minus(difference, sign=True), meaning))
     dependence = _caption_row(report.captions)
     if dependence:
-        meaning = f"nats per code lost with other images' captions ({dependence.model} model)"
+        meaning = f"nats per code lost with other images' captions ({model_label(dependence.model)} model)"
         found.append(("shuffled − own captions", plus_minus(dependence.difference, sign=True), meaning))
     if report.tokenizer:
         meaning = f"held-out images through the tokenizer; {report.tokenizer.codebook_use:.0%} of the codebook in use"
@@ -110,7 +105,7 @@ def _comparisons(table: NllTable) -> list[str]:
     sentences = []
     for order, opening in (("own confidence", "With each model's own confidence orders"), ("random", "In random orders")):
         readings = []
-        for other in ("control", "any-order"):
+        for other in BASELINES:
             difference = _difference(table, "ordered", other, order)
             if difference:
                 readings.append(_against(other, difference))
@@ -121,16 +116,16 @@ def _comparisons(table: NllTable) -> list[str]:
 
 def _against(other: ModelName, difference: Estimate) -> str:
     if not measured(difference):
-        return f"not measurably different from {MODEL_PHRASES[other]} ({plus_minus(difference, sign=True)} nats per code)"
+        return f"not measurably different from {MODELS[other].title} ({plus_minus(difference, sign=True)} nats per code)"
     size = f"{number(abs(difference.mean))} ± {number(difference.standard_error)} nats per code"
-    return f"{verdict(difference)} than {MODEL_PHRASES[other]} by {size}"
+    return f"{verdict(difference)} than {MODELS[other].title} by {size}"
 
 
 def _captions(rows: tuple[CaptionDependence, ...]) -> list[str]:
     row = _caption_row(rows)
     if row is None:
         return []
-    phrase = MODEL_PHRASES[row.model]
+    phrase = MODELS[row.model].title
     if not measured(row.difference):
         return [f"Captions of other images cost {phrase} nothing measurable ({plus_minus(row.difference, sign=True)} nats per code)."]
     change = f"{number(abs(row.difference.mean))} ± {number(row.difference.standard_error)} nats per code"

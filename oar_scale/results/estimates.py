@@ -12,9 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-ModelName = Literal["base", "any-order", "control", "ordered"]
-"""``base``: before pretraining; ``any-order``: after it; ``control`` and ``ordered``: fine-tuned on random and on extracted orders."""
-
+from oar_scale.registry import ModelName
 
 OrderName = Literal["random", "raster", "own confidence"]
 
@@ -92,7 +90,7 @@ class DistanceRow:
     """Distance of a set of images to as many held-out ones."""
 
     name: str
-    """A model, or a reference such as "reconstructions"."""
+    """The label of a model, e.g. "any-order", or a reference such as "training images"."""
     samples: int
     kid_efflite0: float
     kid_efflite0_std: float

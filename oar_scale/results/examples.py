@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from oar_scale.results.estimates import ModelName
+from oar_scale.registry import ModelName
 
 Picture = NDArray[np.uint8]
 
@@ -42,8 +42,8 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class SampleGrid:
-    columns: tuple[str, ...]
-    """Names of the models, e.g. ("any-order", "control", "ordered")."""
+    columns: tuple[ModelName, ...]
+    """The models, e.g. ("any_order", "control", "ordered")."""
     settings: str
     """E.g. "guidance 2, temperature 1, own confidence order"."""
     rows: tuple[SampleRow, ...]

@@ -16,14 +16,11 @@ from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import read_shard, read_token_shard
 from oar_scale.errors import UserError
 from oar_scale.orders.order_table import join_orders, read_orders, table_name
-from oar_scale.results.estimates import ModelName
+from oar_scale.registry import MODELS, ModelName
 from oar_scale.results.examples import Picture
 from oar_scale.run.context import Run
 from oar_scale.storage import fetch, join, open_storage
 from oar_scale.tokenizers.prompts import Field, PromptEncoder, check_features, for_new_prompts, load_prompts
-
-MODEL_FILES: dict[ModelName, str] = {"base": "base", "any-order": "anyorder", "control": "control", "ordered": "ordered"}
-MODEL_STAGES: dict[ModelName, str] = {"base": "pretrain", "any-order": "pretrain", "control": "control", "ordered": "finetune"}
 
 ONE_ORDER = "model.layout raster has one order for all images: there is none to find for each"
 OTHER_LAYOUT = "Choose model.layout instructed or dual for orders of images."
@@ -59,8 +56,13 @@ def require_any_order(run: Run) -> None:
 
 def model_files(run: Run) -> dict[ModelName, str]:
     """Local files of the run's models; the control only where the recipe has one. Raises UserError as :func:`require`."""
-    wanted = [name for name in MODEL_FILES if name != "control" or run.recipe.pipeline.control]
-    return {name: fetch(require(run, run.model_uri(MODEL_FILES[name]), MODEL_STAGES[name]), run.cache) for name in wanted}
+    wanted = [name for name in MODELS if name != "control" or run.recipe.pipeline.control]
+    return {name: fetch(require_model(run, name), run.cache) for name in wanted}
+
+
+def require_model(run: Run, name: ModelName) -> str:
+    """The file of one of the run's models. Raises UserError as :func:`require`."""
+    return require(run, run.model_uri(name), MODELS[name].stage)
 
 
 def prompt_encoder(run: Run, *, new: bool = False) -> PromptEncoder:

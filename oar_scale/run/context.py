@@ -11,9 +11,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from oar_scale.config.schema import Recipe
+from oar_scale.model.run_models import run_model_file
 from oar_scale.observe.console import Console
 from oar_scale.observe.events import EventLog
 from oar_scale.observe.mirror import open_log
+from oar_scale.registry import STAGES, ModelName
 from oar_scale.shard_pool.pool_types import ArrayTask
 from oar_scale.storage import join
 
@@ -51,7 +53,7 @@ class Run:
     def marker(self, stage: str) -> str:
         """What a finished stage writes last, beside its results: in the storage, but for the stages whose results are local."""
         name = f"{stage}.json"
-        return self.local("stages", name) if stage in ("evaluate", "report") else self.at("stages", name)
+        return self.local("stages", name) if stage in STAGES and STAGES[stage].local else self.at("stages", name)
 
     def log(self, stage: str) -> AbstractContextManager[EventLog]:
         """The event log of a new attempt at a stage."""
@@ -65,6 +67,6 @@ class Run:
     def text_uri(self) -> str:
         return self.at("tokenizers", "text.model")
 
-    def model_uri(self, name: str) -> str:
-        """An exported model: ``base``, ``anyorder``, ``control`` or ``ordered``."""
-        return self.at("models", f"{name}.safetensors")
+    def model_uri(self, name: ModelName) -> str:
+        """The file of one of the run's models, under the name that an earlier version gave it where the run is that old."""
+        return run_model_file(self.at(), name)

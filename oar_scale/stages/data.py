@@ -9,8 +9,6 @@ from oar_scale.data.prepare import prepare_images
 from oar_scale.observe.console import Tally
 from oar_scale.run.context import Run
 
-EXPECTED = "about 10 s for 4,000 drawings; photos 40 to 100 a second and core"
-
 
 def run_data(run: Run) -> dict[str, Any]:
     """Write ``images/train`` and ``images/heldout``; returns the counts."""

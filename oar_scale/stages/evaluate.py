@@ -40,11 +40,11 @@ from oar_scale.generation.sampling import SampleSettings
 from oar_scale.orders.analysis import neighbour_share
 from oar_scale.orders.extraction import ExtractionSettings
 from oar_scale.orders.order_files import run_files
+from oar_scale.registry import ModelName, model_label
 from oar_scale.report.run_metadata import prompts_in_words, stage_results, tokenizer_origin
-from oar_scale.results.estimates import DistanceRow, ModelName, NllTable
+from oar_scale.results.estimates import DistanceRow, NllTable
 from oar_scale.results.examples import EditExample, OrderExample, OrderFacts, Picture, SampleGrid, SampleRow, TokenizerFacts
 from oar_scale.run.artifacts import (
-    MODEL_FILES,
     Tokens,
     model_files,
     prompt_encoder,
@@ -61,8 +61,6 @@ from oar_scale.tokenizers.prompts import model_inputs
 from oar_scale.tokenizers.vq import codebook_use, load_vq, pixels_to_unit, psnr
 
 EditKind = Literal["inpainting", "outpainting"]
-
-EXPECTED = "about 3 min for 6 M parameters on 2 cores"
 
 TASK_IMAGES = 64
 EDIT_COMPLETIONS = 4
@@ -176,7 +174,7 @@ def _eval_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
 
 
 def _brute_force_task(run: Run, inputs: Inputs) -> EvalTask:
-    target = EvalTarget("any-order", inputs.models["any-order"], inputs.train_cond_inputs_S.numpy())
+    target = EvalTarget("any_order", inputs.models["any_order"], inputs.train_cond_inputs_S.numpy())
     first = slice(BRUTE_FORCE_IMAGES)
     return BruteForceTask(target, inputs.train.codes_SN[first], inputs.orders_SN[first], ExtractionSettings.from_recipe(run.recipe.extract))
 
@@ -194,7 +192,7 @@ def _sampling_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
             recipe.parallel.precision,
             recipe.sample.order,
             run_files(run.at()),
-            run.model_uri(MODEL_FILES[name]),
+            run.model_uri(name),
         )
         for part in _parts(count)
         for name, file in inputs.models.items()
@@ -258,7 +256,7 @@ def _distances(run: Run, inputs: Inputs, results: Results, reference_SF: Feature
         decoded = decode_pictures(inputs.vq, torch.from_numpy(inputs.train.codes_SN[:count]))
         sets = {"training images": _features(inputs.train_pictures[:count]), "training images, encoded and decoded": _features(decoded)}
     for name in (name for name in inputs.models if name != "base"):
-        sets[name] = np.concatenate([task.features_SF for task in results.drawn if task.model == name])[:count]
+        sets[model_label(name)] = np.concatenate([task.features_SF for task in results.drawn if task.model == name])[:count]
     return summary.distance_rows(sets, reference_SF, run.recipe.seed)
 
 
@@ -334,8 +332,8 @@ def _features(pictures: list[Picture]) -> Features:
 
 def _highlights(run: Run, evaluation: Evaluation) -> dict[str, Any]:
     """The few numbers to look at first, said on the console and kept with the stage."""
-    differences = {f"{d.first} - {d.second}, {d.order}": asdict(d.difference) for d in evaluation.nll.differences}
-    captions = {row.model: asdict(row.difference) for row in evaluation.captions}
+    differences = {f"{model_label(d.first)} - {model_label(d.second)}, {d.order}": asdict(d.difference) for d in evaluation.nll.differences}
+    captions = {model_label(row.model): asdict(row.difference) for row in evaluation.captions}
     kid = {row.name: row.kid_efflite0 for row in evaluation.distances}
     for name, difference in differences.items():
         run.console.say(f"  {name}: {difference['mean']:+.4f} +- {difference['standard_error']:.4f} nats per code")

@@ -12,8 +12,6 @@ from oar_scale.run.context import Run
 from oar_scale.shard_pool import Bounds, Facts, PoolReport, Timing
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, extract_all
 
-EXPECTED = "10 s to start the actors, then about 20 images/s and actor at 64 cells"
-
 
 def run_extract(run: Run) -> dict[str, Any]:
     """Write one order table for each token shard of the training split; returns counts, seconds and rate."""
@@ -21,7 +19,7 @@ def run_extract(run: Run) -> dict[str, Any]:
     job = ExtractionJob(
         tokens=run.at("tokens", "train"),
         orders=run.at("orders", "train"),
-        model=run.model_uri("anyorder"),
+        model=run.model_uri("any_order"),
         text=run.recipe.tokenizer.text,
         tokenizers=run.at("tokenizers"),
         cache_dir=run.cache,

@@ -12,15 +12,6 @@ from oar_scale.report import write_report
 from oar_scale.report.report_data import ReportData, TrainingCurve, training_curve
 from oar_scale.run.context import Run
 
-EXPECTED = "a few seconds"
-
-CURVES = {
-    "tokenizer": "image tokenizer",
-    "pretrain": "any-order pretraining",
-    "finetune": "fine-tuning on the extracted orders",
-    "control": "control: fine-tuning on random orders",
-}
-
 
 def run_report(run: Run) -> dict[str, Any]:
     """Write ``report/index.html`` in the run's local folder; sections whose stage has not finished say so."""
@@ -62,10 +53,10 @@ def report_data(run: Run) -> ReportData:
 
 def _curves(run: Run) -> tuple[TrainingCurve, ...]:
     curves = []
-    for stage, title in CURVES.items():
-        curve = training_curve(run.events, stage, title) if stage != "control" or run.recipe.pipeline.control else None
+    for stage in run.recipe.stages():
+        curve = training_curve(run.events, stage.name, stage.curve) if stage.curve else None
         if curve is not None:
-            curves.append(replace(curve, loss_name="tokenizer loss") if stage == "tokenizer" else curve)
+            curves.append(replace(curve, loss_name="tokenizer loss") if stage.name == "tokenizer" else curve)
     return tuple(curves)
 
 

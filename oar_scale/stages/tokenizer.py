@@ -31,7 +31,6 @@ from oar_scale.tokenizers.vq_training import VQProgress, assess_vq, train_vq
 
 ASSESSED = 4096
 """Held-out images that the image tokenizer is judged by, at most."""
-EXPECTED = "seconds with given weights, else about 10 ms an image and training step"
 
 
 def run_tokenizer(run: Run) -> dict[str, Any]:

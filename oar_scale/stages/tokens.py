@@ -9,8 +9,6 @@ from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.run.context import Run
 from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
 
-EXPECTED = "10 s to start the actors, then about 200 images and views a second"
-
 
 def run_tokens(run: Run) -> dict[str, Any]:
     """Write ``tokens/train`` (all views) and ``tokens/heldout`` (the images as they are); returns the counts."""

@@ -11,33 +11,25 @@ from oar_scale.distributed.ray_train import run_training
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
 from oar_scale.model.spec import condition_spec
+from oar_scale.registry import STAGES, TrainingName
 from oar_scale.run.artifacts import prompt_encoder
 from oar_scale.run.context import Run
 from oar_scale.training.inputs import job_orders
-from oar_scale.training.job import Stage, TrainingJob
-
-RESULT = {"pretrain": "anyorder", "finetune": "ordered", "control": "control"}
+from oar_scale.training.job import TrainingJob
 
 
-def run_train(run: Run, stage: Stage) -> dict[str, Any]:
+def run_train(run: Run, stage: TrainingName) -> dict[str, Any]:
     """Train one stage with Ray and DeepSpeed; the result is exported to ``models/``."""
     if stage == "pretrain" and run.rank == 0:
         _write_base(run)
     if stage == "pretrain" and not run.recipe.pretrain.steps:
         return _take_weights(run)
-    start_from = run.model_uri("base" if stage == "pretrain" else "anyorder")
-    job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(RESULT[stage]), run.profile_steps)
+    result = STAGES[stage].model
+    assert result is not None
+    start_from = run.model_uri("base" if stage == "pretrain" else "any_order")
+    job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(result), run.profile_steps)
     job_orders(job)  # what an order policy lacks is said here, and the mean order is found once, before there are workers
     return run_training(job, run.console)
-
-
-def expected_seconds(run: Run, stage: Stage) -> str:
-    """A guess for the console: 20 s to start the workers, then about 40 images/s for each CPU worker at 5 M parameters."""
-    training = run.recipe.pretrain if stage == "pretrain" else run.recipe.finetune
-    if not training.steps:
-        return "a copy of the given weights"
-    seconds = 20 + training.steps * training.global_batch / (35 * run.recipe.parallel.max_workers)
-    return f"about {max(1, round(seconds / 60))} min on CPU workers"
 
 
 def _write_base(run: Run) -> None:
@@ -70,7 +62,7 @@ def _take_weights(run: Run) -> dict[str, Any]:
     if run.rank:
         return {}
     model = load_model(run.model_uri("base"))
-    save_model(run.model_uri("anyorder"), model)
+    save_model(run.model_uri("any_order"), model)
     return {"steps": 0, "parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 

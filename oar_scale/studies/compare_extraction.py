@@ -52,7 +52,7 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
     """
     require_any_order(run)
     config, parallel = run.recipe.extract, run.recipe.parallel
-    model_file = fetch(require(run, run.model_uri("anyorder"), "pretrain"), run.cache)
+    model_file = fetch(require(run, run.model_uri("any_order"), "pretrain"), run.cache)
     shards = _shards(run, images)
     tokens = read_tokens(run, "train", sum(shard.samples for shard in shards) if finetune else images, prompt_encoder(run).field)
     device = "cuda" if config.gpus_per_actor > 0 else "cpu"
@@ -133,7 +133,7 @@ def _measured(run: Run, model_file: str, shards: Sequence[ShardInfo], tokens: To
 
 def _head(run: Run, model: AnyOrderModel, own_id: str) -> OrderHead | None:
     """The order head of the any-order model, where there is one."""
-    uri = head_file(run.model_uri("anyorder"))
+    uri = head_file(run.model_uri("any_order"))
     return load_head(uri, model, own_id, tables_id(run_files(run.at()))) if open_storage(uri).exists(uri) else None
 
 
@@ -144,7 +144,7 @@ def _unseen(run: Run, head: OrderHead, shards: Sequence[ShardInfo], images: int)
     found = np.concatenate([kept_out(shard, head.spec.heldout_fraction) for shard in opened])[:images]
     if found.sum() < 2:
         raise UserError(
-            f"{head_file(run.model_uri('anyorder'))}: this order head learned from all but {found.sum()} of these {images} images, "
+            f"{head_file(run.model_uri('any_order'))}: this order head learned from all but {found.sum()} of these {images} images, "
             "and cannot be judged by what it has seen. Take more (--images), or train it with a larger order_head.heldout_fraction."
         )
     return found

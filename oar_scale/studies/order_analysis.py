@@ -188,7 +188,7 @@ def _analysis(run: Run, found: Extracted, agreements: list[Agreement], examples:
         deviating=deviating,
         agreements=tuple(agreements),
         examples=examples,
-        head=read_report(head_report_file(run.model_uri("anyorder")), found.settings_id),
+        head=read_report(head_report_file(run.model_uri("any_order")), found.settings_id),
         animation=animation,
     )
 

@@ -10,17 +10,18 @@ from oar_scale.model import AnyOrderModel, load_model, model_id
 from oar_scale.orders.analysis.order_analysis import HeadReport, HeadRow
 from oar_scale.orders.head import load_head, save_head
 from oar_scale.orders.order_files import head_file, head_report_file, run_files
-from oar_scale.run.artifacts import MODEL_FILES, MODEL_STAGES, prompt_encoder, require, require_any_order
+from oar_scale.registry import ModelName
+from oar_scale.run.artifacts import prompt_encoder, require, require_any_order, require_model
 from oar_scale.run.context import Run
 from oar_scale.storage import Missing, read_json, write_json
 from oar_scale.studies.order_head_training import HeadData, train_head, write_predicted
 
 
-def run_train_head(run: Run, model: str) -> HeadReport:
+def run_train_head(run: Run, model: ModelName) -> HeadReport:
     """Train a head on the extracted orders, and write it and what it is worth beside the model.
 
     Args:
-        model: whose rows it reads: ``anyorder``, ``ordered``, ``control`` or ``base``.
+        model: whose rows it reads.
 
     Raises:
         UserError: a stage before this one has not finished, or too few images.
@@ -48,7 +49,7 @@ def run_predict(run: Run) -> int:
     Raises:
         UserError: there is no head, it is another model's, or it learned from other orders than the run has now.
     """
-    data, uri = _data(run, "anyorder")
+    data, uri = _data(run, "any_order")
     head = load_head(require(run, head_file(uri), "oar orders --train-head"), data.model, model_id(uri), data.settings_id)
     with run.console.progress(data.manifest.samples, "predicted orders") as tally:
         done = write_predicted(data, head, run.recipe.extract.batch, tally.update, run.recipe.extract.views)
@@ -77,12 +78,10 @@ def report_lines(report: HeadReport) -> list[str]:
     return [title, head, *rows, exact]
 
 
-def _data(run: Run, model: str) -> tuple[HeadData, str]:
+def _data(run: Run, model: ModelName) -> tuple[HeadData, str]:
     """The training images as a model of the run sees them, and the model's file."""
     require_any_order(run)
-    recipe = run.recipe
-    stage = next(MODEL_STAGES[name] for name, file in MODEL_FILES.items() if file == model)
-    uri = require(run, run.model_uri(model), stage)
+    recipe, uri = run.recipe, require_model(run, model)
     return HeadData(_open(run, uri), prompt_encoder(run), run_files(run.at()), run.cache, recipe.storage.cache_bytes), uri
 
 

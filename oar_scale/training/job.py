@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from oar_scale.config.schema import OPERATIONAL, Recipe, TrainingConfig
+from oar_scale.config.schema import Recipe, TrainingConfig
+from oar_scale.config.section import operational_fields
 from oar_scale.data.manifest import read_manifest
 from oar_scale.model import model_id
+from oar_scale.registry import STAGES, TrainingName
 from oar_scale.storage import join
-
-Stage = Literal["pretrain", "finetune", "control"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class TrainingJob:
     """One training stage of a run. All fields are plain values: the job travels to workers on other machines."""
 
     recipe: Recipe
-    stage: Stage
+    stage: TrainingName
     root: str
     """The run's storage; absolute where it is a folder."""
     local: str
@@ -33,7 +32,7 @@ class TrainingJob:
     @property
     def training(self) -> TrainingConfig:
         """The stage's settings. The control has fine-tuning's: same samples, views and budget, but no stored orders."""
-        return self.recipe.pretrain if self.stage == "pretrain" else self.recipe.finetune
+        return self.recipe.training(self.section)
 
     @property
     def checkpoints(self) -> str:
@@ -51,7 +50,7 @@ class TrainingJob:
     @property
     def section(self) -> str:
         """The section of the recipe that ``training`` is."""
-        return "pretrain" if self.stage == "pretrain" else "finetune"
+        return STAGES[self.stage].training
 
     @property
     def identity(self) -> dict[str, object]:
@@ -64,7 +63,7 @@ class TrainingJob:
             "seed": recipe.seed,
             "precision": recipe.parallel.precision,
             "model": recipe.model.model_dump(mode="json", exclude={"weights"}),
-            "training": training.model_dump(mode="json", exclude=OPERATIONAL),
+            "training": training.model_dump(mode="json", exclude=set(operational_fields(type(training)))),
             "mix": [read_manifest(mix.shards).fingerprint for mix in training.mix],
             "streams": [recipe.data.canonical_streams, recipe.data.shuffle_window_shards],
         }

@@ -234,7 +234,7 @@ def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, ro
         trial.kinds[kind] += 1
         check_resumed(event_files(run)[told:], before, number, damaged)
         check_committed(run, still_damaged(corrupted))
-        if codes == [0] * world and open_storage(run.at()).exists(run.model_uri("anyorder")):
+        if codes == [0] * world and open_storage(run.at()).exists(run.model_uri("any_order")):
             break
         if kind == "corrupt":
             corrupted |= corrupt(dice, committed(run) - still_damaged(corrupted))

@@ -272,7 +272,7 @@ def checkpoint_of(run: Run) -> str:
 def test_shards_of_two_workers_become_the_model_that_training_exported(trained: Run, tmp_path: Path) -> None:
     out = str(tmp_path / "exported")
     assert main(["checkpoint", "export", checkpoint_of(trained), "--out", out]) == 0
-    found, expected = load_model(join(out, "model.safetensors")), load_model(trained.model_uri("anyorder"))
+    found, expected = load_model(join(out, "model.safetensors")), load_model(trained.model_uri("any_order"))
     assert found.spec == expected.spec
     rounded = torch.bfloat16 if trained.recipe.parallel.precision == "bf16" else torch.float32
     base = load_model(trained.model_uri("base")).state_dict()
@@ -287,13 +287,13 @@ def test_shards_of_two_workers_become_the_model_that_training_exported(trained: 
 
 def test_a_run_and_its_export_draw_the_same(trained: Run, tmp_path: Path) -> None:
     out = str(tmp_path / "exported")
-    run_export(trained.local(), out, name="anyorder")
-    assert model_id(join(out, "model.safetensors")) == model_id(trained.model_uri("anyorder"))
+    run_export(trained.local(), out, name="any_order")
+    assert model_id(join(out, "model.safetensors")) == model_id(trained.model_uri("any_order"))
     here, there = (
-        oar_scale.load(path, model).sample(["a red apple"], seed=4)[0] for path, model in [(trained.local(), "anyorder"), (out, None)]
+        oar_scale.load(path, model).sample(["a red apple"], seed=4)[0] for path, model in [(trained.local(), "any_order"), (out, None)]
     )
     assert here.tobytes() == there.tobytes()
-    with pytest.raises(UserError, match=r"has no model 'ordered'\. It has: anyorder, base"):
+    with pytest.raises(UserError, match=r"has no model 'ordered'\. It has: base, any_order"):
         run_export(trained.local(), str(tmp_path / "other"))
 
 
@@ -304,7 +304,7 @@ def test_a_checkpoint_without_its_run_is_exported_as_a_model_alone(trained: Run,
     run_export(uri, str(tmp_path / "exported"))
     assert sorted(os.listdir(tmp_path / "exported")) == ["config.json", "model.safetensors"]
     found = load_model(str(tmp_path / "exported" / "model.safetensors"))
-    assert found.spec == load_model(trained.model_uri("anyorder")).spec
+    assert found.spec == load_model(trained.model_uri("any_order")).spec
 
 
 def test_a_damaged_or_uncommitted_checkpoint_is_never_opened(trained: Run, tmp_path: Path) -> None:
@@ -335,6 +335,6 @@ def test_a_damaged_or_uncommitted_checkpoint_is_never_opened(trained: Run, tmp_p
 
 
 def test_a_model_trained_here_does_not_pretend_to_be_a_peers(trained: Run, tmp_path: Path) -> None:
-    assert not isinstance(load_model(trained.model_uri("anyorder")).spec.condition, ClassSpec)
+    assert not isinstance(load_model(trained.model_uri("any_order")).spec.condition, ClassSpec)
     with pytest.raises(UserError, match=r"randar models have layout instructed and condition class; this one has .* condition text"):
-        run_export(trained.model_uri("anyorder"), str(tmp_path / "out.safetensors"), "randar")
+        run_export(trained.model_uri("any_order"), str(tmp_path / "out.safetensors"), "randar")

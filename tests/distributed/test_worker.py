@@ -75,7 +75,7 @@ def losses(run: Run) -> dict[int, float]:
 
 
 def weights(run: Run) -> dict[str, Any]:
-    return load_model(run.model_uri("anyorder")).state_dict()
+    return load_model(run.model_uri("any_order")).state_dict()
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def test_the_gap_to_brute_force_is_that_of_the_first_other_choice(tmp_path: obje
         exact = extract_orders(model, codes, model.condition(text), ExtractionSettings()).order_BN.numpy().astype(np.uint16)
     stored = np.stack([exact[0], exact[1, ::-1]])
     task = BruteForceTask(
-        EvalTarget("any-order", f"{tmp_path}/model.safetensors", text.numpy()), codes.numpy(), stored, ExtractionSettings()
+        EvalTarget("any_order", f"{tmp_path}/model.safetensors", text.numpy()), codes.numpy(), stored, ExtractionSettings()
     )
     assert task.run() == BruteForce(2, 2, 0.0, 0.5)  # the second stored order is the exact one backwards
     monkeypatch.setattr(eval_tasks, "extract_orders", backwards)

@@ -51,7 +51,7 @@ def small_run(folder: Path, text: dict[str, Any], condition: Any, **changes: Any
         encoder = train_text_tokenizer(CAPTIONS, 64, 4)
         encoder.save(str(folder / "tokenizers" / "text.model"))
         condition = TextSpec(vocab=encoder.vocab_size, rows=4)
-    name = "anyorder" if changes.get("layout") == "raster" else "ordered"
+    name = "any_order" if changes.get("layout") == "raster" else "ordered"
     save_model(str(folder / "models" / f"{name}.safetensors"), small_model(grid=GRID, vocab=CODES, condition=condition, **changes))
     return str(folder)
 

@@ -47,7 +47,7 @@ def test_one_command_takes_captioned_images_to_a_report(finished: Path) -> None:
     assert "kid_efflite0" in html and "OpenMoji" in html and "CC BY-SA" in html
     evaluation = json.loads((finished / "evaluation.json").read_text())
     assert evaluation
-    for name in ("base", "anyorder", "ordered", "control"):
+    for name in ("base", "any_order", "ordered", "control"):
         assert (finished / "models" / f"{name}.safetensors").stat().st_size > 100_000
 
 

@@ -101,7 +101,7 @@ def test_a_job_array_extracts_all_orders_though_one_task_is_killed(
     slurm: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = copy_run(prepared_run(tmp_path_factory), str(tmp_path / "run"))
-    open_storage(run.model_uri("anyorder")).upload(run.model_uri("base"), run.model_uri("anyorder"))
+    open_storage(run.model_uri("any_order")).upload(run.model_uri("base"), run.model_uri("any_order"))
     recipe = recipe_file(run, stages=4)
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(WAITS_TO_BE_KILLED)

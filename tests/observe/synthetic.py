@@ -43,7 +43,7 @@ def curve(title: str, steps: int, start: float, end: float, heldout: bool = True
 def nll_table(ordered_minus_control: float = -0.042) -> NllTable:
     means: dict[tuple[ModelName, OrderName], float] = {
         ("base", "random"): 3.912, ("base", "raster"): 3.871, ("base", "own confidence"): 3.702,
-        ("any-order", "random"): 3.544, ("any-order", "raster"): 3.521, ("any-order", "own confidence"): 3.361,
+        ("any_order", "random"): 3.544, ("any_order", "raster"): 3.521, ("any_order", "own confidence"): 3.361,
         ("control", "random"): 3.532, ("control", "raster"): 3.509, ("control", "own confidence"): 3.352,
         ("ordered", "random"): 3.581, ("ordered", "raster"): 3.557, ("ordered", "own confidence"): 3.352 + ordered_minus_control,
     }  # fmt: skip
@@ -52,7 +52,7 @@ def nll_table(ordered_minus_control: float = -0.042) -> NllTable:
         entries=tuple(NllEntry(model, order, Estimate(mean, 0.031)) for (model, order), mean in means.items()),
         differences=(
             NllDifference("ordered", "control", "own confidence", Estimate(ordered_minus_control, 0.006)),
-            NllDifference("ordered", "any-order", "own confidence", Estimate(-0.051, 0.007)),
+            NllDifference("ordered", "any_order", "own confidence", Estimate(-0.051, 0.007)),
             NllDifference("ordered", "control", "random", Estimate(0.049, 0.005)),
             NllDifference("ordered", "control", "raster", Estimate(0.008, 0.006)),
         ),
@@ -133,7 +133,7 @@ def report(
         pretrain=PretrainEffect(192, Estimate(3.912, 0.033), Estimate(3.544, 0.031), Estimate(-0.368, 0.012)),
         nll=nll or nll_table(),
         captions=(
-            CaptionDependence("any-order", 192, Estimate(3.544, 0.031), Estimate(3.721, 0.035), Estimate(0.177, 0.013)),
+            CaptionDependence("any_order", 192, Estimate(3.544, 0.031), Estimate(3.721, 0.035), Estimate(0.177, 0.013)),
             CaptionDependence("ordered", 192, Estimate(3.581, 0.032), Estimate(3.742, 0.036), Estimate(0.161, 0.014)),
         ),
         distances=(
@@ -143,7 +143,7 @@ def report(
             DistanceRow("ordered", 256, 0.1032, 0.0039, 180.6),
         ),
         samples=SampleGrid(
-            ("any-order", "control", "ordered"),
+            ("any_order", "control", "ordered"),
             "Guidance 2, temperature 1, each in its own confidence order",
             tuple(SampleRow(c, p, (b, b, b)) for c, p, b in zip(captions, pictures, blurred, strict=True)),
         ),

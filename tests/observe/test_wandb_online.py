@@ -341,7 +341,7 @@ def test_silence_is_an_alert_once(tmp_path: Path, server: WandbServer) -> None:
 
 def test_the_exported_model_is_an_artifact_where_that_is_asked_for(tmp_path: Path, server: WandbServer) -> None:
     events = synthetic_run.whole_run(tmp_path)
-    model = tmp_path / "anyorder.safetensors"
+    model = tmp_path / "any_order.safetensors"
     model.write_bytes(b"weights")
     send(events)
     assert not server.artifacts

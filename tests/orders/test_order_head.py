@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> HeadData:
     """160 images of random codes, a class each, with the exact orders of a model that has opinions. Two images are one family."""
     root = str(tmp_path_factory.mktemp("run"))
     files, model = run_files(root), small_model(grid=GRID, vocab=16, condition=ClassSpec(classes=CLASSES))
-    save_model(f"{root}/models/anyorder.safetensors", model)
+    save_model(f"{root}/models/any_order.safetensors", model)
     infos = []
     for index in range(SHARDS):
         codes, labels = random_codes(model, IMAGES, seed=index), torch.arange(IMAGES) % CLASSES

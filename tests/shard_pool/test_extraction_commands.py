@@ -29,7 +29,7 @@ from oar_scale.storage import open_storage, write_json
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Ready to be extracted: 96 drawings in shards of 16, an untrained model."""
     found = prepare_small_run(small_recipe(str(tmp_path_factory.mktemp("run")), extract={"views": 2, "batch": 16}))
-    open_storage(found.at()).upload(found.model_uri("base"), found.model_uri("anyorder"))
+    open_storage(found.at()).upload(found.model_uri("base"), found.model_uri("any_order"))
     return Run(found.recipe, array=ArrayTask(0, 1))
 
 

@@ -143,7 +143,7 @@ def test_the_ledger_says_who_did_what_and_how_long_it_took(tmp_path: Path) -> No
 
 
 def user_fault() -> TableWriter:
-    raise UserError("models/anyorder.safetensors: no such file")
+    raise UserError("models/any_order.safetensors: no such file")
 
 
 def broken_worker() -> TableWriter:

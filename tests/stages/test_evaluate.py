@@ -69,7 +69,7 @@ def small_model(run: Run, seed: int) -> AnyOrderModel:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run up to the fine-tuned models; ``ordered`` has the weights of ``anyorder``."""
+    """A run up to the fine-tuned models; ``ordered`` has the weights of ``any_order``."""
     run = Run(recipe(tmp_path_factory.mktemp("small")), Console(io.StringIO()))
     write_json(run.at("stages", "data.json"), {"stage": "data", "seconds": 2.0, "started": 1.7e9, "results": run_data(run)})
     _, captions = read_images(run, "train")
@@ -82,7 +82,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
         source, target = run.at("images", split), run.at("tokens", split)
         shards = [tokenize_shard(source, target, shard, vq, ("center",), run.cache) for shard in read_manifest(source).shards]
         write_manifest(target, token_manifest(shards, vq, ("center",), ""))
-    for name, seed in {"base": 1, "anyorder": 2, "control": 3, "ordered": 2}.items():
+    for name, seed in {"base": 1, "any_order": 2, "control": 3, "ordered": 2}.items():
         save_model(run.model_uri(name), small_model(run, seed))
     write_tables(run)
     results = {"images": 80, "seconds": 4.0, "images_per_s": 20.0, "actors": 1, "poison": {}}
@@ -94,7 +94,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def write_tables(run: Run) -> None:
-    model, folder = load_model(run.model_uri("anyorder")), run.at("tokens", "train")
+    model, folder = load_model(run.model_uri("any_order")), run.at("tokens", "train")
     for info in read_manifest(folder).shards:
         shard = read_token_shard(join(folder, info.name), run.cache, info)
         codes = torch.from_numpy(shard.view(0).astype(np.int64))
@@ -141,13 +141,13 @@ def test_models_with_the_same_weights_differ_by_exactly_nothing(evaluated: Run) 
     assert found is not None
     by_pair = {(d.first, d.second, d.order): d.difference for d in found.nll.differences}
     for order in ("own confidence", "random"):
-        assert (by_pair["ordered", "any-order", order].mean, by_pair["ordered", "any-order", order].standard_error) == (0.0, 0.0)
+        assert (by_pair["ordered", "any_order", order].mean, by_pair["ordered", "any_order", order].standard_error) == (0.0, 0.0)
         assert by_pair["ordered", "control", order].mean != 0.0
     distances = {row.name: row for row in found.distances}
     assert distances["ordered"].fd_efflite0 == distances["any-order"].fd_efflite0
     grid = found.samples
     assert all(
-        np.array_equal(row.samples[grid.columns.index("ordered")], row.samples[grid.columns.index("any-order")]) for row in grid.rows
+        np.array_equal(row.samples[grid.columns.index("ordered")], row.samples[grid.columns.index("any_order")]) for row in grid.rows
     )
 
 
@@ -155,7 +155,7 @@ def test_own_confidence_order_is_likelier_than_a_random_one(evaluated: Run) -> N
     found = load_evaluation(evaluated.local())
     assert found is not None
     nll = {(entry.model, entry.order): entry.nll.mean for entry in found.nll.entries}
-    for model in ("any-order", "control", "ordered"):
+    for model in ("any_order", "control", "ordered"):
         assert nll[model, "own confidence"] < nll[model, "random"]
 
 
@@ -255,8 +255,8 @@ def test_without_control_nothing_asks_for_it(copied: Callable[..., Run]) -> None
     run_evaluate(run)
     found = load_evaluation(run.local())
     assert found is not None
-    assert found.samples.columns == ("any-order", "ordered")
-    assert {difference.second for difference in found.nll.differences} == {"any-order"}
+    assert found.samples.columns == ("any_order", "ordered")
+    assert {difference.second for difference in found.nll.differences} == {"any_order"}
     assert "No control" in Path(run_report(run)["path"]).read_text()
 
 
@@ -275,7 +275,7 @@ def test_missing_input_names_the_stage_that_makes_it(copied: Callable[..., Run],
 def test_images_that_share_one_caption_are_evaluated_without_shuffling(copied: Callable[..., Run]) -> None:
     run = copied(evaluate={"nll_images": 8, "feature_images": 8}, tokenizer={"image": {"codebook_size": 32}, "text": {"max_tokens": 1}})
     train_text_tokenizer(["a"] * 10, 64, 1).save(run.text_uri)
-    for name in ("base", "anyorder", "control", "ordered"):
+    for name in ("base", "any_order", "control", "ordered"):
         save_model(run.model_uri(name), small_model(run, seed=4))
     run_evaluate(run)
     found = load_evaluation(run.local())
@@ -296,10 +296,10 @@ def test_sample_draws_a_row_for_each_caption(finished: Run, tmp_path: Path) -> N
 
 def test_sample_without_captions_draws_held_out_ones(finished: Run, tmp_path: Path) -> None:
     out = str(tmp_path / "sheet.png")
-    run_sample(finished, None, "anyorder", out)
+    run_sample(finished, None, "any_order", out)
     assert Image.open(out).height == 3 * 128 + 2 * 8
 
 
 def test_sample_of_an_unknown_model_names_the_known_ones(finished: Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="anyorder, control, ordered"):
-        run_sample(finished, ["a cat"], "any-order", str(tmp_path / "sheet.png"))
+    with pytest.raises(UserError, match="base, any_order, control, ordered"):
+        run_sample(finished, ["a cat"], "anyordre", str(tmp_path / "sheet.png"))

@@ -49,7 +49,7 @@ def test_without_pretraining_the_given_weights_are_the_any_order_model(run: Run,
     at_once = Run(given.recipe.model_copy(update={"pretrain": given.recipe.pretrain.model_copy(update={"steps": 0})}))
     found = run_train(at_once, "pretrain")
     assert found == {"steps": 0, "parameters": sum(parameter.numel() for parameter in peer.parameters())}
-    taken = load_model(run.model_uri("anyorder")).state_dict()
+    taken = load_model(run.model_uri("any_order")).state_dict()
     assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in taken.items())
 
 

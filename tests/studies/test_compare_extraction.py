@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.2)
-    save_model(run.model_uri("anyorder"), model)
+    save_model(run.model_uri("any_order"), model)
     return run
 
 

@@ -27,6 +27,7 @@ from oar_scale.observe.console import Console
 from oar_scale.orders.order_table import OrderTable, read_orders, table_name, write_orders
 from oar_scale.orders.policies import grid_policies
 from oar_scale.orders.policies.mean import mean_order
+from oar_scale.registry import STAGES, TrainingName
 from oar_scale.run.context import Run
 from oar_scale.storage import read_json
 from oar_scale.studies import compare_extraction as compare
@@ -44,7 +45,7 @@ def write_tables(run: Run, folder: str, seed: int, settings_id: str = "s") -> No
         keys = read_token_shard(f"{tokens}/{info.name}", run.cache, info).keys
         order = permutations("made up", 64, seed, number, np.arange(len(keys))).astype(np.uint16)
         scores = np.tile(-np.arange(64, dtype=np.float32), (len(keys), 1))
-        table = OrderTable(keys, [0] * len(keys), order, scores, model_id(run.model_uri("anyorder")), settings_id)
+        table = OrderTable(keys, [0] * len(keys), order, scores, model_id(run.model_uri("any_order")), settings_id)
         write_orders(f"{folder}/{table_name(info.name)}", table)
 
 
@@ -59,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
-    for name in ("anyorder", "ordered"):
+    for name in ("any_order", "ordered"):
         save_model(run.model_uri(name), model)
     write_tables(run, run.at("orders", "train"), 0)
     Path(run.local("recipe.yaml")).write_text(dump_recipe(recipe))
@@ -70,12 +71,13 @@ def changed(run: Run, **changes: object) -> Run:
     return Run(Recipe.model_validate({**run.recipe.model_dump(), **changes}), run.console)
 
 
-def job(run: Run, stage: str, **training: object) -> TrainingJob:
+def job(run: Run, stage: TrainingName, **training: object) -> TrainingJob:
     """A stage of the run, with other fields in the section that it is of."""
     section = "pretrain" if stage == "pretrain" else "finetune"
     run = changed(run, **{section: {**getattr(run.recipe, section).model_dump(), **training}})
-    result = {"pretrain": "anyorder", "finetune": "ordered", "control": "control"}[stage]
-    return TrainingJob(run.recipe, stage, run.at(), run.local(), run.model_uri("anyorder"), run.model_uri(result))  # type: ignore[arg-type]
+    result = STAGES[stage].model
+    assert result is not None
+    return TrainingJob(run.recipe, stage, run.at(), run.local(), run.model_uri("any_order"), run.model_uri(result))
 
 
 # -- the analysis -------------------------------------------------------------------------------------------------------------
@@ -119,14 +121,14 @@ def test_the_head_is_trained_measured_and_predicts_by_the_cli(run: Run, tmp_path
     assert "order head in hindsight" in said and "mean order of the data set" in said and "2,080" in said
     predicted = [read_orders(str(path)) for path in sorted(Path(run.at("orders", "predicted")).glob("*.parquet"))]
     assert sum(len(table.keys) for table in predicted) == read_manifest(run.at("tokens", "train")).samples
-    assert {table.model_id for table in predicted} == {model_id(run.model_uri("anyorder"))}
+    assert {table.model_id for table in predicted} == {model_id(run.model_uri("any_order"))}
     assert main(["orders", recipe, "--out", str(tmp_path)]) == 0
     assert len(json.loads((tmp_path / "orders.json").read_text())["head"]["rows"]) == 5
     assert "order head in hindsight" in (tmp_path / "index.html").read_text()
 
 
 def test_the_comparison_judges_the_head_by_images_that_it_has_not_seen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_train_head(run, "anyorder")
+    run_train_head(run, "any_order")
     monkeypatch.setattr(compare, "ROUNDS", 1)
     exact, *_, ahead, hindsight, random = run_compare(run, images=20)["ways"]
     assert (ahead["way"], hindsight["way"]) == ("order head ahead", "order head in hindsight")
@@ -136,10 +138,10 @@ def test_the_comparison_judges_the_head_by_images_that_it_has_not_seen(run: Run,
 
 
 def test_a_head_that_learned_from_other_orders_than_there_are_now_is_used_nowhere(run: Run, tmp_path: Path) -> None:
-    run_train_head(run, "anyorder")
+    run_train_head(run, "any_order")
     write_tables(run, run.at("orders", "train"), 0, "t")
     try:
-        drawer = oar_scale.load(run.local(), model="anyorder")
+        drawer = oar_scale.load(run.local(), model="any_order")
         uses = (run_predict, lambda run: run_compare(run, images=20), lambda run: drawer.draw(["a cat"], order="order-head"))
         for use in uses:
             with pytest.raises(UserError, match=r"learned from orders of the settings s, .* extracted with t\. Train the head again"):
@@ -185,7 +187,7 @@ def test_pretraining_in_one_order_keeps_the_views(run: Run) -> None:
 
 def test_fine_tuning_follows_the_heads_orders_where_they_were_written(run: Run) -> None:
     if not Path(run.at("orders", "predicted")).exists():
-        run_train_head(run, "anyorder")
+        run_train_head(run, "any_order")
         run_predict(run)
     uids, _, orders = orders_of(job(run, "finetune", order="order-head", random_share=0.0))
     tables = [read_orders(str(path)) for path in sorted(Path(run.at("orders", "predicted")).glob("*.parquet"))]
@@ -197,7 +199,7 @@ def test_fine_tuning_follows_the_heads_orders_where_they_were_written(run: Run) 
 def test_fine_tuning_on_several_views_takes_the_order_of_each(order: str, run: Run, tmp_path: Path) -> None:
     """Whatever the orders are, the control sees the same views of the same samples."""
     both = changed(copy_run(run, str(tmp_path)), extract={"views": 2}, finetune=run.recipe.finetune, order_head=run.recipe.order_head)
-    save_model(both.model_uri("anyorder"), load_model(run.model_uri("anyorder")))
+    save_model(both.model_uri("any_order"), load_model(run.model_uri("any_order")))
     write_tables(both, both.at("orders", "train"), 0)
     tokens, folder = both.at("tokens", "train"), both.at("orders", "predicted" if order == "order-head" else "train")
     if order == "stored":
@@ -213,7 +215,7 @@ def test_fine_tuning_on_several_views_takes_the_order_of_each(order: str, run: R
         scores = read_json(str(tmp_path / "analysis" / "orders.json"))["step_score"]
         np.testing.assert_allclose(scores, -np.arange(64), err_msg="scores belong to the orders that are shown, those of the first view")
     if order == "order-head":
-        run_train_head(both, "anyorder")
+        run_train_head(both, "any_order")
         run_predict(both)
     uids, codes, orders = orders_of(job(both, "finetune", order=order, random_share=0.0))
     control = orders_of(job(both, "control", random_share=0.0))

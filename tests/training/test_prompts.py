@@ -93,7 +93,7 @@ def test_a_model_learns_from_such_prompts(runs: dict[str, Run], name: str) -> No
     events = read_events(runs[name].events, "pretrain")
     heldout = [event["nll_random"] for event in events if event["kind"] == "heldout"]
     assert heldout[-1] < heldout[0] - 0.01
-    trained, base = (load_model(runs[name].model_uri(model)) for model in ("anyorder", "base"))
+    trained, base = (load_model(runs[name].model_uri(model)) for model in ("any_order", "base"))
     moved = {n for n, tensor in trained.state_dict().items() if not torch.equal(tensor, base.state_dict()[n])}
     assert moved == set(base.state_dict()), "every tensor is trained, the null condition included"
 
@@ -104,7 +104,7 @@ def test_orders_are_extracted_under_the_same_prompts(runs: dict[str, Run], name:
     job = ExtractionJob(
         tokens=run.at("tokens", "train"),
         orders=str(tmp_path),
-        model=run.model_uri("anyorder"),
+        model=run.model_uri("any_order"),
         text=run.recipe.tokenizer.text,
         tokenizers=run.at("tokenizers"),
         cache_dir=run.cache,
@@ -122,7 +122,7 @@ def test_another_kind_of_prompts_is_refused(runs: dict[str, Run], tmp_path: Path
     job = ExtractionJob(
         tokens=run.at("tokens", "train"),
         orders=str(tmp_path),
-        model=run.model_uri("anyorder"),
+        model=run.model_uri("any_order"),
         text=runs["captions"].recipe.tokenizer.text,
         tokenizers=runs["captions"].at("tokenizers"),
         cache_dir=run.cache,

@@ -1,0 +1,228 @@
+"""The stages of a run and the models they make: the one place where both are listed.
+
+    data -> tokenizer -> tokens -> pretrain -> extract -> finetune -> evaluate -> report
+                                       \\-------------------> control -/
+
+The pipeline, the command line, cluster jobs, planning, status and report read names, order and properties here. It is plain
+data and imports neither torch nor Ray; a stage's code is imported when the stage runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+StageName = Literal["data", "tokenizer", "tokens", "pretrain", "extract", "finetune", "control", "evaluate", "report"]
+TrainingName = Literal["pretrain", "finetune", "control"]
+"""The stages that train a model."""
+ModelName = Literal["base", "any_order", "control", "ordered"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a run."""
+
+    name: ModelName
+    label: str
+    """Its name in tables and on the console."""
+    title: str
+    """What a sentence calls it."""
+    stage: TrainingName
+    """The stage that writes it."""
+    old_file: str = ""
+    """Where runs of earlier versions have it; they are still read."""
+    old_names: tuple[str, ...] = ()
+    """Names that earlier versions gave it, on the command line and in ``evaluation.json``."""
+
+    @property
+    def file(self) -> str:
+        """Its file in the run's storage."""
+        return f"models/{self.name}.safetensors"
+
+
+MODELS: dict[ModelName, Model] = {
+    model.name: model
+    for model in (
+        Model("base", "base", "the model before pretraining", "pretrain"),
+        Model(
+            "any_order",
+            "any-order",
+            "the any-order model",
+            "pretrain",
+            old_file="models/anyorder.safetensors",
+            old_names=("anyorder", "any-order"),
+        ),
+        Model("control", "control", "the control", "control"),
+        Model("ordered", "ordered", "the ordered model", "finetune"),
+    )
+}
+BASELINES: tuple[ModelName, ...] = ("control", "any_order")
+"""The models that the ordered one is compared with; the control first, which was trained for as many steps."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run."""
+
+    name: StageName
+    title: str
+    """What it does, on the console and in the help of the command line."""
+    entry: str
+    """``module:function``: called with the run, and where it trains with the stage's name; returns the results for the marker."""
+    needs: tuple[StageName, ...] = ()
+    """The stages whose results it reads, those only that the recipe has."""
+    sections: tuple[str, ...] = ()
+    """The parts of the recipe that its result depends on (``a.b`` for a part of a part)."""
+    folders: tuple[str, ...] = ()
+    """Folders of the run's storage that are its own."""
+    verb: str = ""
+    """Its command, ``oar VERB RECIPE``. Default: its name."""
+    duration: str = ""
+    """How long it takes, for the console; computed from the recipe where it trains."""
+    model: ModelName | None = None
+    """The model that it trains."""
+    training: Literal["pretrain", "finetune", ""] = ""
+    """The section of the recipe with its training settings, where it trains a model."""
+    ray: bool = False
+    """Whether it starts Ray actors or Ray workers."""
+    local: bool = False
+    """Whether its results lie in the run's local folder, not in its storage."""
+    raster: bool = False
+    """Whether a recipe with the raster layout has it: without orders there is nothing to do after pretraining."""
+    curve: str = ""
+    """Title of its training curve in the report."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Folders and objects of the run's storage that are removed when the stage is done again."""
+        if self.model is None:
+            return self.folders
+        model = MODELS[self.model]
+        return (*self.folders, model.file, *([model.old_file] if model.old_file else []))
+
+    def command(self, recipe: str) -> list[str]:
+        """The arguments of ``oar`` that run it alone."""
+        return [self.verb or self.name, recipe, *(["--stage", self.name] if self.training else [])]
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "data",
+            "captioned images into WebDataset shards",
+            "oar_scale.stages.data:run_data",
+            sections=("data",),
+            folders=("images",),
+            verb="prepare",
+            duration="about 10 s for 4,000 drawings; photos 40 to 100 a second and core",
+            raster=True,
+        ),
+        Stage(
+            "tokenizer",
+            "train or load the image and text tokenizers",
+            "oar_scale.stages.tokenizer:run_tokenizer",
+            needs=("data",),
+            sections=("tokenizer.image", "tokenizer.text", "seed"),
+            folders=("tokenizers",),
+            duration="seconds with given weights, else about 10 ms an image and training step",
+            raster=True,
+            curve="image tokenizer",
+        ),
+        Stage(
+            "tokens",
+            "images into codes, by Ray actors",
+            "oar_scale.stages.tokens:run_tokens",
+            needs=("tokenizer",),
+            sections=("tokenizer.views",),
+            folders=("tokens",),
+            duration="10 s to start the actors, then about 200 images and views a second",
+            ray=True,
+            raster=True,
+        ),
+        Stage(
+            "pretrain",
+            "any-order pretraining",
+            "oar_scale.stages.train:run_train",
+            needs=("tokens",),
+            sections=("model", "pretrain", "seed", "parallel.precision"),
+            folders=("checkpoints/pretrain",),
+            verb="train",
+            model="any_order",
+            training="pretrain",
+            ray=True,
+            raster=True,
+            curve="any-order pretraining",
+        ),
+        Stage(
+            "extract",
+            "an order for every training image, by Ray actors",
+            "oar_scale.stages.extract:run_extract",
+            needs=("pretrain",),
+            sections=("extract", "parallel.precision"),
+            folders=("orders",),
+            duration="10 s to start the actors, then about 20 images/s and actor at 64 cells",
+            ray=True,
+        ),
+        Stage(
+            "finetune",
+            "fine-tuning on the extracted orders",
+            "oar_scale.stages.train:run_train",
+            needs=("extract",),
+            sections=("finetune", "parallel.precision"),
+            folders=("checkpoints/finetune",),
+            verb="train",
+            model="ordered",
+            training="finetune",
+            ray=True,
+            curve="fine-tuning on the extracted orders",
+        ),
+        Stage(
+            "control",
+            "the same fine-tuning on random orders",
+            "oar_scale.stages.train:run_train",
+            needs=("pretrain",),
+            sections=("finetune", "parallel.precision", "extract.views"),  # it trains on the views that have orders
+            folders=("checkpoints/control",),
+            verb="train",
+            model="control",
+            training="finetune",
+            ray=True,
+            curve="control: fine-tuning on random orders",
+        ),
+        Stage(
+            "evaluate",
+            "likelihoods, samples, distances",
+            "oar_scale.stages.evaluate:run_evaluate",
+            needs=("finetune", "control"),
+            sections=("sample", "evaluate"),
+            duration="about 3 min for 6 M parameters on 2 cores",
+            local=True,
+        ),
+        Stage(
+            "report",
+            "one page with everything, report/index.html",
+            "oar_scale.stages.report:run_report",
+            needs=("evaluate",),
+            duration="a few seconds",
+            local=True,
+        ),
+    )
+}
+TRAINING_SECTIONS = tuple(dict.fromkeys(stage.training for stage in STAGES.values() if stage.training))
+"""The sections of a recipe that hold the settings of a training."""
+
+
+def stages_of(*, raster: bool, control: bool) -> list[Stage]:
+    """The stages of a recipe, each after those it needs: with the raster layout or another, with a control or without."""
+    return [stage for stage in STAGES.values() if (stage.raster or not raster) and (stage.name != "control" or control)]
+
+
+def model_label(name: str) -> str:
+    """What tables call a model; a text that names none, as it is."""
+    return next((model.label for model in MODELS.values() if model.name == name), name)
+
+
+def current_name(model: str) -> str:
+    """The name of a model that an earlier version may have called otherwise; any other text as it is."""
+    return next((name for name, entry in MODELS.items() if model in entry.old_names), model)

@@ -1,0 +1,76 @@
+"""Which fields may change when a run is resumed: exactly those that are marked, and fingerprints of older runs still hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from oar_scale.config.schema import Recipe
+from oar_scale.config.section import Section, operational_fields
+from oar_scale.pipeline import stage_fingerprint
+
+TRAINING = {
+    "checkpoint_every",
+    "evaluate_every",
+    "evaluate_orders",
+    "keep_best",
+    "keep_checkpoints",
+    "keep_every",
+    "log_every",
+    "sample_every",
+}
+OPERATIONAL = {
+    "data": {"loader_processes", "prepare_threads"},
+    "extract": {"actors", "gpus_per_actor", "max_retries"},
+    "pretrain": TRAINING,
+    "finetune": TRAINING,
+}
+DATA, TOKENIZER, TOKENS, PRETRAIN = "671fc747df3c47d8", "12fc9335046fca88", "a74f774eae974d67", "9d8ea1a7fa229f9f"
+EXTRACT, FINETUNE = "cdaafdfab93f8dc9", "7ff00a6f94d13f8f"
+STORED: list[tuple[dict[str, Any], list[str]]] = [
+    ({}, [DATA, TOKENIZER, TOKENS, PRETRAIN, EXTRACT, FINETUNE, "7b87bcb217434094", "14f457619aa34cd4", "1c4c8f115b6d08f6"]),
+    ({"model": {"layout": "raster"}}, [DATA, TOKENIZER, TOKENS, "d50f9fdde1e1932c"]),
+    (
+        {"pipeline": {"control": False}, "data": {"prepare_threads": 7, "loader_processes": 1}, "pretrain": {"log_every": 9}},
+        [DATA, TOKENIZER, TOKENS, PRETRAIN, EXTRACT, FINETUNE, "d7843b18d544e829", "b9ab8fabab469042"],
+    ),
+    (
+        {
+            "seed": 3,
+            "tokenizer": {
+                "views": ["center", "center_flip"],
+                "text": {"type": "open_clip", "architecture": "ViT-B-32", "weights": "openai"},
+            },
+            "extract": {"views": 2, "actors": 3},
+            "finetune": {"lr": 0.0005, "ema_decay": 0.99, "keep_best": 2},
+        },
+        [
+            DATA,
+            "5738361b331137ca",
+            "1e635cee525ba5f6",
+            "3df3680c06e74054",
+            "62981457163f58e5",
+            "fa93488e528bfa05",
+            "379956eb73508220",
+            "c6ee886edec89749",
+            "49685b9b0658681e",
+        ],
+    ),
+]
+"""Changes to a recipe, and the fingerprints of its stages that version 0.1.0 wrote, before fields were marked."""
+
+
+def test_these_fields_are_operational_and_no_others() -> None:
+    marked = {
+        name: set(operational_fields(field.annotation))
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+    assert {name: fields for name, fields in marked.items() if fields} == OPERATIONAL
+
+
+@pytest.mark.parametrize(("changes", "stored"), STORED)
+def test_fingerprints_of_older_runs_still_hold(changes: dict[str, Any], stored: list[str]) -> None:
+    recipe = Recipe.model_validate({"name": "stored", **changes})
+    assert [stage_fingerprint(recipe, stage) for stage in recipe.stages()] == stored
