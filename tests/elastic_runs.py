@@ -32,26 +32,26 @@ import importlib.util, json, os, sys, time
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name != "oar_scale.training.loop":
+        if name != "oar_scale.distributed.deepspeed_engine":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
         def exec_module(module):
             execute(module)
-            one_step = module.train_step
-            def slow(engine, batch, *rest):
+            one_step = module.DeepSpeedEngine.train_step
+            def slow(engine, batch, lr):
                 time.sleep(float(open("{pause}").read()))
                 with open("{seen}-" + str(os.getpid()), "a") as file:
                     file.write(json.dumps([batch.step, batch.uid_b.tolist()]) + "\\n")
-                return one_step(engine, batch, *rest)
-            module.train_step = slow
+                return one_step(engine, batch, lr)
+            module.DeepSpeedEngine.train_step = slow
         spec.loader.exec_module = exec_module
         return spec
 
 sys.meta_path.insert(0, Finder())
 """
-"""A ``sitecustomize`` for whoever imports the loop: steps slow enough for what is to happen between them; samples written down."""
+"""A ``sitecustomize`` for whoever imports the engine: steps slow enough for what is to happen between them; samples written down."""
 _made: dict[str, Any] = {}
 
 

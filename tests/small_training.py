@@ -53,9 +53,14 @@ def rooted(job: TrainingJob, name: str) -> str:
 class Trainer:
     """An engine and the batches of the first steps."""
 
-    engine: Any
+    ours: Any
     batches: list[Any]
     process: Any
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's own, which checkpoints are saved of."""
+        return self.ours.deepspeed
 
     @property
     def parameters(self) -> int:
@@ -67,11 +72,9 @@ class Trainer:
         import torch
         import torch.distributed as dist
 
-        from oar_scale.distributed.deepspeed_engine import train_step
-
         found = []
         for batch in self.batches[first:end]:
-            loss = torch.tensor(train_step(self.engine, batch, 1e-2, 1, self.process.device).loss, dtype=torch.float64)
+            loss = torch.tensor(self.ours.train_step(batch, 1e-2).loss, dtype=torch.float64)
             dist.all_reduce(loss)
             found.append(float(loss) / self.process.world)
         return found
@@ -95,18 +98,18 @@ def training(job: TrainingJob, count: int) -> Iterator[Any]:
     """Yields a function that makes a :class:`Trainer` of a job; one process group and ``count`` batches for all of them."""
     from deepspeed.utils import logger
 
-    from oar_scale.distributed.deepspeed_engine import make_engine
-    from oar_scale.distributed.worker_process import Process
+    from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
+    from oar_scale.distributed.worker_process import WorkerProcess
     from oar_scale.training.inputs import job_prompts, job_stream
 
     logger.setLevel(logging.ERROR)
-    with Process(job) as process:
+    with WorkerProcess(job) as process:
         prompts = job_prompts(job)
         batches = list(job_stream(job, prompts, process.rank, process.world).batches(0, count))
         engines = []
 
         def make(of: TrainingJob) -> Trainer:
-            engines.append(make_engine(of, prompts, process.world))
+            engines.append(DeepSpeedEngine(of, prompts, process))
             return Trainer(engines[-1], batches, process)
 
         yield make

@@ -13,7 +13,7 @@ processes take whole steps in turn: each one is the same function of the step, s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -146,7 +146,7 @@ class TokenStream:
         """What a loader process gets: how to make this stream, not what it has open."""
         return TokenStream, (self.sources, self.prompts, self.settings, self.rank, self.world, self.loader_processes)
 
-    def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
+    def batches(self, start_step: int, end_step: int) -> Generator[Batch, None, None]:
         """The batches of steps ``start_step`` to ``end_step - 1``; the next ones are made while the last is in use.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What an attempt says of itself at its start: settings, versions, place."""
+"""Metadata of a training attempt, recorded at its start: settings, versions, host."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from oar_scale.training.job import TrainingJob
 PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "wandb")
 
 
-def about(job: TrainingJob, world: int) -> dict[str, Any]:
-    """The fields of a ``start`` event that do not depend on the engine."""
+def attempt_metadata(job: TrainingJob, world: int) -> dict[str, Any]:
+    """Return the fields of a ``start`` event that do not depend on the engine."""
     parallel, training = job.recipe.parallel, job.training
     return {
         "steps": training.steps,
@@ -31,23 +31,23 @@ def about(job: TrainingJob, world: int) -> dict[str, Any]:
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "code": code_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: number for name in PACKAGES if (number := _version(name))},
         "recipe": job.recipe.model_dump(mode="json"),
     }
 
 
 @cache
 def code_version() -> str:
-    """The commit of a source checkout, with ``-dirty`` where it was changed; else the package's version."""
+    """Return the commit of a source checkout, with ``-dirty`` where it was changed; else the package's version."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return __version__
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return __version__
-    return f"{__version__}+{found.stdout.strip()}"
+    return f"{__version__}+{described.stdout.strip()}"
 
 
 def _version(package: str) -> str | None:

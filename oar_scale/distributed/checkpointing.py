@@ -1,4 +1,4 @@
-"""Checkpoints on their way: saved at their step, committed in the background, reported when that is done."""
+"""Checkpoints as a callback: saved at their step, committed in the background, reported when that is done."""
 
 from __future__ import annotations
 
@@ -6,36 +6,40 @@ from collections.abc import Callable
 from typing import Any
 
 from oar_scale.distributed.checkpoints import Outcome, Saver
+from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
 from oar_scale.training.callbacks import Callback
+from oar_scale.training.job import TrainingJob
 from oar_scale.training.loop import Loop
 
 
 class Checkpointing(Callback):
-    """Every ``checkpoint_every`` steps, at the end, and when the worker is asked to leave. Collective.
+    """Saves every ``checkpoint_every`` steps, at the end, and when the worker is asked to stop. Collective.
 
     Args:
         collect: what a checkpoint keeps besides the engine.
     """
 
-    def __init__(self, loop: Loop, collect: Callable[[], dict[str, Any]]) -> None:
-        self._saver, self._collect = Saver(loop.job), collect
+    def __init__(self, job: TrainingJob, engine: DeepSpeedEngine, collect: Callable[[Loop], dict[str, Any]]) -> None:
+        self._saver, self._engine, self._collect = Saver(job), engine, collect
 
     def after_step(self, loop: Loop) -> None:
+        """Save where it is due; report what became of the saves before."""
         if loop.saves:
-            loop.process.beat(f"checkpoint of step {loop.step}")
-            self._saver.save(loop.engine, loop.step, self._collect())
+            loop.process.heartbeat(f"checkpoint of step {loop.step}")
+            self._saver.save(self._engine.deepspeed, loop.step, self._collect(loop))
         self._report(loop, self._saver.outcomes())
 
     def end(self, loop: Loop) -> None:
-        patience_s = loop.job.recipe.parallel.grace_s if loop.leaving else loop.job.recipe.parallel.hang_timeout_s / 2
-        self._report(loop, self._saver.finish(patience_s))
+        """Wait for the last save: ``grace_s`` when asked to stop, since the process may be killed after it."""
+        timeout_s = loop.job.recipe.parallel.grace_s if loop.stop_reason else loop.job.recipe.parallel.hang_timeout_s / 2
+        self._report(loop, self._saver.finish(timeout_s))
 
     def _report(self, loop: Loop, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
-            if loop.log is None:
+            if loop.events is None:
                 continue
             if outcome.fault is None:
-                loop.log.emit(
+                loop.events.emit(
                     "checkpoint",
                     step=outcome.step,
                     seconds=outcome.seconds,
@@ -45,4 +49,4 @@ class Checkpointing(Callback):
                     uri=outcome.uri,
                 )
             else:
-                loop.log.emit("checkpoint_failed", step=outcome.step, fault=outcome.fault)
+                loop.events.emit("checkpoint_failed", step=outcome.step, fault=outcome.fault)

@@ -1,94 +1,120 @@
-"""The model as DeepSpeed trains it: objective, engine, one optimiser step; its weights put together again.
+"""The engine with DeepSpeed ZeRO: optimiser state, gradients and parameters sharded over the workers, as ``parallel.zero_stage`` says.
 
-    engine = make_engine(job, prompts, world)
-    done = train_step(engine, batch, lr, micro_batch, device)
-    with averaged(engine): ...                     the weights' moving average in the place of the weights
-    for name, tensor in whole_weights(engine): ... one parameter at a time, whole, on every rank
-    model = plain_model(engine)                    all of them at once
-
-ZeRO-3 builds the model in pieces: no process ever holds more than one parameter whole.
+ZeRO-3 builds the model sharded: no process ever holds more than one parameter whole, but for :meth:`DeepSpeedEngine.plain_model`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from oar_scale.config.deepspeed import deepspeed_config
 from oar_scale.data.stream import Batch
-from oar_scale.model import AnyOrderModel, check_prompts
+from oar_scale.distributed.deepspeed_optimizer import DeepSpeedAdamW
+from oar_scale.model import AnyOrderModel, ModelSpec, check_prompts
 from oar_scale.model.acceleration import accelerate
 from oar_scale.model.weights import load_model, model_of, read_spec
 from oar_scale.storage import fetch
-from oar_scale.tokenizers.prompts import PromptEncoder, model_inputs
+from oar_scale.tokenizers.prompts import PromptEncoder
+from oar_scale.training.engine import Objective, StepResult, micro_batches
 from oar_scale.training.job import TrainingJob
-from oar_scale.training.optimizer import AVERAGE, SteadyAdamW
-
-QUARTERS = 4
-
-
-class Objective(nn.Module):
-    """The training loss as a module: mean negative log-likelihood of a micro-batch, and of each quarter of the order, in nats per code."""
-
-    def __init__(self, model: AnyOrderModel, prompts: PromptEncoder) -> None:
-        super().__init__()
-        self.model, self.prompts = model, prompts
-
-    def forward(self, codes_bN: Tensor, order_bN: Tensor, prompts_b: Tensor, drop_b: Tensor) -> tuple[Tensor, Tensor]:
-        condition_bTD = self.model.condition(model_inputs(self.prompts, prompts_b), drop_b)
-        loss, nll_bN = self.model.loss(codes_bN, order_bN, condition_bTD)
-        return loss, torch.stack([part.mean() for part in nll_bN.detach().tensor_split(QUARTERS, dim=1)])
+from oar_scale.training.optimizer import AVERAGE, parameter_groups
+from oar_scale.training.process import TrainingProcess
 
 
-@dataclass(frozen=True)
-class StepDone:
-    """One optimiser step, as this rank saw it."""
+class DeepSpeedEngine:
+    """Implements :class:`~oar_scale.training.engine.Engine`. Making one is collective.
 
-    loss: float
-    quarters: Tensor
-    """Mean loss of the first to the last quarter of the generation order [4]."""
-    grad_norm: float
-    """Before clipping, over all ranks and parameters; not finite where the step was left out."""
+    Attributes:
+        deepspeed: DeepSpeed's own engine, for what it alone can do: saving and loading its shards.
+    """
+
+    def __init__(self, job: TrainingJob, prompts: PromptEncoder, process: TrainingProcess) -> None:
+        """Load the job's first weights. Raises UserError where their prompts are not those of ``prompts``."""
+        import deepspeed
+
+        config = deepspeed_config(job.recipe.parallel, job.training, process.world)
+        objective = Objective(_initial_model(job, prompts, config), prompts)
+        accelerate(objective.model, job.recipe.parallel)
+        optimizer = DeepSpeedAdamW(
+            parameter_groups(objective, job.training.weight_decay),
+            lr=job.training.lr,
+            betas=job.training.betas,
+            ema_decay=job.training.ema_decay,
+            clip_norm=None if job.recipe.parallel.zero_stage else job.training.clip_norm,  # ZeRO clips by itself
+        )
+        self.deepspeed: Any
+        self.deepspeed, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
+        optimizer.armed = True
+        self.model: AnyOrderModel = objective.model
+        self._zero_stage: int = job.recipe.parallel.zero_stage
+        self._micro_batch, self._device = job.recipe.parallel.micro_batch, process.device
 
     @property
-    def left_out(self) -> bool:
-        return not math.isfinite(self.grad_norm)
+    def spec(self) -> ModelSpec:
+        """The model's sizes."""
+        return self.model.spec
+
+    @property
+    def parameters(self) -> int:
+        """The model's number of parameters, over all ranks."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+
+    def train_step(self, batch: Batch, lr: float) -> StepResult:
+        """Take one optimiser step; see :meth:`Engine.train_step`. DeepSpeed steps at the last micro-batch."""
+        engine = self.deepspeed
+        engine.train()
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        losses, quarters = [], []
+        for inputs in micro_batches(batch, self._micro_batch, self._device):
+            with record_function("oar::forward"):
+                loss, quarters_4 = engine(*inputs)
+            with record_function("oar::backward, reduction"):
+                engine.backward(loss)
+            with record_function("oar::optimiser"):
+                engine.step()
+            losses.append(loss.detach().float())
+            quarters.append(quarters_4.float())
+        return StepResult.of(losses, quarters, float(engine.get_global_grad_norm()))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the weights' moving average in their place; see :meth:`Engine.averaged`."""
+        _swap(self.deepspeed)
+        try:
+            yield
+        finally:
+            _swap(self.deepspeed)
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the model's parameters by name, each gathered while it is looked at."""
+        import deepspeed
+
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]) if self._zero_stage == 3 else nullcontext():
+                yield name, parameter.detach()
+
+    def plain_model(self) -> AnyOrderModel:
+        """Return the model in eval mode: itself, or under ZeRO-3 a whole copy on every rank."""
+        if self._zero_stage < 3:
+            return self.model.eval()
+        return model_of(self.spec, {name: tensor.clone() for name, tensor in self.whole_weights()}, "the training's own weights")
+
+    def destroy(self) -> None:
+        """Give back DeepSpeed's buffers and hooks."""
+        self.deepspeed.destroy()
 
 
-def make_engine(job: TrainingJob, prompts: PromptEncoder, world: int) -> Any:
-    """The DeepSpeed engine around the stage's model. Collective.
-
-    Matrices decay, vectors and embeddings do not.
-    """
-    import deepspeed
-
-    config = deepspeed_config(job.recipe.parallel, job.training, world)
-    objective = Objective(_model(job, prompts, config), prompts)
-    accelerate(objective.model, job.recipe.parallel)
-    decaying = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Linear)}
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) in decaying], "weight_decay": job.training.weight_decay},
-        {"params": [p for p in trained if id(p) not in decaying], "weight_decay": 0.0},
-    ]
-    clip_norm = None if job.recipe.parallel.zero_stage else job.training.clip_norm
-    optimizer = SteadyAdamW(groups, lr=job.training.lr, betas=job.training.betas, ema_decay=job.training.ema_decay, clip_norm=clip_norm)
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
-    optimizer.armed = True
-    return engine
-
-
-def _model(job: TrainingJob, prompts: PromptEncoder, config: dict[str, Any]) -> AnyOrderModel:
-    """The stage's first weights; under ZeRO-3 each parameter is cut up as soon as it is made, and filled from the file by rank 0."""
+def _initial_model(job: TrainingJob, prompts: PromptEncoder, config: dict[str, Any]) -> AnyOrderModel:
+    """The stage's first weights; under ZeRO-3 each parameter is sharded as soon as it is made, and filled from the file by rank 0."""
     import deepspeed
 
     spec = read_spec(job.start_from)
@@ -105,74 +131,26 @@ def _model(job: TrainingJob, prompts: PromptEncoder, config: dict[str, Any]) -> 
     return model
 
 
-def train_step(engine: Any, batch: Batch, lr: float, micro_batch: int, device: torch.device) -> StepDone:
-    """One optimiser step over this rank's share of the global batch."""
-    engine.train()
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
-    losses, quarters, order_bN = [], [], batch.orders(device)
-    for start in range(0, len(batch.codes_bN), micro_batch):
-        part = slice(start, start + micro_batch)
-        with record_function("oar::forward"):
-            loss, quarters_4 = engine(*(t[part].to(device) for t in (batch.codes_bN, order_bN, batch.prompts_b, batch.drop_b)))
-        with record_function("oar::backward, reduction"):
-            engine.backward(loss)
-        with record_function("oar::optimiser"):
-            engine.step()
-        losses.append(loss.detach().float())
-        quarters.append(quarters_4.float())
-    return StepDone(float(torch.stack(losses).mean()), torch.stack(quarters).mean(0), float(engine.get_global_grad_norm()))
-
-
-@contextmanager
-def averaged(engine: Any) -> Iterator[None]:
-    """The moving average of the weights in their place, for evaluation and export. Collective; the weights come back bit for bit."""
-    _swap(engine)
-    try:
-        yield
-    finally:
-        _swap(engine)
-
-
+@torch.no_grad()
 def _swap(engine: Any) -> None:
     """Exchange the float32 weights with their average, and make the weights that the model computes with from them."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     base = zero.optimizer if stage else zero
     if stage == 3:
         flats = zero.fp32_partitioned_groups_flat
+        zero._partition_all_parameters()  # a parameter that is gathered at this moment would keep its old values
     else:
         flats = zero.single_partition_of_fp32_groups if stage else list(base.state)
-    with torch.no_grad():
-        if stage == 3:
-            zero._partition_all_parameters()  # what is whole at this moment would stay as it is
-        # Before the first step there is no state yet, and the average is the weights.
-        for flat in (flat for flat in flats if base.state.get(flat)):
-            average = base.state[flat][AVERAGE]
-            kept = flat.detach().clone()
-            flat.copy_(average)
-            average.copy_(kept)
-        if stage == 3:
-            for number in range(len(zero.fp32_partitioned_groups_flat)):
-                zero._reassign_or_swap_out_partitioned_parameters(number)
-            if zero.persistent_parameters:
-                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-        elif stage:
-            zero.update_lp_params()
-
-
-def whole_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters by name, each whole while it is looked at. Collective: every rank walks through all of them."""
-    import deepspeed
-
-    partitioned = engine.zero_optimization_stage() == 3
-    for name, parameter in engine.module.model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]) if partitioned else nullcontext():
-            yield name, parameter.detach()
-
-
-def plain_model(engine: Any) -> AnyOrderModel:
-    """The model as a plain one, in eval mode: itself, or under ZeRO-3 a whole copy on every rank. Collective."""
-    model: AnyOrderModel = engine.module.model
-    if engine.zero_optimization_stage() < 3:
-        return model.eval()
-    return model_of(model.spec, {name: tensor.clone() for name, tensor in whole_weights(engine)}, "the training's own weights")
+    # Before the first step there is no state yet, and the average is the weights.
+    for flat in (flat for flat in flats if base.state.get(flat)):
+        average = base.state[flat][AVERAGE]
+        kept = flat.detach().clone()
+        flat.copy_(average)
+        average.copy_(kept)
+    if stage == 3:
+        for number in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    elif stage:
+        zero.update_lp_params()

@@ -1,8 +1,8 @@
-"""How many workers now? The most that the recipe's arithmetic allows and the cluster has room for.
+"""How many workers to start: the most that the recipe's arithmetic allows and the cluster has capacity for.
 
     parallel.workers: {min: 2, max: 8}, streams 48, global batch 96, micro-batch 4      8, 6, 4, 3, 2
 
-A step's samples depend on neither, so a run goes on with fewer workers when a node is lost, and grows back when it returns.
+A step's samples do not depend on the number, so a run continues with fewer workers when a node is lost, and grows when it returns.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from typing import Any
 from oar_scale.config.schema import ParallelConfig, Recipe
 
 ANSWER_S = 15.0
-"""A node that starts no task within so long is taken for lost: Ray itself notices its death only later."""
+"""A node that starts no task within this time counts as lost: Ray itself notices its death only later."""
 
 
-def choose_workers(recipe: Recipe, room: int) -> int:
-    """The largest usable number of workers for which there is room; the smallest where there is none, to wait for it."""
+def choose_workers(recipe: Recipe, capacity: int) -> int:
+    """Return the largest usable number of workers within ``capacity``; the smallest one where none fits, to wait for nodes."""
     counts = recipe.worker_counts()
-    return next((count for count in counts if count <= room), counts[-1])
+    return next((count for count in counts if count <= capacity), counts[-1])
 
 
-def room_for_workers(parallel: ParallelConfig, *, asking: bool) -> int:
-    """Workers that the cluster's nodes could hold if nothing else ran on them.
+def cluster_capacity(parallel: ParallelConfig, *, ping: bool) -> int:
+    """Return how many workers the cluster's nodes could hold if nothing else ran on them.
 
     Args:
-        asking: count only nodes that answer when they are asked; takes up to ``ANSWER_S``.
+        ping: count only nodes that answer a task; takes up to ``ANSWER_S``.
     """
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    answering = _answering([node["NodeID"] for node in nodes]) if asking else {node["NodeID"] for node in nodes}
-    return room_in([node["Resources"] for node in nodes if node["NodeID"] in answering], parallel)
+    answering = _answering([node["NodeID"] for node in nodes]) if ping else {node["NodeID"] for node in nodes}
+    return capacity_of([node["Resources"] for node in nodes if node["NodeID"] in answering], parallel)
 
 
-def room_in(nodes: Sequence[dict[str, float]], parallel: ParallelConfig) -> int:
-    """Workers that nodes of these resources hold, placed as the recipe asks."""
-    places = [_places(resources, parallel) for resources in nodes]
+def capacity_of(nodes: Sequence[dict[str, float]], parallel: ParallelConfig) -> int:
+    """Return how many workers nodes of these resources hold, placed as the recipe asks."""
+    on_node = [_workers_on(resources, parallel) for resources in nodes]
     if parallel.placement == "STRICT_PACK":
-        return max(places, default=0)
-    return sum(min(1, each) for each in places) if parallel.placement == "STRICT_SPREAD" else sum(places)
+        return max(on_node, default=0)
+    return sum(min(1, each) for each in on_node) if parallel.placement == "STRICT_SPREAD" else sum(on_node)
 
 
-def _places(resources: dict[str, float], parallel: ParallelConfig) -> int:
-    """Workers that a node holds: a core each, and their GPUs."""
+def _workers_on(resources: dict[str, float], parallel: ParallelConfig) -> int:
+    """Workers that a node holds: each takes a core, and its GPUs."""
     if parallel.gpu_type and f"accelerator_type:{parallel.gpu_type}" not in resources:
         return 0
     by_core, gpus = int(resources.get("CPU", 0)), parallel.gpus_per_worker
@@ -52,24 +52,27 @@ def _places(resources: dict[str, float], parallel: ParallelConfig) -> int:
 
 
 def _answering(nodes: Sequence[str]) -> set[str]:
+    """The nodes that run a task within ``ANSWER_S``."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ping: Any = ray.remote(_here)
+    ping: Any = ray.remote(_ping)
     options = {"num_cpus": 0, "max_retries": 0}
-    asked = {ping.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False), **options).remote(): node for node in nodes}
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
-    for reference in late:
+    pinged = {
+        ping.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False), **options).remote(): node for node in nodes
+    }
+    ready, silent = ray.wait(list(pinged), num_returns=len(pinged), timeout=ANSWER_S)
+    for reference in silent:
         ray.cancel(reference)
-    found = set()
+    answering = set()
     for reference in ready:
         try:
             ray.get(reference)
-        except ray.exceptions.RayError:  # it died under the question
+        except ray.exceptions.RayError:  # the node died while it was asked
             continue
-        found.add(asked[reference])
-    return found
+        answering.add(pinged[reference])
+    return answering
 
 
-def _here() -> None:
-    """Nothing to do: that it ran is the answer."""
+def _ping() -> None:
+    """Does nothing: that it ran is the answer."""

@@ -1,7 +1,7 @@
-"""How the driver asks the workers to leave: an actor that rank 0 waits for.
+"""How the driver asks the workers to stop: an actor whose answer rank 0 waits for.
 
-A worker under Ray Train gets no signals of its own: SIGTERM and SIGUSR1 come to the driver. The watch below rings for them, and when the
-cluster has room for more workers than an elastic run has.
+A worker under Ray Train gets no signals of its own: SIGTERM and SIGUSR1 come to the driver. :class:`StopWatcher` turns them into a stop
+request, and makes one, too, when the cluster has capacity for more workers than an elastic run has.
 """
 
 from __future__ import annotations
@@ -17,53 +17,61 @@ from typing import Any, Self
 from oar_scale.runtime.stop_signals import StopSignals
 
 GROW = "more workers have room"
-"""The reason to leave that is no end: the driver starts more of them."""
+"""The reason to stop after which the driver starts more workers."""
 POLL_S = 0.2
-LOOK_S = 10.0
-"""Between two looks at the size of the cluster; it has to be seen twice."""
+CAPACITY_POLL_S = 10.0
+"""Between two looks at the capacity of the cluster; the larger one has to be seen twice in a row."""
 _log = logging.getLogger(__name__)
 
 
-class _Bell:
-    """An async actor: any number may wait."""
+class StopRequest:
+    """An async actor: any number of callers may wait for its first reason."""
 
     def __init__(self) -> None:
-        self._rung = asyncio.Event()
+        self._made = asyncio.Event()
         self._reason = ""
 
-    async def ring(self, reason: str) -> None:
+    async def request(self, reason: str) -> None:
+        """Ask for a stop; the first reason counts."""
         self._reason = self._reason or reason
-        self._rung.set()
+        self._made.set()
 
     async def wait(self) -> str:
-        await self._rung.wait()
+        """Block until a stop is asked for; return the reason."""
+        await self._made.wait()
         return self._reason
 
 
-def make_bell() -> Any:
-    """A bell on this node, where the driver is: it shall not be lost with another one."""
+def start_stop_request() -> Any:
+    """Start the actor on the driver's node, with which it may be lost, but not with another one; return its handle."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    bell: Any = ray.remote(_Bell)
-    return bell.options(num_cpus=0, max_concurrency=8, scheduling_strategy=here).remote()
+    actor: Any = ray.remote(StopRequest)
+    return actor.options(num_cpus=0, max_concurrency=8, scheduling_strategy=here).remote()
 
 
-def wait_for(bell: Any) -> str:
-    """In a worker: blocks until the bell is rung; the reason."""
+def wait_for_stop(stop_request: Any) -> str:
+    """In a worker: block until a stop is requested; return the reason."""
     import ray
 
-    return str(ray.get(bell.wait.remote()))
+    return str(ray.get(stop_request.wait.remote()))
 
 
-class Watch:
-    """While the workers run: rings for the signals that ``stop`` notes, and for ``may_grow``."""
+class StopWatcher:
+    """A thread that watches for reasons to stop while the workers run, and passes the first one on to them.
 
-    def __init__(self, bell: Any, stop: StopSignals, may_grow: Callable[[], bool] | None) -> None:
-        self._bell, self._stop, self._may_grow = bell, stop, may_grow
+    Args:
+        stop_request: the actor that the workers wait for.
+        signals: the driver's own.
+        may_grow: whether the cluster has capacity for more workers; None where their number is fixed.
+    """
+
+    def __init__(self, stop_request: Any, signals: StopSignals, may_grow: Callable[[], bool] | None) -> None:
+        self._stop_request, self._signals, self._may_grow = stop_request, signals, may_grow
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="bell", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="stop watcher", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -74,24 +82,24 @@ class Watch:
         self._thread.join()
 
     def _watch(self) -> None:
-        seen, looked = 0, time.monotonic()
+        seen, polled = 0, time.monotonic()
         while not self._ended.wait(POLL_S):
-            if self._stop.reason is not None:  # from here: the handler must not call Ray, which the main thread may be in
-                return self._ring(self._stop.reason)
-            if self._may_grow is not None and time.monotonic() - looked > LOOK_S:
-                looked = time.monotonic()
+            if self._signals.reason is not None:  # requested from here: a signal handler must not call Ray, which the main thread may be in
+                return self._request(self._signals.reason)
+            if self._may_grow is not None and time.monotonic() - polled > CAPACITY_POLL_S:
+                polled = time.monotonic()
                 seen = seen + 1 if self._grows() else 0
                 if seen == 2:
-                    return self._ring(GROW)
+                    return self._request(GROW)
         return None
 
     def _grows(self) -> bool:
-        """A look that fails, whatever Ray or the storage says, must not end this thread: it rings for signals, too."""
+        """Whether the run may grow. A poll that fails, whatever Ray or the storage raises, must not end this thread: signals need it."""
         try:
             return self._may_grow is not None and self._may_grow()
         except Exception as error:
-            _log.warning("the size of the cluster is not known now: %s", error)
+            _log.warning("the capacity of the cluster is not known now: %s", error)
             return False
 
-    def _ring(self, reason: str) -> None:
-        self._bell.ring.remote(reason)
+    def _request(self, reason: str) -> None:
+        self._stop_request.request.remote(reason)

@@ -1,82 +1,95 @@
-"""A worker as a process: its rank and device, the signals it is sent, and what it does when nothing moves any more.
+"""A worker process of a distributed training: its process group, its watchdog, and its handlers of stop signals.
 
-    with Process(job) as process:
-        process.beat("step 12")              every few seconds, or the watchdog writes all stacks to a file and ends the process
-        process.leaving                      why it was asked to leave (SIGTERM, SIGUSR1, the driver), or None
+    with WorkerProcess(job) as process:
+        process.heartbeat("step 12")         every few seconds, or the watchdog writes all stacks to a file and ends the process
+        process.stop_reason                  why it was asked to stop (SIGTERM, SIGUSR1, the driver), or None
 
-The environment gives the rank: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. ``process.control`` is a group over gloo for the
-few numbers that the ranks agree on at each step; it never waits behind the training's own collectives on the GPU.
+The environment gives the rank: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. A gloo group of its own carries the few numbers
+that the ranks agree on at each step; it never waits behind the training's own collectives on the GPU.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
-import signal
 import sys
 import threading
 import time
 from datetime import timedelta
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
+from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.storage import join, open_storage
 from oar_scale.training.job import TrainingJob
 
 HUNG = 70
-"""Exit code of a process that ended itself because nothing moved."""
-LEAVE_ON = (signal.SIGTERM, signal.SIGUSR1)
+"""Exit code of a process that the watchdog has ended."""
+T = TypeVar("T")
 
 
-class Process:
-    """See the top of this file. Making one is collective."""
+class WorkerProcess:
+    """Implements :class:`~oar_scale.training.process.TrainingProcess` over ``torch.distributed``. Making one is collective."""
 
     def __init__(self, job: TrainingJob) -> None:
+        """Join the process group. Raises UserError where the recipe asks for a GPU and there is none."""
         parallel = job.recipe.parallel
         self.device = _device(parallel)
         _start_group(self.device, parallel.hang_timeout_s)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.control: dist.ProcessGroup = dist.new_group(  # type: ignore[assignment]
+        self._control: dist.ProcessGroup = dist.new_group(  # type: ignore[assignment]
             backend="gloo", timeout=timedelta(seconds=1.5 * parallel.hang_timeout_s)
         )
-        self.leaving: str | None = None
+        self._requested: str | None = None
+        self._signals = StopSignals()
         self._watchdog = _Watchdog(job, self.rank, parallel.hang_timeout_s)
-        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # Ray Train runs the worker in another one, and tells it itself
-            self._handlers = {number: signal.signal(number, self._signalled) for number in LEAVE_ON}
+        self._signals.__enter__()  # in the main thread only: Ray Train runs the worker in another one, and its driver forwards signals
         self._watchdog.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._watchdog.stop()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._signals.__exit__(kind, error, trace)
 
-    def beat(self, doing: str) -> None:
-        """Something moved; ``doing`` is what comes next."""
-        self._watchdog.beat(doing)
+    @property
+    def stop_reason(self) -> str | None:
+        """Why this worker was asked to stop: the first signal's name, or the reason given to :meth:`request_stop`."""
+        return self._requested or self._signals.reason
 
-    def leave(self, reason: str) -> None:
-        """Ask this worker, and through it all others, to save and leave at the next step."""
-        self.leaving = self.leaving or reason
+    def request_stop(self, reason: str) -> None:
+        """Ask this worker, and through it all others, to save and stop after the step."""
+        self._requested = self._requested or reason
 
-    def _signalled(self, number: int, _frame: FrameType | None) -> None:
-        self.leave(signal.Signals(number).name)
+    def heartbeat(self, doing: str) -> None:
+        """Report progress to the watchdog; ``doing`` is what comes next."""
+        self._watchdog.heartbeat(doing)
+
+    def all_reduce(self, numbers: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
+        """Replace ``numbers`` by their sum or maximum over all ranks. Collective; numbers on a GPU go over NCCL."""
+        group = self._control if numbers.device.type == "cpu" else None
+        dist.all_reduce(numbers, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
+        return numbers
+
+    def gather(self, value: T) -> list[T]:
+        """Return the value of each rank on every rank. Collective."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._control)
+        return values
 
 
 class _Watchdog:
-    """Ends a process that does not move, after writing down where each of its threads is.
+    """Ends a process that makes no progress, after writing down the stack of each of its threads.
 
-    Every rank of a hung collective waits, so each writes its own stacks: the one that is elsewhere is the one to look at. Who has written
-    stays for a moment: a peer that is gone would break the collective of the others, who then had no stacks to show.
+    Every rank of a hung collective waits, so each writes its own stacks: the one that is elsewhere is the cause. A process that has
+    written them waits a moment before it exits: without it the collective of the others would fail before they have written theirs.
     """
 
     def __init__(self, job: TrainingJob, rank: int, timeout_s: float) -> None:
@@ -84,7 +97,7 @@ class _Watchdog:
         self._path = join(job.local, "logs", f"{job.stage}-rank{rank}.stacks")
         self._copy = join(job.root, "logs", f"{job.stage}-rank{rank}.stacks") if job.root.startswith("s3://") else None
         self._ended = threading.Event()
-        self.beat("start")
+        self.heartbeat("start")
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -92,7 +105,7 @@ class _Watchdog:
     def stop(self) -> None:
         self._ended.set()
 
-    def beat(self, doing: str) -> None:
+    def heartbeat(self, doing: str) -> None:
         self._last, self._doing = time.monotonic(), doing
 
     def _watch(self) -> None:
@@ -104,11 +117,11 @@ class _Watchdog:
 
     def _report(self) -> None:
         silence = f"nothing moved for {self._timeout_s:g} s (parallel.hang_timeout_s)"
-        said = f"rank {self._rank}: {silence} in: {self._doing}; stacks in {self._path}\n"
-        sys.stderr.write(said)
+        message = f"rank {self._rank}: {silence} in: {self._doing}; stacks in {self._path}\n"
+        sys.stderr.write(message)
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
         with open(self._path, "w", encoding="utf-8") as file:
-            file.write(said)
+            file.write(message)
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)

@@ -2,36 +2,36 @@
 
     weights -> engine -> newest checkpoint -> [ batch -> step -> callbacks ] ... -> whole model
 
-A step's batch is a function of its number (``data/stream.py``), so going on after a checkpoint is starting at its step. After a
-roll-back the numbers of batches run ahead of those of steps: ``left_out_batches`` says by how much.
+A step's batch is a function of its number (``data/stream.py``), so resuming from a checkpoint is starting at its step. After a
+roll-back the numbers of batches run ahead of those of steps by ``batch_offset``.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.profiler import record_function
 
 from oar_scale.data.hashing import hash_words
 from oar_scale.data.stream import Batch, TokenStream
-from oar_scale.distributed.deepspeed_engine import StepDone, train_step
-from oar_scale.distributed.worker_process import Process
 from oar_scale.errors import Requeue
-from oar_scale.model import ModelSpec
-from oar_scale.observe.events import EventLog
+from oar_scale.training.callbacks import Callback
+from oar_scale.training.engine import Engine, StepResult
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.learning_rate import learning_rate
 from oar_scale.training.metrics import Metrics
+from oar_scale.training.process import EventSink, TrainingProcess
 
 
 class RollBack(Exception):
-    """The last steps are to be taken back: from the newest checkpoint, go on with batch ``next_batch``. Raised by all ranks at once."""
+    """Undo the last steps: restart from the newest checkpoint, with batch ``next_batch``. Raised by all ranks at once."""
 
     def __init__(self, next_batch: int, times: int) -> None:
+        """``times``: roll-backs in a row to the same step."""
         super().__init__(f"back to the last checkpoint, then on with batch {next_batch}")
         self.next_batch, self.times = next_batch, times
 
@@ -41,73 +41,87 @@ class Loop:
     """An attempt at a stage: where it is, and what the last step did."""
 
     job: TrainingJob
-    process: Process
-    engine: Any
-    spec: ModelSpec
+    process: TrainingProcess
+    engine: Engine
     stream: TokenStream
-    metrics: Metrics
-    log: EventLog | None
-    """The event log, at rank 0."""
+    events: EventSink | None = None
+    """Where events go, at rank 0; None at other ranks."""
+    callbacks: Sequence[Callback] = ()
+    """Called after each step, in this order."""
     step: int = 0
-    """Steps done, those left out among them."""
-    left_out_batches: int = 0
+    """Steps done, skipped ones among them."""
+    batch_offset: int = 0
+    """Batches that roll-backs have left out: step s trains on batch s + ``batch_offset``."""
     roll_backs: int = 0
-    """How often in a row the steps that come were gone back to."""
+    """Roll-backs in a row to the step that this attempt starts from."""
     batch: Batch = field(init=False)
-    done: StepDone = field(init=False)
+    result: StepResult = field(init=False)
+    """Of the last step, on this rank."""
     loss: float = 0.0
     """Of the last step, over all ranks."""
     lr: float = 0.0
     waited_s: float = 0.0
+    """Seconds that the last step waited for its batch."""
     busy_s: float = 0.0
-    leaving: str | None = None
-    """Why all ranks leave after this step."""
+    """Seconds of the last step after that."""
+    stop_reason: str | None = None
+    """Why all ranks stop after this step."""
 
-    def run(self, callbacks: list[Any]) -> None:
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.process)
+
+    def run(self) -> None:
         """Train to the last step.
 
         Raises:
-            Requeue: asked to leave; the checkpoint of the last step is under way, see ``Callback.end``.
-            RollBack: the newest steps are to be taken back.
+            Requeue: a rank was asked to stop; the checkpoint of the last step is saved.
+            RollBack: the newest steps are to be undone.
         """
-        steps, ahead = self.job.training.steps, self.left_out_batches
-        batches = self.stream.batches(self.step + ahead, steps + ahead)
+        for callback in self.callbacks:
+            callback.start(self)
+        steps = self.job.training.steps
         try:
-            while self.step < steps:
-                self._one_step(batches)
-                for callback in callbacks:
-                    callback.after_step(self)
-                if self.leaving is not None:
-                    if self.log:
-                        self.log.emit("stopping", step=self.step, reason=self.leaving)
-                    raise Requeue(self.leaving)
-        finally:
-            batches.close()  # type: ignore[attr-defined]
+            with closing(self.stream.batches(self.step + self.batch_offset, steps + self.batch_offset)) as batches:
+                while self.step < steps:
+                    self.process.heartbeat(f"step {self.step + 1}")
+                    started = time.monotonic()
+                    with record_function("oar::data wait"):
+                        self.batch = next(batches)
+                    loaded = time.monotonic()
+                    self.lr = learning_rate(self.job.training, self.step)
+                    self._seed_dropout()
+                    self.result = self.engine.train_step(self.batch, self.lr)
+                    self.step += 1
+                    self._agree()
+                    self.waited_s, self.busy_s = loaded - started, time.monotonic() - loaded
+                    for callback in self.callbacks:
+                        callback.after_step(self)
+                    if self.stop_reason is not None:
+                        if self.events:
+                            self.events.emit("stopping", step=self.step, reason=self.stop_reason)
+                        raise Requeue(self.stop_reason)
+        except (Requeue, RollBack):
+            self._end()  # what comes next resumes from the checkpoint that is being saved
+            raise
+        self._end()
 
-    def _one_step(self, batches: Any) -> None:
-        self.process.beat(f"step {self.step + 1}")
-        started = time.monotonic()
-        with record_function("oar::data wait"):
-            self.batch = next(batches)
-        loaded = time.monotonic()
-        self.lr = learning_rate(self.job.training, self.step)
-        # Dropout is all that draws from the generator; seeded by step, it too is the same after a restart.
+    def _seed_dropout(self) -> None:
+        """Dropout is all that draws from torch's generator; seeded by step, it is the same after a restart."""
         torch.manual_seed(int(hash_words("dropout", self.job.recipe.seed, self.batch.step, self.process.rank)) >> 1)
-        self.done = train_step(self.engine, self.batch, self.lr, self.job.recipe.parallel.micro_batch, self.process.device)
-        self.step += 1
-        self._agree()
-        self.waited_s, self.busy_s = loaded - started, time.monotonic() - loaded
 
     def _agree(self) -> None:
-        """The few numbers that all ranks must see alike at each step: the loss, and whether anyone was asked to leave."""
-        asked = self.process.leaving
-        numbers = torch.tensor([self.done.loss / self.process.world, float(asked is not None)], dtype=torch.float64)
-        dist.all_reduce(numbers, group=self.process.control)
+        """The few numbers that all ranks must see alike at each step: the loss, and whether any was asked to stop."""
+        own_reason = self.process.stop_reason
+        numbers = torch.tensor([self.result.loss / self.process.world, float(own_reason is not None)], dtype=torch.float64)
+        self.process.all_reduce(numbers)
         self.loss = float(numbers[0])
         if numbers[1]:
-            reasons: list[Any] = [None] * self.process.world
-            dist.all_gather_object(reasons, asked, group=self.process.control)
-            self.leaving = next(reason for reason in reasons if reason)
+            self.stop_reason = next(reason for reason in self.process.gather(own_reason) if reason)
+
+    def _end(self) -> None:
+        self.process.heartbeat("the last checkpoint")
+        for callback in self.callbacks:
+            callback.end(self)
 
     def every(self, steps: int) -> bool:
         """Whether the last step is a multiple of ``steps``, or the last of all."""
@@ -116,9 +130,9 @@ class Loop:
     @property
     def saves(self) -> bool:
         """Whether a checkpoint is due."""
-        return self.every(self.job.training.checkpoint_every) or self.leaving is not None
+        return self.every(self.job.training.checkpoint_every) or self.stop_reason is not None
 
     @property
     def closes_window(self) -> bool:
-        """Whether the numbers since the last ``train`` event are put together now."""
+        """Whether the numbers since the last ``train`` event are combined now."""
         return self.saves or self.every(self.job.training.log_every)

@@ -73,9 +73,9 @@ class Plan:
 def worker(job: Any, plan: Plan, seen: str) -> None:
     """The real worker, with a record of its samples and a way to die at a point of the plan."""
     from oar_scale.distributed.checkpoints import deepspeed_files, layout, saver
+    from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
     from oar_scale.distributed.worker import train
     from oar_scale.errors import Requeue
-    from oar_scale.training import loop
 
     rank = int(os.environ["RANK"])
     with open(f"{seen}.log", "a") as log:  # what the dying say is kept with the trial
@@ -96,15 +96,15 @@ def worker(job: Any, plan: Plan, seen: str) -> None:
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
 
-    one_step, save, deliver, commit = loop.train_step, deepspeed_files.save_shards, saver._deliver, layout.commit
+    one_step, save, deliver, commit = DeepSpeedEngine.train_step, deepspeed_files.save_shards, saver._deliver, layout.commit
 
-    def recorded(engine: Any, batch: Any, *rest: Any) -> Any:
-        done = one_step(engine, batch, *rest)
+    def recorded(engine: Any, batch: Any, lr: float) -> Any:
+        result = one_step(engine, batch, lr)
         descriptor = os.open(f"{seen}-{rank}", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
         os.write(descriptor, (json.dumps([batch.step, batch.uid_b.tolist()]) + "\n").encode())
         os.close(descriptor)
         at("step")
-        return done
+        return result
 
     def saving(*arguments: Any) -> Any:
         at("save")
@@ -123,7 +123,8 @@ def worker(job: Any, plan: Plan, seen: str) -> None:
         commit(*arguments)
         at("committed")
 
-    loop.train_step, deepspeed_files.save_shards, saver._deliver, layout.commit = recorded, saving, delivering, committing  # type: ignore[assignment]
+    DeepSpeedEngine.train_step = recorded  # type: ignore[method-assign]
+    deepspeed_files.save_shards, saver._deliver, layout.commit = saving, delivering, committing  # type: ignore[assignment]
     try:
         train(job)
     except Requeue:

@@ -36,14 +36,14 @@ def save_under_both_kinds(job: TrainingJob, out: str) -> None:
     """Steps 2 under ZeRO 2, 4 under ZeRO 3, 6 under ZeRO 0; each goes on from the one before. One parameter is not trained."""
     from oar_scale.distributed import deepspeed_engine as engine
 
-    made = engine._model
+    made = engine._initial_model
 
     def frozen(*args: Any) -> AnyOrderModel:
         model = made(*args)
         model.get_parameter(UNTRAINED).requires_grad_(False)
         return model
 
-    engine._model = frozen
+    engine._initial_model = frozen
     with training(job, 6) as trainer:
         for first, stage in ((0, 2), (2, 3), (4, 0)):
             here = with_stage(job, stage)

@@ -24,7 +24,7 @@ def train(rank: int, workers: int, port: int, parallel: ParallelConfig, result: 
     import torch
     from torch import nn
 
-    from oar_scale.training.optimizer import SteadyAdamW
+    from oar_scale.distributed.deepspeed_optimizer import DeepSpeedAdamW
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def train(rank: int, workers: int, port: int, parallel: ParallelConfig, result: 
     model = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, 1))
     inputs, weights = torch.randn(STEPS, GLOBAL_BATCH, WIDTH), torch.randn(WIDTH, 1)
     groups = [{"params": list(model.parameters()), "weight_decay": TRAINING.weight_decay}]
-    given = SteadyAdamW(groups, lr=TRAINING.lr, betas=TRAINING.betas, ema_decay=None)
+    given = DeepSpeedAdamW(groups, lr=TRAINING.lr, betas=TRAINING.betas, ema_decay=None)
     engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=given, config=deepspeed_config(parallel, TRAINING, workers))
     given.armed = True
     dtype = next(engine.parameters()).dtype
@@ -77,7 +77,7 @@ def test_two_workers_learn_what_one_learns_with_accumulation(tmp_path: Path) -> 
     assert two["losses"] == pytest.approx(losses, rel=1e-4)
     assert two["stage"] == 2
     assert two["settings"] == {"lr": 0.02, "betas": [0.9, 0.95], "weight_decay": 0.1}
-    assert two["optimizer"] == "SteadyAdamW"
+    assert two["optimizer"] == "DeepSpeedAdamW"
 
 
 def test_bf16_zero_2_learns_on_two_workers(tmp_path: Path) -> None:

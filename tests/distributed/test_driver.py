@@ -13,9 +13,8 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 from small_run import pretraining, small_recipe
 
-from oar_scale.distributed import ray_train as launch
-from oar_scale.distributed import stop_request as bell
-from oar_scale.distributed.ray_train import _Driver
+from oar_scale.distributed import ray_train, stop_request
+from oar_scale.distributed.ray_train import TrainingDriver
 from oar_scale.errors import Requeue
 from oar_scale.observe.console import Console
 from oar_scale.observe.events import read_events
@@ -32,30 +31,32 @@ class Failed(Exception):
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> _Driver:
-    return _Driver(pretraining(Run(small_recipe(str(tmp_path)))), Console())
+def driver(tmp_path: Path) -> TrainingDriver:
+    return TrainingDriver(pretraining(Run(small_recipe(str(tmp_path)))), Console())
 
 
-@pytest.mark.parametrize("cause", [Requeue(bell.GROW), RuntimeError("Connection closed by peer")], ids=["they leave to grow", "one died"])
-def test_a_signal_that_the_workers_did_not_hear_of_ends_the_run_and_no_others_are_started(driver: _Driver, cause: Exception) -> None:
-    driver._judge(Failed(cause))
-    driver._stop.reason = "SIGUSR1"
+@pytest.mark.parametrize(
+    "cause", [Requeue(stop_request.GROW), RuntimeError("Connection closed by peer")], ids=["they leave to grow", "one died"]
+)
+def test_a_signal_that_the_workers_did_not_hear_of_ends_the_run_and_no_others_are_started(driver: TrainingDriver, cause: Exception) -> None:
+    driver._retry_or_raise(Failed(cause))
+    driver._signals.reason = "SIGUSR1"
     with pytest.raises(Requeue, match="SIGUSR1"):
-        driver._judge(Failed(cause))
+        driver._retry_or_raise(Failed(cause))
 
 
-def test_a_signal_between_two_groups_of_workers_ends_the_run(driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_between_two_groups_of_workers_ends_the_run(driver: TrainingDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     def choose() -> int:
         os.kill(os.getpid(), signal.SIGTERM)
         return 1
 
-    monkeypatch.setattr(driver, "_choose", choose)
+    monkeypatch.setattr(driver, "_choose_workers", choose)
     monkeypatch.setattr(driver, "_fit", lambda workers: pytest.fail("workers were started"))
     with pytest.raises(Requeue, match="SIGTERM"):
         driver.run()
 
 
-def test_a_ray_that_ends_by_the_same_signal_is_no_error(driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_ends_by_the_same_signal_is_no_error(driver: TrainingDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     signals = [signal.SIGTERM]
 
     def fit() -> None:
@@ -63,27 +64,27 @@ def test_a_ray_that_ends_by_the_same_signal_is_no_error(driver: _Driver, monkeyp
             os.kill(os.getpid(), number)
         raise ActorUnavailableError("the controller does not answer", b"0" * 16)
 
-    own = SimpleNamespace(ring=SimpleNamespace(remote=lambda reason: None))
-    monkeypatch.setattr(launch, "make_bell", lambda: own)
+    own = SimpleNamespace(request=SimpleNamespace(remote=lambda reason: None))
+    monkeypatch.setattr(ray_train, "start_stop_request", lambda: own)
     monkeypatch.setattr(driver, "_trainer", lambda *_: SimpleNamespace(fit=fit))
-    with driver._stop, pytest.raises(Requeue, match="SIGTERM"):
+    with driver._signals, pytest.raises(Requeue, match="SIGTERM"):
         driver._fit(1)
     signals.clear()
-    driver._stop.reason = None
+    driver._signals.reason = None
     with pytest.raises(ActorUnavailableError):
         driver._fit(1)
 
 
-def test_what_the_workers_died_of_is_written_down_though_a_signal_came(driver: _Driver, tmp_path: Path) -> None:
-    driver._stop.reason = "SIGTERM"
+def test_what_the_workers_died_of_is_written_down_though_a_signal_came(driver: TrainingDriver, tmp_path: Path) -> None:
+    driver._signals.reason = "SIGTERM"
     with pytest.raises(Requeue):
-        driver._judge(Failed(RuntimeError("Connection closed by peer")))
+        driver._retry_or_raise(Failed(RuntimeError("Connection closed by peer")))
     (event,) = read_events(str(tmp_path / "events"), "pretrain")
     assert event["kind"] == "worker_failure" and "Connection closed" in event["cause"]
 
 
 def test_a_signal_is_passed_on_after_a_look_at_the_cluster_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bell, "LOOK_S", 0.0)
+    monkeypatch.setattr(stop_request, "CAPACITY_POLL_S", 0.0)
     looked, rung = threading.Event(), threading.Event()
     heard: list[str] = []
 
@@ -95,8 +96,8 @@ def test_a_signal_is_passed_on_after_a_look_at_the_cluster_that_failed(monkeypat
         looked.set()
         raise ConnectionError("no answer")
 
-    own: Any = SimpleNamespace(ring=SimpleNamespace(remote=ring))
-    with StopSignals() as stop, bell.Watch(own, stop, look):
+    own: Any = SimpleNamespace(request=SimpleNamespace(remote=ring))
+    with StopSignals() as stop, stop_request.StopWatcher(own, stop, look):
         assert looked.wait(60)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert rung.wait(60)

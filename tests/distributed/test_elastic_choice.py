@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from oar_scale.config.schema import ParallelConfig, Recipe
-from oar_scale.distributed.elastic import choose_workers, room_in
+from oar_scale.distributed.elastic import capacity_of, choose_workers
 
 BATCH = {"pretrain": {"global_batch": 96}, "finetune": {"global_batch": 96}, "data": {"canonical_streams": 48}}
 
@@ -66,4 +66,4 @@ def test_what_does_not_go_together_is_said(parallel: dict[str, Any], named: str)
 def test_room_is_counted_on_the_nodes_that_a_recipe_takes_and_as_it_places_its_workers(parallel: dict[str, Any], room: int) -> None:
     h100 = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
     nodes = [{"CPU": 2.0}, h100, h100, {"CPU": 8.0, "GPU": 4.0, "accelerator_type:L4": 1.0}]
-    assert room_in(nodes, ParallelConfig.model_validate(parallel)) == room
+    assert capacity_of(nodes, ParallelConfig.model_validate(parallel)) == room

@@ -30,24 +30,24 @@ STILL = {"model": {"dropout": 0.0}, "parallel": {"precision": "fp32"}}
 
 def train_worker(job: TrainingJob, *, left_at: int | None = None, poisoned: tuple[int, ...] = (), spiked: tuple[int, ...] = ()) -> None:
     """The worker as it is, with things that happen to its steps: SIGTERM after one, an infinite gradient or a leap uphill in some."""
+    from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
     from oar_scale.distributed.worker import train
     from oar_scale.errors import Requeue
-    from oar_scale.training import loop
 
-    one_step = loop.train_step
+    one_step = DeepSpeedEngine.train_step
 
-    def step(engine: Any, batch: Any, lr: float, *rest: Any) -> Any:
+    def step(engine: Any, batch: Any, lr: float) -> Any:
         handle = None
         if batch.step in poisoned and os.environ["RANK"] == "1":
-            handle = engine.module.model.norm.register_forward_hook(lambda module, inputs, output: output * float("inf"))
-        done = one_step(engine, batch, -1e4 * lr if batch.step in spiked else lr, *rest)
+            handle = engine.model.norm.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+        result = one_step(engine, batch, -1e4 * lr if batch.step in spiked else lr)
         if handle is not None:
             handle.remove()
         if batch.step == left_at and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-        return done
+        return result
 
-    loop.train_step = step  # type: ignore[assignment]
+    DeepSpeedEngine.train_step = step  # type: ignore[method-assign]
     try:
         train(job)
     except Requeue:
@@ -236,16 +236,16 @@ def test_a_profile_says_where_the_step_goes(prepared: Run, tmp_path: Path) -> No
 
 def stuck(job: TrainingJob, step: int) -> None:
     """Rank 1 sleeps for ever in the middle of a step."""
-    from oar_scale.training import loop
+    from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
 
-    one_step = loop.train_step
+    one_step = DeepSpeedEngine.train_step
 
-    def step_of(engine: Any, batch: Any, *rest: Any) -> Any:
+    def step_of(engine: Any, batch: Any, lr: float) -> Any:
         if batch.step == step and os.environ["RANK"] == "1":
             time.sleep(1000)
-        return one_step(engine, batch, *rest)
+        return one_step(engine, batch, lr)
 
-    loop.train_step = step_of  # type: ignore[assignment]
+    DeepSpeedEngine.train_step = step_of  # type: ignore[method-assign]
     train_worker(job)
 
 
@@ -257,7 +257,7 @@ def test_workers_that_do_not_move_write_down_their_stacks_and_end(prepared: Run,
     assert [worker.exitcode for worker in workers] == [70, 70]
     stacks = [Path(run.local("logs", f"pretrain-rank{rank}.stacks")).read_text() for rank in (0, 1)]
     assert all("nothing moved for 20 s" in text and "step 5" in text for text in stacks)
-    assert "step_of" in stacks[1] and "_one_step" in stacks[0]
+    assert "step_of" in stacks[1] and "in train_step" in stacks[0]
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor() -> None:

@@ -14,13 +14,13 @@ import torch
 
 from oar_scale.config.deepspeed import deepspeed_config
 from oar_scale.config.schema import ParallelConfig, TrainingConfig
+from oar_scale.distributed.deepspeed_optimizer import DeepSpeedAdamW
 from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.model.spec import ClassSpec
 from oar_scale.planning.assumptions import read_assumptions
 from oar_scale.planning.trace import LiveTensors
 from oar_scale.planning.traffic import checkpoint_traffic
 from oar_scale.planning.worker_memory import BUCKET, worker_memory
-from oar_scale.training.optimizer import SteadyAdamW
 from tests.launcher import run_workers
 
 WORLD = 2
@@ -50,7 +50,7 @@ def _train(settings: dict[str, Any], accumulation: int, average: bool, out: str)
         model = AnyOrderModel(SPEC)
     groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
     clip_norm = None if parallel.zero_stage else 1.0
-    optimizer = SteadyAdamW(groups, lr=1e-3, betas=(0.9, 0.95), ema_decay=0.99 if average else None, clip_norm=clip_norm)
+    optimizer = DeepSpeedAdamW(groups, lr=1e-3, betas=(0.9, 0.95), ema_decay=0.99 if average else None, clip_norm=clip_norm)
     engine, *_ = deepspeed.initialize(model=Loss(model), optimizer=optimizer, config=config)
     optimizer.armed = True
     batch = torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None], torch.zeros(1, 1, dtype=torch.long)

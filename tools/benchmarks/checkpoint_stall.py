@@ -118,17 +118,17 @@ def _worker(rank: int, port: int, case: Case, out: str) -> None:
     from deepspeed.utils import logger
 
     from oar_scale.distributed.checkpoints import Saver
-    from oar_scale.distributed.deepspeed_engine import make_engine
-    from oar_scale.distributed.worker_process import Process
+    from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
+    from oar_scale.distributed.worker_process import WorkerProcess
     from oar_scale.tokenizers.prompts import LabelEncoder
 
     logger.setLevel(logging.ERROR)
     job = _job(case)
-    with Process(job) as process:
+    with WorkerProcess(job) as process:
         if rank == 0:
             _save_base(job)
         dist.barrier()
-        engine = make_engine(job, LabelEncoder(CLASSES), process.world)
+        engine = DeepSpeedEngine(job, LabelEncoder(CLASSES), process).deepspeed
         _one_step(engine)
         saver, found = Saver(job), _Found()
         for turn in range(case.rounds + 1):  # the first one opens connections

@@ -125,8 +125,8 @@ def worker(cases: list[dict[str, Any]], folder: str, *, give_back: bool) -> None
     from oar_scale.config.loading import load_recipe
     from oar_scale.config.schema import LabelsConfig, Recipe
     from oar_scale.data.stream import Batch
-    from oar_scale.distributed.deepspeed_engine import make_engine, train_step
-    from oar_scale.distributed.worker_process import Process
+    from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
+    from oar_scale.distributed.worker_process import WorkerProcess
     from oar_scale.model import AnyOrderModel, save_model
     from oar_scale.planning.shape import spec_of
     from oar_scale.tokenizers.prompts import load_prompts
@@ -135,7 +135,7 @@ def worker(cases: list[dict[str, Any]], folder: str, *, give_back: bool) -> None
     if give_back:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, KEPT)
 
-    def train(recipe: Recipe, process: Process) -> int:
+    def train(recipe: Recipe, process: WorkerProcess) -> int:
         spec, text = spec_of(recipe), recipe.tokenizer.text
         assert isinstance(text, LabelsConfig)
         job = TrainingJob(recipe, "pretrain", folder, folder, os.path.join(folder, "first"), os.path.join(folder, "result"))
@@ -143,21 +143,21 @@ def worker(cases: list[dict[str, Any]], folder: str, *, give_back: bool) -> None
             save_model(job.start_from, AnyOrderModel(spec))
         dist.barrier()
         before = _resident("VmRSS")
-        engine = make_engine(job, load_prompts(text, folder), process.world)
+        engine = DeepSpeedEngine(job, load_prompts(text, folder), process)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         count = recipe.parallel.micro_batch
         several, no = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
         for step in range(2):
             codes_bN = torch.randint(spec.vocab_size, (count, spec.cells))
             batch = Batch(step, torch.arange(count), codes_bN, several[:, None], no, 0, several, no, torch.zeros_like(codes_bN))
-            train_step(engine, batch, 1e-4, count, process.device)
+            engine.train_step(batch, 1e-4)
         taken = _resident("VmHWM") - before
         engine.destroy()
         return taken
 
     recipes = [load_recipe(case["recipe"], case["overrides"]) for case in cases]
     small = ["model.dim=64", "model.layers=1", "model.heads=2", "data.image_size=64", "tokenizer.image.codebook_size=64"]
-    with Process(TrainingJob(recipes[0], "pretrain", folder, folder, "", "")) as process:
+    with WorkerProcess(TrainingJob(recipes[0], "pretrain", folder, folder, "", "")) as process:
         train(load_recipe(cases[0]["recipe"], [*cases[0]["overrides"], *small]), process)  # what is set up at first use
         Path(folder, f"peaks-{process.rank}").write_text(json.dumps([train(recipe, process) for recipe in recipes]))
 

@@ -160,18 +160,18 @@ def _worker(job: Any, side: str, rank: int, port: int, results: Any, passed: Any
     """Trains; CPU and wall time of the steps after the first few."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORKERS), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    from oar_scale.training import loop as loops
+    from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
 
     marks: list[tuple[float, float]] = []
-    one_step = loops.Loop._one_step
+    one_step = DeepSpeedEngine.train_step
 
-    def marked(self: Any, batches: Any) -> None:
+    def marked(engine: Any, batch: Any, lr: float) -> Any:
         marks.append((time.process_time(), time.perf_counter()))
         if rank == 0 and len(marks) - 1 in (WARM_UP, STEPS - 1):
             passed.put(len(marks))
-        one_step(self, batches)
+        return one_step(engine, batch, lr)
 
-    loops.Loop._one_step = marked  # type: ignore[method-assign]
+    DeepSpeedEngine.train_step = marked  # type: ignore[method-assign]
     if side == "observed":
         from oar_scale.distributed.worker import train
 
@@ -186,17 +186,16 @@ def _worker(job: Any, side: str, rank: int, port: int, results: Any, passed: Any
 
 def _bare(job: Any) -> None:
     """The loop with nothing beside it."""
-    from oar_scale.distributed.deepspeed_engine import make_engine
-    from oar_scale.distributed.worker_process import Process
+    from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
+    from oar_scale.distributed.worker_process import WorkerProcess
     from oar_scale.training.inputs import job_prompts, job_stream
     from oar_scale.training.loop import Loop
-    from oar_scale.training.metrics import Metrics
 
-    with Process(job) as process:
+    with WorkerProcess(job) as process:
         prompts = job_prompts(job)
-        engine = make_engine(job, prompts, process.world)
+        engine = DeepSpeedEngine(job, prompts, process)
         stream = job_stream(job, prompts, process.rank, process.world)
-        Loop(job, process, engine, engine.module.model.spec, stream, Metrics(process.control), None).run([])
+        Loop(job, process, engine, stream).run()
 
 
 def _parameters(job: Any) -> int:

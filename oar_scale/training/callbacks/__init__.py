@@ -19,14 +19,14 @@ class Callback:
         """Before the first step of an attempt, after the checkpoint was loaded."""
 
     def after_step(self, loop: Loop) -> None:
-        """``loop.step`` steps are done, the last of them as ``loop.done`` says."""
+        """After each step: ``loop.step`` steps are done, and ``loop.result`` is what the last one did."""
 
     def end(self, loop: Loop) -> None:
-        """The stage is complete, or stops in good order."""
+        """After the last step of a stage, or of an attempt that was asked to stop or is rolled back."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: JSON."""
+        """Return what a checkpoint keeps of it, as JSON."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state` gave."""
+        """Restore what :meth:`state` returned."""

@@ -1,4 +1,4 @@
-"""Memory at its highest on any rank, and the disk that is left where checkpoints are written first."""
+"""Peak memory of any rank, and the free disk space where checkpoints are written first."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from oar_scale.training.callbacks import Callback
 from oar_scale.training.loop import Loop
 
 
-class Memory(Callback):
+class MemoryUsage(Callback):
     """Adds ``memory_mb`` (of the GPU, or of the process) and ``disk_free_gb`` to the ``train`` events."""
 
     def after_step(self, loop: Loop) -> None:
+        """Measure where a window of steps ends."""
         if not loop.closes_window:
             return
         if loop.process.device.type == "cuda":

@@ -1,6 +1,6 @@
 """``oar train --profile N``: where does a step go? A trace for chrome://tracing or Perfetto, and a table.
 
-The first steps are left out: they build caches and start threads.
+The first steps are not profiled: they build caches and start threads.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from oar_scale.training.callbacks import Callback
 from oar_scale.training.loop import Loop
+from oar_scale.training.process import EventSink
 
 WARM_UP = 3
+PREFIX = "oar::"
+"""What the parts of a step are marked with (the engines, ``loop.py``)."""
 
 
 class Profiling(Callback):
-    """Rank 0's next ``steps`` steps after the first few."""
+    """Profiles rank 0's next ``steps`` steps after the first few."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -24,42 +27,41 @@ class Profiling(Callback):
         self._from = 0
 
     def start(self, loop: Loop) -> None:
+        """Choose the steps."""
         self._from = loop.step + WARM_UP
 
     def after_step(self, loop: Loop) -> None:
-        if loop.log is None:
+        """Start the profiler before the first of them, and write what it saw after the last."""
+        if loop.events is None:
             return
         if loop.step == self._from:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if loop.process.device.type == "cuda" else [])]
             self._profile = profile(activities=activities)
             self._profile.start()
-        elif loop.step == self._from + self._steps and self._profile is not None:
-            self._write(loop, self._profile)
-            self._profile = None
+        elif loop.step == self._from + self._steps:
+            self._write(loop, loop.events)
 
     def end(self, loop: Loop) -> None:
-        if self._profile is not None:  # the stage was shorter
-            self._write(loop, self._profile)
-            self._profile = None
+        """Write what the profiler saw of a stage that was shorter."""
+        if loop.events is not None:
+            self._write(loop, loop.events)
 
-    def _write(self, loop: Loop, found: profile) -> None:
-        assert loop.log is not None
-        found.stop()
+    def _write(self, loop: Loop, events: EventSink) -> None:
+        if self._profile is None:
+            return
+        profiler, self._profile = self._profile, None
+        profiler.stop()
         folder = os.path.join(loop.job.local, "profile")
         os.makedirs(folder, exist_ok=True)
         name = os.path.join(folder, f"{loop.job.stage}-step{self._from:08d}")
-        found.export_chrome_trace(f"{name}.json.gz")
-        averages = found.key_averages()
+        profiler.export_chrome_trace(f"{name}.json.gz")
+        averages = profiler.key_averages()
         device = loop.process.device.type
-        parts = [(event.key, event.device_time_total if device == "cuda" else event.cpu_time_total, event.count) for event in averages]
+        parts = [(event.key, event.device_time_total if device == "cuda" else event.cpu_time_total) for event in averages]
         steps = max(1, loop.step - self._from)
         lines = [f"rank 0, {steps} steps from step {self._from}, milliseconds a step", ""]
-        lines += [f"{key.removeprefix(PART):24} {time / 1000 / steps:10.2f}" for key, time, _ in parts if key.startswith(PART)]
+        lines += [f"{key.removeprefix(PREFIX):24} {time / 1000 / steps:10.2f}" for key, time in parts if key.startswith(PREFIX)]
         table = averages.table(sort_by=f"self_{device}_time_total", row_limit=30, max_name_column_width=60)
         with open(f"{name}.txt", "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n\n" + table)
-        loop.log.emit("profile", step=loop.step, trace=f"{name}.json.gz", table=f"{name}.txt")
-
-
-PART = "oar::"
-"""What the parts of a step are marked with (``engine.py``, ``loop.py``)."""
+        events.emit("profile", step=loop.step, trace=f"{name}.json.gz", table=f"{name}.txt")

@@ -8,52 +8,56 @@ import torch
 from oar_scale.model.flops import peak_flops, training_flops
 from oar_scale.training.callbacks import Callback
 from oar_scale.training.loop import Loop
+from oar_scale.training.process import EventSink
+
+COUNTS = ("skipped_batches", "bad_samples", "storage_retries")
 
 
 class Speed(Callback):
     """Measures and logs each window of steps."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self) -> None:
+        self._mfu_per_image: float | None = None
+
+    def start(self, loop: Loop) -> None:
+        """Look up what the device could do at most."""
         name = torch.cuda.get_device_name(loop.process.device) if loop.process.device.type == "cuda" else ""
         peak = peak_flops(name, loop.job.recipe.parallel.precision)
-        self._flops_per_peak = None if peak is None else training_flops(loop.spec) / (peak * loop.process.world)
+        self._mfu_per_image = None if peak is None else training_flops(loop.engine.spec) / (peak * loop.process.world)
 
     def after_step(self, loop: Loop) -> None:
-        metrics, batch, done = loop.metrics, loop.batch, loop.done
-        if not done.left_out:
+        """Add the step to its window, and log the window at its end."""
+        metrics, batch, result = loop.metrics, loop.batch, loop.result
+        if not result.skipped:
             metrics.add("loss", loop.loss)
-            for number, quarter in enumerate(done.quarters.tolist()):
+            for number, quarter in enumerate(result.quarters.tolist()):
                 metrics.add(f"quarter{number}", quarter)
         metrics.add("steps", 1 / loop.process.world, "sum")
-        metrics.add("skipped_batches", done.left_out / loop.process.world, "sum")
+        metrics.add("skipped_batches", result.skipped / loop.process.world, "sum")
         metrics.add("bad_samples", len(batch.bad), "sum")
         metrics.add("storage_retries", batch.fetched.retries, "sum")
         metrics.add("data_wait_s", loop.waited_s)
         metrics.add("busy_s", loop.busy_s)
         if loop.closes_window:
-            self._log(loop)
+            values = metrics.flush()
+            if loop.events:
+                self._log(loop, loop.events, values)
 
-    def _log(self, loop: Loop) -> None:
-        found = loop.metrics.flush()
-        if loop.log is None:
-            return
-        step_s = found.pop("busy_s") + found["data_wait_s"]
+    def _log(self, loop: Loop, events: EventSink, values: dict[str, float]) -> None:
+        step_s = values.pop("busy_s") + values["data_wait_s"]
         images_per_s = loop.job.training.global_batch / step_s
-        quarters = [found.pop(name) for name in sorted(found) if name.startswith("quarter")]
-        del found["steps"]
-        loop.log.emit(
+        quarters = [values.pop(name) for name in sorted(values) if name.startswith("quarter")]
+        del values["steps"]
+        events.emit(
             "train",
             step=loop.step,
-            loss=found.pop("loss", None),
+            loss=values.pop("loss", None),
             loss_by_position=quarters,
             lr=loop.lr,
-            grad_norm=loop.done.grad_norm,
+            grad_norm=loop.result.grad_norm,
             images_per_s=images_per_s,
-            tokens_per_s=images_per_s * loop.spec.cells,
-            mfu=None if self._flops_per_peak is None else images_per_s * self._flops_per_peak,
+            tokens_per_s=images_per_s * loop.engine.spec.cells,
+            mfu=None if self._mfu_per_image is None else images_per_s * self._mfu_per_image,
             step_s=step_s,
-            **{name: int(value) if name in COUNTS else value for name, value in found.items()},
+            **{name: int(value) if name in COUNTS else value for name, value in values.items()},
         )
-
-
-COUNTS = ("skipped_batches", "bad_samples", "storage_retries")

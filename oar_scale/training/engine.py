@@ -1,0 +1,107 @@
+"""The engine: model and optimiser as the training loop uses them, whatever shards them.
+
+    result = engine.train_step(batch, lr)              one optimiser step over this rank's share of the global batch
+    with engine.averaged(): ...                        the weights' moving average in place of the weights
+    for name, tensor in engine.whole_weights(): ...    one parameter at a time, whole, on every rank
+    model = engine.plain_model()                       all of them at once
+
+:class:`~oar_scale.training.plain_engine.PlainEngine` does it in one process, ``distributed/deepspeed_engine.py`` with DeepSpeed ZeRO.
+Both compute the same loss with the same optimiser: :class:`Objective` and ``training/optimizer.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from oar_scale.data.stream import Batch
+from oar_scale.model import AnyOrderModel, ModelSpec
+from oar_scale.tokenizers.prompts import PromptEncoder, model_inputs
+
+QUARTERS = 4
+"""Parts of the generation order whose losses are reported one by one."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimiser step, as this rank saw it."""
+
+    loss: float
+    """Mean over this rank's samples, in nats per code."""
+    quarters: Tensor
+    """Mean loss of the first to the last quarter of the generation order [4]."""
+    grad_norm: float
+    """Before clipping, over all ranks and parameters; not finite where the step was skipped."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the gradient was not finite, so that the step changed nothing."""
+        return not math.isfinite(self.grad_norm)
+
+    @classmethod
+    def of(cls, losses: Sequence[Tensor], quarters: Sequence[Tensor], grad_norm: float) -> StepResult:
+        """Return the result of a step, given the loss and the quarters of each micro-batch."""
+        return cls(float(torch.stack(list(losses)).mean()), torch.stack(list(quarters)).mean(0), grad_norm)
+
+
+class Engine(Protocol):
+    """Trains a model. Every method is collective: all ranks call it, in the same order."""
+
+    @property
+    def model(self) -> AnyOrderModel:
+        """The model in training; under ZeRO-3 its parameters are whole only during a forward pass."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's sizes."""
+
+    @property
+    def parameters(self) -> int:
+        """The model's number of parameters, over all ranks."""
+
+    def train_step(self, batch: Batch, lr: float) -> StepResult:
+        """Take one optimiser step at learning rate ``lr`` over this rank's share of the global batch, in micro-batches.
+
+        A gradient that is not finite on any rank changes neither weights nor optimiser state, see :attr:`StepResult.skipped`.
+        """
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the weights' moving average in their place while the block lasts; then the weights come back bit for bit."""
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the model's parameters by name, in the precision it computes with; each is whole until the next one is asked for."""
+
+    def plain_model(self) -> AnyOrderModel:
+        """Return the model in eval mode: itself, or where it is sharded a whole copy."""
+
+    def destroy(self) -> None:
+        """Give back the memory. The engine is not used afterwards."""
+
+
+class Objective(nn.Module):
+    """The training loss as a module: mean negative log-likelihood of a micro-batch, and of each quarter of the order, in nats per code."""
+
+    def __init__(self, model: AnyOrderModel, prompts: PromptEncoder) -> None:
+        """Train ``model`` on prompts of ``prompts``."""
+        super().__init__()
+        self.model, self.prompts = model, prompts
+
+    def forward(self, codes_bN: Tensor, order_bN: Tensor, prompts_b: Tensor, drop_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and the four quarters' [4]; see :class:`~oar_scale.data.stream.Batch` for the inputs."""
+        condition_bTD = self.model.condition(model_inputs(self.prompts, prompts_b), drop_b)
+        loss, nll_bN = self.model.loss(codes_bN, order_bN, condition_bTD)
+        return loss, torch.stack([part.mean() for part in nll_bN.detach().tensor_split(QUARTERS, dim=1)])
+
+
+def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the inputs of :class:`Objective` for ``size`` samples at a time, on ``device``."""
+    order_bN = batch.orders(device)
+    for start in range(0, len(batch.codes_bN), size):
+        part = slice(start, start + size)
+        yield tuple(t[part].to(device) for t in (batch.codes_bN, order_bN, batch.prompts_b, batch.drop_b))
