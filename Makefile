@@ -1,5 +1,6 @@
 # make quickstart        the whole pipeline on two CPU cores, ending in a report
-# make test, make test-faults, make check  what .ci/run runs
+# make check, make test, make test-cluster  what .ci/run runs
+# make test-fast         what needs no server and no other process, while you write
 # PYTHON=python3.12 VENV=/some/where make ...  uses another Python, another place for the environment
 
 SHELL := /bin/bash
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WITH_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: venv quickstart quickstart-s3 test test-faults test-all chaos chaos-extraction check
+.PHONY: venv quickstart quickstart-s3 test test-fast test-cluster test-all chaos chaos-extraction check
 
 venv: $(INSTALLED)
 
@@ -36,18 +37,26 @@ quickstart-s3: venv
 	eval "$$(python cluster/dev/s3.py env)"; \
 	oar run recipes/quickstart.yaml -o storage.root=s3://oar/quickstart -o run_dir=runs/quickstart-s3
 
-test: venv
-	@echo "Tests, without the slow ones: tens of minutes on two cores. Two processes, for many tests wait for clusters to start."
-	$(WITH_PATH) python -m pytest -m "not slow" -n 2 --dist loadfile --durations=20
+# A module's tests stay in one process, as its fixtures are made once; so do all tests of the shared Ray (tests/markers.py).
+IN_PARALLEL := --dist loadgroup --durations=20
 
-test-faults: venv
-	@echo "What Slurm jobs survive, with real trainings and nodes that are lost: about four minutes."
-	$(WITH_PATH) python -m pytest -n 2 --dist loadfile tests/launch/test_lost_daemon.py \
-		"tests/launch/test_training_on_slurm.py::test_a_time_limit_a_power_cut_and_a_preemption_leave_samples_and_losses_as_they_are"
+test-fast: venv
+	@echo "Tests that need no server and no other process: at most 3 minutes on two cores."
+	$(WITH_PATH) python -m pytest -m "not (gloo or s3 or ray or slurm or slow)" -n 2 $(IN_PARALLEL)
+
+test: venv
+	@echo "Tests with a real S3 server, Ray and process groups: at most 10 minutes on two cores. Three processes, for many tests wait."
+	$(WITH_PATH) python -m pytest -m "not (slurm or slow)" -n 3 $(IN_PARALLEL)
+
+test-cluster: venv
+	@echo "Tests with Slurm, clusters that lose nodes, and whole trainings: about 8 minutes on two cores."
+	$(WITH_PATH) python -m pytest -m "slurm or slow" -n 3 $(IN_PARALLEL) --deselect $(KILLED_TEN_TIMES)
+
+KILLED_TEN_TIMES := tests/chaos/test_extraction_chaos.py::test_the_drawings_have_the_same_orders_when_the_pool_is_killed_ten_times
 
 test-all: venv
-	@echo "All tests, with whole pipelines and killed workers: tens of minutes."
-	$(WITH_PATH) python -m pytest
+	@echo "All tests, with an extraction that is killed ten times: an hour."
+	$(WITH_PATH) python -m pytest -n 3 $(IN_PARALLEL)
 
 chaos: venv
 	@echo "Two hundred disturbed trainings: half an hour or more."

@@ -1,8 +1,10 @@
-"""What all tests share: a quiet, loopback-only environment and one real S3 server a session."""
+"""What all tests share: a quiet, loopback-only environment, one real S3 server a session, and markers (markers.py)."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import sys
 import uuid
 from collections.abc import Iterator
@@ -32,6 +34,12 @@ os.environ |= {
 for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
     os.environ.pop(name, None)
 
+from markers import pytest_collection_modifyitems, pytest_runtest_protocol, wrap_starters  # noqa: E402, F401 (hooks)
+
+from cluster.dev import s3  # noqa: E402
+
+wrap_starters()
+
 # How long an example takes, or making one, says what else the machine does.
 settings.register_profile("oar", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("oar")
@@ -47,17 +55,50 @@ def _no_wandb_of_this_process() -> Iterator[None]:
         wandb.teardown()
 
 
+GROUP_SUFFIX = re.compile(r"@(ray|tests/[\w/]+\.py)$")
+"""What ``--dist loadgroup`` appends to a test's name."""
+S3_FOLDER = "s3-of-the-session"
+"""Of all worker processes of a session: one server is enough for them."""
+
+
 @pytest.fixture(scope="session")
 def s3_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``s3://bucket/prefix`` on a real server of this session; the AWS variables point at it."""
-    from cluster.dev import s3
+    folder = _session_folder(tmp_path_factory) / S3_FOLDER
+    folder.mkdir(exist_ok=True)
+    with open(folder / "starting", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of the workers starts it, the others find it running
+        running = s3.running(str(folder))
+        server = s3.up(str(folder), running.port if running else s3.free_port(), "oar-tests")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        yield f"s3://oar-tests/{uuid.uuid4().hex[:8]}"
 
-    folder = str(tmp_path_factory.mktemp("s3"))
-    try:
-        server = s3.up(folder, s3.free_port(), "oar-tests")
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in server.env.items():
-                patch.setenv(name, value)
-            yield f"s3://oar-tests/{uuid.uuid4().hex[:8]}"
-    finally:
-        s3.down(folder)
+
+_failed: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        name = report.nodeid.rpartition("@")[0] if GROUP_SUFFIX.search(report.nodeid) else report.nodeid
+        _failed.extend([name] if name not in _failed else [])
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Stop the S3 server once all workers have ended; write the tests that failed into the file that OAR_FAILED_TESTS names.
+
+    The file stays as it is where pytest was interrupted, or where a module could not be imported: then not all tests have run.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    folders = getattr(session.config, "_tmp_path_factory", None)
+    if folders is not None and folders._basetemp is not None:
+        s3.down(str(folders._basetemp / S3_FOLDER))
+    if exitstatus == pytest.ExitCode.TESTS_FAILED and "OAR_FAILED_TESTS" in os.environ:
+        Path(os.environ["OAR_FAILED_TESTS"]).write_text("".join(f"{name}\n" for name in _failed))
+
+
+def _session_folder(folders: pytest.TempPathFactory) -> Path:
+    base = folders.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

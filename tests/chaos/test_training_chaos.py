@@ -9,6 +9,7 @@ import pytest
 from fault_proxy import FaultProxy
 from training_chaos import Ground, run_trial
 
+pytestmark = pytest.mark.slow
 TRIALS = range(4)
 
 

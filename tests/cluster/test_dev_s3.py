@@ -39,6 +39,7 @@ def test_up_is_idempotent_and_what_was_stored_survives_kill_and_down(tmp_path: P
     assert not s3.down(folder)
 
 
+@pytest.mark.s3
 def test_the_script_prints_lines_for_a_shell(tmp_path: Path) -> None:
     port = s3.free_port()
     arguments = [sys.executable, SCRIPT, "--dir", str(tmp_path), "--port", str(port)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
+from launcher import run_workers
 
 from oar_scale.config.deepspeed import deepspeed_config
 from oar_scale.config.schema import ParallelConfig, TrainingConfig
@@ -16,16 +16,15 @@ GLOBAL_BATCH, STEPS, WIDTH = 8, 6, 16
 TRAINING = TrainingConfig(global_batch=GLOBAL_BATCH, lr=0.02, weight_decay=0.1, clip_norm=0.5)
 
 
-def train(rank: int, workers: int, port: int, parallel: ParallelConfig, result: str) -> None:
+def train(workers: int, parallel: ParallelConfig, result: str) -> None:
     """Fit a small regression; rank 0 writes the mean loss of each global step and the optimiser's settings."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "DS_ACCELERATOR": "cpu"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     import deepspeed
     import torch
     from torch import nn
 
     from oar_scale.distributed.deepspeed_optimizer import DeepSpeedAdamW
 
+    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     torch.manual_seed(0)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as the training worker does: no compiler needed
@@ -59,12 +58,8 @@ def train(rank: int, workers: int, port: int, parallel: ParallelConfig, result: 
 
 
 def run(workers: int, parallel: ParallelConfig, folder: Path) -> dict[str, object]:
-    from torch.multiprocessing.spawn import spawn
-
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     result = folder / f"{workers}-{parallel.precision}.json"
-    spawn(train, (workers, port, parallel, str(result)), nprocs=workers)  # type: ignore[no-untyped-call]
+    run_workers(train, workers, workers, parallel, str(result))
     facts: dict[str, object] = json.loads(result.read_text())
     return facts
 

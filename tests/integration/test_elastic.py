@@ -16,6 +16,8 @@ from small_run import copy_run
 from cluster.dev import ray as dev_ray
 from oar_scale.run.context import Run
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -56,7 +58,6 @@ def test_torchrun_starts_the_same_workers(prepared: Run, undisturbed: dict[int, 
     assert os.path.exists(run.marker("pretrain"))
 
 
-@pytest.mark.timeout(600)
 def test_a_run_goes_on_without_a_lost_node_and_with_the_one_that_takes_its_place(
     cluster: dev_ray.Cluster, prepared: Run, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
@@ -80,7 +81,6 @@ def test_a_run_goes_on_without_a_lost_node_and_with_the_one_that_takes_its_place
     assert apart(losses(run), undisturbed) < 1e-5
 
 
-@pytest.mark.timeout(500)
 def test_a_signal_to_the_driver_saves_and_leaves_and_the_same_command_goes_on(
     prepared: Run, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from oar_scale.observe.events import attempts, read_events
 from oar_scale.orders.order_table import read_orders
 from oar_scale.storage import open_storage, read_json
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow]  # `oar run` and `oar train` start a Ray of their own
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = str(ROOT / "recipes" / "smoke.yaml")
 
@@ -41,7 +42,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(900)
 def test_one_command_takes_captioned_images_to_a_report(finished: Path) -> None:
     html = (finished / "report" / "index.html").read_text()
     assert "kid_efflite0" in html and "OpenMoji" in html and "CC BY-SA" in html
@@ -94,7 +94,6 @@ def test_sample_draws_a_picture(finished: Path, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.timeout(900)
 def test_a_killed_training_worker_is_replaced_and_goes_on_from_the_checkpoint(finished: Path, tmp_path: Path) -> None:
     """The worker dies after step 5 at the earliest; the losses are those of the undisturbed run."""
     command, slow = _training_command(finished, tmp_path), {**os.environ, **watched(tmp_path, 2.0)}
@@ -115,7 +114,6 @@ def test_a_killed_training_worker_is_replaced_and_goes_on_from_the_checkpoint(fi
     assert _losses(tmp_path) == _losses(finished)
 
 
-@pytest.mark.timeout(900)
 def test_interrupted_training_says_so_leaves_no_process_and_goes_on(finished: Path, tmp_path: Path) -> None:
     command, slow = _training_command(finished, tmp_path), {**os.environ, **watched(tmp_path, 2.0)}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=slow, start_new_session=True)
@@ -147,7 +145,6 @@ def test_a_missing_bucket_and_wrong_credentials_are_named(s3_root: str, tmp_path
     assert refused.returncode == 2 and "AWS_SECRET_ACCESS_KEY" in refused.stderr and "Traceback" not in refused.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_same_run_with_everything_on_s3(s3_root: str, tmp_path: Path, finished: Path) -> None:
     root = f"{s3_root}/pipeline"

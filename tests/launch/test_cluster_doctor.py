@@ -157,6 +157,7 @@ def between_two(late_s: float, *recipes: str) -> list[str]:
             worker.wait()
 
 
+@pytest.mark.gloo
 def test_a_clock_that_is_off_and_a_storage_that_is_not_shared_are_found(tmp_path: Path) -> None:
     recipes = []
     for name in ("a", "b"):
@@ -169,6 +170,7 @@ def test_a_clock_that_is_off_and_a_storage_that_is_not_shared_are_found(tmp_path
     assert "what n0 writes is not seen on n1" in said and "set storage.root to s3://" in said
 
 
+@pytest.mark.gloo
 def test_a_storage_that_takes_nothing_is_told_at_once_by_the_worker_that_tries(tmp_path: Path) -> None:
     """A file where the folder should be stops root as well."""
     (tmp_path / "run").touch()

@@ -26,7 +26,7 @@ sleep 3
 """
 
 
-@pytest.mark.slow  # Slurm takes half a minute to miss a node; `make test-faults` runs it
+@pytest.mark.slow  # Slurm takes half a minute to miss a node; in `make test-cluster`
 @pytest.mark.timeout(400)
 def test_an_attempt_that_slurm_has_lost_sight_of_ends_before_the_next_one_works(
     own_slurm: dev_slurm.Cluster, stub: Path, tmp_path: Path

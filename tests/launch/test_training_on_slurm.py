@@ -148,7 +148,7 @@ def test_one_submit_takes_a_run_to_its_report_through_a_requeue_in_the_middle_of
     assert "report" in gate.oar("status", run.local()) and "finished in" in gate.oar("logs", run.local())
 
 
-@pytest.mark.slow  # Slurm counts limits in minutes, and takes half of one to miss a node; `make test-faults` runs it
+@pytest.mark.slow  # Slurm counts limits in minutes, and takes half of one to miss a node; in `make test-cluster`
 @pytest.mark.timeout(1200)
 def test_a_time_limit_a_power_cut_and_a_preemption_leave_samples_and_losses_as_they_are(
     gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
