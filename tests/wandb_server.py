@@ -1,13 +1,14 @@
 """A small W&B server: the real client talks to it over HTTP, and a test reads back what it got (checked with wandb 0.31).
 
 It holds runs, their history, configuration, files and alerts, and artifacts. ``fail`` makes it answer the next requests
-with an error, ``stall`` lets it accept requests and say nothing.
+with an error, ``stall`` lets it accept requests and say nothing. ``wait_until`` waits for what the requests come to.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -55,9 +56,12 @@ class WandbServer:
         """Name and state."""
         self.requests: list[str] = []
         self.failures = 0
+        self.held = 0
+        """Requests that are waiting for :meth:`release`."""
         self._lock = threading.RLock()
+        self._answered = threading.Condition(self._lock)
         self._faults: list[tuple[str, int, int]] = []
-        self._stalled = ""
+        self._stalled, self._stalls = "", 0.0
         self._released = threading.Event()
         self._http = _Http(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -73,14 +77,28 @@ class WandbServer:
         with self._lock:
             self._faults.append((pattern, status, times))
 
-    def stall(self, pattern: str) -> None:
-        """From now on do not answer requests that match, until :meth:`release`."""
-        self._stalled = pattern
-        self._released.clear()
+    def stall(self, pattern: str, times: float = math.inf) -> None:
+        """Do not answer the next ``times`` requests that match, until :meth:`release`."""
+        with self._lock:
+            self._stalled, self._stalls = pattern, times
+            self._released.clear()
 
     def release(self) -> None:
-        self._stalled = ""
-        self._released.set()
+        """Answer what was held back, also where nobody waits for the answer any more, and stall nothing from now on."""
+        with self._lock:
+            self._stalls = 0
+            self._released.set()
+        self.wait_until(lambda: self.held == 0)
+
+    def wait_until(self, condition: Callable[[], object], timeout: float = 200.0) -> None:
+        """Wait until ``condition`` holds, looked at after each request.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        with self._answered:
+            if not self._answered.wait_for(condition, timeout):
+                raise TimeoutError(f"requests so far: {self.requests[-20:]}")
 
     def close(self) -> None:
         self.release()
@@ -94,21 +112,32 @@ class WandbServer:
         if path == "/graphql" and method == "POST":
             found = re.search(r"(?:query|mutation)\s+(\w+)", told["query"])
             what = found[1] if found else "?"
-        self.requests.append(what)
-        if self._stalled and re.search(self._stalled, what):
+        with self._answered:
+            self.requests.append(what)
+            held = self._stalls > 0 and re.search(self._stalled, what) is not None
+            self._stalls, self.held = self._stalls - held, self.held + held
+            self._answered.notify_all()
+        if held:
             self._released.wait()
-        with self._lock:
-            status = self._fault(what)
-            if status:
-                return status, {"error": "injected"}
-            if path == "/graphql" and method == "POST":
-                return 200, self._graphql(what, told.get("variables") or {})
-            if stream := re.fullmatch(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream", path):
-                return 200, self._stream(self.runs[stream[3]], told)
-            if upload := re.fullmatch(r"/upload/([^/]+)/(.+)", path):
-                self.runs[upload[1]].files.add(upload[2])
-                return 200, {}
-            return (200 if method == "PUT" else 404), {}
+        with self._answered:
+            try:
+                return self._answer(what, method, path, told)
+            finally:
+                self.held -= held
+                self._answered.notify_all()
+
+    def _answer(self, what: str, method: str, path: str, told: dict[str, Any]) -> tuple[int, Any]:
+        status = self._fault(what)
+        if status:
+            return status, {"error": "injected"}
+        if path == "/graphql" and method == "POST":
+            return 200, self._graphql(what, told.get("variables") or {})
+        if stream := re.fullmatch(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream", path):
+            return 200, self._stream(self.runs[stream[3]], told)
+        if upload := re.fullmatch(r"/upload/([^/]+)/(.+)", path):
+            self.runs[upload[1]].files.add(upload[2])
+            return 200, {}
+        return (200 if method == "PUT" else 404), {}
 
     def _fault(self, what: str) -> int | None:
         for index, (pattern, status, times) in enumerate(self._faults):

@@ -12,7 +12,6 @@ And the order in which events of several files were read is written down before 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -32,6 +31,7 @@ from oar_scale.observe.formatting import ALERTS, duration
 from oar_scale.observe.mirror import run_id
 from oar_scale.observe.projection import Alert, Projection
 from oar_scale.observe.state import PROGRESS
+from oar_scale.observe.wandb_lock import SenderLock, kill_descendants
 from oar_scale.observe.wandb_run import Mode, NotConfirmed, WandbName, WandbRun, reachable_mode, start_over, wanted_mode
 
 POLL_S = 2.0
@@ -64,6 +64,8 @@ class Spec:
     """The exported model, to be logged when the stage has ended."""
     stall_s: float | None = None
     finish_s: float = 8.0
+    driver: int = field(default_factory=os.getpid)
+    """Process id of the driver, which is where this is made; the process ends by itself soon after it."""
 
     def wandb_name(self, generation: int) -> WandbName:
         """Under which names a generation of the stage is found (see :class:`oar_scale.observe.projection.Projection`)."""
@@ -278,37 +280,15 @@ def say(level: str, text: str) -> None:
         print(json.dumps([level, text]), flush=True)
 
 
-def end_descendants(process: psutil.Process) -> None:
-    """Kill what a process started (wandb's own server process), now."""
-    with contextlib.suppress(psutil.Error):
-        for child in process.children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                child.kill()
-
-
-@contextlib.contextmanager
-def _only_one(spec: Spec, ended: threading.Event) -> Iterator[bool]:
-    """Wait for the process of a killed driver to end: two must not write the same W&B run. False: the stage ended before."""
-    with open(os.path.join(spec.events, f"{spec.stage}.wandb.lock"), "w", encoding="utf-8") as lock:
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield True
-                return
-            if ended.wait(0.2):
-                say("warning", f"W&B: another process still sends {spec.stage}")
-                yield False
-                return
-
-
-def _listen(ended: threading.Event, driver: int, finish_s: float) -> None:
-    """Wait until the driver says so or is gone; end everything if finishing takes much longer than it may."""
+def _listen(ended: threading.Event, lock: SenderLock, driver: int, finish_s: float) -> None:
+    """Wait until the driver has ended the stage or is gone; end everything if closing takes much longer than it may."""
     while os.getppid() == driver:  # a process that the driver forked may hold the pipe open after its death
         if select.select([0], [], [], 1.0)[0]:
             break
+    lock.closing()
     ended.set()
     time.sleep(finish_s + GRACE_S)
-    end_descendants(psutil.Process())
+    kill_descendants(psutil.Process())
     os._exit(1)
 
 
@@ -316,17 +296,20 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # meant for the driver, which says when it is over; srun sends them to both
     os.environ.pop("WANDB_SERVICE", None)  # of a program around the driver: its end must not be ours
-    driver = os.getppid()
     with open(0, "rb", buffering=0, closefd=False) as told:  # unbuffered: what comes next is for _listen
         spec = Spec(**json.loads(told.readline()))
-    ended = threading.Event()
-    threading.Thread(target=_listen, args=(ended, driver, spec.finish_s), daemon=True).start()
-    with _only_one(spec, ended) as first:
-        try:
-            if first:
-                follow(spec, ended)
-        except Exception as error:  # the driver logs it; a traceback would be seen by nobody
-            say("warning", f"W&B: {type(error).__name__}: {error}")
+    ended, lock = threading.Event(), SenderLock(spec.events, spec.stage, spec.driver)
+    threading.Thread(target=_listen, args=(ended, lock, spec.driver, spec.finish_s), daemon=True).start()
+    try:
+        if lock.acquire(ended, spec.finish_s):
+            follow(spec, ended)
+            start_over()  # while the lock is held: wandb's server must have ended before the next sender begins
+        elif (holder := lock.holder()) is not None and not holder.closing:
+            say("info", f"W&B: process {holder.pid} on {holder.host}, of another driver, sends the events of {spec.stage}")
+        else:
+            say("warning", f"W&B: another process still sends {spec.stage}; what it leaves out is sent the next time, or by {REPLAY}")
+    except Exception as error:  # the driver logs it; a traceback would be seen by nobody
+        say("warning", f"W&B: {type(error).__name__}: {error}")
     return 0
 
 

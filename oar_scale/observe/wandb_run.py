@@ -11,6 +11,7 @@ import http.client
 import netrc
 import os
 import shutil
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -187,11 +188,10 @@ def reachable_mode(wanted: Mode, say: Say) -> Mode:
 
 
 def start_over() -> None:
-    """Drop what is left of a run that failed."""
-    import wandb
-
-    with contextlib.suppress(Exception):  # it may be the broken part itself
-        wandb.teardown()
+    """Drop what is left of a run, and wait until wandb's own server has ended."""
+    if "wandb" in sys.modules:
+        with contextlib.suppress(Exception):  # it may be the broken part itself
+            sys.modules["wandb"].teardown()
 
 
 def _base_url() -> str:

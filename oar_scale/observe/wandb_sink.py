@@ -22,7 +22,8 @@ from pathlib import Path
 import psutil
 
 import oar_scale
-from oar_scale.observe.wandb_process import Spec, end_descendants, is_delivered
+from oar_scale.observe.wandb_lock import kill_tree
+from oar_scale.observe.wandb_process import Spec, is_delivered
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class WandbProcess:
 
     def _kill(self) -> None:
         with contextlib.suppress(psutil.Error):
-            end_descendants(psutil.Process(self._process.pid))  # wandb's own server has a session of its own
+            kill_tree(psutil.Process(self._process.pid))
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)

@@ -64,7 +64,7 @@ def watching(
         shown, last = console, steps
         wanted.append(("the console", lambda: _Entered(shown.follow(events, stage, last, observe.stall_s))))
     if observe.wandb != "off":
-        wanted.append(("W&B", lambda: WandbProcess(wandb_spec(events, stage, recipe, root, result), say)))
+        wanted.append(("W&B", lambda: WandbProcess(wandb_spec(events, stage, recipe, root, result, wait_s), say)))
     if observe.metrics_port is not None:  # the last to end: while the others finish, /healthz says how it went
         wanted.append(("/metrics", lambda: MetricsServer(events, stage, recipe.name, observe, say)))
     begun = [(name, each) for name, start in wanted if (each := _guarded(name, start)) is not None]
@@ -83,8 +83,8 @@ def watching(
             _guarded(name, lambda each=each: each.stop(max(0.5, until - time.monotonic())))  # type: ignore[misc]
 
 
-def wandb_spec(events: str, stage: str, recipe: Recipe, root: str, result: str | None = None) -> Spec:
-    """What the W&B process of a stage is told. ``observe.wandb`` must not be ``off``."""
+def wandb_spec(events: str, stage: str, recipe: Recipe, root: str, result: str | None = None, wait_s: float = WAIT_S) -> Spec:
+    """What the W&B process of a stage is told; its driver waits for it ``wait_s``. ``observe.wandb`` must not be ``off``."""
     observe = recipe.observe
     assert observe.wandb != "off"
     return Spec(
@@ -98,7 +98,7 @@ def wandb_spec(events: str, stage: str, recipe: Recipe, root: str, result: str |
         config=recipe.model_dump(mode="json"),
         artifact=result if observe.wandb_artifacts else None,
         stall_s=observe.stall_s,
-        finish_s=ARTIFACT_WAIT_S if observe.wandb_artifacts and result else WAIT_S - 2,
+        finish_s=ARTIFACT_WAIT_S if observe.wandb_artifacts and result else max(1.0, wait_s - 2.0),
     )
 
 

@@ -16,11 +16,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from oar_scale.errors import UserError
+from oar_scale.runtime.process_identity import machine_id, process_start
 from oar_scale.runtime.retry import patiently
 from oar_scale.shard_pool.ledger import Facts, Ledger, names_in, read_record, write_record
 from oar_scale.storage import join, open_storage
@@ -42,7 +42,7 @@ class Holder:
         """
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._ledger, self._describe, self._beat_s, self._patience_s = ledger, describe, beat_s, patience_s
-        self._self = {"host": socket.gethostname(), "pid": os.getpid(), "born_ticks": _born(os.getpid()), "machine": _machine()}
+        self._self = {"host": socket.gethostname(), "pid": os.getpid(), "born_ticks": process_start(os.getpid()), "machine": machine_id()}
         self._self |= {"started": round(time.time(), 3), "beat_s": beat_s}
         self._beat, self._written = 0, ""
         self._over = threading.Event()
@@ -138,26 +138,6 @@ def _newest(folder: str) -> dict[str, str]:
 
 def _died_here(record: Facts) -> bool:
     """Whether the pool ran on this machine and its process is no more."""
-    machine = _machine()
+    machine = machine_id()
     here = bool(machine) and record.get("machine") == machine and "born_ticks" in record
-    return here and _born(record["pid"]) != record["born_ticks"]
-
-
-def _born(pid: int) -> int:
-    """When a running process was started, in clock ticks since the machine was; 0 if there is none.
-
-    Not by the clock, which somebody may set: a pool that lives would seem to be another process.
-    """
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()  # a name may have spaces
-    except OSError:
-        return 0
-    return 0 if state == "Z" else int(rest[18])
-
-
-def _machine() -> str:
-    """Names the process ids that mean the same as here: this boot, this namespace of processes. Empty where that cannot be told."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
+    return here and process_start(record["pid"]) != record["born_ticks"]
