@@ -18,6 +18,7 @@ from typing import Any
 
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.loading import dump_recipe
+from oar_scale.config.run_sections import REMOVED_EXTRACT
 from oar_scale.config.schema import Recipe
 from oar_scale.config.section import Section, operational_fields
 from oar_scale.errors import UserError
@@ -176,6 +177,8 @@ def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
         if isinstance(config, Section):
             changeable = operational_fields(type(config))
             chosen |= {f"{section}.{key}": item for key, item in value.items() if key not in changeable}
+            if section == "extract":
+                chosen |= {f"extract.{key}": item for key, item in REMOVED_EXTRACT.items()}  # older versions hashed them
         else:
             chosen[section] = value
     return chosen

@@ -94,6 +94,13 @@ def test_settings_that_change_no_result_may_change(run: Run, ran: list[str]) -> 
     assert ran == ["a", "b", "c", "d"]
 
 
+def test_a_finished_extract_of_an_older_version_is_taken_for_finished(tmp_path: Path) -> None:
+    """Version 60fa78e hashed three fields of ``extract`` that are gone; these are the fingerprints that it computed."""
+    recipe = Recipe(name="stub", run_dir=str(tmp_path))
+    fingerprints = {stage.name: pipeline.stage_fingerprint(recipe, stage) for stage in recipe.stages()}
+    assert (fingerprints["extract"], fingerprints["finetune"]) == ("cdaafdfab93f8dc9", "7ff00a6f94d13f8f")
+
+
 def test_a_refused_recipe_leaves_the_folder_as_it_was(run: Run, ran: list[str]) -> None:
     run_pipeline(run)
     before = {path: path.read_bytes() for path in Path(run.local()).rglob("*") if path.is_file()}

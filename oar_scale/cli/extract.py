@@ -15,7 +15,7 @@ def add(verbs: Subparsers) -> None:
     instead = verb.add_mutually_exclusive_group()
     instead.add_argument("--status", action="store_true", help="how far it is, told anywhere: rate, time left, cost, slow actors, poison")
     instead.add_argument("--verify", action="store_true", help="read every table; those lost or damaged are made again by the next extract")
-    instead.add_argument("--compare", action="store_true", help="measure the cheaper ways against the exact one")
+    instead.add_argument("--compare", action="store_true", help="measure the cheaper methods against the exact one")
     instead.add_argument(
         "--array",
         nargs="?",

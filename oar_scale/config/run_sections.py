@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,13 +11,17 @@ from oar_scale.config.section import Count, Operational, PolicyName, RecipeConfl
 Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled"]
 FirstCell = Literal["free", "random"] | Annotated[int, Field(ge=0)]
 
+REMOVED_EXTRACT = {"repulsion_radius": 0, "frontier_random": None, "rescore_radius": None}
+"""Fields that ``extract`` once had, with the values at which they changed nothing. Stored recipes of older runs name them, and
+``pipeline`` still hashes them into the fingerprint of the stage ``extract``, so that a finished stage is still taken for finished."""
+
 
 class ExtractConfig(Section):
     score: Score = "gt_logprob"
     guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance scale while scoring; 1 = the conditional model alone."""
     tie_seed: int = 0
-    """Of all that is left to chance: ties, noise, the codes that score ``sampled`` draws, random cells."""
+    """Seed of everything random: ties, noise, the codes that score ``sampled`` draws, a random first cell."""
     order_temperature: float = Field(0.0, ge=0)
     """Gumbel noise on the choice of the next cell, in units of the score; 0 takes the best cell."""
     orders_per_image: int = Field(1, ge=1)
@@ -25,15 +29,9 @@ class ExtractConfig(Section):
     first_cell: FirstCell = "free"
     """``free``: the best cell; ``random``; or its number in raster order."""
     commit_per_step: int = Field(1, ge=1)
-    """Cells placed at each step; more than 1 is cheaper and no longer exact, as all below (docs/orders.md)."""
+    """Cells placed at each step; more than 1 is cheaper and no longer exact, as is ``cosine_steps`` (docs/orders.md)."""
     cosine_steps: int | None = Field(None, ge=1)
     """Instead: about so many steps, the later ones placing more cells (RandAR's schedule)."""
-    repulsion_radius: int = Field(0, ge=0)
-    """Cells placed in one step are more than so many cells apart, as a king moves, where there are such; 0: anywhere."""
-    frontier_random: int | None = Field(None, ge=0)
-    """Score only the neighbours of placed cells and so many random cells besides. Default: all empty cells."""
-    rescore_radius: int | None = Field(None, ge=1)
-    """Score anew only cells within so many of those placed last; the others keep their scores. Default: all."""
     views: int = Field(1, ge=1)
     """Orders are extracted for so many of ``tokenizer.views``, from the first one on."""
     batch: int = Field(64, ge=1)
@@ -52,19 +50,20 @@ class ExtractConfig(Section):
     def max_actors(self) -> int:
         return bounds(self.actors)[1]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_removed(cls, given: Any) -> Any:
+        """Read stored recipes of older runs: a removed field is dropped where it changed nothing, and an unknown key otherwise."""
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if key not in REMOVED_EXTRACT or value != REMOVED_EXTRACT[key]}
+
     @model_validator(mode="after")
     def _shortcuts(self) -> ExtractConfig:
         if self.cosine_steps is not None and self.commit_per_step > 1:
             raise RecipeConflict(
                 "extract.cosine_steps", "the cosine schedule says how many cells a step places.\nLeave out commit_per_step."
             )
-        if self.repulsion_radius and self.commit_per_step == 1 and self.cosine_steps is None:
-            raise RecipeConflict(
-                "extract.repulsion_radius",
-                "it keeps cells apart that are placed in one step.\nSet commit_per_step above 1, or cosine_steps.",
-            )
-        if self.frontier_random is not None and self.rescore_radius is not None:
-            raise RecipeConflict("extract.rescore_radius", "it cannot be combined with frontier_random.\nLeave one of them out.")
         if self.orders_per_image > 1 and not (self.order_temperature or self.score == "sampled" or self.first_cell == "random"):
             raise RecipeConflict(
                 "extract.orders_per_image",

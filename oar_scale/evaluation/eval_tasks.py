@@ -34,9 +34,10 @@ from oar_scale.generation.editing import inpaint
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.model import AnyOrderModel, load_model
 from oar_scale.orders.analysis import kendall_distance
-from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders
+from oar_scale.orders.extraction import brute_force_orders, extract_orders
 from oar_scale.orders.order_files import OrderFiles, folder_files
 from oar_scale.orders.policies import OrderRequest, sampling_order
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.registry import ModelName
 from oar_scale.tokenizers.vq import load_vq
 

@@ -7,64 +7,28 @@ the text, the cells placed before, and itself:
 
 The winner's row is, unchanged, the next row of the cache: N (N + 1) / 2 candidate rows for an image of N cells and
 nothing is computed twice. :func:`brute_force_orders` asks the same question with a fresh forward pass per candidate.
-Cheaper ways, which are no longer exact, are in ``candidates.py``; random numbers come from ``selection.CounterRNG``.
+
+Two settings make it cheaper and no longer exact by placing several cells a step (``step_sizes.py``). Random numbers come from
+``selection.CounterRNG``, scores from ``scores.py``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oar_scale.config.fingerprint import fingerprint
-from oar_scale.config.schema import ExtractConfig, FirstCell, Score
 from oar_scale.model import AnyOrderModel
-from oar_scale.orders.candidates import Asking, pack, within
 from oar_scale.orders.scores import score_logits, score_rows
 from oar_scale.orders.selection import CounterRNG, guide, guided_batch, pick_several
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.orders.step_sizes import step_sizes
 
 Images = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class ExtractionSettings:
-    """What an order depends on besides the model and the image: see :class:`~oar_scale.config.schema.ExtractConfig`.
-
-    Raises:
-        ValueError: settings that contradict each other.
-    """
-
-    score: Score = "gt_logprob"
-    guidance: float = 1.0
-    tie_seed: int = 0
-    order_temperature: float = 0.0
-    orders_per_image: int = 1
-    first_cell: FirstCell = "free"
-    commit_per_step: int = 1
-    cosine_steps: int | None = None
-    repulsion_radius: int = 0
-    frontier_random: int | None = None
-    rescore_radius: int | None = None
-
-    def __post_init__(self) -> None:
-        ExtractConfig.model_validate(dataclasses.asdict(self))
-
-    @classmethod
-    def from_recipe(cls, config: ExtractConfig) -> ExtractionSettings:
-        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
-
-    @property
-    def id(self) -> str:
-        """Names these settings in the order tables: fields that came later count where they are not at their defaults."""
-        named: dict[str, Any] = {"method": "exact", "score": self.score, "guidance": self.guidance, "tie_seed": self.tie_seed}
-        later = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in named}
-        return fingerprint(named | {name: value for name, value in later.items() if value != getattr(type(self), name)})
 
 
 @dataclass(frozen=True)
@@ -76,7 +40,7 @@ class Orders:
     score_BN: Tensor
     """float32; the score that the cell of the same column had when it was placed."""
     rows: int = 0
-    """What it cost: questions that the model was asked about each image, those asked again included."""
+    """Cost: rows that went through the trunk for each image, repeated ones included."""
 
 
 @torch.no_grad()
@@ -93,15 +57,15 @@ def extract_orders(
     Args:
         codes_BN: codes in raster order.
         condition_BTD: what ``model.condition`` returned; its dtype and the model's decide the precision.
-        images_B: a number for each image that fixes what is left to chance; default 0 .. B - 1.
-        draw: which one of the orders of an image, from 0: ``settings.orders_per_image`` are wanted.
+        images_B: a number for each image, from which its random numbers are derived; default 0 .. B - 1.
+        draw: which one of the orders of an image, from 0, where ``settings.orders_per_image`` asks for several.
 
     Raises:
         ValueError: codes that are not N of the model's vocabulary for each image, a model in training mode, or one whose scores
             are not numbers.
     """
     rng = _checked_rng(model, codes_BN, settings, images_B, draw)
-    return _place_all(model, codes_BN, settings, rng, _Cached(model, codes_BN, condition_BTD, settings, rng))
+    return _place_all(model, codes_BN, settings, rng, _CachedScorer(model, codes_BN, condition_BTD, settings, rng))
 
 
 @torch.no_grad()
@@ -113,9 +77,12 @@ def brute_force_orders(
     images_B: Images | None = None,
     draw: int = 0,
 ) -> Orders:
-    """The same orders by a fresh forward pass for every cell that is asked about: slow, and free of any cache."""
+    """The orders of :func:`extract_orders` by a fresh forward pass for every candidate: slow, and free of any cache.
+
+    Same arguments, same errors.
+    """
     rng = _checked_rng(model, codes_BN, settings, images_B, draw)
-    return _place_all(model, codes_BN, settings, rng, _Fresh(model, codes_BN, condition_BTD, settings, rng))
+    return _place_all(model, codes_BN, settings, rng, _BruteForceScorer(model, codes_BN, condition_BTD, settings, rng))
 
 
 @torch.no_grad()
@@ -138,6 +105,7 @@ def scores_along(
     )
     uniform_BN = None
     if settings.score == "sampled":
+        # Each cell uses the number of the step at which this order places it, as an extraction would at that step.
         step_BN = order_BN.argsort(1)
         uniform_BN = rng.uniform("drawn code", step_BN).gather(1, order_BN)
     return _score_rows(model, rows_GND, settings, codes_BN.gather(1, order_BN), uniform_BN)
@@ -157,64 +125,71 @@ def regret(
     By brute force along the given orders. Zero everywhere is what greedy means, and a tolerance of a few roundings
     here is a fairer test of an extraction than equality of orders, which a near-tie may flip.
     """
-    asker = _Fresh(model, codes_BN, condition_BTD, settings, _checked_rng(model, codes_BN, settings, images_B, 0))
+    rng = _checked_rng(model, codes_BN, settings, images_B, 0)
+    scorer = _BruteForceScorer(model, codes_BN, condition_BTD, settings, rng)
     columns = []
     for step in range(order_BN.shape[1]):
-        score_BR = asker.scores(order_BN[:, step:], step)
+        score_BR = scorer.scores(order_BN[:, step:], step)
         columns.append(score_BR.amax(1) - score_BR[:, 0])
-        asker.place(order_BN[:, step : step + 1], asked=True)
+        scorer.place(order_BN[:, step : step + 1])
     return torch.stack(columns, dim=1)
 
 
-class _Asker(Protocol):
-    """Somebody who knows the scores of empty cells."""
+class _CandidateScorer(Protocol):
+    """Scores empty cells of B images, given the cells that were placed so far."""
 
     def scores(self, cells_BR: Tensor, step: int) -> Tensor:
-        """Of R cells of each image, float32 [B, R]."""
+        """Score R cells of each image: float32 [B, R]."""
         ...
 
-    def place(self, cells_Bk: Tensor, *, asked: bool) -> None:
-        """Place these cells in turn; ``asked``: the first of them was among those asked about last, in all images."""
+    def place(self, cells_Bk: Tensor) -> None:
+        """Place these cells in turn; the first of each image was among those scored last."""
         ...
 
 
-def _place_all(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings, rng: CounterRNG, asker: _Asker) -> Orders:
-    cells, device = codes_BN.shape[1], codes_BN.device
-    asking, ties_BN = Asking(settings, rng, model.spec.grid), rng.ties()
-    apart_NN = within(model.spec.grid, settings.repulsion_radius, device) if settings.repulsion_radius else None
+def _place_all(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings, rng: CounterRNG, scorer: _CandidateScorer) -> Orders:
+    cells, ties_BN = codes_BN.shape[1], rng.ties()
     empty_BN = torch.ones_like(codes_BN, dtype=torch.bool)
-    score_BN = torch.full(codes_BN.shape, -torch.inf, device=device)
     order, scores, placed, rows = list[Tensor](), list[Tensor](), 0, 0
     for step, size in enumerate(step_sizes(settings, cells)):
-        asked_BN = asking.cells(step, size, empty_BN, score_BN)
         given = step == 0 and settings.first_cell != "free"
-        cells_BR, count = pack(asked_BN, 1 if given else cells - placed if asking.all_empty else None)
-        if count:
-            score_BN = torch.where(asked_BN, score_BN.scatter(1, cells_BR, asker.scores(cells_BR, step)), score_BN)
-        # A score that was not asked for again may be picked only where that is the point of it.
-        open_BN = empty_BN if settings.rescore_radius is not None and not given else asked_BN
+        # The number of empty cells is known without counting them on the device, which would make every step wait for it.
+        cells_BR = _first_cells(settings, rng, codes_BN) if given else _empty_cells(empty_BN, cells - placed)
+        score_BN = torch.full(codes_BN.shape, -torch.inf, device=codes_BN.device).scatter_(1, cells_BR, scorer.scores(cells_BR, step))
+        # Noise belongs to a cell, not to a candidate: it is drawn for all N of them, and -inf stays -inf.
         wanted_BN = score_BN + settings.order_temperature * rng.gumbel(step) if settings.order_temperature else score_BN
-        chosen_Bk = pick_several(wanted_BN.masked_fill(~open_BN, -torch.inf), ties_BN, size, apart_NN)
+        chosen_Bk = pick_several(wanted_BN, ties_BN, size)
         order.append(chosen_Bk)
         scores.append(score_BN.gather(1, chosen_Bk))
-        placed, rows = placed + size, rows + count
-        if placed < cells:
-            asked = settings.rescore_radius is None or bool(asked_BN.gather(1, chosen_Bk[:, :1]).all())
-            asker.place(chosen_Bk, asked=asked)
-            asking.placed(chosen_Bk)
+        placed, rows = placed + size, rows + cells_BR.shape[1]
+        if placed < cells:  # nobody asks about anything after the last step
+            scorer.place(chosen_Bk)
             empty_BN = empty_BN.scatter(1, chosen_Bk, False)
-            rows += size - asked
+            rows += size - 1  # all but the first of a step go through the trunk again, see _CachedScorer.place
     score_BN = torch.cat(scores, dim=1)
     if score_BN.isnan().any():
-        # Not the images' fault: perhaps the model's, perhaps that of the device that computed it.
+        # The images cannot cause this: the model may be damaged, or the device that computed it.
         raise ArithmeticError(
             "the model's scores are not numbers (NaN): its weights are damaged, its precision is too low, or the device is broken"
         )
     return Orders(torch.cat(order, dim=1), score_BN, rows)
 
 
-class _Cached:
-    """Asks about all cells in one pass over what is cached."""
+def _empty_cells(empty_BN: Tensor, count: int) -> Tensor:
+    """The empty cells [B, count] in raster order; every image has ``count`` of them."""
+    # A stable sort of "is not empty" moves the empty cells to the front and keeps their order.
+    return (~empty_BN).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+
+
+def _first_cells(settings: ExtractionSettings, rng: CounterRNG, codes_BN: Tensor) -> Tensor:
+    """The first cell [B, 1] of each image where the settings name one, or ask for a random one."""
+    if settings.first_cell == "random":
+        return rng.uniform("first cell", 0).argmax(1, keepdim=True)
+    return torch.full((len(codes_BN), 1), int(settings.first_cell), device=codes_BN.device)
+
+
+class _CachedScorer:
+    """Scores all candidates in one pass over the KV cache of what is placed."""
 
     def __init__(
         self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, rng: CounterRNG
@@ -227,19 +202,19 @@ class _Cached:
         uniform_BR = _uniform(self.settings, self.rng, cells_BR, step)
         return _score_rows(self.model, self.candidates.rows_BRD, self.settings, self.codes_BN.gather(1, cells_BR), uniform_BR)
 
-    def place(self, cells_Bk: Tensor, *, asked: bool) -> None:
+    def place(self, cells_Bk: Tensor) -> None:
         scale, codes_Bk = self.settings.guidance, self.codes_BN.gather(1, cells_Bk)
-        if asked:
-            first_G = guided_batch(cells_Bk[:, 0], scale)
-            winner_G = (self.candidates.cells_BR == first_G[:, None]).int().argmax(1)
-            self.prefix = self.model.commit(self.prefix, self.candidates, winner_G, guided_batch(codes_Bk[:, 0], scale))
-            cells_Bk, codes_Bk = cells_Bk[:, 1:], codes_Bk[:, 1:]
-        # These did not know of those placed with them, or of what came since they were asked about.
+        # The best cell's candidate row saw exactly what is placed now, so it becomes the next row of the cache as it is.
+        first_G = guided_batch(cells_Bk[:, 0], scale)
+        winner_G = (self.candidates.cells_BR == first_G[:, None]).int().argmax(1)
+        self.prefix = self.model.commit(self.prefix, self.candidates, winner_G, guided_batch(codes_Bk[:, 0], scale))
+        # The rows of the others did not see the cells placed in the same step before them, so they are computed again.
+        cells_Bk, codes_Bk = cells_Bk[:, 1:], codes_Bk[:, 1:]
         self.prefix = self.model.prefill(self.prefix, guided_batch(cells_Bk, scale), guided_batch(codes_Bk, scale))
 
 
-class _Fresh:
-    """Asks about each cell by a forward pass of its own, in which it comes last."""
+class _BruteForceScorer:
+    """Scores each candidate by a forward pass of its own, in which it comes last."""
 
     def __init__(
         self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, rng: CounterRNG
@@ -260,20 +235,21 @@ class _Fresh:
             columns.append(score_logits(self.settings.score, guided_BV, self.codes_BN.gather(1, cell_B1)[:, 0], uniform_B))
         return torch.stack(columns, dim=1)
 
-    def place(self, cells_Bk: Tensor, *, asked: bool) -> None:
+    def place(self, cells_Bk: Tensor) -> None:
         self.placed_BK = torch.cat([self.placed_BK, cells_Bk], dim=1)
 
 
 def _score_rows(
     model: AnyOrderModel, rows_GRD: Tensor, settings: ExtractionSettings, targets_BR: Tensor, uniform_BR: Tensor | None
 ) -> Tensor:
+    """Scores [B, R] of the trunk's rows, under guidance with both branches [2B, R, D]: they are mixed before the output head."""
     rows_BRD = guide(rows_GRD, settings.guidance)
     uniform_R = None if uniform_BR is None else uniform_BR.flatten()
     return score_rows(model.output.weight, rows_BRD.flatten(0, 1), settings.score, targets_BR.flatten(), uniform_R).view_as(targets_BR)
 
 
 def _uniform(settings: ExtractionSettings, rng: CounterRNG, cells_BR: Tensor, step: int) -> Tensor | None:
-    """What the score ``sampled`` draws the codes of these cells with."""
+    """The number in (0, 1) that the score ``sampled`` draws each cell's code with; None for the other scores."""
     return rng.uniform("drawn code", step).gather(1, cells_BR) if settings.score == "sampled" else None
 
 
@@ -285,7 +261,7 @@ def _branches(model: AnyOrderModel, condition_BTD: Tensor, settings: ExtractionS
 
 
 def _checked_rng(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings, images_B: Images | None, draw: int) -> CounterRNG:
-    """Raises ValueError for what cannot be extracted."""
+    """The random numbers of an extraction. Raises ValueError for a model, codes or settings that do not fit one another."""
     if model.training:
         raise ValueError("the model is in training mode, where dropout changes its answers: call model.eval() first")
     cells, vocabulary = model.spec.cells, model.spec.vocab_size

@@ -65,23 +65,13 @@ def pick_best(score_BN: Tensor, ties_BN: Tensor) -> Tensor:
     return ties_BN.masked_fill(~tied_BN, -1).argmax(1)
 
 
-def pick_several(score_BN: Tensor, ties_BN: Tensor, count: int, near_NN: Tensor | None = None) -> Tensor:
-    """The ``count`` best cells of each image [B, count], best first.
-
-    Args:
-        near_NN: which cells lie too near each other to be picked together. Where no cell is far enough from those that were
-            picked, the best of the others is taken.
-    """
-    left_BN, far_BN = score_BN, torch.zeros_like(score_BN)
+def pick_several(score_BN: Tensor, ties_BN: Tensor, count: int) -> Tensor:
+    """The ``count`` best cells of each image [B, count], best first; the other arguments are those of :func:`pick_best`."""
     picked = []
-    for _ in range(count):
-        apart_BN = left_BN + far_BN
-        some_B1 = apart_BN.amax(1, keepdim=True) > -torch.inf
-        cell_B = pick_best(torch.where(some_B1, apart_BN, left_BN), ties_BN)
+    for _ in range(count):  # one by one, and not by topk, which breaks ties by position and not by rank
+        cell_B = pick_best(score_BN, ties_BN)
         picked.append(cell_B)
-        left_BN = left_BN.scatter(1, cell_B[:, None], -torch.inf)
-        if near_NN is not None:
-            far_BN = far_BN.masked_fill(near_NN[cell_B], -torch.inf)
+        score_BN = score_BN.scatter(1, cell_B[:, None], -torch.inf)
     return torch.stack(picked, dim=1)
 
 

@@ -1,4 +1,9 @@
-"""How many cells each step places, in extraction and in drawing; without torch, so that a plan can count them, too."""
+"""How many cells each step of extraction or sampling places. Imports no torch, so that the planner can count steps, too.
+
+exact                 one cell a step                                        N (N + 1) / 2 candidate rows in extraction
+commit_per_step k     the k best; the second best did not know of the best   about 1 / k of the rows
+cosine_steps S        more and more, as RandAR samples                       by the number of steps
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from oar_scale.config.schema import ExtractConfig
-    from oar_scale.orders.extraction import ExtractionSettings
+    from oar_scale.orders.settings import ExtractionSettings
 
 
 def step_sizes(settings: ExtractionSettings | ExtractConfig, cells: int) -> list[int]:
-    """How many cells each step places. A first cell that is given is placed on its own."""
+    """Number of cells that each step of an extraction places; they sum to ``cells``. A given first cell is a step of its own."""
     if settings.cosine_steps is not None:
         return cells_per_step(cells, settings.cosine_steps)
     sizes = [1] if settings.first_cell != "free" else []
@@ -21,9 +26,15 @@ def step_sizes(settings: ExtractionSettings | ExtractConfig, cells: int) -> list
 
 
 def cells_per_step(cells: int, steps: int | None, known: int = 0) -> list[int]:
-    """How many cells each pass places: after pass s of S, floor((1 - cos(pi/2 * s/S)) * N + 1) of N are there (RandAR, sec. 3.3).
+    """Number of cells that each pass places: after pass s of S, floor((1 - cos(pi/2 * s/S)) * N + 1) of N are there (RandAR, sec. 3.3).
 
-    At least one a pass; the first pass places one. ``known`` cells count as placed before the first.
+    Args:
+        cells: N.
+        steps: S; None places one cell a pass.
+        known: cells that were placed before the first pass.
+
+    Returns:
+        At least one cell for each pass, exactly one for the first; they sum to ``cells - known``.
     """
     sizes: list[int] = []
     placed, step = known, 1

@@ -1,8 +1,7 @@
 """Orders for all images, and the evaluation: operations, memory, time, and what the pool asks of the storage.
 
 An order takes N (N + 1) / 2 candidate rows, fewer where steps place several cells (``model/flops.extraction_flops``), and an image as
-many orders as ``extract.orders_per_image`` for each of ``extract.views``. Steps that ask about some of the empty cells only
-(``frontier_random``, ``rescore_radius``) are planned as if they asked about all: an upper bound. Actors do not wait for one another, so a
+many orders as ``extract.orders_per_image`` for each of ``extract.views``. Actors do not wait for one another, so a
 failure costs what is lost with its node and nothing else.
 """
 
@@ -105,8 +104,6 @@ class ExtractionPlan:
 
     images: int
     orders: int
-    asks_all: bool
-    """False: the recipe asks about some of the empty cells only, and this is an upper bound."""
     flops_per_order: int
     images_per_s: float
     shards: int
@@ -148,7 +145,6 @@ def plan_extraction(case: Case, actors: ActorPlan) -> ExtractionPlan | None:
     return ExtractionPlan(
         images=images,
         orders=images * each,
-        asks_all=config.frontier_random is None and config.rescore_radius is None,
         flops_per_order=flops,
         images_per_s=rate,
         shards=shards,

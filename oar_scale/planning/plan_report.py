@@ -192,8 +192,7 @@ def _orders(plan: RunPlan) -> Iterator[str]:
         yield f"  {plan.actors.count:,} actors on {plan.actors.held:,} {_who(plan)}s; {_actor(plan, plan.actors)}"
     if plan.actors and (found := plan.extraction):
         load, who = found.load, _who(plan)
-        bound = "" if found.asks_all else " at most (the recipe asks about some of the empty cells only)"
-        yield f"  {found.orders:,} orders of {found.flops_per_order / 1e12:,.2f} TF each{bound}: {found.images_per_s:,.1f} images/s"
+        yield f"  {found.orders:,} orders of {found.flops_per_order / 1e12:,.2f} TF each: {found.images_per_s:,.1f} images/s"
         yield (
             f"  {_time(found.seconds / 3600)}, {found.gpu_hours:,.1f} {who}-hours, {_money(found.money)}; "
             f"{found.failures:,.1f} failures expected, each of which costs the shards of its node's actors"

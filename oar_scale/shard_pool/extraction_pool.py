@@ -25,8 +25,9 @@ from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
 from oar_scale.model import check_prompts, load_model, model_id
 from oar_scale.model.weights import read_spec
-from oar_scale.orders.extraction import ExtractionSettings, Orders, extract_orders
+from oar_scale.orders.extraction import Orders, extract_orders
 from oar_scale.orders.order_table import OrderTable, table_name, write_orders
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.shard_pool import ArrayTask, Bounds, Facts, PoolReport, Timing, Worker, run_pool
 from oar_scale.shard_pool.pool_types import OnEvent
 from oar_scale.storage import fetch, join, open_storage

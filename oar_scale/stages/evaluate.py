@@ -38,8 +38,8 @@ from oar_scale.evaluation.result_tables import Features
 from oar_scale.generation.editing import centre_mask
 from oar_scale.generation.sampling import SampleSettings
 from oar_scale.orders.analysis import neighbour_share
-from oar_scale.orders.extraction import ExtractionSettings
 from oar_scale.orders.order_files import run_files
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.registry import ModelName, model_label
 from oar_scale.report.run_metadata import prompts_in_words, stage_results, tokenizer_origin
 from oar_scale.results.estimates import DistanceRow, NllTable

@@ -7,7 +7,7 @@ from typing import Any
 
 from oar_scale.data.manifest import read_manifest
 from oar_scale.observe.formatting import duration
-from oar_scale.orders.extraction import ExtractionSettings
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.context import Run
 from oar_scale.shard_pool import Bounds, Facts, PoolReport, Timing
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, extract_all

@@ -1,9 +1,9 @@
-"""``oar extract --compare``: what the cheaper ways of finding orders cost, and what they lose.
+"""``oar extract --compare``: what the cheaper methods of finding orders cost, and what they lose.
 
 On the first training images, with the run's any-order model: rows, images/s, Kendall's tau and regret against exact orders
 (``studies/extraction_comparison.py``); an order head is judged by those of them that it did not learn from. With fine-tuning also what a
-model is worth that was trained on the orders of each way, on the same images and for the same few steps: likelihood of held-out images,
-the same for every way, and the distance of its drawings to them.
+model is worth that was trained on the orders of each method, on the same images and for the same few steps: likelihood of held-out images,
+the same for every method, and the distance of its drawings to them.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from oar_scale.data.manifest import ShardInfo, read_manifest
 from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model, model_id
-from oar_scale.orders.extraction import ExtractionSettings
 from oar_scale.orders.head import OrderHead, load_head, tables_id
 from oar_scale.orders.order_files import head_file, run_files
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.artifacts import Tokens, prompt_encoder, read_tokens, require, require_any_order
 from oar_scale.run.context import Run
 from oar_scale.storage import fetch, join, open_storage
-from oar_scale.studies.extraction_comparison import EXACT, ROUNDS, Measured, compare, head_ways, ways
+from oar_scale.studies.extraction_comparison import EXACT, ROUNDS, MethodResult, compare, extraction_methods, head_methods
 from oar_scale.studies.order_head_training import kept_out
 from oar_scale.studies.short_training import ShortTraining
 from oar_scale.tokenizers.prompts import model_inputs
 
 
 def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune: int = 0) -> dict[str, Any]:
-    """Measure all ways, print a table, and write it as JSON.
+    """Measure all methods, print a table, and write it as JSON.
 
     Args:
         images: training images to take; with ``finetune`` all of the shards they lie in.
         out: a path or an object URI for the JSON; None: nowhere.
-        finetune: steps of training on the orders of each way; 0: none. With it every way is timed once only.
+        finetune: steps of training on the orders of each method; 0: none. With it every method is timed once only.
 
     Returns:
-        What is written: the settings, and the figures of each way.
+        What is written: the settings, and the figures of each method.
 
     Raises:
         UserError: a stage before this one has not finished, a training failed, or there is an order head that learned from other
@@ -81,7 +81,7 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The figures as lines of columns."""
-    heads = ["way", "rows", "of exact", "images/s", "speed", "tau", "regret, nats per code", "images"]
+    heads = ["method", "rows", "of exact", "images/s", "speed", "tau", "regret, nats per code", "images"]
     lines = [
         [
             row["way"],
@@ -105,17 +105,17 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [heads, *lines]]
 
 
-def _measured(run: Run, model_file: str, shards: Sequence[ShardInfo], tokens: Tokens, device: str, rounds: int) -> dict[str, Measured]:
+def _measured(run: Run, model_file: str, shards: Sequence[ShardInfo], tokens: Tokens, device: str, rounds: int) -> dict[str, MethodResult]:
     config, prompts = run.recipe.extract, prompt_encoder(run)
     judge = load_model(model_file).to(device)
     model = load_model(model_file).to(device, torch.bfloat16 if run.recipe.parallel.precision == "bf16" else torch.float32)
     settings = ExtractionSettings.from_recipe(config)
     head = _head(run, model, model_id(model_file))
-    methods = ways(settings, model.spec.grid, head)
-    judged = {} if head is None else dict.fromkeys(head_ways(head), _unseen(run, head, shards, len(tokens.keys)))
+    methods = extraction_methods(settings, model.spec.grid, head)
+    judged = {} if head is None else dict.fromkeys(head_methods(head), _unseen(run, head, shards, len(tokens.keys)))
     cond_inputs_S = model_inputs(prompts, prompts.encode(tokens.prompts)).to(device)
     codes_SN, images_S = torch.from_numpy(tokens.codes_SN).to(device), np.array([zlib.crc32(key.encode()) for key in tokens.keys], np.int64)
-    with run.console.progress(rounds * len(methods), "ways of finding orders") as tally:
+    with run.console.progress(rounds * len(methods), "methods of finding orders") as tally:
         return compare(
             model,
             judge,
@@ -161,7 +161,7 @@ def _shards(run: Run, images: int) -> list[ShardInfo]:
     return found
 
 
-def _row(each: Measured, exact: Measured) -> dict[str, Any]:
+def _row(each: MethodResult, exact: MethodResult) -> dict[str, Any]:
     return {
         "way": each.name,
         "rows": each.rows,

@@ -1,11 +1,11 @@
-"""What is lost by finding orders more cheaply? Every way on the same images, against the exact one.
+"""What is lost by finding orders more cheaply? Every method on the same images, against the exact one.
 
-    rows        questions the model was asked about an image: what a way costs, whatever machine runs it
+    rows        questions the model was asked about an image: what a method costs, whatever machine runs it
     tau         Kendall's tau to the exact order: 1 the same, 0 unrelated, -1 backwards
     regret      (sum of the scores along the exact order  -  the same along this one) / N,  a score always given what came before
 
 With ``gt_logprob`` regret is the difference of the likelihoods of an image in the two orders, in nats per code. Exact means greedy, not
-best: an order may have more than the exact one's sum, and a negative regret. What a way has to show is that regret is small beside
+best: an order may have more than the exact one's sum, and a negative regret. What a method has to show is that regret is small beside
 that of random orders.
 """
 
@@ -24,21 +24,22 @@ from torch import Tensor
 from oar_scale.data.hashing import device_permutations
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.analysis import kendall_distance
-from oar_scale.orders.extraction import ExtractionSettings, Images, Orders, extract_orders, scores_along
+from oar_scale.orders.extraction import Images, Orders, extract_orders, scores_along
 from oar_scale.orders.head import OrderHead, predict_ahead, predict_orders
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.results.estimates import Estimate, estimate
 
 EXACT, RANDOM = "exact", "random"
 
-Way = Callable[[AnyOrderModel, Tensor, Tensor, ExtractionSettings, Images], Orders]
+Method = Callable[[AnyOrderModel, Tensor, Tensor, ExtractionSettings, Images], Orders]
 """(model, codes_BN, condition_BTD, settings, images_B) -> orders, with what they cost in ``Orders.rows``."""
 
 ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One way of finding orders."""
+class MethodResult:
+    """One method of finding orders."""
 
     name: str
     rows: int
@@ -46,7 +47,7 @@ class Measured:
     images_per_s: float
     """Median of the rounds, on the machine that measured it."""
     speed: float
-    """Of the exact way's rate: median over the rounds, which share what else the machine did."""
+    """Of the exact method's rate: median over the rounds, which share what else the machine did."""
     tau: Estimate
     regret: Estimate
     """Units of the score per code."""
@@ -56,30 +57,23 @@ class Measured:
     """Images that tau and regret are means of."""
 
 
-def ways(settings: ExtractionSettings, grid: int, head: OrderHead | None = None) -> dict[str, Way]:
-    """The ways to compare, the exact one first and random orders last.
+def extraction_methods(settings: ExtractionSettings, grid: int, head: OrderHead | None = None) -> dict[str, Method]:
+    """The methods to compare, the exact one first and random orders last.
 
     Args:
         settings: score, guidance, first cell, temperature and seed of all of them.
         head: an order head of the model, where there is one.
     """
-    plain = replace(
-        settings, orders_per_image=1, commit_per_step=1, cosine_steps=None, repulsion_radius=0, frontier_random=None, rescore_radius=None
-    )
-    apart, steps = max(1, grid // 8), max(1, round(grid * grid * 88 / 256))  # RandAR's 88 steps for 16 x 16 cells
-    found: dict[str, Way] = {EXACT: _extraction(plain)}
+    exact = replace(settings, orders_per_image=1, commit_per_step=1, cosine_steps=None)
+    steps = max(1, round(grid * grid * 88 / 256))  # RandAR's 88 steps for 16 x 16 cells
+    methods: dict[str, Method] = {EXACT: _extraction(exact)}
     for count in (2, 4, 8):
-        found[f"{count} a step"] = _extraction(replace(plain, commit_per_step=count))
-    found[f"cosine, {steps} steps"] = _extraction(replace(plain, cosine_steps=steps))
-    found[f"4 a step, {apart} apart"] = _extraction(replace(plain, commit_per_step=4, repulsion_radius=apart))
-    found[f"cosine, {steps} steps, {apart} apart"] = _extraction(replace(plain, cosine_steps=steps, repulsion_radius=apart))
-    found[f"frontier + {apart * 2}"] = _extraction(replace(plain, frontier_random=apart * 2))
-    for radius in (apart, 2 * apart):
-        found[f"rescoring within {radius}"] = _extraction(replace(plain, rescore_radius=radius))
-    return found | ({} if head is None else head_ways(head)) | {RANDOM: _random}
+        methods[f"{count} a step"] = _extraction(replace(exact, commit_per_step=count))
+    methods[f"cosine, {steps} steps"] = _extraction(replace(exact, cosine_steps=steps))
+    return methods | ({} if head is None else head_methods(head)) | {RANDOM: _random}
 
 
-def head_ways(head: OrderHead) -> dict[str, Way]:
+def head_methods(head: OrderHead) -> dict[str, Method]:
     """The two networks of an order head."""
     return {
         "order head ahead" + (f", {head.spec.first} placed" if head.spec.first else ""): _by_head(predict_ahead, head),
@@ -93,15 +87,15 @@ def compare(
     codes_SN: Tensor,
     cond_inputs_S: Tensor,
     settings: ExtractionSettings,
-    methods: Mapping[str, Way],
+    methods: Mapping[str, Method],
     batch: int,
     images_S: Images,
     *,
     judged: Mapping[str, NDArray[np.bool_]] | None = None,
     rounds: int = ROUNDS,
     on_done: Callable[[], None] = lambda: None,
-) -> dict[str, Measured]:
-    """Measure every way on S images, all ways in turn: whatever else the machine does falls on all of them.
+) -> dict[str, MethodResult]:
+    """Measure every method on S images, all methods in turn: whatever else the machine does falls on all of them.
 
     Args:
         model: finds the orders, in the precision they are to be found in.
@@ -109,9 +103,9 @@ def compare(
         cond_inputs_S: what ``model.condition`` takes, a row for each image.
         methods: the first one is exact.
         batch: images at a time.
-        judged: ways that are judged by some of the images only [S], those they did not learn from; the others are by all.
-        rounds: how often every way is timed.
-        on_done: called after each way of each round.
+        judged: methods that are judged by some of the images only [S], those they did not learn from; the others are by all.
+        rounds: how often every method is timed.
+        on_done: called after each method of each round.
     """
     cuts = [slice(start, start + batch) for start in range(0, len(codes_SN), batch)]
     found: dict[str, list[Orders]] = {}
@@ -119,10 +113,10 @@ def compare(
     with torch.no_grad():
         conditions = {finder: [finder.condition(cond_inputs_S[cut]) for cut in cuts] for finder in (model, judge)}
     for _ in range(rounds):
-        for name, way in methods.items():
+        for name, method in methods.items():
             started = time.perf_counter()
             found[name] = [
-                way(model, codes_SN[cut], rows, settings, images_S[cut]) for cut, rows in zip(cuts, conditions[model], strict=True)
+                method(model, codes_SN[cut], rows, settings, images_S[cut]) for cut, rows in zip(cuts, conditions[model], strict=True)
             ]
             found[name][-1].order_BN.cpu()  # waits for the device
             seconds[name].append(time.perf_counter() - started)
@@ -140,7 +134,7 @@ def compare(
     first, every_S = next(iter(methods)), np.ones(len(codes_SN), dtype=np.bool_)
     by = {name: (judged or {}).get(name, every_S) for name in methods}
     return {
-        name: Measured(
+        name: MethodResult(
             name,
             round(sum(part.rows * len(part.order_BN) for part in parts) / len(codes_SN)),
             len(codes_SN) / statistics.median(seconds[name]),
@@ -154,11 +148,11 @@ def compare(
     }
 
 
-def _extraction(how: ExtractionSettings) -> Way:
+def _extraction(how: ExtractionSettings) -> Method:
     return lambda model, codes_BN, condition_BTD, settings, images_B: extract_orders(model, codes_BN, condition_BTD, how, images_B)
 
 
-def _by_head(predict: Callable[[AnyOrderModel, Tensor, Tensor, OrderHead], Orders], head: OrderHead) -> Way:
+def _by_head(predict: Callable[[AnyOrderModel, Tensor, Tensor, OrderHead], Orders], head: OrderHead) -> Method:
     return lambda model, codes_BN, condition_BTD, settings, images_B: predict(model, codes_BN, condition_BTD, head)
 
 

@@ -1,4 +1,4 @@
-"""What orders are worth to train on: a short fine-tuning on the orders of each way, each from the same model, on the same few shards.
+"""What orders are worth to train on: a short fine-tuning on the orders of each method, each from the same model, on the same few shards.
 
 Everything happens in a folder of its own that looks like a run's, by the worker that trains runs, in one process without Ray.
 """
@@ -24,8 +24,8 @@ from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import random_orders
 from oar_scale.generation.sampling import SampleSettings
 from oar_scale.model import model_id
-from oar_scale.orders.extraction import ExtractionSettings
 from oar_scale.orders.order_table import OrderTable, table_name, write_orders
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.results.estimates import estimate
 from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
 from oar_scale.run.context import Run
@@ -37,7 +37,7 @@ from oar_scale.training.job import TrainingJob
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model is worth that was trained on the orders of one way."""
+    """What a model is worth that was trained on the orders of one method."""
 
     nll_own_S: NDArray[np.float64]
     """Nats per code of each held-out image, in the order that the model prefers."""

@@ -11,7 +11,8 @@ from oar_scale.data.hashing import permutations
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import read_token_shard
 from oar_scale.model import AnyOrderModel, load_model
-from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+from oar_scale.orders.extraction import extract_orders
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.storage import join
 from oar_scale.tokenizers.prompts import PromptEncoder, check_features, model_inputs
 from oar_scale.training.job import TrainingJob

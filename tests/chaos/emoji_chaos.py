@@ -31,8 +31,8 @@ from oar_scale.config.schema import Recipe, SentencePieceConfig
 from oar_scale.data.manifest import read_manifest, write_manifest
 from oar_scale.data.prepare import prepare_images
 from oar_scale.errors import Requeue
-from oar_scale.orders.extraction import ExtractionSettings
 from oar_scale.orders.order_table import read_orders, table_name
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.runtime.program import run_program
 from oar_scale.shard_pool import Facts, Ledger, Timing, run_pool
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, ExtractionWorker

@@ -189,6 +189,15 @@ def test_a_dumped_recipe_loads_to_the_same_recipe(name: str, run_dir: str, lr: f
     assert load_recipe(put("dump.yaml", dump_recipe(recipe))) == recipe
 
 
+def test_removed_fields_are_read_where_they_change_nothing() -> None:
+    """The stored recipe of an older run names them at their defaults; a recipe that sets one is told that there is no such key."""
+    stored = put("stored.yaml", "name: x\nextract: {repulsion_radius: 0, frontier_random: null, rescore_radius: null}\n")
+    assert load_recipe(stored) == Recipe(name="x")
+    for setting in ("repulsion_radius: 1", "frontier_random: 0", "rescore_radius: 2"):
+        text = error_of(put("recipe.yaml", f"name: x\nextract:\n  {setting}\n"))
+        assert f"recipe.yaml:3  extract.{setting.replace(': ', ' = ')}\n  unknown key. " in text and "score" in text
+
+
 def test_the_fingerprint_is_of_the_content() -> None:
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
     recipe = Recipe(name="a")

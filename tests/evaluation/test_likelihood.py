@@ -12,7 +12,8 @@ from small_models import random_codes, random_text, small_model
 
 from oar_scale.evaluation.likelihood import mean_nll, nll_table, paired_difference, random_orders, raster_orders, shuffled_captions
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, order_map, png, step_of_cell, upscale
-from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+from oar_scale.orders.extraction import extract_orders
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer
 
 

@@ -11,7 +11,8 @@ from oar_scale.evaluation import eval_tasks
 from oar_scale.evaluation import result_tables as summary
 from oar_scale.evaluation.eval_tasks import BruteForce, BruteForceTask, EvalTarget, Likelihoods
 from oar_scale.model import AnyOrderModel, save_model
-from oar_scale.orders.extraction import ExtractionSettings, Orders, extract_orders
+from oar_scale.orders.extraction import Orders, extract_orders
+from oar_scale.orders.settings import ExtractionSettings
 
 
 def test_pieces_that_end_in_any_order_give_the_images_in_theirs() -> None:

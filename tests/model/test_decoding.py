@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from oar_scale.model import decoding
 from oar_scale.orders import scores
-from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+from oar_scale.orders.extraction import extract_orders
+from oar_scale.orders.settings import ExtractionSettings
 
 
 @torch.no_grad()

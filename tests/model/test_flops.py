@@ -18,7 +18,8 @@ from oar_scale.config.loading import load_recipe
 from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.model.flops import extraction_flops, forward_flops, training_flops, useful_flops
 from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
-from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+from oar_scale.orders.extraction import extract_orders
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.orders.step_sizes import step_sizes
 
 IMAGES = 2
@@ -120,7 +121,7 @@ def test_guided_extraction_takes_both_branches(layout: str) -> None:
         {"commit_per_step": 4},
         {"commit_per_step": 5, "first_cell": "random"},
         {"cosine_steps": 5},
-        {"commit_per_step": 3, "repulsion_radius": 1, "guidance": 2.0},
+        {"commit_per_step": 3, "guidance": 2.0},
     ],
 )
 def test_steps_that_place_several_cells_cost_what_torch_counts(how: dict[str, Any], layout: str) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from oar_scale.generation.sampling import Known, SampleSettings, cells_per_step, generate
 from oar_scale.model import AnyOrderModel
-from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders, regret
+from oar_scale.orders.extraction import brute_force_orders, extract_orders, regret
+from oar_scale.orders.settings import ExtractionSettings
 
 ANY_ORDER = ("instructed", "dual")
 

@@ -17,7 +17,8 @@ from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model, save_model
 from oar_scale.model.spec import FeatureSpec
 from oar_scale.model.weights import model_of
-from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+from oar_scale.orders.extraction import extract_orders
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.tokenizers.safetensors_file import load_weights, save_weights
 
 

@@ -9,7 +9,8 @@ from parity import peer_case
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.model import AnyOrderModel
 from oar_scale.model.peer_weights import Family, import_peer
-from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders, extract_orders
+from oar_scale.orders.extraction import brute_force_orders, extract_orders
+from oar_scale.orders.settings import ExtractionSettings
 
 CASES: list[tuple[str, Family]] = [("randar_c2i", "randar"), ("llamagen_c2i", "llamagen-c2i"), ("llamagen_t2i", "llamagen-t2i")]
 

@@ -15,7 +15,8 @@ from small_models import CONDITIONS, cond_inputs, random_codes, random_text, sma
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import Score
 from oar_scale.model import AnyOrderModel
-from oar_scale.orders.extraction import ExtractionSettings, Orders, brute_force_orders, extract_orders, regret, scores_along
+from oar_scale.orders.extraction import Orders, brute_force_orders, extract_orders, regret, scores_along
+from oar_scale.orders.settings import ExtractionSettings
 
 
 def assert_same_orders(found: Orders, expected: Orders) -> None:
@@ -142,7 +143,7 @@ def test_bf16_orders_lose_little_against_exact_ones() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", [{"score": "sampled"}, {"order_temperature": 2.0}, {"first_cell": "random"}, {"frontier_random": 1}])
+@pytest.mark.parametrize("how", [{"score": "sampled"}, {"order_temperature": 2.0}, {"first_cell": "random"}])
 def test_chance_belongs_to_the_image_and_not_to_the_batch(how: dict[str, Any]) -> None:
     model, how_S = small_model(grid=3), ExtractionSettings(**how)
     codes, rows, images = random_codes(model, 5), model.condition(random_text(model, 5)), np.array([11, 5, 2**31, 0, 7])
@@ -218,12 +219,14 @@ def test_every_candidate_is_asked_about_once() -> None:
 def test_settings_have_names_of_their_own_and_the_plain_ones_keep_theirs() -> None:
     plain = {"method": "exact", "score": "gt_logprob", "guidance": 1.0, "tie_seed": 0}
     assert ExtractionSettings().id == fingerprint(plain)
+    # As written by version 60fa78e, whose settings also had repulsion_radius, frontier_random and rescore_radius.
+    assert ExtractionSettings().id == "957fbdd69981a439"
+    assert ExtractionSettings(guidance=2.0, commit_per_step=4).id == "cdbde7c775ab8c7b"
     others: list[dict[str, Any]] = [
         *({"score": score} for score in get_args(Score)),
         *({"first_cell": first} for first in (0, 1, "random")),
         *({"guidance": 2.0}, {"tie_seed": 1}, {"order_temperature": 1.0}, {"score": "sampled", "orders_per_image": 2}),
-        *({"commit_per_step": 2}, {"commit_per_step": 2, "repulsion_radius": 1}, {"cosine_steps": 1}),
-        *({"frontier_random": 0}, {"frontier_random": 1}, {"rescore_radius": 1}),
+        *({"commit_per_step": 2}, {"commit_per_step": 3}, {"cosine_steps": 1}),
     ]
     assert len({ExtractionSettings(**other).id for other in others}) == len(others)
 

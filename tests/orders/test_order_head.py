@@ -18,10 +18,11 @@ from oar_scale.data.shards import token_sample, write_shard
 from oar_scale.errors import UserError
 from oar_scale.model import model_id, save_model
 from oar_scale.model.spec import ClassSpec
-from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.head import HeadSpec, OrderHead, load_head, predict_ahead, predict_orders, ranking_loss, save_head, tables_id
 from oar_scale.orders.order_files import head_file, run_files
 from oar_scale.orders.order_table import OrderTable, join_orders, read_orders, table_name, write_orders
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.studies.order_head_training import HeadData, kept_out, train_head, write_predicted
 from oar_scale.tokenizers.prompts import LabelEncoder
 

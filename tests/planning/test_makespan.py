@@ -89,16 +89,9 @@ def test_guidance_costs_a_second_branch() -> None:
 def test_steps_that_place_several_cells_are_planned_as_they_are() -> None:
     _, exact = planned(case("imagenet", images=10**6))
     _, four = planned(case("imagenet", "extract.commit_per_step=4", images=10**6))
-    assert four.asks_all and 3.5 < exact.flops_per_order / four.flops_per_order < 4
+    assert 3.5 < exact.flops_per_order / four.flops_per_order < 4
     evaluated, cheaper = plan_evaluation(case(images=10**6)), plan_evaluation(case("imagenet", "extract.commit_per_step=4", images=10**6))
     assert evaluated is not None and cheaper is not None and cheaper.flops < evaluated.flops
-
-
-@pytest.mark.parametrize("way", ["extract.frontier_random=8", "extract.rescore_radius=2"])
-def test_steps_that_ask_about_some_cells_are_called_an_upper_bound(way: str) -> None:
-    _, exact = planned(case("imagenet", images=10**6))
-    _, cheaper = planned(case("imagenet", way, images=10**6))
-    assert not cheaper.asks_all and cheaper.flops_per_order == exact.flops_per_order
 
 
 def test_a_raster_model_has_nothing_to_extract() -> None:

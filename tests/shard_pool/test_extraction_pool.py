@@ -19,8 +19,9 @@ from oar_scale.data.shards import read_token_shard, shard_name, token_sample, wr
 from oar_scale.errors import UserError
 from oar_scale.model import load_model, save_model
 from oar_scale.model.spec import TextSpec
-from oar_scale.orders.extraction import ExtractionSettings, brute_force_orders
+from oar_scale.orders.extraction import brute_force_orders
 from oar_scale.orders.order_table import join_orders, read_orders
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.runtime.ray_session import ray_session
 from oar_scale.shard_pool import ArrayTask, Facts, Ledger
 from oar_scale.shard_pool import extraction_pool as pool

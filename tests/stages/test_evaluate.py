@@ -25,8 +25,9 @@ from oar_scale.evaluation.evaluation_record import load_evaluation
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
 from oar_scale.model.spec import TextSpec
 from oar_scale.observe.console import Console
-from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.order_table import OrderTable, table_name, write_orders
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.artifacts import without_variant
 from oar_scale.run.context import Run
 from oar_scale.stages.data import run_data

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from oar_scale.model import AnyOrderModel, load_model, save_model
 from oar_scale.observe.console import Console
-from oar_scale.orders.extraction import ExtractionSettings, Images, Orders, extract_orders
+from oar_scale.orders.extraction import Images, Orders, extract_orders
 from oar_scale.orders.head import HeadSpec, OrderHead
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.context import Run
 from oar_scale.storage import open_storage
 from oar_scale.studies import compare_extraction as stage
 from oar_scale.studies import extraction_comparison as comparison
-from oar_scale.studies.extraction_comparison import EXACT, RANDOM, compare, head_ways, ways
+from oar_scale.studies.extraction_comparison import EXACT, RANDOM, compare, extraction_methods, head_methods
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def backwards(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, set
 def test_the_figures_are_what_their_names_say() -> None:
     model, settings = small_model(grid=3), ExtractionSettings(tie_seed=2)
     codes, text, images = random_codes(model, 5), random_text(model, 5), np.arange(5) + 40
-    methods = ways(settings, 3) | {"backwards": backwards}
+    methods = extraction_methods(settings, 3) | {"backwards": backwards}
     done: list[None] = []
     found = compare(model, model, codes, text, settings, methods, 2, images, on_done=lambda: done.append(None))
     assert len(done) == comparison.ROUNDS * len(methods)
@@ -72,14 +73,14 @@ def test_an_order_head_takes_part_and_is_judged_by_what_it_has_not_seen() -> Non
     model, settings = small_model(grid=3), ExtractionSettings()
     head = OrderHead(HeadSpec.of(model.spec, "m", width=8, first=2)).eval()
     codes, text, images = random_codes(model, 6), random_text(model, 6), np.arange(6)
-    methods = {EXACT: ways(settings, 3)[EXACT], **head_ways(head)}
+    methods = {EXACT: extraction_methods(settings, 3)[EXACT], **head_methods(head)}
     assert list(methods) == [EXACT, "order head ahead, 2 placed", "order head in hindsight"]
-    assert list(ways(settings, 3, head))[-3:-1] == list(methods)[1:]
+    assert list(extraction_methods(settings, 3, head))[-3:-1] == list(methods)[1:]
     unseen = np.array([True, False, False, True, True, False])
-    found = compare(model, model, codes, text, settings, methods, 4, images, judged=dict.fromkeys(head_ways(head), unseen), rounds=1)
+    found = compare(model, model, codes, text, settings, methods, 4, images, judged=dict.fromkeys(head_methods(head), unseen), rounds=1)
     alone = compare(model, model, codes[unseen], text[unseen], settings, methods, 4, images[unseen], rounds=1)
-    assert {name: each.judged for name, each in found.items()} == dict.fromkeys(head_ways(head), 3) | {EXACT: 6}
-    for name in head_ways(head):
+    assert {name: each.judged for name, each in found.items()} == dict.fromkeys(head_methods(head), 3) | {EXACT: 6}
+    for name in head_methods(head):
         assert found[name].rows == 9
         assert found[name].tau.mean == pytest.approx(alone[name].tau.mean) and found[name].order_SN.shape == (6, 9)
         assert found[name].regret.mean == pytest.approx(alone[name].regret.mean, abs=1e-6)
@@ -90,7 +91,7 @@ def test_the_ways_keep_what_the_recipe_says_besides() -> None:
     model = small_model(grid=3)
     codes, rows = random_codes(model, 2), model.null_condition(2)
     settings = ExtractionSettings(score="margin", first_cell=4, commit_per_step=2)
-    order = ways(settings, 3)[EXACT](model, codes, rows, settings, np.arange(2)).order_BN
+    order = extraction_methods(settings, 3)[EXACT](model, codes, rows, settings, np.arange(2)).order_BN
     assert torch.equal(order, extract_orders(model, codes, rows, ExtractionSettings(score="margin", first_cell=4)).order_BN)
 
 
@@ -111,10 +112,10 @@ def test_the_comparison_is_printed_and_written(run: Run, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_each_way_is_trained_on_and_the_run_is_left_as_it_was(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def two(*args: Any) -> dict[str, comparison.Way]:
-        return {name: way for name, way in ways(*args).items() if name in (EXACT, RANDOM)}
+    def two(*args: Any) -> dict[str, comparison.Method]:
+        return {name: method for name, method in extraction_methods(*args).items() if name in (EXACT, RANDOM)}
 
-    monkeypatch.setattr(stage, "ways", two)
+    monkeypatch.setattr(stage, "extraction_methods", two)
     before = sorted(open_storage(run.at()).list(run.at()))
     report = stage.run_compare(run, images=5, finetune=2)
     assert report["images"] == 16  # a shard

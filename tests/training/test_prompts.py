@@ -17,8 +17,8 @@ from small_run import prepare_small_run, pretraining, small_recipe
 from oar_scale.errors import UserError
 from oar_scale.model import load_model
 from oar_scale.observe.events import read_events
-from oar_scale.orders.extraction import ExtractionSettings
 from oar_scale.orders.order_table import read_orders
+from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.context import Run
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, ExtractionWorker
 from oar_scale.training.job import TrainingJob

@@ -178,7 +178,8 @@ def whole_images(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from oar_scale.generation.sampling import SampleSettings, generate
     from oar_scale.model import AnyOrderModel
-    from oar_scale.orders.extraction import ExtractionSettings, extract_orders
+    from oar_scale.orders.extraction import extract_orders
+    from oar_scale.orders.settings import ExtractionSettings
 
     AnyOrderModel, _ = AnyOrderModel, torch.zeros(1, device=arguments.device)  # imports are nobody's memory
     meter = Meter(arguments.device)

@@ -198,7 +198,7 @@ def prepare(folder: str, images: int) -> tuple[Callable[[str], Any], list[str]]:
     from oar_scale.data.manifest import write_manifest
     from oar_scale.data.prepare import prepare_images
     from oar_scale.data.tokenize import token_manifest, tokenize_shard
-    from oar_scale.orders.extraction import ExtractionSettings
+    from oar_scale.orders.settings import ExtractionSettings
     from oar_scale.shard_pool.extraction_pool import ExtractionJob
     from oar_scale.tokenizers.vq import load_vq
 
