@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from oar_scale.commands.checkpoint_exchange import run_export
+from oar_scale.commands.checkpoint_export import export_checkpoint
 from oar_scale.observe.events import read_events
 from oar_scale.storage import read_json, write_json
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("target", type=Path, help="folder to write; must not exist")
     arguments = parser.parse_args()
-    run_export(str(arguments.run), str(arguments.target), "folder", "any_order")
+    export_checkpoint(str(arguments.run), str(arguments.target), "folder", "any_order")
     made = history(arguments.run)
     write_json(str(arguments.target / "history.json"), made)
     draw_curves(made["curves"], str(arguments.target / "curves.png"))

@@ -77,7 +77,7 @@ def _add_exchange(actions: Subparsers) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.checkpoint_exchange import ImportOptions, run_import
+    from oar_scale.commands.checkpoint_import import ImportOptions, import_checkpoint
 
     options = ImportOptions(
         heads=arguments.heads,
@@ -86,49 +86,49 @@ def _import(arguments: argparse.Namespace) -> None:
         image_size=arguments.image_size,
         instructed=arguments.instructed,
     )
-    print(run_import(arguments.kind, arguments.file, arguments.out, options))
+    print(import_checkpoint(arguments.kind, arguments.file, arguments.out, options))
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.checkpoint_exchange import run_export
+    from oar_scale.commands.checkpoint_export import export_checkpoint
 
-    print(run_export(arguments.source, arguments.out, arguments.format, arguments.model, average=arguments.ema))
+    print(export_checkpoint(arguments.source, arguments.out, arguments.format, arguments.model, average=arguments.ema))
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.checkpoint_management import run_list
+    from oar_scale.commands.checkpoint_management import list_checkpoints
 
-    print(run_list(arguments.where))
+    print(list_checkpoints(arguments.where))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from oar_scale.commands.checkpoint_management import run_verify
+    from oar_scale.commands.checkpoint_management import verify_checkpoints
 
     faults = 0
-    for said, fault in run_verify(arguments.where):
+    for said, fault in verify_checkpoints(arguments.where):
         print(said if fault is None else f"{said}: {fault}", flush=True)
         faults += fault is not None
     return int(faults > 0)
 
 
 def _prune(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.checkpoint_management import run_prune
+    from oar_scale.commands.checkpoint_management import prune_checkpoints
     from oar_scale.distributed.checkpoints.retention import Keep
     from oar_scale.errors import UserError
 
     if arguments.keep is None and (arguments.keep_every or arguments.keep_best):
         raise UserError("--keep-every and --keep-best go with --keep: say how many of the newest are kept.")
     keep = Keep(arguments.keep, arguments.keep_every or 0, arguments.keep_best or 0) if arguments.keep else None
-    print("\n".join(run_prune(arguments.where, keep, dry_run=arguments.dry_run)) or "nothing to remove")
+    print("\n".join(prune_checkpoints(arguments.where, keep, dry_run=arguments.dry_run)) or "nothing to remove")
 
 
 def _diff(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.checkpoint_content import run_diff
+    from oar_scale.commands.checkpoint_content import diff_checkpoints
 
-    print(run_diff(arguments.first, arguments.second))
+    print(diff_checkpoints(arguments.first, arguments.second))
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.checkpoint_content import run_convert
+    from oar_scale.commands.checkpoint_content import convert_checkpoint
 
-    print(run_convert(arguments.checkpoint, arguments.out))
+    print(convert_checkpoint(arguments.checkpoint, arguments.out))

@@ -54,28 +54,28 @@ def add(verbs: Subparsers) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.shards import run_index
+    from oar_scale.commands.shards import index_shards
     from oar_scale.data.index import IndexJob
 
     options = {name: getattr(arguments, name) for name in ("out", "pattern", "workers", "grid", "vocab_size", "tokenizer_id", "force")}
-    run_index(IndexJob(arguments.url, views=tuple(arguments.views.split(",")) if arguments.views else None, **options))
+    index_shards(IndexJob(arguments.url, views=tuple(arguments.views.split(",")) if arguments.views else None, **options))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from oar_scale.commands.shards import run_verify
+    from oar_scale.commands.shards import verify_shards
 
-    return run_verify(arguments.url, arguments.manifest, arguments.workers)
+    return verify_shards(arguments.url, arguments.manifest, arguments.workers)
 
 
 def _stats(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.shards import run_stats
+    from oar_scale.commands.shards import show_shard_statistics
 
-    run_stats(
+    show_shard_statistics(
         arguments.url, arguments.pattern, None if arguments.all else arguments.shards, arguments.grid, arguments.tokenizer, arguments.json
     )
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.shards import run_tokenize
+    from oar_scale.commands.shards import tokenize_shards
 
-    run_tokenize(arguments.url, arguments.out, arguments.tokenizer, arguments.views, arguments.actors)
+    tokenize_shards(arguments.url, arguments.out, arguments.tokenizer, arguments.views, arguments.actors)

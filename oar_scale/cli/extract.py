@@ -35,13 +35,13 @@ def _extract(arguments: argparse.Namespace) -> int:
     from oar_scale.run.context import Run
 
     if arguments.status:
-        from oar_scale.commands.extraction_status import run_status
+        from oar_scale.commands.extraction_status import show_extraction_status
 
-        run_status(Run(recipe))
+        show_extraction_status(Run(recipe))
     elif arguments.verify:
-        from oar_scale.commands.extraction_verify import run_verify
+        from oar_scale.commands.extraction_verify import verify_order_tables
 
-        return run_verify(Run(recipe))
+        return verify_order_tables(Run(recipe))
     elif arguments.compare:
         from oar_scale.studies.compare_extraction import run_compare
 

@@ -70,10 +70,10 @@ def _run_of(recipe: Recipe, arguments: argparse.Namespace) -> Run:
 
 def _sample(arguments: argparse.Namespace) -> None:
     recipe = load(arguments)
-    from oar_scale.commands.sample import run_sample
+    from oar_scale.commands.sample import sample_images
     from oar_scale.run.context import Run
 
-    print(run_sample(Run(recipe), arguments.captions or None, arguments.model, arguments.out, arguments.order))
+    print(sample_images(Run(recipe), arguments.captions or None, arguments.model, arguments.out, arguments.order))
 
 
 def _recipe(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""``oar checkpoint diff | convert``: what two checkpoints have in common, and a checkpoint for DeepSpeed's own tools.
+"""``oar checkpoint diff | convert``: how two checkpoints differ, and a checkpoint in the format of DeepSpeed's own tools.
 
 Both read the shards parameter by parameter: memory stays at one parameter, whatever the size of the model.
 """
@@ -25,10 +25,10 @@ from oar_scale.storage.folders import new_folder
 _LATEST, _TAG = "latest_universal", "universal"
 _UNIVERSAL = {WEIGHTS: "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """What DeepSpeed's converter takes along, under its names."""
-_ASIDE = ("files", "saved_at")
+_NOT_COMPARED = ("files", "saved_at")
 
 
-def run_diff(first: str, second: str) -> str:
+def diff_checkpoints(first: str, second: str) -> str:
     """The differences of two checkpoints: of their manifests, then the largest absolute one of each parameter and its moments.
 
     Raises:
@@ -45,7 +45,7 @@ def run_diff(first: str, second: str) -> str:
     return f"{table(rows)}\n\n{table(differences)}"
 
 
-def run_convert(uri: str, out: str) -> str:
+def convert_checkpoint(uri: str, out: str) -> str:
     """Write a checkpoint in DeepSpeed's universal format: ``out/universal``, for ``load_universal``, with the moving average beside it.
 
     DeepSpeed's own converter writes it; then every value in it is compared with the shards.
@@ -68,25 +68,25 @@ def _to_universal(folder: str, out: str) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True, "inject_missing_state": False}
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it chats, and draws bars
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints progress and draws bars
         main(Namespace(input_folder=folder, output_folder=out, **settings))
 
 
 def _check_parameter(shards: Shards, name: str, folder: str, uri: str) -> None:
-    """Compare what was written of a parameter; add the moments that the converter does not know."""
+    """Compare what the converter wrote of a parameter with the shards; add the moments that it does not know."""
     for kind in (WEIGHTS, *shards.moments):
         path, whole = os.path.join(folder, f"{_UNIVERSAL.get(kind, kind)}.pt"), shards.whole(name, kind)
         if kind not in _UNIVERSAL:
             torch.save({"param": whole.clone()}, path)
             continue
-        found = torch.load(path, weights_only=True)
-        found = found["param"] if isinstance(found, dict) else found  # of ZeRO-3 the bare tensor
-        if not torch.equal(found.view(whole.shape), whole):
+        stored = torch.load(path, weights_only=True)
+        tensor = stored["param"] if isinstance(stored, dict) else stored  # the bare tensor under ZeRO-3
+        if not torch.equal(tensor.view(whole.shape), whole):
             raise RuntimeError(f"{uri}: DeepSpeed's converter has changed {kind} of {name}")
 
 
 def _manifest_differences(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[str, list[str]]]:
-    left, right = (dict(_flat({name: value for name, value in each.manifest.items() if name not in _ASIDE})) for each in (a, b))
+    left, right = (dict(_flat({name: value for name, value in each.manifest.items() if name not in _NOT_COMPARED})) for each in (a, b))
     for name in sorted({*left, *right}):
         values = [str(each.get(name, "-")) for each in (left, right)]
         if values[0] != values[1]:

@@ -1,7 +1,7 @@
-"""``oar checkpoint list | verify | prune``: what a run's trainings have saved, whether it is still whole, and what may go.
+"""``oar checkpoint list | verify | prune``: which checkpoints a run has, whether they are intact, and which may be removed.
 
-None of it needs the run's workers, or a GPU. A place is a recipe, a run's folder, any folder or ``s3://`` prefix above checkpoints, or one
-checkpoint (``.../step-00000100``).
+None of these commands needs the run's workers, or a GPU. They take a recipe, a run's folder, any folder or ``s3://`` prefix above
+checkpoints, or a single checkpoint (``.../step-00000100``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from functools import partial
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.distributed.checkpoints.fetch import check
-from oar_scale.distributed.checkpoints.layout import Checkpoint, Damaged, Place, begun, places, read
+from oar_scale.distributed.checkpoints.layout import (
+    Checkpoint,
+    CheckpointLocation,
+    DamagedCheckpoint,
+    checkpoint_locations,
+    read_checkpoint,
+    save_started,
+)
 from oar_scale.distributed.checkpoints.retention import Keep, Removal, Retention, prune
 from oar_scale.errors import UserError
 from oar_scale.generation.model_bundle import RECIPE
@@ -29,55 +36,75 @@ _THREADS = 4
 
 
 @dataclass(frozen=True)
-class Where:
-    """A place that the user named."""
+class CheckpointRoot:
+    """The folder that a user means by the name of a recipe, a run or a checkpoint."""
 
     uri: str
     """All checkpoints that are meant lie below it."""
     recipe: Recipe | None
-    """Of the run that it belongs to, if it says so."""
+    """The recipe of the run that they belong to, where there is one beside them."""
 
 
-def run_list(where: str, now: float | None = None) -> str:
-    """A table of all checkpoints, and of what interrupted saves have left."""
-    rows = [row for place in _found(where)[1] for row in _rows(place, now or time.time())]
+def list_checkpoints(where: str, now: float | None = None) -> str:
+    """A table of all checkpoints, and of the files that interrupted saves have left.
+
+    Args:
+        where: as :func:`find_checkpoint_root`.
+        now: unix seconds, from which ages are counted; default: the clock.
+
+    Raises:
+        UserError: there are no checkpoints at ``where``.
+    """
+    rows = [row for location in _locations(where)[1] for row in _rows(location, now or time.time())]
     metrics = sorted({name for row in rows for name in row if name.islower()})
     columns = ["STAGE", "STEP", "COMMITTED", "WORKERS", "ZERO", "BYTES", "AGE", *metrics]
     return table([columns, *([row.get(column, "") for column in columns] for row in rows)])
 
 
-def run_verify(where: str) -> Iterator[tuple[str, str | None]]:
-    """Read every byte of every committed checkpoint: what there is to say of each, and what is wrong with it."""
-    committed = [place for place in _found(where)[1] if place.committed]
+def verify_checkpoints(where: str) -> Iterator[tuple[str, str | None]]:
+    """Read every byte of every committed checkpoint and compare it with the manifest.
+
+    Yields:
+        A line about the checkpoint and None, or its URI and what is wrong with it.
+
+    Raises:
+        UserError: nothing is committed at ``where``.
+    """
+    committed = [location for location in _locations(where)[1] if location.committed]
     if not committed:
         raise UserError(f"{where}: nothing is committed here. oar checkpoint list shows what there is.")
-    for place in committed:
+    for location in committed:
         try:
-            checkpoint = read(place.uri)
+            checkpoint = read_checkpoint(location.uri)
             deque(in_order(partial(check, checkpoint), sorted(checkpoint.files), _THREADS), maxlen=0)
-        except Damaged as fault:
-            yield place.uri, str(fault)
+        except DamagedCheckpoint as fault:
+            yield location.uri, str(fault)
         else:
-            yield f"{place.uri}: {len(checkpoint.files)} files, {checkpoint.bytes:,} bytes, all as they were written", None
+            yield f"{location.uri}: {len(checkpoint.files)} files, {checkpoint.bytes:,} bytes, all as they were written", None
 
 
-def run_prune(where: str, keep: Keep | None, *, dry_run: bool = False) -> list[str]:
-    """Remove what is not kept, and what interrupted saves left an hour ago or earlier; a line for each removal.
+def prune_checkpoints(where: str, keep: Keep | None, *, dry_run: bool = False) -> list[str]:
+    """Remove checkpoints that are not kept, and what interrupted saves left an hour ago or earlier.
 
     Args:
-        keep: ``None``: as the run's recipe says.
+        where: as :func:`find_checkpoint_root`.
+        keep: which checkpoints stay; None: those that the run's recipe keeps.
+        dry_run: only say what would be removed.
+
+    Returns:
+        A line for each removal.
     """
-    place, found = _found(where)
+    root, locations = _locations(where)
     lines = []
-    for stage in sorted({each.uri.rpartition("/")[0] for each in found}):
-        retention = Retention(keep or _kept_by(place, stage))
-        here = [each for each in found if each.uri.rpartition("/")[0] == stage]
+    for stage in sorted({each.uri.rpartition("/")[0] for each in locations}):
+        retention = Retention(keep or _kept_by(root, stage))
+        here = [each for each in locations if each.uri.rpartition("/")[0] == stage]
         removals = retention.removals(here, time.time()) if dry_run else prune(here, retention, time.time())
-        lines += [_said(removal, dry_run) for removal in removals]
+        lines += [_removal_line(removal, dry_run) for removal in removals]
     return lines
 
 
-def locate(where: str) -> Where:
+def find_checkpoint_root(where: str) -> CheckpointRoot:
     """What a user means by the name of a recipe, a run, a folder of checkpoints or a single one.
 
     Raises:
@@ -85,16 +112,16 @@ def locate(where: str) -> Where:
     """
     if where.endswith((".yaml", ".yml")):
         recipe = load_recipe(where)
-        return Where(Run(recipe).at("checkpoints"), recipe)
+        return CheckpointRoot(Run(recipe).at("checkpoints"), recipe)
     if not open_storage(where).exists(join(where, RECIPE)):
-        return Where(where if where.startswith("s3://") else os.path.abspath(where), None)
+        return CheckpointRoot(where if where.startswith("s3://") else os.path.abspath(where), None)
     recipe = load_recipe(join(where, RECIPE))
     root = recipe.storage.root or where
-    return Where(join(root if root.startswith("s3://") else os.path.abspath(root), "checkpoints"), recipe)
+    return CheckpointRoot(join(root if root.startswith("s3://") else os.path.abspath(root), "checkpoints"), recipe)
 
 
 def table(rows: list[list[str]]) -> str:
-    """Columns side by side; numbers to the right."""
+    """Rows as aligned columns; cells that start with a digit are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(_cell, row, widths)).rstrip() for row in rows)
 
@@ -103,31 +130,31 @@ def _cell(text: str, width: int) -> str:
     return text.rjust(width) if re.match(r"[-\d.]", text) else text.ljust(width)
 
 
-def _found(where: str) -> tuple[Where, list[Place]]:
-    place = locate(where)
-    found = places(place.uri)
-    if not found:
+def _locations(where: str) -> tuple[CheckpointRoot, list[CheckpointLocation]]:
+    root = find_checkpoint_root(where)
+    locations = checkpoint_locations(root.uri)
+    if not locations:
         raise UserError(f"{where}: no checkpoints here. Name a recipe, a run's folder, or a folder above .../step-00000100")
-    return place, found
+    return root, locations
 
 
-def _rows(place: Place, now: float) -> Iterator[dict[str, str]]:
-    """A step's checkpoint, and the left-overs beside it."""
-    stage, step = os.path.basename(os.path.dirname(place.uri)), str(place.step)
-    counts = None
-    if place.committed:
+def _rows(location: CheckpointLocation, now: float) -> Iterator[dict[str, str]]:
+    """The row of a step's committed checkpoint, and one for each interrupted save beside it."""
+    stage, step = os.path.basename(os.path.dirname(location.uri)), str(location.step)
+    committed_save = None
+    if location.committed:
         try:
-            checkpoint = read(place.uri)
-            counts = checkpoint.save
-            yield {"STAGE": stage, "STEP": step, "COMMITTED": "yes", **_facts(checkpoint, now)}
-        except Damaged as fault:
+            checkpoint = read_checkpoint(location.uri)
+            committed_save = checkpoint.save
+            yield {"STAGE": stage, "STEP": step, "COMMITTED": "yes", **_manifest_columns(checkpoint, now)}
+        except DamagedCheckpoint as fault:
             yield {"STAGE": stage, "STEP": step, "COMMITTED": f"damaged: {fault}"}
             return
-    for save in sorted(place.saves - {counts}):
-        yield {"STAGE": stage, "STEP": step, "COMMITTED": "no", "AGE": _age(now - begun(save))}
+    for save in sorted(location.saves - {committed_save}):
+        yield {"STAGE": stage, "STEP": step, "COMMITTED": "no", "AGE": _age(now - save_started(save))}
 
 
-def _facts(checkpoint: Checkpoint, now: float) -> dict[str, str]:
+def _manifest_columns(checkpoint: Checkpoint, now: float) -> dict[str, str]:
     metrics = {name: f"{value:.4f}" for name, value in checkpoint.metrics.items()}
     return {
         "WORKERS": str(checkpoint.world_size),
@@ -145,11 +172,11 @@ def _age(seconds: float) -> str:
     return f"{max(0, seconds):.0f} s"
 
 
-def _kept_by(place: Where, stage: str) -> Keep:
-    if place.recipe is None:
+def _kept_by(root: CheckpointRoot, stage: str) -> Keep:
+    if root.recipe is None:
         raise UserError(f"{stage}: belongs to no run that says how much is kept. Say it: --keep N")
-    return Keep.of(place.recipe.pretrain if stage.endswith("/pretrain") else place.recipe.finetune)
+    return Keep.of(root.recipe.pretrain if stage.endswith("/pretrain") else root.recipe.finetune)
 
 
-def _said(removal: Removal, dry_run: bool) -> str:
-    return f"{'would remove' if dry_run else 'removed'} {removal.place.uri}: {len(removal.names)} files, {removal.why}"
+def _removal_line(removal: Removal, dry_run: bool) -> str:
+    return f"{'would remove' if dry_run else 'removed'} {removal.location.uri}: {len(removal.names)} files, {removal.why}"

@@ -1,4 +1,4 @@
-"""``oar extract RECIPE --status``: from the storage alone, so from any machine; without torch, so at once."""
+"""``oar extract RECIPE --status``: reads the storage only, so it works from any machine, and starts at once since it needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from oar_scale.run.context import Run
 from oar_scale.shard_pool.pool_status import read_status, status_lines
 
 
-def run_status(run: Run) -> None:
+def show_extraction_status(run: Run) -> None:
     """Print how far the extraction is, its rate, what it has cost, and what is wrong."""
     orders = run.at("orders", "train")
     sizes = {shard.name: shard.samples for shard in read_manifest(run.at("tokens", "train")).shards}

@@ -1,4 +1,4 @@
-"""``oar extract RECIPE --verify``: is every order table still what was written? What is not will be extracted again."""
+"""``oar extract RECIPE --verify``: compares every order table with what was written; damaged ones are extracted again by the next run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from oar_scale.storage.background import in_order
 READERS = 16
 
 
-def run_verify(run: Run) -> int:
-    """Read the table of every finished shard; take those that are lost or damaged out of the ledger, and the stage with them.
+def verify_order_tables(run: Run) -> int:
+    """Read the table of every finished shard. Lost or damaged ones are removed from the ledger, and the stage counts as unfinished.
 
     Returns:
         1 if there are such, else 0.
@@ -29,7 +29,7 @@ def run_verify(run: Run) -> int:
             if problem:
                 bad[shard] = problem
             tally.update(number + 1)
-    if len(entries) - len(bad) < len(shards):  # however that came: the stage is not finished
+    if len(entries) - len(bad) < len(shards):  # whatever the cause: the stage is not finished
         open_storage(run.marker("extract")).delete(run.marker("extract"))
     for shard in bad:
         book.forget(shard)

@@ -1,4 +1,4 @@
-"""``oar sample``: pictures for captions, on one sheet."""
+"""``oar sample``: generates pictures for captions and writes them as one contact sheet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHEET_PIXELS = 128
 """Side of a picture on the sheet, about: images are scaled by a whole factor."""
 
 
-def run_sample(run: Run, captions: list[str] | None, model: str, out: str, order: str | None = None) -> str:
+def sample_images(run: Run, captions: list[str] | None, model: str, out: str, order: str | None = None) -> str:
     """Draw four images for each caption (None: the first held-out ones), a row a caption, and write them as a PNG.
 
     Args:

@@ -1,4 +1,4 @@
-"""``oar data ...``: progress goes to standard error, what was found to standard output."""
+"""``oar data ...``: prints progress to standard error and results to standard output."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FAULTS_SHOWN = 50
+CACHE_BYTES = 8 << 30
+"""Size of the local copies of image shards that tokenising keeps; each shard is read once."""
 PICTURES = 64
 """Pictures in the grid of ``oar data stats``."""
 
 
-def run_index(job: IndexJob) -> None:
-    """Write the manifest and say what is in it."""
+def index_shards(job: IndexJob) -> None:
+    """Write the manifest of a folder of shards and print what is in it."""
     with _progress("shards") as show:
         found = index_folder(job, show)
     manifest = found.manifest
@@ -50,8 +52,8 @@ def run_index(job: IndexJob) -> None:
         print(f"{found.faults} faults in samples; oar data verify names them")
 
 
-def run_verify(folder: str, manifest: str | None, workers: int) -> int:
-    """Name every fault; returns 1 if there is one."""
+def verify_shards(folder: str, manifest: str | None, workers: int) -> int:
+    """Read every shard, print each fault, and return 1 if there is one, else 0."""
     with _progress("shards") as show:
         result = verify_folder(folder, manifest, workers=workers, on_progress=show)
     for fault in result.faults[:FAULTS_SHOWN]:
@@ -64,8 +66,17 @@ def run_verify(folder: str, manifest: str | None, workers: int) -> int:
     return 1 if result.fault_count else 0
 
 
-def run_stats(folder: str, pattern: str, shards: int | None, grid: str | None, tokenizer: str | None, as_json: bool) -> None:
-    """Print the figures, and draw the pictures into the file ``grid``."""
+def show_shard_statistics(folder: str, pattern: str, shards: int | None, grid: str | None, tokenizer: str | None, as_json: bool) -> None:
+    """Print statistics of a folder of shards.
+
+    Args:
+        folder: of the shards.
+        pattern: which of its files are shards.
+        shards: how many are read; None: all.
+        grid: a file that gets a contact sheet of pictures; None: no pictures are drawn.
+        tokenizer: weights that decode codes into pictures for it.
+        as_json: print JSON instead of lines of text.
+    """
     decode = _decoder(tokenizer) if tokenizer and grid else None
     with _progress("shards") as show:
         look, manifest = look_at(StatsJob(folder, pattern, shards, pictures=PICTURES if grid else 0), show)
@@ -100,12 +111,8 @@ def _decoder(weights: str) -> DecodeCodes:
     return decode
 
 
-CACHE_BYTES = 8 << 30
-"""Copies of image shards that tokenising keeps; each is read once."""
-
-
-def run_tokenize(images: str, tokens: str, tokenizer: str, views: str, actors: int) -> None:
-    """Tokenise a folder of image shards; goes on where it was interrupted."""
+def tokenize_shards(images: str, tokens: str, tokenizer: str, views: str, actors: int) -> None:
+    """Tokenise a folder of image shards; an interrupted run resumes where it stopped."""
     try:
         named = TokenizerConfig(views=tuple(views.split(","))).views
     except ValidationError as error:

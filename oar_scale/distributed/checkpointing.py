@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from oar_scale.distributed.checkpoints import Outcome, Saver
+from oar_scale.distributed.checkpoints import SaveOutcome, Saver
 from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
 from oar_scale.training.callbacks import Callback
 from oar_scale.training.job import TrainingJob
@@ -34,7 +34,7 @@ class Checkpointing(Callback):
         timeout_s = loop.job.recipe.parallel.grace_s if loop.stop_reason else loop.job.recipe.parallel.hang_timeout_s / 2
         self._report(loop, self._saver.finish(timeout_s))
 
-    def _report(self, loop: Loop, outcomes: list[Outcome]) -> None:
+    def _report(self, loop: Loop, outcomes: list[SaveOutcome]) -> None:
         for outcome in outcomes:
             if loop.events is None:
                 continue

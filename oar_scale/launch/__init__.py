@@ -1,11 +1,11 @@
-"""Recipes to clusters: one command submits a run to Slurm or to a Ray cluster, and finds it again.
+"""Submit a recipe to Slurm or to a Ray cluster, and follow, cancel or resubmit its jobs.
 
-    submit("recipes/imagenet.yaml", "cluster/slurm/gpu.yaml")         -> Submission, written down in RUN/jobs.json
-    find_jobs("runs/imagenet")                                        -> the jobs of the run and what has become of them
+    submit("recipes/imagenet.yaml", "cluster/slurm/gpu.yaml")         -> Submission, recorded in RUN/jobs.json
+    find_jobs("runs/imagenet")                                        -> the jobs of the run and their states
     cancel("runs/imagenet"); resubmit("runs/imagenet")
 
-A job runs the same ``oar`` commands that a laptop would; what it adds is the allocation, Ray across it, and an answer to each
-way in which it may end (docs/launching.md).
+A job runs the same ``oar`` commands as a laptop does. It adds the allocation, a Ray cluster across its nodes, and a rule for each way
+in which an attempt may end: done, requeue, retry after a pause, or fail (docs/launching.md).
 """
 
 from oar_scale.launch.jobs import JobStatus, cancel, dry_run, find_jobs, resubmit, submit

@@ -1,7 +1,7 @@
-"""``oar doctor --cluster PROFILE``: is the cluster fit for a run, as the profile asks for it?
+"""``oar doctor --cluster PROFILE``: checks that the cluster can run a job as the profile asks for it.
 
-First the scheduler: does it answer, would it take such a job? Then a short job on the profile's nodes, which looks at each of them
-and measures between them (:mod:`oar_scale.doctor.node_checks`). Nothing is left behind.
+First the scheduler: does it answer, and would it accept such a job? Then a short job on the profile's nodes checks each of them and
+measures clocks and bandwidth between them (:mod:`oar_scale.doctor.node_checks`). Nothing is left behind.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from oar_scale.doctor.finding import Finding
 from oar_scale.doctor.node_checks import GROUP_S, merge_node_facts
 from oar_scale.errors import UserError
 from oar_scale.launch import slurm
-from oar_scale.launch.probe import MARK, NODES, PARTING_S, said
+from oar_scale.launch.probe import MARK, NODES, PARTING_S, parse_findings
 from oar_scale.launch.profile import RayProfile, SlurmProfile, load_profile
 from oar_scale.launch.ray_entry import RECIPE
 
-TRIAL_S = 3 * GROUP_S
-"""For the job on the nodes, once it runs."""
+CHECK_S = 3 * GROUP_S
+"""Time limit of the job on the nodes, from its start."""
 TIME = "00:10:00"
-"""Its limit, in place of the profile's: short jobs begin sooner."""
-LEAVE_S = 10.0
-"""For salloc, once it was told to stop."""
+"""Time limit given to Slurm in place of the profile's: short jobs start sooner."""
+SALLOC_EXIT_S = 10.0
+"""How long salloc may take to exit after SIGTERM."""
 ON_HEAD = """
 address=$(srun --overlap --nodes=1 --ntasks=1 --mem=0 --nodelist="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" \\
     bash -c {node_address}) || exit 1
@@ -42,10 +42,16 @@ srun --overlap --ntasks={all} --ntasks-per-node={tasks} --cpus-per-task={cpus} -
 
 
 def examine_cluster(cluster: str, profile_overrides: Sequence[str], recipe: str | None, overrides: Sequence[str]) -> Iterator[Finding]:
-    """All checks of a cluster.
+    """Yield the findings of all checks of a cluster.
+
+    Args:
+        cluster: path of the cluster profile.
+        profile_overrides: ``a.b=c`` each, of the profile.
+        recipe: path of the recipe whose storage and devices are checked; None: only the cluster is.
+        overrides: ``a.b=c`` each, of the recipe.
 
     Raises:
-        UserError: the profile or the recipe cannot be read, or the scheduler does not let us in.
+        UserError: the profile or the recipe cannot be read, or the scheduler refuses access.
     """
     profile = load_profile(cluster, profile_overrides)
     loaded = load_recipe(recipe, overrides) if recipe is not None else None
@@ -55,14 +61,14 @@ def examine_cluster(cluster: str, profile_overrides: Sequence[str], recipe: str 
 def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
     name = f"oar-doctor-{secrets.token_hex(4)}"
     options = [*slurm.allocation(profile, name, profile.nodes), *profile.sbatch]
-    asked = slurm.client("sbatch", "--test-only", "--wrap=true", *options)
-    if asked.returncode:
-        yield Finding("FAIL", "scheduler", _one_line(slurm.refusal("Slurm would refuse the job", asked.stderr)))
+    tested = slurm.run_client("sbatch", "--test-only", "--wrap=true", *options)
+    if tested.returncode:
+        yield Finding("FAIL", "scheduler", _one_line(slurm.explain_refusal("Slurm would refuse the job", tested.stderr)))
         return
-    yield Finding("ok", "scheduler", _one_line(asked.stderr.replace("sbatch: ", "")))
-    words = slurm.container(profile, [os.getcwd()])
+    yield Finding("ok", "scheduler", _one_line(tested.stderr.replace("sbatch: ", "")))
+    container = slurm.container(profile, [os.getcwd()])
     exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.env.items()]
-    probe = f"exec {words['exec_container']}python -m oar_scale.launch.probe slurm"
+    probe = f"exec {container['exec_container']}python -m oar_scale.launch.probe slurm"
     tasks = max(1, profile.gpus_per_node)
     script = ON_HEAD.format(
         node_address=shlex.quote(profile.node_address),
@@ -71,36 +77,36 @@ def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
         cpus=max(1, profile.cpus_per_node // tasks),
         parting=PARTING_S,
         port=slurm.PORT,
-        srun_container=words["srun_container"],
+        srun_container=container["srun_container"],
         on_node=shlex.quote("\n".join([*profile.setup, *exports, probe])),
     )
     command = ["salloc", "--quiet", f"--immediate={profile.start_s}", *options, f"--time={TIME}", "bash", "-c", script]
     env = {**os.environ, **({RECIPE: dump_recipe(recipe)} if recipe else {})}
     try:
-        said_out, said_err = _allocated(command, env, name, profile.start_s + TRIAL_S)
+        stdout, stderr = _run_allocated(command, env, name, profile.start_s + CHECK_S)
     except subprocess.TimeoutExpired:
         yield Finding(
-            "FAIL", "workers", f"the check on the nodes takes longer than {profile.start_s + TRIAL_S:.0f} s; look at them: sinfo -N"
+            "FAIL", "workers", f"the check on the nodes takes longer than {profile.start_s + CHECK_S:.0f} s; check them with: sinfo -N"
         )
         return
-    if MARK not in said_out and re.search("nodes are busy|immediate|timed out", said_err, re.IGNORECASE):
-        text = f"no nodes free in {profile.start_s} s ({_one_line(said_err)}); try again later, or ask for fewer: -p nodes=1"
+    if MARK not in stdout and re.search("nodes are busy|immediate|timed out", stderr, re.IGNORECASE):
+        text = f"no nodes free in {profile.start_s} s ({_one_line(stderr)}); try again later, or ask for fewer: -p nodes=1"
         yield Finding("warn", "workers", text)
         return
-    yield from _told(said_out, said_err, profile.nodes)
+    yield from _job_findings(stdout, stderr, profile.nodes)
 
 
-def _allocated(command: Sequence[str], env: Mapping[str, str], name: str, timeout_s: float) -> tuple[str, str]:
-    """What a command of salloc prints. Whatever ends it early ends its allocation, too: one killed outright would leave that behind."""
+def _run_allocated(command: Sequence[str], env: Mapping[str, str], name: str, timeout_s: float) -> tuple[str, str]:
+    """Run a command of salloc and return its stdout and stderr. Whatever ends it early also cancels its allocation."""
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         return process.communicate(timeout=timeout_s)
     finally:
         if process.returncode is None:
             process.terminate()
-            slurm.client("scancel", f"--name={name}")
+            slurm.run_client("scancel", f"--name={name}")
             try:
-                process.communicate(timeout=LEAVE_S)
+                process.communicate(timeout=SALLOC_EXIT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -113,38 +119,38 @@ def _ray(profile: RayProfile, recipe: Recipe | None) -> Iterator[Finding]:
     yield Finding("ok", "scheduler", f"Ray at {profile.address} answers")
     if recipe is not None:
         ray_jobs.check_root(recipe, profile)
-        recipe = _at(profile.folder or "", recipe)
+        recipe = _in_folder(profile.folder or "", recipe)
     env = {RECIPE: dump_recipe(recipe)} if recipe else {}
-    asked = ray_client.request(profile, f"exec {profile.python} -m oar_scale.launch.probe ray", env)
+    request = ray_client.job_request(profile, f"exec {profile.python} -m oar_scale.launch.probe ray", env)
     job_id, log = f"oar-doctor-{secrets.token_hex(4)}", ""
-    deadline = time.monotonic() + profile.start_s + TRIAL_S
+    deadline = time.monotonic() + profile.start_s + CHECK_S
     try:
-        ray_client.begin(client, asked, job_id, "oar doctor", profile.start_s)
-        while (info := ray_client.info(client, job_id)) is not None and not info.status.is_terminal() and time.monotonic() < deadline:
+        ray_client.start_job(client, request, job_id, "oar doctor", profile.start_s)
+        while (info := ray_client.job_info(client, job_id)) is not None and not info.status.is_terminal() and time.monotonic() < deadline:
             time.sleep(0.5)
         log = client.get_job_logs(job_id)
     except UserError as error:
         yield Finding("FAIL", "job", _one_line(error))
         return
     finally:
-        ray_client.remove(client, job_id)
-    wanted = [finding for finding in said(log)[1] if finding.item == NODES]
-    yield from _told(log, log, None)
+        ray_client.remove_job(client, job_id)
+    wanted = [finding for finding in parse_findings(log)[1] if finding.item == NODES]
+    yield from _job_findings(log, log, None)
     if profile.gpu_type and wanted and profile.gpu_type not in wanted[0].text:
         text = f"no node has one of type {profile.gpu_type} now; correct gpu_type, or let the autoscaler bring one"
         yield Finding("warn", "GPU type", text)
 
 
-def _at(folder: str, recipe: Recipe) -> Recipe:
-    """The recipe with its places as seen from a folder."""
+def _in_folder(folder: str, recipe: Recipe) -> Recipe:
+    """The recipe with its relative paths resolved against a folder."""
     root = recipe.root if recipe.root.startswith("s3://") else os.path.join(folder, recipe.root)
     storage = recipe.storage.model_copy(update={"root": root})
     return recipe.model_copy(update={"run_dir": os.path.join(folder, recipe.local_dir), "storage": storage})
 
 
-def _told(log: str, errors: str, nodes: int | None) -> Iterator[Finding]:
-    """The findings in the job's log; where there are none, what it said instead."""
-    facts, findings = said(log)
+def _job_findings(log: str, errors: str, nodes: int | None) -> Iterator[Finding]:
+    """The findings in the job's log; where there are none, a finding with the last lines that it printed."""
+    facts, findings = parse_findings(log)
     if not facts:
         last = "; ".join(line for line in errors.strip().splitlines()[-3:])
         yield Finding("FAIL", "workers", f"no node answered ({last}); do `setup` and `python` of the profile find oar_scale there?")

@@ -1,4 +1,4 @@
-"""Submit a run, look at its jobs, cancel them, submit what is left."""
+"""Submit a run, report the states of its jobs, cancel them, and resubmit those that are not done."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
 from oar_scale.launch import slurm
 from oar_scale.launch.job_specs import JobSpec, plan_jobs
+from oar_scale.launch.job_state import JobState
 from oar_scale.launch.profile import RayProfile, SlurmProfile, load_profile
 from oar_scale.launch.submissions import Job, Submission, last_submission, locked, read_submissions, write_submissions
 
@@ -31,13 +32,17 @@ class JobFile:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A recorded job and what has become of it."""
+    """A recorded job and its state."""
 
     job: Job
     state: str
+    """In Slurm's words, for jobs on Ray too: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..., or UNKNOWN."""
     detail: str
+    """Why it waits, on which nodes it runs, or how it ended."""
     over: bool
+    """It has ended and does not come back."""
     done: bool
+    """It has ended with success."""
 
 
 def submit(
@@ -49,19 +54,19 @@ def submit(
     profile_overrides: Sequence[str] = (),
     forget: bool = False,
 ) -> Submission:
-    """Submit a recipe; the jobs are written down in the run's folder.
+    """Submit a recipe; the jobs are recorded in the run's folder.
 
     Args:
-        recipe: its file.
-        cluster: the profile's file.
+        recipe: path of the recipe.
+        cluster: path of the cluster profile.
         stages: as ``--stages``; None: the whole pipeline in one job.
         overrides: ``a.b=c`` each, of the recipe.
         profile_overrides: likewise, of the profile.
-        forget: where the scheduler of the run's last submission does not answer, take its jobs for gone.
+        forget: if the scheduler of the run's last submission does not answer, treat its jobs as gone.
 
     Raises:
-        UserError: whatever a person can mend, in the recipe, the profile or at the scheduler; nothing is left in the queue then, or it
-            names what could not be taken back.
+        UserError: whatever the user can fix, in the recipe, the profile or at the scheduler. Nothing is left in the queue then, or the
+            error names the jobs that could not be cancelled.
     """
     loaded = load_recipe(recipe, overrides)
     profile = load_profile(cluster, profile_overrides)
@@ -69,14 +74,14 @@ def submit(
 
 
 def job_files(recipe: Recipe, profile: SlurmProfile, specs: Sequence[JobSpec], *, folder: str, number: int = 1) -> list[JobFile]:
-    """The job files of a submission to Slurm; nothing is written.
+    """Render the job files of a submission to Slurm; nothing is written.
 
     Args:
-        folder: where relative paths of the recipe start.
-        number: of the submission.
+        folder: the folder to which relative paths of the recipe refer.
+        number: number of the submission.
     """
     run_dir = os.path.join(folder, recipe.local_dir)
-    found = []
+    files = []
     for spec in specs:
         part = os.path.join("jobs", f"{number}-{spec.name}")
         title = f"{recipe.name}: {', '.join(spec.stages) or 'all stages'}. Made by oar submit; the next submission makes it anew."
@@ -89,8 +94,8 @@ def job_files(recipe: Recipe, profile: SlurmProfile, specs: Sequence[JobSpec], *
             jobs=os.path.join(run_dir, part),
             recipe=os.path.join(run_dir, _snapshot(number)),
         )
-        found.append(JobFile(spec, spec.name, part, text))
-    return found
+        files.append(JobFile(spec, spec.name, part, text))
+    return files
 
 
 def dry_run(
@@ -100,7 +105,7 @@ def dry_run(
     overrides: Sequence[str] = (),
     profile_overrides: Sequence[str] = (),
 ) -> Iterator[str]:
-    """What :func:`submit` would submit, as text for each job; nothing is written. Raises likewise."""
+    """Yield what :func:`submit` would submit, as text for each job; nothing is written. Raises as :func:`submit`."""
     loaded, profile = load_recipe(recipe, overrides), load_profile(cluster, profile_overrides)
     specs = plan_jobs(loaded, stages)
     if isinstance(profile, RayProfile):
@@ -113,42 +118,42 @@ def dry_run(
 
 
 def find_jobs(run: str) -> list[JobStatus]:
-    """The jobs of the last submission of a run.
+    """Ask the scheduler for the states of the jobs of a run's last submission.
 
     Args:
-        run: its folder, or its recipe.
+        run: the run's folder, or its recipe.
 
     Raises:
         UserError: nothing was submitted, or the scheduler does not answer.
     """
     run_dir = run_folder(run)
-    return _look(run_dir, last_submission(run_dir))
+    return _statuses(run_dir, last_submission(run_dir))
 
 
 def cancel(run: str) -> list[Job]:
-    """Take away the jobs of a run that are not over; returns them. Raises as :func:`find_jobs`."""
+    """Cancel the jobs of a run that are not over, and return them. Raises as :func:`find_jobs`."""
     run_dir = run_folder(run)
     submission = last_submission(run_dir)
     jobs = [status.job for status in find_jobs(run) if not status.over]
     if jobs:
-        _stop(submission, jobs)
+        _cancel(submission, jobs)
     return jobs
 
 
 def resubmit(run: str, *, forget: bool = False) -> Submission:
-    """Submit what is not done of a run's last submission, with the profile as it is now, and without nodes that failed their check.
+    """Submit again the jobs of a run's last submission that are not done, with the profile as it is now.
 
-    The recipe is the one of that submission; a corrected one is for :func:`submit`.
+    The recipe is the one of that submission; submit a corrected one with :func:`submit`. Nodes that failed their check are excluded.
 
     Args:
         forget: as of :func:`submit`.
 
     Raises:
-        UserError: all is done, or some of it still runs; besides as :func:`submit`.
+        UserError: all jobs are done, or some still run; otherwise as :func:`submit`.
     """
     run_dir = run_folder(run)
     submission = last_submission(run_dir)
-    statuses = _look(run_dir, submission, forget)
+    statuses = _statuses(run_dir, submission, forget)
     if active := [f"{status.job.name} ({status.job.id}) is {status.state}" for status in statuses if not status.over]:
         raise UserError(f"{run_dir}: {', '.join(active)}. Wait, or cancel first: oar cancel {run}")
     left = [JobSpec(tuple(status.job.stages)) for status in statuses if not status.done]
@@ -160,7 +165,7 @@ def resubmit(run: str, *, forget: bool = False) -> Submission:
 
 
 def run_folder(run: str) -> str:
-    """A run's folder from its name on the command line."""
+    """The absolute path of a run's folder, given that folder or the run's recipe."""
     folder = load_recipe(run).local_dir if run.endswith((".yaml", ".yml")) else run
     return os.path.abspath(folder)
 
@@ -180,7 +185,7 @@ def _submit(
         if before:
             _refuse_second(run_dir, before[-1], forget)
         number = len(before) + 1
-        while os.path.exists(os.path.join(run_dir, _snapshot(number))):  # of a jobs.json that was moved away
+        while os.path.exists(os.path.join(run_dir, _snapshot(number))):  # left by submissions whose jobs.json was moved away
             number += 1
         submission = Submission(
             number=number,
@@ -193,7 +198,7 @@ def _submit(
             stages=[spec.name for spec in specs] if specs[0].stages else None,
             where=os.environ.get("SLURM_CONF", "") if isinstance(profile, SlurmProfile) else profile.address,
         )
-        made: list[str] = []
+        created: list[str] = []
         try:
             with open(os.path.join(run_dir, submission.recipe), "w", encoding="utf-8") as file:
                 file.write(dump_recipe(recipe))
@@ -202,29 +207,29 @@ def _submit(
 
                 ray_jobs.submit_job(recipe, profile, specs, submission)
             else:
-                _sbatch_all(job_files(recipe, profile, specs, folder=folder, number=number), profile, submission, run_dir, made)
+                _sbatch_all(job_files(recipe, profile, specs, folder=folder, number=number), profile, submission, run_dir, created)
             write_submissions(run_dir, [*before, submission])
         except BaseException as error:  # Ctrl-C as well
-            _take_back(run_dir, before, submission, made, error)
+            _undo(run_dir, before, submission, created, error)
             raise
         return submission
 
 
-def _sbatch_all(files: Sequence[JobFile], profile: SlurmProfile, submission: Submission, run_dir: str, made: list[str]) -> None:
-    """A chain of jobs; the first is held until all are accepted. Without the nodes that failed their check."""
+def _sbatch_all(files: Sequence[JobFile], profile: SlurmProfile, submission: Submission, run_dir: str, created: list[str]) -> None:
+    """Submit a chain of jobs, the first of which is held until all are accepted. Nodes that failed their check are excluded."""
     excluded = os.path.join(run_dir, "jobs", "excluded")
     bad, chain = _lines(excluded), len(files) > 1
     try:
         for index, file in enumerate(files):
             folder = os.path.join(run_dir, file.folder)
             os.makedirs(folder)
-            made.append(folder)
+            created.append(folder)
             script = os.path.join(folder, "job.sbatch")
             with open(script, "w", encoding="utf-8") as out:
                 out.write(file.text)
             after = submission.jobs[-1].id if submission.jobs else None
-            leave_out = [*slurm.left_out(profile.resources(file.spec.single_stage)), *bad] if bad else []
-            job = slurm.sbatch(script, file.name, after=after, exclude=leave_out, hold=chain and index == 0)
+            exclude = [*slurm.excluded_nodes(profile.resources(file.spec.single_stage)), *bad] if bad else []
+            job = slurm.sbatch(script, file.name, after=after, exclude=exclude, hold=chain and index == 0)
             submission.jobs.append(Job(file.name, list(file.spec.stages), job, file.folder, after))
         if chain:
             slurm.release(submission.jobs[0].id, files[0].name)
@@ -233,80 +238,81 @@ def _sbatch_all(files: Sequence[JobFile], profile: SlurmProfile, submission: Sub
         if not bad:
             raise
         raise UserError(
-            f"{error}\n{excluded} leaves out {', '.join(bad)}: delete a line when its node is mended, or not of this cluster."
+            f"{error}\n{excluded} excludes {', '.join(bad)}: delete a line when its node is repaired, or not of this cluster."
         ) from error
 
 
-def _take_back(run_dir: str, before: Sequence[Submission], submission: Submission, made: Sequence[str], cause: BaseException) -> None:
-    """The jobs and files of a submission that came to nothing.
+def _undo(run_dir: str, before: Sequence[Submission], submission: Submission, created: Sequence[str], cause: BaseException) -> None:
+    """Cancel the jobs and remove the files of a submission that failed.
 
     Raises:
-        UserError: the jobs could not be taken away; then they are written down, and their files stay.
+        UserError: the jobs could not be cancelled; then they are recorded, and their files stay.
     """
     try:
         if submission.jobs and submission.kind == "ray":
             from oar_scale.launch import ray_jobs
 
-            ray_jobs.take_back(submission)
+            ray_jobs.withdraw(submission)
         elif submission.jobs:
-            _stop(submission, submission.jobs)
+            _cancel(submission, submission.jobs)
     except UserError as error:
         write_submissions(run_dir, [*before, submission])
         jobs = ", ".join(f"{job.name} ({job.id})" for job in submission.jobs)
         raise UserError(
-            f"{str(cause) or 'interrupted'}\nNot taken back: {jobs}, because: {error}\n"
-            f"They are written down. When the cluster answers again: oar cancel {run_dir}"
+            f"{str(cause) or 'interrupted'}\nNot cancelled: {jobs}, because: {error}\n"
+            f"They are recorded. When the cluster answers again: oar cancel {run_dir}"
         ) from cause
-    for folder in made:
+    for folder in created:
         shutil.rmtree(folder)
     with suppress(FileNotFoundError):
         os.unlink(os.path.join(run_dir, submission.recipe))
 
 
-def _stop(submission: Submission, jobs: Sequence[Job]) -> None:
+def _cancel(submission: Submission, jobs: Sequence[Job]) -> None:
     if submission.kind == "ray":
         from oar_scale.launch import ray_jobs
 
-        ray_jobs.stop(submission, list(jobs))
+        ray_jobs.cancel(submission, list(jobs))
     else:
         slurm.scancel([job.id for job in reversed(jobs)], submission.where)
 
 
-def _look(run_dir: str, submission: Submission, forget: bool = False) -> list[JobStatus]:
-    """What has become of each job. A cluster that does not answer may run them still: it is taken for gone on request only."""
+def _statuses(run_dir: str, submission: Submission, forget: bool = False) -> list[JobStatus]:
+    """The state of each job. A cluster that does not answer may still run them, so they count as gone only with ``forget``."""
     try:
         if submission.kind == "ray":
             from oar_scale.launch import ray_jobs
 
-            found = ray_jobs.states(submission)
+            states = ray_jobs.states(submission)
         else:
             states = slurm.states([job.id for job in submission.jobs], submission.where)
-            found = {job: (state.word, state.detail, state.over) for job, state in states.items()}
     except UserError as error:
         if not forget:
             where = submission.where or "the Slurm of the machine that submitted"
             raise UserError(
                 f"{error}\n{run_dir}/jobs.json: the run's jobs were submitted to {where}, with the profile {submission.cluster}.\n"
-                "If that cluster is gone for good, and they with it: oar submit --forget (or oar resubmit --forget) goes on without asking."
+                "If that cluster and its jobs are gone: oar submit --forget (or oar resubmit --forget) continues without its answer."
             ) from error
-        found = {job.id: ("UNKNOWN", "its cluster does not answer", True) for job in submission.jobs}
-    return [_status(job, run_dir, *found[job.id]) for job in submission.jobs]
+        states = {job.id: JobState("UNKNOWN", "its cluster does not answer") for job in submission.jobs}
+    return [_status(job, run_dir, states[job.id]) for job in submission.jobs]
 
 
 def _refuse_second(run_dir: str, last: Submission, forget: bool) -> None:
-    """Two jobs that work on one run would tread on each other."""
-    if active := [status for status in _look(run_dir, last, forget) if not status.over]:
+    """Raise UserError where jobs of the last submission are not over: two jobs must not work on the same run."""
+    if active := [status for status in _statuses(run_dir, last, forget) if not status.over]:
         names = ", ".join(f"{status.job.name} ({status.job.id}) is {status.state}" for status in active)
         raise UserError(
             f"{run_dir}: this run has been submitted already: {names}.\nLook with oar jobs {run_dir}, or oar cancel {run_dir} first."
         )
 
 
-def _status(job: Job, run_dir: str, state: str, detail: str, over: bool) -> JobStatus:
-    outcomes = job.outcomes(run_dir)
-    done = state == "COMPLETED" or (state == "UNKNOWN" and bool(outcomes) and all(each == "done" for each in outcomes))
-    told = next((each for each in outcomes if each not in ("", "done")), "") if over and not done and state != "CANCELLED" else ""
-    return JobStatus(job, "COMPLETED" if done else state, "; ".join(part for part in (detail, told) if part), over, done)
+def _status(job: Job, run_dir: str, state: JobState) -> JobStatus:
+    """Combine scheduler state and recorded outcome, which tells of a job that the scheduler has forgotten whether it is done."""
+    outcomes, name = job.outcomes(run_dir), state.name
+    done = name == "COMPLETED" or (name == "UNKNOWN" and bool(outcomes) and all(each == "done" for each in outcomes))
+    failed = state.over and not done and name != "CANCELLED"
+    outcome = next((each for each in outcomes if each not in ("", "done")), "") if failed else ""
+    return JobStatus(job, "COMPLETED" if done else name, "; ".join(part for part in (state.detail, outcome) if part), state.over, done)
 
 
 def _snapshot(number: int) -> str:
@@ -314,7 +320,7 @@ def _snapshot(number: int) -> str:
 
 
 def _lines(path: str) -> list[str]:
-    """Of a file, which need not be there; each once."""
+    """The lines of a file, each once; empty where there is no file."""
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The logs of a run's jobs, the newest attempt's, as one stream of lines."""
+"""``oar logs``: the logs of the newest attempts of a run's jobs, as one stream of lines."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from oar_scale.launch.jobs import find_jobs, run_folder
 from oar_scale.launch.submissions import Job, last_submission
 
 POLL_S = 0.5
-LOOK_S = 10.0
-PATIENCE_S = 300.0
-"""How long a scheduler may not answer: a controller is restarted, or busy. The lines come from files meanwhile."""
+"""How often the files are read for new lines."""
+STATE_POLL_S = 10.0
+"""How often the scheduler is asked whether the jobs are over."""
+NO_ANSWER_S = 300.0
+"""How long the scheduler may not answer, e.g. because its controller restarts. The lines come from files meanwhile."""
 
 
 def logs(run: str, *, job: str | None = None, follow: bool = False) -> Iterator[str]:
-    """Lines, each with its file's name before it.
+    """Yield lines, each with its file's name before it.
 
     Args:
         run: a run's folder, or its recipe.
         job: a job's name or id; default: the one that wrote last.
-        follow: go on with what comes, through requeues, until the jobs are over.
+        follow: wait for new lines, through requeues, until the jobs are over.
 
     Raises:
         UserError: nothing was submitted, there is no such job, or its scheduler does not answer for minutes.
@@ -38,28 +40,28 @@ def logs(run: str, *, job: str | None = None, follow: bool = False) -> Iterator[
     if not chosen:
         names = ", ".join(f"{each.name} ({each.id})" for each in submission.jobs)
         raise UserError(f"{run_dir}: no job {job!r} in the last submission; it has {names}")
-    places: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     if not follow:
         chosen = [max(chosen, key=lambda each: max((os.path.getmtime(path) for path in _files(run_dir, each)), default=0.0))]
-    looked, over, answered = 0.0, False, time.monotonic()
+    polled, over, answered = 0.0, False, time.monotonic()
     while True:
         for path in [path for each in chosen for path in _files(run_dir, each)]:
-            yield from (f"{os.path.relpath(path, run_dir)}: {line}" for line in _new_lines(path, places))
+            yield from (f"{os.path.relpath(path, run_dir)}: {line}" for line in _new_lines(path, offsets))
         if not follow or over:
             return
-        if time.monotonic() - looked > LOOK_S:
-            looked = time.monotonic()
+        if time.monotonic() - polled > STATE_POLL_S:
+            polled = time.monotonic()
             try:
                 over = all(status.over for status in find_jobs(run_dir) if status.job.id in {each.id for each in chosen})
-                answered = looked
+                answered = polled
             except UserError:
-                if looked - answered > PATIENCE_S:
+                if polled - answered > NO_ANSWER_S:
                     raise
         time.sleep(POLL_S)
 
 
 def _files(run_dir: str, job: Job) -> list[str]:
-    """The shell's log and the drivers' of the newest attempts; Ray's own are for who looks closer."""
+    """The log of the job's shell, and the driver logs of the newest attempts; Ray's own logs are not shown."""
     folder = os.path.join(run_dir, job.folder)
     if not os.path.isdir(folder):
         return []
@@ -74,12 +76,12 @@ def _files(run_dir: str, job: Job) -> list[str]:
     return shells + [path for path in drivers if os.path.exists(path)]
 
 
-def _new_lines(path: str, places: dict[str, int]) -> Iterator[str]:
-    """What is new since the last look, whole lines only."""
+def _new_lines(path: str, offsets: dict[str, int]) -> Iterator[str]:
+    """The whole lines that were added since the last call; ``offsets`` keeps what was read of each file."""
     with open(path, "rb") as file:
-        file.seek(places.get(path, 0))
+        file.seek(offsets.get(path, 0))
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            places[path] = places.get(path, 0) + len(line)
+            offsets[path] = offsets.get(path, 0) + len(line)
             yield line.decode(errors="replace").rstrip("\n").rsplit("\r", 1)[-1]

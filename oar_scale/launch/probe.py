@@ -1,4 +1,4 @@
-"""What ``oar doctor --cluster`` runs on the cluster; each line that begins with ``OAR-DOCTOR`` is for the one that asked.
+"""What ``oar doctor --cluster`` runs on the cluster. It prints each result as a line that begins with ``OAR-DOCTOR``.
 
     srun ... python -m oar_scale.launch.probe slurm     in each task, with MASTER_ADDR set: a task is a worker
     python -m oar_scale.launch.probe ray                as a Ray job: starts a worker on each node, for each GPU where there are any
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 MARK = "OAR-DOCTOR "
 NODES = "nodes"
 PARTING_S = 30
-"""For the others, once the first worker has come to its end: one that gave up at once leaves them waiting for it."""
+"""Time left to the other workers once the first one has ended: they would wait for a worker that has failed at once."""
 
 
 def main(kind: str) -> int:
+    """Check the node of a Slurm task, or all nodes of a Ray cluster; ``kind`` is ``slurm`` or ``ray``."""
     if kind == "slurm":
         _in_task(os.environ)
     else:
@@ -41,17 +42,17 @@ def main(kind: str) -> int:
     return 0
 
 
-def said(log: str) -> tuple[list[NodeFacts], list[Finding]]:
-    """Of the probe's lines: each node's facts, and what was found between them."""
+def parse_findings(log: str) -> tuple[list[NodeFacts], list[Finding]]:
+    """Read the probe's lines in a log: what was found on each node, and between the nodes."""
     facts, findings = [], []
     for line in log.splitlines():
         _, mark, text = line.partition(MARK)
         if mark:
-            given = json.loads(text)
-            if "node" in given:
-                facts.append(NodeFacts.of(given))
+            record = json.loads(text)
+            if "node" in record:
+                facts.append(NodeFacts.of(record))
             else:
-                findings.append(Finding(**given))
+                findings.append(Finding(**record))
     return facts, findings
 
 
@@ -60,9 +61,9 @@ def _in_task(env: os._Environ[str]) -> None:
     recipe, node = _recipe(), env.get("SLURMD_NODENAME", socket.gethostname())
     with remove_created_folders(recipe.root if recipe else None):
         if local == 0:
-            _tell([node_facts(node, recipe).plain()])
+            _print_lines([node_facts(node, recipe).plain()])
         info = RankInfo(node, rank, int(env["SLURM_NTASKS"]), local, env["MASTER_ADDR"], int(env["MASTER_PORT"]), _gpu(local))
-        _tell([vars(finding) for finding in check_between_nodes(info, recipe)])
+        _print_lines([vars(finding) for finding in check_between_nodes(info, recipe)])
 
 
 def _on_ray() -> None:
@@ -74,7 +75,7 @@ def _on_ray() -> None:
 
         nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in nodes}
-        _tell([vars(_room(nodes))])
+        _print_lines([vars(_cluster_resources(nodes))])
         remote: Any = ray.remote(_Probe)
         actors, homes = [], []
         for node in nodes:
@@ -85,25 +86,25 @@ def _on_ray() -> None:
                 homes.append(node["NodeID"])
         firsts = [actor for index, actor in enumerate(actors) if homes.index(homes[index]) == index]
         try:
-            _tell(ray.get([actor.facts.remote() for actor in firsts], timeout=GROUP_S))
-            works = [actor for actor, home in zip(actors, homes, strict=True) if gpus[home] or not any(gpus.values())]
+            _print_lines(ray.get([actor.facts.remote() for actor in firsts], timeout=GROUP_S))
+            workers = [actor for actor, home in zip(actors, homes, strict=True) if gpus[home] or not any(gpus.values())]
             local = [sum(home == other for other in homes[:index]) for index, home in enumerate(homes)]
-            local_ranks = [local[actors.index(actor)] for actor in works]
-            address, port = ray.get(works[0].door.remote(), timeout=GROUP_S)
-            asked = [actor.join.remote(rank, len(works), local_ranks[rank], address, port) for rank, actor in enumerate(works)]
-            first, _ = ray.wait(asked, timeout=2 * GROUP_S)
-            ended, _ = ray.wait(asked, num_returns=len(asked), timeout=PARTING_S if first else 0)
-            _tell([found for each in ray.get(ended or asked, timeout=1) for found in each])
+            local_ranks = [local[actors.index(actor)] for actor in workers]
+            address, port = ray.get(workers[0].free_address.remote(), timeout=GROUP_S)
+            joined = [actor.join.remote(rank, len(workers), local_ranks[rank], address, port) for rank, actor in enumerate(workers)]
+            first, _ = ray.wait(joined, timeout=2 * GROUP_S)
+            ended, _ = ray.wait(joined, num_returns=len(joined), timeout=PARTING_S if first else 0)
+            _print_lines([finding for each in ray.get(ended or joined, timeout=1) for finding in each])
         except ray.exceptions.RayError as error:
-            text = f"the check did not come to its end ({first_line(error)}); are GPUs of a node in use, or is one dying? ray status"
-            _tell([vars(Finding("FAIL", "workers", text))])
+            text = f"the check did not finish ({first_line(error)}); are GPUs of a node in use, or is one dying? ray status"
+            _print_lines([vars(Finding("FAIL", "workers", text))])
         finally:
-            with suppress(ray.exceptions.RayError):  # one that hangs or is gone leaves its folder
-                ray.get([actor.leave.remote() for actor in firsts], timeout=PARTING_S)
+            with suppress(ray.exceptions.RayError):  # a worker that hangs or is gone leaves its folder behind
+                ray.get([actor.clean_up.remote() for actor in firsts], timeout=PARTING_S)
 
 
 class _Probe:
-    """A worker on a node, as an actor."""
+    """A Ray actor on a node, which checks it and takes part in the measurements between nodes."""
 
     def __init__(self, node: str) -> None:
         self._node, self._recipe, self._cleanup = node, _recipe(), ExitStack()
@@ -112,7 +113,7 @@ class _Probe:
         self._cleanup.enter_context(remove_created_folders(self._recipe.root if self._recipe else None))
         return node_facts(self._node, self._recipe).plain()
 
-    def door(self) -> tuple[str, int]:
+    def free_address(self) -> tuple[str, int]:
         with socket.create_server((self._node, 0)) as probe:
             return self._node, int(probe.getsockname()[1])
 
@@ -120,12 +121,12 @@ class _Probe:
         info = RankInfo(self._node, rank, world, local_rank, address, port, _gpu(0))
         return [vars(finding) for finding in check_between_nodes(info, self._recipe)]
 
-    def leave(self) -> None:
-        """For the one that told its facts, once all have joined."""
+    def clean_up(self) -> None:
+        """Remove the folders that :meth:`facts` has made; called when all workers have joined."""
         self._cleanup.close()
 
 
-def _room(nodes: Sequence[dict[str, Any]]) -> Finding:
+def _cluster_resources(nodes: Sequence[dict[str, Any]]) -> Finding:
     total: dict[str, float] = {}
     for node in nodes:
         for name, count in node["Resources"].items():
@@ -151,9 +152,9 @@ def _recipe() -> Recipe | None:
         return load_recipe(file.name)
 
 
-def _tell(lines: Sequence[dict[str, Any]]) -> None:
+def _print_lines(lines: Sequence[dict[str, Any]]) -> None:
     for line in lines:
-        sys.stdout.write(f"{MARK}{json.dumps(line)}\n")  # in one piece: other tasks write, too
+        sys.stdout.write(f"{MARK}{json.dumps(line)}\n")  # in one write, since other tasks print as well
     sys.stdout.flush()
 
 

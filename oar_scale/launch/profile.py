@@ -1,4 +1,4 @@
-"""A cluster, as a file that a team writes once: what to ask the scheduler for, and how a shell there gets a working ``oar``.
+"""Cluster profiles: a file that a team writes once, with what to ask the scheduler for and how a shell there gets a working ``oar``.
 
     cluster/slurm/mine.yaml:4  partitoin = gpu
       unknown key. Did you mean partition?
@@ -23,9 +23,9 @@ from oar_scale.config.schema import Section
 from oar_scale.errors import UserError
 
 Word = Annotated[str, Field(pattern=r"^[^\s'\"$`\\]+$")]
-"""Goes into a job file as it is."""
+"""Text that goes into a job file unquoted."""
 Option = Annotated[str, Field(pattern=r"^--[^\n]+$")]
-"""Of sbatch."""
+"""An option of sbatch."""
 Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d\d):(\d\d)")
@@ -33,17 +33,17 @@ SECRET = re.compile(r"(?:^|_)(?:SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_KEY)(?:_|$
 
 
 class Container(Section):
-    """What the commands run in."""
+    """The container in which the commands of a job run."""
 
     engine: Literal["apptainer", "enroot"]
     """``enroot`` is Slurm's Pyxis: srun --container-image."""
     image: Word
     mounts: tuple[Word, ...] = ()
-    """Folders that are the same inside, or ``OUTSIDE:INSIDE``; the run's folder and the working folder are among them by themselves."""
+    """Folders with the same path inside, or ``OUTSIDE:INSIDE``; the run's folder and the working folder are always mounted."""
 
 
 class Resources(Section):
-    """What a stage may ask for instead of what the profile says; ``null`` takes back what may be unset there."""
+    """Resources of one stage that differ from the profile's; ``null`` removes a value that may be unset there."""
 
     partition: Word | None = None
     account: Word | None = None
@@ -58,7 +58,7 @@ class Resources(Section):
     sbatch: tuple[Option, ...] | None = None
     node_check: Line | None = None
     array: int | None = Field(None, ge=2)
-    """``extract`` only: so many tasks of a job array, each on its own, without Ray."""
+    """Only for ``extract``: the number of tasks of a job array, each of which works alone, without Ray."""
 
     @field_validator("time")
     @classmethod
@@ -77,35 +77,35 @@ class SlurmProfile(Section):
     qos: Word | None = None
     nodes: int = Field(1, ge=1)
     min_nodes: int | None = Field(None, ge=1)
-    """Go on with so many when nodes fail ``node_check``; for recipes whose ``parallel.workers`` is a range. Default: ``nodes``."""
+    """Run with as few nodes when others fail ``node_check``; for recipes whose ``parallel.workers`` is a range. Default: ``nodes``."""
     cpus_per_node: int = Field(ge=1)
     gpus_per_node: int = Field(0, ge=0)
     gpu_type: Word | None = None
     memory_gb: int | None = Field(None, ge=1)
-    """Of each node, 2^30 bytes."""
+    """GiB of each node."""
     time: str
-    """``HH:MM:SS`` or ``D-HH:MM:SS`` of one attempt; a job that needs longer comes back by itself."""
+    """Time limit of one attempt, ``HH:MM:SS`` or ``D-HH:MM:SS``; a job that needs longer is requeued."""
     warn_s: int = Field(300, ge=10)
-    """Before that limit, at most half of it: the driver is told to save and leave."""
+    """Seconds before that limit at which the driver is told to save and exit; at most half of the limit."""
     sbatch: tuple[Option, ...] = ()
     """More options of sbatch, e.g. ``--constraint=ib``."""
     setup: tuple[Line, ...] = ()
-    """Shell lines before everything else: modules, a virtual environment."""
+    """Shell lines that run before everything else: modules, a virtual environment."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Variables of the job. Keys and passwords are no part of a profile: export them where you submit, Slurm hands them on."""
+    """Environment variables of the job. Export keys and passwords in the shell that submits instead: Slurm passes them on."""
     container: Container | None = None
     node_address: Line = "hostname --ip-address | cut -d ' ' -f 1"
     """A shell command that prints a node's address for the others."""
     node_check: Line | None = None
-    """A shell command that fails on a node with broken hardware, e.g. ``nvidia-smi -L``; such nodes are left out and written down."""
+    """A shell command that fails on a node with broken hardware, e.g. ``nvidia-smi -L``; such nodes are excluded and recorded."""
     start_s: int = Field(180, ge=10)
-    """Until Ray is up on all nodes."""
+    """Seconds until Ray must be up on all nodes."""
     object_store_mb: int = Field(200, ge=100)
-    """Of Ray, on each node; nothing large goes through it."""
+    """Size of Ray's object store on each node; nothing large goes through it."""
     max_failures: int = Field(3, ge=0)
-    """Attempts in a row that may fail for reasons of their own; time limits and preemptions are none."""
+    """Attempts in a row that may fail; those that end at the time limit or by preemption do not count."""
     backoff_s: int = Field(30, ge=0)
-    """Before the attempt after a failure; doubled each time, up to ten minutes."""
+    """Seconds before the attempt after a failure; doubled each time, up to ten minutes."""
     stages: dict[str, Resources] = Field(default_factory=dict)
     """Other resources for a stage."""
 
@@ -135,52 +135,53 @@ class SlurmProfile(Section):
         return self
 
     def resources(self, stage: str) -> SlurmProfile:
-        """The profile with what it says of a stage in place."""
-        asked = self.stages.get(stage, Resources())
-        given = {name: getattr(asked, name) for name in asked.model_fields_set - {"array"}}
+        """The profile with the resources of a stage in place of its own."""
+        override = self.stages.get(stage, Resources())
+        given = {name: getattr(override, name) for name in override.model_fields_set - {"array"}}
         chosen = {name: value for name, value in given.items() if value is not None or type(self).model_fields[name].default is None}
         if "nodes" in chosen:
             chosen.setdefault("min_nodes", None)
         return self.model_copy(update=chosen)
 
     def array(self, stage: str) -> int | None:
+        """The number of tasks where a stage is a job array, else None."""
         return self.stages[stage].array if stage in self.stages else None
 
 
 class RayProfile(Section):
-    """A Ray cluster that runs, reached through its Jobs API."""
+    """A running Ray cluster, reached through its Jobs API."""
 
     type: Literal["ray"]
     address: Annotated[str, Field(pattern=r"^https?://[^\s]+$")]
-    """Of the dashboard: ``http://HEAD:8265``."""
+    """URL of the dashboard: ``http://HEAD:8265``."""
     working_dir: str | None = "."
-    """Sent along: small files that the recipe names, and the code where the cluster has none. Default: the current folder. Or the address
-    of a .zip that the nodes fetch."""
+    """A folder that is sent along: small files that the recipe names, and the code where the cluster has none. Default: the current
+    folder. Or the URL of a .zip that the nodes download."""
     excludes: tuple[str, ...] = ("/.git", "/.venv", "/runs", "/data", "/weights", "__pycache__")
-    """What of it stays here, as lines of a .gitignore."""
+    """What of it is not sent, as lines of a .gitignore."""
     pip: tuple[Line, ...] = ()
     """Packages that the nodes install first, pinned; empty where the image has them."""
     env: dict[str, str] = Field(default_factory=dict)
     pass_env: tuple[Word, ...] = ()
-    """Variables of this shell that the job gets. Who may see the cluster's dashboard sees them: keys are better kept on the cluster."""
+    """Variables of this shell that the job gets. Everyone who may see the dashboard can read them: keys are better kept on the cluster."""
     python: Line = "python"
     """The interpreter on the cluster's nodes."""
     folder: Word | None = None
-    """Of the cluster: where relative paths of the recipe start. Default: the copy of ``working_dir`` there, which goes with the job."""
+    """A folder on the cluster to which relative paths of the recipe refer. Default: the copy of ``working_dir``, deleted with the job."""
     driver_cpus: float = Field(0, ge=0)
-    """Asked for the driver. 0, and no ``driver_resources``: it runs on the head, the node that must not be lost anyway."""
+    """CPUs of the driver. 0, and no ``driver_resources``: it runs on the head, the node that must not be lost anyway."""
     driver_resources: dict[str, float] = Field(default_factory=dict)
-    """Where the driver may run instead, e.g. ``{on_demand: 0.001}``."""
+    """Resources of the nodes on which the driver may run instead, e.g. ``{on_demand: 0.001}``."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
-    """The recipe's ``parallel.placement`` on this cluster."""
+    """Replaces ``parallel.placement`` of the recipe on this cluster."""
     gpu_type: Word | None = None
-    """The recipe's ``parallel.gpu_type`` on this cluster."""
+    """Replaces ``parallel.gpu_type`` of the recipe on this cluster."""
     start_s: int = Field(120, ge=1)
-    """So long ``oar submit`` looks whether the job begins; installing packages may take longer."""
+    """Seconds for which ``oar submit`` waits for the job to start; installing packages may take longer."""
     max_failures: int = Field(3, ge=0)
-    """Failures in a row after which a command is not begun again."""
+    """Attempts in a row that may fail."""
     backoff_s: int = Field(30, ge=0)
-    """Before it is begun again; doubled each time."""
+    """Seconds before the attempt after a failure; doubled each time."""
 
     @field_validator("env")
     @classmethod
@@ -214,11 +215,11 @@ def load_profile(path: str, overrides: Sequence[str] = ()) -> Profile:
 
 
 def seconds(time: str) -> int:
-    """Of a time as Slurm writes it."""
-    found = TIME.fullmatch(time)
-    if found is None:
+    """The seconds of a time in Slurm's notation, ``HH:MM:SS`` or ``D-HH:MM:SS``. Raises ValueError."""
+    match = TIME.fullmatch(time)
+    if match is None:
         raise ValueError(f"{time!r} is no HH:MM:SS or D-HH:MM:SS; in YAML, put it in quotes")
-    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
@@ -261,7 +262,7 @@ def _explain(detail: ErrorDetails, layers: Setting, model: type[BaseModel], path
 
 
 def _fields(model: type[BaseModel], keys: tuple[str, ...]) -> list[str]:
-    """The keys that may stand at a place."""
+    """The keys that are allowed below ``keys``."""
     if not keys:
         return list(model.model_fields)
     if keys[0] == "stages":

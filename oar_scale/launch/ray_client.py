@@ -1,4 +1,4 @@
-"""Ray's Jobs API, with answers for a person: what the cluster says, and the remedy."""
+"""A client of Ray's Jobs API whose errors are for the user: what the cluster says, and the remedy."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 ANSWER_S = 10.0
-SETTLES_S = 2.5
-"""So long after a job was deleted Ray's monitor of it may still write down, anew, that it has failed."""
-ELSEWHERE = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-"""Variables that would silently win over the profile's address."""
+DELETED_AGAIN_S = 2.5
+"""How long after a job was deleted Ray's monitor may still record it anew, as failed."""
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Environment variables that would silently override the profile's address."""
 REMEDIES = (
     (
         r"authenticat|unauthori[sz]ed|forbidden",
@@ -38,11 +38,15 @@ REMEDIES = (
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Connected, or a ``UserError`` in seconds: Ray's client itself would wait for minutes."""
+    """Connect to the cluster at ``address``, the URL of its dashboard.
+
+    Raises:
+        UserError: nobody answers within seconds (Ray's own client would wait for minutes), or the token is wrong.
+    """
     try:
         urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_S).close()
     except urllib.error.HTTPError:
-        pass  # somebody is there, and the client says what is wrong
+        pass  # a server is there, and the client below says what is wrong
     except OSError as error:
         raise UserError(
             f"{address}: no Ray answers there ({error}).\n"
@@ -50,21 +54,26 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("ray", "ray.dashboard.modules.job.sdk"):  # on its way it tells what it is doing
+    for name in ("ray", "ray.dashboard.modules.job.sdk"):  # it logs what it is doing
         logging.getLogger(name).setLevel(logging.ERROR)
-    hidden = {name: os.environ.pop(name) for name in ELSEWHERE if name in os.environ}
+    hidden = {name: os.environ.pop(name) for name in ADDRESS_VARIABLES if name in os.environ}
     try:
-        with told(f"Ray at {address} does not let us in"):
+        with user_errors(f"Ray at {address} does not let us in"):
             return JobSubmissionClient(address)
     finally:
         os.environ.update(hidden)
 
 
-def request(profile: RayProfile, command: str, env: Mapping[str, str]) -> dict[str, Any]:
-    """Of :meth:`JobSubmissionClient.submit_job`: a command, where it runs, and all that is sent along.
+def job_request(profile: RayProfile, command: str, env: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of :meth:`JobSubmissionClient.submit_job`: a command, where it runs, and what is sent along.
+
+    Args:
+        profile: the cluster.
+        command: the shell command that the job runs.
+        env: variables of the job, beside those of the profile.
 
     Raises:
-        UserError: something of it is not here.
+        UserError: a variable of ``pass_env`` or the ``working_dir`` does not exist here.
     """
     missing = [name for name in profile.pass_env if name not in os.environ]
     if missing:
@@ -78,59 +87,59 @@ def request(profile: RayProfile, command: str, env: Mapping[str, str]) -> dict[s
         runtime_env |= {"working_dir": os.path.abspath(profile.working_dir), "excludes": list(profile.excludes)}
     if profile.pip:
         runtime_env["pip"] = list(profile.pip)
-    asked: dict[str, Any] = {"entrypoint": command, "runtime_env": runtime_env}
-    asked |= {"entrypoint_num_cpus": profile.driver_cpus} if profile.driver_cpus else {}
-    asked |= {"entrypoint_resources": dict(profile.driver_resources)} if profile.driver_resources else {}
-    return asked
+    request: dict[str, Any] = {"entrypoint": command, "runtime_env": runtime_env}
+    request |= {"entrypoint_num_cpus": profile.driver_cpus} if profile.driver_cpus else {}
+    request |= {"entrypoint_resources": dict(profile.driver_resources)} if profile.driver_resources else {}
+    return request
 
 
-def begin(client: JobSubmissionClient, asked: dict[str, Any], job_id: str, name: str, start_s: float) -> None:
-    """Submit a job, and look until it runs, or waits for longer than one wants to look.
+def start_job(client: JobSubmissionClient, request: dict[str, Any], job_id: str, name: str, start_s: float) -> None:
+    """Submit a job and wait until it runs; after ``start_s`` seconds return although it is still pending.
 
     Raises:
         UserError: the cluster refuses it, cannot prepare its environment, or does not answer any more. Whatever is raised, the cluster may
-            know the job: :func:`remove` it.
+            know the job: :func:`remove_job` it.
     """
     deadline = time.monotonic() + start_s
     while True:
         try:
-            with told(f"Ray refuses the job {name}"):
-                client.submit_job(submission_id=job_id, metadata={"name": name}, **asked)
+            with user_errors(f"Ray refuses the job {name}"):
+                client.submit_job(submission_id=job_id, metadata={"name": name}, **request)
             break
-        except UserError as error:  # a head that has just come up
+        except UserError as error:  # a head that has just started
             if "try again later" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(1)
-    while (now := info(client, job_id)) is not None and now.status == "PENDING":
+    while (now := job_info(client, job_id)) is not None and now.status == "PENDING":
         if time.monotonic() > deadline:
             return
         time.sleep(0.5)
     if now is not None and now.status == "FAILED" and now.driver_exit_code is None:
-        raise UserError(refusal(f"the job {name} could not begin", f"{now.message}"))
+        raise UserError(explain_refusal(f"the job {name} could not start", f"{now.message}"))
 
 
-def remove(client: JobSubmissionClient, job_id: str) -> None:
-    """End a job that has hardly begun, and have the cluster forget it; nothing to do where it does not know the job.
+def remove_job(client: JobSubmissionClient, job_id: str) -> None:
+    """Stop a job and delete it from the cluster; does nothing if the cluster does not know the job.
 
     Raises:
         UserError: nobody answers, or the job does not end.
     """
-    deadline, settles = time.monotonic() + ANSWER_S, 0.0
-    with told(f"removing {job_id}"):
-        while (now := info(client, job_id)) is not None or time.monotonic() < settles:
+    deadline, check_until = time.monotonic() + ANSWER_S, 0.0
+    with user_errors(f"removing {job_id}"):
+        while (now := job_info(client, job_id)) is not None or time.monotonic() < check_until:
             if now is not None and now.status.is_terminal():
                 client.delete_job(job_id)
-                settles = time.monotonic() + SETTLES_S
+                check_until = time.monotonic() + DELETED_AGAIN_S
             elif now is not None and time.monotonic() > deadline:
-                raise UserError(f"{job_id} was told to stop, and is {now.status.value} still; it goes when its environment is ready.")
+                raise UserError(f"{job_id} was told to stop and is still {now.status.value}; it ends when its environment is ready.")
             elif now is not None:
                 client.stop_job(job_id)
             time.sleep(0.5)
 
 
-def info(client: JobSubmissionClient, job_id: str) -> JobDetails | None:
-    """None: the cluster does not know the job."""
-    with told(f"asking for {job_id}"):
+def job_info(client: JobSubmissionClient, job_id: str) -> JobDetails | None:
+    """What the cluster says of a job; None: it does not know the job. Raises UserError where nobody answers."""
+    with user_errors(f"asking for {job_id}"):
         try:
             return client.get_job_info(job_id)
         except RuntimeError as error:
@@ -140,8 +149,8 @@ def info(client: JobSubmissionClient, job_id: str) -> JobDetails | None:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """The cluster's own words about what went wrong, as an error for a person."""
+def user_errors(what: str) -> Iterator[None]:
+    """Turn the errors of Ray's client into UserErrors, with what the cluster said."""
     import aiohttp
     import requests
     from ray.exceptions import AuthenticationError
@@ -149,14 +158,15 @@ def told(what: str) -> Iterator[None]:
     try:
         yield
     except (AuthenticationError, RuntimeError, ValueError, ConnectionError, requests.RequestException, aiohttp.ClientError) as error:
-        raise UserError(refusal(what, str(error))) from error
+        raise UserError(explain_refusal(what, str(error))) from error
 
 
-def refusal(what: str, words: str) -> str:
-    words = re.sub(r"\.+ Ensure that the token.*", ".", words, flags=re.DOTALL)  # a page of advice, of which the remedy is the gist
-    lines = [line.strip() for line in words.strip().splitlines() if line.strip()]
+def explain_refusal(what: str, text: str) -> str:
+    """An error message: what failed, what Ray said (shortened), and the remedy where one is known."""
+    text = re.sub(r"\.+ Ensure that the token.*", ".", text, flags=re.DOTALL)  # a page of advice, which the remedy sums up
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if len(lines) > 8:
-        lines = [*lines[:2], "...", *lines[-5:]]  # the beginning of a trace says where, its end says what
-    text = "\n  ".join(lines)
-    remedy = next((f"\n{remedy}" for pattern, remedy in REMEDIES if re.search(pattern, words, re.IGNORECASE)), "")
-    return f"{what}: {text}{remedy}"
+        lines = [*lines[:2], "...", *lines[-5:]]  # the beginning of a trace says where it failed, its end why
+    remedy = next((f"\n{remedy}" for pattern, remedy in REMEDIES if re.search(pattern, text, re.IGNORECASE)), "")
+    shown = "\n  ".join(lines)
+    return f"{what}: {shown}{remedy}"

@@ -1,11 +1,11 @@
-"""What a Ray job runs: the stages of a submission one after the other, each begun again after failures that time may mend.
+"""What a Ray job runs: the stages of a submission one after the other, each of which is retried after failures that may be temporary.
 
 OAR_RECIPE="name: ..." python -m oar_scale.launch.ray_entry --max-failures 3 --backoff-s 30 pretrain extract
 
-    0    done, the next one
-    2    a mistake that a person has to mend: the job ends
-    75   stopped with everything saved: begun again, unless it is this job that was stopped; one that came within a minute is a failure
-    else a lost node, a crash: begun again after a pause, at most so many times in a row
+    0    done: the next command
+    2    an error that the user has to fix: the job ends
+    75   stopped with everything saved: started again, unless this job was stopped; within a minute of the start it counts as a failure
+    else a lost node, a crash: started again after a pause, at most ``--max-failures`` times in a row
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from collections.abc import Sequence
 from oar_scale.launch.job_specs import JobSpec
 
 RECIPE = "OAR_RECIPE"
-"""The variable that holds the recipe's text."""
+"""The environment variable that holds the recipe's text."""
 SHORT_S = 60.0
-"""A command that is stopped sooner has not come any further: without a pause and an end it would be begun again for ever."""
-MENDED = "In the recipe: correct it and oar submit it again, finished stages are skipped. In the cluster or the data: oar resubmit."
+"""A command that is stopped sooner has made no progress: it counts as a failure, or it would be started again for ever."""
+REMEDY = "In the recipe: correct it and oar submit it again, finished stages are skipped. In the cluster or the data: oar resubmit."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages; returns the exit code of the first command that fails, else 0."""
     parser = argparse.ArgumentParser(prog="ray_entry", description="The stages of a submission, on the cluster.")
     parser.add_argument("--max-failures", type=int, required=True)
     parser.add_argument("--backoff-s", type=float, required=True)
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("stages", nargs="*", help="none: all of the recipe's")
     asked = parser.parse_args(arguments)
     stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray sends it to the command as well, which saves and ends
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray sends it to the command as well, which saves and exits
     if asked.folder:
         os.makedirs(asked.folder, exist_ok=True)
         os.chdir(asked.folder)
@@ -66,7 +67,7 @@ def _run(command: Sequence[str], max_failures: int, backoff_s: float, stopped: t
             _say(f"{name}: stopped")
             return os.EX_TEMPFAIL
         if code == 2:
-            _say(f"{name}: something to mend, see above. {MENDED}")
+            _say(f"{name}: something to fix, see above. {REMEDY}")
             return 2
         if code == os.EX_TEMPFAIL and time.monotonic() - began >= SHORT_S:
             failures = 0
@@ -77,7 +78,7 @@ def _run(command: Sequence[str], max_failures: int, backoff_s: float, stopped: t
             _say(f"{name}: failed with code {code}, {failures} times in a row")
             return code if code > 0 else 128 - code
         pause = backoff_s * 2 ** (failures - 1)
-        _say(f"{name}: failed with code {code} ({failures} in a row); again in {pause:g} s")
+        _say(f"{name}: failed with code {code} ({failures} in a row); retried in {pause:g} s")
         if stopped.wait(pause):
             return os.EX_TEMPFAIL
 

@@ -9,12 +9,13 @@ import time
 
 QUESTION = "import ray; ray.init(log_to_driver=False, configure_logging=False); print(sum(node['Alive'] for node in ray.nodes()))"
 ANSWER_S = 30.0
-"""In a process of its own: Ray ends the one that asks in vain."""
+"""Timeout of a query. It runs in a process of its own because Ray ends a process that cannot connect."""
 
 
-def main(count: int, patience_s: float) -> int:
+def main(count: int, timeout_s: float) -> int:
+    """Return 0 when ``count`` nodes are alive, 1 if that is not so after ``timeout_s`` seconds."""
     started, alive = time.monotonic(), "no answer"
-    while (left := started + patience_s - time.monotonic()) > 0:
+    while (left := started + timeout_s - time.monotonic()) > 0:
         try:
             asked = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, text=True, timeout=min(ANSWER_S, left))
             alive = asked.stdout.strip() or alive
@@ -24,7 +25,7 @@ def main(count: int, patience_s: float) -> int:
             print(f"Ray has {count} nodes after {time.monotonic() - started:.0f} s", flush=True)
             return 0
         time.sleep(1)
-    print(f"Ray at {os.environ.get('RAY_ADDRESS')}: {alive} of {count} nodes after {patience_s:.0f} s", file=sys.stderr)
+    print(f"Ray at {os.environ.get('RAY_ADDRESS')}: {alive} of {count} nodes after {timeout_s:.0f} s", file=sys.stderr)
     return 1
 
 

@@ -1,16 +1,16 @@
-"""What was submitted for a run: ``RUN/jobs.json``, and beside it a folder for each job with its script and its logs.
+"""The record of what was submitted for a run: ``RUN/jobs.json``, and beside it a folder for each job with its script and its logs.
 
 RUN/jobs.json
 RUN/jobs/recipe-1.yaml             the recipe as it was submitted, first time
 RUN/jobs/excluded                  nodes that failed their check
-RUN/jobs/holder                    the job and attempt that may work on the run
+RUN/jobs/holder                    the lease of the run: the job and attempt that may work on it
 RUN/jobs/1-pretrain/job.sbatch     what sbatch got
-                    42.log         what the job's shell said
-                    42.0/          logs of the first attempt: driver.log, ray-NODE.log; done-N where step N has ended; 42.1/ the next
+                    42.log         output of the job's shell
+                    42.0/          logs of the first attempt: driver.log, ray-NODE.log; done-N where command N has succeeded; 42.1/ the next
                     42.failures    attempts in a row that failed
-                    42.reached     how far the run had come at the last stop
-                    42.avoided     a node that failed its check, with no other to compare
-                    42.holder      instead of holder, of a task of an array
+                    42.reached     progress fingerprint of the run at the last stop
+                    42.avoided     a node that failed its check when there was no other node to compare
+                    42.holder      instead of holder, the lease of a task of an array
                     42.outcome     how it ended
 """
 
@@ -41,7 +41,11 @@ class Job:
     """The id of the job that it waits for."""
 
     def outcomes(self, run_dir: str) -> list[str]:
-        """How it ended, by its own word; of each task of an array. Empty for a task that left no word."""
+        """The recorded outcome of the job, or of each task of an array; empty for a task that recorded none.
+
+        Args:
+            run_dir: the run's folder.
+        """
         folder = os.path.join(run_dir, self.folder)
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         tasks = dict.fromkeys(name.split(".")[0] for name in names if name.split(".")[0].split("_")[0] == self.id)
@@ -50,21 +54,21 @@ class Job:
 
 @dataclass
 class Submission:
-    """What one ``oar submit`` made."""
+    """What one ``oar submit`` has submitted."""
 
     number: int
     time: float
     kind: str
     cluster: str
-    """The profile's file."""
+    """Path of the cluster profile."""
     overrides: list[str]
     recipe: str
-    """The snapshot, relative to the run's folder."""
+    """Copy of the recipe, relative to the run's folder."""
     stages: list[str] | None
     where: str
-    """The scheduler's own address: SLURM_CONF, or the URL of a Ray cluster."""
+    """Address of the scheduler: SLURM_CONF, or the URL of a Ray cluster."""
     folder: str
-    """Where relative paths of the recipe start."""
+    """The folder to which relative paths of the recipe refer."""
     jobs: list[Job] = field(default_factory=list)
 
 
@@ -76,7 +80,7 @@ def _content(path: str) -> str:
 
 
 def read_submissions(run_dir: str) -> list[Submission]:
-    """All submissions of a run, oldest first; empty where there are none."""
+    """All submissions of a run, oldest first; empty where there are none. Raises UserError where ``jobs.json`` is damaged."""
     path = os.path.join(run_dir, "jobs.json")
     if not os.path.exists(path):
         return []
@@ -84,11 +88,12 @@ def read_submissions(run_dir: str) -> list[Submission]:
         try:
             stored = json.load(file)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}: is damaged ({error}). Move it away; jobs that run go on, but are no longer known here.") from error
+            raise UserError(f"{path}: is damaged ({error}). Move it away; its jobs keep running, but are no longer known here.") from error
     return [Submission(**{**each, "jobs": [Job(**job) for job in each["jobs"]]}) for each in stored]
 
 
 def write_submissions(run_dir: str, submissions: list[Submission]) -> None:
+    """Replace the record of a run's submissions, atomically."""
     path = os.path.join(run_dir, "jobs.json")
     with open(f"{path}.new", "w", encoding="utf-8") as file:
         json.dump([asdict(each) for each in submissions], file, indent=1)
@@ -98,32 +103,36 @@ def write_submissions(run_dir: str, submissions: list[Submission]) -> None:
 
 @contextmanager
 def locked(run_dir: str) -> Iterator[None]:
-    """One submission of a run at a time. Where it raises, the folders that were made for it go again, unless something else is in them."""
+    """Hold the lock of a run's submissions. If the block raises, folders that were made for it are removed, unless something is in them.
+
+    Raises:
+        UserError: another ``oar submit`` of this run holds the lock.
+    """
     jobs = os.path.join(run_dir, "jobs")
-    lock, absent = os.path.join(jobs, ".lock"), _absent(jobs)
-    with _held(lock, run_dir):
+    lock, absent = os.path.join(jobs, ".lock"), _missing_folders(jobs)
+    with _locked_file(lock, run_dir):
         try:
             yield
         except BaseException:  # Ctrl-C as well
             if absent:
                 os.unlink(lock)
-            with suppress(OSError):  # other runs may have begun beside this one
+            with suppress(OSError):  # other runs may have started beside this one
                 for folder in absent:
                     os.rmdir(folder)
             raise
 
 
-def _absent(folder: str) -> list[str]:
-    """A folder and those above it, as far as they are still to be made; the innermost first."""
-    found = []
+def _missing_folders(folder: str) -> list[str]:
+    """The folder and those above it that do not exist; the innermost first."""
+    missing = []
     while not os.path.exists(folder):
-        found.append(folder)
+        missing.append(folder)
         folder = os.path.dirname(folder)
-    return found
+    return missing
 
 
-def _held(path: str, run_dir: str) -> IO[str]:
-    """The lock's file, open and locked. A submission that was refused may take file and folder away between two looks."""
+def _locked_file(path: str, run_dir: str) -> IO[str]:
+    """The lock's file, open and locked. Retries, since a refused submission may remove file and folder between two steps."""
     for tries_left in reversed(range(10)):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -140,11 +149,11 @@ def _held(path: str, run_dir: str) -> IO[str]:
         if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             return file
         file.close()
-    raise UserError(f"{run_dir}: another oar submit works on this run right now. Wait for it, then look: oar jobs {run_dir}")
+    raise UserError(f"{run_dir}: another oar submit works on this run right now. Wait for it, then check: oar jobs {run_dir}")
 
 
 def last_submission(run_dir: str) -> Submission:
-    """Raises ``UserError`` where nothing was submitted."""
+    """The newest submission of a run. Raises UserError where nothing was submitted."""
     submissions = read_submissions(run_dir)
     if not submissions:
         raise UserError(

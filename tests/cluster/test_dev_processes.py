@@ -14,7 +14,7 @@ from cluster.dev import processes
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_port_that_somebody_has_on_another_loopback_address_is_taken() -> None:
+def test_a_port_used_on_another_loopback_address_is_taken() -> None:
     with socket.create_server(("127.0.0.3", 0)) as other:
         port = other.getsockname()[1]
         assert processes.taken([port]) == [port]
@@ -36,7 +36,7 @@ def test_a_port_that_was_given_out_is_given_to_nobody_else() -> None:
     assert f"no free ports from {port} to {port}" in other.stderr
 
 
-def test_a_process_is_known_again_by_its_start_and_gone_when_it_ended() -> None:
+def test_a_process_is_identified_by_its_start_time() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     created = processes.born(process.pid)
     found = processes.find(process.pid, created)
@@ -46,7 +46,7 @@ def test_a_process_is_known_again_by_its_start_and_gone_when_it_ended() -> None:
     assert processes.find(process.pid, created) is None
 
 
-def test_the_end_of_a_log_is_told_and_a_missing_one_too(tmp_path: object) -> None:
+def test_the_end_of_a_log_or_that_it_is_missing_is_returned(tmp_path: object) -> None:
     log = f"{tmp_path}/log"
     with open(log, "w") as file:
         file.writelines(f"line {i}\n" for i in range(30))

@@ -16,7 +16,7 @@ from cluster.dev import ray as dev_ray
 SCRIPT = str(Path(dev_ray.__file__))
 
 
-def test_up_is_idempotent_a_lost_node_is_replaced_and_down_leaves_nothing(tmp_path: Path) -> None:
+def test_ray_comes_up_once_replaces_a_node_and_leaves_nothing(tmp_path: Path) -> None:
     folder, port = str(tmp_path), dev_ray.free_port()
     try:
         cluster = dev_ray.up(folder, nodes=2, cpus=1, port=port, dashboard=False)

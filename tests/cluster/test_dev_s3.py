@@ -16,7 +16,7 @@ from oar_scale.storage import open_storage
 SCRIPT = str(Path(s3.__file__))
 
 
-def test_up_is_idempotent_and_what_was_stored_survives_kill_and_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_comes_up_once_and_keeps_its_objects_when_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, port = str(tmp_path), s3.free_port()
     server = s3.up(folder, port)
     try:

@@ -19,7 +19,7 @@ def wait_until_idle(cluster: slurm.Cluster) -> None:
     processes.until(lambda: slurm._idle(cluster) == 2, 60, "the nodes do not get idle")
 
 
-def test_up_is_idempotent_a_lost_node_comes_back_and_down_ends_all(tmp_path: Path) -> None:
+def test_slurm_comes_up_once_regains_a_node_and_ends_whole(tmp_path: Path) -> None:
     folder, port = str(tmp_path), slurm.free_port()
     cluster = slurm.up(folder, port=port)
     try:
@@ -54,7 +54,8 @@ def test_down_takes_running_jobs_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(hosts.missing() is not None, reason=str(hosts.missing()))
-def test_hosts_have_names_networks_and_processes_of_their_own_and_reach_each_other(tmp_path: Path) -> None:
+def test_hosts_have_own_names_networks_and_processes(tmp_path: Path) -> None:
+    """They reach each other and nothing outside, and leave nothing behind."""
     networks = subprocess.run(["ip", "-brief", "link"], capture_output=True, text=True, check=True).stdout
     arguments = [sys.executable, SCRIPT, "--dir", str(tmp_path)]
     subprocess.run([*arguments, "up", "--hosts"], check=True, capture_output=True)

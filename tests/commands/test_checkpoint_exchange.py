@@ -18,7 +18,8 @@ from torch import Tensor
 
 import oar_scale
 from oar_scale.cli import main
-from oar_scale.commands.checkpoint_exchange import ImportOptions, run_export, run_import
+from oar_scale.commands.checkpoint_export import export_checkpoint
+from oar_scale.commands.checkpoint_import import ImportOptions, import_checkpoint
 from oar_scale.errors import UserError
 from oar_scale.model import load_model, model_id
 from oar_scale.model.spec import ClassSpec
@@ -70,10 +71,10 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 def randar(tmp_path: Path) -> Path:
     """A folder with RandAR's parity case and a small tokenizer that fits it."""
     folder = tmp_path / "randar"
-    run_import(
+    import_checkpoint(
         "randar", save_as(tmp_path / "randar.safetensors", peer_case("randar_c2i").tensors), str(folder), ImportOptions(heads=4, grid=4)
     )
-    run_import("llamagen-vq", save_as(tmp_path / "small_vq.pt", small_vq("llamagen-vq")), str(folder), ImportOptions())
+    import_checkpoint("llamagen-vq", save_as(tmp_path / "small_vq.pt", small_vq("llamagen-vq")), str(folder), ImportOptions())
     return folder
 
 
@@ -109,9 +110,9 @@ def test_a_peers_tokenizer_comes_back_bit_for_bit(tmp_path: Path, kind: str, end
 def test_full_size_tokenizers_come_back_bit_for_bit(tmp_path: Path, name: str, kind: str) -> None:
     tensors = peer_case(name).tensors
     file, ours, back = save_as(tmp_path / "peer.pt", tensors), str(tmp_path / "vq.safetensors"), tmp_path / "back.safetensors"
-    run_import(kind, file, ours, ImportOptions())
+    import_checkpoint(kind, file, ours, ImportOptions())
     assert load_vq(ours).spec.grid == 16
-    run_export(ours, str(back), kind)
+    export_checkpoint(ours, str(back), kind)
     assert_same_bits(read_back(back), tensors)
 
 
@@ -122,7 +123,7 @@ def test_a_model_and_a_tokenizer_become_a_folder_that_draws(randar: Path, tmp_pa
     assert config["vq"]["spec"]["image_size"] == 16, "what the model draws, not the 256 px of the published tokenizer"
     images = oar_scale.load(str(randar)).sample([3, 7])
     assert [image.size for image in images] == [(16, 16)] * 2
-    run_export(str(randar), str(tmp_path / "vq.pt"), "llamagen-vq")
+    export_checkpoint(str(randar), str(tmp_path / "vq.pt"), "llamagen-vq")
     assert_same_bits(read_back(tmp_path / "vq.pt"), small_vq("llamagen-vq"))
 
 
@@ -142,14 +143,14 @@ def test_a_raster_checkpoint_becomes_one_that_draws_in_any_order(tmp_path: Path)
     assert sorted(drawn.order_BN[0].tolist()) == list(range(16)) and drawn.order_BN[0].tolist() != list(range(16))
 
 
-def test_the_grid_and_rows_that_llamagen_stored_are_used_and_not_contradicted(tmp_path: Path) -> None:
+def test_stored_grid_and_rows_of_llamagen_are_not_contradicted(tmp_path: Path) -> None:
     stored = argparse.Namespace(image_size=64, downsample_size=16, cls_token_num=6)
     file = save_as(tmp_path / "peer.pt", peer_case("llamagen_t2i").tensors, args=stored, optimizer={"state": {0: torch.ones(2)}})
-    run_import("llamagen-t2i", file, str(tmp_path / "ours.safetensors"), ImportOptions(heads=4))
+    import_checkpoint("llamagen-t2i", file, str(tmp_path / "ours.safetensors"), ImportOptions(heads=4))
     spec = load_model(str(tmp_path / "ours.safetensors")).spec
     assert spec.grid == 4 and spec.condition.rows == 6
     with pytest.raises(UserError, match=r"peer\.pt: was trained on 64 px images, which are 4 x 4 codes; --grid 16 contradicts"):
-        run_import("llamagen-t2i", file, str(tmp_path / "other"), ImportOptions(heads=4, grid=16))
+        import_checkpoint("llamagen-t2i", file, str(tmp_path / "other"), ImportOptions(heads=4, grid=16))
 
 
 @pytest.mark.parametrize(
@@ -176,17 +177,17 @@ def test_what_cannot_be_imported_is_refused_and_leaves_nothing(
 
 def test_a_tokenizer_that_does_not_fit_its_model_is_refused(randar: Path, tmp_path: Path) -> None:
     folder = tmp_path / "alone"
-    run_import("randar", str(tmp_path / "randar.safetensors"), str(folder), ImportOptions(heads=4, grid=4))
+    import_checkpoint("randar", str(tmp_path / "randar.safetensors"), str(folder), ImportOptions(heads=4, grid=4))
     other = save_as(tmp_path / "other.pt", small_vq("maskgit-vq", codebook_size=50))
     with pytest.raises(UserError, match=r"other\.pt for .*50 codes, the model a vocabulary of 96"):
-        run_import("maskgit-vq", other, str(folder), ImportOptions())
+        import_checkpoint("maskgit-vq", other, str(folder), ImportOptions())
     with pytest.raises(UserError, match=r"8 x 8 codes of 32 px, the model draws 4 x 4.*--image-size 16"):
-        run_import("llamagen-vq", str(tmp_path / "small_vq.pt"), str(folder), ImportOptions(image_size=32))
+        import_checkpoint("llamagen-vq", str(tmp_path / "small_vq.pt"), str(folder), ImportOptions(image_size=32))
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
     with pytest.raises(UserError, match="has an image tokenizer already"):
-        run_import("llamagen-vq", str(tmp_path / "small_vq.pt"), str(randar), ImportOptions())
+        import_checkpoint("llamagen-vq", str(tmp_path / "small_vq.pt"), str(randar), ImportOptions())
     with pytest.raises(UserError, match=r"nowhere: no model was imported here"):
-        run_import("llamagen-vq", str(tmp_path / "small_vq.pt"), str(tmp_path / "nowhere"), ImportOptions())
+        import_checkpoint("llamagen-vq", str(tmp_path / "small_vq.pt"), str(tmp_path / "nowhere"), ImportOptions())
 
 
 @pytest.mark.parametrize("target", ["folder", "file.safetensors", "file.pt"])
@@ -197,9 +198,9 @@ def test_nothing_is_overwritten(randar: Path, tmp_path: Path, target: str) -> No
         (out / "mine.txt").write_text("mine")
     else:
         out.write_text("mine")
-    attempts: list[Any] = [lambda: run_export(str(randar), str(out), "folder" if target == "folder" else "randar")]
+    attempts: list[Any] = [lambda: export_checkpoint(str(randar), str(out), "folder" if target == "folder" else "randar")]
     if target != "file.pt":
-        attempts.append(lambda: run_import("randar", str(tmp_path / "randar.safetensors"), str(out), ImportOptions(heads=4)))
+        attempts.append(lambda: import_checkpoint("randar", str(tmp_path / "randar.safetensors"), str(out), ImportOptions(heads=4)))
     for attempt in attempts:
         with pytest.raises(UserError, match=r"there is (something here|a file of this name).*choose another"):
             attempt()
@@ -210,7 +211,7 @@ def test_nothing_is_overwritten(randar: Path, tmp_path: Path, target: str) -> No
 def test_an_export_that_fails_half_way_leaves_nothing(randar: Path, tmp_path: Path) -> None:
     (randar / "vq.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"vq\.safetensors: not a readable"):
-        run_export(str(randar), str(tmp_path / "out"))
+        export_checkpoint(str(randar), str(tmp_path / "out"))
     assert not [name for name in os.listdir(tmp_path) if "out" in name]
 
 
@@ -220,7 +221,7 @@ def test_an_export_that_fails_half_way_leaves_nothing(randar: Path, tmp_path: Pa
 )
 def test_the_wrong_peers_format_is_refused(randar: Path, tmp_path: Path, form: str, fault: str) -> None:
     with pytest.raises(UserError, match=fault):
-        run_export(str(randar), str(tmp_path / "out.pt"), form)
+        export_checkpoint(str(randar), str(tmp_path / "out.pt"), form)
     assert not (tmp_path / "out.pt").exists()
 
 
@@ -235,12 +236,12 @@ def test_a_source_that_is_nothing_of_the_kind_is_explained(randar: Path, tmp_pat
 
 def test_a_folder_goes_to_s3_and_is_loaded_from_there(randar: Path, s3_root: str) -> None:
     out = f"{s3_root}/exported"
-    run_export(str(randar), out)
+    export_checkpoint(str(randar), out)
     assert [uri.rsplit("/", 1)[1] for uri in open_storage(out).list(out)] == ["config.json", "model.safetensors", "vq.safetensors"]
     here, there = (oar_scale.load(place).sample([5])[0] for place in (str(randar), out))
     assert here.tobytes() == there.tobytes()
     with pytest.raises(UserError, match="there is something here already"):
-        run_export(str(randar), out)
+        export_checkpoint(str(randar), out)
 
 
 # -- runs and training checkpoints --------------------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ def checkpoint_of(run: Run) -> str:
     return join(pretraining(run).checkpoints, "step-00000003")
 
 
-def test_shards_of_two_workers_become_the_model_that_training_exported(trained: Run, tmp_path: Path) -> None:
+def test_shards_of_two_workers_are_the_model_training_exported(trained: Run, tmp_path: Path) -> None:
     out = str(tmp_path / "exported")
     assert main(["checkpoint", "export", checkpoint_of(trained), "--out", out]) == 0
     found, expected = load_model(join(out, "model.safetensors")), load_model(trained.model_uri("any_order"))
@@ -287,21 +288,21 @@ def test_shards_of_two_workers_become_the_model_that_training_exported(trained: 
 
 def test_a_run_and_its_export_draw_the_same(trained: Run, tmp_path: Path) -> None:
     out = str(tmp_path / "exported")
-    run_export(trained.local(), out, name="any_order")
+    export_checkpoint(trained.local(), out, name="any_order")
     assert model_id(join(out, "model.safetensors")) == model_id(trained.model_uri("any_order"))
     here, there = (
         oar_scale.load(path, model).sample(["a red apple"], seed=4)[0] for path, model in [(trained.local(), "any_order"), (out, None)]
     )
     assert here.tobytes() == there.tobytes()
     with pytest.raises(UserError, match=r"has no model 'ordered'\. It has: base, any_order"):
-        run_export(trained.local(), str(tmp_path / "other"))
+        export_checkpoint(trained.local(), str(tmp_path / "other"))
 
 
-def test_a_checkpoint_without_its_run_is_exported_as_a_model_alone(trained: Run, s3_root: str, tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_run_is_exported_alone(trained: Run, s3_root: str, tmp_path: Path) -> None:
     uri = f"{s3_root}/{trained.recipe.parallel.precision}/step-00000003"
     for path in open_storage(checkpoint_of(trained)).list(checkpoint_of(trained)):
         open_storage(uri).upload(path, join(uri, os.path.relpath(path, checkpoint_of(trained))))
-    run_export(uri, str(tmp_path / "exported"))
+    export_checkpoint(uri, str(tmp_path / "exported"))
     assert sorted(os.listdir(tmp_path / "exported")) == ["config.json", "model.safetensors"]
     found = load_model(str(tmp_path / "exported" / "model.safetensors"))
     assert found.spec == load_model(trained.model_uri("any_order")).spec
@@ -318,23 +319,23 @@ def test_a_damaged_or_uncommitted_checkpoint_is_never_opened(trained: Run, tmp_p
         try:
             path.write_bytes(damaged)
             with pytest.raises(UserError, match=fault):
-                run_export(str(checkpoint), str(tmp_path / "out"))
+                export_checkpoint(str(checkpoint), str(tmp_path / "out"))
         finally:
             path.write_bytes(whole)
     try:
         marker.rename(tmp_path / "marker")
         with pytest.raises(UserError, match="is not committed"):
-            run_export(str(checkpoint), str(tmp_path / "out"))
+            export_checkpoint(str(checkpoint), str(tmp_path / "out"))
     finally:
         (tmp_path / "marker").rename(marker)
     with pytest.raises(UserError, match=r"holds the checkpoints of a training.*step-00000003"):
-        run_export(str(checkpoint.parent), str(tmp_path / "out"))
+        export_checkpoint(str(checkpoint.parent), str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"keeps no moving average.*Leave --ema out"):
-        run_export(str(checkpoint), str(tmp_path / "out"), average=True)
+        export_checkpoint(str(checkpoint), str(tmp_path / "out"), average=True)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_model_trained_here_does_not_pretend_to_be_a_peers(trained: Run, tmp_path: Path) -> None:
     assert not isinstance(load_model(trained.model_uri("any_order")).spec.condition, ClassSpec)
     with pytest.raises(UserError, match=r"randar models have layout instructed and condition class; this one has .* condition text"):
-        run_export(trained.model_uri("any_order"), str(tmp_path / "out.safetensors"), "randar")
+        export_checkpoint(trained.model_uri("any_order"), str(tmp_path / "out.safetensors"), "randar")

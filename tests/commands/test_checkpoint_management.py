@@ -16,11 +16,11 @@ from small_run import prepare_small_run, pretraining
 from small_training import note, noted, tiny_recipe, training, with_stage
 
 from oar_scale.cli import main
-from oar_scale.commands.checkpoint_content import run_convert
-from oar_scale.commands.checkpoint_exchange import run_export
-from oar_scale.commands.checkpoint_management import run_list, run_verify
+from oar_scale.commands.checkpoint_content import convert_checkpoint
+from oar_scale.commands.checkpoint_export import export_checkpoint
+from oar_scale.commands.checkpoint_management import list_checkpoints, verify_checkpoints
 from oar_scale.distributed.checkpoints import Saver, restore
-from oar_scale.distributed.checkpoints.layout import new_save, read
+from oar_scale.distributed.checkpoints.layout import new_save, read_checkpoint
 from oar_scale.distributed.checkpoints.shard_tensors import WEIGHTS, read_shards
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model
@@ -86,9 +86,9 @@ def test_the_list_shows_steps_workers_bytes_age_and_likelihood(run: Run, copy: P
     assert re.fullmatch(r"pretrain +2 +yes +2 +2 +[\d,]+ +\d+ (s|min) +4\.5000", rows[0])
     assert re.fullmatch(r"pretrain +6 +yes +2 +0 +[\d,]+ +\d+ (s|min) +3\.5000", rows[2])
     assert re.fullmatch(r"pretrain +8 +no +2 h", rows[3])
-    assert run_list(run.local()).count("yes") == 3, "a run's folder is as good a name"
+    assert list_checkpoints(run.local()).count("yes") == 3, "a run's folder is as good a name"
     with pytest.raises(UserError, match="no checkpoints here"):
-        run_list(run.at("tokens"))
+        list_checkpoints(run.at("tokens"))
 
 
 def test_every_byte_is_verified_and_what_is_wrong_is_named(copy: Path, s3_root: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +106,7 @@ def test_every_byte_is_verified_and_what_is_wrong_is_named(copy: Path, s3_root: 
     for place in (str(copy), prefix):
         assert main(["checkpoint", "verify", place]) == 1
         assert re.search(rf"step-00000004: {victim.name} is damaged \(\d+ bytes, crc32c", capsys.readouterr().out)
-    assert [fault for _, fault in run_verify(str(copy / "pretrain" / "step-00000006"))] == [None]
+    assert [fault for _, fault in verify_checkpoints(str(copy / "pretrain" / "step-00000006"))] == [None]
 
 
 def test_a_prune_says_what_it_would_do_and_keeps_the_newest(run: Run, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,11 +139,11 @@ def test_a_difference_is_shown_for_every_parameter_and_moment(run: Run, capsys: 
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_deepspeeds_universal_format_has_the_same_values_and_the_average_beside_them(run: Run, tmp_path: Path, step: int) -> None:
+def test_universal_format_has_the_same_values_and_the_average(run: Run, tmp_path: Path, step: int) -> None:
     out = tmp_path / "universal"
     assert main(["checkpoint", "convert", checkpoint(run, step), "--out", str(out)]) == 0
     assert (out / "latest_universal").read_text() == "universal"
-    found = read(checkpoint(run, step))
+    found = read_checkpoint(checkpoint(run, step))
     shards = read_shards(found.folder, found.files)
     for name in shards.shapes:
         for kind, file in ((WEIGHTS, "fp32"), ("exp_avg", "exp_avg"), ("ema", "ema")):
@@ -151,18 +151,18 @@ def test_deepspeeds_universal_format_has_the_same_values_and_the_average_beside_
             stored = stored["param"] if isinstance(stored, dict) else stored
             assert torch.equal(stored.view(shards.shapes[name]), shards.whole(name, kind)), (name, kind)
     with pytest.raises(UserError, match="there is something here already"):
-        run_convert(checkpoint(run, step), str(out))
+        convert_checkpoint(checkpoint(run, step), str(out))
 
 
 def test_zero_0_has_no_universal_format(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="DeepSpeed converts none of ZeRO 0"):
-        run_convert(checkpoint(run, 6), str(tmp_path / "out"))
+        convert_checkpoint(checkpoint(run, 6), str(tmp_path / "out"))
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])
-def test_weights_or_their_average_are_exported_whatever_stage_wrote_them(run: Run, tmp_path: Path, step: int) -> None:
-    found = read(checkpoint(run, step))
+def test_weights_or_average_are_exported_from_any_zero_stage(run: Run, tmp_path: Path, step: int) -> None:
+    found = read_checkpoint(checkpoint(run, step))
     shards = read_shards(found.folder, found.files)
     base = load_model(run.model_uri("base")).get_parameter(UNTRAINED)
     for flags, kind in (([], WEIGHTS), (["--ema"], "ema")):
@@ -173,4 +173,4 @@ def test_weights_or_their_average_are_exported_whatever_stage_wrote_them(run: Ru
             expected = base if name == UNTRAINED else shards.whole(f"model.{name}", kind)
             assert torch.equal(tensor, expected), name
     with pytest.raises(UserError, match="--ema is for a training checkpoint"):
-        run_export(str(tmp_path / "weights"), str(tmp_path / "again"), average=True)
+        export_checkpoint(str(tmp_path / "weights"), str(tmp_path / "again"), average=True)

@@ -21,7 +21,7 @@ from small_run import prepare_small_run, pretraining
 from small_training import Trainer, note, noted, rooted, tiny_recipe, training, with_stage
 
 from oar_scale.distributed.checkpoints import Saver, committed_steps, restore
-from oar_scale.distributed.checkpoints.layout import places
+from oar_scale.distributed.checkpoints.layout import checkpoint_locations
 from oar_scale.errors import UserError
 from oar_scale.storage import join, open_storage
 from oar_scale.training.job import TrainingJob
@@ -63,15 +63,16 @@ def save_on_bad_disks(job: TrainingJob, out: str) -> None:
         note(out, "disks", {"outcomes": found, "loss": train.losses(4, 6)})
 
 
-def test_a_full_or_unwritable_disk_of_one_rank_costs_that_checkpoint_and_nothing_else(job: TrainingJob, tmp_path: Path) -> None:
+def test_a_full_disk_of_one_rank_costs_only_that_checkpoint(job: TrainingJob, tmp_path: Path) -> None:
+    """So does a disk that cannot be written."""
     here = replace(job, root=rooted(job, "disks"), local=str(tmp_path / "local"))
     run_workers(save_on_bad_disks, 2, here, str(tmp_path))
     faults = {outcome["step"]: outcome["fault"] for outcome in noted(str(tmp_path), "disks")["outcomes"]}
     assert faults[1] is None and faults[4] is None
     assert re.search(r"optim_states\.pt: File too large", faults[2]), faults[2]
     assert re.search(r"/dev/null/scratch.*: Not a directory", faults[3]), faults[3]
-    found = places(here.checkpoints)
-    assert [(place.step, len(place.saves)) for place in found] == [(1, 1), (4, 1)], "left-overs of the saves that failed"
+    found = checkpoint_locations(here.checkpoints)
+    assert [(location.step, len(location.saves)) for location in found] == [(1, 1), (4, 1)], "left-overs of the saves that failed"
     assert sorted(os.listdir(here.checkpoints)) == ["step-00000001", "step-00000004"]
     assert os.listdir(here.scratch) == []
 
@@ -122,9 +123,8 @@ def restore_on_two_hosts(train: Trainer, there: TrainingJob, expected: dict[str,
     note(out, "hosts", {"converted": restored.converted, "same": train.digest() == expected, "left": os.listdir(apart.scratch)})
 
 
-def test_an_s3_that_is_down_costs_one_checkpoint_and_the_next_one_waits_for_it(
-    job: TrainingJob, tmp_path: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_s3_that_is_down_costs_one_checkpoint(job: TrainingJob, tmp_path: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next save waits for it."""
     root = f"{s3_root}/down"
     monkeypatch.setenv("CHECKPOINT_ROOT", root)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
@@ -200,7 +200,7 @@ def go_on_after_deaths(job: TrainingJob, out: str) -> None:
             note(out, point, {"step": restored.step, "rejected": restored.rejected, "outcomes": outcomes})
 
 
-def test_a_rank_killed_anywhere_in_a_save_leaves_the_checkpoint_before_or_the_new_one(job: TrainingJob, tmp_path: Path) -> None:
+def test_a_rank_killed_in_a_save_leaves_the_old_or_new_whole(job: TrainingJob, tmp_path: Path) -> None:
     here = replace(job, local=str(tmp_path / "local"))
     for point in POINTS:
         workers = start_workers(save_and_die, 2, replace(here, root=rooted(job, f"killed-{point}")), point)
@@ -295,7 +295,8 @@ def test_going_back_to_a_step_undoes_the_later_ones(whole: tuple[TrainingJob, st
     assert committed_steps(here.checkpoints) == [1, 2]
 
 
-def test_what_is_damaged_is_passed_over_by_name_and_what_is_uncommitted_in_silence(whole: tuple[TrainingJob, str], tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_rejected_by_name(whole: tuple[TrainingJob, str], tmp_path: Path) -> None:
+    """What is not committed is skipped without a word."""
     here, _ = whole
     for number, (damage, _) in enumerate(DAMAGE.values()):
         shutil.copytree(here.root, tmp_path / str(number), symlinks=True)

@@ -12,14 +12,14 @@ from crc32c import crc32c
 
 from oar_scale.distributed.checkpoints.fetch import check, local_checkpoint
 from oar_scale.distributed.checkpoints.layout import (
-    Damaged,
-    begun,
+    DamagedCheckpoint,
+    checkpoint_locations,
     commit,
     committed_steps,
     delete,
     new_save,
-    places,
-    read,
+    read_checkpoint,
+    save_started,
     step_uri,
 )
 from oar_scale.distributed.checkpoints.retention import Keep, Retention, prune
@@ -54,22 +54,22 @@ def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def kept(checkpoints: str, keep: Keep, now: float | None = None) -> list[int]:
-    prune(places(checkpoints), Retention(keep), now or time.time())
+    prune(checkpoint_locations(checkpoints), Retention(keep), now or time.time())
     return committed_steps(checkpoints)
 
 
 def test_the_name_of_an_attempt_tells_when_it_began() -> None:
-    assert begun(new_save(1_800_000_000)) == 1_800_000_000
+    assert save_started(new_save(1_800_000_000)) == 1_800_000_000
     assert new_save() != new_save()
 
 
 def test_a_step_done_again_replaces_the_checkpoint_in_one_piece(checkpoints: str) -> None:
     first, second = (write(checkpoints, 5, data=data) for data in (b"one", b"another"))
-    found = read(step_uri(checkpoints, 5))
+    found = read_checkpoint(step_uri(checkpoints, 5))
     assert found.save == second != first and found.bytes == len(b"another")
     check(found, "mp_rank_00_model_states.pt")
     assert kept(checkpoints, Keep(1), time.time() + 2 * HOUR) == [5]
-    assert places(checkpoints)[0].saves == {second}, "the replaced attempt was left over"
+    assert checkpoint_locations(checkpoints)[0].saves == {second}, "the replaced attempt was left over"
 
 
 def test_an_attempt_whose_files_were_removed_is_not_committed(checkpoints: str) -> None:
@@ -77,7 +77,7 @@ def test_an_attempt_whose_files_were_removed_is_not_committed(checkpoints: str) 
     uri = step_uri(checkpoints, 5)
     delete(uri, [f"{save}/mp_rank_00_model_states.pt"])
     manifest = {"step": 5, "files": {"mp_rank_00_model_states.pt": {"bytes": 5, "crc32c": crc32c(b"shard"), "rank": 0}}}
-    with pytest.raises(Damaged, match=r"mp_rank_00_model_states\.pt was removed by someone else"):
+    with pytest.raises(DamagedCheckpoint, match=r"mp_rank_00_model_states\.pt was removed by someone else"):
         commit(uri, save, manifest)
     assert committed_steps(checkpoints) == []
 
@@ -88,7 +88,7 @@ def test_the_newest_every_mth_and_the_best_are_kept(checkpoints: str) -> None:
     assert kept(checkpoints, Keep(newest=2, every=30, best=2)) == [20, 30, 40, 50, 60]
     assert kept(checkpoints, Keep(newest=2, best=1)) == [20, 50, 60]
     assert kept(checkpoints, Keep(newest=1)) == [60]
-    assert [place.step for place in places(checkpoints)] == [60], "files of removed checkpoints are still there"
+    assert [location.step for location in checkpoint_locations(checkpoints)] == [60], "files of removed checkpoints are still there"
 
 
 def test_the_newest_committed_one_is_never_removed(tmp_path: Path) -> None:
@@ -98,12 +98,14 @@ def test_the_newest_committed_one_is_never_removed(tmp_path: Path) -> None:
     assert kept(checkpoints, Keep(newest=0)) == [10]
 
 
-def test_what_an_interrupted_save_left_is_removed_after_an_hour_and_not_before(tmp_path: Path) -> None:
+def test_leftovers_of_a_save_are_removed_after_an_hour(tmp_path: Path) -> None:
     checkpoints = str(tmp_path)
     write(checkpoints, 10, ago_s=3 * HOUR)
     dead, alive = write(checkpoints, 10, marked=False, ago_s=2 * HOUR), write(checkpoints, 20, marked=False, ago_s=0.5 * HOUR)
     kept(checkpoints, Keep(1))
-    assert {save for place in places(checkpoints) for save in place.saves} >= {alive} and not (tmp_path / "step-00000010" / dead).exists()
+    assert {save for location in checkpoint_locations(checkpoints) for save in location.saves} >= {alive} and not (
+        tmp_path / "step-00000010" / dead
+    ).exists()
     assert kept(checkpoints, Keep(1), time.time() + HOUR) == [10]
     assert os.listdir(tmp_path) == ["step-00000010"]
 
@@ -133,13 +135,13 @@ def test_a_file_that_grew_or_shrank_or_changed_is_named(checkpoints: str) -> Non
         save = write(checkpoints, 5)
         uri = step_uri(checkpoints, 5)
         open_storage(uri).write(join(uri, save, name), data)
-        with pytest.raises(Damaged, match=rf"{name} is damaged .*{fault}.*the manifest says 5 bytes"):
-            check(read(uri), name)
+        with pytest.raises(DamagedCheckpoint, match=rf"{name} is damaged .*{fault}.*the manifest says 5 bytes"):
+            check(read_checkpoint(uri), name)
         with pytest.raises(UserError, match=rf"step-00000005: {name} is damaged"), local_checkpoint(uri):
             pass
 
 
-def test_a_folder_of_a_dead_process_is_cleared_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+def test_scratch_of_a_dead_process_is_removed_a_living_ones_not(tmp_path: Path) -> None:
     parent = str(tmp_path / "scratch")
     mine = Scratch(parent, "mine")
     if (child := os.fork()) == 0:

@@ -109,7 +109,8 @@ def test_the_losses_after_a_restart_are_the_same_bit_for_bit(restored: str, prec
 
 
 @pytest.mark.parametrize(("precision", "source", "target"), [pair for pair in PAIRS if pair[1] != pair[2]])
-def test_another_zero_stage_goes_on_with_the_same_weights_and_losses(restored: str, precision: str, source: int, target: int) -> None:
+def test_another_zero_stage_resumes_with_the_same_losses(restored: str, precision: str, source: int, target: int) -> None:
+    """And with the same weights and moments."""
     before, after = noted(restored, f"{precision}-{source}"), noted(restored, f"{precision}-{source}-to-{target}")
     assert after["digest"] == before["digest"] and after["digest"]["steps"] == 3
     assert after["next"] == pytest.approx(before["next"], abs=1e-5 if precision == "fp32" else 2e-2)
@@ -117,7 +118,8 @@ def test_another_zero_stage_goes_on_with_the_same_weights_and_losses(restored: s
 
 
 @pytest.mark.parametrize("first", STAGES["fp32"])
-def test_other_numbers_of_workers_go_on_with_the_same_weights_and_losses(turned: str, first: int) -> None:
+def test_other_numbers_of_workers_resume_with_the_same_losses(turned: str, first: int) -> None:
+    """And with the same weights and moments."""
     before = noted(turned, f"fp32-{first}")
     for turn, (world, workers_before) in enumerate(zip([world for world, _ in TURNS], [2, 3, 1], strict=True)):
         at_start, after = noted(turned, f"turn-{first}-{world}"), noted(turned, f"turned-{first}-{world}")
@@ -128,7 +130,8 @@ def test_other_numbers_of_workers_go_on_with_the_same_weights_and_losses(turned:
 
 
 @pytest.mark.parametrize("precision", STAGES)
-def test_a_checkpoint_holds_little_besides_weights_two_moments_and_their_average(saved: str, precision: str) -> None:
+def test_a_checkpoint_holds_little_beside_weights_and_moments(saved: str, precision: str) -> None:
+    """The moments are two, and the moving average."""
     for stage in STAGES[precision]:
         found = noted(saved, f"{precision}-{stage}")
         (outcome,) = found["outcomes"]

@@ -14,7 +14,7 @@ from PIL import Image
 from small_models import small_model
 
 import oar_scale
-from oar_scale.commands.checkpoint_exchange import run_export
+from oar_scale.commands.checkpoint_export import export_checkpoint
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
@@ -89,7 +89,7 @@ def test_the_same_seed_draws_the_same_pictures_and_another_draws_others(drawer: 
 
 
 def test_a_run_and_its_exported_folder_draw_the_same(captions_run: str, drawer: Pretrained, tmp_path: Path) -> None:
-    run_export(captions_run, str(tmp_path / "exported"))
+    export_checkpoint(captions_run, str(tmp_path / "exported"))
     exported = oar_scale.load(str(tmp_path / "exported"))
     assert exported.defaults == drawer.defaults and exported.defaults.guidance == 1.5
     assert pixels(exported.sample(CAPTIONS)) == pixels(drawer.sample(CAPTIONS))
@@ -168,7 +168,7 @@ def test_an_export_takes_its_text_tower_along(tmp_path: Path) -> None:
     text = {"type": "open_clip", "architecture": "ViT-S-16-alt", "weights": str(weights)}
     run = small_run(tmp_path / "run", text, condition_spec(tower, encoder_layers=0))
     expected = oar_scale.load(run).sample(["a red apple"])
-    run_export(run, str(tmp_path / "exported"))
+    export_checkpoint(run, str(tmp_path / "exported"))
     weights.unlink()
     shutil.move(tmp_path / "exported", tmp_path / "elsewhere")
     assert pixels(oar_scale.load(str(tmp_path / "elsewhere")).sample(["a red apple"])) == pixels(expected)
@@ -206,7 +206,7 @@ def test_bfloat16_draws_too(captions_run: str) -> None:
 
 def test_a_damaged_or_foreign_configuration_is_named(captions_run: str, tmp_path: Path) -> None:
     out = tmp_path / "exported"
-    run_export(captions_run, str(out))
+    export_checkpoint(captions_run, str(out))
     config = read_json(str(out / "config.json"))
     for key, value in {"format": 2, "model": {"dim": "wide"}, "text": {"type": "telepathy"}}.items():
         write_json(str(out / "config.json"), {**config, key: value})

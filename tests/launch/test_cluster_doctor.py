@@ -77,7 +77,7 @@ def test_a_slurm_is_examined_by_a_step_that_leaves_nothing(
         ("setup=[exit 3]", "no node answered"),
     ],
 )
-def test_what_slurm_would_refuse_is_told_with_the_remedy(
+def test_what_slurm_would_refuse_is_reported_with_the_remedy(
     wrong: str, said: str, slurm: dev_slurm.Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dev = str(ROOT / "cluster" / "slurm" / "dev.yaml")
@@ -89,7 +89,7 @@ def test_what_slurm_would_refuse_is_told_with_the_remedy(
 def test_a_check_that_takes_too_long_leaves_no_allocation(
     slurm: dev_slurm.Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "TRIAL_S", 2)  # beside start_s, at least 10 s: time enough to get an allocation
+    monkeypatch.setattr(doctor, "CHECK_S", 2)  # beside start_s, at least 10 s: time enough to get an allocation
     dev = str(ROOT / "cluster" / "slurm" / "dev.yaml")
     words = ["cpus_per_node=1", "start_s=10", "setup=['sleep 600']"]
     assert main(["doctor", "--cluster", dev, *(word for each in words for word in ("-p", each))]) == 1
@@ -115,7 +115,7 @@ def test_a_cluster_that_is_not_there_ends_with_code_2(tmp_path: Path, capsys: py
     assert "no Ray answers there" in capsys.readouterr().err
 
 
-def test_nodes_that_differ_are_named_and_many_that_agree_are_one_line() -> None:
+def test_nodes_that_differ_are_named_and_equal_ones_are_one_line() -> None:
     same = Finding("ok", "devices", "8 GPUs")
     facts = [NodeFacts(f"n{i}", {"torch": "2.15.0", "ray": "2.60.0"}, [same]) for i in range(6)]
     lines = [str(finding) for finding in merge_node_facts(facts)]
@@ -158,7 +158,7 @@ def between_two(late_s: float, *recipes: str) -> list[str]:
 
 
 @pytest.mark.gloo
-def test_a_clock_that_is_off_and_a_storage_that_is_not_shared_are_found(tmp_path: Path) -> None:
+def test_a_wrong_clock_and_a_storage_not_shared_are_reported(tmp_path: Path) -> None:
     recipes = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -171,7 +171,7 @@ def test_a_clock_that_is_off_and_a_storage_that_is_not_shared_are_found(tmp_path
 
 
 @pytest.mark.gloo
-def test_a_storage_that_takes_nothing_is_told_at_once_by_the_worker_that_tries(tmp_path: Path) -> None:
+def test_a_storage_that_cannot_be_written_is_reported_at_once(tmp_path: Path) -> None:
     """A file where the folder should be stops root as well."""
     (tmp_path / "run").touch()
     began = time.monotonic()

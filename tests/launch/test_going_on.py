@@ -48,9 +48,8 @@ def ended(run: Path) -> JobStatus:
     return status
 
 
-def test_a_run_whose_ray_is_gone_goes_on_elsewhere_when_one_says_so(
-    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_forget_moves_a_run_away_from_a_ray_that_is_gone(slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without ``--forget`` it is refused; a job that lives is never forgotten."""
     run, head = tmp_path / "run", f"http://127.0.0.1:{dev_ray.free_port()}"
     submitted_elsewhere(run, "ray", head, "/gone/ray.yaml")
     words = ["submit", SMOKE, "--cluster", profile(tmp_path, sbatch=["--hold"]), "-o", f"run_dir={run}"]
@@ -66,9 +65,7 @@ def test_a_run_whose_ray_is_gone_goes_on_elsewhere_when_one_says_so(
     cancel(str(run))
 
 
-def test_what_a_lost_slurm_left_undone_is_submitted_again_when_one_says_so(
-    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resubmit_forget_repeats_what_a_lost_slurm_left_undone(slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     submitted_elsewhere(run, "slurm", str(tmp_path / "gone.conf"), profile(tmp_path, sbatch=["--hold"]))
     assert main(["resubmit", str(run)]) == 2
@@ -79,9 +76,10 @@ def test_what_a_lost_slurm_left_undone_is_submitted_again_when_one_says_so(
     cancel(str(run))
 
 
-def test_a_recipe_that_was_corrected_is_submitted_again_and_one_that_was_not_fails_again(
+def test_submit_takes_the_corrected_recipe_and_resubmit_the_old(
     slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: Path
 ) -> None:
+    """After a job has failed because of its recipe, ``resubmit`` fails again and ``submit`` with the correction succeeds."""
     (tmp_path / "behaviour").write_text('grep -q "^seed: 7$" "$2" || exit 2\n')
     monkeypatch.setenv("BEHAVIOUR", str(tmp_path / "behaviour"))
     run, cluster = tmp_path / "run", profile(tmp_path, env={"PATH": f"{stub}:{os.environ['PATH']}"})
@@ -95,9 +93,7 @@ def test_a_recipe_that_was_corrected_is_submitted_again_and_one_that_was_not_fai
     assert [each.recipe for each in read_submissions(str(run))] == [f"jobs/recipe-{number}.yaml" for number in (1, 2, 3)]
 
 
-def test_status_shows_the_jobs_of_a_run_before_it_has_begun_and_beside_its_state_later(
-    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_status_shows_jobs_before_a_run_starts_and_afterwards(slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main(["submit", SMOKE, "--cluster", profile(tmp_path, sbatch=["--hold"]), "-o", f"run_dir={run}", "--stages", "pretrain"]) == 0
     (job,) = read_submissions(str(run))[-1].jobs
@@ -114,7 +110,7 @@ def test_status_shows_the_jobs_of_a_run_before_it_has_begun_and_beside_its_state
     cancel(str(run))
 
 
-def test_status_of_a_run_whose_cluster_does_not_answer_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_shows_a_run_whose_cluster_does_not_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     submitted_elsewhere(tmp_path, "ray", f"http://127.0.0.1:{dev_ray.free_port()}", "/gone/ray.yaml")
     begun(tmp_path)
     assert main(["status", str(tmp_path)]) == 0

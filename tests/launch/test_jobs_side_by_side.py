@@ -97,9 +97,7 @@ def test_two_runs_on_the_same_nodes_each_have_a_ray_of_their_own(slurm: Cluster,
 
 
 @pytest.mark.timeout(500)
-def test_a_job_array_extracts_all_orders_though_one_task_is_killed(
-    slurm: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_job_array_extracts_all_though_a_task_is_killed(slurm: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     run = copy_run(prepared_run(tmp_path_factory), str(tmp_path / "run"))
     open_storage(run.model_uri("any_order")).upload(run.model_uri("base"), run.model_uri("any_order"))
     recipe = recipe_file(run, stages=4)
@@ -119,7 +117,7 @@ def test_a_job_array_extracts_all_orders_though_one_task_is_killed(
 
 @pytest.mark.slow  # four jobs one after the other, three of them with a Ray of their own
 @pytest.mark.timeout(600)
-def test_a_chain_of_jobs_takes_a_run_from_pretraining_to_its_evaluation(
+def test_a_chain_of_jobs_runs_from_pretraining_to_evaluation(
     slurm: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     small = {"evaluate": {"nll_images": 4, "feature_images": 8}, "sample": {"images": 2}, "pipeline": {"control": False}}

@@ -28,9 +28,8 @@ sleep 3
 
 @pytest.mark.slow  # Slurm takes half a minute to miss a node; in `make test-cluster`
 @pytest.mark.timeout(400)
-def test_an_attempt_that_slurm_has_lost_sight_of_ends_before_the_next_one_works(
-    own_slurm: dev_slurm.Cluster, stub: Path, tmp_path: Path
-) -> None:
+def test_an_attempt_without_slurmd_ends_before_the_next_works(own_slurm: dev_slurm.Cluster, stub: Path, tmp_path: Path) -> None:
+    """Slurm starts the job elsewhere while the old processes still run: the lease keeps two attempts from working at once."""
     runs = [Lost(own_slurm, stub, tmp_path / name) for name in ("awake", "asleep")]
     for run in runs:
         run.until("old", 150)

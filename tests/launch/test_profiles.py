@@ -76,7 +76,8 @@ def test_times_are_read_as_slurm_writes_them() -> None:
     assert seconds("1-02:03:04") == 93784 and seconds("00:10:00") == 600
 
 
-def test_a_profile_extends_another_and_the_command_line_has_the_last_word(tmp_path: Path) -> None:
+def test_a_profile_extends_another_and_is_overridden(tmp_path: Path) -> None:
+    """Fields of the command line win over those of the profile, which win over those that it extends."""
     (tmp_path / "site.yaml").write_text(GOOD + "partition: gpu\nstages: {evaluate: {nodes: 1}}\n")
     found = load(tmp_path, "extends: site.yaml\nnodes: 4\nmin_nodes: 3\n", "partition=debug")
     assert (found.partition, found.nodes, found.cpus_per_node) == ("debug", 4, 8)
@@ -118,7 +119,7 @@ def test_a_container_mounts_odd_folders_or_says_that_it_cannot(tmp_path: Path, e
         container(profile, ["/a,b"])
 
 
-def test_what_a_profile_says_reaches_the_job_as_text_and_never_as_code(tmp_path: Path) -> None:
+def test_text_of_a_profile_is_quoted_in_the_job_file(tmp_path: Path) -> None:
     profile = load(tmp_path, GOOD + 'env: {NOTE: "it\'s $(here) `now`"}\nnode_check: test "$X" != \'a b\'\n')
     spec, folder = JobSpec(("report",)), "/a b/it's"
     text = render(spec, profile, title="t", job_name="j", folder=folder, jobs="/a b/jobs/1-report", recipe="/a b/r.yaml")
@@ -127,7 +128,7 @@ def test_what_a_profile_says_reaches_the_job_as_text_and_never_as_code(tmp_path:
     assert """bash -c '(test "$X" != '"'"'a b'"'"'\n)""" in text
 
 
-def test_stages_become_jobs_and_the_commands_that_a_laptop_would_run() -> None:
+def test_stages_become_jobs_with_the_commands_of_a_laptop() -> None:
     recipe = load_recipe(SMOKE)
     assert [spec.commands("r.yaml") for spec in plan_jobs(recipe, None)] == [[["run", "r.yaml"]]]
     data, training, extraction = plan_jobs(recipe, "data+tokenizer+tokens, pretrain,extract")

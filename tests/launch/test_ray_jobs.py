@@ -58,9 +58,10 @@ def jobs_known(cluster: dev_ray.Cluster) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_a_job_goes_on_without_a_lost_node_and_after_being_cancelled(
+def test_a_ray_job_survives_a_lost_node_and_a_cancellation(
     ray_cluster: dev_ray.Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    """Training goes on with the workers that are left, and a resubmitted job resumes where the cancelled one stopped."""
     run = copy_run(prepared_run(tmp_path_factory), str(tmp_path / "run"), **SHAPE)
     (tmp_path / "code").mkdir()
     watched(tmp_path / "code", 2.0)  # the working dir of a job is on the path of all its processes; each `oar` below takes a few steps
@@ -105,12 +106,11 @@ def test_a_job_goes_on_without_a_lost_node_and_after_being_cancelled(
     assert samples(tmp_path / "code") == expected_samples
 
 
-def test_an_environment_that_cannot_be_made_is_told_with_the_clusters_words_and_leaves_nothing(
-    ray_cluster: dev_ray.Cluster, tmp_path: Path
-) -> None:
+def test_an_environment_that_fails_is_reported_and_cleaned_up(ray_cluster: dev_ray.Cluster, tmp_path: Path) -> None:
+    """The error has the cluster's own message, and neither the cluster nor the run's folder keeps anything of the job."""
     cluster = profile(tmp_path, ray_cluster, working_dir="https://127.0.0.1:9/no-such-code.zip")
     error = oar(ray_cluster, "submit", recipe(tmp_path), "--cluster", cluster, code=2)
-    assert "the job run could not begin" in error and "no-such-code.zip" in error and "Correct `pip`, `working_dir`" in error
+    assert "the job run could not start" in error and "no-such-code.zip" in error and "Correct `pip`, `working_dir`" in error
     assert "no-such-code.zip" not in jobs_known(ray_cluster)
     assert not (tmp_path / "run").exists()
 
@@ -166,9 +166,10 @@ def door(ray_cluster: dev_ray.Cluster) -> Iterator[tuple[type[Door], str]]:
 
 
 @pytest.mark.parametrize("drops", [1, 1000], ids=["once", "from then on"])
-def test_a_job_whose_head_is_silent_when_it_begins_is_taken_back_or_written_down(
+def test_a_job_whose_head_stops_answering_is_not_lost(
     drops: int, ray_cluster: dev_ray.Cluster, door: tuple[type[Door], str], tmp_path: Path
 ) -> None:
+    """A head that answers again has the job removed; while it does not, the job is recorded, so that it can be cancelled later."""
     kind, url = door
     kind.drops = drops
     cluster = profile(tmp_path, ray_cluster, address=url)
@@ -180,7 +181,7 @@ def test_a_job_whose_head_is_silent_when_it_begins_is_taken_back_or_written_down
         return
     (job,) = last_submission(str(tmp_path / "run")).jobs
     assert job.id in jobs_known(ray_cluster)
-    assert f"Not taken back: run ({job.id})" in error and f"oar cancel {tmp_path}/run" in error
+    assert f"Not cancelled: run ({job.id})" in error and f"oar cancel {tmp_path}/run" in error
     kind.drops = 0
     oar(ray_cluster, "cancel", str(tmp_path / "run"))
     assert "RUNNING" not in oar(ray_cluster, "jobs", str(tmp_path / "run"))

@@ -61,7 +61,7 @@ def test_a_chain_is_submitted_whole_or_not_at_all(slurm: Cluster, tmp_path: Path
     assert str(tmp_path) not in queued
 
 
-def test_a_second_submission_that_is_refused_leaves_the_first_alone(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_refused_second_submission_leaves_the_first_alone(slurm: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "jobs").mkdir(parents=True)
     (run / "jobs.json").write_text("[]\n")
@@ -82,7 +82,7 @@ def test_a_head_that_does_not_answer_is_named(
     assert "Unable to contact slurm controller" in said and "slurmctld up (scontrol ping)" in said
 
 
-def test_a_machine_without_slurm_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_slurm_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "no program sbatch on this machine" in refused(tmp_path, capsys)
 
@@ -99,7 +99,7 @@ def test_a_machine_without_slurm_is_told_so(tmp_path: Path, capsys: pytest.Captu
         ("Batch job submission failed: Unable to contact slurm controller (connect failure)", "slurmctld up"),
     ],
 )
-def test_what_only_a_site_with_accounts_refuses_has_its_remedy_too(
+def test_refusals_of_sites_with_accounts_have_a_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, remedy: str
 ) -> None:
     """The words are Slurm's; a script says them."""
@@ -122,7 +122,7 @@ def test_what_only_a_site_with_accounts_refuses_has_its_remedy_too(
         ("DependencyNeverSatisfied", "Submit again"),
     ],
 )
-def test_a_job_that_a_cluster_accepts_but_could_never_start_is_taken_back(
+def test_a_job_that_could_never_start_is_taken_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reason: str, remedy: str
 ) -> None:
     """At the first look Slurm has no reason yet."""
@@ -134,16 +134,14 @@ def test_a_job_that_a_cluster_accepts_but_could_never_start_is_taken_back(
     assert Path(f"{beside}-taken").read_text() == "7\n"
 
 
-def test_nodes_that_failed_their_check_join_those_that_the_profile_excludes_and_are_named(
-    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nodes_that_failed_their_check_are_excluded_and_named(slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two nodes are all there are: without both, there is none."""
     run = tmp_path / "runs" / "new"
     (run / "jobs").mkdir(parents=True)
     (run / "jobs" / ".lock").touch()
     (run / "jobs" / "excluded").write_text("n2\nn2\n")
     said = refused(tmp_path, capsys, sbatch=["--exclude=n1"])
-    assert "node configuration is not available" in said and f"{run}/jobs/excluded leaves out n2: delete" in said
+    assert "node configuration is not available" in said and f"{run}/jobs/excluded excludes n2: delete" in said
     submit_held(tmp_path, run)
     (job,) = find_jobs(str(run))
     assert "ExcNodeList=n2" in slurm.command("scontrol", "show", "job", job.job.id)
@@ -178,7 +176,7 @@ def while_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, other: Path, end
     return flag
 
 
-def test_a_refused_submission_leaves_a_run_alone_that_was_submitted_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_leaves_a_run_submitted_meanwhile_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = tmp_path / "runs" / "one", tmp_path / "runs" / "other"
     flag = while_sbatch(tmp_path, monkeypatch, other, "exit 1")
     assert main(["submit", SMOKE, "--cluster", str(tmp_path / "profile.yaml"), "-o", f"run_dir={one}"]) == 2
@@ -187,7 +185,7 @@ def test_a_refused_submission_leaves_a_run_alone_that_was_submitted_meanwhile(tm
     assert not one.exists()
 
 
-def test_of_two_submissions_of_a_run_the_second_leaves_the_first_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_submissions_at_once_the_second_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs" / "one"
     flag = while_sbatch(tmp_path, monkeypatch, run, ":")
     assert main(["submit", SMOKE, "--cluster", str(tmp_path / "profile.yaml"), "-o", f"run_dir={run}"]) == 0
@@ -195,7 +193,7 @@ def test_of_two_submissions_of_a_run_the_second_leaves_the_first_alone(tmp_path:
     assert last_submission(str(run)).jobs[0].id == "7" and (run / "jobs" / "1-run" / "job.sbatch").exists()
 
 
-def test_what_earlier_submissions_left_stays_though_their_record_was_moved_away(
+def test_a_refusal_keeps_files_of_submissions_without_a_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = tmp_path / "runs" / "new" / "jobs" / "1-run"
@@ -207,7 +205,7 @@ def test_what_earlier_submissions_left_stays_though_their_record_was_moved_away(
     refused(tmp_path, capsys)
 
 
-def test_jobs_that_cannot_be_taken_back_are_named_and_written_down(
+def test_jobs_that_cannot_be_cancelled_are_named_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The controller goes in the middle of a chain."""
@@ -219,14 +217,15 @@ def test_jobs_that_cannot_be_taken_back_are_named_and_written_down(
     words = ["--cluster", str(tmp_path / "profile.yaml"), "-o", f"run_dir={run}", "--stages", "data,tokens"]
     assert main(["submit", SMOKE, *words]) == 2
     said = capsys.readouterr().err
-    assert "sbatch refuses the job tokens: Unable to contact" in said and "Not taken back: data (7)" in said
+    assert "sbatch refuses the job tokens: Unable to contact" in said and "Not cancelled: data (7)" in said
     assert f"oar cancel {run}" in said
     assert [job.id for job in last_submission(run).jobs] == ["7"] and (tmp_path / "run" / "jobs" / "1-data" / "job.sbatch").exists()
 
 
-def test_a_path_with_a_space_gets_its_log_and_one_that_slurm_would_expand_is_refused(
+def test_odd_paths_get_their_log_or_are_refused(
     slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stub: Path
 ) -> None:
+    """A space is fine; a backslash is something that Slurm would expand."""
     (tmp_path / "behaviour").write_text("echo at work\n")
     monkeypatch.setenv("BEHAVIOUR", str(tmp_path / "behaviour"))
     monkeypatch.setenv("PATH", f"{stub}:{os.environ['PATH']}")

@@ -1,4 +1,4 @@
-"""What is written down of a submission, and what is told of jobs that the scheduler has forgotten."""
+"""What is recorded of a submission, and the status of jobs that the scheduler has forgotten."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from oar_scale.errors import UserError
 from oar_scale.launch import find_jobs
+from oar_scale.launch.job_state import JobState
 from oar_scale.launch.jobs import _status
 from oar_scale.launch.submissions import Job, Submission, last_submission, locked, read_submissions, write_submissions
 
@@ -36,19 +37,19 @@ def test_one_submission_of_a_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_forgotten_array_is_done_when_each_of_its_tasks_said_so(tmp_path: Path) -> None:
+def test_a_forgotten_array_is_done_when_all_its_tasks_are(tmp_path: Path) -> None:
     folder = tmp_path / "jobs" / "1-extract"
     for name in ("42_0.0", "42_1.0", "42_1.1"):
         (folder / name).mkdir(parents=True)
     (job,) = submission().jobs
     (folder / "42_0.outcome").write_text("done\n")
-    assert not _status(job, str(tmp_path), "UNKNOWN", "", True).done
+    assert not _status(job, str(tmp_path), JobState("UNKNOWN")).done
     (folder / "42_1.outcome").write_text("failed: code 1\n")
-    assert _status(job, str(tmp_path), "UNKNOWN", "", True).detail == "failed: code 1"
+    assert _status(job, str(tmp_path), JobState("UNKNOWN")).detail == "failed: code 1"
     (folder / "42_1.outcome").write_text("done\n")
-    status = _status(job, str(tmp_path), "UNKNOWN", "", True)
+    status = _status(job, str(tmp_path), JobState("UNKNOWN"))
     assert status.done and status.state == "COMPLETED"
 
 
 def test_a_forgotten_job_that_left_no_word_is_not_done(tmp_path: Path) -> None:
-    assert not _status(submission().jobs[0], str(tmp_path), "UNKNOWN", "", True).done
+    assert not _status(submission().jobs[0], str(tmp_path), JobState("UNKNOWN")).done

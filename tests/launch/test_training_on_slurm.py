@@ -19,7 +19,7 @@ from cluster.dev import s3 as dev_s3
 from cluster.dev import slurm as dev_slurm
 from cluster.dev.hosts import GATE_ADDRESS
 from oar_scale.config.loading import load_recipe
-from oar_scale.launch.slurm import ENDED
+from oar_scale.launch.job_state import ENDED
 from oar_scale.run.context import Run
 
 TESTS = str(Path(__file__).resolve().parents[1])
@@ -123,9 +123,8 @@ def job_id(printed: str) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_one_submit_takes_a_run_to_its_report_through_a_requeue_in_the_middle_of_training(
-    gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_one_submit_reaches_the_report_despite_a_requeue(gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The requeue comes in the middle of training; losses and samples are those of an undisturbed run."""
     small = {"evaluate": {"nll_images": 4, "feature_images": 8}, "sample": {"images": 2}, "pipeline": {"control": False}}
     shape = {**SHAPE, "parallel": {**SHAPE["parallel"], "workers": 2}, **small}
     recipe = gate.prepared(prepared_run(tmp_path_factory), tmp_path / "run", "s3://oar/flagship", shape)
@@ -150,9 +149,8 @@ def test_one_submit_takes_a_run_to_its_report_through_a_requeue_in_the_middle_of
 
 @pytest.mark.slow  # Slurm counts limits in minutes, and takes half of one to miss a node; in `make test-cluster`
 @pytest.mark.timeout(1200)
-def test_a_time_limit_a_power_cut_and_a_preemption_leave_samples_and_losses_as_they_are(
-    gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_time_limit_power_cut_and_preemption_change_no_loss(gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nor the samples: both are those of an undisturbed run."""
     recipe = gate.prepared(prepared_run(tmp_path_factory), tmp_path / "run", "s3://oar/faults", SHAPE)
     run, command = Run(load_recipe(recipe)), gate.cluster.command
     cluster = profile(tmp_path, partition="preempt", time="00:03:00", warn_s=90)

@@ -12,7 +12,7 @@ from small_run import copy_run, prepare_small_run, small_recipe
 
 from oar_scale.cli import main
 from oar_scale.cli.extract import _place
-from oar_scale.commands.extraction_verify import run_verify
+from oar_scale.commands.extraction_verify import verify_order_tables
 from oar_scale.config.loading import dump_recipe
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
@@ -93,7 +93,7 @@ def test_the_table_of_an_older_entry_is_read_and_one_of_other_tokens_is_dropped(
         order = np.arange(64, dtype=np.uint16)[None]
         write_orders(copy.at("orders", "train", table_name(shard.name)), OrderTable(["a"], [0], order, order.astype(np.float32), "m", "s"))
     Path(copy.at("orders", "train", "00001.parquet")).write_bytes(b"PAR1")
-    assert run_verify(copy) == 1
+    assert verify_order_tables(copy) == 1
     assert ledger.done() == {"00000.tar"}
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from oar_scale.commands.sample import run_sample
+from oar_scale.commands.sample import sample_images
 from oar_scale.config.schema import ParallelConfig, Recipe
 from oar_scale.data.manifest import read_manifest, write_manifest
 from oar_scale.data.shards import read_shard, read_token_shard
@@ -286,21 +286,21 @@ def test_images_that_share_one_caption_are_evaluated_without_shuffling(copied: C
 
 def test_sample_draws_a_row_for_each_caption(finished: Run, tmp_path: Path) -> None:
     out = str(tmp_path / "sheet.png")
-    assert run_sample(finished, ["a cat", "a red heart"], "ordered", out) == out
+    assert sample_images(finished, ["a cat", "a red heart"], "ordered", out) == out
     first = np.asarray(Image.open(out))
     assert first.shape == (2 * 128 + 8, 4 * 128 + 3 * 8, 3)
-    run_sample(finished, ["a cat", "a red heart"], "ordered", out)
+    sample_images(finished, ["a cat", "a red heart"], "ordered", out)
     assert np.array_equal(first, np.asarray(Image.open(out)))
-    run_sample(finished, ["a cat", "a red heart"], "control", out)
+    sample_images(finished, ["a cat", "a red heart"], "control", out)
     assert not np.array_equal(first, np.asarray(Image.open(out)))
 
 
 def test_sample_without_captions_draws_held_out_ones(finished: Run, tmp_path: Path) -> None:
     out = str(tmp_path / "sheet.png")
-    run_sample(finished, None, "any_order", out)
+    sample_images(finished, None, "any_order", out)
     assert Image.open(out).height == 3 * 128 + 2 * 8
 
 
 def test_sample_of_an_unknown_model_names_the_known_ones(finished: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="base, any_order, control, ordered"):
-        run_sample(finished, ["a cat"], "anyordre", str(tmp_path / "sheet.png"))
+        sample_images(finished, ["a cat"], "anyordre", str(tmp_path / "sheet.png"))

@@ -15,7 +15,7 @@ from small_run import copy_run, prepare_small_run, small_recipe
 
 import oar_scale
 from oar_scale.cli import main
-from oar_scale.commands.checkpoint_exchange import run_export
+from oar_scale.commands.checkpoint_export import export_checkpoint
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.data.hashing import permutations
@@ -261,12 +261,12 @@ def test_an_order_head_of_other_orders_stays_behind(run: Run, tmp_path: Path) ->
     run_train_head(old, "ordered")
     write_tables(old, old.at("orders", "train"), seed=1, settings_id="newer")
     Path(old.local("recipe.yaml")).write_text(dump_recipe(old.recipe))
-    run_export(old.local(), str(tmp_path / "out"))
+    export_checkpoint(old.local(), str(tmp_path / "out"))
     assert not [*(tmp_path / "out").glob("*head*")] and oar_scale.load(str(tmp_path / "out")).draw(["a cat"], order="raster")
     drawn_by_it = changed(old, sample={"order": "order-head"})
     Path(old.local("recipe.yaml")).write_text(dump_recipe(drawn_by_it.recipe))
     with pytest.raises(UserError, match="this order head learned from orders of the settings"):
-        run_export(old.local(), str(tmp_path / "other"))
+        export_checkpoint(old.local(), str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 
@@ -274,7 +274,7 @@ def test_an_exported_folder_takes_the_mean_order_and_the_head_along(run: Run, tm
     run_train_head(run, "ordered")
     mean = changed(run, sample={"order": "mean"})
     Path(run.local("recipe.yaml")).write_text(dump_recipe(mean.recipe))
-    run_export(run.local(), str(tmp_path / "out"))
+    export_checkpoint(run.local(), str(tmp_path / "out"))
     drawer = oar_scale.load(str(tmp_path / "out"))
     expected = mean_order(drawer.bundle.orders, 8).tolist()
     assert drawer.draw(["a cat"]).order_BN.tolist() == [expected]

@@ -13,6 +13,6 @@ from __future__ import annotations
 
 from oar_scale.distributed.checkpoints.layout import committed_steps
 from oar_scale.distributed.checkpoints.restore import Rejected, Restored, restore
-from oar_scale.distributed.checkpoints.saver import Outcome, Saver
+from oar_scale.distributed.checkpoints.saver import SaveOutcome, Saver
 
-__all__ = ["Outcome", "Rejected", "Restored", "Saver", "committed_steps", "restore"]
+__all__ = ["Rejected", "Restored", "SaveOutcome", "Saver", "committed_steps", "restore"]

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 from crc32c import crc32c
 
-from oar_scale.distributed.checkpoints.layout import Checkpoint, Damaged, read
+from oar_scale.distributed.checkpoints.layout import Checkpoint, DamagedCheckpoint, read_checkpoint
 from oar_scale.errors import UserError
 from oar_scale.storage import Missing, join, open_storage
 from oar_scale.storage.background import in_order
 
-_PIECE = 16 << 20
+_CHUNK_BYTES = 16 << 20
 _CONNECTIONS = 4
 _TRIES = 2
 """What arrives damaged may have become so on the way."""
@@ -30,7 +30,7 @@ def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
     """Bring files of a checkpoint to ``local_folder(checkpoint, scratch)``; each is checked on its way, or where it lies.
 
     Raises:
-        Damaged: names a file that is missing, or is not what the manifest says.
+        DamagedCheckpoint: names a file that is missing, or is not what the manifest says.
         UserError: the storage cannot be reached, or the disk is full: no fault of the checkpoint.
     """
     folder, names = local_folder(checkpoint, scratch), list(names)
@@ -60,26 +60,26 @@ def local_checkpoint(uri: str) -> Iterator[tuple[Checkpoint, str]]:
     """
     with tempfile.TemporaryDirectory(prefix="oar-checkpoint-") as scratch:
         try:
-            checkpoint = read(uri)
+            checkpoint = read_checkpoint(uri)
             obtain(checkpoint, checkpoint.files, scratch)
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             raise UserError(f"{uri}: {error}. Use another checkpoint.") from error
         yield checkpoint, local_folder(checkpoint, scratch)
 
 
 def check(checkpoint: Checkpoint, name: str) -> None:
-    """Read a file of a checkpoint and compare it with the manifest. Raises Damaged, UserError."""
+    """Read a file of a checkpoint and compare it with the manifest. Raises DamagedCheckpoint, UserError."""
     uri, size = join(checkpoint.folder, name), checkpoint.files[name]["bytes"]
-    storage, crc, read = open_storage(uri), 0, 0
-    starts = range(0, size + 1, _PIECE)  # with a byte more than there may be
+    storage, crc, size_read = open_storage(uri), 0, 0
+    starts = range(0, size + 1, _CHUNK_BYTES)  # with a byte more than there may be
     try:
         for first in range(0, len(starts), _CONNECTIONS):  # a few at a time: a reader that is ahead would fill the memory
             few = starts[first : first + _CONNECTIONS]
-            for piece in in_order(lambda start: storage.read(uri, start, min(start + _PIECE, size + 1)), few, _CONNECTIONS):
-                crc, read = crc32c(piece, crc), read + len(piece)
+            for chunk in in_order(lambda start: storage.read(uri, start, min(start + _CHUNK_BYTES, size + 1)), few, _CONNECTIONS):
+                crc, size_read = crc32c(chunk, crc), size_read + len(chunk)
     except Missing:
-        raise Damaged(f"{name} is missing") from None
-    _compare(checkpoint, name, read, crc)
+        raise DamagedCheckpoint(f"{name} is missing") from None
+    _compare(checkpoint, name, size_read, crc)
 
 
 def _download(checkpoint: Checkpoint, name: str, path: str) -> None:
@@ -97,14 +97,14 @@ def _download(checkpoint: Checkpoint, name: str, path: str) -> None:
             _compare(checkpoint, name, size + len(open_storage(uri).read(uri, size, size + 1)), found)
             return
         except Missing:
-            raise Damaged(f"{name} is missing") from None
-        except (Damaged, DamagedObject) as error:
+            raise DamagedCheckpoint(f"{name} is missing") from None
+        except (DamagedCheckpoint, DamagedObject) as error:
             if last == _TRIES - 1:
-                raise error if isinstance(error, Damaged) else Damaged(f"{name} is damaged ({error})") from None
+                raise error if isinstance(error, DamagedCheckpoint) else DamagedCheckpoint(f"{name} is damaged ({error})") from None
 
 
 def _compare(checkpoint: Checkpoint, name: str, size: int, crc: int) -> None:
     entry = checkpoint.files[name]
     if (size, crc) != (entry["bytes"], entry["crc32c"]):
         written = f"{entry['bytes']} bytes, {entry['crc32c']:08x}"
-        raise Damaged(f"{name} is damaged ({size} bytes, crc32c {crc:08x}; the manifest says {written})")
+        raise DamagedCheckpoint(f"{name} is damaged ({size} bytes, crc32c {crc:08x}; the manifest says {written})")

@@ -36,11 +36,11 @@ _SAVE = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 _TIME = "%Y%m%dT%H%M%SZ"
 
 
-class Damaged(Exception):
+class DamagedCheckpoint(Exception):
     """What is wrong with a checkpoint; the text goes behind its name."""
 
 
-class NotCommitted(Damaged):
+class NotCommitted(DamagedCheckpoint):
     """It has no marker."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointLocation:
     """What a listing shows of one step."""
 
     uri: str
@@ -121,7 +121,7 @@ def new_save(now: float | None = None) -> str:
     return f"{datetime.fromtimestamp(now or time.time(), UTC).strftime(_TIME)}-{uuid.uuid4().hex[:8]}"
 
 
-def begun(save: str) -> float:
+def save_started(save: str) -> float:
     """When an attempt began, in unix seconds."""
     return datetime.strptime(save.split("-")[0], _TIME).replace(tzinfo=UTC).timestamp()
 
@@ -131,12 +131,12 @@ def step_uri(checkpoints: str, step: int) -> str:
     return join(checkpoints, f"step-{step:08d}")
 
 
-def is_step(uri: str) -> bool:
+def is_step_uri(uri: str) -> bool:
     """Whether ``uri`` is the name of one step's place."""
     return _STEP.search(f"/{uri.rstrip('/')}") is not None
 
 
-def places(uri: str) -> list[Place]:
+def checkpoint_locations(uri: str) -> list[CheckpointLocation]:
     """All steps below ``uri``, a folder at any height above them or a step itself; ordered by folder, then step. One listing."""
     found: dict[str, set[str]] = {}
     for name in open_storage(uri).list(uri):
@@ -145,36 +145,37 @@ def places(uri: str) -> list[Place]:
             found.setdefault(place, set()).add(below)
     steps = ((place, _STEP.search(place), frozenset(names)) for place, names in found.items())
     return sorted(
-        (Place(place, int(match[1]), names) for place, match, names in steps if match), key=lambda p: (p.uri.rpartition("/")[0], p.step)
+        (CheckpointLocation(place, int(match[1]), names) for place, match, names in steps if match),
+        key=lambda p: (p.uri.rpartition("/")[0], p.step),
     )
 
 
 def committed_steps(checkpoints: str) -> list[int]:
     """The steps with a committed checkpoint below ``.../checkpoints/STAGE``, oldest first. One listing; nothing is verified."""
-    return [place.step for place in places(checkpoints) if place.committed]
+    return [location.step for location in checkpoint_locations(checkpoints) if location.committed]
 
 
 def commit(uri: str, save: str, manifest: dict[str, Any]) -> None:
     """Make ``save`` the checkpoint of its step: its manifest, then the marker, which replaces another attempt's in one piece.
 
     Raises:
-        Damaged: its files are not all there any more.
+        DamagedCheckpoint: its files are not all there any more.
     """
     data = (json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n").encode()
     storage = open_storage(uri)
     storage.write(join(uri, save, MANIFEST), data)
     missing = {join(uri, save, name) for name in manifest["files"]}.difference(storage.list(join(uri, save)))
     if missing:
-        raise Damaged(f"{min(missing)} was removed by someone else before the checkpoint was committed")
+        raise DamagedCheckpoint(f"{min(missing)} was removed by someone else before the checkpoint was committed")
     storage.write(join(uri, MARKER), (json.dumps({"save": save, "crc32c": crc32c.crc32c(data)}) + "\n").encode())
 
 
-def read(uri: str) -> Checkpoint:
+def read_checkpoint(uri: str) -> Checkpoint:
     """The committed checkpoint of a step.
 
     Raises:
         NotCommitted: there is none.
-        Damaged: its marker or manifest is not what was written.
+        DamagedCheckpoint: its marker or manifest is not what was written.
     """
     storage = open_storage(uri)
     try:
@@ -187,14 +188,14 @@ def read(uri: str) -> Checkpoint:
         if not _SAVE.fullmatch(save):
             raise ValueError(f"{save!r} is no attempt's name")
     except (ValueError, TypeError, KeyError) as error:
-        raise Damaged(f"{MARKER} is damaged ({error or 'it is empty'})") from None
+        raise DamagedCheckpoint(f"{MARKER} is damaged ({error or 'it is empty'})") from None
     try:
         data = storage.read(join(uri, save, MANIFEST))
     except Missing:
-        raise Damaged(f"{save}/{MANIFEST} is missing") from None
+        raise DamagedCheckpoint(f"{save}/{MANIFEST} is missing") from None
     found = crc32c.crc32c(data)
     if found != expected:
-        raise Damaged(f"{save}/{MANIFEST} is damaged (crc32c {found:08x}; {MARKER} says {expected:08x})")
+        raise DamagedCheckpoint(f"{save}/{MANIFEST} is damaged (crc32c {found:08x}; {MARKER} says {expected:08x})")
     manifest = json.loads(data)
     if manifest["format"] != FORMAT:
         raise UserError(
@@ -203,7 +204,7 @@ def read(uri: str) -> Checkpoint:
     return Checkpoint(uri, save, manifest)
 
 
-def withdraw(uri: str) -> None:
+def uncommit(uri: str) -> None:
     """Take back the commitment of a step: from then on nobody reads it."""
     open_storage(uri).delete(join(uri, MARKER))
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from oar_scale.distributed.checkpoints import layout
 from oar_scale.distributed.checkpoints.fetch import local_folder, obtain
-from oar_scale.distributed.checkpoints.layout import Checkpoint, Damaged, Place
+from oar_scale.distributed.checkpoints.layout import Checkpoint, CheckpointLocation, DamagedCheckpoint
 from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
 from oar_scale.distributed.checkpoints.shard_tensors import WEIGHTS, read_shards
 from oar_scale.errors import UserError
@@ -70,11 +70,11 @@ def restore(engine: Any, job: TrainingJob, *, at_most: int | None = None) -> Res
     rejected: list[Rejected] = []
     scratch = _HostScratch(job)
     try:
-        for place in candidates:
-            checkpoint, fault = _from_rank_0(lambda place=place: _examine(job, place))  # type: ignore[misc]
+        for location in candidates:
+            checkpoint, fault = _from_rank_0(lambda location=location: _examine(job, location))  # type: ignore[misc]
             fault = fault or scratch.obtain(checkpoint, engine)
             if fault is not None:
-                rejected.append(Rejected(place.uri, fault))
+                rejected.append(Rejected(location.uri, fault))
                 continue
             converted = not _fits(checkpoint, engine)
             _load(engine, checkpoint, scratch.folder(checkpoint), converted)
@@ -100,19 +100,19 @@ def restore(engine: Any, job: TrainingJob, *, at_most: int | None = None) -> Res
     return None
 
 
-def _candidates(job: TrainingJob, at_most: int | None) -> list[Place]:
+def _candidates(job: TrainingJob, at_most: int | None) -> list[CheckpointLocation]:
     """Steps with a marker, newest first."""
-    committed = [place for place in layout.places(job.checkpoints) if place.committed]
-    return [place for place in reversed(committed) if at_most is None or place.step <= at_most]
+    committed = [location for location in layout.checkpoint_locations(job.checkpoints) if location.committed]
+    return [location for location in reversed(committed) if at_most is None or location.step <= at_most]
 
 
-def _examine(job: TrainingJob, place: Place) -> tuple[Checkpoint | None, str | None]:
+def _examine(job: TrainingJob, location: CheckpointLocation) -> tuple[Checkpoint | None, str | None]:
     """A step's checkpoint, or what can be seen to be wrong with it before its files are read."""
     try:
-        checkpoint = layout.read(place.uri)
-    except Damaged as error:
+        checkpoint = layout.read_checkpoint(location.uri)
+    except DamagedCheckpoint as error:
         return None, str(error)
-    missing = sorted(name for name in checkpoint.files if f"{checkpoint.save}/{name}" not in place.names)
+    missing = sorted(name for name in checkpoint.files if f"{checkpoint.save}/{name}" not in location.names)
     if missing:
         return None, f"{missing[0]} is missing"
     _same_identity(job, checkpoint)
@@ -121,9 +121,13 @@ def _examine(job: TrainingJob, place: Place) -> tuple[Checkpoint | None, str | N
 
 def _settle(job: TrainingJob, rejected: list[Rejected], at_most: int | None) -> None:
     """Take back the commitment of what nobody is to go on from: it would count among those that are kept, or be the newest."""
-    undone = [place.uri for place in layout.places(job.checkpoints) if place.committed and at_most is not None and place.step > at_most]
+    undone = [
+        location.uri
+        for location in layout.checkpoint_locations(job.checkpoints)
+        if location.committed and at_most is not None and location.step > at_most
+    ]
     for uri in [*undone, *(each.uri for each in rejected)]:
-        layout.withdraw(uri)
+        layout.uncommit(uri)
 
 
 def _fits(checkpoint: Checkpoint, engine: Any) -> bool:
@@ -165,7 +169,7 @@ class _HostScratch:
         error: Exception | None = None
         try:
             obtain(checkpoint, names, self._path)
-        except Damaged as damaged:
+        except DamagedCheckpoint as damaged:
             fault = str(damaged)
         except Exception as raised:  # all ranks are told
             error = raised

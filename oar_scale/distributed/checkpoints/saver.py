@@ -26,7 +26,7 @@ from typing import Any
 import torch.distributed as dist
 
 from oar_scale.distributed.checkpoints import layout
-from oar_scale.distributed.checkpoints.layout import Damaged
+from oar_scale.distributed.checkpoints.layout import DamagedCheckpoint
 from oar_scale.distributed.checkpoints.retention import Keep, Retention, prune
 from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
 from oar_scale.storage import join, open_storage
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """What has become of a save; at rank 0."""
 
     step: int
@@ -93,7 +93,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
         self._save: _Save | None = None
-        self._finished: deque[Outcome] = deque()
+        self._finished: deque[SaveOutcome] = deque()
         clear_dead(job.scratch)
 
     def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
@@ -125,14 +125,14 @@ class Saver:
         self._thread = threading.Thread(target=self._carry_out, args=(self._save,), name=f"checkpoint {step}", daemon=True)
         self._thread.start()
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[SaveOutcome]:
         """What saves have come to since the last call; nothing at other ranks than 0."""
         found = []
         while self._finished:
             found.append(self._finished.popleft())
         return found
 
-    def finish(self, timeout_s: float) -> list[Outcome]:
+    def finish(self, timeout_s: float) -> list[SaveOutcome]:
         """Wait for the last save, but no longer than ``timeout_s``; then as :meth:`outcomes`.
 
         A save that is not done by then is reported as failed; it may still succeed while the process lives.
@@ -208,7 +208,7 @@ class Saver:
         save.reported = True
         upload_s, size = time.monotonic() - save.begun - save.seconds, sum(entry["bytes"] for entry in files.values())
         uri = layout.step_uri(self._job.checkpoints, save.step)
-        self._finished.append(Outcome(save.step, save.seconds, save.wait_s, upload_s, size, uri, fault))
+        self._finished.append(SaveOutcome(save.step, save.seconds, save.wait_s, upload_s, size, uri, fault))
 
     def _upload(self, save: _Save, uri: str) -> str | None:
         """Why this rank's files are not all in the storage, or None."""
@@ -234,7 +234,7 @@ class Saver:
             if not isinstance(raised, Exception):
                 raise raised
             error = raised
-            if isinstance(error, Damaged):  # and will not be whole again
+            if isinstance(error, DamagedCheckpoint):  # and will not be whole again
                 break
             if self._hurry.wait(min(wait, deadline - time.monotonic())) or time.monotonic() >= deadline:
                 break
@@ -255,7 +255,7 @@ class Saver:
 
     def _prune(self) -> None:
         try:
-            prune(layout.places(self._job.checkpoints), self._retention)
+            prune(layout.checkpoint_locations(self._job.checkpoints), self._retention)
         except Exception as error:
             _log.warning("%s: old checkpoints could not be removed, the next save tries again: %s", self._job.checkpoints, error)
 

@@ -32,7 +32,7 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Slice:
     """A stretch of a parameter's values: the same of its weights and of each moment."""
 
     flat: Mapping[str, Tensor]
@@ -54,16 +54,16 @@ class Shards:
     moments: tuple[str, ...] = ()
     untrained: dict[str, Tensor] = field(default_factory=dict)
     """Buffers, and parameters that stay as they are."""
-    _pieces: dict[str, list[_Piece]] = field(default_factory=dict)
+    _slices: dict[str, list[_Slice]] = field(default_factory=dict)
 
     def whole(self, name: str, what: str) -> Tensor:
         """A parameter's ``weights`` or one of its moments: float32, on the CPU."""
-        parts = [piece.values(what) for piece in self._pieces[name]]
+        parts = [piece.values(what) for piece in self._slices[name]]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).view(self.shapes[name])
 
     def _add(self, name: str, flat: Mapping[str, Tensor], start: int, count: int) -> None:
         if count > 0:
-            self._pieces.setdefault(name, []).append(_Piece(flat, start, count))
+            self._slices.setdefault(name, []).append(_Slice(flat, start, count))
 
     def _take_state(self, states: Mapping[int, Mapping[str, Tensor]]) -> None:
         state = states[0]
@@ -91,7 +91,7 @@ def read_shards(folder: str, names: Iterable[str]) -> Shards:
     else:
         _read_parts(shards, models, states)
     for name, shape in shards.shapes.items():
-        found = sum(piece.count for piece in shards._pieces.get(name, ()))
+        found = sum(piece.count for piece in shards._slices.get(name, ()))
         if found != shape.numel():
             raise ValueError(f"the shards hold {found} values of {name}, which has {shape.numel()}")
     return shards
