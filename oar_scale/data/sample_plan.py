@@ -1,19 +1,38 @@
-"""Which samples make up which step: a pure function, the same whoever asks.
+"""The sample plan: which samples make up which training step, as a pure function.
 
-A sample's uid is its index in the manifest. Epoch e permutes the shards by (seed, e), lays their samples end to end, cuts
-the line into C equal segments (C = ``data.canonical_streams``; the remainder is left out of that epoch) and shuffles
-inside pieces, a piece being what a segment and a window of whole shards have in common:
+A sample's uid is its index in the manifest: samples of shard 0 first, in the order of the tar. With
 
-    line       |---- window 0 ----|---- window 1 ----|-- ...          windows of ``window_shards`` shards
-    segments   |-- 0 --|-- 1 --|-- 2 --|-- ...                        C of them
-    pieces     |-------|----|--|-------|                              shuffled inside
+    B   global batch, a multiple of C    C   data.canonical_streams, a constant of the recipe
+    t   global step, from 0              W   number of ranks (training workers), a divisor of C
 
-Slot g = t * B + i of step t takes sample g div C of stream g mod C; a stream is its segment of epoch 0, then that of epoch 1,
-and so on. Rank r of W owns the streams c with c mod W = r, so it opens few shards, and its slots of a step are i = r, r + W, ...:
-the global batch is the same for every W that divides C.
+the plan is made in four moves, none of which depends on W.
 
-Nothing is drawn up in advance: where a sample of a piece goes is computed from its number alone (:func:`shuffled`), so a plan
-costs memory for its shards, not for its samples, and going on at any step costs nothing.
+1. *Line.* Epoch e permutes the shards by a hash of (seed, e) and lays their samples end to end.
+2. *Segments.* The line is cut into C equal segments of floor(samples / C); the remainder, fewer than C samples, is skipped in
+   that epoch.
+3. *Shuffle.* Windows of ``window_shards`` whole shards partition the line, too. What a segment and a window have in common is a piece,
+   and samples are shuffled inside their piece:
+
+       line       |---- window 0 ----|---- window 1 ----|-- ...
+       segments   |-- 0 --|-- 1 --|-- 2 --|-- ...
+       pieces     |-------|----|--|-------|
+
+4. *Streams.* Stream c is segment c of epoch 0, then segment c of epoch 1, and so on without end. A step takes the next samples of the
+   streams in turn: its slots i = 0 ... B - 1 are numbered through all steps, and
+
+       slot  g = t * B + i   holds   sample  g div C   of stream  g mod C
+
+Rank r of W owns the streams c with c mod W = r and so the slots i = r, r + W, r + 2 W, ... of every step. From this follows:
+
+* The global batch of step t is the same for every W, every number of loader processes, and after every restart.
+* All ranks have B / W samples in every step: no rank runs out of data before the others.
+* A rank reads C / W segments at a time, each of them inside one window, so it has at most C / W * window_shards + 2 shards open.
+* Resuming at step t needs the number t and nothing else: there is no iterator state to save.
+
+Nothing is tabulated: the position of a sample inside its piece is computed by a keyed permutation (:func:`shuffled`), so a plan takes
+memory in proportion to its shards, not to its samples, and any step of a run is reached at once.
+
+:class:`SamplePlan` is the plan of one folder of shards, :class:`MixturePlan` that of several, mixed by weight.
 """
 
 from __future__ import annotations
@@ -33,34 +52,51 @@ Ids = NDArray[np.int64]
 MIXTURE_PERIOD = 1000
 """Weights of a mixture are kept exactly over so many consecutive samples of a stream, to a thousandth."""
 _ROUNDS = 8
+"""Rounds of the Feistel network. Four are enough for a pseudo-random permutation (Luby & Rackoff, 1988); small domains want more."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Samples of some slots of one step."""
+    """The samples of some slots of one step, in slot order."""
 
     epoch: Ids
+    """Epoch that each sample belongs to, from 0: part of the seed of every random choice about the sample."""
     uid: Ids
+    """Index of each sample in the manifest (in a mixture, after all samples of the folders before its own)."""
 
 
 class StreamPlan(Protocol):
-    """What a stream needs to know: the sample at each place of each of C streams, without end."""
+    """C endless streams of samples: what :func:`step_slots` takes the slots of a step from."""
 
     streams: int
+    """C."""
 
-    def at(self, stream: Ids, place: Ids) -> Slots:
-        """The samples at ``place`` (0, 1, ...) of each ``stream``."""
+    def at(self, stream: Ids, position: Ids) -> Slots:
+        """The sample at ``position`` (0, 1, ...) of each ``stream`` (0 to C - 1); both arrays have one entry a slot."""
         ...
 
 
 def step_slots(plan: StreamPlan, step: int, batch: int, rank: int = 0, world: int = 1) -> Slots:
-    """The samples of a rank's slots of global step ``step`` (0-based), in slot order; rank 0 of 1 = all B of them."""
+    """The samples of one rank's slots of a global step, in slot order.
+
+    Args:
+        step: global step, from 0.
+        batch: B, the global batch.
+        rank, world: whose slots; rank 0 of 1 gets all B of them.
+    """
     slots = step * batch + np.arange(rank, batch, world, dtype=np.int64)
     return plan.at(slots % plan.streams, slots // plan.streams)
 
 
 class SamplePlan:
-    """The plan of a folder of shards with ``shard_samples[i]`` samples each."""
+    """The plan of one folder of shards.
+
+    Args:
+        shard_samples: number of samples of each shard, in the order of the manifest.
+        seed: of the permutations of shards and samples.
+        streams: C.
+        window_shards: whole shards of a shuffle window.
+    """
 
     def __init__(self, shard_samples: Sequence[int], seed: int, streams: int, window_shards: int) -> None:
         """Raises ValueError when there are fewer samples than streams."""
@@ -70,21 +106,23 @@ class SamplePlan:
         self.segment = self.samples // streams
         if self.segment == 0:
             raise ValueError(f"{self.samples} samples cannot fill {streams} streams")
-        self.laid_out = lru_cache(maxsize=4)(self._lay_out)
-        """Shards in the order of an epoch's line (those without samples left out), and where each begins on it."""
+        self.shard_line = lru_cache(maxsize=4)(self._shard_line)
+        """For an epoch: shards in the order of its line (empty ones skipped), and the position on it at which each begins."""
 
     @property
     def samples(self) -> int:
+        """Samples in all shards."""
         return int(self.first_uid[-1])
 
     @property
     def per_epoch(self) -> int:
-        """Samples an epoch delivers."""
+        """Samples that an epoch delivers: all but the remainder."""
         return self.segment * self.streams
 
-    def at(self, stream: Ids, place: Ids) -> Slots:
-        epoch, within = np.divmod(place, self.segment)
-        uid = np.empty_like(place)
+    def at(self, stream: Ids, position: Ids) -> Slots:
+        """The sample at each position of each stream: position div segment is the epoch, the rest lies inside the segment."""
+        epoch, within = np.divmod(position, self.segment)
+        uid = np.empty_like(position)
         for number in np.unique(epoch):
             here = epoch == number
             uid[here] = self._uids(int(number), stream[here], within[here])
@@ -96,28 +134,32 @@ class SamplePlan:
         return shard, uid - self.first_uid[shard]
 
     def _uids(self, epoch: int, stream: Ids, within: Ids) -> Ids:
-        shards, starts = self.laid_out(epoch)
-        edges = np.append(starts[:: self.window_shards], self.samples)
+        """The samples at index ``within`` of each stream's segment in one epoch."""
+        shards, starts = self.shard_line(epoch)
+        edges = np.append(starts[:: self.window_shards], self.samples)  # window w is edges[w] to edges[w + 1] - 1 on the line
         at = stream * self.segment + within
         window = np.searchsorted(edges, at, side="right") - 1
+        # The piece: from the later of the two beginnings to the earlier of the two ends. Its beginning is part of the key, so that
+        # pieces are shuffled independently of one another.
         begin = np.maximum(stream * self.segment, edges[window])
         end = np.minimum((stream + 1) * self.segment, edges[window + 1])
         at = begin + shuffled(at - begin, end - begin, hash_words("piece", self.seed, epoch, begin))
-        place = np.searchsorted(starts, at, side="right") - 1
-        uid: Ids = self.first_uid[shards[place]] + at - starts[place]
+        entry = np.searchsorted(starts, at, side="right") - 1  # which shard of the line the shuffled position lies in
+        uid: Ids = self.first_uid[shards[entry]] + at - starts[entry]
         return uid
 
-    def _lay_out(self, epoch: int) -> tuple[Ids, Ids]:
+    def _shard_line(self, epoch: int) -> tuple[Ids, Ids]:
         shards = permutations("shards", len(self.sizes), self.seed, epoch)
         shards = shards[self.sizes[shards] > 0]
         return shards, np.concatenate([[0], np.cumsum(self.sizes[shards])[:-1]])
 
 
 class MixturePlan:
-    """Several folders of shards, mixed by weight; uids of folder d begin where those of d - 1 end.
+    """The plan of several folders of shards, mixed by weight; uids of folder d begin where those of folder d - 1 end.
 
-    Of any MIXTURE_PERIOD consecutive samples of a stream that begin at a multiple of it, each folder has its share, in an order that
-    is a hash of (seed, stream, period). Each folder goes through its own epochs at its own pace.
+    A stream is cut into periods of MIXTURE_PERIOD samples. Each folder has its exact share of every period, in an order that is a
+    permutation by (seed, stream, period). Within a stream, a folder's samples come in the order of its own plan, so each folder goes
+    through its own epochs at its own pace.
     """
 
     def __init__(self, plans: Sequence[SamplePlan], weights: Sequence[float]) -> None:
@@ -129,54 +171,64 @@ class MixturePlan:
         self.plans, self.seed, self.streams = list(plans), plans[0].seed, plans[0].streams
         self.first_uid = np.concatenate([[0], np.cumsum([plan.samples for plan in plans])])
         self.counts = _shares(np.asarray(weights, dtype=np.float64))
-        self._pattern = lru_cache(maxsize=4 * self.streams)(self._draw)
+        self._pattern = lru_cache(maxsize=4 * self.streams)(self._draw_pattern)
 
-    def at(self, stream: Ids, place: Ids) -> Slots:
-        period, within = np.divmod(place, MIXTURE_PERIOD)
-        folder, turn = np.empty_like(place), np.empty_like(place)
-        for each in range(len(place)):
-            folders, turns = self._pattern(int(stream[each]), int(period[each]))
-            folder[each], turn[each] = folders[within[each]], turns[within[each]]
-        found = Slots(np.empty_like(place), np.empty_like(place))
+    def at(self, stream: Ids, position: Ids) -> Slots:
+        """The sample at each position of each stream, and its epoch in its own folder."""
+        period, within = np.divmod(position, MIXTURE_PERIOD)
+        folder, earlier = np.empty_like(position), np.empty_like(position)
+        for each in range(len(position)):
+            folders, earlier_of = self._pattern(int(stream[each]), int(period[each]))
+            folder[each], earlier[each] = folders[within[each]], earlier_of[within[each]]
+        slots = Slots(np.empty_like(position), np.empty_like(position))
         for number, plan in enumerate(self.plans):
             here = folder == number
-            part = plan.at(stream[here], period[here] * self.counts[number] + turn[here])
-            found.epoch[here], found.uid[here] = part.epoch, part.uid + self.first_uid[number]
-        return found
+            # Every period before this one took counts[number] samples of the folder, and this one ``earlier`` so far.
+            part = plan.at(stream[here], period[here] * self.counts[number] + earlier[here])
+            slots.epoch[here], slots.uid[here] = part.epoch, part.uid + self.first_uid[number]
+        return slots
 
-    def _draw(self, stream: int, period: int) -> tuple[Ids, Ids]:
-        """For each place of a period: its folder, and how many places of that folder come before it."""
+    def _draw_pattern(self, stream: int, period: int) -> tuple[Ids, Ids]:
+        """For each position of a period: its folder, and how many earlier positions of the period have the same folder."""
         folders = np.repeat(np.arange(len(self.counts)), self.counts)
         folders = folders[permutations("mixture", MIXTURE_PERIOD, self.seed, stream, period)]
-        turns = np.empty_like(folders)
+        earlier = np.empty_like(folders)
         for number, count in enumerate(self.counts):
-            turns[folders == number] = np.arange(count)
-        return folders, turns
+            earlier[folders == number] = np.arange(count)
+        return folders, earlier
 
 
 def shuffled(index: Ids, length: Ids, key: NDArray[np.uint64]) -> Ids:
     """Where each index goes in a permutation of ``range(length)`` that belongs to ``key``; all three broadcast.
 
-    A Feistel network on Z_a x Z_b with a b >= length, walked until it lands inside (Black & Rogaway, "Ciphers with Arbitrary Finite
-    Domains", CT-RSA 2002): no table, so a million samples cost no more memory than one.
+    Format-preserving encryption instead of a table: a Feistel network permutes Z_a x Z_b, the smallest nearly square grid with
+    a b >= length, and an output outside ``range(length)`` is permuted again until it lands inside ("cycle walking"; Black & Rogaway,
+    "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). Walking along the cycles of a permutation of the grid visits every index below
+    ``length`` exactly once, so the result is a permutation as well. A million samples cost no more memory than one.
     """
     index, length, key = (np.array(part) for part in np.broadcast_arrays(index, length, key))
     side = np.ceil(np.sqrt(length)).astype(np.int64)
     other = -(-length // side)
-    left = np.arange(len(index))
-    while len(left):
-        index[left] = _feistel(index[left], side[left], other[left], key[left])
-        left = left[index[left] >= length[left]]
+    outside = np.arange(len(index))  # entries that still have to move; a b < length + a, so few need a second round
+    while len(outside):
+        index[outside] = _feistel(index[outside], side[outside], other[outside], key[outside])
+        outside = outside[index[outside] >= length[outside]]
     return index
 
 
 def _feistel(index: Ids, side: Ids, other: Ids, key: NDArray[np.uint64]) -> Ids:
+    """One pass through the network: a permutation of ``range(side * other)``.
+
+    Each round adds a hash of one coordinate to the other one, modulo its size; that can be undone whatever the hash is, which makes
+    the whole a permutation. The halves need not be of one size (a generalised Feistel network).
+    """
     high, low = np.divmod(index, other)  # high in Z_side, low in Z_other
     for number in range(0, _ROUNDS, 2):
+        # The hash loses its lowest bit, so that it is a non-negative int64 before the remainder is taken.
         high = (high + (hash_words("high", key, number, low) >> np.uint64(1)).astype(np.int64) % side) % side
         low = (low + (hash_words("low", key, number, high) >> np.uint64(1)).astype(np.int64) % other) % other
-    found: Ids = high * other + low
-    return found
+    permuted: Ids = high * other + low
+    return permuted
 
 
 def _shares(weights: NDArray[np.float64]) -> Ids:

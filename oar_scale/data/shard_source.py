@@ -1,7 +1,7 @@
-"""A folder of shards as the stream sees it: which folder, and single samples out of a bounded number of open shards.
+"""A folder of shards as a data source: where it lies, what its manifest says, and single samples out of a bounded number of open shards.
 
-Token shards give the codes they hold. Image shards give pixels, and the stream's tokenizer makes codes of them on the fly: slower by
-far, but nothing has to be prepared.
+Token shards hold codes. Image shards hold pixels, which the source's tokenizer encodes while the stream reads: much slower, but
+nothing has to be prepared.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,31 +21,33 @@ from oar_scale.errors import UserError
 from oar_scale.storage import join
 from oar_scale.storage.shard_cache import ShardCache
 from oar_scale.tokenizers.image import ImageTokenizer
-from oar_scale.tokenizers.prompts import Field
+from oar_scale.tokenizers.prompts import Field, Prompt
 from oar_scale.tokenizers.vq import pixels_to_unit
 
 Orders = NDArray[np.uint16]
+"""Permutations of the cells."""
 StoredOrders = Callable[[str, OpenShard], Orders]
 """Stored orders [S, V, K, N] of a shard of the given name: K orders of each of a sample's first V views."""
 
 
 @dataclass(frozen=True)
 class ShardSource:
-    """A folder of shards."""
+    """A folder of shards and how to read it. Immutable, and sent to loader processes as it is."""
 
     folder: str
     manifest: Manifest
     cache: ShardCache
     weight: float = 1.0
-    """Share in a mixture, in proportion to the others'."""
+    """Weight in a mixture of sources."""
     stored_orders: StoredOrders | None = None
     tokenizer: ImageTokenizer | None = None
-    """Makes codes of image shards; token shards have theirs."""
+    """Encodes image shards; None for token shards."""
     image_views: tuple[str, ...] = ("center",)
-    """Views of image shards; token shards have theirs."""
+    """Views to make of image shards; those of token shards are in the manifest."""
 
     @property
     def views(self) -> int:
+        """Number of views of each sample."""
         return len(self.image_views if self.tokenizer else self.manifest.views)
 
     @property
@@ -59,16 +61,16 @@ class ShardSource:
 
     @property
     def vocabulary(self) -> int:
-        """Codes lie below it."""
+        """Size of the vocabulary: codes lie below it."""
         if self.tokenizer is not None:
             return self.tokenizer.spec.codebook_size
         return self.manifest.vocab_size or 2**16
 
     def open(self, info: ShardInfo) -> OpenShard:
-        """Open a shard and compare it with the manifest.
+        """Fetch a shard, open it and compare it with the manifest.
 
         Raises:
-            UnusableSample: it cannot be had or read, or it is another one.
+            UnusableSample: it cannot be fetched or read, or has another number of samples or another shape of codes.
         """
         uri = join(self.folder, info.name)
         try:
@@ -87,19 +89,24 @@ class ShardSource:
 
 
 class ShardRow(NamedTuple):
-    """One sample as a batch takes it."""
+    """One sample of a shard, as a batch takes it."""
 
     codes: bytes
     """Little-endian uint16 [N]."""
-    prompt: Any
+    prompt: Prompt
     order: Orders | None
+    """Its stored order [N]; None where it follows none."""
 
 
 class OpenShards:
-    """Samples of a source by shard and row. The ``room`` shards used last stay open; broken ones are remembered."""
+    """Samples of a source by shard and row.
 
-    def __init__(self, source: ShardSource, field: Field, room: int) -> None:
-        self.source, self.field, self.room = source, field, room
+    The ``max_open`` shards used last stay open (least recently used first out). The error of a broken shard is kept, so that its
+    samples fail at once instead of after another round of retries.
+    """
+
+    def __init__(self, source: ShardSource, field: Field, max_open: int) -> None:
+        self.source, self.field, self.max_open = source, field, max_open
         self._open: OrderedDict[int, tuple[OpenShard, Orders | None]] = OrderedDict()
         self._broken: dict[int, UnusableSample] = {}
 
@@ -107,10 +114,13 @@ class OpenShards:
         """One sample.
 
         Args:
-            draw: a number from 0 to 1 that says which of the view's K stored orders it takes; None: none of them.
+            shard: index of the shard in the manifest.
+            row: index of the sample in the shard.
+            view: index of the view.
+            draw: a number in [0, 1) that selects one of the view's K stored orders; None: no stored order is wanted.
 
         Raises:
-            UnusableSample: the shard or the sample.
+            UnusableSample: the shard or the sample cannot be used.
         """
         opened, orders_SVKN = self._shard(shard)
         order = None
@@ -125,17 +135,18 @@ class OpenShards:
         return ShardRow(codes_1N.numpy().astype("<u2").tobytes(), prompt, order)
 
     def outside_vocabulary(self, shard: int, row: int) -> str:
-        """What is wrong with a sample that has such codes."""
+        """The error text for a sample whose codes are not in the vocabulary; names shard and key."""
         opened, _ = self._shard(shard)
         return str(opened.fault(row, f"has codes above {self.source.vocabulary - 1}, the last one of the vocabulary"))
 
     def prefetch(self, shard: int) -> None:
-        """Begin to fetch a shard that will be needed soon."""
+        """Start fetching a shard in the background, unless it is open or known to be broken."""
         if shard not in self._open and shard not in self._broken:
             info = self.source.manifest.shards[shard]
             self.source.cache.prefetch(join(self.source.folder, info.name), info.bytes, info.crc32c)
 
     def _shard(self, index: int) -> tuple[OpenShard, Orders | None]:
+        """An open shard and its stored orders. Raises UnusableSample."""
         if index in self._broken:
             raise self._broken[index]
         if index in self._open:
@@ -149,6 +160,6 @@ class OpenShards:
             raise
         orders = self.source.stored_orders(info.name, opened) if self.source.stored_orders else None
         self._open[index] = opened, orders
-        if len(self._open) > self.room:
+        if len(self._open) > self.max_open:
             self._open.popitem(last=False)
         return opened, orders

@@ -1,13 +1,37 @@
-"""Shards as training batches.
+"""The data stream: from a folder of shards to the training batches of one rank.
 
-The plan says which samples a step takes; this module opens their shards (verified, cached on local disk, a bounded number of them
-open at a time) and adds every random choice about a sample as a hash of (seed, epoch, uid): its view, its order, whether its prompt
-is dropped. So a batch is a function of (settings, step) alone, and resuming is starting at a step.
+    manifest.json --> sample plan --> uids of a step --> open shards --> samples --> Batch (tensors, on the CPU)
+                                       |                   ^               |
+                                       |                   |               +-- broken ones replaced
+                                       +-- random choices  +-- shard cache on the local disk <-- S3 or local folder
 
-    for batch in TokenStream(...).batches(start_step=80, end_step=100): ...
+A batch is a pure function of (settings, shards, step). With global batch B and C = ``data.canonical_streams``, slot i of step t is the
+slot g = t B + i of the run and holds sample g div C of stream g mod C; rank r of W takes the slots i = r, r + W, r + 2 W, ...
+:mod:`oar_scale.data.sample_plan` defines the streams and explains why this makes batches independent of W. This module does the rest:
 
-A sample that cannot be used is replaced by another one, the same on every rank and in every attempt, and named in the batch. Loader
-processes take whole steps in turn: each one is the same function of the step, so their number changes nothing either.
+*Random choices.* Every random choice about a sample is a hash of (seed, epoch, uid, purpose), not a draw from a generator
+(:mod:`oar_scale.data.hashing`): its view ("view"), whether it follows a stored order or a random one ("order kind"), which of
+several stored orders ("stored order"), the random order itself ("order"), whether its prompt is dropped ("caption"). Any rank,
+loader process or restart computes the same values, so nothing has to be saved. Random orders are made where they are needed, on
+the training device (:meth:`Batch.orders`).
+
+*Reading.* Shards are read whole, checked by crc32c and cached (:mod:`oar_scale.storage.shard_cache`); a bounded number of them is open,
+and single samples are decoded when a batch takes them (:mod:`oar_scale.data.shard_source`). The shards of step t + 8 are fetched in the
+background while step t is made, and the batch of the next step is made while the last one is in use: by a thread, or by
+``loader_processes`` processes, of which process p of P makes the steps p, p + P, ... As each batch depends on its step alone, their
+number changes nothing.
+
+*Broken samples.* A sample that cannot be used (a missing member, codes of another shape or outside the vocabulary, a shard that is lost
+after all retries) is replaced: attempt k = 0, 1, ... draws another uid by a hash of (seed, epoch, uid, k), and the first sample that can
+be used is taken. The slot keeps its own random choices, so the replacement is the same on every rank and in every attempt. Each
+replaced sample is listed in :attr:`Batch.bad`; past ``data.max_bad_fraction`` of the samples seen, the stream stops with an error that
+names some.
+
+*Resuming* is ``batches(start_step=t, end_step=...)``. A step costs no more in the middle of an epoch than at its beginning.
+
+    for batch in TokenStream(source, prompts, settings, rank, world).batches(start_step=80, end_step=100): ...
+
+Shapes are in the names: b samples of this rank, N cells, T prompt tokens, F features.
 """
 
 from __future__ import annotations
@@ -33,24 +57,24 @@ from oar_scale.storage import FetchStats
 from oar_scale.tokenizers.prompts import PromptEncoder, check_features
 
 LOOK_AHEAD_STEPS = 8
-"""A shard that a step so far ahead needs is fetched while others are in use."""
+"""The shards of the step so far ahead are fetched in the background."""
 SUBSTITUTES = 16
-"""Samples tried in the place of one that cannot be used."""
+"""Replacements tried for a sample that cannot be used, before the stream stops."""
 BAD_FROM = 64
-"""Samples seen before the share of bad ones can stop the stream."""
+"""The share of bad samples is taken of at least so many samples, so that one early fault does not stop the stream."""
 
 
 @dataclass(frozen=True)
 class ReplacedSample:
-    """A sample that could not be used, and was replaced."""
+    """A sample that could not be used and was replaced by another one (event ``bad_sample``)."""
 
     uid: int
     fault: str
-    """Names shard and key, and what is wrong."""
+    """Shard, key and what is wrong."""
 
 
 class _Choice(NamedTuple):
-    """A sample that a slot shows, and how."""
+    """What a slot shows: a sample, its view and its order."""
 
     uid: int
     folder: int
@@ -58,55 +82,67 @@ class _Choice(NamedTuple):
     row: int
     view: int
     stored_order: bool
+    """Whether it follows a stored order, where its shard has any."""
     draw: float
-    """From 0 to 1: which one, where several are stored."""
+    """From 0 to 1: which of the stored orders of the view it follows."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's share of one step, b samples."""
+    """One rank's share of a step: b = B / W samples, on the CPU."""
 
     step: int
     uid_b: Tensor
+    """int64: uids as the plan has them, also where a sample was replaced."""
     codes_bN: Tensor
+    """int64 codes in raster order."""
     prompts_b: Tensor
     """Encoded prompts, a row for each sample: ids [b, T], labels [b, 1] or features [b, T, F]."""
     drop_b: Tensor
     """Samples whose prompt is dropped (bool)."""
     seed: int
+    """Of the run: with epoch and uid it determines the random orders."""
     epoch_b: Tensor
+    """int64: epoch of each sample, from 0."""
     fixed_b: Tensor
-    """Samples in a given order (bool); the others get a random one."""
+    """Samples that follow a given order (bool); the others get a random one."""
     fixed_bN: Tensor
-    """The given orders; any numbers where there is none."""
+    """int64: the given orders; the raster order where a sample has none."""
     bad: tuple[ReplacedSample, ...] = ()
     """Samples that were replaced."""
     fetched: FetchStats = field(default_factory=FetchStats)
-    """What was fetched for this batch and the ones it looked ahead to."""
+    """Requests, bytes and retries since the last batch, those of shards fetched ahead included."""
 
     def orders(self, device: torch.device | str = "cpu") -> Tensor:
-        """The order of each sample [b, N]. Random ones are made on ``device``, and are the same on all."""
+        """The order of each sample, int64 [b, N]: cell placed first to cell placed last.
+
+        Random orders are computed on ``device``, and are the same on every device.
+        """
         random_bN = device_permutations("order", self.codes_bN.shape[1], self.seed, self.epoch_b.to(device), self.uid_b.to(device))
         return torch.where(self.fixed_b.to(device)[:, None], self.fixed_bN.to(device), random_bN)
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What fixes the batches, besides the shards."""
+    """All that determines the batches, besides the shards themselves."""
 
     seed: int
     global_batch: int
+    """B."""
     streams: int
+    """C (``data.canonical_streams``)."""
     window_shards: int
+    """Whole shards of a shuffle window (``data.shuffle_window_shards``)."""
     caption_dropout: float
+    """Share of samples whose prompt is dropped, for classifier-free guidance."""
     order: tuple[int, ...] | None = None
     """One order for all samples outside the random share, whatever their view."""
     random_share: float = 1.0
-    """Share of samples that take any view, in a random order. The rest follow ``order``; without one they take one of the first
-    ``stored_views`` in its stored order, or without stored orders (the control) the same view, in a random order, so that the orders
-    are all that differs."""
+    """Share of samples that take any view, in a random order. The rest follow ``order`` if there is one; else they take one of the first
+    ``stored_views`` views in the order stored for it. Where nothing is stored (the control) they take the same view in a random order,
+    so that two stages differ in their orders only."""
     stored_views: int = 1
-    """Views that have stored orders, from the first one on."""
+    """How many views have stored orders; they are the first ones."""
     max_bad_fraction: float = 0.01
     """More bad samples than this share of those seen stop the stream."""
 
@@ -136,40 +172,40 @@ class TokenStream:
         self.plans = [_plan(source, settings) for source in self.sources]
         self.plan: StreamPlan = MixturePlan(self.plans, [s.weight for s in self.sources]) if len(self.plans) > 1 else self.plans[0]
         self.first_uid = np.concatenate([[0], np.cumsum([plan.samples for plan in self.plans])])
-        # A rank reads streams/world segments at once, each inside one window; two shards more for the edges.
-        room = settings.streams // world * settings.window_shards + 2
-        self.shards = [OpenShards(source, prompts.field, room) for source in self.sources]
+        # A rank reads streams / world segments at a time, each inside one window; two shards more for windows that a segment shares.
+        max_open = settings.streams // world * settings.window_shards + 2
+        self.shards = [OpenShards(source, prompts.field, max_open) for source in self.sources]
         self.limits = [source.vocabulary for source in self.sources]
         self._counted: dict[str, int] = {}
 
     def __reduce__(self) -> tuple[type[TokenStream], tuple[object, ...]]:
-        """What a loader process gets: how to make this stream, not what it has open."""
+        """A loader process gets the arguments and opens its own shards: open files and clients are not copied."""
         return TokenStream, (self.sources, self.prompts, self.settings, self.rank, self.world, self.loader_processes)
 
     def batches(self, start_step: int, end_step: int) -> Generator[Batch, None, None]:
-        """The batches of steps ``start_step`` to ``end_step - 1``; the next ones are made while the last is in use.
+        """The batches of steps ``start_step`` to ``end_step - 1``; the next ones are prepared while the last one is in use.
 
         Raises:
-            UserError: too many bad samples; names some.
+            UserError: more bad samples than ``max_bad_fraction`` allows; names some of them.
         """
         seen, bad = 0, list[ReplacedSample]()
-        for batch in self._made_ahead(start_step, end_step):
+        for batch in self._prefetched(start_step, end_step):
             seen, bad = seen + len(batch.uid_b), [*bad, *batch.bad]
             if len(bad) > self.settings.max_bad_fraction * max(seen, BAD_FROM):
                 named = "\n".join(f"  {sample.fault}" for sample in bad[:5])
                 raise UserError(
                     f"step {batch.step}: {len(bad)} of {seen} samples could not be used, more than data.max_bad_fraction = "
-                    f"{self.settings.max_bad_fraction:g} allows:\n{named}\nMend the shards (oar data verify), or raise the limit."
+                    f"{self.settings.max_bad_fraction:g} allows:\n{named}\nFix the shards (oar data verify), or raise the limit."
                 )
             yield batch
 
     def batch(self, step: int) -> Batch:
-        """This rank's samples of a step: a function of the settings and ``step`` alone."""
+        """This rank's samples of one step. The result depends on settings, shards and ``step`` alone, whatever was asked before."""
         settings = self.settings
         self._look_ahead(step + LOOK_AHEAD_STEPS)
         slots = step_slots(self.plan, step, settings.global_batch, self.rank, self.world)
         bad: list[ReplacedSample] = []
-        rows, codes_bN = self._samples(slots, bad)
+        rows, codes_bN = self._read_samples(slots, bad)
         fixed_b, fixed_bN = self._fixed(rows, slots)
         return Batch(
             step=step,
@@ -186,43 +222,60 @@ class TokenStream:
         )
 
     def _fixed(self, rows: list[ShardRow], slots: Slots) -> tuple[Tensor, Tensor]:
-        """Which samples follow a given order, and the orders: what the settings name, or the rows'."""
+        """Which samples follow a given order, and those orders [b, N]: the one of the settings, or the stored ones of the rows."""
         if self.settings.order is not None:
             order_N = torch.tensor(self.settings.order)
-            return torch.from_numpy(~self._random(slots.epoch, slots.uid)), order_N.expand(len(rows), -1)
-        nothing_N = np.arange(self.cells)
-        orders = [nothing_N if row.order is None else row.order.astype(np.int64) for row in rows]
+            return torch.from_numpy(~self._in_random_share(slots.epoch, slots.uid)), order_N.expand(len(rows), -1)
+        unused_N = np.arange(self.cells)
+        orders = [unused_N if row.order is None else row.order.astype(np.int64) for row in rows]
         return torch.tensor([row.order is not None for row in rows]), torch.from_numpy(np.stack(orders))
 
-    def _random(self, epoch_b: Ids, uid_b: Ids) -> NDArray[np.bool_]:
-        """Which slots belong to the random share."""
+    def _in_random_share(self, epoch_b: Ids, uid_b: Ids) -> NDArray[np.bool_]:
+        """Which samples belong to the share that takes random orders."""
         return uniform("order kind", self.settings.seed, epoch_b, uid_b) < self.settings.random_share
 
-    def _samples(self, slots: Slots, bad: list[ReplacedSample]) -> tuple[list[ShardRow], NDArray[np.uint16]]:
-        """The samples of some slots, and their codes [b, N]; bad ones are replaced and added to ``bad``."""
+    def _read_samples(self, slots: Slots, bad: list[ReplacedSample]) -> tuple[list[ShardRow], NDArray[np.uint16]]:
+        """The samples of some slots and their codes [b, N]; what cannot be used is replaced and added to ``bad``.
+
+        The codes of the whole batch are checked against the vocabulary at once: a comparison a sample would cost more than reading it.
+        """
         wanted = self._choices(slots.epoch, slots.uid, slots.uid)
         rows: list[ShardRow | None] = []
         for choice in wanted:
             try:
-                rows.append(
-                    self.shards[choice.folder].row(choice.shard, choice.row, choice.view, choice.draw if choice.stored_order else None)
-                )
+                rows.append(self._read(choice))
             except UnusableSample as fault:
                 bad.append(ReplacedSample(choice.uid, str(fault)))
                 rows.append(None)
         codes_bN = self._stack([row.codes if row else bytes(2 * self.cells) for row in rows])
-        for at in np.flatnonzero(codes_bN.max(1) >= np.array([self.limits[choice.folder] for choice in wanted])).tolist():
-            bad.append(ReplacedSample(wanted[at].uid, self.shards[wanted[at].folder].outside_vocabulary(wanted[at].shard, wanted[at].row)))
+        limits_b = np.array([self.limits[choice.folder] for choice in wanted])
+        for at in np.flatnonzero(codes_bN.max(1) >= limits_b).tolist():
+            bad.append(self._outside_vocabulary(wanted[at]))
             rows[at] = None
-        for at in [at for at, row in enumerate(rows) if row is None]:
-            rows[at] = self._substitute(slots.epoch[at : at + 1], slots.uid[at : at + 1], bad)
-            codes_bN[at] = self._stack([rows[at].codes])[0]  # type: ignore[union-attr]
-        return [row for row in rows if row is not None], codes_bN
+        usable: list[ShardRow] = []
+        for at, row in enumerate(rows):
+            if row is None:
+                row = self._substitute(slots.epoch[at : at + 1], slots.uid[at : at + 1], bad)
+                codes_bN[at] = self._stack([row.codes])[0]
+            usable.append(row)
+        return usable, codes_bN
+
+    def _read(self, choice: _Choice) -> ShardRow:
+        """Raises UnusableSample."""
+        draw = choice.draw if choice.stored_order else None
+        return self.shards[choice.folder].row(choice.shard, choice.row, choice.view, draw)
+
+    def _outside_vocabulary(self, choice: _Choice) -> ReplacedSample:
+        return ReplacedSample(choice.uid, self.shards[choice.folder].outside_vocabulary(choice.shard, choice.row))
 
     def _choices(self, epoch_b: Ids, uid_b: Ids, wanted_b: Ids) -> list[_Choice]:
-        """Which sample and view the slots of ``uid_b`` take, when they are to show the samples ``wanted_b``."""
+        """What the slots of ``uid_b`` show when they take the samples ``wanted_b``: themselves, or replacements.
+
+        Shard and row are those of the wanted sample; all random choices are hashes of the slot's own uid, so that a replacement changes
+        nothing about the choices of its slot.
+        """
         seed = self.settings.seed
-        random_b = self._random(epoch_b, uid_b)
+        random_b = self._in_random_share(epoch_b, uid_b)
         folder_b = np.searchsorted(self.first_uid, wanted_b, side="right") - 1
         shard_b, row_b, view_b = (np.zeros_like(wanted_b) for _ in range(3))
         for number, (source, plan) in enumerate(zip(self.sources, self.plans, strict=True)):
@@ -230,33 +283,37 @@ class TokenStream:
             shard_b[here], row_b[here] = plan.shard_of(wanted_b[here] - self.first_uid[number])
             view_b[here] = integers("view", source.views, seed, epoch_b[here], uid_b[here])
             if self.settings.order is None:
-                stored = here & ~random_b
+                stored = here & ~random_b  # these take a view that has an order: the same hash, over fewer views
                 view_b[stored] = integers("view", min(self.settings.stored_views, source.views), seed, epoch_b[stored], uid_b[stored])
         draw_b = uniform("stored order", seed, epoch_b, uid_b)
         columns = (wanted_b, folder_b, shard_b, row_b, view_b, ~random_b, draw_b)
         return [_Choice(*choice) for choice in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _substitute(self, epoch_1: Ids, uid_1: Ids, bad: list[ReplacedSample]) -> ShardRow:
-        """The first sample that can be used in the place of one that cannot."""
+        """The replacement of one sample that cannot be used: the first usable one of a fixed sequence of uids, by hash.
+
+        Raises:
+            UserError: none of ``SUBSTITUTES`` can be used.
+        """
         for attempt in range(SUBSTITUTES):
             other_1 = integers("substitute", int(self.first_uid[-1]), self.settings.seed, epoch_1, uid_1, attempt)
             (choice,) = self._choices(epoch_1, uid_1, other_1)
-            shards = self.shards[choice.folder]
             try:
-                row = shards.row(choice.shard, choice.row, choice.view, choice.draw if choice.stored_order else None)
+                row = self._read(choice)
             except UnusableSample as fault:
                 bad.append(ReplacedSample(choice.uid, str(fault)))
                 continue
             if self._stack([row.codes]).max() < self.limits[choice.folder]:
                 return row
-            bad.append(ReplacedSample(choice.uid, shards.outside_vocabulary(choice.shard, choice.row)))
+            bad.append(self._outside_vocabulary(choice))
         raise UserError(f"{SUBSTITUTES} samples in a row could not be used; the last: {bad[-1].fault}")
 
     def _stack(self, codes: list[bytes]) -> NDArray[np.uint16]:
+        """Codes [b, N] of samples' bytes: joined and viewed as one array, which is writable because a bytearray is."""
         return np.frombuffer(bytearray().join(codes), dtype="<u2").reshape(-1, self.cells)
 
     def _look_ahead(self, step: int) -> None:
-        """Begin to fetch the shards of a later step."""
+        """Start fetching the shards that a later step needs."""
         slots = step_slots(self.plan, step, self.settings.global_batch, self.rank, self.world)
         folder = np.searchsorted(self.first_uid, slots.uid, side="right") - 1
         for number, plan in enumerate(self.plans):
@@ -265,7 +322,7 @@ class TokenStream:
                 self.shards[number].prefetch(shard)
 
     def _fetched(self) -> FetchStats:
-        """What the caches did since the last batch."""
+        """What the shard caches fetched since the last batch; a cache that several sources share counts once."""
         now = {
             name: sum(getattr(cache.stats, name) for cache in {id(source.cache): source.cache for source in self.sources}.values())
             for name in (each.name for each in dataclasses.fields(FetchStats))
@@ -273,7 +330,8 @@ class TokenStream:
         since, self._counted = self._counted, now
         return FetchStats(**{name: number - since.get(name, 0) for name, number in now.items()})
 
-    def _made_ahead(self, start_step: int, end_step: int) -> Iterator[Batch]:
+    def _prefetched(self, start_step: int, end_step: int) -> Iterator[Batch]:
+        """The batches in order, one or more ahead of their use: by loader processes, or by a thread where there are none."""
         if self.loader_processes:
             yield from DataLoader(
                 _Steps(self, start_step, end_step),
@@ -283,16 +341,16 @@ class TokenStream:
             )
             return
         with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self.batch, start_step) if start_step < end_step else None
+            following = ahead.submit(self.batch, start_step) if start_step < end_step else None
             for step in range(start_step, end_step):
-                assert coming is not None
-                batch = coming.result()
-                coming = ahead.submit(self.batch, step + 1) if step + 1 < end_step else None
+                assert following is not None
+                batch = following.result()
+                following = ahead.submit(self.batch, step + 1) if step + 1 < end_step else None
                 yield batch
 
 
 class _Steps(IterableDataset[Batch]):
-    """Whole steps, dealt out to the loader's processes in turn, in which order the loader also collects them."""
+    """Whole steps as the items of a DataLoader: worker p of P makes the steps p, p + P, ..., as the loader collects them."""
 
     def __init__(self, stream: TokenStream, start_step: int, end_step: int) -> None:
         self.stream, self.start_step, self.end_step = stream, start_step, end_step
@@ -305,6 +363,7 @@ class _Steps(IterableDataset[Batch]):
 
 
 def _plan(source: ShardSource, settings: StreamSettings) -> SamplePlan:
+    """The sample plan of one folder. Raises UserError where there are fewer samples than streams."""
     if source.manifest.samples < settings.streams:
         raise UserError(
             f"{source.folder}: {source.manifest.samples} samples are fewer than data.canonical_streams = {settings.streams}. "

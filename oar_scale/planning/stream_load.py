@@ -112,7 +112,7 @@ def check_sharing(recipe: Recipe, ranks: int) -> None:
 
 def _shards_of_streams(plan: SamplePlan) -> list[Ids]:
     """The shards that each stream takes samples of in epoch 0."""
-    shards, starts = plan.laid_out(0)
+    shards, starts = plan.shard_line(0)
     begin = np.arange(plan.streams) * plan.segment
     first = np.searchsorted(starts, begin, side="right") - 1
     last = np.searchsorted(starts, begin + plan.segment - 1, side="right") - 1

@@ -1,9 +1,9 @@
-"""What a model is told about an image, as tensors: its caption, its class label, or features somebody computed.
+"""Prompts, which the model is conditioned on, as tensors: the caption of an image, its class label, or precomputed features.
 
-    shard sample --field--> prompt --encode--> tensor of the batch --model_inputs--> what ``AnyOrderModel.condition`` takes
+    shard sample --field--> prompt --encode--> tensor of the batch --model_inputs--> cond_inputs of ``AnyOrderModel.condition``
 
-``encode`` is cheap and runs where the batch is made; ``model_inputs`` runs on the model's device, and only a frozen text tower
-has something to do there.
+``encode`` is cheap and runs where the batch is made (in a loader process); ``model_inputs`` runs on the model's device, and only a
+frozen text tower computes anything there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -27,14 +28,18 @@ from oar_scale.tokenizers.text import TextTokenizer
 Field = Literal["txt", "label", "features"]
 """Which part of a shard sample the prompts are: ``KEY.txt``, ``label`` of ``KEY.json``, or ``KEY.features.npy``."""
 
+Prompt = str | int | NDArray[np.generic]
+"""A caption, a class label, or features [T, F] of a caption."""
+
 TEXT_FILE, FEATURES_FILE = "text.model", "text-features.json"
 
 
 class PromptEncoder(Protocol):
-    """Prompts to a tensor with a row for each."""
+    """Turns the prompts of one kind into a tensor with a row for each."""
 
     @property
-    def field(self) -> Field: ...
+    def field(self) -> Field:
+        """The part of a shard sample that holds the prompts."""
 
     @property
     def max_tokens(self) -> int:
@@ -44,7 +49,8 @@ class PromptEncoder(Protocol):
     def vocab_size(self) -> int:
         """Ids lie in [0, vocab_size); 0 where prompts are no ids."""
 
-    def encode(self, prompts: Sequence[Any]) -> Tensor: ...
+    def encode(self, prompts: Sequence[Any]) -> Tensor:
+        """A row for each prompt; each encoder takes its own kind of prompts. Raises UserError for what it cannot encode."""
 
 
 class LabelEncoder:
@@ -57,7 +63,7 @@ class LabelEncoder:
         self.vocab_size = classes
 
     def encode(self, prompts: Sequence[int | str]) -> Tensor:
-        """Raises UserError for what is no label."""
+        """Labels as int64 [B, 1]. Raises UserError for what is no label below the number of classes."""
         for prompt in prompts:
             if not str(prompt).isdecimal() or int(prompt) >= self.vocab_size:
                 raise UserError(f"{prompt!r} is no class label: this model knows the labels 0 to {self.vocab_size - 1}")
@@ -65,7 +71,7 @@ class LabelEncoder:
 
 
 class FeatureReader:
-    """Features that are there already, arrays [T, F] or shorter, to float32 [B, T, F]. Rows that are missing at the end are zeros."""
+    """Precomputed features, arrays of at most T rows [t, F], to float32 [B, T, F]; missing rows at the end are zeros."""
 
     field: ClassVar[Field] = "features"
     vocab_size = 0
@@ -73,10 +79,10 @@ class FeatureReader:
     def __init__(self, rows: int, width: int, tower: ClipTextSpec | None = None, tower_id: str | None = None) -> None:
         self.max_tokens, self.width = rows, width
         self.tower, self.tower_id = tower, tower_id
-        """Which text tower made them; None: nobody knows."""
+        """The text tower that computed the features, and the hash of its weights; None where the shards do not tell."""
 
     def encode(self, prompts: Sequence[Any]) -> Tensor:
-        """Raises UserError for features of another shape, or captions."""
+        """Features as float32 [B, T, F]. Raises UserError for features with more rows or another width, and for captions."""
         encoded_BTF = torch.zeros(len(prompts), self.max_tokens, self.width)
         for row, prompt in enumerate(prompts):
             shape: tuple[int, ...] = () if isinstance(prompt, str) else np.shape(prompt)
@@ -90,10 +96,13 @@ class FeatureReader:
 
 
 def load_prompts(config: TextConfig, folder: str) -> PromptEncoder:
-    """What a recipe's ``tokenizer.text`` makes of the prompts in its shards; a SentencePiece model lies in ``folder``.
+    """The encoder of the prompts in a run's shards, as ``tokenizer.text`` of the recipe says.
 
-    Where a text tower's features are in the shards (``precompute``), this reads them, and no tower is loaded: for prompts that
+    Where the shards hold a text tower's features (``precompute``), the encoder reads those and no tower is loaded; for prompts that
     are in no shard, see :func:`for_new_prompts`.
+
+    Args:
+        folder: of the run's tokenizers; holds the SentencePiece model, or the description of precomputed features.
 
     Raises:
         UserError: weights that are missing or of another kind.
@@ -115,28 +124,28 @@ def load_prompts(config: TextConfig, folder: str) -> PromptEncoder:
 
 
 def for_new_prompts(config: TextConfig) -> TextConfig:
-    """The same section for prompts that somebody types: there the tower runs, whatever was computed beforehand."""
+    """The section to load an encoder with for prompts that are in no shard: the tower runs, even if features were precomputed."""
     return config.model_copy(update={"precompute": False}) if isinstance(config, ClipTextConfig) else config
 
 
 def features_of(text: ClipText) -> TextFeatures:
-    """What features that ``text`` makes are, in words that fit into a manifest."""
+    """The description of the features that ``text`` computes, for a manifest."""
     return TextFeatures(tower_id=text.content_id, rows=text.rows, width=text.width)
 
 
 def write_features_note(text: ClipText, folder: str) -> None:
-    """Leave in the folder of the tokenizers what readers of precomputed features must know, so that they need no tower."""
+    """Write the description of precomputed features into the folder of the tokenizers, so that readers need not load the tower."""
     write_json(join(folder, FEATURES_FILE), features_of(text).model_dump())
 
 
 def check_features(stored: TextFeatures | None, prompts: PromptEncoder, where: str) -> None:
-    """See that shards hold the features that ``prompts`` reads.
+    """Check that shards hold the features that ``prompts`` reads.
 
     Args:
         stored: ``features`` of the shards' manifest.
 
     Raises:
-        UserError: none were computed, or by another tower.
+        UserError: the shards hold no features, or those of another tower.
     """
     if not isinstance(prompts, FeatureReader) or prompts.tower_id is None:
         return
@@ -160,7 +169,7 @@ def _read_features_note(folder: str) -> TextFeatures:
 
 
 def model_inputs(encoder: PromptEncoder, encoded: Tensor) -> Tensor:
-    """What ``AnyOrderModel.condition`` takes of an encoded batch: a frozen tower's features, else the batch as it is."""
+    """The ``cond_inputs`` of ``AnyOrderModel.condition`` for an encoded batch: a frozen tower's features, else the batch itself."""
     if isinstance(encoder, ClipText):
         return encoder.to(encoded.device).features(encoded)
     return encoded
