@@ -23,7 +23,7 @@ from oar_scale.model.flops import training_flops
 from oar_scale.model.weights import save_tensors
 from oar_scale.observe.events import EventLog
 from oar_scale.observe.mirror import open_log
-from oar_scale.runtime.retry import patiently
+from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import join
 from oar_scale.training.callbacks import Callback
 from oar_scale.training.callbacks.heldout import HeldoutLikelihood
@@ -154,5 +154,5 @@ def _export(job: TrainingJob, engine: DeepSpeedEngine, rank: int) -> None:
                 tensors[name] = tensor.to("cpu", copy=True)
     if rank == 0:
         half = job.recipe.parallel.precision == "bf16"
-        patiently(lambda: save_tensors(job.result, engine.spec, tensors, half=half), job.recipe.storage.patience_s)
+        retry_transient(lambda: save_tensors(job.result, engine.spec, tensors, half=half), job.recipe.storage.patience_s)
     dist.barrier()

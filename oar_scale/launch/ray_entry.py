@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 
 from oar_scale.launch.job_specs import JobSpec
+from oar_scale.runtime.retry import Backoff, RetryStopped, retry
 
 RECIPE = "OAR_RECIPE"
 """The environment variable that holds the recipe's text."""
@@ -54,9 +55,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _CommandFailed(Exception):
+    """A command ended with a code after which another attempt may succeed."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"failed with code {code}")
+        self.code = code
+
+
 def _run(command: Sequence[str], max_failures: int, backoff_s: float, stopped: threading.Event) -> int:
     """Until it succeeds, or there is no sense in another attempt; returns the last exit code."""
-    name, failures = f"oar {command[0]} {' '.join(command[2:])}".rstrip(), 0
+    name, backoff = f"oar {command[0]} {' '.join(command[2:])}".rstrip(), Backoff(backoff_s)
+
+    def announce(error: BaseException, pause_s: float) -> None:
+        _say(f"{name}: {error} ({backoff.failures} in a row); retried in {pause_s:g} s")
+
+    try:
+        return retry(
+            lambda: _attempt(name, command, backoff, stopped),
+            backoff,
+            transient=lambda error: isinstance(error, _CommandFailed),
+            give_up=lambda: backoff.failures > max_failures,
+            stop=stopped,
+            before_pause=announce,
+        )
+    except RetryStopped:
+        return os.EX_TEMPFAIL
+    except _CommandFailed as failed:
+        _say(f"{name}: {failed}, {backoff.failures} times in a row")
+        return failed.code if failed.code > 0 else 128 - failed.code
+
+
+def _attempt(name: str, command: Sequence[str], backoff: Backoff, stopped: threading.Event) -> int:
+    """Run a command, and again at once each time it has stopped with everything saved. Raises _CommandFailed."""
     while True:
         _say(name)
         began = time.monotonic()
@@ -69,18 +100,10 @@ def _run(command: Sequence[str], max_failures: int, backoff_s: float, stopped: t
         if code == 2:
             _say(f"{name}: something to fix, see above. {REMEDY}")
             return 2
-        if code == os.EX_TEMPFAIL and time.monotonic() - began >= SHORT_S:
-            failures = 0
-            _say(f"{name}: stopped with everything saved; again")
-            continue
-        failures += 1
-        if failures > max_failures:
-            _say(f"{name}: failed with code {code}, {failures} times in a row")
-            return code if code > 0 else 128 - code
-        pause = backoff_s * 2 ** (failures - 1)
-        _say(f"{name}: failed with code {code} ({failures} in a row); retried in {pause:g} s")
-        if stopped.wait(pause):
-            return os.EX_TEMPFAIL
+        if code != os.EX_TEMPFAIL or time.monotonic() - began < SHORT_S:
+            raise _CommandFailed(code)
+        backoff.progress()
+        _say(f"{name}: stopped with everything saved; again")
 
 
 def _say(text: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from oar_scale.errors import UserError
-from oar_scale.runtime.retry import patiently
+from oar_scale.runtime.retry import retry_transient
 from oar_scale.shard_pool.ledger import Claim, Entry, Facts, Ledger
 from oar_scale.storage import Unreachable
 
@@ -86,7 +86,7 @@ class Actor:
 
     def _outcome(self, action: Callable[[], Outcome]) -> Outcome:
         try:
-            return patiently(action, self._patience_s)
+            return retry_transient(action, self._patience_s)
         except UserError as error:
             kind: Literal["user error", "failed"] = "failed" if isinstance(error, Unreachable) else "user error"
             return Outcome(kind, error=str(error))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oar_scale.errors import Requeue, UserError
-from oar_scale.runtime.retry import patiently
+from oar_scale.runtime.retry import retry_transient
 from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.shard_pool.actor import Order, Outcome
 from oar_scale.shard_pool.backends import Actors
@@ -106,9 +106,9 @@ class Driver:
 
     def _begin(self) -> None:
         """Who else is here, and who is at what?"""
-        poison = patiently(self.ledger.poison, self.timing.patience_s)
+        poison = retry_transient(self.ledger.poison, self.timing.patience_s)
         self.poison_before = {shard: record["holder"] for shard, record in poison.items()}
-        patiently(self.watch.look, self.timing.patience_s)
+        retry_transient(self.watch.look, self.timing.patience_s)
         others = {holder: record for holder, record in self.watch.living().items() if holder != self.holder.id}
         for holder, record in others.items():
             if not (self.array and record.get("array")):
@@ -304,14 +304,14 @@ class Driver:
         else:
             self.report.elsewhere += 1
         if shard in self.poison_before:
-            patiently(lambda: self.ledger.readmit(shard), self.timing.patience_s)
+            retry_transient(lambda: self.ledger.readmit(shard), self.timing.patience_s)
         if self.on_progress:
             self.on_progress(shard, entry.facts, self.report)
 
     def _set_aside(self, shard: str, error: str) -> None:
         del self.open[shard]
         self.report.poison[shard] = error
-        patiently(lambda: self.ledger.set_aside(shard, error, self.holder.id), self.timing.patience_s)
+        retry_transient(lambda: self.ledger.set_aside(shard, error, self.holder.id), self.timing.patience_s)
         self._say("poison", shard=shard, error=_first_line(error))
 
     # -- other pools ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Self
 
 from oar_scale.errors import UserError
 from oar_scale.runtime.process_identity import machine_id, process_start
-from oar_scale.runtime.retry import patiently
+from oar_scale.runtime.retry import retry_transient
 from oar_scale.shard_pool.ledger import Facts, Ledger, names_in, read_record, write_record
 from oar_scale.storage import join, open_storage
 
@@ -49,7 +49,7 @@ class Holder:
         self._thread = threading.Thread(target=self._go_on, name="pool-heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
-        patiently(lambda: self._write(f"{self._beat:06d}"), self._patience_s)
+        retry_transient(lambda: self._write(f"{self._beat:06d}"), self._patience_s)
         self._thread.start()
         return self
 

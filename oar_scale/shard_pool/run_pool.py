@@ -9,7 +9,7 @@ from functools import partial
 
 from oar_scale.errors import UserError
 from oar_scale.runtime.ray_session import ray_session
-from oar_scale.runtime.retry import patiently
+from oar_scale.runtime.retry import retry_transient
 from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.shard_pool.actor import Actor, Worker
 from oar_scale.shard_pool.backends import ProcessActors, RayActors
@@ -57,11 +57,11 @@ def run_pool(
         Requeue: stopped by a signal; what is done is in the ledger.
     """
     book, report, timing = Ledger(ledger), PoolReport(), timing or Timing()
-    entries = patiently(lambda: book.entries(shards), timing.patience_s)
+    entries = retry_transient(lambda: book.entries(shards), timing.patience_s)
     if find_lost:
         facts = {shard: entry.facts for shard, entry in entries.items()}
-        for shard, problem in patiently(lambda: find_lost(facts), timing.patience_s).items():
-            patiently(partial(book.forget, shard), timing.patience_s)
+        for shard, problem in retry_transient(lambda: find_lost(facts), timing.patience_s).items():
+            retry_transient(partial(book.forget, shard), timing.patience_s)
             del entries[shard]
             if on_event:
                 on_event("lost_output", {"shard": shard, "error": problem})
@@ -75,7 +75,7 @@ def run_pool(
         gpus = _gpus() if gpus_per_actor and not array and "RAY_ADDRESS" not in os.environ else 0
         bounds = Bounds(1, 1) if array else _bounds(actors, len(missing), cpu_threads, gpus_per_actor, gpus)
         if what:
-            patiently(lambda: book.bind(what), timing.patience_s)
+            retry_transient(lambda: book.bind(what), timing.patience_s)
         with StopSignals() as signals, ExitStack() as stack:
             if not array:
                 stack.enter_context(ray_session(cpus=bounds.most * cpu_threads, gpus=gpus))

@@ -10,16 +10,15 @@ answered this process is given up as soon as botocore does, for then the address
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import urllib3.exceptions
 from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError
 
+from oar_scale.runtime.retry import Backoff, RetryStopped, retry
 from oar_scale.storage import FetchStats, Unreachable
 from oar_scale.storage.remote import ObjectHead, Replaced
 from oar_scale.storage.s3_client import EXPIRED, client, renew, requests_sent, split
@@ -36,6 +35,7 @@ BACKOFF_S, BACKOFF_MAX_S = 0.1, 10.0
 """The wait after the n-th failure in a row is uniform in [0, min(BACKOFF_MAX_S, BACKOFF_S 2^n)]."""
 _CHUNK, _SMALL_CHUNK = 1 << 20, 64 << 10
 
+T = TypeVar("T")
 _NO_ANSWER = (ConnectionError, HTTPClientError)
 _answered: set[str] = set()  # servers that this process has heard from
 
@@ -44,18 +44,19 @@ class _Broken(Exception):
     """A body that we leave ourselves."""
 
 
-class Stopped(Exception):
-    """The reader has no more use for the bytes."""
+_TRANSIENT = (*_NO_ANSWER, ResponseStreamingError, IncompleteReadError, urllib3.exceptions.HTTPError, _Broken, ClientError)
+"""What may pass; of a ClientError, and of no answer at all, not all."""
 
 
 def head(uri: str, stats: FetchStats) -> ObjectHead:
     """Size and version of an object; ``stats`` learns what it took. Raises botocore's errors: see ``s3_client.explained``."""
     bucket, key = split(uri)
-    patience = _Patience(uri, stats)
-    while True:
-        with patience.one_try():
-            answer = client(STALL_S).head_object(Bucket=bucket, Key=key)
-            return ObjectHead(answer["ContentLength"], answer["ETag"])
+
+    def ask() -> ObjectHead:
+        answer = client(STALL_S).head_object(Bucket=bucket, Key=key)
+        return ObjectHead(answer["ContentLength"], answer["ETag"])
+
+    return _Attempts(uri, stats).run(ask)
 
 
 def read_range(
@@ -73,83 +74,100 @@ def read_range(
         sink: called with each chunk, in this thread. Fewer bytes come when the object is shorter.
         stats: learns what it took.
         etag: the version that is meant; without it, the one that the first answer brings.
-        stop: once set, the read ends with ``Stopped``.
+        stop: once set, the read ends with ``RetryStopped``.
 
     Raises:
         Replaced: the object is no longer that version.
         UserError: given up; the text says after what.
         ClientError, BotoCoreError: other answers of the server: see ``s3_client.explained``.
     """
-    patience = _Patience(uri, stats, stop or threading.Event())
+    attempts = _Attempts(uri, stats, stop)
     at = start
-    while True:
-        with patience.one_try():
-            stats.resumed += at > start
-            response = _get(uri, at, end, etag)
-            if response is None:
-                return
-            etag = response["ETag"]
-            for chunk in _chunks(response, ranged=at > 0 or end is not None):
-                sink(chunk)
-                at += len(chunk)
-                stats.bytes += len(chunk)
-                patience.progress()
+
+    def go_on() -> None:
+        nonlocal at, etag
+        stats.resumed += at > start
+        response = _get(uri, at, end, etag)
+        if response is None:
             return
+        etag = response["ETag"]
+        for chunk in _chunks(response, ranged=at > 0 or end is not None):
+            sink(chunk)
+            at += len(chunk)
+            stats.bytes += len(chunk)
+            attempts.progress()
+
+    attempts.run(go_on)
 
 
-class _Patience:
-    """How long one read goes on trying."""
+class _Attempts:
+    """The attempts of one read: counts their requests, and decides which errors may pass and how long that is borne."""
 
     def __init__(self, uri: str, stats: FetchStats, stop: threading.Event | None = None) -> None:
         self.uri, self.stats, self.stop = uri, stats, stop or threading.Event()
         self.begun = self.last_byte = time.monotonic()
-        self.tries = self.in_a_row = self.requests = 0
-        self.renewed = False
+        self.failures = self.requests = 0
+        # Full jitter: the n-th pause in a row is uniform in [0, min(BACKOFF_MAX_S, BACKOFF_S 2^n)].
+        self.backoff = Backoff(2 * BACKOFF_S, BACKOFF_MAX_S, jitter=(0.0, 1.0))
+        self.renewed = self.given_up = False
+        self.server = ""
 
     def progress(self) -> None:
-        self.last_byte, self.in_a_row = time.monotonic(), 0
+        """Note that bytes came. Raises RetryStopped when nobody wants more of them."""
+        self.last_byte = time.monotonic()
+        self.backoff.progress()
         if self.stop.is_set():
-            raise Stopped
+            raise RetryStopped
 
-    @contextmanager
-    def one_try(self) -> Iterator[None]:
-        """Count the requests of the block; after an error that may pass, wait and end quietly, so that a loop tries again."""
-        if self.stop.is_set():
-            raise Stopped
-        used, before = client(STALL_S), requests_sent()
+    def run(self, work: Callable[[], T]) -> T:
+        """Call ``work`` until it succeeds. Raises Unreachable when the server has not delivered for too long."""
         try:
-            try:
-                yield
-            finally:
-                self._count(requests_sent() - before)
-        except (*_NO_ANSWER, ResponseStreamingError, IncompleteReadError, urllib3.exceptions.HTTPError, _Broken, ClientError) as error:
-            if isinstance(error, ClientError) and error.response["Error"]["Code"] in EXPIRED and not self.renewed:
-                self.renewed = True
-                renew(used, STALL_S)
-            else:
-                self._wait(error, used.meta.endpoint_url)
+            return retry(lambda: self._attempt(work), self.backoff, transient=self._transient, give_up=self._give_up, stop=self.stop)
+        except _TRANSIENT as error:
+            if not self.given_up:
+                raise
+            seconds = time.monotonic() - self.begun
+            raise Unreachable(
+                f"{self.uri}: given up after {self.requests} requests in {seconds:.0f} s; the last one: {error}\n"
+                f"The S3 server at {self.server} is overloaded or out of reach. When it answers again, start the same command again."
+            ) from error
+
+    def _attempt(self, work: Callable[[], T]) -> T:
+        if self.stop.is_set():
+            raise RetryStopped
+        used, before = client(STALL_S), requests_sent()
+        self.server = used.meta.endpoint_url
+        try:
+            return work()
+        except ClientError as error:
+            _answered.add(self.server)
+            if error.response["Error"]["Code"] not in EXPIRED or self.renewed:
+                raise
+            self.renewed = True
+            renew(used, STALL_S)
+        finally:
+            self._count(requests_sent() - before)
+        return self._attempt(work)  # at once: with credentials that were read anew
 
     def _count(self, sent: int) -> None:
         self.stats.requests += sent
         self.stats.retries += sent if self.requests else max(0, sent - 1)
         self.requests += sent
 
-    def _wait(self, error: Exception, server: str) -> None:
+    def _transient(self, error: BaseException) -> bool:
+        """Whether the error may pass; counts it if so."""
         if isinstance(error, ClientError):
-            _answered.add(server)
-            if not _may_pass(error):
-                raise error
-        elif isinstance(error, _NO_ANSWER) and server not in _answered:
-            raise error
-        self.tries, self.in_a_row = self.tries + 1, self.in_a_row + 1
-        if self.tries >= TRIES or time.monotonic() - self.last_byte > PATIENCE_S:
-            seconds = time.monotonic() - self.begun
-            raise Unreachable(
-                f"{self.uri}: given up after {self.requests} requests in {seconds:.0f} s; the last one: {error}\n"
-                f"The S3 server at {server} is overloaded or out of reach. When it answers again, start the same command again."
-            ) from error
-        if self.stop.wait(random.uniform(0, min(BACKOFF_MAX_S, BACKOFF_S * 2**self.in_a_row))):
-            raise Stopped
+            passing = _may_pass(error)
+        elif isinstance(error, _NO_ANSWER):
+            passing = self.server in _answered  # else the address is wrong, more likely than the network
+        else:
+            passing = isinstance(error, _TRANSIENT)
+        self.failures += passing
+        return passing
+
+    def _give_up(self) -> bool:
+        self.given_up = self.failures >= TRIES or time.monotonic() - self.last_byte > PATIENCE_S
+        return self.given_up
 
 
 def _may_pass(error: ClientError) -> bool:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from crc32c import crc32c as checksum
 
 from oar_scale.errors import UserError
-from oar_scale.runtime.retry import patiently
+from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import FetchStats, Missing
 from oar_scale.storage.background import start
 from oar_scale.storage.cache_folder import CacheFolder, CacheUnusable, DamagedObject, Part, compare
@@ -106,7 +106,11 @@ class ShardCache:
         return self._process
 
     def _read(self, shard: _Shard) -> memoryview:
-        return patiently(lambda: self._read_remote(shard), self._patience_s) if scheme_of(shard.uri) != LOCAL else self._read_local(shard)
+        return (
+            retry_transient(lambda: self._read_remote(shard), self._patience_s)
+            if scheme_of(shard.uri) != LOCAL
+            else self._read_local(shard)
+        )
 
     def _read_local(self, shard: _Shard) -> memoryview:
         try:

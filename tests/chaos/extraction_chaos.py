@@ -31,7 +31,7 @@ from pool_worker import PHASES, WRITES, TableWriter, table_of, tries
 from oar_scale.errors import Requeue, UserError
 from oar_scale.orders.order_table import table_name, write_orders
 from oar_scale.runtime.program import run_program
-from oar_scale.runtime.retry import patiently
+from oar_scale.runtime.retry import retry_transient
 from oar_scale.shard_pool import ArrayTask, Ledger, Timing, run_pool
 from oar_scale.storage import join, open_storage
 
@@ -190,7 +190,7 @@ def disturb(trial: Trial, drivers: list[Driver], cluster: Cluster | None) -> Non
 def at_the_held_shard(trial: Trial, drivers: list[Driver]) -> list[Driver]:
     """The task that is at the shard that waits, which surely leaves a claim behind when it is killed; none if nothing waits any more."""
     while not trial.go_on.exists() and any(driver.running for driver in drivers):
-        claim = patiently(Ledger(join(trial.output, "ledger")).claims, PATIENCE_S).get(trial.held)
+        claim = retry_transient(Ledger(join(trial.output, "ledger")).claims, PATIENCE_S).get(trial.held)
         if claim is not None and Path(trial.log, f"{trial.held}.struck").exists():
             return [driver for driver in drivers if claim.holder.rsplit("-", 2)[1] == str(driver.process.pid)]
         time.sleep(0.02)

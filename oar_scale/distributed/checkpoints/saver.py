@@ -29,6 +29,7 @@ from oar_scale.distributed.checkpoints import layout
 from oar_scale.distributed.checkpoints.layout import DamagedCheckpoint
 from oar_scale.distributed.checkpoints.retention import Keep, Retention, prune
 from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
+from oar_scale.runtime.retry import Backoff, RetryStopped, retry
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.background import start
 from oar_scale.training.job import TrainingJob
@@ -199,7 +200,7 @@ class Saver:
             self._abandon(save, uri)
         elif self._rank == 0:
             # Whatever comes of this, the files stay: the marker may have been written though nobody answered.
-            fault = self._patiently(lambda: layout.commit(uri, save.name, {**save.manifest, "files": files}))
+            fault = self._retry(lambda: layout.commit(uri, save.name, {**save.manifest, "files": files}))
         return fault, files
 
     def _report(self, save: _Save, files: dict[str, dict[str, int]], fault: str | None) -> None:
@@ -214,32 +215,37 @@ class Saver:
         """Why this rank's files are not all in the storage, or None."""
         for name in save.files:
             path, target = os.path.join(save.scratch.path, save.name, name), join(uri, save.name, name)
-            fault = self._patiently(lambda path=path, target=target: _deliver(path, target))  # type: ignore[misc]
+            fault = self._retry(lambda path=path, target=target: _deliver(path, target))  # type: ignore[misc]
             if fault is not None:
                 return fault
         return None
 
-    def _patiently(self, action: Callable[[], object]) -> str | None:
-        """Do it again until it works; the last error when it did not in time."""
-        deadline, wait = time.monotonic() + self._patience_s, BACKOFF_S
-        error: Exception | None = None
-        while True:
+    def _retry(self, action: Callable[[], object]) -> str | None:
+        """Do it again until it works; the last error when it did not in time, or the next save wants to begin."""
+        deadline, backoff = time.monotonic() + self._patience_s, Backoff(BACKOFF_S, BACKOFF_MAX_S)
+        failure: Exception | None = None
+
+        def attempt() -> None:
+            nonlocal failure
             work = start(action)
-            self._await(work, failed_before=error is not None)
+            self._await(work, failed_before=failure is not None)
             if not work.done():
-                break
-            raised = work.exception()
-            if raised is None:
-                return None
-            if not isinstance(raised, Exception):
-                raise raised
-            error = raised
-            if isinstance(error, DamagedCheckpoint):  # and will not be whole again
-                break
-            if self._hurry.wait(min(wait, deadline - time.monotonic())) or time.monotonic() >= deadline:
-                break
-            wait = min(2 * wait, BACKOFF_MAX_S)
-        return f"given up: {error}"
+                raise RetryStopped
+            try:
+                work.result()
+            except Exception as error:
+                failure = error
+                raise
+
+        def transient(error: BaseException) -> bool:
+            # What is damaged will not be whole again.
+            return isinstance(error, Exception) and not isinstance(error, (DamagedCheckpoint, RetryStopped))
+
+        try:
+            retry(attempt, backoff, transient=transient, give_up=lambda: time.monotonic() + backoff.pause_s >= deadline, stop=self._hurry)
+        except Exception:
+            return f"given up: {failure}"
+        return None
 
     def _await(self, work: Future[object], failed_before: bool) -> None:
         """Until it is done; what has failed before is left alone when the next save wants to begin."""
