@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from typing import IO
 
 from oar_scale.errors import UserError
+from oar_scale.storage.local import atomic_file
 
 
 @dataclass
@@ -94,11 +95,8 @@ def read_submissions(run_dir: str) -> list[Submission]:
 
 def write_submissions(run_dir: str, submissions: list[Submission]) -> None:
     """Replace the record of a run's submissions, atomically."""
-    path = os.path.join(run_dir, "jobs.json")
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump([asdict(each) for each in submissions], file, indent=1)
-        file.write("\n")
-    os.replace(f"{path}.new", path)
+    with atomic_file(os.path.join(run_dir, "jobs.json")) as file:
+        file.write((json.dumps([asdict(each) for each in submissions], indent=1) + "\n").encode())
 
 
 @contextmanager

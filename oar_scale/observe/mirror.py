@@ -28,6 +28,7 @@ from oar_scale.observe.events import EventLog, attempt_path, attempts, next_loca
 from oar_scale.observe.projection import PICTURES
 from oar_scale.storage import Missing, join, open_storage
 from oar_scale.storage.background import in_order, start
+from oar_scale.storage.local import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +263,5 @@ def _read_note(folder: str, stage: str, number: int) -> dict[str, Any] | None:
 
 
 def _write_note(folder: str, stage: str, number: int, note: dict[str, Any]) -> None:
-    path = _note_path(folder, stage, number)
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump(note, file)
-    os.replace(f"{path}.new", path)
+    with atomic_file(_note_path(folder, stage, number)) as file:
+        file.write(json.dumps(note).encode())

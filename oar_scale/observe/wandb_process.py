@@ -33,6 +33,7 @@ from oar_scale.observe.projection import Alert, Projection
 from oar_scale.observe.state import PROGRESS
 from oar_scale.observe.wandb_lock import SenderLock, kill_descendants
 from oar_scale.observe.wandb_run import Mode, NotConfirmed, WandbName, WandbRun, reachable_mode, start_over, wanted_mode
+from oar_scale.storage.local import atomic_file
 
 POLL_S = 2.0
 RETRY_S = 300.0
@@ -97,9 +98,8 @@ class State:
             return cls()
 
     def save(self, path: str) -> None:
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file)
-        os.replace(f"{path}.new", path)
+        with atomic_file(path) as file:
+            file.write(json.dumps(asdict(self)).encode())
 
     def note(self, entries: list[Entry]) -> None:
         """Write down that these were read next."""
