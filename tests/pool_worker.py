@@ -25,7 +25,7 @@ import psutil
 
 from oar_scale.errors import UserError
 from oar_scale.orders.order_table import OrderTable, table_name, write_orders
-from oar_scale.shard_pool import Facts
+from oar_scale.shard_pool import ShardResult
 from oar_scale.storage import join, open_storage
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class TableWriter:
         if any(fault.startswith("crash") for fault in self.faults.values()):
             self._intercept_writes()
 
-    def run(self, shard: str) -> Facts:
+    def run(self, shard: str) -> ShardResult:
         note_try(self.log, shard)
         fault = self.faults.get(shard, "")
         if fault == "fail":
@@ -119,7 +119,7 @@ class NotedExtraction:
         note_process(log)
         self.log, self.worker = log, job.make_worker()
 
-    def run(self, shard: str) -> Facts:
+    def run(self, shard: str) -> ShardResult:
         note_try(self.log, shard)
         return self.worker.run(shard)
 

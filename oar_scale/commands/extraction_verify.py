@@ -6,7 +6,7 @@ from oar_scale.data.manifest import ShardInfo, read_manifest
 from oar_scale.errors import UserError
 from oar_scale.orders.order_table import Stored, parse_orders, table_name
 from oar_scale.run.context import Run
-from oar_scale.shard_pool import Facts, Ledger
+from oar_scale.shard_pool import Ledger, ShardResult
 from oar_scale.storage import Missing, Unreachable, join, open_storage
 from oar_scale.storage.background import in_order
 
@@ -24,7 +24,7 @@ def verify_order_tables(run: Run) -> int:
     entries = book.entries(shards)
     with run.console.progress(len(entries), "tables") as tally:
         bad: dict[str, str] = {}
-        found = in_order(lambda shard: _problem(orders, shards[shard], entries[shard].facts), list(entries), READERS)
+        found = in_order(lambda shard: _problem(orders, shards[shard], entries[shard].result), list(entries), READERS)
         for number, (shard, problem) in enumerate(zip(entries, found, strict=True)):
             if problem:
                 bad[shard] = problem
@@ -41,14 +41,14 @@ def verify_order_tables(run: Run) -> int:
     return 1
 
 
-def _problem(orders: str, shard: ShardInfo, facts: Facts) -> str:
+def _problem(orders: str, shard: ShardInfo, result: ShardResult) -> str:
     """What is wrong with the table of a finished shard; empty if nothing is."""
-    if facts["tokens_crc32c"] != shard.crc32c:
+    if result["tokens_crc32c"] != shard.crc32c:
         return "made from other tokens than are there now"
     uri = join(orders, table_name(shard.name))
     try:
         data = open_storage(uri).read(uri)
-        if "table_crc32c" not in facts:  # an entry of an older version
+        if "table_crc32c" not in result:  # an entry of an older version
             parse_orders(data, uri)
             return ""
     except Missing:
@@ -58,6 +58,6 @@ def _problem(orders: str, shard: ShardInfo, facts: Facts) -> str:
     except UserError as error:
         return str(error).splitlines()[0]
     stored = Stored.of(data)
-    if stored.size != facts["table_bytes"]:
-        return f"{stored.size} bytes, {facts['table_bytes']} were written"
-    return "" if stored.crc32c == facts["table_crc32c"] else "other bytes than were written (crc32c)"
+    if stored.size != result["table_bytes"]:
+        return f"{stored.size} bytes, {result['table_bytes']} were written"
+    return "" if stored.crc32c == result["table_crc32c"] else "other bytes than were written (crc32c)"

@@ -1,7 +1,7 @@
 """Where the actors of a pool live: in Ray, on one machine or many, or in child processes of this one.
 
 actor = actors.start()                  asks for a process; it is placed, and then its next outcome is that of making its worker
-actors.run(actor, order)                one order at a time
+actors.run(actor, task)                one task at a time
 actors.wait(1.0)                        [(actor, outcome), ...]: also of those whose process died
 """
 
@@ -18,25 +18,25 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
-from oar_scale.shard_pool.actor import Actor, Order, Outcome
+from oar_scale.shard_pool.actor import Actor, ActorOutcome, ShardTask
 
 MakeActor = Callable[[], Actor]
 
 
-class Actors(Protocol):
-    """Actors by number."""
+class ActorBackend(Protocol):
+    """Starts, runs and ends actors, which it numbers."""
 
     def start(self) -> int: ...
 
-    def run(self, actor: int, order: Order) -> None: ...
+    def run(self, actor: int, task: ShardTask) -> None: ...
 
-    def wait(self, timeout_s: float) -> list[tuple[int, Outcome]]:
+    def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
         """The outcomes that have come, at the latest after ``timeout_s``."""
         ...
 
     def kill(self, actor: int) -> None: ...
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         """How many more could start at once, about."""
         ...
 
@@ -64,10 +64,10 @@ class RayActors:
         self._pending[self._actors[self._count].placed.remote()] = self._count
         return self._count
 
-    def run(self, actor: int, order: Order) -> None:
-        self._pending[self._actors[actor].run.remote(order)] = actor
+    def run(self, actor: int, task: ShardTask) -> None:
+        self._pending[self._actors[actor].run.remote(task)] = actor
 
-    def wait(self, timeout_s: float) -> list[tuple[int, Outcome]]:
+    def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
         import ray
 
         if not self._pending:
@@ -86,7 +86,7 @@ class RayActors:
         ray.kill(self._actors.pop(actor))
         self._pending = {reference: other for reference, other in self._pending.items() if other != actor}
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         import ray
 
         free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
@@ -104,23 +104,23 @@ class _RayActor:
     def __init__(self, make_actor: MakeActor) -> None:
         self._actor = make_actor()
 
-    def placed(self) -> Outcome:
-        return Outcome("placed")
+    def placed(self) -> ActorOutcome:
+        return ActorOutcome("placed")
 
-    def start(self) -> Outcome:
+    def start(self) -> ActorOutcome:
         return self._actor.start()
 
-    def run(self, order: Order) -> Outcome:
-        return self._actor.run(order)
+    def run(self, task: ShardTask) -> ActorOutcome:
+        return self._actor.run(task)
 
 
-def _result(reference: Any) -> Outcome:
+def _result(reference: Any) -> ActorOutcome:
     import ray
 
     try:
-        outcome: Outcome = ray.get(reference)
+        outcome: ActorOutcome = ray.get(reference)
     except ray.exceptions.RayError as error:
-        return Outcome("failed", error=f"its process died: {error}")
+        return ActorOutcome("failed", error=f"its process died: {error}")
     return outcome
 
 
@@ -142,11 +142,11 @@ class ProcessActors:
         self._children[self._count] = process, ours
         return self._count
 
-    def run(self, actor: int, order: Order) -> None:
+    def run(self, actor: int, task: ShardTask) -> None:
         with suppress(OSError):  # a dead one is seen by wait()
-            self._children[actor][1].send(order)
+            self._children[actor][1].send(task)
 
-    def wait(self, timeout_s: float) -> list[tuple[int, Outcome]]:
+    def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
         ends: dict[Any, int] = {}
         for actor, (process, connection) in self._children.items():
             ends[connection] = ends[process.sentinel] = actor
@@ -155,14 +155,14 @@ class ProcessActors:
         ready = {ends[end] for end in wait(list(ends), timeout_s)}
         return [(actor, self._outcome(actor)) for actor in sorted(ready)]
 
-    def _outcome(self, actor: int) -> Outcome:
+    def _outcome(self, actor: int) -> ActorOutcome:
         process, connection = self._children[actor]
         with suppress(EOFError, OSError):  # nothing more comes from it
             if connection.poll():
-                outcome: Outcome = connection.recv()
+                outcome: ActorOutcome = connection.recv()
                 return outcome
         process.join(5)
-        return Outcome("failed", error=f"its process died: exit code {process.exitcode}")
+        return ActorOutcome("failed", error=f"its process died: exit code {process.exitcode}")
 
     def kill(self, actor: int) -> None:
         process, connection = self._children.pop(actor)
@@ -170,7 +170,7 @@ class ProcessActors:
         process.join()
         connection.close()
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         return 0
 
     def close(self) -> None:
@@ -184,14 +184,14 @@ def _serve(connection: Connection, make_actor: MakeActor) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     actor = make_actor()
-    connection.send(Outcome("placed"))
+    connection.send(ActorOutcome("placed"))
     connection.send(actor.start())
     while True:
         try:
-            order = connection.recv()
+            task = connection.recv()
         except EOFError:
             return
-        connection.send(actor.run(order))
+        connection.send(actor.run(task))
 
 
 def _end_with(parent: int) -> None:

@@ -1,45 +1,47 @@
-"""The driver of a pool: hires actors, gives them shards, and looks after what is late, lost or somebody else's.
+"""The driver of a pool: starts actors, assigns shards, and handles stragglers, lost actors and other pools on the same ledger.
 
-One loop, one thread; nothing it remembers is needed by the next driver:
+One loop, one thread. Whatever the driver remembers is in the ledger or can be lost: the next driver needs none of it.
 
-    hire, assign, wait for outcomes, and now and then look at what other pools on the same ledger have done
+    start actors -> assign shards -> wait for outcomes -> replace stuck actors -> poll what other pools have done
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from oar_scale.errors import Requeue, UserError
 from oar_scale.runtime.retry import retry_transient
 from oar_scale.runtime.stop_signals import StopSignals
-from oar_scale.shard_pool.actor import Order, Outcome
-from oar_scale.shard_pool.backends import Actors
-from oar_scale.shard_pool.leases import Holder, Watch
-from oar_scale.shard_pool.ledger import Entry, Facts, Ledger
+from oar_scale.shard_pool.actor import ActorOutcome, ShardTask
+from oar_scale.shard_pool.backends import ActorBackend
+from oar_scale.shard_pool.leases import Lease, LeaseWatch
+from oar_scale.shard_pool.ledger import Ledger, LedgerEntry, Record
 from oar_scale.shard_pool.pool_types import ArrayTask, Bounds, OnEvent, OnProgress, PoolReport, Timing
+from oar_scale.shard_pool.shard_times import ShardTimes
 
-REMEMBERED = 300
-"""Shards whose seconds make the median."""
 LONGEST_PAUSE_S = 600.0
-"""Between tries to hire where workers cannot be made though others work."""
+"""Between tries to start actors where workers cannot be made though others are busy."""
+WAITING_S = 60.0
+"""Without any actor for so long, event ``waiting`` says so, once."""
 
 
 @dataclass
-class _Task:
-    """What an actor is doing: an order, or (None) making its worker."""
+class _Assignment:
+    """What an actor is doing: a shard, or (None) making its worker."""
 
-    order: Order | None
+    task: ShardTask | None
     since: float | None
-    """None: it has no process yet, because there is no room for it."""
+    """None: it has no process yet, because the cluster has no capacity for it."""
 
 
 @dataclass
-class Driver:
+class PoolDriver:
+    """Does all ``missing`` shards, or fails, or is stopped. Made for one call of :meth:`run`."""
+
     ledger: Ledger
     missing: Sequence[str]
     bounds: Bounds
@@ -47,89 +49,95 @@ class Driver:
     timing: Timing
     report: PoolReport
     signals: StopSignals
-    array: ArrayTask | None
-    earlier_s: Sequence[float]
+    array: ArrayTask | None = None
+    earlier_s: Sequence[float] = ()
     """What the last shards took that earlier pools finished."""
-    on_progress: OnProgress | None
-    on_event: OnEvent | None
+    on_progress: OnProgress | None = None
+    on_event: OnEvent | None = None
+    clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self.holder = Holder(self.ledger, self._describe, self.timing.beat_s, self.timing.patience_s)
-        self.watch = Watch(self.ledger, self.timing.lease_s)
-        self.open = dict.fromkeys(self.missing)
-        """Shards that are neither done nor poison."""
-        self.waiting: deque[tuple[str, int]] = deque()
-        """Shards that nobody is at, and the number of the claim to get for each."""
+        self.lease = Lease(self.ledger, self._describe, self.timing.heartbeat_s, self.timing.patience_s)
+        self.watch = LeaseWatch(self.ledger, self.timing.lease_s, self.clock)
+        # Shards. `unfinished` are all that are neither done nor poison; each is pending, with a busy actor of ours, or foreign.
+        self.unfinished = dict.fromkeys(self.missing)
+        self.pending: deque[tuple[str, int]] = deque()
+        """Shards that nobody does, and the number of the claim to get for each."""
         self.foreign: dict[str, float] = {}
-        """Shards that another pool is at, and since when we know."""
-        self.tasks: dict[int, _Task] = {}
+        """Shards that another pool has claimed, and since when we know."""
+        self.failed_hosts: dict[str, set[str]] = {}
+        """Where each shard failed."""
+        self.times = ShardTimes(self.timing, self.earlier_s)
+        # Actors, by number. Each is busy (has an assignment) or idle; those with a host have made their worker.
+        self.busy: dict[int, _Assignment] = {}
         self.idle: list[int] = []
         self.hosts: dict[int, str] = {}
-        self.born: dict[int, float] = {}
-        self.failed_at: dict[str, set[str]] = {}
-        self.seconds: deque[float] = deque(self.earlier_s, maxlen=REMEMBERED)
-        self.ours = 0
-        """Of these seconds, those of shards that this pool finished."""
-        self.next_round = 0.0
+        self.started_at: dict[int, float] = {}
+        self.stopped_actors_s = 0.0
+        """The lifetimes of the actors that are stopped."""
         self.failed_starts = 0
         """Since the last worker that could be made."""
-        self.pause_s, self.hire_again = self.timing.pause_s, 0.0
-        self.next_look, self.spent_s = 0.0, 0.0
-        self.said_waiting = False
-        self.blind_since: float | None = None
-        self.began = time.monotonic()
+        self.pause_s, self.no_start_before = self.timing.pause_s, 0.0
+        self.waiting_emitted = False
+        # Polls.
+        self.next_stuck_check = self.next_poll = 0.0
+        self.unreadable_since: float | None = None
+        """Since when the storage could not be polled."""
+        self.began = self.clock()
 
     # -- the loop -------------------------------------------------------------------------------------------------------
 
-    def do(self, actors: Actors) -> None:
-        self.actors = actors
-        with self.holder:
+    def run(self, actors: ActorBackend) -> None:
+        """Do what is missing; results are in ``report``.
+
+        Raises:
+            UserError, RuntimeError: nobody works, and no worker can be made.
+            Requeue: stopped by a signal.
+        """
+        self.actors, interval_s = actors, min(1.0, self.timing.poll_s)
+        with self.lease:
             try:
                 self._begin()
-                while self.open:
+                while self.unfinished:
                     if self.signals.reason:
                         self._drain(self.signals.reason)
                         raise Requeue(self.signals.reason)
-                    self._hire()
-                    self._assign()
-                    for actor, outcome in self.actors.wait(min(1.0, self.timing.look_s)):
-                        self._take(actor, outcome)
-                    if time.monotonic() >= self.next_round:
-                        self._replace_stuck()
-                        self.next_round = time.monotonic() + min(1.0, self.timing.look_s)
-                    if self.foreign and (self.idle or not self.tasks) and time.monotonic() >= self.next_look:
-                        self._look()
-                self._tidy()
+                    self._start_actors()
+                    self._assign_shards()
+                    for actor, outcome in self.actors.wait(interval_s):
+                        self._handle(actor, outcome)
+                    if self.clock() >= self.next_stuck_check:
+                        self._replace_stuck_actors()
+                        self.next_stuck_check = self.clock() + interval_s
+                    if self.foreign and (self.idle or not self.busy) and self.clock() >= self.next_poll:
+                        self._poll_other_pools()
+                self._remove_stale_claims()
             finally:
                 self.actors.close()
                 self.report.actor_seconds = self._actor_seconds()
 
     def _begin(self) -> None:
-        """Who else is here, and who is at what?"""
+        """Find out which other pools there are, and which shards they do."""
         poison = retry_transient(self.ledger.poison, self.timing.patience_s)
         self.poison_before = {shard: record["holder"] for shard, record in poison.items()}
-        retry_transient(self.watch.look, self.timing.patience_s)
-        others = {holder: record for holder, record in self.watch.living().items() if holder != self.holder.id}
+        retry_transient(self.watch.poll, self.timing.patience_s)
+        others = {holder: record for holder, record in self.watch.alive().items() if holder != self.lease.holder}
         for holder, record in others.items():
-            if not (self.array and record.get("array")):
-                self._say("helping", holder=holder, host=record["host"], pid=record["pid"])
-        self.waiting.extend((shard, 0) for shard in self._own_order(bool(others)))
-        self._look()
-
-    def _own_order(self, others: bool) -> Sequence[str]:
-        """All missing shards; several pools begin in several places."""
+            if not (self.array and record.get("array")):  # the other tasks of an array are no mistake
+                self._emit("helping", holder=holder, host=record["host"], pid=record["pid"])
+        # Several pools begin at several places of the list, so that they seldom meet.
+        start = hash(self.lease.holder) % len(self.missing) if others else 0
         if self.array:
             start = self.array.index * len(self.missing) // self.array.of
-        else:
-            start = hash(self.holder.id) % len(self.missing) if others else 0
-        return [*self.missing[start:], *self.missing[:start]]
+        self.pending.extend((shard, 0) for shard in [*self.missing[start:], *self.missing[:start]])
+        self._poll_other_pools()
 
-    def _say(self, kind: str, **fields: Any) -> None:
+    def _emit(self, kind: str, **fields: Any) -> None:
         if self.on_event:
             self.on_event(kind, fields)
 
-    def _describe(self) -> Facts:
-        """What our heartbeat says; called in its thread."""
+    def _describe(self) -> Record:
+        """What our heartbeat records; called in its thread."""
         report = self.report
         return {
             "array": self.array is not None,
@@ -137,249 +145,241 @@ class Driver:
             "actor_seconds": round(self._actor_seconds(), 1),
             "deaths": report.deaths,
             "retries": report.retries,
-            "late": report.late,
+            "late": report.stragglers,
         }
 
     # -- actors ---------------------------------------------------------------------------------------------------------
 
-    def _hire(self) -> None:
-        starting = sum(task.order is None for task in self.tasks.values())
-        have, wanted = len(self.idle) + len(self.tasks), len(self.waiting) - len(self.idle) - starting
-        count = min(wanted, self.bounds.most - have)
-        if count > (sure := max(0, self.bounds.least - have)):
-            # Some more than there is room for: a cluster that can grow does so for what is asked of it.
-            count = min(count, max(sure, self.actors.room() - starting, max(1, len(self.hosts) // 2) - starting))
-        for _ in range(count if time.monotonic() >= self.hire_again else 0):
+    def _start_actors(self) -> None:
+        starting = sum(assignment.task is None for assignment in self.busy.values())
+        existing, wanted = len(self.idle) + len(self.busy), len(self.pending) - len(self.idle) - starting
+        count = min(wanted, self.bounds.most - existing)
+        if count > (guaranteed := max(0, self.bounds.least - existing)):
+            # Some more than there is capacity for: a cluster that can grow does so for what is asked of it.
+            extra = max(self.actors.capacity() - starting, max(1, len(self.hosts) // 2) - starting)
+            count = min(count, max(guaranteed, extra))
+        for _ in range(count if self.clock() >= self.no_start_before else 0):
             actor = self.actors.start()
-            self.tasks[actor], self.born[actor] = _Task(None, None), time.monotonic()
-        if not self.hosts and not self.said_waiting and time.monotonic() - self.began > 60:
-            self.said_waiting = True
-            self._say("waiting", seconds=60)
+            self.busy[actor], self.started_at[actor] = _Assignment(None, None), self.clock()
+        if not self.hosts and not self.waiting_emitted and self.clock() - self.began > WAITING_S:
+            self.waiting_emitted = True
+            self._emit("waiting", seconds=round(WAITING_S))
 
-    def _dismiss(self, actor: int) -> None:
+    def _stop_actor(self, actor: int) -> None:
         self.actors.kill(actor)
-        self.spent_s += time.monotonic() - self.born.pop(actor)
+        self.stopped_actors_s += self.clock() - self.started_at.pop(actor)
         if self.hosts.pop(actor, None) is not None and not self.hosts:
-            self.failed_starts, self.hire_again = 0, 0.0  # whatever failed beside it: all rests on new ones now
-        self.tasks.pop(actor, None)
+            self.failed_starts, self.no_start_before = 0, 0.0  # whatever failed beside it: all depends on new actors now
+        self.busy.pop(actor, None)
         if actor in self.idle:
             self.idle.remove(actor)
         self.report.actors = len(self.hosts)
 
-    def _lost(self, actor: int, error: str) -> None:
-        """An actor that died or whose worker failed: whatever broke may have broken the process, too."""
-        self.report.deaths += 1
-        self._say("actor_lost", host=self.hosts.get(actor, ""), error=_first_line(error))
-        self._dismiss(actor)
+    def _replace_stuck_actors(self) -> None:
+        for actor, assignment in list(self.busy.items()):
+            limit_s = self.times.shard_limit_s() if assignment.task else self.times.start_limit_s()
+            if assignment.since is not None and self.clock() - assignment.since > limit_s:
+                self._handle(actor, ActorOutcome("failed", error=f"no answer in {limit_s:.0f} s"))
 
     def _actor_seconds(self) -> float:
-        now = time.monotonic()
-        return self.spent_s + sum(now - born for born in list(self.born.values()))
+        now = self.clock()
+        return self.stopped_actors_s + sum(now - start for start in list(self.started_at.values()))
 
-    # -- giving shards out ----------------------------------------------------------------------------------------------
+    # -- assigning shards -----------------------------------------------------------------------------------------------
 
-    def _assign(self) -> None:
+    def _assign_shards(self) -> None:
         while self.idle and (match := self._match()):
-            actor, (shard, number) = match
-            self.waiting.remove((shard, number))
-            self._give(actor, shard, number)
-        if not self.waiting:
-            self._back_up()
+            actor, (shard, claim) = match
+            self.pending.remove((shard, claim))
+            self._assign(actor, shard, claim)
+        if not self.pending:
+            self._duplicate_stragglers()
             while len(self.idle) > 1 and len(self.hosts) > self.bounds.least:
-                self._dismiss(self.idle[0])
+                self._stop_actor(self.idle[0])
 
     def _match(self) -> tuple[int, tuple[str, int]] | None:
-        """The first waiting shard with an actor for it: not on a host where it failed, if there is another host."""
+        """The first pending shard with an idle actor for it: not on a host where it failed, if there is another host."""
         hosts = set(self.hosts.values())
-        for shard, number in self.waiting:
-            shunned = self.failed_at.get(shard, set())
-            usable = [actor for actor in self.idle if self.hosts[actor] not in shunned or hosts <= shunned]
+        for shard, claim in self.pending:
+            failed = self.failed_hosts.get(shard, set())
+            usable = [actor for actor in self.idle if self.hosts[actor] not in failed or hosts <= failed]
             if usable:
-                return usable[-1], (shard, number)
+                return usable[-1], (shard, claim)
         return None
 
-    def _give(self, actor: int, shard: str, number: int) -> None:
+    def _assign(self, actor: int, shard: str, claim: int) -> None:
         self.idle.remove(actor)
-        order = Order(shard, self.report.failures.get(shard, 0) + 1, number)
-        self.tasks[actor] = _Task(order, time.monotonic())
-        self.actors.run(actor, order)
+        task = ShardTask(shard, self.report.failures.get(shard, 0) + 1, claim)
+        self.busy[actor] = _Assignment(task, self.clock())
+        self.actors.run(actor, task)
 
-    def _back_up(self) -> None:
-        """Give what is late to an idle actor as well, of another host if there is one."""
-        at: dict[str, list[tuple[int, _Task, Order]]] = {}
-        for actor, task in self.tasks.items():
-            if task.order and task.order.shard in self.open:
-                at.setdefault(task.order.shard, []).append((actor, task, task.order))
-        for shard, working in at.items():
-            actor, task, order = working[0]
-            seconds = time.monotonic() - (task.since or 0)
-            if self.idle and len(working) == 1 and self._late(seconds):
-                self._say_late(shard, seconds)
+    def _duplicate_stragglers(self) -> None:
+        """Give stragglers that one actor does to an idle actor as well, of another host if there is one."""
+        by_shard: dict[str, list[tuple[int, ShardTask, float]]] = {}
+        for actor, assignment in self.busy.items():
+            if assignment.task and assignment.task.shard in self.unfinished:
+                by_shard.setdefault(assignment.task.shard, []).append((actor, assignment.task, assignment.since or 0))
+        for shard, (first, *others) in by_shard.items():
+            actor, task, since = first
+            seconds = self.clock() - since
+            if self.idle and not others and self.times.is_straggler(seconds):
+                self._report_straggler(shard, seconds)
                 elsewhere = [other for other in self.idle if self.hosts[other] != self.hosts[actor]]
-                self._give((elsewhere or self.idle)[-1], shard, order.claim)
+                self._assign((elsewhere or self.idle)[-1], shard, task.claim)
 
-    def _late(self, seconds: float) -> bool:
-        return len(self.seconds) >= 3 and seconds > max(self.timing.late_s, self.timing.late * statistics.median(self.seconds))
+    def _report_straggler(self, shard: str, seconds: float) -> None:
+        self.report.stragglers += 1
+        self._emit("late", shard=shard, seconds=seconds, median_s=self.times.median_s)
 
-    def _say_late(self, shard: str, seconds: float) -> None:
-        self.report.late += 1
-        self._say("late", shard=shard, seconds=seconds, median_s=statistics.median(self.seconds))
+    # -- handling outcomes ----------------------------------------------------------------------------------------------
 
-    def _replace_stuck(self) -> None:
-        timing, median = self.timing, statistics.median(self.seconds or [0.0])
-        # What earlier pools took may have been other hardware's: it can lengthen the wait for a first shard, not shorten it.
-        shard_s = max(timing.stuck_s if self.ours >= 3 else timing.hang_s, timing.stuck * median)
-        for actor, task in list(self.tasks.items()):
-            limit = (shard_s if task.order else timing.hang_s) + timing.patience_s
-            if task.since is not None and time.monotonic() - task.since > limit:
-                self._take(actor, Outcome("failed", error=f"no answer in {limit:.0f} s"))
-
-    # -- taking outcomes ------------------------------------------------------------------------------------------------
-
-    def _take(self, actor: int, outcome: Outcome) -> None:
+    def _handle(self, actor: int, outcome: ActorOutcome) -> None:
         if outcome.kind == "placed":
-            if actor in self.tasks:
-                self.tasks[actor].since = time.monotonic()
+            if actor in self.busy:
+                self.busy[actor].since = self.clock()
             return
-        task, host = self.tasks.pop(actor, None), self.hosts.get(actor, "")
-        starting = task is not None and task.order is None
+        assignment, host = self.busy.pop(actor, None), self.hosts.get(actor, "")
+        starting = assignment is not None and assignment.task is None
         if outcome.kind == "failed" or (starting and outcome.kind != "started"):
-            self._lost(actor, outcome.error)
+            # Whatever failed may have broken the process, too: it is not used again.
+            self.report.deaths += 1
+            self._emit("actor_lost", host=host, error=_first_line(outcome.error))
+            self._stop_actor(actor)
         else:
             self.idle.append(actor)
-        if starting:
-            self._started(actor, outcome)
-        elif task is not None and task.order is not None and task.order.shard in self.open:
-            self._ended(task.order, outcome, host)
+        if starting and outcome.kind == "started":
+            self._handle_start(actor, outcome)
+        elif starting:
+            self._handle_failed_start(outcome)
+        elif assignment is not None and assignment.task is not None and assignment.task.shard in self.unfinished:
+            self._handle_shard(assignment.task, outcome, host)
 
-    def _started(self, actor: int, outcome: Outcome) -> None:
-        if outcome.kind == "started":
-            self.failed_starts, self.pause_s = 0, self.timing.pause_s
-            self.hosts[actor] = outcome.work["host"]
-            self.report.actors = len(self.hosts)
-            self.report.most_actors = max(self.report.most_actors, len(self.hosts))
-            self._say("actor_started", **outcome.work)
-        else:
-            self._not_started(outcome)
+    def _handle_start(self, actor: int, outcome: ActorOutcome) -> None:
+        self.failed_starts, self.pause_s = 0, self.timing.pause_s
+        self.hosts[actor] = outcome.info["host"]
+        self.report.actors = len(self.hosts)
+        self.report.peak_actors = max(self.report.peak_actors, len(self.hosts))
+        self._emit("actor_started", **outcome.info)
 
-    def _not_started(self, outcome: Outcome) -> None:
-        """One host may be broken, or lack what the others have: that stops nobody who works, or who may in a moment."""
+    def _handle_failed_start(self, outcome: ActorOutcome) -> None:
+        """Pause starting actors, or fail. One host may be broken: that stops nobody who is busy, or who may be in a moment."""
         self.failed_starts += 1
         user_error, tried = outcome.kind == "user error", self.failed_starts
         if not user_error and tried <= self.max_retries:
             return
-        if not self.hosts and not any(task.order is None and task.since is not None for task in self.tasks.values()):
+        placed = any(assignment.task is None and assignment.since is not None for assignment in self.busy.values())
+        if not self.hosts and not placed:
             if user_error:
                 raise UserError(outcome.error)
             raise RuntimeError(f"no worker could be made in {tried} tries; the last error:\n{outcome.error}")
-        if time.monotonic() >= self.hire_again:
-            self._say("not_hiring", seconds=self.pause_s, error=_first_line(outcome.error))
-            self.hire_again, self.pause_s = time.monotonic() + self.pause_s, min(2 * self.pause_s, LONGEST_PAUSE_S)
+        if self.clock() >= self.no_start_before:
+            self._emit("not_hiring", seconds=self.pause_s, error=_first_line(outcome.error))
+            self.no_start_before, self.pause_s = self.clock() + self.pause_s, min(2 * self.pause_s, LONGEST_PAUSE_S)
 
-    def _ended(self, order: Order, outcome: Outcome, host: str) -> None:
-        shard = order.shard
+    def _handle_shard(self, task: ShardTask, outcome: ActorOutcome, host: str) -> None:
+        shard = task.shard
         if outcome.kind == "done":
-            self._settle(shard, Entry(outcome.facts, outcome.work))
+            self._mark_done(shard, LedgerEntry(outcome.result, outcome.work))
         elif outcome.kind == "taken":
-            self.foreign[shard] = time.monotonic()
+            self.foreign[shard] = self.clock()
         elif outcome.kind == "user error":
-            self._set_aside(shard, outcome.error)
+            self._mark_poison(shard, outcome.error)
         else:
-            self.report.failures[shard] = tries = self.report.failures.get(shard, 0) + 1
-            self.failed_at.setdefault(shard, set()).add(host)
-            if any(task.order and task.order.shard == shard for task in self.tasks.values()):
-                return  # another actor is at it as well
-            if tries > self.max_retries:
-                self._set_aside(shard, outcome.error)
+            self.report.failures[shard] = failures = self.report.failures.get(shard, 0) + 1
+            self.failed_hosts.setdefault(shard, set()).add(host)
+            if any(assignment.task and assignment.task.shard == shard for assignment in self.busy.values()):
+                return  # another actor does it as well
+            if failures > self.max_retries:
+                self._mark_poison(shard, outcome.error)
                 return
-            self._say("retry", shard=shard, attempt=tries + 1, error=_first_line(outcome.error))
-            self.waiting.append((shard, order.claim))
+            self._emit("retry", shard=shard, attempt=failures + 1, error=_first_line(outcome.error))
+            self.pending.append((shard, task.claim))
 
-    def _settle(self, shard: str, entry: Entry) -> None:
-        del self.open[shard]
-        self.report.done[shard] = entry.facts
-        if entry.work.get("holder") == self.holder.id:
-            self.seconds.append(entry.work["seconds"])
-            self.ours += 1
+    def _mark_done(self, shard: str, entry: LedgerEntry) -> None:
+        del self.unfinished[shard]
+        self.report.done[shard] = entry.result
+        if entry.work.get("holder") == self.lease.holder:
+            self.times.add(entry.work["seconds"])
         else:
-            self.report.elsewhere += 1
+            self.report.done_elsewhere += 1
         if shard in self.poison_before:
-            retry_transient(lambda: self.ledger.readmit(shard), self.timing.patience_s)
+            retry_transient(lambda: self.ledger.clear_poison(shard), self.timing.patience_s)
         if self.on_progress:
-            self.on_progress(shard, entry.facts, self.report)
+            self.on_progress(shard, entry.result, self.report)
 
-    def _set_aside(self, shard: str, error: str) -> None:
-        del self.open[shard]
+    def _mark_poison(self, shard: str, error: str) -> None:
+        del self.unfinished[shard]
         self.report.poison[shard] = error
-        retry_transient(lambda: self.ledger.set_aside(shard, error, self.holder.id), self.timing.patience_s)
-        self._say("poison", shard=shard, error=_first_line(error))
+        retry_transient(lambda: self.ledger.mark_poison(shard, error, self.lease.holder), self.timing.patience_s)
+        self._emit("poison", shard=shard, error=_first_line(error))
 
     # -- other pools ----------------------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """See what others have done, are at, have given up, or have left behind."""
-        began = time.monotonic()
+    def _poll_other_pools(self) -> None:
+        """See what others have done, are doing, have given up, or have left behind."""
+        began = self.clock()
         try:
-            self._look_once()
-            self.blind_since = None
-        except Exception as error:  # a storage that refuses now may answer at the next look; it is said, and not for ever
-            self.blind_since = self.blind_since or began
-            if time.monotonic() - self.blind_since > self.timing.patience_s:
+            self._poll_ledger()
+            self.unreadable_since = None
+        except Exception as error:  # a storage that refuses now may answer at the next poll; not for ever, and never silently
+            self.unreadable_since = self.unreadable_since or began
+            if self.clock() - self.unreadable_since > self.timing.patience_s:
                 raise
-            self._say("storage", error=f"{type(error).__name__}: {_first_line(str(error))}")
-        self.next_look = time.monotonic() + max(self.timing.look_s, 20 * (time.monotonic() - began))
+            self._emit("storage", error=f"{type(error).__name__}: {_first_line(str(error))}")
+        self.next_poll = self.clock() + max(self.timing.poll_s, 20 * (self.clock() - began))
 
-    def _look_once(self) -> None:
+    def _poll_ledger(self) -> None:
+        """Sort the shards that no actor of ours does into done, poison, pending and foreign."""
         claims = self.ledger.claims()  # before the entries: a claim is released after its entry is written
-        waiting, foreign = dict(self.waiting), self.foreign
-        entries = self.ledger.entries([*waiting, *foreign])
+        pending, foreign = dict(self.pending), self.foreign
+        entries = self.ledger.entries([*pending, *foreign])
         poison = self.ledger.poison()
-        self.watch.look()
-        self.waiting, self.foreign = deque(), {}
-        for shard in (*waiting, *foreign):
-            claim, since = claims.get(shard), foreign.get(shard, time.monotonic())
-            if shard not in self.open:
+        self.watch.poll()
+        self.pending, self.foreign = deque(), {}
+        for shard in (*pending, *foreign):
+            claim, since = claims.get(shard), foreign.get(shard, self.clock())
+            if shard not in self.unfinished:
                 continue
             if shard in entries:
-                self._settle(shard, entries[shard])
+                self._mark_done(shard, entries[shard])
             elif shard in poison and poison[shard]["holder"] != self.poison_before.get(shard):
-                del self.open[shard]
+                del self.unfinished[shard]
                 self.report.poison[shard] = poison[shard]["error"]
-            elif claim is None or claim.holder == self.holder.id or waiting.get(shard, 0) > claim.number:
-                self.waiting.append((shard, waiting.get(shard, 0)))
-            elif (gone := self.watch.gone(claim.holder)) or (self.idle and self._late(time.monotonic() - since)):
-                if gone:
-                    self._say("taken_over", shard=shard, holder=claim.holder)
-                else:
-                    self._say_late(shard, time.monotonic() - since)
-                self.waiting.append((shard, claim.number + 1))
+            elif claim is None or claim.holder == self.lease.holder or pending.get(shard, 0) > claim.number:
+                self.pending.append((shard, pending.get(shard, 0)))
+            elif self.watch.expired(claim.holder):
+                self._emit("taken_over", shard=shard, holder=claim.holder)
+                self.pending.append((shard, claim.number + 1))
+            elif self.idle and self.times.is_straggler(self.clock() - since):
+                self._report_straggler(shard, self.clock() - since)
+                self.pending.append((shard, claim.number + 1))
             else:
                 self.foreign[shard] = since
 
-    def _tidy(self) -> None:
-        """Remove the claims of those who died between entering a shard and releasing it. They harm nobody: all is done already."""
+    def _remove_stale_claims(self) -> None:
+        """Remove the claims of those who died between entering a shard and releasing it. They do no harm: all is done already."""
         try:
             for claim in self.ledger.claims().values():
                 if claim.shard in self.report.done:
                     self.ledger.release(claim)
         except UserError as error:
-            self._say("storage", error=_first_line(str(error)))
+            self._emit("storage", error=_first_line(str(error)))
 
     # -- being stopped --------------------------------------------------------------------------------------------------
 
     def _drain(self, reason: str) -> None:
-        """Let running shards end if they do so in time; what is claimed beyond that goes back as the holder leaves."""
-        running = sum(task.order is not None for task in self.tasks.values())
-        self._say("draining", reason=reason, running=running, grace_s=self.timing.grace_s)
-        end, before = time.monotonic() + self.timing.grace_s, len(self.report.done)
-        for actor in [*self.idle, *(actor for actor, task in self.tasks.items() if task.order is None)]:
-            self._dismiss(actor)
-        while self.tasks and (left := end - time.monotonic()) > 0:
+        """Let running shards end if they do so in time; claims beyond that are released as the lease ends."""
+        running = sum(assignment.task is not None for assignment in self.busy.values())
+        self._emit("draining", reason=reason, running=running, grace_s=self.timing.grace_s)
+        end, before = self.clock() + self.timing.grace_s, len(self.report.done)
+        for actor in [*self.idle, *(actor for actor, assignment in self.busy.items() if assignment.task is None)]:
+            self._stop_actor(actor)
+        while self.busy and (left := end - self.clock()) > 0:
             for actor, outcome in self.actors.wait(min(1.0, left)):
-                self._take(actor, outcome)
-                if actor in self.born:
-                    self._dismiss(actor)
-        self._say("drained", finished=len(self.report.done) - before, handed_back=len(self.tasks))
+                self._handle(actor, outcome)
+                if actor in self.started_at:
+                    self._stop_actor(actor)
+        self._emit("drained", finished=len(self.report.done) - before, handed_back=len(self.busy))
 
 
 def _first_line(text: str) -> str:

@@ -2,7 +2,7 @@
 
     TOKENS/00000.tar  ->  ORDERS/00000.parquet, then ORDERS/ledger/00000.tar.json
 
-What happens when something dies is the pool's affair (``oar_scale/data/pool``). An actor loads the model once; what it writes for
+What happens when something dies: see ``oar_scale/shard_pool``. An actor loads the model once; what it writes for
 a shard depends on the shard, the model and the settings alone.
 """
 
@@ -28,7 +28,7 @@ from oar_scale.model.weights import read_spec
 from oar_scale.orders.extraction import Orders, extract_orders
 from oar_scale.orders.order_table import OrderTable, table_name, write_orders
 from oar_scale.orders.settings import ExtractionSettings
-from oar_scale.shard_pool import ArrayTask, Bounds, Facts, PoolReport, Timing, Worker, run_pool
+from oar_scale.shard_pool import ArrayTask, Bounds, PoolReport, ShardResult, Timing, Worker, run_pool
 from oar_scale.shard_pool.pool_types import OnEvent
 from oar_scale.storage import fetch, join, open_storage
 from oar_scale.tokenizers.prompts import check_features, load_prompts, model_inputs
@@ -59,10 +59,11 @@ class ExtractionJob:
     """Orders are extracted for so many of the views in the shards, from the first one on."""
     cache_bytes: int | None = None
     """Bound of the copies; None = no bound."""
-    place: int = 0
+    array_index: int = 0
     """Which of several processes without Ray this is: see :class:`ArrayTask`."""
 
     def make_worker(self) -> Worker:
+        """Load the model; called in the actor's process."""
         return ExtractionWorker(self)
 
     @property
@@ -77,10 +78,11 @@ class ExtractionJob:
     @property
     def device(self) -> torch.device:
         """Ray and Slurm leave an actor its own GPUs to see; processes that are started by hand see all, and take them in turn."""
-        return torch.device("cuda", self.place % max(1, torch.cuda.device_count())) if self.cuda else torch.device("cpu")
+        return torch.device("cuda", self.array_index % max(1, torch.cuda.device_count())) if self.cuda else torch.device("cpu")
 
     @property
     def ledger(self) -> str:
+        """Folder URI of the pool's ledger."""
         return join(self.orders, "ledger")
 
 
@@ -99,18 +101,24 @@ class ExtractionWorker:
         check_features(self.manifest.features, self.prompts, job.tokens)
         self.shards = {shard.name: shard for shard in self.manifest.shards}
 
-    def run(self, shard: str) -> Facts:
+    def run(self, shard: str) -> ShardResult:
+        """Write the order table of a token shard; the result has its size and checksum, and what it was made from and with.
+
+        Raises:
+            UserError: the shard does not fit the model, or is damaged.
+            ArithmeticError: the model's scores are no numbers; on another device they may be.
+        """
         uri = join(self.job.tokens, shard)
         tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard], cache_bytes=self.job.cache_bytes)
         cond_inputs_S = self.prompts.encode(tokens.prompts(self.prompts.field))
         kinds = [(view, draw) for view in range(self.job.views) for draw in range(self.job.settings.orders_per_image)]
-        found = [self._orders(tokens, cond_inputs_S, view, draw, uri) for view, draw in kinds]
+        drawn = [self._orders(tokens, cond_inputs_S, view, draw, uri) for view, draw in kinds]
         samples = len(tokens.keys)
         table = OrderTable(  # all rows of the first sample, then those of the second
             keys=[key for key in tokens.keys for _ in kinds],
             views=[view for view, _ in kinds] * samples,
-            order_SN=torch.stack([orders.order_BN for orders in found], dim=1).flatten(0, 1).cpu().numpy().astype(np.uint16),
-            score_SN=torch.stack([orders.score_BN for orders in found], dim=1).flatten(0, 1).cpu().numpy(),
+            order_SN=torch.stack([orders.order_BN for orders in drawn], dim=1).flatten(0, 1).cpu().numpy().astype(np.uint16),
+            score_SN=torch.stack([orders.score_BN for orders in drawn], dim=1).flatten(0, 1).cpu().numpy(),
             model_id=self.model_id,
             settings_id=self.job.settings_id,
             draws=[draw for _, draw in kinds] * samples,
@@ -141,7 +149,7 @@ class ExtractionWorker:
             return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B, draw)
         except ValueError as error:
             raise UserError(f"{uri}: {error}") from error
-        except ArithmeticError as error:  # on another device it may be numbers
+        except ArithmeticError as error:
             raise ArithmeticError(f"{uri}: {error}") from error
         except torch.OutOfMemoryError as error:  # another GPU may be larger, or less used
             raise RuntimeError(
@@ -174,37 +182,37 @@ def extract_all(
 
     Raises:
         UserError: the model does not fit the token shards, or the ledger is of another model or settings; nothing was written.
-        Requeue: stopped by a signal; the same call goes on.
+        Requeue: stopped by a signal; the same call resumes.
     """
     manifest = read_manifest(job.tokens)
     _check_fit(job, manifest)
     done, shards = 0, {shard.name: shard for shard in manifest.shards}
-    this = {"model_id": model_id(fetch(job.model, job.cache_dir)), "settings_id": job.settings_id}
+    config = {"model_id": model_id(fetch(job.model, job.cache_dir)), "settings_id": job.settings_id}
 
-    def check(shard: str, facts: Facts) -> None:
-        for name, expected in (this | {"tokens_crc32c": shards[shard].crc32c}).items():
-            if facts[name] != expected:
+    def check(shard: str, result: ShardResult) -> None:
+        for name, expected in (config | {"tokens_crc32c": shards[shard].crc32c}).items():
+            if result[name] != expected:
                 raise UserError(
-                    f"{job.orders}: the orders of {shard} were extracted with {name} {facts[name]}, now it is {expected}.\n"
+                    f"{job.orders}: the orders of {shard} were extracted with {name} {result[name]}, now it is {expected}.\n"
                     "Orders of different models, settings or tokens must not mix: remove this folder, or extract into another."
                 )
 
-    def lost(finished: Mapping[str, Facts]) -> dict[str, str]:
-        for shard, facts in finished.items():
-            check(shard, facts)
+    def lost(results: Mapping[str, ShardResult]) -> dict[str, str]:
+        for shard, result in results.items():
+            check(shard, result)
         # Listed after the ledger was read: a table is older than its entry.
-        sizes, problems = open_storage(job.orders).sizes(job.orders) if finished else {}, dict[str, str]()
-        for shard, facts in finished.items():
+        sizes, problems = open_storage(job.orders).sizes(job.orders) if results else {}, dict[str, str]()
+        for shard, result in results.items():
             size = sizes.get(join(job.orders, table_name(shard)))
             if size is None:
                 problems[shard] = "its table is gone"
-            elif size != facts.get("table_bytes", size):  # entries of older versions do not say
-                problems[shard] = f"its table has {size} bytes, {facts['table_bytes']} were written"
+            elif size != result.get("table_bytes", size):  # entries of older versions do not say
+                problems[shard] = f"its table has {size} bytes, {result['table_bytes']} were written"
         return problems
 
-    def finished(shard: str, facts: Facts, report: PoolReport) -> None:
+    def finished(shard: str, result: ShardResult, report: PoolReport) -> None:
         nonlocal done
-        check(shard, facts)
+        check(shard, result)
         done += shards[shard].samples
         if on_progress:
             on_progress(done, report)
@@ -212,7 +220,7 @@ def extract_all(
     if on_progress:
         on_progress(0, PoolReport())
     return run_pool(
-        (job if array is None else replace(job, place=array.index)).make_worker,
+        (job if array is None else replace(job, array_index=array.index)).make_worker,
         list(shards),
         job.ledger,
         actors=actors,
@@ -220,7 +228,7 @@ def extract_all(
         gpu_type=gpu_type,
         cpu_threads=job.cpu_threads,
         max_retries=max_retries,
-        what=this,
+        config=config,
         array=array,
         timing=timing,
         find_lost=lost,

@@ -1,10 +1,10 @@
 """What pools know of their shards, in storage, so that it outlives them all and can be read from anywhere.
 
-    LEDGER/SHARD.json                   done: the worker's facts, and who did it when; written after the output, if absent
-    LEDGER-pool/what.json               what the shards are made into: a pool that makes something else is refused
-    LEDGER-pool/claims/SHARD.N.json     a pool is at it; the highest N counts, and N + 1 overrules a claim whose holder is gone
-    LEDGER-pool/holders/ID.BEAT.json    a pool that lives (``holders.py``)
-    LEDGER-pool/poison/SHARD.json       set aside, with the error
+    LEDGER/SHARD.json                   done: the worker's result, and who did it when; written after the output, if absent
+    LEDGER-pool/what.json               what the shards are made into: a pool with another config is refused
+    LEDGER-pool/claims/SHARD.N.json     a pool does it; the highest N counts, and N + 1 overrules a claim whose lease has expired
+    LEDGER-pool/holders/ID.BEAT.json    the lease of a pool (``leases.py``)
+    LEDGER-pool/poison/SHARD.json       given up, with the error
 
 All rests on ``write(if_absent=True)`` alone. Claims save work, they guard nothing: two actors on one shard, whatever led to that,
 write the same bytes, and one of them writes the entry.
@@ -16,153 +16,177 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from oar_scale.errors import UserError
 from oar_scale.storage import Missing, join, open_storage
 from oar_scale.storage.background import in_order
 
-Facts = dict[str, Any]
-"""What a worker says about a finished shard: small, JSON, the same whoever did the work."""
+ShardResult = dict[str, Any]
+"""What a worker returns about a finished shard: small, JSON, the same whichever actor did it."""
+Record = dict[str, Any]
+"""A JSON object, as it is stored or as an event carries it."""
+
+
+class ShardWork(TypedDict, total=False):
+    """Who did a shard, and how; entries of older versions lack some of it."""
+
+    actor: str
+    """Host and process, ``HOST:PID``."""
+    host: str
+    holder: str
+    """The lease holder whose actor it was."""
+    attempt: int
+    seconds: float
+    finished: float
+    """Seconds since 1970."""
+
 
 _READERS = 16
 _SUFFIX = ".json"
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """A finished shard."""
 
-    facts: Facts
-    work: Facts = field(default_factory=dict)
-    """Who did it: ``actor``, ``host``, ``holder``, ``seconds``, ``attempt``, ``finished`` (seconds since 1970)."""
+    result: ShardResult
+    work: ShardWork = field(default_factory=ShardWork)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Who is at a shard."""
+    """Which pool does a shard."""
 
     shard: str
     number: int
     holder: str
+    """The holder of the pool's lease."""
     since: float
     """Seconds since 1970, by the holder's clock."""
 
 
 class Ledger:
-    """The ledger at a folder URI, and what lies beside it. Holds no connection: it can be pickled."""
+    """The ledger at a folder URI, and the folder ``LEDGER-pool`` beside it. Holds no connection: it can be pickled."""
 
     def __init__(self, uri: str) -> None:
-        self.uri, self.beside = uri.rstrip("/"), f"{uri.rstrip('/')}-pool"
+        self.uri, self.pool_folder = uri.rstrip("/"), f"{uri.rstrip('/')}-pool"
 
-    # -- what is done ---------------------------------------------------------------------------------------------------
+    # -- finished shards ------------------------------------------------------------------------------------------------
 
     def done(self) -> set[str]:
-        """Names of the finished shards."""
+        """Return the names of the finished shards."""
         return set(names_in(self.uri))
 
-    def entry(self, shard: str) -> Entry | None:
-        found = read_record(self._entry(shard))
-        return None if found is None else Entry(found["facts"], found.get("work", {}))
+    def entry(self, shard: str) -> LedgerEntry | None:
+        """Return the entry of a shard, or None if it is not finished."""
+        record = read_record(self._entry_uri(shard))
+        return None if record is None else LedgerEntry(record["facts"], record.get("work", {}))
 
-    def entries(self, shards: Iterable[str]) -> dict[str, Entry]:
-        """The entries of those of the shards that are done, in the order given."""
+    def entries(self, shards: Iterable[str]) -> dict[str, LedgerEntry]:
+        """Return the entries of those of the shards that are done, in the order given."""
         names = self.done()
         wanted = [shard for shard in shards if shard in names]
-        found = zip(wanted, in_order(self.entry, wanted, _READERS), strict=True)
-        return {shard: entry for shard, entry in found if entry is not None}
+        entries = zip(wanted, in_order(self.entry, wanted, _READERS), strict=True)
+        return {shard: entry for shard, entry in entries if entry is not None}
 
-    def enter(self, shard: str, entry: Entry) -> bool:
-        """Write the entry of a shard whose output is written; False if there is one already."""
-        return write_record(self._entry(shard), {"shard": shard, "facts": entry.facts, "work": entry.work}, if_absent=True)
+    def enter(self, shard: str, entry: LedgerEntry) -> bool:
+        """Write the entry of a shard whose output is written; return False if there is one already."""
+        return write_record(self._entry_uri(shard), {"shard": shard, "facts": entry.result, "work": entry.work}, if_absent=True)
 
     def forget(self, shard: str) -> None:
-        """The shard is to be done again."""
-        open_storage(self.uri).delete(self._entry(shard))
+        """Remove the entry of a shard: it will be done again."""
+        open_storage(self.uri).delete(self._entry_uri(shard))
 
-    def _entry(self, shard: str) -> str:
+    def _entry_uri(self, shard: str) -> str:
         return join(self.uri, shard + _SUFFIX)
 
-    # -- what it is all for ---------------------------------------------------------------------------------------------
+    # -- what the shards are made into ----------------------------------------------------------------------------------
 
-    def bind(self, what: Mapping[str, str]) -> None:
-        """Say what the shards are made into.
+    def bind(self, config: Mapping[str, str]) -> None:
+        """Note what the shards are made into, or compare it with what an earlier pool noted.
 
         Raises:
             UserError: an earlier pool, or another one right now, makes them into something else.
         """
-        uri = join(self.beside, "what.json")
-        there = what if write_record(uri, dict(what), if_absent=True) else read_record(uri)
-        for name in sorted(what if there is None else what.keys() | there.keys()):
-            if there is not None and there.get(name) != what.get(name):
+        uri = join(self.pool_folder, "what.json")
+        stored = config if write_record(uri, dict(config), if_absent=True) else read_record(uri)
+        for name in sorted(config if stored is None else config.keys() | stored.keys()):
+            if stored is not None and stored.get(name) != config.get(name):
+                folder = self.uri.rsplit("/", 1)[0]
                 raise UserError(
-                    f"{self.uri.rsplit('/', 1)[0]}: the shards here are made with {name} {there.get(name)}, now it is {what.get(name)}.\n"
+                    f"{folder}: the shards here are made with {name} {stored.get(name)}, now it is {config.get(name)}.\n"
                     "Results of the two must not mix: remove this folder, or write into another."
                 )
 
-    # -- who is at what -------------------------------------------------------------------------------------------------
+    # -- claims ---------------------------------------------------------------------------------------------------------
 
     def claim(self, shard: str, number: int, holder: str) -> Claim:
-        """Try to become the holder of claim ``number``; returns whose it is."""
+        """Try to get claim ``number`` of a shard for a lease holder; return the claim of that number, whoever has it."""
         mine = Claim(shard, number, holder, round(time.time(), 3))
-        while not write_record(self._claim(shard, number), {"holder": holder, "since": mine.since}, if_absent=True):
-            there = self._read_claim((shard, number))
-            if there is not None:
-                return there  # perhaps an earlier one of the same holder
+        while not write_record(self._claim_uri(shard, number), {"holder": holder, "since": mine.since}, if_absent=True):
+            existing = self._read_claim((shard, number))
+            if existing is not None:
+                return existing  # perhaps an earlier one of the same holder
         return mine
 
     def claims(self) -> dict[str, Claim]:
-        """The claim that counts for each shard that somebody is at."""
+        """Return, for each shard that is claimed, the claim that counts."""
         highest: dict[str, int] = {}
-        for name in names_in(join(self.beside, "claims")):
+        for name in names_in(join(self.pool_folder, "claims")):
             shard, _, number = name.rpartition(".")
             highest[shard] = max(int(number), highest.get(shard, 0))
-        found = in_order(self._read_claim, list(highest.items()), _READERS)
-        return {claim.shard: claim for claim in found if claim is not None}
+        claims = in_order(self._read_claim, list(highest.items()), _READERS)
+        return {claim.shard: claim for claim in claims if claim is not None}
 
     def release(self, claim: Claim) -> None:
         """Remove a claim, and those that it overruled."""
         for number in range(claim.number, -1, -1):
-            uri = self._claim(claim.shard, number)
+            uri = self._claim_uri(claim.shard, number)
             open_storage(uri).delete(uri)
 
-    def _claim(self, shard: str, number: int) -> str:
-        return join(self.beside, "claims", f"{shard}.{number}{_SUFFIX}")
+    def _claim_uri(self, shard: str, number: int) -> str:
+        return join(self.pool_folder, "claims", f"{shard}.{number}{_SUFFIX}")
 
-    def _read_claim(self, at: tuple[str, int]) -> Claim | None:
-        found = read_record(self._claim(*at))
-        return None if found is None else Claim(*at, found["holder"], found["since"])
+    def _read_claim(self, shard_and_number: tuple[str, int]) -> Claim | None:
+        record = read_record(self._claim_uri(*shard_and_number))
+        return None if record is None else Claim(*shard_and_number, record["holder"], record["since"])
 
-    # -- what could not be done -----------------------------------------------------------------------------------------
+    # -- poison ---------------------------------------------------------------------------------------------------------
 
-    def set_aside(self, shard: str, error: str, holder: str) -> None:
-        write_record(self._poison(shard), {"error": error, "holder": holder})
+    def mark_poison(self, shard: str, error: str, holder: str) -> None:
+        """Note that a lease holder has given up a shard, and why."""
+        write_record(self._poison_uri(shard), {"error": error, "holder": holder})
 
-    def readmit(self, shard: str) -> None:
-        open_storage(self.uri).delete(self._poison(shard))
+    def clear_poison(self, shard: str) -> None:
+        """Remove the note that a shard was given up; nothing happens where there is none."""
+        open_storage(self.uri).delete(self._poison_uri(shard))
 
-    def poison(self) -> dict[str, Facts]:
-        """``error`` and ``holder`` of each shard that was set aside; it may have been done since."""
-        names = list(names_in(join(self.beside, "poison")))
-        found = zip(names, in_order(lambda shard: read_record(self._poison(shard)), names, _READERS), strict=True)
-        return {shard: record for shard, record in found if record is not None}
+    def poison(self) -> dict[str, Record]:
+        """Return ``error`` and ``holder`` of each shard that was given up; it may have been done since."""
+        names = list(names_in(join(self.pool_folder, "poison")))
+        records = zip(names, in_order(lambda shard: read_record(self._poison_uri(shard)), names, _READERS), strict=True)
+        return {shard: record for shard, record in records if record is not None}
 
-    def _poison(self, shard: str) -> str:
-        return join(self.beside, "poison", shard + _SUFFIX)
+    def _poison_uri(self, shard: str) -> str:
+        return join(self.pool_folder, "poison", shard + _SUFFIX)
 
 
 def names_in(folder: str) -> Iterable[str]:
+    """Return the names of the JSON records in a folder, without ``.json``; those in subfolders have a path."""
     uris = open_storage(folder).list(folder)
     return (uri.removeprefix(f"{folder}/").removesuffix(_SUFFIX) for uri in uris if uri.endswith(_SUFFIX))
 
 
-def read_record(uri: str) -> Facts | None:
+def read_record(uri: str) -> Record | None:
+    """Return the JSON object at ``uri``, or None if there is none."""
     try:
-        found: Facts = json.loads(open_storage(uri).read(uri))
+        record: Record = json.loads(open_storage(uri).read(uri))
     except Missing:
         return None
-    return found
+    return record
 
 
 def write_record(uri: str, record: Mapping[str, Any], *, if_absent: bool = False) -> bool:
+    """Write a JSON object in one step; return False if ``if_absent`` and there is one."""
     return open_storage(uri).write(uri, json.dumps(record, sort_keys=True).encode(), if_absent=if_absent)

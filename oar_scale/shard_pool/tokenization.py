@@ -15,7 +15,7 @@ from oar_scale.config.schema import ClipTextConfig
 from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
 from oar_scale.errors import UserError
-from oar_scale.shard_pool import Facts, PoolReport, Worker, run_pool
+from oar_scale.shard_pool import PoolReport, ShardResult, Worker, run_pool
 from oar_scale.storage import join
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.image import ImageTokenizer
@@ -43,6 +43,7 @@ class TokenizeJob:
     """Bound of the copies; None = no bound."""
 
     def make_worker(self) -> Worker:
+        """Load the tokenizer; called in the actor's process."""
         return TokenizeWorker(self)
 
 
@@ -59,7 +60,8 @@ class TokenizeWorker:
                 self.text.to("cuda")
         self.shards = {shard.name: shard for shard in read_manifest(job.images).shards}
 
-    def run(self, shard: str) -> Facts:
+    def run(self, shard: str) -> ShardResult:
+        """Write the token shard of an image shard; the result has its entry for the manifest, and what it was made from and with."""
         source = self.shards[shard]
         written = tokenize_shard(
             self.job.images, self.job.tokens, source, self.vq, self.job.views, self.job.cache_dir, self.text, self.job.cache_bytes
@@ -86,9 +88,9 @@ def tokenize_all(
     source, vq, text = read_manifest(job.images), load_vq(job.vq), _tower(job)
     done, origin, shards = 0, _origin(vq, job.views, text), {shard.name: shard for shard in source.shards}
 
-    def finished(shard: str, facts: Facts, _: PoolReport) -> None:
+    def finished(shard: str, result: ShardResult, _: PoolReport) -> None:
         nonlocal done
-        if (facts["origin"], facts["images_crc32c"]) != (origin, shards[shard].crc32c):
+        if (result["origin"], result["images_crc32c"]) != (origin, shards[shard].crc32c):
             raise UserError(
                 f"{job.tokens}: the codes of {shard} were made with another tokenizer, text tower, other views or other images.\n"
                 "Codes of two tokenizers must not mix: remove this folder, or tokenise into another."
@@ -107,11 +109,11 @@ def tokenize_all(
         gpus_per_actor=gpus_per_actor,
         cpu_threads=job.cpu_threads,
         max_retries=max_retries,
-        what={"tokenizer, text tower and views": origin},
+        config={"tokenizer, text tower and views": origin},
         on_progress=finished,
     )
     report.raise_for_poison()
-    manifest = token_manifest([ShardInfo(**facts["shard"]) for facts in report.done.values()], vq, job.views, source.attribution, text)
+    manifest = token_manifest([ShardInfo(**result["shard"]) for result in report.done.values()], vq, job.views, source.attribution, text)
     write_manifest(job.tokens, manifest)
     return manifest
 
@@ -123,5 +125,5 @@ def _tower(job: TokenizeJob) -> ClipText | None:
 
 def _origin(vq: ImageTokenizer, views: tuple[str, ...], text: ClipText | None) -> str:
     """Names everything but the images that decides about the bytes of a token shard."""
-    told = {} if text is None else {"text": text.content_id, "features": text.spec.features}
-    return fingerprint({"tokenizer": vq_id(vq), "views": list(views), **told})
+    features = {} if text is None else {"text": text.content_id, "features": text.spec.features}
+    return fingerprint({"tokenizer": vq_id(vq), "views": list(views), **features})

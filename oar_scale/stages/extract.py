@@ -9,8 +9,9 @@ from oar_scale.data.manifest import read_manifest
 from oar_scale.observe.formatting import duration
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.context import Run
-from oar_scale.shard_pool import Bounds, Facts, PoolReport, Timing
+from oar_scale.shard_pool import Bounds, PoolReport, Timing
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, extract_all
+from oar_scale.shard_pool.ledger import Record
 
 
 def run_extract(run: Run) -> dict[str, Any]:
@@ -36,14 +37,14 @@ def run_extract(run: Run) -> dict[str, Any]:
 
         def progress(done: int, report: PoolReport) -> None:
             nonlocal found
-            if not report.most_actors:  # nobody has begun yet: this is what earlier pools have done
+            if not report.peak_actors:  # nobody has begun yet: this is what earlier pools have done
                 found = done
             rate = (done - found) / (time.monotonic() - started)
-            counts = {"actors": report.actors, "retries": report.retries, "deaths": report.deaths, "late": report.late}
+            counts = {"actors": report.actors, "retries": report.retries, "deaths": report.deaths, "late": report.stragglers}
             log.emit("pool", done=done, total=total, images_per_s=rate, **counts)
             tally.update(done)
 
-        def event(kind: str, fields: Facts) -> None:
+        def event(kind: str, fields: Record) -> None:
             log.emit(kind, **fields)
             if said := _words(kind, fields):
                 tally.note(said)
@@ -65,17 +66,17 @@ def run_extract(run: Run) -> dict[str, Any]:
         "images": total,
         "seconds": seconds,
         "images_per_s": (total - found) / seconds,
-        "actors": report.most_actors,
+        "actors": report.peak_actors,
         "actor_seconds": report.actor_seconds,
-        "found": report.found,
-        "elsewhere": report.elsewhere,
+        "found": report.already_done,
+        "elsewhere": report.done_elsewhere,
         "failures": report.failures,
-        "late": report.late,
+        "late": report.stragglers,
         "poison": report.poison,
     }
 
 
-def _words(kind: str, fields: Facts) -> str:
+def _words(kind: str, fields: Record) -> str:
     """What the console says of an event of the pool; nothing of those that everybody expects."""
     match kind:
         case "retry":

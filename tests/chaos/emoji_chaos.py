@@ -34,8 +34,9 @@ from oar_scale.errors import Requeue
 from oar_scale.orders.order_table import read_orders, table_name
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.runtime.program import run_program
-from oar_scale.shard_pool import Facts, Ledger, Timing, run_pool
+from oar_scale.shard_pool import Ledger, Timing, run_pool
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, ExtractionWorker
+from oar_scale.shard_pool.ledger import Record
 from oar_scale.storage import join, open_storage
 
 WEIGHTS = HERE.parents[1] / "recipes" / "weights" / "emoji"
@@ -84,17 +85,17 @@ def drive(told: dict[str, Any]) -> int:
     begin(told)
     work = job(told["folder"], told["orders"])
     shards = [shard.name for shard in read_manifest(work.tokens).shards]
-    timing = Timing(beat_s=0.5, lease_s=10.0, look_s=0.5, grace_s=5.0)
+    timing = Timing(heartbeat_s=0.5, lease_s=10.0, poll_s=0.5, grace_s=5.0)
     make = partial(NotedExtraction, work, told["log"])
 
-    def note(kind: str, fields: Facts) -> None:
+    def note(kind: str, fields: Record) -> None:
         with events(told["log"]).open("a") as file:
             file.write(json.dumps({**fields, "kind": kind}) + "\n")
 
     try:
         # Every kill may hit the same shard: that alone must not set it aside.
         what = {"settings_id": work.settings_id}
-        report = run_pool(make, shards, work.ledger, actors=2, max_retries=told["kills"], timing=timing, what=what, on_event=note)
+        report = run_pool(make, shards, work.ledger, actors=2, max_retries=told["kills"], timing=timing, config=what, on_event=note)
     except Requeue:
         return 75
     print(json.dumps({"done": list(report.done), "poison": report.poison}), flush=True)
@@ -209,8 +210,8 @@ def run(folder: str, root: str, images: int, kills: int, seed: int, compare: int
     samples = 0
     for shard, entry in killing.ledger.entries(shards).items():
         views = read_orders(join(killing.orders, table_name(shard))).views
-        assert views == list(range(VIEWS)) * entry.facts["images"], f"{shard}: not all views"
-        samples += entry.facts["images"]
+        assert views == list(range(VIEWS)) * entry.result["images"], f"{shard}: not all views"
+        samples += entry.result["images"]
     again = [shard for shard in shards if tried[shard] > 1]
     once = [shard for shard in shards if tried[shard] == 1]
     others = once if compare is None else killing.dice.sample(once, min(compare, len(once)))

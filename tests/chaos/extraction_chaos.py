@@ -48,7 +48,7 @@ def drive(told: dict[str, Any]) -> int:
     begin(told)
     make = partial(TableWriter, told["output"], told["log"], WORK_S, told["faults"])
     array = ArrayTask(*told["array"]) if told["array"] else None
-    timing = Timing(beat_s=0.3, lease_s=4.0, look_s=0.3, grace_s=3.0, patience_s=60)
+    timing = Timing(heartbeat_s=0.3, lease_s=4.0, poll_s=0.3, grace_s=3.0, patience_s=60)
     events: Counter[str] = Counter()
     try:
         report = run_pool(
@@ -58,12 +58,12 @@ def drive(told: dict[str, Any]) -> int:
             actors=told["actors"],
             array=array,
             timing=timing,
-            what={"what": "chaos"},
+            config={"what": "chaos"},
             on_event=lambda kind, _: events.update([kind]),
         )
     except Requeue:
         return 75
-    done = {"done": report.done, "poison": report.poison, "events": events, "elsewhere": report.elsewhere}
+    done = {"done": report.done, "poison": report.poison, "events": events, "elsewhere": report.done_elsewhere}
     print(json.dumps(done), flush=True)
     return 0
 

@@ -9,21 +9,7 @@ import pytest
 
 from oar_scale.errors import Unreachable
 from oar_scale.runtime.retry import LONGEST_S, Backoff, RetryStopped, retry, retry_transient
-
-
-class Clock:
-    """Time that passes only while somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.slept: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
+from tests.fake_clock import FakeClock
 
 
 def failing(times: int, error: Callable[[], Exception] = lambda: Unreachable("nobody answers")) -> Callable[[], int]:
@@ -41,32 +27,32 @@ def failing(times: int, error: Callable[[], Exception] = lambda: Unreachable("no
 
 
 def test_pauses_double_up_to_their_bound_with_jitter() -> None:
-    clock = Clock()
+    clock = FakeClock()
     assert retry_transient(failing(9), 1000, clock=clock, sleep=clock.sleep) == 10
     bounds = [1, 2, 4, 8, 16, *[LONGEST_S] * 4]
     assert len(clock.slept) == 9 and all(bound / 2 <= slept <= bound for slept, bound in zip(clock.slept, bounds, strict=True))
 
 
 def test_no_attempt_is_made_when_patience_is_over() -> None:
-    clock = Clock()
+    clock = FakeClock()
     with pytest.raises(Unreachable, match="nobody answers"):
         retry_transient(failing(10**6), 60, clock=clock, sleep=clock.sleep)
     assert 30 < sum(clock.slept) <= 60
-    clock = Clock()
+    clock = FakeClock()
     with pytest.raises(Unreachable):
         retry_transient(failing(1), 0, clock=clock, sleep=clock.sleep)
     assert clock.slept == []
 
 
 def test_an_error_that_does_not_pass_is_raised_at_once() -> None:
-    clock = Clock()
+    clock = FakeClock()
     with pytest.raises(KeyError):
         retry_transient(failing(1, lambda: KeyError("x")), 1000, clock=clock, sleep=clock.sleep)
     assert clock.slept == []
 
 
 def test_a_retry_is_logged_with_the_time_that_is_left(caplog: pytest.LogCaptureFixture) -> None:
-    clock = Clock()
+    clock = FakeClock()
     retry_transient(failing(1), 600, clock=clock, sleep=clock.sleep)
     (record,) = caplog.records
     assert "nobody answers" in record.getMessage() and "600 s more (storage.patience_s)" in record.getMessage()

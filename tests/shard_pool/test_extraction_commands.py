@@ -20,7 +20,7 @@ from oar_scale.observe.events import read_events
 from oar_scale.orders.order_table import OrderTable, read_orders, table_name, write_orders
 from oar_scale.run.context import Run
 from oar_scale.shard_pool import ArrayTask, Ledger
-from oar_scale.shard_pool.ledger import Entry
+from oar_scale.shard_pool.ledger import LedgerEntry
 from oar_scale.stages.extract import run_extract
 from oar_scale.storage import open_storage, write_json
 
@@ -59,7 +59,7 @@ def test_one_task_of_an_array_extracts_everything_and_says_so(run: Run, recipe_f
     assert main(["extract", recipe_file, "--status"]) == 0
     said = capsys.readouterr().out
     assert f": {len(manifest.shards)} of {len(manifest.shards)} shards" in said and "(100.0 %)" in said
-    assert "none at work\n" in said and "actor-hours so far" in said
+    assert "none running\n" in said and "actor-hours so far" in said
     assert run_extract(run)["found"] == len(manifest.shards)
 
 
@@ -89,7 +89,7 @@ def test_the_table_of_an_older_entry_is_read_and_one_of_other_tokens_is_dropped(
     copy = copy_run(run, str(tmp_path / "run"))
     manifest, ledger = read_manifest(copy.at("tokens", "train")), Ledger(copy.at("orders", "train", "ledger"))
     for shard, tokens in zip(manifest.shards, (None, None, "other"), strict=False):
-        ledger.enter(shard.name, Entry({"tokens_crc32c": tokens or shard.crc32c}))
+        ledger.enter(shard.name, LedgerEntry({"tokens_crc32c": tokens or shard.crc32c}))
         order = np.arange(64, dtype=np.uint16)[None]
         write_orders(copy.at("orders", "train", table_name(shard.name)), OrderTable(["a"], [0], order, order.astype(np.float32), "m", "s"))
     Path(copy.at("orders", "train", "00001.parquet")).write_bytes(b"PAR1")

@@ -23,10 +23,10 @@ from oar_scale.orders.extraction import brute_force_orders
 from oar_scale.orders.order_table import join_orders, read_orders
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.runtime.ray_session import ray_session
-from oar_scale.shard_pool import ArrayTask, Facts, Ledger
+from oar_scale.shard_pool import ArrayTask, Ledger, ShardResult
 from oar_scale.shard_pool import extraction_pool as pool
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, ExtractionWorker, extract_all
-from oar_scale.shard_pool.ledger import Entry
+from oar_scale.shard_pool.ledger import LedgerEntry, Record
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
 
@@ -72,8 +72,8 @@ def tables(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
 
 
-def facts(folder: Path) -> dict[str, Facts]:
-    return {shard: entry.facts for shard, entry in Ledger(str(folder / "ledger")).entries(map(shard_name, range(3))).items()}
+def results(folder: Path) -> dict[str, ShardResult]:
+    return {shard: entry.result for shard, entry in Ledger(str(folder / "ledger")).entries(map(shard_name, range(3))).items()}
 
 
 def test_every_image_gets_the_brute_force_order_of_its_first_view(inputs: Path, tmp_path: Path) -> None:
@@ -100,12 +100,12 @@ def test_an_interrupted_and_resumed_extraction_equals_an_uninterrupted_one_byte_
     extract_all(job(inputs, calm), actors=1)
     # One shard finished, one with a table but no entry in the ledger, as if its actor had died between the two.
     worker = ExtractionWorker(job(inputs, torn))
-    assert Ledger(str(torn / "ledger")).enter(shard_name(0), Entry(worker.run(shard_name(0))))
+    assert Ledger(str(torn / "ledger")).enter(shard_name(0), LedgerEntry(worker.run(shard_name(0))))
     (torn / "00001.parquet").write_bytes(b"half a table")
     report = extract_all(job(inputs, torn), actors=2)
-    assert report.found == 1
+    assert report.already_done == 1
     assert tables(torn) == tables(calm)
-    assert facts(torn) == facts(calm)
+    assert results(torn) == results(calm)
 
 
 def test_orders_of_two_settings_do_not_mix(inputs: Path, tmp_path: Path) -> None:
@@ -162,13 +162,13 @@ def test_tables_that_are_gone_or_cut_short_are_made_again_and_no_others(inputs: 
         found = worker.run(shard_name(index))
         if index == 2:  # as older versions entered it
             found = {name: value for name, value in found.items() if not name.startswith("table_")}
-        ledger.enter(shard_name(index), Entry(found))
+        ledger.enter(shard_name(index), LedgerEntry(found))
     before, intact = tables(tmp_path / "orders"), open_storage(here.orders).version(f"{here.orders}/00002.parquet")
     (tmp_path / "orders/00000.parquet").unlink()
     (tmp_path / "orders/00001.parquet").write_bytes(before["00001.parquet"][:-1])
-    said: list[tuple[str, Facts]] = []
+    said: list[tuple[str, Record]] = []
     report = extract_all(here, actors=1, on_event=lambda kind, fields: said.append((kind, fields)))
-    assert (report.found, len(report.done)) == (1, 3)
+    assert (report.already_done, len(report.done)) == (1, 3)
     assert [fields for kind, fields in said if kind == "lost_output"] == [
         {"shard": "00000.tar", "error": "its table is gone"},
         {
@@ -182,7 +182,7 @@ def test_tables_that_are_gone_or_cut_short_are_made_again_and_no_others(inputs: 
 
 def test_a_foreign_folder_loses_nothing_because_its_tables_are_gone(inputs: Path, tmp_path: Path) -> None:
     here = job(inputs, tmp_path / "orders")
-    Ledger(here.ledger).enter(shard_name(0), Entry(ExtractionWorker(here).run(shard_name(0))))
+    Ledger(here.ledger).enter(shard_name(0), LedgerEntry(ExtractionWorker(here).run(shard_name(0))))
     (tmp_path / "orders/00000.parquet").unlink()
     with pytest.raises(UserError, match="were extracted with settings_id"):
         extract_all(dataclasses.replace(here, batch=3), actors=2)

@@ -15,15 +15,14 @@ import psutil
 import pytest
 
 from oar_scale.errors import UserError
-from oar_scale.shard_pool import Bounds, run_pool
-from oar_scale.shard_pool import leases as holders
+from oar_scale.shard_pool import Bounds, leases, pool_run, run_pool
 from oar_scale.shard_pool import pool_status as pool_status
-from oar_scale.shard_pool import run_pool as pool_run
-from oar_scale.shard_pool.leases import Holder, Watch, read_holders
-from oar_scale.shard_pool.ledger import Entry, Facts, Ledger
+from oar_scale.shard_pool.leases import Lease, LeaseWatch, read_leases
+from oar_scale.shard_pool.ledger import Ledger, LedgerEntry, Record
+from oar_scale.shard_pool.pool_run import _bounds, _last_seconds
 from oar_scale.shard_pool.pool_status import read_status, status_lines
-from oar_scale.shard_pool.run_pool import _bounds, _last_seconds
 from oar_scale.storage import join, open_storage
+from tests.fake_clock import FakeClock
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -53,9 +52,9 @@ def test_the_highest_claim_counts_until_it_is_released(ledger: Ledger) -> None:
 
 
 def test_a_shard_is_entered_once_and_read_as_it_was_entered(ledger: Ledger) -> None:
-    first = Entry({"images": 3}, {"actor": "a:1", "seconds": 1.5})
+    first = LedgerEntry({"images": 3}, {"actor": "a:1", "seconds": 1.5})
     assert ledger.enter("0.tar", first)
-    assert not ledger.enter("0.tar", Entry({"images": 3}, {"actor": "b:2", "seconds": 0.5}))
+    assert not ledger.enter("0.tar", LedgerEntry({"images": 3}, {"actor": "b:2", "seconds": 0.5}))
     assert ledger.entries(["1.tar", "0.tar"]) == {"0.tar": first}
     assert ledger.done() == {"0.tar"}
 
@@ -63,7 +62,7 @@ def test_a_shard_is_entered_once_and_read_as_it_was_entered(ledger: Ledger) -> N
 def test_an_entry_of_an_older_version_counts(tmp_path: Path) -> None:
     (tmp_path / "ledger").mkdir()
     (tmp_path / "ledger/0.tar.json").write_text(json.dumps({"shard": "0.tar", "facts": {"images": 3}}))
-    assert Ledger(str(tmp_path / "ledger")).entries(["0.tar"]) == {"0.tar": Entry({"images": 3})}
+    assert Ledger(str(tmp_path / "ledger")).entries(["0.tar"]) == {"0.tar": LedgerEntry({"images": 3})}
 
 
 def test_what_a_pool_makes_is_said_once_and_for_all(ledger: Ledger) -> None:
@@ -73,31 +72,25 @@ def test_what_a_pool_makes_is_said_once_and_for_all(ledger: Ledger) -> None:
         ledger.bind({"model_id": "aa", "settings_id": "cc"})
 
 
-def test_a_pool_is_alive_while_it_beats_and_gone_when_it_has_left(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = a_clock(monkeypatch)
-    monkeypatch.setattr(holders, "LAST_BEAT_S", 60.0)  # no beat on its way as the pool leaves comes after its last word
-    watch, folder = Watch(ledger, lease_s=60), join(ledger.beside, "holders")
-    with Holder(ledger, lambda: {"actors": 2}, beat_s=0.1) as holder:
-        claim = ledger.claim("0.tar", 0, holder.id)
+def test_a_lease_is_valid_while_it_is_renewed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It expires at once when its pool ends, and no claim and no old heartbeat is left."""
+    clock = FakeClock()
+    monkeypatch.setattr(leases, "LAST_HEARTBEAT_S", 60.0)  # no heartbeat on its way as the pool ends comes after its end
+    watch, folder = LeaseWatch(ledger, lease_s=60, clock=clock), join(ledger.pool_folder, "holders")
+    with Lease(ledger, lambda: {"actors": 2}, heartbeat_s=0.1) as lease:
+        claim = ledger.claim("0.tar", 0, lease.holder)
         for _ in range(4):
-            watch.look()
-            assert not watch.gone(holder.id)
+            watch.poll()
+            assert not watch.expired(lease.holder)
             clock.now += 50  # less than the lease for each beat, more for two
             wait_for_another(lambda: max(open_storage(folder).list(folder), default=""))
-        assert watch.living()[holder.id]["pid"] == os.getpid()
+        assert watch.alive()[lease.holder]["pid"] == os.getpid()
         assert ledger.claims() == {"0.tar": claim}
-    watch.look()
-    assert watch.gone(holder.id) and not watch.living()
+    watch.poll()
+    assert watch.expired(lease.holder) and not watch.alive()
     assert not ledger.claims(), "it kept what it had claimed"
-    names = open_storage(ledger.beside).list(folder)
-    assert [name.rsplit("/", 1)[1] for name in names] == [f"{holder.id}.ended.json"], "old beats were left behind"
-
-
-def a_clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """That of the watch: it stands still but for what is added to ``now``."""
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(holders, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
-    return clock
+    names = open_storage(ledger.pool_folder).list(folder)
+    assert [name.rsplit("/", 1)[1] for name in names] == [f"{lease.holder}.ended.json"], "old heartbeats were left behind"
 
 
 def wait_for_another(value: Callable[[], str], timeout_s: float = 60) -> None:
@@ -107,15 +100,15 @@ def wait_for_another(value: Callable[[], str], timeout_s: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_a_pool_that_never_says_anything_is_gone_after_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = a_clock(monkeypatch)
-    watch = Watch(Ledger(str(tmp_path / "ledger")), lease_s=60)
-    watch.look()
-    assert not watch.gone("nobody")
+def test_a_lease_without_any_heartbeat_expires(tmp_path: Path) -> None:
+    clock = FakeClock()
+    watch = LeaseWatch(Ledger(str(tmp_path / "ledger")), lease_s=60, clock=clock)
+    watch.poll()
+    assert not watch.expired("nobody")
     clock.now += 59
-    assert not watch.gone("nobody")
+    assert not watch.expired("nobody")
     clock.now += 2
-    assert watch.gone("nobody")
+    assert watch.expired("nobody")
 
 
 def test_the_status_counts_what_is_done_and_names_what_is_slow_or_wrong(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,17 +116,17 @@ def test_the_status_counts_what_is_done_and_names_what_is_slow_or_wrong(ledger: 
     monkeypatch.setattr(pool_status, "time", SimpleNamespace(time=lambda: now))  # whatever the storage takes
     for index, (actor, seconds) in enumerate([("fast:1", 10), ("fast:2", 10), ("slow:3", 40), ("fast:1", 10)]):
         work = {"actor": actor, "seconds": seconds, "finished": now - 10 * index, "attempt": 1}
-        ledger.enter(f"{index}.tar", Entry({}, work))
-    ledger.set_aside("4.tar", "4.tar: sample 'cat' has no codes\nTraceback", "me")
-    ledger.set_aside("3.tar", "done since", "me")
-    with Holder(ledger, lambda: {"actors": 3, "actor_seconds": 100.0, "retries": 2}, beat_s=10) as holder:
-        ledger.claim("5.tar", 0, holder.id)
+        ledger.enter(f"{index}.tar", LedgerEntry({}, work))
+    ledger.mark_poison("4.tar", "4.tar: sample 'cat' has no codes\nTraceback", "me")
+    ledger.mark_poison("3.tar", "done since", "me")
+    with Lease(ledger, lambda: {"actors": 3, "actor_seconds": 100.0, "retries": 2}, heartbeat_s=10) as lease:
+        ledger.claim("5.tar", 0, lease.holder)
         ledger.claim("6.tar", 0, "somebody who is gone")
         status = read_status(ledger.uri, sizes)
     assert (len(status.done), status.images_done, status.images) == (4, 400, 1000)
     assert status.images_per_s == pytest.approx(400 / 60, rel=0.1)  # the slow one began 60 s ago
     assert (status.actor_seconds, status.busy_seconds) == (100.0, 70.0)
-    assert (list(status.at_work), list(status.poison)) == (["5.tar"], ["4.tar"])
+    assert (list(status.in_progress), list(status.poison)) == (["5.tar"], ["4.tar"])
     assert next(iter(status.ms_per_image.items())) == ("slow:3", 400.0)
     text = "\n".join(status_lines(status, "orders/train"))
     for said in (
@@ -146,7 +139,7 @@ def test_the_status_counts_what_is_done_and_names_what_is_slow_or_wrong(ledger: 
     for said in ("slow:3 400.0 ms/image (4.00 x the median)", "poison    4.tar: 4.tar: sample 'cat' has no codes", "5.tar ("):
         assert said in text
     after = "\n".join(status_lines(read_status(ledger.uri, sizes), "orders/train"))
-    assert "none at work; the same command goes on from here" in after and "left" not in after
+    assert "none running; the same command resumes from here" in after and "left" not in after
 
 
 def test_the_status_of_nothing_is_nothing(tmp_path: Path) -> None:
@@ -158,9 +151,9 @@ def test_the_status_of_nothing_is_nothing(tmp_path: Path) -> None:
 def test_holders_that_ended_keep_what_they_cost(tmp_path: Path) -> None:
     ledger = Ledger(str(tmp_path / "ledger"))
     for seconds in (10.0, 5.0):
-        with Holder(ledger, lambda seconds=seconds: {"actor_seconds": seconds}, beat_s=10):
+        with Lease(ledger, lambda seconds=seconds: {"actor_seconds": seconds}, heartbeat_s=10):
             pass
-    assert sorted(record["actor_seconds"] for record in read_holders(ledger).values()) == [5.0, 10.0]
+    assert sorted(record["actor_seconds"] for record in read_leases(ledger).values()) == [5.0, 10.0]
     assert read_status(ledger.uri, {}).actor_seconds == 15.0
 
 
@@ -174,7 +167,7 @@ def test_actors_on_gpus_are_as_many_as_a_machine_has_room_for(tmp_path: Path, mo
     with pytest.raises(
         UserError, match=r"4 actors with 1 GPUs each do not fit on this machine, which has 1 GPUs\.\nAsk for 1 \(extract\.actors"
     ):
-        run_pool(dict, ["0", "1", "2", "3"], str(tmp_path / "ledger"), actors=4, gpus_per_actor=1, what={"model_id": "a"})
+        run_pool(dict, ["0", "1", "2", "3"], str(tmp_path / "ledger"), actors=4, gpus_per_actor=1, config={"model_id": "a"})
     assert not list(tmp_path.iterdir()), "something was written"
     monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
     assert _bounds(Bounds(4, 8), 100, 1, 1, gpus=0) == Bounds(4, 8)
@@ -182,34 +175,34 @@ def test_actors_on_gpus_are_as_many_as_a_machine_has_room_for(tmp_path: Path, mo
 
 def test_the_last_shards_of_earlier_pools_say_what_one_takes() -> None:
     works = [{"seconds": float(index), "finished": 100.0 - index} for index in range(20)]
-    assert _last_seconds([Entry({}, work) for work in works] + [Entry({})]) == [float(index) for index in range(9, -1, -1)]
+    assert _last_seconds([LedgerEntry({}, work) for work in works] + [LedgerEntry({})]) == [float(index) for index in range(9, -1, -1)]
 
 
 def test_a_pool_does_not_seem_dead_when_somebody_sets_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger(str(tmp_path / "ledger"))
-    with Holder(ledger, lambda: {}, beat_s=10) as holder:
+    with Lease(ledger, lambda: {}, heartbeat_s=10) as lease:
         monkeypatch.setattr(psutil.Process, "create_time", lambda process: 1.0)
         monkeypatch.setattr(time, "time", lambda: 1e9)
-        watch = Watch(ledger, lease_s=60)
-        watch.look()
-        assert not watch.gone(holder.id)
+        watch = LeaseWatch(ledger, lease_s=60)
+        watch.poll()
+        assert not watch.expired(lease.holder)
 
 
 def test_a_beat_that_hangs_does_not_keep_a_pool_from_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger, hanging, over, write = Ledger(str(tmp_path / "ledger")), threading.Event(), threading.Event(), holders.write_record
+    ledger, hanging, over, write = Ledger(str(tmp_path / "ledger")), threading.Event(), threading.Event(), leases.write_record
 
-    def stalled(uri: str, record: Facts, **options: bool) -> bool:
+    def stalled(uri: str, record: Record, **options: bool) -> bool:
         if threading.current_thread() is not threading.main_thread():
             hanging.set()
             over.wait(120)
         return write(uri, record, **options)
 
-    monkeypatch.setattr(holders, "write_record", stalled)
-    monkeypatch.setattr(holders, "LAST_BEAT_S", 0.1)
-    with Holder(ledger, lambda: {}, beat_s=0.01) as holder:
+    monkeypatch.setattr(leases, "write_record", stalled)
+    monkeypatch.setattr(leases, "LAST_HEARTBEAT_S", 0.1)
+    with Lease(ledger, lambda: {}, heartbeat_s=0.01) as lease:
         assert hanging.wait(60)
         began = time.monotonic()
     assert time.monotonic() - began < 5
     over.set()
-    holder._thread.join()
-    assert read_holders(ledger)[holder.id]["ended"], "a late beat took back that it has ended"
+    lease._thread.join()
+    assert read_leases(ledger)[lease.holder]["ended"], "a late heartbeat took back that it has ended"

@@ -32,13 +32,13 @@ if __name__ == "__main__":
     try:
         report = run_pool(
             partial(TableWriter, {folder!r}, {folder!r} + "/log", {seconds!r}, {faults!r}), {shards!r}, {folder!r} + "/ledger",
-            actors=1, array=ArrayTask({index}, {of}), timing=Timing(**{timing!r}), what={what!r}, max_retries=1, on_event=say)
+            actors=1, array=ArrayTask({index}, {of}), timing=Timing(**{timing!r}), config={config!r}, max_retries=1, on_event=say)
     except UserError as error:
         sys.exit(str(error))
     except Requeue as stop:
         print(json.dumps(["requeue", stop.reason]))
         sys.exit(75)
-    print(json.dumps(["end", {{"done": list(report.done), "poison": report.poison, "elsewhere": report.elsewhere}}]))
+    print(json.dumps(["end", {{"done": list(report.done), "poison": report.poison, "elsewhere": report.done_elsewhere}}]))
 """
 
 
@@ -46,7 +46,7 @@ class Task:
     """One process of the array."""
 
     def __init__(self, folder: Path, index: int = 0, of: int = 1, seconds: float = 0.2, **told: Any) -> None:
-        given: dict[str, Any] = {"faults": {}, "what": {}, "timing": {"look_s": 0.2}, **told}
+        given: dict[str, Any] = {"faults": {}, "config": {}, "timing": {"poll_s": 0.2}, **told}
         self.script = folder / f"task{index}-{time.monotonic_ns()}.py"
         folder.mkdir(exist_ok=True)
         self.script.write_text(
@@ -129,7 +129,7 @@ def test_a_killed_tasks_shards_are_taken_over_at_once_where_its_end_can_be_seen(
 def test_a_task_that_stands_still_loses_its_claims_and_does_no_harm_when_it_goes_on(tmp_path: Path, calm: dict[str, bytes]) -> None:
     frozen = one_that_waits(tmp_path, SHARDS[2])
     os.killpg(frozen.process.pid, signal.SIGSTOP)
-    said = Task(tmp_path, 1, 2, timing={"look_s": 0.2, "lease_s": 2.0}).end()
+    said = Task(tmp_path, 1, 2, timing={"poll_s": 0.2, "lease_s": 2.0}).end()
     assert said[-1][1]["done"] == SHARDS
     assert [fields["shard"] for kind, fields in said if kind == "taken_over"] == [SHARDS[2]]
     (tmp_path / "log/go on").touch()
@@ -175,9 +175,9 @@ def test_a_shard_that_kills_its_process_is_set_aside_by_one_task_for_all(tmp_pat
 
 
 def test_a_second_pool_for_something_else_is_refused_before_it_writes_anything(tmp_path: Path) -> None:
-    first = Task(tmp_path, what={"model_id": "aaaa"})
+    first = Task(tmp_path, config={"model_id": "aaaa"})
     wait_until(lambda: bool(pids(tmp_path / "log")))
-    second = Task(tmp_path, what={"model_id": "bbbb"})
+    second = Task(tmp_path, config={"model_id": "bbbb"})
     second.end()
     assert second.process.returncode == 1
     assert "the shards here are made with model_id aaaa, now it is bbbb" in second.errors

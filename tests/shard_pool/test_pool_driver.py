@@ -6,32 +6,21 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import pytest
 
 from oar_scale.runtime.stop_signals import StopSignals
-from oar_scale.shard_pool import driver as pool_driver
-from oar_scale.shard_pool import leases as holders
-from oar_scale.shard_pool.actor import Order, Outcome
-from oar_scale.shard_pool.driver import Driver
-from oar_scale.shard_pool.leases import Holder
-from oar_scale.shard_pool.ledger import Claim, Facts, Ledger
+from oar_scale.shard_pool import leases
+from oar_scale.shard_pool.actor import ActorOutcome, ShardTask
+from oar_scale.shard_pool.driver import PoolDriver
+from oar_scale.shard_pool.leases import Lease
+from oar_scale.shard_pool.ledger import Claim, Ledger, Record
 from oar_scale.shard_pool.pool_types import Bounds, PoolReport, Timing
 from oar_scale.storage import Unreachable
+from tests.fake_clock import FakeClock
 
 pytestmark = pytest.mark.timeout(60)
 """A driver that waits for ever is what some of these are about."""
-
-
-class Clock:
-    """The driver's: time passes as it waits, and at no other moment, so that on a busy machine nothing is late that should not be."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 class Cluster:
@@ -44,8 +33,8 @@ class Cluster:
         self.hosts, self.free, self.broken, self.pace_s = hosts, room, broken or {}, pace_s
         self.count, self.most, self.alive = 0, 0, set[int]()
         self.log: list[tuple[str, str]] = []
-        self.outcomes: deque[tuple[int, Outcome]] = deque()
-        self.clock = Clock()
+        self.outcomes: deque[tuple[int, ActorOutcome]] = deque()
+        self.clock = FakeClock()
 
     def host(self, actor: int) -> str:
         return self.hosts[actor % len(self.hosts)]
@@ -55,20 +44,20 @@ class Cluster:
         self.alive.add(self.count)
         self.most = max(self.most, len(self.alive))
         if len(self.alive) <= self.free:
-            self.outcomes.append((self.count, Outcome("placed")))
+            self.outcomes.append((self.count, ActorOutcome("placed")))
             self.make(self.count)
         return self.count
 
     def make(self, actor: int) -> None:
-        self.outcomes.append((actor, Outcome("started", work={"host": self.host(actor)})))
+        self.outcomes.append((actor, ActorOutcome("started", info={"host": self.host(actor)})))
 
-    def run(self, actor: int, order: Order) -> None:
+    def run(self, actor: int, task: ShardTask) -> None:
         host = self.host(actor)
-        self.log.append((order.shard, host))
-        failed = self.broken.get(order.shard) == host or self.broken.get("any") == host
-        self.outcomes.append((actor, Outcome("failed", error="bad GPU") if failed else done()))
+        self.log.append((task.shard, host))
+        failed = self.broken.get(task.shard) == host or self.broken.get("any") == host
+        self.outcomes.append((actor, ActorOutcome("failed", error="bad GPU") if failed else done()))
 
-    def wait(self, timeout_s: float) -> list[tuple[int, Outcome]]:
+    def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
         self.clock.now += self.pace_s if self.outcomes else timeout_s
         return [self.outcomes.popleft()] if self.outcomes else []
 
@@ -76,15 +65,15 @@ class Cluster:
         self.alive.discard(actor)
         self.outcomes = deque(item for item in self.outcomes if item[0] != actor)
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         return max(0, self.free - len(self.alive))
 
     def close(self) -> None:
         self.alive.clear()
 
 
-def done() -> Outcome:
-    return Outcome("done", {}, {"holder": "", "seconds": 0.1})
+def done() -> ActorOutcome:
+    return ActorOutcome("done", {}, {"holder": "", "seconds": 0.1})
 
 
 class Slots(Cluster):
@@ -108,13 +97,13 @@ class Slots(Cluster):
         return self.host(actor) != "bad" or sum(host == "bad" for _, host in self.log) <= self.lasts
 
     def make(self, actor: int) -> None:
-        super().make(actor) if self.works(actor) else self.outcomes.append((actor, Outcome(self.how, error="no GPU here")))
+        super().make(actor) if self.works(actor) else self.outcomes.append((actor, ActorOutcome(self.how, error="no GPU here")))
 
-    def run(self, actor: int, order: Order) -> None:
-        self.log.append((order.shard, self.host(actor)))
-        failed = not self.works(actor) or (self.host(actor) != "bad" and order.shard in self.once)
-        self.once -= {order.shard}
-        self.outcomes.append((actor, Outcome("failed", error="CUDA error") if failed else done()))
+    def run(self, actor: int, task: ShardTask) -> None:
+        self.log.append((task.shard, self.host(actor)))
+        failed = not self.works(actor) or (self.host(actor) != "bad" and task.shard in self.once)
+        self.once -= {task.shard}
+        self.outcomes.append((actor, ActorOutcome("failed", error="CUDA error") if failed else done()))
 
 
 class Hanging(Cluster):
@@ -128,26 +117,26 @@ class Hanging(Cluster):
         if actor > self.starts:
             super().make(actor)
 
-    def run(self, actor: int, order: Order) -> None:
-        if order.shard in self.shards:
-            self.shards.remove(order.shard)
+    def run(self, actor: int, task: ShardTask) -> None:
+        if task.shard in self.shards:
+            self.shards.remove(task.shard)
         else:
-            super().run(actor, order)
+            super().run(actor, task)
 
 
 def play(
     ledger: Ledger, cluster: Cluster, shards: list[str], bounds: Bounds, timing: Timing | None = None, earlier_s: Sequence[float] = ()
-) -> tuple[PoolReport, list[tuple[str, Facts]]]:
+) -> tuple[PoolReport, list[tuple[str, Record]]]:
     """What the driver reports, and the events."""
-    report, events = PoolReport(), list[tuple[str, Facts]]()
-    nothing: Any = None
+    report, events = PoolReport(), list[tuple[str, Record]]()
 
-    def say(kind: str, fields: Facts) -> None:
+    def say(kind: str, fields: Record) -> None:
         events.append((kind, fields))
 
-    with mock.patch.object(pool_driver, "time", cluster.clock):
-        driver = Driver(ledger, shards, bounds, 3, timing or Timing(), report, StopSignals(), None, earlier_s, nothing, say)
-        driver.do(cluster)
+    driver = PoolDriver(
+        ledger, shards, bounds, 3, timing or Timing(), report, StopSignals(), earlier_s=earlier_s, on_event=say, clock=cluster.clock
+    )
+    driver.run(cluster)
     return report, events
 
 
@@ -194,29 +183,29 @@ def test_when_the_last_actor_is_lost_new_ones_are_hired_at_once_whatever_failed_
 
 
 def test_a_worker_that_is_never_made_is_given_up(ledger: Ledger) -> None:
-    report, events = play(ledger, Hanging(["a", "b"], starts=2), names(30), Bounds(2, 2), Timing(hang_s=0.1, patience_s=0, look_s=0.01))
+    report, events = play(ledger, Hanging(["a", "b"], starts=2), names(30), Bounds(2, 2), Timing(hang_s=0.1, patience_s=0, poll_s=0.01))
     assert (len(report.done), report.deaths) == (30, 2)
     assert [fields["error"] for kind, fields in events if kind == "actor_lost"] == ["no answer in 0 s"] * 2
 
 
 def test_an_actor_that_waits_for_room_does_not_hang(ledger: Ledger) -> None:
-    report, _ = play(ledger, Cluster(["a"], 2, pace_s=0.02), names(30), Bounds(4, 4), Timing(hang_s=0.1, patience_s=0, look_s=0.01))
+    report, _ = play(ledger, Cluster(["a"], 2, pace_s=0.02), names(30), Bounds(4, 4), Timing(hang_s=0.1, patience_s=0, poll_s=0.01))
     assert (len(report.done), report.deaths) == (30, 0)
 
 
 def test_a_first_shard_that_hangs_is_given_up_though_nothing_says_what_one_takes(ledger: Ledger) -> None:
     cluster = Hanging(["a", "b"], shards=["0.tar", "1.tar"])
-    report, _ = play(ledger, cluster, names(2), Bounds(2, 2), Timing(hang_s=0.1, patience_s=0, look_s=0.01))
+    report, _ = play(ledger, cluster, names(2), Bounds(2, 2), Timing(hang_s=0.1, patience_s=0, poll_s=0.01))
     assert report.failures == {"0.tar": 1, "1.tar": 1} and len(report.done) == 2
 
 
 def test_what_earlier_pools_took_tells_that_a_first_shard_is_late(ledger: Ledger) -> None:
-    report, _ = play(ledger, Hanging(["a", "b"], shards=["0.tar"]), names(2), Bounds(2, 2), Timing(late_s=0.1), earlier_s=[0.01] * 3)
-    assert (len(report.done), report.late, report.failures) == (2, 1, {})
+    report, _ = play(ledger, Hanging(["a", "b"], shards=["0.tar"]), names(2), Bounds(2, 2), Timing(straggler_s=0.1), earlier_s=[0.01] * 3)
+    assert (len(report.done), report.stragglers, report.failures) == (2, 1, {})
 
 
 def test_what_earlier_pools_took_gives_a_first_shard_more_time_and_not_less(ledger: Ledger) -> None:
-    timing = Timing(hang_s=0.1, stuck_s=0, stuck=2.0, late=99, patience_s=0, look_s=0.01)
+    timing = Timing(hang_s=0.1, stuck_s=0, stuck=2.0, straggler=99, patience_s=0, poll_s=0.01)
     cluster = Hanging(["a"], shards=["0.tar"])
     began = cluster.clock.now
     report, _ = play(ledger, cluster, names(1), Bounds(1, 1), timing, earlier_s=[0.5] * 3)
@@ -233,11 +222,11 @@ def test_a_shard_that_fails_on_every_host_is_set_aside(ledger: Ledger) -> None:
 def test_beyond_the_least_it_hires_what_there_is_room_for_and_asks_for_some_more(tmp_path: Path) -> None:
     cluster = Cluster(["a"], 10)
     report, _ = play(Ledger(str(tmp_path / "narrow")), cluster, names(200), Bounds(2, 50))
-    assert report.most_actors == 10
+    assert report.peak_actors == 10
     assert 10 < cluster.most <= 15, "a cluster that can grow was asked for nothing, or for everything"
     cluster = Cluster(["a"], 100)
     report, _ = play(Ledger(str(tmp_path / "wide")), cluster, names(200), Bounds(2, 50))
-    assert report.most_actors == 50 == cluster.most
+    assert report.peak_actors == 50 == cluster.most
 
 
 def test_no_more_actors_are_hired_than_there_are_shards(ledger: Ledger) -> None:
@@ -249,9 +238,9 @@ def test_no_more_actors_are_hired_than_there_are_shards(ledger: Ledger) -> None:
 def test_a_pool_beside_another_says_that_it_helps(ledger: Ledger) -> None:
     _, alone = play(ledger, Cluster(["a"], 100), names(2), Bounds(1, 1))
     assert "helping" not in Counter(kind for kind, _ in alone)
-    with Holder(ledger, lambda: {"array": False}, beat_s=10) as other:
+    with Lease(ledger, lambda: {"array": False}, heartbeat_s=10) as other:
         _, events = play(ledger, Cluster(["a"], 100), names(2), Bounds(1, 1))
-    assert [fields["holder"] for kind, fields in events if kind == "helping"] == [other.id]
+    assert [fields["holder"] for kind, fields in events if kind == "helping"] == [other.holder]
 
 
 class Failing(Ledger):
@@ -259,7 +248,7 @@ class Failing(Ledger):
 
     out, looked = False, False
 
-    def poison(self) -> dict[str, Facts]:
+    def poison(self) -> dict[str, Record]:
         self.looked, before = True, self.looked
         if not before:
             raise Unreachable("no route to the storage")
@@ -272,15 +261,15 @@ class Failing(Ledger):
 
 
 def test_a_storage_that_is_out_of_reach_as_a_pool_begins_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, failed = holders.write_record, list[str]()
+    write, failed = leases.write_record, list[str]()
 
-    def once(uri: str, record: Facts, **options: Any) -> bool:
+    def once(uri: str, record: Record, **options: Any) -> bool:
         if not failed:
             failed.append(uri)
             raise Unreachable("no route to the storage")
         return write(uri, record, **options)
 
-    monkeypatch.setattr(holders, "write_record", once)
+    monkeypatch.setattr(leases, "write_record", once)
     ledger = Failing(str(tmp_path / "ledger"))
     report, _ = play(ledger, Cluster(["a"], 100), names(2), Bounds(1, 1))
     assert len(report.done) == 2 and failed and ledger.looked
@@ -290,9 +279,9 @@ def test_a_storage_that_is_out_of_reach_when_all_is_done_fails_nothing(tmp_path:
     ledger = Failing(str(tmp_path / "ledger"))
 
     class Last(Cluster):
-        def run(self, actor: int, order: Order) -> None:
-            ledger.out = order.shard == "1.tar"
-            super().run(actor, order)
+        def run(self, actor: int, task: ShardTask) -> None:
+            ledger.out = task.shard == "1.tar"
+            super().run(actor, task)
 
     report, events = play(ledger, Last(["a"], 100), names(2), Bounds(1, 1))
     assert len(report.done) == 2

@@ -18,7 +18,8 @@ from pool_worker import TableWriter, living, pids, table_of, tries
 from oar_scale.errors import UserError
 from oar_scale.orders.order_table import write_orders
 from oar_scale.runtime.ray_session import ray_session
-from oar_scale.shard_pool import Bounds, Facts, Ledger, PoolReport, Timing, run_pool
+from oar_scale.shard_pool import Bounds, Ledger, PoolReport, Timing, run_pool
+from oar_scale.shard_pool.ledger import Record
 
 SHARDS = [f"{index:05d}.tar" for index in range(6)]
 
@@ -46,7 +47,7 @@ def run(
     folder: Path, shards: list[str] = SHARDS, *, seconds: float = 0.0, faults: dict[str, str] | None = None, **options: Any
 ) -> PoolReport:
     make = partial(TableWriter, str(folder), str(folder / "log"), seconds, faults or {})
-    calm = Timing(late_s=60)  # no shard is tried a second time because the machine is busy
+    calm = Timing(straggler_s=60)  # no shard is tried a second time because the machine is busy
     return run_pool(make, shards, str(folder / "ledger"), **{"actors": 2, "timing": calm, **options})
 
 
@@ -62,12 +63,12 @@ def test_a_restarted_pool_does_what_is_missing_and_nothing_else(tmp_path: Path, 
     run(tmp_path, SHARDS[:3])
     seen: list[str] = []
     report = run(tmp_path, on_progress=lambda shard, *_: seen.append(shard))
-    assert (report.found, list(report.done)) == (3, SHARDS)
+    assert (report.already_done, list(report.done)) == (3, SHARDS)
     assert sorted(tries(tmp_path / "log")) == SHARDS
     assert seen[:3] == SHARDS[:3]
     assert sorted(seen) == SHARDS
     assert tables(tmp_path) == calm
-    assert run_pool(never, SHARDS, str(tmp_path / "ledger"), actors=2).found == len(SHARDS), "a finished pool made a worker"
+    assert run_pool(never, SHARDS, str(tmp_path / "ledger"), actors=2).already_done == len(SHARDS), "a finished pool made a worker"
 
 
 def never() -> TableWriter:
@@ -107,8 +108,8 @@ def test_a_fault_of_the_data_is_not_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_takes_far_longer_than_the_others_is_done_by_an_idle_actor(tmp_path: Path, calm: dict[str, bytes]) -> None:
-    report = run(tmp_path, faults={SHARDS[1]: "hang"}, timing=Timing(late_s=0.5))
-    assert (list(report.done), report.late, report.failures) == (SHARDS, 1, {})
+    report = run(tmp_path, faults={SHARDS[1]: "hang"}, timing=Timing(straggler_s=0.5))
+    assert (list(report.done), report.stragglers, report.failures) == (SHARDS, 1, {})
     assert tries(tmp_path / "log").count(SHARDS[1]) == 2
     assert tables(tmp_path) == calm
 
@@ -122,20 +123,20 @@ def test_an_actor_that_never_answers_is_replaced(tmp_path: Path) -> None:
 def test_a_pool_grows_as_far_as_there_is_room(tmp_path: Path) -> None:
     started: list[str] = []
 
-    def say(kind: str, _: Facts) -> None:
+    def say(kind: str, _: Record) -> None:
         started.extend([kind] if kind == "actor_started" else [])
         if len(started) == 2:
             (tmp_path / "both/log/go on").touch()  # until then the first one waits, however long the second takes to start
 
     waiting = dict.fromkeys(SHARDS, "wait")
-    assert run(tmp_path / "both", faults=waiting, actors=Bounds(1, 4), on_event=say).most_actors == 2
-    assert run(tmp_path / "few", SHARDS[:1], actors=Bounds(1, 4)).most_actors == 1
+    assert run(tmp_path / "both", faults=waiting, actors=Bounds(1, 4), on_event=say).peak_actors == 2
+    assert run(tmp_path / "few", SHARDS[:1], actors=Bounds(1, 4)).peak_actors == 1
 
 
 def test_the_ledger_says_who_did_what_and_how_long_it_took(tmp_path: Path) -> None:
     report = run(tmp_path, seconds=0.2, faults={SHARDS[0]: "die once"})
     entries = Ledger(str(tmp_path / "ledger")).entries(SHARDS)
-    assert {shard: entry.facts for shard, entry in entries.items()} == report.done
+    assert {shard: entry.result for shard, entry in entries.items()} == report.done
     assert all(0.2 <= entry.work["seconds"] < 30 for entry in entries.values())
     assert [entries[shard].work["attempt"] for shard in SHARDS] == [2, 1, 1, 1, 1, 1]
     assert {int(entry.work["actor"].split(":")[1]) for entry in entries.values()} <= set(pids(tmp_path / "log"))
@@ -187,7 +188,7 @@ def test_a_killed_driver_leaves_nothing_running_and_its_successor_finishes(tmp_p
     assert 2 <= before < len(SHARDS)
     began = time.monotonic()
     report = run(tmp_path)
-    assert (report.found, list(report.done)) == (before, SHARDS)
+    assert (report.already_done, list(report.done)) == (before, SHARDS)
     assert time.monotonic() - began < Timing().lease_s, "it waited for the lease of a process that was gone"
     assert tables(tmp_path) == calm
 

@@ -13,8 +13,8 @@ from oar_scale.runtime.retry import retry_transient
 from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.shard_pool.actor import Actor, Worker
 from oar_scale.shard_pool.backends import ProcessActors, RayActors
-from oar_scale.shard_pool.driver import Driver
-from oar_scale.shard_pool.ledger import Entry, Ledger
+from oar_scale.shard_pool.driver import PoolDriver
+from oar_scale.shard_pool.ledger import Ledger, LedgerEntry
 from oar_scale.shard_pool.pool_types import ArrayTask, Bounds, FindLost, OnEvent, OnProgress, PoolReport, Timing
 
 EARLIER = 10
@@ -31,7 +31,7 @@ def run_pool(
     gpu_type: str | None = None,
     cpu_threads: int = 1,
     max_retries: int = 3,
-    what: Mapping[str, str] | None = None,
+    config: Mapping[str, str] | None = None,
     array: ArrayTask | None = None,
     timing: Timing | None = None,
     find_lost: FindLost | None = None,
@@ -46,12 +46,12 @@ def run_pool(
         ledger: folder URI of the ledger; the folder ``{ledger}-pool`` beside it is the pool's as well.
         cpu_threads: cores an actor takes; Ray sets ``OMP_NUM_THREADS`` to it where that is unset.
         max_retries: how often a shard is tried again after its actor died or its worker failed.
-        what: what the shards are made into; another pool on the same ledger must say the same.
+        config: what the shards are made into: names and values; another pool on the same ledger must have the same.
         array: be one of several processes, with one actor and without Ray; ``actors`` does not matter then.
         find_lost: says which of the finished shards have lost their output; they are done again.
 
     Raises:
-        UserError: no worker could be made and it is the user's to mend, the actors do not fit on this machine, or the ledger is for
+        UserError: no worker could be made and the user can fix it, the actors do not fit on this machine, or the ledger is for
             something else.
         RuntimeError: nobody works, and workers could not be made more than ``max_retries`` times in a row.
         Requeue: stopped by a signal; what is done is in the ledger.
@@ -59,38 +59,48 @@ def run_pool(
     book, report, timing = Ledger(ledger), PoolReport(), timing or Timing()
     entries = retry_transient(lambda: book.entries(shards), timing.patience_s)
     if find_lost:
-        facts = {shard: entry.facts for shard, entry in entries.items()}
-        for shard, problem in retry_transient(lambda: find_lost(facts), timing.patience_s).items():
+        results = {shard: entry.result for shard, entry in entries.items()}
+        for shard, problem in retry_transient(lambda: find_lost(results), timing.patience_s).items():
             retry_transient(partial(book.forget, shard), timing.patience_s)
             del entries[shard]
             if on_event:
                 on_event("lost_output", {"shard": shard, "error": problem})
     for shard, entry in entries.items():
-        report.done[shard] = entry.facts
+        report.done[shard] = entry.result
         if on_progress:
-            on_progress(shard, entry.facts, report)
-    report.found = len(report.done)
+            on_progress(shard, entry.result, report)
+    report.already_done = len(report.done)
     missing = [shard for shard in shards if shard not in report.done]
     if missing:
         gpus = _gpus() if gpus_per_actor and not array and "RAY_ADDRESS" not in os.environ else 0
         bounds = Bounds(1, 1) if array else _bounds(actors, len(missing), cpu_threads, gpus_per_actor, gpus)
-        if what:
-            retry_transient(lambda: book.bind(what), timing.patience_s)
+        if config:
+            retry_transient(lambda: book.bind(config), timing.patience_s)
         with StopSignals() as signals, ExitStack() as stack:
             if not array:
                 stack.enter_context(ray_session(cpus=bounds.most * cpu_threads, gpus=gpus))
                 signals.arm()
-            driver = Driver(
-                book, missing, bounds, max_retries, timing, report, signals, array, _last_seconds(entries.values()), on_progress, on_event
+            driver = PoolDriver(
+                ledger=book,
+                missing=missing,
+                bounds=bounds,
+                max_retries=max_retries,
+                timing=timing,
+                report=report,
+                signals=signals,
+                array=array,
+                earlier_s=_last_seconds(entries.values()),
+                on_progress=on_progress,
+                on_event=on_event,
             )
-            make_actor = partial(Actor, make_worker, book, driver.holder.id, timing.patience_s)
-            driver.do(ProcessActors(make_actor) if array else RayActors(make_actor, cpu_threads, gpus_per_actor, gpu_type))
+            make_actor = partial(Actor, make_worker, book, driver.lease.holder, timing.patience_s)
+            driver.run(ProcessActors(make_actor) if array else RayActors(make_actor, cpu_threads, gpus_per_actor, gpu_type))
     report.done = {shard: report.done[shard] for shard in shards if shard in report.done}
     return report
 
 
 def _bounds(actors: int | Bounds, missing: int, cpu_threads: int, gpus_per_actor: float, gpus: int) -> Bounds:
-    """No more than there are shards; a Ray of our own has the room that this machine has."""
+    """No more than there are shards; a Ray of our own has the capacity of this machine."""
     wanted = Bounds(actors, actors) if isinstance(actors, int) else actors
     least, most = min(wanted.least, missing), min(wanted.most, missing)
     if "RAY_ADDRESS" in os.environ:
@@ -115,6 +125,6 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _last_seconds(entries: Iterable[Entry]) -> list[float]:
+def _last_seconds(entries: Iterable[LedgerEntry]) -> list[float]:
     works = sorted((entry.work for entry in entries if "finished" in entry.work), key=lambda work: work["finished"])
     return [work["seconds"] for work in works[-EARLIER:]]
