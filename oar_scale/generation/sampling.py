@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from oar_scale.config.schema import SampleConfig
-from oar_scale.model import AnyOrderModel, Prefix
+from oar_scale.model import AnyOrderModel, Decoder, Prefix
 from oar_scale.orders.policies import LateOrder
 from oar_scale.orders.scores import score_logits, score_rows
 from oar_scale.orders.selection import mix_branches, pick_best
@@ -128,35 +128,37 @@ def generate(
         known = Known(nothing, nothing)
     empty_BR = _empty_cells(model, batch, order_BN if isinstance(order_BN, Tensor) else None, known, device)
     null_BTD = model.null_condition(batch).to(condition_BTD)
-    prefix = model.begin(torch.cat([condition_BTD, null_BTD]) if settings.guided else condition_BTD)
-    drawing = _Drawing(model, prefix, settings, generator, known)
+    decoder = Decoder(model)
+    prefix = decoder.begin(torch.cat([condition_BTD, null_BTD]) if settings.guided else condition_BTD)
+    state = _SamplingState(decoder, prefix, settings, generator, known)
     if order_BN is None:
         while empty_BR.shape[1] > 0:
-            cell_B = drawing.most_confident(empty_BR)
+            cell_B = state.place_most_confident(empty_BR)
             empty_BR = empty_BR[empty_BR != cell_B[:, None]].view(batch, -1)
-        return drawing.result()
+        return state.result()
     if isinstance(order_BN, LateOrder):
-        empty_BR = drawing.late(order_BN, empty_BR)
-    for cells_BM in empty_BR.split(cells_per_step(model.spec.cells, settings.steps, drawing.count), dim=1):
-        drawing.in_turn(cells_BM)
-    return drawing.result()
+        empty_BR = state.place_first(order_BN, empty_BR)
+    for cells_BM in empty_BR.split(cells_per_step(model.spec.cells, settings.steps, state.count), dim=1):
+        state.place_next(cells_BM)
+    return state.result()
 
 
-class _Drawing:
-    """Images that are being drawn: the cells placed so far, and what the model knows of them."""
+class _SamplingState:
+    """Images that are being sampled: the cells placed so far, and the model's cache of them."""
 
-    def __init__(self, model: AnyOrderModel, prefix: Prefix, settings: SampleSettings, generator: torch.Generator, known: Known) -> None:
+    def __init__(self, decoder: Decoder, prefix: Prefix, settings: SampleSettings, generator: torch.Generator, known: Known) -> None:
         batch, count = known.cells_BK.shape
         device = known.cells_BK.device
-        self.model, self.settings, self.generator = model, settings, generator
-        self.prefix = model.prefill(prefix, self._branches(known.cells_BK), self._branches(known.codes_BK))
+        model = decoder.model
+        self.decoder, self.model, self.settings, self.generator = decoder, model, settings, generator
+        self.prefix = decoder.prefill(prefix, self._branches(known.cells_BK), self._branches(known.codes_BK))
         self.image_B = torch.arange(batch, device=device)
         self.codes_BN = torch.zeros(batch, model.spec.cells, dtype=torch.long, device=device).scatter(1, known.cells_BK, known.codes_BK)
         self.placed, self.scores, self.count = [known.cells_BK], [torch.zeros(known.cells_BK.shape, device=device)], count
 
-    def most_confident(self, empty_BR: Tensor) -> Tensor:
+    def place_most_confident(self, empty_BR: Tensor) -> Tensor:
         """Place the most confident of R empty cells; returns it."""
-        candidates = self.model.candidate_rows(self.prefix, self._branches(empty_BR))
+        candidates = self.decoder.candidate_rows(self.prefix, self._branches(empty_BR))
         rows_BRD, head = self._guide(candidates.rows_BRD), self.model.output
         confidence_BR = score_rows(head.weight, rows_BRD.flatten(0, 1), "max_prob", empty_BR.flatten()).view_as(empty_BR)
         wanted_BR = confidence_BR + self.settings.order_temperature * _gumbel(confidence_BR, self.generator)
@@ -164,33 +166,33 @@ class _Drawing:
         winner_B = pick_best(wanted_BR, first_R.expand_as(empty_BR))
         logits_BV = head(rows_BRD[self.image_B, winner_B]).float()
         cell_B, code_B = empty_BR[self.image_B, winner_B], _draw(logits_BV, self.settings, self.generator)
-        self.prefix = self.model.commit(self.prefix, candidates, self._branches(winner_B), self._branches(code_B))
+        self.prefix = self.decoder.commit(self.prefix, candidates, self._branches(winner_B), self._branches(code_B))
         self._keep(cell_B[:, None], code_B[:, None], confidence_BR[self.image_B, winner_B, None])
         return cell_B
 
-    def late(self, order: LateOrder, empty_BR: Tensor) -> Tensor:
+    def place_first(self, order: LateOrder, empty_BR: Tensor) -> Tensor:
         """Place the first cells, where none are known; returns the others in the order that is then known."""
         if self.count == 0:
             for cell_B in order.first_BK.unbind(1):
-                self.in_turn(cell_B[:, None])
+                self.place_next(cell_B[:, None])
             there_BN = torch.zeros_like(self.codes_BN, dtype=torch.bool).scatter(1, order.first_BK, True)
             empty_BR = empty_BR[~there_BN.gather(1, empty_BR)].view(len(empty_BR), -1)
-        rows_GRD = self.model.candidate_rows(self.prefix, self._branches(empty_BR)).rows_BRD
+        rows_GRD = self.decoder.candidate_rows(self.prefix, self._branches(empty_BR)).rows_BRD
         return order.rest(rows_GRD[: len(empty_BR)], empty_BR)
 
-    def in_turn(self, cells_BM: Tensor) -> None:
+    def place_next(self, cells_BM: Tensor) -> None:
         """Place the next M cells of the order in one pass."""
         if cells_BM.shape[1] == 1:
-            candidates = self.model.candidate_rows(self.prefix, self._branches(cells_BM))
+            candidates = self.decoder.candidate_rows(self.prefix, self._branches(cells_BM))
             logits_BMV = self._guide(candidates.logits_BRV)
             code_B = _draw(logits_BMV[:, 0], self.settings, self.generator)
             first = self._branches(torch.zeros_like(code_B))
-            self.prefix = self.model.commit(self.prefix, candidates, first, self._branches(code_B))
+            self.prefix = self.decoder.commit(self.prefix, candidates, first, self._branches(code_B))
             codes_BM = code_B[:, None]
         else:
-            logits_BMV = self._guide(self.model.ask_in_turn(self.prefix, self._branches(cells_BM)))
+            logits_BMV = self._guide(self.decoder.parallel_logits(self.prefix, self._branches(cells_BM)))
             codes_BM = _draw(logits_BMV.flatten(0, 1), self.settings, self.generator).view_as(cells_BM)
-            self.prefix = self.model.place(self.prefix, self._branches(cells_BM), self._branches(codes_BM))
+            self.prefix = self.decoder.place_parallel(self.prefix, self._branches(cells_BM), self._branches(codes_BM))
         scores_R = score_logits("max_prob", logits_BMV.flatten(0, 1), cells_BM.flatten())
         self._keep(cells_BM, codes_BM, scores_R.view_as(cells_BM))
 

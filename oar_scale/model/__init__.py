@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oar_scale.model.decoding import Candidates, Prefix
+    from oar_scale.model.decoding import Candidates, Decoder, Prefix
     from oar_scale.model.spec import ModelSpec, check_prompts
     from oar_scale.model.transformer import AnyOrderModel
     from oar_scale.model.weights import load_model, model_id, save_model
 
-__all__ = ["AnyOrderModel", "Candidates", "ModelSpec", "Prefix", "check_prompts", "load_model", "model_id", "save_model"]
+__all__ = ["AnyOrderModel", "Candidates", "Decoder", "ModelSpec", "Prefix", "check_prompts", "load_model", "model_id", "save_model"]
 _HOME = {
-    "decoding": ("Candidates", "Prefix"),
+    "decoding": ("Candidates", "Decoder", "Prefix"),
     "spec": ("ModelSpec", "check_prompts"),
     "transformer": ("AnyOrderModel",),
     "weights": ("load_model", "model_id", "save_model"),

@@ -1,7 +1,7 @@
-"""Less memory for more computation, and compiled blocks: ways to run the same model, chosen by a recipe's ``parallel`` section.
+"""Less memory for more computation, and compiled blocks: how the same model is run, chosen by a recipe's ``parallel`` section.
 
 activation_checkpointing   kept of each block for the backward pass
-none                       its rows between matrix products, but for what ``lean.py`` computes again
+none                       its rows between matrix products, but for what ``memory_efficient.py`` computes again
 selective                  its input, and the outputs of its matrix products and of attention; the rest is computed again
 full                       its input; the block runs twice
 """

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oar_scale.model import memory_efficient as lean
+from oar_scale.model import memory_efficient
 from oar_scale.model.rope import rotate_, rotate_heads
 from oar_scale.model.spec import ModelSpec
 
@@ -38,20 +38,23 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
+        """Draw the weight anew."""
         nn.init.normal_(self.weight, 0.0, 0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x W^T`` [..., outputs] of x [..., inputs]."""
         rows = x.shape[:-1].numel()
         x_RD = in_few_shapes(x.reshape(rows, -1))
         return F.linear(x, self.weight) if len(x_RD) == rows else F.linear(x_RD, self.weight)[:rows].view(*x.shape[:-1], -1)
 
 
 class RMSNorm(nn.RMSNorm):
-    """``nn.RMSNorm``, on a CPU with :func:`lean.rms_norm`."""
+    """``nn.RMSNorm``, on a CPU with :func:`memory_efficient.rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if lean.worthwhile(x):
-            return lean.rms_norm(x, self.weight, self.eps or 0.0)
+        """RMSNorm over the last dimension of x [..., D]."""
+        if memory_efficient.worthwhile(x):
+            return memory_efficient.rms_norm(x, self.weight, self.eps or 0.0)
         return super().forward(x)
 
 
@@ -59,8 +62,9 @@ class GatedLinear(Linear):
     """The way out of a SwiGLU feed-forward: ``(silu(gate) * up) W^T``."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        """Rows [..., D] of gate and up [..., F]."""
         if torch.is_grad_enabled():
-            return lean.gated_linear(gate, up, self.weight)
+            return memory_efficient.gated_linear(gate, up, self.weight)
         return super().forward(F.silu(gate).mul_(up))
 
 
@@ -72,39 +76,42 @@ class Heads(NamedTuple):
     v: Tensor
 
 
-class Room(NamedTuple):
-    """Keys and values of some rows, [B, kv_heads, L, head_dim] each: a part of the cache, to be written."""
+class KVSlice(NamedTuple):
+    """Keys and values of some rows, [B, kv_heads, L, head_dim] each: views into the cache, through which it is written and read."""
 
     keys: Tensor
     values: Tensor
 
 
 class Attention(nn.Module):
+    """Multi-head attention with rotary positions; with ``kv_heads`` below ``heads``, grouped-query attention."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads or spec.heads, spec.head_dim
         self.wqkv = Linear(spec.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.wo = Linear(spec.dim, spec.dim)
 
-    def project(self, x_BLD: Tensor, turn_BLP2: Tensor | None) -> Heads:
-        """Project rows to heads; rotations [B, L, P, 2] turn queries and keys, None leaves them."""
+    def project(self, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> Heads:
+        """Project rows to heads; ``rotation_BLP2`` rotates queries and keys, None leaves them as they are."""
         qkv_BLHd = self.wqkv(x_BLD).unflatten(-1, (-1, self.head_dim))
-        if turn_BLP2 is None:
+        if rotation_BLP2 is None:
             q, k, v = qkv_BLHd.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         else:
-            q, k, v = rotate_heads(qkv_BLHd, turn_BLP2, self.kv_heads)
+            q, k, v = rotate_heads(qkv_BLHd, rotation_BLP2, self.kv_heads)
         return Heads(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
-    def project_into(self, room: Room, x_BLD: Tensor, turn_BLP2: Tensor) -> tuple[Tensor, Tensor]:
+    def project_into(self, into: KVSlice, x_BLD: Tensor, rotation_BLP2: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`project` for inference: keys and values go into the cache.
 
         Returns:
             Queries [B, H, L, head_dim], and the score of each row's own key under its own query, q.k / sqrt(head_dim): float32 [B, H, L].
         """
         qk_BLHd, v_BLGd = self.wqkv(x_BLD).unflatten(-1, (-1, self.head_dim)).split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        q32, k32 = rotate_(qk_BLHd.float(), turn_BLP2[:, :, None]).split([self.heads, self.kv_heads], dim=2)
-        room.keys.copy_(k32.transpose(1, 2))
-        room.values.copy_(v_BLGd.transpose(1, 2))
+        # Rotated and scored in float32: a candidate's own score is compared with the log-sum-exp over the whole prefix.
+        q32, k32 = rotate_(qk_BLHd.float(), rotation_BLP2[:, :, None]).split([self.heads, self.kv_heads], dim=2)
+        into.keys.copy_(k32.transpose(1, 2))
+        into.values.copy_(v_BLGd.transpose(1, 2))
         own_BLH = (q32.unflatten(2, (self.kv_heads, -1)) * k32.unsqueeze(3)).sum(-1).flatten(2) / math.sqrt(self.head_dim)
         return q32.to(x_BLD.dtype).transpose(1, 2), own_BLH.transpose(1, 2)
 
@@ -114,6 +121,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """SwiGLU: ``W2 (silu(W1 x) * W3 x)``."""
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.w1 = Linear(dim, hidden)
@@ -121,6 +130,7 @@ class FeedForward(nn.Module):
         self.w2 = GatedLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rows [..., D] of rows [..., D]."""
         return self.w2(self.w1(x), self.w3(x))  # type: ignore[no-any-return]
 
 
@@ -136,8 +146,9 @@ class Block(nn.Module):
         self.dropout = spec.dropout
         self.grouped = self.attention.kv_heads != self.attention.heads
 
-    def project_into(self, room: Room, x_BLD: Tensor, turn_BLP2: Tensor) -> tuple[Tensor, Tensor]:
-        return self.attention.project_into(room, self.attention_norm(x_BLD), turn_BLP2)
+    def project_into(self, into: KVSlice, x_BLD: Tensor, rotation_BLP2: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`Attention.project_into` of the normalised rows."""
+        return self.attention.project_into(into, self.attention_norm(x_BLD), rotation_BLP2)
 
     def finish(self, x_BLD: Tensor, out_BHLd: Tensor) -> Tensor:
         """Residual connections around attention (already computed) and feed-forward."""
@@ -145,14 +156,14 @@ class Block(nn.Module):
         return self._add(x_BLD, self.feed_forward(self.ffn_norm(x_BLD)))
 
     def forward(
-        self, x_BLD: Tensor, turn_BLP2: Tensor | None, *, causal: bool, mask: Tensor | None = None, leaving: slice = slice(None)
+        self, x_BLD: Tensor, rotation_BLP2: Tensor | None, *, causal: bool, mask: Tensor | None = None, leaving: slice = slice(None)
     ) -> Tensor:
         """The rows ``leaving`` the block: the last block of a trunk need not finish rows that predict nothing."""
-        q, k, v = self.attention.project(self.attention_norm(x_BLD), turn_BLP2)
+        q, k, v = self.attention.project(self.attention_norm(x_BLD), rotation_BLP2)
         out_BHLd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         return self.finish(x_BLD[:, leaving], out_BHLd[:, :, leaving])
 
     def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
-        if self.training and self.dropout and lean.worthwhile(x_BLD):
-            return lean.add_dropped(x_BLD, y_BLD, self.dropout)
+        if self.training and self.dropout and memory_efficient.worthwhile(x_BLD):
+            return memory_efficient.add_dropped(x_BLD, y_BLD, self.dropout)
         return x_BLD + F.dropout(y_BLD, self.dropout, self.training)

@@ -88,7 +88,7 @@ class FeatureCondition(Conditioner):
     def __init__(self, spec: ModelSpec, kind: FeatureSpec) -> None:
         super().__init__()
         self.kind = kind
-        self.cap_proj = Projection(kind.width, spec.dim)
+        self.cap_proj = FeatureMLP(kind.width, spec.dim)
         self.uncond_embedding = nn.Parameter(torch.empty(kind.null_rows or kind.rows, kind.width), requires_grad=spec.trainable_null)
         self.reset_parameters()
 
@@ -112,7 +112,7 @@ class FeatureCondition(Conditioner):
         return self.cap_proj(self.uncond_embedding[: self.kind.rows])  # type: ignore[no-any-return]
 
 
-class Projection(nn.Module):
+class FeatureMLP(nn.Module):
     """Two linear layers without bias, GELU (tanh form) between."""
 
     def __init__(self, width: int, dim: int) -> None:

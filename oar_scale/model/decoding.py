@@ -1,33 +1,38 @@
 """Placing cells one at a time: the KV cache, candidate rows, and why the winner's row is kept.
 
-    cache    [c_1 .. c_T, p_1, x_1, ..., p_t | x_t, p_a, p_b, p_c, ... ]     keys and values of every layer, one copy
-    ask      rows x_t, p_a, p_b, p_c, ...                                      in one pass; a p row sees the cache up to x_t and itself,
-                                                                               and no other p row
-    commit   [c_1 .. c_T, p_1, x_1, ..., p_t, x_t, p_b | ... ]                 the winner's keys and values move up
+    cache        [c_1 .. c_T, p_1, x_1, ..., p_t | x_t, p_a, p_b, p_c, ... ]     keys and values of every layer, one copy
+    candidates   rows x_t, p_a, p_b, p_c, ...                                      in one pass; a p row sees the cache up to x_t and
+                                                                                   itself, and no other p row
+    commit       [c_1 .. c_T, p_1, x_1, ..., p_t, x_t, p_b | ... ]                 the winner's keys and values move up
 
 (layout instructed; the others have no p rows, and their candidates are variants of the last code's row). In training the row
 that predicts a code attends to what came before and to itself only, and stays in the cache. So a candidate row, which sees
 exactly that, *is* the row the cache needs should its cell win: scoring all cells costs nothing twice, and the result equals a
-full forward pass. There are never more candidates than cells left, so they fit into the room that the rest of the image needs
-anyway: asking takes no memory beyond the activations of :data:`ROWS_AT_ONCE` rows.
+full forward pass. There are never more candidates than cells left, so they fit into the part of the cache that the rest of the image needs
+anyway: candidates take no memory beyond the activations of :data:`ROWS_AT_ONCE` rows.
+
+    decoder = Decoder(model)
+    prefix = decoder.begin(condition_BTD)
+    while cells are left:
+        candidates = decoder.candidate_rows(prefix, empty_BR)
+        winner_B   = the best candidate of each image, by any rule
+        prefix     = decoder.commit(prefix, candidates, winner_B, codes_B)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from oar_scale.model.attention import attention_with_lse, merge_self_
-from oar_scale.model.blocks import Block, Room
+from oar_scale.model.blocks import Block, KVSlice
 from oar_scale.model.layouts import Placed, Rows, Tables
-
-if TYPE_CHECKING:
-    from oar_scale.model.transformer import AnyOrderModel
+from oar_scale.model.transformer import AnyOrderModel
 
 ROWS_AT_ONCE = {"cpu": 512, "cuda": 2**16}
 """Rows that go through the trunk together, as whole images: enough for matrix products at full speed, and few enough that what lies
@@ -36,33 +41,35 @@ between the products stays in a CPU's cache."""
 
 @dataclass
 class Prefix:
-    """What has been placed so far. Updated in place: a prefix is spent once it was committed to."""
+    """What has been placed so far. Methods of :class:`Decoder` update it in place: only the prefix that they return is valid."""
 
     cache: Tensor
-    """[layers, 2, B, kv_heads, room, head_dim]: keys and values."""
+    """[layers, 2, B, kv_heads, capacity, head_dim]: keys and values, for all rows that a whole image takes."""
     rows: int
     """Rows of the cache in use."""
     last: Placed
     """What was placed last and is not in the cache yet."""
     tables: Tables
-    asked: int = 0
-    """How many times candidates were asked for: those of the last time are in the cache, behind the rows in use."""
+    """The layout's tables, made once: weights do not change while an image is placed."""
+    version: int = 0
+    """Counts writes behind the rows in use: :class:`Candidates` of an older version have been overwritten."""
 
-    def room(self, layer: int, images: slice, start: int, end: int) -> Room:
-        """Keys and values of some images' rows."""
-        return Room(*self.cache[layer, :, images, :, start:end])
+    def kv_slice(self, layer: int, images: slice, start: int, end: int) -> KVSlice:
+        """Keys and values of rows ``start`` to ``end`` of some images, as views into the cache."""
+        return KVSlice(*self.cache[layer, :, images, :, start:end])
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """R cells of each image that were asked about."""
+    """Candidate rows for R cells of each image."""
 
     cells_BR: Tensor
     rows_BRD: Tensor
     """Normalised rows, ready for the output head."""
-    asked: int
-    """``Prefix.asked`` when they were."""
+    version: int
+    """``Prefix.version`` when they were computed."""
     head: torch.nn.Module
+    """The model's output head."""
 
     @property
     def logits_BRV(self) -> Tensor:
@@ -70,37 +77,44 @@ class Candidates:
         return cast(Tensor, self.head(self.rows_BRD)).float()
 
 
-class Decoding:
-    """The incremental half of :class:`AnyOrderModel`; holds no state of its own."""
+class Decoder:
+    """Incremental inference with an :class:`AnyOrderModel`. It holds no state of its own: all of that is in :class:`Prefix`."""
 
     def __init__(self, model: AnyOrderModel) -> None:
-        # A plain object, kept out of the module's registry: the model owns this, not the other way round.
         self.model = model
 
     @torch.no_grad()
     def begin(self, condition_BTD: Tensor) -> Prefix:
+        """Start empty images: allocate the cache and fill in the condition rows, which ``model.condition`` returned."""
         spec, layout, batch = self.model.spec, self.model.layout, len(condition_BTD)
         head_BTD = condition_BTD[:, : condition_BTD.shape[1] - layout.held]
-        room = head_BTD.shape[1] + layout.stride * spec.cells
-        cache = condition_BTD.new_empty(spec.layers, 2, batch, spec.kv_heads or spec.heads, room, spec.head_dim)
+        capacity = head_BTD.shape[1] + layout.stride * spec.cells
+        cache = condition_BTD.new_empty(spec.layers, 2, batch, spec.kv_heads or spec.heads, capacity, spec.head_dim)
         prefix = Prefix(cache, 0, layout.start(condition_BTD), layout.tables(condition_BTD.device))
         self._append(prefix, Rows(head_BTD, layout.no_cell(batch, head_BTD.shape[1], head_BTD.device)))
         return prefix
 
     @torch.no_grad()
     def prefill(self, prefix: Prefix, cells_BK: Tensor, codes_BK: Tensor) -> Prefix:
+        """Place K known cells in the given order, in one pass; int64 [B, K] both."""
         if cells_BK.shape[1] == 0:
             return prefix
         codes_BKD = self._codes(prefix, codes_BK)
         self._append(prefix, self.model.layout(prefix.last, cells_BK, codes_BKD, prefix.tables))
+        # The layouts write the row of the last code together with the next cell's: until then it waits here.
         prefix.last = Placed(cells_BK[:, -1:], codes_BKD[:, -1:])
         return prefix
 
     @torch.no_grad()
     def candidate_rows(self, prefix: Prefix, cells_BR: Tensor) -> Candidates:
+        """One row for each of R cells, all in one pass: each sees the prefix and itself, never another candidate.
+
+        Raises:
+            ValueError: more candidates than cells are left, or cells that a raster model cannot place next.
+        """
         batch, count = cells_BR.shape
         enters = self.model.layout.entering(prefix.last)
-        if enters > 1:  # they must see one another causally
+        if enters > 1:  # several rows wait (after ``place``), and must see one another causally, which candidates do not
             waiting, _ = self.model.layout.candidates(prefix.last, cells_BR[:, :0], prefix.tables)
             assert waiting is not None
             self._append(prefix, waiting)
@@ -109,60 +123,78 @@ class Decoding:
             raise ValueError(f"{count} candidates are more than the cells that are left")
         rows_BRD = prefix.cache.new_empty(batch, count, self.model.spec.dim)
         for images in _parts(batch, enters + count, cells_BR.device):
-            rows_BRD[images] = self._ask(prefix, images, cells_BR[images])
-        if enters:
+            rows_BRD[images] = self._candidates_of(prefix, images, cells_BR[images])
+        if enters:  # the waiting code row went through with the candidates, before them, and stays in the cache
             prefix.rows += 1
             prefix.last = self._nothing(prefix)
-        prefix.asked += 1
-        return Candidates(cells_BR, rows_BRD, prefix.asked, self.model.output)
+        prefix.version += 1
+        return Candidates(cells_BR, rows_BRD, prefix.version, self.model.output)
 
     @torch.no_grad()
     def commit(self, prefix: Prefix, candidates: Candidates, winner_B: Tensor, codes_B: Tensor) -> Prefix:
-        if candidates.asked != prefix.asked:
+        """Place ``codes_B`` at the cell of candidate ``winner_B`` (an index into the R candidates) of each image.
+
+        Raises:
+            ValueError: other candidates were computed, or one was committed, since these were: their rows are overwritten.
+        """
+        if candidates.version != prefix.version:
             raise ValueError("these candidates' rows are gone: others were asked for, or one was committed to, since")
         image_B = torch.arange(len(winner_B), device=winner_B.device)
+        # Copy the winner's keys and values, of all layers, to the first row behind those in use; the other candidates are forgotten.
         prefix.cache[:, :, :, :, prefix.rows] = prefix.cache[:, :, image_B, :, prefix.rows + winner_B].movedim(0, 2)
         prefix.rows += 1
-        prefix.asked += 1
+        prefix.version += 1
         prefix.last = Placed(candidates.cells_BR[image_B, winner_B, None], self._codes(prefix, codes_B[:, None]))
         return prefix
 
     @torch.no_grad()
-    def ask_in_turn(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
-        asked = cells_BM.shape[1]
-        rows_BMD = self._append(prefix, self.model.layout.in_turn(prefix.last, cells_BM, prefix.tables), leaving=asked)
+    def parallel_logits(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
+        """Logits [B, M, V], float32, of M cells in one pass, each instruction row seeing those before it: RandAR's parallel decoding.
+        :meth:`place_parallel` must follow, with a code for each of the cells.
+
+        Raises:
+            ValueError: a layout other than ``instructed``.
+        """
+        count = cells_BM.shape[1]
+        rows_BMD = self._append(prefix, self.model.layout.parallel(prefix.last, cells_BM, prefix.tables), leaving=count)
         prefix.last = self._nothing(prefix)
-        # The first question's row is what training would have there; the others lack the codes between, and are asked again.
-        prefix.rows -= asked - 1
+        # The first instruction row is what training would have there; the others lack the codes between, and are computed again.
+        prefix.rows -= count - 1
         return self.model.head(rows_BMD).float()
 
-    def place(self, prefix: Prefix, cells_BM: Tensor, codes_BM: Tensor) -> Prefix:
+    def place_parallel(self, prefix: Prefix, cells_BM: Tensor, codes_BM: Tensor) -> Prefix:
+        """Place the codes of the cells that :meth:`parallel_logits` was called with last."""
         prefix.last = Placed(cells_BM, self._codes(prefix, codes_BM))
         return prefix
 
     def _nothing(self, prefix: Prefix) -> Placed:
-        """Nothing waits to enter the cache (after an instructed model's code rows have)."""
+        """Nothing waits to enter the cache: K = 0."""
         cells_BK, codes_BKD = prefix.last
         return Placed(cells_BK[:, :0], codes_BKD[:, :0])
 
     def _codes(self, prefix: Prefix, codes_BK: Tensor) -> Tensor:
+        """Rows [B, K, D] of codes, in the cache's dtype."""
         return self.model.code_rows(codes_BK).to(prefix.cache.dtype)
 
-    def _ask(self, prefix: Prefix, images: slice, cells_bR: Tensor) -> Tensor:
-        """Normalised rows of some images' candidates. Their keys and values lie behind those of the prefix and of the row that enters."""
-        entering, asking = self.model.layout.candidates(prefix.last.images(images), cells_bR, prefix.tables)
-        x, cells = asking if entering is None else (torch.cat(pair, dim=1) for pair in zip(entering, asking, strict=True))
+    def _candidates_of(self, prefix: Prefix, images: slice, cells_bR: Tensor) -> Tensor:
+        """Normalised candidate rows [b, R, D] of some images.
+
+        Their keys and values are written behind those of the prefix and of the row that enters with them (``before``: 0 or 1).
+        """
+        entering, candidates = self.model.layout.candidates(prefix.last.images(images), cells_bR, prefix.tables)
+        x, cells = candidates if entering is None else (torch.cat(pair, dim=1) for pair in zip(entering, candidates, strict=True))
         before = x.shape[1] - cells_bR.shape[1]
         end = prefix.rows + before
-        turn_bLP2 = self.model.rotations(x.device)[cells]
+        rotation_bLP2 = self.model.rotations(x.device)[cells]
         for index, layer in enumerate(cast("list[Block]", self.model.layers)):
-            q, own = layer.project_into(prefix.room(index, images, prefix.rows, prefix.rows + x.shape[1]), x, turn_bLP2)
-            seen, asked = prefix.room(index, images, 0, end), prefix.room(index, images, end, end + cells_bR.shape[1])
+            q, own = layer.project_into(prefix.kv_slice(index, images, prefix.rows, prefix.rows + x.shape[1]), x, rotation_bLP2)
+            seen, own_kv = prefix.kv_slice(index, images, 0, end), prefix.kv_slice(index, images, end, end + cells_bR.shape[1])
             if end == 0:  # nothing but itself to see: a raster model's first row, when the condition has no other
-                out = asked.values.repeat_interleave(q.shape[1] // asked.values.shape[1], dim=1)
+                out = own_kv.values.repeat_interleave(q.shape[1] // own_kv.values.shape[1], dim=1)
             else:
+                # The entering row is among the rows that are seen, its own key included, so only candidates need their own merged in.
                 out, lse = attention_with_lse(q, seen.keys, seen.values)
-                merge_self_(out[:, :, before:], lse[:, :, before:], own[:, :, before:], asked.values)
+                merge_self_(out[:, :, before:], lse[:, :, before:], own[:, :, before:], own_kv.values)
             x = layer.finish(x, out)
         return cast(Tensor, self.model.norm(x[:, before:]))
 
@@ -177,12 +209,13 @@ class Decoding:
         last_BMD = rows.x_BLD.new_empty(batch, leaving, rows.x_BLD.shape[2])
         if length == 0:
             return last_BMD
+        # Row i of the new ones sees everything before ``start``, and the new ones up to itself.
         mask = torch.ones(length, end, dtype=torch.bool, device=rows.x_BLD.device).tril(diagonal=start)
         for images in _parts(batch, length, rows.x_BLD.device):
-            x, turn_bLP2 = rows.x_BLD[images], self.model.rotations(rows.x_BLD.device)[rows.cells_BL[images]]
+            x, rotation_bLP2 = rows.x_BLD[images], self.model.rotations(rows.x_BLD.device)[rows.cells_BL[images]]
             for index, layer in enumerate(cast("list[Block]", self.model.layers)):
-                q, _ = layer.project_into(prefix.room(index, images, start, end), x, turn_bLP2)
-                keys, values = prefix.room(index, images, 0, end)
+                q, _ = layer.project_into(prefix.kv_slice(index, images, start, end), x, rotation_bLP2)
+                keys, values = prefix.kv_slice(index, images, 0, end)
                 out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1])
                 x = layer.finish(x, out)
             last_BMD[images] = x[:, length - leaving :]
@@ -191,6 +224,6 @@ class Decoding:
 
 
 def _parts(batch: int, rows: int, device: torch.device) -> Iterator[slice]:
-    """Images whose rows go through the trunk together."""
+    """Slices of the batch, so many images each that at most :data:`ROWS_AT_ONCE` rows (but one image at least) go through together."""
     images = max(1, ROWS_AT_ONCE.get(device.type, ROWS_AT_ONCE["cpu"]) // max(rows, 1))
     return (slice(start, start + images) for start in range(0, batch, images))

@@ -4,11 +4,11 @@
     instructed   [c_1 .. c_T,  p_1, x_1,  p_2, x_2,  ...,  p_N]   p_i asks for the cell placed i-th and predicts its code   (RandAR)
     dual         [c_1 .. c_T,  z>1, x_1>2, x_2>3, ...]            x_i>j lies at cell i and asks for j; z is a zero token    (OAR v1)
 
-Attention is plainly causal in all of them. A layout answers three questions, each with rows and the cells that turn them:
+Attention is plainly causal in all of them. A layout makes three kinds of rows, with the cells whose rotations they take:
 
     forward      rows that ask for K cells, one after the other, knowing the code of each before the next: training, prefill
     candidates   rows that each ask for a cell from the same point: extraction, generation by confidence
-    in_turn      rows that ask for M cells with no codes between: RandAR's parallel decoding
+    parallel     rows that ask for M cells with no codes between: RandAR's parallel decoding
 
 What was placed last may still have to enter the cache (``Placed``): the code row of an instructed model, or the row of the
 last code of the others, which cannot be written before the next cell is known. What a layout has learned about cells is a few
@@ -45,7 +45,7 @@ class Placed(NamedTuple):
 
 
 Tables = tuple[Tensor, ...]
-"""What a layout adds to a row for the cells it is about, a row of a table for each cell or way."""
+"""What a layout adds to a row for the cells it is about: one row of a table for each cell, or for each offset between two cells."""
 
 
 class RowLayout(nn.Module):
@@ -62,7 +62,7 @@ class RowLayout(nn.Module):
         self._rotations: dict[torch.device, Tensor] = {}
 
     def start(self, condition_BTD: Tensor) -> Placed:
-        """What stands for the last placed code when there is none: a row, and the index that turns no row."""
+        """What stands for the last placed code when there is none: a row, and the index of the rotation that changes nothing."""
         raise NotImplementedError
 
     def tables(self, device: torch.device) -> Tables:
@@ -74,23 +74,28 @@ class RowLayout(nn.Module):
         return 0
 
     def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
-        """Rows that ask for K cells in turn: every ``stride``-th one, counted from the end, predicts the code of the next cell."""
+        """Rows that ask for K cells, one after the other.
+
+        Every ``stride``-th one, counted from the end, predicts the code of the next cell.
+        """
         raise NotImplementedError
 
     def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
         """Rows that must enter the cache first, and one row for each of R cells."""
         raise NotImplementedError
 
-    def in_turn(self, last: Placed, cells_BM: Tensor, tables: Tables) -> Rows:
+    def parallel(self, last: Placed, cells_BM: Tensor, tables: Tables) -> Rows:
         """Rows that ask for M cells, each seeing the questions before it; the last M rows predict."""
         raise ValueError(f"layout {self.spec.layout} cannot ask for several cells in one step: only instructed models decode in parallel")
 
     def reset_parameters(self) -> None:
+        """Draw the layout's own vectors anew."""
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, 0.0, 0.02)
 
     def rotations(self, device: torch.device) -> Tensor:
         """The table of cell rotations [N + 1, P, 2]: float32 and outside the state dict, whatever the weights' dtype."""
+        # No buffer: ``model.to(bfloat16)`` would round the angles, and a checkpoint would store them.
         if device not in self._rotations:
             spec = self.spec
             self._rotations[device] = cell_rotations(
@@ -122,6 +127,7 @@ class RasterRows(RowLayout):
         return None, Rows(last.codes_BKD, last.cells_BK)
 
     def _require_raster(self, last: Placed, cells_BK: Tensor) -> None:
+        """Raise ValueError unless the cells follow the last one in raster order; "no cell" comes before cell 0."""
         cells = self.spec.cells
         first_B1 = torch.where(last.cells_BK == cells, 0, last.cells_BK + 1)
         if not torch.equal(cells_BK, first_B1 + torch.arange(cells_BK.shape[1], device=cells_BK.device)):
@@ -129,7 +135,7 @@ class RasterRows(RowLayout):
 
 
 class InstructedRows(RowLayout):
-    """A position instruction token before each code: one learned vector, turned by the cell it asks for."""
+    """A position instruction token before each code: one learned vector, rotated by the cell it asks for."""
 
     stride = STRIDE["instructed"]
 
@@ -151,6 +157,7 @@ class InstructedRows(RowLayout):
 
     def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
         (asks_ND,) = tables or self.tables(cells_BK.device)
+        # p_1 x_1 p_2 x_2 ... p_K: the last code is left out, as no row asks for anything after it yet.
         pairs = torch.stack([asks_ND[cells_BK], codes_BKD], dim=2).flatten(1, 2)[:, :-1]
         return self._after(last, pairs, cells_BK.repeat_interleave(2, dim=1)[:, :-1], asks_ND)
 
@@ -159,7 +166,7 @@ class InstructedRows(RowLayout):
         entering = self._after(last, last.codes_BKD[:, :0], cells_BR[:, :0], asks_ND) if self.entering(last) else None
         return entering, Rows(asks_ND[cells_BR], cells_BR)
 
-    def in_turn(self, last: Placed, cells_BM: Tensor, tables: Tables) -> Rows:
+    def parallel(self, last: Placed, cells_BM: Tensor, tables: Tables) -> Rows:
         (asks_ND,) = tables
         return self._after(last, asks_ND[cells_BM], cells_BM, asks_ND)
 
@@ -176,8 +183,8 @@ class InstructedRows(RowLayout):
 class DualRows(RowLayout):
     """Each code's row says where it lies (absolute) and where the next code is wanted (relative to it).
 
-    Two learned vectors, turned by the cell and by the way to the next cell, are added to the code's embedding. The zero token
-    before the first code lies nowhere; its way starts at cell 0.
+    Two learned vectors, rotated by the cell and by the offset to the next cell, are added to the code's embedding. The zero token
+    before the first code lies nowhere; its offset is taken from cell 0.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -191,7 +198,7 @@ class DualRows(RowLayout):
         return Placed(self.no_cell(len(condition_BTD), 1, condition_BTD.device), torch.zeros_like(condition_BTD[:, :1]))
 
     def tables(self, device: torch.device) -> Tables:
-        """Where a code lies [N + 1, D], and the ways to the next one [(2G - 1)^2, D]."""
+        """Where a code lies [N + 1, D], and the offsets to the next one [(2G - 1)^2, D]."""
         spec = self.spec
         if device not in self._offsets:
             self._offsets[device] = offset_rotations(spec.grid, spec.head_dim, spec.rope_base, device)
@@ -209,9 +216,10 @@ class DualRows(RowLayout):
 
     def _rows(self, here_BK: Tensor, codes_BKD: Tensor, next_BR: Tensor, tables: Tables) -> Tensor:
         """Rows [B, R, D] of codes at cells ``here`` that ask for the next ones; K is R, or 1 for all of them."""
-        here_RD, ways_WD = tables
-        way_BR = offset_index(self.spec.grid, torch.where(here_BK == self.spec.cells, 0, here_BK), next_BR)
-        return codes_BKD + here_RD[here_BK] + ways_WD[way_BR]
+        here_RD, offset_OD = tables
+        # The rotation table has no offset from "nowhere": the zero token's is that from cell 0.
+        offset_BR = offset_index(self.spec.grid, torch.where(here_BK == self.spec.cells, 0, here_BK), next_BR)
+        return codes_BKD + here_RD[here_BK] + offset_OD[offset_BR]
 
 
 LAYOUTS: dict[str, type[RowLayout]] = {"raster": RasterRows, "instructed": InstructedRows, "dual": DualRows}

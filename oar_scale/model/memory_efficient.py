@@ -28,22 +28,22 @@ def worthwhile(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, in float32; the result has the dtype of ``x`` [..., D]."""
-    return _RMSNorm.apply(x, weight_D, eps)  # type: ignore[no-any-return]
+    return _RMSNormFunction.apply(x, weight_D, eps)  # type: ignore[no-any-return]
 
 
 def gated_linear(gate: Tensor, up: Tensor, weight_DF: Tensor) -> Tensor:
     """``(silu(gate) * up) W^T`` [..., D] of gate and up [..., F]."""
     if torch.compiler.is_compiling():
         return F.linear(F.silu(gate) * up, weight_DF)
-    return _GatedLinear.apply(gate, up, weight_DF)  # type: ignore[no-any-return]
+    return _GatedLinearFunction.apply(gate, up, weight_DF)  # type: ignore[no-any-return]
 
 
 def add_dropped(x: Tensor, y: Tensor, p: float) -> Tensor:
     """``x + dropout(y, p)``, with p rounded to a multiple of 2^-16."""
-    return _AddDropped.apply(x, y, p)  # type: ignore[no-any-return]
+    return _AddDroppedFunction.apply(x, y, p)  # type: ignore[no-any-return]
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         x32 = x.float()
@@ -66,7 +66,7 @@ class _RMSNorm(torch.autograd.Function):
         return d_x_RD.to(x.dtype).view_as(x), d_weight_D.to(weight_D.dtype), None
 
 
-class _GatedLinear(torch.autograd.Function):
+class _GatedLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight_DF: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight_DF)
@@ -85,7 +85,7 @@ class _GatedLinear(torch.autograd.Function):
         return d_gate, d_up, d_weight_DF
 
 
-class _AddDropped(torch.autograd.Function):
+class _AddDroppedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, p: float) -> Tensor:
         threshold = min(round(p * 2**16), 2**16 - 1)

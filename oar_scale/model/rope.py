@@ -8,7 +8,7 @@ Half of a head's channel pairs turn with the row of the cell, the other half wit
 Condition rows have no cell: they use index N of the table, the identity (cos 1, sin 0).
 
 A rotation is kept as the cosine and the sine of each pair, float32 [..., P, 2] with P = head_dim / 2: seen as complex numbers of
-modulus 1, they turn a row of channels, seen as complex numbers too, in one multiplication.
+modulus 1, they rotate a row of channels, seen as complex numbers too, in one multiplication.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def offset_rotations(grid: int, head_dim: int, base: float, device: torch.device
 
 
 def offset_index(grid: int, start: Tensor, end: Tensor) -> Tensor:
-    """Index into :func:`offset_rotations` of the way from cells ``start`` to cells ``end``."""
+    """Index into :func:`offset_rotations` of the offsets from cells ``start`` to cells ``end``."""
     down, right = end // grid - start // grid, end % grid - start % grid
     return (down + grid - 1) * (2 * grid - 1) + right + grid - 1
 
@@ -51,25 +51,25 @@ def _plane(line_S: Tensor, head_dim: int, base: float) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate channel pairs (0, 1), (2, 3), ... of ``x`` [..., head_dim]; the result has its dtype."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = turn.unbind(-1)
+    cos, sin = rotation.unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-def rotate_vector(vector_1D: Tensor, turn_RP2: Tensor, heads: int) -> Tensor:
-    """One learned vector, seen as heads, turned by each of R rotations: [R, D]."""
-    return rotate(vector_1D.view(1, heads, -1).expand(len(turn_RP2), -1, -1), turn_RP2[:, None]).flatten(1)
+def rotate_vector(vector_1D: Tensor, rotation_RP2: Tensor, heads: int) -> Tensor:
+    """One learned vector, seen as heads, rotated by each of R rotations: [R, D]."""
+    return rotate(vector_1D.view(1, heads, -1).expand(len(rotation_RP2), -1, -1), rotation_RP2[:, None]).flatten(1)
 
 
-def rotate_(x: Tensor, turn: Tensor) -> Tensor:
+def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
     """:func:`rotate` of float32 ``x`` in place, as one complex multiplication: for inference."""
-    _pairs(x).mul_(torch.view_as_complex(turn))
+    _pairs(x).mul_(torch.view_as_complex(rotation))
     return x
 
 
-def rotate_heads(qkv_BLHd: Tensor, turn_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def rotate_heads(qkv_BLHd: Tensor, rotation_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split projected rows into queries, keys and values [B, L, heads, head_dim], and rotate queries and keys.
 
     One multiplication, and one back in the backward pass, where :func:`rotate` makes a dozen passes over memory: a quarter of its
@@ -77,42 +77,42 @@ def rotate_heads(qkv_BLHd: Tensor, turn_BLP2: Tensor, kv_heads: int) -> tuple[Te
     """
     if torch.compiler.is_compiling():
         qk, v = qkv_BLHd.split([qkv_BLHd.shape[2] - kv_heads, kv_heads], dim=2)
-        q, k = rotate(qk, turn_BLP2[:, :, None]).split([qk.shape[2] - kv_heads, kv_heads], dim=2)
+        q, k = rotate(qk, rotation_BLP2[:, :, None]).split([qk.shape[2] - kv_heads, kv_heads], dim=2)
         return q, k, v
-    return _RotateHeads.apply(qkv_BLHd, turn_BLP2, kv_heads)  # type: ignore[no-any-return]
+    return _RotateHeads.apply(qkv_BLHd, rotation_BLP2, kv_heads)  # type: ignore[no-any-return]
 
 
 class _RotateHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv_BLHd: Tensor, turn_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(turn_BLP2)
+    def forward(ctx: Any, qkv_BLHd: Tensor, rotation_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(rotation_BLP2)
         heads = [qkv_BLHd.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
-        turned_BLHd = torch.empty_like(qkv_BLHd)
-        _turn_into(turned_BLHd[:, :, :-kv_heads], qkv_BLHd[:, :, :-kv_heads], torch.view_as_complex(turn_BLP2))
-        turned_BLHd[:, :, -kv_heads:] = qkv_BLHd[:, :, -kv_heads:]
-        q, k, v = turned_BLHd.split(heads, dim=2)
+        rotated_BLHd = torch.empty_like(qkv_BLHd)
+        _rotate_into(rotated_BLHd[:, :, :-kv_heads], qkv_BLHd[:, :, :-kv_heads], torch.view_as_complex(rotation_BLP2))
+        rotated_BLHd[:, :, -kv_heads:] = qkv_BLHd[:, :, -kv_heads:]
+        q, k, v = rotated_BLHd.split(heads, dim=2)
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq_BLHd: Tensor, dk_BLHd: Tensor, dv_BLHd: Tensor) -> tuple[Tensor, None, None]:
-        (turn_BLP2,) = ctx.saved_tensors
-        back_BLP = torch.view_as_complex(turn_BLP2).conj()
+        (rotation_BLP2,) = ctx.saved_tensors
+        back_BLP = torch.view_as_complex(rotation_BLP2).conj()
         heads = [dq_BLHd.shape[2], dk_BLHd.shape[2], dv_BLHd.shape[2]]
         d_qkv_BLHd = dq_BLHd.new_empty(*dq_BLHd.shape[:2], sum(heads), dq_BLHd.shape[3])
         d_q, d_k, d_v = d_qkv_BLHd.split(heads, dim=2)
-        _turn_into(d_q, dq_BLHd, back_BLP)
-        _turn_into(d_k, dk_BLHd, back_BLP)
+        _rotate_into(d_q, dq_BLHd, back_BLP)
+        _rotate_into(d_k, dk_BLHd, back_BLP)
         d_v.copy_(dv_BLHd)
         return d_qkv_BLHd, None, None
 
 
-def _turn_into(out_BLHd: Tensor, x_BLHd: Tensor, turn_BLP: Tensor) -> None:
+def _rotate_into(out_BLHd: Tensor, x_BLHd: Tensor, rotation_BLP: Tensor) -> None:
     if x_BLHd.dtype == torch.float32 and x_BLHd.stride(-1) == 1:
-        torch.mul(_pairs(x_BLHd), turn_BLP.unsqueeze(2), out=_pairs(out_BLHd))
+        torch.mul(_pairs(x_BLHd), rotation_BLP.unsqueeze(2), out=_pairs(out_BLHd))
     else:
         rotated = x_BLHd.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        _pairs(rotated).mul_(turn_BLP.unsqueeze(2))
+        _pairs(rotated).mul_(rotation_BLP.unsqueeze(2))
         out_BLHd.copy_(rotated)
 
 

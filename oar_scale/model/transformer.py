@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from oar_scale.model.blocks import Block, Linear, RMSNorm
 from oar_scale.model.conditioning import Embedding, conditioner
-from oar_scale.model.decoding import Candidates, Decoding, Prefix
 from oar_scale.model.layouts import LAYOUTS
 from oar_scale.model.loss import mean_nll
 from oar_scale.model.spec import ModelSpec
@@ -31,7 +30,7 @@ class CodeHead(Linear):
 
 
 class AnyOrderModel(nn.Module):
-    """``forward``/``nll``/``loss`` score whole images in a given order; ``begin`` ... ``commit`` place cells one at a time."""
+    """Scores whole images in a given order: logits, loss, likelihoods. ``decoding.Decoder`` places cells one at a time with it."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -42,7 +41,6 @@ class AnyOrderModel(nn.Module):
         self.layers = nn.ModuleList(Block(spec) for _ in range(spec.layers))
         self.norm = RMSNorm(spec.dim, spec.norm_eps)
         self.output = CodeHead(spec.dim, spec.vocab_size)
-        self.decoding = Decoding(self)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -91,45 +89,21 @@ class AnyOrderModel(nn.Module):
         return self.loss(codes_BN, order_BN, condition_BTD)[1]
 
     def rows(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> Tensor:
-        """The trunk's normalised rows [B, N, D] that predict the codes, in generation order."""
+        """The trunk's normalised rows [B, N, D] that predict the codes, in generation order; arguments as :meth:`forward`."""
         layout = self.layout
+        # The layout makes rows of the codes; the condition rows that it does not hold back come before them.
         placed_BND = self.code_rows(codes_BN.gather(1, order_BN))
         x_BLD, cells_BL = layout(layout.start(condition_BTD), order_BN, placed_BND)
         head_BTD = condition_BTD[:, : condition_BTD.shape[1] - layout.held]
         x_BLD = torch.cat([head_BTD, x_BLD], dim=1)
         cells_BL = torch.cat([layout.no_cell(len(codes_BN), head_BTD.shape[1], cells_BL.device), cells_BL], dim=1)
-        turn_BLP2 = self.rotations(x_BLD.device)[cells_BL]
+        rotation_BLP2 = self.rotations(x_BLD.device)[cells_BL]
+        # The last block finishes only the rows that predict a code: every stride-th behind the condition.
         predicting = slice(head_BTD.shape[1], None, layout.stride)
         *layers, last = self.layers
         for layer in layers:
-            x_BLD = layer(x_BLD, turn_BLP2, causal=True)
-        return self.norm(last(x_BLD, turn_BLP2, causal=True, leaving=predicting))  # type: ignore[no-any-return]
-
-    # -- one cell at a time (see decoding.py) -----------------------------------------------------------------------------
-
-    def begin(self, condition_BTD: Tensor) -> Prefix:
-        """An empty image: the prefix holds the condition only."""
-        return self.decoding.begin(condition_BTD)
-
-    def candidate_rows(self, prefix: Prefix, cells_BR: Tensor) -> Candidates:
-        """Ask about R cells at once; each row sees the prefix and itself, never another candidate."""
-        return self.decoding.candidate_rows(prefix, cells_BR)
-
-    def commit(self, prefix: Prefix, candidates: Candidates, winner_B: Tensor, codes_B: Tensor) -> Prefix:
-        """Place ``codes_B`` at the cell of candidate ``winner_B`` (an index into the R candidates)."""
-        return self.decoding.commit(prefix, candidates, winner_B, codes_B)
-
-    def prefill(self, prefix: Prefix, cells_BK: Tensor, codes_BK: Tensor) -> Prefix:
-        """Place K known cells in the given order, in one pass."""
-        return self.decoding.prefill(prefix, cells_BK, codes_BK)
-
-    def ask_in_turn(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
-        """Logits [B, M, V] of M cells in one pass, each question seeing those before it: RandAR's parallel decoding."""
-        return self.decoding.ask_in_turn(prefix, cells_BM)
-
-    def place(self, prefix: Prefix, cells_BM: Tensor, codes_BM: Tensor) -> Prefix:
-        """Place the codes of the cells that :meth:`ask_in_turn` asked for last."""
-        return self.decoding.place(prefix, cells_BM, codes_BM)
+            x_BLD = layer(x_BLD, rotation_BLP2, causal=True)
+        return self.norm(last(x_BLD, rotation_BLP2, causal=True, leaving=predicting))  # type: ignore[no-any-return]
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 

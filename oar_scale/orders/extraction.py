@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oar_scale.model import AnyOrderModel
+from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.orders.scores import score_logits, score_rows
 from oar_scale.orders.selection import CounterRNG, guide, guided_batch, pick_several
 from oar_scale.orders.settings import ExtractionSettings
@@ -195,10 +195,11 @@ class _CachedScorer:
         self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, rng: CounterRNG
     ) -> None:
         self.model, self.codes_BN, self.settings, self.rng = model, codes_BN, settings, rng
-        self.prefix = model.begin(_branches(model, condition_BTD, settings))
+        self.decoder = Decoder(model)
+        self.prefix = self.decoder.begin(_branches(model, condition_BTD, settings))
 
     def scores(self, cells_BR: Tensor, step: int) -> Tensor:
-        self.candidates = self.model.candidate_rows(self.prefix, guided_batch(cells_BR, self.settings.guidance))
+        self.candidates = self.decoder.candidate_rows(self.prefix, guided_batch(cells_BR, self.settings.guidance))
         uniform_BR = _uniform(self.settings, self.rng, cells_BR, step)
         return _score_rows(self.model, self.candidates.rows_BRD, self.settings, self.codes_BN.gather(1, cells_BR), uniform_BR)
 
@@ -207,10 +208,10 @@ class _CachedScorer:
         # The best cell's candidate row saw exactly what is placed now, so it becomes the next row of the cache as it is.
         first_G = guided_batch(cells_Bk[:, 0], scale)
         winner_G = (self.candidates.cells_BR == first_G[:, None]).int().argmax(1)
-        self.prefix = self.model.commit(self.prefix, self.candidates, winner_G, guided_batch(codes_Bk[:, 0], scale))
+        self.prefix = self.decoder.commit(self.prefix, self.candidates, winner_G, guided_batch(codes_Bk[:, 0], scale))
         # The rows of the others did not see the cells placed in the same step before them, so they are computed again.
         cells_Bk, codes_Bk = cells_Bk[:, 1:], codes_Bk[:, 1:]
-        self.prefix = self.model.prefill(self.prefix, guided_batch(cells_Bk, scale), guided_batch(codes_Bk, scale))
+        self.prefix = self.decoder.prefill(self.prefix, guided_batch(cells_Bk, scale), guided_batch(codes_Bk, scale))
 
 
 class _BruteForceScorer:

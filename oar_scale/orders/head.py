@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from oar_scale.errors import UserError
-from oar_scale.model import AnyOrderModel
+from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.model.spec import ModelSpec
 from oar_scale.orders.extraction import Orders
 from oar_scale.orders.order_files import OrderFiles
@@ -142,7 +142,8 @@ def _placed(order_BN: Tensor) -> Orders:
 @torch.no_grad()
 def ask_all(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of all cells of empty images [B, N, D], and the log-probability of each cell's own code [B, N]."""
-    rows_BND = model.candidate_rows(model.begin(condition_BTD), all_cells(codes_BN)).rows_BRD
+    decoder = Decoder(model)
+    rows_BND = decoder.candidate_rows(decoder.begin(condition_BTD), all_cells(codes_BN)).rows_BRD
     own_R = score_rows(model.output.weight, rows_BND.flatten(0, 1), "gt_logprob", codes_BN.flatten())
     return rows_BND, own_R.view_as(codes_BN)
 
@@ -152,8 +153,9 @@ def ask_rest(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, head
     """Once the head's first cells are placed: rows of all others [B, R, D], and these [B, R], in raster order."""
     first_BK = head.first_N.expand(len(codes_BN), -1)
     rest_BR = all_cells(codes_BN)[:, ~torch.isin(torch.arange(codes_BN.shape[1], device=codes_BN.device), head.first_N)]
-    prefix = model.prefill(model.begin(condition_BTD), first_BK, codes_BN.gather(1, first_BK))
-    return model.candidate_rows(prefix, rest_BR).rows_BRD, rest_BR
+    decoder = Decoder(model)
+    prefix = decoder.prefill(decoder.begin(condition_BTD), first_BK, codes_BN.gather(1, first_BK))
+    return decoder.candidate_rows(prefix, rest_BR).rows_BRD, rest_BR
 
 
 def all_cells(codes_BN: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 Extraction and generation by confidence are the same loop; only the code that is placed differs:
 
-    candidates = model.candidate_rows(prefix, cells)
+    candidates = decoder.candidate_rows(prefix, cells)
     scores     = score_rows(head, guide(candidates.rows), ...)
     winner     = pick(scores (+ temperature x Gumbel noise), ...)
-    prefix     = model.commit(prefix, candidates, winner, codes)       the image's own code, or a sampled one
+    prefix     = decoder.commit(prefix, candidates, winner, codes)       the image's own code, or a sampled one
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oar_scale.generation.editing import box_mask, centre_mask, inpaint
 from oar_scale.generation.sampling import Known, SampleSettings, generate
-from oar_scale.model import AnyOrderModel
+from oar_scale.model import AnyOrderModel, Decoder
 
 
 def choices(*, guidance: float = 1.0, temperature: float = 1.0, top_k: int = 0, order_temperature: float = 0.0) -> SampleSettings:
@@ -118,7 +118,7 @@ def test_of_cells_that_differ_by_roundings_the_first_is_taken() -> None:
     model = small_model()
     model.output.weight.mul_(1e-7 / float(model.output.weight.std()))
     condition = condition_of(model, 3)
-    logits = model.candidate_rows(model.begin(condition), torch.arange(9).expand(3, -1)).logits_BRV
+    logits = Decoder(model).candidate_rows(Decoder(model).begin(condition), torch.arange(9).expand(3, -1)).logits_BRV
     best = logits.log_softmax(2).amax(2)
     assert 0 < float(best.max() - best.min()) < 1e-6 and best.argmax(1).any(), "there is something to be strict about"
     assert generate(model, condition, choices(), seeded()).order_BN.tolist() == [list(range(9))] * 3

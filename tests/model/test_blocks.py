@@ -1,4 +1,4 @@
-"""What ``lean.py``, ``rope.py`` and ``loss.py`` compute by hand equals the plain composition, gradients included, and keeps less."""
+"""What ``memory_efficient.py``, ``rope.py`` and ``loss.py`` compute by hand equals the plain composition, gradients included."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from small_models import random_codes, random_orders, random_text, small_model
 from torch import Tensor
 
 from oar_scale.model import loss as loss_module
-from oar_scale.model import memory_efficient as lean
+from oar_scale.model import memory_efficient
 from oar_scale.model.blocks import GatedLinear, Linear, in_few_shapes
 from oar_scale.model.loss import mean_nll
 from oar_scale.model.rope import cell_rotations, rotate, rotate_, rotate_heads
@@ -42,10 +42,12 @@ def plain_heads(qkv: Tensor) -> tuple[Tensor, ...]:
 
 PARTS = {
     "rms_norm": Part(
-        lambda x, scale: lean.rms_norm(x, scale, 1e-5), lambda x, scale: F.rms_norm(x, [DIM], scale, 1e-5), [(BATCH, ROWS, DIM), (DIM,)]
+        lambda x, scale: memory_efficient.rms_norm(x, scale, 1e-5),
+        lambda x, scale: F.rms_norm(x, [DIM], scale, 1e-5),
+        [(BATCH, ROWS, DIM), (DIM,)],
     ),
     "gated_linear": Part(
-        lean.gated_linear,
+        memory_efficient.gated_linear,
         lambda gate, up, weight: F.linear(F.silu(gate) * up, weight),
         [(BATCH, ROWS, HIDDEN), (BATCH, ROWS, HIDDEN), (DIM, HIDDEN)],
     ),
@@ -122,9 +124,9 @@ def test_what_a_block_keeps_between_matrix_products_is_next_to_nothing() -> None
     gate, up = (torch.randn(BATCH, ROWS, HIDDEN).requires_grad_() for _ in range(2))
     weight, scale = torch.randn(DIM, HIDDEN).requires_grad_(), torch.randn(DIM).requires_grad_()
     numbers = BATCH * ROWS
-    assert kept_bytes(lambda: lean.rms_norm(x, scale, 1e-5), [x, scale]) == 4 * numbers  # a scale a row
-    assert kept_bytes(lambda: lean.gated_linear(gate, up, weight), [gate, up, weight]) == 0
-    assert kept_bytes(lambda: lean.add_dropped(x, y, 0.1), [x, y]) <= 2 * DIM * numbers  # a byte each, and none of the draws
+    assert kept_bytes(lambda: memory_efficient.rms_norm(x, scale, 1e-5), [x, scale]) == 4 * numbers  # a scale a row
+    assert kept_bytes(lambda: memory_efficient.gated_linear(gate, up, weight), [gate, up, weight]) == 0
+    assert kept_bytes(lambda: memory_efficient.add_dropped(x, y, 0.1), [x, y]) <= 2 * DIM * numbers  # a byte each, and none of the draws
     assert kept_bytes(lambda: F.linear(F.silu(gate) * up, weight), [gate, up, weight]) == 2 * 4 * HIDDEN * numbers
 
 
@@ -133,7 +135,7 @@ def test_what_a_block_keeps_between_matrix_products_is_next_to_nothing() -> None
 def test_dropout_keeps_the_share_it_should_and_scales_it(p: float, seed: int, shape: tuple[int, ...]) -> None:
     torch.manual_seed(seed)
     x, y = torch.randn(shape), torch.ones(shape, requires_grad=True)
-    added = lean.add_dropped(x, y, p) - x
+    added = memory_efficient.add_dropped(x, y, p) - x
     kept = added > 0.5
     numbers = kept.numel()
     expected = round(p * 2**16) / 2**16
@@ -148,7 +150,7 @@ def test_dropout_keeps_the_share_it_should_and_scales_it(p: float, seed: int, sh
 
 def test_neighbours_are_dropped_independently() -> None:
     torch.manual_seed(0)
-    kept = (lean.add_dropped(torch.zeros(2**18), torch.ones(2**18), 0.5) > 0).float()
+    kept = (memory_efficient.add_dropped(torch.zeros(2**18), torch.ones(2**18), 0.5) > 0).float()
     for distance in (1, 2, 3, 4):
         both = float((kept[:-distance] * kept[distance:]).mean())
         assert abs(both - 0.25) < 6 * (0.25 * 0.75 / 2**18) ** 0.5
@@ -158,7 +160,7 @@ def test_dropout_is_the_same_under_a_seed() -> None:
     x, y, added = torch.randn(5, 7), torch.randn(5, 7), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        added.append(lean.add_dropped(x, y, 0.3))
+        added.append(memory_efficient.add_dropped(x, y, 0.3))
     assert torch.equal(added[0], added[1])
     assert not torch.equal(added[0], added[2])
 

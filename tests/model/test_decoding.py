@@ -9,7 +9,7 @@ import torch
 from small_models import cond_inputs, random_codes, random_orders, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oar_scale.model import decoding
+from oar_scale.model import Decoder, decoding
 from oar_scale.orders import scores
 from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.settings import ExtractionSettings
@@ -23,8 +23,8 @@ def test_how_many_rows_go_together_changes_nothing(layout: str, monkeypatch: pyt
     settings = ExtractionSettings(guidance=2.0, commit_per_step=3)
 
     def results() -> tuple[Any, torch.Tensor]:
-        known = model.prefill(model.begin(rows), order[:, :6], codes.gather(1, order[:, :6]))
-        return extract_orders(model, codes, rows, settings), model.candidate_rows(known, order[:, 6:]).logits_BRV
+        known = Decoder(model).prefill(Decoder(model).begin(rows), order[:, :6], codes.gather(1, order[:, :6]))
+        return extract_orders(model, codes, rows, settings), Decoder(model).candidate_rows(known, order[:, 6:]).logits_BRV
 
     together, logits = results()
     monkeypatch.setitem(decoding.ROWS_AT_ONCE, "cpu", 20)
@@ -58,7 +58,7 @@ def test_nothing_an_extraction_makes_is_larger_than_the_cache_of_a_layer(score: 
     codes, rows = random_codes(model, 8), model.null_condition(8)
     monkeypatch.setitem(decoding.ROWS_AT_ONCE, "cpu", 64)
     monkeypatch.setitem(scores.BLOCK, "cpu", (64, 512))
-    whole_cache = model.begin(rows).cache.numel()
+    whole_cache = Decoder(model).begin(rows).cache.numel()
     with Largest() as largest:
         extract_orders(model, codes, rows, ExtractionSettings(score=score, commit_per_step=16))
     weights = model.output.weight.numel()
@@ -70,25 +70,25 @@ def test_nothing_an_extraction_makes_is_larger_than_the_cache_of_a_layer(score: 
 def test_the_cache_has_room_for_the_rows_of_an_image_and_no_more() -> None:
     for layout, stride in (("instructed", 2), ("dual", 1)):
         model = small_model(layout=layout, kv_heads=1)
-        assert model.begin(model.null_condition(2)).cache.shape == (2, 2, 2, 1, 4 + stride * 9, 16)
+        assert Decoder(model).begin(model.null_condition(2)).cache.shape == (2, 2, 2, 1, 4 + stride * 9, 16)
 
 
 @torch.no_grad()
 def test_rows_of_candidates_that_were_written_over_are_not_committed() -> None:
     model = small_model()
     order, codes = random_orders(model, 2), random_codes(model, 2)
-    prefix, winner = model.begin(model.null_condition(2)), torch.zeros(2, dtype=torch.long)
-    first = model.candidate_rows(prefix, order)
-    second = model.candidate_rows(prefix, order[:, :3])
+    prefix, winner = Decoder(model).begin(model.null_condition(2)), torch.zeros(2, dtype=torch.long)
+    first = Decoder(model).candidate_rows(prefix, order)
+    second = Decoder(model).candidate_rows(prefix, order[:, :3])
     with pytest.raises(ValueError, match="rows are gone"):
-        model.commit(prefix, first, winner, codes[:, 0])
-    model.commit(prefix, second, winner, codes[:, 0])
+        Decoder(model).commit(prefix, first, winner, codes[:, 0])
+    Decoder(model).commit(prefix, second, winner, codes[:, 0])
     with pytest.raises(ValueError, match="rows are gone"):
-        model.commit(prefix, second, winner, codes[:, 0])
+        Decoder(model).commit(prefix, second, winner, codes[:, 0])
 
 
 @torch.no_grad()
 def test_more_candidates_than_cells_are_refused() -> None:
     model = small_model(layout="dual")
     with pytest.raises(ValueError, match="10 candidates are more than the cells that are left"):
-        model.candidate_rows(model.begin(model.null_condition(1)), torch.arange(10)[None] % 9)
+        Decoder(model).candidate_rows(Decoder(model).begin(model.null_condition(1)), torch.arange(10)[None] % 9)

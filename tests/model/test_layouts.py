@@ -12,7 +12,7 @@ from small_models import CONDITIONS, cond_inputs, random_codes, random_orders, s
 from torch import Tensor
 
 from oar_scale.generation.sampling import Known, SampleSettings, cells_per_step, generate
-from oar_scale.model import AnyOrderModel
+from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.orders.extraction import brute_force_orders, extract_orders, regret
 from oar_scale.orders.settings import ExtractionSettings
 
@@ -52,14 +52,14 @@ def test_likelihood_cell_by_cell_equals_the_whole_image(
     model = any_model(layout, condition, kv_heads=kv_heads, condition_rotation=rotation, grid=grid, seed=seed)
     codes, order, rows = random_codes(model, batch, seed), orders(model, batch, seed), model.condition(cond_inputs(model, batch, seed))
     placed, known, image = codes.gather(1, order), round(known_share * model.spec.cells), torch.arange(batch)
-    prefix = model.prefill(model.begin(rows), order[:, :known], placed[:, :known])
+    prefix = Decoder(model).prefill(Decoder(model).begin(rows), order[:, :known], placed[:, :known])
     nll = []
     for step in range(known, model.spec.cells):
         empty = order[:, step : step + 1] if layout == "raster" else order[:, step:].sort(1).values
         winner = (empty == order[:, step, None]).int().argmax(1)
-        candidates = model.candidate_rows(prefix, empty)
+        candidates = Decoder(model).candidate_rows(prefix, empty)
         nll.append(-candidates.logits_BRV[image, winner].log_softmax(-1)[image, placed[:, step]])
-        prefix = model.commit(prefix, candidates, winner, placed[:, step])
+        prefix = Decoder(model).commit(prefix, candidates, winner, placed[:, step])
     whole = model.nll(codes, order, rows)
     assert_same(torch.stack(nll, dim=1) if nll else whole[:, :0], whole[:, known:])
 

@@ -14,7 +14,7 @@ from small_models import random_codes, random_orders, random_text, small_model, 
 from torch import Tensor
 
 from oar_scale.errors import UserError
-from oar_scale.model import AnyOrderModel, load_model, save_model
+from oar_scale.model import AnyOrderModel, Decoder, load_model, save_model
 from oar_scale.model.spec import FeatureSpec
 from oar_scale.model.weights import model_of
 from oar_scale.orders.extraction import extract_orders
@@ -31,14 +31,14 @@ def decoded_logits(model: AnyOrderModel, codes_BN: Tensor, order_BN: Tensor, con
     """Logits [B, N - known, V] in generation order: the first cells prefilled, then all empty cells asked at every step."""
     image_B = torch.arange(len(codes_BN))
     placed_BN = codes_BN.gather(1, order_BN)
-    prefix = model.prefill(model.begin(condition_BTD), order_BN[:, :known], placed_BN[:, :known])
+    prefix = Decoder(model).prefill(Decoder(model).begin(condition_BTD), order_BN[:, :known], placed_BN[:, :known])
     rows = []
     for step in range(known, codes_BN.shape[1]):
         empty_BR = order_BN[:, step:].sort(1).values
         winner_B = (empty_BR == order_BN[:, step, None]).int().argmax(1)
-        candidates = model.candidate_rows(prefix, empty_BR)
+        candidates = Decoder(model).candidate_rows(prefix, empty_BR)
         rows.append(candidates.logits_BRV[image_B, winner_B])
-        prefix = model.commit(prefix, candidates, winner_B, placed_BN[:, step])
+        prefix = Decoder(model).commit(prefix, candidates, winner_B, placed_BN[:, step])
     return torch.stack(rows, dim=1) if rows else torch.empty(len(codes_BN), 0, model.spec.vocab_size)
 
 
@@ -59,11 +59,11 @@ def test_known_cells_may_arrive_in_several_parts_and_between_drawn_ones() -> Non
     model = small_model()
     codes, order, condition = random_codes(model, 2), random_orders(model, 2), model.condition(random_text(model, 2))
     placed, first = codes.gather(1, order), torch.zeros(2, dtype=torch.long)
-    prefix = model.prefill(model.begin(condition), order[:, :2], placed[:, :2])
-    candidates = model.candidate_rows(prefix, order[:, 2:])
-    prefix = model.commit(prefix, candidates, first, placed[:, 2])
-    prefix = model.prefill(model.prefill(prefix, order[:, 3:4], placed[:, 3:4]), order[:, 4:7], placed[:, 4:7])
-    logits = model.candidate_rows(prefix, order[:, 7:]).logits_BRV[:, 0]
+    prefix = Decoder(model).prefill(Decoder(model).begin(condition), order[:, :2], placed[:, :2])
+    candidates = Decoder(model).candidate_rows(prefix, order[:, 2:])
+    prefix = Decoder(model).commit(prefix, candidates, first, placed[:, 2])
+    prefix = Decoder(model).prefill(Decoder(model).prefill(prefix, order[:, 3:4], placed[:, 3:4]), order[:, 4:7], placed[:, 4:7])
+    logits = Decoder(model).candidate_rows(prefix, order[:, 7:]).logits_BRV[:, 0]
     assert_same(logits, model(codes, order, condition)[:, 7])
 
 
@@ -71,10 +71,10 @@ def test_known_cells_may_arrive_in_several_parts_and_between_drawn_ones() -> Non
 def test_a_candidate_does_not_see_the_other_candidates() -> None:
     model = small_model()
     codes, order, condition = random_codes(model, 2), random_orders(model, 2), model.condition(random_text(model, 2))
-    known = model.prefill(model.begin(condition), order[:, :4], codes.gather(1, order[:, :4]))
-    together = model.candidate_rows(known, order[:, 4:]).logits_BRV
+    known = Decoder(model).prefill(Decoder(model).begin(condition), order[:, :4], codes.gather(1, order[:, :4]))
+    together = Decoder(model).candidate_rows(known, order[:, 4:]).logits_BRV
     for r in range(5):
-        alone = model.candidate_rows(known, order[:, 4 + r : 5 + r]).logits_BRV[:, 0]
+        alone = Decoder(model).candidate_rows(known, order[:, 4 + r : 5 + r]).logits_BRV[:, 0]
         assert_same(together[:, r], alone)
 
 

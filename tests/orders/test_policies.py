@@ -14,7 +14,7 @@ from oar_scale.data.manifest import Manifest, ShardInfo, write_manifest
 from oar_scale.errors import UserError
 from oar_scale.generation.editing import box_mask, inpaint
 from oar_scale.generation.sampling import SampleSettings, generate
-from oar_scale.model import AnyOrderModel, model_id, save_model
+from oar_scale.model import AnyOrderModel, Decoder, model_id, save_model
 from oar_scale.orders import policies
 from oar_scale.orders.head import HeadSpec, OrderHead, save_head
 from oar_scale.orders.order_files import OrderFiles, folder_files, head_file, run_files
@@ -242,9 +242,9 @@ def test_an_order_head_draws_its_first_cells_and_then_what_it_says(first: int, t
     assert torch.equal(drawn.order_BN.sort(1).values, torch.arange(16).expand(5, -1))
     # What it says, asked by hand after the cells it drew first.
     first_cells = drawn.order_BN[:, :first]
-    prefix = model.prefill(model.begin(condition), first_cells, drawn.codes_BN.gather(1, first_cells))
+    prefix = Decoder(model).prefill(Decoder(model).begin(condition), first_cells, drawn.codes_BN.gather(1, first_cells))
     rest = torch.tensor([cell for cell in range(16) if cell not in lattice]).expand(5, -1)
-    said = rest.gather(1, head.ahead(model.candidate_rows(prefix, rest).rows_BRD, rest).argsort(1))
+    said = rest.gather(1, head.ahead(Decoder(model).candidate_rows(prefix, rest).rows_BRD, rest).argsort(1))
     assert torch.equal(drawn.order_BN[:, first:], said)
 
 

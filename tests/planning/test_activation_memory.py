@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oar_scale.model import AnyOrderModel, decoding, loss
+from oar_scale.model import AnyOrderModel, Decoder, decoding, loss
 from oar_scale.orders import scores
 from oar_scale.planning import activations, extraction_plan, trace
 from oar_scale.planning.trace import LiveTensors, trace_trunk
@@ -102,7 +102,7 @@ def test_decoding_takes_what_a_trace_of_it_takes(name: str) -> None:
         model.rotations(torch.device("cpu"))
         cells_BR = torch.zeros(images, spec.cells, dtype=torch.long)
         with alive:
-            prefix = model.begin(torch.zeros(images, spec.condition.rows, spec.dim))
+            prefix = Decoder(model).begin(torch.zeros(images, spec.condition.rows, spec.dim))
             assert prefix.cache.nbytes == pytest.approx(cache, rel=0.01)
-            model.candidate_rows(prefix, cells_BR)
+            Decoder(model).candidate_rows(prefix, cells_BR)
     assert cache + working == pytest.approx(alive.peak, rel=0.1)

@@ -251,6 +251,9 @@ class _Step:
 
     def __init__(self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, order_BN: Tensor, placed: int) -> None:
         self.model, self.condition_BTD, self.codes_BN, self.order_BN, self.placed = model, condition_BTD, codes_BN, order_BN, placed
+        from oar_scale.model import Decoder
+
+        self.decoder = Decoder(model)
         self.empty_BR = order_BN[:, placed:].sort(1).values
         self.codes_BR = codes_BN.gather(1, self.empty_BR)
         self.ours, self.copied = self._prefix(), self._prefix()
@@ -260,33 +263,33 @@ class _Step:
 
     def _prefix(self) -> Any:
         cells_BK = self.order_BN[:, : self.placed]
-        return self.model.prefill(self.model.begin(self.condition_BTD), cells_BK, self.codes_BN.gather(1, cells_BK))
+        return self.decoder.prefill(self.decoder.begin(self.condition_BTD), cells_BK, self.codes_BN.gather(1, cells_BK))
 
     def _ours(self) -> None:
-        candidates = self.model.candidate_rows(self.ours, self.empty_BR)
+        candidates = self.decoder.candidate_rows(self.ours, self.empty_BR)
         winner_B = self._scores(candidates.rows_BRD).argmax(1)
-        self.model.commit(self.ours, candidates, winner_B, self.codes_BR.gather(1, winner_B[:, None])[:, 0])
+        self.decoder.commit(self.ours, candidates, winner_B, self.codes_BR.gather(1, winner_B[:, None])[:, 0])
 
     def _copied(self) -> None:
         import torch
         import torch.nn.functional as F
 
-        from oar_scale.model.blocks import Room
+        from oar_scale.model.blocks import KVSlice
         from oar_scale.model.layouts import Placed, Rows
 
         model, prefix, (batch, count) = self.model, self.copied, self.empty_BR.shape
         layout = model.layout
         waiting, asking = layout.candidates(prefix.last, self.empty_BR, prefix.tables)
         if waiting is not None:
-            model.decoding._append(prefix, Rows(*waiting))
+            self.decoder._append(prefix, Rows(*waiting))
         x, turn = asking.x_BLD.reshape(batch * count, 1, -1), model.rotations(self.empty_BR.device)[asking.cells_BL].flatten(0, 1)[:, None]
         rows, winners = prefix.rows, []
         for index, layer in enumerate(model.layers):
             shape = (batch * count, prefix.cache.shape[3], rows + 1, prefix.cache.shape[5])
             keys, values = (x.new_empty(shape) for _ in range(2))
-            for copy, own in zip((keys, values), prefix.room(index, slice(None), 0, rows), strict=True):
+            for copy, own in zip((keys, values), prefix.kv_slice(index, slice(None), 0, rows), strict=True):
                 copy.unflatten(0, (batch, count))[:, :, :, :rows] = own[:, None]
-            q, _ = layer.project_into(Room(keys[:, :, rows:], values[:, :, rows:]), x, turn)
+            q, _ = layer.project_into(KVSlice(keys[:, :, rows:], values[:, :, rows:]), x, turn)
             x = layer.finish(x, F.scaled_dot_product_attention(q, keys, values, enable_gqa=q.shape[1] != keys.shape[1]))
             winners.append((keys[:, :, rows], values[:, :, rows]))
         winner_B = self._scores(model.norm(x).view(batch, count, -1)).argmax(1)

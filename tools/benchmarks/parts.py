@@ -14,7 +14,7 @@ from measure import MIB, Meter, alternate, in_fresh_process, machine, median_rat
 from torch import Tensor
 
 from oar_scale.data.hashing import device_permutations, permutations
-from oar_scale.model import memory_efficient as lean
+from oar_scale.model import memory_efficient
 from oar_scale.model.loss import mean_nll
 from oar_scale.model.rope import cell_rotations, rotate, rotate_heads
 
@@ -110,14 +110,14 @@ def compare_parts(arguments: argparse.Namespace) -> str:
         return (*rotate(qk, turn[:, :, None]).split(HEADS, dim=2), v)
 
     pairs: dict[str, tuple[list[Tensor], Callable[[], object], Callable[[], object]]] = {
-        "rms_norm": ([x, scale], lambda: lean.rms_norm(x, scale, 1e-5), lambda: F.rms_norm(x, [DIM], scale, 1e-5)),
+        "rms_norm": ([x, scale], lambda: memory_efficient.rms_norm(x, scale, 1e-5), lambda: F.rms_norm(x, [DIM], scale, 1e-5)),
         "rotate_heads": ([qkv], lambda: rotate_heads(qkv, turn, HEADS), rotated),
         "gated_linear": (
             [gate, up, weight],
-            lambda: lean.gated_linear(gate, up, weight),
+            lambda: memory_efficient.gated_linear(gate, up, weight),
             lambda: F.linear(F.silu(gate) * up, weight),
         ),
-        "add_dropped": ([x, y], lambda: lean.add_dropped(x, y, 0.1), lambda: x + F.dropout(y, 0.1)),
+        "add_dropped": ([x, y], lambda: memory_efficient.add_dropped(x, y, 0.1), lambda: x + F.dropout(y, 0.1)),
     }
     lines = []
     for name, (inputs, ours, plain) in pairs.items():
