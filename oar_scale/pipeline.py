@@ -25,8 +25,7 @@ from oar_scale.errors import UserError
 from oar_scale.observe.console import duration
 from oar_scale.observe.watch import catch_up, watching
 from oar_scale.registry import STAGES, Stage
-from oar_scale.run.artifacts import ONE_ORDER, OTHER_LAYOUT
-from oar_scale.run.context import Run
+from oar_scale.run.context import ONE_ORDER, OTHER_LAYOUT, Run
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 
 

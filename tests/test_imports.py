@@ -30,6 +30,12 @@ def test_reading_recipes_imports_no_torch_ray_or_deepspeed() -> None:
     assert heavy_modules_after("import oar_scale.config.loading") == set()
 
 
+@pytest.mark.parametrize("module", ["oar_scale.pipeline", "oar_scale.launch.job_specs", "oar_scale.planning.plan"])
+def test_what_answers_at_once_imports_no_torch(module: str) -> None:
+    """A stage's module, and torch or Ray with it, is imported when the stage runs."""
+    assert heavy_modules_after(f"import {module}") == set()
+
+
 @pytest.mark.parametrize("module", ["oar_scale.model", "oar_scale.generation", "oar_scale.orders.extraction"])
 def test_the_method_imports_no_ray_or_deepspeed(module: str) -> None:
     assert heavy_modules_after(f"import {module}") <= {"torch"}

@@ -34,7 +34,7 @@ from typing import NoReturn
 from oar_scale import __version__
 from oar_scale.cli import checkpoint, data, extract, observe, orders, plan, run, submit
 from oar_scale.errors import Requeue, UserError
-from oar_scale.runtime.program import run_program
+from oar_scale.runtime.program import program_exit
 
 REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: a scheduler that sees it starts the same command again."""
@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """The program ``oar``."""
-    run_program(main)
+    with program_exit():
+        sys.exit(main())
 
 
 def _nobody_reads() -> bool:

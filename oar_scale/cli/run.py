@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
 
 from oar_scale.cli.common import Subparsers, add_model, add_verb, count, load
 from oar_scale.registry import STAGES
-
-if TYPE_CHECKING:
-    from oar_scale.config.schema import Recipe
-    from oar_scale.run.context import Run
 
 
 def add(verbs: Subparsers) -> None:
@@ -47,25 +42,19 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
-    """A stage on its own goes on where it was interrupted; ``oar run --only`` does it again. A report is always written anew."""
+    """Run one stage, which resumes where it was interrupted; ``oar run --only`` does it again. A report is always written anew."""
     recipe = load(arguments)
+    from oar_scale.observe.console import Console
     from oar_scale.pipeline import run_pipeline, run_stage
     from oar_scale.run.context import Run
 
     if arguments.stage == "report":
-        run_pipeline(Run(recipe), only="report")
-    else:
-        run_stage(_run_of(recipe, arguments), arguments.stage)
-
-
-def _run_of(recipe: Recipe, arguments: argparse.Namespace) -> Run:
-    """Under torchrun each worker runs this command; the first one speaks for all."""
-    from oar_scale.observe.console import Console
-    from oar_scale.run.context import Run
-
+        run_pipeline(Run(recipe), only=arguments.stage)
+        return
+    # Under torchrun each worker runs this command; the first one writes the console.
     rank = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
     console = Console() if rank == 0 else Console(open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
-    return Run(recipe, console, getattr(arguments, "profile", 0), rank)
+    run_stage(Run(recipe, console, getattr(arguments, "profile", 0), rank), arguments.stage)
 
 
 def _sample(arguments: argparse.Namespace) -> None:

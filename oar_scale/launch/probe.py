@@ -22,7 +22,7 @@ from oar_scale.doctor.finding import Finding, first_line
 from oar_scale.doctor.node_checks import GROUP_S, NodeFacts, RankInfo, check_between_nodes, node_facts
 from oar_scale.doctor.storage_checks import remove_created_folders
 from oar_scale.launch.ray_entry import RECIPE
-from oar_scale.runtime.program import run_program
+from oar_scale.runtime.program import program_exit
 
 if TYPE_CHECKING:
     from oar_scale.config.schema import Recipe
@@ -159,4 +159,5 @@ def _print_lines(lines: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda: main(sys.argv[1]))
+    with program_exit():
+        sys.exit(main(sys.argv[1]))

@@ -18,12 +18,9 @@ from oar_scale.errors import UserError
 from oar_scale.orders.order_table import join_orders, read_orders, table_name
 from oar_scale.registry import MODELS, ModelName
 from oar_scale.results.examples import Picture
-from oar_scale.run.context import Run
+from oar_scale.run.context import ONE_ORDER, OTHER_LAYOUT, Run
 from oar_scale.storage import fetch, join, open_storage
 from oar_scale.tokenizers.prompts import Field, PromptEncoder, check_features, for_new_prompts, load_prompts
-
-ONE_ORDER = "model.layout raster has one order for all images: there is none to find for each"
-OTHER_LAYOUT = "Choose model.layout instructed or dual for orders of images."
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ from oar_scale.registry import STAGES, ModelName
 from oar_scale.shard_pool.pool_types import ArrayTask
 from oar_scale.storage import join
 
+ONE_ORDER = "model.layout raster has one order for all images: there is none to find for each"
+OTHER_LAYOUT = "Choose model.layout instructed or dual for orders of images."
+
 
 @dataclass(frozen=True)
 class Run:

@@ -6,17 +6,17 @@ import atexit
 import logging
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from typing import NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 
-def run_program(main: Callable[[], int]) -> NoReturn:
-    """End the process with the code that ``main`` returns; if Ray was imported, without the end of the C++ library.
+@contextmanager
+def program_exit() -> Iterator[None]:
+    """Around a program, ``with program_exit(): sys.exit(main())``: where Ray was imported, skip the end of its C++ library.
 
     Threads of Ray's client that collect metrics go on after ``ray.shutdown``. At the end of a process the C++ library destroys static
     objects that they may be using. That is the likely cause of a run that had finished well and ended with SIGSEGV, in a function that
-    hashes strings; a scheduler would have begun it again.
+    hashes strings; a scheduler would have begun it again. The exit code stays that of the program.
     """
     code = 1
 
@@ -30,8 +30,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
     atexit.register(leave)  # the first to be registered is the last to run: W&B and others have their turn
     try:
-        code = main()
-    except SystemExit as stop:  # argparse: help, or a mistake
+        yield
+        code = 0
+    except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
         raise
-    sys.exit(code)

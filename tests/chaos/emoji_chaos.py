@@ -33,7 +33,7 @@ from oar_scale.data.prepare import prepare_images
 from oar_scale.errors import Requeue
 from oar_scale.orders.order_table import read_orders, table_name
 from oar_scale.orders.settings import ExtractionSettings
-from oar_scale.runtime.program import run_program
+from oar_scale.runtime.program import program_exit
 from oar_scale.shard_pool import Ledger, Timing, run_pool
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, ExtractionWorker
 from oar_scale.shard_pool.ledger import Record
@@ -253,4 +253,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    with program_exit():
+        sys.exit(main())

@@ -30,7 +30,7 @@ from pool_worker import PHASES, WRITES, TableWriter, table_of, tries
 
 from oar_scale.errors import Requeue, UserError
 from oar_scale.orders.order_table import table_name, write_orders
-from oar_scale.runtime.program import run_program
+from oar_scale.runtime.program import program_exit
 from oar_scale.runtime.retry import retry_transient
 from oar_scale.shard_pool import ArrayTask, Ledger, Timing, run_pool
 from oar_scale.storage import join, open_storage
@@ -295,4 +295,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    with program_exit():
+        sys.exit(main())

@@ -17,12 +17,12 @@ from oar_scale.errors import UserError
 from oar_scale.runtime.ray_session import ray_session
 
 PROGRAM = """
-import json, os, subprocess
+import json, os, subprocess, sys
 from contextlib import suppress
 import psutil
 from oar_scale.runtime import ray_session as module
 from oar_scale.runtime.ray_session import ray_session
-from oar_scale.runtime.program import run_program
+from oar_scale.runtime.program import program_exit
 
 module._PARTING_S = 3.0
 
@@ -44,7 +44,8 @@ for pid in found["pids"] + again["pids"]:
     with suppress(psutil.NoSuchProcess):
         left += [pid] if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else []
 print(json.dumps({"node": node, "still_there": still_there, "after": ray.is_initialized(), "first": found, "left": left}))
-run_program(lambda: 0)
+with program_exit():
+    sys.exit(0)
 """
 
 
