@@ -8,6 +8,7 @@ import re
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
 from markers import pytest_collection_modifyitems, pytest_runtest_protocol, wrap_starters  # noqa: E402, F401 (hooks)
 
 from cluster.dev import s3  # noqa: E402
+from oar_scale.runtime import ray_session  # noqa: E402
 
 wrap_starters()
 
@@ -76,6 +78,23 @@ def s3_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"s3://oar-tests/{uuid.uuid4().hex[:8]}"
 
 
+_shared_ray = ExitStack()
+
+
+@pytest.fixture(scope="module")
+def shared_ray() -> None:
+    """A private Ray of two CPUs that modules share; it ends before the first test that does not ask for it."""
+    import ray
+
+    if not ray.is_initialized():
+        _shared_ray.enter_context(ray_session.ray_session(cpus=2))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "shared_ray" not in getattr(item, "fixturenames", ()):
+        _shared_ray.close()
+
+
 _failed: list[str] = []
 
 
@@ -86,10 +105,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Stop the S3 server once all workers have ended; write the tests that failed into the file that OAR_FAILED_TESTS names.
+    """End what tests share: the Ray of this process and, once all workers have ended, the S3 server.
 
-    The file stays as it is where pytest was interrupted, or where a module could not be imported: then not all tests have run.
+    Then write the tests that failed into the file that OAR_FAILED_TESTS names. It stays as it is where pytest was interrupted, or where a
+    module could not be imported: then not all tests have run.
     """
+    _shared_ray.close()
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     folders = getattr(session.config, "_tmp_path_factory", None)

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from small_run import copy_run, prepare_small_run, small_recipe
 
-from oar_scale import pipeline
 from oar_scale.config.loading import dump_recipe
 from oar_scale.data.manifest import read_manifest
 from oar_scale.observe.events import read_events
+from oar_scale.pipeline import stage_fingerprint
 from oar_scale.run.context import Run
 from oar_scale.storage import write_json
 
@@ -41,7 +41,9 @@ class Finder:
             execute(module)
             one_step = module.DeepSpeedEngine.train_step
             def slow(engine, batch, lr):
-                time.sleep(float(open("{pause}").read()))
+                pause, first = open("{pause}").read().split()
+                if batch.step >= int(first):
+                    time.sleep(float(pause))
                 with open("{seen}-" + str(os.getpid()), "a") as file:
                     file.write(json.dumps([batch.step, batch.uid_b.tolist()]) + "\\n")
                 return one_step(engine, batch, lr)
@@ -69,18 +71,27 @@ def undisturbed_run(folders: pytest.TempPathFactory) -> tuple[dict[int, float], 
         folder = folders.mktemp("undisturbed")
         shape = {**SHAPE, "parallel": {**SHAPE["parallel"], "workers": 1}}
         run = copy_run(prepared_run(folders), str(folder / "run"), **shape)
-        done = subprocess.run(torchrun(run, 1), env={**os.environ, **watched(folder, 0)}, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(torchrun(run, 1), env={**os.environ, **watched(folder, 0)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         _made["undisturbed"] = losses(run), samples(folder)
     found: tuple[dict[int, float], dict[int, list[int]]] = _made["undisturbed"]
     return found
 
 
-def watched(folder: Path, pause: float) -> dict[str, str]:
-    """Variables of a process whose steps are slow and written down in the folder; called again, it changes the pause of steps to come."""
+def watched(folder: Path, pause: float, first: int = 0) -> dict[str, str]:
+    """Make steps slow, from the outside.
+
+    Args:
+        folder: where the samples of the steps are written down.
+        pause: seconds before a step; a call while the process runs changes it for steps to come.
+        first: the step (counted from 0) before which the first pause is made.
+
+    Returns:
+        Environment variables for the process.
+    """
     if not (folder / "sitecustomize.py").exists():
         (folder / "sitecustomize.py").write_text(WATCHED.format(pause=folder / "pause", seen=folder / "seen"))
-    (folder / "pause.new").write_text(str(pause))
+    (folder / "pause.new").write_text(f"{pause} {first}")
     os.replace(folder / "pause.new", folder / "pause")  # in one piece: steps read it
     return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
 
@@ -112,12 +123,11 @@ def recipe_file(run: Run, stages: int = 3) -> str:
     """The run's recipe as a file; its first stages are marked as done."""
     path = run.local("as-given.yaml")
     Path(path).write_text(dump_recipe(run.recipe))
-    todo = pipeline.stages(run.recipe)
     counts = {split: read_manifest(run.at("tokens", split)).samples for split in ("train", "heldout")}
     results = {"data": {**counts, "shards": 6}, "tokenizer": {"psnr_db": 0.0, "codebook_use": 1.0, "trained": False}, "tokens": counts}
-    for stage in todo[:stages]:
-        marker = {"stage": stage.name, "fingerprint": pipeline._fingerprint(run, todo, stage), "settings": {}, "seconds": 0, "started": 0}
-        write_json(run.marker(stage.name), {**marker, "results": results.get(stage.name, {})})
+    for stage in run.recipe.stages()[:stages]:
+        done = {"stage": stage.name, "fingerprint": stage_fingerprint(run.recipe, stage), "settings": {}, "seconds": 0, "started": 0}
+        write_json(run.marker(stage.name), {**done, "results": results.get(stage.name, {})})
     return path
 
 
@@ -126,7 +136,7 @@ def torchrun(run: Run, workers: int) -> list[str]:
     return [*command, "-m", "oar_scale.cli", "train", recipe_file(run)]
 
 
-def wait_for_events(run: Run, kind: str, count: int, ended: Callable[[], str | None], seconds: float = 240) -> None:
+def wait_for_events(run: Run, kind: str, count: int, ended: Callable[[], str | None], seconds: float = 800) -> None:
     """``ended``: what the driver said last, if it is over."""
     deadline = time.monotonic() + seconds
     while len(events(run, kind)) < count:

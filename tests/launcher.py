@@ -32,7 +32,7 @@ def start_workers(function: Callable[..., None], world: int, *args: Any) -> list
     return workers
 
 
-def run_workers(function: Callable[..., None], world: int, *args: Any, timeout_s: float = 180) -> None:
+def run_workers(function: Callable[..., None], world: int, *args: Any, timeout_s: float = 600) -> None:
     """Run to the end; fails if a worker does."""
     workers = start_workers(function, world, *args)
     for worker in workers:

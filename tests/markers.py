@@ -11,7 +11,7 @@ through the fixtures that it uses, the functions and classes of ``tests/`` and `
 cannot see (a command in another process, a fixture that is asked for by a computed name) carries its marker by hand; a starter that is
 called in a test without its marker fails that test, so a marker that is missing does not remain unnoticed.
 
-Under ``pytest -n`` with ``--dist loadgroup``, a module is a group, as its fixtures are made once; all tests of a Ray of the session are one
+Under ``pytest -n`` with ``--dist loadgroup``, a module is a group, as its fixtures are made once; all modules that share a Ray are one
 group, in one worker.
 """
 
@@ -88,6 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=_rank)
+    items.sort(key=lambda item: "shared_ray" not in getattr(item, "fixturenames", ()))  # it ends before a test that does not want it
 
 
 def _group(item: pytest.Item) -> str:
@@ -134,7 +135,7 @@ def _called(function: Any) -> Iterator[Any]:
     """Objects that the names in a function's code stand for: its module's own, and members of modules that it names."""
     for name, member in _names(function.__code__):
         value = function.__globals__.get(name)
-        if isinstance(value, ModuleType) and _searched(value):
+        if isinstance(value, ModuleType):
             yield getattr(value, member, None)
         else:
             yield value

@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from oar_scale.run.context import Run  # noqa: E402
 from oar_scale.storage import join, open_storage  # noqa: E402
 
 STEPS, ATTEMPTS = 12, 8
+HANGS_S = 300.0
+"""Much longer than anything takes here, beside other work too."""
 POINTS = ("step", "save", "deliver", "commit", "committed")
 """Where a rank can kill itself: after a step, before DeepSpeed writes, before a file goes to its place, before the manifest, after the
 marker."""
@@ -173,8 +176,9 @@ def attempt(run: Run, plan: Plan, seen: str, world: int, kill_after_s: float | N
     """Start the workers, let the plan happen; their exit codes."""
     workers = start_workers(worker, world, pretraining(run), plan, seen)
     began, victim = time.monotonic(), plan.rank % world
-    while any(each.is_alive() for each in workers):
-        time.sleep(0.01)
+    until = began + (kill_after_s if kill_after_s is not None else HANGS_S)
+    while alive := [each.sentinel for each in workers if each.is_alive()]:
+        wait(alive, max(until - time.monotonic(), 0))
         died = any(each.exitcode not in (None, 0, 75) for each in workers)
         if died or (kill_after_s is not None and time.monotonic() - began > kill_after_s):
             if not died:
@@ -183,12 +187,12 @@ def attempt(run: Run, plan: Plan, seen: str, world: int, kill_after_s: float | N
                 for each in workers:
                     each.kill()
             break
-        assert time.monotonic() - began < 200, f"nothing moves: {plan}"
+        assert time.monotonic() - began < HANGS_S, f"nothing moves: {plan}"
     for each in workers:
-        each.join(60)
+        each.join(HANGS_S)
         if each.is_alive():  # a peer's death has to end the others by itself
             each.kill()
-            raise AssertionError(f"a worker outlived the death of another one by a minute: {plan}")
+            raise AssertionError(f"a worker outlived the death of another one by {HANGS_S} s: {plan}")
     return [each.exitcode for each in workers]
 
 

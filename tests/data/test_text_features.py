@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,22 +18,17 @@ from oar_scale.data.shards import read_shard, shard_name, write_shard
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, ModelSpec, check_prompts
 from oar_scale.model.spec import condition_spec
-from oar_scale.runtime.ray_session import ray_session
 from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.prompts import FeatureReader, check_features, for_new_prompts, load_prompts, model_inputs, write_features_note
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
+
 TOWER = "ViT-S-16-alt"
 ROUNDED = {"rtol": 2e-3, "atol": 2e-4}
 """To float16, of a tower that was asked for other batches: how a CPU multiplies depends on the shape."""
 CAPTIONS = ["a red apple", "two green cars on a blue road", "!", "word " * 100]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_for_this_file() -> Iterator[None]:
-    with ray_session(cpus=1):
-        yield
 
 
 def tower_file(folder: Path, seed: int) -> str:

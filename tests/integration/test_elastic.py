@@ -51,27 +51,27 @@ def train(run: Run, **variables: str) -> subprocess.Popen[str]:
 
 def test_torchrun_starts_the_same_workers(prepared: Run, undisturbed: dict[int, float], tmp_path: Path) -> None:
     run = copy_run(prepared, str(tmp_path), **{**SHAPE, "parallel": {**SHAPE["parallel"], "workers": 2, "zero_stage": 3}})
-    done = subprocess.run(torchrun(run, 2), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(torchrun(run, 2), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert events(run, "start")[0]["world_size"] == 2
     assert apart(losses(run), undisturbed) < 1e-5
     assert os.path.exists(run.marker("pretrain"))
 
 
-def test_a_run_goes_on_without_a_lost_node_and_with_the_one_that_takes_its_place(
+def test_a_run_survives_a_lost_node_and_grows_back(
     cluster: dev_ray.Cluster, prepared: Run, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     run = copy_run(prepared, str(tmp_path / "run"), **SHAPE)
-    driver = train(run, **cluster.env, **watched(tmp_path, 0.8))
+    # A node has to be lost, another to join and to be seen twice, and a checkpoint to be made, before the last step.
+    driver = train(run, **cluster.env, **watched(tmp_path, 6.0, 5))
     try:
         _wait(run, "checkpoint", 1, driver)
-        watched(tmp_path, 3.0)  # a node has to join and to be seen twice, and a checkpoint to be made, before the last step
         dev_ray.lose_node(cluster.nodes[1])
         _wait(run, "start", 2, driver)
         dev_ray.add_node(cluster, cpus=1)
         _wait(run, "start", 3, driver)
         watched(tmp_path, 0)
-        output, _ = driver.communicate(timeout=300)
+        output, _ = driver.communicate()
     finally:
         driver.kill()
     assert driver.returncode == 0, output[-4000:]
@@ -81,22 +81,20 @@ def test_a_run_goes_on_without_a_lost_node_and_with_the_one_that_takes_its_place
     assert apart(losses(run), undisturbed) < 1e-5
 
 
-def test_a_signal_to_the_driver_saves_and_leaves_and_the_same_command_goes_on(
-    prepared: Run, undisturbed: dict[int, float], tmp_path: Path
-) -> None:
+def test_a_signal_to_the_driver_saves_and_stops_and_it_resumes(prepared: Run, undisturbed: dict[int, float], tmp_path: Path) -> None:
     run = copy_run(prepared, str(tmp_path / "run"), **SHAPE)
-    driver = train(run, **watched(tmp_path, 1.0))  # the signal has to come before the last step
+    driver = train(run, **watched(tmp_path, 3.0, 4))  # the signal has to come before the last step
     try:
         _wait(run, "train", 4, driver)
         driver.send_signal(signal.SIGUSR1)
-        output, _ = driver.communicate(timeout=150)
+        output, _ = driver.communicate()
     finally:
         driver.kill()
     assert driver.returncode == 75 and "everything saved" in output, output[-3000:]
     stopped = events(run, "stopping")[-1]
     assert stopped["reason"] == "SIGUSR1"
     again = train(run)
-    output, _ = again.communicate(timeout=200)
+    output, _ = again.communicate()
     assert again.returncode == 0, output[-3000:]
     assert events(run, "start")[-1]["start_step"] == stopped["step"], "nothing was done twice"
     assert apart(losses(run), undisturbed) < 1e-5

@@ -20,6 +20,7 @@ import pytest
 import webdataset
 from elastic_runs import watched
 
+from oar_scale.cli import main
 from oar_scale.observe.events import attempts, read_events
 from oar_scale.orders.order_table import read_orders
 from oar_scale.storage import open_storage, read_json
@@ -29,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SMOKE = str(ROOT / "recipes" / "smoke.yaml")
 
 
-def oar(*arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "oar_scale.cli", *arguments], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
+def oar(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "oar_scale.cli", *arguments], capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -67,43 +68,40 @@ def test_plain_webdataset_reads_the_shards(finished: Path) -> None:
     assert [s["__key__"] for s in images] == [s["__key__"] for s in samples]
 
 
-def test_running_again_skips_every_stage(finished: Path) -> None:
-    began = time.monotonic()
-    again = oar("run", SMOKE, "-o", f"run_dir={finished}")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("skipped") == 9
-    assert time.monotonic() - began < 60
+def test_running_again_skips_every_stage(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", SMOKE, "-o", f"run_dir={finished}"]) == 0
+    assert capsys.readouterr().out.count("skipped") == 9
 
 
-def test_a_changed_setting_in_a_finished_run_is_refused_by_name(finished: Path) -> None:
-    refused = oar("run", SMOKE, "-o", f"run_dir={finished}", "-o", "pretrain.lr=0.5")
-    assert refused.returncode == 2
-    assert "pretrain.lr was 0.001, is 0.5" in refused.stderr and "--from pretrain" in refused.stderr
-
-
-def test_another_recipes_run_folder_is_refused(finished: Path) -> None:
-    refused = oar("run", SMOKE, "-o", f"run_dir={finished}", "-o", "name=other")
-    assert refused.returncode == 2
-    assert "belongs to another run: name was 'smoke'" in refused.stderr
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("pretrain.lr=0.5", "pretrain.lr was 0.001, is 0.5"),
+        ("pretrain.lr=0.5", "--from pretrain"),
+        ("name=other", "belongs to another run: name was 'smoke'"),
+    ],
+)
+def test_a_finished_run_refuses_a_changed_recipe(finished: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", SMOKE, "-o", f"run_dir={finished}", "-o", change]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_sample_draws_a_picture(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "drawn.png"
-    drawn = oar("sample", SMOKE, "-o", f"run_dir={finished}", "--out", str(out), "a smiling cat")
-    assert drawn.returncode == 0, drawn.stderr
+    assert main(["sample", SMOKE, "-o", f"run_dir={finished}", "--out", str(out), "a smiling cat"]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_training_worker_is_replaced_and_goes_on_from_the_checkpoint(finished: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_resumes(finished: Path, tmp_path: Path) -> None:
     """The worker dies after step 5 at the earliest; the losses are those of the undisturbed run."""
-    command, slow = _training_command(finished, tmp_path), {**os.environ, **watched(tmp_path, 2.0)}
+    command, slow = _training_command(finished, tmp_path), {**os.environ, **watched(tmp_path, 2.0, 5)}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=slow)
     try:
         worker = next(_wait_for(tmp_path, "start"))["pid"]
         next(_wait_for(tmp_path, "checkpoint"))
         os.kill(worker, signal.SIGKILL)
         watched(tmp_path, 0)
-        output, _ = run.communicate(timeout=400)
+        output, _ = run.communicate()
     finally:
         run.kill()
     assert run.returncode == 0, output[-4000:]
@@ -114,41 +112,42 @@ def test_a_killed_training_worker_is_replaced_and_goes_on_from_the_checkpoint(fi
     assert _losses(tmp_path) == _losses(finished)
 
 
-def test_interrupted_training_says_so_leaves_no_process_and_goes_on(finished: Path, tmp_path: Path) -> None:
-    command, slow = _training_command(finished, tmp_path), {**os.environ, **watched(tmp_path, 2.0)}
+def test_interrupted_training_leaves_no_process_and_resumes(finished: Path, tmp_path: Path) -> None:
+    command, slow = _training_command(finished, tmp_path), {**os.environ, **watched(tmp_path, 2.0, 5)}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=slow, start_new_session=True)
     try:
         worker = next(_wait_for(tmp_path, "start"))["pid"]
         next(_wait_for(tmp_path, "checkpoint"))
         run.send_signal(signal.SIGINT)
-        _, errors = run.communicate(timeout=150)
+        _, errors = run.communicate()
     finally:
         run.kill()
     assert run.returncode == 130 and "the same command goes on from here" in errors, errors[-3000:]
-    deadline = time.monotonic() + 20
-    while _runs(worker) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _runs(worker), "a worker outlived the run"
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    while _runs(worker):  # one that outlives the run ends this test by its time limit
+        time.sleep(0.05)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     starts = [event["start_step"] for event in _events(tmp_path) if event["kind"] == "start"]
     assert starts[-1] >= 5
     assert _losses(tmp_path) == _losses(finished)
 
 
-def test_a_missing_bucket_and_wrong_credentials_are_named(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = ("prepare", SMOKE, "-o", f"run_dir={tmp_path}", "-o")
-    missing = oar(*prepare, "storage.root=s3://no-such-bucket/x")
-    assert missing.returncode == 2 and "no-such-bucket" in missing.stderr and "Traceback" not in missing.stderr
+def test_a_missing_bucket_and_wrong_credentials_are_named(
+    s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare = ["prepare", SMOKE, "-o", f"run_dir={tmp_path}", "-o"]
+    assert main([*prepare, "storage.root=s3://no-such-bucket/x"]) == 2
+    error = capsys.readouterr().err
+    assert "no-such-bucket" in error and "Traceback" not in error
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    refused = oar(*prepare, f"storage.root={s3_root}/refused")
-    assert refused.returncode == 2 and "AWS_SECRET_ACCESS_KEY" in refused.stderr and "Traceback" not in refused.stderr
+    assert main([*prepare, f"storage.root={s3_root}/refused"]) == 2
+    error = capsys.readouterr().err
+    assert "AWS_SECRET_ACCESS_KEY" in error and "Traceback" not in error
 
 
-@pytest.mark.timeout(1200)
 def test_the_same_run_with_everything_on_s3(s3_root: str, tmp_path: Path, finished: Path) -> None:
     root = f"{s3_root}/pipeline"
-    done = oar("run", SMOKE, "-o", f"run_dir={tmp_path}", "-o", f"storage.root={root}", timeout_s=900)
+    done = oar("run", SMOKE, "-o", f"run_dir={tmp_path}", "-o", f"storage.root={root}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert (tmp_path / "report" / "index.html").stat().st_size > 50_000
     names = [uri.removeprefix(root) for uri in open_storage(root).list(root)]
@@ -183,7 +182,7 @@ def _losses(folder: Path) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in _events(folder) if event["kind"] == "train"}
 
 
-def _wait_for(folder: Path, kind: str, seconds: float = 240) -> Iterator[dict[str, Any]]:
+def _wait_for(folder: Path, kind: str, seconds: float = 800) -> Iterator[dict[str, Any]]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         yield from (event for event in _events(folder) if event["kind"] == kind)

@@ -89,7 +89,7 @@ def _train(settings: dict[str, Any], accumulation: int, average: bool, out: str)
     ids=["ZeRO 0 fp32, average", "ZeRO 1", "ZeRO 2, accumulation, average", "ZeRO 2 fp32", "ZeRO 3, average"],
 )
 def test_an_engine_holds_what_the_table_says(settings: dict[str, Any], accumulation: int, average: bool, tmp_path: Path) -> None:
-    run_workers(_train, WORLD, settings, accumulation, average, str(tmp_path), timeout_s=280)
+    run_workers(_train, WORLD, settings, accumulation, average, str(tmp_path))
     found = json.loads((tmp_path / "found.json").read_text())
     # As for a GPU, whose buckets are there whole; without what is assumed about frameworks.
     assumed = read_assumptions(["memory.framework_gb=0", "memory.fragmentation=0"])

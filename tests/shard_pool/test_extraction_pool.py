@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from oar_scale.model.spec import TextSpec
 from oar_scale.orders.extraction import brute_force_orders
 from oar_scale.orders.order_table import join_orders, read_orders
 from oar_scale.orders.settings import ExtractionSettings
-from oar_scale.runtime.ray_session import ray_session
 from oar_scale.shard_pool import ArrayTask, Ledger, ShardResult
 from oar_scale.shard_pool import extraction_pool as pool
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, ExtractionWorker, extract_all
@@ -30,13 +28,9 @@ from oar_scale.shard_pool.ledger import LedgerEntry, Record
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
+
 CAPTIONS = ["a b", "b a", "a a b", "b b a", "a b a b"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_for_this_file() -> Iterator[None]:
-    with ray_session(cpus=2):
-        yield
 
 
 @pytest.fixture(scope="module")

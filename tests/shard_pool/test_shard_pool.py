@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,11 @@ from pool_worker import TableWriter, living, pids, table_of, tries
 
 from oar_scale.errors import UserError
 from oar_scale.orders.order_table import write_orders
-from oar_scale.runtime.ray_session import ray_session
 from oar_scale.shard_pool import Bounds, Ledger, PoolReport, Timing, run_pool
 from oar_scale.shard_pool.ledger import Record
 
+pytestmark = pytest.mark.usefixtures("shared_ray")
 SHARDS = [f"{index:05d}.tar" for index in range(6)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_for_this_file() -> Iterator[None]:
-    with ray_session(cpus=2):
-        yield
 
 
 @pytest.fixture(scope="module")

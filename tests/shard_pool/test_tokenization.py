@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,10 @@ from PIL import Image
 from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
 from oar_scale.data.shards import read_token_shard, shard_name, write_shard
 from oar_scale.errors import UserError
-from oar_scale.runtime.ray_session import ray_session
 from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, pixels_to_unit, save_vq
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_for_this_file() -> Iterator[None]:
-    with ray_session(cpus=2):
-        yield
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
 SIDE, VIEWS = 16, ("center", "center_flip")
