@@ -38,6 +38,7 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
 from markers import pytest_collection_modifyitems, pytest_runtest_protocol, wrap_starters  # noqa: E402, F401 (hooks)
 
 from cluster.dev import s3  # noqa: E402
+from oar_scale.errors import UserError  # noqa: E402
 from oar_scale.runtime import ray_session  # noqa: E402
 
 wrap_starters()
@@ -86,8 +87,14 @@ def shared_ray() -> None:
     """A private Ray of two CPUs that modules share; it ends before the first test that does not ask for it."""
     import ray
 
-    if not ray.is_initialized():
-        _shared_ray.enter_context(ray_session.ray_session(cpus=2))
+    tries = 0
+    while not ray.is_initialized():
+        tries += 1
+        try:
+            _shared_ray.enter_context(ray_session.ray_session(cpus=2))
+        except UserError:  # Ray waits 30 s for its own processes, which a busy machine may not start in time
+            if tries == 3:
+                raise
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -60,4 +60,7 @@ def _server() -> ForkServerContext:
 def _run(environment: dict[str, str], rank: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as the training worker does, or a C++ compiler works for a minute
     function(*args)

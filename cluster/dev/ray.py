@@ -38,7 +38,7 @@ PORTS = 4
 """Of the head, its dashboard, Ray's client and the nodes' agents, which another Ray on this machine would take: consecutive."""
 FREE = range(22000, 23000, 10)
 """Where :func:`free_port` looks; Ray's workers take ports from 10002 to 19999."""
-START_S = 90.0
+START_S = 300.0
 OBJECT_STORE_BYTES = 80 * 2**20
 
 

@@ -37,7 +37,7 @@ PORTS = 5
 """S3, master, volume, filer and admin listen on consecutive ports, and each again 10,000 higher for gRPC."""
 FREE = range(20000, 22000, 10)
 """Where :func:`free_port` looks; jobs of `oar submit` have 24000 to 29999, clients of all kinds those above 32768."""
-START_S = 120.0
+START_S = 300.0
 PROBE_BUCKET = "oar-dev-probe"
 """Holds one object that tells, at each start, when the server can read what it had and write again."""
 

@@ -41,8 +41,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 FREE = range(23000, 24000, 10)
 """Where :func:`free_port` looks."""
-START_S = 60.0
-CLIENT_S = 30
+START_S = 300.0
+CLIENT_S = 120
 """Clients wait minutes for a controller that is gone; these do not."""
 
 

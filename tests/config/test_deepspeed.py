@@ -27,7 +27,6 @@ def train(workers: int, parallel: ParallelConfig, result: str) -> None:
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as the training worker does: no compiler needed
     deepspeed.init_distributed("gloo", verbose=False)
     model = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, 1))
     inputs, weights = torch.randn(STEPS, GLOBAL_BATCH, WIDTH), torch.randn(WIDTH, 1)

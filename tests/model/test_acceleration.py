@@ -124,7 +124,6 @@ def two_ranks(folder: str) -> None:
     torch.set_num_threads(1)
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.distributed.init_process_group("gloo")
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     for way in ("none", *WAYS):

@@ -149,7 +149,6 @@ def two_ranks(folder: str) -> None:
     torch.set_num_threads(1)
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as the training worker does: no compiler needed
     torch.distributed.init_process_group("gloo")
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     rank = torch.distributed.get_rank()
