@@ -18,7 +18,6 @@ from oar_scale.storage import join, open_storage
 SEED = 5
 
 
-@pytest.mark.timeout(600)
 def test_disturbed_job_arrays_leave_what_an_undisturbed_one_leaves(tmp_path: Path) -> None:
     happened = extraction_chaos.run_trials(range(6), SEED, str(tmp_path), extraction_chaos.QUICK, failing=0)
     assert happened["on S3"] and happened["on a folder"] and happened["broken sample"]
@@ -26,7 +25,6 @@ def test_disturbed_job_arrays_leave_what_an_undisturbed_one_leaves(tmp_path: Pat
     assert happened["event taken_over"] and happened["event retry"]
 
 
-@pytest.mark.timeout(600)
 def test_disturbed_ray_pools_leave_what_an_undisturbed_one_leaves(tmp_path: Path) -> None:
     scenarios = ("driver", "node", "two pools", "actor", "terminate")
     happened = extraction_chaos.run_trials(range(5), SEED, str(tmp_path), scenarios, failing=0)

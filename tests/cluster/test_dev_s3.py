@@ -44,7 +44,7 @@ def test_the_script_prints_lines_for_a_shell(tmp_path: Path) -> None:
     port = s3.free_port()
     arguments = [sys.executable, SCRIPT, "--dir", str(tmp_path), "--port", str(port)]
     try:
-        printed = subprocess.run([*arguments, "up"], check=True, capture_output=True, text=True, timeout=200).stdout
+        printed = subprocess.run([*arguments, "up"], check=True, capture_output=True, text=True).stdout
         assert f"export AWS_ENDPOINT_URL=http://127.0.0.1:{port}\n" in printed
         assert subprocess.run([*arguments, "env"], check=True, capture_output=True, text=True).stdout == printed
     finally:

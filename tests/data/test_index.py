@@ -115,7 +115,7 @@ def test_a_kill_in_the_middle_costs_no_shard_a_second_reading(tmp_path: Path) ->
     late.unlink()
     os.mkfifo(late)  # who reads it waits for ever: not all is done before the kill
     process = subprocess.Popen([sys.executable, "-m", "oar_scale.cli", "data", "index", str(folder), "--workers", "2"])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not ledger.exists() or len(list(ledger.glob("*.json"))) < 5:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)

@@ -278,7 +278,7 @@ def test_two_ranks_killed_and_restarted_as_three_log_what_one_would_have(tmp_pat
     write_tokens(folder, [13, 29, 8, 31, 17])
     run_workers(log_batches, 1, folder, one, 16, 0.0)
     workers = start_workers(log_batches, 2, folder, elastic, 16, 0.3, 12)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and (not os.path.exists(elastic) or len(Path(elastic).read_text().splitlines()) < 5):
         time.sleep(0.02)
     for worker in workers:

@@ -135,7 +135,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_with_the_same_model(p
     run = copy_run(prepared, str(tmp_path))
     job = pretraining(run)
     workers = start_workers(stuck, 2, job, 5)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not os.path.exists(join(job.checkpoints, "step-00000003", "COMMITTED")):
         time.sleep(0.02)
     for worker in workers:

@@ -41,7 +41,7 @@ def begun(run: Path) -> None:
 
 
 def ended(run: Path) -> JobStatus:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 800
     while not (status := find_jobs(str(run))[0]).over:
         assert time.monotonic() < deadline, status
         time.sleep(0.2)

@@ -74,7 +74,6 @@ def said(run: Path) -> str:
     return "".join(path.read_text() for path in sorted(run.glob("jobs/*/**/*.log")))
 
 
-@pytest.mark.timeout(400)
 def test_two_runs_on_the_same_nodes_each_have_a_ray_of_their_own(slurm: Cluster, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "seen").mkdir()
@@ -87,7 +86,7 @@ def test_two_runs_on_the_same_nodes_each_have_a_ray_of_their_own(slurm: Cluster,
     runs = [tmp_path / "one", tmp_path / 'it\'s "two" at 100%j']
     ids = [submit(SMOKE, cluster, overrides=[f"run_dir={run}"], stages="pretrain").jobs[0].id for run in runs]
     for run, job in zip(runs, ids, strict=True):
-        (status,) = wait(run, 240)
+        (status,) = wait(run, 800)
         assert status.done, said(run)
         assert f"nodes 2 jobs {job}\n" in said(run) and (tmp_path / f"gave-up-{job}").is_dir()
         (logs,) = run.glob(f"jobs/1-pretrain/{job}.0")
@@ -96,7 +95,6 @@ def test_two_runs_on_the_same_nodes_each_have_a_ray_of_their_own(slurm: Cluster,
         assert not list(Path("/tmp").glob(f"oar-{job}-*")), "a folder of Ray was left behind"
 
 
-@pytest.mark.timeout(500)
 def test_a_job_array_extracts_all_though_a_task_is_killed(slurm: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     run = copy_run(prepared_run(tmp_path_factory), str(tmp_path / "run"))
     open_storage(run.model_uri("any_order")).upload(run.model_uri("base"), run.model_uri("any_order"))
@@ -107,7 +105,7 @@ def test_a_job_array_extracts_all_though_a_task_is_killed(slurm: Cluster, tmp_pa
     cluster = profile(tmp_path, cpus_per_node=1, stages={"extract": {"array": 4}}, env=environment)
     (job,) = submit(recipe, cluster, stages="extract").jobs
     task_of(job.id, "2", 150).send_signal(signal.SIGKILL)
-    (status,) = wait(tmp_path / "run", 240)
+    (status,) = wait(tmp_path / "run", 800)
     assert status.done and "4 of 4 tasks done" in status.detail, said(tmp_path / "run")
     assert (tmp_path / "run" / "jobs" / "1-extract" / f"{job.id}_2.1").is_dir(), "the killed task did not come back"
     tables = [read_orders(str(path)) for path in sorted((tmp_path / "run" / "orders" / "train").glob("*.parquet"))]
@@ -116,7 +114,6 @@ def test_a_job_array_extracts_all_though_a_task_is_killed(slurm: Cluster, tmp_pa
 
 
 @pytest.mark.slow  # four jobs one after the other, three of them with a Ray of their own
-@pytest.mark.timeout(600)
 def test_a_chain_of_jobs_runs_from_pretraining_to_evaluation(
     slurm: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -128,7 +125,7 @@ def test_a_chain_of_jobs_runs_from_pretraining_to_evaluation(
     cluster = profile(tmp_path, cpus_per_node=1, nodes=2, stages=array)
     chain = submit(recipe_file(run), cluster, stages="pretrain,extract,finetune,evaluate").jobs
     assert [job.after for job in chain] == [None, *(job.id for job in chain[:-1])]
-    statuses = wait(tmp_path / "run", 500)
+    statuses = wait(tmp_path / "run", 800)
     assert all(status.done for status in statuses), f"{statuses}{said(tmp_path / 'run')}"
     assert "2 of 2 tasks done" in statuses[1].detail
     ended = [os.path.getmtime(run.marker(stage)) for stage in ("pretrain", "extract", "finetune", "evaluate")]

@@ -38,7 +38,6 @@ def oar(cluster: dev_ray.Cluster, *words: str, code: int = 0, **variables: str) 
         env={**env, **cluster.env, **variables},
         capture_output=True,
         text=True,
-        timeout=200,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
@@ -57,7 +56,6 @@ def jobs_known(cluster: dev_ray.Cluster) -> str:
         return str(answer.read().decode())
 
 
-@pytest.mark.timeout(600)
 def test_a_ray_job_survives_a_lost_node_and_a_cancellation(
     ray_cluster: dev_ray.Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

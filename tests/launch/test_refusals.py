@@ -240,7 +240,7 @@ def test_odd_paths_get_their_log_or_are_refused(
     }
     (tmp_path / "profile.yaml").write_text(json.dumps(profile))
     assert main(["submit", SMOKE, "--cluster", "profile.yaml", "--stages", "data", "-o", "run_dir=my runs/one"]) == 0
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 800
     while not (status := find_jobs("my runs/one")[0]).over and time.monotonic() < deadline:
         time.sleep(0.2)
     assert status.done, status

@@ -51,7 +51,6 @@ class Gate:
             env={**os.environ, **self.cluster.env, **self._variables, **variables},
             capture_output=True,
             text=True,
-            timeout=200,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -82,7 +81,7 @@ class Gate:
             time.sleep(2)
         return self.jobs(run)
 
-    def wait_for(self, run: Run, words: str, seconds: float = 150) -> None:
+    def wait_for(self, run: Run, words: str, seconds: float = 800) -> None:
         deadline = time.monotonic() + seconds
         while words not in said(run):
             assert time.monotonic() < deadline and self.over(run) is None, f"{words!r} does not come\n{self.jobs(run)}{said(run)}"
@@ -122,7 +121,6 @@ def job_id(printed: str) -> str:
     return found[1]
 
 
-@pytest.mark.timeout(900)
 def test_one_submit_reaches_the_report_despite_a_requeue(gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The requeue comes in the middle of training; losses and samples are those of an undisturbed run."""
     small = {"evaluate": {"nll_images": 4, "feature_images": 8}, "sample": {"images": 2}, "pipeline": {"control": False}}
@@ -134,7 +132,7 @@ def test_one_submit_reaches_the_report_despite_a_requeue(gate: Gate, tmp_path: P
     gate.cluster.command("scontrol", "requeue", job_id(printed))
     gate.wait_for(run, "attempt 1, on")
     watched(tmp_path, 0)
-    state = gate.wait(run, 400)
+    state = gate.wait(run, 800)
     assert "COMPLETED" in state and "came back 1 times" in state, state + said(run)
     starts = events(run, "start")
     assert [start["world_size"] for start in starts] == [2, 2] and starts[1]["start_step"] >= 5
@@ -163,13 +161,13 @@ def test_time_limit_power_cut_and_preemption_change_no_loss(gate: Gate, tmp_path
 
     def trained_on() -> None:
         starts, checkpoints = len(events(run, "start")), len(events(run, "checkpoint"))
-        wait_for_events(run, "start", starts + 1, lambda: gate.over(run), 200)
-        wait_for_events(run, "checkpoint", checkpoints + 1, lambda: gate.over(run), 200)
+        wait_for_events(run, "start", starts + 1, lambda: gate.over(run))
+        wait_for_events(run, "checkpoint", checkpoints + 1, lambda: gate.over(run))
 
     watched(tmp_path, 2.0)  # what happens to it below comes before its last step
     trained_on()
     dev_slurm.lose_node(gate.cluster, "n2")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 800
     while "down" not in command("sinfo", "--noheader", "--nodes=n2", "--format=%T"):
         assert time.monotonic() < deadline, "nobody misses n2"
         time.sleep(1)
@@ -178,7 +176,7 @@ def test_time_limit_power_cut_and_preemption_change_no_loss(gate: Gate, tmp_path
     command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     gate.wait_for(run, "attempt 3, on")
     watched(tmp_path, 0)
-    state = gate.wait(run, 300)
+    state = gate.wait(run, 800)
     assert "COMPLETED" in state, state + said(run)
     assert int(re.findall(r"came back (\d+) times", state)[0]) >= 3
     assert apart(losses(run), expected_losses) < 1e-5

@@ -178,7 +178,7 @@ def test_tail_follows_attempts_and_stages_that_appear(tmp_path: Path) -> None:
 def test_a_reader_of_tail_may_leave(tmp_path: Path) -> None:
     synthetic_run.whole_run(tmp_path)
     done = subprocess.run(
-        f"{sys.executable} -m oar_scale.cli tail {tmp_path} -n 1000 | head -1", shell=True, capture_output=True, text=True, timeout=60
+        f"{sys.executable} -m oar_scale.cli tail {tmp_path} -n 1000 | head -1", shell=True, capture_output=True, text=True
     )
     assert len(done.stdout.splitlines()) == 1 and "Traceback" not in done.stderr
 
@@ -196,5 +196,5 @@ heavy = {{"torch", "ray", "wandb", "boto3", "rich", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
 assert used.ru_utime + used.ru_stime < 0.5, used
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=90)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
         assert done.returncode == 0, done.stderr

@@ -49,7 +49,7 @@ def seconds(*arguments: str) -> float:
 
     def once() -> float:
         begun = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", TIMED, "plan", *arguments], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", TIMED, "plan", *arguments], capture_output=True, text=True)
         took = time.monotonic() - begun
         assert done.returncode == 0, done.stderr
         return took - int(done.stderr.splitlines()[-1]) / 1e9
@@ -80,7 +80,7 @@ def test_no_torch_is_imported_unless_it_is_to_trace() -> None:
     code = (
         f"import sys; from oar_scale.cli import main; main(['plan', {recipe!r}, '--simulate', 'ranks=64']); print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
 

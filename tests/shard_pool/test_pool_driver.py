@@ -19,7 +19,6 @@ from oar_scale.shard_pool.pool_types import Bounds, PoolReport, Timing
 from oar_scale.storage import Unreachable
 from tests.fake_clock import FakeClock
 
-pytestmark = pytest.mark.timeout(60)
 """A driver that waits for ever is what some of these are about."""
 
 

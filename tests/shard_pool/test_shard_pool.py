@@ -187,7 +187,7 @@ def test_a_killed_driver_leaves_nothing_running_and_its_successor_finishes(tmp_p
     assert tables(tmp_path) == calm
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 600) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "timed out"

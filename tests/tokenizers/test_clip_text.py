@@ -266,7 +266,7 @@ def test_a_tag_without_a_network_is_one_clear_error(monkeypatch: pytest.MonkeyPa
 
 def test_importing_the_file_needs_no_open_clip() -> None:
     check = "import sys, oar_scale.tokenizers.clip_text; assert 'open_clip' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", check], timeout=100).returncode == 0
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
 def test_a_spec_survives_json() -> None:
