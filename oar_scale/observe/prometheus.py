@@ -1,7 +1,8 @@
 """``/metrics`` for Prometheus and ``/healthz`` for whoever restarts what hangs, from the event files.
 
 Every metric is one line of ``METRICS``: its name, what it is, and where in the state of the stage it comes from. What a
-stage has not reported yet is left out, not zero. Counters count all attempts.
+stage has not reported yet is left out, not zero. Counters count all attempts. The text that Prometheus reads is written by
+prometheus_client, from a registry that holds this stage alone.
 """
 
 from __future__ import annotations
@@ -14,38 +15,42 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
-from typing import Literal
+from typing import Literal, get_args
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
 from oar_scale.config.schema import ObserveConfig
 from oar_scale.observe.events import EventReader
 from oar_scale.observe.formatting import duration
-from oar_scale.observe.state import PROGRESS, StageState
+from oar_scale.observe.state import PROGRESS, StageState, StageStatus
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
-DOINGS = ("waiting", "starting", "running", "stopping", "failed", "done")
 
 Labels = Mapping[str, str]
 Sample = tuple[Labels, float | None]
+"""Labels beside ``run`` and ``stage``, and a value; None for what the stage has not reported."""
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One metric: how Prometheus knows it, and its samples."""
+class MetricDefinition:
+    """One metric: its name, type and help text at Prometheus, and how its samples follow from the stage's state."""
 
     name: str
     type: Literal["gauge", "counter"]
     help: str
-    samples: Callable[[View], Iterable[Sample]]
+    samples: Callable[[MetricsView], Iterable[Sample]]
 
 
 @dataclass(frozen=True)
-class View:
+class MetricsView:
     """A stage at the time of a scrape."""
 
     state: StageState
@@ -57,28 +62,28 @@ class View:
     def checkpoint_age_s(self) -> float | None:
         """Since the newest committed checkpoint, or since the workers started where that is later."""
         times = [self.state.latest[kind]["time"] for kind in ("checkpoint", "start") if kind in self.state.latest]
-        return time.time() - max(times) if "start" in self.state.latest and self.state.doing != "done" else None
+        return time.time() - max(times) if "start" in self.state.latest and self.state.status != "done" else None
 
 
-def _last(name: str, text: str, kind: str, field: str, scale: float = 1.0) -> Metric:
+def _last(name: str, text: str, kind: str, field: str, scale: float = 1.0) -> MetricDefinition:
     """A number of the newest event of a kind."""
 
-    def samples(view: View) -> Iterable[Sample]:
+    def samples(view: MetricsView) -> Iterable[Sample]:
         value = view.state.value(kind, field)
         return [({}, None if value is None else value * scale)]
 
-    return Metric(f"oar_{name}", "gauge", text, samples)
+    return MetricDefinition(f"oar_{name}", "gauge", text, samples)
 
 
-def _gauge(name: str, text: str, value: Callable[[View], float | None]) -> Metric:
-    return Metric(f"oar_{name}", "gauge", text, lambda view: [({}, value(view))])
+def _gauge(name: str, text: str, value: Callable[[MetricsView], float | None]) -> MetricDefinition:
+    return MetricDefinition(f"oar_{name}", "gauge", text, lambda view: [({}, value(view))])
 
 
-def _count(name: str, text: str, total: str) -> Metric:
-    return Metric(f"oar_{name}_total", "counter", text, lambda view: [({}, view.state.totals[total])])
+def _count(name: str, text: str, total: str) -> MetricDefinition:
+    return MetricDefinition(f"oar_{name}_total", "counter", text, lambda view: [({}, view.state.totals[total])])
 
 
-def _info(view: View) -> Iterable[Sample]:
+def _info(view: MetricsView) -> Iterable[Sample]:
     start = view.state.latest.get("start")
     if start is None:
         return []
@@ -87,26 +92,26 @@ def _info(view: View) -> Iterable[Sample]:
     return [({**{name: str(start[name]) for name in names if name in start}, **versions}, 1)]
 
 
-def _by_position(view: View) -> Iterable[Sample]:
+def _by_position(view: MetricsView) -> Iterable[Sample]:
     parts = view.state.latest.get("train", {}).get("loss_by_position") or []
     return [({"quarter": str(quarter)}, value) for quarter, value in enumerate(parts, start=1)]
 
 
-def _heldout(view: View) -> Iterable[Sample]:
+def _heldout(view: MetricsView) -> Iterable[Sample]:
     return [({"orders": name}, view.state.value("heldout", f"nll_{name}")) for name in ("random", "raster", "stored", "ema")]
 
 
 METRICS = (
-    Metric("oar_info", "gauge", "Always 1; the labels say what runs.", _info),
-    Metric("oar_state", "gauge", "1 for what the stage is doing, 0 for the rest.",
-           lambda view: [({"doing": each}, float(view.state.doing == each)) for each in DOINGS]),
+    MetricDefinition("oar_info", "gauge", "Always 1; the labels say what runs.", _info),
+    MetricDefinition("oar_state", "gauge", "1 for what the stage is doing, 0 for the rest.",
+           lambda view: [({"doing": each}, float(view.state.status == each)) for each in get_args(StageStatus)]),
     _gauge("silent_seconds", "Time since the stage last showed progress.", lambda view: view.silent_s),
     _gauge("stall_limit_seconds", "observe.stall_s: a longer silence is a stall.", lambda view: view.stall_s),
     _gauge("step", "Steps done (of a pool: images).", lambda view: view.state.step),
     _gauge("target_step", "The step at which the stage is complete.", lambda view: view.state.steps),
     _gauge("remaining_seconds", "Time to the end at the pace of the last events.", lambda view: view.state.seconds_left()),
     _last("loss", "Training loss, nats per code.", "train", "loss"),
-    Metric("oar_loss_by_position", "gauge", "Training loss by quarter of the generation order.", _by_position),
+    MetricDefinition("oar_loss_by_position", "gauge", "Training loss by quarter of the generation order.", _by_position),
     _last("learning_rate", "Learning rate.", "train", "lr"),
     _last("gradient_norm", "Norm of the gradient before clipping.", "train", "grad_norm"),
     _last("images_per_second", "Images trained on per second, all workers.", "train", "images_per_s"),
@@ -117,7 +122,7 @@ METRICS = (
     _last("data_wait_seconds", "Part of a step that waits for data.", "train", "data_wait_s"),
     _last("memory_bytes", "Memory in use, maximum over the ranks: the device's, else the process'.", "train", "memory_mb", 2**20),
     _last("disk_free_bytes", "Free disk space for checkpoints under way, minimum over the ranks.", "train", "disk_free_gb", 1e9),
-    Metric("oar_heldout_nll", "gauge", "Held-out negative log-likelihood, nats per code.", _heldout),
+    MetricDefinition("oar_heldout_nll", "gauge", "Held-out negative log-likelihood, nats per code.", _heldout),
     _last("heldout_step", "Step of the last held-out evaluation.", "heldout", "step"),
     _last("heldout_seconds", "Duration of the last held-out evaluation.", "heldout", "seconds"),
     _last("checkpoint_step", "Step of the last committed checkpoint.", "checkpoint", "step"),
@@ -145,20 +150,24 @@ METRICS = (
 )  # fmt: skip
 
 
-def exposition(view: View, labels: Labels) -> str:
-    """The text that Prometheus reads; ``labels`` go to every sample."""
-    lines: list[str] = []
-    for metric in METRICS:
-        samples = [(own, value) for own, value in metric.samples(view) if value is not None]
-        if samples:
-            lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.type}"]
-            lines += [f"{metric.name}{{{_labels({**labels, **own})}}} {float(value)!r}" for own, value in samples]
-    return "\n".join(lines) + "\n"
+class StageCollector(Collector):
+    """Gives prometheus_client the metrics of one stage. Metrics without a sample are left out."""
 
+    def __init__(self, labels: Labels, view: Callable[[], MetricsView]) -> None:
+        """``labels`` go to every sample; ``view`` is asked for at each scrape."""
+        self._labels, self._view = labels, view
 
-def _labels(labels: Labels) -> str:
-    quoted = {name: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for name, value in labels.items()}
-    return ",".join(f'{name}="{value}"' for name, value in quoted.items())
+    def collect(self) -> Iterator[Metric]:
+        """The metrics as they are now."""
+        view = self._view()
+        for definition in METRICS:
+            # A counter is known to prometheus_client without its suffix, which it adds itself.
+            metric = Metric(definition.name.removesuffix("_total"), definition.help, definition.type)
+            for own, value in definition.samples(view):
+                if value is not None:
+                    metric.add_sample(definition.name, {**self._labels, **own}, float(value))
+            if metric.samples:
+                yield metric
 
 
 class _Server(ThreadingHTTPServer):
@@ -178,13 +187,14 @@ class MetricsServer:
             OSError: the port is taken, or the address is none of this host.
         """
         assert observe.metrics_port is not None
-        self._labels = {"run": recipe_name, "stage": stage}
+        self._registry = CollectorRegistry()
         self._stall_s = observe.stall_s
         self._state, self._lock = StageState(stage), threading.Lock()
         self._reader = EventReader(events, stage)
         self._progressed, self._failure = time.monotonic(), ""
         self._old = EventReader(events, stage, from_now=True).ends
         self._began = False
+        self._registry.register(StageCollector({"run": recipe_name, "stage": stage}, self._view))
         self._server = _Server((observe.metrics_address, observe.metrics_port), self._handler())
         self.port = int(self._server.server_address[1])
         host = socket.gethostname() if observe.metrics_address in ("0.0.0.0", "::", "") else observe.metrics_address
@@ -203,6 +213,7 @@ class MetricsServer:
         self._failure = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
     def stop(self, wait_s: float) -> None:
+        """Stop answering, and remove ``metrics.json``. It takes no time to speak of, whatever ``wait_s``."""
         self._ended.set()
         self._server.shutdown()
         self._server.server_close()
@@ -216,14 +227,18 @@ class MetricsServer:
             silent, state = time.monotonic() - self._progressed, self._state
         if self._failure:
             return False, self._failure
-        if silent > self._stall_s and state.doing != "done":
-            return False, f"stalled: no progress for {duration(silent)}; it was {state.doing} at step {state.step}"
-        return True, f"{state.doing}, step {state.step} of {state.steps}, last progress {duration(silent)} ago"
+        if silent > self._stall_s and state.status != "done":
+            return False, f"stalled: no progress for {duration(silent)}; it was {state.status} at step {state.step}"
+        return True, f"{state.status}, step {state.step} of {state.steps}, last progress {duration(silent)} ago"
 
-    def metrics(self) -> str:
+    def metrics(self) -> bytes:
+        """The answer to ``/metrics``, in Prometheus' text format."""
         self._update()
         with self._lock:
-            return exposition(View(self._state, time.monotonic() - self._progressed, self._stall_s), self._labels)
+            return generate_latest(self._registry)
+
+    def _view(self) -> MetricsView:
+        return MetricsView(self._state, time.monotonic() - self._progressed, self._stall_s)
 
     def _read(self) -> None:
         while not self._ended.wait(POLL_S):
@@ -238,12 +253,12 @@ class MetricsServer:
         with self._lock:
             for entry in self._reader.poll():
                 if not self._began and entry.end > self._old.get(entry.file, 0):
-                    self._began, self._state.doing = True, "waiting"
+                    self._began, self._state.status = True, "waiting"
                 self._state.take(entry.attempt, entry.event)
                 if entry.event["kind"] in PROGRESS:
                     self._progressed = time.monotonic()
             if not self._began:  # whatever earlier attempts came to, the one that is watched is yet to begin
-                self._state.doing = "waiting"
+                self._state.status = "waiting"
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
@@ -253,17 +268,16 @@ class MetricsServer:
 
             def do_GET(self) -> None:
                 if self.path == "/metrics":
-                    self._answer(200, server.metrics(), "text/plain; version=0.0.4; charset=utf-8")
+                    self._answer(200, server.metrics(), CONTENT_TYPE_PLAIN_0_0_4)
                 elif self.path == "/healthz":
                     well, text = server.health()
-                    self._answer(200 if well else 503, text + "\n", "text/plain; charset=utf-8")
+                    self._answer(200 if well else 503, f"{text}\n".encode(), "text/plain; charset=utf-8")
                 else:
-                    self._answer(404, "there are /metrics and /healthz\n", "text/plain; charset=utf-8")
+                    self._answer(404, b"there are /metrics and /healthz\n", "text/plain; charset=utf-8")
 
-            def _answer(self, status: int, text: str, content: str) -> None:
-                body = text.encode()
+            def _answer(self, status: int, body: bytes, content_type: str) -> None:
                 self.send_response(status)
-                self.send_header("Content-Type", content)
+                self.send_header("Content-Type", content_type)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

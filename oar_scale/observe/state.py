@@ -13,7 +13,7 @@ from typing import Literal
 from oar_scale.observe.events import Event, EventReader
 from oar_scale.observe.formatting import ALERTS
 
-Doing = Literal["waiting", "starting", "running", "stopping", "failed", "done"]
+StageStatus = Literal["waiting", "starting", "running", "stopping", "failed", "done"]
 
 PROGRESS = {"start", "resumed", "train", "heldout", "checkpoint", "samples", "profile", "pool", "vq", "order_head", "end"}
 """Kinds that show that the stage moves; a report of a fault does not."""
@@ -88,7 +88,7 @@ class StageState:
         self.steps: int | None = None
         self.began: float | None = None
         self.progressed: float | None = None
-        self.doing: Doing = "waiting"
+        self.status: StageStatus = "waiting"
         self._pace: deque[tuple[float, int]] = deque(maxlen=PACE_MARKS)
 
     def read(self, reader: EventReader) -> None:
@@ -116,11 +116,11 @@ class StageState:
     def _follow(self, kind: str, at: float, event: Event) -> None:
         match kind:
             case "start":
-                self.step, self.steps, self.doing = event.get("start_step", 0), event.get("steps"), "starting"
+                self.step, self.steps, self.status = event.get("start_step", 0), event.get("steps"), "starting"
                 self._pace.clear()
                 self._mark(at)
             case "train" | "vq" | "order_head":
-                self.step, self.doing = event["step"], "running" if self.doing != "stopping" else "stopping"
+                self.step, self.status = event["step"], "running" if self.status != "stopping" else "stopping"
                 self._mark(at)
                 if event.get("images_per_s"):
                     self.rates.append(event["images_per_s"])
@@ -128,10 +128,10 @@ class StageState:
                     self.totals[name] += event.get(name) or 0
             case "pool":
                 self.step = max(event["done"], self.step or 0)  # of several pools each learns late what the others have done
-                self.steps, self.doing = event["total"], "running" if self.step < event["total"] else "done"
+                self.steps, self.status = event["total"], "running" if self.step < event["total"] else "done"
                 self._mark(at)
             case "stopping" | "worker_failure" | "end":
-                self.doing = {"stopping": "stopping", "worker_failure": "failed", "end": "done"}[kind]  # type: ignore[assignment]
+                self.status = {"stopping": "stopping", "worker_failure": "failed", "end": "done"}[kind]  # type: ignore[assignment]
                 if kind == "end" and self.steps is not None:
                     self.step = self.steps
 

@@ -32,22 +32,22 @@ def status(place: Place, now: float | None = None) -> str:
     for stage in sorted(stages, key=lambda name: (order.index(name) if name in order else len(order), name)):
         state = StageState(stage)
         state.read(EventReader(place.events, stage))
-        told = [f"done in {duration(finished[stage])}"] if stage in finished else [_doing(state, now)]
+        told = [f"done in {duration(finished[stage])}"] if stage in finished else [_status_line(state, now)]
         lines += [f"{stage if index == 0 else '':10} {text}" for index, text in enumerate([*told, *_details(state, now)])]
     return "\n".join(lines) + "\n"
 
 
-def _doing(state: StageState, now: float) -> str:
+def _status_line(state: StageState, now: float) -> str:
     """What a stage that is not finished is doing, how far it is, and since when."""
     silent = now - (state.progressed or state.began or now)
-    doing: str = state.doing
+    doing: str = state.status
     if doing not in ("done", "waiting") and silent > _stall_s(state):
         doing = f"STALLED, or ended without a word, while {doing}:"
     parts = [doing, _progress(state)]
     left = state.seconds_left()
-    if state.doing == "running" and left is not None and silent <= _stall_s(state):
+    if state.status == "running" and left is not None and silent <= _stall_s(state):
         parts.append(f"{duration(left)} left")
-    if state.doing != "done":
+    if state.status != "done":
         parts.append(f"last progress {duration(silent)} ago")
     return "  ".join(part for part in parts if part)
 

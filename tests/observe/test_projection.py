@@ -124,7 +124,7 @@ def test_a_pool_that_was_complete_and_works_again_begins_anew(tmp_path: Path) ->
     assert pool_rows(tmp_path) == [(0, 0, 0), (2, 48, 0), (3, 96, 0), (1, 24, 1), (3, 72, 1)]
     state = StageState("extract")
     state.read(EventReader(str(tmp_path), "extract"))
-    assert (state.step, state.doing, state.totals["actor_started"]) == (72, "running", 2)
+    assert (state.step, state.status, state.totals["actor_started"]) == (72, "running", 2)
 
 
 def test_pools_at_work_at_the_same_time_are_one_run(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_pools_at_work_at_the_same_time_are_one_run(tmp_path: Path) -> None:
     assert projection.complete and projection.rows == 4 + 3 + 2, "points, actors and retries are rows"
     state = StageState("extract")
     state.read(EventReader(str(tmp_path), "extract"))
-    assert (state.step, state.doing) == (96, "done")
+    assert (state.step, state.status) == (96, "done")
     assert (state.totals["actor_started"], state.totals["retry"]) == (3, 2), "what the first tasks counted is kept"
 
 
@@ -168,4 +168,4 @@ def test_pace_and_time_left_count_from_the_start_of_the_attempt() -> None:
     event(1, 1020.0, "heldout", step=40, nll_random=3.0)
     event(1, 1030.0, "train", step=60, images_per_s=20.0)
     assert state.per_second() == 40 / 30 and state.seconds_left() == 30.0
-    assert (state.attempts, state.median_images_per_s, state.doing) == (2, 20.0, "running")
+    assert (state.attempts, state.median_images_per_s, state.status) == (2, 20.0, "running")
