@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oar_scale.commands.checkpoint_management import table
 from oar_scale.distributed.checkpoints.fetch import local_checkpoint
 from oar_scale.distributed.checkpoints.layout import Checkpoint
 from oar_scale.distributed.checkpoints.shard_tensors import WEIGHTS, Shards, read_shards
 from oar_scale.errors import UserError
+from oar_scale.runtime.tables import text_table
 from oar_scale.storage.folders import new_folder
 
 _LATEST, _TAG = "latest_universal", "universal"
@@ -42,7 +42,7 @@ def diff_checkpoints(first: str, second: str) -> str:
         differences = [["PARAMETER", *kinds]]
         for name in sorted({*left.shapes, *right.shapes}):
             differences.append([name, *(_difference(left, right, name, kind) for kind in kinds)])
-    return f"{table(rows)}\n\n{table(differences)}"
+    return "\n".join([*text_table(rows, align="numbers right"), "", *text_table(differences, align="numbers right")])
 
 
 def convert_checkpoint(uri: str, out: str) -> str:

@@ -7,7 +7,6 @@ checkpoints, or a single checkpoint (``.../step-00000100``).
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from oar_scale.distributed.checkpoints.retention import Keep, Removal, Retention
 from oar_scale.errors import UserError
 from oar_scale.generation.model_bundle import RECIPE
 from oar_scale.run.context import Run
+from oar_scale.runtime.tables import text_table
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.background import in_order
 
@@ -58,7 +58,7 @@ def list_checkpoints(where: str, now: float | None = None) -> str:
     rows = [row for location in _locations(where)[1] for row in _rows(location, now or time.time())]
     metrics = sorted({name for row in rows for name in row if name.islower()})
     columns = ["STAGE", "STEP", "COMMITTED", "WORKERS", "ZERO", "BYTES", "AGE", *metrics]
-    return table([columns, *([row.get(column, "") for column in columns] for row in rows)])
+    return "\n".join(text_table([columns, *([row.get(column, "") for column in columns] for row in rows)], align="numbers right"))
 
 
 def verify_checkpoints(where: str) -> Iterator[tuple[str, str | None]]:
@@ -118,16 +118,6 @@ def find_checkpoint_root(where: str) -> CheckpointRoot:
     recipe = load_recipe(join(where, RECIPE))
     root = recipe.storage.root or where
     return CheckpointRoot(join(root if root.startswith("s3://") else os.path.abspath(root), "checkpoints"), recipe)
-
-
-def table(rows: list[list[str]]) -> str:
-    """Rows as aligned columns; cells that start with a digit are right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(_cell, row, widths)).rstrip() for row in rows)
-
-
-def _cell(text: str, width: int) -> str:
-    return text.rjust(width) if re.match(r"[-\d.]", text) else text.ljust(width)
 
 
 def _locations(where: str) -> tuple[CheckpointRoot, list[CheckpointLocation]]:

@@ -15,6 +15,7 @@ from oar_scale.planning.memory_fit import gb
 from oar_scale.planning.plan import RunPlan
 from oar_scale.planning.simulation import Simulation
 from oar_scale.planning.training_stage import TrainingStagePlan
+from oar_scale.runtime.tables import text_table
 
 _MOMENTS = {
     "forward": "forward pass, with the loss",
@@ -289,12 +290,7 @@ def _assumptions(plan: RunPlan) -> Iterator[str]:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        first, *rest = (
-            cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  " + "  ".join([first, *rest]).rstrip()
+    return (f"  {line}" for line in text_table(rows, align="first left"))
 
 
 def _big(count: float) -> str:

@@ -28,6 +28,7 @@ from oar_scale.orders.order_files import head_file, run_files
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.artifacts import Tokens, prompt_encoder, read_tokens, require, require_any_order
 from oar_scale.run.context import Run
+from oar_scale.runtime.tables import text_table
 from oar_scale.storage import fetch, join, open_storage
 from oar_scale.studies.extraction_comparison import EXACT, ROUNDS, MethodResult, compare, extraction_methods, head_methods
 from oar_scale.studies.order_head_training import kept_out
@@ -101,8 +102,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             for name in ("heldout_nll_own", "heldout_nll_random"):
                 line += [f"{row[name]['mean']:.4f}", _with_error(row[f"{name}_above_exact"])]
             line.append(_with_error({"mean": row["kid_efflite0"], "standard_error": row["kid_efflite0_std"]}))
-    widths = [max(len(line[column]) for line in [heads, *lines]) for column in range(len(heads))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [heads, *lines]]
+    return text_table([heads, *lines])
 
 
 def _measured(run: Run, model_file: str, shards: Sequence[ShardInfo], tokens: Tokens, device: str, rounds: int) -> dict[str, MethodResult]:
