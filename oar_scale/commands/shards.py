@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from oar_scale.config.schema import TokenizerConfig
 from oar_scale.data.index import IndexJob, index_folder
-from oar_scale.data.stats import DecodeCodes, StatsJob, lines, look_at, picture_grid, summary
+from oar_scale.data.stats import DecodeCodes, StatsJob, collect_stats, lines, picture_grid, summary
 from oar_scale.data.verify import verify_folder
 from oar_scale.errors import UserError
 from oar_scale.observe.console import Console, Tally, duration
@@ -79,12 +79,12 @@ def show_shard_statistics(folder: str, pattern: str, shards: int | None, grid: s
     """
     decode = _decoder(tokenizer) if tokenizer and grid else None
     with _progress("shards") as show:
-        look, manifest = look_at(StatsJob(folder, pattern, shards, pictures=PICTURES if grid else 0), show)
-    figures = summary(look, manifest)
+        stats, manifest = collect_stats(StatsJob(folder, pattern, shards, pictures=PICTURES if grid else 0), show)
+    figures = summary(stats, manifest)
     print(json.dumps(figures, indent=2, ensure_ascii=True) if as_json else "\n".join(lines(figures)))
     if grid:
         buffer = io.BytesIO()
-        picture_grid(look, decode).save(buffer, "PNG")
+        picture_grid(stats, decode).save(buffer, "PNG")
         open_storage(grid).write(grid, buffer.getvalue())
 
 

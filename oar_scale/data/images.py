@@ -1,7 +1,7 @@
-"""Pictures from shards that others wrote: decoded only after the header has said that they are of a bearable size.
+"""Decoding images that others made, with a limit on the pixels that is checked before anything is decoded.
 
-A file of some kilobytes can claim 60,000 x 60,000 pixels, and decoding it would take 10 GB. The claim stands in the header,
-so it is read first. Only the formats of shards are tried: Pillow knows many more, some of them programs rather than pictures.
+A file of some kilobytes can hold 60,000 x 60,000 pixels, which would take 10 GB when decoded. The size is in the header, so that
+is read first. Only the formats of shards are accepted: Pillow reads many more, some of which are programs (PostScript).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BROKEN = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.Decom
 
 
 def decode_image(data: bytes | memoryview, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture in RGB.
+    """Decode a picture to RGB.
 
     Args:
         where: names shard and sample in errors, as in ``shard.tar: image of sample 'cat'``.
@@ -42,7 +42,7 @@ def decode_image(data: bytes | memoryview, where: str, max_pixels: int = MAX_PIX
 
 
 def image_size(data: bytes | memoryview, where: str) -> tuple[int, int]:
-    """Width and height as the header says, without decoding. Raises UserError as :func:`decode_image`, but for no size."""
+    """Width and height in the header, without decoding. Raises UserError as :func:`decode_image`, but accepts any size."""
     return _open(data, where).size
 
 

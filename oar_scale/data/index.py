@@ -1,10 +1,10 @@
-"""A manifest for shards that others wrote: every shard read once, in parallel, going on where it was interrupted.
+"""A manifest for shards that others wrote (``oar data index``): every shard is read once, in parallel; an interrupted run resumes.
 
     SHARDS/00000.tar ...            ->  SHARDS/manifest.json
-    SHARDS/index.partial/NAME.json      what is known of each shard already read; removed when the manifest is there
+    SHARDS/index.partial/NAME.json      the scan of each shard that was read; removed when the manifest is written
 
-An entry counts only while its shard is unchanged (the storage's version of it is written down, too). A manifest that says
-something else is not replaced without being asked.
+An entry is used only while its shard is unchanged (the entry holds the storage's version of it). An existing manifest with other
+contents is replaced with --force only.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ NAMED = 10
 
 @dataclass(frozen=True)
 class IndexJob:
-    """Which shards, and what nobody can read off token shards."""
+    """Which shards to index, and what cannot be read off token shards."""
 
     folder: str
     pattern: str = "*.tar"
     out: str | None = None
-    """Where the manifest goes. Default: beside the shards, where everybody looks for it."""
+    """URI of the manifest; default: ``manifest.json`` beside the shards, where all readers expect it."""
     workers: int = 8
     grid: int | None = None
     """Cells per side; default: the root of the number of codes."""
@@ -48,16 +48,18 @@ class IndexJob:
 
     @property
     def manifest_uri(self) -> str:
+        """Where the manifest is written."""
         return self.out or join(self.folder, "manifest.json")
 
     @property
     def ledger(self) -> str:
+        """Folder with the scans of shards that were read, until the manifest is written."""
         return join(self.manifest_uri.rpartition("/")[0] or ".", "index.partial")
 
 
 @dataclass(frozen=True)
-class Indexed:
-    """The manifest, and what the user should know about the shards beyond it."""
+class IndexResult:
+    """The manifest, and statistics of the shards that are not in it."""
 
     manifest: Manifest
     read: int
@@ -69,7 +71,7 @@ class Indexed:
     bad_captions: int
 
 
-def index_folder(job: IndexJob, on_progress: Callable[[int, int], None] | None = None) -> Indexed:
+def index_folder(job: IndexJob, on_progress: Callable[[int, int], None] | None = None) -> IndexResult:
     """Read the shards that are not in the ledger yet and write the manifest.
 
     Args:
@@ -80,9 +82,9 @@ def index_folder(job: IndexJob, on_progress: Callable[[int, int], None] | None =
             a manifest that says something else.
     """
     names = list_shards(job.folder, job.pattern)
-    before = _manifest_there(job)
+    before = _existing_manifest(job)
     if before is not None and not job.force and [shard.name for shard in before.shards] != names:
-        raise _other(job, f"it lists {len(before.shards)} shards, here are {len(names)} that match {job.pattern!r}")
+        raise _other_manifest(job, f"it lists {len(before.shards)} shards, here are {len(names)} that match {job.pattern!r}")
     scans = _from_ledger(job, names)
     missing = [name for name in names if name not in scans]
     report = on_progress or (lambda done, total: None)
@@ -97,14 +99,14 @@ def index_folder(job: IndexJob, on_progress: Callable[[int, int], None] | None =
         raise _broken(broken, len(names))
     manifest = _manifest(job, {name: scans[name] for name in names}, before)
     if before is not None and not job.force and before.fingerprint != manifest.fingerprint:
-        raise _other(job, "shards or settings differ")
+        raise _other_manifest(job, "shards or settings differ")
     open_storage(job.manifest_uri).write(job.manifest_uri, manifest.model_dump_json(indent=1).encode())
     _remove_ledger(job)
     parts: Counter[str] = Counter()
     for scan in scans.values():
         parts.update(scan.parts)
     faults, captions = sum(scan.fault_count for scan in scans.values()), sum(scan.bad_captions for scan in scans.values())
-    return Indexed(manifest, len(missing), dict(parts), faults, captions)
+    return IndexResult(manifest, len(missing), dict(parts), faults, captions)
 
 
 def _scan(job: IndexJob, name: str) -> ShardScan:
@@ -121,8 +123,8 @@ def _entry(job: IndexJob, name: str) -> str:
 
 
 def _from_ledger(job: IndexJob, names: Iterable[str]) -> dict[str, ShardScan]:
-    """What an earlier attempt found, of shards that are still the same."""
-    there = set(open_storage(job.ledger).list(job.ledger))
+    """The scans of an earlier, interrupted run, of the shards that have not changed since."""
+    existing = set(open_storage(job.ledger).list(job.ledger))
 
     def read(name: str) -> tuple[str, ShardScan | None]:
         entry, uri = read_json(_entry(job, name)), join(job.folder, name)
@@ -132,7 +134,7 @@ def _from_ledger(job: IndexJob, names: Iterable[str]) -> dict[str, ShardScan]:
         return name, ShardScan(**{**entry["scan"], "codes_shape": views_cells and tuple(views_cells)})
 
     with ThreadPoolExecutor(job.workers) as pool:
-        return {name: scan for name, scan in pool.map(read, (name for name in names if _entry(job, name) in there)) if scan is not None}
+        return {name: scan for name, scan in pool.map(read, (name for name in names if _entry(job, name) in existing)) if scan is not None}
 
 
 def _remove_ledger(job: IndexJob) -> None:
@@ -144,17 +146,17 @@ def _remove_ledger(job: IndexJob) -> None:
         list(pool.map(storage.delete, storage.list(job.ledger)))
 
 
-def _manifest_there(job: IndexJob) -> Manifest | None:
+def _existing_manifest(job: IndexJob) -> Manifest | None:
     try:
         return parse_manifest(open_storage(job.manifest_uri).read(job.manifest_uri), job.manifest_uri)
     except Missing:
         return None
 
 
-def _other(job: IndexJob, why: str) -> UserError:
+def _other_manifest(job: IndexJob, why: str) -> UserError:
     return UserError(
         f"{job.manifest_uri}: there is another manifest: {why}.\n"
-        "Whatever was made with it (codes, orders, runs) rests on it. Use --force to replace it, or --out for another place."
+        "Codes, orders and runs that were made with it depend on it. Use --force to replace it, or --out for another path."
     )
 
 

@@ -1,6 +1,6 @@
-"""``manifest.json``: what lies in a folder of shards, so that nobody has to open a shard to know.
+"""``manifest.json``: the list of a folder's shards with sizes and checksums, and what their codes mean.
 
-It is written after the last shard; a folder without one is unfinished work and nobody reads it.
+It is written after the last shard: a folder without a manifest is unfinished and is not read.
 """
 
 from __future__ import annotations
@@ -51,25 +51,26 @@ class Manifest(BaseModel):
     """The captions through a text tower, where they were computed beforehand."""
     attribution: str = ""
     skipped: dict[str, str] = {}
-    """Samples that were left out, by name, and why."""
+    """Images that were skipped when the shards were written: the reason for each key."""
     with_variant_in_train: int = 0
     """Held-out samples of which training has a variant: they are easier than unseen pictures."""
 
     @property
     def samples(self) -> int:
+        """Samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def fingerprint(self) -> str:
         """Changes with any byte of any shard and with the meaning of the codes."""
-        left_out = {"attribution", "skipped", "with_variant_in_train"}
+        excluded = {"attribution", "skipped", "with_variant_in_train"}
         if self.features is None:
-            left_out.add("features")  # shards without any keep the fingerprint they had before there was this field
-        return fingerprint(self.model_dump(mode="json", exclude=left_out))
+            excluded.add("features")  # shards without any keep the fingerprint they had before there was this field
+        return fingerprint(self.model_dump(mode="json", exclude=excluded))
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
-    """Write the manifest of a folder; the last thing that makes its shards count."""
+    """Write the manifest of a folder, after all of its shards."""
     uri = join(folder, "manifest.json")
     open_storage(uri).write(uri, manifest.model_dump_json(indent=1).encode())
 
@@ -78,7 +79,7 @@ def read_manifest(folder: str) -> Manifest:
     """The manifest of a folder of shards.
 
     Raises:
-        UserError: there is none, or it is not one of ours.
+        UserError: there is no manifest, or it was not written by oar_scale.
     """
     uri = join(folder, "manifest.json")
     try:
@@ -91,7 +92,7 @@ def read_manifest(folder: str) -> Manifest:
 
 
 def parse_manifest(data: bytes, uri: str) -> Manifest:
-    """The manifest in these bytes, which came from ``uri``. Raises UserError where it is not one of ours."""
+    """The manifest in these bytes, which came from ``uri``. Raises UserError where oar_scale did not write them."""
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:

@@ -2,7 +2,7 @@
 
     names of all images --sort by a hash of the key--> threads read, decode, resize --> a shard goes out as soon as it is full
 
-Nothing but the names is in memory as a whole, so that a million images take no more than a thousand and their names.
+Only the names of all images are in memory at once, so a million images take no more memory than a thousand and the further names.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def prepare_images(config: DataConfig, folder: str, on_progress: OnProgress | No
         if isinstance(sample, str):
             skipped[image.key] = sample
             if config.on_bad_sample == "fail":
-                raise UserError(f"data: image {image.key!r}: {sample}. Mend it, or set data.on_bad_sample: skip.")
+                raise UserError(f"data: image {image.key!r}: {sample}. Fix it, or set data.on_bad_sample: skip.")
         elif splits[_split_of(image, config)].add(sample, image.family):
             report(done, len(images))
             _check_skipped(config, skipped, done, len(images))
@@ -70,7 +70,7 @@ def prepare_images(config: DataConfig, folder: str, on_progress: OnProgress | No
 
 
 def _in_order(images: list[SourceImage]) -> list[SourceImage]:
-    """By a hash of the key: the same for the same images, and no relatives side by side."""
+    """By a hash of the key: the same for the same images, and no variants of one picture side by side."""
     keys = [image.key for image in images]
     if len(set(keys)) < len(keys):
         repeated = [key for key, count in Counter(keys).items() if count > 1]
@@ -102,20 +102,20 @@ def _encode(image: SourceImage, size: int) -> dict[str, Any] | str:
 
 
 def _map_in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[tuple[Item, Result]]:
-    """Each item with its result, in the order of the items; a bounded number of them is under way.
+    """Each item with its result, in the order of the items; a bounded number of them is in progress.
 
     Threads, because decoding, resizing and packing an image all happen outside Python's lock.
     """
-    under_way: deque[tuple[Item, Future[Result]]] = deque()
+    in_progress: deque[tuple[Item, Future[Result]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                under_way.append((item, pool.submit(function, item)))
-                if len(under_way) > AHEAD * threads:
-                    first, result = under_way.popleft()
+                in_progress.append((item, pool.submit(function, item)))
+                if len(in_progress) > AHEAD * threads:
+                    first, result = in_progress.popleft()
                     yield first, result.result()
-            while under_way:
-                first, result = under_way.popleft()
+            while in_progress:
+                first, result = in_progress.popleft()
                 yield first, result.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -133,7 +133,7 @@ class _Split:
     waiting: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, sample: dict[str, Any], family: str) -> bool:
-        """Whether this sample made a shard full, which was then written."""
+        """Add a sample, and write the shard that it completes; returns whether it did."""
         self.waiting.append(sample)
         if family:
             self.families[family] += 1
@@ -143,12 +143,14 @@ class _Split:
         return True
 
     def flush(self) -> None:
+        """Write the samples that wait as one shard, if there are any."""
         if self.waiting:
             self.shards.append(write_shard(self.folder, shard_name(len(self.shards)), self.waiting))
             self.waiting = []
 
 
 def _check_skipped(config: DataConfig, skipped: dict[str, str], done: int, total: int) -> None:
+    """Raise UserError once more images are skipped than ``data.max_bad_fraction`` allows."""
     if total and len(skipped) / total > config.max_bad_fraction:
         named = "; ".join(f"{key}: {fault}" for key, fault in list(skipped.items())[:5])
         raise UserError(

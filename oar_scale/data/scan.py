@@ -1,7 +1,8 @@
-"""One pass over one shard: its bytes, its samples, and everything that is wrong with it.
+"""One pass over one shard: checksum, samples, members, and every fault of single samples.
 
-What the manifest of a folder is made of (``oar data index``) and what it is compared with (``oar data verify``). The shard is
-mapped, not read into memory; one from S3 is downloaded once into a temporary file that has no name any more when it is used.
+``oar data index`` makes the manifest of a folder from such scans, ``oar data verify`` compares the manifest with them. A local shard is
+mapped, not read into memory. One from S3 is downloaded once, into a temporary file that is mapped and unlinked before it is used,
+so that nothing is left behind by a killed process.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from oar_scale.storage import open_storage
 FAULTS_KEPT = 20
 """Faults of a shard that are kept as text; the others are counted."""
 KINDS_KEPT = 500
-"""Sets of extensions that are told apart in a shard; the samples of others are counted as having ``(other)``."""
+"""Different sets of extensions that are counted separately in a shard; samples with further ones count as ``(other)``."""
 
-_Done = TypeVar("_Done")
+Result = TypeVar("Result")
 
 
 @dataclass
 class ShardScan:
-    """What a shard holds."""
+    """What one shard holds, as :func:`scan_shard` read it."""
 
     bytes: int
     crc32c: int
@@ -52,6 +53,7 @@ class ShardScan:
     fault_count: int = 0
 
     def fault(self, text: str) -> None:
+        """Count a fault, and keep the text of the first ones."""
         self.fault_count += 1
         if len(self.faults) < FAULTS_KEPT:
             self.faults.append(text)
@@ -64,12 +66,12 @@ def list_shards(folder: str, pattern: str = "*.tar") -> list[str]:
         UserError: there are none.
     """
     names = names_below(folder)
-    found = [name for name in names if fnmatchcase(name, pattern)]
-    if not found:
+    shards = [name for name in names if fnmatchcase(name, pattern)]
+    if not shards:
         raise UserError(
             f"{folder}: none of the {len(names)} objects below it matches {pattern!r}. Check the path, or give another --pattern."
         )
-    return sorted(found, key=_natural)
+    return sorted(shards, key=_natural)
 
 
 def names_below(folder: str) -> list[str]:
@@ -217,17 +219,17 @@ def npy_header(data: memoryview) -> tuple[tuple[int, ...], str, bool, int]:
         ValueError: no ``.npy``.
     """
     if data[:6].tobytes() != b"\x93NUMPY" or len(data) < 12:
-        raise ValueError("it begins otherwise")
+        raise ValueError("it does not begin with the magic string")
     start, width = (10, 2) if data[6] == 1 else (12, 4)
     end = start + int.from_bytes(data[8 : 8 + width], "little")
     text = data[start : min(end, start + 10_000)].tobytes()
-    found = [
+    fields = [
         re.search(pattern, text)
         for pattern in (rb"'shape':\s*\(([0-9, ]*)\)", rb"'descr':\s*'([^']*)'", rb"'fortran_order':\s*(True|False)")
     ]
-    if not all(found) or end > len(data):
+    if not all(fields) or end > len(data):
         raise ValueError("its header cannot be read")
-    shape, dtype, fortran = (match[1].decode("latin-1") for match in found if match)
+    shape, dtype, fortran = (match[1].decode("latin-1") for match in fields if match)
     return tuple(int(number) for number in shape.replace(",", " ").split()), dtype, fortran == "True", end
 
 
@@ -240,18 +242,18 @@ def _is_utf8(data: memoryview) -> bool:
 
 
 def in_parallel(
-    work: Callable[[str], _Done], names: Iterable[str], workers: int, on_error: Callable[[str, UserError], None]
-) -> Iterator[tuple[str, _Done]]:
-    """Do each piece of work in threads, a few ahead of what is taken; results come as they are ready.
+    work: Callable[[str], Result], names: Iterable[str], workers: int, on_error: Callable[[str, UserError], None]
+) -> Iterator[tuple[str, Result]]:
+    """Run ``work`` on each name in threads; yields (name, result) as results are ready, with a bounded number of names in progress.
 
     Threads, because most of the time is download, checksum and disk, which run beside each other; and because nothing is left
     running when the process is killed.
 
     Args:
-        on_error: called with the name and what the work raised; the others go on.
+        on_error: called with the name and the UserError that the work raised; the other names still run.
     """
     rest = iter(names)
-    running: dict[Future[_Done], str] = {}
+    running: dict[Future[Result], str] = {}
     pool = ThreadPoolExecutor(workers)
     try:
         while True:

@@ -1,4 +1,4 @@
-"""Shards: WebDataset tars, written deterministically and read with every fault named.
+"""Whole shards: WebDataset tars, written deterministically, and read as lists of samples.
 
 A sample is a run of members that share a KEY (the name up to the first dot):
 
@@ -29,11 +29,12 @@ from oar_scale.storage.shard_cache import ShardCache
 
 
 def shard_name(index: int) -> str:
+    """File name of the shard of this index: ``00042.tar``."""
     return f"{index:05d}.tar"
 
 
 def write_shard(folder: str, name: str, samples: Iterable[dict[str, Any]]) -> ShardInfo:
-    """Write one shard (each sample a dict with ``__key__`` and a value per extension) and publish it whole."""
+    """Write one shard (each sample a dict with ``__key__`` and a value per extension) and publish it atomically."""
     uri, count = join(folder, name), 0
     handle, path = tempfile.mkstemp(suffix=".tar")
     os.close(handle)

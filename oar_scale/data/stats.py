@@ -1,6 +1,6 @@
-"""A quick look at a folder of shards, with a manifest or without: what its samples are made of, and what they look like.
+"""Statistics of a folder of shards, with a manifest or without (``oar data stats``): members, captions, images, codes, a picture grid.
 
-Some shards are read, by default the first ones; the figures are of those, and say so.
+By default only the first shards are read; the figures are of those, and the report says of how many.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ CAPTION_STEP = 5
 """Words in a bar of the histogram of caption lengths."""
 
 DecodeCodes = Callable[[NDArray[np.uint16]], list[Image.Image]]
-"""Pictures of codes [S, N]."""
+"""Decodes codes [S, N] to S pictures."""
 
 
 @dataclass
-class Look:
-    """What some shards hold."""
+class ShardStats:
+    """Counts over some shards; those of several shards can be merged."""
 
     shards: int = 0
     bytes: int = 0
@@ -60,7 +60,8 @@ class Look:
     tokens: list[NDArray[np.uint16]] = field(default_factory=list)
     """Codes of the first view of the samples for the grid."""
 
-    def merge(self, other: Look) -> None:
+    def merge(self, other: ShardStats) -> None:
+        """Add the counts, pictures and codes of other shards to these."""
         for name in ("shards", "bytes", "samples", "bad_captions", "bad_images", "bad_codes"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("parts", "caption_words", "words", "labels", "sizes", "code_shapes"):
@@ -74,7 +75,7 @@ class Look:
 
 @dataclass(frozen=True)
 class StatsJob:
-    """What to look at."""
+    """Which shards to read, and how many pictures to keep."""
 
     folder: str
     pattern: str = "*.tar"
@@ -85,8 +86,8 @@ class StatsJob:
     """Samples kept for a picture grid, as many of each shard."""
 
 
-def look_at(job: StatsJob, on_progress: Callable[[int, int], None] | None = None) -> tuple[Look, Manifest | None]:
-    """Read the shards; returns what they hold, and the manifest if there is one.
+def collect_stats(job: StatsJob, on_progress: Callable[[int, int], None] | None = None) -> tuple[ShardStats, Manifest | None]:
+    """Read the shards; returns their statistics, and the manifest if there is one.
 
     Raises:
         UserError: no shards, or one that cannot be read.
@@ -97,17 +98,17 @@ def look_at(job: StatsJob, on_progress: Callable[[int, int], None] | None = None
     share = math.ceil(job.pictures / len(names)) if names else 0
     report = on_progress or (lambda done, total: None)
     report(0, len(names))
-    looks: dict[str, Look] = {}
+    by_shard: dict[str, ShardStats] = {}
 
     def broken(name: str, error: UserError) -> None:
         raise error
 
-    for name, look in in_parallel(lambda name: _look_at_shard(join(job.folder, name), share), names, job.workers, broken):
-        looks[name] = look
-        report(len(looks), len(names))
-    whole = Look()
+    for name, stats in in_parallel(lambda name: _shard_stats(join(job.folder, name), share), names, job.workers, broken):
+        by_shard[name] = stats
+        report(len(by_shard), len(names))
+    whole = ShardStats()
     for name in names:
-        whole.merge(looks.pop(name))
+        whole.merge(by_shard.pop(name))
     return whole, manifest
 
 
@@ -119,31 +120,31 @@ def _manifest(folder: str) -> Manifest | None:
         return None
 
 
-def _look_at_shard(uri: str, pictures: int) -> Look:
-    look = Look(shards=1)
+def _shard_stats(uri: str, pictures: int) -> ShardStats:
+    stats = ShardStats(shards=1)
     with open_bytes(uri) as data:
-        look.bytes = len(data)
+        stats.bytes = len(data)
         for key, sample in samples(data, uri):
-            look.samples += 1
-            look.parts.update(sample.keys())
-            wanted = len(look.pictures) + len(look.tokens) < pictures
-            _add_caption(look, sample)
-            _add_label(look, sample)
-            _add_image(look, sample, f"{uri}: image of sample {key!r}", wanted)
-            _add_codes(look, sample, wanted)
-    return look
+            stats.samples += 1
+            stats.parts.update(sample.keys())
+            wanted = len(stats.pictures) + len(stats.tokens) < pictures
+            _add_caption(stats, sample)
+            _add_label(stats, sample)
+            _add_image(stats, sample, f"{uri}: image of sample {key!r}", wanted)
+            _add_codes(stats, sample, wanted)
+    return stats
 
 
-def _add_caption(look: Look, sample: dict[str, memoryview]) -> None:
+def _add_caption(stats: ShardStats, sample: dict[str, memoryview]) -> None:
     if "txt" not in sample:
         return
     raw = bytes(sample["txt"])
     caption = raw.decode("utf-8", errors="replace")
-    look.bad_captions += caption.encode() != raw
+    stats.bad_captions += caption.encode() != raw
     words = re.findall(r"\w+(?:['’-]\w+)*", caption.lower())
-    look.caption_words[len(words)] += 1
-    look.words.update(words)
-    _trim(look.words)
+    stats.caption_words[len(words)] += 1
+    stats.words.update(words)
+    _trim(stats.words)
 
 
 def _trim(words: Counter[str]) -> None:
@@ -153,7 +154,7 @@ def _trim(words: Counter[str]) -> None:
         words.update(dict(kept))
 
 
-def _add_label(look: Look, sample: dict[str, memoryview]) -> None:
+def _add_label(stats: ShardStats, sample: dict[str, memoryview]) -> None:
     """A class label: ``label`` in KEY.json, or KEY.cls."""
     label: Any = None
     try:
@@ -165,23 +166,23 @@ def _add_label(look: Look, sample: dict[str, memoryview]) -> None:
     except (ValueError, RecursionError):
         return
     if isinstance(label, int | str):
-        look.labels[str(label)[:80]] += 1
-        _trim(look.labels)
+        stats.labels[str(label)[:80]] += 1
+        _trim(stats.labels)
 
 
-def _add_image(look: Look, sample: dict[str, memoryview], where: str, wanted: bool) -> None:
+def _add_image(stats: ShardStats, sample: dict[str, memoryview], where: str, wanted: bool) -> None:
     data = next((sample[part] for part in EXTENSIONS if part in sample), None)
     if data is None:
         return
     try:
-        look.sizes[image_size(data, where)] += 1
+        stats.sizes[image_size(data, where)] += 1
         if wanted:
-            look.pictures.append(ImageOps.pad(decode_image(data, where), (CELL, CELL), color="white"))
+            stats.pictures.append(ImageOps.pad(decode_image(data, where), (CELL, CELL), color="white"))
     except UserError:
-        look.bad_images += 1
+        stats.bad_images += 1
 
 
-def _add_codes(look: Look, sample: dict[str, memoryview], wanted: bool) -> None:
+def _add_codes(stats: ShardStats, sample: dict[str, memoryview], wanted: bool) -> None:
     if "codes.npy" not in sample:
         return
     data = sample["codes.npy"]
@@ -190,31 +191,31 @@ def _add_codes(look: Look, sample: dict[str, memoryview], wanted: bool) -> None:
         if dtype != "<u2" or fortran or len(shape) != 2 or not all(shape) or len(data) != start + 2 * shape[0] * shape[1]:
             raise ValueError("not uint16 [views, cells]")
     except ValueError:
-        look.bad_codes += 1
+        stats.bad_codes += 1
         return
     codes_VN = np.frombuffer(data[start:], dtype="<u2").reshape(shape)
-    look.code_shapes[shape[0], shape[1]] += 1
+    stats.code_shapes[shape[0], shape[1]] += 1
     counts = np.bincount(codes_VN.reshape(-1))
-    look.codes[: len(counts)] += counts
+    stats.codes[: len(counts)] += counts
     if wanted:
-        look.tokens.append(codes_VN[0].copy())
+        stats.tokens.append(codes_VN[0].copy())
 
 
-def picture_grid(look: Look, decode: DecodeCodes | None) -> Image.Image:
+def picture_grid(stats: ShardStats, decode: DecodeCodes | None) -> Image.Image:
     """The pictures that were kept, in rows of equal length.
 
     Raises:
-        UserError: no pictures; for token shards, nobody to decode them.
+        UserError: no pictures; for token shards, no tokenizer to decode them.
     """
-    pictures = list(look.pictures)
-    if look.tokens and decode is None and not pictures:
+    pictures = list(stats.pictures)
+    if stats.tokens and decode is None and not pictures:
         raise UserError("These shards hold codes, no pictures: --grid needs the --tokenizer that made them.")
-    if decode is not None and look.tokens:
-        if len({len(codes) for codes in look.tokens}) > 1:
+    if decode is not None and stats.tokens:
+        if len({len(codes) for codes in stats.tokens}) > 1:
             raise UserError("These shards hold codes of different grids; no tokenizer decodes them all.")
-        pictures += [picture.resize((CELL, CELL), Image.Resampling.NEAREST) for picture in decode(np.stack(look.tokens))]
+        pictures += [picture.resize((CELL, CELL), Image.Resampling.NEAREST) for picture in decode(np.stack(stats.tokens))]
     if not pictures:
-        raise UserError("No picture for --grid: the shards looked at hold none that can be read.")
+        raise UserError("No picture for --grid: the shards that were read hold none that can be decoded.")
     columns, gap = math.ceil(math.sqrt(len(pictures))), 2
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * (CELL + gap) - gap, rows * (CELL + gap) - gap), "white")
@@ -223,64 +224,64 @@ def picture_grid(look: Look, decode: DecodeCodes | None) -> Image.Image:
     return sheet
 
 
-def summary(look: Look, manifest: Manifest | None) -> dict[str, Any]:
+def summary(stats: ShardStats, manifest: Manifest | None) -> dict[str, Any]:
     """The figures as plain values, for JSON."""
     result: dict[str, Any] = {
-        "shards": look.shards,
-        "samples": look.samples,
-        "bytes": look.bytes,
-        "parts": dict(look.parts.most_common(50)),
+        "shards": stats.shards,
+        "samples": stats.samples,
+        "bytes": stats.bytes,
+        "parts": dict(stats.parts.most_common(50)),
     }
     if manifest is not None:
         result["manifest"] = {"shards": len(manifest.shards), "samples": manifest.samples, "bytes": sum(s.bytes for s in manifest.shards)}
-    if look.caption_words:
+    if stats.caption_words:
         bars = Counter[int]()
-        for length, count in look.caption_words.items():
+        for length, count in stats.caption_words.items():
             bars[length // CAPTION_STEP * CAPTION_STEP] += count
         result["captions"] = {
-            "count": look.caption_words.total(),
-            "words": _spread(look.caption_words),
+            "count": stats.caption_words.total(),
+            "words": _spread(stats.caption_words),
             "histogram": {f"{low}-{low + CAPTION_STEP - 1}": bars[low] for low in sorted(bars)},
-            "not_utf8": look.bad_captions,
-            "common_words": dict(look.words.most_common(20)),
+            "not_utf8": stats.bad_captions,
+            "common_words": dict(stats.words.most_common(20)),
         }
-    if look.sizes or look.bad_images:
+    if stats.sizes or stats.bad_images:
         widths, heights = Counter[int](), Counter[int]()
-        for (width, height), count in look.sizes.items():
+        for (width, height), count in stats.sizes.items():
             widths[width] += count
             heights[height] += count
-        common = {f"{width}x{height}": count for (width, height), count in look.sizes.most_common(10)}
+        common = {f"{width}x{height}": count for (width, height), count in stats.sizes.most_common(10)}
         sides = {"width": _spread(widths), "height": _spread(heights)} if widths else {}
-        result["images"] = {"count": widths.total(), **sides, "common_sizes": common, "unreadable": look.bad_images}
-    if look.code_shapes or look.bad_codes:
-        result["codes"] = _code_summary(look, manifest)
-    if look.labels:
-        result["labels"] = {"count": look.labels.total(), "different": len(look.labels), "common": dict(look.labels.most_common(20))}
+        result["images"] = {"count": widths.total(), **sides, "common_sizes": common, "unreadable": stats.bad_images}
+    if stats.code_shapes or stats.bad_codes:
+        result["codes"] = _code_summary(stats, manifest)
+    if stats.labels:
+        result["labels"] = {"count": stats.labels.total(), "different": len(stats.labels), "common": dict(stats.labels.most_common(20))}
     return result
 
 
-def _code_summary(look: Look, manifest: Manifest | None) -> dict[str, Any]:
+def _code_summary(stats: ShardStats, manifest: Manifest | None) -> dict[str, Any]:
     """Entropy in bits; ``unused`` of the vocabulary, which without a manifest is what the largest code says."""
-    total, used = int(look.codes.sum()), look.codes[look.codes > 0]
+    total, used = int(stats.codes.sum()), stats.codes[stats.codes > 0]
     share = used / max(total, 1)
-    largest = int(np.flatnonzero(look.codes).max(initial=-1))
+    largest = int(np.flatnonzero(stats.codes).max(initial=-1))
     vocabulary = manifest.vocab_size if manifest is not None and manifest.vocab_size else largest + 1
-    common = np.argsort(-look.codes, kind="stable")[:10]
+    common = np.argsort(-stats.codes, kind="stable")[:10]
     return {
         "count": total,
-        "shapes": {f"{views}x{cells}": count for (views, cells), count in look.code_shapes.most_common(10)},
+        "shapes": {f"{views}x{cells}": count for (views, cells), count in stats.code_shapes.most_common(10)},
         "largest": largest,
         "vocabulary": vocabulary,
         "unused": vocabulary - len(used),
         "entropy_bits": round(float(-(share * np.log2(share)).sum()), 4),
         "entropy_bits_of_uniform": round(math.log2(max(vocabulary, 1)), 4),
-        "common": {str(code): int(look.codes[code]) for code in common.tolist() if look.codes[code]},
-        "unreadable": look.bad_codes,
+        "common": {str(code): int(stats.codes[code]) for code in common.tolist() if stats.codes[code]},
+        "unreadable": stats.bad_codes,
     }
 
 
 def _spread(counts: Counter[int]) -> dict[str, float]:
-    """Of numbers that occur so often."""
+    """Range, quantiles and mean of numbers, from how often each occurs."""
     total, ordered = counts.total(), sorted(counts)
     until = list(accumulate(counts[value] for value in ordered))
     at = {name: ordered[bisect_right(until, share * (total - 1))] for name, share in (("p10", 0.1), ("median", 0.5), ("p90", 0.9))}
@@ -289,7 +290,7 @@ def _spread(counts: Counter[int]) -> dict[str, float]:
 
 
 def lines(figures: dict[str, Any]) -> Iterator[str]:
-    """The figures for people."""
+    """The figures of :func:`summary` as lines of text."""
     whole = figures.get("manifest")
     of = f" of {whole['shards']} shards with {whole['samples']} samples" if whole else ""
     yield f"{figures['shards']} shards{of}: {figures['samples']} samples, {figures['bytes'] / 1e6:.1f} MB"

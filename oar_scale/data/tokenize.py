@@ -89,12 +89,12 @@ def _text_features(text: ClipText, captions: Sequence[str], uri: str) -> list[by
     features_BTF = text.features(ids_BT).to(torch.float16)
     if not torch.isfinite(features_BTF).all():
         raise UserError(f"{uri}: features of the text tower are too large for float16. Set tokenizer.text.precompute: false.")
-    found = []
+    files = []
     for features_TF, rows in zip(features_BTF.numpy(), (ids_BT != 0).sum(1).tolist(), strict=True):
         buffer = io.BytesIO()
         np.save(buffer, features_TF[: min(rows, text.rows)])
-        found.append(buffer.getvalue())
-    return found
+        files.append(buffer.getvalue())
+    return files
 
 
 def _picture(sample: dict[str, bytes], uri: str) -> Image.Image:

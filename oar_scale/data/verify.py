@@ -1,4 +1,4 @@
-"""Every byte of a folder of shards against its manifest.
+"""Comparison of every byte of a folder of shards with its manifest (``oar data verify``).
 
 What is compared: size and crc32c of each shard, the number of its samples, that no key comes twice in it, that each sample has
 the members that most have, and that codes have the shape and the range the manifest says. Shards that are missing, or that the
@@ -21,8 +21,8 @@ FAULTS_KEPT = 200
 
 
 @dataclass
-class Verified:
-    """What was found."""
+class VerifyReport:
+    """Totals of a folder, and all its faults."""
 
     shards: int = 0
     samples: int = 0
@@ -35,13 +35,14 @@ class Verified:
     fault_count: int = 0
 
     def add(self, name: str, faults: list[str], count: int) -> None:
+        """Add the faults of a shard: their texts, and how many there are."""
         self.fault_count += count
         self.faults += [f"{name}: {fault}" for fault in faults[: FAULTS_KEPT - len(self.faults)]]
 
 
 def verify_folder(
     folder: str, manifest_uri: str | None = None, *, workers: int = 8, on_progress: Callable[[int, int], None] | None = None
-) -> Verified:
+) -> VerifyReport:
     """Read every shard once and compare it with the manifest.
 
     Args:
@@ -49,36 +50,36 @@ def verify_folder(
         on_progress: called with (shards done, shards in all), at the start and after every shard.
 
     Raises:
-        UserError: no manifest, or no access. What is wrong with shards and samples is in the answer.
+        UserError: no manifest, or no access. Faults of shards and samples are in the report.
     """
     uri = manifest_uri or join(folder, "manifest.json")
     manifest = parse_manifest(open_storage(uri).read(uri), uri)
-    infos, result, report = {info.name: info for info in manifest.shards}, Verified(), on_progress or (lambda done, total: None)
-    found: dict[str, tuple[list[str], int]] = {}
+    infos, result, report = {info.name: info for info in manifest.shards}, VerifyReport(), on_progress or (lambda done, total: None)
+    by_shard: dict[str, tuple[list[str], int]] = {}
 
     def broken(name: str, error: UserError) -> None:
-        found[name] = [str(error).removeprefix(f"{join(folder, name)}: ")], 1
+        by_shard[name] = [str(error).removeprefix(f"{join(folder, name)}: ")], 1
 
     report(0, len(infos))
     scans = in_parallel(lambda name: scan_shard(join(folder, name), manifest.vocab_size), infos, workers, broken)
     for name, scan in scans:
         faults = list(_compare(infos[name], scan, manifest))
-        found[name] = faults + scan.faults, len(faults) + scan.fault_count
+        by_shard[name] = faults + scan.faults, len(faults) + scan.fault_count
         result.shards += 1
         result.samples += scan.samples
         result.bytes += scan.bytes
         result.parts.update(scan.parts)
         result.bad_captions += scan.bad_captions
-        report(len(found), len(infos))
+        report(len(by_shard), len(infos))
     for name in infos:  # in the order of the manifest, whichever was read first
-        result.add(name, *found[name])
+        result.add(name, *by_shard[name])
     for name in _unknown(folder, manifest):
-        result.add(name, ["lies here, but the manifest does not know it"], 1)
+        result.add(name, ["lies here, but is not in the manifest"], 1)
     return result
 
 
 def _compare(info: ShardInfo, scan: ShardScan, manifest: Manifest) -> Iterator[str]:
-    """How the shard differs from what the manifest says of it."""
+    """The differences between a shard and its entry in the manifest."""
     if scan.bytes != info.bytes:
         yield f"{scan.bytes} bytes, the manifest says {info.bytes}"
     elif scan.crc32c != info.crc32c:
@@ -92,7 +93,7 @@ def _compare(info: ShardInfo, scan: ShardScan, manifest: Manifest) -> Iterator[s
 
 
 def _unknown(folder: str, manifest: Manifest) -> list[str]:
-    """Shards that lie in the folder and stand in no line of the manifest."""
+    """Shards in the folder that are not in the manifest."""
     known = {info.name for info in manifest.shards}
     endings = tuple({"." + info.name.rpartition(".")[2] for info in manifest.shards})
     return [name for name in names_below(folder) if name.endswith(endings) and name not in known]

@@ -195,7 +195,7 @@ def patched(start: int, value: bytes, content: bytes = b"hello") -> bytes:
         (b"", "it is empty"),
         (b"\x1f\x8b" + bytes(600), "compressed"),
         (b"x" * 5000, "does not begin with the header of a tar"),
-        (tar([("a.txt", b"a" * 2000), ("b.txt", b"b" * 2000)])[:4200], r"after member 'a.txt': 'b.txt' is said to have 2000 bytes"),
+        (tar([("a.txt", b"a" * 2000), ("b.txt", b"b" * 2000)])[:4200], r"after member 'a.txt': 'b.txt' has 2000 bytes by its header"),
         (tar([("a.txt", b"a")])[:1024], "after member 'a.txt': it ends at byte 1024 without the zero block"),
         (tar([("a.txt", b"a")]) + tar([("b.txt", b"b")]), "two tars in one file"),
         (tar([("../../etc/passwd.txt", b"a")]), r"'../../etc/passwd.txt' points out of the archive"),
@@ -203,11 +203,11 @@ def patched(start: int, value: bytes, content: bytes = b"hello") -> bytes:
         (tar([("a.txt", b"1"), ("a.TXT", b"2")]), r"sample 'a' has two members \.txt"),
         (patched(124, b"-0000000001\0"), "a size that is no number, or a negative one"),
         (patched(124, b"\xff" * 12), "a size that is no number, or a negative one"),
-        (patched(124, b"77777777777\0"), r"'victim.txt' is said to have 8589934591 bytes"),
-        (patched(124, b"\x80\x7f" + b"\xff" * 10), "'victim.txt' is said to have"),
+        (patched(124, b"77777777777\0"), r"'victim.txt' has 8589934591 bytes by its header"),
+        (patched(124, b"\x80\x7f" + b"\xff" * 10), r"'victim.txt' has \d+ bytes by its header"),
         (patched(156, b"S"), r"a sparse file \('victim.txt'\)"),
         (tar([("a.txt", b"a")], "pax", typed(b"0", pax_headers={"GNU.sparse.major": "1"})), "GNU.sparse.major"),
-        (tar([("a.txt", b"a")], "pax", typed(b"0", pax_headers={"size": "99999999"})), r"'a.txt' is said to have 99999999 bytes"),
+        (tar([("a.txt", b"a")], "pax", typed(b"0", pax_headers={"size": "99999999"})), r"'a.txt' has 99999999 bytes by its header"),
     ],
 )
 def test_what_cannot_be_trusted_is_refused_and_named(data: bytes, said: str) -> None:

@@ -74,7 +74,7 @@ def test_our_own_shards_are_confirmed(tmp_path: Path) -> None:
         (lambda folder: (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[:5000]), r"00001\.tar: truncated or broken"),
         (lambda folder: (folder / "00001.tar").unlink(), r"00001\.tar: there is nothing here"),
         (lambda folder: write_tar(folder / "00001.tar", [token_sample(1)]), r"00001\.tar: \d+ bytes, the manifest says \d+"),
-        (lambda folder: write_tar(folder / "00007.tar", [token_sample(1)]), r"00007\.tar: lies here, but the manifest does not know it"),
+        (lambda folder: write_tar(folder / "00007.tar", [token_sample(1)]), r"00007\.tar: lies here, but is not in the manifest"),
         (
             lambda folder: _write_as_known(folder, "00002.tar", [token_sample(1), token_sample(2), token_sample(1)]),
             r"00002\.tar: key '000000001' comes twice",

@@ -37,6 +37,7 @@ class ClassFolderImages:
                 raise UserError(f"data.source.names {config.names}: no name for {len(missing)} of the classes, e.g. {missing[0]!r}")
 
     def images(self) -> Iterator[SourceImage]:
+        """All images, class by class, in alphabetical order."""
         for label, folder in enumerate(self.classes):
             for file in sorted(image_files(os.path.join(self.path, folder))):
                 path = f"{folder}/{file}"

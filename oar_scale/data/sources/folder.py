@@ -32,6 +32,7 @@ class FolderImages:
                 raise UserError(f"data.source.{field} {path}: no such folder")
 
     def images(self) -> Iterator[SourceImage]:
+        """All images of the folder and its subfolders, sorted by path."""
         names = sorted(image_files(self.path))
         if not names:
             raise UserError(f"data.source.path {self.path}: no image in it (*.{', *.'.join(EXTENSIONS)})")

@@ -15,7 +15,7 @@ from oar_scale.errors import UserError
 
 
 def image_files(folder: str) -> Iterator[str]:
-    """Paths of all images in and below a folder, relative to it, with ``/``; folders that begin with a dot are left out."""
+    """Paths of all images in and below a folder, relative to it, with ``/``; folders that begin with a dot are skipped."""
     for at, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:

@@ -31,16 +31,17 @@ class OpenMojiImages:
         self.attribution = f"{self.package.ATTRIBUTION} ({self.package.LICENSE_URL})"
 
     def images(self) -> Iterator[SourceImage]:
+        """All pictograms that have a name, or ``limit`` of them, chosen by a hash of the name."""
         folder = self.package.get_openmoji_svg_data()
-        found = []
+        images = []
         for path in sorted(folder.iterdir(), key=lambda path: str(path.name)):
             stem, _, extension = path.name.partition(".")
             name = self.names.get(stem)
             if extension == "svg" and name is not None:
-                found.append(SourceImage(stem.lower(), name, functools.partial(_read, path, name), SKIN_TONE.sub("", name).strip()))
+                images.append(SourceImage(stem.lower(), name, functools.partial(_read, path, name), SKIN_TONE.sub("", name).strip()))
         if self.config.limit is not None:
-            found = sorted(found, key=lambda image: name_hash(image.name, "limit"))[: self.config.limit]
-        yield from found
+            images = sorted(images, key=lambda image: name_hash(image.name, "limit"))[: self.config.limit]
+        yield from images
 
 
 def caption_of(name: str) -> str:

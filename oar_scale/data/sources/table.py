@@ -34,6 +34,7 @@ class TableImages:
         self._fields = {field: _filler(fields[field], columns) for field in wanted}
 
     def images(self) -> Iterator[SourceImage]:
+        """One image for each row of the table."""
         for row in range(self.rows):
             path = self._cell("image", row)
             name = self._cell("name", row) or os.path.splitext(path)[0] or f"row {row}"

@@ -43,6 +43,7 @@ class WebDatasetImages:
             raise UserError(f"data.source.url {config.url}: no .tar below it")
 
     def images(self) -> Iterator[SourceImage]:
+        """All samples of all shards, in the order of the files."""
         folder = self.config.url.rstrip("/") + "/"
         with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
             for uri, ranges in zip(self.shards, pool.map(_sample_ranges, self.shards), strict=True):
