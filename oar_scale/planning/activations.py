@@ -1,15 +1,18 @@
-"""What training holds besides parameters, their gradients and the optimiser's state: by formula, in bytes.
+"""Activation memory of training, by formula, in bytes: all that is held besides parameters, their gradients and the optimiser's state.
 
-One block, per row (D channels, F of the feed-forward, H heads and G of keys and values, d channels each, e bytes a number):
+One block, for each row of the sequence
+(D channels, F of the feed-forward, H heads and G of keys and values, d channels each, e bytes a number):
 
     kept           its input D e, both normed inputs 2 D e, the sum between them D e, queries, keys and values (H + 2 G) d e,
                    attention's output H d e and its log-sum-exp 4 H, gate and up 2 F e, two scales 8, two dropout masks 2 D
     selective      its input D e, the outputs of its matrix products ((H + 2 G) d + 2 D + 2 F) e, attention's output and log-sum-exp
     full           its input D e
-    at work        the backward pass of the feed-forward: three of its width, one of D                     (3 F + D) e
+    working        the backward pass of the feed-forward: three of its width, one of D                     (3 F + D) e
 
-The last block goes on with the N rows that predict a code. The head's logits exist for some rows at a time (``model/loss.py``).
-``trace.py`` finds the same by running the model; the two agree to a few per cent (tests/planning/test_activation_memory.py).
+``none``, ``selective`` and ``full`` are the kinds of activation checkpointing (``none`` keeps everything: the first row). After its
+attention the last block continues with the N rows that predict a code only. The head's logits exist for a chunk of rows at a time
+(``model/loss.py``). ``trace.py`` measures the same by running the model; the two agree to a few per cent
+(tests/planning/test_activation_memory.py).
 """
 
 from __future__ import annotations
@@ -35,67 +38,70 @@ TABLES: dict[str, Callable[[int], int]] = {
     "instructed": lambda grid: grid * grid,
     "dual": lambda grid: grid * grid + (2 * grid - 1) ** 2,
 }
-"""Rows of a layout's learned tables, each with its rotation in float32, by the side of the grid."""
+"""Rows of a layout's position tables as a function of the grid's side; each is stored with its rotation in float32."""
 GPU_HEAD = 8
-"""A GPU's flash attention takes heads of a multiple of so many channels, and copies others."""
+"""Flash attention on a GPU needs a head width that is a multiple of this; heads of other widths are padded in a copy."""
 
 
 class TrunkActivations(NamedTuple):
-    """Condition and trunk, forward and backward."""
+    """Bytes of condition and trunk, in the forward and the backward pass."""
 
     kept: int
-    """After the forward pass, the rows that go to the head included."""
+    """After the forward pass, including the rows that go to the head."""
     peak: int
-    """The most at any moment, without gradients of parameters."""
+    """Maximum over both passes, without gradients of parameters."""
     late: int
-    """The most from the first block's backward pass on, with the gradients that are there by then."""
+    """Maximum from the first block's backward pass to the end, with the gradients of parameters that exist by then."""
 
 
 class HeadActivations(NamedTuple):
-    """The output head and its loss."""
+    """Bytes of the output head and its loss."""
 
-    at_work: int
+    working: int
     """While the loss is computed: a chunk's logits, and the gradients so far."""
     kept: int
-    """From then on: the gradient of the head's weight. (That of the rows counts with the trunk's backward pass.)"""
+    """Afterwards: the gradient of the head's weight. (That of the rows counts with the trunk's backward pass.)"""
 
 
 def trunk(spec: ModelSpec, micro_batch: int, precision: Precision, checkpointing: Checkpointing) -> TrunkActivations:
-    """The formula above, for a micro-batch."""
+    """The formula of the module's docstring for a micro-batch, through all layers, the condition and the embeddings."""
     block = _BlockActivations(spec, micro_batch, BYTES[precision])
     rows, cells = block.rows, block.cells
-    inputs = spec.layers * rows * block.row
+    inputs = spec.layers * rows * block.row  # of all blocks, which every kind of checkpointing keeps
     base = _surroundings(spec, micro_batch, block.e)
     out = cells * (2 * block.row + 4)  # what leaves the last block, its scale, and the normed rows
+    # What a block keeps beside its input, and what its backward pass computes again.
     inner = {"none": block.kept, "selective": block.outputs, "full": block.nothing}[checkpointing]
     again = {"none": block.nothing, "selective": block.cheap, "full": block.kept}[checkpointing]
     last, middle = inner(rows, cells), inner(rows, rows)
+    # Three moments compete for the peak: the last block's backward pass (everything is still kept), a middle block's, the first block's
+    # (least activations, but the gradients of all other blocks).
     kept = base + inputs + (spec.layers - 1) * middle + last + out
-    in_last = kept + cells * block.row + again(rows, cells) + block.at_work(cells)
-    before = inputs - rows * block.row + (spec.layers - 1) * middle  # once the last block is done
-    in_middle = base + before + rows * block.row + again(rows, rows) + block.at_work(rows) if spec.layers > 1 else 0
+    in_last = kept + cells * block.row + again(rows, cells) + block.working(cells)
+    before = inputs - rows * block.row + (spec.layers - 1) * middle  # kept once the last block is done
+    in_middle = base + before + rows * block.row + again(rows, rows) + block.working(rows) if spec.layers > 1 else 0
     # Gradients come block by block, that of the embeddings last; the head's is counted with the loss.
     counts = parameters(spec)
     of_blocks = counts.blocks * (spec.layers - 1) // spec.layers * block.e
     all_but_head = (counts.total - spec.vocab_size * spec.dim) * block.e
-    in_first = base + 2 * rows * block.row + block.kept(rows, rows) + block.at_work(rows) + of_blocks
+    in_first = base + 2 * rows * block.row + block.kept(rows, rows) + block.working(rows) + of_blocks
     at_end = base + 2 * rows * block.row + all_but_head
     return TrunkActivations(kept, max(in_last, in_middle), max(in_first if spec.layers > 1 else in_last, at_end))
 
 
 def head(spec: ModelSpec, micro_batch: int, precision: Precision, *, gpu: bool) -> HeadActivations:
-    """The loss in chunks, as ``model/loss.py`` takes them."""
+    """Bytes of the loss, computed in chunks of rows as ``model/loss.py`` does."""
     e, rows, weight = BYTES[precision], micro_batch * spec.cells, spec.vocab_size * spec.dim
     chunk = max(1, min(rows, CHUNK_NUMBERS["cuda" if gpu else "cpu"] // spec.vocab_size)) * spec.vocab_size
     d_rows = rows * spec.dim * e
     if precision == "fp32":
-        return HeadActivations(at_work=chunk * 4 + d_rows + weight * 4, kept=weight * 4)
+        return HeadActivations(working=chunk * 4 + d_rows + weight * 4, kept=weight * 4)
     # The float32 copy of the logits, the errors in bfloat16, a product that is added to the gradient in float32.
-    return HeadActivations(at_work=chunk * (2 + 4 + 2) + d_rows + weight * (4 + 2), kept=weight * 2)
+    return HeadActivations(working=chunk * (2 + 4 + 2) + d_rows + weight * (4 + 2), kept=weight * 2)
 
 
 def padding(spec: ModelSpec, micro_batch: int, precision: Precision, checkpointing: Checkpointing) -> int:
-    """What a GPU keeps besides where heads are no multiple of :data:`GPU_HEAD`: padded queries, keys, values and outputs."""
+    """Bytes that a GPU keeps in addition where heads are no multiple of :data:`GPU_HEAD`: padded queries, keys, values and outputs."""
     wider = -(-spec.head_dim // GPU_HEAD) * GPU_HEAD
     if wider == spec.head_dim or checkpointing == "full":
         return 0
@@ -108,24 +114,27 @@ def decoding(spec: ModelSpec, images: int, precision: Precision, *, gpu: bool) -
     """Bytes of the KV cache, and of a pass over the candidates of all cells, when orders are extracted or images are drawn.
 
     Args:
-        images: that go through the model at once; guidance doubles them.
+        images: sequences that go through the model at once; guidance doubles them.
     """
     e, device = BYTES[precision], "cuda" if gpu else "cpu"
     kv = (spec.kv_heads or spec.heads) * spec.head_dim
-    room = spec.rows + 1  # of the sequence with its last code
-    cache = spec.layers * 2 * images * room * kv * e
+    capacity = spec.rows + 1  # rows of the sequence with its last code
+    cache = spec.layers * 2 * images * capacity * kv * e
     rows = min(images, max(1, ROWS_AT_ONCE[device] // spec.cells)) * spec.cells
-    # In a feed-forward: what attention was made of and made, seven rows on both sides of it, and three of its width.
+    # In a feed-forward: the inputs and outputs of attention, seven rows of D before and after it, three rows of its own width.
     width = spec.heads * spec.head_dim + 2 * kv + 7 * spec.dim + 3 * spec.ffn_hidden
-    answers = images * spec.cells * spec.dim * e
+    outputs = images * spec.cells * spec.dim * e
     tables = TABLES[spec.layout](spec.grid) * (spec.dim * e + spec.head_dim * 4)
     block_rows, block_codes = SCORE_BLOCK[device]
     logits = min(block_rows, images * spec.cells) * min(block_codes, spec.vocab_size) * (e + 4)
-    return cache, answers + tables + max(rows * width * e, logits)
+    return cache, outputs + tables + max(rows * width * e, logits)
 
 
 class _BlockActivations:
-    """One block's bytes, for a micro-batch."""
+    """Bytes of one block for a micro-batch, by the table of the module's docstring.
+
+    ``attending`` rows take part in attention, ``leaving`` rows go through the feed-forward: fewer in the last block.
+    """
 
     def __init__(self, spec: ModelSpec, micro_batch: int, e: int) -> None:
         self.e, self.masks = e, 2 * spec.dim if spec.dropout else 0
@@ -134,14 +143,15 @@ class _BlockActivations:
         self.qkv = (spec.heads + 2 * (spec.kv_heads or spec.heads)) * spec.head_dim * e
         self.out = spec.dim * e + 4 * spec.heads
         self.gated = 2 * spec.ffn_hidden * e
-        self.copied = self.row  # rows that leave are taken out of attention's output
+        self.copied = self.row  # the rows that leave are gathered out of attention's output
 
     def kept(self, attending: int, leaving: int) -> int:
-        """Everything but the input; the rows that attend may be more than those that leave."""
+        """Everything but the input."""
         taken = leaving * self.copied if leaving < attending else 0
         return attending * (self.row + 4 + self.qkv + self.out) + taken + leaving * (2 * self.row + 4 + self.gated + self.masks)
 
     def nothing(self, attending: int, leaving: int) -> int:
+        """Nothing but the input, which is counted by itself."""
         return 0
 
     def outputs(self, attending: int, leaving: int) -> int:
@@ -149,10 +159,11 @@ class _BlockActivations:
         return attending * (self.qkv + self.out) + leaving * (2 * self.row + self.gated)
 
     def cheap(self, attending: int, leaving: int) -> int:
-        """What selective checkpointing computes again, and holds beside those outputs."""
+        """What selective checkpointing computes again, and holds beside those outputs, in a block's backward pass."""
         return self.kept(attending, leaving) - self.outputs(attending, leaving) + leaving * self.row
 
-    def at_work(self, leaving: int) -> int:
+    def working(self, leaving: int) -> int:
+        """Temporary memory of the feed-forward's backward pass."""
         return leaving * (self.gated * 3 // 2 + self.row)
 
 
@@ -165,6 +176,7 @@ def _surroundings(spec: ModelSpec, micro_batch: int, e: int) -> int:
 
 
 def _condition(spec: ModelSpec, micro_batch: int, e: int) -> int:
+    """Rows of the condition, and the blocks of a text encoder that is trained along."""
     rows = micro_batch * spec.condition.rows
     match spec.condition:
         case TextSpec() as kind:

@@ -1,4 +1,4 @@
-"""The same training on other settings: fewer GPUs, another ZeRO stage, another way to save memory. What would be cheaper?"""
+"""Cheaper settings for the same training: fewer GPUs, another ZeRO stage, other activation checkpointing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Alternative:
 
 
 def alternatives(case: Case, planned: ParallelConfig, stages: list[TrainingStagePlan]) -> list[Alternative]:
-    """The best few by money. A slower one has to be worth it: of two that cost about the same only the faster is there.
+    """The cheapest few settings. A slower one has to be cheaper by at least ``WORTH`` than every faster one.
 
     Failures enter by their expected cost, which changes little between these settings.
     """
@@ -54,16 +54,17 @@ def alternatives(case: Case, planned: ParallelConfig, stages: list[TrainingStage
     return sorted(front, key=lambda one: one.money)[:SHOWN]
 
 
-def _parts(found: Cluster) -> list[Cluster]:
+def _parts(cluster: Cluster) -> list[Cluster]:
     """The cluster, and halves of it down to one GPU."""
-    parts, nodes, per_node = [found], found.nodes, found.per_node
+    parts, nodes, per_node = [cluster], cluster.nodes, cluster.per_node
     while nodes > 1 or per_node > 1:
         nodes, per_node = (nodes // 2, per_node) if nodes > 1 else (1, per_node // 2)
-        parts.append(found.part(nodes, per_node))
+        parts.append(cluster.part(nodes, per_node))
     return parts
 
 
 def _settings(planned: ParallelConfig, workers: int) -> list[ParallelConfig]:
+    """All ZeRO stages and kinds of checkpointing without offload."""
     plain = {"workers": workers, "hpz_workers": 1, "quantized_weights": False, "quantized_gradients": False, "offload": "none"}
     stages = (1, 2, 3) if planned.precision == "bf16" else (0, 1, 2, 3)
     return [
@@ -72,13 +73,14 @@ def _settings(planned: ParallelConfig, workers: int) -> list[ParallelConfig]:
 
 
 def _largest(case: Case, setting: ParallelConfig) -> ParallelConfig | None:
-    """With the largest micro-batch that fits."""
+    """The setting with the largest micro-batch that fits; None where none does."""
     holds = memory_function(case)
     sizes = (setting.model_copy(update={"micro_batch": size}) for size in micro_batches(case.recipe, case.workers))
     return next((parallel for parallel in sizes if fits_on(case, holds(parallel))), None)
 
 
 def _cost(case: Case, parallel: ParallelConfig, stages: list[TrainingStagePlan], planned_money: float) -> Alternative:
+    """Hours and money of all training stages with these settings, failures by their expected cost."""
     hours = 0.0
     for stage in stages:
         training = training_config(case, stage.name)

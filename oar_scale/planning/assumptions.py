@@ -1,4 +1,4 @@
-"""What a plan takes for granted: ``assumptions.yaml``, with what the user knows better in its place.
+"""The figures that a plan assumes: those of ``assumptions.yaml``, or the user's own in their place.
 
 assumed = read_assumptions(["storage.s3_read_gb_s=5"])
 assumed("storage.s3_read_gb_s")          5.0; from now on it is among those that were used
@@ -22,6 +22,8 @@ GIVEN = "given with this plan"
 
 @dataclass(frozen=True)
 class Assumption:
+    """One assumed figure and where it is from."""
+
     key: str
     value: float
     source: str
@@ -45,7 +47,7 @@ class Assumptions:
         return [self._used[key] for key in self._figures if key in self._used]
 
     def replaced(self, key: str, value: float) -> Assumptions:
-        """The same with another figure.
+        """A copy with another value for one figure.
 
         Raises:
             UserError: no such key, or a value that is not positive.
@@ -59,7 +61,7 @@ class Assumptions:
         return Assumptions({**self._figures, key: Assumption(key, value, GIVEN, "")}, self._labels, self._mfu)
 
     def gpu_label(self, gpu: str) -> str:
-        """What a GPU is called.
+        """The display name of a GPU.
 
         Raises:
             UserError: an unknown one.
@@ -76,6 +78,7 @@ class Assumptions:
         return self(next((key for most, key in self._mfu if parameters <= most), self._mfu[-1][1]))
 
     def mfu_keys(self) -> list[str]:
+        """Keys of the MFU figures, by model size."""
         return [key for _, key in self._mfu]
 
     def data_set(self, names: Sequence[str]) -> int | None:
@@ -94,7 +97,7 @@ def read_assumptions(overrides: Sequence[str] = ()) -> Assumptions:
     Raises:
         UserError: an override that is none.
     """
-    found = _shipped()
+    assumptions = _shipped()
     for override in overrides:
         key, equals, text = override.partition("=")
         try:
@@ -103,8 +106,8 @@ def read_assumptions(overrides: Sequence[str] = ()) -> Assumptions:
             value = float("nan")
         if not equals or value != value:
             raise UserError(f"--assume {override}: KEY=NUMBER is needed, e.g. --assume storage.s3_read_gb_s=5")
-        found = found.replaced(key, value)
-    return found
+        assumptions = assumptions.replaced(key, value)
+    return assumptions
 
 
 def _shipped() -> Assumptions:

@@ -15,33 +15,37 @@ from oar_scale.planning.traffic import ShardTraffic
 
 @dataclass(frozen=True)
 class Case:
+    """One recipe on one cluster, under one set of assumptions; all parts of a plan are computed from it."""
+
     recipe: Recipe
     spec: ModelSpec
     cluster: Cluster
     bounded: bool
     """No cluster was given: there are no more workers and actors than the recipe has."""
     images: Images | None
-    """None: nobody knows how many there are."""
+    """None: their number is unknown."""
     shard: ShardTraffic
     assumed: Assumptions
     mfu: float
     """Share of the peak while computing; 1 on CPUs, whose rate is measured."""
     failures: float
-    """For each GPU in a year."""
+    """Per GPU and year."""
     seed: int
 
     @cached_property
     def parameters(self) -> ParameterCounts:
+        """The model's parameters, by part."""
         return parameters(self.spec)
 
     @property
     def workers(self) -> int:
-        """Training workers that the cluster has room for."""
-        room = self.cluster.gpus // self.gpus_per_worker
-        return min(room, self.recipe.parallel.max_workers) if self.bounded else room
+        """Training workers that the cluster can run, at most the recipe's where no cluster is given."""
+        capacity = self.cluster.gpus // self.gpus_per_worker
+        return min(capacity, self.recipe.parallel.max_workers) if self.bounded else capacity
 
     @property
     def gpus_per_worker(self) -> int:
+        """GPUs of a worker; on CPUs, 1."""
         return max(1, self.recipe.parallel.gpus_per_worker)
 
     @property
@@ -59,5 +63,5 @@ class Case:
         return max(self.recipe.pretrain.global_batch, self.recipe.finetune.global_batch) // (parallel.micro_batch * self.workers)
 
     def on(self, cluster: Cluster) -> Case:
-        """The same elsewhere."""
+        """The same case on another cluster."""
         return replace(self, cluster=cluster)

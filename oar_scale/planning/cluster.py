@@ -12,7 +12,7 @@ NODE = 8
 """GPUs of the nodes whose network adapters the assumptions describe."""
 CPU = "cpu"
 USUAL = "h200"
-"""Where the command line names no GPU."""
+"""The GPU that is planned for where the command line names none."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,12 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
+        """GPUs of all nodes; on CPUs, workers."""
         return self.nodes * self.per_node
 
     @property
     def on_cpu(self) -> bool:
+        """Whether training runs on CPUs."""
         return self.gpu == CPU
 
     def link(self, workers: int) -> float:
@@ -48,7 +50,7 @@ class Cluster:
         return self.bus if workers <= self.per_node else min(self.bus, self.network)
 
     def part(self, nodes: int, per_node: int) -> Cluster:
-        """Fewer of the same."""
+        """A smaller cluster of the same nodes, or of parts of nodes; a part has its share of the node's network."""
         return replace(self, nodes=nodes, per_node=per_node, network=self.network * per_node / self.per_node)
 
 

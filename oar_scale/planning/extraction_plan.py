@@ -1,8 +1,8 @@
-"""Orders for all images, and the evaluation: operations, memory, time, and what the pool asks of the storage.
+"""Plan of the stages ``extract`` and ``evaluate``: operations, memory, time, and the pool's requests to the storage.
 
 An order takes N (N + 1) / 2 candidate rows, fewer where steps place several cells (``model/flops.extraction_flops``), and an image as
 many orders as ``extract.orders_per_image`` for each of ``extract.views``. Actors do not wait for one another, so a
-failure costs what is lost with its node and nothing else.
+failure costs the shards in progress on its node and nothing else.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ BRUTE_FORCE_IMAGES = 2
 """Whose orders the evaluation also finds by a fresh forward pass for every candidate (``stages/evaluate.py``)."""
 READERS = 16
 """Ledger entries that a driver reads at once (``shard_pool/ledger.py``)."""
-LATE = 3.0
-"""Times the median after which the pool gives a shard to a second actor (``shard_pool/pool_types.py``)."""
+STRAGGLER = 3.0
+"""Straggler factor: times the median after which the pool gives a shard to a second actor (``shard_pool/pool_types.py``)."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,21 @@ class ActorPlan:
     computing: int
     """GPUs that are busy; on CPUs, workers."""
     held: int
-    """GPUs that are taken, and paid for."""
+    """GPUs that are allocated, and paid for."""
     lost_per_year: float
     """How often an actor is lost: with any GPU of its node."""
     batch: int
-    """As the recipe says."""
+    """``extract.batch`` of the recipe."""
     memory: int
-    """Of one at this batch."""
+    """Bytes that an actor takes at this batch."""
     room: float
-    """For one."""
+    """Bytes that an actor may take."""
     largest_batch: int
-    """That fits; 0: not even the weights do."""
+    """The largest batch that fits; 0: not even the weights do."""
 
     @property
     def fits(self) -> bool:
+        """Whether an actor fits at the recipe's batch."""
         return self.memory <= self.room
 
 
@@ -70,27 +71,27 @@ def plan_actors(case: Case) -> ActorPlan | None:
     Raises:
         UserError: an actor takes more GPUs than a node has.
     """
-    found, spec = case.cluster, case.spec
+    cluster, spec = case.cluster, case.spec
     if spec.layout == "raster":
         return None
     # An actor without a GPU beside training that has some, or the other way round, is no pool for this cluster.
-    each = 0.0 if found.on_cpu else case.recipe.extract.gpus_per_actor or 1.0
-    if each > found.per_node:
-        raise UserError(f"extract.gpus_per_actor = {each:g}: a node has {found.per_node}. Take fewer; an actor computes on one of them.")
+    each = 0.0 if cluster.on_cpu else case.recipe.extract.gpus_per_actor or 1.0
+    if each > cluster.per_node:
+        raise UserError(f"extract.gpus_per_actor = {each:g}: a node has {cluster.per_node}. Take fewer; an actor computes on one of them.")
     sharing = int(1 / each + 1e-9) if 0 < each <= 1 else 1
-    of_node = found.per_node * sharing if each <= 1 else int(found.per_node // each)
-    count = found.nodes * of_node
+    of_node = cluster.per_node * sharing if each <= 1 else int(cluster.per_node // each)
+    count = cluster.nodes * of_node
     if case.bounded:
         count = min(count, case.recipe.extract.max_actors)
     computing = -(-count // sharing)
     held = computing if each <= 1 else math.ceil(count * each)
-    room, needs = found.memory / sharing, partial(actor_memory, spec, case.recipe.parallel, guided=_guided(case), assumed=case.assumed)
+    room, needs = cluster.memory / sharing, partial(actor_memory, spec, case.recipe.parallel, guided=_guided(case), assumed=case.assumed)
     return ActorPlan(
         count=count,
         gpus_per_actor=each,
         computing=computing,
         held=held,
-        lost_per_year=case.failures * min(held, found.per_node),
+        lost_per_year=case.failures * min(held, cluster.per_node),
         batch=case.recipe.extract.batch,
         memory=needs(case.recipe.extract.batch),
         room=room,
@@ -108,37 +109,37 @@ class ExtractionPlan:
     images_per_s: float
     shards: int
     start_s: float
-    """That an actor takes to start."""
+    """Seconds that an actor takes to start."""
     shard_s: float
-    """That an actor takes for a shard."""
+    """Seconds that an actor takes for a shard."""
     seconds: float
     gpu_hours: float
     money: float
     failures: float
-    """Expected while it runs."""
+    """Expected number while the stage runs."""
     order_bytes: int
     load: PoolLoad
     takeover_s: float
-    """That a driver which starts near the end spends on reading the ledger."""
+    """Seconds that a driver restarted near the end takes to read the ledger."""
     storage_share: float
-    """Of the requests that one prefix allows."""
+    """Share of the requests that the storage allows for one prefix."""
 
 
 def plan_extraction(case: Case, actors: ActorPlan) -> ExtractionPlan | None:
-    """Plan the stage ``extract``; None where nobody knows how many images there are."""
-    spec, found, assumed, config = case.spec, case.cluster, case.assumed, case.recipe.extract
+    """Plan the stage ``extract``; None where the number of images is unknown."""
+    spec, cluster, assumed, config = case.spec, case.cluster, case.assumed, case.recipe.extract
     if case.images is None:
         return None
     images, each = case.images.count, config.orders_per_image * config.views
     flops = _order_flops(case)
-    rate = actors.computing * found.flops * (1.0 if found.on_cpu else assumed("time.extraction_mfu")) / (flops * each)
+    rate = actors.computing * cluster.flops * (1.0 if cluster.on_cpu else assumed("time.extraction_mfu")) / (flops * each)
     shards = -(-images // case.shard.samples)
     shard_s = case.shard.samples / rate * actors.count
-    start_s = assumed("actors.start_on_cpu_s" if found.on_cpu else "actors.start_s")
+    start_s = assumed("actors.start_on_cpu_s" if cluster.on_cpu else "actors.start_s")
     rounds = shards / actors.count
     plain = start_s + max(1.0, rounds) * shard_s + (shard_s / 2 if rounds > 1 else 0.0)
     failures = case.failures * actors.held * plain / YEAR_S
-    lost = failures * min(1.0, found.per_node / actors.held) * (shard_s / 2 + start_s)
+    lost = failures * min(1.0, cluster.per_node / actors.held) * (shard_s / 2 + start_s)
     hours = (plain + lost) / 3600 * actors.held
     tables = images * each * orders_bytes(spec)
     load = pool_load(shards, case.shard, tables // shards, plain + lost)
@@ -152,7 +153,7 @@ def plan_extraction(case: Case, actors: ActorPlan) -> ExtractionPlan | None:
         shard_s=shard_s,
         seconds=plain + lost,
         gpu_hours=hours,
-        money=hours * found.price,
+        money=hours * cluster.price,
         failures=failures,
         order_bytes=tables,
         load=load,
@@ -165,7 +166,7 @@ def plan_extraction(case: Case, actors: ActorPlan) -> ExtractionPlan | None:
 
 
 def actor_memory(spec: ModelSpec, parallel: ParallelConfig, batch: int, *, guided: bool, assumed: Assumptions) -> int:
-    """Weights, KV cache, a pass over all candidates."""
+    """Bytes of an actor: weights, KV cache, and a pass over the candidates of all cells."""
     gpu = parallel.gpus_per_worker > 0
     cache, working = activations.decoding(spec, batch * (1 + guided), parallel.precision, gpu=gpu)
     held = parameters(spec).total * BYTES[parallel.precision] + cache + working
@@ -173,7 +174,7 @@ def actor_memory(spec: ModelSpec, parallel: ParallelConfig, batch: int, *, guide
 
 
 def _order_flops(case: Case) -> int:
-    """To find one order as the recipe says: the pool, and the evaluation of what the models prefer."""
+    """Operations to find one order with the recipe's settings, in the pool and in the evaluation."""
     config, cells = case.recipe.extract, case.spec.cells
     return extraction_flops(case.spec, guided=_guided(case), sizes=step_sizes(config, cells), first_given=config.first_cell != "free")
 
@@ -200,7 +201,7 @@ class EvaluationPlan:
 
 
 def plan_evaluation(case: Case) -> EvaluationPlan | None:
-    """Drawn images, likelihoods under several orders, and two images by brute force."""
+    """Plan the stage ``evaluate``: sampled images, likelihoods under several orders, two images by brute force; None for raster models."""
     recipe, spec = case.recipe, case.spec
     if spec.layout == "raster":
         return None
@@ -210,11 +211,11 @@ def plan_evaluation(case: Case) -> EvaluationPlan | None:
         heldout = round(case.images.count * share / (1 - share))
         drawn, scored = min(drawn, heldout), min(scored, heldout)
     models = len(MODELS) - 1 - (not recipe.pipeline.control)  # the base model does not draw
-    find = _order_flops(case)
+    order_flops = _order_flops(case)
     flops = float(models * drawn * extraction_flops(spec, guided=recipe.sample.guidance != 1))
-    flops += (models + 1) * scored * NLL_PASSES * forward_flops(spec) + models * scored * find
+    flops += (models + 1) * scored * NLL_PASSES * forward_flops(spec) + models * scored * order_flops
     # By brute force N (N + 1) / 2 passes over prefixes that are a third as long on average.
-    flops += BRUTE_FORCE_IMAGES * (find + forward_flops(spec) * spec.cells * (spec.cells + 1) / 6)
+    flops += BRUTE_FORCE_IMAGES * (order_flops + forward_flops(spec) * spec.cells * (spec.cells + 1) / 6)
     if not case.cluster.on_cpu:
         gpus = min(case.cluster.per_node, case.workers * case.gpus_per_worker)
         return EvaluationPlan(flops, gpus, "GPUs", flops / (gpus * case.cluster.flops * case.assumed("time.extraction_mfu")))
@@ -224,26 +225,26 @@ def plan_evaluation(case: Case) -> EvaluationPlan | None:
 
 @dataclass(frozen=True)
 class Makespan:
-    """A pool's run as it was simulated."""
+    """Outcome of a simulated run of the pool."""
 
     seconds: float
     ideal_s: float
-    """All actors busy to the same moment, none slow, none lost."""
+    """Seconds if all actors were busy to the same moment, none slow, none lost."""
     lost_actors: int
     given_twice: int
-    """Shards that a second actor was given, because the first took so long."""
+    """Stragglers: shards that a second actor was given because the first one took so long."""
     idle_share: float
-    """Of all actors' time, at the end."""
+    """Share of all actors' time in which they wait for the last shards."""
 
 
 def makespan(
     shards: int, shard_s: float, actors: int, lost_per_year: float, start_s: float, assumed: Assumptions, *, seed: int
 ) -> Makespan:
-    """Let so many actors take shards until none is left: some are slow, some die and come back, late shards are given out twice.
+    """Simulate a pool of actors that take shards until none is left: some are slow, some die and restart, stragglers are given out twice.
 
     Args:
         lost_per_year: how often an actor dies.
-        start_s: that an actor takes to start.
+        start_s: seconds that an actor takes to start.
     """
     import numpy as np
 
@@ -259,7 +260,7 @@ def makespan(
         now, actor = heapq.heappop(free)
         waiting -= 1
         seconds = float(pace[actor] * takes[waiting])
-        if fate[waiting] < -math.expm1(-hazard * seconds):  # it dies on the way: the shard goes back, another actor comes
+        if fate[waiting] < -math.expm1(-hazard * seconds):  # it dies before the shard is done: the shard goes back, another actor starts
             lost, waiting = lost + 1, waiting + 1
             fate[waiting - 1], at = 1.0, seconds * float(draw.random())
             heapq.heappush(free, (now + at + start_s, actor))
@@ -268,8 +269,9 @@ def makespan(
         heapq.heappush(free, (now + seconds, actor))
     idle = sorted(now for now, _ in free)
     end = 0.0
+    # Only the last shards can end the run late; each ends when its own actor or a second one, once one is idle, has finished it.
     for finished, begun in sorted(ends, reverse=True)[: 2 * actors]:
-        second = max(begun + LATE * shard_s, idle[0]) + shard_s
+        second = max(begun + STRAGGLER * shard_s, idle[0]) + shard_s
         again += second < finished
         end = max(end, min(finished, second))
     ideal = start_s + shards * shard_s / actors

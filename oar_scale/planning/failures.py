@@ -1,4 +1,4 @@
-"""What failures cost a training run, and how often it should save.
+"""The cost of failures to a training run, and the best checkpoint interval.
 
     work |--interval--|save|--interval--|save|--in  X   lost since the last save that was uploaded, then the restart
                            `-- upload --'
@@ -18,37 +18,37 @@ from dataclasses import dataclass
 
 YEAR_S = 365.25 * 86400
 HOPELESS = 20
-"""A run that is expected to take so many times as long as it would without failures gets nowhere."""
+"""A run that is expected to take so many times its time without failures counts as never ending."""
 
 
 @dataclass(frozen=True)
 class CheckpointTiming:
-    """How a run saves, and what a failure costs it; seconds."""
+    """How a run saves checkpoints and what a failure costs it, in seconds."""
 
     interval_s: float
-    """Of training between two saves."""
+    """Training between two saves."""
     stall_s: float
-    """For which a save stops it."""
+    """Time for which a save stops training."""
     upload_s: float
-    """From then until the checkpoint counts."""
+    """Time from then until the checkpoint is uploaded and committed."""
     restart_s: float
-    """From a failure to the next step, loading the checkpoint included."""
+    """Time from a failure to the next step, loading the checkpoint included."""
     between_failures_s: float
-    """Mean; infinite where nothing fails."""
+    """Mean time between failures; infinite where nothing fails."""
 
 
 @dataclass(frozen=True)
 class Survival:
-    """What became of a run, as the mean over simulated ones."""
+    """Outcome of a run with failures, as the mean over simulated runs."""
 
     hours: float
     goodput: float
-    """Share of the time that was training which counts."""
+    """Share of the time that is training which was not lost."""
     goodput_low: float
-    """That of the unluckiest twentieth of the runs, at best."""
+    """5 % quantile of the goodput over the simulated runs."""
     failures: float
     lost_hours: float
-    """Training that was done again, and restarts."""
+    """Time of repeated training and of restarts."""
 
 
 def between_failures(per_gpu_year: float, gpus: int) -> float:
@@ -67,7 +67,7 @@ def best_interval(stall_s: float, between_failures_s: float) -> float:
 
 
 def simulate_failures(work_s: float, saving: CheckpointTiming, *, seed: int, runs: int = 200) -> Survival:
-    """Live through ``work_s`` seconds of training, ``runs`` times at once."""
+    """Simulate ``work_s`` seconds of training with random failures, ``runs`` independent runs at once (vectorised)."""
     import numpy as np
 
     cycle = saving.interval_s + saving.stall_s
@@ -103,9 +103,9 @@ def simulate_failures(work_s: float, saving: CheckpointTiming, *, seed: int, run
 
 
 def _expected(work_s: float, saving: CheckpointTiming) -> float:
-    """How long a run takes that never ends within one life: what a life brings forward on average, again and again."""
+    """Expected seconds of a run that fails many times: time between failures over the mean share of the work that it brings forward."""
     between, cycle = saving.between_failures_s, saving.interval_s + saving.stall_s
-    first = math.exp(-(saving.restart_s + cycle + saving.upload_s) / between)  # the first save of a life counts
+    first = math.exp(-(saving.restart_s + cycle + saving.upload_s) / between)  # probability that one save is committed
     gained = saving.interval_s * first / -math.expm1(-cycle / between)
-    whole = math.exp(-(work_s + saving.restart_s) / between)  # or all of it is done in one
+    whole = math.exp(-(work_s + saving.restart_s) / between)  # or that the whole run is done without a failure
     return between / max(gained / work_s, whole) if max(gained, whole) else math.inf

@@ -1,4 +1,4 @@
-"""Does it fit, and if not as the recipe says, how does it?"""
+"""Whether a recipe fits into memory as it is written, and the nearest settings that fit where it does not."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class MemoryFit:
     memory: WorkerMemory
     fits: bool
     """The recipe's own settings fit, but for a micro-batch that has to divide the batch among other workers."""
-    said: str
-    """One line about it."""
+    message: str
+    """One line for the report."""
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One ZeRO stage and offload at the planned micro-batch."""
+    """One ZeRO stage and offload at the planned micro-batch: a row of the memory table."""
 
     zero_stage: int
     offload: str
@@ -54,7 +54,7 @@ def choose_settings(case: Case, traced: Traced | None = None) -> MemoryFit:
     Raises:
         UserError: nothing fits on such GPUs; says what would.
     """
-    given, sizes, room = case.recipe.parallel, micro_batches(case.recipe, case.workers), case.cluster.memory
+    given, sizes, capacity = case.recipe.parallel, micro_batches(case.recipe, case.workers), case.cluster.memory
     written = given.model_copy(update={"workers": case.workers})
     divides = given.micro_batch in sizes
     if not divides:
@@ -62,19 +62,19 @@ def choose_settings(case: Case, traced: Traced | None = None) -> MemoryFit:
     holds = memory_function(case, traced)
     needed = holds(written)
     if fits_on(case, needed):
-        said = f"fits: {gb(needed.total)} of {gb(room)} GB"
+        message = f"fits: {gb(needed.total)} of {gb(capacity)} GB"
         if not divides:
-            said += (
+            message += (
                 f" with parallel.micro_batch {written.micro_batch} ({given.micro_batch} x {case.workers} workers do not divide the batch)"
             )
-        return MemoryFit(written, needed, True, said)
-    for candidate, words in _nearest(written, sizes):
+        return MemoryFit(written, needed, True, message)
+    for candidate, changes in _nearest(written, sizes):
         if fits_on(case, held := holds(candidate)):
-            said = (
-                f"DOES NOT FIT as written: {gb(needed.total)} of {gb(room)} GB with micro_batch {written.micro_batch} and zero_stage "
-                f"{written.zero_stage}. Planned with {words}: {gb(held.total)} GB"
+            message = (
+                f"DOES NOT FIT as written: {gb(needed.total)} of {gb(capacity)} GB with micro_batch {written.micro_batch} and zero_stage "
+                f"{written.zero_stage}. Planned with {changes}: {gb(held.total)} GB"
             )
-            return MemoryFit(candidate, held, False, said)
+            return MemoryFit(candidate, held, False, message)
     raise UserError(_nothing_fits(case, needed, holds))
 
 
@@ -102,7 +102,7 @@ def memory_table(case: Case, parallel: ParallelConfig, traced: Traced | None = N
 
 
 def memory_function(case: Case, traced: Traced | None = None) -> Callable[[ParallelConfig], WorkerMemory]:
-    """A worker's memory under any settings; where a trace is at hand, activations by formula in proportion to it."""
+    """A function from settings to a worker's memory; with a trace, activations by formula are scaled to agree with it."""
 
     def holds(parallel: ParallelConfig) -> WorkerMemory:
         trunk, mode = None, parallel.activation_checkpointing
@@ -123,19 +123,19 @@ def memory_function(case: Case, traced: Traced | None = None) -> Callable[[Paral
 
 
 def fits_on(case: Case, held: WorkerMemory) -> bool:
-    """Whether that fits into a GPU, and what is offloaded into its node."""
+    """Whether a worker's memory fits into its GPU, and what is offloaded into the memory of its node."""
     return held.total <= case.cluster.memory and held.host * case.cluster.per_node <= case.assumed("memory.node_gb") * 1e9
 
 
 def gb(size: float) -> str:
     """GB of 10^9 bytes, in three figures or so."""
     value = size / 1e9
-    decimals = next(places for least, places in ((1000, 0), (10, 1), (1, 2), (0, 3)) if value >= least)
+    decimals = next(digits for least, digits in ((1000, 0), (10, 1), (1, 2), (0, 3)) if value >= least)
     return f"{value:,.{decimals}f}" if value else "0"
 
 
 def _nearest(written: ParallelConfig, sizes: list[int]) -> Iterator[tuple[ParallelConfig, str]]:
-    """Other settings, the least change first, and what they are called."""
+    """Other settings, the least change first, and the changed fields as text."""
     modes = MODES[MODES.index(written.activation_checkpointing) + 1 :]
     changes: list[dict[str, Any]] = [{}, *({"activation_checkpointing": mode} for mode in modes)]
     if written.zero_stage < 3:
@@ -144,18 +144,18 @@ def _nearest(written: ParallelConfig, sizes: list[int]) -> Iterator[tuple[Parall
         changes.append(_PLAIN)
     changes += [{**_PLAIN, "zero_stage": 3, "activation_checkpointing": "full", "offload": each} for each in _OFFLOADS]
     smaller = [size for size in sizes if size <= written.micro_batch]
-    # A micro-batch of less than a quarter makes small matrix products: first see what else there is.
+    # A micro-batch below a quarter makes small matrix products, so that comes last: first every change with at least a quarter.
     for bound in (4, written.micro_batch):
         for change in changes:
             for size in (size for size in smaller if size * bound >= written.micro_batch):
                 whole = {"micro_batch": size, **change}
-                words = ", ".join(f"{key} {value}" for key, value in whole.items() if value != getattr(written, key))
-                yield written.model_copy(update=whole), words
+                names = ", ".join(f"{key} {value}" for key, value in whole.items() if value != getattr(written, key))
+                yield written.model_copy(update=whole), names
 
 
 _OFFLOADS = ("optimizer", "optimizer_and_parameters")
 MANY = 2**17
-"""Workers that nobody has."""
+"""More workers than any cluster has: where the search for a number that would do ends."""
 
 
 def _nothing_fits(case: Case, needed: WorkerMemory, holds: Callable[[ParallelConfig], WorkerMemory]) -> str:

@@ -27,7 +27,7 @@ from oar_scale.planning.training_stage import TrainingStagePlan, plan_stage
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the command line says beside the recipe."""
+    """Options of the command line, beside the recipe."""
 
     gpu: str | None = None
     nodes: int | None = None
@@ -45,7 +45,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All there is to say. Bytes, seconds, and hours where the name says so."""
+    """The whole plan of a run. Units: bytes, seconds, and hours where the name says so."""
 
     recipe: str
     cluster: Cluster
@@ -66,7 +66,7 @@ class RunPlan:
     mfu: float
     stages: list[TrainingStagePlan]
     extraction: ExtractionPlan | None
-    """None: a raster model, or nobody knows how many images there are."""
+    """None: a raster model, or the number of images is unknown."""
     evaluation: EvaluationPlan | None
     gpu_hours: float
     money: float
@@ -76,7 +76,7 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """Training and extraction do as the recipe is written."""
+        """Whether training and extraction fit as the recipe is written."""
         return self.fit.fits and (self.actors is None or self.actors.fits)
 
 
@@ -126,7 +126,7 @@ def make_plan(path: str, overrides: Sequence[str], options: PlanOptions) -> RunP
 
 
 def overrides_of(case: Case, planned: ParallelConfig, actors: ActorPlan | None) -> list[str]:
-    """What has to be changed in the recipe for a run as it is planned."""
+    """Overrides of the recipe that make a run the one that is planned."""
     given, extract = case.recipe.parallel, case.recipe.extract
     changed: dict[str, Any] = {}
     if not given.min_workers <= planned.max_workers <= given.max_workers:
@@ -168,16 +168,16 @@ def case_of(recipe: Recipe, options: PlanOptions, wanted: SimulationRequest | No
         raise UserError(f"--mfu {options.mfu:g}: a share of the peak is above 0 and at most 1, e.g. 0.4")
     for key, value in {**given, **dict.fromkeys(assumed.mfu_keys(), options.mfu)}.items():
         assumed = assumed if value is None else assumed.replaced(key, value)
-    found, spec = cluster(recipe, assumed, gpu, nodes, per_node), spec_of(recipe)
+    planned, spec = cluster(recipe, assumed, gpu, nodes, per_node), spec_of(recipe)
     return Case(
         recipe=recipe,
         spec=spec,
-        cluster=found,
+        cluster=planned,
         bounded=nodes is None,
         images=training_images(recipe, options.images, assumed),
         shard=token_shard(recipe, spec),
         assumed=assumed,
-        mfu=1.0 if found.on_cpu else assumed.mfu(parameters(spec).total),
-        failures=assumed("failures.per_gpu_year") if rate is not None or not found.on_cpu else 0.0,  # none is known of CPUs
+        mfu=1.0 if planned.on_cpu else assumed.mfu(parameters(spec).total),
+        failures=assumed("failures.per_gpu_year") if rate is not None or not planned.on_cpu else 0.0,  # none is known of CPUs
         seed=options.seed,
     )

@@ -1,10 +1,10 @@
-"""A plan in words and columns, for a terminal; and as JSON."""
+"""A plan as text for a terminal, and as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -41,13 +41,13 @@ def as_text(plan: RunPlan) -> str:
 
 
 def _head(plan: RunPlan) -> Iterator[str]:
-    found, spec, count = plan.cluster, plan.spec, plan.parameters
-    what = "workers" if found.on_cpu else found.label
-    yield f"{plan.recipe} on {found.nodes} node{'s' * (found.nodes > 1)} x {found.per_node} {what}"
+    cluster, spec, count = plan.cluster, plan.spec, plan.parameters
+    what = "workers" if cluster.on_cpu else cluster.label
+    yield f"{plan.recipe} on {cluster.nodes} node{'s' * (cluster.nodes > 1)} x {cluster.per_node} {what}"
     parts = {"blocks": count.blocks, "codes": count.codes, "condition": count.condition, "rest": count.rest}
     yield f"  {count.total:,} parameters: " + ", ".join(f"{name} {_big(value)}" for name, value in parts.items())
     yield f"  layout {spec.layout}, {spec.cells} cells, {spec.rows} rows an image ({spec.condition.rows} of them condition)"
-    yield f"  {plan.fit.said}"
+    yield f"  {plan.fit.message}"
     if plan.actors and not plan.actors.fits:
         yield f"  DOES NOT FIT: {_actor(plan, plan.actors)}"
     if plan.overrides:
@@ -89,8 +89,8 @@ def _memory(plan: RunPlan) -> Iterator[str]:
             ]
         )
     yield from _columns(rows)
-    room = gb(plan.cluster.memory)
-    yield f"  * planned. fits: the largest micro-batch in {room} GB that divides the batch, by kind of activation checkpointing"
+    capacity = gb(plan.cluster.memory)
+    yield f"  * planned. fits: the largest micro-batch in {capacity} GB that divides the batch, by kind of activation checkpointing"
     yield f"  The most is held in the {_MOMENTS[plan.fit.memory.worst]}; its parts are not all there at one moment."
     yield f"  tensors: all that torch allocates; other: {_other(plan)}"
     host = {
@@ -109,8 +109,8 @@ def _training(plan: RunPlan) -> Iterator[str]:
     stages = plan.stages
     yield f"Training, MFU {plan.mfu:.0%} while computing" if not plan.cluster.on_cpu else "Training"
 
-    def row(name: str, tell: Any) -> list[str]:
-        return [name, *(tell(stage) for stage in stages)]
+    def row(name: str, show: Callable[[TrainingStagePlan], str]) -> list[str]:
+        return [name, *(show(stage) for stage in stages)]
 
     rows = [
         ["", *(stage.name for stage in stages)],
@@ -132,8 +132,8 @@ def _training(plan: RunPlan) -> Iterator[str]:
         row(f"{_who(plan)}-hours", lambda s: f"{s.gpu_hours:,.1f}"),
         row("money", lambda s: _money(s.money)),
     ]
-    dull = {"  of that, again", "  hidden communication", "  offload", "  waiting for data"}
-    yield from _columns([r for r in rows if r[0] not in dull or any(cell != _seconds(0) for cell in r[1:])])
+    optional = {"  of that, again", "  hidden communication", "  offload", "  waiting for data"}
+    yield from _columns([r for r in rows if r[0] not in optional or any(cell != _seconds(0) for cell in r[1:])])
     sent = stages[0].step.sent
     if sent:
         gpus = plan.workers * max(1, plan.fit.parallel.gpus_per_worker)
@@ -191,20 +191,20 @@ def _orders(plan: RunPlan) -> Iterator[str]:
     yield "Extraction and evaluation"
     if plan.actors:
         yield f"  {plan.actors.count:,} actors on {plan.actors.held:,} {_who(plan)}s; {_actor(plan, plan.actors)}"
-    if plan.actors and (found := plan.extraction):
-        load, who = found.load, _who(plan)
-        yield f"  {found.orders:,} orders of {found.flops_per_order / 1e12:,.2f} TF each: {found.images_per_s:,.1f} images/s"
+    if plan.actors and (stage := plan.extraction):
+        load, who = stage.load, _who(plan)
+        yield f"  {stage.orders:,} orders of {stage.flops_per_order / 1e12:,.2f} TF each: {stage.images_per_s:,.1f} images/s"
         yield (
-            f"  {_time(found.seconds / 3600)}, {found.gpu_hours:,.1f} {who}-hours, {_money(found.money)}; "
-            f"{found.failures:,.1f} failures expected, each of which costs the shards of its node's actors"
+            f"  {_time(stage.seconds / 3600)}, {stage.gpu_hours:,.1f} {who}-hours, {_money(stage.money)}; "
+            f"{stage.failures:,.1f} failures expected, each of which costs the shards of its node's actors"
         )
-        yield f"  {found.shards:,} shards of {_seconds(found.shard_s)} each; tables of {gb(found.order_bytes)} GB before compression"
+        yield f"  {stage.shards:,} shards of {_seconds(stage.shard_s)} each; tables of {gb(stage.order_bytes)} GB before compression"
         yield (
             f"  storage: {load.requests:,} requests ({load.gets:,} GET, {load.puts:,} PUT, {load.deletes:,} DELETE), "
-            f"{load.requests / found.seconds:,.2f}/s, {found.storage_share:.2%} of what one prefix allows"
+            f"{load.requests / stage.seconds:,.2f}/s, {stage.storage_share:.2%} of what one prefix allows"
         )
-        yield f"  a driver that takes over near the end reads the ledger in {_seconds(found.takeover_s)}: {load.entry_gets:,} entries"
-        yield f"  limited by {_limit(found, plan.actors.count)}"
+        yield f"  a driver that takes over near the end reads the ledger in {_seconds(stage.takeover_s)}: {load.entry_gets:,} entries"
+        yield f"  limited by {_limit(stage, plan.actors.count)}"
     elif plan.spec.layout == "raster":
         yield "  a raster model has one order: nothing is extracted"
     if seen := plan.evaluation:
@@ -222,12 +222,12 @@ def _actor(plan: RunPlan, actors: ActorPlan) -> str:
     return f"{holds}; not even one image fits: take {_who(plan)}s with more memory{share}"
 
 
-def _limit(found: ExtractionPlan, actors: int) -> str:
-    if found.shards < actors:
-        return f"the number of shards: {found.shards:,} for {actors:,} actors; make smaller ones (data.samples_per_shard)"
-    if found.storage_share > 1:
+def _limit(stage: ExtractionPlan, actors: int) -> str:
+    if stage.shards < actors:
+        return f"the number of shards: {stage.shards:,} for {actors:,} actors; make smaller ones (data.samples_per_shard)"
+    if stage.storage_share > 1:
         return (
-            f"the storage: {found.storage_share:.1f} times the requests that one prefix allows; make larger shards (data.samples_per_shard)"
+            f"the storage: {stage.storage_share:.1f} times the requests that one prefix allows; make larger shards (data.samples_per_shard)"
         )
     return "computing"
 
@@ -265,7 +265,7 @@ def _simulation(done: Simulation, plan: RunPlan) -> Iterator[str]:
     yield f"  balance    {stream.per_step[0]} to {stream.per_step[1]} samples of each rank in every step"
     read = f"{fewest} to {most} of {stream.shards:,} shards, {mean:,.1f} on average"
     yield f"             a rank reads {read}, at most {stream.open_at_once} at once"
-    yield f"  coverage   {stream.left_out:,} images left out of the epoch; none comes twice in {stream.checked:,} places that were computed"
+    yield f"  coverage   {stream.skipped:,} images left out of the epoch; none comes twice in {stream.checked:,} places that were computed"
     yield f"  storage    a node fetches {gb(stream.node_bytes)} GB at most, all nodes {stream.read_twice:.2f} times the data"
     yield (
         f"             {stream.gets_per_epoch:,} GETs in {stream.steps:,} steps, {stream.gets_per_s:,.2f}/s and "

@@ -1,4 +1,4 @@
-"""A recipe's model and data by number, before any tokenizer, shard or weight exists. Imports no torch."""
+"""The size of a recipe's model and data, before any tokenizer, shard or weight exists. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from oar_scale.planning.assumptions import Assumptions
 from oar_scale.storage import join
 
 VECTORS = {"raster": 0, "instructed": 1, "dual": 2}
-"""Learned vectors that a layout turns by cells."""
+"""Learned vectors that a layout rotates by position (RoPE)."""
 
 
 def spec_of(recipe: Recipe) -> ModelSpec:
-    """The spec that the recipe's model will have; a tokenizer is taken to be what its section says."""
+    """The spec that the recipe's model will have; the tokenizer is assumed to be as its section says."""
     return ModelSpec.from_recipe(
         recipe.model,
         vocab_size=recipe.tokenizer.image.codebook_size,
@@ -64,7 +64,7 @@ def _tower(architecture: str) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How many numbers are learned, by part. Tested to be the real model's."""
+    """Number of parameters, by part. A test compares them with those of the real model."""
 
     blocks: int
     """The trunk."""
@@ -78,6 +78,7 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
+        """All parameters."""
         return self.blocks + self.codes + self.condition + self.rest
 
 
@@ -114,15 +115,15 @@ def _condition_parameters(spec: ModelSpec) -> int:
 
 @dataclass(frozen=True)
 class Images:
-    """How many images there are to learn from."""
+    """Number of training images."""
 
     count: int
     source: str
-    """Where the number is from."""
+    """Where the number comes from, for the report."""
 
 
 def training_images(recipe: Recipe, given: int | None, assumed: Assumptions) -> Images | None:
-    """Images of the training split: as given, as the run's shards say, or as is known of the data set; None: nobody knows."""
+    """Images of the training split: as given, as the run's shards say, or as is known of the data set; None: unknown."""
     if given is not None:
         return Images(given, "--images")
     tokens = join(recipe.root, "tokens", "train")

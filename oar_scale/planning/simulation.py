@@ -1,4 +1,4 @@
-"""``oar plan --simulate ranks=1024``: the parts of a run that can be acted out."""
+"""``oar plan --simulate ranks=1024``: the data stream and the extraction of a run, simulated."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from oar_scale.planning.training_stage import TrainingStagePlan
 
 @dataclass(frozen=True)
 class SimulationRequest:
-    """What is to be simulated."""
+    """The size to simulate, as ``--simulate`` gives it."""
 
     ranks: int
     failures: float | None = None
-    """For each GPU in a year."""
+    """Per GPU and year."""
 
 
 @dataclass(frozen=True)
 class Simulation:
+    """What was simulated."""
+
     stream: StreamLoad
     extraction: Makespan | None
     """None for a raster model."""
@@ -51,13 +53,13 @@ def parse_simulation(text: str) -> SimulationRequest:
 def simulate(
     case: Case, wanted: SimulationRequest, stages: list[TrainingStagePlan], actors: ActorPlan | None, orders: ExtractionPlan | None
 ) -> Simulation:
-    """Act out the stream of the first stage, and the extraction.
+    """Simulate the data stream of the first stage, and the extraction.
 
     Raises:
-        UserError: nobody knows how many images there are, or ranks that cannot share the streams.
+        UserError: the number of images is unknown, or ranks that cannot share the streams.
     """
     stream = stream_load(case, wanted.ranks, stages[0].step.seconds)
     if actors is None or orders is None:
         return Simulation(stream, None)
-    acted = makespan(orders.shards, orders.shard_s, actors.count, actors.lost_per_year, orders.start_s, case.assumed, seed=case.seed)
-    return Simulation(stream, acted)
+    pool = makespan(orders.shards, orders.shard_s, actors.count, actors.lost_per_year, orders.start_s, case.assumed, seed=case.seed)
+    return Simulation(stream, pool)

@@ -1,4 +1,4 @@
-"""The time of a training step.
+"""The time of a training step, from operations, bytes and rates.
 
     computing       useful operations of the micro-batches / (peak x MFU), and more where blocks are computed again
     communication   bytes between workers / link speed: under ZeRO-3 most of it hides behind the computation; below, DeepSpeed hides none
@@ -37,7 +37,7 @@ class StepTime:
 
     compute_s: float
     recompute_s: float
-    """Of ``compute_s``: blocks that are computed again."""
+    """Of ``compute_s``: blocks that activation checkpointing computes again."""
     sent: dict[str, float]
     """Bytes that a worker sends, by collective."""
     communication_s: float
@@ -80,11 +80,11 @@ def step_time(case: Case, parallel: ParallelConfig, global_batch: int) -> StepTi
 
 def communication(case: Case, parallel: ParallelConfig, accumulation: int) -> tuple[dict[str, float], float]:
     """Bytes that a worker sends in a step, by collective, and the seconds that takes."""
-    workers, found = case.workers, case.cluster
+    workers, cluster = case.workers, case.cluster
     if workers == 1:
         return {}, 0.0
     size = case.parameters.total * BYTES[parallel.precision] * (workers - 1) / workers
-    link = found.link(workers * case.gpus_per_worker)
+    link = cluster.link(workers * case.gpus_per_worker)
     started = collectives(case, parallel, accumulation) * case.assumed("time.collective_s")
     if parallel.zero_stage < 3:
         reduced = 2 * size * (accumulation if parallel.zero_stage == 2 else 1)
@@ -93,7 +93,7 @@ def communication(case: Case, parallel: ParallelConfig, accumulation: int) -> tu
     weight = size * (0.5 if parallel.quantized_weights else 1) * accumulation
     gradient = size * (0.25 if parallel.quantized_gradients else 1) * accumulation
     sent = {"all-gather, forward": weight, "all-gather, backward": weight, "reduce-scatter of gradients": gradient}
-    near = found.link(parallel.hpz_workers * case.gpus_per_worker) if parallel.hpz_workers > 1 else link
+    near = cluster.link(parallel.hpz_workers * case.gpus_per_worker) if parallel.hpz_workers > 1 else link
     return sent, started + (weight + gradient) / link + weight / near
 
 
@@ -106,7 +106,7 @@ def collectives(case: Case, parallel: ParallelConfig, accumulation: int) -> int:
 
 
 def _recompute_share(case: Case, parallel: ParallelConfig) -> float:
-    """Computing again, in proportion to computing."""
+    """Recomputation of activation checkpointing, as a share of the useful operations."""
     match parallel.activation_checkpointing:
         case "full":
             return training_flops(case.spec, recompute=True) / training_flops(case.spec) - 1
@@ -116,6 +116,7 @@ def _recompute_share(case: Case, parallel: ParallelConfig) -> float:
 
 
 def _offload(case: Case, parallel: ParallelConfig) -> float:
+    """Seconds of offload: transfers over PCIe, and AdamW in the memory of the node."""
     if parallel.offload == "none":
         return 0.0
     share = case.parameters.total / case.workers

@@ -1,4 +1,4 @@
-"""Who reads which shards: the real sample plan (``data/sample_plan.py``), asked about every stream and some of the samples."""
+"""Which ranks read which shards, by the real sample plan (``data/sample_plan.py``): every stream, and a sample of the images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from oar_scale.errors import UserError
 from oar_scale.planning.case import Case
 from oar_scale.registry import TRAINING_SECTIONS
 
-LOOKED_AT = 400_000
+CHECKED_SAMPLES = 400_000
 """Samples whose places are computed, at most, to see that none comes twice."""
 
 
@@ -25,8 +25,8 @@ class StreamLoad:
     shards: int
     steps: int
     """Of an epoch."""
-    left_out: int
-    """Images that the epoch leaves out, fewer than there are streams."""
+    skipped: int
+    """Images that the epoch skips (the remainder), fewer than there are streams."""
     per_step: tuple[int, int]
     """Samples of a rank in a step, fewest and most."""
     shards_per_rank: tuple[int, float, int]
@@ -47,13 +47,13 @@ class StreamLoad:
 
 
 def stream_load(case: Case, ranks: int, step_s: float) -> StreamLoad:
-    """Ask the plan of a training run on ``ranks`` workers.
+    """The load of the sample plan of a training run on ``ranks`` workers.
 
     Args:
-        step_s: that a step takes.
+        step_s: seconds of a step.
 
     Raises:
-        UserError: ranks that cannot share the recipe's streams or batch, fewer images than streams, or nobody knows how many there are.
+        UserError: ranks that cannot share the recipe's streams or batch, fewer images than streams, or their number is unknown.
     """
     recipe, shard, per_node = case.recipe, case.shard, case.cluster.per_node
     if case.images is None:
@@ -65,8 +65,8 @@ def stream_load(case: Case, ranks: int, step_s: float) -> StreamLoad:
         plan = SamplePlan(sizes, recipe.seed, streams, recipe.data.shuffle_window_shards)
     except ValueError as error:
         raise UserError(f"data.canonical_streams = {streams}: {error}. Use fewer streams.") from error
-    places = _shards_of_streams(plan)
-    owners = [np.unique(np.concatenate([places[stream] for stream in range(rank, streams, ranks)])) for rank in range(ranks)]
+    by_stream = _shards_of_streams(plan)
+    owners = [np.unique(np.concatenate([by_stream[stream] for stream in range(rank, streams, ranks)])) for rank in range(ranks)]
     counts = [len(owned) for owned in owners]
     fetched = np.array([len(np.unique(np.concatenate(owners[first : first + per_node]))) for first in range(0, ranks, per_node)])
     steps = plan.per_epoch // batch
@@ -76,7 +76,7 @@ def stream_load(case: Case, ranks: int, step_s: float) -> StreamLoad:
         images=images,
         shards=len(sizes),
         steps=steps,
-        left_out=images - plan.per_epoch,
+        skipped=images - plan.per_epoch,
         per_step=_per_step(plan, batch, ranks),
         shards_per_rank=(min(counts), float(np.mean(counts)), max(counts)),
         open_at_once=streams // ranks * recipe.data.shuffle_window_shards + 2,
@@ -91,7 +91,7 @@ def stream_load(case: Case, ranks: int, step_s: float) -> StreamLoad:
 
 
 def check_sharing(recipe: Recipe, ranks: int) -> None:
-    """See that so many ranks can share the streams and the global batches.
+    """Check that so many ranks can share the streams and the global batches.
 
     Raises:
         UserError: they cannot; names the nearest numbers of ranks that can, and what else would help.
@@ -103,9 +103,9 @@ def check_sharing(recipe: Recipe, ranks: int) -> None:
     near = ", ".join(str(n) for n in sorted(sorted(fits, key=lambda n: abs(n - ranks))[:3]))
     changes = {"data.canonical_streams": ranks if streams % ranks else streams}
     changes |= {f"{name}.global_batch": -(-batch // ranks) * ranks for name, batch in zip(TRAINING_SECTIONS, batches, strict=True)}
-    said = " and ".join(str(batch) for batch in dict.fromkeys(batches))
+    shown = " and ".join(str(batch) for batch in dict.fromkeys(batches))
     raise UserError(
-        f"{ranks} workers cannot share data.canonical_streams = {streams} and global batches of {said} evenly. Workers that can: {near}. "
+        f"{ranks} workers cannot share data.canonical_streams = {streams} and global batches of {shown} evenly. Workers that can: {near}. "
         f"Or change the recipe: {' '.join(f'-o {key}={value}' for key, value in changes.items())}"
     )
 
@@ -133,13 +133,13 @@ def _first_shards(plan: SamplePlan, batch: int, ranks: int, per_node: int) -> in
 
 
 def _check_coverage(plan: SamplePlan, seed: int) -> int:
-    """Compute all places of as many streams as may be looked at; an image that came twice would be a fault of the plan."""
-    count = max(1, min(plan.streams, LOOKED_AT // plan.segment))
+    """Compute the samples of as many whole streams as :data:`CHECKED_SAMPLES` allows, and see that no image occurs twice."""
+    count = max(1, min(plan.streams, CHECKED_SAMPLES // plan.segment))
     streams = np.random.default_rng(seed).choice(plan.streams, count, replace=False)
     seen: list[Ids] = []
     for stream in streams:
-        places = np.arange(min(plan.segment, LOOKED_AT), dtype=np.int64)
-        seen.append(plan.at(np.full_like(places, stream), places).uid)
+        positions = np.arange(min(plan.segment, CHECKED_SAMPLES), dtype=np.int64)
+        seen.append(plan.at(np.full_like(positions, stream), positions).uid)
     uids = np.concatenate(seen)
     if len(np.unique(uids)) != len(uids):
         raise AssertionError("an image comes twice in an epoch")

@@ -1,9 +1,9 @@
-"""What a training step holds, found by running the real model on fake tensors: shapes and lifetimes without memory or arithmetic.
+"""Activation memory, traced by running the real model on fake tensors: shapes and lifetimes without memory or arithmetic.
 
-Every operation's results are counted while anything holds on to them. Kernels are a CPU's, in the precision asked for; what they
-keep for the backward pass is what the fused kernels of a GPU keep (``model/memory_efficient.py``), but for heads that a GPU pads
-(``activations.py``). Memory grows by the same amount with every block but the first and the last, so two shallow models
-tell it for any depth.
+The results of every operation are counted for as long as anything references them. Kernels are a CPU's, in the precision asked
+for; what they keep for the backward pass is what the fused kernels of a GPU keep (``model/memory_efficient.py``), except for heads
+that a GPU pads (``activations.py``). Memory grows by the same amount with every block but the first and the last, so two
+shallow models determine it for any depth.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ SHALLOW = (3, 4)
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of the tensors that operations have made and that are still there; works on fake and on real tensors.
+    """Bytes of the tensors that operations have created and that are still referenced; works on fake and on real tensors.
 
     Attributes:
-        bytes: now, without gradients of parameters.
-        gradients: theirs.
-        peak: the most of ``bytes`` so far.
-        most: the most of both together.
+        bytes: current bytes, without gradients of parameters.
+        gradients: current bytes of gradients of parameters.
+        peak: maximum of ``bytes`` so far.
+        most: maximum of the sum of both.
     """
 
     def __init__(self) -> None:
@@ -44,22 +44,22 @@ class LiveTensors(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._gradients: set[int] = set()
 
-    def hold(self, tensor: Tensor) -> None:
-        """Count a tensor's memory for as long as it is there."""
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
             self.bytes += storage.nbytes()
-            self._look()
-            weakref.finalize(storage, self._gone, key)
+            self._update_peaks()
+            weakref.finalize(storage, self._freed, key)
 
-    def leave_out(self, tensor: Tensor) -> None:
-        """This one does not count, nor do its views."""
+    def ignore(self, tensor: Tensor) -> None:
+        """Do not count this tensor or its views."""
         self._sizes[tensor.untyped_storage()._cdata] = 0
 
-    def is_gradient(self, tensor: Tensor) -> None:
-        """This one is a parameter's gradient: it is counted apart from now on."""
+    def mark_gradient(self, tensor: Tensor) -> None:
+        """Count this tensor with the gradients of parameters from now on."""
         key = tensor.untyped_storage()._cdata
         if key in self._sizes and key not in self._gradients:
             self._gradients.add(key)
@@ -70,14 +70,14 @@ class LiveTensors(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor):
-                self.hold(leaf)
+                self.count(leaf)
         return made
 
-    def _look(self) -> None:
+    def _update_peaks(self) -> None:
         self.peak = max(self.peak, self.bytes)
         self.most = max(self.most, self.bytes + self.gradients)
 
-    def _gone(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         size = self._sizes.pop(key)
         if key in self._gradients:
             self._gradients.discard(key)
@@ -101,27 +101,27 @@ def _trace(spec: ModelSpec, micro_batch: int, precision: str, checkpointing: Any
     with FakeTensorMode():
         model = _model(spec, precision)
         accelerate(model, ParallelConfig(activation_checkpointing=checkpointing))
-        alive = LiveTensors()
+        live = LiveTensors()
 
         def first_block_begins(_gradient: Tensor) -> None:
-            alive.most = 0
+            live.most = 0
 
         def watch(_block: nn.Module, _inputs: Any, output: Tensor) -> None:
             output.register_hook(first_block_begins)
 
         model.layers[0].register_forward_hook(watch)
         for parameter in model.parameters():
-            alive.leave_out(parameter)
-            parameter.register_post_accumulate_grad_hook(lambda p: alive.is_gradient(p.grad))
+            live.ignore(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda p: live.mark_gradient(p.grad))
         codes_BN = torch.zeros(micro_batch, spec.cells, dtype=torch.long)
         inputs, drop_B = _inputs(spec, micro_batch), torch.zeros(micro_batch, dtype=torch.bool)
         model.rotations(codes_BN.device)  # a table that stays, whatever is trained
-        with alive:
+        with live:
             condition_BTD = model.condition(inputs, drop_B)
             rows_BND = model.rows(codes_BN, torch.zeros_like(codes_BN), condition_BTD)
-            kept = alive.bytes
+            kept = live.bytes
             rows_BND.backward(torch.empty_like(rows_BND))
-        return TrunkActivations(kept, alive.peak, alive.most)
+        return TrunkActivations(kept, live.peak, live.most)
 
 
 def _model(spec: ModelSpec, precision: str) -> AnyOrderModel:

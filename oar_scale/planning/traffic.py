@@ -1,4 +1,4 @@
-"""Bytes and requests that shards, checkpoints and orders cost the storage."""
+"""Bytes and requests to the storage for shards, checkpoints and order tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LISTED = 1000
 
 @dataclass(frozen=True)
 class ShardTraffic:
-    """A token shard."""
+    """Size of a token shard, and the requests that read it."""
 
     samples: int
     bytes: int
@@ -59,7 +59,7 @@ def orders_bytes(spec: ModelSpec) -> int:
 
 @dataclass(frozen=True)
 class CheckpointTraffic:
-    """A checkpoint of all workers together."""
+    """A checkpoint of all workers: its bytes, files and PUT requests."""
 
     bytes: int
     files: int
@@ -76,28 +76,29 @@ def checkpoint_traffic(spec: ModelSpec, workers: int, *, average: bool) -> Check
 
 @dataclass(frozen=True)
 class PoolLoad:
-    """What a pool that does every shard once asks of the storage."""
+    """Requests of a pool that processes every shard once."""
 
     gets: int
     puts: int
     deletes: int
     lists: int
-    """Of one look at the ledger, when a driver starts."""
+    """Listing requests when a driver starts and reads the ledger."""
     entry_gets: int
     """That a driver which takes over near the end reads, one for each finished shard."""
 
     @property
     def requests(self) -> int:
+        """GET, PUT and DELETE requests together."""
         return self.gets + self.puts + self.deletes
 
 
-def pool_load(shards: int, shard: ShardTraffic, table_bytes: int, seconds: float, beat_s: float = 10.0) -> PoolLoad:
-    """For each shard: a claim, a look for an entry, its parts, the table, the entry, the claim's end; and the pool's heartbeat."""
-    beats = int(seconds / beat_s)
+def pool_load(shards: int, shard: ShardTraffic, table_bytes: int, seconds: float, heartbeat_s: float = 10.0) -> PoolLoad:
+    """For each shard: a claim, a check for its entry, its parts, the order table, the entry, the release; and the pool's heartbeats."""
+    heartbeats = int(seconds / heartbeat_s)
     return PoolLoad(
         gets=shards * (1 + shard.gets),
-        puts=shards * (2 + _puts(table_bytes)) + beats,
-        deletes=shards + beats,
+        puts=shards * (2 + _puts(table_bytes)) + heartbeats,
+        deletes=shards + heartbeats,
         lists=-(-shards // LISTED),
         entry_gets=shards,
     )

@@ -1,4 +1,4 @@
-"""A training stage from its first step to its last: time, checkpoints, failures, money."""
+"""Plan of one training stage from its first step to its last: time, checkpoints, failures, money."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TrainingStagePlan:
     steps: int
     global_batch: int
     epochs: float | None
-    """None: nobody knows how many images there are."""
+    """None: the number of images is unknown."""
     tokens: int
     """Rows of the trunk, those of the condition included."""
     flops: int
@@ -66,11 +66,11 @@ def plan_stage(case: Case, name: str, parallel: ParallelConfig) -> TrainingStage
     evaluation_s = evaluation_seconds(case, training)
     written = checkpoint_traffic(spec, case.workers, average=training.ema_decay is not None)
     saving = checkpoint_timing(case, written, training.checkpoint_every * step.seconds)
-    apart, work = saving.between_failures_s, training.steps * step.seconds + evaluation_s
+    between, work = saving.between_failures_s, training.steps * step.seconds + evaluation_s
     survival = simulate_failures(work, saving, seed=case.seed)
     best, best_survival = None, None
-    if not math.isinf(apart):
-        best = max(1, min(training.steps, round(best_interval(saving.stall_s, apart) / step.seconds)))
+    if not math.isinf(between):
+        best = max(1, min(training.steps, round(best_interval(saving.stall_s, between) / step.seconds)))
         best_survival = simulate_failures(work, checkpoint_timing(case, written, best * step.seconds), seed=case.seed)
     return TrainingStagePlan(
         name=name,
@@ -89,7 +89,7 @@ def plan_stage(case: Case, name: str, parallel: ParallelConfig) -> TrainingStage
             puts=written.puts,
             puts_per_s=written.puts / saving.upload_s,
             best_every=best,
-            between_failures_s=None if math.isinf(apart) else apart,
+            between_failures_s=None if math.isinf(between) else between,
         ),
         survival=survival,
         best_survival=best_survival,

@@ -1,4 +1,4 @@
-"""Everything a training worker holds, by part, for each ZeRO stage: what DeepSpeed 0.19 does with P parameters among W workers.
+"""Memory of a training worker, by part, for each ZeRO stage: what DeepSpeed 0.19 holds for P parameters on W workers.
 
     e = 2 bytes in bf16, 4 in fp32
 
@@ -9,9 +9,9 @@
     optimiser         8 P       12 P / W      12 P / W   12 P / W       two moments, and float32 weights under ZeRO; 4 P more for an average
     buckets           e b       e (B + b)     e (B + b)  e (B + b)      B = 5 10^8 numbers, b = min(P, B); a CPU touches 2 e b of them
 
-Beside weights, optimiser and average there is, one after the other, and the most of it counts:
+Besides weights, optimiser and average a worker holds, at successive moments of a step (the largest counts):
 
-    forward     activations that are kept, and the loss at work: logits, and its gradients so far
+    forward     activations that are kept, and the memory of the loss: logits, and its gradients so far
     backward    activations, the head's gradient, the bucket B (a CPU touches of it what gradients have come)
     late        the first block's activations with all gradients whole: ZeRO 0 and 1, which reduce at the end
     reduction   the bucket and its copy b, with the activations that are left when the first bucket is full: none where P < B
@@ -19,7 +19,7 @@ Beside weights, optimiser and average there is, one after the other, and the mos
 
 and gradients from the micro-batches before, gathered parameters and ZeRO-3's bucket in all passes. Offload moves the optimiser's part,
 and parameters, to the node's memory. The table was found by counting the tensors of real engines (tests/planning/test_zero_memory.py),
-and agrees with DeepSpeed's own estimators where they count the same; the most is what workers that train take on a CPU
+and agrees with DeepSpeed's own estimators where they count the same; the maximum is what real training workers take on a CPU
 (tests/planning/test_planned_memory.py).
 """
 
@@ -44,7 +44,7 @@ LIVE = 1_000_000_000
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """Bytes of one worker."""
+    """Bytes of one worker, by part."""
 
     parameters: int
     gathered: int
@@ -53,23 +53,23 @@ class WorkerMemory:
     average: int
     buckets: int
     activations: int
-    """In the backward pass, at their most."""
+    """Maximum in the backward pass."""
     logits: int
-    """With all that the loss works with, after the forward pass."""
+    """Logits with all other memory of the loss, after the forward pass."""
     step: int
     """Gradients as the optimiser takes them, when there are no activations and buckets."""
     moments: dict[str, int]
-    """What there is beside weights, optimiser and average, by moment."""
+    """All that is held besides weights, optimiser and average, by moment of the step."""
     worst: str
-    """The moment that takes most."""
+    """The moment of the largest sum."""
     tensors: int
-    """All that torch has allocated then."""
+    """Everything that torch has allocated at that moment."""
     other: int
-    """On a GPU, framework and fragmentation; on a CPU, what the allocator keeps of what was freed."""
+    """On a GPU, framework and fragmentation; on a CPU, freed memory that the allocator keeps."""
     total: int
-    """Both."""
+    """``tensors`` and ``other``."""
     host: int
-    """In the node's memory, for this worker."""
+    """Offloaded to the memory of the node, for this worker."""
 
     @property
     def states(self) -> int:
@@ -91,8 +91,8 @@ def worker_memory(
 
     Args:
         accumulation: micro-batches of a step.
-        average: a moving average of the weights is kept.
-        trunk: traced; by formula where it is None.
+        average: whether a moving average of the weights is kept.
+        trunk: activations that were traced; None: by formula.
     """
     gpu = parallel.gpus_per_worker > 0
     e, count = BYTES[parallel.precision], parameters(spec)
@@ -111,7 +111,7 @@ def worker_memory(
         gathered=e * min(total, LIVE) if stage == 3 else 0,
         bucket=(e * BUCKET if gpu else 0) if stage else 0,
         copy=e * min(total, BUCKET) if stage or workers > 1 else 0,
-        on_its_way=e * count.largest if offloaded else 0,
+        in_transfer=e * count.largest if offloaded else 0,
     )
     step = _step(stage, share, e) if not offloaded else 0
     moments = {**_passes(stage, sizes, TrunkActivations(*(size + padded for size in traced)), head), "step": gradients + step}
@@ -129,7 +129,7 @@ def worker_memory(
         average=0 if offloaded else averaged,
         buckets=sizes.buckets(stage),
         activations=traced.peak + padded,
-        logits=head.at_work,
+        logits=head.working,
         step=step,
         moments=moments,
         worst=max(moments, key=moments.__getitem__),
@@ -142,7 +142,7 @@ def worker_memory(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes that come and go in a pass."""
+    """Bytes of gradients, gathered weights and buckets in a pass."""
 
     gradients: int
     """All of them, whole."""
@@ -155,18 +155,18 @@ class _Sizes:
     """Allocated before a gradient is in it; a CPU's is there as far as it is filled."""
     copy: int
     """Of the gradients in a full bucket."""
-    on_its_way: int
-    """A gradient, to the node's memory."""
+    in_transfer: int
+    """The gradient that is being copied to the node's memory."""
 
     def buckets(self, stage: int) -> int:
-        """A full one, and its copy."""
-        return (max(self.bucket, self.copy) if stage else 0) + self.copy + self.on_its_way
+        """Bytes of a full bucket and its copy."""
+        return (max(self.bucket, self.copy) if stage else 0) + self.copy + self.in_transfer
 
 
 def _passes(stage: int, sizes: _Sizes, trunk: TrunkActivations, head: HeadActivations) -> dict[str, int]:
-    """What there is in a pass beside weights, optimiser and average, at its moments."""
+    """Bytes besides weights, optimiser and average at each moment of a pass (see the module's docstring)."""
     stays = sizes.gathered + sizes.earlier + (max(sizes.bucket, sizes.copy) if stage == 3 else 0)
-    comes = stays + (sizes.bucket if stage in (1, 2) else 0) + sizes.on_its_way
+    comes = stays + (sizes.bucket if stage in (1, 2) else 0) + sizes.in_transfer
     several = sizes.gradients > sizes.copy  # buckets: what was reduced of the first is there when the next one is full
     beside = (
         sizes.gradients,
@@ -175,14 +175,14 @@ def _passes(stage: int, sizes: _Sizes, trunk: TrunkActivations, head: HeadActiva
         sizes.share,
     )[stage]
     left = 1 - sizes.copy / sizes.gradients if stage > 1 else 0.0
-    found = {
-        "forward": stays + trunk.kept + head.at_work,
+    moments = {
+        "forward": stays + trunk.kept + head.working,
         "backward": comes + trunk.peak + head.kept,
         "reduction": sizes.gathered + sizes.buckets(stage) + beside + int(left * trunk.peak),
     }
     if stage < 2 and not sizes.earlier:
-        found["late"] = comes + trunk.late + head.kept
-    return found
+        moments["late"] = comes + trunk.late + head.kept
+    return moments
 
 
 def micro_batches(recipe: Recipe, workers: int) -> list[int]:
@@ -195,11 +195,11 @@ def micro_batches(recipe: Recipe, workers: int) -> list[int]:
 
 
 def zero_settings(parallel: ParallelConfig) -> Iterator[ParallelConfig]:
-    """The ZeRO stages and offloads there are, at the given precision and micro-batch."""
+    """All ZeRO stages and offloads, at the given precision and micro-batch."""
     plain = {"hpz_workers": 1, "quantized_weights": False, "quantized_gradients": False, "offload": "none"}
     for stage in (0, 1, 2, 3):
         if stage == 0 and parallel.precision == "bf16":
-            continue  # it would keep no float32 weights
+            continue  # DeepSpeed would keep no float32 weights
         kept = {} if stage == 3 and parallel.zero_stage == 3 else plain
         yield parallel.model_copy(update={**kept, "offload": "none", "zero_stage": stage})
         if stage in (2, 3):

@@ -49,16 +49,16 @@ def test_trunk_and_head_together_are_a_whole_loss() -> None:
     with FakeTensorMode():
         model, alive = AnyOrderModel(spec).train(), LiveTensors()
         for parameter in model.parameters():
-            alive.leave_out(parameter)
-            parameter.register_post_accumulate_grad_hook(lambda p: alive.is_gradient(p.grad))
+            alive.ignore(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda p: alive.mark_gradient(p.grad))
         codes_BN, label_B1 = torch.zeros(IMAGES, spec.cells, dtype=torch.long), torch.zeros(IMAGES, 1, dtype=torch.long)
         model.rotations(codes_BN.device)
         with alive:
             mean, _ = model.loss(codes_BN, torch.zeros_like(codes_BN), model.condition(label_B1))
             forward = alive.peak
             mean.backward()
-    assert trunk.kept + head.at_work == pytest.approx(forward, rel=0.03)
-    assert max(trunk.kept + head.at_work, trunk.peak) == pytest.approx(alive.peak, rel=0.03)
+    assert trunk.kept + head.working == pytest.approx(forward, rel=0.03)
+    assert max(trunk.kept + head.working, trunk.peak) == pytest.approx(alive.peak, rel=0.03)
 
 
 def test_it_counts_as_torchs_own_tracker_does() -> None:
@@ -77,7 +77,7 @@ def test_it_counts_as_torchs_own_tracker_does() -> None:
         model.zero_grad()
         alive = LiveTensors()
         for tensor in (x, *model.parameters()):
-            alive.hold(tensor)
+            alive.count(tensor)
         with alive:
             step(model, x)
     assert alive.peak == pytest.approx(theirs, rel=0.01)  # theirs rounds each tensor up to 512 bytes
@@ -98,7 +98,7 @@ def test_decoding_takes_what_a_trace_of_it_takes(name: str) -> None:
     with FakeTensorMode():
         model, alive = AnyOrderModel(spec).eval(), LiveTensors()
         for parameter in model.parameters():
-            alive.leave_out(parameter)
+            alive.ignore(parameter)
         model.rotations(torch.device("cpu"))
         cells_BR = torch.zeros(images, spec.cells, dtype=torch.long)
         with alive:

@@ -31,7 +31,7 @@ def test_it_is_what_an_epoch_in_full_shows() -> None:
     ranks = np.concatenate(seen).reshape(RANKS, -1)
     shards = [set(plan.shard_of(row)[0].tolist()) for row in ranks]
     assert len(np.unique(ranks)) == ranks.size == found.steps * 64
-    assert found.left_out == IMAGES - plan.per_epoch and found.per_step == (8, 8)
+    assert found.skipped == IMAGES - plan.per_epoch and found.per_step == (8, 8)
     # Steps are whole: the last samples of a stream may belong to no full step of the epoch.
     assert found.shards_per_rank[0] >= min(map(len, shards)) and found.shards_per_rank[2] <= max(map(len, shards)) + 1
     nodes = [len(set().union(*shards[first : first + PER_NODE])) for first in range(0, RANKS, PER_NODE)]

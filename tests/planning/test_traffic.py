@@ -22,7 +22,7 @@ from tests.planning.cases import case
 def test_the_constants_are_those_of_the_storage_and_the_pool() -> None:
     assert s3_download.PART_BYTES == _TRANSFER.multipart_chunksize == traffic.PART
     assert _TRANSFER.multipart_threshold == traffic.MULTIPART
-    assert Timing().straggler == extraction_plan.LATE
+    assert Timing().straggler == extraction_plan.STRAGGLER
     assert Timing().heartbeat_s == pool_load.__defaults__[0]  # type: ignore[index]
 
 

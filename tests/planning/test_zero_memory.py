@@ -57,9 +57,9 @@ def _train(settings: dict[str, Any], accumulation: int, average: bool, out: str)
     alive = LiveTensors()
     for thing in [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]:
         if thing.device.type != "meta" and thing.layout == torch.strided:
-            alive.hold(thing)
+            alive.count(thing)
             if thing.is_leaf and thing.grad is not None:
-                alive.hold(thing.grad)
+                alive.count(thing.grad)
     most = {"backward": 0, "step": 0}
     with alive:
         for _ in range(3 * accumulation):
