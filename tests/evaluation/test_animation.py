@@ -35,7 +35,8 @@ def test_large_grids_show_several_cells_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("file_format", ["WEBP", "GIF"])
-def test_both_files_play_all_frames_for_ever_and_rest_on_the_last(file_format: str) -> None:
+def test_both_files_loop_over_all_frames_and_rest_on_the_last(file_format: str) -> None:
+    """Both files play all frames for ever and rest on the last."""
     frames = appearing(PICTURES, ORDERS, columns=3, pixels=16)
     image = Image.open(io.BytesIO(animated(frames, file_format)))  # type: ignore[arg-type]
     assert image.format == file_format and image.n_frames == 17 and image.info["loop"] == 0

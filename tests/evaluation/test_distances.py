@@ -32,7 +32,8 @@ def test_frechet_of_commuting_gaussians_is_the_closed_form() -> None:
     assert frechet(x, y) == pytest.approx(np.sum(mean_y**2) + np.sum((deviations_x - deviations_y) ** 2))
 
 
-def test_frechet_of_rotated_gaussians_equals_the_matrix_square_root() -> None:
+def test_frechet_of_rotated_gaussians_is_the_matrix_formula() -> None:
+    """Frechet of rotated gaussians equals the matrix square root."""
     from scipy.linalg import sqrtm
 
     rng = np.random.default_rng(2)
@@ -60,7 +61,8 @@ def test_kid_of_single_points_is_the_kernel_difference() -> None:
     assert kid(x, y).std == pytest.approx(0)
 
 
-def test_kid_of_two_halves_of_one_distribution_is_zero_within_its_deviation() -> None:
+def test_kid_of_two_halves_is_zero_within_its_deviation() -> None:
+    """Kid of two halves of one distribution is zero within its deviation."""
     samples = np.random.default_rng(6).normal(size=(600, 32))
     same = kid(samples[:300], samples[300:])
     assert abs(same.mean) < 2 * same.std

@@ -32,7 +32,8 @@ def test_the_table_holds_each_images_own_nll_whatever_the_batch() -> None:
             torch.testing.assert_close(table[name][image], by_hand, rtol=1e-4, atol=1e-5)
 
 
-def test_the_order_of_highest_confidence_is_likelier_than_random_ones() -> None:
+def test_the_confidence_order_is_likelier_than_random_ones() -> None:
+    """The order of highest confidence is likelier than random ones."""
     model = small_model()
     codes, text = random_codes(model, 16), random_text(model, 16)
     with torch.no_grad():
@@ -64,7 +65,8 @@ def test_captions_that_are_all_the_same_cannot_be_shuffled() -> None:
         shuffled_captions(torch.tensor([[1, 2], [1, 2]]), 0)
 
 
-def test_a_paired_difference_does_not_suffer_from_what_both_sides_share() -> None:
+def test_a_paired_difference_cancels_what_both_sides_share() -> None:
+    """A paired difference does not suffer from what both sides share."""
     hardness = torch.linspace(1, 100, 50)
     gain = torch.tensor([0.1, 0.3]).repeat(25)
     difference = paired_difference(hardness - gain, hardness)
@@ -110,7 +112,8 @@ def test_an_order_map_runs_from_dark_to_bright_along_the_order() -> None:
     assert (np.diff(brightness.astype(int)) > 0).all()
 
 
-def test_a_sheet_shows_every_picture_in_its_place_and_survives_png() -> None:
+def test_a_sheet_shows_each_picture_in_place_and_survives_png() -> None:
+    """A sheet shows every picture in its place and survives png."""
     red, blue = np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3, 3), np.uint8)
     red[..., 0], blue[..., 2] = 255, 255
     sheet = contact_sheet([[red, blue], [blue]], gap=1)

@@ -15,12 +15,14 @@ from oar_scale.orders.extraction import Orders, extract_orders
 from oar_scale.orders.settings import ExtractionSettings
 
 
-def test_pieces_that_end_in_any_order_give_the_images_in_theirs() -> None:
+def test_tasks_that_end_in_any_order_give_the_images_in_theirs() -> None:
+    """Pieces that end in any order give the images in theirs."""
     found = [Likelihoods("ordered", first, {"random": np.array([first, first + 1.0])}) for first in (2, 0, 4)]
     assert summary.per_image(found)["ordered"]["random"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_raster_order_is_at_distance_0_and_its_steps_are_the_cells() -> None:
+def test_raster_order_has_distance_0_and_the_cells_as_steps() -> None:
+    """Raster order is at distance 0 and its steps are the cells."""
     raster = np.arange(16, dtype=np.uint16)[None]
     assert summary.raster_distance(raster) == 0
     assert summary.raster_distance(raster[:, ::-1]) == 1
@@ -32,7 +34,7 @@ def test_the_comparison_with_brute_force_is_told_as_it_came_out(equal: int, said
     assert said in summary.brute_force_sentence(BruteForce(2, equal, 1e-6, 0.0))
 
 
-def test_the_gap_to_brute_force_is_that_of_the_first_other_choice(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gap_to_brute_force_is_at_the_first_other_choice(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """An extraction that takes the cells of the first image backwards is found out at its first step."""
     model = small_model()
     save_model(f"{tmp_path}/model.safetensors", model)

@@ -82,7 +82,8 @@ def test_importing_oar_scale_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_same_seed_draws_the_same_pictures_and_another_draws_others(drawer: Pretrained) -> None:
+def test_the_seed_alone_decides_the_pictures(drawer: Pretrained) -> None:
+    """The same seed draws the same pictures and another draws others."""
     first, again, other = (drawer.sample(CAPTIONS, seed=seed) for seed in (1, 1, 2))
     assert [(image.size, image.mode) for image in first] == [((PIXELS, PIXELS), "RGB")] * 4
     assert pixels(first) == pixels(again) != pixels(other)
@@ -136,7 +137,8 @@ def test_what_is_no_caption_is_refused(drawer: Pretrained) -> None:
             drawer.sample(none)
 
 
-def test_a_model_file_alone_draws_codes_and_says_what_pictures_need(tmp_path: Path) -> None:
+def test_a_model_file_alone_draws_codes_but_no_pictures(tmp_path: Path) -> None:
+    """A model file alone draws codes and says what pictures need."""
     path = str(tmp_path / "model.safetensors")
     save_model(path, small_model(condition=ClassSpec(classes=4)))
     alone = oar_scale.load(path)
@@ -145,13 +147,15 @@ def test_a_model_file_alone_draws_codes_and_says_what_pictures_need(tmp_path: Pa
         alone.sample([0])
 
 
-def test_a_model_file_of_captions_alone_says_whose_captions_are_missing(tmp_path: Path) -> None:
+def test_a_model_file_of_captions_names_what_is_missing(tmp_path: Path) -> None:
+    """A model file of captions alone says whose captions are missing."""
     save_model(str(tmp_path / "model.safetensors"), small_model())
     with pytest.raises(UserError, match="nobody knows what its captions are encoded with"):
         oar_scale.load(str(tmp_path / "model.safetensors")).draw(["a red apple"])
 
 
-def test_precomputed_features_are_prompts_of_a_model_trained_on_them(tmp_path: Path) -> None:
+def test_precomputed_features_prompt_a_model_trained_on_them(tmp_path: Path) -> None:
+    """Precomputed features are prompts of a model trained on them."""
     run = small_run(tmp_path / "run", {"type": "features", "width": 6, "rows": 2}, FeatureSpec(width=6, rows=2))
     features = torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(0)).numpy()
     assert len(oar_scale.load(run).sample(features)) == 3
@@ -174,7 +178,8 @@ def test_an_export_takes_its_text_tower_along(tmp_path: Path) -> None:
     assert pixels(oar_scale.load(str(tmp_path / "elsewhere")).sample(["a red apple"])) == pixels(expected)
 
 
-def test_inpainting_keeps_every_code_outside_the_cells_that_the_box_touches(drawer: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inpainting_keeps_every_code_outside_the_box(drawer: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inpainting keeps every code outside the cells that the box touches."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     real = editing.inpaint
 
@@ -227,7 +232,8 @@ def test_parts_that_do_not_belong_together_are_refused(captions_run: str, tmp_pa
         oar_scale.load(str(run))
 
 
-def test_what_is_nothing_to_load_and_models_a_run_lacks_are_explained(captions_run: str, tmp_path: Path) -> None:
+def test_nothing_to_load_and_missing_models_are_explained(captions_run: str, tmp_path: Path) -> None:
+    """What is nothing to load and models a run lacks are explained."""
     with pytest.raises(UserError, match="neither an exported folder"):
         oar_scale.load(str(tmp_path))
     with pytest.raises(UserError, match=r"has no model 'base'\. It has: ordered"):

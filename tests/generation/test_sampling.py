@@ -80,7 +80,8 @@ def test_the_order_it_chooses_is_a_permutation(grid: int, batch: int, seed: int,
     assert drawn.score_BN.max() <= 0
 
 
-def test_a_given_order_is_followed_and_its_codes_are_greedy_in_that_order() -> None:
+def test_a_given_order_is_followed_with_greedy_codes() -> None:
+    """A given order is followed and its codes are greedy in that order."""
     model = small_model()
     order, condition = random_orders(model, 2, seed=3), condition_of(model, 2)
     drawn = generate(model, condition, choices(top_k=1), seeded(), order_BN=order)
@@ -90,7 +91,8 @@ def test_a_given_order_is_followed_and_its_codes_are_greedy_in_that_order() -> N
     assert torch.equal(drawn.codes_BN.gather(1, order), greedy)
 
 
-def test_the_same_seed_draws_the_same_images_and_another_seed_others() -> None:
+def test_the_seed_alone_decides_the_images() -> None:
+    """The same seed draws the same images and another seed others."""
     model = small_model()
     condition, settings = condition_of(model, 2), choices(guidance=2.0, order_temperature=0.5, temperature=2.0)
     first, again, other = (generate(model, condition, settings, seeded(seed)) for seed in (5, 5, 6))
@@ -124,7 +126,8 @@ def test_of_cells_that_differ_by_roundings_the_first_is_taken() -> None:
     assert generate(model, condition, choices(), seeded()).order_BN.tolist() == [list(range(9))] * 3
 
 
-def test_order_temperature_spreads_the_choice_of_cells_and_zero_takes_the_most_confident() -> None:
+def test_order_temperature_spreads_the_choice_of_cells() -> None:
+    """Order temperature spreads the choice of cells and zero takes the most confident."""
     model = small_model(grid=2)
     condition = condition_of(model, 1).expand(4000, -1, -1)
     with torch.no_grad():
@@ -138,7 +141,8 @@ def test_order_temperature_spreads_the_choice_of_cells_and_zero_takes_the_most_c
         torch.testing.assert_close(share, (confidence / temperature).softmax(0), atol=0.03, rtol=0)
 
 
-def test_guidance_one_does_not_see_the_null_condition_and_guidance_zero_not_the_caption() -> None:
+def test_guidance_1_sees_no_null_and_guidance_0_no_caption() -> None:
+    """Guidance one does not see the null condition and guidance zero not the caption."""
     model, changed = small_model(), small_model()
     with torch.no_grad():
         changed.conditioner.null_rows.mul_(-2.0)
@@ -171,7 +175,8 @@ def test_inpainting_keeps_the_known_codes_and_places_them_first(seed: int, redo_
     assert torch.equal(drawn.codes_BN, again.codes_BN)  # what lay under the mask is never looked at
 
 
-def test_inpainting_in_a_given_order_shows_and_draws_the_cells_in_that_order() -> None:
+def test_inpainting_follows_a_given_order() -> None:
+    """Inpainting in a given order shows and draws the cells in that order."""
     model = small_model()
     codes, condition, order = random_codes(model, 2), condition_of(model, 2), random_orders(model, 2, seed=4)
     redo = box_mask(3, 0, 1, 2, 2)

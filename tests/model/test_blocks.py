@@ -119,7 +119,8 @@ def kept_bytes(run: Callable[[], Any], known: list[Tensor]) -> int:
     return sum(kept.values())
 
 
-def test_what_a_block_keeps_between_matrix_products_is_next_to_nothing() -> None:
+def test_a_block_keeps_next_to_nothing_between_products() -> None:
+    """What a block keeps between matrix products is next to nothing."""
     x, y = (torch.randn(BATCH, ROWS, DIM).requires_grad_() for _ in range(2))
     gate, up = (torch.randn(BATCH, ROWS, HIDDEN).requires_grad_() for _ in range(2))
     weight, scale = torch.randn(DIM, HIDDEN).requires_grad_(), torch.randn(DIM).requires_grad_()
@@ -166,7 +167,8 @@ def test_dropout_is_the_same_under_a_seed() -> None:
 
 
 @pytest.mark.parametrize("layout", ["raster", "instructed", "dual"])
-def test_rows_the_last_block_does_not_finish_are_rows_nobody_needs(layout: str) -> None:
+def test_rows_the_last_block_leaves_out_change_nothing(layout: str) -> None:
+    """Rows the last block does not finish are rows nobody needs."""
     model = small_model(layout=layout)
     codes, order, text = random_codes(model, 2), random_orders(model, 2), random_text(model, 2)
     if layout == "raster":

@@ -52,7 +52,7 @@ class Largest(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("score", ["gt_logprob", "neg_entropy"])
-def test_nothing_an_extraction_makes_is_larger_than_the_cache_of_a_layer(score: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_of_an_extraction_exceeds_a_layers_cache(score: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the logits of all candidates, nor a mask among them, nor a copy of the cache for each."""
     model = small_model(grid=8, vocab=4096)
     codes, rows = random_codes(model, 8), model.null_condition(8)
@@ -74,7 +74,8 @@ def test_the_cache_has_room_for_the_rows_of_an_image_and_no_more() -> None:
 
 
 @torch.no_grad()
-def test_rows_of_candidates_that_were_written_over_are_not_committed() -> None:
+def test_overwritten_candidates_cannot_be_committed() -> None:
+    """Rows of candidates that were written over are not committed."""
     model = small_model()
     order, codes = random_orders(model, 2), random_codes(model, 2)
     prefix, winner = Decoder(model).begin(model.null_condition(2)), torch.zeros(2, dtype=torch.long)

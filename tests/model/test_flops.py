@@ -82,7 +82,8 @@ def test_the_training_formula_counts_what_torch_counts(spec: ModelSpec, dtype: t
 
 
 @each_spec
-def test_recomputed_blocks_cost_one_more_forward_pass_of_the_trunk(spec: ModelSpec) -> None:
+def test_recomputed_blocks_cost_one_more_trunk_forward(spec: ModelSpec) -> None:
+    """Recomputed blocks cost one more forward pass of the trunk."""
     model = AnyOrderModel(spec)
     for layer in model.layers:
         plain = layer.forward
@@ -156,7 +157,8 @@ def test_the_documentation_has_a_table() -> None:
 
 
 @pytest.mark.parametrize("line", TABLE)
-def test_the_table_in_the_documentation_is_what_the_formulas_give(line: str) -> None:
+def test_the_documented_table_is_what_the_formulas_give(line: str) -> None:
+    """The table in the documentation is what the formulas give."""
     size, *figures = (cell.strip() for cell in line.strip("|").split("|"))
     shape = load_recipe(str(ROOT / "recipes" / "base" / f"model-{size}.yaml"), ["name=x"]).model
     spec = ModelSpec.from_recipe(shape, vocab_size=16384, grid=16, condition=ClassSpec(classes=1000))

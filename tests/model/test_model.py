@@ -55,7 +55,8 @@ def test_one_cell_at_a_time_equals_the_whole_image_in_any_order(grid: int, batch
 
 
 @torch.no_grad()
-def test_known_cells_may_arrive_in_several_parts_and_between_drawn_ones() -> None:
+def test_known_cells_may_come_in_parts_and_between_others() -> None:
+    """Known cells may arrive in several parts and between drawn ones."""
     model = small_model()
     codes, order, condition = random_codes(model, 2), random_orders(model, 2), model.condition(random_text(model, 2))
     placed, first = codes.gather(1, order), torch.zeros(2, dtype=torch.long)
@@ -92,7 +93,8 @@ def test_a_logit_depends_on_earlier_codes_alone(step: int) -> None:
 
 
 @torch.no_grad()
-def test_a_logit_depends_on_the_cell_asked_for_and_not_on_the_cells_after_it() -> None:
+def test_a_logit_does_not_depend_on_the_cells_after_its_own() -> None:
+    """A logit depends on the cell asked for and not on the cells after it."""
     model = small_model()
     codes, condition = random_codes(model, 1), model.condition(random_text(model, 1))
     order = torch.arange(9)[None]
@@ -174,7 +176,8 @@ def test_dropout_is_active_in_training_and_only_there() -> None:
     assert not torch.equal(model(*arguments), model(*arguments))
 
 
-def test_a_model_can_be_trained_after_orders_were_extracted_with_it() -> None:
+def test_a_model_can_be_trained_after_an_extraction() -> None:
+    """A model can be trained after orders were extracted with it."""
     model = small_model()
     codes = random_codes(model, 1)
     order = extract_orders(model, codes, model.null_condition(1), ExtractionSettings()).order_BN.clone()
@@ -194,7 +197,8 @@ def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_half_precision_halves_the_file_and_barely_moves_the_likelihood(tmp_path: Path) -> None:
+def test_half_precision_halves_the_file_and_keeps_the_nll(tmp_path: Path) -> None:
+    """Half precision halves the file and barely moves the likelihood."""
     model, full, half = small_model(), str(tmp_path / "full"), str(tmp_path / "half")
     save_model(full, model)
     save_model(half, model, half=True)
@@ -218,7 +222,8 @@ def test_loading_draws_nothing_and_gives_whole_trainable_weights(tmp_path: Path,
         assert parameter.data_ptr() % 64 == 0, name  # at whatever address the file had them, products would round differently
 
 
-def test_a_model_made_of_tensors_holds_those_and_keeps_what_is_frozen_frozen() -> None:
+def test_a_model_made_of_tensors_holds_those_very_tensors() -> None:
+    """A model made of tensors holds those and keeps what is frozen frozen."""
     spec = small_spec(layout="raster", condition=FeatureSpec(width=6, rows=2), trainable_null=False)
     tensors = dict(AnyOrderModel(spec).state_dict())
     model = model_of(spec, tensors, "tensors")

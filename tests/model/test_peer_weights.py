@@ -69,7 +69,8 @@ def test_what_is_imported_comes_back_bit_for_bit(tmp_path: Path, name: str, fami
         ("pos_instruct_embeddings", (2, 64), r"pos_instruct_embeddings is \(2, 64\) .*has \(1, 64\)"),
     ],
 )
-def test_a_tensor_of_the_wrong_shape_is_named_as_the_file_calls_it(name: str, shape: tuple[int, ...], fault: str) -> None:
+def test_a_tensor_of_the_wrong_shape_has_the_files_name(name: str, shape: tuple[int, ...], fault: str) -> None:
+    """A tensor of the wrong shape is named as the file calls it."""
     tensors = {**peer_case("randar_c2i").tensors, name: torch.zeros(shape)}
     with pytest.raises(UserError, match=rf"peer\.pt: tensor .*{fault}"):
         import_peer(tensors, "randar", "peer.pt", grid=4, heads=4)
@@ -103,7 +104,8 @@ def test_a_file_of_the_sister_project_is_sent_to_the_right_kind(name: str, famil
         import_peer(peer_case(name).tensors, family, "peer.pt", grid=4, heads=4)
 
 
-def test_another_kind_of_checkpoint_and_heads_that_do_not_divide_are_refused() -> None:
+def test_other_checkpoints_and_odd_heads_are_refused() -> None:
+    """Another kind of checkpoint and heads that do not divide are refused."""
     with pytest.raises(UserError, match=r"peer\.pt: has no tensor tok_embeddings\.weight"):
         import_peer({"encoder.weight": torch.zeros(3)}, "randar", "peer.pt")
     with pytest.raises(UserError, match=r"64 channels do not divide into 5 heads.*--heads"):
@@ -176,7 +178,8 @@ def test_llamagens_frozen_null_stays_frozen() -> None:
         ({"layout": "dual", "condition": ClassSpec(classes=4)}, "layout dual"),
     ],
 )
-def test_a_model_that_the_peers_code_would_compute_otherwise_is_not_exported(changes: dict[str, Any], fault: str) -> None:
+def test_a_model_the_peers_code_cannot_compute_stays_here(changes: dict[str, Any], fault: str) -> None:
+    """A model that the peers code would compute otherwise is not exported."""
     spec = ModelSpec(dim=16, layers=1, heads=2, ffn_hidden=16, vocab_size=7, grid=3, **changes)
     with pytest.raises(UserError, match=fault):
         export_peer(AnyOrderModel(spec), "randar")

@@ -50,9 +50,8 @@ def test_a_size_has_as_many_parameters_as_in_randars_code(size: str, vocab_size:
 
 @pytest.mark.parametrize(("layout", "vectors"), [("raster", 0), ("instructed", 1), ("dual", 2)])
 @pytest.mark.parametrize(("size", "layers", "dim", "ffn"), [("7b", 32, 4096, 11008), ("13b", 40, 5120, 13824)])
-def test_the_larger_sizes_have_as_many_parameters_as_the_formula_says(
-    size: str, layers: int, dim: int, ffn: int, layout: Layout, vectors: int
-) -> None:
+def test_larger_sizes_have_the_parameters_of_the_formula(size: str, layers: int, dim: int, ffn: int, layout: Layout, vectors: int) -> None:
+    """The larger sizes have as many parameters as the formula says."""
     block = 4 * dim * dim + 3 * dim * ffn + 2 * dim  # qkv and out, SwiGLU, two norms
     tables = (16384 + 16384 + CLASSES + 1) * dim  # codes in, codes out, classes and the null
     assert parameters(shape(size), 16384, layout) == layers * block + tables + dim + vectors * dim
@@ -67,7 +66,8 @@ def test_the_count_a_base_recipe_states_is_its_count(size: str) -> None:
     assert parameters(shape(size), codes) == count
 
 
-def test_there_is_a_base_recipe_of_each_size_that_sets_the_model_alone() -> None:
+def test_each_size_has_a_base_recipe_of_the_model_alone() -> None:
+    """There is a base recipe of each size that sets the model alone."""
     assert FILES.keys() == {"tiny", "b", "l", "xl", "xxl", "3b", "7b", "13b"}
     for path in FILES.values():
         assert load_recipe(str(path), ["name=x"]).model_dump(exclude={"model"}) == Recipe(name="x").model_dump(exclude={"model"}), path

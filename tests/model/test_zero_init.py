@@ -114,9 +114,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_model_built_in_pieces_starts_as_documented_and_the_same_on_both_ranks(
-    found: dict[str, Found], name: str, precision: str
-) -> None:
+def test_a_partitioned_model_starts_the_same_on_both_ranks(found: dict[str, Found], name: str, precision: str) -> None:
+    """A model built in pieces starts as documented and the same on both ranks."""
     assert found[name].careless.isnan().all()
     first, second = found[name].initial[precision]
     assert first.keys() == AnyOrderModel(SPECS[name]).state_dict().keys()

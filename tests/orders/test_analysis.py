@@ -20,7 +20,8 @@ def test_the_same_order_is_at_0_and_the_reversed_one_at_1() -> None:
 
 
 @given(st.permutations(range(7)), st.permutations(range(7)))
-def test_the_distance_is_the_share_of_pairs_that_stand_the_other_way_round(first: list[int], second: list[int]) -> None:
+def test_the_distance_is_the_share_of_reversed_pairs(first: list[int], second: list[int]) -> None:
+    """The distance is the share of pairs that stand the other way round."""
     pairs = [(a, b) for a in range(7) for b in range(a)]
     swapped = sum((first.index(a) < first.index(b)) != (second.index(a) < second.index(b)) for a, b in pairs)
     assert kendall_distance(np.array(first), np.array(second))[0] == pytest.approx(swapped / len(pairs))
@@ -36,7 +37,8 @@ def test_random_orders_are_half_way_on_average() -> None:
     assert statistics.neighbour_share == pytest.approx(224 / (64 * 63), abs=0.01)  # 224 ordered pairs of neighbours
 
 
-def test_raster_order_steps_to_a_neighbour_except_at_the_end_of_a_line() -> None:
+def test_raster_steps_to_a_neighbour_except_at_line_ends() -> None:
+    """Raster order steps to a neighbour except at the end of a line."""
     statistics = describe_orders(np.stack([RASTER, RASTER]), grid=4)
     assert statistics.neighbour_share == 12 / 15
     assert (statistics.distinct, statistics.first_cell_entropy, statistics.raster_distance) == (1, 0.0, 0.0)

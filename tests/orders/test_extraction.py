@@ -68,7 +68,8 @@ def test_orders_equal_brute_force(
 
 
 @torch.no_grad()
-def test_every_seed_of_a_clear_model_gives_exactly_the_brute_force_orders() -> None:
+def test_a_clear_model_gives_exactly_the_brute_force_orders() -> None:
+    """Every seed of a clear model gives exactly the brute force orders."""
     for seed in range(5):
         model = small_model(seed=seed)
         codes, condition = random_codes(model, 3, seed), model.condition(random_text(model, 3, seed))
@@ -121,7 +122,8 @@ def test_ties_are_broken_by_seed_and_image_and_not_by_the_batch() -> None:
 
 
 @torch.no_grad()
-def test_shortfall_is_the_loss_of_placing_a_worse_cell() -> None:
+def test_regret_is_the_loss_of_placing_a_worse_cell() -> None:
+    """Shortfall is the loss of placing a worse cell."""
     model, how = small_model(), ExtractionSettings()
     codes, condition = random_codes(model, 2), model.condition(random_text(model, 2))
     best = extract_orders(model, codes, condition, how)
@@ -174,7 +176,8 @@ def test_each_draw_is_another_order_of_the_image(how: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def test_noise_on_the_choice_prefers_better_cells_by_its_temperature() -> None:
+def test_order_noise_prefers_better_cells_by_temperature() -> None:
+    """Noise on the choice prefers better cells by its temperature."""
     model = small_model(grid=2)
     codes, rows = random_codes(model, 1).expand(4000, -1), model.condition(random_text(model, 1)).expand(4000, -1, -1)
     named = [ExtractionSettings(first_cell=cell) for cell in range(4)]
@@ -216,7 +219,8 @@ def test_every_candidate_is_asked_about_once() -> None:
     assert extract_orders(model, codes, rows, ExtractionSettings(first_cell=0)).rows == 1 + 15 * 16 // 2
 
 
-def test_settings_have_names_of_their_own_and_the_plain_ones_keep_theirs() -> None:
+def test_settings_have_ids_and_the_default_keeps_its_own() -> None:
+    """Settings have names of their own and the plain ones keep theirs."""
     plain = {"method": "exact", "score": "gt_logprob", "guidance": 1.0, "tie_seed": 0}
     assert ExtractionSettings().id == fingerprint(plain)
     # As written by version 60fa78e, whose settings also had repulsion_radius, frontier_random and rescore_radius.

@@ -56,7 +56,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> HeadData:
     return HeadData(model, LabelEncoder(CLASSES), files, f"{root}/cache", None)
 
 
-def test_the_loss_is_small_for_the_right_order_and_large_for_its_reverse() -> None:
+def test_the_loss_is_small_for_the_order_large_for_its_reverse() -> None:
+    """The loss is small for the right order and large for its reverse."""
     exact = torch.tensor([[2, 0, 1, 3]])
     right = exact.float() * 10
     assert float(ranking_loss(right, exact)) < 1e-3 < 5 < float(ranking_loss(-right, exact))
@@ -64,7 +65,8 @@ def test_the_loss_is_small_for_the_right_order_and_large_for_its_reverse() -> No
 
 
 @pytest.mark.parametrize("first", [0, 3])
-def test_it_learns_from_exact_orders_and_is_measured_beside_what_needs_no_training(first: int, data: HeadData) -> None:
+def test_it_learns_exact_orders_and_is_measured_beside_baselines(first: int, data: HeadData) -> None:
+    """It learns from exact orders and is measured beside what needs no training."""
     steps: list[int] = []
     config = CONFIG.model_copy(update={"first": first})
     head, report = train_head(data, config, "exact", seed=0, on_step=lambda step, loss: steps.append(step))
@@ -80,7 +82,8 @@ def test_it_learns_from_exact_orders_and_is_measured_beside_what_needs_no_traini
     assert rest == tau if first == 0 else rest["order head ahead"] > tau["order head ahead"]
 
 
-def test_the_same_seed_gives_the_same_head_and_another_one_another(data: HeadData) -> None:
+def test_the_seed_alone_decides_the_head(data: HeadData) -> None:
+    """The same seed gives the same head and another one another."""
     config = CONFIG.model_copy(update={"steps": 3})
     first, again, other = (train_head(data, config, "exact", seed=seed)[0].state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -93,7 +96,8 @@ def test_variants_of_a_picture_are_on_one_side(data: HeadData) -> None:
         assert np.array_equal(out[::2], out[1::2]) and 0 < out.sum() < len(out)
 
 
-def test_no_image_to_measure_with_is_an_error_that_names_the_field(data: HeadData) -> None:
+def test_no_image_to_measure_with_names_the_field(data: HeadData) -> None:
+    """No image to measure with is an error that names the field."""
     with pytest.raises(UserError, match=r"order_head\.heldout_fraction 1e-09 keeps no image out"):
         train_head(data, CONFIG.model_copy(update={"heldout_fraction": 1e-9, "steps": 1}), "exact", seed=0)
     with pytest.raises(UserError, match=r"order_head\.heldout_fraction 1 leaves none to train on"):
@@ -103,7 +107,8 @@ def test_no_image_to_measure_with_is_an_error_that_names_the_field(data: HeadDat
 
 
 @torch.no_grad()
-def test_predicted_orders_are_permutations_for_one_row_a_cell_and_do_not_depend_on_the_batch() -> None:
+def test_predicted_orders_are_permutations_in_any_batch() -> None:
+    """Predicted orders are permutations for one row a cell and do not depend on the batch."""
     model = small_model(grid=GRID, vocab=16)
     head = OrderHead(HeadSpec.of(model.spec, "m", width=8, first=0)).eval()
     codes, condition = random_codes(model, 6), model.condition(random_text(model, 6))
@@ -141,7 +146,8 @@ def test_it_comes_back_as_it_was_for_its_model_alone(tmp_path: Path) -> None:
         load_head(head_file(file), model, "another")
 
 
-def test_it_is_refused_once_the_orders_that_it_learned_from_were_extracted_anew(data: HeadData, tmp_path: Path) -> None:
+def test_it_is_refused_once_its_orders_were_extracted_anew(data: HeadData, tmp_path: Path) -> None:
+    """It is refused once the orders that it learned from were extracted anew."""
     head, report = train_head(data, CONFIG.model_copy(update={"steps": 1}), "exact", seed=0)
     assert head.spec.settings_id == report.settings_id == "s" and head.spec.heldout_fraction == CONFIG.heldout_fraction
     uri = str(tmp_path / "head.safetensors")
@@ -159,7 +165,8 @@ def test_it_is_refused_once_the_orders_that_it_learned_from_were_extracted_anew(
     assert tables_id(run_files(str(tmp_path / "nothing"))) is None
 
 
-def test_its_orders_of_all_images_are_tables_that_training_reads_and_are_written_once(data: HeadData) -> None:
+def test_predicted_tables_are_written_once_for_training(data: HeadData) -> None:
+    """Its orders of all images are tables that training reads and are written once."""
     head = OrderHead(HeadSpec.of(data.model.spec, "exact", width=8, first=0)).eval()
     done: list[int] = []
     assert write_predicted(data, head, 16, done.append) == SHARDS * IMAGES and done[-1] == SHARDS * IMAGES

@@ -26,27 +26,31 @@ def random_orders(count: int, seed: int = 0) -> np.ndarray:
     return np.stack([generator.permutation(CELLS) for _ in range(count)])
 
 
-def test_diagonal_steps_do_not_count_as_steps_to_a_neighbour_but_keep_to_the_frontier() -> None:
+def test_diagonal_steps_touch_the_frontier_but_no_neighbour() -> None:
+    """Diagonal steps do not count as steps to a neighbour but keep to the frontier."""
     order = np.array([[0, 3, 1, 2]])  # in a grid of 2 x 2 every cell touches every other
     assert neighbour_share(order, 2)[0] == pytest.approx(1 / 3)
     assert frontier_share(order, 2)[0] == 1.0
 
 
-def test_the_spiral_stays_at_its_frontier_and_a_lattice_leaves_it() -> None:
+def test_the_spiral_stays_at_its_frontier_a_lattice_does_not() -> None:
+    """The spiral stays at its frontier and a lattice leaves it."""
     paths = {name: policy.path(8)[None] for name, policy in grid_policies().items()}
     assert frontier_share(paths["spiral"], 8)[0] == 1.0 and neighbour_share(paths["spiral"], 8)[0] == 1.0
     # Of the checkerboard's cells the 16 of the 4 x 4 lattice touch nothing when they are placed.
     assert frontier_share(paths["checkerboard"], 8)[0] == pytest.approx((63 - 15) / 63)
 
 
-def test_a_step_that_all_images_share_has_no_entropy_and_a_fair_choice_all_of_it() -> None:
+def test_entropy_of_a_shared_step_is_0_of_a_fair_choice_1() -> None:
+    """A step that all images share has no entropy and a fair choice all of it."""
     orders = np.stack([np.roll(np.arange(CELLS), shift) for shift in range(CELLS)])
     orders = np.concatenate([np.zeros((CELLS, 1), int), orders + 1], axis=1)  # a first cell that all share
     entropy = choice_entropy(orders)
     assert entropy[0] == 0.0 and entropy[1:] == pytest.approx(math.log(CELLS))
 
 
-def test_a_word_whose_images_go_another_way_stands_out_and_a_word_by_chance_does_not() -> None:
+def test_a_word_with_other_orders_stands_out_a_random_one_not() -> None:
+    """A word whose images go another way stands out and a word by chance does not."""
     orders = random_orders(400)
     orders[:40] = np.sort(orders[:40])[:, ::-1]  # the images of "late": backwards
     names = [
@@ -61,7 +65,8 @@ def test_a_word_whose_images_go_another_way_stands_out_and_a_word_by_chance_does
     assert most_deviating(list(found.values()), 1)[0].name == "late"
 
 
-def test_the_words_of_a_caption_are_told_apart_whatever_their_case_and_marks() -> None:
+def test_caption_words_ignore_case_and_punctuation() -> None:
+    """The words of a caption are told apart whatever their case and marks."""
     assert caption_words("A drawing of the Cat, a cat & St. Pierre") == ["drawing", "the", "cat", "pierre"]
 
 

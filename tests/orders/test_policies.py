@@ -72,7 +72,8 @@ def test_a_policy_is_one_file_and_no_edit_elsewhere(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("name", sorted(grid_policies()))
-def test_every_grid_from_1_to_33_has_a_permutation_that_both_uses_share(name: str) -> None:
+def test_every_grid_has_one_permutation_for_both_uses(name: str) -> None:
+    """Every grid from 1 to 33 has a permutation that both uses share."""
     for grid in GRIDS:
         order = path(name, grid)
         assert order.dtype == np.int64 and np.array_equal(np.sort(order), np.arange(grid * grid)), grid
@@ -87,7 +88,8 @@ def test_raster_is_line_by_line() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_the_spiral_goes_from_the_middle_outwards_in_steps_to_neighbours(grid: int) -> None:
+def test_the_spiral_goes_outwards_in_steps_to_neighbours(grid: int) -> None:
+    """The spiral goes from the middle outwards in steps to neighbours."""
     row, column = cells("spiral", grid)
     assert np.all(np.abs(np.diff(row)) + np.abs(np.diff(column)) == 1)
     ring = np.maximum(np.abs(2 * row - (grid - 1)), np.abs(2 * column - (grid - 1)))
@@ -109,7 +111,8 @@ def discrepancy(order: NDArray[np.int64], grid: int, count: int) -> float:
 
 
 @pytest.mark.parametrize("grid", [8, 12, 16, 24, 33])
-def test_halton_covers_the_image_more_evenly_than_random_orders_wherever_it_stops(grid: int) -> None:
+def test_halton_covers_the_image_more_evenly_than_random(grid: int) -> None:
+    """Halton covers the image more evenly than random orders wherever it stops."""
     random = [np.random.default_rng(seed).permutation(grid * grid) for seed in range(20)]
     for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
         count = max(8, round(share * grid * grid))
@@ -117,7 +120,8 @@ def test_halton_covers_the_image_more_evenly_than_random_orders_wherever_it_stop
 
 
 @pytest.mark.parametrize("grid", POWERS)
-def test_the_checkerboard_passes_through_every_coarser_lattice_and_its_checkerboard(grid: int) -> None:
+def test_the_checkerboard_passes_through_every_coarser_lattice(grid: int) -> None:
+    """The checkerboard passes through every coarser lattice and its checkerboard."""
     row, column = cells("checkerboard", grid)
     side = 1
     while side < grid:
@@ -131,14 +135,16 @@ def test_the_checkerboard_passes_through_every_coarser_lattice_and_its_checkerbo
 
 
 @pytest.mark.parametrize("grid", sorted(set(range(3, 34)) - set(POWERS)))
-def test_the_checkerboard_of_other_grids_keeps_the_order_of_the_next_power_of_two(grid: int) -> None:
+def test_other_checkerboards_follow_the_next_power_of_two(grid: int) -> None:
+    """The checkerboard of other grids keeps the order of the next power of two."""
     larger = next(power for power in (*POWERS, 64) if power > grid)
     row, column = cells("checkerboard", larger)
     inside = (row < grid) & (column < grid)
     assert path("checkerboard", grid).tolist() == (row * grid + column)[inside].tolist()
 
 
-def test_random_orders_differ_between_images_and_are_those_of_the_seed() -> None:
+def test_random_orders_differ_by_image_and_follow_the_seed() -> None:
+    """Random orders differ between images and are those of the seed."""
     assert policy("random").training(NOWHERE, 4) == TrainingOrders()  # the stream makes them, from (seed, epoch, sample)
     model = small_model(grid=4)
     first, again, other = (policy("random").sampling(request(model, 5, seed=seed)) for seed in (1, 1, 2))
@@ -164,7 +170,8 @@ def test_a_policy_nobody_wrote_is_answered_with_those_there_are() -> None:
         policy("diagonal", "finetune.order")
 
 
-def test_without_a_name_the_model_decides_and_a_raster_model_goes_on_in_raster() -> None:
+def test_without_a_name_the_model_decides_or_its_raster() -> None:
+    """Without a name the model decides and a raster model goes on in raster."""
     assert sampling_order(None, request(small_model())) is None
     raster = sampling_order(None, request(small_model(layout="raster"), 1))
     assert isinstance(raster, torch.Tensor) and raster.tolist() == [list(range(9))]
@@ -189,7 +196,8 @@ def write_tables(root: str, *orders: NDArray[np.integer], models: tuple[str, ...
     return files
 
 
-def test_the_mean_order_sorts_by_mean_placing_time_over_all_tables_and_ties_in_raster_order(tmp_path: Path) -> None:
+def test_the_mean_order_sorts_by_time_and_ties_by_raster(tmp_path: Path) -> None:
+    """The mean order sorts by mean placing time over all tables and ties in raster order."""
     # Times of the cells: (0 1 2 3), (3 0 1 2), (2 1 0 3) have the means 5/3, 2/3, 1, 8/3.
     files = write_tables(str(tmp_path), np.array([[0, 1, 2, 3], [1, 2, 3, 0]]), np.array([[2, 1, 0, 3]]))
     assert policy("mean").training(files, 2).order == (1, 2, 0, 3)
@@ -226,7 +234,8 @@ def test_a_mean_over_missing_tables_or_two_models_is_refused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("first", [0, 4])
 @torch.no_grad()
-def test_an_order_head_draws_its_first_cells_and_then_what_it_says(first: int, tmp_path: Path) -> None:
+def test_an_order_head_orders_what_follows_its_first_cells(first: int, tmp_path: Path) -> None:
+    """An order head draws its first cells and then what it says."""
     model, file = small_model(grid=4), str(tmp_path / "model.safetensors")
     save_model(file, model)
     torch.manual_seed(3)
@@ -249,7 +258,8 @@ def test_an_order_head_draws_its_first_cells_and_then_what_it_says(first: int, t
 
 
 @torch.no_grad()
-def test_an_order_head_goes_on_from_known_cells_and_in_fewer_passes(tmp_path: Path) -> None:
+def test_an_order_head_continues_known_cells_in_fewer_passes(tmp_path: Path) -> None:
+    """An order head goes on from known cells and in fewer passes."""
     model, file = small_model(grid=4), str(tmp_path / "model.safetensors")
     save_model(file, model)
     save_head(head_file(file), OrderHead(HeadSpec.of(model.spec, model_id(file), width=8, first=4)))

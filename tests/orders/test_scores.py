@@ -41,9 +41,10 @@ def plain(score: Score, logits_V: torch.Tensor, target: int, uniform: float) -> 
     offset=st.sampled_from([0.0, -300.0, 90.0]),
     seed=st.integers(0, 1000),
 )
-def test_a_score_does_not_depend_on_the_blocks_its_logits_come_in(
+def test_a_score_does_not_depend_on_the_blocks_of_logits(
     score: Score, rows: int, codes: int, block: tuple[int, int], scale: float, offset: float, seed: int
 ) -> None:
+    """A score does not depend on the blocks its logits come in."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, codes, generator=generator) * scale + offset
     targets, uniform = torch.randint(codes, (rows,), generator=generator), torch.rand(rows, generator=generator, dtype=torch.float64)

@@ -44,7 +44,8 @@ def test_several_cells_are_the_best_ones_in_turn(seed: int, count: int) -> None:
         assert picked[image].tolist() == expected
 
 
-def test_noise_is_gumbels_and_new_at_every_step_and_in_every_draw() -> None:
+def test_noise_is_gumbels_and_new_in_every_step_and_draw() -> None:
+    """Noise is gumbels and new at every step and in every draw."""
     noise = rng(0, 4000, 9).gumbel(0)
     assert abs(float(noise.mean()) - 0.5772) < 0.02
     assert abs(float(noise.var()) - np.pi**2 / 6) < 0.05
@@ -52,7 +53,8 @@ def test_noise_is_gumbels_and_new_at_every_step_and_in_every_draw() -> None:
         assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1])) < 0.02
 
 
-def test_numbers_of_a_step_of_each_cells_own_are_those_of_the_step() -> None:
+def test_numbers_by_a_cells_own_step_are_those_of_the_step() -> None:
+    """Numbers of a step of each cells own are those of the step."""
     by_step = torch.stack([rng(0, 2, 4).uniform("drawn code", step) for step in range(3)])
     step = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
     assert torch.equal(rng(0, 2, 4).uniform("drawn code", step), by_step.gather(0, step[None])[0])

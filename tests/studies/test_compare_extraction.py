@@ -69,7 +69,8 @@ def test_the_figures_are_what_their_names_say() -> None:
 
 
 @torch.no_grad()
-def test_an_order_head_takes_part_and_is_judged_by_what_it_has_not_seen() -> None:
+def test_an_order_head_is_judged_by_images_it_has_not_seen() -> None:
+    """An order head takes part and is judged by what it has not seen."""
     model, settings = small_model(grid=3), ExtractionSettings()
     head = OrderHead(HeadSpec.of(model.spec, "m", width=8, first=2)).eval()
     codes, text, images = random_codes(model, 6), random_text(model, 6), np.arange(6)
@@ -86,7 +87,7 @@ def test_an_order_head_takes_part_and_is_judged_by_what_it_has_not_seen() -> Non
         assert found[name].regret.mean == pytest.approx(alone[name].regret.mean, abs=1e-6)
 
 
-def test_the_ways_keep_what_the_recipe_says_besides() -> None:
+def test_the_methods_keep_the_recipes_other_settings() -> None:
     """A recipe that already takes a short cut is compared with exact orders, not with itself."""
     model = small_model(grid=3)
     codes, rows = random_codes(model, 2), model.null_condition(2)
@@ -111,7 +112,9 @@ def test_the_comparison_is_printed_and_written(run: Run, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_each_way_is_trained_on_and_the_run_is_left_as_it_was(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_method_is_trained_on_and_the_run_stays_as_it_was(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way is trained on and the run is left as it was."""
+
     def two(*args: Any) -> dict[str, comparison.Method]:
         return {name: method for name, method in extraction_methods(*args).items() if name in (EXACT, RANDOM)}
 

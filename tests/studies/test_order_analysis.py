@@ -83,7 +83,8 @@ def job(run: Run, stage: TrainingName, **training: object) -> TrainingJob:
 # -- the analysis -------------------------------------------------------------------------------------------------------------
 
 
-def test_one_command_leaves_a_page_its_numbers_and_two_animations(run: Run, tmp_path: Path) -> None:
+def test_one_command_leaves_a_page_numbers_and_two_animations(run: Run, tmp_path: Path) -> None:
+    """One command leaves a page its numbers and two animations."""
     write_tables(run, str(tmp_path / "others"), 1)
     page = run_orders(run, images=1000, against=[run.at("orders", "train"), str(tmp_path / "others")], out=str(tmp_path / "out"))
     assert page == str(tmp_path / "out" / "index.html") and "in which order?" in Path(page).read_text()
@@ -97,7 +98,8 @@ def test_one_command_leaves_a_page_its_numbers_and_two_animations(run: Run, tmp_
     assert same["distance"] == 0 and other["distance"] == pytest.approx(0.5, abs=0.05)
 
 
-def test_fewer_images_are_whole_shards_from_all_over_the_data_set(run: Run, tmp_path: Path) -> None:
+def test_fewer_images_are_whole_shards_from_everywhere(run: Run, tmp_path: Path) -> None:
+    """Fewer images are whole shards from all over the data set."""
     shards = list(read_manifest(run.at("tokens", "train")).shards)
     assert spread(shards, 1) == shards[:1] and spread(shards, 10**6) == shards
     assert spread(shards, 20) == [shards[0], shards[-1]]
@@ -127,7 +129,8 @@ def test_the_head_is_trained_measured_and_predicts_by_the_cli(run: Run, tmp_path
     assert "order head in hindsight" in (tmp_path / "index.html").read_text()
 
 
-def test_the_comparison_judges_the_head_by_images_that_it_has_not_seen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_judges_the_head_by_unseen_images(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison judges the head by images that it has not seen."""
     run_train_head(run, "any_order")
     monkeypatch.setattr(compare, "ROUNDS", 1)
     exact, *_, ahead, hindsight, random = run_compare(run, images=20)["ways"]
@@ -137,7 +140,8 @@ def test_the_comparison_judges_the_head_by_images_that_it_has_not_seen(run: Run,
         run_compare(run, images=1)
 
 
-def test_a_head_that_learned_from_other_orders_than_there_are_now_is_used_nowhere(run: Run, tmp_path: Path) -> None:
+def test_a_head_of_other_orders_than_the_present_is_not_used(run: Run, tmp_path: Path) -> None:
+    """A head that learned from other orders than there are now is used nowhere."""
     run_train_head(run, "any_order")
     write_tables(run, run.at("orders", "train"), 0, "t")
     try:
@@ -168,7 +172,8 @@ def orders_of(job: TrainingJob) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 @pytest.mark.parametrize("name", ["halton", "mean"])
-def test_fine_tuning_on_another_order_changes_the_orders_and_nothing_else(name: str, run: Run) -> None:
+def test_fine_tuning_on_another_order_changes_orders_alone(name: str, run: Run) -> None:
+    """Fine tuning on another order changes the orders and nothing else."""
     stored, other, control = (orders_of(each) for each in (job(run, "finetune"), job(run, "finetune", order=name), job(run, "control")))
     assert all(torch.equal(a, b) for a, b in zip(stored[:2], other[:2], strict=True))
     given = torch.tensor(job_orders(job(run, "finetune", order=name)).order)
@@ -185,7 +190,8 @@ def test_pretraining_in_one_order_keeps_the_views(run: Run) -> None:
     assert (spiral[2] == torch.from_numpy(grid_policies()["spiral"].path(8))).all()
 
 
-def test_fine_tuning_follows_the_heads_orders_where_they_were_written(run: Run) -> None:
+def test_fine_tuning_follows_the_heads_written_orders(run: Run) -> None:
+    """Fine tuning follows the heads orders where they were written."""
     if not Path(run.at("orders", "predicted")).exists():
         run_train_head(run, "any_order")
         run_predict(run)
@@ -270,7 +276,8 @@ def test_an_order_head_of_other_orders_stays_behind(run: Run, tmp_path: Path) ->
     assert not (tmp_path / "other").exists()
 
 
-def test_an_exported_folder_takes_the_mean_order_and_the_head_along(run: Run, tmp_path: Path) -> None:
+def test_an_export_takes_the_mean_order_and_the_head_along(run: Run, tmp_path: Path) -> None:
+    """An exported folder takes the mean order and the head along."""
     run_train_head(run, "ordered")
     mean = changed(run, sample={"order": "mean"})
     Path(run.local("recipe.yaml")).write_text(dump_recipe(mean.recipe))
