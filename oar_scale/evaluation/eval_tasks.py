@@ -49,7 +49,9 @@ _DEVICE = "OAR_EVALUATION_DEVICE"
 class EvalTask(Protocol):
     """Some work that can be sent to another process."""
 
-    def run(self) -> Any: ...
+    def run(self) -> Likelihoods | Drawn | Edited | BruteForce:
+        """Do the work on the device of this process."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class EvalTarget:
 
     @property
     def cond_inputs(self) -> Tensor:
+        """:attr:`cond_inputs_S` as a tensor, on the CPU."""
         return torch.from_numpy(self.cond_inputs_S)
 
     @property
@@ -94,6 +97,7 @@ class LikelihoodTask:
     """Of the extraction; the likelihoods themselves are always float32."""
 
     def run(self) -> Likelihoods:
+        """Find the model's own orders where wanted, and measure the likelihood under all orders in float32."""
         codes, cond_inputs = torch.from_numpy(self.codes_SN).to(_here()), self.target.cond_inputs
         orders = {name: torch.from_numpy(order) for name, order in self.orders.items()}
         if self.own is not None:
@@ -133,6 +137,7 @@ class SamplingTask:
     """Where the model's file comes from: its order head lies beside it."""
 
     def run(self) -> Drawn:
+        """Sample the images and compute the features of their pictures."""
         model = self.target.open(self.precision)
         # The seed leaves the model out: all models draw with the same noise.
         noise = _noise("drawing", self.seed, self.target.first)
@@ -145,6 +150,8 @@ class SamplingTask:
 
 @dataclass(frozen=True)
 class Drawn:
+    """Sampled images: codes, and the features of the decoded pictures."""
+
     model: ModelName
     first: int
     codes_SN: Ints
@@ -164,6 +171,7 @@ class EditTask:
     precision: Precision = "bf16"
 
     def run(self) -> Edited:
+        """Sample the masked cells anew, once for each row of the target."""
         model, count = self.target.open(self.precision), len(self.target.cond_inputs_S)
         codes, redo = torch.from_numpy(self.codes_N).to(_here()).expand(count, -1), torch.from_numpy(self.redo_N).to(_here())
         noise = _noise(self.kind, self.seed, self.target.first)
@@ -173,6 +181,8 @@ class EditTask:
 
 @dataclass(frozen=True)
 class Edited:
+    """Completions of one image: codes, and which cells were sampled."""
+
     kind: Literal["inpainting", "outpainting"]
     image: int
     redo_N: NDArray[np.bool_]
@@ -190,6 +200,7 @@ class BruteForceTask:
     settings: ExtractionSettings
 
     def run(self) -> BruteForce:
+        """Find the orders both ways and compare them."""
         model, codes = self.target.open(), torch.from_numpy(self.codes_SN).to(_here())
         condition = _condition(model, self.target.cond_inputs)
         exact, brute = (find(model, codes, condition, self.settings, self.target.images) for find in (extract_orders, brute_force_orders))
@@ -202,6 +213,8 @@ class BruteForceTask:
 
 @dataclass(frozen=True)
 class BruteForce:
+    """How exact extraction compares with brute force on some images."""
+
     images: int
     equal: int
     gap: float
@@ -230,10 +243,10 @@ def run_eval_tasks(tasks: Sequence[EvalTask], devices: Sequence[str], threads: i
         UserError: a process was killed.
         Exception: whatever a task raises; those that have not begun are then left undone.
     """
-    found: list[Any] = [None] * len(tasks)
+    outcomes: list[Likelihoods | Drawn | Edited | BruteForce | None] = [None] * len(tasks)
     if list(devices) == ["cpu"]:
         for index, task in enumerate(tasks):
-            found[index] = task.run()
+            outcomes[index] = task.run()
             on_done()
     else:
         fresh = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
@@ -244,7 +257,7 @@ def run_eval_tasks(tasks: Sequence[EvalTask], devices: Sequence[str], threads: i
         try:
             index_of = {pool.submit(_run, task): index for index, task in enumerate(tasks)}
             for future in as_completed(index_of):
-                found[index_of[future]] = future.result()
+                outcomes[index_of[future]] = future.result()
                 on_done()
         except BrokenProcessPool as error:
             raise UserError(
@@ -253,14 +266,16 @@ def run_eval_tasks(tasks: Sequence[EvalTask], devices: Sequence[str], threads: i
         finally:
             pool.shutdown(cancel_futures=True)
     results = Results()
-    lists: dict[type, list[Any]] = {
-        Likelihoods: results.likelihoods,
-        Drawn: results.drawn,
-        Edited: results.edited,
-        BruteForce: results.brute_force,
-    }
-    for result in found:
-        lists[type(result)].append(result)
+    for outcome in outcomes:
+        match outcome:
+            case Likelihoods():
+                results.likelihoods.append(outcome)
+            case Drawn():
+                results.drawn.append(outcome)
+            case Edited():
+                results.edited.append(outcome)
+            case BruteForce():
+                results.brute_force.append(outcome)
     return results
 
 
@@ -275,7 +290,7 @@ def _here() -> torch.device:
     return torch.device(os.environ.get(_DEVICE, "cpu"))
 
 
-def _run(task: EvalTask) -> Any:
+def _run(task: EvalTask) -> Likelihoods | Drawn | Edited | BruteForce:
     return task.run()
 
 

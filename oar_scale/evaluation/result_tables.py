@@ -51,6 +51,7 @@ def likelihood_table(nll: PerImage) -> NllTable:
 
 
 def pretrain_effect(nll: PerImage) -> PretrainEffect:
+    """Likelihood under random orders before and after the pretraining, and the paired difference."""
     before, after = nll["base"]["random"], nll["any_order"]["random"]
     return PretrainEffect(len(after), mean_nll(before), mean_nll(after), paired_difference(after, before))
 

@@ -71,6 +71,7 @@ class SampleSettings:
 
     @classmethod
     def from_recipe(cls, sample: SampleConfig) -> SampleSettings:
+        """The settings of a recipe's ``sample`` section."""
         return cls(
             guidance=sample.guidance,
             temperature=sample.temperature,
@@ -87,6 +88,8 @@ class Known(NamedTuple):
 
 
 class Generated(NamedTuple):
+    """Sampled images: codes, and the order in which their cells were placed."""
+
     codes_BN: Tensor
     """int64, raster order."""
     order_BN: Tensor
@@ -164,6 +167,7 @@ class _SamplingState:
         wanted_BR = confidence_BR + self.settings.order_temperature * _gumbel(confidence_BR, self.generator)
         first_R = torch.arange(empty_BR.shape[1], device=empty_BR.device).flip(0)  # of equals the first in raster order
         winner_B = pick_best(wanted_BR, first_R.expand_as(empty_BR))
+        # Scores need no logits of all cells at once; the winner's alone are computed to draw its code.
         logits_BV = head(rows_BRD[self.image_B, winner_B]).float()
         cell_B, code_B = empty_BR[self.image_B, winner_B], _draw(logits_BV, self.settings, self.generator)
         self.prefix = self.decoder.commit(self.prefix, candidates, self._branches(winner_B), self._branches(code_B))
@@ -182,7 +186,7 @@ class _SamplingState:
 
     def place_next(self, cells_BM: Tensor) -> None:
         """Place the next M cells of the order in one pass."""
-        if cells_BM.shape[1] == 1:
+        if cells_BM.shape[1] == 1:  # its candidate row can stay in the cache, where parallel decoding computes rows twice
             candidates = self.decoder.candidate_rows(self.prefix, self._branches(cells_BM))
             logits_BMV = self._guide(candidates.logits_BRV)
             code_B = _draw(logits_BMV[:, 0], self.settings, self.generator)

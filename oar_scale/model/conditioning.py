@@ -39,12 +39,14 @@ class ClassCondition(Conditioner):
         self.embedding_table = Embedding(kind.classes + 1, spec.dim)
 
     def forward(self, inputs: Tensor, drop_B: Tensor | None = None) -> Tensor:
+        """One condition row [B, 1, D] for each label."""
         labels_B1 = inputs.view(-1, 1)
         if drop_B is not None:
             labels_B1 = labels_B1.masked_fill(drop_B[:, None], self.classes)
         return self.embedding_table(labels_B1)  # type: ignore[no-any-return]
 
     def null(self) -> Tensor:
+        """The table's last row [1, D]."""
         return self.embedding_table.weight[-1:]
 
 
@@ -61,10 +63,12 @@ class TextCondition(Conditioner):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw positions and null rows anew."""
         nn.init.normal_(self.positions, 0.0, 0.02)
         nn.init.normal_(self.null_rows, 0.0, 0.02)
 
     def forward(self, inputs: Tensor, drop_B: Tensor | None = None) -> Tensor:
+        """Condition rows [B, T, D]: the encoder's where there is a token, null rows elsewhere."""
         present_BT = inputs != 0
         mask = present_BT.clone()
         mask[:, 0] = True  # a row of the softmax needs one key, even where there is no caption
@@ -76,6 +80,7 @@ class TextCondition(Conditioner):
         return torch.where(present_BT[..., None], self.norm(x), self.null_rows.to(x.dtype))
 
     def null(self) -> Tensor:
+        """The null rows [T, D]."""
         return self.null_rows
 
 
@@ -93,9 +98,11 @@ class FeatureCondition(Conditioner):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw the null features anew."""
         nn.init.normal_(self.uncond_embedding, 0.0, self.kind.width**-0.5)
 
     def forward(self, inputs: Tensor, drop_B: Tensor | None = None) -> Tensor:
+        """Condition rows [B, T, D] of features. Raises ValueError for features of another shape."""
         wanted = (self.kind.rows, self.kind.width)
         if tuple(inputs.shape[1:]) != wanted:
             raise ValueError(f"condition features are {list(inputs.shape)}, the model takes [B, {wanted[0]}, {wanted[1]}]")
@@ -109,6 +116,7 @@ class FeatureCondition(Conditioner):
         return self.cap_proj(torch.where(replaced_BT[..., None], null_TF, features_BTF))  # type: ignore[no-any-return]
 
     def null(self) -> Tensor:
+        """The null features through the MLP, [T, D]."""
         return self.cap_proj(self.uncond_embedding[: self.kind.rows])  # type: ignore[no-any-return]
 
 
@@ -121,6 +129,7 @@ class FeatureMLP(nn.Module):
         self.fc2 = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rows [..., D] of features [..., F]."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # type: ignore[no-any-return]
 
 
@@ -128,6 +137,7 @@ class Embedding(nn.Embedding):
     """``nn.Embedding`` that starts as Normal(0, 0.02)."""
 
     def reset_parameters(self) -> None:
+        """Draw the table anew."""
         nn.init.normal_(self.weight, 0.0, 0.02)
 
 

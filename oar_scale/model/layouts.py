@@ -114,13 +114,16 @@ class RasterRows(RowLayout):
     held = HELD["raster"]
 
     def start(self, condition_BTD: Tensor) -> Placed:
+        """The last condition row, which predicts the first code."""
         return Placed(self.no_cell(len(condition_BTD), 1, condition_BTD.device), condition_BTD[:, -1:])
 
     def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
+        """The row of each code but the last, behind that of the code placed before: row i predicts code i."""
         self._require_raster(last, cells_BK)
         return Rows(torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1), torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1))
 
     def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
+        """The row of the last code: there is one cell to go on with, so it is the only candidate."""
         self._require_raster(last, cells_BR[:, :1])
         if cells_BR.shape[1] != 1:
             raise ValueError(f"a raster model goes on with the next cell only, not with a choice of {cells_BR.shape[1]}")
@@ -145,6 +148,7 @@ class InstructedRows(RowLayout):
         self.reset_parameters()
 
     def start(self, condition_BTD: Tensor) -> Placed:
+        """Nothing: an instruction row may follow the condition directly."""
         batch, _, dim = condition_BTD.shape
         return Placed(self.no_cell(batch, 0, condition_BTD.device), condition_BTD.new_empty(batch, 0, dim))
 
@@ -153,20 +157,24 @@ class InstructedRows(RowLayout):
         return (rotate_vector(self.pos_instruct_embeddings, self.rotations(device)[:-1], self.spec.heads),)
 
     def entering(self, last: Placed) -> int:
+        """2 K - 1 rows for K placed codes: all but the first bring their instruction row along."""
         return max(0, 2 * last.cells_BK.shape[1] - 1)
 
     def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
+        """Instruction and code rows in turn, ending with the instruction of the last cell."""
         (asks_ND,) = tables or self.tables(cells_BK.device)
-        # p_1 x_1 p_2 x_2 ... p_K: the last code is left out, as no row asks for anything after it yet.
+        # The rows are p_1 x_1 p_2 x_2 ... p_K: the last code is left out, as no row asks for anything after it yet.
         pairs = torch.stack([asks_ND[cells_BK], codes_BKD], dim=2).flatten(1, 2)[:, :-1]
         return self._after(last, pairs, cells_BK.repeat_interleave(2, dim=1)[:, :-1], asks_ND)
 
     def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
+        """The rows of the codes placed last, and one instruction row for each candidate cell."""
         (asks_ND,) = tables
         entering = self._after(last, last.codes_BKD[:, :0], cells_BR[:, :0], asks_ND) if self.entering(last) else None
         return entering, Rows(asks_ND[cells_BR], cells_BR)
 
     def parallel(self, last: Placed, cells_BM: Tensor, tables: Tables) -> Rows:
+        """The rows of the codes placed last, and the instruction rows of M cells."""
         (asks_ND,) = tables
         return self._after(last, asks_ND[cells_BM], cells_BM, asks_ND)
 
@@ -195,6 +203,7 @@ class DualRows(RowLayout):
         self.reset_parameters()
 
     def start(self, condition_BTD: Tensor) -> Placed:
+        """The zero token, which lies nowhere."""
         return Placed(self.no_cell(len(condition_BTD), 1, condition_BTD.device), torch.zeros_like(condition_BTD[:, :1]))
 
     def tables(self, device: torch.device) -> Tables:
@@ -207,11 +216,13 @@ class DualRows(RowLayout):
         return here_RD, rotate_vector(self.pos_next_embeddings, self._offsets[device], spec.heads)
 
     def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
+        """The row of each code but the last, with the offset to the next cell: row i predicts the code at cell i."""
         here_BK = torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1)
         codes_BKD = torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1)
         return Rows(self._rows(here_BK, codes_BKD, cells_BK, tables or self.tables(cells_BK.device)), here_BK)
 
     def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
+        """Variants of the last code's row, one for each offset to a candidate cell."""
         return None, Rows(self._rows(last.cells_BK, last.codes_BKD, cells_BR, tables), last.cells_BK.expand_as(cells_BR))
 
     def _rows(self, here_BK: Tensor, codes_BKD: Tensor, next_BR: Tensor, tables: Tables) -> Tensor:

@@ -29,18 +29,21 @@ class _MeanNLL(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
         d_rows_RD, d_weight_VD = torch.empty_like(rows_RD), torch.zeros_like(weight_VD, dtype=torch.float32)
         nll_R = rows_RD.new_empty(len(rows_RD), dtype=torch.float32)
+        # One block of memory for the logits of all chunks: fresh memory for each costs a pass over it on a CPU.
         parts = chunks(len(rows_RD), len(weight_VD), rows_RD.device)
-        room_cV = rows_RD.new_empty(parts[0].stop, len(weight_VD))
+        buffer_cV = rows_RD.new_empty(parts[0].stop, len(weight_VD))
         for part in parts:
             x_cD, targets_c1 = rows_RD[part], targets_R[part, None]
-            logits_cV = torch.mm(x_cD, weight_VD.t(), out=room_cV[: len(x_cD)]).float()
+            logits_cV = torch.mm(x_cD, weight_VD.t(), out=buffer_cV[: len(x_cD)]).float()
             target_c1, top_c1 = logits_cV.gather(1, targets_c1), logits_cV.amax(1, keepdim=True)
-            p_cV = logits_cV.sub_(top_c1).exp_()
+            p_cV = logits_cV.sub_(top_c1).exp_()  # in place, as is all that follows: logits_cV is gone from here on
             sum_c1 = p_cV.sum(1, keepdim=True)
             nll_R[part] = (sum_c1.log() + top_c1 - target_c1)[:, 0]
+            # softmax - onehot, the gradient of the summed loss by the logits
             p_cV.div_(sum_c1).scatter_add_(1, targets_c1, p_cV.new_full(targets_c1.shape, -1.0))
             error_cV = p_cV.to(rows_RD.dtype)
             torch.mm(error_cV, weight_VD, out=d_rows_RD[part])
+            # The weight's gradient is summed in float32 over the chunks, whatever the dtype of the products.
             if error_cV.dtype == torch.float32:
                 d_weight_VD.addmm_(error_cV.t(), x_cD)
             else:
@@ -53,6 +56,7 @@ class _MeanNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         d_rows_RD, d_weight_VD = ctx.saved_tensors
+        # Scaled in place, which is why there can be one backward pass only.
         factor = d_outputs[0] / len(d_rows_RD)
         return d_rows_RD.mul_(factor), d_weight_VD.mul_(factor), None
 

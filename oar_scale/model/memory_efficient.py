@@ -49,7 +49,7 @@ class _RMSNormFunction(torch.autograd.Function):
         x32 = x.float()
         # rsqrt(mean(x^2) + eps), with no tensor of squares.
         scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight_D, scale)
+        ctx.save_for_backward(x, weight_D, scale)  # one scale a row, and x, which the caller keeps anyway
         scaled: Tensor = (x32 * scale).mul_(weight_D)
         return scaled.to(x.dtype)
 
@@ -58,6 +58,7 @@ class _RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, scale = ctx.saved_tensors
         x32_RD, d_RD, scale_R1 = x.float().reshape(-1, x.shape[-1]), d_out.float().reshape(-1, x.shape[-1]), scale.view(-1, 1)
+        # With n = x * s, s = 1 / sqrt(mean(x^2) + eps):   d_w = sum over rows of d * n,   d_x = s (d w - n mean(d w n))
         weight32_D = weight_D.float()
         products_RD = d_RD * x32_RD
         d_weight_D = products_RD.t() @ scale_R1[:, 0]
@@ -88,6 +89,7 @@ class _GatedLinearFunction(torch.autograd.Function):
 class _AddDroppedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, p: float) -> Tensor:
+        # A number is dropped where its 16 random bits, read as a signed integer, lie below the threshold.
         threshold = min(round(p * 2**16), 2**16 - 1)
         # 16 random bits a number, four numbers a draw: a fifth of the time of bernoulli_, which draws a float for each.
         draws = torch.empty(-(-y.numel() // 4), dtype=torch.int64, device=y.device).random_(-(2**63), None)

@@ -6,7 +6,7 @@
     all others                       the same
 
 A spec is read off the shapes. Shapes do not tell the number of heads or the grid: heads come from the peers' table of sizes
-(64 channels a head, 100 for their 3B, 128 for their 7B), unless given. A width is told by several tensors, and what most of
+(64 channels a head, 100 for their 3B, 128 for their 7B), unless given. Several tensors have each width, and what most of
 them say counts, so that a wrong tensor is named itself and not those it contradicts.
 
 Both peers multiply the condition's queries and keys by zero, and LlamaGen's text models have a null that was never trained; the

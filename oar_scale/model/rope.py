@@ -87,6 +87,7 @@ class _RotateHeads(torch.autograd.Function):
     def forward(ctx: Any, qkv_BLHd: Tensor, rotation_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(rotation_BLP2)
         heads = [qkv_BLHd.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
+        # Values are copied along with rotated queries and keys: one tensor, and no split of the projection is kept for the backward pass.
         rotated_BLHd = torch.empty_like(qkv_BLHd)
         _rotate_into(rotated_BLHd[:, :, :-kv_heads], qkv_BLHd[:, :, :-kv_heads], torch.view_as_complex(rotation_BLP2))
         rotated_BLHd[:, :, -kv_heads:] = qkv_BLHd[:, :, -kv_heads:]
@@ -97,7 +98,7 @@ class _RotateHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dq_BLHd: Tensor, dk_BLHd: Tensor, dv_BLHd: Tensor) -> tuple[Tensor, None, None]:
         (rotation_BLP2,) = ctx.saved_tensors
-        back_BLP = torch.view_as_complex(rotation_BLP2).conj()
+        back_BLP = torch.view_as_complex(rotation_BLP2).conj()  # the gradient of a rotation is the rotation back
         heads = [dq_BLHd.shape[2], dk_BLHd.shape[2], dv_BLHd.shape[2]]
         d_qkv_BLHd = dq_BLHd.new_empty(*dq_BLHd.shape[:2], sum(heads), dq_BLHd.shape[3])
         d_q, d_k, d_v = d_qkv_BLHd.split(heads, dim=2)
@@ -108,7 +109,8 @@ class _RotateHeads(torch.autograd.Function):
 
 
 def _rotate_into(out_BLHd: Tensor, x_BLHd: Tensor, rotation_BLP: Tensor) -> None:
-    if x_BLHd.dtype == torch.float32 and x_BLHd.stride(-1) == 1:
+    """Write ``x_BLHd`` rotated by [B, L, P] complex numbers to ``out_BLHd``, through float32 where it has another dtype."""
+    if x_BLHd.dtype == torch.float32 and x_BLHd.stride(-1) == 1:  # complex views need channel pairs that lie side by side
         torch.mul(_pairs(x_BLHd), rotation_BLP.unsqueeze(2), out=_pairs(out_BLHd))
     else:
         rotated = x_BLHd.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

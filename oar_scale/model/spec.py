@@ -100,6 +100,7 @@ class ModelSpec(_Spec):
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.dim // self.heads
 
     @property
@@ -135,7 +136,7 @@ class ModelSpec(_Spec):
 
 
 def condition_spec(prompts: PromptEncoder, *, encoder_layers: int) -> ClassSpec | TextSpec | FeatureSpec:
-    """The condition of a model that is told what ``prompts`` encodes; ``encoder_layers`` for text that is encoded along."""
+    """The condition of a model that takes what ``prompts`` encodes; ``encoder_layers`` is that of a text encoder trained along."""
     from oar_scale.tokenizers.clip_text import ClipText
     from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder
 

@@ -22,6 +22,7 @@ class CodeHead(Linear):
     """Rows to logits. It starts at zero, so that the first loss is log V."""
 
     def reset_parameters(self) -> None:
+        """Set the weight to zero."""
         nn.init.zeros_(self.weight)
 
     def forward(self, rows: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]

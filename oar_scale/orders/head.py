@@ -71,6 +71,7 @@ class HeadSpec(BaseModel):
 
     @property
     def cells(self) -> int:
+        """N of the model."""
         return self.grid**2
 
 
@@ -159,6 +160,7 @@ def ask_rest(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, head
 
 
 def all_cells(codes_BN: Tensor) -> Tensor:
+    """0 .. N - 1 for each image, int64 [B, N]."""
     return torch.arange(codes_BN.shape[1], device=codes_BN.device).expand_as(codes_BN)
 
 
@@ -207,7 +209,7 @@ def load_head(uri: str, model: AnyOrderModel, own_id: str, settings_id: str | No
         )
     if settings_id is not None and spec.settings_id != settings_id:
         raise UserError(
-            f"{uri}: this order head learned from orders of the settings {spec.settings_id or '(not told)'}, the orders here were "
+            f"{uri}: this order head learned from orders of the settings {spec.settings_id or '(unknown)'}, the orders here were "
             f"extracted with {settings_id}. Train the head again (oar orders RECIPE --train-head)."
         )
     head = OrderHead(spec)

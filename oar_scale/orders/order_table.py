@@ -69,6 +69,7 @@ class Stored:
 
     @classmethod
     def of(cls, data: bytes) -> Stored:
+        """Size and checksum of some bytes."""
         return cls(len(data), crc32c.crc32c(data))
 
 
@@ -141,9 +142,11 @@ def join_orders(keys: Sequence[str], table: OrderTable, *, shard: str, cells: in
     Raises:
         UserError: another grid, another model, or a key without an order, or with fewer orders than others have.
     """
-    found = table.order_SN.shape[1]
-    if found != cells:
-        raise UserError(f"{table.uri}: orders of {found} cells, {shard} has {cells}. They belong to another grid: extract them again.")
+    table_cells = table.order_SN.shape[1]
+    if table_cells != cells:
+        raise UserError(
+            f"{table.uri}: orders of {table_cells} cells, {shard} has {cells}. They belong to another grid: extract them again."
+        )
     if model_id is not None and model_id != table.model_id:
         raise UserError(f"{table.uri}: orders found by model {table.model_id}, not by {model_id}. Extract them again for {shard}.")
     draws = table.draws or [0] * len(table.keys)

@@ -39,6 +39,7 @@ class CounterRNG:
 
     @classmethod
     def of(cls, seed: int, images_B: NDArray[np.int64], draw: int, cells: int, device: torch.device) -> CounterRNG:
+        """The numbers of these images, by their order ``draw`` and N ``cells``, on a device."""
         return cls(seed, torch.from_numpy(images_B.astype(np.int64)).to(device)[:, None], draw, cells)
 
     def ties(self) -> Tensor:

@@ -62,12 +62,12 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
     where: dict[str, Any] = {"images": len(tokens.keys), "batch": config.batch, "score": config.score, "guidance": config.guidance}
     where |= {"precision": parallel.precision, "device": device, "threads": torch.get_num_threads()}
     run.console.say("  " + ", ".join(f"{name} {value}" for name, value in where.items()))
-    found = _measured(run, model_file, shards, tokens, device, 1 if finetune else ROUNDS)
-    rows = [_row(each, found[EXACT]) for each in found.values()]
+    results = _measured(run, model_file, shards, tokens, device, 1 if finetune else ROUNDS)
+    rows = [_row(each, results[EXACT]) for each in results.values()]
     if finetune:
-        with tempfile.TemporaryDirectory(prefix="oar-compare-") as folder, run.console.progress(len(found), "short trainings") as tally:
+        with tempfile.TemporaryDirectory(prefix="oar-compare-") as folder, run.console.progress(len(results), "short trainings") as tally:
             training, exact = ShortTraining(run, model_file, shards, tokens.keys, finetune, folder), None
-            for row, each in zip(rows, found.values(), strict=True):
+            for row, each in zip(rows, results.values(), strict=True):
                 outcome = training(each.order_SN)
                 exact = exact or outcome
                 row.update(outcome.figures(exact))
@@ -141,24 +141,24 @@ def _unseen(run: Run, head: OrderHead, shards: Sequence[ShardInfo], images: int)
     """Which of the first images [S] of these shards the head did not learn from."""
     folder, cache_bytes = run.at("tokens", "train"), run.recipe.storage.cache_bytes
     opened = [read_token_shard(join(folder, info.name), run.cache, info, cache_bytes=cache_bytes) for info in shards]
-    found = np.concatenate([kept_out(shard, head.spec.heldout_fraction) for shard in opened])[:images]
-    if found.sum() < 2:
+    unseen_S = np.concatenate([kept_out(shard, head.spec.heldout_fraction) for shard in opened])[:images]
+    if unseen_S.sum() < 2:
         raise UserError(
-            f"{head_file(run.model_uri('any_order'))}: this order head learned from all but {found.sum()} of these {images} images, "
+            f"{head_file(run.model_uri('any_order'))}: this order head learned from all but {unseen_S.sum()} of these {images} images, "
             "and cannot be judged by what it has seen. Take more (--images), or train it with a larger order_head.heldout_fraction."
         )
-    return found
+    return unseen_S
 
 
 def _shards(run: Run, images: int) -> list[ShardInfo]:
     """The shards that the first images lie in."""
     folder = run.at("tokens", "train")
     require(run, join(folder, "manifest.json"), "tokens")
-    found: list[ShardInfo] = []
+    taken: list[ShardInfo] = []
     for shard in read_manifest(folder).shards:
-        if sum(each.samples for each in found) < images:
-            found.append(shard)
-    return found
+        if sum(each.samples for each in taken) < images:
+            taken.append(shard)
+    return taken
 
 
 def _row(each: MethodResult, exact: MethodResult) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What is lost by finding orders more cheaply? Every method on the same images, against the exact one.
 
-    rows        questions the model was asked about an image: what a method costs, whatever machine runs it
+    rows        candidate rows that were computed for an image: what a method costs, whatever machine runs it
     tau         Kendall's tau to the exact order: 1 the same, 0 unrelated, -1 backwards
     regret      (sum of the scores along the exact order  -  the same along this one) / N,  a score always given what came before
 
@@ -108,17 +108,17 @@ def compare(
         on_done: called after each method of each round.
     """
     cuts = [slice(start, start + batch) for start in range(0, len(codes_SN), batch)]
-    found: dict[str, list[Orders]] = {}
+    orders_of: dict[str, list[Orders]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     with torch.no_grad():
         conditions = {finder: [finder.condition(cond_inputs_S[cut]) for cut in cuts] for finder in (model, judge)}
     for _ in range(rounds):
         for name, method in methods.items():
             started = time.perf_counter()
-            found[name] = [
+            orders_of[name] = [
                 method(model, codes_SN[cut], rows, settings, images_S[cut]) for cut, rows in zip(cuts, conditions[model], strict=True)
             ]
-            found[name][-1].order_BN.cpu()  # waits for the device
+            orders_of[name][-1].order_BN.cpu()  # waits for the device
             seconds[name].append(time.perf_counter() - started)
             on_done()
     worth_S = {
@@ -128,9 +128,9 @@ def compare(
                 for cut, rows, orders in zip(cuts, conditions[judge], parts, strict=True)
             ]
         )
-        for name, parts in found.items()
+        for name, parts in orders_of.items()
     }
-    order_SN = {name: torch.cat([part.order_BN for part in parts]).cpu().numpy() for name, parts in found.items()}
+    order_SN = {name: torch.cat([part.order_BN for part in parts]).cpu().numpy() for name, parts in orders_of.items()}
     first, every_S = next(iter(methods)), np.ones(len(codes_SN), dtype=np.bool_)
     by = {name: (judged or {}).get(name, every_S) for name in methods}
     return {
@@ -144,7 +144,7 @@ def compare(
             order_SN[name],
             int(by[name].sum()),
         )
-        for name, parts in found.items()
+        for name, parts in orders_of.items()
     }
 
 

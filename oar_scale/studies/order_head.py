@@ -60,18 +60,18 @@ def run_predict(run: Run) -> int:
 def read_report(uri: str, settings_id: str) -> HeadReport | None:
     """What :func:`run_train_head` wrote about a head that learned from the orders of ``settings_id``; None where there is none."""
     try:
-        found = read_json(uri)
+        stored = read_json(uri)
     except Missing:
         return None
-    if found.get("settings_id") != settings_id:
+    if stored.get("settings_id") != settings_id:
         return None
-    return HeadReport(**{**found, "rows": tuple(HeadRow(**row) for row in found["rows"])})
+    return HeadReport(**{**stored, "rows": tuple(HeadRow(**row) for row in stored["rows"])})
 
 
 def report_lines(report: HeadReport) -> list[str]:
     """The figures as lines of columns."""
     width = max(len(row.name) for row in report.rows)
-    head = f"{'way':{width}}  {'tau':>6}  {'of the cells it decides':>23}  candidate rows"
+    head = f"{'method':{width}}  {'tau':>6}  {'of the cells it decides':>23}  candidate rows"
     rows = [f"{row.name:{width}}  {row.tau:6.3f}  {row.tau_rest:23.3f}  {row.rows:,}" for row in report.rows]
     exact = f"{'exact extraction':{width}}  {1:6.3f}  {1:23.3f}  {report.exact_rows:,}"
     title = f"Kendall tau to the exact orders of {report.heldout} training images kept out, learned from {report.images}:"

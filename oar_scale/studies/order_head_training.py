@@ -82,6 +82,7 @@ class HeadData:
         self.settings_id = tables_id(self.files)
 
     def open(self, info: ShardInfo) -> TokenShard:
+        """A token shard, through the local cache."""
         return read_token_shard(join(self.tokens, info.name), self.cache_dir, info, cache_bytes=self.cache_bytes)
 
     def orders(self, info: ShardInfo, shard: TokenShard) -> NDArray[np.uint16]:
@@ -167,8 +168,8 @@ def write_predicted(data: HeadData, head: OrderHead, batch: int, on_done: Callab
             unknown_SN = np.zeros((len(shard), data.model.spec.cells), dtype=np.uint16)
             cuts = np.split(np.arange(len(shard)), range(batch, len(shard), batch))
             parts = [data.take(shard, rows, unknown_SN, view) for view in range(views) for rows in cuts]
-            found = [predict_orders(data.model, part.codes_BN, part.condition_BTD, head) for part in parts]
-            order_SN = torch.cat([orders.order_BN for orders in found]).cpu().numpy().astype(np.uint16)
+            predicted = [predict_orders(data.model, part.codes_BN, part.condition_BTD, head) for part in parts]
+            order_SN = torch.cat([orders.order_BN for orders in predicted]).cpu().numpy().astype(np.uint16)
             scores = np.zeros(order_SN.shape, dtype=np.float32)
             keys, of_view = list(shard.keys) * views, [view for view in range(views) for _ in shard.keys]
             write_orders(uri, OrderTable(keys, of_view, order_SN, scores, head.spec.model_id, settings_id))
@@ -247,19 +248,19 @@ def _some_pairs(time_BR: Tensor, exact_BR: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _measure(data: HeadData, config: OrderHeadConfig, head: OrderHead, mean: _Mean, seconds: float) -> HeadReport:
-    """Every way's tau on images kept out."""
+    """Kendall tau of every method on images that were kept out."""
     cells, first = data.model.spec.cells, head.spec.first
-    kept, found = 0, dict[str, list[NDArray[np.float64]]]()
+    kept, taus = 0, dict[str, list[NDArray[np.float64]]]()
     for batch in _kept_out_batches(data, config):
         exact_BN = batch.order_BN.cpu().numpy()
         for name, order_BN in _orders(data.model, head, batch, mean.order_N).items():
-            found.setdefault(name, []).append(np.stack([_tau(order_BN, exact_BN, None), _tau(order_BN, exact_BN, head)]))
+            taus.setdefault(name, []).append(np.stack([_tau(order_BN, exact_BN, None), _tau(order_BN, exact_BN, head)]))
         kept += len(exact_BN)
     if not kept:
         raise UserError(f"{data.tokens}: order_head.heldout_fraction {config.heldout_fraction:g} keeps no image out. Raise it.")
-    means = {name: np.concatenate(parts, axis=1).mean(axis=1) for name, parts in found.items()}
-    asked = {"mean order of the data set": 0}
-    rows = tuple(HeadRow(name, float(tau), float(rest), asked.get(name, cells)) for name, (tau, rest) in means.items())
+    means = {name: np.concatenate(parts, axis=1).mean(axis=1) for name, parts in taus.items()}
+    rows_of = {"mean order of the data set": 0}
+    rows = tuple(HeadRow(name, float(tau), float(rest), rows_of.get(name, cells)) for name, (tau, rest) in means.items())
     exact_rows = cells * (cells + 1) // 2
     return HeadReport(head.spec.model_id, head.spec.settings_id, len(mean.keys), kept, exact_rows, config.steps, seconds, first, rows)
 
@@ -278,18 +279,18 @@ def _kept_out_batches(data: HeadData, config: OrderHeadConfig) -> Iterator[Label
 
 
 def _orders(model: AnyOrderModel, head: OrderHead, batch: Labelled, mean_N: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-    """The order of each image by every way; those that see codes last."""
+    """The order of each image by every method; those that see codes come last."""
     rows_BND, own_BN = ask_all(model, batch.codes_BN, batch.condition_BTD)
     every_BN = all_cells(batch.codes_BN)
     best_R = score_rows(model.output.weight, rows_BND.flatten(0, 1), "max_prob", batch.codes_BN.flatten())
-    found = {
+    orders = {
         "confidence, asked once": best_R.view_as(own_BN).argsort(1, descending=True),
         "order head ahead": predict_ahead(model, batch.codes_BN, batch.condition_BTD, head).order_BN,
         "own code's score, asked once": own_BN.argsort(1, descending=True),
         "order head in hindsight": head.hindsight(rows_BND, every_BN, own_BN).argsort(1),
     }
     mean_BN = np.broadcast_to(mean_N, batch.codes_BN.shape)
-    return {"mean order of the data set": mean_BN} | {name: order_BN.cpu().numpy() for name, order_BN in found.items()}
+    return {"mean order of the data set": mean_BN} | {name: order_BN.cpu().numpy() for name, order_BN in orders.items()}
 
 
 def _tau(order_BN: NDArray[np.int64], exact_BN: NDArray[np.int64], head: OrderHead | None) -> NDArray[np.float64]:

@@ -36,7 +36,7 @@ from oar_scale.training.job import TrainingJob
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """What a model is worth that was trained on the orders of one method."""
 
     nll_own_S: NDArray[np.float64]
@@ -44,14 +44,14 @@ class Outcome:
     nll_random_S: NDArray[np.float64]
     kid: Kid
 
-    def figures(self, exact: Outcome) -> dict[str, Any]:
+    def figures(self, exact: TrainingOutcome) -> dict[str, Any]:
         """Means, and differences to what came of the exact orders: the images are the same, so their differences are paired."""
-        found: dict[str, Any] = {"kid_efflite0": self.kid.mean, "kid_efflite0_std": self.kid.std}
+        figures: dict[str, Any] = {"kid_efflite0": self.kid.mean, "kid_efflite0_std": self.kid.std}
         pairs = {"own": (self.nll_own_S, exact.nll_own_S), "random": (self.nll_random_S, exact.nll_random_S)}
         for name, (here_S, exact_S) in pairs.items():
-            found[f"heldout_nll_{name}"] = asdict(estimate(here_S))
-            found[f"heldout_nll_{name}_above_exact"] = asdict(estimate(here_S - exact_S))
-        return found
+            figures[f"heldout_nll_{name}"] = asdict(estimate(here_S))
+            figures[f"heldout_nll_{name}_above_exact"] = asdict(estimate(here_S - exact_S))
+        return figures
 
 
 class ShortTraining:
@@ -91,7 +91,7 @@ class ShortTraining:
         pictures = read_pictures(run, "heldout", heldout.keys[: self.drawn])
         self.reference_SF = image_features(pixels_to_unit(torch.from_numpy(np.stack(pictures)))).numpy()
 
-    def __call__(self, order_SN: NDArray[np.integer[Any]]) -> Outcome:
+    def __call__(self, order_SN: NDArray[np.integer[Any]]) -> TrainingOutcome:
         """Train on these orders of the samples; the likelihoods of held-out images, and the distance of drawings to them."""
         with tempfile.TemporaryDirectory(dir=self.folder) as root:  # of its own: no training goes on from another's checkpoint
             for name in ("tokens", "tokenizers"):
@@ -134,7 +134,7 @@ class ShortTraining:
             )
             write_orders(join(folder, table_name(shard.name)), table)
 
-    def _value(self, model_file: str) -> Outcome:
+    def _value(self, model_file: str) -> TrainingOutcome:
         recipe, run = self.run.recipe, self.run
         count, cells = min(recipe.evaluate.nll_images, len(self.codes_SN)), self.codes_SN.shape[1]
         orders = {"random": random_orders(count, cells, recipe.seed).numpy()}
@@ -149,7 +149,7 @@ class ShortTraining:
             recipe.parallel.precision,
         )
         distance = kid(drawing.run().features_SF, self.reference_SF, seed=recipe.seed)
-        return Outcome(nll["own confidence"], nll["random"], distance)
+        return TrainingOutcome(nll["own confidence"], nll["random"], distance)
 
 
 def _train(job: TrainingJob) -> None:

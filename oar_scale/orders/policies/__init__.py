@@ -54,6 +54,7 @@ class OrderRequest:
 
     @property
     def device(self) -> torch.device:
+        """The device of the model, on which orders are expected."""
         return next(self.model.parameters()).device
 
 
@@ -84,7 +85,7 @@ class Policy:
 
 
 class GridPolicy(Policy):
-    """The same way through the grid for every image."""
+    """The same path through the grid for every image."""
 
     def __init__(self, module: str, path: Callable[[int], Path]) -> None:
         super().__init__(module)
@@ -92,9 +93,11 @@ class GridPolicy(Policy):
         """From cells a side to the order [N]."""
 
     def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
+        """The path of this grid, for all samples."""
         return TrainingOrders(order=tuple(self.path(grid).tolist()))
 
     def sampling(self, request: OrderRequest) -> Tensor:
+        """The path of the model's grid, for each image, [B, N]."""
         import torch
 
         order_N = torch.from_numpy(self.path(request.model.spec.grid))
@@ -117,8 +120,9 @@ def policy(name: str, where: str = "order") -> Policy:
     """
     if name not in known():
         raise UserError(f"{where} {name!r}: no such policy. There are: {', '.join(known())}.")
-    found: Policy = import_module(f"{__name__}.{name.replace('-', '_')}").POLICY
-    return found
+    module = import_module(f"{__name__}.{name.replace('-', '_')}")
+    chosen: Policy = module.POLICY
+    return chosen
 
 
 def sampling_order(name: str | None, request: OrderRequest, where: str = "sample.order") -> Tensor | LateOrder | None:
@@ -132,5 +136,5 @@ def sampling_order(name: str | None, request: OrderRequest, where: str = "sample
 
 
 def grid_policies() -> dict[str, GridPolicy]:
-    """All policies that go the same way through every image, by name."""
-    return {name: found for name in known() if isinstance(found := policy(name), GridPolicy)}
+    """All policies with the same path for every image, by name."""
+    return {name: each for name in known() if isinstance(each := policy(name), GridPolicy)}

@@ -15,6 +15,7 @@ from oar_scale.orders.policies import GridPolicy
 
 
 def path(grid: int) -> NDArray[np.int64]:
+    """Cells [N] by their value in the Bayer matrix of the next power of two."""
     time = np.zeros((1, 1), dtype=np.int64)
     while len(time) < grid:
         time = np.block([[4 * time, 4 * time + 2], [4 * time + 3, 4 * time + 1]])

@@ -6,7 +6,10 @@ from oar_scale.orders.policies import OrderRequest, Policy
 
 
 class ConfidencePolicy(Policy):
+    """The model decides; it has no orders to train on."""
+
     def sampling(self, request: OrderRequest) -> None:
+        """None: :func:`oar_scale.generation.sampling.generate` chooses cell by cell."""
         return None
 
 

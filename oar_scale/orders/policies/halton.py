@@ -12,6 +12,7 @@ from oar_scale.orders.policies import GridPolicy
 
 
 def path(grid: int) -> NDArray[np.int64]:
+    """Cells [N] by the first point of the sequence that falls into them."""
     # A cell holds a box of 2**-a by 3**-b with 2**a <= 4 grid and 3**b <= 6 grid, and 2**a * 3**b points in a row visit every such box.
     number_P = np.arange(24 * grid * grid)
     cell_P = _cells(number_P, 2, grid) * grid + _cells(number_P, 3, grid)

@@ -22,10 +22,14 @@ from oar_scale.storage import Missing, join, read_json, write_json
 
 
 class MeanPolicy(Policy):
+    """One order for all images: the mean of the extracted ones."""
+
     def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
+        """The mean order, found from the order tables where it was not found before."""
         return TrainingOrders(order=tuple(mean_order(files, grid).tolist()))
 
     def sampling(self, request: OrderRequest) -> Tensor:
+        """The mean order for every image. Raises UserError as :func:`mean_order`."""
         order_N = torch.from_numpy(mean_order(request.files, request.model.spec.grid))
         return order_N.expand(request.images, -1).to(request.device)
 
@@ -37,11 +41,11 @@ def mean_order(files: OrderFiles, grid: int) -> NDArray[np.int64]:
         UserError: orders of another grid or of several models, or an image without one.
     """
     try:
-        found = read_json(files.mean)
+        stored = read_json(files.mean)
     except Missing:
-        found = _from_tables(files)
-        write_json(files.mean, found)
-    order_N = np.array(found["order"], dtype=np.int64)
+        stored = _from_tables(files)
+        write_json(files.mean, stored)
+    order_N = np.array(stored["order"], dtype=np.int64)
     if sorted(order_N.tolist()) != list(range(grid * grid)):
         raise UserError(f"{files.mean}: not an order of {grid} x {grid} cells. Delete it; it is made again from the order tables.")
     return order_N

@@ -14,7 +14,10 @@ from oar_scale.storage import Missing, join, open_storage
 
 
 class OrderHeadPolicy(Policy):
+    """The orders of an order head."""
+
     def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
+        """The tables that the head's predictions were written to. Raises UserError where one is missing."""
         assert files.predicted is not None and files.tokens is not None
         for shard in read_manifest(files.tokens).shards:
             uri = join(files.predicted, table_name(shard.name))
@@ -23,6 +26,7 @@ class OrderHeadPolicy(Policy):
         return TrainingOrders(tables=files.predicted)
 
     def sampling(self, request: OrderRequest) -> LateOrder:
+        """The head's first cells, and its order of the others once these have codes. Raises UserError where there is no head."""
         uri = head_file(request.model_file)
         try:
             head = load_head(uri, request.model, model_id(request.model_file), tables_id(request.files))

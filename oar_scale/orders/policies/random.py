@@ -10,10 +10,14 @@ from oar_scale.orders.policies import OrderRequest, Policy, TrainingOrders
 
 
 class RandomPolicy(Policy):
+    """A random order for each image."""
+
     def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
+        """No order and no tables: every sample takes a random order."""
         return TrainingOrders()
 
     def sampling(self, request: OrderRequest) -> Tensor:
+        """One random permutation for each image, from the request's generator."""
         uniform_BN = torch.rand(request.images, request.model.spec.cells, generator=request.noise)
         return uniform_BN.argsort(1).to(request.device)
 

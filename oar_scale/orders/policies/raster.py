@@ -9,6 +9,7 @@ from oar_scale.orders.policies import GridPolicy
 
 
 def path(grid: int) -> NDArray[np.int64]:
+    """Cells [N] in raster order."""
     return np.arange(grid * grid)
 
 

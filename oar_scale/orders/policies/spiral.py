@@ -14,6 +14,7 @@ from oar_scale.orders.policies import GridPolicy
 
 
 def path(grid: int) -> NDArray[np.int64]:
+    """Cells [N] along the spiral."""
     left, sides = np.arange(grid * grid).reshape(grid, grid), []
     while left.size:
         sides.append(left[0])

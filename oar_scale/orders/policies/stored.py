@@ -7,7 +7,10 @@ from oar_scale.orders.policies import Policy, TrainingOrders
 
 
 class StoredPolicy(Policy):
+    """The orders in the run's order tables; there are none for images that are yet to be sampled."""
+
     def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
+        """The run's order tables."""
         return TrainingOrders(tables=files.tables)
 
 
