@@ -17,7 +17,8 @@ from torch import Tensor
 
 from oar_scale.distributed.checkpoints.fetch import local_checkpoint
 from oar_scale.distributed.checkpoints.layout import Checkpoint
-from oar_scale.distributed.checkpoints.shard_tensors import WEIGHTS, Shards, read_shards
+from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
+from oar_scale.distributed.checkpoints.shard_tensors import Shards, read_shards
 from oar_scale.errors import UserError
 from oar_scale.runtime.tables import text_table
 from oar_scale.storage.folders import new_folder

@@ -21,7 +21,8 @@ from oar_scale.commands.checkpoint_export import export_checkpoint
 from oar_scale.commands.checkpoint_management import list_checkpoints, verify_checkpoints
 from oar_scale.distributed.checkpoints import Saver, restore
 from oar_scale.distributed.checkpoints.layout import new_save, read_checkpoint
-from oar_scale.distributed.checkpoints.shard_tensors import WEIGHTS, read_shards
+from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
+from oar_scale.distributed.checkpoints.shard_tensors import read_shards
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model
 from oar_scale.pipeline import bind_run_dir

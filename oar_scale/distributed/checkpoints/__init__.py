@@ -1,12 +1,12 @@
-"""Sharded checkpoints that are either whole or not there.
+"""Sharded checkpoints that are either complete or not visible at all.
 
     saver = Saver(job)                        on every rank
-    saver.save(engine, step, state)           to the local disk; a thread uploads and commits while training goes on
-    saver.outcomes()                          what has become of it
-    restored = restore(engine, job)           the newest whole one, whatever number of ranks and ZeRO stage wrote it
+    saver.save(engine, step, state)           to the local disk; a thread uploads and commits while training continues
+    saver.outcomes()                          which saves were committed, and which failed
+    restored = restore(engine, job)           the newest intact one, whatever number of ranks and ZeRO stage wrote it
 
-The files are DeepSpeed's own; manifest, checksums, commitment and conversion are ours (``layout.py``). Readers look at nothing that is
-not committed, verify what is before they open it, and fall back to the one before, saying so.
+The files are DeepSpeed's own; manifest, checksums, commit marker and conversion are ours (``layout.py``). Readers ignore what is not
+committed, verify checksums before they open a file, and fall back to the checkpoint before a damaged one, which they report.
 """
 
 from __future__ import annotations

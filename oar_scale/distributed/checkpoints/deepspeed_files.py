@@ -1,10 +1,10 @@
-"""How DeepSpeed's engine writes and reads the files of a checkpoint here: the object in the place of its own checkpoint engine.
+"""How DeepSpeed's engine writes and reads the files of a checkpoint: a replacement of its own checkpoint engine.
 
-Checksums are taken of the bytes as they are written, without a second look at the file. A disk that does not take them is remembered and
-not raised: the rank would leave DeepSpeed's save half-way, and the others would wait for it for ever.
+Checksums are taken of the bytes as they are written, without reading the file again. An error of the disk is recorded and not raised:
+the rank would leave DeepSpeed's save half-way, and the others would wait for it for ever.
 
-ZeRO-1 and 2 would have rank 0 write all weights once more, in low precision, beside everyone's float32: the largest file by far, and
-nothing in it that the others do not hold. They are left out, and made again from the float32 weights when the checkpoint is loaded.
+Under ZeRO 1 and 2, DeepSpeed has rank 0 write all weights once more in low precision, beside the float32 weights of all ranks: the
+largest file by far, and redundant. They are not stored, and are recomputed from the float32 weights when the checkpoint is loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from crc32c import crc32c
@@ -24,15 +24,23 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine
 from oar_scale.distributed.checkpoints.live import relink
-from oar_scale.distributed.checkpoints.shard_tensors import GROUPS
+from oar_scale.distributed.checkpoints.shard_keys import GROUPS
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 """All that DeepSpeed's pickles hold besides tensors and plain values; a file that names anything else is not opened."""
 
 
-def save_shards(engine: Any, folder: str, tag: str, client_state: dict[str, Any]) -> CheckpointFiles:
-    """DeepSpeed's save to ``folder/tag``. Collective. What could not be written is the ``fault`` of the answer."""
+def save_shards(engine: ShardedEngine, folder: str, tag: str, client_state: dict[str, Any]) -> CheckpointFiles:
+    """Write DeepSpeed's shards to ``folder/tag``. Collective.
+
+    Returns:
+        The files that this rank has written; its ``fault`` says what could not be written.
+    """
     assert not engine.load_universal_checkpoint(), "rank 0 alone would write model states"
     info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}  # for DeepSpeed's ds_to_universal
     client_state = {**client_state, UNIVERSAL_CHECKPOINT_INFO: info}
@@ -43,8 +51,8 @@ def save_shards(engine: Any, folder: str, tag: str, client_state: dict[str, Any]
     return files
 
 
-def load_shards(engine: Any, folder: str, tag: str) -> None:
-    """DeepSpeed's load of what an engine of the same ZeRO stage and number of ranks has saved. Collective."""
+def load_shards(engine: ShardedEngine, folder: str, tag: str) -> None:
+    """Load the shards of an engine with the same ZeRO stage and number of ranks. Collective."""
     with _installed(engine):
         engine.load_checkpoint(folder, tag=tag)
     if engine.zero_optimization_stage() in (1, 2):
@@ -53,34 +61,35 @@ def load_shards(engine: Any, folder: str, tag: str) -> None:
 
 
 @contextmanager
-def _installed(engine: Any) -> Iterator[CheckpointFiles]:
-    """An engine that writes and reads its checkpoints through ours."""
+def _installed(engine: ShardedEngine) -> Iterator[CheckpointFiles]:
+    """Let an engine write and read its checkpoints through :class:`CheckpointFiles` while the block lasts."""
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     files = CheckpointFiles(engine.module, trained if engine.zero_optimization_stage() in (1, 2) else ())
-    own, engine.checkpoint_engine = engine.checkpoint_engine, files
+    original, engine.checkpoint_engine = engine.checkpoint_engine, files
     # Rank 0 would copy zero_to_fp32.py beside the shards, and raise where the disk is full.
     engine._copy_recovery_script = lambda save_path: None
     try:
         yield files
     finally:
-        engine.checkpoint_engine = own
+        engine.checkpoint_engine = original
         del engine._copy_recovery_script
 
 
-def _names_by_group(engine: Any) -> list[list[str]]:
+def _names_by_group(engine: ShardedEngine) -> list[list[str]]:
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     return [[names[id(parameter)] for parameter in group["params"]] for group in engine.optimizer.param_groups]
 
 
 class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
-    """Writes and reads one checkpoint.
+    """Writes and reads the files of one checkpoint, in the interface of DeepSpeed's checkpoint engines.
 
     Args:
-        redundant: weights of the module that the optimiser's shards hold too.
+        module: the engine's module.
+        redundant: names of its weights that the optimiser's shards hold as well.
 
     Attributes:
-        files: size and crc32c of what was written, by name.
-        fault: why something was not.
+        files: size and crc32c of each file that was written, by name.
+        fault: why a file could not be written, or None.
     """
 
     def __init__(self, module: torch.nn.Module, redundant: Collection[str]) -> None:
@@ -94,20 +103,22 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
         """Nothing has to be prepared."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder, or record why that is impossible."""
         try:
             os.makedirs(path, exist_ok=exist_ok)
         except OSError as error:
             self._note(error, path)
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Write a file without redundant weights, and record its size and checksum, or why it could not be written."""
         if state_dict.get("module") is not None:
             kept = {name: tensor for name, tensor in state_dict["module"].items() if name not in self._redundant}
             state_dict = {**state_dict, "module": kept}
-        writer: Any = _Writer(path)
+        writer = _Writer(path)
         before = get_crc32_options()
-        set_crc32_options(False)  # half of the time, for a checksum that ours stands in for
+        set_crc32_options(False)  # it takes half of the time, and our own checksum replaces it
         try:
-            torch.save(state_dict, writer)
+            torch.save(state_dict, cast(IO[bytes], writer))
         finally:
             set_crc32_options(before)
         writer.close()
@@ -115,55 +126,57 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
             self._note(writer.error, path)
         self.files[os.path.basename(path)] = {"bytes": writer.bytes, "crc32c": writer.crc32c}
 
-    def load(self, path: str, map_location: Any = None) -> Any:
+    def load(self, path: str, map_location: str | torch.device | None = None) -> Any:
+        """Read a file; redundant weights are those of the module until the float32 weights are loaded."""
         state = load_shard(path, map_location)
         if self._redundant and state.get("module") is not None:
             here = self._module.state_dict()
-            state["module"] |= {name: here[name] for name in self._redundant}  # to be overwritten once the float32 weights are there
+            state["module"] |= {name: here[name] for name in self._redundant}
         return state
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Nothing has to be finished."""
         return True
 
     def _note(self, error: OSError, path: str) -> None:
         self.fault = self.fault or f"{path}: {error.strerror}"
 
 
-def load_shard(path: str, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
-    """What DeepSpeed wrote; ``mmap`` leaves tensors on the disk until they are looked at. Nothing in the file is executed."""
+def load_shard(path: str, map_location: str | torch.device | None = "cpu", *, mmap: bool = False) -> Any:
+    """Read a file that DeepSpeed wrote, without executing anything in it; ``mmap`` leaves tensors on the disk until they are used."""
     with torch.serialization.safe_globals(_CLASSES):
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 class _Writer:
-    """A file that is summed up while it is written. After an error it swallows the rest."""
+    """A file whose checksum is taken while it is written. After an error it ignores further data."""
 
     def __init__(self, path: str) -> None:
         self.bytes = self.crc32c = 0
         self.error: OSError | None = None
         self._file: IO[bytes] | None = None
-        with self._remembering():
+        with self._recording():
             self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by close())
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Buffer) -> int:
         view = memoryview(data).cast("B")
         size = len(view)
         self.bytes, self.crc32c = self.bytes + size, crc32c(view, self.crc32c)
-        with self._remembering():
+        with self._recording():
             while view and self._file is not None and self.error is None:
                 view = view[self._file.write(view) :]
         return size
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
     def close(self) -> None:
-        with self._remembering():
+        with self._recording():
             if self._file is not None:
                 self._file.close()
 
     @contextmanager
-    def _remembering(self) -> Iterator[None]:
+    def _recording(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

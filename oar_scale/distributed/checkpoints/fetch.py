@@ -1,4 +1,4 @@
-"""The files of a checkpoint, checked against its manifest: as they come from S3, or where they lie."""
+"""Fetch the files of a checkpoint from S3, or read them where they are, and verify them against its manifest."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from oar_scale.storage.background import in_order
 _CHUNK_BYTES = 16 << 20
 _CONNECTIONS = 4
 _TRIES = 2
-"""What arrives damaged may have become so on the way."""
+"""A file that arrives damaged may have become so in transit."""
 
 
 def local_folder(checkpoint: Checkpoint, scratch: str) -> str:
-    """Where the files of a checkpoint are to be found once they have been :func:`obtain`-ed."""
+    """The local folder that holds the files of a checkpoint after :func:`obtain`."""
     return os.path.join(scratch, checkpoint.save) if checkpoint.uri.startswith("s3://") else checkpoint.folder
 
 
 def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
-    """Bring files of a checkpoint to ``local_folder(checkpoint, scratch)``; each is checked on its way, or where it lies.
+    """Bring files of a checkpoint to ``local_folder(checkpoint, scratch)`` and verify each of them.
 
     Raises:
-        DamagedCheckpoint: names a file that is missing, or is not what the manifest says.
-        UserError: the storage cannot be reached, or the disk is full: no fault of the checkpoint.
+        DamagedCheckpoint: names a file that is missing or differs from the manifest.
+        UserError: the storage cannot be reached, or the disk is full: the checkpoint itself may be intact.
     """
     folder, names = local_folder(checkpoint, scratch), list(names)
     if folder == checkpoint.folder:
@@ -53,7 +53,7 @@ def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
 
 @contextmanager
 def local_checkpoint(uri: str) -> Iterator[tuple[Checkpoint, str]]:
-    """A checkpoint by its name, verified, and the local folder of its files: its own, or a copy for the block.
+    """A verified checkpoint and the local folder of its files: its own, or a copy that lasts as long as the block.
 
     Raises:
         UserError: it is not committed, or a file is missing or damaged.
@@ -68,12 +68,17 @@ def local_checkpoint(uri: str) -> Iterator[tuple[Checkpoint, str]]:
 
 
 def check(checkpoint: Checkpoint, name: str) -> None:
-    """Read a file of a checkpoint and compare it with the manifest. Raises DamagedCheckpoint, UserError."""
+    """Read a file of a checkpoint and compare it with the manifest.
+
+    Raises:
+        DamagedCheckpoint: it is missing or differs.
+        UserError: the storage cannot be reached.
+    """
     uri, size = join(checkpoint.folder, name), checkpoint.files[name]["bytes"]
     storage, crc, size_read = open_storage(uri), 0, 0
-    starts = range(0, size + 1, _CHUNK_BYTES)  # with a byte more than there may be
+    starts = range(0, size + 1, _CHUNK_BYTES)  # one byte more than there should be, to notice a file that has grown
     try:
-        for first in range(0, len(starts), _CONNECTIONS):  # a few at a time: a reader that is ahead would fill the memory
+        for first in range(0, len(starts), _CONNECTIONS):  # a few at a time, so that chunks read ahead do not fill the memory
             few = starts[first : first + _CONNECTIONS]
             for chunk in in_order(lambda start: storage.read(uri, start, min(start + _CHUNK_BYTES, size + 1)), few, _CONNECTIONS):
                 crc, size_read = crc32c(chunk, crc), size_read + len(chunk)
@@ -91,10 +96,10 @@ def _download(checkpoint: Checkpoint, name: str, path: str) -> None:
     for last in range(_TRIES):
         landing = Landing(size, Part(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), path))
         try:
-            found = remote_objects_of(scheme_of(uri)).download(uri, "", landing, lambda took: None)
+            crc = remote_objects_of(scheme_of(uri)).download(uri, "", landing, lambda took: None)
             if landing.problem is not None:
                 raise UserError(f"{path}: {landing.problem.strerror}. Free some space, or set storage.scratch_dir to another disk.")
-            _compare(checkpoint, name, size + len(open_storage(uri).read(uri, size, size + 1)), found)
+            _compare(checkpoint, name, size + len(open_storage(uri).read(uri, size, size + 1)), crc)
             return
         except Missing:
             raise DamagedCheckpoint(f"{name} is missing") from None

@@ -1,13 +1,13 @@
-"""What lies where in a checkpoint, and when it counts.
+"""The files of a checkpoint, and the marker that makes it valid.
 
     checkpoints/pretrain/step-00000100/
-        20261123T085016Z-3f9a2c1b/          one attempt at saving this step: the time, and a random part
+        20261123T085016Z-3f9a2c1b/          one attempt at saving this step: time and a random part
             zero_pp_rank_0_..._states.pt    DeepSpeed's shards, each written and uploaded by its rank
             manifest.json                   files, sizes, crc32c, world size, ZeRO stage, step, identity, model, the loop's state
-        COMMITTED                           names the attempt, and the crc32c of its manifest; written last, in one piece
+        COMMITTED                           names the attempt and the crc32c of its manifest; written last, atomically
 
-Two attempts at one step (a worker that was taken for dead, a step done again after a roll-back) never write to the same name: the
-marker says which one counts, and putting another there replaces the whole checkpoint at once. What no marker names is a left-over.
+Two attempts at one step (a worker that was wrongly considered dead, a step repeated after a roll-back) never write to the same names.
+The marker says which attempt is valid: replacing it replaces the whole checkpoint atomically. Files of other attempts are left-overs.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _TIME = "%Y%m%dT%H%M%SZ"
 
 
 class DamagedCheckpoint(Exception):
-    """What is wrong with a checkpoint; the text goes behind its name."""
+    """A checkpoint cannot be used; the text, which follows the checkpoint's name, says why."""
 
 
 class NotCommitted(DamagedCheckpoint):
-    """It has no marker."""
+    """A step has no commit marker."""
 
     def __init__(self) -> None:
         super().__init__("is not committed: it is being written, or was interrupted")
@@ -54,112 +54,115 @@ class Checkpoint:
     uri: str
     """``.../step-00000100``."""
     save: str
-    """The attempt that counts."""
+    """The attempt that the marker names."""
     manifest: dict[str, Any]
 
     @property
     def folder(self) -> str:
-        """Where its files lie."""
+        """The folder of its files."""
         return join(self.uri, self.save)
 
     @property
     def step(self) -> int:
+        """The training step."""
         return int(self.manifest["step"])
 
     @property
     def files(self) -> dict[str, dict[str, int]]:
-        """``bytes``, ``crc32c`` and the ``rank`` that wrote it, of each file."""
+        """Of each file its ``bytes``, its ``crc32c`` and the ``rank`` that wrote it."""
         files: dict[str, dict[str, int]] = self.manifest["files"]
         return files
 
     @property
     def bytes(self) -> int:
+        """Size of all files together."""
         return sum(entry["bytes"] for entry in self.files.values())
 
     @property
     def world_size(self) -> int:
+        """Number of ranks that wrote it."""
         return int(self.manifest["world_size"])
 
     @property
     def zero_stage(self) -> int:
+        """ZeRO stage under which it was written."""
         return int(self.manifest["zero_stage"])
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the training loop gave to be kept."""
+        """The state of the training loop: batch offset, metrics, state of the callbacks."""
         state: dict[str, Any] = self.manifest["state"]
         return state
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Held-out likelihoods at its step, as far as they were known."""
+        """Held-out likelihoods at its step; empty where none was measured."""
         metrics: dict[str, float] = self.state.get("metrics", {})
         return metrics
 
 
 @dataclass(frozen=True)
 class CheckpointLocation:
-    """What a listing shows of one step."""
+    """One step's folder, as a listing of the storage shows it."""
 
     uri: str
     step: int
     names: frozenset[str]
-    """Of all its objects, below ``uri``."""
+    """Names of all objects below ``uri``."""
 
     @property
     def committed(self) -> bool:
+        """Whether there is a commit marker."""
         return MARKER in self.names
 
     @property
     def saves(self) -> set[str]:
-        """The attempts that have left something here."""
+        """The attempts that have written files here."""
         return {name.split("/")[0] for name in self.names if _SAVE.match(name)}
 
 
 def new_save(now: float | None = None) -> str:
-    """A name for an attempt at saving."""
+    """A new name of an attempt at saving, unique and ordered by time."""
     return f"{datetime.fromtimestamp(now or time.time(), UTC).strftime(_TIME)}-{uuid.uuid4().hex[:8]}"
 
 
 def save_started(save: str) -> float:
-    """When an attempt began, in unix seconds."""
+    """When an attempt started, in unix seconds."""
     return datetime.strptime(save.split("-")[0], _TIME).replace(tzinfo=UTC).timestamp()
 
 
 def step_uri(checkpoints: str, step: int) -> str:
-    """The place of a step below ``.../checkpoints/STAGE``."""
+    """The folder of a step below ``.../checkpoints/STAGE``."""
     return join(checkpoints, f"step-{step:08d}")
 
 
 def is_step_uri(uri: str) -> bool:
-    """Whether ``uri`` is the name of one step's place."""
+    """Whether ``uri`` is the folder of one step."""
     return _STEP.search(f"/{uri.rstrip('/')}") is not None
 
 
 def checkpoint_locations(uri: str) -> list[CheckpointLocation]:
-    """All steps below ``uri``, a folder at any height above them or a step itself; ordered by folder, then step. One listing."""
-    found: dict[str, set[str]] = {}
+    """All steps below ``uri``, any folder above them or a step itself; ordered by folder, then step. Lists the storage once."""
+    names_by_step: dict[str, set[str]] = {}
     for name in open_storage(uri).list(uri):
-        place, below = _split(name)
-        if place:
-            found.setdefault(place, set()).add(below)
-    steps = ((place, _STEP.search(place), frozenset(names)) for place, names in found.items())
-    return sorted(
-        (CheckpointLocation(place, int(match[1]), names) for place, match, names in steps if match),
-        key=lambda p: (p.uri.rpartition("/")[0], p.step),
-    )
+        step, below = _split(name)
+        if step:
+            names_by_step.setdefault(step, set()).add(below)
+    matches = ((step, _STEP.search(step), frozenset(names)) for step, names in names_by_step.items())
+    locations = [CheckpointLocation(step, int(match[1]), names) for step, match, names in matches if match]
+    return sorted(locations, key=lambda location: (location.uri.rpartition("/")[0], location.step))
 
 
 def committed_steps(checkpoints: str) -> list[int]:
-    """The steps with a committed checkpoint below ``.../checkpoints/STAGE``, oldest first. One listing; nothing is verified."""
+    """The steps with a committed checkpoint below ``.../checkpoints/STAGE``, oldest first. Lists the storage once; nothing is verified."""
     return [location.step for location in checkpoint_locations(checkpoints) if location.committed]
 
 
 def commit(uri: str, save: str, manifest: dict[str, Any]) -> None:
-    """Make ``save`` the checkpoint of its step: its manifest, then the marker, which replaces another attempt's in one piece.
+    """Make ``save`` the checkpoint of its step: writes its manifest, then the marker, which replaces that of another attempt atomically.
 
     Raises:
-        DamagedCheckpoint: its files are not all there any more.
+        DamagedCheckpoint: some of its files have been removed meanwhile.
     """
     data = (json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n").encode()
     storage = open_storage(uri)
@@ -171,11 +174,12 @@ def commit(uri: str, save: str, manifest: dict[str, Any]) -> None:
 
 
 def read_checkpoint(uri: str) -> Checkpoint:
-    """The committed checkpoint of a step.
+    """The committed checkpoint of a step; verifies marker and manifest, but not the other files.
 
     Raises:
         NotCommitted: there is none.
         DamagedCheckpoint: its marker or manifest is not what was written.
+        UserError: another version of oar_scale wrote it in another format.
     """
     storage = open_storage(uri)
     try:
@@ -193,9 +197,9 @@ def read_checkpoint(uri: str) -> Checkpoint:
         data = storage.read(join(uri, save, MANIFEST))
     except Missing:
         raise DamagedCheckpoint(f"{save}/{MANIFEST} is missing") from None
-    found = crc32c.crc32c(data)
-    if found != expected:
-        raise DamagedCheckpoint(f"{save}/{MANIFEST} is damaged (crc32c {found:08x}; {MARKER} says {expected:08x})")
+    actual = crc32c.crc32c(data)
+    if actual != expected:
+        raise DamagedCheckpoint(f"{save}/{MANIFEST} is damaged (crc32c {actual:08x}; {MARKER} says {expected:08x})")
     manifest = json.loads(data)
     if manifest["format"] != FORMAT:
         raise UserError(
@@ -205,12 +209,12 @@ def read_checkpoint(uri: str) -> Checkpoint:
 
 
 def uncommit(uri: str) -> None:
-    """Take back the commitment of a step: from then on nobody reads it."""
+    """Remove the commit marker of a step, so that nobody reads it any more."""
     open_storage(uri).delete(join(uri, MARKER))
 
 
 def delete(uri: str, names: Iterable[str]) -> None:
-    """Delete objects of a step; the marker first, so that no half is ever taken for whole."""
+    """Delete objects of a step; the marker first, so that a part is never taken for the whole checkpoint."""
     storage = open_storage(uri)
     names = sorted(names, key=lambda name: (name != MARKER, name))
     for name in names:
@@ -222,6 +226,6 @@ def delete(uri: str, names: Iterable[str]) -> None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A place and what lies below it."""
+    """A step's folder and the rest of the name; both empty where the object belongs to no step."""
     match = re.match(r"(.*/step-\d{8,})/(.+)$", name)
     return (match[1], match[2]) if match else ("", "")

@@ -1,10 +1,10 @@
-"""A running engine's weights and moments by parameter, to be read and replaced, whatever ZeRO has made of them.
+"""Read and replace a running engine's weights and moments by parameter, whatever the ZeRO stage.
 
     live = LiveState(engine)
     live.put("model.head.weight", "exp_avg", whole)     # each rank keeps its part
     live.get("model.head.weight", "exp_avg")            # collective: every rank has the whole
 
-The float32 weights are the truth; ``refresh`` makes those that the model computes with from them.
+The float32 weights are authoritative; ``refresh`` recomputes the weights in the model's precision from them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from oar_scale.distributed.checkpoints.shard_tensors import COUNTERS, WEIGHTS
+from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine
+from oar_scale.distributed.checkpoints.shard_keys import COUNTERS, WEIGHTS
 
 
 class LiveState:
-    """See the top of this file. Every rank makes one, of the same engine."""
+    """Weights and optimiser state of a running engine. Every rank makes one, of its part of the same engine."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: ShardedEngine) -> None:
         self.stage = int(engine.zero_optimization_stage())
         self.parameters: dict[str, Any] = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
         self._engine, self._zero = engine, engine.optimizer
@@ -38,13 +39,14 @@ class LiveState:
         relink(engine)
 
     def shape(self, name: str) -> torch.Size:
+        """The shape of the whole parameter, also where this rank has only a part."""
         parameter = self.parameters[name]
         return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
     def prepare(self, moments: tuple[str, ...], step: float) -> None:
-        """Give the optimiser a state to be filled, where it has made no step yet, and set its count."""
+        """Create the optimiser's state where it has made no step yet, to be filled by :meth:`put`, and set its step count."""
         if self.stage == 3:
-            self._zero.checkpoint_event_prologue()  # no parameter stays gathered
+            self._zero.checkpoint_event_prologue()  # so that no parameter stays gathered
         for flat in self._optimized():
             state = self._base.state[flat]
             for name in moments:
@@ -54,7 +56,7 @@ class LiveState:
 
     @torch.no_grad()
     def put(self, name: str, what: str, whole: Tensor) -> None:
-        """Replace a parameter's weights, or one of its moments."""
+        """Replace a parameter's float32 weights, or one of its moments; each rank keeps its part of ``whole``."""
         parameter = self.parameters[name]
         if self.stage == 0:
             (parameter if what == WEIGHTS else self._base.state[parameter][what]).copy_(whole)
@@ -71,21 +73,21 @@ class LiveState:
 
     @torch.no_grad()
     def get(self, name: str, what: str) -> Tensor:
-        """A parameter's float32 weights, or one of its moments. Collective."""
+        """A parameter's whole float32 weights, or one of its moments, on every rank. Collective."""
         parameter = self.parameters[name]
         if self.stage == 0:
-            held: Tensor = parameter.detach() if what == WEIGHTS else self._base.state[parameter][what]
-            return held
-        found: Tensor = safe_get_full_fp32_param(parameter) if what == WEIGHTS else safe_get_full_optimizer_state(parameter, what)
-        return found
+            tensor: Tensor = parameter.detach() if what == WEIGHTS else self._base.state[parameter][what]
+            return tensor
+        gathered: Tensor = safe_get_full_fp32_param(parameter) if what == WEIGHTS else safe_get_full_optimizer_state(parameter, what)
+        return gathered
 
     def steps(self) -> set[float]:
-        """The optimiser's counts on this rank."""
+        """The optimiser's step counts on this rank."""
         return {float(self._base.state[flat]["step"]) for flat in self._optimized()}
 
     @torch.no_grad()
     def refresh(self, counters: dict[str, int]) -> None:
-        """Make the weights that the model computes with from the float32 ones, and set DeepSpeed's counters. Collective."""
+        """Recompute the weights in the model's precision from the float32 ones, and set DeepSpeed's counters. Collective."""
         for name in COUNTERS:
             setattr(self._engine, name, counters[name])
         if self.stage in (1, 2):
@@ -97,7 +99,7 @@ class LiveState:
 
     @torch.no_grad()
     def computes_with(self, name: str, whole: Tensor) -> bool:
-        """Whether what this rank has of the weights that the model computes with are the float32 ones ``whole``, rounded."""
+        """Whether this rank's part of the weights in the model's precision equals the float32 weights ``whole``, rounded."""
         parameter = self.parameters[name]
         if self.stage < 3:
             return torch.equal(parameter, whole.to(parameter.dtype))
@@ -105,14 +107,14 @@ class LiveState:
         return torch.equal(held, _my_part(parameter, whole).to(held.device, held.dtype))
 
     def _optimized(self) -> Iterator[Tensor]:
-        """What the optimiser takes for parameters."""
+        """The tensors that the optimiser steps: parameters under ZeRO 0, otherwise this rank's flat part of each group."""
         if self.stage == 0:
             yield from self.parameters.values()
         else:
             yield from self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
 
 
-def relink(engine: Any) -> None:
+def relink(engine: ShardedEngine) -> None:
     """Let ``deepspeed.utils.safe_get_full_optimizer_state`` find the moments of ZeRO-1 and 2.
 
     DeepSpeed itself does so once, after the first step of the first parameter group, when the others have no moments yet; and not

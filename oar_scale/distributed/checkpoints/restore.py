@@ -1,11 +1,11 @@
-"""Going on from a checkpoint: the newest whole one, into an engine of any ZeRO stage and number of ranks.
+"""Resume from the newest intact checkpoint, with an engine of any ZeRO stage and number of ranks.
 
-    rank 0      lists, reads markers and manifests, compares the settings: newest first
-    each host   fetches the files that its ranks need, once, its ranks sharing them out; checksums are taken as they come
-    all         agree: one fault anywhere, and the checkpoint is passed over for the one before
-    engine      same stage and ranks: DeepSpeed's own load; else parameter by parameter, and then compared with the shards
+    rank 0      lists checkpoints, reads markers and manifests, compares the settings: newest first
+    each host   fetches the files that its ranks need, once, divided among its ranks; checksums are verified during the download
+    all         agree: if one rank finds a fault, the checkpoint is rejected and the one before is tried
+    engine      same stage and ranks: DeepSpeed's own load; otherwise parameter by parameter, and then compared with the shards
 
-Other hosts' disks are never needed. A storage that does not answer is an error, not a fault of the checkpoint.
+Disks of other hosts are never needed. A storage that does not answer is an error, not a fault of the checkpoint.
 """
 
 from __future__ import annotations
@@ -15,18 +15,25 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from oar_scale.distributed.checkpoints import layout
+from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine
 from oar_scale.distributed.checkpoints.fetch import local_folder, obtain
 from oar_scale.distributed.checkpoints.layout import Checkpoint, CheckpointLocation, DamagedCheckpoint
 from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
-from oar_scale.distributed.checkpoints.shard_tensors import WEIGHTS, read_shards
+from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
+from oar_scale.distributed.checkpoints.shard_tensors import read_shards
 from oar_scale.errors import UserError
 from oar_scale.training.job import TrainingJob
+
+T = TypeVar("T")
+_SentError = tuple[bool, str]
 
 
 @dataclass(frozen=True)
@@ -39,28 +46,32 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Restored:
-    """What an engine has been brought to."""
+    """The state to which an engine was restored."""
 
     step: int
     uri: str
     state: dict[str, Any]
-    """What the loop gave to ``Saver.save``."""
+    """The loop's state that was given to ``Saver.save``."""
     rejected: tuple[Rejected, ...]
-    """Newer ones that were passed over; they are no longer committed."""
+    """Newer checkpoints that were damaged; they are no longer committed."""
     converted: bool
     """It was written by another number of ranks, or under another ZeRO stage."""
     world_size: int
     zero_stage: int
-    """By how many ranks, and under which stage."""
+    """Number of ranks and ZeRO stage that wrote it."""
     seconds: float
 
 
-def restore(engine: Any, job: TrainingJob, *, at_most: int | None = None) -> Restored | None:
-    """Bring a rank's engine to the newest committed checkpoint that is whole; None when the stage has none. Collective.
+def restore(engine: ShardedEngine, job: TrainingJob, *, at_most: int | None = None) -> Restored | None:
+    """Load the newest committed checkpoint that is intact into the engines of all ranks. Collective.
 
     Args:
-        engine: fresh, or in the middle of training: all that it held is replaced.
-        at_most: go back to this step or before it. Checkpoints of later steps then lose their commitment.
+        engine: new, or in the middle of training; its whole state is replaced.
+        job: the stage, whose settings must be those of the checkpoint.
+        at_most: go back to this step or an earlier one. Checkpoints of later steps then lose their commit marker.
+
+    Returns:
+        What was restored; None when the stage has no checkpoint.
 
     Raises:
         UserError: none of the checkpoints can be used, they belong to other settings than the job's, or the storage does not answer.
@@ -71,14 +82,15 @@ def restore(engine: Any, job: TrainingJob, *, at_most: int | None = None) -> Res
     scratch = _HostScratch(job)
     try:
         for location in candidates:
-            checkpoint, fault = _from_rank_0(lambda location=location: _examine(job, location))  # type: ignore[misc]
-            fault = fault or scratch.obtain(checkpoint, engine)
-            if fault is not None:
-                rejected.append(Rejected(location.uri, fault))
+            checkpoint, fault = _from_rank_0(partial(_examine, job, location))
+            if checkpoint is not None:
+                fault = scratch.obtain(checkpoint, engine)
+            if checkpoint is None or fault is not None:
+                rejected.append(Rejected(location.uri, fault or ""))
                 continue
             converted = not _fits(checkpoint, engine)
             _load(engine, checkpoint, scratch.folder(checkpoint), converted)
-            _from_rank_0(lambda: _settle(job, rejected, at_most))
+            _from_rank_0(lambda: _uncommit(job, rejected, at_most))
             return Restored(
                 step=checkpoint.step,
                 uri=checkpoint.uri,
@@ -101,13 +113,13 @@ def restore(engine: Any, job: TrainingJob, *, at_most: int | None = None) -> Res
 
 
 def _candidates(job: TrainingJob, at_most: int | None) -> list[CheckpointLocation]:
-    """Steps with a marker, newest first."""
+    """Committed steps, newest first."""
     committed = [location for location in layout.checkpoint_locations(job.checkpoints) if location.committed]
     return [location for location in reversed(committed) if at_most is None or location.step <= at_most]
 
 
 def _examine(job: TrainingJob, location: CheckpointLocation) -> tuple[Checkpoint | None, str | None]:
-    """A step's checkpoint, or what can be seen to be wrong with it before its files are read."""
+    """A step's checkpoint and None, or None and the fault that shows before its files are read."""
     try:
         checkpoint = layout.read_checkpoint(location.uri)
     except DamagedCheckpoint as error:
@@ -115,27 +127,27 @@ def _examine(job: TrainingJob, location: CheckpointLocation) -> tuple[Checkpoint
     missing = sorted(name for name in checkpoint.files if f"{checkpoint.save}/{name}" not in location.names)
     if missing:
         return None, f"{missing[0]} is missing"
-    _same_identity(job, checkpoint)
+    _check_identity(job, checkpoint)
     return checkpoint, None
 
 
-def _settle(job: TrainingJob, rejected: list[Rejected], at_most: int | None) -> None:
-    """Take back the commitment of what nobody is to go on from: it would count among those that are kept, or be the newest."""
-    undone = [
+def _uncommit(job: TrainingJob, rejected: list[Rejected], at_most: int | None) -> None:
+    """Remove the markers of checkpoints that are not to be resumed: they would count as kept, or as the newest."""
+    later = [
         location.uri
         for location in layout.checkpoint_locations(job.checkpoints)
         if location.committed and at_most is not None and location.step > at_most
     ]
-    for uri in [*undone, *(each.uri for each in rejected)]:
+    for uri in [*later, *(each.uri for each in rejected)]:
         layout.uncommit(uri)
 
 
-def _fits(checkpoint: Checkpoint, engine: Any) -> bool:
+def _fits(checkpoint: Checkpoint, engine: ShardedEngine) -> bool:
     return (checkpoint.world_size, checkpoint.zero_stage) == (dist.get_world_size(), engine.zero_optimization_stage())
 
 
-def _needed(checkpoint: Checkpoint, ranks: list[int], engine: Any) -> list[str]:
-    """The files that these ranks read: of a checkpoint that fits, their own and those that belong to no rank."""
+def _needed(checkpoint: Checkpoint, ranks: list[int], engine: ShardedEngine) -> list[str]:
+    """The files that these ranks read: all, or without conversion their own and those that belong to no rank."""
     names = sorted(checkpoint.files)
     if not _fits(checkpoint, engine):
         return names
@@ -143,11 +155,10 @@ def _needed(checkpoint: Checkpoint, ranks: list[int], engine: Any) -> list[str]:
 
 
 class _HostScratch:
-    """Where the ranks of a host keep what they fetch. Collective."""
+    """The folder in which the ranks of a host keep the files that they fetch. Collective."""
 
     def __init__(self, job: TrainingJob) -> None:
-        hosts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(hosts, socket.gethostname())
+        hosts = _all_gather(socket.gethostname())
         host = hosts[dist.get_rank()]
         self._ranks = [rank for rank, name in enumerate(hosts) if name == host]
         self._index = self._ranks.index(dist.get_rank())
@@ -160,10 +171,15 @@ class _HostScratch:
         dist.barrier()
 
     def folder(self, checkpoint: Checkpoint) -> str:
+        """The local folder of a checkpoint's files."""
         return local_folder(checkpoint, self._path)
 
-    def obtain(self, checkpoint: Checkpoint, engine: Any) -> str | None:
-        """Fetch and check what this host needs, each rank its share; what is wrong with it anywhere, or None. Collective."""
+    def obtain(self, checkpoint: Checkpoint, engine: ShardedEngine) -> str | None:
+        """Fetch and verify the files that this host needs, each rank its share. Collective.
+
+        Returns:
+            A fault that any rank has found, or None.
+        """
         names = _needed(checkpoint, self._ranks, engine)[self._index :: len(self._ranks)]
         fault: str | None = None
         error: Exception | None = None
@@ -171,19 +187,19 @@ class _HostScratch:
             obtain(checkpoint, names, self._path)
         except DamagedCheckpoint as damaged:
             fault = str(damaged)
-        except Exception as raised:  # all ranks are told
+        except Exception as raised:  # raised on all ranks below
             error = raised
-        answers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(answers, (fault, _told(error)))
-        _raise_first(error, [told for _, told in answers])
+        answers = _all_gather((fault, _sendable(error)))
+        _raise_first(error, [sent for _, sent in answers])
         return next((fault for fault, _ in answers if fault is not None), None)
 
     def remove(self) -> None:
+        """Remove the folder."""
         if self._own is not None:
             self._own.remove()
 
 
-def _load(engine: Any, checkpoint: Checkpoint, folder: str, convert: bool) -> None:
+def _load(engine: ShardedEngine, checkpoint: Checkpoint, folder: str, convert: bool) -> None:
     if convert:
         _convert(engine, checkpoint, folder)
     else:
@@ -193,10 +209,10 @@ def _load(engine: Any, checkpoint: Checkpoint, folder: str, convert: bool) -> No
     dist.barrier()
 
 
-def _convert(engine: Any, checkpoint: Checkpoint, folder: str) -> None:
-    """Put the shards of other ranks, or of another stage, into the engine; then compare all that it holds with them.
+def _convert(engine: ShardedEngine, checkpoint: Checkpoint, folder: str) -> None:
+    """Load shards of another number of ranks or another stage into the engine, then compare its whole state with them.
 
-    Each rank keeps its part of every parameter, and of them all one reads one at a time from the disk.
+    Each rank reads one whole parameter at a time from the disk and keeps its part.
     """
     from oar_scale.distributed.checkpoints.live import LiveState
 
@@ -214,54 +230,61 @@ def _convert(engine: Any, checkpoint: Checkpoint, folder: str) -> None:
     faults: list[str] = [] if live.steps() == {shards.step} else [f"the optimiser's count is {live.steps()}, not {shards.step}"]
     for number, name in enumerate(here):
         for kind in kinds:
-            found = live.get(name, kind)
-            if kind == WEIGHTS and not live.computes_with(name, found):
+            loaded = live.get(name, kind)
+            if kind == WEIGHTS and not live.computes_with(name, loaded):
                 faults.append(f"{name}: the model does not compute with its float32 weights, rounded")
-            # Each is compared by one rank: the same whole tensor has come to all of them.
+            # One rank compares each, since all of them have got the same whole tensor.
             mine = number % dist.get_world_size() == dist.get_rank()
-            if mine and not _same(found.cpu(), shards.whole(name, kind)):
+            if mine and not _same(loaded.cpu(), shards.whole(name, kind)):
                 faults.append(f"{name}: its {kind} are not those of the checkpoint")
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, faults)
-    found_faults = [fault for part in answers for fault in part]
-    if found_faults:
-        raise RuntimeError(f"{checkpoint.uri}: was not converted faithfully: {'; '.join(found_faults[:5])}")
+    all_faults = [fault for part in _all_gather(faults) for fault in part]
+    if all_faults:
+        raise RuntimeError(f"{checkpoint.uri}: was not converted faithfully: {'; '.join(all_faults[:5])}")
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Equal in every value; minus zero, which a sum over ranks makes positive, and NaN count as themselves."""
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether all values are equal. 0 equals -0, which becomes 0 in a sum over ranks, and NaN equals NaN."""
     return a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
-def _from_rank_0(action: Callable[[], Any]) -> Any:
-    """What ``action`` gives at rank 0, or the error it raises there, on every rank. Collective."""
-    answer: list[Any] = [None, None]
+def _all_gather(value: T) -> list[T]:
+    """The values of all ranks, by rank. Collective."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _from_rank_0(action: Callable[[], T]) -> T:
+    """Call ``action`` at rank 0 only; its result, or the error that it raises, comes to every rank. Collective."""
+    answer: list[T | _SentError | None] = [None, None]
     error: Exception | None = None
     if dist.get_rank() == 0:
         try:
             answer[0] = action()
-        except Exception as raised:  # all ranks are told
+        except Exception as raised:  # raised on all ranks below
             error = raised
-            answer[1] = _told(error)
+            answer[1] = _sendable(error)
     dist.broadcast_object_list(answer)
-    _raise_first(error, [answer[1]])
-    return answer[0]
+    _raise_first(error, [cast("_SentError | None", answer[1])])
+    return cast(T, answer[0])
 
 
-def _told(error: Exception | None) -> tuple[bool, str] | None:
-    """An error as other ranks hear of it: whether the user can mend it, and its text. Not every exception can be sent."""
+def _sendable(error: Exception | None) -> _SentError | None:
+    """An error as it is sent to other ranks: whether it is a UserError, and its text. Not every exception can be pickled."""
     return None if error is None else (isinstance(error, UserError), str(error) if isinstance(error, UserError) else repr(error))
 
 
-def _raise_first(own: Exception | None, told: list[tuple[bool, str] | None]) -> None:
+def _raise_first(own: Exception | None, sent: list[_SentError | None]) -> None:
+    """Raise this rank's own error, or the first one of another rank, if there is any."""
     if own is not None:
         raise own
-    for each in told:
+    for each in sent:
         if each is not None:
             raise UserError(each[1]) if each[0] else RuntimeError(f"another rank: {each[1]}")
 
 
-def _same_identity(job: TrainingJob, checkpoint: Checkpoint) -> None:
+def _check_identity(job: TrainingJob, checkpoint: Checkpoint) -> None:
+    """Raise UserError where the checkpoint was written with settings that would change the result."""
     for section, value in job.identity.items():
         then = checkpoint.manifest["identity"].get(section)
         if then == value:

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the newest ones, every m steps, the best by held-out likelihood; the newest committed one always."""
+"""Which checkpoints are kept: the newest, every m-th step, the best by held-out likelihood; always the newest committed one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from oar_scale.distributed.checkpoints import layout
 from oar_scale.distributed.checkpoints.layout import MARKER, CheckpointLocation, DamagedCheckpoint
 
 METRIC = "nll_random"
-"""What the best are best in; lower is better."""
+"""The metric by which the best are chosen; lower is better."""
 LEFT_OVER_S = 3600.0
-"""Age after which an attempt that nobody committed counts as dead."""
+"""Age after which an attempt without a marker counts as interrupted."""
 
 
 @dataclass(frozen=True)
 class Keep:
-    """What is kept: the ``newest`` n, the multiples of ``every``, the ``best`` n; 0 = none of that kind."""
+    """What is kept: the ``newest`` n, the multiples of ``every``, the ``best`` n; 0: none of that kind."""
 
     newest: int
     every: int = 0
@@ -25,12 +25,13 @@ class Keep:
 
     @classmethod
     def of(cls, training: TrainingConfig) -> Keep:
+        """What the recipe keeps of a training stage."""
         return cls(training.keep_checkpoints, training.keep_every, training.keep_best)
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Objects of a step that are not kept."""
+    """Objects of a step that are to be removed."""
 
     location: CheckpointLocation
     names: tuple[str, ...]
@@ -38,30 +39,31 @@ class Removal:
 
 
 class Retention:
-    """Decides what is removed from one stage's checkpoints; remembers the likelihoods that it has read."""
+    """Decides which checkpoints of a stage are removed; caches the likelihoods that it has read."""
 
     def __init__(self, keep: Keep) -> None:
         self._keep = keep
         self._nll: dict[int, float] = {}
 
     def removals(self, locations: list[CheckpointLocation], now: float | None = None) -> list[Removal]:
-        """What may go, of all that a stage has.
+        """What is to be removed of all that a stage has.
 
         Args:
-            now: attempts without a marker that are younger than ``LEFT_OVER_S`` are let alone, as another process may be writing
-                them; ``None``: the caller is the only one who writes here, and they all go.
+            locations: all steps of the stage.
+            now: unix seconds; attempts without a marker stay until they are ``LEFT_OVER_S`` old, as another process may be writing
+                them. None: the caller is the only process that writes here, and all of them are removed.
         """
         committed = [location for location in locations if location.committed]
         kept = self._kept(committed)
-        found = []
+        removals = []
         for location in locations:
             if location.committed and location.step not in kept:
-                found.append(Removal(location, tuple(sorted(location.names)), "not kept"))
+                removals.append(Removal(location, tuple(sorted(location.names)), "not kept"))
                 continue
-            dead = _left_over(location, now)
-            if dead:
-                found.append(Removal(location, dead, "left over"))
-        return found
+            left_overs = _left_over(location, now)
+            if left_overs:
+                removals.append(Removal(location, left_overs, "left over"))
+        return removals
 
     def _kept(self, committed: list[CheckpointLocation]) -> set[int]:
         steps = sorted(location.step for location in committed)
@@ -84,22 +86,26 @@ class Retention:
 
 
 def _left_over(location: CheckpointLocation, now: float | None) -> tuple[str, ...]:
-    """What attempts have left here that are not the committed one."""
-    counts: str | None = None
+    """Files of attempts other than the committed one."""
+    committed_save: str | None = None
     if location.committed and len(location.saves) == 1:
         return ()
     if location.committed:
         try:
-            counts = layout.read_checkpoint(location.uri).save
+            committed_save = layout.read_checkpoint(location.uri).save
         except DamagedCheckpoint:
-            return ()  # which one it was is not known: whoever loads it, says so
-    dead = {save for save in location.saves - {counts} if now is None or now - layout.save_started(save) > LEFT_OVER_S}
-    strange = {name for name in location.names if name != MARKER and name.split("/")[0] not in location.saves} if now is None else set()
-    return tuple(sorted(strange | {name for name in location.names if name.split("/")[0] in dead}))
+            return ()  # it is not known which attempt was committed; loading it reports the damage
+    dead = {save for save in location.saves - {committed_save} if now is None or now - layout.save_started(save) > LEFT_OVER_S}
+    foreign = {name for name in location.names if name != MARKER and name.split("/")[0] not in location.saves} if now is None else set()
+    return tuple(sorted(foreign | {name for name in location.names if name.split("/")[0] in dead}))
 
 
 def prune(locations: list[CheckpointLocation], retention: Retention, now: float | None = None) -> list[Removal]:
-    """Remove what is not kept, markers first; returns what was removed."""
+    """Remove what is not kept, markers first. Arguments as :meth:`Retention.removals`.
+
+    Returns:
+        What was removed.
+    """
     removals = retention.removals(locations, now)
     for removal in removals:
         layout.delete(removal.location.uri, removal.names)

@@ -1,11 +1,11 @@
-"""Saving while training goes on.
+"""Save checkpoints while training continues.
 
     main thread    |-- DeepSpeed's save to the local disk --|  training ...
-    its thread                                              |-- all whole? -- upload -- all there? -- commit -- prune --|
+    upload thread                                           |-- all written? -- upload -- all uploaded? -- commit -- prune --|
 
-Every rank has such a thread; they agree over a process group of their own. What fails anywhere fails everywhere: the attempt is given
-up, its files are removed, the outcome says why, and training goes on. The next save waits for the thread; an upload that has met an
-error is not tried again by then, one that moves is let finish.
+Every rank has an upload thread; they communicate over a process group of their own. If one rank fails, the whole attempt is abandoned: its
+files are removed, the outcome says why, and training continues. The next save waits for the thread: an upload that has failed before is
+not retried then, one that makes progress may finish.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 from oar_scale.distributed.checkpoints import layout
+from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine
 from oar_scale.distributed.checkpoints.layout import DamagedCheckpoint
 from oar_scale.distributed.checkpoints.retention import Keep, Retention, prune
 from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
@@ -33,6 +35,8 @@ from oar_scale.runtime.retry import Backoff, RetryStopped, retry
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.background import start
 from oar_scale.training.job import TrainingJob
+
+T = TypeVar("T")
 
 PATIENCE_S = 900.0
 """How long an upload that fails is tried again, unless the next save comes before."""
@@ -45,19 +49,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """What has become of a save; at rank 0."""
+    """The result of a save; only rank 0 has it."""
 
     step: int
     seconds: float
-    """For which the training stood still; ``wait_s`` of them for the save before."""
+    """How long training was blocked, including ``wait_s`` for the save before."""
     wait_s: float
     upload_s: float
-    """From then on until it was committed, or given up."""
+    """From then on until it was committed or abandoned."""
     bytes: int
-    """Of all ranks' files."""
+    """Size of all ranks' files."""
     uri: str
     fault: str | None = None
-    """Why it is not committed."""
+    """Why it is not committed, or None."""
 
 
 @dataclass
@@ -77,19 +81,24 @@ class _Save:
 
 
 class Saver:
-    """Saves an engine's checkpoints. Collective: every rank makes one and calls the same methods in the same order."""
+    """Saves an engine's checkpoints. Collective: every rank makes one and calls the same methods in the same order.
+
+    Args:
+        job: the stage whose checkpoints are saved.
+        patience_s: how long a failing upload is retried.
+    """
 
     def __init__(self, job: TrainingJob, *, patience_s: float = PATIENCE_S) -> None:
         global _last
         if _last is not None:
-            _last._settle()  # after a roll-back: its last save would commit in the midst of ours
+            _last._finish_upload()  # after a roll-back, the save of the attempt before could otherwise commit during ours
         _last = self
         self._job, self._patience_s = job, patience_s
         self._rank = dist.get_rank()
-        self._group: Any = dist.new_group(backend="gloo", timeout=_LONGEST)
-        self._about: dict[str, Any] = {}
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_LONGEST))  # every rank is in it
+        self._metadata: dict[str, Any] = {}
         if self._rank == 0:
-            self._about = {"stage": job.stage, "identity": job.identity, "libraries": {name: version(name) for name in LIBRARIES}}
+            self._metadata = {"stage": job.stage, "identity": job.identity, "libraries": {name: version(name) for name in LIBRARIES}}
         self._retention = Retention(Keep.of(job.training))
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
@@ -97,18 +106,20 @@ class Saver:
         self._finished: deque[SaveOutcome] = deque()
         clear_dead(job.scratch)
 
-    def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
-        """Write the engine's checkpoint of ``step`` to the local disk, and begin to upload it. Collective.
+    def save(self, engine: ShardedEngine, step: int, state: dict[str, Any]) -> None:
+        """Write the engine's checkpoint of ``step`` to the local disk, and start to upload it. Collective.
 
         Args:
-            state: JSON that :func:`restore` gives back; rank 0's is kept. ``state["metrics"]`` tells which checkpoints are the best.
+            engine: DeepSpeed's engine.
+            step: the training step.
+            state: JSON that :func:`restore` returns; that of rank 0 is stored. ``state["metrics"]`` tells which checkpoints are the best.
         """
         from oar_scale.distributed.checkpoints.deepspeed_files import save_shards
 
         started = time.monotonic()
-        self._settle()
+        self._finish_upload()
         waited = time.monotonic()
-        name = self._agree(layout.new_save())
+        name = self._broadcast(layout.new_save())
         scratch = Scratch(self._job.scratch, f"{name}-{self._rank}")
         files = save_shards(engine, scratch.path, name, {"step": step})
         self._save = _Save(
@@ -123,18 +134,18 @@ class Saver:
             wait_s=waited - started,
         )
         self._hurry.clear()
-        self._thread = threading.Thread(target=self._carry_out, args=(self._save,), name=f"checkpoint {step}", daemon=True)
+        self._thread = threading.Thread(target=self._run_upload, args=(self._save,), name=f"checkpoint {step}", daemon=True)
         self._thread.start()
 
     def outcomes(self) -> list[SaveOutcome]:
-        """What saves have come to since the last call; nothing at other ranks than 0."""
-        found = []
+        """The results of saves since the last call; empty at other ranks than 0."""
+        outcomes = []
         while self._finished:
-            found.append(self._finished.popleft())
-        return found
+            outcomes.append(self._finished.popleft())
+        return outcomes
 
     def finish(self, timeout_s: float) -> list[SaveOutcome]:
-        """Wait for the last save, but no longer than ``timeout_s``; then as :meth:`outcomes`.
+        """Wait for the last save, at most ``timeout_s`` seconds, and return as :meth:`outcomes`.
 
         A save that is not done by then is reported as failed; it may still succeed while the process lives.
         """
@@ -145,26 +156,28 @@ class Saver:
                 self._report(self._save, {}, f"was not uploaded within {timeout_s:g} s")
         return self.outcomes()
 
-    def _settle(self) -> None:
+    def _finish_upload(self) -> None:
+        """Wait for the upload thread; uploads that have failed before are not retried meanwhile."""
         if self._thread is not None:
             self._hurry.set()
             self._thread.join()
 
-    def _agree(self, mine: Any) -> Any:
-        """Rank 0's value. Collective."""
-        values = [mine]
+    def _broadcast(self, value: T) -> T:
+        """The value of rank 0. Collective."""
+        values = [value]
         dist.broadcast_object_list(values, group=self._group)
         return values[0]
 
-    def _gather(self, mine: Any) -> list[Any]:
-        values: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(values, mine, group=self._group)
+    def _gather(self, value: T) -> list[T]:
+        """The values of all ranks, by rank. Collective."""
+        values = [value] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def _manifest(self, engine: Any, step: int, state: dict[str, Any]) -> dict[str, Any]:
-        json.dumps(state)  # what is no JSON is the caller's mistake, and no storage's
+    def _manifest(self, engine: ShardedEngine, step: int, state: dict[str, Any]) -> dict[str, Any]:
+        json.dumps(state)  # fails here, in the caller, where it is no JSON
         return {
-            **self._about,
+            **self._metadata,
             "step": step,
             "saved_at": time.time(),
             "world_size": dist.get_world_size(),
@@ -173,14 +186,14 @@ class Saver:
             "state": state,
         }
 
-    # -- in the thread ----------------------------------------------------------------------------------------------------------
+    # -- in the upload thread ----------------------------------------------------------------------------------------------------------
 
-    def _carry_out(self, save: _Save) -> None:
+    def _run_upload(self, save: _Save) -> None:
         uri = layout.step_uri(self._job.checkpoints, save.step)
         files: dict[str, dict[str, int]] = {}
         try:
-            fault, files = self._carry(save, uri)
-        except Exception as error:  # a peer has died, most likely: the training's own collectives end the attempt
+            fault, files = self._upload_and_commit(save, uri)
+        except Exception as error:  # most likely another rank has died; then training's own collectives end the attempt
             fault = f"{type(error).__name__}: {error}"
             _log.warning("%s: %s", uri, fault)
         finally:
@@ -189,8 +202,8 @@ class Saver:
             self._prune()
         self._report(save, files, fault)
 
-    def _carry(self, save: _Save, uri: str) -> tuple[str | None, dict[str, dict[str, int]]]:
-        """Upload and commit; why that failed, and all ranks' files."""
+    def _upload_and_commit(self, save: _Save, uri: str) -> tuple[str | None, dict[str, dict[str, int]]]:
+        """Upload and commit; returns why that failed, or None, and the files of all ranks."""
         parts = self._gather((save.files, save.fault))
         files = {name: {**entry, "rank": rank} for rank, (part, _) in enumerate(parts) for name, entry in part.items()}
         fault = _first(fault for _, fault in parts)
@@ -199,7 +212,7 @@ class Saver:
         if fault is not None:
             self._abandon(save, uri)
         elif self._rank == 0:
-            # Whatever comes of this, the files stay: the marker may have been written though nobody answered.
+            # The files stay even if this fails: the marker may have been written although no answer came.
             fault = self._retry(lambda: layout.commit(uri, save.name, {**save.manifest, "files": files}))
         return fault, files
 
@@ -212,10 +225,10 @@ class Saver:
         self._finished.append(SaveOutcome(save.step, save.seconds, save.wait_s, upload_s, size, uri, fault))
 
     def _upload(self, save: _Save, uri: str) -> str | None:
-        """Why this rank's files are not all in the storage, or None."""
+        """Upload this rank's files; returns why one could not be uploaded, or None."""
         for name in save.files:
             path, target = os.path.join(save.scratch.path, save.name, name), join(uri, save.name, name)
-            fault = self._retry(lambda path=path, target=target: _deliver(path, target))  # type: ignore[misc]
+            fault = self._retry(partial(_deliver, path, target))
             if fault is not None:
                 return fault
         return None
@@ -253,31 +266,31 @@ class Saver:
             time.sleep(_POLL_S)
 
     def _abandon(self, save: _Save, uri: str) -> None:
-        """Remove what this rank may have uploaded. What cannot be removed is a left-over, for a later prune."""
+        """Remove what this rank may have uploaded. What cannot be removed is a left-over that a later prune removes."""
         try:
             layout.delete(uri, [f"{save.name}/{name}" for name in (*save.files, layout.MANIFEST)])
         except Exception as error:
-            _log.warning("%s: the files of a save that was given up could not be removed: %s", uri, error)
+            _log.warning("%s: the files of an abandoned save could not be removed: %s", uri, error)
 
     def _prune(self) -> None:
         try:
             prune(layout.checkpoint_locations(self._job.checkpoints), self._retention)
         except Exception as error:
-            _log.warning("%s: old checkpoints could not be removed, the next save tries again: %s", self._job.checkpoints, error)
+            _log.warning("%s: old checkpoints could not be removed; the next save retries: %s", self._job.checkpoints, error)
 
 
 _last: Saver | None = None
-"""The newest of this process."""
+"""The newest saver of this process."""
 
 
-def _first(faults: Any) -> str | None:
+def _first(faults: Iterable[str | None]) -> str | None:
     return next((fault for fault in faults if fault is not None), None)
 
 
 def _deliver(path: str, uri: str) -> None:
-    """Bring a file to its place: to S3, to another disk, or by giving it another name."""
+    """Upload a file to S3, copy it to another disk, or rename it where it is on the same one."""
     with open(path, "rb") as file:
-        os.fsync(file.fileno())  # a disk that has taken the bytes and cannot keep them says so here
+        os.fsync(file.fileno())  # a disk that cannot keep the bytes reports it here
     if not uri.startswith("s3://"):
         os.makedirs(os.path.dirname(uri), exist_ok=True)
         if os.stat(path).st_dev == os.stat(os.path.dirname(uri)).st_dev:

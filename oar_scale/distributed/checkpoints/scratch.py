@@ -1,7 +1,7 @@
-"""Folders on the local disk that do not outlive their process, however it ends.
+"""Folders on the local disk that are removed after their process has ended, however it ends.
 
-A folder is held by a lock on a file beside it, which ends with the process; whoever starts next on the same disk removes those that
-nobody holds.
+A process locks a file beside its folder, and the lock ends with the process. The next process that starts on the same disk removes folders
+whose lock is free.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _PREFIX = "checkpoint-"
 
 
 class Scratch:
-    """A folder ``path`` of this process's own. Not made yet when the disk does not let us: ``fault`` says why."""
+    """A folder ``path`` of this process. Where it cannot be made, ``fault`` says why."""
 
     def __init__(self, parent: str, name: str) -> None:
         self.path = os.path.join(parent, f"{_PREFIX}{name}")
@@ -45,11 +45,11 @@ def _locked(path: str) -> int:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 return descriptor
-        os.close(descriptor)  # someone took it for a dead process's before we held it
+        os.close(descriptor)  # another process has removed it as left over before it was locked here
 
 
 def clear_dead(parent: str) -> None:
-    """Remove what dead processes have left below ``parent``."""
+    """Remove the folders of processes that have ended below ``parent``."""
     with suppress(OSError):
         for name in sorted(os.listdir(parent)):
             if name.startswith(_PREFIX) and name.endswith(".lock"):

@@ -1,13 +1,13 @@
-"""DeepSpeed's shards as what they are of: parameters, their float32 weights and moments, whole, one at a time.
+"""Read DeepSpeed's shards as whole parameters: their float32 weights and moments, one tensor at a time.
 
-Each ZeRO stage cuts them up in its own way:
+Each ZeRO stage partitions them in its own way:
 
-    0       rank 0 has everything, parameter by parameter; the optimiser's state counts them in the order of its groups
-    1, 2    the parameters of a group are laid end to end, and the line is cut into as many parts as there are ranks
-    3       each parameter is cut into as many parts as there are ranks; the last ones end in padding
+    0       rank 0 has every parameter whole; the optimiser's state numbers them in the order of its groups
+    1, 2    the parameters of a group are flattened and concatenated, and that vector is split evenly over the ranks
+    3       each parameter is flattened and split evenly over the ranks; the last parts are padded
 
     shards = read_shards(checkpoint.folder, names)      # opens the files; tensors stay on the disk
-    shards.whole("model.head.weight", "exp_avg")        # put together when it is asked for
+    shards.whole("model.head.weight", "exp_avg")        # concatenated when it is asked for
 
 ``weights`` is the name of the float32 weights here; the moments have the optimiser's own names.
 """
@@ -24,16 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WEIGHTS = "weights"
-GROUPS = "parameter_groups"
-"""The names of the optimiser's parameters, by group, in our part of DeepSpeed's client state; only ZeRO-0 does not say them itself."""
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-"""DeepSpeed's own."""
+from oar_scale.distributed.checkpoints.shard_keys import COUNTERS, GROUPS, WEIGHTS
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """A stretch of a parameter's values: the same of its weights and of each moment."""
+    """A range of a parameter's values, at the same position in its weights and in each moment."""
 
     flat: Mapping[str, Tensor]
     start: int
@@ -45,20 +41,20 @@ class _Slice:
 
 @dataclass
 class Shards:
-    """All that a checkpoint holds of a model and its optimiser."""
+    """Everything that a checkpoint holds of a model and its optimiser; tensors stay on the disk until they are asked for."""
 
     step: float = 0.0
-    """The optimiser's own count, which leaves out the steps that were not taken."""
+    """The optimiser's own step count, which does not include skipped steps."""
     counters: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     moments: tuple[str, ...] = ()
     untrained: dict[str, Tensor] = field(default_factory=dict)
-    """Buffers, and parameters that stay as they are."""
+    """Buffers, and parameters that are not trained."""
     _slices: dict[str, list[_Slice]] = field(default_factory=dict)
 
     def whole(self, name: str, what: str) -> Tensor:
         """A parameter's ``weights`` or one of its moments: float32, on the CPU."""
-        parts = [piece.values(what) for piece in self._slices[name]]
+        parts = [part.values(what) for part in self._slices[name]]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).view(self.shapes[name])
 
     def _add(self, name: str, flat: Mapping[str, Tensor], start: int, count: int) -> None:
@@ -72,10 +68,10 @@ class Shards:
 
 
 def read_shards(folder: str, names: Iterable[str]) -> Shards:
-    """Open the files ``names`` of a checkpoint in a local folder; their checksums have been seen to.
+    """Open the files ``names`` of a checkpoint in a local folder, whose checksums have been verified.
 
     Raises:
-        ValueError: they do not make up whole parameters.
+        ValueError: the files do not make up whole parameters.
     """
     from oar_scale.distributed.checkpoints.deepspeed_files import load_shard
 
@@ -85,45 +81,45 @@ def read_shards(folder: str, names: Iterable[str]) -> Shards:
     states = [optimizer["optimizer_state_dict"] for optimizer in optimizers]
     shards = Shards(counters={name: int(models[0][name]) for name in COUNTERS})
     if not states:
-        _read_whole(shards, models[0])
+        _read_zero_0(shards, models[0])
     elif int(states[0]["zero_stage"]) < 3:
-        _read_lines(shards, models[0], states)
+        _read_zero_1_2(shards, models[0], states)
     else:
-        _read_parts(shards, models, states)
+        _read_zero_3(shards, models, states)
     for name, shape in shards.shapes.items():
-        found = sum(piece.count for piece in shards._slices.get(name, ()))
-        if found != shape.numel():
-            raise ValueError(f"the shards hold {found} values of {name}, which has {shape.numel()}")
+        count = sum(part.count for part in shards._slices.get(name, ()))
+        if count != shape.numel():
+            raise ValueError(f"the shards hold {count} values of {name}, which has {shape.numel()}")
     return shards
 
 
-def _read_whole(shards: Shards, model: Mapping[str, Any]) -> None:
-    """ZeRO 0."""
+def _read_zero_0(shards: Shards, model: Mapping[str, Any]) -> None:
+    """ZeRO 0: rank 0 has everything."""
     states = model["optimizer"]["state"]
     shards._take_state(states)
     for number, name in enumerate(name for group in model[GROUPS] for name in group):
         weights = model["module"][name]
-        state = states.get(number) or dict.fromkeys(shards.moments, torch.zeros_like(weights))  # it never had a gradient
+        state = states.get(number) or dict.fromkeys(shards.moments, torch.zeros_like(weights))  # it has never had a gradient
         shards.shapes[name] = weights.shape
         shards._add(name, {WEIGHTS: weights, **state}, 0, weights.numel())
     shards.untrained = {name: tensor for name, tensor in model["module"].items() if name not in shards.shapes}
 
 
-def _read_lines(shards: Shards, model: Mapping[str, Any], ranks: list[Any]) -> None:
-    """ZeRO 1 and 2."""
+def _read_zero_1_2(shards: Shards, model: Mapping[str, Any], ranks: list[Any]) -> None:
+    """ZeRO 1 and 2: each rank has a part of each group's concatenated parameters."""
     shards.shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     for rank in ranks:
         states = rank["base_optimizer_state"]["state"]
         shards._take_state(states)
-        lines = zip(rank["single_partition_of_fp32_groups"], rank["param_slice_mappings"], strict=True)
-        for group, (weights, slices) in enumerate(lines):
+        groups = zip(rank["single_partition_of_fp32_groups"], rank["param_slice_mappings"], strict=True)
+        for group, (weights, slices) in enumerate(groups):
             for name, address in slices.items():
                 shards._add(name, {WEIGHTS: weights, **states[group]}, address.start, address.numel)
     shards.untrained = {name: tensor for name, tensor in model["module"].items() if name not in shards.shapes}
 
 
-def _read_parts(shards: Shards, models: list[Any], ranks: list[Any]) -> None:
-    """ZeRO 3."""
+def _read_zero_3(shards: Shards, models: list[Any], ranks: list[Any]) -> None:
+    """ZeRO 3: each rank has a part of each parameter."""
     model = models[0]
     shards.shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     for number, rank in enumerate(ranks):
@@ -142,6 +138,6 @@ def _read_parts(shards: Shards, models: list[Any], ranks: list[Any]) -> None:
 
 
 def _by_rank(names: Iterable[str], kind: str) -> list[str]:
-    """The files of a kind, in the order of the ranks that wrote them."""
+    """The files of a kind (``model`` or ``optim``), in the order of the ranks that wrote them."""
     matches = (re.fullmatch(rf"(?:bf16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_00_{kind}_states\.pt", name) for name in names)
     return [match[0] for match in sorted((match for match in matches if match), key=lambda match: int(match[1] or 0))]

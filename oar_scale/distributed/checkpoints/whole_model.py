@@ -1,20 +1,21 @@
-"""A training checkpoint's shards as one model, without the workers that wrote them.
+"""Read the shards of a training checkpoint as one model, in a single process.
 
-Its weights are the float32 ones that the optimiser works on, or their moving average. A run in bf16 computes with them rounded, which is
-what the stage itself leaves at its end.
+Its weights are the float32 weights that the optimiser updates, or their moving average. A run in bf16 computes with them rounded, and the
+model that the stage writes at its end is rounded as well.
 """
 
 from __future__ import annotations
 
 from oar_scale.distributed.checkpoints.fetch import local_checkpoint
-from oar_scale.distributed.checkpoints.shard_tensors import WEIGHTS, read_shards
+from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
+from oar_scale.distributed.checkpoints.shard_tensors import read_shards
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.model.weights import model_of
 from oar_scale.training.optimizer import AVERAGE
 
 _WRAPPER = "model."
-"""What the training objective puts before the model's names."""
+"""Prefix of the model's parameter names in the training objective."""
 
 
 def whole_model(uri: str, *, average: bool = False) -> AnyOrderModel:
@@ -24,7 +25,7 @@ def whole_model(uri: str, *, average: bool = False) -> AnyOrderModel:
         average: its moving average instead of the weights themselves.
 
     Raises:
-        UserError: the checkpoint is not whole, or has no average.
+        UserError: the checkpoint is damaged or not committed, or has no average.
     """
     with local_checkpoint(uri) as (checkpoint, folder):
         shards = read_shards(folder, checkpoint.files)

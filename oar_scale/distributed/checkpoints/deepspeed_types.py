@@ -1,0 +1,31 @@
+"""What checkpoints use of DeepSpeed's engine, which has no types of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from oar_scale.training.engine import Objective
+
+
+class ShardedEngine(Protocol):
+    """The methods and attributes of ``deepspeed.DeepSpeedEngine`` that are used here."""
+
+    module: Objective
+    optimizer: Any
+    """DeepSpeed's optimiser of the engine's ZeRO stage; under ZeRO 0 the one that it was given."""
+    checkpoint_engine: Any
+    """The object that writes and reads the files of a checkpoint."""
+    _copy_recovery_script: Callable[[str], None]
+
+    def zero_optimization_stage(self) -> int:
+        """The ZeRO stage, 0 to 3."""
+
+    def load_universal_checkpoint(self) -> bool:
+        """Whether the engine is set up to read DeepSpeed's universal format."""
+
+    def save_checkpoint(self, save_dir: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> object:
+        """Write a checkpoint to ``save_dir/tag``. Collective."""
+
+    def load_checkpoint(self, load_dir: str, tag: str) -> object:
+        """Read a checkpoint of as many ranks and the same ZeRO stage. Collective."""
