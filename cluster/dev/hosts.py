@@ -1,11 +1,11 @@
-"""Hosts on one machine: each with a network, a name, processes and shared memory of its own, and a cable to a common bridge.
+"""Isolated hosts on one machine: each has its own network, name, processes and shared memory, and is connected to a common bridge.
 
     gate  10.77.0.1   where the controller and the clients are; owns the bridge
     n1    10.77.0.11  n2  10.77.0.12  ...
 
-They are Linux namespaces without a name: a host lives as long as its first process, whose end is a power cut for all that run on
-it, and then nothing of it is left on the machine. No address outside can be reached from them. Files are common to all, as on a
-cluster with a shared file system. Needs root, iproute2 and util-linux.
+They are unnamed Linux namespaces: a host lasts as long as its first process, whose end kills all processes on it, as in a power cut, and
+leaves nothing on the machine. No address outside can be reached from a host. All hosts see the same files, as on a cluster with a shared
+file system. Needs root, iproute2 and util-linux.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ shift 3
 "$@" & first=$!
 while kill -0 "$first" 2>/dev/null; do wait "$first"; done
 """
-"""Process 1 of a host: waits for its cable, runs what it is for, and buries the orphans."""
+"""Process 1 of a host: waits for its network device, runs its command, and reaps orphaned processes."""
 
 
 def missing() -> str | None:
-    """Why there can be no hosts here."""
+    """Why isolated hosts cannot be started on this machine; None if they can."""
     if os.getuid() != 0:
         return "hosts of their own need root"
     lacks = [name for name in ("ip", "unshare", "nsenter", "mount") if shutil.which(name) is None]
@@ -41,11 +41,12 @@ def missing() -> str | None:
 
 
 def address(host: str) -> str:
+    """The address of the gate or of a node."""
     return GATE_ADDRESS if host == GATE else f"10.77.0.{10 + int(host.removeprefix('n'))}"
 
 
 def write_names(path: str, count: int) -> None:
-    """The /etc/hosts of all of them."""
+    """Write the /etc/hosts of all hosts, of which ``count`` are nodes."""
     names = [("127.0.0.1", "localhost"), *((address(host), host) for host in (GATE, *(f"n{i + 1}" for i in range(count))))]
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(f"{where} {name}\n" for where, name in names)
@@ -67,17 +68,18 @@ def node(host: str, names: str, command: Sequence[str]) -> list[str]:
 
 
 def is_ready(gate_pid: int) -> bool:
+    """Whether the gate's bridge is up."""
     question = ["nsenter", f"--target={gate_pid}", "--net", "ip", "-brief", "link", "show", "br0", "up"]
     return bool(subprocess.run(question, capture_output=True, text=True).stdout.strip())
 
 
 def connect(gate_pid: int, node_pid: int, host: str) -> None:
-    """Plug a node's cable into the bridge."""
-    inner = _until_child(node_pid)
-    cable = f"to-{host}"
-    plug = f"ip link add {cable} type veth peer name eth0 netns {inner} && ip link set {cable} master br0 up"
+    """Connect a node to the bridge. Raises RuntimeError where that takes too long."""
+    inner = _wait_for_child(node_pid)
+    link = f"to-{host}"
+    plug = f"ip link add {link} type veth peer name eth0 netns {inner} && ip link set {link} master br0 up"
     deadline = time.monotonic() + START_S
-    while True:  # the namespaces may still be on their way, or an earlier node of that name has not quite gone
+    while True:  # the namespaces may not exist yet, or an earlier node of that name has not quite ended
         done = subprocess.run(["nsenter", f"--target={gate_pid}", "--net", "sh", "-c", plug], capture_output=True, text=True)
         if done.returncode == 0:
             return
@@ -87,12 +89,12 @@ def connect(gate_pid: int, node_pid: int, host: str) -> None:
 
 
 def enter(gate_pid: int) -> list[str]:
-    """Put before a command, it runs at the gate."""
+    """Words that, put before a command, run it at the gate."""
     return ["nsenter", f"--target={gate_pid}", "--net", "--uts", "--ipc", "--mount", f"--wd={os.getcwd()}"]
 
 
-def _until_child(pid: int) -> int:
-    """The process 1 inside, in a network of its own."""
+def _wait_for_child(pid: int) -> int:
+    """The pid of process 1 of a host, once it is in its own network namespace."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         children = psutil.Process(pid).children()

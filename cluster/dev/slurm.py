@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A real Slurm of a few virtual nodes on this machine, for tests and for trying job files out. Nothing leaves the machine.
 
-    python cluster/dev/slurm.py up               start it (or find it running), wait until every node is idle, print the variables
+    python cluster/dev/slurm.py up               start it unless it runs, wait until every node is idle, print the variables
     eval "$(python cluster/dev/slurm.py env)"    point this shell at it: sbatch, squeue and oar submit use it
-    python cluster/dev/slurm.py down             end its daemons, each by its pid; jobs that run are cancelled first
+    python cluster/dev/slurm.py down             stop its daemons, each by its pid; running jobs are cancelled first
 
 The nodes share the machine's loopback addresses; with ``up --hosts`` each is a host of its own (hosts.py; needs root), and commands
 reach the cluster by
@@ -11,8 +11,8 @@ reach the cluster by
     python cluster/dev/slurm.py exec -- oar submit ...
 
 Needs Debian's packages slurmctld, slurmd, slurm-client and munge; no system service, no cgroups: key, sockets, logs and state lie in
-one folder. The nodes are called n1, n2, ...; the partitions main, preempt (requeued by the others) and high. What a node has (CPUs,
-stand-in GPUs) is counted, not measured.
+one folder. The nodes are called n1, n2, ...; the partitions main, preempt (requeued by the others) and high. The CPUs and
+GPUs of a node are settings, independent of the machine; the GPUs are stand-ins.
 """
 
 from __future__ import annotations
@@ -40,56 +40,58 @@ HOST = "127.0.0.1"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 FREE = range(23000, 24000, 10)
-"""Where :func:`free_port` looks."""
+"""The ports among which :func:`free_port` chooses."""
 START_S = 300.0
 CLIENT_S = 120
-"""Clients wait minutes for a controller that is gone; these do not."""
+"""Timeout of Slurm's commands, which by themselves wait minutes for a controller that is gone."""
 
 
 @dataclass(frozen=True)
 class Daemon:
-    """A process that was started here; the time of its start tells it from another one that got its pid later."""
+    """A process that was started here; its start time distinguishes it from another one that got its pid later."""
 
     name: str
     pid: int
     created: int
 
     def process(self) -> psutil.Process | None:
-        return processes.find(self.pid, self.created)
+        """The process, while it runs."""
+        return processes.find_process(self.pid, self.created)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running Slurm."""
+    """A running Slurm cluster."""
 
     folder: str
     nodes: int
     cpus: int
-    """That each node counts."""
+    """Number of CPUs of each node, as configured."""
     port: int
-    apart: bool = False
+    isolated: bool = False
     """Each node is a host of its own."""
     daemons: list[Daemon] = field(default_factory=list)
 
     @property
     def env(self) -> dict[str, str]:
-        """What points Slurm's commands at this cluster."""
+        """The environment variables with which Slurm's commands use this cluster."""
         return {"SLURM_CONF": os.path.join(self.folder, "slurm.conf")}
 
     @property
     def prefix(self) -> list[str]:
-        """Put before a command, it runs where the cluster can be reached."""
-        return hosts.enter(self.daemon(hosts.GATE).pid) if self.apart else []
+        """Words that, put before a command, run it where the cluster can be reached."""
+        return hosts.enter(self.daemon(hosts.GATE).pid) if self.isolated else []
 
     def daemon(self, name: str) -> Daemon:
+        """A daemon by its name."""
         return next(daemon for daemon in self.daemons if daemon.name == name)
 
     def node(self, name: str) -> Daemon:
-        """The daemon of a node, for tests that take it away. With hosts of their own, killing it is a power cut."""
+        """The daemon of a node, for tests that kill it. Where nodes are isolated hosts, that is a power cut."""
         return self.daemon(f"slurmd-{name}")
 
     def command(self, *words: str) -> str:
-        """What one of Slurm's commands says."""
+        """Run one of Slurm's commands and return its output. Raises RuntimeError where it fails."""
         command = [*self.prefix, *words]
         done = subprocess.run(command, env={**os.environ, **self.env}, capture_output=True, text=True, timeout=CLIENT_S)
         if done.returncode:
@@ -97,50 +99,51 @@ class Cluster:
         return done.stdout
 
 
-def up(folder: str = ".dev/slurm", nodes: int = 2, cpus: int = 4, port: int = 16800, *, apart: bool = False) -> Cluster:
+def up(folder: str = ".dev/slurm", nodes: int = 2, cpus: int = 4, port: int = 16800, *, isolated: bool = False) -> Cluster:
     """Start the cluster unless it runs already; return once every node is idle.
 
     Args:
-        folder: for everything that it writes.
-        nodes, cpus: how many, and what each one counts.
-        port: the controller's; the nodes' are the next ones.
-        apart: each node a host of its own.
+        folder: for its configuration, state and logs.
+        nodes: number of nodes.
+        cpus: number of CPUs and stand-in GPUs of each node.
+        port: of the controller; the next ones are those of the nodes.
+        isolated: each node is a host of its own.
 
     Raises:
         RuntimeError: a program is missing, a port is taken, it runs with other settings, or it did not come up.
     """
     folder = os.path.abspath(folder)
-    with processes.locked(folder):
+    with processes.folder_lock(folder):
         cluster = running(folder)
         if cluster is not None:
-            if (cluster.nodes, cluster.cpus, cluster.port, cluster.apart) != (nodes, cpus, port, apart):
-                kind = f"{cluster.nodes} nodes of {cluster.cpus} CPUs{' with hosts of their own' if cluster.apart else ''}"
+            if (cluster.nodes, cluster.cpus, cluster.port, cluster.isolated) != (nodes, cpus, port, isolated):
+                kind = f"{cluster.nodes} nodes of {cluster.cpus} CPUs{' with hosts of their own' if cluster.isolated else ''}"
                 raise RuntimeError(f"the Slurm in {folder} already runs: {kind}, port {cluster.port}. Stop it first")
             return cluster
-        cluster = _start(folder, nodes, cpus, port, apart)
-    processes.until(lambda: _idle(cluster) >= nodes, START_S, f"the nodes do not get idle: see {folder}/log")
+        cluster = _start(folder, nodes, cpus, port, isolated)
+    processes.wait_until(lambda: _idle(cluster) >= nodes, START_S, f"the nodes do not get idle: see {folder}/log")
     return cluster
 
 
 def down(folder: str = ".dev/slurm") -> bool:
-    """Cancel what runs and end the daemons; return whether there were any. The logs stay."""
+    """Cancel running jobs and stop the daemons; return whether there were any. The logs stay."""
     folder = os.path.abspath(folder)
     if not os.path.exists(os.path.join(folder, "cluster.json")):
         return False
-    with processes.locked(folder):
+    with processes.folder_lock(folder):
         cluster = _read(folder)
         alive = [daemon for daemon in cluster.daemons if daemon.process() is not None]
-        with suppress(RuntimeError, subprocess.TimeoutExpired):  # the controller may be what is gone
+        with suppress(RuntimeError, subprocess.TimeoutExpired):  # the controller may be gone
             cluster.command("scancel", "--user", str(os.getuid()), "--full")
-            processes.until(lambda: not cluster.command("squeue", "-h", "-t", "R,CG").strip(), 30, "jobs do not end")
+            processes.wait_until(lambda: not cluster.command("squeue", "-h", "-t", "R,CG").strip(), 30, "jobs do not end")
         for daemon in reversed(cluster.daemons):
-            _end(daemon, at_once=cluster.apart and daemon.name.startswith("slurmd-"))
+            _end(daemon, at_once=cluster.isolated and daemon.name.startswith("slurmd-"))
         os.unlink(os.path.join(folder, "cluster.json"))
     return bool(alive)
 
 
 def running(folder: str = ".dev/slurm") -> Cluster | None:
-    """Return the cluster of this folder, or None where its controller does not live."""
+    """Return the cluster of this folder, or None where its controller does not run."""
     folder = os.path.abspath(folder)
     if not os.path.exists(os.path.join(folder, "cluster.json")):
         return None
@@ -150,15 +153,15 @@ def running(folder: str = ".dev/slurm") -> Cluster | None:
 
 
 def lose_node(cluster: Cluster, name: str) -> None:
-    """Kill the daemon of a node, and with ``--hosts`` all that runs on it: a power cut."""
+    """Kill the daemon of a node; with ``--hosts`` all its processes end as well, as in a power cut."""
     lost = cluster.node(name)
     if (process := lost.process()) is not None:
         process.kill()
-        processes.until(lambda: lost.process() is None, 60, f"{name} does not end")
+        processes.wait_until(lambda: lost.process() is None, 60, f"{name} does not end")
 
 
 def restart_node(cluster: Cluster, name: str) -> Cluster:
-    """Start the daemon of a node that was lost; returns the cluster with it."""
+    """Start the daemon of a lost node again; returns the cluster with it."""
     lost = cluster.node(name)
     if lost.process() is not None:
         raise RuntimeError(f"{name} runs")
@@ -168,33 +171,35 @@ def restart_node(cluster: Cluster, name: str) -> Cluster:
 
 
 def free_port(nodes: int = 2) -> int:
-    """Find a port that, with one for each node above it, nobody listens on."""
+    """Find a port that is free with one for each node above it, and reserve it."""
     return processes.free_port(FREE, lambda port: range(port, port + nodes + 1))
 
 
-def _start(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> Cluster:
-    if apart and (reason := hosts.missing()):
+def _start(folder: str, nodes: int, cpus: int, port: int, isolated: bool) -> Cluster:
+    if isolated and (reason := hosts.missing()):
         raise RuntimeError(reason)
     for program in PROGRAMS:
         if _program(program) is None:
             raise RuntimeError(f"no program `{program}`: {PACKAGES}")
-    if not apart and (taken := processes.taken(range(port, port + nodes + 1))):
-        raise RuntimeError(f"port {taken[0]} is taken: choose another --port (it and the next {nodes} must be free)")
+    if not isolated and (used := processes.ports_in_use(range(port, port + nodes + 1))):
+        raise RuntimeError(f"port {used[0]} is taken: choose another --port (it and the next {nodes} must be free)")
     for part in ("state", "log", "run", "munge", "dev", *(f"spool/n{i + 1}" for i in range(nodes))):
         os.makedirs(os.path.join(folder, part), exist_ok=True)
-    _write_files(folder, nodes, cpus, port, apart)
+    _write_files(folder, nodes, cpus, port, isolated)
     run, munge = (os.path.join(folder, part) for part in ("run", "munge"))
-    cluster = Cluster(folder, nodes, cpus, port, apart)
+    cluster = Cluster(folder, nodes, cpus, port, isolated)
     munged = [
         *("munged", "--foreground", "--force", "--num-threads=2", f"--key-file={munge}/key", f"--socket={run}/munge.socket"),
         *(f"--pid-file={run}/munged.pid", f"--log-file={folder}/log/munged.log", f"--seed-file={munge}/seed"),
     ]
     _add(cluster, _launch(folder, "munged", munged))
-    processes.until(lambda: os.path.exists(f"{run}/munge.socket"), START_S, f"munged does not start: see {folder}/log/munged.log")
-    if apart:
+    processes.wait_until(lambda: os.path.exists(f"{run}/munge.socket"), START_S, f"munged does not start: see {folder}/log/munged.log")
+    if isolated:
         hosts.write_names(os.path.join(folder, "hosts"), nodes)
         _add(cluster, _launch(folder, hosts.GATE, hosts.gate(os.path.join(folder, "hosts"))))
-        processes.until(lambda: hosts.is_ready(cluster.daemon(hosts.GATE).pid), START_S, f"no bridge: see {folder}/log/{hosts.GATE}.out")
+        processes.wait_until(
+            lambda: hosts.is_ready(cluster.daemon(hosts.GATE).pid), START_S, f"no bridge: see {folder}/log/{hosts.GATE}.out"
+        )
     _add(cluster, _launch(folder, "slurmctld", [*cluster.prefix, _program("slurmctld") or "", "-D", "-f", cluster.env["SLURM_CONF"]]))
     for number in range(nodes):
         _add(cluster, _start_node(cluster, f"n{number + 1}"))
@@ -208,19 +213,19 @@ def _add(cluster: Cluster, daemon: Daemon) -> None:
 
 def _start_node(cluster: Cluster, name: str) -> Daemon:
     command = [_program("slurmd") or "", "-D", "-f", cluster.env["SLURM_CONF"], "-N", name]
-    if not cluster.apart:
+    if not cluster.isolated:
         return _launch(cluster.folder, f"slurmd-{name}", command)
     daemon = _launch(cluster.folder, f"slurmd-{name}", hosts.node(name, os.path.join(cluster.folder, "hosts"), command))
     hosts.connect(cluster.daemon(hosts.GATE).pid, daemon.pid, name)
     return daemon
 
 
-def _write_files(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> None:
+def _write_files(folder: str, nodes: int, cpus: int, port: int, isolated: bool) -> None:
     here = socket.gethostname().split(".")[0]
     names = [f"n{i + 1}" for i in range(nodes)]
     places = {
         name: f"NodeHostname={name} NodeAddr={hosts.address(name)} Port={port + 1}"
-        if apart
+        if isolated
         else f"NodeHostname={here} NodeAddr={HOST} Port={port + 1 + i}"
         for i, name in enumerate(names)
     }
@@ -235,13 +240,13 @@ def _write_files(folder: str, nodes: int, cpus: int, port: int, apart: bool) -> 
         # Jobs count their ports from their number, modulo 1500: those of clusters on one machine, whose ports follow one another, must
         # lie apart.
         f"FirstJobId={port // 10 * 573 % 60000 + 1}",
-        f"SlurmctldHost={hosts.GATE}({hosts.GATE_ADDRESS})" if apart else f"SlurmctldHost={here}({HOST})",
+        f"SlurmctldHost={hosts.GATE}({hosts.GATE_ADDRESS})" if isolated else f"SlurmctldHost={here}({HOST})",
         f"SlurmctldPort={port}",
         *(f"{who}={_user()}" for who in ("SlurmUser", "SlurmdUser")),
         "AuthType=auth/munge",
         # A requeued job waits until its old credential has expired, two minutes by default.
         f"AuthInfo=socket={folder}/run/munge.socket,cred_expire=5",
-        *(() if apart else ("CommunicationParameters=NoInAddrAny,NoCtldInAddrAny",)),  # loopback only
+        *(() if isolated else ("CommunicationParameters=NoInAddrAny,NoCtldInAddrAny",)),  # loopback only
         f"StateSaveLocation={folder}/state",
         f"SlurmdSpoolDir={folder}/spool/%n",
         f"SlurmctldPidFile={folder}/run/slurmctld.pid",
@@ -306,7 +311,7 @@ def _launch(folder: str, name: str, command: Sequence[str]) -> Daemon:
         process = subprocess.Popen(
             [program, *command[1:]], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    created = processes.born(process.pid)
+    created = processes.process_start(process.pid)
     process.returncode = 0  # it is meant to outlive us: no warning when the handle goes
     return Daemon(name, process.pid, created)
 
@@ -319,10 +324,10 @@ def _end(daemon: Daemon, *, at_once: bool) -> None:
         if not at_once:
             process.send_signal(signal.SIGTERM)
             with suppress(RuntimeError):
-                processes.until(lambda: daemon.process() is None, 10, "")
+                processes.wait_until(lambda: daemon.process() is None, 10, "")
                 return
         process.kill()
-    processes.until(lambda: daemon.process() is None, 60, f"{daemon.name} does not end")
+    processes.wait_until(lambda: daemon.process() is None, 60, f"{daemon.name} does not end")
 
 
 def _idle(cluster: Cluster) -> int:
@@ -333,7 +338,7 @@ def _idle(cluster: Cluster) -> int:
     try:
         answer = cluster.command("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip()
     except (RuntimeError, subprocess.TimeoutExpired):
-        return 0  # not yet; the deadline is with whoever asks
+        return 0  # it does not answer yet; the caller has the deadline
     return int(answer or 0)
 
 
@@ -374,7 +379,7 @@ def main() -> int:
         if given.verb == "down":
             print("stopped" if down(given.dir) else "was not running", file=sys.stderr)
             return 0
-        cluster = up(given.dir, given.nodes, given.cpus, given.port, apart=given.hosts) if given.verb == "up" else running(given.dir)
+        cluster = up(given.dir, given.nodes, given.cpus, given.port, isolated=given.hosts) if given.verb == "up" else running(given.dir)
     except RuntimeError as error:
         print(f"slurm: {error}", file=sys.stderr)
         return 1

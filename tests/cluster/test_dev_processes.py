@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_port_used_on_another_loopback_address_is_taken() -> None:
     with socket.create_server(("127.0.0.3", 0)) as other:
         port = other.getsockname()[1]
-        assert processes.taken([port]) == [port]
+        assert processes.ports_in_use([port]) == [port]
         with pytest.raises(RuntimeError, match=f"no free ports from {port} to {port}"):
             processes.free_port(range(port, port + 1), lambda first: [first])
 
@@ -38,12 +38,12 @@ def test_a_port_that_was_given_out_is_given_to_nobody_else() -> None:
 
 def test_a_process_is_identified_by_its_start_time() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    created = processes.born(process.pid)
-    found = processes.find(process.pid, created)
+    created = processes.process_start(process.pid)
+    found = processes.find_process(process.pid, created)
     assert found is not None and found.pid == process.pid
-    assert processes.find(process.pid, created - 1) is None, "another process that had this number"
+    assert processes.find_process(process.pid, created - 1) is None, "another process that had this number"
     process.communicate(b"\n")
-    assert processes.find(process.pid, created) is None
+    assert processes.find_process(process.pid, created) is None
 
 
 def test_the_end_of_a_log_or_that_it_is_missing_is_returned(tmp_path: object) -> None:

@@ -41,7 +41,7 @@ def test_ray_comes_up_once_replaces_a_node_and_leaves_nothing(tmp_path: Path) ->
         assert dev_ray.down(folder)
     assert dev_ray.running(folder) is None and not dev_ray.down(folder)
     assert not os.path.exists(cluster.scratch)
-    assert everyone and not [child for child in everyone if processes.lives(child)]
+    assert everyone and not [child for child in everyone if processes.is_alive(child)]
 
 
 def test_env_and_down_without_a_cluster_say_so(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def hosts_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dev_slurm.
         unable(reason)
     folder = str(tmp_path_factory.mktemp("hosts"))
     try:
-        yield dev_slurm.up(folder, cpus=CPUS, apart=True)
+        yield dev_slurm.up(folder, cpus=CPUS, isolated=True)
     finally:
         dev_slurm.down(folder)
 

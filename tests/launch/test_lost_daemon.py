@@ -38,7 +38,7 @@ def test_an_attempt_without_slurmd_ends_before_the_next_works(own_slurm: dev_slu
     shell.suspend()  # it cannot end its steps, as where it is on another node than they are
     old = [process for run in runs for process in run.processes()]
     dev_slurm.lose_node(own_slurm, "n1")
-    assert all(processes.lives(process) for process in old), "the node's processes are to outlive its slurmd"
+    assert all(processes.is_alive(process) for process in old), "the node's processes are to outlive its slurmd"
     for run in runs:
         run.until("new", 800)
         assert run.node() == "n2"
@@ -50,8 +50,8 @@ def test_an_attempt_without_slurmd_ends_before_the_next_works(own_slurm: dev_slu
     # Whichever it sees first.
     assert re.search("taken away by Slurm|another attempt has taken over", runs[0].said()) and runs[0].said().count(" done\n") == 1
     shell.resume()
-    deadline = time.monotonic() + 800
-    while left := [process for process in old if processes.lives(process)]:
+    deadline = time.monotonic() + 60
+    while left := [process for process in old if processes.is_alive(process)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
     assert "another attempt has taken over" in runs[1].said() and runs[1].status().done
