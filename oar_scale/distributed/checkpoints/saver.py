@@ -234,7 +234,7 @@ class Saver:
         return None
 
     def _retry(self, action: Callable[[], object]) -> str | None:
-        """Do it again until it works; the last error when it did not in time, or the next save wants to begin."""
+        """Call ``action`` until it succeeds; returns None, or the last error if that takes too long or the next save is about to start."""
         deadline, backoff = time.monotonic() + self._patience_s, Backoff(BACKOFF_S, BACKOFF_MAX_S)
         failure: Exception | None = None
 
@@ -251,7 +251,7 @@ class Saver:
                 raise
 
         def transient(error: BaseException) -> bool:
-            # What is damaged will not be whole again.
+            # A damaged checkpoint stays damaged.
             return isinstance(error, Exception) and not isinstance(error, (DamagedCheckpoint, RetryStopped))
 
         try:
@@ -261,7 +261,7 @@ class Saver:
         return None
 
     def _await(self, work: Future[object], failed_before: bool) -> None:
-        """Until it is done; what has failed before is left alone when the next save wants to begin."""
+        """Wait until ``work`` is done; where it has failed before, stop waiting when the next save is about to start."""
         while not work.done() and not (failed_before and self._hurry.is_set()):
             time.sleep(_POLL_S)
 
