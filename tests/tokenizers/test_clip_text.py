@@ -50,7 +50,8 @@ def text_tower(clip: Any) -> dict[str, Tensor]:
     return {name: value for name, value in clip.state_dict().items() if not name.startswith(("visual.", "logit_"))}
 
 
-def test_ids_are_those_of_open_clip_plus_one_and_zero_only_after_the_end(tokens: ClipText) -> None:
+def test_ids_are_those_of_open_clip_plus_one(tokens: ClipText) -> None:
+    """And zero stands only after the end of the text."""
     ids_BT, theirs_BT = tokens.encode(CAPTIONS), open_clip.get_tokenizer(SMALL)(CAPTIONS)
     assert ids_BT.shape == (len(CAPTIONS), tokens.max_tokens) == (7, 77)
     for caption, ids, theirs in zip(CAPTIONS, ids_BT, theirs_BT, strict=True):
@@ -153,7 +154,8 @@ def test_other_weights_have_another_id(clip: Any, tokens: ClipText, tmp_path: Pa
     assert len(tokens.content_id) == 16 and int(tokens.content_id, 16) >= 0
 
 
-def test_loading_leaves_no_vision_tower_no_gradients_and_the_random_state_alone(clip: Any, checkpoint: str) -> None:
+def test_loading_keeps_the_text_tower_without_gradients(clip: Any, checkpoint: str) -> None:
+    """No vision tower is left in memory, and the random state is as it was."""
     torch.manual_seed(7)
     state = torch.get_rng_state()
     text = ClipText.load(SMALL, checkpoint)
@@ -189,7 +191,8 @@ def test_towers_of_another_kind_are_refused_by_name(architecture: str, named: st
         ClipText.load(architecture, checkpoint)
 
 
-def test_weights_of_another_architecture_name_the_tensor_and_both_shapes(checkpoint: str) -> None:
+def test_weights_of_another_architecture_are_refused(checkpoint: str) -> None:
+    """The error names the tensor and both shapes."""
     with pytest.raises(UserError, match=r"model\.bin for ViT-B-32: tensor \S+ is \(77, 256\) .* and \(77, 512\) in the text tower"):
         ClipText.load("ViT-B-32", checkpoint)
 
@@ -241,12 +244,13 @@ def test_a_file_that_is_not_there_and_an_unknown_tag_are_named() -> None:
         ClipText.load(SMALL, "openai")
 
 
-def test_a_tag_trained_with_another_activation_is_not_loaded_silently() -> None:
+def test_a_tag_of_another_activation_is_not_loaded() -> None:
+    """Weights that were trained with another activation would load without an error."""
     with pytest.raises(UserError, match=r"openai: .*Use ViT-L-14-quickgelu with this tag"):
         ClipText.load("ViT-L-14", "openai")
 
 
-def test_every_tag_of_another_activation_has_the_architecture_that_the_error_names() -> None:
+def test_tags_of_another_activation_have_the_architecture_named() -> None:
     """The remedy is true for all models whose text tower is supported."""
     for architecture, tag in open_clip.list_pretrained():
         config = open_clip.get_model_config(architecture)

@@ -51,7 +51,8 @@ def test_foreign_ids_stay_inside_the_vocabulary(foreign: TextTokenizer) -> None:
 
 
 @pytest.mark.parametrize("caption", KNOWN + UNKNOWN)
-def test_a_caption_comes_back_from_its_ids_even_with_unknown_signs(foreign: TextTokenizer, caption: str) -> None:
+def test_a_caption_comes_back_from_its_ids(foreign: TextTokenizer, caption: str) -> None:
+    """Even with characters that the vocabulary does not have."""
     ids = foreign.encode([caption])[0]
     assert foreign.processor.decode((ids[ids != 0] - 1).tolist()) == caption
 
@@ -66,7 +67,8 @@ def test_empty_captions_are_all_zeros(foreign: TextTokenizer) -> None:
     assert foreign.encode([]).shape == (0, 48)
 
 
-def test_an_unknown_sign_without_byte_pieces_is_the_unknown_piece_not_padding() -> None:
+def test_an_unknown_character_is_the_unknown_piece() -> None:
+    """Not padding, where the vocabulary has no byte pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(KNOWN * 20), model_writer=model, vocab_size=60, pad_id=-1, unk_id=0, hard_vocab_limit=False, minloglevel=2

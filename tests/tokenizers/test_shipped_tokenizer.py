@@ -27,7 +27,7 @@ def heldout() -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(drawing.read(32).image) for drawing in drawings]))
 
 
-def test_the_shipped_tokenizer_reaches_its_stated_quality_on_held_out_drawings(heldout: Tensor) -> None:
+def test_the_shipped_tokenizer_reaches_its_stated_quality(heldout: Tensor) -> None:
     """Stated: 23.4 dB on 403 held-out drawings, all 512 codes in use (README and emoji.json)."""
     stated = json.loads((WEIGHTS / "emoji" / "history.json").read_text())["stages"]["tokenizer"]["results"]
     assert "23.4 dB PSNR on 403 held-out drawings, all 512 codes in use" in (WEIGHTS / "README.md").read_text()

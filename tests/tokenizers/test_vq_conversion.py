@@ -63,7 +63,8 @@ def test_maskgit_comes_back_bit_for_bit_also_through_a_file(tmp_path: Path) -> N
     assert_same_bits(export_maskgit_vq(again), tensors)
 
 
-def test_tokenizer_trained_here_leaves_with_the_record_llamagen_insists_on() -> None:
+def test_an_export_has_the_record_that_llamagen_requires() -> None:
+    """Of a tokenizer that was trained here."""
     exported = export_llamagen_vq(VQTokenizer(VQSpec(**SMALL)))
     assert exported["quantize.codebook_used"].shape == (65536,) and not exported["quantize.codebook_used"].any()
 
@@ -121,7 +122,8 @@ def test_an_image_size_that_does_not_halve_evenly_is_refused() -> None:
         import_llamagen_vq(small_llamagen(), 18, "peer.pt")
 
 
-def test_a_file_whose_tensors_do_not_fit_its_spec_is_refused_by_name(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_the_spec_are_refused(tmp_path: Path) -> None:
+    """The error names the file."""
     vq: ImageTokenizer = VQTokenizer(VQSpec(**SMALL))
     vq.spec = VQSpec(**{**SMALL, "codebook_size": 32})
     uri = str(tmp_path / "vq.safetensors")

@@ -38,7 +38,8 @@ def same_weights(a: VQTokenizer, b: VQTokenizer) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_with_both_losses_off_training_is_the_plain_objective_bit_for_bit(pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_both_losses_off_training_is_the_plain_one(pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit."""
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)  # not needed, so not asked for
     ours, progress = trained(pixels, PLAIN)
     assert not progress[-1].parts
@@ -59,7 +60,8 @@ def test_a_discriminator_that_has_not_started_changes_nothing(pixels: Tensor) ->
     assert ["discriminator" in at.parts for at in progress] == [False] * 4 + [True] * 2
 
 
-def test_the_perceptual_distance_grows_with_blur_and_is_zero_for_the_same_image(pixels: Tensor) -> None:
+def test_the_perceptual_distance_grows_with_blur(pixels: Tensor) -> None:
+    """It is zero for the same image."""
     pytest.importorskip("efficientnet_lite_pytorch")
     images, loss = pixels_to_unit(pixels[:4]), PerceptualLoss()
     blurred = [F.avg_pool2d(F.pad(images, (r,) * 4, mode="replicate"), 2 * r + 1, 1) for r in (0, 1, 2)]
@@ -67,7 +69,7 @@ def test_the_perceptual_distance_grows_with_blur_and_is_zero_for_the_same_image(
     assert same == 0 and 0.01 < little < much < 4
 
 
-def test_following_the_perceptual_gradient_brings_an_image_closer(pixels: Tensor) -> None:
+def test_the_perceptual_gradient_brings_an_image_closer(pixels: Tensor) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     images, loss = pixels_to_unit(pixels[:2]), PerceptualLoss()
     start = F.avg_pool2d(F.pad(images, (1,) * 4, mode="replicate"), 3, 1).requires_grad_()
@@ -78,7 +80,8 @@ def test_following_the_perceptual_gradient_brings_an_image_closer(pixels: Tensor
     assert all(parameter.grad is None for parameter in loss.network.parameters())
 
 
-def test_training_with_the_perceptual_loss_ends_perceptually_closer(pixels: Tensor) -> None:
+def test_the_perceptual_loss_ends_perceptually_closer(pixels: Tensor) -> None:
+    """Than training without it."""
     pytest.importorskip("efficientnet_lite_pytorch")
     longer = PLAIN.model_copy(update={"steps": 16, "batch": 4, "revive_every": 12})
     images, distance = pixels_to_unit(pixels), PerceptualLoss()
@@ -97,7 +100,8 @@ def test_a_missing_package_is_named_with_the_field_that_needs_it(monkeypatch: py
         PerceptualLoss()
 
 
-def test_the_discriminator_learns_to_tell_blur_and_gives_a_verdict_a_patch(pixels: Tensor) -> None:
+def test_the_discriminator_learns_to_tell_blur(pixels: Tensor) -> None:
+    """It gives a verdict for each patch."""
     torch.manual_seed(0)
     adversary, images = Adversary(16, 1e-3), pixels_to_unit(pixels)
     blurred = F.avg_pool2d(images, 3, 1, padding=1)

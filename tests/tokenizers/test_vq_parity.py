@@ -20,7 +20,7 @@ def peer(request: pytest.FixtureRequest) -> tuple[ImageTokenizer, Case]:
     return IMPORTS[request.param](case.tensors, case.facts["image_size"], f"{request.param}.pt"), case
 
 
-def test_full_size_tokenizers_have_the_published_number_of_parameters() -> None:
+def test_full_size_tokenizers_have_the_published_parameters() -> None:
     """72 M for LlamaGen's VQ-16, 54.5 M for MaskGIT's VQGAN; LlamaGen's 344th tensor is its record of used codes."""
     with torch.device("meta"):
         llamagen, maskgit = VQTokenizer(VQSpec(image_size=256)), MaskGITVQ(MaskGITSpec(image_size=256))
