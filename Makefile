@@ -52,7 +52,7 @@ test-cluster: venv
 	@echo "Tests with Slurm, clusters that lose nodes, and whole trainings: about 8 minutes on two cores."
 	$(WITH_PATH) python -m pytest -m "slurm or slow" -n 3 $(IN_PARALLEL) --deselect $(KILLED_TEN_TIMES)
 
-KILLED_TEN_TIMES := tests/chaos/test_extraction_chaos.py::test_the_drawings_have_the_same_orders_when_the_pool_is_killed_ten_times
+KILLED_TEN_TIMES := tests/chaos/test_extraction_chaos.py::test_drawings_have_the_same_orders_when_killed_ten_times
 
 test-all: venv
 	@echo "All tests, with an extraction that is killed ten times: an hour."

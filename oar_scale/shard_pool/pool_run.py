@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -37,6 +38,7 @@ def run_pool(
     find_lost: FindLost | None = None,
     on_progress: OnProgress | None = None,
     on_event: OnEvent | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> PoolReport:
     """Do every shard that is not in the ledger yet.
 
@@ -49,6 +51,7 @@ def run_pool(
         config: what the shards are made into: names and values; another pool on the same ledger must have the same.
         array: be one of several processes, with one actor and without Ray; ``actors`` does not matter then.
         find_lost: says which of the finished shards have lost their output; they are done again.
+        clock: seconds, by which the driver finds stragglers, stuck actors and expired leases.
 
     Raises:
         UserError: no worker could be made and the user can fix it, the actors do not fit on this machine, or the ledger is for
@@ -92,6 +95,7 @@ def run_pool(
                 earlier_s=_last_seconds(entries.values()),
                 on_progress=on_progress,
                 on_event=on_event,
+                clock=clock,
             )
             make_actor = partial(Actor, make_worker, book, driver.lease.holder, timing.patience_s)
             driver.run(ProcessActors(make_actor) if array else RayActors(make_actor, cpu_threads, gpus_per_actor, gpu_type))

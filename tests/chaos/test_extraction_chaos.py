@@ -18,14 +18,14 @@ from oar_scale.storage import join, open_storage
 SEED = 5
 
 
-def test_disturbed_job_arrays_leave_what_an_undisturbed_one_leaves(tmp_path: Path) -> None:
+def test_disturbed_job_arrays_leave_what_a_calm_one_leaves(tmp_path: Path) -> None:
     happened = extraction_chaos.run_trials(range(6), SEED, str(tmp_path), extraction_chaos.QUICK, failing=0)
     assert happened["on S3"] and happened["on a folder"] and happened["broken sample"]
     assert happened["array tasks killed"] and happened["array tasks killed with their node"] and happened["killed inside the table"]
     assert happened["event taken_over"] and happened["event retry"]
 
 
-def test_disturbed_ray_pools_leave_what_an_undisturbed_one_leaves(tmp_path: Path) -> None:
+def test_disturbed_ray_pools_leave_what_a_calm_one_leaves(tmp_path: Path) -> None:
     scenarios = ("driver", "node", "two pools", "actor", "terminate")
     happened = extraction_chaos.run_trials(range(5), SEED, str(tmp_path), scenarios, failing=0)
     assert happened["drivers killed"] and happened["nodes killed"] and happened["trial: two pools"]
@@ -49,6 +49,6 @@ def test_a_storage_that_fails_every_fifth_call_changes_nothing(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_the_drawings_have_the_same_orders_when_the_pool_is_killed_ten_times(tmp_path: Path) -> None:
+def test_drawings_have_the_same_orders_when_killed_ten_times(tmp_path: Path) -> None:
     happened = emoji_chaos.run(str(tmp_path), str(tmp_path / "killed"), images=160, kills=10, seed=0)
     assert sum(count for kind, count in happened.items() if kind.endswith("killed")) == 10

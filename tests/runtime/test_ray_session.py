@@ -7,10 +7,10 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import ray
 
 import oar_scale
 from oar_scale.errors import UserError
@@ -49,7 +49,8 @@ with program_exit():
 """
 
 
-def test_a_private_ray_works_from_a_source_checkout_in_any_folder_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_private_ray_works_anywhere_and_leaves_nothing(tmp_path: Path) -> None:
+    """From a source checkout, in any folder; no process and no token is left behind."""
     source = str(Path(oar_scale.__file__).parent.parent)
     hidden = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -70,7 +71,6 @@ def test_an_address_where_no_ray_answers_is_named_at_once(scheme: str, monkeypat
         unused.bind(("127.0.0.2", 0))  # bound, but nobody listens
         address = f"{scheme}127.0.0.2:{unused.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
-        began = time.monotonic()
+        monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked, which waits for minutes"))
         with pytest.raises(UserError, match=rf"RAY_ADDRESS={address}: no Ray answers there"), ray_session(cpus=1):
             pass
-        assert time.monotonic() - began < 15

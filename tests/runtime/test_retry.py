@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from fake_clock import FakeClock
 
 from oar_scale.errors import Unreachable
 from oar_scale.runtime.retry import LONGEST_S, Backoff, RetryStopped, retry, retry_transient
-from tests.fake_clock import FakeClock
 
 
 def failing(times: int, error: Callable[[], Exception] = lambda: Unreachable("nobody answers")) -> Callable[[], int]:

@@ -85,7 +85,8 @@ def test_damaged_and_lost_tables_are_found_and_made_again(run: Run, recipe_file:
     assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == before
 
 
-def test_the_table_of_an_older_entry_is_read_and_one_of_other_tokens_is_dropped(run: Run, tmp_path: Path) -> None:
+def test_verify_reads_older_entries_and_drops_other_tokens(run: Run, tmp_path: Path) -> None:
+    """The table of an entry without a checksum is read; one that was made from other tokens is dropped."""
     copy = copy_run(run, str(tmp_path / "run"))
     manifest, ledger = read_manifest(copy.at("tokens", "train")), Ledger(copy.at("orders", "train", "ledger"))
     for shard, tokens in zip(manifest.shards, (None, None, "other"), strict=False):

@@ -70,7 +70,7 @@ def results(folder: Path) -> dict[str, ShardResult]:
     return {shard: entry.result for shard, entry in Ledger(str(folder / "ledger")).entries(map(shard_name, range(3))).items()}
 
 
-def test_every_image_gets_the_brute_force_order_of_its_first_view(inputs: Path, tmp_path: Path) -> None:
+def test_every_image_gets_the_brute_force_order_of_view_0(inputs: Path, tmp_path: Path) -> None:
     progress: list[int] = []
     report = extract_all(job(inputs, tmp_path / "orders"), actors=2, on_progress=lambda done, _: progress.append(done))
     report.raise_for_poison()
@@ -89,7 +89,7 @@ def test_every_image_gets_the_brute_force_order_of_its_first_view(inputs: Path, 
         np.testing.assert_allclose(table.score_SN, expected.score_BN.numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_an_interrupted_and_resumed_extraction_equals_an_uninterrupted_one_byte_for_byte(inputs: Path, tmp_path: Path) -> None:
+def test_a_resumed_extraction_equals_an_uninterrupted_one(inputs: Path, tmp_path: Path) -> None:
     calm, torn = tmp_path / "calm", tmp_path / "torn"
     extract_all(job(inputs, calm), actors=1)
     # One shard finished, one with a table but no entry in the ledger, as if its actor had died between the two.
@@ -109,7 +109,8 @@ def test_orders_of_two_settings_do_not_mix(inputs: Path, tmp_path: Path) -> None
         extract_all(dataclasses.replace(first, settings=ExtractionSettings(guidance=2.0)), actors=2)
 
 
-def test_a_model_that_does_not_fit_is_refused_by_its_header_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_is_refused_by_its_header(inputs: Path, tmp_path: Path) -> None:
+    """Before anything is written."""
     other = tmp_path / "other.safetensors"
     save_model(str(other), small_model(grid=4))
     other.write_bytes(other.read_bytes()[:-1000])  # nobody gets as far as its tensors
@@ -137,7 +138,7 @@ def test_every_view_can_have_an_order_of_its_own(inputs: Path, tmp_path: Path) -
     np.testing.assert_array_equal(table.order_SN[1::2], expected.order_BN.numpy())
 
 
-def test_a_damaged_token_shard_is_named_and_the_others_are_extracted(inputs: Path, tmp_path: Path) -> None:
+def test_a_damaged_token_shard_is_named_others_are_extracted(inputs: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tokens"
     copy.mkdir()
     for path in (inputs / "tokens").iterdir():
@@ -149,7 +150,7 @@ def test_a_damaged_token_shard_is_named_and_the_others_are_extracted(inputs: Pat
         report.raise_for_poison()
 
 
-def test_tables_that_are_gone_or_cut_short_are_made_again_and_no_others(inputs: Path, tmp_path: Path) -> None:
+def test_only_tables_that_are_gone_or_cut_are_made_again(inputs: Path, tmp_path: Path) -> None:
     here = job(inputs, tmp_path / "orders")
     worker, ledger = ExtractionWorker(here), Ledger(here.ledger)
     for index in range(3):
@@ -174,7 +175,7 @@ def test_tables_that_are_gone_or_cut_short_are_made_again_and_no_others(inputs: 
     assert open_storage(here.orders).version(f"{here.orders}/00002.parquet") == intact
 
 
-def test_a_foreign_folder_loses_nothing_because_its_tables_are_gone(inputs: Path, tmp_path: Path) -> None:
+def test_a_folder_of_another_config_loses_no_entry(inputs: Path, tmp_path: Path) -> None:
     here = job(inputs, tmp_path / "orders")
     Ledger(here.ledger).enter(shard_name(0), LedgerEntry(ExtractionWorker(here).run(shard_name(0))))
     (tmp_path / "orders/00000.parquet").unlink()

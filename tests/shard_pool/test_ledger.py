@@ -7,12 +7,13 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from fake_clock import FakeClock
+from waiting import wait_until
 
 from oar_scale.errors import UserError
 from oar_scale.shard_pool import Bounds, leases, pool_run, run_pool
@@ -22,7 +23,6 @@ from oar_scale.shard_pool.ledger import Ledger, LedgerEntry, Record
 from oar_scale.shard_pool.pool_run import _bounds, _last_seconds
 from oar_scale.shard_pool.pool_status import read_status, status_lines
 from oar_scale.storage import join, open_storage
-from tests.fake_clock import FakeClock
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -83,7 +83,8 @@ def test_a_lease_is_valid_while_it_is_renewed(ledger: Ledger, monkeypatch: pytes
             watch.poll()
             assert not watch.expired(lease.holder)
             clock.now += 50  # less than the lease for each beat, more for two
-            wait_for_another(lambda: max(open_storage(folder).list(folder), default=""))
+            before = max(open_storage(folder).list(folder), default="")
+            wait_until(lambda before=before: max(open_storage(folder).list(folder), default="") not in ("", before))
         assert watch.alive()[lease.holder]["pid"] == os.getpid()
         assert ledger.claims() == {"0.tar": claim}
     watch.poll()
@@ -91,13 +92,6 @@ def test_a_lease_is_valid_while_it_is_renewed(ledger: Ledger, monkeypatch: pytes
     assert not ledger.claims(), "it kept what it had claimed"
     names = open_storage(ledger.pool_folder).list(folder)
     assert [name.rsplit("/", 1)[1] for name in names] == [f"{lease.holder}.ended.json"], "old heartbeats were left behind"
-
-
-def wait_for_another(value: Callable[[], str], timeout_s: float = 600) -> None:
-    before, end = value(), time.monotonic() + timeout_s
-    while value() in ("", before):
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
 
 
 def test_a_lease_without_any_heartbeat_expires(tmp_path: Path) -> None:
@@ -111,7 +105,7 @@ def test_a_lease_without_any_heartbeat_expires(tmp_path: Path) -> None:
     assert watch.expired("nobody")
 
 
-def test_the_status_counts_what_is_done_and_names_what_is_slow_or_wrong(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_status_counts_shards_and_names_slow_actors(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     now, sizes = time.time(), {f"{index}.tar": 100 for index in range(10)}
     monkeypatch.setattr(pool_status, "time", SimpleNamespace(time=lambda: now))  # whatever the storage takes
     for index, (actor, seconds) in enumerate([("fast:1", 10), ("fast:2", 10), ("slow:3", 40), ("fast:1", 10)]):
@@ -148,7 +142,7 @@ def test_the_status_of_nothing_is_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "ledger").exists()
 
 
-def test_holders_that_ended_keep_what_they_cost(tmp_path: Path) -> None:
+def test_leases_that_ended_keep_what_they_cost(tmp_path: Path) -> None:
     ledger = Ledger(str(tmp_path / "ledger"))
     for seconds in (10.0, 5.0):
         with Lease(ledger, lambda seconds=seconds: {"actor_seconds": seconds}, heartbeat_s=10):
@@ -188,7 +182,7 @@ def test_a_pool_does_not_seem_dead_when_somebody_sets_the_clock(tmp_path: Path, 
         assert not watch.expired(lease.holder)
 
 
-def test_a_beat_that_hangs_does_not_keep_a_pool_from_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_that_hangs_does_not_keep_a_pool_from_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger, hanging, over, write = Ledger(str(tmp_path / "ledger")), threading.Event(), threading.Event(), leases.write_record
 
     def stalled(uri: str, record: Record, **options: bool) -> bool:
@@ -201,8 +195,7 @@ def test_a_beat_that_hangs_does_not_keep_a_pool_from_ending(tmp_path: Path, monk
     monkeypatch.setattr(leases, "LAST_HEARTBEAT_S", 0.1)
     with Lease(ledger, lambda: {}, heartbeat_s=0.01) as lease:
         assert hanging.wait(60)
-        began = time.monotonic()
-    assert time.monotonic() - began < 5
+    assert lease._thread.is_alive(), "it waited for the heartbeat"
     over.set()
     lease._thread.join()
     assert read_leases(ledger)[lease.holder]["ended"], "a late heartbeat took back that it has ended"

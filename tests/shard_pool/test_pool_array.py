@@ -8,15 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pool_worker import living, pids, table_of, tries
+from waiting import wait_until
 
 from oar_scale.orders.order_table import write_orders
-from oar_scale.shard_pool import Ledger, Timing
+from oar_scale.shard_pool import Ledger
 
 SHARDS = [f"{index:05d}.tar" for index in range(8)]
 PROGRAM = """
@@ -81,13 +81,6 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return tables(folder)
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 600) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
-
-
 def two_at_once(folder: Path, faults: dict[str, str] | None = None) -> list[Task]:
     """Two tasks that wait for each other in their first shards, however long one of them takes to start."""
     first_shards = [SHARDS[index * len(SHARDS) // 2] for index in range(2)]
@@ -115,18 +108,19 @@ def test_tasks_share_the_shards_and_each_is_done_once(tmp_path: Path, calm: dict
     assert not Ledger(str(tmp_path / "ledger")).claims()
 
 
-def test_a_killed_tasks_shards_are_taken_over_at_once_where_its_end_can_be_seen(tmp_path: Path, calm: dict[str, bytes]) -> None:
+def test_a_killed_tasks_shards_are_taken_over_without_its_lease(tmp_path: Path, calm: dict[str, bytes]) -> None:
     killed = one_that_waits(tmp_path, SHARDS[2])
-    other = Task(tmp_path, 1, 2)
+    other = Task(tmp_path, 1, 2, timing={"poll_s": 0.2, "lease_s": 1e6})  # it does not wait for the lease
     wait_until(lambda: len(pids(tmp_path / "log")) == 2)
     os.killpg(killed.process.pid, signal.SIGKILL)
-    said = other.end(timeout_s=Timing().lease_s / 2)
+    said = other.end()
     assert said[-1][1]["done"] == SHARDS
     assert any(kind == "taken_over" for kind, _ in said)
     assert tables(tmp_path) == calm
 
 
-def test_a_task_that_stands_still_loses_its_claims_and_does_no_harm_when_it_goes_on(tmp_path: Path, calm: dict[str, bytes]) -> None:
+def test_a_frozen_task_loses_its_claims(tmp_path: Path, calm: dict[str, bytes]) -> None:
+    """And does no harm when it goes on."""
     frozen = one_that_waits(tmp_path, SHARDS[2])
     os.killpg(frozen.process.pid, signal.SIGSTOP)
     said = Task(tmp_path, 1, 2, timing={"poll_s": 0.2, "lease_s": 2.0}).end()
@@ -139,7 +133,7 @@ def test_a_task_that_stands_still_loses_its_claims_and_does_no_harm_when_it_goes
     assert sorted(Ledger(str(tmp_path / "ledger")).done()) == SHARDS
 
 
-def test_a_task_that_is_asked_to_stop_ends_its_shard_and_hands_back_the_rest(tmp_path: Path, calm: dict[str, bytes]) -> None:
+def test_a_stopped_task_ends_its_shard_and_hands_back_the_rest(tmp_path: Path, calm: dict[str, bytes]) -> None:
     task = one_that_waits(tmp_path, SHARDS[2])
     task.process.send_signal(signal.SIGTERM)
     task.hear("draining")
@@ -164,7 +158,7 @@ def test_what_does_not_end_in_the_grace_period_is_handed_back(tmp_path: Path) ->
     assert not living(tmp_path / "log")
 
 
-def test_a_shard_that_kills_its_process_is_set_aside_by_one_task_for_all(tmp_path: Path) -> None:
+def test_a_shard_that_kills_its_process_is_poison_for_all_tasks(tmp_path: Path) -> None:
     tasks = two_at_once(tmp_path, {SHARDS[3]: "die", SHARDS[6]: "broken"})
     for said in (task.end() for task in tasks):
         poison = said[-1][1]["poison"]
@@ -174,7 +168,8 @@ def test_a_shard_that_kills_its_process_is_set_aside_by_one_task_for_all(tmp_pat
     assert tries(tmp_path / "log").count(SHARDS[6]) == 1
 
 
-def test_a_second_pool_for_something_else_is_refused_before_it_writes_anything(tmp_path: Path) -> None:
+def test_a_second_pool_with_another_config_is_refused(tmp_path: Path) -> None:
+    """Before it writes anything."""
     first = Task(tmp_path, config={"model_id": "aaaa"})
     wait_until(lambda: bool(pids(tmp_path / "log")))
     second = Task(tmp_path, config={"model_id": "bbbb"})

@@ -1,4 +1,4 @@
-"""Whom the driver hires and where it sends a shard, on a cluster that is played: several hosts, and room for so many actors."""
+"""Which actors the driver starts and where it sends a shard, on a simulated cluster: several hosts, and capacity for so many actors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from fake_clock import FakeClock
 
 from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.shard_pool import leases
@@ -17,7 +18,6 @@ from oar_scale.shard_pool.leases import Lease
 from oar_scale.shard_pool.ledger import Claim, Ledger, Record
 from oar_scale.shard_pool.pool_types import Bounds, PoolReport, Timing
 from oar_scale.storage import Unreachable
-from tests.fake_clock import FakeClock
 
 """A driver that waits for ever is what some of these are about."""
 
@@ -162,16 +162,17 @@ def test_a_host_where_everything_fails_poisons_no_shard(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("how", ["failed", "user error"])
-def test_a_host_that_breaks_and_gets_every_new_actor_stops_nobody(ledger: Ledger, how: Literal["failed", "user error"]) -> None:
+def test_a_broken_host_that_gets_every_new_actor_stops_nobody(ledger: Ledger, how: Literal["failed", "user error"]) -> None:
     cluster = Slots(["bad", "b", "c", "d"], 5, how)
     report, events = play(ledger, cluster, names(60), Bounds(4, 4))
     assert len(report.done) == 60 and not report.poison
     said = [fields for kind, fields in events if kind == "not_hiring"]
     assert said == [{"seconds": 30.0, "error": "no GPU here"}]
-    assert cluster.count < 12, "it went on hiring for the broken host"
+    assert cluster.count < 12, "it went on starting actors on the broken host"
 
 
-def test_when_the_last_actor_is_lost_new_ones_are_hired_at_once_whatever_failed_before(ledger: Ledger) -> None:
+def test_without_any_actor_new_ones_are_started_at_once(ledger: Ledger) -> None:
+    """Whatever failed before the last one was lost."""
     cluster = Slots(["bad", "good"], -1, "failed", once=["30.tar"])
     began = cluster.clock.now
     report, events = play(ledger, cluster, names(40), Bounds(2, 2))
@@ -187,23 +188,24 @@ def test_a_worker_that_is_never_made_is_given_up(ledger: Ledger) -> None:
     assert [fields["error"] for kind, fields in events if kind == "actor_lost"] == ["no answer in 0 s"] * 2
 
 
-def test_an_actor_that_waits_for_room_does_not_hang(ledger: Ledger) -> None:
+def test_an_actor_that_waits_for_capacity_does_not_hang(ledger: Ledger) -> None:
     report, _ = play(ledger, Cluster(["a"], 2, pace_s=0.02), names(30), Bounds(4, 4), Timing(hang_s=0.1, patience_s=0, poll_s=0.01))
     assert (len(report.done), report.deaths) == (30, 0)
 
 
-def test_a_first_shard_that_hangs_is_given_up_though_nothing_says_what_one_takes(ledger: Ledger) -> None:
+def test_a_first_shard_that_hangs_is_given_up(ledger: Ledger) -> None:
+    """Though nothing tells yet how long one takes."""
     cluster = Hanging(["a", "b"], shards=["0.tar", "1.tar"])
     report, _ = play(ledger, cluster, names(2), Bounds(2, 2), Timing(hang_s=0.1, patience_s=0, poll_s=0.01))
     assert report.failures == {"0.tar": 1, "1.tar": 1} and len(report.done) == 2
 
 
-def test_what_earlier_pools_took_tells_that_a_first_shard_is_late(ledger: Ledger) -> None:
+def test_times_of_earlier_pools_make_a_first_shard_a_straggler(ledger: Ledger) -> None:
     report, _ = play(ledger, Hanging(["a", "b"], shards=["0.tar"]), names(2), Bounds(2, 2), Timing(straggler_s=0.1), earlier_s=[0.01] * 3)
     assert (len(report.done), report.stragglers, report.failures) == (2, 1, {})
 
 
-def test_what_earlier_pools_took_gives_a_first_shard_more_time_and_not_less(ledger: Ledger) -> None:
+def test_times_of_earlier_pools_only_lengthen_the_stuck_limit(ledger: Ledger) -> None:
     timing = Timing(hang_s=0.1, stuck_s=0, stuck=2.0, straggler=99, patience_s=0, poll_s=0.01)
     cluster = Hanging(["a"], shards=["0.tar"])
     began = cluster.clock.now
@@ -211,14 +213,14 @@ def test_what_earlier_pools_took_gives_a_first_shard_more_time_and_not_less(ledg
     assert report.failures == {"0.tar": 1} and cluster.clock.now - began > 1.0
 
 
-def test_a_shard_that_fails_on_every_host_is_set_aside(ledger: Ledger) -> None:
+def test_a_shard_that_fails_on_every_host_is_poison(ledger: Ledger) -> None:
     cluster = Cluster(["a"], 100, {"1.tar": "a"})
     report, _ = play(ledger, cluster, names(3), Bounds(2, 2))
     assert list(report.poison) == ["1.tar"] and report.failures == {"1.tar": 4}
     assert len([shard for shard, _ in cluster.log if shard == "1.tar"]) == 4
 
 
-def test_beyond_the_least_it_hires_what_there_is_room_for_and_asks_for_some_more(tmp_path: Path) -> None:
+def test_more_actors_than_the_least_start_with_the_capacity(tmp_path: Path) -> None:
     cluster = Cluster(["a"], 10)
     report, _ = play(Ledger(str(tmp_path / "narrow")), cluster, names(200), Bounds(2, 50))
     assert report.peak_actors == 10
@@ -228,13 +230,13 @@ def test_beyond_the_least_it_hires_what_there_is_room_for_and_asks_for_some_more
     assert report.peak_actors == 50 == cluster.most
 
 
-def test_no_more_actors_are_hired_than_there_are_shards(ledger: Ledger) -> None:
+def test_no_more_actors_are_started_than_there_are_shards(ledger: Ledger) -> None:
     cluster = Cluster(["a"], 100)
     play(ledger, cluster, names(3), Bounds(1, 50))
     assert cluster.count <= 3
 
 
-def test_a_pool_beside_another_says_that_it_helps(ledger: Ledger) -> None:
+def test_a_pool_beside_another_reports_that_it_helps(ledger: Ledger) -> None:
     _, alone = play(ledger, Cluster(["a"], 100), names(2), Bounds(1, 1))
     assert "helping" not in Counter(kind for kind, _ in alone)
     with Lease(ledger, lambda: {"array": False}, heartbeat_s=10) as other:
@@ -259,7 +261,7 @@ class Failing(Ledger):
         return super().claims()
 
 
-def test_a_storage_that_is_out_of_reach_as_a_pool_begins_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_waits_for_a_storage_as_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, failed = leases.write_record, list[str]()
 
     def once(uri: str, record: Record, **options: Any) -> bool:
@@ -274,7 +276,7 @@ def test_a_storage_that_is_out_of_reach_as_a_pool_begins_is_waited_for(tmp_path:
     assert len(report.done) == 2 and failed and ledger.looked
 
 
-def test_a_storage_that_is_out_of_reach_when_all_is_done_fails_nothing(tmp_path: Path) -> None:
+def test_a_storage_out_of_reach_at_the_end_fails_nothing(tmp_path: Path) -> None:
     ledger = Failing(str(tmp_path / "ledger"))
 
     class Last(Cluster):
