@@ -3,7 +3,7 @@
     evaluation.json           every number and text, as a person or another program would read them
     figures/evaluation.npz    every picture and map; the JSON names them: {"array": "samples.rows.3.original"}
 
-The parts are those of the report (``observe.report_data``), so that a report can be written again without a model.
+The parts are those of the report (``report.report_data``), so that a report can be written again without a model.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def load_evaluation(folder: str) -> Evaluation | None:
     figures = join(folder, "figures", "evaluation.npz")
     try:
         with np.load(io.BytesIO(open_storage(figures).read(figures)), allow_pickle=False) as arrays:
-            found: Evaluation = _from_plain(Evaluation, read_json(uri), dict(arrays))
+            evaluation: Evaluation = _from_plain(Evaluation, read_json(uri), dict(arrays))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{uri}: not what this version of oar_scale writes ({error}). Run the stage evaluate again.") from error
-    return found
+    return evaluation
 
 
 def _to_plain(value: Any, arrays: Arrays, path: str) -> Any:

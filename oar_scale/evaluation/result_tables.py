@@ -29,11 +29,11 @@ PerImage = dict[ModelName, dict[str, torch.Tensor]]
 ORDERS: tuple[OrderName, ...] = ("random", "raster", "own confidence")
 
 
-def per_image(found: Sequence[Likelihoods]) -> PerImage:
+def per_image(results: Sequence[Likelihoods]) -> PerImage:
     """The images of all tasks, in their order."""
     table: PerImage = {}
-    for model in dict.fromkeys(task.model for task in found):
-        tasks = sorted((task for task in found if task.model == model), key=lambda task: task.first)
+    for model in dict.fromkeys(task.model for task in results):
+        tasks = sorted((task for task in results if task.model == model), key=lambda task: task.first)
         table[model] = {name: torch.from_numpy(np.concatenate([task.nll[name] for task in tasks])) for name in tasks[0].nll}
     return table
 
@@ -92,14 +92,14 @@ def mean_steps(order_SN: NDArray[np.uint16]) -> NDArray[np.float64]:
     return steps
 
 
-def brute_force_sentence(found: BruteForce) -> str:
+def brute_force_text(result: BruteForce) -> str:
     """The outcome of the comparison, in words."""
-    opening = f"Compared with brute force (a fresh forward pass for every candidate, float32) on {found.images} training images:"
-    if found.equal == found.images:
-        outcome = f"all {found.images} orders are equal."
+    opening = f"Compared with brute force (a fresh forward pass for every candidate, float32) on {result.images} training images:"
+    if result.equal == result.images:
+        outcome = f"all {result.images} orders are equal."
     else:
         outcome = (
-            f"{found.equal} of {found.images} orders are equal; "
-            f"where one first differs, the scores of the two choices are {found.gap:.1e} apart."
+            f"{result.equal} of {result.images} orders are equal; "
+            f"where one first differs, the scores of the two choices are {result.gap:.1e} apart."
         )
-    return f"{opening} {outcome} The stored orders of these images are {found.stored_distance:.1%} of the pairs of cells away from them."
+    return f"{opening} {outcome} The stored orders of these images are {result.stored_distance:.1%} of the pairs of cells away from them."

@@ -162,8 +162,8 @@ class Pretrained:
         if order is None or isinstance(order, str):
             request = OrderRequest(self.model, batch, noise, self.bundle.orders, self.bundle.model)
             return sampling_order(order or self.defaults.order, request, "order")
-        found = torch.as_tensor(order, dtype=torch.long)
-        return (found.expand(batch, -1) if found.ndim == 1 else found).to(self._device)
+        given = torch.as_tensor(order, dtype=torch.long)
+        return (given.expand(batch, -1) if given.ndim == 1 else given).to(self._device)
 
 
 def load_pretrained(path: str, model: str | None = None) -> Pretrained:

@@ -7,6 +7,7 @@ parameters away as soon as its constructor returns.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ def in_few_shapes(x_RD: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """``nn.Linear`` without bias that starts as Normal(0, 0.02)."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
@@ -50,6 +53,8 @@ class Linear(nn.Linear):
 
 class RMSNorm(nn.RMSNorm):
     """``nn.RMSNorm``, on a CPU with :func:`memory_efficient.rms_norm`."""
+
+    __call__: Callable[..., Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         """RMSNorm over the last dimension of x [..., D]."""
@@ -117,11 +122,13 @@ class Attention(nn.Module):
 
     def merge(self, out_BHLd: Tensor) -> Tensor:
         """Heads back to rows [B, L, D]."""
-        return self.wo(out_BHLd.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.wo(out_BHLd.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
     """SwiGLU: ``W2 (silu(W1 x) * W3 x)``."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -131,11 +138,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows [..., D] of rows [..., D]."""
-        return self.w2(self.w1(x), self.w3(x))  # type: ignore[no-any-return]
+        return self.w2(self.w1(x), self.w3(x))
 
 
 class Block(nn.Module):
     """``forward`` is the training path; decoding calls :meth:`project_into` and :meth:`finish` with its own attention between."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

@@ -10,6 +10,8 @@ needs no padding mask, and guidance needs no second code path.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec, TextSpec
 
 class Conditioner(nn.Module):
     """Base: inputs of the model's kind to condition rows [B, T, D]."""
+
+    __call__: Callable[..., Tensor]
 
     def forward(self, inputs: Tensor, drop_B: Tensor | None = None) -> Tensor:
         """Condition rows; samples marked in ``drop_B`` (bool) become the null condition."""
@@ -43,7 +47,7 @@ class ClassCondition(Conditioner):
         labels_B1 = inputs.view(-1, 1)
         if drop_B is not None:
             labels_B1 = labels_B1.masked_fill(drop_B[:, None], self.classes)
-        return self.embedding_table(labels_B1)  # type: ignore[no-any-return]
+        return self.embedding_table(labels_B1)
 
     def null(self) -> Tensor:
         """The table's last row [1, D]."""
@@ -113,15 +117,17 @@ class FeatureCondition(Conditioner):
             replaced_BT = (features_BTF == 0).all(-1)
         if drop_B is not None:
             replaced_BT = replaced_BT | drop_B[:, None]
-        return self.cap_proj(torch.where(replaced_BT[..., None], null_TF, features_BTF))  # type: ignore[no-any-return]
+        return self.cap_proj(torch.where(replaced_BT[..., None], null_TF, features_BTF))
 
     def null(self) -> Tensor:
         """The null features through the MLP, [T, D]."""
-        return self.cap_proj(self.uncond_embedding[: self.kind.rows])  # type: ignore[no-any-return]
+        return self.cap_proj(self.uncond_embedding[: self.kind.rows])
 
 
 class FeatureMLP(nn.Module):
     """Two linear layers without bias, GELU (tanh form) between."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -130,11 +136,13 @@ class FeatureMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows [..., D] of features [..., F]."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # type: ignore[no-any-return]
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Embedding(nn.Embedding):
     """``nn.Embedding`` that starts as Normal(0, 0.02)."""
+
+    __call__: Callable[..., Tensor]
 
     def reset_parameters(self) -> None:
         """Draw the table anew."""

@@ -196,7 +196,7 @@ class Decoder:
                 out, lse = attention_with_lse(q, seen.keys, seen.values)
                 merge_self_(out[:, :, before:], lse[:, :, before:], own[:, :, before:], own_kv.values)
             x = layer.finish(x, out)
-        return cast(Tensor, self.model.norm(x[:, before:]))
+        return self.model.norm(x[:, before:])
 
     def _append(self, prefix: Prefix, rows: Rows, leaving: int = 0) -> Tensor:
         """Run L rows that see the prefix and one another causally, and add them to the cache.

@@ -67,7 +67,8 @@ def mean_nll(rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Ten
     Both float32, in nats. One backward pass only.
     """
     if torch.is_grad_enabled() and (rows_RD.requires_grad or weight_VD.requires_grad):
-        return _MeanNLL.apply(rows_RD, weight_VD, targets_R)  # type: ignore[no-any-return]
+        losses: tuple[Tensor, Tensor] = _MeanNLL.apply(rows_RD, weight_VD, targets_R)
+        return losses
     nll_R = rows_RD.new_empty(len(rows_RD), dtype=torch.float32)
     for part in chunks(len(rows_RD), len(weight_VD), rows_RD.device):
         logits_cV = (rows_RD[part] @ weight_VD.t()).float()

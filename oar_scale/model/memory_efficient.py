@@ -28,19 +28,22 @@ def worthwhile(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, in float32; the result has the dtype of ``x`` [..., D]."""
-    return _RMSNormFunction.apply(x, weight_D, eps)  # type: ignore[no-any-return]
+    out: Tensor = _RMSNormFunction.apply(x, weight_D, eps)
+    return out
 
 
 def gated_linear(gate: Tensor, up: Tensor, weight_DF: Tensor) -> Tensor:
     """``(silu(gate) * up) W^T`` [..., D] of gate and up [..., F]."""
     if torch.compiler.is_compiling():
         return F.linear(F.silu(gate) * up, weight_DF)
-    return _GatedLinearFunction.apply(gate, up, weight_DF)  # type: ignore[no-any-return]
+    out: Tensor = _GatedLinearFunction.apply(gate, up, weight_DF)
+    return out
 
 
 def add_dropped(x: Tensor, y: Tensor, p: float) -> Tensor:
     """``x + dropout(y, p)``, with p rounded to a multiple of 2^-16."""
-    return _AddDroppedFunction.apply(x, y, p)  # type: ignore[no-any-return]
+    out: Tensor = _AddDroppedFunction.apply(x, y, p)
+    return out
 
 
 class _RMSNormFunction(torch.autograd.Function):

@@ -79,7 +79,8 @@ def rotate_heads(qkv_BLHd: Tensor, rotation_BLP2: Tensor, kv_heads: int) -> tupl
         qk, v = qkv_BLHd.split([qkv_BLHd.shape[2] - kv_heads, kv_heads], dim=2)
         q, k = rotate(qk, rotation_BLP2[:, :, None]).split([qk.shape[2] - kv_heads, kv_heads], dim=2)
         return q, k, v
-    return _RotateHeads.apply(qkv_BLHd, rotation_BLP2, kv_heads)  # type: ignore[no-any-return]
+    heads: tuple[Tensor, Tensor, Tensor] = _RotateHeads.apply(qkv_BLHd, rotation_BLP2, kv_heads)
+    return heads
 
 
 class _RotateHeads(torch.autograd.Function):

@@ -59,7 +59,7 @@ class AnyOrderModel(nn.Module):
             inputs: class labels [B], text ids [B, T], or features [B, T, F], as the spec says.
             drop_B: bool; these samples become the null condition.
         """
-        return self.conditioner(inputs, drop_B)  # type: ignore[no-any-return]
+        return self.conditioner(inputs, drop_B)
 
     def null_condition(self, batch: int) -> Tensor:
         """Condition rows [B, T, D] of no caption."""
@@ -73,7 +73,8 @@ class AnyOrderModel(nn.Module):
             order_BN: a permutation of the cells for each image, first placed first.
             condition_BTD: what :meth:`condition` returned.
         """
-        return self.output(self.rows(codes_BN, order_BN, condition_BTD))  # type: ignore[no-any-return]
+        logits: Tensor = self.output(self.rows(codes_BN, order_BN, condition_BTD))
+        return logits
 
     def loss(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Mean negative log-likelihood [] in nats per code, for one backward pass, and of each code [B, N] without gradient.
@@ -104,7 +105,7 @@ class AnyOrderModel(nn.Module):
         *layers, last = self.layers
         for layer in layers:
             x_BLD = layer(x_BLD, rotation_BLP2, causal=True)
-        return self.norm(last(x_BLD, rotation_BLP2, causal=True, leaving=predicting))  # type: ignore[no-any-return]
+        return self.norm(last(x_BLD, rotation_BLP2, causal=True, leaving=predicting))
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
@@ -114,7 +115,8 @@ class AnyOrderModel(nn.Module):
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits [..., V] of rows [..., D] as they leave the trunk."""
-        return self.output(self.norm(rows))  # type: ignore[no-any-return]
+        logits: Tensor = self.output(self.norm(rows))
+        return logits
 
     def rotations(self, device: torch.device) -> Tensor:
         """The table of cell rotations [N + 1, head_dim / 2, 2], float32."""

@@ -303,7 +303,7 @@ def _orders(run: Run, inputs: Inputs, results: Results) -> OrderFacts:
         neighbour_share=float(neighbour_share(orders_SN, run.recipe.grid).mean()),
         seconds=float(stage_results(run, "extract").get("seconds", 0.0)),
         examples=tuple(OrderExample(captions[row], inputs.train_pictures[row], steps[row]) for row in range(len(steps))),
-        brute_force=summary.brute_force_sentence(results.brute_force[0]),
+        brute_force=summary.brute_force_text(results.brute_force[0]),
     )
 
 

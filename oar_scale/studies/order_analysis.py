@@ -77,9 +77,9 @@ def run_orders(run: Run, *, images: int, against: Sequence[str] = (), out: str |
         UserError: a stage before this one has not finished, or tables that are not of these images.
     """
     require_any_order(run)
-    found = _extracted(run, images)
-    examples, animation, gif = _examples(run, found)
-    analysis = _analysis(run, found, [_agreement(run, found, folder) for folder in against], examples, animation)
+    extracted = _extracted(run, images)
+    examples, animation, gif = _examples(run, extracted)
+    analysis = _analysis(run, extracted, [_agreement(run, extracted, folder) for folder in against], examples, animation)
     out = out or run.local("report", "orders")
     files = {"orders.json": json.dumps(analysis.numbers(), indent=1).encode(), "appearing.webp": animation, "appearing.gif": gif}
     for name, data in files.items():
@@ -143,37 +143,39 @@ def _first_scores(table: OrderTable) -> NDArray[np.float32]:
     return table.score_SN[[view == draw == 0 for view, draw in zip(table.views, draws, strict=True)]]
 
 
-def _agreement(run: Run, found: Extracted, folder: str) -> Agreement:
+def _agreement(run: Run, extracted: Extracted, folder: str) -> Agreement:
     others = []
-    for info, keys in zip(found.shards, found.keys, strict=True):
+    for info, keys in zip(extracted.shards, extracted.keys, strict=True):
         try:
             others.append(_joined(run, info, keys, read_orders(join(folder, table_name(info.name)))))
         except Missing as error:
             raise UserError(f"{error.uri}: missing. --against names a folder with order tables of this run's token shards.") from error
-    return agreement(folder, found.order_SN, np.concatenate(others), run.recipe.grid)
+    return agreement(folder, extracted.order_SN, np.concatenate(others), run.recipe.grid)
 
 
-def _examples(run: Run, found: Extracted) -> tuple[tuple[Example, ...], bytes, bytes]:
+def _examples(run: Run, extracted: Extracted) -> tuple[tuple[Example, ...], bytes, bytes]:
     """The first few images, and the two animations of them."""
     if not open_storage(run.vq_uri).exists(run.vq_uri):
         return (), b"", b""
-    pictures = decode_pictures(load_vq(run.vq_uri), torch.from_numpy(found.codes_EN))
-    order_EN, grid = found.order_SN[: len(pictures)], run.recipe.grid
+    pictures = decode_pictures(load_vq(run.vq_uri), torch.from_numpy(extracted.codes_EN))
+    order_EN, grid = extracted.order_SN[: len(pictures)], run.recipe.grid
     maps = placing_times(order_EN).reshape(-1, grid, grid)
     frames = appearing(pictures, order_EN, COLUMNS)
-    examples = tuple(Example(*each) for each in zip(found.captions, pictures, maps, strict=False))
+    examples = tuple(Example(*each) for each in zip(extracted.captions, pictures, maps, strict=False))
     return examples, animated(frames, "WEBP"), animated(frames, "GIF")
 
 
-def _analysis(run: Run, found: Extracted, agreements: list[Agreement], examples: tuple[Example, ...], animation: bytes) -> OrderAnalysis:
-    recipe, grid, order_SN = run.recipe, run.recipe.grid, found.order_SN
+def _analysis(
+    run: Run, extracted: Extracted, agreements: list[Agreement], examples: tuple[Example, ...], animation: bytes
+) -> OrderAnalysis:
+    recipe, grid, order_SN = run.recipe, run.recipe.grid, extracted.order_SN
     random_SN = permutations("orders to compare with", grid * grid, recipe.seed, np.arange(len(order_SN)))
-    frequent, deviating = _groups(found, grid)
+    frequent, deviating = _groups(extracted, grid)
     return OrderAnalysis(
         recipe_name=recipe.name,
         where=run.at("orders", "train"),
-        model_id=found.model_id,
-        settings_id=found.settings_id,
+        model_id=extracted.model_id,
+        settings_id=extracted.settings_id,
         score=recipe.extract.score,
         all_images=read_manifest(run.at("tokens", "train")).samples,
         grid=grid,
@@ -182,13 +184,13 @@ def _analysis(run: Run, found: Extracted, agreements: list[Agreement], examples:
         time_map=mean_time_map(order_SN, grid),
         choice_entropy=choice_entropy(order_SN),
         random_choice_entropy=choice_entropy(random_SN),
-        step_score=found.step_score_N,
+        step_score=extracted.step_score_N,
         distances=_distances(order_SN, grid),
         frequent=frequent,
         deviating=deviating,
         agreements=tuple(agreements),
         examples=examples,
-        head=read_report(head_report_file(run.model_uri("any_order")), found.settings_id),
+        head=read_report(head_report_file(run.model_uri("any_order")), extracted.settings_id),
         animation=animation,
     )
 
@@ -199,8 +201,8 @@ def _distances(order_SN: NDArray[np.uint16], grid: int) -> dict[str, float]:
     return {name: float(kendall_distance(order_SN, path).mean()) for name, path in paths.items()}
 
 
-def _groups(found: Extracted, grid: int) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+def _groups(extracted: Extracted, grid: int) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
     """The frequent ones and the deviating ones."""
-    least = max(SMALLEST_GROUP, round(GROUP_SHARE * len(found.order_SN)))
-    every = groups(found.order_SN, grid, found.names_of, least)
+    least = max(SMALLEST_GROUP, round(GROUP_SHARE * len(extracted.order_SN)))
+    every = groups(extracted.order_SN, grid, extracted.names_of, least)
     return tuple(every[:GROUPS]), tuple(most_deviating(every, GROUPS))

@@ -31,7 +31,7 @@ def test_raster_order_has_distance_0_and_the_cells_as_steps() -> None:
 
 @pytest.mark.parametrize(("equal", "said"), [(2, "all 2 orders are equal"), (1, "1 of 2 orders are equal")])
 def test_the_comparison_with_brute_force_is_told_as_it_came_out(equal: int, said: str) -> None:
-    assert said in summary.brute_force_sentence(BruteForce(2, equal, 1e-6, 0.0))
+    assert said in summary.brute_force_text(BruteForce(2, equal, 1e-6, 0.0))
 
 
 def test_the_gap_to_brute_force_is_at_the_first_other_choice(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

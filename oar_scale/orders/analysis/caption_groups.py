@@ -48,8 +48,8 @@ def groups(order_SN: Orders, grid: int, names_of: Sequence[Sequence[Hashable]], 
         for name in names:
             rows.setdefault(name, []).append(row)
     time_SN = placing_times(order_SN) / max(grid * grid - 1, 1)
-    found = [_group(str(name), time_SN[having], time_SN, grid) for name, having in rows.items() if at_least <= len(having) < len(order_SN)]
-    return sorted(found, key=lambda group: (-group.images, group.name))
+    large = [_group(str(name), time_SN[having], time_SN, grid) for name, having in rows.items() if at_least <= len(having) < len(order_SN)]
+    return sorted(large, key=lambda group: (-group.images, group.name))
 
 
 def _group(name: str, time_GN: FloatArray, time_SN: FloatArray, grid: int) -> Group:
@@ -59,6 +59,6 @@ def _group(name: str, time_GN: FloatArray, time_SN: FloatArray, grid: int) -> Gr
     return Group(name, len(time_GN), own_N.reshape(grid, grid), max(squared, 0.0) ** 0.5)
 
 
-def most_deviating(found: Sequence[Group], count: int) -> list[Group]:
+def most_deviating(groups: Sequence[Group], count: int) -> list[Group]:
     """Those whose images are placed most differently from the others."""
-    return sorted(found, key=lambda group: (-group.deviation, group.name))[:count]
+    return sorted(groups, key=lambda group: (-group.deviation, group.name))[:count]
