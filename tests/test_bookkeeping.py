@@ -69,7 +69,7 @@ def test_from_does_a_stage_and_all_after_it_again(run: Run, ran: list[str]) -> N
     assert ran[4:] == ["b", "c", "d"]
 
 
-def test_only_does_one_stage_again_and_makes_what_needs_it_unfinished(run: Run, ran: list[str]) -> None:
+def test_only_does_one_stage_and_unfinishes_its_dependents(run: Run, ran: list[str]) -> None:
     run_pipeline(run)
     run_pipeline(run, only="b")
     assert ran[4:] == ["b"]
@@ -78,7 +78,7 @@ def test_only_does_one_stage_again_and_makes_what_needs_it_unfinished(run: Run, 
     assert ran[5:] == ["c"], "a stage that rests on replaced results was taken for finished"
 
 
-def test_other_settings_are_refused_by_name_until_they_are_asked_for(run: Run, ran: list[str]) -> None:
+def test_other_settings_are_refused_unless_asked_for(run: Run, ran: list[str]) -> None:
     run_pipeline(run)
     other = changed(run, extract={"tie_seed": 7})
     with pytest.raises(UserError, match=r"stage b .* extract\.tie_seed was 0, is 7(.|\n)*--from b"):
@@ -94,7 +94,7 @@ def test_settings_that_change_no_result_may_change(run: Run, ran: list[str]) -> 
     assert ran == ["a", "b", "c", "d"]
 
 
-def test_a_finished_extract_of_an_older_version_is_taken_for_finished(tmp_path: Path) -> None:
+def test_an_older_finished_extract_stays_finished(tmp_path: Path) -> None:
     """Version 60fa78e hashed three fields of ``extract`` that are gone; these are the fingerprints that it computed."""
     recipe = Recipe(name="stub", run_dir=str(tmp_path))
     fingerprints = {stage.name: pipeline.stage_fingerprint(recipe, stage) for stage in recipe.stages()}
@@ -110,9 +110,7 @@ def test_a_refused_recipe_leaves_the_folder_as_it_was(run: Run, ran: list[str]) 
     assert {path: path.read_bytes() for path in Path(run.local()).rglob("*") if path.is_file()} == before
 
 
-def test_a_kill_while_results_are_cleared_leaves_no_stage_on_what_is_gone(
-    run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_while_clearing_leaves_no_orphaned_stage(run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever deletion the kill falls on, the next run does every stage again whose ground was removed."""
     for kill_at in range(1, 7):
         run_pipeline(run)
@@ -166,7 +164,7 @@ def test_an_unknown_stage_is_answered_with_the_known_ones(run: Run, ran: list[st
         run_pipeline(run, start="pretain")
 
 
-def test_a_stage_that_a_recipe_has_not_is_refused_for_its_own_reason(run: Run) -> None:
+def test_a_missing_stage_is_refused_with_its_reason(run: Run) -> None:
     raster, alone = changed(run, model={"layout": "raster"}), changed(run, pipeline={"control": False})
     for stage in ("extract", "finetune", "control"):
         with pytest.raises(UserError, match=rf"no stage '{stage}'.*model\.layout raster has one order for all images") as refused:

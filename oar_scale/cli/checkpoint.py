@@ -10,6 +10,7 @@ PEERS = ("randar", "llamagen-c2i", "llamagen-t2i", "llamagen-vq", "maskgit-vq")
 
 
 def add(verbs: Subparsers) -> None:
+    """Add ``oar checkpoint`` and its actions."""
     text = "what trainings have saved: list, verify, prune, compare; weights of other projects in, ours out"
     actions = verbs.add_parser("checkpoint", help=text, description=text).add_subparsers(metavar="ACTION", required=True)
     _add_care(actions)

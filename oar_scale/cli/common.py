@@ -14,6 +14,7 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_verb(verbs: Subparsers, name: str, text: str, function: object, *, needs_recipe: bool = True) -> argparse.ArgumentParser:
+    """Add ``oar NAME RECIPE [-o KEY=VALUE ...]``, which calls ``function`` with the arguments."""
     verb = verbs.add_parser(name, help=text, description=text)
     verb.add_argument("recipe", nargs=None if needs_recipe else "?", help="a YAML file, e.g. recipes/quickstart.yaml")
     verb.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")

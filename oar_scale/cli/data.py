@@ -8,6 +8,7 @@ from oar_scale.cli.common import Subparsers, count
 
 
 def add(verbs: Subparsers) -> None:
+    """Add ``oar data`` and its actions."""
     text = "look after shards (a recipe's own images: oar prepare)"
     actions = verbs.add_parser("data", help=text, description=text).add_subparsers(metavar="ACTION", required=True)
 
@@ -43,7 +44,7 @@ def add(verbs: Subparsers) -> None:
     stats.add_argument("--json", action="store_true", help="print JSON instead of lines")
     stats.set_defaults(run=_stats)
 
-    text = "image shards into token shards, by a pool of Ray actors; goes on where it was interrupted"
+    text = "image shards into token shards, by a pool of Ray actors; resumes where it was interrupted"
     tokenize = actions.add_parser("tokenize", help=text, description=text)
     tokenize.add_argument("url", help="image shards with a manifest: a folder or s3://bucket/prefix")
     tokenize.add_argument("--out", required=True, metavar="URL", help="where the token shards go")

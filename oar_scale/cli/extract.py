@@ -11,9 +11,12 @@ SLURM = "SLURM_ARRAY_TASK_ID"
 
 
 def add(verbs: Subparsers) -> None:
-    verb = add_verb(verbs, "extract", "one order for every training image; goes on where it was interrupted", _extract)
+    """Add ``oar extract``."""
+    verb = add_verb(verbs, "extract", "one order for every training image; resumes where it was interrupted", _extract)
     instead = verb.add_mutually_exclusive_group()
-    instead.add_argument("--status", action="store_true", help="how far it is, told anywhere: rate, time left, cost, slow actors, poison")
+    instead.add_argument(
+        "--status", action="store_true", help="how far it is, from any machine: rate, time left, cost, slow actors, poison"
+    )
     instead.add_argument("--verify", action="store_true", help="read every table; those lost or damaged are made again by the next extract")
     instead.add_argument("--compare", action="store_true", help="measure the cheaper methods against the exact one")
     instead.add_argument(
@@ -31,7 +34,7 @@ def add(verbs: Subparsers) -> None:
 
 def _extract(arguments: argparse.Namespace) -> int:
     recipe = load(arguments)
-    place = None if arguments.array is None else _place(arguments.array)
+    task = None if arguments.array is None else _array_task(arguments.array)
     from oar_scale.run.context import Run
 
     if arguments.status:
@@ -50,12 +53,12 @@ def _extract(arguments: argparse.Namespace) -> int:
         from oar_scale.pipeline import run_stage
         from oar_scale.shard_pool.pool_types import ArrayTask
 
-        run_stage(Run(recipe, array=ArrayTask(*place) if place else None), "extract")
+        run_stage(Run(recipe, array=ArrayTask(*task) if task else None), "extract")
     return 0
 
 
-def _place(given: str) -> tuple[int, int]:
-    """Which process of how many.
+def _array_task(given: str) -> tuple[int, int]:
+    """Which process of how many this one is.
 
     Raises:
         UserError: not I/N, or not in a job array.

@@ -14,6 +14,7 @@ RUN = "a run's folder, its recipe (.yaml), or its storage (s3://bucket/prefix)"
 
 
 def add(verbs: Subparsers) -> None:
+    """Add ``oar status`` and ``oar tail``."""
     text = "one screen: progress, speed, checkpoints, restarts, alerts, and its jobs on a cluster"
     status = verbs.add_parser("status", help=text, description=text)
     status.add_argument("target", metavar="RUN", help=RUN)

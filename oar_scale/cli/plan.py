@@ -8,6 +8,7 @@ from oar_scale.cli.common import Subparsers, add_verb, count
 
 
 def add(verbs: Subparsers) -> None:
+    """Add ``oar plan``."""
     verb = add_verb(verbs, "plan", "memory, time, cost and failures of a recipe on a cluster, before a GPU is touched", _plan)
     verb.add_argument("--gpu", help="h200, h100, a100, b200, l40s or cpu; default: h200, or cpu for a recipe that trains on CPUs")
     verb.add_argument("--nodes", type=count, metavar="N", help="default: as many as the recipe's workers fill")

@@ -10,6 +10,7 @@ from oar_scale.registry import STAGES
 
 
 def add(verbs: Subparsers) -> None:
+    """Add ``oar run``, the stages, ``sample``, ``recipe`` and ``doctor``."""
     run = add_verb(verbs, "run", "all stages of a recipe; finished ones are skipped", _run)
     which = run.add_mutually_exclusive_group()
     which.add_argument("--from", dest="start", metavar="STAGE", help="do this stage and all after it again")

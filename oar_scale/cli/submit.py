@@ -17,6 +17,7 @@ FORGET = "where the cluster of the last submission does not answer: take it and 
 
 
 def add(verbs: Subparsers) -> None:
+    """Add ``oar submit``, ``jobs``, ``logs``, ``cancel`` and ``resubmit``."""
     submit = add_verb(verbs, "submit", "run a recipe on a Slurm or a Ray cluster", _submit)
     submit.add_argument("--cluster", required=True, metavar="PROFILE", help="a YAML file, e.g. cluster/slurm/gpu.yaml")
     submit.add_argument(
@@ -68,6 +69,7 @@ def _jobs(arguments: argparse.Namespace) -> None:
 
 
 def job_line(status: JobStatus) -> str:
+    """A job as a line of ``oar jobs``: name, id, state, detail."""
     return f"{status.job.name:24} {status.job.id:>12}  {status.state:12} {status.detail}".rstrip()
 
 

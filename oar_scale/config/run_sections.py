@@ -17,6 +17,8 @@ REMOVED_EXTRACT = {"repulsion_radius": 0, "frontier_random": None, "rescore_radi
 
 
 class ExtractConfig(Section):
+    """How an order is extracted for every training image, and with how many actors."""
+
     score: Score = "gt_logprob"
     guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance scale while scoring; 1 = the conditional model alone."""
@@ -44,10 +46,12 @@ class ExtractConfig(Section):
 
     @property
     def min_actors(self) -> int:
+        """The number of actors that extraction starts with at least."""
         return bounds(self.actors)[0]
 
     @property
     def max_actors(self) -> int:
+        """The number of actors that extraction has at most."""
         return bounds(self.actors)[1]
 
     @model_validator(mode="before")
@@ -89,6 +93,8 @@ class OrderHeadConfig(Section):
 
 
 class SampleConfig(Section):
+    """How images are drawn from a model."""
+
     images: int = Field(16, ge=1)
     """Held-out captions drawn in the report."""
     guidance: float = Field(2.0, ge=0)
@@ -102,12 +108,16 @@ class SampleConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """How many images the stage ``evaluate`` measures on."""
+
     nll_images: int = Field(192, ge=2)
     feature_images: int = Field(256, ge=8)
     """Generated and held-out images compared by KID and Frechet distance, the same number of each."""
 
 
 class PipelineConfig(Section):
+    """Which optional stages a run has."""
+
     control: bool = True
     """Also fine-tune on random orders with the same budget: what the orders themselves are worth."""
 

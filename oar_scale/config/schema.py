@@ -138,10 +138,12 @@ class Recipe(Section):
 
     @property
     def local_dir(self) -> str:
+        """The run's local folder, as the recipe says or ``runs/NAME``."""
         return self.run_dir or f"runs/{self.name}"
 
     @property
     def root(self) -> str:
+        """The run's storage: ``storage.root``, or the local folder."""
         return self.storage.root or self.local_dir
 
     def stages(self) -> list[Stage]:

@@ -56,6 +56,7 @@ Count = Annotated[Annotated[int, Field(ge=1), Tag(NUMBER)] | Annotated[Range, Ta
 
 
 def bounds(count: int | Range) -> tuple[int, int]:
+    """The least and the most of a :data:`Count`."""
     return (count, count) if isinstance(count, int) else (count.min, count.max)
 
 
@@ -72,4 +73,5 @@ class RecipeConflict(ValueError):
 
 
 def divisors(n: int) -> list[int]:
+    """All divisors of ``n``, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]

@@ -51,6 +51,8 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
+    """How training is spread over workers, and what it may use of each machine."""
+
     workers: Count = 2
     """Processes that train, or ``{min, max}``: with fewer of them after a node is lost, with more when it is back. The global batch and
     the samples of a step stay the same."""
@@ -88,10 +90,12 @@ class ParallelConfig(Section):
 
     @property
     def min_workers(self) -> int:
+        """The number of workers that training goes down to."""
         return bounds(self.workers)[0]
 
     @property
     def max_workers(self) -> int:
+        """The number of workers that training starts with where there is room."""
         return bounds(self.workers)[1]
 
     @model_validator(mode="after")
@@ -125,6 +129,8 @@ class MixConfig(Section):
 
 
 class TrainingConfig(Section):
+    """One training: its length, its optimiser, its orders, its checkpoints."""
+
     steps: int = Field(100, ge=0)
     """0, for pretraining only: ``model.weights`` are the any-order model as they are, and orders are extracted from them at once."""
     global_batch: int = Field(48, ge=1)

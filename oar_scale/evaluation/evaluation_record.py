@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from oar_scale.errors import UserError
 from oar_scale.registry import ModelName, current_name
 from oar_scale.results.estimates import CaptionDependence, DistanceRow, NllTable, PretrainEffect
-from oar_scale.results.examples import EditExample, OrderFacts, SampleGrid, TokenizerFacts
+from oar_scale.results.examples import EditExample, OrderSummary, SampleGrid, TokenizerMetadata
 from oar_scale.storage import join, open_storage, read_json, write_json
 
 Arrays = dict[str, NDArray[Any]]
@@ -37,8 +37,8 @@ class Evaluation:
     distances: tuple[DistanceRow, ...]
     samples: SampleGrid
     edits: tuple[EditExample, ...]
-    orders: OrderFacts
-    tokenizer: TokenizerFacts
+    orders: OrderSummary
+    tokenizer: TokenizerMetadata
 
 
 def save_evaluation(evaluation: Evaluation, folder: str) -> None:

@@ -11,11 +11,11 @@ from datetime import datetime
 
 from oar_scale.observe.events import read_events
 from oar_scale.results.estimates import CaptionDependence, DistanceRow, NllTable, PretrainEffect
-from oar_scale.results.examples import EditExample, OrderFacts, SampleGrid, TokenizerFacts
+from oar_scale.results.examples import EditExample, OrderSummary, SampleGrid, TokenizerMetadata
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunMetadata:
     """The head of the report."""
 
     recipe_name: str
@@ -43,7 +43,9 @@ class StageRow:
 
 
 @dataclass(frozen=True)
-class DataFacts:
+class DataMetadata:
+    """The images of a run."""
+
     source: str
     train_images: int
     heldout_images: int
@@ -58,7 +60,9 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelMetadata:
+    """The size of the models, and what they started from."""
+
     parameters: int
     layers: int
     dim: int
@@ -69,6 +73,8 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Series:
+    """A curve: a value at each of some steps."""
+
     steps: tuple[int, ...]
     values: tuple[float, ...]
 
@@ -86,13 +92,15 @@ class TrainingCurve:
 
 @dataclass(frozen=True)
 class ReportData:
-    run: RunFacts
+    """Everything that the report of a run shows."""
+
+    run: RunMetadata
     recipe_yaml: str
     """The resolved recipe."""
     stages: tuple[StageRow, ...] = ()
-    data: DataFacts | None = None
-    tokenizer: TokenizerFacts | None = None
-    model: ModelFacts | None = None
+    data: DataMetadata | None = None
+    tokenizer: TokenizerMetadata | None = None
+    model: ModelMetadata | None = None
     curves: tuple[TrainingCurve, ...] = ()
     pretrain: PretrainEffect | None = None
     nll: NllTable | None = None
@@ -102,7 +110,7 @@ class ReportData:
     distances: tuple[DistanceRow, ...] = ()
     samples: SampleGrid | None = None
     edits: tuple[EditExample, ...] = ()
-    orders: OrderFacts | None = None
+    orders: OrderSummary | None = None
     notes: tuple[str, ...] = ()
     """Limits and oddities a reader must know."""
 

@@ -1,4 +1,4 @@
-"""What earlier stages left behind about themselves, in the words of the report."""
+"""Metadata of a run for its report, from the markers that finished stages leave (``stages/NAME.json``) and the recipe."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from oar_scale.config.schema import (
     TableSource,
     WebDatasetSource,
 )
-from oar_scale.report.report_data import DataFacts, ModelFacts, RunFacts, StageRow
-from oar_scale.results.examples import TokenizerFacts
+from oar_scale.report.report_data import DataMetadata, ModelMetadata, RunMetadata, StageRow
+from oar_scale.results.examples import TokenizerMetadata
 from oar_scale.run.context import Run
 from oar_scale.storage import Missing, read_json
 
@@ -52,10 +52,10 @@ def stage_results(run: Run, name: str) -> Mapping[str, Any]:
     return results
 
 
-def run_facts(run: Run, markers: Mapping[str, Marker]) -> RunFacts:
+def run_metadata(run: Run, markers: Mapping[str, Marker]) -> RunMetadata:
     """When, where and with what; the machine and the software are those that the report is written with."""
     started = min((float(marker["started"]) for marker in markers.values()), default=time.time())
-    return RunFacts(
+    return RunMetadata(
         recipe_name=run.recipe.name,
         seed=run.recipe.seed,
         started=datetime.fromtimestamp(started),
@@ -67,12 +67,14 @@ def run_facts(run: Run, markers: Mapping[str, Marker]) -> RunFacts:
 
 
 def stage_rows(run: Run, markers: Mapping[str, Marker]) -> tuple[StageRow, ...]:
+    """A row for each finished stage: what it did, in how many seconds."""
     return tuple(_stage_row(run, name, float(marker["seconds"]), marker["results"]) for name, marker in markers.items())
 
 
-def data_facts(run: Run, results: Mapping[str, Any]) -> DataFacts:
+def data_metadata(run: Run, results: Mapping[str, Any]) -> DataMetadata:
+    """The images; ``results`` are those of the stage ``data``."""
     config, skipped = run.recipe.data, results.get("skipped", {})
-    return DataFacts(
+    return DataMetadata(
         source=_source(config.source),
         train_images=results["train"],
         heldout_images=results["heldout"],
@@ -99,37 +101,38 @@ def _source(source: Source) -> str:
 
 
 def _split(fraction: float, results: Mapping[str, Any]) -> str:
-    words = f"{fraction:.0%} of the names, by a hash of the name; a name is on one side only"
+    text = f"{fraction:.0%} of the names, by a hash of the name; a name is on one side only"
     variants = results.get("heldout_with_variant_in_train", 0)
     if variants:
-        words += (
+        text += (
             f". {variants} of the {results['heldout']} held-out images have a variant in training that differs in skin tone alone: "
             "they test combining what was seen, not drawing something new"
         )
-    return words
+    return text
 
 
-def tokenizer_facts(run: Run, results: Mapping[str, Any]) -> TokenizerFacts:
+def tokenizer_metadata(run: Run, results: Mapping[str, Any]) -> TokenizerMetadata:
     """Without pictures: what is known before anything was evaluated."""
-    return TokenizerFacts(
+    return TokenizerMetadata(
         origin=tokenizer_origin(run),
         grid=run.recipe.grid,
         codebook_size=results.get("codebook_size", run.recipe.tokenizer.image.codebook_size),
         codebook_use=results["codebook_use"],
         psnr_db=results["psnr_db"],
-        prompts=prompts_in_words(run, results),
+        prompts=describe_prompts(run, results),
         reconstruction_fd_efflite0=results.get("reconstruction_fd_efflite0"),
     )
 
 
-def model_facts(run: Run, results: Mapping[str, Any]) -> ModelFacts:
+def model_metadata(run: Run, results: Mapping[str, Any]) -> ModelMetadata:
+    """The model; ``results`` are those of the stage ``pretrain``."""
     model = run.recipe.model
     origin = f"the weights {model.weights}" if model.weights else "random initialisation"
-    return ModelFacts(results["parameters"], model.layers, model.dim, model.heads, origin)
+    return ModelMetadata(results["parameters"], model.layers, model.dim, model.heads, origin)
 
 
-def prompts_in_words(run: Run, results: Mapping[str, Any]) -> str:
-    """What the models are told about an image; ``results`` are the stage tokenizer's."""
+def describe_prompts(run: Run, results: Mapping[str, Any]) -> str:
+    """What the models are conditioned on, as a sentence; ``results`` are those of the stage ``tokenizer``."""
     match run.recipe.tokenizer.text:
         case SentencePieceConfig() as text:
             return f"captions, {results.get('text_pieces', '?')} SentencePiece tokens, at most {text.max_tokens} a caption"

@@ -14,7 +14,7 @@ Picture = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class TokenizerFacts:
+class TokenizerMetadata:
     """The image and text tokenizers, measured on held-out images."""
 
     origin: str
@@ -71,7 +71,7 @@ class OrderExample:
 
 
 @dataclass(frozen=True)
-class OrderFacts:
+class OrderSummary:
     """The orders extracted for the training images."""
 
     score: str

@@ -1,4 +1,4 @@
-"""What several stages read: codes with their captions, pictures, and a clear word where something is missing."""
+"""What several stages read of a run: codes with their captions, pictures, orders, models; an error names the stage that writes them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tokens:
     captions: list[str]
     codes_SN: NDArray[np.int64]
     prompts: list[Any]
-    """What the model is told about each image: its caption, label or features."""
+    """What the model is conditioned on for each image: its caption, label or features."""
 
 
 def require(run: Run, uri: str, stage: str) -> str:
@@ -105,14 +105,14 @@ def read_pictures(run: Run, split: str, keys: list[str]) -> list[Picture]:
     """
     folder = run.at("images", split)
     require(run, join(folder, "manifest.json"), "data")
-    found: list[str] = []
+    read_keys: list[str] = []
     pictures: list[Picture] = []
     for info in read_manifest(folder).shards:
-        if len(found) < len(keys):
+        if len(read_keys) < len(keys):
             for sample in read_shard(join(folder, info.name), run.cache, info):
-                found.append(sample["__key__"])
+                read_keys.append(sample["__key__"])
                 pictures.append(np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB")))
-    if found[: len(keys)] != keys:
+    if read_keys[: len(keys)] != keys:
         raise UserError(f"{folder}: these are not the images that the tokens were made from. Run the stage tokens again.")
     return pictures[: len(keys)]
 
@@ -131,10 +131,10 @@ def without_variant(run: Run, keys: list[str]) -> NDArray[np.bool_]:
 def read_train_orders(run: Run, train: Tokens) -> NDArray[np.uint16]:
     """The stored order [S, N] of every training image, the first one where it has several. Raises UserError where one is missing."""
     folder, start = run.at("tokens", "train"), 0
-    found: list[NDArray[np.uint16]] = []
+    orders: list[NDArray[np.uint16]] = []
     for info in read_manifest(folder).shards:
         uri = require(run, run.at("orders", "train", table_name(info.name)), "extract")
         keys = train.keys[start : start + info.samples]
-        found.append(join_orders(keys, read_orders(uri), shard=join(folder, info.name), cells=run.recipe.grid**2)[:, 0])
+        orders.append(join_orders(keys, read_orders(uri), shard=join(folder, info.name), cells=run.recipe.grid**2)[:, 0])
         start += info.samples
-    return np.concatenate(found)
+    return np.concatenate(orders)

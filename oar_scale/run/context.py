@@ -1,4 +1,4 @@
-"""A run: its recipe, and where its parts lie.
+"""A run: its recipe, and where its files are.
 
 ROOT  (folder or s3://)   images/ tokens/ tokenizers/ checkpoints/ models/ orders/ stages/
 LOCAL (folder)            recipe.yaml events/ figures/ evaluation.json report/index.html
@@ -25,7 +25,7 @@ OTHER_LAYOUT = "Choose model.layout instructed or dual for orders of images."
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe bound to its places."""
+    """A recipe together with the folders and the process that it runs in."""
 
     recipe: Recipe
     console: Console = field(default_factory=Console)
@@ -37,7 +37,7 @@ class Run:
     """Which of several processes this one is, where they share the extraction without Ray."""
 
     def at(self, *parts: str) -> str:
-        """A place in the run's storage."""
+        """A folder or object in the run's storage, absolute where it is a path."""
         root = self.recipe.root
         return join(root if root.startswith("s3://") else os.path.abspath(root), *parts)
 
@@ -47,14 +47,16 @@ class Run:
 
     @property
     def cache(self) -> str:
+        """The local folder where remote objects are cached."""
         return os.path.abspath(self.recipe.storage.cache_dir or self.local("cache"))
 
     @property
     def events(self) -> str:
+        """The local folder of the event files."""
         return self.local("events")
 
     def marker(self, stage: str) -> str:
-        """What a finished stage writes last, beside its results: in the storage, but for the stages whose results are local."""
+        """The file that a finished stage writes last, where its results are: in the storage, or in the local folder."""
         name = f"{stage}.json"
         return self.local("stages", name) if stage in STAGES and STAGES[stage].local else self.at("stages", name)
 
@@ -64,10 +66,12 @@ class Run:
 
     @property
     def vq_uri(self) -> str:
+        """The image tokenizer."""
         return self.at("tokenizers", "vq.safetensors")
 
     @property
     def text_uri(self) -> str:
+        """The SentencePiece model, where the recipe trains or takes one."""
         return self.at("tokenizers", "text.model")
 
     def model_uri(self, name: ModelName) -> str:

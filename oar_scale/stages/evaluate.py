@@ -41,9 +41,9 @@ from oar_scale.orders.analysis import neighbour_share
 from oar_scale.orders.order_files import run_files
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.registry import ModelName, model_label
-from oar_scale.report.run_metadata import prompts_in_words, stage_results, tokenizer_origin
+from oar_scale.report.run_metadata import describe_prompts, stage_results, tokenizer_origin
 from oar_scale.results.estimates import DistanceRow, NllTable
-from oar_scale.results.examples import EditExample, OrderExample, OrderFacts, Picture, SampleGrid, SampleRow, TokenizerFacts
+from oar_scale.results.examples import EditExample, OrderExample, OrderSummary, Picture, SampleGrid, SampleRow, TokenizerMetadata
 from oar_scale.run.artifacts import (
     Tokens,
     model_files,
@@ -291,10 +291,10 @@ def _edits(inputs: Inputs, results: Results) -> tuple[EditExample, ...]:
     )
 
 
-def _orders(run: Run, inputs: Inputs, results: Results) -> OrderFacts:
+def _orders(run: Run, inputs: Inputs, results: Results) -> OrderSummary:
     orders_SN, captions = inputs.orders_SN, inputs.train.captions
     steps = step_of_cell(torch.from_numpy(orders_SN[:ORDER_EXAMPLES].astype(np.int64)))
-    return OrderFacts(
+    return OrderSummary(
         score=run.recipe.extract.score,
         images=len(orders_SN),
         distinct=len(np.unique(orders_SN, axis=0)),
@@ -307,18 +307,18 @@ def _orders(run: Run, inputs: Inputs, results: Results) -> OrderFacts:
     )
 
 
-def _tokenizer(run: Run, inputs: Inputs) -> TokenizerFacts:
+def _tokenizer(run: Run, inputs: Inputs) -> TokenizerMetadata:
     originals = inputs.heldout_pictures
     decoded = decode_pictures(inputs.vq, torch.from_numpy(inputs.heldout.codes_SN))
     quality_S = psnr(*(pixels_to_unit(torch.from_numpy(np.stack(pictures))) for pictures in (originals, decoded)))
     measured = stage_results(run, "tokenizer")
-    return TokenizerFacts(
+    return TokenizerMetadata(
         origin=tokenizer_origin(run),
         grid=inputs.vq.spec.grid,
         codebook_size=inputs.vq.spec.codebook_size,
         codebook_use=codebook_use([torch.from_numpy(inputs.train.codes_SN)], inputs.vq.spec.codebook_size),
         psnr_db=float(quality_S.mean()),
-        prompts=prompts_in_words(run, measured),
+        prompts=describe_prompts(run, measured),
         reconstruction_fd_efflite0=measured.get("reconstruction_fd_efflite0"),
         originals=tuple(originals[:RECONSTRUCTIONS]),
         reconstructions=tuple(decoded[:RECONSTRUCTIONS]),

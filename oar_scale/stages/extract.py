@@ -32,22 +32,22 @@ def run_extract(run: Run) -> dict[str, Any]:
         cpu_threads=parallel.cpu_threads,
         cuda=config.gpus_per_actor > 0,
     )
-    total, found = read_manifest(job.tokens).samples, 0
+    total, done_before = read_manifest(job.tokens).samples, 0
     with run.log("extract") as log, run.console.progress(total, "orders") as tally:
 
         def progress(done: int, report: PoolReport) -> None:
-            nonlocal found
-            if not report.peak_actors:  # nobody has begun yet: this is what earlier pools have done
-                found = done
-            rate = (done - found) / (time.monotonic() - started)
+            nonlocal done_before
+            if not report.peak_actors:  # no actor has started yet: this is what earlier pools have done
+                done_before = done
+            rate = (done - done_before) / (time.monotonic() - started)
             counts = {"actors": report.actors, "retries": report.retries, "deaths": report.deaths, "late": report.stragglers}
             log.emit("pool", done=done, total=total, images_per_s=rate, **counts)
             tally.update(done)
 
         def event(kind: str, fields: Record) -> None:
             log.emit(kind, **fields)
-            if said := _words(kind, fields):
-                tally.note(said)
+            if message := _message(kind, fields):
+                tally.note(message)
 
         report = extract_all(
             job,
@@ -65,7 +65,7 @@ def run_extract(run: Run) -> dict[str, Any]:
     return {
         "images": total,
         "seconds": seconds,
-        "images_per_s": (total - found) / seconds,
+        "images_per_s": (total - done_before) / seconds,
         "actors": report.peak_actors,
         "actor_seconds": report.actor_seconds,
         "found": report.already_done,
@@ -76,8 +76,8 @@ def run_extract(run: Run) -> dict[str, Any]:
     }
 
 
-def _words(kind: str, fields: Record) -> str:
-    """What the console says of an event of the pool; nothing of those that everybody expects."""
+def _message(kind: str, fields: Record) -> str:
+    """The console's line about an event of the pool; empty for events that are part of every extraction."""
     match kind:
         case "retry":
             return f"{fields['shard']}: attempt {fields['attempt']} on another actor; {fields['error']}"

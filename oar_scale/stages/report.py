@@ -7,7 +7,7 @@ from typing import Any
 
 from oar_scale.config.loading import dump_recipe
 from oar_scale.evaluation.evaluation_record import Evaluation, load_evaluation
-from oar_scale.report import run_metadata as facts
+from oar_scale.report import run_metadata as metadata
 from oar_scale.report import write_report
 from oar_scale.report.report_data import ReportData, TrainingCurve, training_curve
 from oar_scale.run.context import Run
@@ -23,31 +23,31 @@ def run_report(run: Run) -> dict[str, Any]:
 
 def report_data(run: Run) -> ReportData:
     """Gather what the stages left."""
-    markers, found = facts.read_markers(run), load_evaluation(run.local())
+    markers, evaluation = metadata.read_markers(run), load_evaluation(run.local())
     results = {name: marker["results"] for name, marker in markers.items()}
     report = ReportData(
-        run=facts.run_facts(run, markers),
+        run=metadata.run_metadata(run, markers),
         recipe_yaml=dump_recipe(run.recipe),
-        stages=facts.stage_rows(run, markers),
-        data=facts.data_facts(run, results["data"]) if "data" in results else None,
-        tokenizer=facts.tokenizer_facts(run, results["tokenizer"]) if "tokenizer" in results else None,
-        model=facts.model_facts(run, results["pretrain"]) if "pretrain" in results else None,
+        stages=metadata.stage_rows(run, markers),
+        data=metadata.data_metadata(run, results["data"]) if "data" in results else None,
+        tokenizer=metadata.tokenizer_metadata(run, results["tokenizer"]) if "tokenizer" in results else None,
+        model=metadata.model_metadata(run, results["pretrain"]) if "pretrain" in results else None,
         curves=_curves(run),
-        notes=_notes(run, found),
+        notes=_notes(run, evaluation),
     )
-    if found is None:
+    if evaluation is None:
         return report
     return replace(
         report,
-        tokenizer=found.tokenizer,
-        pretrain=found.pretrain,
-        nll=found.nll,
-        nll_new=found.nll_new,
-        captions=found.captions,
-        distances=found.distances,
-        samples=found.samples,
-        edits=found.edits,
-        orders=found.orders,
+        tokenizer=evaluation.tokenizer,
+        pretrain=evaluation.pretrain,
+        nll=evaluation.nll,
+        nll_new=evaluation.nll_new,
+        captions=evaluation.captions,
+        distances=evaluation.distances,
+        samples=evaluation.samples,
+        edits=evaluation.edits,
+        orders=evaluation.orders,
     )
 
 
@@ -60,12 +60,12 @@ def _curves(run: Run) -> tuple[TrainingCurve, ...]:
     return tuple(curves)
 
 
-def _notes(run: Run, found: Evaluation | None) -> tuple[str, ...]:
+def _notes(run: Run, evaluation: Evaluation | None) -> tuple[str, ...]:
     """What a reader must know before quoting a number."""
     notes = ["One seed, one training run of each model: the errors given are those of the held-out images alone."]
     if not run.recipe.pipeline.control:
         notes.append("No control (pipeline.control: false): a gain over the any-order model may come from the further training alone.")
-    if found is not None and any(row.name.startswith("training images") for row in found.distances):
+    if evaluation is not None and any(row.name.startswith("training images") for row in evaluation.distances):
         notes.append(
             "Read the distances of the models by those of real training images, and of training images encoded and decoded: "
             "the best that these codes can do."

@@ -35,7 +35,7 @@ command()
 
 
 @pytest.mark.parametrize(("words", "code"), [("recipe smoke.yaml", 0), ("recipe none.yaml", 2), ("--version", 0), ("walk", 2)])
-def test_what_native_threads_do_at_the_end_does_not_change_the_exit_code(words: str, code: int) -> None:
+def test_native_threads_at_the_end_keep_the_exit_code(words: str, code: int) -> None:
     ended = subprocess.run([sys.executable, "-c", ENDS_BADLY, *words.split()], cwd=RECIPES, capture_output=True, text=True)
     assert ended.returncode == code, ended.stderr
     assert ended.stderr if code else ended.stdout.endswith("\n")

@@ -54,7 +54,7 @@ def test_every_leaf_knows_where_it_was_set() -> None:
     assert origins["seed"] == origins["finetune.random_share"] == "(default)"
 
 
-def test_setting_one_field_of_finetune_keeps_its_share_of_random_orders() -> None:
+def test_one_field_of_finetune_keeps_its_random_share() -> None:
     assert load_recipe(put("a.yaml", MINIMAL), ["finetune.steps=3"]).finetune.random_share == 0.1
 
 

@@ -122,7 +122,7 @@ def test_interrupted_training_leaves_no_process_and_resumes(finished: Path, tmp_
         _, errors = run.communicate()
     finally:
         run.kill()
-    assert run.returncode == 130 and "the same command goes on from here" in errors, errors[-3000:]
+    assert run.returncode == 130 and "run the same command again to resume" in errors, errors[-3000:]
     while _runs(worker):  # one that outlives the run ends this test by its time limit
         time.sleep(0.05)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

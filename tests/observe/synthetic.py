@@ -20,7 +20,7 @@ from oar_scale.results.estimates import (
     OrderName,
     PretrainEffect,
 )
-from oar_scale.results.examples import EditExample, OrderExample, OrderFacts, Picture, SampleGrid, SampleRow, TokenizerFacts
+from oar_scale.results.examples import EditExample, OrderExample, OrderSummary, Picture, SampleGrid, SampleRow, TokenizerMetadata
 
 GRID = 8
 
@@ -59,7 +59,7 @@ def nll_table(ordered_minus_control: float = -0.042) -> NllTable:
     )
 
 
-def orders(captions: Sequence[str], pictures: Sequence[Picture]) -> OrderFacts:
+def orders(captions: Sequence[str], pictures: Sequence[Picture]) -> OrderSummary:
     rows, columns = np.mgrid[:GRID, :GRID]
     rng = np.random.default_rng(3)
 
@@ -70,7 +70,7 @@ def orders(captions: Sequence[str], pictures: Sequence[Picture]) -> OrderFacts:
     examples = tuple(OrderExample(c, p, steps(3.5 + rng.normal(0, 1))) for c, p in zip(captions, pictures, strict=True))
     mean = np.mean([steps(3.5 + rng.normal(0, 1)) for _ in range(50)], axis=0)
     brute_force = "On 4 images the extracted orders equal those of brute force."
-    return OrderFacts("gt_logprob", 3557, 3549, mean, 0.463, 0.218, 148.2, examples, brute_force)
+    return OrderSummary("gt_logprob", 3557, 3549, mean, 0.463, 0.218, 148.2, examples, brute_force)
 
 
 def report(
@@ -83,7 +83,7 @@ def report(
     known = np.zeros((GRID, GRID), dtype=bool)
     known[:, : GRID // 2] = True
     return d.ReportData(
-        run=d.RunFacts(
+        run=d.RunMetadata(
             recipe_name="quickstart",
             seed=17,
             started=datetime(2026, 11, 22, 8, 30),
@@ -102,7 +102,7 @@ def report(
             d.StageRow("control", "trained on random orders", 117.1),
             d.StageRow("evaluate", "measured and sampled", 194.3),
         ),
-        data=d.DataFacts(
+        data=d.DataMetadata(
             source="OpenMoji 17.0.0, named by the package emoji",
             train_images=3557,
             heldout_images=396,
@@ -112,7 +112,7 @@ def report(
             bad_samples=2,
             bad_examples=("1f9ff: no caption", "2b1b: blank picture"),
         ),
-        tokenizer=TokenizerFacts(
+        tokenizer=TokenizerMetadata(
             "weights shipped with the recipe",
             GRID,
             512,
@@ -123,7 +123,7 @@ def report(
             tuple(blurred[:24]),
             reconstruction_fd_efflite0=187.65,
         ),
-        model=d.ModelFacts(3_412_480, 6, 192, 6, "the checkpoint shipped with the recipe (60 min on 2 cores)"),
+        model=d.ModelMetadata(3_412_480, 6, 192, 6, "the checkpoint shipped with the recipe (60 min on 2 cores)"),
         curves=(
             d.TrainingCurve("tokenizer", curve("tokenizer", 2000, 0.4, 0.05).loss, "reconstruction loss"),
             curve("pretrain", 60, 3.9, 3.5),

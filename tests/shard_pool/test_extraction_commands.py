@@ -11,7 +11,7 @@ import pytest
 from small_run import copy_run, prepare_small_run, small_recipe
 
 from oar_scale.cli import main
-from oar_scale.cli.extract import _place
+from oar_scale.cli.extract import _array_task
 from oar_scale.commands.extraction_verify import verify_order_tables
 from oar_scale.config.loading import dump_recipe
 from oar_scale.data.manifest import read_manifest
@@ -107,17 +107,17 @@ def test_looking_brings_neither_torch_nor_ray(recipe_file: str, what: str) -> No
 
 
 def test_the_place_in_an_array_is_given_or_slurms(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _place("3/8") == (3, 8)
+    assert _array_task("3/8") == (3, 8)
     for name, value in (("SLURM_ARRAY_TASK_ID", "11"), ("SLURM_ARRAY_TASK_COUNT", "4"), ("SLURM_ARRAY_TASK_MIN", "10")):
         monkeypatch.setenv(name, value)
-    assert _place("") == (1, 4)
+    assert _array_task("") == (1, 4)
 
 
 def test_a_place_that_is_none_is_refused(recipe_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     for given in ("4/4", "x/2", "1"):
         with pytest.raises(UserError, match="I/N is needed, with I from 0 to N - 1"):
-            _place(given)
+            _array_task(given)
     assert main(["extract", recipe_file, "--array"]) == 2
     assert "SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT are not set" in capsys.readouterr().err
 

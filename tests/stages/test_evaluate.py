@@ -211,7 +211,7 @@ def test_two_processes_find_the_same_numbers_as_one(evaluated: Run, copied: Call
         (0, {"workers": 4, "cpu_threads": 2}, ["cpu"] * 2),
     ],
 )
-def test_there_is_a_process_for_each_gpu_of_the_machine_or_for_its_cores(
+def test_evaluation_has_a_process_for_each_gpu_or_core_group(
     gpus: int, parallel: dict[str, int], devices: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -235,7 +235,7 @@ def test_report_has_the_numbers_and_pictures_of_the_evaluation(evaluated: Run) -
     assert page.count("data:image/png;base64,") > 30
 
 
-def test_report_of_a_run_that_has_only_begun_says_what_is_missing(tmp_path: Path) -> None:
+def test_report_of_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     page = Path(run_report(Run(recipe(tmp_path), Console(io.StringIO())))["path"]).read_text()
     for section in ("samples", "held-out likelihoods", "distances", "extracted orders", "training curves", "data"):
         assert MISSING.format(section) in page
@@ -273,7 +273,7 @@ def test_missing_input_names_the_stage_that_makes_it(copied: Callable[..., Run],
         run_evaluate(run)
 
 
-def test_images_that_share_one_caption_are_evaluated_without_shuffling(copied: Callable[..., Run]) -> None:
+def test_images_of_one_caption_are_evaluated_unshuffled(copied: Callable[..., Run]) -> None:
     run = copied(evaluate={"nll_images": 8, "feature_images": 8}, tokenizer={"image": {"codebook_size": 32}, "text": {"max_tokens": 1}})
     train_text_tokenizer(["a"] * 10, 64, 1).save(run.text_uri)
     for name in ("base", "any_order", "control", "ordered"):

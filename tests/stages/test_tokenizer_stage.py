@@ -17,7 +17,7 @@ from oar_scale.observe.console import Console
 from oar_scale.observe.events import read_events
 from oar_scale.report import render_report
 from oar_scale.report.report_data import ReportData
-from oar_scale.report.run_metadata import run_facts, tokenizer_facts
+from oar_scale.report.run_metadata import run_metadata, tokenizer_metadata
 from oar_scale.run.context import Run
 from oar_scale.stages.data import run_data
 from oar_scale.stages.tokenizer import read_images, run_tokenizer
@@ -44,7 +44,7 @@ def prepared(folder: Path, **image: Any) -> tuple[Run, io.StringIO]:
     return run, said
 
 
-def test_held_out_quality_is_returned_said_and_handed_to_the_report(tmp_path: Path) -> None:
+def test_held_out_quality_is_returned_printed_and_reported(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     run, said = prepared(tmp_path, training={"steps": 25, "batch": 8, "adversarial_weight": 0.1, "adversarial_from_step": 2})
     found = run_tokenizer(run)
@@ -54,15 +54,15 @@ def test_held_out_quality_is_returned_said_and_handed_to_the_report(tmp_path: Pa
     assert found["reconstruction_fd_efflite0"] == pytest.approx(again, rel=0.02)  # rounding to pixels in between
     assert f"reconstruction fd_efflite0 {found['reconstruction_fd_efflite0']:.2f} on {len(images)} held-out images" in said.getvalue()
     assert "FID" not in said.getvalue().replace("not rFID", "")
-    facts = tokenizer_facts(run, found)
-    assert (facts.codebook_size, facts.reconstruction_fd_efflite0) == (32, found["reconstruction_fd_efflite0"])
-    html = render_report(ReportData(run_facts(run, {}), "", tokenizer=facts))
+    metadata = tokenizer_metadata(run, found)
+    assert (metadata.codebook_size, metadata.reconstruction_fd_efflite0) == (32, found["reconstruction_fd_efflite0"])
+    html = render_report(ReportData(run_metadata(run, {}), "", tokenizer=metadata))
     assert f"{found['reconstruction_fd_efflite0']:.2f} between all held-out images and their reconstructions" in html
     steps = [event for event in read_events(run.events, "tokenizer") if event["kind"] == "vq"]
     assert "discriminator" in steps[-1] and "psnr" in steps[-1]
 
 
-def test_without_the_extra_eval_the_rest_is_measured_and_the_remedy_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_eval_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     perceptual.load_network.cache_clear()
     run, said = prepared(tmp_path, training={"steps": 2, "batch": 4})

@@ -41,7 +41,7 @@ def test_weights_of_another_shape_are_refused_by_field(run: Run, tmp_path: Path)
         _write_base(starting_from(run, tmp_path / "model.safetensors", layers=3))
 
 
-def test_without_pretraining_the_given_weights_are_the_any_order_model(run: Run, tmp_path: Path) -> None:
+def test_without_pretraining_given_weights_are_the_model(run: Run, tmp_path: Path) -> None:
     torch.manual_seed(2)
     peer = AnyOrderModel(load_model(run.model_uri("base")).spec)
     save_model(str(tmp_path / "peer.safetensors"), peer)
@@ -53,6 +53,6 @@ def test_without_pretraining_the_given_weights_are_the_any_order_model(run: Run,
     assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in taken.items())
 
 
-def test_nothing_to_pretrain_and_nothing_to_start_with_is_refused(tmp_path: Path) -> None:
+def test_no_pretraining_and_no_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there has to be a trained any-order model.*\n.*model\.weights"):
         small_recipe(str(tmp_path), pretrain={"steps": 0})
