@@ -36,10 +36,12 @@ class TrainingJob:
 
     @property
     def checkpoints(self) -> str:
+        """Where the stage's checkpoints are committed."""
         return join(self.root, "checkpoints", self.stage)
 
     @property
     def cache(self) -> str:
+        """Local copies of remote files."""
         return self.recipe.storage.cache_dir or join(self.local, "cache")
 
     @property

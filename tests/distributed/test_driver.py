@@ -36,9 +36,10 @@ def driver(tmp_path: Path) -> TrainingDriver:
 
 
 @pytest.mark.parametrize(
-    "cause", [Requeue(stop_request.GROW), RuntimeError("Connection closed by peer")], ids=["they leave to grow", "one died"]
+    "cause", [Requeue(stop_request.GROW), RuntimeError("Connection closed by peer")], ids=["they stop to grow", "one died"]
 )
-def test_a_signal_that_the_workers_did_not_hear_of_ends_the_run_and_no_others_are_started(driver: TrainingDriver, cause: Exception) -> None:
+def test_a_signal_that_no_worker_saw_ends_the_run(driver: TrainingDriver, cause: Exception) -> None:
+    """No other worker group is started."""
     driver._retry_or_raise(Failed(cause))
     driver._signals.reason = "SIGUSR1"
     with pytest.raises(Requeue, match="SIGUSR1"):
@@ -75,7 +76,7 @@ def test_a_ray_that_ends_by_the_same_signal_is_no_error(driver: TrainingDriver, 
         driver._fit(1)
 
 
-def test_what_the_workers_died_of_is_written_down_though_a_signal_came(driver: TrainingDriver, tmp_path: Path) -> None:
+def test_the_cause_of_a_failure_is_recorded_despite_a_signal(driver: TrainingDriver, tmp_path: Path) -> None:
     driver._signals.reason = "SIGTERM"
     with pytest.raises(Requeue):
         driver._retry_or_raise(Failed(RuntimeError("Connection closed by peer")))
@@ -83,7 +84,7 @@ def test_what_the_workers_died_of_is_written_down_though_a_signal_came(driver: T
     assert event["kind"] == "worker_failure" and "Connection closed" in event["cause"]
 
 
-def test_a_signal_is_passed_on_after_a_look_at_the_cluster_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_is_passed_on_after_a_failed_capacity_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_request, "CAPACITY_POLL_S", 0.0)
     looked, rung = threading.Event(), threading.Event()
     heard: list[str] = []

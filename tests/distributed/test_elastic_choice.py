@@ -26,10 +26,10 @@ def test_only_numbers_that_divide_streams_and_batch_are_used() -> None:
 
 
 @given(st.integers(0, 40))
-def test_the_choice_fits_into_the_room_or_is_the_smallest(room: int) -> None:
+def test_the_choice_fits_the_capacity_or_is_the_smallest(capacity: int) -> None:
     counts = recipe({"min": 2, "max": 24}).worker_counts()
-    chosen = choose_workers(recipe({"min": 2, "max": 24}), room)
-    assert chosen == max((count for count in counts if count <= room), default=2)
+    chosen = choose_workers(recipe({"min": 2, "max": 24}), capacity)
+    assert chosen == max((count for count in counts if count <= capacity), default=2)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_what_does_not_go_together_is_said(parallel: dict[str, Any], named: str)
 
 
 @pytest.mark.parametrize(
-    ("parallel", "room"),
+    ("parallel", "capacity"),
     [
         ({}, 2 + 96 + 96 + 8),
         ({"gpus_per_worker": 1}, 8 + 8 + 4),
@@ -63,7 +63,7 @@ def test_what_does_not_go_together_is_said(parallel: dict[str, Any], named: str)
         ({"gpus_per_worker": 1, "gpu_type": "L4", "placement": "STRICT_SPREAD"}, 1),
     ],
 )
-def test_room_is_counted_on_the_nodes_that_a_recipe_takes_and_as_it_places_its_workers(parallel: dict[str, Any], room: int) -> None:
+def test_capacity_follows_node_types_and_placement(parallel: dict[str, Any], capacity: int) -> None:
     h100 = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
     nodes = [{"CPU": 2.0}, h100, h100, {"CPU": 8.0, "GPU": 4.0, "accelerator_type:L4": 1.0}]
-    assert capacity_of(nodes, ParallelConfig.model_validate(parallel)) == room
+    assert capacity_of(nodes, ParallelConfig.model_validate(parallel)) == capacity

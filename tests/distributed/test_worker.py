@@ -119,7 +119,8 @@ def test_each_stage_of_zero_trains_as_a_single_process_does(still: Run, tmp_path
         assert max(float((tensor - averaged[name]).abs().max()) for name, tensor in tensors.items()) < 1e-5, shape
 
 
-def test_what_a_stage_leaves_is_the_average_of_the_weights_where_one_is_kept(still: Run, tmp_path: Path) -> None:
+def test_a_stage_exports_the_average_where_one_is_kept(still: Run, tmp_path: Path) -> None:
+    """The average of the weights, that is."""
     plain = copy_run(still, str(tmp_path / "plain"), **STILL)
     kept = copy_run(still, str(tmp_path / "kept"), **STILL, pretrain={"ema_decay": 0.9})
     for run in (plain, kept):
@@ -130,8 +131,8 @@ def test_what_a_stage_leaves_is_the_average_of_the_weights_where_one_is_kept(sti
     assert last["nll_ema"] != last["nll_random"]
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_with_the_same_model(prepared: Run, undisturbed: Run, tmp_path: Path) -> None:
-    """They are killed in the sixth step, which would last for ever: ten steps might be over before anybody kills."""
+def test_a_killed_run_resumes_and_ends_with_the_same_model(prepared: Run, undisturbed: Run, tmp_path: Path) -> None:
+    """They are killed in the sixth step, which never ends: ten steps might be over before anybody kills."""
     run = copy_run(prepared, str(tmp_path))
     job = pretraining(run)
     workers = start_workers(stuck, 2, job, 5)
@@ -164,7 +165,7 @@ def test_five_steps_and_a_signal_and_five_steps_are_ten_steps(prepared: Run, und
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_a_batch_without_a_finite_gradient_is_left_out_and_named(prepared: Run, tmp_path: Path, zero_stage: int) -> None:
+def test_a_batch_without_a_finite_gradient_is_skipped_and_named(prepared: Run, tmp_path: Path, zero_stage: int) -> None:
     parallel = {"precision": "fp32" if zero_stage == 0 else "bf16", "zero_stage": zero_stage}
     run = copy_run(prepared, str(tmp_path), parallel=parallel)
     run_workers(poisoned_at, 2, pretraining(run), (3, 7))
@@ -185,7 +186,7 @@ def test_too_many_such_batches_end_the_stage(prepared: Run, tmp_path: Path) -> N
     assert len(events(run, "non_finite")) == 2
 
 
-def test_a_spike_is_taken_back_and_its_batches_are_left_out(prepared: Run, tmp_path: Path) -> None:
+def test_a_spike_is_rolled_back_and_its_batches_are_skipped(prepared: Run, tmp_path: Path) -> None:
     """A leap uphill at step 27 spoils what follows; with the guard the run goes back and past it."""
     training = {"steps": 36, "spike_guard": "rollback", "checkpoint_every": 5, "evaluate_every": 100}
     run = copy_run(prepared, str(tmp_path), pretrain=training)
@@ -249,7 +250,7 @@ def stuck(job: TrainingJob, step: int) -> None:
     train_worker(job)
 
 
-def test_workers_that_do_not_move_write_down_their_stacks_and_end(prepared: Run, tmp_path: Path) -> None:
+def test_hung_workers_write_their_stacks_and_exit(prepared: Run, tmp_path: Path) -> None:
     run = copy_run(prepared, str(tmp_path), parallel={"hang_timeout_s": 20})  # nothing else takes so long, not on a busy machine either
     workers = start_workers(stuck, 2, pretraining(run), 4)
     for worker in workers:
