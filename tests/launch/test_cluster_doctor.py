@@ -134,6 +134,7 @@ import json, sys, time
 from oar_scale.config.loading import load_recipe
 from oar_scale.doctor import node_checks
 
+node_checks.GROUP_S = 3600.0  # a worker that waited for this would outlast the test
 rank, port, late = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 if rank == 1:
     now = time.time
@@ -174,9 +175,8 @@ def test_a_wrong_clock_and_a_storage_not_shared_are_reported(tmp_path: Path) -> 
 def test_a_storage_that_cannot_be_written_is_reported_at_once(tmp_path: Path) -> None:
     """A file where the folder should be stops root as well."""
     (tmp_path / "run").touch()
-    began = time.monotonic()
     said, other = between_two(0, *[recipe(tmp_path)] * 2)
-    assert other.strip() == "[]" and time.monotonic() - began < GROUP_S / 2
+    assert other.strip() == "[]"
     assert f"FAIL shared storage: {tmp_path}/run: n0 cannot write there (UserError: {tmp_path}/run/" in said
     assert "set storage.root to s3://" in said
 
