@@ -69,9 +69,8 @@ def test_json_says_the_same_as_the_lines(recipe: str, capsys: pytest.CaptureFixt
     assert str(findings[2]) == lines[2]
 
 
-def test_storage_that_cannot_be_written_fails_and_names_the_folder_and_the_remedy(
-    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unwritable_storage_fails_with_folder_and_remedy(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Storage that cannot be written fails and names the folder and the remedy."""
     (tmp_path / "file").write_text("not a folder")
     root = str(tmp_path / "file" / "store")
     assert main(["doctor", recipe, "-o", f"storage.root={root}", "--json"]) == 1
@@ -202,7 +201,8 @@ def test_wandb_online_without_a_key_is_a_warning(monkeypatch: pytest.MonkeyPatch
     assert with_key.status == "ok"
 
 
-def test_a_missing_compiler_is_a_warning_with_the_package_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_compiler_warns_with_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A missing compiler is a warning with the package to install."""
     from oar_scale.doctor.machine import compilation
 
     monkeypatch.setenv("PATH", str(tmp_path))

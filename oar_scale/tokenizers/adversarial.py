@@ -34,7 +34,9 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        return self.layers(images_B3HW)  # type: ignore[no-any-return]
+        """Logits [B, 1, h, w]; above 0 a patch looks real."""
+        logits_B1hw: Tensor = self.layers(images_B3HW)
+        return logits_B1hw
 
 
 class Adversary:
@@ -47,7 +49,8 @@ class Adversary:
     def verdict(self, reconstructed_B3HW: Tensor) -> Tensor:
         """-D(y), what the tokenizer minimises; the discriminator itself gets no gradient."""
         self.discriminator.requires_grad_(False)
-        return -self.discriminator(reconstructed_B3HW).mean()  # type: ignore[no-any-return]
+        score: Tensor = -self.discriminator(reconstructed_B3HW).mean()
+        return score
 
     def learn(self, images_B3HW: Tensor, reconstructed_B3HW: Tensor, lr: float) -> float:
         """One step of the discriminator; returns its loss (1 when it knows nothing, 0 when nothing fools it)."""
@@ -71,4 +74,5 @@ def adaptive_weight(image_loss: Tensor, adversarial_loss: Tensor, last_weight: T
     """How much larger the gradient of ``image_loss`` is at ``last_weight``; a constant for the optimizer."""
     (image,) = torch.autograd.grad(image_loss, last_weight, retain_graph=True)
     (adversarial,) = torch.autograd.grad(adversarial_loss, last_weight, retain_graph=True)
-    return (image.norm() / (adversarial.norm() + 1e-6)).clamp(max=MAX_ADAPTIVE).detach()  # type: ignore[no-any-return]
+    weight: Tensor = (image.norm() / (adversarial.norm() + 1e-6)).clamp(max=MAX_ADAPTIVE).detach()
+    return weight

@@ -92,7 +92,8 @@ class ClipText:
             features, present = tokens_BTF, present_BT
         else:
             features, present = pooled_BF.unsqueeze(1), present_BT.any(1, keepdim=True)
-        return features.masked_fill(~present.unsqueeze(-1), 0).to(device)  # type: ignore[no-any-return]
+        features_BTF: Tensor = features.masked_fill(~present.unsqueeze(-1), 0).to(device)
+        return features_BTF
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ClipText:
         """Move the tower, in place, and return it; ``dtype`` changes its precision as well."""
@@ -197,17 +198,17 @@ def _read(path: str, weights: str, wanted: Sequence[str]) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as file:
                 names = _text_names(list(file.keys()), wanted)
                 return {name: file.get_tensor(stored).float() for name, stored in names.items()}
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
             f"{weights}: not a checkpoint that can be read without running code from it ({_first_line(error)}). "
             "Save the model's state_dict() with safetensors or torch.save, and name that file."
         ) from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise UserError(f"{weights}: holds a {type(found).__name__}, not a state dict. Save the model's state_dict() and name that file.")
-    names = _text_names([name for name, value in found.items() if isinstance(value, Tensor)], wanted)
-    return {name: found[stored].to(torch.float32, copy=True) for name, stored in names.items()}
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{weights}: holds a {type(content).__name__}, not a state dict. Save the model's state_dict() and name that file.")
+    names = _text_names([name for name, value in content.items() if isinstance(value, Tensor)], wanted)
+    return {name: content[stored].to(torch.float32, copy=True) for name, stored in names.items()}
 
 
 def _text_names(stored: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
@@ -222,14 +223,14 @@ def _text_names(stored: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
     return {name: original for name, original in bare.items() if name.split(".")[0] in parts}
 
 
-def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+def _check(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
     """The tensors are those of the tower, all of them and no other.
 
     Raises:
         UserError: names the first that differs, and both shapes.
     """
-    for name in [*wanted, *found]:
-        has, needs = (str(tuple(side[name].shape)) if name in side else "absent" for side in (found, wanted))
+    for name in [*wanted, *stored]:
+        has, needs = (str(tuple(side[name].shape)) if name in side else "absent" for side in (stored, wanted))
         if has != needs:
             raise UserError(
                 f"{what}: tensor {name} is {has} in the weights and {needs} in the text tower. "

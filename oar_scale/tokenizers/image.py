@@ -38,10 +38,13 @@ class TokenizerSpec(BaseModel):
 
 
 class Codebook(Protocol):
-    """The bottleneck: which entry stands for a latent vector, and back."""
+    """The bottleneck: from latent vectors to indices of codebook entries, and back."""
 
-    def codes(self, latent_BCGG: Tensor) -> Tensor: ...
-    def lookup(self, codes_BN: Tensor) -> Tensor: ...
+    def codes(self, latent_BCGG: Tensor) -> Tensor:
+        """Codes [B, N] in raster order."""
+
+    def lookup(self, codes_BN: Tensor) -> Tensor:
+        """Codebook vectors [B, C, G, G] of codes in raster order."""
 
 
 class ImageTokenizer(nn.Module, ABC):
@@ -105,11 +108,11 @@ NAMED_FAULTS = 3
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], where: str) -> None:
     """Raise one UserError that names the first tensors that are missing, unexpected or of another shape."""
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     faults = [
-        f"tensor {name} is {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
-        for name in sorted(found.keys() | expected.keys())
-        if found.get(name) != expected.get(name)
+        f"tensor {name} is {shapes.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+        for name in sorted(shapes.keys() | expected.keys())
+        if shapes.get(name) != expected.get(name)
     ]
     if faults:
         more = f"\n  and {len(faults) - NAMED_FAULTS} more" if len(faults) > NAMED_FAULTS else ""
@@ -117,4 +120,5 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
 
 
 def group_norm(width: int) -> nn.GroupNorm:
+    """Group normalisation as both kinds of tokenizer use it: 32 groups."""
     return nn.GroupNorm(32, width, eps=1e-6)

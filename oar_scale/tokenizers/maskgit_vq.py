@@ -18,6 +18,8 @@ from oar_scale.tokenizers.image import ImageTokenizer, TokenizerSpec, group_norm
 
 
 class MaskGITSpec(TokenizerSpec):
+    """A tokenizer of MaskGIT's kind; the defaults are the ImageNet one."""
+
     codebook_size: int = 1024
 
     @property
@@ -27,7 +29,7 @@ class MaskGITSpec(TokenizerSpec):
 
 
 class MaskGITVQ(ImageTokenizer):
-    """Encoder, codebook and decoder. Weights are imported (``conversion.import_maskgit_vq``), not trained here."""
+    """Encoder, codebook and decoder. Weights are imported (``peer_vq.import_maskgit_vq``), not trained here."""
 
     kind = "maskgit vq"
     spec: MaskGITSpec
@@ -41,10 +43,14 @@ class MaskGITVQ(ImageTokenizer):
         self.quantize = EuclideanQuantizer(spec.codebook_size, spec.latent_channels)
 
     def latent(self, images_B3HW: Tensor) -> Tensor:
-        return self.encoder((images_B3HW + 1) / 2)  # type: ignore[no-any-return]
+        """See :meth:`ImageTokenizer.latent`; the port's encoder takes images in [0, 1]."""
+        latent_BCGG: Tensor = self.encoder((images_B3HW + 1) / 2)
+        return latent_BCGG
 
     def pixels(self, latent_BCGG: Tensor) -> Tensor:
-        return self.decoder(latent_BCGG) * 2 - 1  # type: ignore[no-any-return]
+        """See :meth:`ImageTokenizer.pixels`; the port's decoder gives images in [0, 1]."""
+        images: Tensor = self.decoder(latent_BCGG) * 2 - 1
+        return images
 
 
 class EuclideanQuantizer(nn.Module):
@@ -65,7 +71,8 @@ class EuclideanQuantizer(nn.Module):
     def lookup(self, codes_BN: Tensor) -> Tensor:
         """Codebook vectors [B, C, G, G] of codes in raster order."""
         grid = round(codes_BN.shape[1] ** 0.5)
-        return self.embedding(codes_BN).transpose(1, 2).unflatten(2, (grid, grid))  # type: ignore[no-any-return]
+        vectors_BCGG: Tensor = self.embedding(codes_BN).transpose(1, 2).unflatten(2, (grid, grid))
+        return vectors_BCGG
 
 
 class MaskGITEncoder(nn.Module):
@@ -76,13 +83,14 @@ class MaskGITEncoder(nn.Module):
         widths = [spec.channels * m for m in spec.multipliers]
         self.conv_in = convolution(3, spec.channels)
         self.down = nn.ModuleList(
-            Blocks(before, out, spec.res_blocks) for before, out in zip([spec.channels, *widths], widths, strict=False)
+            MaskGITBlocks(before, out, spec.res_blocks) for before, out in zip([spec.channels, *widths], widths, strict=False)
         )
         self.mid = residual_blocks(widths[-1], widths[-1], spec.res_blocks)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], spec.latent_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] to features [B, latent_channels, G, G]."""
         x = self.conv_in(x)
         for level, blocks in enumerate(self.down):
             x = blocks(x)
@@ -90,7 +98,8 @@ class MaskGITEncoder(nn.Module):
                 x = F.avg_pool2d(x, 2)
         for block in self.mid:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        output: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return output
 
 
 class MaskGITDecoder(nn.Module):
@@ -103,20 +112,22 @@ class MaskGITDecoder(nn.Module):
         self.mid = residual_blocks(widths[-1], widths[-1], spec.res_blocks)
         befores = [*widths[1:], widths[-1]]
         levels = enumerate(zip(befores, widths, strict=True))
-        self.up = nn.ModuleList(Blocks(before, out, spec.res_blocks, upsampled=level > 0) for level, (before, out) in levels)
+        self.up = nn.ModuleList(MaskGITBlocks(before, out, spec.res_blocks, upsampled=level > 0) for level, (before, out) in levels)
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features [B, latent_channels, G, G] to images [B, 3, H, W], nominally in [0, 1]."""
         x = self.conv_in(x)
         for block in self.mid:
             x = block(x)
         for blocks in reversed(self.up):
             x = blocks(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        output: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return output
 
 
-class Blocks(nn.Module):
+class MaskGITBlocks(nn.Module):
     """The residual blocks of one resolution, then twice the side where asked."""
 
     def __init__(self, width: int, out: int, count: int, *, upsampled: bool = False) -> None:
@@ -125,6 +136,7 @@ class Blocks(nn.Module):
         self.upsample_conv = nn.Conv2d(out, out, 3, padding=1) if upsampled else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features of one resolution to those of the next one."""
         for block in self.block:
             x = block(x)
         if self.upsample_conv is not None:
@@ -145,14 +157,18 @@ class MaskGITResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(out, out, 1, bias=False) if width != out else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features [B, width, H, W] to [B, out, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))  # type: ignore[no-any-return]
+        output: Tensor = h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
+        return output
 
 
 def residual_blocks(width: int, out: int, count: int) -> nn.ModuleList:
+    """Residual blocks in a row; the first one changes the width."""
     return nn.ModuleList(MaskGITResBlock(width if index == 0 else out, out) for index in range(count))
 
 
 def convolution(width: int, out: int) -> nn.Conv2d:
+    """A 3 x 3 convolution without bias."""
     return nn.Conv2d(width, out, 3, padding=1, bias=False)

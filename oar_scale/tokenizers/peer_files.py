@@ -40,7 +40,7 @@ class PeerFile(NamedTuple):
 
     tensors: dict[str, Tensor]
     where: str
-    """The file, for errors; says what was taken off its names."""
+    """The file, for errors; names the prefix that was removed from its tensor names."""
     settings: dict[str, Any]
     """The training's command line, where the file has it (``args``)."""
 
@@ -54,9 +54,9 @@ def read_peer_file(uri: str) -> PeerFile:
     Raises:
         UserError: no such file, a damaged one, one that could run code, or one without a state dict.
     """
-    found = _content(uri)
-    settings = found.get("args", {}) if isinstance(found, dict) else {}
-    tensors = _state_dict(found, uri)
+    content = _content(uri)
+    settings = content.get("args", {}) if isinstance(content, dict) else {}
+    tensors = _state_dict(content, uri)
     prefix = ""
     while step := next((each for each in _PREFIXES if all(name.startswith(prefix + each) for name in tensors)), None):
         prefix += step
@@ -114,22 +114,24 @@ def _fault(error: Exception) -> str:
             f"asks for {refused[1]}, and reading that would run code from the file. "
             "Where you trust its author, load it there and save its state_dict() as safetensors."
         )
-    # torch opens with the advice to switch the protection off, which is the one thing not to do.
+    # torch opens with the advice to switch the protection off, which must not be done.
     advice = ("Weights only load failed", "Please file an issue")
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(advice)]
     first = lines[0] if lines else type(error).__name__
     return f"not a checkpoint that torch.load reads: damaged, cut off, or another kind of file ({first[:200]}). Copy it again."
 
 
-def _state_dict(found: Any, uri: str) -> dict[str, Tensor]:
-    for _ in range(_DEEPEST):  # a file may nest, but not without end
-        inner = next((found[key] for key in _WRAPPINGS if isinstance(found.get(key), dict)), None) if isinstance(found, dict) else None
+def _state_dict(content: Any, uri: str) -> dict[str, Tensor]:
+    for _ in range(_DEEPEST):  # wrappings may be nested, to a bounded depth
+        inner = (
+            next((content[key] for key in _WRAPPINGS if isinstance(content.get(key), dict)), None) if isinstance(content, dict) else None
+        )
         if inner is None:
             break
-        found = inner
-    entries = found if isinstance(found, dict) else {}
+        content = inner
+    entries = content if isinstance(content, dict) else {}
     tensors = {name: value for name, value in entries.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        holds = ", ".join(map(str, list(entries)[:6])) or ("nothing" if isinstance(found, dict) else f"a {type(found).__name__}")
+        holds = ", ".join(map(str, list(entries)[:6])) or ("nothing" if isinstance(content, dict) else f"a {type(content).__name__}")
         raise UserError(f"{uri}: has no model's tensors, only {holds}. Name the file that holds the model's state dict.")
     return tensors

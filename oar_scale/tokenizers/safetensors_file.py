@@ -87,5 +87,5 @@ def _check_kind(uri: str, kind: str, *kinds: str) -> None:
 
 def _metadata(data: bytes) -> dict[str, str]:
     size = int.from_bytes(data[:8], "little")
-    found = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    return dict(json.loads(found.get(ENTRY, "{}")))
+    entries = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return dict(json.loads(entries.get(ENTRY, "{}")))

@@ -45,6 +45,7 @@ class TextTokenizer:
         return ids_BT
 
     def save(self, uri: str) -> None:
+        """Write the SentencePiece ``.model`` file."""
         open_storage(uri).write(uri, self.model)
 
     @classmethod

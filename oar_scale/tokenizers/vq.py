@@ -43,7 +43,7 @@ class Quantized(NamedTuple):
     """Codebook loss + commitment x commitment loss."""
 
 
-class Quantizer(nn.Module):
+class CosineQuantizer(nn.Module):
     """Nearest codebook entry by cosine similarity."""
 
     def __init__(self, size: int, dim: int) -> None:
@@ -65,9 +65,11 @@ class Quantizer(nn.Module):
         """Codebook vectors [B, C, G, G] of codes in raster order."""
         grid = round(codes_BN.shape[1] ** 0.5)
         vectors_BNC = F.normalize(self.embedding(codes_BN).float(), dim=-1).to(self.embedding.weight.dtype)
-        return vectors_BNC.transpose(1, 2).unflatten(2, (grid, grid))  # type: ignore[no-any-return]
+        vectors_BCGG: Tensor = vectors_BNC.transpose(1, 2).unflatten(2, (grid, grid))
+        return vectors_BCGG
 
     def forward(self, latent_BCGG: Tensor, commitment: float) -> Quantized:
+        """Quantise an encoder's output [B, C, G, G] for training: straight-through gradient, codebook and commitment loss."""
         codes_BN = self.codes(latent_BCGG)
         chosen = self.lookup(codes_BN)
         latent = F.normalize(latent_BCGG, dim=1)
@@ -76,26 +78,30 @@ class Quantizer(nn.Module):
 
 
 class VQTokenizer(ImageTokenizer):
-    """Encoder, codebook and decoder."""
+    """VQEncoder, codebook and decoder."""
 
     kind = "vq"
     spec: VQSpec
-    quantize: Quantizer
+    quantize: CosineQuantizer
 
     def __init__(self, spec: VQSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.encoder = Encoder(spec)
-        self.quantize = Quantizer(spec.codebook_size, spec.codebook_dim)
+        self.encoder = VQEncoder(spec)
+        self.quantize = CosineQuantizer(spec.codebook_size, spec.codebook_dim)
         self.quant_conv = nn.Conv2d(spec.latent_channels, spec.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(spec.codebook_dim, spec.latent_channels, 1)
-        self.decoder = Decoder(spec)
+        self.decoder = VQDecoder(spec)
 
     def latent(self, images_B3HW: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(images_B3HW))  # type: ignore[no-any-return]
+        """See :meth:`ImageTokenizer.latent`; C is ``codebook_dim``."""
+        latent_BCGG: Tensor = self.quant_conv(self.encoder(images_B3HW))
+        return latent_BCGG
 
     def pixels(self, latent_BCGG: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latent_BCGG))  # type: ignore[no-any-return]
+        """See :meth:`ImageTokenizer.pixels`."""
+        images_B3HW: Tensor = self.decoder(self.post_quant_conv(latent_BCGG))
+        return images_B3HW
 
     def forward(self, images_B3HW: Tensor, commitment: float = 0.25) -> tuple[Tensor, Quantized]:
         """Reconstruction and the codebook pass, for training."""
@@ -103,6 +109,7 @@ class VQTokenizer(ImageTokenizer):
         return self.pixels(quantized.latent_BCGG), quantized
 
     def load_tensors(self, tensors: dict[str, Tensor], where: str) -> Self:
+        """See :meth:`ImageTokenizer.load_tensors`; LlamaGen's record of used codes is optional and is carried along."""
         self.quantize.codebook_used = None
         super().load_tensors({name: tensor for name, tensor in tensors.items() if name != CODEBOOK_USED}, where)
         if CODEBOOK_USED in tensors:
@@ -111,7 +118,7 @@ class VQTokenizer(ImageTokenizer):
         return self
 
 
-class Encoder(nn.Module):
+class VQEncoder(nn.Module):
     """``conv_in``, levels of residual blocks that halve the side, a middle with attention, ``conv_out``."""
 
     def __init__(self, spec: VQSpec) -> None:
@@ -122,22 +129,24 @@ class Encoder(nn.Module):
         width = spec.channels
         for level, out in enumerate(widths):
             last = level == len(widths) - 1
-            self.conv_blocks.append(Level(width, out, spec.res_blocks, attention=last, resample=None if last else "down"))
+            self.conv_blocks.append(ResolutionLevel(width, out, spec.res_blocks, attention=last, resample=None if last else "down"))
             width = out
         self.mid = middle(width)
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, spec.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to features [B, latent_channels, G, G]."""
         x = self.conv_in(x)
         for level in self.conv_blocks:
             x = level(x)
         for block in self.mid:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        output: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return output
 
 
-class Decoder(nn.Module):
+class VQDecoder(nn.Module):
     """The encoder's mirror image, one residual block more a level."""
 
     def __init__(self, spec: VQSpec) -> None:
@@ -149,33 +158,36 @@ class Decoder(nn.Module):
         width = widths[0]
         for level, out in enumerate(widths):
             last = level == len(widths) - 1
-            self.conv_blocks.append(Level(width, out, spec.res_blocks + 1, attention=level == 0, resample=None if last else "up"))
+            self.conv_blocks.append(ResolutionLevel(width, out, spec.res_blocks + 1, attention=level == 0, resample=None if last else "up"))
             width = out
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features [B, latent_channels, G, G] to images [B, 3, H, W]."""
         x = self.conv_in(x)
         for block in self.mid:
             x = block(x)
         for level in self.conv_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        output: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return output
 
 
-class Level(nn.Module):
+class ResolutionLevel(nn.Module):
     """Residual blocks of one resolution, attention after each where asked, then the change of resolution."""
 
     def __init__(self, width: int, out: int, blocks: int, *, attention: bool, resample: str | None) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResBlock(width if i == 0 else out, out) for i in range(blocks))
-        self.attn = nn.ModuleList(Attention(out) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(CellAttention(out) for _ in range(blocks if attention else 0))
         if resample == "down":
             self.downsample = Downsample(out)
         if resample == "up":
             self.upsample = Upsample(out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features of one resolution to those of the next one."""
         for i, block in enumerate(self.res):
             x = block(x)
             if self.attn:
@@ -188,6 +200,8 @@ class Level(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """Residual block: norm, SiLU, convolution, twice; a 1 x 1 convolution as shortcut where the width changes."""
+
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = group_norm(width), nn.Conv2d(width, out, 3, padding=1)
@@ -195,12 +209,14 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features [B, width, H, W] to [B, out, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h  # type: ignore[no-any-return]
+        output: Tensor = (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+        return output
 
 
-class Attention(nn.Module):
+class CellAttention(nn.Module):
     """Single-head self-attention over the cells of a feature map."""
 
     def __init__(self, width: int) -> None:
@@ -209,32 +225,43 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features [B, width, G, G] plus what each cell attends to."""
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + self.proj_out(mixed)  # type: ignore[no-any-return]
+        output: Tensor = x + self.proj_out(mixed)
+        return output
 
 
 class Downsample(nn.Module):
+    """Halves the side: a strided convolution, padded on the right and at the bottom only (as in LlamaGen)."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
+        """Features [B, width, H, W] to [B, width, H / 2, W / 2]."""
+        output: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return output
 
 
 class Upsample(nn.Module):
+    """Doubles the side: nearest neighbour, then a convolution."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
+        """Features [B, width, H, W] to [B, width, 2 H, 2 W]."""
+        output: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return output
 
 
 def middle(width: int) -> nn.ModuleList:
-    return nn.ModuleList([ResBlock(width, width), Attention(width), ResBlock(width, width)])
+    """The blocks between encoder levels and output (and, mirrored, in the decoder): residual, attention, residual."""
+    return nn.ModuleList([ResBlock(width, width), CellAttention(width), ResBlock(width, width)])
 
 
 def pixels_to_unit(pixels_BHW3: Tensor) -> Tensor:
@@ -283,10 +310,10 @@ def load_vq(uri: str) -> ImageTokenizer:
 
 
 def vq_id(vq: ImageTokenizer) -> str:
-    """Content hash of a tokenizer: token shards carry it, so that codes never meet another codebook."""
+    """Content hash of a tokenizer: token shards carry it, so that codes are never decoded with another codebook."""
     digest = hashlib.sha256(vq.spec.model_dump_json().encode())
     for name, tensor in sorted(vq.state_dict().items()):
-        if name != CODEBOOK_USED:  # changes no code
+        if name != CODEBOOK_USED:  # a record of use: it changes no code
             digest.update(name.encode())
             digest.update(tensor.to(torch.float16).numpy().tobytes())
     return digest.hexdigest()[:16]

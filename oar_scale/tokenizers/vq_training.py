@@ -70,7 +70,7 @@ def train_vq(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
         optimizer.step()
-        losses.teach(step, images, reconstructed)
+        losses.train_discriminator(step, images, reconstructed)
         _update_average(average, vq, min(config.ema_decay, step / (step + 10)))
 
         used += torch.bincount(quantized.codes_BN.flatten(), minlength=spec.codebook_size)
@@ -85,7 +85,7 @@ def train_vq(
 
 
 class _Losses:
-    """What a step minimises, and the discriminator's own step."""
+    """The loss of a step, and the discriminator's own step."""
 
     def __init__(self, spec: VQSpec, config: VQTrainingConfig) -> None:
         self.config = config
@@ -106,7 +106,7 @@ class _Losses:
             self.parts["adversarial"] = float(verdict.detach())
         return loss
 
-    def teach(self, step: int, images: Tensor, reconstructed: Tensor) -> None:
+    def train_discriminator(self, step: int, images: Tensor, reconstructed: Tensor) -> None:
         if self.adversary is not None and step > self.config.adversarial_from_step:
             self.parts["discriminator"] = self.adversary.learn(images, reconstructed, _learning_rate(self.config, step))
 
@@ -121,9 +121,9 @@ def _batch(pixels_SHW3: Tensor, batch: int, generator: torch.Generator) -> Tenso
     index = torch.randint(len(pixels_SHW3), (batch,), generator=generator)
     images = pixels_to_unit(pixels_SHW3[index])
     side = images.shape[-1]
-    room = side // 8
-    padded = F.pad(images, (room, room, room, room), value=1.0)
-    offsets = torch.randint(0, 2 * room + 1, (batch, 2), generator=generator).tolist()
+    margin = side // 8
+    padded = F.pad(images, (margin, margin, margin, margin), value=1.0)
+    offsets = torch.randint(0, 2 * margin + 1, (batch, 2), generator=generator).tolist()
     flip = (torch.rand(batch, generator=generator) < 0.5).tolist()
     crops = [padded[i, :, y : y + side, x : x + side] for i, (y, x) in enumerate(offsets)]
     return torch.stack([crop.flip(-1) if flipped else crop for crop, flipped in zip(crops, flip, strict=True)])

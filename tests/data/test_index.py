@@ -91,7 +91,8 @@ def test_shards_come_in_the_natural_order_of_their_numbers(tmp_path: Path) -> No
 
 
 @given(st.lists(st.text("0129ab-é²", min_size=1, max_size=6), unique=True))
-def test_the_order_of_names_does_not_depend_on_how_they_were_listed(names: list[str]) -> None:
+def test_names_are_in_order_however_they_were_listed(names: list[str]) -> None:
+    """The order of names does not depend on how they were listed."""
     assert sorted(names, key=scan._natural) == sorted(sorted(names, reverse=True), key=scan._natural)
 
 
@@ -137,7 +138,8 @@ def test_a_kill_in_the_middle_costs_no_shard_a_second_reading(tmp_path: Path) ->
     assert not ledger.exists()
 
 
-def test_a_shard_that_changed_after_an_interrupted_run_is_read_again(tmp_path: Path) -> None:
+def test_a_shard_that_changed_in_between_is_read_again(tmp_path: Path) -> None:
+    """A shard that changed after an interrupted run is read again."""
     folder = img2dataset_folder(tmp_path)
     good = (folder / "00002.tar").read_bytes()
     (folder / "00002.tar").write_bytes(good[:1000])
@@ -169,7 +171,8 @@ def test_force_keeps_the_attribution(tmp_path: Path) -> None:
     assert index_folder(IndexJob(folder, force=True)).manifest.attribution == "by somebody"
 
 
-def test_samples_with_faults_are_counted_and_hostile_codes_allocate_nothing(tmp_path: Path) -> None:
+def test_faults_are_counted_and_hostile_codes_allocate_nothing(tmp_path: Path) -> None:
+    """Samples with faults are counted and hostile codes allocate nothing."""
     huge = token_sample(3)
     huge["codes.npy"] = huge["codes.npy"].replace(b"(2, 16), }     ", b"(2, 99999999)}")
     samples = [

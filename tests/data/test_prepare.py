@@ -43,7 +43,8 @@ def key_of(name: str) -> str:
     return f"{name.replace('.', '-')}-{zlib.crc32(name.encode()):08x}"
 
 
-def test_names_that_differ_in_a_few_characters_stay_different_images(pictures: Path, tmp_path: Path) -> None:
+def test_similar_names_stay_different_images(pictures: Path, tmp_path: Path) -> None:
+    """Names that differ in a few characters stay different images."""
     for name in ("a b", "a-b", "\u732b", "\u72ac"):
         Image.new("RGB", (8, 8)).save(pictures / f"{name}.png")
         (pictures / f"{name}.txt").write_text(name)
@@ -72,7 +73,9 @@ def test_too_many_bad_samples_stop_the_stage(pictures: Path, tmp_path: Path) -> 
         prepare_images(config(pictures, max_bad_fraction=0.01), str(tmp_path / "images"))
 
 
-def test_a_name_stays_on_its_side_of_the_split_when_images_are_added(pictures: Path, tmp_path: Path) -> None:
+def test_a_name_keeps_its_split_when_images_are_added(pictures: Path, tmp_path: Path) -> None:
+    """A name stays on its side of the split when images are added."""
+
     def heldout(folder: str) -> set[str]:
         prepare_images(config(pictures), folder)
         held = join(folder, "heldout")
@@ -104,7 +107,7 @@ def digest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("threads", [1, 7])
-def test_the_shards_of_a_source_are_those_of_every_earlier_version(tmp_path: Path, threads: int) -> None:
+def test_shards_are_those_of_every_earlier_version(tmp_path: Path, threads: int) -> None:
     """Weights and order tables of older runs belong to them."""
     settings = DataConfig(source=OpenMojiSource(limit=96), heldout_fraction=0.25, samples_per_shard=16, prepare_threads=threads)
     manifests = prepare_images(settings, str(tmp_path))
@@ -113,7 +116,8 @@ def test_the_shards_of_a_source_are_those_of_every_earlier_version(tmp_path: Pat
     assert digest(tmp_path) == "82f544b5c4310cca47aebdb40ab782e6e83d7a5217574dace35156445c2fa0af"
 
 
-def test_no_more_is_in_memory_than_a_shard_of_each_split_and_a_few_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_a_shard_of_each_split_and_a_few_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more is in memory than a shard of each split and a few images."""
     folder, read, kept = tmp_path / "pictures", 0, 0
     folder.mkdir()
     for index in range(300):

@@ -74,7 +74,8 @@ def test_shards_without_a_manifest_are_unfinished_work(tmp_path: Path) -> None:
     assert read_manifest(str(tmp_path)).samples == 3
 
 
-def test_the_fingerprint_changes_with_the_bytes_and_with_the_meaning(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_bytes_and_meaning(tmp_path: Path) -> None:
+    """The fingerprint changes with the bytes and with the meaning."""
     one = Manifest(shards=(write_shard(str(tmp_path), "00000.tar", samples(3)),), grid=4, vocab_size=512)
     other_bytes = Manifest(shards=(write_shard(str(tmp_path), "00000.tar", samples(4)),), grid=4, vocab_size=512)
     other_meaning = one.model_copy(update={"tokenizer_id": "another"})

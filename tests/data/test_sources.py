@@ -66,7 +66,8 @@ def put(path: Path, data: bytes | str) -> None:
 # -- folders ----------------------------------------------------------------------------------------------------------------
 
 
-def test_subfolders_are_read_and_equal_names_in_two_of_them_stay_two(tmp_path: Path) -> None:
+def test_equal_names_in_two_subfolders_stay_two(tmp_path: Path) -> None:
+    """Subfolders are read and equal names in two of them stay two."""
     for at in ("cat", "a/cat", "b/cat", ".trash/cat"):
         put(tmp_path / f"{at}.png", picture((9, 9, 9)))
         put(tmp_path / f"{at}.txt", f"the cat in {at}")
@@ -75,7 +76,7 @@ def test_subfolders_are_read_and_equal_names_in_two_of_them_stay_two(tmp_path: P
     assert len({image.key for image in open_source(source_of(type="folder", path=str(tmp_path))).images()}) == 3
 
 
-def test_captions_may_lie_in_a_folder_of_their_own_with_ten_to_choose_from(tmp_path: Path) -> None:
+def test_captions_in_their_own_folder_ten_to_choose_from(tmp_path: Path) -> None:
     """The layout of Multimodal CelebA-HQ."""
     for number in range(12):
         put(tmp_path / f"images/{number}.jpg", picture((20 * number, 0, 0), "JPEG"))
@@ -109,7 +110,8 @@ def fashion(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_caption_is_built_from_columns_and_a_stray_comma_breaks_nothing(fashion: Path) -> None:
+def test_captions_from_columns_survive_a_stray_comma(fashion: Path) -> None:
+    """A caption is built from columns and a stray comma breaks nothing."""
     fields = {
         "type": "table",
         "path": str(fashion / "styles.csv"),
@@ -188,7 +190,8 @@ def imagenet(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_labels_are_the_sorted_folders_and_captions_say_their_names(imagenet: Path) -> None:
+def test_labels_are_sorted_folders_captions_their_names(imagenet: Path) -> None:
+    """Labels are the sorted folders and captions say their names."""
     found = contents(type="class_folders", path=str(imagenet / "train"), names=str(imagenet / "LOC_synset_mapping.txt"))
     assert len(found) == 6
     goldfish = found["n01443537/n01443537_1"]
@@ -209,7 +212,8 @@ def test_names_may_be_json(imagenet: Path, names: dict[str, Any]) -> None:
     assert found["n01484850/n01484850_0"].caption == "great white shark!"
 
 
-def test_without_names_the_folders_speak_and_a_name_that_is_missing_is_missed(imagenet: Path) -> None:
+def test_folder_names_serve_and_a_missing_name_is_an_error(imagenet: Path) -> None:
+    """Without names the folders speak and a name that is missing is missed."""
     assert contents(type="class_folders", path=str(imagenet / "train"))["n01440764/n01440764_0"].caption == "a photo of a n01440764"
     put(imagenet / "few.txt", "n01440764\ttench\n")
     with pytest.raises(UserError, match=r"few\.txt: no name for 2 of the classes, e\.g\. 'n01443537'"):
@@ -313,7 +317,8 @@ def test_a_damaged_picture_is_a_bad_sample_or_a_picture(kind: str, data: st.Data
 
 
 @pytest.mark.parametrize("side", [9_000, 60_000])
-def test_a_picture_that_unpacks_to_more_than_a_photo_holds_is_a_bad_sample(side: int) -> None:
+def test_a_decompression_bomb_is_a_bad_image(side: int) -> None:
+    """A picture that unpacks to more than a photo holds is a bad sample."""
     bomb = bytearray(picture((0, 0, 0)))
     bomb[16:24] = side.to_bytes(4, "big") * 2
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +70,8 @@ def tensors(batch: Batch) -> dict[str, torch.Tensor]:
     return {name: getattr(batch, name) for name in ("uid_b", "codes_bN", "prompts_b", "drop_b")} | {"orders": batch.orders()}
 
 
-def test_going_on_at_a_step_gives_the_batches_of_an_uninterrupted_stream(tokens: str, text: TextTokenizer) -> None:
+def test_resuming_gives_the_batches_of_one_stream(tokens: str, text: TextTokenizer) -> None:
+    """Going on at a step gives the batches of an uninterrupted stream."""
     whole = list(stream(tokens, text).batches(0, 12))
     resumed = list(stream(tokens, text).batches(7, 12))
     assert [b.step for b in resumed] == list(range(7, 12))
@@ -95,7 +97,8 @@ def test_codes_and_captions_are_those_of_the_sample(tokens: str, text: TextToken
     assert views == {0, 1}
 
 
-def test_stored_orders_come_with_the_first_view_and_in_the_stated_share(tokens: str, text: TextTokenizer) -> None:
+def test_stored_orders_come_with_view_0_in_their_share(tokens: str, text: TextTokenizer) -> None:
+    """Stored orders come with the first view and in the stated share."""
     backwards = np.arange(16, dtype=np.uint16)[::-1]
 
     def stored(name: str, shard: OpenShard) -> NDArray[np.uint16]:
@@ -114,7 +117,8 @@ def orders_of_views(name: str, shard: OpenShard) -> NDArray[np.uint16]:
     return np.stack([np.stack([np.roll(np.arange(16, dtype=np.uint16), -1 - view)[None] for view in (0, 1)])] * len(shard.keys))
 
 
-def test_a_view_with_stored_orders_follows_the_one_that_was_found_for_it(tokens: str, text: TextTokenizer) -> None:
+def test_a_view_follows_the_order_stored_for_it(tokens: str, text: TextTokenizer) -> None:
+    """A view with stored orders follows the one that was found for it."""
     settings = replace(SETTINGS, random_share=0.25, stored_views=2)
     batches = list(TokenStream(source(tokens, orders_of_views), text, settings).batches(0, 50))
     codes, orders, fixed = (torch.cat(each) for each in zip(*((b.codes_bN, b.orders(), b.fixed_b) for b in batches), strict=True))
@@ -137,7 +141,8 @@ def test_where_the_first_view_alone_has_orders_it_is_taken(tokens: str, text: Te
         assert (batch.codes_bN[batch.fixed_b, 0] < 100).all() and (batch.orders()[batch.fixed_b, 0] == 1).all()
 
 
-def test_one_of_several_stored_orders_is_taken_by_sample_and_epoch(tokens: str, text: TextTokenizer) -> None:
+def test_sample_and_epoch_choose_among_stored_orders(tokens: str, text: TextTokenizer) -> None:
+    """One of several stored orders is taken by sample and epoch."""
     several = np.stack([np.roll(np.arange(16, dtype=np.uint16), shift) for shift in (1, 2, 3)])
     settings = replace(SETTINGS, random_share=0.0)
 
@@ -159,7 +164,8 @@ def test_one_of_several_stored_orders_is_taken_by_sample_and_epoch(tokens: str, 
     assert torch.equal(only, torch.from_numpy(several[0].astype(np.int64)).expand_as(only))
 
 
-def test_the_control_sees_the_same_samples_and_views_in_random_orders(tokens: str, text: TextTokenizer) -> None:
+def test_the_control_differs_in_its_orders_only(tokens: str, text: TextTokenizer) -> None:
+    """The control sees the same samples and views in random orders."""
     backwards = np.arange(16, dtype=np.int64)[::-1].copy()
     ordered, control = (
         TokenStream(source(tokens, stored), text, replace(SETTINGS, random_share=0.25)).batch(2)
@@ -172,7 +178,8 @@ def test_the_control_sees_the_same_samples_and_views_in_random_orders(tokens: st
     assert torch.equal(ordered.orders()[~follows], control.orders()[~follows])
 
 
-def test_a_given_order_is_that_of_all_samples_and_leaves_their_views(tokens: str, text: TextTokenizer) -> None:
+def test_a_given_order_applies_to_all_and_leaves_views(tokens: str, text: TextTokenizer) -> None:
+    """A given order is that of all samples and leaves their views."""
     backwards = tuple(reversed(range(16)))
     batch, random = stream(tokens, text, order=backwards, random_share=0.0).batch(3), stream(tokens, text).batch(3)
     assert torch.equal(batch.orders(), torch.tensor(backwards).expand(len(batch.uid_b), -1))
@@ -226,7 +233,7 @@ def write_tokens(folder: str, sizes: list[int], broken: dict[int, str] | None = 
     window=st.integers(1, 4),
     seed=st.integers(0, 100),
 )
-def test_any_sequence_of_worlds_and_stops_sees_the_same_global_batches(
+def test_any_worlds_and_stops_see_the_same_global_batches(
     text: TextTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
     sizes: list[int],
@@ -235,6 +242,7 @@ def test_any_sequence_of_worlds_and_stops_sees_the_same_global_batches(
     window: int,
     seed: int,
 ) -> None:
+    """Any sequence of worlds and stops sees the same global batches."""
     folder = str(tmp_path_factory.mktemp("elastic"))
     write_tokens(folder, sizes)
     how = replace(SETTINGS, seed=seed, global_batch=48, streams=24, window_shards=window)
@@ -250,8 +258,8 @@ def test_any_sequence_of_worlds_and_stops_sees_the_same_global_batches(
         step += steps
 
 
-def log_batches(folder: str, log: str, steps: int, seconds_a_step: float, stands_at: int | None = None) -> None:
-    """A training without a model: every rank reads its batches, rank 0 writes down the uids of all; goes on where the log ends.
+def log_batches(folder: str, log: str, steps: int, stands_at: int | None = None) -> None:
+    """A training without a model: every rank reads its batches, rank 0 writes down the uids of all; resumes where the log ends.
 
     ``stands_at``: the step that is never done.
     """
@@ -263,7 +271,8 @@ def log_batches(folder: str, log: str, steps: int, seconds_a_step: float, stands
     done = [len(Path(log).read_text().splitlines()) if os.path.exists(log) else 0]
     dist.broadcast_object_list(done)
     for batch in TokenStream(source(folder), text, how, dist.get_rank(), dist.get_world_size()).batches(done[0], steps):
-        time.sleep(3600 if batch.step == stands_at else seconds_a_step)
+        if batch.step == stands_at:
+            threading.Event().wait()
         uids: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(uids, [batch.uid_b.tolist(), batch.orders().tolist()])
         if dist.get_rank() == 0:
@@ -273,11 +282,12 @@ def log_batches(folder: str, log: str, steps: int, seconds_a_step: float, stands
     dist.barrier()
 
 
-def test_two_ranks_killed_and_restarted_as_three_log_what_one_would_have(tmp_path: Path) -> None:
+def test_two_ranks_killed_restarted_as_three_log_the_same(tmp_path: Path) -> None:
+    """Two ranks killed and restarted as three log what one would have."""
     folder, one, elastic = (str(tmp_path / name) for name in ("tokens", "one", "elastic"))
     write_tokens(folder, [13, 29, 8, 31, 17])
-    run_workers(log_batches, 1, folder, one, 16, 0.0)
-    workers = start_workers(log_batches, 2, folder, elastic, 16, 0.3, 12)
+    run_workers(log_batches, 1, folder, one, 16)
+    workers = start_workers(log_batches, 2, folder, elastic, 16, 12)
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and (not os.path.exists(elastic) or len(Path(elastic).read_text().splitlines()) < 5):
         time.sleep(0.02)
@@ -286,7 +296,7 @@ def test_two_ranks_killed_and_restarted_as_three_log_what_one_would_have(tmp_pat
         worker.join()
     stopped = len(Path(elastic).read_text().splitlines())
     assert 5 <= stopped < 16
-    run_workers(log_batches, 3, folder, elastic, 16, 0.0)
+    run_workers(log_batches, 3, folder, elastic, 16)
     assert Path(elastic).read_text() == Path(one).read_text()
 
 
@@ -298,7 +308,8 @@ def test_loader_processes_change_nothing(tokens: str, text: TextTokenizer) -> No
 
 
 @pytest.mark.parametrize("fault", ["no codes", "no caption", "codes above the vocabulary", "codes of another shape"])
-def test_a_broken_sample_is_replaced_the_same_way_everywhere_and_named(text: TextTokenizer, tmp_path: Path, fault: str) -> None:
+def test_a_broken_sample_is_replaced_alike_and_named(text: TextTokenizer, tmp_path: Path, fault: str) -> None:
+    """A broken sample is replaced the same way everywhere and named."""
     write_tokens(str(tmp_path), [20, 20], {27: fault})
     how = replace(SETTINGS, global_batch=8, max_bad_fraction=0.1)
     batches = list(TokenStream(source(str(tmp_path)), text, how).batches(0, 5))
@@ -314,7 +325,8 @@ def test_a_broken_sample_is_replaced_the_same_way_everywhere_and_named(text: Tex
             assert torch.equal(part.codes_bN, whole.codes_bN[rank::2])
 
 
-def test_a_shard_that_is_gone_is_named_and_all_its_samples_replaced(text: TextTokenizer, tmp_path: Path) -> None:
+def test_a_missing_shard_is_named_its_samples_replaced(text: TextTokenizer, tmp_path: Path) -> None:
+    """A shard that is gone is named and all its samples replaced."""
     write_tokens(str(tmp_path), [20, 20, 20, 20])
     os.unlink(tmp_path / "00002.tar")
     batches = list(TokenStream(source(str(tmp_path)), text, replace(SETTINGS, max_bad_fraction=0.5)).batches(0, 10))

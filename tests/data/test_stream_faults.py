@@ -70,9 +70,8 @@ def test_with_a_fifth_of_all_requests_failing_an_epoch_is_whole(
     assert retries == spoiled, dict(proxy.injected)
 
 
-def test_a_shard_that_stays_broken_is_named_and_replaced_the_same_way_twice(
-    tokens: str, text: TextTokenizer, s3_root: str, tmp_path: Path
-) -> None:
+def test_a_broken_shard_is_named_and_replaced_alike_twice(tokens: str, text: TextTokenizer, s3_root: str, tmp_path: Path) -> None:
+    """A shard that stays broken is named and replaced the same way twice."""
     folder = join(s3_root, uuid.uuid4().hex)
     manifest = read_manifest(tokens)
     for info in manifest.shards:

@@ -130,7 +130,8 @@ def test_a_model_trained_on_stored_features_knows_its_tower(tower: ClipText, rea
         check_prompts(spec, FeatureReader(77, 256, tower.spec, "0123"), "model")
 
 
-def test_one_row_a_caption_is_stored_where_the_recipe_asks_for_it(job: TokenizeJob, tmp_path: Path) -> None:
+def test_pooled_features_are_stored_as_one_row(job: TokenizeJob, tmp_path: Path) -> None:
+    """One row a caption is stored where the recipe asks for it."""
     assert job.text is not None
     pooled = job.text.model_copy(update={"features": "pooled"})
     job = replace(job, tokens=str(tmp_path / "tokens"), text=pooled)
@@ -142,7 +143,8 @@ def test_one_row_a_caption_is_stored_where_the_recipe_asks_for_it(job: TokenizeJ
     torch.testing.assert_close(encoder.encode(stored(job)), wanted, **ROUNDED)
 
 
-def test_a_reader_takes_no_more_rows_than_there_are_and_no_other_width() -> None:
+def test_a_reader_refuses_more_rows_and_other_widths() -> None:
+    """A reader takes no more rows than there are and no other width."""
     reader = FeatureReader(3, 4)
     padded = reader.encode([np.ones((2, 4), np.float16), np.ones((0, 4), np.float16)])
     assert padded.sum((1, 2)).tolist() == [8, 0] and padded.shape == (2, 3, 4)

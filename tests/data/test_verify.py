@@ -135,7 +135,8 @@ def test_many_faults_are_counted_and_a_bounded_number_is_kept(folder: Path, caps
     assert len(lines) == 52 and "and 250 more" in lines[-2] and "300 faults" in lines[-1]
 
 
-def test_pictures_of_several_formats_may_share_a_shard_and_captions_need_not_be_utf8(tmp_path: Path) -> None:
+def test_mixed_formats_and_broken_utf8_are_no_faults(tmp_path: Path) -> None:
+    """Pictures of several formats may share a shard and captions need not be utf8."""
     png = img2dataset_sample(3, jpg=None, png=b"x", txt=b"caf\xe9")
     write_tar(tmp_path / "0.tar", [*(img2dataset_sample(number) for number in range(3)), png])
     index_folder(IndexJob(str(tmp_path)))

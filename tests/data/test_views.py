@@ -18,7 +18,8 @@ def ramp(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack([x, y, np.zeros_like(x)], axis=-1).round().astype(np.uint8))
 
 
-def test_the_ten_crops_are_the_middle_and_the_corners_of_an_image_a_tenth_larger_and_their_mirrors() -> None:
+def test_the_ten_crops_are_middle_corners_and_mirrors() -> None:
+    """The ten crops are the middle and the corners of an image a tenth larger and their mirrors."""
     image = ramp(22, 22)  # exactly 1.1 times the size: nothing is resized
     pixels = np.asarray(image)
     corners = {0: (1, 1), 1: (0, 0), 2: (0, 2), 3: (2, 0), 4: (2, 2)}

@@ -21,7 +21,8 @@ def test_every_figure_has_a_source_and_the_month_it_was_read_in(key: str) -> Non
 
 
 @pytest.mark.parametrize("gpu", [gpu for gpu in read_assumptions()._labels if gpu != CPU])
-def test_a_gpus_peak_is_the_one_that_training_reports_its_mfu_against(gpu: str) -> None:
+def test_a_gpus_peak_is_the_one_of_trainings_mfu(gpu: str) -> None:
+    """A gpus peak is the one that training reports its mfu against."""
     assumed = read_assumptions()
     assert assumed(f"gpus.{gpu}.bf16_tflops") * 1e12 == peak_flops(assumed.gpu_label(gpu), "bf16")
 

@@ -57,7 +57,8 @@ def test_the_same_seed_acts_out_the_same() -> None:
     assert first == again != other
 
 
-def test_extraction_takes_the_operations_of_its_formula_whatever_dies() -> None:
+def test_extraction_takes_its_formulas_operations() -> None:
+    """Extraction takes the operations of its formula whatever dies."""
     large = case("imagenet", nodes=8, gpus_per_node=8, images=10**6, assume=["time.extraction_mfu=0.5"])
     _, found = planned(large)
     assert found.flops_per_order == extraction_flops(large.spec)
@@ -111,7 +112,8 @@ def test_a_small_model_is_not_cut_short() -> None:
     assert largest > 8192 and planned(case("smoke", f"extract.batch={largest}", images=1000))[0].fits
 
 
-def test_without_a_cluster_there_are_no_more_actors_and_workers_than_the_recipe_has() -> None:
+def test_without_a_cluster_the_recipes_numbers_are_the_most() -> None:
+    """Without a cluster there are no more actors and workers than the recipe has."""
     few = case("imagenet", "extract.actors=3", images=10**6)
     actors, orders = planned(few)
     assert (actors.count, actors.held) == (3, 3) and orders.gpu_hours == pytest.approx(3 * orders.seconds / 3600)
@@ -120,7 +122,8 @@ def test_without_a_cluster_there_are_no_more_actors_and_workers_than_the_recipe_
     assert case("imagenet", *twelve).workers == 12  # on two nodes of eight
 
 
-def test_actors_that_share_a_gpu_are_as_fast_and_have_half_the_room() -> None:
+def test_actors_that_share_a_gpu_have_half_its_memory() -> None:
+    """Actors that share a gpu are as fast and have half the room."""
     (one, whole), (two, halves) = (
         planned(case("imagenet", f"extract.gpus_per_actor={share}", nodes=2, images=10**6)) for share in (1, 0.5)
     )
@@ -145,7 +148,8 @@ def test_an_actor_on_more_gpus_than_a_node_has_is_refused() -> None:
         plan_actors(case("imagenet", "extract.gpus_per_actor=16"))
 
 
-def test_the_evaluation_draws_with_three_models_and_two_without_a_control() -> None:
+def test_the_evaluation_draws_with_three_models_or_two() -> None:
+    """The evaluation draws with three models and two without a control."""
     with_control, without = (plan_evaluation(case("imagenet", *more)) for more in ((), ("pipeline.control=false",)))
     assert with_control and without and without.flops == pytest.approx(with_control.flops * 2 / 3, rel=0.05)
 

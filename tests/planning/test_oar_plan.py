@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import cProfile
 import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,44 +29,29 @@ def plan(recipe: str, *overrides: str, **options: object) -> RunPlan:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_recipe_fits_as_it_is_written(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(path)]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(path.stem) and " fits: " in said and "Assumptions" in said
-    assert not re.search(r"\b(nan|inf|None)\b", said) and "To run it as planned" not in said
+    printed = capsys.readouterr().out
+    assert printed.startswith(path.stem) and " fits: " in printed and "Assumptions" in printed
+    assert not re.search(r"\b(nan|inf|None)\b", printed) and "To run it as planned" not in printed
 
 
-TIMED = """
-import sys
-from oar_scale.cli import main
-code = main(sys.argv[1:])
-with open("/proc/self/schedstat") as file:
-    print(file.read().split()[1], file=sys.stderr)
-sys.exit(code)
-"""
+def calls(*arguments: str) -> int:
+    """Function calls of a plan, once everything is imported: the same on every machine."""
+    assert main(["plan", *arguments]) == 0
+    profile = cProfile.Profile()
+    assert profile.runcall(main, ["plan", *arguments]) == 0
+    return sum(entry.callcount for entry in profile.getstats())
 
 
-def seconds(*arguments: str) -> float:
-    """From the command to its end, in a process of its own; the best of three, less what it waited for a core that others had."""
-
-    def once() -> float:
-        begun = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", TIMED, "plan", *arguments], capture_output=True, text=True)
-        took = time.monotonic() - begun
-        assert done.returncode == 0, done.stderr
-        return took - int(done.stderr.splitlines()[-1]) / 1e9
-
-    return min(once() for _ in range(3))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads what a process waited from /proc")
-def test_a_plan_takes_less_than_two_seconds() -> None:
-    assert seconds(str(RECIPES / "text-13b.yaml"), "--gpu", "h200", "--nodes", "8") < 2
+def test_a_plan_is_little_work() -> None:
+    """Under two seconds on the slowest CPU it was measured on, imports included (``tools/benchmarks/plan.py --seconds``)."""
+    assert calls(str(RECIPES / "text-13b.yaml"), "--gpu", "h200", "--nodes", "8") < 600_000
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads what a process waited from /proc")
 @pytest.mark.parametrize("recipe", ["text-13b", "imagenet-xl", "emoji"])
-def test_a_plan_with_traced_activations_takes_less_than_ten_seconds(recipe: str) -> None:
-    assert seconds(str(RECIPES / f"{recipe}.yaml"), "--activations") < 10
+def test_a_traced_plan_is_bounded_work(recipe: str) -> None:
+    """Under ten seconds there: models of three and four layers are traced, whatever the recipe's depth."""
+    assert calls(str(RECIPES / f"{recipe}.yaml"), "--activations") < 3_000_000
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -106,19 +91,20 @@ def test_what_is_planned_runs_with_the_changes_that_are_printed(
 ) -> None:
     command = ["plan", str(RECIPES / f"{recipe}.yaml"), *arguments]
     main(command)
-    said = capsys.readouterr().out
-    (line,) = [line for line in said.splitlines() if "To run it as planned: " in line]
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if "To run it as planned: " in line]
     words = line.partition("planned: ")[2].split()
     assert words[1::2] == changed and set(words[::2]) == {"-o"}
     assert main([*command, *words]) == 0  # and it fits
     again = capsys.readouterr().out
     assert "To run it as planned" not in again
     for part in ("Training, MFU", "Training and extraction together"):
-        assert said.partition(part)[2].splitlines()[:20] == again.partition(part)[2].splitlines()[:20]
+        assert printed.partition(part)[2].splitlines()[:20] == again.partition(part)[2].splitlines()[:20]
 
 
 @pytest.mark.parametrize("options", [[], ["-o", "name=mine"]], ids=["", "of nobody knows how many images"])
-def test_an_extraction_that_does_not_fit_is_said_and_is_exit_code_1(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_extraction_that_does_not_fit_is_exit_code_1(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """An extraction that does not fit is said and is exit code 1."""
     assert main(["plan", str(RECIPES / "imagenet.yaml"), "-o", "extract.batch=4000", "--gpu", "l40s", *options]) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "DOES NOT FIT" in line]
     assert "an actor holds 220.3 of 48.0 GB at extract.batch 4,000; batches up to 779 fit" in line
@@ -126,13 +112,13 @@ def test_an_extraction_that_does_not_fit_is_said_and_is_exit_code_1(options: lis
 
 def test_an_actor_whose_weights_do_not_fit_hears_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(RECIPES / "text-3b.yaml"), "-o", "extract.gpus_per_actor=0.1", "--gpu", "h100"]) == 1
-    said = capsys.readouterr().out
-    assert "not even one image fits" in said and "extract.gpus_per_actor=1" in said
+    printed = capsys.readouterr().out
+    assert "not even one image fits" in printed and "extract.gpus_per_actor=1" in printed
 
 
 def test_the_plan_of_a_large_recipe_answers_what_is_asked_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(RECIPES / "text-3b.yaml"), "--gpu", "h200", "--nodes", "8"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for answer in (
         *(rf"\n  {row} .*\d" for row in ("epochs", "tokens", "time", "GPU-hours", "money", "training stalls for", "recommended interval")),
         r"\n  PUT requests +3,139, 490/s",
@@ -142,7 +128,7 @@ def test_the_plan_of_a_large_recipe_answers_what_is_asked_of_it(capsys: pytest.C
         r"\nTraining and extraction together: ",
         r"\nCheaper training",
     ):
-        assert re.search(answer, said), answer
+        assert re.search(answer, printed), answer
 
 
 def test_json_holds_what_the_lines_say(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,7 +148,8 @@ def test_what_never_ends_is_null_in_json_and_said_in_words() -> None:
     assert "it gets nowhere" in as_text(hopeless)
 
 
-def test_twice_the_price_is_twice_the_money_and_fewer_failures_are_less_time() -> None:
+def test_price_scales_money_and_failures_cost_time() -> None:
+    """Twice the price is twice the money and fewer failures are less time."""
     one, two = (plan("imagenet", price=price) for price in (2.0, 4.0))
     assert two.money == pytest.approx(2 * one.money)
     calm, wild = (plan("imagenet", nodes=8, failures_per_gpu_year=rate).stages[0] for rate in (0.0, 50.0))
@@ -193,7 +180,8 @@ def test_what_is_cheaper_is_cheaper_fits_and_can_be_run() -> None:
         assert again.fit.fits and sum(stage.money for stage in again.stages) == pytest.approx(other.money, rel=0.02)
 
 
-def test_a_recipe_that_does_not_fit_is_planned_with_the_nearest_that_does_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_planned_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe that does not fit is planned with the nearest that does and exit code 1."""
     assert main(["plan", str(RECIPES / "imagenet.yaml"), *LARGE, "--gpu", "h100"]) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "DOES NOT FIT" in line]
     settings = re.search(r"Planned with (.*): ", line)
@@ -258,6 +246,6 @@ def test_the_guide_quotes_what_its_command_prints(capsys: pytest.CaptureFixture[
         command, _, shown = re.sub(r" \\\n\s*", " ", block).partition("\n")
         words = command.split()[2:]
         assert main(["plan", str(RECIPES.parent / words[0]), *words[1:]]) == 0
-        said = capsys.readouterr().out
+        printed = capsys.readouterr().out
         for part in re.split(r"^ *\.\.\.\n", shown, flags=re.MULTILINE):
-            assert part in said + "\n", part
+            assert part in printed + "\n", part

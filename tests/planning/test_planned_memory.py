@@ -40,7 +40,8 @@ def test_zero_2_holds_what_deepspeeds_estimator_says() -> None:
     assert ours.states + ours.step == pytest.approx(theirs + 2 * TOTAL / WORKERS, rel=1e-6)
 
 
-def test_zero_2_with_offload_holds_what_deepspeeds_estimator_says() -> None:
+def test_zero_2_offload_agrees_with_deepspeeds_estimator() -> None:
+    """Zero 2 with offload holds what deepspeeds estimator says."""
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
     node, theirs = estimate_zero2_model_states_mem_needs(TOTAL, PER_NODE, NODES, cpu_offload=True, additional_buffer_factor=1.0)
@@ -74,7 +75,8 @@ def test_an_average_of_the_weights_is_a_third_moment() -> None:
     assert held(zero_stage=0, precision="fp32", average=True).average == 4 * TOTAL
 
 
-def test_gradients_wait_whole_for_the_last_micro_batch_under_zero_1_alone() -> None:
+def test_only_zero_1_keeps_whole_gradients_between_batches() -> None:
+    """Gradients wait whole for the last micro batch under zero 1 alone."""
     assert held(zero_stage=1, accumulation=2).gradients == 2 * TOTAL
     assert held(zero_stage=1).gradients == held(zero_stage=2, accumulation=2).gradients == pytest.approx(2 * TOTAL / WORKERS, abs=2)
 
@@ -84,7 +86,8 @@ def test_the_nodes_own_copy_of_the_parameters_is_counted() -> None:
     assert near.parameters - plain.parameters == pytest.approx(2 * TOTAL / 8, abs=2)
 
 
-def test_every_stage_shares_out_more_and_checkpointing_keeps_less() -> None:
+def test_each_stage_shards_more_checkpointing_keeps_less() -> None:
+    """Every stage shares out more and checkpointing keeps less."""
     spec = SPEC.model_copy(update={"dim": 4096, "layers": 32, "heads": 32, "ffn_hidden": 11008})
     stages = [held(spec, zero_stage=stage, accumulation=2).total for stage in (1, 2, 3)]
     assert stages == sorted(stages, reverse=True)

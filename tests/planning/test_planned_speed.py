@@ -64,7 +64,8 @@ def test_links_between_nodes_count_as_soon_as_there_are_two() -> None:
     assert one.link(8) == 460e9 and two.link(16) == pytest.approx(400e9 * 0.85) and two.link(8) == 460e9
 
 
-def test_zero_3_hides_most_of_its_communication_and_the_others_none() -> None:
+def test_only_zero_3_hides_communication() -> None:
+    """Zero 3 hides most of its communication and the others none."""
     planned = case(nodes=8, gpus_per_node=8)
     assert step(planned, zero_stage=2, micro_batch=16).exposed_s == step(planned, zero_stage=2, micro_batch=16).communication_s
     three = step(planned, zero_stage=3, micro_batch=16)

@@ -16,7 +16,8 @@ def goodput(interval_s: float, work_s: float = 200 * DAY, between_s: float = 2 *
     return simulate_failures(work_s, CheckpointTiming(interval_s, 30, 60, 300, between_s), seed=1, runs=100).goodput
 
 
-def test_llama_3s_rate_is_a_failure_in_three_hours_on_sixteen_thousand_gpus() -> None:
+def test_llama_3s_rate_is_a_failure_every_three_hours() -> None:
+    """Llama 3s rate is a failure in three hours on sixteen thousand gpus."""
     assert between_failures(466 / (16384 * 54 / 365.25), 16384) / 3600 == pytest.approx(54 * 24 / 466)
     assert between_failures(1.0, 1) == YEAR_S and math.isinf(between_failures(0.0, 512))
 
@@ -39,7 +40,8 @@ def test_failures_come_as_often_as_they_should() -> None:
     assert lived.failures == pytest.approx(lived.hours / 48, rel=0.05)
 
 
-def test_the_expected_loss_is_half_an_interval_an_upload_and_a_restart() -> None:
+def test_a_failure_costs_half_an_interval_and_a_restart() -> None:
+    """The expected loss is half an interval an upload and a restart."""
     lived = simulate_failures(200 * DAY, SAVING, seed=0)
     assert lived.lost_hours * 3600 / lived.failures == pytest.approx(3600 / 2 + 60 + 300, rel=0.06)
 
@@ -51,10 +53,12 @@ def test_dalys_interval_beats_shorter_and_longer_ones() -> None:
     assert goodput(best) > 0.99 * max(goodput(best / 1.5), goodput(best * 1.5))
 
 
-def test_where_a_save_takes_as_long_as_a_life_daly_saves_once_a_life() -> None:
+def test_where_saves_are_slow_daly_saves_once_a_life() -> None:
+    """Where a save takes as long as a life daly saves once a life."""
     assert best_interval(100, 40) == 40 and math.isinf(best_interval(30, math.inf))
 
 
-def test_a_run_that_dies_before_its_first_save_gets_nowhere_and_the_simulation_ends() -> None:
+def test_a_run_that_dies_before_its_first_save_never_ends() -> None:
+    """A run that dies before its first save gets nowhere and the simulation ends."""
     lived = simulate_failures(10 * DAY, CheckpointTiming(DAY, 30, 60, 300, 3600), seed=0, runs=10)
     assert math.isinf(lived.hours) and lived.goodput == 0

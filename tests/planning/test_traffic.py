@@ -56,7 +56,8 @@ def test_order_tables_are_no_longer_than_planned(tmp_path: Path) -> None:
     assert 0.5 * images * orders_bytes(planned.spec) < written < 1.1 * images * orders_bytes(planned.spec)
 
 
-def test_a_checkpoint_is_three_numbers_a_parameter_and_four_with_an_average() -> None:
+def test_a_checkpoint_is_three_numbers_a_parameter_or_four() -> None:
+    """A checkpoint is three numbers a parameter and four with an average."""
     spec = case("imagenet").spec
     assert checkpoint_traffic(spec, 8, average=False).bytes == 12 * 342_912_000
     assert checkpoint_traffic(spec, 8, average=True).bytes == 16 * 342_912_000
@@ -69,7 +70,8 @@ def test_large_files_go_up_in_parts() -> None:
     assert many.puts == 1024 + 3
 
 
-def test_an_upload_waits_for_the_bytes_or_for_what_a_prefix_takes() -> None:
+def test_an_upload_waits_for_bytes_or_request_rate() -> None:
+    """An upload waits for the bytes or for what a prefix takes."""
     few, many = (case("imagenet", "data.canonical_streams=1024", nodes=nodes, gpus_per_node=8) for nodes in (1, 128))
     slow, crowded = (checkpoint_timing(each, checkpoint_traffic(each.spec, each.workers, average=False), 600.0) for each in (few, many))
     assert slow.upload_s == pytest.approx(12 * 342_912_000 / 1e9 + 0.2)

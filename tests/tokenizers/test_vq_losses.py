@@ -48,7 +48,7 @@ def test_with_both_losses_off_training_is_the_plain_one(pixels: Tensor, monkeypa
         return F.mse_loss(reconstructed, images) + 0.1 * vq_training._edge_loss(reconstructed, images) + quantized.loss
 
     monkeypatch.setattr(vq_training._Losses, "__call__", plain)
-    monkeypatch.setattr(vq_training._Losses, "teach", lambda *arguments: None)
+    monkeypatch.setattr(vq_training._Losses, "train_discriminator", lambda *arguments: None)
     assert same_weights(ours, trained(pixels, PLAIN)[0])
 
 

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--zero", nargs="+", type=int, choices=range(4), default=[2], metavar="STAGE")
     parser.add_argument("--rate", action="store_true", help="time forward and backward pass of the emoji size instead")
+    parser.add_argument("--seconds", action="store_true", help="time `oar plan` of some recipes instead, also with traced activations")
     arguments = parser.parse_args()
     if arguments.child:
         worker([json.loads(arguments.child[0])], arguments.child[1], give_back=arguments.give_back)
@@ -58,17 +59,38 @@ def main() -> None:
     if arguments.rate:
         rate()
         return
+    if arguments.seconds:
+        command_seconds()
+        return
     rows = []
     for size in arguments.sizes:
         for mode in arguments.modes:
             for stage in arguments.zero:
                 wanted = case(size, checkpointing=mode, zero_stage=stage)
                 kept, taken = measured(wanted, give_back=False), measured(wanted, give_back=True)
-                said = [predicted(wanted, traced=traced) for traced in (False, True)]
-                cells = [f"{value / MIB:,.0f} ({value / taken - 1:+.1%})" for value in said]
+                predictions = [predicted(wanted, traced=traced) for traced in (False, True)]
+                cells = [f"{value / MIB:,.0f} ({value / taken - 1:+.1%})" for value in predictions]
                 rows.append([size, SIZES[size]["images"], stage, mode, f"{taken / MIB:,.0f}", *cells, f"{kept / MIB:,.0f}"])
     print(machine("cpu", 1))
     print(table(["size", "images", "ZeRO", "checkpointing", "measured MiB", "formula MiB", "traced MiB", "measured, glibc as it is"], rows))
+
+
+def command_seconds() -> None:
+    """Print the seconds of `oar plan`, from the command to its end, imports included: the best of three."""
+    rows = []
+    for recipe in ("emoji", "imagenet-xl", "text-13b"):
+        cells = []
+        for options in ([], ["--activations"]):
+            command = [sys.executable, "-m", "oar_scale.cli", "plan", str(RECIPES / f"{recipe}.yaml"), *options]
+            taken = []
+            for _ in range(3):
+                began = time.perf_counter()
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                taken.append(time.perf_counter() - began)
+            cells.append(f"{min(taken):.2f}")
+        rows.append([recipe, *cells])
+    print(machine("cpu", 1))
+    print(table(["recipe", "formula s", "traced s"], rows))
 
 
 def case(size: str, *, checkpointing: str, images: int | None = None, zero_stage: int = 2) -> dict[str, Any]:
