@@ -84,7 +84,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in sorted(started_by(item)):
-            item.add_marker(marker)
+            if not item.get_closest_marker(marker):
+                item.add_marker(marker)
         item.add_marker(pytest.mark.xdist_group(_group(item)))
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=_rank)
@@ -126,12 +127,17 @@ def _starts(function: FunctionType) -> frozenset[str]:
         elif isinstance(each, type):
             todo += [member for member in vars(each).values() if _ours(member) and member not in seen]
         else:
-            todo += [called for called in _called(inspect.unwrap(each)) if _ours(called) and called not in seen]
+            todo += [called for called in _called(inspect.unwrap(each)) if called not in seen]
         seen.add(each)
     return frozenset(markers)
 
 
-def _called(function: Any) -> Iterator[Any]:
+@functools.cache
+def _called(function: Any) -> tuple[Any, ...]:
+    return tuple(called for called in _named(function) if _ours(called))
+
+
+def _named(function: Any) -> Iterator[Any]:
     """Objects that the names in a function's code stand for: its module's own, and members of modules that it names."""
     for name, member in _names(function.__code__):
         value = function.__globals__.get(name)

@@ -38,6 +38,12 @@ def test_every_make_target_the_readme_names_exists() -> None:
         assert dry.returncode == 0, dry.stderr
 
 
+def test_what_make_test_cluster_leaves_out_is_one_test() -> None:
+    (word,) = re.findall(r"^LONGEST := (\w+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    tests = [name for path in ROOT.glob("tests/**/test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)]
+    assert sum(word in name for name in tests) == 1
+
+
 def test_every_verb_the_readme_names_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     verbs = {verb for line in re.findall(r"^ +oar ([a-z|]+) ", README, re.MULTILINE) for verb in line.split("|")}
     assert {"run", "train", "sample", "recipe", "extract"} <= verbs
