@@ -19,7 +19,7 @@ import uuid
 
 from oar_scale.errors import UserError
 from oar_scale.observe.events import EventReader, read_events, stages_with_events
-from oar_scale.observe.projection import Projection, measured
+from oar_scale.observe.projection import RowProjection, measured
 from oar_scale.observe.run_location import find_run
 from oar_scale.observe.wandb_run import Mode, WandbName, WandbRun, wanted_mode
 
@@ -32,19 +32,19 @@ def replay(run: str, stages: list[str], project: str, mode: Mode) -> None:
     Raises:
         UserError: there is no such run or stage.
     """
-    place = find_run(run)
-    there = stages_with_events(place.events)
+    location = find_run(run)
+    there = stages_with_events(location.events)
     missing = [stage for stage in stages if stage not in there]
     if missing:
         raise UserError(f"{run}: no events of {', '.join(missing)}; there are those of {', '.join(there)}")
-    folder = os.getcwd() if run.startswith("s3://") else os.path.dirname(place.events)
+    folder = os.getcwd() if run.startswith("s3://") else os.path.dirname(location.events)
     again = uuid.uuid4().hex[:8]
     for stage in stages or there:
-        _replay_stage(place.events, folder, stage, again, project, mode)
+        _replay_stage(location.events, folder, stage, again, project, mode)
 
 
 def _replay_stage(events: str, folder: str, stage: str, again: str, project: str, mode: Mode) -> None:
-    projection = Projection()
+    projection = RowProjection()
     points = [event for event in read_events(events, stage) if measured(event)]
     happened = [entry.event for entry in EventReader(events, stage).poll() if not measured(entry.event)]
     told = sorted(points + happened, key=lambda event: float(event["time"]))

@@ -1,7 +1,7 @@
 """The live console of a run: what is being done, how far it is, when it will be done.
 
 The work happens in other processes; the console only reads their event files. On a terminal it draws a progress bar, and
-in a log file or a pipe it prints a plain line every ten seconds, with the same words:
+in a log file or a pipe it prints a plain line every ten seconds, with the same text:
 
     [4/9] pretrain: continue the any-order model for 60 steps (about 1 min)
           step 40/60  loss 3.214  nll 3.402  61.3 images/s  20 s left
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from oar_scale.observe.events import Event, EventReader, attempts
 from oar_scale.observe.formatting import duration as duration
-from oar_scale.observe.formatting import number, sentence, time_left
+from oar_scale.observe.formatting import message, number, time_left
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ POLL_S = 0.3
 JOIN_S = 2.0
 """How long the end of a stage waits for its last lines to be shown."""
 QUIET = ("bad_sample", "worker_failure", "resized", "end")
-"""Said elsewhere: the bad samples by number, the rest by the driver itself."""
+"""Reported elsewhere: the number of bad samples in ``train`` events, the rest by the driver itself."""
 
 
 class Console:
@@ -55,7 +55,7 @@ class Console:
             print(text, file=self._stream, flush=True)
 
     def stage(self, name: str, what: str, expected: str) -> None:
-        """Head line of a stage: ``name``, ``what`` it does in a few words, and how long it is ``expected`` to take."""
+        """Head line of a stage: ``name``, ``what`` it does in a short phrase, and how long it is ``expected`` to take."""
         if self._rich:
             self._rich.print(f"[bold]{escape(name)}[/bold]: {escape(what)} [dim]({escape(expected)})[/dim]")
         else:
@@ -72,7 +72,7 @@ class Console:
             stall_s: silence that is worth a line.
         """
         view = self._view(total_steps, stage)
-        follower = _Follower(folder, stage, total_steps, view, stall_s)
+        follower = _ConsoleFollower(folder, stage, total_steps, view, stall_s)
         follower.start()
         try:
             yield
@@ -89,20 +89,21 @@ class Console:
         finally:
             view.close()
 
-    def _view(self, total: int, what: str) -> _View:
+    def _view(self, total: int, what: str) -> _ProgressView:
         return _Bar(self._rich, total, what) if self._rich else _Lines(self._stream, self._interval_s)
 
 
 class Tally:
     """Work done so far, with its rate and the time left."""
 
-    def __init__(self, total: int, what: str, view: _View) -> None:
+    def __init__(self, total: int, what: str, view: _ProgressView) -> None:
         self.done = 0
         self._total, self._what, self._view = total, what, view
         self._pace = _Pace()
         self._pace.add(0)
 
     def advance(self, count: int = 1) -> None:
+        """Count ``count`` more pieces as done."""
         self.update(self.done + count)
 
     def update(self, done: int) -> None:
@@ -142,7 +143,7 @@ class _Pace:
         return (last - first) / (end - start) if end > start and last > first else None
 
 
-class _View(Protocol):
+class _ProgressView(Protocol):
     def show(self, done: int, head: str, text: str) -> None: ...
     def note(self, text: str) -> None: ...
     def close(self) -> None: ...
@@ -192,10 +193,10 @@ class _Lines:
         self._printed, self._printed_at = self._latest, time.monotonic()
 
 
-class _Follower:
+class _ConsoleFollower:
     """Shows what is appended to a stage's events, from where they end now."""
 
-    def __init__(self, folder: str, stage: str, total_steps: int, view: _View, stall_s: float) -> None:
+    def __init__(self, folder: str, stage: str, total_steps: int, view: _ProgressView, stall_s: float) -> None:
         self._folder, self._stage, self._total, self._view, self._stall_s = folder, stage, total_steps, view, stall_s
         # Not every file is an attempt of the workers; this is exact enough, and reads a history of weeks in no time.
         self._attempts_before = sum(Path(path).read_bytes().count(b'"kind": "start"') for _, path in attempts(folder, stage))
@@ -235,7 +236,7 @@ class _Follower:
 
     def _show(self, event: Event) -> None:
         kind, step = event["kind"], event.get("step")
-        note = sentence(event)
+        note = message(event)
         if kind == "start":
             self._show_start(event)
         elif kind == "heldout":

@@ -1,13 +1,13 @@
 """The event stream: what happened in a run, one JSON object a line, one file an attempt.
 
     events/pretrain-000.jsonl      first attempt, ended by a kill at step 80
-    events/pretrain-001.jsonl      what the driver said in between: that workers had died
-    events/pretrain-002.jsonl      second attempt, went on from the checkpoint of step 50
+    events/pretrain-001.jsonl      written by the driver in between: that workers had died
+    events/pretrain-002.jsonl      second attempt, resumed from the checkpoint of step 50
 
 Every line is ``{"time": unix seconds, "stage": ..., "kind": ..., ...}``. The console, W&B, Prometheus, ``oar status`` and the
 report are views of these files and hold nothing of their own. A line is written whole and flushed at once, so a killed
 process loses at most the line it was writing; readers ignore such a torn end. :class:`EventReader` hands out what was
-appended since the last look; :func:`read_events` is the history as it counts, without what a restart has undone.
+appended since the last poll; :func:`read_events` is the history as it counts, without what a restart has undone.
 
 A number JSON cannot hold is written as null and named beside it: ``{"loss": null, "non_finite": {"loss": "nan"}}``.
 """
@@ -34,7 +34,7 @@ Event = dict[str, Any]
 
 _RESERVED = ("time", "stage", "non_finite")
 _HELD_BYTES = 16 << 20
-"""What a log keeps in memory while the disk takes nothing; more is lost, and said."""
+"""What a log keeps in memory while the disk takes nothing; events beyond it are lost, and counted in a warning."""
 
 
 class EventLog:
@@ -98,6 +98,7 @@ class EventLog:
             self._append(line)
 
     def close(self) -> None:
+        """Write what is held, if the disk takes it, and close the file. May be called again."""
         with self._lock:
             if self._file >= 0:
                 self._append(b"")
@@ -128,8 +129,8 @@ class EventLog:
             self._lost = 0
 
 
-class Entry(NamedTuple):
-    """An event and where it stands."""
+class EventEntry(NamedTuple):
+    """An event and its position in the event files."""
 
     file: str
     """Name of its file without ``.jsonl``."""
@@ -140,9 +141,9 @@ class Entry(NamedTuple):
 
 
 class EventReader:
-    """What was appended to a stage's attempt files since the last look. Reads nothing twice, and only whole lines.
+    """What was appended to a stage's attempt files since the last poll. Reads nothing twice, and only whole lines.
 
-    Where several files grew, their events come in the order of their times: told as they happened.
+    Where several files grew, their events come in the order of their times.
     """
 
     def __init__(self, folder: str, stage: str, *, from_now: bool = False) -> None:
@@ -153,14 +154,14 @@ class EventReader:
         if from_now:
             self.ends = {file: os.path.getsize(self._path(file)) for file in self._files()}
 
-    def poll(self) -> Iterator[Entry]:
+    def poll(self) -> Iterator[EventEntry]:
         """The new events; an entry counts as read when it has been handed out."""
         grown = [file for file in self._files() if _size(self._path(file)) > self.ends.get(file, 0)]
         for entry in heapq.merge(*map(self.lines, grown), key=lambda entry: float(entry.event.get("time", 0.0))):
             self.ends[entry.file] = entry.end
             yield entry
 
-    def lines(self, file: str, stop: int | None = None) -> Iterator[Entry]:
+    def lines(self, file: str, stop: int | None = None) -> Iterator[EventEntry]:
         """The whole lines of one file from where it was read to, at most up to byte ``stop``; they do not count as read."""
         end, number = self.ends.get(file, 0), int(file.rpartition("-")[2])
         try:
@@ -175,7 +176,7 @@ class EventReader:
                     return
                 event = parse_line(line.decode("utf-8", errors="replace"))
                 if event is not None:
-                    yield Entry(file, number, event, end)
+                    yield EventEntry(file, number, event, end)
 
     def _files(self) -> list[str]:
         return [os.path.basename(path).removesuffix(".jsonl") for _, path in attempts(self.folder, self.stage)]
@@ -189,8 +190,8 @@ def attempts(folder: str, stage: str) -> list[tuple[int, str]]:
     if not os.path.isdir(folder):
         return []
     pattern = re.compile(re.escape(stage) + r"-(\d+)\.jsonl")
-    found = [(int(match[1]), os.path.join(folder, name)) for name in os.listdir(folder) if (match := pattern.fullmatch(name))]
-    return sorted(found)
+    numbered = [(int(match[1]), os.path.join(folder, name)) for name in os.listdir(folder) if (match := pattern.fullmatch(name))]
+    return sorted(numbered)
 
 
 def attempt_path(folder: str, stage: str, attempt: int) -> str:
@@ -213,7 +214,7 @@ def read_events(folder: str, stage: str) -> list[Event]:
     """The history of a stage as it counts: all attempts in order, each replayed step once.
 
     An attempt that starts at step s makes everything the attempts before it did after s undone, so their events with a
-    later ``step`` are left out; where the same kind and step still occur twice, the last one counts.
+    later ``step`` are skipped; where the same kind and step still occur twice, the last one counts.
 
     Args:
         folder: local folder of the run's events.
@@ -260,7 +261,7 @@ def _read_file(path: str) -> list[Event]:
 
 
 def _resumed_at(events: list[Event]) -> int | None:
-    """The step an attempt goes on from; None while it has neither started nor reached a step."""
+    """The step an attempt resumes from; None while it has neither started nor reached a step."""
     for event in events:
         if event["kind"] == "start" and "start_step" in event:
             return int(event["start_step"])

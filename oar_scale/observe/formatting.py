@@ -1,4 +1,4 @@
-"""What an event says, in a line for people: the console, ``oar tail``, ``oar status`` and the alerts use the same words."""
+"""Events as text for people: the console, ``oar tail``, ``oar status`` and the alerts use the same messages."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ it is no event: the absence of events is."""
 SHOWN_ITEMS = 8
 
 
-def sentence(event: Event) -> str | None:
-    """An event other than a measurement, in words; None for measurements (``train``, ``pool``, ``vq``) and unknown kinds."""
+def message(event: Event) -> str | None:
+    """The message of an event that is no measurement; None for measurements (``train``, ``pool``, ``vq``) and unknown kinds."""
     match event["kind"]:
         case "heldout":
             others = [
@@ -68,7 +68,7 @@ def sentence(event: Event) -> str | None:
 def line(event: Event, show_day: bool = False) -> str:
     """An event as one line of a log: when, which stage, what."""
     when = datetime.fromtimestamp(float(event.get("time", 0.0))).strftime("%Y-%m-%d %H:%M:%S" if show_day else "%H:%M:%S")
-    text = sentence(event)
+    text = message(event)
     if text is None:
         hidden = ("time", "stage", "kind", "non_finite", "recipe", "versions")
         fields = {name: value for name, value in event.items() if name not in hidden} | event.get("non_finite", {})
@@ -97,7 +97,7 @@ def number(value: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: ``9 s``, ``2 min 05 s``, ``1 h 20 min``, ``3 d 04 h``."""
+    """Seconds as text: ``9 s``, ``2 min 05 s``, ``1 h 20 min``, ``3 d 04 h``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -118,5 +118,5 @@ def _at(event: Event) -> str:
 
 
 def _raw(event: Event, name: str) -> str:
-    """A number of an event, in the words of what it really was where JSON could not hold it."""
+    """A number of an event as text; where JSON could not hold it, what it was (``nan``, ``inf``)."""
     return str(event.get("non_finite", {}).get(name) or number(event[name]))

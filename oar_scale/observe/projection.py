@@ -1,8 +1,8 @@
 """Events as the rows of a W&B run. No network, no clock: the same event files always give the same rows.
 
 A row is one event's numbers under ``kind/field``, beside its own x-axis ``kind/step`` (``pool/done``): a checkpoint that is
-reported late moves no other curve. Rows are numbered from 0, and W&B is told the number; as the rows follow from the files
-alone, the number that W&B has says all about where to go on, after whatever crash.
+reported late moves no other curve. Rows are numbered from 0, and W&B gets the number with each row; as the rows follow from the files
+alone, number of rows that W&B has says where to resume after any crash.
 
     attempt 0   train 10   train 20   train 30   killed
     attempt 1   start (from 20)       train 30   train 40
@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from oar_scale.observe.events import Event
-from oar_scale.observe.formatting import ALERTS, sentence
+from oar_scale.observe.formatting import ALERTS, message
 from oar_scale.observe.state import Attempts
 
 HAPPENED = {"start", "resumed", "stopping", "profile", "end", "non_finite", "bad_sample", "spike", "checkpoint_failed"}
@@ -28,7 +28,7 @@ CONFIG_ONLY = ("time", "stage", "kind", "recipe", "non_finite")
 
 
 @dataclass(frozen=True)
-class Row:
+class WandbRow:
     """One line of a W&B run's history."""
 
     number: int
@@ -52,12 +52,12 @@ class Alert:
     text: str
 
 
-class Projection:
+class RowProjection:
     """See the top of this file.
 
     Attributes:
         generation: how often the stage was begun anew; each is a W&B run of its own.
-        config: the last ``start`` event's recipe and facts.
+        config: the last ``start`` event's recipe, and under ``start`` its other fields.
         complete: the stage has ended.
     """
 
@@ -75,7 +75,7 @@ class Projection:
         """Of each kind of measurement the last step there was, and the attempt that got there."""
         self._totals: Counter[str] = Counter()
 
-    def take(self, attempt: int, event: Event) -> tuple[Row | None, Alert | None]:
+    def take(self, attempt: int, event: Event) -> tuple[WandbRow | None, Alert | None]:
         """The row and the alert that an event makes, where it makes one."""
         _, anew = self._attempts.take(attempt, event)
         if anew:
@@ -87,14 +87,14 @@ class Projection:
         if kind not in ALERTS:
             return row, None
         self.alerts += 1
-        return row, Alert(self.alerts - 1, float(event.get("time", 0.0)), kind, sentence(event) or kind)
+        return row, Alert(self.alerts - 1, float(event.get("time", 0.0)), kind, message(event) or kind)
 
-    def _row(self, attempt: int, event: Event) -> Row | None:
+    def _row(self, attempt: int, event: Event) -> WandbRow | None:
         kind = event["kind"]
         self._totals[kind] += 1
         if kind == "start":
-            facts = {name: value for name, value in event.items() if name not in CONFIG_ONLY}
-            self.config = {**event.get("recipe", {}), "start": facts}
+            attempt_metadata = {name: value for name, value in event.items() if name not in CONFIG_ONLY}
+            self.config = {**event.get("recipe", {}), "start": attempt_metadata}
             values = {"start/total": float(self._totals[kind])} | _numbers(kind, {n: event[n] for n in START_FIELDS if n in event})
             return self._made(event, "total", values)
         axis = _axis(event)
@@ -114,12 +114,12 @@ class Projection:
             values["resized/to_workers"] = float(event["to_workers"])
         return self._made(event, axis, values)
 
-    def _made(self, event: Event, axis: str, values: dict[str, float]) -> Row:
+    def _made(self, event: Event, axis: str, values: dict[str, float]) -> WandbRow:
         kind = event["kind"]
         pictures = {f"{kind}/{name}": str(event[name]) for name in PICTURES.get(kind, ()) if event.get(name)}
         captions = "\n".join(map(str, event.get("captions", ()))) if pictures else ""
         self.rows += 1
-        return Row(self.rows - 1, float(event.get("time", 0.0)), kind, f"{kind}/{axis}", values, pictures, captions)
+        return WandbRow(self.rows - 1, float(event.get("time", 0.0)), kind, f"{kind}/{axis}", values, pictures, captions)
 
 
 def measured(event: Event) -> bool:
@@ -134,14 +134,14 @@ def _axis(event: Event) -> str:
 
 def _numbers(kind: str, event: Event) -> dict[str, float]:
     """All numbers of an event; those of a list by their place, from 1; what is not finite as what it was."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in event.items():
         if name == "time":
             continue
         for part, each in [(name, value)] if not isinstance(value, list) else [(f"{name}/{i}", v) for i, v in enumerate(value, start=1)]:
             if isinstance(each, int | float):
-                found[f"{kind}/{part}"] = float(each)
+                numbers[f"{kind}/{part}"] = float(each)
     for name, text in event.get("non_finite", {}).items():
         field_name, _, index = name.partition(".")
-        found[f"{kind}/{field_name}" + (f"/{int(index) + 1}" if index.isdecimal() else "")] = float(text)
-    return found
+        numbers[f"{kind}/{field_name}" + (f"/{int(index) + 1}" if index.isdecimal() else "")] = float(text)
+    return numbers

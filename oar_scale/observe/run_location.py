@@ -14,8 +14,8 @@ from oar_scale.storage import Missing, join, open_storage, read_json
 
 
 @dataclass
-class Place:
-    """A run as it can be looked at from here."""
+class RunLocation:
+    """Where the events and the finished stages of a run can be read from here."""
 
     name: str
     """As it was asked for."""
@@ -33,16 +33,16 @@ class Place:
 
     def finished(self) -> dict[str, float]:
         """The stages that are done, and how long they took."""
-        found: dict[str, float] = {}
+        seconds_of_stage: dict[str, float] = {}
         for folder in dict.fromkeys(join(each, "stages") for each in (self.root, os.path.dirname(self.events)) if each):
             for uri in open_storage(folder).list(folder):
                 if uri.endswith(".json"):
                     marker = read_json(uri)
-                    found[str(marker["stage"])] = float(marker["seconds"])
-        return found
+                    seconds_of_stage[str(marker["stage"])] = float(marker["seconds"])
+        return seconds_of_stage
 
 
-def find_run(run: str) -> Place:
+def find_run(run: str) -> RunLocation:
     """Where the events of a run are; those of a run in S3 are brought to a temporary folder.
 
     Args:
@@ -52,21 +52,23 @@ def find_run(run: str) -> Place:
         UserError: there is no run.
     """
     if run.startswith("s3://"):
-        place = Place(run, _scratch(), run)
+        location = RunLocation(run, _scratch(), run)
     elif run.endswith((".yaml", ".yml")):
         from oar_scale.config.loading import load_recipe
 
         recipe = load_recipe(run)
-        place = Place(f"{recipe.name} ({recipe.local_dir})", os.path.join(os.path.abspath(recipe.local_dir), "events"), recipe.root)
+        location = RunLocation(
+            f"{recipe.name} ({recipe.local_dir})", os.path.join(os.path.abspath(recipe.local_dir), "events"), recipe.root
+        )
     else:
-        place = Place(run, os.path.join(os.path.abspath(run), "events"), _local_root(run))
-    place.refresh()
-    if not stages_with_events(place.events) and not place.finished():
+        location = RunLocation(run, os.path.join(os.path.abspath(run), "events"), _local_root(run))
+    location.refresh()
+    if not stages_with_events(location.events) and not location.finished():
         raise UserError(
             f"{run}: no run here, or it has not begun: there are neither events nor finished stages.\n"
             "Give the folder of a run (runs/NAME), its recipe, or its storage (s3://bucket/prefix)."
         )
-    return place
+    return location
 
 
 def _local_root(folder: str) -> str:

@@ -1,4 +1,4 @@
-"""What a stage is doing, folded from its events: the console's, Prometheus' and ``oar status``' common memory.
+"""What a stage is doing, folded from its events: the console's, Prometheus' and ``oar status``' common state.
 
 An event changes a few fields and is forgotten, so that a run of weeks costs no more to watch than one of minutes. All
 attempts count, as they happened: a fault of an attempt that was undone is still a fault.
@@ -26,13 +26,13 @@ SHOWN_ALERTS = 5
 class Attempts:
     """Follows the attempts at a stage, and notices when one that was done is begun anew (``--from``).
 
-    Attempts at a training follow one another. Pools on the same shards (the tasks of a job array, a second ``oar extract``) are at
-    work at the same time: their events come mixed, each tells of all shards it knows to be done, and none begins anything anew.
+    Attempts at a training follow one another. Pools on the same shards (the tasks of a job array, a second ``oar extract``) run
+    at the same time: their events come mixed, each tells of all shards it knows to be done, and none begins anything anew.
     """
 
     def __init__(self) -> None:
         self._first: dict[int, float] = {}
-        """When each attempt said its first word."""
+        """Time of each attempt's first event."""
         self._rejected: set[int] = set()
         """Attempts that found a checkpoint, but a damaged one."""
         self._committed = False
@@ -44,7 +44,7 @@ class Attempts:
 
         A training stage says so in ``start`` (step 0 although a checkpoint was committed and none was rejected). The others have
         neither checkpoints nor an event of their own: they are begun anew where an attempt that came after all was complete
-        trains, or hires actors, which a pool does only for shards that are missing.
+        trains, or starts actors, which a pool does only for shards that are missing.
         """
         first = attempt not in self._first
         self._first.setdefault(attempt, float(event.get("time", 0.0)))
@@ -130,9 +130,13 @@ class StageState:
                 self.step = max(event["done"], self.step or 0)  # of several pools each learns late what the others have done
                 self.steps, self.status = event["total"], "running" if self.step < event["total"] else "done"
                 self._mark(at)
-            case "stopping" | "worker_failure" | "end":
-                self.status = {"stopping": "stopping", "worker_failure": "failed", "end": "done"}[kind]  # type: ignore[assignment]
-                if kind == "end" and self.steps is not None:
+            case "stopping":
+                self.status = "stopping"
+            case "worker_failure":
+                self.status = "failed"
+            case "end":
+                self.status = "done"
+                if self.steps is not None:
                     self.step = self.steps
 
     def _mark(self, at: float) -> None:
@@ -148,6 +152,7 @@ class StageState:
 
     @property
     def median_images_per_s(self) -> float | None:
+        """Median over the ``train`` events; None before the first one."""
         return statistics.median(self.rates) if self.rates else None
 
     def per_second(self) -> float | None:
@@ -164,5 +169,5 @@ class StageState:
 
     def value(self, kind: str, field: str) -> float | None:
         """A number of the newest event of a kind; None when there is none, or it was not finite."""
-        found = self.latest.get(kind, {}).get(field)
-        return float(found) if isinstance(found, int | float) else None
+        value = self.latest.get(kind, {}).get(field)
+        return float(value) if isinstance(value, int | float) else None

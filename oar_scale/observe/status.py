@@ -16,34 +16,34 @@ import time
 
 from oar_scale.observe.events import EventReader, stages_with_events
 from oar_scale.observe.formatting import ALERTS, duration, line, number
-from oar_scale.observe.run_location import Place
+from oar_scale.observe.run_location import RunLocation
 from oar_scale.observe.state import StageState
 from oar_scale.registry import STAGES
 
 DEFAULT_STALL_S = 600.0
 
 
-def status(place: Place, now: float | None = None) -> str:
+def status(location: RunLocation, now: float | None = None) -> str:
     """The screen."""
     now = time.time() if now is None else now
-    finished, lines = place.finished(), [place.name]
-    stages = {*finished, *stages_with_events(place.events)}
+    finished, lines = location.finished(), [location.name]
+    stages = {*finished, *stages_with_events(location.events)}
     order = list(STAGES)
     for stage in sorted(stages, key=lambda name: (order.index(name) if name in order else len(order), name)):
         state = StageState(stage)
-        state.read(EventReader(place.events, stage))
-        told = [f"done in {duration(finished[stage])}"] if stage in finished else [_status_line(state, now)]
-        lines += [f"{stage if index == 0 else '':10} {text}" for index, text in enumerate([*told, *_details(state, now)])]
+        state.read(EventReader(location.events, stage))
+        headline = [f"done in {duration(finished[stage])}"] if stage in finished else [_status_line(state, now)]
+        lines += [f"{stage if index == 0 else '':10} {text}" for index, text in enumerate([*headline, *_details(state, now)])]
     return "\n".join(lines) + "\n"
 
 
 def _status_line(state: StageState, now: float) -> str:
     """What a stage that is not finished is doing, how far it is, and since when."""
     silent = now - (state.progressed or state.began or now)
-    doing: str = state.status
-    if doing not in ("done", "waiting") and silent > _stall_s(state):
-        doing = f"STALLED, or ended without a word, while {doing}:"
-    parts = [doing, _progress(state)]
+    status: str = state.status
+    if status not in ("done", "waiting") and silent > _stall_s(state):
+        status = f"STALLED, or ended without a word, while {status}:"
+    parts = [status, _progress(state)]
     left = state.seconds_left()
     if state.status == "running" and left is not None and silent <= _stall_s(state):
         parts.append(f"{duration(left)} left")

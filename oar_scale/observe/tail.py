@@ -10,25 +10,25 @@ from collections.abc import Iterator
 
 from oar_scale.observe.events import Event, EventReader, stages_with_events
 from oar_scale.observe.formatting import line
-from oar_scale.observe.run_location import Place
+from oar_scale.observe.run_location import RunLocation
 
 POLL_S = 0.5
 POLL_S3_S = 5.0
 
 
-def tail(place: Place, count: int, kinds: list[str], follow: bool) -> Iterator[str]:
+def tail(location: RunLocation, count: int, kinds: list[str], follow: bool) -> Iterator[str]:
     """The last ``count`` events, of these kinds or (none given) of all; with ``follow``, then what is appended, without end."""
     readers: dict[str, EventReader] = {}
-    yield from map(line, deque(_new(place, readers, kinds), maxlen=count))
+    yield from map(line, deque(_new(location, readers, kinds), maxlen=count))
     while follow:
-        time.sleep(POLL_S3_S if place.root and place.root.startswith("s3://") else POLL_S)
-        place.refresh()
-        yield from map(line, _new(place, readers, kinds))
+        time.sleep(POLL_S3_S if location.root and location.root.startswith("s3://") else POLL_S)
+        location.refresh()
+        yield from map(line, _new(location, readers, kinds))
 
 
-def _new(place: Place, readers: dict[str, EventReader], kinds: list[str]) -> Iterator[Event]:
+def _new(location: RunLocation, readers: dict[str, EventReader], kinds: list[str]) -> Iterator[Event]:
     """What was appended to any stage, also to one that has begun since."""
-    for stage in stages_with_events(place.events):
-        readers.setdefault(stage, EventReader(place.events, stage))
+    for stage in stages_with_events(location.events):
+        readers.setdefault(stage, EventReader(location.events, stage))
     entries = heapq.merge(*(reader.poll() for reader in readers.values()), key=lambda entry: float(entry.event.get("time", 0.0)))
     return (entry.event for entry in itertools.chain(entries) if not kinds or entry.event["kind"] in kinds)

@@ -4,7 +4,7 @@ It reads the same event files as everybody, in its own time. A server that hangs
 crash in here: nothing of that reaches the process that trains, which at the end waits a bounded time and then ends this
 one. It outlives a driver that is killed by just as much as it takes to send what was written.
 
-Where to go on after any crash follows from three facts. Rows are numbered, and follow from the events alone (see
+Where to resume after any crash follows from three properties. Rows are numbered, and follow from the events alone (see
 :mod:`oar_scale.observe.projection`). A server says how many rows it has; a run kept offline is written from row 0 again.
 And the order in which events of several files were read is written down before any row of them is sent.
 """
@@ -26,13 +26,13 @@ from typing import Any
 
 import psutil
 
-from oar_scale.observe.events import Entry, EventReader
+from oar_scale.observe.events import EventEntry, EventReader
 from oar_scale.observe.formatting import ALERTS, duration
 from oar_scale.observe.mirror import run_id
-from oar_scale.observe.projection import Alert, Projection
+from oar_scale.observe.projection import Alert, RowProjection
 from oar_scale.observe.state import PROGRESS
 from oar_scale.observe.wandb_lock import SenderLock, kill_descendants
-from oar_scale.observe.wandb_run import Mode, NotConfirmed, WandbName, WandbRun, reachable_mode, start_over, wanted_mode
+from oar_scale.observe.wandb_run import AlertLevel, Mode, NotConfirmed, WandbName, WandbRun, reachable_mode, start_over, wanted_mode
 from oar_scale.storage.local import atomic_file
 
 POLL_S = 2.0
@@ -47,8 +47,8 @@ ALERT_AGE_S = 3600.0
 
 
 @dataclass(frozen=True)
-class Spec:
-    """What the process is told, as JSON on the first line of its standard input."""
+class WandbSpec:
+    """The settings of the process: JSON on the first line of its standard input."""
 
     events: str
     """Folder of the run's event files; the run's local folder is the one around it."""
@@ -69,15 +69,15 @@ class Spec:
     """Process id of the driver, which is where this is made; the process ends by itself soon after it."""
 
     def wandb_name(self, generation: int) -> WandbName:
-        """Under which names a generation of the stage is found (see :class:`oar_scale.observe.projection.Projection`)."""
+        """The names at W&B of a generation of the stage (see :class:`oar_scale.observe.projection.RowProjection`)."""
         run, again = run_id(self.events, self.root), f"-{generation + 1}" if generation else ""
         group, name = f"{self.recipe_name}-{run}", f"{self.recipe_name}-{self.stage}{again}"
         return WandbName(self.project, group, name, self.stage, f"{run}-{self.stage}{again}", tuple(self.tags))
 
 
 @dataclass
-class State:
-    """What survives of a projection, in ``STAGE.wandb.json`` beside the events."""
+class SenderState:
+    """What the next sender must know, in ``STAGE.wandb.json`` beside the events."""
 
     journal: list[tuple[str, int]] = field(default_factory=list)
     """Files and how far each was read, in that order."""
@@ -89,7 +89,7 @@ class State:
     """How far each file was read when W&B last had everything."""
 
     @classmethod
-    def load(cls, path: str) -> State:
+    def load(cls, path: str) -> SenderState:
         """What was saved; a fresh state if that cannot be read."""
         try:
             with open(path, encoding="utf-8") as file:
@@ -98,10 +98,11 @@ class State:
             return cls()
 
     def save(self, path: str) -> None:
+        """Write it to ``path``, whole or not at all."""
         with atomic_file(path) as file:
             file.write(json.dumps(asdict(self)).encode())
 
-    def note(self, entries: list[Entry]) -> None:
+    def note(self, entries: list[EventEntry]) -> None:
         """Write down that these were read next."""
         for entry in entries:
             if self.journal and self.journal[-1][0] == entry.file:
@@ -110,25 +111,26 @@ class State:
 
 
 def state_path(events: str, stage: str) -> str:
+    """The file of a stage's :class:`SenderState`."""
     return os.path.join(events, f"{stage}.wandb.json")
 
 
 def is_delivered(events: str, stage: str) -> bool:
     """Whether W&B has all that is written."""
     reader = EventReader(events, stage)
-    reader.ends = State.load(state_path(events, stage)).delivered
+    reader.ends = SenderState.load(state_path(events, stage)).delivered
     return next(reader.poll(), None) is None
 
 
-class Follower:
+class StageSender:
     """Walks through a stage's events once, from the first to the end of the stage, into its W&B run(s)."""
 
-    def __init__(self, spec: Spec, mode: Mode) -> None:
+    def __init__(self, spec: WandbSpec, mode: Mode) -> None:
         self.spec, self.mode = spec, mode
         self._path = state_path(spec.events, spec.stage)
-        self._state = State.load(self._path)
+        self._state = SenderState.load(self._path)
         self._reader = EventReader(spec.events, spec.stage)
-        self._projection = Projection()
+        self._projection = RowProjection()
         self._run: WandbRun | None = None
         self._config: Mapping[str, Any] = spec.config
         self._progressed, self._stalled = time.monotonic(), False
@@ -137,8 +139,8 @@ class Follower:
         """Send what is there and what comes, until ``ended`` is set and all is read (True), or it is ``interrupted`` (False).
 
         Raises:
-            NotConfirmed: W&B takes too long to say that it has everything.
-            Exception: whatever else W&B has to say.
+            NotConfirmed: W&B takes too long to confirm that it has everything.
+            Exception: whatever else fails in W&B's client.
         """
         for entry in self._as_before():
             self._take(entry)
@@ -161,13 +163,13 @@ class Follower:
             self._save()
         return last
 
-    def _as_before(self) -> Iterator[Entry]:
+    def _as_before(self) -> Iterator[EventEntry]:
         """What earlier processes read, in their order."""
         for file, end in self._state.journal:
             yield from self._reader.lines(file, stop=end)
             self._reader.ends[file] = end
 
-    def _take(self, entry: Entry) -> None:
+    def _take(self, entry: EventEntry) -> None:
         if entry.event["kind"] in PROGRESS:
             self._progressed, self._stalled = time.monotonic(), False
         before, complete = self._projection.generation, self._projection.complete
@@ -201,7 +203,7 @@ class Follower:
         if sent or self.mode != self.spec.mode:
             return
         if time.time() - alert.time < ALERT_AGE_S:
-            level: Any = "WARN" if alert.kind in ("spike", "rejected_checkpoint") else "ERROR"
+            level: AlertLevel = "WARN" if alert.kind in ("spike", "rejected_checkpoint") else "ERROR"
             self._opened().alert(self._title(ALERTS[alert.kind]), alert.text, level)
         self._state.alerts = max(self._state.alerts, alert.number + 1)
         self._save()
@@ -226,19 +228,19 @@ class Follower:
         self._state.save(self._path)
 
 
-def follow(spec: Spec, ended: threading.Event) -> None:
+def follow(spec: WandbSpec, ended: threading.Event) -> None:
     """Keep the W&B run of a stage up to date until ``ended``. Where the server does not answer it is kept offline meanwhile."""
-    if not _something_to_say(spec, ended):
+    if not _wait_for_events(spec, ended):
         return
     spec = replace(spec, mode=wanted_mode(spec.mode, say))
     mode = reachable_mode(spec.mode, say)
     while True:
         try:
-            if Follower(spec, mode).follow(ended, _Recovery(spec, mode)):
+            if StageSender(spec, mode).follow(ended, _Recovery(spec, mode)):
                 return
             mode = spec.mode
         except NotConfirmed:
-            say("warning", f"W&B has not confirmed all of {spec.stage}; the rest is sent when the run goes on, or by {REPLAY}")
+            say("warning", f"W&B has not confirmed all of {spec.stage}; the rest is sent when the run is resumed, or by {REPLAY}")
             return
         except Exception as error:  # a view of the run must not be able to end it
             say("warning", f"W&B: {type(error).__name__}: {error}" + ("; the run is kept offline meanwhile" if mode == "online" else ""))
@@ -248,7 +250,7 @@ def follow(spec: Spec, ended: threading.Event) -> None:
             mode = "offline"
 
 
-def _something_to_say(spec: Spec, ended: threading.Event) -> bool:
+def _wait_for_events(spec: WandbSpec, ended: threading.Event) -> bool:
     """Wait for the first event, or for a silence that is worth an alert; false if the stage ends without either."""
     until = time.monotonic() + (spec.stall_s or float("inf"))
     while True:
@@ -263,7 +265,7 @@ def _something_to_say(spec: Spec, ended: threading.Event) -> bool:
 class _Recovery:
     """Asks a server that did not answer again, every ``RETRY_S``; true once it does."""
 
-    def __init__(self, spec: Spec, mode: Mode) -> None:
+    def __init__(self, spec: WandbSpec, mode: Mode) -> None:
         self._waiting = mode != spec.mode
         self._mode, self._next = spec.mode, time.monotonic() + RETRY_S
 
@@ -293,11 +295,12 @@ def _listen(ended: threading.Event, lock: SenderLock, driver: int, finish_s: flo
 
 
 def main() -> int:
+    """Send the events of the stage that standard input names, until its driver ends the stage or is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # meant for the driver, which says when it is over; srun sends them to both
     os.environ.pop("WANDB_SERVICE", None)  # of a program around the driver: its end must not be ours
-    with open(0, "rb", buffering=0, closefd=False) as told:  # unbuffered: what comes next is for _listen
-        spec = Spec(**json.loads(told.readline()))
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # unbuffered: what comes next is for _listen
+        spec = WandbSpec(**json.loads(stdin.readline()))
     ended, lock = threading.Event(), SenderLock(spec.events, spec.stage, spec.driver)
     threading.Thread(target=_listen, args=(ended, lock, spec.driver, spec.finish_s), daemon=True).start()
     try:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from oar_scale.observe.projection import Row
+from oar_scale.observe.projection import WandbRow
 
 Mode = Literal["offline", "online"]
+AlertLevel = Literal["WARN", "ERROR"]
 Say = Callable[[str, str], None]
 """A level (``info``, ``warning``) and a line."""
 
@@ -33,7 +34,7 @@ INIT_S = 20.0
 
 @dataclass(frozen=True)
 class WandbName:
-    """Under which names a stage is found at W&B."""
+    """The names of a stage's run at W&B."""
 
     project: str
     group: str
@@ -44,7 +45,7 @@ class WandbName:
 
 
 class NotConfirmed(Exception):
-    """W&B has not said in time that it has everything."""
+    """W&B has not confirmed in time that it has everything."""
 
 
 class WandbRun:
@@ -105,9 +106,10 @@ class WandbRun:
 
     @property
     def url(self) -> str | None:
+        """Address of the run's page; None offline."""
         return self._run.url if self.online else None
 
-    def log(self, row: Row) -> None:
+    def log(self, row: WandbRow) -> None:
         """Send a row, unless W&B has it."""
         if row.number < self.first:
             return
@@ -134,14 +136,15 @@ class WandbRun:
         """Set the configuration; a resumed run may have changed in it."""
         self._run.config.update(dict(config), allow_val_change=True)  # type: ignore[no-untyped-call]
 
-    def alert(self, title: str, text: str, level: Literal["WARN", "ERROR"]) -> None:
+    def alert(self, title: str, text: str, level: AlertLevel) -> None:
+        """Send an alert to whoever has subscribed to them at W&B."""
         self._run.alert(title, text, level=level, wait_duration=60)
 
-    def add_model(self, uri: str, facts: Mapping[str, Any]) -> None:
+    def add_model(self, uri: str, metadata: Mapping[str, Any]) -> None:
         """Log an exported model as an artifact: a local file by its bytes, an object in S3 by its name."""
         import wandb
 
-        artifact = wandb.Artifact(f"{self.name.group}-{self.name.job_type}", type="model", metadata=dict(facts))
+        artifact = wandb.Artifact(f"{self.name.group}-{self.name.job_type}", type="model", metadata=dict(metadata))
         if uri.startswith("s3://"):
             artifact.add_reference(uri, checksum=False)
         else:
@@ -166,7 +169,7 @@ class WandbRun:
 
 
 def wanted_mode(wanted: Mode, say: Say) -> Mode:
-    """``wanted``, or ``offline``, said, where there is no key."""
+    """``wanted``; or ``offline``, with a warning, where there is no key."""
     if wanted == "online" and not has_key(_base_url()):
         say("warning", "W&B: no WANDB_API_KEY and none in ~/.netrc; the run is kept offline (wandb sync uploads it later)")
         return "offline"
@@ -174,7 +177,7 @@ def wanted_mode(wanted: Mode, say: Say) -> Mode:
 
 
 def reachable_mode(wanted: Mode, say: Say) -> Mode:
-    """``wanted``, or ``offline``, said, where the server does not answer."""
+    """``wanted``; or ``offline``, with a warning, where the server does not answer."""
     if wanted == "offline":
         return wanted
     try:

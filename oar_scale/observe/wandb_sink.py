@@ -1,6 +1,6 @@
 """W&B as a view of the event files: a process of its own sends them, during a stage or after it.
 
-The files are the truth; ``STAGE.wandb.json`` beside them is that process' memory (:mod:`oar_scale.observe.wandb_process`).
+The files are the truth; ``STAGE.wandb.json`` beside them is that process' state (:mod:`oar_scale.observe.wandb_process`).
 Nothing here can fail a run or hold it up: whatever goes wrong is a warning in the log, all waiting is bounded, and what
 W&B has not got by then is sent the next time. Without a key or a network the W&B run is kept offline.
 """
@@ -23,7 +23,7 @@ import psutil
 
 import oar_scale
 from oar_scale.observe.wandb_lock import kill_tree
-from oar_scale.observe.wandb_process import Spec, is_delivered
+from oar_scale.observe.wandb_process import WandbSpec, is_delivered
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ ARTIFACT_WAIT_S = 600.0
 class WandbProcess:
     """The running process of one stage."""
 
-    def __init__(self, spec: Spec, say: Callable[[str], None]) -> None:
+    def __init__(self, spec: WandbSpec, say: Callable[[str], None]) -> None:
         """Start it. ``say`` gets what a user wants to read, such as the run's address; warnings go to the log."""
         folder = Path(spec.events).absolute().parent / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,14 +52,14 @@ class WandbProcess:
                 start_new_session=True,  # Ctrl-C is the driver's
             )
         self._stage, self._say = spec.stage, say
-        self._relay = threading.Thread(target=self._pass_on, name=f"wandb-{spec.stage}", daemon=True)
+        self._relay = threading.Thread(target=self._relay_messages, name=f"wandb-{spec.stage}", daemon=True)
         self._relay.start()
-        self._tell(json.dumps(asdict(spec)))
+        self._send(json.dumps(asdict(spec)))
 
     def stop(self, wait_s: float) -> bool:
         """Let it send what is written; end it when that takes longer than ``wait_s``. Returns whether it ended by itself."""
         until = time.monotonic() + wait_s
-        self._tell("end")
+        self._send("end")
         with contextlib.suppress(OSError):
             if self._process.stdin:
                 self._process.stdin.close()
@@ -80,13 +80,13 @@ class WandbProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
 
-    def _tell(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # it has ended; its last words are in the log
+    def _send(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # it has ended; its last messages are in the log
             assert self._process.stdin is not None
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
 
-    def _pass_on(self) -> None:
+    def _relay_messages(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             with contextlib.suppress(ValueError):
@@ -97,7 +97,7 @@ class WandbProcess:
                     log.warning("%s", text)
 
 
-def project(spec: Spec, say: Callable[[str], None], wait_s: float = WAIT_S) -> bool:
+def send_stage(spec: WandbSpec, say: Callable[[str], None], wait_s: float = WAIT_S) -> bool:
     """Bring the W&B run of a stage up to date with its event files, if it is not. Never raises, and waits at most ``wait_s``.
 
     Returns:

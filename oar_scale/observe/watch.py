@@ -21,8 +21,8 @@ from oar_scale.config.schema import Recipe
 from oar_scale.observe.console import Console
 from oar_scale.observe.mirror import pull
 from oar_scale.observe.prometheus import MetricsServer
-from oar_scale.observe.wandb_process import Spec
-from oar_scale.observe.wandb_sink import ARTIFACT_WAIT_S, WAIT_S, WandbProcess, project
+from oar_scale.observe.wandb_process import WandbSpec
+from oar_scale.observe.wandb_sink import ARTIFACT_WAIT_S, WAIT_S, WandbProcess, send_stage
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +83,11 @@ def watching(
             _guarded(name, lambda each=each: each.stop(max(0.5, until - time.monotonic())))  # type: ignore[misc]
 
 
-def wandb_spec(events: str, stage: str, recipe: Recipe, root: str, result: str | None = None, wait_s: float = WAIT_S) -> Spec:
-    """What the W&B process of a stage is told; its driver waits for it ``wait_s``. ``observe.wandb`` must not be ``off``."""
+def wandb_spec(events: str, stage: str, recipe: Recipe, root: str, result: str | None = None, wait_s: float = WAIT_S) -> WandbSpec:
+    """The settings of a stage's W&B process, whose driver waits for it ``wait_s``. ``observe.wandb`` must not be ``off``."""
     observe = recipe.observe
     assert observe.wandb != "off"
-    return Spec(
+    return WandbSpec(
         events=events,
         stage=stage,
         recipe_name=recipe.name,
@@ -105,7 +105,7 @@ def wandb_spec(events: str, stage: str, recipe: Recipe, root: str, result: str |
 def catch_up(events: str, recipe: Recipe, root: str, stages: list[str], say: Callable[[str], None]) -> None:
     """After a run: send W&B what it has not got of any stage, up to the first one that it does not take in time."""
     for stage in stages if recipe.observe.wandb != "off" else ():
-        if not project(wandb_spec(events, stage, recipe, root), say):
+        if not send_stage(wandb_spec(events, stage, recipe, root), say):
             return
 
 

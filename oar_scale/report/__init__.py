@@ -74,10 +74,8 @@ def _nll_rows(table: NllTable) -> list[tuple[str, list[tuple[str, bool]]]]:
     best = {order: min(nll.mean for (_, o), nll in entries.items() if o == order) for order in orders}
     rows = []
     for model in MODELS:
-        found = [entries.get((model, order)) for order in orders]
-        cells = [
-            (summary.plus_minus(nll), nll.mean == best[order]) if nll else ("", False) for order, nll in zip(orders, found, strict=True)
-        ]
+        row = [entries.get((model, order)) for order in orders]
+        cells = [(summary.plus_minus(nll), nll.mean == best[order]) if nll else ("", False) for order, nll in zip(orders, row, strict=True)]
         if any(text for text, _ in cells):
             rows.append((model_label(model), cells))
     return rows

@@ -20,6 +20,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
+    """``value`` with its sign, a true minus sign where it is negative."""
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
@@ -54,21 +55,21 @@ def summarise(report: ReportData) -> list[str]:
 
 def key_numbers(report: ReportData) -> list[tuple[str, str, str]]:
     """(label, value, what it means) of the few numbers to look at first."""
-    found: list[tuple[str, str, str]] = []
+    numbers: list[tuple[str, str, str]] = []
     if report.nll:
         for other in BASELINES:
             difference = _difference(report.nll, "ordered", other, "own confidence")
             if difference:
                 meaning = f"nats per code, own confidence order: ordered is {verdict(difference)}"
-                found.append((f"ordered − {model_label(other)}", plus_minus(difference, sign=True), meaning))
+                numbers.append((f"ordered − {model_label(other)}", plus_minus(difference, sign=True), meaning))
     dependence = _caption_row(report.captions)
     if dependence:
         meaning = f"nats per code lost with other images' captions ({model_label(dependence.model)} model)"
-        found.append(("shuffled − own captions", plus_minus(dependence.difference, sign=True), meaning))
+        numbers.append(("shuffled − own captions", plus_minus(dependence.difference, sign=True), meaning))
     if report.tokenizer:
         meaning = f"held-out images through the tokenizer; {report.tokenizer.codebook_use:.0%} of the codebook in use"
-        found.append(("tokenizer PSNR", f"{report.tokenizer.psnr_db:.1f} dB", meaning))
-    return found
+        numbers.append(("tokenizer PSNR", f"{report.tokenizer.psnr_db:.1f} dB", meaning))
+    return numbers
 
 
 def _what_was_done(report: ReportData) -> str:
@@ -154,5 +155,5 @@ def _distances(rows: tuple[DistanceRow, ...]) -> list[str]:
 
 
 def _difference(table: NllTable, first: str, second: str, order: str) -> Estimate | None:
-    found = (d.difference for d in table.differences if (d.first, d.second, d.order) == (first, second, order))
-    return next(found, None)
+    matching = (d.difference for d in table.differences if (d.first, d.second, d.order) == (first, second, order))
+    return next(matching, None)

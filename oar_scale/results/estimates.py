@@ -50,6 +50,8 @@ class PretrainEffect:
 
 @dataclass(frozen=True)
 class NllEntry:
+    """The NLL of one model under one kind of orders."""
+
     model: ModelName
     order: OrderName
     nll: Estimate
@@ -67,6 +69,8 @@ class NllDifference:
 
 @dataclass(frozen=True)
 class NllTable:
+    """The NLL of models under several kinds of orders, over the same images."""
+
     images: int
     entries: tuple[NllEntry, ...]
     differences: tuple[NllDifference, ...] = ()

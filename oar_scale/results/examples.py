@@ -25,7 +25,7 @@ class TokenizerMetadata:
     """Share of the codebook that occurs in the training images, 0 to 1."""
     psnr_db: float
     prompts: str
-    """What the models are told, in words."""
+    """What the models are conditioned on, as a phrase."""
     originals: tuple[Picture, ...] = ()
     reconstructions: tuple[Picture, ...] = ()
     reconstruction_fd_efflite0: float | None = None
@@ -34,6 +34,8 @@ class TokenizerMetadata:
 
 @dataclass(frozen=True)
 class SampleRow:
+    """Samples for one caption beside the original image."""
+
     caption: str
     original: Picture
     samples: tuple[Picture, ...]
@@ -42,6 +44,8 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class SampleGrid:
+    """Samples of several models for the same captions."""
+
     columns: tuple[ModelName, ...]
     """The models, e.g. ("any_order", "control", "ordered")."""
     settings: str
@@ -64,6 +68,8 @@ class EditExample:
 
 @dataclass(frozen=True)
 class OrderExample:
+    """The extracted order of one image."""
+
     caption: str
     image: Picture
     step_of_cell: NDArray[np.int64]
@@ -88,4 +94,4 @@ class OrderSummary:
     """Time of the extraction; 0 where it is not known."""
     examples: tuple[OrderExample, ...] = ()
     brute_force: str = ""
-    """Outcome of the comparison with brute force, in words; empty when it was not made."""
+    """Outcome of the comparison with brute force, as a sentence; empty when it was not made."""

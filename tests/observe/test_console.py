@@ -20,7 +20,7 @@ def _time_for_the_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "JOIN_S", 60.0)
 
 
-def test_followed_stage_shows_progress_evaluations_checkpoints_and_restarts(tmp_path: Path) -> None:
+def test_a_followed_stage_shows_progress_and_restarts(tmp_path: Path) -> None:
     with EventLog(str(tmp_path), "pretrain") as log:
         log.emit("start", steps=10, start_step=0)
         log.emit("train", step=1, loss=9.999)
@@ -45,9 +45,7 @@ def test_followed_stage_shows_progress_evaluations_checkpoints_and_restarts(tmp_
     assert "9.999" not in text  # what an earlier attempt wrote
 
 
-def test_faults_and_silence_are_said_and_what_the_driver_says_itself_is_not_said_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_faults_and_silence_are_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, clock = io.StringIO(), SimpleNamespace(now=1000.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
 

@@ -38,7 +38,7 @@ def test_replayed_steps_count_once_and_the_last_attempt_wins(tmp_path: Path) -> 
     assert steps(read_events(str(tmp_path), "pretrain")) == [(s, 1.0) for s in range(1, 6)] + [(6, 2.0), (7, 2.0)]
 
 
-def test_an_evaluation_made_again_at_the_resumed_step_replaces_the_first(tmp_path: Path) -> None:
+def test_an_evaluation_repeated_at_the_resumed_step_replaces_it(tmp_path: Path) -> None:
     for nll in (3.0, 2.5):
         with EventLog(str(tmp_path), "pretrain") as log:
             log.emit("start", start_step=5)
@@ -52,7 +52,7 @@ def test_an_attempt_killed_before_its_first_event_undoes_nothing(tmp_path: Path)
     assert len(steps(read_events(str(tmp_path), "pretrain"))) == 3
 
 
-def test_a_torn_last_line_is_left_out_and_a_torn_line_inside_is_an_error(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_skipped_and_one_inside_is_an_error(tmp_path: Path) -> None:
     path = Path(write_attempt(tmp_path, 0, 3, loss=1.0))
     text = path.read_text()
     path.write_text(text[:-10])
@@ -64,7 +64,7 @@ def test_a_torn_last_line_is_left_out_and_a_torn_line_inside_is_an_error(tmp_pat
         read_events(str(tmp_path), "pretrain")
 
 
-def test_numbers_that_are_not_finite_stay_valid_json_and_are_named(tmp_path: Path) -> None:
+def test_non_finite_numbers_stay_valid_json_and_are_named(tmp_path: Path) -> None:
     with EventLog(str(tmp_path), "pretrain") as log:
         log.emit("train", step=1, loss=float("nan"), grad_norm=np.float32("inf"), by_cell=[1.0, float("-inf")])
 
@@ -122,7 +122,7 @@ def test_an_attempt_may_be_given_its_number(tmp_path: Path) -> None:
         assert log.attempt == 6
 
 
-def test_a_disk_that_takes_no_more_ends_nothing_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_ends_nothing_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with EventLog(str(tmp_path), "pretrain") as log:
         try:
@@ -142,7 +142,7 @@ def told(reader: EventReader) -> list[object]:
     return [entry.event.get("step", entry.event["kind"]) for entry in reader.poll()]
 
 
-def test_a_reader_gets_each_event_once_and_a_torn_line_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_reader_gets_each_event_once_and_only_whole_lines(tmp_path: Path) -> None:
     reader = EventReader(str(tmp_path), "pretrain")
     assert told(reader) == []
     path = Path(write_attempt(tmp_path, 0, 2, loss=1.0))
@@ -167,7 +167,7 @@ def test_a_reader_that_stops_half_way_goes_on_there(tmp_path: Path) -> None:
     assert told(reader) == [2, 3]
 
 
-def test_what_the_driver_says_in_a_file_of_its_own_is_told_in_its_place_and_undoes_nothing(tmp_path: Path) -> None:
+def test_driver_events_are_in_order_and_undo_nothing(tmp_path: Path) -> None:
     with EventLog(str(tmp_path), "pretrain") as driver:
         write_attempt(tmp_path, 0, 1, loss=1.0)
         driver.emit("worker_failure", cause="lost")

@@ -50,7 +50,7 @@ def until(fact: Callable[[], object], wait_s: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def test_another_host_reads_the_same_events_while_they_are_written(tmp_path: Path, root: str) -> None:
+def test_another_host_reads_events_while_they_are_written(tmp_path: Path, root: str) -> None:
     here, there = hosts(tmp_path)
     with open_log(here, "pretrain", root, QUICK) as log:
         synthetic_run.start(log)
@@ -146,7 +146,7 @@ def unsteady_root(unsteady: Unsteady) -> str:
     return f"s3://oar-mirror/{uuid.uuid4().hex[:8]}"
 
 
-def test_a_server_that_is_away_for_a_while_stops_nobody_and_gets_everything_later(
+def test_a_server_away_for_a_while_gets_everything_later(
     tmp_path: Path, unsteady: Unsteady, unsteady_root: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     root, (here, there) = unsteady_root, hosts(tmp_path)
@@ -163,9 +163,7 @@ def test_a_server_that_is_away_for_a_while_stops_nobody_and_gets_everything_late
         until(lambda: pull(root, there) or content(there) == content(here))
 
 
-def test_an_attempt_made_while_the_server_was_away_is_copied_by_the_next_one(
-    tmp_path: Path, unsteady: Unsteady, unsteady_root: str
-) -> None:
+def test_an_attempt_without_a_server_is_copied_by_the_next_one(tmp_path: Path, unsteady: Unsteady, unsteady_root: str) -> None:
     root, (here, there) = unsteady_root, hosts(tmp_path)
     unsteady.down()
     with EventLog(here, "pretrain", next_attempt(here, "pretrain", root)) as log:
@@ -182,7 +180,7 @@ def test_an_attempt_made_while_the_server_was_away_is_copied_by_the_next_one(
         until(lambda: pull(root, there) or content(there) == content(here))
 
 
-def test_two_hosts_that_could_not_ask_and_chose_one_number_do_not_mix_their_lines(
+def test_two_hosts_with_one_attempt_number_do_not_mix_lines(
     tmp_path: Path, unsteady: Unsteady, unsteady_root: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     root, (here, there) = unsteady_root, hosts(tmp_path)

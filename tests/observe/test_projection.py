@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from oar_scale.observe.events import Entry, EventLog, EventReader
-from oar_scale.observe.projection import Projection, Row
+from oar_scale.observe.events import EventEntry, EventLog, EventReader
+from oar_scale.observe.projection import RowProjection, WandbRow
 from oar_scale.observe.state import StageState
 from tests.observe import synthetic_run
 from tests.observe.documented import promised_fields
 
 
-def read(events: Path, stage: str = "pretrain") -> list[Entry]:
+def read(events: Path, stage: str = "pretrain") -> list[EventEntry]:
     return list(EventReader(str(events), stage).poll())
 
 
-def rows(entries: Iterable[Entry]) -> list[Row]:
-    projection = Projection()
+def rows(entries: Iterable[EventEntry]) -> list[WandbRow]:
+    projection = RowProjection()
     return [row for entry in entries if (row := projection.take(entry.attempt, entry.event)[0])]
 
 
-def train_steps(made: list[Row]) -> list[float]:
+def train_steps(made: list[WandbRow]) -> list[float]:
     return [row.values["train/step"] for row in made if "train/step" in row.values]
 
 
-def test_the_documentation_names_exactly_the_fields_of_every_event(tmp_path: Path) -> None:
+def test_the_documentation_names_exactly_the_fields_of_events(tmp_path: Path) -> None:
     events = synthetic_run.whole_run(tmp_path)
     found: dict[str, set[str]] = {}
     for stage in ("pretrain", "tokenizer", "extract"):
@@ -41,7 +41,7 @@ def test_the_same_files_give_the_same_numbered_rows(tmp_path: Path) -> None:
     assert rows(entries[:10]) == first[: len(rows(entries[:10]))]
 
 
-def test_a_step_done_again_makes_no_second_row_and_a_late_checkpoint_makes_one(tmp_path: Path) -> None:
+def test_a_repeated_step_is_one_row_and_a_late_checkpoint_too(tmp_path: Path) -> None:
     with EventLog(str(tmp_path), "pretrain") as log:
         synthetic_run.start(log)
         for step in (10, 20, 30):
@@ -59,7 +59,7 @@ def test_a_step_done_again_makes_no_second_row_and_a_late_checkpoint_makes_one(t
     assert 7.0 not in [row.values.get("train/loss") for row in made]
 
 
-def test_a_roll_back_is_an_attempt_whose_old_steps_are_not_told_again(tmp_path: Path) -> None:
+def test_a_roll_back_sends_no_step_a_second_time(tmp_path: Path) -> None:
     with EventLog(str(tmp_path), "pretrain") as log:
         synthetic_run.start(log)
         for step in (10, 20, 30):
@@ -76,7 +76,7 @@ def test_a_roll_back_is_an_attempt_whose_old_steps_are_not_told_again(tmp_path: 
     assert (state.step, state.attempts, state.totals["spike"]) == (40, 2, 1)
 
 
-def test_only_a_start_from_nothing_after_something_was_kept_begins_anew(tmp_path: Path) -> None:
+def test_only_a_start_from_nothing_after_a_commit_begins_anew(tmp_path: Path) -> None:
     def attempt(start_step: int, *, checkpoint: bool = False, rejected: bool = False) -> None:
         with EventLog(str(tmp_path), "pretrain") as log:
             if rejected:
@@ -87,7 +87,7 @@ def test_only_a_start_from_nothing_after_something_was_kept_begins_anew(tmp_path
                 synthetic_run.checkpoint(log, start_step + 10)
 
     def generations() -> int:
-        projection = Projection()
+        projection = RowProjection()
         for entry in read(tmp_path):
             projection.take(entry.attempt, entry.event)
         return projection.generation
@@ -109,7 +109,7 @@ def pool(log: EventLog, done: int) -> None:
 
 def pool_rows(events: Path) -> list[tuple[int, float, int]]:
     """Number, images done and W&B run of each point of the pools' curve."""
-    projection = Projection()
+    projection = RowProjection()
     made = [(projection.take(e.attempt, e.event)[0], projection.generation) for e in read(events, "extract")]
     return [(row.number, row.values["pool/done"], run) for row, run in made if row and "pool/done" in row.values]
 
@@ -144,7 +144,7 @@ def test_pools_at_work_at_the_same_time_are_one_run(tmp_path: Path) -> None:
         log.close()
     found = pool_rows(tmp_path)
     assert [(done, run) for _, done, run in found] == [(0, 0), (32, 0), (64, 0), (96, 0)]
-    projection = Projection()
+    projection = RowProjection()
     for entry in read(tmp_path, "extract"):
         projection.take(entry.attempt, entry.event)
     assert projection.complete and projection.rows == 4 + 3 + 2, "points, actors and retries are rows"

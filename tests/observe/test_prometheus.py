@@ -91,7 +91,7 @@ def test_metrics_follow_the_events_and_count_all_attempts(tmp_path: Path) -> Non
     assert after["oar_skipped_batches_total"] == 2  # step 60 was done twice
 
 
-def test_every_metric_has_a_help_and_a_type_and_strange_labels_are_escaped(tmp_path: Path) -> None:
+def test_metrics_have_help_and_type_and_labels_are_escaped(tmp_path: Path) -> None:
     events = tmp_path / "events"
     with EventLog(str(events), "pretrain") as log:
         synthetic_run.start(log, code='v1 "dirty"\\\n')
@@ -130,7 +130,7 @@ def test_health_turns_with_progress(tmp_path: Path, clock: SimpleNamespace) -> N
         assert get(f"{server.url}/healthz")[0] == 200  # done is not stalled
 
 
-def test_a_stage_that_never_begins_is_stalled_whatever_its_last_attempt_came_to(tmp_path: Path, clock: SimpleNamespace) -> None:
+def test_a_stage_that_never_begins_is_stalled(tmp_path: Path, clock: SimpleNamespace) -> None:
     events = synthetic_run.whole_run(tmp_path)
     with serving(events) as server:
         assert get(f"{server.url}/healthz")[0] == 200
@@ -138,7 +138,7 @@ def test_a_stage_that_never_begins_is_stalled_whatever_its_last_attempt_came_to(
         assert get(f"{server.url}/healthz")[0] == 503
 
 
-def test_health_says_that_a_stage_has_failed_and_the_address_is_written_down_while_it_counts(tmp_path: Path) -> None:
+def test_health_tells_of_a_failure_and_its_address_is_in_a_file(tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"name": "emoji", "observe": {"metrics_port": 0}})
     events, seen = tmp_path / "events", []
     with serving(events) as server:
@@ -161,7 +161,7 @@ def test_a_port_that_is_taken_is_a_warning(tmp_path: Path, caplog: pytest.LogCap
     assert "/metrics: OSError" in caplog.text
 
 
-def test_the_documentation_names_exactly_the_metrics_that_are_served(tmp_path: Path) -> None:
+def test_the_documentation_names_exactly_the_served_metrics(tmp_path: Path) -> None:
     served = exposed(tmp_path)
     assert served | {"oar_remaining_seconds"} == promised_metrics()  # that one needs some time to pass
     assert promised_metrics() == {metric.name for metric in METRICS}
@@ -178,7 +178,7 @@ def test_the_dashboard_shows_every_metric_and_no_other() -> None:
     assert all('run=~"$run"' in expression and 'stage=~"$stage"' in expression for expression in expressions)
 
 
-def test_alert_rules_name_metrics_that_exist_and_cover_what_must_be_known() -> None:
+def test_alert_rules_name_metrics_and_cover_what_must_be_known() -> None:
     rules = [rule for group in YAML(typ="safe").load((GRAFANA / "alerts.yaml").read_text())["groups"] for rule in group["rules"]]
     assert {rule["alert"] for rule in rules} >= {
         "OarStalled", "OarNoCheckpoint", "OarNonFinite", "OarSpike", "OarWaitsForData", "OarRestarts", "OarTargetDown",

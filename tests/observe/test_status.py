@@ -52,7 +52,7 @@ def stage_lines(text: str, stage: str) -> list[str]:
     return [line.strip() for line in lines[begin : begin + 1 + own]]
 
 
-def test_a_running_stage_says_how_far_how_fast_how_good_and_how_safe(tmp_path: Path, clock: SimpleNamespace) -> None:
+def test_a_running_stage_shows_progress_speed_and_checkpoint(tmp_path: Path, clock: SimpleNamespace) -> None:
     finish(tmp_path, "data")
     synthetic_run.interrupted(tmp_path / "events")
     with EventLog(str(tmp_path / "events"), "pretrain") as log:
@@ -74,7 +74,7 @@ def test_a_running_stage_says_how_far_how_fast_how_good_and_how_safe(tmp_path: P
     assert "loss nan and grad_norm inf (samples 3, 17, 99)" in text
 
 
-def test_a_finished_run_a_stalled_one_and_one_that_failed_are_told_apart(tmp_path: Path, clock: SimpleNamespace) -> None:
+def test_finished_stalled_and_failed_runs_are_distinguished(tmp_path: Path, clock: SimpleNamespace) -> None:
     synthetic_run.whole_run(tmp_path)
     text = screen(tmp_path, clock.now + 5000)
     assert stage_lines(text, "pretrain")[0] == "pretrain   done  step 100 of 100 (100%)"
@@ -95,7 +95,7 @@ def test_a_finished_run_a_stalled_one_and_one_that_failed_are_told_apart(tmp_pat
     assert "worker failure: the workers failed: a node was lost" in text
 
 
-def test_a_torn_line_and_a_run_that_has_only_begun_are_no_trouble(tmp_path: Path, clock: SimpleNamespace) -> None:
+def test_a_torn_line_and_a_run_just_begun_are_no_trouble(tmp_path: Path, clock: SimpleNamespace) -> None:
     with EventLog(str(tmp_path / "events"), "pretrain") as log:
         synthetic_run.start(log)
         path = Path(log.path)
@@ -144,7 +144,7 @@ def test_a_run_in_s3_is_seen_from_anywhere(tmp_path: Path, s3_root: str, capsys:
         find_run(f"{root}-else")
 
 
-def test_tail_prints_the_last_events_of_all_stages_in_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tail_prints_the_last_events_of_all_stages_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     synthetic_run.whole_run(tmp_path)
     assert main(["tail", str(tmp_path), "-n", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()

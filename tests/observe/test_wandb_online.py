@@ -17,8 +17,8 @@ import pytest
 
 from oar_scale.config.schema import Recipe
 from oar_scale.observe.events import EventLog, read_events
-from oar_scale.observe.wandb_process import Spec, is_delivered
-from oar_scale.observe.wandb_sink import project
+from oar_scale.observe.wandb_process import WandbSpec, is_delivered
+from oar_scale.observe.wandb_sink import send_stage
 from oar_scale.observe.watch import watching
 from tests.observe import synthetic_run
 from tests.observe.documented import promised_at_wandb
@@ -39,10 +39,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     running.close()
 
 
-def spec(events: Path, stage: str = "pretrain", **changed: Any) -> Spec:
-    told = {"events": str(events), "stage": stage, "recipe_name": "emoji", "root": str(events.parent), "mode": "online", "project": "p"}
-    told |= {"finish_s": 100.0}  # however slow this machine is
-    return Spec(**(told | changed))
+def spec(events: Path, stage: str = "pretrain", **changed: Any) -> WandbSpec:
+    fields = {"events": str(events), "stage": stage, "recipe_name": "emoji", "root": str(events.parent), "mode": "online", "project": "p"}
+    fields |= {"finish_s": 100.0}  # however slow this machine is
+    return WandbSpec(**(fields | changed))
 
 
 def recipe(folder: Path, **observe: Any) -> Recipe:
@@ -50,9 +50,9 @@ def recipe(folder: Path, **observe: Any) -> Recipe:
 
 
 def send(events: Path, stage: str = "pretrain", wait_s: float = 120.0, **changed: Any) -> list[str]:
-    said: list[str] = []
-    project(spec(events, stage, **changed), said.append, wait_s)
-    return said
+    messages: list[str] = []
+    send_stage(spec(events, stage, **changed), messages.append, wait_s)
+    return messages
 
 
 def only_run(server: WandbServer) -> ServedRun:
@@ -66,12 +66,12 @@ def names(run: ServedRun) -> set[str]:
 
 def wandb_processes() -> list[psutil.Process]:
     """The sending process of this test's driver, and the server that wandb starts for it."""
-    found = []
+    processes = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it ends just now
             if "wandb" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
+                processes.append(child)
+    return processes
 
 
 def assert_nothing_twice(run: ServedRun) -> None:
@@ -93,13 +93,13 @@ def test_every_documented_metric_arrives_once_despite_failures(tmp_path: Path, s
     server.fail("PUT", 500, 1)
     synthetic_run.interrupted(events)
     synthetic_run.driver(events)
-    said = send(events)
+    messages = send(events)
     assert server.failures >= 3
     synthetic_run.resumed(events)
     server.fail("file_stream", 500, 1)
     send(events)
     run = only_run(server)
-    assert said == [f"W&B: {server.url}/tests/p/runs/{run.name}"]
+    assert messages == [f"W&B: {server.url}/tests/p/runs/{run.name}"]
     assert_nothing_twice(run)
     assert_agrees_with_the_files(run, events)
     synthetic_run.pools(events)

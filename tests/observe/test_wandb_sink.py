@@ -12,8 +12,8 @@ import pytest
 from oar_scale.config.schema import Recipe
 from oar_scale.observe import watch
 from oar_scale.observe.events import EventLog
-from oar_scale.observe.wandb_process import Spec, is_delivered
-from oar_scale.observe.wandb_sink import project
+from oar_scale.observe.wandb_process import WandbSpec, is_delivered
+from oar_scale.observe.wandb_sink import send_stage
 from oar_scale.observe.watch import catch_up, watching
 from tests.observe import synthetic_run
 from tests.observe.documented import promised_at_wandb
@@ -23,12 +23,12 @@ SECRETS = {"AWS_SECRET_ACCESS_KEY": "aws-secret-of-this-test", "WANDB_API_KEY": 
 
 
 def send(events: Path, stage: str = "pretrain", **changed: Any) -> None:
-    told = {"events": str(events), "stage": stage, "recipe_name": "emoji", "root": str(events.parent), "mode": "offline", "project": "p"}
-    told |= {"finish_s": 100.0}  # however slow this machine is
-    project(Spec(**(told | changed)), lambda text: None, wait_s=120.0)
+    fields = {"events": str(events), "stage": stage, "recipe_name": "emoji", "root": str(events.parent), "mode": "offline", "project": "p"}
+    fields |= {"finish_s": 100.0}  # however slow this machine is
+    send_stage(WandbSpec(**(fields | changed)), lambda text: None, wait_s=120.0)
 
 
-def test_an_offline_run_holds_every_metric_of_the_documentation_once_across_a_resume(tmp_path: Path) -> None:
+def test_an_offline_run_holds_every_documented_metric_once(tmp_path: Path) -> None:
     events = tmp_path / "events"
     synthetic_run.interrupted(events)
     synthetic_run.driver(events)
@@ -87,8 +87,8 @@ def test_a_broken_client_is_a_warning_with_its_cause(
     assert "wandb was built for another Python" in caplog.text
 
 
-def test_off_starts_nothing_and_a_stage_without_events_makes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "project", partial(project, wait_s=120.0))
+def test_off_starts_nothing_and_no_events_make_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "send_stage", partial(send_stage, wait_s=120.0))
     off = Recipe.model_validate({"name": "emoji", "run_dir": str(tmp_path)})
     events = tmp_path / "events"
     with watching(str(events), "pretrain", off, str(tmp_path)):

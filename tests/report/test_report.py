@@ -130,7 +130,7 @@ def test_unused_captions_and_a_worse_pretraining_are_said() -> None:
     assert "Pretraining raised the held-out NLL from 3.500 ± 0.030 to 3.700 ± 0.030" in text
 
 
-def test_an_unfinished_run_has_a_report_that_names_what_is_missing() -> None:
+def test_the_report_of_an_unfinished_run_names_what_is_missing() -> None:
     full = synthetic.report()
     text = Page(render_report(d.ReportData(full.run, full.recipe_yaml, stages=full.stages[:1]))).text
     for missing in ("samples", "held-out likelihoods", "distances", "extracted orders", "tokenizer"):
