@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.errors import UserError
 from oar_scale.storage import Missing, join, open_storage
+from oar_scale.tokenizers.text_features import TextFeatures
 
 FORMAT = 1
 
@@ -23,17 +24,6 @@ class ShardInfo(BaseModel):
     bytes: int
     samples: int
     crc32c: int
-
-
-class TextFeatures(BaseModel):
-    """What the ``KEY.features.npy`` of a folder are: float16 [at most rows, width], made by a frozen text tower."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tower_id: str
-    """Content hash of the tower's weights."""
-    rows: int
-    width: int
 
 
 class Manifest(BaseModel):

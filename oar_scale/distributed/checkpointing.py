@@ -7,9 +7,8 @@ from typing import Any
 
 from oar_scale.distributed.checkpoints import SaveOutcome, Saver
 from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
-from oar_scale.training.callbacks import Callback
 from oar_scale.training.job import TrainingJob
-from oar_scale.training.loop import Loop
+from oar_scale.training.loop import Callback, Loop
 
 
 class Checkpointing(Callback):

@@ -25,7 +25,6 @@ from oar_scale.observe.events import EventLog
 from oar_scale.observe.mirror import open_log
 from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import join
-from oar_scale.training.callbacks import Callback
 from oar_scale.training.callbacks.heldout import HeldoutLikelihood
 from oar_scale.training.callbacks.memory import MemoryUsage
 from oar_scale.training.callbacks.profiling import Profiling
@@ -35,7 +34,7 @@ from oar_scale.training.callbacks.stability import Stability
 from oar_scale.training.heldout import Heldout
 from oar_scale.training.inputs import job_prompts, job_stream
 from oar_scale.training.job import TrainingJob
-from oar_scale.training.loop import Loop, RollBack
+from oar_scale.training.loop import Callback, Loop, RollBack
 
 
 def train(job: TrainingJob, wait_for_stop: Callable[[], str] | None = None) -> None:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.model.spec import ModelSpec
+from oar_scale.orders.bayer import bayer_order
 from oar_scale.orders.extraction import Orders
 from oar_scale.orders.order_files import OrderFiles
 from oar_scale.orders.order_table import read_orders
-from oar_scale.orders.policies.checkerboard import path
 from oar_scale.orders.scores import score_rows
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.safetensors_file import load_weights, save_weights
@@ -114,7 +114,7 @@ class OrderHead(nn.Module):
     @property
     def first_N(self) -> Tensor:
         """The cells that are placed before the head is asked [first]: those of a coarse lattice."""
-        return torch.from_numpy(path(self.spec.grid)[: self.spec.first]).to(self.ahead.cell.device)
+        return torch.from_numpy(bayer_order(self.spec.grid)[: self.spec.first]).to(self.ahead.cell.device)
 
     def order_ahead(self, rows_BRD: Tensor, cells_BR: Tensor) -> Tensor:
         """R cells of each image in their order, from the rows that asked about them."""

@@ -18,12 +18,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from oar_scale.config.schema import ClipTextConfig, FeaturesConfig, LabelsConfig, SentencePieceConfig, TextConfig
-from oar_scale.data.manifest import TextFeatures
 from oar_scale.errors import UserError
 from oar_scale.storage import join, read_json, write_json
 from oar_scale.tokenizers.clip_spec import ClipTextSpec
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.text import TextTokenizer
+from oar_scale.tokenizers.text_features import TextFeatures
 
 Field = Literal["txt", "label", "features"]
 """Which part of a shard sample the prompts are: ``KEY.txt``, ``label`` of ``KEY.json``, or ``KEY.features.npy``."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -19,7 +20,6 @@ from torch.profiler import record_function
 from oar_scale.data.hashing import hash_words
 from oar_scale.data.stream import Batch, TokenStream
 from oar_scale.errors import Requeue
-from oar_scale.training.callbacks import Callback
 from oar_scale.training.engine import Engine, StepResult
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.learning_rate import learning_rate
@@ -34,6 +34,26 @@ class RollBack(Exception):
         """``times``: roll-backs in a row to the same step."""
         super().__init__(f"back to the last checkpoint, then on with batch {next_batch}")
         self.next_batch, self.times = next_batch, times
+
+
+class Callback:
+    """Does nothing at any time; the real ones override what they need."""
+
+    def start(self, loop: Loop) -> None:
+        """Before the first step of an attempt, after the checkpoint was loaded."""
+
+    def after_step(self, loop: Loop) -> None:
+        """After each step: ``loop.step`` steps are done, and ``loop.result`` is what the last one did."""
+
+    def end(self, loop: Loop) -> None:
+        """After the last step of a stage, or of an attempt that was asked to stop or is rolled back."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it, as JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state` returned."""
 
 
 @dataclass

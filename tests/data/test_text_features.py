@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from oar_scale.config.schema import ClipTextConfig, ModelConfig
-from oar_scale.data.manifest import Manifest, TextFeatures, read_manifest, write_manifest
+from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
 from oar_scale.data.shards import read_shard, shard_name, write_shard
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, ModelSpec, check_prompts
@@ -21,6 +21,7 @@ from oar_scale.model.spec import condition_spec
 from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.prompts import FeatureReader, check_features, for_new_prompts, load_prompts, model_inputs, write_features_note
+from oar_scale.tokenizers.text_features import TextFeatures
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
 
 pytestmark = pytest.mark.usefixtures("shared_ray")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from oar_scale.training.callbacks import Callback
 from oar_scale.training.heldout import Heldout
-from oar_scale.training.loop import Loop
+from oar_scale.training.loop import Callback, Loop
 
 
 class HeldoutLikelihood(Callback):

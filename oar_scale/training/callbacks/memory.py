@@ -8,8 +8,7 @@ import shutil
 import psutil
 import torch
 
-from oar_scale.training.callbacks import Callback
-from oar_scale.training.loop import Loop
+from oar_scale.training.loop import Callback, Loop
 
 
 class MemoryUsage(Callback):

@@ -9,8 +9,7 @@ import os
 
 from torch.profiler import ProfilerActivity, profile
 
-from oar_scale.training.callbacks import Callback
-from oar_scale.training.loop import Loop
+from oar_scale.training.loop import Callback, Loop
 from oar_scale.training.process import EventSink
 
 WARM_UP = 3

@@ -15,9 +15,8 @@ from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.prompts import model_inputs
 from oar_scale.tokenizers.vq import load_vq
-from oar_scale.training.callbacks import Callback
 from oar_scale.training.heldout import Heldout
-from oar_scale.training.loop import Loop
+from oar_scale.training.loop import Callback, Loop
 from oar_scale.training.process import EventSink
 
 COLUMNS, PIXELS = 8, 96

@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 
 from oar_scale.model.flops import peak_flops, training_flops
-from oar_scale.training.callbacks import Callback
-from oar_scale.training.loop import Loop
+from oar_scale.training.loop import Callback, Loop
 from oar_scale.training.process import EventSink
 
 COUNTS = ("skipped_batches", "bad_samples", "storage_retries")

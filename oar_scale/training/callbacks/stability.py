@@ -13,8 +13,7 @@ from statistics import median
 from typing import Any
 
 from oar_scale.errors import UserError
-from oar_scale.training.callbacks import Callback
-from oar_scale.training.loop import Loop, RollBack
+from oar_scale.training.loop import Callback, Loop, RollBack
 
 WINDOW, FEWEST = 100, 20
 """Losses that a new one is compared with, and how many there must be."""
