@@ -1,7 +1,7 @@
 """Twenty steps of each layout have the losses that are committed in tests/golden/losses.json, with every engine.
 
-The tolerance is 1e-5 of the loss, in float32: sums are added in another order by another number of threads, CPU or version of torch,
-which moved the last step by 2e-6 at most; a wrong seed, mask or learning rate moves it by 1e-3 and more.
+The tolerance is 1e-5 of the loss, in float32: another number of threads, CPU or version of torch adds sums in another order, which
+changes the last digits. A wrong seed, mask or learning rate changes far more.
 """
 
 from __future__ import annotations
