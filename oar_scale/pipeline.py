@@ -22,6 +22,7 @@ from oar_scale.config.run_sections import REMOVED_EXTRACT
 from oar_scale.config.schema import Recipe
 from oar_scale.config.section import Section, operational_fields
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import duration
 from oar_scale.observe.watch import catch_up, watching
 from oar_scale.registry import STAGES, Stage
@@ -92,10 +93,10 @@ def run_stage(run: Run, name: str, *, checked: bool = False) -> None:
     run.console.say(f"  {stage.name} took {duration(seconds)}")
 
 
-def entry_point(stage: Stage) -> Callable[..., dict[str, Any]]:
+def entry_point(stage: Stage) -> Callable[..., JsonObject]:
     """The function that does a stage. Imports its module, and torch or Ray with it."""
     module, _, name = stage.entry.partition(":")
-    function: Callable[..., dict[str, Any]] = getattr(import_module(module), name)
+    function: Callable[..., JsonObject] = getattr(import_module(module), name)
     return function
 
 
@@ -157,15 +158,15 @@ def _stage(recipe: Recipe, name: str) -> Stage:
     raise UserError(f"no stage {name!r} in this recipe: {why} Its stages are: {', '.join(stage.name for stage in stages)}.")
 
 
-def _run_identity(run: Run) -> dict[str, Any]:
+def _run_identity(run: Run) -> JsonObject:
     source = run.recipe.data.source.model_dump(mode="json")
     return {"name": run.recipe.name, "seed": run.recipe.seed, "storage_root": run.recipe.storage.root, "source": source}
 
 
-def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+def _settings(recipe: Recipe, stage: Stage) -> JsonObject:
     """The stage's part of the recipe as plain values, ``section.field`` by name, without operational fields."""
-    plain: dict[str, Any] = recipe.model_dump(mode="json")
-    chosen: dict[str, Any] = {}
+    plain: JsonObject = recipe.model_dump(mode="json")
+    chosen: JsonObject = {}
     for section in stage.sections:
         if section == "extract.views" and recipe.extract.views == 1:
             continue  # one view is what there was before recipes had this field: fingerprints of those runs still hold
@@ -183,14 +184,14 @@ def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     return chosen
 
 
-def _done(run: Run, stage: Stage) -> dict[str, Any] | None:
+def _done(run: Run, stage: Stage) -> JsonObject | None:
     """The marker of a finished stage, None if it is not finished.
 
     Raises:
         UserError: it was finished with other settings.
     """
     try:
-        marker: dict[str, Any] = read_json(run.marker(stage.name))
+        marker: JsonObject = read_json(run.marker(stage.name))
     except Missing:
         return None
     if marker["fingerprint"] == stage_fingerprint(run.recipe, stage):

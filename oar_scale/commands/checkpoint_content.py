@@ -10,7 +10,6 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +93,7 @@ def _manifest_differences(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[str, l
             yield name, values
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _flat(item, f"{name}.{key}" if name else key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
@@ -193,7 +193,7 @@ class LabelsConfig(Section):
     """Labels are 0 to classes - 1."""
 
 
-def _text_type(given: Any) -> Any:
+def _text_type(given: object) -> object:
     """``type`` of a text section; one that does not say it is SentencePiece's."""
     return given.get("type", "sentencepiece") if isinstance(given, dict) else getattr(given, "type", None)
 

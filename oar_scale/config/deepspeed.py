@@ -7,15 +7,14 @@ The optimiser is ours (``training/optimizer.py``), and the training loop sets it
 
 from __future__ import annotations
 
-from typing import Any
-
 from oar_scale.config.schema import ParallelConfig, TrainingConfig
+from oar_scale.json_object import JsonObject
 
 _NEVER = 10**9
 """Steps between DeepSpeed's own progress lines: the events of the loop say the same, better."""
 
 
-def deepspeed_config(parallel: ParallelConfig, training: TrainingConfig, workers: int) -> dict[str, Any]:
+def deepspeed_config(parallel: ParallelConfig, training: TrainingConfig, workers: int) -> JsonObject:
     """Return the configuration for ``deepspeed.initialize``.
 
     Args:
@@ -43,8 +42,8 @@ def deepspeed_config(parallel: ParallelConfig, training: TrainingConfig, workers
     }
 
 
-def _zero(parallel: ParallelConfig) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+def _zero(parallel: ParallelConfig) -> JsonObject:
+    zero: JsonObject = {"stage": parallel.zero_stage}
     if parallel.hpz_workers > 1:
         zero["zero_hpz_partition_size"] = parallel.hpz_workers
     if parallel.quantized_weights:

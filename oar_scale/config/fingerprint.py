@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 from pydantic import BaseModel
 
+from oar_scale.json_object import JsonObject
 
-def fingerprint(value: BaseModel | dict[str, Any]) -> str:
+
+def fingerprint(value: BaseModel | JsonObject) -> str:
     """The first 16 hex digits of the SHA-256 of ``value`` as JSON with sorted keys."""
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

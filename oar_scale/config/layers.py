@@ -175,7 +175,7 @@ def _scalar(node: ScalarNode, origin: str, yaml: YAML) -> Any:
     raise UserError(f"{origin}  the YAML tag {node.tag} has no meaning in a recipe; remove it.")
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "is empty" if value is None else f"holds a {'list' if isinstance(value, list) else 'single value'}"
 
 

@@ -15,7 +15,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
@@ -100,12 +100,12 @@ def _place(keys: tuple[str, ...], layers: Setting, path: str) -> tuple[str, str]
     return origin, name if default is PydanticUndefined else f"{name} = {_show(default)} {DEFAULT}"
 
 
-def _item(value: Any, index: str) -> Any:
+def _item(value: object, index: str) -> object:
     """The item of a list that an error is about, or the whole value."""
     return value[int(index)] if isinstance(value, list) and index.isdigit() and int(index) < len(value) else value
 
 
-def _reason(detail: ErrorDetails, keys: tuple[str, ...], cause: Any) -> str:
+def _reason(detail: ErrorDetails, keys: tuple[str, ...], cause: object) -> str:
     context = detail.get("ctx", {})
     match detail["type"]:
         case "value_error":
@@ -151,7 +151,7 @@ def _unknown_key(keys: tuple[str, ...]) -> str:
 def _real_keys(location: tuple[int | str, ...]) -> tuple[str, ...]:
     """The path a user would write: pydantic also names the variant of a tagged union (``data.source.folder.path``)."""
     keys: list[str] = []
-    model: Any = Recipe
+    model: object = Recipe
     for part in location:
         variants = _variants(model)
         if len(variants) > 1 and part in _tags(tuple(keys)):
@@ -171,7 +171,7 @@ def _find(layers: Setting, keys: tuple[str, ...]) -> Setting | None:
     return setting
 
 
-def _leaves(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _leaves(value: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     if not isinstance(value, dict):
         yield keys
         return
@@ -179,7 +179,7 @@ def _leaves(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
         yield from _leaves(item, (*keys, key))
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     """A value as a recipe writes it, cut to a readable length."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -188,22 +188,22 @@ def _show(value: Any) -> str:
 # What follows asks the schema itself for its fields and variants, so that no list of keys has to be kept by hand.
 
 
-def _variants(kind: Any) -> dict[str, Any]:
+def _variants(kind: object) -> dict[str, type[BaseModel]]:
     """The models a field may hold, by ``type`` for a tagged union; empty for a plain value."""
     bare = [getattr(arg, "__origin__", arg) if hasattr(arg, "__metadata__") else arg for arg in (kind, *get_args(kind))]
     models = [arg for arg in bare if isinstance(arg, type) and issubclass(arg, BaseModel)]
     return {get_args(model.model_fields["type"].annotation)[0] if "type" in model.model_fields else "": model for model in models}
 
 
-def _field_type(kind: Any, key: str) -> Any:
+def _field_type(kind: object, key: str) -> object:
     for model in _variants(kind).values():
         if key in model.model_fields:
             return model.model_fields[key].annotation
     return None
 
 
-def _type_at(keys: tuple[str, ...]) -> Any:
-    kind: Any = Recipe
+def _type_at(keys: tuple[str, ...]) -> object:
+    kind: object = Recipe
     for key in keys:
         kind = _field_type(kind, key)
     return kind
@@ -217,7 +217,7 @@ def _tags(keys: tuple[str, ...]) -> list[str]:
     return list(_variants(_type_at(keys)))
 
 
-def _schema_leaves(kind: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _schema_leaves(kind: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     variants = _variants(kind)
     if not variants:
         yield keys
@@ -226,7 +226,7 @@ def _schema_leaves(kind: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str,
             yield from _schema_leaves(field.annotation, (*keys, name))
 
 
-def _default(keys: tuple[str, ...]) -> Any:
+def _default(keys: tuple[str, ...]) -> object:
     """The default of a field, or ``PydanticUndefined`` where there is none (or it belongs to a variant not chosen)."""
     field = next((model.model_fields.get(keys[-1]) for model in _variants(_type_at(keys[:-1])).values()), None)
     return PydanticUndefined if field is None else field.default

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -56,7 +56,7 @@ class ExtractConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_removed(cls, given: Any) -> Any:
+    def _without_removed(cls, given: object) -> object:
         """Read stored recipes of older runs: a removed field is dropped where it changed nothing, and an unknown key otherwise."""
         if not isinstance(given, dict):
             return given

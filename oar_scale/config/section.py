@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -46,7 +46,7 @@ class Range(Section):
         return self
 
 
-def _count_kind(given: Any) -> str:
+def _count_kind(given: object) -> str:
     return RANGE if isinstance(given, dict | Range) else NUMBER
 
 

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from oar_scale.data.manifest import Manifest, parse_manifest
 from oar_scale.data.scan import in_parallel, list_shards, npy_header, open_bytes
 from oar_scale.data.tars import samples
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.storage import Missing, join, open_storage
 
 WORDS_KEPT = 200_000
@@ -156,7 +156,7 @@ def _trim(words: Counter[str]) -> None:
 
 def _add_label(stats: ShardStats, sample: dict[str, memoryview]) -> None:
     """A class label: ``label`` in KEY.json, or KEY.cls."""
-    label: Any = None
+    label: object = None
     try:
         if "cls" in sample:
             label = int(bytes(sample["cls"][:32]))
@@ -224,9 +224,9 @@ def picture_grid(stats: ShardStats, decode: DecodeCodes | None) -> Image.Image:
     return sheet
 
 
-def summary(stats: ShardStats, manifest: Manifest | None) -> dict[str, Any]:
+def summary(stats: ShardStats, manifest: Manifest | None) -> JsonObject:
     """The figures as plain values, for JSON."""
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "shards": stats.shards,
         "samples": stats.samples,
         "bytes": stats.bytes,
@@ -260,7 +260,7 @@ def summary(stats: ShardStats, manifest: Manifest | None) -> dict[str, Any]:
     return result
 
 
-def _code_summary(stats: ShardStats, manifest: Manifest | None) -> dict[str, Any]:
+def _code_summary(stats: ShardStats, manifest: Manifest | None) -> JsonObject:
     """Entropy in bits; ``unused`` of the vocabulary, which without a manifest is what the largest code says."""
     total, used = int(stats.codes.sum()), stats.codes[stats.codes > 0]
     share = used / max(total, 1)
@@ -289,7 +289,7 @@ def _spread(counts: Counter[int]) -> dict[str, float]:
     return {"min": ordered[0], **at, "max": ordered[-1], "mean": round(mean, 2)}
 
 
-def lines(figures: dict[str, Any]) -> Iterator[str]:
+def lines(figures: JsonObject) -> Iterator[str]:
     """The figures of :func:`summary` as lines of text."""
     whole = figures.get("manifest")
     of = f" of {whole['shards']} shards with {whole['samples']} samples" if whole else ""

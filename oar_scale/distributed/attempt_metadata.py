@@ -8,15 +8,15 @@ import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from oar_scale import __version__
+from oar_scale.json_object import JsonObject
 from oar_scale.training.job import TrainingJob
 
 PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "wandb")
 
 
-def attempt_metadata(job: TrainingJob, world: int) -> dict[str, Any]:
+def attempt_metadata(job: TrainingJob, world: int) -> JsonObject:
     """Return the fields of a ``start`` event that do not depend on the engine."""
     parallel, training = job.recipe.parallel, job.training
     return {

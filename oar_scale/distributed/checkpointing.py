@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from oar_scale.distributed.checkpoints import SaveOutcome, Saver
 from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
+from oar_scale.json_object import JsonObject
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.loop import Callback, Loop
 
@@ -18,7 +18,7 @@ class Checkpointing(Callback):
         collect: what a checkpoint keeps besides the engine.
     """
 
-    def __init__(self, job: TrainingJob, engine: DeepSpeedEngine, collect: Callable[[Loop], dict[str, Any]]) -> None:
+    def __init__(self, job: TrainingJob, engine: DeepSpeedEngine, collect: Callable[[Loop], JsonObject]) -> None:
         self._saver, self._engine, self._collect = Saver(job), engine, collect
 
     def after_step(self, loop: Loop) -> None:

@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from oar_scale.config.deepspeed import deepspeed_config
 from oar_scale.data.stream import Batch
 from oar_scale.distributed.deepspeed_optimizer import DeepSpeedAdamW
+from oar_scale.json_object import JsonObject
 from oar_scale.model import AnyOrderModel, ModelSpec, check_prompts
 from oar_scale.model.acceleration import accelerate
 from oar_scale.model.weights import load_model, model_of, read_spec
@@ -113,7 +114,7 @@ class DeepSpeedEngine:
         self.deepspeed.destroy()
 
 
-def _initial_model(job: TrainingJob, prompts: PromptEncoder, config: dict[str, Any]) -> AnyOrderModel:
+def _initial_model(job: TrainingJob, prompts: PromptEncoder, config: JsonObject) -> AnyOrderModel:
     """The stage's first weights; under ZeRO-3 each parameter is sharded as soon as it is made, and filled from the file by rank 0."""
     import deepspeed
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from oar_scale.training.optimizer import EmaAdamW
 
 
@@ -12,7 +10,7 @@ class DeepSpeedAdamW(EmaAdamW):
 
     armed = False
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take a step, or before ``armed`` make the state of one."""
         if self.armed:
             super().step()

@@ -21,6 +21,7 @@ from oar_scale.distributed.checkpoints import committed_steps
 from oar_scale.distributed.elastic import choose_workers, cluster_capacity
 from oar_scale.distributed.stop_request import GROW, StopWatcher, start_stop_request, wait_for_stop
 from oar_scale.errors import Requeue, UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import Console
 from oar_scale.observe.events import read_events
 from oar_scale.observe.mirror import open_log
@@ -34,7 +35,7 @@ START_S = 60
 """Seconds that Ray Train may take to place an elastic run's workers; then the capacity is looked up again."""
 
 
-def run_training(job: TrainingJob, console: Console) -> dict[str, Any]:
+def run_training(job: TrainingJob, console: Console) -> JsonObject:
     """Run a training stage to its end.
 
     Returns:
@@ -150,7 +151,7 @@ class TrainingDriver:
             self._console.say(f"  {error}")
             return self._furthest
 
-    def _emit(self, kind: str, **fields: Any) -> None:
+    def _emit(self, kind: str, **fields: object) -> None:
         """An event between two attempts, in a file of its own."""
         with open_log(join(self._job.local, "events"), self._job.stage, self._job.root, self._job.recipe.observe.mirror_s) as log:
             log.emit(kind, **fields)
@@ -226,7 +227,7 @@ def _sigint_kept() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-def _ray_worker(config: dict[str, Any]) -> None:
+def _ray_worker(config: JsonObject) -> None:
     """Runs in a Ray Train worker."""
     import ray.train
 

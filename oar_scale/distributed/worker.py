@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +18,7 @@ from oar_scale.distributed.checkpointing import Checkpointing
 from oar_scale.distributed.checkpoints import Restored, restore
 from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
 from oar_scale.distributed.worker_process import WorkerProcess
+from oar_scale.json_object import JsonObject
 from oar_scale.model.flops import training_flops
 from oar_scale.model.weights import save_tensors
 from oar_scale.observe.events import EventLog
@@ -138,7 +138,7 @@ def _resume(loop: Loop, restored: Restored | None, stateful: dict[str, Callback]
         )
 
 
-def _state(loop: Loop, stateful: dict[str, Callback]) -> dict[str, Any]:
+def _state(loop: Loop, stateful: dict[str, Callback]) -> JsonObject:
     """What a checkpoint keeps besides the engine: a stored format, whose keys stay."""
     states = {name: callback.state() for name, callback in stateful.items()}
     return {"left_out_batches": loop.batch_offset, "metrics": states["evaluation"]["metrics"], **states}

@@ -114,7 +114,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).abs().max().detach())
 
 
-def _works(call: Callable[[], Any]) -> bool:
+def _works(call: Callable[[], object]) -> bool:
     """Whether a kernel accepts its inputs; torch's warnings about the reasons why not are suppressed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -125,7 +125,7 @@ def _works(call: Callable[[], Any]) -> bool:
     return True
 
 
-def _kernel(call: Callable[[], Any]) -> str:
+def _kernel(call: Callable[[], object]) -> str:
     """Name of the attention kernel that a call runs, backward pass included where inputs need gradients, from the operators dispatched."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -167,7 +167,7 @@ def bf16_matmul(size: int = 1024) -> Iterator[Finding]:
         yield Finding("ok", "bf16 matmul", text)
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     import torch
 
     started = time.perf_counter()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from oar_scale import __version__
 from oar_scale.doctor import machine, storage_checks
 from oar_scale.doctor.finding import Finding, first_line, guarded
+from oar_scale.json_object import JsonObject
 
 if TYPE_CHECKING:
     import torch
@@ -46,12 +47,12 @@ class NodeFacts:
     versions: dict[str, str]
     findings: list[Finding]
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> JsonObject:
         """The same as plain dictionaries and lists, for JSON; :meth:`of` reads them."""
         return asdict(self)
 
     @staticmethod
-    def of(plain: dict[str, Any]) -> NodeFacts:
+    def of(plain: JsonObject) -> NodeFacts:
         """The facts that :meth:`plain` wrote."""
         return NodeFacts(plain["node"], plain["versions"], [Finding(**finding) for finding in plain["findings"]])
 
@@ -254,7 +255,7 @@ def _tried(action: Callable[[], T]) -> tuple[T | None, str]:
         return None, first_line(error)
 
 
-def _gathered(value: Any) -> list[Any]:
+def _gathered(value: T) -> list[T]:
     """The values of all ranks, in the order of the ranks (a collective)."""
     import torch.distributed as dist
 

@@ -70,7 +70,7 @@ def load_evaluation(folder: str) -> Evaluation | None:
     return evaluation
 
 
-def _to_plain(value: Any, arrays: Arrays, path: str) -> Any:
+def _to_plain(value: object, arrays: Arrays, path: str) -> object:
     """``value`` as JSON knows it; arrays go to ``arrays`` under the path that leads to them."""
     if isinstance(value, np.ndarray):
         arrays[path] = value

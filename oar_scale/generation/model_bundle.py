@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import ClipTextConfig, Recipe, SampleConfig, TextConfig
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.model import ModelSpec
 from oar_scale.model.run_models import run_model_file
 from oar_scale.orders.order_files import OrderFiles, folder_files, run_files
@@ -35,7 +36,7 @@ class TokenizerNote(BaseModel):
 
     kind: str
     id: str
-    spec: dict[str, Any]
+    spec: JsonObject
 
 
 class FolderConfig(BaseModel):

@@ -13,7 +13,6 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from oar_scale.config.loading import dump_recipe, load_recipe
 from oar_scale.config.schema import Recipe
@@ -161,5 +160,5 @@ def _job_findings(log: str, errors: str, nodes: int | None) -> Iterator[Finding]
     yield from findings
 
 
-def _one_line(text: Any) -> str:
+def _one_line(text: object) -> str:
     return " ".join(str(text).split())

@@ -21,6 +21,7 @@ from oar_scale.config.loading import load_recipe
 from oar_scale.doctor.finding import Finding, first_line
 from oar_scale.doctor.node_checks import GROUP_S, NodeFacts, RankInfo, check_between_nodes, node_facts
 from oar_scale.doctor.storage_checks import remove_created_folders
+from oar_scale.json_object import JsonObject
 from oar_scale.launch.ray_entry import RECIPE
 from oar_scale.runtime.program import program_exit
 
@@ -109,7 +110,7 @@ class _Probe:
     def __init__(self, node: str) -> None:
         self._node, self._recipe, self._cleanup = node, _recipe(), ExitStack()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         self._cleanup.enter_context(remove_created_folders(self._recipe.root if self._recipe else None))
         return node_facts(self._node, self._recipe).plain()
 
@@ -117,7 +118,7 @@ class _Probe:
         with socket.create_server((self._node, 0)) as probe:
             return self._node, int(probe.getsockname()[1])
 
-    def join(self, rank: int, world: int, local_rank: int, address: str, port: int) -> list[dict[str, Any]]:
+    def join(self, rank: int, world: int, local_rank: int, address: str, port: int) -> list[JsonObject]:
         info = RankInfo(self._node, rank, world, local_rank, address, port, _gpu(0))
         return [vars(finding) for finding in check_between_nodes(info, self._recipe)]
 
@@ -126,7 +127,7 @@ class _Probe:
         self._cleanup.close()
 
 
-def _cluster_resources(nodes: Sequence[dict[str, Any]]) -> Finding:
+def _cluster_resources(nodes: Sequence[JsonObject]) -> Finding:
     total: dict[str, float] = {}
     for node in nodes:
         for name, count in node["Resources"].items():
@@ -152,7 +153,7 @@ def _recipe() -> Recipe | None:
         return load_recipe(file.name)
 
 
-def _print_lines(lines: Sequence[dict[str, Any]]) -> None:
+def _print_lines(lines: Sequence[JsonObject]) -> None:
     for line in lines:
         sys.stdout.write(f"{MARK}{json.dumps(line)}\n")  # in one write, since other tasks print as well
     sys.stdout.flush()

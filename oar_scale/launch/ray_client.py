@@ -10,9 +10,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.launch.profile import RayProfile
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def connect(address: str) -> JobSubmissionClient:
         os.environ.update(hidden)
 
 
-def job_request(profile: RayProfile, command: str, env: Mapping[str, str]) -> dict[str, Any]:
+def job_request(profile: RayProfile, command: str, env: Mapping[str, str]) -> JsonObject:
     """The arguments of :meth:`JobSubmissionClient.submit_job`: a command, where it runs, and what is sent along.
 
     Args:
@@ -78,7 +79,7 @@ def job_request(profile: RayProfile, command: str, env: Mapping[str, str]) -> di
     missing = [name for name in profile.pass_env if name not in os.environ]
     if missing:
         raise UserError(f"pass_env: {', '.join(missing)} is not set in this shell. Export it, or leave it out of the profile.")
-    runtime_env: dict[str, Any] = {"env_vars": {**profile.env, **{name: os.environ[name] for name in profile.pass_env}, **env}}
+    runtime_env: JsonObject = {"env_vars": {**profile.env, **{name: os.environ[name] for name in profile.pass_env}, **env}}
     if profile.working_dir is not None and "://" in profile.working_dir:
         runtime_env["working_dir"] = profile.working_dir
     elif profile.working_dir is not None:
@@ -87,13 +88,13 @@ def job_request(profile: RayProfile, command: str, env: Mapping[str, str]) -> di
         runtime_env |= {"working_dir": os.path.abspath(profile.working_dir), "excludes": list(profile.excludes)}
     if profile.pip:
         runtime_env["pip"] = list(profile.pip)
-    request: dict[str, Any] = {"entrypoint": command, "runtime_env": runtime_env}
+    request: JsonObject = {"entrypoint": command, "runtime_env": runtime_env}
     request |= {"entrypoint_num_cpus": profile.driver_cpus} if profile.driver_cpus else {}
     request |= {"entrypoint_resources": dict(profile.driver_resources)} if profile.driver_resources else {}
     return request
 
 
-def start_job(client: JobSubmissionClient, request: dict[str, Any], job_id: str, name: str, start_s: float) -> None:
+def start_job(client: JobSubmissionClient, request: JsonObject, job_id: str, name: str, start_s: float) -> None:
     """Submit a job and wait until it runs; after ``start_s`` seconds return although it is still pending.
 
     Raises:

@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.launch import ray_client
 from oar_scale.launch.job_specs import JobSpec
 from oar_scale.launch.job_state import JobState
@@ -139,7 +140,7 @@ async def _next(chunks: Any) -> str | None:
     return chunk
 
 
-def _request(recipe: Recipe, profile: RayProfile, specs: Sequence[JobSpec]) -> dict[str, Any]:
+def _request(recipe: Recipe, profile: RayProfile, specs: Sequence[JobSpec]) -> JsonObject:
     check_root(recipe, profile)
     entry = ["-m", "oar_scale.launch.ray_entry", f"--max-failures={profile.max_failures}", f"--backoff-s={profile.backoff_s}"]
     entry += [f"--folder={profile.folder}"] if profile.folder else []

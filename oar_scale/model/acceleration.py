@@ -9,7 +9,6 @@ full                       its input; the block runs twice
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -45,5 +44,5 @@ def accelerate(model: AnyOrderModel, parallel: ParallelConfig) -> None:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
 
-def _policy(_context: Any, operation: Any, *_inputs: Any, **_options: Any) -> CheckpointPolicy:
+def _policy(_context: object, operation: object, *_inputs: object, **_options: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

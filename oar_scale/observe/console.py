@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
@@ -201,7 +201,7 @@ class _ConsoleFollower:
         # Not every file is an attempt of the workers; this is exact enough, and reads a history of weeks in no time.
         self._attempts_before = sum(Path(path).read_bytes().count(b'"kind": "start"') for _, path in attempts(folder, stage))
         self._reader = EventReader(folder, stage, from_now=True)
-        self._state: dict[str, Any] = {}
+        self._state: Event = {}
         self._pace = _Pace()
         self._progressed, self._stalled = time.monotonic(), False
         self._ended = threading.Event()

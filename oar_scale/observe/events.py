@@ -72,7 +72,7 @@ class EventLog:
             except FileExistsError:
                 self.attempt += 1
 
-    def emit(self, kind: str, **fields: Any) -> None:
+    def emit(self, kind: str, **fields: object) -> None:
         """Append one event.
 
         Args:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 from oar_scale.observe.events import Event
 
@@ -76,7 +76,7 @@ def line(event: Event, show_day: bool = False) -> str:
     return f"{when}  {event.get('stage', '?'):9} {event['kind']:19} {text}".rstrip()
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """A value of an event, short."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.3e}"
@@ -85,7 +85,7 @@ def value_text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def items(values: list[Any]) -> str:
+def items(values: Sequence[object]) -> str:
     """The first values of a list, and how many more there are."""
     more = f", and {len(values) - SHOWN_ITEMS} more" if len(values) > SHOWN_ITEMS else ""
     return ", ".join(value_text(value) for value in values[:SHOWN_ITEMS]) + more

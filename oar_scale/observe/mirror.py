@@ -22,8 +22,8 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from oar_scale.json_object import JsonObject
 from oar_scale.observe.events import EventLog, attempt_path, attempts, next_local, parse_line
 from oar_scale.observe.projection import PICTURES
 from oar_scale.storage import Missing, join, open_storage
@@ -252,16 +252,16 @@ def _note_path(folder: str, stage: str, number: int) -> str:
     return os.path.join(folder, f"{stage}-{number:03d}.mirror.json")
 
 
-def _read_note(folder: str, stage: str, number: int) -> dict[str, Any] | None:
+def _read_note(folder: str, stage: str, number: int) -> JsonObject | None:
     """What this host knows about an attempt's copy: whose it is, how far it got; None when the attempt is not to be copied."""
     try:
         with open(_note_path(folder, stage, number), encoding="utf-8") as file:
-            note: dict[str, Any] = json.load(file)
+            note: JsonObject = json.load(file)
             return note
     except (OSError, ValueError):
         return None
 
 
-def _write_note(folder: str, stage: str, number: int, note: dict[str, Any]) -> None:
+def _write_note(folder: str, stage: str, number: int, note: JsonObject) -> None:
     with atomic_file(_note_path(folder, stage, number)) as file:
         file.write(json.dumps(note).encode())

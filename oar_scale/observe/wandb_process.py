@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import psutil
 
@@ -59,7 +58,7 @@ class WandbSpec:
     mode: Mode
     project: str
     tags: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
     """The resolved recipe, for stages whose events do not hold it."""
     artifact: str | None = None
     """The exported model, to be logged when the stage has ended."""
@@ -132,7 +131,7 @@ class StageSender:
         self._reader = EventReader(spec.events, spec.stage)
         self._projection = RowProjection()
         self._run: WandbRun | None = None
-        self._config: Mapping[str, Any] = spec.config
+        self._config: Mapping[str, object] = spec.config
         self._progressed, self._stalled = time.monotonic(), False
 
     def follow(self, ended: threading.Event, interrupted: Callable[[], bool]) -> bool:

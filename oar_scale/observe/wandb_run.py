@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlparse
 
 from oar_scale.observe.projection import WandbRow
@@ -57,7 +57,7 @@ class WandbRun:
     """
 
     def __init__(
-        self, folder: str, name: WandbName, mode: Mode, config: Mapping[str, Any], finish_s: float, pictures: str | None = None
+        self, folder: str, name: WandbName, mode: Mode, config: Mapping[str, object], finish_s: float, pictures: str | None = None
     ) -> None:
         """Open it.
 
@@ -114,7 +114,7 @@ class WandbRun:
         if row.number < self.first:
             return
         self._draw_over(row.axis, row.kind)
-        values: dict[str, Any] = {**row.values, "_timestamp": row.time}
+        values: dict[str, object] = {**row.values, "_timestamp": row.time}
         if row.pictures:
             import wandb
 
@@ -132,7 +132,7 @@ class WandbRun:
             if kind == "heldout":
                 self._run.define_metric("heldout/nll_random", step_metric=axis, summary="min,last")
 
-    def configure(self, config: Mapping[str, Any]) -> None:
+    def configure(self, config: Mapping[str, object]) -> None:
         """Set the configuration; a resumed run may have changed in it."""
         self._run.config.update(dict(config), allow_val_change=True)  # type: ignore[no-untyped-call]
 
@@ -140,7 +140,7 @@ class WandbRun:
         """Send an alert to whoever has subscribed to them at W&B."""
         self._run.alert(title, text, level=level, wait_duration=60)
 
-    def add_model(self, uri: str, metadata: Mapping[str, Any]) -> None:
+    def add_model(self, uri: str, metadata: Mapping[str, object]) -> None:
         """Log an exported model as an artifact: a local file by its bytes, an object in S3 by its name."""
         import wandb
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from oar_scale.config.schema import Recipe
 from oar_scale.observe.console import Console
@@ -27,6 +27,7 @@ from oar_scale.observe.wandb_sink import ARTIFACT_WAIT_S, WAIT_S, WandbProcess, 
 log = logging.getLogger(__name__)
 
 LAST_PULL_S = 3.0
+T = TypeVar("T")
 
 
 class _Watcher(Protocol):
@@ -112,7 +113,7 @@ def catch_up(events: str, recipe: Recipe, root: str, stages: list[str], say: Cal
 class _Entered:
     """A context manager as a watcher."""
 
-    def __init__(self, context: AbstractContextManager[Any]) -> None:
+    def __init__(self, context: AbstractContextManager[object]) -> None:
         self._context = context
         context.__enter__()
 
@@ -146,7 +147,7 @@ class _Puller:
         self._thread.join(min(wait_s, LAST_PULL_S))
 
 
-def _guarded(name: str, action: Callable[[], Any]) -> Any:
+def _guarded(name: str, action: Callable[[], T]) -> T | None:
     """The action's result; None, and a warning, where it fails."""
     try:
         return action()

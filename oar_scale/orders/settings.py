@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import ExtractConfig, FirstCell, Score
@@ -43,6 +42,6 @@ class ExtractionSettings:
         The first three fields are always part of the hash. Fields that were added later count only where they are not at their
         defaults, so that tables written before there was such a field keep their name.
         """
-        named: dict[str, Any] = {"method": "exact", "score": self.score, "guidance": self.guidance, "tie_seed": self.tie_seed}
+        named: dict[str, object] = {"method": "exact", "score": self.score, "guidance": self.guidance, "tie_seed": self.tie_seed}
         later = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in named}
         return fingerprint(named | {name: value for name, value in later.items() if value != getattr(type(self), name)})

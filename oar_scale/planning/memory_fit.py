@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
@@ -15,7 +14,7 @@ from oar_scale.planning.case import Case
 from oar_scale.planning.worker_memory import WorkerMemory, micro_batches, worker_memory, zero_settings
 
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
-_PLAIN: dict[str, Any] = {"hpz_workers": 1, "quantized_weights": False, "quantized_gradients": False}
+_PLAIN: Mapping[str, object] = {"hpz_workers": 1, "quantized_weights": False, "quantized_gradients": False}
 
 Traced = tuple[ParallelConfig, TrunkActivations]
 """A trunk that was traced, and the settings it was traced with."""
@@ -137,7 +136,7 @@ def gb(size: float) -> str:
 def _nearest(written: ParallelConfig, sizes: list[int]) -> Iterator[tuple[ParallelConfig, str]]:
     """Other settings, the least change first, and the changed fields as text."""
     modes = MODES[MODES.index(written.activation_checkpointing) + 1 :]
-    changes: list[dict[str, Any]] = [{}, *({"activation_checkpointing": mode} for mode in modes)]
+    changes: list[Mapping[str, object]] = [{}, *({"activation_checkpointing": mode} for mode in modes)]
     if written.zero_stage < 3:
         changes += [{"zero_stage": 3}, *({"zero_stage": 3, "activation_checkpointing": mode} for mode in modes)]
     elif written.hpz_workers > 1:

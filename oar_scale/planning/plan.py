@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import ParallelConfig, Recipe
@@ -128,7 +127,7 @@ def make_plan(path: str, overrides: Sequence[str], options: PlanOptions) -> RunP
 def overrides_of(case: Case, planned: ParallelConfig, actors: ActorPlan | None) -> list[str]:
     """Overrides of the recipe that make a run the one that is planned."""
     given, extract = case.recipe.parallel, case.recipe.extract
-    changed: dict[str, Any] = {}
+    changed: dict[str, object] = {}
     if not given.min_workers <= planned.max_workers <= given.max_workers:
         changed["parallel.workers"] = planned.workers
     written = given.model_dump(exclude={"workers"})

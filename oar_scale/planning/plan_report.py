@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -320,7 +319,7 @@ def _money(amount: float) -> str:
     return "?" if math.isinf(amount) else f"${amount:,.0f}" if amount >= 10 else f"${amount:,.2f}"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, dict):

@@ -22,7 +22,7 @@ from oar_scale.model.acceleration import accelerate
 from oar_scale.model.layouts import RasterRows
 from oar_scale.model.spec import FeatureSpec, ModelSpec
 from oar_scale.model.transformer import AnyOrderModel
-from oar_scale.planning.activations import TrunkActivations
+from oar_scale.planning.activations import Checkpointing, TrunkActivations
 
 SHALLOW = (3, 4)
 """Layers of the models that are run: a first block, a last one, and one or two between."""
@@ -86,9 +86,7 @@ class LiveTensors(TorchDispatchMode):
             self.bytes -= size
 
 
-def trace_trunk(
-    spec: ModelSpec, micro_batch: int, precision: Literal["bf16", "fp32"], checkpointing: Literal["none", "selective", "full"]
-) -> TrunkActivations:
+def trace_trunk(spec: ModelSpec, micro_batch: int, precision: Literal["bf16", "fp32"], checkpointing: Checkpointing) -> TrunkActivations:
     """The memory of forward and backward pass through condition and trunk, at full depth; as :func:`activations.trunk`, traced."""
     if spec.layers <= SHALLOW[1]:
         return _trace(spec, micro_batch, precision, checkpointing)
@@ -97,7 +95,7 @@ def trace_trunk(
     return TrunkActivations(*(a + (b - a) * more_layers // step for a, b in zip(few, more, strict=True)))
 
 
-def _trace(spec: ModelSpec, micro_batch: int, precision: str, checkpointing: Any) -> TrunkActivations:
+def _trace(spec: ModelSpec, micro_batch: int, precision: str, checkpointing: Checkpointing) -> TrunkActivations:
     with FakeTensorMode():
         model = _model(spec, precision)
         accelerate(model, ParallelConfig(activation_checkpointing=checkpointing))
@@ -106,7 +104,7 @@ def _trace(spec: ModelSpec, micro_batch: int, precision: str, checkpointing: Any
         def first_block_begins(_gradient: Tensor) -> None:
             live.most = 0
 
-        def watch(_block: nn.Module, _inputs: Any, output: Tensor) -> None:
+        def watch(_block: nn.Module, _inputs: object, output: Tensor) -> None:
             output.register_hook(first_block_begins)
 
         model.layers[0].register_forward_hook(watch)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import math
-from typing import Any
 
+import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from oar_scale.orders.analysis.order_analysis import OrderAnalysis
 from oar_scale.orders.analysis.statistics import placing_times
@@ -79,7 +80,7 @@ def _charts(orders: OrderAnalysis) -> list[tuple[str, Markup]]:
     ]
 
 
-def _known(orders: OrderAnalysis) -> list[tuple[str, Any, float]]:
+def _known(orders: OrderAnalysis) -> list[tuple[str, NDArray[np.int64], float]]:
     """Name, map and distance of each order that is the same for every image, the nearest first."""
     paths = {name: policy.path(orders.grid) for name, policy in grid_policies().items()}
     maps = {name: placing_times(path).reshape(orders.grid, orders.grid) for name, path in paths.items()}

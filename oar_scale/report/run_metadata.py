@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import psutil
 import torch
@@ -26,12 +25,13 @@ from oar_scale.config.schema import (
     TableSource,
     WebDatasetSource,
 )
+from oar_scale.json_object import JsonObject
 from oar_scale.report.report_data import DataMetadata, ModelMetadata, RunMetadata, StageRow
 from oar_scale.results.examples import TokenizerMetadata
 from oar_scale.run.context import Run
 from oar_scale.storage import Missing, read_json
 
-Marker = Mapping[str, Any]
+Marker = JsonObject
 BAD_EXAMPLES = 5
 
 
@@ -45,10 +45,10 @@ def read_markers(run: Run) -> dict[str, Marker]:
     return markers
 
 
-def stage_results(run: Run, name: str) -> Mapping[str, Any]:
+def stage_results(run: Run, name: str) -> JsonObject:
     """What a stage returned; empty when it has not finished."""
     marker = _marker(run, name)
-    results: Mapping[str, Any] = marker["results"] if marker else {}
+    results: JsonObject = marker["results"] if marker else {}
     return results
 
 
@@ -71,7 +71,7 @@ def stage_rows(run: Run, markers: Mapping[str, Marker]) -> tuple[StageRow, ...]:
     return tuple(_stage_row(run, name, float(marker["seconds"]), marker["results"]) for name, marker in markers.items())
 
 
-def data_metadata(run: Run, results: Mapping[str, Any]) -> DataMetadata:
+def data_metadata(run: Run, results: JsonObject) -> DataMetadata:
     """The images; ``results`` are those of the stage ``data``."""
     config, skipped = run.recipe.data, results.get("skipped", {})
     return DataMetadata(
@@ -100,7 +100,7 @@ def _source(source: Source) -> str:
             return f"the folder {source.path}"
 
 
-def _split(fraction: float, results: Mapping[str, Any]) -> str:
+def _split(fraction: float, results: JsonObject) -> str:
     text = f"{fraction:.0%} of the names, by a hash of the name; a name is on one side only"
     variants = results.get("heldout_with_variant_in_train", 0)
     if variants:
@@ -111,7 +111,7 @@ def _split(fraction: float, results: Mapping[str, Any]) -> str:
     return text
 
 
-def tokenizer_metadata(run: Run, results: Mapping[str, Any]) -> TokenizerMetadata:
+def tokenizer_metadata(run: Run, results: JsonObject) -> TokenizerMetadata:
     """Without pictures: what is known before anything was evaluated."""
     return TokenizerMetadata(
         origin=tokenizer_origin(run),
@@ -124,14 +124,14 @@ def tokenizer_metadata(run: Run, results: Mapping[str, Any]) -> TokenizerMetadat
     )
 
 
-def model_metadata(run: Run, results: Mapping[str, Any]) -> ModelMetadata:
+def model_metadata(run: Run, results: JsonObject) -> ModelMetadata:
     """The model; ``results`` are those of the stage ``pretrain``."""
     model = run.recipe.model
     origin = f"the weights {model.weights}" if model.weights else "random initialisation"
     return ModelMetadata(results["parameters"], model.layers, model.dim, model.heads, origin)
 
 
-def describe_prompts(run: Run, results: Mapping[str, Any]) -> str:
+def describe_prompts(run: Run, results: JsonObject) -> str:
     """What the models are conditioned on, as a sentence; ``results`` are those of the stage ``tokenizer``."""
     match run.recipe.tokenizer.text:
         case SentencePieceConfig() as text:
@@ -154,7 +154,7 @@ def tokenizer_origin(run: Run) -> str:
     return "; ".join(f"{what} {f'from {weights}' if weights else 'trained in this run'}" for what, weights in parts)
 
 
-def _stage_row(run: Run, name: str, seconds: float, results: Mapping[str, Any]) -> StageRow:
+def _stage_row(run: Run, name: str, seconds: float, results: JsonObject) -> StageRow:
     recipe = run.recipe
     match name:
         case "data":
@@ -180,7 +180,7 @@ def _stage_row(run: Run, name: str, seconds: float, results: Mapping[str, Any]) 
     return StageRow(name, what, seconds, detail)
 
 
-def _training(results: Mapping[str, Any]) -> str:
+def _training(results: JsonObject) -> str:
     parts = [f"{results.get('steps', '?')} steps"]
     if "images_per_s" in results:
         parts.append(f"{results['images_per_s']:.0f} images/s")
@@ -189,7 +189,7 @@ def _training(results: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _extraction(results: Mapping[str, Any]) -> str:
+def _extraction(results: JsonObject) -> str:
     return f"{results['images_per_s']:.1f} images/s, {results['actors']} actors" if "images_per_s" in results else ""
 
 

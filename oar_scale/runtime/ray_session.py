@@ -17,11 +17,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import psutil
 
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing large goes through it; Ray wants 75 MB at least."""
@@ -82,7 +82,7 @@ def _check_address(address: str) -> None:
         ) from error
 
 
-def _start(cpus: int, gpus: int, folder: str, runtime_env: dict[str, Any]) -> None:
+def _start(cpus: int, gpus: int, folder: str, runtime_env: JsonObject) -> None:
     import ray
 
     try:

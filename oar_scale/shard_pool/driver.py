@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from oar_scale.errors import Requeue, UserError
 from oar_scale.runtime.retry import retry_transient
@@ -132,7 +131,7 @@ class PoolDriver:
         self.pending.extend((shard, 0) for shard in [*self.missing[start:], *self.missing[:start]])
         self._poll_other_pools()
 
-    def _emit(self, kind: str, **fields: Any) -> None:
+    def _emit(self, kind: str, **fields: object) -> None:
         if self.on_event:
             self.on_event(kind, fields)
 

@@ -16,15 +16,16 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.storage import Missing, join, open_storage
 from oar_scale.storage.background import in_order
 
-ShardResult = dict[str, Any]
+ShardResult = JsonObject
 """What a worker returns about a finished shard: small, JSON, the same whichever actor did it."""
-Record = dict[str, Any]
+Record = JsonObject
 """A JSON object, as it is stored or as an event carries it."""
 
 
@@ -187,6 +188,6 @@ def read_record(uri: str) -> Record | None:
     return record
 
 
-def write_record(uri: str, record: Mapping[str, Any], *, if_absent: bool = False) -> bool:
+def write_record(uri: str, record: Mapping[str, object], *, if_absent: bool = False) -> bool:
     """Write a JSON object in one step; return False if ``if_absent`` and there is one."""
     return open_storage(uri).write(uri, json.dumps(record, sort_keys=True).encode(), if_absent=if_absent)

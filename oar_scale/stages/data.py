@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
 
 from oar_scale.data.prepare import prepare_images
+from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import Tally
 from oar_scale.run.context import Run
 
 
-def run_data(run: Run) -> dict[str, Any]:
+def run_data(run: Run) -> JsonObject:
     """Write ``images/train`` and ``images/heldout``; returns the counts."""
     with ExitStack() as stack:
         tally: Tally | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from oar_scale.evaluation.pictures import decode_pictures, step_of_cell
 from oar_scale.evaluation.result_tables import Features
 from oar_scale.generation.editing import centre_mask
 from oar_scale.generation.sampling import SampleSettings
+from oar_scale.json_object import JsonObject
 from oar_scale.orders.analysis import neighbour_share
 from oar_scale.orders.order_files import run_files
 from oar_scale.orders.settings import ExtractionSettings
@@ -94,7 +95,7 @@ class Inputs:
     """Held-out images that training has no variant of."""
 
 
-def run_evaluate(run: Run) -> dict[str, Any]:
+def run_evaluate(run: Run) -> JsonObject:
     """Measure and draw; returns the few numbers to look at first.
 
     Raises:
@@ -330,7 +331,7 @@ def _features(pictures: list[Picture]) -> Features:
     return features
 
 
-def _highlights(run: Run, evaluation: Evaluation) -> dict[str, Any]:
+def _highlights(run: Run, evaluation: Evaluation) -> JsonObject:
     """The few numbers to look at first, said on the console and kept with the stage."""
     differences = {f"{model_label(d.first)} - {model_label(d.second)}, {d.order}": asdict(d.difference) for d in evaluation.nll.differences}
     captions = {model_label(row.model): asdict(row.difference) for row in evaluation.captions}

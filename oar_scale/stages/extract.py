@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from oar_scale.data.manifest import read_manifest
+from oar_scale.json_object import JsonObject
 from oar_scale.observe.formatting import duration
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.context import Run
@@ -14,7 +14,7 @@ from oar_scale.shard_pool.extraction_pool import ExtractionJob, extract_all
 from oar_scale.shard_pool.ledger import Record
 
 
-def run_extract(run: Run) -> dict[str, Any]:
+def run_extract(run: Run) -> JsonObject:
     """Write one order table for each token shard of the training split; returns counts, seconds and rate."""
     config, parallel, started = run.recipe.extract, run.recipe.parallel, time.monotonic()
     job = ExtractionJob(

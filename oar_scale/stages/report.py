@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from oar_scale.config.loading import dump_recipe
 from oar_scale.evaluation.evaluation_record import Evaluation, load_evaluation
+from oar_scale.json_object import JsonObject
 from oar_scale.report import run_metadata as metadata
 from oar_scale.report import write_report
 from oar_scale.report.report_data import ReportData, TrainingCurve, training_curve
 from oar_scale.run.context import Run
 
 
-def run_report(run: Run) -> dict[str, Any]:
+def run_report(run: Run) -> JsonObject:
     """Write ``report/index.html`` in the run's local folder; sections whose stage has not finished say so."""
     path = run.local("report", "index.html")
     write_report(report_data(run), path)

@@ -6,7 +6,6 @@ import io
 import itertools
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import frechet
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.pictures import decode_pictures
+from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
 from oar_scale.storage import join
 from oar_scale.tokenizers.clip_text import ClipText
@@ -33,7 +33,7 @@ ASSESSED = 4096
 """Held-out images that the image tokenizer is judged by, at most."""
 
 
-def run_tokenizer(run: Run) -> dict[str, Any]:
+def run_tokenizer(run: Run) -> JsonObject:
     """Write ``tokenizers/vq.safetensors`` and ``tokenizers/text.model``; returns what the image tokenizer is worth on held-out images."""
     recipe = run.recipe
     torch.set_num_threads(recipe.parallel.cpu_threads * recipe.parallel.max_workers)
@@ -92,7 +92,7 @@ def read_images(run: Run, split: str, limit: int | None = None) -> tuple[Tensor,
     return torch.from_numpy(np.stack(pixels)), captions
 
 
-def _samples(run: Run, split: str) -> Iterator[dict[str, Any]]:
+def _samples(run: Run, split: str) -> Iterator[JsonObject]:
     folder = run.at("images", split)
     for shard in read_manifest(folder).shards:
         yield from read_shard(join(folder, shard.name), run.cache, shard)

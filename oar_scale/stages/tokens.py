@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from oar_scale.config.schema import ClipTextConfig
 from oar_scale.data.manifest import Manifest, read_manifest
+from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
 from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
 
 
-def run_tokens(run: Run) -> dict[str, Any]:
+def run_tokens(run: Run) -> JsonObject:
     """Write ``tokens/train`` (all views) and ``tokens/heldout`` (the images as they are); returns the counts."""
     counts, parallel, text = {}, run.recipe.parallel, run.recipe.tokenizer.text
     tower = text if isinstance(text, ClipTextConfig) and text.precompute else None

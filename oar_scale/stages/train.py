@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from oar_scale.data.manifest import read_manifest
 from oar_scale.distributed.ray_train import run_training
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
 from oar_scale.model.spec import condition_spec
 from oar_scale.registry import STAGES, TrainingName
@@ -18,7 +17,7 @@ from oar_scale.training.inputs import job_orders
 from oar_scale.training.job import TrainingJob
 
 
-def run_train(run: Run, stage: TrainingName) -> dict[str, Any]:
+def run_train(run: Run, stage: TrainingName) -> JsonObject:
     """Train one stage with Ray and DeepSpeed; the result is exported to ``models/``."""
     if stage == "pretrain" and run.rank == 0:
         _write_base(run)
@@ -57,7 +56,7 @@ def _write_base(run: Run) -> None:
     save_model(run.model_uri("base"), weights)
 
 
-def _take_weights(run: Run) -> dict[str, Any]:
+def _take_weights(run: Run) -> JsonObject:
     """No pretraining: the recipe's weights are the any-order model."""
     if run.rank:
         return {}
@@ -66,7 +65,7 @@ def _take_weights(run: Run) -> dict[str, Any]:
     return {"steps": 0, "parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
-def _comparable(spec: ModelSpec) -> dict[str, Any]:
+def _comparable(spec: ModelSpec) -> JsonObject:
     """Fields that a recipe decides about; what an imported peer's weights need besides goes with the weights."""
     plain = spec.model_dump(exclude={"condition_rotation": True, "trainable_null": True, "condition": {"null_rows", "absent"}})
     condition = plain.pop("condition")

@@ -15,9 +15,10 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from oar_scale.errors import Missing, Unreachable, UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.storage.schemes import LOCAL, scheme_of, storage_of
 
 
@@ -97,8 +98,8 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([base, *rest]) if rest else base or "/"
 
 
-def read_json(uri: str) -> Any:
-    """Return the JSON value stored at ``uri``.
+def read_json(uri: str) -> JsonObject:
+    """Return the JSON object stored at ``uri``.
 
     Raises:
         Missing: there is no such object.
@@ -106,12 +107,13 @@ def read_json(uri: str) -> Any:
     """
     data = open_storage(uri).read(uri)
     try:
-        return json.loads(data)
+        value: JsonObject = json.loads(data)
     except ValueError as error:
         raise UserError(f"{uri}: this is not JSON ({error}). Delete it and run the stage that writes it again.") from error
+    return value
 
 
-def write_json(uri: str, obj: Any) -> None:
+def write_json(uri: str, obj: object) -> None:
     """Store ``obj`` as JSON that a person can read, atomically."""
     open_storage(uri).write(uri, (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
 

@@ -86,7 +86,7 @@ def _make_client(process: int, environment: tuple[tuple[str, str], ...], timeout
     return made
 
 
-def _count(**_: Any) -> None:
+def _count(**_: object) -> None:
     _sent.count = requests_sent() + 1
 
 

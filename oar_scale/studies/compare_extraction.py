@@ -13,7 +13,6 @@ import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from oar_scale.data.manifest import ShardInfo, read_manifest
 from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.model import AnyOrderModel, load_model, model_id
 from oar_scale.orders.head import OrderHead, load_head, tables_id
 from oar_scale.orders.order_files import head_file, run_files
@@ -36,7 +36,7 @@ from oar_scale.studies.short_training import ShortTraining
 from oar_scale.tokenizers.prompts import model_inputs
 
 
-def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune: int = 0) -> dict[str, Any]:
+def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune: int = 0) -> JsonObject:
     """Measure all methods, print a table, and write it as JSON.
 
     Args:
@@ -59,7 +59,7 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
     device = "cuda" if config.gpus_per_actor > 0 else "cpu"
     if device == "cpu":
         torch.set_num_threads(parallel.cpu_threads)
-    where: dict[str, Any] = {"images": len(tokens.keys), "batch": config.batch, "score": config.score, "guidance": config.guidance}
+    where: JsonObject = {"images": len(tokens.keys), "batch": config.batch, "score": config.score, "guidance": config.guidance}
     where |= {"precision": parallel.precision, "device": device, "threads": torch.get_num_threads()}
     run.console.say("  " + ", ".join(f"{name} {value}" for name, value in where.items()))
     results = _measured(run, model_file, shards, tokens, device, 1 if finetune else ROUNDS)
@@ -80,7 +80,7 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
     return report
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def table(rows: Sequence[JsonObject]) -> list[str]:
     """The figures as lines of columns."""
     heads = ["method", "rows", "of exact", "images/s", "speed", "tau", "regret, nats per code", "images"]
     lines = [
@@ -161,7 +161,7 @@ def _shards(run: Run, images: int) -> list[ShardInfo]:
     return taken
 
 
-def _row(each: MethodResult, exact: MethodResult) -> dict[str, Any]:
+def _row(each: MethodResult, exact: MethodResult) -> JsonObject:
     return {
         "way": each.name,
         "rows": each.rows,

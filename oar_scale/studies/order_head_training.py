@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest
 from oar_scale.data.open_shard import TokenShard
 from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.analysis.order_analysis import HeadReport, HeadRow
 from oar_scale.orders.analysis.statistics import kendall_distance, placing_times
@@ -107,7 +108,7 @@ class HeadData:
 
 def kept_out(shard: TokenShard, share: float) -> NDArray[np.bool_]:
     """Which images [S] a head is not trained on: by their family, else their name, else their key."""
-    facts: list[dict[str, Any]] = [json.loads(bytes(shard.find(row, ("json",)) or b"{}")) for row in range(len(shard))]
+    facts: list[JsonObject] = [json.loads(bytes(shard.find(row, ("json",)) or b"{}")) for row in range(len(shard))]
     names = [str(fact.get("family") or fact.get("name") or key) for fact, key in zip(facts, shard.keys, strict=True)]
     return name_hashes(names, "order head") < share
 

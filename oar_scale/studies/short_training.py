@@ -23,6 +23,7 @@ from oar_scale.evaluation.eval_tasks import EvalTarget, LikelihoodTask, Sampling
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import random_orders
 from oar_scale.generation.sampling import SampleSettings
+from oar_scale.json_object import JsonObject
 from oar_scale.model import model_id
 from oar_scale.orders.order_table import OrderTable, table_name, write_orders
 from oar_scale.orders.settings import ExtractionSettings
@@ -44,9 +45,9 @@ class TrainingOutcome:
     nll_random_S: NDArray[np.float64]
     kid: Kid
 
-    def figures(self, exact: TrainingOutcome) -> dict[str, Any]:
+    def figures(self, exact: TrainingOutcome) -> JsonObject:
         """Means, and differences to what came of the exact orders: the images are the same, so their differences are paired."""
-        figures: dict[str, Any] = {"kid_efflite0": self.kid.mean, "kid_efflite0_std": self.kid.std}
+        figures: JsonObject = {"kid_efflite0": self.kid.mean, "kid_efflite0_std": self.kid.std}
         pairs = {"own": (self.nll_own_S, exact.nll_own_S), "random": (self.nll_random_S, exact.nll_random_S)}
         for name, (here_S, exact_S) in pairs.items():
             figures[f"heldout_nll_{name}"] = asdict(estimate(here_S))

@@ -18,13 +18,14 @@ import pickle
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.clip_spec import ClipTextSpec, Features
 
@@ -125,7 +126,7 @@ class ClipText:
         return cls(ClipTextSpec(architecture=architecture, features=features), tower)
 
 
-def _config(architecture: str) -> dict[str, Any]:
+def _config(architecture: str) -> JsonObject:
     """open_clip's description of a model whose text side is a plain CLIP tower."""
     import open_clip
 
@@ -134,7 +135,7 @@ def _config(architecture: str) -> dict[str, Any]:
         near = difflib.get_close_matches(architecture, names, n=3, cutoff=0.5)
         remedy = f"Near it: {', '.join(near)}." if near else "open_clip.list_models() has all names, e.g. ViT-B-32, ViT-L-14."
         raise UserError(f"{architecture}: open_clip has no model of this name. {remedy}")
-    config: dict[str, Any] = open_clip.get_model_config(architecture)
+    config: JsonObject = open_clip.get_model_config(architecture)
     text = config["text_cfg"]
     if "hf_model_name" in text:
         other = f"is the Hugging Face model {text['hf_model_name']}"
@@ -150,7 +151,7 @@ def _config(architecture: str) -> dict[str, Any]:
     )
 
 
-def _tower(config: Mapping[str, Any]) -> nn.Module:
+def _tower(config: JsonObject) -> nn.Module:
     """The text tower alone, without values: the weights take their place as they are read."""
     from open_clip.model import _build_text_tower  # what open_clip's own models call; there is no public name for it
 
@@ -161,7 +162,7 @@ def _tower(config: Mapping[str, Any]) -> nn.Module:
     return tower
 
 
-def _local_file(architecture: str, config: Mapping[str, Any], weights: str, scratch: str) -> str:
+def _local_file(architecture: str, config: JsonObject, weights: str, scratch: str) -> str:
     """The path of the checkpoint: the file itself, a copy of the object in ``scratch``, or what open_clip has fetched."""
     if os.path.isfile(weights):
         return weights

@@ -24,6 +24,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.storage import Missing, fetch, open_storage
 
 Wrapping = Literal["bare", "model"]
@@ -41,7 +42,7 @@ class PeerFile(NamedTuple):
     tensors: dict[str, Tensor]
     where: str
     """The file, for errors; names the prefix that was removed from its tensor names."""
-    settings: dict[str, Any]
+    settings: JsonObject
     """The training's command line, where the file has it (``args``)."""
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -20,6 +19,7 @@ from torch.profiler import record_function
 from oar_scale.data.hashing import hash_words
 from oar_scale.data.stream import Batch, TokenStream
 from oar_scale.errors import Requeue
+from oar_scale.json_object import JsonObject
 from oar_scale.training.engine import Engine, StepResult
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.learning_rate import learning_rate
@@ -48,11 +48,11 @@ class Callback:
     def end(self, loop: Loop) -> None:
         """After the last step of a stage, or of an attempt that was asked to stop or is rolled back."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """Return what a checkpoint keeps of it, as JSON."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: JsonObject) -> None:
         """Restore what :meth:`state` returned."""
 
 

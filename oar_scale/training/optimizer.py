@@ -55,7 +55,7 @@ class EmaAdamW(torch.optim.AdamW):
         self.skipped = False
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Raises nothing: a gradient that is not finite leaves weights and state as they are, and sets ``skipped``."""
         if self.clip_norm is not None:
             self.grad_norm = float(torch.nn.utils.clip_grad_norm_(list(self._parameters()), self.clip_norm))

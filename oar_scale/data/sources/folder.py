@@ -10,7 +10,6 @@ import functools
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
 
 from oar_scale.config.schema import FolderSource
 from oar_scale.data.hashing import name_hash
@@ -18,6 +17,7 @@ from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.sources.image_files import image_files, key_of, square
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 
 
 class FolderImages:
@@ -57,7 +57,7 @@ def _text(path: str) -> str:
     return (_bytes(path) or b"").decode(errors="replace").strip()
 
 
-def _facts(path: str) -> dict[str, Any]:
+def _facts(path: str) -> JsonObject:
     data = _bytes(path)
     try:
         facts = json.loads(data or b"{}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from PIL import Image
 
@@ -24,7 +24,7 @@ class Content:
     image: Image.Image
     """RGB, square, of the side that was asked for."""
     caption: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
     """What else ``KEY.json`` shall hold, a whole number ``label`` for one."""
     features: bytes | None = None
     """``KEY.features.npy``: features of the caption, float16 [T, F]."""

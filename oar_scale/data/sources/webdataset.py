@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from oar_scale.config.schema import WebDatasetSource
 from oar_scale.data.images import EXTENSIONS
@@ -21,6 +20,7 @@ from oar_scale.data.sources.image_files import key_of, square_of
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.data.tars import BLOCK, key_and_extension, map_file, members, samples
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.storage import open_storage
 
 SHARDS_AT_ONCE = 4
@@ -83,7 +83,7 @@ def _sample_ranges(uri: str) -> list[SampleRange]:
     return ranges
 
 
-def _facts(sample: dict[str, memoryview]) -> dict[str, Any]:
+def _facts(sample: dict[str, memoryview]) -> JsonObject:
     try:
         facts = json.loads(bytes(sample.get("json", b"{}")))
     except ValueError as error:

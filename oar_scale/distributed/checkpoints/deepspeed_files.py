@@ -27,6 +27,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine
 from oar_scale.distributed.checkpoints.live import relink
 from oar_scale.distributed.checkpoints.shard_keys import GROUPS
+from oar_scale.json_object import JsonObject
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -35,7 +36,7 @@ _CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 """All that DeepSpeed's pickles hold besides tensors and plain values; a file that names anything else is not opened."""
 
 
-def save_shards(engine: ShardedEngine, folder: str, tag: str, client_state: dict[str, Any]) -> CheckpointFiles:
+def save_shards(engine: ShardedEngine, folder: str, tag: str, client_state: JsonObject) -> CheckpointFiles:
     """Write DeepSpeed's shards to ``folder/tag``. Collective.
 
     Returns:
@@ -109,7 +110,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
         except OSError as error:
             self._note(error, path)
 
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
+    def save(self, state_dict: JsonObject, path: str) -> None:
         """Write a file without redundant weights, and record its size and checksum, or why it could not be written."""
         if state_dict.get("module") is not None:
             kept = {name: tensor for name, tensor in state_dict["module"].items() if name not in self._redundant}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from oar_scale.json_object import JsonObject
 from oar_scale.training.engine import Objective
 
 
@@ -24,7 +25,7 @@ class ShardedEngine(Protocol):
     def load_universal_checkpoint(self) -> bool:
         """Whether the engine is set up to read DeepSpeed's universal format."""
 
-    def save_checkpoint(self, save_dir: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> object:
+    def save_checkpoint(self, save_dir: str, tag: str, client_state: JsonObject, save_latest: bool) -> object:
         """Write a checkpoint to ``save_dir/tag``. Collective."""
 
     def load_checkpoint(self, load_dir: str, tag: str) -> object:

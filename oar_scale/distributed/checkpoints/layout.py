@@ -21,11 +21,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import crc32c
 
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.storage import Missing, join, open_storage
 
 MARKER = "COMMITTED"
@@ -55,7 +55,7 @@ class Checkpoint:
     """``.../step-00000100``."""
     save: str
     """The attempt that the marker names."""
-    manifest: dict[str, Any]
+    manifest: JsonObject
 
     @property
     def folder(self) -> str:
@@ -89,9 +89,9 @@ class Checkpoint:
         return int(self.manifest["zero_stage"])
 
     @property
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """The state of the training loop: batch offset, metrics, state of the callbacks."""
-        state: dict[str, Any] = self.manifest["state"]
+        state: JsonObject = self.manifest["state"]
         return state
 
     @property
@@ -158,7 +158,7 @@ def committed_steps(checkpoints: str) -> list[int]:
     return [location.step for location in checkpoint_locations(checkpoints) if location.committed]
 
 
-def commit(uri: str, save: str, manifest: dict[str, Any]) -> None:
+def commit(uri: str, save: str, manifest: JsonObject) -> None:
     """Make ``save`` the checkpoint of its step: writes its manifest, then the marker, which replaces that of another attempt atomically.
 
     Raises:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
 from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
 from oar_scale.distributed.checkpoints.shard_tensors import read_shards
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.training.job import TrainingJob
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class Restored:
 
     step: int
     uri: str
-    state: dict[str, Any]
+    state: JsonObject
     """The loop's state that was given to ``Saver.save``."""
     rejected: tuple[Rejected, ...]
     """Newer checkpoints that were damaged; they are no longer committed."""

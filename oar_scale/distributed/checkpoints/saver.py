@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -31,6 +31,7 @@ from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine
 from oar_scale.distributed.checkpoints.layout import DamagedCheckpoint
 from oar_scale.distributed.checkpoints.retention import Keep, Retention, prune
 from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
+from oar_scale.json_object import JsonObject
 from oar_scale.runtime.retry import Backoff, RetryStopped, retry
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.background import start
@@ -71,7 +72,7 @@ class _Save:
     step: int
     name: str
     scratch: Scratch
-    manifest: dict[str, Any]
+    manifest: JsonObject
     files: dict[str, dict[str, int]]
     fault: str | None
     begun: float
@@ -96,7 +97,7 @@ class Saver:
         self._job, self._patience_s = job, patience_s
         self._rank = dist.get_rank()
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_LONGEST))  # every rank is in it
-        self._metadata: dict[str, Any] = {}
+        self._metadata: JsonObject = {}
         if self._rank == 0:
             self._metadata = {"stage": job.stage, "identity": job.identity, "libraries": {name: version(name) for name in LIBRARIES}}
         self._retention = Retention(Keep.of(job.training))
@@ -106,7 +107,7 @@ class Saver:
         self._finished: deque[SaveOutcome] = deque()
         clear_dead(job.scratch)
 
-    def save(self, engine: ShardedEngine, step: int, state: dict[str, Any]) -> None:
+    def save(self, engine: ShardedEngine, step: int, state: JsonObject) -> None:
         """Write the engine's checkpoint of ``step`` to the local disk, and start to upload it. Collective.
 
         Args:
@@ -174,7 +175,7 @@ class Saver:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def _manifest(self, engine: ShardedEngine, step: int, state: dict[str, Any]) -> dict[str, Any]:
+    def _manifest(self, engine: ShardedEngine, step: int, state: JsonObject) -> JsonObject:
         json.dumps(state)  # fails here, in the caller, where it is no JSON
         return {
             **self._metadata,

@@ -6,11 +6,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from oar_scale.json_object import JsonObject
 from oar_scale.orders.analysis.agreement import Agreement
 from oar_scale.orders.analysis.caption_groups import Group
 from oar_scale.orders.analysis.statistics import FloatArray, OrderStatistics
@@ -94,14 +94,14 @@ class OrderAnalysis:
     def cells(self) -> int:
         return self.grid**2
 
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self) -> JsonObject:
         """Everything but the pictures, ready for JSON; what is not a number is null."""
         shown = {each.name for each in dataclasses.fields(self)} - {"examples", "animation"}
-        found: dict[str, Any] = {name: _plain(getattr(self, name)) for name in sorted(shown)}
+        found: JsonObject = {name: _plain(getattr(self, name)) for name in sorted(shown)}
         return found
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
     if isinstance(value, np.ndarray):

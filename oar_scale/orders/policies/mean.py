@@ -14,6 +14,7 @@ from torch import Tensor
 
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.orders.analysis import placing_times
 from oar_scale.orders.order_files import OrderFiles
 from oar_scale.orders.order_table import read_orders, table_name
@@ -56,7 +57,7 @@ def order_by_time(time_N: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
     return np.argsort(time_N, kind="stable")
 
 
-def _from_tables(files: OrderFiles) -> dict[str, Any]:
+def _from_tables(files: OrderFiles) -> JsonObject:
     if files.tables is None or files.tokens is None:
         raise UserError(f"{files.where}: there is no mean order here ({files.mean}). A run's export has one if sample.order is mean.")
     total_N, images, made_by = np.zeros(0), 0, set[tuple[str, str]]()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
+from oar_scale.json_object import JsonObject
 from oar_scale.training.heldout import Heldout
 from oar_scale.training.loop import Callback, Loop
 
@@ -26,11 +26,11 @@ class HeldoutLikelihood(Callback):
         if loop.every(loop.job.training.evaluate_every):
             self._evaluate(loop)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """The newest likelihoods, which tell the best checkpoints."""
         return {"metrics": self._latest}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: JsonObject) -> None:
         """Restore them."""
         self._latest = state["metrics"]
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from statistics import median
-from typing import Any
 
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.training.loop import Callback, Loop, RollBack
 
 WINDOW, FEWEST = 100, 20
@@ -42,11 +42,11 @@ class Stability(Callback):
             self._spike(loop, expected)
         self._losses.append(loop.loss)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """The last losses, and the number of skipped batches."""
         return {"losses": list(self._losses), "non_finite": self._non_finite}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: JsonObject) -> None:
         """Restore them."""
         self._losses.extend(state["losses"])
         self._non_finite = state["non_finite"]
