@@ -15,7 +15,7 @@ def load(path: str, model: str | None = None) -> Pretrained:
 
     Args:
         path: local or ``s3://``.
-        model: of a run's folder: ``ordered`` unless said, ``any_order``, ``control`` or ``base``.
+        model: of a run's folder: ``ordered`` by default, ``any_order``, ``control`` or ``base``.
 
     Raises:
         UserError: nothing to load, or parts that do not fit together.

@@ -1,6 +1,6 @@
 """The one error a user is meant to read.
 
-Whatever the user can mend (a recipe, a file, a bucket, a missing package) raises ``UserError`` with a text that names the
+Whatever the user can fix (a recipe, a file, a bucket, a missing package) raises ``UserError`` with a text that names the
 thing, the place and the way out. The command line prints the text without a traceback and exits with code 2; everything
 else that is raised is a defect of ours and keeps its traceback.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend; ``str(error)`` names the thing, the place and the remedy."""
+    """Something the user can fix; ``str(error)`` names the thing, the place and the remedy."""
 
 
 class Requeue(Exception):
-    """The work was asked to stop, has saved what it had, and goes on when the same command is run again (exit code 75)."""
+    """A stop was requested and the state is saved; the same command resumes from it (exit code 75)."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

@@ -1,4 +1,4 @@
-"""The stages of a run and the models they make: the one place where both are listed.
+"""The stages of a run and the models they make: the one module where both are listed.
 
     data -> tokenizer -> tokens -> pretrain -> extract -> finetune -> evaluate -> report
                                        \\-------------------> control -/
@@ -26,7 +26,7 @@ class Model:
     label: str
     """Its name in tables and on the console."""
     title: str
-    """What a sentence calls it."""
+    """Its name in running text."""
     stage: TrainingName
     """The stage that writes it."""
     old_file: str = ""

@@ -5,7 +5,7 @@
     OUT/images/SET/NAME.png     OUT/emoji.csv (image, caption, name, family, style)     OUT/ATTRIBUTION.txt     OUT/sheet.png
 
 The sets are packages of vector drawings (Iconify's JSON). npm fetches them from the registry it is configured for; where there is
-no npm, the registry that NPM_CONFIG_REGISTRY names is asked directly. ``name`` is the same in all styles and ``family`` the same for
+no npm, the registry that NPM_CONFIG_REGISTRY names is queried directly. ``name`` is the same in all styles and ``family`` the same for
 all skin tones, so that a held-out picture is held out in every style.
 """
 
@@ -58,7 +58,7 @@ class Picture:
     set_name: str
     icon: str
     name: str
-    """In words, with the skin tone: ``waving hand, dark skin tone``."""
+    """The name, with the skin tone: ``waving hand, dark skin tone``."""
     family: str
     """Without it."""
     svg: str
@@ -137,8 +137,8 @@ def fetch(package: str, folder: Path) -> None:
 def _npm_pack(package: str, scratch: str) -> str:
     done = subprocess.run(["npm", "pack", "--silent", package], cwd=scratch, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip()
-        raise UserError(f"npm pack {package} failed:\n{said}\nCheck the network and the registry: npm config get registry")
+        output = done.stderr.strip() or done.stdout.strip()
+        raise UserError(f"npm pack {package} failed:\n{output}\nCheck the network and the registry: npm config get registry")
     return os.path.join(scratch, done.stdout.split()[-1])
 
 
@@ -150,13 +150,13 @@ def _download(package: str, scratch: str) -> str:
     name, _, version = package.rpartition("@")
     try:
         with urllib.request.urlopen(f"{registry}/{name}/{version}", timeout=60) as answer:
-            about: dict[str, Any] = json.load(answer)["dist"]
-        with urllib.request.urlopen(about["tarball"], timeout=60) as answer:
+            dist: dict[str, Any] = json.load(answer)["dist"]
+        with urllib.request.urlopen(dist["tarball"], timeout=60) as answer:
             data = answer.read()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{package}: cannot be had from {registry} ({error}). Check NPM_CONFIG_REGISTRY and the network.") from error
     digest = "sha512-" + base64.b64encode(hashlib.sha512(data).digest()).decode()
-    if digest not in about["integrity"].split():
+    if digest not in dist["integrity"].split():
         raise UserError(f"{package}: what {registry} sent does not have the checksum it states. Try again.")
     path = os.path.join(scratch, "package.tgz")
     Path(path).write_bytes(data)
@@ -166,27 +166,27 @@ def _download(package: str, scratch: str) -> str:
 def read_pictures(folders: Iterable[Path]) -> list[Picture]:
     """All drawings of all sets. A drawing that has a code point is current; the others are names of older versions."""
     sets = {folder.name: [json.loads((folder / name).read_text()) for name in FILES[:2]] for folder in folders}
-    words: dict[str, str] = {}
+    names: dict[str, str] = {}
     for _, chars in sets.values():
         for sequence, icon in chars.items():
-            words.setdefault(_plain(sequence), icon.replace("-", " "))
-    found = []
+            names.setdefault(_plain(sequence), icon.replace("-", " "))
+    pictures = []
     for set_name, (icons, chars) in sets.items():
         for sequence, icon in sorted(chars.items()):
             if not icons["icons"][icon].get("hidden"):
-                name, family = name_of(sequence, icon, words)
-                found.append(Picture(set_name, icon, name, family, svg_of(icons, icon)))
-    return found
+                name, family = name_of(sequence, icon, names)
+                pictures.append(Picture(set_name, icon, name, family, svg_of(icons, icon)))
+    return pictures
 
 
-def name_of(sequence: str, icon: str, words: dict[str, str]) -> tuple[str, str]:
-    """Name and family of the code points ``1f44b-1f3ff``, given the words for the code points without skin tones."""
+def name_of(sequence: str, icon: str, names: dict[str, str]) -> tuple[str, str]:
+    """Name and family of the code points ``1f44b-1f3ff``, given the names of the code points without skin tones."""
     plain = _plain(sequence)
     tones = [TONES[point] for point in plain.split("-") if point in TONES]
     bare = "-".join(point for point in plain.split("-") if point not in TONES)
     if not tones or not bare:
-        return words[plain], words[plain]
-    family = words.get(bare) or TONE_WORDS.sub("", icon.replace("-", " ")).strip()
+        return names[plain], names[plain]
+    family = names.get(bare) or TONE_WORDS.sub("", icon.replace("-", " ")).strip()
     return f"{family}, {' and '.join(dict.fromkeys(tones))} skin tone", family
 
 

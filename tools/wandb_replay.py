@@ -47,8 +47,8 @@ def _replay_stage(events: str, folder: str, stage: str, again: str, project: str
     projection = RowProjection()
     points = [event for event in read_events(events, stage) if measured(event)]
     happened = [entry.event for entry in EventReader(events, stage).poll() if not measured(entry.event)]
-    told = sorted(points + happened, key=lambda event: float(event["time"]))
-    rows = [row for event in told if (row := projection.take(0, event)[0]) is not None]
+    events_in_time = sorted(points + happened, key=lambda event: float(event["time"]))
+    rows = [row for event in events_in_time if (row := projection.take(0, event)[0]) is not None]
     if not rows:
         return
     name = str(projection.config.get("name", os.path.basename(folder)))

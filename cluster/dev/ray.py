@@ -5,7 +5,7 @@
     eval "$(python cluster/dev/ray.py env)"    point this shell at it: oar run and oar submit --cluster cluster/ray/dev.yaml use it
     python cluster/dev/ray.py down             end its nodes, each by its pid
 
-Node n has the address 127.0.0.(n + 1): Ray tells nodes apart by their addresses, and takes a public one where 127.0.0.1 is given.
+Node n has the address 127.0.0.(n + 1): Ray identifies nodes by their addresses, and takes a public one where 127.0.0.1 is given.
 The first one is the head, with the dashboard and the Jobs API; the number of CPUs of a node is a setting, independent of the machine.
 Ray's nodes listen on every address of the machine; requests without the token are refused. Never end them with ``ray stop``, which
 ends every Ray process of the machine.
@@ -158,9 +158,9 @@ def wait_for_nodes(cluster: Cluster, count: int) -> None:
         RuntimeError: that takes longer than ``START_S`` seconds.
     """
     command = [sys.executable, "-m", "oar_scale.launch.ray_ready", str(count), str(int(START_S))]
-    asked = subprocess.run(command, env={**os.environ, **cluster.env}, capture_output=True, text=True)
-    if asked.returncode:
-        raise RuntimeError(f"{asked.stderr.strip()}: see {cluster.folder}/log")
+    answer = subprocess.run(command, env={**os.environ, **cluster.env}, capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(f"{answer.stderr.strip()}: see {cluster.folder}/log")
     if cluster.dashboard:
         processes.wait_until(lambda: _answers(cluster), START_S, f"no dashboard at {cluster.url}: see {cluster.folder}/log")
 
@@ -227,9 +227,9 @@ def _clear(folder: str) -> None:
 
 
 def _answers(cluster: Cluster) -> bool:
-    asked = urllib.request.Request(f"{cluster.url}/api/version", headers={"Authorization": f"Bearer {cluster.token}"})
+    request = urllib.request.Request(f"{cluster.url}/api/version", headers={"Authorization": f"Bearer {cluster.token}"})
     try:
-        with urllib.request.urlopen(asked, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=5) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False

@@ -79,7 +79,7 @@ class Cluster:
 
     @property
     def prefix(self) -> list[str]:
-        """Words that, put before a command, run it where the cluster can be reached."""
+        """Arguments that, put before a command, run it where the cluster can be reached."""
         return hosts.enter(self.daemon(hosts.GATE).pid) if self.isolated else []
 
     def daemon(self, name: str) -> Daemon:
@@ -90,12 +90,12 @@ class Cluster:
         """The daemon of a node, for tests that kill it. Where nodes are isolated hosts, that is a power cut."""
         return self.daemon(f"slurmd-{name}")
 
-    def command(self, *words: str) -> str:
+    def command(self, *arguments: str) -> str:
         """Run one of Slurm's commands and return its output. Raises RuntimeError where it fails."""
-        command = [*self.prefix, *words]
+        command = [*self.prefix, *arguments]
         done = subprocess.run(command, env={**os.environ, **self.env}, capture_output=True, text=True, timeout=CLIENT_S)
         if done.returncode:
-            raise RuntimeError(f"{shlex.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
+            raise RuntimeError(f"{shlex.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
 
@@ -223,7 +223,7 @@ def _start_node(cluster: Cluster, name: str) -> Daemon:
 def _write_files(folder: str, nodes: int, cpus: int, port: int, isolated: bool) -> None:
     here = socket.gethostname().split(".")[0]
     names = [f"n{i + 1}" for i in range(nodes)]
-    places = {
+    addresses = {
         name: f"NodeHostname={name} NodeAddr={hosts.address(name)} Port={port + 1}"
         if isolated
         else f"NodeHostname={here} NodeAddr={HOST} Port={port + 1 + i}"
@@ -238,7 +238,7 @@ def _write_files(folder: str, nodes: int, cpus: int, port: int, isolated: bool) 
     lines = [
         "ClusterName=oar",
         # Jobs count their ports from their number, modulo 1500: those of clusters on one machine, whose ports follow one another, must
-        # lie apart.
+        # are separate.
         f"FirstJobId={port // 10 * 573 % 60000 + 1}",
         f"SlurmctldHost={hosts.GATE}({hosts.GATE_ADDRESS})" if isolated else f"SlurmctldHost={here}({HOST})",
         f"SlurmctldPort={port}",
@@ -280,9 +280,9 @@ def _write_files(folder: str, nodes: int, cpus: int, port: int, isolated: bool) 
         "SlurmdTimeout=15",
         "LaunchParameters=send_gids",
         *(
-            f"NodeName={name} {place} CPUs={cpus} Boards=1 SocketsPerBoard=1 "
+            f"NodeName={name} {address} CPUs={cpus} Boards=1 SocketsPerBoard=1 "
             f"CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={memory} Gres=gpu:{cpus} State=UNKNOWN"
-            for name, place in places.items()
+            for name, address in addresses.items()
         ),
         f"PartitionName=main {partition} Default=YES MaxTime=1-00:00:00 PriorityTier=10 PreemptMode=OFF",
         f"PartitionName=preempt {partition} MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60",
@@ -372,9 +372,9 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=16800)
     parser.add_argument("--hosts", action="store_true", help="each node a host of its own: network, name, processes (needs root)")
     parser.usage = "%(prog)s up|down|env|exec [options] [-- COMMAND ...]"  # of exec: runs where the cluster can be reached
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
-    given, command = parser.parse_args(words[:split]), words[split + 1 :]
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    given, command = parser.parse_args(arguments[:split]), arguments[split + 1 :]
     try:
         if given.verb == "down":
             print("stopped" if down(given.dir) else "was not running", file=sys.stderr)

@@ -39,7 +39,7 @@ from oar_scale.runtime.program import program_exit
 REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: a scheduler that sees it starts the same command again."""
 NOBODY_READS = 141
-"""What a shell says of a command that SIGPIPE ended: ``oar plan ... | head``."""
+"""The exit code that a shell gives a command that SIGPIPE ended: ``oar plan ... | head``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -106,8 +106,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     from oar_scale.commands.checkpoint_management import verify_checkpoints
 
     faults = 0
-    for said, fault in verify_checkpoints(arguments.where):
-        print(said if fault is None else f"{said}: {fault}", flush=True)
+    for checkpoint, fault in verify_checkpoints(arguments.where):
+        print(checkpoint if fault is None else f"{checkpoint}: {fault}", flush=True)
         faults += fault is not None
     return int(faults > 0)
 

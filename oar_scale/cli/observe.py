@@ -23,7 +23,7 @@ def add(verbs: Subparsers) -> None:
     tail = verbs.add_parser("tail", help=text, description=text)
     tail.add_argument("target", metavar="RUN", help=RUN)
     tail.add_argument("-n", dest="count", type=count, default=20, metavar="N", help="the last N events; default: %(default)s")
-    tail.add_argument("-f", dest="follow", action="store_true", help="go on with what comes, until Ctrl-C")
+    tail.add_argument("-f", dest="follow", action="store_true", help="follow new events, until Ctrl-C")
     tail.add_argument("--kind", action="append", default=[], metavar="K", help="only events of this kind; may be repeated")
     tail.set_defaults(run=_tail)
 
@@ -53,7 +53,7 @@ def _submitted(run: str) -> bool:
 
 
 def _job_lines(run: str) -> list[str]:
-    """What the cluster says of the run's jobs. One that does not answer keeps nobody from the run itself."""
+    """The scheduler's state of the run's jobs. A scheduler that does not answer is reported, and the run is shown without it."""
     from oar_scale.launch import find_jobs
 
     try:

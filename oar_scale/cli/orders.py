@@ -9,7 +9,7 @@ from oar_scale.cli.common import Subparsers, add_model, add_verb, count, load
 
 def add(verbs: Subparsers) -> None:
     """Add ``oar orders``."""
-    verb = add_verb(verbs, "orders", "what the extracted orders look like: maps, words, an animation, one page", _orders)
+    verb = add_verb(verbs, "orders", "what the extracted orders look like: maps, caption words, an animation, one page", _orders)
     verb.add_argument("--out", metavar="DIR", help="the folder that is written; default: report/orders in the run's folder")
     verb.add_argument("--images", type=count, default=4096, metavar="N", help="training images to look at, about; default: 4096")
     verb.add_argument(

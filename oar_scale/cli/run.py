@@ -83,6 +83,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.cluster:
         from oar_scale.launch.cluster_doctor import examine_cluster
 
-        found = examine_cluster(arguments.cluster, arguments.profile, arguments.recipe, arguments.overrides)
-        return report(found, as_json=arguments.json)
+        findings = examine_cluster(arguments.cluster, arguments.profile, arguments.recipe, arguments.overrides)
+        return report(findings, as_json=arguments.json)
     return run_doctor(arguments.recipe, arguments.overrides, as_json=arguments.json)

@@ -38,7 +38,7 @@ def add(verbs: Subparsers) -> None:
         if name == "resubmit":
             verb.add_argument("--forget", action="store_true", help=FORGET)
         if name == "logs":
-            verb.add_argument("-f", dest="follow", action="store_true", help="go on with what comes, until the jobs are over")
+            verb.add_argument("-f", dest="follow", action="store_true", help="follow new lines, until the jobs are over")
             verb.add_argument("--job", metavar="JOB", help="its name or id; default: the one that wrote last")
 
 

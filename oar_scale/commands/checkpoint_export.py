@@ -89,14 +89,14 @@ def _open(source: str, name: str | None, average: bool) -> tuple[ModelBundle, An
         raise UserError(f"{source}: holds the checkpoints of a training. Name one of them, the newest is {steps[-1]}")
     if average:
         raise UserError(
-            f"{source}: --ema is for a training checkpoint (.../step-00000100). A run's models are averages where its recipe says so."
+            f"{source}: --ema is for a training checkpoint (.../step-00000100). With ema_decay in its recipe, a run's models are averages."
         )
     bundle = find_bundle(source, name)
     return bundle, load_model(bundle.model, as_stored=True)
 
 
 def _bundle_of_checkpoint(checkpoint: str, spec: ModelSpec) -> ModelBundle:
-    """The bundle of the run that ``ROOT/checkpoints/STAGE/step-N`` belongs to, as far as it can be told from the storage."""
+    """The bundle of the run that ``ROOT/checkpoints/STAGE/step-N`` belongs to, as far as the storage shows it."""
     location = checkpoint if checkpoint.startswith("s3://") else os.path.abspath(checkpoint)
     root = location.rstrip("/").rsplit("/", 3)[0]
     recipe, vq, text = join(root, RECIPE), join(root, "tokenizers", VQ), join(root, "tokenizers", TEXT_FILE)
@@ -141,7 +141,7 @@ def _fill(folder: str, source: str, name: str | None, average: bool) -> None:
 
 
 def _copy_head(bundle: ModelBundle, model: AnyOrderModel, target: str) -> None:
-    """Copy the order head if it was trained for this model and these order tables: in the exported folder a stale one could not be told.
+    """Copy the order head if it was trained for this model and these order tables: in the exported folder a stale one would go unnoticed.
 
     Raises:
         UserError: it is not, and the recipe draws with it.

@@ -130,15 +130,15 @@ def _check_options(kind: str, options: ImportOptions) -> None:
             raise UserError(f"{option} {value} must be at least 1")
 
 
-def _grid(peer_file: PeerFile, asked: int | None) -> int:
-    """Cells per side. Weights do not tell them; LlamaGen's training checkpoints do, beside the weights."""
+def _grid(peer_file: PeerFile, requested: int | None) -> int:
+    """Cells per side. Weights do not contain them; LlamaGen's training checkpoints do, beside the weights."""
     pixels, factor = _setting(peer_file, "image_size"), _setting(peer_file, "downsample_size")
     if not (pixels and factor):
-        return asked or GRID
-    if asked not in (None, pixels // factor):
+        return requested or GRID
+    if requested not in (None, pixels // factor):
         raise UserError(
             f"{peer_file.where}: was trained on {pixels} px images, which are {pixels // factor} x {pixels // factor} codes; "
-            f"--grid {asked} contradicts it. Leave --grid out."
+            f"--grid {requested} contradicts it. Leave --grid out."
         )
     return pixels // factor
 

@@ -164,7 +164,7 @@ def _age(seconds: float) -> str:
 
 def _kept_by(root: CheckpointRoot, stage: str) -> Keep:
     if root.recipe is None:
-        raise UserError(f"{stage}: belongs to no run that says how much is kept. Say it: --keep N")
+        raise UserError(f"{stage}: belongs to no run whose recipe states how many are kept. Set it: --keep N")
     return Keep.of(root.recipe.pretrain if stage.endswith("/pretrain") else root.recipe.finetune)
 
 

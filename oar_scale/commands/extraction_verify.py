@@ -24,8 +24,8 @@ def verify_order_tables(run: Run) -> int:
     entries = book.entries(shards)
     with run.console.progress(len(entries), "tables") as tally:
         bad: dict[str, str] = {}
-        found = in_order(lambda shard: _problem(orders, shards[shard], entries[shard].result), list(entries), READERS)
-        for number, (shard, problem) in enumerate(zip(entries, found, strict=True)):
+        problems = in_order(lambda shard: _problem(orders, shards[shard], entries[shard].result), list(entries), READERS)
+        for number, (shard, problem) in enumerate(zip(entries, problems, strict=True)):
             if problem:
                 bad[shard] = problem
             tally.update(number + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from oar_scale.data.hashing import hash_words
+from oar_scale.data.hashing import hash_keys
 from oar_scale.errors import UserError
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, png, upscale
 from oar_scale.generation.sampling import SampleSettings, generate
@@ -56,7 +56,7 @@ def sample_images(run: Run, captions: list[str] | None, model: str, out: str, or
     unknown = [caption for caption, ids in zip(captions, cond_inputs, strict=True) if prompts.field == "txt" and not ids.any()]
     if unknown:
         raise UserError(f"caption {unknown[0]!r} has no token in {run.text_uri}")
-    noise = torch.Generator().manual_seed(int(hash_words("sample", run.recipe.seed)) >> 1)
+    noise = torch.Generator().manual_seed(int(hash_keys("sample", run.recipe.seed)) >> 1)
     with torch.no_grad():
         condition = network.condition(model_inputs(prompts, cond_inputs).repeat_interleave(DRAWINGS, dim=0))
     request = OrderRequest(network, len(condition), noise, run_files(run.at()), run.model_uri(chosen))

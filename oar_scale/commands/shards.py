@@ -36,20 +36,20 @@ PICTURES = 64
 def index_shards(job: IndexJob) -> None:
     """Write the manifest of a folder of shards and print what is in it."""
     with _progress("shards") as show:
-        found = index_folder(job, show)
-    manifest = found.manifest
+        index = index_folder(job, show)
+    manifest = index.manifest
     size = sum(shard.bytes for shard in manifest.shards)
-    print(f"{job.manifest_uri}: {len(manifest.shards)} shards ({found.read} read now), {manifest.samples} samples, {size / 1e6:.1f} MB")
-    print("members: " + ", ".join(f".{part} {count}" for part, count in sorted(found.parts.items(), key=lambda item: -item[1])))
+    print(f"{job.manifest_uri}: {len(manifest.shards)} shards ({index.read} read now), {manifest.samples} samples, {size / 1e6:.1f} MB")
+    print("members: " + ", ".join(f".{part} {count}" for part, count in sorted(index.extensions.items(), key=lambda item: -item[1])))
     if manifest.grid is not None:
         print(
             f"codes: grid {manifest.grid} x {manifest.grid}, vocabulary {manifest.vocab_size}, views {', '.join(manifest.views)}, "
             f"tokenizer {manifest.tokenizer_id or 'unknown (--tokenizer-id)'}"
         )
-    if found.bad_captions:
-        print(f"{found.bad_captions} captions are not UTF-8 and are read with replacement characters")
-    if found.faults:
-        print(f"{found.faults} faults in samples; oar data verify names them")
+    if index.bad_captions:
+        print(f"{index.bad_captions} captions are not UTF-8 and are read with replacement characters")
+    if index.faults:
+        print(f"{index.faults} faults in samples; oar data verify names them")
 
 
 def verify_shards(folder: str, manifest: str | None, workers: int) -> int:

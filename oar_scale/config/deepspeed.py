@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: the recipe's parallelism as its JSON.
+"""DeepSpeed's JSON configuration, made from the recipe's parallelism.
 
     global_batch = micro_batch x workers x accumulation
 

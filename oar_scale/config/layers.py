@@ -78,8 +78,8 @@ def _read_file(path: str, missing: str, inside: tuple[str, ...]) -> Setting:
         if os.path.realpath(target) in inside:
             chain = " -> ".join(os.path.relpath(step) for step in (*inside, os.path.realpath(target)))
             raise UserError(f"{extends.origin}  extends = {base}\n  a recipe cannot extend itself: {chain}")
-        found = _read_file(target, f"{extends.origin}  extends = {base}\n  there is no file {target}.", inside)
-        merged = found if merged is None else _merge(merged, found)
+        layer = _read_file(target, f"{extends.origin}  extends = {base}\n  there is no file {target}.", inside)
+        merged = layer if merged is None else _merge(merged, layer)
     return own if merged is None else _merge(merged, own)
 
 
@@ -106,12 +106,12 @@ def _merge(below: Setting, above: Setting) -> Setting:
 
 def _parse_override(text: str) -> Setting:
     key, equals, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    names = key.strip().split(".")
+    if not equals or not all(names):
         raise UserError(f"{OVERRIDE} {text}: an override is KEY=VALUE, like parallel.workers=4.")
     setting = _parse(value, OVERRIDE, f"{OVERRIDE} {text}")
-    for part in reversed(parts):
-        setting = Setting(OVERRIDE, {part: setting})
+    for name in reversed(names):
+        setting = Setting(OVERRIDE, {name: setting})
     return setting
 
 
@@ -122,8 +122,8 @@ def _parse(text: str, source: str, shown: str | None = None) -> Setting:
         node = yaml.compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = shown or (f"{source}:{mark.line + 1}" if mark else source)
-        raise UserError(f"{place}  is not valid YAML: {error.problem or error.context or error}") from error
+        location = shown or (f"{source}:{mark.line + 1}" if mark else source)
+        raise UserError(f"{location}  is not valid YAML: {error.problem or error.context or error}") from error
     except YAMLError as error:
         raise UserError(f"{shown or source}  is not valid YAML: {error}") from error
     return Setting(source, None) if node is None else _setting(node, _origin(node, source), source, yaml, ())
@@ -145,13 +145,14 @@ def _setting(node: Node, origin: str, source: str, yaml: YAML, around: tuple[int
         return Setting(origin, _scalar(node, origin, yaml))
     result: dict[str, Setting] = {}
     for key_node, value_node in node.value:
-        place = _origin(key_node, source)
+        key_origin = _origin(key_node, source)
         if not isinstance(key_node, ScalarNode):
-            raise UserError(f"{place}  a key must be a word.")
+            raise UserError(f"{key_origin}  a key must be a word.")
         key = str(key_node.value)
         if key in result:
-            raise UserError(f"{place}  {key}\n  is set twice in the same mapping: first at {result[key].origin}. Remove one of the two.")
-        result[key] = _setting(value_node, place, source, yaml, around)
+            first = result[key].origin
+            raise UserError(f"{key_origin}  {key}\n  is set twice in the same mapping: first at {first}. Remove one of the two.")
+        result[key] = _setting(value_node, key_origin, source, yaml, around)
     return Setting(origin, result)
 
 
@@ -184,5 +185,5 @@ def _neighbours(path: str) -> str:
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         return f" Nor is there a folder {folder}."
-    found = sorted(name for name in os.listdir(folder) if name.endswith((".yaml", ".yml")))
-    return f" In {folder}: {', '.join(found[:12])}." if found else f" There is no YAML file in {folder}."
+    recipes = sorted(name for name in os.listdir(folder) if name.endswith((".yaml", ".yml")))
+    return f" In {folder}: {', '.join(recipes[:12])}." if recipes else f" There is no YAML file in {folder}."

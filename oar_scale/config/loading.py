@@ -81,13 +81,13 @@ def _explain(detail: ErrorDetails, layers: Setting, path: str) -> tuple[tuple[st
     keys = tuple(cause.key.split(".")) if isinstance(cause, RecipeConflict) else _real_keys(detail["loc"])
     if detail["type"] == "union_tag_invalid":
         keys = (*keys, "type")
-    origin, shown = _place(keys, layers, path)
+    origin, shown = _location(keys, layers, path)
     lines = [f"{origin}  {shown}", *(f"  {line}" for line in _reason(detail, keys, cause).splitlines())]
     file, _, line = origin.rpartition(":")
     return (file, int(line) if line.isdigit() else 0), "\n".join(lines)
 
 
-def _place(keys: tuple[str, ...], layers: Setting, path: str) -> tuple[str, str]:
+def _location(keys: tuple[str, ...], layers: Setting, path: str) -> tuple[str, str]:
     """``FILE:LINE`` and ``a.b = value``; for a value nobody set, the line of the section around it and ``(default)``."""
     names = tuple(key for key in keys if not key.isdigit())
     name = ".".join(names) + "".join(f"[{key}]" for key in keys if key.isdigit())

@@ -1,4 +1,4 @@
-"""Sections of a recipe about what a trained model is asked: orders, drawings, an evaluation; and how a run is watched."""
+"""Sections of a recipe about the use of a trained model: order extraction, sampling, evaluation; and about observing a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ExtractConfig(Section):
     """Orders are extracted for so many of ``tokenizer.views``, from the first one on."""
     batch: int = Field(64, ge=1)
     actors: Operational[Count] = 2
-    """Processes with a model each, or ``{min, max}``: more of them as the cluster has room (docs/extraction-pool.md)."""
+    """Processes with a model each, or ``{min, max}``: more of them as the cluster has capacity (docs/extraction-pool.md)."""
     gpus_per_actor: Operational[float] = Field(0, ge=0)
     """GPUs an actor takes; 0.5: two actors share one. 0: it computes on ``parallel.cpu_threads`` cores."""
     max_retries: Operational[int] = Field(3, ge=0)
@@ -81,7 +81,7 @@ class OrderHeadConfig(Section):
     """The order head (docs/order-policies.md): a small network that predicts a whole order at once."""
 
     first: int = Field(0, ge=0)
-    """Cells that are placed before it is asked, in the checkerboard order; 0: it knows the text alone."""
+    """Cells that are placed before the order head predicts the rest, in the checkerboard order; 0: it sees the text alone."""
     width: int = Field(128, ge=1)
     steps: int = Field(600, ge=1)
     batch: int = Field(64, ge=1)

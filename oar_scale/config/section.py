@@ -34,7 +34,7 @@ def operational_fields(section: type[Section]) -> frozenset[str]:
 
 
 class Range(Section):
-    """As many as there is room for, between two bounds."""
+    """As many as there is capacity for, between two bounds."""
 
     min: int = Field(ge=1)
     max: int = Field(ge=1)
@@ -61,7 +61,7 @@ def bounds(count: int | Range) -> tuple[int, int]:
 
 
 PolicyName = Annotated[str, Field(pattern=r"^[a-z]+(-[a-z]+)*$")]
-"""An order policy: a module of ``oar_scale.orders.policies``, which is asked for it when the stage begins."""
+"""An order policy: a module of ``oar_scale.orders.policies``, which builds the policy when the stage begins."""
 
 
 class RecipeConflict(ValueError):

@@ -95,7 +95,7 @@ class ParallelConfig(Section):
 
     @property
     def max_workers(self) -> int:
-        """The number of workers that training starts with where there is room."""
+        """The number of workers that training starts with where the cluster has the capacity."""
         return bounds(self.workers)[1]
 
     @model_validator(mode="after")
@@ -147,7 +147,7 @@ class TrainingConfig(Section):
     """Keep a moving average of the weights, which then is what the stage leaves; at the start it follows them faster. Default: off."""
     order: PolicyName | None = None
     """An order policy (docs/order-policies.md) for the samples outside the random share. Default: ``random``, in fine-tuning ``stored``;
-    a raster model has its raster order only. The control of a fine-tuning takes random orders, whatever is said here."""
+    a raster model has its raster order only. The control of a fine-tuning takes random orders, whatever is set here."""
     random_share: float = Field(1.0, ge=0, le=1)
     """Share of the samples trained in a fresh random order; the rest follow ``order``."""
     mix: tuple[MixConfig, ...] = ()

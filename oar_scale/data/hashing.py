@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:  # which samples make up a step is asked without torch, too (`oar plan`)
+if TYPE_CHECKING:  # `oar plan` computes the samples of a step without torch
     from torch import Tensor
 
 UInt64Array = NDArray[np.uint64]
@@ -29,58 +29,58 @@ def splitmix64(x: UInt64Array) -> UInt64Array:
         return x ^ (x >> np.uint64(31))
 
 
-def hash_words(purpose: str, *words: int | NDArray[np.generic]) -> UInt64Array:
+def hash_keys(purpose: str, *keys: int | NDArray[np.generic]) -> UInt64Array:
     """Hash of a purpose and any number of integers or integer arrays (broadcast against each other)."""
     state = splitmix64(np.asarray(zlib.crc32(purpose.encode()), dtype=np.uint64))
-    for word in words:
-        state = splitmix64(state ^ np.asarray(word).astype(np.uint64))
+    for key in keys:
+        state = splitmix64(state ^ np.asarray(key).astype(np.uint64))
     return state
 
 
-def uniform(purpose: str, *words: int | NDArray[np.generic]) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1) with 53 random bits, one for each combination of the words."""
-    return (hash_words(purpose, *words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def uniform(purpose: str, *keys: int | NDArray[np.generic]) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1) with 53 random bits, one for each combination of the keys."""
+    return (hash_keys(purpose, *keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def integers(purpose: str, bound: int, *words: int | NDArray[np.generic]) -> NDArray[np.int64]:
+def integers(purpose: str, bound: int, *keys: int | NDArray[np.generic]) -> NDArray[np.int64]:
     """Integers in [0, bound)."""
-    return np.minimum((uniform(purpose, *words) * bound).astype(np.int64), bound - 1)
+    return np.minimum((uniform(purpose, *keys) * bound).astype(np.int64), bound - 1)
 
 
-def permutations(purpose: str, cells: int, *words: int | NDArray[np.generic]) -> NDArray[np.int64]:
-    """A random permutation of ``range(cells)`` for each combination of the words: shape [..., cells]."""
-    columns = [np.asarray(word)[..., None] for word in words]
-    return np.argsort(hash_words(purpose, *columns, np.arange(cells)), axis=-1, kind="stable")
+def permutations(purpose: str, cells: int, *keys: int | NDArray[np.generic]) -> NDArray[np.int64]:
+    """A random permutation of ``range(cells)`` for each combination of the keys: shape [..., cells]."""
+    columns = [np.asarray(key)[..., None] for key in keys]
+    return np.argsort(hash_keys(purpose, *columns, np.arange(cells)), axis=-1, kind="stable")
 
 
-def device_permutations(purpose: str, cells: int, *words: int | Tensor) -> Tensor:
-    """:func:`permutations` made on the words' device in one call: the same numbers, int64 [..., cells].
+def device_permutations(purpose: str, cells: int, *keys: int | Tensor) -> Tensor:
+    """:func:`permutations` made on the keys' device in one call: the same numbers, int64 [..., cells].
 
     Args:
-        words: integers and int64 tensors [...] (broadcast against each other), at least one of them a tensor.
+        keys: integers and int64 tensors [...] (broadcast against each other), at least one of them a tensor.
     """
     import torch
 
-    columns = [word[..., None] if isinstance(word, torch.Tensor) else word for word in words]
-    device = next(word.device for word in words if isinstance(word, torch.Tensor))
+    columns = [key[..., None] if isinstance(key, torch.Tensor) else key for key in keys]
+    device = next(key.device for key in keys if isinstance(key, torch.Tensor))
     state = _device_hash(purpose, *columns, torch.arange(cells, device=device))
     return (state ^ _signed(1 << 63)).argsort(dim=-1, stable=True)  # signed numbers in the order of the unsigned ones
 
 
-def device_uniform(purpose: str, *words: int | Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), float64, made on the words' device; neither 0 nor 1. The words as in :func:`device_permutations`."""
-    bits = _device_hash(purpose, *words) >> 11 & (1 << 53) - 1
+def device_uniform(purpose: str, *keys: int | Tensor) -> Tensor:
+    """Uniform numbers in (0, 1), float64, made on the keys' device; neither 0 nor 1. The keys as in :func:`device_permutations`."""
+    bits = _device_hash(purpose, *keys) >> 11 & (1 << 53) - 1
     return (bits.double() + 0.5) * 2.0**-53
 
 
-def _device_hash(purpose: str, *words: int | Tensor) -> Tensor:
-    """:func:`hash_words`, as the int64 with the same bits."""
+def _device_hash(purpose: str, *keys: int | Tensor) -> Tensor:
+    """:func:`hash_keys`, as the int64 with the same bits."""
     import torch
 
-    device = next(word.device for word in words if isinstance(word, torch.Tensor))
+    device = next(key.device for key in keys if isinstance(key, torch.Tensor))
     state = _splitmix64(torch.tensor(zlib.crc32(purpose.encode()), device=device))
-    for word in words:
-        state = _splitmix64(state ^ (word if isinstance(word, torch.Tensor) else _signed(word & (1 << 64) - 1)))
+    for key in keys:
+        state = _splitmix64(state ^ (key if isinstance(key, torch.Tensor) else _signed(key & (1 << 64) - 1)))
     return state
 
 

@@ -64,7 +64,7 @@ class IndexResult:
     manifest: Manifest
     read: int
     """Shards that were read now; the others were in the ledger."""
-    parts: dict[str, int]
+    extensions: dict[str, int]
     """How many samples have each extension."""
     faults: int
     """Samples that cannot be used as the others can (``oar data verify`` names them)."""
@@ -102,11 +102,11 @@ def index_folder(job: IndexJob, on_progress: Callable[[int, int], None] | None =
         raise _other_manifest(job, "shards or settings differ")
     open_storage(job.manifest_uri).write(job.manifest_uri, manifest.model_dump_json(indent=1).encode())
     _remove_ledger(job)
-    parts: Counter[str] = Counter()
+    extensions: Counter[str] = Counter()
     for scan in scans.values():
-        parts.update(scan.parts)
+        extensions.update(scan.parts)
     faults, captions = sum(scan.fault_count for scan in scans.values()), sum(scan.bad_captions for scan in scans.values())
-    return IndexResult(manifest, len(missing), dict(parts), faults, captions)
+    return IndexResult(manifest, len(missing), dict(extensions), faults, captions)
 
 
 def _scan(job: IndexJob, name: str) -> ShardScan:

@@ -96,7 +96,7 @@ def _encode(image: SourceImage, size: int) -> dict[str, Any] | str:
         "__key__": image.key,
         "png": buffer.getvalue(),
         "txt": content.caption,
-        "json": json.dumps({**content.facts, "name": image.name, "family": image.family}).encode(),
+        "json": json.dumps({**content.metadata, "name": image.name, "family": image.family}).encode(),
     }
     return sample if content.features is None else {**sample, "features.npy": content.features}
 

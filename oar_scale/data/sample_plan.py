@@ -30,7 +30,7 @@ Rank r of W owns the streams c with c mod W = r and so the slots i = r, r + W, r
 * Resuming at step t needs the number t and nothing else: there is no iterator state to save.
 
 Nothing is tabulated: the position of a sample inside its piece is computed by a keyed permutation (:func:`shuffled`), so a plan takes
-memory in proportion to its shards, not to its samples, and any step of a run is reached at once.
+memory in proportion to its shards, not to its samples, and the plan of any step is computed directly, without the steps before it.
 
 :class:`SamplePlan` is the plan of one folder of shards, :class:`MixturePlan` that of several, mixed by weight.
 """
@@ -45,7 +45,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from oar_scale.data.hashing import hash_words, permutations
+from oar_scale.data.hashing import hash_keys, permutations
 
 Ids = NDArray[np.int64]
 
@@ -143,7 +143,7 @@ class SamplePlan:
         # pieces are shuffled independently of one another.
         begin = np.maximum(stream * self.segment, edges[window])
         end = np.minimum((stream + 1) * self.segment, edges[window + 1])
-        at = begin + shuffled(at - begin, end - begin, hash_words("piece", self.seed, epoch, begin))
+        at = begin + shuffled(at - begin, end - begin, hash_keys("piece", self.seed, epoch, begin))
         entry = np.searchsorted(starts, at, side="right") - 1  # which shard of the line the shuffled position lies in
         uid: Ids = self.first_uid[shards[entry]] + at - starts[entry]
         return uid
@@ -225,8 +225,8 @@ def _feistel(index: Ids, side: Ids, other: Ids, key: NDArray[np.uint64]) -> Ids:
     high, low = np.divmod(index, other)  # high in Z_side, low in Z_other
     for number in range(0, _ROUNDS, 2):
         # The hash loses its lowest bit, so that it is a non-negative int64 before the remainder is taken.
-        high = (high + (hash_words("high", key, number, low) >> np.uint64(1)).astype(np.int64) % side) % side
-        low = (low + (hash_words("low", key, number, high) >> np.uint64(1)).astype(np.int64) % other) % other
+        high = (high + (hash_keys("high", key, number, low) >> np.uint64(1)).astype(np.int64) % side) % side
+        low = (low + (hash_keys("low", key, number, high) >> np.uint64(1)).astype(np.int64) % other) % other
     permuted: Ids = high * other + low
     return permuted
 

@@ -82,8 +82,8 @@ def names_below(folder: str) -> list[str]:
 
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
     """Digits compare as numbers: first by how many there are, without leading zeros."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(len(part.lstrip("0")), part.lstrip("0")) if at % 2 else (0, part) for at, part in enumerate(parts)], name
+    runs = re.split(r"([0-9]+)", name)
+    return [(len(part.lstrip("0")), part.lstrip("0")) if at % 2 else (0, part) for at, part in enumerate(runs)], name
 
 
 @contextmanager
@@ -118,14 +118,14 @@ def scan_shard(uri: str, vocab_size: int | None = None) -> ShardScan:
             if key in seen:
                 scan.fault(f"key {key!r} comes twice (are its members not next to each other?)")
             seen.add(key)
-            parts = tuple(sample)
-            if parts not in counts:
+            extensions = tuple(sample)
+            if extensions not in counts:
                 if len(counts) == KINDS_KEPT:
-                    parts = ("(other)",)
-                sets.setdefault(parts, [])
-            counts[parts] += 1
-            if len(sets[parts]) < FAULTS_KEPT:
-                sets[parts].append(key)
+                    extensions = ("(other)",)
+                sets.setdefault(extensions, [])
+            counts[extensions] += 1
+            if len(sets[extensions]) < FAULTS_KEPT:
+                sets[extensions].append(key)
             if "codes.npy" in sample:
                 codes.add(key, sample["codes.npy"])
             if "txt" in sample and not _is_utf8(sample["txt"]):
@@ -143,19 +143,19 @@ def _compare_members(scan: ShardScan, counts: Counter[tuple[str, ...]], sets: di
         sets: the keys of the first of them.
     """
     having, total = Counter[str](), Counter[str]()
-    kinds = {parts: {"image" if part in EXTENSIONS else part for part in parts} for parts in counts}
-    for parts, count in counts.items():
-        total.update(dict.fromkeys(parts, count))
-        having.update(dict.fromkeys(kinds[parts], count))
+    kinds = {extensions: {"image" if part in EXTENSIONS else part for part in extensions} for extensions in counts}
+    for extensions, count in counts.items():
+        total.update(dict.fromkeys(extensions, count))
+        having.update(dict.fromkeys(kinds[extensions], count))
     scan.parts = dict(sorted(total.items()))
     usual = {kind for kind, count in having.items() if 2 * count > scan.samples}
-    for parts, count in counts.items():
-        lacking = sorted(usual - kinds[parts])
-        if not kinds[parts] & {"image", "codes.npy"}:
+    for extensions, count in counts.items():
+        lacking = sorted(usual - kinds[extensions])
+        if not kinds[extensions] & {"image", "codes.npy"}:
             lacking = ["image or codes"]
-        for key in sets[parts] if lacking else []:
+        for key in sets[extensions] if lacking else []:
             scan.fault(f"sample {key!r} has no {' and no '.join(lacking)}")
-        scan.fault_count += count - len(sets[parts]) if lacking else 0
+        scan.fault_count += count - len(sets[extensions]) if lacking else 0
 
 
 class _Codes:

@@ -46,7 +46,7 @@ class ShardStats:
     samples: int = 0
     parts: Counter[str] = field(default_factory=Counter)
     caption_words: Counter[int] = field(default_factory=Counter)
-    """How many captions have so many words."""
+    """Number of captions by their number of words."""
     bad_captions: int = 0
     words: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
@@ -161,8 +161,8 @@ def _add_label(stats: ShardStats, sample: dict[str, memoryview]) -> None:
         if "cls" in sample:
             label = int(bytes(sample["cls"][:32]))
         elif "json" in sample:
-            facts = json.loads(bytes(sample["json"]))
-            label = facts.get("label") if isinstance(facts, dict) else None
+            metadata = json.loads(bytes(sample["json"]))
+            label = metadata.get("label") if isinstance(metadata, dict) else None
     except (ValueError, RecursionError):
         return
     if isinstance(label, int | str):

@@ -200,7 +200,7 @@ class TokenStream:
             yield batch
 
     def batch(self, step: int) -> Batch:
-        """This rank's samples of one step. The result depends on settings, shards and ``step`` alone, whatever was asked before."""
+        """This rank's samples of one step. The result depends on settings, shards and ``step`` alone, not on earlier calls."""
         settings = self.settings
         self._look_ahead(step + LOOK_AHEAD_STEPS)
         slots = step_slots(self.plan, step, settings.global_batch, self.rank, self.world)

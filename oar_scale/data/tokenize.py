@@ -46,8 +46,8 @@ def tokenize_shard(
     """
     uri = join(source, shard.name)
     samples = read_shard(uri, cache_dir, shard, cache_bytes=cache_bytes)
-    parts = (samples[start : start + BATCH] for start in range(0, len(samples), BATCH))
-    return write_shard(target, shard.name, (sample for part in parts for sample in _tokenize(part, vq, views, text, uri)))
+    batches = (samples[start : start + BATCH] for start in range(0, len(samples), BATCH))
+    return write_shard(target, shard.name, (sample for part in batches for sample in _tokenize(part, vq, views, text, uri)))
 
 
 def token_manifest(

@@ -7,7 +7,6 @@ manifest does not know, are faults as well.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -27,7 +26,6 @@ class VerifyReport:
     shards: int = 0
     samples: int = 0
     bytes: int = 0
-    parts: Counter[str] = field(default_factory=Counter)
     bad_captions: int = 0
     """Captions that are not UTF-8: no fault, they are read with replacement characters."""
     faults: list[str] = field(default_factory=list)
@@ -68,7 +66,6 @@ def verify_folder(
         result.shards += 1
         result.samples += scan.samples
         result.bytes += scan.bytes
-        result.parts.update(scan.parts)
         result.bad_captions += scan.bad_captions
         report(len(by_shard), len(infos))
     for name in infos:  # in the order of the manifest, whichever was read first

@@ -52,12 +52,12 @@ def _crop(image: Image.Image, number: int, side: int) -> Image.Image:
 
 def _jitter(square: Image.Image, number: int, key: str) -> Image.Image:
     side = square.width
-    words = (zlib.crc32(key.encode()), number)
-    zoom = (2 * float(uniform("zoom", *words)) - 1) * MAX_ZOOM
-    dx, dy = ((2 * float(uniform(axis, *words)) - 1) * MAX_SHIFT * side for axis in ("dx", "dy"))
+    keys = (zlib.crc32(key.encode()), number)
+    zoom = (2 * float(uniform("zoom", *keys)) - 1) * MAX_ZOOM
+    dx, dy = ((2 * float(uniform(axis, *keys)) - 1) * MAX_SHIFT * side for axis in ("dx", "dy"))
     half = side / 2 * (1 + zoom)
     middle_x, middle_y = side / 2 + dx, side / 2 + dy
-    margin = side  # room enough for any zoom and shift
+    margin = side  # wide enough for any zoom and shift
     page = ImageOps.expand(square, margin, "white")
     box = (middle_x - half + margin, middle_y - half + margin, middle_x + half + margin, middle_y + half + margin)
     return page.resize((side, side), Image.Resampling.BICUBIC, box=box)

@@ -68,7 +68,7 @@ def _answering(nodes: Sequence[str]) -> set[str]:
     for reference in ready:
         try:
             ray.get(reference)
-        except ray.exceptions.RayError:  # the node died while it was asked
+        except ray.exceptions.RayError:  # the node died during the call
             continue
         answering.add(pinged[reference])
     return answering

@@ -180,7 +180,7 @@ class TrainingDriver:
         except RayError as error:
             if self._signals.reason is None:
                 raise
-            raise Requeue(self._signals.reason) from error  # a scheduler tells Ray's own processes to end as well, and they may be faster
+            raise Requeue(self._signals.reason) from error  # a scheduler signals Ray's own processes as well, and they may end first
         except SystemExit as stop:  # Ray Train's answer to Ctrl-C, once it has ended the workers
             raise KeyboardInterrupt from stop
         finally:

@@ -1,9 +1,9 @@
 """Checks that need several nodes: equal versions, equal clocks, storage that all of them share, the network between them.
 
 with remove_created_folders(root):                  around all of it, on every node
-    facts = node_facts(name, recipe)                on each node
+    report = node_report(name, recipe)               on each node
     findings = check_between_nodes(rank_info, recipe)    in each worker, all at once; rank 0 gets the answer
-merge_node_facts(all facts)                         where they are collected: one line an item, however many nodes
+merge_node_reports(all reports)                       where they are collected: one line an item, however many nodes
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NAMED = 3
 
 
 @dataclass(frozen=True)
-class NodeFacts:
+class NodeReport:
     """Versions and findings of one node, as it reports them."""
 
     node: str
@@ -52,9 +52,9 @@ class NodeFacts:
         return asdict(self)
 
     @staticmethod
-    def of(plain: JsonObject) -> NodeFacts:
-        """The facts that :meth:`plain` wrote."""
-        return NodeFacts(plain["node"], plain["versions"], [Finding(**finding) for finding in plain["findings"]])
+    def of(plain: JsonObject) -> NodeReport:
+        """The report that :meth:`plain` wrote."""
+        return NodeReport(plain["node"], plain["versions"], [Finding(**finding) for finding in plain["findings"]])
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RankInfo:
     """Index of its GPU, as this process sees them."""
 
 
-def node_facts(node: str, recipe: Recipe | None) -> NodeFacts:
+def node_report(node: str, recipe: Recipe | None) -> NodeReport:
     """Versions and devices of this node and, with a recipe, its disk, storage and W&B as seen from here."""
     versions = {"python": platform.python_version(), "oar_scale": __version__}
     for name in machine.PACKAGES:
@@ -88,7 +88,7 @@ def node_facts(node: str, recipe: Recipe | None) -> NodeFacts:
             "W&B": partial(storage_checks.weights_and_biases, recipe.observe.wandb),
             "W&B server": partial(storage_checks.wandb_server, recipe.observe.wandb),
         }
-    return NodeFacts(node, versions, [finding for item, check in checks.items() for finding in guarded(item, check)])
+    return NodeReport(node, versions, [finding for item, check in checks.items() for finding in guarded(item, check)])
 
 
 def check_between_nodes(rank_info: RankInfo, recipe: Recipe | None) -> list[Finding]:
@@ -120,20 +120,20 @@ def check_between_nodes(rank_info: RankInfo, recipe: Recipe | None) -> list[Find
         dist.destroy_process_group()
 
 
-def merge_node_facts(facts: Sequence[NodeFacts]) -> Iterator[Finding]:
+def merge_node_reports(reports: Sequence[NodeReport]) -> Iterator[Finding]:
     """One finding for each item: its text where all nodes agree, else which node reports what. The worst status counts."""
     different = {}
-    for name in dict.fromkeys(name for each in facts for name in each.versions):
-        by_version = _grouped([(each.versions.get(name, "not installed"), each.node) for each in facts])
+    for name in dict.fromkeys(name for each in reports for name in each.versions):
+        by_version = _grouped([(each.versions.get(name, "not installed"), each.node) for each in reports])
         if len(by_version) > 1:
             different[name] = by_version
     for name, by_version in different.items():
         yield Finding("FAIL", name, f"{_by_node(by_version)}; let all nodes use one image or environment")
-    if not different and facts:
-        shown = ", ".join(f"{name} {version}" for name, version in facts[0].versions.items())
-        yield Finding("ok", "versions", f"{shown} on {_nodes([each.node for each in facts])}")
-    for item in dict.fromkeys(finding.item for each in facts for finding in each.findings):
-        reported = [(finding, each.node) for each in facts for finding in each.findings if finding.item == item]
+    if not different and reports:
+        shown = ", ".join(f"{name} {version}" for name, version in reports[0].versions.items())
+        yield Finding("ok", "versions", f"{shown} on {_nodes([each.node for each in reports])}")
+    for item in dict.fromkeys(finding.item for each in reports for finding in each.findings):
+        reported = [(finding, each.node) for each in reports for finding in each.findings if finding.item == item]
         worst = max((finding.status for finding, _ in reported), key=["ok", "warn", "FAIL"].index)
         yield Finding(worst, item, _by_node(_grouped([(finding.text, node) for finding, node in reported])))
 

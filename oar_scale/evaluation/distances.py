@@ -1,4 +1,4 @@
-r"""How far apart are two sets of images, seen through their features?
+r"""Distances between two sets of images, computed from their features.
 
     KID      MMD^2 with the kernel k(a, b) = (a . b / d + 1)^3, unbiased: 0 on average when both come from one distribution
     Frechet  |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of the Gaussians with the same means and covariances

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oar_scale.data.hashing import hash_words
+from oar_scale.data.hashing import hash_keys
 from oar_scale.errors import UserError
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import nll_table
@@ -200,7 +200,7 @@ class BruteForceTask:
     settings: ExtractionSettings
 
     def run(self) -> BruteForce:
-        """Find the orders both ways and compare them."""
+        """Find the orders by extraction and by brute force, and compare them."""
         model, codes = self.target.open(), torch.from_numpy(self.codes_SN).to(_here())
         condition = _condition(model, self.target.cond_inputs)
         exact, brute = (find(model, codes, condition, self.settings, self.target.images) for find in (extract_orders, brute_force_orders))
@@ -280,7 +280,7 @@ def run_eval_tasks(tasks: Sequence[EvalTask], devices: Sequence[str], threads: i
 
 
 def _start_process(threads: int, devices: SimpleQueue[str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once; the process that waits for it says so
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once; the parent process reports it
     torch.set_num_threads(threads)
     os.environ[_DEVICE] = devices.get()
 
@@ -300,4 +300,4 @@ def _condition(model: AnyOrderModel, cond_inputs_S: Tensor) -> Tensor:
 
 
 def _noise(purpose: str, seed: int, image: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(hash_words(purpose, seed, image)) >> 1)
+    return torch.Generator().manual_seed(int(hash_keys(purpose, seed, image)) >> 1)

@@ -2,7 +2,7 @@
 
     nll(image, order) = mean over steps i of  -log p(code at order[i] | caption, codes at order[0..i-1])      nats per code
 
-An any-order model is made to have one likelihood for each order: the mean over random orders says how well it was
+An any-order model is made to have one likelihood for each order: the mean over random orders measures how well it was
 pretrained, its own confidence orders say what it gains by choosing. Note that a confidence order has looked at the
 image (see ``orders.extraction``): its likelihood compares models, it is not a bound on the image's own.
 

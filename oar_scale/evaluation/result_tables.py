@@ -93,7 +93,7 @@ def mean_steps(order_SN: NDArray[np.uint16]) -> NDArray[np.float64]:
 
 
 def brute_force_text(result: BruteForce) -> str:
-    """The outcome of the comparison, in words."""
+    """The outcome of the comparison as text."""
     opening = f"Compared with brute force (a fresh forward pass for every candidate, float32) on {result.images} training images:"
     if result.equal == result.images:
         outcome = f"all {result.images} orders are equal."

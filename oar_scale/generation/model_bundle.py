@@ -4,7 +4,7 @@
     a run's folder        recipe.yaml  models/NAME.safetensors  tokenizers/vq.safetensors  tokenizers/text.model
     a model file          the model alone
 
-``config.json`` says in words what the folder holds, and is written last: a folder without it is not whole.
+``config.json`` describes the folder's contents, and is written last: a folder without it is incomplete.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def find_bundle(path: str, model: str | None = None) -> ModelBundle:
     """The bundle at ``path``: an exported folder, a run's folder, or a model file.
 
     Args:
-        model: which one of a run, ``ordered`` unless said (``any_order`` of a raster run, which has no other).
+        model: which one of a run, ``ordered`` by default (``any_order`` of a raster run, which has no other).
 
     Raises:
         UserError: nothing of this kind is there.
@@ -129,7 +129,7 @@ def _run_model(path: str, recipe: Recipe, model: str | None) -> str:
     wanted = current_name(model or ("any_order" if recipe.model.layout == "raster" else "ordered"))
     there = {str(name): uri for name in MODELS if open_storage(uri := run_model_file(root, name)).exists(uri)}
     if wanted not in there:
-        has = f"It has: {', '.join(there)}. Name one of them, or go on with the run." if there else "Run its training first."
+        has = f"It has: {', '.join(there)}. Name one of them, or resume the run." if there else "Run its training first."
         raise UserError(f"{path}: this run has no model {wanted!r}. {has}")
     return there[wanted]
 

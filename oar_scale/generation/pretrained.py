@@ -34,7 +34,7 @@ Order = str | Sequence[int] | Tensor
 
 
 class Choices(TypedDict, total=False):
-    """What may be said otherwise than in the model's own recipe; see :class:`oar_scale.generation.sampling.SampleSettings`."""
+    """Settings that override those of the model's own recipe; see :class:`oar_scale.generation.sampling.SampleSettings`."""
 
     guidance: float
     guidance_start: float | None
@@ -151,7 +151,7 @@ class Pretrained:
         if self.text.field == "txt":
             wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
             if wrong is not None:
-                raise UserError(f"{wrong!r} is no caption: this model is told captions")
+                raise UserError(f"{wrong!r} is not a caption: this model is conditioned on captions")
         cond_inputs = self.text.encode(prompts)
         if self.text.field == "txt" and not cond_inputs.flatten(1).any(1).all():
             empty = int((~cond_inputs.flatten(1).any(1)).nonzero()[0])

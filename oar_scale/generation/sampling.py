@@ -1,4 +1,4 @@
-"""Drawing images: the model says where to go on, and with what.
+"""Sampling images: the model chooses the next cell and its code.
 
     repeat until no cell is empty
         one candidate row per empty cell           p(code | caption, placed codes, cell) for all of them, in one pass
@@ -8,9 +8,9 @@
 The cell is chosen by the largest probability of its distribution, before a code is drawn: choosing by the probability of
 drawn codes would favour cells that happened to draw their likely code. In the first steps this tends to pick background.
 What is best among cells, and when two are equal, is as in extraction (``orders.selection``); the noise is the generator's, image by image.
-With a given order there is one candidate per step, the cell whose turn it is, and everything else is the same. Fewer steps than
+With a given order there is one candidate per step, the next cell of the order, and everything else is the same. Fewer steps than
 cells ask for several cells of the order in one pass, as RandAR does. A late order (``orders.policies``) is given for the first cells;
-when those are placed, all others are asked about once, and it says in which order these come.
+when those are placed, all others are scored once, which gives their order.
 
 Under guidance (``orders.selection``) every image goes through the model with its caption and without, in one batch, and cells
 are compared by the guided distribution, too.
@@ -61,7 +61,7 @@ class SampleSettings:
 
     @property
     def guided(self) -> bool:
-        """Whether the model is also asked without the condition."""
+        """Whether the model is also evaluated without the condition (classifier-free guidance)."""
         return self.guidance != 1 or self.guidance_start not in (None, 1)
 
     def scale(self, placed: int, cells: int) -> float:

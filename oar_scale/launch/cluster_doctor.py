@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from oar_scale.config.loading import dump_recipe, load_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.doctor.finding import Finding
-from oar_scale.doctor.node_checks import GROUP_S, merge_node_facts
+from oar_scale.doctor.node_checks import GROUP_S, merge_node_reports
 from oar_scale.errors import UserError
 from oar_scale.launch import slurm
 from oar_scale.launch.probe import MARK, NODES, PARTING_S, parse_findings
@@ -149,14 +149,14 @@ def _in_folder(folder: str, recipe: Recipe) -> Recipe:
 
 def _job_findings(log: str, errors: str, nodes: int | None) -> Iterator[Finding]:
     """The findings in the job's log; where there are none, a finding with the last lines that it printed."""
-    facts, findings = parse_findings(log)
-    if not facts:
+    reports, findings = parse_findings(log)
+    if not reports:
         last = "; ".join(line for line in errors.strip().splitlines()[-3:])
         yield Finding("FAIL", "workers", f"no node answered ({last}); do `setup` and `python` of the profile find oar_scale there?")
-    elif nodes is not None and len(facts) < nodes:
-        text = f"{len(facts)} of {nodes} nodes answered: {', '.join(each.node for each in facts)}; {errors.strip()[-300:]}"
+    elif nodes is not None and len(reports) < nodes:
+        text = f"{len(reports)} of {nodes} nodes answered: {', '.join(each.node for each in reports)}; {errors.strip()[-300:]}"
         yield Finding("FAIL", "workers", _one_line(text))
-    yield from merge_node_facts(facts)
+    yield from merge_node_reports(reports)
     yield from findings
 
 

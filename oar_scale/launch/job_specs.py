@@ -48,25 +48,25 @@ class JobSpec:
         return [_command(stage, recipe, array) for stage in self.stages]
 
 
-def plan_jobs(recipe: Recipe, asked: str | None) -> list[JobSpec]:
+def plan_jobs(recipe: Recipe, requested: str | None) -> list[JobSpec]:
     """The jobs that ``--stages`` asks for; None: one job that runs the whole recipe.
 
     Raises:
         UserError: a stage that the recipe does not have, one that is named twice, or one before another that it needs.
     """
-    if asked is None:
+    if requested is None:
         return [JobSpec(())]
     known: dict[str, Stage] = {stage.name: stage for stage in recipe.stages()}
-    specs = [JobSpec(tuple(part.strip() for part in job.split("+"))) for job in asked.split(",")]
+    specs = [JobSpec(tuple(part.strip() for part in job.split("+"))) for job in requested.split(",")]
     order = [name for spec in specs for name in spec.stages]
     for index, name in enumerate(order):
         if name not in known:
-            raise UserError(f"--stages {asked}: no stage {name!r} in this recipe; its stages are: {', '.join(known)}")
+            raise UserError(f"--stages {requested}: no stage {name!r} in this recipe; its stages are: {', '.join(known)}")
         if name in order[:index]:
-            raise UserError(f"--stages {asked}: {name} is named twice")
+            raise UserError(f"--stages {requested}: {name} is named twice")
         for need in known[name].needs:
             if need in order[index:]:
-                raise UserError(f"--stages {asked}: {name} needs {need}, which comes after it. Name it first.")
+                raise UserError(f"--stages {requested}: {name} needs {need}, which comes after it. Name it first.")
     return specs
 
 

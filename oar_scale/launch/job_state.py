@@ -1,4 +1,4 @@
-"""What a scheduler says of a job: Slurm's names of states, for both backends."""
+"""The state of a job in the scheduler: Slurm's names of states, for both backends."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class JobStatus:
 
     job: Job
     state: str
-    """In Slurm's words, for jobs on Ray too: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..., or UNKNOWN."""
+    """Slurm's name of the state, for jobs on Ray too: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..., or UNKNOWN."""
     detail: str
     """Why it waits, on which nodes it runs, or how it ended."""
     over: bool
@@ -307,7 +307,7 @@ def _refuse_second(run_dir: str, last: Submission, forget: bool) -> None:
 
 
 def _status(job: Job, run_dir: str, state: JobState) -> JobStatus:
-    """Combine scheduler state and recorded outcome, which tells of a job that the scheduler has forgotten whether it is done."""
+    """Combine the scheduler's state with the recorded outcome, which remains when the scheduler has forgotten the job."""
     outcomes, name = job.outcomes(run_dir), state.name
     done = name == "COMPLETED" or (name == "UNKNOWN" and bool(outcomes) and all(each == "done" for each in outcomes))
     failed = state.over and not done and name != "CANCELLED"

@@ -13,7 +13,7 @@ from oar_scale.launch.submissions import Job, last_submission
 POLL_S = 0.5
 """How often the files are read for new lines."""
 STATE_POLL_S = 10.0
-"""How often the scheduler is asked whether the jobs are over."""
+"""Seconds between two queries to the scheduler whether the jobs are over."""
 NO_ANSWER_S = 300.0
 """How long the scheduler may not answer, e.g. because its controller restarts. The lines come from files meanwhile."""
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.doctor.finding import Finding, first_line
-from oar_scale.doctor.node_checks import GROUP_S, NodeFacts, RankInfo, check_between_nodes, node_facts
+from oar_scale.doctor.node_checks import GROUP_S, NodeReport, RankInfo, check_between_nodes, node_report
 from oar_scale.doctor.storage_checks import remove_created_folders
 from oar_scale.json_object import JsonObject
 from oar_scale.launch.ray_entry import RECIPE
@@ -43,18 +43,18 @@ def main(kind: str) -> int:
     return 0
 
 
-def parse_findings(log: str) -> tuple[list[NodeFacts], list[Finding]]:
+def parse_findings(log: str) -> tuple[list[NodeReport], list[Finding]]:
     """Read the probe's lines in a log: what was found on each node, and between the nodes."""
-    facts, findings = [], []
+    reports, findings = [], []
     for line in log.splitlines():
         _, mark, text = line.partition(MARK)
         if mark:
             record = json.loads(text)
             if "node" in record:
-                facts.append(NodeFacts.of(record))
+                reports.append(NodeReport.of(record))
             else:
                 findings.append(Finding(**record))
-    return facts, findings
+    return reports, findings
 
 
 def _in_task(env: os._Environ[str]) -> None:
@@ -62,7 +62,7 @@ def _in_task(env: os._Environ[str]) -> None:
     recipe, node = _recipe(), env.get("SLURMD_NODENAME", socket.gethostname())
     with remove_created_folders(recipe.root if recipe else None):
         if local == 0:
-            _print_lines([node_facts(node, recipe).plain()])
+            _print_lines([node_report(node, recipe).plain()])
         info = RankInfo(node, rank, int(env["SLURM_NTASKS"]), local, env["MASTER_ADDR"], int(env["MASTER_PORT"]), _gpu(local))
         _print_lines([vars(finding) for finding in check_between_nodes(info, recipe)])
 
@@ -87,7 +87,7 @@ def _on_ray() -> None:
                 homes.append(node["NodeID"])
         firsts = [actor for index, actor in enumerate(actors) if homes.index(homes[index]) == index]
         try:
-            _print_lines(ray.get([actor.facts.remote() for actor in firsts], timeout=GROUP_S))
+            _print_lines(ray.get([actor.report.remote() for actor in firsts], timeout=GROUP_S))
             workers = [actor for actor, home in zip(actors, homes, strict=True) if gpus[home] or not any(gpus.values())]
             local = [sum(home == other for other in homes[:index]) for index, home in enumerate(homes)]
             local_ranks = [local[actors.index(actor)] for actor in workers]
@@ -110,9 +110,9 @@ class _Probe:
     def __init__(self, node: str) -> None:
         self._node, self._recipe, self._cleanup = node, _recipe(), ExitStack()
 
-    def facts(self) -> JsonObject:
+    def report(self) -> JsonObject:
         self._cleanup.enter_context(remove_created_folders(self._recipe.root if self._recipe else None))
-        return node_facts(self._node, self._recipe).plain()
+        return node_report(self._node, self._recipe).plain()
 
     def free_address(self) -> tuple[str, int]:
         with socket.create_server((self._node, 0)) as probe:
@@ -123,7 +123,7 @@ class _Probe:
         return [vars(finding) for finding in check_between_nodes(info, self._recipe)]
 
     def clean_up(self) -> None:
-        """Remove the folders that :meth:`facts` has made; called when all workers have joined."""
+        """Remove the folders that :meth:`report` has made; called when all workers have joined."""
         self._cleanup.close()
 
 

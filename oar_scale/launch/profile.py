@@ -22,7 +22,7 @@ from oar_scale.config.layers import Setting, read_layers
 from oar_scale.config.schema import Section
 from oar_scale.errors import UserError
 
-Word = Annotated[str, Field(pattern=r"^[^\s'\"$`\\]+$")]
+ShellWord = Annotated[str, Field(pattern=r"^[^\s'\"$`\\]+$")]
 """Text that goes into a job file unquoted."""
 Option = Annotated[str, Field(pattern=r"^--[^\n]+$")]
 """An option of sbatch."""
@@ -37,22 +37,22 @@ class Container(Section):
 
     engine: Literal["apptainer", "enroot"]
     """``enroot`` is Slurm's Pyxis: srun --container-image."""
-    image: Word
-    mounts: tuple[Word, ...] = ()
+    image: ShellWord
+    mounts: tuple[ShellWord, ...] = ()
     """Folders with the same path inside, or ``OUTSIDE:INSIDE``; the run's folder and the working folder are always mounted."""
 
 
 class Resources(Section):
     """Resources of one stage that differ from the profile's; ``null`` removes a value that may be unset there."""
 
-    partition: Word | None = None
-    account: Word | None = None
-    qos: Word | None = None
+    partition: ShellWord | None = None
+    account: ShellWord | None = None
+    qos: ShellWord | None = None
     nodes: int | None = Field(None, ge=1)
     min_nodes: int | None = Field(None, ge=1)
     cpus_per_node: int | None = Field(None, ge=1)
     gpus_per_node: int | None = Field(None, ge=0)
-    gpu_type: Word | None = None
+    gpu_type: ShellWord | None = None
     memory_gb: int | None = Field(None, ge=1)
     time: str | None = None
     sbatch: tuple[Option, ...] | None = None
@@ -72,21 +72,21 @@ class SlurmProfile(Section):
     """A Slurm cluster. Unset fields are left to Slurm's own defaults."""
 
     type: Literal["slurm"]
-    partition: Word | None = None
-    account: Word | None = None
-    qos: Word | None = None
+    partition: ShellWord | None = None
+    account: ShellWord | None = None
+    qos: ShellWord | None = None
     nodes: int = Field(1, ge=1)
     min_nodes: int | None = Field(None, ge=1)
     """Run with as few nodes when others fail ``node_check``; for recipes whose ``parallel.workers`` is a range. Default: ``nodes``."""
     cpus_per_node: int = Field(ge=1)
     gpus_per_node: int = Field(0, ge=0)
-    gpu_type: Word | None = None
+    gpu_type: ShellWord | None = None
     memory_gb: int | None = Field(None, ge=1)
     """GiB of each node."""
     time: str
     """Time limit of one attempt, ``HH:MM:SS`` or ``D-HH:MM:SS``; a job that needs longer is requeued."""
     warn_s: int = Field(300, ge=10)
-    """Seconds before that limit at which the driver is told to save and exit; at most half of the limit."""
+    """Seconds before that limit at which the driver is signalled to save and exit; at most half of the limit."""
     sbatch: tuple[Option, ...] = ()
     """More options of sbatch, e.g. ``--constraint=ib``."""
     setup: tuple[Line, ...] = ()
@@ -162,11 +162,11 @@ class RayProfile(Section):
     pip: tuple[Line, ...] = ()
     """Packages that the nodes install first, pinned; empty where the image has them."""
     env: dict[str, str] = Field(default_factory=dict)
-    pass_env: tuple[Word, ...] = ()
+    pass_env: tuple[ShellWord, ...] = ()
     """Variables of this shell that the job gets. Everyone who may see the dashboard can read them: keys are better kept on the cluster."""
     python: Line = "python"
     """The interpreter on the cluster's nodes."""
-    folder: Word | None = None
+    folder: ShellWord | None = None
     """A folder on the cluster to which relative paths of the recipe refer. Default: the copy of ``working_dir``, deleted with the job."""
     driver_cpus: float = Field(0, ge=0)
     """CPUs of the driver. 0, and no ``driver_resources``: it runs on the head, the node that must not be lost anyway."""
@@ -174,7 +174,7 @@ class RayProfile(Section):
     """Resources of the nodes on which the driver may run instead, e.g. ``{on_demand: 0.001}``."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = None
     """Replaces ``parallel.placement`` of the recipe on this cluster."""
-    gpu_type: Word | None = None
+    gpu_type: ShellWord | None = None
     """Replaces ``parallel.gpu_type`` of the recipe on this cluster."""
     start_s: int = Field(120, ge=1)
     """Seconds for which ``oar submit`` waits for the job to start; installing packages may take longer."""

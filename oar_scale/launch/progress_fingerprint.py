@@ -14,7 +14,7 @@ from oar_scale.run.context import Run
 from oar_scale.storage import open_storage
 
 PARTS = ("checkpoints", "tokens", "orders", "stages")
-"""Where files are added while stages run that can be asked to stop."""
+"""Folders to which stages that can be stopped and resumed add files while they run."""
 
 
 def progress_fingerprint(run: Run) -> str:

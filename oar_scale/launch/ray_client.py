@@ -1,4 +1,4 @@
-"""A client of Ray's Jobs API whose errors are for the user: what the cluster says, and the remedy."""
+"""A client of Ray's Jobs API whose errors are for the user: the cluster's message, and the remedy."""
 
 from __future__ import annotations
 
@@ -132,14 +132,14 @@ def remove_job(client: JobSubmissionClient, job_id: str) -> None:
                 client.delete_job(job_id)
                 check_until = time.monotonic() + DELETED_AGAIN_S
             elif now is not None and time.monotonic() > deadline:
-                raise UserError(f"{job_id} was told to stop and is still {now.status.value}; it ends when its environment is ready.")
+                raise UserError(f"{job_id} was requested to stop and is still {now.status.value}; it ends when its environment is ready.")
             elif now is not None:
                 client.stop_job(job_id)
             time.sleep(0.5)
 
 
 def job_info(client: JobSubmissionClient, job_id: str) -> JobDetails | None:
-    """What the cluster says of a job; None: it does not know the job. Raises UserError where nobody answers."""
+    """The cluster's information about a job; None: it does not know the job. Raises UserError where nobody answers."""
     with user_errors(f"asking for {job_id}"):
         try:
             return client.get_job_info(job_id)
@@ -151,7 +151,7 @@ def job_info(client: JobSubmissionClient, job_id: str) -> JobDetails | None:
 
 @contextmanager
 def user_errors(what: str) -> Iterator[None]:
-    """Turn the errors of Ray's client into UserErrors, with what the cluster said."""
+    """Turn the errors of Ray's client into UserErrors, with the cluster's own message."""
     import aiohttp
     import requests
     from ray.exceptions import AuthenticationError
@@ -163,7 +163,7 @@ def user_errors(what: str) -> Iterator[None]:
 
 
 def explain_refusal(what: str, text: str) -> str:
-    """An error message: what failed, what Ray said (shortened), and the remedy where one is known."""
+    """An error message: what failed, Ray's message (shortened), and the remedy where one is known."""
     text = re.sub(r"\.+ Ensure that the token.*", ".", text, flags=re.DOTALL)  # a page of advice, which the remedy sums up
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if len(lines) > 8:

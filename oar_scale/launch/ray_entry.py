@@ -38,19 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", metavar="FILE", help=f"default: the text in {RECIPE}")
     parser.add_argument("--folder", help="where relative paths start")
     parser.add_argument("stages", nargs="*", help="none: all of the recipe's")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray sends it to the command as well, which saves and exits
-    if asked.folder:
-        os.makedirs(asked.folder, exist_ok=True)
-        os.chdir(asked.folder)
+    if options.folder:
+        os.makedirs(options.folder, exist_ok=True)
+        os.chdir(options.folder)
     with tempfile.TemporaryDirectory(prefix="oar-job-") as scratch:
-        recipe = asked.recipe or os.path.join(scratch, "recipe.yaml")
-        if not asked.recipe:
+        recipe = options.recipe or os.path.join(scratch, "recipe.yaml")
+        if not options.recipe:
             with open(recipe, "w", encoding="utf-8") as file:
                 file.write(os.environ[RECIPE])
-        for command in JobSpec(tuple(asked.stages)).commands(recipe):
-            if code := _run(command, asked.max_failures, asked.backoff_s, stopped):
+        for command in JobSpec(tuple(options.stages)).commands(recipe):
+            if code := _run(command, options.max_failures, options.backoff_s, stopped):
                 return code
     return 0
 

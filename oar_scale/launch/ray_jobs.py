@@ -95,7 +95,7 @@ def cancel(submission: Submission, jobs: Sequence[Job]) -> None:
         while (now := ray_client.job_info(client, job.id)) is not None and not now.status.is_terminal():
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{job.name} ({job.id}) was told to stop and is still {now.status.value}; one that waits for its environment ends "
+                    f"{job.name} ({job.id}) was requested to stop and is still {now.status.value}; one that waits for its environment ends "
                     "when that is ready. Check again: oar jobs RUN"
                 )
             time.sleep(0.5)

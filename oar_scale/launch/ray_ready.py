@@ -17,8 +17,8 @@ def main(count: int, timeout_s: float) -> int:
     started, alive = time.monotonic(), "no answer"
     while (left := started + timeout_s - time.monotonic()) > 0:
         try:
-            asked = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, text=True, timeout=min(ANSWER_S, left))
-            alive = asked.stdout.strip() or alive
+            answer = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, text=True, timeout=min(ANSWER_S, left))
+            alive = answer.stdout.strip() or alive
         except subprocess.TimeoutExpired:
             continue
         if alive == str(count):

@@ -84,7 +84,7 @@ def render(spec: JobSpec, profile: SlurmProfile, *, title: str, job_name: str, f
     Raises:
         UserError: the run's folder has a name that Slurm cannot write logs into.
     """
-    array, asked = profile.array(spec.single_stage), profile.resources(spec.single_stage)
+    array, resources = profile.array(spec.single_stage), profile.resources(spec.single_stage)
     mounts = (folder, os.path.dirname(os.path.dirname(jobs)))
     environment = Environment(
         loader=PackageLoader("oar_scale.launch", "."),
@@ -98,15 +98,15 @@ def render(spec: JobSpec, profile: SlurmProfile, *, title: str, job_name: str, f
     environment.filters |= {"q": shlex.quote, "in_single_quotes": lambda text: text.replace("'", "'\\''")}
     return environment.get_template("job.sbatch.j2").render(
         title=title,
-        options=_options(asked, job_name, jobs, array),
+        options=_options(resources, job_name, jobs, array),
         folder=folder,
         jobs=jobs,
         setup=profile.setup,
         env=profile.env,
-        cpus=asked.cpus_per_node,
-        gpus=asked.gpus_per_node,
-        min_nodes=1 if array else asked.min_nodes or asked.nodes,
-        node_check=asked.node_check,
+        cpus=resources.cpus_per_node,
+        gpus=resources.gpus_per_node,
+        min_nodes=1 if array else resources.min_nodes or resources.nodes,
+        node_check=resources.node_check,
         node_address=profile.node_address,
         start_s=profile.start_s,
         warn_s=profile.warn_s,
@@ -115,11 +115,11 @@ def render(spec: JobSpec, profile: SlurmProfile, *, title: str, job_name: str, f
         backoff_s=profile.backoff_s,
         ray=spec.needs_ray and not array,
         array=array,
-        excluded_nodes=excluded_nodes(asked),
+        excluded_nodes=excluded_nodes(resources),
         recipe=recipe,
         port=PORT,
         commands=[shlex.join(["oar", *command]) for command in spec.commands(recipe, array=bool(array))],
-        **container(asked, mounts),
+        **container(resources, mounts),
     )
 
 
@@ -182,8 +182,14 @@ def container(profile: SlurmProfile, mounts: Sequence[str]) -> dict[str, str]:
             f"{unmountable[0]}: a folder with a comma or a colon in its name cannot be mounted. Move it, or do without `container`."
         )
     if container.engine == "apptainer":
-        words = ["apptainer", "exec", *(["--nv"] if profile.gpus_per_node else []), *(f"--bind={bind}" for bind in binds), container.image]
-        return {"exec_container": shlex.join(words) + " ", "srun_container": ""}
+        command = [
+            "apptainer",
+            "exec",
+            *(["--nv"] if profile.gpus_per_node else []),
+            *(f"--bind={bind}" for bind in binds),
+            container.image,
+        ]
+        return {"exec_container": shlex.join(command) + " ", "srun_container": ""}
     both = ",".join(bind if ":" in bind else f"{bind}:{bind}" for bind in binds)
     mounted = f"--container-mounts={both}".replace("'", "'\"'\"'")
     return {"exec_container": "", "srun_container": f" --container-image={container.image} '{mounted}'"}
@@ -227,8 +233,8 @@ def refuse_hopeless(jobs: Mapping[str, str]) -> None:
     """
     deadline = time.monotonic() + FIRST_SCHEDULING_S
     while True:
-        asked = run_client("squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%F %T %r").stdout
-        waits = [line.split() for line in asked.splitlines() if line.split()[1:2] == ["PENDING"]]
+        queue = run_client("squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%F %T %r").stdout
+        waits = [line.split() for line in queue.splitlines() if line.split()[1:2] == ["PENDING"]]
         for job, _, *reason in waits:
             if HOPELESS.fullmatch(" ".join(reason)):
                 raise UserError(explain_refusal(f"the job {jobs.get(job, job)} could never start", reason[0]))
@@ -263,8 +269,8 @@ def _state(job: str, conf: str) -> JobState:
         if "Invalid job id" not in done.stderr:
             raise UserError(explain_refusal(f"scontrol show job {job}", done.stderr))
         question = ("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State")
-        asked = run_client(*question, conf=conf) if shutil.which("sacct") else None
-        names = [line.split()[0] for line in asked.stdout.splitlines() if line.split()] if asked and not asked.returncode else []
+        answer = run_client(*question, conf=conf) if shutil.which("sacct") else None
+        names = [line.split()[0] for line in answer.stdout.splitlines() if line.split()] if answer and not answer.returncode else []
         return JobState(_array_state(names) if names else "UNKNOWN")
     tasks = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in done.stdout.splitlines() if line.strip()]
     name = _array_state([task.get("JobState", "UNKNOWN") for task in tasks])

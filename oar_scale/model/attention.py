@@ -1,4 +1,4 @@
-"""Attention, and attention that also tells how much it has seen.
+"""Attention, and attention that also returns its log-sum-exp.
 
 A candidate row attends to the shared prefix and to itself. Its own key is not in the prefix, so the two parts are merged
 afterwards, exactly, through the log-sum-exp z of the prefix scores:

@@ -122,7 +122,7 @@ class Decoder:
         if prefix.rows + enters + count > prefix.cache.shape[4]:
             raise ValueError(f"{count} candidates are more than the cells that are left")
         rows_BRD = prefix.cache.new_empty(batch, count, self.model.spec.dim)
-        for images in _parts(batch, enters + count, cells_BR.device):
+        for images in _chunks(batch, enters + count, cells_BR.device):
             rows_BRD[images] = self._candidates_of(prefix, images, cells_BR[images])
         if enters:  # the waiting code row went through with the candidates, before them, and stays in the cache
             prefix.rows += 1
@@ -138,7 +138,7 @@ class Decoder:
             ValueError: other candidates were computed, or one was committed, since these were: their rows are overwritten.
         """
         if candidates.version != prefix.version:
-            raise ValueError("these candidates' rows are gone: others were asked for, or one was committed to, since")
+            raise ValueError("these candidates' rows are gone: other candidates were scored since, or one was committed to")
         image_B = torch.arange(len(winner_B), device=winner_B.device)
         # Copy the winner's keys and values, of all layers, to the first row behind those in use; the other candidates are forgotten.
         prefix.cache[:, :, :, :, prefix.rows] = prefix.cache[:, :, image_B, :, prefix.rows + winner_B].movedim(0, 2)
@@ -211,7 +211,7 @@ class Decoder:
             return last_BMD
         # Row i of the new ones sees everything before ``start``, and the new ones up to itself.
         mask = torch.ones(length, end, dtype=torch.bool, device=rows.x_BLD.device).tril(diagonal=start)
-        for images in _parts(batch, length, rows.x_BLD.device):
+        for images in _chunks(batch, length, rows.x_BLD.device):
             x, rotation_bLP2 = rows.x_BLD[images], self.model.rotations(rows.x_BLD.device)[rows.cells_BL[images]]
             for index, layer in enumerate(cast("list[Block]", self.model.layers)):
                 q, _ = layer.project_into(prefix.kv_slice(index, images, start, end), x, rotation_bLP2)
@@ -223,7 +223,7 @@ class Decoder:
         return last_BMD
 
 
-def _parts(batch: int, rows: int, device: torch.device) -> Iterator[slice]:
+def _chunks(batch: int, rows: int, device: torch.device) -> Iterator[slice]:
     """Slices of the batch, so many images each that at most :data:`ROWS_AT_ONCE` rows (but one image at least) go through together."""
     images = max(1, ROWS_AT_ONCE.get(device.type, ROWS_AT_ONCE["cpu"]) // max(rows, 1))
     return (slice(start, start + images) for start in range(0, batch, images))

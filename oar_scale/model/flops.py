@@ -52,7 +52,7 @@ def useful_flops(spec: ModelSpec) -> int:
 def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[int] | None = None, first_given: bool = False) -> int:
     """Order extraction of one image: rows for all empty cells at every step, over one shared prefix (``orders/extraction.py``).
 
-    Exactly, that is N (N + 1) / 2 candidate rows, and no others: the winner's stays. Of several cells placed at once only one was asked
+    Exactly, that is N (N + 1) / 2 candidate rows, and no others: the winner's stays. Of several cells placed at once only one was scored
     about with what is in the cache then, and the others pass through the trunk once more.
 
     Args:
@@ -70,10 +70,10 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[i
     trunk = begin * _block_row(spec) + _attention(spec, begin, begin)
     stride, placed, candidates = STRIDE[spec.layout], 0, 0
     for size in [1] * spec.cells if sizes is None else sizes:
-        asked = 1 if first_given and not placed else spec.cells - placed
-        rows = asked + (stride - 1 if placed else 0)  # an instructed model's last code row enters the cache with the candidates
+        scored = 1 if first_given and not placed else spec.cells - placed
+        rows = scored + (stride - 1 if placed else 0)  # an instructed model's last code row enters the cache with the candidates
         trunk += rows * _block_row(spec) + _attention(spec, rows, begin + stride * placed)
-        candidates, placed = candidates + asked, placed + size
+        candidates, placed = candidates + scored, placed + size
         if size > 1 and placed < spec.cells:
             rows = stride * (size - 1)
             trunk += rows * _block_row(spec) + _attention(spec, rows, begin + stride * (placed - 1) + 1)

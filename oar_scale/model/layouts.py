@@ -123,10 +123,10 @@ class RasterRows(RowLayout):
         return Rows(torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1), torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1))
 
     def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
-        """The row of the last code: there is one cell to go on with, so it is the only candidate."""
+        """The row of the last code: the next cell in raster order is the only candidate."""
         self._require_raster(last, cells_BR[:, :1])
         if cells_BR.shape[1] != 1:
-            raise ValueError(f"a raster model goes on with the next cell only, not with a choice of {cells_BR.shape[1]}")
+            raise ValueError(f"a raster model's only candidate is the next cell; it has no choice of {cells_BR.shape[1]}")
         return None, Rows(last.codes_BKD, last.cells_BK)
 
     def _require_raster(self, last: Placed, cells_BK: Tensor) -> None:
@@ -161,7 +161,7 @@ class InstructedRows(RowLayout):
         return max(0, 2 * last.cells_BK.shape[1] - 1)
 
     def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
-        """Instruction and code rows in turn, ending with the instruction of the last cell."""
+        """Instruction and code rows, alternating, ending with the instruction of the last cell."""
         (asks_ND,) = tables or self.tables(cells_BK.device)
         # The rows are p_1 x_1 p_2 x_2 ... p_K: the last code is left out, as no row asks for anything after it yet.
         pairs = torch.stack([asks_ND[cells_BK], codes_BKD], dim=2).flatten(1, 2)[:, :-1]

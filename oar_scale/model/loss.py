@@ -30,9 +30,9 @@ class _MeanNLL(torch.autograd.Function):
         d_rows_RD, d_weight_VD = torch.empty_like(rows_RD), torch.zeros_like(weight_VD, dtype=torch.float32)
         nll_R = rows_RD.new_empty(len(rows_RD), dtype=torch.float32)
         # One block of memory for the logits of all chunks: fresh memory for each costs a pass over it on a CPU.
-        parts = chunks(len(rows_RD), len(weight_VD), rows_RD.device)
-        buffer_cV = rows_RD.new_empty(parts[0].stop, len(weight_VD))
-        for part in parts:
+        slices = chunks(len(rows_RD), len(weight_VD), rows_RD.device)
+        buffer_cV = rows_RD.new_empty(slices[0].stop, len(weight_VD))
+        for part in slices:
             x_cD, targets_c1 = rows_RD[part], targets_R[part, None]
             logits_cV = torch.mm(x_cD, weight_VD.t(), out=buffer_cV[: len(x_cD)]).float()
             target_c1, top_c1 = logits_cV.gather(1, targets_c1), logits_cV.amax(1, keepdim=True)

@@ -55,7 +55,7 @@ def import_peer(
         grid: cells per side.
         heads: attention heads; None: from the peers' table of sizes.
         text_rows: condition rows T of a text model.
-        start_instructed: make an ``instructed`` model of a LlamaGen one, to go on training in any order: its position
+        start_instructed: make an ``instructed`` model of a LlamaGen one, to continue training in any order: its position
             instruction vector, which a raster model does not have, starts as Normal(0, 0.02).
 
     Raises:
@@ -75,7 +75,7 @@ def export_peer(model: AnyOrderModel, family: Family) -> dict[str, Tensor]:
     """The model's tensors under the peer's names.
 
     Raises:
-        UserError: the peer's code cannot compute this model; says why.
+        UserError: the peer's code cannot compute this model, with the reason.
     """
     spec = model.spec
     wanted = {"randar": ("instructed", "class"), "llamagen-c2i": ("raster", "class"), "llamagen-t2i": ("raster", "features")}[family]
@@ -119,13 +119,13 @@ def _expect_family(tensors: dict[str, Tensor], family: Family, where: str) -> No
 
 
 def _spec(tensors: dict[str, Tensor], family: Family, where: str, grid: int, heads: int | None, text_rows: int) -> ModelSpec:
-    def size(*places: str) -> int:
+    def size(*names: str) -> int:
         """The size that most of the ``tensor:dimension`` have, the first one in a draw."""
         sizes: list[int] = []
-        for name, _, axis in (place.partition(":") for place in places):
+        for name, _, axis in (tensor.partition(":") for tensor in names):
             sizes += tensors[name].shape[int(axis) : int(axis) + 1] if name in tensors else ()
         if not sizes:
-            name = _theirs(places[0].partition(":")[0])
+            name = _theirs(names[0].partition(":")[0])
             raise UserError(f"{where}: has no tensor {name}, which every {family} model has. Is it another kind of checkpoint?")
         return Counter(sizes).most_common(1)[0][0]
 

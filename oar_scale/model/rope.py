@@ -1,6 +1,6 @@
 """Rotary positions of cells on a grid (2-D RoPE).
 
-Half of a head's channel pairs turn with the row of the cell, the other half with its column:
+Half of a head's channel pairs rotate with the row of the cell, the other half with its column:
 
     angle(cell, pair j) = row(cell) * base^(-2j / (head_dim/2))     j = 0 .. head_dim/4 - 1     first half of the pairs
                           column(cell) * the same                                             second half

@@ -82,7 +82,7 @@ class Console:
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Tally]:
-        """Count ``total`` pieces of work: ``with console.progress(3900, "orders") as tally: tally.advance(48)``."""
+        """Count ``total`` units of work: ``with console.progress(3900, "orders") as tally: tally.advance(48)``."""
         view = self._view(total, what)
         try:
             yield Tally(total, what, view)
@@ -103,16 +103,16 @@ class Tally:
         self._pace.add(0)
 
     def advance(self, count: int = 1) -> None:
-        """Count ``count`` more pieces as done."""
+        """Count ``count`` more units as done."""
         self.update(self.done + count)
 
     def update(self, done: int) -> None:
-        """Set the number of pieces that are done."""
+        """Set the number of units that are done."""
         self.done = done
         self._pace.add(done)
         rate = self._pace.per_second()
-        parts = [f"{rate:.1f}/s" if rate else "", time_left(self._total - done, rate)]
-        text = "  ".join(part for part in parts if part)
+        texts = [f"{rate:.1f}/s" if rate else "", time_left(self._total - done, rate)]
+        text = "  ".join(part for part in texts if part)
         self._view.show(done, f"{self._what} {done}/{self._total}", text)
 
     def note(self, text: str) -> None:
@@ -260,12 +260,12 @@ class _ConsoleFollower:
         self._pace.add(start_step, event["time"])
         if seen or start_step:
             workers = f", {event['world_size']} workers" if "world_size" in event else ""
-            self._view.note(f"attempt {seen + 1}: goes on from step {start_step}{workers}")
+            self._view.note(f"attempt {seen + 1}: resumes from step {start_step}{workers}")
 
     def _text(self, step: int) -> str:
         state = self._state
-        parts = [f"{name} {number(state[name])}" for name in ("loss", "psnr", "nll") if name in state]
+        texts = [f"{name} {number(state[name])}" for name in ("loss", "psnr", "nll") if name in state]
         if state.get("images_per_s"):
-            parts.append(f"{state['images_per_s']:.1f} images/s")
-        parts.append(time_left(self._total - step, self._pace.per_second()))
-        return "  ".join(part for part in parts if part)
+            texts.append(f"{state['images_per_s']:.1f} images/s")
+        texts.append(time_left(self._total - step, self._pace.per_second()))
+        return "  ".join(part for part in texts if part)

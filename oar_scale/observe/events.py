@@ -49,7 +49,7 @@ class EventLog:
         Args:
             folder: local folder of the run's events; made when absent.
             stage: letters, digits, ``_``, ``.`` and ``-``.
-            attempt: its number, or the first free one after it (:func:`oar_scale.observe.mirror.next_attempt` tells the number
+            attempt: its number, or the first free one after it (:func:`oar_scale.observe.mirror.next_attempt` returns the number
                 where attempts are made on several hosts). Default: the next of this folder.
 
         Raises:
@@ -261,7 +261,7 @@ def _read_file(path: str) -> list[Event]:
 
 
 def _resumed_at(events: list[Event]) -> int | None:
-    """The step an attempt resumes from; None while it has neither started nor reached a step."""
+    """The step an attempt resumes from; None before it has started or completed a step."""
     for event in events:
         if event["kind"] == "start" and "start_step" in event:
             return int(event["start_step"])

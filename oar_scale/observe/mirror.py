@@ -128,7 +128,7 @@ class Mirror:
                 if begin + len(data) <= note["copied"]:
                     return
                 self._copy_pictures(data[note["copied"] - begin :])
-                target = join(_place(self._root, self._stage, number), f"{begin:012d}.jsonl")
+                target = join(_event_file(self._root, self._stage, number), f"{begin:012d}.jsonl")
                 open_storage(target).write(target, data)
                 note |= {"copied": begin + len(data), "chunk": begin + len(data) if full else begin}
                 _write_note(self._folder, self._stage, number, note)
@@ -191,7 +191,7 @@ def _pull_attempt(root: str, folder: str, name: str, begins: list[int]) -> None:
             return  # what lies before is not there yet
         if end is not None and end <= have:
             continue
-        chunk = join(_place(root, stage, int(number)), f"{begin:012d}.jsonl")
+        chunk = join(_event_file(root, stage, int(number)), f"{begin:012d}.jsonl")
         data = open_storage(chunk).read(chunk, start=have - begin)
         for picture in _pictures(data):
             _pull_picture(root, folder, picture)
@@ -220,11 +220,11 @@ def _pictures(lines: bytes) -> Iterator[str]:
 
 def _listed(root: str) -> list[str]:
     """The names of all that lies below ROOT/events, relative to it."""
-    place = join(root, "events")
-    return [uri[len(place) + 1 :] for uri in open_storage(place).list(place)]
+    folder = join(root, "events")
+    return [uri[len(folder) + 1 :] for uri in open_storage(folder).list(folder)]
 
 
-def _place(root: str, stage: str, number: int) -> str:
+def _event_file(root: str, stage: str, number: int) -> str:
     return join(root, "events", f"{stage}-{number:03d}")
 
 
@@ -239,12 +239,12 @@ def _claim_next(root: str, stage: str, number: int, token: str) -> int:
 
 def _claim(root: str, stage: str, number: int, token: str) -> bool:
     """Make the attempt ours; whether it is."""
-    uri = join(_place(root, stage, number), "owner")
+    uri = join(_event_file(root, stage, number), "owner")
     return open_storage(uri).write(uri, token.encode(), if_absent=True) or _owner(root, stage, number) == token
 
 
 def _owner(root: str, stage: str, number: int) -> str:
-    uri = join(_place(root, stage, number), "owner")
+    uri = join(_event_file(root, stage, number), "owner")
     return open_storage(uri).read(uri).decode()
 
 

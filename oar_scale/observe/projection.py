@@ -2,7 +2,7 @@
 
 A row is one event's numbers under ``kind/field``, beside its own x-axis ``kind/step`` (``pool/done``): a checkpoint that is
 reported late moves no other curve. Rows are numbered from 0, and W&B gets the number with each row; as the rows follow from the files
-alone, number of rows that W&B has says where to resume after any crash.
+alone, number of rows that W&B has determines where to resume after any crash.
 
     attempt 0   train 10   train 20   train 30   killed
     attempt 1   start (from 20)       train 30   train 40
@@ -123,7 +123,7 @@ class RowProjection:
 
 
 def measured(event: Event) -> bool:
-    """Whether the event is a point of curves that go on from step to step; a step that is done again is no second point."""
+    """Whether the event is a point of curves over the steps; a step that is done again is no second point."""
     return _axis(event) != "total" and event["kind"] not in HAPPENED
 
 

@@ -93,8 +93,8 @@ def _info(view: MetricsView) -> Iterable[Sample]:
 
 
 def _by_position(view: MetricsView) -> Iterable[Sample]:
-    parts = view.state.latest.get("train", {}).get("loss_by_position") or []
-    return [({"quarter": str(quarter)}, value) for quarter, value in enumerate(parts, start=1)]
+    losses = view.state.latest.get("train", {}).get("loss_by_position") or []
+    return [({"quarter": str(quarter)}, value) for quarter, value in enumerate(losses, start=1)]
 
 
 def _heldout(view: MetricsView) -> Iterable[Sample]:
@@ -154,7 +154,7 @@ class StageCollector(Collector):
     """Gives prometheus_client the metrics of one stage. Metrics without a sample are left out."""
 
     def __init__(self, labels: Labels, view: Callable[[], MetricsView]) -> None:
-        """``labels`` go to every sample; ``view`` is asked for at each scrape."""
+        """``labels`` go to every sample; ``view`` is called at each scrape."""
         self._labels, self._view = labels, view
 
     def collect(self) -> Iterator[Metric]:
@@ -209,7 +209,7 @@ class MetricsServer:
         say(f"metrics: {self.url}/metrics")
 
     def fail(self, error: BaseException) -> None:
-        """The stage has failed; ``/healthz`` says so until the server ends."""
+        """Mark the stage as failed; ``/healthz`` reports it until the server ends."""
         self._failure = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
     def stop(self, wait_s: float) -> None:

@@ -18,11 +18,11 @@ class RunLocation:
     """Where the events and the finished stages of a run can be read from here."""
 
     name: str
-    """As it was asked for."""
+    """As the user gave it."""
     events: str
     """Local folder of its events."""
     root: str | None
-    """Its storage, where that was asked for or is local."""
+    """Its storage, where the user gave that or it is local."""
 
     def refresh(self) -> None:
         """Bring what is new in the mirror; nothing to do for a local run."""
@@ -72,7 +72,7 @@ def find_run(run: str) -> RunLocation:
 
 
 def _local_root(folder: str) -> str:
-    """The storage of a run by its folder; an S3 storage is not asked, so that this works without a network."""
+    """The storage of a run by its folder; an S3 storage is not queried, so that this works without a network."""
     try:
         root = read_json(join(folder, "run.json")).get("storage_root")
     except Missing:

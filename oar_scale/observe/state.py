@@ -27,7 +27,7 @@ class Attempts:
     """Follows the attempts at a stage, and notices when one that was done is begun anew (``--from``).
 
     Attempts at a training follow one another. Pools on the same shards (the tasks of a job array, a second ``oar extract``) run
-    at the same time: their events come mixed, each tells of all shards it knows to be done, and none begins anything anew.
+    at the same time: their events come mixed, each reports all shards it knows to be done, and none starts from the beginning.
     """
 
     def __init__(self) -> None:

@@ -42,14 +42,14 @@ def _status_line(state: StageState, now: float) -> str:
     silent = now - (state.progressed or state.began or now)
     status: str = state.status
     if status not in ("done", "waiting") and silent > _stall_s(state):
-        status = f"STALLED, or ended without a word, while {status}:"
-    parts = [status, _progress(state)]
+        status = f"STALLED, or ended without an event, while {status}:"
+    texts = [status, _progress(state)]
     left = state.seconds_left()
     if state.status == "running" and left is not None and silent <= _stall_s(state):
-        parts.append(f"{duration(left)} left")
+        texts.append(f"{duration(left)} left")
     if state.status != "done":
-        parts.append(f"last progress {duration(silent)} ago")
-    return "  ".join(part for part in parts if part)
+        texts.append(f"last progress {duration(silent)} ago")
+    return "  ".join(part for part in texts if part)
 
 
 def _progress(state: StageState) -> str:
@@ -73,21 +73,21 @@ def _speed(state: StageState) -> str:
         return ""
     plan = state.value("start", "planned_images_per_s")
     against = f"median {median:.1f}, {speed / median:.0%} of it" + (f"; plan {plan:.1f}, {speed / plan:.0%}" if plan else "")
-    parts = [f"{speed:.1f} images/s ({against})"]
+    texts = [f"{speed:.1f} images/s ({against})"]
     mfu, step_s, wait_s = (state.value("train", name) for name in ("mfu", "step_s", "data_wait_s"))
     if mfu is not None:
-        parts.append(f"mfu {mfu:.2f}")
+        texts.append(f"mfu {mfu:.2f}")
     if step_s and wait_s is not None:
-        parts.append(f"data wait {wait_s / step_s:.1%}")
-    return "  ".join(parts)
+        texts.append(f"data wait {wait_s / step_s:.1%}")
+    return "  ".join(texts)
 
 
 def _quality(state: StageState) -> str:
-    parts = [f"loss {number(state.value(kind, 'loss'))}" for kind in ("train", "vq") if kind in state.latest]
+    texts = [f"loss {number(state.value(kind, 'loss'))}" for kind in ("train", "vq") if kind in state.latest]
     if "heldout" in state.latest:
         heldout = state.latest["heldout"]
-        parts.append(f"held-out NLL {number(heldout.get('nll_random'))} at step {heldout['step']}")
-    return "  ".join(parts)
+        texts.append(f"held-out NLL {number(heldout.get('nll_random'))} at step {heldout['step']}")
+    return "  ".join(texts)
 
 
 def _checkpoint(state: StageState, now: float) -> str:

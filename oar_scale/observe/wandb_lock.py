@@ -8,7 +8,7 @@ long as it or wandb's own server runs. The file names the holder, so that the ne
     it is gone (killed)                      the holder closes by itself in bounded time; where it does not, or our own stage ends
                                              before, kill it and take over
 
-Killing a sender is safe at any time: the next one asks the server how many rows it has and goes on from there.
+Killing a sender is safe at any time: the next one asks the server how many rows it has and resumes there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TAKE_OVER_S = 40.0
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Who holds the lock, as its file says."""
+    """Who holds the lock, read from its file."""
 
     host: str
     machine: str

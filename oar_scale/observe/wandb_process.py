@@ -5,7 +5,7 @@ crash in here: nothing of that reaches the process that trains, which at the end
 one. It outlives a driver that is killed by just as much as it takes to send what was written.
 
 Where to resume after any crash follows from three properties. Rows are numbered, and follow from the events alone (see
-:mod:`oar_scale.observe.projection`). A server says how many rows it has; a run kept offline is written from row 0 again.
+:mod:`oar_scale.observe.projection`). A server returns how many rows it has; a run kept offline is written from row 0 again.
 And the order in which events of several files were read is written down before any row of them is sent.
 """
 
@@ -276,7 +276,7 @@ class _Recovery:
 
 
 def say(level: str, text: str) -> None:
-    """Tell the driver; nothing happens if it is gone."""
+    """Send a message to the driver; nothing happens if it is gone."""
     with contextlib.suppress(OSError):
         print(json.dumps([level, text]), flush=True)
 
@@ -296,7 +296,7 @@ def _listen(ended: threading.Event, lock: SenderLock, driver: int, finish_s: flo
 def main() -> int:
     """Send the events of the stage that standard input names, until its driver ends the stage or is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # meant for the driver, which says when it is over; srun sends them to both
+        signal.signal(number, signal.SIG_IGN)  # meant for the driver, which announces the end; srun sends them to both
     os.environ.pop("WANDB_SERVICE", None)  # of a program around the driver: its end must not be ours
     with open(0, "rb", buffering=0, closefd=False) as stdin:  # unbuffered: what comes next is for _listen
         spec = WandbSpec(**json.loads(stdin.readline()))

@@ -79,7 +79,7 @@ class WandbRun:
             silent=True,
             console="off",
             disable_code=True,
-            disable_git=True,  # the start event says what code it is
+            disable_git=True,  # the start event names the code
             x_disable_meta=True,  # arguments and machine of the process that only forwards
             x_disable_stats=True,
             x_save_requirements=False,

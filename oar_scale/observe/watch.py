@@ -66,7 +66,7 @@ def watching(
         wanted.append(("the console", lambda: _Entered(shown.follow(events, stage, last, observe.stall_s))))
     if observe.wandb != "off":
         wanted.append(("W&B", lambda: WandbProcess(wandb_spec(events, stage, recipe, root, result, wait_s), say)))
-    if observe.metrics_port is not None:  # the last to end: while the others finish, /healthz says how it went
+    if observe.metrics_port is not None:  # the last to end: while the others finish, /healthz reports the outcome
         wanted.append(("/metrics", lambda: MetricsServer(events, stage, recipe.name, observe, say)))
     begun = [(name, each) for name, start in wanted if (each := _guarded(name, start)) is not None]
     failed = False

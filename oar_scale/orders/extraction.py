@@ -143,7 +143,7 @@ class _CandidateScorer(Protocol):
         ...
 
     def place(self, cells_Bk: Tensor) -> None:
-        """Place these cells in turn; the first of each image was among those scored last."""
+        """Place these cells one after the other; the first of each image was among those scored last."""
         ...
 
 

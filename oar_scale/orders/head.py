@@ -1,7 +1,7 @@
 """The order head: the whole order of an image from one question about each of its cells.
 
-Exact extraction asks N (N + 1) / 2 times, for after every placed cell all others are asked again. The head asks about all cells once,
-and a small network says from the trunk's answer (a row of D numbers) when each cell would be placed:
+Exact extraction scores N (N + 1) / 2 candidates, for after every placed cell all others are scored again. The head scores all cells once,
+and a small network predicts from the trunk's output (a row of D numbers) when each cell would be placed:
 
     time(cell) = MLP(row(cell | text, first codes), which cell)               order = cells by time
 
@@ -48,7 +48,7 @@ class HeadSpec(BaseModel):
     grid: int
     width: int
     first: int
-    """Cells that are placed before ``ahead`` is asked."""
+    """Cells that are placed before ``ahead`` predicts the rest."""
     settings_id: str = ""
     """Of the order tables that it learned from; empty in heads of earlier versions."""
     heldout_fraction: float = 0.0
@@ -113,11 +113,11 @@ class OrderHead(nn.Module):
 
     @property
     def first_N(self) -> Tensor:
-        """The cells that are placed before the head is asked [first]: those of a coarse lattice."""
+        """The cells that are placed before the head predicts the rest [first]: those of a coarse lattice."""
         return torch.from_numpy(bayer_order(self.spec.grid)[: self.spec.first]).to(self.ahead.cell.device)
 
     def order_ahead(self, rows_BRD: Tensor, cells_BR: Tensor) -> Tensor:
-        """R cells of each image in their order, from the rows that asked about them."""
+        """R cells of each image in their order, from the rows that scored them."""
         return cells_BR.gather(1, self.ahead(rows_BRD, cells_BR).argsort(1))
 
 
@@ -130,13 +130,13 @@ def predict_orders(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor
 
 @torch.no_grad()
 def predict_ahead(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, head: OrderHead) -> Orders:
-    """The orders that ``ahead`` would have drawn these images in: its first cells, then the others as it says once those have codes."""
+    """The orders that ``ahead`` would have drawn these images in: its first cells, then the others as it predicts once those have codes."""
     rows_BRD, rest_BR = ask_rest(model, codes_BN, condition_BTD, head)
     return _placed(torch.cat([head.first_N.expand(len(codes_BN), -1), head.order_ahead(rows_BRD, rest_BR)], dim=1))
 
 
 def _placed(order_BN: Tensor) -> Orders:
-    """A row for each cell, asked about or placed; no cell has a score."""
+    """A row for each cell, scored or placed; no cell has a score."""
     return Orders(order_BN, torch.zeros(order_BN.shape, device=order_BN.device), order_BN.shape[1])
 
 

@@ -3,7 +3,7 @@
     key    view    draw    order (fixed_size_list<uint16>[N])    score (fixed_size_list<float32>[N])
 
 One row per sample and view, in the order of the shard, and for each of its draws where a sample has several orders. ``score``
-belongs to the cell of the same position in ``order``. The schema's metadata says which model found the orders (hash of its
+belongs to the cell of the same position in ``order``. The schema's metadata names the model that found the orders (hash of its
 weights file), with which settings, on which grid. Joined to a token shard by key; everything that does not fit is an error that
 says where.
 """

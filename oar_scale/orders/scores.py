@@ -74,7 +74,7 @@ class BlockScore:
 
 class GtLogprob(BlockScore):
     """Computed as -log(1 + sum over the *other* codes of exp(logit - own logit)): the most confident cells, where p is within
-    rounding of 1 and log_softmax returns 0 for all of them, stay apart."""
+    rounding of 1 and log_softmax returns 0 for all of them, stay distinct."""
 
     def __init__(self, targets_R: Tensor, uniform_R: Tensor | None) -> None:
         super().__init__(targets_R, uniform_R)

@@ -40,7 +40,7 @@ def alternatives(case: Case, planned: ParallelConfig, stages: list[TrainingStage
     """
     money = sum(stage.money for stage in stages)
     tried: list[Alternative] = []
-    for part in _parts(case.cluster):
+    for part in _smaller_clusters(case.cluster):
         smaller = case.on(part)
         if not smaller.workers or case.recipe.data.canonical_streams % smaller.workers:
             continue
@@ -54,13 +54,13 @@ def alternatives(case: Case, planned: ParallelConfig, stages: list[TrainingStage
     return sorted(front, key=lambda one: one.money)[:SHOWN]
 
 
-def _parts(cluster: Cluster) -> list[Cluster]:
+def _smaller_clusters(cluster: Cluster) -> list[Cluster]:
     """The cluster, and halves of it down to one GPU."""
-    parts, nodes, per_node = [cluster], cluster.nodes, cluster.per_node
+    clusters, nodes, per_node = [cluster], cluster.nodes, cluster.per_node
     while nodes > 1 or per_node > 1:
         nodes, per_node = (nodes // 2, per_node) if nodes > 1 else (1, per_node // 2)
-        parts.append(cluster.part(nodes, per_node))
-    return parts
+        clusters.append(cluster.part(nodes, per_node))
+    return clusters
 
 
 def _settings(planned: ParallelConfig, workers: int) -> list[ParallelConfig]:

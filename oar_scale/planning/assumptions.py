@@ -32,7 +32,7 @@ class Assumption:
 
 
 class Assumptions:
-    """All figures by dotted key; remembers which were asked for."""
+    """All figures by dotted key; remembers which were read."""
 
     def __init__(self, figures: dict[str, Assumption], labels: dict[str, str], mfu: list[tuple[float, str]]) -> None:
         self._figures, self._labels, self._mfu = figures, labels, mfu
@@ -43,7 +43,7 @@ class Assumptions:
         return self._figures[key].value
 
     def used(self) -> list[Assumption]:
-        """Those that were asked for, in the order of the file."""
+        """Those that were read, in the order of the file."""
         return [self._used[key] for key in self._figures if key in self._used]
 
     def replaced(self, key: str, value: float) -> Assumptions:

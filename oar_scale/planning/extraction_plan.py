@@ -66,7 +66,7 @@ class ActorPlan:
 
 
 def plan_actors(case: Case) -> ActorPlan | None:
-    """As many actors as the cluster has room for, of at most the recipe's where no cluster is given; None: a raster model has one order.
+    """As many actors as the cluster has memory for, of at most the recipe's where no cluster is given; None: a raster model has one order.
 
     Raises:
         UserError: an actor takes more GPUs than a node has.
@@ -85,7 +85,7 @@ def plan_actors(case: Case) -> ActorPlan | None:
         count = min(count, case.recipe.extract.max_actors)
     computing = -(-count // sharing)
     held = computing if each <= 1 else math.ceil(count * each)
-    room, needs = cluster.memory / sharing, partial(actor_memory, spec, case.recipe.parallel, guided=_guided(case), assumed=case.assumed)
+    limit, needs = cluster.memory / sharing, partial(actor_memory, spec, case.recipe.parallel, guided=_guided(case), assumed=case.assumed)
     return ActorPlan(
         count=count,
         gpus_per_actor=each,
@@ -94,8 +94,8 @@ def plan_actors(case: Case) -> ActorPlan | None:
         lost_per_year=case.failures * min(held, cluster.per_node),
         batch=case.recipe.extract.batch,
         memory=needs(case.recipe.extract.batch),
-        room=room,
-        largest_batch=_largest(lambda batch: needs(batch) <= room),
+        room=limit,
+        largest_batch=_largest(lambda batch: needs(batch) <= limit),
     )
 
 

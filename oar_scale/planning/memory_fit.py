@@ -51,7 +51,7 @@ def choose_settings(case: Case, traced: Traced | None = None) -> MemoryFit:
     """The recipe's settings if they fit; else the nearest that do: first a smaller micro-batch, then activation checkpointing, then others.
 
     Raises:
-        UserError: nothing fits on such GPUs; says what would.
+        UserError: nothing fits on such GPUs; the message names what would.
     """
     given, sizes, capacity = case.recipe.parallel, micro_batches(case.recipe, case.workers), case.cluster.memory
     written = given.model_copy(update={"workers": case.workers})

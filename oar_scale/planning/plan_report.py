@@ -33,18 +33,18 @@ def as_json(plan: RunPlan) -> str:
 
 def as_text(plan: RunPlan) -> str:
     """Everything, for reading."""
-    parts = [_head(plan), _memory(plan), _training(plan), _checkpoints(plan), _orders(plan), _sum(plan), _cheaper(plan)]
+    sections = [_head(plan), _memory(plan), _training(plan), _checkpoints(plan), _orders(plan), _sum(plan), _cheaper(plan)]
     if plan.simulation:
-        parts.append(_simulation(plan.simulation, plan))
-    return "\n\n".join("\n".join(part) for part in [*parts, _assumptions(plan)])
+        sections.append(_simulation(plan.simulation, plan))
+    return "\n\n".join("\n".join(part) for part in [*sections, _assumptions(plan)])
 
 
 def _head(plan: RunPlan) -> Iterator[str]:
     cluster, spec, count = plan.cluster, plan.spec, plan.parameters
     what = "workers" if cluster.on_cpu else cluster.label
     yield f"{plan.recipe} on {cluster.nodes} node{'s' * (cluster.nodes > 1)} x {cluster.per_node} {what}"
-    parts = {"blocks": count.blocks, "codes": count.codes, "condition": count.condition, "rest": count.rest}
-    yield f"  {count.total:,} parameters: " + ", ".join(f"{name} {_big(value)}" for name, value in parts.items())
+    counts = {"blocks": count.blocks, "codes": count.codes, "condition": count.condition, "rest": count.rest}
+    yield f"  {count.total:,} parameters: " + ", ".join(f"{name} {_big(value)}" for name, value in counts.items())
     yield f"  layout {spec.layout}, {spec.cells} cells, {spec.rows} rows an image ({spec.condition.rows} of them condition)"
     yield f"  {plan.fit.message}"
     if plan.actors and not plan.actors.fits:
@@ -55,14 +55,14 @@ def _head(plan: RunPlan) -> Iterator[str]:
         size = f"{gb(plan.images.count * plan.shard.sample)} GB of token shards, {plan.shard.sample:,.0f} bytes an image"
         yield f"  {plan.images.count:,} training images ({plan.images.source}); {size}"
     else:
-        yield "  how many images there are is not known: --images N tells epochs and extraction as well"
+        yield "  how many images there are is not known: --images N adds epochs and extraction"
 
 
 def _memory(plan: RunPlan) -> Iterator[str]:
     parallel = plan.fit.parallel
     mode = parallel.activation_checkpointing
     yield f"Memory of a {_who(plan)}, GB (10^9 bytes): micro-batch {parallel.micro_batch}, {parallel.precision}, checkpointing {mode}"
-    parts = {
+    by_use = {
         "weights": [row.memory.parameters for row in plan.table],
         "gathered": [row.memory.gathered for row in plan.table],
         "gradients": [row.memory.gradients for row in plan.table],
@@ -75,7 +75,7 @@ def _memory(plan: RunPlan) -> Iterator[str]:
         "other": [row.memory.other for row in plan.table],
         "most": [row.memory.total for row in plan.table],
     }
-    shown = {name: sizes for name, sizes in parts.items() if any(sizes)}
+    shown = {name: sizes for name, sizes in by_use.items() if any(sizes)}
     rows = [["", "offload", *shown, "| fits: none", "selective", "full"]]
     for number, row in enumerate(plan.table):
         largest = [str(size or "-") for size in row.largest.values()]
@@ -137,8 +137,8 @@ def _training(plan: RunPlan) -> Iterator[str]:
     if sent:
         gpus = plan.workers * max(1, plan.fit.parallel.gpus_per_worker)
         links = f"{plan.cluster.link(gpus) / 1e9:,.0f} GB/s between the workers"
-        parts = ", ".join(f"{name} {gb(size)} GB" for name, size in sent.items())
-        yield f"  A worker sends in a step of {stages[0].name}: {parts}; {links}"
+        volumes = ", ".join(f"{name} {gb(size)} GB" for name, size in sent.items())
+        yield f"  A worker sends in a step of {stages[0].name}: {volumes}; {links}"
     rate, shard = stages[0].step.images_per_s, plan.shard
     fetched = f"{rate * shard.sample / 1e6:,.1f} MB/s and {rate / shard.samples * shard.gets:,.2f} GET/s"
     yield f"  {stages[0].name} takes {fetched} from the storage, as long as its nodes' caches do not hold the shards"
@@ -217,7 +217,7 @@ def _actor(plan: RunPlan, actors: ActorPlan) -> str:
     holds = f"an actor holds {gb(actors.memory)} of {gb(actors.room)} GB at extract.batch {actors.batch:,}"
     if actors.largest_batch:
         return f"{holds}; batches up to {actors.largest_batch:,} fit"
-    share = "; an actor with a GPU of its own has more room (extract.gpus_per_actor=1)" if 0 < actors.gpus_per_actor < 1 else ""
+    share = "; an actor with a GPU of its own has more memory (extract.gpus_per_actor=1)" if 0 < actors.gpus_per_actor < 1 else ""
     return f"{holds}; not even one image fits: take {_who(plan)}s with more memory{share}"
 
 
@@ -264,7 +264,7 @@ def _simulation(done: Simulation, plan: RunPlan) -> Iterator[str]:
     yield f"  balance    {stream.per_step[0]} to {stream.per_step[1]} samples of each rank in every step"
     read = f"{fewest} to {most} of {stream.shards:,} shards, {mean:,.1f} on average"
     yield f"             a rank reads {read}, at most {stream.open_at_once} at once"
-    yield f"  coverage   {stream.skipped:,} images left out of the epoch; none comes twice in {stream.checked:,} places that were computed"
+    yield f"  coverage   {stream.skipped:,} images left out of the epoch; none comes twice in {stream.checked:,} computed positions"
     yield f"  storage    a node fetches {gb(stream.node_bytes)} GB at most, all nodes {stream.read_twice:.2f} times the data"
     yield (
         f"             {stream.gets_per_epoch:,} GETs in {stream.steps:,} steps, {stream.gets_per_s:,.2f}/s and "

@@ -19,7 +19,7 @@ VECTORS = {"raster": 0, "instructed": 1, "dual": 2}
 
 
 def spec_of(recipe: Recipe) -> ModelSpec:
-    """The spec that the recipe's model will have; the tokenizer is assumed to be as its section says."""
+    """The spec that the recipe's model will have; the tokenizer is assumed to be as its section describes."""
     return ModelSpec.from_recipe(
         recipe.model,
         vocab_size=recipe.tokenizer.image.codebook_size,

@@ -13,7 +13,7 @@ from oar_scale.planning.case import Case
 from oar_scale.registry import TRAINING_SECTIONS
 
 CHECKED_SAMPLES = 400_000
-"""Samples whose places are computed, at most, to see that none comes twice."""
+"""Samples whose positions are computed, at most, to see that none comes twice."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StreamLoad:
     """Requests that the first step waits for, sent all at once."""
     bytes_per_s: float
     checked: int
-    """Samples whose places were computed; each came once."""
+    """Samples whose positions were computed; each came once."""
 
 
 def stream_load(case: Case, ranks: int, step_s: float) -> StreamLoad:

@@ -43,7 +43,7 @@ def render_orders(orders: OrderAnalysis) -> str:
     )
     return environment.get_template("orders.html.j2").render(
         animation="data:image/webp;base64," + base64.b64encode(orders.animation).decode(),
-        sentences=_sentences(orders),
+        sentences=_summary(orders),
         statistics=STATISTICS,
         charts=_charts(orders),
         uniform_entropy=math.log(orders.cells),
@@ -51,10 +51,10 @@ def render_orders(orders: OrderAnalysis) -> str:
     )
 
 
-def _sentences(orders: OrderAnalysis) -> list[str]:
+def _summary(orders: OrderAnalysis) -> list[str]:
     statistics, tau = orders.statistics, {name: 1 - 2 * distance for name, distance in orders.distances.items()}
     nearest = max((name for name in tau if name != "mean"), key=lambda name: abs(tau[name]))
-    sentences = [
+    lines = [
         f"The orders of two images place {number(100 * statistics.pair_distance, 0)} % of the pairs of cells the other way round "
         f"(50 % where they have nothing in common).",
         f"{number(100 * statistics.neighbour_share, 0)} % of the steps go to a neighbouring cell "
@@ -63,8 +63,8 @@ def _sentences(orders: OrderAnalysis) -> list[str]:
         f"has most to do with them (tau {number(tau[nearest], 2)}).",
     ]
     if orders.deviating:
-        sentences.append(f"“{orders.deviating[0].name}” is placed most differently from the mean.")
-    return sentences
+        lines.append(f"“{orders.deviating[0].name}” is placed most differently from the mean.")
+    return lines
 
 
 def _charts(orders: OrderAnalysis) -> list[tuple[str, Markup]]:

@@ -39,7 +39,7 @@ class StageRow:
     what: str
     seconds: float
     detail: str = ""
-    """A few words on the outcome, e.g. "14 shards" or "2 attempts, went on from step 50"."""
+    """A short text on the outcome, e.g. "14 shards" or "2 attempts, resumed from step 50"."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class DataMetadata:
     heldout_images: int
     image_size: int
     split: str
-    """How images were held out, in words."""
+    """How images were held out, as text."""
     attribution: str
-    """Who made the pictures and under which licence, as the licence wants it said."""
+    """Who made the pictures and under which licence, as the licence requires."""
     bad_samples: int = 0
     bad_examples: tuple[str, ...] = ()
     """A few of them: "name: reason"."""

@@ -148,10 +148,10 @@ def describe_prompts(run: Run, results: JsonObject) -> str:
 def tokenizer_origin(run: Run) -> str:
     """Where the weights of the tokenizers come from."""
     config = run.recipe.tokenizer
-    parts = [("images:", config.image.weights)]
+    origins = [("images:", config.image.weights)]
     if isinstance(config.text, SentencePieceConfig | ClipTextConfig):
-        parts.append(("text:", config.text.weights))
-    return "; ".join(f"{what} {f'from {weights}' if weights else 'trained in this run'}" for what, weights in parts)
+        origins.append(("text:", config.text.weights))
+    return "; ".join(f"{what} {f'from {weights}' if weights else 'trained in this run'}" for what, weights in origins)
 
 
 def _stage_row(run: Run, name: str, seconds: float, results: JsonObject) -> StageRow:
@@ -181,12 +181,12 @@ def _stage_row(run: Run, name: str, seconds: float, results: JsonObject) -> Stag
 
 
 def _training(results: JsonObject) -> str:
-    parts = [f"{results.get('steps', '?')} steps"]
+    texts = [f"{results.get('steps', '?')} steps"]
     if "images_per_s" in results:
-        parts.append(f"{results['images_per_s']:.0f} images/s")
+        texts.append(f"{results['images_per_s']:.0f} images/s")
     if results.get("attempts", 1) > 1:
-        parts.append(f"{results['attempts']} attempts")
-    return ", ".join(parts)
+        texts.append(f"{results['attempts']} attempts")
+    return ", ".join(texts)
 
 
 def _extraction(results: JsonObject) -> str:

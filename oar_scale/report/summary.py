@@ -43,14 +43,14 @@ def verdict(difference: Estimate) -> str:
 
 def summarise(report: ReportData) -> list[str]:
     """The sentences of the summary; only what the report has numbers for."""
-    sentences = [_what_was_done(report)]
+    lines = [_what_was_done(report)]
     if report.pretrain:
-        sentences.append(_pretraining(report))
+        lines.append(_pretraining(report))
     if report.nll:
-        sentences += _comparisons(report.nll)
-    sentences += _captions(report.captions)
-    sentences += _distances(report.distances)
-    return sentences
+        lines += _comparisons(report.nll)
+    lines += _captions(report.captions)
+    lines += _distances(report.distances)
+    return lines
 
 
 def key_numbers(report: ReportData) -> list[tuple[str, str, str]]:
@@ -103,7 +103,7 @@ def _pretraining(report: ReportData) -> str:
 
 def _comparisons(table: NllTable) -> list[str]:
     """Ordered against control and against any-order, first where each is at home, then in random orders."""
-    sentences = []
+    lines = []
     for order, opening in (("own confidence", "With each model's own confidence orders"), ("random", "In random orders")):
         readings = []
         for other in BASELINES:
@@ -111,8 +111,8 @@ def _comparisons(table: NllTable) -> list[str]:
             if difference:
                 readings.append(_against(other, difference))
         if readings:
-            sentences.append(f"{opening}, the ordered model is {' and '.join(readings)}.")
-    return sentences
+            lines.append(f"{opening}, the ordered model is {' and '.join(readings)}.")
+    return lines
 
 
 def _against(other: ModelName, difference: Estimate) -> str:

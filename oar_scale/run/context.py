@@ -36,14 +36,14 @@ class Run:
     array: ArrayTask | None = None
     """Which of several processes this one is, where they share the extraction without Ray."""
 
-    def at(self, *parts: str) -> str:
+    def at(self, *names: str) -> str:
         """A folder or object in the run's storage, absolute where it is a path."""
         root = self.recipe.root
-        return join(root if root.startswith("s3://") else os.path.abspath(root), *parts)
+        return join(root if root.startswith("s3://") else os.path.abspath(root), *names)
 
-    def local(self, *parts: str) -> str:
+    def local(self, *names: str) -> str:
         """A path in the run's local folder."""
-        return os.path.join(os.path.abspath(self.recipe.local_dir), *parts)
+        return os.path.join(os.path.abspath(self.recipe.local_dir), *names)
 
     @property
     def cache(self) -> str:

@@ -19,7 +19,7 @@ def process_start(pid: int) -> int:
 
 
 def machine_id() -> str:
-    """Names the process ids that mean the same as here: this boot, this namespace of processes. Empty where that cannot be told."""
+    """Names the process ids that mean the same as here: this boot, this namespace of processes. Empty where that is unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 def program_exit() -> Iterator[None]:
     """Around a program, ``with program_exit(): sys.exit(main())``: where Ray was imported, skip the end of its C++ library.
 
-    Threads of Ray's client that collect metrics go on after ``ray.shutdown``. At the end of a process the C++ library destroys static
-    objects that they may be using. That is the likely cause of a run that had finished well and ended with SIGSEGV, in a function that
-    hashes strings; a scheduler would have begun it again. The exit code stays that of the program.
+    Threads of Ray's client that collect metrics keep running after ``ray.shutdown``. At the end of a process the C++ library destroys
+    static objects that they may be using. That is the likely cause of a run that had finished well and ended with SIGSEGV, in a
+    function that hashes strings; a scheduler would have begun it again. The exit code stays that of the program.
     """
     code = 1
 
@@ -28,7 +28,7 @@ def program_exit() -> Iterator[None]:
                     stream.flush()
             os._exit(code)
 
-    atexit.register(leave)  # the first to be registered is the last to run: W&B and others have their turn
+    atexit.register(leave)  # the first to be registered is the last to run: after the handlers of W&B and others
     try:
         yield
         code = 0

@@ -72,7 +72,7 @@ def _check_address(address: str) -> None:
     """Ray itself would wait minutes for a head that is not there, and then end the process."""
     host, colon, port = address.rpartition("//")[2].partition("/")[0].rpartition(":")
     if not colon or not port.isdecimal():
-        return  # "auto" and the like: a file on this machine says where
+        return  # "auto" and the like: a file on this machine holds the address
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
     except OSError as error:

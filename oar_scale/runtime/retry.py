@@ -74,7 +74,7 @@ def retry(
 
     Args:
         transient: whether another attempt after this error makes sense.
-        give_up: asked after each transient error, when ``backoff`` has counted it.
+        give_up: called after each transient error, when ``backoff`` has counted it.
         stop: ends a pause; it is not looked at while ``work`` runs.
         before_pause: called with the error and the seconds until the next attempt.
         sleep: how to wait where there is no ``stop``.

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM or SIGUSR1, as schedulers send it some time before they kill."""
+"""Stop requests by signal: SIGTERM or SIGUSR1, as schedulers send it some time before they kill."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ class Actor:
 
     Args:
         make_worker: called once, by :meth:`start`.
-        holder: of the lease of the pool, in whose name shards are claimed.
-        patience_s: how long a storage that does not answer is asked again.
+        holder: name of the pool's lease; shards are claimed under it.
+        patience_s: how long a storage that does not answer is retried.
     """
 
     def __init__(self, make_worker: Callable[[], Worker], ledger: Ledger, holder: str, patience_s: float) -> None:

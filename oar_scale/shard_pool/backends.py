@@ -76,9 +76,9 @@ class RayActors:
         ready = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)[0]
         if ready:
             ready = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)[0]
-        found = [(self._pending.pop(reference), _result(reference)) for reference in ready]
-        self._pending |= {self._actors[actor].start.remote(): actor for actor, outcome in found if outcome.kind == "placed"}
-        return found
+        results = [(self._pending.pop(reference), _result(reference)) for reference in ready]
+        self._pending |= {self._actors[actor].start.remote(): actor for actor, outcome in results if outcome.kind == "placed"}
+        return results
 
     def kill(self, actor: int) -> None:
         import ray

@@ -25,7 +25,7 @@ from oar_scale.shard_pool.shard_times import ShardTimes
 LONGEST_PAUSE_S = 600.0
 """Between tries to start actors where workers cannot be made though others are busy."""
 WAITING_S = 60.0
-"""Without any actor for so long, event ``waiting`` says so, once."""
+"""Seconds without any actor after which event ``waiting`` is emitted, once."""
 
 
 @dataclass
@@ -124,7 +124,7 @@ class PoolDriver:
         for holder, record in others.items():
             if not (self.array and record.get("array")):  # the other tasks of an array are no mistake
                 self._emit("helping", holder=holder, host=record["host"], pid=record["pid"])
-        # Several pools begin at several places of the list, so that they seldom meet.
+        # Pools begin at different positions of the list, so that they seldom claim the same shard.
         start = hash(self.lease.holder) % len(self.missing) if others else 0
         if self.array:
             start = self.array.index * len(self.missing) // self.array.of
@@ -154,7 +154,7 @@ class PoolDriver:
         existing, wanted = len(self.idle) + len(self.busy), len(self.pending) - len(self.idle) - starting
         count = min(wanted, self.bounds.most - existing)
         if count > (guaranteed := max(0, self.bounds.least - existing)):
-            # Some more than there is capacity for: a cluster that can grow does so for what is asked of it.
+            # Some more than there is capacity for: a cluster that can grow does so for what is requested.
             extra = max(self.actors.capacity() - starting, max(1, len(self.hosts) // 2) - starting)
             count = min(count, max(guaranteed, extra))
         for _ in range(count if self.clock() >= self.no_start_before else 0):

@@ -77,7 +77,7 @@ class ExtractionJob:
 
     @property
     def device(self) -> torch.device:
-        """Ray and Slurm leave an actor its own GPUs to see; processes that are started by hand see all, and take them in turn."""
+        """Ray and Slurm leave an actor its own GPUs to see; processes that are started by hand see all, and take them round-robin."""
         return torch.device("cuda", self.array_index % max(1, torch.cuda.device_count())) if self.cuda else torch.device("cpu")
 
     @property
@@ -139,8 +139,8 @@ class ExtractionWorker:
         names = tokens.keys if view == 0 else [f"{key}/{view}" for key in tokens.keys]
         images_S = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64)
         cuts = [slice(start, start + self.job.batch) for start in range(0, len(codes_SN), self.job.batch)]
-        parts = [self._extract(codes_SN[cut], cond_inputs_S[cut], images_S[cut], draw, uri) for cut in cuts]
-        return Orders(torch.cat([part.order_BN for part in parts]), torch.cat([part.score_BN for part in parts]))
+        orders = [self._extract(codes_SN[cut], cond_inputs_S[cut], images_S[cut], draw, uri) for cut in cuts]
+        return Orders(torch.cat([part.order_BN for part in orders]), torch.cat([part.score_BN for part in orders]))
 
     @torch.no_grad()
     def _extract(self, codes_BN: torch.Tensor, cond_inputs_B: torch.Tensor, images_B: NDArray[np.int64], draw: int, uri: str) -> Orders:

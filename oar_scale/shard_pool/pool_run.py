@@ -50,7 +50,7 @@ def run_pool(
         max_retries: how often a shard is tried again after its actor died or its worker failed.
         config: what the shards are made into: names and values; another pool on the same ledger must have the same.
         array: be one of several processes, with one actor and without Ray; ``actors`` does not matter then.
-        find_lost: says which of the finished shards have lost their output; they are done again.
+        find_lost: returns which of the finished shards have lost their output; they are done again.
         clock: seconds, by which the driver finds stragglers, stuck actors and expired leases.
 
     Raises:
@@ -113,10 +113,10 @@ def _bounds(actors: int | Bounds, missing: int, cpu_threads: int, gpus_per_actor
     if gpus_per_actor:
         fit = gpus * int(1 / gpus_per_actor) if gpus_per_actor < 1 else int(gpus / gpus_per_actor)
         if least > fit:
-            way = f"Ask for {fit} (extract.actors, for tokens parallel.workers)" if fit else "Ask for none (gpus_per_actor: 0)"
+            remedy = f"Ask for {fit} (extract.actors, for tokens parallel.workers)" if fit else "Ask for none (gpus_per_actor: 0)"
             raise UserError(
                 f"{least} actors with {gpus_per_actor:g} GPUs each do not fit on this machine, which has {gpus} GPUs.\n"
-                f"{way}, or point RAY_ADDRESS at a cluster that has them."
+                f"{remedy}, or point RAY_ADDRESS at a cluster that has them."
             )
         most = min(most, fit)
     return Bounds(least, max(least, most))

@@ -11,7 +11,7 @@ from oar_scale.shard_pool.ledger import Record, ShardResult
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many actors: ``least`` are asked for at once, more as the cluster has capacity for them."""
+    """How many actors: ``least`` are requested at once, more as the cluster has capacity for them."""
 
     least: int
     most: int
@@ -42,7 +42,7 @@ class Timing:
     straggler_s: float = 10.0
     """... and so many seconds."""
     patience_s: float = 600.0
-    """How long a storage that does not answer is asked again, before the shard counts as failed."""
+    """How long a storage that does not answer is retried, before the shard counts as failed."""
     stuck: float = 20.0
     """An actor is stuck, and replaced, after so many times the median ..."""
     stuck_s: float = 600.0
@@ -59,7 +59,7 @@ class PoolReport:
 
     done: dict[str, ShardResult] = field(default_factory=dict)
     poison: dict[str, str] = field(default_factory=dict)
-    """The last error of each shard that was given up; its first line says what, a traceback may follow."""
+    """The last error of each shard that was given up; its first line is the message, a traceback may follow."""
     already_done: int = 0
     """Shards that an earlier pool had finished."""
     done_elsewhere: int = 0

@@ -195,7 +195,7 @@ def _sampling_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
             run_files(run.at()),
             run.model_uri(name),
         )
-        for part in _parts(count)
+        for part in _task_slices(count)
         for name, file in inputs.models.items()
         if name != "base"
     ]
@@ -209,7 +209,7 @@ def _likelihood_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
     other_S = shuffled_captions(cond_inputs_S, recipe.seed).numpy() if len(cond_inputs_S.unique(dim=0)) > 1 else None
     own, precision = ExtractionSettings.from_recipe(recipe.extract), recipe.parallel.precision
     tasks: list[EvalTask] = []
-    for part in _parts(count):
+    for part in _task_slices(count):
         codes_SN, random = inputs.heldout.codes_SN[part], {"random": random_SN[part].numpy()}
         for name, file in inputs.models.items():
             target = EvalTarget(name, file, inputs.cond_inputs_S[part].numpy(), part.start)
@@ -242,7 +242,7 @@ def _edit_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
     ]
 
 
-def _parts(count: int) -> list[slice]:
+def _task_slices(count: int) -> list[slice]:
     return [slice(start, min(start + TASK_IMAGES, count)) for start in range(0, count, TASK_IMAGES)]
 
 
@@ -332,7 +332,7 @@ def _features(pictures: list[Picture]) -> Features:
 
 
 def _highlights(run: Run, evaluation: Evaluation) -> JsonObject:
-    """The few numbers to look at first, said on the console and kept with the stage."""
+    """The main numbers, printed on the console and kept with the stage."""
     differences = {f"{model_label(d.first)} - {model_label(d.second)}, {d.order}": asdict(d.difference) for d in evaluation.nll.differences}
     captions = {model_label(row.model): asdict(row.difference) for row in evaluation.captions}
     kid = {row.name: row.kid_efflite0 for row in evaluation.distances}

@@ -90,7 +90,7 @@ def _message(kind: str, fields: Record) -> str:
         case "helping":
             return f"another pool works on these orders (host {fields['host']}, pid {fields['pid']}): this one helps it"
         case "waiting":
-            return f"no actor could start in {duration(fields['seconds'])}: no room in the cluster, or a model that takes long to load"
+            return f"no actor could start in {duration(fields['seconds'])}: no capacity in the cluster, or a model that takes long to load"
         case "not_hiring":
             return f"a worker could not be made: no more are tried for {duration(fields['seconds'])}; {fields['error']}"
         case "lost_output":

@@ -59,7 +59,7 @@ def run_tokenizer(run: Run) -> JsonObject:
 def reconstruction_distance(vq: ImageTokenizer, pixels_SHW3: Tensor, batch: int = 64) -> float:
     """Frechet distance (``fd_efflite0``) between images [S, H, W, 3] and what is left of them after encoding and decoding.
 
-    Both sets are the same S images, so that 0 is reached where nothing is lost. It still grows as S falls: compare it between
+    Both sets are the same S images, so that it is 0 where nothing is lost. It still grows as S falls: compare it between
     tokenizers on the same images only.
 
     Raises:
@@ -73,7 +73,7 @@ def reconstruction_distance(vq: ImageTokenizer, pixels_SHW3: Tensor, batch: int 
 
 
 def _distance(run: Run, vq: ImageTokenizer, held_pixels: Tensor) -> float | None:
-    """As above, said on the console; None, and why, where it cannot be measured."""
+    """The same, printed on the console; None, with the reason printed, where it cannot be measured."""
     try:
         distance = reconstruction_distance(vq, held_pixels)
     except (UserError, ValueError) as fault:
@@ -140,7 +140,7 @@ def _image_tokenizer(run: Run) -> ImageTokenizer:
     with run.log("tokenizer") as log, run.console.progress(config.training.steps, "tokenizer steps") as tally:
 
         def report(at: VQProgress) -> None:
-            log.emit("vq", step=at.step, loss=at.loss, psnr=at.psnr, codebook_use=at.codebook_use, **at.parts)
+            log.emit("vq", step=at.step, loss=at.loss, psnr=at.psnr, codebook_use=at.codebook_use, **at.extra_losses)
             tally.update(at.step)
 
         vq = train_vq(spec, config.training, pixels, run.recipe.seed, report)

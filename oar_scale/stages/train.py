@@ -27,7 +27,7 @@ def run_train(run: Run, stage: TrainingName) -> JsonObject:
     assert result is not None
     start_from = run.model_uri("base" if stage == "pretrain" else "any_order")
     job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(result), run.profile_steps)
-    job_orders(job)  # what an order policy lacks is said here, and the mean order is found once, before there are workers
+    job_orders(job)  # an order policy's errors are raised, and the mean order is computed once, before there are workers
     return run_training(job, run.console)
 
 

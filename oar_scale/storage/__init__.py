@@ -1,6 +1,6 @@
 """Objects by name: one small interface over a local folder and an S3 bucket.
 
-Every room names what it reads and writes by a string, so that a run moves to a cluster by changing ``storage.root``:
+Every package names what it reads and writes by a URI, so that a run moves to a cluster by changing ``storage.root``:
 
     runs/quickstart/tokens/train/00000.tar          a plain path: the local file system
     s3://bucket/quickstart/tokens/train/00000.tar   S3, through the standard AWS environment variables
@@ -35,7 +35,7 @@ class FetchStats:
     hits: int = 0
     """Objects that lay in the cache already."""
     resumed: int = 0
-    """Retries that went on inside a body that had broken off."""
+    """Retries that continued inside a body that had broken off."""
     fallbacks: int = 0
     """Objects that went to memory because the cache could not take them."""
 
@@ -89,10 +89,10 @@ def open_storage(uri: str) -> Storage:
     return storage_of(scheme_of(uri))
 
 
-def join(uri: str, *parts: str) -> str:
+def join(uri: str, *names: str) -> str:
     """Append path parts to a URI: ``join("s3://b/run/", "tokens", "train") == "s3://b/run/tokens/train"``."""
     base = uri.rstrip("/")
-    rest = [part.strip("/") for part in parts if part.strip("/")]
+    rest = [part.strip("/") for part in names if part.strip("/")]
     if not base and not uri:
         return "/".join(rest)
     return "/".join([base, *rest]) if rest else base or "/"

@@ -1,8 +1,8 @@
 """A folder of cached objects that all processes of a host share, bounded in bytes, with no process in charge.
 
-    DIGEST.CRC32C.shard    an object, whole; its modification time is when it was last asked for
+    DIGEST.CRC32C.shard    an object, whole; its modification time is that of the last request for it
     DIGEST.part            an object on its way: its writer holds a lock on this file, which ends with the process
-    .lock                  held for the milliseconds in which room is made
+    .lock                  held for the milliseconds in which space is freed
 
 A ``.part`` file is as long as the object from the start, so that what is on its way counts as taken: the names in the folder
 never add up to more than ``max_bytes``. An evicted file stays on the disk for as long as a process has it mapped.
@@ -23,11 +23,11 @@ STUCK_S = 150.0
 
 
 class CacheUnusable(Exception):
-    """The folder cannot take this object; the text says why."""
+    """The folder cannot take this object; the text is the reason."""
 
 
 class DamagedObject(Exception):
-    """What is there is not what was expected; the text says both."""
+    """What is there is not what was expected; the text names both."""
 
 
 def compare(size: int, crc32c: int | None, expected_size: int | None, expected_crc32c: int | None) -> None:
@@ -129,12 +129,12 @@ class CacheFolder:
         """The path of a whole object, or ``size`` bytes to be filled with it; waits while someone else fills them.
 
         Raises:
-            CacheUnusable: the folder cannot be written, has no room, or the other writer hangs.
+            CacheUnusable: the folder cannot be written, is full, or the other writer hangs.
         """
         path = os.path.join(self.folder, f"{digest}.part")
         with _unusable_if_it_fails():
             os.makedirs(self.folder, exist_ok=True)
-            while (found := self.find(digest, crc32c)) is None:
+            while (cached := self.find(digest, crc32c)) is None:
                 part = Part(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), path)
                 part.lock()
                 if not part.in_place():
@@ -147,12 +147,15 @@ class CacheFolder:
                     part.discard()
                     raise
                 part.discard()
-        return found
+        return cached
 
     def publish(self, part: Part, digest: str, crc32c: int) -> str:
         """Make ``part`` a whole object and return its path. Raises CacheUnusable when the folder cannot be written."""
         path = self._path(digest, crc32c)
-        with _unusable_if_it_fails(), self._locked():  # who makes room meanwhile finds it once, under the old name or the new one
+        with (
+            _unusable_if_it_fails(),
+            self._locked(),
+        ):  # a process that frees space meanwhile finds it once, under the old name or the new one
             part.rename(path)
         return path
 
@@ -164,10 +167,10 @@ class CacheFolder:
     def _reserve(self, part: Part, size: int) -> None:
         with self._locked():
             if self.max_bytes is not None:
-                self._make_room(size, self.max_bytes)
+                self._free_space(size, self.max_bytes)
             part.resize(size)
 
-    def _make_room(self, size: int, max_bytes: int) -> None:
+    def _free_space(self, size: int, max_bytes: int) -> None:
         coming, objects = 0, []
         with os.scandir(self.folder) as entries:
             for entry in entries:

@@ -58,22 +58,22 @@ class LocalStorage:
 
     def list(self, prefix: str) -> list[str]:
         folder = prefix.rstrip("/") or prefix
-        found = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
-        return sorted(path for path in found if not _is_temporary(path))
+        paths = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+        return sorted(path for path in paths if not _is_temporary(path))
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for path in self.list(prefix):
             with suppress(FileNotFoundError):  # gone since it was listed
-                found[path] = os.stat(path).st_size
-        return found
+                sizes[path] = os.stat(path).st_size
+        return sizes
 
     def delete(self, uri: str) -> None:
         try:
             with _explained(uri):
                 os.unlink(uri)
         except Missing:
-            pass  # absent is what was asked for
+            pass  # absent is the requested state
 
     def version(self, uri: str) -> str:
         with _explained(uri):
@@ -134,7 +134,7 @@ def _is_temporary(path: str) -> bool:
 
 @contextmanager
 def _explained(uri: str) -> Iterator[None]:
-    """Turn the errors of the file system that a user can mend into one clear error."""
+    """Turn the errors of the file system that a user can fix into one clear error."""
     try:
         yield
     except FileNotFoundError as error:

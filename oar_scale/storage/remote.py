@@ -1,6 +1,6 @@
 """What the shard cache needs of a remote store, whatever its protocol: a version, and a download into a file or into memory.
 
-``schemes.py`` says which class does it for which URI scheme.
+``schemes.py`` maps each URI scheme to its class.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Replaced(UserError):
 
 
 class ObjectHead(NamedTuple):
-    """What a server says of an object: its size in bytes, and its version."""
+    """A server's metadata of an object: its size in bytes, and its version."""
 
     size: int
     etag: str
@@ -51,7 +51,7 @@ class RemoteObjects(Protocol):
             DamagedObject: the object is shorter.
             Replaced: the object is no longer that version.
             Missing: there is no such object.
-            UserError: given up; the text says after what.
+            UserError: given up; the text names the attempts made.
             OSError: what was written could not be read back.
         """
 
@@ -89,7 +89,7 @@ class Landing:
         memoryview(self.memory)[offset : offset + len(data)] = data
 
     def checksum(self, start: int, end: int, crc: int) -> int:
-        """Go on with a crc32c over bytes that have all landed. Raises OSError when the file cannot be read back."""
+        """Continue a crc32c over bytes that have all landed. Raises OSError when the file cannot be read back."""
         for at in range(start, end, _BLOCK):
             stop = min(at + _BLOCK, end)
             self._gather()

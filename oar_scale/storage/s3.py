@@ -79,9 +79,9 @@ class S3Storage:
         folder = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
         with explained(prefix):
             pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder)
-            found = {item["Key"]: int(item["Size"]) for page in pages for item in page.get("Contents", ())}
+            sizes = {item["Key"]: int(item["Size"]) for page in pages for item in page.get("Contents", ())}
         # A key that ends in "/" is a folder that some tool has drawn.
-        return {f"s3://{bucket}/{key}": size for key, size in found.items() if not key.endswith("/")}
+        return {f"s3://{bucket}/{key}": size for key, size in sizes.items() if not key.endswith("/")}
 
     def delete(self, uri: str) -> None:
         bucket, key = split(uri)
@@ -117,12 +117,12 @@ def _put_once(bucket: str, key: str, data: bytes) -> bool:
 def _writer(bucket: str, key: str) -> str | None:
     """The mark of whoever wrote an object once; None also if it has been deleted since it was met."""
     try:
-        found: str | None = client().head_object(Bucket=bucket, Key=key)["Metadata"].get("writer")
+        writer: str | None = client().head_object(Bucket=bucket, Key=key)["Metadata"].get("writer")
     except ClientError as error:
         if error.response["Error"]["Code"] not in ("404", "NoSuchKey", "NotFound"):
             raise
         return None
-    return found
+    return writer
 
 
 @lru_cache(maxsize=64)

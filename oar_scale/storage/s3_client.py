@@ -92,7 +92,7 @@ def _count(**_: object) -> None:
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turn what a user can mend into one clear error that names the URI, the server and the way out."""
+    """Turn what a user can fix into one clear error that names the URI, the server and the remedy."""
     try:
         yield
     except NoBucket:
@@ -116,7 +116,7 @@ def explained(uri: str) -> Iterator[None]:
 
 
 def _translated(uri: str, error: ClientError) -> Exception:
-    """What the server's answer means to the user; the answer itself when it is nothing a user can mend."""
+    """What the server's answer means to the user; the answer itself when it is nothing a user can fix."""
     code = error.response["Error"]["Code"]
     server = client().meta.endpoint_url
     bucket = split(uri, folder=True)[0]
@@ -146,7 +146,7 @@ def _no_bucket(uri: str, bucket: str) -> UserError:
 
 
 def has_bucket(bucket: str) -> bool:
-    """Whether the bucket exists; a HEAD of an object does not tell a missing bucket from a missing key."""
+    """Whether the bucket exists; a HEAD of an object does not distinguish a missing bucket from a missing key."""
     try:
         client().head_bucket(Bucket=bucket)
     except ClientError as error:

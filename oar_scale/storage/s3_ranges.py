@@ -78,7 +78,7 @@ def read_range(
 
     Raises:
         Replaced: the object is no longer that version.
-        UserError: given up; the text says after what.
+        UserError: given up; the text names the attempts made.
         ClientError, BotoCoreError: other answers of the server: see ``s3_client.explained``.
     """
     attempts = _Attempts(uri, stats, stop)

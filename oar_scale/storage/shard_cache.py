@@ -51,7 +51,7 @@ class _Process:
         self.stats = FetchStats()
         self.coming: dict[_Shard, Future[memoryview]] = {}
         self.verified: set[tuple[str, int]] = set()
-        self.said = False
+        self.warned = False
 
 
 class ShardCache:
@@ -63,7 +63,7 @@ class ShardCache:
         folder: where copies of remote shards lie; made at first use.
         max_bytes: what the copies may add up to, those on their way included; the ones that nobody has read for the longest
             go first. ``None`` = no bound. What does not fit goes to memory.
-        patience_s: how long a storage that does not answer is asked again.
+        patience_s: how long a storage that does not answer is retried.
     """
 
     def __init__(self, folder: str, max_bytes: int | None = None, patience_s: float = 0.0) -> None:
@@ -143,29 +143,29 @@ class ShardCache:
         version = etag if shard.crc32c is None else f"{shard.crc32c:08x}"
         digest = hashlib.sha256(f"{shard.uri}\n{shard.size}\n{version}".encode()).hexdigest()[:24]
         try:
-            while isinstance(place := self._folder.obtain(digest, shard.crc32c, shard.size or 0), str):
-                if (data := self._cached(place, shard)) is not None:
+            while isinstance(cached := self._folder.obtain(digest, shard.crc32c, shard.size or 0), str):
+                if (data := self._cached(cached, shard)) is not None:
                     return data
         except CacheUnusable as reason:
             self._fall_back(str(reason))
             return self._fetch(shard, etag, again)
         try:
-            return self._fetch(shard, etag, again, place, digest)
+            return self._fetch(shard, etag, again, cached, digest)
         except OSError as error:  # the disk took the bytes, and does not give them back
             self._fall_back(str(error.strerror))
             return self._fetch(shard, etag, again)
         finally:
-            place.discard()
+            cached.discard()
 
     def _ask(self, shard: _Shard, again: bool) -> tuple[_Shard, str]:
         """Learn size and version of an object from the server."""
         took = FetchStats()
         try:
-            found = remote_objects_of(scheme_of(shard.uri)).head(shard.uri, took)
+            head = remote_objects_of(scheme_of(shard.uri)).head(shard.uri, took)
         finally:
             self._count(took, again)
-        compare(found.size, None, shard.size, None)
-        return shard._replace(size=found.size), found.etag
+        compare(head.size, None, shard.size, None)
+        return shard._replace(size=head.size), head.etag
 
     def _cached(self, path: str, shard: _Shard) -> memoryview | None:
         """A copy; ``None`` when it was evicted a moment ago, or is damaged and hence dropped. Raises CacheUnusable."""
@@ -184,8 +184,8 @@ class ShardCache:
     def _fetch(self, shard: _Shard, etag: str, again: bool, part: Part | None = None, digest: str = "") -> memoryview:
         """The object from S3, in the cache if that takes it. Raises DamagedObject, Replaced."""
         landing = Landing(shard.size or 0, part)
-        found = remote_objects_of(scheme_of(shard.uri)).download(shard.uri, etag, landing, lambda took: self._count(took, again))
-        compare(landing.size, found, shard.size, shard.crc32c)
+        checksum = remote_objects_of(scheme_of(shard.uri)).download(shard.uri, etag, landing, lambda took: self._count(took, again))
+        compare(landing.size, checksum, shard.size, shard.crc32c)
         if landing.memory is not None:
             if landing.problem:
                 self._fall_back(str(landing.problem.strerror))
@@ -193,7 +193,7 @@ class ShardCache:
         assert part is not None
         data = _mapped(part.descriptor)
         try:
-            self._own().verified.add((self._folder.publish(part, digest, found), part.inode))
+            self._own().verified.add((self._folder.publish(part, digest, checksum), part.inode))
         except CacheUnusable as reason:  # the bytes are there all the same, in a file without a name
             self._fall_back(str(reason))
         return data
@@ -219,14 +219,14 @@ class ShardCache:
             own.stats.add(took)
 
     def _fall_back(self, reason: str) -> None:
-        """Count a shard that the cache does not hold; said once."""
+        """Count a shard that the cache does not hold; warned about once."""
         self._count(FetchStats(fallbacks=1))
         own = self._own()
-        if not own.said:
-            own.said = True
+        if not own.warned:
+            own.warned = True
             _log.warning(
                 "%s: the cache cannot take a shard (%s), so that it is read into memory and fetched again next time. "
-                "Make room, or choose another cache folder. This is said once.",
+                "Free disk space, or choose another cache folder. This is logged once.",
                 self._folder.folder,
                 reason,
             )

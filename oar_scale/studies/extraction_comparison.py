@@ -95,11 +95,11 @@ def compare(
     rounds: int = ROUNDS,
     on_done: Callable[[], None] = lambda: None,
 ) -> dict[str, MethodResult]:
-    """Measure every method on S images, all methods in turn: whatever else the machine does falls on all of them.
+    """Measure every method on S images, the methods alternating, so that other load of the machine affects all of them.
 
     Args:
         model: finds the orders, in the precision they are to be found in.
-        judge: the same model in float32, which says what an order is worth.
+        judge: the same model in float32, which scores the orders.
         cond_inputs_S: what ``model.condition`` takes, a row for each image.
         methods: the first one is exact.
         batch: images at a time.
@@ -125,18 +125,18 @@ def compare(
         name: torch.cat(
             [
                 scores_along(judge, codes_SN[cut], rows, settings, orders.order_BN, images_S[cut]).double().mean(1)
-                for cut, rows, orders in zip(cuts, conditions[judge], parts, strict=True)
+                for cut, rows, orders in zip(cuts, conditions[judge], tables, strict=True)
             ]
         )
-        for name, parts in orders_of.items()
+        for name, tables in orders_of.items()
     }
-    order_SN = {name: torch.cat([part.order_BN for part in parts]).cpu().numpy() for name, parts in orders_of.items()}
+    order_SN = {name: torch.cat([part.order_BN for part in orders]).cpu().numpy() for name, orders in orders_of.items()}
     first, every_S = next(iter(methods)), np.ones(len(codes_SN), dtype=np.bool_)
     by = {name: (judged or {}).get(name, every_S) for name in methods}
     return {
         name: MethodResult(
             name,
-            round(sum(part.rows * len(part.order_BN) for part in parts) / len(codes_SN)),
+            round(sum(part.rows * len(part.order_BN) for part in orders) / len(codes_SN)),
             len(codes_SN) / statistics.median(seconds[name]),
             statistics.median(exact / own for exact, own in zip(seconds[first], seconds[name], strict=True)),
             estimate(1 - 2 * kendall_distance(order_SN[name], order_SN[first])[by[name]]),
@@ -144,7 +144,7 @@ def compare(
             order_SN[name],
             int(by[name].sum()),
         )
-        for name, parts in orders_of.items()
+        for name, orders in orders_of.items()
     }
 
 

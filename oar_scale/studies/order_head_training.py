@@ -3,7 +3,7 @@
     token shards + order tables -> batches of images -> rows of the frozen trunk -> both networks, pairwise ranking loss
 
 Of the training images a share is kept out by the name of their family, so that variants of one picture are on one side. Orders that
-nobody had to train are measured on the same images: what a head has to beat.
+nobody had to train are measured on the same images: the baselines of an order head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import OrderHeadConfig
-from oar_scale.data.hashing import hash_words, name_hashes, permutations
+from oar_scale.data.hashing import hash_keys, name_hashes, permutations
 from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest
 from oar_scale.data.open_shard import TokenShard
 from oar_scale.data.shards import read_token_shard
@@ -108,8 +108,8 @@ class HeadData:
 
 def kept_out(shard: TokenShard, share: float) -> NDArray[np.bool_]:
     """Which images [S] a head is not trained on: by their family, else their name, else their key."""
-    facts: list[JsonObject] = [json.loads(bytes(shard.find(row, ("json",)) or b"{}")) for row in range(len(shard))]
-    names = [str(fact.get("family") or fact.get("name") or key) for fact, key in zip(facts, shard.keys, strict=True)]
+    metadata: list[JsonObject] = [json.loads(bytes(shard.find(row, ("json",)) or b"{}")) for row in range(len(shard))]
+    names = [str(each.get("family") or each.get("name") or key) for each, key in zip(metadata, shard.keys, strict=True)]
     return name_hashes(names, "order head") < share
 
 
@@ -125,7 +125,7 @@ def train_head(
     Raises:
         UserError: images without an order, or too few of them to train on or to measure with.
     """
-    torch.manual_seed(int(hash_words("order head", seed)) >> 1)
+    torch.manual_seed(int(hash_keys("order head", seed)) >> 1)
     spec = HeadSpec.of(
         data.model.spec,
         own_id,
@@ -168,8 +168,8 @@ def write_predicted(data: HeadData, head: OrderHead, batch: int, on_done: Callab
             shard = data.open(info)
             unknown_SN = np.zeros((len(shard), data.model.spec.cells), dtype=np.uint16)
             cuts = np.split(np.arange(len(shard)), range(batch, len(shard), batch))
-            parts = [data.take(shard, rows, unknown_SN, view) for view in range(views) for rows in cuts]
-            predicted = [predict_orders(data.model, part.codes_BN, part.condition_BTD, head) for part in parts]
+            batches = [data.take(shard, rows, unknown_SN, view) for view in range(views) for rows in cuts]
+            predicted = [predict_orders(data.model, part.codes_BN, part.condition_BTD, head) for part in batches]
             order_SN = torch.cat([orders.order_BN for orders in predicted]).cpu().numpy().astype(np.uint16)
             scores = np.zeros(order_SN.shape, dtype=np.float32)
             keys, of_view = list(shard.keys) * views, [view for view in range(views) for _ in shard.keys]
@@ -259,7 +259,7 @@ def _measure(data: HeadData, config: OrderHeadConfig, head: OrderHead, mean: _Me
         kept += len(exact_BN)
     if not kept:
         raise UserError(f"{data.tokens}: order_head.heldout_fraction {config.heldout_fraction:g} keeps no image out. Raise it.")
-    means = {name: np.concatenate(parts, axis=1).mean(axis=1) for name, parts in taus.items()}
+    means = {name: np.concatenate(values, axis=1).mean(axis=1) for name, values in taus.items()}
     rows_of = {"mean order of the data set": 0}
     rows = tuple(HeadRow(name, float(tau), float(rest), rows_of.get(name, cells)) for name, (tau, rest) in means.items())
     exact_rows = cells * (cells + 1) // 2

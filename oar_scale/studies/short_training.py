@@ -56,7 +56,7 @@ class TrainingOutcome:
 
 
 class ShortTraining:
-    """Fine-tunes a run's any-order model on given orders of its first shards, and says what came out."""
+    """Fine-tunes a run's any-order model on given orders of its first shards, and returns the results."""
 
     def __init__(self, run: Run, model_file: str, shards: Sequence[ShardInfo], keys: Sequence[str], steps: int, folder: str) -> None:
         """
@@ -107,7 +107,7 @@ class ShortTraining:
         worker.start()
         worker.join()
         if worker.exitcode:
-            raise UserError(f"the training on {images} orders ended with exit code {worker.exitcode}; what it met is said above.")
+            raise UserError(f"the training on {images} orders ended with exit code {worker.exitcode}; its error is printed above.")
 
     def _copy_inputs(self) -> None:
         for split in ("train", "heldout"):
@@ -121,8 +121,8 @@ class ShortTraining:
         for uri in open_storage(tokenizers).list(tokenizers):
             self._copy(uri, "tokenizers", uri.rpartition("/")[2])
 
-    def _copy(self, uri: str, *parts: str) -> None:
-        target = join(self.folder, *parts)
+    def _copy(self, uri: str, *names: str) -> None:
+        target = join(self.folder, *names)
         open_storage(target).write(target, open_storage(uri).read(uri))
 
     def _write_tables(self, order_SN: NDArray[np.uint16], folder: str) -> None:

@@ -1,4 +1,4 @@
-"""A patch discriminator for the tokenizer: blur is cheap in squared error and easy to tell from a real image.
+"""A patch discriminator for the tokenizer: blur is cheap in squared error and easy to distinguish from a real image.
 
     discriminator   L_D = mean relu(1 - D(x)) / 2 + mean relu(1 + D(y)) / 2                        (hinge)
     tokenizer       L_G = -mean D(y), weighed by  lambda = |dL_image/dW| / (|dL_G/dW| + 1e-6)       (VQGAN, arXiv 2012.09841, eq. 7)

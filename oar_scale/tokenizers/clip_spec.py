@@ -1,4 +1,4 @@
-"""Which open_clip text tower: what can be said of it without torch."""
+"""The open_clip text tower: its properties, without torch."""
 
 from __future__ import annotations
 

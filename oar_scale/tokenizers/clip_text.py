@@ -69,9 +69,9 @@ class ClipText:
         ids_BT = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)
         for row, caption in enumerate(captions):
             # Half a surrogate pair (a broken JSON escape, a terminal that is not UTF-8) is no text: it counts as "?".
-            pieces = self._tokenizer.encode(caption.encode("utf-8", errors="replace").decode())[: self.max_tokens - 2]
-            if pieces:
-                ids = [self._tokenizer.sot_token_id, *pieces, self._tokenizer.eot_token_id]
+            token_ids = self._tokenizer.encode(caption.encode("utf-8", errors="replace").decode())[: self.max_tokens - 2]
+            if token_ids:
+                ids = [self._tokenizer.sot_token_id, *token_ids, self._tokenizer.eot_token_id]
                 ids_BT[row, : len(ids)] = torch.tensor(ids) + 1
         return ids_BT
 
@@ -220,8 +220,8 @@ def _text_names(stored: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
     bare = {name.removeprefix("module."): name for name in stored}
     if any(name.startswith("text.") for name in bare):
         bare = {name.removeprefix("text."): original for name, original in bare.items() if name.startswith("text.")}
-    parts = {name.split(".")[0] for name in wanted}
-    return {name: original for name, original in bare.items() if name.split(".")[0] in parts}
+    prefixes = {name.split(".")[0] for name in wanted}
+    return {name: original for name, original in bare.items() if name.split(".")[0] in prefixes}
 
 
 def _check(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:

@@ -48,7 +48,7 @@ class Codebook(Protocol):
 
 
 class ImageTokenizer(nn.Module, ABC):
-    """``encode`` and ``decode`` are what the rest of the toolkit uses; a kind of tokenizer says what lies between."""
+    """``encode`` and ``decode`` are what the rest of the toolkit uses; a kind of tokenizer implements what lies between."""
 
     kind: ClassVar[str]
     """Names the kind in a weights file."""

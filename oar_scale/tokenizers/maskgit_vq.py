@@ -128,7 +128,7 @@ class MaskGITDecoder(nn.Module):
 
 
 class MaskGITBlocks(nn.Module):
-    """The residual blocks of one resolution, then twice the side where asked."""
+    """The residual blocks of one resolution, then twice the side where requested."""
 
     def __init__(self, width: int, out: int, count: int, *, upsampled: bool = False) -> None:
         super().__init__()

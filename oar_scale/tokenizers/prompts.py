@@ -79,7 +79,7 @@ class FeatureReader:
     def __init__(self, rows: int, width: int, tower: ClipTextSpec | None = None, tower_id: str | None = None) -> None:
         self.max_tokens, self.width = rows, width
         self.tower, self.tower_id = tower, tower_id
-        """The text tower that computed the features, and the hash of its weights; None where the shards do not tell."""
+        """The text tower that computed the features, and the hash of its weights; None where the shards do not contain it."""
 
     def encode(self, prompts: Sequence[Any]) -> Tensor:
         """Features as float32 [B, T, F]. Raises UserError for features with more rows or another width, and for captions."""
@@ -96,7 +96,7 @@ class FeatureReader:
 
 
 def load_prompts(config: TextConfig, folder: str) -> PromptEncoder:
-    """The encoder of the prompts in a run's shards, as ``tokenizer.text`` of the recipe says.
+    """The encoder of the prompts in a run's shards, as ``tokenizer.text`` of the recipe describes.
 
     Where the shards hold a text tower's features (``precompute``), the encoder reads those and no tower is loaded; for prompts that
     are in no shard, see :func:`for_new_prompts`.

@@ -175,7 +175,7 @@ class VQDecoder(nn.Module):
 
 
 class ResolutionLevel(nn.Module):
-    """Residual blocks of one resolution, attention after each where asked, then the change of resolution."""
+    """Residual blocks of one resolution, attention after each where requested, then the change of resolution."""
 
     def __init__(self, width: int, out: int, blocks: int, *, attention: bool, resample: str | None) -> None:
         super().__init__()

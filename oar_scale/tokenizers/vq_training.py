@@ -37,7 +37,7 @@ class VQProgress:
     loss: float
     psnr: float
     codebook_use: float
-    parts: dict[str, float] = field(default_factory=dict)
+    extra_losses: dict[str, float] = field(default_factory=dict)
     """Losses that are not part of every training, unweighted: ``perceptual``, ``adversarial``, ``discriminator``."""
 
 
@@ -80,7 +80,7 @@ def train_vq(
         if step % log_every == 0 or step == config.steps:
             quality = float(psnr(images, reconstructed.detach()).mean())
             use = codebook_use([quantized.codes_BN], spec.codebook_size)
-            report(VQProgress(step, float(loss.detach()), quality, use, dict(losses.parts)))
+            report(VQProgress(step, float(loss.detach()), quality, use, dict(losses.extra_losses)))
     return average.eval().to(memory_format=torch.contiguous_format)
 
 
@@ -91,24 +91,24 @@ class _Losses:
         self.config = config
         self.perceptual = PerceptualLoss() if config.perceptual_weight else None
         self.adversary = Adversary(spec.image_size, config.lr) if config.adversarial_weight else None
-        self.parts: dict[str, float] = {}
+        self.extra_losses: dict[str, float] = {}
 
     def __call__(self, step: int, images: Tensor, reconstructed: Tensor, quantized: Quantized, last_weight: Tensor) -> Tensor:
         image_loss = F.mse_loss(reconstructed, images) + self.config.edge_weight * _edge_loss(reconstructed, images)
         if self.perceptual is not None:
             distance = self.perceptual(reconstructed, images)
             image_loss = image_loss + self.config.perceptual_weight * distance
-            self.parts["perceptual"] = float(distance.detach())
+            self.extra_losses["perceptual"] = float(distance.detach())
         loss = image_loss + quantized.loss
         if self.adversary is not None and step > self.config.adversarial_from_step:
             verdict = self.adversary.verdict(reconstructed)
             loss = loss + self.config.adversarial_weight * adaptive_weight(image_loss, verdict, last_weight) * verdict
-            self.parts["adversarial"] = float(verdict.detach())
+            self.extra_losses["adversarial"] = float(verdict.detach())
         return loss
 
     def train_discriminator(self, step: int, images: Tensor, reconstructed: Tensor) -> None:
         if self.adversary is not None and step > self.config.adversarial_from_step:
-            self.parts["discriminator"] = self.adversary.learn(images, reconstructed, _learning_rate(self.config, step))
+            self.extra_losses["discriminator"] = self.adversary.learn(images, reconstructed, _learning_rate(self.config, step))
 
 
 def _learning_rate(config: VQTrainingConfig, step: int) -> float:

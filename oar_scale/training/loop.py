@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.profiler import record_function
 
-from oar_scale.data.hashing import hash_words
+from oar_scale.data.hashing import hash_keys
 from oar_scale.data.stream import Batch, TokenStream
 from oar_scale.errors import Requeue
 from oar_scale.json_object import JsonObject
@@ -127,7 +127,7 @@ class Loop:
 
     def _seed_dropout(self) -> None:
         """Dropout is all that draws from torch's generator; seeded by step, it is the same after a restart."""
-        torch.manual_seed(int(hash_words("dropout", self.job.recipe.seed, self.batch.step, self.process.rank)) >> 1)
+        torch.manual_seed(int(hash_keys("dropout", self.job.recipe.seed, self.batch.step, self.process.rank)) >> 1)
 
     def _agree(self) -> None:
         """The few numbers that all ranks must see alike at each step: the loss, and whether any was asked to stop."""

@@ -1,6 +1,6 @@
 """What the training loop needs of the process it runs in, and where its events go.
 
-    process.heartbeat("step 12")        every few seconds; says what comes next
+    process.heartbeat("step 12")        every few seconds; names what comes next
     process.stop_reason                 why this process was asked to stop, or None
     process.all_reduce(numbers)         the few numbers that the ranks agree on at each step
 

@@ -125,7 +125,7 @@ def test_a_prune_says_what_it_would_do_and_keeps_the_newest(run: Run, copy: Path
     assert main(["checkpoint", "prune", run.local()]) == 0
     assert "nothing to remove" in capsys.readouterr().out, "the recipe keeps three"
     assert main(["checkpoint", "prune", str(copy)]) == 2
-    assert "Say it: --keep N" in capsys.readouterr().err
+    assert "Set it: --keep N" in capsys.readouterr().err
 
 
 def test_a_difference_is_shown_for_every_parameter_and_moment(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

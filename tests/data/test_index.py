@@ -35,7 +35,7 @@ def test_img2dataset_shards_get_the_manifest_of_their_bytes(tmp_path: Path) -> N
         data = (folder / shard.name).read_bytes()
         assert (shard.bytes, shard.crc32c, shard.samples) == (len(data), crc32c.crc32c(data), 4)
     assert found.manifest.grid is None and found.manifest.views == ()
-    assert (found.read, found.faults, found.parts) == (3, 0, {"jpg": 12, "json": 12, "txt": 12})
+    assert (found.read, found.faults, found.extensions) == (3, 0, {"jpg": 12, "json": 12, "txt": 12})
     assert {path.name for path in folder.iterdir() if path.suffix != ".tar"} == {
         *(f"{i:05d}_stats.json" for i in range(3)),
         "manifest.json",

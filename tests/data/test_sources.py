@@ -85,8 +85,8 @@ def test_captions_in_their_own_folder_ten_to_choose_from(tmp_path: Path) -> None
     found = contents(**fields)
     assert len(found) == 12
     for number, content in found.items():
-        assert len(content.facts["captions"]) == 10
-        assert content.caption in content.facts["captions"] and content.caption.startswith(f"Face {number} ")
+        assert len(content.metadata["captions"]) == 10
+        assert content.caption in content.metadata["captions"] and content.caption.startswith(f"Face {number} ")
     assert len({content.caption[-2:] for content in found.values()}) > 3, "not the same line for all"
     assert {name: c.caption for name, c in contents(**fields).items()} == {name: c.caption for name, c in found.items()}
 
@@ -125,7 +125,7 @@ def test_captions_from_columns_survive_a_stray_comma(fashion: Path) -> None:
         "images/59263": "Watches: Titan Women Silver Watch, round",
         "images/30039": "Black Watches: Skagen Men Black Watch, slim, steel",
     }
-    assert found["images/15970"].facts == {"label": 2011}
+    assert found["images/15970"].metadata == {"label": 2011}
     assert "No such file" in faults(**fields)["images/39386"]
 
 
@@ -135,7 +135,7 @@ def test_parquet_gives_what_csv_gives(fashion: Path) -> None:
     pq.write_table(table, fashion / "styles.parquet")
     fields = {"type": "table", "path": str(fashion / "styles.parquet"), "image": "file", "caption": "words", "label": "class"}
     found = contents(**fields)
-    assert {name: (content.caption, content.facts) for name, content in found.items()} == {
+    assert {name: (content.caption, content.metadata) for name, content in found.items()} == {
         "images/15970": ("Turtle Check Men Navy Blue Shirt", {"label": 3})
     }
 
@@ -195,7 +195,7 @@ def test_labels_are_sorted_folders_captions_their_names(imagenet: Path) -> None:
     found = contents(type="class_folders", path=str(imagenet / "train"), names=str(imagenet / "LOC_synset_mapping.txt"))
     assert len(found) == 6
     goldfish = found["n01443537/n01443537_1"]
-    assert (goldfish.caption, goldfish.facts) == ("a photo of a goldfish", {"label": 1, "class": "n01443537"})
+    assert (goldfish.caption, goldfish.metadata) == ("a photo of a goldfish", {"label": 1, "class": "n01443537"})
     assert found["n01484850/n01484850_0"].caption == "a photo of a great white shark"
 
 
@@ -261,12 +261,12 @@ def test_shards_of_img2dataset_are_read_sample_by_sample(tmp_path: Path, kind: i
     found = contents(type="webdataset", url=str(tmp_path))
     assert len(found) == 8 + bool(long)
     content = found["00001/000010002"]
-    assert content.caption == "picture 2" and content.facts["status"] == "success" and "label" not in content.facts
+    assert content.caption == "picture 2" and content.metadata["status"] == "success" and "label" not in content.metadata
     assert content.image.size == (8, 8) and max(abs(a - b) for a, b in zip(content.image.getpixel((4, 4)), (120, 80, 0), strict=True)) < 4
     if long:
         assert faults(type="webdataset", url=str(tmp_path)) == {"00001/short": "no image among .txt"}
     other = contents(type="webdataset", url=str(tmp_path / "00000.tar"), caption="alt", label="class")["00000/000000003"]
-    assert (other.caption, other.facts["label"]) == ("alt 3", 3)
+    assert (other.caption, other.metadata["label"]) == ("alt 3", 3)
 
 
 def test_shards_on_s3_give_the_same_images(tmp_path: Path, s3_root: str) -> None:

@@ -128,7 +128,7 @@ def test_labels_draw_and_what_is_no_label_is_refused(classes: Pretrained) -> Non
 
 
 def test_what_is_no_caption_is_refused(drawer: Pretrained) -> None:
-    with pytest.raises(UserError, match="7 is no caption: this model is told captions"):
+    with pytest.raises(UserError, match="7 is not a caption: this model is conditioned on captions"):
         drawer.sample(["a red apple", 7])
     with pytest.raises(UserError, match="caption '  ' has no token"):
         drawer.sample(["a red apple", "  "])

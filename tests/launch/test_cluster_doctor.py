@@ -22,7 +22,7 @@ from cluster.dev import slurm as dev_slurm
 from oar_scale.cli import main
 from oar_scale.doctor import storage_checks
 from oar_scale.doctor.finding import Finding
-from oar_scale.doctor.node_checks import GROUP_S, NodeFacts, merge_node_facts
+from oar_scale.doctor.node_checks import GROUP_S, NodeReport, merge_node_reports
 from oar_scale.doctor.storage_checks import storage_speed, wandb_server
 from oar_scale.launch import cluster_doctor as doctor
 
@@ -117,14 +117,14 @@ def test_a_cluster_that_is_not_there_ends_with_code_2(tmp_path: Path, capsys: py
 
 def test_nodes_that_differ_are_named_and_equal_ones_are_one_line() -> None:
     same = Finding("ok", "devices", "8 GPUs")
-    facts = [NodeFacts(f"n{i}", {"torch": "2.15.0", "ray": "2.60.0"}, [same]) for i in range(6)]
-    lines = [str(finding) for finding in merge_node_facts(facts)]
+    facts = [NodeReport(f"n{i}", {"torch": "2.15.0", "ray": "2.60.0"}, [same]) for i in range(6)]
+    lines = [str(finding) for finding in merge_node_reports(facts)]
     assert lines == [
         "ok   versions: torch 2.15.0, ray 2.60.0 on n0, n1, n2 and 3 more nodes",
         "ok   devices: 8 GPUs (on n0, n1, n2 and 3 more nodes)",
     ]
-    odd = NodeFacts("n6", {"torch": "2.14.1", "ray": "2.60.0"}, [Finding("warn", "devices", "no GPU")])
-    lines = [str(finding) for finding in merge_node_facts([*facts, odd])]
+    odd = NodeReport("n6", {"torch": "2.14.1", "ray": "2.60.0"}, [Finding("warn", "devices", "no GPU")])
+    lines = [str(finding) for finding in merge_node_reports([*facts, odd])]
     assert lines[0] == "FAIL torch: n0, n1, n2 and 3 more nodes: 2.15.0 | n6: 2.14.1; let all nodes use one image or environment"
     assert lines[1] == "warn devices: n0, n1, n2 and 3 more nodes: 8 GPUs | n6: no GPU"
 

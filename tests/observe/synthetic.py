@@ -96,7 +96,7 @@ def report(
         stages=(
             d.StageRow("data", "rendered and split the pictures", 61.3, "14 shards"),
             d.StageRow("tokenizer", "took over the trained tokenizer", 0.4),
-            d.StageRow("pretrain", "continued the any-order model for 60 steps", 91.7, "2 attempts, went on from step 30"),
+            d.StageRow("pretrain", "continued the any-order model for 60 steps", 91.7, "2 attempts, resumed from step 30"),
             d.StageRow("extract", "found one order for each training image", 148.2),
             d.StageRow("finetune", "trained on the extracted orders", 118.0),
             d.StageRow("control", "trained on random orders", 117.1),

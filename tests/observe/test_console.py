@@ -37,7 +37,7 @@ def test_a_followed_stage_shows_progress_and_restarts(tmp_path: Path) -> None:
         log.emit("train", step=7, loss=float("nan"), images_per_s=61.3)
     text = stream.getvalue()
     assert text.startswith("pretrain: continue the any-order model (about 1 min)\n")
-    assert "attempt 2: goes on from step 5" in text
+    assert "attempt 2: resumes from step 5" in text
     assert "step 6: held-out NLL 3.500" in text
     assert "step 6: checkpoint, 12.0 MB in 0.5 s" in text
     assert "step 7: loss is nan" in text
@@ -65,7 +65,7 @@ def test_faults_and_silence_are_shown_once(tmp_path: Path, monkeypatch: pytest.M
         clock.now += 601
         until("nothing was heard of pretrain for ")
     text = stream.getvalue()
-    assert "attempt 1: goes on from step 50, 2 workers" in text
+    assert "attempt 1: resumes from step 50, 2 workers" in text
     assert "step 60: batch skipped: loss nan and grad_norm inf (samples 3, 17, 99)" in text
     assert "step 60: loss 9.000 where 3.200 was expected; going on" in text
     assert "step 60: the checkpoint was not written: the disk is full" in text

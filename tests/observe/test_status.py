@@ -87,7 +87,7 @@ def test_finished_stalled_and_failed_runs_are_distinguished(tmp_path: Path, cloc
         synthetic_run.train(log, 10)
     assert stage_lines(screen(other, clock.now + 599), "finetune")[0].startswith("finetune   running  step 10 of 100 (10%)")
     head = stage_lines(screen(other, clock.now + 900), "finetune")[0]
-    assert head == "finetune   STALLED, or ended without a word, while running:  step 10 of 100 (10%)  last progress 15 min 00 s ago"
+    assert head == "finetune   STALLED, or ended without an event, while running:  step 10 of 100 (10%)  last progress 15 min 00 s ago"
     with EventLog(str(other / "events"), "finetune") as log:
         log.emit("worker_failure", cause="a node was lost")
     text = screen(other, clock.now + 5)

@@ -42,7 +42,7 @@ def test_with_both_losses_off_training_is_the_plain_one(pixels: Tensor, monkeypa
     """Bit for bit."""
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)  # not needed, so not asked for
     ours, progress = trained(pixels, PLAIN)
-    assert not progress[-1].parts
+    assert not progress[-1].extra_losses
 
     def plain(self: object, step: int, images: Tensor, reconstructed: Tensor, quantized: Quantized, last_weight: Tensor) -> Tensor:
         return F.mse_loss(reconstructed, images) + 0.1 * vq_training._edge_loss(reconstructed, images) + quantized.loss
@@ -57,7 +57,7 @@ def test_a_discriminator_that_has_not_started_changes_nothing(pixels: Tensor) ->
     assert same_weights(trained(pixels, late)[0], trained(pixels, PLAIN)[0])
     soon = late.model_copy(update={"adversarial_from_step": 4})
     _, progress = trained(pixels, soon)
-    assert ["discriminator" in at.parts for at in progress] == [False] * 4 + [True] * 2
+    assert ["discriminator" in at.extra_losses for at in progress] == [False] * 4 + [True] * 2
 
 
 def test_the_perceptual_distance_grows_with_blur(pixels: Tensor) -> None:
@@ -89,7 +89,7 @@ def test_the_perceptual_loss_ends_perceptually_closer(pixels: Tensor) -> None:
     for weight in (0.0, 2.0):
         vq, progress = trained(pixels, longer.model_copy(update={"perceptual_weight": weight}))
         reached.append(float(distance(vq.decode(vq.encode(images)), images)))
-        assert bool(weight) == ("perceptual" in progress[-1].parts)
+        assert bool(weight) == ("perceptual" in progress[-1].extra_losses)
     assert reached[1] < reached[0]
 
 

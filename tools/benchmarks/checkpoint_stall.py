@@ -4,7 +4,7 @@
     python tools/benchmarks/checkpoint_stall.py                  # 100 M parameters, 2 workers over gloo, an S3 server on loopback
     python tools/benchmarks/checkpoint_stall.py --stages 3 --precision bf16 --ema
 
-The two ways take turns on the same engine, so that they meet the same load of the machine. Each round of ours ends when the checkpoint is
+The two methods alternate on the same engine, so that they meet the same load of the machine. Each round of ours ends when the checkpoint is
 committed; what counts is the time until the next step could begin, on the slowest rank.
 """
 
@@ -53,12 +53,12 @@ def main() -> None:
                 case = Case(
                     folder, f"s3://stall/zero{stage}", stage, arguments.precision, arguments.ema, arguments.rounds, arguments.layers
                 )
-                found = measure_stall(case)
-                parameters = found["parameters"]
-                rows.append(row(stage, found))
+                result = measure_stall(case)
+                parameters = result["parameters"]
+                rows.append(row(stage, result))
         finally:
             s3.down(os.path.join(folder, "s3"))
-    said = f"{parameters / 1e6:.0f} M parameters, {arguments.precision}, {WORKERS} workers"
+    setting = f"{parameters / 1e6:.0f} M parameters, {arguments.precision}, {WORKERS} workers"
     head = (
         "ZeRO",
         "DeepSpeed's save, s",
@@ -69,7 +69,7 @@ def main() -> None:
         "bytes / least",
         "DeepSpeed's",
     )
-    print(f"{machine('cpu', 1)}\n{said}, medians of {arguments.rounds} rounds\n\n{table(head, rows)}")
+    print(f"{machine('cpu', 1)}\n{setting}, medians of {arguments.rounds} rounds\n\n{table(head, rows)}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Case:
 
 
 def measure_stall(case: Case) -> dict[str, Any]:
-    """Seconds of each round, both ways; ``least`` bytes: float32 weights, two moments and, if there is one, the average."""
+    """Seconds of each round, for both methods; ``least`` bytes: float32 weights, two moments and, if there is one, the average."""
     out = os.path.join(case.folder, f"zero{case.stage}.json")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -100,15 +100,15 @@ def measure_stall(case: Case) -> dict[str, Any]:
         worker.join()
     if any(worker.exitcode for worker in workers):
         raise SystemExit("a worker failed")
-    found: dict[str, Any] = json.loads(Path(out).read_text())
-    return found
+    result: dict[str, Any] = json.loads(Path(out).read_text())
+    return result
 
 
-def row(stage: int, found: dict[str, Any]) -> list[str]:
-    seconds = [f"{statistics.median(found[name]):.2f}" for name in ("save_s", "inline_s", "stall_s")]
-    ratio = f"{median_ratio(found['stall_s'], found['inline_s']):.3f}"
-    ratios = [f"{found[name] / found['least']:.3f}" for name in ("bytes", "inline_bytes")]
-    return [str(stage), *seconds, ratio, f"{statistics.median(found['committed_s']):.2f}", *ratios]
+def row(stage: int, result: dict[str, Any]) -> list[str]:
+    seconds = [f"{statistics.median(result[name]):.2f}" for name in ("save_s", "inline_s", "stall_s")]
+    ratio = f"{median_ratio(result['stall_s'], result['inline_s']):.3f}"
+    ratios = [f"{result[name] / result['least']:.3f}" for name in ("bytes", "inline_bytes")]
+    return [str(stage), *seconds, ratio, f"{statistics.median(result['committed_s']):.2f}", *ratios]
 
 
 def _worker(rank: int, port: int, case: Case, out: str) -> None:
@@ -130,29 +130,29 @@ def _worker(rank: int, port: int, case: Case, out: str) -> None:
         dist.barrier()
         engine = DeepSpeedEngine(job, LabelEncoder(CLASSES), process).deepspeed
         _one_step(engine)
-        saver, found = Saver(job), _Found()
-        for turn in range(case.rounds + 1):  # the first one opens connections
-            save_s, inline_s, inline_bytes = _in_line(engine, case, turn)
+        saver, result = Saver(job), _StallResult()
+        for number in range(case.rounds + 1):  # the first one opens connections
+            save_s, inline_s, inline_bytes = _in_line(engine, case, number)
             dist.barrier()
             begun = time.perf_counter()
-            saver.save(engine, turn + 1, {})
+            saver.save(engine, number + 1, {})
             stall_s = _slowest(time.perf_counter() - begun)
             outcomes = saver.finish(600)
             committed_s = _slowest(time.perf_counter() - begun)
-            if turn and rank == 0:
+            if number and rank == 0:
                 if outcomes[0].fault is not None:
                     raise SystemExit(outcomes[0].fault)
                 for name, seconds in (("save_s", save_s), ("inline_s", inline_s), ("stall_s", stall_s), ("committed_s", committed_s)):
-                    getattr(found, name).append(seconds)
-                found.bytes, found.inline_bytes = outcomes[0].bytes, inline_bytes
-        found.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-        found.least = found.parameters * (16 if case.ema else 12)
+                    getattr(result, name).append(seconds)
+                result.bytes, result.inline_bytes = outcomes[0].bytes, inline_bytes
+        result.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        result.least = result.parameters * (16 if case.ema else 12)
         if rank == 0:
-            Path(out).write_text(json.dumps(vars(found)))
+            Path(out).write_text(json.dumps(vars(result)))
         engine.destroy()
 
 
-class _Found:
+class _StallResult:
     def __init__(self) -> None:
         self.bytes = self.inline_bytes = self.parameters = self.least = 0
         self.save_s: list[float] = []
@@ -161,7 +161,7 @@ class _Found:
         self.committed_s: list[float] = []
 
 
-def _in_line(engine: Any, case: Case, turn: int) -> tuple[float, float, int]:
+def _in_line(engine: Any, case: Case, number: int) -> tuple[float, float, int]:
     """DeepSpeed's own save to the local disk, then each rank uploads what it wrote.
 
     Seconds of the slowest rank for the save, and for both; bytes of all.
@@ -178,7 +178,7 @@ def _in_line(engine: Any, case: Case, turn: int) -> tuple[float, float, int]:
     save_s = time.perf_counter() - begun
     written = [path for path in Path(own, "shards").iterdir() if path.is_file()]
     for path in written:
-        open_storage(case.root).upload(str(path), f"{case.root}/inline/{turn}/{path.name}")
+        open_storage(case.root).upload(str(path), f"{case.root}/inline/{number}/{path.name}")
     inline_s = _slowest(time.perf_counter() - begun)
     total = torch.tensor(sum(path.stat().st_size for path in written))
     dist.all_reduce(total)

@@ -1,12 +1,12 @@
-"""Order extraction against the ways it replaces, against the machine's matrix products, and its memory against plain sampling.
+"""Order extraction against the methods it replaces, against the machine's matrix products, and its memory against plain sampling.
 
     python tools/benchmarks/extraction.py                                   dim 384, 6 layers, 256 cells, 16,384 codes, batch 8
     python tools/benchmarks/extraction.py --dtype bf16 --threads 1
     python tools/benchmarks/extraction.py --batches 8,64 --skip memory      the share of the floor by batch
     python tools/benchmarks/extraction.py --device cuda --dtype bf16 --size l --batches 64,256
 
-A whole extraction is too long to be repeated in all ways, so some steps of it are: at ``--at`` numbers of placed cells, spread evenly,
-every way does that one step, in turn, ``--rounds`` times; a whole image is the sum over all steps, interpolated between these.
+A whole extraction is too long to be repeated with all methods, so some steps of it are: at ``--at`` numbers of placed cells, spread evenly,
+every method does that one step, alternating, ``--rounds`` times; a whole image is the sum over all steps, interpolated between these.
 
     ours                       one pass over all candidates of the batch, one cache
     copied cache               the same rows with every candidate an element of the batch, which gets a copy of its image's cache, as in the
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--at", type=int, default=9, help="steps that are timed, from the first to the last")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only-ours", action="store_true", help="leave out the slow ways")
+    parser.add_argument("--only-ours", action="store_true", help="leave out the slow methods")
     parser.add_argument("--skip", default="", choices=["", "memory", "steps"])
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
@@ -68,9 +68,9 @@ def main() -> None:
         arguments.batch = int(batch)
         print(f"\n{_setting(arguments)}\n")
         if arguments.skip != "steps":
-            print(_told_steps(arguments, _child(arguments, "steps")))
+            print(_steps_report(arguments, _child(arguments, "steps")))
         if arguments.skip != "memory":
-            print(_told_memory(arguments, alternate(["extraction", "sampling"], arguments.rounds, lambda side: _child(arguments, side))))
+            print(_memory_report(arguments, alternate(["extraction", "sampling"], arguments.rounds, lambda side: _child(arguments, side))))
     print(f"\nload of the machine: {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end")
 
 
@@ -86,12 +86,12 @@ def _setting(arguments: argparse.Namespace) -> str:
     )
 
 
-def _told_steps(arguments: argparse.Namespace, found: dict[str, Any]) -> str:
-    whole = {name: [_whole(steps, found) for steps in rounds] for name, rounds in found["seconds"].items()}
-    rate = [statistics.median(seconds) for seconds in found["product"]]
+def _steps_report(arguments: argparse.Namespace, result: dict[str, Any]) -> str:
+    whole = {name: [_whole(steps, result) for steps in rounds] for name, rounds in result["seconds"].items()}
+    rate = [statistics.median(seconds) for seconds in result["product"]]
     rows = []
     for name, seconds in whole.items():
-        least = [found["flops"] * arguments.batch / (found["product_flops"] / product) for product in rate]
+        least = [result["flops"] * arguments.batch / (result["product_flops"] / product) for product in rate]
         rows.append(
             [
                 name,
@@ -100,27 +100,27 @@ def _told_steps(arguments: argparse.Namespace, found: dict[str, Any]) -> str:
                 f"{median_ratio(least, seconds):.1%}",
             ]
         )
-    clock = "CPU seconds" if found["clock"] == "process_time" else "wall clock"
-    giga = found["product_flops"] / statistics.median(rate) / 1e9
+    clock = "CPU seconds" if result["clock"] == "process_time" else "wall clock"
+    giga = result["product_flops"] / statistics.median(rate) / 1e9
     caption = (
-        f"Steps {found['at']} of {found['cells']}, {len(rate)} rounds, {clock}; {PRODUCT}: {giga:,.0f} GFLOP/s; "
-        f"{found['flops'] / 1e9:,.0f} GFLOP an image\n\n"
+        f"Steps {result['at']} of {result['cells']}, {len(rate)} rounds, {clock}; {PRODUCT}: {giga:,.0f} GFLOP/s; "
+        f"{result['flops'] / 1e9:,.0f} GFLOP an image\n\n"
     )
     return caption + table(["way", "images/s", "times ours", "share of the floor"], rows) + "\n"
 
 
-def _whole(steps: list[float], found: dict[str, Any]) -> float:
+def _whole(steps: list[float], result: dict[str, Any]) -> float:
     """Seconds of all steps, from those of some."""
     import numpy as np
 
-    return float(np.interp(np.arange(found["cells"]), found["at"], steps).sum())
+    return float(np.interp(np.arange(result["cells"]), result["at"], steps).sum())
 
 
-def _told_memory(arguments: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> str:
+def _memory_report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> str:
     rows = []
-    for name, runs in found.items():
+    for name, runs in results.items():
         peak, beside = ([run[key] for run in runs] for key in ("peak", "beside_weights"))
-        other = found["sampling"]
+        other = results["sampling"]
         rows.append(
             [
                 name,
@@ -224,17 +224,17 @@ def some_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     product: list[list[float]] = []
     with torch.no_grad():
-        for turn in range(arguments.rounds + 1):  # the first one warms up
+        for number in range(arguments.rounds + 1):  # the first one warms up
             by_name: dict[str, list[float]] = {name: [] for name in names}
             product.append([])
             for placed in at:
                 product[-1].append(min(timed(lambda: torch.mm(square, square, out=out)) for _ in range(2)))
                 step = _Step(model, codes_BN, condition_BTD, order_BN, placed)
-                for name in names if turn % 2 == 0 else reversed(names):
-                    by_name[name].append(timed(step.ways[name]) * step.times[name])
+                for name in names if number % 2 == 0 else reversed(names):
+                    by_name[name].append(timed(step.methods[name]) * step.times[name])
             for name in names:
                 seconds[name].append(by_name[name])
-            print(f"round {turn} of {arguments.rounds}", file=sys.stderr, flush=True)
+            print(f"round {number} of {arguments.rounds}", file=sys.stderr, flush=True)
     return {
         "seconds": {name: rounds[1:] for name, rounds in seconds.items()},
         "product": product[1:],
@@ -257,7 +257,7 @@ class _Step:
         self.empty_BR = order_BN[:, placed:].sort(1).values
         self.codes_BR = codes_BN.gather(1, self.empty_BR)
         self.ours, self.copied = self._prefix(), self._prefix()
-        self.ways = {OURS: self._ours, COPIED: self._copied, LAST: self._last_logits, ALL: self._all_logits}
+        self.methods = {OURS: self._ours, COPIED: self._copied, LAST: self._last_logits, ALL: self._all_logits}
         candidates = order_BN.shape[1] - placed
         self.times = {OURS: 1, COPIED: 1, LAST: candidates, ALL: candidates}
 
@@ -279,17 +279,18 @@ class _Step:
 
         model, prefix, (batch, count) = self.model, self.copied, self.empty_BR.shape
         layout = model.layout
-        waiting, asking = layout.candidates(prefix.last, self.empty_BR, prefix.tables)
+        waiting, candidates = layout.candidates(prefix.last, self.empty_BR, prefix.tables)
         if waiting is not None:
             self.decoder._append(prefix, Rows(*waiting))
-        x, turn = asking.x_BLD.reshape(batch * count, 1, -1), model.rotations(self.empty_BR.device)[asking.cells_BL].flatten(0, 1)[:, None]
+        x = candidates.x_BLD.reshape(batch * count, 1, -1)
+        rotation = model.rotations(self.empty_BR.device)[candidates.cells_BL].flatten(0, 1)[:, None]
         rows, winners = prefix.rows, []
         for index, layer in enumerate(model.layers):
             shape = (batch * count, prefix.cache.shape[3], rows + 1, prefix.cache.shape[5])
             keys, values = (x.new_empty(shape) for _ in range(2))
             for copy, own in zip((keys, values), prefix.kv_slice(index, slice(None), 0, rows), strict=True):
                 copy.unflatten(0, (batch, count))[:, :, :, :rows] = own[:, None]
-            q, _ = layer.project_into(KVSlice(keys[:, :, rows:], values[:, :, rows:]), x, turn)
+            q, _ = layer.project_into(KVSlice(keys[:, :, rows:], values[:, :, rows:]), x, rotation)
             x = layer.finish(x, F.scaled_dot_product_attention(q, keys, values, enable_gqa=q.shape[1] != keys.shape[1]))
             winners.append((keys[:, :, rows], values[:, :, rows]))
         winner_B = self._scores(model.norm(x).view(batch, count, -1)).argmax(1)

@@ -26,18 +26,18 @@ def in_fresh_process(script: str, arguments: Sequence[str], threads: int) -> dic
     done = subprocess.run([sys.executable, script, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{Path(script).name} {' '.join(arguments)} failed with exit code {done.returncode}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def alternate(cases: Sequence[str], rounds: int, run: Callable[[str], dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Run every case once a round, forwards and backwards in turn: whatever else the machine does falls on all of them."""
-    found: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
-    for turn in range(rounds):
-        for case in cases if turn % 2 == 0 else reversed(cases):
-            print(f"round {turn + 1} of {rounds}: {case}", file=sys.stderr, flush=True)
-            found[case].append(run(case))
-    return found
+    """Run every case once a round, forwards and backwards alternating, so that other load of the machine affects all of them."""
+    results: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
+    for number in range(rounds):
+        for case in cases if number % 2 == 0 else reversed(cases):
+            print(f"round {number + 1} of {rounds}: {case}", file=sys.stderr, flush=True)
+            results[case].append(run(case))
+    return results
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

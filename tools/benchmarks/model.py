@@ -1,14 +1,14 @@
 """How fast the model trains, and in how much memory, beside RandAR's own code with the same weights, codes and orders.
 
     python tools/benchmarks/model.py --randar CHECKOUT           a training step, ours and theirs
-    python tools/benchmarks/model.py --head                      the loss of the output head, three ways
+    python tools/benchmarks/model.py --head                      the loss of the output head, three methods
     python tools/benchmarks/model.py --parts                     the parts of a block that keep less, and their plain composition
     python tools/benchmarks/model.py --orders                    one random order an image
 
 CHECKOUT is a copy of https://github.com/ziqipang/RandAR, anywhere; without ``--randar`` ours is measured alone. Every side
 runs in fresh processes, in alternation; peak memory is each process's own, less what it took for imports and data. A training
 step is zero_grad, forward, backward, clipping and AdamW, each side as its authors write it. Before it is timed, each side
-says the loss and the gradient's norm of the same images in the same orders without dropout: they must agree.
+prints the loss and the gradient's norm of the same images in the same orders without dropout: they must agree.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def compare(arguments: argparse.Namespace) -> None:
         def run(side: str) -> dict[str, Any]:
             return in_fresh_process(__file__, [*common, "--side", side], arguments.threads)
 
-        facts = run("prepare")
-        found = alternate(sides, arguments.rounds, run)
-    rate = {side: [arguments.batch / statistics.median(result["seconds"]) for result in runs] for side, runs in found.items()}
-    peak = {side: [result["peak"] for result in runs] for side, runs in found.items()}
-    cpu = {side: [statistics.median(result["cpu_seconds"]) for result in runs] for side, runs in found.items()}
+        setup = run("prepare")
+        results = alternate(sides, arguments.rounds, run)
+    rate = {side: [arguments.batch / statistics.median(result["seconds"]) for result in runs] for side, runs in results.items()}
+    peak = {side: [result["peak"] for result in runs] for side, runs in results.items()}
+    cpu = {side: [statistics.median(result["cpu_seconds"]) for result in runs] for side, runs in results.items()}
     first = sides[0]
     rows = [
         [
@@ -95,25 +95,25 @@ def compare(arguments: argparse.Namespace) -> None:
             f"{median_ratio(cpu[side], cpu[first]):.2f}",
             f"{statistics.median(peak[side]):,.0f}",
             f"{median_ratio(peak[side], peak[first]):.2f}",
-            f"{found[side][0]['loss']:.6f}",
-            f"{found[side][0]['norm']:.5f}",
-            *([f"{_mfu(statistics.median(rate[side]), facts):.1%}"] if facts["peak_flops"] else []),
+            f"{results[side][0]['loss']:.6f}",
+            f"{results[side][0]['norm']:.5f}",
+            *([f"{_mfu(statistics.median(rate[side]), setup):.1%}"] if setup["peak_flops"] else []),
         ]
         for side in sides
     ]
-    print(facts["machine"], facts["setting"], sep="\n", end="\n\n")
+    print(setup["machine"], setup["setting"], sep="\n", end="\n\n")
     head = ["side", "images/s", "ratio", "CPU s a step", "ratio", "peak MiB", "ratio", "loss", "gradient norm"]
-    print(table([*head, *(["MFU"] if facts["peak_flops"] else [])], rows))
+    print(table([*head, *(["MFU"] if setup["peak_flops"] else [])], rows))
     for side in sides[1:]:
-        for fact in ("loss", "norm"):
-            mine, other = found[side][0][fact], found[first][0][fact]
+        for name in ("loss", "norm"):
+            mine, other = results[side][0][name], results[first][0][name]
             if abs(mine - other) > 1e-4 * max(1.0, abs(other)):
-                raise SystemExit(f"{side} and {first} do not compute the same {fact}: {mine} and {other}")
+                raise SystemExit(f"{side} and {first} do not compute the same {name}: {mine} and {other}")
 
 
-def _mfu(images_per_s: float, facts: dict[str, Any]) -> float:
+def _mfu(images_per_s: float, setup: dict[str, Any]) -> float:
     """Model FLOPs utilisation: what training needs (``oar_scale.model.flops.useful_flops``) over what the chip can do."""
-    return float(images_per_s * facts["useful_flops"] / facts["peak_flops"])
+    return float(images_per_s * setup["useful_flops"] / setup["peak_flops"])
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -133,16 +133,16 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     importlib.import_module("torch._dynamo")  # the first step would: imports are nobody's memory
     meter = Meter(arguments.device)
     side.build(torch.load(arguments.folder / "weights.pt"))
-    facts = side.facts(codes_BN, labels_B, order_BN)
+    values = side.loss_and_norm(codes_BN, labels_B, order_BN)
     side.start_training()
     side.step(codes_BN, labels_B)
     for _ in range(arguments.steps):
         meter.time(lambda: side.step(codes_BN, labels_B))
-    return {**facts, "seconds": meter.seconds, "cpu_seconds": meter.cpu_seconds, "peak": meter.peak()}
+    return {**values, "seconds": meter.seconds, "cpu_seconds": meter.cpu_seconds, "peak": meter.peak()}
 
 
 def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write weights (under RandAR's names), codes, orders and labels; returns facts for the table's caption."""
+    """Write weights (under RandAR's names), codes, orders and labels; returns the setup for the table's caption."""
     import torch
 
     from oar_scale.model import AnyOrderModel
@@ -211,7 +211,7 @@ class Side:
         """One training step, its random orders included."""
         raise NotImplementedError
 
-    def facts(self, codes_BN: Tensor, labels_B: Tensor, order_BN: Tensor) -> dict[str, float]:
+    def loss_and_norm(self, codes_BN: Tensor, labels_B: Tensor, order_BN: Tensor) -> dict[str, float]:
         """Loss and gradient norm."""
         import torch
 

@@ -79,9 +79,9 @@ def measure(count: int, seconds: float) -> dict[str, float]:
         command = [sys.executable, __file__, "--watch", folder]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
             spent = emit(f"{folder}/events", count, seconds)
-            told, _ = driver.communicate()
-    found: dict[str, float] = json.loads(told)
-    return {**found, "emit": spent}
+            output, _ = driver.communicate()
+    seconds_by_process: dict[str, float] = json.loads(output)
+    return {**seconds_by_process, "emit": spent}
 
 
 def main() -> None:

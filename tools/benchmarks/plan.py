@@ -1,4 +1,4 @@
-"""What `oar plan` says a training worker holds, beside what workers that train hold; and what a CPU's thread does.
+"""The memory `oar plan` predicts for a training worker, beside what training workers hold; and the speed of a CPU's thread.
 
     python tools/benchmarks/plan.py                      memory of three sizes, with and without activation checkpointing
     python tools/benchmarks/plan.py --zero 0 1 2 3       under each ZeRO stage
@@ -210,9 +210,9 @@ def rate() -> None:
 
 
 def _resident(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1]) * 1024
 
 
 if __name__ == "__main__":

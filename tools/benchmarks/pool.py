@@ -72,18 +72,18 @@ class Computer:
 
         def timed(*arguments: Any) -> Any:
             began = time.perf_counter()
-            found = extract(*arguments)
+            result = extract(*arguments)
             self.extracting += time.perf_counter() - began
-            return found
+            return result
 
         self.worker._extract = timed
 
     def run(self, shard: str) -> Any:
         self.extracting, began = 0.0, time.process_time()
-        facts = self.worker.run(shard)
+        result = self.worker.run(shard)
         with open(self.log, "a") as log:
-            log.write(f"{os.getpid()} {facts['images']} {time.process_time() - began} {self.extracting}\n")
-        return facts
+            log.write(f"{os.getpid()} {result['images']} {time.process_time() - began} {self.extracting}\n")
+        return result
 
 
 @dataclass
@@ -108,7 +108,7 @@ def measured(make: Callable[[], Any], shards: list[str], ledger: str, actors: in
     report = run_pool(make, shards, ledger, actors=actors, on_event=event, on_progress=lambda *_: ended.append(time.perf_counter()))
     report.raise_for_poison()
     assert not report.failures, report.failures
-    return Measured(ended[-1] - ready[0], sum(facts["images"] for facts in report.done.values()))
+    return Measured(ended[-1] - ready[0], sum(result["images"] for result in report.done.values()))
 
 
 # -- what the pool costs -----------------------------------------------------------------------------------------------------
@@ -121,16 +121,16 @@ def overhead(arguments: argparse.Namespace) -> None:
 
     names = [shard_name(index) for index in range(arguments.shards)]
     rows = []
-    with tempfile.TemporaryDirectory() as scratch, places(scratch, arguments.s3) as roots, ray_session(cpus=1):
-        for place, root in roots.items():
+    with tempfile.TemporaryDirectory() as scratch, roots_by_storage(scratch, arguments.s3) as roots, ray_session(cpus=1):
+        for storage, root in roots.items():
             codes = np.random.default_rng(0).integers(0, 16384, (SAMPLES, 1, 256), dtype=np.uint16)
             for shard in names:
                 samples = (token_sample({"__key__": f"{row:05d}", "txt": "a thing"}, codes[row]) for row in range(SAMPLES))
                 write_shard(join(root, "tokens"), shard, samples)
             costs, computed = [], []
-            for turn in range(arguments.rounds):
-                orders, log, began = join(root, f"orders-{turn}"), f"{scratch}/log-{place}-{turn}", time.process_time()
-                make = partial(Sleeper, join(root, "tokens"), orders, f"{scratch}/cache-{place}-{turn}", log, arguments.work)
+            for number in range(arguments.rounds):
+                orders, log, began = join(root, f"orders-{number}"), f"{scratch}/log-{storage}-{number}", time.process_time()
+                make = partial(Sleeper, join(root, "tokens"), orders, f"{scratch}/cache-{storage}-{number}", log, arguments.work)
                 run = measured(make, names, join(orders, "ledger"), 1)
                 costs.append(1000 * (run.seconds / len(names) - arguments.work))
                 at = [float(line) for line in Path(log).read_text().splitlines()]
@@ -138,7 +138,7 @@ def overhead(arguments: argparse.Namespace) -> None:
             middle = statistics.median(costs)
             share = middle / (1000 * arguments.work + middle)
             spread, cpu = f"{min(costs):.0f} to {max(costs):.0f}", f"{statistics.median(computed):.0f}"
-            rows.append([place, f"{middle:.0f}", spread, f"{100 * share:.2f} %", cpu])
+            rows.append([storage, f"{middle:.0f}", spread, f"{100 * share:.2f} %", cpu])
     what = f"{arguments.shards} shards of {SAMPLES} samples of 256 cells, {arguments.work} s of work each, {arguments.rounds} rounds"
     print(f"{what}; {machine('cpu', 1)}; {load()}\n")
     head = ["storage", "ms a shard beside the work, median", "of the rounds", "share of the actor's time", "ms of CPU, actor and driver"]
@@ -146,7 +146,7 @@ def overhead(arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def places(scratch: str, with_s3: bool) -> Iterator[dict[str, str]]:
+def roots_by_storage(scratch: str, with_s3: bool) -> Iterator[dict[str, str]]:
     if not with_s3:
         yield {"folder": f"{scratch}/run"}
         return
@@ -171,10 +171,10 @@ def actors(arguments: argparse.Namespace) -> None:
         rates: dict[int, list[float]] = {1: [], 2: []}
         by_cpu: dict[int, list[float]] = {1: [], 2: []}
         beside: list[float] = []
-        for turn in range(arguments.rounds):
-            for count in (1, 2) if turn % 2 == 0 else (2, 1):
-                print(f"round {turn + 1} of {arguments.rounds}: {count} actors, {load()}", file=sys.stderr, flush=True)
-                orders, log = f"{folder}/orders-{turn}-{count}", f"{folder}/log-{turn}-{count}"
+        for number in range(arguments.rounds):
+            for count in (1, 2) if number % 2 == 0 else (2, 1):
+                print(f"round {number + 1} of {arguments.rounds}: {count} actors, {load()}", file=sys.stderr, flush=True)
+                orders, log = f"{folder}/orders-{number}-{count}", f"{folder}/log-{number}-{count}"
                 run = measured(partial(Computer, job(orders), log), shards, f"{orders}/ledger", count)
                 notes = [[float(word) for word in line.split()] for line in Path(log).read_text().splitlines()]
                 rates[count].append(run.images / run.seconds)
@@ -182,10 +182,10 @@ def actors(arguments: argparse.Namespace) -> None:
                 if count == 1:
                     beside.append(1 - sum(note[3] for note in notes) / run.seconds)
     rows = []
-    for name, found in (("by the clock", rates), ("by CPU time", by_cpu)):
-        ratios = [two / one for one, two in zip(found[1], found[2], strict=True)]
+    for name, by_count in (("by the clock", rates), ("by CPU time", by_cpu)):
+        ratios = [two / one for one, two in zip(by_count[1], by_count[2], strict=True)]
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        rows.append([name, *(f"{statistics.median(found[count]):.1f}" for count in (1, 2)), f"{statistics.median(ratios):.2f}", spread])
+        rows.append([name, *(f"{statistics.median(by_count[count]):.1f}" for count in (1, 2)), f"{statistics.median(ratios):.2f}", spread])
     print(f"{arguments.images} drawings, {len(shards)} shards, {arguments.rounds} rounds; {machine('cpu', 1)}; {load()}\n")
     print(table(["images/s", "one actor", "two actors", "ratio, median", "of the rounds"], rows))
     print(f"\nOne actor's time outside the extraction itself (reading, writing, ledger, waiting): {100 * statistics.median(beside):.2f} %")
@@ -211,8 +211,13 @@ def prepare(folder: str, images: int) -> tuple[Callable[[str], Any], list[str]]:
 
     def job(orders: str) -> ExtractionJob:
         text = SentencePieceConfig(max_tokens=16)
-        places = {"tokens": f"{folder}/tokens", "orders": orders, "model": str(WEIGHTS / "model.safetensors"), "tokenizers": str(WEIGHTS)}
-        return ExtractionJob(**places, text=text, cache_dir=f"{folder}/cache", settings=ExtractionSettings(), batch=64, precision="bf16")
+        locations = {
+            "tokens": f"{folder}/tokens",
+            "orders": orders,
+            "model": str(WEIGHTS / "model.safetensors"),
+            "tokenizers": str(WEIGHTS),
+        }
+        return ExtractionJob(**locations, text=text, cache_dir=f"{folder}/cache", settings=ExtractionSettings(), batch=64, precision="bf16")
 
     return job, [info.name for info in infos]
 

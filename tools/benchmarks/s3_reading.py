@@ -3,7 +3,7 @@
 
     python tools/benchmarks/s3_reading.py              # starts a server on loopback: 8 objects of 64 MB, 7 rounds
 
-The ways take turns, object by object, so that they meet the same load of the machine; the figures are medians.
+The methods alternate, object by object, so that they meet the same load of the machine; the figures are medians.
 """
 
 from __future__ import annotations
@@ -51,21 +51,23 @@ def compare_reading(objects: Sequence[Object], folder: str, rounds: int = 7) -> 
     sizes: list[int] = []
     for number in range(rounds):
         for item in objects:
-            ways: dict[str, Callable[[], int]] = {
+            methods: dict[str, Callable[[], int]] = {
                 "raw": lambda item=item: _get(raw, item),
                 "raw_unchecked": lambda item=item: _get(unchecked, item),
                 "cold": lambda item=item: len(cache.read(*item)),
                 "warm": lambda item=item: len(ShardCache(folder).read(*item)),
             }
-            for way, read in ways.items():
+            for method, read in methods.items():
                 begun = time.perf_counter()
                 if read() != item[1]:
-                    raise RuntimeError(f"{item[0]}: {way} did not bring {item[1]} bytes")
+                    raise RuntimeError(f"{item[0]}: {method} did not bring {item[1]} bytes")
                 if number:  # the first round opens connections and fills the server's caches
-                    seconds[way].append(time.perf_counter() - begun)
+                    seconds[method].append(time.perf_counter() - begun)
             sizes += [item[1]] if number else []
             shutil.rmtree(folder)
-    result = {way: statistics.median(size / took / 1e6 for size, took in zip(sizes, each, strict=True)) for way, each in seconds.items()}
+    result = {
+        method: statistics.median(size / took / 1e6 for size, took in zip(sizes, each, strict=True)) for method, each in seconds.items()
+    }
     for base in ("raw", "raw_unchecked"):
         result[f"cold_to_{base}"] = statistics.median(b / c for b, c in zip(seconds[base], seconds["cold"], strict=True))
     return {name: round(value, 2) for name, value in result.items()}

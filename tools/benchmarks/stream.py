@@ -55,8 +55,8 @@ def main() -> None:
 
 
 def compare(folder: str, sides: Sequence[str], arguments: argparse.Namespace) -> None:
-    found = alternate(sides, arguments.rounds, lambda side: run_side(side, folder))
-    rates = {side: [run["rate"] for run in runs] for side, runs in found.items()}
+    results = alternate(sides, arguments.rounds, lambda side: run_side(side, folder))
+    rates = {side: [run["rate"] for run in runs] for side, runs in results.items()}
     rows = [
         [side, f"{statistics.median(rates[side]):,.0f}", f"{median_ratio(rates[sides[0]], rates[side]):.2f}" if side != sides[0] else ""]
         for side in sides
@@ -199,9 +199,9 @@ def memory(folder: str) -> dict[str, Any]:
     return {"steps": steps, "used": used, "open": max(open_shards), "bound": STREAMS * WINDOW + 2}
 
 
-def memory_report(found: dict[str, Any]) -> str:
-    rows = [[step, f"{mib:.0f}"] for step, mib in found["used"]]
-    head = f"an epoch has {found['steps']} steps; at most {found['open']} shards open (bound: {found['bound']})\n\n"
+def memory_report(result: dict[str, Any]) -> str:
+    rows = [[step, f"{mib:.0f}"] for step, mib in result["used"]]
+    head = f"an epoch has {result['steps']} steps; at most {result['open']} shards open (bound: {result['bound']})\n\n"
     return head + table(["step", "private memory, MiB"], rows)
 
 

@@ -51,11 +51,11 @@ def main() -> None:
 
 def overhead_report(run: str, rounds: int) -> str:
     sides = ("bare", "observed")
-    found = alternate(sides, rounds, lambda side: in_fresh_process(__file__, [run, "--side", side], 1))
-    cpu = {side: [each["cpu_s"] for each in found[side]] for side in sides}
-    wall = {side: [each["wall_s"] for each in found[side]] for side in sides}
+    results = alternate(sides, rounds, lambda side: in_fresh_process(__file__, [run, "--side", side], 1))
+    cpu = {side: [each["cpu_s"] for each in results[side]] for side in sides}
+    wall = {side: [each["wall_s"] for each in results[side]] for side in sides}
     rows = [(side, f"{1000 * statistics.median(cpu[side]):.1f}", f"{1000 * statistics.median(wall[side]):.1f}") for side in sides]
-    last = found["observed"][-1]
+    last = results["observed"][-1]
     return "\n".join(
         [
             machine("cpu", 1),
@@ -205,13 +205,13 @@ def _parameters(job: Any) -> int:
 
 
 def kill_report(prepared: str, rounds: int) -> str:
-    found = []
-    for turn in range(rounds):
-        print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+    seconds = []
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            found.append(_seconds_to_next_step(prepared, folder))
+            seconds.append(_seconds_to_next_step(prepared, folder))
     return f"{machine('cpu', 1)}\nfrom kill -9 of a worker to the end of the next step, Ray Train: " + ", ".join(
-        f"{s:.1f} s" for s in found
+        f"{s:.1f} s" for s in seconds
     )
 
 
@@ -225,7 +225,7 @@ def _seconds_to_next_step(prepared: str, folder: str) -> float:
         marker = Path(prepared, "stages", f"{stage}.json").read_bytes()
         Path(folder, "stages", f"{stage}.json").write_bytes(marker)
     settings = [f"run_dir={folder}", "pretrain.steps=400", "pretrain.checkpoint_every=5", "pretrain.log_every=1"]
-    options = [word for setting in settings for word in ("-o", setting)]
+    options = [option for setting in settings for option in ("-o", setting)]
     command = [sys.executable, "-m", "oar_scale.cli", "train", os.path.join(prepared, "recipe.yaml"), *options]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     events = os.path.join(folder, "events")

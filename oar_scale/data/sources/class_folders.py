@@ -50,7 +50,7 @@ class ClassFolderImages:
 
 
 def read_names(path: str) -> dict[str, str]:
-    """Names of classes in words, by folder; of several ("tench, Tinca tinca") the first.
+    """Readable names of classes, by folder; of several ("tench, Tinca tinca") the first.
 
     Args:
         path: a JSON object of class and name (or of number and [class, name], as Keras has them for ImageNet), or text with

@@ -43,29 +43,29 @@ class FolderImages:
         stem = os.path.splitext(name)[0]
         beside = os.path.join(self.path, stem)
         text = _text(os.path.join(self.captions, f"{stem}.txt"))
-        facts = _facts(f"{beside}.json")
+        metadata = _metadata(f"{beside}.json")
         if self.alternatives:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             text = lines[int(name_hash(key_of(name), "caption") * len(lines))] if lines else ""
-            facts = {"captions": lines, **facts}
+            metadata = {"captions": lines, **metadata}
         if not text:
             raise BadImage("no caption")
-        return Content(square(os.path.join(self.path, name), size), text, facts, _bytes(f"{beside}.features.npy"))
+        return Content(square(os.path.join(self.path, name), size), text, metadata, _bytes(f"{beside}.features.npy"))
 
 
 def _text(path: str) -> str:
     return (_bytes(path) or b"").decode(errors="replace").strip()
 
 
-def _facts(path: str) -> JsonObject:
+def _metadata(path: str) -> JsonObject:
     data = _bytes(path)
     try:
-        facts = json.loads(data or b"{}")
+        metadata = json.loads(data or b"{}")
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(facts, dict):
+    if not isinstance(metadata, dict):
         raise UserError(f'{path}: holds no object, e.g. {{"label": 3}}')
-    return facts
+    return metadata
 
 
 def _bytes(path: str) -> bytes | None:

@@ -14,18 +14,18 @@ from PIL import Image
 
 
 class BadImage(Exception):
-    """An image that cannot be used; ``str(error)`` says why in a few words."""
+    """An image that cannot be used; ``str(error)`` is the reason, in short."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a name stands for."""
+    """The contents of a :class:`SourceImage`: picture, caption and metadata."""
 
     image: Image.Image
-    """RGB, square, of the side that was asked for."""
+    """RGB, square, of the requested side."""
     caption: str
-    facts: Mapping[str, object] = field(default_factory=dict)
-    """What else ``KEY.json`` shall hold, a whole number ``label`` for one."""
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    """Further entries of ``KEY.json``, for example an integer ``label``."""
     features: bytes | None = None
     """``KEY.features.npy``: features of the caption, float16 [T, F]."""
 

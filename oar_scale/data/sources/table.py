@@ -51,9 +51,9 @@ class TableImages:
             raise BadImage("no path")
         if not caption:
             raise BadImage("no caption")
-        return Content(square(os.path.join(self.root, path), size), caption, self._facts(row))
+        return Content(square(os.path.join(self.root, path), size), caption, self._metadata(row))
 
-    def _facts(self, row: int) -> dict[str, int]:
+    def _metadata(self, row: int) -> dict[str, int]:
         if "label" not in self._fields:
             return {}
         label = self._cell("label", row)

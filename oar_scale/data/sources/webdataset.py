@@ -58,14 +58,15 @@ class WebDatasetImages:
         picture = next((sample[extension] for extension in EXTENSIONS if extension in sample), None)
         if picture is None:
             raise BadImage(f"no image among .{', .'.join(sample)}")
-        facts = _facts(sample)
-        caption = bytes(sample.get("txt", b"")).decode(errors="replace") if self.config.caption is None else facts.get(self.config.caption)
+        metadata = _metadata(sample)
+        name = self.config.caption
+        caption = bytes(sample.get("txt", b"")).decode(errors="replace") if name is None else metadata.get(name)
         if not isinstance(caption, str) or not caption.strip():
             raise BadImage("no caption")
-        label = facts.get(self.config.label)
+        label = metadata.get(self.config.label)
         if isinstance(label, int):
-            facts["label"] = label
-        return Content(square_of(picture, size), caption.strip(), facts)
+            metadata["label"] = label
+        return Content(square_of(picture, size), caption.strip(), metadata)
 
 
 def _sample_ranges(uri: str) -> list[SampleRange]:
@@ -83,11 +84,11 @@ def _sample_ranges(uri: str) -> list[SampleRange]:
     return ranges
 
 
-def _facts(sample: dict[str, memoryview]) -> JsonObject:
+def _metadata(sample: dict[str, memoryview]) -> JsonObject:
     try:
-        facts = json.loads(bytes(sample.get("json", b"{}")))
+        metadata = json.loads(bytes(sample.get("json", b"{}")))
     except ValueError as error:
         raise BadImage(f"its .json is none ({error})") from error
-    if not isinstance(facts, dict):
+    if not isinstance(metadata, dict):
         raise BadImage("its .json holds no object")
-    return facts
+    return metadata

@@ -113,7 +113,7 @@ class Saver:
         Args:
             engine: DeepSpeed's engine.
             step: the training step.
-            state: JSON that :func:`restore` returns; that of rank 0 is stored. ``state["metrics"]`` tells which checkpoints are the best.
+            state: JSON that :func:`restore` returns; that of rank 0 is stored. ``state["metrics"]`` decides which checkpoints are the best.
         """
         from oar_scale.distributed.checkpoints.deepspeed_files import save_shards
 
@@ -205,9 +205,9 @@ class Saver:
 
     def _upload_and_commit(self, save: _Save, uri: str) -> tuple[str | None, dict[str, dict[str, int]]]:
         """Upload and commit; returns why that failed, or None, and the files of all ranks."""
-        parts = self._gather((save.files, save.fault))
-        files = {name: {**entry, "rank": rank} for rank, (part, _) in enumerate(parts) for name, entry in part.items()}
-        fault = _first(fault for _, fault in parts)
+        gathered = self._gather((save.files, save.fault))
+        files = {name: {**entry, "rank": rank} for rank, (part, _) in enumerate(gathered) for name, entry in part.items()}
+        fault = _first(fault for _, fault in gathered)
         if fault is None:
             fault = _first(self._gather(self._upload(save, uri)))
         if fault is not None:

@@ -54,8 +54,8 @@ class Shards:
 
     def whole(self, name: str, what: str) -> Tensor:
         """A parameter's ``weights`` or one of its moments: float32, on the CPU."""
-        parts = [part.values(what) for part in self._slices[name]]
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).view(self.shapes[name])
+        slices = [part.values(what) for part in self._slices[name]]
+        return (torch.cat(slices) if len(slices) > 1 else slices[0]).view(self.shapes[name])
 
     def _add(self, name: str, flat: Mapping[str, Tensor], start: int, count: int) -> None:
         if count > 0:
@@ -133,8 +133,8 @@ def _read_zero_3(shards: Shards, models: list[Any], ranks: list[Any]) -> None:
                 start += part
     shards.untrained = {name: model["module"][name] for name in model["buffer_names"]}
     for name, shape in (model["frozen_param_shapes"] or {}).items():
-        parts = torch.cat([each["frozen_param_fragments"][name].view(-1) for each in models])
-        shards.untrained[name] = parts[: shape.numel()].view(shape)
+        fragments = torch.cat([each["frozen_param_fragments"][name].view(-1) for each in models])
+        shards.untrained[name] = fragments[: shape.numel()].view(shape)
 
 
 def _by_rank(names: Iterable[str], kind: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What do the orders look like? Numbers, maps, words, agreement, an animation, and one page with all of it (``oar orders``)."""
+"""Analysis of orders: statistics, maps, caption words, agreement, an animation, and one page with all of it (``oar orders``)."""
 
 from oar_scale.orders.analysis.statistics import (
     OrderStatistics,

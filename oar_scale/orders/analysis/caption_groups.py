@@ -5,7 +5,7 @@ known: with placing times of variance v at a cell, the mean of n of all S images
 
     deviation(word)**2 = mean over cells of  (mean of the word - mean of all)**2 - (1 / n - 1 / S) v            at least 0
 
-is what words are ranked by, in the time map's unit (0 first, 1 last).
+is what caption words are ranked by, in the time map's unit (0 first, 1 last).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class HeadReport:
     steps: int
     seconds: float
     first: int
-    """Cells that are placed before the head ahead is asked."""
+    """Cells that are placed before the order head predicts the rest."""
     rows: tuple[HeadRow, ...]
 
 
@@ -97,8 +97,8 @@ class OrderAnalysis:
     def numbers(self) -> JsonObject:
         """Everything but the pictures, ready for JSON; what is not a number is null."""
         shown = {each.name for each in dataclasses.fields(self)} - {"examples", "animation"}
-        found: JsonObject = {name: _plain(getattr(self, name)) for name in sorted(shown)}
-        return found
+        numbers: JsonObject = {name: _plain(getattr(self, name)) for name in sorted(shown)}
+        return numbers
 
 
 def _plain(value: object) -> object:

@@ -1,6 +1,6 @@
 """Order policies: by which rule the cells of an image are placed, in training and in sampling.
 
-A policy is one module of this package, found by its name (``centre_out.py`` is ``centre-out``); its ``POLICY`` says for whom it works:
+A policy is one module of this package, found by its name (``centre_out.py`` is ``centre-out``); its ``POLICY`` states where it works:
 
     training   random orders, one order for all samples, or a table with an order for each
     sampling   an order for each image, an order that is known once the first cells have codes, or: the model decides
@@ -47,7 +47,7 @@ class OrderRequest:
     model: AnyOrderModel
     images: int
     noise: torch.Generator
-    """Of the images: a policy that needs chance takes it from here."""
+    """Of the images: a policy that needs random numbers seeds them with it."""
     files: OrderFiles
     model_file: str
     """Where the model was loaded from."""
@@ -67,7 +67,7 @@ class LateOrder(NamedTuple):
 
 
 class Policy:
-    """Base of all policies. A method that is left out says that the policy does not work there."""
+    """Base of all policies. A policy does not work where it leaves out the method."""
 
     def __init__(self, module: str) -> None:
         self.name = module.rpartition(".")[2].replace("_", "-")

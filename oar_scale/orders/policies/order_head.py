@@ -1,4 +1,4 @@
-"""What the order head says (:mod:`oar_scale.orders.head`): in training the orders it predicted for the images, in drawing the one it
+"""The order head as a policy (:mod:`oar_scale.orders.head`): in training the orders it predicted for the images, in drawing the one it
 predicts from the text and the first cells."""
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class HeldoutLikelihood(Callback):
             self._evaluate(loop)
 
     def state(self) -> JsonObject:
-        """The newest likelihoods, which tell the best checkpoints."""
+        """The newest likelihoods, by which the best checkpoints are chosen."""
         return {"metrics": self._latest}
 
     def load_state(self, state: JsonObject) -> None:

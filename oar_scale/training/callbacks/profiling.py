@@ -56,10 +56,10 @@ class Profiling(Callback):
         profiler.export_chrome_trace(f"{name}.json.gz")
         averages = profiler.key_averages()
         device = loop.process.device.type
-        parts = [(event.key, event.device_time_total if device == "cuda" else event.cpu_time_total) for event in averages]
+        operators = [(event.key, event.device_time_total if device == "cuda" else event.cpu_time_total) for event in averages]
         steps = max(1, loop.step - self._from)
         lines = [f"rank 0, {steps} steps from step {self._from}, milliseconds a step", ""]
-        lines += [f"{key.removeprefix(PREFIX):24} {time / 1000 / steps:10.2f}" for key, time in parts if key.startswith(PREFIX)]
+        lines += [f"{key.removeprefix(PREFIX):24} {time / 1000 / steps:10.2f}" for key, time in operators if key.startswith(PREFIX)]
         table = averages.table(sort_by=f"self_{device}_time_total", row_limit=30, max_name_column_width=60)
         with open(f"{name}.txt", "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n\n" + table)

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from oar_scale.data.hashing import hash_words
+from oar_scale.data.hashing import hash_keys
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, order_map, png, step_of_cell, upscale
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.storage import join, open_storage
@@ -38,7 +38,7 @@ class SampleSheet(Callback):
         world, rank = loop.process.world, loop.process.rank
         share = -(-loop.job.recipe.sample.images // world)
         model, cond_inputs = loop.engine.plain_model(), self._heldout.cond_inputs[:share]
-        noise = torch.Generator().manual_seed(int(hash_words("samples while training", loop.job.recipe.seed, rank)) >> 1)
+        noise = torch.Generator().manual_seed(int(hash_keys("samples while training", loop.job.recipe.seed, rank)) >> 1)
         with torch.no_grad():
             condition_bTD = model.condition(model_inputs(self._heldout.prompts, cond_inputs))
         raster = self._heldout.orders["nll_random"][:share] if loop.engine.spec.layout == "raster" else None
