@@ -170,7 +170,7 @@ def _settings(recipe: Recipe, stage: Stage) -> JsonObject:
     for section in stage.sections:
         if section == "extract.views" and recipe.extract.views == 1:
             continue  # one view is what there was before recipes had this field: fingerprints of those runs still hold
-        value: Any = plain
+        value: JsonObject = plain
         config: Any = recipe
         for key in section.split("."):
             value, config = value[key], getattr(config, key)

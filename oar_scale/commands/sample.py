@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from oar_scale.data.hashing import hash_keys
@@ -15,7 +17,7 @@ from oar_scale.registry import MODELS, current_name
 from oar_scale.run.artifacts import prompt_encoder, read_tokens, require, require_model
 from oar_scale.run.context import Run
 from oar_scale.storage import open_storage
-from oar_scale.tokenizers.prompts import model_inputs
+from oar_scale.tokenizers.prompts import Prompt, model_inputs
 from oar_scale.tokenizers.vq import load_vq
 
 DRAWINGS = 4
@@ -42,9 +44,10 @@ def sample_images(run: Run, captions: list[str] | None, model: str, out: str, or
     if chosen is None:
         raise UserError(f"no model {model!r}; a run has: {', '.join(MODELS)}")
     prompts = prompt_encoder(run, new=True)
-    if captions is None:
-        captions = read_tokens(run, "heldout", run.recipe.sample.images, prompts.field).prompts
-    if prompts.field != "features" and any(not str(caption).strip() for caption in captions):
+    given: Sequence[Prompt] = (
+        captions if captions is not None else read_tokens(run, "heldout", run.recipe.sample.images, prompts.field).prompts
+    )
+    if prompts.field != "features" and any(not str(caption).strip() for caption in given):
         raise UserError('a caption is empty: put quotation marks around each caption, e.g. oar sample RECIPE "a smiling cat"')
     parallel = run.recipe.parallel
     torch.set_num_threads(parallel.cpu_threads * parallel.max_workers)
@@ -52,8 +55,8 @@ def sample_images(run: Run, captions: list[str] | None, model: str, out: str, or
     network = load_model(require_model(run, chosen))
     if parallel.precision == "bf16":
         network = network.to(torch.bfloat16)
-    cond_inputs = prompts.encode(captions)
-    unknown = [caption for caption, ids in zip(captions, cond_inputs, strict=True) if prompts.field == "txt" and not ids.any()]
+    cond_inputs = prompts.encode(given)
+    unknown = [caption for caption, ids in zip(given, cond_inputs, strict=True) if prompts.field == "txt" and not ids.any()]
     if unknown:
         raise UserError(f"caption {unknown[0]!r} has no token in {run.text_uri}")
     noise = torch.Generator().manual_seed(int(hash_keys("sample", run.recipe.seed)) >> 1)
@@ -65,6 +68,6 @@ def sample_images(run: Run, captions: list[str] | None, model: str, out: str, or
     pictures = [upscale(picture, max(1, SHEET_PIXELS // len(picture))) for picture in decode_pictures(vq, drawn.codes_BN)]
     rows = [pictures[start : start + DRAWINGS] for start in range(0, len(pictures), DRAWINGS)]
     open_storage(out).write(out, png(contact_sheet(rows, gap=8)))
-    for number, caption in enumerate(captions, 1):
+    for number, caption in enumerate(given, 1):
         run.console.say(f"  row {number}: {caption if prompts.field != 'features' else 'a held-out image'}")
     return out

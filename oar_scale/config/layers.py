@@ -35,7 +35,7 @@ class Setting:
     def child(self, key: str) -> Setting | None:
         return self.value.get(key) if isinstance(self.value, dict) else None
 
-    def plain(self) -> Any:
+    def plain(self) -> object:
         if isinstance(self.value, dict):
             return {key: setting.plain() for key, setting in self.value.items()}
         return self.value
@@ -156,7 +156,7 @@ def _setting(node: Node, origin: str, source: str, yaml: YAML, around: tuple[int
     return Setting(origin, result)
 
 
-def _scalar(node: ScalarNode, origin: str, yaml: YAML) -> Any:
+def _scalar(node: ScalarNode, origin: str, yaml: YAML) -> object:
     kind = str(node.tag).removeprefix(_TAG)
     text: str = node.value
     try:

@@ -15,7 +15,6 @@ import json
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,16 +107,16 @@ class OpenShard:
                 return self._data[offsets[2 * row] : offsets[2 * row + 1]]
         return None
 
-    def array(self, row: int, extension: str) -> NDArray[Any]:
+    def array(self, row: int, extension: str) -> NDArray[np.generic]:
         """A ``.npy`` member as an array. Raises UnusableSample where there is none, or something else."""
         part = self.part(row, extension)
         try:
             shape, dtype, columns_first, start = npy_header(part)
             # A view of the bytes that are there: memory for the shape that a hostile header claims is never allocated.
-            values: NDArray[Any] = np.frombuffer(part[start:], dtype=np.dtype(dtype)).reshape(shape, order="F" if columns_first else "C")
+            flat: NDArray[np.generic] = np.frombuffer(part[start:], dtype=np.dtype(dtype))
+            return flat.reshape(shape, order="F" if columns_first else "C")
         except (ValueError, TypeError) as error:
             raise self.fault(row, f"has a .{extension} that is no array ({error})") from error
-        return values
 
     def fault(self, row: int, what: str) -> UnusableSample:
         """The error that a sample cannot be used; ``what`` continues "sample KEY"."""

@@ -13,14 +13,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from oar_scale.config.schema import DataConfig
 from oar_scale.data.hashing import name_hash, name_hashes
 from oar_scale.data.manifest import Manifest, ShardInfo, write_manifest
-from oar_scale.data.shards import shard_name, write_shard
+from oar_scale.data.shards import ShardSample, shard_name, write_shard
 from oar_scale.data.sources import BadImage, SourceImage, open_source
 from oar_scale.errors import UserError
 from oar_scale.storage import join
@@ -49,7 +49,7 @@ def prepare_images(config: DataConfig, folder: str, on_progress: OnProgress | No
     splits = {split: _Split(join(folder, split), config.samples_per_shard) for split in SPLITS}
     skipped: dict[str, str] = {}
 
-    def encode(image: SourceImage) -> dict[str, Any] | str:
+    def encode(image: SourceImage) -> ShardSample | str:
         return _encode(image, config.image_size)
 
     report = on_progress or (lambda done, total: None)
@@ -84,7 +84,7 @@ def _split_of(image: SourceImage, config: DataConfig) -> str:
     return "heldout" if name_hash(image.name, "heldout") < config.heldout_fraction else "train"
 
 
-def _encode(image: SourceImage, size: int) -> dict[str, Any] | str:
+def _encode(image: SourceImage, size: int) -> ShardSample | str:
     """The shard sample of an image, or the reason why there is none."""
     try:
         content = image.read(size)
@@ -130,9 +130,9 @@ class _Split:
     shards: list[ShardInfo] = field(default_factory=list)
     families: Counter[str] = field(default_factory=Counter)
     """Images of each family; those without one are not counted."""
-    waiting: list[dict[str, Any]] = field(default_factory=list)
+    waiting: list[ShardSample] = field(default_factory=list)
 
-    def add(self, sample: dict[str, Any], family: str) -> bool:
+    def add(self, sample: ShardSample, family: str) -> bool:
         """Add a sample, and write the shard that it completes; returns whether it did."""
         self.waiting.append(sample)
         if family:

@@ -27,13 +27,16 @@ from oar_scale.data.tars import map_file, samples
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.shard_cache import ShardCache
 
+ShardSample = dict[str, Any]
+"""A sample as ``webdataset`` writes and reads it: ``__key__`` (text), and for each extension its bytes, or an array to be written."""
+
 
 def shard_name(index: int) -> str:
     """File name of the shard of this index: ``00042.tar``."""
     return f"{index:05d}.tar"
 
 
-def write_shard(folder: str, name: str, samples: Iterable[dict[str, Any]]) -> ShardInfo:
+def write_shard(folder: str, name: str, samples: Iterable[ShardSample]) -> ShardInfo:
     """Write one shard (each sample a dict with ``__key__`` and a value per extension) and publish it atomically."""
     uri, count = join(folder, name), 0
     handle, path = tempfile.mkstemp(suffix=".tar")
@@ -51,7 +54,7 @@ def write_shard(folder: str, name: str, samples: Iterable[dict[str, Any]]) -> Sh
     return ShardInfo(name=name, bytes=len(data), samples=count, crc32c=crc32c.crc32c(data))
 
 
-def iterate_shard(path: str, uri: str) -> Iterator[dict[str, Any]]:
+def iterate_shard(path: str, uri: str) -> Iterator[ShardSample]:
     """The samples of a local tar as dicts of bytes, in the order of the file; ``uri`` names it in errors.
 
     Raises:
@@ -60,7 +63,7 @@ def iterate_shard(path: str, uri: str) -> Iterator[dict[str, Any]]:
     return _samples(map_file(path), uri)
 
 
-def read_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None, *, cache_bytes: int | None = None) -> list[dict[str, Any]]:
+def read_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None, *, cache_bytes: int | None = None) -> list[ShardSample]:
     """All samples of a shard, checked against the manifest's size and crc32c where it is given.
 
     Args:
@@ -72,16 +75,16 @@ def read_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None, *, c
     return list(_samples(_read(uri, cache_dir, expected, cache_bytes), uri))
 
 
-def _samples(data: memoryview, uri: str) -> Iterator[dict[str, Any]]:
+def _samples(data: memoryview, uri: str) -> Iterator[ShardSample]:
     for key, sample in samples(data, uri):
         yield {"__key__": key, **{extension: bytes(content) for extension, content in sample.items()}}
 
 
-def token_sample(source: dict[str, Any], codes_VN: NDArray[np.uint16]) -> dict[str, Any]:
+def token_sample(source: ShardSample, codes_VN: NDArray[np.uint16]) -> ShardSample:
     """One sample of a token shard, ready for :func:`write_shard`: the codes, and all of the image's sample but its picture."""
     buffer = io.BytesIO()
     np.save(buffer, codes_VN.astype(np.uint16))
-    kept: dict[str, Any] = {part: source[part] for part in ("features.npy", "json", "txt") if part in source}
+    kept: ShardSample = {part: source[part] for part in ("features.npy", "json", "txt") if part in source}
     return {"__key__": source["__key__"], "codes.npy": buffer.getvalue(), "json": b"{}", **kept}
 
 

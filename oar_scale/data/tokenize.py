@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from PIL import Image
 
 from oar_scale.data.images import EXTENSIONS, decode_image
 from oar_scale.data.manifest import Manifest, ShardInfo
-from oar_scale.data.shards import read_shard, token_sample, write_shard
+from oar_scale.data.shards import ShardSample, read_shard, token_sample, write_shard
 from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
 from oar_scale.storage import join
@@ -67,7 +66,7 @@ def token_manifest(
 
 def _tokenize(
     samples: Sequence[dict[str, bytes]], vq: ImageTokenizer, views: Sequence[str], text: ClipText | None, uri: str
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[ShardSample]:
     """The token samples of a batch of image samples."""
     keys, pictures = [str(sample["__key__"]) for sample in samples], [_picture(sample, uri) for sample in samples]
     features = None if text is None else _text_features(text, [sample["txt"].decode(errors="replace") for sample in samples], uri)

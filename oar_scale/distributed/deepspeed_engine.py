@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch.profiler import record_function
 
 from oar_scale.config.deepspeed import deepspeed_config
 from oar_scale.data.stream import Batch
+from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine
 from oar_scale.distributed.deepspeed_optimizer import DeepSpeedAdamW
 from oar_scale.json_object import JsonObject
 from oar_scale.model import AnyOrderModel, ModelSpec, check_prompts
@@ -51,7 +51,7 @@ class DeepSpeedEngine:
             ema_decay=job.training.ema_decay,
             clip_norm=None if job.recipe.parallel.zero_stage else job.training.clip_norm,  # ZeRO clips by itself
         )
-        self.deepspeed: Any
+        self.deepspeed: ShardedEngine
         self.deepspeed, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
         optimizer.armed = True
         self.model: AnyOrderModel = objective.model
@@ -133,7 +133,7 @@ def _initial_model(job: TrainingJob, prompts: PromptEncoder, config: JsonObject)
 
 
 @torch.no_grad()
-def _swap(engine: Any) -> None:
+def _swap(engine: ShardedEngine) -> None:
     """Exchange the float32 weights with their average, and make the weights that the model computes with from them."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     base = zero.optimizer if stage else zero

@@ -8,7 +8,6 @@ A step's samples do not depend on the number, so a run continues with fewer work
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from oar_scale.config.schema import ParallelConfig, Recipe
 
@@ -56,7 +55,7 @@ def _answering(nodes: Sequence[str]) -> set[str]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ping: Any = ray.remote(_ping)
+    ping = ray.remote(_ping)
     options = {"num_cpus": 0, "max_retries": 0}
     pinged = {
         ping.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False), **options).remote(): node for node in nodes

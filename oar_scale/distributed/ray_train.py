@@ -15,11 +15,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oar_scale.distributed.checkpoints import committed_steps
 from oar_scale.distributed.elastic import choose_workers, cluster_capacity
-from oar_scale.distributed.stop_request import GROW, StopWatcher, start_stop_request, wait_for_stop
+from oar_scale.distributed.stop_request import GROW, StopRequest, StopWatcher, start_stop_request, wait_for_stop
 from oar_scale.errors import Requeue, UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import Console
@@ -30,6 +30,10 @@ from oar_scale.runtime.ray_session import ray_session
 from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.storage import Unreachable, join
 from oar_scale.training.job import TrainingJob
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.train.torch import TorchTrainer
 
 START_S = 60
 """Seconds that Ray Train may take to place an elastic run's workers; then the capacity is looked up again."""
@@ -187,7 +191,7 @@ class TrainingDriver:
             shutil.rmtree(scratch, ignore_errors=True)
         return None
 
-    def _trainer(self, workers: int, stop_request: Any, scratch: str) -> Any:
+    def _trainer(self, workers: int, stop_request: ActorHandle[StopRequest], scratch: str) -> TorchTrainer:
         import ray.train
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -227,8 +231,8 @@ def _sigint_kept() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-def _ray_worker(config: JsonObject) -> None:
-    """Runs in a Ray Train worker."""
+def _ray_worker(config: dict[str, Any]) -> None:
+    """Runs in a Ray Train worker; ``config`` is the ``train_loop_config`` of the trainer."""
     import ray.train
 
     context = ray.train.get_context()

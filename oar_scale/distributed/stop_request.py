@@ -12,9 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from oar_scale.runtime.stop_signals import StopSignals
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 GROW = "more workers have room"
 """The reason to stop after which the driver starts more workers."""
@@ -42,17 +45,18 @@ class StopRequest:
         return self._reason
 
 
-def start_stop_request() -> Any:
+def start_stop_request() -> ActorHandle[StopRequest]:
     """Start the actor on the driver's node, with which it may be lost, but not with another one; return its handle."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(StopRequest)
-    return actor.options(num_cpus=0, max_concurrency=8, scheduling_strategy=here).remote()
+    actor: Any = ray.remote(StopRequest)  # its types allow for the class itself as a result of remote()
+    handle: ActorHandle[StopRequest] = actor.options(num_cpus=0, max_concurrency=8, scheduling_strategy=here).remote()
+    return handle
 
 
-def wait_for_stop(stop_request: Any) -> str:
+def wait_for_stop(stop_request: ActorHandle[StopRequest]) -> str:
     """In a worker: block until a stop is requested; return the reason."""
     import ray
 
@@ -68,7 +72,7 @@ class StopWatcher:
         may_grow: whether the cluster has capacity for more workers; None where their number is fixed.
     """
 
-    def __init__(self, stop_request: Any, signals: StopSignals, may_grow: Callable[[], bool] | None) -> None:
+    def __init__(self, stop_request: ActorHandle[StopRequest], signals: StopSignals, may_grow: Callable[[], bool] | None) -> None:
         self._stop_request, self._signals, self._may_grow = stop_request, signals, may_grow
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stop watcher", daemon=True)

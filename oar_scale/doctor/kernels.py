@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from oar_scale.doctor.finding import INSTALL, Finding, first_line
 from oar_scale.doctor.machine import device
@@ -128,12 +128,15 @@ def _works(call: Callable[[], object]) -> bool:
 def _kernel(call: Callable[[], object]) -> str:
     """Name of the attention kernel that a call runs, backward pass included where inputs need gradients, from the operators dispatched."""
     import torch
+    from torch._ops import OpOverload
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen = set()
 
     class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+        ) -> object:
             seen.add(func.name())
             return func(*args, **(kwargs or {}))
 

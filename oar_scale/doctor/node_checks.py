@@ -25,6 +25,7 @@ from oar_scale.json_object import JsonObject
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from oar_scale.config.schema import Recipe
 
@@ -179,6 +180,7 @@ def _all_reduce(rank_info: RankInfo) -> Iterator[Finding]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     group = dist.new_group(backend=backend, timeout=datetime.timedelta(seconds=GROUP_S))
+    assert not isinstance(group, int), "every rank is a member"
     megabytes = 256 if backend == "nccl" else 32
     numbers = torch.ones(megabytes * 10**6 // 4, device=device)
     seconds = [_timed(numbers, device, group) for _ in range(ROUNDS)][1:]  # the first one opens the connections
@@ -195,7 +197,7 @@ def _all_reduce(rank_info: RankInfo) -> Iterator[Finding]:
         yield Finding("ok", "all-reduce", text)
 
 
-def _timed(numbers: torch.Tensor, device: torch.device, group: Any) -> float:
+def _timed(numbers: torch.Tensor, device: torch.device, group: ProcessGroup) -> float:
     import torch
     import torch.distributed as dist
 

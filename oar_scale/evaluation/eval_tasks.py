@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing.queues import SimpleQueue
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class EvalTarget:
     model: ModelName
     uri: str
     """Its file, local."""
-    cond_inputs_S: NDArray[Any]
+    cond_inputs_S: NDArray[np.generic]
     """What the model is conditioned on for each, as ``model.condition`` takes it."""
     first: int = 0
     """Number of the first image among all that are evaluated."""
@@ -89,7 +89,7 @@ class LikelihoodTask:
     codes_SN: Ints
     orders: dict[str, Ints]
     """Orders [S, N] to measure, by name."""
-    other_cond_inputs_S: NDArray[Any] | None = None
+    other_cond_inputs_S: NDArray[np.generic] | None = None
     """Captions of other images; measured in random orders where given."""
     own: ExtractionSettings | None = None
     """Also measure the order that the model finds with these settings."""

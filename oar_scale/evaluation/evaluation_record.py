@@ -22,7 +22,7 @@ from oar_scale.results.estimates import CaptionDependence, DistanceRow, NllTable
 from oar_scale.results.examples import EditExample, OrderSummary, SampleGrid, TokenizerMetadata
 from oar_scale.storage import join, open_storage, read_json, write_json
 
-Arrays = dict[str, NDArray[Any]]
+Arrays = dict[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True)

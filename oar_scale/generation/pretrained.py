@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Self, TypedDict, Unpack
+from typing import Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from oar_scale.model import AnyOrderModel, check_prompts, load_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
 from oar_scale.orders.policies import LateOrder, OrderRequest, sampling_order
 from oar_scale.tokenizers.image import ImageTokenizer
-from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder, PromptEncoder, for_new_prompts, load_prompts, model_inputs
+from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder, Prompt, PromptEncoder, for_new_prompts, load_prompts, model_inputs
 from oar_scale.tokenizers.vq import load_vq, pixels_to_unit, unit_to_pixels
 
 DECODE_BATCH = 16
@@ -63,7 +63,9 @@ class Pretrained:
             self.vq.to(device=device)
         return self
 
-    def sample(self, prompts: Sequence[Any], *, seed: int = 0, order: Order | None = None, **choices: Unpack[Choices]) -> list[Image.Image]:
+    def sample(
+        self, prompts: Sequence[Prompt], *, seed: int = 0, order: Order | None = None, **choices: Unpack[Choices]
+    ) -> list[Image.Image]:
         """One picture for each prompt; the same seed and prompts give the same pictures.
 
         Args:
@@ -78,7 +80,7 @@ class Pretrained:
         vq = self._tokenizer()
         return _pictures(vq, self.draw(prompts, seed=seed, order=order, **choices).codes_BN)
 
-    def draw(self, prompts: Sequence[Any], *, seed: int = 0, order: Order | None = None, **choices: Unpack[Choices]) -> Generated:
+    def draw(self, prompts: Sequence[Prompt], *, seed: int = 0, order: Order | None = None, **choices: Unpack[Choices]) -> Generated:
         """As :meth:`sample`, but codes, orders and scores."""
         noise = torch.Generator().manual_seed(seed)
         condition_BTD = self._condition(prompts)
@@ -89,7 +91,7 @@ class Pretrained:
         self,
         image: Image.Image,
         box: tuple[int, int, int, int],
-        prompt: Any,
+        prompt: Prompt,
         *,
         seed: int = 0,
         order: Order | None = None,
@@ -143,7 +145,7 @@ class Pretrained:
         return self.vq
 
     @torch.no_grad()
-    def _condition(self, prompts: Sequence[Any]) -> Tensor:
+    def _condition(self, prompts: Sequence[Prompt]) -> Tensor:
         if self.text is None:
             raise UserError(f"{self.where}: nobody knows what its captions are encoded with. Load its run's folder, or an export of that.")
         if isinstance(prompts, str) or not len(prompts):

@@ -12,9 +12,9 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
 
@@ -135,7 +135,7 @@ def logs(submission: Submission, job: str | None, follow: bool) -> Iterator[str]
             yield rest
 
 
-async def _next(chunks: Any) -> str | None:
+async def _next(chunks: AsyncIterator[str]) -> str | None:
     chunk: str | None = await anext(chunks, None)
     return chunk
 

@@ -12,11 +12,11 @@ does not return the loss of each row, and took 1.3 times as long on a CPU in flo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from oar_scale.model.autograd import FunctionContext
 
 CHUNK_NUMBERS = {"cpu": 2**22, "cuda": 2**27}
 """Logits held at once: 16 MB of a CPU (smaller chunks make slower products, larger ones leave its cache), 0.5 GB of a GPU."""
@@ -26,7 +26,7 @@ class _MeanNLL(torch.autograd.Function):
     """Mean loss [] of R rows, and the loss of each [R] (float32, no gradient)."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionContext, rows_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
         d_rows_RD, d_weight_VD = torch.empty_like(rows_RD), torch.zeros_like(weight_VD, dtype=torch.float32)
         nll_R = rows_RD.new_empty(len(rows_RD), dtype=torch.float32)
         # One block of memory for the logits of all chunks: fresh memory for each costs a pass over it on a CPU.
@@ -54,7 +54,7 @@ class _MeanNLL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: FunctionContext, *d_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         d_rows_RD, d_weight_VD = ctx.saved_tensors
         # Scaled in place, which is why there can be one backward pass only.
         factor = d_outputs[0] / len(d_rows_RD)

@@ -13,12 +13,14 @@ What each is worth, in time and memory: ``tools/benchmarks/model.py --parts``, d
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from oar_scale.model.autograd import FunctionContext
 
 
 def worthwhile(x: Tensor) -> bool:
@@ -48,7 +50,7 @@ def add_dropped(x: Tensor, y: Tensor, p: float) -> Tensor:
 
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: FunctionContext, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         x32 = x.float()
         # rsqrt(mean(x^2) + eps), with no tensor of squares.
         scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -58,7 +60,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: FunctionContext, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, scale = ctx.saved_tensors
         x32_RD, d_RD, scale_R1 = x.float().reshape(-1, x.shape[-1]), d_out.float().reshape(-1, x.shape[-1]), scale.view(-1, 1)
         # With n = x * s, s = 1 / sqrt(mean(x^2) + eps):   d_w = sum over rows of d * n,   d_x = s (d w - n mean(d w n))
@@ -72,13 +74,13 @@ class _RMSNormFunction(torch.autograd.Function):
 
 class _GatedLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight_DF: Tensor) -> Tensor:
+    def forward(ctx: FunctionContext, gate: Tensor, up: Tensor, weight_DF: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight_DF)
         return F.linear(F.silu(gate).mul_(up), weight_DF)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: FunctionContext, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, weight_DF = ctx.saved_tensors
         # Two tensors of the hidden width at a time, each used twice: on a CPU, fresh memory costs more than silu again.
         hidden = F.silu(gate).mul_(up)
@@ -89,9 +91,14 @@ class _GatedLinearFunction(torch.autograd.Function):
         return d_gate, d_up, d_weight_DF
 
 
+class _ScaledContext(FunctionContext, Protocol):
+    scale: float
+    """1 / (1 - p)."""
+
+
 class _AddDroppedFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, p: float) -> Tensor:
+    def forward(ctx: _ScaledContext, x: Tensor, y: Tensor, p: float) -> Tensor:
         # A number is dropped where its 16 random bits, read as a signed integer, lie below the threshold.
         threshold = min(round(p * 2**16), 2**16 - 1)
         # 16 random bits a number, four numbers a draw: a fifth of the time of bernoulli_, which draws a float for each.
@@ -105,6 +112,6 @@ class _AddDroppedFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: _ScaledContext, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
         (kept,) = ctx.saved_tensors
         return d_out, (d_out * kept).mul_(ctx.scale), None

@@ -13,11 +13,11 @@ modulus 1, they rotate a row of channels, seen as complex numbers too, in one mu
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from oar_scale.model.autograd import FunctionContext
 
 
 def cell_rotations(grid: int, head_dim: int, base: float, device: torch.device | None = None, *, zero_condition: bool = False) -> Tensor:
@@ -85,7 +85,7 @@ def rotate_heads(qkv_BLHd: Tensor, rotation_BLP2: Tensor, kv_heads: int) -> tupl
 
 class _RotateHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv_BLHd: Tensor, rotation_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionContext, qkv_BLHd: Tensor, rotation_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(rotation_BLP2)
         heads = [qkv_BLHd.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
         # Values are copied along with rotated queries and keys: one tensor, and no split of the projection is kept for the backward pass.
@@ -97,7 +97,7 @@ class _RotateHeads(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq_BLHd: Tensor, dk_BLHd: Tensor, dv_BLHd: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionContext, dq_BLHd: Tensor, dk_BLHd: Tensor, dv_BLHd: Tensor) -> tuple[Tensor, None, None]:
         (rotation_BLP2,) = ctx.saved_tensors
         back_BLP = torch.view_as_complex(rotation_BLP2).conj()  # the gradient of a rotation is the rotation back
         heads = [dq_BLHd.shape[2], dk_BLHd.shape[2], dv_BLHd.shape[2]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from oar_scale.registry import MODELS, ModelName
 from oar_scale.results.examples import Picture
 from oar_scale.run.context import ONE_ORDER, OTHER_LAYOUT, Run
 from oar_scale.storage import fetch, join, open_storage
-from oar_scale.tokenizers.prompts import Field, PromptEncoder, check_features, for_new_prompts, load_prompts
+from oar_scale.tokenizers.prompts import Field, Prompt, PromptEncoder, check_features, for_new_prompts, load_prompts
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Tokens:
     keys: list[str]
     captions: list[str]
     codes_SN: NDArray[np.int64]
-    prompts: list[Any]
+    prompts: list[Prompt]
     """What the model is conditioned on for each image: its caption, label or features."""
 
 
@@ -85,7 +84,7 @@ def read_tokens(run: Run, split: str, limit: int | None = None, field: Field = "
     require(run, join(folder, "manifest.json"), "tokens")
     keys: list[str] = []
     captions: list[str] = []
-    prompts: list[Any] = []
+    prompts: list[Prompt] = []
     codes: list[NDArray[np.int64]] = []
     for info in read_manifest(folder).shards:
         if limit is None or len(keys) < limit:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 STOP_ON = (signal.SIGTERM, signal.SIGUSR1)
+
+
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""What ``signal.getsignal`` returns."""
 
 
 class StopSignals:
@@ -15,7 +20,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Handler] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

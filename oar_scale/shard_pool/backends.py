@@ -16,9 +16,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from oar_scale.shard_pool.actor import Actor, ActorOutcome, ShardTask
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
 
 MakeActor = Callable[[], Actor]
 
@@ -50,8 +54,8 @@ class RayActors:
 
     def __init__(self, make_actor: MakeActor, cpus: int, gpus: float, gpu_type: str | None = None) -> None:
         self._make_actor, self._cpus, self._gpus, self._gpu_type = make_actor, cpus, gpus, gpu_type
-        self._actors: dict[int, Any] = {}
-        self._pending: dict[Any, int] = {}
+        self._actors: dict[int, ActorHandle[_RayActor]] = {}
+        self._pending: dict[ObjectRef[ActorOutcome], int] = {}
         self._count = 0
 
     def start(self) -> int:
@@ -114,14 +118,13 @@ class _RayActor:
         return self._actor.run(task)
 
 
-def _result(reference: Any) -> ActorOutcome:
+def _result(reference: ObjectRef[ActorOutcome]) -> ActorOutcome:
     import ray
 
     try:
-        outcome: ActorOutcome = ray.get(reference)
+        return ray.get(reference)
     except ray.exceptions.RayError as error:
         return ActorOutcome("failed", error=f"its process died: {error}")
-    return outcome
 
 
 class ProcessActors:
@@ -147,12 +150,14 @@ class ProcessActors:
             self._children[actor][1].send(task)
 
     def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
-        ends: dict[Any, int] = {}
+        ends: list[Connection | int] = []
+        owners: dict[object, int] = {}
         for actor, (process, connection) in self._children.items():
-            ends[connection] = ends[process.sentinel] = actor
+            ends += [connection, process.sentinel]
+            owners[connection] = owners[process.sentinel] = actor
         if not ends:
             time.sleep(timeout_s)
-        ready = {ends[end] for end in wait(list(ends), timeout_s)}
+        ready = {owners[end] for end in wait(ends, timeout_s)}
         return [(actor, self._outcome(actor)) for actor in sorted(ready)]
 
     def _outcome(self, actor: int) -> ActorOutcome:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oar_scale.config.schema import SentencePieceConfig
 from oar_scale.data.manifest import read_manifest
-from oar_scale.data.shards import read_shard
+from oar_scale.data.shards import ShardSample, read_shard
 from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import frechet
 from oar_scale.evaluation.features import image_features
@@ -92,7 +92,7 @@ def read_images(run: Run, split: str, limit: int | None = None) -> tuple[Tensor,
     return torch.from_numpy(np.stack(pixels)), captions
 
 
-def _samples(run: Run, split: str) -> Iterator[JsonObject]:
+def _samples(run: Run, split: str) -> Iterator[ShardSample]:
     folder = run.at("images", split)
     for shard in read_manifest(folder).shards:
         yield from read_shard(join(folder, shard.name), run.cache, shard)

@@ -10,7 +10,6 @@ import os
 import time
 import uuid
 from functools import lru_cache
-from typing import Any
 
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError, FlexibleChecksumError
@@ -20,6 +19,7 @@ from oar_scale.storage import FetchStats, Missing
 from oar_scale.storage.local import atomic_file
 from oar_scale.storage.s3_client import TRIES, NoBucket, client, explained, has_bucket, split
 from oar_scale.storage.s3_ranges import head, read_range
+from oar_scale.storage.s3_types import S3Client
 
 _TRANSFER = TransferConfig(multipart_threshold=32 << 20, multipart_chunksize=16 << 20, max_concurrency=4)
 
@@ -126,7 +126,7 @@ def _writer(bucket: str, key: str) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _require_bucket(client: Any, bucket: str) -> None:
+def _require_bucket(client: S3Client, bucket: str) -> None:
     """Look for the bucket before the first write: some servers would quietly create one out of a typing mistake."""
     if not has_bucket(bucket):
         raise NoBucket  # an error is not cached: the bucket may be made meanwhile

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 import boto3
 from boto3.exceptions import S3UploadFailedError
@@ -31,6 +30,7 @@ from botocore.exceptions import (
 
 from oar_scale.errors import UserError
 from oar_scale.storage import Missing, Unreachable
+from oar_scale.storage.s3_types import S3Client
 
 TRIES = 6
 """Tries per request, unless AWS_MAX_ATTEMPTS says otherwise; botocore waits between them (its standard mode)."""
@@ -56,12 +56,12 @@ def split(uri: str, folder: bool = False) -> tuple[str, str]:
     return bucket, key
 
 
-def client(timeout_s: float = TIMEOUT_S) -> Any:
+def client(timeout_s: float = TIMEOUT_S) -> S3Client:
     """The client of this process and environment. Made at first use: a client must not cross a fork, nor be pickled."""
     return _make_client(os.getpid(), tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))), timeout_s)
 
 
-def renew(used: Any, timeout_s: float) -> None:
+def renew(used: S3Client, timeout_s: float) -> None:
     """Make the next ``client(timeout_s)`` read the credentials anew, unless another thread has seen to it since ``used`` was got."""
     if client(timeout_s) is used:
         _make_client.cache_clear()
@@ -73,7 +73,7 @@ def requests_sent() -> int:
 
 
 @lru_cache(maxsize=4)
-def _make_client(process: int, environment: tuple[tuple[str, str], ...], timeout_s: float) -> Any:
+def _make_client(process: int, environment: tuple[tuple[str, str], ...], timeout_s: float) -> S3Client:
     config = Config(
         retries={"mode": "standard", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", TRIES))},
         connect_timeout=10,
@@ -81,7 +81,7 @@ def _make_client(process: int, environment: tuple[tuple[str, str], ...], timeout
         max_pool_connections=32,
         tcp_keepalive=True,
     )
-    made: Any = boto3.session.Session().client("s3", config=config)
+    made: S3Client = boto3.session.Session().client("s3", config=config)
     made.meta.events.register("before-send.s3", _count)
     return made
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import urllib3.exceptions
 from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError
@@ -22,6 +22,7 @@ from oar_scale.runtime.retry import Backoff, RetryStopped, retry
 from oar_scale.storage import FetchStats, Unreachable
 from oar_scale.storage.remote import ObjectHead, Replaced
 from oar_scale.storage.s3_client import EXPIRED, client, renew, requests_sent, split
+from oar_scale.storage.s3_types import GetObject, ObjectBody
 
 TRIES = 12
 """Connections for one range (each of them up to AWS_MAX_ATTEMPTS requests)."""
@@ -175,7 +176,7 @@ def _may_pass(error: ClientError) -> bool:
     return status >= 500 or status in (408, 429) or error.response["Error"]["Code"] in ("SlowDown", "RequestTimeout")
 
 
-def _get(uri: str, start: int, end: int | None, etag: str) -> Any:
+def _get(uri: str, start: int, end: int | None, etag: str) -> GetObject | None:
     """Ask for the bytes from ``start``; ``None`` when the object ends before them."""
     bucket, key = split(uri)
     wanted: dict[str, str] = {"IfMatch": etag} if etag else {}
@@ -195,7 +196,7 @@ def _get(uri: str, start: int, end: int | None, etag: str) -> Any:
     return response
 
 
-def _chunks(response: Any, ranged: bool) -> Iterator[bytes]:
+def _chunks(response: GetObject, ranged: bool) -> Iterator[bytes]:
     """What has come so far, again and again; a read of a fixed size would wait for a trickle without end."""
     body, missing = response["Body"], response["ContentLength"]
     begun, came = time.monotonic(), 0
@@ -211,7 +212,7 @@ def _chunks(response: Any, ranged: bool) -> Iterator[bytes]:
         raise _Broken(f"the body broke off, {missing} bytes are missing")
 
 
-def _arrivals(body: Any) -> Iterator[bytes]:
+def _arrivals(body: ObjectBody) -> Iterator[bytes]:
     with body as raw:  # urllib3's response; leaving it early closes the connection
         while chunk := raw.read1(_CHUNK):
             yield chunk

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -196,7 +195,7 @@ def _analysis(
 
 
 def _distances(order_SN: NDArray[np.uint16], grid: int) -> dict[str, float]:
-    paths: dict[str, NDArray[Any]] = {name: policy.path(grid) for name, policy in grid_policies().items()}
+    paths: dict[str, NDArray[np.integer]] = {name: policy.path(grid) for name, policy in grid_policies().items()}
     paths["mean"] = order_by_time(placing_times(order_SN).mean(axis=0))
     return {name: float(kendall_distance(order_SN, path).mean()) for name, path in paths.items()}
 

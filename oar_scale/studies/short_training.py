@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +91,7 @@ class ShortTraining:
         pictures = read_pictures(run, "heldout", heldout.keys[: self.drawn])
         self.reference_SF = image_features(pixels_to_unit(torch.from_numpy(np.stack(pictures)))).numpy()
 
-    def __call__(self, order_SN: NDArray[np.integer[Any]]) -> TrainingOutcome:
+    def __call__(self, order_SN: NDArray[np.integer]) -> TrainingOutcome:
         """Train on these orders of the samples; the likelihoods of held-out images, and the distance of drawings to them."""
         with tempfile.TemporaryDirectory(dir=self.folder) as root:  # of its own: no training goes on from another's checkpoint
             for name in ("tokens", "tokenizers"):

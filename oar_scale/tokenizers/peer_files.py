@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import zipfile
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,6 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from oar_scale.errors import UserError
-from oar_scale.json_object import JsonObject
 from oar_scale.storage import Missing, fetch, open_storage
 
 Wrapping = Literal["bare", "model"]
@@ -42,7 +41,7 @@ class PeerFile(NamedTuple):
     tensors: dict[str, Tensor]
     where: str
     """The file, for errors; names the prefix that was removed from its tensor names."""
-    settings: JsonObject
+    settings: dict[str, object]
     """The training's command line, where the file has it (``args``)."""
 
 
@@ -90,7 +89,7 @@ def _ending(uri: str) -> str:
     return ending
 
 
-def _content(uri: str) -> Any:
+def _content(uri: str) -> object:
     ending = _ending(uri)
     if not open_storage(uri).exists(uri):
         raise Missing(uri)
@@ -122,7 +121,7 @@ def _fault(error: Exception) -> str:
     return f"not a checkpoint that torch.load reads: damaged, cut off, or another kind of file ({first[:200]}). Copy it again."
 
 
-def _state_dict(content: Any, uri: str) -> dict[str, Tensor]:
+def _state_dict(content: object, uri: str) -> dict[str, Tensor]:
     for _ in range(_DEEPEST):  # wrappings may be nested, to a bounded depth
         inner = (
             next((content[key] for key in _WRAPPINGS if isinstance(content.get(key), dict)), None) if isinstance(content, dict) else None

@@ -81,7 +81,7 @@ class FeatureReader:
         self.tower, self.tower_id = tower, tower_id
         """The text tower that computed the features, and the hash of its weights; None where the shards do not contain it."""
 
-    def encode(self, prompts: Sequence[Any]) -> Tensor:
+    def encode(self, prompts: Sequence[Prompt]) -> Tensor:
         """Features as float32 [B, T, F]. Raises UserError for features with more rows or another width, and for captions."""
         encoded_BTF = torch.zeros(len(prompts), self.max_tokens, self.width)
         for row, prompt in enumerate(prompts):

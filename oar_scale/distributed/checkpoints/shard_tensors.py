@@ -19,11 +19,11 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from oar_scale.distributed.checkpoints.deepspeed_types import StateDict
 from oar_scale.distributed.checkpoints.shard_keys import COUNTERS, GROUPS, WEIGHTS
 
 
@@ -93,7 +93,7 @@ def read_shards(folder: str, names: Iterable[str]) -> Shards:
     return shards
 
 
-def _read_zero_0(shards: Shards, model: Mapping[str, Any]) -> None:
+def _read_zero_0(shards: Shards, model: StateDict) -> None:
     """ZeRO 0: rank 0 has everything."""
     states = model["optimizer"]["state"]
     shards._take_state(states)
@@ -105,7 +105,7 @@ def _read_zero_0(shards: Shards, model: Mapping[str, Any]) -> None:
     shards.untrained = {name: tensor for name, tensor in model["module"].items() if name not in shards.shapes}
 
 
-def _read_zero_1_2(shards: Shards, model: Mapping[str, Any], ranks: list[Any]) -> None:
+def _read_zero_1_2(shards: Shards, model: StateDict, ranks: list[StateDict]) -> None:
     """ZeRO 1 and 2: each rank has a part of each group's concatenated parameters."""
     shards.shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     for rank in ranks:
@@ -118,7 +118,7 @@ def _read_zero_1_2(shards: Shards, model: Mapping[str, Any], ranks: list[Any]) -
     shards.untrained = {name: tensor for name, tensor in model["module"].items() if name not in shards.shapes}
 
 
-def _read_zero_3(shards: Shards, models: list[Any], ranks: list[Any]) -> None:
+def _read_zero_3(shards: Shards, models: list[StateDict], ranks: list[StateDict]) -> None:
     """ZeRO 3: each rank has a part of each parameter."""
     model = models[0]
     shards.shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}

@@ -10,13 +10,12 @@ frontier share    share of the cells that touch one that is there already, corne
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
-Orders = NDArray[np.integer[Any]]
+Orders = NDArray[np.integer]
 
 _PAIRS_AT_ONCE = 2**24
 

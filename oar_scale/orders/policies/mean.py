@@ -5,8 +5,6 @@ It is found once, from all order tables, and kept beside them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -52,7 +50,7 @@ def mean_order(files: OrderFiles, grid: int) -> NDArray[np.int64]:
     return order_N
 
 
-def order_by_time(time_N: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+def order_by_time(time_N: NDArray[np.floating]) -> NDArray[np.int64]:
     """Cells by placing time, ties in raster order."""
     return np.argsort(time_N, kind="stable")
 
