@@ -55,7 +55,7 @@ def add(verbs: Subparsers) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.shards import index_shards
+    from oar_scale.commands.shard_commands import index_shards
     from oar_scale.data.index import IndexJob
 
     options = {name: getattr(arguments, name) for name in ("out", "pattern", "workers", "grid", "vocab_size", "tokenizer_id", "force")}
@@ -63,13 +63,13 @@ def _index(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from oar_scale.commands.shards import verify_shards
+    from oar_scale.commands.shard_commands import verify_shards
 
     return verify_shards(arguments.url, arguments.manifest, arguments.workers)
 
 
 def _stats(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.shards import show_shard_statistics
+    from oar_scale.commands.shard_commands import show_shard_statistics
 
     show_shard_statistics(
         arguments.url, arguments.pattern, None if arguments.all else arguments.shards, arguments.grid, arguments.tokenizer, arguments.json
@@ -77,6 +77,6 @@ def _stats(arguments: argparse.Namespace) -> None:
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:
-    from oar_scale.commands.shards import tokenize_shards
+    from oar_scale.commands.shard_commands import tokenize_shards
 
     tokenize_shards(arguments.url, arguments.out, arguments.tokenizer, arguments.views, arguments.actors)

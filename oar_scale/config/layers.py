@@ -33,9 +33,11 @@ class Setting:
     value: Any
 
     def child(self, key: str) -> Setting | None:
+        """The setting of a key; None where there is none, or this is no mapping."""
         return self.value.get(key) if isinstance(self.value, dict) else None
 
     def plain(self) -> object:
+        """The value without origins: dicts, lists and scalars."""
         if isinstance(self.value, dict):
             return {key: setting.plain() for key, setting in self.value.items()}
         return self.value

@@ -31,6 +31,7 @@ class ClassSpec(_Spec):
 
     @property
     def rows(self) -> int:
+        """Rows of the condition: one, the class's embedding."""
         return 1
 
 

@@ -30,15 +30,21 @@ MakeActor = Callable[[], Actor]
 class ActorBackend(Protocol):
     """Starts, runs and ends actors, which it numbers."""
 
-    def start(self) -> int: ...
+    def start(self) -> int:
+        """Ask for a new process and return the number of its actor; its first outcome comes when it has been placed."""
+        ...
 
-    def run(self, actor: int, task: ShardTask) -> None: ...
+    def run(self, actor: int, task: ShardTask) -> None:
+        """Give a task to an actor that is idle; its outcome comes from :meth:`wait`."""
+        ...
 
     def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
         """The outcomes that have come, at the latest after ``timeout_s``."""
         ...
 
-    def kill(self, actor: int) -> None: ...
+    def kill(self, actor: int) -> None:
+        """End an actor's process at once; no outcome comes from it any more."""
+        ...
 
     def capacity(self) -> int:
         """How many more could start at once, about."""
@@ -59,6 +65,7 @@ class RayActors:
         self._count = 0
 
     def start(self) -> int:
+        """Create an actor in Ray, which places it as soon as a node has the resources for it."""
         import ray
 
         self._count += 1
@@ -69,9 +76,11 @@ class RayActors:
         return self._count
 
     def run(self, actor: int, task: ShardTask) -> None:
+        """Call the actor with a task."""
         self._pending[self._actors[actor].run.remote(task)] = actor
 
     def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
+        """Return the outcomes of all calls that have ended; an actor that has just been placed is told to make its worker."""
         import ray
 
         if not self._pending:
@@ -85,12 +94,14 @@ class RayActors:
         return results
 
     def kill(self, actor: int) -> None:
+        """Kill the actor; Ray does not restart it."""
         import ray
 
         ray.kill(self._actors.pop(actor))
         self._pending = {reference: other for reference, other in self._pending.items() if other != actor}
 
     def capacity(self) -> int:
+        """The number of actors that the cluster's free CPUs and GPUs would hold now."""
         import ray
 
         free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
@@ -98,6 +109,7 @@ class RayActors:
         return int(min(free.get("CPU", 0) / self._cpus, by_gpu))
 
     def close(self) -> None:
+        """Kill all actors that are left."""
         for actor in list(self._actors):
             self.kill(actor)
 
@@ -136,6 +148,7 @@ class ProcessActors:
         self._count = 0
 
     def start(self) -> int:
+        """Start a child process, which makes its worker at once."""
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads, and a GPU that cannot be shared like that
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._make_actor), name="pool-actor", daemon=True)
@@ -146,10 +159,12 @@ class ProcessActors:
         return self._count
 
     def run(self, actor: int, task: ShardTask) -> None:
+        """Send a task to the child; that it has died shows in :meth:`wait`."""
         with suppress(OSError):  # a dead one is seen by wait()
             self._children[actor][1].send(task)
 
     def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
+        """Return an outcome of each child that has sent one or has died, at the latest after ``timeout_s``."""
         ends: list[Connection | int] = []
         owners: dict[object, int] = {}
         for actor, (process, connection) in self._children.items():
@@ -170,15 +185,18 @@ class ProcessActors:
         return ActorOutcome("failed", error=f"its process died: exit code {process.exitcode}")
 
     def kill(self, actor: int) -> None:
+        """Kill the child and wait for its end."""
         process, connection = self._children.pop(actor)
         process.kill()
         process.join()
         connection.close()
 
     def capacity(self) -> int:
+        """Always 0: the number of processes is fixed by who starts them."""
         return 0
 
     def close(self) -> None:
+        """Kill all children that are left."""
         for actor in list(self._children):
             self.kill(actor)
 

@@ -80,6 +80,7 @@ class Part:
         return data
 
     def resize(self, size: int) -> None:
+        """Cut the file off at ``size`` bytes, or extend it with zeros. Raises OSError, for instance when the disk is full."""
         os.ftruncate(self.descriptor, size)
 
     def rename(self, path: str) -> None:

@@ -33,11 +33,13 @@ class LocalStorage:
     """Plain paths. See :class:`oar_scale.storage.Storage` for what each method promises."""
 
     def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes ``start`` to ``end`` of a file. Raises Missing, and UserError where the file may not be read."""
         with _explained(uri), open(uri, "rb") as file:
             file.seek(start)
             return file.read(-1 if end is None else max(0, end - start))
 
     def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write a file by way of a temporary one; return False if ``if_absent`` and the name is taken by then."""
         if if_absent and os.path.lexists(uri):
             return False
         try:
@@ -48,20 +50,25 @@ class LocalStorage:
         return True
 
     def download(self, uri: str, path: str) -> None:
+        """Copy a file to ``path``; both are on the local file system."""
         self._copy(uri, path)
 
     def upload(self, path: str, uri: str) -> None:
+        """Copy the file ``path`` to ``uri``; both are on the local file system."""
         self._copy(path, uri)
 
     def exists(self, uri: str) -> bool:
+        """Whether there is a file of this name; a folder is not one."""
         return os.path.isfile(uri)
 
     def list(self, prefix: str) -> list[str]:
+        """Return the paths of all files below a folder, sorted, without temporary files of writes that have not finished."""
         folder = prefix.rstrip("/") or prefix
         paths = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
         return sorted(path for path in paths if not _is_temporary(path))
 
     def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the bytes of each file that :meth:`list` names, without those deleted meanwhile."""
         sizes: dict[str, int] = {}
         for path in self.list(prefix):
             with suppress(FileNotFoundError):  # gone since it was listed
@@ -69,6 +76,7 @@ class LocalStorage:
         return sizes
 
     def delete(self, uri: str) -> None:
+        """Delete a file; nothing happens if there is none."""
         try:
             with _explained(uri):
                 os.unlink(uri)
@@ -76,6 +84,7 @@ class LocalStorage:
             pass  # absent is the requested state
 
     def version(self, uri: str) -> str:
+        """Return a text of inode, size and modification time, which a replaced file does not share. Raises Missing."""
         with _explained(uri):
             status = os.stat(uri)
         return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"

@@ -28,6 +28,7 @@ class S3Storage:
     """``s3://bucket/key``. See :class:`oar_scale.storage.Storage` for what each method promises."""
 
     def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes ``start`` to ``end`` of an object, over as many connections as it takes. Raises Missing."""
         if end is not None and end <= start:
             self.version(uri)  # an empty range of a missing object is still an error
             return b""
@@ -43,6 +44,7 @@ class S3Storage:
         raise AssertionError("the last round returns or raises")
 
     def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Put an object in one request; return False if ``if_absent`` and there is one. Raises UserError where there is no bucket."""
         bucket, key = split(uri)
         with explained(uri):
             _require_bucket(client(), bucket)
@@ -52,11 +54,13 @@ class S3Storage:
             return _put_once(bucket, key, data)
 
     def download(self, uri: str, path: str) -> None:
+        """Download an object to the local file ``path``, which appears when it is whole. Raises Missing."""
         bucket, key = split(uri)
         with explained(uri), atomic_file(path) as file:
             client().download_fileobj(bucket, key, file, Config=_TRANSFER)
 
     def upload(self, path: str, uri: str) -> None:
+        """Upload the local file ``path``, in several parts where it is large. Raises Missing where there is no such file."""
         bucket, key = split(uri)
         if not os.path.isfile(path):
             raise Missing(path)
@@ -65,6 +69,7 @@ class S3Storage:
             client().upload_file(path, bucket, key, Config=_TRANSFER)
 
     def exists(self, uri: str) -> bool:
+        """Whether an object of this name exists, by a HEAD request."""
         try:
             self.version(uri)
         except Missing:
@@ -72,9 +77,11 @@ class S3Storage:
         return True
 
     def list(self, prefix: str) -> list[str]:
+        """Return the URIs of all objects below a folder, sorted; one request for each 1,000 of them."""
         return sorted(self.sizes(prefix))  # here: not every server lists in byte order
 
     def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the bytes of each object that :meth:`list` names; the same requests."""
         bucket, key = split(prefix, folder=True)
         folder = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
         with explained(prefix):
@@ -84,11 +91,13 @@ class S3Storage:
         return {f"s3://{bucket}/{key}": size for key, size in sizes.items() if not key.endswith("/")}
 
     def delete(self, uri: str) -> None:
+        """Delete an object; nothing happens if there is none."""
         bucket, key = split(uri)
         with explained(uri):
             client().delete_object(Bucket=bucket, Key=key)
 
     def version(self, uri: str) -> str:
+        """Return the object's ETag, by a HEAD request. Raises Missing."""
         with explained(uri):
             return head(uri, FetchStats()).etag.strip('"')
 

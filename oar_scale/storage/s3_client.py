@@ -50,6 +50,7 @@ class NoBucket(Exception):
 
 
 def split(uri: str, folder: bool = False) -> tuple[str, str]:
+    """Return bucket and key of an ``s3://`` URI. Raises UserError where one is missing; of a ``folder``, the key may be empty."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket or not (key or folder):
         raise UserError(f"{uri}: a bucket and a name are needed, like s3://bucket/prefix/name.")

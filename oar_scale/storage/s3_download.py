@@ -22,10 +22,12 @@ class S3Objects:
     """See :class:`oar_scale.storage.remote.RemoteObjects` for what each method promises."""
 
     def head(self, uri: str, stats: FetchStats) -> ObjectHead:
+        """Return size and ETag of an object, by a HEAD request that is repeated while the server does not answer."""
         with explained(uri):
             return head(uri, stats)
 
     def download(self, uri: str, etag: str, landing: Landing, count: Callable[[FetchStats], None]) -> int:
+        """Download an object in parts of ``PART_BYTES`` over ``CONNECTIONS`` connections, and return the crc32c of its bytes."""
         stop = threading.Event()
 
         def fetch(start: int) -> None:

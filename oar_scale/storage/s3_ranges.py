@@ -57,7 +57,7 @@ def head(uri: str, stats: FetchStats) -> ObjectHead:
         answer = client(STALL_S).head_object(Bucket=bucket, Key=key)
         return ObjectHead(answer["ContentLength"], answer["ETag"])
 
-    return _Attempts(uri, stats).run(ask)
+    return _RangeAttempts(uri, stats).run(ask)
 
 
 def read_range(
@@ -82,7 +82,7 @@ def read_range(
         UserError: given up; the text names the attempts made.
         ClientError, BotoCoreError: other answers of the server: see ``s3_client.explained``.
     """
-    attempts = _Attempts(uri, stats, stop)
+    attempts = _RangeAttempts(uri, stats, stop)
     at = start
 
     def go_on() -> None:
@@ -101,7 +101,7 @@ def read_range(
     attempts.run(go_on)
 
 
-class _Attempts:
+class _RangeAttempts:
     """The attempts of one read: counts their requests, and decides which errors may pass and how long that is borne."""
 
     def __init__(self, uri: str, stats: FetchStats, stop: threading.Event | None = None) -> None:

@@ -92,6 +92,7 @@ class OrderAnalysis:
 
     @property
     def cells(self) -> int:
+        """Cells of an image."""
         return self.grid**2
 
     def numbers(self) -> JsonObject:
