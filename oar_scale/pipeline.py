@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
-from typing import Any
 
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.loading import dump_recipe
@@ -171,7 +170,7 @@ def _settings(recipe: Recipe, stage: Stage) -> JsonObject:
         if section == "extract.views" and recipe.extract.views == 1:
             continue  # one view is what there was before recipes had this field: fingerprints of those runs still hold
         value: JsonObject = plain
-        config: Any = recipe
+        config: object = recipe
         for key in section.split("."):
             value, config = value[key], getattr(config, key)
         if isinstance(config, Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from oar_scale.model.decoding import Candidates, Decoder, Prefix
@@ -20,7 +20,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """A name of ``__all__``, from the module that has it: torch is imported when something needs it."""
     for module, names in _HOME.items():
         if name in names:

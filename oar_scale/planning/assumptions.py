@@ -121,7 +121,7 @@ def _shipped() -> Assumptions:
     return Assumptions(figures, labels, mfu)
 
 
-def _leaves(value: Any, name: str) -> list[tuple[str, list[Any]]]:
+def _leaves(value: object, name: str) -> list[tuple[str, list[Any]]]:
     """``a.b`` and [value, source] of each figure."""
     if isinstance(value, list):
         return [(name, value)]
