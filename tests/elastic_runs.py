@@ -74,8 +74,8 @@ def undisturbed_run(folders: pytest.TempPathFactory) -> tuple[dict[int, float], 
         done = subprocess.run(torchrun(run, 1), env={**os.environ, **watched(folder, 0)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         _made["undisturbed"] = losses(run), samples(folder)
-    found: tuple[dict[int, float], dict[int, list[int]]] = _made["undisturbed"]
-    return found
+    undisturbed: tuple[dict[int, float], dict[int, list[int]]] = _made["undisturbed"]
+    return undisturbed
 
 
 def watched(folder: Path, pause: float, first: int = 0) -> dict[str, str]:
@@ -103,7 +103,7 @@ def samples(folder: Path) -> dict[int, list[int]]:
         for line in path.read_text().splitlines():
             step, uids = json.loads(line)
             by_rank.setdefault(step, {})[tuple(uids)] = None
-    return {step: sorted({uid for uids in parts for uid in uids}) for step, parts in by_rank.items()}
+    return {step: sorted({uid for uids in samples_of_rank for uid in uids}) for step, samples_of_rank in by_rank.items()}
 
 
 def events(run: Run, kind: str) -> list[dict[str, Any]]:
@@ -114,9 +114,9 @@ def losses(run: Run) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in events(run, "train")}
 
 
-def apart(found: dict[int, float], expected: dict[int, float]) -> float:
-    assert sorted(found) == sorted(expected)
-    return max(abs(found[step] - expected[step]) for step in expected)
+def max_difference(actual: dict[int, float], expected: dict[int, float]) -> float:
+    assert sorted(actual) == sorted(expected)
+    return max(abs(actual[step] - expected[step]) for step in expected)
 
 
 def recipe_file(run: Run, stages: int = 3) -> str:
@@ -140,7 +140,7 @@ def wait_for_events(run: Run, kind: str, count: int, ended: Callable[[], str | N
     """``ended``: what the driver said last, if it is over."""
     deadline = time.monotonic() + seconds
     while len(events(run, kind)) < count:
-        said = ended()
-        assert said is None, f"the driver ended: {said[-4000:]}"
+        output = ended()
+        assert output is None, f"the driver ended: {output[-4000:]}"
         assert time.monotonic() < deadline, f"no {kind} number {count}"
         time.sleep(0.1)

@@ -35,8 +35,8 @@ def bomb(width: int, height: int) -> bytes:
 def img2dataset_sample(number: int, **changes: Any) -> dict[str, Any]:
     """KEY.jpg, KEY.txt and KEY.json with the fields that img2dataset writes; a change to None leaves a member out."""
     key = f"{number:09d}"
-    facts = {"caption": f"photo {number}", "url": f"https://example.org/{number}.jpg", "key": key, "status": "success", "width": 12}
-    sample = {"__key__": key, "jpg": picture(number), "txt": f"photo {number}", "json": json.dumps(facts), **changes}
+    metadata = {"caption": f"photo {number}", "url": f"https://example.org/{number}.jpg", "key": key, "status": "success", "width": 12}
+    sample = {"__key__": key, "jpg": picture(number), "txt": f"photo {number}", "json": json.dumps(metadata), **changes}
     return {part: value for part, value in sample.items() if value is not None}
 
 

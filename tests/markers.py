@@ -111,8 +111,8 @@ def started_by(item: pytest.Item) -> set[str]:
     info = getattr(item, "_fixtureinfo", None)
     if info is not None:
         functions += [fixture.func for name in info.names_closure for fixture in info.name2fixturedefs.get(name, ())]
-    asked = {"s3"} if "s3" in getattr(getattr(item, "callspec", None), "params", {}).values() else set()
-    return asked.union(*(_starts(function) for function in functions if isinstance(function, FunctionType)))
+    services = {"s3"} if "s3" in getattr(getattr(item, "callspec", None), "params", {}).values() else set()
+    return services.union(*(_starts(function) for function in functions if isinstance(function, FunctionType)))
 
 
 @functools.cache

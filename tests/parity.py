@@ -24,14 +24,14 @@ class Case(NamedTuple):
     """The peer's state dict."""
     arrays: dict[str, Tensor]
     """Inputs and outputs."""
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def peer_case(name: str) -> Case:
-    facts = json.loads((FOLDER / f"{name}.json").read_text())
-    tensors = {tensor: _tensor(tensor, shape, values) for tensor, shape, values in facts["tensors"]}
+    metadata = json.loads((FOLDER / f"{name}.json").read_text())
+    tensors = {tensor: _tensor(tensor, shape, values) for tensor, shape, values in metadata["tensors"]}
     with np.load(FOLDER / f"{name}.npz") as arrays:
-        return Case(facts["config"], tensors, {key: torch.from_numpy(arrays[key]) for key in arrays.files}, facts)
+        return Case(metadata["config"], tensors, {key: torch.from_numpy(arrays[key]) for key in arrays.files}, metadata)
 
 
 def _tensor(name: str, shape: list[int], values: Any) -> Tensor:

@@ -89,14 +89,14 @@ class TableWriter:
 
         def dying(self_: Any, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
             shard = next((name for name in self.faults if name.removesuffix(".tar") in uri), None)
-            words = self.faults[shard].split() if shard else [""]
-            if shard is None or words[0] != "crash" or counts[shard] != int(words[1]) or not self._first(shard):
+            fault = self.faults[shard].split() if shard else [""]
+            if shard is None or fault[0] != "crash" or counts[shard] != int(fault[1]) or not self._first(shard):
                 if shard:
                     counts[shard] += 1
                 return bool(write(self_, uri, data, if_absent=if_absent))
-            if words[2] == "half":
+            if fault[2] == "half":
                 _half_a_write(uri, data)
-            elif words[2] == "after":
+            elif fault[2] == "after":
                 write(self_, uri, data, if_absent=if_absent)
             os.kill(os.getpid(), signal.SIGKILL)
             raise AssertionError
@@ -147,14 +147,14 @@ def pids(log: Path | str) -> list[int]:
 
 def living(log: Path | str) -> list[psutil.Process]:
     """Those of these processes that still run; another one of the same number is none of them."""
-    path, found = Path(log, "pids.log"), []
+    path, processes = Path(log, "pids.log"), []
     for line in path.read_text().splitlines() if path.exists() else []:
         pid, born = line.split()
         with suppress(psutil.Error):
             process = psutil.Process(int(pid))
             if abs(process.create_time() - float(born)) < 0.1 and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def _append(path: Path, line: str) -> None:

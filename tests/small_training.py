@@ -72,12 +72,12 @@ class Trainer:
         import torch
         import torch.distributed as dist
 
-        found = []
+        losses = []
         for batch in self.batches[first:end]:
             loss = torch.tensor(self.ours.train_step(batch, 1e-2).loss, dtype=torch.float64)
             dist.all_reduce(loss)
-            found.append(float(loss) / self.process.world)
-        return found
+            losses.append(float(loss) / self.process.world)
+        return losses
 
     def digest(self) -> dict[str, int]:
         """Checksums of all float32 weights and moments, whole. Collective."""
@@ -85,12 +85,12 @@ class Trainer:
 
         live = LiveState(self.engine)
         kinds = ("weights", "exp_avg", "exp_avg_sq", "ema")
-        found = {"steps": int(max(live.steps()))}
+        values = {"steps": int(max(live.steps()))}
         for name in live.parameters:
             for kind in kinds:
                 whole = live.get(name, kind).cpu() + 0.0  # adding the ranks' parts up makes a minus zero positive
-                found[f"{name} {kind}"] = crc32c(whole.numpy().tobytes())
-        return found
+                values[f"{name} {kind}"] = crc32c(whole.numpy().tobytes())
+        return values
 
 
 @contextmanager

@@ -39,17 +39,17 @@ def test_a_sound_machine_gets_no_fail_and_says_which_kernels_run(recipe: str, tm
     assert main(["doctor", recipe]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith(("ok   ", "warn ")) for line in lines), lines
-    said = dict(line[5:].split(": ", 1) for line in lines)
-    assert said["torch"].startswith(torch.__version__.split("+")[0])
-    assert said["devices"].startswith("no GPU: CPU, ") and torch.backends.cpu.get_cpu_capability() in said["devices"]
-    assert said["process group"].startswith("gloo works")
+    findings = dict(line[5:].split(": ", 1) for line in lines)
+    assert findings["torch"].startswith(torch.__version__.split("+")[0])
+    assert findings["devices"].startswith("no GPU: CPU, ") and torch.backends.cpu.get_cpu_capability() in findings["devices"]
+    assert findings["process group"].startswith("gloo works")
     for precision in ("bf16", "fp32"):
-        assert said[f"attention {precision}"].startswith("causal CPU flash, with a mask CPU flash; runs here: flash, math")
-        assert said[f"decoding attention {precision}"].startswith("CPU flash; ")
-    assert "x the speed of fp32" in said["bf16 matmul"] and "TFLOP/s" in said["bf16 matmul"]
-    assert said["fused AdamW"] == "works on cpu"
-    assert str(tmp_path / "deep" / "run") in said["storage root"] and "GiB free" in said["run_dir"]
-    assert said["W&B"] == "off" and "/dev/shm" in said
+        assert findings[f"attention {precision}"].startswith("causal CPU flash, with a mask CPU flash; runs here: flash, math")
+        assert findings[f"decoding attention {precision}"].startswith("CPU flash; ")
+    assert "x the speed of fp32" in findings["bf16 matmul"] and "TFLOP/s" in findings["bf16 matmul"]
+    assert findings["fused AdamW"] == "works on cpu"
+    assert str(tmp_path / "deep" / "run") in findings["storage root"] and "GiB free" in findings["run_dir"]
+    assert findings["W&B"] == "off" and "/dev/shm" in findings
     assert not (tmp_path / "deep").exists()  # it looked, and left nothing behind
 
 

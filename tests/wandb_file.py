@@ -36,10 +36,10 @@ def read_offline_run(path: Path) -> OfflineRun:
     for record in _records(path.read_bytes()):
         match record.WhichOneof("record_type"):
             case "run":
-                told = record.run
-                run.id, run.project, run.name, run.group = told.run_id, told.project, told.display_name, told.run_group
-                run.job_type, run.tags = told.job_type, list(told.tags)
-                run.config |= _values(told.config.update)
+                fields = record.run
+                run.id, run.project, run.name, run.group = fields.run_id, fields.project, fields.display_name, fields.run_group
+                run.job_type, run.tags = fields.job_type, list(fields.tags)
+                run.config |= _values(fields.config.update)
             case "config":
                 run.config |= _values(record.config.update)
             case "history":
@@ -66,22 +66,22 @@ def _records(data: bytes) -> Iterator[Any]:
     from wandb.proto import wandb_internal_pb2
 
     assert data[:4] == MAGIC, data[:HEADER]
-    position, parts = HEADER, b""
+    position, payload = HEADER, b""
     while position + HEADER <= len(data):
-        room = BLOCK - position % BLOCK
-        if room < HEADER:  # too little for another header: padding
-            position += room
+        left = BLOCK - position % BLOCK
+        if left < HEADER:  # too little for another header: padding
+            position += left
             continue
         _checksum, size, kind = struct.unpack("<IHB", data[position : position + HEADER])
         if kind == 0:
-            position += room
+            position += left
             continue
         chunk = data[position + HEADER : position + HEADER + size]
         position += HEADER + size
         if len(chunk) < size:
             return  # the torn end of a killed run
-        parts = chunk if kind in (FULL, FIRST) else parts + chunk
+        payload = chunk if kind in (FULL, FIRST) else payload + chunk
         if kind in (FULL, LAST):
             record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
+            record.ParseFromString(payload)
             yield record

@@ -108,10 +108,10 @@ class WandbServer:
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         """Status and JSON for a request."""
         what = f"{method} {path}"
-        told = json.loads(body) if method == "POST" else {}
+        request = json.loads(body) if method == "POST" else {}
         if path == "/graphql" and method == "POST":
-            found = re.search(r"(?:query|mutation)\s+(\w+)", told["query"])
-            what = found[1] if found else "?"
+            match = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
+            what = match[1] if match else "?"
         with self._answered:
             self.requests.append(what)
             held = self._stalls > 0 and re.search(self._stalled, what) is not None
@@ -121,19 +121,19 @@ class WandbServer:
             self._released.wait()
         with self._answered:
             try:
-                return self._answer(what, method, path, told)
+                return self._answer(what, method, path, request)
             finally:
                 self.held -= held
                 self._answered.notify_all()
 
-    def _answer(self, what: str, method: str, path: str, told: dict[str, Any]) -> tuple[int, Any]:
+    def _answer(self, what: str, method: str, path: str, request: dict[str, Any]) -> tuple[int, Any]:
         status = self._fault(what)
         if status:
             return status, {"error": "injected"}
         if path == "/graphql" and method == "POST":
-            return 200, self._graphql(what, told.get("variables") or {})
+            return 200, self._graphql(what, request.get("variables") or {})
         if stream := re.fullmatch(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream", path):
-            return 200, self._stream(self.runs[stream[3]], told)
+            return 200, self._stream(self.runs[stream[3]], request)
         if upload := re.fullmatch(r"/upload/([^/]+)/(.+)", path):
             self.runs[upload[1]].files.add(upload[2])
             return 200, {}
@@ -147,35 +147,35 @@ class WandbServer:
                 return status
         return None
 
-    def _stream(self, run: ServedRun, told: dict[str, Any]) -> dict[str, Any]:
+    def _stream(self, run: ServedRun, request: dict[str, Any]) -> dict[str, Any]:
         """Lines of the history and other files: each batch says at which line it begins."""
-        for name, chunk in (told.get("files") or {}).items():
+        for name, chunk in (request.get("files") or {}).items():
             lines = run.lines.setdefault(name, [])
             begin = chunk.get("offset", len(lines))
             lines[begin : begin + len(chunk["content"])] = chunk["content"]
-        if told.get("complete") is not None:
-            run.exit_code = told.get("exitcode")
+        if request.get("complete") is not None:
+            run.exit_code = request.get("exitcode")
         return {"exitcode": None, "limits": {}}
 
-    def _graphql(self, operation: str, told: dict[str, Any]) -> dict[str, Any]:
+    def _graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
         answer: Callable[[dict[str, Any]], Any] | None = getattr(self, f"_on_{operation}", None)
         if answer is None:
             return {"errors": [{"message": f"the test server knows no {operation}"}], "data": None}
-        return {"data": answer(told)}
+        return {"data": answer(variables)}
 
-    def _on_Viewer(self, told: dict[str, Any]) -> Any:
+    def _on_Viewer(self, variables: dict[str, Any]) -> Any:
         teams = {"edges": [{"node": {"name": ENTITY}}]}
         return {"viewer": {"id": "u", "entity": ENTITY, "username": "u", "email": "", "flags": "{}", "teams": teams}}
 
-    def _on_ServerFeaturesQuery(self, told: dict[str, Any]) -> Any:
+    def _on_ServerFeaturesQuery(self, variables: dict[str, Any]) -> Any:
         return {"serverInfo": {"features": []}}
 
-    def _on_OrganizationCoreWeaveOrganizationID(self, told: dict[str, Any]) -> Any:
+    def _on_OrganizationCoreWeaveOrganizationID(self, variables: dict[str, Any]) -> Any:
         return {"entity": {"organization": None}}
 
-    def _on_RunResumeStatus(self, told: dict[str, Any]) -> Any:
-        run = self.runs.get(told["name"])
-        model: dict[str, Any] = {"id": "p", "name": told.get("project"), "entity": {"id": "e", "name": ENTITY}, "bucket": None}
+    def _on_RunResumeStatus(self, variables: dict[str, Any]) -> Any:
+        run = self.runs.get(variables["name"])
+        model: dict[str, Any] = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": ENTITY}, "bucket": None}
         if run is not None:
             history = run.lines.get("wandb-history.jsonl", [])
             model["bucket"] = {
@@ -194,15 +194,15 @@ class WandbServer:
             }
         return {"model": model}
 
-    def _on_UpsertBucket(self, told: dict[str, Any]) -> Any:
-        name, entity, project = told["name"], told.get("entity") or ENTITY, told.get("project") or "uncategorized"
+    def _on_UpsertBucket(self, variables: dict[str, Any]) -> Any:
+        name, entity, project = variables["name"], variables.get("entity") or ENTITY, variables.get("project") or "uncategorized"
         new = name not in self.runs
         run = self.runs.setdefault(name, ServedRun(entity, project, name))
-        run.starts += told.get("displayName") is not None
-        run.config |= json.loads(told.get("config") or "{}")
+        run.starts += variables.get("displayName") is not None
+        run.config |= json.loads(variables.get("config") or "{}")
         for key, attribute in (("displayName", "title"), ("groupName", "group"), ("jobType", "job_type"), ("tags", "tags")):
-            if told.get(key) is not None:
-                setattr(run, attribute, told[key])
+            if variables.get(key) is not None:
+                setattr(run, attribute, variables[key])
         bucket = {
             "id": name,
             "name": name,
@@ -215,44 +215,44 @@ class WandbServer:
         }
         return {"upsertBucket": {"inserted": new, "bucket": bucket}}
 
-    def _on_CreateRunFiles(self, told: dict[str, Any]) -> Any:
-        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{told['run']}/{name}"} for name in told["files"]]
-        return {"createRunFiles": {"runID": told["run"], "uploadHeaders": [], "files": files}}
+    def _on_CreateRunFiles(self, variables: dict[str, Any]) -> Any:
+        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{variables['run']}/{name}"} for name in variables["files"]]
+        return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
 
-    def _on_NotifyScriptableRunAlert(self, told: dict[str, Any]) -> Any:
-        self.runs[told["runName"]].alerts.append(f"{told['title']} | {told['text']}")
+    def _on_NotifyScriptableRunAlert(self, variables: dict[str, Any]) -> Any:
+        self.runs[variables["runName"]].alerts.append(f"{variables['title']} | {variables['text']}")
         return {"notifyScriptableRunAlert": {"success": True}}
 
-    def _on_ArtifactType(self, told: dict[str, Any]) -> Any:
+    def _on_ArtifactType(self, variables: dict[str, Any]) -> Any:
         return {"project": {"artifact": None}}
 
-    def _on_CreateArtifact(self, told: dict[str, Any]) -> Any:
-        name = told["input"]["artifactCollectionName"]
+    def _on_CreateArtifact(self, variables: dict[str, Any]) -> Any:
+        name = variables["input"]["artifactCollectionName"]
         self.artifacts.setdefault(name, "PENDING")
         sequence = {"id": "sequence", "latestArtifact": None}
         return {"createArtifact": {"artifact": {"id": name, "state": self.artifacts[name], "artifactSequence": sequence}}}
 
-    def _on_CreateArtifactManifest(self, told: dict[str, Any]) -> Any:
-        return {"createArtifactManifest": {"artifactManifest": self._manifest(told.get("name") or "wandb_manifest.json")}}
+    def _on_CreateArtifactManifest(self, variables: dict[str, Any]) -> Any:
+        return {"createArtifactManifest": {"artifactManifest": self._manifest(variables.get("name") or "wandb_manifest.json")}}
 
-    def _on_UpdateArtifactManifest(self, told: dict[str, Any]) -> Any:
+    def _on_UpdateArtifactManifest(self, variables: dict[str, Any]) -> Any:
         return {"updateArtifactManifest": {"artifactManifest": self._manifest("wandb_manifest.json")}}
 
     def _manifest(self, name: str) -> Any:
         file = {"id": "f", "name": name, "displayName": name, "uploadUrl": f"{self.url}/artifact/{name}", "uploadHeaders": []}
         return {"id": "manifest", "file": file}
 
-    def _on_CreateArtifactFiles(self, told: dict[str, Any]) -> Any:
+    def _on_CreateArtifactFiles(self, variables: dict[str, Any]) -> Any:
         def node(file: dict[str, Any]) -> dict[str, Any]:
             name = file["name"]
-            place = {"uploadUrl": f"{self.url}/artifact/{name}", "uploadHeaders": [], "uploadMultipartUrls": None, "storagePath": name}
-            return {"node": {"id": name, "name": name, "displayName": name, **place, "artifact": {"id": file["artifactID"]}}}
+            target = {"uploadUrl": f"{self.url}/artifact/{name}", "uploadHeaders": [], "uploadMultipartUrls": None, "storagePath": name}
+            return {"node": {"id": name, "name": name, "displayName": name, **target, "artifact": {"id": file["artifactID"]}}}
 
-        return {"createArtifactFiles": {"files": {"edges": [node(file) for file in told["input"]["artifactFiles"]]}}}
+        return {"createArtifactFiles": {"files": {"edges": [node(file) for file in variables["input"]["artifactFiles"]]}}}
 
-    def _on_CommitArtifact(self, told: dict[str, Any]) -> Any:
-        self.artifacts[told["artifactID"]] = "COMMITTED"
-        return {"commitArtifact": {"artifact": {"id": told["artifactID"], "digest": ""}}}
+    def _on_CommitArtifact(self, variables: dict[str, Any]) -> Any:
+        self.artifacts[variables["artifactID"]] = "COMMITTED"
+        return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": ""}}}
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
@@ -264,8 +264,8 @@ class WandbServer:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
-                status, told = server.answer(self.command, self.path, body)
-                text = json.dumps(told).encode()
+                status, content = server.answer(self.command, self.path, body)
+                text = json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))

@@ -42,7 +42,7 @@ from oar_scale.storage import join, open_storage
 WEIGHTS = HERE.parents[1] / "recipes" / "weights" / "emoji"
 VIEWS = 6
 KINDS = ("driver", "actor", "node", "terminate")
-SAY_S = 60.0
+REPORT_S = 60.0
 """Between lines about what is done."""
 SHARD_S = 10.0
 """A kill comes so long after a shard was begun, at most: about what one takes."""
@@ -57,9 +57,9 @@ def prepare(folder: str, images: int) -> Recipe:
     recipe = load_recipe(str(HERE.parents[1] / "recipes" / "emoji.yaml"), overrides)
     source, vq = prepare_images(recipe.data, join(folder, "images"))["train"], load_vq(str(WEIGHTS / "vq.safetensors"))
     assert len(recipe.tokenizer.views) == VIEWS
-    places = join(folder, "images", "train"), join(folder, "tokens")
-    shards = [tokenize_shard(*places, shard, vq, recipe.tokenizer.views, join(folder, "cache")) for shard in source.shards]
-    write_manifest(places[1], token_manifest(shards, vq, recipe.tokenizer.views, source.attribution))
+    locations = join(folder, "images", "train"), join(folder, "tokens")
+    shards = [tokenize_shard(*locations, shard, vq, recipe.tokenizer.views, join(folder, "cache")) for shard in source.shards]
+    write_manifest(locations[1], token_manifest(shards, vq, recipe.tokenizer.views, source.attribution))
     return recipe
 
 
@@ -80,22 +80,22 @@ def job(folder: str, orders: str) -> ExtractionJob:
     )
 
 
-def drive(told: dict[str, Any]) -> int:
+def drive(settings: dict[str, Any]) -> int:
     """A driver of two actors; prints its report."""
-    begin(told)
-    work = job(told["folder"], told["orders"])
+    begin(settings)
+    work = job(settings["folder"], settings["orders"])
     shards = [shard.name for shard in read_manifest(work.tokens).shards]
     timing = Timing(heartbeat_s=0.5, lease_s=10.0, poll_s=0.5, grace_s=5.0)
-    make = partial(NotedExtraction, work, told["log"])
+    make = partial(NotedExtraction, work, settings["log"])
 
     def note(kind: str, fields: Record) -> None:
-        with events(told["log"]).open("a") as file:
+        with events(settings["log"]).open("a") as file:
             file.write(json.dumps({**fields, "kind": kind}) + "\n")
 
     try:
         # Every kill may hit the same shard: that alone must not set it aside.
         what = {"settings_id": work.settings_id}
-        report = run_pool(make, shards, work.ledger, actors=2, max_retries=told["kills"], timing=timing, config=what, on_event=note)
+        report = run_pool(make, shards, work.ledger, actors=2, max_retries=settings["kills"], timing=timing, config=what, on_event=note)
     except Requeue:
         return 75
     print(json.dumps({"done": list(report.done), "poison": report.poison}), flush=True)
@@ -103,7 +103,7 @@ def drive(told: dict[str, Any]) -> int:
 
 
 def events(log: str) -> Path:
-    """What the pools said, a line each."""
+    """The events of the pools, a line each."""
     return Path(log, "events.jsonl")
 
 
@@ -116,7 +116,7 @@ class Killing:
         self.dice, self.kills, self.happened = random.Random(seed), kills, Counter[str]()
         self.shards = [shard.name for shard in read_manifest(join(folder, "tokens")).shards]
         self.ledger = Ledger(job(folder, self.orders).ledger)
-        self.began, self.said = time.monotonic(), time.monotonic()
+        self.began, self.reported = time.monotonic(), time.monotonic()
         self.cluster = Cluster(folder)
         self.driver: Driver | None = None
 
@@ -131,7 +131,7 @@ class Killing:
         try:
             for kind in kinds:
                 if not self._kill(kind):
-                    self.say(f"finished before the other kills ({kind}, ...) came")
+                    self.report(f"finished before the other kills ({kind}, ...) came")
                     break
             driver = self._running()
             while driver.running:
@@ -170,24 +170,24 @@ class Killing:
             self.driver = None
             driver.end()
         self.happened[f"{kind} killed"] += hit
-        self.say(f"{kind} killed")
+        self.report(f"{kind} killed")
         return True
 
     def _running(self) -> Driver:
         if self.driver is None:
-            told = {"folder": self.folder, "orders": self.orders, "log": self.log, "kills": self.kills}
-            self.driver = Driver(__file__, told, self.cluster.ray.env)
+            settings = {"folder": self.folder, "orders": self.orders, "log": self.log, "kills": self.kills}
+            self.driver = Driver(__file__, settings, self.cluster.ray.env)
             self.happened["drivers"] += 1
         return self.driver
 
-    def say(self, what: str) -> None:
-        self.said = time.monotonic()
+    def report(self, what: str) -> None:
+        self.reported = time.monotonic()
         done = f"{len(self.ledger.done())} of {len(self.shards)} shards done, {len(tries(self.log))} tries"
-        print(f"{self.said - self.began:5.0f} s: {what}; {done}", flush=True)
+        print(f"{self.reported - self.began:5.0f} s: {what}; {done}", flush=True)
 
     def _now_and_then(self) -> None:
-        if time.monotonic() - self.said > SAY_S:
-            self.say("going on")
+        if time.monotonic() - self.reported > REPORT_S:
+            self.report("going on")
 
 
 def run(folder: str, root: str, images: int, kills: int, seed: int, compare: int | None = None) -> Counter[str]:
@@ -204,7 +204,7 @@ def run(folder: str, root: str, images: int, kills: int, seed: int, compare: int
     killing = Killing(folder, root, kills, seed)
     print(f"prepared in {time.monotonic() - began:.0f} s: {len(killing.shards)} shards", flush=True)
     killing.go()
-    killing.say("finished")
+    killing.report("finished")
     happened, shards, tried = killing.happened, killing.shards, Counter(tries(killing.log))
     assert sorted(killing.ledger.done()) == sorted(shards) == sorted(tried)
     samples = 0
@@ -218,14 +218,14 @@ def run(folder: str, root: str, images: int, kills: int, seed: int, compare: int
     worker, compared = ExtractionWorker(job(folder, join(folder, "calm"))), [*again, *others]
     for number, shard in enumerate(compared):
         worker.run(shard)
-        ours, theirs = (join(place, table_name(shard)) for place in (killing.orders, join(folder, "calm")))
+        ours, theirs = (join(folder, table_name(shard)) for folder in (killing.orders, join(folder, "calm")))
         assert open_storage(ours).read(ours) == open_storage(theirs).read(theirs), f"{ours} differs from {theirs}"
-        if time.monotonic() - killing.said > SAY_S:
-            killing.say(f"{number + 1} of {len(compared)} tables compared, all alike")
+        if time.monotonic() - killing.reported > REPORT_S:
+            killing.report(f"{number + 1} of {len(compared)} tables compared, all alike")
     happened |= {"drawings": samples, "orders": samples * VIEWS, "shards": len(shards), "tries": tried.total()}
     happened |= {"shards tried more than once": len(again), "tables compared": len(compared)}
-    said = [json.loads(line)["kind"] for line in events(killing.log).read_text().splitlines()]
-    happened.update(f"event {kind}" for kind in said)
+    kinds = [json.loads(line)["kind"] for line in events(killing.log).read_text().splitlines()]
+    happened.update(f"event {kind}" for kind in kinds)
     return happened
 
 

@@ -43,19 +43,19 @@ QUICK = ("write", "array", "array node")
 ATTEMPTS = 12
 
 
-def drive(told: dict[str, Any]) -> int:
-    """Run a pool as ``told``; prints how it ended."""
-    begin(told)
-    make = partial(TableWriter, told["output"], told["log"], WORK_S, told["faults"])
-    array = ArrayTask(*told["array"]) if told["array"] else None
+def drive(settings: dict[str, Any]) -> int:
+    """Run a pool with ``settings``; prints how it ended."""
+    begin(settings)
+    make = partial(TableWriter, settings["output"], settings["log"], WORK_S, settings["faults"])
+    array = ArrayTask(*settings["array"]) if settings["array"] else None
     timing = Timing(heartbeat_s=0.3, lease_s=4.0, poll_s=0.3, grace_s=3.0, patience_s=60)
     events: Counter[str] = Counter()
     try:
         report = run_pool(
             make,
             SHARDS,
-            join(told["output"], "ledger"),
-            actors=told["actors"],
+            join(settings["output"], "ledger"),
+            actors=settings["actors"],
             array=array,
             timing=timing,
             config={"what": "chaos"},
@@ -90,7 +90,7 @@ class Trial:
         """There as soon as it need wait no more."""
         return Path(self.log, "go on")
 
-    def told(self, actors: int = 2, array: tuple[int, int] | None = None) -> dict[str, Any]:
+    def driver_settings(self, actors: int = 2, array: tuple[int, int] | None = None) -> dict[str, Any]:
         return {"output": self.output, "log": self.log, "faults": self.faults, "actors": actors, "array": array}
 
 
@@ -119,14 +119,14 @@ def run_trial(trial: Trial, cluster: Cluster | None) -> None:
     array = trial.scenario.startswith("array")
     for attempt in range(ATTEMPTS):
         if array or (trial.scenario == "write" and cluster is None):
-            drivers = [Driver(__file__, trial.told(array=(index, 3)), {}) for index in range(3)]
+            drivers = [Driver(__file__, trial.driver_settings(array=(index, 3)), {}) for index in range(3)]
         else:
             assert cluster is not None
             cluster.ready()
-            drivers = [Driver(__file__, trial.told(4 if trial.scenario == "node" else 2), cluster.ray.env)]
+            drivers = [Driver(__file__, trial.driver_settings(4 if trial.scenario == "node" else 2), cluster.ray.env)]
             if trial.scenario == "two pools":
                 time.sleep(trial.dice.uniform(0, 2))
-                drivers.append(Driver(__file__, trial.told(), cluster.ray.env))
+                drivers.append(Driver(__file__, trial.driver_settings(), cluster.ray.env))
         if attempt < 3:
             disturb(trial, drivers, cluster)
             trial.go_on.touch()
@@ -147,7 +147,7 @@ def run_trial(trial: Trial, cluster: Cluster | None) -> None:
     if "broken" in trial.faults.values():  # mended: the same command again
         trial.happened["broken sample"] += 1
         trial.faults.clear()
-        code, report = Driver(__file__, trial.told(array=(0, 1)), {}).end()
+        code, report = Driver(__file__, trial.driver_settings(array=(0, 1)), {}).end()
         assert code == 0 and not report["poison"]
     check_output(trial)
     trial.happened["tries"] += len(tries(trial.log))

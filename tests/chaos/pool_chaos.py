@@ -34,10 +34,10 @@ PATIENCE_S = 300
 class Driver:
     """A driver of a trial, and all processes it started, as a node has them."""
 
-    def __init__(self, script: str, told: dict[str, Any], environment: dict[str, str]) -> None:
-        """``told`` is what ``SCRIPT --drive`` gets; its ``log`` is a folder, where what the driver says goes."""
-        command = [sys.executable, script, "--drive", json.dumps({**told, "environment": environment})]
-        self.errors = open(Path(told["log"], f"driver-{time.monotonic_ns()}.err"), "w+")  # noqa: SIM115 (closed by end())
+    def __init__(self, script: str, settings: dict[str, Any], environment: dict[str, str]) -> None:
+        """``settings`` is the argument of ``SCRIPT --drive``; its ``log`` is the folder of the driver's output."""
+        command = [sys.executable, script, "--drive", json.dumps({**settings, "environment": environment})]
+        self.errors = open(Path(settings["log"], f"driver-{time.monotonic_ns()}.err"), "w+")  # noqa: SIM115 (closed by end())
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
         self.process = subprocess.Popen(command, start_new_session=True, **pipes)
 
@@ -53,15 +53,15 @@ class Driver:
         """Exit code, and what it reported. Once."""
         output, _ = self.process.communicate(timeout=timeout_s)
         self.errors.seek(0)
-        said = self.errors.read()
+        stderr = self.errors.read()
         self.errors.close()
-        assert self.process.returncode in (0, 75, -signal.SIGKILL), f"exit code {self.process.returncode}: {said[-3000:]}"
+        assert self.process.returncode in (0, 75, -signal.SIGKILL), f"exit code {self.process.returncode}: {stderr[-3000:]}"
         return self.process.returncode, json.loads(output.splitlines()[-1]) if self.process.returncode == 0 else None
 
 
-def begin(told: dict[str, Any]) -> None:
+def begin(settings: dict[str, Any]) -> None:
     """In a driver, before anything else."""
-    os.environ |= told["environment"]  # the variables of its Ray, over those that conftest has for all tests
+    os.environ |= settings["environment"]  # the variables of its Ray, over those that conftest has for all tests
     # A signal that comes when the pool has ended is too late; the pool takes those that come before.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -111,11 +111,11 @@ def worker(job: Any, plan: Plan, seen: str) -> None:
 
     def saving(*arguments: Any) -> Any:
         at("save")
-        found = save(*arguments)
+        saved = save(*arguments)
         if plan.kind == "disk full":  # there is room again
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        return found
+        return saved
 
     def delivering(path: str, uri: str) -> None:
         at("deliver")
@@ -156,7 +156,7 @@ class Ground:
             self.losses[world, zero_stage] = losses(run)
             samples = seen_samples([join(folder, "seen")])
             assert (sorted(samples) == list(range(STEPS)) and not self.samples) or samples == {k: [v] for k, v in self.samples.items()}
-            self.samples = {step: found[0] for step, found in samples.items()}
+            self.samples = {step: attempts[0] for step, attempts in samples.items()}
         return self.losses[world, zero_stage]
 
 
@@ -231,13 +231,13 @@ def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, ro
         last = number == ATTEMPTS - 1
         kind = "none" if last or (number >= 2 and dice.random() < 0.6) else dice.choice(KINDS)
         run = copy_run(ground.run, folder, root, **changes(world, zero_stage))
-        before, damaged, told = committed(run), still_damaged(corrupted), len(event_files(run))
+        before, damaged, files_before = committed(run), still_damaged(corrupted), len(event_files(run))
         plan = Plan(kind, dice.randrange(3), dice.choice(POINTS), dice.randint(1, 4))
         seen.append(join(folder, f"seen-{number}"))
         codes = attempt(run, plan, seen[-1], world, dice.uniform(0.5, 6) if kind == "kill at random" else None)
         trial.attempts += 1
         trial.kinds[kind] += 1
-        check_resumed(event_files(run)[told:], before, number, damaged)
+        check_resumed(event_files(run)[files_before:], before, number, damaged)
         check_committed(run, still_damaged(corrupted))
         if codes == [0] * world and open_storage(run.at()).exists(run.model_uri("any_order")):
             break
@@ -249,17 +249,17 @@ def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, ro
     else:
         raise AssertionError(f"trial {trial.number}: not done after {ATTEMPTS} attempts")
     check_samples(ground, seen)
-    found = losses(run)
-    assert sorted(found) == list(range(1, STEPS + 1)), sorted(found)
+    values = losses(run)
+    assert sorted(values) == list(range(1, STEPS + 1)), sorted(values)
     same = len(set(shapes)) == 1
-    worst = max(abs(found[step] - first[step]) for step in found)
+    worst = max(abs(values[step] - first[step]) for step in values)
     assert worst == 0 if same else worst < 1e-5, f"trial {trial.number}: losses differ by {worst}; workers and stages: {shapes}"
 
 
 def check_samples(ground: Ground, seen: Sequence[str]) -> None:
     """Every step that any attempt completed on all ranks had the samples of the undisturbed run."""
-    for step, found in seen_samples(seen).items():
-        for samples in found:
+    for step, attempts in seen_samples(seen).items():
+        for samples in attempts:
             assert samples == ground.samples[step], f"step {step}: other samples"
 
 

@@ -29,9 +29,9 @@ LONGEST_GRACE_S = max(load_recipe(str(path)).parallel.grace_s for path in (ROOT 
 
 
 def manifest(path: Path) -> dict[str, Any]:
-    (found,) = yaml.safe_load_all(path.read_text())
-    assert isinstance(found, dict)
-    return found
+    (documents,) = yaml.safe_load_all(path.read_text())
+    assert isinstance(documents, dict)
+    return documents
 
 
 def spec_of(path: Path) -> dict[str, Any]:
@@ -94,12 +94,12 @@ def test_pods_have_grace_shared_memory_limits_and_no_secrets(path: Path) -> None
 
 
 def test_the_job_begins_as_a_submitted_one_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    words = shlex.split(manifest(CLUSTER / "kuberay" / "job.yaml")["spec"]["entrypoint"])
-    assert words[:3] == ["python", "-m", "oar_scale.launch.ray_entry"]
+    arguments = shlex.split(manifest(CLUSTER / "kuberay" / "job.yaml")["spec"]["entrypoint"])
+    assert arguments[:3] == ["python", "-m", "oar_scale.launch.ray_entry"]
     called: list[list[str]] = []
     monkeypatch.setattr(ray_entry.signal, "signal", lambda *_: None)
     monkeypatch.setattr(ray_entry.subprocess, "call", lambda command: called.append(command) or 0)
-    assert ray_entry.main(words[3:]) == 0
+    assert ray_entry.main(arguments[3:]) == 0
     assert called == [[sys.executable, "-m", "oar_scale.cli", "run", "/recipe/recipe.yaml"]]
 
 

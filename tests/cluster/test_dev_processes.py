@@ -25,8 +25,8 @@ def test_a_port_used_on_another_loopback_address_is_taken() -> None:
 def test_a_free_port_has_all_that_it_needs() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        found = processes.free_port(range(port - 2, port + 10, 2), lambda first: [first, first + 2])
-        assert found not in (port - 2, port)
+        result = processes.free_port(range(port - 2, port + 10, 2), lambda first: [first, first + 2])
+        assert result not in (port - 2, port)
 
 
 def test_a_port_that_was_given_out_is_given_to_nobody_else() -> None:
@@ -39,8 +39,8 @@ def test_a_port_that_was_given_out_is_given_to_nobody_else() -> None:
 def test_a_process_is_identified_by_its_start_time() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     created = processes.process_start(process.pid)
-    found = processes.find_process(process.pid, created)
-    assert found is not None and found.pid == process.pid
+    identified = processes.find_process(process.pid, created)
+    assert identified is not None and identified.pid == process.pid
     assert processes.find_process(process.pid, created - 1) is None, "another process that had this number"
     process.communicate(b"\n")
     assert processes.find_process(process.pid, created) is None

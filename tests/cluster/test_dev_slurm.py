@@ -64,9 +64,9 @@ def test_hosts_have_own_names_networks_and_processes(tmp_path: Path) -> None:
         seen = subprocess.run(
             [*arguments, "exec", "--", "srun", "-N2", "bash", "-c", look], capture_output=True, text=True, check=True
         ).stdout
-        found = {line.split()[0]: line.split()[1:] for line in seen.splitlines()}
-        assert {name: address for name, (address, _) in found.items()} == {"n1": "10.77.0.11", "n2": "10.77.0.12"}
-        assert all(int(count) < 20 for _, count in found.values()), "they see the processes of the machine"
+        by_host = {line.split()[0]: line.split()[1:] for line in seen.splitlines()}
+        assert {name: address for name, (address, _) in by_host.items()} == {"n1": "10.77.0.11", "n2": "10.77.0.12"}
+        assert all(int(count) < 20 for _, count in by_host.values()), "they see the processes of the machine"
         assert subprocess.run([*arguments, "exec", "--", "bash", "-c", "exit 7"]).returncode == 7
         outside = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=2)"
         refused = subprocess.run([*arguments, "exec", "--", "srun", "-N1", sys.executable, "-c", outside], capture_output=True, text=True)

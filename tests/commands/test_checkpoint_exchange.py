@@ -58,13 +58,13 @@ def save_as(path: Path, tensors: dict[str, Tensor], **beside: Any) -> str:
 def read_back(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
-    found = torch.load(path, weights_only=True)
-    return dict(found.get("model", found))
+    tensors = torch.load(path, weights_only=True)
+    return dict(tensors.get("model", tensors))
 
 
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]) for name in expected)
+def assert_same_bits(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].dtype == expected[name].dtype and torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_a_folder_goes_to_s3_and_is_loaded_from_there(randar: Path, s3_root: str
     out = f"{s3_root}/exported"
     export_checkpoint(str(randar), out)
     assert [uri.rsplit("/", 1)[1] for uri in open_storage(out).list(out)] == ["config.json", "model.safetensors", "vq.safetensors"]
-    here, there = (oar_scale.load(place).sample([5])[0] for place in (str(randar), out))
+    here, there = (oar_scale.load(folder).sample([5])[0] for folder in (str(randar), out))
     assert here.tobytes() == there.tobytes()
     with pytest.raises(UserError, match="there is something here already"):
         export_checkpoint(str(randar), out)
@@ -273,11 +273,11 @@ def checkpoint_of(run: Run) -> str:
 def test_shards_of_two_workers_are_the_model_training_exported(trained: Run, tmp_path: Path) -> None:
     out = str(tmp_path / "exported")
     assert main(["checkpoint", "export", checkpoint_of(trained), "--out", out]) == 0
-    found, expected = load_model(join(out, "model.safetensors")), load_model(trained.model_uri("any_order"))
-    assert found.spec == expected.spec
+    loaded, expected = load_model(join(out, "model.safetensors")), load_model(trained.model_uri("any_order"))
+    assert loaded.spec == expected.spec
     rounded = torch.bfloat16 if trained.recipe.parallel.precision == "bf16" else torch.float32
     base = load_model(trained.model_uri("base")).state_dict()
-    for name, tensor in found.state_dict().items():
+    for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor.to(rounded).float(), expected.state_dict()[name]), name
         assert not torch.equal(tensor, base[name]) or name == "conditioner.null_rows", f"{name} was not trained"
     assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "text.model", "vq.safetensors"]
@@ -304,8 +304,8 @@ def test_a_checkpoint_without_its_run_is_exported_alone(trained: Run, s3_root: s
         open_storage(uri).upload(path, join(uri, os.path.relpath(path, checkpoint_of(trained))))
     export_checkpoint(uri, str(tmp_path / "exported"))
     assert sorted(os.listdir(tmp_path / "exported")) == ["config.json", "model.safetensors"]
-    found = load_model(str(tmp_path / "exported" / "model.safetensors"))
-    assert found.spec == load_model(trained.model_uri("any_order")).spec
+    loaded = load_model(str(tmp_path / "exported" / "model.safetensors"))
+    assert loaded.spec == load_model(trained.model_uri("any_order")).spec
 
 
 def test_a_damaged_or_uncommitted_checkpoint_is_never_opened(trained: Run, tmp_path: Path) -> None:

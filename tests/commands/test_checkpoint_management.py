@@ -96,16 +96,16 @@ def test_every_byte_is_verified_and_what_is_wrong_is_named(copy: Path, s3_root: 
     prefix = join(s3_root, "verify")
     for path in (path for path in copy.rglob("*") if path.is_file()):
         open_storage(prefix).upload(str(path), join(prefix, str(path.relative_to(copy))))
-    for place in (str(copy), prefix):
-        assert main(["checkpoint", "verify", place]) == 0
+    for folder in (str(copy), prefix):
+        assert main(["checkpoint", "verify", folder]) == 0
         assert capsys.readouterr().out.count("all as they were written") == 3
     victim = next((copy / "pretrain" / "step-00000004").glob("*/*rank_1*optim*"))
     whole = bytearray(victim.read_bytes())
     whole[len(whole) // 2] ^= 1
     victim.write_bytes(whole)
     open_storage(prefix).write(join(prefix, str(victim.relative_to(copy))), bytes(whole))
-    for place in (str(copy), prefix):
-        assert main(["checkpoint", "verify", place]) == 1
+    for folder in (str(copy), prefix):
+        assert main(["checkpoint", "verify", folder]) == 1
         assert re.search(rf"step-00000004: {victim.name} is damaged \(\d+ bytes, crc32c", capsys.readouterr().out)
     assert [fault for _, fault in verify_checkpoints(str(copy / "pretrain" / "step-00000006"))] == [None]
 
@@ -117,9 +117,9 @@ def test_a_prune_says_what_it_would_do_and_keeps_the_newest(run: Run, copy: Path
     assert main(["checkpoint", "prune", str(copy), "--keep", "1", "--keep-best", "1", "--dry-run"]) == 0
     assert capsys.readouterr().out.count("would remove") == 2 and left.exists()
     assert main(["checkpoint", "prune", str(copy), "--keep", "1", "--keep-every", "4"]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"removed .*step-00000002: \d+ files, not kept", said) and re.search(
-        r"removed .*step-00000004: 1 files, left over", said
+    output = capsys.readouterr().out
+    assert re.search(r"removed .*step-00000002: \d+ files, not kept", output) and re.search(
+        r"removed .*step-00000004: 1 files, left over", output
     )
     assert sorted(os.listdir(copy / "pretrain")) == ["step-00000004", "step-00000006"] and not left.exists()
     assert main(["checkpoint", "prune", run.local()]) == 0
@@ -130,9 +130,9 @@ def test_a_prune_says_what_it_would_do_and_keeps_the_newest(run: Run, copy: Path
 
 def test_a_difference_is_shown_for_every_parameter_and_moment(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "diff", checkpoint(run, 2), checkpoint(run, 4)]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"^step +2 +4$", said, re.MULTILINE) and re.search(r"^zero_stage +2 +3$", said, re.MULTILINE)
-    table = said.split("\n\n")[1].splitlines()
+    output = capsys.readouterr().out
+    assert re.search(r"^step +2 +4$", output, re.MULTILINE) and re.search(r"^zero_stage +2 +3$", output, re.MULTILINE)
+    table = output.split("\n\n")[1].splitlines()
     assert table[0].split() == ["PARAMETER", "weights", "ema", "exp_avg", "exp_avg_sq"]
     assert all(float(number) > 0 for number in table[1].split()[1:]), table[1]
     assert main(["checkpoint", "diff", checkpoint(run, 2), checkpoint(run, 2)]) == 0
@@ -144,8 +144,8 @@ def test_universal_format_has_the_same_values_and_the_average(run: Run, tmp_path
     out = tmp_path / "universal"
     assert main(["checkpoint", "convert", checkpoint(run, step), "--out", str(out)]) == 0
     assert (out / "latest_universal").read_text() == "universal"
-    found = read_checkpoint(checkpoint(run, step))
-    shards = read_shards(found.folder, found.files)
+    state = read_checkpoint(checkpoint(run, step))
+    shards = read_shards(state.folder, state.files)
     for name in shards.shapes:
         for kind, file in ((WEIGHTS, "fp32"), ("exp_avg", "exp_avg"), ("ema", "ema")):
             stored = torch.load(out / "universal" / "zero" / name / f"{file}.pt", weights_only=True)
@@ -163,8 +163,8 @@ def test_zero_0_has_no_universal_format(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_weights_or_average_are_exported_from_any_zero_stage(run: Run, tmp_path: Path, step: int) -> None:
-    found = read_checkpoint(checkpoint(run, step))
-    shards = read_shards(found.folder, found.files)
+    state = read_checkpoint(checkpoint(run, step))
+    shards = read_shards(state.folder, state.files)
     base = load_model(run.model_uri("base")).get_parameter(UNTRAINED)
     for flags, kind in (([], WEIGHTS), (["--ema"], "ema")):
         out = str(tmp_path / kind)

@@ -50,8 +50,14 @@ def train(workers: int, parallel: ParallelConfig, result: str) -> None:
         group = optimizer.param_groups[0]
         settings = {name: group[name] for name in ("lr", "betas", "weight_decay")}
         inner = type(optimizer.optimizer).__name__
-        facts = {"losses": losses, "settings": settings, "optimizer": inner, "dtype": str(dtype), "stage": engine.zero_optimization_stage()}
-        Path(result).write_text(json.dumps(facts))
+        report = {
+            "losses": losses,
+            "settings": settings,
+            "optimizer": inner,
+            "dtype": str(dtype),
+            "stage": engine.zero_optimization_stage(),
+        }
+        Path(result).write_text(json.dumps(report))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -59,8 +65,8 @@ def train(workers: int, parallel: ParallelConfig, result: str) -> None:
 def run(workers: int, parallel: ParallelConfig, folder: Path) -> dict[str, object]:
     result = folder / f"{workers}-{parallel.precision}.json"
     run_workers(train, workers, workers, parallel, str(result))
-    facts: dict[str, object] = json.loads(result.read_text())
-    return facts
+    report: dict[str, object] = json.loads(result.read_text())
+    return report
 
 
 def test_two_workers_learn_what_one_learns_with_accumulation(tmp_path: Path) -> None:
@@ -75,9 +81,9 @@ def test_two_workers_learn_what_one_learns_with_accumulation(tmp_path: Path) -> 
 
 
 def test_bf16_zero_2_learns_on_two_workers(tmp_path: Path) -> None:
-    facts = run(2, ParallelConfig(micro_batch=2, zero_stage=2, precision="bf16"), tmp_path)
-    losses = facts["losses"]
-    assert facts["dtype"] == "torch.bfloat16"
+    report = run(2, ParallelConfig(micro_batch=2, zero_stage=2, precision="bf16"), tmp_path)
+    losses = report["losses"]
+    assert report["dtype"] == "torch.bfloat16"
     assert isinstance(losses, list) and sum(losses[STEPS:]) < 0.9 * sum(losses[:STEPS])
 
 

@@ -28,14 +28,14 @@ from oar_scale.errors import UserError
 
 def test_img2dataset_shards_get_the_manifest_of_their_bytes(tmp_path: Path) -> None:
     folder = img2dataset_folder(tmp_path / "shards")
-    found = index_folder(IndexJob(str(folder)))
-    assert found.manifest == read_manifest(str(folder))
-    assert [shard.name for shard in found.manifest.shards] == ["00000.tar", "00001.tar", "00002.tar"]
-    for shard in found.manifest.shards:
+    index = index_folder(IndexJob(str(folder)))
+    assert index.manifest == read_manifest(str(folder))
+    assert [shard.name for shard in index.manifest.shards] == ["00000.tar", "00001.tar", "00002.tar"]
+    for shard in index.manifest.shards:
         data = (folder / shard.name).read_bytes()
         assert (shard.bytes, shard.crc32c, shard.samples) == (len(data), crc32c.crc32c(data), 4)
-    assert found.manifest.grid is None and found.manifest.views == ()
-    assert (found.read, found.faults, found.extensions) == (3, 0, {"jpg": 12, "json": 12, "txt": 12})
+    assert index.manifest.grid is None and index.manifest.views == ()
+    assert (index.read, index.faults, index.extensions) == (3, 0, {"jpg": 12, "json": 12, "txt": 12})
     assert {path.name for path in folder.iterdir() if path.suffix != ".tar"} == {
         *(f"{i:05d}_stats.json" for i in range(3)),
         "manifest.json",
@@ -61,7 +61,7 @@ def _codes(folder: Path, target: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"vocab_size": 50}, r"code 9\d, but --vocab-size is 50"),
         ({"grid": 5}, "an image has 16 codes, not 5 x 5"),
@@ -69,8 +69,8 @@ def _codes(folder: Path, target: Path) -> list[Path]:
         ({"pattern": "*.tgz"}, r"none of the \d+ objects below it matches '\*\.tgz'"),
     ],
 )
-def test_options_that_do_not_fit_the_codes_are_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_options_that_do_not_fit_the_codes_are_refused(tmp_path: Path, changes: dict[str, object], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         index_folder(IndexJob(str(token_folder(tmp_path)), **changes))  # type: ignore[arg-type]
 
 
@@ -132,9 +132,9 @@ def test_a_kill_in_the_middle_costs_no_shard_a_second_reading(tmp_path: Path) ->
         with open(path, "r+b") as file:
             file.write(b"spoiled!")
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    found = index_folder(IndexJob(str(folder)))
-    assert found.read == 400 - len(done)
-    assert {shard.name: shard.crc32c for shard in found.manifest.shards} == expected
+    index = index_folder(IndexJob(str(folder)))
+    assert index.read == 400 - len(done)
+    assert {shard.name: shard.crc32c for shard in index.manifest.shards} == expected
     assert not ledger.exists()
 
 
@@ -147,8 +147,8 @@ def test_a_shard_that_changed_in_between_is_read_again(tmp_path: Path) -> None:
         index_folder(IndexJob(str(folder)))
     write_tar(folder / "00000.tar", [img2dataset_sample(77)])
     (folder / "00002.tar").write_bytes(good)
-    found = index_folder(IndexJob(str(folder)))
-    assert found.read == 2 and [shard.samples for shard in found.manifest.shards] == [1, 4, 4]
+    index = index_folder(IndexJob(str(folder)))
+    assert index.read == 2 and [shard.samples for shard in index.manifest.shards] == [1, 4, 4]
 
 
 def test_another_manifest_is_not_replaced_without_force(tmp_path: Path) -> None:
@@ -186,10 +186,17 @@ def test_faults_are_counted_and_hostile_codes_allocate_nothing(tmp_path: Path) -
         token_sample(7, txt=b"caf\xe9"),
     ]
     write_tar(tmp_path / "0.tar", samples)
-    found = scan_shard(str(tmp_path / "0.tar"))
-    assert (found.samples, found.codes_shape, found.fault_count, found.bad_captions) == (8, (2, 16), 6, 1)
-    for number, said in [(1, "<i8"), (2, r"<u2 [16]"), (3, "99999999"), (4, "no .npy"), (5, "[1, 16] (views, cells)"), (6, "<u2 [2, 16]")]:
-        assert any(f"{number:09d}" in fault and said in fault for fault in found.faults), (number, found.faults)
+    scan = scan_shard(str(tmp_path / "0.tar"))
+    assert (scan.samples, scan.codes_shape, scan.fault_count, scan.bad_captions) == (8, (2, 16), 6, 1)
+    for number, expected in [
+        (1, "<i8"),
+        (2, r"<u2 [16]"),
+        (3, "99999999"),
+        (4, "no .npy"),
+        (5, "[1, 16] (views, cells)"),
+        (6, "<u2 [2, 16]"),
+    ]:
+        assert any(f"{number:09d}" in fault and expected in fault for fault in scan.faults), (number, scan.faults)
 
 
 def test_shards_on_s3_are_indexed_in_place_or_elsewhere(s3_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

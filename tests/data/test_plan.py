@@ -91,10 +91,10 @@ def test_a_shuffle_without_a_table_favours_no_place() -> None:
 
 
 def test_neighbours_do_not_stay_together() -> None:
-    places = shuffled(np.arange(100_000), np.int64(100_000), np.uint64(7))
-    steps = np.abs(np.diff(places))
+    positions = shuffled(np.arange(100_000), np.int64(100_000), np.uint64(7))
+    steps = np.abs(np.diff(positions))
     assert (steps < 100).mean() < 0.004  # 0.002 by chance
-    assert abs(np.corrcoef(np.arange(100_000), places)[0, 1]) < 0.02
+    assert abs(np.corrcoef(np.arange(100_000), positions)[0, 1]) < 0.02
 
 
 def test_a_billion_samples_are_planned_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

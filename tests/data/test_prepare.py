@@ -97,13 +97,13 @@ def test_the_same_images_give_the_same_bytes(pictures: Path, tmp_path: Path) -> 
 
 def digest(folder: Path) -> str:
     """Of all samples of both splits in the order of the shards, the pictures as pixels: compressors may differ."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for path in sorted(folder.rglob("*.tar")):
         for sample in iterate_shard(str(path), str(path)):
             pixels = Image.open(io.BytesIO(sample["png"])).tobytes()
-            parts = [str(path.relative_to(folder)).encode(), sample["__key__"].encode(), sample["txt"], sample["json"], pixels]
-            found.update(b"\n".join(parts))
-    return found.hexdigest()
+            fields = [str(path.relative_to(folder)).encode(), sample["__key__"].encode(), sample["txt"], sample["json"], pixels]
+            hasher.update(b"\n".join(fields))
+    return hasher.hexdigest()
 
 
 @pytest.mark.parametrize("threads", [1, 7])

@@ -33,23 +33,23 @@ def source_of(**fields: Any) -> Source:
 
 def contents(**fields: Any) -> dict[str, Content]:
     """All good images of a source, by name."""
-    found = {}
+    entries = {}
     for image in open_source(source_of(**fields)).images():
         try:
-            found[image.name] = image.read(8)
+            entries[image.name] = image.read(8)
         except BadImage:
             continue
-    return found
+    return entries
 
 
 def faults(**fields: Any) -> dict[str, str]:
-    found = {}
+    reasons = {}
     for image in open_source(source_of(**fields)).images():
         try:
             image.read(8)
         except BadImage as fault:
-            found[image.name] = str(fault)
-    return found
+            reasons[image.name] = str(fault)
+    return reasons
 
 
 def picture(colour: tuple[int, int, int], kind: str = "PNG") -> bytes:
@@ -71,8 +71,8 @@ def test_equal_names_in_two_subfolders_stay_two(tmp_path: Path) -> None:
     for at in ("cat", "a/cat", "b/cat", ".trash/cat"):
         put(tmp_path / f"{at}.png", picture((9, 9, 9)))
         put(tmp_path / f"{at}.txt", f"the cat in {at}")
-    found = contents(type="folder", path=str(tmp_path))
-    assert {name: content.caption for name, content in found.items()} == {n: f"the cat in {n}" for n in ("cat", "a/cat", "b/cat")}
+    images = contents(type="folder", path=str(tmp_path))
+    assert {name: content.caption for name, content in images.items()} == {n: f"the cat in {n}" for n in ("cat", "a/cat", "b/cat")}
     assert len({image.key for image in open_source(source_of(type="folder", path=str(tmp_path))).images()}) == 3
 
 
@@ -82,13 +82,13 @@ def test_captions_in_their_own_folder_ten_to_choose_from(tmp_path: Path) -> None
         put(tmp_path / f"images/{number}.jpg", picture((20 * number, 0, 0), "JPEG"))
         put(tmp_path / f"text/{number}.txt", "".join(f"Face {number} in the words of line {line}.\n" for line in range(10)))
     fields = {"type": "folder", "path": str(tmp_path / "images"), "captions": str(tmp_path / "text"), "alternatives": True}
-    found = contents(**fields)
-    assert len(found) == 12
-    for number, content in found.items():
+    images = contents(**fields)
+    assert len(images) == 12
+    for number, content in images.items():
         assert len(content.metadata["captions"]) == 10
         assert content.caption in content.metadata["captions"] and content.caption.startswith(f"Face {number} ")
-    assert len({content.caption[-2:] for content in found.values()}) > 3, "not the same line for all"
-    assert {name: c.caption for name, c in contents(**fields).items()} == {name: c.caption for name, c in found.items()}
+    assert len({content.caption[-2:] for content in images.values()}) > 3, "not the same line for all"
+    assert {name: c.caption for name, c in contents(**fields).items()} == {name: c.caption for name, c in images.items()}
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------------
@@ -119,13 +119,13 @@ def test_captions_from_columns_survive_a_stray_comma(fashion: Path) -> None:
         "caption": "{baseColour} {articleType}: {productDisplayName}",
         "label": "year",
     }
-    found = contents(**fields)
-    assert {name: content.caption for name, content in found.items()} == {
+    images = contents(**fields)
+    assert {name: content.caption for name, content in images.items()} == {
         "images/15970": "Navy Blue Shirts: Turtle Check Men Navy Blue Shirt",
         "images/59263": "Watches: Titan Women Silver Watch, round",
         "images/30039": "Black Watches: Skagen Men Black Watch, slim, steel",
     }
-    assert found["images/15970"].metadata == {"label": 2011}
+    assert images["images/15970"].metadata == {"label": 2011}
     assert "No such file" in faults(**fields)["images/39386"]
 
 
@@ -134,8 +134,8 @@ def test_parquet_gives_what_csv_gives(fashion: Path) -> None:
     table = pa.table({"file": [f"images/{row[0]}.jpg" for row in rows], "words": [row[9] for row in rows], "class": [3, None]})
     pq.write_table(table, fashion / "styles.parquet")
     fields = {"type": "table", "path": str(fashion / "styles.parquet"), "image": "file", "caption": "words", "label": "class"}
-    found = contents(**fields)
-    assert {name: (content.caption, content.metadata) for name, content in found.items()} == {
+    images = contents(**fields)
+    assert {name: (content.caption, content.metadata) for name, content in images.items()} == {
         "images/15970": ("Turtle Check Men Navy Blue Shirt", {"label": 3})
     }
 
@@ -192,11 +192,11 @@ def imagenet(tmp_path: Path) -> Path:
 
 def test_labels_are_sorted_folders_captions_their_names(imagenet: Path) -> None:
     """Labels are the sorted folders and captions say their names."""
-    found = contents(type="class_folders", path=str(imagenet / "train"), names=str(imagenet / "LOC_synset_mapping.txt"))
-    assert len(found) == 6
-    goldfish = found["n01443537/n01443537_1"]
+    images = contents(type="class_folders", path=str(imagenet / "train"), names=str(imagenet / "LOC_synset_mapping.txt"))
+    assert len(images) == 6
+    goldfish = images["n01443537/n01443537_1"]
     assert (goldfish.caption, goldfish.metadata) == ("a photo of a goldfish", {"label": 1, "class": "n01443537"})
-    assert found["n01484850/n01484850_0"].caption == "a photo of a great white shark"
+    assert images["n01484850/n01484850_0"].caption == "a photo of a great white shark"
 
 
 @pytest.mark.parametrize(
@@ -208,8 +208,8 @@ def test_labels_are_sorted_folders_captions_their_names(imagenet: Path) -> None:
 )
 def test_names_may_be_json(imagenet: Path, names: dict[str, Any]) -> None:
     put(imagenet / "names.json", json.dumps(names))
-    found = contents(type="class_folders", path=str(imagenet / "train"), names=str(imagenet / "names.json"), caption="{name}!")
-    assert found["n01484850/n01484850_0"].caption == "great white shark!"
+    images = contents(type="class_folders", path=str(imagenet / "train"), names=str(imagenet / "names.json"), caption="{name}!")
+    assert images["n01484850/n01484850_0"].caption == "great white shark!"
 
 
 def test_folder_names_serve_and_a_missing_name_is_an_error(imagenet: Path) -> None:
@@ -229,8 +229,8 @@ def test_folder_names_serve_and_a_missing_name_is_an_error(imagenet: Path) -> No
 def foreign_shard(samples: list[tuple[str, dict[str, bytes]]], kind: int) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
-        for key, parts in samples:
-            for extension, data in parts.items():
+        for key, members in samples:
+            for extension, data in members.items():
                 member = tarfile.TarInfo(f"{key}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -258,9 +258,9 @@ def test_shards_of_img2dataset_are_read_sample_by_sample(tmp_path: Path, kind: i
     put(tmp_path / "00000.tar", foreign_shard(img2dataset(0), kind))
     put(tmp_path / "00001.tar", foreign_shard(img2dataset(1) + long, kind))
     put(tmp_path / "00001_stats.json", "{}")
-    found = contents(type="webdataset", url=str(tmp_path))
-    assert len(found) == 8 + bool(long)
-    content = found["00001/000010002"]
+    images = contents(type="webdataset", url=str(tmp_path))
+    assert len(images) == 8 + bool(long)
+    content = images["00001/000010002"]
     assert content.caption == "picture 2" and content.metadata["status"] == "success" and "label" not in content.metadata
     assert content.image.size == (8, 8) and max(abs(a - b) for a, b in zip(content.image.getpixel((4, 4)), (120, 80, 0), strict=True)) < 4
     if long:
@@ -295,9 +295,9 @@ def test_a_broken_or_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_sample_whose_json_is_none_is_a_bad_sample(tmp_path: Path) -> None:
     bad = [("a", {"png": picture((0, 0, 0)), "txt": b"a", "json": b"{"}), ("b", {"png": picture((0, 0, 0)), "txt": b"b", "json": b"[]"})]
     put(tmp_path / "x.tar", foreign_shard([*bad, ("c", {"png": picture((0, 0, 0)), "txt": b"  "})], tarfile.GNU_FORMAT))
-    found = faults(type="webdataset", url=str(tmp_path))
-    assert "its .json is none" in found["x/a"]
-    assert (found["x/b"], found["x/c"]) == ("its .json holds no object", "no caption")
+    reasons = faults(type="webdataset", url=str(tmp_path))
+    assert "its .json is none" in reasons["x/a"]
+    assert (reasons["x/b"], reasons["x/c"]) == ("its .json holds no object", "no caption")
 
 
 # -- pictures that are none ---------------------------------------------------------------------------------------------------
@@ -335,9 +335,9 @@ def test_what_a_source_knows_about_an_image_is_in_the_shards(imagenet: Path) -> 
     source = source_of(type="class_folders", path=str(imagenet / "train"), names=str(imagenet / "LOC_synset_mapping.txt"))
     config = DataConfig(source=source, image_size=8, heldout_fraction=0.5)
     manifests = prepare_images(config, str(imagenet / "out"))
-    told = set()
+    samples_seen = set()
     for split, manifest in manifests.items():
         for sample in read_shard(str(imagenet / "out" / split / "00000.tar"), "", manifest.shards[0]):
             assert Image.open(io.BytesIO(sample["png"])).size == (8, 8)
-            told.add((json.loads(sample["json"])["label"], sample["txt"].decode()))
-    assert told == {(0, "a photo of a tench"), (1, "a photo of a goldfish"), (2, "a photo of a great white shark")}
+            samples_seen.add((json.loads(sample["json"])["label"], sample["txt"].decode()))
+    assert samples_seen == {(0, "a photo of a tench"), (1, "a photo of a goldfish"), (2, "a photo of a great white shark")}

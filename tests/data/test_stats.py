@@ -21,8 +21,8 @@ from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
 
 def figures(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main(["data", "stats", *arguments, "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
 
 
 def test_picture_shards_without_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,16 +34,16 @@ def test_picture_shards_without_an_index(tmp_path: Path, capsys: pytest.CaptureF
         img2dataset_sample(3, txt=None, json=labels[3], jpg=bomb(9000, 9000)),
     ]
     write_tar(tmp_path / "0.tar", samples)
-    found = figures(capsys, str(tmp_path))
-    assert (found["shards"], found["samples"], found["bytes"]) == (1, 4, (tmp_path / "0.tar").stat().st_size)
-    assert found["parts"] == {"jpg": 4, "json": 4, "txt": 3}
-    assert found["captions"]["count"] == 3 and found["captions"]["not_utf8"] == 1
-    assert found["captions"]["words"] == {"min": 1, "p10": 1, "median": 6, "p90": 6, "max": 6, "mean": 4.33}
-    assert found["captions"]["histogram"] == {"0-4": 1, "5-9": 2}
-    assert found["captions"]["common_words"]["red"] == 2 and found["captions"]["common_words"]["a"] == 2
-    assert found["images"]["common_sizes"] == {"12x8": 1, "20x10": 1, "9000x9000": 1} and found["images"]["unreadable"] == 1
-    assert found["labels"] == {"count": 3, "different": 2, "common": {"3": 2, "5": 1}}
-    assert "codes" not in found and "manifest" not in found
+    statistics = figures(capsys, str(tmp_path))
+    assert (statistics["shards"], statistics["samples"], statistics["bytes"]) == (1, 4, (tmp_path / "0.tar").stat().st_size)
+    assert statistics["parts"] == {"jpg": 4, "json": 4, "txt": 3}
+    assert statistics["captions"]["count"] == 3 and statistics["captions"]["not_utf8"] == 1
+    assert statistics["captions"]["words"] == {"min": 1, "p10": 1, "median": 6, "p90": 6, "max": 6, "mean": 4.33}
+    assert statistics["captions"]["histogram"] == {"0-4": 1, "5-9": 2}
+    assert statistics["captions"]["common_words"]["red"] == 2 and statistics["captions"]["common_words"]["a"] == 2
+    assert statistics["images"]["common_sizes"] == {"12x8": 1, "20x10": 1, "9000x9000": 1} and statistics["images"]["unreadable"] == 1
+    assert statistics["labels"] == {"count": 3, "different": 2, "common": {"3": 2, "5": 1}}
+    assert "codes" not in statistics and "manifest" not in statistics
 
 
 def test_code_figures_equal_those_of_numpy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,8 +65,8 @@ def test_code_figures_equal_those_of_numpy(tmp_path: Path, capsys: pytest.Captur
 def test_the_first_shards_in_natural_order_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(12):
         write_tar(tmp_path / f"s{number}.tar", [img2dataset_sample(n, txt=f"word{number}") for n in range(2)])
-    found = figures(capsys, str(tmp_path), "--shards", "3")
-    assert found["samples"] == 6 and set(found["captions"]["common_words"]) == {"word0", "word1", "word2"}
+    statistics = figures(capsys, str(tmp_path), "--shards", "3")
+    assert statistics["samples"] == 6 and set(statistics["captions"]["common_words"]) == {"word0", "word1", "word2"}
     index_folder(IndexJob(str(tmp_path)))
     assert figures(capsys, str(tmp_path), "--shards", "1")["manifest"]["samples"] == 24
     assert figures(capsys, str(tmp_path), "--all")["samples"] == 24

@@ -149,7 +149,7 @@ def test_sample_and_epoch_choose_among_stored_orders(tokens: str, text: TextToke
     def taken(stored: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ours = TokenStream(source(tokens, lambda name, shard: np.stack([stored[None]] * len(shard.keys))), text, settings)
         batches = list(ours.batches(0, 60))
-        return tuple(torch.cat(parts) for parts in zip(*((b.uid_b, b.epoch_b, b.orders()) for b in batches), strict=True))  # type: ignore[return-value]
+        return tuple(torch.cat(columns) for columns in zip(*((b.uid_b, b.epoch_b, b.orders()) for b in batches), strict=True))  # type: ignore[return-value]
 
     uid, epoch, orders = taken(several)
     shift = orders.argmin(1)
@@ -192,8 +192,8 @@ def test_a_given_order_leaves_the_random_share_its_random_orders(tokens: str, te
     random = [stream(tokens, text).batch(step) for step in range(8)]
     follows = torch.cat([(batch.orders() == given).all(1) for batch in mixed])
     assert 0.25 < float(follows.float().mean()) < 0.75
-    found, expected = (torch.cat([batch.orders() for batch in batches])[~follows] for batches in (mixed, random))
-    assert torch.equal(found, expected)
+    drawn, expected = (torch.cat([batch.orders() for batch in batches])[~follows] for batches in (mixed, random))
+    assert torch.equal(drawn, expected)
 
 
 def test_image_shards_are_not_taken_for_token_shards(tmp_path: Path, text: TextTokenizer) -> None:
@@ -347,15 +347,15 @@ def test_too_many_bad_samples_stop_the_stream_and_name_some(text: TextTokenizer,
 def test_data_sets_are_mixed_by_weight_each_with_its_own_samples(text: TextTokenizer, tmp_path: Path) -> None:
     for name, sizes in (("big", [30, 30, 30]), ("small", [12])):
         write_tokens(str(tmp_path / name), sizes)
-    parts = [source(str(tmp_path / "big"), weight=4), source(str(tmp_path / "small"), weight=1)]
-    batches = list(TokenStream(parts, text, SETTINGS).batches(0, 500))
+    sources = [source(str(tmp_path / "big"), weight=4), source(str(tmp_path / "small"), weight=1)]
+    batches = list(TokenStream(sources, text, SETTINGS).batches(0, 500))
     uids, codes = torch.cat([b.uid_b for b in batches]), torch.cat([b.codes_bN[:, 0] for b in batches])
     small = uids >= 90
     assert int(small.sum()) == 800
     assert torch.equal(codes, torch.where(small, uids - 90, uids))
     with pytest.raises(UserError, match="a mixture needs one"):
-        odd = replace(parts[1], manifest=parts[1].manifest.model_copy(update={"grid": 5}))
-        TokenStream([parts[0], odd], text, SETTINGS)
+        odd = replace(sources[1], manifest=sources[1].manifest.model_copy(update={"grid": 5}))
+        TokenStream([sources[0], odd], text, SETTINGS)
 
 
 def test_image_shards_are_tokenised_on_the_fly_to_the_same_codes(text: TextTokenizer, tmp_path: Path) -> None:

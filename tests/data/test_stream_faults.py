@@ -47,12 +47,12 @@ def tokens(s3_root: str) -> str:
 
 @pytest.fixture
 def proxy(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    found = FaultProxy(int(os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1]))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", found.url)
+    server = FaultProxy(int(os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     monkeypatch.setattr(s3_ranges, "STALL_S", 60.0)  # a server that is slow now and then is none of the faults that are counted
     monkeypatch.setattr(s3_ranges, "BACKOFF_S", 0.01)
-    yield found
-    found.close()
+    yield server
+    server.close()
 
 
 def test_with_a_fifth_of_all_requests_failing_an_epoch_is_whole(

@@ -45,20 +45,20 @@ def ours(data: bytes) -> list[Member]:
 
 def standard(data: bytes) -> list[tuple[str, int, int]] | None:
     """What tarfile finds; None where it raises, stops before the archive's end, or finds a file that is cut or sparse."""
-    found = []
+    entries = []
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
             for count, info in enumerate(archive):
                 if count > len(data) // 512:  # this version of tarfile can run in circles
                     return None
                 if info.isfile():
-                    found.append((info.name, info.offset_data, info.size))
+                    entries.append((info.name, info.offset_data, info.size))
                 if info.sparse is not None or (info.isfile() and info.offset_data + info.size > len(data)):
                     return None
             end = archive.offset  # type: ignore[attr-defined]
     except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError, OSError):
         return None
-    return found if data[end : end + 512] == bytes(512) else None
+    return entries if data[end : end + 512] == bytes(512) else None
 
 
 def check(data: bytes) -> bool:
@@ -154,9 +154,9 @@ def test_every_format_gives_the_members_of_tarfile(kind: str) -> None:
     data = tar(
         [*files, ("größe.txt", b"1"), ("b\udcffd.txt", b"2")], kind, lambda info: setattr(info, "mtime", 0 if kind == "ustar" else 1.5)
     )
-    found = ours(data)
-    assert [tuple(member) for member in found] == standard(data)
-    assert [data[offset : offset + size] for _, offset, size in found][:60] == [content for _, content in files]
+    result = ours(data)
+    assert [tuple(member) for member in result] == standard(data)
+    assert [data[offset : offset + size] for _, offset, size in result][:60] == [content for _, content in files]
 
 
 def test_plain_webdataset_finds_the_same_samples(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def patched(start: int, value: bytes, content: bytes = b"hello") -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"", "it is empty"),
         (b"\x1f\x8b" + bytes(600), "compressed"),
@@ -211,8 +211,8 @@ def patched(start: int, value: bytes, content: bytes = b"hello") -> bytes:
         (tar([("a.txt", b"a")], "pax", typed(b"0", pax_headers={"size": "99999999"})), r"'a.txt' has 99999999 bytes by its header"),
     ],
 )
-def test_what_cannot_be_trusted_is_refused_and_named(data: bytes, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_what_cannot_be_trusted_is_refused_and_named(data: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         list(samples(memoryview(data), "s3://b/0.tar"))
     assert str(caught.value).startswith("s3://b/0.tar: ")
 
@@ -233,16 +233,16 @@ def test_a_tar_without_members_has_no_samples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "said"),
+    ("limits", "message"),
     [
         (TarLimits(max_members=2), "more than 2 members"),
         (TarLimits(max_member_bytes=9), r"member 'k2.txt' has 11 bytes, the limit is 9"),
         (TarLimits(max_total_bytes=1000), "10240 bytes, the limit for a shard is 1000"),
     ],
 )
-def test_limits_are_kept(limits: TarLimits, said: str) -> None:
+def test_limits_are_kept(limits: TarLimits, message: str) -> None:
     data = tar([(f"k{i}.txt", b"x" * (9 + i)) for i in range(3)])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         list(samples(memoryview(data), "0.tar", limits))
 
 

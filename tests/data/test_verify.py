@@ -23,8 +23,8 @@ from oar_scale.data.verify import verify_folder
 def _write_as_known(folder: Path, name: str, samples: list[dict[str, object]]) -> None:
     """Write a shard and put what it is into the manifest: only its samples can be at fault."""
     write_tar(folder / name, samples)
-    found = scan_shard(str(folder / name))
-    info = ShardInfo(name=name, bytes=found.bytes, samples=found.samples, crc32c=found.crc32c)
+    scan = scan_shard(str(folder / name))
+    info = ShardInfo(name=name, bytes=scan.bytes, samples=scan.samples, crc32c=scan.crc32c)
     manifest = read_manifest(str(folder))
     shards = [info if shard.name == name else shard for shard in manifest.shards]
     write_manifest(str(folder), manifest.model_copy(update={"shards": tuple(shards)}))
@@ -67,7 +67,7 @@ def test_our_own_shards_are_confirmed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (_content_of_first_file, r"00001\.tar: crc32c [0-9a-f]{8}, the manifest says [0-9a-f]{8}"),
         (lambda folder: _flip(folder / "00001.tar", 3), r"00001\.tar: truncated or broken tar"),
@@ -104,14 +104,14 @@ def test_our_own_shards_are_confirmed(tmp_path: Path) -> None:
     ],
 )
 def test_each_kind_of_damage_is_named_with_shard_and_key(
-    folder: Path, damage: Callable[[Path], object], said: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, damage: Callable[[Path], object], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(folder)
     assert main(["data", "verify", str(folder), "--workers", "2"]) == 1
     shown = capsys.readouterr().out
-    assert re.search(said, shown), shown
+    assert re.search(message, shown), shown
     blamed = {line.split(":")[0] for line in shown.splitlines()[:-1]}
-    assert blamed == {said.split(":")[0].replace("\\", "")}
+    assert blamed == {message.split(":")[0].replace("\\", "")}
 
 
 def test_every_flipped_bit_is_found(folder: Path) -> None:

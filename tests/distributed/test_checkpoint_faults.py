@@ -49,18 +49,18 @@ def save_on_bad_disks(job: TrainingJob, out: str) -> None:
     rank = int(os.environ["RANK"])
     with training(job, 6) as trainer:
         train, saver = trainer(job), Saver(job)
-        found = saved_steps(saver, train, range(1, 2))
+        outcomes = saved_steps(saver, train, range(1, 2))
         if rank == 1:
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-        found += saved_steps(saver, train, range(2, 3))
+        outcomes += saved_steps(saver, train, range(2, 3))
         if rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         nowhere = job.recipe.storage.model_copy(update={"scratch_dir": "/dev/null/scratch"})
         elsewhere = replace(job, recipe=job.recipe.model_copy(update={"storage": nowhere})) if rank == 0 else job
-        found += saved_steps(Saver(elsewhere), train, range(3, 4))
-        found += saved_steps(saver, train, range(4, 5))
-        note(out, "disks", {"outcomes": found, "loss": train.losses(4, 6)})
+        outcomes += saved_steps(Saver(elsewhere), train, range(3, 4))
+        outcomes += saved_steps(saver, train, range(4, 5))
+        note(out, "disks", {"outcomes": outcomes, "loss": train.losses(4, 6)})
 
 
 def test_a_full_disk_of_one_rank_costs_only_that_checkpoint(job: TrainingJob, tmp_path: Path) -> None:
@@ -71,8 +71,8 @@ def test_a_full_disk_of_one_rank_costs_only_that_checkpoint(job: TrainingJob, tm
     assert faults[1] is None and faults[4] is None
     assert re.search(r"optim_states\.pt: File too large", faults[2]), faults[2]
     assert re.search(r"/dev/null/scratch.*: Not a directory", faults[3]), faults[3]
-    found = checkpoint_locations(here.checkpoints)
-    assert [(location.step, len(location.saves)) for location in found] == [(1, 1), (4, 1)], "left-overs of the saves that failed"
+    locations = checkpoint_locations(here.checkpoints)
+    assert [(location.step, len(location.saves)) for location in locations] == [(1, 1), (4, 1)], "left-overs of the saves that failed"
     assert sorted(os.listdir(here.checkpoints)) == ["step-00000001", "step-00000004"]
     assert os.listdir(here.scratch) == []
 
@@ -83,24 +83,26 @@ def save_while_s3_is_down(job: TrainingJob, out: str) -> None:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
         there = replace(job, root=os.environ["CHECKPOINT_ROOT"])
         train, saver = trainer(job), Saver(there)
-        found = saved_steps(saver, train, range(1, 2))
+        outcomes = saved_steps(saver, train, range(1, 2))
         os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{taken.getsockname()[1]}"
         train.losses(1, 2)
         saver.save(train.engine, 2, {})
         went_on = train.losses(2, 3)
         saver.save(train.engine, 3, {})
         before = train.digest()
-        found += [vars(outcome) for outcome in saver.outcomes()]
+        outcomes += [vars(outcome) for outcome in saver.outcomes()]
         try:
             restore(train.engine, there)
             outage = ""
         except UserError as error:
             outage = str(error)
         os.environ["AWS_ENDPOINT_URL"] = server
-        found += [vars(outcome) for outcome in saver.finish(60)]
+        outcomes += [vars(outcome) for outcome in saver.finish(60)]
         expected = train.losses(3, 5)
         restored = restore(train.engine, there)
-        note(out, "s3", {"outcomes": found, "went_on": went_on, "outage": outage, "same": train.digest() == before, "step": restored.step})
+        note(
+            out, "s3", {"outcomes": outcomes, "went_on": went_on, "outage": outage, "same": train.digest() == before, "step": restored.step}
+        )
         note(out, "s3 losses", [expected, train.losses(3, 5)])
         restore_on_two_hosts(trainer(with_stage(there, 3)), with_stage(there, 3), before, out)
 
@@ -111,16 +113,16 @@ def restore_on_two_hosts(train: Trainer, there: TrainingJob, expected: dict[str,
 
     rank = os.environ["RANK"]
     socket.gethostname = lambda: f"host{rank}"
-    apart = replace(there, local=join(there.local, f"host{rank}"))
+    elsewhere = replace(there, local=join(there.local, f"host{rank}"))
     put = LiveState.put
     LiveState.put = lambda self, name, what, whole: put(self, name, what, whole + 1e-9 * (what == "ema" and name.endswith("null_rows")))
     try:
-        restore(train.engine, apart)
+        restore(train.engine, elsewhere)
     except RuntimeError as error:
         note(out, "unfaithful", str(error))
     LiveState.put = put
-    restored = restore(train.engine, apart)
-    note(out, "hosts", {"converted": restored.converted, "same": train.digest() == expected, "left": os.listdir(apart.scratch)})
+    restored = restore(train.engine, elsewhere)
+    note(out, "hosts", {"converted": restored.converted, "same": train.digest() == expected, "left": os.listdir(elsewhere.scratch)})
 
 
 def test_an_s3_that_is_down_costs_one_checkpoint(job: TrainingJob, tmp_path: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,14 +132,14 @@ def test_an_s3_that_is_down_costs_one_checkpoint(job: TrainingJob, tmp_path: Pat
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     open_storage(root).upload(join(job.root, "tokens", "train", "manifest.json"), join(root, "tokens", "train", "manifest.json"))
     run_workers(save_while_s3_is_down, 2, replace(job, local=str(tmp_path / "local")), str(tmp_path))
-    found = noted(str(tmp_path), "s3")
-    outcomes = {outcome["step"]: outcome for outcome in found["outcomes"]}
+    notes = noted(str(tmp_path), "s3")
+    outcomes = {outcome["step"]: outcome for outcome in notes["outcomes"]}
     assert outcomes[1]["fault"] is None and outcomes[3]["fault"] is None
     assert "given up" in outcomes[2]["fault"] and "no connection to the S3 server" in outcomes[2]["fault"]
     assert outcomes[3]["wait_s"] > 0
-    assert "no connection" in found["outage"], "an outage was taken for a fault of the checkpoint"
+    assert "no connection" in notes["outage"], "an outage was taken for a fault of the checkpoint"
     assert committed_steps(join(root, "checkpoints", "pretrain")) == [1, 3]
-    assert found["step"] == 3 and found["same"]
+    assert notes["step"] == 3 and notes["same"]
     before, after = noted(str(tmp_path), "s3 losses")
     assert before == after
     assert re.search(r"not converted faithfully: \S+null_rows: its ema are not those", noted(str(tmp_path), "unfaithful"))
@@ -213,9 +215,9 @@ def test_a_rank_killed_in_a_save_leaves_the_old_or_new_whole(job: TrainingJob, t
         assert code == -signal.SIGKILL, f"not killed at {point}: {code}"
     run_workers(go_on_after_deaths, 2, here, str(tmp_path))
     for point, step in POINTS.items():
-        found = noted(str(tmp_path), point)
-        assert found["step"] == step and found["rejected"] == [], point
-        assert [outcome["fault"] for outcome in found["outcomes"]] == [None], point
+        notes = noted(str(tmp_path), point)
+        assert notes["step"] == step and notes["rejected"] == [], point
+        assert [outcome["fault"] for outcome in notes["outcomes"]] == [None], point
     assert os.listdir(here.scratch) == [], "what dead processes left on the local disk"
 
 
@@ -290,8 +292,8 @@ def whole(job: TrainingJob, tmp_path_factory: pytest.TempPathFactory) -> tuple[T
 
 def test_going_back_to_a_step_undoes_the_later_ones(whole: tuple[TrainingJob, str]) -> None:
     here, out = whole
-    found = noted(out, "back")
-    assert found["step"] == 2 and found["after"] == found["before"]
+    notes = noted(out, "back")
+    assert notes["step"] == 2 and notes["after"] == notes["before"]
     assert committed_steps(here.checkpoints) == [1, 2]
 
 
@@ -307,13 +309,13 @@ def test_damaged_checkpoints_are_rejected_by_name(whole: tuple[TrainingJob, str]
         flip(one(step, "*/manifest.json"))
     run_workers(restore_the_damaged, 2, here, str(tmp_path))
     for number, (name, (_, fault)) in enumerate(DAMAGE.items()):
-        found = noted(str(tmp_path), str(number))
-        assert (found["step"], found["at"]) == (1, 1), name
+        notes = noted(str(tmp_path), str(number))
+        assert (notes["step"], notes["at"]) == (1, 1), name
         if fault:
-            (rejected,) = found["rejected"]
+            (rejected,) = notes["rejected"]
             assert re.search(fault, rejected["fault"]) and rejected["uri"].endswith("step-00000002"), (name, rejected)
             assert committed_steps(str(tmp_path / str(number) / "checkpoints" / "pretrain")) == [1], f"{name}: still counts as committed"
         else:
-            assert found["rejected"] == []
+            assert notes["rejected"] == []
     assert "no checkpoint of this stage can be used" in noted(str(tmp_path), str(len(DAMAGE)))["error"]
     assert committed_steps(str(hopeless / "checkpoints" / "pretrain")) == [1, 2], "nothing is taken back when nothing else is there"

@@ -65,9 +65,9 @@ def test_the_name_of_an_attempt_tells_when_it_began() -> None:
 
 def test_a_step_done_again_replaces_the_checkpoint_in_one_piece(checkpoints: str) -> None:
     first, second = (write(checkpoints, 5, data=data) for data in (b"one", b"another"))
-    found = read_checkpoint(step_uri(checkpoints, 5))
-    assert found.save == second != first and found.bytes == len(b"another")
-    check(found, "mp_rank_00_model_states.pt")
+    state = read_checkpoint(step_uri(checkpoints, 5))
+    assert state.save == second != first and state.bytes == len(b"another")
+    check(state, "mp_rank_00_model_states.pt")
     assert kept(checkpoints, Keep(1), time.time() + 2 * HOUR) == [5]
     assert checkpoint_locations(checkpoints)[0].saves == {second}, "the replaced attempt was left over"
 

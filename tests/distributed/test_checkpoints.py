@@ -14,7 +14,7 @@ from oar_scale.training.job import TrainingJob
 
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
 PAIRS = [(precision, source, target) for precision, stages in STAGES.items() for source in stages for target in stages]
-TURNS = [(3, 1), (1, 3), (2, 2)]
+RESHAPES = [(3, 1), (1, 3), (2, 2)]
 """Workers, and by how much the ZeRO stage is changed with them: 2 -> 3 -> 1 -> 2."""
 
 
@@ -63,21 +63,21 @@ def cut_up(zero: dict[str, int]) -> None:
     engine.deepspeed_config = more
 
 
-def take_turn(job: TrainingJob, out: str, turn: int) -> None:
+def resume_one_step(job: TrainingJob, out: str, index: int) -> None:
     """Go on for a step from each stage's last checkpoint, under another stage; save there; take two more steps."""
-    world = TURNS[turn][0]
-    with training(job, 3 + len(TURNS) + 2) as trainer:
+    world = RESHAPES[index][0]
+    with training(job, 3 + len(RESHAPES) + 2) as trainer:
         for first in STAGES["fp32"]:
-            stage = (first + sum(change for _, change in TURNS[: turn + 1])) % 4
+            stage = (first + sum(change for _, change in RESHAPES[: index + 1])) % 4
             here = with_stage(job, stage, root=rooted(job, f"fp32-{first}"))
             train = trainer(here)
             restored = restore(train.engine, here)
-            note(out, f"turn-{first}-{world}", {"digest": train.digest(), "converted": restored.converted, "from": restored.world_size})
-            train.losses(3 + turn, 4 + turn)
+            note(out, f"resume-{first}-{world}", {"digest": train.digest(), "converted": restored.converted, "from": restored.world_size})
+            train.losses(3 + index, 4 + index)
             saver = Saver(here)
-            saver.save(train.engine, 4 + turn, {})
+            saver.save(train.engine, 4 + index, {})
             saver.finish(60)
-            note(out, f"turned-{first}-{world}", {"digest": train.digest(), "next": train.losses(4 + turn, 6)})
+            note(out, f"resumed-{first}-{world}", {"digest": train.digest(), "next": train.losses(4 + index, 6)})
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,9 @@ def restored(job: TrainingJob, saved: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def turned(job: TrainingJob, restored: str) -> str:
-    for turn, (world, _) in enumerate(TURNS):
-        run_workers(take_turn, world, job, restored, turn)
+def resumed(job: TrainingJob, restored: str) -> str:
+    for index, (world, _) in enumerate(RESHAPES):
+        run_workers(resume_one_step, world, job, restored, index)
     return restored
 
 
@@ -118,14 +118,14 @@ def test_another_zero_stage_resumes_with_the_same_losses(restored: str, precisio
 
 
 @pytest.mark.parametrize("first", STAGES["fp32"])
-def test_other_numbers_of_workers_resume_with_the_same_losses(turned: str, first: int) -> None:
+def test_other_numbers_of_workers_resume_with_the_same_losses(resumed: str, first: int) -> None:
     """And with the same weights and moments."""
-    before = noted(turned, f"fp32-{first}")
-    for turn, (world, workers_before) in enumerate(zip([world for world, _ in TURNS], [2, 3, 1], strict=True)):
-        at_start, after = noted(turned, f"turn-{first}-{world}"), noted(turned, f"turned-{first}-{world}")
+    before = noted(resumed, f"fp32-{first}")
+    for index, (world, workers_before) in enumerate(zip([world for world, _ in RESHAPES], [2, 3, 1], strict=True)):
+        at_start, after = noted(resumed, f"resume-{first}-{world}"), noted(resumed, f"resumed-{first}-{world}")
         assert at_start["digest"] == before["digest"], f"{workers_before} -> {world} workers"
         assert at_start["converted"] and at_start["from"] == workers_before
-        assert after["next"] == pytest.approx(noted(turned, f"fp32-{first}")["next"][1 + turn :], abs=1e-5)
+        assert after["next"] == pytest.approx(noted(resumed, f"fp32-{first}")["next"][1 + index :], abs=1e-5)
         before = after
 
 
@@ -133,8 +133,8 @@ def test_other_numbers_of_workers_resume_with_the_same_losses(turned: str, first
 def test_a_checkpoint_holds_little_beside_weights_and_moments(saved: str, precision: str) -> None:
     """The moments are two, and the moving average."""
     for stage in STAGES[precision]:
-        found = noted(saved, f"{precision}-{stage}")
-        (outcome,) = found["outcomes"]
+        notes = noted(saved, f"{precision}-{stage}")
+        (outcome,) = notes["outcomes"]
         assert outcome["fault"] is None and outcome["step"] == 3 and outcome["seconds"] >= outcome["wait_s"] >= 0
-        minimum = 16 * found["parameters"]
+        minimum = 16 * notes["parameters"]
         assert minimum < outcome["bytes"] < minimum + 40_000, f"ZeRO {stage}"

@@ -86,7 +86,7 @@ def test_the_cause_of_a_failure_is_recorded_despite_a_signal(driver: TrainingDri
 
 def test_a_signal_is_passed_on_after_a_failed_capacity_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_request, "CAPACITY_POLL_S", 0.0)
-    looked, rung = threading.Event(), threading.Event()
+    polled, rung = threading.Event(), threading.Event()
     heard: list[str] = []
 
     def ring(reason: str) -> None:
@@ -94,12 +94,12 @@ def test_a_signal_is_passed_on_after_a_failed_capacity_poll(monkeypatch: pytest.
         rung.set()
 
     def look() -> bool:
-        looked.set()
+        polled.set()
         raise ConnectionError("no answer")
 
     own: Any = SimpleNamespace(request=SimpleNamespace(remote=ring))
     with StopSignals() as stop, stop_request.StopWatcher(own, stop, look):
-        assert looked.wait(60)
+        assert polled.wait(60)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert rung.wait(60)
     assert heard == ["SIGUSR1"]

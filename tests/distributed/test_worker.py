@@ -106,15 +106,15 @@ def test_zero_2_on_two_processes_learns(undisturbed: Run) -> None:
 
 def test_each_stage_of_zero_trains_as_a_single_process_does(still: Run, tmp_path: Path) -> None:
     """Twenty steps in float32: the losses within 1e-5, the averaged weights within 1e-5."""
-    found: dict[tuple[int, int], tuple[dict[int, float], dict[str, Any]]] = {}
+    losses_by_stage: dict[tuple[int, int], tuple[dict[int, float], dict[str, Any]]] = {}
     for workers, zero_stage in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3)):
         changes = {**STILL, "parallel": {"precision": "fp32", "workers": workers, "zero_stage": zero_stage}}
         run = copy_run(still, str(tmp_path / f"{workers}-{zero_stage}"), **changes, pretrain={"steps": 20, "ema_decay": 0.9})
         run_workers(train_worker, workers, pretraining(run))
-        found[workers, zero_stage] = losses(run), weights(run)
-    expected, averaged = found[1, 0]
+        losses_by_stage[workers, zero_stage] = losses(run), weights(run)
+    expected, averaged = losses_by_stage[1, 0]
     assert expected[20] < expected[1] - 0.2
-    for shape, (curve, tensors) in found.items():
+    for shape, (curve, tensors) in losses_by_stage.items():
         assert max(abs(curve[step] - expected[step]) for step in expected) < 1e-5, shape
         assert max(float((tensor - averaged[name]).abs().max()) for name, tensor in tensors.items()) < 1e-5, shape
 
@@ -169,9 +169,9 @@ def test_a_batch_without_a_finite_gradient_is_skipped_and_named(prepared: Run, t
     parallel = {"precision": "fp32" if zero_stage == 0 else "bf16", "zero_stage": zero_stage}
     run = copy_run(prepared, str(tmp_path), parallel=parallel)
     run_workers(poisoned_at, 2, pretraining(run), (3, 7))
-    found = events(run, "non_finite")
-    assert [event["step"] for event in found] == [4, 8]
-    assert all(len(event["uids"]) == 4 for event in found), "the samples of the rank whose loss it was"
+    emitted = events(run, "non_finite")
+    assert [event["step"] for event in emitted] == [4, 8]
+    assert all(len(event["uids"]) == 4 for event in emitted), "the samples of the rank whose loss it was"
     assert all(loss is not None for step, loss in losses(run).items() if step not in (4, 8))
     assert losses(run)[10] < losses(run)[1] - 0.05
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
@@ -228,11 +228,11 @@ def profiled(job: TrainingJob) -> None:
 def test_a_profile_says_where_the_step_goes(prepared: Run, tmp_path: Path) -> None:
     run = copy_run(prepared, str(tmp_path))
     run_workers(profiled, 2, pretraining(run))
-    (found,) = events(run, "profile")
-    table = Path(found["table"]).read_text()
+    (emitted,) = events(run, "profile")
+    table = Path(emitted["table"]).read_text()
     for part in ("data wait", "forward", "backward, reduction", "optimiser"):
         assert part in table
-    assert Path(found["trace"]).stat().st_size > 10_000
+    assert Path(emitted["trace"]).stat().st_size > 10_000
 
 
 def stuck(job: TrainingJob, step: int) -> None:

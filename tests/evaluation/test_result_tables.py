@@ -17,8 +17,8 @@ from oar_scale.orders.settings import ExtractionSettings
 
 def test_tasks_that_end_in_any_order_give_the_images_in_theirs() -> None:
     """Pieces that end in any order give the images in theirs."""
-    found = [Likelihoods("ordered", first, {"random": np.array([first, first + 1.0])}) for first in (2, 0, 4)]
-    assert summary.per_image(found)["ordered"]["random"].tolist() == [0, 1, 2, 3, 4, 5]
+    result = [Likelihoods("ordered", first, {"random": np.array([first, first + 1.0])}) for first in (2, 0, 4)]
+    assert summary.per_image(result)["ordered"]["random"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_raster_order_has_distance_0_and_the_cells_as_steps() -> None:
@@ -29,9 +29,9 @@ def test_raster_order_has_distance_0_and_the_cells_as_steps() -> None:
     assert summary.mean_steps(raster).ravel().tolist() == list(range(16))
 
 
-@pytest.mark.parametrize(("equal", "said"), [(2, "all 2 orders are equal"), (1, "1 of 2 orders are equal")])
-def test_the_comparison_with_brute_force_is_told_as_it_came_out(equal: int, said: str) -> None:
-    assert said in summary.brute_force_text(BruteForce(2, equal, 1e-6, 0.0))
+@pytest.mark.parametrize(("equal", "message"), [(2, "all 2 orders are equal"), (1, "1 of 2 orders are equal")])
+def test_the_comparison_with_brute_force_is_told_as_it_came_out(equal: int, message: str) -> None:
+    assert message in summary.brute_force_text(BruteForce(2, equal, 1e-6, 0.0))
 
 
 def test_the_gap_to_brute_force_is_at_the_first_other_choice(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +54,6 @@ def test_the_gap_to_brute_force_is_at_the_first_other_choice(tmp_path: object, m
     )
     assert task.run() == BruteForce(2, 2, 0.0, 0.5)  # the second stored order is the exact one backwards
     monkeypatch.setattr(eval_tasks, "extract_orders", backwards)
-    found = task.run()
-    assert (found.images, found.equal) == (2, 1)
-    assert found.gap == pytest.approx(1.0, abs=1e-4)
+    result = task.run()
+    assert (result.images, result.equal) == (2, 1)
+    assert result.gap == pytest.approx(1.0, abs=1e-4)

@@ -97,9 +97,9 @@ def test_a_run_and_its_exported_folder_draw_the_same(captions_run: str, drawer: 
 
 
 def test_what_is_not_said_comes_from_the_recipe(drawer: Pretrained) -> None:
-    said = drawer.draw(CAPTIONS, guidance=1.5, top_k=5, temperature=1.0, order_temperature=0.0)
-    assert torch.equal(drawer.draw(CAPTIONS).codes_BN, said.codes_BN)
-    assert not torch.equal(drawer.draw(CAPTIONS, guidance=9.0, top_k=1).codes_BN, said.codes_BN)
+    drawn = drawer.draw(CAPTIONS, guidance=1.5, top_k=5, temperature=1.0, order_temperature=0.0)
+    assert torch.equal(drawer.draw(CAPTIONS).codes_BN, drawn.codes_BN)
+    assert not torch.equal(drawer.draw(CAPTIONS, guidance=9.0, top_k=1).codes_BN, drawn.codes_BN)
 
 
 def test_an_order_is_followed_by_name_or_as_a_permutation(drawer: Pretrained) -> None:

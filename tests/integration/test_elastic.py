@@ -10,7 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from elastic_runs import SHAPE, apart, events, losses, prepared_run, recipe_file, torchrun, undisturbed_run, wait_for_events, watched
+from elastic_runs import (
+    SHAPE,
+    events,
+    losses,
+    max_difference,
+    prepared_run,
+    recipe_file,
+    torchrun,
+    undisturbed_run,
+    wait_for_events,
+    watched,
+)
 from small_run import copy_run
 
 from cluster.dev import ray as dev_ray
@@ -54,7 +65,7 @@ def test_torchrun_starts_the_same_workers(prepared: Run, undisturbed: dict[int, 
     done = subprocess.run(torchrun(run, 2), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert events(run, "start")[0]["world_size"] == 2
-    assert apart(losses(run), undisturbed) < 1e-5
+    assert max_difference(losses(run), undisturbed) < 1e-5
     assert os.path.exists(run.marker("pretrain"))
 
 
@@ -78,7 +89,7 @@ def test_a_run_survives_a_lost_node_and_grows_back(
     worlds = [event["world_size"] for event in events(run, "start")]
     assert worlds[:2] == [2, 1], output[-3000:]
     assert worlds[-1] == 2, f"it did not grow back: {worlds}"
-    assert apart(losses(run), undisturbed) < 1e-5
+    assert max_difference(losses(run), undisturbed) < 1e-5
 
 
 def test_a_signal_to_the_driver_saves_and_stops_and_it_resumes(prepared: Run, undisturbed: dict[int, float], tmp_path: Path) -> None:
@@ -97,7 +108,7 @@ def test_a_signal_to_the_driver_saves_and_stops_and_it_resumes(prepared: Run, un
     output, _ = again.communicate()
     assert again.returncode == 0, output[-3000:]
     assert events(run, "start")[-1]["start_step"] == stopped["step"], "nothing was done twice"
-    assert apart(losses(run), undisturbed) < 1e-5
+    assert max_difference(losses(run), undisturbed) < 1e-5
 
 
 def _wait(run: Run, kind: str, count: int, driver: subprocess.Popen[str]) -> None:

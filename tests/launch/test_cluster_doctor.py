@@ -39,19 +39,19 @@ def by_item(lines: str) -> dict[str, str]:
     return {line[5:].partition(": ")[0]: line[:5].strip() + " " + line.partition(": ")[2] for line in lines.splitlines()}
 
 
-def check_measured(said: dict[str, str], nodes: list[str]) -> None:
-    assert said["versions"].startswith("ok python ") and all(node in said["versions"] for node in nodes)
-    assert re.fullmatch(r"ok within [\d.]+ ms of one another", said["clocks"])
-    assert re.fullmatch(r"\w+ [\d.]+ GB/s, gloo between 2 workers \(32 MB\).*", said["all-reduce"])
-    assert said["shared storage"].startswith("ok ") and "a second writer of the same object is refused" in said["storage speed"]
-    assert said["W&B"].startswith("ok off") and "GiB free" in said["run_dir"] and said["devices"].startswith("ok no GPU")
+def check_measured(findings: dict[str, str], nodes: list[str]) -> None:
+    assert findings["versions"].startswith("ok python ") and all(node in findings["versions"] for node in nodes)
+    assert re.fullmatch(r"ok within [\d.]+ ms of one another", findings["clocks"])
+    assert re.fullmatch(r"\w+ [\d.]+ GB/s, gloo between 2 workers \(32 MB\).*", findings["all-reduce"])
+    assert findings["shared storage"].startswith("ok ") and "a second writer of the same object is refused" in findings["storage speed"]
+    assert findings["W&B"].startswith("ok off") and "GiB free" in findings["run_dir"] and findings["devices"].startswith("ok no GPU")
 
 
 def test_a_ray_cluster_is_examined_by_a_job_that_leaves_nothing(ray_cluster: dev_ray.Cluster, tmp_path: Path) -> None:
-    said = by_item(oar(ray_cluster, "doctor", recipe(tmp_path), "--cluster", profile(tmp_path, ray_cluster, gpu_type="H100")))
-    check_measured(said, [ray_cluster.nodes[0].address, ray_cluster.nodes[-1].address])
-    assert said["nodes"] == "ok 2 alive, 2 CPUs, 0 GPUs"
-    assert said["GPU type"].startswith("warn no node has one of type H100")
+    findings = by_item(oar(ray_cluster, "doctor", recipe(tmp_path), "--cluster", profile(tmp_path, ray_cluster, gpu_type="H100")))
+    check_measured(findings, [ray_cluster.nodes[0].address, ray_cluster.nodes[-1].address])
+    assert findings["nodes"] == "ok 2 alive, 2 CPUs, 0 GPUs"
+    assert findings["GPU type"].startswith("warn no node has one of type H100")
     assert "oar-doctor" not in jobs_known(ray_cluster)
     assert not (tmp_path / "run").exists()
 
@@ -61,15 +61,15 @@ def test_a_slurm_is_examined_by_a_step_that_leaves_nothing(
 ) -> None:
     dev = str(ROOT / "cluster" / "slurm" / "dev.yaml")
     assert main(["doctor", recipe(tmp_path), "--cluster", dev, "-p", "nodes=2", "-p", "cpus_per_node=1"]) == 0
-    said = by_item(capsys.readouterr().out)
-    check_measured(said, ["n1", "n2"])
-    assert "partition main" in said["scheduler"]
+    findings = by_item(capsys.readouterr().out)
+    check_measured(findings, ["n1", "n2"])
+    assert "partition main" in findings["scheduler"]
     assert "oar-doctor" not in slurm.command("squeue", "-h", "--format=%j", "--states=PENDING,RUNNING")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ("partition=gone", "Partitions here: main"),
         ("time='9-00:00:00'", "Limits here"),
@@ -78,12 +78,12 @@ def test_a_slurm_is_examined_by_a_step_that_leaves_nothing(
     ],
 )
 def test_what_slurm_would_refuse_is_reported_with_the_remedy(
-    wrong: str, said: str, slurm: dev_slurm.Cluster, capsys: pytest.CaptureFixture[str]
+    wrong: str, message: str, slurm: dev_slurm.Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dev = str(ROOT / "cluster" / "slurm" / "dev.yaml")
     assert main(["doctor", "--cluster", dev, "-p", "cpus_per_node=1", "-p", wrong]) == 1
     shown = capsys.readouterr().out
-    assert "FAIL" in shown and said in shown, shown
+    assert "FAIL" in shown and message in shown, shown
 
 
 def test_a_check_that_takes_too_long_leaves_no_allocation(
@@ -91,8 +91,8 @@ def test_a_check_that_takes_too_long_leaves_no_allocation(
 ) -> None:
     monkeypatch.setattr(doctor, "CHECK_S", 2)  # beside start_s, at least 10 s: time enough to get an allocation
     dev = str(ROOT / "cluster" / "slurm" / "dev.yaml")
-    words = ["cpus_per_node=1", "start_s=10", "setup=['sleep 600']"]
-    assert main(["doctor", "--cluster", dev, *(word for each in words for word in ("-p", each))]) == 1
+    overrides = ["cpus_per_node=1", "start_s=10", "setup=['sleep 600']"]
+    assert main(["doctor", "--cluster", dev, *(word for each in overrides for word in ("-p", each))]) == 1
     assert "the check on the nodes takes longer than 12 s" in capsys.readouterr().out
     assert "oar-doctor" not in slurm.command("squeue", "-h", "--format=%j", "--states=PENDING,RUNNING")
     assert "oar-doctor" in slurm.command("squeue", "-h", "--format=%j", "--states=all"), "it had none"
@@ -117,14 +117,14 @@ def test_a_cluster_that_is_not_there_ends_with_code_2(tmp_path: Path, capsys: py
 
 def test_nodes_that_differ_are_named_and_equal_ones_are_one_line() -> None:
     same = Finding("ok", "devices", "8 GPUs")
-    facts = [NodeReport(f"n{i}", {"torch": "2.15.0", "ray": "2.60.0"}, [same]) for i in range(6)]
-    lines = [str(finding) for finding in merge_node_reports(facts)]
+    reports = [NodeReport(f"n{i}", {"torch": "2.15.0", "ray": "2.60.0"}, [same]) for i in range(6)]
+    lines = [str(finding) for finding in merge_node_reports(reports)]
     assert lines == [
         "ok   versions: torch 2.15.0, ray 2.60.0 on n0, n1, n2 and 3 more nodes",
         "ok   devices: 8 GPUs (on n0, n1, n2 and 3 more nodes)",
     ]
     odd = NodeReport("n6", {"torch": "2.14.1", "ray": "2.60.0"}, [Finding("warn", "devices", "no GPU")])
-    lines = [str(finding) for finding in merge_node_reports([*facts, odd])]
+    lines = [str(finding) for finding in merge_node_reports([*reports, odd])]
     assert lines[0] == "FAIL torch: n0, n1, n2 and 3 more nodes: 2.15.0 | n6: 2.14.1; let all nodes use one image or environment"
     assert lines[1] == "warn devices: n0, n1, n2 and 3 more nodes: 8 GPUs | n6: no GPU"
 
@@ -164,26 +164,26 @@ def test_a_wrong_clock_and_a_storage_not_shared_are_reported(tmp_path: Path) -> 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         recipes.append(recipe(tmp_path / name))
-    said, other = between_two(3, *recipes)
+    findings, other = between_two(3, *recipes)
     assert other.strip() == "[]"
-    off = re.search(r"warn clocks: n1 is ([+-][\d.]+) s off n0", said)
+    off = re.search(r"warn clocks: n1 is ([+-][\d.]+) s off n0", findings)
     assert off is not None and float(off[1]) == pytest.approx(3, abs=0.5)
-    assert "what n0 writes is not seen on n1" in said and "set storage.root to s3://" in said
+    assert "what n0 writes is not seen on n1" in findings and "set storage.root to s3://" in findings
 
 
 @pytest.mark.gloo
 def test_a_storage_that_cannot_be_written_is_reported_at_once(tmp_path: Path) -> None:
     """A file where the folder should be stops root as well."""
     (tmp_path / "run").touch()
-    said, other = between_two(0, *[recipe(tmp_path)] * 2)
+    findings, other = between_two(0, *[recipe(tmp_path)] * 2)
     assert other.strip() == "[]"
-    assert f"FAIL shared storage: {tmp_path}/run: n0 cannot write there (UserError: {tmp_path}/run/" in said
-    assert "set storage.root to s3://" in said
+    assert f"FAIL shared storage: {tmp_path}/run: n0 cannot write there (UserError: {tmp_path}/run/" in findings
+    assert "set storage.root to s3://" in findings
 
 
 def test_storage_is_timed_and_a_second_writer_refused(s3_root: str) -> None:
-    (found,) = storage_speed(s3_root, megabytes=2)
-    assert found.status == "ok" and re.fullmatch(r"wrote \d+ MB/s, read \d+ MB/s; a second writer .* is refused", found.text)
+    (findings,) = storage_speed(s3_root, megabytes=2)
+    assert findings.status == "ok" and re.fullmatch(r"wrote \d+ MB/s, read \d+ MB/s; a second writer .* is refused", findings.text)
 
 
 @pytest.fixture

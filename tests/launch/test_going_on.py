@@ -52,15 +52,15 @@ def test_forget_moves_a_run_away_from_a_ray_that_is_gone(slurm: Cluster, tmp_pat
     """Without ``--forget`` it is refused; a job that lives is never forgotten."""
     run, head = tmp_path / "run", f"http://127.0.0.1:{dev_ray.free_port()}"
     submitted_elsewhere(run, "ray", head, "/gone/ray.yaml")
-    words = ["submit", SMOKE, "--cluster", profile(tmp_path, sbatch=["--hold"]), "-o", f"run_dir={run}"]
-    assert main(words) == 2
-    said = capsys.readouterr().err
-    assert f"{head}: no Ray answers there" in said and f"{run}/jobs.json" in said and "oar submit --forget" in said
+    command = ["submit", SMOKE, "--cluster", profile(tmp_path, sbatch=["--hold"]), "-o", f"run_dir={run}"]
+    assert main(command) == 2
+    output = capsys.readouterr().err
+    assert f"{head}: no Ray answers there" in output and f"{run}/jobs.json" in output and "oar submit --forget" in output
     assert len(read_submissions(str(run))) == 1
-    assert main([*words, "--forget"]) == 0
+    assert main([*command, "--forget"]) == 0
     assert [each.kind for each in read_submissions(str(run))] == ["ray", "slurm"]
     capsys.readouterr()
-    assert main([*words, "--forget"]) == 2, "a job that lives is not forgotten"
+    assert main([*command, "--forget"]) == 2, "a job that lives is not forgotten"
     assert "submitted already: run (" in capsys.readouterr().err
     cancel(str(run))
 
@@ -69,8 +69,8 @@ def test_resubmit_forget_repeats_what_a_lost_slurm_left_undone(slurm: Cluster, t
     run = tmp_path / "run"
     submitted_elsewhere(run, "slurm", str(tmp_path / "gone.conf"), profile(tmp_path, sbatch=["--hold"]))
     assert main(["resubmit", str(run)]) == 2
-    said = capsys.readouterr().err
-    assert f"{run}/jobs.json" in said and f"submitted to {tmp_path}/gone.conf" in said and "oar resubmit --forget" in said
+    output = capsys.readouterr().err
+    assert f"{run}/jobs.json" in output and f"submitted to {tmp_path}/gone.conf" in output and "oar resubmit --forget" in output
     assert main(["resubmit", str(run), "--forget"]) == 0
     assert [job.name for job in read_submissions(str(run))[-1].jobs] == ["tokens"]
     cancel(str(run))
@@ -83,12 +83,12 @@ def test_submit_takes_the_corrected_recipe_and_resubmit_the_old(
     (tmp_path / "behaviour").write_text('grep -q "^seed: 7$" "$2" || exit 2\n')
     monkeypatch.setenv("BEHAVIOUR", str(tmp_path / "behaviour"))
     run, cluster = tmp_path / "run", profile(tmp_path, env={"PATH": f"{stub}:{os.environ['PATH']}"})
-    words = ["submit", SMOKE, "--cluster", cluster, "--stages", "data", "-o", f"run_dir={run}"]
-    assert main(words) == 0
+    command = ["submit", SMOKE, "--cluster", cluster, "--stages", "data", "-o", f"run_dir={run}"]
+    assert main(command) == 0
     assert ended(run).state == "FAILED"
     assert main(["resubmit", str(run)]) == 0
     assert ended(run).state == "FAILED"
-    assert main([*words, "-o", "seed=7"]) == 0
+    assert main([*command, "-o", "seed=7"]) == 0
     assert ended(run).done
     assert [each.recipe for each in read_submissions(str(run))] == [f"jobs/recipe-{number}.yaml" for number in (1, 2, 3)]
 
@@ -103,9 +103,11 @@ def test_status_shows_jobs_before_a_run_starts_and_afterwards(slurm: Cluster, tm
     assert "it has not begun" in first and rest == ["", f"{'pretrain':24} {job.id:>12}  PENDING      waits: JobHeldUser"]
     begun(run)
     assert main(["status", str(run)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        said.startswith(f"{run}\n") and "pretrain   starting" in said and said.endswith(f"{job.id:>12}  PENDING      waits: JobHeldUser\n")
+        output.startswith(f"{run}\n")
+        and "pretrain   starting" in output
+        and output.endswith(f"{job.id:>12}  PENDING      waits: JobHeldUser\n")
     )
     cancel(str(run))
 
@@ -114,5 +116,5 @@ def test_status_shows_a_run_whose_cluster_does_not_answer(tmp_path: Path, capsys
     submitted_elsewhere(tmp_path, "ray", f"http://127.0.0.1:{dev_ray.free_port()}", "/gone/ray.yaml")
     begun(tmp_path)
     assert main(["status", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert "pretrain   starting" in said and "its jobs: http://127.0.0.1:" in said and "no Ray answers there" in said
+    output = capsys.readouterr().out
+    assert "pretrain   starting" in output and "its jobs: http://127.0.0.1:" in output and "no Ray answers there" in output

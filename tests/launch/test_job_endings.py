@@ -28,14 +28,14 @@ PROFILE = {
     "backoff_s": 1,
     "max_failures": 1,
 }
-UNTIL_TOLD = """
-trap 'echo told USR1; exit 75' USR1
-trap 'echo told TERM; exit 75' TERM
-echo waits to be told
+UNTIL_SIGNALLED = """
+trap 'echo got USR1; exit 75' USR1
+trap 'echo got TERM; exit 75' TERM
+echo waits for a signal
 for _ in $(seq 12000); do sleep 0.1; done
 """
-WAITS = "waits to be told"
-"""Whoever tells it sooner, while the step is on its way, ends it without a word."""
+WAITS = "waits for a signal"
+"""A signal before it, while the step starts, ends the process without output."""
 FIRST_TIME = """
 if mkdir "$BEHAVIOUR.seen" 2>/dev/null; then
     {first}
@@ -57,19 +57,19 @@ class Submitted:
     def wait(self, condition: Callable[[JobStatus], bool] = lambda status: status.over, seconds: float = 800) -> list[JobStatus]:
         deadline = time.monotonic() + seconds
         while True:
-            found = find_jobs(str(self.run))
-            if all(condition(status) for status in found):
-                return found
-            assert time.monotonic() < deadline, f"{found}\n{self.said()}"
+            jobs = find_jobs(str(self.run))
+            if all(condition(status) for status in jobs):
+                return jobs
+            assert time.monotonic() < deadline, f"{jobs}\n{self.logs()}"
             time.sleep(0.3)
 
-    def wait_for(self, words: str, seconds: float = 800) -> None:
+    def wait_for(self, text: str, seconds: float = 800) -> None:
         deadline = time.monotonic() + seconds
-        while words not in self.said():
-            assert time.monotonic() < deadline, f"{words!r} does not come:\n{self.said()}"
+        while text not in self.logs():
+            assert time.monotonic() < deadline, f"{text!r} does not come:\n{self.logs()}"
             time.sleep(0.2)
 
-    def said(self) -> str:
+    def logs(self) -> str:
         """By the shells and the drivers of all attempts."""
         return "".join(path.read_text() for path in sorted(self.run.glob("jobs/*/**/*.log")))
 
@@ -81,7 +81,7 @@ class Submitted:
         return sorted(path.suffix[1:] for path in self.run.glob("jobs/1-*/*.*") if path.is_dir())
 
 
-class Room:
+class StubRuns:
     """Submits runs of the stub."""
 
     def __init__(self, folder: Path, stub: Path) -> None:
@@ -99,28 +99,28 @@ class Room:
 
 
 @pytest.fixture(scope="module")
-def room(slurm: Cluster, stub: Path, tmp_path_factory: pytest.TempPathFactory) -> Room:
-    return Room(tmp_path_factory.mktemp("endings"), stub)
+def stub_runs(slurm: Cluster, stub: Path, tmp_path_factory: pytest.TempPathFactory) -> StubRuns:
+    return StubRuns(tmp_path_factory.mktemp("endings"), stub)
 
 
 @pytest.fixture(scope="module")
-def runs(room: Room) -> dict[str, Submitted]:
+def runs(stub_runs: StubRuns) -> dict[str, Submitted]:
     """All at once, since most of their time is Slurm's waiting. Those that wait for their test have the time for it."""
-    first_time = f"test -e {room.folder}/checked || {{ touch {room.folder}/checked; false; }}"
+    first_time = f"test -e {stub_runs.folder}/checked || {{ touch {stub_runs.folder}/checked; false; }}"
     return {
-        "limit": room.submit("limit", FIRST_TIME.format(first=UNTIL_TOLD), time="00:01:00"),
-        "crash": room.submit("crash", "echo crashing; exit 1"),
-        "saved": room.submit("saved", FIRST_TIME.format(first="exit 75")),
-        "broken": room.submit("broken", "echo fine on $SLURMD_NODENAME", node_check=first_time),
-        "misspelt": room.submit("misspelt", "echo fine", node_check="nvidia-smy -L"),
-        "harsh": room.submit("harsh", "echo fine", node_check="false", nodes=2),
-        "idle": room.submit("idle", "exit 75"),
-        "back": room.submit("back", FIRST_TIME.format(first=UNTIL_TOLD), time="00:20:00"),
-        "mistake": room.submit("mistake", "echo 'error: no such column'; exit 2"),
-        "missing": room.submit("missing", "exec no-such-program"),
-        "halted": room.submit("halted", HALTS_ONCE, "data,evaluate,report"),
-        "chain": room.submit("chain", 'echo "$1" >> "$BEHAVIOUR.order"', "data+tokenizer,evaluate"),
-        "gone": room.submit("gone", UNTIL_TOLD, time="00:20:00"),
+        "limit": stub_runs.submit("limit", FIRST_TIME.format(first=UNTIL_SIGNALLED), time="00:01:00"),
+        "crash": stub_runs.submit("crash", "echo crashing; exit 1"),
+        "saved": stub_runs.submit("saved", FIRST_TIME.format(first="exit 75")),
+        "broken": stub_runs.submit("broken", "echo fine on $SLURMD_NODENAME", node_check=first_time),
+        "misspelt": stub_runs.submit("misspelt", "echo fine", node_check="nvidia-smy -L"),
+        "harsh": stub_runs.submit("harsh", "echo fine", node_check="false", nodes=2),
+        "idle": stub_runs.submit("idle", "exit 75"),
+        "back": stub_runs.submit("back", FIRST_TIME.format(first=UNTIL_SIGNALLED), time="00:20:00"),
+        "mistake": stub_runs.submit("mistake", "echo 'error: no such column'; exit 2"),
+        "missing": stub_runs.submit("missing", "exec no-such-program"),
+        "halted": stub_runs.submit("halted", HALTS_ONCE, "data,evaluate,report"),
+        "chain": stub_runs.submit("chain", 'echo "$1" >> "$BEHAVIOUR.order"', "data+tokenizer,evaluate"),
+        "gone": stub_runs.submit("gone", UNTIL_SIGNALLED, time="00:20:00"),
     }
 
 
@@ -146,7 +146,7 @@ def test_a_crash_is_retried_after_a_pause_up_to_max_failures(runs: dict[str, Sub
     (status,) = runs["crash"].wait()
     assert status.state == "FAILED" and "code 1, 2 times in a row" in status.detail
     assert runs["crash"].attempts() == ["0", "1"]
-    assert "(1 in a row); retried in 1 s" in runs["crash"].said()
+    assert "(1 in a row); retried in 1 s" in runs["crash"].logs()
 
 
 def test_a_job_that_saved_comes_back(runs: dict[str, Submitted]) -> None:
@@ -158,7 +158,7 @@ def test_a_job_that_saved_comes_back(runs: dict[str, Submitted]) -> None:
 def test_a_job_is_signalled_before_its_limit_and_requeued(runs: dict[str, Submitted]) -> None:
     (status,) = runs["limit"].wait()
     assert status.done
-    assert "told USR1" in runs["limit"].said() and runs["limit"].attempts() == ["0", "1"]
+    assert "got USR1" in runs["limit"].logs() and runs["limit"].attempts() == ["0", "1"]
 
 
 def test_a_node_that_fails_its_check_is_excluded_from_then_on(slurm: Cluster, runs: dict[str, Submitted]) -> None:
@@ -166,24 +166,24 @@ def test_a_node_that_fails_its_check_is_excluded_from_then_on(slurm: Cluster, ru
     assert status.done
     (bad,) = (runs["broken"].run / "jobs" / "excluded").read_text().split()
     good = {"n1": "n2", "n2": "n1"}[bad]
-    assert f"node {bad} fails its check" in runs["broken"].said() and f"fine on {good}" in runs["broken"].said()
+    assert f"node {bad} fails its check" in runs["broken"].logs() and f"fine on {good}" in runs["broken"].logs()
     assert not list(runs["broken"].run.glob("jobs/*/*.failures"))
     again = submit(SMOKE, str(runs["broken"].run.parent / "profile.yaml"), stages="report", overrides=[f"run_dir={runs['broken'].run}"])
     assert f"ExcNodeList={bad}" in slurm.command("scontrol", "show", "job", again.jobs[0].id)
 
 
-def test_a_job_taken_away_during_the_check_excludes_no_node(slurm: Cluster, room: Room) -> None:
-    checks = {name: room.folder / f"{name}-check" for name in ("checked-back", "checked-gone")}
-    back, gone = (room.submit(name, "echo fine", node_check=BUSY_CHECK.format(path=path)) for name, path in checks.items())
+def test_a_job_taken_away_during_the_check_excludes_no_node(slurm: Cluster, stub_runs: StubRuns) -> None:
+    checks = {name: stub_runs.folder / f"{name}-check" for name in ("checked-back", "checked-gone")}
+    back, gone = (stub_runs.submit(name, "echo fine", node_check=BUSY_CHECK.format(path=path)) for name, path in checks.items())
     deadline = time.monotonic() + 800
     while not all(path.exists() for path in checks.values()):
-        assert time.monotonic() < deadline, back.said() + gone.said()
+        assert time.monotonic() < deadline, back.logs() + gone.logs()
         time.sleep(0.1)
     slurm.command("scontrol", "requeue", find_jobs(str(back.run))[0].job.id)
     cancel(str(gone.run))
     (came_back,), (went,) = back.wait(), gone.wait()
     assert came_back.done and went.state == "CANCELLED"
-    assert "taken away by Slurm" in back.said()
+    assert "taken away by Slurm" in back.logs()
     assert not [run for run in (back, gone) if (run.run / "jobs" / "excluded").exists()]
 
 
@@ -205,23 +205,23 @@ def test_a_job_that_stops_repeatedly_without_progress_fails(runs: dict[str, Subm
     assert runs["idle"].attempts() == ["0", "1", "2"]
 
 
-def test_a_job_that_gets_on_may_stop_as_often_as_it_likes(room: Room) -> None:
+def test_a_job_that_gets_on_may_stop_as_often_as_it_likes(stub_runs: StubRuns) -> None:
     saves = """
         n=$(ls "$BEHAVIOUR.d" 2>/dev/null | wc -l); mkdir -p "$BEHAVIOUR.d/$n" {root}/checkpoints/pretrain/step-$n
         touch {root}/checkpoints/pretrain/step-$n/COMMITTED; [ "$n" = 3 ] || exit 75
-    """.format(root=room.folder / "gets-on" / "run")
-    run = room.submit("gets-on", saves)
+    """.format(root=stub_runs.folder / "gets-on" / "run")
+    run = stub_runs.submit("gets-on", saves)
     (status,) = run.wait()
-    assert status.done and run.attempts() == ["0", "1", "2", "3"], run.said()
+    assert status.done and run.attempts() == ["0", "1", "2", "3"], run.logs()
 
 
-def test_no_process_of_a_signalled_job_is_left(slurm: Cluster, room: Room) -> None:
-    run = room.submit("tidy", UNTIL_TOLD.replace("exit 75", "exit 0"), warn_s=119)
+def test_no_process_of_a_signalled_job_is_left(slurm: Cluster, stub_runs: StubRuns) -> None:
+    run = stub_runs.submit("tidy", UNTIL_SIGNALLED.replace("exit 75", "exit 0"), warn_s=119)
     run.wait_for(WAITS)
     (status,) = find_jobs(str(run.run))
     slurm.command("scancel", "--signal=USR1", "--batch", status.job.id)
     (status,) = run.wait()
-    assert status.done and "told USR1" in run.said()
+    assert status.done and "got USR1" in run.logs()
     deadline = time.monotonic() + 60  # before they end by themselves
     while left := [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "90"]]:
         assert time.monotonic() < deadline, left
@@ -234,7 +234,7 @@ def test_scontrol_requeue_saves_and_counts_as_no_failure(slurm: Cluster, runs: d
     slurm.command("scontrol", "requeue", status.job.id)
     (status,) = runs["back"].wait()
     assert status.done and runs["back"].attempts() == ["0", "1"]
-    assert "told TERM" in runs["back"].said() and "taken away by Slurm" in runs["back"].said()
+    assert "got TERM" in runs["back"].logs() and "taken away by Slurm" in runs["back"].logs()
     assert not list(runs["back"].run.glob("jobs/*/*.failures"))
 
 
@@ -258,17 +258,17 @@ def test_a_failure_cancels_the_chain_and_resubmit_resumes_it(runs: dict[str, Sub
         resubmit(str(halted.run))
 
 
-def test_a_run_that_is_submitted_cannot_be_submitted_twice(room: Room, slurm: Cluster) -> None:
-    first = room.submit("twice", UNTIL_TOLD)
+def test_a_run_that_is_submitted_cannot_be_submitted_twice(stub_runs: StubRuns, slurm: Cluster) -> None:
+    first = stub_runs.submit("twice", UNTIL_SIGNALLED)
     with pytest.raises(UserError, match=r"(?s)submitted already: report .* oar cancel"):
-        room.submit("twice", UNTIL_TOLD)
+        stub_runs.submit("twice", UNTIL_SIGNALLED)
     with pytest.raises(UserError, match="oar cancel"):
         resubmit(str(first.run))
     cancel(str(first.run))
     first.wait()
 
 
-def test_oar_logs_follows_a_run_through_its_attempts_to_the_end(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oar_logs_follows_a_run_through_its_attempts_to_the_end(stub_runs: StubRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     silences: list[str] = []
 
     def with_a_silence(run: str) -> list[JobStatus]:
@@ -278,10 +278,10 @@ def test_oar_logs_follows_a_run_through_its_attempts_to_the_end(room: Room, monk
         return find_jobs(run)
 
     monkeypatch.setattr(import_module("oar_scale.launch.logs"), "find_jobs", with_a_silence)
-    run = room.submit("told", FIRST_TIME.format(first="echo one; exit 75") + "echo two; sleep 1; echo three")
+    run = stub_runs.submit("followed", FIRST_TIME.format(first="echo one; exit 75") + "echo two; sleep 1; echo three")
     lines = list(logs(str(run.run), follow=True))
-    said = [line.split(": ", 1)[1] for line in lines if "driver.log" in line and "srun: " not in line]
-    assert said == ["one", "two", "three"] and silences
+    output = [line.split(": ", 1)[1] for line in lines if "driver.log" in line and "srun: " not in line]
+    assert output == ["one", "two", "three"] and silences
     assert any(line.endswith(" done") for line in lines)
     assert list(logs(str(run.run), job="report"))
     with pytest.raises(UserError, match=r"no job 'train' .* it has report"):
@@ -289,15 +289,15 @@ def test_oar_logs_follows_a_run_through_its_attempts_to_the_end(room: Room, monk
 
 
 @pytest.mark.slow
-def test_a_job_that_never_saves_in_time_ends(room: Room) -> None:
-    run = room.submit("unsaved", "trap '' USR1 TERM; while :; do sleep 1; done", time="00:01:00", max_failures=0)
+def test_a_job_that_never_saves_in_time_ends(stub_runs: StubRuns) -> None:
+    run = stub_runs.submit("unsaved", "trap '' USR1 TERM; while :; do sleep 1; done", time="00:01:00", max_failures=0)
     (status,) = run.wait()
     assert not status.done and "out of time before everything was saved, 1 times in a row" in status.detail
 
 
-def test_a_preempted_job_comes_back_without_counting(room: Room, slurm: Cluster) -> None:
-    run = room.submit("preempted", FIRST_TIME.format(first=UNTIL_TOLD), partition="preempt", max_failures=0)
+def test_a_preempted_job_comes_back_without_counting(stub_runs: StubRuns, slurm: Cluster) -> None:
+    run = stub_runs.submit("preempted", FIRST_TIME.format(first=UNTIL_SIGNALLED), partition="preempt", max_failures=0)
     run.wait_for(WAITS)
     slurm.command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     (status,) = run.wait()
-    assert status.done and "told TERM" in run.said() and run.attempts() == ["0", "1"]
+    assert status.done and "got TERM" in run.logs() and run.attempts() == ["0", "1"]

@@ -89,15 +89,15 @@ def test_a_job_file_has_what_its_stages_and_profile_need(profile: str) -> None:
     assert isinstance(loaded, SlurmProfile)
     for stages in STAGES:
         spec, text = JobSpec(stages), job_file(profile, stages).text
-        asked, array = loaded.resources(spec.single_stage), loaded.array(spec.single_stage)
+        resources, array = loaded.resources(spec.single_stage), loaded.array(spec.single_stage)
         commands = [" ".join(command) for command in spec.commands("/home/me/work/runs/smoke/jobs/recipe-1.yaml", array=bool(array))]
         assert re.findall("^run oar (.*)$", text, re.MULTILINE) == commands
         assert ("ray start" in text) == (spec.needs_ray and not array)
         assert ("#SBATCH --array" in text) == bool(array)
-        assert ("checks=()" in text) == bool(asked.node_check)
+        assert ("checks=()" in text) == bool(resources.node_check)
         assert ("apptainer exec" in text, "--container-image" in text) == (profile == "gpu-apptainer", profile == "gpu-enroot")
-        assert f"#SBATCH --time={asked.time}\n" in text and f"#SBATCH --job-name=smoke-{spec.name}\n" in text
-        assert f"#SBATCH --nodes={1 if array else asked.nodes}\n" in text and "#SBATCH --requeue\n" in text
+        assert f"#SBATCH --time={resources.time}\n" in text and f"#SBATCH --job-name=smoke-{spec.name}\n" in text
+        assert f"#SBATCH --nodes={1 if array else resources.nodes}\n" in text and "#SBATCH --requeue\n" in text
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
@@ -110,8 +110,8 @@ def test_every_recipe_dry_runs_with_every_profile(profile: Path) -> None:
 
 def test_a_dry_run_of_a_chain_names_the_order_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     smoke, dev = str(ROOT / "recipes" / "smoke.yaml"), str(ROOT / "cluster" / "slurm" / "dev.yaml")
-    words = ["--stages", "tokens,pretrain+extract", "--dry-run", "-o", f"run_dir={tmp_path}/run", "-p", "time=0-02:00:00"]
-    assert main(["submit", smoke, "--cluster", dev, *words]) == 0
+    arguments = ["--stages", "tokens,pretrain+extract", "--dry-run", "-o", f"run_dir={tmp_path}/run", "-p", "time=0-02:00:00"]
+    assert main(["submit", smoke, "--cluster", dev, *arguments]) == 0
     printed = capsys.readouterr().out
     assert printed.count("#!/bin/bash") == 2 and "# after tokens succeeded:" in printed
     assert printed.count("#SBATCH --time=0-02:00:00") == 2

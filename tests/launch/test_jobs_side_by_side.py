@@ -66,11 +66,11 @@ def wait(run: Path, seconds: float) -> list[JobStatus]:
         statuses = find_jobs(str(run))
         if all(status.over for status in statuses):
             return statuses
-        assert time.monotonic() < deadline, f"{statuses}\n{said(run)}"
+        assert time.monotonic() < deadline, f"{statuses}\n{job_logs(run)}"
         time.sleep(0.5)
 
 
-def said(run: Path) -> str:
+def job_logs(run: Path) -> str:
     return "".join(path.read_text() for path in sorted(run.glob("jobs/*/**/*.log")))
 
 
@@ -87,8 +87,8 @@ def test_two_runs_on_the_same_nodes_each_have_a_ray_of_their_own(slurm: Cluster,
     ids = [submit(SMOKE, cluster, overrides=[f"run_dir={run}"], stages="pretrain").jobs[0].id for run in runs]
     for run, job in zip(runs, ids, strict=True):
         (status,) = wait(run, 800)
-        assert status.done, said(run)
-        assert f"nodes 2 jobs {job}\n" in said(run) and (tmp_path / f"gave-up-{job}").is_dir()
+        assert status.done, job_logs(run)
+        assert f"nodes 2 jobs {job}\n" in job_logs(run) and (tmp_path / f"gave-up-{job}").is_dir()
         (logs,) = run.glob(f"jobs/1-pretrain/{job}.0")
         assert {path.name for path in logs.glob("ray-*.log")} == {"ray-n1.log", "ray-n2.log"}
         assert [path for path in logs.glob("ray-n?/worker-*.out") if "heard by a worker" in path.read_text()], list(logs.iterdir())
@@ -106,7 +106,7 @@ def test_a_job_array_extracts_all_though_a_task_is_killed(slurm: Cluster, tmp_pa
     (job,) = submit(recipe, cluster, stages="extract").jobs
     task_of(job.id, "2", 150).send_signal(signal.SIGKILL)
     (status,) = wait(tmp_path / "run", 800)
-    assert status.done and "4 of 4 tasks done" in status.detail, said(tmp_path / "run")
+    assert status.done and "4 of 4 tasks done" in status.detail, job_logs(tmp_path / "run")
     assert (tmp_path / "run" / "jobs" / "1-extract" / f"{job.id}_2.1").is_dir(), "the killed task did not come back"
     tables = [read_orders(str(path)) for path in sorted((tmp_path / "run" / "orders" / "train").glob("*.parquet"))]
     orders = np.concatenate([table.order_SN for table in tables])
@@ -126,7 +126,7 @@ def test_a_chain_of_jobs_runs_from_pretraining_to_evaluation(
     chain = submit(recipe_file(run), cluster, stages="pretrain,extract,finetune,evaluate").jobs
     assert [job.after for job in chain] == [None, *(job.id for job in chain[:-1])]
     statuses = wait(tmp_path / "run", 800)
-    assert all(status.done for status in statuses), f"{statuses}{said(tmp_path / 'run')}"
+    assert all(status.done for status in statuses), f"{statuses}{job_logs(tmp_path / 'run')}"
     assert "2 of 2 tasks done" in statuses[1].detail
     ended = [os.path.getmtime(run.marker(stage)) for stage in ("pretrain", "extract", "finetune", "evaluate")]
     assert ended == sorted(ended)

@@ -45,16 +45,16 @@ def test_an_attempt_without_slurmd_ends_before_the_next_works(own_slurm: dev_slu
     for run in runs:
         while not (status := run.status()).over:
             time.sleep(0.3)
-        assert status.done and "came back 1 times" in status.detail, run.said()
+        assert status.done and "came back 1 times" in status.detail, run.logs()
         assert run.seen()[-1].startswith("new") and sum(line.startswith("new") for line in run.seen()) == 1, "two attempts worked at once"
     # Whichever it sees first.
-    assert re.search("taken away by Slurm|another attempt has taken over", runs[0].said()) and runs[0].said().count(" done\n") == 1
+    assert re.search("taken away by Slurm|another attempt has taken over", runs[0].logs()) and runs[0].logs().count(" done\n") == 1
     shell.resume()
     deadline = time.monotonic() + 60
     while left := [process for process in old if processes.is_alive(process)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
-    assert "another attempt has taken over" in runs[1].said() and runs[1].status().done
+    assert "another attempt has taken over" in runs[1].logs() and runs[1].status().done
 
 
 class Lost:
@@ -82,7 +82,7 @@ class Lost:
     def until(self, word: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not any(line.startswith(word) for line in self.seen()):
-            assert time.monotonic() < deadline, f"no {word}: {self.status()}\n{self.said()}"
+            assert time.monotonic() < deadline, f"no {word}: {self.status()}\n{self.logs()}"
             time.sleep(0.2)
 
     def processes(self) -> list[psutil.Process]:
@@ -92,14 +92,14 @@ class Lost:
         return [process for process in self._processes() if process in before]
 
     def _processes(self) -> list[psutil.Process]:
-        found = []
+        entries = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get("SLURM_JOB_ID") == self.job.id and process.name() not in ("sleep", "date", "cat"):
-                    found.append(process)
+                    entries.append(process)
             except psutil.Error:
                 pass
-        return found
+        return entries
 
-    def said(self) -> str:
+    def logs(self) -> str:
         return "".join(path.read_text() for path in sorted(self._run.glob("jobs/*/**/*.log")))

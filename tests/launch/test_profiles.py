@@ -19,13 +19,13 @@ GOOD = 'type: slurm\ncpus_per_node: 8\ntime: "01:00:00"\n'
 
 def load(folder: Path, text: str, *overrides: str) -> SlurmProfile:
     (folder / "mine.yaml").write_text(text)
-    found = load_profile(str(folder / "mine.yaml"), overrides)
-    assert isinstance(found, SlurmProfile)
-    return found
+    profile = load_profile(str(folder / "mine.yaml"), overrides)
+    assert isinstance(profile, SlurmProfile)
+    return profile
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (GOOD + "partitoin: gpu\n", r"mine.yaml:4  partitoin = \"gpu\"\n  unknown key. Did you mean partition\?"),
         (GOOD + "stages: {extract: {partitoin: gpu}}\n", r"stages.extract.partitoin.*\n.*Did you mean partition\?"),
@@ -52,8 +52,8 @@ def load(folder: Path, text: str, *overrides: str) -> SlurmProfile:
         ("cpus_per_node: 8\n", "type\n  must be one of slurm, ray"),
     ],
 )
-def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load(tmp_path, text)
 
 
@@ -79,16 +79,16 @@ def test_times_are_read_as_slurm_writes_them() -> None:
 def test_a_profile_extends_another_and_is_overridden(tmp_path: Path) -> None:
     """Fields of the command line win over those of the profile, which win over those that it extends."""
     (tmp_path / "site.yaml").write_text(GOOD + "partition: gpu\nstages: {evaluate: {nodes: 1}}\n")
-    found = load(tmp_path, "extends: site.yaml\nnodes: 4\nmin_nodes: 3\n", "partition=debug")
-    assert (found.partition, found.nodes, found.cpus_per_node) == ("debug", 4, 8)
-    assert found.resources("pretrain").min_nodes == 3
-    assert found.resources("evaluate").nodes == 1 and found.resources("evaluate").min_nodes is None
+    profile = load(tmp_path, "extends: site.yaml\nnodes: 4\nmin_nodes: 3\n", "partition=debug")
+    assert (profile.partition, profile.nodes, profile.cpus_per_node) == ("debug", 4, 8)
+    assert profile.resources("pretrain").min_nodes == 3
+    assert profile.resources("evaluate").nodes == 1 and profile.resources("evaluate").min_nodes is None
 
 
 def test_a_stage_takes_back_what_does_not_fit_it(tmp_path: Path) -> None:
     site = "node_check: 'false'\nsbatch: [--exclusive]\nnodes: 4\naccount: all\ngpu_type: h100\ngpus_per_node: 8\n"
-    found = load(tmp_path, GOOD + site + "stages: {report: {node_check: null, sbatch: [], account: null, gpu_type: a100, nodes: null}}\n")
-    report, training = found.resources("report"), found.resources("pretrain")
+    profile = load(tmp_path, GOOD + site + "stages: {report: {node_check: null, sbatch: [], account: null, gpu_type: a100, nodes: null}}\n")
+    report, training = profile.resources("report"), profile.resources("pretrain")
     assert (report.node_check, report.sbatch, report.account, report.gpu_type, report.nodes) == (None, (), None, "a100", 4)
     assert (training.node_check, training.sbatch, training.account) == ("false", ("--exclusive",), "all")
 
@@ -98,9 +98,9 @@ def test_the_gpu_profiles_check_no_gpus_where_they_ask_for_none() -> None:
         profile = load_profile(str(path))
         assert isinstance(profile, SlurmProfile)
         for stage in ("data", "tokenizer", "tokens", "pretrain", "extract", "finetune", "evaluate", "report"):
-            asked = profile.resources(stage)
-            assert asked.gpus_per_node or not asked.node_check, f"{path.name}: {stage}"
-            assert "--exclusive" not in asked.sbatch or asked.gpus_per_node == profile.gpus_per_node, f"{path.name}: {stage}"
+            resources = profile.resources(stage)
+            assert resources.gpus_per_node or not resources.node_check, f"{path.name}: {stage}"
+            assert "--exclusive" not in resources.sbatch or resources.gpus_per_node == profile.gpus_per_node, f"{path.name}: {stage}"
 
 
 @pytest.mark.parametrize("folder", ["/a\\b", "/a\nb"])
@@ -139,7 +139,7 @@ def test_stages_become_jobs_with_the_commands_of_a_laptop() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("stages", "message"),
     [
         ("pretrain,extrakt", "no stage 'extrakt' in this recipe; its stages are: data, tokenizer"),
         ("pretrain,pretrain", "pretrain is named twice"),
@@ -147,6 +147,6 @@ def test_stages_become_jobs_with_the_commands_of_a_laptop() -> None:
         ("pretrain,", "no stage ''"),
     ],
 )
-def test_stages_that_cannot_follow_one_another_are_refused(asked: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        plan_jobs(load_recipe(SMOKE), asked)
+def test_stages_that_cannot_follow_one_another_are_refused(stages: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_jobs(load_recipe(SMOKE), stages)

@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_runs import SHAPE, apart, events, losses, prepared_run, recipe_file, samples, undisturbed_run, wait_for_events, watched
+from elastic_runs import (
+    SHAPE,
+    events,
+    losses,
+    max_difference,
+    prepared_run,
+    recipe_file,
+    samples,
+    undisturbed_run,
+    wait_for_events,
+    watched,
+)
 from ruamel.yaml import YAML
 from small_run import copy_run
 
@@ -30,11 +41,11 @@ from oar_scale.launch.submissions import last_submission
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def oar(cluster: dev_ray.Cluster, *words: str, code: int = 0, **variables: str) -> str:
+def oar(cluster: dev_ray.Cluster, *arguments: str, code: int = 0, **variables: str) -> str:
     """What ``oar`` says in a shell that points at the cluster; a process, because Ray reads its token once in the life of one."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     done = subprocess.run(
-        [sys.executable, "-m", "oar_scale.cli", *words],
+        [sys.executable, "-m", "oar_scale.cli", *arguments],
         env={**env, **cluster.env, **variables},
         capture_output=True,
         text=True,
@@ -51,8 +62,8 @@ def profile(folder: Path, cluster: dev_ray.Cluster, **fields: Any) -> str:
 
 
 def jobs_known(cluster: dev_ray.Cluster) -> str:
-    asked = urllib.request.Request(f"{cluster.url}/api/jobs/", headers={"Authorization": f"Bearer {cluster.token}"})
-    with urllib.request.urlopen(asked, timeout=60) as answer:
+    request = urllib.request.Request(f"{cluster.url}/api/jobs/", headers={"Authorization": f"Bearer {cluster.token}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return str(answer.read().decode())
 
 
@@ -64,8 +75,8 @@ def test_a_ray_job_survives_a_lost_node_and_a_cancellation(
     (tmp_path / "code").mkdir()
     watched(tmp_path / "code", 2.0)  # the working dir of a job is on the path of all its processes; each `oar` below takes a few steps
     cluster = profile(tmp_path, ray_cluster, working_dir=str(tmp_path / "code"), excludes=["seen-*"], placement="SPREAD")
-    said = oar(ray_cluster, "submit", recipe_file(run), "--cluster", cluster, "--stages", "pretrain")
-    assert (found := re.fullmatch(r"submitted pretrain as job (small-1-\w+)\n", said))
+    output = oar(ray_cluster, "submit", recipe_file(run), "--cluster", cluster, "--stages", "pretrain")
+    assert (match := re.fullmatch(r"submitted pretrain as job (small-1-\w+)\n", output))
 
     def ended() -> str | None:
         """Asked seldom: each time is a new process."""
@@ -81,7 +92,7 @@ def test_a_ray_job_survives_a_lost_node_and_a_cancellation(
     dev_ray.lose_node(ray_cluster.nodes[-1])
     wait_for_events(run, "start", 2, ended)
     wait_for_events(run, "checkpoint", 3, ended)
-    assert oar(ray_cluster, "cancel", run.local()) == f"cancelled pretrain ({found[1]})\n"
+    assert oar(ray_cluster, "cancel", run.local()) == f"cancelled pretrain ({match[1]})\n"
     assert "CANCELLED" in oar(ray_cluster, "jobs", run.local())
     stopped = events(run, "stopping")[-1]
     assert stopped["reason"] == "SIGTERM"
@@ -100,7 +111,7 @@ def test_a_ray_job_survives_a_lost_node_and_a_cancellation(
     assert "are done" in oar(ray_cluster, "resubmit", run.local(), code=2)
 
     expected_losses, expected_samples = undisturbed_run(tmp_path_factory)
-    assert apart(losses(run), expected_losses) < 1e-5
+    assert max_difference(losses(run), expected_losses) < 1e-5
     assert samples(tmp_path / "code") == expected_samples
 
 
@@ -136,9 +147,9 @@ class Door(http.server.BaseHTTPRequestHandler):
             return
         data = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
         headers = {name: self.headers[name] for name in ("Authorization", "Content-Type") if name in self.headers}
-        asked = urllib.request.Request(kind.url + self.path, data, headers, method=self.command)
+        forwarded = urllib.request.Request(kind.url + self.path, data, headers, method=self.command)
         try:
-            answered = urllib.request.urlopen(asked, timeout=20)
+            answered = urllib.request.urlopen(forwarded, timeout=20)
         except urllib.error.HTTPError as refusal:
             answered = refusal
         with answered as answer:
@@ -186,7 +197,7 @@ def test_a_job_whose_head_stops_answering_is_not_lost(
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "messages"),
     [
         ({}, ["no Ray answers there", "Connection refused", "Set `address`"]),
         ({"working_dir": "nowhere"}, ["working_dir nowhere", "no such folder"]),
@@ -198,12 +209,12 @@ def test_a_job_whose_head_stops_answering_is_not_lost(
     ],
 )
 def test_what_is_wrong_before_anything_is_sent_is_named(
-    fields: dict[str, Any], said: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fields: dict[str, Any], messages: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nobody = dev_ray.Cluster("", "", dev_ray.free_port(), True, "")
     assert main(["submit", recipe(tmp_path), "--cluster", profile(tmp_path, nobody, **fields)]) == 2
     error = capsys.readouterr().err
-    assert all(part in error for part in said), error
+    assert all(part in error for part in messages), error
     assert not (tmp_path / "run").exists()
 
 
@@ -223,10 +234,10 @@ def test_a_dry_run_shows_what_would_be_sent_and_no_secret(tmp_path: Path, monkey
     shown = capsys.readouterr().out
     assert "very-secret" not in shown
     request, sent = shown.split("---\n")
-    asked = YAML(typ="safe").load(request)
-    assert asked["entrypoint"].endswith("pretrain extract finetune")
-    assert asked["entrypoint_resources"] == {"on_demand": 0.001}
-    assert asked["runtime_env"]["pip"] == ["torch==2.15.0"] and asked["runtime_env"]["working_dir"] == str(tmp_path)
+    body = YAML(typ="safe").load(request)
+    assert body["entrypoint"].endswith("pretrain extract finetune")
+    assert body["entrypoint_resources"] == {"on_demand": 0.001}
+    assert body["runtime_env"]["pip"] == ["torch==2.15.0"] and body["runtime_env"]["working_dir"] == str(tmp_path)
     (tmp_path / "sent.yaml").write_text(sent)
     parallel = load_recipe(str(tmp_path / "sent.yaml")).parallel
     assert (parallel.gpu_type, parallel.placement) == ("H100", "STRICT_PACK")

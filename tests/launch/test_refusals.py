@@ -21,19 +21,19 @@ ROOT = Path(__file__).resolve().parents[2]
 SMOKE = str(ROOT / "recipes" / "smoke.yaml")
 
 
-def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: str, **profile: Any) -> str:
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str, **profile: Any) -> str:
     """What ``oar submit`` says."""
     given = {"type": "slurm", "partition": "main", "cpus_per_node": 1, "time": "00:05:00", "warn_s": 30, **profile}
     path = folder / "profile.yaml"
     path.write_text(json.dumps(given))
     before = sorted(folder.rglob("*"))
-    assert main(["submit", SMOKE, "--cluster", str(path), "-o", f"run_dir={folder}/runs/new", *words]) == 2
+    assert main(["submit", SMOKE, "--cluster", str(path), "-o", f"run_dir={folder}/runs/new", *arguments]) == 2
     assert sorted(folder.rglob("*")) == before, "something was left behind"
     return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("profile", "words", "remedy"),
+    ("profile", "message", "remedy"),
     [
         ({"partition": "gpu"}, "invalid partition specified: gpu", "Partitions here: main; preempt; high. Set `partition`"),
         ({"time": "9-00:00:00"}, "Requested time limit is invalid", "Limits here: main 1-00:00:00; preempt infinite"),
@@ -47,16 +47,16 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: str, **pro
     ids=["partition", "time", "gpus", "nodes", "cpus", "option", "feature", "node"],
 )
 def test_slurm_says_no_and_the_remedy_follows(
-    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], profile: dict[str, Any], words: str, remedy: str
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], profile: dict[str, Any], message: str, remedy: str
 ) -> None:
-    said = refused(tmp_path, capsys, **profile)
-    assert words in said and remedy in said and "Traceback" not in said
+    output = refused(tmp_path, capsys, **profile)
+    assert message in output and remedy in output and "Traceback" not in output
     assert str(tmp_path) not in slurm.command("squeue", "--noheader", "--format=%o")
 
 
 def test_a_chain_is_submitted_whole_or_not_at_all(slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(tmp_path, capsys, "--stages", "data,tokens", stages={"tokens": {"partition": "gpu"}})
-    assert "the job tokens: " in said and "invalid partition" in said
+    output = refused(tmp_path, capsys, "--stages", "data,tokens", stages={"tokens": {"partition": "gpu"}})
+    assert "the job tokens: " in output and "invalid partition" in output
     queued = slurm.command("squeue", "--noheader", "--states=PENDING,RUNNING", "--format=%o")
     assert str(tmp_path) not in queued
 
@@ -78,8 +78,8 @@ def test_a_head_that_does_not_answer_is_named(
     dead = tmp_path.parent / f"{tmp_path.name}-dead.conf"
     dead.write_text(conf.replace(f"SlurmctldPort={slurm.port}", f"SlurmctldPort={dev_slurm.free_port()}") + "MessageTimeout=2\n")
     monkeypatch.setenv("SLURM_CONF", str(dead))
-    said = refused(tmp_path, capsys)
-    assert "Unable to contact slurm controller" in said and "slurmctld up (scontrol ping)" in said
+    output = refused(tmp_path, capsys)
+    assert "Unable to contact slurm controller" in output and "slurmctld up (scontrol ping)" in output
 
 
 def test_a_machine_without_slurm_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_a_machine_without_slurm_is_named(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("words", "remedy"),
+    ("message", "remedy"),
     [
         ("Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "a quota"),
         ("Batch job submission failed: Invalid account or account/partition combination specified", "Set `account` and `qos`"),
@@ -100,13 +100,13 @@ def test_a_machine_without_slurm_is_named(tmp_path: Path, capsys: pytest.Capture
     ],
 )
 def test_refusals_of_sites_with_accounts_have_a_remedy(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, remedy: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, message: str, remedy: str
 ) -> None:
     """The words are Slurm's; a script says them."""
-    fake(tmp_path, monkeypatch, sbatch=f"echo 'sbatch: error: {words.replace(chr(39), '’')}' >&2; exit 1", sinfo="echo gpu")
-    said = refused(tmp_path, capsys)
-    assert "sbatch refuses the job run: Batch job submission failed" in said
-    assert remedy in said
+    fake(tmp_path, monkeypatch, sbatch=f"echo 'sbatch: error: {message.replace(chr(39), '’')}' >&2; exit 1", sinfo="echo gpu")
+    output = refused(tmp_path, capsys)
+    assert "sbatch refuses the job run: Batch job submission failed" in output
+    assert remedy in output
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_a_job_that_could_never_start_is_taken_back(
     beside = str(tmp_path.parent / tmp_path.name)
     squeue = f"if [ -e {beside}-asked ]; then echo 7 PENDING {reason}; else touch {beside}-asked; echo 7 PENDING None; fi"
     fake(tmp_path, monkeypatch, sbatch="echo 7", squeue=squeue, scancel=f"echo $* > {beside}-taken", sinfo="echo gpu")
-    said = refused(tmp_path, capsys)
-    assert f"the job run could never start: {reason}" in said and remedy in said
+    output = refused(tmp_path, capsys)
+    assert f"the job run could never start: {reason}" in output and remedy in output
     assert Path(f"{beside}-taken").read_text() == "7\n"
 
 
@@ -140,19 +140,19 @@ def test_nodes_that_failed_their_check_are_excluded_and_named(slurm: Cluster, tm
     (run / "jobs").mkdir(parents=True)
     (run / "jobs" / ".lock").touch()
     (run / "jobs" / "excluded").write_text("n2\nn2\n")
-    said = refused(tmp_path, capsys, sbatch=["--exclude=n1"])
-    assert "node configuration is not available" in said and f"{run}/jobs/excluded excludes n2: delete" in said
+    output = refused(tmp_path, capsys, sbatch=["--exclude=n1"])
+    assert "node configuration is not available" in output and f"{run}/jobs/excluded excludes n2: delete" in output
     submit_held(tmp_path, run)
     (job,) = find_jobs(str(run))
     assert "ExcNodeList=n2" in slurm.command("scontrol", "show", "job", job.job.id)
     cancel(str(run))
 
 
-def submit_held(folder: Path, run: Path, *words: str) -> None:
+def submit_held(folder: Path, run: Path, *arguments: str) -> None:
     (folder / "profile.yaml").write_text(
         json.dumps({"type": "slurm", "partition": "main", "cpus_per_node": 1, "time": "00:05:00", "warn_s": 30, "sbatch": ["--hold"]})
     )
-    assert main(["submit", SMOKE, "--cluster", str(folder / "profile.yaml"), "-o", f"run_dir={run}", *words]) == 0
+    assert main(["submit", SMOKE, "--cluster", str(folder / "profile.yaml"), "-o", f"run_dir={run}", *arguments]) == 0
 
 
 OTHER = """
@@ -170,8 +170,8 @@ def while_sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch, other: Path, end
     """A sbatch in the middle of whose first call another submission happens, to its end; what that says, and its exit code."""
     flag = folder.parent / f"{folder.name}-flag"
     profile = folder / "profile.yaml"
-    words = {"flag": flag, "python": sys.executable, "recipe": SMOKE, "profile": profile, "other": other, "ends": ends}
-    fake(folder, monkeypatch, sbatch=OTHER.format(**words), squeue="", scancel="", sinfo="")
+    fields = {"flag": flag, "python": sys.executable, "recipe": SMOKE, "profile": profile, "other": other, "ends": ends}
+    fake(folder, monkeypatch, sbatch=OTHER.format(**fields), squeue="", scancel="", sinfo="")
     profile.write_text('{"type": "slurm", "cpus_per_node": 1, "time": "00:10:00"}')
     return flag
 
@@ -214,11 +214,11 @@ def test_jobs_that_cannot_be_cancelled_are_named_and_recorded(
     fake(tmp_path, monkeypatch, sbatch=f"[ -e {here}/first ] && {{ {gone}; }}; touch {here}/first; echo 7", scancel=gone, squeue=gone)
     (tmp_path / "profile.yaml").write_text('{"type": "slurm", "cpus_per_node": 1, "time": "00:10:00"}')
     run = str(tmp_path / "run")
-    words = ["--cluster", str(tmp_path / "profile.yaml"), "-o", f"run_dir={run}", "--stages", "data,tokens"]
-    assert main(["submit", SMOKE, *words]) == 2
-    said = capsys.readouterr().err
-    assert "sbatch refuses the job tokens: Unable to contact" in said and "Not cancelled: data (7)" in said
-    assert f"oar cancel {run}" in said
+    arguments = ["--cluster", str(tmp_path / "profile.yaml"), "-o", f"run_dir={run}", "--stages", "data,tokens"]
+    assert main(["submit", SMOKE, *arguments]) == 2
+    output = capsys.readouterr().err
+    assert "sbatch refuses the job tokens: Unable to contact" in output and "Not cancelled: data (7)" in output
+    assert f"oar cancel {run}" in output
     assert [job.id for job in last_submission(run).jobs] == ["7"] and (tmp_path / "run" / "jobs" / "1-data" / "job.sbatch").exists()
 
 

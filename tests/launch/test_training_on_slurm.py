@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_runs import SHAPE, apart, events, losses, prepared_run, samples, undisturbed_run, wait_for_events, watched
+from elastic_runs import SHAPE, events, losses, max_difference, prepared_run, samples, undisturbed_run, wait_for_events, watched
 
 from cluster.dev import s3 as dev_s3
 from cluster.dev import slurm as dev_slurm
@@ -45,9 +45,9 @@ class Gate:
         self.cluster, self._variables = cluster, variables
         self._asked = 0.0
 
-    def python(self, *words: str, **variables: str) -> str:
+    def python(self, *arguments: str, **variables: str) -> str:
         done = subprocess.run(
-            [*self.cluster.prefix, sys.executable, *words],
+            [*self.cluster.prefix, sys.executable, *arguments],
             env={**os.environ, **self.cluster.env, **self._variables, **variables},
             capture_output=True,
             text=True,
@@ -55,8 +55,8 @@ class Gate:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def oar(self, *words: str, **variables: str) -> str:
-        return self.python("-m", "oar_scale.cli", *words, **variables)
+    def oar(self, *arguments: str, **variables: str) -> str:
+        return self.python("-m", "oar_scale.cli", *arguments, **variables)
 
     def prepared(self, source: Run, folder: Path, root: str, shape: dict[str, Any]) -> str:
         """The recipe of a run whose tokens lie in S3."""
@@ -72,19 +72,19 @@ class Gate:
         if time.monotonic() - self._asked < 5:
             return None
         self._asked, state = time.monotonic(), self.jobs(run)
-        return state + said(run) if re.search("|".join([*ENDED, "UNKNOWN"]), state) else None  # on its way back it has other states yet
+        return state + job_logs(run) if re.search("|".join([*ENDED, "UNKNOWN"]), state) else None  # on its way back it has other states yet
 
     def wait(self, run: Run, seconds: float) -> str:
         deadline = time.monotonic() + seconds
         while self.over(run) is None:
-            assert time.monotonic() < deadline, self.jobs(run) + said(run)
+            assert time.monotonic() < deadline, self.jobs(run) + job_logs(run)
             time.sleep(2)
         return self.jobs(run)
 
-    def wait_for(self, run: Run, words: str, seconds: float = 800) -> None:
+    def wait_for(self, run: Run, text: str, seconds: float = 800) -> None:
         deadline = time.monotonic() + seconds
-        while words not in said(run):
-            assert time.monotonic() < deadline and self.over(run) is None, f"{words!r} does not come\n{self.jobs(run)}{said(run)}"
+        while text not in job_logs(run):
+            assert time.monotonic() < deadline and self.over(run) is None, f"{text!r} does not come\n{self.jobs(run)}{job_logs(run)}"
             time.sleep(1)
 
 
@@ -94,8 +94,8 @@ def gate(hosts_slurm: dev_slurm.Cluster, tmp_path_factory: pytest.TempPathFactor
     gate = Gate(hosts_slurm, {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]})
     try:
         port = str(dev_s3.free_port())  # its sockets lie in /tmp, named by the port, which the hosts share with everybody
-        told = gate.python(dev_s3.__file__, "up", "--dir", folder, "--host", GATE_ADDRESS, "--port", port)
-        gate._variables |= dict(line.removeprefix("export ").split("=", 1) for line in told.splitlines())
+        exports = gate.python(dev_s3.__file__, "up", "--dir", folder, "--host", GATE_ADDRESS, "--port", port)
+        gate._variables |= dict(line.removeprefix("export ").split("=", 1) for line in exports.splitlines())
         yield gate
     finally:
         dev_s3.down(folder)
@@ -108,7 +108,7 @@ def profile(folder: Path, **fields: Any) -> str:
     return str(folder / "profile.yaml")
 
 
-def said(run: Run) -> str:
+def job_logs(run: Run) -> str:
     """By the shells and the drivers of all attempts."""
     return "".join(
         f"--- {path}\n{path.read_text()}" for path in sorted(Path(run.local("jobs")).glob("*/**/*.log")) if "ray-" not in path.name
@@ -116,9 +116,9 @@ def said(run: Run) -> str:
 
 
 def job_id(printed: str) -> str:
-    found = re.search(r"as job (\d+)", printed)
-    assert found is not None, printed
-    return found[1]
+    match = re.search(r"as job (\d+)", printed)
+    assert match is not None, printed
+    return match[1]
 
 
 def test_one_submit_reaches_the_report_despite_a_requeue(gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -133,12 +133,12 @@ def test_one_submit_reaches_the_report_despite_a_requeue(gate: Gate, tmp_path: P
     gate.wait_for(run, "attempt 1, on")
     watched(tmp_path, 0)
     state = gate.wait(run, 800)
-    assert "COMPLETED" in state and "came back 1 times" in state, state + said(run)
+    assert "COMPLETED" in state and "came back 1 times" in state, state + job_logs(run)
     starts = events(run, "start")
     assert [start["world_size"] for start in starts] == [2, 2] and starts[1]["start_step"] >= 5
-    assert "Ray has 2 nodes" in said(run)
+    assert "Ray has 2 nodes" in job_logs(run)
     expected_losses, expected_samples = undisturbed_run(tmp_path_factory)
-    assert apart(losses(run), expected_losses) < 1e-5
+    assert max_difference(losses(run), expected_losses) < 1e-5
     assert samples(tmp_path) == expected_samples
     assert (Path(run.local()) / "report" / "index.html").stat().st_size > 50_000
     assert not Path(run.local("tokens")).exists(), "the shards belong into S3"
@@ -177,7 +177,7 @@ def test_time_limit_power_cut_and_preemption_change_no_loss(gate: Gate, tmp_path
     gate.wait_for(run, "attempt 3, on")
     watched(tmp_path, 0)
     state = gate.wait(run, 800)
-    assert "COMPLETED" in state, state + said(run)
+    assert "COMPLETED" in state, state + job_logs(run)
     assert int(re.findall(r"came back (\d+) times", state)[0]) >= 3
-    assert apart(losses(run), expected_losses) < 1e-5
+    assert max_difference(losses(run), expected_losses) < 1e-5
     assert samples(tmp_path) == expected_samples

@@ -17,7 +17,7 @@ from oar_scale.model import AnyOrderModel
 from oar_scale.model.acceleration import accelerate
 from oar_scale.model.spec import ClassSpec
 
-WAYS = ("selective", "full")
+MODES = ("selective", "full")
 
 
 class Ran:
@@ -28,12 +28,12 @@ class Ran:
         if model.spec.layout == "raster":
             order = torch.arange(model.spec.cells).expand_as(order)
         arguments = random_codes(model, images), order, random_text(model, images)
-        apart = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        excluded = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in apart:
+            if storage.data_ptr() not in excluded:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
@@ -45,20 +45,20 @@ class Ran:
         self.gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def ran(way: str = "none", *, compiled: bool = False, dtype: torch.dtype = torch.float32, **changes: Any) -> Ran:
+def ran(mode: str = "none", *, compiled: bool = False, dtype: torch.dtype = torch.float32, **changes: Any) -> Ran:
     model = small_model(layers=3, grid=5, **changes).to(dtype).train()
     names = model.state_dict().keys()
-    accelerate(model, ParallelConfig(activation_checkpointing=way, compile=compiled))  # type: ignore[arg-type]
+    accelerate(model, ParallelConfig(activation_checkpointing=mode, compile=compiled))  # type: ignore[arg-type]
     assert model.state_dict().keys() == names
     return Ran(model)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["raster", "instructed", "dual"])
-def test_recomputing_changes_no_bit_of_the_loss_or_a_gradient(layout: str, dtype: torch.dtype, dropout: float, way: str) -> None:
-    plain, recomputed = (ran(each, layout=layout, dtype=dtype, dropout=dropout) for each in ("none", way))
+def test_recomputing_changes_no_bit_of_the_loss_or_a_gradient(layout: str, dtype: torch.dtype, dropout: float, mode: str) -> None:
+    plain, recomputed = (ran(each, layout=layout, dtype=dtype, dropout=dropout) for each in ("none", mode))
     assert torch.equal(plain.loss, recomputed.loss)
     assert plain.gradients.keys() == recomputed.gradients.keys()
     for name, gradient in plain.gradients.items():
@@ -67,28 +67,28 @@ def test_recomputing_changes_no_bit_of_the_loss_or_a_gradient(layout: str, dtype
 
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"dropout": 0.1}], ids=["plain", "grouped", "dropout"])
 def test_the_more_is_recomputed_the_less_is_kept(changes: dict[str, Any]) -> None:
-    none, selective, full = (ran(way, **changes).kept for way in ("none", *WAYS))
+    none, selective, full = (ran(mode, **changes).kept for mode in ("none", *MODES))
     assert selective < 0.9 * none
     assert full < 0.3 * selective
 
 
 @pytest.mark.slow  # a C++ compiler at work
-@pytest.mark.parametrize("way", ["none", *WAYS])
-def test_compiled_blocks_compute_the_same_to_rounding(way: str) -> None:
+@pytest.mark.parametrize("mode", ["none", *MODES])
+def test_compiled_blocks_compute_the_same_to_rounding(mode: str) -> None:
     torch._dynamo.reset()
-    plain, compiled = ran(way), ran(way, compiled=True)
+    plain, compiled = ran(mode), ran(mode, compiled=True)
     torch.testing.assert_close(compiled.loss, plain.loss, rtol=1e-5, atol=1e-5)
     for name, gradient in plain.gradients.items():
         torch.testing.assert_close(compiled.gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["none", *WAYS])
-def test_compiled_dropout_is_the_same_under_a_seed(way: str) -> None:
+@pytest.mark.parametrize("mode", ["none", *MODES])
+def test_compiled_dropout_is_the_same_under_a_seed(mode: str) -> None:
     torch._dynamo.reset()
-    first, second = ran(way, compiled=True, dropout=0.3), ran(way, compiled=True, dropout=0.3)
+    first, second = ran(mode, compiled=True, dropout=0.3), ran(mode, compiled=True, dropout=0.3)
     assert torch.equal(first.loss, second.loss)
-    assert not torch.equal(first.loss, ran(way, compiled=True, dropout=0.0).loss)
+    assert not torch.equal(first.loss, ran(mode, compiled=True, dropout=0.0).loss)
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ class Objective(nn.Module):
 def test_a_model_in_pieces_recomputes_too(tmp_path: Path) -> None:
     """ZeRO-3 takes each module's weights away after its forward pass and must bring them back for the second one."""
     run_workers(two_ranks, 2, str(tmp_path))
-    for name in ("none", *WAYS):
+    for name in ("none", *MODES):
         losses = torch.load(tmp_path / name)
         assert losses[-1, 0] < losses[0, 0]
         torch.testing.assert_close(losses[:, 0], losses[:, 1], rtol=1e-5, atol=1e-5)
@@ -126,14 +126,14 @@ def two_ranks(folder: str) -> None:
 
     torch.distributed.init_process_group("gloo")
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    for way in ("none", *WAYS):
-        losses = zero3_losses(way)
+    for mode in ("none", *MODES):
+        losses = zero3_losses(mode)
         if torch.distributed.get_rank() == 0:
-            torch.save(losses, Path(folder) / way)
+            torch.save(losses, Path(folder) / mode)
     torch.distributed.destroy_process_group()
 
 
-def zero3_losses(way: str) -> Tensor:
+def zero3_losses(mode: str) -> Tensor:
     """[steps, 2]: losses of a partitioned model that recomputes, and of a plain whole one, trained alike."""
     import deepspeed
 
@@ -152,7 +152,7 @@ def zero3_losses(way: str) -> Tensor:
         with torch.no_grad(), deepspeed.zero.GatheredParameters(ours, modifier_rank=0):
             theirs.copy_(torch.randn(theirs.shape, generator=generator) * 0.3 if theirs.ndim > 1 else 1)
             ours.copy_(theirs)
-    accelerate(model, ParallelConfig(activation_checkpointing=way))  # type: ignore[arg-type]
+    accelerate(model, ParallelConfig(activation_checkpointing=mode))  # type: ignore[arg-type]
     engine, *_ = deepspeed.initialize(model=Objective(model), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config)
     optimizer, batch = torch.optim.SGD(whole.parameters(), lr=0.1), (random_codes(whole, 2), random_orders(whole, 2), torch.tensor([1, 4]))
     losses = []

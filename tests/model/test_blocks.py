@@ -22,11 +22,11 @@ from oar_scale.model.rope import cell_rotations, rotate, rotate_, rotate_heads
 
 DTYPES = [torch.float32, torch.bfloat16]
 BATCH, ROWS, DIM, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 2, 9, 24, 40, 4, 2, 8
-TURN = cell_rotations(3, HEAD_DIM, 100.0)[torch.stack([torch.arange(9), torch.arange(9).flip(0)])]
-TURN[0, -1] = 0  # the peers' condition rows
+ROTATION = cell_rotations(3, HEAD_DIM, 100.0)[torch.stack([torch.arange(9), torch.arange(9).flip(0)])]
+ROTATION[0, -1] = 0  # the peers' condition rows
 
 
-class Part(NamedTuple):
+class Operation(NamedTuple):
     ours: Callable[..., Any]
     plain: Callable[..., Any]
     shapes: list[tuple[int, ...]]
@@ -35,23 +35,25 @@ class Part(NamedTuple):
 def plain_heads(qkv: Tensor) -> tuple[Tensor, ...]:
     qk, v = qkv.split([HEADS + KV_HEADS, KV_HEADS], dim=2)
     even, odd = qk.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = TURN[:, :, None].to(qkv.dtype).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-    return (*turned.split([HEADS, KV_HEADS], dim=2), v)
+    cos, sin = ROTATION[:, :, None].to(qkv.dtype).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    return (*rotated.split([HEADS, KV_HEADS], dim=2), v)
 
 
-PARTS = {
-    "rms_norm": Part(
+OPERATIONS = {
+    "rms_norm": Operation(
         lambda x, scale: memory_efficient.rms_norm(x, scale, 1e-5),
         lambda x, scale: F.rms_norm(x, [DIM], scale, 1e-5),
         [(BATCH, ROWS, DIM), (DIM,)],
     ),
-    "gated_linear": Part(
+    "gated_linear": Operation(
         memory_efficient.gated_linear,
         lambda gate, up, weight: F.linear(F.silu(gate) * up, weight),
         [(BATCH, ROWS, HIDDEN), (BATCH, ROWS, HIDDEN), (DIM, HIDDEN)],
     ),
-    "rotate_heads": Part(lambda qkv: rotate_heads(qkv, TURN, KV_HEADS), plain_heads, [(BATCH, ROWS, HEADS + 2 * KV_HEADS, HEAD_DIM)]),
+    "rotate_heads": Operation(
+        lambda qkv: rotate_heads(qkv, ROTATION, KV_HEADS), plain_heads, [(BATCH, ROWS, HEADS + 2 * KV_HEADS, HEAD_DIM)]
+    ),
 }
 
 
@@ -66,30 +68,30 @@ def outputs_and_gradients(function: Callable[..., Any], inputs: list[Tensor]) ->
     return [*(o.detach() for o in outputs), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
 
 
-def distances(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    assert len(found) == len(exact)
-    return [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
+def distances(tensors: list[Tensor], exact: list[Tensor]) -> list[float]:
+    assert len(tensors) == len(exact)
+    return [float((f.double() - e).norm() / e.norm()) for f, e in zip(tensors, exact, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS.keys())
-def test_a_part_is_as_near_to_the_exact_value_as_its_composition(part: Part, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
+def test_an_operation_is_as_exact_as_its_composition(operation: Operation, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(shape, generator=generator).to(torch.bfloat16).to(dtype) for shape in part.shapes]
-    exact = outputs_and_gradients(part.plain, [tensor.double() for tensor in inputs])
-    ours, plain = (distances(outputs_and_gradients(way, inputs), exact) for way in (part.ours, part.plain))
+    inputs = [torch.randn(shape, generator=generator).to(torch.bfloat16).to(dtype) for shape in operation.shapes]
+    exact = outputs_and_gradients(operation.plain, [tensor.double() for tensor in inputs])
+    ours, plain = (distances(outputs_and_gradients(function, inputs), exact) for function in (operation.ours, operation.plain))
     rounding = torch.finfo(dtype).eps
     for mine, others in zip(ours, plain, strict=True):
         assert mine < 1.5 * others + rounding
         assert mine < 4 * rounding
 
 
-@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS.keys())
-def test_a_part_gives_gradients_to_those_who_want_them(part: Part) -> None:
-    inputs = [torch.randn(shape) for shape in part.shapes]
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
+def test_an_operation_gives_gradients_to_those_who_want_them(operation: Operation) -> None:
+    inputs = [torch.randn(shape) for shape in operation.shapes]
     for wanted in range(len(inputs)):
         leaves = [tensor.clone().requires_grad_(index == wanted) for index, tensor in enumerate(inputs)]
-        out = part.ours(*leaves)
+        out = operation.ours(*leaves)
         (out if isinstance(out, Tensor) else out[0]).sum().backward()
         assert [leaf.grad is not None for leaf in leaves] == [index == wanted for index in range(len(inputs))]
 
@@ -98,18 +100,18 @@ def test_a_part_gives_gradients_to_those_who_want_them(part: Part) -> None:
 def test_decoding_and_training_rotate_alike(dtype: torch.dtype) -> None:
     qkv = torch.randn(BATCH, ROWS, HEADS + 2 * KV_HEADS, HEAD_DIM).to(dtype)
     qk = qkv[:, :, :-KV_HEADS]
-    turned = torch.cat(rotate_heads(qkv, TURN, KV_HEADS)[:2], dim=2)
-    torch.testing.assert_close(turned, rotate(qk, TURN[:, :, None]), rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
-    assert torch.equal(turned, rotate_(qk.to(torch.float32, copy=True), TURN[:, :, None]).to(dtype))
+    rotated = torch.cat(rotate_heads(qkv, ROTATION, KV_HEADS)[:2], dim=2)
+    torch.testing.assert_close(rotated, rotate(qk, ROTATION[:, :, None]), rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
+    assert torch.equal(rotated, rotate_(qk.to(torch.float32, copy=True), ROTATION[:, :, None]).to(dtype))
 
 
 def kept_bytes(run: Callable[[], Any], known: list[Tensor]) -> int:
     """Bytes kept for the backward pass, besides tensors that exist anyway."""
-    apart, kept = {tensor.untyped_storage().data_ptr() for tensor in known}, {}
+    excluded, kept = {tensor.untyped_storage().data_ptr() for tensor in known}, {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in apart:
+        if storage.data_ptr() not in excluded:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -177,8 +179,8 @@ def test_rows_the_last_block_leaves_out_change_nothing(layout: str) -> None:
     last = finishing.layers[-1]
     plain = type(last).forward
 
-    def finish_all(x: Tensor, turn: Tensor, *, causal: bool, leaving: slice) -> Tensor:
-        return plain(last, x, turn, causal=causal)[:, leaving]
+    def finish_all(x: Tensor, rotation: Tensor, *, causal: bool, leaving: slice) -> Tensor:
+        return plain(last, x, rotation, causal=causal)[:, leaving]
 
     last.forward = finish_all  # type: ignore[method-assign]
     losses = []
@@ -199,9 +201,9 @@ def test_the_loss_in_chunks_is_cross_entropy(monkeypatch: pytest.MonkeyPatch, nu
     monkeypatch.setitem(loss_module.CHUNK_NUMBERS, "cpu", numbers)
     torch.manual_seed(0)
     rows, weight, targets = torch.randn(10, 6).to(dtype), torch.randn(13, 6).to(dtype), torch.randint(13, (10,))
-    found = outputs_and_gradients(lambda r, w: 3 * mean_nll(r, w, targets)[0], [rows, weight])
+    result = outputs_and_gradients(lambda r, w: 3 * mean_nll(r, w, targets)[0], [rows, weight])
     exact = outputs_and_gradients(lambda r, w: 3 * F.cross_entropy(r @ w.t(), targets), [rows.double(), weight.double()])
-    assert max(distances(found, exact)) < 4 * torch.finfo(dtype).eps
+    assert max(distances(result, exact)) < 4 * torch.finfo(dtype).eps
     with torch.no_grad():
         _, nll = mean_nll(rows, weight, targets)
     each = mean_nll(rows.requires_grad_(), weight, targets)[1]

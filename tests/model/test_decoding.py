@@ -29,9 +29,9 @@ def test_how_many_rows_go_together_changes_nothing(layout: str, monkeypatch: pyt
     together, logits = results()
     monkeypatch.setitem(decoding.ROWS_AT_ONCE, "cpu", 20)
     monkeypatch.setitem(scores.BLOCK, "cpu", (7, 3))
-    apart, other_logits = results()
-    assert torch.equal(apart.order_BN, together.order_BN)
-    torch.testing.assert_close(apart.score_BN, together.score_BN, rtol=1e-4, atol=1e-4)
+    separate, other_logits = results()
+    assert torch.equal(separate.order_BN, together.order_BN)
+    torch.testing.assert_close(separate.score_BN, together.score_BN, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(other_logits, logits, rtol=1e-4, atol=1e-4)
 
 

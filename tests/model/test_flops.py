@@ -77,8 +77,8 @@ def test_the_forward_formula_counts_what_torch_counts(spec: ModelSpec) -> None:
 def test_the_training_formula_counts_what_torch_counts(spec: ModelSpec, dtype: torch.dtype) -> None:
     model = AnyOrderModel(spec).to(dtype)
     codes_BN, order_BN, inputs = batch(model)
-    found = counted(lambda: model.loss(codes_BN, order_BN, model.condition(inputs))[0].backward())
-    assert found == IMAGES * training_flops(spec)
+    operations = counted(lambda: model.loss(codes_BN, order_BN, model.condition(inputs))[0].backward())
+    assert operations == IMAGES * training_flops(spec)
 
 
 @each_spec
@@ -90,8 +90,8 @@ def test_recomputed_blocks_cost_one_more_trunk_forward(spec: ModelSpec) -> None:
         layer.forward = lambda *args, plain=plain, **named: checkpoint(plain, *args, use_reentrant=False, **named)  # type: ignore[method-assign]
     codes_BN, order_BN, inputs = batch(model)
     with set_checkpoint_early_stop(False):
-        found = counted(lambda: model.loss(codes_BN, order_BN, model.condition(inputs))[0].backward())
-    assert found == IMAGES * training_flops(spec, recompute=True)
+        operations = counted(lambda: model.loss(codes_BN, order_BN, model.condition(inputs))[0].backward())
+    assert operations == IMAGES * training_flops(spec, recompute=True)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_the_extraction_formula_counts_what_torch_counts(spec: ModelSpec) -> Non
     model = AnyOrderModel(spec).eval()
     codes_BN, _, inputs = batch(model)
     with torch.no_grad():
-        found = counted(lambda: extract_orders(model, codes_BN, model.condition(inputs), ExtractionSettings()))
-    assert found == IMAGES * extraction_flops(spec)
+        operations = counted(lambda: extract_orders(model, codes_BN, model.condition(inputs), ExtractionSettings()))
+    assert operations == IMAGES * extraction_flops(spec)
 
 
 @pytest.mark.parametrize("layout", ["instructed", "dual"])
@@ -110,8 +110,8 @@ def test_guided_extraction_takes_both_branches(layout: str) -> None:
     model = small_model(layout=layout)
     codes_BN, _, inputs = batch(model)
     with torch.no_grad():
-        found = counted(lambda: extract_orders(model, codes_BN, model.condition(inputs), ExtractionSettings(guidance=2.0)))
-    assert found == IMAGES * extraction_flops(model.spec, guided=True)
+        operations = counted(lambda: extract_orders(model, codes_BN, model.condition(inputs), ExtractionSettings(guidance=2.0)))
+    assert operations == IMAGES * extraction_flops(model.spec, guided=True)
 
 
 @pytest.mark.parametrize("layout", ["instructed", "dual"])
@@ -129,10 +129,10 @@ def test_steps_that_place_several_cells_cost_what_torch_counts(how: dict[str, An
     model, settings = small_model(layout=layout), ExtractionSettings(**how)
     codes_BN, _, inputs = batch(model)
     with torch.no_grad():
-        found = counted(lambda: extract_orders(model, codes_BN, model.condition(inputs), settings))
+        operations = counted(lambda: extract_orders(model, codes_BN, model.condition(inputs), settings))
     cells, given = model.spec.cells, settings.first_cell != "free"
     guided, sizes = settings.guidance != 1, step_sizes(settings, cells)
-    assert found == IMAGES * extraction_flops(model.spec, guided=guided, sizes=sizes, first_given=given)
+    assert operations == IMAGES * extraction_flops(model.spec, guided=guided, sizes=sizes, first_given=given)
 
 
 def test_a_raster_model_has_nothing_to_extract() -> None:
@@ -145,8 +145,8 @@ def test_the_l_size_in_full_shapes() -> None:
     with FakeTensorMode():
         model = AnyOrderModel(SIZE_L)
         codes_BN, order_BN, inputs = (torch.zeros(1, n, dtype=torch.long) for n in (SIZE_L.cells, SIZE_L.cells, 1))
-        found = counted(lambda: model.loss(codes_BN, order_BN, model.condition(inputs))[0].backward())
-    assert found == training_flops(SIZE_L)
+        operations = counted(lambda: model.loss(codes_BN, order_BN, model.condition(inputs))[0].backward())
+    assert operations == training_flops(SIZE_L)
 
 
 TABLE = [line for line in DOCUMENT.splitlines() if line.startswith("| ") and not line.startswith(("| size", "| ---"))]

@@ -102,10 +102,10 @@ def test_a_logit_depends_on_earlier_codes_and_its_cell_alone(layout: str, step: 
 def test_orders_equal_brute_force(layout: str, condition: str) -> None:
     model = any_model(layout, condition, kv_heads=1)
     codes, rows = random_codes(model, 3), model.condition(cond_inputs(model, 3))
-    found, brute = (find(model, codes, rows, ExtractionSettings(guidance=2.0)) for find in (extract_orders, brute_force_orders))
-    assert torch.equal(found.order_BN, brute.order_BN)
-    assert_same(found.score_BN, brute.score_BN)
-    assert regret(model, codes, rows, ExtractionSettings(guidance=2.0), found.order_BN).max() < 1e-4
+    orders, brute = (find(model, codes, rows, ExtractionSettings(guidance=2.0)) for find in (extract_orders, brute_force_orders))
+    assert torch.equal(orders.order_BN, brute.order_BN)
+    assert_same(orders.score_BN, brute.score_BN)
+    assert regret(model, codes, rows, ExtractionSettings(guidance=2.0), orders.order_BN).max() < 1e-4
 
 
 @torch.no_grad()

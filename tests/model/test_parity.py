@@ -57,7 +57,7 @@ def test_loss_and_gradient_norms_equal_randars() -> None:
     torch.testing.assert_close(loss, arrays["loss"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(nll.mean(), arrays["loss"], rtol=1e-5, atol=1e-5)
     loss.backward()
-    recorded = peer_case("randar_c2i").facts["grad_norms"]
+    recorded = peer_case("randar_c2i").metadata["grad_norms"]
     theirs = {"cls_embedding": "conditioner", "pos_instruct_embeddings": "layout.pos_instruct_embeddings"}
     for name, norm in recorded.items():
         first, dot, rest = name.partition(".")
@@ -73,9 +73,12 @@ def test_extracted_orders_equal_brute_force_with_randars_code(score: str) -> Non
     with torch.no_grad():
         condition = model.condition(arrays["cond"])
     settings = ExtractionSettings(score=score)  # type: ignore[arg-type]
-    for found in (extract_orders(model, arrays["idx"], condition, settings), brute_force_orders(model, arrays["idx"], condition, settings)):
-        assert torch.equal(found.order_BN.long(), arrays[f"exact_order_{score}"])
-        torch.testing.assert_close(found.score_BN, arrays[f"exact_score_{score}"], rtol=0, atol=1e-4)
+    for result in (
+        extract_orders(model, arrays["idx"], condition, settings),
+        brute_force_orders(model, arrays["idx"], condition, settings),
+    ):
+        assert torch.equal(result.order_BN.long(), arrays[f"exact_order_{score}"])
+        torch.testing.assert_close(result.score_BN, arrays[f"exact_score_{score}"], rtol=0, atol=1e-4)
 
 
 GENERATED = [name for name in peer_case("randar_c2i").arrays if name.startswith("gen_")]

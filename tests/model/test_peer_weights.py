@@ -37,9 +37,9 @@ def options(name: str) -> dict[str, Any]:
     return {"grid": 4, "heads": config["n_head"], **({"text_rows": config["cls_token_num"]} if name == "llamagen_t2i" else {})}
 
 
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]) for name in expected)
+def assert_same_bits(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].dtype == expected[name].dtype and torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,8 +47,8 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_what_is_imported_comes_back_bit_for_bit(tmp_path: Path, name: str, family: Family, wrapping: str, dtype: torch.dtype) -> None:
     tensors = {each: tensor.to(dtype) for each, tensor in peer_case(name).tensors.items()}
-    found = read_peer_file(write_as(tmp_path, tensors, wrapping))
-    model = import_peer(found.tensors, family, found.where, **options(name))
+    peer = read_peer_file(write_as(tmp_path, tensors, wrapping))
+    model = import_peer(peer.tensors, family, peer.where, **options(name))
     assert_same_bits(export_peer(model, family), tensors)
     save_model(str(tmp_path / "ours.safetensors"), model)
     again = load_model(str(tmp_path / "ours.safetensors"), as_stored=True)

@@ -59,9 +59,9 @@ def test_larger_sizes_have_the_parameters_of_the_formula(size: str, layers: int,
 
 @pytest.mark.parametrize("size", FILES)
 def test_the_count_a_base_recipe_states_is_its_count(size: str) -> None:
-    said = re.match(r"# ([\d,]+) parameters with ([\d,]+) codes, ([\d,]+) classes and layout instructed\.", FILES[size].read_text())
-    assert said
-    count, codes, classes = (int(number.replace(",", "")) for number in said.groups())
+    stated = re.match(r"# ([\d,]+) parameters with ([\d,]+) codes, ([\d,]+) classes and layout instructed\.", FILES[size].read_text())
+    assert stated
+    count, codes, classes = (int(number.replace(",", "")) for number in stated.groups())
     assert classes == CLASSES
     assert parameters(shape(size), codes) == count
 

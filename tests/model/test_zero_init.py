@@ -89,12 +89,12 @@ class Objective(nn.Module):
         return self.model.loss(codes_bN, order_bN, self.model.condition(inputs_b, drop_b))[0]
 
 
-class Found(NamedTuple):
-    """What the ranks found for one spec."""
+class RankResults(NamedTuple):
+    """The results of the ranks for one spec."""
 
     initial: dict[str, list[dict[str, Tensor]]]
     """For each precision and rank: the parameters, gathered."""
-    pieces: dict[str, list[int]]
+    sizes: dict[str, list[int]]
     """Numbers of each parameter, and how many of them each rank held."""
     losses: Tensor
     """[steps, ranks, 2]: partitioned, whole."""
@@ -106,18 +106,18 @@ class Found(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RankResults]:
     folder = tmp_path_factory.mktemp("zero")
     run_workers(two_ranks, 2, str(folder))
-    return {name: Found(**torch.load(folder / name)) for name in SPECS}
+    return {name: RankResults(**torch.load(folder / name)) for name in SPECS}
 
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_partitioned_model_starts_the_same_on_both_ranks(found: dict[str, Found], name: str, precision: str) -> None:
-    """A model built in pieces starts as documented and the same on both ranks."""
-    assert found[name].careless.isnan().all()
-    first, second = found[name].initial[precision]
+def test_a_partitioned_model_starts_the_same_on_both_ranks(results: dict[str, RankResults], name: str, precision: str) -> None:
+    """A model built in slices starts as documented and the same on both ranks."""
+    assert results[name].careless.isnan().all()
+    first, second = results[name].initial[precision]
     assert first.keys() == AnyOrderModel(SPECS[name]).state_dict().keys()
     for parameter, values in first.items():
         assert values.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -126,15 +126,15 @@ def test_a_partitioned_model_starts_the_same_on_both_ranks(found: dict[str, Foun
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_each_rank_holds_half_of_every_parameter(found: dict[str, Found], name: str) -> None:
-    for parameter, (whole, *pieces) in found[name].pieces.items():
-        assert pieces == [-(-whole // 2)] * 2, parameter
+def test_each_rank_holds_half_of_every_parameter(results: dict[str, RankResults], name: str) -> None:
+    for parameter, (whole, *held) in results[name].sizes.items():
+        assert held == [-(-whole // 2)] * 2, parameter
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_partitioned_model_learns_what_a_whole_one_learns(found: dict[str, Found], name: str) -> None:
+def test_a_partitioned_model_learns_what_a_whole_one_learns(results: dict[str, RankResults], name: str) -> None:
     # The same float32 sums in another order: gradients are averaged over ranks, not over images.
-    result = found[name]
+    result = results[name]
     assert (result.losses[0] > result.losses[-1]).all()
     torch.testing.assert_close(result.losses[..., 0], result.losses[..., 1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result.nll[0], result.nll[1], rtol=1e-4, atol=1e-4)
@@ -154,9 +154,9 @@ def two_ranks(folder: str) -> None:
     with poisoned_memory():
         for name, spec in SPECS.items():
             torch.manual_seed(rank)  # the ranks would draw different weights
-            facts = {**build(spec), **train(spec, rank)}
+            values = {**build(spec), **train(spec, rank)}
             if rank == 0:
-                torch.save(facts, Path(folder) / name)
+                torch.save(values, Path(folder) / name)
     torch.distributed.destroy_process_group()
 
 
@@ -178,13 +178,13 @@ def settings(precision: str) -> dict[str, Any]:
 def build(spec: ModelSpec) -> dict[str, Any]:
     import deepspeed
 
-    initial, pieces = {}, {}
+    initial, sizes = {}, {}
     for precision in ("fp32", "bf16"):
         with deepspeed.zero.Init(config_dict_or_path=settings(precision)):
             model, careless = AnyOrderModel(spec), Careless()
-        pieces = {name: [p.ds_numel, *over_ranks(p.ds_tensor.numel())] for name, p in model.named_parameters()}
+        sizes = {name: [p.ds_numel, *over_ranks(p.ds_tensor.numel())] for name, p in model.named_parameters()}
         initial[precision] = over_ranks(gathered(model))
-    return {"initial": initial, "pieces": pieces, "careless": gathered(careless)["forgotten"]}
+    return {"initial": initial, "sizes": sizes, "careless": gathered(careless)["forgotten"]}
 
 
 def train(spec: ModelSpec, rank: int) -> dict[str, Any]:
@@ -213,12 +213,12 @@ def train(spec: ModelSpec, rank: int) -> dict[str, Any]:
     batch = (codes_BN, order_BN, inputs, torch.tensor([False, True, False, False]))
     losses = []
     for _ in range(STEPS):
-        parts = [[t[half] for t in batch] for half in (slice(0, IMAGES // 2), slice(IMAGES // 2, IMAGES))]
-        loss = engine(*parts[rank])
+        halves = [[t[half] for t in batch] for half in (slice(0, IMAGES // 2), slice(IMAGES // 2, IMAGES))]
+        loss = engine(*halves[rank])
         engine.backward(loss)
         engine.step()
         optimizer.zero_grad()
-        expected = [objective(*part) for part in parts]
+        expected = [objective(*part) for part in halves]
         (torch.stack(expected).mean()).backward()
         optimizer.step()
         losses.append(list(zip(over_ranks(float(loss)), map(float, expected), strict=True)))
@@ -248,7 +248,7 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
     return values
 
 
-def over_ranks(fact: Any) -> list[Any]:
-    facts: list[Any] = [None, None]
-    torch.distributed.all_gather_object(facts, fact)
-    return facts
+def over_ranks(value: Any) -> list[Any]:
+    values: list[Any] = [None, None]
+    torch.distributed.all_gather_object(values, value)
+    return values

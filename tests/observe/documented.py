@@ -34,8 +34,8 @@ def promised_metrics() -> set[str]:
 
 
 def promised_fields() -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
+    fields: dict[str, set[str]] = {}
     for promise in promises():
         if promise.kind:
-            found.setdefault(promise.kind, set()).update([promise.field] if promise.field else [])
-    return found
+            fields.setdefault(promise.kind, set()).update([promise.field] if promise.field else [])
+    return fields

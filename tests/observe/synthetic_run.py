@@ -15,7 +15,7 @@ RECIPE = {"name": "emoji", "model": {"dim": 256}, "observe": {"stall_s": 600.0}}
 
 
 def start(log: EventLog, start_step: int = 0, **changed: Any) -> None:
-    facts: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "steps": STEPS,
         "start_step": start_step,
         "parameters": 5_000_000,
@@ -36,7 +36,7 @@ def start(log: EventLog, start_step: int = 0, **changed: Any) -> None:
         "left_out_batches": 0,
         "planned_images_per_s": 64.0,
     }
-    log.emit("start", **(facts | changed))
+    log.emit("start", **(fields | changed))
 
 
 def loss_at(step: int) -> float:

@@ -49,9 +49,9 @@ def test_faults_and_silence_are_shown_once(tmp_path: Path, monkeypatch: pytest.M
     stream, clock = io.StringIO(), SimpleNamespace(now=1000.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
-    def until(said: str) -> None:
+    def until(text: str) -> None:
         end = time.monotonic() + 60
-        while said not in stream.getvalue():
+        while text not in stream.getvalue():
             assert time.monotonic() < end, stream.getvalue()
             time.sleep(0.02)
 
@@ -80,8 +80,8 @@ def test_a_console_that_cannot_be_written_to_ends_nothing(tmp_path: Path, caplog
             raise BrokenPipeError("nobody reads")
 
     recipe = Recipe.model_validate({"name": "emoji"})
-    told = watching(str(tmp_path), "pretrain", recipe, str(tmp_path), console=Console(Gone(), 0.0), steps=100)
-    with told, EventLog(str(tmp_path), "pretrain") as log:
+    watched = watching(str(tmp_path), "pretrain", recipe, str(tmp_path), console=Console(Gone(), 0.0), steps=100)
+    with watched, EventLog(str(tmp_path), "pretrain") as log:
         synthetic_run.start(log, 50)
         synthetic_run.train(log, 60)
     assert "the console no longer follows pretrain (BrokenPipeError: nobody reads)" in caplog.text

@@ -138,24 +138,24 @@ def test_a_full_disk_ends_nothing_and_loses_nothing(tmp_path: Path, caplog: pyte
     assert caplog.text.count("kept in memory") == 1
 
 
-def told(reader: EventReader) -> list[object]:
+def polled(reader: EventReader) -> list[object]:
     return [entry.event.get("step", entry.event["kind"]) for entry in reader.poll()]
 
 
 def test_a_reader_gets_each_event_once_and_only_whole_lines(tmp_path: Path) -> None:
     reader = EventReader(str(tmp_path), "pretrain")
-    assert told(reader) == []
+    assert polled(reader) == []
     path = Path(write_attempt(tmp_path, 0, 2, loss=1.0))
-    assert told(reader) == ["start", 1, 2]
+    assert polled(reader) == ["start", 1, 2]
     with open(path, "a") as file:
         file.write('{"time": 1, "kind": "train", "st')
         file.flush()
-        assert told(reader) == []
+        assert polled(reader) == []
         file.write('ep": 3}\n')
-    assert told(reader) == [3]
+    assert polled(reader) == [3]
     write_attempt(tmp_path, 2, 4, loss=1.0)
-    assert told(EventReader(str(tmp_path), "pretrain", from_now=True)) == []
-    assert told(reader) == ["start", 3, 4]
+    assert polled(EventReader(str(tmp_path), "pretrain", from_now=True)) == []
+    assert polled(reader) == ["start", 3, 4]
     assert [entry.attempt for entry in EventReader(str(tmp_path), "pretrain").poll()] == [0] * 4 + [1] * 3
 
 
@@ -164,7 +164,7 @@ def test_a_reader_that_stops_half_way_goes_on_there(tmp_path: Path) -> None:
     reader = EventReader(str(tmp_path), "pretrain")
     poll = reader.poll()
     assert [next(poll).event["kind"], next(poll).event["step"]] == ["start", 1]
-    assert told(reader) == [2, 3]
+    assert polled(reader) == [2, 3]
 
 
 def test_driver_events_are_in_order_and_undo_nothing(tmp_path: Path) -> None:

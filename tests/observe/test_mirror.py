@@ -77,22 +77,22 @@ def test_long_events_are_copied_in_parts_and_brought_in_parts(tmp_path: Path, ro
         log.emit("resized", reason="x" * 3000)  # longer than a part
     pull(root, there)
     assert content(there) == content(here)
-    parts = [uri for uri in open_storage(root).list(join(root, "events")) if uri.endswith(".jsonl")]
-    assert len(parts) > 5
+    uris = [uri for uri in open_storage(root).list(join(root, "events")) if uri.endswith(".jsonl")]
+    assert len(uris) > 5
 
 
 def test_attempts_on_two_hosts_never_have_the_same_number(tmp_path: Path, root: str) -> None:
     here, there = hosts(tmp_path)
     assert next_attempt(here, "pretrain", root) == 0  # claimed, and killed before its first event
-    found: list[int] = []
+    taken: list[int] = []
     threads = [
-        threading.Thread(target=lambda folder=folder: found.append(next_attempt(folder, "pretrain", root))) for folder in (here, there) * 3
+        threading.Thread(target=lambda folder=folder: taken.append(next_attempt(folder, "pretrain", root))) for folder in (here, there) * 3
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(found) == [1, 2, 3, 4, 5, 6]
+    assert sorted(taken) == [1, 2, 3, 4, 5, 6]
     assert next_attempt(there, "finetune", root) == 0
     assert next_attempt(str(tmp_path / "local"), "pretrain", str(tmp_path)) == 0
 
@@ -108,8 +108,8 @@ def test_the_history_goes_on_across_hosts(tmp_path: Path, root: str) -> None:
         synthetic_run.train(log, 30, loss=7.0)
     for folder in (here, there):
         pull(root, folder)
-        told = [(e["step"], e["loss"]) for e in read_events(folder, "pretrain") if e["kind"] == "train"]
-        assert [step for step, _ in told] == [10, 20, 30] and told[-1][1] == 7.0
+        points = [(e["step"], e["loss"]) for e in read_events(folder, "pretrain") if e["kind"] == "train"]
+        assert [step for step, _ in points] == [10, 20, 30] and points[-1][1] == 7.0
     assert run_id(here, root) == run_id(there, root) != run_id(str(tmp_path / "other"), f"{root}/other")
 
 

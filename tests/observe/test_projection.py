@@ -27,11 +27,11 @@ def train_steps(made: list[WandbRow]) -> list[float]:
 
 def test_the_documentation_names_exactly_the_fields_of_events(tmp_path: Path) -> None:
     events = synthetic_run.whole_run(tmp_path)
-    found: dict[str, set[str]] = {}
+    fields: dict[str, set[str]] = {}
     for stage in ("pretrain", "tokenizer", "extract"):
         for entry in read(events, stage):
-            found.setdefault(entry.event["kind"], set()).update(set(entry.event) - {"time", "stage", "kind", "non_finite"})
-    assert found == promised_fields()
+            fields.setdefault(entry.event["kind"], set()).update(set(entry.event) - {"time", "stage", "kind", "non_finite"})
+    assert fields == promised_fields()
 
 
 def test_the_same_files_give_the_same_numbered_rows(tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_pools_at_work_at_the_same_time_are_one_run(tmp_path: Path) -> None:
         pool(logs[3], done)
     for log in logs:
         log.close()
-    found = pool_rows(tmp_path)
-    assert [(done, run) for _, done, run in found] == [(0, 0), (32, 0), (64, 0), (96, 0)]
+    rows = pool_rows(tmp_path)
+    assert [(done, run) for _, done, run in rows] == [(0, 0), (32, 0), (64, 0), (96, 0)]
     projection = RowProjection()
     for entry in read(tmp_path, "extract"):
         projection.take(entry.attempt, entry.event)

@@ -38,9 +38,9 @@ def serving(events: Path, stage: str = "pretrain") -> Iterator[MetricsServer]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """That of the server: it stands still but for what is added to ``now``."""
-    told = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: told.now, time=time.time))
-    return told
+    now_clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now_clock.now, time=time.time))
+    return now_clock
 
 
 def get(url: str) -> tuple[int, str]:
@@ -53,23 +53,23 @@ def get(url: str) -> tuple[int, str]:
 
 def samples(text: str) -> dict[str, float]:
     """``name{labels without run and stage}`` and value."""
-    found = {}
+    entries = {}
     for line in text.splitlines():
         if not line.startswith("#"):
             name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()  # type: ignore[union-attr]
             own = [label for label in labels.split(",") if not label.startswith(("run=", "stage="))]
-            found[name + (f"{{{','.join(own)}}}" if own else "")] = float(value)
-    return found
+            entries[name + (f"{{{','.join(own)}}}" if own else "")] = float(value)
+    return entries
 
 
 def exposed(folder: Path) -> set[str]:
     """The metrics of all stages of a run in which everything happened."""
     events = synthetic_run.whole_run(folder)
-    found: set[str] = set()
+    names: set[str] = set()
     for stage in ("pretrain", "tokenizer", "extract"):
         with serving(events, stage) as server:
-            found |= {name.partition("{")[0] for name in samples(get(f"{server.url}/metrics")[1])}
-    return found
+            names |= {name.partition("{")[0] for name in samples(get(f"{server.url}/metrics")[1])}
+    return names
 
 
 def test_metrics_follow_the_events_and_count_all_attempts(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_a_number_that_was_not_finite_is_left_out(tmp_path: Path) -> None:
         synthetic_run.start(log)
         synthetic_run.train(log, 10, loss=float("nan"))
     with serving(events) as server:
-        found = samples(get(f"{server.url}/metrics")[1])
-    assert "oar_loss" not in found and found["oar_step"] == 10
+        values = samples(get(f"{server.url}/metrics")[1])
+    assert "oar_loss" not in values and values["oar_step"] == 10
 
 
 def test_health_turns_with_progress(tmp_path: Path, clock: SimpleNamespace) -> None:
@@ -146,10 +146,10 @@ def test_health_tells_of_a_failure_and_its_address_is_in_a_file(tmp_path: Path) 
         assert get(f"{server.url}/healthz") == (503, "failed: RuntimeError: out of memory\n")
         assert get(f"{server.url}/else")[0] == 404
     with pytest.raises(RuntimeError), watching(str(events), "pretrain", recipe, str(tmp_path)):
-        [found] = json.loads((tmp_path / "metrics.json").read_text())
-        seen += [get(f"http://{target}/healthz")[0] for target in found["targets"]]
+        [report] = json.loads((tmp_path / "metrics.json").read_text())
+        seen += [get(f"http://{target}/healthz")[0] for target in report["targets"]]
         raise RuntimeError("stop")
-    assert seen == [200] and found["targets"][0].startswith("127.0.0.1:")
+    assert seen == [200] and report["targets"][0].startswith("127.0.0.1:")
     assert not (tmp_path / "metrics.json").exists()
 
 

@@ -30,14 +30,14 @@ def finish(folder: Path, *stages: str) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """That of the events: a hundredth of a second passes with each, whatever the machine needs for it."""
-    told = SimpleNamespace(now=1.8e9)
+    now_clock = SimpleNamespace(now=1.8e9)
 
     def tick() -> float:
-        told.now += 0.01
-        return float(told.now)
+        now_clock.now += 0.01
+        return float(now_clock.now)
 
     monkeypatch.setattr(events, "time", SimpleNamespace(time=tick))
-    return told
+    return now_clock
 
 
 def screen(folder: Path, now: float) -> str:

@@ -19,9 +19,9 @@ from oar_scale.orders.extraction import Orders, brute_force_orders, extract_orde
 from oar_scale.orders.settings import ExtractionSettings
 
 
-def assert_same_orders(found: Orders, expected: Orders) -> None:
-    assert torch.equal(found.order_BN, expected.order_BN)
-    torch.testing.assert_close(found.score_BN, expected.score_BN, rtol=1e-4, atol=1e-4)
+def assert_same_orders(orders: Orders, expected: Orders) -> None:
+    assert torch.equal(orders.order_BN, expected.order_BN)
+    torch.testing.assert_close(orders.score_BN, expected.score_BN, rtol=1e-4, atol=1e-4)
 
 
 def is_permutation(order_BN: torch.Tensor) -> bool:
@@ -56,15 +56,15 @@ def test_orders_equal_brute_force(
 ) -> None:
     model = small_model(grid=grid, seed=seed, layout=layout, condition=CONDITIONS[condition], kv_heads=kv_heads)
     codes, rows, chosen = random_codes(model, batch, seed), model.condition(cond_inputs(model, batch, seed)), ExtractionSettings(**how)
-    found, expected = (find(model, codes, rows, chosen) for find in (extract_orders, brute_force_orders))
-    assert is_permutation(found.order_BN)
-    differs = found.order_BN != expected.order_BN
+    orders, expected = (find(model, codes, rows, chosen) for find in (extract_orders, brute_force_orders))
+    assert is_permutation(orders.order_BN)
+    differs = orders.order_BN != expected.order_BN
     same, first = differs.cumsum(1) == 0, differs & (differs.cumsum(1) == 1)
-    torch.testing.assert_close(found.score_BN[same], expected.score_BN[same], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(orders.score_BN[same], expected.score_BN[same], rtol=1e-3, atol=1e-4)
     # Equal orders; or up to the first other cell the same was placed, and the two cells there are a tie within rounding.
     assert not (chosen.order_temperature and differs.any())
-    torch.testing.assert_close(found.score_BN[first], expected.score_BN[first], rtol=1e-5, atol=1e-5)
-    assert found.rows == expected.rows
+    torch.testing.assert_close(orders.score_BN[first], expected.score_BN[first], rtol=1e-5, atol=1e-5)
+    assert orders.rows == expected.rows
 
 
 @torch.no_grad()
@@ -205,10 +205,10 @@ def test_the_first_cell_is_the_one_that_was_named_or_any() -> None:
 def test_the_scores_of_an_order_are_those_it_was_found_by(how: dict[str, Any]) -> None:
     model, settings = small_model(grid=4), ExtractionSettings(**how)
     codes, rows = random_codes(model, 3), model.condition(random_text(model, 3))
-    found = extract_orders(model, codes, rows, settings)
-    torch.testing.assert_close(scores_along(model, codes, rows, settings, found.order_BN), found.score_BN, rtol=1e-4, atol=1e-4)
+    orders = extract_orders(model, codes, rows, settings)
+    torch.testing.assert_close(scores_along(model, codes, rows, settings, orders.order_BN), orders.score_BN, rtol=1e-4, atol=1e-4)
     if not how:
-        torch.testing.assert_close(found.score_BN, -model.nll(codes, found.order_BN, rows), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(orders.score_BN, -model.nll(codes, orders.order_BN, rows), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

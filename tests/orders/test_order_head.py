@@ -40,11 +40,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> HeadData:
     for index in range(SHARDS):
         codes, labels = random_codes(model, IMAGES, seed=index), torch.arange(IMAGES) % CLASSES
         keys = [f"{index}x{row}" for row in range(IMAGES)]
-        facts = [{"label": int(label), "family": f"{index} {row // 2}"} for row, label in enumerate(labels)]
+        metadata = [{"label": int(label), "family": f"{index} {row // 2}"} for row, label in enumerate(labels)]
         assert files.tokens is not None and files.tables is not None
         samples = [
-            token_sample({"__key__": key, "txt": b"", "json": json.dumps(fact).encode()}, row[None].numpy().astype(np.uint16))
-            for key, fact, row in zip(keys, facts, codes, strict=True)
+            token_sample({"__key__": key, "txt": b"", "json": json.dumps(each).encode()}, row[None].numpy().astype(np.uint16))
+            for key, each, row in zip(keys, metadata, codes, strict=True)
         ]
         infos.append(write_shard(files.tokens, f"{index:05d}.tar", samples))
         with torch.no_grad():
@@ -112,11 +112,11 @@ def test_predicted_orders_are_permutations_in_any_batch() -> None:
     model = small_model(grid=GRID, vocab=16)
     head = OrderHead(HeadSpec.of(model.spec, "m", width=8, first=0)).eval()
     codes, condition = random_codes(model, 6), model.condition(random_text(model, 6))
-    found = predict_orders(model, codes, condition, head)
-    assert found.rows == 16 and torch.equal(found.order_BN.sort(1).values, torch.arange(16).expand(6, -1))
-    assert torch.equal(predict_orders(model, codes[4:], condition[4:], head).order_BN, found.order_BN[4:])
+    predicted = predict_orders(model, codes, condition, head)
+    assert predicted.rows == 16 and torch.equal(predicted.order_BN.sort(1).values, torch.arange(16).expand(6, -1))
+    assert torch.equal(predict_orders(model, codes[4:], condition[4:], head).order_BN, predicted.order_BN[4:])
     other = predict_orders(model, random_codes(model, 6, seed=5), condition, head)
-    assert not torch.equal(other.order_BN, found.order_BN), "in hindsight it sees the codes"
+    assert not torch.equal(other.order_BN, predicted.order_BN), "in hindsight it sees the codes"
 
 
 @torch.no_grad()
@@ -124,13 +124,13 @@ def test_ahead_sees_the_codes_of_its_first_cells_and_no_others() -> None:
     model = small_model(grid=GRID, vocab=16)
     head = OrderHead(HeadSpec.of(model.spec, "m", width=8, first=4)).eval()
     codes, condition = random_codes(model, 6), model.condition(random_text(model, 6))
-    found = predict_ahead(model, codes, condition, head)
-    assert found.rows == 16 and torch.equal(found.order_BN.sort(1).values, torch.arange(16).expand(6, -1))
-    assert torch.equal(found.order_BN[:, :4], head.first_N.expand(6, -1))
+    predicted = predict_ahead(model, codes, condition, head)
+    assert predicted.rows == 16 and torch.equal(predicted.order_BN.sort(1).values, torch.arange(16).expand(6, -1))
+    assert torch.equal(predicted.order_BN[:, :4], head.first_N.expand(6, -1))
     others = random_codes(model, 6, seed=5)
-    kept = others.scatter(1, found.order_BN[:, :4], codes.gather(1, found.order_BN[:, :4]))
-    assert torch.equal(predict_ahead(model, kept, condition, head).order_BN, found.order_BN)
-    assert not torch.equal(predict_ahead(model, others, condition, head).order_BN, found.order_BN)
+    kept = others.scatter(1, predicted.order_BN[:, :4], codes.gather(1, predicted.order_BN[:, :4]))
+    assert torch.equal(predict_ahead(model, kept, condition, head).order_BN, predicted.order_BN)
+    assert not torch.equal(predict_ahead(model, others, condition, head).order_BN, predicted.order_BN)
 
 
 @torch.no_grad()

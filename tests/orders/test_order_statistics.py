@@ -57,12 +57,12 @@ def test_a_word_with_other_orders_stands_out_a_random_one_not() -> None:
         [*(["late"] if row < 40 else []), *(["chance"] if row % 7 == 3 else []), "all", *(["rare"] if row < 5 else [])]
         for row in range(400)
     ]
-    found = {group.name: group for group in groups(orders, GRID, names, at_least=8)}
-    assert set(found) == {"late", "chance"}  # "all" is the mean itself, "rare" has too few
-    assert found["late"].images == 40 and found["late"].deviation > 0.25
-    assert found["chance"].deviation < 0.02 < found["late"].deviation
-    np.testing.assert_allclose(found["late"].time_map.ravel(), np.arange(CELLS)[::-1] / 15)
-    assert most_deviating(list(found.values()), 1)[0].name == "late"
+    by_name = {group.name: group for group in groups(orders, GRID, names, at_least=8)}
+    assert set(by_name) == {"late", "chance"}  # "all" is the mean itself, "rare" has too few
+    assert by_name["late"].images == 40 and by_name["late"].deviation > 0.25
+    assert by_name["chance"].deviation < 0.02 < by_name["late"].deviation
+    np.testing.assert_allclose(by_name["late"].time_map.ravel(), np.arange(CELLS)[::-1] / 15)
+    assert most_deviating(list(by_name.values()), 1)[0].name == "late"
 
 
 def test_caption_words_ignore_case_and_punctuation() -> None:
@@ -86,7 +86,7 @@ def test_agreement_is_read_beside_that_of_different_images() -> None:
 def analysis() -> OrderAnalysis:
     orders = random_orders(60)
     names = [["cat" if row % 2 else "dog"] for row in range(60)]
-    found = tuple(groups(orders, GRID, names, 8))
+    groups_shown = tuple(groups(orders, GRID, names, 8))
     picture = np.zeros((8, 8, 3), np.uint8)
     return OrderAnalysis(
         recipe_name="made-up",
@@ -103,8 +103,8 @@ def analysis() -> OrderAnalysis:
         random_choice_entropy=choice_entropy(random_orders(60, 1)),
         step_score=-np.linspace(0, 3, CELLS),
         distances={"raster": 0.4, "spiral": 0.55, "mean": 0.3},
-        frequent=found,
-        deviating=found,
+        frequent=groups_shown,
+        deviating=groups_shown,
         agreements=(
             agreement("<b>other</b>", orders, orders, GRID),
             replace(agreement("flat", orders, orders, GRID), map_correlation=math.nan),
@@ -127,7 +127,7 @@ def test_the_page_loads_nothing_and_shows_what_was_found(analysis: OrderAnalysis
     html = render_orders(analysis)
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']*""", html)
     assert "<b>other</b>" not in html and "&lt;b&gt;other&lt;/b&gt;" in html
-    for said in (
+    for expected in (
         "60 of 1,000 training images",
         "order head ahead",
         "tau 0.40",
@@ -135,12 +135,12 @@ def test_the_page_loads_nothing_and_shows_what_was_found(analysis: OrderAnalysis
         "dog · 30 images",
         "data:image/webp;base64,UklGRg==",
     ):
-        assert said in html, said
+        assert expected in html, expected
     assert html.index("<td>mean</td>") < html.index("<td>raster</td>") < html.index("<td>spiral</td>")
 
 
 def test_a_page_without_pictures_words_or_head_says_so(analysis: OrderAnalysis) -> None:
     bare = replace(analysis, examples=(), animation=b"", frequent=(), deviating=(), agreements=(), head=None)
     html = render_orders(bare)
-    for said in ("no image tokenizer", "No word or class has enough images", "--against FOLDER", "--train-head"):
-        assert said in html, said
+    for expected in ("no image tokenizer", "No word or class has enough images", "--against FOLDER", "--train-head"):
+        assert expected in html, expected

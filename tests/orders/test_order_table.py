@@ -32,11 +32,11 @@ def written(table: OrderTable, folder: Path) -> OrderTable:
 
 
 def test_a_table_comes_back_as_it_was_written(table: OrderTable, tmp_path: Path) -> None:
-    found = written(table, tmp_path)
-    assert (found.keys, found.views, found.model_id, found.settings_id) == (table.keys, table.views, "m1", "s1")
-    np.testing.assert_array_equal(found.order_SN, table.order_SN)
-    np.testing.assert_array_equal(found.score_SN, table.score_SN)
-    assert found.order_SN.dtype == np.uint16
+    read_back = written(table, tmp_path)
+    assert (read_back.keys, read_back.views, read_back.model_id, read_back.settings_id) == (table.keys, table.views, "m1", "s1")
+    np.testing.assert_array_equal(read_back.order_SN, table.order_SN)
+    np.testing.assert_array_equal(read_back.score_SN, table.score_SN)
+    assert read_back.order_SN.dtype == np.uint16
 
 
 def test_the_file_is_plain_parquet_with_fixed_size_lists(table: OrderTable, tmp_path: Path) -> None:
@@ -60,19 +60,19 @@ def test_the_same_table_gives_the_same_bytes(table: OrderTable, tmp_path: Path) 
 
 
 def test_orders_are_joined_by_key_and_not_by_position(table: OrderTable, tmp_path: Path) -> None:
-    found = written(table, tmp_path)
-    joined = join_orders(["image3", "image0"], found, shard=SHARD, cells=16, model_id="m1")
+    read_back = written(table, tmp_path)
+    joined = join_orders(["image3", "image0"], read_back, shard=SHARD, cells=16, model_id="m1")
     np.testing.assert_array_equal(joined, table.order_SN[[3, 0], None])
 
 
 def test_all_orders_of_a_sample_come_in_the_order_of_their_draws(table: OrderTable, tmp_path: Path) -> None:
     several = dataclasses.replace(table, keys=["cat", "dog", "cat", "dog", "cat"], views=[0, 0, 0, 0, 1], draws=[1, 0, 0, 1, 0])
-    found = written(several, tmp_path)
-    assert found.draws == several.draws
-    joined = join_orders(["dog", "cat"], found, shard=SHARD, cells=16)
+    read_back = written(several, tmp_path)
+    assert read_back.draws == several.draws
+    joined = join_orders(["dog", "cat"], read_back, shard=SHARD, cells=16)
     np.testing.assert_array_equal(joined, table.order_SN[[[1, 3], [2, 0]]])
     with pytest.raises(UserError, match="no order for sample 'dog'"):
-        join_orders(["dog", "cat"], dataclasses.replace(found, draws=[2, 0, 0, 1, 0]), shard=SHARD, cells=16)
+        join_orders(["dog", "cat"], dataclasses.replace(read_back, draws=[2, 0, 0, 1, 0]), shard=SHARD, cells=16)
 
 
 def test_a_table_from_before_there_were_several_orders_is_read(table: OrderTable, tmp_path: Path) -> None:
@@ -89,19 +89,19 @@ def test_a_repeated_cell_is_named_with_file_and_key(table: OrderTable, tmp_path:
 
 
 def test_what_does_not_fit_is_named_with_table_and_shard(table: OrderTable, tmp_path: Path) -> None:
-    found = written(table, tmp_path)
+    read_back = written(table, tmp_path)
     with pytest.raises(UserError, match=r"00000\.parquet: no order for sample 'cat' of tokens/train/00000\.tar and 1 others"):
-        join_orders(["image1", "cat", "dog"], found, shard=SHARD, cells=16)
+        join_orders(["image1", "cat", "dog"], read_back, shard=SHARD, cells=16)
     with pytest.raises(UserError, match=r"00000\.parquet: orders of 16 cells, tokens/train/00000\.tar has 64"):
-        join_orders(["image1"], found, shard=SHARD, cells=64)
+        join_orders(["image1"], read_back, shard=SHARD, cells=64)
     with pytest.raises(UserError, match=r"00000\.parquet: orders found by model m1, not by m2.*tokens/train/00000\.tar"):
-        join_orders(["image1"], found, shard=SHARD, cells=16, model_id="m2")
+        join_orders(["image1"], read_back, shard=SHARD, cells=16, model_id="m2")
 
 
 def test_an_order_of_another_view_does_not_count(table: OrderTable, tmp_path: Path) -> None:
-    found = written(dataclasses.replace(table, views=[0, 1, 0, 0, 0]), tmp_path)
+    read_back = written(dataclasses.replace(table, views=[0, 1, 0, 0, 0]), tmp_path)
     with pytest.raises(UserError, match="no order for sample 'image1'"):
-        join_orders(["image1"], found, shard=SHARD, cells=16)
+        join_orders(["image1"], read_back, shard=SHARD, cells=16)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign"])
@@ -120,9 +120,9 @@ def test_what_is_wrong_with_a_table_says_how_it_is_made_again(table: OrderTable,
     with pytest.raises(Missing, match=r"00000\.parquet: there is no order table here.*`oar extract RECIPE --verify`") as missing:
         read_orders(str(tmp_path / "00000.parquet"))
     assert str(pickle.loads(pickle.dumps(missing.value))) == str(missing.value)
-    found = written(table, tmp_path)
+    read_back = written(table, tmp_path)
     with pytest.raises(UserError, match=r"`oar extract RECIPE --verify` finds"):
-        join_orders(["dog"], found, shard=SHARD, cells=16)
+        join_orders(["dog"], read_back, shard=SHARD, cells=16)
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"(?s)not a readable Parquet file.*`oar extract RECIPE --verify` finds"):
         read_orders(str(tmp_path / "00000.parquet"))

@@ -66,9 +66,9 @@ def test_a_policy_is_one_file_and_no_edit_elsewhere(tmp_path: Path, monkeypatch:
     )
     monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
     assert "there-and-back" in known()
-    found = policy("there-and-back")
-    assert isinstance(found, GridPolicy) and found.path(3).tolist() == [0, 1, 2, 5, 4, 3, 6, 7, 8]
-    assert found.training(NOWHERE, 2) == TrainingOrders(order=(0, 1, 3, 2))
+    entry = policy("there-and-back")
+    assert isinstance(entry, GridPolicy) and entry.path(3).tolist() == [0, 1, 2, 5, 4, 3, 6, 7, 8]
+    assert entry.training(NOWHERE, 2) == TrainingOrders(order=(0, 1, 3, 2))
 
 
 @pytest.mark.parametrize("name", sorted(grid_policies()))
@@ -253,8 +253,8 @@ def test_an_order_head_orders_what_follows_its_first_cells(first: int, tmp_path:
     first_cells = drawn.order_BN[:, :first]
     prefix = Decoder(model).prefill(Decoder(model).begin(condition), first_cells, drawn.codes_BN.gather(1, first_cells))
     rest = torch.tensor([cell for cell in range(16) if cell not in lattice]).expand(5, -1)
-    said = rest.gather(1, head.ahead(Decoder(model).candidate_rows(prefix, rest).rows_BRD, rest).argsort(1))
-    assert torch.equal(drawn.order_BN[:, first:], said)
+    order = rest.gather(1, head.ahead(Decoder(model).candidate_rows(prefix, rest).rows_BRD, rest).argsort(1))
+    assert torch.equal(drawn.order_BN[:, first:], order)
 
 
 @torch.no_grad()

@@ -21,14 +21,14 @@ def plain(score: Score, logits_V: torch.Tensor, target: int, uniform: float) -> 
     p = log_p.exp()
     best = p.sort(descending=True).values
     drawn = min(int((p.cumsum(0) < uniform).sum()), len(p) - 1)
-    found = {
+    values = {
         "gt_logprob": log_p[target],
         "max_prob": log_p.max(),
         "neg_entropy": (p * log_p).sum(),
         "margin": best[0] - (best[1] if len(best) > 1 else 0.0),
         "sampled": log_p[drawn],
     }
-    return float(found[score])
+    return float(values[score])
 
 
 @settings(max_examples=150, deadline=None)
@@ -51,12 +51,12 @@ def test_a_score_does_not_depend_on_the_blocks_of_logits(
     uniform = uniform.clamp(1e-3, 1 - 1e-3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(scores.BLOCK, "cpu", block)
-        found = score_rows(logits.t().contiguous(), torch.eye(rows), score, targets, uniform) if rows == 1 else None
+        result = score_rows(logits.t().contiguous(), torch.eye(rows), score, targets, uniform) if rows == 1 else None
         weight = torch.randn(codes, 5, generator=generator)
         x = torch.randn(rows, 5, generator=generator)
         in_blocks = score_rows(weight, x, score, targets, uniform)
-    if found is not None:
-        torch.testing.assert_close(found[0].item(), plain(score, logits[0], int(targets[0]), float(uniform[0])), rtol=1e-4, atol=1e-4)
+    if result is not None:
+        torch.testing.assert_close(result[0].item(), plain(score, logits[0], int(targets[0]), float(uniform[0])), rtol=1e-4, atol=1e-4)
     at_once = score_logits(score, x @ weight.t(), targets, uniform)
     torch.testing.assert_close(in_blocks, at_once, rtol=1e-4, atol=1e-5)
     for row in range(rows):
@@ -83,9 +83,9 @@ def test_scores_are_what_their_names_say() -> None:
 def test_a_sampled_code_has_the_probability_of_the_model() -> None:
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     uniform = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-    found = score_logits("sampled", p.log().expand(2000, -1), torch.zeros(2000, dtype=torch.long), uniform)
+    scores = score_logits("sampled", p.log().expand(2000, -1), torch.zeros(2000, dtype=torch.long), uniform)
     for probability in p:
-        share = (found - probability.log()).abs().lt(1e-4).float().mean().item()
+        share = (scores - probability.log()).abs().lt(1e-4).float().mean().item()
         assert share == pytest.approx(float(probability), abs=2e-3)
 
 
@@ -107,6 +107,6 @@ def test_a_logit_that_is_no_number_gives_no_score(score: Score) -> None:
 
 def test_bfloat16_rows_are_scored_in_float32() -> None:
     x, weight = torch.randn(6, 16).bfloat16(), torch.randn(9, 16).bfloat16()
-    found = score_rows(weight, x, "gt_logprob", torch.arange(6))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, score_logits("gt_logprob", (x @ weight.t()).float(), torch.arange(6)))
+    scores = score_rows(weight, x, "gt_logprob", torch.arange(6))
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, score_logits("gt_logprob", (x @ weight.t()).float(), torch.arange(6)))

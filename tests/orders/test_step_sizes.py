@@ -54,23 +54,25 @@ METHODS: list[dict[str, Any]] = [{"commit_per_step": 3}, {"commit_per_step": 6},
 def test_several_cells_a_step_are_the_best_by_definition(layout: str, method: dict[str, Any]) -> None:
     model, how = small_model(grid=GRID, layout=layout), ExtractionSettings(**method)
     codes, rows, images = random_codes(model, 3), model.condition(random_text(model, 3)), np.array([4, 0, 9])
-    found = extract_orders(model, codes, rows, how, images)
-    asked = []
+    orders = extract_orders(model, codes, rows, how, images)
+    calls = []
     for image in range(3):
         part = slice(image, image + 1)
         order, count = by_definition(model, codes[part], rows[part], how, int(images[image]))
-        assert found.order_BN[image].tolist() == order
-        asked.append(count)
+        assert orders.order_BN[image].tolist() == order
+        calls.append(count)
     # All but the first cell of a step go through the trunk once more.
-    assert found.rows >= max(asked)
-    assert found.rows < extract_orders(model, codes, rows, ExtractionSettings()).rows
+    assert orders.rows >= max(calls)
+    assert orders.rows < extract_orders(model, codes, rows, ExtractionSettings()).rows
     brute = brute_force_orders(model, codes, rows, how, images)
-    assert torch.equal(brute.order_BN, found.order_BN)
-    torch.testing.assert_close(brute.score_BN, found.score_BN, rtol=1e-4, atol=1e-4)
+    assert torch.equal(brute.order_BN, orders.order_BN)
+    torch.testing.assert_close(brute.score_BN, orders.score_BN, rtol=1e-4, atol=1e-4)
 
 
-def same_bits(found: Orders, expected: Orders) -> bool:
-    return torch.equal(found.order_BN, expected.order_BN) and torch.equal(found.score_BN, expected.score_BN) and found.rows == expected.rows
+def same_bits(result: Orders, expected: Orders) -> bool:
+    return (
+        torch.equal(result.order_BN, expected.order_BN) and torch.equal(result.score_BN, expected.score_BN) and result.rows == expected.rows
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -106,9 +108,9 @@ def test_every_method_gives_permutations(grid: int, seed: int, method: dict[str,
     model = small_model(grid=grid, seed=seed)
     codes, rows = random_codes(model, 2, seed), model.condition(random_text(model, 2, seed))
     how = ExtractionSettings(score=score, order_temperature=temperature, first_cell=first, **method)
-    found = extract_orders(model, codes, rows, how)
-    assert torch.equal(found.order_BN.sort(1).values, torch.arange(grid * grid).expand(2, -1))
-    assert found.score_BN.isfinite().all()
+    orders = extract_orders(model, codes, rows, how)
+    assert torch.equal(orders.order_BN.sort(1).values, torch.arange(grid * grid).expand(2, -1))
+    assert orders.score_BN.isfinite().all()
 
 
 @given(

@@ -15,10 +15,10 @@ from tests.planning.cases import case
 EVEN = ["actors.slow_share=0", "actors.spread=0"]
 
 
-def planned(found: Case) -> tuple[ActorPlan, ExtractionPlan]:
-    actors = plan_actors(found)
+def planned(case: Case) -> tuple[ActorPlan, ExtractionPlan]:
+    actors = plan_actors(case)
     assert actors is not None
-    orders = plan_extraction(found, actors)
+    orders = plan_extraction(case, actors)
     assert orders is not None
     return actors, orders
 
@@ -28,20 +28,20 @@ def even(*more: str) -> Assumptions:
 
 
 def test_equal_actors_end_together() -> None:
-    found = makespan(1000, 60.0, 10, 0.0, 5.0, even(), seed=0)
-    assert found.seconds == found.ideal_s == 5.0 + 100 * 60.0
-    assert (found.lost_actors, found.given_twice, found.idle_share) == (0, 0, 0)
+    outcome = makespan(1000, 60.0, 10, 0.0, 5.0, even(), seed=0)
+    assert outcome.seconds == outcome.ideal_s == 5.0 + 100 * 60.0
+    assert (outcome.lost_actors, outcome.given_twice, outcome.idle_share) == (0, 0, 0)
 
 
 def test_slow_actors_take_fewer_shards_and_the_rest_go_on() -> None:
-    found = makespan(1000, 60.0, 10, 0.0, 0.0, even("actors.slow_share=0.5"), seed=0)
-    assert found.ideal_s < found.seconds < 2 * found.ideal_s
+    outcome = makespan(1000, 60.0, 10, 0.0, 0.0, even("actors.slow_share=0.5"), seed=0)
+    assert outcome.ideal_s < outcome.seconds < 2 * outcome.ideal_s
 
 
 def test_a_late_shard_is_given_to_a_second_actor() -> None:
     slow = even("actors.slow_share=0.2", "actors.slow_factor=50")
-    found = makespan(40, 60.0, 20, 0.0, 0.0, slow, seed=1)
-    assert found.given_twice > 0 and found.seconds < 10 * 60.0  # and not 50
+    outcome = makespan(40, 60.0, 20, 0.0, 0.0, slow, seed=1)
+    assert outcome.given_twice > 0 and outcome.seconds < 10 * 60.0  # and not 50
 
 
 def test_lost_actors_cost_their_shard_and_a_start() -> None:
@@ -60,10 +60,10 @@ def test_the_same_seed_acts_out_the_same() -> None:
 def test_extraction_takes_its_formulas_operations() -> None:
     """Extraction takes the operations of its formula whatever dies."""
     large = case("imagenet", nodes=8, gpus_per_node=8, images=10**6, assume=["time.extraction_mfu=0.5"])
-    _, found = planned(large)
-    assert found.flops_per_order == extraction_flops(large.spec)
-    assert found.images_per_s == pytest.approx(64 * 989e12 * 0.5 / extraction_flops(large.spec))
-    assert found.seconds == pytest.approx(10**6 / found.images_per_s + 60 + found.shard_s / 2, rel=0.01)
+    _, planned_case = planned(large)
+    assert planned_case.flops_per_order == extraction_flops(large.spec)
+    assert planned_case.images_per_s == pytest.approx(64 * 989e12 * 0.5 / extraction_flops(large.spec))
+    assert planned_case.seconds == pytest.approx(10**6 / planned_case.images_per_s + 60 + planned_case.shard_s / 2, rel=0.01)
 
 
 @pytest.mark.parametrize(

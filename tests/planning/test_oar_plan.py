@@ -93,9 +93,9 @@ def test_what_is_planned_runs_with_the_changes_that_are_printed(
     main(command)
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if "To run it as planned: " in line]
-    words = line.partition("planned: ")[2].split()
-    assert words[1::2] == changed and set(words[::2]) == {"-o"}
-    assert main([*command, *words]) == 0  # and it fits
+    overrides = line.partition("planned: ")[2].split()
+    assert overrides[1::2] == changed and set(overrides[::2]) == {"-o"}
+    assert main([*command, *overrides]) == 0  # and it fits
     again = capsys.readouterr().out
     assert "To run it as planned" not in again
     for part in ("Training, MFU", "Training and extraction together"):
@@ -133,13 +133,13 @@ def test_the_plan_of_a_large_recipe_answers_what_is_asked_of_it(capsys: pytest.C
 
 def test_json_holds_what_the_lines_say(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(RECIPES / "imagenet.yaml"), "--json", "--simulate", "ranks=64"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     assert (
-        found["parameters"]["blocks"] + found["parameters"]["codes"] + found["parameters"]["condition"] + found["parameters"]["rest"]
+        report["parameters"]["blocks"] + report["parameters"]["codes"] + report["parameters"]["condition"] + report["parameters"]["rest"]
         == 342_912_000
     )
-    assert found["spec"]["dim"] == 1024 and found["simulation"]["stream"]["ranks"] == 64
-    assert {one["key"] for one in found["assumptions"]} >= {"gpus.h200.price_per_hour", "failures.per_gpu_year"}
+    assert report["spec"]["dim"] == 1024 and report["simulation"]["stream"]["ranks"] == 64
+    assert {one["key"] for one in report["assumptions"]} >= {"gpus.h200.price_per_hour", "failures.per_gpu_year"}
 
 
 def test_what_never_ends_is_null_in_json_and_said_in_words() -> None:
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_planned_with_the_nearest(capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "pattern"),
     [
         (["--gpu", "h300"], r"--gpu h300: not known; there are h200, h100"),
         (["--gpu", "cpu"], r"trains on GPUs; .* -o parallel\.gpus_per_worker=0"),
@@ -208,10 +208,10 @@ def test_what_does_not_fit_is_planned_with_the_nearest(capsys: pytest.CaptureFix
         ),
     ],
 )
-def test_what_cannot_be_planned_is_one_line_with_the_remedy(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_planned_is_one_line_with_the_remedy(arguments: list[str], pattern: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(RECIPES / "imagenet.yaml"), *arguments]) == 2
     error = capsys.readouterr().err.strip()
-    assert re.search(words, error) and "\n" not in error
+    assert re.search(pattern, error) and "\n" not in error
 
 
 @pytest.mark.parametrize("cluster", [{"nodes": 1, "gpus_per_node": 2}, {}], ids=["given", "the recipe's"])
@@ -219,22 +219,22 @@ def test_too_few_gpus_hear_how_many_would_do(cluster: dict[str, int]) -> None:
     small = ["memory.node_gb=64"]  # no room for what could be offloaded
     with pytest.raises(UserError, match=r"does not fit on 2 x L40S.*About (\d+) of them would do under ZeRO-3") as raised:
         plan("imagenet", *LARGE[1::2], "parallel.workers=2", gpu="l40s", assume=small, **cluster)
-    found = re.search(r"About (\d+) of them", str(raised.value))
-    assert found and 4 < int(found[1]) <= 8
+    match = re.search(r"About (\d+) of them", str(raised.value))
+    assert match and 4 < int(match[1]) <= 8
     assert plan("imagenet", *LARGE[1::2], gpu="l40s", nodes=1, gpus_per_node=8, assume=small).fit.parallel.zero_stage == 3
 
 
 def test_unknown_data_leaves_out_what_needs_the_number_of_images(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(f"extends: {RECIPES / 'imagenet.yaml'}\nname: mine\n")
-    found = make_plan(str(tmp_path / "mine.yaml"), (), PlanOptions())
-    assert found.images is None and found.extraction is None and found.stages[0].epochs is None
-    assert "--images N tells" in as_text(found)
+    run_plan = make_plan(str(tmp_path / "mine.yaml"), (), PlanOptions())
+    assert run_plan.images is None and run_plan.extraction is None and run_plan.stages[0].epochs is None
+    assert "--images N tells" in as_text(run_plan)
 
 
 def test_a_raster_recipe_is_pretrained_and_no_more() -> None:
-    found = plan("imagenet", "model.layout=raster")
-    assert [stage.name for stage in found.stages] == ["pretrain"] and found.extraction is None
-    assert "a raster model has one order" in as_text(found)
+    run_plan = plan("imagenet", "model.layout=raster")
+    assert [stage.name for stage in run_plan.stages] == ["pretrain"] and run_plan.extraction is None
+    assert "a raster model has one order" in as_text(run_plan)
 
 
 def test_the_guide_quotes_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,8 +244,8 @@ def test_the_guide_quotes_what_its_command_prints(capsys: pytest.CaptureFixture[
     assert blocks
     for block in blocks:
         command, _, shown = re.sub(r" \\\n\s*", " ", block).partition("\n")
-        words = command.split()[2:]
-        assert main(["plan", str(RECIPES.parent / words[0]), *words[1:]]) == 0
+        arguments = command.split()[2:]
+        assert main(["plan", str(RECIPES.parent / arguments[0]), *arguments[1:]]) == 0
         printed = capsys.readouterr().out
         for part in re.split(r"^ *\.\.\.\n", shown, flags=re.MULTILINE):
             assert part in printed + "\n", part

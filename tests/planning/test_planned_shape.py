@@ -72,15 +72,15 @@ def test_a_text_tower_that_nobody_knows_is_named() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_images_of_every_shipped_recipe_are_known(path: Path) -> None:
-    found = training_images(load_recipe(str(path)), None, read_assumptions())
-    assert found is not None and found.count > 100
+    images = training_images(load_recipe(str(path)), None, read_assumptions())
+    assert images is not None and images.count > 100
 
 
 def test_the_shards_of_a_run_know_better_than_a_table(tmp_path: Path) -> None:
     recipe = load_recipe(str(RECIPES / "emoji.yaml"), [f"run_dir={tmp_path}"])
     shards = (ShardInfo(name="0.tar", bytes=1, samples=41, crc32c=0), ShardInfo(name="1.tar", bytes=1, samples=1, crc32c=0))
     write_manifest(str(tmp_path / "tokens" / "train"), Manifest(shards=shards))
-    found = training_images(recipe, None, read_assumptions())
-    assert found is not None and (found.count, found.source) == (42, str(tmp_path / "tokens" / "train"))
+    images = training_images(recipe, None, read_assumptions())
+    assert images is not None and (images.count, images.source) == (42, str(tmp_path / "tokens" / "train"))
     given = training_images(recipe, 7, read_assumptions())
     assert given is not None and given.count == 7

@@ -25,24 +25,24 @@ def small(ranks: int = RANKS) -> StreamLoad:
 
 
 def test_it_is_what_an_epoch_in_full_shows() -> None:
-    found = small()
+    load = small()
     plan = SamplePlan([64] * 78 + [11], case("imagenet", *SMALL).recipe.seed, 16, 8)
     seen = [step_slots(plan, step, 64, rank, RANKS).uid for rank in range(RANKS) for step in range(plan.per_epoch // 64)]
     ranks = np.concatenate(seen).reshape(RANKS, -1)
     shards = [set(plan.shard_of(row)[0].tolist()) for row in ranks]
-    assert len(np.unique(ranks)) == ranks.size == found.steps * 64
-    assert found.skipped == IMAGES - plan.per_epoch and found.per_step == (8, 8)
+    assert len(np.unique(ranks)) == ranks.size == load.steps * 64
+    assert load.skipped == IMAGES - plan.per_epoch and load.per_step == (8, 8)
     # Steps are whole: the last samples of a stream may belong to no full step of the epoch.
-    assert found.shards_per_rank[0] >= min(map(len, shards)) and found.shards_per_rank[2] <= max(map(len, shards)) + 1
+    assert load.shards_per_rank[0] >= min(map(len, shards)) and load.shards_per_rank[2] <= max(map(len, shards)) + 1
     nodes = [len(set().union(*shards[first : first + PER_NODE])) for first in range(0, RANKS, PER_NODE)]
-    assert found.read_twice * found.shards == pytest.approx(sum(nodes), abs=3)
+    assert load.read_twice * load.shards == pytest.approx(sum(nodes), abs=3)
 
 
 def test_requests_follow_from_the_shards_that_are_fetched() -> None:
-    found = small()
-    assert found.gets_per_epoch == round(found.read_twice * found.shards)  # shards of one part each
-    assert found.gets_per_s == pytest.approx(found.gets_per_epoch / (found.steps * 0.5))
-    assert 16 <= found.first_gets <= 64
+    load = small()
+    assert load.gets_per_epoch == round(load.read_twice * load.shards)  # shards of one part each
+    assert load.gets_per_s == pytest.approx(load.gets_per_epoch / (load.steps * 0.5))
+    assert 16 <= load.first_gets <= 64
 
 
 def test_more_ranks_read_fewer_shards_each() -> None:
@@ -50,9 +50,9 @@ def test_more_ranks_read_fewer_shards_each() -> None:
 
 
 def test_a_billion_images_are_planned_without_a_table_of_them() -> None:
-    found = stream_load(case("imagenet", "data.canonical_streams=1024", images=10**9, nodes=128, gpus_per_node=8), 1024, step_s=1.0)
-    assert found.shards == 488_282 and found.per_step == (1, 1) and found.checked == 400_000
-    assert found.read_twice < 1.001
+    load = stream_load(case("imagenet", "data.canonical_streams=1024", images=10**9, nodes=128, gpus_per_node=8), 1024, step_s=1.0)
+    assert load.shards == 488_282 and load.per_step == (1, 1) and load.checked == 400_000
+    assert load.read_twice < 1.001
 
 
 @pytest.mark.parametrize("ranks", [7, 48, 512])

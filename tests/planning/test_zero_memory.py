@@ -70,10 +70,10 @@ def _train(settings: dict[str, Any], accumulation: int, average: bool, out: str)
                 else:
                     engine.step()
                 most[part] = max(most[part], alive.peak)
-    found = {**most, "between": alive.bytes}
+    result = {**most, "between": alive.bytes}
     save_shards(engine, out, "tag", {"step": 3})
     if engine.global_rank == 0:
-        Path(out, "found.json").write_text(json.dumps(found))
+        Path(out, "found.json").write_text(json.dumps(result))
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def _train(settings: dict[str, Any], accumulation: int, average: bool, out: str)
 )
 def test_an_engine_holds_what_the_table_says(settings: dict[str, Any], accumulation: int, average: bool, tmp_path: Path) -> None:
     run_workers(_train, WORLD, settings, accumulation, average, str(tmp_path))
-    found = json.loads((tmp_path / "found.json").read_text())
+    report = json.loads((tmp_path / "found.json").read_text())
     # As for a GPU, whose buckets are there whole; without what is assumed about frameworks.
     assumed = read_assumptions(["memory.framework_gb=0", "memory.fragmentation=0"])
     parallel = ParallelConfig(micro_batch=1, workers=WORLD, gpus_per_worker=1, **settings)
@@ -98,10 +98,10 @@ def test_an_engine_holds_what_the_table_says(settings: dict[str, Any], accumulat
     bucket = BUCKET * (2 if parallel.precision == "bf16" else 4)
     stays, comes = (bucket, 0) if parallel.zero_stage == 3 else (0, bucket if parallel.zero_stage else 0)
     gone = 0 if parallel.zero_stage == 3 else held.gradients
-    assert found["between"] - stays == pytest.approx(held.states - gone, rel=0.03)
-    assert found["step"] - stays == pytest.approx(held.states + held.step, rel=0.06)
+    assert report["between"] - stays == pytest.approx(held.states - gone, rel=0.03)
+    assert report["step"] - stays == pytest.approx(held.states + held.step, rel=0.06)
     # All gradients of so small a model wait in the bucket, and the share of them comes after: the table counts it, as large models need.
-    backward, table = found["backward"] - stays - comes, held.states + held.gathered + held.buckets - bucket * (parallel.zero_stage > 0)
+    backward, table = report["backward"] - stays - comes, held.states + held.gathered + held.buckets - bucket * (parallel.zero_stage > 0)
     assert 0.97 * (table - held.gradients) < backward < 1.05 * table
     written = sum(os.path.getsize(path) for path in (tmp_path / "tag").iterdir())
     assert written == pytest.approx(checkpoint_traffic(SPEC, WORLD, average=average).bytes, rel=0.03)

@@ -104,7 +104,7 @@ def test_captions_and_recipes_are_text_not_markup(html: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ordered_minus_control", "reading", "sentence"),
+    ("ordered_minus_control", "reading", "text"),
     [
         (-0.042, "better", "the ordered model is better than the control by 0.042 ± 0.006 nats per code"),
         (+0.042, "worse", "the ordered model is worse than the control by 0.042 ± 0.006 nats per code"),
@@ -115,9 +115,9 @@ def test_captions_and_recipes_are_text_not_markup(html: str) -> None:
         ),
     ],
 )
-def test_the_comparison_with_the_control_is_told_whatever_it_is(ordered_minus_control: float, reading: str, sentence: str) -> None:
+def test_the_comparison_with_the_control_is_told_whatever_it_is(ordered_minus_control: float, reading: str, text: str) -> None:
     report = synthetic.report(nll=synthetic.nll_table(ordered_minus_control))
-    assert f"With each model's own confidence orders, {sentence}" in " ".join(summarise(report))
+    assert f"With each model's own confidence orders, {text}" in " ".join(summarise(report))
     assert f"nats per code, own confidence order: ordered is {reading}" in Page(render_report(report)).text
 
 
@@ -166,7 +166,7 @@ def test_curves_come_from_the_events(tmp_path: Path) -> None:
 
 
 def test_estimate_is_mean_and_standard_error() -> None:
-    found = estimate([1.0, 3.0])
-    assert (found.mean, found.standard_error) == pytest.approx((2.0, 1.0))
+    estimated = estimate([1.0, 3.0])
+    assert (estimated.mean, estimated.standard_error) == pytest.approx((2.0, 1.0))
     with pytest.raises(ValueError, match="at least 2"):
         estimate([1.0])

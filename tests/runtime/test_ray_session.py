@@ -57,11 +57,11 @@ def test_a_private_ray_works_anywhere_and_leaves_nothing(tmp_path: Path) -> None
     environment |= {"HOME": str(tmp_path), "PYTHONPATH": source}
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert (said["still_there"], said["after"]) == (True, False)
-    assert said["first"]["package"] == oar_scale.__file__
-    assert sys.platform != "linux" or said["node"] == "127.0.0.2"
-    assert not said["left"], "a worker, its child or the raylet"
+    output = json.loads(done.stdout.splitlines()[-1])
+    assert (output["still_there"], output["after"]) == (True, False)
+    assert output["first"]["package"] == oar_scale.__file__
+    assert sys.platform != "linux" or output["node"] == "127.0.0.2"
+    assert not output["left"], "a worker, its child or the raylet"
     assert not (tmp_path / ".ray").exists()  # no token was left in the home directory
 
 

@@ -28,9 +28,9 @@ from oar_scale.storage import open_storage, write_json
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Ready to be extracted: 96 drawings in shards of 16, an untrained model."""
-    found = prepare_small_run(small_recipe(str(tmp_path_factory.mktemp("run")), extract={"views": 2, "batch": 16}))
-    open_storage(found.at()).upload(found.model_uri("base"), found.model_uri("any_order"))
-    return Run(found.recipe, array=ArrayTask(0, 1))
+    run = prepare_small_run(small_recipe(str(tmp_path_factory.mktemp("run")), extract={"views": 2, "batch": 16}))
+    open_storage(run.at()).upload(run.model_uri("base"), run.model_uri("any_order"))
+    return Run(run.recipe, array=ArrayTask(0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def test_one_task_of_an_array_extracts_everything_and_says_so(run: Run, recipe_f
     assert points[-1]["images_per_s"] > 0 and points[-1]["actors"] == 1 and points[-1]["retries"] == 0
     capsys.readouterr()
     assert main(["extract", recipe_file, "--status"]) == 0
-    said = capsys.readouterr().out
-    assert f": {len(manifest.shards)} of {len(manifest.shards)} shards" in said and "(100.0 %)" in said
-    assert "none running\n" in said and "actor-hours so far" in said
+    output = capsys.readouterr().out
+    assert f": {len(manifest.shards)} of {len(manifest.shards)} shards" in output and "(100.0 %)" in output
+    assert "none running\n" in output and "actor-hours so far" in output
     assert run_extract(run)["found"] == len(manifest.shards)
 
 
@@ -77,9 +77,9 @@ def test_damaged_and_lost_tables_are_found_and_made_again(run: Run, recipe_file:
     (folder / "00004.parquet").unlink()
     capsys.readouterr()
     assert main(["extract", recipe_file, "--verify"]) == 1
-    said = capsys.readouterr().out
-    assert ": 3 of 5 tables are lost or damaged; the next `oar extract RECIPE` makes them again" in said
-    assert "00001.tar: other bytes than were written (crc32c)" in said and "00004.tar: there is no table" in said
+    output = capsys.readouterr().out
+    assert ": 3 of 5 tables are lost or damaged; the next `oar extract RECIPE` makes them again" in output
+    assert "00001.tar: other bytes than were written (crc32c)" in output and "00004.tar: there is no table" in output
     assert not open_storage(run.at()).exists(run.marker("extract")), "the next extraction would be skipped"
     assert run_extract(run)["found"] == 2
     assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == before

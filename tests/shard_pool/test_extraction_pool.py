@@ -154,17 +154,17 @@ def test_only_tables_that_are_gone_or_cut_are_made_again(inputs: Path, tmp_path:
     here = job(inputs, tmp_path / "orders")
     worker, ledger = ExtractionWorker(here), Ledger(here.ledger)
     for index in range(3):
-        found = worker.run(shard_name(index))
+        result = worker.run(shard_name(index))
         if index == 2:  # as older versions entered it
-            found = {name: value for name, value in found.items() if not name.startswith("table_")}
-        ledger.enter(shard_name(index), LedgerEntry(found))
+            result = {name: value for name, value in result.items() if not name.startswith("table_")}
+        ledger.enter(shard_name(index), LedgerEntry(result))
     before, intact = tables(tmp_path / "orders"), open_storage(here.orders).version(f"{here.orders}/00002.parquet")
     (tmp_path / "orders/00000.parquet").unlink()
     (tmp_path / "orders/00001.parquet").write_bytes(before["00001.parquet"][:-1])
-    said: list[tuple[str, Record]] = []
-    report = extract_all(here, actors=1, on_event=lambda kind, fields: said.append((kind, fields)))
+    events: list[tuple[str, Record]] = []
+    report = extract_all(here, actors=1, on_event=lambda kind, fields: events.append((kind, fields)))
     assert (report.already_done, len(report.done)) == (1, 3)
-    assert [fields for kind, fields in said if kind == "lost_output"] == [
+    assert [fields for kind, fields in events if kind == "lost_output"] == [
         {"shard": "00000.tar", "error": "its table is gone"},
         {
             "shard": "00001.tar",

@@ -32,14 +32,14 @@ def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Ledger:
 
 
 def test_of_many_who_claim_a_shard_one_holds_it(ledger: Ledger) -> None:
-    found: list[str] = []
-    threads = [threading.Thread(target=lambda name=f"pool{i}": found.append(ledger.claim("a/0.tar", 0, name).holder)) for i in range(8)]
+    claims: list[str] = []
+    threads = [threading.Thread(target=lambda name=f"pool{i}": claims.append(ledger.claim("a/0.tar", 0, name).holder)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8 and len(set(found)) == 1
-    assert ledger.claims()["a/0.tar"].holder == found[0]
+    assert len(claims) == 8 and len(set(claims)) == 1
+    assert ledger.claims()["a/0.tar"].holder == claims[0]
 
 
 def test_the_highest_claim_counts_until_it_is_released(ledger: Ledger) -> None:
@@ -123,15 +123,15 @@ def test_the_status_counts_shards_and_names_slow_actors(ledger: Ledger, monkeypa
     assert (list(status.in_progress), list(status.poison)) == (["5.tar"], ["4.tar"])
     assert next(iter(status.ms_per_image.items())) == ("slow:3", 400.0)
     text = "\n".join(status_lines(status, "orders/train"))
-    for said in (
+    for expected in (
         "4 of 10 shards, 400 of 1000 images (40.0 %)",
         "images/s, 1 min",
         "3 actors, since 0 s; 2 retries",
         "70 % of it in finished shards",
     ):
-        assert said in text
-    for said in ("slow:3 400.0 ms/image (4.00 x the median)", "poison    4.tar: 4.tar: sample 'cat' has no codes", "5.tar ("):
-        assert said in text
+        assert expected in text
+    for expected in ("slow:3 400.0 ms/image (4.00 x the median)", "poison    4.tar: 4.tar: sample 'cat' has no codes", "5.tar ("):
+        assert expected in text
     after = "\n".join(status_lines(read_status(ledger.uri, sizes), "orders/train"))
     assert "none running; the same command resumes from here" in after and "left" not in after
 

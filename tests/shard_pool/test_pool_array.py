@@ -45,8 +45,8 @@ if __name__ == "__main__":
 class Task:
     """One process of the array."""
 
-    def __init__(self, folder: Path, index: int = 0, of: int = 1, seconds: float = 0.2, **told: Any) -> None:
-        given: dict[str, Any] = {"faults": {}, "config": {}, "timing": {"poll_s": 0.2}, **told}
+    def __init__(self, folder: Path, index: int = 0, of: int = 1, seconds: float = 0.2, **settings: Any) -> None:
+        given: dict[str, Any] = {"faults": {}, "config": {}, "timing": {"poll_s": 0.2}, **settings}
         self.script = folder / f"task{index}-{time.monotonic_ns()}.py"
         folder.mkdir(exist_ok=True)
         self.script.write_text(
@@ -54,19 +54,19 @@ class Task:
         )
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, str(self.script)], start_new_session=True, **pipes)
-        self.said: list[Any] = []
+        self.events: list[Any] = []
         self.errors = ""
 
     def hear(self, kind: str) -> None:
-        """Wait until it says that something happens."""
+        """Wait for an event of this kind."""
         assert self.process.stdout
-        while not self.said or self.said[-1][0] != kind:
-            self.said.append(json.loads(self.process.stdout.readline()))
+        while not self.events or self.events[-1][0] != kind:
+            self.events.append(json.loads(self.process.stdout.readline()))
 
     def end(self, timeout_s: float = 600) -> list[Any]:
-        """What it said; the last item tells how it ended."""
+        """Its events; the last item is how it ended."""
         output, self.errors = self.process.communicate(timeout=timeout_s)
-        return [*self.said, *(json.loads(line) for line in output.splitlines())]
+        return [*self.events, *(json.loads(line) for line in output.splitlines())]
 
 
 def tables(folder: Path) -> dict[str, bytes]:
@@ -90,18 +90,18 @@ def two_at_once(folder: Path, faults: dict[str, str] | None = None) -> list[Task
     return tasks
 
 
-def one_that_waits(folder: Path, shard: str, **told: Any) -> Task:
+def one_that_waits(folder: Path, shard: str, **settings: Any) -> Task:
     """The first of two tasks, at work on a shard that it does not end before it is told."""
-    task = Task(folder, 0, 2, faults={shard: "wait"}, **told)
+    task = Task(folder, 0, 2, faults={shard: "wait"}, **settings)
     wait_until((folder / f"log/{shard}.struck").exists)
     return task
 
 
 def test_tasks_share_the_shards_and_each_is_done_once(tmp_path: Path, calm: dict[str, bytes]) -> None:
     tasks = two_at_once(tmp_path)
-    for said in (task.end() for task in tasks):
-        assert said[-1][0] == "end" and said[-1][1]["done"] == SHARDS
-        assert not any(kind == "helping" for kind, _ in said), "the other tasks of an array are no mistake"
+    for text in (task.end() for task in tasks):
+        assert text[-1][0] == "end" and text[-1][1]["done"] == SHARDS
+        assert not any(kind == "helping" for kind, _ in text), "the other tasks of an array are no mistake"
     assert sorted(tries(tmp_path / "log")) == SHARDS
     assert len(set(pids(tmp_path / "log"))) == 2
     assert tables(tmp_path) == calm
@@ -113,9 +113,9 @@ def test_a_killed_tasks_shards_are_taken_over_without_its_lease(tmp_path: Path, 
     other = Task(tmp_path, 1, 2, timing={"poll_s": 0.2, "lease_s": 1e6})  # it does not wait for the lease
     wait_until(lambda: len(pids(tmp_path / "log")) == 2)
     os.killpg(killed.process.pid, signal.SIGKILL)
-    said = other.end()
-    assert said[-1][1]["done"] == SHARDS
-    assert any(kind == "taken_over" for kind, _ in said)
+    output = other.end()
+    assert output[-1][1]["done"] == SHARDS
+    assert any(kind == "taken_over" for kind, _ in output)
     assert tables(tmp_path) == calm
 
 
@@ -123,9 +123,9 @@ def test_a_frozen_task_loses_its_claims(tmp_path: Path, calm: dict[str, bytes]) 
     """And does no harm when it goes on."""
     frozen = one_that_waits(tmp_path, SHARDS[2])
     os.killpg(frozen.process.pid, signal.SIGSTOP)
-    said = Task(tmp_path, 1, 2, timing={"poll_s": 0.2, "lease_s": 2.0}).end()
-    assert said[-1][1]["done"] == SHARDS
-    assert [fields["shard"] for kind, fields in said if kind == "taken_over"] == [SHARDS[2]]
+    output = Task(tmp_path, 1, 2, timing={"poll_s": 0.2, "lease_s": 2.0}).end()
+    assert output[-1][1]["done"] == SHARDS
+    assert [fields["shard"] for kind, fields in output if kind == "taken_over"] == [SHARDS[2]]
     (tmp_path / "log/go on").touch()
     os.killpg(frozen.process.pid, signal.SIGCONT)
     assert frozen.end()[-1][1]["done"] == SHARDS
@@ -138,9 +138,9 @@ def test_a_stopped_task_ends_its_shard_and_hands_back_the_rest(tmp_path: Path, c
     task.process.send_signal(signal.SIGTERM)
     task.hear("draining")
     (tmp_path / "log/go on").touch()
-    said = task.end()
-    assert task.process.returncode == 75 and said[-1] == ["requeue", "SIGTERM"]
-    assert dict(said)["drained"] == {"finished": 1, "handed_back": 0}
+    output = task.end()
+    assert task.process.returncode == 75 and output[-1] == ["requeue", "SIGTERM"]
+    assert dict(output)["drained"] == {"finished": 1, "handed_back": 0}
     ledger = Ledger(str(tmp_path / "ledger"))
     assert sorted(ledger.done()) == sorted(tries(tmp_path / "log")), "a shard that was begun was not ended"
     assert not ledger.claims()
@@ -160,8 +160,8 @@ def test_what_does_not_end_in_the_grace_period_is_handed_back(tmp_path: Path) ->
 
 def test_a_shard_that_kills_its_process_is_poison_for_all_tasks(tmp_path: Path) -> None:
     tasks = two_at_once(tmp_path, {SHARDS[3]: "die", SHARDS[6]: "broken"})
-    for said in (task.end() for task in tasks):
-        poison = said[-1][1]["poison"]
+    for text in (task.end() for task in tasks):
+        poison = text[-1][1]["poison"]
         assert poison.keys() == {SHARDS[3], SHARDS[6]}
         assert poison[SHARDS[3]].startswith("its process died: exit code -9") and "no caption" in poison[SHARDS[6]]
     assert tries(tmp_path / "log").count(SHARDS[3]) == 2

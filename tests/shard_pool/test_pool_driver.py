@@ -166,8 +166,8 @@ def test_a_broken_host_that_gets_every_new_actor_stops_nobody(ledger: Ledger, ho
     cluster = Slots(["bad", "b", "c", "d"], 5, how)
     report, events = play(ledger, cluster, names(60), Bounds(4, 4))
     assert len(report.done) == 60 and not report.poison
-    said = [fields for kind, fields in events if kind == "not_hiring"]
-    assert said == [{"seconds": 30.0, "error": "no GPU here"}]
+    reasons = [fields for kind, fields in events if kind == "not_hiring"]
+    assert reasons == [{"seconds": 30.0, "error": "no GPU here"}]
     assert cluster.count < 12, "it went on starting actors on the broken host"
 
 

@@ -99,8 +99,8 @@ def write_tables(run: Run) -> None:
     for info in read_manifest(folder).shards:
         shard = read_token_shard(join(folder, info.name), run.cache, info)
         codes = torch.from_numpy(shard.view(0).astype(np.int64))
-        found = extract_orders(model, codes, model.null_condition(len(codes)), ExtractionSettings())
-        order, score = found.order_BN.numpy().astype(np.uint16), found.score_BN.numpy()
+        orders = extract_orders(model, codes, model.null_condition(len(codes)), ExtractionSettings())
+        order, score = orders.order_BN.numpy().astype(np.uint16), orders.score_BN.numpy()
         write_orders(
             run.at("orders", "train", table_name(info.name)), OrderTable(shard.keys, [0] * len(codes), order, score, "model", "settings")
         )
@@ -132,38 +132,38 @@ def numbers(value: Any) -> list[float]:
 
 
 def test_every_number_of_the_evaluation_is_finite(evaluated: Run) -> None:
-    found = numbers(read_json(evaluated.local("evaluation.json")))
-    assert len(found) > 60
-    assert all(math.isfinite(number) for number in found)
+    report = numbers(read_json(evaluated.local("evaluation.json")))
+    assert len(report) > 60
+    assert all(math.isfinite(number) for number in report)
 
 
 def test_models_with_the_same_weights_differ_by_exactly_nothing(evaluated: Run) -> None:
-    found = load_evaluation(evaluated.local())
-    assert found is not None
-    by_pair = {(d.first, d.second, d.order): d.difference for d in found.nll.differences}
+    evaluation = load_evaluation(evaluated.local())
+    assert evaluation is not None
+    by_pair = {(d.first, d.second, d.order): d.difference for d in evaluation.nll.differences}
     for order in ("own confidence", "random"):
         assert (by_pair["ordered", "any_order", order].mean, by_pair["ordered", "any_order", order].standard_error) == (0.0, 0.0)
         assert by_pair["ordered", "control", order].mean != 0.0
-    distances = {row.name: row for row in found.distances}
+    distances = {row.name: row for row in evaluation.distances}
     assert distances["ordered"].fd_efflite0 == distances["any-order"].fd_efflite0
-    grid = found.samples
+    grid = evaluation.samples
     assert all(
         np.array_equal(row.samples[grid.columns.index("ordered")], row.samples[grid.columns.index("any_order")]) for row in grid.rows
     )
 
 
 def test_own_confidence_order_is_likelier_than_a_random_one(evaluated: Run) -> None:
-    found = load_evaluation(evaluated.local())
-    assert found is not None
-    nll = {(entry.model, entry.order): entry.nll.mean for entry in found.nll.entries}
+    evaluation = load_evaluation(evaluated.local())
+    assert evaluation is not None
+    nll = {(entry.model, entry.order): entry.nll.mean for entry in evaluation.nll.entries}
     for model in ("any_order", "control", "ordered"):
         assert nll[model, "own confidence"] < nll[model, "random"]
 
 
 def test_evaluation_knows_what_the_order_tables_say(evaluated: Run) -> None:
-    found = load_evaluation(evaluated.local())
-    assert found is not None
-    orders = found.orders
+    evaluation = load_evaluation(evaluated.local())
+    assert evaluation is not None
+    orders = evaluation.orders
     assert orders.images == read_manifest(evaluated.at("tokens", "train")).samples
     assert orders.distinct > 1
     assert orders.mean_step_of_cell.sum() == pytest.approx(sum(range(16)))
@@ -177,20 +177,20 @@ def test_pictures_with_a_variant_in_training_are_told_apart(evaluated: Run) -> N
     keys = [sample["__key__"] for shard in manifest.shards for sample in read_shard(join(folder, shard.name), evaluated.cache)]
     new_S = without_variant(evaluated, keys)
     assert 0 < manifest.with_variant_in_train == int((~new_S).sum()) < len(keys)
-    found = load_evaluation(evaluated.local())
-    assert found is not None and found.nll_new is not None
-    assert found.nll_new.images == int(new_S[: found.nll.images].sum())
+    evaluation = load_evaluation(evaluated.local())
+    assert evaluation is not None and evaluation.nll_new is not None
+    assert evaluation.nll_new.images == int(new_S[: evaluation.nll.images].sum())
 
 
 def test_edits_hide_the_middle_or_all_but_the_middle(evaluated: Run) -> None:
-    found = load_evaluation(evaluated.local())
-    assert found is not None
+    evaluation = load_evaluation(evaluated.local())
+    assert evaluation is not None
     middle = np.zeros((4, 4), dtype=bool)
     middle[1:3, 1:3] = True
-    assert [edit.kind for edit in found.edits] == ["inpainting", "outpainting"]
-    assert np.array_equal(found.edits[0].known, ~middle)
-    assert np.array_equal(found.edits[1].known, middle)
-    assert all(len(edit.completions) == 4 for edit in found.edits)
+    assert [edit.kind for edit in evaluation.edits] == ["inpainting", "outpainting"]
+    assert np.array_equal(evaluation.edits[0].known, ~middle)
+    assert np.array_equal(evaluation.edits[1].known, middle)
+    assert all(len(edit.completions) == 4 for edit in evaluation.edits)
 
 
 def test_two_processes_find_the_same_numbers_as_one(evaluated: Run, copied: Callable[..., Run]) -> None:
@@ -222,13 +222,13 @@ def test_evaluation_has_a_process_for_each_gpu_or_core_group(
 def test_report_has_the_numbers_and_pictures_of_the_evaluation(evaluated: Run) -> None:
     path = run_report(evaluated)["path"]
     page = Path(path).read_text()
-    found = load_evaluation(evaluated.local())
-    assert found is not None
-    for entry in found.nll.entries:
+    evaluation = load_evaluation(evaluated.local())
+    assert evaluation is not None
+    for entry in evaluation.nll.entries:
         assert f"{entry.nll.mean:.3f} ± {entry.nll.standard_error:.3f}" in page
-    for row in found.distances:
+    for row in evaluation.distances:
         assert f"{row.fd_efflite0:.1f}" in page
-    assert found.samples.rows[0].caption in page
+    assert evaluation.samples.rows[0].caption in page
     assert "all 2 orders are equal" in page
     assert "OpenMoji" in page and "CC" in page
     assert "any-order pretraining" in page
@@ -254,10 +254,10 @@ def test_without_control_nothing_asks_for_it(copied: Callable[..., Run]) -> None
     run = copied(pipeline={"control": False}, evaluate={"nll_images": 16, "feature_images": 8})
     os.remove(run.model_uri("control"))
     run_evaluate(run)
-    found = load_evaluation(run.local())
-    assert found is not None
-    assert found.samples.columns == ("any_order", "ordered")
-    assert {difference.second for difference in found.nll.differences} == {"any_order"}
+    evaluation = load_evaluation(run.local())
+    assert evaluation is not None
+    assert evaluation.samples.columns == ("any_order", "ordered")
+    assert {difference.second for difference in evaluation.nll.differences} == {"any_order"}
     assert "No control" in Path(run_report(run)["path"]).read_text()
 
 
@@ -279,9 +279,9 @@ def test_images_of_one_caption_are_evaluated_unshuffled(copied: Callable[..., Ru
     for name in ("base", "any_order", "control", "ordered"):
         save_model(run.model_uri(name), small_model(run, seed=4))
     run_evaluate(run)
-    found = load_evaluation(run.local())
-    assert found is not None
-    assert found.captions == ()
+    evaluation = load_evaluation(run.local())
+    assert evaluation is not None
+    assert evaluation.captions == ()
 
 
 def test_sample_draws_a_row_for_each_caption(finished: Run, tmp_path: Path) -> None:

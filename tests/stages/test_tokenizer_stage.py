@@ -38,26 +38,26 @@ def prepared(folder: Path, **image: Any) -> tuple[Run, io.StringIO]:
             "parallel": {"workers": 1},
         }
     )
-    said = io.StringIO()
-    run = Run(recipe, Console(said))
+    output = io.StringIO()
+    run = Run(recipe, Console(output))
     run_data(run)
-    return run, said
+    return run, output
 
 
 def test_held_out_quality_is_returned_printed_and_reported(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
-    run, said = prepared(tmp_path, training={"steps": 25, "batch": 8, "adversarial_weight": 0.1, "adversarial_from_step": 2})
-    found = run_tokenizer(run)
+    run, output = prepared(tmp_path, training={"steps": 25, "batch": 8, "adversarial_weight": 0.1, "adversarial_from_step": 2})
+    results = run_tokenizer(run)
     vq, images = load_vq(run.vq_uri), pixels_to_unit(read_images(run, "heldout")[0])
     again = frechet(*(image_features(batch).numpy() for batch in (images, vq.decode(vq.encode(images)).clamp(-1, 1))))
-    assert found["heldout_images"] == len(images)
-    assert found["reconstruction_fd_efflite0"] == pytest.approx(again, rel=0.02)  # rounding to pixels in between
-    assert f"reconstruction fd_efflite0 {found['reconstruction_fd_efflite0']:.2f} on {len(images)} held-out images" in said.getvalue()
-    assert "FID" not in said.getvalue().replace("not rFID", "")
-    metadata = tokenizer_metadata(run, found)
-    assert (metadata.codebook_size, metadata.reconstruction_fd_efflite0) == (32, found["reconstruction_fd_efflite0"])
+    assert results["heldout_images"] == len(images)
+    assert results["reconstruction_fd_efflite0"] == pytest.approx(again, rel=0.02)  # rounding to pixels in between
+    assert f"reconstruction fd_efflite0 {results['reconstruction_fd_efflite0']:.2f} on {len(images)} held-out images" in output.getvalue()
+    assert "FID" not in output.getvalue().replace("not rFID", "")
+    metadata = tokenizer_metadata(run, results)
+    assert (metadata.codebook_size, metadata.reconstruction_fd_efflite0) == (32, results["reconstruction_fd_efflite0"])
     html = render_report(ReportData(run_metadata(run, {}), "", tokenizer=metadata))
-    assert f"{found['reconstruction_fd_efflite0']:.2f} between all held-out images and their reconstructions" in html
+    assert f"{results['reconstruction_fd_efflite0']:.2f} between all held-out images and their reconstructions" in html
     steps = [event for event in read_events(run.events, "tokenizer") if event["kind"] == "vq"]
     assert "discriminator" in steps[-1] and "psnr" in steps[-1]
 
@@ -65,10 +65,10 @@ def test_held_out_quality_is_returned_printed_and_reported(tmp_path: Path) -> No
 def test_without_the_extra_eval_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     perceptual.load_network.cache_clear()
-    run, said = prepared(tmp_path, training={"steps": 2, "batch": 4})
-    found = run_tokenizer(run)
-    assert found["reconstruction_fd_efflite0"] is None and found["psnr_db"] > 0
-    assert "pip install 'oar_scale[eval]'" in said.getvalue()
+    run, output = prepared(tmp_path, training={"steps": 2, "batch": 4})
+    results = run_tokenizer(run)
+    assert results["reconstruction_fd_efflite0"] is None and results["psnr_db"] > 0
+    assert "pip install 'oar_scale[eval]'" in output.getvalue()
 
 
 @pytest.mark.parametrize("kind", [VQTokenizer, MaskGITVQ])
@@ -78,7 +78,7 @@ def test_given_weights_of_either_kind_keep_every_bit(kind: type[ImageTokenizer],
     given = VQTokenizer(VQSpec(**shape)) if kind is VQTokenizer else MaskGITVQ(MaskGITSpec(**shape))
     save_vq(str(tmp_path / "given.safetensors"), given)
     run, _ = prepared(tmp_path / "run", weights=str(tmp_path / "given.safetensors"))
-    found = run_tokenizer(run)
+    results = run_tokenizer(run)
     used = load_vq(run.vq_uri)
-    assert type(used) is kind and found["codebook_size"] == 48
+    assert type(used) is kind and results["codebook_size"] == 48
     assert all(torch.equal(tensor, used.state_dict()[name]) for name, tensor in given.state_dict().items())

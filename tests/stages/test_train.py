@@ -47,8 +47,8 @@ def test_without_pretraining_given_weights_are_the_model(run: Run, tmp_path: Pat
     save_model(str(tmp_path / "peer.safetensors"), peer)
     given = starting_from(run, tmp_path / "peer.safetensors")
     at_once = Run(given.recipe.model_copy(update={"pretrain": given.recipe.pretrain.model_copy(update={"steps": 0})}))
-    found = run_train(at_once, "pretrain")
-    assert found == {"steps": 0, "parameters": sum(parameter.numel() for parameter in peer.parameters())}
+    results = run_train(at_once, "pretrain")
+    assert results == {"steps": 0, "parameters": sum(parameter.numel() for parameter in peer.parameters())}
     taken = load_model(run.model_uri("any_order")).state_dict()
     assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in taken.items())
 

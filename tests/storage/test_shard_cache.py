@@ -18,7 +18,7 @@ from tests.fault_proxy import FaultProxy
 from tests.shard_files import PARTS, SIZE, SOON_S, Shard, content, files, put
 
 
-def test_a_shard_is_fetched_once_and_then_read_from_the_disk_without_a_request(proxy: FaultProxy, shard: Shard, cache: ShardCache) -> None:
+def test_a_shard_is_fetched_once_then_read_from_the_disk(proxy: FaultProxy, shard: Shard, cache: ShardCache) -> None:
     assert cache.read(*shard) == content(0)
     assert cache.stats == FetchStats(requests=PARTS, bytes=SIZE)
     data = cache.read(*shard)
@@ -55,7 +55,7 @@ def test_a_fault_changes_nothing_but_the_count_of_retries(
     assert files(cache._folder.folder, ".part") == []
 
 
-def test_with_a_fifth_of_all_requests_failing_each_shard_arrives_right_and_the_retries_are_counted(
+def test_shards_arrive_right_when_a_fifth_of_requests_fails(
     proxy: FaultProxy, s3_root: str, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_ranges, "STALL_S", SOON_S)
@@ -97,7 +97,7 @@ def test_a_connection_that_trickles_for_too_long_is_left(
     assert time.monotonic() - begun < 20  # the rest of it would take minutes
 
 
-def test_a_slow_connection_that_has_brought_the_last_byte_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_connection_is_kept_after_the_last_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     """There would be nothing left to ask for: the range after the last byte is none."""
     monkeypatch.setattr(s3_ranges, "time", SimpleNamespace(monotonic=itertools.count(step=s3_ranges.SLOW_S + 1).__next__))
 
@@ -122,7 +122,7 @@ def test_a_long_stall_is_left_for_a_new_connection(
     assert 8 < time.monotonic() - begun < 12
 
 
-def test_a_server_that_stays_overloaded_is_given_up_with_the_name_and_the_count(
+def test_an_overloaded_server_is_given_up_with_name_and_count(
     proxy: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
@@ -168,9 +168,7 @@ def test_credentials_that_stay_expired_are_a_clear_error(
     assert str(caught.value).startswith(shard.uri) and "AWS_SESSION_TOKEN" in str(caught.value)
 
 
-def test_an_object_that_is_not_the_one_of_the_manifest_is_named_with_both_checksums(
-    proxy: FaultProxy, shard: Shard, cache: ShardCache
-) -> None:
+def test_an_object_unlike_the_manifest_is_named_with_checksums(proxy: FaultProxy, shard: Shard, cache: ShardCache) -> None:
     with pytest.raises(UserError) as caught:
         cache.read(shard.uri, shard.size, 0x12345678)
     assert shard.uri in str(caught.value) and f"{shard.crc32c:08x}" in str(caught.value) and "12345678" in str(caught.value)
@@ -210,7 +208,7 @@ def test_without_a_checksum_a_replaced_object_is_noticed(shard: Shard, cache: Sh
     assert cache.read(shard.uri) == cache.read(shard.uri) == b""
 
 
-def test_an_object_that_is_replaced_between_two_parts_is_read_again_from_its_start(
+def test_an_object_replaced_between_parts_is_read_again(
     proxy: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_download, "CONNECTIONS", 1)
@@ -239,7 +237,7 @@ def test_a_local_shard_is_mapped_as_it_lies_and_checked(tmp_path: Path, cache: S
     assert cache.read(str(tmp_path / "empty")) == b""
 
 
-def test_a_prefetched_shard_is_fetched_once_and_its_error_waits_for_the_reader(proxy: FaultProxy, shard: Shard, cache: ShardCache) -> None:
+def test_a_prefetch_fetches_once_and_keeps_its_error(proxy: FaultProxy, shard: Shard, cache: ShardCache) -> None:
     cache.prefetch(*shard)
     cache.prefetch(*shard)
     assert cache.read(*shard) == content(0)

@@ -112,7 +112,7 @@ def test_a_damaged_copy_is_dropped_and_fetched_again(proxy: FaultProxy, shard: S
         assert Path(path).read_bytes() == content(0)
 
 
-def test_a_reader_killed_in_the_middle_leaves_no_broken_copy_and_no_lock(
+def test_a_killed_reader_leaves_no_broken_copy_and_no_lock(
     proxy: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_ranges, "STALL_S", 300.0)

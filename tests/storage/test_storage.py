@@ -67,8 +67,8 @@ def test_if_absent_changes_nothing_when_the_name_is_taken(root: str, storage: St
 
 
 def test_a_race_of_eight_has_exactly_one_winner(root: str, storage: Storage) -> None:
-    for turn in range(2):
-        uri = join(root, f"race-{turn}")
+    for attempt in range(2):
+        uri = join(root, f"race-{attempt}")
         start = threading.Barrier(8)
 
         def claim(number: int, uri: str = uri, start: threading.Barrier = start) -> bool:
@@ -158,7 +158,7 @@ def test_json_comes_back_and_broken_json_is_named(root: str, storage: Storage) -
         read_json(uri)
 
 
-def test_fetch_sees_a_replaced_object_and_reuses_an_unchanged_one(root: str, storage: Storage, tmp_path: Path) -> None:
+def test_fetch_sees_a_replaced_object_and_reuses_others(root: str, storage: Storage, tmp_path: Path) -> None:
     uri, cache = join(root, "model.safetensors"), str(tmp_path / "cache")
     storage.write(uri, b"old")
     first = fetch(uri, cache)

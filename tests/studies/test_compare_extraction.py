@@ -41,8 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def backwards(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, images_B: Images) -> Orders:
-    found = extract_orders(model, codes_BN, condition_BTD, settings, images_B)
-    return Orders(found.order_BN.flip(1), found.score_BN.flip(1), rows=7)
+    comparison = extract_orders(model, codes_BN, condition_BTD, settings, images_B)
+    return Orders(comparison.order_BN.flip(1), comparison.score_BN.flip(1), rows=7)
 
 
 @torch.no_grad()
@@ -51,18 +51,19 @@ def test_the_figures_are_what_their_names_say() -> None:
     codes, text, images = random_codes(model, 5), random_text(model, 5), np.arange(5) + 40
     methods = extraction_methods(settings, 3) | {"backwards": backwards}
     done: list[None] = []
-    found = compare(model, model, codes, text, settings, methods, 2, images, on_done=lambda: done.append(None))
+    compared = compare(model, model, codes, text, settings, methods, 2, images, on_done=lambda: done.append(None))
     assert len(done) == comparison.ROUNDS * len(methods)
     exact = extract_orders(model, codes, model.condition(text), settings, images)
-    assert np.array_equal(found[EXACT].order_SN, exact.order_BN.numpy())
-    assert (found[EXACT].tau.mean, found[EXACT].regret.mean, found[EXACT].rows, found[EXACT].speed) == (1.0, 0.0, 45, 1.0)
-    assert (found["backwards"].tau.mean, found["backwards"].rows) == (-1.0, 7)
+    assert np.array_equal(compared[EXACT].order_SN, exact.order_BN.numpy())
+    assert (compared[EXACT].tau.mean, compared[EXACT].regret.mean, compared[EXACT].rows, compared[EXACT].speed) == (1.0, 0.0, 45, 1.0)
+    assert (compared["backwards"].tau.mean, compared["backwards"].rows) == (-1.0, 7)
     likelihood = {
-        name: -model.nll(codes, torch.from_numpy(found[name].order_SN), model.condition(text)).double().mean(1) for name in (EXACT, RANDOM)
+        name: -model.nll(codes, torch.from_numpy(compared[name].order_SN), model.condition(text)).double().mean(1)
+        for name in (EXACT, RANDOM)
     }
-    assert found[RANDOM].regret.mean == pytest.approx(float((likelihood[EXACT] - likelihood[RANDOM]).mean()), abs=1e-5)
-    assert abs(found[RANDOM].tau.mean) < 0.5 and found[RANDOM].rows == 0
-    for name, each in found.items():
+    assert compared[RANDOM].regret.mean == pytest.approx(float((likelihood[EXACT] - likelihood[RANDOM]).mean()), abs=1e-5)
+    assert abs(compared[RANDOM].tau.mean) < 0.5 and compared[RANDOM].rows == 0
+    for name, each in compared.items():
         assert each.images_per_s > 0
         assert np.array_equal(np.sort(each.order_SN, axis=1), np.arange(9)[None].repeat(5, 0)), name
         assert name in (EXACT, RANDOM, "backwards") or 0 < each.rows <= 45
@@ -78,13 +79,15 @@ def test_an_order_head_is_judged_by_images_it_has_not_seen() -> None:
     assert list(methods) == [EXACT, "order head ahead, 2 placed", "order head in hindsight"]
     assert list(extraction_methods(settings, 3, head))[-3:-1] == list(methods)[1:]
     unseen = np.array([True, False, False, True, True, False])
-    found = compare(model, model, codes, text, settings, methods, 4, images, judged=dict.fromkeys(head_methods(head), unseen), rounds=1)
+    comparison = compare(
+        model, model, codes, text, settings, methods, 4, images, judged=dict.fromkeys(head_methods(head), unseen), rounds=1
+    )
     alone = compare(model, model, codes[unseen], text[unseen], settings, methods, 4, images[unseen], rounds=1)
-    assert {name: each.judged for name, each in found.items()} == dict.fromkeys(head_methods(head), 3) | {EXACT: 6}
+    assert {name: each.judged for name, each in comparison.items()} == dict.fromkeys(head_methods(head), 3) | {EXACT: 6}
     for name in head_methods(head):
-        assert found[name].rows == 9
-        assert found[name].tau.mean == pytest.approx(alone[name].tau.mean) and found[name].order_SN.shape == (6, 9)
-        assert found[name].regret.mean == pytest.approx(alone[name].regret.mean, abs=1e-6)
+        assert comparison[name].rows == 9
+        assert comparison[name].tau.mean == pytest.approx(alone[name].tau.mean) and comparison[name].order_SN.shape == (6, 9)
+        assert comparison[name].regret.mean == pytest.approx(alone[name].regret.mean, abs=1e-6)
 
 
 def test_the_methods_keep_the_recipes_other_settings() -> None:

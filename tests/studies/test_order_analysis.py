@@ -89,12 +89,12 @@ def test_one_command_leaves_a_page_numbers_and_two_animations(run: Run, tmp_path
     page = run_orders(run, images=1000, against=[run.at("orders", "train"), str(tmp_path / "others")], out=str(tmp_path / "out"))
     assert page == str(tmp_path / "out" / "index.html") and "in which order?" in Path(page).read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"index.html", "orders.json", "appearing.webp", "appearing.gif"}
-    found = read_json(str(tmp_path / "out" / "orders.json"))
+    report = read_json(str(tmp_path / "out" / "orders.json"))
     images = read_manifest(run.at("tokens", "train")).samples
-    assert found["statistics"]["orders"] == found["all_images"] == images and found["statistics"]["distinct"] == images
-    assert set(found["distances"]) == set(grid_policies()) | {"mean"} and found["distances"]["raster"] == pytest.approx(0.5, abs=0.05)
-    np.testing.assert_allclose(found["step_score"], -np.arange(64))
-    same, other = found["agreements"]
+    assert report["statistics"]["orders"] == report["all_images"] == images and report["statistics"]["distinct"] == images
+    assert set(report["distances"]) == set(grid_policies()) | {"mean"} and report["distances"]["raster"] == pytest.approx(0.5, abs=0.05)
+    np.testing.assert_allclose(report["step_score"], -np.arange(64))
+    same, other = report["agreements"]
     assert same["distance"] == 0 and other["distance"] == pytest.approx(0.5, abs=0.05)
 
 
@@ -119,8 +119,8 @@ def test_a_folder_without_these_shards_is_named(run: Run, tmp_path: Path) -> Non
 def test_the_head_is_trained_measured_and_predicts_by_the_cli(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = run.local("recipe.yaml")
     assert main(["orders", recipe, "--train-head", "--predict"]) == 0
-    said = capsys.readouterr().out
-    assert "order head in hindsight" in said and "mean order of the data set" in said and "2,080" in said
+    output = capsys.readouterr().out
+    assert "order head in hindsight" in output and "mean order of the data set" in output and "2,080" in output
     predicted = [read_orders(str(path)) for path in sorted(Path(run.at("orders", "predicted")).glob("*.parquet"))]
     assert sum(len(table.keys) for table in predicted) == read_manifest(run.at("tokens", "train")).samples
     assert {table.model_id for table in predicted} == {model_id(run.model_uri("any_order"))}

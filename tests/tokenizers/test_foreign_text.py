@@ -38,8 +38,8 @@ def foreign() -> TextTokenizer:
 
 
 def test_foreign_ids_are_shifted_by_one_so_that_zero_is_free(foreign: TextTokenizer) -> None:
-    pieces = foreign.processor.encode(KNOWN + UNKNOWN)
-    for ids, own in zip(foreign.encode(KNOWN + UNKNOWN), pieces, strict=True):
+    token_ids = foreign.processor.encode(KNOWN + UNKNOWN)
+    for ids, own in zip(foreign.encode(KNOWN + UNKNOWN), token_ids, strict=True):
         assert ids[: len(own)].tolist() == [piece + 1 for piece in own]
         assert ids[len(own) :].eq(0).all()
 

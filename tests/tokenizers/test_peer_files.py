@@ -23,9 +23,9 @@ TENSORS = {
 }
 
 
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]) for name in expected)
+def assert_same_bits(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].dtype == expected[name].dtype and torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 WRAPPED: dict[str, Any] = {
@@ -56,9 +56,9 @@ def test_the_format_that_torch_wrote_before_version_1_6_is_read(tmp_path: Path) 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_safetensors_give_the_same_tensors(tmp_path: Path, prefix: str) -> None:
     save_file({prefix + name: tensor for name, tensor in TENSORS.items()}, tmp_path / "peer.safetensors")
-    found = read_peer_file(str(tmp_path / "peer.safetensors"))
-    assert_same_bits(found.tensors, TENSORS)
-    assert (prefix in found.where) and found.settings == {}
+    peer = read_peer_file(str(tmp_path / "peer.safetensors"))
+    assert_same_bits(peer.tensors, TENSORS)
+    assert (prefix in peer.where) and peer.settings == {}
 
 
 def test_a_file_on_s3_is_read(s3_root: str, tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_a_file_on_s3_is_read(s3_root: str, tmp_path: Path) -> None:
 
 def test_the_command_line_that_llamagen_stores_is_read(tmp_path: Path) -> None:
     torch.save({"model": TENSORS, "args": argparse.Namespace(image_size=384, gpt_model="GPT-L", lr=1e-4)}, tmp_path / "peer.pt")
-    found = read_peer_file(str(tmp_path / "peer.pt"))
-    assert found.settings == {"image_size": 384, "gpt_model": "GPT-L", "lr": 1e-4}
-    assert_same_bits(found.tensors, TENSORS)
+    peer = read_peer_file(str(tmp_path / "peer.pt"))
+    assert peer.settings == {"image_size": 384, "gpt_model": "GPT-L", "lr": 1e-4}
+    assert_same_bits(peer.tensors, TENSORS)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ class Bomb:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("place", ["beside", "instead", "inside args"])
-def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path: Path, zipped: bool, place: str) -> None:
+@pytest.mark.parametrize("location", ["beside", "instead", "inside args"])
+def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path: Path, zipped: bool, location: str) -> None:
     victim, path = tmp_path / "victim", tmp_path / "evil.pt"
     bomb = Bomb(victim)
     content = {
@@ -109,7 +109,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path: Path, zipped: 
         "instead": bomb,
         "inside args": {"model": TENSORS, "args": argparse.Namespace(x=bomb)},
     }
-    torch.save(content[place], path, _use_new_zipfile_serialization=zipped)
+    torch.save(content[location], path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"evil\.pt: asks for posix\.system, .*run code"):
         read_peer_file(str(path))
     assert not victim.exists()

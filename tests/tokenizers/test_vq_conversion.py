@@ -31,9 +31,9 @@ def small_maskgit() -> dict[str, Tensor]:
     return MaskGITVQ(MaskGITSpec(**SMALL)).state_dict()
 
 
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]) for name in expected)
+def assert_same_bits(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].dtype == expected[name].dtype and torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def test_llamagen_comes_back_bit_for_bit_also_through_a_file(tmp_path: Path) -> None:

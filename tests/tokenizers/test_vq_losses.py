@@ -85,12 +85,12 @@ def test_the_perceptual_loss_ends_perceptually_closer(pixels: Tensor) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     longer = PLAIN.model_copy(update={"steps": 16, "batch": 4, "revive_every": 12})
     images, distance = pixels_to_unit(pixels), PerceptualLoss()
-    reached = []
+    distances = []
     for weight in (0.0, 2.0):
         vq, progress = trained(pixels, longer.model_copy(update={"perceptual_weight": weight}))
-        reached.append(float(distance(vq.decode(vq.encode(images)), images)))
+        distances.append(float(distance(vq.decode(vq.encode(images)), images)))
         assert bool(weight) == ("perceptual" in progress[-1].extra_losses)
-    assert reached[1] < reached[0]
+    assert distances[1] < distances[0]
 
 
 def test_a_missing_package_is_named_with_the_field_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ IMPORTS = {"vq16": import_llamagen_vq, "maskgit_vq": import_maskgit_vq}
 @pytest.fixture(scope="module", params=list(IMPORTS))
 def peer(request: pytest.FixtureRequest) -> tuple[ImageTokenizer, Case]:
     case = peer_case(request.param)
-    return IMPORTS[request.param](case.tensors, case.facts["image_size"], f"{request.param}.pt"), case
+    return IMPORTS[request.param](case.tensors, case.metadata["image_size"], f"{request.param}.pt"), case
 
 
 def test_full_size_tokenizers_have_the_published_parameters() -> None:

@@ -79,11 +79,11 @@ def test_names_are_the_same_in_every_style(sets: Path, tmp_path: Path, capsys: A
         ("images/noto/waving-hand-dark-skin-tone.png", f"{dark}, noto style", dark, "hand waving", "noto"),
         ("images/noto/waving-hand.png", "hand waving, noto style", "hand waving", "hand waving", "noto"),
     ]
-    said = capsys.readouterr().out
-    assert "noto: 4 pictures, 2 of them with a skin tone\n  noto set by Somebody (there), CC0 (here)" in said
-    assert "left out images/noto/nothing.png: it is blank" in said
-    assert "left out images/noto/broken.png: cannot be drawn" in said
-    assert "6 pictures, 4 names, 6 captions" in said
+    output = capsys.readouterr().out
+    assert "noto: 4 pictures, 2 of them with a skin tone\n  noto set by Somebody (there), CC0 (here)" in output
+    assert "left out images/noto/nothing.png: it is blank" in output
+    assert "left out images/noto/broken.png: cannot be drawn" in output
+    assert "6 pictures, 4 names, 6 captions" in output
     assert (tmp_path / "out/ATTRIBUTION.txt").read_text().count("CC0 (here)") == 2
 
 
@@ -114,11 +114,11 @@ def registry(sets: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         tar.add(sets / "noto", "package")
     archive = buffer.getvalue()
-    about: dict[str, Any] = {"integrity": "sha512-" + base64.b64encode(hashlib.sha512(archive).digest()).decode()}
+    dist: dict[str, Any] = {"integrity": "sha512-" + base64.b64encode(hashlib.sha512(archive).digest()).decode()}
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            known = {"/@icons/noto/1.0.0": json.dumps({"dist": about}).encode(), "/noto.tgz": archive}
+            known = {"/@icons/noto/1.0.0": json.dumps({"dist": dist}).encode(), "/noto.tgz": archive}
             self.send_response(200 if self.path in known else 404)
             self.end_headers()
             self.wfile.write(known.get(self.path, b""))
@@ -127,11 +127,11 @@ def registry(sets: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    about["tarball"] = f"http://127.0.0.1:{server.server_port}/noto.tgz"
+    dist["tarball"] = f"http://127.0.0.1:{server.server_port}/noto.tgz"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("PATH", str(tmp_path))
-    yield about
+    yield dist
     server.shutdown()
     server.server_close()
 

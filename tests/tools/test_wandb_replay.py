@@ -39,8 +39,8 @@ def test_every_metric_is_there_once_with_the_values_that_count(tmp_path: Path, m
     assert {run.job_type for run in first} == {"pretrain", "tokenizer", "extract"} and {run.project for run in first} == {"review"}
     assert {name for run in first for row in run.history for name in row if not name.startswith("_")} == promised_at_wandb()
     pretrain = next(run for run in first if run.job_type == "pretrain")
-    told = [(row["train/step"], row["train/loss"]) for row in pretrain.history if "train/step" in row]
-    assert told == [(step, synthetic_run.loss_at(step)) for step in range(10, 101, 10)]
+    points = [(row["train/step"], row["train/loss"]) for row in pretrain.history if "train/step" in row]
+    assert points == [(step, synthetic_run.loss_at(step)) for step in range(10, 101, 10)]
     assert len([file for file in pretrain.files if file.startswith("media/")]) == 2
 
 

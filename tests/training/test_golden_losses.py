@@ -33,9 +33,9 @@ def weights(of: PlainEngine) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_plain_losses_are_the_golden_ones(layout: Layout) -> None:
-    found = losses(engine(layout))
-    assert found == pytest.approx(golden(layout), rel=1e-5)
-    assert found[-1] < found[0] - 0.3
+    values = losses(engine(layout))
+    assert values == pytest.approx(golden(layout), rel=1e-5)
+    assert values[-1] < values[0] - 0.3
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
@@ -44,8 +44,8 @@ def test_micro_batches_add_up_to_the_batch() -> None:
 
 def test_bf16_follows_float32() -> None:
     """Within the rounding of the weights; that they are moved in float32 shows in the last losses, which rounded steps would not reach."""
-    found = losses(engine(precision="bf16"))
-    assert found == pytest.approx(golden("instructed"), rel=0.02)
+    values = losses(engine(precision="bf16"))
+    assert values == pytest.approx(golden("instructed"), rel=0.02)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
