@@ -46,8 +46,8 @@ DRAWN = 8
 """Captions that pictures are drawn of at the end."""
 
 
-def recipe(out: Path, images: str | None, count: int, steps: int) -> Recipe:
-    """A run as ``oar run`` would read it from a YAML file: 32-pixel images, 8 x 8 codes, a model of 1.2 million parameters."""
+def make_recipe(out: Path, images: str | None, count: int, steps: int) -> Recipe:
+    """A run as ``oar run`` would read it from a YAML file: 32-pixel images, 8 x 8 codes, a model of 1.1 million parameters."""
     source = {"type": "folder", "path": images} if images else {"type": "openmoji", "limit": count}
     training = {"global_batch": 16, "lr": 3e-3, "warmup_steps": 10, "log_every": max(1, steps // 6), "evaluate_every": max(1, steps // 2)}
     return Recipe.model_validate(
@@ -66,30 +66,30 @@ def recipe(out: Path, images: str | None, count: int, steps: int) -> Recipe:
     )
 
 
-def tokenize(run: Recipe, out: Path) -> None:
+def tokenize(recipe: Recipe, out: Path) -> None:
     """Images to shards of codes: ``images/`` -> ``tokens/``, with the image and text tokenizers that ship with the recipes."""
     vq, text = load_vq(str(WEIGHTS / "vq.safetensors")), TextTokenizer.load(str(WEIGHTS / "text.model"), 16)
     save_vq(str(out / "tokenizers" / "vq.safetensors"), vq)
     text.save(str(out / "tokenizers" / "text.model"))
-    for split, manifest in prepare_images(run.data, str(out / "images")).items():
+    for split, manifest in prepare_images(recipe.data, str(out / "images")).items():
         images, tokens = str(out / "images" / split), str(out / "tokens" / split)
-        shards = [tokenize_shard(images, tokens, shard, vq, run.tokenizer.views, str(out / "cache")) for shard in manifest.shards]
-        write_manifest(tokens, token_manifest(shards, vq, run.tokenizer.views, manifest.attribution))
+        shards = [tokenize_shard(images, tokens, shard, vq, recipe.tokenizer.views, str(out / "cache")) for shard in manifest.shards]
+        write_manifest(tokens, token_manifest(shards, vq, recipe.tokenizer.views, manifest.attribution))
         print(f"{split}: {manifest.samples} images in {len(shards)} shards, {vq.spec.grid} x {vq.spec.grid} codes each")
 
 
-def new_model(run: Recipe, prompts: PromptEncoder, out: Path) -> None:
+def new_model(recipe: Recipe, prompts: PromptEncoder, out: Path) -> None:
     """A fresh any-order transformer: ``models/base.safetensors``."""
     tokens = read_manifest(str(out / "tokens" / "train"))
     assert tokens.vocab_size and tokens.grid
-    condition = condition_spec(prompts, encoder_layers=run.model.text_encoder_layers)
-    torch.manual_seed(run.seed)
-    spec = ModelSpec.from_recipe(run.model, vocab_size=tokens.vocab_size, grid=tokens.grid, condition=condition)
+    condition = condition_spec(prompts, encoder_layers=recipe.model.text_encoder_layers)
+    torch.manual_seed(recipe.seed)
+    spec = ModelSpec.from_recipe(recipe.model, vocab_size=tokens.vocab_size, grid=tokens.grid, condition=condition)
     save_model(str(out / "models" / "base.safetensors"), AnyOrderModel(spec))
 
 
 class Printed:
-    """The event sink: one line for each window of steps and for each look at the held-out images."""
+    """The event sink: one line every ``log_every`` steps, and one for each evaluation on the held-out images."""
 
     def emit(self, kind: str, **fields: object) -> None:
         """Print what a reader wants to see of an event."""
@@ -97,7 +97,7 @@ class Printed:
         print(f"  {kind:8}", *(f"{name} {fields[name]:.3f}" if name != "step" else f"step {fields[name]}" for name in shown))
 
 
-def train(run: Recipe, stage: TrainingName, out: Path, start_from: str, result: str) -> None:
+def train(recipe: Recipe, stage: TrainingName, out: Path, start_from: str, result: str) -> None:
     """A training stage: model ``start_from`` -> ``result``, in random orders or, when fine-tuning, in the extracted ones.
 
     A step draws its samples from the plan of the epoch, gives each an order, and lowers the negative log-likelihood of its codes one
@@ -105,9 +105,9 @@ def train(run: Recipe, stage: TrainingName, out: Path, start_from: str, result: 
     """
     begun, process = time.monotonic(), SingleProcess()
     start_from, result = (str(out / "models" / f"{name}.safetensors") for name in (start_from, result))
-    job = TrainingJob(run, stage, str(out), str(out), start_from, result)
+    job = TrainingJob(recipe, stage, str(out), str(out), start_from, result)
     prompts = job_prompts(job)
-    engine = PlainEngine(load_model(job.start_from), prompts, job.training, run.parallel, process.device)
+    engine = PlainEngine(load_model(job.start_from), prompts, job.training, recipe.parallel, process.device)
     print(f"{stage}: {engine.parameters:,} parameters, {job.training.steps} steps")
     stream = job_stream(job, prompts, process.rank, process.world)
     callbacks = [HeldoutLikelihood(Heldout(job, prompts, process)), Speed()]
@@ -116,18 +116,18 @@ def train(run: Recipe, stage: TrainingName, out: Path, start_from: str, result: 
     print(f"  {time.monotonic() - begun:.0f} s")
 
 
-def extract(run: Recipe, prompts: PromptEncoder, out: Path) -> None:
+def extract(recipe: Recipe, prompts: PromptEncoder, out: Path) -> None:
     """The order that the any-order model would rather have placed each training image in: one table for each shard.
 
     Exact: at each step the model is asked about every empty cell, and the one that it is surest of is placed.
     """
     begun, folder, model_file = time.monotonic(), str(out / "tokens" / "train"), str(out / "models" / "any_order.safetensors")
-    model, settings = load_model(model_file).eval(), ExtractionSettings.from_recipe(run.extract)
+    model, settings = load_model(model_file).eval(), ExtractionSettings.from_recipe(recipe.extract)
     for shard in read_manifest(folder).shards:
         tokens = read_token_shard(f"{folder}/{shard.name}", str(out / "cache"), shard)
         images = np.array([zlib.crc32(key.encode()) for key in tokens.keys], dtype=np.int64)  # ties are broken by these
         with torch.no_grad():
-            orders = extract_orders(model, codes(tokens), model.condition(conditions(tokens, prompts)), settings, images)
+            orders = extract_orders(model, codes(tokens), model.condition(encoded_prompts(tokens, prompts)), settings, images)
         order_SN, score_SN = orders.order_BN.numpy().astype(np.uint16), orders.score_BN.numpy()
         table = OrderTable(tokens.keys, [0] * len(tokens.keys), order_SN, score_SN, model_id(model_file), settings.id)
         write_orders(str(out / "orders" / "train" / table_name(shard.name)), table)
@@ -140,12 +140,12 @@ def codes(tokens: TokenShard) -> torch.Tensor:
     return torch.from_numpy(tokens.view(0).astype(np.int64))
 
 
-def conditions(tokens: TokenShard, prompts: PromptEncoder) -> torch.Tensor:
-    """Their captions as the model takes them [S, T]."""
+def encoded_prompts(tokens: TokenShard, prompts: PromptEncoder) -> torch.Tensor:
+    """Their captions as token ids [S, T]."""
     return prompts.encode(tokens.prompts(prompts.field))
 
 
-def draw(run: Recipe, prompts: PromptEncoder, out: Path) -> Path:
+def draw(recipe: Recipe, prompts: PromptEncoder, out: Path) -> Path:
     """Draw captions in the order the model prefers. Rows: training images, drawings of their captions, and when each cell was placed;
     then the same for held-out captions."""
     vq, model = load_vq(str(out / "tokenizers" / "vq.safetensors")), load_model(str(out / "models" / "ordered.safetensors")).eval()
@@ -155,8 +155,8 @@ def draw(run: Recipe, prompts: PromptEncoder, out: Path) -> Path:
         shard = read_manifest(folder).shards[0]
         tokens = read_token_shard(f"{folder}/{shard.name}", str(out / "cache"), shard)
         with torch.no_grad():
-            condition_BTD = model.condition(conditions(tokens, prompts)[:DRAWN])
-        drawn = generate(model, condition_BTD, SampleSettings.from_recipe(run.sample), torch.Generator().manual_seed(run.seed))
+            condition_BTD = model.condition(encoded_prompts(tokens, prompts)[:DRAWN])
+        drawn = generate(model, condition_BTD, SampleSettings.from_recipe(recipe.sample), torch.Generator().manual_seed(recipe.seed))
         rows += [[upscale(picture, 3) for picture in decode_pictures(vq, each)] for each in (codes(tokens)[:DRAWN], drawn.codes_BN)]
         rows.append([upscale(order_map(steps), 12) for steps in step_of_cell(drawn.order_BN)])
         print(f"  {split}: {'; '.join(tokens.captions[:DRAWN])}")
@@ -172,16 +172,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=160, help="drawings, where no folder is given")
     parser.add_argument("--steps", type=int, default=300, help="of pretraining; fine-tuning takes a third of them")
     args = parser.parse_args()
-    run = recipe(args.out, args.images, args.count, args.steps)
-    tokenize(run, args.out)
-    prompts = load_prompts(run.tokenizer.text, str(args.out / "tokenizers"))
-    new_model(run, prompts, args.out)
-    train(run, "pretrain", args.out, "base", "any_order")
+    recipe = make_recipe(args.out, args.images, args.count, args.steps)
+    tokenize(recipe, args.out)
+    prompts = load_prompts(recipe.tokenizer.text, str(args.out / "tokenizers"))
+    new_model(recipe, prompts, args.out)
+    train(recipe, "pretrain", args.out, "base", "any_order")
     print("extraction")
-    extract(run, prompts, args.out)
-    train(run, "finetune", args.out, "any_order", "ordered")
+    extract(recipe, prompts, args.out)
+    train(recipe, "finetune", args.out, "any_order", "ordered")
     print("pictures")
-    print(f"  {draw(run, prompts, args.out)}")
+    print(f"  {draw(recipe, prompts, args.out)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What models are worth: likelihood per order, features and distances, pictures."""

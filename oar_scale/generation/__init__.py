@@ -1,0 +1,1 @@
+"""Sampling and editing, and ``oar_scale.load``."""

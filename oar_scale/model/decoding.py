@@ -114,7 +114,7 @@ class Decoder:
         """
         batch, count = cells_BR.shape
         enters = self.model.layout.entering(prefix.last)
-        if enters > 1:  # several rows wait (after ``place``), and must see one another causally, which candidates do not
+        if enters > 1:  # several rows wait (after ``place_parallel``), and must see one another causally, which candidates do not
             waiting, _ = self.model.layout.candidates(prefix.last, cells_BR[:, :0], prefix.tables)
             assert waiting is not None
             self._append(prefix, waiting)

@@ -1,4 +1,4 @@
-"""Observability of a run: the event stream (the truth), the live console, the W&B projection and the HTML report.
+"""Observability of a run: the event stream (the truth) and what reads it: console, W&B, /metrics, `oar status`.
 
-May be imported from everywhere, and itself imports only errors, config and storage.
+Core never imports it: the loop takes an ``EventSink`` (``training/process.py``).
 """

@@ -1,0 +1,1 @@
+"""A run: where its parts lie, and what its stages have left."""

@@ -1,0 +1,1 @@
+"""The Ray session, stop signals, how a program ends, retries, tables."""

@@ -3,7 +3,7 @@
 Likelihoods (random, raster and the model's own confidence order; captions of other images), samples and their distance to
 held-out images, two edits, and the orders that were extracted. The same images, captions and noise for every model.
 
-The result is ``evaluation.json`` with its pictures (``evaluation.record``) in the run's local folder.
+The result is ``evaluation.json`` with its pictures (``evaluation.evaluation_record``) in the run's local folder.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Comparisons of extraction methods, the order head, ``oar orders``."""
