@@ -156,7 +156,7 @@ def test_a_raster_model_refuses_other_orders_and_choices() -> None:
     rows, backwards = model.null_condition(1), torch.arange(9).flip(0)[None]
     with pytest.raises(ValueError, match="raster order only"):
         model(random_codes(model, 1), backwards, rows)
-    with pytest.raises(ValueError, match="not with a choice of 9"):
+    with pytest.raises(ValueError, match="only candidate is the next cell; it has no choice of 9"):
         extract_orders(model, random_codes(model, 1), rows, ExtractionSettings())
 
 

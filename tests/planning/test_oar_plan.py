@@ -228,7 +228,7 @@ def test_unknown_data_leaves_out_what_needs_the_number_of_images(tmp_path: Path)
     (tmp_path / "mine.yaml").write_text(f"extends: {RECIPES / 'imagenet.yaml'}\nname: mine\n")
     run_plan = make_plan(str(tmp_path / "mine.yaml"), (), PlanOptions())
     assert run_plan.images is None and run_plan.extraction is None and run_plan.stages[0].epochs is None
-    assert "--images N tells" in as_text(run_plan)
+    assert "--images N adds" in as_text(run_plan)
 
 
 def test_a_raster_recipe_is_pretrained_and_no_more() -> None:
