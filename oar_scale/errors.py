@@ -1,7 +1,7 @@
 """The one error a user is meant to read.
 
 Whatever the user can fix (a recipe, a file, a bucket, a missing package) raises ``UserError`` with a text that names the
-thing, the place and the way out. The command line prints the text without a traceback and exits with code 2; everything
+thing, the location and the remedy. The command line prints the text without a traceback and exits with code 2; everything
 else that is raised is a defect of ours and keeps its traceback.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can fix; ``str(error)`` names the thing, the place and the remedy."""
+    """Something the user can fix; ``str(error)`` names the thing, the location and the remedy."""
 
 
 class Requeue(Exception):

@@ -137,7 +137,7 @@ def torchrun(run: Run, workers: int) -> list[str]:
 
 
 def wait_for_events(run: Run, kind: str, count: int, ended: Callable[[], str | None], seconds: float = 800) -> None:
-    """``ended``: what the driver said last, if it is over."""
+    """``ended``: the driver's last output, if it has ended."""
     deadline = time.monotonic() + seconds
     while len(events(run, kind)) < count:
         output = ended()

@@ -29,7 +29,7 @@ KINDS = {
     "reset": "a reset in the middle of the body",
     "cut": "a body that ends early, politely",
     "stall": "`stall_s` of silence in the middle of the body",
-    "trickle": "up to 64 kB of the body in pieces of `trickle_bytes`, `trickle_s` apart",
+    "trickle": "up to 64 kB of the body in chunks of `trickle_bytes`, one every `trickle_s`",
     "flip": "one wrong bit in the body; not twice in the same object",
     "expired": "400 with the code ExpiredToken",
     "unanswered": "a reset instead of the answer, after the call was carried out",
@@ -67,7 +67,7 @@ class FaultProxy:
         self._methods: tuple[str, ...] = ("GET",)
         self._awake = threading.Event()
         self._flipped: set[str] = set()
-        self._dice, self._places = random.Random(seed), random.Random(seed)
+        self._dice, self._positions = random.Random(seed), random.Random(seed)
 
     def spoil(self, kinds: Mapping[str, float], at_most: int = 1 << 30, methods: tuple[str, ...] = ("GET",)) -> None:
         """From now on spoil GETs of objects, or other calls as well: a probability for each of the ``KINDS``, ``at_most`` in all."""
@@ -137,7 +137,7 @@ class FaultProxy:
             fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if line)
             length = 0 if method == "HEAD" else int(fields.get(b"content-length", 0))
             # Not at the very edge: something has to have come, and something to be missing.
-            at = self._places.randrange(1, length) if kind and length > 1 else length
+            at = self._positions.randrange(1, length) if kind and length > 1 else length
             self._relay(server, client, rest, length, at, kind)
 
     def _relay(self, server: socket.socket, client: socket.socket, rest: bytes, length: int, at: int, kind: str) -> None:

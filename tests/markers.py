@@ -8,7 +8,7 @@
 
 The functions that start something are wrapped when pytest begins (:data:`STARTERS`). At collection, each test's code is searched for them:
 through the fixtures that it uses, the functions and classes of ``tests/`` and ``cluster/`` that these call, and so on. What this search
-cannot see (a command in another process, a fixture that is asked for by a computed name) carries its marker by hand; a starter that is
+cannot see (a command in another process, a fixture that is requested by a computed name) carries its marker by hand; a starter that is
 called in a test without its marker fails that test, so a marker that is missing does not remain unnoticed.
 
 Under ``pytest -n`` with ``--dist loadgroup``, a module is a group, as its fixtures are made once; all modules that share a Ray are one

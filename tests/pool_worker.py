@@ -1,4 +1,4 @@
-"""A worker for the tests of the pool: it writes a real order table for each shard, and dies, fails, hangs or lingers as told.
+"""A worker for the tests of the pool: it writes a real order table for each shard, and dies, fails, hangs or waits as configured.
 
     TableWriter(output, log, faults={"00003.tar": "crash 1 half"})
 
@@ -149,10 +149,10 @@ def living(log: Path | str) -> list[psutil.Process]:
     """Those of these processes that still run; another one of the same number is none of them."""
     path, processes = Path(log, "pids.log"), []
     for line in path.read_text().splitlines() if path.exists() else []:
-        pid, born = line.split()
+        pid, started = line.split()
         with suppress(psutil.Error):
             process = psutil.Process(int(pid))
-            if abs(process.create_time() - float(born)) < 0.1 and process.status() != psutil.STATUS_ZOMBIE:
+            if abs(process.create_time() - float(started)) < 0.1 and process.status() != psutil.STATUS_ZOMBIE:
                 processes.append(process)
     return processes
 

@@ -13,12 +13,12 @@ def add(verbs: Subparsers) -> None:
     """Add ``oar checkpoint`` and its actions."""
     text = "what trainings have saved: list, verify, prune, compare; weights of other projects in, ours out"
     actions = verbs.add_parser("checkpoint", help=text, description=text).add_subparsers(metavar="ACTION", required=True)
-    _add_care(actions)
+    _add_management(actions)
     _add_content(actions)
     _add_exchange(actions)
 
 
-def _add_care(actions: Subparsers) -> None:
+def _add_management(actions: Subparsers) -> None:
     where = "a recipe, a run's folder, a folder or s3:// prefix above checkpoints, or one checkpoint (.../step-00000100)"
     text = "all checkpoints of a run"
     lists = actions.add_parser("list", help=text, description=text)

@@ -28,7 +28,7 @@ def add_model(verb: argparse.ArgumentParser, text: str, default: str | None = No
 
 
 def count(text: str) -> int:
-    """A number of things, at least one."""
+    """Parse a number of things: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)

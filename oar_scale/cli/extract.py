@@ -58,7 +58,7 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 
 def _array_task(given: str) -> tuple[int, int]:
-    """Which process of how many this one is.
+    """The index of this process and the number of processes.
 
     Raises:
         UserError: not I/N, or not in a job array.

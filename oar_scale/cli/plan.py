@@ -54,7 +54,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _whole(text: str) -> int:
-    """A number of images, also as 1e9."""
+    """Parse a number of images, which may be written as 1e9."""
     try:
         value = float(text)
     except ValueError:

@@ -39,7 +39,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         overrides: ``a.b=c`` each, in order; c is YAML.
 
     Raises:
-        UserError: anything wrong with the files, the overrides or the values; the text lists each place and remedy.
+        UserError: anything wrong with the files, the overrides or the values; the text lists each location and remedy.
     """
     return _check(read_layers(path, overrides), path)
 
@@ -76,7 +76,7 @@ def _check(layers: Setting, path: str) -> Recipe:
 
 
 def _explain(detail: ErrorDetails, layers: Setting, path: str) -> tuple[tuple[str, int], str]:
-    """One block of the error text (where and what was set, then, indented, what would be valid) and its place to sort by."""
+    """One block of the error text (where and what was set, then, indented, what would be valid) and its location to sort by."""
     cause = detail.get("ctx", {}).get("error")
     keys = tuple(cause.key.split(".")) if isinstance(cause, RecipeConflict) else _real_keys(detail["loc"])
     if detail["type"] == "union_tag_invalid":

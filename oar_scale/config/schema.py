@@ -1,4 +1,4 @@
-"""The recipe: every choice of a run, typed, with its unit and its default in one place.
+"""The recipe: every choice of a run, typed, with its unit and its default in one module.
 
 data_sections       images, where shards lie, tokenizers
 training_sections   model, workers, pretraining, fine-tuning

@@ -18,7 +18,7 @@ the plan is made in four moves, none of which depends on W.
        pieces     |-------|----|--|-------|
 
 4. *Streams.* Stream c is segment c of epoch 0, then segment c of epoch 1, and so on without end. A step takes the next samples of the
-   streams in turn: its slots i = 0 ... B - 1 are numbered through all steps, and
+   streams round-robin: its slots i = 0 ... B - 1 are numbered through all steps, and
 
        slot  g = t * B + i   holds   sample  g div C   of stream  g mod C
 

@@ -101,7 +101,7 @@ def open_bytes(uri: str) -> Iterator[memoryview]:
 
 
 def scan_shard(uri: str, vocab_size: int | None = None) -> ShardScan:
-    """Read a shard once.
+    """Read a shard once and return its sizes, checksum and faults.
 
     Args:
         vocab_size: codes must be below it.
@@ -180,7 +180,7 @@ class _Codes:
             self.flush()
 
     def flush(self) -> None:
-        """Look at the values that were added."""
+        """Check the codes that were added since the last call."""
         if not self.keys:
             return
         largest = [int(np.frombuffer(codes, dtype="<u2").max()) for codes in self.waiting] if self.vocab_size is not None else []

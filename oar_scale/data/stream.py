@@ -261,7 +261,7 @@ class TokenStream:
         return usable, codes_bN
 
     def _read(self, choice: _Choice) -> ShardRow:
-        """Raises UnusableSample."""
+        """Read one sample. Raises UnusableSample."""
         draw = choice.draw if choice.stored_order else None
         return self.shards[choice.folder].row(choice.shard, choice.row, choice.view, draw)
 

@@ -6,7 +6,7 @@ A tar is a chain: each 512-byte header says how long its file is, and so where t
       name[0:100] size[124:136] checksum[148:156] type[156] magic[257:265] prefix[345:500]
 
 Why not ``tarfile``: it takes about ten times as long, and it reads on after faults that a shard should be refused for. Here the archive is
-checked while its headers are followed, in two ways:
+checked while its headers are followed, in two respects:
 
     fast   nearly all members of nearly all shards are plain: a regular file with an octal size. Those are followed in one tight loop,
            a few thousand headers at a time, and their checksums are compared in one NumPy call (:func:`_plain_run`, :func:`_verified`)
@@ -91,7 +91,7 @@ def members(data: memoryview, where: str, limits: TarLimits = LIMITS) -> Iterato
         where: names the tar in errors.
 
     Raises:
-        UserError: broken, truncated, compressed or hostile; names the tar, the place and the member.
+        UserError: broken, truncated, compressed or hostile; names the tar, the position and the member.
     """
     for names, offsets, sizes in _runs(data, where, limits):
         yield from map(Member, names, offsets, sizes)

@@ -74,4 +74,4 @@ def _answering(nodes: Sequence[str]) -> set[str]:
 
 
 def _ping() -> None:
-    """Does nothing: that it ran is the answer."""
+    """Return nothing; that it was run shows that the node is alive."""

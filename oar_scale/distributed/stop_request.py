@@ -40,7 +40,7 @@ class StopRequest:
         self._made.set()
 
     async def wait(self) -> str:
-        """Block until a stop is asked for; return the reason."""
+        """Block until a stop is requested; return the reason."""
         await self._made.wait()
         return self._reason
 

@@ -67,7 +67,7 @@ class EvalTarget:
     """Number of the first image among all that are evaluated."""
 
     def open(self, precision: Precision = "fp32") -> AnyOrderModel:
-        """On the device of this process."""
+        """Load the model, on the device of this process."""
         return load_model(self.uri).to(_here(), torch.bfloat16 if precision == "bf16" else torch.float32)
 
     @property
@@ -122,7 +122,7 @@ class Likelihoods:
 
 @dataclass(frozen=True)
 class SamplingTask:
-    """Images drawn for captions."""
+    """Sample an image for each caption."""
 
     target: EvalTarget
     vq: str

@@ -1,4 +1,4 @@
-"""What an evaluation found, and how it is kept between the stages.
+"""The results of an evaluation, and how they are kept between the stages.
 
     evaluation.json           every number and text, as a person or another program would read them
     figures/evaluation.npz    every picture and map; the JSON names them: {"array": "samples.rows.3.original"}

@@ -214,7 +214,7 @@ class _SamplingState:
         return torch.cat([rows, rows]) if self.settings.guided else rows
 
     def _guide(self, rows_GRD: Tensor) -> Tensor:
-        """Of rows for the output head, or of logits."""
+        """Apply classifier-free guidance to rows for the output head, or to logits."""
         if not self.settings.guided:
             return rows_GRD
         return mix_branches(rows_GRD, self.settings.scale(self.count, self.model.spec.cells))

@@ -44,7 +44,7 @@ def main(kind: str) -> int:
 
 
 def parse_findings(log: str) -> tuple[list[NodeReport], list[Finding]]:
-    """Read the probe's lines in a log: what was found on each node, and between the nodes."""
+    """Read the probe's lines in a log: the reports of the nodes, and the findings between the nodes."""
     reports, findings = [], []
     for line in log.splitlines():
         _, mark, text = line.partition(MARK)

@@ -199,7 +199,7 @@ def load_profile(path: str, overrides: Sequence[str] = ()) -> Profile:
     """Read and check a profile.
 
     Raises:
-        UserError: no such file, no valid YAML, or wrong fields; the text lists each place and remedy.
+        UserError: no such file, no valid YAML, or wrong fields; the text lists each location and remedy.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such cluster profile. Examples lie in cluster/slurm and cluster/ray.")

@@ -203,7 +203,7 @@ class DualRows(RowLayout):
         self.reset_parameters()
 
     def start(self, condition_BTD: Tensor) -> Placed:
-        """The zero token, which lies nowhere."""
+        """The zero token, which has no position."""
         return Placed(self.no_cell(len(condition_BTD), 1, condition_BTD.device), torch.zeros_like(condition_BTD[:, :1]))
 
     def tables(self, device: torch.device) -> Tables:

@@ -238,7 +238,7 @@ def _claim_next(root: str, stage: str, number: int, token: str) -> int:
 
 
 def _claim(root: str, stage: str, number: int, token: str) -> bool:
-    """Make the attempt ours; whether it is."""
+    """Try to claim the attempt; return whether it is ours."""
     uri = join(_event_file(root, stage, number), "owner")
     return open_storage(uri).write(uri, token.encode(), if_absent=True) or _owner(root, stage, number) == token
 

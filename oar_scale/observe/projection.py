@@ -53,7 +53,7 @@ class Alert:
 
 
 class RowProjection:
-    """See the top of this file.
+    """Turns events into W&B rows, as the top of this file describes.
 
     Attributes:
         generation: how often the stage was begun anew; each is a W&B run of its own.
@@ -133,7 +133,7 @@ def _axis(event: Event) -> str:
 
 
 def _numbers(kind: str, event: Event) -> dict[str, float]:
-    """All numbers of an event; those of a list by their place, from 1; what is not finite as what it was."""
+    """All numbers of an event; those of a list by their position, from 1; infinities and NaN are read back from their text."""
     numbers: dict[str, float] = {}
     for name, value in event.items():
         if name == "time":

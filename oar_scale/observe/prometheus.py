@@ -181,7 +181,7 @@ class MetricsServer:
     """Answers while a stage runs. Its address is in ``metrics.json`` in the run's folder, as Prometheus' file_sd reads it."""
 
     def __init__(self, events: str, stage: str, recipe_name: str, observe: ObserveConfig, say: Callable[[str], None]) -> None:
-        """Start it.
+        """Start the server.
 
         Raises:
             OSError: the port is taken, or the address is none of this host.
@@ -283,6 +283,6 @@ class MetricsServer:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """No line for each scrape."""
+                """Print no line for each scrape."""
 
         return Handler

@@ -64,7 +64,7 @@ class Attempts:
 
 
 class StageState:
-    """See the top of this file.
+    """The state of a stage, folded from its events as the top of this file describes.
 
     Attributes:
         latest: the newest event of each kind.
@@ -92,7 +92,7 @@ class StageState:
         self._pace: deque[tuple[float, int]] = deque(maxlen=PACE_MARKS)
 
     def read(self, reader: EventReader) -> None:
-        """Take all that the reader has."""
+        """Fold in all events that the reader has."""
         for entry in reader.poll():
             self.take(entry.attempt, entry.event)
 
@@ -163,7 +163,7 @@ class StageState:
         return (last - first) / (end - start) if end > start and last > first else None
 
     def seconds_left(self) -> float | None:
-        """None while it is not known."""
+        """Estimated seconds to the end; None while that is unknown."""
         rate = self.per_second()
         return None if rate is None or self.steps is None or self.step is None else max(0.0, (self.steps - self.step) / rate)
 

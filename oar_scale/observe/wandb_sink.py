@@ -37,7 +37,7 @@ class WandbProcess:
     """The running process of one stage."""
 
     def __init__(self, spec: WandbSpec, say: Callable[[str], None]) -> None:
-        """Start it. ``say`` gets what a user wants to read, such as the run's address; warnings go to the log."""
+        """Start the process. ``say`` gets the messages for the user, such as the run's address; warnings go to the log."""
         folder = Path(spec.events).absolute().parent / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         package = str(Path(oar_scale.__file__).parents[1])

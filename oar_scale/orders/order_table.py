@@ -61,7 +61,7 @@ class NoOrders(Missing):
 
 @dataclass(frozen=True)
 class Stored:
-    """What lies in the storage."""
+    """Size and checksum of a stored table."""
 
     size: int
     """Bytes."""

@@ -1,4 +1,4 @@
-"""The figures that a plan assumes: those of ``assumptions.yaml``, or the user's own in their place.
+"""The figures that a plan assumes: those of ``assumptions.yaml``, or the user's own instead.
 
 assumed = read_assumptions(["storage.s3_read_gb_s=5"])
 assumed("storage.s3_read_gb_s")          5.0; from now on it is among those that were used
@@ -92,7 +92,7 @@ class Assumptions:
 
 
 def read_assumptions(overrides: Sequence[str] = ()) -> Assumptions:
-    """The shipped figures, and ``KEY=VALUE`` each in their place.
+    """The shipped figures, with each ``KEY=VALUE`` instead of the shipped one.
 
     Raises:
         UserError: an override that is none.

@@ -27,12 +27,12 @@ _OFFLOAD = {"none": "", "optimizer": "optimiser", "optimizer_and_parameters": "a
 
 
 def as_json(plan: RunPlan) -> str:
-    """Everything, with null for what never ends."""
+    """The whole plan as JSON; infinite times are null."""
     return json.dumps(_finite(asdict(plan)), indent=1)
 
 
 def as_text(plan: RunPlan) -> str:
-    """Everything, for reading."""
+    """The whole plan as text for a user."""
     sections = [_head(plan), _memory(plan), _training(plan), _checkpoints(plan), _orders(plan), _sum(plan), _cheaper(plan)]
     if plan.simulation:
         sections.append(_simulation(plan.simulation, plan))

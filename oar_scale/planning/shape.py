@@ -78,7 +78,7 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return self.blocks + self.codes + self.condition + self.rest
 
 

@@ -22,7 +22,7 @@ class SimulationRequest:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What was simulated."""
+    """Results of a simulation of data loading and of the extraction pool."""
 
     stream: StreamLoad
     extraction: Makespan | None

@@ -1,6 +1,6 @@
 """Activation memory, traced by running the real model on fake tensors: shapes and lifetimes without memory or arithmetic.
 
-The results of every operation are counted for as long as anything references them. Kernels are a CPU's, in the precision asked
+The results of every operation are counted for as long as anything references them. Kernels are a CPU's, in the precision requested
 for; what they keep for the backward pass is what the fused kernels of a GPU keep (``model/memory_efficient.py``), except for heads
 that a GPU pads (``activations.py``). Memory grows by the same amount with every block but the first and the last, so two
 shallow models determine it for any depth.

@@ -30,7 +30,7 @@ def plus_minus(estimate: Estimate, sign: bool = False) -> str:
 
 
 def measured(difference: Estimate) -> bool:
-    """More than two standard errors from zero."""
+    """Whether the difference is more than two standard errors from zero."""
     return abs(difference.mean) > STANDARD_ERRORS * difference.standard_error
 
 

@@ -47,11 +47,11 @@ class ActorBackend(Protocol):
         ...
 
     def capacity(self) -> int:
-        """How many more could start at once, about."""
+        """Estimate of how many more actors could start at once."""
         ...
 
     def close(self) -> None:
-        """Kill all that are left."""
+        """Kill all actors that are left."""
         ...
 
 

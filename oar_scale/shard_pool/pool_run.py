@@ -123,7 +123,7 @@ def _bounds(actors: int | Bounds, missing: int, cpu_threads: int, gpus_per_actor
 
 
 def _gpus() -> int:
-    """That this process may use."""
+    """The GPUs that this process may use."""
     import torch
 
     return torch.cuda.device_count()

@@ -103,7 +103,7 @@ class Part:
 
 
 class CacheFolder:
-    """See the top of this file. Holds no state: everything is in the folder."""
+    """The cache folder that the top of this file describes. The object holds no state: everything is in the folder."""
 
     def __init__(self, folder: str, max_bytes: int | None) -> None:
         self.folder, self.max_bytes = folder, max_bytes

@@ -47,8 +47,8 @@ def _within_reach(uri: str, action: Callable[..., None], *paths: str) -> None:
     try:
         action(*paths)
     except OSError as error:
-        raise UserError(f"{uri}: {error.strerror}. Choose another place with --out.") from error
+        raise UserError(f"{uri}: {error.strerror}. Choose another location with --out.") from error
 
 
 def _taken(uri: str) -> str:
-    return f"{uri}: there is something here already. Delete it, or choose another place with --out."
+    return f"{uri}: there is something here already. Delete it, or choose another location with --out."

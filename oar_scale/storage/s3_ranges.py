@@ -102,7 +102,7 @@ def read_range(
 
 
 class _RangeAttempts:
-    """The attempts of one read: counts their requests, and decides which errors may pass and how long that is borne."""
+    """The attempts of one read: counts their requests, and decides which errors are transient and how long they are retried."""
 
     def __init__(self, uri: str, stats: FetchStats, stop: threading.Event | None = None) -> None:
         self.uri, self.stats, self.stop = uri, stats, stop or threading.Event()

@@ -70,7 +70,7 @@ def run_orders(run: Run, *, images: int, against: Sequence[str] = (), out: str |
         out: the folder that is written; default ``report/orders`` in the run's local folder.
 
     Returns:
-        The page's place.
+        The location of the page.
 
     Raises:
         UserError: a stage before this one has not finished, or tables that are not of these images.

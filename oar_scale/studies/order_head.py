@@ -86,7 +86,7 @@ def _data(run: Run, model: ModelName) -> tuple[HeadData, str]:
 
 
 def _open(run: Run, uri: str) -> AnyOrderModel:
-    """On a GPU where extraction has one."""
+    """Load the model, on a GPU where extraction uses one."""
     parallel = run.recipe.parallel
     network = load_model(uri)
     if run.recipe.extract.gpus_per_actor > 0:

@@ -1,6 +1,6 @@
 """Weights in one safetensors file: tensors, what they are (``kind``) and the spec that builds the module.
 
-Half the bytes at no visible cost: tensors of two dimensions and more are stored in bfloat16 where ``half`` is asked for.
+Half the bytes at no visible cost: tensors of two dimensions and more are stored in bfloat16 where ``half`` is set.
 Nothing is unpickled, so a file can be wrong but never run code.
 """
 

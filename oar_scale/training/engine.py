@@ -75,7 +75,7 @@ class Engine(Protocol):
         """Put the weights' moving average in their place while the block lasts; then the weights come back bit for bit."""
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the model's parameters by name, in the precision it computes with; each is whole until the next one is asked for."""
+        """Yield the model's parameters by name, in the precision it computes with; each is whole until the next one is requested."""
 
     def plain_model(self) -> AnyOrderModel:
         """Return the model in eval mode: itself, or where it is sharded a whole copy."""

@@ -42,7 +42,7 @@ class TrainingProcess(Protocol):
 
     @property
     def stop_reason(self) -> str | None:
-        """Why this process was asked to save and stop; None while it was not."""
+        """Why this process is to save and stop; None while no stop is requested."""
 
     def heartbeat(self, doing: str) -> None:
         """Report progress; ``doing`` is what comes next."""
@@ -65,7 +65,7 @@ class SingleProcess:
         self.stop_reason: str | None = None
 
     def heartbeat(self, doing: str) -> None:
-        """Nobody waits for it."""
+        """Do nothing: a single process has no watchdog."""
 
     def all_reduce(self, numbers: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
         """Return ``numbers`` as they are."""

@@ -121,7 +121,7 @@ class Killing:
         self.driver: Driver | None = None
 
     def go(self) -> None:
-        """Kill and go on until all is done.
+        """Kill and restart until all is done.
 
         Raises:
             AssertionError: it does not end, or not well.

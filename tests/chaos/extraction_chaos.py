@@ -144,7 +144,7 @@ def run_trial(trial: Trial, cluster: Cluster | None) -> None:
         kind, *point = fault.split()
         if kind == "crash" and Path(trial.log, f"{shard}.struck").exists():
             trial.happened[f"killed {'inside' if point[1] == 'half' else point[1]} the {WRITES[int(point[0])]}"] += 1
-    if "broken" in trial.faults.values():  # mended: the same command again
+    if "broken" in trial.faults.values():  # fixed: the same command again
         trial.happened["broken sample"] += 1
         trial.faults.clear()
         code, report = Driver(__file__, trial.driver_settings(array=(0, 1)), {}).end()

@@ -112,7 +112,7 @@ def worker(job: Any, plan: Plan, seen: str) -> None:
     def saving(*arguments: Any) -> Any:
         at("save")
         saved = save(*arguments)
-        if plan.kind == "disk full":  # there is room again
+        if plan.kind == "disk full":  # there is disk space again
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         return saved
@@ -320,7 +320,7 @@ def check_committed(run: Run, corrupted: set[str]) -> None:
 
 
 def corrupt(dice: random.Random, whole: set[str]) -> dict[str, bytes | None]:
-    """Damage a file of the newest checkpoint, the way disks do; not of the only one, without which the stage rightly refuses to go on.
+    """Damage a file of the newest checkpoint, the way disks do; not of the only one, without which the stage rightly refuses to resume.
 
     Returns:
         Its URI, and its marker as it is now.

@@ -34,7 +34,7 @@ UNTRAINED = "conditioner.null_rows"
 
 
 def save_under_both_kinds(job: TrainingJob, out: str) -> None:
-    """Steps 2 under ZeRO 2, 4 under ZeRO 3, 6 under ZeRO 0; each goes on from the one before. One parameter is not trained."""
+    """Steps 2 under ZeRO 2, 4 under ZeRO 3, 6 under ZeRO 0; each resumes from the one before. One parameter is not trained."""
     from oar_scale.distributed import deepspeed_engine as engine
 
     made = engine._initial_model

@@ -190,7 +190,7 @@ def test_a_dumped_recipe_loads_to_the_same_recipe(name: str, run_dir: str, lr: f
 
 
 def test_removed_fields_are_read_where_they_change_nothing() -> None:
-    """The stored recipe of an older run names them at their defaults; a recipe that sets one is told that there is no such key."""
+    """The stored recipe of an older run names them at their defaults; a recipe that sets one gets the error that there is no such key."""
     stored = put("stored.yaml", "name: x\nextract: {repulsion_radius: 0, frontier_random: null, rescore_radius: null}\n")
     assert load_recipe(stored) == Recipe(name="x")
     for setting in ("repulsion_radius: 1", "frontier_random: 0", "rescore_radius: 2"):

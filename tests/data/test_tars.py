@@ -62,7 +62,7 @@ def standard(data: bytes) -> list[tuple[str, int, int]] | None:
 
 
 def check(data: bytes) -> bool:
-    """Read a tar both ways; returns whether ours took it."""
+    """Read a tar with both readers; returns whether ours took it."""
     try:
         mine = ours(data)
         keys = [key for key, _ in samples(memoryview(data), "x.tar")]
@@ -95,7 +95,7 @@ values = st.one_of(
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A tar of a few files, folders and links, with headers overwritten (checksums mended or not), blocks moved, ends cut."""
+    """A tar of a few files, folders and links, with headers overwritten (checksums fixed or not), blocks moved, ends cut."""
     kind = draw(st.sampled_from(sorted(FORMATS)))
 
     def change(info: tarfile.TarInfo) -> None:

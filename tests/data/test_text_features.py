@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("shared_ray")
 
 TOWER = "ViT-S-16-alt"
 ROUNDED = {"rtol": 2e-3, "atol": 2e-4}
-"""To float16, of a tower that was asked for other batches: how a CPU multiplies depends on the shape."""
+"""To float16, of a tower that computed other batches: how a CPU multiplies depends on the shape."""
 CAPTIONS = ["a red apple", "two green cars on a blue road", "!", "word " * 100]
 
 

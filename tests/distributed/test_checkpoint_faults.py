@@ -1,4 +1,4 @@
-"""What disks, networks, storages and kill -9 do to checkpoints: training goes on, and nothing but whole ones is ever used."""
+"""What disks, networks, storages and kill -9 do to checkpoints: training continues, and only whole checkpoints are ever used."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a marker and nothing else": (lambda step: shutil.rmtree(one(step, "2*")), r"manifest\.json is missing"),
     "no marker: not committed": (lambda step: (step / "COMMITTED").unlink(), ""),
 }
-"""What is done to the newest checkpoint, and what is said of it."""
+"""What is done to the newest checkpoint, and the reported fault."""
 
 
 def restore_the_damaged(job: TrainingJob, out: str) -> None:
@@ -298,7 +298,7 @@ def test_going_back_to_a_step_undoes_the_later_ones(whole: tuple[TrainingJob, st
 
 
 def test_damaged_checkpoints_are_rejected_by_name(whole: tuple[TrainingJob, str], tmp_path: Path) -> None:
-    """What is not committed is skipped without a word."""
+    """What is not committed is skipped without a message."""
     here, _ = whole
     for number, (damage, _) in enumerate(DAMAGE.values()):
         shutil.copytree(here.root, tmp_path / str(number), symlinks=True)

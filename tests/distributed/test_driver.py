@@ -86,20 +86,20 @@ def test_the_cause_of_a_failure_is_recorded_despite_a_signal(driver: TrainingDri
 
 def test_a_signal_is_passed_on_after_a_failed_capacity_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_request, "CAPACITY_POLL_S", 0.0)
-    polled, rung = threading.Event(), threading.Event()
+    polled, stop_requested = threading.Event(), threading.Event()
     heard: list[str] = []
 
-    def ring(reason: str) -> None:
+    def request_stop(reason: str) -> None:
         heard.append(reason)
-        rung.set()
+        stop_requested.set()
 
-    def look() -> bool:
+    def poll() -> bool:
         polled.set()
         raise ConnectionError("no answer")
 
-    own: Any = SimpleNamespace(request=SimpleNamespace(remote=ring))
-    with StopSignals() as stop, stop_request.StopWatcher(own, stop, look):
+    own: Any = SimpleNamespace(request=SimpleNamespace(remote=request_stop))
+    with StopSignals() as stop, stop_request.StopWatcher(own, stop, poll):
         assert polled.wait(60)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert rung.wait(60)
+        assert stop_requested.wait(60)
     assert heard == ["SIGUSR1"]

@@ -1,4 +1,4 @@
-"""A run goes on after a mistake that was mended, and on another cluster when its own is gone; and one looks at it before it begins."""
+"""A run resumes after a mistake that was fixed, and on another cluster when its own is gone; its status is shown before it starts."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def jobs_known(cluster: dev_ray.Cluster) -> str:
 def test_a_ray_job_survives_a_lost_node_and_a_cancellation(
     ray_cluster: dev_ray.Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Training goes on with the workers that are left, and a resubmitted job resumes where the cancelled one stopped."""
+    """Training continues with the workers that are left, and a resubmitted job resumes where the cancelled one stopped."""
     run = copy_run(prepared_run(tmp_path_factory), str(tmp_path / "run"), **SHAPE)
     (tmp_path / "code").mkdir()
     watched(tmp_path / "code", 2.0)  # the working dir of a job is on the path of all its processes; each `oar` below takes a few steps
@@ -80,13 +80,13 @@ def test_a_ray_job_survives_a_lost_node_and_a_cancellation(
 
     def ended() -> str | None:
         """Asked seldom: each time is a new process."""
-        if time.monotonic() < ended_asked[0]:
+        if time.monotonic() < ended_requests[0]:
             return None
-        ended_asked[0] = time.monotonic() + 20
+        ended_requests[0] = time.monotonic() + 20
         state = oar(ray_cluster, "jobs", run.local())
         return None if "RUNNING" in state else state + oar(ray_cluster, "logs", run.local())
 
-    ended_asked = [time.monotonic() + 20]
+    ended_requests = [time.monotonic() + 20]
     wait_for_events(run, "checkpoint", 1, ended)
     assert "already" in oar(ray_cluster, "submit", recipe_file(run), "--cluster", cluster, code=2)
     dev_ray.lose_node(ray_cluster.nodes[-1])

@@ -1,4 +1,4 @@
-"""What Slurm refuses: its words, the remedy, exit code 2, and nothing left behind."""
+"""What Slurm refuses: its message, the remedy, exit code 2, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_machine_without_slurm_is_named(tmp_path: Path, capsys: pytest.Capture
 def test_refusals_of_sites_with_accounts_have_a_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, message: str, remedy: str
 ) -> None:
-    """The words are Slurm's; a script says them."""
+    """The messages are Slurm's; a script prints them."""
     fake(tmp_path, monkeypatch, sbatch=f"echo 'sbatch: error: {message.replace(chr(39), '’')}' >&2; exit 1", sinfo="echo gpu")
     output = refused(tmp_path, capsys)
     assert "sbatch refuses the job run: Batch job submission failed" in output

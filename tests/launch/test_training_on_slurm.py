@@ -43,7 +43,7 @@ class Gate:
 
     def __init__(self, cluster: dev_slurm.Cluster, variables: dict[str, str]) -> None:
         self.cluster, self._variables = cluster, variables
-        self._asked = 0.0
+        self._last_query = 0.0
 
     def python(self, *arguments: str, **variables: str) -> str:
         done = subprocess.run(
@@ -69,9 +69,9 @@ class Gate:
 
     def over(self, run: Run) -> str | None:
         """For :func:`wait_for_events`. Asked seldom: each time is a new process."""
-        if time.monotonic() - self._asked < 5:
+        if time.monotonic() - self._last_query < 5:
             return None
-        self._asked, state = time.monotonic(), self.jobs(run)
+        self._last_query, state = time.monotonic(), self.jobs(run)
         return state + job_logs(run) if re.search("|".join([*ENDED, "UNKNOWN"]), state) else None  # on its way back it has other states yet
 
     def wait(self, run: Run, seconds: float) -> str:

@@ -72,7 +72,7 @@ def test_the_more_is_recomputed_the_less_is_kept(changes: dict[str, Any]) -> Non
     assert full < 0.3 * selective
 
 
-@pytest.mark.slow  # a C++ compiler at work
+@pytest.mark.slow  # runs a C++ compiler
 @pytest.mark.parametrize("mode", ["none", *MODES])
 def test_compiled_blocks_compute_the_same_to_rounding(mode: str) -> None:
     torch._dynamo.reset()

@@ -80,7 +80,7 @@ def test_every_parameter_is_trained(layout: str, condition: str) -> None:
 @pytest.mark.parametrize("layout", ANY_ORDER)
 @pytest.mark.parametrize("step", [0, 3, 7])
 def test_a_logit_depends_on_earlier_codes_and_its_cell_alone(layout: str, step: int) -> None:
-    """A logit depends on earlier codes and the cell asked for alone."""
+    """A logit depends on earlier codes and the requested cell alone."""
     model = any_model(layout)
     codes, order, rows = random_codes(model, 1), random_orders(model, 1), model.condition(cond_inputs(model, 1))
     before = model(codes, order, rows)
@@ -141,7 +141,7 @@ def _beginnings(sizes: list[int]) -> list[list[int]]:
 @settings(max_examples=200, deadline=None)
 @given(cells=st.integers(1, 600), steps=st.one_of(st.none(), st.integers(1, 700)), known=st.integers(0, 600))
 def test_every_cell_is_placed_in_about_that_many_steps(cells: int, steps: int | None, known: int) -> None:
-    """Every cell is placed in about as many steps as asked for."""
+    """Every cell is placed in about as many steps as requested."""
     known = min(known, cells)
     sizes = cells_per_step(cells, steps, known)
     assert sum(sizes) == cells - known

@@ -28,7 +28,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 def decoded_logits(model: AnyOrderModel, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor, known: int) -> Tensor:
-    """Logits [B, N - known, V] in generation order: the first cells prefilled, then all empty cells asked at every step."""
+    """Logits [B, N - known, V] in generation order: the first cells prefilled, then all empty cells scored at every step."""
     image_B = torch.arange(len(codes_BN))
     placed_BN = codes_BN.gather(1, order_BN)
     prefix = Decoder(model).prefill(Decoder(model).begin(condition_BTD), order_BN[:, :known], placed_BN[:, :known])
@@ -94,7 +94,7 @@ def test_a_logit_depends_on_earlier_codes_alone(step: int) -> None:
 
 @torch.no_grad()
 def test_a_logit_does_not_depend_on_the_cells_after_its_own() -> None:
-    """A logit depends on the cell asked for and not on the cells after it."""
+    """A logit depends on the requested cell and not on the cells after it."""
     model = small_model()
     codes, condition = random_codes(model, 1), model.condition(random_text(model, 1))
     order = torch.arange(9)[None]

@@ -66,7 +66,7 @@ def test_a_word_with_other_orders_stands_out_a_random_one_not() -> None:
 
 
 def test_caption_words_ignore_case_and_punctuation() -> None:
-    """The words of a caption are told apart whatever their case and marks."""
+    """The words of a caption are counted whatever their case and punctuation."""
     assert caption_words("A drawing of the Cat, a cat & St. Pierre") == ["drawing", "the", "cat", "pierre"]
 
 

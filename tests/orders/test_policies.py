@@ -171,7 +171,7 @@ def test_a_policy_nobody_wrote_is_answered_with_those_there_are() -> None:
 
 
 def test_without_a_name_the_model_decides_or_its_raster() -> None:
-    """Without a name the model decides and a raster model goes on in raster."""
+    """Without a name the model decides and a raster model continues in raster order."""
     assert sampling_order(None, request(small_model())) is None
     raster = sampling_order(None, request(small_model(layout="raster"), 1))
     assert isinstance(raster, torch.Tensor) and raster.tolist() == [list(range(9))]
@@ -249,7 +249,7 @@ def test_an_order_head_orders_what_follows_its_first_cells(first: int, tmp_path:
     lattice = path("checkerboard", 4)[:first]
     assert drawn.order_BN[:, :first].tolist() == [lattice.tolist()] * 5
     assert torch.equal(drawn.order_BN.sort(1).values, torch.arange(16).expand(5, -1))
-    # What it says, asked by hand after the cells it drew first.
+    # Its prediction, computed by hand after the cells it drew first.
     first_cells = drawn.order_BN[:, :first]
     prefix = Decoder(model).prefill(Decoder(model).begin(condition), first_cells, drawn.codes_BN.gather(1, first_cells))
     rest = torch.tensor([cell for cell in range(16) if cell not in lattice]).expand(5, -1)
@@ -259,7 +259,7 @@ def test_an_order_head_orders_what_follows_its_first_cells(first: int, tmp_path:
 
 @torch.no_grad()
 def test_an_order_head_continues_known_cells_in_fewer_passes(tmp_path: Path) -> None:
-    """An order head goes on from known cells and in fewer passes."""
+    """An order head continues from known cells, and in fewer passes."""
     model, file = small_model(grid=4), str(tmp_path / "model.safetensors")
     save_model(file, model)
     save_head(head_file(file), OrderHead(HeadSpec.of(model.spec, model_id(file), width=8, first=4)))

@@ -33,7 +33,7 @@ def best_cells(scores: dict[int, float], ties: Tensor, size: int) -> list[int]:
 
 
 def by_definition(model: AnyOrderModel, codes_1N: Tensor, rows_1TD: Tensor, how: ExtractionSettings, image: int) -> tuple[list[int], int]:
-    """The order of one image and how often the model was asked, in plain loops."""
+    """The order of one image and how often the model was called, in plain loops."""
     ties = CounterRNG.of(how.tie_seed, np.array([image]), 0, CELLS, codes_1N.device).ties()[0]
     order, times = list[int](), 0
     for size in step_sizes(how, CELLS):

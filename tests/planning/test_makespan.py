@@ -123,7 +123,7 @@ def test_without_a_cluster_the_recipes_numbers_are_the_most() -> None:
 
 
 def test_actors_that_share_a_gpu_have_half_its_memory() -> None:
-    """Actors that share a gpu are as fast and have half the room."""
+    """Actors that share a gpu are as fast and have half the memory."""
     (one, whole), (two, halves) = (
         planned(case("imagenet", f"extract.gpus_per_actor={share}", nodes=2, images=10**6)) for share in (1, 0.5)
     )

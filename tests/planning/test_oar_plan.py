@@ -104,7 +104,7 @@ def test_what_is_planned_runs_with_the_changes_that_are_printed(
 
 @pytest.mark.parametrize("options", [[], ["-o", "name=mine"]], ids=["", "of nobody knows how many images"])
 def test_an_extraction_that_does_not_fit_is_exit_code_1(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """An extraction that does not fit is said and is exit code 1."""
+    """An extraction that does not fit is reported with exit code 1."""
     assert main(["plan", str(RECIPES / "imagenet.yaml"), "-o", "extract.batch=4000", "--gpu", "l40s", *options]) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "DOES NOT FIT" in line]
     assert "an actor holds 220.3 of 48.0 GB at extract.batch 4,000; batches up to 779 fit" in line
@@ -216,7 +216,7 @@ def test_what_cannot_be_planned_is_one_line_with_the_remedy(arguments: list[str]
 
 @pytest.mark.parametrize("cluster", [{"nodes": 1, "gpus_per_node": 2}, {}], ids=["given", "the recipe's"])
 def test_too_few_gpus_hear_how_many_would_do(cluster: dict[str, int]) -> None:
-    small = ["memory.node_gb=64"]  # no room for what could be offloaded
+    small = ["memory.node_gb=64"]  # no memory for what could be offloaded
     with pytest.raises(UserError, match=r"does not fit on 2 x L40S.*About (\d+) of them would do under ZeRO-3") as raised:
         plan("imagenet", *LARGE[1::2], "parallel.workers=2", gpu="l40s", assume=small, **cluster)
     match = re.search(r"About (\d+) of them", str(raised.value))

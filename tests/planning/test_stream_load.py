@@ -1,4 +1,4 @@
-"""Who reads what is told by the real sample plan, and is so when every place of an epoch is computed."""
+"""The stream load follows the real sample plan, and is exact when every position of an epoch is computed."""
 
 from __future__ import annotations
 

@@ -71,6 +71,6 @@ def test_an_address_where_no_ray_answers_is_named_at_once(scheme: str, monkeypat
         unused.bind(("127.0.0.2", 0))  # bound, but nobody listens
         address = f"{scheme}127.0.0.2:{unused.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
-        monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked, which waits for minutes"))
+        monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was called, which waits for minutes"))
         with pytest.raises(UserError, match=rf"RAY_ADDRESS={address}: no Ray answers there"), ray_session(cpus=1):
             pass

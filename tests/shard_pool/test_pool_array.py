@@ -91,7 +91,7 @@ def two_at_once(folder: Path, faults: dict[str, str] | None = None) -> list[Task
 
 
 def one_that_waits(folder: Path, shard: str, **settings: Any) -> Task:
-    """The first of two tasks, at work on a shard that it does not end before it is told."""
+    """The first of two tasks, busy with a shard that it does not finish before the test lets it."""
     task = Task(folder, 0, 2, faults={shard: "wait"}, **settings)
     wait_until((folder / f"log/{shard}.struck").exists)
     return task
@@ -120,7 +120,7 @@ def test_a_killed_tasks_shards_are_taken_over_without_its_lease(tmp_path: Path, 
 
 
 def test_a_frozen_task_loses_its_claims(tmp_path: Path, calm: dict[str, bytes]) -> None:
-    """And does no harm when it goes on."""
+    """And does no harm when it resumes."""
     frozen = one_that_waits(tmp_path, SHARDS[2])
     os.killpg(frozen.process.pid, signal.SIGSTOP)
     output = Task(tmp_path, 1, 2, timing={"poll_s": 0.2, "lease_s": 2.0}).end()

@@ -23,13 +23,13 @@ from oar_scale.storage import Unreachable
 
 
 class Cluster:
-    """Actors on hosts in turn; a shard fails on the host that ``broken`` says. Everything happens at once and in order.
+    """Actors on the hosts round-robin; a shard fails on the host that ``broken`` names. Everything happens at once and in order.
 
     An outcome takes ``pace_s`` of the ``clock``; where there is none, the driver waits for as long as it wanted to.
     """
 
-    def __init__(self, hosts: list[str], room: int, broken: dict[str, str] | None = None, *, pace_s: float = 0) -> None:
-        self.hosts, self.free, self.broken, self.pace_s = hosts, room, broken or {}, pace_s
+    def __init__(self, hosts: list[str], capacity: int, broken: dict[str, str] | None = None, *, pace_s: float = 0) -> None:
+        self.hosts, self.free, self.broken, self.pace_s = hosts, capacity, broken or {}, pace_s
         self.count, self.most, self.alive = 0, 0, set[int]()
         self.log: list[tuple[str, str]] = []
         self.outcomes: deque[tuple[int, ActorOutcome]] = deque()
@@ -224,7 +224,7 @@ def test_more_actors_than_the_least_start_with_the_capacity(tmp_path: Path) -> N
     cluster = Cluster(["a"], 10)
     report, _ = play(Ledger(str(tmp_path / "narrow")), cluster, names(200), Bounds(2, 50))
     assert report.peak_actors == 10
-    assert 10 < cluster.most <= 15, "a cluster that can grow was asked for nothing, or for everything"
+    assert 10 < cluster.most <= 15, "a cluster that can grow was requested for nothing, or for everything"
     cluster = Cluster(["a"], 100)
     report, _ = play(Ledger(str(tmp_path / "wide")), cluster, names(200), Bounds(2, 50))
     assert report.peak_actors == 50 == cluster.most
@@ -245,12 +245,12 @@ def test_a_pool_beside_another_reports_that_it_helps(ledger: Ledger) -> None:
 
 
 class Failing(Ledger):
-    """A storage that is out of reach at the first look for poison, and at each look for claims once ``out``."""
+    """A storage that cannot be reached at the first poll for poison, and at no poll for claims once ``out``."""
 
-    out, looked = False, False
+    out, polled = False, False
 
     def poison(self) -> dict[str, Record]:
-        self.looked, before = True, self.looked
+        self.polled, before = True, self.polled
         if not before:
             raise Unreachable("no route to the storage")
         return super().poison()
@@ -273,7 +273,7 @@ def test_a_pool_waits_for_a_storage_as_it_begins(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(leases, "write_record", once)
     ledger = Failing(str(tmp_path / "ledger"))
     report, _ = play(ledger, Cluster(["a"], 100), names(2), Bounds(1, 1))
-    assert len(report.done) == 2 and failed and ledger.looked
+    assert len(report.done) == 2 and failed and ledger.polled
 
 
 def test_a_storage_out_of_reach_at_the_end_fails_nothing(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def faults(s3_root: str) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def proxy(faults: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
-    """The clients of this test talk to the server through it; parts are small. Whoever lets it stall says how long that is borne."""
+    """The clients of this test talk to the server through it; parts are small. A test that lets it stall sets the time limit."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", faults.url)
     monkeypatch.setattr(s3_download, "PART_BYTES", PART)
     monkeypatch.setattr(s3_ranges, "STALL_S", 60.0)  # a server that is slow now and then is none of the faults that are counted

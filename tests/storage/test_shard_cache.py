@@ -221,7 +221,7 @@ def test_an_object_replaced_between_parts_is_read_again(
     proxy.on_fault = replace
     proxy.spoil({"trickle": 1.0})
     assert cache.read(shard.uri) == content(9)
-    assert cache.stats.retries == 1 + PARTS  # asked for its version, and read, a second time
+    assert cache.stats.retries == 1 + PARTS  # its version requested, and its bytes read, a second time
 
 
 def test_a_local_shard_is_mapped_as_it_lies_and_checked(tmp_path: Path, cache: ShardCache) -> None:

@@ -40,7 +40,7 @@ def same_weights(a: VQTokenizer, b: VQTokenizer) -> bool:
 
 def test_with_both_losses_off_training_is_the_plain_one(pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit."""
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)  # not needed, so not asked for
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)  # not needed, so not imported
     ours, progress = trained(pixels, PLAIN)
     assert not progress[-1].extra_losses
 

@@ -74,7 +74,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """The setting of one measurement."""
 
     folder: str
     """Local, for the model and the scratch files."""
@@ -211,7 +211,7 @@ def _job(case: Case) -> Any:
     from oar_scale.training.job import TrainingJob
 
     class Job(TrainingJob):
-        """Belongs to no data."""
+        """A training job without data."""
 
         @property
         def identity(self) -> dict[str, object]:

@@ -5,8 +5,8 @@
     python tools/benchmarks/plan.py --rate               useful operations a second of one thread
 
 Two workers are the training's own engine (DeepSpeed over gloo) and its own steps; measured is the highest resident memory of the larger one
-during two steps, less what was resident before the engine was made. glibc keeps freed blocks of up to 32 MB for itself; told to give them
-back, and resident is what tensors take: the column `tensors` of the plan.
+during two steps, less what was resident before the engine was made. glibc keeps freed blocks of up to 32 MB for itself; where
+it returns them, the resident memory is what tensors take: the column `tensors` of the plan.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
 MODES = ("none", "selective", "full")
 WORKERS = 2
 KEPT = 65536
-"""Bytes of the largest block that glibc keeps for itself when it is told to give memory back."""
+"""Bytes of the largest block that glibc keeps for itself when it is set to return memory."""
 M_MMAP_THRESHOLD = -3
 
 
@@ -134,7 +134,7 @@ def measured(case: dict[str, Any], *, give_back: bool) -> int:
 
 
 def peaks(folder: str) -> list[int]:
-    """Of the larger worker in each case, in bytes."""
+    """Peak memory of the larger worker in each case, in bytes."""
     of_ranks = [json.loads(path.read_text()) for path in Path(folder).glob("peaks-*")]
     return [max(of_case) for of_case in zip(*of_ranks, strict=True)]
 

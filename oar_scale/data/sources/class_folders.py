@@ -17,7 +17,7 @@ from oar_scale.errors import UserError
 
 
 class ClassFolderImages:
-    """Centre-cropped to a square, resized."""
+    """The images, cropped to the central square and resized."""
 
     attribution = ""
 

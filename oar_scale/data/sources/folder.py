@@ -21,7 +21,7 @@ from oar_scale.json_object import JsonObject
 
 
 class FolderImages:
-    """Centre-cropped to a square, resized."""
+    """The images, cropped to the central square and resized."""
 
     attribution = ""
 

@@ -24,7 +24,7 @@ TEMPLATES = ("{}", "a {}", "{}, emoji", "an emoji of {}", "a drawing of {}")
 
 
 class OpenMojiImages:
-    """Rendered on white, square."""
+    """The drawings, rendered as squares on white."""
 
     def __init__(self, config: OpenMojiSource) -> None:
         self.config = config

@@ -23,7 +23,7 @@ _FIELD = re.compile(r"\{([^{}]*)\}")
 
 
 class TableImages:
-    """Centre-cropped to a square, resized. The columns that are used stay in memory, the images do not."""
+    """The images, cropped to the central square and resized. The columns that are used stay in memory, the images do not."""
 
     def __init__(self, config: TableSource) -> None:
         self.attribution = config.attribution

@@ -31,7 +31,7 @@ SampleRange = tuple[str, int, int]
 
 
 class WebDatasetImages:
-    """Centre-cropped to a square, resized."""
+    """The images, cropped to the central square and resized."""
 
     attribution = ""
 

@@ -7,7 +7,7 @@ Each ZeRO stage partitions them in its own way:
     3       each parameter is flattened and split evenly over the ranks; the last parts are padded
 
     shards = read_shards(checkpoint.folder, names)      # opens the files; tensors stay on the disk
-    shards.whole("model.head.weight", "exp_avg")        # concatenated when it is asked for
+    shards.whole("model.head.weight", "exp_avg")        # concatenated on access
 
 ``weights`` is the name of the float32 weights here; the moments have the optimiser's own names.
 """
@@ -41,7 +41,7 @@ class _Slice:
 
 @dataclass
 class Shards:
-    """Everything that a checkpoint holds of a model and its optimiser; tensors stay on the disk until they are asked for."""
+    """Everything that a checkpoint holds of a model and its optimiser; tensors stay on the disk until they are accessed."""
 
     step: float = 0.0
     """The optimiser's own step count, which does not include skipped steps."""

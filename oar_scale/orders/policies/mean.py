@@ -1,6 +1,6 @@
 """The mean order of the data set: cells by their mean placing time in the extracted orders, ties in raster order.
 
-It is found once, from all order tables, and kept beside them.
+It is computed once, from all order tables, and kept beside them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MeanPolicy(Policy):
     """One order for all images: the mean of the extracted ones."""
 
     def training(self, files: OrderFiles, grid: int) -> TrainingOrders:
-        """The mean order, found from the order tables where it was not found before."""
+        """The mean order, computed from the order tables where it is not stored yet."""
         return TrainingOrders(order=tuple(mean_order(files, grid).tolist()))
 
     def sampling(self, request: OrderRequest) -> Tensor:
@@ -34,7 +34,7 @@ class MeanPolicy(Policy):
 
 
 def mean_order(files: OrderFiles, grid: int) -> NDArray[np.int64]:
-    """The mean order [N]: read, or found from the order tables and written.
+    """The mean order [N]: read, or computed from the order tables and written.
 
     Raises:
         UserError: orders of another grid or of several models, or an image without one.

@@ -31,7 +31,7 @@ class HeldoutLikelihood(Callback):
         return {"metrics": self._latest}
 
     def load_state(self, state: JsonObject) -> None:
-        """Restore them."""
+        """Restore the newest likelihoods."""
         self._latest = state["metrics"]
 
     def _evaluate(self, loop: Loop) -> None:

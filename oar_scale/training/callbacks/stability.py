@@ -47,7 +47,7 @@ class Stability(Callback):
         return {"losses": list(self._losses), "non_finite": self._non_finite}
 
     def load_state(self, state: JsonObject) -> None:
-        """Restore them."""
+        """Restore what :meth:`state` returned."""
         self._losses.extend(state["losses"])
         self._non_finite = state["non_finite"]
 
