@@ -38,7 +38,7 @@ quickstart-s3: venv
 	oar run recipes/quickstart.yaml -o storage.root=s3://oar/quickstart -o run_dir=runs/quickstart-s3
 
 # A module's tests stay in one process, as its fixtures are made once; so do all tests of the shared Ray (tests/markers.py).
-IN_PARALLEL := --dist loadgroup --durations=20
+IN_PARALLEL := --durations=20
 
 LONGEST := killed_ten_times
 # An extraction that takes most of an hour; `make test-all` runs it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import sys
 import uuid
 from collections.abc import Iterator
@@ -35,7 +34,12 @@ os.environ |= {
 for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
     os.environ.pop(name, None)
 
-from markers import pytest_collection_modifyitems, pytest_runtest_protocol, wrap_starters  # noqa: E402, F401 (hooks)
+from markers import (  # noqa: E402, F401 (hooks)
+    pytest_collection_modifyitems,
+    pytest_runtest_protocol,
+    pytest_xdist_make_scheduler,
+    wrap_starters,
+)
 
 from cluster.dev import s3  # noqa: E402
 from oar_scale.errors import UserError  # noqa: E402
@@ -58,8 +62,6 @@ def _no_wandb_of_this_process() -> Iterator[None]:
         wandb.teardown()
 
 
-GROUP_SUFFIX = re.compile(r"@(ray|tests/[\w/]+\.py)$")
-"""What ``--dist loadgroup`` appends to a test's name."""
 S3_FOLDER = "s3-of-the-session"
 """Of all worker processes of a session: one server is enough for them."""
 
@@ -107,8 +109,7 @@ _failed: list[str] = []
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
-        name = report.nodeid.rpartition("@")[0] if GROUP_SUFFIX.search(report.nodeid) else report.nodeid
-        _failed.extend([name] if name not in _failed else [])
+        _failed.extend([report.nodeid] if report.nodeid not in _failed else [])
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

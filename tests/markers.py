@@ -11,8 +11,8 @@ through the fixtures that it uses, the functions and classes of ``tests/`` and `
 cannot see (a command in another process, a fixture that is requested by a computed name) carries its marker by hand; a starter that is
 called in a test without its marker fails that test, so a marker that is missing does not remain unnoticed.
 
-Under ``pytest -n`` with ``--dist loadgroup``, a module is a group, as its fixtures are made once; all modules that share a Ray are one
-group, in one worker.
+Under ``pytest -n``, the tests of a module run in one worker, as its fixtures are made once; so do all modules that share a Ray. (Not by
+xdist's ``loadgroup``: it writes a private attribute of pytest's items that pytest 9.2 no longer reads, and so groups nothing.)
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 SEARCHED = (str(ROOT / "tests"), str(ROOT / "cluster"))
@@ -86,16 +87,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker in sorted(started_by(item)):
             if not item.get_closest_marker(marker):
                 item.add_marker(marker)
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=_rank)
     items.sort(key=lambda item: "shared_ray" not in getattr(item, "fixturenames", ()))  # it ends before a test that does not want it
 
 
-def _group(item: pytest.Item) -> str:
-    if "shared_ray" in getattr(item, "fixturenames", ()):
-        return "ray"
-    return item.path.relative_to(ROOT).as_posix()
+class ModuleScheduling(LoadScopeScheduling):
+    """A module goes to one worker; the modules that share a Ray all go to the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return "shared_ray" if "shared_ray" in (ROOT / module).read_text(encoding="utf-8") else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ModuleScheduling:
+    """Called where tests run in several processes."""
+    config.option.loadscopereorder = False  # the order of the collection puts the longest first
+    return ModuleScheduling(config, log)
 
 
 def _rank(item: pytest.Item) -> int:
