@@ -219,7 +219,7 @@ def stages_of(*, raster: bool, control: bool) -> list[Stage]:
 
 
 def model_label(name: str) -> str:
-    """What tables call a model; a text that names none, as it is."""
+    """The label of a model in tables; a text that names no model, unchanged."""
     return next((model.label for model in MODELS.values() if model.name == name), name)
 
 

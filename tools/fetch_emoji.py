@@ -154,7 +154,7 @@ def _download(package: str, scratch: str) -> str:
         with urllib.request.urlopen(dist["tarball"], timeout=60) as answer:
             data = answer.read()
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{package}: cannot be had from {registry} ({error}). Check NPM_CONFIG_REGISTRY and the network.") from error
+        raise UserError(f"{package}: cannot be fetched from {registry} ({error}). Check NPM_CONFIG_REGISTRY and the network.") from error
     digest = "sha512-" + base64.b64encode(hashlib.sha512(data).digest()).decode()
     if digest not in dist["integrity"].split():
         raise UserError(f"{package}: what {registry} sent does not have the checksum it states. Try again.")
@@ -191,7 +191,7 @@ def name_of(sequence: str, icon: str, names: dict[str, str]) -> tuple[str, str]:
 
 
 def _plain(sequence: str) -> str:
-    """Without the mark that asks for a coloured picture, which some sets write and others leave out."""
+    """The sequence without the variation selector that requests a coloured picture, which some sets write and others leave out."""
     return "-".join(point for point in sequence.lower().split("-") if point != "fe0f")
 
 

@@ -35,7 +35,7 @@ def find_process(pid: int, created: int) -> psutil.Process | None:
 
 
 def ports_in_use(ports: Iterable[int]) -> list[int]:
-    """Those of the ports that are in use on any address: a server that listens on all addresses needs a port that is free on each."""
+    """The given ports that are in use on any address: a server that listens on all addresses needs a port that is free on each."""
     used = []
     for port in ports:
         with socket.socket() as probe:

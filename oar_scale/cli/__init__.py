@@ -9,7 +9,7 @@ oar orders RECIPE [--against FOLDER] [--train-head]             what the orders 
 oar recipe RECIPE [--origin]
 oar status RUN                                                one screen about a run: its folder, recipe or s3://
 oar tail RUN [-n N] [-f] [--kind K]                           its events as lines
-oar data index|verify|stats URL                               shards in a folder or an S3 prefix, whoever wrote them
+oar data index|verify|stats URL                               shards in a folder or an S3 prefix, of any origin
 oar data tokenize URL --out URL --tokenizer FILE              image shards into token shards
 oar checkpoint list|verify|prune WHERE                        what trainings have saved; WHERE is a recipe, a run, a folder
 oar checkpoint diff A B                                       settings, weights and moments of two checkpoints

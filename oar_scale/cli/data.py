@@ -1,4 +1,4 @@
-"""``oar data``: shards in a folder or an S3 prefix, whoever wrote them."""
+"""``oar data``: shards in a folder or an S3 prefix, of any origin."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ IMAGE_SIZE = 256
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the file of another project does not say about itself; None: the usual value for its kind."""
+    """Settings that the file of another project does not contain; None: the usual value for its kind."""
 
     heads: int | None = None
     grid: int | None = None

@@ -105,7 +105,7 @@ def prune_checkpoints(where: str, keep: Keep | None, *, dry_run: bool = False) -
 
 
 def find_checkpoint_root(where: str) -> CheckpointRoot:
-    """What a user means by the name of a recipe, a run, a folder of checkpoints or a single one.
+    """The checkpoints that a user means by the name of a recipe, a run, a folder of checkpoints or a single one.
 
     Raises:
         UserError: the recipe is not valid.

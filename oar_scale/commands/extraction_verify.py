@@ -42,7 +42,7 @@ def verify_order_tables(run: Run) -> int:
 
 
 def _problem(orders: str, shard: ShardInfo, result: ShardResult) -> str:
-    """What is wrong with the table of a finished shard; empty if nothing is."""
+    """The fault of a finished shard's table; empty if there is none."""
     if result["tokens_crc32c"] != shard.crc32c:
         return "made from other tokens than are there now"
     uri = join(orders, table_name(shard.name))

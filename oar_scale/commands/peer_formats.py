@@ -67,7 +67,7 @@ def implied_prompts(spec: ModelSpec) -> TextConfig | None:
 
 
 def tokenizer_note(vq: ImageTokenizer) -> TokenizerNote:
-    """What the configuration of an exported folder says about its image tokenizer."""
+    """The entry about the image tokenizer in the configuration of an exported folder."""
     return TokenizerNote(kind=vq.kind, id=vq_id(vq), spec=vq.spec.model_dump(mode="json"))
 
 

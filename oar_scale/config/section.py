@@ -34,7 +34,7 @@ def operational_fields(section: type[Section]) -> frozenset[str]:
 
 
 class Range(Section):
-    """As many as there is capacity for, between two bounds."""
+    """A number: as many as there is capacity for, between two bounds."""
 
     min: int = Field(ge=1)
     max: int = Field(ge=1)

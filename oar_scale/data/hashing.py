@@ -97,7 +97,7 @@ def _signed(bits: int) -> int:
 
 
 def name_hash(name: str, purpose: str) -> float:
-    """Uniform number in [0, 1) of a name: fixed for ever, independent of any seed."""
+    """Uniform number in [0, 1) of a name: always the same, independent of any seed."""
     return float(name_hashes([name], purpose)[0])
 
 

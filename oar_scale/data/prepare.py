@@ -70,7 +70,7 @@ def prepare_images(config: DataConfig, folder: str, on_progress: OnProgress | No
 
 
 def _in_order(images: list[SourceImage]) -> list[SourceImage]:
-    """By a hash of the key: the same for the same images, and no variants of one picture side by side."""
+    """The images sorted by a hash of the key: the same order for the same images, and no variants of one picture side by side."""
     keys = [image.key for image in images]
     if len(set(keys)) < len(keys):
         repeated = [key for key, count in Counter(keys).items() if count > 1]

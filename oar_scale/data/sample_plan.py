@@ -199,7 +199,7 @@ class MixturePlan:
 
 
 def shuffled(index: Ids, length: Ids, key: NDArray[np.uint64]) -> Ids:
-    """Where each index goes in a permutation of ``range(length)`` that belongs to ``key``; all three broadcast.
+    """The position of each index in a permutation of ``range(length)`` that belongs to ``key``; all three broadcast.
 
     Format-preserving encryption instead of a table: a Feistel network permutes Z_a x Z_b, the smallest nearly square grid with
     a b >= length, and an output outside ``range(length)`` is permuted again until it lands inside ("cycle walking"; Black & Rogaway,

@@ -107,7 +107,7 @@ def scan_shard(uri: str, vocab_size: int | None = None) -> ShardScan:
         vocab_size: codes must be below it.
 
     Raises:
-        UserError: it cannot be had, or is no tar that can be read; what is wrong with single samples is in ``faults``.
+        UserError: it cannot be fetched, or is no tar that can be read; what is wrong with single samples is in ``faults``.
     """
     with open_bytes(uri) as data:
         scan = ShardScan(len(data), crc32c.crc32c(data))

@@ -74,7 +74,7 @@ class ReplacedSample:
 
 
 class _Choice(NamedTuple):
-    """What a slot shows: a sample, its view and its order."""
+    """The choice for a slot: a sample, its view and its order."""
 
     uid: int
     folder: int
@@ -269,7 +269,7 @@ class TokenStream:
         return ReplacedSample(choice.uid, self.shards[choice.folder].outside_vocabulary(choice.shard, choice.row))
 
     def _choices(self, epoch_b: Ids, uid_b: Ids, wanted_b: Ids) -> list[_Choice]:
-        """What the slots of ``uid_b`` show when they take the samples ``wanted_b``: themselves, or replacements.
+        """The choices for the slots of ``uid_b`` with the samples ``wanted_b``, or with replacements of those that cannot be used.
 
         Shard and row are those of the wanted sample; all random choices are hashes of the slot's own uid, so that a replacement changes
         nothing about the choices of its slot.
@@ -322,7 +322,7 @@ class TokenStream:
                 self.shards[number].prefetch(shard)
 
     def _fetched(self) -> FetchStats:
-        """What the shard caches fetched since the last batch; a cache that several sources share counts once."""
+        """The reads of the shard caches since the last batch; a cache that several sources share counts once."""
         now = {
             name: sum(getattr(cache.stats, name) for cache in {id(source.cache): source.cache for source in self.sources}.values())
             for name in (each.name for each in dataclasses.fields(FetchStats))

@@ -55,7 +55,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class TarLimits:
-    """What a shard may ask for. Far above any shard meant for training; a tar above them is a mistake or an attack."""
+    """Limits of a shard's headers. They are far above any shard meant for training; a tar above them is a mistake or an attack."""
 
     max_members: int = 2_000_000
     max_member_bytes: int = 1 << 30
@@ -80,7 +80,7 @@ _ZEROS = bytes(BLOCK)
 
 
 class _Fault(Exception):
-    """What is wrong with an entry; the caller adds the name of the tar and of the member before it."""
+    """The fault of an entry; the caller adds the name of the tar and of the member before it."""
 
 
 def members(data: memoryview, where: str, limits: TarLimits = LIMITS) -> Iterator[Member]:
@@ -255,7 +255,7 @@ def _entry(data: memoryview, at: int) -> tuple[Member | object, int]:
 
 
 def _description(data: memoryview, at: int, kind: int, size: int) -> tuple[bytes | None, int | None, int]:
-    """What a header at ``at`` says about the next member, name and size, and where the next header lies."""
+    """The next member's name and size from the header at ``at``, and the offset of the next header."""
     content = at + BLOCK
     following = content + (size + 511 & -512)
     if size > _MAX_EXTRA or following > len(data):

@@ -169,7 +169,7 @@ class TrainingDriver:
         stop_request, first = start_stop_request(), self._newest_checkpoint()
 
         def may_grow() -> bool:
-            """Only after a checkpoint: nodes that come and go would else keep the run from making any progress."""
+            """Whether the run may grow now: only after a checkpoint, since nodes that come and go would else prevent all progress."""
             more = choose_workers(self._job.recipe, cluster_capacity(self._job.recipe.parallel, ping=False)) > workers
             return more and self._newest_checkpoint() > first
 

@@ -57,7 +57,7 @@ def start_stop_request() -> ActorHandle[StopRequest]:
 
 
 def wait_for_stop(stop_request: ActorHandle[StopRequest]) -> str:
-    """In a worker: block until a stop is requested; return the reason."""
+    """Block a worker until a stop is requested; return the reason."""
     import ray
 
     return str(ray.get(stop_request.wait.remote()))

@@ -139,7 +139,7 @@ def _resume(loop: Loop, restored: Restored | None, stateful: dict[str, Callback]
 
 
 def _state(loop: Loop, stateful: dict[str, Callback]) -> JsonObject:
-    """What a checkpoint keeps besides the engine: a stored format, whose keys stay."""
+    """The state that a checkpoint keeps besides the engine: a stored format, whose keys stay."""
     states = {name: callback.state() for name, callback in stateful.items()}
     return {"left_out_batches": loop.batch_offset, "metrics": states["evaluation"]["metrics"], **states}
 

@@ -68,7 +68,7 @@ def _version(name: str, installed: str, bound: str, tested: str | None) -> Itera
 
 
 def _bound(name: str, required: Sequence[str]) -> str:
-    """What the installation asks of a package, like ``>=2.15``."""
+    """The version that the installation requires of a package, like ``>=2.15``."""
     bare = (text.partition(";")[0].replace(" ", "") for text in required)
     requirement = next((text for text in bare if text.startswith((f"{name}>", f"{name}["))), name)
     return requirement.removeprefix(name).rpartition("]")[2]
@@ -138,7 +138,7 @@ def process_group() -> Iterator[Finding]:
 
 
 def compilation() -> Iterator[Finding]:
-    """What ``torch.compile`` needs: a C++ compiler that finds Python's headers, on a GPU also Triton."""
+    """Check the requirements of ``torch.compile``: a C++ compiler that finds Python's headers, on a GPU also Triton."""
     compiler = next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
     if compiler is None:
         yield Finding("warn", "torch.compile", "no C++ compiler on the PATH; apt-get install g++")

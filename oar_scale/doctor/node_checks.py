@@ -140,7 +140,7 @@ def merge_node_reports(reports: Sequence[NodeReport]) -> Iterator[Finding]:
 
 
 def _clocks(rank_info: RankInfo) -> Iterator[Finding]:
-    """Each node's clock against that of rank 0: half the way there and back, of the quickest of some rounds."""
+    """Compare each node's clock with that of rank 0, corrected by half the round-trip time of the quickest of some rounds."""
     import torch
     import torch.distributed as dist
 

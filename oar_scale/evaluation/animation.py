@@ -40,7 +40,7 @@ def appearing(pictures: Sequence[Picture], order_SN: Orders, columns: int, pixel
 
 
 def animated(frames: Sequence[Picture], file_format: Literal["WEBP", "GIF"]) -> bytes:
-    """The frames as one file that plays for ever and rests on the last one."""
+    """The frames as one file that plays in a loop and pauses on the last one."""
     images = [Image.fromarray(frame) for frame in frames]
     if file_format == "GIF":  # with one palette for all frames what does not change is not stored again
         palette = Image.fromarray(np.concatenate([frames[0], frames[-1]])).quantize(256)

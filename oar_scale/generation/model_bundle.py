@@ -72,7 +72,7 @@ class ModelBundle:
 
     @property
     def orders(self) -> OrderFiles:
-        """What order policies rest on."""
+        """The files that order policies read."""
         return folder_files(self.where) if self.root is None else run_files(self.root)
 
 
@@ -135,7 +135,7 @@ def _run_model(path: str, recipe: Recipe, model: str | None) -> str:
 
 
 def check_codes(model: ModelSpec, vq: TokenizerSpec, where: str) -> None:
-    """See that a model and an image tokenizer speak of the same codes.
+    """Check that a model and an image tokenizer use the same codes.
 
     Raises:
         UserError: another vocabulary, or another grid.

@@ -81,7 +81,7 @@ class Pretrained:
         return _pictures(vq, self.draw(prompts, seed=seed, order=order, **choices).codes_BN)
 
     def draw(self, prompts: Sequence[Prompt], *, seed: int = 0, order: Order | None = None, **choices: Unpack[Choices]) -> Generated:
-        """As :meth:`sample`, but codes, orders and scores."""
+        """As :meth:`sample`, but return codes, orders and scores."""
         noise = torch.Generator().manual_seed(seed)
         condition_BTD = self._condition(prompts)
         order_BN = self._order(order, len(condition_BTD), noise)

@@ -23,7 +23,7 @@ class JobSpec:
 
     @property
     def name(self) -> str:
-        """What the job is called in ``oar jobs`` and in the run's folder."""
+        """The name of the job in ``oar jobs`` and in the run's folder."""
         return "-".join(self.stages) or "run"
 
     @property

@@ -64,7 +64,7 @@ class _CommandFailed(Exception):
 
 
 def _run(command: Sequence[str], max_failures: int, backoff_s: float, stopped: threading.Event) -> int:
-    """Until it succeeds, or there is no sense in another attempt; returns the last exit code."""
+    """Run a command until it succeeds or another attempt is pointless; return the last exit code."""
     name, backoff = f"oar {command[0]} {' '.join(command[2:])}".rstrip(), Backoff(backoff_s)
 
     def announce(error: BaseException, pause_s: float) -> None:

@@ -41,7 +41,7 @@ STATES = {"PENDING": "PENDING", "RUNNING": "RUNNING", "STOPPED": "CANCELLED", "S
 
 
 def describe(recipe: Recipe, profile: RayProfile, specs: Sequence[JobSpec]) -> str:
-    """What would be submitted, as YAML; nothing is sent, and values that ``pass_env`` takes from this shell are not shown."""
+    """The jobs that would be submitted, as YAML; nothing is sent, and values that ``pass_env`` takes from this shell are not shown."""
     request = _request(recipe, profile, specs)
     variables = request["runtime_env"]["env_vars"]
     request["runtime_env"]["env_vars"] = variables | dict.fromkeys(profile.pass_env, "(of this shell)") | {RECIPE: "(the recipe, below)"}

@@ -55,7 +55,7 @@ class Job:
 
 @dataclass
 class Submission:
-    """What one ``oar submit`` has submitted."""
+    """The jobs of one ``oar submit``."""
 
     number: int
     time: float

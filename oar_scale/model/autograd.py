@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class FunctionContext(Protocol):
-    """What the two passes share: the forward pass saves, the backward pass reads."""
+    """The context that the two passes share: the forward pass saves, the backward pass reads."""
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]:
-        """What :meth:`save_for_backward` was given; in the backward pass only."""
+        """The tensors given to :meth:`save_for_backward`; in the backward pass only."""
 
     def save_for_backward(self, *tensors: Tensor) -> None:
         """Keep tensors for the backward pass. Once, in the forward pass."""
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        """Say which results have no gradient."""
+        """Mark results that have no gradient."""

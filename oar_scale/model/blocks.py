@@ -64,7 +64,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class GatedLinear(Linear):
-    """The way out of a SwiGLU feed-forward: ``(silu(gate) * up) W^T``."""
+    """The output layer of a SwiGLU feed-forward: ``(silu(gate) * up) W^T``."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
         """Rows [..., D] of gate and up [..., F]."""

@@ -41,7 +41,7 @@ between the products stays in a CPU's cache."""
 
 @dataclass
 class Prefix:
-    """What has been placed so far. Methods of :class:`Decoder` update it in place: only the prefix that they return is valid."""
+    """The placed codes and their KV cache. Methods of :class:`Decoder` update it in place: only the prefix that they return is valid."""
 
     cache: Tensor
     """[layers, 2, B, kv_heads, capacity, head_dim]: keys and values, for all rows that a whole image takes."""

@@ -40,7 +40,7 @@ def training_flops(spec: ModelSpec, *, recompute: bool = False) -> int:
 
 
 def useful_flops(spec: ModelSpec) -> int:
-    """What training one image needs and nothing else, for model FLOPs utilisation (MFU).
+    """The operations that training on one image needs, without recomputation, for model FLOPs utilisation (MFU).
 
     Three times the forward pass, with the L (L + 1) / 2 pairs that causality leaves; neither recomputed blocks nor recomputed scores.
     """
@@ -85,7 +85,7 @@ _PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "
 
 
 def peak_flops(device: str, precision: str) -> float | None:
-    """What a GPU of this name can do in a second at most; None where it is not known, and for float32."""
+    """Peak operations a second of a GPU of this name; None where it is not known, and for float32."""
     return next((peak for name, peak in _PEAKS.items() if name in device), None) if precision == "bf16" else None
 
 

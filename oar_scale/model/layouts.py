@@ -62,7 +62,7 @@ class RowLayout(nn.Module):
         self._rotations: dict[torch.device, Tensor] = {}
 
     def start(self, condition_BTD: Tensor) -> Placed:
-        """What stands for the last placed code when there is none: a row, and the index of the rotation that changes nothing."""
+        """The substitute of the last placed code when there is none: a row, and the index of the rotation that changes nothing."""
         raise NotImplementedError
 
     def tables(self, device: torch.device) -> Tables:
@@ -70,7 +70,7 @@ class RowLayout(nn.Module):
         return ()
 
     def entering(self, last: Placed) -> int:
-        """How many rows must enter the cache before candidates can ask; see ``candidates``."""
+        """Number of rows that must enter the cache before candidates are scored; see ``candidates``."""
         return 0
 
     def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
@@ -189,7 +189,7 @@ class InstructedRows(RowLayout):
 
 
 class DualRows(RowLayout):
-    """Each code's row says where it lies (absolute) and where the next code is wanted (relative to it).
+    """Each code's row encodes its own position (absolute) and that of the next code (relative to it).
 
     Two learned vectors, rotated by the cell and by the offset to the next cell, are added to the code's embedding. The zero token
     before the first code lies nowhere; its offset is taken from cell 0.
@@ -207,7 +207,7 @@ class DualRows(RowLayout):
         return Placed(self.no_cell(len(condition_BTD), 1, condition_BTD.device), torch.zeros_like(condition_BTD[:, :1]))
 
     def tables(self, device: torch.device) -> Tables:
-        """Where a code lies [N + 1, D], and the offsets to the next one [(2G - 1)^2, D]."""
+        """Embeddings of a code's position [N + 1, D], and the offsets to the next one [(2G - 1)^2, D]."""
         spec = self.spec
         if device not in self._offsets:
             self._offsets[device] = offset_rotations(spec.grid, spec.head_dim, spec.rope_base, device)

@@ -151,7 +151,7 @@ def condition_spec(prompts: PromptEncoder, *, encoder_layers: int) -> ClassSpec 
 
 
 def check_prompts(spec: ModelSpec, prompts: PromptEncoder, where: str) -> None:
-    """See that a model understands what ``prompts`` encodes.
+    """Check that a model can be conditioned on what ``prompts`` encodes.
 
     Raises:
         UserError: another kind of condition, another vocabulary or length, or other weights of a text tower.

@@ -29,7 +29,7 @@ def save_tensors(uri: str, spec: ModelSpec, tensors: dict[str, Tensor], *, half:
 
 
 def read_spec(uri: str) -> ModelSpec:
-    """What :func:`save_model` wrote a model of; its tensors are not read. Raises as :func:`load_model`."""
+    """The spec that :func:`save_model` wrote; its tensors are not read. Raises as :func:`load_model`."""
     return _spec(uri, read_header(uri, _KIND))
 
 

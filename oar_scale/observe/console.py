@@ -211,7 +211,7 @@ class _ConsoleFollower:
         self._thread.start()
 
     def _run(self) -> None:
-        """In a thread of its own, which may break (a closed pipe, a full disk) without harm to the stage."""
+        """Run in a thread of its own, which may fail (a closed pipe, a full disk) without harm to the stage."""
         try:
             ended = False
             while not ended:

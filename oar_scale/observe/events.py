@@ -141,7 +141,7 @@ class EventEntry(NamedTuple):
 
 
 class EventReader:
-    """What was appended to a stage's attempt files since the last poll. Reads nothing twice, and only whole lines.
+    """Reads what was appended to a stage's attempt files since the last poll. It reads nothing twice, and only whole lines.
 
     Where several files grew, their events come in the order of their times.
     """

@@ -253,7 +253,7 @@ def _note_path(folder: str, stage: str, number: int) -> str:
 
 
 def _read_note(folder: str, stage: str, number: int) -> JsonObject | None:
-    """What this host knows about an attempt's copy: whose it is, how far it got; None when the attempt is not to be copied."""
+    """This host's note about an attempt's copy: its owner and its progress; None when the attempt is not to be copied."""
     try:
         with open(_note_path(folder, stage, number), encoding="utf-8") as file:
             note: JsonObject = json.load(file)

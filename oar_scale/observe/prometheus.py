@@ -1,4 +1,4 @@
-"""``/metrics`` for Prometheus and ``/healthz`` for whoever restarts what hangs, from the event files.
+"""``/metrics`` for Prometheus and ``/healthz`` for the supervisor that restarts a hanging run, from the event files.
 
 Every metric is one line of ``METRICS``: its name, what it is, and where in the state of the stage it comes from. What a
 stage has not reported yet is left out, not zero. Counters count all attempts. The text that Prometheus reads is written by

@@ -15,7 +15,7 @@ from oar_scale.storage import Missing, join, open_storage, read_json
 
 @dataclass
 class RunLocation:
-    """Where the events and the finished stages of a run can be read from here."""
+    """The location of a run's events and finished stages, as seen from this machine."""
 
     name: str
     """As the user gave it."""
@@ -43,7 +43,7 @@ class RunLocation:
 
 
 def find_run(run: str) -> RunLocation:
-    """Where the events of a run are; those of a run in S3 are brought to a temporary folder.
+    """Find the events of a run; those of a run in S3 are copied to a temporary folder.
 
     Args:
         run: a run's folder, ``s3://bucket/prefix``, or a recipe (``.yaml``).

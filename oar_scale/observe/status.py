@@ -1,4 +1,4 @@
-"""``oar status``: one screen about a run, from its events alone. For whoever is woken at night.
+"""``oar status``: one screen about a run, from its events alone. For the engineer on call.
 
 emoji (runs/emoji)
 data       done in 12 s
@@ -38,7 +38,7 @@ def status(location: RunLocation, now: float | None = None) -> str:
 
 
 def _status_line(state: StageState, now: float) -> str:
-    """What a stage that is not finished is doing, how far it is, and since when."""
+    """The status line of an unfinished stage: its state, its progress, and since when."""
     silent = now - (state.progressed or state.began or now)
     status: str = state.status
     if status not in ("done", "waiting") and silent > _stall_s(state):

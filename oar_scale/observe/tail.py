@@ -27,7 +27,7 @@ def tail(location: RunLocation, count: int, kinds: list[str], follow: bool) -> I
 
 
 def _new(location: RunLocation, readers: dict[str, EventReader], kinds: list[str]) -> Iterator[Event]:
-    """What was appended to any stage, also to one that has begun since."""
+    """The events that were appended to any stage, also to one that has begun since."""
     for stage in stages_with_events(location.events):
         readers.setdefault(stage, EventReader(location.events, stage))
     entries = heapq.merge(*(reader.poll() for reader in readers.values()), key=lambda entry: float(entry.event.get("time", 0.0)))

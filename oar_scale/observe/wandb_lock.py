@@ -34,7 +34,7 @@ TAKE_OVER_S = 40.0
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Who holds the lock, read from its file."""
+    """The process that holds the lock, read from its file."""
 
     host: str
     machine: str
@@ -118,7 +118,7 @@ class SenderLock:
                 self._write()
 
     def holder(self) -> LockHolder | None:
-        """Who holds the lock; None where that is not written (yet)."""
+        """The process that holds the lock; None where that is not written (yet)."""
         try:
             return LockHolder(**json.loads(os.pread(self._file, 4096, 0)))
         except (ValueError, TypeError):

@@ -76,7 +76,7 @@ class WandbSpec:
 
 @dataclass
 class SenderState:
-    """What the next sender must know, in ``STAGE.wandb.json`` beside the events."""
+    """State for the next sender, in ``STAGE.wandb.json`` beside the events."""
 
     journal: list[tuple[str, int]] = field(default_factory=list)
     """Files and how far each was read, in that order."""
@@ -89,7 +89,7 @@ class SenderState:
 
     @classmethod
     def load(cls, path: str) -> SenderState:
-        """What was saved; a fresh state if that cannot be read."""
+        """The saved state; a fresh state if that cannot be read."""
         try:
             with open(path, encoding="utf-8") as file:
                 return cls(**json.load(file))
@@ -163,7 +163,7 @@ class StageSender:
         return last
 
     def _as_before(self) -> Iterator[EventEntry]:
-        """What earlier processes read, in their order."""
+        """The events that earlier processes read, in their order."""
         for file, end in self._state.journal:
             yield from self._reader.lines(file, stop=end)
             self._reader.ends[file] = end

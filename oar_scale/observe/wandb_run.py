@@ -137,7 +137,7 @@ class WandbRun:
         self._run.config.update(dict(config), allow_val_change=True)  # type: ignore[no-untyped-call]
 
     def alert(self, title: str, text: str, level: AlertLevel) -> None:
-        """Send an alert to whoever has subscribed to them at W&B."""
+        """Send an alert to the users who have subscribed to them at W&B."""
         self._run.alert(title, text, level=level, wait_duration=60)
 
     def add_model(self, uri: str, metadata: Mapping[str, object]) -> None:

@@ -104,7 +104,7 @@ def wandb_spec(events: str, stage: str, recipe: Recipe, root: str, result: str |
 
 
 def catch_up(events: str, recipe: Recipe, root: str, stages: list[str], say: Callable[[str], None]) -> None:
-    """After a run: send W&B what it has not got of any stage, up to the first one that it does not take in time."""
+    """Send W&B, after a run, the events of all stages that it lacks, up to the first stage that it does not accept in time."""
     for stage in stages if recipe.observe.wandb != "off" else ():
         if not send_stage(wandb_spec(events, stage, recipe, root), say):
             return

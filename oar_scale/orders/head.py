@@ -151,7 +151,7 @@ def ask_all(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor) -> tu
 
 @torch.no_grad()
 def ask_rest(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, head: OrderHead) -> tuple[Tensor, Tensor]:
-    """Once the head's first cells are placed: rows of all others [B, R, D], and these [B, R], in raster order."""
+    """Rows of all cells but the head's first ones [B, R, D], once those are placed, and these cells [B, R], in raster order."""
     first_BK = head.first_N.expand(len(codes_BN), -1)
     rest_BR = all_cells(codes_BN)[:, ~torch.isin(torch.arange(codes_BN.shape[1], device=codes_BN.device), head.first_N)]
     decoder = Decoder(model)

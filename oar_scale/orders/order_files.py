@@ -30,7 +30,7 @@ class OrderFiles:
 
 
 def run_files(root: str) -> OrderFiles:
-    """Those of the run whose storage is ``root``."""
+    """The order files of the run whose storage is ``root``."""
     return OrderFiles(
         where=root,
         mean=join(root, "orders", "mean.json"),
@@ -41,7 +41,7 @@ def run_files(root: str) -> OrderFiles:
 
 
 def folder_files(folder: str) -> OrderFiles:
-    """Those of an exported folder."""
+    """The order files of an exported folder."""
     return OrderFiles(where=folder, mean=join(folder, "mean-order.json"))
 
 
@@ -51,5 +51,5 @@ def head_file(model_file: str) -> str:
 
 
 def head_report_file(model_file: str) -> str:
-    """What a model's order head is worth."""
+    """The file with the quality of a model's order head."""
     return head_file(model_file).removesuffix(_MODEL) + ".json"

@@ -97,7 +97,7 @@ class GtLogprob(BlockScore):
 
 
 class MaxProb(BlockScore):
-    """As :class:`GtLogprob`, of the most likely code."""
+    """As :class:`GtLogprob`, but for the most likely code."""
 
     def __init__(self, targets_R: Tensor, uniform_R: Tensor | None) -> None:
         super().__init__(targets_R, uniform_R)

@@ -151,7 +151,7 @@ class _BlockActivations:
         return attending * (self.row + 4 + self.qkv + self.out) + taken + leaving * (2 * self.row + 4 + self.gated + self.masks)
 
     def nothing(self, attending: int, leaving: int) -> int:
-        """Nothing but the input, which is counted by itself."""
+        """Zero: only the input, which is counted separately."""
         return 0
 
     def outputs(self, attending: int, leaving: int) -> int:
@@ -159,7 +159,7 @@ class _BlockActivations:
         return attending * (self.qkv + self.out) + leaving * (2 * self.row + self.gated)
 
     def cheap(self, attending: int, leaving: int) -> int:
-        """What selective checkpointing computes again, and holds beside those outputs, in a block's backward pass."""
+        """Tensors that selective checkpointing recomputes, and holds beside those outputs, in a block's backward pass."""
         return self.kept(attending, leaving) - self.outputs(attending, leaving) + leaving * self.row
 
     def working(self, leaving: int) -> int:

@@ -66,7 +66,7 @@ class ActorPlan:
 
 
 def plan_actors(case: Case) -> ActorPlan | None:
-    """As many actors as the cluster has memory for, of at most the recipe's where no cluster is given; None: a raster model has one order.
+    """Plan the actors that the cluster has memory for, at most the recipe's where no cluster is given; None: a raster model has one order.
 
     Raises:
         UserError: an actor takes more GPUs than a node has.

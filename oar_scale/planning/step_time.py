@@ -98,7 +98,7 @@ def communication(case: Case, parallel: ParallelConfig, accumulation: int) -> tu
 
 
 def collectives(case: Case, parallel: ParallelConfig, accumulation: int) -> int:
-    """How many there are in a step: one a bucket, and under ZeRO-3 two for each matrix besides, which is gathered when it is needed."""
+    """Number of collectives in a step: one a bucket, and under ZeRO-3 two for each matrix besides, which is gathered when it is needed."""
     buckets = -(-case.parameters.total // BUCKET)
     if parallel.zero_stage < 3:
         return buckets * (accumulation if parallel.zero_stage == 2 else 1) + (parallel.zero_stage > 0)

@@ -53,7 +53,7 @@ def token_shard(recipe: Recipe, spec: ModelSpec) -> ShardTraffic:
 
 
 def orders_bytes(spec: ModelSpec) -> int:
-    """Of an image in an order table before compression: the order, a score for each cell, its key."""
+    """Bytes of an image in an order table before compression: the order, a score for each cell, its key."""
     return spec.cells * (2 + 4) + 16
 
 
@@ -93,7 +93,7 @@ class PoolLoad:
 
 
 def pool_load(shards: int, shard: ShardTraffic, table_bytes: int, seconds: float, heartbeat_s: float = 10.0) -> PoolLoad:
-    """For each shard: a claim, a check for its entry, its parts, the order table, the entry, the release; and the pool's heartbeats."""
+    """Requests of the pool: claim, check, parts, order table, entry and release of each shard, and the heartbeats."""
     heartbeats = int(seconds / heartbeat_s)
     return PoolLoad(
         gets=shards * (1 + shard.gets),

@@ -215,7 +215,7 @@ def _parameters(parallel: ParallelConfig, total: int, share: int, e: int) -> int
 
 
 def _step(stage: int, share: int, e: int) -> int:
-    """Beside the share of the gradients that is there already: flattened, and in float32 where it was not."""
+    """Bytes of the optimiser step beside the gradients that exist already: flattened, and in float32 where it was not."""
     if stage == 0:
         return 0
     return (4 if e == 4 else e + 4) * (min(share, LIVE) if stage == 3 else share)

@@ -1,4 +1,4 @@
-"""What a report can say: plain numbers, texts and pictures, gathered by whoever ran the stages.
+"""The data of a report: plain numbers, texts and pictures, gathered from the stages.
 
 Every section of :class:`ReportData` may be None: a run that has not come that far still has a report, which names what
 is missing. Pictures are uint8 ``[H, W, 3]`` arrays. NLL is in nats per code, averaged over the cells of an image.

@@ -46,7 +46,7 @@ def read_markers(run: Run) -> dict[str, Marker]:
 
 
 def stage_results(run: Run, name: str) -> JsonObject:
-    """What a stage returned; empty when it has not finished."""
+    """The results of a stage; empty when it has not finished."""
     marker = _marker(run, name)
     results: JsonObject = marker["results"] if marker else {}
     return results
@@ -112,7 +112,7 @@ def _split(fraction: float, results: JsonObject) -> str:
 
 
 def tokenizer_metadata(run: Run, results: JsonObject) -> TokenizerMetadata:
-    """Without pictures: what is known before anything was evaluated."""
+    """Metadata of the tokenizer without pictures: what is known before the evaluation."""
     return TokenizerMetadata(
         origin=tokenizer_origin(run),
         grid=run.recipe.grid,
@@ -132,7 +132,7 @@ def model_metadata(run: Run, results: JsonObject) -> ModelMetadata:
 
 
 def describe_prompts(run: Run, results: JsonObject) -> str:
-    """What the models are conditioned on, as a sentence; ``results`` are those of the stage ``tokenizer``."""
+    """A sentence about what the models are conditioned on; ``results`` are those of the stage ``tokenizer``."""
     match run.recipe.tokenizer.text:
         case SentencePieceConfig() as text:
             return f"captions, {results.get('text_pieces', '?')} SentencePiece tokens, at most {text.max_tokens} a caption"

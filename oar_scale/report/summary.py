@@ -35,7 +35,7 @@ def measured(difference: Estimate) -> bool:
 
 
 def verdict(difference: Estimate) -> str:
-    """What ``first - second`` of an NLL says about ``first``."""
+    """The verdict on ``first`` from ``first - second`` of an NLL."""
     if not measured(difference):
         return "not measurably different"
     return "better" if difference.mean < 0 else "worse"

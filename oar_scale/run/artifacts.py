@@ -62,7 +62,7 @@ def require_model(run: Run, name: ModelName) -> str:
 
 
 def prompt_encoder(run: Run, *, new: bool = False) -> PromptEncoder:
-    """What the recipe's ``tokenizer.text`` makes of the prompts in the token shards, or of ``new`` ones that somebody types.
+    """The encoder, by the recipe's ``tokenizer.text``, of the prompts in the token shards, or of ``new`` ones that somebody types.
 
     Raises:
         UserError: the stage tokenizer has not finished, or the shards hold features of another text tower.

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def program_exit() -> Iterator[None]:
-    """Around a program, ``with program_exit(): sys.exit(main())``: where Ray was imported, skip the end of its C++ library.
+    """End a program safely: ``with program_exit(): sys.exit(main())`` skips the end of Ray's C++ library where Ray was imported.
 
     Threads of Ray's client that collect metrics keep running after ``ray.shutdown``. At the end of a process the C++ library destroys
     static objects that they may be using. That is the likely cause of a run that had finished well and ended with SIGSEGV, in a

@@ -121,7 +121,7 @@ def _end() -> None:
 
 
 def _left(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still live after a while; none as soon as all are gone."""
+    """The processes that still live after a while; returns at once when all are gone."""
     deadline = time.monotonic() + _PARTING_S
     while (alive := [process for process in processes if _lives(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)

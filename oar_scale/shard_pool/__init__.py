@@ -1,4 +1,4 @@
-"""A pool of actors that does one task per shard and loses nothing, whoever dies at what moment.
+"""A pool of actors that does one task per shard and loses nothing when processes die at any moment.
 
     worker.run(shard)          writes its own output, atomically, and returns a small result about it
     LEDGER/SHARD.json          written after the output, and only if it is not there yet: the shard is done

@@ -17,7 +17,7 @@ from oar_scale.storage import Unreachable
 
 
 class Worker(Protocol):
-    """What does the shards of an actor; made once in the actor's process."""
+    """Does the shards of an actor; made once in the actor's process."""
 
     def run(self, shard: str) -> ShardResult:
         """Do the shard and write its output atomically.
@@ -51,7 +51,7 @@ class ActorInfo(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ActorOutcome:
-    """What an actor answers; errors travel as text, because not every exception survives being pickled."""
+    """The answer of an actor; errors travel as text, because not every exception survives being pickled."""
 
     kind: Literal["placed", "started", "done", "taken", "user error", "failed"]
     """``placed``: the actor has a process, which makes its worker now."""
@@ -65,7 +65,7 @@ class ActorOutcome:
 
 
 class Actor:
-    """What runs in the actor's process, whoever started that.
+    """The object that runs in the actor's process, on any backend.
 
     Args:
         make_worker: called once, by :meth:`start`.

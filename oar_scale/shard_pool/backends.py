@@ -202,7 +202,7 @@ class ProcessActors:
 
 
 def _serve(connection: Connection, make_actor: MakeActor) -> None:
-    """What a child does. Signals that are sent to a whole process group are for the parent to act on."""
+    """The main function of a child process. Signals that are sent to a whole process group are for the parent to act on."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

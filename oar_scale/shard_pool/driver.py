@@ -30,7 +30,7 @@ WAITING_S = 60.0
 
 @dataclass
 class _Assignment:
-    """What an actor is doing: a shard, or (None) making its worker."""
+    """The work of an actor: a shard, or (None) making its worker."""
 
     task: ShardTask | None
     since: float | None
@@ -136,7 +136,7 @@ class PoolDriver:
             self.on_event(kind, fields)
 
     def _describe(self) -> Record:
-        """What our heartbeat records; called in its thread."""
+        """The fields that our heartbeat records; called in its thread."""
         report = self.report
         return {
             "array": self.array is not None,
@@ -315,7 +315,7 @@ class PoolDriver:
     # -- other pools ----------------------------------------------------------------------------------------------------
 
     def _poll_other_pools(self) -> None:
-        """See what others have done, are doing, have given up, or have left behind."""
+        """Read from the ledger what other pools have finished, claimed, given up or left behind."""
         began = self.clock()
         try:
             self._poll_ledger()

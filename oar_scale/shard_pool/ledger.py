@@ -30,7 +30,7 @@ Record = JsonObject
 
 
 class ShardWork(TypedDict, total=False):
-    """Who did a shard, and how; entries of older versions lack some of it."""
+    """Which actor did a shard, and how; entries of older versions lack some of it."""
 
     actor: str
     """Host and process, ``HOST:PID``."""
@@ -57,7 +57,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class Claim:
-    """Which pool does a shard."""
+    """A pool's claim on a shard."""
 
     shard: str
     number: int
@@ -123,7 +123,7 @@ class Ledger:
     # -- claims ---------------------------------------------------------------------------------------------------------
 
     def claim(self, shard: str, number: int, holder: str) -> Claim:
-        """Try to get claim ``number`` of a shard for a lease holder; return the claim of that number, whoever has it."""
+        """Try to get claim ``number`` of a shard for a lease holder; return the claim of that number, of whichever holder."""
         mine = Claim(shard, number, holder, round(time.time(), 3))
         while not write_record(self._claim_uri(shard, number), {"holder": holder, "since": mine.since}, if_absent=True):
             existing = self._read_claim((shard, number))

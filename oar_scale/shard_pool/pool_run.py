@@ -104,7 +104,7 @@ def run_pool(
 
 
 def _bounds(actors: int | Bounds, missing: int, cpu_threads: int, gpus_per_actor: float, gpus: int) -> Bounds:
-    """No more than there are shards; a Ray of our own has the capacity of this machine."""
+    """The bounds of the pool: no more actors than there are shards; a Ray of our own has the capacity of this machine."""
     wanted = Bounds(actors, actors) if isinstance(actors, int) else actors
     least, most = min(wanted.least, missing), min(wanted.most, missing)
     if "RAY_ADDRESS" in os.environ:

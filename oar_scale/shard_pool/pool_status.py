@@ -20,7 +20,7 @@ NAMED = 10
 
 @dataclass(frozen=True)
 class PoolStatus:
-    """See :func:`read_status`."""
+    """The status of a pool, as :func:`read_status` returns it."""
 
     shards: int
     images: int

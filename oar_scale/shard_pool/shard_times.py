@@ -41,11 +41,11 @@ class ShardTimes:
         return len(self._seconds) >= ENOUGH and seconds > max(self._timing.straggler_s, self._timing.straggler * self.median_s)
 
     def start_limit_s(self) -> float:
-        """After how long an actor that makes its worker counts as stuck."""
+        """Seconds after which an actor that makes its worker counts as stuck."""
         return self._timing.hang_s + self._timing.patience_s
 
     def shard_limit_s(self) -> float:
-        """After how long an actor that does a shard counts as stuck."""
+        """Seconds after which an actor that does a shard counts as stuck."""
         # What earlier pools took may have been other hardware's: it can lengthen the wait for a first shard, not shorten it.
         least = self._timing.stuck_s if self._own >= ENOUGH else self._timing.hang_s
         return max(least, self._timing.stuck * self.median_s) + self._timing.patience_s

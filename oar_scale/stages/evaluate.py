@@ -246,7 +246,7 @@ def _task_slices(count: int) -> list[slice]:
     return [slice(start, min(start + TASK_IMAGES, count)) for start in range(0, count, TASK_IMAGES)]
 
 
-# -- what came out --------------------------------------------------------------------------------------------------------
+# -- the results ---------------------------------------------------------------------------------------------------------
 
 
 def _distances(run: Run, inputs: Inputs, results: Results, reference_SF: Features) -> tuple[DistanceRow, ...]:

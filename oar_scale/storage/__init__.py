@@ -24,7 +24,7 @@ from oar_scale.storage.schemes import LOCAL, scheme_of, storage_of
 
 @dataclass
 class FetchStats:
-    """What reading took. Additive: over parts, readers, processes."""
+    """The cost of reading. Additive: over parts, readers, processes."""
 
     requests: int = 0
     """HTTP requests sent."""
@@ -46,7 +46,7 @@ class FetchStats:
 
 
 class Storage(Protocol):
-    """Where objects lie. Instances hold no connection: they can be pickled, forked and shared by threads."""
+    """A store of objects. Instances hold no connection: they can be pickled, forked and shared by threads."""
 
     def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
         """Return bytes ``start`` to ``end`` (exclusive; ``None`` = the end); less when the object is shorter.

@@ -47,5 +47,5 @@ def in_order(work: Callable[[A], B], items: Sequence[A], threads: int) -> Iterat
 def _settle(future: Future[B], work: Callable[[], B]) -> None:
     try:
         future.set_result(work())
-    except BaseException as error:  # for whoever asks for the result
+    except BaseException as error:  # for the caller that takes the result
         future.set_exception(error)

@@ -27,7 +27,7 @@ class CacheUnusable(Exception):
 
 
 class DamagedObject(Exception):
-    """What is there is not what was expected; the text names both."""
+    """An object is not what was expected; the text names both."""
 
 
 def compare(size: int, crc32c: int | None, expected_size: int | None, expected_crc32c: int | None) -> None:
@@ -89,7 +89,7 @@ class Part:
         self._unlock()
 
     def discard(self) -> None:
-        """Unless it has its name: leave nothing behind; whoever waits for the object tries itself."""
+        """Remove the file unless it was published; a process that waits for the object then fetches it itself."""
         if self._held:
             with suppress(OSError):  # the folder itself may be gone
                 if self.in_place():

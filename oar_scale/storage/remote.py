@@ -57,7 +57,7 @@ class RemoteObjects(Protocol):
 
 
 class Landing:
-    """Where the bytes of a download land; threads write to it at once, each its own bytes.
+    """The destination of a download; threads write to it concurrently, each its own bytes.
 
     Args:
         size: bytes of the whole.

@@ -1,7 +1,7 @@
 """S3 and what speaks its protocol, through boto3 and the standard AWS environment variables.
 
 S3 makes single puts and completed multipart uploads visible at once, and ``If-None-Match: *`` decides races on the server.
-What is added here: bodies that break off are continued by a ranged GET, and errors name the URI and the way out.
+What is added here: bodies that break off are continued by a ranged GET, and errors name the URI and the remedy.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _put_once(bucket: str, key: str, data: bytes) -> bool:
 
 
 def _writer(bucket: str, key: str) -> str | None:
-    """The mark of whoever wrote an object once; None also if it has been deleted since it was met."""
+    """The mark of the writer of an object that exists; None if it has been deleted since."""
     try:
         writer: str | None = client().head_object(Bucket=bucket, Key=key)["Metadata"].get("writer")
     except ClientError as error:

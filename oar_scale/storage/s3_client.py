@@ -117,7 +117,7 @@ def explained(uri: str) -> Iterator[None]:
 
 
 def _translated(uri: str, error: ClientError) -> Exception:
-    """What the server's answer means to the user; the answer itself when it is nothing a user can fix."""
+    """The server's answer as an error for the user; the answer itself when it is nothing a user can fix."""
     code = error.response["Error"]["Code"]
     server = client().meta.endpoint_url
     bucket = split(uri, folder=True)[0]

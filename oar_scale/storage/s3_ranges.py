@@ -197,7 +197,7 @@ def _get(uri: str, start: int, end: int | None, etag: str) -> GetObject | None:
 
 
 def _chunks(response: GetObject, ranged: bool) -> Iterator[bytes]:
-    """What has come so far, again and again; a read of a fixed size would wait for a trickle without end."""
+    """Yield the bytes as they arrive; a read of a fixed size would wait for a trickle without end."""
     body, missing = response["Body"], response["ContentLength"]
     begun, came = time.monotonic(), 0
     # Of a whole object botocore checks the server's checksum, and waits until a chunk is full.

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Shard(NamedTuple):
-    """What is to be read; ``None`` = not known."""
+    """The shard to be read; ``None`` = not known."""
 
     uri: str
     size: int | None
@@ -43,7 +43,7 @@ class _Shard(NamedTuple):
 
 
 class _Process:
-    """What belongs to one process: a fork starts with a fresh one, whatever its parent's threads were doing."""
+    """State of one process: a fork starts with a fresh one, whatever its parent's threads were doing."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -86,7 +86,7 @@ class ShardCache:
 
         Raises:
             Missing: there is no such object.
-            UserError: it cannot be had, or is not what ``size`` and ``crc32c`` say; names ``uri``, what was tried, the remedy.
+            UserError: it cannot be fetched, or is not what ``size`` and ``crc32c`` say; names ``uri``, what was tried, the remedy.
         """
         own, shard = self._own(), _Shard(uri, size, crc32c)
         with own.lock:

@@ -116,7 +116,7 @@ def _extracted(run: Run, images: int) -> Extracted:
 
 
 def spread(shards: Sequence[ShardInfo], images: int) -> list[ShardInfo]:
-    """Whole shards with about so many images, evenly from the first to the last."""
+    """Choose whole shards with about so many images, evenly from the first to the last."""
     mean = max(1.0, sum(shard.samples for shard in shards) / len(shards))
     count = min(len(shards), int(np.ceil(images / mean)))
     chosen = np.linspace(0, len(shards) - 1, count).round().astype(int)

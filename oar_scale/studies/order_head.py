@@ -58,7 +58,7 @@ def run_predict(run: Run) -> int:
 
 
 def read_report(uri: str, settings_id: str) -> HeadReport | None:
-    """What :func:`run_train_head` wrote about a head that learned from the orders of ``settings_id``; None where there is none."""
+    """The report of :func:`run_train_head` about a head that learned from the orders of ``settings_id``; None where there is none."""
     try:
         stored = read_json(uri)
     except Missing:

@@ -204,7 +204,7 @@ class _Mean:
 
 
 def _batches(data: HeadData, config: OrderHeadConfig, seed: int) -> Iterator[Labelled]:
-    """Images to train on, for ever: shards in another order in each epoch, the images of a shard shuffled."""
+    """Yield images to train on without end: shards in another order in each epoch, the images of a shard shuffled."""
     epoch = 0
     while True:
         images = 0
@@ -222,7 +222,7 @@ def _batches(data: HeadData, config: OrderHeadConfig, seed: int) -> Iterator[Lab
 
 
 def _rate(step: int, steps: int) -> float:
-    """Up in the first tenth, then down along a cosine."""
+    """The learning rate: up in the first tenth of the steps, then down along a cosine."""
     rise = max(1, round(WARMUP * steps))
     return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
 

@@ -37,7 +37,7 @@ from oar_scale.training.job import TrainingJob
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What a model is worth that was trained on the orders of one method."""
+    """The quality of a model that was trained on the orders of one method."""
 
     nll_own_S: NDArray[np.float64]
     """Nats per code of each held-out image, in the order that the model prefers."""

@@ -10,7 +10,7 @@ Features = Literal["tokens", "pooled"]
 
 
 class ClipTextSpec(BaseModel):
-    """Which tower, and what is taken from it; stored with a model that was trained on its features."""
+    """The tower and the features taken from it; stored with a model that was trained on its features."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

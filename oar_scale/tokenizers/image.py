@@ -20,7 +20,7 @@ from oar_scale.errors import UserError
 
 
 class TokenizerSpec(BaseModel):
-    """What fixes the shape of a tokenizer; stored with its weights."""
+    """The settings that fix the shape of a tokenizer; stored with its weights."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -123,7 +123,7 @@ class _Shapes:
         return widths
 
     def channels(self) -> int:
-        """Of the first convolution; the names of its neighbours are of one family or the other."""
+        """The channels of the first convolution; the names of its neighbours are of one family or the other."""
         firsts = [f"encoder.{blocks}.0" for blocks in ("conv_blocks.0.res", "down.0.block")]
         neighbours = [f"{first}.{name}" for first in firsts for name in ("norm1.weight:0", "norm1.bias:0", "conv1.weight:1")]
         return self.vote("encoder.conv_in.weight:0", "encoder.conv_in.bias:0", *neighbours)

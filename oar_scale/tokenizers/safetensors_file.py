@@ -35,7 +35,7 @@ def save_weights(uri: str, tensors: dict[str, Tensor], metadata: dict[str, str],
 
 
 class StoredWeights(NamedTuple):
-    """What a weights file holds."""
+    """The contents of a weights file."""
 
     tensors: dict[str, Tensor]
     kind: str

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class TextFeatures(BaseModel):
-    """What the ``KEY.features.npy`` of a folder are: float16 [at most rows, width], made by a frozen text tower."""
+    """The kind of the ``KEY.features.npy`` of a folder: float16 [at most rows, width], made by a frozen text tower."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

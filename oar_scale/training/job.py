@@ -56,7 +56,7 @@ class TrainingJob:
 
     @property
     def identity(self) -> dict[str, object]:
-        """What a checkpoint must agree on to be continued; operational fields may change between attempts."""
+        """The settings a checkpoint must agree on to be resumed; operational fields may change between attempts."""
         recipe, training = self.recipe, self.training
         return {
             "stage": self.stage,

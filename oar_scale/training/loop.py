@@ -40,13 +40,13 @@ class Callback:
     """Does nothing at any time; the real ones override what they need."""
 
     def start(self, loop: Loop) -> None:
-        """Before the first step of an attempt, after the checkpoint was loaded."""
+        """Called before the first step of an attempt, after the checkpoint was loaded."""
 
     def after_step(self, loop: Loop) -> None:
-        """After each step: ``loop.step`` steps are done, and ``loop.result`` is what the last one did."""
+        """Called after each step: ``loop.step`` steps are done, and ``loop.result`` is what the last one did."""
 
     def end(self, loop: Loop) -> None:
-        """After the last step of a stage, or of an attempt that was asked to stop or is rolled back."""
+        """Called after the last step of a stage, or of an attempt that is stopped or rolled back."""
 
     def state(self) -> JsonObject:
         """Return what a checkpoint keeps of it, as JSON."""

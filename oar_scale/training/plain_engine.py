@@ -102,11 +102,11 @@ class PlainEngine:
         return self.model.eval()
 
     def destroy(self) -> None:
-        """Nothing is held outside this object."""
+        """Do nothing: nothing is held outside this object."""
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:
-        """In bf16: add the micro-batch's gradients up in float32, where the optimiser looks for them."""
+        """Add, in bf16, the micro-batch's gradients up in float32, where the optimiser looks for them."""
         if self._weights is self._working:
             return
         for weight, working in zip(self._weights, self._working, strict=True):
@@ -116,7 +116,7 @@ class PlainEngine:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """In bf16: round the weights to what the model computes with."""
+        """Round, in bf16, the weights to those the model computes with."""
         if self._weights is not self._working:
             torch._foreach_copy_(self._working, self._weights)
 

@@ -1,4 +1,4 @@
-"""A profile is checked before anything is submitted: each mistake is named with its place and the way out."""
+"""A profile is checked before anything is submitted: each mistake is named with its location and the remedy."""
 
 from __future__ import annotations
 

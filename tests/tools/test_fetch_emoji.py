@@ -140,7 +140,7 @@ def test_without_npm_the_registry_is_asked_directly(registry: dict[str, Any], se
     fetch("@icons/noto@1.0.0", tmp_path / "fetched")
     for name in ("icons.json", "chars.json", "info.json"):
         assert (tmp_path / "fetched" / name).read_bytes() == (sets / "noto" / name).read_bytes()
-    with pytest.raises(UserError, match=r"@icons/none@1\.0\.0: cannot be had from http://127"):
+    with pytest.raises(UserError, match=r"@icons/none@1\.0\.0: cannot be fetched from http://127"):
         fetch("@icons/none@1.0.0", tmp_path / "none")
     registry["integrity"] = "sha512-AAAA"
     with pytest.raises(UserError, match="does not have the checksum"):

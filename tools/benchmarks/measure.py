@@ -84,7 +84,7 @@ class Meter:
 
 
 def machine(device: str, threads: int) -> str:
-    """What the figures were measured on, in one line without names or dates."""
+    """The machine the figures were measured on, in one line without names or dates."""
     import torch
 
     if device.startswith("cuda"):

@@ -137,7 +137,7 @@ def _job(prepared: str, folder: str, **observe: Any) -> Any:
 
 
 def _train(job: Any, side: str) -> tuple[list[dict[str, float]], float]:
-    """What each worker measured, and the CPU seconds for each step of what watches them."""
+    """The measurements of each worker, and the CPU seconds a step of the processes that watch them."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")

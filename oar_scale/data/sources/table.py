@@ -67,7 +67,7 @@ def _columns_of(text: str) -> list[str]:
 
 
 def _filler(text: str, columns: Columns) -> Callable[[int], str]:
-    """What a column, or a text with columns in it, says in a row; blanks that an empty cell leaves behind are taken out."""
+    """Return a function that fills a column, or a text with columns in it, from a row; blanks left by an empty cell are removed."""
     if "{" not in text:
         return lambda row: columns[text][row].strip()
     return lambda row: " ".join(_FIELD.sub(lambda field: columns[field[1]][row].strip(), text).split())

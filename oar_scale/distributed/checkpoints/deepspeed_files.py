@@ -101,7 +101,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
         self._module, self._redundant = module, redundant
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        """Nothing has to be prepared."""
+        """Do nothing: nothing has to be prepared."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a folder, or record why that is impossible."""
@@ -136,7 +136,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
         return state
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """Nothing has to be finished."""
+        """Return success: nothing has to be finished."""
         return True
 
     def _note(self, error: OSError, path: str) -> None:
@@ -170,7 +170,7 @@ class _Writer:
         return size
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing: nothing is buffered."""
 
     def close(self) -> None:
         with self._recording():

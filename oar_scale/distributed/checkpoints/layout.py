@@ -69,7 +69,7 @@ class Checkpoint:
 
     @property
     def files(self) -> dict[str, dict[str, int]]:
-        """Of each file its ``bytes``, its ``crc32c`` and the ``rank`` that wrote it."""
+        """For each file its ``bytes``, its ``crc32c`` and the ``rank`` that wrote it."""
         files: dict[str, dict[str, int]] = self.manifest["files"]
         return files
 

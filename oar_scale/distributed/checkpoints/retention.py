@@ -17,7 +17,7 @@ LEFT_OVER_S = 3600.0
 
 @dataclass(frozen=True)
 class Keep:
-    """What is kept: the ``newest`` n, the multiples of ``every``, the ``best`` n; 0: none of that kind."""
+    """Retention policy: the ``newest`` n, the multiples of ``every``, the ``best`` n; 0: none of that kind."""
 
     newest: int
     every: int = 0
@@ -25,7 +25,7 @@ class Keep:
 
     @classmethod
     def of(cls, training: TrainingConfig) -> Keep:
-        """What the recipe keeps of a training stage."""
+        """The retention policy of a training stage in the recipe."""
         return cls(training.keep_checkpoints, training.keep_every, training.keep_best)
 
 
@@ -46,7 +46,7 @@ class Retention:
         self._nll: dict[int, float] = {}
 
     def removals(self, locations: list[CheckpointLocation], now: float | None = None) -> list[Removal]:
-        """What is to be removed of all that a stage has.
+        """The objects of a stage that are to be removed.
 
         Args:
             locations: all steps of the stage.

@@ -16,7 +16,7 @@ from oar_scale.orders.analysis.statistics import FloatArray, Orders, kendall_dis
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two orders for each of S images."""
+    """Agreement of two orders for each of S images."""
 
     name: str
     images: int

@@ -60,5 +60,5 @@ def _group(name: str, time_GN: FloatArray, time_SN: FloatArray, grid: int) -> Gr
 
 
 def most_deviating(groups: Sequence[Group], count: int) -> list[Group]:
-    """Those whose images are placed most differently from the others."""
+    """The groups whose images are ordered most differently from the others."""
     return sorted(groups, key=lambda group: (-group.deviation, group.name))[:count]

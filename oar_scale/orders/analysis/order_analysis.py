@@ -32,7 +32,7 @@ class HeadRow:
 
 @dataclass(frozen=True)
 class HeadReport:
-    """What an order head is worth."""
+    """The quality of an order head."""
 
     model_id: str
     settings_id: str

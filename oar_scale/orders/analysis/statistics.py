@@ -22,7 +22,7 @@ _PAIRS_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class OrderStatistics:
-    """Of S orders of the same grid."""
+    """Statistics of S orders of the same grid."""
 
     orders: int
     distinct: int
@@ -115,6 +115,6 @@ def _entropy(cell_S: Orders) -> float:
 
 
 def _steps(order_SN: Orders, grid: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How far each step goes down and to the right, [S, N - 1] each."""
+    """The displacement of each step, down and to the right, [S, N - 1] each."""
     row_SN, column_SN = np.divmod(order_SN.astype(np.int64), grid)
     return np.diff(row_SN, axis=1), np.diff(column_SN, axis=1)

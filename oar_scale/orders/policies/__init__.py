@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingOrders:
-    """What the samples outside the random share follow; with neither field a random order, too."""
+    """The orders of the samples outside the random share; with neither field a random order, too."""
 
     order: tuple[int, ...] | None = None
     """One order for all."""
