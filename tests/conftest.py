@@ -53,6 +53,15 @@ settings.load_profile("oar")
 
 
 @pytest.fixture(autouse=True)
+def _one_thread_again() -> Iterator[None]:
+    """Stages that a test runs set the threads of the whole process. Beside other processes, threads that wait for one another are slow."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def _no_wandb_of_this_process() -> Iterator[None]:
     """What asks W&B in the tests' own process starts a service there, which other tests would take for that of a process of theirs."""
     yield

@@ -68,7 +68,7 @@ class WandbProcess:
             finished = True
         except subprocess.TimeoutExpired:
             finished = False
-            log.warning("W&B did not finish with %s within %.0f s; what it lacks is sent the next time", self._stage, wait_s)
+            log.warning("W&B did not finish with %s within %.0f s; the rest is sent when the run is resumed", self._stage, wait_s)
             self._kill()
         self._relay.join(1.0)
         return finished

@@ -282,7 +282,7 @@ def test_a_server_that_stops_answering_gets_the_rest_later(tmp_path: Path, serve
     with watching(str(events), "pretrain", recipe(tmp_path), str(tmp_path), wait_s=5.0):
         synthetic_run.interrupted(events)
         server.wait_until(lambda: server.held)
-    assert "what it lacks is sent the next time" in caplog.text
+    assert "the rest is sent when the run is resumed" in caplog.text
     assert server.held and not only_run(server).history
     server.release()
     synthetic_run.resumed(events)
