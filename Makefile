@@ -52,7 +52,7 @@ test: venv
 	$(WITH_PATH) python -m pytest -m "not (slurm or slow)" -n 3 $(IN_PARALLEL)
 
 test-cluster: venv
-	@echo "Tests with Slurm, clusters that lose nodes, and whole trainings: about 8 minutes on two cores."
+	@echo "Tests with Slurm, clusters that lose nodes, and whole trainings: up to half an hour on two cores."
 	$(WITH_PATH) python -m pytest -m "slurm or slow" -k "not $(LONGEST)" -n 3 $(IN_PARALLEL)
 
 test-all: venv
