@@ -41,7 +41,7 @@ def versions() -> Iterator[Finding]:
         required, python = [], ""
         yield Finding("warn", "oar_scale", f"{__version__}, not installed, so the bounds of its packages are unknown; {INSTALL}")
     tested = _tested_versions()
-    yield from guarded("python", partial(_version, "python", platform.python_version(), python, None))
+    yield from guarded("python", partial(_version, "python", platform.python_version(), [f"python{python}"], None))
     for name in PACKAGES:
         try:
             installed = importlib.metadata.version(name)
@@ -51,27 +51,22 @@ def versions() -> Iterator[Finding]:
             else:
                 yield Finding("FAIL", name, f"not installed; {INSTALL}")
             continue
-        yield from guarded(name, partial(_version, name, installed, _bound(name, required), tested.get(name)))
+        yield from guarded(name, partial(_version, name, installed, required, tested.get(name)))
 
 
-def _version(name: str, installed: str, bound: str, tested: str | None) -> Iterator[Finding]:
+def _version(name: str, installed: str, required: Sequence[str], tested: str | None) -> Iterator[Finding]:
+    from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
-    if not SpecifierSet(bound).contains(installed, prereleases=True):
+    bound = next((wanted.specifier for wanted in map(Requirement, required) if wanted.name == name), SpecifierSet())
+    if not bound.contains(installed, prereleases=True):
         remedy = "use a Python that fits" if name == "python" else INSTALL
         yield Finding("FAIL", name, f"{installed}, and oar_scale needs {bound}; {remedy}")
     elif tested is not None and Version(installed).public != tested:
         yield Finding("warn", name, f"{installed}, and oar_scale was tested with {tested}; if something fails: {INSTALL}")
     else:
         yield Finding("ok", name, installed)
-
-
-def _bound(name: str, required: Sequence[str]) -> str:
-    """The version that the installation requires of a package, like ``>=2.15``."""
-    bare = (text.partition(";")[0].replace(" ", "") for text in required)
-    requirement = next((text for text in bare if text.startswith((f"{name}>", f"{name}["))), name)
-    return requirement.removeprefix(name).rpartition("]")[2]
 
 
 def _tested_versions() -> dict[str, str]:
