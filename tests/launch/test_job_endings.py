@@ -44,6 +44,10 @@ fi
 HALTS_ONCE = 'echo "$1" >> "$BEHAVIOUR.order"; [ "$1" != evaluate ] || mkdir "$BEHAVIOUR.seen" || exit 0; [ "$1" != evaluate ] || exit 2'
 BUSY_CHECK = "mkdir {path} || exit 0; sleep 60"
 """Long the first time."""
+SAVES = """
+n=$(ls "$BEHAVIOUR.d" 2>/dev/null | wc -l); mkdir -p "$BEHAVIOUR.d/$n" {root}/checkpoints/pretrain/step-$n
+touch {root}/checkpoints/pretrain/step-$n/COMMITTED; [ "$n" = 3 ] || exit 75
+"""
 SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
 
 
@@ -105,7 +109,10 @@ def stub_runs(slurm: Cluster, stub: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def runs(stub_runs: StubRuns) -> dict[str, Submitted]:
-    """All at once, since most of their time is Slurm's waiting. Those that wait for their test have the time for it."""
+    """All at once, since most of their time is Slurm's waiting. Those that wait for their test have the time for it.
+
+    The tests of those that reach their limit come late: until then the others are done.
+    """
     first_time = f"test -e {stub_runs.folder}/checked || {{ touch {stub_runs.folder}/checked; false; }}"
     return {
         "limit": stub_runs.submit("limit", FIRST_TIME.format(first=UNTIL_SIGNALLED), time="00:01:00"),
@@ -121,6 +128,8 @@ def runs(stub_runs: StubRuns) -> dict[str, Submitted]:
         "halted": stub_runs.submit("halted", HALTS_ONCE, "data,evaluate,report"),
         "chain": stub_runs.submit("chain", 'echo "$1" >> "$BEHAVIOUR.order"', "data+tokenizer,evaluate"),
         "gone": stub_runs.submit("gone", UNTIL_SIGNALLED, time="00:20:00"),
+        "gets-on": stub_runs.submit("gets-on", SAVES.format(root=stub_runs.folder / "gets-on" / "run")),
+        "unsaved": stub_runs.submit("unsaved", "trap '' USR1 TERM; while :; do sleep 1; done", time="00:01:00", max_failures=0),
     }
 
 
@@ -153,12 +162,6 @@ def test_a_job_that_saved_comes_back(runs: dict[str, Submitted]) -> None:
     (status,) = runs["saved"].wait()
     assert status.done and "came back 1 time" in status.detail
     assert not list(runs["saved"].run.glob("jobs/*/*.failures"))
-
-
-def test_a_job_is_signalled_before_its_limit_and_requeued(runs: dict[str, Submitted]) -> None:
-    (status,) = runs["limit"].wait()
-    assert status.done
-    assert "got USR1" in runs["limit"].logs() and runs["limit"].attempts() == ["0", "1"]
 
 
 def test_a_node_that_fails_its_check_is_excluded_from_then_on(slurm: Cluster, runs: dict[str, Submitted]) -> None:
@@ -205,14 +208,9 @@ def test_a_job_that_stops_repeatedly_without_progress_fails(runs: dict[str, Subm
     assert runs["idle"].attempts() == ["0", "1", "2"]
 
 
-def test_a_job_that_gets_on_may_stop_as_often_as_it_likes(stub_runs: StubRuns) -> None:
-    saves = """
-        n=$(ls "$BEHAVIOUR.d" 2>/dev/null | wc -l); mkdir -p "$BEHAVIOUR.d/$n" {root}/checkpoints/pretrain/step-$n
-        touch {root}/checkpoints/pretrain/step-$n/COMMITTED; [ "$n" = 3 ] || exit 75
-    """.format(root=stub_runs.folder / "gets-on" / "run")
-    run = stub_runs.submit("gets-on", saves)
-    (status,) = run.wait()
-    assert status.done and run.attempts() == ["0", "1", "2", "3"], run.logs()
+def test_a_job_that_gets_on_may_stop_as_often_as_it_likes(runs: dict[str, Submitted]) -> None:
+    (status,) = runs["gets-on"].wait()
+    assert status.done and runs["gets-on"].attempts() == ["0", "1", "2", "3"], runs["gets-on"].logs()
 
 
 def test_no_process_of_a_signalled_job_is_left(slurm: Cluster, stub_runs: StubRuns) -> None:
@@ -277,7 +275,9 @@ def test_oar_logs_follows_a_run_through_its_attempts_to_the_end(stub_runs: StubR
             raise UserError("slurm_load_jobs error: Unable to contact slurm controller")
         return find_jobs(run)
 
-    monkeypatch.setattr(import_module("oar_scale.launch.logs"), "find_jobs", with_a_silence)
+    module = import_module("oar_scale.launch.logs")
+    monkeypatch.setattr(module, "find_jobs", with_a_silence)
+    monkeypatch.setattr(module, "STATE_POLL_S", 1.0)
     run = stub_runs.submit("followed", FIRST_TIME.format(first="echo one; exit 75") + "echo two; sleep 1; echo three")
     lines = list(logs(str(run.run), follow=True))
     output = [line.split(": ", 1)[1] for line in lines if "driver.log" in line and "srun: " not in line]
@@ -288,10 +288,14 @@ def test_oar_logs_follows_a_run_through_its_attempts_to_the_end(stub_runs: StubR
         list(logs(str(run.run), job="train"))
 
 
-@pytest.mark.slow
-def test_a_job_that_never_saves_in_time_ends(stub_runs: StubRuns) -> None:
-    run = stub_runs.submit("unsaved", "trap '' USR1 TERM; while :; do sleep 1; done", time="00:01:00", max_failures=0)
-    (status,) = run.wait()
+def test_a_job_is_signalled_before_its_limit_and_requeued(runs: dict[str, Submitted]) -> None:
+    (status,) = runs["limit"].wait()
+    assert status.done
+    assert "got USR1" in runs["limit"].logs() and runs["limit"].attempts() == ["0", "1"]
+
+
+def test_a_job_that_never_saves_in_time_ends(runs: dict[str, Submitted]) -> None:
+    (status,) = runs["unsaved"].wait()
     assert not status.done and "out of time before everything was saved, 1 times in a row" in status.detail
 
 
