@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,47 @@ class Loss(torch.nn.Module):
         return self.model.loss(codes_BN, order_BN, self.model.condition(label_B1))[0]
 
 
+class _Finished:
+    """What a collective that has ended already returns to a caller who will wait for it."""
+
+    def wait(self, **_kwargs: object) -> None:
+        pass
+
+
+def _release_before_return(collective: Callable[..., Any]) -> Callable[..., _Finished]:
+    """Return from ``collective`` only when gloo has let go of the tensors.
+
+    The thread that has run a collective still holds them for a moment after its end, and on a busy machine for longer: a buffer that
+    DeepSpeed has freed would count as alive while the next one is allocated.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> _Finished:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        before = [_use_counts(tensor) for tensor in tensors]
+        work = collective(*args, **kwargs)
+        if work is not None:
+            work.wait()
+            del work  # it holds them, too
+        while [_use_counts(tensor) for tensor in tensors] != before:
+            time.sleep(0.001)
+        return _Finished()
+
+    return call
+
+
+def _use_counts(tensor: torch.Tensor) -> tuple[int, int]:
+    """References from C++ to the tensor, and from other tensors to its storage."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
 def _train(settings: dict[str, Any], accumulation: int, average: bool, out: str) -> None:
     """Three steps; rank 0 leaves the bytes of all tensors: between steps, at most in a backward pass, at most in a step."""
     import deepspeed
 
     from oar_scale.distributed.checkpoints.deepspeed_files import save_shards
 
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        setattr(torch.distributed, name, _release_before_return(getattr(torch.distributed, name)))
     deepspeed.init_distributed("gloo", verbose=False)
     parallel = ParallelConfig(micro_batch=1, workers=WORLD, **settings)
     config = deepspeed_config(parallel, TrainingConfig(global_batch=WORLD * accumulation), WORLD)
