@@ -54,5 +54,5 @@ def in_processes(works: list[Callable[[], Any]]) -> list[Any]:
         pipes.append((here, process))
     results = [here.recv() for here, _ in pipes]
     for _, process in pipes:
-        process.join(10)
+        process.join()
     return results

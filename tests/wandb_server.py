@@ -90,7 +90,7 @@ class WandbServer:
             self._released.set()
         self.wait_until(lambda: self.held == 0)
 
-    def wait_until(self, condition: Callable[[], object], timeout: float = 200.0) -> None:
+    def wait_until(self, condition: Callable[[], object], timeout: float = 600.0) -> None:
         """Wait until ``condition`` holds, looked at after each request.
 
         Raises:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(slurm._program("slurmctld") is None, reason=f"Sl
 
 
 def wait_until_idle(cluster: slurm.Cluster) -> None:
-    processes.wait_until(lambda: slurm._idle(cluster) == 2, 60, "the nodes do not get idle")
+    processes.wait_until(lambda: slurm._idle(cluster) == 2, 600, "the nodes do not get idle")
 
 
 def test_slurm_comes_up_once_regains_a_node_and_ends_whole(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_down_takes_running_jobs_along(tmp_path: Path) -> None:
     cluster = slurm.up(str(tmp_path), port=slurm.free_port())
     try:
         cluster.command("sbatch", f"--output={tmp_path}/out", f"--wrap=echo $$ > {tmp_path}/pid; sleep 100")
-        processes.wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60, "the job does not begin")
+        processes.wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 600, "the job does not begin")
     finally:
         slurm.down(str(tmp_path))
     assert not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text().strip()}/cwd")

@@ -156,7 +156,7 @@ def test_five_steps_and_a_signal_and_five_steps_are_ten_steps(prepared: Run, und
     run = copy_run(prepared, str(tmp_path))
     workers = start_workers(leaves_at, 2, pretraining(run), 4)
     for worker in workers:
-        worker.join(120)
+        worker.join(600)
     assert [worker.exitcode for worker in workers] == [75, 75]
     assert committed_steps(pretraining(run).checkpoints)[-1] == 5
     assert [(event["step"], event["reason"]) for event in events(run, "stopping")] == [(5, "SIGTERM")]
@@ -181,7 +181,7 @@ def test_too_many_such_batches_end_the_stage(prepared: Run, tmp_path: Path) -> N
     run = copy_run(prepared, str(tmp_path), pretrain={"max_non_finite": 1})
     workers = start_workers(poisoned_at, 2, pretraining(run), (3, 4, 5))
     for worker in workers:
-        worker.join(120)
+        worker.join(600)
     assert [worker.exitcode for worker in workers] == [1, 1]
     assert len(events(run, "non_finite")) == 2
 
@@ -254,7 +254,7 @@ def test_hung_workers_write_their_stacks_and_exit(prepared: Run, tmp_path: Path)
     run = copy_run(prepared, str(tmp_path), parallel={"hang_timeout_s": 20})  # nothing else takes so long, not on a busy machine either
     workers = start_workers(stuck, 2, pretraining(run), 4)
     for worker in workers:
-        worker.join(150)
+        worker.join(600)
     assert [worker.exitcode for worker in workers] == [70, 70]
     stacks = [Path(run.local("logs", f"pretrain-rank{rank}.stacks")).read_text() for rank in (0, 1)]
     assert all("nothing moved for 20 s" in text and "step 5" in text for text in stacks)

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from cluster.dev import slurm as dev_slurm
 from oar_scale.cli import main
 from oar_scale.doctor import storage_checks
 from oar_scale.doctor.finding import Finding
-from oar_scale.doctor.node_checks import GROUP_S, NodeReport, merge_node_reports
+from oar_scale.doctor.node_checks import NodeReport, merge_node_reports
 from oar_scale.doctor.storage_checks import storage_speed, wandb_server
 from oar_scale.launch import cluster_doctor as doctor
 
@@ -102,11 +101,12 @@ def test_workers_do_not_wait_long_for_one_that_gave_up(
     slurm: dev_slurm.Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "PARTING_S", 2)
-    dev, began = str(ROOT / "cluster" / "slurm" / "dev.yaml"), time.monotonic()
+    dev = str(ROOT / "cluster" / "slurm" / "dev.yaml")
     wrong = "setup=['[ $SLURM_PROCID = 1 ] || exit 3']"
     assert main(["doctor", "--cluster", dev, "-p", "cpus_per_node=1", "-p", wrong]) == 1
-    assert time.monotonic() - began < GROUP_S / 2
-    assert re.search("FAIL workers: (1 of 2 nodes|no node) answered", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert re.search("FAIL workers: (1 of 2 nodes|no node) answered", shown)
+    assert "does not meet" not in shown  # what a worker says that has waited for all of the process group's time limit
 
 
 def test_a_cluster_that_is_not_there_ends_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

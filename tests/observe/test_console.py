@@ -13,11 +13,12 @@ from oar_scale.observe.console import Console, duration
 from oar_scale.observe.events import EventLog
 from oar_scale.observe.watch import watching
 from tests.observe import synthetic_run
+from tests.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
 def _time_for_the_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "JOIN_S", 60.0)
+    monkeypatch.setattr(module, "JOIN_S", 600.0)
 
 
 def test_a_followed_stage_shows_progress_and_restarts(tmp_path: Path) -> None:
@@ -50,10 +51,7 @@ def test_faults_and_silence_are_shown_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def until(text: str) -> None:
-        end = time.monotonic() + 60
-        while text not in stream.getvalue():
-            assert time.monotonic() < end, stream.getvalue()
-            time.sleep(0.02)
+        wait_until(lambda: text in stream.getvalue())
 
     with Console(stream).follow(str(tmp_path), "pretrain", 100, stall_s=600), EventLog(str(tmp_path), "pretrain") as log:
         synthetic_run.start(log, 50)

@@ -193,7 +193,7 @@ from oar_scale.observe.watch import watching
 from tests.observe import synthetic_run
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
 events = folder / "events"
-with watching(str(events), "pretrain", load_recipe(sys.argv[3]), str(folder), wait_s=120), EventLog(str(events), "pretrain") as log:
+with watching(str(events), "pretrain", load_recipe(sys.argv[3]), str(folder), wait_s=600), EventLog(str(events), "pretrain") as log:
     synthetic_run.start(log, first)
     for step in range(first + 10, 101, 10):
         synthetic_run.train(log, step)
@@ -245,7 +245,7 @@ def test_the_next_driver_takes_over_from_a_stuck_sender(
     killed.kill()
     killed.wait()
     assert drive(40).wait() == 0
-    assert not psutil.wait_procs(stuck, timeout=60)[1]
+    assert not psutil.wait_procs(stuck, timeout=600)[1]
     assert server.held == 1
     server.release()  # the request of the first sender counts only now
     run = only_run(server)
@@ -302,7 +302,7 @@ def test_a_client_that_hangs_is_killed_at_the_end(tmp_path: Path, server: WandbS
             with contextlib.suppress(psutil.NoSuchProcess):  # a helper that has ended
                 process.suspend()
     assert "did not finish with pretrain within 2 s" in caplog.text
-    assert len(started) >= 2 and not psutil.wait_procs(started, timeout=60)[1]
+    assert len(started) >= 2 and not psutil.wait_procs(started, timeout=600)[1]
 
 
 @pytest.mark.parametrize("how", ["closed", "silent"])
@@ -317,7 +317,7 @@ def test_an_unreachable_server_leaves_an_offline_run(
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     events = tmp_path / "events"
-    with watching(str(events), "pretrain", recipe(tmp_path), str(tmp_path), wait_s=200.0):
+    with watching(str(events), "pretrain", recipe(tmp_path), str(tmp_path), wait_s=600.0):
         synthetic_run.interrupted(events)
     listener.close()
     assert "no answer" in caplog.text

@@ -25,7 +25,7 @@ SECRETS = {"AWS_SECRET_ACCESS_KEY": "aws-secret-of-this-test", "WANDB_API_KEY": 
 def send(events: Path, stage: str = "pretrain", **changed: Any) -> None:
     fields = {"events": str(events), "stage": stage, "recipe_name": "emoji", "root": str(events.parent), "mode": "offline", "project": "p"}
     fields |= {"finish_s": 100.0}  # however slow this machine is
-    send_stage(WandbSpec(**(fields | changed)), lambda text: None, wait_s=120.0)
+    send_stage(WandbSpec(**(fields | changed)), lambda text: None, wait_s=600.0)
 
 
 def test_an_offline_run_holds_every_documented_metric_once(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_broken_client_is_a_warning_with_its_cause(
 
 
 def test_off_starts_nothing_and_no_events_make_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "send_stage", partial(send_stage, wait_s=120.0))
+    monkeypatch.setattr(watch, "send_stage", partial(send_stage, wait_s=600.0))
     off = Recipe.model_validate({"name": "emoji", "run_dir": str(tmp_path)})
     events = tmp_path / "events"
     with watching(str(events), "pretrain", off, str(tmp_path)):
@@ -96,7 +96,7 @@ def test_off_starts_nothing_and_no_events_make_no_run(tmp_path: Path, monkeypatc
     catch_up(str(events), off, str(tmp_path), ["pretrain"], print)
     assert not (tmp_path / "wandb").exists()
     kept = off.model_copy(update={"observe": off.observe.model_copy(update={"wandb": "offline"})})
-    with watching(str(events), "evaluate", kept, str(tmp_path), wait_s=120.0):
+    with watching(str(events), "evaluate", kept, str(tmp_path), wait_s=600.0):
         pass
     assert not offline_runs(tmp_path)
     catch_up(str(events), kept, str(tmp_path), ["pretrain", "finetune"], print)
@@ -111,7 +111,7 @@ def test_no_secret_of_the_environment_is_in_any_file_of_the_run(tmp_path: Path, 
     )
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     events = tmp_path / "events"
-    with watching(str(events), "pretrain", recipe, str(tmp_path), wait_s=120.0):
+    with watching(str(events), "pretrain", recipe, str(tmp_path), wait_s=600.0):
         synthetic_run.whole_run(tmp_path)
     assert offline_runs(tmp_path)
     files = [Path(at, name) for at, _, names in os.walk(tmp_path) for name in names]

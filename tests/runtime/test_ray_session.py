@@ -24,7 +24,14 @@ from oar_scale.runtime import ray_session as module
 from oar_scale.runtime.ray_session import ray_session
 from oar_scale.runtime.program import program_exit
 
-module._PARTING_S = 3.0
+notice, kill = 3.0, psutil.Process.kill
+module._PARTING_S = notice
+
+def patient_kill(process):
+    module._PARTING_S = 600.0  # what was killed is gone when the machine gets round to it
+    kill(process)
+
+psutil.Process.kill = patient_kill
 
 def inside():
     import oar_scale
@@ -37,6 +44,7 @@ with ray_session(cpus=1):
         found = ray.get(ray.remote(inside).remote())
     still_there = ray.is_initialized()
     node = ray.nodes()[0]["NodeManagerAddress"]
+module._PARTING_S = notice
 with ray_session(cpus=1):  # a second one in the same process
     again = ray.get(ray.remote(inside).remote())
 left = []

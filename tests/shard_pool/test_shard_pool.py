@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -135,10 +136,12 @@ def test_a_pool_grows_as_far_as_there_is_room(tmp_path: Path) -> None:
 
 
 def test_the_ledger_says_who_did_what_and_how_long_it_took(tmp_path: Path) -> None:
+    began = time.monotonic()
     report = run(tmp_path, seconds=0.2, faults={SHARDS[0]: "die once"})
+    took = time.monotonic() - began
     entries = Ledger(str(tmp_path / "ledger")).entries(SHARDS)
     assert {shard: entry.result for shard, entry in entries.items()} == report.done
-    assert all(0.2 <= entry.work["seconds"] < 30 for entry in entries.values())
+    assert all(0.2 <= entry.work["seconds"] < took for entry in entries.values())
     assert [entries[shard].work["attempt"] for shard in SHARDS] == [2, 1, 1, 1, 1, 1]
     assert {int(entry.work["actor"].split(":")[1]) for entry in entries.values()} <= set(pids(tmp_path / "log"))
     assert report.actor_seconds > sum(entry.work["seconds"] for entry in entries.values())
