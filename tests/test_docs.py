@@ -15,6 +15,7 @@ from oar_scale.config.loading import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -28,6 +29,50 @@ def test_every_recipe_and_file_the_readme_names_exists() -> None:
     named = set(re.findall(r"`(recipes/[\w./-]+|docs/[\w./-]+)`", README)) | set(re.findall(r"\]\(((?!http)[\w./-]+)\)", README))
     assert len(named) >= 8
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+FOLDERS = (".ci", "cluster", "docs", "oar_scale", "recipes", "tests", "tools")
+SOURCES = (".py", ".md", ".yaml", ".toml", ".j2", ".sh")
+
+
+def repository_paths(text: str) -> set[str]:
+    """The words in backticks that are paths of this repository.
+
+    They begin with one of its folders, or name a source file. A run's files are none of them (they are JSON, tars and tables), nor is
+    ``mine.yaml``, which stands for a recipe of the reader's own.
+    """
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    words = {
+        word
+        for span in spans
+        for word in span.split()
+        if re.fullmatch(r"[\w./*-]+", word) and not word.startswith(("/", "...")) and Path(word).stem != "mine"
+    }
+    return {word for word in words if (word.split("/")[0] in FOLDERS and "/" in word) or (word.endswith(SOURCES) and word not in SOURCES)}
+
+
+def is_there(path: str) -> bool:
+    """Whether the repository has it, from its top or below a folder that the text leaves out; ``*`` and capitals stand for a name."""
+    if (ROOT / path).exists():
+        return True
+    pattern = re.sub(r"\b[A-Z]{2,}\b", "*", path).rstrip("/")
+    return any(ROOT.glob(pattern)) or any(any((ROOT / folder).rglob(pattern)) for folder in FOLDERS)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_repository_path_in_the_docs_exists(document: Path) -> None:
+    missing = sorted(path for path in repository_paths(document.read_text()) if not is_there(path))
+    assert not missing, f"{document.name} names {missing}"
+
+
+def test_a_wrong_path_in_the_docs_would_be_noticed() -> None:
+    wrong = ["oar_scale/gone", "training/gone.py", "docs/gone.md", "gone.py", "recipes/gone-NAME.yaml", "tests/test_gone.py"]
+    text = "see " + ", ".join(f"`{path}`" for path in wrong) + " and `python tools/gone.py --seconds`"
+    assert repository_paths(text) == {*wrong, "tools/gone.py"}
+    assert not [path for path in repository_paths(text) if is_there(path)]
+    known = ["oar_scale/registry.py", "config/*_sections.py", "recipes/base/model-NAME.yaml", "spiral.py", "tests/", ".ci/run"]
+    assert all(is_there(path) for path in known)
+    assert not repository_paths("`runs/quickstart/report`, `stages/tokenizer.json`, `/metrics`, `s3://bucket/prefix`, `train/step`")
 
 
 def test_every_make_target_the_readme_names_exists() -> None:

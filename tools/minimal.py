@@ -34,7 +34,7 @@ from oar_scale.tokenizers.text import TextTokenizer
 from oar_scale.tokenizers.vq import load_vq, save_vq
 from oar_scale.training.callbacks.heldout import HeldoutLikelihood
 from oar_scale.training.callbacks.speed import Speed
-from oar_scale.training.heldout import Heldout
+from oar_scale.training.heldout_images import HeldoutImages
 from oar_scale.training.inputs import job_prompts, job_stream
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.loop import Loop
@@ -110,7 +110,7 @@ def train(recipe: Recipe, stage: TrainingName, out: Path, start_from: str, resul
     engine = PlainEngine(load_model(job.start_from), prompts, job.training, recipe.parallel, process.device)
     print(f"{stage}: {engine.parameters:,} parameters, {job.training.steps} steps")
     stream = job_stream(job, prompts, process.rank, process.world)
-    callbacks = [HeldoutLikelihood(Heldout(job, prompts, process)), Speed()]
+    callbacks = [HeldoutLikelihood(HeldoutImages(job, prompts, process)), Speed()]
     Loop(job, process, engine, stream, Printed(), callbacks).run()
     save_model(job.result, engine.plain_model())
     print(f"  {time.monotonic() - begun:.0f} s")

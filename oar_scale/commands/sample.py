@@ -17,7 +17,7 @@ from oar_scale.registry import MODELS, current_name
 from oar_scale.run.artifacts import prompt_encoder, read_tokens, require, require_model
 from oar_scale.run.context import Run
 from oar_scale.storage import open_storage
-from oar_scale.tokenizers.prompts import Prompt, model_inputs
+from oar_scale.tokenizers.prompts import Prompt, conditioning_inputs
 from oar_scale.tokenizers.vq import load_vq
 
 DRAWINGS = 4
@@ -55,13 +55,13 @@ def sample_images(run: Run, captions: list[str] | None, model: str, out: str, or
     network = load_model(require_model(run, chosen))
     if parallel.precision == "bf16":
         network = network.to(torch.bfloat16)
-    cond_inputs = prompts.encode(given)
-    unknown = [caption for caption, ids in zip(given, cond_inputs, strict=True) if prompts.field == "txt" and not ids.any()]
+    encoded_prompts = prompts.encode(given)
+    unknown = [caption for caption, ids in zip(given, encoded_prompts, strict=True) if prompts.field == "txt" and not ids.any()]
     if unknown:
         raise UserError(f"caption {unknown[0]!r} has no token in {run.text_uri}")
     noise = torch.Generator().manual_seed(int(hash_keys("sample", run.recipe.seed)) >> 1)
     with torch.no_grad():
-        condition = network.condition(model_inputs(prompts, cond_inputs).repeat_interleave(DRAWINGS, dim=0))
+        condition = network.condition(conditioning_inputs(prompts, encoded_prompts).repeat_interleave(DRAWINGS, dim=0))
     request = OrderRequest(network, len(condition), noise, run_files(run.at()), run.model_uri(chosen))
     order_BN = sampling_order(order or run.recipe.sample.order, request, "--order" if order else "sample.order")
     drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), noise, order_BN)

@@ -2,7 +2,7 @@
 
     global_batch = micro_batch x workers x accumulation
 
-The optimiser is ours (``training/optimizer.py``), and the training loop sets its rate before each step, so neither is named here.
+The optimizer is ours (``training/optimizer.py``), and the training loop sets its rate before each step, so neither is named here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def deepspeed_config(parallel: ParallelConfig, training: TrainingConfig, workers
     return {
         "train_micro_batch_size_per_gpu": parallel.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        # Without ZeRO the optimiser clips, which also has to know the norm.
+        # Without ZeRO the optimizer clips, which also has to know the norm.
         "gradient_clipping": training.clip_norm if parallel.zero_stage else 0.0,
         "bf16": {"enabled": parallel.precision == "bf16", "check_grad_overflow": True},
         "zero_optimization": _zero(parallel),

@@ -57,7 +57,7 @@ class ParallelConfig(Section):
     """Processes that train, or ``{min, max}``: with fewer of them after a node is lost, with more when it is back. The global batch and
     the samples of a step stay the same."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed ZeRO shares out among the workers: nothing, the optimiser's state, gradients too, parameters too."""
+    """What DeepSpeed ZeRO shares out among the workers: nothing, the optimizer's state, gradients too, parameters too."""
     hpz_workers: int = Field(1, ge=1)
     """ZeRO-3, ZeRO++ hpZ: workers of a node that hold the parameters once more between them; 1: off."""
     quantized_weights: bool = False
@@ -129,7 +129,7 @@ class MixConfig(Section):
 
 
 class TrainingConfig(Section):
-    """One training: its length, its optimiser, its orders, its checkpoints."""
+    """One training: its length, its optimizer, its orders, its checkpoints."""
 
     steps: int = Field(100, ge=0)
     """0, for pretraining only: ``model.weights`` are the any-order model as they are, and orders are extracted from them at once."""

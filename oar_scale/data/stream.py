@@ -96,7 +96,7 @@ class Batch:
     """int64: uids as the plan has them, also where a sample was replaced."""
     codes_bN: Tensor
     """int64 codes in raster order."""
-    prompts_b: Tensor
+    encoded_prompts_b: Tensor
     """Encoded prompts, a row for each sample: ids [b, T], labels [b, 1] or features [b, T, F]."""
     drop_b: Tensor
     """Samples whose prompt is dropped (bool)."""
@@ -211,7 +211,7 @@ class TokenStream:
             step=step,
             uid_b=torch.from_numpy(slots.uid),
             codes_bN=torch.from_numpy(codes_bN.astype(np.int64)),
-            prompts_b=self.prompts.encode([row.prompt for row in rows]),
+            encoded_prompts_b=self.prompts.encode([row.prompt for row in rows]),
             drop_b=torch.from_numpy(uniform("caption", settings.seed, slots.epoch, slots.uid) < settings.caption_dropout),
             seed=settings.seed,
             epoch_b=torch.from_numpy(slots.epoch),

@@ -1,4 +1,4 @@
-"""The engine with DeepSpeed ZeRO: optimiser state, gradients and parameters sharded over the workers, as ``parallel.zero_stage`` says.
+"""The engine with DeepSpeed ZeRO: optimizer state, gradients and parameters sharded over the workers, as ``parallel.zero_stage`` says.
 
 ZeRO-3 builds the model sharded: no process ever holds more than one parameter whole, but for :meth:`DeepSpeedEngine.plain_model`.
 """
@@ -69,7 +69,7 @@ class DeepSpeedEngine:
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
 
     def train_step(self, batch: Batch, lr: float) -> StepResult:
-        """Take one optimiser step; see :meth:`Engine.train_step`. DeepSpeed steps at the last micro-batch."""
+        """Take one optimizer step; see :meth:`Engine.train_step`. DeepSpeed steps at the last micro-batch."""
         engine = self.deepspeed
         engine.train()
         for group in engine.optimizer.param_groups:
@@ -80,7 +80,7 @@ class DeepSpeedEngine:
                 loss, quarters_4 = engine(*inputs)
             with record_function("oar::backward, reduction"):
                 engine.backward(loss)
-            with record_function("oar::optimiser"):
+            with record_function("oar::optimizer"):
                 engine.step()
             losses.append(loss.detach().float())
             quarters.append(quarters_4.float())

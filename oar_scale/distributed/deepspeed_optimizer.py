@@ -1,4 +1,4 @@
-"""The optimiser with what DeepSpeed's engine asks of one that it wraps."""
+"""The optimizer with what DeepSpeed's engine asks of one that it wraps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from oar_scale.training.optimizer import EmaAdamW
 
 
 class DeepSpeedAdamW(EmaAdamW):
-    """Moves nothing until it is ``armed``: ZeRO-3 takes a step while it is set up, which must only make the optimiser's state."""
+    """Moves nothing until it is ``armed``: ZeRO-3 takes a step while it is set up, which must only make the optimizer's state."""
 
     armed = False
 
@@ -24,5 +24,5 @@ class DeepSpeedAdamW(EmaAdamW):
 
     @property
     def _global_grad_norm(self) -> float | None:
-        """The norm's name in DeepSpeed's optimisers, where its engine looks for it."""
+        """The norm's name in DeepSpeed's optimizers, where its engine looks for it."""
         return self.grad_norm

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oar_scale.distributed.attempt_metadata import attempt_metadata
-from oar_scale.distributed.checkpointing import Checkpointing
+from oar_scale.distributed.checkpoint_callback import CheckpointCallback
 from oar_scale.distributed.checkpoints import Restored, restore
 from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
 from oar_scale.distributed.worker_process import WorkerProcess
@@ -31,7 +31,7 @@ from oar_scale.training.callbacks.profiling import Profiling
 from oar_scale.training.callbacks.sample_sheet import SampleSheet
 from oar_scale.training.callbacks.speed import Speed
 from oar_scale.training.callbacks.stability import Stability
-from oar_scale.training.heldout import Heldout
+from oar_scale.training.heldout_images import HeldoutImages
 from oar_scale.training.inputs import job_prompts, job_stream
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.loop import Callback, Loop, RollBack
@@ -88,12 +88,12 @@ def _prepared(
     prompts = job_prompts(job)
     engine = DeepSpeedEngine(job, prompts, process)
     try:
-        heldout = Heldout(job, prompts, process)
+        heldout = HeldoutImages(job, prompts, process)
         stream = job_stream(job, prompts, process.rank, process.world)
         stateful: dict[str, Callback] = {"stability": Stability(), "evaluation": HeldoutLikelihood(heldout)}
-        checkpointing = Checkpointing(job, engine, lambda loop: _state(loop, stateful))
+        checkpoints = CheckpointCallback(job, engine, lambda loop: _state(loop, stateful))
         # In this order: a step that is rolled back is not saved, and a checkpoint has the likelihood of its step.
-        callbacks = [*stateful.values(), SampleSheet(heldout), MemoryUsage(), Speed(), checkpointing]
+        callbacks = [*stateful.values(), SampleSheet(heldout), MemoryUsage(), Speed(), checkpoints]
         if job.profile_steps:
             callbacks.append(Profiling(job.profile_steps))
         loop = Loop(job, process, engine, stream, log, callbacks)

@@ -181,7 +181,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def fused_adamw() -> Iterator[Finding]:
-    """One step of the optimiser in one kernel."""
+    """One step of the optimizer in one kernel."""
     import torch
 
     target = device()

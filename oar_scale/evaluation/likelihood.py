@@ -83,7 +83,7 @@ def shuffled_captions(cond_inputs_S: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(captions_UT[next_U[caption_S.ravel()]]).to(cond_inputs_S.device)
 
 
-def mean_nll(nll_S: Tensor) -> Estimate:
+def nll_estimate(nll_S: Tensor) -> Estimate:
     """Mean over images and its standard error."""
     return estimate(nll_S.double().numpy())
 
@@ -96,4 +96,4 @@ def paired_difference(first_S: Tensor, second_S: Tensor) -> Estimate:
     """
     if first_S.shape != second_S.shape:
         raise ValueError(f"a paired difference needs the same images on both sides, got {list(first_S.shape)} and {list(second_S.shape)}")
-    return mean_nll(first_S.double() - second_S.double())
+    return nll_estimate(first_S.double() - second_S.double())

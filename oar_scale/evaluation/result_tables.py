@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from oar_scale.evaluation.distances import frechet, kid
 from oar_scale.evaluation.eval_tasks import BruteForce, Likelihoods
-from oar_scale.evaluation.likelihood import mean_nll, paired_difference
+from oar_scale.evaluation.likelihood import nll_estimate, paired_difference
 from oar_scale.orders.analysis import kendall_distance, placing_times
 from oar_scale.registry import BASELINES, ModelName
 from oar_scale.results.estimates import (
@@ -40,7 +40,7 @@ def per_image(results: Sequence[Likelihoods]) -> PerImage:
 
 def likelihood_table(nll: PerImage) -> NllTable:
     """Means, and the ordered model against the others where both were measured."""
-    entries = [NllEntry(model, order, mean_nll(row[order])) for model, row in nll.items() for order in ORDERS if order in row]
+    entries = [NllEntry(model, order, nll_estimate(row[order])) for model, row in nll.items() for order in ORDERS if order in row]
     differences = [
         NllDifference("ordered", other, order, paired_difference(nll["ordered"][order], nll[other][order]))
         for order in ("own confidence", "random")
@@ -53,7 +53,7 @@ def likelihood_table(nll: PerImage) -> NllTable:
 def pretrain_effect(nll: PerImage) -> PretrainEffect:
     """Likelihood under random orders before and after the pretraining, and the paired difference."""
     before, after = nll["base"]["random"], nll["any_order"]["random"]
-    return PretrainEffect(len(after), mean_nll(before), mean_nll(after), paired_difference(after, before))
+    return PretrainEffect(len(after), nll_estimate(before), nll_estimate(after), paired_difference(after, before))
 
 
 def caption_dependence(nll: PerImage) -> tuple[CaptionDependence, ...]:
@@ -62,8 +62,8 @@ def caption_dependence(nll: PerImage) -> tuple[CaptionDependence, ...]:
         CaptionDependence(
             model,
             len(row["random"]),
-            own=mean_nll(row["random"]),
-            shuffled=mean_nll(row["shuffled captions"]),
+            own=nll_estimate(row["random"]),
+            shuffled=nll_estimate(row["shuffled captions"]),
             difference=paired_difference(row["shuffled captions"], row["random"]),
         )
         for model, row in nll.items()

@@ -25,7 +25,15 @@ from oar_scale.model import AnyOrderModel, check_prompts, load_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
 from oar_scale.orders.policies import LateOrder, OrderRequest, sampling_order
 from oar_scale.tokenizers.image import ImageTokenizer
-from oar_scale.tokenizers.prompts import FeatureReader, LabelEncoder, Prompt, PromptEncoder, for_new_prompts, load_prompts, model_inputs
+from oar_scale.tokenizers.prompts import (
+    FeatureReader,
+    LabelEncoder,
+    Prompt,
+    PromptEncoder,
+    conditioning_inputs,
+    for_new_prompts,
+    load_prompts,
+)
 from oar_scale.tokenizers.vq import load_vq, pixels_to_unit, unit_to_pixels
 
 DECODE_BATCH = 16
@@ -154,11 +162,11 @@ class Pretrained:
             wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
             if wrong is not None:
                 raise UserError(f"{wrong!r} is not a caption: this model is conditioned on captions")
-        cond_inputs = self.text.encode(prompts)
-        if self.text.field == "txt" and not cond_inputs.flatten(1).any(1).all():
-            empty = int((~cond_inputs.flatten(1).any(1)).nonzero()[0])
+        encoded_prompts = self.text.encode(prompts)
+        if self.text.field == "txt" and not encoded_prompts.flatten(1).any(1).all():
+            empty = int((~encoded_prompts.flatten(1).any(1)).nonzero()[0])
             raise UserError(f"caption {prompts[empty]!r} has no token in the model's vocabulary")
-        return self.model.condition(model_inputs(self.text, cond_inputs.to(self._device)))
+        return self.model.condition(conditioning_inputs(self.text, encoded_prompts.to(self._device)))
 
     def _order(self, order: Order | None, batch: int, noise: torch.Generator) -> Tensor | LateOrder | None:
         if order is None or isinstance(order, str):

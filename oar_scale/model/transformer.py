@@ -52,14 +52,14 @@ class AnyOrderModel(nn.Module):
 
     # -- whole images -------------------------------------------------------------------------------------------------
 
-    def condition(self, inputs: Tensor, drop_B: Tensor | None = None) -> Tensor:
+    def condition(self, cond_inputs: Tensor, drop_B: Tensor | None = None) -> Tensor:
         """Condition rows [B, T, D].
 
         Args:
-            inputs: class labels [B], text ids [B, T], or features [B, T, F], as the spec says.
+            cond_inputs: class labels [B], text ids [B, T], or features [B, T, F], as the spec says.
             drop_B: bool; these samples become the null condition.
         """
-        return self.conditioner(inputs, drop_B)
+        return self.conditioner(cond_inputs, drop_B)
 
     def null_condition(self, batch: int) -> Tensor:
         """Condition rows [B, T, D] of no caption."""

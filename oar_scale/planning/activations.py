@@ -1,4 +1,4 @@
-"""Activation memory of training, by formula, in bytes: all that is held besides parameters, their gradients and the optimiser's state.
+"""Activation memory of training, by formula, in bytes: all that is held besides parameters, their gradients and the optimizer's state.
 
 One block, for each row of the sequence
 (D channels, F of the feed-forward, H heads and G of keys and values, d channels each, e bytes a number):

@@ -11,7 +11,7 @@ from oar_scale.planning.memory_fit import MODES, fits_on, memory_function
 from oar_scale.planning.step_time import step_time
 from oar_scale.planning.traffic import checkpoint_traffic
 from oar_scale.planning.training_stage import TrainingStagePlan, checkpoint_timing, evaluation_seconds, training_config
-from oar_scale.planning.worker_memory import micro_batches
+from oar_scale.planning.worker_memory import micro_batch_sizes
 
 WORTH = 0.03
 """A smaller share of the money, or of the time, is within what the assumptions leave open."""
@@ -75,7 +75,7 @@ def _settings(planned: ParallelConfig, workers: int) -> list[ParallelConfig]:
 def _largest(case: Case, setting: ParallelConfig) -> ParallelConfig | None:
     """The setting with the largest micro-batch that fits; None where none does."""
     holds = memory_function(case)
-    sizes = (setting.model_copy(update={"micro_batch": size}) for size in micro_batches(case.recipe, case.workers))
+    sizes = (setting.model_copy(update={"micro_batch": size}) for size in micro_batch_sizes(case.recipe, case.workers))
     return next((parallel for parallel in sizes if fits_on(case, holds(parallel))), None)
 
 

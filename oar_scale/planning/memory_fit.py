@@ -11,7 +11,7 @@ from oar_scale.errors import UserError
 from oar_scale.planning import activations
 from oar_scale.planning.activations import Checkpointing, TrunkActivations
 from oar_scale.planning.case import Case
-from oar_scale.planning.worker_memory import WorkerMemory, micro_batches, worker_memory, zero_settings
+from oar_scale.planning.worker_memory import WorkerMemory, micro_batch_sizes, worker_memory, zero_settings
 
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 _PLAIN: Mapping[str, object] = {"hpz_workers": 1, "quantized_weights": False, "quantized_gradients": False}
@@ -53,7 +53,7 @@ def choose_settings(case: Case, traced: Traced | None = None) -> MemoryFit:
     Raises:
         UserError: nothing fits on such GPUs; the message names what would.
     """
-    given, sizes, capacity = case.recipe.parallel, micro_batches(case.recipe, case.workers), case.cluster.memory
+    given, sizes, capacity = case.recipe.parallel, micro_batch_sizes(case.recipe, case.workers), case.cluster.memory
     written = given.model_copy(update={"workers": case.workers})
     divides = given.micro_batch in sizes
     if not divides:
@@ -79,7 +79,7 @@ def choose_settings(case: Case, traced: Traced | None = None) -> MemoryFit:
 
 def memory_table(case: Case, parallel: ParallelConfig, traced: Traced | None = None) -> list[MemoryRow]:
     """Memory at the planned micro-batch, and the largest micro-batch, for each ZeRO stage, offload and kind of activation checkpointing."""
-    sizes, holds = micro_batches(case.recipe, case.workers), memory_function(case, traced)
+    sizes, holds = micro_batch_sizes(case.recipe, case.workers), memory_function(case, traced)
 
     def largest(setting: ParallelConfig) -> int:
         return next((n for n in sizes if fits_on(case, holds(setting.model_copy(update={"micro_batch": n})))), 0)

@@ -21,9 +21,9 @@ _MOMENTS = {
     "backward": "backward pass",
     "late": "end of the backward pass",
     "reduction": "reduction of gradients",
-    "step": "optimiser's step",
+    "step": "optimizer's step",
 }
-_OFFLOAD = {"none": "", "optimizer": "optimiser", "optimizer_and_parameters": "and weights"}
+_OFFLOAD = {"none": "", "optimizer": "optimizer", "optimizer_and_parameters": "and weights"}
 
 
 def as_json(plan: RunPlan) -> str:
@@ -66,7 +66,7 @@ def _memory(plan: RunPlan) -> Iterator[str]:
         "weights": [row.memory.parameters for row in plan.table],
         "gathered": [row.memory.gathered for row in plan.table],
         "gradients": [row.memory.gradients for row in plan.table],
-        "optimiser": [row.memory.optimizer for row in plan.table],
+        "optimizer": [row.memory.optimizer for row in plan.table],
         "average": [row.memory.average for row in plan.table],
         "buckets": [row.memory.buckets for row in plan.table],
         "activations": [row.memory.activations for row in plan.table],

@@ -6,7 +6,7 @@
     offload         gradients and parameters over PCIe, AdamW at the speed of the node's memory
     data            shards from storage at the node's rate, prefetched: a wait is what is left beyond the rest
 
-MFU is a published share of the peak: it already holds what its source spent on its optimiser and its own communication.
+MFU is a published share of the peak: it already holds what its source spent on its optimizer and its own communication.
 
 Bytes that a worker sends in a step (P parameters, e bytes each, A micro-batches, times (W - 1) / W):
 
@@ -33,7 +33,7 @@ ADAMW = 28
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds and bytes of one optimiser step."""
+    """Seconds and bytes of one optimizer step."""
 
     compute_s: float
     recompute_s: float

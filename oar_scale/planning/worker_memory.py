@@ -6,18 +6,18 @@
     parameters        e P       e P           e P        e P / W        + e P / hpz_workers, the node's own copy
     gathered          -         -             -          e min(P, 10^9)    those in use, whole
     gradients         e P       e P *         e P / W    e P / W        * e P / W where a step is one micro-batch
-    optimiser         8 P       12 P / W      12 P / W   12 P / W       two moments, and float32 weights under ZeRO; 4 P more for an average
+    optimizer         8 P       12 P / W      12 P / W   12 P / W       two moments, and float32 weights under ZeRO; 4 P more for an average
     buckets           e b       e (B + b)     e (B + b)  e (B + b)      B = 5 10^8 numbers, b = min(P, B); a CPU touches 2 e b of them
 
-Besides weights, optimiser and average a worker holds, at successive moments of a step (the largest counts):
+Besides weights, optimizer and average a worker holds, at successive moments of a step (the largest counts):
 
     forward     activations that are kept, and the memory of the loss: logits, and its gradients so far
     backward    activations, the head's gradient, the bucket B (a CPU touches of it what gradients have come)
     late        the first block's activations with all gradients whole: ZeRO 0 and 1, which reduce at the end
     reduction   the bucket and its copy b, with the activations that are left when the first bucket is full: none where P < B
-    step        gradients as the optimiser takes them: (e + 4) P / W in bf16, 4 P / W in fp32, under ZeRO-3 of 10^9 parameters at a time
+    step        gradients as the optimizer takes them: (e + 4) P / W in bf16, 4 P / W in fp32, under ZeRO-3 of 10^9 parameters at a time
 
-and gradients from the micro-batches before, gathered parameters and ZeRO-3's bucket in all passes. Offload moves the optimiser's part,
+and gradients from the micro-batches before, gathered parameters and ZeRO-3's bucket in all passes. Offload moves the optimizer's part,
 and parameters, to the node's memory. The table was found by counting the tensors of real engines (tests/planning/test_zero_memory.py),
 and agrees with DeepSpeed's own estimators where they count the same; the maximum is what real training workers take on a CPU
 (tests/planning/test_planned_memory.py).
@@ -39,7 +39,7 @@ from oar_scale.planning.shape import parameters
 BUCKET = 500_000_000
 """Numbers that DeepSpeed reduces at once (``reduce_bucket_size``)."""
 LIVE = 1_000_000_000
-"""Parameters that ZeRO-3 holds whole (``stage3_max_live_parameters``), and takes one optimiser step for (``sub_group_size``)."""
+"""Parameters that ZeRO-3 holds whole (``stage3_max_live_parameters``), and takes one optimizer step for (``sub_group_size``)."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class WorkerMemory:
     logits: int
     """Logits with all other memory of the loss, after the forward pass."""
     step: int
-    """Gradients as the optimiser takes them, when there are no activations and buckets."""
+    """Gradients as the optimizer takes them, when there are no activations and buckets."""
     moments: dict[str, int]
-    """All that is held besides weights, optimiser and average, by moment of the step."""
+    """All that is held besides weights, optimizer and average, by moment of the step."""
     worst: str
     """The moment of the largest sum."""
     tensors: int
@@ -73,7 +73,7 @@ class WorkerMemory:
 
     @property
     def states(self) -> int:
-        """Parameters, gradients and the optimiser's state."""
+        """Parameters, gradients and the optimizer's state."""
         return self.parameters + self.gradients + self.optimizer + self.average
 
 
@@ -164,7 +164,7 @@ class _Sizes:
 
 
 def _passes(stage: int, sizes: _Sizes, trunk: TrunkActivations, head: HeadActivations) -> dict[str, int]:
-    """Bytes besides weights, optimiser and average at each moment of a pass (see the module's docstring)."""
+    """Bytes besides weights, optimizer and average at each moment of a pass (see the module's docstring)."""
     stays = sizes.gathered + sizes.earlier + (max(sizes.bucket, sizes.copy) if stage == 3 else 0)
     comes = stays + (sizes.bucket if stage in (1, 2) else 0) + sizes.in_transfer
     several = sizes.gradients > sizes.copy  # buckets: what was reduced of the first is there when the next one is full
@@ -185,7 +185,7 @@ def _passes(stage: int, sizes: _Sizes, trunk: TrunkActivations, head: HeadActiva
     return moments
 
 
-def micro_batches(recipe: Recipe, workers: int) -> list[int]:
+def micro_batch_sizes(recipe: Recipe, workers: int) -> list[int]:
     """Micro-batches that divide the global batches of all training stages among the workers, largest first."""
     per_worker = gcd(recipe.pretrain.global_batch, recipe.finetune.global_batch)
     if per_worker % workers:
@@ -215,7 +215,7 @@ def _parameters(parallel: ParallelConfig, total: int, share: int, e: int) -> int
 
 
 def _step(stage: int, share: int, e: int) -> int:
-    """Bytes of the optimiser step beside the gradients that exist already: flattened, and in float32 where it was not."""
+    """Bytes of the optimizer step beside the gradients that exist already: flattened, and in float32 where it was not."""
     if stage == 0:
         return 0
     return (4 if e == 4 else e + 4) * (min(share, LIVE) if stage == 3 else share)
@@ -224,6 +224,6 @@ def _step(stage: int, share: int, e: int) -> int:
 def _host(parallel: ParallelConfig, share: int, states: int, e: int, largest: int) -> int:
     if parallel.offload == "none":
         return 0
-    # The optimiser's state, gradients in float32 and as they come, a copy of the parameters on their way back.
+    # The optimizer's state, gradients in float32 and as they come, a copy of the parameters on their way back.
     parameters = e * share if parallel.offload == "optimizer_and_parameters" else 0
     return states + 4 * share + e * share + e * largest + parameters

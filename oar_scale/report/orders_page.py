@@ -1,4 +1,4 @@
-"""The page of an :class:`~oar_scale.orders.analysis.order_analysis.OrderAnalysis`: one HTML file that loads nothing from anywhere."""
+"""The page of an :class:`~oar_scale.orders.analysis.analysis_values.OrderAnalysis`: one HTML file that loads nothing from anywhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from oar_scale.orders.analysis.order_analysis import OrderAnalysis
+from oar_scale.orders.analysis.analysis_values import OrderAnalysis
 from oar_scale.orders.analysis.statistics import placing_times
 from oar_scale.orders.policies import grid_policies
 from oar_scale.report import page_environment

@@ -31,7 +31,7 @@ from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.shard_pool import ArrayTask, Bounds, PoolReport, ShardResult, Timing, Worker, run_pool
 from oar_scale.shard_pool.pool_types import OnEvent
 from oar_scale.storage import fetch, join, open_storage
-from oar_scale.tokenizers.prompts import check_features, load_prompts, model_inputs
+from oar_scale.tokenizers.prompts import check_features, conditioning_inputs, load_prompts
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class ExtractionWorker:
         """
         uri = join(self.job.tokens, shard)
         tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard], cache_bytes=self.job.cache_bytes)
-        cond_inputs_S = self.prompts.encode(tokens.prompts(self.prompts.field))
+        encoded_prompts_S = self.prompts.encode(tokens.prompts(self.prompts.field))
         kinds = [(view, draw) for view in range(self.job.views) for draw in range(self.job.settings.orders_per_image)]
-        drawn = [self._orders(tokens, cond_inputs_S, view, draw, uri) for view, draw in kinds]
+        drawn = [self._orders(tokens, encoded_prompts_S, view, draw, uri) for view, draw in kinds]
         samples = len(tokens.keys)
         table = OrderTable(  # all rows of the first sample, then those of the second
             keys=[key for key in tokens.keys for _ in kinds],
@@ -133,18 +133,18 @@ class ExtractionWorker:
             "settings_id": self.job.settings_id,
         }
 
-    def _orders(self, tokens: TokenShard, cond_inputs_S: torch.Tensor, view: int, draw: int, uri: str) -> Orders:
+    def _orders(self, tokens: TokenShard, encoded_prompts_S: torch.Tensor, view: int, draw: int, uri: str) -> Orders:
         """One order for each sample of a shard, a batch at a time."""
         codes_SN = torch.from_numpy(tokens.view(view).astype(np.int64))
         names = tokens.keys if view == 0 else [f"{key}/{view}" for key in tokens.keys]
         images_S = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64)
         cuts = [slice(start, start + self.job.batch) for start in range(0, len(codes_SN), self.job.batch)]
-        orders = [self._extract(codes_SN[cut], cond_inputs_S[cut], images_S[cut], draw, uri) for cut in cuts]
+        orders = [self._extract(codes_SN[cut], encoded_prompts_S[cut], images_S[cut], draw, uri) for cut in cuts]
         return Orders(torch.cat([part.order_BN for part in orders]), torch.cat([part.score_BN for part in orders]))
 
     @torch.no_grad()
-    def _extract(self, codes_BN: torch.Tensor, cond_inputs_B: torch.Tensor, images_B: NDArray[np.int64], draw: int, uri: str) -> Orders:
-        condition_BTD = self.model.condition(model_inputs(self.prompts, cond_inputs_B.to(self.device)))
+    def _extract(self, codes_BN: torch.Tensor, encoded_prompts_B: torch.Tensor, images_B: NDArray[np.int64], draw: int, uri: str) -> Orders:
+        condition_BTD = self.model.condition(conditioning_inputs(self.prompts, encoded_prompts_B.to(self.device)))
         try:
             return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B, draw)
         except ValueError as error:

@@ -58,7 +58,7 @@ from oar_scale.run.artifacts import (
 from oar_scale.run.context import Run
 from oar_scale.storage import fetch
 from oar_scale.tokenizers.image import ImageTokenizer
-from oar_scale.tokenizers.prompts import model_inputs
+from oar_scale.tokenizers.prompts import conditioning_inputs
 from oar_scale.tokenizers.vq import codebook_use, load_vq, pixels_to_unit, psnr
 
 EditKind = Literal["inpainting", "outpainting"]
@@ -150,10 +150,10 @@ def _read(run: Run) -> Inputs:
         vq_file=vq_file,
         heldout=heldout,
         heldout_pictures=read_pictures(run, "heldout", heldout.keys),
-        cond_inputs_S=model_inputs(prompts, prompts.encode(heldout.prompts)),
+        cond_inputs_S=conditioning_inputs(prompts, prompts.encode(heldout.prompts)),
         train=train,
         train_pictures=read_pictures(run, "train", train.keys[: max(compared, ORDER_EXAMPLES)]),
-        train_cond_inputs_S=model_inputs(prompts, prompts.encode(train.prompts[:BRUTE_FORCE_IMAGES])),
+        train_cond_inputs_S=conditioning_inputs(prompts, prompts.encode(train.prompts[:BRUTE_FORCE_IMAGES])),
         orders_SN=read_train_orders(run, train),
         compared=compared,
         new_S=without_variant(run, heldout.keys),

@@ -1,7 +1,7 @@
 """``oar extract --compare``: what the cheaper methods of finding orders cost, and what they lose.
 
 On the first training images, with the run's any-order model: rows, images/s, Kendall's tau and regret against exact orders
-(``studies/extraction_comparison.py``); an order head is judged by those of them that it did not learn from. With fine-tuning also what a
+(``studies/extraction_methods.py``); an order head is judged by those of them that it did not learn from. With fine-tuning also what a
 model is worth that was trained on the orders of each method, on the same images and for the same few steps: likelihood of held-out images,
 the same for every method, and the distance of its drawings to them.
 """
@@ -30,10 +30,10 @@ from oar_scale.run.artifacts import Tokens, prompt_encoder, read_tokens, require
 from oar_scale.run.context import Run
 from oar_scale.runtime.tables import text_table
 from oar_scale.storage import fetch, join, open_storage
-from oar_scale.studies.extraction_comparison import EXACT, ROUNDS, MethodResult, compare, extraction_methods, head_methods
+from oar_scale.studies.extraction_methods import EXACT, ROUNDS, MethodResult, compare, extraction_methods, head_methods
 from oar_scale.studies.order_head_training import kept_out
 from oar_scale.studies.short_training import ShortTraining
-from oar_scale.tokenizers.prompts import model_inputs
+from oar_scale.tokenizers.prompts import conditioning_inputs
 
 
 def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune: int = 0) -> JsonObject:
@@ -113,7 +113,7 @@ def _measured(run: Run, model_file: str, shards: Sequence[ShardInfo], tokens: To
     head = _head(run, model, model_id(model_file))
     methods = extraction_methods(settings, model.spec.grid, head)
     judged = {} if head is None else dict.fromkeys(head_methods(head), _unseen(run, head, shards, len(tokens.keys)))
-    cond_inputs_S = model_inputs(prompts, prompts.encode(tokens.prompts)).to(device)
+    cond_inputs_S = conditioning_inputs(prompts, prompts.encode(tokens.prompts)).to(device)
     codes_SN, images_S = torch.from_numpy(tokens.codes_SN).to(device), np.array([zlib.crc32(key.encode()) for key in tokens.keys], np.int64)
     with run.console.progress(rounds * len(methods), "methods of finding orders") as tally:
         return compare(

@@ -24,8 +24,8 @@ from oar_scale.evaluation.animation import animated, appearing
 from oar_scale.evaluation.pictures import decode_pictures
 from oar_scale.orders.analysis import choice_entropy, describe_orders, kendall_distance, mean_time_map, placing_times
 from oar_scale.orders.analysis.agreement import Agreement, agreement
+from oar_scale.orders.analysis.analysis_values import Example, OrderAnalysis
 from oar_scale.orders.analysis.caption_groups import Group, caption_words, groups, most_deviating
-from oar_scale.orders.analysis.order_analysis import Example, OrderAnalysis
 from oar_scale.orders.order_files import head_report_file
 from oar_scale.orders.order_table import OrderTable, join_orders, read_orders, table_name
 from oar_scale.orders.policies import grid_policies

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from oar_scale.model import AnyOrderModel, load_model, model_id
-from oar_scale.orders.analysis.order_analysis import HeadReport, HeadRow
+from oar_scale.orders.analysis.analysis_values import HeadReport, HeadRow
 from oar_scale.orders.head import load_head, save_head
 from oar_scale.orders.order_files import head_file, head_report_file, run_files
 from oar_scale.registry import ModelName

@@ -30,7 +30,7 @@ from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.model import AnyOrderModel
-from oar_scale.orders.analysis.order_analysis import HeadReport, HeadRow
+from oar_scale.orders.analysis.analysis_values import HeadReport, HeadRow
 from oar_scale.orders.analysis.statistics import kendall_distance, placing_times
 from oar_scale.orders.head import (
     KIND,
@@ -48,7 +48,7 @@ from oar_scale.orders.order_files import OrderFiles
 from oar_scale.orders.order_table import OrderTable, join_orders, read_orders, table_name, write_orders
 from oar_scale.orders.scores import score_rows
 from oar_scale.storage import Missing, join, open_storage
-from oar_scale.tokenizers.prompts import PromptEncoder, model_inputs
+from oar_scale.tokenizers.prompts import PromptEncoder, conditioning_inputs
 
 COMPARED = 256
 """Cells of an image that a training step compares with one another; of larger grids a random choice."""
@@ -100,10 +100,10 @@ class HeadData:
     def take(self, shard: TokenShard, rows: NDArray[np.int64], order_SN: NDArray[np.uint16], view: int = 0) -> Labelled:
         """Some images of a shard, in one of their views."""
         prompts = shard.prompts(self.prompts.field)
-        cond_inputs = self.prompts.encode([prompts[row] for row in rows.tolist()]).to(self.device)
+        encoded_prompts = self.prompts.encode([prompts[row] for row in rows.tolist()]).to(self.device)
         codes_BN, order_BN = (torch.from_numpy(each[rows].astype(np.int64)).to(self.device) for each in (shard.view(view), order_SN))
         keys = [shard.keys[row] for row in rows.tolist()]
-        return Labelled(codes_BN, self.model.condition(model_inputs(self.prompts, cond_inputs)), order_BN, keys)
+        return Labelled(codes_BN, self.model.condition(conditioning_inputs(self.prompts, encoded_prompts)), order_BN, keys)
 
 
 def kept_out(shard: TokenShard, share: float) -> NDArray[np.bool_]:

@@ -30,7 +30,7 @@ from oar_scale.results.estimates import estimate
 from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
 from oar_scale.run.context import Run
 from oar_scale.storage import fetch, join, open_storage
-from oar_scale.tokenizers.prompts import model_inputs
+from oar_scale.tokenizers.prompts import conditioning_inputs
 from oar_scale.tokenizers.vq import pixels_to_unit
 from oar_scale.training.job import TrainingJob
 
@@ -86,7 +86,7 @@ class ShortTraining:
         self._copy_inputs()
         prompts, evaluate = prompt_encoder(run), recipe.evaluate
         heldout = read_tokens(run, "heldout", max(evaluate.nll_images, evaluate.feature_images), prompts.field)
-        self.codes_SN, self.cond_inputs_S = heldout.codes_SN, model_inputs(prompts, prompts.encode(heldout.prompts)).numpy()
+        self.codes_SN, self.cond_inputs_S = heldout.codes_SN, conditioning_inputs(prompts, prompts.encode(heldout.prompts)).numpy()
         self.drawn = min(evaluate.feature_images, len(heldout.keys))
         pictures = read_pictures(run, "heldout", heldout.keys[: self.drawn])
         self.reference_SF = image_features(pixels_to_unit(torch.from_numpy(np.stack(pictures)))).numpy()

@@ -1,8 +1,8 @@
 """Prompts, which the model is conditioned on, as tensors: the caption of an image, its class label, or precomputed features.
 
-    shard sample --field--> prompt --encode--> tensor of the batch --model_inputs--> cond_inputs of ``AnyOrderModel.condition``
+    shard sample --field--> prompt --encode--> encoded_prompts --conditioning_inputs--> cond_inputs of ``AnyOrderModel.condition``
 
-``encode`` is cheap and runs where the batch is made (in a loader process); ``model_inputs`` runs on the model's device, and only a
+``encode`` is cheap and runs where the batch is made (in a loader process); ``conditioning_inputs`` runs on the model's device, and only a
 frozen text tower computes anything there.
 """
 
@@ -168,8 +168,8 @@ def _read_features_note(folder: str) -> TextFeatures:
         raise UserError(f"{uri}: not what the stage tokenizer writes. Run it again.") from error
 
 
-def model_inputs(encoder: PromptEncoder, encoded: Tensor) -> Tensor:
-    """The ``cond_inputs`` of ``AnyOrderModel.condition`` for an encoded batch: a frozen tower's features, else the batch itself."""
+def conditioning_inputs(encoder: PromptEncoder, encoded_prompts: Tensor) -> Tensor:
+    """The ``cond_inputs`` of ``AnyOrderModel.condition``: a frozen tower's features of the encoded prompts, else these themselves."""
     if isinstance(encoder, ClipText):
-        return encoder.to(encoded.device).features(encoded)
-    return encoded
+        return encoder.to(encoded_prompts.device).features(encoded_prompts)
+    return encoded_prompts

@@ -1,12 +1,12 @@
-"""The engine: model and optimiser as the training loop uses them, whatever shards them.
+"""The engine: model and optimizer as the training loop uses them, whatever shards them.
 
-    result = engine.train_step(batch, lr)              one optimiser step over this rank's share of the global batch
+    result = engine.train_step(batch, lr)              one optimizer step over this rank's share of the global batch
     with engine.averaged(): ...                        the weights' moving average in place of the weights
     for name, tensor in engine.whole_weights(): ...    one parameter at a time, whole, on every rank
     model = engine.plain_model()                       all of them at once
 
 :class:`~oar_scale.training.plain_engine.PlainEngine` does it in one process, ``distributed/deepspeed_engine.py`` with DeepSpeed ZeRO.
-Both compute the same loss with the same optimiser: :class:`Objective` and ``training/optimizer.py``.
+Both compute the same loss with the same optimizer: :class:`Objective` and ``training/optimizer.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from oar_scale.data.stream import Batch
 from oar_scale.model import AnyOrderModel, ModelSpec
-from oar_scale.tokenizers.prompts import PromptEncoder, model_inputs
+from oar_scale.tokenizers.prompts import PromptEncoder, conditioning_inputs
 
 QUARTERS = 4
 """Parts of the generation order whose losses are reported one by one."""
@@ -30,7 +30,7 @@ QUARTERS = 4
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimiser step, as this rank saw it."""
+    """One optimizer step, as this rank saw it."""
 
     loss: float
     """Mean over this rank's samples, in nats per code."""
@@ -66,9 +66,9 @@ class Engine(Protocol):
         """The model's number of parameters, over all ranks."""
 
     def train_step(self, batch: Batch, lr: float) -> StepResult:
-        """Take one optimiser step at learning rate ``lr`` over this rank's share of the global batch, in micro-batches.
+        """Take one optimizer step at learning rate ``lr`` over this rank's share of the global batch, in micro-batches.
 
-        A gradient that is not finite on any rank changes neither weights nor optimiser state, see :attr:`StepResult.skipped`.
+        A gradient that is not finite on any rank changes neither weights nor optimizer state, see :attr:`StepResult.skipped`.
         """
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -92,9 +92,9 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.prompts = model, prompts
 
-    def forward(self, codes_bN: Tensor, order_bN: Tensor, prompts_b: Tensor, drop_b: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, codes_bN: Tensor, order_bN: Tensor, encoded_prompts_b: Tensor, drop_b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss and the four quarters' [4]; see :class:`~oar_scale.data.stream.Batch` for the inputs."""
-        condition_bTD = self.model.condition(model_inputs(self.prompts, prompts_b), drop_b)
+        condition_bTD = self.model.condition(conditioning_inputs(self.prompts, encoded_prompts_b), drop_b)
         loss, nll_bN = self.model.loss(codes_bN, order_bN, condition_bTD)
         return loss, torch.stack([part.mean() for part in nll_bN.detach().tensor_split(QUARTERS, dim=1)])
 
@@ -104,4 +104,4 @@ def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tup
     order_bN = batch.orders(device)
     for start in range(0, len(batch.codes_bN), size):
         part = slice(start, start + size)
-        yield tuple(t[part].to(device) for t in (batch.codes_bN, order_bN, batch.prompts_b, batch.drop_b))
+        yield tuple(t[part].to(device) for t in (batch.codes_bN, order_bN, batch.encoded_prompts_b, batch.drop_b))

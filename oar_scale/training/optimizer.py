@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 AVERAGE = "ema"
-"""The average's name in the optimiser's state, beside ``exp_avg`` and ``exp_avg_sq``."""
+"""The average's name in the optimizer's state, beside ``exp_avg`` and ``exp_avg_sq``."""
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """One process without DeepSpeed: the engine that reads like a PyTorch tutorial, and that tests compare the others with.
 
-In bf16 the model computes with rounded copies; the weights that the optimiser moves are float32, as under ZeRO.
+In bf16 the model computes with rounded copies; the weights that the optimizer moves are float32, as under ZeRO.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PlainEngine:
         accelerate(self.model, parallel)
         groups = parameter_groups(self._objective, training.weight_decay)
         self._working: list[Tensor] = [parameter for group in groups for parameter in group["params"]]
-        """What the model computes with. ``_weights`` are what the optimiser moves: the same in fp32, float32 copies in bf16."""
+        """What the model computes with. ``_weights`` are what the optimizer moves: the same in fp32, float32 copies in bf16."""
         self._weights = self._working
         if parallel.precision == "bf16":
             for group in groups:
@@ -63,7 +63,7 @@ class PlainEngine:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def train_step(self, batch: Batch, lr: float) -> StepResult:
-        """Take one optimiser step; see :meth:`Engine.train_step`."""
+        """Take one optimizer step; see :meth:`Engine.train_step`."""
         self._objective.train()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -77,7 +77,7 @@ class PlainEngine:
                 self._collect_gradients()
             losses.append(loss.detach().float())
             quarters.append(quarters_4.float())
-        with record_function("oar::optimiser"):
+        with record_function("oar::optimizer"):
             self._optimizer.step()
             self._optimizer.zero_grad()
             self._refresh()
@@ -106,7 +106,7 @@ class PlainEngine:
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:
-        """Add, in bf16, the micro-batch's gradients up in float32, where the optimiser looks for them."""
+        """Add, in bf16, the micro-batch's gradients up in float32, where the optimizer looks for them."""
         if self._weights is self._working:
             return
         for weight, working in zip(self._weights, self._working, strict=True):

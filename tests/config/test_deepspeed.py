@@ -17,7 +17,7 @@ TRAINING = TrainingConfig(global_batch=GLOBAL_BATCH, lr=0.02, weight_decay=0.1, 
 
 
 def train(workers: int, parallel: ParallelConfig, result: str) -> None:
-    """Fit a small regression; rank 0 writes the mean loss of each global step and the optimiser's settings."""
+    """Fit a small regression; rank 0 writes the mean loss of each global step and the optimizer's settings."""
     import deepspeed
     import torch
     from torch import nn

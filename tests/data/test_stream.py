@@ -67,7 +67,7 @@ def same(one: Batch, two: Batch) -> bool:
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: getattr(batch, name) for name in ("uid_b", "codes_bN", "prompts_b", "drop_b")} | {"orders": batch.orders()}
+    return {name: getattr(batch, name) for name in ("uid_b", "codes_bN", "encoded_prompts_b", "drop_b")} | {"orders": batch.orders()}
 
 
 def test_resuming_gives_the_batches_of_one_stream(tokens: str, text: TextTokenizer) -> None:
@@ -90,7 +90,7 @@ def test_ranks_share_the_batch_of_one_worker(tokens: str, text: TextTokenizer, w
 def test_codes_and_captions_are_those_of_the_sample(tokens: str, text: TextTokenizer) -> None:
     views = set()
     for batch in stream(tokens, text).batches(0, 10):
-        for uid, codes_N, ids_T in zip(batch.uid_b.tolist(), batch.codes_bN, batch.prompts_b, strict=True):
+        for uid, codes_N, ids_T in zip(batch.uid_b.tolist(), batch.codes_bN, batch.encoded_prompts_b, strict=True):
             assert codes_N[0] % 100 == uid
             views.add(int(codes_N[0]) // 100)
             assert torch.equal(ids_T, text.encode([f"a red number {uid}"])[0])

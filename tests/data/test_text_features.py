@@ -20,7 +20,14 @@ from oar_scale.model import AnyOrderModel, ModelSpec, check_prompts
 from oar_scale.model.spec import condition_spec
 from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
 from oar_scale.tokenizers.clip_text import ClipText
-from oar_scale.tokenizers.prompts import FeatureReader, check_features, for_new_prompts, load_prompts, model_inputs, write_features_note
+from oar_scale.tokenizers.prompts import (
+    FeatureReader,
+    check_features,
+    conditioning_inputs,
+    for_new_prompts,
+    load_prompts,
+    write_features_note,
+)
 from oar_scale.tokenizers.text_features import TextFeatures
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
 
@@ -86,8 +93,8 @@ def stored(job: TokenizeJob) -> list[np.ndarray]:
 
 
 def test_the_model_is_told_what_the_tower_would_have_said(job: TokenizeJob, tower: ClipText, reader: FeatureReader) -> None:
-    on_the_fly_BTF = model_inputs(tower, tower.encode(CAPTIONS))
-    read_BTF = model_inputs(reader, reader.encode(stored(job)))
+    on_the_fly_BTF = conditioning_inputs(tower, tower.encode(CAPTIONS))
+    read_BTF = conditioning_inputs(reader, reader.encode(stored(job)))
     assert read_BTF.dtype == on_the_fly_BTF.dtype == torch.float32 and read_BTF.shape == on_the_fly_BTF.shape
     torch.testing.assert_close(read_BTF, on_the_fly_BTF, **ROUNDED)
     no_token_BT = (on_the_fly_BTF == 0).all(-1)

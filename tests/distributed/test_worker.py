@@ -230,7 +230,7 @@ def test_a_profile_says_where_the_step_goes(prepared: Run, tmp_path: Path) -> No
     run_workers(profiled, 2, pretraining(run))
     (emitted,) = events(run, "profile")
     table = Path(emitted["table"]).read_text()
-    for part in ("data wait", "forward", "backward, reduction", "optimiser"):
+    for part in ("data wait", "forward", "backward, reduction", "optimizer"):
         assert part in table
     assert Path(emitted["trace"]).stat().st_size > 10_000
 

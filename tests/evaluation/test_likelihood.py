@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from small_models import random_codes, random_text, small_model
 
-from oar_scale.evaluation.likelihood import mean_nll, nll_table, paired_difference, random_orders, raster_orders, shuffled_captions
+from oar_scale.evaluation.likelihood import nll_estimate, nll_table, paired_difference, random_orders, raster_orders, shuffled_captions
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, order_map, png, step_of_cell, upscale
 from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.settings import ExtractionSettings
@@ -72,7 +72,7 @@ def test_a_paired_difference_cancels_what_both_sides_share() -> None:
     difference = paired_difference(hardness - gain, hardness)
     assert difference.mean == pytest.approx(-0.2, abs=1e-5)
     assert difference.standard_error == pytest.approx(float(gain.double().std()) / 50**0.5, abs=1e-5)
-    assert mean_nll(hardness).standard_error > 100 * difference.standard_error
+    assert nll_estimate(hardness).standard_error > 100 * difference.standard_error
 
 
 def test_values_of_different_images_are_not_paired() -> None:

@@ -13,8 +13,8 @@ import pytest
 from oar_scale.errors import UserError
 from oar_scale.orders.analysis import choice_entropy, describe_orders, frontier_share, mean_time_map, neighbour_share
 from oar_scale.orders.analysis.agreement import agreement
+from oar_scale.orders.analysis.analysis_values import Example, HeadReport, HeadRow, OrderAnalysis
 from oar_scale.orders.analysis.caption_groups import caption_words, groups, most_deviating
-from oar_scale.orders.analysis.order_analysis import Example, HeadReport, HeadRow, OrderAnalysis
 from oar_scale.orders.policies import grid_policies
 from oar_scale.report.orders_page import render_orders
 

@@ -16,7 +16,7 @@ from oar_scale.model.spec import ModelSpec
 from oar_scale.planning.activations import TrunkActivations
 from oar_scale.planning.assumptions import read_assumptions
 from oar_scale.planning.shape import parameters
-from oar_scale.planning.worker_memory import WorkerMemory, micro_batches, worker_memory, zero_settings
+from oar_scale.planning.worker_memory import WorkerMemory, micro_batch_sizes, worker_memory, zero_settings
 from tests.launcher import run_workers
 from tests.planning.cases import SPECS, case
 
@@ -118,8 +118,8 @@ def test_the_settings_of_the_table_are_those_a_recipe_may_have() -> None:
 
 def test_micro_batches_divide_every_global_batch() -> None:
     recipe = case("imagenet", "finetune.global_batch=768", "parallel.micro_batch=16").recipe
-    assert micro_batches(recipe, 8) == [32, 16, 8, 4, 2, 1]
-    assert micro_batches(recipe, 7) == []
+    assert micro_batch_sizes(recipe, 8) == [32, 16, 8, 4, 2, 1]
+    assert micro_batch_sizes(recipe, 7) == []
 
 
 def benchmark() -> ModuleType:

@@ -22,8 +22,7 @@ from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.context import Run
 from oar_scale.storage import open_storage
 from oar_scale.studies import compare_extraction as stage
-from oar_scale.studies import extraction_comparison as comparison
-from oar_scale.studies.extraction_comparison import EXACT, RANDOM, compare, extraction_methods, head_methods
+from oar_scale.studies.extraction_methods import EXACT, RANDOM, ROUNDS, Method, compare, extraction_methods, head_methods
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def test_the_figures_are_what_their_names_say() -> None:
     methods = extraction_methods(settings, 3) | {"backwards": backwards}
     done: list[None] = []
     compared = compare(model, model, codes, text, settings, methods, 2, images, on_done=lambda: done.append(None))
-    assert len(done) == comparison.ROUNDS * len(methods)
+    assert len(done) == ROUNDS * len(methods)
     exact = extract_orders(model, codes, model.condition(text), settings, images)
     assert np.array_equal(compared[EXACT].order_SN, exact.order_BN.numpy())
     assert (compared[EXACT].tau.mean, compared[EXACT].regret.mean, compared[EXACT].rows, compared[EXACT].speed) == (1.0, 0.0, 45, 1.0)
@@ -118,7 +117,7 @@ def test_the_comparison_is_printed_and_written(run: Run, tmp_path: Path) -> None
 def test_each_method_is_trained_on_and_the_run_stays_as_it_was(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way is trained on and the run is left as it was."""
 
-    def two(*args: Any) -> dict[str, comparison.Method]:
+    def two(*args: Any) -> dict[str, Method]:
         return {name: method for name, method in extraction_methods(*args).items() if name in (EXACT, RANDOM)}
 
     monkeypatch.setattr(stage, "extraction_methods", two)

@@ -196,7 +196,7 @@ def _slowest(seconds: float) -> float:
 
 
 def _one_step(engine: Any) -> None:
-    """The optimiser has no state before it."""
+    """The optimizer has no state before it."""
     import torch
 
     codes_bN = torch.randint(CODES, (1, GRID * GRID))

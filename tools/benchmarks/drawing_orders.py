@@ -23,7 +23,7 @@ from oar_scale.orders.order_files import run_files
 from oar_scale.orders.policies import known
 from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
 from oar_scale.run.context import Run
-from oar_scale.tokenizers.prompts import model_inputs
+from oar_scale.tokenizers.prompts import conditioning_inputs
 from oar_scale.tokenizers.vq import pixels_to_unit
 
 BATCH = 64
@@ -40,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(run.recipe.parallel.cpu_threads * run.recipe.parallel.max_workers)
     prompts = prompt_encoder(run)
     tokens = read_tokens(run, "heldout", arguments.images, prompts.field)
-    cond_inputs_S = model_inputs(prompts, prompts.encode(tokens.prompts)).numpy()
+    cond_inputs_S = conditioning_inputs(prompts, prompts.encode(tokens.prompts)).numpy()
     pictures = torch.from_numpy(np.stack(read_pictures(run, "heldout", tokens.keys)))
     heldout = image_features(pixels_to_unit(pictures)).numpy()
     print(f"{len(heldout)} captions, model {arguments.model}, guidance {run.recipe.sample.guidance:g}")

@@ -86,7 +86,7 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
 
     Args:
         module: the engine's module.
-        redundant: names of its weights that the optimiser's shards hold as well.
+        redundant: names of its weights that the optimizer's shards hold as well.
 
     Attributes:
         files: size and crc32c of each file that was written, by name.

@@ -19,7 +19,7 @@ class ShardedEngine(Protocol):
 
     module: Objective
     optimizer: Any
-    """DeepSpeed's optimiser of the engine's ZeRO stage; under ZeRO 0 the one that it was given."""
+    """DeepSpeed's optimizer of the engine's ZeRO stage; under ZeRO 0 the one that it was given."""
     checkpoint_engine: object
     """The object that writes and reads the files of a checkpoint."""
     _copy_recovery_script: Callable[[str], None]
@@ -34,7 +34,7 @@ class ShardedEngine(Protocol):
         """Compute the gradients of a micro-batch. Collective."""
 
     def step(self) -> None:
-        """Take an optimiser step where this was the last micro-batch of the global batch. Collective."""
+        """Take an optimizer step where this was the last micro-batch of the global batch. Collective."""
 
     def get_global_grad_norm(self) -> float:
         """Norm of the gradient of the last step, before clipping."""

@@ -29,7 +29,7 @@ from oar_scale.distributed.checkpoints.shard_keys import COUNTERS, WEIGHTS
 
 
 class LiveState:
-    """Weights and optimiser state of a running engine. Every rank makes one, of its part of the same engine."""
+    """Weights and optimizer state of a running engine. Every rank makes one, of its part of the same engine."""
 
     def __init__(self, engine: ShardedEngine) -> None:
         self.stage = int(engine.zero_optimization_stage())
@@ -44,7 +44,7 @@ class LiveState:
         return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
     def prepare(self, moments: tuple[str, ...], step: float) -> None:
-        """Create the optimiser's state where it has made no step yet, to be filled by :meth:`put`, and set its step count."""
+        """Create the optimizer's state where it has made no step yet, to be filled by :meth:`put`, and set its step count."""
         if self.stage == 3:
             self._zero.checkpoint_event_prologue()  # so that no parameter stays gathered
         for flat in self._optimized():
@@ -82,7 +82,7 @@ class LiveState:
         return gathered
 
     def steps(self) -> set[float]:
-        """The optimiser's step counts on this rank."""
+        """The optimizer's step counts on this rank."""
         return {float(self._base.state[flat]["step"]) for flat in self._optimized()}
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class LiveState:
         return torch.equal(held, _my_part(parameter, whole).to(held.device, held.dtype))
 
     def _optimized(self) -> Iterator[Tensor]:
-        """The tensors that the optimiser steps: parameters under ZeRO 0, otherwise this rank's flat part of each group."""
+        """The tensors that the optimizer steps: parameters under ZeRO 0, otherwise this rank's flat part of each group."""
         if self.stage == 0:
             yield from self.parameters.values()
         else:

@@ -228,7 +228,7 @@ def _convert(engine: ShardedEngine, checkpoint: Checkpoint, folder: str) -> None
         for kind in kinds:
             live.put(name, kind, shards.whole(name, kind))
     live.refresh(shards.counters)
-    faults: list[str] = [] if live.steps() == {shards.step} else [f"the optimiser's count is {live.steps()}, not {shards.step}"]
+    faults: list[str] = [] if live.steps() == {shards.step} else [f"the optimizer's count is {live.steps()}, not {shards.step}"]
     for number, name in enumerate(here):
         for kind in kinds:
             loaded = live.get(name, kind)

@@ -2,14 +2,14 @@
 
 Each ZeRO stage partitions them in its own way:
 
-    0       rank 0 has every parameter whole; the optimiser's state numbers them in the order of its groups
+    0       rank 0 has every parameter whole; the optimizer's state numbers them in the order of its groups
     1, 2    the parameters of a group are flattened and concatenated, and that vector is split evenly over the ranks
     3       each parameter is flattened and split evenly over the ranks; the last parts are padded
 
     shards = read_shards(checkpoint.folder, names)      # opens the files; tensors stay on the disk
     shards.whole("model.head.weight", "exp_avg")        # concatenated on access
 
-``weights`` is the name of the float32 weights here; the moments have the optimiser's own names.
+``weights`` is the name of the float32 weights here; the moments have the optimizer's own names.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class _Slice:
 
 @dataclass
 class Shards:
-    """Everything that a checkpoint holds of a model and its optimiser; tensors stay on the disk until they are accessed."""
+    """Everything that a checkpoint holds of a model and its optimizer; tensors stay on the disk until they are accessed."""
 
     step: float = 0.0
-    """The optimiser's own step count, which does not include skipped steps."""
+    """The optimizer's own step count, which does not include skipped steps."""
     counters: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     moments: tuple[str, ...] = ()

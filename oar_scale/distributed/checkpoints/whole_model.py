@@ -1,6 +1,6 @@
 """Read the shards of a training checkpoint as one model, in a single process.
 
-Its weights are the float32 weights that the optimiser updates, or their moving average. A run in bf16 computes with them rounded, and the
+Its weights are the float32 weights that the optimizer updates, or their moving average. A run in bf16 computes with them rounded, and the
 model that the stage writes at its end is rounded as well.
 """
 

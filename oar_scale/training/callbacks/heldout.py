@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 
 from oar_scale.json_object import JsonObject
-from oar_scale.training.heldout import Heldout
+from oar_scale.training.heldout_images import HeldoutImages
 from oar_scale.training.loop import Callback, Loop
 
 
 class HeldoutLikelihood(Callback):
     """Measures it at the start, every ``evaluate_every`` steps and at the end. Collective."""
 
-    def __init__(self, heldout: Heldout) -> None:
+    def __init__(self, heldout: HeldoutImages) -> None:
         self._heldout = heldout
         self._latest: dict[str, float] = {}
 

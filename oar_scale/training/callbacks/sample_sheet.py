@@ -13,9 +13,9 @@ from oar_scale.data.hashing import hash_keys
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, order_map, png, step_of_cell, upscale
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.storage import join, open_storage
-from oar_scale.tokenizers.prompts import model_inputs
+from oar_scale.tokenizers.prompts import conditioning_inputs
 from oar_scale.tokenizers.vq import load_vq
-from oar_scale.training.heldout import Heldout
+from oar_scale.training.heldout_images import HeldoutImages
 from oar_scale.training.loop import Callback, Loop
 from oar_scale.training.process import EventSink
 
@@ -25,7 +25,7 @@ COLUMNS, PIXELS = 8, 96
 class SampleSheet(Callback):
     """Draws ``sample.images`` captions every ``sample_every`` steps. Collective."""
 
-    def __init__(self, heldout: Heldout) -> None:
+    def __init__(self, heldout: HeldoutImages) -> None:
         self._heldout = heldout
 
     def after_step(self, loop: Loop) -> None:
@@ -37,10 +37,10 @@ class SampleSheet(Callback):
     def _draw(self, loop: Loop) -> None:
         world, rank = loop.process.world, loop.process.rank
         share = -(-loop.job.recipe.sample.images // world)
-        model, cond_inputs = loop.engine.plain_model(), self._heldout.cond_inputs[:share]
+        model, encoded_prompts = loop.engine.plain_model(), self._heldout.encoded_prompts[:share]
         noise = torch.Generator().manual_seed(int(hash_keys("samples while training", loop.job.recipe.seed, rank)) >> 1)
         with torch.no_grad():
-            condition_bTD = model.condition(model_inputs(self._heldout.prompts, cond_inputs))
+            condition_bTD = model.condition(conditioning_inputs(self._heldout.prompts, encoded_prompts))
         raster = self._heldout.orders["nll_random"][:share] if loop.engine.spec.layout == "raster" else None
         drawn = generate(model, condition_bTD, SampleSettings.from_recipe(loop.job.recipe.sample), noise, raster)
         shares = loop.process.gather((drawn.codes_BN.cpu(), drawn.order_BN.cpu()))

@@ -14,14 +14,14 @@ from oar_scale.model import AnyOrderModel, load_model
 from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.storage import join
-from oar_scale.tokenizers.prompts import PromptEncoder, check_features, model_inputs
+from oar_scale.tokenizers.prompts import PromptEncoder, check_features, conditioning_inputs
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.process import TrainingProcess
 
 HELDOUT_IMAGES = 256
 
 
-class Heldout:
+class HeldoutImages:
     """Held-out negative log-likelihood under fixed orders, each rank its share of the images.
 
     Attributes:
@@ -37,14 +37,14 @@ class Heldout:
         check_features(manifest.features, prompts, folder)
         shards = [read_token_shard(join(folder, shard.name), job.cache, shard) for shard in manifest.shards]
         codes = torch.cat([torch.from_numpy(shard.view(0).astype("int64")) for shard in shards])[:HELDOUT_IMAGES]
-        cond_inputs = prompts.encode([prompt for shard in shards for prompt in shard.prompts(prompts.field)][:HELDOUT_IMAGES])
+        encoded_prompts = prompts.encode([prompt for shard in shards for prompt in shard.prompts(prompts.field)][:HELDOUT_IMAGES])
         self.captions = [caption for shard in shards for caption in shard.captions][:HELDOUT_IMAGES]
         self.prompts, self._process = prompts, process
         # A rank without images computes with another rank's: under ZeRO-3 each forward pass is collective.
         self._counts = rank < len(codes)
         mine = torch.arange(len(codes))[rank::world] if self._counts else torch.tensor([rank % len(codes)])
         self._share = -(-len(codes) // world)
-        self._codes, self.cond_inputs = (t[mine].to(device) for t in (codes, cond_inputs))
+        self._codes, self.encoded_prompts = (t[mine].to(device) for t in (codes, encoded_prompts))
         raster = torch.arange(codes.shape[1], device=device).expand_as(self._codes)
         makers: dict[str, Callable[[], Tensor]] = {
             "random": lambda: torch.from_numpy(permutations("heldout order", codes.shape[1], mine.numpy())).to(device),
@@ -68,7 +68,7 @@ class Heldout:
         for start in range(0, self._share, batch):  # as many rounds on every rank
             counts = self._counts and start < len(self._codes)
             part = slice(start, start + batch) if counts else slice(0, 1)
-            condition_bTD = model.condition(model_inputs(self.prompts, self.cond_inputs[part]))
+            condition_bTD = model.condition(conditioning_inputs(self.prompts, self.encoded_prompts[part]))
             nll_bN = model.nll(self._codes[part], self.orders[order][part], condition_bTD).double()
             if counts:
                 total += torch.stack([nll_bN.sum(), nll_bN.new_tensor(nll_bN.numel())])
@@ -82,7 +82,7 @@ class Heldout:
         batches = []
         for start in range(0, len(self._codes), batch):
             part = slice(start, start + batch)
-            condition_bTD = model.condition(model_inputs(self.prompts, self.cond_inputs[part]))
+            condition_bTD = model.condition(conditioning_inputs(self.prompts, self.encoded_prompts[part]))
             orders = extract_orders(model, self._codes[part], condition_bTD, settings, mine[part].numpy())
             batches.append(orders.order_BN.long())
         return torch.cat(batches).to(device)

@@ -11,7 +11,7 @@ from oar_scale.training.job import TrainingJob
 from oar_scale.training.loop import Callback, Loop
 
 
-class Checkpointing(Callback):
+class CheckpointCallback(Callback):
     """Saves every ``checkpoint_every`` steps, at the end, and when the worker is asked to stop. Collective.
 
     Args:
