@@ -16,10 +16,12 @@ from oar_scale.shard_pool import ArrayTask, Ledger, Timing, run_pool
 from oar_scale.storage import join, open_storage
 
 SEED = 5
+ARRAY_SEED = 93
+"""One of those whose first three trials have all that is asserted: a broken sample, a folder and S3, a kill inside a table."""
 
 
 def test_disturbed_job_arrays_leave_what_a_calm_one_leaves(tmp_path: Path) -> None:
-    happened = extraction_chaos.run_trials(range(6), SEED, str(tmp_path), extraction_chaos.QUICK, failing=0)
+    happened = extraction_chaos.run_trials(range(3), ARRAY_SEED, str(tmp_path), extraction_chaos.QUICK, failing=0)
     assert happened["on S3"] and happened["on a folder"] and happened["broken sample"]
     assert happened["array tasks killed"] and happened["array tasks killed with their node"] and happened["killed inside the table"]
     assert happened["event taken_over"] and happened["event retry"]
