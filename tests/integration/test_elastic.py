@@ -69,11 +69,12 @@ def test_torchrun_starts_the_same_workers(prepared: Run, undisturbed: dict[int, 
     assert os.path.exists(run.marker("pretrain"))
 
 
-def test_a_run_survives_a_lost_node_and_grows_back(
+def test_lost_and_joined_node_then_a_signal_and_a_resume(
     cluster: dev_ray.Cluster, prepared: Run, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
+    """One training: a node is lost, the run goes on with one worker, grows back, is asked to stop, saves, and is resumed to its end."""
     run = copy_run(prepared, str(tmp_path / "run"), **SHAPE)
-    # A node has to be lost, another to join and to be seen twice, and a checkpoint to be made, before the last step.
+    # A node has to be lost, another to join and to be seen twice, a checkpoint to be made, and the signal to come, before the last step.
     driver = train(run, **cluster.env, **watched(tmp_path, 6.0, 5))
     try:
         _wait(run, "checkpoint", 1, driver)
@@ -81,32 +82,22 @@ def test_a_run_survives_a_lost_node_and_grows_back(
         _wait(run, "start", 2, driver)
         dev_ray.add_node(cluster, cpus=1)
         _wait(run, "start", 3, driver)
-        watched(tmp_path, 0)
-        output, _ = driver.communicate()
-    finally:
-        driver.kill()
-    assert driver.returncode == 0, output[-4000:]
-    worlds = [event["world_size"] for event in events(run, "start")]
-    assert worlds[:2] == [2, 1], output[-3000:]
-    assert worlds[-1] == 2, f"it did not grow back: {worlds}"
-    assert max_difference(losses(run), undisturbed) < 1e-5
-
-
-def test_a_signal_to_the_driver_saves_and_stops_and_it_resumes(prepared: Run, undisturbed: dict[int, float], tmp_path: Path) -> None:
-    run = copy_run(prepared, str(tmp_path / "run"), **SHAPE)
-    driver = train(run, **watched(tmp_path, 3.0, 4))  # the signal has to come before the last step
-    try:
-        _wait(run, "train", 4, driver)
+        worlds = [event["world_size"] for event in events(run, "start")]
+        watched(tmp_path, 3.0)
+        _wait(run, "train", len(events(run, "train")) + 1, driver)
         driver.send_signal(signal.SIGUSR1)
         output, _ = driver.communicate()
     finally:
         driver.kill()
+    assert worlds[:2] == [2, 1], output[-3000:]
+    assert worlds[-1] == 2, f"it did not grow back: {worlds}"
     assert driver.returncode == 75 and "everything saved" in output, output[-3000:]
     stopped = events(run, "stopping")[-1]
     assert stopped["reason"] == "SIGUSR1"
-    again = train(run)
+    watched(tmp_path, 0)
+    again = train(run, **cluster.env)
     output, _ = again.communicate()
-    assert again.returncode == 0, output[-3000:]
+    assert again.returncode == 0, output[-4000:]
     assert events(run, "start")[-1]["start_step"] == stopped["step"], "nothing was done twice"
     assert max_difference(losses(run), undisturbed) < 1e-5
 
