@@ -114,8 +114,8 @@ def plan(number: int, seed: int, folder: str, s3_root: str, scenarios: tuple[str
     return trial
 
 
-def run_trial(trial: Trial, cluster: Cluster | None) -> None:
-    """Let it happen, then see that it left no trace."""
+def run_trial(trial: Trial, cluster: Cluster | None, disturbances: int) -> None:
+    """Let it happen, in so many attempts at most, then see that it left no trace."""
     array = trial.scenario.startswith("array")
     for attempt in range(ATTEMPTS):
         if array or (trial.scenario == "write" and cluster is None):
@@ -127,7 +127,7 @@ def run_trial(trial: Trial, cluster: Cluster | None) -> None:
             if trial.scenario == "two pools":
                 time.sleep(trial.dice.uniform(0, 2))
                 drivers.append(Driver(__file__, trial.driver_settings(), cluster.ray.env))
-        if attempt < 3:
+        if attempt < disturbances:
             disturb(trial, drivers, cluster)
             trial.go_on.touch()
         ends = [driver.end() for driver in drivers]
@@ -229,11 +229,14 @@ def calm(shard: str) -> bytes:
         return Path(folder, "calm.parquet").read_bytes()
 
 
-def run_trials(numbers: range, seed: int, folder: str, scenarios: tuple[str, ...] = SCENARIOS, failing: float = 0.7) -> Counter[str]:
+def run_trials(
+    numbers: range, seed: int, folder: str, scenarios: tuple[str, ...] = SCENARIOS, failing: float = 0.7, disturbances: int = 3
+) -> Counter[str]:
     """Run trials; returns what happened in all of them.
 
     Args:
         failing: share of the trials on S3 whose server fails 20 % of all calls.
+        disturbances: number of a trial's attempts that are disturbed, where the first ones do not end it.
 
     Raises:
         AssertionError: a trial failed; its folder and log are left where they are.
@@ -249,7 +252,7 @@ def run_trials(numbers: range, seed: int, folder: str, scenarios: tuple[str, ...
                     fail_a_fifth(proxy)
                     trial.happened["S3 failing 20 %"] += 1
                 try:
-                    run_trial(trial, cluster)
+                    run_trial(trial, cluster, disturbances)
                 except Exception as error:
                     raise AssertionError(f"trial {number} ({trial.scenario}, {trial.output}, {trial.faults}): {error}") from error
                 finally:

@@ -29,7 +29,7 @@ def test_disturbed_job_arrays_leave_what_a_calm_one_leaves(tmp_path: Path) -> No
 
 def test_disturbed_ray_pools_leave_what_a_calm_one_leaves(tmp_path: Path) -> None:
     scenarios = ("driver", "node", "two pools", "actor", "terminate")
-    happened = extraction_chaos.run_trials(range(5), SEED, str(tmp_path), scenarios, failing=0)
+    happened = extraction_chaos.run_trials(range(5), SEED, str(tmp_path), scenarios, failing=0, disturbances=1)
     assert happened["drivers killed"] and happened["nodes killed"] and happened["trial: two pools"]
     assert happened["actors killed"] and happened["drivers asked to stop"]
 
