@@ -113,17 +113,16 @@ def test_a_job_array_extracts_all_though_a_task_is_killed(slurm: Cluster, tmp_pa
     assert len(orders) == 71 and (np.sort(orders, axis=1) == np.arange(64)).all()
 
 
-@pytest.mark.slow  # four jobs one after the other, three of them with a Ray of their own
+@pytest.mark.slow  # three jobs one after the other, two of them with a Ray of their own
 def test_a_chain_of_jobs_runs_from_pretraining_to_evaluation(
     slurm: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     small = {"evaluate": {"nll_images": 4, "feature_images": 8}, "sample": {"images": 2}, "pipeline": {"control": False}}
     prepared = prepared_run(tmp_path_factory)
-    run = copy_run(prepared, str(tmp_path / "run"), parallel={"micro_batch": 2, "precision": "fp32", "workers": 2}, **small)
+    run = copy_run(prepared, str(tmp_path / "run"), parallel={"micro_batch": 8, "precision": "fp32", "workers": 1}, **small)
     shutil.copytree(prepared.at("images"), run.at("images"), dirs_exist_ok=True)
-    array = {"extract": {"array": 2, "cpus_per_node": 1, "nodes": 1}, "evaluate": {"nodes": 1}}
-    cluster = profile(tmp_path, cpus_per_node=1, nodes=2, stages=array)
-    chain = submit(recipe_file(run), cluster, stages="pretrain,extract,finetune,evaluate").jobs
+    cluster = profile(tmp_path, cpus_per_node=1, nodes=1, stages={"extract": {"array": 2}})
+    chain = submit(recipe_file(run), cluster, stages="pretrain,extract,finetune+evaluate").jobs
     assert [job.after for job in chain] == [None, *(job.id for job in chain[:-1])]
     statuses = wait(tmp_path / "run", 800)
     assert all(status.done for status in statuses), f"{statuses}{job_logs(tmp_path / 'run')}"

@@ -73,7 +73,7 @@ def test_a_ray_job_survives_a_lost_node_and_a_cancellation(
     """Training continues with the workers that are left, and a resubmitted job resumes where the cancelled one stopped."""
     run = copy_run(prepared_run(tmp_path_factory), str(tmp_path / "run"), **SHAPE)
     (tmp_path / "code").mkdir()
-    watched(tmp_path / "code", 2.0)  # the working dir of a job is on the path of all its processes; each `oar` below takes a few steps
+    watched(tmp_path / "code", 4.0, first=7)  # the working dir of a job is on the path of all its processes
     cluster = profile(tmp_path, ray_cluster, working_dir=str(tmp_path / "code"), excludes=["seen-*"], placement="SPREAD")
     output = oar(ray_cluster, "submit", recipe_file(run), "--cluster", cluster, "--stages", "pretrain")
     assert (match := re.fullmatch(r"submitted pretrain as job (small-1-\w+)\n", output))
@@ -90,6 +90,7 @@ def test_a_ray_job_survives_a_lost_node_and_a_cancellation(
     wait_for_events(run, "checkpoint", 1, ended)
     assert "already" in oar(ray_cluster, "submit", recipe_file(run), "--cluster", cluster, code=2)
     dev_ray.lose_node(ray_cluster.nodes[-1])
+    watched(tmp_path / "code", 4.0, first=17)
     wait_for_events(run, "start", 2, ended)
     wait_for_events(run, "checkpoint", 3, ended)
     assert oar(ray_cluster, "cancel", run.local()) == f"cancelled pretrain ({match[1]})\n"

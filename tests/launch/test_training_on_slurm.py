@@ -22,6 +22,9 @@ from oar_scale.config.loading import load_recipe
 from oar_scale.launch.job_state import ENDED
 from oar_scale.run.context import Run
 
+WARN_S = 180
+SLOW_S = 4.0
+"""Between steps, where something is to happen before the last one."""
 TESTS = str(Path(__file__).resolve().parents[1])
 PREPARE = """
 import json, sys
@@ -43,7 +46,6 @@ class Gate:
 
     def __init__(self, cluster: dev_slurm.Cluster, variables: dict[str, str]) -> None:
         self.cluster, self._variables = cluster, variables
-        self._last_query = 0.0
 
     def python(self, *arguments: str, **variables: str) -> str:
         done = subprocess.run(
@@ -68,24 +70,24 @@ class Gate:
         return self.oar("jobs", run.local())
 
     def over(self, run: Run) -> str | None:
-        """For :func:`wait_for_events`. Asked seldom: each time is a new process."""
-        if time.monotonic() - self._last_query < 5:
-            return None
-        self._last_query, state = time.monotonic(), self.jobs(run)
-        return state + job_logs(run) if re.search("|".join([*ENDED, "UNKNOWN"]), state) else None  # on its way back it has other states yet
+        """For :func:`wait_for_events`: the logs once the job has written its outcome, which it takes back where it begins again."""
+        return job_logs(run) if list(Path(run.local("jobs")).glob("*/*.outcome")) else None
 
     def wait(self, run: Run, seconds: float) -> str:
         deadline = time.monotonic() + seconds
-        while self.over(run) is None:
+        while self.over(run) is None or not re.search("|".join(ENDED), self.jobs(run)):
             assert time.monotonic() < deadline, self.jobs(run) + job_logs(run)
-            time.sleep(2)
+            time.sleep(0.5)
         return self.jobs(run)
 
-    def wait_for(self, run: Run, text: str, seconds: float = 800) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in job_logs(run):
-            assert time.monotonic() < deadline and self.over(run) is None, f"{text!r} does not come\n{self.jobs(run)}{job_logs(run)}"
-            time.sleep(1)
+    def reach_time_limit(self, job: str) -> None:
+        """Shorten the limit to what is left of a warning of three minutes, but for a minute: the signal comes with Slurm's next look."""
+        *hours, minutes, seconds = self.cluster.command("squeue", "--noheader", f"--jobs={job}", "--format=%M").strip().split(":")
+        elapsed_s = int(hours[0] if hours else 0) * 3600 + int(minutes) * 60 + int(seconds)
+        self.limit(job, (elapsed_s + 120) // 60 + 1)
+
+    def limit(self, job: str, minutes: int) -> None:
+        self.cluster.command("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +103,11 @@ def gate(hosts_slurm: dev_slurm.Cluster, tmp_path_factory: pytest.TempPathFactor
         dev_s3.down(folder)
 
 
-def profile(folder: Path, **fields: Any) -> str:
+def profile(folder: Path) -> str:
     """One CPU a node, so that two workers are on two nodes."""
-    given = {"type": "slurm", "nodes": 2, "cpus_per_node": 1, "time": "00:30:00", "warn_s": 60, "object_store_mb": 100, "backoff_s": 1}
-    (folder / "profile.yaml").write_text(json.dumps({**given, "env": {"OMP_NUM_THREADS": "1"}, **fields}))
+    size = {"type": "slurm", "partition": "preempt", "nodes": 2, "cpus_per_node": 1, "object_store_mb": 100}
+    times = {"time": "00:30:00", "warn_s": WARN_S, "backoff_s": 1, "start_s": 600}
+    (folder / "profile.yaml").write_text(json.dumps({**size, **times, "env": {"OMP_NUM_THREADS": "1"}}))
     return str(folder / "profile.yaml")
 
 
@@ -115,69 +118,73 @@ def job_logs(run: Run) -> str:
     )
 
 
+def attempts_of(run: Run) -> int:
+    return len(re.findall(r", attempt \d+, on ", job_logs(run)))
+
+
 def job_id(printed: str) -> str:
     match = re.search(r"as job (\d+)", printed)
     assert match is not None, printed
     return match[1]
 
 
-def test_one_submit_reaches_the_report_despite_a_requeue(gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The requeue comes in the middle of training; losses and samples are those of an undisturbed run."""
+@pytest.mark.slow  # a Ray of two nodes starts four times, and Slurm takes half a minute to miss a node; in `make test-cluster`
+@pytest.mark.timeout(1200)
+def test_one_submit_reaches_the_report_whatever_befalls_it(gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The time limit, a power cut and a preemption come in the middle of training; losses and samples are those of an undisturbed run."""
     small = {"evaluate": {"nll_images": 4, "feature_images": 8}, "sample": {"images": 2}, "pipeline": {"control": False}}
     shape = {**SHAPE, "parallel": {**SHAPE["parallel"], "workers": 2}, **small}
     recipe = gate.prepared(prepared_run(tmp_path_factory), tmp_path / "run", "s3://oar/flagship", shape)
-    run = Run(load_recipe(recipe))
-    printed = gate.oar("submit", recipe, "--cluster", profile(tmp_path), **watched(tmp_path, 1.5))
-    wait_for_events(run, "checkpoint", 1, lambda: gate.over(run), 300)
-    gate.cluster.command("scontrol", "requeue", job_id(printed))
-    gate.wait_for(run, "attempt 1, on")
+    run, command = Run(load_recipe(recipe)), gate.cluster.command
+    job = job_id(gate.oar("submit", recipe, "--cluster", profile(tmp_path), **watched(tmp_path, SLOW_S, first=7)))
+    expected_losses, expected_samples = undisturbed_run(tmp_path_factory)  # while Ray starts
+
+    def began_again(attempts: int) -> None:
+        """More attempts than before."""
+        deadline = time.monotonic() + 800
+        while attempts_of(run) <= attempts:
+            assert time.monotonic() < deadline and gate.over(run) is None, gate.jobs(run) + job_logs(run)
+            time.sleep(0.2)
+
+    def trained_on() -> None:
+        """It goes on quickly to its next checkpoint and a little further."""
+        starts, checkpoints = len(events(run, "start")), events(run, "checkpoint")
+        watched(tmp_path, SLOW_S, first=checkpoints[-1]["step"] + 7)
+        wait_for_events(run, "start", starts + 1, lambda: gate.over(run))
+        wait_for_events(run, "checkpoint", len(checkpoints) + 1, lambda: gate.over(run))
+
+    wait_for_events(run, "checkpoint", 1, lambda: gate.over(run))
+    gate.reach_time_limit(job)
+    wait_for_events(run, "stopping", 1, lambda: gate.over(run))
+    gate.limit(job, 30)
+    began_again(1)
+    assert "stopped with everything saved" in job_logs(run)
+    assert {"SIGUSR1"} == {stopped["reason"] for stopped in events(run, "stopping")}
+
+    trained_on()
+    attempts = attempts_of(run)
+    dev_slurm.lose_node(gate.cluster, "n2")
+    deadline = time.monotonic() + 800
+    while "down" not in command("sinfo", "--noheader", "--nodes=n2", "--format=%T"):
+        assert time.monotonic() < deadline, "nobody misses n2"
+        time.sleep(0.5)
+    dev_slurm.restart_node(gate.cluster, "n2")
+    began_again(attempts)
+
+    trained_on()
+    attempts = attempts_of(run)
+    command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    began_again(attempts)
     watched(tmp_path, 0)
+
     state = gate.wait(run, 800)
-    assert "COMPLETED" in state and "came back 1 times" in state, state + job_logs(run)
+    assert "COMPLETED" in state and int(re.findall(r"came back (\d+) times", state)[0]) >= 3, state + job_logs(run)
     starts = events(run, "start")
-    assert [start["world_size"] for start in starts] == [2, 2] and starts[1]["start_step"] >= 5
+    assert [start["world_size"] for start in (*starts[:2], starts[-1])] == [2, 2, 2]
+    assert all(start["start_step"] >= 5 for start in starts[1:])
     assert "Ray has 2 nodes" in job_logs(run)
-    expected_losses, expected_samples = undisturbed_run(tmp_path_factory)
     assert max_difference(losses(run), expected_losses) < 1e-5
     assert samples(tmp_path) == expected_samples
     assert (Path(run.local()) / "report" / "index.html").stat().st_size > 50_000
     assert not Path(run.local("tokens")).exists(), "the shards belong into S3"
     assert "report" in gate.oar("status", run.local()) and "finished in" in gate.oar("logs", run.local())
-
-
-@pytest.mark.slow  # Slurm counts limits in minutes, and takes half of one to miss a node; in `make test-cluster`
-@pytest.mark.timeout(1200)
-def test_time_limit_power_cut_and_preemption_change_no_loss(gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nor the samples: both are those of an undisturbed run."""
-    recipe = gate.prepared(prepared_run(tmp_path_factory), tmp_path / "run", "s3://oar/faults", SHAPE)
-    run, command = Run(load_recipe(recipe)), gate.cluster.command
-    cluster = profile(tmp_path, partition="preempt", time="00:03:00", warn_s=90)
-    slow = watched(tmp_path, 4.0)  # longer than the limit
-    printed = gate.oar("submit", recipe, "--cluster", cluster, "--stages", "pretrain", **slow)
-    expected_losses, expected_samples = undisturbed_run(tmp_path_factory)  # while the first attempt uses its time up
-    gate.wait_for(run, "stopped with everything saved", 200)
-    assert {"SIGUSR1"} == {stopped["reason"] for stopped in events(run, "stopping")}
-    command("scontrol", "update", f"JobId={job_id(printed)}", "TimeLimit=30")
-
-    def trained_on() -> None:
-        starts, checkpoints = len(events(run, "start")), len(events(run, "checkpoint"))
-        wait_for_events(run, "start", starts + 1, lambda: gate.over(run))
-        wait_for_events(run, "checkpoint", checkpoints + 1, lambda: gate.over(run))
-
-    watched(tmp_path, 2.0)  # what happens to it below comes before its last step
-    trained_on()
-    dev_slurm.lose_node(gate.cluster, "n2")
-    deadline = time.monotonic() + 800
-    while "down" not in command("sinfo", "--noheader", "--nodes=n2", "--format=%T"):
-        assert time.monotonic() < deadline, "nobody misses n2"
-        time.sleep(1)
-    dev_slurm.restart_node(gate.cluster, "n2")
-    trained_on()
-    command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    gate.wait_for(run, "attempt 3, on")
-    watched(tmp_path, 0)
-    state = gate.wait(run, 800)
-    assert "COMPLETED" in state, state + job_logs(run)
-    assert int(re.findall(r"came back (\d+) times", state)[0]) >= 3
-    assert max_difference(losses(run), expected_losses) < 1e-5
-    assert samples(tmp_path) == expected_samples
