@@ -20,7 +20,7 @@ import psutil
 
 GATE = "gate"
 GATE_ADDRESS = "10.77.0.1"
-START_S = 300.0
+START_S = 600.0
 BOOT = """
 hostname "$1" && mount --bind "$2" /etc/hosts && mount -t tmpfs -o size=2g tmpfs /dev/shm && ip link set lo up || exit 1
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done

@@ -38,7 +38,7 @@ PORTS = 4
 """Number of consecutive ports: of the head, its dashboard, Ray's client, and the nodes' agents."""
 FREE = range(22000, 23000, 10)
 """The ports among which :func:`free_port` chooses; Ray's workers use ports from 10002 to 19999."""
-START_S = 300.0
+START_S = 600.0
 OBJECT_STORE_BYTES = 80 * 2**20
 
 

@@ -37,7 +37,7 @@ PORTS = 5
 """S3, master, volume, filer and admin listen on consecutive ports, and each again 10,000 higher for gRPC."""
 FREE = range(20000, 22000, 10)
 """The ports among which :func:`free_port` chooses; jobs of `oar submit` use 24000 to 29999, clients of all kinds those above 32768."""
-START_S = 300.0
+START_S = 600.0
 PROBE_BUCKET = "oar-dev-probe"
 """Holds one object, which is read and written at each start to see that the server works."""
 

@@ -41,7 +41,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 FREE = range(23000, 24000, 10)
 """The ports among which :func:`free_port` chooses."""
-START_S = 300.0
+START_S = 600.0
 CLIENT_S = 120
 """Timeout of Slurm's commands, which by themselves wait minutes for a controller that is gone."""
 
