@@ -60,7 +60,7 @@ def make_recipe(out: Path, images: str | None, count: int, steps: int) -> Recipe
             "parallel": {"workers": 1, "micro_batch": 16, "precision": "fp32"},
             "pretrain": {**training, "steps": steps},
             "finetune": {**training, "lr": 5e-4, "steps": max(1, steps // 3), "random_share": 0.1},
-            "extract": {"score": "gt_logprob"},
+            "extract": {"score": "max_prob"},
             "sample": {"guidance": 2.0},
         }
     )
@@ -131,7 +131,9 @@ def extract(recipe: Recipe, prompts: PromptEncoder, out: Path) -> None:
         order_SN, score_SN = orders.order_BN.numpy().astype(np.uint16), orders.score_BN.numpy()
         table = OrderTable(tokens.keys, [0] * len(tokens.keys), order_SN, score_SN, model_id(model_file), settings.id)
         write_orders(str(out / "orders" / "train" / table_name(shard.name)), table)
-        print(f"  {shard.name}: {len(order_SN)} orders, log-likelihood {score_SN.sum(1).mean():.1f} nats an image along them")
+        print(
+            f"  {shard.name}: {len(order_SN)} orders; along them the best guess of a code has log-probability {score_SN.mean():.2f} on average"
+        )
     print(f"  {time.monotonic() - begun:.0f} s")
 
 

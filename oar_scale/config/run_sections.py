@@ -19,7 +19,7 @@ REMOVED_EXTRACT = {"repulsion_radius": 0, "frontier_random": None, "rescore_radi
 class ExtractConfig(Section):
     """How an order is extracted for every training image, and with how many actors."""
 
-    score: Score = "gt_logprob"
+    score: Score = "max_prob"
     guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance scale while scoring; 1 = the conditional model alone."""
     tie_seed: int = 0

@@ -3,7 +3,7 @@
 A task is one model and some images. It carries all it needs as plain values, opens the model itself on the device of its process, and
 its result does not depend on the process it runs in or on how many there are: noise and ties are numbered by image.
 
-    likelihood    four forward passes an image (float32), and its confidence order
+    likelihood    a few forward passes an image (float32), and the model's own orders by two scores
     sampling      one image for a caption, cell by cell, and what EfficientNet-Lite0 sees in it
     edit          a few completions of one image
     brute force   the confidence order of one image, with and without the cache
@@ -17,7 +17,7 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.queues import SimpleQueue
 from typing import Literal, Protocol
 
@@ -26,10 +26,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oar_scale.config.schema import Score
 from oar_scale.data.hashing import hash_keys
 from oar_scale.errors import UserError
 from oar_scale.evaluation.features import image_features
-from oar_scale.evaluation.likelihood import nll_table
+from oar_scale.evaluation.likelihood import nll_table, prediction_table
 from oar_scale.generation.editing import inpaint
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.model import AnyOrderModel, load_model
@@ -43,6 +44,7 @@ from oar_scale.tokenizers.vq import load_vq
 
 Ints = NDArray[np.int64]
 Precision = Literal["bf16", "fp32"]
+OWN_SCORES: tuple[Score, ...] = ("max_prob", "gt_logprob")
 _DEVICE = "OAR_EVALUATION_DEVICE"
 
 
@@ -92,7 +94,7 @@ class LikelihoodTask:
     other_cond_inputs_S: NDArray[np.generic] | None = None
     """Captions of other images; measured in random orders where given."""
     own: ExtractionSettings | None = None
-    """Also measure the order that the model finds with these settings."""
+    """Also measure along the orders that the model itself finds with these settings, by ``max_prob`` and by ``gt_logprob``, unguided."""
     precision: Precision = "bf16"
     """Of the extraction; the likelihoods themselves are always float32."""
 
@@ -102,9 +104,14 @@ class LikelihoodTask:
         orders = {name: torch.from_numpy(order) for name, order in self.orders.items()}
         if self.own is not None:
             finder = self.target.open(self.precision)
-            orders["own confidence"] = extract_orders(finder, codes, _condition(finder, cond_inputs), self.own, self.target.images).order_BN
+            condition = _condition(finder, cond_inputs)
+            for score in OWN_SCORES:
+                settings = replace(self.own, score=score, guidance=1.0)
+                orders[f"own {score}"] = extract_orders(finder, codes, condition, settings, self.target.images).order_BN
         model, batch = self.target.open(), len(codes)
         table = nll_table(model, codes, cond_inputs, orders, batch)
+        if self.own is not None:
+            table |= prediction_table(model, codes, cond_inputs, orders["own max_prob"], batch)
         if self.other_cond_inputs_S is not None:
             other = nll_table(model, codes, torch.from_numpy(self.other_cond_inputs_S), {"random": orders["random"]}, batch)
             table["shuffled captions"] = other["random"]
@@ -113,7 +120,7 @@ class LikelihoodTask:
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """Nats per code of S images, [S] for each order."""
+    """Figures of S images, each [S]: NLL by order, under ``shuffled captions``, and those of ``likelihood.prediction_table``."""
 
     model: ModelName
     first: int

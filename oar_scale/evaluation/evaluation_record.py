@@ -17,8 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.registry import ModelName, current_name
-from oar_scale.results.estimates import CaptionDependence, DistanceRow, NllTable, PretrainEffect
+from oar_scale.results.estimates import (
+    Calibration,
+    CaptionDependence,
+    DistanceDifference,
+    DistanceRow,
+    ImageGroup,
+    NllTable,
+    PretrainEffect,
+)
 from oar_scale.results.examples import EditExample, OrderSummary, SampleGrid, TokenizerMetadata
 from oar_scale.storage import join, open_storage, read_json, write_json
 
@@ -30,8 +39,6 @@ class Evaluation:
     """Everything that the stage ``evaluate`` measured and drew."""
 
     nll: NllTable
-    nll_new: NllTable | None
-    """As ``nll``, over the images without a variant in training; None where all are, or fewer than two."""
     pretrain: PretrainEffect
     captions: tuple[CaptionDependence, ...]
     distances: tuple[DistanceRow, ...]
@@ -39,6 +46,10 @@ class Evaluation:
     edits: tuple[EditExample, ...]
     orders: OrderSummary
     tokenizer: TokenizerMetadata
+    calibration: tuple[Calibration, ...] = ()
+    distance_differences: tuple[DistanceDifference, ...] = ()
+    groups: tuple[ImageGroup, ...] = ()
+    """The same over novel and over near-duplicate held-out images; empty where all are novel."""
 
 
 def save_evaluation(evaluation: Evaluation, folder: str) -> None:
@@ -64,10 +75,21 @@ def load_evaluation(folder: str) -> Evaluation | None:
     figures = join(folder, "figures", "evaluation.npz")
     try:
         with np.load(io.BytesIO(open_storage(figures).read(figures)), allow_pickle=False) as arrays:
-            evaluation: Evaluation = _from_plain(Evaluation, read_json(uri), dict(arrays))
+            evaluation: Evaluation = _from_plain(Evaluation, _upgraded(read_json(uri)), dict(arrays))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{uri}: not what this version of oar_scale writes ({error}). Run the stage evaluate again.") from error
     return evaluation
+
+
+def _upgraded(plain: JsonObject) -> JsonObject:
+    """An evaluation of version 0.1.0 in today's words: its "own confidence" orders were those of the recipe's score."""
+    novel = plain.pop("nll_new", None)
+    if novel is not None:
+        plain["groups"] = [{"name": "novel", "nll": novel}]
+    for row in (row for table in (plain["nll"], novel or {}) for rows in ("entries", "differences") for row in table.get(rows, ())):
+        if row["order"] == "own confidence":
+            row["order"] = f"own {plain['orders']['score']}"
+    return plain
 
 
 def _to_plain(value: object, arrays: Arrays, path: str) -> object:

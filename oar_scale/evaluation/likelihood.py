@@ -2,9 +2,11 @@
 
     nll(image, order) = mean over steps i of  -log p(code at order[i] | caption, codes at order[0..i-1])      nats per code
 
-An any-order model is made to have one likelihood for each order: the mean over random orders measures how well it was
-pretrained, its own confidence orders say what it gains by choosing. Note that a confidence order has looked at the
-image (see ``orders.extraction``): its likelihood compares models, it is not a bound on the image's own.
+An any-order model has one likelihood for each order: the mean over random orders measures how well it was pretrained. Its own
+orders by ``max_prob`` are those it would generate in: each cell is chosen from the codes placed before it, so the likelihood
+along them is that of the generator, at temperature and guidance 1. Orders by ``gt_logprob`` are chosen by the codes to be
+predicted. To be asked for a cell next then tells of its code: the likelihood along them is too high by what the order gives
+away, and is no measure of a model.
 
 All values are per image, so that differences between models, orders or captions are paired: what makes an image hard is
 common to both sides and cancels.
@@ -51,6 +53,37 @@ def nll_table(model: AnyOrderModel, codes_SN: Tensor, cond_inputs_S: Tensor, ord
         codes_BN, condition_BTD = codes_SN[part].to(device), model.condition(cond_inputs_S[part].to(device))
         for name, order_SN in orders.items():
             table[name][part] = model.nll(codes_BN, order_SN[part].to(device), condition_BTD).double().mean(1).cpu()
+    return table
+
+
+@torch.no_grad()
+def prediction_table(model: AnyOrderModel, codes_SN: Tensor, cond_inputs_S: Tensor, order_SN: Tensor, batch: int) -> dict[str, Tensor]:
+    """How sure a model is along an order, and how often rightly so.
+
+    Args:
+        codes_SN, cond_inputs_S, batch: as :func:`nll_table`.
+        order_SN: a permutation of the cells for each image.
+
+    Returns:
+        float64 [S] on the CPU, means over an image's cells: ``entropy`` of the predictions in nats, ``top probability`` of the most likely
+        code, ``top accuracy``, the share of cells where that is the image's own.
+    """
+    device = model.tok_embeddings.weight.device
+    table = {name: torch.zeros(len(codes_SN), dtype=torch.float64) for name in ("entropy", "top probability", "top accuracy")}
+    for start in range(0, len(codes_SN), batch):
+        part = slice(start, start + batch)
+        codes_BN, order_BN = codes_SN[part].to(device), order_SN[part].to(device)
+        rows_BND = model.rows(codes_BN, order_BN, model.condition(cond_inputs_S[part].to(device)))
+        for step in range(codes_BN.shape[1]):  # one cell of each image at a time: the logits of all cells need not exist together
+            log_p_BV = model.output(rows_BND[:, step]).float().log_softmax(-1)
+            top_B, code_B = log_p_BV.max(-1)
+            of_step = {
+                "entropy": -(log_p_BV.exp() * log_p_BV).sum(-1),
+                "top probability": top_B.exp(),
+                "top accuracy": code_B == codes_BN.gather(1, order_BN[:, step, None])[:, 0],
+            }
+            for name, value_B in of_step.items():
+                table[name][part] += value_B.double().cpu() / codes_BN.shape[1]
     return table
 
 

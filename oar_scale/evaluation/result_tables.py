@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oar_scale.evaluation.distances import frechet, kid
+from oar_scale.evaluation.distances import frechet, kid, kid_difference
 from oar_scale.evaluation.eval_tasks import BruteForce, Likelihoods
 from oar_scale.evaluation.likelihood import nll_estimate, paired_difference
 from oar_scale.orders.analysis import kendall_distance, placing_times
-from oar_scale.registry import BASELINES, ModelName
+from oar_scale.registry import BASELINES, ModelName, model_label
 from oar_scale.results.estimates import (
+    Calibration,
     CaptionDependence,
+    DistanceDifference,
     DistanceRow,
     NllDifference,
     NllEntry,
@@ -25,8 +28,10 @@ from oar_scale.results.estimates import (
 
 Features = NDArray[np.float32]
 PerImage = dict[ModelName, dict[str, torch.Tensor]]
-"""Nats per code [S] for each model and order (or ``shuffled captions``)."""
-ORDERS: tuple[OrderName, ...] = ("random", "raster", "own confidence")
+"""What the likelihood tasks measured, [S] for each model and name: nats per code by order, under ``shuffled captions``, predictions."""
+MIN_COMPARED = 8
+"""Images in a group whose distances are measured."""
+ORDERS: tuple[OrderName, ...] = ("random", "raster", "own max_prob", "own gt_logprob")
 
 
 def per_image(results: Sequence[Likelihoods]) -> PerImage:
@@ -43,7 +48,7 @@ def likelihood_table(nll: PerImage) -> NllTable:
     entries = [NllEntry(model, order, nll_estimate(row[order])) for model, row in nll.items() for order in ORDERS if order in row]
     differences = [
         NllDifference("ordered", other, order, paired_difference(nll["ordered"][order], nll[other][order]))
-        for order in ("own confidence", "random")
+        for order in ("own max_prob", "random", "own gt_logprob")
         for other in BASELINES
         if other in nll
     ]
@@ -54,6 +59,21 @@ def pretrain_effect(nll: PerImage) -> PretrainEffect:
     """Likelihood under random orders before and after the pretraining, and the paired difference."""
     before, after = nll["base"]["random"], nll["any_order"]["random"]
     return PretrainEffect(len(after), nll_estimate(before), nll_estimate(after), paired_difference(after, before))
+
+
+def calibrations(nll: PerImage) -> tuple[Calibration, ...]:
+    """A row for each model whose own orders were found."""
+    return tuple(
+        Calibration(
+            model,
+            len(row["entropy"]),
+            gap=paired_difference(row["own max_prob"], row["entropy"]),
+            top_probability=mean_nll(row["top probability"]),
+            top_accuracy=mean_nll(row["top accuracy"]),
+        )
+        for model, row in nll.items()
+        if "entropy" in row
+    )
 
 
 def caption_dependence(nll: PerImage) -> tuple[CaptionDependence, ...]:
@@ -71,13 +91,44 @@ def caption_dependence(nll: PerImage) -> tuple[CaptionDependence, ...]:
     )
 
 
-def distance_rows(sets: Mapping[str, Features], heldout: Features, seed: int) -> tuple[DistanceRow, ...]:
-    """Distances of each set of features to those of as many held-out images."""
-    rows = []
-    for name, features in sets.items():
-        spread = kid(features, heldout, seed=seed)
-        rows.append(DistanceRow(name, len(features), spread.mean, spread.std, frechet(features, heldout)))
-    return tuple(rows)
+@dataclass(frozen=True)
+class ComparedFeatures:
+    """The features of the images whose distances are measured."""
+
+    heldout_SF: Features
+    drawn: dict[ModelName, Features]
+    """Samples of each model for the captions of the held-out images."""
+    real: dict[str, Features]
+    """What to read the distances by: other real images, and the best that codes can do."""
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are as many as a distance with a standard error needs."""
+        return len(self.heldout_SF) >= MIN_COMPARED
+
+    def of(self, member_S: NDArray[np.bool_]) -> ComparedFeatures:
+        """Those of some held-out images and their captions, with as many real ones."""
+        drawn = {model: features_SF[member_S] for model, features_SF in self.drawn.items()}
+        real = {name: features_SF[: int(member_S.sum())] for name, features_SF in self.real.items()}
+        return ComparedFeatures(self.heldout_SF[member_S], drawn, real)
+
+    def rows(self, seed: int) -> tuple[DistanceRow, ...]:
+        """The distance of each set to as many held-out images."""
+        by_label = self.real | {model_label(model): features_SF for model, features_SF in self.drawn.items()}
+        rows = []
+        for name, features_SF in by_label.items():
+            spread = kid(features_SF, self.heldout_SF, seed=seed)
+            rows.append(DistanceRow(name, len(features_SF), spread.mean, spread.std, frechet(features_SF, self.heldout_SF)))
+        return tuple(rows)
+
+    def differences(self) -> tuple[DistanceDifference, ...]:
+        """The ordered model's distance against the others', paired by caption."""
+        ordered_SF = self.drawn["ordered"]
+        return tuple(
+            DistanceDifference("ordered", other, len(ordered_SF), kid_difference(ordered_SF, self.drawn[other], self.heldout_SF))
+            for other in BASELINES
+            if other in self.drawn
+        )
 
 
 def raster_distance(order_SN: NDArray[np.uint16]) -> float:

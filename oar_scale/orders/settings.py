@@ -18,7 +18,7 @@ class ExtractionSettings:
         ValueError: settings that contradict each other.
     """
 
-    score: Score = "gt_logprob"
+    score: Score = "max_prob"
     guidance: float = 1.0
     tie_seed: int = 0
     order_temperature: float = 0.0

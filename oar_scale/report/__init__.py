@@ -61,6 +61,7 @@ def render_report(report: ReportData) -> str:
         curves=[(curve.title, Markup(figures.curve_svg(curve))) for curve in report.curves],
         nll=_nll_rows(report.nll) if report.nll else None,
         orders_of_table=_orders_in(report.nll) if report.nll else [],
+        leak=math.lgamma(grid * grid + 1) / (grid * grid) if grid else 0.0,
         uniform_nll=math.log(report.tokenizer.codebook_size) if report.tokenizer else None,
         random_neighbour_share=_random_neighbour_share(grid) if grid else None,
         raster_neighbour_share=grid * (grid - 1) / (grid * grid - 1) if grid else None,

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from oar_scale.observe.events import read_events
-from oar_scale.results.estimates import CaptionDependence, DistanceRow, NllTable, PretrainEffect
+from oar_scale.results.estimates import (
+    Calibration,
+    CaptionDependence,
+    DistanceDifference,
+    DistanceRow,
+    ImageGroup,
+    NllTable,
+    PretrainEffect,
+)
 from oar_scale.results.examples import EditExample, OrderSummary, SampleGrid, TokenizerMetadata
 
 
@@ -104,10 +112,12 @@ class ReportData:
     curves: tuple[TrainingCurve, ...] = ()
     pretrain: PretrainEffect | None = None
     nll: NllTable | None = None
-    nll_new: NllTable | None = None
-    """As ``nll``, over the held-out images without a variant in training."""
+    calibration: tuple[Calibration, ...] = ()
     captions: tuple[CaptionDependence, ...] = ()
     distances: tuple[DistanceRow, ...] = ()
+    distance_differences: tuple[DistanceDifference, ...] = ()
+    groups: tuple[ImageGroup, ...] = ()
+    """The figures over novel and over near-duplicate held-out images apart; empty where all are novel."""
     samples: SampleGrid | None = None
     edits: tuple[EditExample, ...] = ()
     orders: OrderSummary | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from oar_scale.observe.console import duration
 from oar_scale.registry import BASELINES, MODELS, ModelName, model_label
 from oar_scale.report.report_data import ReportData
-from oar_scale.results.estimates import CaptionDependence, DistanceRow, Estimate, NllTable
+from oar_scale.results.estimates import Calibration, CaptionDependence, DistanceDifference, Estimate, NllTable
 
 STANDARD_ERRORS = 2.0
 
@@ -48,8 +48,12 @@ def summarise(report: ReportData) -> list[str]:
         lines.append(_pretraining(report))
     if report.nll:
         lines += _comparisons(report.nll)
+    lines += _calibration(report.calibration)
+    novel = next((group for group in report.groups if group.name == "novel"), None)
+    if novel is not None:
+        lines += _comparisons(novel.nll, f"On the {novel.nll.images} held-out images that training has no variant of:")
     lines += _captions(report.captions)
-    lines += _distances(report.distances)
+    lines += _distances(report.distance_differences)
     return lines
 
 
@@ -58,10 +62,14 @@ def key_numbers(report: ReportData) -> list[tuple[str, str, str]]:
     numbers: list[tuple[str, str, str]] = []
     if report.nll:
         for other in BASELINES:
-            difference = _difference(report.nll, "ordered", other, "own confidence")
+            difference = _difference(report.nll, "ordered", other, "own max_prob")
             if difference:
-                meaning = f"nats per code, own confidence order: ordered is {verdict(difference)}"
+                meaning = f"nats per code, own max_prob orders: ordered is {verdict(difference)}"
                 numbers.append((f"ordered − {model_label(other)}", plus_minus(difference, sign=True), meaning))
+    ordered = next((row for row in report.calibration if row.model == "ordered"), None)
+    if ordered:
+        meaning = "nats per code, the ordered model's NLL minus its entropy: above 0 is over-confident"
+        numbers.append(("calibration gap", plus_minus(ordered.gap, sign=True), meaning))
     dependence = _caption_row(report.captions)
     if dependence:
         meaning = f"nats per code lost with other images' captions ({model_label(dependence.model)} model)"
@@ -101,10 +109,13 @@ def _pretraining(report: ReportData) -> str:
     return f"Pretraining {'lowered' if effect.difference.mean < 0 else 'raised'} the held-out NLL {numbers}."
 
 
-def _comparisons(table: NllTable) -> list[str]:
-    """Ordered against control and against any-order, first where each is at home, then in random orders."""
+def _comparisons(table: NllTable, prefix: str = "") -> list[str]:
+    """Ordered against control and against any-order, first along the orders each would generate in, then in random ones."""
     lines = []
-    for order, opening in (("own confidence", "With each model's own confidence orders"), ("random", "In random orders")):
+    for order, opening in (
+        ("own max_prob", "Along the max_prob orders that each model generates in"),
+        ("random", "In random orders"),
+    ):
         readings = []
         for other in BASELINES:
             difference = _difference(table, "ordered", other, order)
@@ -112,6 +123,8 @@ def _comparisons(table: NllTable) -> list[str]:
                 readings.append(_against(other, difference))
         if readings:
             lines.append(f"{opening}, the ordered model is {' and '.join(readings)}.")
+    if lines and prefix:
+        lines[0] = f"{prefix} {lines[0][0].lower()}{lines[0][1:]}"
     return lines
 
 
@@ -140,17 +153,27 @@ def _caption_row(rows: tuple[CaptionDependence, ...]) -> CaptionDependence | Non
     return next((row for row in rows if row.model == "ordered"), rows[-1] if rows else None)
 
 
-def _distances(rows: tuple[DistanceRow, ...]) -> list[str]:
-    by_name = {row.name: row for row in rows}
-    if "ordered" not in by_name or "control" not in by_name:
+def _calibration(rows: tuple[Calibration, ...]) -> list[str]:
+    row = next((row for row in rows if row.model == "ordered"), None)
+    if row is None:
         return []
-    ordered, control = by_name["ordered"], by_name["control"]
-    values = f"kid_efflite0 {number(ordered.kid_efflite0, 4)} against {number(control.kid_efflite0, 4)}, {ordered.samples} samples each"
-    if abs(ordered.kid_efflite0 - control.kid_efflite0) <= max(ordered.kid_efflite0_std, control.kid_efflite0_std):
-        return [
-            f"Their samples are about equally far from held-out images ({values}; the difference is within the spread between subsets)."
-        ]
-    closer = "closer to" if ordered.kid_efflite0 < control.kid_efflite0 else "farther from"
+    gap = f"{plus_minus(row.gap, sign=True)} nats per code between its NLL and its entropy"
+    if not measured(row.gap):
+        return [f"Along its own max_prob orders the ordered model is calibrated ({gap})."]
+    sure = "over-confident" if row.gap.mean > 0 else "under-confident"
+    top = f"its most likely code has probability {number(row.top_probability.mean, 2)} and is right {number(row.top_accuracy.mean, 2)}"
+    return [f"Along its own max_prob orders the ordered model is {sure}: {gap}; {top} of the time."]
+
+
+def _distances(rows: tuple[DistanceDifference, ...]) -> list[str]:
+    row = next((row for row in rows if row.second == "control"), None)
+    if row is None:
+        return []
+    values = f"kid_efflite0 {signed(row.kid_efflite0.mean, 4)} ± {number(row.kid_efflite0.standard_error, 4)}, {row.samples} samples each"
+    values += ", paired by caption"
+    if not measured(row.kid_efflite0):
+        return [f"Samples of the ordered model and of the control are not measurably different in distance to held-out images ({values})."]
+    closer = "closer to" if row.kid_efflite0.mean < 0 else "farther from"
     return [f"Samples of the ordered model are {closer} held-out images than those of the control ({values})."]
 
 

@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 
 from oar_scale.registry import ModelName
 
-OrderName = Literal["random", "raster", "own confidence"]
+OrderName = Literal["random", "raster", "own max_prob", "own gt_logprob"]
+"""``own max_prob``: each model's own orders, chosen as in generation by the codes placed before alone: the generator's likelihood.
+
+``own gt_logprob``: its own orders, chosen by the image's codes. That a cell is chosen tells of its code, so codes leak into the order, up
+to ln(N!) / N nats each: a diagnosis of the selection, not a likelihood.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,21 @@ class NllTable:
     images: int
     entries: tuple[NllEntry, ...]
     differences: tuple[NllDifference, ...] = ()
-    """At least ordered - control and ordered - any-order, each in the models' own confidence orders."""
+    """At least ordered - control and ordered - any-order, each along the models' own ``max_prob`` orders."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Does a model know how sure it can be? Along its own ``max_prob`` orders, over the cells of all images."""
+
+    model: ModelName
+    images: int
+    gap: Estimate
+    """NLL minus the entropy of the predictions, nats per code: 0 is calibrated, above 0 over-confident."""
+    top_probability: Estimate
+    """Of the most likely code; equal to ``top_accuracy`` if calibrated."""
+    top_accuracy: Estimate
+    """Share of the cells whose most likely code is the image's own."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +118,32 @@ class DistanceRow:
     kid_efflite0: float
     kid_efflite0_std: float
     fd_efflite0: float
+
+
+@dataclass(frozen=True)
+class DistanceDifference:
+    """``first - second`` of two models' distances to the same held-out images, paired by caption: negative where ``first`` is closer."""
+
+    first: ModelName
+    second: ModelName
+    samples: int
+    kid_efflite0: Estimate
+    """Standard error by the jackknife: a caption's two samples and its held-out image are left out together."""
+
+
+GroupName = Literal["novel", "near-duplicate"]
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """The figures over some of the held-out images only."""
+
+    name: GroupName
+    """``near-duplicate``: training has a variant of the image, e.g. the same drawing in another skin tone. ``novel``: all others."""
+    nll: NllTable
+    pretrain: PretrainEffect | None = None
+    calibration: tuple[Calibration, ...] = ()
+    captions: tuple[CaptionDependence, ...] = ()
+    distances: tuple[DistanceRow, ...] = ()
+    """Of this group's samples to this group's images; empty where the group is too small."""
+    distance_differences: tuple[DistanceDifference, ...] = ()

@@ -40,6 +40,8 @@ class SampleRow:
     original: Picture
     samples: tuple[Picture, ...]
     """One for each column of the grid."""
+    novel: bool | None = None
+    """Whether training has no variant of the original; None where it was not looked for."""
 
 
 @dataclass(frozen=True)

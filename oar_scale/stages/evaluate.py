@@ -1,7 +1,8 @@
 """Stage ``evaluate``: what the models are worth on held-out images, in numbers and in pictures.
 
-Likelihoods (random, raster and the model's own confidence order; captions of other images), samples and their distance to
-held-out images, two edits, and the orders that were extracted. The same images, captions and noise for every model.
+Likelihoods (random and raster orders, the model's own; captions of other images), samples and their distance to held-out images, two
+edits, and the orders that were extracted. The same images, captions and noise for every model. All of it over all held-out images, and
+over those that training has a variant of and has none of, apart.
 
 The result is ``evaluation.json`` with its pictures (``evaluation.evaluation_record``) in the run's local folder.
 """
@@ -34,7 +35,7 @@ from oar_scale.evaluation.evaluation_record import Evaluation, save_evaluation
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import random_orders, raster_orders, shuffled_captions
 from oar_scale.evaluation.pictures import decode_pictures, step_of_cell
-from oar_scale.evaluation.result_tables import Features
+from oar_scale.evaluation.result_tables import ComparedFeatures, Features
 from oar_scale.generation.editing import centre_mask
 from oar_scale.generation.sampling import SampleSettings
 from oar_scale.json_object import JsonObject
@@ -43,7 +44,7 @@ from oar_scale.orders.order_files import run_files
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.registry import ModelName, model_label
 from oar_scale.report.run_metadata import describe_prompts, stage_results, tokenizer_origin
-from oar_scale.results.estimates import DistanceRow, NllTable
+from oar_scale.results.estimates import GroupName, ImageGroup
 from oar_scale.results.examples import EditExample, OrderExample, OrderSummary, Picture, SampleGrid, SampleRow, TokenizerMetadata
 from oar_scale.run.artifacts import (
     Tokens,
@@ -91,7 +92,7 @@ class Inputs:
     """The stored order of every training image."""
     compared: int
     """Images on each side of a distance."""
-    new_S: NDArray[np.bool_]
+    novel_S: NDArray[np.bool_]
     """Held-out images that training has no variant of."""
 
 
@@ -110,13 +111,15 @@ def run_evaluate(run: Run) -> JsonObject:
     tasks = _eval_tasks(run, inputs)
     with run.console.progress(len(tasks), "likelihoods, drawings, checks: task") as tally:
         results = run_eval_tasks(tasks, devices, parallel.cpu_threads, tally.advance)
-    nll = summary.per_image(results.likelihoods)
+    nll, features = summary.per_image(results.likelihoods), _compared_features(inputs, results, reference_SF)
     evaluation = Evaluation(
         nll=summary.likelihood_table(nll),
-        nll_new=_likelihood_of_new(inputs, nll),
         pretrain=summary.pretrain_effect(nll),
+        calibration=summary.calibrations(nll),
         captions=summary.caption_dependence(nll),
-        distances=_distances(run, inputs, results, reference_SF),
+        distances=features.rows(run.recipe.seed),
+        distance_differences=features.differences(),
+        groups=_groups(run, inputs, nll, features),
         samples=_samples(run, inputs, results),
         edits=_edits(inputs, results),
         orders=_orders(run, inputs, results),
@@ -156,15 +159,32 @@ def _read(run: Run) -> Inputs:
         train_cond_inputs_S=conditioning_inputs(prompts, prompts.encode(train.prompts[:BRUTE_FORCE_IMAGES])),
         orders_SN=read_train_orders(run, train),
         compared=compared,
-        new_S=without_variant(run, heldout.keys),
+        novel_S=without_variant(run, heldout.keys),
     )
 
 
-def _likelihood_of_new(inputs: Inputs, nll: summary.PerImage) -> NllTable | None:
-    new = torch.from_numpy(inputs.new_S[: len(nll["ordered"]["random"])])
-    if bool(new.all()) or int(new.sum()) < 2:
-        return None
-    return summary.likelihood_table({model: {order: values[new] for order, values in row.items()} for model, row in nll.items()})
+def _groups(run: Run, inputs: Inputs, nll: summary.PerImage, features: ComparedFeatures) -> tuple[ImageGroup, ...]:
+    """The figures over novel and over near-duplicate images apart, where there are both."""
+    by_name: dict[GroupName, NDArray[np.bool_]] = {"novel": inputs.novel_S, "near-duplicate": ~inputs.novel_S}
+    groups = []
+    for name, member_S in by_name.items():
+        with_nll = torch.from_numpy(member_S[: len(nll["ordered"]["random"])])
+        if bool(member_S.all()) or int(with_nll.sum()) < 2:
+            continue
+        of_group = {model: {what: values[with_nll] for what, values in row.items()} for model, row in nll.items()}
+        drawn = features.of(member_S[: inputs.compared])
+        groups.append(
+            ImageGroup(
+                name,
+                nll=summary.likelihood_table(of_group),
+                pretrain=summary.pretrain_effect(of_group),
+                calibration=summary.calibrations(of_group),
+                captions=summary.caption_dependence(of_group),
+                distances=drawn.rows(run.recipe.seed) if drawn.enough else (),
+                distance_differences=drawn.differences() if drawn.enough else (),
+            )
+        )
+    return tuple(groups)
 
 
 # -- what there is to do: longest first, so that all processes end at about the same time ----------------------------------
@@ -249,16 +269,18 @@ def _task_slices(count: int) -> list[slice]:
 # -- the results ---------------------------------------------------------------------------------------------------------
 
 
-def _distances(run: Run, inputs: Inputs, results: Results, reference_SF: Features) -> tuple[DistanceRow, ...]:
-    """Samples against held-out images, and what to read them by: other real images, and the best that codes can do."""
+def _compared_features(inputs: Inputs, results: Results, reference_SF: Features) -> ComparedFeatures:
     count = inputs.compared
-    sets: dict[str, Features] = {}
+    real: dict[str, Features] = {}
     if len(inputs.train_pictures) >= count:
         decoded = decode_pictures(inputs.vq, torch.from_numpy(inputs.train.codes_SN[:count]))
-        sets = {"training images": _features(inputs.train_pictures[:count]), "training images, encoded and decoded": _features(decoded)}
-    for name in (name for name in inputs.models if name != "base"):
-        sets[model_label(name)] = np.concatenate([task.features_SF for task in results.drawn if task.model == name])[:count]
-    return summary.distance_rows(sets, reference_SF, run.recipe.seed)
+        real = {"training images": _features(inputs.train_pictures[:count]), "training images, encoded and decoded": _features(decoded)}
+    drawn: dict[ModelName, Features] = {
+        name: np.concatenate([task.features_SF for task in results.drawn if task.model == name])[:count]
+        for name in inputs.models
+        if name != "base"
+    }
+    return ComparedFeatures(reference_SF, drawn, real)
 
 
 def _samples(run: Run, inputs: Inputs, results: Results) -> SampleGrid:
@@ -269,7 +291,12 @@ def _samples(run: Run, inputs: Inputs, results: Results) -> SampleGrid:
         codes_SN = np.concatenate([task.codes_SN for task in results.drawn if task.model == name])[:count]
         pictures[name] = decode_pictures(inputs.vq, torch.from_numpy(codes_SN))
     rows = tuple(
-        SampleRow(inputs.heldout.captions[row], inputs.heldout_pictures[row], tuple(pictures[name][row] for name in columns))
+        SampleRow(
+            inputs.heldout.captions[row],
+            inputs.heldout_pictures[row],
+            tuple(pictures[name][row] for name in columns),
+            novel=bool(inputs.novel_S[row]),
+        )
         for row in range(count)
     )
     settings = f"Guidance {sample.guidance:g}, temperature {sample.temperature:g}"
@@ -336,9 +363,26 @@ def _highlights(run: Run, evaluation: Evaluation) -> JsonObject:
     differences = {f"{model_label(d.first)} - {model_label(d.second)}, {d.order}": asdict(d.difference) for d in evaluation.nll.differences}
     captions = {model_label(row.model): asdict(row.difference) for row in evaluation.captions}
     kid = {row.name: row.kid_efflite0 for row in evaluation.distances}
+    kid_differences = {
+        f"{model_label(row.first)} - {model_label(row.second)}": asdict(row.kid_efflite0) for row in evaluation.distance_differences
+    }
+    gaps = {model_label(row.model): asdict(row.gap) for row in evaluation.calibration}
     for name, difference in differences.items():
         run.console.say(f"  {name}: {difference['mean']:+.4f} +- {difference['standard_error']:.4f} nats per code")
     for name, cost in captions.items():
         run.console.say(f"  captions of other images, {name}: {cost['mean']:+.4f} +- {cost['standard_error']:.4f} nats per code")
+    for name, gap in gaps.items():
+        run.console.say(
+            f"  NLL - entropy along own max_prob orders, {name}: {gap['mean']:+.4f} +- {gap['standard_error']:.4f} nats per code"
+        )
+    for name, difference in kid_differences.items():
+        run.console.say(f"  {name}, kid_efflite0 (paired): {difference['mean']:+.4f} +- {difference['standard_error']:.4f}")
     run.console.say(f"  {evaluation.orders.brute_force}")
-    return {"nll_images": evaluation.nll.images, "differences": differences, "shuffled_minus_own": captions, "kid_efflite0": kid}
+    return {
+        "nll_images": evaluation.nll.images,
+        "differences": differences,
+        "calibration_gap": gaps,
+        "shuffled_minus_own": captions,
+        "kid_efflite0": kid,
+        "kid_efflite0_differences": kid_differences,
+    }

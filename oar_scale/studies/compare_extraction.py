@@ -97,9 +97,9 @@ def table(rows: Sequence[JsonObject]) -> list[str]:
         for row in rows
     ]
     if "kid_efflite0" in rows[0]:
-        heads += ["held-out NLL, own order", "above exact", "random orders", "above exact", "kid_efflite0 +- deviation"]
+        heads += ["held-out NLL, own max_prob", "above exact", "random orders", "above exact", "kid_efflite0 +- deviation"]
         for line, row in zip(lines, rows, strict=True):
-            for name in ("heldout_nll_own", "heldout_nll_random"):
+            for name in ("heldout_nll_own_max_prob", "heldout_nll_random"):
                 line += [f"{row[name]['mean']:.4f}", _with_error(row[f"{name}_above_exact"])]
             line.append(_with_error({"mean": row["kid_efflite0"], "standard_error": row["kid_efflite0_std"]}))
     return text_table([heads, *lines])

@@ -40,14 +40,14 @@ class TrainingOutcome:
     """The quality of a model that was trained on the orders of one method."""
 
     nll_own_S: NDArray[np.float64]
-    """Nats per code of each held-out image, in the order that the model prefers."""
+    """Nats per code of each held-out image along the model's own ``max_prob`` order, the one that it generates in."""
     nll_random_S: NDArray[np.float64]
     kid: Kid
 
     def figures(self, exact: TrainingOutcome) -> JsonObject:
         """Means, and differences to what came of the exact orders: the images are the same, so their differences are paired."""
         figures: JsonObject = {"kid_efflite0": self.kid.mean, "kid_efflite0_std": self.kid.std}
-        pairs = {"own": (self.nll_own_S, exact.nll_own_S), "random": (self.nll_random_S, exact.nll_random_S)}
+        pairs = {"own_max_prob": (self.nll_own_S, exact.nll_own_S), "random": (self.nll_random_S, exact.nll_random_S)}
         for name, (here_S, exact_S) in pairs.items():
             figures[f"heldout_nll_{name}"] = asdict(estimate(here_S))
             figures[f"heldout_nll_{name}_above_exact"] = asdict(estimate(here_S - exact_S))
@@ -138,7 +138,7 @@ class ShortTraining:
         recipe, run = self.run.recipe, self.run
         count, cells = min(recipe.evaluate.nll_images, len(self.codes_SN)), self.codes_SN.shape[1]
         orders = {"random": random_orders(count, cells, recipe.seed).numpy()}
-        own = ExtractionSettings(recipe.extract.score, recipe.extract.guidance, recipe.extract.tie_seed)
+        own = ExtractionSettings(tie_seed=recipe.extract.tie_seed)
         target = EvalTarget("ordered", model_file, self.cond_inputs_S[:count])
         nll = LikelihoodTask(target, self.codes_SN[:count], orders, own=own, precision=recipe.parallel.precision).run().nll
         drawing = SamplingTask(
@@ -149,7 +149,7 @@ class ShortTraining:
             recipe.parallel.precision,
         )
         distance = kid(drawing.run().features_SF, self.reference_SF, seed=recipe.seed)
-        return TrainingOutcome(nll["own confidence"], nll["random"], distance)
+        return TrainingOutcome(nll["own max_prob"], nll["random"], distance)
 
 
 def _train(job: TrainingJob) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from oar_scale.errors import UserError
-from oar_scale.evaluation.distances import frechet, kid
+from oar_scale.evaluation.distances import frechet, kid, kid_difference
 from oar_scale.evaluation.features import image_features
 from oar_scale.tokenizers import perceptual
 
@@ -74,6 +74,44 @@ def test_kid_repeats_with_its_seed() -> None:
     x, y = np.random.default_rng(7).normal(size=(2, 60, 8))
     assert kid(x, y, seed=1) == kid(x, y, seed=1)
     assert kid(x, y, seed=1) != kid(x, y, seed=2)
+
+
+def test_paired_difference_of_distances_is_the_sum_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    x, y, z = rng.normal(size=(3, 6, 4))
+
+    def mmd(features: NDArray[np.float64], kept: list[int]) -> float:
+        def k(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+            return float((a @ b / 4 + 1) ** 3)
+
+        pairs = [(i, j) for i in kept for j in kept if i != j]
+        values = [k(features[i], features[j]) + k(z[i], z[j]) - k(features[i], z[j]) - k(features[j], z[i]) for i, j in pairs]
+        return float(np.mean(values))
+
+    everyone = list(range(6))
+    left_out = np.array([mmd(x, kept) - mmd(y, kept) for kept in ([i for i in everyone if i != out] for out in everyone)])
+    difference = kid_difference(x, y, z)
+    assert difference.mean == pytest.approx(mmd(x, everyone) - mmd(y, everyone))
+    assert difference.standard_error == pytest.approx(np.sqrt(5 / 6 * np.sum((left_out - left_out.mean()) ** 2)))
+
+
+def test_the_error_of_a_paired_difference_is_the_spread_of_repetitions() -> None:
+    """Of two models that draw equally well, and not as well as the reference."""
+    rng = np.random.default_rng(1)
+    repeated = []
+    for _ in range(200):
+        shared = rng.normal(size=(40, 8))  # what a caption gives both samples
+        x, y, z = (shared + shift + 0.5 * rng.normal(size=(40, 8)) for shift in (0.5, 0.5, 0.0))
+        repeated.append(kid_difference(x, y, z))
+    means, errors = (np.array([getattr(each, name) for each in repeated]) for name in ("mean", "standard_error"))
+    assert abs(means.mean()) < 4 * means.std() / np.sqrt(len(means))
+    assert 0.8 < errors.mean() / means.std() < 1.25
+    assert np.mean(np.abs(means) < 2 * errors) > 0.88
+
+
+def test_two_samples_have_no_standard_error() -> None:
+    with pytest.raises(ValueError, match="at least 3 samples, got 2"):
+        kid_difference(np.eye(2), np.eye(2), np.eye(2))
 
 
 @pytest.mark.parametrize("distance", [kid, frechet])

@@ -10,8 +10,17 @@ import torch
 from PIL import Image
 from small_models import random_codes, random_text, small_model
 
-from oar_scale.evaluation.likelihood import nll_estimate, nll_table, paired_difference, random_orders, raster_orders, shuffled_captions
+from oar_scale.evaluation.likelihood import (
+    nll_estimate,
+    nll_table,
+    paired_difference,
+    prediction_table,
+    random_orders,
+    raster_orders,
+    shuffled_captions,
+)
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, order_map, png, step_of_cell, upscale
+from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer
@@ -41,6 +50,35 @@ def test_the_confidence_order_is_likelier_than_random_ones() -> None:
     table = nll_table(model, codes, text, {"confidence": confident, "random": random_orders(16, 9, seed=0)}, batch=8)
     difference = paired_difference(table["confidence"], table["random"])
     assert difference.mean < -2 * difference.standard_error
+
+
+@torch.no_grad()
+def test_predictions_are_those_of_the_logits_whatever_the_batch() -> None:
+    model = small_model()
+    codes, text, order = random_codes(model, 5), random_text(model, 5), random_orders(5, 9, seed=1)
+    table = prediction_table(model, codes, text, order, batch=2)
+    p = model(codes, order, model.condition(text)).softmax(-1)
+    top, code = p.max(-1)
+    torch.testing.assert_close(table["entropy"], -(p * p.log()).sum(-1).double().mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(table["top probability"], top.double().mean(1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(table["top accuracy"], (code == codes.gather(1, order)).double().mean(1))
+
+
+@torch.no_grad()
+def test_a_model_is_calibrated_on_codes_it_drew_itself() -> None:
+    """Along its max_prob orders its NLL is its entropy; sharpened it is over-confident about the same codes, flattened the contrary."""
+    model = small_model()
+    text = random_text(model, 400)
+    settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=0, order_temperature=0.0)
+    codes = generate(model, model.condition(text), settings, torch.Generator().manual_seed(3)).codes_BN
+    in_errors = []
+    for sharpening in (1.0, 3.0, 1 / 9):
+        model.output.weight *= sharpening
+        order = extract_orders(model, codes, model.condition(text), ExtractionSettings()).order_BN
+        nll = nll_table(model, codes, text, {"own": order}, 100)["own"]
+        gap = paired_difference(nll, prediction_table(model, codes, text, order, 100)["entropy"])
+        in_errors.append(gap.mean / gap.standard_error)
+    assert abs(in_errors[0]) < 3 and in_errors[1] > 10 and in_errors[2] < -10
 
 
 def test_random_orders_are_permutations_that_belong_to_the_image() -> None:

@@ -10,9 +10,12 @@ import numpy as np
 
 from oar_scale.report import report_data as d
 from oar_scale.results.estimates import (
+    Calibration,
     CaptionDependence,
+    DistanceDifference,
     DistanceRow,
     Estimate,
+    ImageGroup,
     ModelName,
     NllDifference,
     NllEntry,
@@ -41,21 +44,31 @@ def curve(title: str, steps: int, start: float, end: float, heldout: bool = True
 
 
 def nll_table(ordered_minus_control: float = -0.042) -> NllTable:
-    means: dict[tuple[ModelName, OrderName], float] = {
-        ("base", "random"): 3.912, ("base", "raster"): 3.871, ("base", "own confidence"): 3.702,
-        ("any_order", "random"): 3.544, ("any_order", "raster"): 3.521, ("any_order", "own confidence"): 3.361,
-        ("control", "random"): 3.532, ("control", "raster"): 3.509, ("control", "own confidence"): 3.352,
-        ("ordered", "random"): 3.581, ("ordered", "raster"): 3.557, ("ordered", "own confidence"): 3.352 + ordered_minus_control,
-    }  # fmt: skip
+    by_order: dict[OrderName, tuple[float, float, float, float]] = {  # base, any-order, control, ordered
+        "random": (3.912, 3.544, 3.532, 3.581),
+        "raster": (3.871, 3.521, 3.509, 3.557),
+        "own max_prob": (3.702, 3.361, 3.352, 3.352 + ordered_minus_control),
+        "own gt_logprob": (2.902, 2.561, 2.552, 2.306),
+    }
+    models: tuple[ModelName, ...] = ("base", "any_order", "control", "ordered")
+    means = {(model, order): mean for order, row in by_order.items() for model, mean in zip(models, row, strict=True)}
     return NllTable(
         images=192,
         entries=tuple(NllEntry(model, order, Estimate(mean, 0.031)) for (model, order), mean in means.items()),
         differences=(
-            NllDifference("ordered", "control", "own confidence", Estimate(ordered_minus_control, 0.006)),
-            NllDifference("ordered", "any_order", "own confidence", Estimate(-0.051, 0.007)),
+            NllDifference("ordered", "control", "own max_prob", Estimate(ordered_minus_control, 0.006)),
+            NllDifference("ordered", "any_order", "own max_prob", Estimate(-0.051, 0.007)),
+            NllDifference("ordered", "control", "own gt_logprob", Estimate(-0.246, 0.011)),
             NllDifference("ordered", "control", "random", Estimate(0.049, 0.005)),
             NllDifference("ordered", "control", "raster", Estimate(0.008, 0.006)),
         ),
+    )
+
+
+def calibration() -> tuple[Calibration, ...]:
+    return (
+        Calibration("control", 192, Estimate(0.26, 0.02), Estimate(0.39, 0.005), Estimate(0.37, 0.007)),
+        Calibration("ordered", 192, Estimate(0.55, 0.03), Estimate(0.40, 0.004), Estimate(0.35, 0.006)),
     )
 
 
@@ -142,10 +155,27 @@ def report(
             DistanceRow("control", 256, 0.1184, 0.0041, 189.5),
             DistanceRow("ordered", 256, 0.1032, 0.0039, 180.6),
         ),
+        distance_differences=(
+            DistanceDifference("ordered", "control", 256, Estimate(0.0012, 0.0101)),
+            DistanceDifference("ordered", "any_order", 256, Estimate(-0.0251, 0.0087)),
+        ),
+        calibration=calibration(),
+        groups=(
+            ImageGroup(
+                "novel",
+                nll_table(0.143),
+                calibration=calibration(),
+                distance_differences=(DistanceDifference("ordered", "control", 81, Estimate(0.0013, 0.0144)),),
+            ),
+            ImageGroup("near-duplicate", nll_table(-0.066)),
+        ),
         samples=SampleGrid(
             ("any_order", "control", "ordered"),
             "Guidance 2, temperature 1, each in its own confidence order",
-            tuple(SampleRow(c, p, (b, b, b)) for c, p, b in zip(captions, pictures, blurred, strict=True)),
+            tuple(
+                SampleRow(c, p, (b, b, b), novel=bool(place % 2))
+                for place, (c, p, b) in enumerate(zip(captions, pictures, blurred, strict=True))
+            ),
         ),
         edits=(
             EditExample("inpainting", captions[0], "ordered", pictures[0], known, (blurred[0], blurred[0])),

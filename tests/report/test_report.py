@@ -16,7 +16,7 @@ from oar_scale.observe.events import EventLog
 from oar_scale.report import render_report, write_report
 from oar_scale.report import report_data as d
 from oar_scale.report.summary import summarise
-from oar_scale.results.estimates import CaptionDependence, Estimate, PretrainEffect, estimate
+from oar_scale.results.estimates import CaptionDependence, DistanceDifference, Estimate, PretrainEffect, estimate
 from tests.observe import synthetic
 
 VOID = {"meta", "link", "img", "br"}
@@ -90,6 +90,14 @@ def test_all_numbers_given_appear(html: str) -> None:
         expected.append(f"{entry.nll.mean:.3f} ± {entry.nll.standard_error:.3f}")
     for row in report.nll.differences:
         expected.append(f"{row.difference.mean:+.3f} ± {row.difference.standard_error:.3f}".replace("-", "−"))
+    for group in report.groups:
+        expected += [f"{entry.nll.mean:.3f} ± {entry.nll.standard_error:.3f}" for entry in group.nll.entries if entry.order != "raster"]
+        expected += [f"{row.difference.mean:+.3f}".replace("-", "−") for row in group.nll.differences]
+        expected += [f"{row.kid_efflite0.standard_error:.4f}" for row in group.distance_differences]
+    for sure in report.calibration:
+        expected += [f"+{sure.gap.mean:.3f}", f"{sure.top_probability.mean:.3f}", f"{sure.top_accuracy.mean:.3f}"]
+    for pair in report.distance_differences:
+        expected += [f"{pair.kid_efflite0.mean:+.4f} ± {pair.kid_efflite0.standard_error:.4f}".replace("-", "−")]
     for caption in report.captions:
         expected += [f"{caption.shuffled.mean:.3f}", f"+{caption.difference.mean:.3f}"]
     for distance in report.distances:
@@ -117,8 +125,33 @@ def test_captions_and_recipes_are_text_not_markup(html: str) -> None:
 )
 def test_the_comparison_with_the_control_is_told_whatever_it_is(ordered_minus_control: float, reading: str, text: str) -> None:
     report = synthetic.report(nll=synthetic.nll_table(ordered_minus_control))
-    assert f"With each model's own confidence orders, {text}" in " ".join(summarise(report))
-    assert f"nats per code, own confidence order: ordered is {reading}" in Page(render_report(report)).text
+    assert f"Along the max_prob orders that each model generates in, {text}" in " ".join(summarise(report))
+    assert f"nats per code, own max_prob orders: ordered is {reading}" in Page(render_report(report)).text
+
+
+@pytest.mark.parametrize(
+    ("difference", "text"),
+    [
+        (Estimate(-0.0250, 0.0130), "of the ordered model and of the control are not measurably different in distance"),
+        (Estimate(-0.0250, 0.0120), "Samples of the ordered model are closer to held-out images than those of the control"),
+        (Estimate(+0.0250, 0.0120), "Samples of the ordered model are farther from held-out images than those of the control"),
+    ],
+)
+def test_closer_needs_two_paired_standard_errors(difference: Estimate, text: str) -> None:
+    rows = (DistanceDifference("ordered", "control", 256, difference),)
+    said = " ".join(summarise(replace(synthetic.report(), distance_differences=rows)))
+    assert text in said and f"± {difference.standard_error:.4f}, 256 samples each, paired by caption" in said
+
+
+def test_novel_images_are_told_apart_in_the_summary() -> None:
+    text = " ".join(summarise(synthetic.report()))
+    assert "On the 192 held-out images that training has no variant of: along the max_prob orders" in text
+    assert "worse than the control by 0.143" in text
+
+
+def test_over_confidence_is_said() -> None:
+    text = " ".join(summarise(synthetic.report()))
+    assert "over-confident: +0.550 ± 0.030" in text and "has probability 0.40 and is right 0.35 of the time" in text
 
 
 def test_unused_captions_and_a_worse_pretraining_are_said() -> None:

@@ -141,7 +141,7 @@ def test_models_with_the_same_weights_differ_by_exactly_nothing(evaluated: Run) 
     evaluation = load_evaluation(evaluated.local())
     assert evaluation is not None
     by_pair = {(d.first, d.second, d.order): d.difference for d in evaluation.nll.differences}
-    for order in ("own confidence", "random"):
+    for order in ("own max_prob", "own gt_logprob", "random"):
         assert (by_pair["ordered", "any_order", order].mean, by_pair["ordered", "any_order", order].standard_error) == (0.0, 0.0)
         assert by_pair["ordered", "control", order].mean != 0.0
     distances = {row.name: row for row in evaluation.distances}
@@ -152,12 +152,14 @@ def test_models_with_the_same_weights_differ_by_exactly_nothing(evaluated: Run) 
     )
 
 
-def test_own_confidence_order_is_likelier_than_a_random_one(evaluated: Run) -> None:
+def test_gt_logprob_orders_leak_and_max_prob_orders_do_not(evaluated: Run) -> None:
+    """On models with random weights no order can help; the one that was chosen by the codes seems to."""
     evaluation = load_evaluation(evaluated.local())
     assert evaluation is not None
     nll = {(entry.model, entry.order): entry.nll.mean for entry in evaluation.nll.entries}
     for model in ("any_order", "control", "ordered"):
-        assert nll[model, "own confidence"] < nll[model, "random"]
+        assert nll[model, "own gt_logprob"] < nll[model, "random"] - 0.1
+        assert nll[model, "own max_prob"] > nll[model, "own gt_logprob"] + 0.1
 
 
 def test_evaluation_knows_what_the_order_tables_say(evaluated: Run) -> None:
@@ -178,8 +180,21 @@ def test_pictures_with_a_variant_in_training_are_told_apart(evaluated: Run) -> N
     new_S = without_variant(evaluated, keys)
     assert 0 < manifest.with_variant_in_train == int((~new_S).sum()) < len(keys)
     evaluation = load_evaluation(evaluated.local())
-    assert evaluation is not None and evaluation.nll_new is not None
-    assert evaluation.nll_new.images == int(new_S[: evaluation.nll.images].sum())
+    assert evaluation is not None
+    novel, near = evaluation.groups
+    assert (novel.name, near.name) == ("novel", "near-duplicate")
+    assert novel.nll.images == int(new_S[: evaluation.nll.images].sum())
+    assert novel.nll.images + near.nll.images == evaluation.nll.images
+    for model, order in {(entry.model, entry.order) for entry in evaluation.nll.entries}:
+        parts = [
+            (table.images, entry.nll.mean)
+            for table in (evaluation.nll, novel.nll, near.nll)
+            for entry in table.entries
+            if (entry.model, entry.order) == (model, order)
+        ]
+        (count, mean), *of_groups = parts
+        assert mean == pytest.approx(sum(images * nll for images, nll in of_groups) / count)
+    assert [row.novel for row in evaluation.samples.rows] == new_S[: len(evaluation.samples.rows)].tolist()
 
 
 def test_edits_hide_the_middle_or_all_but_the_middle(evaluated: Run) -> None:

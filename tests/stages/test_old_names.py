@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 from pathlib import Path
@@ -97,7 +98,6 @@ def test_an_old_evaluation_is_shown(run: Run, name: str) -> None:
     assert report.nll and report.pretrain and report.samples and report.orders and report.tokenizer
     evaluation = Evaluation(
         nll=report.nll,
-        nll_new=None,
         pretrain=report.pretrain,
         captions=report.captions,
         distances=report.distances,
@@ -108,9 +108,14 @@ def test_an_old_evaluation_is_shown(run: Run, name: str) -> None:
     )
     save_evaluation(evaluation, run.local())
     path = Path(run.local("evaluation.json"))
-    path.write_text(path.read_text().replace('"any_order"', f'"{name}"'))
+    written = path.read_text().replace('"any_order"', f'"{name}"').replace('"own gt_logprob"', '"own confidence"')
+    plain = json.loads(written)
+    for later in ("calibration", "distance_differences", "groups"):
+        del plain[later]
+    path.write_text(json.dumps({**plain, "nll_new": plain["nll"]}))
     old = load_evaluation(run.local())
     assert old is not None
     assert (old.nll, old.captions, old.samples.columns) == (evaluation.nll, evaluation.captions, evaluation.samples.columns)
+    assert [(group.name, group.nll) for group in old.groups] == [("novel", evaluation.nll)]
     page = Path(run_report(run)["path"]).read_text()
     assert "ordered − any-order" in page and "any_order" not in page

@@ -125,11 +125,11 @@ def test_each_method_is_trained_on_and_the_run_stays_as_it_was(run: Run, tmp_pat
     report = stage.run_compare(run, images=5, finetune=2)
     assert report["images"] == 16  # a shard
     for row in report["ways"]:
-        assert 0 < row["heldout_nll_own"]["mean"] < row["heldout_nll_random"]["mean"] + 1
+        assert 0 < row["heldout_nll_own_max_prob"]["mean"] < row["heldout_nll_random"]["mean"] + 1
         assert row["kid_efflite0"] == pytest.approx(row["kid_efflite0"])
     exact, random = report["ways"]
-    assert exact["heldout_nll_own_above_exact"] == {"mean": 0.0, "standard_error": 0.0}
-    for name in ("heldout_nll_own", "heldout_nll_random"):
+    assert exact["heldout_nll_own_max_prob_above_exact"] == {"mean": 0.0, "standard_error": 0.0}
+    for name in ("heldout_nll_own_max_prob", "heldout_nll_random"):
         above = random[f"{name}_above_exact"]
         assert above["mean"] == pytest.approx(random[name]["mean"] - exact[name]["mean"]) != 0
         assert 0 < above["standard_error"] < random[name]["standard_error"], "paired"
