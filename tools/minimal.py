@@ -131,9 +131,7 @@ def extract(recipe: Recipe, prompts: PromptEncoder, out: Path) -> None:
         order_SN, score_SN = orders.order_BN.numpy().astype(np.uint16), orders.score_BN.numpy()
         table = OrderTable(tokens.keys, [0] * len(tokens.keys), order_SN, score_SN, model_id(model_file), settings.id)
         write_orders(str(out / "orders" / "train" / table_name(shard.name)), table)
-        print(
-            f"  {shard.name}: {len(order_SN)} orders; along them the best guess of a code has log-probability {score_SN.mean():.2f} on average"
-        )
+        print(f"  {shard.name}: {len(order_SN)} orders; the best guess along them has log-probability {score_SN.mean():.2f}")
     print(f"  {time.monotonic() - begun:.0f} s")
 
 
