@@ -46,7 +46,7 @@ def backwards(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, set
 
 @torch.no_grad()
 def test_the_figures_are_what_their_names_say() -> None:
-    model, settings = small_model(grid=3), ExtractionSettings(tie_seed=2)
+    model, settings = small_model(grid=3), ExtractionSettings(score="gt_logprob", tie_seed=2)
     codes, text, images = random_codes(model, 5), random_text(model, 5), np.arange(5) + 40
     methods = extraction_methods(settings, 3) | {"backwards": backwards}
     done: list[None] = []
@@ -101,7 +101,7 @@ def test_the_methods_keep_the_recipes_other_settings() -> None:
 def test_the_comparison_is_printed_and_written(run: Run, tmp_path: Path) -> None:
     report = stage.run_compare(run, images=5, out=str(tmp_path / "compared.json"))
     assert report == json.loads((tmp_path / "compared.json").read_text())
-    assert (report["images"], report["score"], report["precision"], report["device"]) == (5, "gt_logprob", "bf16", "cpu")
+    assert (report["images"], report["score"], report["precision"], report["device"]) == (5, "max_prob", "bf16", "cpu")
     exact, *_, worst = report["ways"]
     assert (exact["way"], exact["rows"], exact["kendall_tau"]["mean"]) == ("exact", 64 * 65 // 2, 1.0)
     assert worst["way"] == "random"
