@@ -19,7 +19,7 @@ from oar_scale.distributed.checkpoints import Restored, restore
 from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
 from oar_scale.distributed.worker_process import WorkerProcess
 from oar_scale.json_object import JsonObject
-from oar_scale.model.flops import training_flops
+from oar_scale.model.flops import useful_flops
 from oar_scale.model.weights import save_tensors
 from oar_scale.observe.events import EventLog
 from oar_scale.observe.mirror import open_log
@@ -121,7 +121,7 @@ def _resume(loop: Loop, restored: Restored | None, stateful: dict[str, Callback]
         "start",
         start_step=loop.step,
         parameters=loop.engine.parameters,
-        flops_per_image=training_flops(loop.engine.spec),
+        flops_per_image=useful_flops(loop.engine.spec),
         cells=loop.engine.spec.cells,
         left_out_batches=loop.batch_offset,
         **attempt_metadata(loop.job, loop.process.world),

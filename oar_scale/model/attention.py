@@ -12,6 +12,7 @@ so that no mask over candidates exists and the prefix is never copied.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -33,10 +34,18 @@ def attention_with_lse(q_BHQd: Tensor, k_BGKd: Tensor, v_BGKd: Tensor) -> tuple[
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHQd, k_BGKd, v_BGKd)
         return out, lse.float()
     if q_BHQd.dtype != torch.float32:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q_BHQd, k_BGKd, v_BGKd)
-        return out, lse.float()
+        return _flash_attention(q_BHQd, k_BGKd, v_BGKd)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q_BHQd, k_BGKd, v_BGKd, None, True)
     return out, lse[:, :, : q_BHQd.shape[2]].float()
+
+
+def _flash_attention(q_BHQd: Tensor, k_BHKd: Tensor, v_BHKd: Tensor) -> tuple[Tensor, Tensor]:
+    """The GPU kernel in half precision. It takes heads of a multiple of 8 channels; zeros fill up others (LlamaGen-3B: 100)."""
+    width = q_BHQd.shape[-1]
+    if width % 8:
+        q_BHQd, k_BHKd, v_BHKd = (F.pad(tensor, (0, -width % 8)) for tensor in (q_BHQd, k_BHKd, v_BHKd))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q_BHQd, k_BHKd, v_BHKd, scale=width**-0.5)
+    return out[..., :width], lse.float()
 
 
 def merge_self_(out_BHQd: Tensor, lse_BHQ: Tensor, own_BHQ: Tensor, v_BGQd: Tensor) -> None:

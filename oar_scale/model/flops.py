@@ -80,7 +80,7 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[i
     return _condition(spec) + (1 + guided) * spec.layers * trunk + _head(spec, candidates)
 
 
-_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 """Dense bfloat16 operations a second by the makers' data sheets, by a part of the GPU's name."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from oar_scale.model.flops import peak_flops, training_flops
+from oar_scale.model.flops import peak_flops, useful_flops
 from oar_scale.training.loop import Callback, Loop
 from oar_scale.training.process import EventSink
 
@@ -22,7 +22,7 @@ class Speed(Callback):
         """Look up what the device could do at most."""
         name = torch.cuda.get_device_name(loop.process.device) if loop.process.device.type == "cuda" else ""
         peak = peak_flops(name, loop.job.recipe.parallel.precision)
-        self._mfu_per_image = None if peak is None else training_flops(loop.engine.spec) / (peak * loop.process.world)
+        self._mfu_per_image = None if peak is None else useful_flops(loop.engine.spec) / (peak * loop.process.world)
 
     def after_step(self, loop: Loop) -> None:
         """Add the step to its window, and log the window at its end."""
