@@ -24,6 +24,7 @@ from oar_scale.results.estimates import (
     NllTable,
     OrderName,
     PretrainEffect,
+    estimate,
 )
 
 Features = NDArray[np.float32]
@@ -68,8 +69,8 @@ def calibrations(nll: PerImage) -> tuple[Calibration, ...]:
             model,
             len(row["entropy"]),
             gap=paired_difference(row["own max_prob"], row["entropy"]),
-            top_probability=mean_nll(row["top probability"]),
-            top_accuracy=mean_nll(row["top accuracy"]),
+            top_probability=estimate(row["top probability"].numpy()),
+            top_accuracy=estimate(row["top accuracy"].numpy()),
         )
         for model, row in nll.items()
         if "entropy" in row
