@@ -111,7 +111,10 @@ class DeepSpeedEngine:
 
     def destroy(self) -> None:
         """Give back DeepSpeed's buffers and hooks."""
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
         self.deepspeed.destroy()
+        FWD_MODULE_STACK.clear()  # it still holds the module of the last forward pass, and that the whole engine
 
 
 def _initial_model(job: TrainingJob, prompts: PromptEncoder, config: JsonObject) -> AnyOrderModel:
@@ -151,6 +154,7 @@ def _swap(engine: ShardedEngine) -> None:
     if stage == 3:
         for number in range(len(zero.fp32_partitioned_groups_flat)):
             zero._reassign_or_swap_out_partitioned_parameters(number)
+        zero.invalidate_secondary_tensor()  # hpZ gathers from copies within the node, which are of the weights before
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
     elif stage:

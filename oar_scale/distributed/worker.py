@@ -5,10 +5,11 @@ The environment gives the rank (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTE
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +26,7 @@ from oar_scale.observe.events import EventLog
 from oar_scale.observe.mirror import open_log
 from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import join
+from oar_scale.tokenizers.prompts import PromptEncoder
 from oar_scale.training.callbacks.heldout import HeldoutLikelihood
 from oar_scale.training.callbacks.memory import MemoryUsage
 from oar_scale.training.callbacks.profiling import Profiling
@@ -51,24 +53,57 @@ def train(job: TrainingJob, wait_for_stop: Callable[[], str] | None = None) -> N
     with WorkerProcess(job) as process:
         if wait_for_stop is not None and process.rank == 0:
             threading.Thread(target=_forward_stop, args=(wait_for_stop, process), name="stop request", daemon=True).start()
-        rolled_back: RollBack | None = None
-        while True:
-            started = time.monotonic()
-            # Each attempt has an event file, after a roll-back too: readers leave out the steps that were undone.
-            with (
-                _event_log(job) if process.rank == 0 else nullcontext() as log,
-                _prepared(job, process, log, rolled_back) as (loop, engine),
-            ):
-                try:
-                    loop.run()
-                except RollBack as error:
-                    rolled_back = error
-                    continue
-                process.heartbeat("export")
-                _export(job, engine, process.rank)
-                if log:
-                    log.emit("end", step=loop.step, seconds=time.monotonic() - started)
-                return
+        process.heartbeat("loading the model")
+        prompts, rolled_back = job_prompts(job), None
+        engine = DeepSpeedEngine(job, prompts, process)
+        try:
+            while True:
+                process.heartbeat("loading the checkpoint")
+                # After a roll-back into the same engine: there may be no memory for a second one beside it.
+                restored = restore(engine.deepspeed, job)
+                if rolled_back is not None and restored is None:
+                    engine.destroy()
+                    del engine
+                    gc.collect()  # DeepSpeed's engine is part of reference cycles
+                    engine = DeepSpeedEngine(job, prompts, process)
+                rolled_back = _attempt(job, process, engine, prompts, restored, rolled_back)
+                if rolled_back is None:
+                    return
+        finally:
+            engine.destroy()
+
+
+def _attempt(
+    job: TrainingJob,
+    process: WorkerProcess,
+    engine: DeepSpeedEngine,
+    prompts: PromptEncoder,
+    restored: Restored | None,
+    rolled_back: RollBack | None,
+) -> RollBack | None:
+    """Train to the last step and export the model. Returns the roll-back that ended it before, if one did. Collective."""
+    started = time.monotonic()
+    # Each attempt has an event file, after a roll-back too: readers leave out the steps that were undone.
+    with _event_log(job) if process.rank == 0 else nullcontext() as log:
+        heldout = HeldoutImages(job, prompts, process)
+        stream = job_stream(job, prompts, process.rank, process.world)
+        stateful: dict[str, Callback] = {"stability": Stability(), "evaluation": HeldoutLikelihood(heldout)}
+        checkpoints = CheckpointCallback(job, engine, lambda loop: _state(loop, stateful))
+        # In this order: a step that is rolled back is not saved, and a checkpoint has the likelihood of its step.
+        callbacks = [*stateful.values(), SampleSheet(heldout), MemoryUsage(), Speed(), checkpoints]
+        if job.profile_steps:
+            callbacks.append(Profiling(job.profile_steps))
+        loop = Loop(job, process, engine, stream, log, callbacks)
+        _resume(loop, restored, stateful, rolled_back)
+        try:
+            loop.run()
+        except RollBack as error:
+            return error.with_traceback(None)  # whose frames would keep all that this attempt has made
+        process.heartbeat("export")
+        _export(job, engine, process.rank)
+        if log:
+            log.emit("end", step=loop.step, seconds=time.monotonic() - started)
+    return None
 
 
 def _forward_stop(wait_for_stop: Callable[[], str], process: WorkerProcess) -> None:
@@ -79,31 +114,6 @@ def _event_log(job: TrainingJob) -> AbstractContextManager[EventLog]:
     return open_log(join(job.local, "events"), job.stage, job.root, job.recipe.observe.mirror_s)
 
 
-@contextmanager
-def _prepared(
-    job: TrainingJob, process: WorkerProcess, log: EventLog | None, rolled_back: RollBack | None
-) -> Iterator[tuple[Loop, DeepSpeedEngine]]:
-    """An attempt that is ready to run: engine, stream, callbacks, and what the newest checkpoint holds. Collective."""
-    process.heartbeat("loading the model")
-    prompts = job_prompts(job)
-    engine = DeepSpeedEngine(job, prompts, process)
-    try:
-        heldout = HeldoutImages(job, prompts, process)
-        stream = job_stream(job, prompts, process.rank, process.world)
-        stateful: dict[str, Callback] = {"stability": Stability(), "evaluation": HeldoutLikelihood(heldout)}
-        checkpoints = CheckpointCallback(job, engine, lambda loop: _state(loop, stateful))
-        # In this order: a step that is rolled back is not saved, and a checkpoint has the likelihood of its step.
-        callbacks = [*stateful.values(), SampleSheet(heldout), MemoryUsage(), Speed(), checkpoints]
-        if job.profile_steps:
-            callbacks.append(Profiling(job.profile_steps))
-        loop = Loop(job, process, engine, stream, log, callbacks)
-        process.heartbeat("loading the checkpoint")
-        _resume(loop, restore(engine.deepspeed, job), stateful, rolled_back)
-        yield loop, engine
-    finally:
-        engine.destroy()
-
-
 def _resume(loop: Loop, restored: Restored | None, stateful: dict[str, Callback], rolled_back: RollBack | None) -> None:
     """Continue from what the checkpoint holds, and record where the attempt starts and with what settings."""
     if restored is not None:
@@ -112,7 +122,7 @@ def _resume(loop: Loop, restored: Restored | None, stateful: dict[str, Callback]
         for name, callback in stateful.items():
             callback.load_state(restored.state[name])
     if rolled_back is not None:
-        loop.batch_offset, loop.roll_backs = rolled_back.next_batch - loop.step, rolled_back.times
+        loop.batch_offset, loop.roll_backs = rolled_back.next_batch - loop.step, rolled_back.times_back_to(loop.step)
     if loop.events is None:
         return
     for rejected in restored.rejected if restored else ():

@@ -30,10 +30,19 @@ from oar_scale.training.process import EventSink, TrainingProcess
 class RollBack(Exception):
     """Undo the last steps: restart from the newest checkpoint, with batch ``next_batch``. Raised by all ranks at once."""
 
-    def __init__(self, next_batch: int, times: int) -> None:
-        """``times``: roll-backs in a row to the same step."""
+    def __init__(self, next_batch: int, started_at: int, times: int) -> None:
+        """
+        Args:
+            next_batch: the number of the batch after the last one that was taken.
+            started_at: the step that the attempt started from.
+            times: roll-backs in a row to that step, this one included.
+        """
         super().__init__(f"back to the last checkpoint, then on with batch {next_batch}")
-        self.next_batch, self.times = next_batch, times
+        self.next_batch, self.started_at, self.times = next_batch, started_at, times
+
+    def times_back_to(self, step: int) -> int:
+        """Roll-backs in a row to this step: where a checkpoint was made since the attempt started, this is the first one."""
+        return self.times if step == self.started_at else 1
 
 
 class Callback:
@@ -74,6 +83,8 @@ class Loop:
     """Batches that roll-backs have left out: step s trains on batch s + ``batch_offset``."""
     roll_backs: int = 0
     """Roll-backs in a row to the step that this attempt starts from."""
+    started_at: int = field(init=False, default=0)
+    """The step that this attempt started from."""
     batch: Batch = field(init=False)
     result: StepResult = field(init=False)
     """Of the last step, on this rank."""
@@ -97,6 +108,7 @@ class Loop:
             Requeue: a rank was asked to stop; the checkpoint of the last step is saved.
             RollBack: the newest steps are to be undone.
         """
+        self.started_at = self.step
         for callback in self.callbacks:
             callback.start(self)
         steps = self.job.training.steps

@@ -64,7 +64,7 @@ class Stability(Callback):
         if loop.events:
             loop.events.emit("spike", step=loop.step, loss=loop.loss, expected=expected, action="rollback" if back else "warn")
         if back:
-            raise RollBack(next_batch=loop.step + loop.batch_offset, times=loop.roll_backs + 1)
+            raise RollBack(next_batch=loop.step + loop.batch_offset, started_at=loop.started_at, times=loop.roll_backs + 1)
 
     def _report_batch(self, loop: Loop) -> None:
         self._non_finite += 1
