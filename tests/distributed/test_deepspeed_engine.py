@@ -23,10 +23,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def average_and_copy(job: TrainingJob, out: str) -> None:
     """Held-out NLL by the engine's own model with its averaged weights, and by a plain model of these weights."""
-    from oar_scale.training.heldout_images import HeldoutImages
-
     from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
     from oar_scale.distributed.worker_process import WorkerProcess
+    from oar_scale.training.heldout_images import HeldoutImages
     from oar_scale.training.inputs import job_prompts, job_stream
 
     with WorkerProcess(job) as process:

@@ -14,33 +14,28 @@ class HeldoutLikelihood(Callback):
 
     def __init__(self, heldout: HeldoutImages) -> None:
         self._heldout = heldout
-        self._latest: dict[str, float] = {}
+        self._of_step: dict[str, float] = {}
 
     def start(self, loop: Loop) -> None:
         """Measure the first weights."""
         if loop.step == 0:
-            self._evaluate(loop)
+            self._of_step = self._evaluate(loop)
 
     def after_step(self, loop: Loop) -> None:
         """Measure every ``evaluate_every`` steps."""
-        if loop.every(loop.job.training.evaluate_every):
-            self._evaluate(loop)
+        self._of_step = self._evaluate(loop) if loop.every(loop.job.training.evaluate_every) else {}
 
     def state(self) -> JsonObject:
-        """The newest likelihoods, by which the best checkpoints are chosen."""
-        return {"metrics": self._latest}
+        """The likelihoods of the last step, by which the best checkpoints are chosen; empty where that step was not evaluated."""
+        return {"metrics": self._of_step}
 
-    def load_state(self, state: JsonObject) -> None:
-        """Restore the newest likelihoods."""
-        self._latest = state["metrics"]
-
-    def _evaluate(self, loop: Loop) -> None:
+    def _evaluate(self, loop: Loop) -> dict[str, float]:
         started = time.monotonic()
         loop.process.heartbeat(f"evaluation after step {loop.step}")
         nll = {name: self._heldout.nll(loop.engine.model, name) for name in self._heldout.orders}
         if loop.job.training.ema_decay is not None:
             with loop.engine.averaged():
                 nll["nll_ema"] = self._heldout.nll(loop.engine.model)
-        self._latest = nll
         if loop.events:
             loop.events.emit("heldout", step=loop.step, seconds=time.monotonic() - started, **nll)
+        return nll
