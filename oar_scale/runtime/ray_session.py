@@ -39,7 +39,7 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
         gpus: GPUs likewise.
 
     Raises:
-        UserError: nobody answers at ``RAY_ADDRESS``, or the private one did not start.
+        UserError: nobody answers at ``RAY_ADDRESS``, or the private one did not start, or this machine does not have so many GPUs.
     """
     import ray
 
@@ -56,6 +56,8 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
             finally:
                 ray.shutdown()
             return
+        if gpus:
+            _check_gpus(gpus)
         folder = tempfile.mkdtemp(prefix="oar-ray-", dir="/tmp")  # short: Ray's sockets live in it, and their paths may have 107 bytes
         _choose_token()
         try:
@@ -80,6 +82,18 @@ def _check_address(address: str) -> None:
             f"RAY_ADDRESS={address}: no Ray answers there ({error}).\n"
             "Start it, correct the address, or unset RAY_ADDRESS to work with a private Ray on this machine."
         ) from error
+
+
+def _check_gpus(gpus: int) -> None:
+    """Ray would hand out numbers of GPUs that are not there, and the workers would fail on them one attempt after the other."""
+    import torch
+
+    there = torch.cuda.device_count()
+    if gpus > there:
+        raise UserError(
+            f"the recipe needs {gpus} GPUs (parallel.workers x parallel.gpus_per_worker), and this machine has {there}.\n"
+            "Lower parallel.workers, set parallel.gpus_per_worker to 0 to work on the CPU, or name a cluster's Ray in RAY_ADDRESS."
+        )
 
 
 def _start(cpus: int, gpus: int, folder: str, runtime_env: JsonObject) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 import oar_scale
 from oar_scale.errors import UserError
@@ -82,3 +83,13 @@ def test_an_address_where_no_ray_answers_is_named_at_once(scheme: str, monkeypat
         monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was called, which waits for minutes"))
         with pytest.raises(UserError, match=rf"RAY_ADDRESS={address}: no Ray answers there"), ray_session(cpus=1):
             pass
+
+
+def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is started; as many as there are would be started, which this machine cannot show."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
+    with pytest.raises(UserError, match=r"needs 16 GPUs .* this machine has 8\.") as caught, ray_session(cpus=16, gpus=16):
+        pass
+    assert "parallel.gpus_per_worker to 0" in str(caught.value) and "RAY_ADDRESS" in str(caught.value)
