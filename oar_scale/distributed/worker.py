@@ -34,7 +34,7 @@ from oar_scale.training.callbacks.sample_sheet import SampleSheet
 from oar_scale.training.callbacks.speed import Speed
 from oar_scale.training.callbacks.stability import Stability
 from oar_scale.training.heldout_images import HeldoutImages
-from oar_scale.training.inputs import job_prompts, job_stream
+from oar_scale.training.inputs import STREAM_VERSION, job_prompts, job_stream
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.loop import Callback, Loop, RollBack
 
@@ -86,9 +86,10 @@ def _attempt(
     # Each attempt has an event file, after a roll-back too: readers leave out the steps that were undone.
     with _event_log(job) if process.rank == 0 else nullcontext() as log:
         heldout = HeldoutImages(job, prompts, process)
-        stream = job_stream(job, prompts, process.rank, process.world)
+        version = restored.state.get("stream_version", 0) if restored is not None else STREAM_VERSION
+        stream = job_stream(job, prompts, process.rank, process.world, version)
         stateful: dict[str, Callback] = {"stability": Stability(), "evaluation": HeldoutLikelihood(heldout)}
-        checkpoints = CheckpointCallback(job, engine, lambda loop: _state(loop, stateful))
+        checkpoints = CheckpointCallback(job, engine, lambda loop: _state(loop, stateful, version))
         # In this order: a step that is rolled back is not saved, and a checkpoint has the likelihood of its step.
         callbacks = [*stateful.values(), SampleSheet(heldout), MemoryUsage(), Speed(), checkpoints]
         if job.profile_steps:
@@ -148,10 +149,11 @@ def _resume(loop: Loop, restored: Restored | None, stateful: dict[str, Callback]
         )
 
 
-def _state(loop: Loop, stateful: dict[str, Callback]) -> JsonObject:
+def _state(loop: Loop, stateful: dict[str, Callback], stream_version: int) -> JsonObject:
     """The state that a checkpoint keeps besides the engine: a stored format, whose keys stay."""
     states = {name: callback.state() for name, callback in stateful.items()}
-    return {"left_out_batches": loop.batch_offset, "metrics": states["evaluation"]["metrics"], **states}
+    metrics = states["evaluation"]["metrics"]
+    return {"left_out_batches": loop.batch_offset, "metrics": metrics, "stream_version": stream_version, **states}
 
 
 def _export(job: TrainingJob, engine: DeepSpeedEngine, rank: int) -> None:

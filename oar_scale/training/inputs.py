@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.config.schema import MixConfig
+from oar_scale.data.hashing import hash_keys
 from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.open_shard import OpenShard
 from oar_scale.data.shard_source import ShardSource, StoredOrders
@@ -23,19 +24,22 @@ from oar_scale.tokenizers.prompts import PromptEncoder, load_prompts
 from oar_scale.tokenizers.vq import load_vq
 from oar_scale.training.job import TrainingJob
 
+STREAM_VERSION = 1
+"""0: every stage drew with the recipe's seed. A checkpoint keeps the version that it was trained with: its run resumes as it began."""
+
 
 def job_prompts(job: TrainingJob) -> PromptEncoder:
     """Return the encoder of the run's prompts."""
     return load_prompts(job.recipe.tokenizer.text, join(job.root, "tokenizers"))
 
 
-def job_stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int) -> TokenStream:
-    """Return this rank's batches of the stage."""
+def job_stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int, version: int = STREAM_VERSION) -> TokenStream:
+    """Return this rank's batches of the stage; ``version`` is that of the checkpoint it resumes from."""
     recipe, training = job.recipe, job.training
     folder, given = join(job.root, "tokens", "train"), job_orders(job)
     views = 1 if job.stage == "pretrain" else recipe.extract.views
     settings = StreamSettings(
-        seed=recipe.seed,
+        seed=stream_seed(job, version),
         global_batch=training.global_batch,
         streams=recipe.data.canonical_streams,
         window_shards=recipe.data.shuffle_window_shards,
@@ -56,6 +60,17 @@ def job_stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int) 
     sources = [ShardSource(folder, manifest, cache, stored_orders=stored)]
     sources += [_mixed_source(job, mix, manifest, cache, stored if given.order is not None else None) for mix in training.mix]
     return TokenStream(sources, prompts, settings, rank, world, recipe.data.loader_processes)
+
+
+def stream_seed(job: TrainingJob, version: int = STREAM_VERSION) -> int:
+    """The seed of a stage's samples, their orders, views and dropped captions.
+
+    Fine-tuning and its control share one, so that they differ in nothing but the orders. It is not that of the pretraining: the control
+    would see its samples in the same random orders a second time, and its model knows them better than any others.
+    """
+    if version == 0 or job.stage == "pretrain":
+        return job.recipe.seed
+    return int(hash_keys(f"stream of {job.section}", job.recipe.seed)) >> 1
 
 
 def job_orders(job: TrainingJob) -> TrainingOrders:
