@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib import import_module
 
 from oar_scale.config.fingerprint import fingerprint
@@ -50,11 +50,28 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None)
         again = names[stages.index(first) :] if only is None else [only, *_dependents(stages, only)]
         _clear(run, [stage for stage in stages if stage.name in again])
     began = time.monotonic()
-    for stage in stages:
-        if only in (None, stage.name):
-            run_stage(run, stage.name, checked=True)
+    with ExitStack() as stack:
+        for stage in stages:
+            if only in (None, stage.name):
+                if stage.ray and _done(run, stage) is None:
+                    stack.enter_context(_shared_ray(run.recipe))
+                run_stage(run, stage.name, checked=True)
     catch_up(run.events, run.recipe, run.at(), names, run.console.say)
     run.console.say(f"finished in {duration(time.monotonic() - began)}")
+
+
+def _shared_ray(recipe: Recipe) -> AbstractContextManager[None]:
+    """One Ray for all stages, which takes seconds to start and to end; inside it this is the same one again."""
+    from oar_scale.runtime.ray_session import ray_session
+
+    parallel, extract = recipe.parallel, recipe.extract
+    cpus = max(parallel.max_workers, extract.max_actors) * parallel.cpu_threads
+    gpus = parallel.max_workers * parallel.gpus_per_worker
+    if extract.gpus_per_actor:
+        import torch
+
+        gpus = max(gpus, torch.cuda.device_count())
+    return ray_session(cpus, gpus)
 
 
 def run_stage(run: Run, name: str, *, checked: bool = False) -> None:
