@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 from torch.profiler import record_function
@@ -18,12 +17,14 @@ from oar_scale.config.deepspeed import deepspeed_config
 from oar_scale.data.stream import Batch
 from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine
 from oar_scale.distributed.deepspeed_optimizer import DeepSpeedAdamW
+from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.model import AnyOrderModel, ModelSpec, check_prompts
 from oar_scale.model.acceleration import accelerate
 from oar_scale.model.weights import load_model, model_of, read_spec
 from oar_scale.storage import fetch
 from oar_scale.tokenizers.prompts import PromptEncoder
+from oar_scale.tokenizers.safetensors_file import file_damage
 from oar_scale.training.engine import Objective, StepResult, micro_batches
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.optimizer import AVERAGE, parameter_groups
@@ -42,7 +43,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         config = deepspeed_config(job.recipe.parallel, job.training, process.world)
-        objective = Objective(_initial_model(job, prompts, config), prompts)
+        objective = Objective(_initial_model(job, prompts, config, process), prompts)
         accelerate(objective.model, job.recipe.parallel)
         optimizer = DeepSpeedAdamW(
             parameter_groups(objective, job.training.weight_decay),
@@ -117,7 +118,7 @@ class DeepSpeedEngine:
         FWD_MODULE_STACK.clear()  # it still holds the module of the last forward pass, and that the whole engine
 
 
-def _initial_model(job: TrainingJob, prompts: PromptEncoder, config: JsonObject) -> AnyOrderModel:
+def _initial_model(job: TrainingJob, prompts: PromptEncoder, config: JsonObject, process: TrainingProcess) -> AnyOrderModel:
     """The stage's first weights; under ZeRO-3 each parameter is sharded as soon as it is made, and filled from the file by rank 0."""
     import deepspeed
 
@@ -125,9 +126,13 @@ def _initial_model(job: TrainingJob, prompts: PromptEncoder, config: JsonObject)
     check_prompts(spec, prompts, job.start_from)
     if job.recipe.parallel.zero_stage < 3:
         return load_model(job.start_from)
+    path = fetch(job.start_from, job.cache) if process.rank == 0 else None
+    damage = process.gather(file_damage(path) if path else None)[0]
+    if damage:
+        raise UserError(damage)
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = AnyOrderModel(spec)
-    file = safe_open(fetch(job.start_from, job.cache), "pt") if dist.get_rank() == 0 else None
+    file = safe_open(path, "pt") if path else None
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             if file is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import run_workers
+from launcher import run_workers, start_workers
 from small_run import copy_run, prepare_small_run, pretraining, small_recipe
 
 from oar_scale.run.context import Run
@@ -49,6 +49,26 @@ def test_hpz_evaluates_the_average_and_not_the_weights(prepared: Run, tmp_path: 
     before, averaged, copied, after = json.loads((tmp_path / "nll.json").read_text())
     assert averaged == pytest.approx(copied, abs=1e-5) and before == pytest.approx(after, abs=1e-5)
     assert abs(averaged - before) > 0.01  # or the test could not tell them apart
+
+
+def trained(job: TrainingJob) -> None:
+    from oar_scale.distributed.worker import train
+
+    train(job)
+
+
+def test_every_worker_refuses_damaged_weights(prepared: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Under ZeRO-3 only the first one reads them."""
+    run = copy_run(prepared, str(tmp_path), parallel={"zero_stage": 3})
+    base = Path(run.model_uri("base"))
+    data = bytearray(base.read_bytes())
+    data[-100] ^= 1
+    base.write_bytes(data)
+    workers = start_workers(trained, 2, pretraining(run))
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [1, 1]
+    assert capfd.readouterr().err.count(f"{base}: damaged") == 2
 
 
 def rolled_back(job: TrainingJob, out: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from small_models import random_codes, random_orders, random_text, small_model, small_spec
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from oar_scale.model.spec import FeatureSpec
 from oar_scale.model.weights import model_of
 from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.settings import ExtractionSettings
-from oar_scale.tokenizers.safetensors_file import load_weights, save_weights
+from oar_scale.tokenizers.safetensors_file import file_damage, load_weights, save_weights
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -236,6 +238,27 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     save_weights(uri, {"x": torch.zeros(1)}, {"kind": "vq", "spec": "{}"})
     with pytest.raises(UserError, match="holds 'vq', expected 'any-order model'"):
         load_model(uri)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_one_flipped_bit_is_found(tmp_path: Path, half: bool) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(str(path), small_model(), half=half)
+    assert file_damage(str(path)) is None
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path}: damaged: its tensors are not those that were written"):
+        load_model(str(path))
+    assert str(path) in (file_damage(str(path)) or "")
+
+
+def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    spec = {"kind": "any-order model", "spec": small_model().spec.model_dump_json()}
+    path.write_bytes(save(small_model().state_dict(), {"oar_scale": json.dumps(spec)}))
+    load_model(str(path))
+    assert file_damage(str(path)) is None
 
 
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
