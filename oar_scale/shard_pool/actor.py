@@ -23,7 +23,7 @@ class Worker(Protocol):
         """Do the shard and write its output atomically.
 
         Raises:
-            UserError: the shard's data is at fault; nobody tries it again.
+            UserError: what a user can fix; tried on one other host, as it may be this one that is at fault.
             Exception: anything else; another actor tries it.
         """
         ...

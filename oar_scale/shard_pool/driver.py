@@ -17,6 +17,7 @@ from oar_scale.runtime.retry import retry_transient
 from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.shard_pool.actor import ActorOutcome, ShardTask
 from oar_scale.shard_pool.backends import ActorBackend
+from oar_scale.shard_pool.host_health import HostHealth
 from oar_scale.shard_pool.leases import Lease, LeaseWatch
 from oar_scale.shard_pool.ledger import Ledger, LedgerEntry, Record
 from oar_scale.shard_pool.pool_types import ArrayTask, Bounds, OnEvent, OnProgress, PoolReport, Timing
@@ -64,8 +65,7 @@ class PoolDriver:
         """Shards that nobody does, and the number of the claim to get for each."""
         self.foreign: dict[str, float] = {}
         """Shards that another pool has claimed, and since when we know."""
-        self.failed_hosts: dict[str, set[str]] = {}
-        """Where each shard failed."""
+        self.health = HostHealth()
         self.times = ShardTimes(self.timing, self.earlier_s)
         # Actors, by number. Each is busy (has an assignment) or idle; those with a host have made their worker.
         self.busy: dict[int, _Assignment] = {}
@@ -200,7 +200,7 @@ class PoolDriver:
         """The first pending shard with an idle actor for it: not on a host where it failed, if there is another host."""
         hosts = set(self.hosts.values())
         for shard, claim in self.pending:
-            failed = self.failed_hosts.get(shard, set())
+            failed = self.health.failed_on(shard)
             usable = [actor for actor in self.idle if self.hosts[actor] not in failed or hosts <= failed]
             if usable:
                 return usable[-1], (shard, claim)
@@ -255,7 +255,12 @@ class PoolDriver:
 
     def _handle_start(self, actor: int, outcome: ActorOutcome) -> None:
         self.failed_starts, self.pause_s = 0, self.timing.pause_s
-        self.hosts[actor] = outcome.info["host"]
+        host = outcome.info["host"]
+        if not self.health.admits(host, self.hosts.values()):
+            self._stop_actor(actor)
+            self._pause_starts(f"{host} is left out, as shards failed there one after the other")
+            return
+        self.hosts[actor] = host
         self.report.actors = len(self.hosts)
         self.report.peak_actors = max(self.report.peak_actors, len(self.hosts))
         self._emit("actor_started", **outcome.info)
@@ -271,28 +276,50 @@ class PoolDriver:
             if user_error:
                 raise UserError(outcome.error)
             raise RuntimeError(f"no worker could be made in {tried} tries; the last error:\n{outcome.error}")
+        self._pause_starts(outcome.error)
+
+    def _pause_starts(self, error: str) -> None:
         if self.clock() >= self.no_start_before:
-            self._emit("not_hiring", seconds=self.pause_s, error=_first_line(outcome.error))
+            self._emit("not_hiring", seconds=self.pause_s, error=_first_line(error))
             self.no_start_before, self.pause_s = self.clock() + self.pause_s, min(2 * self.pause_s, LONGEST_PAUSE_S)
 
     def _handle_shard(self, task: ShardTask, outcome: ActorOutcome, host: str) -> None:
         shard = task.shard
         if outcome.kind == "done":
+            self.health.record_done(host)
             self._mark_done(shard, LedgerEntry(outcome.result, outcome.work))
         elif outcome.kind == "taken":
             self.foreign[shard] = self.clock()
-        elif outcome.kind == "user error":
-            self._mark_poison(shard, outcome.error)
         else:
-            self.report.failures[shard] = failures = self.report.failures.get(shard, 0) + 1
-            self.failed_hosts.setdefault(shard, set()).add(host)
-            if any(assignment.task and assignment.task.shard == shard for assignment in self.busy.values()):
-                return  # another actor does it as well
-            if failures > self.max_retries:
-                self._mark_poison(shard, outcome.error)
-                return
-            self._emit("retry", shard=shard, attempt=failures + 1, error=_first_line(outcome.error))
-            self.pending.append((shard, task.claim))
+            was_sick = host in self.health.sick
+            self.health.record_failure(shard, host)
+            self._handle_failed_shard(task, outcome)
+            if host in self.health.sick and not was_sick:
+                self._leave_out(host, outcome.error)
+
+    def _handle_failed_shard(self, task: ShardTask, outcome: ActorOutcome) -> None:
+        """Try the shard again elsewhere, or give it up: what a user can fix after two hosts, or where there is no other one."""
+        shard = task.shard
+        self.report.failures[shard] = failures = self.report.failures.get(shard, 0) + 1
+        if any(assignment.task and assignment.task.shard == shard for assignment in self.busy.values()):
+            return  # another actor does it as well
+        settled = outcome.kind == "user error" and self.health.is_settled(shard, self.hosts.values())
+        if settled or failures > self.max_retries:
+            self._mark_poison(shard, outcome.error)
+            return
+        self._emit("retry", shard=shard, attempt=failures + 1, error=_first_line(outcome.error))
+        self.pending.append((shard, task.claim))
+
+    def _leave_out(self, host: str, error: str) -> None:
+        """Stop the actors of a host where shards fail one after the other, and have their shards done elsewhere."""
+        self._emit("sick_host", host=host, error=_first_line(error))
+        for actor in [actor for actor, at in self.hosts.items() if at == host]:
+            assignment = self.busy.get(actor)
+            self._stop_actor(actor)
+            task = assignment.task if assignment else None
+            elsewhere = {other.task.shard for other in self.busy.values() if other.task}
+            if task is not None and task.shard in self.unfinished and task.shard not in elsewhere:
+                self.pending.append((task.shard, task.claim))
 
     def _mark_done(self, shard: str, entry: LedgerEntry) -> None:
         del self.unfinished[shard]

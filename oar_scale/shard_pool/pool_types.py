@@ -97,4 +97,4 @@ FindLost = Callable[[Mapping[str, ShardResult]], Mapping[str, str]]
 """Called with the results of all shards in the ledger: returns those whose output is not what it was, and what is wrong with it."""
 OnEvent = Callable[[str, Record], None]
 """Called with what else happens, by name: ``actor_started``, ``actor_lost``, ``retry``, ``poison``, ``late``, ``taken_over``,
-``helping``, ``waiting``, ``not_hiring``, ``lost_output``, ``storage``, ``draining``, ``drained``."""
+``helping``, ``waiting``, ``not_hiring``, ``sick_host``, ``lost_output``, ``storage``, ``draining``, ``drained``."""

@@ -93,6 +93,8 @@ def _message(kind: str, fields: Record) -> str:
             return f"no actor could start in {duration(fields['seconds'])}: no capacity in the cluster, or a model that takes long to load"
         case "not_hiring":
             return f"a worker could not be made: no more are tried for {duration(fields['seconds'])}; {fields['error']}"
+        case "sick_host":
+            return f"{fields['host']} is left out: shards fail there one after the other, and not elsewhere; {fields['error']}"
         case "lost_output":
             return f"{fields['shard']}: extracted again, {fields['error']}"
         case "storage":

@@ -28,7 +28,16 @@ class Cluster:
     An outcome takes ``pace_s`` of the ``clock``; where there is none, the driver waits for as long as it wanted to.
     """
 
-    def __init__(self, hosts: list[str], capacity: int, broken: dict[str, str] | None = None, *, pace_s: float = 0) -> None:
+    def __init__(
+        self,
+        hosts: list[str],
+        capacity: int,
+        broken: dict[str, str] | None = None,
+        *,
+        pace_s: float = 0,
+        how: Literal["failed", "user error"] = "failed",
+    ) -> None:
+        self.how = how
         self.hosts, self.free, self.broken, self.pace_s = hosts, capacity, broken or {}, pace_s
         self.count, self.most, self.alive = 0, 0, set[int]()
         self.log: list[tuple[str, str]] = []
@@ -54,7 +63,7 @@ class Cluster:
         host = self.host(actor)
         self.log.append((task.shard, host))
         failed = self.broken.get(task.shard) == host or self.broken.get("any") == host
-        self.outcomes.append((actor, ActorOutcome("failed", error="bad GPU") if failed else done()))
+        self.outcomes.append((actor, ActorOutcome(self.how, error="bad GPU") if failed else done()))
 
     def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
         self.clock.now += self.pace_s if self.outcomes else timeout_s
@@ -159,6 +168,32 @@ def test_a_shard_that_failed_on_one_host_is_tried_on_another(ledger: Ledger) -> 
 def test_a_host_where_everything_fails_poisons_no_shard(ledger: Ledger) -> None:
     report, _ = play(ledger, Cluster(["bad", "bad", "bad", "good"], 100, {"any": "bad"}), names(20), Bounds(4, 4))
     assert len(report.done) == 20 and not report.poison
+
+
+def test_a_sick_host_is_left_out_and_poisons_no_shard(ledger: Ledger) -> None:
+    """Expired credentials on one of eight hosts: every shard fails there at once, with an error that a user can fix."""
+    hosts = ["sick", *(f"healthy{number}" for number in range(7))]
+    cluster = Cluster(hosts, 8, {"any": "sick"}, how="user error")
+    report, events = play(ledger, cluster, names(400), Bounds(8, 8))
+    assert len(report.done) == 400 and not report.poison
+    (left_out,) = (fields for kind, fields in events if kind == "sick_host")
+    assert left_out == {"host": "sick", "error": "bad GPU"}
+    assert sum(host == "sick" for _, host in cluster.log) <= 4
+
+
+def test_what_a_user_can_fix_is_poison_once_two_hosts_say_so(ledger: Ledger) -> None:
+    cluster = Cluster(["a", "b", "c"], 3, how="user error")
+    run = cluster.run
+
+    def fails(actor: int, task: ShardTask) -> None:
+        cluster.broken = {"any": cluster.host(actor)} if task.shard == "3.tar" else {}
+        run(actor, task)
+
+    cluster.run = fails  # type: ignore[method-assign]
+    report, _ = play(ledger, cluster, names(30), Bounds(3, 3))
+    assert len(report.done) == 29 and list(report.poison) == ["3.tar"]
+    tried = [host for shard, host in cluster.log if shard == "3.tar"]
+    assert len(tried) == len(set(tried)) == 2
 
 
 @pytest.mark.parametrize("how", ["failed", "user error"])
