@@ -6,6 +6,7 @@ What is added here: bodies that break off are continued by a ranged GET, and err
 
 from __future__ import annotations
 
+import io
 import os
 import time
 import uuid
@@ -44,14 +45,24 @@ class S3Storage:
         raise AssertionError("the last round returns or raises")
 
     def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Put an object in one request; return False if ``if_absent`` and there is one. Raises UserError where there is no bucket."""
+        """Put an object, in several parts where it is large: one request may carry 5 GB at most.
+
+        Returns:
+            False if ``if_absent`` and there is one; such an object is small, and one request.
+
+        Raises:
+            UserError: there is no bucket.
+        """
         bucket, key = split(uri)
         with explained(uri):
             _require_bucket(client(), bucket)
-            if not if_absent:
+            if if_absent:
+                return _put_once(bucket, key, data)
+            if len(data) > _TRANSFER.multipart_threshold:
+                client().upload_fileobj(io.BytesIO(data), bucket, key, Config=_TRANSFER)
+            else:
                 client().put_object(Bucket=bucket, Key=key, Body=data)
-                return True
-            return _put_once(bucket, key, data)
+            return True
 
     def download(self, uri: str, path: str) -> None:
         """Download an object to the local file ``path``, which appears when it is whole. Raises Missing."""

@@ -88,6 +88,9 @@ class S3Client(Protocol):
     def download_fileobj(self, Bucket: str, Key: str, Fileobj: IO[bytes], *, Config: TransferConfig) -> None:
         """Read an object into a file, in parts."""
 
+    def upload_fileobj(self, Fileobj: IO[bytes], Bucket: str, Key: str, *, Config: TransferConfig) -> None:
+        """Write an object from a file that is open for reading, in parts."""
+
     def upload_file(self, Filename: str, Bucket: str, Key: str, *, Config: TransferConfig) -> None:
         """Write an object from a local file, in parts."""
 

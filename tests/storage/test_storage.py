@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from boto3.s3.transfer import TransferConfig
 
 from oar_scale.errors import UserError
-from oar_scale.storage import Missing, Storage, fetch, join, open_storage, read_json, write_json
+from oar_scale.storage import Missing, Storage, fetch, join, open_storage, read_json, s3, write_json
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -142,6 +143,16 @@ def test_a_large_file_goes_up_in_parts_and_comes_down_whole(root: str, storage: 
     assert (tmp_path / "new" / "copy.bin").read_bytes() == content
     assert storage.read(uri, 39 << 20) == content[39 << 20 :]
     assert os.listdir(tmp_path / "new") == ["copy.bin"]
+
+
+def test_large_bytes_go_up_in_parts(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 takes 5 GB in one request at most, and a model may have more."""
+    monkeypatch.setattr(s3, "_TRANSFER", TransferConfig(multipart_threshold=5 << 20, multipart_chunksize=5 << 20))
+    uri, content = join(s3_root, uuid.uuid4().hex, "model.safetensors"), os.urandom(12 << 20)
+    storage = open_storage(uri)
+    storage.write(uri, content)
+    assert storage.version(uri).endswith("-3")  # an ETag names the number of parts
+    assert storage.read(uri) == content
 
 
 def test_uploading_a_file_that_is_not_there_names_the_file(root: str, storage: Storage, tmp_path: Path) -> None:
