@@ -26,11 +26,11 @@ $(INSTALLED): setup.py constraints.txt
 	@touch $@
 
 quickstart: venv
-	@echo "Quick start: about 10 minutes on 2 cores with AMX, twice that without. Ctrl-C is safe: run it again and it goes on where it was."
+	@echo "Quick start: about a quarter of an hour on 2 cores with AMX, twice that without. Ctrl-C is safe: run it again and it goes on where it was."
 	$(WITH_PATH) oar run recipes/quickstart.yaml
 
 quickstart-s3: venv
-	@echo "Quick start on an S3 server of its own (127.0.0.1:$(S3_PORT)): about 10 minutes on 2 cores with AMX, twice that without."
+	@echo "Quick start on an S3 server of its own (127.0.0.1:$(S3_PORT)): about a quarter of an hour on 2 cores with AMX, twice that without."
 	@set -e; export $(WITH_PATH); \
 	trap 'python cluster/dev/s3.py down' EXIT; \
 	python cluster/dev/s3.py up --port $(S3_PORT) >/dev/null; \
