@@ -96,7 +96,7 @@ def test_settings_that_change_no_result_may_change(run: Run, ran: list[str]) -> 
 
 def test_an_older_finished_extract_stays_finished(tmp_path: Path) -> None:
     """Version 60fa78e hashed three fields of ``extract`` that are gone; these are the fingerprints that it computed."""
-    recipe = Recipe(name="stub", run_dir=str(tmp_path))
+    recipe = Recipe.model_validate({"name": "stub", "run_dir": str(tmp_path), "extract": {"score": "gt_logprob"}})  # its default
     fingerprints = {stage.name: pipeline.stage_fingerprint(recipe, stage) for stage in recipe.stages()}
     assert (fingerprints["extract"], fingerprints["finetune"]) == ("cdaafdfab93f8dc9", "7ff00a6f94d13f8f")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from launcher import run_workers, start_workers
+from launcher import run_workers
 from small_run import copy_run, prepare_small_run, pretraining, small_recipe
 
 from oar_scale.run.context import Run
@@ -51,24 +52,26 @@ def test_hpz_evaluates_the_average_and_not_the_weights(prepared: Run, tmp_path: 
     assert abs(averaged - before) > 0.01  # or the test could not tell them apart
 
 
-def trained(job: TrainingJob) -> None:
+def refused(job: TrainingJob, out: str) -> None:
     from oar_scale.distributed.worker import train
+    from oar_scale.errors import UserError
 
-    train(job)
+    try:
+        train(job)
+    except UserError as error:
+        Path(f"{out}-{os.environ['RANK']}").write_text(str(error))
 
 
-def test_every_worker_refuses_damaged_weights(prepared: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_worker_refuses_damaged_weights(prepared: Run, tmp_path: Path) -> None:
     """Under ZeRO-3 only the first one reads them."""
     run = copy_run(prepared, str(tmp_path), parallel={"zero_stage": 3})
     base = Path(run.model_uri("base"))
     data = bytearray(base.read_bytes())
     data[-100] ^= 1
     base.write_bytes(data)
-    workers = start_workers(trained, 2, pretraining(run))
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [1, 1]
-    assert capfd.readouterr().err.count(f"{base}: damaged") == 2
+    run_workers(refused, 2, pretraining(run), str(tmp_path / "error"))
+    for rank in range(2):
+        assert (tmp_path / f"error-{rank}").read_text().startswith(f"{base}: damaged")
 
 
 def rolled_back(job: TrainingJob, out: str) -> None:

@@ -48,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> HeadData:
         ]
         infos.append(write_shard(files.tokens, f"{index:05d}.tar", samples))
         with torch.no_grad():
-            orders = extract_orders(model, codes, model.condition(labels[:, None]), ExtractionSettings())
+            orders = extract_orders(model, codes, model.condition(labels[:, None]), ExtractionSettings(score="gt_logprob"))
         table = OrderTable(keys, [0] * IMAGES, orders.order_BN.numpy().astype(np.uint16), orders.score_BN.numpy(), "exact", "s")
         write_orders(f"{files.tables}/{table_name(infos[-1].name)}", table)
     assert files.tokens is not None

@@ -52,7 +52,7 @@ METHODS: list[dict[str, Any]] = [{"commit_per_step": 3}, {"commit_per_step": 6},
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(f"{k}={v}" for k, v in method.items()))
 @torch.no_grad()
 def test_several_cells_a_step_are_the_best_by_definition(layout: str, method: dict[str, Any]) -> None:
-    model, how = small_model(grid=GRID, layout=layout), ExtractionSettings(**method)
+    model, how = small_model(grid=GRID, layout=layout), ExtractionSettings(score="gt_logprob", **method)
     codes, rows, images = random_codes(model, 3), model.condition(random_text(model, 3)), np.array([4, 0, 9])
     orders = extract_orders(model, codes, rows, how, images)
     calls = []

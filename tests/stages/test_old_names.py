@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def stages_that_run(run: Run, patch: pytest.MonkeyPatch) -> list[str]:
         return lambda *arguments: names.append(stage.name) or {}
 
     patch.setattr(pipeline, "entry_point", entry_point)
+    patch.setattr(pipeline, "_shared_ray", lambda recipe: nullcontext())
     return names
 
 
