@@ -152,6 +152,10 @@ def _start_group(device: torch.device, timeout_s: float) -> None:
         # DeepSpeed would compile a shared-memory all-reduce at first use: a minute, and a C++ compiler. Gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        # Longer than the watchdog waits: what hangs is to be written down, not to break at some rank first.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=1.5 * timeout_s))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            # Longer than the watchdog waits: what hangs is to be written down, not to break at some rank first.
+            timeout=timedelta(seconds=1.5 * timeout_s),
+            device_id=device if device.type == "cuda" else None,  # else NCCL would guess it from the rank at the first barrier
+        )
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)

@@ -49,9 +49,10 @@ class SampleSheet(Callback):
             self._write(loop, loop.events, codes_SN, order_SN)
 
     def _write(self, loop: Loop, events: EventSink, codes_SN: torch.Tensor, order_SN: torch.Tensor) -> None:
-        vq = load_vq(join(loop.job.root, "tokenizers", "vq.safetensors"))
+        device = loop.process.device
+        vq = load_vq(join(loop.job.root, "tokenizers", "vq.safetensors")).to(device)
         sheets = {
-            "image": [upscale(picture, max(1, PIXELS // len(picture))) for picture in decode_pictures(vq, codes_SN)],
+            "image": [upscale(picture, max(1, PIXELS // len(picture))) for picture in decode_pictures(vq, codes_SN.to(device))],
             "orders": [upscale(order_map(steps), max(1, PIXELS // len(steps))) for steps in step_of_cell(order_SN)],
         }
         paths = {name: os.path.join("samples", f"{loop.job.stage}-{loop.step:08d}-{name}.png") for name in sheets}
