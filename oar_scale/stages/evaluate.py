@@ -368,6 +368,8 @@ def _highlights(run: Run, evaluation: Evaluation) -> JsonObject:
     }
     gaps = {model_label(row.model): asdict(row.gap) for row in evaluation.calibration}
     for name, difference in differences.items():
+        if name.endswith("own gt_logprob"):
+            continue  # it leaks; the report has it as a diagnosis
         run.console.say(f"  {name}: {difference['mean']:+.4f} +- {difference['standard_error']:.4f} nats per code")
     for name, cost in captions.items():
         run.console.say(f"  captions of other images, {name}: {cost['mean']:+.4f} +- {cost['standard_error']:.4f} nats per code")

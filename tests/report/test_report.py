@@ -143,6 +143,11 @@ def test_closer_needs_two_paired_standard_errors(difference: Estimate, text: str
     assert text in said and f"± {difference.standard_error:.4f}, 256 samples each, paired by caption" in said
 
 
+def test_a_likelihood_that_leaks_is_read_as_no_comparison(html: str) -> None:
+    readings = re.findall(r"own gt_logprob</td>.*?<td[^>]*>([^<]*)</td></tr>", html, re.DOTALL)
+    assert readings and set(readings) == {"leaks: how strongly they select"}
+
+
 def test_novel_images_are_told_apart_in_the_summary() -> None:
     text = " ".join(summarise(synthetic.report()))
     assert "On the 192 held-out images that training has no variant of: along the max_prob orders" in text
