@@ -45,7 +45,7 @@ class Finder:
                 if batch.step >= int(first):
                     time.sleep(float(pause))
                 with open("{seen}-" + str(os.getpid()), "a") as file:
-                    file.write(json.dumps([batch.step, batch.uid_b.tolist()]) + "\\n")
+                    file.write(json.dumps([batch.seed, batch.step, batch.uid_b.tolist()]) + "\\n")
                 return one_step(engine, batch, lr)
             module.DeepSpeedEngine.train_step = slow
         spec.loader.exec_module = exec_module
@@ -97,12 +97,13 @@ def watched(folder: Path, pause: float, first: int = 0) -> dict[str, str]:
 
 
 def samples(folder: Path) -> dict[int, list[int]]:
-    """Of each step; one that was done again must have had the same."""
+    """Of each step of the pretraining; one that was done again must have had the same."""
     by_rank: dict[int, dict[tuple[int, ...], None]] = {}
     for path in folder.glob("seen-*"):
         for line in path.read_text().splitlines():
-            step, uids = json.loads(line)
-            by_rank.setdefault(step, {})[tuple(uids)] = None
+            seed, step, uids = json.loads(line)
+            if seed == 0:  # the recipe's; fine-tuning and control draw with another one
+                by_rank.setdefault(step, {})[tuple(uids)] = None
     return {step: sorted({uid for uids in samples_of_rank for uid in uids}) for step, samples_of_rank in by_rank.items()}
 
 

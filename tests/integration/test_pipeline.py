@@ -23,7 +23,7 @@ import webdataset
 from elastic_runs import watched
 
 from oar_scale.cli import main
-from oar_scale.observe.events import attempts, read_events
+from oar_scale.observe.events import read_events
 from oar_scale.orders.order_table import read_orders
 from oar_scale.storage import join, open_storage
 
@@ -144,7 +144,7 @@ def test_a_killed_worker_then_an_interrupt_change_no_loss(finished: Finished, tm
         run.kill()
     assert run.returncode == 130 and "run the same command again to resume" in errors, errors[-3000:]
     starts = _events(tmp_path, "start")
-    assert len(attempts(str(tmp_path / "events"), "pretrain")) == 2
+    assert len(starts) == 2
     assert starts[1]["start_step"] >= 5
     while any(_runs(start["pid"]) for start in starts):  # one that outlives the run ends this test by its time limit
         time.sleep(0.05)
