@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from oar_scale.data.manifest import Manifest, ShardInfo
 from oar_scale.data.open_shard import ImageShard, OpenShard, TokenShard, UnusableSample
-from oar_scale.errors import UserError
+from oar_scale.errors import Unreachable, UserError
+from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import join
 from oar_scale.storage.shard_cache import ShardCache
 from oar_scale.tokenizers.image import ImageTokenizer
@@ -70,12 +71,15 @@ class ShardSource:
         """Fetch a shard, open it and compare it with the manifest.
 
         Raises:
-            UnusableSample: it cannot be fetched or read, or has another number of samples or another shape of codes.
+            UnusableSample: it is not there or cannot be read, or has another number of samples or another shape of codes.
+            Unreachable: the storage did not answer for as long as the cache's patience. Nothing is wrong with the shard.
         """
         uri = join(self.folder, info.name)
         try:
             data = self.cache.read(uri, info.bytes, info.crc32c)
             shard = TokenShard(data, uri) if self.tokenizer is None else ImageShard(data, uri)
+        except Unreachable:
+            raise
         except UserError as error:
             raise UnusableSample(str(error)) from error
         if len(shard) != info.samples:
@@ -146,7 +150,7 @@ class OpenShards:
             self.source.cache.prefetch(join(self.source.folder, info.name), info.bytes, info.crc32c)
 
     def _shard(self, index: int) -> tuple[OpenShard, Orders | None]:
-        """An open shard and its stored orders. Raises UnusableSample."""
+        """An open shard and its stored orders. Raises UnusableSample; Unreachable where the storage does not answer."""
         if index in self._broken:
             raise self._broken[index]
         if index in self._open:
@@ -158,7 +162,9 @@ class OpenShards:
         except UnusableSample as fault:
             self._broken[index] = fault
             raise
-        orders = self.source.stored_orders(info.name, opened) if self.source.stored_orders else None
+        orders, stored = None, self.source.stored_orders
+        if stored is not None:
+            orders = retry_transient(lambda: stored(info.name, opened), self.source.cache.patience_s)
         self._open[index] = opened, orders
         if len(self._open) > self.max_open:
             self._open.popitem(last=False)

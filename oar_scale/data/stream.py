@@ -21,11 +21,11 @@ background while step t is made, and the batch of the next step is made while th
 ``loader_processes`` processes, of which process p of P makes the steps p, p + P, ... As each batch depends on its step alone, their
 number changes nothing.
 
-*Broken samples.* A sample that cannot be used (a missing member, codes of another shape or outside the vocabulary, a shard that is lost
-after all retries) is replaced: attempt k = 0, 1, ... draws another uid by a hash of (seed, epoch, uid, k), and the first sample that can
+*Broken samples.* A sample that cannot be used (a missing member, codes of another shape or outside the vocabulary, a shard that is missing
+or damaged) is replaced: attempt k = 0, 1, ... draws another uid by a hash of (seed, epoch, uid, k), and the first sample that can
 be used is taken. The slot keeps its own random choices, so the replacement is the same on every rank and in every attempt. Each
 replaced sample is listed in :attr:`Batch.bad`; past ``data.max_bad_fraction`` of the samples seen, the stream stops with an error that
-names some.
+names some. A storage that does not answer is no fault of a sample: it ends the stream with ``Unreachable``.
 
 *Resuming* is ``batches(start_step=t, end_step=...)``. A step costs no more in the middle of an epoch than at its beginning.
 

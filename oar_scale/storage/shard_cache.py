@@ -67,11 +67,11 @@ class ShardCache:
     """
 
     def __init__(self, folder: str, max_bytes: int | None = None, patience_s: float = 0.0) -> None:
-        self._folder, self._patience_s = CacheFolder(folder, max_bytes), patience_s
+        self._folder, self.patience_s = CacheFolder(folder, max_bytes), patience_s
         self._process = _Process()
 
     def __reduce__(self) -> tuple[type[ShardCache], tuple[str, int | None, float]]:
-        return ShardCache, (self._folder.folder, self._folder.max_bytes, self._patience_s)
+        return ShardCache, (self._folder.folder, self._folder.max_bytes, self.patience_s)
 
     @property
     def stats(self) -> FetchStats:
@@ -107,9 +107,7 @@ class ShardCache:
 
     def _read(self, shard: _Shard) -> memoryview:
         return (
-            retry_transient(lambda: self._read_remote(shard), self._patience_s)
-            if scheme_of(shard.uri) != LOCAL
-            else self._read_local(shard)
+            retry_transient(lambda: self._read_remote(shard), self.patience_s) if scheme_of(shard.uri) != LOCAL else self._read_local(shard)
         )
 
     def _read_local(self, shard: _Shard) -> memoryview:

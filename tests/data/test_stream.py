@@ -24,7 +24,7 @@ from oar_scale.data.open_shard import OpenShard
 from oar_scale.data.shard_source import ShardSource, StoredOrders
 from oar_scale.data.shards import token_sample, write_shard
 from oar_scale.data.stream import Batch, StreamSettings, TokenStream
-from oar_scale.errors import UserError
+from oar_scale.errors import Unreachable, UserError
 from oar_scale.storage.shard_cache import ShardCache
 from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, pixels_to_unit
@@ -335,6 +335,25 @@ def test_a_missing_shard_is_named_its_samples_replaced(text: TextTokenizer, tmp_
     assert all("00002.tar" in sample.fault for sample in named)
     codes = torch.cat([batch.codes_bN[:, 0] for batch in batches])
     assert len(codes) == 80 and not ((codes >= 40) & (codes < 60)).any()
+
+
+def test_an_outage_replaces_no_sample(tokens: str, text: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage that does not answer ends the stream; nothing is wrong with the samples, so what comes after is as it would have been."""
+    undisturbed = list(stream(tokens, text).batches(0, 8))
+    read, outage = ShardCache.read, threading.Event()
+
+    def read_or_not(self: ShardCache, *shard: Any) -> bytes:
+        if outage.is_set():
+            raise Unreachable(f"{shard[0]}: no connection to the S3 server")
+        return read(self, *shard)
+
+    monkeypatch.setattr(ShardCache, "read", read_or_not)
+    outage.set()
+    with pytest.raises(Unreachable, match="no connection"):
+        next(stream(tokens, text).batches(0, 8))
+    outage.clear()
+    again = list(stream(tokens, text).batches(0, 8))
+    assert all(same(one, two) and not two.bad for one, two in zip(undisturbed, again, strict=True))
 
 
 def test_too_many_bad_samples_stop_the_stream_and_name_some(text: TextTokenizer, tmp_path: Path) -> None:

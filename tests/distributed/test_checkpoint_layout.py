@@ -22,9 +22,10 @@ from oar_scale.distributed.checkpoints.layout import (
     save_started,
     step_uri,
 )
+from oar_scale.distributed.checkpoints.restore import _raise_first, _sendable
 from oar_scale.distributed.checkpoints.retention import Keep, Retention, prune
 from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
-from oar_scale.errors import UserError
+from oar_scale.errors import Unreachable, UserError
 from oar_scale.storage import Storage, join, open_storage
 
 HOUR = 3600.0
@@ -154,3 +155,12 @@ def test_scratch_of_a_dead_process_is_removed_a_living_ones_not(tmp_path: Path) 
     mine.remove()
     mine.remove()
     assert os.listdir(parent) == ["other"]
+
+
+@pytest.mark.parametrize("error", [Unreachable("s3://b/x: no answer"), UserError("s3://b/x: no such bucket"), ValueError("x")])
+def test_another_ranks_error_stays_what_it_is(error: Exception) -> None:
+    """Workers are restarted after an outage, and not after what only a user can fix."""
+    sent = _sendable(error)
+    with pytest.raises(RuntimeError if isinstance(error, ValueError) else type(error), match=str(error)) as caught:
+        _raise_first(None, [None, sent])
+    assert isinstance(error, ValueError) or type(caught.value) is type(error)

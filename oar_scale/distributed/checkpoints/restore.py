@@ -29,12 +29,13 @@ from oar_scale.distributed.checkpoints.layout import Checkpoint, CheckpointLocat
 from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
 from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
 from oar_scale.distributed.checkpoints.shard_tensors import read_shards
-from oar_scale.errors import UserError
+from oar_scale.errors import Unreachable, UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.training.job import TrainingJob
 
 T = TypeVar("T")
-_SentError = tuple[bool, str]
+_SentError = tuple[str, str]
+"""Of an error at another rank: which kind, and its text."""
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,16 @@ def _from_rank_0(action: Callable[[], T]) -> T:
 
 
 def _sendable(error: Exception | None) -> _SentError | None:
-    """An error as it is sent to other ranks: whether it is a UserError, and its text. Not every exception can be pickled."""
-    return None if error is None else (isinstance(error, UserError), str(error) if isinstance(error, UserError) else repr(error))
+    """An error as it is sent to other ranks. Not every exception can be pickled."""
+    match error:
+        case None:
+            return None
+        case Unreachable():
+            return "unreachable", str(error)
+        case UserError():
+            return "user error", str(error)
+        case _:
+            return "other", repr(error)
 
 
 def _raise_first(own: Exception | None, sent: list[_SentError | None]) -> None:
@@ -281,7 +290,13 @@ def _raise_first(own: Exception | None, sent: list[_SentError | None]) -> None:
         raise own
     for each in sent:
         if each is not None:
-            raise UserError(each[1]) if each[0] else RuntimeError(f"another rank: {each[1]}")
+            match each:
+                case "unreachable", text:
+                    raise Unreachable(text)
+                case "user error", text:
+                    raise UserError(text)
+                case _, text:
+                    raise RuntimeError(f"another rank: {text}")
 
 
 def _check_identity(job: TrainingJob, checkpoint: Checkpoint) -> None:
