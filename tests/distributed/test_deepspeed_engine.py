@@ -6,12 +6,14 @@ import json
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from launcher import run_workers
 from small_run import copy_run, prepare_small_run, pretraining, small_recipe
 
+from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
 from oar_scale.training.job import TrainingJob
 
@@ -24,11 +26,20 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def average_and_copy(job: TrainingJob, out: str) -> None:
     """Held-out NLL by the engine's own model with its averaged weights, and by a plain model of these weights."""
+    from oar_scale.distributed import deepspeed_engine
     from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
     from oar_scale.distributed.worker_process import WorkerProcess
     from oar_scale.training.heldout_images import HeldoutImages
     from oar_scale.training.inputs import job_prompts, job_stream
 
+    config = deepspeed_engine.deepspeed_config
+
+    def sharded(*args: Any) -> JsonObject:
+        """Without this, so small a model is kept whole on every rank, and nothing is gathered."""
+        whole = config(*args)
+        return {**whole, "zero_optimization": {**whole["zero_optimization"], "stage3_param_persistence_threshold": 0}}
+
+    deepspeed_engine.deepspeed_config = sharded
     with WorkerProcess(job) as process:
         prompts = job_prompts(job)
         engine, heldout = DeepSpeedEngine(job, prompts, process), HeldoutImages(job, prompts, process)
