@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from oar_scale.errors import UserError
 from oar_scale.pipeline import run_pipeline, run_stage
 from oar_scale.registry import Stage
 from oar_scale.run.context import Run
+from oar_scale.runtime import ray_session
 from oar_scale.shard_pool import ArrayTask
 from oar_scale.storage import open_storage
 from oar_scale.studies.compare_extraction import run_compare
@@ -92,6 +95,32 @@ def test_settings_that_change_no_result_may_change(run: Run, ran: list[str]) -> 
     run_pipeline(run)
     run_pipeline(changed(run, extract={"actors": 5}))
     assert ran == ["a", "b", "c", "d"]
+
+
+def test_all_stages_of_a_run_share_one_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many cores as the widest of them asks for; a run with nothing left to do starts none."""
+    log: list[Any] = []
+
+    @contextmanager
+    def session(cpus: int, gpus: int) -> Iterator[None]:
+        log.append((cpus, gpus))
+        yield
+        log.append("end")
+
+    def work(run: Run, name: str) -> dict[str, Any]:
+        log.append(name)
+        return {}
+
+    stages = [replace(stub("tokens"), ray=True), stub("report"), replace(stub("extract"), ray=True)]
+    use_stages(monkeypatch, *stages, work=work)
+    monkeypatch.setattr(ray_session, "ray_session", session)
+    recipe = {"name": "stub", "run_dir": str(tmp_path), "parallel": {"workers": 2, "cpu_threads": 3}, "extract": {"actors": 4}}
+    run = Run(Recipe.model_validate(recipe))
+    run_pipeline(run)
+    assert log == [(12, 0), "tokens", "report", (12, 0), "extract", "end", "end"]  # the second one is the first again, in real life
+    log.clear()
+    run_pipeline(run)
+    assert log == []
 
 
 def test_an_older_finished_extract_stays_finished(tmp_path: Path) -> None:

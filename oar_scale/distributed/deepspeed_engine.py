@@ -112,10 +112,7 @@ class DeepSpeedEngine:
 
     def destroy(self) -> None:
         """Give back DeepSpeed's buffers and hooks."""
-        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
         self.deepspeed.destroy()
-        FWD_MODULE_STACK.clear()  # it still holds the module of the last forward pass, and that the whole engine
 
 
 def _initial_model(job: TrainingJob, prompts: PromptEncoder, config: JsonObject, process: TrainingProcess) -> AnyOrderModel:

@@ -291,10 +291,9 @@ class PoolDriver:
         elif outcome.kind == "taken":
             self.foreign[shard] = self.clock()
         else:
-            was_sick = host in self.health.sick
-            self.health.record_failure(shard, host)
+            became_sick = self.health.record_failure(shard, host)
             self._handle_failed_shard(task, outcome)
-            if host in self.health.sick and not was_sick:
+            if became_sick:
                 self._leave_out(host, outcome.error)
 
     def _handle_failed_shard(self, task: ShardTask, outcome: ActorOutcome) -> None:

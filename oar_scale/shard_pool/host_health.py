@@ -32,12 +32,14 @@ class HostHealth:
         self._in_a_row[host] = 0
         self._working.add(host)
 
-    def record_failure(self, shard: str, host: str) -> None:
-        """A shard has failed on a host; :attr:`sick` tells whether the host is to be left out now."""
+    def record_failure(self, shard: str, host: str) -> bool:
+        """A shard has failed on a host. Returns whether the host is to be left out from now on."""
         self._failed.setdefault(shard, set()).add(host)
         self._in_a_row[host] = self._in_a_row.get(host, 0) + 1
-        if self._in_a_row[host] >= SICK and self._working - {host} - self.sick:
-            self.sick.add(host)
+        if host in self.sick or self._in_a_row[host] < SICK or not self._working - {host} - self.sick:
+            return False
+        self.sick.add(host)
+        return True
 
     def is_settled(self, shard: str, hosts: Iterable[str]) -> bool:
         """Whether a failure that a user can fix is the shard's own: seen on two hosts, or on all that there are."""
