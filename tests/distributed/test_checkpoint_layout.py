@@ -17,6 +17,7 @@ from oar_scale.distributed.checkpoints.layout import (
     commit,
     committed_steps,
     delete,
+    give_up,
     new_save,
     read_checkpoint,
     save_started,
@@ -64,13 +65,38 @@ def test_the_name_of_an_attempt_tells_when_it_began() -> None:
     assert new_save() != new_save()
 
 
-def test_a_step_done_again_replaces_the_checkpoint_in_one_piece(checkpoints: str) -> None:
-    first, second = (write(checkpoints, 5, data=data) for data in (b"one", b"another"))
+def test_of_two_attempts_at_a_step_the_first_is_kept(checkpoints: str) -> None:
+    first = write(checkpoints, 5, data=b"one")
+    with pytest.raises(DamagedCheckpoint, match="another attempt at saving this step was committed before"):
+        write(checkpoints, 5, data=b"another")
     state = read_checkpoint(step_uri(checkpoints, 5))
-    assert state.save == second != first and state.bytes == len(b"another")
+    assert state.save == first and state.bytes == len(b"one")
     check(state, "mp_rank_00_model_states.pt")
     assert kept(checkpoints, Keep(1), time.time() + 2 * HOUR) == [5]
-    assert checkpoint_locations(checkpoints)[0].saves == {second}, "the replaced attempt was left over"
+    assert checkpoint_locations(checkpoints)[0].saves == {first}, "the attempt that came second was left over"
+
+
+def test_a_commit_whose_answer_was_lost_is_repeated(checkpoints: str) -> None:
+    save, uri = write(checkpoints, 5), step_uri(checkpoints, 5)
+    manifest = read_checkpoint(uri).manifest
+    del manifest["format"]
+    commit(uri, save, manifest)
+    assert read_checkpoint(uri).save == save
+
+
+def test_an_attempt_that_was_given_up_cannot_commit(checkpoints: str) -> None:
+    uri, save = step_uri(checkpoints, 5), write(checkpoints, 5, marked=False)
+    assert give_up(uri, save)
+    with pytest.raises(DamagedCheckpoint, match="given up"):
+        commit(uri, save, {"step": 5, "files": {}})
+    assert committed_steps(checkpoints) == []
+
+
+def test_an_attempt_without_its_marker_only_is_committed(checkpoints: str) -> None:
+    uri, save = step_uri(checkpoints, 5), write(checkpoints, 5, ago_s=2 * HOUR)
+    delete(uri, ["COMMITTED"])
+    assert kept(checkpoints, Keep(1)) == [5]
+    assert read_checkpoint(uri).save == save
 
 
 def test_an_attempt_whose_files_were_removed_is_not_committed(checkpoints: str) -> None:
@@ -132,13 +158,13 @@ def test_a_removal_that_breaks_off_leaves_no_half_that_counts(tmp_path: Path, mo
 
 def test_a_file_that_grew_or_shrank_or_changed_is_named(checkpoints: str) -> None:
     name = "mp_rank_00_model_states.pt"
-    for data, fault in [(b"sharD", "crc32c"), (b"shards", "6 bytes"), (b"shar", "4 bytes"), (b"", "0 bytes")]:
-        save = write(checkpoints, 5)
-        uri = step_uri(checkpoints, 5)
+    for step, (data, fault) in enumerate([(b"sharD", "crc32c"), (b"shards", "6 bytes"), (b"shar", "4 bytes"), (b"", "0 bytes")]):
+        save = write(checkpoints, step)
+        uri = step_uri(checkpoints, step)
         open_storage(uri).write(join(uri, save, name), data)
         with pytest.raises(DamagedCheckpoint, match=rf"{name} is damaged .*{fault}.*the manifest says 5 bytes"):
             check(read_checkpoint(uri), name)
-        with pytest.raises(UserError, match=rf"step-00000005: {name} is damaged"), local_checkpoint(uri):
+        with pytest.raises(UserError, match=rf"step-0000000{step}: {name} is damaged"), local_checkpoint(uri):
             pass
 
 

@@ -6,8 +6,10 @@
             manifest.json                   files, sizes, crc32c, world size, ZeRO stage, step, identity, model, the loop's state
         COMMITTED                           names the attempt and the crc32c of its manifest; written last, atomically
 
-Two attempts at one step (a worker that was wrongly considered dead, a step repeated after a roll-back) never write to the same names.
-The marker says which attempt is valid: replacing it replaces the whole checkpoint atomically. Files of other attempts are left-overs.
+Two attempts at one step (a worker that was wrongly considered dead) never write to the same names. Manifest and marker are written only
+where there is none. So the first attempt to write the marker is the step's checkpoint, and the others remove their files. Who removes what
+an attempt has left first writes a manifest in its place, which makes it unable to commit; one that has its manifest is complete, and is
+committed instead. tests/distributed/test_checkpoint_races.py tries every interleaving.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from oar_scale.storage import Missing, join, open_storage
 MARKER = "COMMITTED"
 MANIFEST = "manifest.json"
 FORMAT = 2
+_GIVEN_UP = b'{"given_up": true}\n'
+"""The manifest of an attempt that must not commit any more."""
 _STEP = re.compile(r"/step-(\d{8,})$")
 _SAVE = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 _TIME = "%Y%m%dT%H%M%SZ"
@@ -159,18 +163,57 @@ def committed_steps(checkpoints: str) -> list[int]:
 
 
 def commit(uri: str, save: str, manifest: JsonObject) -> None:
-    """Make ``save`` the checkpoint of its step: writes its manifest, then the marker, which replaces that of another attempt atomically.
+    """Make ``save`` the checkpoint of its step: writes its manifest, then the marker, unless the step has a checkpoint.
 
     Raises:
-        DamagedCheckpoint: some of its files have been removed meanwhile.
+        DamagedCheckpoint: another attempt at the step was committed before, or this one has been given up, or some of its files are gone.
     """
     data = (json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n").encode()
-    storage = open_storage(uri)
-    storage.write(join(uri, save, MANIFEST), data)
-    missing = {join(uri, save, name) for name in manifest["files"]}.difference(storage.list(join(uri, save)))
+    if not _put_first(join(uri, save, MANIFEST), data):
+        raise DamagedCheckpoint("this attempt at saving took so long that it was given up by whoever removes old checkpoints")
+    _commit(uri, save, data)
+
+
+def give_up(uri: str, save: str) -> bool:
+    """Make an attempt without a marker, which may still be running, unable to commit, or commit it where only the marker is missing.
+
+    Returns:
+        Whether its files may be removed.
+    """
+    manifest_uri = join(uri, save, MANIFEST)
+    if _put_first(manifest_uri, _GIVEN_UP):
+        return True
+    try:
+        _commit(uri, save, open_storage(uri).read(manifest_uri))
+    except Missing:  # somebody else is removing it
+        return False
+    except DamagedCheckpoint:
+        return True
+    return False
+
+
+def _commit(uri: str, save: str, manifest: bytes) -> None:
+    """Write the marker of an attempt that has its manifest."""
+    try:
+        files = json.loads(manifest)["files"]
+    except (ValueError, KeyError):
+        raise DamagedCheckpoint(f"{save}/{MANIFEST} is damaged, or the attempt was given up") from None
+    missing = {join(uri, save, name) for name in files}.difference(open_storage(uri).list(join(uri, save)))
     if missing:
         raise DamagedCheckpoint(f"{min(missing)} was removed by someone else before the checkpoint was committed")
-    storage.write(join(uri, MARKER), (json.dumps({"save": save, "crc32c": crc32c.crc32c(data)}) + "\n").encode())
+    if not _put_first(join(uri, MARKER), (json.dumps({"save": save, "crc32c": crc32c.crc32c(manifest)}) + "\n").encode()):
+        raise DamagedCheckpoint("another attempt at saving this step was committed before")
+
+
+def _put_first(uri: str, data: bytes) -> bool:
+    """Write an object where there is none; returns whether it holds ``data`` now, as it also does where the answer to a write was lost."""
+    storage = open_storage(uri)
+    if storage.write(uri, data, if_absent=True):
+        return True
+    try:
+        return storage.read(uri) == data
+    except Missing:
+        return False
 
 
 def read_checkpoint(uri: str) -> Checkpoint:
@@ -214,9 +257,10 @@ def uncommit(uri: str) -> None:
 
 
 def delete(uri: str, names: Iterable[str]) -> None:
-    """Delete objects of a step; the marker first, so that a part is never taken for the whole checkpoint."""
+    """Delete objects of a step: the marker first, so that a part is never taken for the whole checkpoint, and manifests last, so that an
+    attempt that was given up finds that it was, or that its files are gone."""
     storage = open_storage(uri)
-    names = sorted(names, key=lambda name: (name != MARKER, name))
+    names = sorted(names, key=lambda name: (name != MARKER, name.endswith(f"/{MANIFEST}"), name))
     for name in names:
         storage.delete(join(uri, name))
     if not uri.startswith("s3://"):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oar_scale.config.schema import TrainingConfig
 from oar_scale.distributed.checkpoints import layout
-from oar_scale.distributed.checkpoints.layout import MARKER, CheckpointLocation, DamagedCheckpoint
+from oar_scale.distributed.checkpoints.layout import MANIFEST, CheckpointLocation, DamagedCheckpoint
 
 METRIC = "nll_random"
 """The metric by which the best are chosen; lower is better."""
@@ -36,6 +36,13 @@ class Removal:
     location: CheckpointLocation
     names: tuple[str, ...]
     why: str
+    attempts: tuple[str, ...] = ()
+    """Those without a marker, which have to be given up before anything of them is removed."""
+
+    def without(self, save: str) -> Removal:
+        """What is removed if that attempt stays."""
+        names = tuple(name for name in self.names if not name.startswith(f"{save}/"))
+        return replace(self, names=names, attempts=tuple(each for each in self.attempts if each != save))
 
 
 class Retention:
@@ -45,13 +52,12 @@ class Retention:
         self._keep = keep
         self._nll: dict[int, float] = {}
 
-    def removals(self, locations: list[CheckpointLocation], now: float | None = None) -> list[Removal]:
+    def removals(self, locations: list[CheckpointLocation], now: float) -> list[Removal]:
         """The objects of a stage that are to be removed.
 
         Args:
             locations: all steps of the stage.
-            now: unix seconds; attempts without a marker stay until they are ``LEFT_OVER_S`` old, as another process may be writing
-                them. None: the caller is the only process that writes here, and all of them are removed.
+            now: unix seconds; attempts without a marker stay until they are ``LEFT_OVER_S`` old, as another process may be writing them.
         """
         committed = [location for location in locations if location.committed]
         kept = self._kept(committed)
@@ -60,9 +66,10 @@ class Retention:
             if location.committed and location.step not in kept:
                 removals.append(Removal(location, tuple(sorted(location.names)), "not kept"))
                 continue
-            left_overs = _left_over(location, now)
-            if left_overs:
-                removals.append(Removal(location, left_overs, "left over"))
+            attempts = _left_over(location, now)
+            if attempts:
+                names = tuple(sorted(name for name in location.names if name.split("/")[0] in attempts))
+                removals.append(Removal(location, names, "left over", attempts))
         return removals
 
     def _kept(self, committed: list[CheckpointLocation]) -> set[int]:
@@ -85,8 +92,8 @@ class Retention:
         return self._nll[location.step]
 
 
-def _left_over(location: CheckpointLocation, now: float | None) -> tuple[str, ...]:
-    """Files of attempts other than the committed one."""
+def _left_over(location: CheckpointLocation, now: float) -> tuple[str, ...]:
+    """Attempts other than the committed one that started long ago."""
     committed_save: str | None = None
     if location.committed and len(location.saves) == 1:
         return ()
@@ -95,18 +102,22 @@ def _left_over(location: CheckpointLocation, now: float | None) -> tuple[str, ..
             committed_save = layout.read_checkpoint(location.uri).save
         except DamagedCheckpoint:
             return ()  # it is not known which attempt was committed; loading it reports the damage
-    dead = {save for save in location.saves - {committed_save} if now is None or now - layout.save_started(save) > LEFT_OVER_S}
-    foreign = {name for name in location.names if name != MARKER and name.split("/")[0] not in location.saves} if now is None else set()
-    return tuple(sorted(foreign | {name for name in location.names if name.split("/")[0] in dead}))
+    return tuple(sorted(save for save in location.saves - {committed_save} if now - layout.save_started(save) > LEFT_OVER_S))
 
 
-def prune(locations: list[CheckpointLocation], retention: Retention, now: float | None = None) -> list[Removal]:
+def prune(locations: list[CheckpointLocation], retention: Retention, now: float) -> list[Removal]:
     """Remove what is not kept, markers first. Arguments as :meth:`Retention.removals`.
 
     Returns:
         What was removed.
     """
-    removals = retention.removals(locations, now)
-    for removal in removals:
-        layout.delete(removal.location.uri, removal.names)
-    return removals
+    removed = []
+    for removal in retention.removals(locations, now):
+        for save in removal.attempts:
+            if not layout.give_up(removal.location.uri, save):
+                removal = removal.without(save)
+        if removal.names:
+            given_up = {f"{save}/{MANIFEST}" for save in removal.attempts}  # giving up writes it
+            layout.delete(removal.location.uri, given_up.union(removal.names))
+            removed.append(removal)
+    return removed

@@ -213,9 +213,24 @@ class Saver:
         if fault is not None:
             self._abandon(save, uri)
         elif self._rank == 0:
-            # The files stay even if this fails: the marker may have been written although no answer came.
-            fault = self._retry(lambda: layout.commit(uri, save.name, {**save.manifest, "files": files}))
+            fault = self._commit(save, uri, files)
         return fault, files
+
+    def _commit(self, save: _Save, uri: str, files: dict[str, dict[str, int]]) -> str | None:
+        """Commit; returns why that failed, or None."""
+        refused: list[str] = []
+
+        def attempt() -> None:
+            try:
+                layout.commit(uri, save.name, {**save.manifest, "files": files})
+            except DamagedCheckpoint as error:
+                refused.append(str(error))
+
+        fault = self._retry(attempt)
+        if refused:
+            self._remove(save, uri, files)
+            return refused[0]
+        return fault  # the files stay: the marker may have been written although no answer came
 
     def _report(self, save: _Save, files: dict[str, dict[str, int]], fault: str | None) -> None:
         if self._rank != 0 or save.reported:
@@ -252,8 +267,7 @@ class Saver:
                 raise
 
         def transient(error: BaseException) -> bool:
-            # A damaged checkpoint stays damaged.
-            return isinstance(error, Exception) and not isinstance(error, (DamagedCheckpoint, RetryStopped))
+            return isinstance(error, Exception) and not isinstance(error, RetryStopped)
 
         try:
             retry(attempt, backoff, transient=transient, give_up=lambda: time.monotonic() + backoff.pause_s >= deadline, stop=self._hurry)
@@ -267,15 +281,19 @@ class Saver:
             time.sleep(_POLL_S)
 
     def _abandon(self, save: _Save, uri: str) -> None:
-        """Remove what this rank may have uploaded. What cannot be removed is a left-over that a later prune removes."""
+        """Remove what this rank may have uploaded."""
+        self._remove(save, uri, save.files)
+
+    def _remove(self, save: _Save, uri: str, files: Iterable[str]) -> None:
+        """Remove files of a save. What cannot be removed is a left-over that a later prune removes."""
         try:
-            layout.delete(uri, [f"{save.name}/{name}" for name in (*save.files, layout.MANIFEST)])
+            layout.delete(uri, [f"{save.name}/{name}" for name in (*files, layout.MANIFEST)])
         except Exception as error:
             _log.warning("%s: the files of an abandoned save could not be removed: %s", uri, error)
 
     def _prune(self) -> None:
         try:
-            prune(layout.checkpoint_locations(self._job.checkpoints), self._retention)
+            prune(layout.checkpoint_locations(self._job.checkpoints), self._retention, time.time())
         except Exception as error:
             _log.warning("%s: old checkpoints could not be removed; the next save retries: %s", self._job.checkpoints, error)
 

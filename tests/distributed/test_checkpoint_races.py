@@ -1,0 +1,207 @@
+"""Two savers and two pruners on a simulated storage, in every order in which their requests can arrive.
+
+Each of the four runs the code that real savers and pruners run, against a storage that is a dict. What a process does next depends on
+nothing but the answers that it has got so far, so its next request is found by running its code on them again. A state is what the storage
+holds, and the answers of each process; from there each process that has not ended may be the next one whose request is answered.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+from crc32c import crc32c
+
+from oar_scale.distributed.checkpoints import layout
+from oar_scale.distributed.checkpoints.layout import MANIFEST, DamagedCheckpoint
+from oar_scale.distributed.checkpoints.retention import Keep, Retention, prune
+from oar_scale.storage import Missing, join
+
+CHECKPOINTS = "s3://simulated/checkpoints/pretrain"
+SHARD = "shard.pt"
+ATTEMPTS = [f"20260101T00000{number}Z-0000000{number}" for number in range(3)]
+LATER = 4e9
+"""A time at which a pruner takes every attempt without a marker for a dead one, which is the worst that can happen."""
+
+Objects = frozenset[tuple[str, bytes]]
+Answers = tuple[Any, ...]
+ENDED = None
+
+
+class Pending(BaseException):
+    """A process waits for the answer to a request."""
+
+    def __init__(self, *request: Any) -> None:
+        self.request = request
+
+
+class Replay:
+    """A storage that gives the answers of before, and then stops the process at its next request."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = iter(answers)
+
+    def _answer(self, *request: Any) -> Any:
+        for answer in self._answers:
+            return answer
+        raise Pending(*request)
+
+    def read(self, uri: str) -> bytes:
+        data: bytes | None = self._answer("read", uri)
+        if data is None:
+            raise Missing(uri)
+        return data
+
+    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+        return bool(self._answer("create" if if_absent else "write", uri, data))
+
+    def list(self, prefix: str) -> list[str]:
+        return list(self._answer("list", f"{prefix}/"))
+
+    def delete(self, uri: str) -> None:
+        self._answer("delete", uri)
+
+
+def answered(objects: Objects, kind: str, uri: str, data: bytes = b"") -> tuple[Objects, Any]:
+    """The objects after a request, and its answer."""
+    here = dict(objects)
+    match kind:
+        case "read":
+            return objects, here.get(uri)
+        case "list":
+            return objects, tuple(sorted(name for name in here if name.startswith(uri)))
+        case "create" if uri in here:
+            return objects, False
+        case "delete":
+            here.pop(uri, None)
+            return frozenset(here.items()), None
+        case _:
+            return frozenset({**here, uri: data}.items()), True
+
+
+def saver(step: int, save: str) -> None:
+    """What the ranks of a group do together: upload, commit, and clean up where the attempt lost."""
+    uri = layout.step_uri(CHECKPOINTS, step)
+    layout.open_storage(uri).write(join(uri, save, SHARD), b"shard")
+    try:
+        layout.commit(uri, save, manifest(step))
+    except DamagedCheckpoint:
+        layout.delete(uri, [f"{save}/{name}" for name in (SHARD, MANIFEST)])
+
+
+def pruner(keep: int) -> None:
+    """What ``oar checkpoint prune``, and each saver after a commit, does."""
+    with suppress(Missing):
+        prune(layout.checkpoint_locations(CHECKPOINTS), Retention(Keep(keep)), LATER)
+
+
+def manifest(step: int) -> dict[str, Any]:
+    files = {SHARD: {"bytes": 5, "crc32c": crc32c(b"shard"), "rank": 0}}
+    return {"step": step, "world_size": 1, "zero_stage": 2, "state": {}, "files": files}
+
+
+@dataclass(frozen=True)
+class State:
+    objects: Objects
+    answers: tuple[Answers | None, ...]
+    """Of each process; ENDED when it has none to wait for any more."""
+    committed: frozenset[int]
+    """Steps that have had a marker at some time."""
+
+
+class Model:
+    """All states of two savers, which save ``steps``, and two pruners, which keep ``keep`` checkpoints."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, int], keep: int) -> None:
+        self._patch, self._steps, self._keep = monkeypatch, steps, keep
+        self.request = cache(self._request)
+        self.after, self.intact = cache(self._after), cache(self._intact)
+
+    def _request(self, process: int, answers: Answers) -> tuple[Any, ...] | None:
+        """The next request of a process that has got these answers; None: it has ended."""
+        storage = Replay(answers)
+        self._patch.setattr(layout, "open_storage", lambda uri: storage)
+        try:
+            if process < 2:
+                saver(self._steps[process], ATTEMPTS[1 + process])
+            else:
+                pruner(self._keep)
+        except Pending as pending:
+            return pending.request
+        return None
+
+    def _after(self, process: int, answers: Answers) -> Answers | None:
+        """The answers themselves, as one object for all states, or ENDED: what a process that has ended was told makes no difference."""
+        return ENDED if self.request(process, answers) is None else answers
+
+    def _intact(self, objects: Objects, step: int) -> bool:
+        """Whether a step's marker names an attempt of which everything is there."""
+        uri, here = layout.step_uri(CHECKPOINTS, step), dict(objects)
+
+        class Reading(Replay):
+            def read(self, uri: str) -> bytes:
+                if uri not in here:
+                    raise Missing(uri)
+                return here[uri]
+
+        self._patch.setattr(layout, "open_storage", lambda uri: Reading(()))
+        try:
+            checkpoint = layout.read_checkpoint(uri)
+        except DamagedCheckpoint:
+            return False
+        return all(join(checkpoint.folder, name) in here for name in checkpoint.files)
+
+    def visit(self, start: Objects) -> int:
+        """Visit every state that can be reached; returns how many there are. Fails where a kept checkpoint is lost."""
+        todo = [State(start, ((),) * 4, marked(start))]
+        seen = set(todo)
+        while todo:
+            state = todo.pop()
+            for process, answers in enumerate(state.answers):
+                if answers is ENDED:
+                    continue
+                request = self.request(process, answers)
+                assert request is not None
+                objects, answer = answered(state.objects, *request)
+                each = list(state.answers)
+                each[process] = self.after(process, (*answers, answer))
+                after = State(objects, tuple(each), state.committed | marked(objects))
+                if after not in seen:
+                    seen.add(after)
+                    todo.append(after)
+                    for step in sorted(after.committed)[-self._keep :]:
+                        assert self.intact(objects, step), f"step {step} was committed and is lost:\n{sorted(dict(objects))}"
+        return len(seen)
+
+
+@cache
+def marked(objects: Objects) -> frozenset[int]:
+    return frozenset(int(uri.split("/")[-2][5:]) for uri, _ in objects if uri.endswith(layout.MARKER))
+
+
+def one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Objects:
+    """A storage with a checkpoint of step 100."""
+    uri, objects = layout.step_uri(CHECKPOINTS, 100), frozenset({(join(layout.step_uri(CHECKPOINTS, 100), ATTEMPTS[0], SHARD), b"shard")})
+    answers: Answers = ()
+    while True:
+        storage = Replay(answers)
+        monkeypatch.setattr(layout, "open_storage", lambda uri, storage=storage: storage)
+        try:
+            layout.commit(uri, ATTEMPTS[0], manifest(100))
+        except Pending as pending:
+            objects, answer = answered(objects, *pending.request)
+            answers = (*answers, answer)
+        else:
+            return objects
+
+
+@pytest.mark.parametrize(
+    ("steps", "keep"),
+    [((200, 200), 1), pytest.param((200, 300), 1, marks=pytest.mark.slow), pytest.param((200, 200), 2, marks=pytest.mark.slow)],
+)
+def test_no_order_of_requests_loses_a_checkpoint(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, int], keep: int) -> None:
+    """The newest checkpoints that have ever been committed are there and complete, whoever saves and removes at the same time."""
+    assert Model(monkeypatch, steps, keep).visit(one_checkpoint(monkeypatch)) > 10_000
