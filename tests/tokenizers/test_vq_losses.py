@@ -70,7 +70,11 @@ def test_the_perceptual_distance_grows_with_blur(pixels: Tensor) -> None:
 
 
 def test_the_perceptual_gradient_brings_an_image_closer(pixels: Tensor) -> None:
+    """Also where the network was first loaded by a caller in inference mode."""
     pytest.importorskip("efficientnet_lite_pytorch")
+    perceptual.load_network.cache_clear()
+    with torch.inference_mode():
+        perceptual.load_network()
     images, loss = pixels_to_unit(pixels[:2]), PerceptualLoss()
     start = F.avg_pool2d(F.pad(images, (1,) * 4, mode="replicate"), 3, 1).requires_grad_()
     before = loss(start, images)
