@@ -1,4 +1,4 @@
-"""How many workers to start: the most that the recipe's arithmetic allows and the cluster has capacity for.
+"""How many workers to start: the most that the recipe's arithmetic allows and the cluster has capacity for, beside what else runs on it.
 
     parallel.workers: {min: 2, max: 8}, streams 48, global batch 96, micro-batch 4      8, 6, 4, 3, 2
 
@@ -7,10 +7,12 @@ A step's samples do not depend on the number, so a run continues with fewer work
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from oar_scale.config.schema import ParallelConfig, Recipe
 
+Resources = dict[str, float]
+"""Of a node, by Ray's names for them: CPU, GPU, accelerator_type:H100."""
 ANSWER_S = 15.0
 """A node that starts no task within this time counts as lost: Ray itself notices its death only later."""
 
@@ -21,20 +23,40 @@ def choose_workers(recipe: Recipe, capacity: int) -> int:
     return next((count for count in counts if count <= capacity), counts[-1])
 
 
-def cluster_capacity(parallel: ParallelConfig, *, ping: bool) -> int:
-    """Return how many workers the cluster's nodes could hold if nothing else ran on them.
+def cluster_nodes(*, ping: bool) -> dict[str, Resources]:
+    """Return the nodes that are alive, by their id, with all the resources that each has.
 
     Args:
-        ping: count only nodes that answer a task; takes up to ``ANSWER_S``.
+        ping: only those that answer a task; takes up to ``ANSWER_S``.
     """
     import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    answering = _answering([node["NodeID"] for node in nodes]) if ping else {node["NodeID"] for node in nodes}
-    return capacity_of([node["Resources"] for node in nodes if node["NodeID"] in answering], parallel)
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+    answering = _answering(list(nodes)) if ping else nodes
+    return {node: resources for node, resources in nodes.items() if node in answering}
 
 
-def capacity_of(nodes: Sequence[dict[str, float]], parallel: ParallelConfig) -> int:
+def free_resources(nodes: Mapping[str, Resources], parallel: ParallelConfig, own: Mapping[str, int]) -> list[Resources]:
+    """Return what each node has free for this run.
+
+    Args:
+        nodes: as :func:`cluster_nodes` returns them.
+        parallel: what each worker takes.
+        own: how many workers of this run are on each node; what they hold counts as free.
+    """
+    from ray._private.state import available_resources_per_node  # by node there is no public function
+
+    free: dict[str, Resources] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [add_workers(free.get(node, {}), parallel, own.get(node, 0)) for node in nodes]
+
+
+def add_workers(free: Resources, parallel: ParallelConfig, workers: int) -> Resources:
+    """Return the resources that are free when so many workers have released theirs."""
+    released = {"CPU": float(workers), "GPU": float(workers * parallel.gpus_per_worker)}
+    return {**free, **{name: free.get(name, 0.0) + amount for name, amount in released.items()}}
+
+
+def capacity_of(nodes: Iterable[Resources], parallel: ParallelConfig) -> int:
     """Return how many workers nodes of these resources hold, placed as the recipe asks."""
     on_node = [_workers_on(resources, parallel) for resources in nodes]
     if parallel.placement == "STRICT_PACK":
@@ -42,7 +64,7 @@ def capacity_of(nodes: Sequence[dict[str, float]], parallel: ParallelConfig) -> 
     return sum(min(1, each) for each in on_node) if parallel.placement == "STRICT_SPREAD" else sum(on_node)
 
 
-def _workers_on(resources: dict[str, float], parallel: ParallelConfig) -> int:
+def _workers_on(resources: Resources, parallel: ParallelConfig) -> int:
     """Workers that a node holds: each takes a core, and its GPUs."""
     if parallel.gpu_type and f"accelerator_type:{parallel.gpu_type}" not in resources:
         return 0

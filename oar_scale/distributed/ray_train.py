@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from oar_scale.distributed.checkpoints import committed_steps
-from oar_scale.distributed.elastic import choose_workers, cluster_capacity
+from oar_scale.distributed.elastic import capacity_of, choose_workers, cluster_nodes, free_resources
 from oar_scale.distributed.stop_request import GROW, StopRequest, StopWatcher, start_stop_request, wait_for_stop
 from oar_scale.errors import Requeue, UserError
 from oar_scale.json_object import JsonObject
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 START_S = 60
 """Seconds that Ray Train may take to place an elastic run's workers; then the capacity is looked up again."""
+RELEASE_S, RELEASE_POLL_S = 10.0, 0.5
+"""How long an elastic run waits until Ray has released what the workers before held; otherwise it would start with fewer."""
 
 
 def run_training(job: TrainingJob, console: Console) -> JsonObject:
@@ -118,8 +120,18 @@ class TrainingDriver:
                 self._retry_or_raise(error)
 
     def _choose_workers(self) -> int:
-        recipe = self._job.recipe
-        return choose_workers(recipe, cluster_capacity(recipe.parallel, ping=True)) if self._elastic else recipe.parallel.max_workers
+        """As many as there is room for now."""
+        recipe, parallel = self._job.recipe, self._job.recipe.parallel
+        if not self._elastic:
+            return parallel.max_workers
+        nodes = cluster_nodes(ping=True)
+        most = choose_workers(recipe, capacity_of(nodes.values(), parallel))
+        deadline = time.monotonic() + (RELEASE_S if self._workers else 0.0)
+        while True:
+            workers = choose_workers(recipe, capacity_of(free_resources(nodes, parallel, own={}), parallel))
+            if workers >= most or time.monotonic() >= deadline or self._signals.reason is not None:
+                return workers
+            time.sleep(RELEASE_POLL_S)
 
     def _retry_or_raise(self, error: BaseException) -> None:
         """Return to start another group, raise to end the stage."""
@@ -132,6 +144,9 @@ class TrainingDriver:
                 if reason is None:
                     return
                 raise Requeue(reason) from error
+        if self._elastic and _found_no_room(error):
+            self._console.say(f"  no room for {self._workers} workers within {START_S} s; looking at the cluster again")
+            return
         limit, newest = self._job.recipe.parallel.max_failures, self._newest_checkpoint()
         self._failures = 1 if newest > self._furthest else self._failures + 1
         self._furthest = max(newest, self._furthest)
@@ -162,6 +177,7 @@ class TrainingDriver:
 
     def _fit(self, workers: int) -> BaseException | None:
         """Run one worker group to its end; return what it failed with, or None."""
+        import ray
         from ray.exceptions import RayError
         from ray.train import TrainingFailedError
 
@@ -170,8 +186,10 @@ class TrainingDriver:
 
         def may_grow() -> bool:
             """Whether the run may grow now: only after a checkpoint, since nodes that come and go would else prevent all progress."""
-            more = choose_workers(self._job.recipe, cluster_capacity(self._job.recipe.parallel, ping=False)) > workers
-            return more and self._newest_checkpoint() > first
+            own = cast(dict[str, int], ray.get(stop_request.workers_by_node.remote()))
+            free = free_resources(cluster_nodes(ping=False), self._job.recipe.parallel, own)
+            more = choose_workers(self._job.recipe, capacity_of(free, self._job.recipe.parallel)) > workers
+            return more and sum(own.values()) == workers and self._newest_checkpoint() > first
 
         self._signals.arm()
         try:
@@ -233,6 +251,7 @@ def _sigint_kept() -> Iterator[None]:
 
 def _ray_worker(config: dict[str, Any]) -> None:
     """Runs in a Ray Train worker; ``config`` is the ``train_loop_config`` of the trainer."""
+    import ray
     import ray.train
 
     context = ray.train.get_context()
@@ -244,7 +263,13 @@ def _ray_worker(config: dict[str, Any]) -> None:
     }
     from oar_scale.distributed.worker import train
 
+    config["stop_request"].started_on.remote(ray.get_runtime_context().get_node_id())
     train(config["job"], lambda: wait_for_stop(config["stop_request"]))
+
+
+def _found_no_room(error: BaseException) -> bool:
+    """Whether the workers could not be placed in time: others hold the resources, or a node was lost since they were counted."""
+    return type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
 
 
 def worker_errors(error: BaseException) -> list[BaseException]:

@@ -1,4 +1,4 @@
-"""How the driver asks the workers to stop: an actor whose answer rank 0 waits for.
+"""How the driver asks the workers to stop: an actor whose answer rank 0 waits for, and to which each worker says where it runs.
 
 A worker under Ray Train gets no signals of its own: SIGTERM and SIGUSR1 come to the driver. :class:`StopWatcher` turns them into a stop
 request, and makes one, too, when the cluster has capacity for more workers than an elastic run has.
@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -33,11 +34,20 @@ class StopRequest:
     def __init__(self) -> None:
         self._made = asyncio.Event()
         self._reason = ""
+        self._workers_on: Counter[str] = Counter()
 
     async def request(self, reason: str) -> None:
         """Ask for a stop; the first reason counts."""
         self._reason = self._reason or reason
         self._made.set()
+
+    async def started_on(self, node: str) -> None:
+        """A worker has started on this node (Ray's id)."""
+        self._workers_on[node] += 1
+
+    async def workers_by_node(self) -> dict[str, int]:
+        """How many workers have started on each node."""
+        return dict(self._workers_on)
 
     async def wait(self) -> str:
         """Block until a stop is requested; return the reason."""

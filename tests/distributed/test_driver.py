@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorUnavailableError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2.api.exceptions import ControllerError
 from small_run import pretraining, small_recipe
 
 from oar_scale.distributed import ray_train, stop_request
@@ -103,3 +105,12 @@ def test_a_signal_is_passed_on_after_a_failed_capacity_poll(monkeypatch: pytest.
         os.kill(os.getpid(), signal.SIGUSR1)
         stop_requested.wait()
     assert heard == ["SIGUSR1"]
+
+
+def test_no_room_for_the_workers_is_waited_out(tmp_path: Path) -> None:
+    """On a cluster that others fill, however long that takes."""
+    elastic = small_recipe(str(tmp_path), parallel={"workers": {"min": 1, "max": 2}, "micro_batch": 1})
+    driver = TrainingDriver(pretraining(Run(elastic)), Console())
+    for _ in range(elastic.parallel.max_failures + 2):
+        driver._retry_or_raise(ControllerError(WorkerGroupStartupTimeoutError(2)))
+    assert driver._failures == 0
