@@ -26,6 +26,7 @@ from oar_scale.observe.events import EventLog
 from oar_scale.observe.mirror import open_log
 from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import join
+from oar_scale.storage.patience import patient
 from oar_scale.tokenizers.prompts import PromptEncoder
 from oar_scale.training.callbacks.heldout import HeldoutLikelihood
 from oar_scale.training.callbacks.memory import MemoryUsage
@@ -54,8 +55,10 @@ def train(job: TrainingJob, wait_for_stop: Callable[[], str] | None = None) -> N
         if wait_for_stop is not None and process.rank == 0:
             threading.Thread(target=_forward_stop, args=(wait_for_stop, process), name="stop request", daemon=True).start()
         process.heartbeat("loading the model")
-        prompts, rolled_back = job_prompts(job), None
-        engine = DeepSpeedEngine(job, prompts, process)
+        rolled_back = None
+        with patient(job.recipe.storage.patience_s):
+            prompts = job_prompts(job)
+            engine = DeepSpeedEngine(job, prompts, process)
         try:
             while True:
                 process.heartbeat("loading the checkpoint")
@@ -85,9 +88,10 @@ def _attempt(
     started = time.monotonic()
     # Each attempt has an event file, after a roll-back too: readers leave out the steps that were undone.
     with _event_log(job) if process.rank == 0 else nullcontext() as log:
-        heldout = HeldoutImages(job, prompts, process)
         version = restored.state.get("stream_version", 0) if restored is not None else STREAM_VERSION
-        stream = job_stream(job, prompts, process.rank, process.world, version)
+        with patient(job.recipe.storage.patience_s):
+            heldout = HeldoutImages(job, prompts, process)
+            stream = job_stream(job, prompts, process.rank, process.world, version)
         stateful: dict[str, Callback] = {"stability": Stability(), "evaluation": HeldoutLikelihood(heldout)}
         checkpoints = CheckpointCallback(job, engine, lambda loop: _state(loop, stateful, version))
         # In this order: a step that is rolled back is not saved, and a checkpoint has the likelihood of its step.

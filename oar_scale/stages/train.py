@@ -13,21 +13,23 @@ from oar_scale.model.spec import condition_spec
 from oar_scale.registry import STAGES, TrainingName
 from oar_scale.run.artifacts import prompt_encoder
 from oar_scale.run.context import Run
+from oar_scale.storage.patience import patient
 from oar_scale.training.inputs import job_orders
 from oar_scale.training.job import TrainingJob
 
 
 def run_train(run: Run, stage: TrainingName) -> JsonObject:
     """Train one stage with Ray and DeepSpeed; the result is exported to ``models/``."""
-    if stage == "pretrain" and run.rank == 0:
-        _write_base(run)
-    if stage == "pretrain" and not run.recipe.pretrain.steps:
-        return _take_weights(run)
-    result = STAGES[stage].model
-    assert result is not None
-    start_from = run.model_uri("base" if stage == "pretrain" else "any_order")
-    job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(result), run.profile_steps)
-    job_orders(job)  # an order policy's errors are raised, and the mean order is computed once, before there are workers
+    with patient(run.recipe.storage.patience_s):
+        if stage == "pretrain" and run.rank == 0:
+            _write_base(run)
+        if stage == "pretrain" and not run.recipe.pretrain.steps:
+            return _take_weights(run)
+        result = STAGES[stage].model
+        assert result is not None
+        start_from = run.model_uri("base" if stage == "pretrain" else "any_order")
+        job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(result), run.profile_steps)
+        job_orders(job)  # an order policy's errors are raised, and the mean order is computed once, before there are workers
     return run_training(job, run.console)
 
 

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from oar_scale.errors import Missing, Unreachable, UserError
 from oar_scale.json_object import JsonObject
+from oar_scale.storage.patience import PatientStorage, patience_s
 from oar_scale.storage.schemes import LOCAL, scheme_of, storage_of
 
 
@@ -81,12 +82,14 @@ class Storage(Protocol):
 
 
 def open_storage(uri: str) -> Storage:
-    """Return the storage that ``uri`` lies in; cheap enough to call for every access.
+    """Return the storage that ``uri`` lies in; cheap enough to call for every access. Inside of :func:`patient`, a patient one.
 
     Raises:
         UserError: the URI has a scheme that is neither a plain path nor ``s3://``.
     """
-    return storage_of(scheme_of(uri))
+    scheme = scheme_of(uri)
+    storage = storage_of(scheme)
+    return PatientStorage(storage, patience_s()) if patience_s() and scheme != LOCAL else storage
 
 
 def join(uri: str, *names: str) -> str:

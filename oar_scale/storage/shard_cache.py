@@ -24,7 +24,7 @@ from crc32c import crc32c as checksum
 
 from oar_scale.errors import UserError
 from oar_scale.runtime.retry import retry_transient
-from oar_scale.storage import FetchStats, Missing
+from oar_scale.storage import FetchStats, Missing, patience
 from oar_scale.storage.background import start
 from oar_scale.storage.cache_folder import CacheFolder, CacheUnusable, DamagedObject, Part, compare
 from oar_scale.storage.remote import Landing, Replaced
@@ -63,11 +63,11 @@ class ShardCache:
         folder: where copies of remote shards lie; made at first use.
         max_bytes: what the copies may add up to, those on their way included; the ones that nobody has read for the longest
             go first. ``None`` = no bound. What does not fit goes to memory.
-        patience_s: how long a storage that does not answer is retried.
+        patience_s: how long a storage that does not answer is retried, if that is longer than :func:`patient` says where the cache is made.
     """
 
     def __init__(self, folder: str, max_bytes: int | None = None, patience_s: float = 0.0) -> None:
-        self._folder, self.patience_s = CacheFolder(folder, max_bytes), patience_s
+        self._folder, self.patience_s = CacheFolder(folder, max_bytes), max(patience_s, patience.patience_s())
         self._process = _Process()
 
     def __reduce__(self) -> tuple[type[ShardCache], tuple[str, int | None, float]]:

@@ -31,6 +31,8 @@ from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
 from oar_scale.distributed.checkpoints.shard_tensors import read_shards
 from oar_scale.errors import Unreachable, UserError
 from oar_scale.json_object import JsonObject
+from oar_scale.runtime.retry import retry_transient
+from oar_scale.storage.patience import patience_s, patient
 from oar_scale.training.job import TrainingJob
 
 T = TypeVar("T")
@@ -78,6 +80,11 @@ def restore(engine: ShardedEngine, job: TrainingJob, *, at_most: int | None = No
     Raises:
         UserError: none of the checkpoints can be used, they belong to other settings than the job's, or the storage does not answer.
     """
+    with patient(job.recipe.storage.patience_s):
+        return _restore(engine, job, at_most)
+
+
+def _restore(engine: ShardedEngine, job: TrainingJob, at_most: int | None) -> Restored | None:
     started = time.monotonic()
     candidates = _from_rank_0(lambda: _candidates(job, at_most))
     rejected: list[Rejected] = []
@@ -186,7 +193,7 @@ class _HostScratch:
         fault: str | None = None
         error: Exception | None = None
         try:
-            obtain(checkpoint, names, self._path)
+            retry_transient(lambda: obtain(checkpoint, names, self._path), patience_s())  # its threads know nothing of this one's patience
         except DamagedCheckpoint as damaged:
             fault = str(damaged)
         except Exception as raised:  # raised on all ranks below
