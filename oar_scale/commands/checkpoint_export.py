@@ -21,7 +21,7 @@ from oar_scale.commands.peer_formats import (
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import ClipTextConfig, SampleConfig, SentencePieceConfig, TextConfig
 from oar_scale.distributed.checkpoints.layout import checkpoint_locations, is_step_uri
-from oar_scale.distributed.checkpoints.whole_model import whole_model
+from oar_scale.distributed.checkpoints.whole_model import checkpoint_weights, whole_model
 from oar_scale.errors import UserError
 from oar_scale.generation import model_bundle
 from oar_scale.generation.model_bundle import (
@@ -35,17 +35,18 @@ from oar_scale.generation.model_bundle import (
     find_bundle,
     run_bundle,
 )
-from oar_scale.model import AnyOrderModel, ModelSpec, load_model, model_id, save_model
+from oar_scale.model import AnyOrderModel, ModelSpec, load_model, model_id
 from oar_scale.model.peer_weights import Family, export_peer
 from oar_scale.model.spec import TextSpec
-from oar_scale.orders.head import load_head, tables_id
+from oar_scale.model.weights import SHARD_BYTES, copy_weights, open_model, save_tensors
+from oar_scale.orders.head import read_head, tables_id
 from oar_scale.orders.order_files import folder_files, head_file
 from oar_scale.orders.policies.mean import mean_order
 from oar_scale.storage import Missing, join, open_storage
 from oar_scale.storage.folders import new_folder
 from oar_scale.tokenizers.peer_files import SAFE, Wrapping, write_peer_file
 from oar_scale.tokenizers.prompts import TEXT_FILE
-from oar_scale.tokenizers.safetensors_file import read_weights
+from oar_scale.tokenizers.safetensors_file import file_damage, read_weights
 from oar_scale.tokenizers.vq import load_vq
 
 _WRAPPINGS: dict[Family, Wrapping] = {"randar": "bare", "llamagen-c2i": "model", "llamagen-t2i": "model"}
@@ -71,7 +72,7 @@ def export_checkpoint(source: str, out: str, form: str = "folder", name: str | N
         _export_tokenizer(source, require_unused(out), form)
     elif form in TRUNKS:
         require_unused(out)
-        _, model = _open(source, name, average)
+        model = whole_model(source, average=average) if is_step_uri(source) else _load(_bundle(source, name, average))
         write_peer_file(out, export_peer(model, model_family(form)), _WRAPPINGS[model_family(form)])
     else:
         with new_folder(out, last=CONFIG) as folder:
@@ -79,11 +80,12 @@ def export_checkpoint(source: str, out: str, form: str = "folder", name: str | N
     return out
 
 
-def _open(source: str, name: str | None, average: bool) -> tuple[ModelBundle, AnyOrderModel]:
-    """The model at ``source`` in its stored dtypes, and the bundle of files that belong to it."""
-    if is_step_uri(source):
-        model = whole_model(source, average=average)
-        return _bundle_of_checkpoint(source, model.spec), model
+def _load(bundle: ModelBundle) -> AnyOrderModel:
+    return load_model(bundle.model, as_stored=True)
+
+
+def _bundle(source: str, name: str | None, average: bool) -> ModelBundle:
+    """The files at ``source`` that is no checkpoint of a training."""
     steps = [location.uri for location in checkpoint_locations(source) if location.committed] if "checkpoints" in source.split("/") else []
     if steps:
         raise UserError(f"{source}: holds the checkpoints of a training. Name one of them, the newest is {steps[-1]}")
@@ -91,8 +93,7 @@ def _open(source: str, name: str | None, average: bool) -> tuple[ModelBundle, An
         raise UserError(
             f"{source}: --ema is for a training checkpoint (.../step-00000100). With ema_decay in its recipe, a run's models are averages."
         )
-    bundle = find_bundle(source, name)
-    return bundle, load_model(bundle.model, as_stored=True)
+    return find_bundle(source, name)
 
 
 def _bundle_of_checkpoint(checkpoint: str, spec: ModelSpec) -> ModelBundle:
@@ -113,34 +114,49 @@ def _bundle_of_checkpoint(checkpoint: str, spec: ModelSpec) -> ModelBundle:
 
 def _fill(folder: str, source: str, name: str | None, average: bool) -> None:
     """The files of an exported folder."""
-    bundle, model = _open(source, name, average)
-    if bundle.model.endswith(SAFE):
-        _copy(bundle.model, join(folder, MODEL))  # the same bytes: the model keeps its id, and its order head
-        _copy_head(bundle, model, join(folder, head_file(MODEL)))
+    target = join(folder, MODEL)
+    if is_step_uri(source):
+        with checkpoint_weights(source, average=average) as (spec, tensors):
+            bundle = _bundle_of_checkpoint(source, spec)
+            save_tensors(target, spec, tensors, shard_bytes=SHARD_BYTES)
     else:
-        save_model(join(folder, MODEL), model)
+        bundle = _bundle(source, name, average)
+        spec = _copy_model(bundle, target)
+        _copy_head(bundle, join(folder, head_file(MODEL)))
     if bundle.sample.order == "mean":
-        mean_order(bundle.orders, model.spec.grid)  # makes the file where there is none yet
+        mean_order(bundle.orders, spec.grid)  # makes the file where there is none yet
     _copy_if_there(bundle.orders.mean, folder_files(folder).mean)
     note = None
     if bundle.vq is not None:
         vq = load_vq(bundle.vq)
-        check_codes(model.spec, vq.spec, bundle.where)
+        check_codes(spec, vq.spec, bundle.where)
         _copy(bundle.vq, join(folder, VQ))
         note = tokenizer_note(vq)
     config = FolderConfig(
         library=library_version(),
         source=bundle.model,
         recipe=bundle.recipe,
-        model=model.spec,
+        model=spec,
         vq=note,
-        text=_copy_text(bundle, folder) or implied_prompts(model.spec),
+        text=_copy_text(bundle, folder) or implied_prompts(spec),
         sample=bundle.sample,
     )
     write_config(folder, config)
 
 
-def _copy_head(bundle: ModelBundle, model: AnyOrderModel, target: str) -> None:
+def _copy_model(bundle: ModelBundle, target: str) -> ModelSpec:
+    """Copy a model, in its stored dtypes: it keeps its id, and its order head."""
+    spec, stored = open_model(bundle.model)
+    if len(stored.files) == 1 and stored.bytes <= SHARD_BYTES:
+        _copy(stored.uri, target)  # the same bytes
+        if damage := file_damage(target):
+            raise UserError(damage)
+    else:
+        copy_weights(stored, target, shard_bytes=SHARD_BYTES)
+    return spec
+
+
+def _copy_head(bundle: ModelBundle, target: str) -> None:
     """Copy the order head if it was trained for this model and these order tables: in the exported folder a stale one would go unnoticed.
 
     Raises:
@@ -150,7 +166,7 @@ def _copy_head(bundle: ModelBundle, model: AnyOrderModel, target: str) -> None:
     if not open_storage(uri).exists(uri):
         return
     try:
-        load_head(uri, model, model_id(bundle.model), tables_id(bundle.orders))
+        read_head(uri, model_id(bundle.model), tables_id(bundle.orders))
     except UserError:
         if bundle.sample.order == "order-head":
             raise

@@ -29,6 +29,7 @@ from oar_scale.generation.model_bundle import (
 )
 from oar_scale.model import save_model
 from oar_scale.model.peer_weights import GRID, TEXT_ROWS, import_peer
+from oar_scale.model.weights import SHARD_BYTES
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.folders import new_folder
 from oar_scale.tokenizers.image import ImageTokenizer
@@ -92,7 +93,7 @@ def import_checkpoint(kind: str, file: str, out: str, options: ImportOptions) ->
         save_model(require_unused(out), model)
         return out
     with new_folder(out, last=CONFIG) as folder:
-        save_model(join(folder, MODEL), model)
+        save_model(join(folder, MODEL), model, shard_bytes=SHARD_BYTES)
         write_config(
             folder, FolderConfig(library=library_version(), source=f"{kind}: {file}", model=model.spec, text=implied_prompts(model.spec))
         )

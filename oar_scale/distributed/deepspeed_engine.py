@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -21,7 +20,7 @@ from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.model import AnyOrderModel, ModelSpec, check_prompts
 from oar_scale.model.acceleration import accelerate
-from oar_scale.model.weights import load_model, model_of, read_spec
+from oar_scale.model.weights import load_model, model_of, open_model, read_spec
 from oar_scale.storage import fetch
 from oar_scale.tokenizers.prompts import PromptEncoder
 from oar_scale.tokenizers.safetensors_file import file_damage
@@ -129,11 +128,11 @@ def _initial_model(job: TrainingJob, prompts: PromptEncoder, config: JsonObject,
         raise UserError(damage)
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = AnyOrderModel(spec)
-    file = safe_open(path, "pt") if path else None
+    stored = open_model(path)[1] if path else None
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if file is not None:
-                parameter.copy_(file.get_tensor(name))  # type: ignore[no-untyped-call]
+            if stored is not None:
+                parameter.copy_(stored.read(name))
     return model
 
 

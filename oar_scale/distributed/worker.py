@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
-from torch import Tensor
 
 from oar_scale.distributed.attempt_metadata import attempt_metadata
 from oar_scale.distributed.checkpoint_callback import CheckpointCallback
@@ -24,7 +23,6 @@ from oar_scale.model.flops import useful_flops
 from oar_scale.model.weights import save_tensors
 from oar_scale.observe.events import EventLog
 from oar_scale.observe.mirror import open_log
-from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import join
 from oar_scale.storage.patience import patient
 from oar_scale.tokenizers.prompts import PromptEncoder
@@ -162,12 +160,11 @@ def _state(loop: Loop, stateful: dict[str, Callback], stream_version: int) -> Js
 
 def _export(job: TrainingJob, engine: DeepSpeedEngine, rank: int) -> None:
     """Write the stage's model: the weights, or their moving average where the recipe keeps one. Collective."""
-    tensors: dict[str, Tensor] = {}
+    storage, half = job.recipe.storage, job.recipe.parallel.precision == "bf16"
     with engine.averaged() if job.training.ema_decay is not None else nullcontext():
-        for name, tensor in engine.whole_weights():
-            if rank == 0:
-                tensors[name] = tensor.to("cpu", copy=True)
-    if rank == 0:
-        half = job.recipe.parallel.precision == "bf16"
-        retry_transient(lambda: save_tensors(job.result, engine.spec, tensors, half=half), job.recipe.storage.patience_s)
+        weights = engine.whole_weights()
+        if rank == 0:
+            save_tensors(job.result, engine.spec, weights, half=half, scratch=job.scratch, patience_s=storage.patience_s)
+        for _ in weights:  # each is gathered from all ranks
+            pass
     dist.barrier()

@@ -1,6 +1,7 @@
 """What belongs together to draw images, and where it lies.
 
     an exported folder    config.json  model.safetensors  [vq.safetensors]  [text.model]
+                          (a model above 5 GB: model-00001-of-0000N.safetensors ... and model.safetensors.index.json)
     a run's folder        recipe.yaml  models/NAME.safetensors  tokenizers/vq.safetensors  tokenizers/text.model
     a model file          the model alone
 
@@ -25,6 +26,7 @@ from oar_scale.orders.order_files import OrderFiles, folder_files, run_files
 from oar_scale.registry import MODELS, current_name
 from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.image import TokenizerSpec
+from oar_scale.tokenizers.safetensors_file import INDEX, SAFE
 
 CONFIG, MODEL, VQ, RECIPE = "config.json", "model.safetensors", "vq.safetensors", "recipe.yaml"
 TOWER = "text"
@@ -92,7 +94,8 @@ def find_bundle(path: str, model: str | None = None) -> ModelBundle:
         return run_bundle(path, recipe, _run_model(path, recipe, model))
     if model is not None:
         raise UserError(f"{path}: {model!r} would be one of the models of a run's folder, and this is none.")
-    if path.endswith(".safetensors"):
+    if path.endswith((SAFE, SAFE + INDEX)):
+        path = path.removesuffix(INDEX)
         return ModelBundle(path, path, None, None, "", SampleConfig(), None)
     if storage.exists(join(path, CONFIG)):
         return _exported(path)

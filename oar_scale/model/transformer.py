@@ -7,6 +7,8 @@ Shapes: B images, N cells, V codes, T condition rows, D channels, L rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ class AnyOrderModel(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all weights anew, as the constructors do: for a model built on the meta device and then materialised."""
-        for module in self.modules():
+        for _, module in modules_as_made(self):
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
 
@@ -121,3 +123,10 @@ class AnyOrderModel(nn.Module):
     def rotations(self, device: torch.device) -> Tensor:
         """The table of cell rotations [N + 1, head_dim / 2, 2], float32."""
         return self.layout.rotations(device)
+
+
+def modules_as_made(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a module, then itself, with their names: in the order in which constructors draw their weights."""
+    for name, child in module.named_children():
+        yield from modules_as_made(child, f"{path}.{name}" if path else name)
+    yield path, module

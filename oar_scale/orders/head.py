@@ -191,7 +191,12 @@ def save_head(uri: str, head: OrderHead) -> None:
 
 
 def load_head(uri: str, model: AnyOrderModel, own_id: str, settings_id: str | None = None) -> OrderHead:
-    """Read what :func:`save_head` wrote, for this model: eval mode, float32, on the model's device.
+    """:func:`read_head`, on the device of the model."""
+    return read_head(uri, own_id, settings_id).to(next(model.parameters()).device)
+
+
+def read_head(uri: str, own_id: str, settings_id: str | None = None) -> OrderHead:
+    """Read what :func:`save_head` wrote: eval mode, float32, on the CPU.
 
     Args:
         own_id: the model's id (``model.model_id`` of its file).
@@ -214,4 +219,4 @@ def load_head(uri: str, model: AnyOrderModel, own_id: str, settings_id: str | No
         )
     head = OrderHead(spec)
     head.load_state_dict(tensors)
-    return head.to(next(model.parameters()).device).eval()
+    return head.eval()

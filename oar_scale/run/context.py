@@ -51,6 +51,11 @@ class Run:
         return os.path.abspath(self.recipe.storage.cache_dir or self.local("cache"))
 
     @property
+    def scratch(self) -> str:
+        """The local folder for files on their way to the storage."""
+        return os.path.abspath(self.recipe.storage.scratch_dir or self.local("scratch"))
+
+    @property
     def events(self) -> str:
         """The local folder of the event files."""
         return self.local("events")

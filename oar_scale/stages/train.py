@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 from oar_scale.data.manifest import read_manifest
 from oar_scale.distributed.ray_train import run_training
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
-from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
+from oar_scale.model import ModelSpec
 from oar_scale.model.spec import condition_spec
+from oar_scale.model.weights import fresh_weights, meta_model, open_model, save_tensors
 from oar_scale.registry import STAGES, TrainingName
 from oar_scale.run.artifacts import prompt_encoder
 from oar_scale.run.context import Run
@@ -41,10 +45,10 @@ def _write_base(run: Run) -> None:
     spec = ModelSpec.from_recipe(recipe.model, vocab_size=manifest.vocab_size, grid=manifest.grid, condition=condition)
     if recipe.model.weights is None:
         torch.manual_seed(recipe.seed)
-        save_model(run.model_uri("base"), AnyOrderModel(spec))
+        _save_base(run, spec, fresh_weights(spec))
         return
-    model = load_model(recipe.model.weights)
-    kept = model.spec.model_copy(update={"dropout": spec.dropout})
+    given, stored = open_model(recipe.model.weights)
+    kept = given.model_copy(update={"dropout": spec.dropout})
     here, wanted = (_comparable(each) for each in (kept, spec))
     for field in {**wanted, **here}:
         if here.get(field) != wanted.get(field):
@@ -53,18 +57,21 @@ def _write_base(run: Run) -> None:
                 f"the recipe and its tokenizers make {wanted.get(field)}.\n"
                 "Set the model section to the weights' sizes and use the tokenizers they were trained with, or start anew (weights: null)."
             )
-    weights = AnyOrderModel(kept)
-    weights.load_state_dict(model.state_dict())
-    save_model(run.model_uri("base"), weights)
+    _save_base(run, kept, stored)
+
+
+def _save_base(run: Run, spec: ModelSpec, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    storage = run.recipe.storage
+    save_tensors(run.model_uri("base"), spec, tensors, scratch=run.scratch, patience_s=storage.patience_s)
 
 
 def _take_weights(run: Run) -> JsonObject:
     """No pretraining: the recipe's weights are the any-order model."""
     if run.rank:
         return {}
-    model = load_model(run.model_uri("base"))
-    save_model(run.model_uri("any_order"), model)
-    return {"steps": 0, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    spec, stored = open_model(run.model_uri("base"))
+    save_tensors(run.model_uri("any_order"), spec, stored, scratch=run.scratch, patience_s=run.recipe.storage.patience_s)
+    return {"steps": 0, "parameters": sum(parameter.numel() for parameter in meta_model(spec).parameters())}
 
 
 def _comparable(spec: ModelSpec) -> JsonObject:

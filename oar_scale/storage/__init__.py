@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import IO, Protocol
 
 from oar_scale.errors import Missing, Unreachable, UserError
 from oar_scale.json_object import JsonObject
@@ -64,6 +65,14 @@ class Storage(Protocol):
 
     def upload(self, path: str, uri: str) -> None:
         """Copy the local file ``path`` to ``uri`` (atomic there). Raises ``Missing`` when there is no such file."""
+
+    def create(self, uri: str, *, scratch: str | None = None, patience_s: float = 0.0) -> AbstractContextManager[IO[bytes]]:
+        """A seekable file to fill; its content is at ``uri`` (atomic) when the block ends without an error.
+
+        Args:
+            scratch: local folder for a file that is on its way elsewhere; default: the system's.
+            patience_s: how long sending it is tried again while the storage is out of reach.
+        """
 
     def exists(self, uri: str) -> bool:
         """Whether an object of exactly this name exists; a folder is not an object."""

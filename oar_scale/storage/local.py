@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from oar_scale.errors import UserError
 from oar_scale.storage import Missing
@@ -56,6 +56,12 @@ class LocalStorage:
     def upload(self, path: str, uri: str) -> None:
         """Copy the file ``path`` to ``uri``; both are on the local file system."""
         self._copy(path, uri)
+
+    @contextmanager
+    def create(self, uri: str, *, scratch: str | None = None, patience_s: float = 0.0) -> Iterator[IO[bytes]]:
+        """A file to fill, in the folder of ``uri``, which it is renamed to at the end."""
+        with _explained(uri), atomic_file(uri) as file:
+            yield file
 
     def exists(self, uri: str) -> bool:
         """Whether there is a file of this name; a folder is not one."""

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import IO
 
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError, FlexibleChecksumError
 
 from oar_scale.errors import UserError
+from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import FetchStats, Missing
 from oar_scale.storage.local import atomic_file
 from oar_scale.storage.s3_client import TRIES, NoBucket, client, explained, has_bucket, split
@@ -79,6 +84,25 @@ class S3Storage:
             _require_bucket(client(), bucket)
             client().upload_file(path, bucket, key, Config=_TRANSFER)
 
+    @contextmanager
+    def create(self, uri: str, *, scratch: str | None = None, patience_s: float = 0.0) -> Iterator[IO[bytes]]:
+        """A local file to fill, which is uploaded at the end. It has no name, so that a process that is killed leaves nothing."""
+        with explained(uri):
+            _require_bucket(client(), split(uri)[0])  # now, not after the work
+        try:
+            if scratch is not None:
+                os.makedirs(scratch, exist_ok=True)
+            with tempfile.TemporaryFile(dir=scratch) as file:
+                yield file
+                file.flush()
+                retry_transient(lambda: _send(file.fileno(), uri), patience_s)
+        except OSError as error:
+            folder = scratch or tempfile.gettempdir()
+            raise UserError(
+                f"{folder}: {error.strerror}. A copy of {uri} is written here first: free some space, or set storage.scratch_dir "
+                "(of a command that has no recipe: the environment variable TMPDIR) to another disk."
+            ) from error
+
     def exists(self, uri: str) -> bool:
         """Whether an object of this name exists, by a HEAD request."""
         try:
@@ -111,6 +135,14 @@ class S3Storage:
         """Return the object's ETag, by a HEAD request. Raises Missing."""
         with explained(uri):
             return head(uri, FetchStats()).etag.strip('"')
+
+
+def _send(descriptor: int, uri: str) -> None:
+    """Upload an open file from its beginning, in several parts where it is large."""
+    bucket, key = split(uri)
+    with explained(uri), open(os.dup(descriptor), "rb") as file:  # boto3 closes what it is given
+        file.seek(0)
+        client().upload_fileobj(file, bucket, key, Config=_TRANSFER)
 
 
 def _put_once(bucket: str, key: str, data: bytes) -> bool:

@@ -10,7 +10,6 @@ command line beside the weights. Dtypes stay as they are stored.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import re
 import tempfile
@@ -20,16 +19,18 @@ from typing import Literal, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from oar_scale.errors import UserError
-from oar_scale.storage import Missing, fetch, open_storage
+from oar_scale.storage import Missing, fetch, open_storage, read_json
+from oar_scale.tokenizers.safetensors_file import INDEX
+from oar_scale.tokenizers.safetensors_file import SAFE as SAFE
+from oar_scale.tokenizers.safetensors_format import FileWriter
 
 Wrapping = Literal["bare", "model"]
 """How a peer's own code expects a ``torch.save`` file."""
 PICKLED = (".pt", ".pth", ".bin")
-SAFE = ".safetensors"
+_FORMAT = {"format": "pt"}
 _WRAPPINGS = ("model", "module", "state_dict")
 _DEEPEST = 4
 _PREFIXES = ("module.", "_orig_mod.")
@@ -49,7 +50,7 @@ def read_peer_file(uri: str) -> PeerFile:
     """The tensors of a checkpoint of another project.
 
     Args:
-        uri: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, local or ``s3://``.
+        uri: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, or the index of several (``.index.json``), local or ``s3://``.
 
     Raises:
         UserError: no such file, a damaged one, one that could run code, or one without a state dict.
@@ -71,15 +72,24 @@ def write_peer_file(uri: str, tensors: dict[str, Tensor], wrapping: Wrapping) ->
     Raises:
         UserError: another ending, or there is a file of this name.
     """
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}  # of a storage of their own
-    if _ending(uri) == SAFE:
-        data = save_bytes(own)
-    else:
-        buffer = io.BytesIO()
-        torch.save({"model": own} if wrapping == "model" else own, buffer)
-        data = buffer.getvalue()
-    if not open_storage(uri).write(uri, data, if_absent=True):
+    ending, storage = _ending(uri), open_storage(uri)
+    if storage.exists(uri):
         raise UserError(f"{uri}: there is a file of this name. Delete it, or choose another name.")
+    with storage.create(uri) as file:
+        if ending == SAFE:
+            writer = FileWriter(file, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, _FORMAT)
+            for name, tensor in tensors.items():
+                writer.put(name, tensor)
+            writer.finish(_FORMAT)
+        else:
+            own = {name: _of_its_own(tensor) for name, tensor in tensors.items()}
+            torch.save({"model": own} if wrapping == "model" else own, file)
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    """A tensor whose storage holds nothing else, as ``torch.save`` writes the whole storage."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _ending(uri: str) -> str:
@@ -90,6 +100,8 @@ def _ending(uri: str) -> str:
 
 
 def _content(uri: str) -> object:
+    if uri.endswith(INDEX):
+        return _parts(uri)
     ending = _ending(uri)
     if not open_storage(uri).exists(uri):
         raise Missing(uri)
@@ -105,6 +117,19 @@ def _content(uri: str) -> object:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # a local file: what is damaged may fail in any way, and nothing else can
             raise UserError(f"{uri}: {_fault(error)}") from error
+
+
+def _parts(uri: str) -> dict[str, Tensor]:
+    """The tensors of all files that an index of the Hugging Face hub names."""
+    weight_map = read_json(uri).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{uri}: not an index of weights in several files (it has no weight_map). Name the file that holds the weights.")
+    folder, tensors = uri.removesuffix(uri.rpartition("/")[2]), dict[str, Tensor]()
+    for file in sorted(set(weight_map.values())):
+        tensors |= _state_dict(_content(folder + file), folder + file)
+    if missing := weight_map.keys() - tensors.keys():
+        raise UserError(f"{uri}: tensor {min(missing)} is in none of its files. Copy them again.")
+    return tensors
 
 
 def _fault(error: Exception) -> str:

@@ -6,9 +6,14 @@ model that the stage writes at its end is rounded as well.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
 from oar_scale.distributed.checkpoints.fetch import local_checkpoint
 from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
-from oar_scale.distributed.checkpoints.shard_tensors import read_shards
+from oar_scale.distributed.checkpoints.shard_tensors import Shards, read_shards
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.model.weights import model_of
@@ -18,8 +23,10 @@ _WRAPPER = "model."
 """Prefix of the model's parameter names in the training objective."""
 
 
-def whole_model(uri: str, *, average: bool = False) -> AnyOrderModel:
-    """The model of a committed checkpoint (``.../step-00000100``, a folder or ``s3://``), float32, on the CPU.
+@contextmanager
+def checkpoint_weights(uri: str, *, average: bool = False) -> Iterator[tuple[ModelSpec, Iterator[tuple[str, Tensor]]]]:
+    """The model of a committed checkpoint (``.../step-00000100``, a folder or ``s3://``), while the block lasts: its spec, and its
+    tensors, float32, on the CPU. They come one after the other, and stay on the disk until then.
 
     Args:
         average: its moving average instead of the weights themselves.
@@ -31,7 +38,17 @@ def whole_model(uri: str, *, average: bool = False) -> AnyOrderModel:
         shards = read_shards(folder, checkpoint.files)
         if average and AVERAGE not in shards.moments:
             raise UserError(f"{uri}: keeps no moving average of the weights; ema_decay was not set. Leave --ema out.")
-        tensors = {name: shards.whole(name, AVERAGE if average else WEIGHTS).clone() for name in shards.shapes}
-        tensors |= {name: tensor.float().clone() for name, tensor in shards.untrained.items()}
-    spec = ModelSpec.model_validate(checkpoint.manifest["model_spec"])
-    return model_of(spec, {name.removeprefix(_WRAPPER): tensor for name, tensor in tensors.items()}, uri)
+        yield ModelSpec.model_validate(checkpoint.manifest["model_spec"]), _tensors(shards, AVERAGE if average else WEIGHTS)
+
+
+def whole_model(uri: str, *, average: bool = False) -> AnyOrderModel:
+    """All of it in memory. Arguments and errors as :func:`checkpoint_weights`."""
+    with checkpoint_weights(uri, average=average) as (spec, tensors):
+        return model_of(spec, {name: tensor.clone() for name, tensor in tensors}, uri)
+
+
+def _tensors(shards: Shards, what: str) -> Iterator[tuple[str, Tensor]]:
+    for name in shards.shapes:
+        yield name.removeprefix(_WRAPPER), shards.whole(name, what)
+    for name, tensor in shards.untrained.items():
+        yield name.removeprefix(_WRAPPER), tensor.float()
