@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from launcher import run_workers
+from safetensors.torch import load_file
 from small_run import prepare_small_run, pretraining
 from small_training import note, noted, tiny_recipe, training, with_stage
 
@@ -153,6 +156,18 @@ def test_universal_format_has_the_same_values_and_the_average(run: Run, tmp_path
             assert torch.equal(stored.view(shards.shapes[name]), shards.whole(name, kind)), (name, kind)
     with pytest.raises(UserError, match="there is something here already"):
         convert_checkpoint(checkpoint(run, step), str(out))
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_deepspeeds_own_command_makes_whole_weights(run: Run, tmp_path: Path, step: int) -> None:
+    """The command in docs/checkpoints.md: it finds the shards by itself."""
+    command = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", checkpoint(run, step), str(tmp_path), "--safe_serialization"]
+    done = subprocess.run(command, env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tensors, state = load_file(tmp_path / "model.safetensors"), read_checkpoint(checkpoint(run, step))
+    shards = read_shards(state.folder, state.files)
+    for name in shards.shapes:
+        assert torch.equal(tensors[name], shards.whole(name, WEIGHTS)), name
 
 
 def test_zero_0_has_no_universal_format(run: Run, tmp_path: Path) -> None:

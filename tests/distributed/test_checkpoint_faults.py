@@ -12,7 +12,9 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -319,3 +321,47 @@ def test_damaged_checkpoints_are_rejected_by_name(whole: tuple[TrainingJob, str]
             assert notes["rejected"] == []
     assert "no checkpoint of this stage can be used" in noted(str(tmp_path), str(len(DAMAGE)))["error"]
     assert committed_steps(str(hopeless / "checkpoints" / "pretrain")) == [1, 2], "nothing is taken back when nothing else is there"
+
+
+SICK = (("manifest", 0), ("shard", 0), ("shard", 1))
+"""What a host reads wrong, and the rank on it."""
+
+
+def restore_on_sick_hosts(job: TrainingJob, out: str) -> None:
+    """Each rank is on a host of its own, and one after the other reads wrong bytes, as with damaged memory."""
+    from oar_scale.distributed.checkpoints import fetch, layout
+
+    rank = int(os.environ["RANK"])
+    import_module("oar_scale.distributed.checkpoints.restore").socket = SimpleNamespace(gethostname=lambda: f"host-{rank}")  # type: ignore[attr-defined]
+    crc, manifest_crc = fetch.crc32c, layout.crc32c  # type: ignore[attr-defined]
+    with training(job, 4) as trainer:
+        train = trainer(job)
+        for what, sick in SICK:
+            if rank == sick:
+                fetch.crc32c = (lambda *_: 0) if what == "shard" else crc  # type: ignore[attr-defined]
+                layout.crc32c = SimpleNamespace(crc32c=lambda _: 0) if what == "manifest" else manifest_crc  # type: ignore[attr-defined]
+            try:
+                restore(train.engine, job)
+                error = "restored"
+            except RuntimeError as raised:
+                error = str(raised)
+            fetch.crc32c, layout.crc32c = crc, manifest_crc  # type: ignore[attr-defined]
+            note(out, f"{what} {sick}", error)
+        restored = restore(train.engine, job)
+        assert restored is not None
+        note(out, "healthy", restored.step)
+
+
+def test_one_sick_host_takes_no_checkpoint_from_the_others(whole: tuple[TrainingJob, str], tmp_path: Path) -> None:
+    """What one host alone reads as damaged stays committed, and the error names the host."""
+    here, _ = whole
+    root = str(tmp_path / "root")
+    shutil.copytree(here.root, root, symlinks=True)
+    job = replace(here, root=root)
+    run_workers(restore_on_sick_hosts, 2, job, str(tmp_path))
+    for what, sick in SICK:
+        error = noted(str(tmp_path), f"{what} {sick}")
+        found = rf"00002: rank {sick} on host host-{sick} finds that .*is damaged.*; rank {1 - sick} on host host-{1 - sick}"
+        assert re.search(found, error), error
+    assert noted(str(tmp_path), "healthy") == 2
+    assert committed_steps(job.checkpoints) == [1, 2]

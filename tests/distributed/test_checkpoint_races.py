@@ -56,6 +56,8 @@ class Replay:
         return data
 
     def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+        if uri.endswith(f"/{layout.LATEST}"):
+            return True  # nothing here reads it: it only makes more states
         return bool(self._answer("create" if if_absent else "write", uri, data))
 
     def list(self, prefix: str) -> list[str]:

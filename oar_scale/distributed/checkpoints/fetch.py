@@ -83,7 +83,7 @@ def check(checkpoint: Checkpoint, name: str) -> None:
             for chunk in in_order(lambda start: storage.read(uri, start, min(start + _CHUNK_BYTES, size + 1)), few, _CONNECTIONS):
                 crc, size_read = crc32c(chunk, crc), size_read + len(chunk)
     except Missing:
-        raise DamagedCheckpoint(f"{name} is missing") from None
+        raise DamagedCheckpoint(f"{name} is missing", name) from None
     _compare(checkpoint, name, size_read, crc)
 
 
@@ -102,14 +102,14 @@ def _download(checkpoint: Checkpoint, name: str, path: str) -> None:
             _compare(checkpoint, name, size + len(open_storage(uri).read(uri, size, size + 1)), crc)
             return
         except Missing:
-            raise DamagedCheckpoint(f"{name} is missing") from None
+            raise DamagedCheckpoint(f"{name} is missing", name) from None
         except (DamagedCheckpoint, DamagedObject) as error:
             if last == _TRIES - 1:
-                raise error if isinstance(error, DamagedCheckpoint) else DamagedCheckpoint(f"{name} is damaged ({error})") from None
+                raise error if isinstance(error, DamagedCheckpoint) else DamagedCheckpoint(f"{name} is damaged ({error})", name) from None
 
 
 def _compare(checkpoint: Checkpoint, name: str, size: int, crc: int) -> None:
     entry = checkpoint.files[name]
     if (size, crc) != (entry["bytes"], entry["crc32c"]):
         written = f"{entry['bytes']} bytes, {entry['crc32c']:08x}"
-        raise DamagedCheckpoint(f"{name} is damaged ({size} bytes, crc32c {crc:08x}; the manifest says {written})")
+        raise DamagedCheckpoint(f"{name} is damaged ({size} bytes, crc32c {crc:08x}; the manifest says {written})", name)

@@ -5,6 +5,7 @@
             zero_pp_rank_0_..._states.pt    DeepSpeed's shards, each written and uploaded by its rank
             manifest.json                   files, sizes, crc32c, world size, ZeRO stage, step, identity, model, the loop's state
         COMMITTED                           names the attempt and the crc32c of its manifest; written last, atomically
+        latest                              the attempt's name again, for DeepSpeed's own tools; nothing here reads it
 
 Two attempts at one step (a worker that was wrongly considered dead) never write to the same names. Manifest and marker are written only
 where there is none. So the first attempt to write the marker is the step's checkpoint, and the others remove their files. Who removes what
@@ -32,6 +33,8 @@ from oar_scale.storage import Missing, join, open_storage
 
 MARKER = "COMMITTED"
 MANIFEST = "manifest.json"
+LATEST = "latest"
+"""The file in which DeepSpeed looks for the folder of a checkpoint's shards."""
 FORMAT = 2
 _GIVEN_UP = b'{"given_up": true}\n'
 """The manifest of an attempt that must not commit any more."""
@@ -41,7 +44,11 @@ _TIME = "%Y%m%dT%H%M%SZ"
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint cannot be used; the text, which follows the checkpoint's name, says why."""
+    """A checkpoint cannot be used; the text, which follows the checkpoint's name, says why. ``file`` names the shard, where it is one."""
+
+    def __init__(self, why: str, file: str | None = None) -> None:
+        super().__init__(why)
+        self.file = file
 
 
 class NotCommitted(DamagedCheckpoint):
@@ -203,6 +210,7 @@ def _commit(uri: str, save: str, manifest: bytes) -> None:
         raise DamagedCheckpoint(f"{min(missing)} was removed by someone else before the checkpoint was committed")
     if not _put_first(join(uri, MARKER), (json.dumps({"save": save, "crc32c": crc32c.crc32c(manifest)}) + "\n").encode()):
         raise DamagedCheckpoint("another attempt at saving this step was committed before")
+    open_storage(uri).write(join(uri, LATEST), save.encode())
 
 
 def _put_first(uri: str, data: bytes) -> bool:
@@ -253,7 +261,8 @@ def read_checkpoint(uri: str) -> Checkpoint:
 
 def uncommit(uri: str) -> None:
     """Remove the commit marker of a step, so that nobody reads it any more."""
-    open_storage(uri).delete(join(uri, MARKER))
+    for name in (MARKER, LATEST):
+        open_storage(uri).delete(join(uri, name))
 
 
 def delete(uri: str, names: Iterable[str]) -> None:

@@ -2,7 +2,8 @@
 
     rank 0      lists checkpoints, reads markers and manifests, compares the settings: newest first
     each host   fetches the files that its ranks need, once, divided among its ranks; checksums are verified during the download
-    all         agree: if one rank finds a fault, the checkpoint is rejected and the one before is tried
+    all         agree: a fault that one rank finds is looked for by a rank of another host, in the storage. Where that finds it too, the
+                checkpoint is rejected and the one before is tried; else the first host's memory or disk is damaged, which is an error
     engine      same stage and ranks: DeepSpeed's own load; otherwise parameter by parameter, and then compared with the shards
 
 Disks of other hosts are never needed. A storage that does not answer is an error, not a fault of the checkpoint.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, cast
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from oar_scale.distributed.checkpoints import layout
 from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine
-from oar_scale.distributed.checkpoints.fetch import local_folder, obtain
+from oar_scale.distributed.checkpoints.fetch import check, local_folder, obtain
 from oar_scale.distributed.checkpoints.layout import Checkpoint, CheckpointLocation, DamagedCheckpoint
 from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
 from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
@@ -36,6 +37,8 @@ from oar_scale.storage.patience import patience_s, patient
 from oar_scale.training.job import TrainingJob
 
 T = TypeVar("T")
+_Fault = tuple[str | None, str]
+"""The file that is damaged, None for marker, manifest or list of files; and the fault."""
 _SentError = tuple[str, str]
 """Of an error at another rank: which kind, and its text."""
 
@@ -57,7 +60,7 @@ class Restored:
     state: JsonObject
     """The loop's state that was given to ``Saver.save``."""
     rejected: tuple[Rejected, ...]
-    """Newer checkpoints that were damaged; they are no longer committed."""
+    """Newer checkpoints that are damaged in the storage; they are no longer committed."""
     converted: bool
     """It was written by another number of ranks, or under another ZeRO stage."""
     world_size: int
@@ -79,6 +82,7 @@ def restore(engine: ShardedEngine, job: TrainingJob, *, at_most: int | None = No
 
     Raises:
         UserError: none of the checkpoints can be used, they belong to other settings than the job's, or the storage does not answer.
+        RuntimeError: a host reads something as damaged that another one reads as it was written.
     """
     with patient(job.recipe.storage.patience_s):
         return _restore(engine, job, at_most)
@@ -92,10 +96,11 @@ def _restore(engine: ShardedEngine, job: TrainingJob, at_most: int | None) -> Re
     try:
         for location in candidates:
             checkpoint, fault = _from_rank_0(partial(_examine, job, location))
+            faults: dict[int, _Fault] = {0: (None, fault)} if fault is not None else {}
             if checkpoint is not None:
-                fault = scratch.obtain(checkpoint, engine)
-            if checkpoint is None or fault is not None:
-                rejected.append(Rejected(location.uri, fault or ""))
+                faults = scratch.obtain(checkpoint, engine)
+            if checkpoint is None or faults:
+                rejected.append(Rejected(location.uri, _confirmed(job, location, faults, scratch.hosts)))
                 continue
             converted = not _fits(checkpoint, engine)
             _load(engine, checkpoint, scratch.folder(checkpoint), converted)
@@ -163,11 +168,59 @@ def _needed(checkpoint: Checkpoint, ranks: list[int], engine: ShardedEngine) -> 
     return [name for name in names if checkpoint.files[name]["rank"] in ranks or name.startswith("mp_rank_")]
 
 
+def _confirmed(job: TrainingJob, location: CheckpointLocation, faults: Mapping[int, _Fault], hosts: list[str]) -> str:
+    """A fault that is in the stored bytes: another rank than the one that found it, of another host if there is one, finds it as well.
+    Collective.
+
+    Args:
+        faults: by the rank that found it.
+
+    Raises:
+        RuntimeError: none is. A host whose memory or disk is damaged must not take a checkpoint from all others.
+    """
+    found: list[str] = []
+    error: Exception | None = None
+    try:
+        for rank, (name, _) in faults.items():
+            if _judge(rank, hosts) == dist.get_rank() and (seen := _find_fault(job, location, name)) is not None:
+                found.append(seen)
+    except Exception as raised:  # raised on all ranks below
+        error = raised
+    answers = _all_gather((found, _sendable(error)))
+    _raise_first(error, [sent for _, sent in answers])
+    for seen in (fault for part, _ in answers for fault in part):
+        return seen
+    rank, (_, fault) = next(iter(faults.items()))
+    raise RuntimeError(
+        f"{location.uri}: rank {rank} on host {hosts[rank]} finds that {fault}; rank {_judge(rank, hosts)} on host "
+        f"{hosts[_judge(rank, hosts)]} finds it intact. The memory or the disk of {hosts[rank]} may be damaged: take it out of the cluster."
+    )
+
+
+def _judge(rank: int, hosts: list[str]) -> int:
+    """The rank that looks for a fault which ``rank`` has found."""
+    others = [(rank + step) % len(hosts) for step in range(1, len(hosts))]
+    return next((other for other in others if hosts[other] != hosts[rank]), others[0] if others else rank)
+
+
+def _find_fault(job: TrainingJob, location: CheckpointLocation, name: str | None) -> str | None:
+    """The fault of a checkpoint's marker, manifest, list of files, or of the file ``name``, as it shows from here; None where none does."""
+    listed = layout.checkpoint_locations(location.uri)  # anew: a listing may have been damaged as well
+    checkpoint, fault = _examine(job, listed[0] if listed else location)
+    if checkpoint is None or name is None:
+        return fault
+    try:
+        check(checkpoint, name)
+    except DamagedCheckpoint as damaged:
+        return str(damaged)
+    return None
+
+
 class _HostScratch:
     """The folder in which the ranks of a host keep the files that they fetch. Collective."""
 
     def __init__(self, job: TrainingJob) -> None:
-        hosts = _all_gather(socket.gethostname())
+        self.hosts = hosts = _all_gather(socket.gethostname())
         host = hosts[dist.get_rank()]
         self._ranks = [rank for rank, name in enumerate(hosts) if name == host]
         self._index = self._ranks.index(dist.get_rank())
@@ -183,24 +236,24 @@ class _HostScratch:
         """The local folder of a checkpoint's files."""
         return local_folder(checkpoint, self._path)
 
-    def obtain(self, checkpoint: Checkpoint, engine: ShardedEngine) -> str | None:
+    def obtain(self, checkpoint: Checkpoint, engine: ShardedEngine) -> dict[int, _Fault]:
         """Fetch and verify the files that this host needs, each rank its share. Collective.
 
         Returns:
-            A fault that any rank has found, or None.
+            By rank, the first fault that it has found.
         """
         names = _needed(checkpoint, self._ranks, engine)[self._index :: len(self._ranks)]
-        fault: str | None = None
+        fault: _Fault | None = None
         error: Exception | None = None
         try:
             retry_transient(lambda: obtain(checkpoint, names, self._path), patience_s())  # its threads know nothing of this one's patience
         except DamagedCheckpoint as damaged:
-            fault = str(damaged)
+            fault = damaged.file, str(damaged)
         except Exception as raised:  # raised on all ranks below
             error = raised
         answers = _all_gather((fault, _sendable(error)))
         _raise_first(error, [sent for _, sent in answers])
-        return next((fault for fault, _ in answers if fault is not None), None)
+        return {rank: fault for rank, (fault, _) in enumerate(answers) if fault is not None}
 
     def remove(self) -> None:
         """Remove the folder."""
