@@ -166,7 +166,7 @@ class Pretrained:
         if self.text.field == "txt" and not encoded_prompts.flatten(1).any(1).all():
             empty = int((~encoded_prompts.flatten(1).any(1)).nonzero()[0])
             raise UserError(f"caption {prompts[empty]!r} has no token in the model's vocabulary")
-        return self.model.condition(conditioning_inputs(self.text, encoded_prompts.to(self._device)))
+        return self.model.condition(conditioning_inputs(self.text, encoded_prompts.to(self._device), self.model.dtype))
 
     def _order(self, order: Order | None, batch: int, noise: torch.Generator) -> Tensor | LateOrder | None:
         if order is None or isinstance(order, str):

@@ -45,6 +45,11 @@ class AnyOrderModel(nn.Module):
         self.norm = RMSNorm(spec.dim, spec.norm_eps)
         self.output = CodeHead(spec.dim, spec.vocab_size)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its weights."""
+        return self.tok_embeddings.weight.dtype
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all weights anew, as the constructors do: for a model built on the meta device and then materialised."""

@@ -144,7 +144,7 @@ class ExtractionWorker:
 
     @torch.no_grad()
     def _extract(self, codes_BN: torch.Tensor, encoded_prompts_B: torch.Tensor, images_B: NDArray[np.int64], draw: int, uri: str) -> Orders:
-        condition_BTD = self.model.condition(conditioning_inputs(self.prompts, encoded_prompts_B.to(self.device)))
+        condition_BTD = self.model.condition(conditioning_inputs(self.prompts, encoded_prompts_B.to(self.device), self.model.dtype))
         try:
             return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B, draw)
         except ValueError as error:

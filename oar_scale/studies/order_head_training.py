@@ -103,7 +103,9 @@ class HeadData:
         encoded_prompts = self.prompts.encode([prompts[row] for row in rows.tolist()]).to(self.device)
         codes_BN, order_BN = (torch.from_numpy(each[rows].astype(np.int64)).to(self.device) for each in (shard.view(view), order_SN))
         keys = [shard.keys[row] for row in rows.tolist()]
-        return Labelled(codes_BN, self.model.condition(conditioning_inputs(self.prompts, encoded_prompts)), order_BN, keys)
+        return Labelled(
+            codes_BN, self.model.condition(conditioning_inputs(self.prompts, encoded_prompts, self.model.dtype)), order_BN, keys
+        )
 
 
 def kept_out(shard: TokenShard, share: float) -> NDArray[np.bool_]:

@@ -76,10 +76,13 @@ class ClipText:
         return ids_BT
 
     @torch.no_grad()
-    def features(self, ids_BT: Tensor) -> Tensor:
+    def features(self, ids_BT: Tensor, *, half: bool = False) -> Tensor:
         """Features of ids from :meth:`encode`, on the ids' device, in the tower's precision, without a gradient.
 
         A caption's features do not depend on the other captions of the batch. The tower sees all T positions, as in its training.
+
+        Args:
+            half: compute matrix products in bfloat16; norms, sums and the weights themselves keep the tower's precision.
 
         Raises:
             ValueError: rows of another length than ``max_tokens``.
@@ -87,7 +90,10 @@ class ClipText:
         if ids_BT.ndim != 2 or ids_BT.shape[1] != self.max_tokens:
             raise ValueError(f"ids are {tuple(ids_BT.shape)}, the text tower takes [B, {self.max_tokens}]")
         ids_BT, device = ids_BT.to(next(self._tower.parameters()).device), ids_BT.device
-        pooled_BF, tokens_BTF = self._tower((ids_BT - 1).clamp_min(0))
+        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=half):
+            pooled_BF, tokens_BTF = self._tower((ids_BT - 1).clamp_min(0))
+        if half:
+            pooled_BF, tokens_BTF = pooled_BF.float(), tokens_BTF.float()
         present_BT = ids_BT != 0
         if self.spec.features == "tokens":
             features, present = tokens_BTF, present_BT

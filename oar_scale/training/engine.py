@@ -94,7 +94,7 @@ class Objective(nn.Module):
 
     def forward(self, codes_bN: Tensor, order_bN: Tensor, encoded_prompts_b: Tensor, drop_b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss and the four quarters' [4]; see :class:`~oar_scale.data.stream.Batch` for the inputs."""
-        condition_bTD = self.model.condition(conditioning_inputs(self.prompts, encoded_prompts_b), drop_b)
+        condition_bTD = self.model.condition(conditioning_inputs(self.prompts, encoded_prompts_b, self.model.dtype), drop_b)
         loss, nll_bN = self.model.loss(codes_bN, order_bN, condition_bTD)
         return loss, torch.stack([part.mean() for part in nll_bN.detach().tensor_split(QUARTERS, dim=1)])
 

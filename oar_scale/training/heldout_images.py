@@ -68,7 +68,7 @@ class HeldoutImages:
         for start in range(0, self._share, batch):  # as many rounds on every rank
             counts = self._counts and start < len(self._codes)
             part = slice(start, start + batch) if counts else slice(0, 1)
-            condition_bTD = model.condition(conditioning_inputs(self.prompts, self.encoded_prompts[part]))
+            condition_bTD = model.condition(conditioning_inputs(self.prompts, self.encoded_prompts[part], model.dtype))
             nll_bN = model.nll(self._codes[part], self.orders[order][part], condition_bTD).double()
             if counts:
                 total += torch.stack([nll_bN.sum(), nll_bN.new_tensor(nll_bN.numel())])
@@ -82,7 +82,7 @@ class HeldoutImages:
         batches = []
         for start in range(0, len(self._codes), batch):
             part = slice(start, start + batch)
-            condition_bTD = model.condition(conditioning_inputs(self.prompts, self.encoded_prompts[part]))
+            condition_bTD = model.condition(conditioning_inputs(self.prompts, self.encoded_prompts[part], model.dtype))
             orders = extract_orders(model, self._codes[part], condition_bTD, settings, mine[part].numpy())
             batches.append(orders.order_BN.long())
         return torch.cat(batches).to(device)

@@ -6,17 +6,22 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_models import random_codes, random_orders, small_model
 from torch import Tensor
 
 from oar_scale.errors import UserError
+from oar_scale.model.spec import FeatureSpec
 from oar_scale.tokenizers.clip_spec import ClipTextSpec
 from oar_scale.tokenizers.clip_text import ClipText
+from oar_scale.tokenizers.prompts import FeatureReader, conditioning_inputs
+from oar_scale.training import engine
 
 SMALL = "ViT-S-16-alt"  # the smallest text tower open_clip has: 10 layers, 256 wide
 CAPTIONS = ["a red apple", "", "a !( b", "two green cars on a blue road", "Ünïcode 🙂 & <b>html</b>", "word " * 200, "  \n"]
@@ -170,6 +175,65 @@ def test_half_precision_stays_close_and_keeps_the_id(checkpoint: str, tokens: Cl
     features = half.features(ids)
     assert features.dtype == torch.bfloat16 and half.content_id == tokens.content_id
     assert torch.allclose(features.float(), tokens.features(ids), atol=0.15)
+
+
+def test_half_the_precision_for_a_while_keeps_the_weights(tokens: ClipText) -> None:
+    """Matrix products are in bfloat16, norms and the tower itself stay in float32, and the next features have the same bits as before."""
+    ids, seen = tokens.encode(CAPTIONS), dict[str, set[torch.dtype]]()
+    before = tokens.features(ids)
+
+    def note(name: str) -> Any:
+        return lambda module, inputs, output: seen.setdefault(name, set()).add(output.dtype)
+
+    tower = tokens._tower
+    hooks = [tower.get_submodule(f"transformer.resblocks.0.{name}").register_forward_hook(note(name)) for name in ("mlp.c_fc", "ln_1")]
+    features = tokens.features(ids, half=True)
+    for hook in hooks:
+        hook.remove()
+    assert seen == {"mlp.c_fc": {torch.bfloat16}, "ln_1": {torch.float32}}
+    assert features.dtype == torch.float32 and torch.allclose(features, before, atol=0.15) and not torch.equal(features, before)
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.float32}
+    assert torch.equal(tokens.features(ids), before)
+
+
+class Recorded(ClipText):
+    """A tower without weights that notes in which precision it is asked to compute."""
+
+    def __init__(self) -> None:
+        self.half: bool | None = None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ClipText:
+        return self
+
+    def features(self, ids_BT: Tensor, *, half: bool = False) -> Tensor:
+        self.half = half
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "half"),
+    [("cuda", torch.bfloat16, True), ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False), ("cpu", torch.float32, False)],
+)
+def test_the_tower_computes_as_its_model_does_on_a_gpu(device: str, dtype: torch.dtype, half: bool) -> None:
+    tower = Recorded()
+    conditioning_inputs(tower, cast("Tensor", SimpleNamespace(device=torch.device(device))), dtype)
+    assert tower.half is half
+
+
+def test_training_asks_for_the_precision_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+
+    def note(encoder: object, encoded_prompts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        asked.append(dtype)
+        return encoded_prompts
+
+    monkeypatch.setattr(engine, "conditioning_inputs", note)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = small_model(condition=FeatureSpec(width=6, rows=3)).to(dtype)
+        codes, order = random_codes(model, 2), random_orders(model, 2)
+        objective = engine.Objective(model, FeatureReader(3, 6))
+        objective(codes, order, torch.randn(2, 3, 6), torch.tensor([False, False]))
+    assert asked == [torch.float32, torch.bfloat16]
 
 
 def test_ids_of_another_length_are_refused(tokens: ClipText) -> None:

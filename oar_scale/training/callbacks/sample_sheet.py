@@ -40,7 +40,7 @@ class SampleSheet(Callback):
         model, encoded_prompts = loop.engine.plain_model(), self._heldout.encoded_prompts[:share]
         noise = torch.Generator().manual_seed(int(hash_keys("samples while training", loop.job.recipe.seed, rank)) >> 1)
         with torch.no_grad():
-            condition_bTD = model.condition(conditioning_inputs(self._heldout.prompts, encoded_prompts))
+            condition_bTD = model.condition(conditioning_inputs(self._heldout.prompts, encoded_prompts, model.dtype))
         raster = self._heldout.orders["nll_random"][:share] if loop.engine.spec.layout == "raster" else None
         drawn = generate(model, condition_bTD, SampleSettings.from_recipe(loop.job.recipe.sample), noise, raster)
         shares = loop.process.gather((drawn.codes_BN.cpu(), drawn.order_BN.cpu()))
