@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -13,9 +14,10 @@ from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.model import load_model
 from oar_scale.orders.order_files import run_files
 from oar_scale.orders.policies import OrderRequest, sampling_order
-from oar_scale.registry import MODELS, current_name
+from oar_scale.registry import MODELS, ModelName, current_name
 from oar_scale.run.artifacts import prompt_encoder, read_tokens, require, require_model
 from oar_scale.run.context import Run
+from oar_scale.run.gpu_node import device_here, on_gpu_node
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.prompts import Prompt, conditioning_inputs
 from oar_scale.tokenizers.vq import load_vq
@@ -43,6 +45,16 @@ def sample_images(run: Run, captions: list[str] | None, model: str, out: str, or
     chosen = next((name for name in MODELS if name == current_name(model)), None)
     if chosen is None:
         raise UserError(f"no model {model!r}; a run has: {', '.join(MODELS)}")
+    work = partial(_sheet, captions=captions, name=chosen, order=order)
+    sheet, shown = on_gpu_node(run, work, gpus=min(1, run.recipe.parallel.gpus_per_worker), or_cpu=True)
+    open_storage(out).write(out, sheet)
+    for number, caption in enumerate(shown, 1):
+        run.console.say(f"  row {number}: {caption}")
+    return out
+
+
+def _sheet(run: Run, captions: list[str] | None, name: ModelName, order: str | None) -> tuple[bytes, list[str]]:
+    """The contact sheet as PNG, and a text about each of its rows; drawn on a GPU where the recipe has some."""
     prompts = prompt_encoder(run, new=True)
     given: Sequence[Prompt] = (
         captions if captions is not None else read_tokens(run, "heldout", run.recipe.sample.images, prompts.field).prompts
@@ -50,24 +62,22 @@ def sample_images(run: Run, captions: list[str] | None, model: str, out: str, or
     if prompts.field != "features" and any(not str(caption).strip() for caption in given):
         raise UserError('a caption is empty: put quotation marks around each caption, e.g. oar sample RECIPE "a smiling cat"')
     parallel = run.recipe.parallel
+    device = device_here(parallel.gpus_per_worker > 0)
     torch.set_num_threads(parallel.cpu_threads * parallel.max_workers)
     vq = load_vq(require(run, run.vq_uri, "tokenizer"))
-    network = load_model(require_model(run, chosen))
-    if parallel.precision == "bf16":
-        network = network.to(torch.bfloat16)
+    vq.to(device)
+    network = load_model(require_model(run, name)).to(device, torch.bfloat16 if parallel.precision == "bf16" else torch.float32)
     encoded_prompts = prompts.encode(given)
     unknown = [caption for caption, ids in zip(given, encoded_prompts, strict=True) if prompts.field == "txt" and not ids.any()]
     if unknown:
         raise UserError(f"caption {unknown[0]!r} has no token in {run.text_uri}")
     noise = torch.Generator().manual_seed(int(hash_keys("sample", run.recipe.seed)) >> 1)
     with torch.no_grad():
-        condition = network.condition(conditioning_inputs(prompts, encoded_prompts).repeat_interleave(DRAWINGS, dim=0))
-    request = OrderRequest(network, len(condition), noise, run_files(run.at()), run.model_uri(chosen))
+        cond_inputs = conditioning_inputs(prompts, encoded_prompts.to(device), network.dtype)
+        condition = network.condition(cond_inputs.repeat_interleave(DRAWINGS, dim=0))
+    request = OrderRequest(network, len(condition), noise, run_files(run.at()), run.model_uri(name))
     order_BN = sampling_order(order or run.recipe.sample.order, request, "--order" if order else "sample.order")
     drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), noise, order_BN)
     pictures = [upscale(picture, max(1, SHEET_PIXELS // len(picture))) for picture in decode_pictures(vq, drawn.codes_BN)]
     rows = [pictures[start : start + DRAWINGS] for start in range(0, len(pictures), DRAWINGS)]
-    open_storage(out).write(out, png(contact_sheet(rows, gap=8)))
-    for number, caption in enumerate(given, 1):
-        run.console.say(f"  row {number}: {caption if prompts.field != 'features' else 'a held-out image'}")
-    return out
+    return png(contact_sheet(rows, gap=8)), [str(each) if prompts.field != "features" else "a held-out image" for each in given]

@@ -29,7 +29,7 @@ def decode_pictures(vq: ImageTokenizer, codes_SN: Tensor, batch: int = 64) -> li
     """The image of each row of codes, [H, W, 3]."""
     pictures: list[Picture] = []
     for start in range(0, len(codes_SN), batch):
-        pictures.extend(unit_to_pixels(vq.decode(codes_SN[start : start + batch])).cpu().numpy())
+        pictures.extend(unit_to_pixels(vq.decode(codes_SN[start : start + batch].to(vq.device))).cpu().numpy())
     return pictures
 
 

@@ -9,7 +9,6 @@ The result is ``evaluation.json`` with its pictures (``evaluation.evaluation_rec
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -18,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
 from oar_scale.evaluation import result_tables as summary
 from oar_scale.evaluation.eval_tasks import (
@@ -57,6 +55,7 @@ from oar_scale.run.artifacts import (
     without_variant,
 )
 from oar_scale.run.context import Run
+from oar_scale.run.gpu_node import devices_here, on_gpu_node
 from oar_scale.storage import fetch
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import conditioning_inputs
@@ -97,13 +96,21 @@ class Inputs:
 
 
 def run_evaluate(run: Run) -> JsonObject:
-    """Measure and draw; returns the few numbers to look at first.
+    """Measure and draw, on GPUs where the recipe trains on some; returns the few numbers to look at first.
 
     Raises:
         UserError: a stage before this one has not finished (names it), or the extra ``eval`` is not installed.
     """
     parallel = run.recipe.parallel
-    devices = _devices(parallel)
+    evaluation = on_gpu_node(run, measure, gpus=parallel.max_workers * parallel.gpus_per_worker)
+    save_evaluation(evaluation, run.local())
+    return _highlights(run, evaluation)
+
+
+def measure(run: Run) -> Evaluation:
+    """All figures and pictures, computed on this machine. Raises as :func:`run_evaluate`."""
+    parallel = run.recipe.parallel
+    devices = devices_here(parallel)
     torch.set_num_threads(parallel.cpu_threads * len(devices))
     inputs = _read(run)
     # Before the long part: this is also what finds out that the extra `eval` is missing.
@@ -112,7 +119,7 @@ def run_evaluate(run: Run) -> JsonObject:
     with run.console.progress(len(tasks), "likelihoods, drawings, checks: task") as tally:
         results = run_eval_tasks(tasks, devices, parallel.cpu_threads, tally.advance)
     nll, features = summary.per_image(results.likelihoods), _compared_features(inputs, results, reference_SF)
-    evaluation = Evaluation(
+    return Evaluation(
         nll=summary.likelihood_table(nll),
         pretrain=summary.pretrain_effect(nll),
         calibration=summary.calibrations(nll),
@@ -125,16 +132,6 @@ def run_evaluate(run: Run) -> JsonObject:
         orders=_orders(run, inputs, results),
         tokenizer=_tokenizer(run, inputs),
     )
-    save_evaluation(evaluation, run.local())
-    return _highlights(run, evaluation)
-
-
-def _devices(parallel: ParallelConfig) -> list[str]:
-    """A process for each GPU of this machine where the recipe trains on GPUs, else for each worker that has cores here."""
-    gpus = min(torch.cuda.device_count(), parallel.max_workers * parallel.gpus_per_worker)
-    if gpus:
-        return [f"cuda:{index}" for index in range(gpus)]
-    return ["cpu"] * max(1, min(parallel.max_workers, len(os.sched_getaffinity(0)) // parallel.cpu_threads))
 
 
 def _read(run: Run) -> Inputs:

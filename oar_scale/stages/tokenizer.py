@@ -21,6 +21,7 @@ from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.pictures import decode_pictures
 from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
+from oar_scale.run.gpu_node import device_here, on_gpu_node
 from oar_scale.storage import join
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.image import ImageTokenizer
@@ -37,22 +38,28 @@ def run_tokenizer(run: Run) -> JsonObject:
     """Write ``tokenizers/vq.safetensors`` and ``tokenizers/text.model``; returns what the image tokenizer is worth on held-out images."""
     recipe = run.recipe
     torch.set_num_threads(recipe.parallel.cpu_threads * recipe.parallel.max_workers)
-    held_pixels, _ = read_images(run, "heldout", ASSESSED)
     prompts = _prompts(run)
     vq = _image_tokenizer(run)
     trained = recipe.tokenizer.image.weights is None
     save_vq(run.vq_uri, vq, half=trained)  # weights that came from elsewhere keep every bit, or their codes would change
-    vq = load_vq(run.vq_uri)  # what the other stages will use: rounded as stored
+    quality = on_gpu_node(run, _assess, gpus=min(1, recipe.parallel.gpus_per_worker), or_cpu=True)
+    run.console.say(f"  {prompts.vocab_size} text pieces")
+    return {**quality, "trained": trained, "text_pieces": prompts.vocab_size}
+
+
+def _assess(run: Run) -> JsonObject:
+    """What the image tokenizer is worth on held-out images, as the other stages use it: as stored; on a GPU where the recipe has some."""
+    vq = load_vq(run.vq_uri)  # rounded as stored
+    vq.to(device_here(run.recipe.parallel.gpus_per_worker > 0))
+    held_pixels, _ = read_images(run, "heldout", ASSESSED)
     psnr, use = assess_vq(vq, held_pixels)
-    run.console.say(f"  held-out PSNR {psnr:.2f} dB, codebook use {use:.0%}, {prompts.vocab_size} text pieces")
+    run.console.say(f"  held-out PSNR {psnr:.2f} dB, codebook use {use:.0%}")
     return {
         "psnr_db": psnr,
         "codebook_use": use,
         "codebook_size": vq.spec.codebook_size,
         "reconstruction_fd_efflite0": _distance(run, vq, held_pixels),
         "heldout_images": len(held_pixels),
-        "trained": trained,
-        "text_pieces": prompts.vocab_size,
     }
 
 
@@ -66,7 +73,7 @@ def reconstruction_distance(vq: ImageTokenizer, pixels_SHW3: Tensor, batch: int 
         UserError: the extra ``eval`` is not installed.
         ValueError: fewer than two images.
     """
-    codes_SN = torch.cat([vq.encode(pixels_to_unit(part)) for part in pixels_SHW3.split(batch)])
+    codes_SN = torch.cat([vq.encode(pixels_to_unit(part).to(vq.device)).cpu() for part in pixels_SHW3.split(batch)])
     decoded_SHW3 = torch.from_numpy(np.stack(decode_pictures(vq, codes_SN, batch)))
     originals, reconstructions = (image_features(pixels_to_unit(images)).numpy() for images in (pixels_SHW3, decoded_SHW3))
     return frechet(originals, reconstructions)

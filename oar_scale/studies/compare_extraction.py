@@ -13,6 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from oar_scale.orders.order_files import head_file, run_files
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.artifacts import Tokens, prompt_encoder, read_tokens, require, require_any_order
 from oar_scale.run.context import Run
+from oar_scale.run.gpu_node import on_gpu_node
 from oar_scale.runtime.tables import text_table
 from oar_scale.storage import fetch, join, open_storage
 from oar_scale.studies.extraction_methods import EXACT, ROUNDS, MethodResult, compare, extraction_methods, head_methods
@@ -52,6 +54,14 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
             orders than the run has now, or from all of these images.
     """
     require_any_order(run)
+    report = on_gpu_node(run, partial(_compared, images=images, finetune=finetune), gpus=run.recipe.extract.gpus_per_actor > 0)
+    if out is not None:
+        open_storage(out).write(out, json.dumps(report, indent=1).encode())
+    return report
+
+
+def _compared(run: Run, images: int, finetune: int) -> JsonObject:
+    """The figures, which are printed as a table; computed on this machine."""
     config, parallel = run.recipe.extract, run.recipe.parallel
     model_file = fetch(require(run, run.model_uri("any_order"), "pretrain"), run.cache)
     shards = _shards(run, images)
@@ -74,10 +84,7 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
                 tally.advance()
     for line in table(rows):
         run.console.say(f"  {line}")
-    report = {**where, "finetune_steps": finetune, "ways": rows}
-    if out is not None:
-        open_storage(out).write(out, json.dumps(report, indent=1).encode())
-    return report
+    return {**where, "finetune_steps": finetune, "ways": rows}
 
 
 def table(rows: Sequence[JsonObject]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 
@@ -13,6 +14,7 @@ from oar_scale.orders.order_files import head_file, head_report_file, run_files
 from oar_scale.registry import ModelName
 from oar_scale.run.artifacts import prompt_encoder, require, require_any_order, require_model
 from oar_scale.run.context import Run
+from oar_scale.run.gpu_node import on_gpu_node
 from oar_scale.storage import Missing, read_json, write_json
 from oar_scale.studies.order_head_training import HeadData, train_head, write_predicted
 
@@ -26,6 +28,10 @@ def run_train_head(run: Run, model: ModelName) -> HeadReport:
     Raises:
         UserError: a stage before this one has not finished, or too few images.
     """
+    return on_gpu_node(run, partial(_train_head, model=model), gpus=run.recipe.extract.gpus_per_actor > 0)
+
+
+def _train_head(run: Run, model: ModelName) -> HeadReport:
     data, uri = _data(run, model)
     config = run.recipe.order_head
     with run.log("order-head") as log, run.console.progress(config.steps, "steps") as tally:
@@ -49,6 +55,10 @@ def run_predict(run: Run) -> int:
     Raises:
         UserError: there is no head, it is another model's, or it learned from other orders than the run has now.
     """
+    return on_gpu_node(run, _predict, gpus=run.recipe.extract.gpus_per_actor > 0)
+
+
+def _predict(run: Run) -> int:
     data, uri = _data(run, "any_order")
     head = load_head(require(run, head_file(uri), "oar orders --train-head"), data.model, model_id(uri), data.settings_id)
     with run.console.progress(data.manifest.samples, "predicted orders") as tally:

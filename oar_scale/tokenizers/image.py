@@ -63,6 +63,11 @@ class ImageTokenizer(nn.Module, ABC):
     def pixels(self, latent_BCGG: Tensor) -> Tensor:
         """Images [B, 3, H, W], nominally in [-1, 1] (not clamped), of codebook vectors."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Codes [B, N] (long, raster order) of images in [-1, 1].

@@ -156,7 +156,8 @@ def assess_vq(vq: ImageTokenizer, pixels_SHW3: Tensor, batch: int = 64) -> tuple
     """Mean PSNR in dB and share of the codebook used, over images [S, H, W, 3]."""
     quality, codes = [], []
     for start in range(0, len(pixels_SHW3), batch):
-        images = pixels_to_unit(pixels_SHW3[start : start + batch])
-        codes.append(vq.encode(images))
-        quality.append(psnr(images, vq.decode(codes[-1])))
+        images = pixels_to_unit(pixels_SHW3[start : start + batch]).to(vq.device)
+        codes_BN = vq.encode(images)
+        codes.append(codes_BN.cpu())
+        quality.append(psnr(images, vq.decode(codes_BN)).cpu())
     return float(torch.cat(quality).mean()), codebook_use(codes, vq.spec.codebook_size)

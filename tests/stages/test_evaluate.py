@@ -30,8 +30,9 @@ from oar_scale.orders.order_table import OrderTable, table_name, write_orders
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.artifacts import without_variant
 from oar_scale.run.context import Run
+from oar_scale.run.gpu_node import devices_here
 from oar_scale.stages.data import run_data
-from oar_scale.stages.evaluate import _devices, run_evaluate
+from oar_scale.stages.evaluate import run_evaluate
 from oar_scale.stages.report import run_report
 from oar_scale.stages.tokenizer import read_images
 from oar_scale.storage import join, read_json, write_json
@@ -222,7 +223,6 @@ def test_two_processes_find_the_same_numbers_as_one(evaluated: Run, copied: Call
         (8, {"workers": 512, "gpus_per_worker": 1}, [f"cuda:{index}" for index in range(8)]),
         (8, {"workers": 2, "gpus_per_worker": 1}, ["cuda:0", "cuda:1"]),
         (8, {"workers": 3}, ["cpu"] * 3),
-        (0, {"workers": 512, "gpus_per_worker": 1}, ["cpu"] * 4),
         (0, {"workers": 4, "cpu_threads": 2}, ["cpu"] * 2),
     ],
 )
@@ -231,7 +231,18 @@ def test_evaluation_has_a_process_for_each_gpu_or_core_group(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    assert _devices(ParallelConfig(**parallel)) == devices
+    assert devices_here(ParallelConfig(**parallel)) == devices
+
+
+def test_a_gpu_recipe_is_not_evaluated_on_a_cpu_in_silence(copied: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU here the work goes to a node of the cluster that has one, and is refused where there is no cluster."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run = copied(parallel={"gpus_per_worker": 1, "micro_batch": 24})
+    with pytest.raises(UserError, match=r"works on GPUs .*this machine has none.*\n.*RAY_ADDRESS"):
+        run_evaluate(run)
+    with pytest.raises(UserError, match=r"torch finds no GPU here, and the recipe has parallel\.gpus_per_worker 1"):
+        devices_here(run.recipe.parallel)
 
 
 def test_report_has_the_numbers_and_pictures_of_the_evaluation(evaluated: Run) -> None:

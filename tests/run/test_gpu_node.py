@@ -1,0 +1,78 @@
+"""Work for GPUs on a machine without one goes to a node of the cluster, and its lines and result come back."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import small_recipe
+
+from oar_scale.errors import Missing, UserError
+from oar_scale.observe.console import Console
+from oar_scale.run import gpu_node
+from oar_scale.run.context import Run
+from oar_scale.run.gpu_node import gpus_of_a_node, on_gpu_node, run_on_node
+
+
+def there(run: Run) -> tuple[int, str, str]:
+    run.console.say("half way\nthere")
+    return os.getpid(), run.local("evaluation.json"), run.at("models")
+
+
+def fails(run: Run) -> None:
+    raise Missing(run.at("models", "ordered.safetensors"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    return Run(small_recipe("run"), Console(io.StringIO()))
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_lines_and_results_come_from_the_other_node(run: Run, tmp_path: Path) -> None:
+    """Paths are the driver's: the task's own working folder is another."""
+    pid, local, root = run_on_node(run, there, gpus=0, gpu_type=None)
+    assert pid != os.getpid()
+    assert (local, root) == (str(tmp_path / "run" / "evaluation.json"), str(tmp_path / "run" / "models"))
+    shown = run.console._stream
+    assert isinstance(shown, io.StringIO) and shown.getvalue().splitlines()[-2:] == ["half way", "there"]
+    with pytest.raises(Missing, match=r"run/models/ordered\.safetensors: there is nothing here"):
+        run_on_node(run, fails, gpus=0, gpu_type=None)
+
+
+@pytest.mark.parametrize(("wanted", "gpus"), [(0, 0), (2, 4)])
+def test_work_stays_here_where_it_can_be_done(run: Run, monkeypatch: pytest.MonkeyPatch, wanted: int, gpus: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert on_gpu_node(run, there, gpus=wanted)[0] == os.getpid()
+
+
+def test_without_a_gpu_the_work_goes_to_the_cluster(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="Name a cluster's Ray in RAY_ADDRESS"):
+        on_gpu_node(run, there, gpus=512)
+    sent: list[tuple[object, int, object]] = []
+    monkeypatch.setattr(gpu_node, "run_on_node", lambda run, work, gpus, gpu_type: sent.append((work, gpus, gpu_type)))
+    monkeypatch.setattr(gpu_node, "ray_session", lambda cpus: pytest.MonkeyPatch.context())
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"GPU": 8.0}}, {"Alive": False, "Resources": {"GPU": 16.0}}])
+    monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
+    on_gpu_node(run, there, gpus=512)
+    assert sent == [(there, 8, None)]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "usable", "gpu_type", "gpus"),
+    [
+        ([{"CPU": 8.0}, {"GPU": 8.0}, {"GPU": 4.0}], 512, None, 8),
+        ([{"GPU": 8.0}], 2, None, 2),
+        ([{"GPU": 8.0}, {"GPU": 4.0, "accelerator_type:H100": 1.0}], 64, "H100", 4),
+        ([{"CPU": 8.0}], 64, None, 1),
+    ],
+)
+def test_a_task_asks_for_the_gpus_of_one_node(nodes: list[dict[str, float]], usable: int, gpu_type: str | None, gpus: int) -> None:
+    """Where there is none yet, for one: the cluster may grow."""
+    assert gpus_of_a_node(nodes, usable, gpu_type) == gpus
