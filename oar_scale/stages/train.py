@@ -33,6 +33,7 @@ def run_train(run: Run, stage: TrainingName) -> JsonObject:
         assert result is not None
         start_from = run.model_uri("base" if stage == "pretrain" else "any_order")
         job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(result), run.profile_steps)
+        _ = job.start_id  # here, and not at every worker: the whole file is read
         job_orders(job)  # an order policy's errors are raised, and the mean order is computed once, before there are workers
     return run_training(job, run.console)
 

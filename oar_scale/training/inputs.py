@@ -14,7 +14,6 @@ from oar_scale.data.open_shard import OpenShard
 from oar_scale.data.shard_source import ShardSource, StoredOrders
 from oar_scale.data.stream import StreamSettings, TokenStream
 from oar_scale.errors import UserError
-from oar_scale.model import model_id
 from oar_scale.orders.order_files import run_files
 from oar_scale.orders.order_table import OrderTable, join_orders, read_orders, table_name
 from oar_scale.orders.policies import TrainingOrders, policy
@@ -52,7 +51,7 @@ def job_stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int, 
     manifest = read_manifest(folder)
     stored: StoredOrders | None = None
     if given.tables is not None:
-        stored = _OrderTables(given.tables, folder, manifest.grid or 0, model_id(job.start_from), views)
+        stored = _OrderTables(given.tables, folder, manifest.grid or 0, job.start_id, views)
     elif given.order is not None and job.stage == "finetune":
         # By sample, as if it were stored: so another order policy changes the orders and nothing else, not the views.
         stored = _OneOrder(given.order, views)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from oar_scale.config.schema import Recipe, TrainingConfig
 from oar_scale.config.section import operational_fields
@@ -34,6 +35,11 @@ class TrainingJob:
         """The stage's settings. The control has fine-tuning's: same samples, views and budget, but no stored orders."""
         return self.recipe.training(self.section)
 
+    @cached_property
+    def start_id(self) -> str:
+        """The id of the model that the stage starts with. Its file is read for it once, and copies of the job know it from then on."""
+        return model_id(self.start_from)
+
     @property
     def checkpoints(self) -> str:
         """Where the stage's checkpoints are committed."""
@@ -60,7 +66,7 @@ class TrainingJob:
         recipe, training = self.recipe, self.training
         return {
             "stage": self.stage,
-            "start_from": model_id(self.start_from),
+            "start_from": self.start_id,
             "tokens": read_manifest(join(self.root, "tokens", "train")).fingerprint,
             "seed": recipe.seed,
             "precision": recipe.parallel.precision,
