@@ -22,7 +22,7 @@ from oar_scale.tokenizers.safetensors_file import SHARD_BYTES as SHARD_BYTES
 from oar_scale.tokenizers.safetensors_file import StoredWeights, index_of, open_weights, write_weights
 
 _KIND = "any-order model"
-_CHUNK_BYTES, _CONNECTIONS = 16 << 20, 4
+_CHUNK_BYTES, _CONNECTIONS = 4 << 20, 4
 
 
 def save_model(uri: str, model: AnyOrderModel, *, half: bool = False, shard_bytes: int | None = None) -> None:

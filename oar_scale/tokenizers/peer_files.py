@@ -124,6 +124,8 @@ def _parts(uri: str) -> dict[str, Tensor]:
     weight_map = read_json(uri).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{uri}: not an index of weights in several files (it has no weight_map). Name the file that holds the weights.")
+    if any("/" in file for file in weight_map.values()):
+        raise UserError(f"{uri}: names files outside its folder, which are not read. Put all files into one folder.")
     folder, tensors = uri.removesuffix(uri.rpartition("/")[2]), dict[str, Tensor]()
     for file in sorted(set(weight_map.values())):
         tensors |= _state_dict(_content(folder + file), folder + file)

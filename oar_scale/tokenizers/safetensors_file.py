@@ -231,6 +231,8 @@ def _open_parts(uri: str, *kinds: str) -> StoredWeights:
         for name, file in index["weight_map"].items():
             by_file.setdefault(file, set()).add(name)
         checksums, kind = dict(entry[CHECKSUM]), str(entry["kind"])
+        if any("/" in file for file in by_file):
+            raise ValueError("it names files outside its folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{uri}{INDEX}: not an index that oar_scale wrote ({error!r}). Export the weights again.") from error
     _check_kind(uri + INDEX, kind, *kinds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import oar_scale
 from oar_scale.cli import main
+from oar_scale.commands import checkpoint_export
 from oar_scale.commands.checkpoint_export import export_checkpoint
 from oar_scale.commands.checkpoint_import import ImportOptions, import_checkpoint
 from oar_scale.errors import UserError
@@ -296,6 +298,28 @@ def test_a_run_and_its_export_draw_the_same(trained: Run, tmp_path: Path) -> Non
     assert here.tobytes() == there.tobytes()
     with pytest.raises(UserError, match=r"has no model 'ordered'\. It has: base, any_order"):
         export_checkpoint(trained.local(), str(tmp_path / "other"))
+
+
+def test_a_large_model_is_exported_in_several_files(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the Hugging Face hub has them; they draw as one file does, are exported again, and keep the model's id."""
+    monkeypatch.setattr(checkpoint_export, "SHARD_BYTES", 100_000)
+    outs = {name: str(tmp_path / name) for name in ("run", "again", "checkpoint")}
+    export_checkpoint(trained.local(), outs["run"], name="any_order")
+    export_checkpoint(outs["run"], outs["again"])
+    export_checkpoint(checkpoint_of(trained), outs["checkpoint"])
+    for out in outs.values():
+        weights = sorted(name for name in os.listdir(out) if name.startswith("model"))
+        assert weights[-1] == "model.safetensors.index.json" and len(weights) > 3
+        assert re.fullmatch(r"model-00001-of-0000\d\.safetensors", weights[0])
+        drawn = oar_scale.load(out).sample(["a red apple"], seed=4)[0]
+        if out != outs["checkpoint"]:  # it has the float32 weights
+            assert model_id(join(out, "model.safetensors")) == model_id(trained.model_uri("any_order"))
+            assert drawn.tobytes() == oar_scale.load(trained.local(), "any_order").sample(["a red apple"], seed=4)[0].tobytes()
+    loaded = load_model(join(outs["checkpoint"], "model.safetensors")).state_dict()
+    monkeypatch.undo()
+    export_checkpoint(checkpoint_of(trained), str(tmp_path / "whole"))
+    whole = load_model(str(tmp_path / "whole" / "model.safetensors")).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in whole.items())
 
 
 def test_a_checkpoint_without_its_run_is_exported_alone(trained: Run, s3_root: str, tmp_path: Path) -> None:

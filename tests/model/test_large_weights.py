@@ -217,7 +217,7 @@ def growth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 
 def test_first_weights_are_never_whole_in_memory(growth: dict[str, float]) -> None:
-    assert growth["first weights"] < 0.3
+    assert growth["first weights"] < 0.4
 
 
 def test_a_models_id_and_its_copy_take_no_memory(growth: dict[str, float]) -> None:
@@ -226,4 +226,4 @@ def test_a_models_id_and_its_copy_take_no_memory(growth: dict[str, float]) -> No
 
 
 def test_loading_holds_a_model_once(growth: dict[str, float]) -> None:
-    assert growth["load"] < 1.5
+    assert growth["load"] < 1.6

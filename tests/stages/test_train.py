@@ -35,6 +35,15 @@ def test_a_peers_habits_go_with_its_weights(run: Run, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in base.state_dict().items())
 
 
+def test_the_seed_decides_about_fresh_weights(run: Run) -> None:
+    """They are drawn module by module, and are those that the model's constructor draws."""
+    _write_base(run)
+    base = load_model(run.model_uri("base"))
+    torch.manual_seed(run.recipe.seed)
+    expected = AnyOrderModel(base.spec).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in base.state_dict().items())
+
+
 def test_weights_of_another_shape_are_refused_by_field(run: Run, tmp_path: Path) -> None:
     save_model(str(tmp_path / "model.safetensors"), AnyOrderModel(load_model(run.model_uri("base")).spec))
     with pytest.raises(UserError, match=r"has layers 2, the recipe and its tokenizers make 3"):
@@ -44,7 +53,7 @@ def test_weights_of_another_shape_are_refused_by_field(run: Run, tmp_path: Path)
 def test_without_pretraining_given_weights_are_the_model(run: Run, tmp_path: Path) -> None:
     torch.manual_seed(2)
     peer = AnyOrderModel(load_model(run.model_uri("base")).spec)
-    save_model(str(tmp_path / "peer.safetensors"), peer)
+    save_model(str(tmp_path / "peer.safetensors"), peer, shard_bytes=50_000)  # in several files, which have one name
     given = starting_from(run, tmp_path / "peer.safetensors")
     at_once = Run(given.recipe.model_copy(update={"pretrain": given.recipe.pretrain.model_copy(update={"steps": 0})}))
     results = run_train(at_once, "pretrain")

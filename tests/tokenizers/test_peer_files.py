@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 from pathlib import Path
@@ -59,6 +60,30 @@ def test_safetensors_give_the_same_tensors(tmp_path: Path, prefix: str) -> None:
     peer = read_peer_file(str(tmp_path / "peer.safetensors"))
     assert_same_bits(peer.tensors, TENSORS)
     assert (prefix in peer.where) and peer.settings == {}
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_several_files_with_an_index_are_read(tmp_path: Path, ending: str) -> None:
+    """As the Hugging Face hub splits large models."""
+    names = sorted(TENSORS)
+    parts = {"model-00001-of-00002": names[:1], "model-00002-of-00002": names[1:]}
+    for part, own in parts.items():
+        tensors = {name: TENSORS[name] for name in own}
+        save_file(tensors, tmp_path / (part + ending)) if ending == ".safetensors" else torch.save(tensors, tmp_path / (part + ending))
+    weight_map = {name: part + ending for part, own in parts.items() for name in own}
+    index = tmp_path / f"model{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    assert_same_bits(read_peer_file(str(index)).tensors, TENSORS)
+    index.write_text(json.dumps({"weight_map": {**weight_map, "lost": f"model-00001-of-00002{ending}"}}))
+    with pytest.raises(UserError, match="tensor lost is in none of its files"):
+        read_peer_file(str(index))
+    index.write_text(json.dumps({"weight_map": {"far": f"../elsewhere{ending}"}}))
+    with pytest.raises(UserError, match="names files outside its folder"):
+        read_peer_file(str(index))
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / f"model-00002-of-00002{ending}").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00002"):
+        read_peer_file(str(index))
 
 
 def test_a_file_on_s3_is_read(s3_root: str, tmp_path: Path) -> None:
