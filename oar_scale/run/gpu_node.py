@@ -10,7 +10,7 @@ import io
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
@@ -109,8 +109,7 @@ def run_on_node(run: Run, work: Callable[[Run], T], gpus: int, gpu_type: str | N
             for line in lines.get_nowait_batch(lines.qsize()):
                 run.console.say(line)
             if done:
-                there: T = ray.get(result)
-                return there
+                return cast(T, ray.get(result))
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
@@ -120,7 +119,7 @@ def run_on_node(run: Run, work: Callable[[Run], T], gpus: int, gpu_type: str | N
         lines.shutdown(force=True)
 
 
-def _work_there(recipe: Recipe, work: Callable[[Run], T], lines: Queue) -> T:
+def _work_there(recipe: Recipe, work: Callable[[Run], object], lines: Queue) -> object:
     """Runs in the task."""
     console = Console(_Relay(lines))
     console.say(f"  on {socket.gethostname()}")

@@ -302,7 +302,7 @@ def test_a_run_and_its_export_draw_the_same(trained: Run, tmp_path: Path) -> Non
 
 def test_a_large_model_is_exported_in_several_files(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the Hugging Face hub has them; they draw as one file does, are exported again, and keep the model's id."""
-    monkeypatch.setattr(checkpoint_export, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(checkpoint_export, "SHARD_BYTES", 30_000)
     outs = {name: str(tmp_path / name) for name in ("run", "again", "checkpoint")}
     export_checkpoint(trained.local(), outs["run"], name="any_order")
     export_checkpoint(outs["run"], outs["again"])

@@ -17,7 +17,8 @@ import pytest
 from boto3.s3.transfer import TransferConfig
 
 from oar_scale.errors import UserError
-from oar_scale.storage import Missing, Storage, fetch, join, open_storage, read_json, s3, write_json
+from oar_scale.runtime import retry
+from oar_scale.storage import Missing, Storage, Unreachable, fetch, join, open_storage, read_json, s3, write_json
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -152,6 +153,47 @@ def test_large_bytes_go_up_in_parts(s3_root: str, monkeypatch: pytest.MonkeyPatc
     storage = open_storage(uri)
     storage.write(uri, content)
     assert storage.version(uri).endswith("-3")  # an ETag names the number of parts
+    assert storage.read(uri) == content
+
+
+def test_a_created_object_appears_whole_or_not_at_all(root: str, storage: Storage, tmp_path: Path) -> None:
+    """It is written in any order, and nothing of it stays on the local disk."""
+    uri, scratch = join(root, "models", "base.safetensors"), str(tmp_path / "scratch")
+    with storage.create(uri, scratch=scratch) as file:
+        file.seek(4)
+        file.write(b"data")
+        file.seek(0)
+        file.write(b"head")
+        assert not storage.exists(uri)
+    assert storage.read(uri) == b"headdata"
+    with pytest.raises(ZeroDivisionError), storage.create(join(root, "models", "other"), scratch=scratch) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert storage.list(root) == [uri]
+    assert not os.path.exists(scratch) or os.listdir(scratch) == []
+
+
+def test_a_created_object_is_sent_again_after_an_outage(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts, since one request may carry 5 GB; the file is not made again."""
+    monkeypatch.setattr(s3, "_TRANSFER", TransferConfig(multipart_threshold=5 << 20, multipart_chunksize=5 << 20))
+    monkeypatch.setattr(retry, "FIRST_S", 0.001)
+    uri, content, sends = join(s3_root, uuid.uuid4().hex, "model.safetensors"), os.urandom(12 << 20), list[str]()
+    send = s3._send
+
+    def unsteady(descriptor: int, uri: str) -> None:
+        sends.append(uri)
+        if len(sends) < 3:
+            raise Unreachable(uri)
+        send(descriptor, uri)
+
+    monkeypatch.setattr(s3, "_send", unsteady)
+    storage = open_storage(uri)
+    with storage.create(uri, patience_s=600) as file:
+        file.write(content)
+    assert storage.read(uri) == content and storage.version(uri).endswith("-3") and len(sends) == 3
+    with pytest.raises(Unreachable), storage.create(uri) as file:
+        sends.clear()
+        file.write(b"other")
     assert storage.read(uri) == content
 
 
