@@ -160,11 +160,12 @@ def _state(loop: Loop, stateful: dict[str, Callback], stream_version: int) -> Js
 
 def _export(job: TrainingJob, engine: DeepSpeedEngine, rank: int) -> None:
     """Write the stage's model: the weights, or their moving average where the recipe keeps one. Collective."""
-    storage, half = job.recipe.storage, job.recipe.parallel.precision == "bf16"
+    half = job.recipe.parallel.precision == "bf16"
     with engine.averaged() if job.training.ema_decay is not None else nullcontext():
         weights = engine.whole_weights()
         if rank == 0:
-            save_tensors(job.result, engine.spec, weights, half=half, scratch=job.scratch, patience_s=storage.patience_s)
+            with patient(job.recipe.storage.patience_s):
+                save_tensors(job.result, engine.spec, weights, half=half, scratch=job.scratch)
         for _ in weights:  # each is gathered from all ranks
             pass
     dist.barrier()

@@ -42,14 +42,13 @@ def save_tensors(
     half: bool = False,
     shard_bytes: int | None = None,
     scratch: str | None = None,
-    patience_s: float = 0.0,
 ) -> None:
     """:func:`save_model` of a model that is nowhere whole: its spec, and the tensors of its state dict in any order, in float32.
 
     Other arguments as :func:`~oar_scale.tokenizers.safetensors_file.write_weights`.
     """
     shapes = meta_model(spec).state_dict()
-    write_weights(uri, shapes, tensors, _metadata(spec), half=half, shard_bytes=shard_bytes, scratch=scratch, patience_s=patience_s)
+    write_weights(uri, shapes, tensors, _metadata(spec), half=half, shard_bytes=shard_bytes, scratch=scratch)
 
 
 def copy_weights(stored: StoredWeights, uri: str, *, shard_bytes: int) -> None:

@@ -62,8 +62,7 @@ def _write_base(run: Run) -> None:
 
 
 def _save_base(run: Run, spec: ModelSpec, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    storage = run.recipe.storage
-    save_tensors(run.model_uri("base"), spec, tensors, scratch=run.scratch, patience_s=storage.patience_s)
+    save_tensors(run.model_uri("base"), spec, tensors, scratch=run.scratch)
 
 
 def _take_weights(run: Run) -> JsonObject:
@@ -71,7 +70,7 @@ def _take_weights(run: Run) -> JsonObject:
     if run.rank:
         return {}
     spec, stored = open_model(run.model_uri("base"))
-    save_tensors(run.model_uri("any_order"), spec, stored, scratch=run.scratch, patience_s=run.recipe.storage.patience_s)
+    save_tensors(run.model_uri("any_order"), spec, stored, scratch=run.scratch)
     return {"steps": 0, "parameters": sum(parameter.numel() for parameter in meta_model(spec).parameters())}
 
 

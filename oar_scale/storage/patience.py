@@ -11,9 +11,9 @@ use this; where it is not used, a storage that does not answer is an error after
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from oar_scale.runtime.retry import retry_transient
 
@@ -62,6 +62,10 @@ class PatientStorage:
     def upload(self, path: str, uri: str) -> None:
         """Copy a local file to an object. Raises Missing."""
         retry_transient(lambda: self._storage.upload(path, uri), self._patience_s)
+
+    def create(self, uri: str, *, scratch: str | None = None, patience_s: float = 0.0) -> AbstractContextManager[IO[bytes]]:
+        """A seekable file to fill; sending it is repeated."""
+        return self._storage.create(uri, scratch=scratch, patience_s=max(patience_s, self._patience_s))
 
     def exists(self, uri: str) -> bool:
         """Whether an object exists."""

@@ -87,8 +87,7 @@ class S3Storage:
     @contextmanager
     def create(self, uri: str, *, scratch: str | None = None, patience_s: float = 0.0) -> Iterator[IO[bytes]]:
         """A local file to fill, which is uploaded at the end. It has no name, so that a process that is killed leaves nothing."""
-        with explained(uri):
-            _require_bucket(client(), split(uri)[0])  # now, not after the work
+        retry_transient(lambda: _reach(uri), patience_s)  # now, not after the work
         try:
             if scratch is not None:
                 os.makedirs(scratch, exist_ok=True)
@@ -135,6 +134,11 @@ class S3Storage:
         """Return the object's ETag, by a HEAD request. Raises Missing."""
         with explained(uri):
             return head(uri, FetchStats()).etag.strip('"')
+
+
+def _reach(uri: str) -> None:
+    with explained(uri):
+        _require_bucket(client(), split(uri)[0])
 
 
 def _send(descriptor: int, uri: str) -> None:

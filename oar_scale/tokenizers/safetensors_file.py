@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from oar_scale.errors import UserError
-from oar_scale.storage import Missing, open_storage, read_json, write_json
+from oar_scale.storage import Missing, Storage, open_storage, read_json, write_json
 from oar_scale.storage.background import in_order
 from oar_scale.tokenizers.safetensors_format import (
     MAX_HEADER,
@@ -67,7 +67,6 @@ def write_weights(
     half: bool = False,
     shard_bytes: int | None = None,
     scratch: str | None = None,
-    patience_s: float = 0.0,
 ) -> None:
     """Write tensors as they come, each once and in any order; one of them is in memory at a time.
 
@@ -78,7 +77,6 @@ def write_weights(
         shard_bytes: where all tensors together are larger, write files of at most that size (a single tensor may be larger) and an
             index, which comes last; None: one file, whatever its size.
         scratch: local folder for what is on its way to S3.
-        patience_s: how long an upload is tried again while the server is out of reach.
     """
     described: Described = {
         name: (torch.bfloat16 if half and tensor.ndim > 1 else tensor.dtype, tuple(tensor.shape)) for name, tensor in shapes.items()
@@ -88,7 +86,7 @@ def write_weights(
     storage, writers, writer_of = open_storage(uri), list[FileWriter](), dict[str, FileWriter]()
     with ExitStack() as stack:
         for part, target in zip(parts, files, strict=True):
-            file = stack.enter_context(storage.create(target, scratch=scratch, patience_s=patience_s))
+            file = stack.enter_context(storage.create(target, scratch=scratch))
             writers.append(FileWriter(file, {name: described[name] for name in part}, _file_metadata(metadata, "0" * 8)))
             writer_of |= dict.fromkeys(part, writers[-1])
         for name, tensor in tensors:
@@ -175,15 +173,16 @@ class StoredWeights:
     def read(self, name: str) -> Tensor:
         """One tensor as it is stored, unverified."""
         file = next(file for file in self.files if name in file.header.tensors)
-        return _read(file, name)
+        return _read(file, open_storage(file.uri), name)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors as they are stored. Raises UserError, after a file's last one, where they are not those that were written."""
         for file in self.files:
             names, parts = sorted(file.header.tensors), dict[str, tuple[int, int]]()
+            read = partial(_read, file, open_storage(file.uri))  # opened here: other threads know nothing of this one's patience
             for first in range(0, len(names), _AHEAD):  # a few at a time, so that what is read ahead does not fill the memory
                 few = names[first : first + _AHEAD]
-                for name, tensor in zip(few, in_order(partial(_read, file), few, _AHEAD), strict=True):
+                for name, tensor in zip(few, in_order(read, few, _AHEAD), strict=True):
                     if file.checksum is not None:
                         parts[name] = (tensor_crc(tensor), tensor.nbytes)
                     yield name, tensor
@@ -261,9 +260,9 @@ def _read_header(uri: str) -> Header:
         raise _unreadable(uri, error) from error
 
 
-def _read(file: _File, name: str) -> Tensor:
+def _read(file: _File, storage: Storage, name: str) -> Tensor:
     info, start = file.header.tensors[name], file.header.data
-    data = open_storage(file.uri).read(file.uri, start + info.start, start + info.start + info.bytes) if info.bytes else b""
+    data = storage.read(file.uri, start + info.start, start + info.start + info.bytes) if info.bytes else b""
     if len(data) != info.bytes:
         raise _unreadable(file.uri, f"it ends inside tensor {name}")
     return tensor_of(data, info)
