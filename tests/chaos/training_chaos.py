@@ -3,9 +3,11 @@
     python tests/chaos/training_chaos.py --trials 200 [--seed 0]          real processes, DeepSpeed over gloo, a folder or a real S3 server
 
 A trial is a function of its number: a storage, then attempts at a stage of twelve steps, each with its disturbance, until one gets
-through. In every trial: the run ends; every step of every attempt has the samples of the undisturbed run; the losses are those of the
-undisturbed run, bit for bit while neither the number of workers nor the ZeRO stage changed, within 1e-5 otherwise; every checkpoint that
-is committed, and was not corrupted on purpose, can be read; none that is not committed is ever used.
+through. On a sick node, all that a worker writes to its local disk fails for the whole attempt, or whatever it reads of checkpoints comes
+to it wrong; an outage of S3 is longer than the patience of the stream. In every trial: the run ends; every step of every attempt has the
+samples of the undisturbed run; the losses are those of the undisturbed run, bit for bit while neither the number of workers nor the ZeRO
+stage changed, within 1e-5 otherwise; every checkpoint that is committed, and was not corrupted on purpose, can be read, and none is
+withdrawn for what is wrong with a node or a connection; none that is not committed is ever used.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 import conftest  # noqa: E402, F401 (a quiet environment on loopback)
-from fault_proxy import FaultProxy  # noqa: E402
+from fault_proxy import ALL_METHODS, FaultProxy  # noqa: E402
 from launcher import start_workers  # noqa: E402
 from small_run import copy_run, prepare_small_run, pretraining, small_recipe  # noqa: E402
 
@@ -45,7 +48,9 @@ HANGS_S = 300.0
 POINTS = ("step", "save", "deliver", "commit", "committed")
 """Where a rank can kill itself: after a step, before DeepSpeed writes, before a file goes to its place, before the manifest, after the
 marker."""
-KINDS = ("kill one", "kill all", "kill at random", "terminate", "corrupt", "disk full", "resize")
+KINDS = ("kill one", "kill all", "kill at random", "terminate", "corrupt", "disk full", "resize", "sick node", "outage")
+PATIENCE_S, OUTAGE_S = 3.0, (8.0, 14.0)
+"""How long the stream waits for the storage; and an outage's least and greatest length: more than that and a request's own repeats."""
 WORLDS, ZERO_STAGES = (2, 3, 1), (1, 3, 2)
 
 
@@ -84,6 +89,8 @@ def worker(job: Any, plan: Plan, seen: str) -> None:
     with open(f"{seen}.log", "a") as log:  # what the dying say is kept with the trial
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    if plan.kind == "sick node" and rank == plan.rank % int(os.environ["WORLD_SIZE"]):
+        fall_sick(plan)
     passed: Counter[str] = Counter()
 
     def at(point: str) -> None:
@@ -95,9 +102,7 @@ def worker(job: Any, plan: Plan, seen: str) -> None:
         elif plan.kind == "terminate":
             os.kill(os.getpid(), signal.SIGTERM)
         elif plan.kind == "disk full":
-            # A file may grow no further: what a full disk or a quota does, for this process alone. Python ignores the signal.
-            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+            fill_disk()
 
     one_step, save, deliver, commit = DeepSpeedEngine.train_step, deepspeed_files.save_shards, saver._deliver, layout.commit
 
@@ -134,6 +139,23 @@ def worker(job: Any, plan: Plan, seen: str) -> None:
         sys.exit(75)
 
 
+def fill_disk() -> None:
+    """A file may grow no further: what a full disk or a quota does, for this process alone. Python ignores the signal."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+
+
+def fall_sick(plan: Plan) -> None:
+    """A disk that takes nothing, or memory that changes what is read of checkpoints, until the process ends."""
+    from oar_scale.distributed.checkpoints import fetch
+
+    if plan.count % 2:
+        fill_disk()
+        return
+    whole = fetch.crc32c
+    fetch.crc32c = lambda data, crc=0: whole(data, crc) ^ 1  # type: ignore[assignment]
+
+
 # -- the trial -----------------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +185,7 @@ class Ground:
 def changes(world: int, zero_stage: int) -> dict[str, Any]:
     """The recipe of a trial, but for its places."""
     return {
-        "storage": {"patience_s": 60},
+        "storage": {"patience_s": PATIENCE_S},
         "data": {"canonical_streams": 6},
         "model": {"dropout": 0.0},  # its masks depend on the rank
         "parallel": {"workers": world, "zero_stage": zero_stage, "micro_batch": 2, "precision": "fp32", "hang_timeout_s": 120},
@@ -172,9 +194,13 @@ def changes(world: int, zero_stage: int) -> dict[str, Any]:
     }
 
 
-def attempt(run: Run, plan: Plan, seen: str, world: int, kill_after_s: float | None) -> list[int | None]:
-    """Start the workers, let the plan happen; their exit codes."""
+def attempt(
+    run: Run, plan: Plan, seen: str, world: int, kill_after_s: float | None, meanwhile: Callable[[], None] | None = None
+) -> list[int | None]:
+    """Start the workers, let the plan happen, and ``meanwhile`` what happens outside of them; their exit codes."""
     workers = start_workers(worker, world, pretraining(run), plan, seen)
+    if meanwhile is not None:
+        meanwhile()
     began, victim = time.monotonic(), plan.rank % world
     until = began + (kill_after_s if kill_after_s is not None else HANGS_S)
     while alive := [each.sentinel for each in workers if each.is_alive()]:
@@ -213,7 +239,7 @@ def run_trial(ground: Ground, number: int, seed: int, s3: tuple[str, FaultProxy]
             trial.kinds["S3 fails 20 % of calls"] += 1
         trial.kinds["on S3"] += 1
     try:
-        _attempts(ground, trial, dice, folder, root)
+        _attempts(ground, trial, dice, folder, root, s3[1] if s3 is not None and root is not None else None)
     finally:
         if s3 is not None:
             s3[1].spoil_all(0)
@@ -222,23 +248,40 @@ def run_trial(ground: Ground, number: int, seed: int, s3: tuple[str, FaultProxy]
     return trial
 
 
-def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, root: str | None) -> None:
+def outage(proxy: FaultProxy, begins_s: float, lasts_s: float, failing: bool) -> None:
+    """Let nothing through to S3 for a while, some time after the workers were started."""
+    time.sleep(begins_s)
+    proxy.spoil({"refused": 1.0}, methods=ALL_METHODS)
+    time.sleep(lasts_s)
+    proxy.spoil_all(0.2 if failing else 0.0)
+
+
+def _attempts(ground: Ground, trial: Trial, dice: random.Random, folder: str, root: str | None, proxy: FaultProxy | None) -> None:
     world, zero_stage = dice.choice(WORLDS), dice.choice(ZERO_STAGES)
     shapes, first = [(world, zero_stage)], ground.undisturbed(world, zero_stage)
     corrupted: dict[str, bytes | None] = {}
     seen: list[str] = []
     for number in range(ATTEMPTS):
         last = number == ATTEMPTS - 1
-        kind = "none" if last or (number >= 2 and dice.random() < 0.6) else dice.choice(KINDS)
+        kinds = [each for each in KINDS if proxy is not None or each != "outage"]
+        kind = "none" if last or (number >= 2 and dice.random() < 0.6) else dice.choice(kinds)
         run = copy_run(ground.run, folder, root, **changes(world, zero_stage))
         before, damaged, files_before = committed(run), still_damaged(corrupted), len(event_files(run))
         plan = Plan(kind, dice.randrange(3), dice.choice(POINTS), dice.randint(1, 4))
         seen.append(join(folder, f"seen-{number}"))
-        codes = attempt(run, plan, seen[-1], world, dice.uniform(0.5, 6) if kind == "kill at random" else None)
+        meanwhile = None
+        if kind == "outage" and proxy is not None:
+            failing = bool(trial.kinds["S3 fails 20 % of calls"])
+            begins_s, lasts_s = dice.uniform(0, 6), dice.uniform(*OUTAGE_S)
+            shutil.rmtree(pretraining(run).cache, ignore_errors=True)  # what lies there needs no storage
+            meanwhile = partial(outage, proxy, begins_s, lasts_s, failing)
+        codes = attempt(run, plan, seen[-1], world, dice.uniform(0.5, 6) if kind == "kill at random" else None, meanwhile)
         trial.attempts += 1
         trial.kinds[kind] += 1
         check_resumed(event_files(run)[files_before:], before, number, damaged)
         check_committed(run, still_damaged(corrupted))
+        if kind in ("sick node", "outage"):
+            check_not_withdrawn(run, before - damaged)
         if codes == [0] * world and open_storage(run.at()).exists(run.model_uri("any_order")):
             break
         if kind == "corrupt":
@@ -317,6 +360,13 @@ def check_committed(run: Run, corrupted: set[str]) -> None:
                 check(checkpoint, name)
         except DamagedCheckpoint as fault:
             raise AssertionError(f"{uri} is committed, and {fault}") from fault
+
+
+def check_not_withdrawn(run: Run, before: set[str]) -> None:
+    """What one worker could not read is still committed, or has given way to newer ones."""
+    left = committed(run)
+    lost = {uri for uri in before - left if not left or uri > max(left)}
+    assert not lost, f"withdrawn, although nothing is wrong with it: {lost}"
 
 
 def corrupt(dice: random.Random, whole: set[str]) -> dict[str, bytes | None]:
