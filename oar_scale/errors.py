@@ -33,3 +33,14 @@ class Missing(UserError):
 
 class Unreachable(UserError):
     """The storage does not answer: the same call may succeed later."""
+
+
+class DamagedJson(UserError):
+    """What is at ``uri`` should be JSON, and is not: a disk that was full, or a server that lost power, may leave such files."""
+
+    def __init__(self, uri: str, why: str) -> None:
+        super().__init__(f"{uri}: this is not JSON, or not all of it ({why}). Delete it and run the stage that writes it again.")
+        self.uri, self.why = uri, why
+
+    def __reduce__(self) -> tuple[type[DamagedJson], tuple[str, str]]:
+        return DamagedJson, (self.uri, self.why)

@@ -21,7 +21,7 @@ from urllib.parse import quote
 from oar_scale.data.manifest import Manifest, ShardInfo, parse_manifest
 from oar_scale.data.scan import ShardScan, in_parallel, list_shards, scan_shard
 from oar_scale.errors import UserError
-from oar_scale.storage import Missing, join, open_storage, read_json, write_json
+from oar_scale.storage import DamagedJson, Missing, join, open_storage, read_json, write_json
 
 NAMED = 10
 """Broken shards that an error names."""
@@ -127,7 +127,11 @@ def _from_ledger(job: IndexJob, names: Iterable[str]) -> dict[str, ShardScan]:
     existing = set(open_storage(job.ledger).list(job.ledger))
 
     def read(name: str) -> tuple[str, ShardScan | None]:
-        entry, uri = read_json(_entry(job, name)), join(job.folder, name)
+        uri = join(job.folder, name)
+        try:
+            entry = read_json(_entry(job, name))
+        except DamagedJson:
+            return name, None
         if (entry["uri"], entry["version"]) != (uri, open_storage(uri).version(uri)):
             return name, None
         views_cells = entry["scan"]["codes_shape"]  # JSON has no tuples

@@ -13,6 +13,7 @@ from oar_scale.storage import Missing, join, open_storage
 from oar_scale.tokenizers.text_features import TextFeatures
 
 FORMAT = 1
+_AGAIN = "Run the stage that writes these shards again; for shards that another program wrote: oar data index."
 
 
 class ShardInfo(BaseModel):
@@ -75,10 +76,7 @@ def read_manifest(folder: str) -> Manifest:
     try:
         return parse_manifest(open_storage(uri).read(uri), uri)
     except Missing as error:
-        raise UserError(
-            f"{folder}: no manifest.json, so these shards were never finished. Run the stage that writes them again; "
-            "for shards that another program wrote: oar data index."
-        ) from error
+        raise UserError(f"{folder}: no manifest.json, so these shards were never finished. {_AGAIN}") from error
 
 
 def parse_manifest(data: bytes, uri: str) -> Manifest:
@@ -86,7 +84,7 @@ def parse_manifest(data: bytes, uri: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        raise UserError(f"{uri}: not a manifest that oar_scale wrote.\n{error}") from error
+        raise UserError(f"{uri}: not a manifest that oar_scale wrote, or not all of it.\n{error}\n{_AGAIN}") from error
     if manifest.format != FORMAT:
         raise UserError(f"{uri}: format {manifest.format}, this version of oar_scale reads format {FORMAT}.")
     return manifest

@@ -11,7 +11,6 @@ A shard or sample that cannot be used raises :class:`UnusableSample`. The stream
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,6 +23,7 @@ from oar_scale.data.scan import npy_header
 from oar_scale.data.tars import key_and_extension, members
 from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject, parse_object
 from oar_scale.tokenizers.prompts import Field, Prompt
 
 Codes = NDArray[np.uint16]
@@ -84,13 +84,18 @@ class OpenShard:
             return self.caption(row)
         if field == "features":
             return self.array(row, "features.npy")
-        try:
-            label = json.loads(bytes(self.part(row, "json"))).get("label")
-        except (ValueError, AttributeError):
-            label = None
+        self.part(row, "json")  # raises where there is none
+        label = self.metadata(row).get("label")
         if not isinstance(label, int):
             raise self.fault(row, "has no whole number as label in its .json, which tokenizer.text asks for")
         return label
+
+    def metadata(self, row: int) -> JsonObject:
+        """The object in a sample's ``.json``; empty where it has none. Raises UnusableSample where that is something else."""
+        try:
+            return parse_object(bytes(self.find(row, ("json",)) or b"{}"))
+        except ValueError as error:
+            raise self.fault(row, f"has a .json that is none ({error})") from error
 
     def part(self, row: int, extension: str) -> memoryview:
         """The bytes of one member of a sample. Raises UnusableSample where it has none."""

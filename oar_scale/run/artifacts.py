@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +11,9 @@ from PIL import Image
 
 from oar_scale.config.schema import SentencePieceConfig
 from oar_scale.data.manifest import read_manifest
-from oar_scale.data.shards import read_shard, read_token_shard
+from oar_scale.data.shards import ShardSample, read_shard, read_token_shard
 from oar_scale.errors import UserError
+from oar_scale.json_object import parse_object
 from oar_scale.orders.order_table import join_orders, read_orders, table_name
 from oar_scale.registry import MODELS, ModelName
 from oar_scale.results.examples import Picture
@@ -122,9 +122,16 @@ def without_variant(run: Run, keys: list[str]) -> NDArray[np.bool_]:
     for split in ("train", "heldout"):
         folder = run.at("images", split)
         samples = (sample for info in read_manifest(folder).shards for sample in read_shard(join(folder, info.name), run.cache, info))
-        families[split] = {sample["__key__"]: json.loads(sample.get("json", b"{}")).get("family", "") for sample in samples}
+        families[split] = {sample["__key__"]: _family(sample, folder) for sample in samples}
     in_train = set(families["train"].values()) - {""}
     return np.array([families["heldout"].get(key, "") not in in_train for key in keys])
+
+
+def _family(sample: ShardSample, folder: str) -> str:
+    try:
+        return str(parse_object(sample.get("json", b"{}")).get("family", ""))
+    except ValueError as error:
+        raise UserError(f"{folder}: sample {sample['__key__']!r} has a .json that is none ({error})") from error
 
 
 def read_train_orders(run: Run, train: Tokens) -> NDArray[np.uint16]:

@@ -18,8 +18,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import IO, Protocol
 
-from oar_scale.errors import Missing, Unreachable, UserError
-from oar_scale.json_object import JsonObject
+from oar_scale.errors import DamagedJson, Missing, Unreachable
+from oar_scale.json_object import JsonObject, parse_object
 from oar_scale.storage.patience import PatientStorage, patience_s
 from oar_scale.storage.schemes import LOCAL, scheme_of, storage_of
 
@@ -57,8 +57,16 @@ class Storage(Protocol):
             Missing: there is no such object.
         """
 
-    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Put ``data`` at ``uri`` atomically; return False, changing nothing, if ``if_absent`` and the object exists."""
+    def write(self, uri: str, data: bytes, *, if_absent: bool = False, if_version: str = "") -> bool:
+        """Put ``data`` at ``uri`` atomically.
+
+        Args:
+            if_absent: only where there is no object.
+            if_version: only where the object is still the one of which :meth:`version` returned this.
+
+        Returns:
+            False if such a condition does not hold; nothing has changed then.
+        """
 
     def download(self, uri: str, path: str) -> None:
         """Copy the object to the local file ``path`` (atomic there). Raises ``Missing``."""
@@ -115,14 +123,13 @@ def read_json(uri: str) -> JsonObject:
 
     Raises:
         Missing: there is no such object.
-        UserError: what is there is not JSON.
+        DamagedJson: what is there is no JSON object: it was cut, or is something else.
     """
     data = open_storage(uri).read(uri)
     try:
-        value: JsonObject = json.loads(data)
+        return parse_object(data)
     except ValueError as error:
-        raise UserError(f"{uri}: this is not JSON ({error}). Delete it and run the stage that writes it again.") from error
-    return value
+        raise DamagedJson(uri, str(error)) from error
 
 
 def write_json(uri: str, obj: object) -> None:
@@ -150,4 +157,4 @@ def fetch(uri: str, cache_dir: str) -> str:
     return path
 
 
-__all__ = ["FetchStats", "Missing", "Storage", "Unreachable", "fetch", "join", "open_storage", "read_json", "write_json"]
+__all__ = ["DamagedJson", "FetchStats", "Missing", "Storage", "Unreachable", "fetch", "join", "open_storage", "read_json", "write_json"]

@@ -7,6 +7,7 @@ hard-linked, where the name must not exist yet). Whatever dies in between leaves
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import uuid
@@ -38,8 +39,10 @@ class LocalStorage:
             file.seek(start)
             return file.read(-1 if end is None else max(0, end - start))
 
-    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write a file by way of a temporary one; return False if ``if_absent`` and the name is taken by then."""
+    def write(self, uri: str, data: bytes, *, if_absent: bool = False, if_version: str = "") -> bool:
+        """Write a file by way of a temporary one; return False if the name is taken, or the version replaced, by then."""
+        if if_version:
+            return self._replace(uri, data, if_version)
         if if_absent and os.path.lexists(uri):
             return False
         try:
@@ -94,6 +97,15 @@ class LocalStorage:
         with _explained(uri):
             status = os.stat(uri)
         return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+
+    def _replace(self, uri: str, data: bytes, version: str) -> bool:
+        """Replace a file that is still of this version. Those who would replace the same one wait for each other at its lock."""
+        try:
+            with _explained(uri), open(uri, "rb") as current:
+                fcntl.flock(current, fcntl.LOCK_EX)
+                return self.version(uri) == version and self.write(uri, data)
+        except Missing:
+            return False
 
     @staticmethod
     def _copy(source: str, target: str) -> None:

@@ -41,7 +41,7 @@ def patience_s() -> float:
 class PatientStorage:
     """A storage whose requests are repeated while it is out of reach. See :class:`oar_scale.storage.Storage` for what each method promises.
 
-    Creating an object is not repeated: if an answer is lost, the second try would find its own object and take it for another's.
+    A conditional write is not repeated: if an answer is lost, the second try would find its own object and take it for another's.
     """
 
     def __init__(self, storage: Storage, patience_s: float) -> None:
@@ -51,9 +51,10 @@ class PatientStorage:
         """Return bytes of an object. Raises Missing."""
         return retry_transient(lambda: self._storage.read(uri, start, end), self._patience_s)
 
-    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+    def write(self, uri: str, data: bytes, *, if_absent: bool = False, if_version: str = "") -> bool:
         """Put an object."""
-        return retry_transient(lambda: self._storage.write(uri, data, if_absent=if_absent), 0.0 if if_absent else self._patience_s)
+        patience_s = 0.0 if if_absent or if_version else self._patience_s
+        return retry_transient(lambda: self._storage.write(uri, data, if_absent=if_absent, if_version=if_version), patience_s)
 
     def download(self, uri: str, path: str) -> None:
         """Copy an object to a local file. Raises Missing."""

@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import IO
 
@@ -22,12 +22,16 @@ from botocore.exceptions import ClientError, FlexibleChecksumError
 from oar_scale.errors import UserError
 from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import FetchStats, Missing
+from oar_scale.storage.background import in_order
 from oar_scale.storage.local import atomic_file
 from oar_scale.storage.s3_client import TRIES, NoBucket, client, explained, has_bucket, split
 from oar_scale.storage.s3_ranges import head, read_range
-from oar_scale.storage.s3_types import S3Client
+from oar_scale.storage.s3_types import PutCondition, S3Client, UploadedPart
 
-_TRANSFER = TransferConfig(multipart_threshold=32 << 20, multipart_chunksize=16 << 20, max_concurrency=4)
+_REFUSED = {"PreconditionFailed", "412", "NoSuchKey"}
+"""The answers to a put whose condition does not hold; the last one to ``If-Match`` where there is no object."""
+_THREADS = 4
+_TRANSFER = TransferConfig(multipart_threshold=32 << 20, multipart_chunksize=16 << 20, max_concurrency=_THREADS)
 
 
 class S3Storage:
@@ -49,11 +53,11 @@ class S3Storage:
                     raise UserError(f"{uri}: arrived damaged twice ({error}). Write the object again.") from error
         raise AssertionError("the last round returns or raises")
 
-    def write(self, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+    def write(self, uri: str, data: bytes, *, if_absent: bool = False, if_version: str = "") -> bool:
         """Put an object, in several parts where it is large: one request may carry 5 GB at most.
 
         Returns:
-            False if ``if_absent`` and there is one; such an object is small, and one request.
+            False if ``if_absent`` and there is one, or ``if_version`` and the object there is another one.
 
         Raises:
             UserError: there is no bucket.
@@ -61,8 +65,10 @@ class S3Storage:
         bucket, key = split(uri)
         with explained(uri):
             _require_bucket(client(), bucket)
+            if if_version:
+                return _put_if(bucket, key, data, {"IfMatch": f'"{if_version}"'})
             if if_absent:
-                return _put_once(bucket, key, data)
+                return _put_if(bucket, key, data, {"IfNoneMatch": "*"})
             if len(data) > _TRANSFER.multipart_threshold:
                 client().upload_fileobj(io.BytesIO(data), bucket, key, Config=_TRANSFER)
             else:
@@ -149,8 +155,8 @@ def _send(descriptor: int, uri: str) -> None:
         client().upload_fileobj(file, bucket, key, Config=_TRANSFER)
 
 
-def _put_once(bucket: str, key: str, data: bytes) -> bool:
-    """Put an object that must not exist yet.
+def _put_if(bucket: str, key: str, data: bytes, condition: PutCondition) -> bool:
+    """Put an object under a condition, in several parts where it is large; return False if the condition does not hold.
 
     If the answer to our own successful put is lost, the retry meets our own object. A random mark tells it from
     another writer's.
@@ -158,16 +164,37 @@ def _put_once(bucket: str, key: str, data: bytes) -> bool:
     mark = uuid.uuid4().hex
     for attempt in range(1, TRIES + 1):
         try:
-            client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": mark})
+            if len(data) > _TRANSFER.multipart_threshold:
+                _put_parts(bucket, key, data, {"writer": mark}, condition)
+            else:
+                client().put_object(Bucket=bucket, Key=key, Body=data, Metadata={"writer": mark}, **condition)
             return True
         except ClientError as error:
             code = error.response["Error"]["Code"]
-            if code in ("PreconditionFailed", "412"):
+            if code in _REFUSED or (code == "NoSuchUpload" and _writer(bucket, key) == mark):
                 return _writer(bucket, key) == mark
             if code != "ConditionalRequestConflict" or attempt == TRIES:
                 raise
             time.sleep(0.1 * 2**attempt)  # the server could not decide a race; it asks to try again
     raise AssertionError("the last attempt returns or raises")
+
+
+def _put_parts(bucket: str, key: str, data: bytes, metadata: dict[str, str], condition: PutCondition) -> None:
+    """Put an object in parts under a condition, which boto3's own transfers do not offer. The last request decides it."""
+    s3, size = client(), _TRANSFER.multipart_chunksize
+    upload = s3.create_multipart_upload(Bucket=bucket, Key=key, Metadata=metadata)["UploadId"]
+
+    def put(number: int) -> UploadedPart:
+        body = data[(number - 1) * size : number * size]
+        return {"PartNumber": number, "ETag": s3.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=body)["ETag"]}
+
+    try:
+        parts = list(in_order(put, range(1, 1 + -(-len(data) // size)), _THREADS))
+        s3.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}, **condition)
+    except Exception:
+        with suppress(Exception):  # what matters is why it was given up; a server clears such parts away some day
+            s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+        raise
 
 
 def _writer(bucket: str, key: str) -> str | None:

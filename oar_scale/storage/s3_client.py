@@ -137,8 +137,19 @@ def _translated(uri: str, error: ClientError) -> Exception:
             f"{uri}: {server} {why} ({code}, {error.operation_name}).\n"
             "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, and that the key may read, write and list this bucket."
         )
+    if may_pass(error):
+        return Unreachable(
+            f"{uri}: given up after several tries of {error.operation_name}; the last answer: {error}\n"
+            f"The S3 server at {server} is overloaded or out of order. When it answers again, start the same command again."
+        )
     error.add_note(f"while accessing {uri} on {server}")
     return error
+
+
+def may_pass(error: ClientError) -> bool:
+    """Whether the server's answer says that the same request may succeed later."""
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status >= 500 or status in (408, 429) or error.response["Error"]["Code"] in ("SlowDown", "RequestTimeout")
 
 
 def _no_bucket(uri: str, bucket: str) -> UserError:

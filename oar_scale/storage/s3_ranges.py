@@ -21,7 +21,7 @@ from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, I
 from oar_scale.runtime.retry import Backoff, RetryStopped, retry
 from oar_scale.storage import FetchStats, Unreachable
 from oar_scale.storage.remote import ObjectHead, Replaced
-from oar_scale.storage.s3_client import EXPIRED, client, renew, requests_sent, split
+from oar_scale.storage.s3_client import EXPIRED, client, may_pass, renew, requests_sent, split
 from oar_scale.storage.s3_types import GetObject, ObjectBody
 
 TRIES = 12
@@ -158,7 +158,7 @@ class _RangeAttempts:
     def _transient(self, error: BaseException) -> bool:
         """Whether the error may pass; counts it if so."""
         if isinstance(error, ClientError):
-            passing = _may_pass(error)
+            passing = may_pass(error)
         elif isinstance(error, _NO_ANSWER):
             passing = self.server in _answered  # else the address is wrong, more likely than the network
         else:
@@ -169,11 +169,6 @@ class _RangeAttempts:
     def _give_up(self) -> bool:
         self.given_up = self.failures >= TRIES or time.monotonic() - self.last_byte > PATIENCE_S
         return self.given_up
-
-
-def _may_pass(error: ClientError) -> bool:
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status >= 500 or status in (408, 429) or error.response["Error"]["Code"] in ("SlowDown", "RequestTimeout")
 
 
 def _get(uri: str, start: int, end: int | None, etag: str) -> GetObject | None:

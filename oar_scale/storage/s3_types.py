@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import IO, Protocol, TypedDict
+from typing import IO, Protocol, TypedDict, Unpack
 
 from boto3.s3.transfer import TransferConfig
 from botocore.client import ClientMeta
@@ -60,6 +60,38 @@ class ListPages(Protocol):
         """The pages of all objects whose key begins with ``Prefix``."""
 
 
+class CreateMultipartUpload(TypedDict):
+    """The answer to CreateMultipartUpload."""
+
+    UploadId: str
+
+
+class UploadPart(TypedDict):
+    """The answer to UploadPart."""
+
+    ETag: str
+
+
+class UploadedPart(TypedDict):
+    """A part, as CompleteMultipartUpload names it."""
+
+    PartNumber: int
+    ETag: str
+
+
+class UploadedParts(TypedDict):
+    """All parts of an object."""
+
+    Parts: list[UploadedPart]
+
+
+class PutCondition(TypedDict, total=False):
+    """When an object is written: if there is none (``IfNoneMatch="*"``), or if it is still the one with this quoted ETag."""
+
+    IfNoneMatch: str
+    IfMatch: str
+
+
 class S3Client(Protocol):
     """The methods of the client that are used; each raises ``botocore.exceptions.ClientError`` for an error of the server."""
 
@@ -79,8 +111,24 @@ class S3Client(Protocol):
     def get_object(self, *, Bucket: str, Key: str, IfMatch: str = ..., Range: str = ...) -> GetObject:
         """Begin to read an object or a range of it."""
 
-    def put_object(self, *, Bucket: str, Key: str, Body: bytes, IfNoneMatch: str = ..., Metadata: dict[str, str] = ...) -> object:
+    def put_object(
+        self, *, Bucket: str, Key: str, Body: bytes, Metadata: dict[str, str] = ..., **condition: Unpack[PutCondition]
+    ) -> object:
         """Write an object in one request."""
+
+    def create_multipart_upload(self, *, Bucket: str, Key: str, Metadata: dict[str, str]) -> CreateMultipartUpload:
+        """Begin to write an object in parts."""
+
+    def upload_part(self, *, Bucket: str, Key: str, UploadId: str, PartNumber: int, Body: bytes) -> UploadPart:
+        """Write one part, which is numbered from 1."""
+
+    def complete_multipart_upload(
+        self, *, Bucket: str, Key: str, UploadId: str, MultipartUpload: UploadedParts, **condition: Unpack[PutCondition]
+    ) -> object:
+        """Make the object of its parts."""
+
+    def abort_multipart_upload(self, *, Bucket: str, Key: str, UploadId: str) -> object:
+        """Remove the parts of an object that is not to be made."""
 
     def delete_object(self, *, Bucket: str, Key: str) -> object:
         """Delete an object; absent is fine."""

@@ -9,7 +9,6 @@ nobody had to train are measured on the same images: the baselines of an order h
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,6 @@ from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest
 from oar_scale.data.open_shard import TokenShard
 from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
-from oar_scale.json_object import JsonObject
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.analysis.analysis_values import HeadReport, HeadRow
 from oar_scale.orders.analysis.statistics import kendall_distance, placing_times
@@ -110,7 +108,7 @@ class HeadData:
 
 def kept_out(shard: TokenShard, share: float) -> NDArray[np.bool_]:
     """Which images [S] a head is not trained on: by their family, else their name, else their key."""
-    metadata: list[JsonObject] = [json.loads(bytes(shard.find(row, ("json",)) or b"{}")) for row in range(len(shard))]
+    metadata = [shard.metadata(row) for row in range(len(shard))]
     names = [str(each.get("family") or each.get("name") or key) for each, key in zip(metadata, shard.keys, strict=True)]
     return name_hashes(names, "order head") < share
 

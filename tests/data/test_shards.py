@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
+from oar_scale.data.open_shard import OpenShard
 from oar_scale.data.shards import read_token_shard, token_sample, write_shard
 from oar_scale.errors import UserError
 
@@ -72,6 +73,21 @@ def test_shards_without_a_manifest_are_unfinished_work(tmp_path: Path) -> None:
         read_manifest(str(tmp_path))
     write_manifest(str(tmp_path), Manifest(shards=(info,)))
     assert read_manifest(str(tmp_path)).samples == 3
+    (tmp_path / "manifest.json").write_text((tmp_path / "manifest.json").read_text()[:40])
+    with pytest.raises(
+        UserError, match=r"(?s)manifest\.json: not a manifest that oar_scale wrote, or not all of it.*Run the stage that writes"
+    ):
+        read_manifest(str(tmp_path))
+
+
+def test_a_json_member_that_is_none_names_shard_and_sample(tmp_path: Path) -> None:
+    written = [{"__key__": key, "json": text.encode()} for key, text in (("a", '{"family": "f"}'), ("b", '{"fam'), ("c", "[]"))]
+    write_shard(str(tmp_path), "00000.tar", written)
+    shard = OpenShard(memoryview((tmp_path / "00000.tar").read_bytes()), "00000.tar")
+    assert shard.metadata(0) == {"family": "f"}
+    for row, key in ((1, "b"), (2, "c")):
+        with pytest.raises(UserError, match=f"00000.tar: sample '{key}' has a .json that is none"):
+            shard.metadata(row)
 
 
 def test_the_fingerprint_changes_with_bytes_and_meaning(tmp_path: Path) -> None:
