@@ -2,8 +2,8 @@
 
     TableWriter(output, log, faults={"00003.tar": "crash 1 half"})
 
-``crash N PHASE`` kills the process once, at the shard's N-th write to the storage (0: its claim, 1: the Parquet, 2: the entry in the
-ledger), PHASE being ``before`` it, ``half`` way through its bytes, or ``after`` it.
+``crash N PHASE`` kills the process once, at the shard's N-th write to the storage (0: its claim, 1: the draft of its entry, 2: the Parquet,
+3: the entry in the ledger), PHASE being ``before`` it, ``half`` way through its bytes, or ``after`` it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
+from crc32c import crc32c
 
 from oar_scale.errors import UserError
-from oar_scale.orders.order_table import OrderTable, table_name, write_orders
-from oar_scale.shard_pool import ShardResult
+from oar_scale.orders.order_table import OrderTable, order_bytes, table_name
+from oar_scale.shard_pool import OnStep, ShardOutput, ShardResult, Worker
 from oar_scale.storage import join, open_storage
 
 if TYPE_CHECKING:
     from oar_scale.shard_pool.extraction_pool import ExtractionJob  # brings torch, which the stand-in does without
 
 ROWS, CELLS = 40, 16
-WRITES, PHASES = ("claim", "table", "entry"), ("before", "half", "after")
+WRITES, PHASES = ("claim", "draft", "table", "entry"), ("before", "half", "after")
 
 
 @dataclass
@@ -57,7 +58,7 @@ class TableWriter:
         if any(fault.startswith("crash") for fault in self.faults.values()):
             self._intercept_writes()
 
-    def run(self, shard: str) -> ShardResult:
+    def run(self, shard: str, on_step: OnStep) -> ShardOutput:
         note_try(self.log, shard)
         fault = self.faults.get(shard, "")
         if fault == "fail":
@@ -72,8 +73,8 @@ class TableWriter:
             while not Path(self.log, "go on").exists():
                 time.sleep(0.02)
         time.sleep(self.seconds)
-        write_orders(join(self.output, table_name(shard)), table_of(shard))
-        return {"images": ROWS, "bytes": len(shard)}
+        data = order_bytes(table_of(shard))
+        return ShardOutput(join(self.output, table_name(shard)), data, {"images": ROWS}, {"crc32c": crc32c(data)})
 
     def _first(self, shard: str) -> bool:
         """Whether this is the first time that somebody asks about this shard."""
@@ -87,21 +88,41 @@ class TableWriter:
         storage = type(open_storage(self.output))
         write, counts = storage.write, dict.fromkeys(self.faults, 0)
 
-        def dying(self_: Any, uri: str, data: bytes, *, if_absent: bool = False) -> bool:
+        def dying(self_: Any, uri: str, data: bytes, **conditions: Any) -> bool:
             shard = next((name for name in self.faults if name.removesuffix(".tar") in uri), None)
             fault = self.faults[shard].split() if shard else [""]
             if shard is None or fault[0] != "crash" or counts[shard] != int(fault[1]) or not self._first(shard):
                 if shard:
                     counts[shard] += 1
-                return bool(write(self_, uri, data, if_absent=if_absent))
+                return bool(write(self_, uri, data, **conditions))
             if fault[2] == "half":
                 _half_a_write(uri, data)
             elif fault[2] == "after":
-                write(self_, uri, data, if_absent=if_absent)
+                write(self_, uri, data, **conditions)
             os.kill(os.getpid(), signal.SIGKILL)
             raise AssertionError
 
         storage.write = dying  # type: ignore[method-assign, assignment]
+
+
+@dataclass
+class OnRayNodes(TableWriter):
+    """Hosts are Ray's nodes, by their addresses, though all are on this machine. On ``sick`` every shard fails with what a user can fix."""
+
+    sick: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        import ray
+
+        self.address = str(ray.util.get_node_ip_address())
+        socket.gethostname = lambda: self.address  # of this process, which is an actor's
+
+    def run(self, shard: str, on_step: OnStep) -> ShardOutput:
+        if self.address == self.sick:
+            note_try(self.log, shard)
+            raise UserError(f"{shard}: the credentials of {self.address} have expired")
+        return super().run(shard, on_step)
 
 
 def table_of(shard: str) -> OrderTable:
@@ -119,9 +140,16 @@ class NotedExtraction:
         note_process(log)
         self.log, self.worker = log, job.make_worker()
 
-    def run(self, shard: str) -> ShardResult:
+    def run(self, shard: str, on_step: OnStep) -> ShardOutput:
         note_try(self.log, shard)
-        return self.worker.run(shard)
+        return self.worker.run(shard, on_step)
+
+
+def write_output(worker: Worker, shard: str) -> ShardResult:
+    """Do a shard without a pool, and write what it makes; return its result."""
+    output = worker.run(shard, lambda: None)
+    open_storage(output.uri).write(output.uri, output.data)
+    return output.result
 
 
 def note_process(log: str) -> None:

@@ -14,7 +14,8 @@ READERS = 16
 
 
 def verify_order_tables(run: Run) -> int:
-    """Read the table of every finished shard. Lost or damaged ones are removed from the ledger, and the stage counts as unfinished.
+    """Read the table of every finished shard. Those that are lost or damaged, as their ledger entries may be, are removed from the ledger,
+    and the stage counts as unfinished.
 
     Returns:
         1 if there are such, else 0.
@@ -22,21 +23,22 @@ def verify_order_tables(run: Run) -> int:
     orders, tokens = run.at("orders", "train"), read_manifest(run.at("tokens", "train"))
     book, shards = Ledger(join(orders, "ledger")), {shard.name: shard for shard in tokens.shards}
     entries = book.entries(shards)
+    bad = book.damaged(shards, entries)
     with run.console.progress(len(entries), "tables") as tally:
-        bad: dict[str, str] = {}
         problems = in_order(lambda shard: _problem(orders, shards[shard], entries[shard].result), list(entries), READERS)
         for number, (shard, problem) in enumerate(zip(entries, problems, strict=True)):
             if problem:
                 bad[shard] = problem
             tally.update(number + 1)
-    if len(entries) - len(bad) < len(shards):  # whatever the cause: the stage is not finished
+    found = len(entries.keys() | bad.keys())
+    if found - len(bad) < len(shards):  # whatever the cause: the stage is not finished
         open_storage(run.marker("extract")).delete(run.marker("extract"))
     for shard in bad:
         book.forget(shard)
     if not bad:
         print(f"{orders}: {len(entries)} tables, all of them as they were written")
         return 0
-    print(f"{orders}: {len(bad)} of {len(entries)} tables are lost or damaged; the next `oar extract RECIPE` makes them again:")
+    print(f"{orders}: {len(bad)} of {found} tables are lost or damaged; the next `oar extract RECIPE` makes them again:")
     print("\n".join(f"  {shard}: {problem}" for shard, problem in bad.items()))
     return 1
 

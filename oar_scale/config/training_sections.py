@@ -84,7 +84,7 @@ class ParallelConfig(Section):
     """Restarts of the worker group before the stage gives up; a restart that got further than the one before is not counted."""
     hang_timeout_s: float = Field(1800, gt=0)
     """A worker that makes no step for so long writes down its stacks and ends; all start again from the last checkpoint. An actor of
-    extraction is replaced after so long without its model, or on a shard while it is not known what one takes."""
+    a pool is replaced after so long, and the patience with the storage, without its model or without progress in its shard."""
     grace_s: float = Field(120, gt=0)
     """Time to save and leave after SIGTERM or SIGUSR1."""
 

@@ -38,7 +38,15 @@ def shard_name(index: int) -> str:
 
 def write_shard(folder: str, name: str, samples: Iterable[ShardSample]) -> ShardInfo:
     """Write one shard (each sample a dict with ``__key__`` and a value per extension) and publish it atomically."""
-    uri, count = join(folder, name), 0
+    info, data = pack_shard(name, samples)
+    uri = join(folder, name)
+    open_storage(uri).write(uri, data)
+    return info
+
+
+def pack_shard(name: str, samples: Iterable[ShardSample]) -> tuple[ShardInfo, bytes]:
+    """The entry of a shard for the manifest, and its bytes."""
+    count = 0
     handle, path = tempfile.mkstemp(suffix=".tar")
     os.close(handle)
     try:
@@ -48,10 +56,9 @@ def write_shard(folder: str, name: str, samples: Iterable[ShardSample]) -> Shard
                 count += 1
         with open(path, "rb") as file:
             data = file.read()
-        open_storage(uri).write(uri, data)
     finally:
         os.unlink(path)
-    return ShardInfo(name=name, bytes=len(data), samples=count, crc32c=crc32c.crc32c(data))
+    return ShardInfo(name=name, bytes=len(data), samples=count, crc32c=crc32c.crc32c(data)), data
 
 
 def iterate_shard(path: str, uri: str) -> Iterator[ShardSample]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from PIL import Image
 
 from oar_scale.data.images import EXTENSIONS, decode_image
 from oar_scale.data.manifest import Manifest, ShardInfo
-from oar_scale.data.shards import ShardSample, read_shard, token_sample, write_shard
+from oar_scale.data.shards import ShardSample, pack_shard, read_shard, token_sample
 from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
-from oar_scale.storage import join
+from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import features_of
@@ -35,18 +35,41 @@ def tokenize_shard(
     text: ClipText | None = None,
     cache_bytes: int | None = None,
 ) -> ShardInfo:
-    """Encode every view of every image of ``source/shard.name`` into ``target/shard.name``.
+    """Encode every view of every image of ``source/shard.name`` into ``target/shard.name``; see :func:`pack_tokens`."""
+    info, data = pack_tokens(source, shard, vq, views, cache_dir, text, cache_bytes)
+    uri = join(target, shard.name)
+    open_storage(uri).write(uri, data)
+    return info
+
+
+def pack_tokens(
+    source: str,
+    shard: ShardInfo,
+    vq: ImageTokenizer,
+    views: Sequence[str],
+    cache_dir: str,
+    text: ClipText | None = None,
+    cache_bytes: int | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> tuple[ShardInfo, bytes]:
+    """Encode every view of every image of ``source/shard.name``: the token shard's entry for the manifest, and its bytes.
 
     Args:
         text: a text tower whose features of the captions are to be stored as well.
+        on_batch: called after each :data:`BATCH` of images.
 
     Raises:
         UserError: a sample without image or caption, or an image that cannot be read; names shard and key.
     """
     uri = join(source, shard.name)
     samples = read_shard(uri, cache_dir, shard, cache_bytes=cache_bytes)
-    batches = (samples[start : start + BATCH] for start in range(0, len(samples), BATCH))
-    return write_shard(target, shard.name, (sample for part in batches for sample in _tokenize(part, vq, views, text, uri)))
+
+    def encoded() -> Iterator[ShardSample]:
+        for start in range(0, len(samples), BATCH):
+            yield from _tokenize(samples[start : start + BATCH], vq, views, text, uri)
+            on_batch()
+
+    return pack_shard(shard.name, encoded())
 
 
 def token_manifest(

@@ -14,6 +14,7 @@ Two settings make it cheaper and no longer exact by placing several cells a step
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +52,7 @@ def extract_orders(
     settings: ExtractionSettings,
     images_B: Images | None = None,
     draw: int = 0,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Orders:
     """Find the confidence order of each image; exactly, unless the settings say otherwise.
 
@@ -59,13 +61,14 @@ def extract_orders(
         condition_BTD: what ``model.condition`` returned; its dtype and the model's decide the precision.
         images_B: a number for each image, from which its random numbers are derived; default 0 .. B - 1.
         draw: which one of the orders of an image, from 0, where ``settings.orders_per_image`` asks for several.
+        on_step: called after each step, that is when the next cells of all images are placed.
 
     Raises:
         ValueError: codes that are not N of the model's vocabulary for each image, a model in training mode, or one whose scores
             are not numbers.
     """
     rng = _checked_rng(model, codes_BN, settings, images_B, draw)
-    return _place_all(model, codes_BN, settings, rng, _CachedScorer(model, codes_BN, condition_BTD, settings, rng))
+    return _place_all(model, codes_BN, settings, rng, _CachedScorer(model, codes_BN, condition_BTD, settings, rng), on_step)
 
 
 @torch.no_grad()
@@ -147,7 +150,14 @@ class _CandidateScorer(Protocol):
         ...
 
 
-def _place_all(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings, rng: CounterRNG, scorer: _CandidateScorer) -> Orders:
+def _place_all(
+    model: AnyOrderModel,
+    codes_BN: Tensor,
+    settings: ExtractionSettings,
+    rng: CounterRNG,
+    scorer: _CandidateScorer,
+    on_step: Callable[[], None] = lambda: None,
+) -> Orders:
     cells, ties_BN = codes_BN.shape[1], rng.ties()
     empty_BN = torch.ones_like(codes_BN, dtype=torch.bool)
     order, scores, placed, rows = list[Tensor](), list[Tensor](), 0, 0
@@ -166,6 +176,7 @@ def _place_all(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSetti
             scorer.place(chosen_Bk)
             empty_BN = empty_BN.scatter(1, chosen_Bk, False)
             rows += size - 1  # all but the first of a step go through the trunk again, see _CachedScorer.place
+        on_step()
     score_BN = torch.cat(scores, dim=1)
     if score_BN.isnan().any():
         # The images cannot cause this: the model may be damaged, or the device that computed it.

@@ -74,7 +74,14 @@ class Stored:
 
 
 def write_orders(uri: str, table: OrderTable) -> Stored:
-    """Write a table atomically; the same table gives the same bytes."""
+    """Write a table atomically."""
+    data = order_bytes(table)
+    open_storage(uri).write(uri, data)
+    return Stored.of(data)
+
+
+def order_bytes(table: OrderTable) -> bytes:
+    """The file of a table; the same table gives the same bytes."""
     cells = table.order_SN.shape[1]
     metadata = {"oar_format": FORMAT, "model_id": table.model_id, "settings_id": table.settings_id, "cells": str(cells)}
     order = pa.FixedSizeListArray.from_arrays(pa.array(table.order_SN.astype(np.uint16).ravel()), cells)
@@ -90,9 +97,7 @@ def write_orders(uri: str, table: OrderTable) -> Stored:
     schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()], metadata)
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(list(columns.values()), schema=schema), buffer, compression="zstd")
-    data = buffer.getvalue()
-    open_storage(uri).write(uri, data)
-    return Stored.of(data)
+    return buffer.getvalue()
 
 
 def read_orders(uri: str) -> OrderTable:

@@ -93,12 +93,12 @@ class PoolLoad:
 
 
 def pool_load(shards: int, shard: ShardTraffic, table_bytes: int, seconds: float, heartbeat_s: float = 10.0) -> PoolLoad:
-    """Requests of the pool: claim, check, parts, order table, entry and release of each shard, and the heartbeats."""
+    """Requests of the pool: claim, check, parts, check, draft, order table, entry and release of each shard, and the heartbeats."""
     heartbeats = int(seconds / heartbeat_s)
     return PoolLoad(
-        gets=shards * (1 + shard.gets),
-        puts=shards * (2 + _puts(table_bytes)) + heartbeats,
-        deletes=shards + heartbeats,
+        gets=shards * (2 + shard.gets),
+        puts=shards * (3 + _puts(table_bytes)) + heartbeats,
+        deletes=2 * shards + heartbeats,
         lists=-(-shards // LISTED),
         entry_gets=shards,
     )

@@ -2,7 +2,7 @@
 
 actor = actors.start()                  asks for a process; it is placed, and then its next outcome is that of making its worker
 actors.run(actor, task)                one task at a time
-actors.wait(1.0)                        [(actor, outcome), ...]: also of those whose process died
+actors.wait(1.0)                        [(actor, outcome), ...]: also of those whose process died; "progress" of those that are busy
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, Protocol
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from oar_scale.shard_pool.actor import Actor, ActorOutcome, ShardTask
 
 if TYPE_CHECKING:
-    from ray import ObjectRef
+    from ray import ObjectRef, ObjectRefGenerator
     from ray.actor import ActorHandle
 
+    _Call: TypeAlias = ObjectRef[ActorOutcome] | ObjectRefGenerator
 MakeActor = Callable[[], Actor]
 
 
@@ -35,7 +37,7 @@ class ActorBackend(Protocol):
         ...
 
     def run(self, actor: int, task: ShardTask) -> None:
-        """Give a task to an actor that is idle; its outcome comes from :meth:`wait`."""
+        """Give a task to an actor that is idle; its progress and its outcome come from :meth:`wait`."""
         ...
 
     def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
@@ -61,7 +63,7 @@ class RayActors:
     def __init__(self, make_actor: MakeActor, cpus: int, gpus: float, gpu_type: str | None = None) -> None:
         self._make_actor, self._cpus, self._gpus, self._gpu_type = make_actor, cpus, gpus, gpu_type
         self._actors: dict[int, ActorHandle[_RayActor]] = {}
-        self._pending: dict[ObjectRef[ActorOutcome], int] = {}
+        self._pending: dict[_Call, int] = {}
         self._count = 0
 
     def start(self) -> int:
@@ -76,11 +78,11 @@ class RayActors:
         return self._count
 
     def run(self, actor: int, task: ShardTask) -> None:
-        """Call the actor with a task."""
-        self._pending[self._actors[actor].run.remote(task)] = actor
+        """Call the actor with a task; what it yields comes as it is yielded."""
+        self._pending[self._actors[actor].run.options(num_returns="streaming").remote(task)] = actor
 
     def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
-        """Return the outcomes of all calls that have ended; an actor that has just been placed is told to make its worker."""
+        """Return the outcomes of all calls that have one; an actor that has just been placed is told to make its worker."""
         import ray
 
         if not self._pending:
@@ -89,16 +91,20 @@ class RayActors:
         ready = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)[0]
         if ready:
             ready = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)[0]
-        results = [(self._pending.pop(reference), _result(reference)) for reference in ready]
-        self._pending |= {self._actors[actor].start.remote(): actor for actor, outcome in results if outcome.kind == "placed"}
-        return results
+        results = [(call, self._pending.pop(call), _result(call)) for call in ready]
+        for call, actor, outcome in results:
+            if outcome.kind == "placed":
+                self._pending[self._actors[actor].start.remote()] = actor
+            elif outcome.kind == "progress":
+                self._pending[call] = actor
+        return [(actor, outcome) for _, actor, outcome in results]
 
     def kill(self, actor: int) -> None:
         """Kill the actor; Ray does not restart it."""
         import ray
 
         ray.kill(self._actors.pop(actor))
-        self._pending = {reference: other for reference, other in self._pending.items() if other != actor}
+        self._pending = {call: other for call, other in self._pending.items() if other != actor}
 
     def capacity(self) -> int:
         """The number of actors that the cluster's free CPUs and GPUs would hold now."""
@@ -126,15 +132,29 @@ class _RayActor:
     def start(self) -> ActorOutcome:
         return self._actor.start()
 
-    def run(self, task: ShardTask) -> ActorOutcome:
-        return self._actor.run(task)
+    def run(self, task: ShardTask) -> Iterator[ActorOutcome]:
+        """The task's progress, then its outcome. It is done in a thread beside this one, which Ray streams from."""
+        outcomes: SimpleQueue[ActorOutcome] = SimpleQueue()
+
+        def work() -> None:
+            outcome = ActorOutcome("failed", error="the worker ended its thread")
+            try:
+                outcome = self._actor.run(task, outcomes.put)
+            finally:
+                outcomes.put(outcome)
+
+        threading.Thread(target=work, name="pool-task", daemon=True).start()
+        outcome = ActorOutcome("progress")
+        while outcome.kind == "progress":
+            yield (outcome := outcomes.get())
 
 
-def _result(reference: ObjectRef[ActorOutcome]) -> ActorOutcome:
+def _result(call: _Call) -> ActorOutcome:
     import ray
 
     try:
-        return ray.get(reference)
+        outcome: ActorOutcome = ray.get(next(call) if isinstance(call, ray.ObjectRefGenerator) else call)
+        return outcome
     except ray.exceptions.RayError as error:
         return ActorOutcome("failed", error=f"its process died: {error}")
 
@@ -214,7 +234,7 @@ def _serve(connection: Connection, make_actor: MakeActor) -> None:
             task = connection.recv()
         except EOFError:
             return
-        connection.send(actor.run(task))
+        connection.send(actor.run(task, connection.send))
 
 
 def _end_with(parent: int) -> None:

@@ -21,21 +21,12 @@ from oar_scale.shard_pool.host_health import HostHealth
 from oar_scale.shard_pool.leases import Lease, LeaseWatch
 from oar_scale.shard_pool.ledger import Ledger, LedgerEntry, Record
 from oar_scale.shard_pool.pool_types import ArrayTask, Bounds, OnEvent, OnProgress, PoolReport, Timing
-from oar_scale.shard_pool.shard_times import ShardTimes
+from oar_scale.shard_pool.shard_times import Assignment, ShardTimes
 
 LONGEST_PAUSE_S = 600.0
 """Between tries to start actors where workers cannot be made though others are busy."""
 WAITING_S = 60.0
-"""Seconds without any actor after which event ``waiting`` is emitted, once."""
-
-
-@dataclass
-class _Assignment:
-    """The work of an actor: a shard, or (None) making its worker."""
-
-    task: ShardTask | None
-    since: float | None
-    """None: it has no process yet, because the cluster has no capacity for it."""
+"""Seconds without any actor after which event ``waiting`` is emitted, once. For so long one without a place is expected on another host."""
 
 
 @dataclass
@@ -68,7 +59,7 @@ class PoolDriver:
         self.health = HostHealth()
         self.times = ShardTimes(self.timing, self.earlier_s)
         # Actors, by number. Each is busy (has an assignment) or idle; those with a host have made their worker.
-        self.busy: dict[int, _Assignment] = {}
+        self.busy: dict[int, Assignment] = {}
         self.idle: list[int] = []
         self.hosts: dict[int, str] = {}
         self.started_at: dict[int, float] = {}
@@ -90,7 +81,7 @@ class PoolDriver:
         """Do what is missing; results are in ``report``.
 
         Raises:
-            UserError, RuntimeError: nobody works, and no worker can be made.
+            UserError, RuntimeError: nobody works, and no worker can be made; or all fails on this host of a job array.
             Requeue: stopped by a signal.
         """
         self.actors, interval_s = actors, min(1.0, self.timing.poll_s)
@@ -110,7 +101,7 @@ class PoolDriver:
                         self.next_stuck_check = self.clock() + interval_s
                     if self.foreign and (self.idle or not self.busy) and self.clock() >= self.next_poll:
                         self._poll_other_pools()
-                self._remove_stale_claims()
+                self._remove_stale_records()
             finally:
                 self.actors.close()
                 self.report.actor_seconds = self._actor_seconds()
@@ -159,7 +150,7 @@ class PoolDriver:
             count = min(count, max(guaranteed, extra))
         for _ in range(count if self.clock() >= self.no_start_before else 0):
             actor = self.actors.start()
-            self.busy[actor], self.started_at[actor] = _Assignment(None, None), self.clock()
+            self.busy[actor], self.started_at[actor] = Assignment(None, None), self.clock()
         if not self.hosts and not self.waiting_emitted and self.clock() - self.began > WAITING_S:
             self.waiting_emitted = True
             self._emit("waiting", seconds=round(WAITING_S))
@@ -176,9 +167,8 @@ class PoolDriver:
 
     def _replace_stuck_actors(self) -> None:
         for actor, assignment in list(self.busy.items()):
-            limit_s = self.times.shard_limit_s() if assignment.task else self.times.start_limit_s()
-            if assignment.since is not None and self.clock() - assignment.since > limit_s:
-                self._handle(actor, ActorOutcome("failed", error=f"no answer in {limit_s:.0f} s"))
+            if silence := self.times.too_silent(assignment, self.clock()):
+                self._handle(actor, ActorOutcome("failed", error=silence))
 
     def _actor_seconds(self) -> float:
         now = self.clock()
@@ -187,6 +177,11 @@ class PoolDriver:
     # -- assigning shards -----------------------------------------------------------------------------------------------
 
     def _assign_shards(self) -> None:
+        # Those that waited for actors on another host, and none came.
+        settled = {shard: error for shard in self.health.suspected if shard in self.unfinished and (error := self._settled(shard))}
+        for shard, claim in [item for item in self.pending if item[0] in settled] if settled else ():
+            self.pending.remove((shard, claim))
+            self._mark_poison(shard, settled[shard])
         while self.idle and (match := self._match()):
             actor, (shard, claim) = match
             self.pending.remove((shard, claim))
@@ -197,11 +192,11 @@ class PoolDriver:
                 self._stop_actor(self.idle[0])
 
     def _match(self) -> tuple[int, tuple[str, int]] | None:
-        """The first pending shard with an idle actor for it: not on a host where it failed, if there is another host."""
+        """The first pending shard with an idle actor for it: not on a host where it failed, if there is another one."""
         hosts = set(self.hosts.values())
         for shard, claim in self.pending:
-            failed = self.health.failed_on(shard)
-            usable = [actor for actor in self.idle if self.hosts[actor] not in failed or hosts <= failed]
+            avoided = self.health.avoided(shard, hosts)
+            usable = [actor for actor in self.idle if self.hosts[actor] not in avoided]
             if usable:
                 return usable[-1], (shard, claim)
         return None
@@ -209,7 +204,7 @@ class PoolDriver:
     def _assign(self, actor: int, shard: str, claim: int) -> None:
         self.idle.remove(actor)
         task = ShardTask(shard, self.report.failures.get(shard, 0) + 1, claim)
-        self.busy[actor] = _Assignment(task, self.clock())
+        self.busy[actor] = Assignment(task, self.clock())
         self.actors.run(actor, task)
 
     def _duplicate_stragglers(self) -> None:
@@ -233,9 +228,9 @@ class PoolDriver:
     # -- handling outcomes ----------------------------------------------------------------------------------------------
 
     def _handle(self, actor: int, outcome: ActorOutcome) -> None:
-        if outcome.kind == "placed":
-            if actor in self.busy:
-                self.busy[actor].since = self.clock()
+        if outcome.kind in ("placed", "progress"):
+            if (assignment := self.busy.get(actor)) is not None:
+                assignment.note(outcome.kind, self.clock())
             return
         assignment, host = self.busy.pop(actor, None), self.hosts.get(actor, "")
         starting = assignment is not None and assignment.task is None
@@ -291,10 +286,12 @@ class PoolDriver:
         elif outcome.kind == "taken":
             self.foreign[shard] = self.clock()
         else:
-            became_sick = self.health.record_failure(shard, host)
+            became_sick = self.health.record_failure(shard, host, outcome.error if outcome.kind == "user error" else "")
             self._handle_failed_shard(task, outcome)
             if became_sick:
                 self._leave_out(host, outcome.error)
+            elif self.array and self.health.fails_all(host):
+                self._leave_to_others(host, outcome.error)
 
     def _handle_failed_shard(self, task: ShardTask, outcome: ActorOutcome) -> None:
         """Try the shard again elsewhere, or give it up: what a user can fix after two hosts, or where there is no other one."""
@@ -302,12 +299,20 @@ class PoolDriver:
         self.report.failures[shard] = failures = self.report.failures.get(shard, 0) + 1
         if any(assignment.task and assignment.task.shard == shard for assignment in self.busy.values()):
             return  # another actor does it as well
-        settled = outcome.kind == "user error" and self.health.is_settled(shard, self.hosts.values())
-        if settled or failures > self.max_retries:
+        if failures > self.max_retries or self._settled(shard):
             self._mark_poison(shard, outcome.error)
             return
         self._emit("retry", shard=shard, attempt=failures + 1, error=_first_line(outcome.error))
         self.pending.append((shard, task.claim))
+
+    def _settled(self, shard: str) -> str:
+        return self.health.settled(shard, set(self.hosts.values()), self._expects_actors())
+
+    def _expects_actors(self) -> bool:
+        """Whether actors are starting, perhaps on other hosts; those that have waited long for capacity do not count."""
+        recent = self.clock() - WAITING_S
+        starting = ((actor, assignment.since) for actor, assignment in self.busy.items() if assignment.task is None)
+        return any(since is not None or self.started_at[actor] > recent for actor, since in starting)
 
     def _leave_out(self, host: str, error: str) -> None:
         """Stop the actors of a host where shards fail one after the other, and have their shards done elsewhere."""
@@ -319,6 +324,15 @@ class PoolDriver:
             elsewhere = {other.task.shard for other in self.busy.values() if other.task}
             if task is not None and task.shard in self.unfinished and task.shard not in elsewhere:
                 self.pending.append((task.shard, task.claim))
+
+    def _leave_to_others(self, host: str, error: str) -> None:
+        """End as a task of a job array on a host where every shard fails, if there are other tasks. They try again what failed here."""
+        retry_transient(self.watch.poll, self.timing.patience_s)
+        if self.watch.alive().keys() - {self.lease.holder}:
+            raise UserError(
+                f"{host}: every shard fails on this host, and other tasks of the array go on without it. The last error:\n{error}\n"
+                "Fix the host, or leave it out, and start its task again."
+            )
 
     def _mark_done(self, shard: str, entry: LedgerEntry) -> None:
         del self.unfinished[shard]
@@ -335,7 +349,8 @@ class PoolDriver:
     def _mark_poison(self, shard: str, error: str) -> None:
         del self.unfinished[shard]
         self.report.poison[shard] = error
-        retry_transient(lambda: self.ledger.mark_poison(shard, error, self.lease.holder), self.timing.patience_s)
+        failed_on = self.health.failed_on(shard)
+        retry_transient(lambda: self.ledger.mark_poison(shard, error, self.lease.holder, failed_on), self.timing.patience_s)
         self._emit("poison", shard=shard, error=_first_line(error))
 
     # -- other pools ----------------------------------------------------------------------------------------------------
@@ -368,8 +383,11 @@ class PoolDriver:
             if shard in entries:
                 self._mark_done(shard, entries[shard])
             elif shard in poison and poison[shard]["holder"] != self.poison_before.get(shard):
-                del self.unfinished[shard]
-                self.report.poison[shard] = poison[shard]["error"]
+                if self._accepts_poison(shard, poison[shard]):
+                    del self.unfinished[shard]
+                    self.report.poison[shard] = poison[shard]["error"]
+                else:
+                    self.pending.append((shard, claim.number + 1 if claim else 0))
             elif claim is None or claim.holder == self.lease.holder or pending.get(shard, 0) > claim.number:
                 self.pending.append((shard, pending.get(shard, 0)))
             elif self.watch.expired(claim.holder):
@@ -381,12 +399,22 @@ class PoolDriver:
             else:
                 self.foreign[shard] = since
 
-    def _remove_stale_claims(self) -> None:
-        """Remove the claims of those who died between entering a shard and releasing it. They do no harm: all is done already."""
+    def _accepts_poison(self, shard: str, note: Record) -> bool:
+        """Whether a shard that another pool has given up is given up here, too; not where its host may be at fault, and we have others."""
+        hosts, error = note.get("hosts", []), note["error"]
+        self.health.record_elsewhere(shard, hosts, error)
+        if not hosts or self._settled(shard):
+            return True
+        self.poison_before[shard] = note["holder"]  # it does not count any more, and is removed when the shard is done
+        return False
+
+    def _remove_stale_records(self) -> None:
+        """Remove claims and drafts of those who died between entering a shard and removing them. They do no harm: all is done already."""
         try:
             for claim in self.ledger.claims().values():
                 if claim.shard in self.report.done:
                     self.ledger.release(claim)
+            self.ledger.remove_drafts(self.report.done)
         except UserError as error:
             self._emit("storage", error=_first_line(str(error)))
 

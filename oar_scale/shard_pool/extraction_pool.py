@@ -26,11 +26,13 @@ from oar_scale.errors import UserError
 from oar_scale.model import check_prompts, load_model, model_id
 from oar_scale.model.weights import read_spec
 from oar_scale.orders.extraction import Orders, extract_orders
-from oar_scale.orders.order_table import OrderTable, table_name, write_orders
+from oar_scale.orders.order_table import OrderTable, Stored, order_bytes, table_name
 from oar_scale.orders.settings import ExtractionSettings
-from oar_scale.shard_pool import ArrayTask, Bounds, PoolReport, ShardResult, Timing, Worker, run_pool
+from oar_scale.shard_pool import ArrayTask, Bounds, OnStep, PoolReport, ShardOutput, ShardResult, Timing, Worker, run_pool
+from oar_scale.shard_pool.pool_run import lost_outputs
 from oar_scale.shard_pool.pool_types import OnEvent
-from oar_scale.storage import fetch, join, open_storage
+from oar_scale.storage import fetch, join
+from oar_scale.storage.patience import patient
 from oar_scale.tokenizers.prompts import check_features, conditioning_inputs, load_prompts
 
 
@@ -101,8 +103,8 @@ class ExtractionWorker:
         check_features(self.manifest.features, self.prompts, job.tokens)
         self.shards = {shard.name: shard for shard in self.manifest.shards}
 
-    def run(self, shard: str) -> ShardResult:
-        """Write the order table of a token shard; the result has its size and checksum, and what it was made from and with.
+    def run(self, shard: str, on_step: OnStep) -> ShardOutput:
+        """Make the order table of a token shard; the result has its size and checksum, and what it was made from and with.
 
         Raises:
             UserError: the shard does not fit the model, or is damaged.
@@ -112,7 +114,7 @@ class ExtractionWorker:
         tokens = read_token_shard(uri, self.job.cache_dir, self.shards[shard], cache_bytes=self.job.cache_bytes)
         encoded_prompts_S = self.prompts.encode(tokens.prompts(self.prompts.field))
         kinds = [(view, draw) for view in range(self.job.views) for draw in range(self.job.settings.orders_per_image)]
-        drawn = [self._orders(tokens, encoded_prompts_S, view, draw, uri) for view, draw in kinds]
+        drawn = [self._orders(tokens, encoded_prompts_S, view, draw, uri, on_step) for view, draw in kinds]
         samples = len(tokens.keys)
         table = OrderTable(  # all rows of the first sample, then those of the second
             keys=[key for key in tokens.keys for _ in kinds],
@@ -123,30 +125,36 @@ class ExtractionWorker:
             settings_id=self.job.settings_id,
             draws=[draw for _, draw in kinds] * samples,
         )
-        stored = write_orders(join(self.job.orders, table_name(shard)), table)
-        return {
-            "table_bytes": stored.size,
-            "table_crc32c": stored.crc32c,
-            "images": samples,
-            "tokens_crc32c": self.shards[shard].crc32c,
-            "model_id": self.model_id,
-            "settings_id": self.job.settings_id,
-        }
+        data = order_bytes(table)
+        stored = Stored.of(data)
+        return ShardOutput(
+            uri=join(self.job.orders, table_name(shard)),
+            data=data,
+            made_from={
+                "images": samples,
+                "tokens_crc32c": self.shards[shard].crc32c,
+                "model_id": self.model_id,
+                "settings_id": self.job.settings_id,
+            },
+            facts={"table_bytes": stored.size, "table_crc32c": stored.crc32c},
+        )
 
-    def _orders(self, tokens: TokenShard, encoded_prompts_S: torch.Tensor, view: int, draw: int, uri: str) -> Orders:
+    def _orders(self, tokens: TokenShard, encoded_prompts_S: torch.Tensor, view: int, draw: int, uri: str, on_step: OnStep) -> Orders:
         """One order for each sample of a shard, a batch at a time."""
         codes_SN = torch.from_numpy(tokens.view(view).astype(np.int64))
         names = tokens.keys if view == 0 else [f"{key}/{view}" for key in tokens.keys]
         images_S = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64)
         cuts = [slice(start, start + self.job.batch) for start in range(0, len(codes_SN), self.job.batch)]
-        orders = [self._extract(codes_SN[cut], encoded_prompts_S[cut], images_S[cut], draw, uri) for cut in cuts]
+        orders = [self._extract(codes_SN[cut], encoded_prompts_S[cut], images_S[cut], draw, uri, on_step) for cut in cuts]
         return Orders(torch.cat([part.order_BN for part in orders]), torch.cat([part.score_BN for part in orders]))
 
     @torch.no_grad()
-    def _extract(self, codes_BN: torch.Tensor, encoded_prompts_B: torch.Tensor, images_B: NDArray[np.int64], draw: int, uri: str) -> Orders:
+    def _extract(
+        self, codes_BN: torch.Tensor, encoded_prompts_B: torch.Tensor, images_B: NDArray[np.int64], draw: int, uri: str, on_step: OnStep
+    ) -> Orders:
         condition_BTD = self.model.condition(conditioning_inputs(self.prompts, encoded_prompts_B.to(self.device), self.model.dtype))
         try:
-            return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B, draw)
+            return extract_orders(self.model, codes_BN.to(self.device), condition_BTD, self.job.settings, images_B, draw, on_step)
         except ValueError as error:
             raise UserError(f"{uri}: {error}") from error
         except ArithmeticError as error:
@@ -184,10 +192,12 @@ def extract_all(
         UserError: the model does not fit the token shards, or the ledger is of another model or settings; nothing was written.
         Requeue: stopped by a signal; the same call resumes.
     """
-    manifest = read_manifest(job.tokens)
-    _check_fit(job, manifest)
+    timing = timing or Timing()
+    with patient(timing.patience_s):
+        manifest = read_manifest(job.tokens)
+        _check_fit(job, manifest)
+        config = {"model_id": model_id(fetch(job.model, job.cache_dir)), "settings_id": job.settings_id}
     done, shards = 0, {shard.name: shard for shard in manifest.shards}
-    config = {"model_id": model_id(fetch(job.model, job.cache_dir)), "settings_id": job.settings_id}
 
     def check(shard: str, result: ShardResult) -> None:
         for name, expected in (config | {"tokens_crc32c": shards[shard].crc32c}).items():
@@ -200,15 +210,8 @@ def extract_all(
     def lost(results: Mapping[str, ShardResult]) -> dict[str, str]:
         for shard, result in results.items():
             check(shard, result)
-        # Listed after the ledger was read: a table is older than its entry.
-        sizes, problems = open_storage(job.orders).sizes(job.orders) if results else {}, dict[str, str]()
-        for shard, result in results.items():
-            size = sizes.get(join(job.orders, table_name(shard)))
-            if size is None:
-                problems[shard] = "its table is gone"
-            elif size != result.get("table_bytes", size):  # entries of older versions do not say
-                problems[shard] = f"its table has {size} bytes, {result['table_bytes']} were written"
-        return problems
+        written = {shard: (table_name(shard), result.get("table_bytes")) for shard, result in results.items()}  # older entries lack it
+        return lost_outputs(job.orders, written, "table")
 
     def finished(shard: str, result: ShardResult, report: PoolReport) -> None:
         nonlocal done

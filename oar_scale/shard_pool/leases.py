@@ -22,7 +22,7 @@ from typing import Self
 from oar_scale.errors import UserError
 from oar_scale.runtime.process_identity import machine_id, process_start
 from oar_scale.runtime.retry import retry_transient
-from oar_scale.shard_pool.ledger import Ledger, Record, names_in, read_record, write_record
+from oar_scale.shard_pool.ledger import Ledger, Record, names_in, readable_record, write_record
 from oar_scale.storage import join, open_storage
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class LeaseWatch:
                 self._heartbeats[holder] = heartbeat, now
                 self._renewed |= {holder} if before else set()
         for holder in newest.keys() - self._records.keys():
-            record = None if newest[holder] == _ENDED else read_record(join(self._folder, f"{holder}.{newest[holder]}.json"))
+            record = None if newest[holder] == _ENDED else _read_lease(self._folder, holder, newest[holder])
             if record is not None:
                 self._records[holder] = record
 
@@ -130,16 +130,18 @@ class LeaseWatch:
 def read_leases(ledger: Ledger) -> dict[str, Record]:
     """Return the last record of every pool there ever was on a ledger; ``ended`` in it is whether the pool ended its lease itself."""
     folder = join(ledger.pool_folder, "holders")
-    last = {
-        holder: (read_record(join(folder, f"{holder}.{heartbeat}.json")), heartbeat)
-        for holder, heartbeat in _newest_heartbeats(folder).items()
-    }
+    last = {holder: (_read_lease(folder, holder, heartbeat), heartbeat) for holder, heartbeat in _newest_heartbeats(folder).items()}
     return {holder: {**record, "ended": heartbeat == _ENDED} for holder, (record, heartbeat) in last.items() if record is not None}
 
 
 def seems_alive(record: Record, lease_s: float) -> bool:
     """Guess from a single record of :func:`read_leases`, and from its clock, whether its pool is alive."""
     return not record["ended"] and not _process_is_gone(record) and time.time() - record["time"] < lease_s
+
+
+def _read_lease(folder: str, holder: str, heartbeat: str) -> Record | None:
+    """The record of a heartbeat; None where it is gone by now, or damaged: its name alone shows that the pool goes on."""
+    return readable_record(join(folder, f"{holder}.{heartbeat}.json"), "host", "pid", "started", "time")
 
 
 def _newest_heartbeats(folder: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from oar_scale.shard_pool.backends import ProcessActors, RayActors
 from oar_scale.shard_pool.driver import PoolDriver
 from oar_scale.shard_pool.ledger import Ledger, LedgerEntry
 from oar_scale.shard_pool.pool_types import ArrayTask, Bounds, FindLost, OnEvent, OnProgress, PoolReport, Timing
+from oar_scale.storage import join, open_storage
 
 EARLIER = 10
 """Shards of earlier pools that say what one takes until there are shards of our own."""
@@ -61,13 +62,15 @@ def run_pool(
     """
     book, report, timing = Ledger(ledger), PoolReport(), timing or Timing()
     entries = retry_transient(lambda: book.entries(shards), timing.patience_s)
+    problems = retry_transient(lambda: book.damaged(shards, entries), timing.patience_s)
     if find_lost:
         results = {shard: entry.result for shard, entry in entries.items()}
-        for shard, problem in retry_transient(lambda: find_lost(results), timing.patience_s).items():
-            retry_transient(partial(book.forget, shard), timing.patience_s)
-            del entries[shard]
-            if on_event:
-                on_event("lost_output", {"shard": shard, "error": problem})
+        problems |= retry_transient(lambda: find_lost(results), timing.patience_s)
+    for shard, problem in problems.items():
+        retry_transient(partial(book.forget, shard), timing.patience_s)
+        entries.pop(shard, None)
+        if on_event:
+            on_event("lost_output", {"shard": shard, "error": problem})
     for shard, entry in entries.items():
         report.done[shard] = entry.result
         if on_progress:
@@ -101,6 +104,24 @@ def run_pool(
             driver.run(ProcessActors(make_actor) if array else RayActors(make_actor, cpu_threads, gpus_per_actor, gpu_type))
     report.done = {shard: report.done[shard] for shard in shards if shard in report.done}
     return report
+
+
+def lost_outputs(folder: str, written: Mapping[str, tuple[str, int | None]], what: str) -> dict[str, str]:
+    """Return which finished shards have lost their output, and how: a :data:`FindLost` for the price of a listing.
+
+    Args:
+        written: for each shard the name of its output in the folder, and its bytes where they are known.
+        what: to call an output.
+    """
+    # Listed after the ledger was read: an output is older than its entry.
+    sizes, problems = open_storage(folder).sizes(folder) if written else {}, dict[str, str]()
+    for shard, (name, expected) in written.items():
+        size = sizes.get(join(folder, name))
+        if size is None:
+            problems[shard] = f"its {what} is gone"
+        elif expected not in (None, size):
+            problems[shard] = f"its {what} has {size} bytes, {expected} were written"
+    return problems
 
 
 def _bounds(actors: int | Bounds, missing: int, cpu_threads: int, gpus_per_actor: float, gpus: int) -> Bounds:

@@ -32,6 +32,8 @@ class PoolStatus:
     """The last record of each pool that is alive: ``host``, ``pid``, ``started``, ``actors``, ``retries``, ``deaths``, ``late``."""
     poison: dict[str, str]
     """The error of each shard that was given up and not done since."""
+    damaged: dict[str, str]
+    """What is wrong with each ledger entry that cannot be read; the next pool does these shards again."""
     images_per_s: float | None
     actor_seconds: float
     """The time of all actors of all pools there ever were, starting and waiting included."""
@@ -61,6 +63,7 @@ def read_status(ledger: str, sizes: Mapping[str, int]) -> PoolStatus:
         images_done=sum(sizes[shard] for shard in done),
         in_progress={shard: claim for shard, claim in claims.items() if shard not in done and claim.holder in pools},
         pools=pools,
+        damaged=book.damaged(sizes, done),
         poison={shard: record["error"] for shard, record in poison.items() if shard in sizes and shard not in done},
         images_per_s=_rate(done, sizes, bool(pools)),
         actor_seconds=sum(record.get("actor_seconds", 0.0) for record in leases.values()),
@@ -113,10 +116,10 @@ def status_lines(status: PoolStatus, where: str) -> list[str]:
         middle = statistics.median(status.ms_per_image.values())
         slowest = list(status.ms_per_image.items())[:SLOWEST]
         lines.append("slowest   " + ", ".join(f"{actor} {pace:.1f} ms/image ({pace / middle:.2f} x the median)" for actor, pace in slowest))
-    for shard, error in list(status.poison.items())[:NAMED]:
-        lines.append(f"poison    {shard}: {(error.strip().splitlines() or [''])[0]}")
-    if len(status.poison) > NAMED:
-        lines.append(f"poison    ... and {len(status.poison) - NAMED} more")
+    for title, problems in (("poison", status.poison), ("damaged", status.damaged)):
+        lines += [f"{title:<9} {shard}: {(error.strip().splitlines() or [''])[0]}" for shard, error in list(problems.items())[:NAMED]]
+        if len(problems) > NAMED:
+            lines.append(f"{title:<9} ... and {len(problems) - NAMED} more")
     return lines
 
 

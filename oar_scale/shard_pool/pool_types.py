@@ -44,11 +44,12 @@ class Timing:
     patience_s: float = 600.0
     """How long a storage that does not answer is retried, before the shard counts as failed."""
     stuck: float = 20.0
-    """An actor is stuck, and replaced, after so many times the median ..."""
+    """An actor is stuck, and replaced, if it has neither ended its shard nor reported progress for so many times the median ..."""
     stuck_s: float = 600.0
     """... and so many seconds, and the patience with the storage."""
     hang_s: float = 1800.0
-    """The same for what has no median: making a worker, and shards before three have been finished."""
+    """The same for what has no median: making a worker, and shards before three have been finished. And the most for actors that report
+    progress: so long without any is a hang."""
     pause_s: float = 30.0
     """Where workers cannot be made though others are busy, before the next try; twice as long each time, to ten minutes."""
 

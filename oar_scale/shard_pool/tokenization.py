@@ -5,7 +5,7 @@ IMAGES/00000.tar  ->  TOKENS/00000.tar, then TOKENS/ledger/00000.tar.json, and T
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,12 @@ import torch
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import ClipTextConfig
 from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
-from oar_scale.data.tokenize import token_manifest, tokenize_shard
+from oar_scale.data.tokenize import pack_tokens, token_manifest
 from oar_scale.errors import UserError
-from oar_scale.shard_pool import PoolReport, ShardResult, Worker, run_pool
+from oar_scale.shard_pool import OnStep, PoolReport, ShardOutput, ShardResult, Timing, Worker, run_pool
+from oar_scale.shard_pool.pool_run import lost_outputs
 from oar_scale.storage import join
+from oar_scale.storage.patience import patient
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.vq import load_vq, vq_id
@@ -60,13 +62,18 @@ class TokenizeWorker:
                 self.text.to("cuda")
         self.shards = {shard.name: shard for shard in read_manifest(job.images).shards}
 
-    def run(self, shard: str) -> ShardResult:
-        """Write the token shard of an image shard; the result has its entry for the manifest, and what it was made from and with."""
+    def run(self, shard: str, on_step: OnStep) -> ShardOutput:
+        """Make the token shard of an image shard; the result has its entry for the manifest, and what it was made from and with."""
         source = self.shards[shard]
-        written = tokenize_shard(
-            self.job.images, self.job.tokens, source, self.vq, self.job.views, self.job.cache_dir, self.text, self.job.cache_bytes
+        info, data = pack_tokens(
+            self.job.images, source, self.vq, self.job.views, self.job.cache_dir, self.text, self.job.cache_bytes, on_batch=on_step
         )
-        return {"shard": written.model_dump(), "origin": self.origin, "images_crc32c": source.crc32c}
+        return ShardOutput(
+            uri=join(self.job.tokens, shard),
+            data=data,
+            made_from={"origin": self.origin, "images_crc32c": source.crc32c},
+            facts={"shard": info.model_dump()},
+        )
 
 
 def tokenize_all(
@@ -75,6 +82,7 @@ def tokenize_all(
     actors: int,
     gpus_per_actor: float = 0,
     max_retries: int = 3,
+    timing: Timing | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Tokenise every shard of ``job.images`` that is not done yet, then write the manifest.
@@ -85,16 +93,26 @@ def tokenize_all(
     Raises:
         UserError: a shard could not be tokenised, or the ledger is of another tokenizer, text tower, other views or images.
     """
-    source, vq, text = read_manifest(job.images), load_vq(job.vq), _tower(job)
+    timing = timing or Timing()
+    with patient(timing.patience_s):
+        source, vq, text = read_manifest(job.images), load_vq(job.vq), _tower(job)
     done, origin, shards = 0, _origin(vq, job.views, text), {shard.name: shard for shard in source.shards}
 
-    def finished(shard: str, result: ShardResult, _: PoolReport) -> None:
-        nonlocal done
+    def check(shard: str, result: ShardResult) -> None:
         if (result["origin"], result["images_crc32c"]) != (origin, shards[shard].crc32c):
             raise UserError(
                 f"{job.tokens}: the codes of {shard} were made with another tokenizer, text tower, other views or other images.\n"
                 "Codes of two tokenizers must not mix: remove this folder, or tokenise into another."
             )
+
+    def lost(results: Mapping[str, ShardResult]) -> dict[str, str]:
+        for shard, result in results.items():
+            check(shard, result)
+        return lost_outputs(job.tokens, {shard: (shard, result["shard"]["bytes"]) for shard, result in results.items()}, "token shard")
+
+    def finished(shard: str, result: ShardResult, _: PoolReport) -> None:
+        nonlocal done
+        check(shard, result)
         done += shards[shard].samples
         if on_progress:
             on_progress(done, source.samples)
@@ -109,12 +127,15 @@ def tokenize_all(
         gpus_per_actor=gpus_per_actor,
         cpu_threads=job.cpu_threads,
         max_retries=max_retries,
+        timing=timing,
         config={"tokenizer, text tower and views": origin},
+        find_lost=lost,
         on_progress=finished,
     )
     report.raise_for_poison()
     manifest = token_manifest([ShardInfo(**result["shard"]) for result in report.done.values()], vq, job.views, source.attribution, text)
-    write_manifest(job.tokens, manifest)
+    with patient(timing.patience_s):
+        write_manifest(job.tokens, manifest)
     return manifest
 
 

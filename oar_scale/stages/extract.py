@@ -12,6 +12,7 @@ from oar_scale.run.context import Run
 from oar_scale.shard_pool import Bounds, PoolReport, Timing
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, extract_all
 from oar_scale.shard_pool.ledger import Record
+from oar_scale.storage.patience import patient
 
 
 def run_extract(run: Run) -> JsonObject:
@@ -32,7 +33,9 @@ def run_extract(run: Run) -> JsonObject:
         cpu_threads=parallel.cpu_threads,
         cuda=config.gpus_per_actor > 0,
     )
-    total, done_before = read_manifest(job.tokens).samples, 0
+    patience_s, done_before = run.recipe.storage.patience_s, 0
+    with patient(patience_s):
+        total = read_manifest(job.tokens).samples
     with run.log("extract") as log, run.console.progress(total, "orders") as tally:
 
         def progress(done: int, report: PoolReport) -> None:
@@ -56,7 +59,7 @@ def run_extract(run: Run) -> JsonObject:
             gpu_type=parallel.gpu_type if config.gpus_per_actor else None,
             max_retries=config.max_retries,
             array=run.array,
-            timing=Timing(grace_s=parallel.grace_s, hang_s=parallel.hang_timeout_s, patience_s=run.recipe.storage.patience_s),
+            timing=Timing(grace_s=parallel.grace_s, hang_s=parallel.hang_timeout_s, patience_s=patience_s),
             on_progress=progress,
             on_event=event,
         )

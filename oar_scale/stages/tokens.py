@@ -6,7 +6,9 @@ from oar_scale.config.schema import ClipTextConfig
 from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
+from oar_scale.shard_pool import Timing
 from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
+from oar_scale.storage.patience import patient
 
 
 def run_tokens(run: Run) -> JsonObject:
@@ -31,11 +33,14 @@ def run_tokens(run: Run) -> JsonObject:
 
 
 def _tokenize(run: Run, job: TokenizeJob, what: str) -> Manifest:
-    parallel = run.recipe.parallel
-    with run.console.progress(read_manifest(job.images).samples, what) as tally:
+    parallel, patience_s = run.recipe.parallel, run.recipe.storage.patience_s
+    with patient(patience_s):
+        images = read_manifest(job.images).samples
+    with run.console.progress(images, what) as tally:
         return tokenize_all(
             job,
             actors=parallel.max_workers,
             gpus_per_actor=float(parallel.gpus_per_worker > 0),
+            timing=Timing(grace_s=parallel.grace_s, hang_s=parallel.hang_timeout_s, patience_s=patience_s),
             on_progress=lambda done, total: tally.update(done),
         )

@@ -81,7 +81,7 @@ def test_an_upload_waits_for_bytes_or_request_rate() -> None:
 def test_a_pool_claims_looks_reads_writes_enters_and_lets_go() -> None:
     shard = token_shard(case("imagenet").recipe, case("imagenet").spec)
     load = pool_load(1000, shard, 1 << 20, seconds=100.0)
-    assert (load.gets, load.puts, load.deletes) == (1000 * (1 + shard.gets), 3000 + 10, 1000 + 10)
+    assert (load.gets, load.puts, load.deletes) == (1000 * (2 + shard.gets), 4000 + 10, 2000 + 10)
     assert load.lists == 1 and pool_load(1001, shard, 1 << 20, 1.0).lists == 2
     many = pool_load(1000, shard, 100 << 20, seconds=100.0)  # several orders of each image: a table goes up in parts
     assert many.puts - load.puts == 1000 * (7 + 2 - 1)

@@ -85,6 +85,24 @@ def test_damaged_and_lost_tables_are_found_and_made_again(run: Run, recipe_file:
     assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == before
 
 
+def test_a_damaged_ledger_entry_is_named_and_made_again(run: Run, recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_extract(run)
+    folder = Path(run.at("orders", "train"))
+    entry, table = folder / "ledger/00001.tar.json", (folder / "00001.parquet").read_bytes()
+    for damaged in ("", entry.read_text()[:40]):
+        entry.write_text(damaged)
+        capsys.readouterr()
+        assert main(["extract", recipe_file, "--status"]) == 0
+        output = capsys.readouterr().out
+        assert ": 4 of 5 shards" in output and "damaged   00001.tar: its ledger entry is damaged" in output
+        if not damaged:
+            assert main(["extract", recipe_file, "--verify"]) == 1
+            output = capsys.readouterr().out
+            assert ": 1 of 5 tables are lost or damaged" in output and "00001.tar: its ledger entry is damaged" in output
+        assert run_extract(run)["found"] == 4
+        assert (folder / "00001.parquet").read_bytes() == table and "table_crc32c" in entry.read_text()
+
+
 def test_verify_reads_older_entries_and_drops_other_tokens(run: Run, tmp_path: Path) -> None:
     """The table of an entry without a checksum is read; one that was made from other tokens is dropped."""
     copy = copy_run(run, str(tmp_path / "run"))

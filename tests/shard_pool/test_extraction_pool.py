@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pool_worker import write_output
 from small_models import random_codes, small_model
 
 from oar_scale.config.schema import SentencePieceConfig
@@ -94,7 +95,7 @@ def test_a_resumed_extraction_equals_an_uninterrupted_one(inputs: Path, tmp_path
     extract_all(job(inputs, calm), actors=1)
     # One shard finished, one with a table but no entry in the ledger, as if its actor had died between the two.
     worker = ExtractionWorker(job(inputs, torn))
-    assert Ledger(str(torn / "ledger")).enter(shard_name(0), LedgerEntry(worker.run(shard_name(0))))
+    assert Ledger(str(torn / "ledger")).enter(shard_name(0), LedgerEntry(write_output(worker, shard_name(0))))
     (torn / "00001.parquet").write_bytes(b"half a table")
     report = extract_all(job(inputs, torn), actors=2)
     assert report.already_done == 1
@@ -123,10 +124,10 @@ def test_a_model_that_does_not_fit_is_refused_by_its_header(inputs: Path, tmp_pa
 
 def test_every_view_can_have_an_order_of_its_own(inputs: Path, tmp_path: Path) -> None:
     worker = ExtractionWorker(dataclasses.replace(job(inputs, tmp_path / "orders"), views=2))
-    worker.run(shard_name(2))
+    write_output(worker, shard_name(2))
     table = read_orders(str(tmp_path / "orders/00002.parquet"))
     assert (table.keys[:4], table.views) == (["image10", "image10", "image11", "image11"], [0, 1] * 3)
-    ExtractionWorker(job(inputs, tmp_path / "first")).run(shard_name(2))
+    write_output(ExtractionWorker(job(inputs, tmp_path / "first")), shard_name(2))
     first = read_orders(str(tmp_path / "first/00002.parquet"))
     np.testing.assert_array_equal(table.order_SN[::2], first.order_SN)
     model, text = load_model(str(inputs / "model.safetensors")), TextTokenizer.load(str(inputs / "text.model"), 4)
@@ -154,7 +155,7 @@ def test_only_tables_that_are_gone_or_cut_are_made_again(inputs: Path, tmp_path:
     here = job(inputs, tmp_path / "orders")
     worker, ledger = ExtractionWorker(here), Ledger(here.ledger)
     for index in range(3):
-        result = worker.run(shard_name(index))
+        result = write_output(worker, shard_name(index))
         if index == 2:  # as older versions entered it
             result = {name: value for name, value in result.items() if not name.startswith("table_")}
         ledger.enter(shard_name(index), LedgerEntry(result))
@@ -177,7 +178,7 @@ def test_only_tables_that_are_gone_or_cut_are_made_again(inputs: Path, tmp_path:
 
 def test_a_folder_of_another_config_loses_no_entry(inputs: Path, tmp_path: Path) -> None:
     here = job(inputs, tmp_path / "orders")
-    Ledger(here.ledger).enter(shard_name(0), LedgerEntry(ExtractionWorker(here).run(shard_name(0))))
+    Ledger(here.ledger).enter(shard_name(0), LedgerEntry(write_output(ExtractionWorker(here), shard_name(0))))
     (tmp_path / "orders/00000.parquet").unlink()
     with pytest.raises(UserError, match="were extracted with settings_id"):
         extract_all(dataclasses.replace(here, batch=3), actors=2)
@@ -189,7 +190,7 @@ def test_scores_that_are_no_numbers_are_not_the_shards_fault(inputs: Path, tmp_p
     with torch.no_grad():
         worker.model.output.weight[0, 0] = torch.nan
     with pytest.raises(ArithmeticError, match=r"tokens/00000\.tar: the model's scores are not numbers"):  # UserError is not tried again
-        worker.run(shard_name(0))
+        worker.run(shard_name(0), lambda: None)
 
 
 def test_a_gpu_without_memory_names_the_batch(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +199,7 @@ def test_a_gpu_without_memory_names_the_batch(inputs: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(pool, "extract_orders", full)
     with pytest.raises(RuntimeError, match=r"00000\.tar: .*too small for extract\.batch = 2 images.*CUDA out of memory") as raised:
-        ExtractionWorker(job(inputs, tmp_path / "orders")).run(shard_name(0))
+        ExtractionWorker(job(inputs, tmp_path / "orders")).run(shard_name(0), lambda: None)
     assert not isinstance(raised.value, UserError)
 
 
@@ -217,7 +218,7 @@ def test_processes_without_ray_take_the_gpus_they_see_in_turn(inputs: Path, tmp_
 
 def test_several_orders_of_several_views_have_rows_of_their_own(inputs: Path, tmp_path: Path) -> None:
     settings = ExtractionSettings(order_temperature=1.0, orders_per_image=2)
-    ExtractionWorker(dataclasses.replace(job(inputs, tmp_path / "orders"), views=2, settings=settings)).run(shard_name(2))
+    write_output(ExtractionWorker(dataclasses.replace(job(inputs, tmp_path / "orders"), views=2, settings=settings)), shard_name(2))
     table = read_orders(str(tmp_path / "orders/00002.parquet"))
     assert table.keys == [f"image{index}" for index in (10, 11, 12) for _ in range(4)]
     assert (table.views, table.draws) == ([0, 0, 1, 1] * 3, [0, 1, 0, 1] * 3)

@@ -65,6 +65,43 @@ def test_an_entry_of_an_older_version_counts(tmp_path: Path) -> None:
     assert Ledger(str(tmp_path / "ledger")).entries(["0.tar"]) == {"0.tar": LedgerEntry({"images": 3})}
 
 
+DAMAGED = (b"", b'{"facts": {"ima', b"[]", b"{}")
+"""What is left of a record where a disk was full or a server lost power."""
+
+
+def test_a_damaged_entry_is_an_unfinished_shard(ledger: Ledger) -> None:
+    entry, storage = LedgerEntry({"images": 3}), open_storage(ledger.uri)
+    for data in DAMAGED:
+        storage.write(join(ledger.uri, "0.tar.json"), data)
+        assert ledger.entry("0.tar") is None and not ledger.entries(["0.tar"])
+        assert ledger.damaged(["0.tar", "1.tar"], {})["0.tar"].startswith("its ledger entry is damaged")
+        assert ledger.enter("0.tar", entry), "the damaged entry stayed"
+        assert ledger.entries(["0.tar"]) == {"0.tar": entry} and not ledger.damaged(["0.tar"], {"0.tar"})
+        assert not ledger.enter("0.tar", LedgerEntry({"images": 4}))
+
+
+def test_damaged_notes_of_pools_stop_nobody(ledger: Ledger) -> None:
+    storage, clock = open_storage(ledger.uri), FakeClock()
+    for data in DAMAGED:
+        for name in ("claims/0.tar.0", "holders/pool1.000003", "poison/0.tar"):
+            storage.write(join(ledger.pool_folder, f"{name}.json"), data)
+        watch = LeaseWatch(ledger, lease_s=60, clock=clock)
+        watch.poll()
+        claim = ledger.claim("0.tar", 0, "me")
+        assert claim.holder == "" == ledger.claims()["0.tar"].holder, "nobody knows whose it was"
+        assert not watch.alive() and not watch.expired(claim.holder)
+        clock.now += 61
+        assert watch.expired(claim.holder), "nobody could ever take the shard over"
+        assert not ledger.poison() and not read_leases(ledger) and not read_status(ledger.uri, {"0.tar": 5}).poison
+
+
+def test_a_damaged_description_of_the_work_is_named(ledger: Ledger) -> None:
+    uri = join(ledger.pool_folder, "what.json")
+    open_storage(uri).write(uri, b"")
+    with pytest.raises(UserError, match=r"ledger-pool/what\.json: this is not JSON, or not all of it .*Delete it"):
+        ledger.bind({"model_id": "aa"})
+
+
 def test_what_a_pool_makes_is_said_once_and_for_all(ledger: Ledger) -> None:
     ledger.bind({"model_id": "aa", "settings_id": "bb"})
     ledger.bind({"model_id": "aa", "settings_id": "bb"})

@@ -10,13 +10,14 @@ from typing import Any, Literal
 import pytest
 from fake_clock import FakeClock
 
+from oar_scale.errors import UserError
 from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.shard_pool import leases
 from oar_scale.shard_pool.actor import ActorOutcome, ShardTask
 from oar_scale.shard_pool.driver import PoolDriver
 from oar_scale.shard_pool.leases import Lease
 from oar_scale.shard_pool.ledger import Claim, Ledger, Record
-from oar_scale.shard_pool.pool_types import Bounds, PoolReport, Timing
+from oar_scale.shard_pool.pool_types import ArrayTask, Bounds, PoolReport, Timing
 from oar_scale.storage import Unreachable
 
 """A driver that waits for ever is what some of these are about."""
@@ -133,7 +134,13 @@ class Hanging(Cluster):
 
 
 def play(
-    ledger: Ledger, cluster: Cluster, shards: list[str], bounds: Bounds, timing: Timing | None = None, earlier_s: Sequence[float] = ()
+    ledger: Ledger,
+    cluster: Cluster,
+    shards: list[str],
+    bounds: Bounds,
+    timing: Timing | None = None,
+    earlier_s: Sequence[float] = (),
+    array: ArrayTask | None = None,
 ) -> tuple[PoolReport, list[tuple[str, Record]]]:
     """What the driver reports, and the events."""
     report, events = PoolReport(), list[tuple[str, Record]]()
@@ -142,7 +149,7 @@ def play(
         events.append((kind, fields))
 
     driver = PoolDriver(
-        ledger, shards, bounds, 3, timing or Timing(), report, StopSignals(), earlier_s=earlier_s, on_event=say, clock=cluster.clock
+        ledger, shards, bounds, 3, timing or Timing(), report, StopSignals(), array, earlier_s, on_event=say, clock=cluster.clock
     )
     driver.run(cluster)
     return report, events
@@ -179,6 +186,73 @@ def test_a_sick_host_is_left_out_and_poisons_no_shard(ledger: Ledger) -> None:
     (left_out,) = (fields for kind, fields in events if kind == "sick_host")
     assert left_out == {"host": "sick", "error": "bad GPU"}
     assert sum(host == "sick" for _, host in cluster.log) <= 4
+
+
+class SlowStart(Cluster):
+    """The first actor, on a host where every shard fails with what a user can fix, is there an hour before the ``others``, if they come."""
+
+    def __init__(self, hosts: list[str], others: bool) -> None:
+        super().__init__(hosts, len(hosts), {"any": hosts[1]}, how="user error")
+        self.others, self.late = others, list[int]()
+
+    def make(self, actor: int) -> None:
+        super().make(actor) if actor == 1 else self.late.append(actor)
+
+    def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
+        outcomes = super().wait(timeout_s)
+        if not outcomes and self.clock.now > 1000 + 3600:
+            for actor in self.late:
+                super().make(actor) if self.others else self.outcomes.append((actor, ActorOutcome("user error", error="no GPU here")))
+            self.late = []
+        return outcomes
+
+
+def test_a_sick_host_that_is_there_first_poisons_nothing(ledger: Ledger) -> None:
+    """It would have failed all shards before another one has its model."""
+    cluster = SlowStart(["healthy", "sick", "fine"], others=True)
+    report, _ = play(ledger, cluster, names(50), Bounds(3, 3), Timing(hang_s=1e6))
+    assert len(report.done) == 50 and not report.poison
+    alone = SlowStart(["healthy", "sick", "fine"], others=False)
+    report, _ = play(Ledger(f"{ledger.uri}-alone"), alone, names(5), Bounds(3, 3), Timing(hang_s=1e6))
+    assert len(report.poison) == 5 and set(report.poison.values()) == {"bad GPU"}, "nobody else came, and it waited for ever"
+
+
+class Beside(Cluster):
+    """Another pool, a task of a job array on a ``sick`` host, claims every shard first and gives it up at once."""
+
+    def __init__(self, ledger: Ledger, sick: str) -> None:
+        super().__init__(["a"], 1)
+        self.ledger, self.sick = ledger, sick
+
+    def run(self, actor: int, task: ShardTask) -> None:
+        if task.claim:
+            return super().run(actor, task)
+        self.ledger.mark_poison(task.shard, "credentials have expired", "other", [self.sick])
+        self.outcomes.append((actor, ActorOutcome("taken", claim=self.ledger.claim(task.shard, 0, "other"))))
+        return None
+
+
+def test_a_sick_task_of_a_job_array_poisons_nothing_for_others(ledger: Ledger) -> None:
+    """Each has a host of its own, so that a task cannot tell by itself whether shard or host is at fault."""
+    report, _ = play(ledger, Beside(ledger, "sick"), names(20), Bounds(1, 1))
+    assert len(report.done) == 20 and not report.poison and not ledger.poison()
+    same = Ledger(f"{ledger.uri}-same")
+    report, _ = play(same, Beside(same, "a"), names(3), Bounds(1, 1))
+    assert set(report.poison.values()) == {"credentials have expired"} and len(same.poison()) == 3
+
+
+def test_a_sick_task_of_a_job_array_ends_if_it_has_others(ledger: Ledger) -> None:
+    """It would get through the whole list before they have done a tenth of it."""
+    cluster, array = Cluster(["sick"], 1, {"any": "sick"}, how="user error"), ArrayTask(0, 2)
+    with (
+        Lease(ledger, lambda: {"array": True}, heartbeat_s=10),
+        pytest.raises(UserError, match="sick: every shard fails on this host, and other tasks of the array go on without it") as raised,
+    ):
+        play(ledger, cluster, names(50), Bounds(1, 1), array=array)
+    assert "bad GPU" in str(raised.value) and len(cluster.log) == 3 and not ledger.claims()
+    alone = Ledger(f"{ledger.uri}-alone")
+    report, _ = play(alone, Cluster(["sick"], 1, {"any": "sick"}, how="user error"), names(5), Bounds(1, 1), array=array)
+    assert len(report.poison) == 5
 
 
 def test_what_a_user_can_fix_is_poison_once_two_hosts_say_so(ledger: Ledger) -> None:
@@ -220,7 +294,8 @@ def test_without_any_actor_new_ones_are_started_at_once(ledger: Ledger) -> None:
 def test_a_worker_that_is_never_made_is_given_up(ledger: Ledger) -> None:
     report, events = play(ledger, Hanging(["a", "b"], starts=2), names(30), Bounds(2, 2), Timing(hang_s=0.1, patience_s=0, poll_s=0.01))
     assert (len(report.done), report.deaths) == (30, 2)
-    assert [fields["error"] for kind, fields in events if kind == "actor_lost"] == ["no answer in 0 s"] * 2
+    lost = [fields["error"] for kind, fields in events if kind == "actor_lost"]
+    assert len(lost) == 2 and all(error.startswith("no answer in 0 s") for error in lost)
 
 
 def test_an_actor_that_waits_for_capacity_does_not_hang(ledger: Ledger) -> None:
@@ -233,6 +308,44 @@ def test_a_first_shard_that_hangs_is_given_up(ledger: Ledger) -> None:
     cluster = Hanging(["a", "b"], shards=["0.tar", "1.tar"])
     report, _ = play(ledger, cluster, names(2), Bounds(2, 2), Timing(hang_s=0.1, patience_s=0, poll_s=0.01))
     assert report.failures == {"0.tar": 1, "1.tar": 1} and len(report.done) == 2
+
+
+class Long(Cluster):
+    """Every shard takes ``steps`` minutes; ``hanging`` ones report progress after each minute until half-way, the others to the end."""
+
+    def __init__(self, steps: int, hanging: Sequence[str] = ()) -> None:
+        super().__init__(["a", "b"], 2, pace_s=30)
+        self.steps, self.hanging = steps, set(hanging)
+        self.tasks: dict[int, list[ActorOutcome]] = {}
+
+    def run(self, actor: int, task: ShardTask) -> None:
+        self.log.append((task.shard, self.host(actor)))
+        self.tasks[actor] = [ActorOutcome("progress")] * self.steps + [done()]
+        if task.shard in self.hanging:
+            self.hanging.remove(task.shard)
+            self.tasks[actor] = self.tasks[actor][: self.steps // 2]
+
+    def wait(self, timeout_s: float) -> list[tuple[int, ActorOutcome]]:
+        if self.outcomes:
+            return super().wait(timeout_s)
+        self.clock.now += 60
+        return [(actor, outcomes.pop(0)) for actor, outcomes in self.tasks.items() if actor in self.alive and outcomes]
+
+
+def test_first_shards_may_take_long_as_long_as_they_go_on(ledger: Ledger) -> None:
+    """The largest recipe's take 68 minutes, longer than ``hang_s`` and the patience."""
+    report, _ = play(ledger, Long(steps=200), names(4), Bounds(2, 2), Timing(hang_s=1800, patience_s=1200))
+    assert (len(report.done), report.deaths, report.failures) == (4, 0, {})
+
+
+def test_a_long_shard_that_goes_on_no_more_is_given_up(ledger: Ledger) -> None:
+    """After ``hang_s`` and the patience, also where 20 times the median is a day."""
+    cluster = Long(steps=200, hanging=["3.tar"])
+    timing = Timing(hang_s=1800, patience_s=1200, straggler=1e6)
+    report, events = play(ledger, cluster, names(4), Bounds(1, 1), timing, earlier_s=[12000.0] * 3)
+    assert len(report.done) == 4 and report.failures == {"3.tar": 1}
+    (lost,) = (fields["error"] for kind, fields in events if kind == "actor_lost")
+    assert lost.startswith("no progress in 3000 s (parallel.hang_timeout_s and storage.patience_s)")
 
 
 def test_times_of_earlier_pools_make_a_first_shard_a_straggler(ledger: Ledger) -> None:

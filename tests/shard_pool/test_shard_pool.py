@@ -18,7 +18,8 @@ from waiting import wait_until
 
 from oar_scale.errors import UserError
 from oar_scale.orders.order_table import write_orders
-from oar_scale.shard_pool import Bounds, Ledger, PoolReport, Timing, run_pool
+from oar_scale.shard_pool import Bounds, Ledger, OnStep, PoolReport, ShardOutput, Timing, actor, run_pool
+from oar_scale.shard_pool.backends import ActorBackend, ProcessActors, RayActors
 from oar_scale.shard_pool.ledger import Record
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
@@ -53,7 +54,7 @@ def clock_that_jumps(seconds: float, sign: Path) -> Callable[[], float]:
 
 
 def test_a_dead_actor_loses_no_shard_and_changes_no_byte(tmp_path: Path, calm: dict[str, bytes]) -> None:
-    report = run(tmp_path, faults={SHARDS[2]: "crash 1 after"})
+    report = run(tmp_path, faults={SHARDS[2]: "crash 2 after"})
     assert list(report.done) == SHARDS
     assert report.failures == {SHARDS[2]: 1}
     assert sorted(tries(tmp_path / "log")) == sorted([*SHARDS, SHARDS[2]])
@@ -106,6 +107,38 @@ def test_a_fault_of_the_data_is_not_tried_again(tmp_path: Path) -> None:
     assert report.poison == {SHARDS[4]: "00004.tar: sample 'cat' has no caption"}
     assert tries(tmp_path / "log").count(SHARDS[4]) == 1
     assert len(report.done) == 5
+
+
+class Stepping:
+    """Reports each of its steps."""
+
+    def __init__(self) -> None:
+        actor.PROGRESS_S = 0.0  # of this process, which is an actor's
+
+    def run(self, shard: str, on_step: OnStep) -> ShardOutput:
+        for _ in range(3):
+            on_step()
+        return ShardOutput(shard, b"done", {})
+
+
+@pytest.mark.parametrize("backend", ["ray", "processes"])
+def test_progress_inside_a_shard_reaches_the_driver(tmp_path: Path, backend: str) -> None:
+    make_actor = partial(actor.Actor, Stepping, Ledger(str(tmp_path / "ledger")), "pool1", 0.0)
+    actors: ActorBackend = RayActors(make_actor, 1, 0) if backend == "ray" else ProcessActors(make_actor)
+    outcomes: list[tuple[int, str]] = []
+
+    def until(kind: str) -> None:
+        while not outcomes or outcomes[-1][1] != kind:
+            outcomes.extend((number, outcome.kind) for number, outcome in actors.wait(1.0))
+
+    number = actors.start()
+    until("started")
+    for index in range(2):
+        outcomes.clear()
+        actors.run(number, actor.ShardTask(str(tmp_path / f"{index}.tar")))
+        until("done")
+        assert outcomes == [(number, "progress")] * 3 + [(number, "done")]
+    actors.close()
 
 
 def test_a_straggler_is_done_by_an_idle_actor_as_well(tmp_path: Path, calm: dict[str, bytes]) -> None:

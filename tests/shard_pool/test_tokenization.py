@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 
 from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
-from oar_scale.data.shards import read_token_shard, shard_name, write_shard
+from oar_scale.data.shards import pack_shard, read_token_shard, shard_name, write_shard
 from oar_scale.errors import UserError
-from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
+from oar_scale.shard_pool import Ledger, ShardOutput
+from oar_scale.shard_pool.ledger import LedgerEntry
+from oar_scale.shard_pool.tokenization import TokenizeJob, TokenizeWorker, tokenize_all
+from oar_scale.storage import open_storage
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, pixels_to_unit, save_vq
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
@@ -81,3 +84,37 @@ def test_no_manifest_is_written_while_a_shard_is_missing(job: TokenizeJob, tmp_p
     with pytest.raises(UserError, match=r"00000\.tar: image of sample 'cat' cannot be read"):
         tokenize_all(dataclasses.replace(job, images=str(images), tokens=str(tokens)), actors=1)
     assert not (tokens / "manifest.json").exists()
+
+
+def test_codes_of_a_late_or_dead_actor_agree_with_the_manifest(job: TokenizeJob, tmp_path: Path) -> None:
+    """Another GPU gives other last bits, and now and then another code: the first bytes stay, and the manifest describes them."""
+    job = dataclasses.replace(job, tokens=str(tmp_path / "tokens"))
+    ours = TokenizeWorker(job).run("00000.tar", lambda: None)
+    samples = [{"__key__": f"image{i}", "codes.npy": np.zeros((2, 64), dtype=np.uint16), "txt": "x", "json": b"{}"} for i in range(4)]
+    info, data = pack_shard("00000.tar", samples)
+    ledger = Ledger(str(tmp_path / "tokens/ledger"))
+    theirs = ShardOutput(ours.uri, data, ours.made_from, {"shard": info.model_dump()})
+    ledger.write_draft("00000.tar", info.crc32c, LedgerEntry(theirs.result))  # it dies before the entry
+    open_storage(ours.uri).write(ours.uri, data)
+    manifest = tokenize_all(job, actors=1)
+    assert manifest.shards[0] == info
+    assert read_token_shard(ours.uri, job.cache_dir, manifest.shards[0]).view(0).max() == 0
+
+
+def test_codes_without_a_draft_are_replaced(job: TokenizeJob, tmp_path: Path) -> None:
+    """Those of another tokenizer, whose ledger was removed by hand."""
+    job = dataclasses.replace(job, tokens=str(tmp_path / "tokens"))
+    ours = TokenizeWorker(job).run("00000.tar", lambda: None)
+    open_storage(ours.uri).write(ours.uri, b"the codes of another tokenizer")
+    tokenize_all(job, actors=1)
+    assert open_storage(ours.uri).read(ours.uri) == ours.data
+
+
+def test_a_token_shard_that_is_gone_or_cut_is_made_again(job: TokenizeJob, tmp_path: Path) -> None:
+    job = dataclasses.replace(job, tokens=str(tmp_path / "tokens"))
+    manifest = tokenize_all(job, actors=1)
+    before = {info.name: (tmp_path / "tokens" / info.name).read_bytes() for info in manifest.shards}
+    (tmp_path / "tokens/00000.tar").unlink()
+    (tmp_path / "tokens/00001.tar").write_bytes(before["00001.tar"][:-512])
+    assert tokenize_all(job, actors=1) == manifest
+    assert {name: (tmp_path / "tokens" / name).read_bytes() for name in before} == before

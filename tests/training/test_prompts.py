@@ -12,6 +12,7 @@ import pytest
 import torch
 from launcher import run_workers
 from PIL import Image
+from pool_worker import write_output
 from small_run import prepare_small_run, pretraining, small_recipe
 
 from oar_scale.errors import UserError
@@ -112,7 +113,7 @@ def test_orders_are_extracted_under_the_same_prompts(runs: dict[str, Run], name:
         batch=16,
         precision="fp32",
     )
-    ExtractionWorker(job).run("00000.tar")
+    write_output(ExtractionWorker(job), "00000.tar")
     orders = read_orders(str(tmp_path / "00000.parquet")).order_SN
     assert (np.sort(orders, axis=1) == np.arange(64)).all()
 

@@ -48,19 +48,20 @@ class Sleeper:
     def __post_init__(self) -> None:
         import oar_scale.data.shards  # noqa: F401 (takes seconds, which are not the first shard's)
 
-    def run(self, shard: str) -> dict[str, Any]:
+    def run(self, shard: str, on_step: Callable[[], None]) -> Any:
         from oar_scale.data.shards import read_token_shard
-        from oar_scale.orders.order_table import OrderTable, table_name, write_orders
+        from oar_scale.orders.order_table import OrderTable, order_bytes, table_name
+        from oar_scale.shard_pool import ShardOutput
         from oar_scale.storage import join
 
         keys = read_token_shard(join(self.tokens, shard), self.cache).keys
         time.sleep(self.work_s)
         order_SN = np.tile(np.arange(256, dtype=np.uint16), (len(keys), 1))
         score_SN = np.random.default_rng(0).random(order_SN.shape, dtype=np.float32)
-        write_orders(join(self.orders, table_name(shard)), OrderTable(keys, [0] * len(keys), order_SN, score_SN, "none", "none"))
+        data = order_bytes(OrderTable(keys, [0] * len(keys), order_SN, score_SN, "none", "none"))
         with open(self.log, "a") as log:
             log.write(f"{time.process_time()}\n")  # from one shard to the next: all that this process does for a shard
-        return {"images": len(keys)}
+        return ShardOutput(join(self.orders, table_name(shard)), data, {"images": len(keys)})
 
 
 class Computer:
@@ -78,12 +79,12 @@ class Computer:
 
         self.worker._extract = timed
 
-    def run(self, shard: str) -> Any:
+    def run(self, shard: str, on_step: Callable[[], None]) -> Any:
         self.extracting, began = 0.0, time.process_time()
-        result = self.worker.run(shard)
+        output = self.worker.run(shard, on_step)
         with open(self.log, "a") as log:
-            log.write(f"{os.getpid()} {result['images']} {time.process_time() - began} {self.extracting}\n")
-        return result
+            log.write(f"{os.getpid()} {output.result['images']} {time.process_time() - began} {self.extracting}\n")
+        return output
 
 
 @dataclass
