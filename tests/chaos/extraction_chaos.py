@@ -6,7 +6,9 @@ The worker is a stand-in that sleeps and then writes a real order table; ``emoji
 cluster of two node processes that lives through all trials (the second one is killed and started again), drivers that are started
 and killed, job arrays without Ray, a folder or a real S3 server behind a proxy that fails 20 % of all calls. A trial is a function
 of its number. In every trial: the pool ends; every shard is in the ledger, once, and its table is byte for byte that of the
-undisturbed run; a shard with a broken sample is named while the others are done; nothing else lies where tables are looked for.
+undisturbed run; a shard with a broken sample is named while the others are done; nothing else lies where tables are looked for. On a
+sick node every shard fails with an error that a user can fix: no shard may be given up for that. An outage of the storage, as pools begin
+and in their midst, lasts longer than whatever is tried again inside a read or a write.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pool_chaos import PATIENCE_S, Cluster, Driver, after_tries, begin, fail_a_fifth, kill_an_actor, s3_with_faults
-from pool_worker import PHASES, WRITES, TableWriter, table_of, tries
+from pool_chaos import PATIENCE_S, Cluster, Driver, after_tries, begin, fail_a_fifth, kill_an_actor, refuse_all, s3_with_faults
+from pool_worker import PHASES, WRITES, OnRayNodes, TableWriter, table_of, tries
 
 from oar_scale.errors import Requeue, UserError
 from oar_scale.orders.order_table import table_name, write_orders
@@ -35,10 +37,13 @@ from oar_scale.runtime.retry import retry_transient
 from oar_scale.shard_pool import ArrayTask, Ledger, Timing, run_pool
 from oar_scale.storage import join, open_storage
 
+if TYPE_CHECKING:
+    from fault_proxy import FaultProxy
+
 SHARDS = [f"{index:05d}.tar" for index in range(12)]
 WORK_S = 0.15
-SCENARIOS = ("actor", "write", "node", "driver", "terminate", "two pools", "array", "array node")
-QUICK = ("write", "array", "array node")
+SCENARIOS = ("actor", "write", "node", "driver", "terminate", "two pools", "array", "array node", "sick node", "outage")
+QUICK = ("write", "array", "array node", "outage")
 """Those that need no Ray."""
 ATTEMPTS = 12
 
@@ -46,7 +51,8 @@ ATTEMPTS = 12
 def drive(settings: dict[str, Any]) -> int:
     """Run a pool with ``settings``; prints how it ended."""
     begin(settings)
-    make = partial(TableWriter, settings["output"], settings["log"], WORK_S, settings["faults"])
+    worker = partial(OnRayNodes, sick=settings["sick"]) if settings["sick"] else TableWriter
+    make = partial(worker, settings["output"], settings["log"], WORK_S, settings["faults"])
     array = ArrayTask(*settings["array"]) if settings["array"] else None
     timing = Timing(heartbeat_s=0.3, lease_s=4.0, poll_s=0.3, grace_s=3.0, patience_s=60)
     events: Counter[str] = Counter()
@@ -84,6 +90,10 @@ class Trial:
     held: str = ""
     """A shard that waits for the first disturbance, so that no pool ends before it, however late that comes."""
     happened: Counter[str] = field(default_factory=Counter)
+    sick: str = ""
+    """The address of a node of Ray."""
+    failing: bool = False
+    """The server fails a fifth of all calls."""
 
     @property
     def go_on(self) -> Path:
@@ -91,7 +101,8 @@ class Trial:
         return Path(self.log, "go on")
 
     def driver_settings(self, actors: int = 2, array: tuple[int, int] | None = None) -> dict[str, Any]:
-        return {"output": self.output, "log": self.log, "faults": self.faults, "actors": actors, "array": array}
+        given = {"output": self.output, "log": self.log, "faults": self.faults, "sick": self.sick}
+        return {**given, "actors": actors, "array": array}
 
 
 def plan(number: int, seed: int, folder: str, s3_root: str, scenarios: tuple[str, ...]) -> Trial:
@@ -99,7 +110,7 @@ def plan(number: int, seed: int, folder: str, s3_root: str, scenarios: tuple[str
     scenario = scenarios[number % len(scenarios)]
     log = str(Path(folder, f"log-{number}"))
     Path(log).mkdir()
-    remote = dice.random() < 0.4
+    remote = dice.random() < 0.4 or scenario == "outage"
     trial = Trial(number, scenario, dice, join(s3_root if remote else folder, f"out-{seed}-{number}"), log)
     trial.happened["on S3" if remote else "on a folder"] += 1
     victims = dice.sample(SHARDS, 4)
@@ -107,28 +118,35 @@ def plan(number: int, seed: int, folder: str, s3_root: str, scenarios: tuple[str
         for shard in victims[: 3 if scenario == "write" else 1]:
             write, phase = dice.randrange(len(WRITES)), dice.choice(PHASES)
             trial.faults[shard] = f"crash {write} {phase}"
-    if dice.random() < 0.2:
+    if dice.random() < 0.2 and scenario != "sick node":  # its error would be that of either
         trial.faults[victims[3]] = "broken"
     trial.held = max(set(SHARDS) - set(victims))
     trial.faults[trial.held] = "wait"
     return trial
 
 
-def run_trial(trial: Trial, cluster: Cluster | None, disturbances: int) -> None:
+def run_trial(trial: Trial, cluster: Cluster | None, proxy: FaultProxy, disturbances: int) -> None:
     """Let it happen, in so many attempts at most, then see that it left no trace."""
-    array = trial.scenario.startswith("array")
+    array = trial.scenario in ("array", "array node", "outage")
     for attempt in range(ATTEMPTS):
+        if trial.scenario == "outage" and attempt == 0:
+            refuse_all(proxy)
         if array or (trial.scenario == "write" and cluster is None):
             drivers = [Driver(__file__, trial.driver_settings(array=(index, 3)), {}) for index in range(3)]
         else:
             assert cluster is not None
             cluster.ready()
-            drivers = [Driver(__file__, trial.driver_settings(4 if trial.scenario == "node" else 2), cluster.ray.env)]
+            if trial.scenario == "sick node":
+                trial.sick = trial.dice.choice(cluster.ray.living).address
+            actors = 4 if trial.scenario in ("node", "sick node") else 2
+            drivers = [Driver(__file__, trial.driver_settings(actors), cluster.ray.env)]
             if trial.scenario == "two pools":
                 time.sleep(trial.dice.uniform(0, 2))
                 drivers.append(Driver(__file__, trial.driver_settings(), cluster.ray.env))
         if attempt < disturbances:
-            disturb(trial, drivers, cluster)
+            if trial.scenario == "outage" and attempt == 0:
+                sit_out(trial, drivers, proxy)
+            disturb(trial, drivers, cluster, proxy)
             trial.go_on.touch()
         ends = [driver.end() for driver in drivers]
         trial.happened["drivers"] += len(drivers)
@@ -154,7 +172,19 @@ def run_trial(trial: Trial, cluster: Cluster | None, disturbances: int) -> None:
     trial.happened["tries beyond one a shard"] += len(tries(trial.log)) - len(SHARDS)
 
 
-def disturb(trial: Trial, drivers: list[Driver], cluster: Cluster | None) -> None:
+def sit_out(trial: Trial, drivers: list[Driver], proxy: FaultProxy) -> None:
+    """End an outage once every pool has given up a call and everything that is tried again inside it, and some time after."""
+    before, began = [driver.waits() for driver in drivers], time.monotonic()
+    refuse_all(proxy)
+    while any(driver.running and driver.waits() == waits for driver, waits in zip(drivers, before, strict=True)):
+        assert time.monotonic() - began < PATIENCE_S, "a pool does not notice that its storage is gone"
+        time.sleep(0.05)
+    time.sleep(trial.dice.uniform(0, 6))  # leases expire after 4
+    trial.happened["outages"] += 1
+    fail_a_fifth(proxy) if trial.failing else proxy.spoil({})
+
+
+def disturb(trial: Trial, drivers: list[Driver], cluster: Cluster | None, proxy: FaultProxy) -> None:
     dice = trial.dice
     for _ in range(dice.randint(1, 3) if trial.scenario == "actor" else 1):
         # While a shard is held, all that are not may have been tried already.
@@ -171,6 +201,8 @@ def disturb(trial: Trial, drivers: list[Driver], cluster: Cluster | None) -> Non
             case "node" if cluster is not None:
                 cluster.kill_node()
                 trial.happened["nodes killed"] += 1
+            case "outage":
+                sit_out(trial, drivers, proxy)
             case "driver" | "two pools":
                 if trial.scenario == "driver" or dice.random() < 0.5:
                     victim.kill_group()
@@ -250,9 +282,10 @@ def run_trials(
                 trial = plan(number, seed, folder, s3_root, scenarios)
                 if trial.output.startswith("s3://") and trial.dice.random() < failing:
                     fail_a_fifth(proxy)
+                    trial.failing = True
                     trial.happened["S3 failing 20 %"] += 1
                 try:
-                    run_trial(trial, cluster, disturbances)
+                    run_trial(trial, cluster, proxy, disturbances)
                 except Exception as error:
                     raise AssertionError(f"trial {number} ({trial.scenario}, {trial.output}, {trial.faults}): {error}") from error
                 finally:

@@ -45,6 +45,11 @@ class Driver:
     def running(self) -> bool:
         return self.process.poll() is None
 
+    def waits(self) -> int:
+        """How often the driver, or an actor that is its child, has given up a call to the storage, to try it again later."""
+        text = Path(self.errors.name).read_text(errors="replace")
+        return text.count("Trying again for") + text.count("a heartbeat of this pool failed")
+
     def kill_group(self) -> None:
         if self.running:  # or its number may be another's by now
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -112,6 +117,11 @@ def s3_with_faults(folder: str) -> Iterator[tuple[str, FaultProxy]]:
 
 def fail_a_fifth(proxy: FaultProxy) -> None:
     proxy.spoil(S3_FAULTS, methods=ALL_METHODS)
+
+
+def refuse_all(proxy: FaultProxy) -> None:
+    """Begin an outage of the storage."""
+    proxy.spoil({"refused": 1.0}, methods=ALL_METHODS)
 
 
 def after_tries(

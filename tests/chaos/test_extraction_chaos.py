@@ -17,21 +17,22 @@ from oar_scale.storage import join, open_storage
 
 SEED = 5
 ARRAY_SEED = 93
-"""One of those whose first three trials have all that is asserted: a broken sample, a folder and S3, a kill inside a table."""
+"""One of those whose first four trials have all that is asserted: a broken sample, a folder and S3, a kill inside a table."""
 
 
-def test_disturbed_job_arrays_leave_what_a_calm_one_leaves(tmp_path: Path) -> None:
-    happened = extraction_chaos.run_trials(range(3), ARRAY_SEED, str(tmp_path), extraction_chaos.QUICK, failing=0)
+def test_disturbed_job_arrays_leave_what_a_calm_one_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")  # an outage need not be long to be longer than these
+    happened = extraction_chaos.run_trials(range(4), ARRAY_SEED, str(tmp_path), extraction_chaos.QUICK, failing=0)
     assert happened["on S3"] and happened["on a folder"] and happened["broken sample"]
     assert happened["array tasks killed"] and happened["array tasks killed with their node"] and happened["killed inside the table"]
-    assert happened["event taken_over"] and happened["event retry"]
+    assert happened["event taken_over"] and happened["event retry"] and happened["outages"] > 1
 
 
 def test_disturbed_ray_pools_leave_what_a_calm_one_leaves(tmp_path: Path) -> None:
-    scenarios = ("driver", "node", "two pools", "actor", "terminate")
-    happened = extraction_chaos.run_trials(range(5), SEED, str(tmp_path), scenarios, failing=0, disturbances=1)
+    scenarios = ("driver", "node", "two pools", "actor", "terminate", "sick node")
+    happened = extraction_chaos.run_trials(range(6), SEED, str(tmp_path), scenarios, failing=0, disturbances=1)
     assert happened["drivers killed"] and happened["nodes killed"] and happened["trial: two pools"]
-    assert happened["actors killed"] and happened["drivers asked to stop"]
+    assert happened["actors killed"] and happened["drivers asked to stop"] and happened["event retry"] and happened["trial: sick node"]
 
 
 def test_a_storage_that_fails_every_fifth_call_changes_nothing(tmp_path: Path) -> None:
