@@ -16,17 +16,18 @@ from small_models import random_codes, small_model
 from oar_scale.config.schema import SentencePieceConfig
 from oar_scale.data.manifest import Manifest, write_manifest
 from oar_scale.data.shards import read_token_shard, shard_name, token_sample, write_shard
-from oar_scale.errors import UserError
+from oar_scale.errors import Unreachable, UserError
 from oar_scale.model import load_model, save_model
 from oar_scale.model.spec import TextSpec
 from oar_scale.orders.extraction import brute_force_orders
 from oar_scale.orders.order_table import join_orders, read_orders
 from oar_scale.orders.settings import ExtractionSettings
-from oar_scale.shard_pool import ArrayTask, Ledger, ShardResult
+from oar_scale.shard_pool import ArrayTask, Ledger, ShardResult, Timing
 from oar_scale.shard_pool import extraction_pool as pool
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, ExtractionWorker, extract_all
 from oar_scale.shard_pool.ledger import LedgerEntry, Record
 from oar_scale.storage import open_storage
+from oar_scale.storage.s3 import S3Storage
 from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
@@ -232,3 +233,30 @@ def test_several_orders_of_several_views_have_rows_of_their_own(inputs: Path, tm
         np.testing.assert_array_equal(table.order_SN[row::4], expected.order_BN.numpy())
     joined = join_orders(shard.keys, table, shard=shard_name(2), cells=9)
     np.testing.assert_array_equal(joined, table.order_SN.reshape(3, 4, 9)[:, :2])
+
+
+def test_an_extraction_starts_when_its_storage_is_back(inputs: Path, tmp_path: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the driver reads or lists as it starts is out of reach at first: manifest, model, ledger, tables."""
+    extract_all(job(inputs, tmp_path / "orders"), actors=1)
+    for folder in (inputs, tmp_path / "orders"):
+        for path in open_storage(str(folder)).list(str(folder)):
+            open_storage(s3_root).upload(path, f"{s3_root}/back/{folder.name}/{path.removeprefix(f'{folder}/')}")
+    there, refused = f"{s3_root}/back/{inputs.name}", list[str]()
+    orders = f"{s3_root}/back/orders"
+    here = dataclasses.replace(
+        job(inputs, tmp_path / "orders"), tokens=f"{there}/tokens", model=f"{there}/model.safetensors", orders=orders
+    )
+    for verb in ("read", "sizes"):
+        answer = getattr(S3Storage, verb)
+
+        def refuse_once(storage: S3Storage, uri: str, *where: int, answer: Any = answer, verb: str = verb) -> Any:
+            if f"{verb} {uri}" not in refused:
+                refused.append(f"{verb} {uri}")
+                raise Unreachable(f"{uri}: no connection")
+            return answer(storage, uri, *where)
+
+        monkeypatch.setattr(S3Storage, verb, refuse_once)
+    monkeypatch.setattr("oar_scale.runtime.retry.FIRST_S", 0.001)
+    assert extract_all(here, actors=1, timing=Timing(patience_s=60)).already_done == 3
+    for each in (f"read {here.tokens}/manifest.json", f"read {here.model}", f"sizes {here.ledger}", f"sizes {here.orders}"):
+        assert each in refused
