@@ -1,9 +1,8 @@
 """Runs the stages of a recipe: what is already done, what has to be done again, and what is refused.
 
-A finished stage leaves ``stages/NAME.json``, written last, with the part of the recipe it depends on and a fingerprint of
-that and of all it needs. A stage with the same fingerprint is skipped; another fingerprint is an error, not a silent mix of
-two recipes. A stage that was interrupted has no such file and resumes from what it finds (checkpoints, ledgers). Doing a
-stage again on request removes its results and those of every stage that needs it.
+A finished stage leaves a marker, written last (:mod:`oar_scale.run.stage_markers`): under the same settings it is skipped, a training
+that gets more steps is continued, other settings are an error. A stage that was interrupted has no marker and resumes from what it finds
+(checkpoints, ledgers). Doing a stage again on request removes its results and those of every stage that needs it.
 
 The stages themselves are listed in ``oar_scale.registry``.
 """
@@ -15,17 +14,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib import import_module
 
-from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.loading import dump_recipe
-from oar_scale.config.run_sections import REMOVED_EXTRACT
 from oar_scale.config.schema import Recipe
-from oar_scale.config.section import Section, operational_fields
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import duration
 from oar_scale.observe.watch import catch_up, watching
 from oar_scale.registry import STAGES, Stage
 from oar_scale.run.context import ONE_ORDER, OTHER_LAYOUT, Run
+from oar_scale.run.stage_markers import Finished, dependents, mark_stale, read_finished, write_finished
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 
 
@@ -47,13 +44,12 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None)
     check_run_dir(run)
     if first is not None:
         _require(run, first)
-        again = names[stages.index(first) :] if only is None else [only, *_dependents(stages, only)]
-        _clear(run, [stage for stage in stages if stage.name in again])
+        _clear(run, stages[stages.index(first) :] if only is None else [first, *dependents(stages, only)])
     began = time.monotonic()
     with ExitStack() as stack:
         for stage in stages:
             if only in (None, stage.name):
-                if stage.ray and _done(run, stage) is None:
+                if stage.ray and _to_do(read_finished(run, stage)):
                     stack.enter_context(_shared_ray(run.recipe))
                 run_stage(run, stage.name, checked=True)
     catch_up(run.events, run.recipe, run.at(), names, run.console.say)
@@ -88,9 +84,9 @@ def run_stage(run: Run, name: str, *, checked: bool = False) -> None:
         check_run_dir(run)
         _require(run, stage)
     label = f"[{stages.index(stage) + 1}/{len(stages)}] {stage.name}"
-    done = _done(run, stage)
-    if done is not None:
-        run.console.say(f"{label}: done before in {duration(done['seconds'])}, skipped")
+    finished = read_finished(run, stage)
+    if finished is not None and not finished.changes:
+        run.console.say(f"{label}: done before in {duration(finished.marker['seconds'])}, skipped")
         return
     run.console.stage(label, stage.title, expected_duration(run.recipe, stage))
     function, arguments = entry_point(stage), (run, stage.name) if stage.training else (run,)
@@ -98,15 +94,39 @@ def run_stage(run: Run, name: str, *, checked: bool = False) -> None:
         function(*arguments)
         return
     bind_run_dir(run)
+    later = dependents(stages, stage.name) if finished is not None else []
+    if finished is not None:
+        _announce_continuation(run, stage, finished, later)
     started, clock = time.time(), time.monotonic()
     # A training stage is watched where its workers are started, which knows its steps; what several processes share, by the first.
     unwatched = bool(stage.training) or (run.array is not None and run.array.index > 0)
     with nullcontext() if unwatched else watching(run.events, stage.name, run.recipe, run.at(), console=run.console):
         results = function(*arguments)
     seconds = time.monotonic() - clock
-    marker = {"stage": stage.name, "fingerprint": stage_fingerprint(run.recipe, stage), "settings": _settings(run.recipe, stage)}
-    write_json(run.marker(stage.name), {**marker, "seconds": seconds, "started": started, "results": results})
+    mark_stale(run, later, stage)
+    write_finished(run, stage, {"seconds": seconds, "started": started, "results": results})
     run.console.say(f"  {stage.name} took {duration(seconds)}")
+
+
+def _to_do(finished: Finished | None) -> bool:
+    """Whether a stage has something to do: for the first time, or because it is to be continued."""
+    return finished is None or bool(finished.changes)
+
+
+def _announce_continuation(run: Run, stage: Stage, finished: Finished, later: list[Stage]) -> None:
+    """Say how a finished training is continued, and keep the model that it has left: the export at its end replaces that."""
+    named = ", ".join(f"{key} {then} -> {now}" for key, (then, now) in finished.changes.items())
+    run.console.say(f"  continued from its last checkpoint: {named}")
+    if stage.model is not None:
+        model, steps = run.model_uri(stage.model), finished.marker["settings"][f"{stage.training}.steps"]
+        kept = f"{model.removesuffix('.safetensors')}.step-{steps}.safetensors"
+        storage = open_storage(model)
+        if storage.exists(model) and not storage.exists(kept):
+            storage.copy(model, kept)
+        run.console.say(f"  the model of step {steps} is kept as {kept}")
+    if later:
+        names = ", ".join(each.name for each in later)
+        run.console.say(f"  after it these stages are stale, and stay as they are until you do them again: {names}")
 
 
 def entry_point(stage: Stage) -> Callable[..., JsonObject]:
@@ -152,12 +172,6 @@ def bind_run_dir(run: Run) -> None:
     open_storage(recipe).write(recipe, dump_recipe(run.recipe).encode())
 
 
-def stage_fingerprint(recipe: Recipe, stage: Stage) -> str:
-    """The hash of a stage's settings and of the fingerprints of all stages it needs."""
-    needed = [stage_fingerprint(recipe, each) for each in recipe.stages() if each.name in stage.needs]
-    return fingerprint({"stage": stage.name, "settings": _settings(recipe, stage), "needs": needed})
-
-
 def _stage(recipe: Recipe, name: str) -> Stage:
     """The stage of that name. Raises UserError where the recipe has none: why, and which stages it has."""
     stages = recipe.stages()
@@ -179,67 +193,15 @@ def _run_identity(run: Run) -> JsonObject:
     return {"name": run.recipe.name, "seed": run.recipe.seed, "storage_root": run.recipe.storage.root, "source": source}
 
 
-def _settings(recipe: Recipe, stage: Stage) -> JsonObject:
-    """The stage's part of the recipe as plain values, ``section.field`` by name, without operational fields."""
-    plain: JsonObject = recipe.model_dump(mode="json")
-    chosen: JsonObject = {}
-    for section in stage.sections:
-        if section == "extract.views" and recipe.extract.views == 1:
-            continue  # one view is what there was before recipes had this field: fingerprints of those runs still hold
-        value: JsonObject = plain
-        config: object = recipe
-        for key in section.split("."):
-            value, config = value[key], getattr(config, key)
-        if isinstance(config, Section):
-            changeable = operational_fields(type(config))
-            chosen |= {f"{section}.{key}": item for key, item in value.items() if key not in changeable}
-            if section == "extract":
-                chosen |= {f"extract.{key}": item for key, item in REMOVED_EXTRACT.items()}  # older versions hashed them
-        else:
-            chosen[section] = value
-    return chosen
-
-
-def _done(run: Run, stage: Stage) -> JsonObject | None:
-    """The marker of a finished stage, None if it is not finished.
-
-    Raises:
-        UserError: it was finished with other settings.
-    """
-    try:
-        marker: JsonObject = read_json(run.marker(stage.name))
-    except Missing:
-        return None
-    if marker["fingerprint"] == stage_fingerprint(run.recipe, stage):
-        return marker
-    then, now = marker["settings"], _settings(run.recipe, stage)
-    changed = [
-        f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)
-    ]
-    raise UserError(
-        f"stage {stage.name} in {run.at()} was done with other settings: {'; '.join(changed) or 'those of a stage it needs'}.\n"
-        f"Set them back, do it again with --from {stage.name} (replaces its results and all after it), or choose another run_dir."
-    )
-
-
 def _require(run: Run, stage: Stage) -> None:
     """Check that all stages that one needs, directly or not, are done. Raises UserError with the first that is not."""
     stages = run.recipe.stages()
     for needed in stages:
-        if stage.name in _dependents(stages, needed.name) and _done(run, needed) is None:
+        if stage in dependents(stages, needed.name) and _to_do(read_finished(run, needed)):
             raise UserError(
                 f"stage {stage.name} needs stage {needed.name}, which is not finished in {run.at()}.\n"
                 f"Run the whole recipe (oar run RECIPE), or that stage first (oar {' '.join(needed.command('RECIPE'))})."
             )
-
-
-def _dependents(stages: list[Stage], name: str) -> list[str]:
-    """All stages that need a stage, directly or not."""
-    names = [name]
-    for stage in stages:
-        if any(need in names for need in stage.needs):
-            names.append(stage.name)
-    return names[1:]
 
 
 def _clear(run: Run, again: list[Stage]) -> None:

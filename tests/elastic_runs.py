@@ -17,8 +17,8 @@ from small_run import copy_run, prepare_small_run, small_recipe
 from oar_scale.config.loading import dump_recipe
 from oar_scale.data.manifest import read_manifest
 from oar_scale.observe.events import read_events
-from oar_scale.pipeline import stage_fingerprint
 from oar_scale.run.context import Run
+from oar_scale.run.stage_markers import stage_fingerprint
 from oar_scale.storage import write_json
 
 STEPS = 45

@@ -17,6 +17,7 @@ from oar_scale.errors import UserError
 from oar_scale.pipeline import run_pipeline, run_stage
 from oar_scale.registry import Stage
 from oar_scale.run.context import Run
+from oar_scale.run.stage_markers import stage_fingerprint
 from oar_scale.runtime import ray_session
 from oar_scale.shard_pool import ArrayTask
 from oar_scale.storage import open_storage
@@ -126,7 +127,7 @@ def test_all_stages_of_a_run_share_one_ray(tmp_path: Path, monkeypatch: pytest.M
 def test_an_older_finished_extract_stays_finished(tmp_path: Path) -> None:
     """Version 60fa78e hashed three fields of ``extract`` that are gone; these are the fingerprints that it computed."""
     recipe = Recipe.model_validate({"name": "stub", "run_dir": str(tmp_path), "extract": {"score": "gt_logprob"}})  # its default
-    fingerprints = {stage.name: pipeline.stage_fingerprint(recipe, stage) for stage in recipe.stages()}
+    fingerprints = {stage.name: stage_fingerprint(recipe, stage) for stage in recipe.stages()}
     assert (fingerprints["extract"], fingerprints["finetune"]) == ("cdaafdfab93f8dc9", "7ff00a6f94d13f8f")
 
 

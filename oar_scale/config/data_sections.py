@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from oar_scale.config.section import Operational, Section
+from oar_scale.config.section import Changeable, Limit, Operational, Section
 
 View = Annotated[str, Field(pattern=r"^(center|center_flip|jitter[1-9][0-9]?|crop1?[0-9]|tencrop|tencrop105)$")]
 CROPS = {"tencrop": tuple(f"crop{k}" for k in range(10)), "tencrop105": tuple(f"crop{k}" for k in range(10, 20))}
@@ -109,11 +109,11 @@ class DataConfig(Section):
     prepare_threads: Operational[int] = Field(4, ge=1)
     """Images read, decoded and resized at once by the stage ``data``."""
     on_bad_sample: Literal["skip", "fail"] = "skip"
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    max_bad_fraction: Limit[float] = Field(0.01, ge=0, le=1)
     """More bad samples than this share stop the stage even under ``skip``."""
-    canonical_streams: int = Field(8, ge=1)
+    canonical_streams: Changeable[int] = Field(8, ge=1)
     """C: the line of samples is cut into C segments; the number of workers must divide it (docs/stream.md)."""
-    shuffle_window_shards: int = Field(8, ge=1)
+    shuffle_window_shards: Changeable[int] = Field(8, ge=1)
     loader_processes: Operational[int] = Field(0, ge=0)
     """Processes of each worker that make its batches; 0: a thread. They change no batch."""
 

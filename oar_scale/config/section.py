@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from functools import cache
 from typing import Annotated, TypeVar
 
@@ -17,20 +18,43 @@ class Section(BaseModel):
 T = TypeVar("T")
 
 
-class _Operational:
-    """The mark of a field that may change when a run is resumed."""
+class _Mark(Enum):
+    """What may become of a field when a run is resumed."""
+
+    OPERATIONAL = "operational"
+    CHANGEABLE = "changeable"
+    LIMIT = "limit"
 
 
-Operational = Annotated[T, _Operational()]
+Operational = Annotated[T, _Mark.OPERATIONAL]
 """The type of a field that says who does the work, or how often it is logged, saved or watched. It changes no result, so it is no
 part of a stage's fingerprint, and a run may be resumed with another value: ``log_every: Operational[int] = Field(5, ge=1)``."""
+Changeable = Annotated[T, _Mark.CHANGEABLE]
+"""The type of a field that shapes the steps still to come. A training goes on from its checkpoint with another value, which is logged
+(event ``settings_changed``); a finished training is continued with it where it also gets more steps."""
+Limit = Annotated[T, _Mark.LIMIT]
+"""The type of a field that says when a stage stops or steps in. It may change as a :data:`Changeable` one may, and a finished stage
+stays finished: it came to its end."""
+
+
+def operational_fields(section: type[Section]) -> frozenset[str]:
+    """The names of a section's own fields that are marked :data:`Operational`; those of sections within it are not looked at."""
+    return _marked(section, _Mark.OPERATIONAL)
+
+
+def changeable_fields(section: type[Section]) -> frozenset[str]:
+    """The same for :data:`Changeable`."""
+    return _marked(section, _Mark.CHANGEABLE)
+
+
+def limit_fields(section: type[Section]) -> frozenset[str]:
+    """The same for :data:`Limit`."""
+    return _marked(section, _Mark.LIMIT)
 
 
 @cache
-def operational_fields(section: type[Section]) -> frozenset[str]:
-    """The names of a section's own fields that are marked :data:`Operational`; those of sections within it are not looked at."""
-    fields = section.model_fields.items()
-    return frozenset(name for name, field in fields if any(isinstance(mark, _Operational) for mark in field.metadata))
+def _marked(section: type[Section], mark: _Mark) -> frozenset[str]:
+    return frozenset(name for name, field in section.model_fields.items() if mark in field.metadata)
 
 
 class Range(Section):

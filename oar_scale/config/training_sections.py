@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from oar_scale.config.section import Count, Operational, PolicyName, RecipeConflict, Section, bounds
+from oar_scale.config.section import Changeable, Count, Limit, Operational, PolicyName, RecipeConflict, Section, bounds
 
 Layout = Literal["raster", "instructed", "dual"]
 
@@ -131,18 +131,18 @@ class MixConfig(Section):
 class TrainingConfig(Section):
     """One training: its length, its optimizer, its orders, its checkpoints."""
 
-    steps: int = Field(100, ge=0)
+    steps: Changeable[int] = Field(100, ge=0)
     """0, for pretraining only: ``model.weights`` are the any-order model as they are, and orders are extracted from them at once."""
     global_batch: int = Field(48, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(20, ge=0)
-    schedule: Literal["cosine", "constant", "linear", "linear_tail"] = "cosine"
+    lr: Changeable[float] = Field(1e-3, gt=0)
+    warmup_steps: Changeable[int] = Field(20, ge=0)
+    schedule: Changeable[Literal["cosine", "constant", "linear", "linear_tail"]] = "cosine"
     """How the rate falls after the warm-up; ``linear_tail`` is constant, then linear over the last ``tail_fraction`` of the steps."""
-    tail_fraction: float = Field(0.2, gt=0, le=1)
-    final_lr_fraction: float = Field(0.05, ge=0, le=1)
-    weight_decay: float = Field(0.05, ge=0)
+    tail_fraction: Changeable[float] = Field(0.2, gt=0, le=1)
+    final_lr_fraction: Changeable[float] = Field(0.05, ge=0, le=1)
+    weight_decay: Changeable[float] = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: Changeable[float] = Field(1.0, gt=0)
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep a moving average of the weights, which then is what the stage leaves; at the start it follows them faster. Default: off."""
     order: PolicyName | None = None
@@ -165,16 +165,16 @@ class TrainingConfig(Section):
     """Steps whose multiples are kept besides; 0: none."""
     keep_best: Operational[int] = Field(0, ge=0)
     """Checkpoints with the best held-out likelihood that are kept besides."""
-    max_non_finite: int = Field(20, ge=0)
-    """Batches without a finite gradient that are left out before the stage stops."""
-    spike_guard: Literal["off", "warn", "rollback"] = "warn"
+    max_non_finite: Limit[int] = Field(20, ge=0)
+    """Batches without a finite gradient that are left out before the stage stops; counted anew when other settings than limits change."""
+    spike_guard: Limit[Literal["off", "warn", "rollback"]] = "warn"
     """A loss far above the last ones: say so, or go back to the last good checkpoint and leave out the batches since."""
-    spike_sigmas: float = Field(8.0, gt=0)
+    spike_sigmas: Limit[float] = Field(8.0, gt=0)
     """What is far, in robust standard deviations of the last 100 losses."""
 
 
 class FinetuneConfig(TrainingConfig):
     """A class of its own, so that its default holds for recipes that set some other field of the section, too."""
 
-    steps: int = Field(100, ge=1)
+    steps: Changeable[int] = Field(100, ge=1)
     random_share: float = Field(0.1, ge=0, le=1)

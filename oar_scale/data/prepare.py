@@ -155,7 +155,7 @@ def _check_skipped(config: DataConfig, skipped: dict[str, str], done: int, total
         named = "; ".join(f"{key}: {fault}" for key, fault in list(skipped.items())[:5])
         raise UserError(
             f"data: {len(skipped)} of the first {done} images are bad, more than data.max_bad_fraction = {config.max_bad_fraction} "
-            f"of all {total}.\nThe first: {named}"
+            f"of all {total}.\nThe first: {named}\nFix them, or raise the limit: -o data.max_bad_fraction=..."
         )
 
 

@@ -32,7 +32,8 @@ Rank r of W owns the streams c with c mod W = r and so the slots i = r, r + W, r
 Nothing is tabulated: the position of a sample inside its piece is computed by a keyed permutation (:func:`shuffled`), so a plan takes
 memory in proportion to its shards, not to its samples, and the plan of any step is computed directly, without the steps before it.
 
-:class:`SamplePlan` is the plan of one folder of shards, :class:`MixturePlan` that of several, mixed by weight.
+:class:`SamplePlan` is the plan of one folder of shards, :class:`MixturePlan` that of several, mixed by weight. Where C or the window is
+changed in the middle of a run, :class:`ContinuedPlan` first shares out what the streams have left of the epoch.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +67,15 @@ class Slots:
     """Index of each sample in the manifest (in a mixture, after all samples of the folders before its own)."""
 
 
+class Cut(NamedTuple):
+    """How the line of samples is cut into streams, from one batch of the run on."""
+
+    first_batch: int
+    streams: int
+    """C."""
+    window_shards: int
+
+
 class StreamPlan(Protocol):
     """C endless streams of samples: what :func:`step_slots` takes the slots of a step from."""
 
@@ -73,6 +84,30 @@ class StreamPlan(Protocol):
 
     def at(self, stream: Ids, position: Ids) -> Slots:
         """The sample at ``position`` (0, 1, ...) of each ``stream`` (0 to C - 1); both arrays have one entry a slot."""
+        ...
+
+    def taken(self, position: int) -> list[Ids]:
+        """For each folder, how many of its samples each stream [C] has before a position."""
+        ...
+
+
+class FolderPlan(StreamPlan, Protocol):
+    """The streams of one folder of shards."""
+
+    seed: int
+    streams: int
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        ...
+
+    def shard_of(self, uid: Ids) -> tuple[Ids, Ids]:
+        """Index of each sample's shard, and its row within it."""
+        ...
+
+    def boundary(self, position: int) -> tuple[int, int]:
+        """The first position from this one on at which an epoch begins, and which epoch that is."""
         ...
 
 
@@ -128,6 +163,15 @@ class SamplePlan:
             uid[here] = self._uids(int(number), stream[here], within[here])
         return Slots(epoch, uid)
 
+    def taken(self, position: int) -> list[Ids]:
+        """All streams have as many."""
+        return [np.full(self.streams, position, dtype=np.int64)]
+
+    def boundary(self, position: int) -> tuple[int, int]:
+        """See :meth:`FolderPlan.boundary`."""
+        epoch = -(-position // self.segment)
+        return epoch * self.segment, epoch
+
     def shard_of(self, uid: Ids) -> tuple[Ids, Ids]:
         """Index of each sample's shard, and its row within it."""
         shard = np.searchsorted(self.first_uid, uid, side="right") - 1
@@ -154,6 +198,62 @@ class SamplePlan:
         return shards, np.concatenate([[0], np.cumsum(self.sizes[shards])[:-1]])
 
 
+class ContinuedPlan:
+    """The plan of a folder whose line is cut anew in the middle of an epoch; its positions count from there.
+
+    What the streams have left of the epoch is laid end to end, in the order in which they would have come to it, and cut into the new
+    number of equal parts; the next epoch is that of the new plan. So what the epoch has had is not repeated, and of the rest fewer
+    samples than there are new streams are skipped:
+
+        before    |xxxx------|xxxx------|xxxx------|      x: taken
+        the rest  |------------------|                    = |---------|---------|   for two new streams
+    """
+
+    def __init__(self, before: FolderPlan, taken_C: Ids, after: SamplePlan) -> None:
+        """Continue ``before``, of which each stream has had ``taken_C`` samples, with the streams of ``after``."""
+        self.before, self.after, self.seed, self.streams = before, after, after.seed, after.streams
+        end, self.epoch = before.boundary(int(taken_C.max()))
+        self.taken_C = taken_C
+        self.edges = np.concatenate([[0], np.cumsum(end - taken_C)])
+        """Where what is left of each old stream begins on the line of the rest, and the line's length."""
+        self.rest = int(self.edges[-1]) // self.streams
+        """Samples of the rest for each new stream."""
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return self.after.samples
+
+    def at(self, stream: Ids, position: Ids) -> Slots:
+        """See :meth:`StreamPlan.at`."""
+        slots, rest = Slots(np.empty_like(position), np.empty_like(position)), position < self.rest
+        line = stream[rest] * self.rest + position[rest]
+        old = np.searchsorted(self.edges, line, side="right") - 1
+        parts = (
+            (rest, self.before.at(old, self.taken_C[old] + line - self.edges[old])),
+            (~rest, self.after.at(stream[~rest], position[~rest] - self.rest + self.epoch * self.after.segment)),
+        )
+        for here, part in parts:
+            slots.epoch[here], slots.uid[here] = part.epoch, part.uid
+        return slots
+
+    def taken(self, position: int) -> list[Ids]:
+        """All streams have as many."""
+        return self.after.taken(position)
+
+    def boundary(self, position: int) -> tuple[int, int]:
+        """See :meth:`FolderPlan.boundary`."""
+        if position <= self.rest:
+            return self.rest, self.epoch
+        shift = self.epoch * self.after.segment - self.rest
+        end, epoch = self.after.boundary(position + shift)
+        return end - shift, epoch
+
+    def shard_of(self, uid: Ids) -> tuple[Ids, Ids]:
+        """Index of each sample's shard, and its row within it."""
+        return self.after.shard_of(uid)
+
+
 class MixturePlan:
     """The plan of several folders of shards, mixed by weight; uids of folder d begin where those of folder d - 1 end.
 
@@ -162,7 +262,7 @@ class MixturePlan:
     through its own epochs at its own pace.
     """
 
-    def __init__(self, plans: Sequence[SamplePlan], weights: Sequence[float]) -> None:
+    def __init__(self, plans: Sequence[FolderPlan], weights: Sequence[float]) -> None:
         """Raises ValueError for weights that are not positive, or plans with different numbers of streams."""
         if len(plans) != len(weights) or min(weights, default=0) <= 0:
             raise ValueError(f"{len(plans)} data sets need as many positive weights, got {list(weights)}")
@@ -188,6 +288,13 @@ class MixturePlan:
             slots.epoch[here], slots.uid[here] = part.epoch, part.uid + self.first_uid[number]
         return slots
 
+    def taken(self, position: int) -> list[Ids]:
+        """See :meth:`StreamPlan.taken`: within a period, the streams take the folders in orders of their own."""
+        period, within = divmod(position, MIXTURE_PERIOD)
+        begun = [self._pattern(stream, period)[0][:within] for stream in range(self.streams)]
+        counts = enumerate(self.counts.tolist())
+        return [np.array([period * count + np.count_nonzero(part == number) for part in begun]) for number, count in counts]
+
     def _draw_pattern(self, stream: int, period: int) -> tuple[Ids, Ids]:
         """For each position of a period: its folder, and how many earlier positions of the period have the same folder."""
         folders = np.repeat(np.arange(len(self.counts)), self.counts)
@@ -196,6 +303,36 @@ class MixturePlan:
         for number, count in enumerate(self.counts):
             earlier[folders == number] = np.arange(count)
         return folders, earlier
+
+
+def stream_plan(
+    folders: Sequence[Sequence[int]], weights: Sequence[float], seed: int, batch: int, cuts: Sequence[Cut]
+) -> tuple[list[FolderPlan], StreamPlan]:
+    """The plan of a run whose line of samples was cut in these ways one after the other; positions count from the last cut on.
+
+    Args:
+        folders: the number of samples of each shard, for each folder.
+        weights: of the folders.
+        batch: B, the global batch.
+        cuts: oldest first; the first one begins with batch 0.
+
+    Returns:
+        The plans of the folders, and the one of them all.
+
+    Raises:
+        ValueError: as :class:`SamplePlan` and :class:`MixturePlan`.
+    """
+    first = cuts[0]
+    plans: list[FolderPlan] = [SamplePlan(sizes, seed, first.streams, first.window_shards) for sizes in folders]
+    for before, cut in pairwise(cuts):
+        taken = _mixed(plans, weights).taken((cut.first_batch - before.first_batch) * batch // before.streams)
+        after = [SamplePlan(sizes, seed, cut.streams, cut.window_shards) for sizes in folders]
+        plans = [ContinuedPlan(*each) for each in zip(plans, taken, after, strict=True)]
+    return plans, _mixed(plans, weights)
+
+
+def _mixed(plans: Sequence[FolderPlan], weights: Sequence[float]) -> StreamPlan:
+    return MixturePlan(plans, weights) if len(plans) > 1 else plans[0]
 
 
 def shuffled(index: Ids, length: Ids, key: NDArray[np.uint64]) -> Ids:

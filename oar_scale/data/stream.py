@@ -50,7 +50,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from oar_scale.data.hashing import device_permutations, integers, uniform
 from oar_scale.data.open_shard import UnusableSample
-from oar_scale.data.sample_plan import Ids, MixturePlan, SamplePlan, Slots, StreamPlan, step_slots
+from oar_scale.data.sample_plan import Cut, FolderPlan, Ids, Slots, StreamPlan, step_slots, stream_plan
 from oar_scale.data.shard_source import OpenShards, ShardRow, ShardSource
 from oar_scale.errors import UserError
 from oar_scale.storage import FetchStats
@@ -145,6 +145,15 @@ class StreamSettings:
     """How many views have stored orders; they are the first ones."""
     max_bad_fraction: float = 0.01
     """More bad samples than this share of those seen stop the stream."""
+    earlier: tuple[Cut, ...] = ()
+    """How the samples were cut into streams before, where that was changed in the middle of the run; oldest first."""
+    first_batch: int = 0
+    """The batch from which on they are cut into ``streams``."""
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The earlier cuts and the present one."""
+        return (*self.earlier, Cut(self.first_batch, self.streams, self.window_shards))
 
 
 class TokenStream:
@@ -169,11 +178,10 @@ class TokenStream:
         if len(grids) != 1:
             raise UserError(f"{', '.join(s.folder for s in self.sources)}: code grids {sorted(grids)}; a mixture needs one")
         self.cells = grids.pop() ** 2
-        self.plans = [_plan(source, settings) for source in self.sources]
-        self.plan: StreamPlan = MixturePlan(self.plans, [s.weight for s in self.sources]) if len(self.plans) > 1 else self.plans[0]
+        self.plans, self.plan = _plan(self.sources, settings)
         self.first_uid = np.concatenate([[0], np.cumsum([plan.samples for plan in self.plans])])
         # A rank reads streams / world segments at a time, each inside one window; two shards more for windows that a segment shares.
-        max_open = settings.streams // world * settings.window_shards + 2
+        max_open = settings.streams // world * max(cut.window_shards for cut in settings.cuts) + 2
         self.shards = [OpenShards(source, prompts.field, max_open) for source in self.sources]
         self.limits = [source.vocabulary for source in self.sources]
         self._counted: dict[str, int] = {}
@@ -195,7 +203,9 @@ class TokenStream:
                 named = "\n".join(f"  {sample.fault}" for sample in bad[:5])
                 raise UserError(
                     f"step {batch.step}: {len(bad)} of {seen} samples could not be used, more than data.max_bad_fraction = "
-                    f"{self.settings.max_bad_fraction:g} allows:\n{named}\nFix the shards (oar data verify), or raise the limit."
+                    f"{self.settings.max_bad_fraction:g} allows:\n{named}\n"
+                    "Fix the shards (oar data verify), or raise the limit (-o data.max_bad_fraction=...), and run the same command again: "
+                    "it resumes from the last checkpoint."
                 )
             yield batch
 
@@ -203,7 +213,7 @@ class TokenStream:
         """This rank's samples of one step. The result depends on settings, shards and ``step`` alone, not on earlier calls."""
         settings = self.settings
         self._look_ahead(step + LOOK_AHEAD_STEPS)
-        slots = step_slots(self.plan, step, settings.global_batch, self.rank, self.world)
+        slots = self._slots(step)
         bad: list[ReplacedSample] = []
         rows, codes_bN = self._read_samples(slots, bad)
         fixed_b, fixed_bN = self._fixed(rows, slots)
@@ -312,9 +322,13 @@ class TokenStream:
         """Codes [b, N] of samples' bytes: joined and viewed as one array, which is writable because a bytearray is."""
         return np.frombuffer(bytearray().join(codes), dtype="<u2").reshape(-1, self.cells)
 
+    def _slots(self, step: int) -> Slots:
+        """This rank's slots of a batch."""
+        return step_slots(self.plan, step - self.settings.first_batch, self.settings.global_batch, self.rank, self.world)
+
     def _look_ahead(self, step: int) -> None:
         """Start fetching the shards that a later step needs."""
-        slots = step_slots(self.plan, step, self.settings.global_batch, self.rank, self.world)
+        slots = self._slots(step)
         folder = np.searchsorted(self.first_uid, slots.uid, side="right") - 1
         for number, plan in enumerate(self.plans):
             shards, _ = plan.shard_of(slots.uid[folder == number] - self.first_uid[number])
@@ -362,11 +376,13 @@ class _Steps(IterableDataset[Batch]):
             yield self.stream.batch(step)
 
 
-def _plan(source: ShardSource, settings: StreamSettings) -> SamplePlan:
-    """The sample plan of one folder. Raises UserError where there are fewer samples than streams."""
-    if source.manifest.samples < settings.streams:
-        raise UserError(
-            f"{source.folder}: {source.manifest.samples} samples are fewer than data.canonical_streams = {settings.streams}. "
-            "Lower it, or add images."
-        )
-    return SamplePlan([shard.samples for shard in source.manifest.shards], settings.seed, settings.streams, settings.window_shards)
+def _plan(sources: Sequence[ShardSource], settings: StreamSettings) -> tuple[list[FolderPlan], StreamPlan]:
+    """The plans of the folders and of them all. Raises UserError where a folder has fewer samples than there are streams."""
+    for source in sources:
+        if source.manifest.samples < settings.streams:
+            raise UserError(
+                f"{source.folder}: {source.manifest.samples} samples are fewer than data.canonical_streams = {settings.streams}. "
+                "Lower it, or add images."
+            )
+    folders = [[shard.samples for shard in source.manifest.shards] for source in sources]
+    return stream_plan(folders, [source.weight for source in sources], settings.seed, settings.global_batch, settings.cuts)

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
 
+from oar_scale.data.sample_plan import Cut
 from oar_scale.distributed.attempt_metadata import attempt_metadata
 from oar_scale.distributed.checkpoint_callback import CheckpointCallback
 from oar_scale.distributed.checkpoints import Restored, restore
@@ -33,7 +34,7 @@ from oar_scale.training.callbacks.sample_sheet import SampleSheet
 from oar_scale.training.callbacks.speed import Speed
 from oar_scale.training.callbacks.stability import Stability
 from oar_scale.training.heldout_images import HeldoutImages
-from oar_scale.training.inputs import STREAM_VERSION, job_prompts, job_stream
+from oar_scale.training.inputs import STREAM_VERSION, job_prompts, job_stream, recipe_cut
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.loop import Callback, Loop, RollBack
 
@@ -87,11 +88,12 @@ def _attempt(
     # Each attempt has an event file, after a roll-back too: readers leave out the steps that were undone.
     with _event_log(job) if process.rank == 0 else nullcontext() as log:
         version = restored.state.get("stream_version", 0) if restored is not None else STREAM_VERSION
+        cuts = _stream_cuts(job, restored)
         with patient(job.recipe.storage.patience_s):
             heldout = HeldoutImages(job, prompts, process)
-            stream = job_stream(job, prompts, process.rank, process.world, version)
+            stream = job_stream(job, prompts, process.rank, process.world, version, cuts)
         stateful: dict[str, Callback] = {"stability": Stability(), "evaluation": HeldoutLikelihood(heldout)}
-        checkpoints = CheckpointCallback(job, engine, lambda loop: _state(loop, stateful, version))
+        checkpoints = CheckpointCallback(job, engine, lambda loop: _state(loop, stateful, version, cuts))
         # In this order: a step that is rolled back is not saved, and a checkpoint has the likelihood of its step.
         callbacks = [*stateful.values(), SampleSheet(heldout), MemoryUsage(), Speed(), checkpoints]
         if job.profile_steps:
@@ -122,8 +124,11 @@ def _resume(loop: Loop, restored: Restored | None, stateful: dict[str, Callback]
     if restored is not None:
         loop.step = restored.step
         loop.batch_offset = restored.state["left_out_batches"]
+        states = restored.state
+        if restored.changed.keys() - loop.job.limits:  # what was not finite under other settings is no sign of what these do
+            states = {**states, "stability": {**states["stability"], "non_finite": 0}}
         for name, callback in stateful.items():
-            callback.load_state(restored.state[name])
+            callback.load_state(states[name])
     if rolled_back is not None:
         loop.batch_offset, loop.roll_backs = rolled_back.next_batch - loop.step, rolled_back.times_back_to(loop.step)
     if loop.events is None:
@@ -149,13 +154,26 @@ def _resume(loop: Loop, restored: Restored | None, stateful: dict[str, Callback]
             zero_stage=restored.zero_stage,
             seconds=restored.seconds,
         )
+        if restored.changed:
+            changes = {name: {"was": was, "is": now} for name, (was, now) in restored.changed.items()}
+            loop.events.emit("settings_changed", step=restored.step, changes=changes)
 
 
-def _state(loop: Loop, stateful: dict[str, Callback], stream_version: int) -> JsonObject:
+def _stream_cuts(job: TrainingJob, restored: Restored | None) -> tuple[Cut, ...]:
+    """How the run's samples have been cut into streams, up to now; where the recipe says otherwise, that goes from the checkpoint on."""
+    if restored is None:
+        return (recipe_cut(job),)
+    before = tuple(Cut(*each) for each in restored.state.get("streams", [[0, *restored.streams]]))
+    now = recipe_cut(job, restored.step + restored.state["left_out_batches"])
+    return before if before[-1][1:] == now[1:] else (*before, now)
+
+
+def _state(loop: Loop, stateful: dict[str, Callback], stream_version: int, cuts: tuple[Cut, ...]) -> JsonObject:
     """The state that a checkpoint keeps besides the engine: a stored format, whose keys stay."""
     states = {name: callback.state() for name, callback in stateful.items()}
     metrics = states["evaluation"]["metrics"]
-    return {"left_out_batches": loop.batch_offset, "metrics": metrics, "stream_version": stream_version, **states}
+    streams = {"stream_version": stream_version, "streams": [list(cut) for cut in cuts]}
+    return {"left_out_batches": loop.batch_offset, "metrics": metrics, **streams, **states}
 
 
 def _export(job: TrainingJob, engine: DeepSpeedEngine, rank: int) -> None:

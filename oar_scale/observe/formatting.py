@@ -42,6 +42,9 @@ def message(event: Event) -> str | None:
                 f", converted from {event.get('world_size')} workers, ZeRO {event.get('zero_stage')}" if event.get("converted") else ""
             )
             return f"{_at(event)}loaded {event.get('uri')}{converted} in {event.get('seconds', 0.0):.1f} s"
+        case "settings_changed":
+            changes = event.get("changes", {}).items()
+            return f"{_at(event)}settings changed: " + ", ".join(f"{name} {each.get('was')} -> {each.get('is')}" for name, each in changes)
         case "non_finite":
             faults = " and ".join(f"{name} {_raw(event, name)}" for name in ("loss", "grad_norm") if name in event)
             return f"{_at(event)}batch skipped: {faults or 'not finite'} (samples {items(event.get('uids', []))})"

@@ -7,10 +7,19 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from oar_scale.errors import UserError
 from oar_scale.observe.events import stages_with_events
 from oar_scale.storage import Missing, join, open_storage, read_json
+
+
+class FinishedStage(NamedTuple):
+    """A stage that has been finished."""
+
+    seconds: float
+    stale: str | None
+    """The stage that has been done again or continued since, though this one needs it."""
 
 
 @dataclass
@@ -31,15 +40,15 @@ class RunLocation:
 
             pull(self.root, self.events)
 
-    def finished(self) -> dict[str, float]:
-        """The stages that are done, and how long they took."""
-        seconds_of_stage: dict[str, float] = {}
+    def finished(self) -> dict[str, FinishedStage]:
+        """The stages that have been finished."""
+        finished: dict[str, FinishedStage] = {}
         for folder in dict.fromkeys(join(each, "stages") for each in (self.root, os.path.dirname(self.events)) if each):
             for uri in open_storage(folder).list(folder):
                 if uri.endswith(".json"):
                     marker = read_json(uri)
-                    seconds_of_stage[str(marker["stage"])] = float(marker["seconds"])
-        return seconds_of_stage
+                    finished[str(marker["stage"])] = FinishedStage(float(marker["seconds"]), marker.get("stale"))
+        return finished
 
 
 def find_run(run: str) -> RunLocation:

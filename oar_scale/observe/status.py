@@ -15,8 +15,8 @@ from __future__ import annotations
 import time
 
 from oar_scale.observe.events import EventReader, stages_with_events
-from oar_scale.observe.formatting import ALERTS, duration, line, number
-from oar_scale.observe.run_location import RunLocation
+from oar_scale.observe.formatting import ALERTS, duration, line, message, number
+from oar_scale.observe.run_location import FinishedStage, RunLocation
 from oar_scale.observe.state import StageState
 from oar_scale.registry import STAGES
 
@@ -32,9 +32,20 @@ def status(location: RunLocation, now: float | None = None) -> str:
     for stage in sorted(stages, key=lambda name: (order.index(name) if name in order else len(order), name)):
         state = StageState(stage)
         state.read(EventReader(location.events, stage))
-        headline = [f"done in {duration(finished[stage])}"] if stage in finished else [_status_line(state, now)]
-        lines += [f"{stage if index == 0 else '':10} {text}" for index, text in enumerate([*headline, *_details(state, now)])]
+        headline = _done_line(finished[stage]) if stage in finished and not _continued(state) else _status_line(state, now)
+        lines += [f"{stage if index == 0 else '':10} {text}" for index, text in enumerate([headline, *_details(state, now)])]
     return "\n".join(lines) + "\n"
+
+
+def _done_line(stage: FinishedStage) -> str:
+    stale = f"  STALE: {stage.stale} has been done again or continued since" if stage.stale else ""
+    return f"done in {duration(stage.seconds)}{stale}"
+
+
+def _continued(state: StageState) -> bool:
+    """Whether a training that was finished has begun again, to take more steps."""
+    training = state.stage in STAGES and bool(STAGES[state.stage].training)
+    return training and state.status not in ("waiting", "done")
 
 
 def _status_line(state: StageState, now: float) -> str:
@@ -59,7 +70,7 @@ def _progress(state: StageState) -> str:
 
 
 def _details(state: StageState, now: float) -> list[str]:
-    lines = [_speed(state), _quality(state), _checkpoint(state, now), _history(state)]
+    lines = [_speed(state), _quality(state), _checkpoint(state, now), _history(state), _changes(state)]
     lines += [f"alert {_alert(state, index)}" for index in range(len(state.alerts))]
     more = sum(state.totals[kind] for kind in ALERTS) - len(state.alerts)
     if more:
@@ -111,6 +122,11 @@ def _history(state: StageState) -> str:
         f"{name.replace('_', ' ')} {int(state.totals[name])}" for name in ("skipped_batches", "bad_samples", "storage_retries")
     )
     return f"{', '.join([*workers, *zero, attempt])}  {counts}"
+
+
+def _changes(state: StageState) -> str:
+    """The last change of settings."""
+    return (message(state.latest["settings_changed"]) or "") if "settings_changed" in state.latest else ""
 
 
 def _alert(state: StageState, index: int) -> str:

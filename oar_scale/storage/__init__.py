@@ -82,6 +82,9 @@ class Storage(Protocol):
             patience_s: how long sending it is tried again while the storage is out of reach.
         """
 
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object within the storage (atomic there), without its bytes passing through this host. Raises ``Missing``."""
+
     def exists(self, uri: str) -> bool:
         """Whether an object of exactly this name exists; a folder is not an object."""
 

@@ -66,6 +66,24 @@ class LocalStorage:
         with _explained(uri), atomic_file(uri) as file:
             yield file
 
+    def copy(self, source: str, target: str) -> None:
+        """Give a file a second name, which costs no space: files are replaced and never changed. Copy it where that is impossible."""
+        folder, name = os.path.split(target)
+        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            with _explained(target):
+                os.makedirs(folder or ".", exist_ok=True)
+            with _explained(source):
+                os.link(source, temporary)
+            os.replace(temporary, target)
+        except (OSError, UserError) as error:
+            if isinstance(error, Missing):
+                raise
+            self._copy(source, target)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+
     def exists(self, uri: str) -> bool:
         """Whether there is a file of this name; a folder is not one."""
         return os.path.isfile(uri)

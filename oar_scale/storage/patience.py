@@ -68,6 +68,10 @@ class PatientStorage:
         """A seekable file to fill; sending it is repeated."""
         return self._storage.create(uri, scratch=scratch, patience_s=max(patience_s, self._patience_s))
 
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object within the storage. Raises Missing."""
+        retry_transient(lambda: self._storage.copy(source, target), self._patience_s)
+
     def exists(self, uri: str) -> bool:
         """Whether an object exists."""
         return retry_transient(lambda: self._storage.exists(uri), self._patience_s)

@@ -33,6 +33,8 @@ _REFUSED = {"PreconditionFailed", "412", "NoSuchKey"}
 _THREADS = 4
 _TRANSFER = TransferConfig(multipart_threshold=32 << 20, multipart_chunksize=16 << 20, max_concurrency=_THREADS)
 
+_COPY = TransferConfig(multipart_threshold=1 << 30, multipart_chunksize=1 << 30, max_concurrency=4)
+
 
 class S3Storage:
     """``s3://bucket/key``. See :class:`oar_scale.storage.Storage` for what each method promises."""
@@ -107,6 +109,12 @@ class S3Storage:
                 f"{folder}: {error.strerror}. A copy of {uri} is written here first: free some space, or set storage.scratch_dir "
                 "(of a command that has no recipe: the environment variable TMPDIR) to another disk."
             ) from error
+
+    def copy(self, source: str, target: str) -> None:
+        """Let the server copy an object, in several parts where it is large. Raises Missing."""
+        (bucket, key), (target_bucket, target_key) = split(source), split(target)
+        with explained(source):
+            client().copy({"Bucket": bucket, "Key": key}, target_bucket, target_key, Config=_COPY)
 
     def exists(self, uri: str) -> bool:
         """Whether an object of this name exists, by a HEAD request."""

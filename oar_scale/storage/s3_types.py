@@ -40,6 +40,13 @@ class GetObject(TypedDict):
     ETag: str
 
 
+class CopySource(TypedDict):
+    """What is copied."""
+
+    Bucket: str
+    Key: str
+
+
 class ListedObject(TypedDict):
     """An object in a listing."""
 
@@ -141,6 +148,9 @@ class S3Client(Protocol):
 
     def upload_file(self, Filename: str, Bucket: str, Key: str, *, Config: TransferConfig) -> None:
         """Write an object from a local file, in parts."""
+
+    def copy(self, CopySource: CopySource, Bucket: str, Key: str, *, Config: TransferConfig) -> None:
+        """Copy an object to another name, in parts where it is large."""
 
     def get_paginator(self, operation_name: str) -> ListPages:
         """The pages of a listing; ``list_objects_v2`` is the one operation that is used."""

@@ -11,6 +11,7 @@ from oar_scale.config.schema import MixConfig
 from oar_scale.data.hashing import hash_keys
 from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.open_shard import OpenShard
+from oar_scale.data.sample_plan import Cut
 from oar_scale.data.shard_source import ShardSource, StoredOrders
 from oar_scale.data.stream import StreamSettings, TokenStream
 from oar_scale.errors import UserError
@@ -32,21 +33,31 @@ def job_prompts(job: TrainingJob) -> PromptEncoder:
     return load_prompts(job.recipe.tokenizer.text, join(job.root, "tokenizers"))
 
 
-def job_stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int, version: int = STREAM_VERSION) -> TokenStream:
-    """Return this rank's batches of the stage; ``version`` is that of the checkpoint it resumes from."""
+def job_stream(
+    job: TrainingJob, prompts: PromptEncoder, rank: int, world: int, version: int = STREAM_VERSION, cuts: tuple[Cut, ...] = ()
+) -> TokenStream:
+    """Return this rank's batches of the stage.
+
+    Args:
+        version: that of the checkpoint it resumes from.
+        cuts: how the samples have been cut into streams, the last one as the recipe says; default: always as it says.
+    """
     recipe, training = job.recipe, job.training
+    *earlier, cut = cuts or (recipe_cut(job),)
     folder, given = join(job.root, "tokens", "train"), job_orders(job)
     views = 1 if job.stage == "pretrain" else recipe.extract.views
     settings = StreamSettings(
         seed=stream_seed(job, version),
         global_batch=training.global_batch,
-        streams=recipe.data.canonical_streams,
-        window_shards=recipe.data.shuffle_window_shards,
+        streams=cut.streams,
+        window_shards=cut.window_shards,
         caption_dropout=recipe.model.caption_dropout,
         order=given.order if job.stage == "pretrain" else None,
         random_share=0.0 if recipe.model.layout == "raster" else training.random_share,
         stored_views=views,
         max_bad_fraction=recipe.data.max_bad_fraction,
+        earlier=tuple(earlier),
+        first_batch=cut.first_batch,
     )
     manifest = read_manifest(folder)
     stored: StoredOrders | None = None
@@ -59,6 +70,11 @@ def job_stream(job: TrainingJob, prompts: PromptEncoder, rank: int, world: int, 
     sources = [ShardSource(folder, manifest, cache, stored_orders=stored)]
     sources += [_mixed_source(job, mix, manifest, cache, stored if given.order is not None else None) for mix in training.mix]
     return TokenStream(sources, prompts, settings, rank, world, recipe.data.loader_processes)
+
+
+def recipe_cut(job: TrainingJob, first_batch: int = 0) -> Cut:
+    """How the recipe cuts the samples into streams, from a batch on."""
+    return Cut(first_batch, job.recipe.data.canonical_streams, job.recipe.data.shuffle_window_shards)
 
 
 def stream_seed(job: TrainingJob, version: int = STREAM_VERSION) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from oar_scale.config.schema import Recipe, TrainingConfig
-from oar_scale.config.section import operational_fields
+from oar_scale.config.schema import DataConfig, Recipe, TrainingConfig
+from oar_scale.config.section import changeable_fields, limit_fields, operational_fields
 from oar_scale.data.manifest import read_manifest
+from oar_scale.json_object import JsonObject
 from oar_scale.model import model_id
 from oar_scale.registry import STAGES, TrainingName
 from oar_scale.storage import join
+
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class TrainingJob:
 
     @property
     def identity(self) -> dict[str, object]:
-        """The settings a checkpoint must agree on to be resumed; operational fields may change between attempts."""
+        """The settings a checkpoint was written with, but for operational fields. :meth:`changed_since` says which may be others."""
         recipe, training = self.recipe, self.training
         return {
             "stage": self.stage,
@@ -74,4 +77,36 @@ class TrainingJob:
             "training": training.model_dump(mode="json", exclude=set(operational_fields(type(training)))),
             "mix": [read_manifest(mix.shards).fingerprint for mix in training.mix],
             "streams": [recipe.data.canonical_streams, recipe.data.shuffle_window_shards],
+            "max_bad_fraction": recipe.data.max_bad_fraction,
         }
+
+    @property
+    def limits(self) -> frozenset[str]:
+        """The limits among the settings that a training may resume with other values of."""
+        return self._named(limit_fields(DataConfig), limit_fields(type(self.training)))
+
+    @property
+    def changeable(self) -> frozenset[str]:
+        """All of the settings that a training may resume with other values of, by their names in the recipe."""
+        return self.limits | self._named(changeable_fields(DataConfig), changeable_fields(type(self.training)))
+
+    def changed_since(self, identity: JsonObject) -> dict[str, tuple[object, object]]:
+        """The settings in which the job differs from a checkpoint's identity: what they were, and what they are now.
+
+        A changeable one that the checkpoint does not know, because an older version wrote it, counts as unchanged.
+        """
+        then, now = self._by_name(identity), self._by_name(self.identity)
+        names = sorted(now.keys() | then.keys() - self.changeable)
+        known = [name for name in names if name in then or name not in self.changeable]
+        return {name: (then.get(name), now.get(name)) for name in known if then.get(name, _ABSENT) != now.get(name, _ABSENT)}
+
+    def _named(self, data: frozenset[str], training: frozenset[str]) -> frozenset[str]:
+        return frozenset({f"data.{name}" for name in data} | {f"{self.section}.{name}" for name in training})
+
+    def _by_name(self, identity: JsonObject) -> JsonObject:
+        """The values of an identity by the names that they have in the recipe."""
+        rest = {name: value for name, value in identity.items() if name not in ("model", "training", "streams", "max_bad_fraction")}
+        values = {**rest, **{f"model.{name}": value for name, value in identity["model"].items()}}
+        values |= {f"{self.section}.{name}": value for name, value in identity["training"].items()}
+        values |= dict(zip(("data.canonical_streams", "data.shuffle_window_shards"), identity["streams"], strict=True))
+        return values | {f"data.{name}": identity[name] for name in ("max_bad_fraction",) if name in identity}

@@ -1,14 +1,15 @@
-"""Which fields may change when a run is resumed: exactly those that are marked, and fingerprints of older runs still hold."""
+"""Which fields may change when a run is resumed: exactly those that are marked; what this is to a finished stage; old fingerprints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from oar_scale.config.schema import Recipe
-from oar_scale.config.section import Section, operational_fields
-from oar_scale.pipeline import stage_fingerprint
+from oar_scale.config.section import Section, changeable_fields, limit_fields, operational_fields
+from oar_scale.run.stage_markers import stage_fingerprint
 
 TRAINING = {
     "checkpoint_every",
@@ -61,13 +62,26 @@ STORED: list[tuple[dict[str, Any], list[str]]] = [
 """Changes to a recipe, and the fingerprints of its stages that version 0.1.0 wrote, before fields were marked."""
 
 
+def marked(fields_of: Callable[[type[Section]], frozenset[str]]) -> dict[str, set[str]]:
+    sections = ((name, field.annotation) for name, field in Recipe.model_fields.items())
+    fields = {name: set(fields_of(kind)) for name, kind in sections if isinstance(kind, type) and issubclass(kind, Section)}
+    return {name: names for name, names in fields.items() if names}
+
+
 def test_these_fields_are_operational_and_no_others() -> None:
-    marked = {
-        name: set(operational_fields(field.annotation))
-        for name, field in Recipe.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    assert marked(operational_fields) == OPERATIONAL
+
+
+def test_these_fields_may_change_in_a_training_and_no_others() -> None:
+    rate = {"lr", "warmup_steps", "schedule", "tail_fraction", "final_lr_fraction"}
+    training = {"steps", "weight_decay", "clip_norm", *rate}
+    assert marked(changeable_fields) == {
+        "data": {"canonical_streams", "shuffle_window_shards"},
+        "pretrain": training,
+        "finetune": training,
     }
-    assert {name: fields for name, fields in marked.items() if fields} == OPERATIONAL
+    limits = {"max_non_finite", "spike_guard", "spike_sigmas"}
+    assert marked(limit_fields) == {"data": {"max_bad_fraction"}, "pretrain": limits, "finetune": limits}
 
 
 @pytest.mark.parametrize(("changes", "stored"), STORED)

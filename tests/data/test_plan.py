@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from oar_scale.data import sample_plan
 from oar_scale.data.hashing import device_permutations, integers, permutations, uniform
-from oar_scale.data.sample_plan import MIXTURE_PERIOD, MixturePlan, SamplePlan, shuffled, step_slots
+from oar_scale.data.sample_plan import MIXTURE_PERIOD, Cut, MixturePlan, SamplePlan, Slots, shuffled, step_slots, stream_plan
 
 plans = st.builds(
     SamplePlan,
@@ -51,6 +51,51 @@ def test_every_sample_comes_once_an_epoch_but_for_the_remainder(plan: SamplePlan
         assert set(slots.epoch.tolist()) == {epoch}
         assert len(np.unique(uids)) == len(uids) == total - total % plan.streams
         assert uids.min() >= 0 and uids.max() < total
+
+
+def delivered(folders: list[tuple[int, ...]], batch: int, cuts: list[Cut], batches: int) -> Slots:
+    """The samples of the first batches of a run whose streams were cut anew on the way."""
+    ends = [*(cut.first_batch for cut in cuts[1:]), batches]
+    parts = []
+    for number, (cut, end) in enumerate(zip(cuts, ends, strict=True), 1):
+        _, plan = stream_plan(folders, [1.0 + index for index in range(len(folders))], 7, batch, cuts[:number])
+        parts += [step_slots(plan, step - cut.first_batch, batch) for step in range(cut.first_batch, end)]
+    return Slots(np.concatenate([part.epoch for part in parts]), np.concatenate([part.uid for part in parts]))
+
+
+@given(
+    sizes=st.lists(st.integers(5, 40), min_size=2, max_size=8).map(tuple),
+    streams=st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=2, max_size=4),
+    gaps=st.lists(st.integers(0, 9), min_size=3, max_size=3),
+)
+@settings(deadline=None)
+def test_other_streams_repeat_nothing_of_the_epoch(sizes: tuple[int, ...], streams: list[int], gaps: list[int]) -> None:
+    """Cut anew in the middle, once or more often: an epoch has each sample at most once, and lacks fewer than C for each cut."""
+    at = np.cumsum([0, *gaps]).tolist()
+    cuts = [Cut(at[index], count, 1 + index) for index, count in enumerate(streams)]
+    slots = delivered([sizes], 12, cuts, at[-1] + 3 * sum(sizes) // 12 + 3)
+    for epoch in range(3):
+        uids = slots.uid[slots.epoch == epoch]
+        assert len(np.unique(uids)) == len(uids), "a sample came twice in an epoch"
+        assert len(uids) > sum(sizes) - sum(streams), "an epoch lacks more than the remainders"
+
+
+def test_other_streams_leave_the_steps_before_as_they_were() -> None:
+    before = delivered([(32,) * 8], 12, [Cut(0, 4, 2)], 9)
+    both = delivered([(32,) * 8], 12, [Cut(0, 4, 2), Cut(9, 6, 2)], 30)
+    assert np.array_equal(both.uid[: 9 * 12], before.uid)
+    assert not np.array_equal(both.uid, delivered([(32,) * 8], 12, [Cut(0, 6, 2)], 30).uid)
+
+
+def test_other_streams_of_a_mixture_repeat_nothing_either() -> None:
+    """Within a period the streams have had different numbers of samples of each folder; no sample of a folder's epoch comes twice."""
+    folders = [(40,) * 30, (50,) * 30]
+    slots = delivered(folders, 12, [Cut(0, 4, 2), Cut(37, 6, 2), Cut(61, 3, 1)], 200)
+    first = sum(folders[0])
+    for here in (slots.uid < first, slots.uid >= first):
+        for epoch in np.unique(slots.epoch[here]):
+            uids = slots.uid[here & (slots.epoch == epoch)]
+            assert len(np.unique(uids)) == len(uids), epoch
 
 
 def test_epochs_and_seeds_differ() -> None:

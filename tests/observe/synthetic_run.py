@@ -120,6 +120,7 @@ def resumed(events: Path) -> None:
         log.emit("rejected_checkpoint", uri="s3://bucket/run/checkpoints/pretrain/step-00000055", fault="bad checksum")
         log.emit("resumed", step=50, uri="s3://bucket/...", converted=True, world_size=2, zero_stage=2, seconds=3.0)
         start(log, 50, world_size=1)
+        log.emit("settings_changed", step=50, changes={"pretrain.lr": {"was": 1e-3, "is": 5e-4}})
         for step in range(60, STEPS + 1, 10):
             train(log, step)
         heldout(log, STEPS)

@@ -19,9 +19,10 @@ from oar_scale.commands.checkpoint_export import export_checkpoint
 from oar_scale.evaluation.evaluation_record import Evaluation, load_evaluation, save_evaluation
 from oar_scale.model import model_id
 from oar_scale.observe.console import Console
-from oar_scale.pipeline import bind_run_dir, run_stage, stage_fingerprint
+from oar_scale.pipeline import bind_run_dir, run_stage
 from oar_scale.registry import STAGES, Stage
 from oar_scale.run.context import Run
+from oar_scale.run.stage_markers import stage_fingerprint
 from oar_scale.stages.report import run_report
 from oar_scale.storage import write_json
 from oar_scale.training.job import TrainingJob

@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, cast
@@ -59,6 +60,10 @@ class Restored:
     uri: str
     state: JsonObject
     """The loop's state that was given to ``Saver.save``."""
+    streams: tuple[int, int]
+    """``data.canonical_streams`` and ``data.shuffle_window_shards`` that it was written with."""
+    changed: dict[str, tuple[object, object]]
+    """Settings that were others when it was written: what they were, and what they are."""
     rejected: tuple[Rejected, ...]
     """Newer checkpoints that are damaged in the storage; they are no longer committed."""
     converted: bool
@@ -81,7 +86,8 @@ def restore(engine: ShardedEngine, job: TrainingJob, *, at_most: int | None = No
         What was restored; None when the stage has no checkpoint.
 
     Raises:
-        UserError: none of the checkpoints can be used, they belong to other settings than the job's, or the storage does not answer.
+        UserError: none of the checkpoints can be used, they belong to settings that a training cannot go on without, or the storage does
+            not answer.
         RuntimeError: a host reads something as damaged that another one reads as it was written.
     """
     with patient(job.recipe.storage.patience_s):
@@ -103,12 +109,15 @@ def _restore(engine: ShardedEngine, job: TrainingJob, at_most: int | None) -> Re
                 rejected.append(Rejected(location.uri, _confirmed(job, location, faults, scratch.hosts)))
                 continue
             converted = not _fits(checkpoint, engine)
-            _load(engine, checkpoint, scratch.folder(checkpoint), converted)
+            with _own_settings(engine):
+                _load(engine, checkpoint, scratch.folder(checkpoint), converted)
             _from_rank_0(lambda: _uncommit(job, rejected, at_most))
             return Restored(
                 step=checkpoint.step,
                 uri=checkpoint.uri,
                 state=checkpoint.state,
+                streams=tuple(checkpoint.manifest["identity"]["streams"]),
+                changed=job.changed_since(checkpoint.manifest["identity"]),
                 rejected=tuple(rejected),
                 converted=converted,
                 world_size=checkpoint.world_size,
@@ -261,6 +270,15 @@ class _HostScratch:
             self._own.remove()
 
 
+@contextmanager
+def _own_settings(engine: ShardedEngine) -> Iterator[None]:
+    """Let the optimizer keep the settings that it was made with: DeepSpeed's load replaces them by those of the checkpoint."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in engine.optimizer.param_groups]
+    yield
+    for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
 def _load(engine: ShardedEngine, checkpoint: Checkpoint, folder: str, convert: bool) -> None:
     if convert:
         _convert(engine, checkpoint, folder)
@@ -360,15 +378,10 @@ def _raise_first(own: Exception | None, sent: list[_SentError | None]) -> None:
 
 
 def _check_identity(job: TrainingJob, checkpoint: Checkpoint) -> None:
-    """Raise UserError where the checkpoint was written with settings that would change the result."""
-    for section, value in job.identity.items():
-        then = checkpoint.manifest["identity"].get(section)
-        if then == value:
-            continue
-        if isinstance(then, dict) and isinstance(value, dict):
-            key = next(k for k in sorted(then.keys() | value.keys()) if then.get(k, "absent") != value.get(k, "absent"))
-            section, then, value = f"{section}.{key}", then.get(key), value.get(key)
-        raise UserError(
-            f"{checkpoint.uri}: was written with {section} = {then!r}, the recipe now says {value!r}. "
-            f"Set it back, do the stage again with: oar run RECIPE --from {job.stage}, or use another run_dir (and storage.root)."
-        )
+    """Raise UserError where the checkpoint was written with settings that a training cannot go on without."""
+    for name, (then, now) in job.changed_since(checkpoint.manifest["identity"]).items():
+        if name not in job.changeable:
+            raise UserError(
+                f"{checkpoint.uri}: was written with {name} = {then!r}, now it is {now!r}. "
+                f"Set it back, do the stage again with: oar run RECIPE --from {job.stage}, or use another run_dir (and storage.root)."
+            )

@@ -78,5 +78,6 @@ class Stability(Callback):
             raise UserError(
                 f"step {loop.step}: {self._non_finite} batches had a loss or gradient that is not finite, more than "
                 f"{loop.job.section}.max_non_finite = {loop.job.training.max_non_finite}; the last one had the samples {uids[:20]}.\n"
-                "Lower the learning rate, or look at these samples; the last checkpoint is from before."
+                f"Look at these samples; lower the learning rate (-o {loop.job.section}.lr=...), or raise the limit "
+                f"(-o {loop.job.section}.max_non_finite=...), and run the same command again: it resumes from the last checkpoint."
             )
