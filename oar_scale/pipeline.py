@@ -2,7 +2,8 @@
 
 A finished stage leaves a marker, written last (:mod:`oar_scale.run.stage_markers`): under the same settings it is skipped, a training
 that gets more steps is continued, other settings are an error. A stage that was interrupted has no marker and resumes from what it finds
-(checkpoints, ledgers). Doing a stage again on request removes its results and those of every stage that needs it.
+(checkpoints, ledgers). Doing stages again on request sets their results aside (:mod:`oar_scale.run.again`), and one driver at a time does
+a stage (:mod:`oar_scale.run.drivers`).
 
 The stages themselves are listed in ``oar_scale.registry``.
 """
@@ -10,8 +11,8 @@ The stages themselves are listed in ``oar_scale.registry``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import import_module
 
 from oar_scale.config.loading import dump_recipe
@@ -21,39 +22,65 @@ from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import duration
 from oar_scale.observe.watch import catch_up, watching
 from oar_scale.registry import STAGES, Stage
+from oar_scale.run.again import begin_again, drop_if_complete, finish_interrupted, is_again, say_what_is_aside, undo
 from oar_scale.run.context import ONE_ORDER, OTHER_LAYOUT, Run
+from oar_scale.run.drivers import Drivers
 from oar_scale.run.stage_markers import Finished, dependents, mark_stale, read_finished, write_finished
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 
 
-def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None) -> None:
+def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None, yes: bool = False) -> None:
     """Run the stages that are not done yet.
 
     Args:
         start: do this stage and all after it again, whatever is done.
         only: do this one stage again and no other; what it needs must be done.
+        yes: set results aside without asking.
 
     Raises:
-        UserError: an unknown stage, a stage that needs one which is not done or was done with other settings, or whatever
-            a stage cannot work with.
+        UserError: an unknown stage, a stage that needs one which is not done or was done with other settings, another driver, or
+            whatever a stage cannot work with.
     """
     stages = run.recipe.stages()
     names: list[str] = [stage.name for stage in stages]
     wanted = only or start
     first = None if wanted is None else _stage(run.recipe, wanted)
     check_run_dir(run)
-    if first is not None:
-        _require(run, first)
-        _clear(run, stages[stages.index(first) :] if only is None else [first, *dependents(stages, only)])
     began = time.monotonic()
-    with ExitStack() as stack:
+    with _driving(run) as drivers, ExitStack() as stack:
+        if first is not None:
+            _require(run, first)
+            for before in stages[: stages.index(first)] if start else ():
+                read_finished(run, before)  # one that is refused is refused now
+            begin_again(run, drivers, [first] if only else stages[stages.index(first) :], yes=yes)
         for stage in stages:
             if only in (None, stage.name):
                 if stage.ray and _to_do(read_finished(run, stage)):
                     stack.enter_context(_shared_ray(run.recipe))
-                run_stage(run, stage.name, checked=True)
+                _run_stage(run, stage, drivers)
     catch_up(run.events, run.recipe, run.at(), names, run.console.say)
     run.console.say(f"finished in {duration(time.monotonic() - began)}")
+
+
+def undo_again(run: Run, *, yes: bool = False) -> None:
+    """Put back the results that ``start`` or ``only`` has set aside. Raises UserError where there are none."""
+    check_run_dir(run)
+    with Drivers(run) as drivers:
+        if not finish_interrupted(run, drivers):
+            undo(run, drivers, yes=yes)
+
+
+@contextmanager
+def _driving(run: Run) -> Iterator[Drivers]:
+    """This process as a driver of the run. What an earlier one has begun to move is moved first."""
+    with Drivers(run) as drivers:
+        if run.rank == 0:
+            finish_interrupted(run, drivers)
+        try:
+            yield drivers
+        except BaseException:
+            say_what_is_aside(run)
+            raise
 
 
 def _shared_ray(recipe: Recipe) -> AbstractContextManager[None]:
@@ -70,21 +97,26 @@ def _shared_ray(recipe: Recipe) -> AbstractContextManager[None]:
     return ray_session(cpus, gpus)
 
 
-def run_stage(run: Run, name: str, *, checked: bool = False) -> None:
+def run_stage(run: Run, name: str) -> None:
     """Run one stage if it is not done yet; it resumes where it was interrupted.
-
-    Args:
-        checked: the run's folder and the stages that this one needs have been checked already.
 
     Raises:
         UserError: as :func:`run_pipeline`.
     """
-    stage, stages = _stage(run.recipe, name), run.recipe.stages()
-    if not checked:
-        check_run_dir(run)
+    stage = _stage(run.recipe, name)
+    check_run_dir(run)
+    with _driving(run) as drivers:
         _require(run, stage)
+        _run_stage(run, stage, drivers)
+
+
+def _run_stage(run: Run, stage: Stage, drivers: Drivers) -> None:
+    """Run a stage whose folder and needs have been checked."""
+    stages = run.recipe.stages()
     label = f"[{stages.index(stage) + 1}/{len(stages)}] {stage.name}"
-    finished = read_finished(run, stage)
+    if _to_do(read_finished(run, stage)) and run.rank == 0:
+        drivers.take(stage)
+    finished = read_finished(run, stage)  # now that no other driver does it any more
     if finished is not None and not finished.changes:
         run.console.say(f"{label}: done before in {duration(finished.marker['seconds'])}, skipped")
         return
@@ -94,17 +126,18 @@ def run_stage(run: Run, name: str, *, checked: bool = False) -> None:
         function(*arguments)
         return
     bind_run_dir(run)
-    later = dependents(stages, stage.name) if finished is not None else []
     if finished is not None:
-        _announce_continuation(run, stage, finished, later)
+        _announce_continuation(run, stage, finished)
     started, clock = time.time(), time.monotonic()
     # A training stage is watched where its workers are started, which knows its steps; what several processes share, by the first.
     unwatched = bool(stage.training) or (run.array is not None and run.array.index > 0)
     with nullcontext() if unwatched else watching(run.events, stage.name, run.recipe, run.at(), console=run.console):
         results = function(*arguments)
     seconds = time.monotonic() - clock
-    mark_stale(run, later, stage)
+    if finished is not None or is_again(run, stage):
+        mark_stale(run, dependents(stages, stage.name), stage)
     write_finished(run, stage, {"seconds": seconds, "started": started, "results": results})
+    drop_if_complete(run)
     run.console.say(f"  {stage.name} took {duration(seconds)}")
 
 
@@ -113,7 +146,7 @@ def _to_do(finished: Finished | None) -> bool:
     return finished is None or bool(finished.changes)
 
 
-def _announce_continuation(run: Run, stage: Stage, finished: Finished, later: list[Stage]) -> None:
+def _announce_continuation(run: Run, stage: Stage, finished: Finished) -> None:
     """Say how a finished training is continued, and keep the model that it has left: the export at its end replaces that."""
     named = ", ".join(f"{key} {then} -> {now}" for key, (then, now) in finished.changes.items())
     run.console.say(f"  continued from its last checkpoint: {named}")
@@ -124,9 +157,9 @@ def _announce_continuation(run: Run, stage: Stage, finished: Finished, later: li
         if storage.exists(model) and not storage.exists(kept):
             storage.copy(model, kept)
         run.console.say(f"  the model of step {steps} is kept as {kept}")
+    later = ", ".join(each.name for each in dependents(run.recipe.stages(), stage.name))
     if later:
-        names = ", ".join(each.name for each in later)
-        run.console.say(f"  after it these stages are stale, and stay as they are until you do them again: {names}")
+        run.console.say(f"  after it these stages are stale, and stay as they are until you do them again: {later}")
 
 
 def entry_point(stage: Stage) -> Callable[..., JsonObject]:
@@ -202,15 +235,3 @@ def _require(run: Run, stage: Stage) -> None:
                 f"stage {stage.name} needs stage {needed.name}, which is not finished in {run.at()}.\n"
                 f"Run the whole recipe (oar run RECIPE), or that stage first (oar {' '.join(needed.command('RECIPE'))})."
             )
-
-
-def _clear(run: Run, again: list[Stage]) -> None:
-    """Remove what stages left. All markers go first, the last stage's before those it needs: a kill on the way leaves
-    unfinished stages, never finished ones that rest on what is gone."""
-    for stage in reversed(again):
-        open_storage(run.marker(stage.name)).delete(run.marker(stage.name))
-    for stage in again:
-        for output in (run.at(name) for name in stage.outputs):
-            storage = open_storage(output)
-            for uri in [output] if storage.exists(output) else storage.list(output):
-                storage.delete(uri)

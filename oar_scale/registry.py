@@ -93,8 +93,13 @@ class Stage:
     """Title of its training curve in the report."""
 
     @property
+    def shared(self) -> bool:
+        """Whether several drivers may do it together: pools that share a ledger do it."""
+        return self.ray and not self.training
+
+    @property
     def outputs(self) -> tuple[str, ...]:
-        """Folders and objects of the run's storage that are removed when the stage is done again."""
+        """Folders and objects of the run's storage that are set aside when the stage is done again."""
         if self.model is None:
             return self.folders
         model = MODELS[self.model]

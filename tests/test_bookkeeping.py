@@ -69,17 +69,22 @@ def test_finished_stages_are_skipped(run: Run, ran: list[str]) -> None:
 
 def test_from_does_a_stage_and_all_after_it_again(run: Run, ran: list[str]) -> None:
     run_pipeline(run)
-    run_pipeline(run, start="b")
+    run_pipeline(run, start="b", yes=True)
     assert ran[4:] == ["b", "c", "d"]
 
 
 def test_only_does_one_stage_and_unfinishes_its_dependents(run: Run, ran: list[str]) -> None:
+    """Their results stay, and are not taken for those of the new ones."""
     run_pipeline(run)
-    run_pipeline(run, only="b")
+    run_pipeline(run, only="b", yes=True)
     assert ran[4:] == ["b"]
-    assert not os.path.exists(run.at("c", "result")) and os.path.exists(run.at("d", "result"))
+    assert os.path.exists(run.at("c", "result")) and os.path.exists(run.at("d", "result"))
+    for start in (None, "d"):
+        with pytest.raises(UserError, match=r"stage c .* is stale: stage b.*\n.*oar run RECIPE --from c"):
+            run_pipeline(run, start=start, yes=True)
+    run_pipeline(run, start="c", yes=True)
     run_pipeline(run)
-    assert ran[5:] == ["c"], "a stage that rests on replaced results was taken for finished"
+    assert ran[5:] == ["c", "d"]
 
 
 def test_other_settings_are_refused_unless_asked_for(run: Run, ran: list[str]) -> None:
@@ -88,7 +93,7 @@ def test_other_settings_are_refused_unless_asked_for(run: Run, ran: list[str]) -
     with pytest.raises(UserError, match=r"stage b .* extract\.tie_seed was 0, is 7(.|\n)*--from b"):
         run_pipeline(other)
     assert ran == ["a", "b", "c", "d"] and os.path.exists(run.at("b", "result"))
-    run_pipeline(other, start="b")
+    run_pipeline(other, start="b", yes=True)
     assert ran[4:] == ["b", "c", "d"]
 
 
@@ -156,7 +161,7 @@ def test_a_kill_while_clearing_leaves_no_orphaned_stage(run: Run, ran: list[str]
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(storage, "delete", dying)
-            run_pipeline(run, start="b")
+            run_pipeline(run, start="b", yes=True)
         run_pipeline(run)
         assert "b" not in ran or "c" in ran, f"killed at deletion {kill_at}: {ran}"
         assert all(os.path.exists(run.at(name, "result")) for name in "abcd")

@@ -1,6 +1,6 @@
 """``oar``: thin verbs over the pipeline. Help and errors come without importing torch.
 
-oar run RECIPE [-o key=value ...] [--from STAGE | --only STAGE]
+oar run RECIPE [-o key=value ...] [--from STAGE | --only STAGE | --undo] [--yes]
 oar prepare|tokenizer|tokens|evaluate|report RECIPE           one stage
 oar extract RECIPE [--status|--verify|--compare|--array I/N]  an order for every training image
 oar train RECIPE [--stage pretrain|finetune|control]

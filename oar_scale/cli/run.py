@@ -13,8 +13,14 @@ def add(verbs: Subparsers) -> None:
     """Add ``oar run``, the stages, ``sample``, ``recipe`` and ``doctor``."""
     run = add_verb(verbs, "run", "all stages of a recipe; finished ones are skipped", _run)
     which = run.add_mutually_exclusive_group()
-    which.add_argument("--from", dest="start", metavar="STAGE", help="do this stage and all after it again")
-    which.add_argument("--only", metavar="STAGE", help="do this one stage again")
+    which.add_argument(
+        "--from", dest="start", metavar="STAGE", help="do this stage and all after it again; results of before are set aside"
+    )
+    which.add_argument("--only", metavar="STAGE", help="do this one stage again, and leave all others as they are")
+    which.add_argument(
+        "--undo", action="store_true", help="put back the results that a --from or --only has set aside and not replaced yet"
+    )
+    run.add_argument("--yes", action="store_true", help="with --from, --only and --undo: do not ask")
     for stage in STAGES.values():
         if not stage.training and stage.name != "extract":  # those have options of their own
             add_verb(verbs, stage.verb or stage.name, stage.title, _stage).set_defaults(stage=stage.name)
@@ -36,10 +42,13 @@ def add(verbs: Subparsers) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     recipe = load(arguments)
-    from oar_scale.pipeline import run_pipeline
+    from oar_scale.pipeline import run_pipeline, undo_again
     from oar_scale.run.context import Run
 
-    run_pipeline(Run(recipe), start=arguments.start, only=arguments.only)
+    if arguments.undo:
+        undo_again(Run(recipe), yes=arguments.yes)
+    else:
+        run_pipeline(Run(recipe), start=arguments.start, only=arguments.only, yes=arguments.yes)
 
 
 def _stage(arguments: argparse.Namespace) -> None:

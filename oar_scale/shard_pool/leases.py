@@ -118,6 +118,14 @@ class LeaseWatch:
         heartbeat, since = self._heartbeats.setdefault(holder, ("", self._clock()))
         return heartbeat == _ENDED or _process_is_gone(self._records.get(holder, {})) or self._clock() - since > self._lease_s
 
+    def record(self, holder: str) -> Record:
+        """Return the record of a holder as this watch first read it; empty where there was none."""
+        return self._records.get(holder, {})
+
+    def is_alive(self, holder: str) -> bool:
+        """Whether a holder is known to be alive: its lease was renewed while this watch polled, or its process is seen on this machine."""
+        return holder in self._renewed or _process_is_here(self.record(holder))
+
     def alive(self) -> dict[str, Record]:
         """Return the records of the pools that seem to be alive; before a lease was seen renewed that is a guess from its clock."""
         return {
@@ -155,6 +163,14 @@ def _newest_heartbeats(folder: str) -> dict[str, str]:
 
 def _process_is_gone(record: Record) -> bool:
     """Whether the pool ran on this machine and its process has ended."""
+    return _of_this_machine(record) and process_start(record["pid"]) != record["born_ticks"]
+
+
+def _process_is_here(record: Record) -> bool:
+    """Whether the pool runs on this machine."""
+    return _of_this_machine(record) and process_start(record["pid"]) == record["born_ticks"]
+
+
+def _of_this_machine(record: Record) -> bool:
     machine = machine_id()
-    here = bool(machine) and record.get("machine") == machine and "born_ticks" in record
-    return here and process_start(record["pid"]) != record["born_ticks"]
+    return bool(machine) and record.get("machine") == machine and "born_ticks" in record

@@ -79,7 +79,7 @@ def test_an_old_run_resumes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_old_model_is_removed_before_a_new_one_is_trained(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stages_that_run(run, monkeypatch)
-    pipeline.run_pipeline(run, only="pretrain")
+    pipeline.run_pipeline(run, only="pretrain", yes=True)
     assert not os.path.exists(run.at("models", "anyorder.safetensors"))
     assert run.model_uri("any_order") == run.at("models", "any_order.safetensors")
 

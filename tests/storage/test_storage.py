@@ -228,6 +228,21 @@ def test_a_created_object_is_sent_again_after_an_outage(s3_root: str, monkeypatc
     assert storage.read(uri) == content
 
 
+def test_a_copy_is_whole_and_goes_its_own_way(root: str, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large objects are copied in parts; what replaces the original does not change the copy."""
+    monkeypatch.setattr(s3, "_COPY", TransferConfig(multipart_threshold=5 << 20, multipart_chunksize=5 << 20))
+    source, target, content = join(root, "a"), join(root, "deep", "b"), os.urandom(11 << 20)
+    for uri, data in ((source, content), (target, b"to be replaced")):
+        storage.write(uri, data)
+    storage.copy(source, target)
+    assert storage.read(target) == storage.read(source) == content
+    storage.write(source, b"new")
+    assert storage.read(target) == content and storage.list(root) == [source, target]
+    with pytest.raises(Missing):
+        storage.copy(join(root, "none"), target)
+    assert storage.read(target) == content
+
+
 def test_uploading_a_file_that_is_not_there_names_the_file(root: str, storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(Missing, match="no-such-file"):
         storage.upload(str(tmp_path / "no-such-file"), join(root, "x"))

@@ -40,6 +40,8 @@ from oar_scale.training.job import TrainingJob
 T = TypeVar("T")
 _Fault = tuple[str | None, str]
 """The file that is damaged, None for marker, manifest or list of files; and the fault."""
+Changes = dict[str, tuple[object, object]]
+"""Of settings by their names in the recipe: what they were, and what they are."""
 _SentError = tuple[str, str]
 """Of an error at another rank: which kind, and its text."""
 
@@ -62,7 +64,7 @@ class Restored:
     """The loop's state that was given to ``Saver.save``."""
     streams: tuple[int, int]
     """``data.canonical_streams`` and ``data.shuffle_window_shards`` that it was written with."""
-    changed: dict[str, tuple[object, object]]
+    changed: Changes
     """Settings that were others when it was written: what they were, and what they are."""
     rejected: tuple[Rejected, ...]
     """Newer checkpoints that are damaged in the storage; they are no longer committed."""
@@ -101,7 +103,7 @@ def _restore(engine: ShardedEngine, job: TrainingJob, at_most: int | None) -> Re
     scratch = _HostScratch(job)
     try:
         for location in candidates:
-            checkpoint, fault = _from_rank_0(partial(_examine, job, location))
+            checkpoint, fault, changed = _from_rank_0(partial(_examine, job, location))
             faults: dict[int, _Fault] = {0: (None, fault)} if fault is not None else {}
             if checkpoint is not None:
                 faults = scratch.obtain(checkpoint, engine)
@@ -117,7 +119,7 @@ def _restore(engine: ShardedEngine, job: TrainingJob, at_most: int | None) -> Re
                 uri=checkpoint.uri,
                 state=checkpoint.state,
                 streams=tuple(checkpoint.manifest["identity"]["streams"]),
-                changed=job.changed_since(checkpoint.manifest["identity"]),
+                changed=changed,
                 rejected=tuple(rejected),
                 converted=converted,
                 world_size=checkpoint.world_size,
@@ -141,17 +143,16 @@ def _candidates(job: TrainingJob, at_most: int | None) -> list[CheckpointLocatio
     return [location for location in reversed(committed) if at_most is None or location.step <= at_most]
 
 
-def _examine(job: TrainingJob, location: CheckpointLocation) -> tuple[Checkpoint | None, str | None]:
-    """A step's checkpoint and None, or None and the fault that shows before its files are read."""
+def _examine(job: TrainingJob, location: CheckpointLocation) -> tuple[Checkpoint | None, str | None, Changes]:
+    """A step's checkpoint, or None and the fault that shows before its files are read; and which settings were others then."""
     try:
         checkpoint = layout.read_checkpoint(location.uri)
     except DamagedCheckpoint as error:
-        return None, str(error)
+        return None, str(error), {}
     missing = sorted(name for name in checkpoint.files if f"{checkpoint.save}/{name}" not in location.names)
     if missing:
-        return None, f"{missing[0]} is missing"
-    _check_identity(job, checkpoint)
-    return checkpoint, None
+        return None, f"{missing[0]} is missing", {}
+    return checkpoint, None, _changed_settings(job, checkpoint)
 
 
 def _uncommit(job: TrainingJob, rejected: list[Rejected], at_most: int | None) -> None:
@@ -215,7 +216,7 @@ def _judge(rank: int, hosts: list[str]) -> int:
 def _find_fault(job: TrainingJob, location: CheckpointLocation, name: str | None) -> str | None:
     """The fault of a checkpoint's marker, manifest, list of files, or of the file ``name``, as it shows from here; None where none does."""
     listed = layout.checkpoint_locations(location.uri)  # anew: a listing may have been damaged as well
-    checkpoint, fault = _examine(job, listed[0] if listed else location)
+    checkpoint, fault, _ = _examine(job, listed[0] if listed else location)
     if checkpoint is None or name is None:
         return fault
     try:
@@ -274,7 +275,10 @@ class _HostScratch:
 def _own_settings(engine: ShardedEngine) -> Iterator[None]:
     """Let the optimizer keep the settings that it was made with: DeepSpeed's load replaces them by those of the checkpoint."""
     own = [{name: value for name, value in group.items() if name != "params"} for group in engine.optimizer.param_groups]
+    clip = getattr(engine.optimizer, "clip_grad", None)  # of DeepSpeed's optimizers; ZeRO 1 and 2 load it
     yield
+    if clip is not None:
+        engine.optimizer.clip_grad = clip
     for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
         group.update(settings)
 
@@ -377,11 +381,13 @@ def _raise_first(own: Exception | None, sent: list[_SentError | None]) -> None:
                     raise RuntimeError(f"another rank: {text}")
 
 
-def _check_identity(job: TrainingJob, checkpoint: Checkpoint) -> None:
-    """Raise UserError where the checkpoint was written with settings that a training cannot go on without."""
-    for name, (then, now) in job.changed_since(checkpoint.manifest["identity"]).items():
+def _changed_settings(job: TrainingJob, checkpoint: Checkpoint) -> Changes:
+    """The settings that have changed since. Raises UserError for one that a training cannot go on without."""
+    changed = job.changed_since(checkpoint.manifest["identity"])
+    for name, (then, now) in changed.items():
         if name not in job.changeable:
             raise UserError(
                 f"{checkpoint.uri}: was written with {name} = {then!r}, now it is {now!r}. "
                 f"Set it back, do the stage again with: oar run RECIPE --from {job.stage}, or use another run_dir (and storage.root)."
             )
+    return changed
