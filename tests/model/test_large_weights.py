@@ -82,6 +82,14 @@ def test_the_files_are_those_of_the_hugging_face_hub(sharded: tuple[str, AnyOrde
     assert all(torch.equal(tensor, read[name]) for name, tensor in state.items())
 
 
+def test_the_hubs_own_reader_reads_them(sharded: tuple[str, AnyOrderModel], tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    model = AnyOrderModel(sharded[1].spec)
+    hub.load_torch_model(model, tmp_path, strict=True)
+    expected = sharded[1].state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_single_file_says_that_it_is_of_torch(tmp_path: Path) -> None:
     save_model(str(tmp_path / "model.safetensors"), small_model())
     with safe_open(tmp_path / "model.safetensors", "pt") as opened:
