@@ -83,7 +83,8 @@ def save_while_s3_is_down(job: TrainingJob, out: str) -> None:
     server = os.environ["AWS_ENDPOINT_URL"]
     with training(job, 6) as trainer, socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
-        there = replace(job, root=os.environ["CHECKPOINT_ROOT"])
+        impatient = job.recipe.model_copy(update={"storage": job.recipe.storage.model_copy(update={"patience_s": 0.0})})
+        there = replace(job, root=os.environ["CHECKPOINT_ROOT"], recipe=impatient)
         train, saver = trainer(job), Saver(there)
         outcomes = saved_steps(saver, train, range(1, 2))
         os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{taken.getsockname()[1]}"
