@@ -23,7 +23,7 @@ from oar_scale.storage import write_json
 
 STEPS = 45
 SHAPE: dict[str, Any] = {
-    "model": {"dropout": 0.0},
+    "model": {"dropout": 0.1},
     "parallel": {"workers": {"min": 1, "max": 2}, "precision": "fp32", "micro_batch": 2},
     "pretrain": {"steps": STEPS, "checkpoint_every": 5, "evaluate_every": 100, "spike_guard": "off"},
 }

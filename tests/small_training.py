@@ -19,7 +19,7 @@ from oar_scale.training.job import TrainingJob
 
 
 def tiny_recipe(run_dir: str, **changes: Any) -> Recipe:
-    """Eleven thousand parameters, and six images a step for one, two or three workers. No dropout: its masks depend on the rank."""
+    """Eleven thousand parameters, and six images a step for one, two or three workers."""
     settings: dict[str, Any] = {
         "data": {"source": {"type": "openmoji", "limit": 48}, "canonical_streams": 6},
         "tokenizer": {"text": {"vocab_size": 100}, "views": ("center",)},

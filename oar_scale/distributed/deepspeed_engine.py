@@ -5,7 +5,7 @@ ZeRO-3 builds the model sharded: no process ever holds more than one parameter w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -68,14 +68,14 @@ class DeepSpeedEngine:
         """The model's number of parameters, over all ranks."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
 
-    def train_step(self, batch: Batch, lr: float) -> StepResult:
+    def train_step(self, batch: Batch, lr: float, seeds: Sequence[int] = ()) -> StepResult:
         """Take one optimizer step; see :meth:`Engine.train_step`. DeepSpeed steps at the last micro-batch."""
         engine = self.deepspeed
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         losses, quarters = [], []
-        for inputs in micro_batches(batch, self._micro_batch, self._device):
+        for inputs in micro_batches(batch, self._micro_batch, self._device, seeds):
             with record_function("oar::forward"):
                 loss, quarters_4 = engine(*inputs)
             with record_function("oar::backward, reduction"):

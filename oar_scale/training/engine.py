@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from oar_scale.data.hashing import hash_keys
 from oar_scale.data.stream import Batch
 from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.tokenizers.prompts import PromptEncoder, conditioning_inputs
@@ -65,10 +66,13 @@ class Engine(Protocol):
     def parameters(self) -> int:
         """The model's number of parameters, over all ranks."""
 
-    def train_step(self, batch: Batch, lr: float) -> StepResult:
+    def train_step(self, batch: Batch, lr: float, seeds: Sequence[int] = ()) -> StepResult:
         """Take one optimizer step at learning rate ``lr`` over this rank's share of the global batch, in micro-batches.
 
         A gradient that is not finite on any rank changes neither weights nor optimizer state, see :attr:`StepResult.skipped`.
+
+        Args:
+            seeds: of torch's generator, from which dropout draws, for each micro-batch; none: it goes on from where it is.
         """
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -99,9 +103,27 @@ class Objective(nn.Module):
         return loss, torch.stack([part.mean() for part in nll_bN.detach().tensor_split(QUARTERS, dim=1)])
 
 
-def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the inputs of :class:`Objective` for ``size`` samples at a time, on ``device``."""
+def micro_batches(batch: Batch, size: int, device: torch.device, seeds: Sequence[int] = ()) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the inputs of :class:`Objective` for ``size`` samples at a time, on ``device``, when torch's generator has the seed of each.
+
+    Of n micro-batches, number a takes the samples a, a + n, a + 2 n, ... Rank r of W has the slots r, r + W, ... of a step; these are its
+    slots r + W a, r + W (a + n), ...: those that are r + W a modulo W n, the number of all ranks' micro-batches. So a step has the same
+    micro-batches whatever W is, and drawn with the seeds of :func:`micro_batch_seeds` the same dropout.
+    """
     order_bN = batch.orders(device)
-    for start in range(0, len(batch.codes_bN), size):
-        part = slice(start, start + size)
+    count = micro_batch_count(batch, size)
+    for number in range(count):
+        if seeds:
+            torch.manual_seed(seeds[number])
+        part = slice(number, None, count)
         yield tuple(t[part].to(device) for t in (batch.codes_bN, order_bN, batch.encoded_prompts_b, batch.drop_b))
+
+
+def micro_batch_count(batch: Batch, size: int) -> int:
+    """How many micro-batches of ``size`` samples, or fewer, a rank's share of a step makes."""
+    return -(-len(batch.codes_bN) // size)
+
+
+def micro_batch_seeds(seed: int, step: int, rank: int, world: int, count: int) -> list[int]:
+    """The seeds of a rank's ``count`` micro-batches of a step: functions of the micro-batch's number among all ranks'."""
+    return [int(hash_keys("dropout", seed, step, rank + world * number)) >> 1 for number in range(count)]

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.profiler import record_function
 
-from oar_scale.data.hashing import hash_keys
 from oar_scale.data.stream import Batch, TokenStream
 from oar_scale.errors import Requeue
 from oar_scale.json_object import JsonObject
-from oar_scale.training.engine import Engine, StepResult
+from oar_scale.training.engine import Engine, StepResult, micro_batch_count, micro_batch_seeds
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.learning_rate import learning_rate
 from oar_scale.training.metrics import Metrics
@@ -121,8 +120,7 @@ class Loop:
                         self.batch = next(batches)
                     loaded = time.monotonic()
                     self.lr = learning_rate(self.job.training, self.step)
-                    self._seed_dropout()
-                    self.result = self.engine.train_step(self.batch, self.lr)
+                    self.result = self.engine.train_step(self.batch, self.lr, self._dropout_seeds())
                     self.step += 1
                     self._agree()
                     self.waited_s, self.busy_s = loaded - started, time.monotonic() - loaded
@@ -137,9 +135,11 @@ class Loop:
             raise
         self._end()
 
-    def _seed_dropout(self) -> None:
-        """Dropout is all that draws from torch's generator; seeded by step, it is the same after a restart."""
-        torch.manual_seed(int(hash_keys("dropout", self.job.recipe.seed, self.batch.step, self.process.rank)) >> 1)
+    def _dropout_seeds(self) -> list[int]:
+        """Dropout is all that draws from torch's generator; seeded by micro-batch, it is the same after a restart, whatever the ranks."""
+        recipe = self.job.recipe
+        count = micro_batch_count(self.batch, recipe.parallel.micro_batch)
+        return micro_batch_seeds(recipe.seed, self.batch.step, self.process.rank, self.process.world, count)
 
     def _agree(self) -> None:
         """The few numbers that all ranks must see alike at each step: the loss, and whether any was asked to stop."""

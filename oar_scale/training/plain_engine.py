@@ -5,7 +5,7 @@ In bf16 the model computes with rounded copies; the weights that the optimizer m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,7 @@ from oar_scale.data.stream import Batch
 from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.model.acceleration import accelerate
 from oar_scale.tokenizers.prompts import PromptEncoder
-from oar_scale.training.engine import Objective, StepResult, micro_batches
+from oar_scale.training.engine import Objective, StepResult, micro_batch_count, micro_batches
 from oar_scale.training.optimizer import AVERAGE, EmaAdamW, parameter_groups
 
 
@@ -62,14 +62,14 @@ class PlainEngine:
         """The model's number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def train_step(self, batch: Batch, lr: float) -> StepResult:
+    def train_step(self, batch: Batch, lr: float, seeds: Sequence[int] = ()) -> StepResult:
         """Take one optimizer step; see :meth:`Engine.train_step`."""
         self._objective.train()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         losses, quarters = [], []
-        count = -(-len(batch.codes_bN) // self._micro_batch)
-        for inputs in micro_batches(batch, self._micro_batch, self.device):
+        count = micro_batch_count(batch, self._micro_batch)
+        for inputs in micro_batches(batch, self._micro_batch, self.device, seeds):
             with record_function("oar::forward"):
                 loss, quarters_4 = self._objective(*inputs)
             with record_function("oar::backward, reduction"):

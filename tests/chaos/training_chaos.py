@@ -106,8 +106,8 @@ def worker(job: Any, plan: Plan, seen: str) -> None:
 
     one_step, save, deliver, commit = DeepSpeedEngine.train_step, deepspeed_files.save_shards, saver._deliver, layout.commit
 
-    def recorded(engine: Any, batch: Any, lr: float) -> Any:
-        result = one_step(engine, batch, lr)
+    def recorded(engine: Any, batch: Any, lr: float, seeds: Any) -> Any:
+        result = one_step(engine, batch, lr, seeds)
         descriptor = os.open(f"{seen}-{rank}", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
         os.write(descriptor, (json.dumps([batch.step, batch.uid_b.tolist()]) + "\n").encode())
         os.close(descriptor)
@@ -187,7 +187,7 @@ def changes(world: int, zero_stage: int) -> dict[str, Any]:
     return {
         "storage": {"patience_s": PATIENCE_S},
         "data": {"canonical_streams": 6},
-        "model": {"dropout": 0.0},  # its masks depend on the rank
+        "model": {"dropout": 0.1},
         "parallel": {"workers": world, "zero_stage": zero_stage, "micro_batch": 2, "precision": "fp32", "hang_timeout_s": 120},
         "pretrain": {"steps": STEPS, "global_batch": 12, "checkpoint_every": 3, "evaluate_every": 100, "log_every": 1},
         "finetune": {"global_batch": 12},

@@ -24,8 +24,8 @@ from oar_scale.storage import join
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.learning_rate import learning_rate
 
-STILL = {"model": {"dropout": 0.0}, "parallel": {"precision": "fp32"}}
-"""No dropout, whose masks depend on the rank, and no rounding: runs of different shape can be compared."""
+FLOAT32 = {"model": {"dropout": 0.1}, "parallel": {"precision": "fp32"}}
+"""No rounding: runs of different shape can be compared, their dropout included."""
 
 
 def train_worker(job: TrainingJob, *, left_at: int | None = None, poisoned: tuple[int, ...] = (), spiked: tuple[int, ...] = ()) -> None:
@@ -36,11 +36,11 @@ def train_worker(job: TrainingJob, *, left_at: int | None = None, poisoned: tupl
 
     one_step = DeepSpeedEngine.train_step
 
-    def step(engine: Any, batch: Any, lr: float) -> Any:
+    def step(engine: Any, batch: Any, lr: float, seeds: Any) -> Any:
         handle = None
         if batch.step in poisoned and os.environ["RANK"] == "1":
             handle = engine.model.norm.register_forward_hook(lambda module, inputs, output: output * float("inf"))
-        result = one_step(engine, batch, -1e4 * lr if batch.step in spiked else lr)
+        result = one_step(engine, batch, -1e4 * lr if batch.step in spiked else lr, seeds)
         if handle is not None:
             handle.remove()
         if batch.step == left_at and os.environ["RANK"] == "1":
@@ -85,7 +85,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def still(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return prepare_small_run(small_recipe(str(tmp_path_factory.mktemp("still")), **STILL))
+    return prepare_small_run(small_recipe(str(tmp_path_factory.mktemp("still")), **FLOAT32))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_each_stage_of_zero_trains_as_a_single_process_does(still: Run, tmp_path
     """Twenty steps in float32: the losses within 1e-5, the averaged weights within 1e-5."""
     losses_by_stage: dict[tuple[int, int], tuple[dict[int, float], dict[str, Any]]] = {}
     for workers, zero_stage in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3)):
-        changes = {**STILL, "parallel": {"precision": "fp32", "workers": workers, "zero_stage": zero_stage}}
+        changes = {**FLOAT32, "parallel": {"precision": "fp32", "workers": workers, "zero_stage": zero_stage}}
         run = copy_run(still, str(tmp_path / f"{workers}-{zero_stage}"), **changes, pretrain={"steps": 20, "ema_decay": 0.9})
         run_workers(train_worker, workers, pretraining(run))
         losses_by_stage[workers, zero_stage] = losses(run), weights(run)
@@ -121,8 +121,8 @@ def test_each_stage_of_zero_trains_as_a_single_process_does(still: Run, tmp_path
 
 def test_a_stage_exports_the_average_where_one_is_kept(still: Run, tmp_path: Path) -> None:
     """The average of the weights, that is."""
-    plain = copy_run(still, str(tmp_path / "plain"), **STILL)
-    kept = copy_run(still, str(tmp_path / "kept"), **STILL, pretrain={"ema_decay": 0.9})
+    plain = copy_run(still, str(tmp_path / "plain"), **FLOAT32)
+    kept = copy_run(still, str(tmp_path / "kept"), **FLOAT32, pretrain={"ema_decay": 0.9})
     for run in (plain, kept):
         run_workers(train_worker, 2, pretraining(run))
     assert losses(plain) == losses(kept), "keeping an average must not change the training"
