@@ -40,13 +40,13 @@ class Finder:
         def exec_module(module):
             execute(module)
             one_step = module.DeepSpeedEngine.train_step
-            def slow(engine, batch, lr):
+            def slow(engine, batch, lr, seeds):
                 pause, first = open("{pause}").read().split()
                 if batch.step >= int(first):
                     time.sleep(float(pause))
                 with open("{seen}-" + str(os.getpid()), "a") as file:
                     file.write(json.dumps([batch.seed, batch.step, batch.uid_b.tolist()]) + "\\n")
-                return one_step(engine, batch, lr)
+                return one_step(engine, batch, lr, seeds)
             module.DeepSpeedEngine.train_step = slow
         spec.loader.exec_module = exec_module
         return spec

@@ -31,11 +31,11 @@ def seen_by_train(job: TrainingJob, poisoned: tuple[int, ...]) -> None:
 
     one_step = DeepSpeedEngine.train_step
 
-    def step(engine: Any, batch: Any, lr: float) -> Any:
+    def step(engine: Any, batch: Any, lr: float, seeds: Any) -> Any:
         handle = None
         if batch.step in poisoned:
             handle = engine.model.norm.register_forward_hook(lambda module, inputs, output: output * float("inf"))
-        result = one_step(engine, batch, lr)
+        result = one_step(engine, batch, lr, seeds)
         if handle is not None:
             handle.remove()
         note_uids(job, batch)

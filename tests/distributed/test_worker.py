@@ -241,10 +241,10 @@ def stuck(job: TrainingJob, step: int) -> None:
 
     one_step = DeepSpeedEngine.train_step
 
-    def step_of(engine: Any, batch: Any, lr: float) -> Any:
+    def step_of(engine: Any, batch: Any, lr: float, seeds: Any) -> Any:
         if batch.step == step and os.environ["RANK"] == "1":
             time.sleep(1000)
-        return one_step(engine, batch, lr)
+        return one_step(engine, batch, lr, seeds)
 
     DeepSpeedEngine.train_step = step_of  # type: ignore[method-assign]
     train_worker(job)

@@ -165,11 +165,11 @@ def _worker(job: Any, side: str, rank: int, port: int, results: Any, passed: Any
     marks: list[tuple[float, float]] = []
     one_step = DeepSpeedEngine.train_step
 
-    def marked(engine: Any, batch: Any, lr: float) -> Any:
+    def marked(engine: Any, batch: Any, lr: float, seeds: Any) -> Any:
         marks.append((time.process_time(), time.perf_counter()))
         if rank == 0 and len(marks) - 1 in (WARM_UP, STEPS - 1):
             passed.put(len(marks))
-        return one_step(engine, batch, lr)
+        return one_step(engine, batch, lr, seeds)
 
     DeepSpeedEngine.train_step = marked  # type: ignore[method-assign]
     if side == "observed":
