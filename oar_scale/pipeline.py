@@ -27,6 +27,7 @@ from oar_scale.run.context import ONE_ORDER, OTHER_LAYOUT, Run
 from oar_scale.run.drivers import Drivers
 from oar_scale.run.stage_markers import Finished, dependents, mark_stale, read_finished, write_finished
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
+from oar_scale.storage.patience import patient
 
 
 def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None, yes: bool = False) -> None:
@@ -47,7 +48,7 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
     first = None if wanted is None else _stage(run.recipe, wanted)
     check_run_dir(run)
     began = time.monotonic()
-    with _driving(run) as drivers, ExitStack() as stack:
+    with patient(run.recipe.storage.patience_s), _driving(run) as drivers, ExitStack() as stack:
         if first is not None:
             _require(run, first)
             for before in stages[: stages.index(first)] if start else ():
@@ -105,7 +106,7 @@ def run_stage(run: Run, name: str) -> None:
     """
     stage = _stage(run.recipe, name)
     check_run_dir(run)
-    with _driving(run) as drivers:
+    with patient(run.recipe.storage.patience_s), _driving(run) as drivers:
         _require(run, stage)
         _run_stage(run, stage, drivers)
 
@@ -122,8 +123,11 @@ def _run_stage(run: Run, stage: Stage, drivers: Drivers) -> None:
         return
     run.console.stage(label, stage.title, expected_duration(run.recipe, stage))
     function, arguments = entry_point(stage), (run, stage.name) if stage.training else (run,)
+    # Pools wait for the storage by rules of their own, and go on with something else meanwhile.
+    patience = patient(0.0) if stage.shared else nullcontext()
     if run.rank:  # the first process keeps the books for all of them
-        function(*arguments)
+        with patience:
+            function(*arguments)
         return
     bind_run_dir(run)
     if finished is not None:
@@ -131,7 +135,7 @@ def _run_stage(run: Run, stage: Stage, drivers: Drivers) -> None:
     started, clock = time.time(), time.monotonic()
     # A training stage is watched where its workers are started, which knows its steps; what several processes share, by the first.
     unwatched = bool(stage.training) or (run.array is not None and run.array.index > 0)
-    with nullcontext() if unwatched else watching(run.events, stage.name, run.recipe, run.at(), console=run.console):
+    with patience, nullcontext() if unwatched else watching(run.events, stage.name, run.recipe, run.at(), console=run.console):
         results = function(*arguments)
     seconds = time.monotonic() - clock
     if finished is not None or is_again(run, stage):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from small_run import small_recipe
 
+from oar_scale import pipeline
 from oar_scale.data.manifest import read_manifest
 from oar_scale.distributed.checkpoints.layout import committed_steps
 from oar_scale.errors import Unreachable, UserError
@@ -90,4 +91,13 @@ def test_a_training_stage_starts_when_the_storage_is_back(outage: Outage, tmp_pa
     outage.requests = 5
     with pytest.raises(UserError, match=r"no manifest\.json"):
         train_stage.run_train(run, "pretrain")
+    assert outage.requests == 0
+
+
+def test_a_run_starts_when_the_storage_is_back(outage: Outage, tmp_path: Path) -> None:
+    """It finds an empty storage there, and says what it needs."""
+    run = Run(small_recipe(str(tmp_path), storage={"root": "s3://bucket/run"}))
+    outage.requests = 3
+    with pytest.raises(UserError, match="pretrain needs stage data, which is not finished"):
+        pipeline.run_stage(run, "pretrain")
     assert outage.requests == 0
