@@ -34,6 +34,7 @@ def deepspeed_config(parallel: ParallelConfig, training: TrainingConfig, workers
         # Without ZeRO the optimizer clips, which also has to know the norm.
         "gradient_clipping": training.clip_norm if parallel.zero_stage else 0.0,
         "bf16": {"enabled": parallel.precision == "bf16", "check_grad_overflow": True},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if parallel.sums_in_fp32 else {}),
         "zero_optimization": _zero(parallel),
         "zero_allow_untested_optimizer": True,  # training/optimizer.py: AdamW, element by element as ZeRO needs it
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own kernel would need a compiler on every node

@@ -69,6 +69,9 @@ class ParallelConfig(Section):
     micro_batch: int = Field(24, ge=1)
     """Images a worker takes through the model at once."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Where precision is bf16: what a worker adds the gradients of its micro-batches up in. fp32 needs ZeRO 2 or 3, and 2 bytes more for
+    each parameter that the worker keeps the gradient of."""
     cpu_threads: int = Field(1, ge=1)
     """Threads a worker computes with when it has no GPU."""
     gpus_per_worker: int = Field(0, ge=0)
@@ -98,11 +101,20 @@ class ParallelConfig(Section):
         """The number of workers that training starts with where the cluster has the capacity."""
         return bounds(self.workers)[1]
 
+    @property
+    def sums_in_fp32(self) -> bool:
+        """Whether gradients are added up in float32, beside weights in bf16."""
+        return self.precision == "bf16" and self.gradient_dtype == "fp32"
+
     @model_validator(mode="after")
     def _fits_together(self) -> ParallelConfig:
         if self.zero_stage == 0 and self.precision == "bf16":
             raise RecipeConflict(
                 "parallel.zero_stage", "ZeRO 0 keeps no float32 weights beside those in bf16.\nUse zero_stage 1 or more, or precision fp32."
+            )
+        if self.sums_in_fp32 and self.zero_stage == 1:
+            raise RecipeConflict(
+                "parallel.gradient_dtype", "ZeRO 1 adds gradients up in bf16.\nUse zero_stage 2 or 3, or leave gradient_dtype out."
             )
         for name in ("quantized_weights", "quantized_gradients"):
             if getattr(self, name) and (self.zero_stage < 3 or not self.gpus_per_worker):

@@ -1,11 +1,11 @@
 """Memory of a training worker, by part, for each ZeRO stage: what DeepSpeed 0.19 holds for P parameters on W workers.
 
-    e = 2 bytes in bf16, 4 in fp32
+    e = 2 bytes in bf16, 4 in fp32;  g = 4 bytes where gradients are added up in fp32, else e
 
     part              ZeRO 0    1             2          3
     parameters        e P       e P           e P        e P / W        + e P / hpz_workers, the node's own copy
     gathered          -         -             -          e min(P, 10^9)    those in use, whole
-    gradients         e P       e P *         e P / W    e P / W        * e P / W where a step is one micro-batch
+    gradients         e P       e P *         g P / W    g P / W        * e P / W where a step is one micro-batch
     optimizer         8 P       12 P / W      12 P / W   12 P / W       two moments, and float32 weights under ZeRO; 4 P more for an average
     buckets           e b       e (B + b)     e (B + b)  e (B + b)      B = 5 10^8 numbers, b = min(P, B); a CPU touches 2 e b of them
 
@@ -15,9 +15,11 @@ Besides weights, optimizer and average a worker holds, at successive moments of 
     backward    activations, the head's gradient, the bucket B (a CPU touches of it what gradients have come)
     late        the first block's activations with all gradients whole: ZeRO 0 and 1, which reduce at the end
     reduction   the bucket and its copy b, with the activations that are left when the first bucket is full: none where P < B
-    step        gradients as the optimizer takes them: (e + 4) P / W in bf16, 4 P / W in fp32, under ZeRO-3 of 10^9 parameters at a time
+    step        gradients as the optimizer takes them: (e + 4) P / W in bf16, 4 P / W in fp32, under ZeRO-3 of 10^9 parameters at a time;
+                where bf16's are added up in fp32, ZeRO-2 has them as it takes them, and e P / W of new parameters
 
-and gradients from the micro-batches before, gathered parameters and ZeRO-3's bucket in all passes. Offload moves the optimizer's part,
+and gradients from the micro-batches before (or the buffer they are added to in fp32, and one of them as it is added), gathered parameters
+and ZeRO-3's bucket in all passes. Offload moves the optimizer's part,
 and parameters, to the node's memory. The table was found by counting the tensors of real engines (tests/planning/test_zero_memory.py),
 and agrees with DeepSpeed's own estimators where they count the same; the maximum is what real training workers take on a CPU
 (tests/planning/test_planned_memory.py).
@@ -99,21 +101,23 @@ def worker_memory(
     total, share = count.total, -(-count.total // workers)
     stage, offloaded = parallel.zero_stage, parallel.offload != "none"
     whole_gradients = stage == 0 or (stage == 1 and accumulation > 1)
-    gradients = 0 if offloaded else e * (total if whole_gradients else share)
+    g = 4 if parallel.sums_in_fp32 else e
+    gradients = 0 if offloaded else e * total if whole_gradients else g * share
     optimizer, averaged = (12 * share, 4 * share * average) if stage else (8 * total, 4 * total * average)
     traced = trunk or activations.trunk(spec, parallel.micro_batch, parallel.precision, parallel.activation_checkpointing)
     head = activations.head(spec, parallel.micro_batch, parallel.precision, gpu=gpu)
     padded = activations.padding(spec, parallel.micro_batch, parallel.precision, parallel.activation_checkpointing) if gpu else 0
     sizes = _Sizes(
         gradients=e * total,
-        share=0 if offloaded else e * share,
-        earlier=gradients if accumulation > 1 or stage == 3 else 0,
+        share=0 if offloaded else g * share,
+        earlier=gradients if accumulation > 1 or stage == 3 or g > e else 0,
         gathered=e * min(total, LIVE) if stage == 3 else 0,
         bucket=(e * BUCKET if gpu else 0) if stage else 0,
         copy=e * min(total, BUCKET) if stage or workers > 1 else 0,
-        in_transfer=e * count.largest if offloaded else 0,
+        in_transfer=e * count.largest if offloaded else 4 * count.largest if stage == 2 and g > e else 0,
+        added=4 * -(-min(total, BUCKET) // workers) if stage == 3 and g > e and accumulation > 1 else 0,
     )
-    step = _step(stage, share, e) if not offloaded else 0
+    step = 0 if offloaded else e * share if stage == 2 and g > e else _step(stage, share, g)
     moments = {**_passes(stage, sizes, TrunkActivations(*(size + padded for size in traced)), head), "step": gradients + step}
     weights = _parameters(parallel, total, share, e)
     tensors = weights + (0 if offloaded else optimizer + averaged) + max(moments.values())
@@ -156,11 +160,13 @@ class _Sizes:
     copy: int
     """Of the gradients in a full bucket."""
     in_transfer: int
-    """The gradient that is being copied to the node's memory."""
+    """The gradient that is being copied to the node's memory, or to float32."""
+    added: int
+    """In float32, of a bucket's gradients, as they are added to those of before."""
 
     def buckets(self, stage: int) -> int:
-        """Bytes of a full bucket and its copy."""
-        return (max(self.bucket, self.copy) if stage else 0) + self.copy + self.in_transfer
+        """Bytes of a full bucket, its copy, and what is made of it."""
+        return (max(self.bucket, self.copy) if stage else 0) + self.copy + self.in_transfer + self.added
 
 
 def _passes(stage: int, sizes: _Sizes, trunk: TrunkActivations, head: HeadActivations) -> dict[str, int]:
@@ -200,6 +206,8 @@ def zero_settings(parallel: ParallelConfig) -> Iterator[ParallelConfig]:
     for stage in (0, 1, 2, 3):
         if stage == 0 and parallel.precision == "bf16":
             continue  # DeepSpeed would keep no float32 weights
+        if stage == 1 and parallel.sums_in_fp32:
+            continue  # DeepSpeed would take another optimizer, whose checkpoints are not ours
         kept = {} if stage == 3 and parallel.zero_stage == 3 else plain
         yield parallel.model_copy(update={**kept, "offload": "none", "zero_stage": stage})
         if stage in (2, 3):

@@ -38,6 +38,8 @@ def test_zero_2_holds_what_deepspeeds_estimator_says() -> None:
     ours = held(zero_stage=2)
     # Theirs counts each gradient in bf16 and in float32; ours also the bf16 ones once more, flattened: 2 bytes of a share.
     assert ours.states + ours.step == pytest.approx(theirs + 2 * TOTAL / WORKERS, rel=1e-6)
+    summed = held(zero_stage=2, gradient_dtype="fp32")
+    assert summed.states + summed.step == pytest.approx(theirs, rel=1e-6)
 
 
 def test_zero_2_offload_agrees_with_deepspeeds_estimator() -> None:

@@ -121,9 +121,11 @@ def _train(settings: dict[str, Any], accumulation: int, average: bool, out: str)
         ({"zero_stage": 1}, 1, False),
         ({"zero_stage": 2}, 2, True),
         ({"zero_stage": 2, "precision": "fp32"}, 1, False),
+        ({"zero_stage": 2, "gradient_dtype": "fp32"}, 2, False),
         ({"zero_stage": 3}, 1, True),
+        ({"zero_stage": 3, "gradient_dtype": "fp32"}, 2, True),
     ],
-    ids=["ZeRO 0 fp32, average", "ZeRO 1", "ZeRO 2, accumulation, average", "ZeRO 2 fp32", "ZeRO 3, average"],
+    ids=lambda value: " ".join(str(each) for each in value.values()) if isinstance(value, dict) else None,
 )
 def test_an_engine_holds_what_the_table_says(settings: dict[str, Any], accumulation: int, average: bool, tmp_path: Path) -> None:
     run_workers(_train, WORLD, settings, accumulation, average, str(tmp_path))

@@ -107,6 +107,7 @@ def _worker(rank: int, port: int, case: Case) -> None:
         engine.train_step(_batch(rank, case), lr=0.0)
         if rank == 0:
             torch.save(torch.cat(seen), os.path.join(case.folder, "gradient.pt"))
+        dist.barrier()
         engine.destroy()
 
 
