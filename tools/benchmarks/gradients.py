@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What rounding does to the gradient that AdamW gets: accumulated in bf16 or in float32, reduced in bf16 or in float32.
 
-    python tools/benchmarks/gradients.py                           # 4 M parameters, 2 workers over gloo, ZeRO 2 and 3
+    python tools/benchmarks/gradients.py                           # 3 M parameters, 2 workers over gloo, ZeRO 2 and 3
     python tools/benchmarks/gradients.py --accumulation 48 --workers 4
 
 Each variant makes the gradient of the same global batch with the same weights, computed in bf16. An error is the norm of the difference to
