@@ -25,18 +25,9 @@ BATCH = 128
 """Images decoded, and encoded, at once."""
 
 
-def tokenize_shard(
-    source: str,
-    target: str,
-    shard: ShardInfo,
-    vq: ImageTokenizer,
-    views: Sequence[str],
-    cache_dir: str,
-    text: ClipText | None = None,
-    cache_bytes: int | None = None,
-) -> ShardInfo:
+def tokenize_shard(source: str, target: str, shard: ShardInfo, vq: ImageTokenizer, views: Sequence[str], cache_dir: str) -> ShardInfo:
     """Encode every view of every image of ``source/shard.name`` into ``target/shard.name``; see :func:`pack_tokens`."""
-    info, data = pack_tokens(source, shard, vq, views, cache_dir, text, cache_bytes)
+    info, data = pack_tokens(source, shard, vq, views, cache_dir)
     uri = join(target, shard.name)
     open_storage(uri).write(uri, data)
     return info

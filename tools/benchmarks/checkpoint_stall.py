@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import socket
 import statistics
 import sys
 import tempfile
@@ -25,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import machine, median_ratio, table
+from measure import machine, median_ratio, run_ranks, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for cluster/dev, which is not part of the package
 
@@ -90,16 +88,7 @@ class Case:
 def measure_stall(case: Case) -> dict[str, Any]:
     """Seconds of each round, for both methods; ``least`` bytes: float32 weights, two moments and, if there is one, the average."""
     out = os.path.join(case.folder, f"zero{case.stage}.json")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(rank, port, case, out)) for rank in range(WORKERS)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        raise SystemExit("a worker failed")
+    run_ranks(_worker, WORKERS, case, out)
     result: dict[str, Any] = json.loads(Path(out).read_text())
     return result
 
@@ -111,9 +100,7 @@ def row(stage: int, result: dict[str, Any]) -> list[str]:
     return [str(stage), *seconds, ratio, f"{statistics.median(result['committed_s']):.2f}", *ratios]
 
 
-def _worker(rank: int, port: int, case: Case, out: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORKERS), "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+def _worker(rank: int, case: Case, out: str) -> None:
     import torch.distributed as dist
     from deepspeed.utils import logger
 

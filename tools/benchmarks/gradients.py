@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import os
-import socket
 import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from measure import machine, table
+from measure import machine, run_ranks, table
 
 CLASSES, CODES, GRID = 20, 512, 12
 VARIANTS = {
@@ -71,22 +69,11 @@ def gradient(case: Case) -> Any:
     """The gradient that the optimizer of rank 0 gets, float32 [parameters of its share]."""
     import torch
 
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(rank, port, case)) for rank in range(case.workers)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        raise SystemExit("a worker failed")
+    run_ranks(_worker, case.workers, case)
     return torch.load(os.path.join(case.folder, "gradient.pt"))
 
 
-def _worker(rank: int, port: int, case: Case) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.workers), "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+def _worker(rank: int, case: Case) -> None:
     import torch
     import torch.distributed as dist
     from deepspeed.utils import logger

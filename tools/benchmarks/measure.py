@@ -6,9 +6,11 @@ The parent imports no torch: a child's peak memory then is what the child did.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +30,26 @@ def in_fresh_process(script: str, arguments: Sequence[str], threads: int) -> dic
         raise SystemExit(f"{Path(script).name} {' '.join(arguments)} failed with exit code {done.returncode}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> None:
+    """Run ``function(rank, *arguments)`` to its end in ``world`` fresh processes with the environment that torch.distributed reads."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_rank, args=(rank, world, port, function, arguments)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise SystemExit("a worker failed")
+
+
+def _rank(rank: int, world: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    function(rank, *arguments)
 
 
 def alternate(cases: Sequence[str], rounds: int, run: Callable[[str], dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
