@@ -13,13 +13,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from oar_scale.config.schema import DataConfig
 from oar_scale.data.hashing import name_hash, name_hashes
 from oar_scale.data.manifest import Manifest, ShardInfo, write_manifest
+from oar_scale.data.notes import BAD_SAMPLES, Notes
 from oar_scale.data.shards import ShardSample, shard_name, write_shard
 from oar_scale.data.sources import BadImage, SourceImage, open_source
 from oar_scale.errors import UserError
@@ -35,31 +36,41 @@ OnProgress = Callable[[int, int], None]
 """Called with (images done, images in all), at the start and after every shard."""
 
 
-def prepare_images(config: DataConfig, folder: str, on_progress: OnProgress | None = None) -> dict[str, Manifest]:
+def prepare_images(
+    config: DataConfig, folder: str, on_progress: OnProgress | None = None, notes: Notes | None = None
+) -> dict[str, Manifest]:
     """Write ``folder/train`` and ``folder/heldout``; the manifests come last.
 
     Bad samples (no caption, an image that cannot be read) are skipped and named in the manifest, or stop the stage, as
     ``data.on_bad_sample`` says. The bytes depend on the images and on ``config`` without its ``prepare_threads``.
 
+    Args:
+        notes: gets what was left out or changed.
+
     Raises:
         UserError: a bad sample under ``fail``, too many of them under ``skip``, two images of one key, or an empty split.
     """
-    source = open_source(config.source)
+    source, notes = open_source(config.source), notes or Notes()
     images = _in_order(list(source.images()))
+    notes.merge(source.notes.record())
     splits = {split: _Split(join(folder, split), config.samples_per_shard) for split in SPLITS}
     skipped: dict[str, str] = {}
 
-    def encode(image: SourceImage) -> ShardSample | str:
-        return _encode(image, config.image_size)
+    def read(image: SourceImage) -> _Read | BadImage:
+        return _read(image, config.image_size)
 
     report = on_progress or (lambda done, total: None)
     report(0, len(images))
-    for done, (image, sample) in enumerate(_map_in_order(encode, images, config.prepare_threads), 1):
-        if isinstance(sample, str):
-            skipped[image.key] = sample
+    for done, (image, result) in enumerate(_map_in_order(read, images, config.prepare_threads), 1):
+        if isinstance(result, BadImage):
+            skipped[image.key] = str(result)
+            notes.add(BAD_SAMPLES, f"{image.name}: {result}")
             if config.on_bad_sample == "fail":
-                raise UserError(f"data: image {image.key!r}: {sample}. Fix it, or set data.on_bad_sample: skip.")
-        elif splits[_split_of(image, config)].add(sample, image.family):
+                raise UserError(f"data: image {image.key!r}: {result}. Fix it, or set data.on_bad_sample: skip.")
+            continue
+        for reason in result.changed:
+            notes.add(reason, image.name)
+        if splits[_split_of(image, config)].add(result.sample, image.family):
             report(done, len(images))
             _check_skipped(config, skipped, done, len(images))
     _check_skipped(config, skipped, len(images), len(images))
@@ -84,12 +95,19 @@ def _split_of(image: SourceImage, config: DataConfig) -> str:
     return "heldout" if name_hash(image.name, "heldout") < config.heldout_fraction else "train"
 
 
-def _encode(image: SourceImage, size: int) -> ShardSample | str:
-    """The shard sample of an image, or the reason why there is none."""
+class _Read(NamedTuple):
+    """An image that was read: its sample of a shard, and in what it differs from what is there."""
+
+    sample: ShardSample
+    changed: tuple[str, ...]
+
+
+def _read(image: SourceImage, size: int) -> _Read | BadImage:
+    """The shard sample of an image, or why there is none."""
     try:
         content = image.read(size)
     except BadImage as fault:
-        return str(fault)
+        return fault
     buffer = io.BytesIO()
     content.image.save(buffer, "PNG")
     sample = {
@@ -98,7 +116,7 @@ def _encode(image: SourceImage, size: int) -> ShardSample | str:
         "txt": content.caption,
         "json": json.dumps({**content.metadata, "name": image.name, "family": image.family}).encode(),
     }
-    return sample if content.features is None else {**sample, "features.npy": content.features}
+    return _Read(sample if content.features is None else {**sample, "features.npy": content.features}, content.changed)
 
 
 def _map_in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[tuple[Item, Result]]:

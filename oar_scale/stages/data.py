@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from oar_scale.data.notes import Notes
 from oar_scale.data.prepare import prepare_images
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import Tally
@@ -12,6 +13,7 @@ from oar_scale.run.context import Run
 
 def run_data(run: Run) -> JsonObject:
     """Write ``images/train`` and ``images/heldout``; returns the counts."""
+    notes = Notes()
     with ExitStack() as stack:
         tally: Tally | None = None
 
@@ -20,16 +22,15 @@ def run_data(run: Run) -> JsonObject:
             tally = tally or stack.enter_context(run.console.progress(total, "images"))
             tally.update(done)
 
-        manifests = prepare_images(run.recipe.data, run.at("images"), progress)
-    skipped = manifests["train"].skipped
-    if skipped:
-        named = ", ".join(f"{key} ({fault})" for key, fault in list(skipped.items())[:5])
-        run.console.say(f"  skipped {len(skipped)} bad samples: {named}{' ...' if len(skipped) > 5 else ''}")
+        manifests = prepare_images(run.recipe.data, run.at("images"), progress, notes)
+    if notes.line():
+        run.console.say(f"  {notes.line()}")
     return {
         "train": manifests["train"].samples,
         "heldout": manifests["heldout"].samples,
         "heldout_with_variant_in_train": manifests["heldout"].with_variant_in_train,
         "shards": sum(len(m.shards) for m in manifests.values()),
-        "skipped": skipped,
+        "skipped": manifests["train"].skipped,
+        "notes": notes.record(),
         "attribution": manifests["train"].attribution,
     }

@@ -13,6 +13,7 @@ from PIL import Image
 
 from oar_scale.config.schema import DataConfig, FolderSource, OpenMojiSource, TableSource
 from oar_scale.data.manifest import ShardInfo, read_manifest
+from oar_scale.data.notes import Notes
 from oar_scale.data.prepare import AHEAD, prepare_images
 from oar_scale.data.shards import iterate_shard, read_shard, write_shard
 from oar_scale.data.sources.image_files import square
@@ -53,11 +54,14 @@ def test_similar_names_stay_different_images(pictures: Path, tmp_path: Path) -> 
 
 
 def test_bad_samples_are_skipped_and_named(pictures: Path, tmp_path: Path) -> None:
-    manifests = prepare_images(config(pictures), str(tmp_path / "images"))
+    notes = Notes()
+    manifests = prepare_images(config(pictures), str(tmp_path / "images"), notes=notes)
     assert sum(m.samples for m in manifests.values()) == 30
     skipped = read_manifest(str(tmp_path / "images" / "train")).skipped
     assert skipped[key_of("silent.png")] == "no caption"
     assert "cannot be read" in skipped[key_of("broken.jpg")]
+    noted = notes.record()["bad samples, left out"]
+    assert noted["count"] == 2 and "silent: no caption" in noted["examples"]
 
 
 def test_a_bad_sample_stops_the_stage_where_the_recipe_says_so(pictures: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 
 from oar_scale.config.schema import ClassFoldersSource
+from oar_scale.data.notes import Notes
 from oar_scale.data.sources.image_files import image_files, key_of, square
 from oar_scale.data.sources.source import Content, SourceImage
 from oar_scale.errors import UserError
@@ -22,6 +23,7 @@ class ClassFolderImages:
     attribution = ""
 
     def __init__(self, config: ClassFoldersSource) -> None:
+        self.notes = Notes()
         self.path, self.template = config.path, config.caption
         if not os.path.isdir(self.path):
             raise UserError(f"data.source.path {self.path}: no such folder")

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from oar_scale.config.schema import FolderSource
 from oar_scale.data.hashing import name_hash
 from oar_scale.data.images import EXTENSIONS
+from oar_scale.data.notes import Notes
 from oar_scale.data.sources.image_files import image_files, key_of, square
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.errors import UserError
@@ -26,6 +27,7 @@ class FolderImages:
     attribution = ""
 
     def __init__(self, config: FolderSource) -> None:
+        self.notes = Notes()
         self.path, self.captions, self.alternatives = config.path, config.captions or config.path, config.alternatives
         for field, path in (("path", self.path), ("captions", self.captions)):
             if not os.path.isdir(path):

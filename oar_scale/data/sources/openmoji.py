@@ -16,6 +16,7 @@ from PIL import Image
 
 from oar_scale.config.schema import OpenMojiSource
 from oar_scale.data.hashing import name_hash
+from oar_scale.data.notes import Notes
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.errors import UserError
 
@@ -27,6 +28,7 @@ class OpenMojiImages:
     """The drawings, rendered as squares on white."""
 
     def __init__(self, config: OpenMojiSource) -> None:
+        self.notes = Notes()
         self.config = config
         self.package, self.names = _packages()
         self.attribution = f"{self.package.ATTRIBUTION} ({self.package.LICENSE_URL})"

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from PIL import Image
 
+from oar_scale.data.notes import Notes
+
 
 class BadImage(Exception):
     """An image that cannot be used; ``str(error)`` is the reason, in short."""
@@ -28,6 +30,8 @@ class Content:
     """Further entries of ``KEY.json``, for example an integer ``label``."""
     features: bytes | None = None
     """``KEY.features.npy``: features of the caption, float16 [T, F]."""
+    changed: tuple[str, ...] = ()
+    """What was taken otherwise than it is there: reasons for :class:`oar_scale.data.notes.Notes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ class ImageSource(Protocol):
 
     attribution: str
     """Author and licence, copied into the manifest; empty where the source names none."""
+    notes: Notes
+    """What was left out when the images were listed; complete when :meth:`images` has ended."""
 
     def images(self) -> Iterator[SourceImage]:
         """All images, in a fixed order, none of them read yet."""

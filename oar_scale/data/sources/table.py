@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from oar_scale.config.schema import TableSource
+from oar_scale.data.notes import Notes
 from oar_scale.data.sources.image_files import key_of, square
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.errors import UserError
@@ -26,6 +27,7 @@ class TableImages:
     """The images, cropped to the central square and resized. The columns that are used stay in memory, the images do not."""
 
     def __init__(self, config: TableSource) -> None:
+        self.notes = Notes()
         self.attribution = config.attribution
         self.root = config.root or os.path.dirname(config.path) or "."
         fields = {field: getattr(config, field) for field in ("image", "caption", "label", "name", "family")}

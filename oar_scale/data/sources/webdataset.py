@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from oar_scale.config.schema import WebDatasetSource
 from oar_scale.data.images import EXTENSIONS
+from oar_scale.data.notes import Notes
 from oar_scale.data.sources.image_files import key_of, square_of
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.data.tars import BLOCK, key_and_extension, map_file, members, samples
@@ -36,6 +37,7 @@ class WebDatasetImages:
     attribution = ""
 
     def __init__(self, config: WebDatasetSource) -> None:
+        self.notes = Notes()
         self.config = config
         uris = [config.url] if config.url.endswith(".tar") else open_storage(config.url).list(config.url)
         self.shards = [uri for uri in uris if uri.endswith(".tar")]
