@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
+from oar_scale.config.locations import Location, NodeLocation
 from oar_scale.config.section import Changeable, Limit, Operational, Section
 
 View = Annotated[str, Field(pattern=r"^(center|center_flip|jitter[1-9][0-9]?|crop1?[0-9]|tencrop|tencrop105)$")]
@@ -16,13 +17,13 @@ CROPS = {"tencrop": tuple(f"crop{k}" for k in range(10)), "tencrop105": tuple(f"
 class StorageConfig(Section):
     """Where a run keeps its shards, checkpoints and results, and the local disk that it uses besides."""
 
-    root: str | None = None
+    root: Location | None = None
     """Where shards, orders and checkpoints live: a folder or ``s3://bucket/prefix``. Default: ``run_dir``."""
-    cache_dir: str | None = None
+    cache_dir: NodeLocation | None = None
     """Local copies of remote shards, shared by all processes of a host. Default: ``run_dir/cache``."""
     cache_gb: float | None = Field(None, gt=0)
     """Bound of that folder, 10^9 bytes; the shards used least recently go first. Default: no bound."""
-    scratch_dir: str | None = None
+    scratch_dir: NodeLocation | None = None
     """Local disk that checkpoints are written to before they are uploaded. Default: ``run_dir/scratch``."""
     patience_s: float = Field(1200, ge=0)
     """How long a training waits for a storage that does not answer, before the attempt ends."""
@@ -45,9 +46,9 @@ class FolderSource(Section):
     """A folder of images with their captions."""
 
     type: Literal["folder"]
-    path: str
+    path: Location
     """A folder of ``NAME.png|jpg|jpeg|webp`` with a caption in ``NAME.txt`` beside each; subfolders are read as well."""
-    captions: str | None = None
+    captions: Location | None = None
     """The folder of the ``NAME.txt``, where they do not lie beside the images."""
     alternatives: bool = False
     """Each line of a ``NAME.txt`` is a caption: one is taken (a fixed choice of the name), all go to ``captions`` in ``KEY.json``."""
@@ -57,8 +58,8 @@ class TableSource(Section):
     """A CSV, TSV or Parquet file with a row for each image (docs/data-sources.md)."""
 
     type: Literal["table"]
-    path: str
-    root: str | None = None
+    path: Location
+    root: Location | None = None
     """What paths of images are relative to. Default: the folder of the table."""
     image: str = "image"
     """The column with the image's path, or a text with columns in braces: ``images/{id}.jpg``."""
@@ -78,8 +79,8 @@ class ClassFoldersSource(Section):
     """A folder of images for each class (ImageNet); the label is the folder's number in alphabetical order."""
 
     type: Literal["class_folders"]
-    path: str
-    names: str | None = None
+    path: Location
+    names: Location | None = None
     """A file with a line ``CLASS name`` for each class, or JSON. Default: the folder's own name."""
     caption: str = Field("a photo of a {name}", pattern=r"\{name\}")
 
@@ -88,7 +89,7 @@ class WebDatasetSource(Section):
     """Image shards that others wrote: a folder or ``s3://bucket/prefix`` of ``*.tar``."""
 
     type: Literal["webdataset"]
-    url: str
+    url: Location
     caption: str | None = None
     """The field of ``KEY.json`` with the caption. Default: ``KEY.txt``."""
     label: str = "label"
@@ -142,7 +143,7 @@ class VQTrainingConfig(Section):
 class ImageTokenizerConfig(Section):
     """A VQ autoencoder of the LlamaGen family; ``grid = image_size / 2**(len(multipliers) - 1)``."""
 
-    weights: str | None = None
+    weights: Location | None = None
     """A trained tokenizer (safetensors). Without it the stage trains one."""
     channels: int = Field(32, ge=32, multiple_of=32)
     multipliers: tuple[int, ...] = (1, 2, 2)
@@ -156,7 +157,7 @@ class SentencePieceConfig(Section):
     """Captions as SentencePiece ids, and a small encoder of them that is trained along with the model."""
 
     type: Literal["sentencepiece"] = "sentencepiece"
-    weights: str | None = None
+    weights: Location | None = None
     """A SentencePiece ``.model`` file, anyone's. Without it the stage trains one on the training captions."""
     vocab_size: int = Field(1000, ge=64, le=65536)
     max_tokens: int = Field(16, ge=1)
@@ -169,7 +170,7 @@ class ClipTextConfig(Section):
     type: Literal["open_clip"]
     architecture: str
     """Its name in open_clip, e.g. ``ViT-L-14``."""
-    weights: str
+    weights: Location
     """A checkpoint file, or a tag that open_clip knows, e.g. ``laion2b_s32b_b82k``."""
     features: Literal["tokens", "pooled"] = "tokens"
     """A condition row for each token, or one for the whole caption."""

@@ -10,7 +10,7 @@ YAML 1.2: ``on``, ``yes`` and dates are text; a key given twice is an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ruamel.yaml.constructor import ConstructorError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from oar_scale.config.locations import expand_location
 from oar_scale.errors import UserError
 
 OVERRIDE = "-o"
@@ -43,23 +44,30 @@ class Setting:
         return self.value
 
 
-def read_layers(path: str, overrides: Sequence[str] = ()) -> Setting:
+DefaultType = Callable[[tuple[str, ...]], str | None]
+"""The ``type`` of a section that does not say it, by the section's keys; None for a section that has no type, or must say it."""
+
+
+def read_layers(path: str, overrides: Sequence[str] = (), default_type: DefaultType = lambda keys: None) -> Setting:
     """Read a recipe file, what it extends, and the overrides, and merge them.
+
+    A section of one ``type`` replaces a whole section of another one.
 
     Args:
         path: the YAML file; ``extends:`` in it names files relative to it, later ones winning over earlier ones.
         overrides: ``a.b=c`` each; c is YAML.
+        default_type: tells which type a section is that does not say it.
 
     Raises:
         UserError: a file is missing, not YAML, not a mapping, extends itself, or has a key twice; a malformed override.
     """
-    merged = _read_file(path, f"{path}: there is no such recipe.", ())
+    merged = _read_file(path, f"{path}: there is no such recipe.", (), default_type)
     for override in overrides:
-        merged = _merge(merged, _parse_override(override))
+        merged = _merge(merged, _parse_override(override), default_type)
     return merged
 
 
-def _read_file(path: str, missing: str, inside: tuple[str, ...]) -> Setting:
+def _read_file(path: str, missing: str, inside: tuple[str, ...], default_type: DefaultType) -> Setting:
     """``missing`` is the error when the file does not exist; ``inside`` the files that led here, for cycles."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -80,9 +88,9 @@ def _read_file(path: str, missing: str, inside: tuple[str, ...]) -> Setting:
         if os.path.realpath(target) in inside:
             chain = " -> ".join(os.path.relpath(step) for step in (*inside, os.path.realpath(target)))
             raise UserError(f"{extends.origin}  extends = {base}\n  a recipe cannot extend itself: {chain}")
-        layer = _read_file(target, f"{extends.origin}  extends = {base}\n  there is no file {target}.", inside)
-        merged = layer if merged is None else _merge(merged, layer)
-    return own if merged is None else _merge(merged, own)
+        layer = _read_file(target, f"{extends.origin}  extends = {base}\n  there is no file {target}.", inside, default_type)
+        merged = layer if merged is None else _merge(merged, layer, default_type)
+    return own if merged is None else _merge(merged, own, default_type)
 
 
 def _bases(extends: Setting | None) -> list[str]:
@@ -91,18 +99,22 @@ def _bases(extends: Setting | None) -> list[str]:
     bases = [extends.value] if isinstance(extends.value, str) else extends.value
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{extends.origin}  extends\n  must be a file name, or a list of file names, relative to this file.")
-    return bases
+    try:
+        return [expand_location(base) for base in bases]
+    except ValueError as error:
+        raise UserError(f"{extends.origin}  extends = {extends.value}\n  {error}") from error
 
 
-def _merge(below: Setting, above: Setting) -> Setting:
+def _merge(below: Setting, above: Setting, default_type: DefaultType, keys: tuple[str, ...] = ()) -> Setting:
     if not isinstance(below.value, dict) or not isinstance(above.value, dict):
         return above
     old, new = below.child("type"), above.child("type")
-    if old is not None and new is not None and old.value != new.value:
+    old_type = default_type(keys) if old is None else old.value
+    if old_type is not None and new is not None and old_type != new.value:
         return above
     merged = dict(below.value)
     for key, setting in above.value.items():
-        merged[key] = _merge(merged[key], setting) if key in merged else setting
+        merged[key] = _merge(merged[key], setting, default_type, (*keys, key)) if key in merged else setting
     return Setting(above.origin, merged)
 
 

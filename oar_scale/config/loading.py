@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.layers import Setting, read_layers
+from oar_scale.config.locations import ESCAPE, EXPAND
 from oar_scale.config.schema import NUMBER, RANGE, Recipe, RecipeConflict
 from oar_scale.errors import UserError
 
@@ -41,7 +42,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: anything wrong with the files, the overrides or the values; the text lists each location and remedy.
     """
-    return _check(read_layers(path, overrides), path)
+    return _check(read_layers(path, overrides, _default_type), path)
 
 
 def recipe_origins(path: str, overrides: Sequence[str] = ()) -> dict[str, str]:
@@ -50,7 +51,7 @@ def recipe_origins(path: str, overrides: Sequence[str] = ()) -> dict[str, str]:
     Raises:
         UserError: as :func:`load_recipe`.
     """
-    layers = read_layers(path, overrides)
+    layers = read_layers(path, overrides, _default_type)
     resolved = _check(layers, path).model_dump(mode="json")
     settings = {keys: _find(layers, keys) for keys in _leaves(resolved)}
     return {".".join(keys): setting.origin if setting is not None else DEFAULT for keys, setting in settings.items()}
@@ -62,14 +63,14 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # the library annotates its initial None
     yaml.width = 4096
     text = io.StringIO()
-    yaml.dump(recipe.model_dump(mode="json"), text)
+    yaml.dump(recipe.model_dump(mode="json", context=ESCAPE), text)
     return text.getvalue()
 
 
 def _check(layers: Setting, path: str) -> Recipe:
     try:
         # Strict, and by way of JSON: text is never taken for a number or a switch, while a list may fill a tuple.
-        return Recipe.model_validate_json(json.dumps(layers.plain()), strict=True)
+        return Recipe.model_validate_json(json.dumps(layers.plain()), strict=True, context=EXPAND)
     except ValidationError as error:
         blocks = sorted(_explain(detail, layers, path) for detail in error.errors())
         raise UserError("\n".join(text for _, text in blocks)) from error
@@ -224,6 +225,12 @@ def _schema_leaves(kind: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[s
     for model in variants.values():
         for name, field in model.model_fields.items():
             yield from _schema_leaves(field.annotation, (*keys, name))
+
+
+def _default_type(keys: tuple[str, ...]) -> str | None:
+    """The ``type`` of a section that does not say it: where that may be left out, its default's."""
+    variants = _variants(_type_at(keys)) if keys else {}
+    return next((tag for tag, model in variants.items() if len(variants) > 1 and model.model_fields["type"].default == tag), None)
 
 
 def _default(keys: tuple[str, ...]) -> object:

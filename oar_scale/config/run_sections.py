@@ -11,6 +11,9 @@ from oar_scale.config.section import Count, Operational, PolicyName, RecipeConfl
 Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled"]
 FirstCell = Literal["free", "random"] | Annotated[int, Field(ge=0)]
 
+WANDB_REFUSES = "/\\#?%:"
+"""Characters that no project of W&B has in its name."""
+
 REMOVED_EXTRACT = {"repulsion_radius": 0, "frontier_random": None, "rescore_radius": None}
 """Fields that ``extract`` once had, with the values at which they changed nothing. Stored recipes of older runs name them, and
 ``pipeline`` still hashes them into the fingerprint of the stage ``extract``, so that a finished stage is still taken for finished."""
@@ -139,3 +142,19 @@ class ObserveConfig(Section):
     """Silence of a stage that counts as a stall."""
     mirror_s: float = Field(30.0, gt=0)
     """Between two copies of the events to ``storage.root``, where that is in S3."""
+
+    @model_validator(mode="after")
+    def _names_that_wandb_takes(self) -> ObserveConfig:
+        if self.wandb == "off":
+            return self
+        refused = sorted({character for character in self.wandb_project if character in WANDB_REFUSES or not character.isprintable()})
+        if refused or not 1 <= len(self.wandb_project.strip()) <= 128:
+            why = f"it holds {' '.join(map(repr, refused))}" if refused else f"it has {len(self.wandb_project.strip())}"
+            raise RecipeConflict(
+                "observe.wandb_project",
+                f"W&B takes project names of 1 to 128 characters, none of them {' '.join(WANDB_REFUSES)}; {why}.\n"
+                "The team (entity) that a project belongs to is set with the variable WANDB_ENTITY.",
+            )
+        if any(not 1 <= len(tag) <= 64 for tag in self.wandb_tags):
+            raise RecipeConflict("observe.wandb_tags", "W&B takes tags of 1 to 64 characters.")
+        return self

@@ -34,6 +34,7 @@ from oar_scale.config.data_sections import (
     VQTrainingConfig,
     WebDatasetSource,
 )
+from oar_scale.config.locations import Location
 from oar_scale.config.run_sections import (
     EvaluateConfig,
     ExtractConfig,
@@ -115,7 +116,7 @@ class Recipe(Section):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = Field(0, ge=0)
-    run_dir: str | None = None
+    run_dir: Location | None = None
     """Events, reports and local checkpoints. Default: ``runs/NAME``."""
     storage: StorageConfig = StorageConfig()
     data: DataConfig = DataConfig()

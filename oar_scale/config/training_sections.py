@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from oar_scale.config.locations import Location
 from oar_scale.config.section import Changeable, Count, Limit, Operational, PolicyName, RecipeConflict, Section, bounds
 
 Layout = Literal["raster", "instructed", "dual"]
@@ -30,7 +31,7 @@ class ModelConfig(Section):
     caption_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of captions replaced by the trainable null condition, for guidance."""
     text_encoder_layers: int = Field(1, ge=0)
-    weights: str | None = None
+    weights: Location | None = None
     """A trained any-order model (safetensors) to continue from."""
 
     @property
@@ -133,7 +134,7 @@ class ParallelConfig(Section):
 class MixConfig(Section):
     """Another folder of shards to train on."""
 
-    shards: str
+    shards: Location
     """A folder or ``s3://bucket/prefix`` with a manifest.json (``oar data index`` makes one): token shards of the same tokenizer, or
     image shards, which are tokenised on the fly."""
     weight: float = Field(1.0, gt=0)

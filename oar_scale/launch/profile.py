@@ -15,15 +15,18 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from oar_scale.config.layers import Setting, read_layers
+from oar_scale.config.locations import EXPAND, Location, expand_in_context
 from oar_scale.config.schema import Section
 from oar_scale.errors import UserError
 
 ShellWord = Annotated[str, Field(pattern=r"^[^\s'\"$`\\]+$")]
 """Text that goes into a job file unquoted."""
+ShellLocation = Annotated[ShellWord, BeforeValidator(expand_in_context)]
+"""A path or URL that goes into a job file unquoted."""
 Option = Annotated[str, Field(pattern=r"^--[^\n]+$")]
 """An option of sbatch."""
 Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
@@ -37,8 +40,8 @@ class Container(Section):
 
     engine: Literal["apptainer", "enroot"]
     """``enroot`` is Slurm's Pyxis: srun --container-image."""
-    image: ShellWord
-    mounts: tuple[ShellWord, ...] = ()
+    image: ShellLocation
+    mounts: tuple[ShellLocation, ...] = ()
     """Folders with the same path inside, or ``OUTSIDE:INSIDE``; the run's folder and the working folder are always mounted."""
 
 
@@ -154,7 +157,7 @@ class RayProfile(Section):
     type: Literal["ray"]
     address: Annotated[str, Field(pattern=r"^https?://[^\s]+$")]
     """URL of the dashboard: ``http://HEAD:8265``."""
-    working_dir: str | None = "."
+    working_dir: Location | None = "."
     """A folder that is sent along: small files that the recipe names, and the code where the cluster has none. Default: the current
     folder. Or the URL of a .zip that the nodes download."""
     excludes: tuple[str, ...] = ("/.git", "/.venv", "/runs", "/data", "/weights", "__pycache__")
@@ -167,7 +170,7 @@ class RayProfile(Section):
     python: Line = "python"
     """The interpreter on the cluster's nodes."""
     folder: ShellWord | None = None
-    """A folder on the cluster to which relative paths of the recipe refer. Default: the copy of ``working_dir``, deleted with the job."""
+    """A folder on the cluster, without ``~`` or variables, to which relative paths of the recipe refer. Default: the copy of ``working_dir``, deleted with the job."""
     driver_cpus: float = Field(0, ge=0)
     """CPUs of the driver. 0, and no ``driver_resources``: it runs on the head, the node that must not be lost anyway."""
     driver_resources: dict[str, float] = Field(default_factory=dict)
@@ -182,6 +185,13 @@ class RayProfile(Section):
     """Attempts in a row that may fail."""
     backoff_s: int = Field(30, ge=0)
     """Seconds before the attempt after a failure; doubled each time."""
+
+    @field_validator("folder")
+    @classmethod
+    def _as_it_is(cls, given: str | None) -> str | None:
+        if given is not None and given.startswith("~"):
+            raise ValueError(f"{given} would be a home folder of this machine, and not of the cluster's: write the whole path")
+        return given
 
     @field_validator("env")
     @classmethod
@@ -208,7 +218,7 @@ def load_profile(path: str, overrides: Sequence[str] = ()) -> Profile:
     if kind is None or kind.value not in KINDS:
         raise UserError(f"{kind.origin if kind else path}  type\n  must be one of {', '.join(KINDS)}.")
     try:
-        profile: Profile = KINDS[kind.value].model_validate_json(json.dumps(layers.plain()), strict=True)
+        profile: Profile = KINDS[kind.value].model_validate_json(json.dumps(layers.plain()), strict=True, context=EXPAND)
     except ValidationError as error:
         raise UserError("\n".join(_explain(detail, layers, KINDS[kind.value], path) for detail in error.errors())) from error
     return profile
@@ -255,7 +265,7 @@ def _explain(detail: ErrorDetails, layers: Setting, model: type[BaseModel], path
         case "missing":
             reason = "is required and not set."
         case "value_error":
-            reason = f"{cause}."
+            reason = f"{str(cause).rstrip('.')}."
         case _:
             reason = re.sub(r"^(?:Input|String) should", "must", detail["msg"]) + "."
     return f"{origin}  {'.'.join(keys)}{shown}\n  {reason}" if keys else f"{origin}\n  {reason}"

@@ -10,6 +10,7 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from oar_scale.config.locations import node_path
 from oar_scale.config.schema import Recipe
 from oar_scale.model.run_models import run_model_file
 from oar_scale.observe.console import Console
@@ -48,12 +49,14 @@ class Run:
     @property
     def cache(self) -> str:
         """The local folder where remote objects are cached."""
-        return os.path.abspath(self.recipe.storage.cache_dir or self.local("cache"))
+        given = self.recipe.storage.cache_dir
+        return self.local("cache") if given is None else node_path(given, "storage.cache_dir")
 
     @property
     def scratch(self) -> str:
         """The local folder for files on their way to the storage."""
-        return os.path.abspath(self.recipe.storage.scratch_dir or self.local("scratch"))
+        given = self.recipe.storage.scratch_dir
+        return self.local("scratch") if given is None else node_path(given, "storage.scratch_dir")
 
     @property
     def events(self) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from oar_scale.config.locations import escape_location
 from oar_scale.data.manifest import ShardInfo, read_manifest, write_manifest
 from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import Kid, kid
@@ -80,7 +81,7 @@ class ShortTraining:
                 "finetune": recipe.finetune.model_copy(update=short),
                 "extract": recipe.extract.model_copy(update={"views": 1}),
                 "parallel": recipe.parallel.model_copy(update={"workers": 1}),
-                "storage": recipe.storage.model_copy(update={"cache_dir": run.cache, "scratch_dir": None}),
+                "storage": recipe.storage.model_copy(update={"cache_dir": escape_location(run.cache), "scratch_dir": None}),
             }
         )
         self._copy_inputs()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from oar_scale.config.locations import node_path
 from oar_scale.config.schema import DataConfig, Recipe, TrainingConfig
 from oar_scale.config.section import changeable_fields, limit_fields, operational_fields
 from oar_scale.data.manifest import read_manifest
@@ -51,12 +52,14 @@ class TrainingJob:
     @property
     def cache(self) -> str:
         """Local copies of remote files."""
-        return self.recipe.storage.cache_dir or join(self.local, "cache")
+        given = self.recipe.storage.cache_dir
+        return join(self.local, "cache") if given is None else node_path(given, "storage.cache_dir")
 
     @property
     def scratch(self) -> str:
         """Local disk that checkpoints are written to first."""
-        return self.recipe.storage.scratch_dir or join(self.local, "scratch")
+        given = self.recipe.storage.scratch_dir
+        return join(self.local, "scratch") if given is None else node_path(given, "storage.scratch_dir")
 
     @property
     def section(self) -> str:

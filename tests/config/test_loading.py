@@ -65,6 +65,25 @@ def test_a_source_of_another_type_replaces_the_old_one() -> None:
     assert recipe.data.image_size == 64
 
 
+def test_another_type_replaces_one_that_goes_without_saying() -> None:
+    """A text section that does not say its type is SentencePiece's: its fields are not mixed with those of another type."""
+    path = put("mine.yaml", MINIMAL + "tokenizer: {text: {vocab_size: 100, max_tokens: 8}}\n")
+    labels = load_recipe(path, ["tokenizer.text={type: labels, classes: 4}"]).tokenizer.text
+    assert labels == load_recipe(path, ["tokenizer.text.type=labels", "tokenizer.text.classes=4"]).tokenizer.text
+    assert labels.type == "labels" and labels.classes == 4
+    kept = load_recipe(path, ["tokenizer.text={type: sentencepiece, max_tokens: 9}"]).tokenizer.text
+    assert kept.type == "sentencepiece" and (kept.vocab_size, kept.max_tokens) == (100, 9)
+
+
+@pytest.mark.parametrize("project", ["team/project", "a:b", "50%", "x" * 129, " "])
+def test_a_project_that_wandb_refuses_is_named_at_once(project: str) -> None:
+    path = put("mine.yaml", MINIMAL)
+    text = error_of(path, "observe.wandb=offline", f"observe.wandb_project='{project}'")
+    assert text.startswith(f"-o  observe.wandb_project = {project[:77]}") and "W&B takes project names of 1 to 128 characters" in text
+    assert "tags of 1 to 64" in error_of(path, "observe.wandb=online", f"observe.wandb_tags=[ok, {'x' * 65}]")
+    assert load_recipe(path, ["observe.wandb=online", "observe.wandb_project=any name, really"]).observe.wandb == "online"
+
+
 def test_yaml_is_1_2() -> None:
     recipe = load_recipe(put("a.yaml", "name: on\nrun_dir: 2026-01-02\nobserve: {wandb: off}\npretrain: {lr: 1e-3}\n"))
     assert (recipe.name, recipe.run_dir, recipe.observe.wandb, recipe.pretrain.lr) == ("on", "2026-01-02", "off", 0.001)
