@@ -23,7 +23,7 @@ _MARKS = (  # those of UTF-32 first: one of them begins with one of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _UNCLEAN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
-_CONTROLS = {code: " " for code in (*range(9), *range(11, 32), *range(127, 160))} | {0xFEFF: None}
+_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), " ") | {0xFEFF: None}
 SHOWN = 60
 """Characters of a value that a message shows."""
 

@@ -2,9 +2,9 @@
 
     run_dir: ~/runs/x           source: {path: $SCRATCH/photos}          root: ${WORK}/runs          weights: s3://bucket/vq.safetensors
 
-When: as a recipe or profile is read, with the variables of the shell that reads it. A job gets the recipe as it was read, so that it works in
-the same folders wherever it runs. Only what lies on a node's own disk (:data:`NodeLocation`) is expanded there, as it is used: such
-variables (``$TMPDIR``, ``$SLURM_TMPDIR``) are another on each node. URLs (``s3://``) stay as they are written.
+When: as a recipe or profile is read, with the variables of the shell that reads it. A job gets the recipe as it was read, so that it
+works in the same folders wherever it runs. Only what lies on a node's own disk (:data:`NodeLocation`) is expanded there, as it is
+used: such variables (``$TMPDIR``, ``$SLURM_TMPDIR``) are another on each node. URLs (``s3://``) stay as they are written.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def _value(match: re.Match[str]) -> str:
         raise ValueError(f"{match[0]} is no variable: $NAME and ${{NAME}} are; a dollar sign itself is $$.")
     value = os.environ.get(name)
     if not value:
-        raise ValueError(f"the variable {name} is not set. Set it (export {name}=...), or write the whole path; a dollar sign itself is $$.")
+        raise ValueError(
+            f"the variable {name} is not set. Set it (export {name}=...), or write the whole path; a dollar sign itself is $$."
+        )
     return value
 
 

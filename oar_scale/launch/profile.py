@@ -170,7 +170,8 @@ class RayProfile(Section):
     python: Line = "python"
     """The interpreter on the cluster's nodes."""
     folder: ShellWord | None = None
-    """A folder on the cluster, without ``~`` or variables, to which relative paths of the recipe refer. Default: the copy of ``working_dir``, deleted with the job."""
+    """A folder on the cluster to which relative paths of the recipe refer, without ``~`` and variables. Default: the copy of
+    ``working_dir``, deleted with the job."""
     driver_cpus: float = Field(0, ge=0)
     """CPUs of the driver. 0, and no ``driver_resources``: it runs on the head, the node that must not be lost anyway."""
     driver_resources: dict[str, float] = Field(default_factory=dict)

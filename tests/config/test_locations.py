@@ -69,7 +69,8 @@ def test_every_field_that_is_a_path_has_the_type_of_one() -> None:
         if (name in PATH_WORDS or name.endswith(("_dir", "_path", "_file"))) and "str" in str(field.annotation)
         if not field.metadata and not any(word in str(field.annotation) for word in ("AfterValidator", "BeforeValidator", "expanded on"))
     }
-    assert unmarked == {"TableSource.image"}, "a column, or a text with columns in braces"
+    # A column, or a text with columns in braces; and a folder of another machine, which may name no home of this one.
+    assert unmarked == {"TableSource.image", "RayProfile.folder"}
 
 
 @pytest.mark.parametrize(
