@@ -24,13 +24,14 @@ from oar_scale.evaluation.animation import animated, appearing
 from oar_scale.evaluation.pictures import decode_pictures
 from oar_scale.orders.analysis import choice_entropy, describe_orders, kendall_distance, mean_time_map, placing_times
 from oar_scale.orders.analysis.agreement import Agreement, agreement
-from oar_scale.orders.analysis.analysis_values import Example, OrderAnalysis
+from oar_scale.orders.analysis.analysis_values import OrderAnalysis
 from oar_scale.orders.analysis.caption_groups import Group, caption_words, groups, most_deviating
 from oar_scale.orders.order_files import head_report_file
 from oar_scale.orders.order_table import OrderTable, join_orders, read_orders, table_name
 from oar_scale.orders.policies import grid_policies
 from oar_scale.orders.policies.mean import order_by_time
 from oar_scale.report.orders_page import render_orders
+from oar_scale.results.examples import OrderExample
 from oar_scale.run.artifacts import require, require_any_order
 from oar_scale.run.context import Run
 from oar_scale.storage import Missing, join, open_storage
@@ -152,7 +153,7 @@ def _agreement(run: Run, extracted: Extracted, folder: str) -> Agreement:
     return agreement(folder, extracted.order_SN, np.concatenate(others), run.recipe.grid)
 
 
-def _examples(run: Run, extracted: Extracted) -> tuple[tuple[Example, ...], bytes, bytes]:
+def _examples(run: Run, extracted: Extracted) -> tuple[tuple[OrderExample, ...], bytes, bytes]:
     """The first few images, and the two animations of them."""
     if not open_storage(run.vq_uri).exists(run.vq_uri):
         return (), b"", b""
@@ -160,12 +161,12 @@ def _examples(run: Run, extracted: Extracted) -> tuple[tuple[Example, ...], byte
     order_EN, grid = extracted.order_SN[: len(pictures)], run.recipe.grid
     maps = placing_times(order_EN).reshape(-1, grid, grid)
     frames = appearing(pictures, order_EN, COLUMNS)
-    examples = tuple(Example(*each) for each in zip(extracted.captions, pictures, maps, strict=False))
+    examples = tuple(OrderExample(*each) for each in zip(extracted.captions, pictures, maps, strict=False))
     return examples, animated(frames, "WEBP"), animated(frames, "GIF")
 
 
 def _analysis(
-    run: Run, extracted: Extracted, agreements: list[Agreement], examples: tuple[Example, ...], animation: bytes
+    run: Run, extracted: Extracted, agreements: list[Agreement], examples: tuple[OrderExample, ...], animation: bytes
 ) -> OrderAnalysis:
     recipe, grid, order_SN = run.recipe, run.recipe.grid, extracted.order_SN
     random_SN = permutations("orders to compare with", grid * grid, recipe.seed, np.arange(len(order_SN)))

@@ -13,10 +13,11 @@ import pytest
 from oar_scale.errors import UserError
 from oar_scale.orders.analysis import choice_entropy, describe_orders, frontier_share, mean_time_map, neighbour_share
 from oar_scale.orders.analysis.agreement import agreement
-from oar_scale.orders.analysis.analysis_values import Example, HeadReport, HeadRow, OrderAnalysis
+from oar_scale.orders.analysis.analysis_values import HeadReport, HeadRow, OrderAnalysis
 from oar_scale.orders.analysis.caption_groups import caption_words, groups, most_deviating
 from oar_scale.orders.policies import grid_policies
 from oar_scale.report.orders_page import render_orders
+from oar_scale.results.examples import OrderExample
 
 GRID, CELLS = 4, 16
 
@@ -109,7 +110,7 @@ def analysis() -> OrderAnalysis:
             agreement("<b>other</b>", orders, orders, GRID),
             replace(agreement("flat", orders, orders, GRID), map_correlation=math.nan),
         ),
-        examples=(Example('a "cat" <i>', picture, np.arange(CELLS).reshape(GRID, GRID)),),
+        examples=(OrderExample('a "cat" <i>', picture, np.arange(CELLS).reshape(GRID, GRID)),),
         head=HeadReport("m", "s", 50, 10, 136, 5, 1.0, 0, (HeadRow("order head ahead", 0.4, 0.4, 16),)),
         animation=b"RIFF",
     )

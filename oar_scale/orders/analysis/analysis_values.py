@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from oar_scale.json_object import JsonObject
 from oar_scale.orders.analysis.agreement import Agreement
 from oar_scale.orders.analysis.caption_groups import Group
 from oar_scale.orders.analysis.statistics import FloatArray, OrderStatistics
-from oar_scale.results.examples import Picture
+from oar_scale.results.examples import OrderExample
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,6 @@ class HeadReport:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One image and its order."""
-
-    caption: str
-    picture: Picture
-    time_map: NDArray[np.int64]
-    """The step of each cell, [grid, grid]."""
-
-
-@dataclass(frozen=True)
 class OrderAnalysis:
     """The orders of some images."""
 
@@ -85,7 +74,7 @@ class OrderAnalysis:
     frequent: tuple[Group, ...]
     deviating: tuple[Group, ...]
     agreements: tuple[Agreement, ...] = ()
-    examples: tuple[Example, ...] = ()
+    examples: tuple[OrderExample, ...] = ()
     head: HeadReport | None = None
     animation: bytes = field(default=b"", repr=False)
     """Animated WebP."""
