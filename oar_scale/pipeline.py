@@ -45,7 +45,7 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
     stages = run.recipe.stages()
     names: list[str] = [stage.name for stage in stages]
     wanted = only or start
-    first = None if wanted is None else _stage(run.recipe, wanted)
+    first = None if wanted is None else _stage_named(run.recipe, wanted)
     check_run_dir(run)
     began = time.monotonic()
     with patient(run.recipe.storage.patience_s), _driving(run) as drivers, ExitStack() as stack:
@@ -104,7 +104,7 @@ def run_stage(run: Run, name: str) -> None:
     Raises:
         UserError: as :func:`run_pipeline`.
     """
-    stage = _stage(run.recipe, name)
+    stage = _stage_named(run.recipe, name)
     check_run_dir(run)
     with patient(run.recipe.storage.patience_s), _driving(run) as drivers:
         _require(run, stage)
@@ -125,7 +125,7 @@ def _run_stage(run: Run, stage: Stage, drivers: Drivers) -> None:
     function, arguments = entry_point(stage), (run, stage.name) if stage.training else (run,)
     # Pools wait for the storage by rules of their own, and go on with something else meanwhile.
     patience = patient(0.0) if stage.shared else nullcontext()
-    if run.rank:  # the first process keeps the books for all of them
+    if run.rank:  # rank 0 alone writes run.json and the marker
         with patience:
             function(*arguments)
         return
@@ -209,14 +209,14 @@ def bind_run_dir(run: Run) -> None:
     open_storage(recipe).write(recipe, dump_recipe(run.recipe).encode())
 
 
-def _stage(recipe: Recipe, name: str) -> Stage:
+def _stage_named(recipe: Recipe, name: str) -> Stage:
     """The stage of that name. Raises UserError where the recipe has none: why, and which stages it has."""
     stages = recipe.stages()
     for stage in stages:
         if stage.name == name:
             return stage
     raster = recipe.model.layout == "raster"
-    if raster and name in STAGES and not STAGES[name].raster:
+    if raster and name in STAGES and not STAGES[name].with_raster_layout:
         why = f"{ONE_ORDER}, so the run ends with the pretraining.\n{OTHER_LAYOUT}"
     elif name == "control" and not recipe.pipeline.control:
         why = "pipeline.control is false. Set it to true to fine-tune on random orders as well."

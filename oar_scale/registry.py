@@ -84,10 +84,10 @@ class Stage:
     training: Literal["pretrain", "finetune", ""] = ""
     """The section of the recipe with its training settings, where it trains a model."""
     ray: bool = False
-    """Whether it starts Ray actors or Ray workers."""
+    """Whether it starts Ray actors or workers. Without ``training`` it counts as a pool with a ledger: see :attr:`shared`."""
     local: bool = False
     """Whether its results lie in the run's local folder, not in its storage."""
-    raster: bool = False
+    with_raster_layout: bool = False
     """Whether a recipe with the raster layout has it: without orders there is nothing to do after pretraining."""
     curve: str = ""
     """Title of its training curve in the report."""
@@ -121,7 +121,7 @@ STAGES: dict[str, Stage] = {
             folders=("images",),
             verb="prepare",
             duration="about 10 s for 4,000 drawings; photos 40 to 100 a second and core",
-            raster=True,
+            with_raster_layout=True,
         ),
         Stage(
             "tokenizer",
@@ -131,7 +131,7 @@ STAGES: dict[str, Stage] = {
             sections=("tokenizer.image", "tokenizer.text", "seed"),
             folders=("tokenizers",),
             duration="seconds with given weights, else about 10 ms an image and training step",
-            raster=True,
+            with_raster_layout=True,
             curve="image tokenizer",
         ),
         Stage(
@@ -143,7 +143,7 @@ STAGES: dict[str, Stage] = {
             folders=("tokens",),
             duration="10 s to start the actors, then about 200 images and views a second",
             ray=True,
-            raster=True,
+            with_raster_layout=True,
         ),
         Stage(
             "pretrain",
@@ -156,7 +156,7 @@ STAGES: dict[str, Stage] = {
             model="any_order",
             training="pretrain",
             ray=True,
-            raster=True,
+            with_raster_layout=True,
             curve="any-order pretraining",
         ),
         Stage(
@@ -220,7 +220,7 @@ TRAINING_SECTIONS = tuple(dict.fromkeys(stage.training for stage in STAGES.value
 
 def stages_of(*, raster: bool, control: bool) -> list[Stage]:
     """The stages of a recipe, each after those it needs: with the raster layout or another, with a control or without."""
-    return [stage for stage in STAGES.values() if (stage.raster or not raster) and (stage.name != "control" or control)]
+    return [stage for stage in STAGES.values() if (stage.with_raster_layout or not raster) and (stage.name != "control" or control)]
 
 
 def model_label(name: str) -> str:

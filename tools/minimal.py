@@ -104,8 +104,8 @@ def train(recipe: Recipe, stage: TrainingName, out: Path, start_from: str, resul
     after the other in that order. The stream, the loop and the callbacks are those of a thousand GPUs.
     """
     begun, process = time.monotonic(), SingleProcess()
-    start_from, result = (str(out / "models" / f"{name}.safetensors") for name in (start_from, result))
-    job = TrainingJob(recipe, stage, str(out), str(out), start_from, result)
+    before, after = (str(out / "models" / f"{name}.safetensors") for name in (start_from, result))
+    job = TrainingJob(recipe, stage, root=str(out), local=str(out), start_from=before, result=after)
     prompts = job_prompts(job)
     engine = PlainEngine(load_model(job.start_from), prompts, job.training, recipe.parallel, process.device)
     print(f"{stage}: {engine.parameters:,} parameters, {job.training.steps} steps")

@@ -14,7 +14,7 @@ def add(verbs: Subparsers) -> None:
     run = add_verb(verbs, "run", "all stages of a recipe; finished ones are skipped", _run)
     which = run.add_mutually_exclusive_group()
     which.add_argument(
-        "--from", dest="start", metavar="STAGE", help="do this stage and all after it again; results of before are set aside"
+        "--from", dest="start", metavar="STAGE", help="do this stage and all after it again; earlier results are set aside"
     )
     which.add_argument("--only", metavar="STAGE", help="do this one stage again, and leave all others as they are")
     which.add_argument(

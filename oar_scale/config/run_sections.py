@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from oar_scale.config.section import Count, Operational, PolicyName, RecipeConflict, Section, bounds
 
 Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled"]
+DRAWING_SCORES: frozenset[Score] = frozenset({"sampled"})
+"""Scores that draw: they get a random number for each candidate, and an image's extractions differ."""
 FirstCell = Literal["free", "random"] | Annotated[int, Field(ge=0)]
 
 WANDB_REFUSES = "/\\#?%:"
@@ -16,7 +18,7 @@ WANDB_REFUSES = "/\\#?%:"
 
 REMOVED_EXTRACT = {"repulsion_radius": 0, "frontier_random": None, "rescore_radius": None}
 """Fields that ``extract`` once had, with the values at which they changed nothing. Stored recipes of older runs name them, and
-``pipeline`` still hashes them into the fingerprint of the stage ``extract``, so that a finished stage is still taken for finished."""
+``run/stage_markers.py`` still hashes them into the fingerprint of the stage ``extract``, so that a finished stage is still taken for finished."""
 
 
 class ExtractConfig(Section):
@@ -71,7 +73,7 @@ class ExtractConfig(Section):
             raise RecipeConflict(
                 "extract.cosine_steps", "the cosine schedule says how many cells a step places.\nLeave out commit_per_step."
             )
-        if self.orders_per_image > 1 and not (self.order_temperature or self.score == "sampled" or self.first_cell == "random"):
+        if self.orders_per_image > 1 and not (self.order_temperature or self.score in DRAWING_SCORES or self.first_cell == "random"):
             raise RecipeConflict(
                 "extract.orders_per_image",
                 f"{self.orders_per_image} orders of an image would be the same.\n"

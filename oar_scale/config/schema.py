@@ -36,6 +36,7 @@ from oar_scale.config.data_sections import (
 )
 from oar_scale.config.locations import Location
 from oar_scale.config.run_sections import (
+    DRAWING_SCORES,
     EvaluateConfig,
     ExtractConfig,
     FirstCell,
@@ -66,6 +67,7 @@ from oar_scale.config.training_sections import (
 from oar_scale.registry import TRAINING_SECTIONS, Stage, stages_of
 
 __all__ = [
+    "DRAWING_SCORES",
     "CROPS",
     "NUMBER",
     "RANGE",

@@ -70,7 +70,7 @@ class ParallelConfig(Section):
     micro_batch: int = Field(24, ge=1)
     """Images a worker takes through the model at once."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    gradient_dtype: Literal["bf16", "fp32"] = "bf16"
+    gradient_dtype: Changeable[Literal["bf16", "fp32"]] = "bf16"
     """Where precision is bf16: what a worker adds the gradients of its micro-batches up in. fp32 needs ZeRO 2 or 3, and 2 bytes more for
     each parameter that the worker keeps the gradient of."""
     cpu_threads: int = Field(1, ge=1)
@@ -175,11 +175,11 @@ class TrainingConfig(Section):
     keep_checkpoints: Operational[int] = Field(2, ge=1)
     """Newest checkpoints that are kept."""
     keep_every: Operational[int] = Field(0, ge=0)
-    """Steps whose multiples are kept besides; 0: none."""
+    """Steps whose multiples are kept, too; 0: none."""
     keep_best: Operational[int] = Field(0, ge=0)
-    """Checkpoints with the best held-out likelihood that are kept besides."""
+    """Checkpoints with the best held-out likelihood that are kept, too."""
     max_non_finite: Limit[int] = Field(20, ge=0)
-    """Batches without a finite gradient that are left out before the stage stops; counted anew when other settings than limits change."""
+    """Batches without a finite gradient that are skipped before the stage stops; counted anew when other settings than limits change."""
     spike_guard: Limit[Literal["off", "warn", "rollback"]] = "warn"
     """A loss far above the last ones: say so, or go back to the last good checkpoint and leave out the batches since."""
     spike_sigmas: Limit[float] = Field(8.0, gt=0)

@@ -1,8 +1,8 @@
-"""A training job on Ray: TorchTrainer starts the workers; when one dies, all restart from the last checkpoint.
+"""A training job: on Ray a driver, whose TorchTrainer starts the workers, and restarts all from the last checkpoint when one dies.
 
 The retries are ours and not Ray Train's, for three reasons: a mistake that the user can fix ends the stage at once, workers that made
 progress since the last failure may fail again as often as before, and an elastic run restarts with as many workers as fit now.
-Under torchrun there is no driver: the process is a worker itself.
+Under torchrun there is no driver: this process is a worker itself.
 """
 
 from __future__ import annotations

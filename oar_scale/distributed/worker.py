@@ -128,7 +128,8 @@ def _resume(loop: Loop, restored: Restored | None, stateful: dict[str, Callback]
         if restored.changed.keys() - loop.job.limits:  # what was not finite under other settings is no sign of what these do
             states = {**states, "stability": {**states["stability"], "non_finite": 0}}
         for name, callback in stateful.items():
-            callback.load_state(states[name])
+            if name in states:  # not where the checkpoint is older than the callback
+                callback.load_state(states[name])
     if rolled_back is not None:
         loop.batch_offset, loop.roll_backs = rolled_back.next_batch - loop.step, rolled_back.times_back_to(loop.step)
     if loop.events is None:

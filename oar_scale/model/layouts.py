@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from oar_scale.config.schema import Layout
 from oar_scale.model.rope import cell_rotations, offset_index, offset_rotations, rotate_vector
 from oar_scale.model.spec import HELD, STRIDE, ModelSpec
 
@@ -234,4 +235,4 @@ class DualRows(RowLayout):
         return codes_BKD + here_RD[here_BK] + offset_OD[offset_BR]
 
 
-LAYOUTS: dict[str, type[RowLayout]] = {"raster": RasterRows, "instructed": InstructedRows, "dual": DualRows}
+LAYOUTS: dict[Layout, type[RowLayout]] = {"raster": RasterRows, "instructed": InstructedRows, "dual": DualRows}

@@ -18,7 +18,7 @@ from oar_scale.observe.events import Event
 from oar_scale.observe.formatting import ALERTS, message
 from oar_scale.observe.state import Attempts
 
-HAPPENED = {"start", "resumed", "stopping", "profile", "end", "non_finite", "bad_sample", "spike", "checkpoint_failed", "settings_changed"}
+OCCURRENCES = {"start", "resumed", "stopping", "profile", "end", "non_finite", "bad_sample", "spike", "checkpoint_failed", "settings_changed"}
 """Kinds with a step that are no measurements: each is counted, also where its step is done again."""
 PICTURES = {"samples": ("image", "orders")}
 """Fields with paths of pictures, relative to the run's local folder."""
@@ -124,7 +124,7 @@ class RowProjection:
 
 def measured(event: Event) -> bool:
     """Whether the event is a point of curves over the steps; a step that is done again is no second point."""
-    return _axis(event) != "total" and event["kind"] not in HAPPENED
+    return _axis(event) != "total" and event["kind"] not in OCCURRENCES
 
 
 def _axis(event: Event) -> str:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oar_scale.config.schema import DRAWING_SCORES
 from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.orders.scores import score_logits, score_rows
 from oar_scale.orders.selection import CounterRNG, guide, guided_batch, pick_several
@@ -107,7 +108,7 @@ def scores_along(
         guided_batch(codes_BN, settings.guidance), guided_batch(order_BN, settings.guidance), _branches(model, condition_BTD, settings)
     )
     uniform_BN = None
-    if settings.score == "sampled":
+    if settings.score in DRAWING_SCORES:
         # Each cell uses the number of the step at which this order places it, as an extraction would at that step.
         step_BN = order_BN.argsort(1)
         uniform_BN = rng.uniform("drawn code", step_BN).gather(1, order_BN)
@@ -261,8 +262,8 @@ def _score_rows(
 
 
 def _uniform(settings: ExtractionSettings, rng: CounterRNG, cells_BR: Tensor, step: int) -> Tensor | None:
-    """The number in (0, 1) that the score ``sampled`` draws each cell's code with; None for the other scores."""
-    return rng.uniform("drawn code", step).gather(1, cells_BR) if settings.score == "sampled" else None
+    """The number in (0, 1) that a drawing score draws each cell's code with; None for the other scores."""
+    return rng.uniform("drawn code", step).gather(1, cells_BR) if settings.score in DRAWING_SCORES else None
 
 
 def _branches(model: AnyOrderModel, condition_BTD: Tensor, settings: ExtractionSettings) -> Tensor:

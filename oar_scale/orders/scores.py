@@ -11,7 +11,7 @@ time, and a score adds up what it needs of each block of logits.
 
     own, best, second     the largest logits so far                      top + log sum_v exp(logit_v - top)      so far
 
-A score is one class and one entry of :data:`SCORES`.
+A score is one class and one entry of :data:`SCORES`; CONTRIBUTING.md has the rest that a new one needs.
 """
 
 from __future__ import annotations

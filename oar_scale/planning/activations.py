@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from oar_scale.config.schema import Layout
 from oar_scale.model.spec import FeatureSpec, ModelSpec, TextSpec
 from oar_scale.planning.shape import parameters
 
@@ -33,7 +34,7 @@ ROWS_AT_ONCE = {"cpu": 512, "cuda": 2**16}
 """``model.decoding.ROWS_AT_ONCE``, likewise."""
 SCORE_BLOCK = {"cpu": (512, 2048), "cuda": (2**13, 2**14)}
 """``orders.scores.BLOCK``, likewise."""
-TABLES: dict[str, Callable[[int], int]] = {
+TABLES: dict[Layout, Callable[[int], int]] = {
     "raster": lambda grid: 0,
     "instructed": lambda grid: grid * grid,
     "dual": lambda grid: grid * grid + (2 * grid - 1) ** 2,

@@ -7,14 +7,14 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from oar_scale.config.schema import ClipTextConfig, FeaturesConfig, LabelsConfig, OpenMojiSource, Recipe, TextConfig
+from oar_scale.config.schema import ClipTextConfig, FeaturesConfig, LabelsConfig, Layout, OpenMojiSource, Recipe, TextConfig
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec, TextSpec
 from oar_scale.planning.assumptions import Assumptions
 from oar_scale.storage import join
 
-VECTORS = {"raster": 0, "instructed": 1, "dual": 2}
+VECTORS: dict[Layout, int] = {"raster": 0, "instructed": 1, "dual": 2}
 """Learned vectors that a layout rotates by position (RoPE)."""
 
 

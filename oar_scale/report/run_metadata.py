@@ -26,6 +26,7 @@ from oar_scale.config.schema import (
     WebDatasetSource,
 )
 from oar_scale.json_object import JsonObject
+from oar_scale.registry import STAGES
 from oar_scale.report.report_data import DataMetadata, ModelMetadata, RunMetadata, StageRow
 from oar_scale.results.examples import TokenizerMetadata
 from oar_scale.run.context import Run
@@ -176,7 +177,7 @@ def _stage_row(run: Run, name: str, seconds: float, results: JsonObject) -> Stag
         case "control":
             what, detail = "the same on random orders", _training(results)
         case _:
-            what, detail = "measured and drew", ""
+            what, detail = STAGES[name].title, ""
     return StageRow(name, what, seconds, detail)
 
 

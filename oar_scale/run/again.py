@@ -1,4 +1,4 @@
-"""Stages that are done again, ``oar run --from`` and ``--only``: what becomes of the results of before.
+"""Stages that are done again, ``oar run --from`` and ``--only``: what becomes of the earlier results.
 
 said and asked      which results are set aside, how large they are, which stages are stale afterwards
 set aside           ROOT/previous (:mod:`oar_scale.run.previous`)
@@ -29,7 +29,7 @@ def begin_again(run: Run, drivers: Drivers, again: list[Stage], *, yes: bool) ->
         UserError: the user does not want it, or cannot be asked; another driver works on the run.
     """
     earlier = read_redo(run) or Redo()
-    removed = "  (removed now: results of before are set aside already)"
+    removed = "  (removed now: earlier results are set aside already)"
     lines = [line for stage in again if (line := _amount(run, stage, removed if stage.name in earlier.stages else ""))]
     if lines:
         head = f"{run.at()}: these stages are done again. Their results are set aside in {run.at(FOLDER)} until the new ones are complete:"
@@ -52,17 +52,17 @@ def undo(run: Run, drivers: Drivers, *, yes: bool) -> None:
     stages = [stage for stage in run.recipe.stages() if stage.name in redo.stages]
     lines = [line for stage in stages if (line := _amount(run, stage))]
     if lines:
-        _ask(run, [f"{run.at()}: the results of before are put back, and the new ones removed:", *lines], yes)
+        _ask(run, [f"{run.at()}: the earlier results are put back, and the new ones removed:", *lines], yes)
     drivers.take_alone(stages)
     put_back(run, redo)
-    run.console.say(f"the results of before are back: {', '.join(redo.stages)}")
+    run.console.say(f"the earlier results are back: {', '.join(redo.stages)}")
 
 
 def finish_interrupted(run: Run, drivers: Drivers) -> bool:
     """Finish a move of results that another driver has begun and not ended.
 
     Returns:
-        Whether results of before were put back.
+        Whether earlier results were put back.
 
     Raises:
         UserError: the other one is still at it.
@@ -76,7 +76,7 @@ def finish_interrupted(run: Run, drivers: Drivers) -> bool:
 
 
 def is_again(run: Run, stage: Stage) -> bool:
-    """Whether a stage is done again, and its results of before are set aside."""
+    """Whether a stage is done again, and its earlier results are set aside."""
     redo = read_redo(run)
     return redo is not None and stage.name in redo.stages
 
@@ -90,14 +90,14 @@ def drop_if_complete(run: Run) -> None:
 
 
 def say_what_is_aside(run: Run) -> None:
-    """After a failure: where the results of before are, and how to get them back."""
+    """After a failure: where the earlier results are, and how to get them back."""
     try:
         redo = read_redo(run)
     except UserError:  # the storage does not answer, which is said already
         return
     if redo is not None:
         names = ", ".join(redo.stages)
-        run.console.say(f"  results of before ({names}) are kept in {run.at(FOLDER)}: oar run RECIPE goes on, {UNDO} puts them back")
+        run.console.say(f"  earlier results ({names}) are kept in {run.at(FOLDER)}: oar run RECIPE goes on, {UNDO} puts them back")
 
 
 def _amount(run: Run, stage: Stage, note: str = "") -> str:
@@ -107,7 +107,7 @@ def _amount(run: Run, stage: Stage, note: str = "") -> str:
 
 
 def _stale(run: Run, again: list[Stage]) -> list[str]:
-    """A line about finished stages that rest on the results of before, and are not done again."""
+    """A line about finished stages that rest on the earlier results, and are not done again."""
     later = {each.name: each for stage in again for each in dependents(run.recipe.stages(), stage.name) if each not in again}
     names = [name for name in later if open_storage(run.marker(name)).exists(run.marker(name))]
     return [f"  stale afterwards, and kept as they are: {', '.join(names)}"] if names else []

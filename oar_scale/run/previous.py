@@ -27,7 +27,7 @@ class Redo:
     """The content of ``redo.json``: names of stages."""
 
     stages: tuple[str, ...] = ()
-    """That are done again, and whose results of before are set aside."""
+    """That are done again, and whose earlier results are set aside."""
     moving: tuple[str, ...] = ()
     """Whose results are just being set aside."""
     removing: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from oar_scale.config.locations import node_path
-from oar_scale.config.schema import DataConfig, Recipe, TrainingConfig
+from oar_scale.config.schema import DataConfig, ParallelConfig, Recipe, TrainingConfig
 from oar_scale.config.section import changeable_fields, limit_fields, operational_fields
 from oar_scale.data.manifest import read_manifest
 from oar_scale.json_object import JsonObject
@@ -15,6 +15,8 @@ from oar_scale.registry import STAGES, TrainingName
 from oar_scale.storage import join
 
 _ABSENT = object()
+RENAMED = ("model", "training", "streams", "max_bad_fraction", "gradient_dtype")
+"""Entries of an identity whose values have longer names in the recipe."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class TrainingJob:
             "tokens": read_manifest(join(self.root, "tokens", "train")).fingerprint,
             "seed": recipe.seed,
             "precision": recipe.parallel.precision,
+            "gradient_dtype": recipe.parallel.gradient_dtype,
             "model": recipe.model.model_dump(mode="json", exclude={"weights"}),
             "training": training.model_dump(mode="json", exclude=set(operational_fields(type(training)))),
             "mix": [read_manifest(mix.shards).fingerprint for mix in training.mix],
@@ -91,7 +94,8 @@ class TrainingJob:
     @property
     def changeable(self) -> frozenset[str]:
         """All of the settings that a training may resume with other values of, by their names in the recipe."""
-        return self.limits | self._named(changeable_fields(DataConfig), changeable_fields(type(self.training)))
+        parallel = {f"parallel.{name}" for name in changeable_fields(ParallelConfig)}
+        return self.limits | parallel | self._named(changeable_fields(DataConfig), changeable_fields(type(self.training)))
 
     def changed_since(self, identity: JsonObject) -> dict[str, tuple[object, object]]:
         """The settings in which the job differs from a checkpoint's identity: what they were, and what they are now.
@@ -108,8 +112,9 @@ class TrainingJob:
 
     def _by_name(self, identity: JsonObject) -> JsonObject:
         """The values of an identity by the names that they have in the recipe."""
-        rest = {name: value for name, value in identity.items() if name not in ("model", "training", "streams", "max_bad_fraction")}
+        rest = {name: value for name, value in identity.items() if name not in RENAMED}
         values = {**rest, **{f"model.{name}": value for name, value in identity["model"].items()}}
         values |= {f"{self.section}.{name}": value for name, value in identity["training"].items()}
         values |= dict(zip(("data.canonical_streams", "data.shuffle_window_shards"), identity["streams"], strict=True))
-        return values | {f"data.{name}": identity[name] for name in ("max_bad_fraction",) if name in identity}
+        later = {"data": "max_bad_fraction", "parallel": "gradient_dtype"}  # older versions did not write them
+        return values | {f"{section}.{name}": identity[name] for section, name in later.items() if name in identity}

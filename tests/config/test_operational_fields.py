@@ -79,6 +79,7 @@ def test_these_fields_may_change_in_a_training_and_no_others() -> None:
         "data": {"canonical_streams", "shuffle_window_shards"},
         "pretrain": training,
         "finetune": training,
+        "parallel": {"gradient_dtype"},
     }
     limits = {"max_non_finite", "spike_guard", "spike_sigmas"}
     assert marked(limit_fields) == {"data": {"max_bad_fraction"}, "pretrain": limits, "finetune": limits}

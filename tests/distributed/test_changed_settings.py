@@ -71,13 +71,15 @@ def test_a_finished_training_goes_on_with_other_settings(prepared: Run, tmp_path
     run_workers(seen_by_train, 2, pretraining(first), ())
     data = {**first.recipe.data.model_dump(), "canonical_streams": 2}
     changes = {"schedule": "constant", **CHANGED}
-    longer = copy_run(prepared, str(tmp_path), pretrain={"steps": 7, **changes}, data=data)
+    parallel = {**first.recipe.parallel.model_dump(), "gradient_dtype": "fp32"}
+    longer = copy_run(prepared, str(tmp_path), pretrain={"steps": 7, **changes}, data=data, parallel=parallel)
     run_workers(seen_by_train, 2, pretraining(longer), ())
     assert [event["start_step"] for event in events(longer, "start")] == [0, 3]
     (changed,) = events(longer, "settings_changed")
     assert changed["step"] == 3
     assert changed["changes"] == {
         "data.canonical_streams": {"was": 4, "is": 2},
+        "parallel.gradient_dtype": {"was": "bf16", "is": "fp32"},
         "pretrain.clip_norm": {"was": 1.0, "is": 0.25},
         "pretrain.lr": {"was": 1e-3, "is": 1e-4},
         "pretrain.schedule": {"was": "cosine", "is": "constant"},
@@ -87,7 +89,7 @@ def test_a_finished_training_goes_on_with_other_settings(prepared: Run, tmp_path
     assert {event["lr"] for event in events(longer, "train") if event["step"] > 3} == {1e-4}
     taken = uids(longer)
     assert len(taken) == 56 and len(set(taken)) == 56, "other streams must repeat none"
-    longest = copy_run(prepared, str(tmp_path), pretrain={"steps": 8, **changes}, data=data)
+    longest = copy_run(prepared, str(tmp_path), pretrain={"steps": 8, **changes}, data=data, parallel=parallel)
     run_workers(seen_by_train, 2, pretraining(longest), ())
     assert len(set(uids(longest))) == len(uids(longest)) == 64, "its checkpoint has to know that the streams were others once"
 

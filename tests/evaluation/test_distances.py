@@ -95,7 +95,7 @@ def test_paired_difference_of_distances_is_the_sum_by_hand() -> None:
     assert difference.standard_error == pytest.approx(np.sqrt(5 / 6 * np.sum((left_out - left_out.mean()) ** 2)))
 
 
-def test_the_error_of_a_paired_difference_is_the_spread_of_repetitions() -> None:
+def test_the_error_of_a_paired_difference_is_their_spread() -> None:
     """Of two models that draw equally well, and not as well as the reference."""
     rng = np.random.default_rng(1)
     repeated = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,16 +11,26 @@ from hypothesis import strategies as st
 from small_models import CONDITIONS, cond_inputs, random_codes, random_orders, small_model
 from torch import Tensor
 
+from oar_scale.config.schema import Layout
 from oar_scale.generation.sampling import Known, SampleSettings, cells_per_step, generate
 from oar_scale.model import AnyOrderModel, Decoder
+from oar_scale.model.layouts import LAYOUTS
+from oar_scale.model.spec import HELD, STRIDE
 from oar_scale.orders.extraction import brute_force_orders, extract_orders, regret
 from oar_scale.orders.settings import ExtractionSettings
+from oar_scale.planning.activations import TABLES
+from oar_scale.planning.shape import VECTORS
 
 ANY_ORDER = ("instructed", "dual")
 
 
 def any_model(layout: str, condition: str = "text", **changes: Any) -> AnyOrderModel:
     return small_model(layout=layout, condition=CONDITIONS[condition], **changes)
+
+
+@pytest.mark.parametrize("table", [LAYOUTS, STRIDE, HELD, VECTORS, TABLES])
+def test_every_table_by_layout_has_all_layouts(table: dict[Layout, object]) -> None:
+    assert set(table) == set(get_args(Layout))
 
 
 def orders(model: AnyOrderModel, images: int, seed: int = 0) -> Tensor:

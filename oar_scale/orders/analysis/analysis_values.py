@@ -18,13 +18,13 @@ from oar_scale.results.examples import OrderExample
 
 @dataclass(frozen=True)
 class HeadRow:
-    """One way to have an order without extracting it, against the exact orders of images it was not fitted to."""
+    """A method of having an order without extracting it, against the exact orders of images it was not fitted to."""
 
     name: str
     tau: float
     """Kendall tau: 1 the same order, 0 unrelated."""
     tau_rest: float
-    """The same of the cells that the way decides about: without those that are placed first whatever the image."""
+    """The same of the cells that the method decides about: without those that are placed first whatever the image."""
     rows: int
     """Candidate rows an image; exact extraction takes N (N + 1) / 2."""
 

@@ -1,4 +1,4 @@
-"""Stages that are done again: what is said and asked, and that the results of before are never lost before the new ones are complete."""
+"""Stages that are done again: what is said and asked, and that the earlier results are never lost before the new ones are complete."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_stage_that_leaves_nothing_is_done_again_unasked(run: Run, work: Work)
 
 @pytest.mark.parametrize("place", ["folder", pytest.param("s3", marks=pytest.mark.s3)])
 def test_a_failed_attempt_can_be_undone(run: Run, work: Work, place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """It says how, and then everything is as it was; a second attempt meanwhile does not replace the results of before."""
+    """It says how, and then everything is as it was; a second attempt meanwhile does not replace the earlier results."""
     if place == "s3":
         root = f"{request.getfixturevalue('s3_root')}/again"
         run = Run(Recipe.model_validate({**run.recipe.model_dump(), "storage": {"root": root}}), run.console)

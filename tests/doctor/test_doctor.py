@@ -19,7 +19,7 @@ from oar_scale.doctor.finding import guarded
 from oar_scale.doctor.storage_checks import disk, shared_memory, storage_root, weights_and_biases
 from oar_scale.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = kernel_checks.AttentionShape(batch=1, heads=2, kv_heads=2, rows=16, head_dim=16)
 
 
