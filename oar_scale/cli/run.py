@@ -13,9 +13,7 @@ def add(verbs: Subparsers) -> None:
     """Add ``oar run``, the stages, ``sample``, ``recipe`` and ``doctor``."""
     run = add_verb(verbs, "run", "all stages of a recipe; finished ones are skipped", _run)
     which = run.add_mutually_exclusive_group()
-    which.add_argument(
-        "--from", dest="start", metavar="STAGE", help="do this stage and all after it again; earlier results are set aside"
-    )
+    which.add_argument("--from", dest="start", metavar="STAGE", help="do this stage and all after it again; earlier results are set aside")
     which.add_argument("--only", metavar="STAGE", help="do this one stage again, and leave all others as they are")
     which.add_argument(
         "--undo", action="store_true", help="put back the results that a --from or --only has set aside and not replaced yet"

@@ -18,7 +18,7 @@ WANDB_REFUSES = "/\\#?%:"
 
 REMOVED_EXTRACT = {"repulsion_radius": 0, "frontier_random": None, "rescore_radius": None}
 """Fields that ``extract`` once had, with the values at which they changed nothing. Stored recipes of older runs name them, and
-``run/stage_markers.py`` still hashes them into the fingerprint of the stage ``extract``, so that a finished stage is still taken for finished."""
+``run/stage_markers.py`` still hashes them into the fingerprint of the stage ``extract``: a finished stage is still taken for finished."""
 
 
 class ExtractConfig(Section):

@@ -18,7 +18,18 @@ from oar_scale.observe.events import Event
 from oar_scale.observe.formatting import ALERTS, message
 from oar_scale.observe.state import Attempts
 
-OCCURRENCES = {"start", "resumed", "stopping", "profile", "end", "non_finite", "bad_sample", "spike", "checkpoint_failed", "settings_changed"}
+OCCURRENCES = {
+    "start",
+    "resumed",
+    "stopping",
+    "profile",
+    "end",
+    "non_finite",
+    "bad_sample",
+    "spike",
+    "checkpoint_failed",
+    "settings_changed",
+}
 """Kinds with a step that are no measurements: each is counted, also where its step is done again."""
 PICTURES = {"samples": ("image", "orders")}
 """Fields with paths of pictures, relative to the run's local folder."""
