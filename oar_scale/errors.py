@@ -44,3 +44,13 @@ class DamagedJson(UserError):
 
     def __reduce__(self) -> tuple[type[DamagedJson], tuple[str, str]]:
         return DamagedJson, (self.uri, self.why)
+
+
+def first_line(text: str) -> str:
+    """The first line of a message that may have more, or none."""
+    return (text.strip().splitlines() or [""])[0]
+
+
+def error_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {first_line(str(error))}"

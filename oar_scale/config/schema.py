@@ -67,8 +67,8 @@ from oar_scale.config.training_sections import (
 from oar_scale.registry import TRAINING_SECTIONS, Stage, stages_of
 
 __all__ = [
-    "DRAWING_SCORES",
     "CROPS",
+    "DRAWING_SCORES",
     "NUMBER",
     "RANGE",
     "ClassFoldersSource",

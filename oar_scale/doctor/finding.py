@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from oar_scale.errors import UserError
+from oar_scale.errors import UserError, error_line
 
 INSTALL = "pip install -c constraints.txt -e . in the source folder"
 
@@ -32,9 +32,4 @@ def guarded(item: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Findi
     except ImportError as error:
         yield Finding("FAIL", item, f"not checked, for an import failed ({error}); {INSTALL}")
     except Exception as error:  # whatever is broken is what this command is there to report
-        yield Finding("FAIL", item, first_line(error))
-
-
-def first_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        yield Finding("FAIL", item, error_line(error))

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from oar_scale.doctor.finding import INSTALL, Finding, first_line
+from oar_scale.doctor.finding import INSTALL, Finding
 from oar_scale.doctor.machine import device
+from oar_scale.errors import error_line
 
 if TYPE_CHECKING:
     import torch
@@ -190,7 +191,7 @@ def fused_adamw() -> Iterator[Finding]:
     try:
         torch.optim.AdamW([weight], lr=0.1, fused=True).step()
     except RuntimeError as error:
-        yield Finding("warn", "fused AdamW", f"not on {target.type} ({first_line(error)}), so steps are slower; {INSTALL}")
+        yield Finding("warn", "fused AdamW", f"not on {target.type} ({error_line(error)}), so steps are slower; {INSTALL}")
         return
     if bool((weight < 1).all()):
         yield Finding("ok", "fused AdamW", f"works on {target.type}")

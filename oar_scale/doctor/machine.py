@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oar_scale import __version__
-from oar_scale.doctor.finding import INSTALL, Finding, first_line, guarded
+from oar_scale.doctor.finding import INSTALL, Finding, guarded
+from oar_scale.errors import error_line
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,7 @@ def process_group() -> Iterator[Finding]:
             dist.destroy_process_group()
     except RuntimeError as error:
         remedy = f"if the network is the cause, name an interface in {needed.upper()}_SOCKET_IFNAME"
-        yield Finding("FAIL", "process group", f"{needed} does not start ({first_line(error)}); {remedy}")
+        yield Finding("FAIL", "process group", f"{needed} does not start ({error_line(error)}); {remedy}")
         return
     yield Finding("ok", "process group", f"{needed} works; torch has {' and '.join(have)}")
 

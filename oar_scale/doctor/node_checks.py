@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from oar_scale import __version__
 from oar_scale.doctor import machine, storage_checks
-from oar_scale.doctor.finding import Finding, first_line, guarded
+from oar_scale.doctor.finding import Finding, guarded
+from oar_scale.errors import error_line
 from oar_scale.json_object import JsonObject
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def check_between_nodes(rank_info: RankInfo, recipe: Recipe | None) -> list[Find
     except (RuntimeError, ValueError) as error:
         remedy = "open the ports between the nodes, and name their interface in GLOO_SOCKET_IFNAME"
         others = f"{rank_info.world - 1} others at {rank_info.address}"
-        return [Finding("FAIL", "workers", f"{rank_info.node} does not meet {others} ({first_line(error)}); {remedy}")]
+        return [Finding("FAIL", "workers", f"{rank_info.node} does not meet {others} ({error_line(error)}); {remedy}")]
     try:
         findings = [*guarded("clocks", partial(_clocks, rank_info)), *guarded("all-reduce", partial(_all_reduce, rank_info))]
         if recipe is not None:
@@ -254,7 +255,7 @@ def _tried(action: Callable[[], T]) -> tuple[T | None, str]:
     try:
         return action(), ""
     except Exception as error:  # whatever it is, all ranks get it
-        return None, first_line(error)
+        return None, error_line(error)
 
 
 def _gathered(value: T) -> list[T]:

@@ -18,9 +18,10 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from oar_scale.config.loading import load_recipe
-from oar_scale.doctor.finding import Finding, first_line
+from oar_scale.doctor.finding import Finding
 from oar_scale.doctor.node_checks import GROUP_S, NodeReport, RankInfo, check_between_nodes, node_report
 from oar_scale.doctor.storage_checks import remove_created_folders
+from oar_scale.errors import error_line
 from oar_scale.json_object import JsonObject
 from oar_scale.launch.ray_entry import RECIPE
 from oar_scale.runtime.program import program_exit
@@ -97,7 +98,7 @@ def _on_ray() -> None:
             ended, _ = ray.wait(joined, num_returns=len(joined), timeout=PARTING_S if first else 0)
             _print_lines([finding for each in ray.get(ended or joined, timeout=1) for finding in each])
         except ray.exceptions.RayError as error:
-            text = f"the check did not finish ({first_line(error)}); are GPUs of a node in use, or is one dying? ray status"
+            text = f"the check did not finish ({error_line(error)}); are GPUs of a node in use, or is one dying? ray status"
             _print_lines([vars(Finding("FAIL", "workers", text))])
         finally:
             with suppress(ray.exceptions.RayError):  # a worker that hangs or is gone leaves its folder behind

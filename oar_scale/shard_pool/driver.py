@@ -12,21 +12,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from oar_scale.errors import Requeue, UserError
+from oar_scale.errors import Requeue, UserError, first_line
 from oar_scale.runtime.retry import retry_transient
 from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.shard_pool.actor import ActorOutcome, ShardTask
+from oar_scale.shard_pool.actor_set import ActorSet
 from oar_scale.shard_pool.backends import ActorBackend
 from oar_scale.shard_pool.host_health import HostHealth
 from oar_scale.shard_pool.leases import Lease, LeaseWatch
 from oar_scale.shard_pool.ledger import Ledger, LedgerEntry, Record
 from oar_scale.shard_pool.pool_types import ArrayTask, Bounds, OnEvent, OnProgress, PoolReport, Timing
-from oar_scale.shard_pool.shard_times import Assignment, ShardTimes
-
-LONGEST_PAUSE_S = 600.0
-"""Between tries to start actors where workers cannot be made though others are busy."""
-WAITING_S = 60.0
-"""Seconds without any actor after which event ``waiting`` is emitted, once. For so long one without a place is expected on another host."""
+from oar_scale.shard_pool.shard_times import ShardTimes
 
 
 @dataclass
@@ -58,22 +54,10 @@ class PoolDriver:
         """Shards that another pool has claimed, and since when we know."""
         self.health = HostHealth()
         self.times = ShardTimes(self.timing, self.earlier_s)
-        # Actors, by number. Each is busy (has an assignment) or idle; those with a host have made their worker.
-        self.busy: dict[int, Assignment] = {}
-        self.idle: list[int] = []
-        self.hosts: dict[int, str] = {}
-        self.started_at: dict[int, float] = {}
-        self.stopped_actors_s = 0.0
-        """The lifetimes of the actors that are stopped."""
-        self.failed_starts = 0
-        """Since the last worker that could be made."""
-        self.pause_s, self.no_start_before = self.timing.pause_s, 0.0
-        self.waiting_emitted = False
         # Polls.
         self.next_stuck_check = self.next_poll = 0.0
         self.unreadable_since: float | None = None
         """Since when the storage could not be polled."""
-        self.began = self.clock()
 
     # -- the loop -------------------------------------------------------------------------------------------------------
 
@@ -84,7 +68,8 @@ class PoolDriver:
             UserError, RuntimeError: nobody works, and no worker can be made; or all fails on this host of a job array.
             Requeue: stopped by a signal.
         """
-        self.actors, interval_s = actors, min(1.0, self.timing.poll_s)
+        self.actors = ActorSet(actors, self.bounds, self.timing, self.max_retries, self.report, self._emit, self.clock)
+        interval_s = min(1.0, self.timing.poll_s)
         with self.lease:
             try:
                 self._begin()
@@ -92,19 +77,19 @@ class PoolDriver:
                     if self.signals.reason:
                         self._drain(self.signals.reason)
                         raise Requeue(self.signals.reason)
-                    self._start_actors()
+                    self.actors.start_for(len(self.pending))
                     self._assign_shards()
-                    for actor, outcome in self.actors.wait(interval_s):
+                    for actor, outcome in actors.wait(interval_s):
                         self._handle(actor, outcome)
                     if self.clock() >= self.next_stuck_check:
                         self._replace_stuck_actors()
                         self.next_stuck_check = self.clock() + interval_s
-                    if self.foreign and (self.idle or not self.busy) and self.clock() >= self.next_poll:
+                    if self.foreign and (self.actors.idle or not self.actors.busy) and self.clock() >= self.next_poll:
                         self._poll_other_pools()
                 self._remove_stale_records()
             finally:
-                self.actors.close()
-                self.report.actor_seconds = self._actor_seconds()
+                actors.close()
+                self.report.actor_seconds = self.actors.seconds()
 
     def _begin(self) -> None:
         """Find out which other pools there are, and which shards they do."""
@@ -122,7 +107,7 @@ class PoolDriver:
         self.pending.extend((shard, 0) for shard in [*self.missing[start:], *self.missing[:start]])
         self._poll_other_pools()
 
-    def _emit(self, kind: str, **fields: object) -> None:
+    def _emit(self, kind: str, /, **fields: object) -> None:
         if self.on_event:
             self.on_event(kind, fields)
 
@@ -132,47 +117,11 @@ class PoolDriver:
         return {
             "array": self.array is not None,
             "actors": report.actors,
-            "actor_seconds": round(self._actor_seconds(), 1),
+            "actor_seconds": round(self.actors.seconds(), 1),
             "deaths": report.deaths,
             "retries": report.retries,
             "late": report.stragglers,
         }
-
-    # -- actors ---------------------------------------------------------------------------------------------------------
-
-    def _start_actors(self) -> None:
-        starting = sum(assignment.task is None for assignment in self.busy.values())
-        existing, wanted = len(self.idle) + len(self.busy), len(self.pending) - len(self.idle) - starting
-        count = min(wanted, self.bounds.most - existing)
-        if count > (guaranteed := max(0, self.bounds.least - existing)):
-            # Some more than there is capacity for: a cluster that can grow does so for what is requested.
-            extra = max(self.actors.capacity() - starting, max(1, len(self.hosts) // 2) - starting)
-            count = min(count, max(guaranteed, extra))
-        for _ in range(count if self.clock() >= self.no_start_before else 0):
-            actor = self.actors.start()
-            self.busy[actor], self.started_at[actor] = Assignment(None, None), self.clock()
-        if not self.hosts and not self.waiting_emitted and self.clock() - self.began > WAITING_S:
-            self.waiting_emitted = True
-            self._emit("waiting", seconds=round(WAITING_S))
-
-    def _stop_actor(self, actor: int) -> None:
-        self.actors.kill(actor)
-        self.stopped_actors_s += self.clock() - self.started_at.pop(actor)
-        if self.hosts.pop(actor, None) is not None and not self.hosts:
-            self.failed_starts, self.no_start_before = 0, 0.0  # whatever failed beside it: all depends on new actors now
-        self.busy.pop(actor, None)
-        if actor in self.idle:
-            self.idle.remove(actor)
-        self.report.actors = len(self.hosts)
-
-    def _replace_stuck_actors(self) -> None:
-        for actor, assignment in list(self.busy.items()):
-            if silence := self.times.too_silent(assignment, self.clock()):
-                self._handle(actor, ActorOutcome("failed", error=silence))
-
-    def _actor_seconds(self) -> float:
-        now = self.clock()
-        return self.stopped_actors_s + sum(now - start for start in list(self.started_at.values()))
 
     # -- assigning shards -----------------------------------------------------------------------------------------------
 
@@ -182,44 +131,39 @@ class PoolDriver:
         for shard, claim in [item for item in self.pending if item[0] in settled] if settled else ():
             self.pending.remove((shard, claim))
             self._mark_poison(shard, settled[shard])
-        while self.idle and (match := self._match()):
+        while self.actors.idle and (match := self._match()):
             actor, (shard, claim) = match
             self.pending.remove((shard, claim))
             self._assign(actor, shard, claim)
         if not self.pending:
             self._duplicate_stragglers()
-            while len(self.idle) > 1 and len(self.hosts) > self.bounds.least:
-                self._stop_actor(self.idle[0])
+            while len(self.actors.idle) > 1 and len(self.actors.hosts) > self.bounds.least:
+                self.actors.stop(self.actors.idle[0])
 
     def _match(self) -> tuple[int, tuple[str, int]] | None:
         """The first pending shard with an idle actor for it: not on a host where it failed, if there is another one."""
-        hosts = set(self.hosts.values())
+        hosts = set(self.actors.hosts.values())
         for shard, claim in self.pending:
-            avoided = self.health.avoided(shard, hosts)
-            usable = [actor for actor in self.idle if self.hosts[actor] not in avoided]
-            if usable:
+            if usable := self.actors.idle_for(self.health.avoided(shard, hosts)):
                 return usable[-1], (shard, claim)
         return None
 
     def _assign(self, actor: int, shard: str, claim: int) -> None:
-        self.idle.remove(actor)
-        task = ShardTask(shard, self.report.failures.get(shard, 0) + 1, claim)
-        self.busy[actor] = Assignment(task, self.clock())
-        self.actors.run(actor, task)
+        self.actors.assign(actor, ShardTask(shard, self.report.failures.get(shard, 0) + 1, claim))
 
     def _duplicate_stragglers(self) -> None:
         """Give stragglers that one actor does to an idle actor as well, of another host if there is one."""
+        actors = self.actors
         by_shard: dict[str, list[tuple[int, ShardTask, float]]] = {}
-        for actor, assignment in self.busy.items():
+        for actor, assignment in actors.busy.items():
             if assignment.task and assignment.task.shard in self.unfinished:
                 by_shard.setdefault(assignment.task.shard, []).append((actor, assignment.task, assignment.since or 0))
         for shard, (first, *others) in by_shard.items():
             actor, task, since = first
             seconds = self.clock() - since
-            if self.idle and not others and self.times.is_straggler(seconds):
+            if actors.idle and not others and self.times.is_straggler(seconds):
                 self._report_straggler(shard, seconds)
-                elsewhere = [other for other in self.idle if self.hosts[other] != self.hosts[actor]]
-                self._assign((elsewhere or self.idle)[-1], shard, task.claim)
+                self._assign((actors.idle_for({actors.hosts[actor]}) or actors.idle)[-1], shard, task.claim)
 
     def _report_straggler(self, shard: str, seconds: float) -> None:
         self.report.stragglers += 1
@@ -227,56 +171,38 @@ class PoolDriver:
 
     # -- handling outcomes ----------------------------------------------------------------------------------------------
 
+    def _replace_stuck_actors(self) -> None:
+        for actor, assignment in list(self.actors.busy.items()):
+            if silence := self.times.too_silent(assignment, self.clock()):
+                self._handle(actor, ActorOutcome("failed", error=silence))
+
     def _handle(self, actor: int, outcome: ActorOutcome) -> None:
+        actors = self.actors
         if outcome.kind in ("placed", "progress"):
-            if (assignment := self.busy.get(actor)) is not None:
+            if (assignment := actors.busy.get(actor)) is not None:
                 assignment.note(outcome.kind, self.clock())
             return
-        assignment, host = self.busy.pop(actor, None), self.hosts.get(actor, "")
+        assignment, host = actors.busy.pop(actor, None), actors.hosts.get(actor, "")
         starting = assignment is not None and assignment.task is None
         if outcome.kind == "failed" or (starting and outcome.kind != "started"):
-            # Whatever failed may have broken the process, too: it is not used again.
-            self.report.deaths += 1
-            self._emit("actor_lost", host=host, error=_first_line(outcome.error))
-            self._stop_actor(actor)
+            actors.lose(actor, outcome.error)
         else:
-            self.idle.append(actor)
+            actors.idle.append(actor)
         if starting and outcome.kind == "started":
             self._handle_start(actor, outcome)
         elif starting:
-            self._handle_failed_start(outcome)
+            actors.record_failed_start(outcome)
         elif assignment is not None and assignment.task is not None and assignment.task.shard in self.unfinished:
             self._handle_shard(assignment.task, outcome, host)
 
     def _handle_start(self, actor: int, outcome: ActorOutcome) -> None:
-        self.failed_starts, self.pause_s = 0, self.timing.pause_s
+        self.actors.failed_starts, self.actors.pause_s = 0, self.timing.pause_s
         host = outcome.info["host"]
-        if not self.health.admits(host, self.hosts.values()):
-            self._stop_actor(actor)
-            self._pause_starts(f"{host} is left out, as shards failed there one after the other")
-            return
-        self.hosts[actor] = host
-        self.report.actors = len(self.hosts)
-        self.report.peak_actors = max(self.report.peak_actors, len(self.hosts))
-        self._emit("actor_started", **outcome.info)
-
-    def _handle_failed_start(self, outcome: ActorOutcome) -> None:
-        """Pause starting actors, or fail. One host may be broken: that stops nobody who is busy, or who may be in a moment."""
-        self.failed_starts += 1
-        user_error, tried = outcome.kind == "user error", self.failed_starts
-        if not user_error and tried <= self.max_retries:
-            return
-        placed = any(assignment.task is None and assignment.since is not None for assignment in self.busy.values())
-        if not self.hosts and not placed:
-            if user_error:
-                raise UserError(outcome.error)
-            raise RuntimeError(f"no worker could be made in {tried} tries; the last error:\n{outcome.error}")
-        self._pause_starts(outcome.error)
-
-    def _pause_starts(self, error: str) -> None:
-        if self.clock() >= self.no_start_before:
-            self._emit("not_hiring", seconds=self.pause_s, error=_first_line(error))
-            self.no_start_before, self.pause_s = self.clock() + self.pause_s, min(2 * self.pause_s, LONGEST_PAUSE_S)
+        if self.health.admits(host, self.actors.hosts.values()):
+            self.actors.record_start(actor, outcome)
+        else:
+            self.actors.stop(actor)
+            self.actors.pause_starts(f"{host} is left out, as shards failed there one after the other")
 
     def _handle_shard(self, task: ShardTask, outcome: ActorOutcome, host: str) -> None:
         shard = task.shard
@@ -297,32 +223,25 @@ class PoolDriver:
         """Try the shard again elsewhere, or give it up: what a user can fix after two hosts, or where there is no other one."""
         shard = task.shard
         self.report.failures[shard] = failures = self.report.failures.get(shard, 0) + 1
-        if any(assignment.task and assignment.task.shard == shard for assignment in self.busy.values()):
+        if shard in self.actors.shards():
             return  # another actor does it as well
         if failures > self.max_retries or self._settled(shard):
             self._mark_poison(shard, outcome.error)
             return
-        self._emit("retry", shard=shard, attempt=failures + 1, error=_first_line(outcome.error))
+        self._emit("retry", shard=shard, attempt=failures + 1, error=first_line(outcome.error))
         self.pending.append((shard, task.claim))
 
     def _settled(self, shard: str) -> str:
-        return self.health.settled(shard, set(self.hosts.values()), self._expects_actors())
-
-    def _expects_actors(self) -> bool:
-        """Whether actors are starting, perhaps on other hosts; those that have waited long for capacity do not count."""
-        recent = self.clock() - WAITING_S
-        starting = ((actor, assignment.since) for actor, assignment in self.busy.items() if assignment.task is None)
-        return any(since is not None or self.started_at[actor] > recent for actor, since in starting)
+        return self.health.settled(shard, set(self.actors.hosts.values()), self.actors.more_expected())
 
     def _leave_out(self, host: str, error: str) -> None:
         """Stop the actors of a host where shards fail one after the other, and have their shards done elsewhere."""
-        self._emit("sick_host", host=host, error=_first_line(error))
-        for actor in [actor for actor, at in self.hosts.items() if at == host]:
-            assignment = self.busy.get(actor)
-            self._stop_actor(actor)
+        self._emit("sick_host", host=host, error=first_line(error))
+        for actor in [actor for actor, at in self.actors.hosts.items() if at == host]:
+            assignment = self.actors.busy.get(actor)
+            self.actors.stop(actor)
             task = assignment.task if assignment else None
-            elsewhere = {other.task.shard for other in self.busy.values() if other.task}
-            if task is not None and task.shard in self.unfinished and task.shard not in elsewhere:
+            if task is not None and task.shard in self.unfinished and task.shard not in self.actors.shards():
                 self.pending.append((task.shard, task.claim))
 
     def _leave_to_others(self, host: str, error: str) -> None:
@@ -351,7 +270,7 @@ class PoolDriver:
         self.report.poison[shard] = error
         failed_on = self.health.failed_on(shard)
         retry_transient(lambda: self.ledger.mark_poison(shard, error, self.lease.holder, failed_on), self.timing.patience_s)
-        self._emit("poison", shard=shard, error=_first_line(error))
+        self._emit("poison", shard=shard, error=first_line(error))
 
     # -- other pools ----------------------------------------------------------------------------------------------------
 
@@ -365,7 +284,7 @@ class PoolDriver:
             self.unreadable_since = self.unreadable_since or began
             if self.clock() - self.unreadable_since > self.timing.patience_s:
                 raise
-            self._emit("storage", error=f"{type(error).__name__}: {_first_line(str(error))}")
+            self._emit("storage", error=f"{type(error).__name__}: {first_line(str(error))}")
         self.next_poll = self.clock() + max(self.timing.poll_s, 20 * (self.clock() - began))
 
     def _poll_ledger(self) -> None:
@@ -393,7 +312,7 @@ class PoolDriver:
             elif self.watch.expired(claim.holder):
                 self._emit("taken_over", shard=shard, holder=claim.holder)
                 self.pending.append((shard, claim.number + 1))
-            elif self.idle and self.times.is_straggler(self.clock() - since):
+            elif self.actors.idle and self.times.is_straggler(self.clock() - since):
                 self._report_straggler(shard, self.clock() - since)
                 self.pending.append((shard, claim.number + 1))
             else:
@@ -416,24 +335,20 @@ class PoolDriver:
                     self.ledger.release(claim)
             self.ledger.remove_drafts(self.report.done)
         except UserError as error:
-            self._emit("storage", error=_first_line(str(error)))
+            self._emit("storage", error=first_line(str(error)))
 
     # -- being stopped --------------------------------------------------------------------------------------------------
 
     def _drain(self, reason: str) -> None:
         """Let running shards end if they do so in time; claims beyond that are released as the lease ends."""
-        running = sum(assignment.task is not None for assignment in self.busy.values())
-        self._emit("draining", reason=reason, running=running, grace_s=self.timing.grace_s)
+        actors = self.actors
+        self._emit("draining", reason=reason, running=len(actors.busy) - len(actors.starting()), grace_s=self.timing.grace_s)
         end, before = self.clock() + self.timing.grace_s, len(self.report.done)
-        for actor in [*self.idle, *(actor for actor, assignment in self.busy.items() if assignment.task is None)]:
-            self._stop_actor(actor)
-        while self.busy and (left := end - self.clock()) > 0:
-            for actor, outcome in self.actors.wait(min(1.0, left)):
+        for actor in [*actors.idle, *actors.starting()]:
+            actors.stop(actor)
+        while actors.busy and (left := end - self.clock()) > 0:
+            for actor, outcome in actors.backend.wait(min(1.0, left)):
                 self._handle(actor, outcome)
-                if actor in self.started_at:
-                    self._stop_actor(actor)
-        self._emit("drained", finished=len(self.report.done) - before, handed_back=len(self.busy))
-
-
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[0]
+                if actor in actors.started_at:
+                    actors.stop(actor)
+        self._emit("drained", finished=len(self.report.done) - before, handed_back=len(actors.busy))

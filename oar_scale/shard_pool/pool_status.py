@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from oar_scale.errors import first_line
 from oar_scale.observe.formatting import duration, time_left
 from oar_scale.shard_pool.leases import read_leases, seems_alive
 from oar_scale.shard_pool.ledger import Claim, Ledger, LedgerEntry, Record
@@ -117,7 +118,7 @@ def status_lines(status: PoolStatus, where: str) -> list[str]:
         slowest = list(status.ms_per_image.items())[:SLOWEST]
         lines.append("slowest   " + ", ".join(f"{actor} {pace:.1f} ms/image ({pace / middle:.2f} x the median)" for actor, pace in slowest))
     for title, problems in (("poison", status.poison), ("damaged", status.damaged)):
-        lines += [f"{title:<9} {shard}: {(error.strip().splitlines() or [''])[0]}" for shard, error in list(problems.items())[:NAMED]]
+        lines += [f"{title:<9} {shard}: {first_line(error)}" for shard, error in list(problems.items())[:NAMED]]
         if len(problems) > NAMED:
             lines.append(f"{title:<9} ... and {len(problems) - NAMED} more")
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from oar_scale.errors import UserError
+from oar_scale.errors import UserError, first_line
 from oar_scale.shard_pool.ledger import Record, ShardResult
 
 
@@ -84,7 +84,7 @@ class PoolReport:
     def raise_for_poison(self) -> None:
         """Raise a UserError that names the poison shards, if there are any."""
         if self.poison:
-            named = "\n".join(f"  {shard}: {error.strip().splitlines()[0]}" for shard, error in list(self.poison.items())[:5])
+            named = "\n".join(f"  {shard}: {first_line(error)}" for shard, error in list(self.poison.items())[:5])
             raise UserError(
                 f"{len(self.poison)} of {len(self.poison) + len(self.done)} shards could not be done:\n{named}\n"
                 "The others are finished and are kept. Fix or remove these, then run the stage again."

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from oar_scale.errors import UserError
+from oar_scale.errors import UserError, error_line
 from oar_scale.json_object import JsonObject
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.clip_spec import ClipTextSpec, Features
@@ -193,7 +193,7 @@ def _local_file(architecture: str, config: JsonObject, weights: str, scratch: st
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{weights}: open_clip could not fetch these weights of {architecture} "
-            f"from {source.get('hf_hub') or source.get('url')} ({_first_line(error)}).\n"
+            f"from {source.get('hf_hub') or source.get('url')} ({error_line(error)}).\n"
             "Fetch the checkpoint on a machine with a network and name the file instead of the tag."
         ) from error
 
@@ -208,7 +208,7 @@ def _read(path: str, weights: str, wanted: Sequence[str]) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"{weights}: not a checkpoint that can be read without running code from it ({_first_line(error)}). "
+            f"{weights}: not a checkpoint that can be read without running code from it ({error_line(error)}). "
             "Save the model's state_dict() with safetensors or torch.save, and name that file."
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
@@ -252,7 +252,3 @@ def _content_id(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().contiguous().numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
