@@ -11,10 +11,11 @@ The stages themselves are listed in ``oar_scale.registry``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import import_module
 
+from oar_scale.config.extras import missing_packages
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
@@ -39,8 +40,8 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
         yes: set results aside without asking.
 
     Raises:
-        UserError: an unknown stage, a stage that needs one which is not done or was done with other settings, another driver, or
-            whatever a stage cannot work with.
+        UserError: an unknown stage, a stage that needs one which is not done or was done with other settings, another driver, a package
+            that is missing, or whatever a stage cannot work with.
     """
     stages = run.recipe.stages()
     names: list[str] = [stage.name for stage in stages]
@@ -49,11 +50,14 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
     check_run_dir(run)
     began = time.monotonic()
     with patient(run.recipe.storage.patience_s), _driving(run) as drivers, ExitStack() as stack:
+        again = [] if first is None else [first] if only else stages[stages.index(first) :]
         if first is not None:
             _require(run, first)
             for before in stages[: stages.index(first)] if start else ():
                 read_finished(run, before)  # one that is refused is refused now
-            begin_again(run, drivers, [first] if only else stages[stages.index(first) :], yes=yes)
+        _check_packages(run, again if only else stages, again)
+        if again:
+            begin_again(run, drivers, again, yes=yes)
         for stage in stages:
             if only in (None, stage.name):
                 if stage.ray and _to_do(read_finished(run, stage)):
@@ -61,6 +65,14 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
                 _run_stage(run, stage, drivers)
     catch_up(run.events, run.recipe, run.at(), names, run.console.say)
     run.console.say(f"finished in {duration(time.monotonic() - began)}")
+
+
+def _check_packages(run: Run, chosen: Sequence[Stage], again: Sequence[Stage]) -> None:
+    """Refuse to begin what a later stage could not finish. Raises UserError with the packages that stages to be done need."""
+    missing = missing_packages(run.recipe, [stage.name for stage in chosen])
+    due = [stage.name for stage in chosen if stage.name in missing and (stage in again or _to_do(read_finished(run, stage)))]
+    if due:
+        raise UserError("\n".join(missing[name] for name in due))
 
 
 def undo_again(run: Run, *, yes: bool = False) -> None:

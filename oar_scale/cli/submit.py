@@ -44,6 +44,7 @@ def add(verbs: Subparsers) -> None:
 
 def _submit(arguments: argparse.Namespace) -> None:
     from oar_scale.launch import dry_run, submit
+    from oar_scale.launch.slurm_client import ignored_options
 
     if arguments.dry_run:
         for text in dry_run(arguments.recipe, arguments.cluster, arguments.stages, arguments.overrides, arguments.profile):
@@ -57,6 +58,8 @@ def _submit(arguments: argparse.Namespace) -> None:
         profile_overrides=arguments.profile,
         forget=arguments.forget,
     )
+    if submission.kind == "slurm" and (ignored := ignored_options(os.environ)):
+        print(f"not used, as the profile decides: {', '.join(ignored)} of this shell", file=sys.stderr)
     for job in submission.jobs:
         print(f"submitted {job.name} as job {job.id}" + (f", after {job.after}" if job.after else ""))
 

@@ -23,6 +23,7 @@ from oar_scale.launch import slurm
 from oar_scale.launch.probe import MARK, NODES, PARTING_S, parse_findings
 from oar_scale.launch.profile import RayProfile, SlurmProfile, load_profile
 from oar_scale.launch.ray_entry import RECIPE
+from oar_scale.launch.slurm_client import client_env, explain_refusal, run_client
 
 CHECK_S = 3 * GROUP_S
 """Time limit of the job on the nodes, from its start."""
@@ -30,7 +31,17 @@ TIME = "00:10:00"
 """Time limit given to Slurm in place of the profile's: short jobs start sooner."""
 SALLOC_EXIT_S = 10.0
 """How long salloc may take to exit after SIGTERM."""
+SBATCH_ONLY = re.compile(r"--(?:array|batch|error|export|export-file|input|open-mode|output|propagate|requeue|no-requeue|wait)\b")
+"""Options of sbatch that salloc does not have."""
+SETUP = "OAR-SETUP "
+"""Marks the line of a node whose setup has failed."""
+ON_NODE = f"""
+setup_failed() {{{{ echo "{SETUP}$SLURMD_NODENAME: $1"; }}}}
+{{setup}}
+exec {{container}}python -m oar_scale.launch.probe slurm
+"""
 ON_HEAD = """
+export SLURM_EXPORT_ENV=ALL
 address=$(srun --overlap --nodes=1 --ntasks=1 --mem=0 --nodelist="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" \\
     bash -c {node_address}) || exit 1
 attempt=0
@@ -60,14 +71,12 @@ def examine_cluster(cluster: str, profile_overrides: Sequence[str], recipe: str 
 def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
     name = f"oar-doctor-{secrets.token_hex(4)}"
     options = [*slurm.allocation(profile, name, profile.nodes), *profile.sbatch]
-    tested = slurm.run_client("sbatch", "--test-only", "--wrap=true", *options)
+    tested = run_client("sbatch", "--test-only", "--wrap=true", *options)
     if tested.returncode:
-        yield Finding("FAIL", "scheduler", _one_line(slurm.explain_refusal("Slurm would refuse the job", tested.stderr)))
+        yield Finding("FAIL", "scheduler", _one_line(explain_refusal("Slurm would refuse the job", tested.stderr)))
         return
     yield Finding("ok", "scheduler", _one_line(tested.stderr.replace("sbatch: ", "")))
     container = slurm.container(profile, [os.getcwd()])
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.env.items()]
-    probe = f"exec {container['exec_container']}python -m oar_scale.launch.probe slurm"
     tasks = max(1, profile.gpus_per_node)
     script = ON_HEAD.format(
         node_address=shlex.quote(profile.node_address),
@@ -77,10 +86,11 @@ def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
         parting=PARTING_S,
         port=slurm.PORT,
         srun_container=container["srun_container"],
-        on_node=shlex.quote("\n".join([*profile.setup, *exports, probe])),
+        on_node=shlex.quote(ON_NODE.format(setup=slurm.setup_script(profile), container=container["exec_container"])),
     )
-    command = ["salloc", "--quiet", f"--immediate={profile.start_s}", *options, f"--time={TIME}", "bash", "-c", script]
-    env = {**os.environ, **({RECIPE: dump_recipe(recipe)} if recipe else {})}
+    known = [option for option in options if not SBATCH_ONLY.match(option)]
+    command = ["salloc", "--quiet", f"--immediate={profile.start_s}", *known, f"--time={TIME}", "bash", "-c", script]
+    env = {**client_env(), **({RECIPE: dump_recipe(recipe)} if recipe else {})}
     try:
         stdout, stderr = _run_allocated(command, env, name, profile.start_s + CHECK_S)
     except subprocess.TimeoutExpired:
@@ -103,7 +113,7 @@ def _run_allocated(command: Sequence[str], env: Mapping[str, str], name: str, ti
     finally:
         if process.returncode is None:
             process.terminate()
-            slurm.run_client("scancel", f"--name={name}")
+            run_client("scancel", f"--name={name}")
             try:
                 process.communicate(timeout=SALLOC_EXIT_S)
             except subprocess.TimeoutExpired:
@@ -150,7 +160,10 @@ def _in_folder(folder: str, recipe: Recipe) -> Recipe:
 def _job_findings(log: str, errors: str, nodes: int | None) -> Iterator[Finding]:
     """The findings in the job's log; where there are none, a finding with the last lines that it printed."""
     reports, findings = parse_findings(log)
-    if not reports:
+    if failed := [line.removeprefix(SETUP) for line in log.splitlines() if line.startswith(SETUP)]:
+        text = f"{'; '.join(dict.fromkeys(failed))} ({_one_line(errors)[-300:]})"
+        yield Finding("FAIL", "setup", text)
+    elif not reports:
         last = "; ".join(line for line in errors.strip().splitlines()[-3:])
         yield Finding("FAIL", "workers", f"no node answered ({last}); do `setup` and `python` of the profile find oar_scale there?")
     elif nodes is not None and len(reports) < nodes:

@@ -15,6 +15,7 @@ from oar_scale.errors import UserError
 from oar_scale.launch import slurm
 from oar_scale.launch.job_specs import JobSpec, plan_jobs
 from oar_scale.launch.job_state import JobState
+from oar_scale.launch.needed_packages import check_packages, is_environment_of
 from oar_scale.launch.profile import RayProfile, SlurmProfile, load_profile
 from oar_scale.launch.submissions import Job, Submission, last_submission, locked, read_submissions, write_submissions
 
@@ -82,6 +83,7 @@ def job_files(recipe: Recipe, profile: SlurmProfile, specs: Sequence[JobSpec], *
     """
     run_dir = os.path.join(folder, recipe.local_dir)
     files = []
+    order = [stage for spec in specs for stage in spec.stages]
     for spec in specs:
         part = os.path.join("jobs", f"{number}-{spec.name}")
         title = f"{recipe.name}: {', '.join(spec.stages) or 'all stages'}. Made by oar submit; the next submission makes it anew."
@@ -93,6 +95,7 @@ def job_files(recipe: Recipe, profile: SlurmProfile, specs: Sequence[JobSpec], *
             folder=folder,
             jobs=os.path.join(run_dir, part),
             recipe=os.path.join(run_dir, _snapshot(number)),
+            check_stages=order if len(specs) > 1 and spec is specs[0] else [],
         )
         files.append(JobFile(spec, spec.name, part, text))
     return files
@@ -179,6 +182,8 @@ def _submit(
     folder: str,
     forget: bool,
 ) -> Submission:
+    if is_environment_of(profile):
+        check_packages(recipe, [stage for spec in specs for stage in spec.stages])
     run_dir = os.path.join(folder, recipe.local_dir)
     with locked(run_dir):
         before = read_submissions(run_dir)

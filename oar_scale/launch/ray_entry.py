@@ -20,7 +20,10 @@ import threading
 import time
 from collections.abc import Sequence
 
+from oar_scale.config.loading import load_recipe
+from oar_scale.errors import UserError
 from oar_scale.launch.job_specs import JobSpec
+from oar_scale.launch.needed_packages import check_packages
 from oar_scale.runtime.retry import Backoff, RetryStopped, retry
 
 RECIPE = "OAR_RECIPE"
@@ -49,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.recipe:
             with open(recipe, "w", encoding="utf-8") as file:
                 file.write(os.environ[RECIPE])
+        try:
+            if options.stages:  # oar run looks by itself
+                check_packages(load_recipe(recipe), options.stages)
+        except UserError as error:
+            _say(f"error: {error}")
+            return 2
         for command in JobSpec(tuple(options.stages)).commands(recipe):
             if code := _run(command, options.max_failures, options.backoff_s, stopped):
                 return code

@@ -1,7 +1,4 @@
-"""Slurm: renders a job file for each job, calls sbatch, and reports the states of the jobs.
-
-Where Slurm refuses something, its own message is passed on, with a remedy for the most frequent refusals.
-"""
+"""Slurm: renders a job file for each job, calls sbatch, and reports the states of the jobs."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 
@@ -19,9 +15,8 @@ from oar_scale.errors import UserError
 from oar_scale.launch.job_specs import JobSpec
 from oar_scale.launch.job_state import JobState
 from oar_scale.launch.profile import SlurmProfile
+from oar_scale.launch.slurm_client import explain_refusal, run_client
 
-CLIENT_S = 60
-"""Timeout of one of Slurm's commands, which by themselves wait minutes for a controller that is gone."""
 FIRST_SCHEDULING_S = 4.0
 """Slurm tries to schedule a new job within 3 s (batch_sched_delay)."""
 UNDECIDED = (["None"], ["PartitionConfig"])
@@ -33,43 +28,23 @@ HOPELESS = re.compile(
     r"|(Assoc|QOS)\w*(PerJob|PerNode|MinutesPerJob|WallDurationPerJob|TimeLimit)\w*|DependencyNeverSatisfied"
 )
 """Reasons for waiting that do not go away: some clusters accept such jobs and leave them in the queue forever."""
+REFERENCE = re.compile(r"\$\{(?P<braced>[A-Za-z_]\w*)\}|\$(?P<plain>[A-Za-z_]\w*)|(?P<home>^~/)")
+"""A variable in a value of ``env``, in the shell's notation."""
 PLAIN = re.compile(r"[\w%+=@:./-]*")
 """Text that needs no quotes in a line ``#SBATCH``."""
-REMEDIES = (
-    (r"invalid partition", "Partitions here: {partitions}. Set `partition` in the profile."),
-    (
-        r"requested time limit|PartitionTimeLimit",
-        "Limits here: {limits}. Lower `time` in the profile; a job that needs longer comes back by itself.",
-    ),
-    (
-        r"invalid account|account/partition|InvalidAccount|AccountNotAllowed|QOS specification|InvalidQOS|QOSNotAllowed",
-        "Set `account` and `qos` in the profile to what `sacctmgr show assoc user=$USER` lists.",
-    ),
-    (
-        r"permission denied|not permitted",
-        "You may not use that partition with this account and QOS: `scontrol show partition` has AllowGroups, AllowAccounts, AllowQos. "
-        "Set `partition`, `account` or `qos` in the profile.",
-    ),
-    (r"feature", "Features of the nodes here: {features}. Correct `--constraint` in `sbatch` of the profile."),
-    (r"node name", "Nodes here: {names}. Correct `--exclude` and `--nodelist` in `sbatch` of the profile."),
-    (r"DependencyNeverSatisfied", "The job before it has failed or was cancelled meanwhile. Submit again; that stage alone shows why."),
-    (r"PartitionNodeLimit", "Nodes of a job here: {sizes}. Change `nodes` in the profile."),
-    (
-        r"node configuration|node count|more processors|memory specification|\bgres\b|generic resource|BadConstraints",
-        "No nodes of the partition have that: {nodes}. Change nodes, cpus_per_node, gpus_per_node, gpu_type, memory_gb, or `sbatch`.",
-    ),
-    (
-        r"QOS|Assoc|accounting|limit",
-        "That is a quota: ask for less (nodes, gpus_per_node, time), or set another `account` or `qos`: `sacctmgr show assoc user=$USER`.",
-    ),
-    (
-        r"contact slurm controller|connection refused|timed out|resolve|slurm\.conf|configuration source",
-        "The head of the cluster does not answer: is SLURM_CONF right, and slurmctld up (scontrol ping)?",
-    ),
-)
 
 
-def render(spec: JobSpec, profile: SlurmProfile, *, title: str, job_name: str, folder: str, jobs: str, recipe: str) -> str:
+def render(
+    spec: JobSpec,
+    profile: SlurmProfile,
+    *,
+    title: str,
+    job_name: str,
+    folder: str,
+    jobs: str,
+    recipe: str,
+    check_stages: Sequence[str] = (),
+) -> str:
     """Render a job file.
 
     Args:
@@ -80,12 +55,65 @@ def render(spec: JobSpec, profile: SlurmProfile, *, title: str, job_name: str, f
         folder: the folder to which relative paths of the recipe refer.
         jobs: the folder of this job's logs.
         recipe: path of the recipe.
+        check_stages: the stages whose packages the job looks for before anything else.
 
     Raises:
         UserError: the run's folder has a name that Slurm cannot write logs into.
     """
     array, resources = profile.array(spec.single_stage), profile.resources(spec.single_stage)
     mounts = (folder, os.path.dirname(os.path.dirname(jobs)))
+    return (
+        _templates()
+        .get_template("job.sbatch.j2")
+        .render(
+            title=title,
+            options=_options(resources, job_name, jobs, array),
+            folder=folder,
+            jobs=jobs,
+            setup=setup_script(profile),
+            cpus=resources.cpus_per_node,
+            gpus=resources.gpus_per_node,
+            min_nodes=1 if array else resources.min_nodes or resources.nodes,
+            node_check=resources.node_check,
+            node_address=profile.node_address,
+            start_s=profile.start_s,
+            warn_s=profile.warn_s,
+            object_store_bytes=profile.object_store_mb * 2**20,
+            max_failures=profile.max_failures,
+            backoff_s=profile.backoff_s,
+            ray=spec.needs_ray and not array,
+            array=array,
+            excluded_nodes=excluded_nodes(resources),
+            recipe=recipe,
+            port=PORT,
+            commands=[
+                *([shlex.join(["python", "-m", "oar_scale.launch.needed_packages", recipe, *check_stages])] if check_stages else []),
+                *(shlex.join(["oar", *command]) for command in spec.commands(recipe, array=bool(array))),
+            ],
+            **container(resources, mounts),
+        )
+    )
+
+
+def setup_script(profile: SlurmProfile) -> str:
+    """The profile's setup and env, as shell lines. One that fails is reported to the shell function ``setup_failed``, which whoever uses
+    this defines before, and ends the shell with code 2."""
+    exports = [f"export {name}={_shell_value(name, value)}" for name, value in profile.env.items()]
+    return _templates().get_template("job_setup.sh.j2").render(setup=profile.setup, exports=exports)
+
+
+def _shell_value(name: str, value: str) -> str:
+    """A value of ``env`` for the shell of a job: all of it is literal but ``$NAME``, ``${NAME}`` and a ``~/`` at its beginning."""
+    pieces, end = [], 0
+    for match in REFERENCE.finditer(value):
+        pieces += [shlex.quote(value[end : match.start()])] if match.start() > end else []
+        variable = match["braced"] or match["plain"] or "HOME"
+        pieces.append(f'"${{{variable}:?is not set on this node, and env.{name} of the profile refers to it}}"')
+        end = match.end() if not match["home"] else match.end() - 1
+    return "".join([*pieces, shlex.quote(value[end:])] if end < len(value) or not pieces else pieces)
+
+
+def _templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("oar_scale.launch", "."),
         undefined=StrictUndefined,
@@ -96,31 +124,7 @@ def render(spec: JobSpec, profile: SlurmProfile, *, title: str, job_name: str, f
         comment_end_string="#>",
     )
     environment.filters |= {"q": shlex.quote, "in_single_quotes": lambda text: text.replace("'", "'\\''")}
-    return environment.get_template("job.sbatch.j2").render(
-        title=title,
-        options=_options(resources, job_name, jobs, array),
-        folder=folder,
-        jobs=jobs,
-        setup=profile.setup,
-        env=profile.env,
-        cpus=resources.cpus_per_node,
-        gpus=resources.gpus_per_node,
-        min_nodes=1 if array else resources.min_nodes or resources.nodes,
-        node_check=resources.node_check,
-        node_address=profile.node_address,
-        start_s=profile.start_s,
-        warn_s=profile.warn_s,
-        object_store_bytes=profile.object_store_mb * 2**20,
-        max_failures=profile.max_failures,
-        backoff_s=profile.backoff_s,
-        ray=spec.needs_ray and not array,
-        array=array,
-        excluded_nodes=excluded_nodes(resources),
-        recipe=recipe,
-        port=PORT,
-        commands=[shlex.join(["oar", *command]) for command in spec.commands(recipe, array=bool(array))],
-        **container(resources, mounts),
-    )
+    return environment
 
 
 def allocation(profile: SlurmProfile, job_name: str, nodes: int) -> list[str]:
@@ -143,6 +147,7 @@ def _options(profile: SlurmProfile, job_name: str, jobs: str, array: int | None)
         *allocation(profile, job_name, 1 if array else profile.nodes),
         f"--signal=B:USR1@{profile.warn_s}",
         "--requeue",
+        "--propagate=NONE",  # the limits of the nodes, and not those of a shell on a login node
         "--open-mode=append",
         *([f"--array=0-{array - 1}"] if array else []),
         f"--output={_pattern(jobs, '%A_%a.log' if array else '%j.log')}",
@@ -291,49 +296,3 @@ def _array_state(names: Sequence[str]) -> str:
         if name in names:
             return name
     return next((name for name in names if name != "COMPLETED"), names[0])
-
-
-def run_client(*command: str, conf: str = "") -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's commands.
-
-    Args:
-        command: the program and its arguments.
-        conf: the SLURM_CONF of the cluster; empty: Slurm's default.
-
-    Returns:
-        Exit code and output; a timeout counts as a failure.
-
-    Raises:
-        UserError: the program is not installed.
-    """
-    if shutil.which(command[0]) is None:
-        raise UserError(
-            f"there is no program {command[0]} on this machine: run oar submit on a login node of the cluster, "
-            "or look at the job file only, with --dry-run."
-        )
-    if conf and not os.path.isfile(conf):  # Slurm would look for another one on the network, for minutes
-        return subprocess.CompletedProcess(command, 1, "", f"there is no slurm.conf at {conf} (any more)")
-    try:
-        env = {**os.environ, "SLURM_CONF": conf} if conf else None
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=CLIENT_S)
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"timed out after {CLIENT_S} s: no answer from the Slurm controller")
-
-
-def explain_refusal(what: str, stderr: str) -> str:
-    """An error message: what failed, what Slurm printed, and the remedy where one is known."""
-    text = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in stderr.strip().splitlines())
-    for pattern, remedy in REMEDIES:
-        if re.search(pattern, text, re.IGNORECASE):
-            return f"{what}: {text}\n{_filled(remedy)}"
-    return f"{what}: {text}"
-
-
-def _filled(remedy: str) -> str:
-    """The remedy, its placeholders replaced by what sinfo lists of this cluster."""
-    shapes = {"partitions": "%R", "limits": "%R %l", "sizes": "%R %s", "features": "%f", "names": "%N"}
-    for name, shape in {**shapes, "nodes": "%R: %D nodes of %c CPUs, %m MB, %G"}.items():
-        if f"{{{name}}}" in remedy:
-            lines = dict.fromkeys(run_client("sinfo", "--noheader", f"--format={shape}").stdout.splitlines())
-            remedy = remedy.replace(f"{{{name}}}", "; ".join(lines) or "unknown")
-    return remedy

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from stub_runs import SMOKE, StubRuns, Submitted
 
 from cluster.dev.slurm import Cluster
 from oar_scale.errors import UserError
@@ -19,15 +16,6 @@ from oar_scale.launch import cancel, find_jobs, resubmit, submit
 from oar_scale.launch.jobs import JobStatus
 from oar_scale.launch.logs import logs
 
-PROFILE = {
-    "type": "slurm",
-    "partition": "main",
-    "cpus_per_node": 1,
-    "time": "00:05:00",
-    "warn_s": 30,
-    "backoff_s": 1,
-    "max_failures": 1,
-}
 UNTIL_SIGNALLED = """
 trap 'echo got USR1; exit 75' USR1
 trap 'echo got TERM; exit 75' TERM
@@ -48,58 +36,6 @@ SAVES = """
 n=$(ls "$BEHAVIOUR.d" 2>/dev/null | wc -l); mkdir -p "$BEHAVIOUR.d/$n" {root}/checkpoints/pretrain/step-$n
 touch {root}/checkpoints/pretrain/step-$n/COMMITTED; [ "$n" = 3 ] || exit 75
 """
-SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
-
-
-@dataclass
-class Submitted:
-    """A run of the stub, somewhere on its way."""
-
-    run: Path
-    behaviour: Path
-
-    def wait(self, condition: Callable[[JobStatus], bool] = lambda status: status.over, seconds: float = 800) -> list[JobStatus]:
-        deadline = time.monotonic() + seconds
-        while True:
-            jobs = find_jobs(str(self.run))
-            if all(condition(status) for status in jobs):
-                return jobs
-            assert time.monotonic() < deadline, f"{jobs}\n{self.logs()}"
-            time.sleep(0.3)
-
-    def wait_for(self, text: str, seconds: float = 800) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.logs():
-            assert time.monotonic() < deadline, f"{text!r} does not come:\n{self.logs()}"
-            time.sleep(0.2)
-
-    def logs(self) -> str:
-        """By the shells and the drivers of all attempts."""
-        return "".join(path.read_text() for path in sorted(self.run.glob("jobs/*/**/*.log")))
-
-    def noted(self, what: str) -> str:
-        """What the script left beside itself."""
-        return Path(f"{self.behaviour}.{what}").read_text()
-
-    def attempts(self) -> list[str]:
-        return sorted(path.suffix[1:] for path in self.run.glob("jobs/1-*/*.*") if path.is_dir())
-
-
-class StubRuns:
-    """Submits runs of the stub."""
-
-    def __init__(self, folder: Path, stub: Path) -> None:
-        self.folder, self._stub = folder, stub
-
-    def submit(self, name: str, behaviour: str, stages: str = "report", **profile: Any) -> Submitted:
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True)
-        script = folder / "behaviour.sh"
-        script.write_text(behaviour)
-        given = {**PROFILE, "setup": [f"export PATH={self._stub}:$PATH"], "env": {"BEHAVIOUR": str(script)}, **profile}
-        (folder / "profile.yaml").write_text(json.dumps(given))  # which is YAML
-        submit(SMOKE, str(folder / "profile.yaml"), stages=stages, overrides=[f"run_dir={folder}/run", f"name={name}"])
-        return Submitted(folder / "run", script)
 
 
 @pytest.fixture(scope="module")

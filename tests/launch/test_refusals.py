@@ -42,9 +42,10 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str, *
         ({"cpus_per_node": 200}, "", "Change nodes, cpus_per_node"),
         ({"sbatch": ["--no-such-option"]}, "unrecognized option", ""),
         ({"sbatch": ["--constraint=ib"]}, "Invalid feature specification", "Correct `--constraint`"),
+        ({"array": 5000}, "Invalid job array specification", "An array has at most 1001 tasks here"),
         ({"sbatch": ["--exclude=elsewhere"]}, "Invalid node name specified", "Nodes here: n[1-2]. Correct `--exclude`"),
     ],
-    ids=["partition", "time", "gpus", "nodes", "cpus", "option", "feature", "node"],
+    ids=["partition", "time", "gpus", "nodes", "cpus", "option", "feature", "array", "node"],
 )
 def test_slurm_says_no_and_the_remedy_follows(
     slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], profile: dict[str, Any], message: str, remedy: str
