@@ -10,6 +10,7 @@ The stages themselves are listed in ``oar_scale.registry``.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -207,7 +208,8 @@ def check_run_dir(run: Run) -> None:
     except Missing:
         return
     for field, value in _run_identity(run).items():
-        if there.get(field) != value:
+        same_root = field == "storage_root" and _absolute(there.get(field)) == _absolute(run.recipe.storage.root)
+        if there.get(field) != value and not same_root:
             raise UserError(
                 f"{run.local()}: this folder belongs to another run: {field} was {there.get(field)!r}, the recipe says {value!r}.\n"
                 "Choose another folder with -o run_dir=..., or delete this one."
@@ -240,6 +242,11 @@ def _stage_named(recipe: Recipe, name: str) -> Stage:
 def _run_identity(run: Run) -> JsonObject:
     source = run.recipe.data.source.model_dump(mode="json")
     return {"name": run.recipe.name, "seed": run.recipe.seed, "storage_root": run.recipe.storage.root, "source": source}
+
+
+def _absolute(root: str | None) -> str | None:
+    """A storage as whoever works in another folder names it: jobs get absolute paths."""
+    return root if root is None or "://" in root else os.path.abspath(root)
 
 
 def _require(run: Run, stage: Stage) -> None:

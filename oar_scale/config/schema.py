@@ -12,6 +12,8 @@ Names follow the field: ``global_batch = micro_batch x workers x accumulation``.
 
 from __future__ import annotations
 
+import os
+
 from pydantic import Field, model_validator
 
 from oar_scale.config.data_sections import (
@@ -148,6 +150,16 @@ class Recipe(Section):
     def root(self) -> str:
         """The run's storage: ``storage.root``, or the local folder."""
         return self.storage.root or self.local_dir
+
+    def in_folder(self, folder: str) -> Recipe:
+        """The recipe for a process with another working folder: the run's own folders are absolute.
+
+        Args:
+            folder: where relative paths start.
+        """
+        root = self.storage.root
+        storage = self.storage.model_copy(update={"root": root if root is None or "://" in root else os.path.join(folder, root)})
+        return self.model_copy(update={"run_dir": os.path.join(folder, self.local_dir), "storage": storage})
 
     def stages(self) -> list[Stage]:
         """The stages of this recipe, each after those it needs."""

@@ -128,7 +128,7 @@ def _ray(profile: RayProfile, recipe: Recipe | None) -> Iterator[Finding]:
     yield Finding("ok", "scheduler", f"Ray at {profile.address} answers")
     if recipe is not None:
         ray_jobs.check_root(recipe, profile)
-        recipe = _in_folder(profile.folder or "", recipe)
+        recipe = recipe.in_folder(profile.folder or "")
     env = {RECIPE: dump_recipe(recipe)} if recipe else {}
     request = ray_client.job_request(profile, f"exec {profile.python} -m oar_scale.launch.probe ray", env)
     job_id, log = f"oar-doctor-{secrets.token_hex(4)}", ""
@@ -150,20 +150,13 @@ def _ray(profile: RayProfile, recipe: Recipe | None) -> Iterator[Finding]:
         yield Finding("warn", "GPU type", text)
 
 
-def _in_folder(folder: str, recipe: Recipe) -> Recipe:
-    """The recipe with its relative paths resolved against a folder."""
-    root = recipe.root if recipe.root.startswith("s3://") else os.path.join(folder, recipe.root)
-    storage = recipe.storage.model_copy(update={"root": root})
-    return recipe.model_copy(update={"run_dir": os.path.join(folder, recipe.local_dir), "storage": storage})
-
-
 def _job_findings(log: str, errors: str, nodes: int | None) -> Iterator[Finding]:
     """The findings in the job's log; where there are none, a finding with the last lines that it printed."""
     reports, findings = parse_findings(log)
     if failed := [line.removeprefix(SETUP) for line in log.splitlines() if line.startswith(SETUP)]:
         text = f"{'; '.join(dict.fromkeys(failed))} ({_one_line(errors)[-300:]})"
         yield Finding("FAIL", "setup", text)
-    elif not reports:
+    if not reports:
         last = "; ".join(line for line in errors.strip().splitlines()[-3:])
         yield Finding("FAIL", "workers", f"no node answered ({last}); do `setup` and `python` of the profile find oar_scale there?")
     elif nodes is not None and len(reports) < nodes:

@@ -206,7 +206,7 @@ def _submit(
         created: list[str] = []
         try:
             with open(os.path.join(run_dir, submission.recipe), "w", encoding="utf-8") as file:
-                file.write(dump_recipe(recipe))
+                file.write(dump_recipe(recipe if isinstance(profile, RayProfile) else recipe.in_folder(folder)))
             if isinstance(profile, RayProfile):
                 from oar_scale.launch import ray_jobs
 

@@ -101,6 +101,8 @@ class SlurmProfile(Section):
     """A shell command that prints a node's address for the others."""
     node_check: Line | None = None
     """A shell command that fails on a node with broken hardware, e.g. ``nvidia-smi -L``; such nodes are excluded and recorded."""
+    tmp_dir: Annotated[str, Field(pattern=r"^/[^\s'\"$`\\]*$", max_length=16)] = "/tmp"
+    """A folder that each node has for itself, for Ray's sockets and logs and for TMPDIR. Short, as the paths of sockets must be."""
     start_s: int = Field(180, ge=10)
     """Seconds until Ray must be up on all nodes."""
     object_store_mb: int = Field(200, ge=100)

@@ -28,7 +28,7 @@ HOPELESS = re.compile(
     r"|(Assoc|QOS)\w*(PerJob|PerNode|MinutesPerJob|WallDurationPerJob|TimeLimit)\w*|DependencyNeverSatisfied"
 )
 """Reasons for waiting that do not go away: some clusters accept such jobs and leave them in the queue forever."""
-REFERENCE = re.compile(r"\$\{(?P<braced>[A-Za-z_]\w*)\}|\$(?P<plain>[A-Za-z_]\w*)|(?P<home>^~/)")
+REFERENCE = re.compile(r"\$\{(?P<braced>[A-Za-z_]\w*)\}|\$(?P<plain>[A-Za-z_]\w*)|(?P<home>^~(?=/))|(?P<dollar>\$\$)")
 """A variable in a value of ``env``, in the shell's notation."""
 PLAIN = re.compile(r"[\w%+=@:./-]*")
 """Text that needs no quotes in a line ``#SBATCH``."""
@@ -71,6 +71,8 @@ def render(
             folder=folder,
             jobs=jobs,
             setup=setup_script(profile),
+            env=profile.env,
+            tmp_dir=profile.tmp_dir,
             cpus=resources.cpus_per_node,
             gpus=resources.gpus_per_node,
             min_nodes=1 if array else resources.min_nodes or resources.nodes,
@@ -103,14 +105,15 @@ def setup_script(profile: SlurmProfile) -> str:
 
 
 def _shell_value(name: str, value: str) -> str:
-    """A value of ``env`` for the shell of a job: all of it is literal but ``$NAME``, ``${NAME}`` and a ``~/`` at its beginning."""
+    """A value of ``env`` for the shell of a job: literal but for ``$NAME``, ``${NAME}``, ``$$`` (a dollar) and ``~/`` at its start."""
     pieces, end = [], 0
     for match in REFERENCE.finditer(value):
         pieces += [shlex.quote(value[end : match.start()])] if match.start() > end else []
         variable = match["braced"] or match["plain"] or "HOME"
-        pieces.append(f'"${{{variable}:?is not set on this node, and env.{name} of the profile refers to it}}"')
-        end = match.end() if not match["home"] else match.end() - 1
-    return "".join([*pieces, shlex.quote(value[end:])] if end < len(value) or not pieces else pieces)
+        reference = f'"${{{variable}:?is not set on this node, and env.{name} of the profile refers to it}}"'
+        pieces.append("'$'" if match["dollar"] else reference)
+        end = match.end()
+    return "".join([*pieces, *([shlex.quote(value[end:])] if end < len(value) or not pieces else [])])
 
 
 def _templates() -> Environment:
@@ -172,6 +175,9 @@ def _pattern(folder: str, name: str) -> str:
 def container(profile: SlurmProfile, mounts: Sequence[str]) -> dict[str, str]:
     """How commands get into the profile's container; empty where it has none.
 
+    Args:
+        mounts: folders that the container must see; commands start in the first one.
+
     Returns:
         ``exec_container``, a prefix of commands in a batch shell, and ``srun_container``, options of srun.
 
@@ -181,7 +187,7 @@ def container(profile: SlurmProfile, mounts: Sequence[str]) -> dict[str, str]:
     if profile.container is None:
         return {"exec_container": "", "srun_container": ""}
     container = profile.container
-    binds = [*dict.fromkeys([*mounts, "/tmp", *container.mounts])]  # /tmp: Ray's sockets, for commands that connect to it
+    binds = [*dict.fromkeys([*mounts, "/tmp", profile.tmp_dir, *container.mounts])]  # tmp_dir: Ray's sockets
     if unmountable := [mount for mount in mounts if set(",:") & set(mount)]:
         raise UserError(
             f"{unmountable[0]}: a folder with a comma or a colon in its name cannot be mounted. Move it, or do without `container`."
@@ -192,12 +198,16 @@ def container(profile: SlurmProfile, mounts: Sequence[str]) -> dict[str, str]:
             "exec",
             *(["--nv"] if profile.gpus_per_node else []),
             *(f"--bind={bind}" for bind in binds),
+            f"--pwd={mounts[0]}",
             container.image,
         ]
         return {"exec_container": shlex.join(command) + " ", "srun_container": ""}
     both = ",".join(bind if ":" in bind else f"{bind}:{bind}" for bind in binds)
-    mounted = f"--container-mounts={both}".replace("'", "'\"'\"'")
-    return {"exec_container": "", "srun_container": f" --container-image={container.image} '{mounted}'"}
+    # Pyxis starts commands in the image's own WORKDIR, and lets the image's variables win over those of the job.
+    names = [f"--container-env={','.join(profile.env)}"] if profile.env else []
+    options = [f"--container-image={container.image}", f"--container-mounts={both}", f"--container-workdir={mounts[0]}", *names]
+    quoted = (option.replace("'", "'\"'\"'") for option in options)  # shlex leaves commas bare; shellcheck objects
+    return {"exec_container": "", "srun_container": "".join(f" '{option}'" for option in quoted)}
 
 
 def sbatch(script: str, name: str, *, after: str | None = None, exclude: Sequence[str] = (), hold: bool = False) -> str:

@@ -59,7 +59,8 @@ def test_a_slurm_is_examined_by_a_step_that_leaves_nothing(
     slurm: dev_slurm.Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dev = str(ROOT / "cluster" / "slurm" / "dev.yaml")
-    assert main(["doctor", recipe(tmp_path), "--cluster", dev, "-p", "nodes=2", "-p", "cpus_per_node=1"]) == 0
+    overrides = ["-p", "nodes=2", "-p", "cpus_per_node=1", "-p", "sbatch=['--export=NONE', '--open-mode=append']"]
+    assert main(["doctor", recipe(tmp_path), "--cluster", dev, *overrides]) == 0
     findings = by_item(capsys.readouterr().out)
     check_measured(findings, ["n1", "n2"])
     assert "partition main" in findings["scheduler"]
@@ -73,7 +74,8 @@ def test_a_slurm_is_examined_by_a_step_that_leaves_nothing(
         ("partition=gone", "Partitions here: main"),
         ("time='9-00:00:00'", "Limits here"),
         ("nodes=3", "Change nodes"),
-        ("setup=[exit 3]", "no node answered"),
+        ("setup=[exit 3]", "the line `exit 3` of setup in the profile ended with code 3"),
+        ("setup=[module load no-such-module]", "n1: the line `module load no-such-module` of setup in the profile ended with code 127"),
     ],
 )
 def test_what_slurm_would_refuse_is_reported_with_the_remedy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -26,16 +27,17 @@ from oar_scale.storage import open_storage
 
 SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
 LOOKS_AROUND = """#!{python}
-import os, time, ray
+import os, tempfile, time, ray
 ray.init(log_to_driver=False)
 @ray.remote(num_cpus=1)
 class Worker:
     def job(self):
         print("heard by a worker", flush=True)
-        return os.environ["SLURM_JOB_ID"]
+        return os.environ["SLURM_JOB_ID"], tempfile.gettempdir()
 workers = [Worker.remote() for _ in range(int(ray.cluster_resources()["CPU"]))]
-jobs = set(ray.get([worker.job.remote() for worker in workers]))
+jobs, folders = map(set, zip(*ray.get([worker.job.remote() for worker in workers])))
 print("nodes", len(ray.nodes()), "jobs", *jobs, flush=True)
+print("files in", *folders, tempfile.gettempdir(), flush=True)
 open("{folder}/" + os.environ["SLURM_JOB_ID"], "w").close()
 while len(os.listdir("{folder}")) < {count}:  # until the others are as far
     time.sleep(0.1)
@@ -88,6 +90,8 @@ def test_two_runs_on_the_same_nodes_each_have_a_ray_of_their_own(slurm: Cluster,
     for run, job in zip(runs, ids, strict=True):
         (status,) = wait(run, 800)
         assert status.done, job_logs(run)
+        assert re.search(rf"files in (/tmp/oar-{job}-0-\w+/tmp) \1\n", job_logs(run)), job_logs(run)
+        assert "TMPDIR" not in job_logs(run) and "srun: error" not in job_logs(run), job_logs(run)
         assert f"nodes 2 jobs {job}\n" in job_logs(run) and (tmp_path / f"gave-up-{job}").is_dir()
         (logs,) = run.glob(f"jobs/1-pretrain/{job}.0")
         assert {path.name for path in logs.glob("ray-*.log")} == {"ray-n1.log", "ray-n2.log"}

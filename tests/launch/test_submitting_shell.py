@@ -134,9 +134,9 @@ def test_a_setup_line_that_fails_is_named(tmp_path: Path, setup: list[str], name
 
 def test_setup_lines_share_one_shell_and_may_belong_together() -> None:
     lines = ["shopt -s expand_aliases", "alias load=export", "load LOADED=1", "for x in a b; do", "    SEEN+=$x", "done", "set -e", "true"]
-    code, output = run_setup(lines, {"GOT": "$LOADED and ${SEEN} in ~/x $(not) '$", "OF": "~/cache/$SEEN", "A": "$HOME"})
+    code, output = run_setup(lines, {"GOT": "$LOADED and ${SEEN} in ~/x $(not) '$", "OF": "~/cache/$SEEN", "A": "$$HOME"})
     home = os.environ["HOME"]
-    assert code == 0 and output == f"WENT ON: 1 and ab in ~/x $(not) '$ {home}/cache/ab {home}\n", output
+    assert code == 0 and output == f"WENT ON: 1 and ab in ~/x $(not) '$ {home}/cache/ab $HOME\n", output
 
 
 def test_a_variable_of_env_that_is_not_set_is_named() -> None:
