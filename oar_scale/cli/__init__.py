@@ -34,6 +34,7 @@ from typing import NoReturn
 from oar_scale import __version__
 from oar_scale.cli import checkpoint, data, extract, observe, orders, plan, run, submit
 from oar_scale.errors import Requeue, UserError
+from oar_scale.runtime.gpu_settings import gpu_settings
 from oar_scale.runtime.program import program_exit
 
 REQUEUE = 75
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.captions += rest  # argparse gives up on captions that come after an option
     # DeepSpeed looks for helpers (ninja) on the PATH; they lie beside this interpreter, whose folder need not be on it.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    os.environ.update(gpu_settings(os.environ))
     try:
         code = int(arguments.run(arguments) or 0)
         sys.stdout.flush()

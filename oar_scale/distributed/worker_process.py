@@ -6,6 +6,9 @@
 
 The environment gives the rank: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. A gloo group of its own carries the few numbers
 that the ranks agree on at each step; it never waits behind the training's own collectives on the GPU.
+
+    RUN/logs/STAGE-rankR.stacks               of a worker that did not move: the stack of each thread
+    RUN/logs/STAGE-rankR.collectives.json     and torch's flight recorder: its last collectives, and which of them are not done
 """
 
 from __future__ import annotations
@@ -94,8 +97,9 @@ class _Watchdog:
 
     def __init__(self, job: TrainingJob, rank: int, timeout_s: float) -> None:
         self._timeout_s, self._rank = timeout_s, rank
-        self._path = join(job.local, "logs", f"{job.stage}-rank{rank}.stacks")
-        self._copy = join(job.root, "logs", f"{job.stage}-rank{rank}.stacks") if job.root.startswith("s3://") else None
+        self._local, self._root = join(job.local, "logs", f"{job.stage}-rank{rank}"), join(job.root, "logs", f"{job.stage}-rank{rank}")
+        self._path = f"{self._local}.stacks"
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", join(job.local, "logs", f"{job.stage}-collectives-rank"))  # NCCL's own dump
         self._ended = threading.Event()
         self.heartbeat("start")
 
@@ -125,11 +129,22 @@ class _Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        if self._copy is not None:
-            # In a thread: a storage that hangs may be the very cause.
-            upload = threading.Thread(target=open_storage(self._copy).upload, args=(self._path, self._copy), daemon=True)
-            upload.start()
-            upload.join(10)
+        # In a thread: what hangs may be the storage, or what torch would ask.
+        rest = threading.Thread(target=self._write_collectives_and_upload, daemon=True)
+        rest.start()
+        rest.join(10)
+
+    def _write_collectives_and_upload(self) -> None:
+        from torch._C._distributed_c10d import _dump_fr_trace_json
+
+        self._upload(".stacks")
+        with open(f"{self._local}.collectives.json", "wb") as file:
+            file.write(_dump_fr_trace_json(backend=dist.get_backend()))
+        self._upload(".collectives.json")
+
+    def _upload(self, suffix: str) -> None:
+        if self._root.startswith("s3://"):
+            open_storage(self._root).upload(self._local + suffix, self._root + suffix)
 
 
 def _device(parallel: ParallelConfig) -> torch.device:

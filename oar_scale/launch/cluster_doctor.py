@@ -38,12 +38,15 @@ SETUP = "OAR-SETUP "
 ON_NODE = f"""
 setup_failed() {{{{ echo "{SETUP}$SLURMD_NODENAME: $1"; }}}}
 {{setup}}
+address=$({{node_address}})
+{{gloo_interface}}
 exec {{container}}python -m oar_scale.launch.probe slurm
 """
 ON_HEAD = """
 export SLURM_EXPORT_ENV=ALL
 address=$(srun --overlap --nodes=1 --ntasks=1 --mem=0 --nodelist="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" \\
     bash -c {node_address}) || exit 1
+[ -n "$address" ] || {{ echo "node_address of the profile printed no address" >&2; exit 1; }}
 attempt=0
 export MASTER_ADDR=$address MASTER_PORT=$(({port}))
 srun --overlap --ntasks={all} --ntasks-per-node={tasks} --cpus-per-task={cpus} --mem=0 --kill-on-bad-exit=0 --wait={parting} \\
@@ -86,7 +89,14 @@ def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
         parting=PARTING_S,
         port=slurm.PORT,
         srun_container=container["srun_container"],
-        on_node=shlex.quote(ON_NODE.format(setup=slurm.setup_script(profile), container=container["exec_container"])),
+        on_node=shlex.quote(
+            ON_NODE.format(
+                setup=slurm.setup_script(profile),
+                container=container["exec_container"],
+                node_address=profile.node_address,
+                gloo_interface=slurm.GLOO_INTERFACE,
+            )
+        ),
     )
     known = [option for option in options if not SBATCH_ONLY.match(option)]
     command = ["salloc", "--quiet", f"--immediate={profile.start_s}", *known, f"--time={TIME}", "bash", "-c", script]

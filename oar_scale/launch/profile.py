@@ -84,6 +84,8 @@ class SlurmProfile(Section):
     cpus_per_node: int = Field(ge=1)
     gpus_per_node: int = Field(0, ge=0)
     gpu_type: ShellWord | None = None
+    gpu_option: Literal["--gpus-per-node", "--gres"] = "--gpus-per-node"
+    """How GPUs are asked for; ``--gres`` where a cluster refuses the other (``--gres=gpu:TYPE:N``)."""
     memory_gb: int | None = Field(None, ge=1)
     """GiB of each node."""
     time: str

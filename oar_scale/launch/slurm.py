@@ -28,6 +28,11 @@ HOPELESS = re.compile(
     r"|(Assoc|QOS)\w*(PerJob|PerNode|MinutesPerJob|WallDurationPerJob|TimeLimit)\w*|DependencyNeverSatisfied"
 )
 """Reasons for waiting that do not go away: some clusters accept such jobs and leave them in the queue forever."""
+GLOO_INTERFACE = """
+interface=$(ip -o -4 address show 2>/dev/null | while read -r _ name _ found _; do [ "${found%%/*}" != "$address" ] || echo "$name"; done)
+[ -z "$interface" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${interface%%[[:space:]]*}}
+""".strip()
+"""Shell lines for a node whose ``$address`` is known: gloo, which takes no prefix of a name, uses the interface that has it."""
 REFERENCE = re.compile(r"\$\{(?P<braced>[A-Za-z_]\w*)\}|\$(?P<plain>[A-Za-z_]\w*)|(?P<home>^~(?=/))|(?P<dollar>\$\$)")
 """A variable in a value of ``env``, in the shell's notation."""
 PLAIN = re.compile(r"[\w%+=@:./-]*")
@@ -78,6 +83,7 @@ def render(
             min_nodes=1 if array else resources.min_nodes or resources.nodes,
             node_check=resources.node_check,
             node_address=profile.node_address,
+            gloo_interface=GLOO_INTERFACE,
             start_s=profile.start_s,
             warn_s=profile.warn_s,
             object_store_bytes=profile.object_store_mb * 2**20,
@@ -139,7 +145,7 @@ def allocation(profile: SlurmProfile, job_name: str, nodes: int) -> list[str]:
         f"--nodes={nodes}",
         "--ntasks-per-node=1",
         f"--cpus-per-task={profile.cpus_per_node}",
-        *([f"--gpus-per-node={gpus}"] if profile.gpus_per_node else []),
+        *([f"{profile.gpu_option}={'gpu:' if profile.gpu_option == '--gres' else ''}{gpus}"] if profile.gpus_per_node else []),
         *([f"--mem={profile.memory_gb}G"] if profile.memory_gb else []),
         f"--time={profile.time}",
     ]

@@ -22,6 +22,7 @@ import psutil
 
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
+from oar_scale.runtime.gpu_settings import SETTINGS, gpu_settings
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing large goes through it; Ray wants 75 MB at least."""
@@ -46,7 +47,9 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if os.path.exists(path))}}
+    path = os.pathsep.join(path for path in sys.path if os.path.exists(path))
+    settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}  # a cluster's nodes have been started without them
+    runtime_env = {"env_vars": {"PYTHONPATH": path, **settings, **gpu_settings(os.environ)}}
     with _environment({"RAY_USAGE_STATS_ENABLED": "0"}):
         if "RAY_ADDRESS" in os.environ:
             _check_address(os.environ["RAY_ADDRESS"])

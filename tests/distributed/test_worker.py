@@ -259,6 +259,9 @@ def test_hung_workers_write_their_stacks_and_exit(prepared: Run, tmp_path: Path)
     stacks = [Path(run.local("logs", f"pretrain-rank{rank}.stacks")).read_text() for rank in (0, 1)]
     assert all("nothing moved for 20 s" in text and "step 5" in text for text in stacks)
     assert "step_of" in stacks[1] and "in train_step" in stacks[0]
+    recorded = [json.loads(Path(run.local("logs", f"pretrain-rank{rank}.collectives.json")).read_text()) for rank in (0, 1)]
+    waiting, stuck_one = ([entry["state"] for entry in each["entries"]] for each in recorded)
+    assert len(waiting) > len(stuck_one) > 0 and waiting[-1] != "completed"
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor() -> None:

@@ -33,6 +33,7 @@ KINDS: list[tuple[str, tuple[str, ...]]] = [
     ("gpu", ("pretrain",)),  # one training stage, with a node check
     ("gpu", ("data", "tokenizer")),  # two stages that share a job without Ray
     ("gpu", ("extract",)),  # a job array
+    ("gpu-gres", ("pretrain",)),  # GPUs by --gres
     ("gpu-apptainer", ()),
     ("gpu-enroot", ()),
 ]
