@@ -66,6 +66,7 @@ def examine(recipe_path: str | None = None, overrides: Sequence[str] = ()) -> It
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "packages": machine.versions,
         "devices": machine.devices,
+        "CUDA toolkit": machine.cuda_toolkit,
         "process group": machine.process_group,
         "attention": partial(kernels.attention, shape),
         "decoding attention": partial(kernels.decoding_attention, shape),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -98,6 +99,24 @@ def devices() -> Iterator[Finding]:
         if hidden is not None:
             remedy = f"unset CUDA_VISIBLE_DEVICES (now {hidden!r})"
         yield Finding("warn", "devices", f"NVIDIA driver {driver} is here, and torch (CUDA {cuda}) sees no GPU; {remedy}")
+
+
+def cuda_toolkit() -> Iterator[Finding]:
+    """Whether the CUDA toolkit here is the one that torch was built with, as DeepSpeed wants it before it compiles a kernel."""
+    import torch
+
+    folder = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    compiler = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(folder, "bin"))
+    if compiler is None or torch.version.cuda is None:
+        return
+    printed = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    found = re.search(r"release (\d+\.\d+)", printed)
+    here, there = found[1] if found else "of an unknown version", torch.version.cuda
+    if here == there or here.split(".")[0] == there.split(".")[0] == "12":  # DeepSpeed takes any 12 for another
+        yield Finding("ok", "CUDA toolkit", here)
+    else:
+        remedy = f"module load cuda/{there} or the like, or set DS_SKIP_CUDA_CHECK=1"
+        yield Finding("warn", "CUDA toolkit", f"{here}, and torch was built with {there}: DeepSpeed compiles no kernel with it; {remedy}")
 
 
 def _driver() -> str:

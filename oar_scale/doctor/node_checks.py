@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from oar_scale import __version__
-from oar_scale.doctor import machine, storage_checks
+from oar_scale.doctor import machine, network, storage_checks
 from oar_scale.doctor.finding import Finding, guarded
 from oar_scale.errors import error_line
 from oar_scale.json_object import JsonObject
@@ -35,8 +35,6 @@ GROUP_S = 120.0
 SKEW_S = 1.0
 """More than this confuses logs, and S3 refuses requests that are minutes off."""
 ROUNDS = 5
-SLOW_GB_S = {"nccl": 2.0, "gloo": 0.05}
-"""Below it the network is not the one that was paid for."""
 NAMED = 3
 """Nodes named in a line."""
 
@@ -81,7 +79,12 @@ def node_report(node: str, recipe: Recipe | None) -> NodeReport:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    checks = {"devices": machine.devices, "/dev/shm": storage_checks.shared_memory}
+    checks = {
+        "devices": machine.devices,
+        "CUDA toolkit": machine.cuda_toolkit,
+        "network": network.locked_memory,
+        "/dev/shm": storage_checks.shared_memory,
+    }
     if recipe is not None:
         checks |= {
             "run_dir": partial(storage_checks.disk, recipe.local_dir),
@@ -184,16 +187,18 @@ def _all_reduce(rank_info: RankInfo) -> Iterator[Finding]:
     assert not isinstance(group, int), "every rank is a member"
     megabytes = 256 if backend == "nccl" else 32
     numbers = torch.ones(megabytes * 10**6 // 4, device=device)
-    seconds = [_timed(numbers, device, group) for _ in range(ROUNDS)][1:]  # the first one opens the connections
+    with network.nccl_choice() as chosen:
+        seconds = [_timed(numbers, device, group) for _ in range(ROUNDS)][1:]  # the first one opens the connections
+    nodes = dict(_gathered((rank_info.node, network.links_of_node())))
     if not bool((numbers == rank_info.world).all()):
         text = f"{backend} between {rank_info.world} workers gives wrong sums; check the memory and the network of the nodes"
         yield Finding("FAIL", "all-reduce", text)
         return
     rate = 2 * (rank_info.world - 1) / rank_info.world * megabytes / 1000 / min(seconds)
-    text = f"{rate:.2g} GB/s, {backend} between {rank_info.world} workers ({megabytes} MB)"
-    if rate < SLOW_GB_S[backend]:
-        remedy = f"name the fast interface in {backend.upper()}_SOCKET_IFNAME"
-        yield Finding("warn", "all-reduce", f"{text}, slow; {remedy}, and read what NCCL_DEBUG=INFO logs about its choice")
+    over = f" over {chosen[0]}" if chosen else ""
+    text = f"{rate:.2g} GB/s, {backend}{over} between {rank_info.world} workers ({megabytes} MB)"
+    if fault := network.judge(rate, backend, chosen[0] if chosen else "", [*nodes.items()]):
+        yield Finding("warn", "all-reduce", f"{text}; {fault}")
     else:
         yield Finding("ok", "all-reduce", text)
 
