@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import jsonschema
 import pytest
 import yaml
+from botocore.validate import ParamValidator
+from ray.autoscaler._private.aws.config import _configure_node_type_from_network_interface
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from oar_scale.config.loading import load_recipe
@@ -23,7 +26,8 @@ from oar_scale.launch.profile import RayProfile, SlurmProfile, load_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
-MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
+MANIFESTS = [CLUSTER / "kuberay" / name for name in ("cluster.yaml", "job.yaml")]
+PATCHES = sorted((CLUSTER / "kuberay").glob("*.patch.yaml"))
 SCHEMA = json.loads((Path(__file__).parent / "kuberay_schema.json").read_text())
 LONGEST_GRACE_S = max(load_recipe(str(path)).parallel.grace_s for path in (ROOT / "recipes").glob("*.yaml"))
 
@@ -114,6 +118,26 @@ def test_the_autoscaler_accepts_the_aws_file_with_our_versions() -> None:
         validate_config({**config, "cluster_synced_files": [], "max_worker": 3})
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and line[0] != "#")
     assert {spec_of(path)["rayVersion"] for path in MANIFESTS} == {pinned["ray"]}
+
+
+def test_every_node_on_aws_has_an_image_and_gpu_nodes_their_fabric() -> None:
+    """By the parameters that EC2 takes, and by Ray's own rules for nodes with several interfaces."""
+    types = yaml.safe_load((CLUSTER / "ray" / "aws.yaml").read_text())["available_node_types"]
+    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    for name, node_type in types.items():
+        config = node_type["node_config"]
+        assert config["ImageId"].startswith("ami-"), f"{name}: Ray would take an image of years ago"
+        request = {key: value for key, value in config.items() if key != "SubnetIds"}  # which Ray makes SubnetId of
+        assert not ParamValidator().validate({**request, "MinCount": 1, "MaxCount": 1}, shape).generate_report()
+    gpu = types["gpu"]["node_config"]
+    cards = gpu["NetworkInterfaces"]
+    assert [card["NetworkCardIndex"] for card in cards] == list(range(32))
+    assert [card["DeviceIndex"] for card in cards] == [0] + [1] * 31
+    assert [card["InterfaceType"] for card in cards] == ["efa"] + ["efa-only"] * 31 and gpu["Placement"]["GroupName"]
+    ready = _configure_node_type_from_network_interface(types["gpu"])["node_config"]
+    assert set(ready["SubnetIds"]) == {"subnet-GPU"} and set(ready["SecurityGroupIds"]) == {"sg-FILL_IN"}
+    docker = types["gpu"]["docker"]
+    assert docker["worker_image"].endswith("-efa") and "--device=/dev/infiniband" in docker["worker_run_options"]
 
 
 def test_every_profile_is_valid() -> None:
