@@ -35,15 +35,18 @@ SBATCH_ONLY = re.compile(r"--(?:array|batch|error|export|export-file|input|open-
 """Options of sbatch that salloc does not have."""
 SETUP = "OAR-SETUP "
 """Marks the line of a node whose setup has failed."""
-ON_NODE = f"""
-setup_failed() {{{{ echo "{SETUP}$SLURMD_NODENAME: $1"; }}}}
-{{setup}}
-address=$({{node_address}})
-{{gloo_interface}}
-exec {{container}}python -m oar_scale.launch.probe slurm
+REPORT_SETUP = f"""
+setup_failed() {{ echo "{SETUP}$SLURMD_NODENAME: $1"; }}
+"""
+ON_NODE = """
+{setup}
+address=$({node_address})
+{gloo_interface}
+exec {container}python -m oar_scale.launch.probe slurm
 """
 ON_HEAD = """
 export SLURM_EXPORT_ENV=ALL
+{before}
 address=$(srun --overlap --nodes=1 --ntasks=1 --mem=0 --nodelist="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" \\
     bash -c {node_address}) || exit 1
 [ -n "$address" ] || {{ echo "node_address of the profile printed no address" >&2; exit 1; }}
@@ -79,25 +82,7 @@ def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
         yield Finding("FAIL", "scheduler", _one_line(explain_refusal("Slurm would refuse the job", tested.stderr)))
         return
     yield Finding("ok", "scheduler", _one_line(tested.stderr.replace("sbatch: ", "")))
-    container = slurm.container(profile, [os.getcwd()])
-    tasks = max(1, profile.gpus_per_node)
-    script = ON_HEAD.format(
-        node_address=shlex.quote(profile.node_address),
-        tasks=tasks,
-        all=profile.nodes * tasks,
-        cpus=max(1, profile.cpus_per_node // tasks),
-        parting=PARTING_S,
-        port=slurm.PORT,
-        srun_container=container["srun_container"],
-        on_node=shlex.quote(
-            ON_NODE.format(
-                setup=slurm.setup_script(profile),
-                container=container["exec_container"],
-                node_address=profile.node_address,
-                gloo_interface=slurm.GLOO_INTERFACE,
-            )
-        ),
-    )
+    script = _script(profile)
     known = [option for option in options if not SBATCH_ONLY.match(option)]
     command = ["salloc", "--quiet", f"--immediate={profile.start_s}", *known, f"--time={TIME}", "bash", "-c", script]
     env = {**client_env(), **({RECIPE: dump_recipe(recipe)} if recipe else {})}
@@ -108,11 +93,32 @@ def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
             "FAIL", "workers", f"the check on the nodes takes longer than {profile.start_s + CHECK_S:.0f} s; check them with: sinfo -N"
         )
         return
-    if MARK not in stdout and re.search("nodes are busy|immediate|timed out", stderr, re.IGNORECASE):
+    if MARK not in stdout and SETUP not in stdout and re.search("nodes are busy|immediate|timed out", stderr, re.IGNORECASE):
         text = f"no nodes free in {profile.start_s} s ({_one_line(stderr)}); try again later, or ask for fewer: -p nodes=1"
         yield Finding("warn", "workers", text)
         return
     yield from _job_findings(stdout, stderr, profile.nodes)
+
+
+def _script(profile: SlurmProfile) -> str:
+    """What salloc runs. As in a job, setup is outside of a container that srun starts, and inside the shell that starts any other."""
+    container, tasks = slurm.container(profile, [os.getcwd()]), max(1, profile.gpus_per_node)
+    setup, before = REPORT_SETUP + slurm.setup_script(profile), ""
+    if container["srun_container"]:
+        before = f"srun --overlap --nodes=1 --ntasks=1 --mem=0 bash -c {shlex.quote(setup)} || exit 2"
+        setup = REPORT_SETUP + slurm.setup_script(profile.model_copy(update={"setup": ()}))
+    interface = {"node_address": profile.node_address, "gloo_interface": slurm.GLOO_INTERFACE}
+    return ON_HEAD.format(
+        before=before,
+        node_address=shlex.quote(profile.node_address),
+        tasks=tasks,
+        all=profile.nodes * tasks,
+        cpus=max(1, profile.cpus_per_node // tasks),
+        parting=PARTING_S,
+        port=slurm.PORT,
+        srun_container=container["srun_container"],
+        on_node=shlex.quote(ON_NODE.format(setup=setup, container=container["exec_container"], **interface)),
+    )
 
 
 def _run_allocated(command: Sequence[str], env: Mapping[str, str], name: str, timeout_s: float) -> tuple[str, str]:

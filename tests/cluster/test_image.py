@@ -25,7 +25,7 @@ from oar_scale.config.extras import MODULES
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "cluster" / "Dockerfile").read_text()
 SMALL = [
-    *("data.source.limit=120", "tokenizer.image.training.steps=2", "evaluate.nll_images=4", "evaluate.feature_images=4", "sample.images=1"),
+    *("data.source.limit=120", "tokenizer.image.training.steps=2", "evaluate.nll_images=4", "evaluate.feature_images=8", "sample.images=1"),
     *(
         f"{stage}.{name}"
         for stage in ("pretrain", "finetune")

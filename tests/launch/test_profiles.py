@@ -9,6 +9,7 @@ import pytest
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.errors import UserError
+from oar_scale.launch import cluster_doctor
 from oar_scale.launch.job_specs import JobSpec, plan_jobs
 from oar_scale.launch.profile import Container, Resources, SlurmProfile, load_profile, seconds
 from oar_scale.launch.slurm import container, render
@@ -117,6 +118,33 @@ def test_a_container_mounts_odd_folders_or_says_that_it_cannot(tmp_path: Path, e
     assert mount in shlex.split(" ".join(container(profile, ["/it's mine"]).values()))
     with pytest.raises(UserError, match="/a,b: a folder with a comma or a colon in its name cannot be mounted"):
         container(profile, ["/a,b"])
+
+
+def test_an_enroot_job_starts_in_the_working_folder_with_the_profiles_variables(tmp_path: Path) -> None:
+    """And not where the image says, where the run would be written into the container."""
+    text = "env: {A: '1', B: '2'}\ntmp_dir: /local/tmp\nsetup: [module load enroot]\n"
+    profile = load(tmp_path, GOOD + text + "container: {engine: enroot, image: 'docker://r/o#x'}\n")
+    words = shlex.split(container(profile, ["/my work", "/my work/run"])["srun_container"])
+    assert words[0] == "--container-image=docker://r/o#x" and words[2:] == ["--container-workdir=/my work", "--container-env=A,B"]
+    assert words[1].split(",")[2:] == ["/tmp:/tmp", "/local/tmp:/local/tmp"]
+    job = render(JobSpec(()), profile, title="t", job_name="j", folder="/my work", jobs="/my work/run/jobs/1-run", recipe="/r.yaml")
+    steps = [line for line in job.splitlines() if "--container-image" in line]
+    assert len(steps) == 2 and all("--container-workdir=/my work" in line for line in steps)
+    assert "OAR_RAY_FOLDER=/local/tmp/oar-" in job
+
+
+def test_a_doctor_runs_setup_outside_of_an_enroot_container(tmp_path: Path) -> None:
+    for engine, outside in (("enroot", True), ("apptainer", False)):
+        given = load(tmp_path, GOOD + f"setup: [module load x]\nenv: {{A: '1'}}\ncontainer: {{engine: {engine}, image: x.sif}}\n")
+        first, _, rest = cluster_doctor._script(given).partition("address=$(srun")
+        assert ("module load x" in first, "module load x" in rest) == (outside, not outside)
+        assert "export A=1" in rest
+
+
+@pytest.mark.parametrize("folder", ["local", "/a/much/too/long/folder", "/with space", "/$USER"])
+def test_a_folder_for_sockets_is_short_and_absolute(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(UserError, match="tmp_dir"):
+        load(tmp_path, GOOD + f"tmp_dir: '{folder}'\n")
 
 
 def test_text_of_a_profile_is_quoted_in_the_job_file(tmp_path: Path) -> None:
