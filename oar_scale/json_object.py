@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 JsonObject = dict[str, Any]
 """A JSON object, parsed or about to be written. Its values may be anything JSON has; a reader checks what it uses."""
 
 
+class NoObject(ValueError):
+    """JSON, but no object."""
+
+
 def parse_object(data: str | bytes) -> JsonObject:
-    """Parse a JSON object. Raises ValueError for anything else: a file that was cut, or is empty, or holds another value."""
-    value = json.loads(data)
+    """Parse a JSON object: UTF-8, or UTF-16 or UTF-32, with a byte order mark or without.
+
+    Raises:
+        NoObject: another value.
+        ValueError: no JSON: a file that was cut, or is empty, or nested without end.
+    """
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError(f"a JSON object was expected, not {type(value).__name__}")
+        raise NoObject(f"a JSON object was expected, not {type(value).__name__}")
     return value
+
+
+def without_nan(value: object) -> object:
+    """A JSON value in which null stands for what is no finite number: Python reads and writes ``NaN``, JSON has none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    return [without_nan(each) for each in value] if isinstance(value, list | tuple) else value

@@ -10,6 +10,7 @@ reads samples counts those as bad ones.
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import re
 
@@ -24,6 +25,8 @@ _MARKS = (  # those of UTF-32 first: one of them begins with one of UTF-16
 )
 _UNCLEAN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), " ") | {0xFEFF: None}
+MISSING = frozenset({"", "nan", "NaN", "NAN", "None", "NaT", "<NA>", "null", "NULL", "#N/A"})
+"""Text that stands for a value that is not there: what programs write for one."""
 SHOWN = 60
 """Characters of a value that a message shows."""
 
@@ -60,6 +63,13 @@ def clean_text(text: str) -> str:
     return joined.encode("utf-8", "replace").decode()
 
 
+def is_missing(value: object) -> bool:
+    """Whether a value stands for one that is not there: null, not a number, or text that is empty or among :data:`MISSING`."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and value.strip() in MISSING)
+
+
 def read_text(path: str, where: str) -> str:
     """The text of a local file.
 
@@ -90,3 +100,9 @@ def shown(value: object) -> str:
         return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)} entries"
     text = repr(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def cut(text: str, lines: int = 100, characters: int = 2000) -> str:
+    """A message of a length that a person can read: what is too long is cut, and says so."""
+    kept = [line if len(line) <= characters else f"{line[:characters]}... ({len(line)} characters)" for line in text.splitlines()]
+    return "\n".join(kept[:lines] + ([f"... and {len(kept) - lines} more lines"] if len(kept) > lines else []))

@@ -29,6 +29,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from oar_scale import __version__
@@ -36,6 +37,7 @@ from oar_scale.cli import checkpoint, data, extract, observe, orders, plan, run,
 from oar_scale.errors import Requeue, UserError
 from oar_scale.runtime.gpu_settings import gpu_settings
 from oar_scale.runtime.program import program_exit
+from oar_scale.text import cut
 
 REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: a scheduler that sees it starts the same command again."""
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return NOBODY_READS
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {cut(str(error))}", file=sys.stderr)
         return 2
     except Requeue as stop:
         print(f"stopped ({stop.reason}) with everything saved; run the same command again to resume", file=sys.stderr)
@@ -79,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """The program ``oar``."""
+    """The program ``oar``. What the terminal cannot show of people's text and names is escaped."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     with program_exit():
         sys.exit(main())
 

@@ -19,6 +19,7 @@ from oar_scale.run.artifacts import prompt_encoder, read_tokens, require, requir
 from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import device_here, on_gpu_node
 from oar_scale.storage import open_storage
+from oar_scale.text import shown
 from oar_scale.tokenizers.prompts import Prompt, conditioning_inputs
 from oar_scale.tokenizers.vq import load_vq
 
@@ -70,7 +71,7 @@ def _sheet(run: Run, captions: list[str] | None, name: ModelName, order: str | N
     encoded_prompts = prompts.encode(given)
     unknown = [caption for caption, ids in zip(given, encoded_prompts, strict=True) if prompts.field == "txt" and not ids.any()]
     if unknown:
-        raise UserError(f"caption {unknown[0]!r} has no token in {run.text_uri}")
+        raise UserError(f"caption {shown(unknown[0])} has no token in {run.text_uri}")
     noise = torch.Generator().manual_seed(int(hash_keys("sample", run.recipe.seed)) >> 1)
     with torch.no_grad():
         cond_inputs = conditioning_inputs(prompts, encoded_prompts.to(device), network.dtype)

@@ -47,7 +47,7 @@ def index_shards(job: IndexJob) -> None:
             f"tokenizer {manifest.tokenizer_id or 'unknown (--tokenizer-id)'}"
         )
     if index.bad_captions:
-        print(f"{index.bad_captions} captions are not UTF-8 and are read with replacement characters")
+        print(f"{index.bad_captions} captions are no text (not UTF-8); trainings replace their samples")
     if index.faults:
         print(f"{index.faults} faults in samples; oar data verify names them")
 
@@ -61,7 +61,7 @@ def verify_shards(folder: str, manifest: str | None, workers: int) -> int:
     if result.fault_count > FAULTS_SHOWN:
         print(f"... and {result.fault_count - min(FAULTS_SHOWN, len(result.faults))} more")
     read = f"{result.shards} shards, {result.samples} samples, {result.bytes / 1e6:.1f} MB read"
-    captions = f"; {result.bad_captions} captions are not UTF-8 and are read with replacement characters" if result.bad_captions else ""
+    captions = f"; {result.bad_captions} captions are no text (not UTF-8); trainings replace their samples" if result.bad_captions else ""
     print(f"{folder}: {read}: {f'{result.fault_count} faults' if result.fault_count else 'all as the manifest says'}{captions}")
     return 1 if result.fault_count else 0
 

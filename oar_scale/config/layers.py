@@ -21,6 +21,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from oar_scale.config.locations import expand_location
 from oar_scale.errors import UserError
+from oar_scale.text import NotText, decode_text
 
 OVERRIDE = "-o"
 _TAG = "tag:yaml.org,2002:"
@@ -70,11 +71,11 @@ def read_layers(path: str, overrides: Sequence[str] = (), default_type: DefaultT
 def _read_file(path: str, missing: str, inside: tuple[str, ...], default_type: DefaultType) -> Setting:
     """``missing`` is the error when the file does not exist; ``inside`` the files that led here, for cycles."""
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        with open(path, "rb") as file:
+            text = decode_text(file.read())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(missing + _neighbours(path)) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, NotText) as error:
         raise UserError(f"{path}: cannot be read as a text file: {error}") from error
     own = _parse(text, path)
     if not isinstance(own.value, dict):

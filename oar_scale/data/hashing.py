@@ -96,6 +96,11 @@ def _signed(bits: int) -> int:
     return bits - (1 << 64) if bits >= 1 << 63 else bits
 
 
+def name_bytes(name: str) -> bytes:
+    """The bytes of a name or key as it stands in a tar or on a disk; those that are not UTF-8 are lone surrogates in Python."""
+    return name.encode("utf-8", "surrogateescape")
+
+
 def name_hash(name: str, purpose: str) -> float:
     """Uniform number in [0, 1) of a name: always the same, independent of any seed."""
     return float(name_hashes([name], purpose)[0])
@@ -103,6 +108,6 @@ def name_hash(name: str, purpose: str) -> float:
 
 def name_hashes(names: Sequence[str], purpose: str) -> NDArray[np.float64]:
     """:func:`name_hash` of many names at once."""
-    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+    encoded = [name_bytes(name) for name in names]
     low, high = (np.array([zlib.crc32(data[::step]) for data in encoded], dtype=np.uint64) for step in (1, -1))
     return uniform(purpose, low, high)

@@ -3,6 +3,8 @@
     token shards   KEY.codes.npy (uint16 [views, N], raster order)  KEY.txt  KEY.json  [KEY.features.npy (float16 [T, F])]
     image shards   KEY.png|jpg|jpeg|webp                            KEY.txt  KEY.json  [KEY.features.npy]
 
+A class label is ``label`` in ``KEY.json``, or ``KEY.cls``.
+
 Opening reads the headers of the tar (:mod:`oar_scale.data.tars`) and keeps two integers for each member: the byte offsets at which
 its content begins and ends. A shard of 10,000 samples is open in milliseconds and takes some hundred kilobytes beside its (mapped) bytes.
 
@@ -19,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.data.images import EXTENSIONS, decode_image
+from oar_scale.data.labels import label_of, stored_label
 from oar_scale.data.scan import npy_header
 from oar_scale.data.tars import key_and_extension, members
 from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject, parse_object
+from oar_scale.text import NotText, decode_text, is_missing
 from oar_scale.tokenizers.prompts import Field, Prompt
 
 Codes = NDArray[np.uint16]
@@ -67,12 +71,19 @@ class OpenShard:
 
     @cached_property
     def captions(self) -> list[str]:
-        """All captions, by row. Raises UnusableSample where one is missing."""
+        """All captions, by row. Raises UnusableSample where one is missing, or no text."""
         return [self.caption(row) for row in range(len(self))]
 
     def caption(self, row: int) -> str:
-        """The caption of a sample; bytes that are not UTF-8 become U+FFFD. Raises UnusableSample where there is none."""
-        return bytes(self.part(row, "txt")).decode("utf-8", errors="replace")
+        """The caption of a sample; of one that has a label instead, ``class 3``. Raises UnusableSample where there is none, or no text."""
+        text = self.find(row, ("txt",))
+        label = self._label(row) if text is None else None
+        if not is_missing(label):
+            return f"class {label}"
+        try:
+            return decode_text(self.part(row, "txt"))
+        except NotText as error:
+            raise self.fault(row, f"cannot be used: its caption {error}") from error
 
     def prompts(self, field: Field) -> list[Prompt]:
         """The prompts of all samples, by row. Raises as :meth:`prompt`."""
@@ -84,11 +95,13 @@ class OpenShard:
             return self.caption(row)
         if field == "features":
             return self.array(row, "features.npy")
-        self.part(row, "json")  # raises where there is none
-        label = self.metadata(row).get("label")
-        if not isinstance(label, int):
-            raise self.fault(row, "has no whole number as label in its .json, which tokenizer.text asks for")
-        return label
+        try:
+            return label_of(self._label(row))
+        except ValueError as error:
+            raise self.fault(row, f"cannot be used: {error}, and tokenizer.text asks for one (label in its .json, or its .cls)") from error
+
+    def _label(self, row: int) -> object:
+        return stored_label(self.metadata(row), self.find(row, ("cls",)))
 
     def metadata(self, row: int) -> JsonObject:
         """The object in a sample's ``.json``; empty where it has none. Raises UnusableSample where that is something else."""

@@ -19,11 +19,13 @@ import numpy as np
 
 from oar_scale.config.schema import DataConfig
 from oar_scale.data.hashing import name_hash, name_hashes
+from oar_scale.data.labels import label_of
 from oar_scale.data.manifest import Manifest, ShardInfo, write_manifest
 from oar_scale.data.notes import BAD_SAMPLES, Notes
-from oar_scale.data.shards import ShardSample, shard_name, write_shard
-from oar_scale.data.sources import BadImage, SourceImage, open_source
+from oar_scale.data.shards import ShardSample, shard_name, with_identity, write_shard
+from oar_scale.data.sources import BadImage, Content, SourceImage, open_source
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject, without_nan
 from oar_scale.storage import join
 
 SPLITS = ("train", "heldout")
@@ -37,7 +39,11 @@ OnProgress = Callable[[int, int], None]
 
 
 def prepare_images(
-    config: DataConfig, folder: str, on_progress: OnProgress | None = None, notes: Notes | None = None
+    config: DataConfig,
+    folder: str,
+    on_progress: OnProgress | None = None,
+    notes: Notes | None = None,
+    classes: int | None = None,
 ) -> dict[str, Manifest]:
     """Write ``folder/train`` and ``folder/heldout``; the manifests come last.
 
@@ -46,6 +52,7 @@ def prepare_images(
 
     Args:
         notes: gets what was left out or changed.
+        classes: for a model of labels: every sample needs one, below this number, and none needs a caption.
 
     Raises:
         UserError: a bad sample under ``fail``, too many of them under ``skip``, two images of one key, or an empty split.
@@ -57,7 +64,7 @@ def prepare_images(
     skipped: dict[str, str] = {}
 
     def read(image: SourceImage) -> _Read | BadImage:
-        return _read(image, config.image_size)
+        return _read(image, config.image_size, classes)
 
     report = on_progress or (lambda done, total: None)
     report(0, len(images))
@@ -102,10 +109,11 @@ class _Read(NamedTuple):
     changed: tuple[str, ...]
 
 
-def _read(image: SourceImage, size: int) -> _Read | BadImage:
+def _read(image: SourceImage, size: int, classes: int | None) -> _Read | BadImage:
     """The shard sample of an image, or why there is none."""
     try:
         content = image.read(size)
+        caption, metadata = _described(content, classes)
     except BadImage as fault:
         return fault
     buffer = io.BytesIO()
@@ -113,10 +121,29 @@ def _read(image: SourceImage, size: int) -> _Read | BadImage:
     sample = {
         "__key__": image.key,
         "png": buffer.getvalue(),
-        "txt": content.caption,
-        "json": json.dumps({**content.metadata, "name": image.name, "family": image.family}).encode(),
+        "txt": caption,
+        "json": json.dumps(with_identity(metadata, image.name, image.family)).encode(),
     }
     return _Read(sample if content.features is None else {**sample, "features.npy": content.features}, content.changed)
+
+
+def _described(content: Content, classes: int | None) -> tuple[str, JsonObject]:
+    """Caption and metadata of an image, its label a number. Raises BadImage where one that is needed is missing or none."""
+    caption = content.caption
+    try:
+        metadata: JsonObject = {key: without_nan(value) for key, value in content.metadata.items()}
+    except RecursionError as error:
+        raise BadImage("its .json is nested too deeply") from error
+    try:
+        metadata["label"] = label_of(metadata.get("label"), classes)
+    except ValueError as error:  # where labels are not used, it is left as it is
+        if classes is not None:
+            raise BadImage(str(error)) from error
+    if not caption and classes is not None:
+        caption = f"class {metadata['label']}"
+    if not caption:
+        raise BadImage("no caption")
+    return caption, metadata
 
 
 def _map_in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[tuple[Item, Result]]:

@@ -26,6 +26,7 @@ from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.tars import map_file, samples
 from oar_scale.errors import UserError
 from oar_scale.storage import open_storage
+from oar_scale.text import NotText, decode_text
 
 FAULTS_KEPT = 20
 """Faults of a shard that are kept as text; the others are counted."""
@@ -48,7 +49,7 @@ class ShardScan:
     """Views and cells of its codes; None where it has none."""
     largest_code: int = -1
     bad_captions: int = 0
-    """Captions that are not UTF-8; what is not is read as U+FFFD."""
+    """Captions that are no text (:mod:`oar_scale.text`): trainings replace their samples."""
     faults: list[str] = field(default_factory=list)
     fault_count: int = 0
 
@@ -128,7 +129,7 @@ def scan_shard(uri: str, vocab_size: int | None = None) -> ShardScan:
                 sets[extensions].append(key)
             if "codes.npy" in sample:
                 codes.add(key, sample["codes.npy"])
-            if "txt" in sample and not _is_utf8(sample["txt"]):
+            if "txt" in sample and not _is_text(sample["txt"]):
                 scan.bad_captions += 1
         codes.flush()
         _compare_members(scan, counts, sets)
@@ -233,10 +234,10 @@ def npy_header(data: memoryview) -> tuple[tuple[int, ...], str, bool, int]:
     return tuple(int(number) for number in shape.replace(",", " ").split()), dtype, fortran == "True", end
 
 
-def _is_utf8(data: memoryview) -> bool:
+def _is_text(data: memoryview) -> bool:
     try:
-        str(data, "utf-8")
-    except UnicodeDecodeError:
+        decode_text(data)
+    except NotText:
         return False
     return True
 

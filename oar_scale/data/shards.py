@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import crc32c
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from oar_scale.data.manifest import ShardInfo
 from oar_scale.data.open_shard import TokenShard
 from oar_scale.data.tars import map_file, samples
+from oar_scale.json_object import JsonObject
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.shard_cache import ShardCache
 
@@ -59,6 +60,18 @@ def pack_shard(name: str, samples: Iterable[ShardSample]) -> tuple[ShardInfo, by
     finally:
         os.unlink(path)
     return ShardInfo(name=name, bytes=len(data), samples=count, crc32c=crc32c.crc32c(data)), data
+
+
+def with_identity(metadata: Mapping[str, object], name: str, family: str) -> JsonObject:
+    """A sample's ``KEY.json`` with the name that it is held out by and its family; people's own entries of these names keep theirs."""
+    own = {"name": name, "family": family}
+    return {**metadata, **{f"oar_{key}" if key in metadata else key: value for key, value in own.items()}}
+
+
+def identity(metadata: Mapping[str, object]) -> tuple[str, str]:
+    """Name and family, as :func:`with_identity` stored them; empty where they are not."""
+    name, family = (str(metadata.get(f"oar_{key}", metadata.get(key)) or "") for key in ("name", "family"))
+    return name, family
 
 
 def iterate_shard(path: str, uri: str) -> Iterator[ShardSample]:

@@ -5,7 +5,6 @@ By default only the first shards are read; the figures are of those, and the rep
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from bisect import bisect_right
@@ -19,12 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from oar_scale.data.images import EXTENSIONS, decode_image, image_size
+from oar_scale.data.labels import label_of, stored_label
 from oar_scale.data.manifest import Manifest, parse_manifest
 from oar_scale.data.scan import in_parallel, list_shards, npy_header, open_bytes
 from oar_scale.data.tars import samples
 from oar_scale.errors import UserError
-from oar_scale.json_object import JsonObject
+from oar_scale.json_object import JsonObject, parse_object
 from oar_scale.storage import Missing, join, open_storage
+from oar_scale.text import NotText, decode_text, is_missing, shown
 
 WORDS_KEPT = 200_000
 """Different words that are counted at the same time; above twice as many, the rarest are forgotten."""
@@ -138,9 +139,11 @@ def _shard_stats(uri: str, pictures: int) -> ShardStats:
 def _add_caption(stats: ShardStats, sample: dict[str, memoryview]) -> None:
     if "txt" not in sample:
         return
-    raw = bytes(sample["txt"])
-    caption = raw.decode("utf-8", errors="replace")
-    stats.bad_captions += caption.encode() != raw
+    try:
+        caption = decode_text(sample["txt"])
+    except NotText:
+        caption = bytes(sample["txt"]).decode("utf-8", errors="replace")
+        stats.bad_captions += 1
     words = re.findall(r"\w+(?:['’-]\w+)*", caption.lower())
     stats.caption_words[len(words)] += 1
     stats.words.update(words)
@@ -156,18 +159,18 @@ def _trim(words: Counter[str]) -> None:
 
 def _add_label(stats: ShardStats, sample: dict[str, memoryview]) -> None:
     """A class label: ``label`` in KEY.json, or KEY.cls."""
-    label: object = None
     try:
-        if "cls" in sample:
-            label = int(bytes(sample["cls"][:32]))
-        elif "json" in sample:
-            metadata = json.loads(bytes(sample["json"]))
-            label = metadata.get("label") if isinstance(metadata, dict) else None
-    except (ValueError, RecursionError):
+        label = stored_label(parse_object(bytes(sample.get("json", b"{}"))), sample.get("cls"))
+    except ValueError:
         return
-    if isinstance(label, int | str):
-        stats.labels[str(label)[:80]] += 1
-        _trim(stats.labels)
+    if is_missing(label):
+        return
+    try:
+        name = str(label_of(label))
+    except ValueError:
+        name = shown(label)
+    stats.labels[name] += 1
+    _trim(stats.labels)
 
 
 def _add_image(stats: ShardStats, sample: dict[str, memoryview], where: str, wanted: bool) -> None:
@@ -297,7 +300,7 @@ def lines(figures: JsonObject) -> Iterator[str]:
     yield "members    " + ", ".join(f".{part} {count}" for part, count in figures["parts"].items())
     if "captions" in figures:
         captions = figures["captions"]
-        yield f"captions   {_spread_text(captions['words'])} words" + _also(captions["not_utf8"], "not UTF-8")
+        yield f"captions   {_spread_text(captions['words'])} words" + _also(captions["not_utf8"], "no text")
         peak = max(captions["histogram"].values())
         for bar, count in list(captions["histogram"].items())[:20]:
             yield f"  {bar:>9} words  {count:>8}  {'#' * round(40 * count / peak)}"

@@ -16,6 +16,7 @@ from oar_scale.data.shards import ShardSample, pack_shard, read_shard, token_sam
 from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
 from oar_scale.storage import join, open_storage
+from oar_scale.text import decode_text
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import features_of
@@ -83,7 +84,7 @@ def _tokenize(
 ) -> Iterator[ShardSample]:
     """The token samples of a batch of image samples."""
     keys, pictures = [str(sample["__key__"]) for sample in samples], [_picture(sample, uri) for sample in samples]
-    features = None if text is None else _text_features(text, [sample["txt"].decode(errors="replace") for sample in samples], uri)
+    features = None if text is None else _text_features(text, [decode_text(sample["txt"]) for sample in samples], uri)
     codes_VSN = np.stack([_encode(vq, pictures, keys, view) for view in views])
     for index, sample in enumerate(samples):
         yield token_sample(sample if features is None else {**sample, "features.npy": features[index]}, codes_VSN[:, index])

@@ -27,7 +27,7 @@ class VerifyReport:
     samples: int = 0
     bytes: int = 0
     bad_captions: int = 0
-    """Captions that are not UTF-8: no fault, they are read with replacement characters."""
+    """Captions that are no text: trainings replace their samples, so that they are no fault of the shard."""
     faults: list[str] = field(default_factory=list)
     """Each begins with the name of its shard."""
     fault_count: int = 0

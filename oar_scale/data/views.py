@@ -15,7 +15,7 @@ import zlib
 
 from PIL import Image, ImageOps
 
-from oar_scale.data.hashing import uniform
+from oar_scale.data.hashing import name_bytes, uniform
 
 MAX_ZOOM, MAX_SHIFT = 0.15, 0.09
 """As a fraction of the side; what comes in from outside is white."""
@@ -52,7 +52,7 @@ def _crop(image: Image.Image, number: int, side: int) -> Image.Image:
 
 def _jitter(square: Image.Image, number: int, key: str) -> Image.Image:
     side = square.width
-    keys = (zlib.crc32(key.encode()), number)
+    keys = (zlib.crc32(name_bytes(key)), number)
     zoom = (2 * float(uniform("zoom", *keys)) - 1) * MAX_ZOOM
     dx, dy = ((2 * float(uniform(axis, *keys)) - 1) * MAX_SHIFT * side for axis in ("dx", "dy"))
     half = side / 2 * (1 + zoom)

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from oar_scale.data.hashing import name_bytes
 from oar_scale.errors import UserError
 from oar_scale.storage import Missing, open_storage
 
@@ -88,7 +89,7 @@ def order_bytes(table: OrderTable) -> bytes:
     score = pa.FixedSizeListArray.from_arrays(pa.array(table.score_SN.astype(np.float32).ravel()), cells)
     draws = [0] * len(table.keys) if table.draws is None else table.draws
     columns = {
-        "key": pa.array(table.keys, pa.string()),
+        "key": _key_column(table.keys),
         "view": pa.array(table.views, pa.int32()),
         "draw": pa.array(draws, pa.int32()),
         "order": order,
@@ -124,7 +125,7 @@ def parse_orders(data: bytes, uri: str) -> OrderTable:
     if metadata.get("oar_format") != FORMAT:
         raise UserError(f"{uri}: not an order table of oar_scale, format {FORMAT} (found: {metadata.get('oar_format')}).")
     cells = int(metadata["cells"])
-    keys = table["key"].to_pylist()
+    keys = [key if isinstance(key, str) else key.decode("utf-8", "surrogateescape") for key in table["key"].to_pylist()]
     order_SN = _matrix(table["order"], cells).astype(np.uint16)
     wrong_S = (np.sort(order_SN, axis=1) != np.arange(cells)).any(axis=1)
     if wrong_S.any():
@@ -165,6 +166,14 @@ def join_orders(keys: Sequence[str], table: OrderTable, *, shard: str, cells: in
             f"{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}.\n{_AGAIN}"
         )
     return table.order_SN[[row_of[each] for each in wanted]].reshape(len(keys), -1, cells)
+
+
+def _key_column(keys: Sequence[str]) -> pa.Array:
+    """The keys as text; as bytes where one of them is no UTF-8."""
+    try:
+        return pa.array(keys, pa.string())
+    except UnicodeEncodeError:
+        return pa.array([name_bytes(key) for key in keys], pa.binary())
 
 
 def _matrix(column: pa.ChunkedArray, cells: int) -> NDArray[np.generic]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from oar_scale.config.schema import SentencePieceConfig
 from oar_scale.data.manifest import read_manifest
-from oar_scale.data.shards import ShardSample, read_shard, read_token_shard
+from oar_scale.data.shards import ShardSample, identity, read_shard, read_token_shard
 from oar_scale.errors import UserError
 from oar_scale.json_object import parse_object
 from oar_scale.orders.order_table import join_orders, read_orders, table_name
@@ -129,7 +129,7 @@ def without_variant(run: Run, keys: list[str]) -> NDArray[np.bool_]:
 
 def _family(sample: ShardSample, folder: str) -> str:
     try:
-        return str(parse_object(sample.get("json", b"{}")).get("family", ""))
+        return identity(parse_object(sample.get("json", b"{}")))[1]
     except ValueError as error:
         raise UserError(f"{folder}: sample {sample['__key__']!r} has a .json that is none ({error})") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from oar_scale.config.schema import LabelsConfig
 from oar_scale.data.notes import Notes
 from oar_scale.data.prepare import prepare_images
 from oar_scale.json_object import JsonObject
@@ -22,7 +23,9 @@ def run_data(run: Run) -> JsonObject:
             tally = tally or stack.enter_context(run.console.progress(total, "images"))
             tally.update(done)
 
-        manifests = prepare_images(run.recipe.data, run.at("images"), progress, notes)
+        text = run.recipe.tokenizer.text
+        classes = text.classes if isinstance(text, LabelsConfig) else None
+        manifests = prepare_images(run.recipe.data, run.at("images"), progress, notes, classes)
     if notes.line():
         run.console.say(f"  {notes.line()}")
     return {

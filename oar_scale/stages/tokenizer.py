@@ -23,6 +23,7 @@ from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import device_here, on_gpu_node
 from oar_scale.storage import join
+from oar_scale.text import decode_text
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import PromptEncoder, for_new_prompts, load_prompts, write_features_note
@@ -95,7 +96,7 @@ def read_images(run: Run, split: str, limit: int | None = None) -> tuple[Tensor,
     pixels, captions = [], []
     for sample in itertools.islice(_samples(run, split), limit):
         pixels.append(np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB")))
-        captions.append(sample["txt"].decode())
+        captions.append(decode_text(sample["txt"]))
     return torch.from_numpy(np.stack(pixels)), captions
 
 
@@ -112,7 +113,7 @@ def _prompts(run: Run) -> PromptEncoder:
         if config.weights is not None:
             text = TextTokenizer.load(config.weights, config.max_tokens)
         else:
-            captions = [sample["txt"].decode() for sample in _samples(run, "train")]
+            captions = [decode_text(sample["txt"]) for sample in _samples(run, "train")]
             text = train_text_tokenizer(captions, config.vocab_size, config.max_tokens)
         text.save(run.text_uri)
     prompts = load_prompts(for_new_prompts(config), run.at("tokenizers"))

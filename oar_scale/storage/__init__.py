@@ -137,7 +137,8 @@ def read_json(uri: str) -> JsonObject:
 
 def write_json(uri: str, obj: object) -> None:
     """Store ``obj`` as JSON that a person can read, atomically."""
-    open_storage(uri).write(uri, (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
+    open_storage(uri).write(uri, text.encode("utf-8", "backslashreplace"))  # lone surrogates (bytes of a name) as JSON escapes them
 
 
 def fetch(uri: str, cache_dir: str) -> str:

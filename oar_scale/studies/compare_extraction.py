@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from oar_scale.data.hashing import name_bytes
 from oar_scale.data.manifest import ShardInfo, read_manifest
 from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
@@ -121,7 +122,10 @@ def _measured(run: Run, model_file: str, shards: Sequence[ShardInfo], tokens: To
     methods = extraction_methods(settings, model.spec.grid, head)
     judged = {} if head is None else dict.fromkeys(head_methods(head), _unseen(run, head, shards, len(tokens.keys)))
     cond_inputs_S = conditioning_inputs(prompts, prompts.encode(tokens.prompts)).to(device)
-    codes_SN, images_S = torch.from_numpy(tokens.codes_SN).to(device), np.array([zlib.crc32(key.encode()) for key in tokens.keys], np.int64)
+    codes_SN, images_S = (
+        torch.from_numpy(tokens.codes_SN).to(device),
+        np.array([zlib.crc32(name_bytes(key)) for key in tokens.keys], np.int64),
+    )
     with run.console.progress(rounds * len(methods), "methods of finding orders") as tally:
         return compare(
             model,

@@ -25,7 +25,7 @@ from oar_scale.config.schema import OrderHeadConfig
 from oar_scale.data.hashing import hash_keys, name_hashes, permutations
 from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest
 from oar_scale.data.open_shard import TokenShard
-from oar_scale.data.shards import read_token_shard
+from oar_scale.data.shards import identity, read_token_shard
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.analysis.analysis_values import HeadReport, HeadRow
@@ -108,8 +108,8 @@ class HeadData:
 
 def kept_out(shard: TokenShard, share: float) -> NDArray[np.bool_]:
     """Which images [S] a head is not trained on: by their family, else their name, else their key."""
-    metadata = [shard.metadata(row) for row in range(len(shard))]
-    names = [str(each.get("family") or each.get("name") or key) for each, key in zip(metadata, shard.keys, strict=True)]
+    identities = [identity(shard.metadata(row)) for row in range(len(shard))]
+    names = [family or name or key for (name, family), key in zip(identities, shard.keys, strict=True)]
     return name_hashes(names, "order head") < share
 
 

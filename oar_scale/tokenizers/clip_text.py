@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from oar_scale.errors import UserError, error_line
 from oar_scale.json_object import JsonObject
 from oar_scale.storage import open_storage
+from oar_scale.text import clean_text
 from oar_scale.tokenizers.clip_spec import ClipTextSpec, Features
 
 
@@ -68,8 +69,7 @@ class ClipText:
         """Ids int64 [B, T]: start, pieces, end, zeros; a longer caption keeps its end token; an empty one is all zeros."""
         ids_BT = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)
         for row, caption in enumerate(captions):
-            # Half a surrogate pair (a broken JSON escape, a terminal that is not UTF-8) is no text: it counts as "?".
-            token_ids = self._tokenizer.encode(caption.encode("utf-8", errors="replace").decode())[: self.max_tokens - 2]
+            token_ids = self._tokenizer.encode(clean_text(caption))[: self.max_tokens - 2]
             if token_ids:
                 ids = [self._tokenizer.sot_token_id, *token_ids, self._tokenizer.eot_token_id]
                 ids_BT[row, : len(ids)] = torch.tensor(ids) + 1

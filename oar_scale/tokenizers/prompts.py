@@ -8,6 +8,7 @@ frozen text tower computes anything there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from oar_scale.config.schema import ClipTextConfig, FeaturesConfig, LabelsConfig, SentencePieceConfig, TextConfig
 from oar_scale.errors import UserError
 from oar_scale.storage import join, read_json, write_json
+from oar_scale.text import shown
 from oar_scale.tokenizers.clip_spec import ClipTextSpec
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.text import TextTokenizer
@@ -65,8 +67,8 @@ class LabelEncoder:
     def encode(self, prompts: Sequence[int | str]) -> Tensor:
         """Labels as int64 [B, 1]. Raises UserError for what is no label below the number of classes."""
         for prompt in prompts:
-            if not str(prompt).isdecimal() or int(prompt) >= self.vocab_size:
-                raise UserError(f"{prompt!r} is no class label: this model knows the labels 0 to {self.vocab_size - 1}")
+            if not re.fullmatch("[0-9]{1,18}", str(prompt)) or int(prompt) >= self.vocab_size:
+                raise UserError(f"{shown(prompt)} is no class label: this model knows the labels 0 to {self.vocab_size - 1}")
         return torch.tensor([[int(prompt)] for prompt in prompts], dtype=torch.long)
 
 
@@ -87,7 +89,7 @@ class FeatureReader:
         for row, prompt in enumerate(prompts):
             shape: tuple[int, ...] = () if isinstance(prompt, str) else np.shape(prompt)
             if len(shape) != 2 or shape[0] > self.max_tokens or shape[1] != self.width:
-                given = f"the caption {prompt!r}" if isinstance(prompt, str) else f"features {shape}"
+                given = f"the caption {shown(prompt)}" if isinstance(prompt, str) else f"features {shape}"
                 raise UserError(
                     f"this model's prompts are precomputed features {(self.max_tokens, self.width)} (rows at most, width), got {given}"
                 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import sentencepiece
 import torch
@@ -16,6 +16,10 @@ from torch import Tensor
 
 from oar_scale.errors import UserError
 from oar_scale.storage import open_storage
+from oar_scale.text import clean_text
+
+LONGEST = 4192
+"""Bytes of the longest caption that SentencePiece takes by default: what is longer it leaves out without a word."""
 
 
 class TextTokenizer:
@@ -37,9 +41,7 @@ class TextTokenizer:
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Ids int64 [B, T] of captions, cut after ``max_tokens`` pieces, padded with 0 on the right."""
         ids_BT = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)
-        # Half a surrogate pair (a broken JSON escape, a terminal that is not UTF-8) is no text: it counts as "?".
-        texts = [caption.encode("utf-8", errors="replace") for caption in captions]
-        for row, ids in enumerate(self.processor.encode(texts)):
+        for row, ids in enumerate(self.processor.encode([clean_text(caption) for caption in captions])):
             ids = ids[: self.max_tokens]
             ids_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.long) + self._shift
         return ids_BT
@@ -65,11 +67,15 @@ class TextTokenizer:
 
 
 def train_text_tokenizer(captions: Sequence[str], vocab_size: int, max_tokens: int) -> TextTokenizer:
-    """Train a unigram SentencePiece model; a vocabulary larger than the captions support is reduced to what they do."""
+    """Train a unigram SentencePiece model on all captions, however long; a vocabulary larger than they support is reduced."""
     model = io.BytesIO()
+    texts = [clean_text(caption) for caption in captions]
+    longest = max((len(text.encode()) for text in texts), default=0)
+    options: dict[str, Any] = {"max_sentence_length": longest} if longest > LONGEST else {}
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions),
+            sentence_iterator=iter(texts),
+            **options,
             model_writer=model,
             vocab_size=vocab_size,
             model_type="unigram",

@@ -6,15 +6,17 @@ The label is the number of the folder among all folders in alphabetical order; t
 from __future__ import annotations
 
 import functools
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from oar_scale.config.schema import ClassFoldersSource
+from oar_scale.data.labels import readable
 from oar_scale.data.notes import Notes
-from oar_scale.data.sources.image_files import image_files, key_of, square
+from oar_scale.data.sources.image_files import image_files, key_of, no_folder, square
 from oar_scale.data.sources.source import Content, SourceImage
 from oar_scale.errors import UserError
+from oar_scale.json_object import parse_object
+from oar_scale.text import read_text
 
 
 class ClassFolderImages:
@@ -26,7 +28,7 @@ class ClassFolderImages:
         self.notes = Notes()
         self.path, self.template = config.path, config.caption
         if not os.path.isdir(self.path):
-            raise UserError(f"data.source.path {self.path}: no such folder")
+            raise no_folder("path", self.path)
         with os.scandir(self.path) as entries:
             self.classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
         if not self.classes:
@@ -61,15 +63,14 @@ def read_names(path: str) -> dict[str, str]:
     Raises:
         UserError: the file is missing or holds something else.
     """
+    where = f"data.source.names {path}"
+    text = read_text(path, where)
+    pairs: Iterable[Sequence[str]]
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        if path.endswith(".json"):
-            pairs = [value if isinstance(value, list) else (key, value) for key, value in json.loads(text).items()]
+        if path.lower().endswith(".json"):
+            pairs = [value if isinstance(value, list) else (key, value) for key, value in parse_object(text).items()]
         else:
-            pairs = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-        return {folder: name.split(",")[0].replace("_", " ").strip() for folder, name in pairs}
-    except FileNotFoundError as error:
-        raise UserError(f"data.source.names {path}: no such file") from error
+            pairs = [line.split(maxsplit=1) for line in text.split("\n") if line.strip()]
+        return {folder: readable(name) for folder, name in pairs}
     except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"data.source.names {path}: a class and its name are expected for each class ({error})") from error
+        raise UserError(f"{where}: a class and its name are expected for each class ({error})") from error

@@ -7,18 +7,18 @@ the caption). The text files may lie in a folder of their own, and hold several 
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterator
 
 from oar_scale.config.schema import FolderSource
-from oar_scale.data.hashing import name_hash
 from oar_scale.data.images import EXTENSIONS
+from oar_scale.data.labels import stored_label
 from oar_scale.data.notes import Notes
-from oar_scale.data.sources.image_files import image_files, key_of, square
+from oar_scale.data.sources.captions import caption_lines, caption_of, metadata_of
+from oar_scale.data.sources.image_files import image_files, key_of, no_folder, square
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.errors import UserError
-from oar_scale.json_object import JsonObject
+from oar_scale.text import is_missing
 
 
 class FolderImages:
@@ -31,7 +31,7 @@ class FolderImages:
         self.path, self.captions, self.alternatives = config.path, config.captions or config.path, config.alternatives
         for field, path in (("path", self.path), ("captions", self.captions)):
             if not os.path.isdir(path):
-                raise UserError(f"data.source.{field} {path}: no such folder")
+                raise no_folder(field, path)
 
     def images(self) -> Iterator[SourceImage]:
         """All images of the folder and its subfolders, sorted by path."""
@@ -44,35 +44,29 @@ class FolderImages:
     def _read(self, name: str, size: int) -> Content:
         stem = os.path.splitext(name)[0]
         beside = os.path.join(self.path, stem)
-        text = _text(os.path.join(self.captions, f"{stem}.txt"))
-        metadata = _metadata(f"{beside}.json")
-        if self.alternatives:
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
-            text = lines[int(name_hash(key_of(name), "caption") * len(lines))] if lines else ""
-            metadata = {"captions": lines, **metadata}
-        if not text:
+        given: object = _beside(os.path.join(self.captions, stem), "txt")
+        if self.alternatives and isinstance(given, bytes):
+            given = caption_lines(given)
+        caption, several = caption_of(given, key_of(name))
+        metadata = metadata_of(_beside(beside, "json"))
+        label = stored_label(metadata, _beside(beside, "cls"))
+        if not caption and is_missing(label):
             raise BadImage("no caption")
-        return Content(square(os.path.join(self.path, name), size), text, metadata, _bytes(f"{beside}.features.npy"))
+        if several:
+            metadata = {"captions": several, **metadata}
+        if not is_missing(label):
+            metadata["label"] = label
+        return Content(square(os.path.join(self.path, name), size), caption, metadata, _beside(beside, "features.npy"))
 
 
-def _text(path: str) -> str:
-    return (_bytes(path) or b"").decode(errors="replace").strip()
-
-
-def _metadata(path: str) -> JsonObject:
-    data = _bytes(path)
-    try:
-        metadata = json.loads(data or b"{}")
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(metadata, dict):
-        raise UserError(f'{path}: holds no object, e.g. {{"label": 3}}')
-    return metadata
-
-
-def _bytes(path: str) -> bytes | None:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
+def _beside(stem: str, extension: str) -> bytes | None:
+    """The content of ``STEM.EXTENSION``, which may also be written ``.EXT`` or ``.Ext``; None where there is none."""
+    for each in dict.fromkeys((extension, extension.upper(), extension.capitalize())):
+        try:
+            with open(f"{stem}.{each}", "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise BadImage(f"its .{each} cannot be read ({error.strerror})") from error
+    return None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageOps
 
+from oar_scale.data.hashing import name_bytes
 from oar_scale.data.images import EXTENSIONS, decode_image
 from oar_scale.data.sources.source import BadImage
 from oar_scale.errors import UserError
@@ -23,9 +24,19 @@ def image_files(folder: str) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(at, name), folder).replace(os.sep, "/")
 
 
+def no_folder(field: str, path: str) -> UserError:
+    """The error that a folder of images is none."""
+    if os.path.isfile(path):
+        return UserError(
+            f"data.source.{field} {path}: is a file, and a folder is wanted. A CSV, TSV or Parquet file is type: table, "
+            "a tar is type: webdataset."
+        )
+    return UserError(f"data.source.{field} {path}: no such folder")
+
+
 def key_of(path: str) -> str:
     """A path as a sample's key: readable, and still different for ``a b.png`` and ``a-b.png``."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", path) + f"-{zlib.crc32(path.encode('utf-8', 'surrogateescape')):08x}"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path) + f"-{zlib.crc32(name_bytes(path)):08x}"
 
 
 def square(path: str, size: int) -> Image.Image:

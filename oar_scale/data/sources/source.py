@@ -13,10 +13,17 @@ from typing import Protocol
 from PIL import Image
 
 from oar_scale.data.notes import Notes
+from oar_scale.text import cut
+
+REASON_LENGTH = 300
+"""Characters of a reason; a library's message may hold the whole value that it could not use."""
 
 
 class BadImage(Exception):
     """An image that cannot be used; ``str(error)`` is the reason, in short."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(cut(reason, lines=1, characters=REASON_LENGTH))
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,9 @@ class Content:
     image: Image.Image
     """RGB, square, of the requested side."""
     caption: str
+    """Empty where there is a label instead."""
     metadata: Mapping[str, object] = field(default_factory=dict)
-    """Further entries of ``KEY.json``, for example an integer ``label``."""
+    """Further entries of ``KEY.json``; ``label`` is the class, as the source has it (:mod:`oar_scale.data.labels`)."""
     features: bytes | None = None
     """``KEY.features.npy``: features of the caption, float16 [T, F]."""
     changed: tuple[str, ...] = ()

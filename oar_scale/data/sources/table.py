@@ -1,126 +1,143 @@
-"""A table of images: a CSV or Parquet file with a row for each, its path in one column and its caption in others.
+"""A table of images: CSV, TSV or Parquet files with a row for each, its picture or the path of it in one column, its caption in others.
 
-Path and caption are the name of a column, or a text with columns in braces:
+Image and caption are the name of a column, or a text with columns in braces:
 
     image: "images/{id}.jpg"        caption: "{baseColour} {articleType}: {productDisplayName}"
 """
 
 from __future__ import annotations
 
-import csv
 import functools
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+
+from PIL import Image
 
 from oar_scale.config.schema import TableSource
+from oar_scale.data.labels import label_of
 from oar_scale.data.notes import Notes
-from oar_scale.data.sources.image_files import key_of, square
+from oar_scale.data.sources.captions import caption_of
+from oar_scale.data.sources.columns import Columns, Spool, Spooled, Template, path_of
+from oar_scale.data.sources.csv_table import read_csv
+from oar_scale.data.sources.image_files import key_of, square, square_of
+from oar_scale.data.sources.parquet_table import read_parquet
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
+from oar_scale.data.sources.table_files import is_parquet, local_file, table_files
 from oar_scale.errors import UserError
-
-Columns = dict[str, Sequence[str]]
-_FIELD = re.compile(r"\{([^{}]*)\}")
+from oar_scale.storage import Missing, join, open_storage
+from oar_scale.text import NotText, cut
 
 
 class TableImages:
-    """The images, cropped to the central square and resized. The columns that are used stay in memory, the images do not."""
+    """The images, cropped to the central square and resized.
+
+    The columns that are used stay in memory, the images do not: those that lie in the table itself are kept in a temporary file meanwhile.
+    """
 
     def __init__(self, config: TableSource) -> None:
         self.notes = Notes()
         self.attribution = config.attribution
-        self.root = config.root or os.path.dirname(config.path) or "."
-        fields = {field: getattr(config, field) for field in ("image", "caption", "label", "name", "family")}
-        wanted = {field: _columns_of(text) for field, text in fields.items() if text is not None}
-        columns, self.rows = _read_table(config.path, {column for names in wanted.values() for column in names}, wanted)
-        self._fields = {field: _filler(fields[field], columns) for field in wanted}
+        given = {field: getattr(config, field) for field in ("image", "caption", "label", "name", "family")}
+        self._fields = {field: Template(text) for field, text in given.items() if text is not None}
+        self._spool = Spool()
+        files = table_files(config.path)
+        self.root = config.root or (files[0].rpartition("/")[0] if "://" in files[0] else os.path.dirname(files[0])) or "."
+        self._columns = self._read_files(files)
+        if not self._columns.rows or not self._fields["image"].columns:
+            raise UserError(f"data.source.path {config.path}: a table without a row, or data.source.image names no column")
 
     def images(self) -> Iterator[SourceImage]:
         """One image for each row of the table."""
-        for row in range(self.rows):
-            path = self._cell("image", row)
-            name = self._cell("name", row) or os.path.splitext(path)[0] or f"row {row}"
-            key = key_of(path) if path else f"row-{row}"
-            yield SourceImage(key, name, functools.partial(self._read, row), self._cell("family", row))
+        row = 0
+        for file, rows in self._columns.rows_of:
+            stem = os.path.splitext(os.path.basename(file))[0]
+            for number in range(rows):
+                picture = self._picture(row)
+                unnamed = f"row {row}" if len(self._columns.rows_of) == 1 and not isinstance(picture, Spooled) else f"{stem}/{number}"
+                path = picture if isinstance(picture, str) else ""
+                name = self._text("name", row) or os.path.splitext(path)[0] or unnamed
+                yield SourceImage(key_of(path or unnamed), name, functools.partial(self._read, row), self._text("family", row))
+                row += 1
 
-    def _cell(self, field: str, row: int) -> str:
-        """Empty for a field that the recipe does not set."""
-        return self._fields[field](row) if field in self._fields else ""
+    def _read_files(self, files: list[str]) -> Columns:
+        """The columns of all files, one after the other."""
+        wanted = {column for template in self._fields.values() for column in template.columns}
+        whole = Columns({name: [] for name in wanted})
+        for path in files:
+            where = f"data.source.path {path}"
+            with local_file(path) as local:
+                if is_parquet(local, path):
+                    image = self._fields["image"]
+                    header, part = read_parquet(local, where, wanted, image.text if image.whole else None, self._spool)
+                else:
+                    header, cells = read_csv(local, where, wanted, self.notes)
+                    part = Columns(cells, [(where, len(next(iter(cells.values()), ())))])
+            for field, template in self._fields.items():
+                missing = next((name for name in template.columns if name not in header), None)
+                if missing is not None:
+                    names = cut(", ".join(header), lines=1, characters=1000)
+                    raise UserError(f"data.source.{field}: {path} has no column {missing!r}; it has {names}")
+            for name, column in whole.cells.items():
+                column += part.cells[name]
+            whole.rows_of.append((path, part.rows_of[0][1]))
+            whole.classes.update(part.classes)
+        return whole
+
+    def _text(self, field: str, row: int) -> str:
+        """A field of a row as text; empty where the recipe does not set it, or the row has no text there."""
+        try:
+            return self._fields[field].fill(self._columns, row) if field in self._fields else ""
+        except NotText:
+            return ""
+
+    def _picture(self, row: int) -> str | Spooled:
+        """Where the picture of a row lies, empty for none."""
+        template = self._fields["image"]
+        try:
+            cell = self._columns.cells[template.text][row] if template.whole else template.fill(self._columns, row)
+            return cell if isinstance(cell, Spooled) else path_of(cell)
+        except NotText:
+            return ""
 
     def _read(self, row: int, size: int) -> Content:
-        path, caption = self._cell("image", row), self._cell("caption", row)
-        if not path:
+        picture = self._picture(row)
+        if not picture:
             raise BadImage("no path")
-        if not caption:
+        caption, several = self._caption(row)
+        metadata: dict[str, object] = {"captions": several} if several else {}
+        metadata |= self._label(row)
+        if not caption and "label" not in metadata:
             raise BadImage("no caption")
-        return Content(square(os.path.join(self.root, path), size), caption, self._metadata(row))
+        return Content(self._pixels(picture, size), caption, metadata)
 
-    def _metadata(self, row: int) -> dict[str, int]:
+    def _caption(self, row: int) -> tuple[str, list[str]]:
+        template = self._fields["caption"]
+        cell = self._columns.cells[template.text][row] if template.whole else None
+        try:
+            given = cell if isinstance(cell, list) else template.fill(self._columns, row)
+        except NotText as error:
+            raise BadImage(f"its caption {error}") from error
+        return caption_of(given, str(row))
+
+    def _label(self, row: int) -> dict[str, object]:
         if "label" not in self._fields:
             return {}
-        label = self._cell("label", row)
-        if not label.isdecimal():
-            raise BadImage(f"its label {label!r} is no whole number")
-        return {"label": int(label)}
-
-
-def _columns_of(text: str) -> list[str]:
-    return _FIELD.findall(text) if "{" in text else [text]
-
-
-def _filler(text: str, columns: Columns) -> Callable[[int], str]:
-    """Return a function that fills a column, or a text with columns in it, from a row; blanks left by an empty cell are removed."""
-    if "{" not in text:
-        return lambda row: columns[text][row].strip()
-    return lambda row: " ".join(_FIELD.sub(lambda field: columns[field[1]][row].strip(), text).split())
-
-
-def _read_table(path: str, wanted: set[str], by_field: dict[str, list[str]]) -> tuple[Columns, int]:
-    """The wanted columns as text, empty where a cell is, and the number of rows.
-
-    Raises:
-        UserError: no such file, or not a table, or without one of the columns.
-    """
-    if not os.path.isfile(path):
-        raise UserError(f"data.source.path {path}: no such file")
-    read = _read_parquet if path.endswith((".parquet", ".pq")) else _read_csv
-    header, columns = read(path, wanted)
-    for field, names in by_field.items():
-        missing = next((name for name in names if name not in header), None)
-        if missing is not None:
-            raise UserError(f"data.source.{field}: {path} has no column {missing!r}; it has {', '.join(header)}")
-    rows = len(next(iter(columns.values()), ()))
-    if not rows:
-        raise UserError(f"data.source.path {path}: a table without a row, or data.source.image names no column")
-    return columns, rows
-
-
-def _read_parquet(path: str, wanted: set[str]) -> tuple[list[str], Columns]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        header = list(pq.read_schema(path).names)
-        table = pq.read_table(path, columns=[name for name in header if name in wanted])
-        return header, {name: ["" if cell is None else str(cell) for cell in table.column(name).to_pylist()] for name in table.column_names}
-    except pa.ArrowException as error:
-        raise UserError(f"data.source.path {path}: not a Parquet file that can be read ({error})") from error
-
-
-def _read_csv(path: str, wanted: set[str]) -> tuple[list[str], Columns]:
-    """A line with more cells than the header has an unquoted comma in its last column: that is where the rest belongs."""
-    separator = "\t" if path.endswith(".tsv") else ","
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        lines = csv.reader(file, delimiter=separator)
+        template = self._fields["label"]
+        cell = self._columns.cells[template.text][row] if template.whole else template.fill(self._columns, row)
+        names = self._columns.classes.get(template.text, [])
         try:
-            header = next(lines, [])
-            kept = [(header.index(name), name, list[str]()) for name in dict.fromkeys(header) if name in wanted]
-            for cells in lines:
-                if len(cells) > len(header):
-                    cells = [*cells[: len(header) - 1], separator.join(cells[len(header) - 1 :])]
-                if cells:
-                    for index, _, column in kept:
-                        column.append(cells[index] if index < len(cells) else "")
-        except csv.Error as error:
-            raise UserError(f"data.source.path {path}: line {lines.line_num} is no row of a table ({error})") from error
-    return header, {name: column for _, name, column in kept}
+            label = label_of(names.index(cell) if isinstance(cell, str) and cell in names else cell, len(names) or None)
+        except ValueError as error:
+            raise BadImage(str(error)) from error
+        return {"label": label, "class": names[label]} if names else {"label": label}
+
+    def _pixels(self, picture: str | Spooled, size: int) -> Image.Image:
+        if isinstance(picture, Spooled):
+            return square_of(self._spool.read(picture), size)
+        if not self.root.startswith("s3://"):
+            return square(os.path.join(self.root, picture), size)
+        uri = join(self.root, picture)
+        try:
+            return square_of(open_storage(uri).read(uri), size)
+        except Missing as error:
+            raise BadImage(f"cannot be read (there is no {uri})") from error

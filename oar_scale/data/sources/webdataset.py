@@ -9,20 +9,21 @@ shards and not of theirs. On S3 the second time is one ranged GET a sample; noth
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from oar_scale.config.schema import WebDatasetSource
 from oar_scale.data.images import EXTENSIONS
+from oar_scale.data.labels import stored_label
 from oar_scale.data.notes import Notes
+from oar_scale.data.sources.captions import caption_of, metadata_of
 from oar_scale.data.sources.image_files import key_of, square_of
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.data.tars import BLOCK, key_and_extension, map_file, members, samples
 from oar_scale.errors import UserError
-from oar_scale.json_object import JsonObject
 from oar_scale.storage import open_storage
+from oar_scale.text import is_missing
 
 SHARDS_AT_ONCE = 4
 """Opened at the same time in the first pass; shards on S3 are whole in memory then."""
@@ -56,19 +57,21 @@ class WebDatasetImages:
 
     def _read(self, uri: str, start: int, end: int, size: int) -> Content:
         part = open_storage(uri).read(uri, start, end) + bytes(2 * BLOCK)  # a tar of its own: one sample and the end
-        _, sample = next(samples(memoryview(part), uri))
+        key, sample = next(samples(memoryview(part), uri))
         picture = next((sample[extension] for extension in EXTENSIONS if extension in sample), None)
         if picture is None:
             raise BadImage(f"no image among .{', .'.join(sample)}")
-        metadata = _metadata(sample)
-        name = self.config.caption
-        caption = bytes(sample.get("txt", b"")).decode(errors="replace") if name is None else metadata.get(name)
-        if not isinstance(caption, str) or not caption.strip():
+        metadata = metadata_of(sample.get("json"))
+        field = self.config.caption
+        caption, several = caption_of(sample.get("txt") if field is None else metadata.get(field), key_of(key))
+        label = stored_label(metadata, sample.get("cls"), self.config.label)
+        if not caption and is_missing(label):
             raise BadImage("no caption")
-        label = metadata.get(self.config.label)
-        if isinstance(label, int):
+        if several:
+            metadata.setdefault("captions", several)
+        if not is_missing(label):
             metadata["label"] = label
-        return Content(square_of(picture, size), caption.strip(), metadata)
+        return Content(square_of(picture, size), caption, metadata)
 
 
 def _sample_ranges(uri: str) -> list[SampleRange]:
@@ -84,13 +87,3 @@ def _sample_ranges(uri: str) -> list[SampleRange]:
         else:
             ranges.append((key, ranges[-1][2] if ranges else 0, end))
     return ranges
-
-
-def _metadata(sample: dict[str, memoryview]) -> JsonObject:
-    try:
-        metadata = json.loads(bytes(sample.get("json", b"{}")))
-    except ValueError as error:
-        raise BadImage(f"its .json is none ({error})") from error
-    if not isinstance(metadata, dict):
-        raise BadImage("its .json holds no object")
-    return metadata

@@ -1,0 +1,119 @@
+"""CSV and TSV files, read as they are meant: separator, quoting and encoding are those under which the file makes sense.
+
+    separator    comma, semicolon or tab: the one with which the header has the columns that are asked for
+    quoting      used, unless the lines make more whole rows without it: then quotation marks are letters of the cells
+    encoding     UTF-8, or what a byte order mark says
+
+A row with more cells than the header has an unquoted separator in its last column: that is where the rest belongs. Such rows, and those
+with fewer cells, are counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, TextIO
+
+from oar_scale.data.notes import Notes
+from oar_scale.data.sources.columns import Cell
+from oar_scale.errors import UserError
+from oar_scale.text import encoding_of
+
+_SEPARATORS = (",", ";", "\t")
+_LONGEST_HEADER = 1 << 20
+_ESCAPED = re.compile("[\udc80-\udcff]")
+LONGER = "rows with more cells than the header: the rest was taken for the last column"
+SHORTER = "rows with fewer cells than the header: the last ones are empty"
+
+
+class _Form(NamedTuple):
+    """How the cells of a file are written."""
+
+    encoding: str
+    separator: str
+    quoted: bool
+
+
+def read_csv(path: str, where: str, wanted: set[str], notes: Notes) -> tuple[list[str], dict[str, list[Cell]]]:
+    """The header, and the wanted columns.
+
+    Args:
+        where: names the file in errors.
+        notes: gets the rows that have other numbers of cells than the header.
+
+    Raises:
+        UserError: it is no text, or no table.
+    """
+    with open(path, "rb") as file:
+        encoding = encoding_of(file.read(4))
+    csv.field_size_limit(sys.maxsize)  # the default of 131,072 characters is a guard for others
+    try:
+        form = _form(path, encoding, wanted)
+        rows = _rows(path, form)
+        header = next(rows, [])
+        kept = [(header.index(name), name, list[Cell]()) for name in dict.fromkeys(header) if name in wanted]
+        for number, cells in enumerate(rows, 2):
+            if len(cells) != len(header):
+                notes.add(LONGER if len(cells) > len(header) else SHORTER, f"{where}: row {number}")
+                cells = [*cells[: len(header) - 1], form.separator.join(cells[len(header) - 1 :])]
+            for index, _, column in kept:
+                column.append(_cell(cells[index]) if index < len(cells) else "")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not {encoding.upper()} as its byte order mark says; save it as UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{where}: no table ({error})") from error
+    return header, {name: column for _, name, column in kept}
+
+
+def _cell(text: str) -> Cell:
+    """Bytes where a cell is not UTF-8: they are still the name of a file, but no caption."""
+    return text.encode("utf-8", "surrogateescape") if not text.isascii() and _ESCAPED.search(text) else text
+
+
+def _form(path: str, encoding: str, wanted: set[str]) -> _Form:
+    with _open(path, encoding) as text:
+        header = text.readline(_LONGEST_HEADER)
+        quotes = '"' in header or any('"' in line for line in text)
+
+    def columns(separator: str) -> list[str]:
+        return next(csv.reader([header], delimiter=separator), [])
+
+    order = ("\t", ",", ";") if path.lower().endswith((".tsv", ".tab")) else _SEPARATORS
+    fitting = [each for each in order if wanted <= {name.strip() for name in columns(each)}]
+    separator = fitting[0] if fitting else max(order, key=lambda each: len(columns(each)))
+    unquoted = _Form(encoding, separator, False)
+    quoted = unquoted._replace(quoted=True)
+    if not quotes:
+        return quoted
+    with_quotes, without = (_whole_rows(path, form) for form in (quoted, unquoted))
+    return quoted if with_quotes > without or (with_quotes == without and _is_strict(path, quoted)) else unquoted
+
+
+def _whole_rows(path: str, form: _Form) -> int:
+    """How many rows have as many cells as the header."""
+    rows = _rows(path, form)
+    columns = len(next(rows, []))
+    return sum(len(cells) == columns for cells in rows)
+
+
+def _is_strict(path: str, form: _Form) -> bool:
+    """Whether quotation marks stand around whole cells only, as a program writes them."""
+    try:
+        return sum(1 for _ in _rows(path, form, strict=True)) > 0
+    except csv.Error:
+        return False
+
+
+def _rows(path: str, form: _Form, *, strict: bool = False) -> Iterator[list[str]]:
+    """The rows, the header first; blank lines are none."""
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if form.quoted else csv.QUOTE_NONE
+    with _open(path, form.encoding) as file:
+        rows = (cells for cells in csv.reader(file, delimiter=form.separator, quoting=quoting, strict=strict) if cells)
+        yield [name.strip() for name in next(rows, [])]
+        yield from rows
+
+
+def _open(path: str, encoding: str) -> TextIO:
+    return open(path, encoding=encoding, errors="surrogateescape" if encoding.startswith("utf-8") else "strict", newline="")
