@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -42,6 +43,8 @@ PACKAGES = "apt-get install --no-install-recommends slurmctld slurmd slurm-clien
 FREE = range(23000, 24000, 10)
 """The ports among which :func:`free_port` chooses."""
 START_S = 600.0
+OPTIONS = re.compile(r"(?:SLURM|SBATCH|SALLOC|SRUN|SQUEUE|SINFO|SACCT|SCANCEL|SCONTROL)_")
+"""Variables by which a shell changes what Slurm's commands do and print."""
 CLIENT_S = 120
 """Timeout of Slurm's commands, which by themselves wait minutes for a controller that is gone."""
 
@@ -93,7 +96,8 @@ class Cluster:
     def command(self, *arguments: str) -> str:
         """Run one of Slurm's commands and return its output. Raises RuntimeError where it fails."""
         command = [*self.prefix, *arguments]
-        done = subprocess.run(command, env={**os.environ, **self.env}, capture_output=True, text=True, timeout=CLIENT_S)
+        kept = {name: value for name, value in os.environ.items() if not OPTIONS.match(name)}
+        done = subprocess.run(command, env={**kept, **self.env}, capture_output=True, text=True, timeout=CLIENT_S)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout

@@ -142,6 +142,8 @@ def test_setup_lines_share_one_shell_and_may_belong_together() -> None:
 def test_a_variable_of_env_that_is_not_set_is_named() -> None:
     code, output = run_setup([], {"CACHE": "/tmp/$NOBODY/x"})
     assert code == 2 and "NOBODY: is not set on this node, and env.CACHE of the profile refers to it" in output
+    code, output = run_setup([], {"UID": "0"})
+    assert code == 2 and "UID: readonly variable" in output and "a variable of env in the profile cannot be set" in output
 
 
 def test_a_failing_setup_ends_jobs_and_arrays_with_code_2(stub_runs: StubRuns) -> None:
