@@ -11,6 +11,7 @@ from oar_scale.cli.common import Subparsers, add_verb
 
 if TYPE_CHECKING:
     from oar_scale.launch import JobStatus
+    from oar_scale.launch.submissions import Submission
 
 RUN = "a run's folder, or its recipe (.yaml)"
 FORGET = "where the cluster of the last submission does not answer: take it and its jobs for gone"
@@ -44,7 +45,6 @@ def add(verbs: Subparsers) -> None:
 
 def _submit(arguments: argparse.Namespace) -> None:
     from oar_scale.launch import dry_run, submit
-    from oar_scale.launch.slurm_client import ignored_options
 
     if arguments.dry_run:
         for text in dry_run(arguments.recipe, arguments.cluster, arguments.stages, arguments.overrides, arguments.profile):
@@ -58,6 +58,12 @@ def _submit(arguments: argparse.Namespace) -> None:
         profile_overrides=arguments.profile,
         forget=arguments.forget,
     )
+    _show(submission)
+
+
+def _show(submission: Submission) -> None:
+    from oar_scale.launch.slurm_client import ignored_options
+
     if submission.kind == "slurm" and (ignored := ignored_options(os.environ)):
         print(f"not used, as the profile decides: {', '.join(ignored)} of this shell", file=sys.stderr)
     for job in submission.jobs:
@@ -98,5 +104,4 @@ def _cancel(arguments: argparse.Namespace) -> None:
 def _resubmit(arguments: argparse.Namespace) -> None:
     from oar_scale.launch import resubmit
 
-    for job in resubmit(arguments.target, forget=arguments.forget).jobs:
-        print(f"submitted {job.name} as job {job.id}" + (f", after {job.after}" if job.after else ""))
+    _show(resubmit(arguments.target, forget=arguments.forget))
