@@ -99,7 +99,9 @@ class _Watchdog:
         self._timeout_s, self._rank = timeout_s, rank
         self._local, self._root = join(job.local, "logs", f"{job.stage}-rank{rank}"), join(job.root, "logs", f"{job.stage}-rank{rank}")
         self._path = f"{self._local}.stacks"
-        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", join(job.local, "logs", f"{job.stage}-collectives-rank"))  # NCCL's own dump
+        if dist.get_backend() == "nccl":  # its own dump, should it find a timeout before the watchdog does
+            os.makedirs(join(job.local, "logs"), exist_ok=True)
+            os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", join(job.local, "logs", f"{job.stage}-nccl-rank"))
         self._ended = threading.Event()
         self.heartbeat("start")
 
