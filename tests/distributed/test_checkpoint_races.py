@@ -8,9 +8,8 @@ holds, and the answers of each process; from there each process that has not end
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from crc32c import crc32c
@@ -28,7 +27,7 @@ LATER = 4e9
 
 Objects = frozenset[tuple[str, bytes]]
 Answers = tuple[Any, ...]
-ENDED = None
+ENDED = -1
 
 
 class Pending(BaseException):
@@ -105,13 +104,27 @@ def manifest(step: int) -> dict[str, Any]:
     return {"step": step, "world_size": 1, "zero_stage": 2, "state": {}, "files": files}
 
 
-@dataclass(frozen=True)
-class State:
-    objects: Objects
-    answers: tuple[Answers | None, ...]
-    """Of each process; ENDED when it has none to wait for any more."""
+class State(NamedTuple):
+    """Small, for there are many: what it holds is numbered by the model."""
+
+    objects: int
+    answers: tuple[int, ...]
+    """Of each process; ENDED when it has none to wait for any more. Those of the pruners are sorted: they are the same process twice."""
     committed: frozenset[int]
     """Steps that have had a marker at some time."""
+
+
+class Numbers:
+    """A number for each value, the same for equal ones."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+        self.values: list[Any] = []
+
+    def of(self, value: Any) -> int:
+        if (number := self._numbers.setdefault(value, len(self.values))) == len(self.values):
+            self.values.append(value)
+        return number
 
 
 class Model:
@@ -119,12 +132,12 @@ class Model:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, int], keep: int) -> None:
         self._patch, self._steps, self._keep = monkeypatch, steps, keep
-        self.request = cache(self._request)
-        self.after, self.intact = cache(self._after), cache(self._intact)
+        self._objects, self._answers = Numbers(), Numbers()
+        self.request, self.after, self.intact = cache(self._request), cache(self._after), cache(self._intact)
 
-    def _request(self, process: int, answers: Answers) -> tuple[Any, ...] | None:
+    def _request(self, process: int, answers: int) -> tuple[Any, ...] | None:
         """The next request of a process that has got these answers; None: it has ended."""
-        storage = Replay(answers)
+        storage = Replay(self._answers.values[answers])
         self._patch.setattr(layout, "open_storage", lambda uri: storage)
         try:
             if process < 2:
@@ -135,13 +148,20 @@ class Model:
             return pending.request
         return None
 
-    def _after(self, process: int, answers: Answers) -> Answers | None:
-        """The answers themselves, as one object for all states, or ENDED: what a process that has ended was told makes no difference."""
-        return ENDED if self.request(process, answers) is None else answers
+    def _after(self, process: int, objects: int, answers: int) -> tuple[int, int, frozenset[int]]:
+        """The objects and the process's answers once its request is answered, and the steps that have a marker then.
 
-    def _intact(self, objects: Objects, step: int) -> bool:
+        The answers are ENDED where it asks no more: what a process that has ended was told makes no difference.
+        """
+        request = self.request(process, answers)
+        assert request is not None
+        here, answer = answered(self._objects.values[objects], *request)
+        told = self._answers.of((*self._answers.values[answers], answer))
+        return self._objects.of(here), ENDED if self.request(process, told) is None else told, marked(here)
+
+    def _intact(self, objects: int, step: int) -> bool:
         """Whether a step's marker names an attempt of which everything is there."""
-        uri, here = layout.step_uri(CHECKPOINTS, step), dict(objects)
+        uri, here = layout.step_uri(CHECKPOINTS, step), dict(self._objects.values[objects])
 
         class Reading(Replay):
             def read(self, uri: str) -> bytes:
@@ -158,24 +178,21 @@ class Model:
 
     def visit(self, start: Objects) -> int:
         """Visit every state that can be reached; returns how many there are. Fails where a kept checkpoint is lost."""
-        todo = [State(start, ((),) * 4, marked(start))]
+        todo = [State(self._objects.of(start), (self._answers.of(()),) * 4, marked(start))]
         seen = set(todo)
         while todo:
             state = todo.pop()
             for process, answers in enumerate(state.answers):
-                if answers is ENDED:
+                if answers == ENDED:
                     continue
-                request = self.request(process, answers)
-                assert request is not None
-                objects, answer = answered(state.objects, *request)
-                each = list(state.answers)
-                each[process] = self.after(process, (*answers, answer))
-                after = State(objects, tuple(each), state.committed | marked(objects))
+                objects, told, marked_now = self.after(process, state.objects, answers)
+                each = [*state.answers[:process], told, *state.answers[process + 1 :]]
+                after = State(objects, (*each[:2], *sorted(each[2:])), state.committed | marked_now)
                 if after not in seen:
                     seen.add(after)
                     todo.append(after)
                     for step in sorted(after.committed)[-self._keep :]:
-                        assert self.intact(objects, step), f"step {step} was committed and is lost:\n{sorted(dict(objects))}"
+                        assert self.intact(objects, step), f"step {step} is lost:\n{sorted(dict(self._objects.values[objects]))}"
         return len(seen)
 
 
