@@ -54,7 +54,7 @@ def drive(settings: dict[str, Any]) -> int:
     worker = partial(OnRayNodes, sick=settings["sick"]) if settings["sick"] else TableWriter
     make = partial(worker, settings["output"], settings["log"], WORK_S, settings["faults"])
     array = ArrayTask(*settings["array"]) if settings["array"] else None
-    timing = Timing(heartbeat_s=0.3, lease_s=4.0, poll_s=0.3, grace_s=3.0, patience_s=60)
+    timing = Timing(heartbeat_s=0.3, lease_s=4.0, poll_s=0.3, grace_s=3.0, patience_s=PATIENCE_S)
     events: Counter[str] = Counter()
     try:
         report = run_pool(
