@@ -19,7 +19,7 @@ from importlib import import_module
 from oar_scale.config.extras import missing_packages
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
-from oar_scale.errors import UserError
+from oar_scale.errors import Unreachable, UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import duration
 from oar_scale.observe.watch import catch_up, watching
@@ -30,6 +30,7 @@ from oar_scale.run.drivers import Drivers
 from oar_scale.run.stage_markers import Finished, dependents, mark_stale, read_finished, write_finished
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 from oar_scale.storage.patience import patient
+from oar_scale.text import shown
 
 
 def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None, yes: bool = False) -> None:
@@ -198,7 +199,7 @@ def expected_duration(recipe: Recipe, stage: Stage) -> str:
 
 
 def check_run_dir(run: Run) -> None:
-    """Refuse a folder that another recipe's run lives in.
+    """Refuse a folder that another recipe's run lives in. One that has left nothing (its recipe was wrong) is in nobody's way.
 
     Raises:
         UserError: names the field in which the two recipes differ.
@@ -207,13 +208,35 @@ def check_run_dir(run: Run) -> None:
         there = read_json(join(run.local(), "run.json"))
     except Missing:
         return
-    for field, value in _run_identity(run).items():
-        same_root = field == "storage_root" and _absolute(there.get(field)) == _absolute(run.recipe.storage.root)
-        if there.get(field) != value and not same_root:
-            raise UserError(
-                f"{run.local()}: this folder belongs to another run: {field} was {there.get(field)!r}, the recipe says {value!r}.\n"
-                "Choose another folder with -o run_dir=..., or delete this one."
-            )
+    difference = next(_differences(there, _run_identity(run)), None)
+    if difference is not None and _left_something(run, there):
+        field, then, now = difference
+        raise UserError(
+            f"{run.local()}: this folder belongs to another run: {field} was {shown(then)}, the recipe says {shown(now)}.\n"
+            "Choose another folder with -o run_dir=..., or delete this one."
+        )
+
+
+def _differences(there: JsonObject, identity: JsonObject) -> Iterator[tuple[str, object, object]]:
+    """The fields in which two runs differ: name, and what each of them has."""
+    for field, now in identity.items():
+        then = there.get(field)
+        if isinstance(then, dict) and isinstance(now, dict):
+            yield from ((f"{field}.{key}", then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key))
+        elif then != now and not (field == "storage_root" and _absolute(then) == _absolute(now)):
+            yield field, then, now
+
+
+def _left_something(run: Run, there: JsonObject) -> bool:
+    """Whether the run of this ``run.json`` has left any results, or a marker of a stage."""
+    root = there.get("storage_root") or run.local()
+    folders = {output.partition("/")[0] for stage in run.recipe.stages() for output in stage.outputs} | {"stages"}
+    try:
+        return any(open_storage(root).list(join(root, folder)) for folder in sorted(folders))
+    except Unreachable:
+        raise
+    except UserError:  # there is no such bucket: the typing error that is corrected now
+        return False
 
 
 def bind_run_dir(run: Run) -> None:

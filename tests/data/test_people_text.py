@@ -8,6 +8,9 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +22,10 @@ from oar_scale.data.notes import Notes
 from oar_scale.data.open_shard import OpenShard, UnusableSample
 from oar_scale.data.prepare import prepare_images
 from oar_scale.data.shards import identity, read_shard
+from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
+from oar_scale.orders.order_table import OrderTable, join_orders, order_bytes, parse_orders
+from oar_scale.storage import read_json, write_json
 from oar_scale.text import NotText, clean_text, cut, decode_text, shown
 
 TEXT = "ein Käfer \U0001f600"
@@ -247,3 +253,20 @@ def test_a_table_for_a_folder_and_the_reverse_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             prepare_images(DataConfig(source=config), str(tmp_path / "images"))
+
+
+def test_keys_that_are_not_utf8_pass_through_views_and_order_tables(tmp_path: Path) -> None:
+    """They are the bytes that they are in the tar, up to the joined orders."""
+    tar(tmp_path / "s.tar", [{"png": picture()}], "b\udcff{n}")
+    shard = OpenShard(memoryview((tmp_path / "s.tar").read_bytes()), "s.tar")
+    assert shard.keys == ["b\udcff0"]
+    image = Image.new("RGB", (8, 8))
+    assert make_view(image, "jitter1", shard.keys[0], 8).size == (8, 8)
+    one = np.arange(4, dtype=np.uint16)[None]
+    for keys in (shard.keys, ["plain"]):
+        table = OrderTable(keys, [0], one, one.astype(np.float32), "m", "s")
+        read = parse_orders(order_bytes(table), "t")
+        assert join_orders(keys, read, shard="s.tar", cells=4).tolist() == [[[0, 1, 2, 3]]]
+    assert pq.read_schema(io.BytesIO(order_bytes(table))).field("key").type == pa.string(), "usual keys stay text"
+    write_json(str(tmp_path / "x.json"), {"key": shard.keys[0]})
+    assert read_json(str(tmp_path / "x.json")) == {"key": shard.keys[0]}

@@ -114,6 +114,13 @@ def test_a_saved_text_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
     assert torch.equal(again.encode(CAPTIONS), text.encode(CAPTIONS))
 
 
+def test_captions_of_any_length_are_learned_from() -> None:
+    """SentencePiece leaves out lines of more than 4,192 bytes without a word, and then finds that there are none."""
+    captions = [f"{'a long story ' * 500}{number}" for number in range(20)]
+    text = train_text_tokenizer([*captions, "short\0\ud83d"], 64, 16)
+    assert "story" in text.processor.decode(text.encode(["a long story"])[0].tolist())
+
+
 def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match=r"text\.model: not a SentencePiece model"):
