@@ -24,7 +24,7 @@ from oar_scale.model.weights import load_model, model_of, open_model, read_spec
 from oar_scale.storage import fetch
 from oar_scale.tokenizers.prompts import PromptEncoder
 from oar_scale.tokenizers.safetensors_file import file_damage
-from oar_scale.training.engine import Objective, StepResult, micro_batches
+from oar_scale.training.engine import Objective, StepResult, Stopwatch, micro_batches
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.optimizer import AVERAGE, parameter_groups
 from oar_scale.training.process import TrainingProcess
@@ -74,9 +74,9 @@ class DeepSpeedEngine:
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        losses, quarters = [], []
+        losses, quarters, watch = [], [], Stopwatch(self._device)
         for inputs in micro_batches(batch, self._micro_batch, self._device, seeds):
-            with record_function("oar::forward"):
+            with record_function("oar::forward"), watch.running():
                 loss, quarters_4 = engine(*inputs)
             with record_function("oar::backward, reduction"):
                 engine.backward(loss)
@@ -84,7 +84,7 @@ class DeepSpeedEngine:
                 engine.step()
             losses.append(loss.detach().float())
             quarters.append(quarters_4.float())
-        return StepResult.of(losses, quarters, float(engine.get_global_grad_norm()))
+        return StepResult.of(losses, quarters, float(engine.get_global_grad_norm()), watch)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

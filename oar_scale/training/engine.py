@@ -12,8 +12,9 @@ Both compute the same loss with the same optimizer: :class:`Objective` and ``tra
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +40,8 @@ class StepResult:
     """Mean loss of the first to the last quarter of the generation order [4]."""
     grad_norm: float
     """Before clipping, over all ranks and parameters; not finite where the step was skipped."""
+    own_s: float = 0.0
+    """Seconds of the forward passes, where a rank waits for no other (but under ZeRO-3, which gathers weights); 0: not measured."""
 
     @property
     def skipped(self) -> bool:
@@ -46,9 +49,37 @@ class StepResult:
         return not math.isfinite(self.grad_norm)
 
     @classmethod
-    def of(cls, losses: Sequence[Tensor], quarters: Sequence[Tensor], grad_norm: float) -> StepResult:
-        """Return the result of a step, given the loss and the quarters of each micro-batch."""
-        return cls(float(torch.stack(list(losses)).mean()), torch.stack(list(quarters)).mean(0), grad_norm)
+    def of(cls, losses: Sequence[Tensor], quarters: Sequence[Tensor], grad_norm: float, watch: Stopwatch | None = None) -> StepResult:
+        """Return the result of a step, given the loss and the quarters of each micro-batch, and what has measured its forward passes."""
+        loss = float(torch.stack(list(losses)).mean())
+        return cls(loss, torch.stack(list(quarters)).mean(0), grad_norm, watch.seconds() if watch else 0.0)
+
+
+class Stopwatch:
+    """Adds up the time of blocks of computation: on a GPU by events on its stream, as kernels run later than they are called."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure the block."""
+        if self._cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            started = time.monotonic()
+            yield
+            self._seconds += time.monotonic() - started
+
+    def seconds(self) -> float:
+        """All of it, once the blocks' results have been read."""
+        return self._seconds + sum(float(begin.elapsed_time(end)) for begin, end in self._events) / 1000
 
 
 class Engine(Protocol):

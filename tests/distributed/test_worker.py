@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -88,12 +89,29 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return prepare_small_run(small_recipe(str(tmp_path_factory.mktemp("still")), **FLOAT32))
 
 
+def slow_by_its_own_watch(job: TrainingJob) -> None:
+    """The second rank measures 100 s more for its forward passes than they take."""
+    from oar_scale.training.engine import Stopwatch
+
+    if os.environ["RANK"] == "1":
+        measured = Stopwatch.seconds
+        Stopwatch.seconds = lambda watch: measured(watch) + 100  # type: ignore[method-assign]
+    train_worker(job)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(prepared: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Ten steps of ZeRO-2 on two workers without interruption."""
     run = copy_run(prepared, str(tmp_path_factory.mktemp("undisturbed")))
-    run_workers(train_worker, 2, pretraining(run))
+    run_workers(slow_by_its_own_watch, 2, pretraining(run))
     return run
+
+
+def test_the_rank_that_all_wait_for_is_named(undisturbed: Run) -> None:
+    logged = events(undisturbed, "train")
+    assert {(event["slowest_rank"], event["slowest_host"]) for event in logged} == {(1, socket.gethostname())}
+    assert all(event["slowest_rank_s"] > 100 for event in logged)
+    assert 0 < sum(event["median_rank_s"] for event in logged) < 100 * len(logged), "that of the other one, as measured"
 
 
 def test_zero_2_on_two_processes_learns(undisturbed: Run) -> None:

@@ -18,7 +18,7 @@ def test_mfu_counts_useful_operations_alone(gpu: str, peak: float, monkeypatch: 
     """Neither masked pairs of attention nor what is computed a second time: the same operations as in a plan."""
     spec, speed = small_spec(), Speed()
     recipe = SimpleNamespace(parallel=SimpleNamespace(precision="bf16"))
-    process = SimpleNamespace(device=torch.device("cuda"), world=4)
+    process = SimpleNamespace(device=torch.device("cuda"), world=4, gather=lambda value: [value] * 4)
     loop: Any = SimpleNamespace(process=process, job=SimpleNamespace(recipe=recipe), engine=SimpleNamespace(spec=spec))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
     speed.start(loop)

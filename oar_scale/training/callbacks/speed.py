@@ -3,6 +3,9 @@ same means as an undisturbed one."""
 
 from __future__ import annotations
 
+import socket
+import statistics
+
 import torch
 
 from oar_scale.model.flops import peak_flops, useful_flops
@@ -17,9 +20,11 @@ class Speed(Callback):
 
     def __init__(self) -> None:
         self._mfu_per_image: float | None = None
+        self._hosts: list[str] = []
 
     def start(self, loop: Loop) -> None:
-        """Look up what the device could do at most."""
+        """Look up what the device could do at most, and where each rank is."""
+        self._hosts = loop.process.gather(socket.gethostname())
         name = torch.cuda.get_device_name(loop.process.device) if loop.process.device.type == "cuda" else ""
         peak = peak_flops(name, loop.job.recipe.parallel.precision)
         self._mfu_per_image = None if peak is None else useful_flops(loop.engine.spec) / (peak * loop.process.world)
@@ -37,6 +42,7 @@ class Speed(Callback):
         metrics.add("storage_retries", batch.fetched.retries, "sum")
         metrics.add("data_wait_s", loop.waited_s)
         metrics.add("busy_s", loop.busy_s)
+        metrics.add_own("own_s", loop.waited_s + result.own_s)
         if loop.closes_window:
             values = metrics.flush()
             if loop.events:
@@ -58,5 +64,18 @@ class Speed(Callback):
             tokens_per_s=images_per_s * loop.engine.spec.cells,
             mfu=None if self._mfu_per_image is None else images_per_s * self._mfu_per_image,
             step_s=step_s,
+            **self._slowest(loop.metrics.by_rank["own_s"]),
             **{name: int(value) if name in COUNTS else value for name, value in values.items()},
         )
+
+    def _slowest(self, own_s: list[float]) -> dict[str, object]:
+        """Which rank does its own part of a step last. All ranks take the same time for a step as a whole: they wait for that one."""
+        if len(own_s) < 2:
+            return {}
+        rank = max(range(len(own_s)), key=own_s.__getitem__)
+        return {
+            "slowest_rank": rank,
+            "slowest_host": self._hosts[rank],
+            "slowest_rank_s": own_s[rank],
+            "median_rank_s": statistics.median_low(own_s),
+        }
