@@ -22,6 +22,8 @@ from oar_scale.config.schema import Recipe
 from oar_scale.errors import Unreachable, UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import duration
+from oar_scale.observe.failure import ending, reporting_failure
+from oar_scale.observe.prometheus import show_ending
 from oar_scale.observe.watch import catch_up, watching
 from oar_scale.registry import STAGES, Stage
 from oar_scale.run.again import begin_again, drop_if_complete, finish_interrupted, is_again, say_what_is_aside, undo
@@ -88,14 +90,21 @@ def undo_again(run: Run, *, yes: bool = False) -> None:
 @contextmanager
 def _driving(run: Run) -> Iterator[Drivers]:
     """This process as a driver of the run. What an earlier one has begun to move is moved first."""
-    with Drivers(run) as drivers:
-        if run.rank == 0:
-            finish_interrupted(run, drivers)
-        try:
-            yield drivers
-        except BaseException:
-            say_what_is_aside(run)
-            raise
+    how = ending(None)
+    try:
+        with Drivers(run) as drivers:
+            if run.rank == 0:
+                finish_interrupted(run, drivers)
+            try:
+                yield drivers
+            except BaseException:
+                say_what_is_aside(run)
+                raise
+    except BaseException as error:
+        how = ending(error)
+        raise
+    finally:
+        show_ending(run.events, how)
 
 
 def _shared_ray(recipe: Recipe) -> AbstractContextManager[None]:
@@ -147,9 +156,7 @@ def _run_stage(run: Run, stage: Stage, drivers: Drivers) -> None:
     if finished is not None:
         _announce_continuation(run, stage, finished)
     started, clock = time.time(), time.monotonic()
-    # A training stage is watched where its workers are started, which knows its steps; what several processes share, by the first.
-    unwatched = bool(stage.training) or (run.array is not None and run.array.index > 0)
-    with patience, nullcontext() if unwatched else watching(run.events, stage.name, run.recipe, run.at(), console=run.console):
+    with patience, _watched(run, stage):
         results = function(*arguments)
     seconds = time.monotonic() - clock
     if finished is not None or is_again(run, stage):
@@ -157,6 +164,15 @@ def _run_stage(run: Run, stage: Stage, drivers: Drivers) -> None:
     write_finished(run, stage, {"seconds": seconds, "started": started, "results": results})
     drop_if_complete(run)
     run.console.say(f"  {stage.name} took {duration(seconds)}")
+
+
+def _watched(run: Run, stage: Stage) -> AbstractContextManager[None]:
+    """A training stage is watched where its workers are started, which knows its steps; what several processes share, by the first."""
+    if stage.training:
+        return nullcontext()
+    if run.array is not None and run.array.index > 0:
+        return reporting_failure(run.events, stage.name, run.recipe, run.at())
+    return watching(run.events, stage.name, run.recipe, run.at(), console=run.console)
 
 
 def _to_do(finished: Finished | None) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -127,6 +128,34 @@ class PipelineConfig(Section):
     """Also fine-tune on random orders with the same budget: what the orders themselves are worth."""
 
 
+AlertKind = Literal[
+    "failed", "driver_lost", "worker_failure", "restarts", "stall", "pending", "non_finite", "spike",
+    "checkpoint_failed", "rejected_checkpoint", "slow", "data_wait", "straggler",
+]  # fmt: skip
+"""What somebody should know of at once: an event of that kind, or what ``oar_scale.observe.alarms`` makes of several events."""
+
+
+class NotifyConfig(Section):
+    """Who is told about alerts: a command, a webhook, or both. Each alert is one JSON object (docs/observability.md)."""
+
+    command: tuple[str, ...] = ()
+    """A program and its arguments; it gets the alert on its standard input."""
+    webhook: str | None = None
+    """``$NAME``: the environment variable that holds the address to POST to. The address is a secret, and recipes are copied and shown."""
+    kinds: tuple[AlertKind, ...] = get_args(AlertKind)
+
+    @model_validator(mode="after")
+    def _webhook_is_no_address(self) -> NotifyConfig:
+        if self.webhook is not None and not re.fullmatch(r"\$[A-Za-z_][A-Za-z0-9_]*", self.webhook):
+            # The key is that of the section, so that the error does not repeat the address.
+            raise RecipeConflict(
+                "observe.notify",
+                "webhook must be $NAME: the environment variable that holds the address. The address itself is a secret, and a recipe is "
+                "copied into the run's folder, its events and W&B.",
+            )
+        return self
+
+
 class ObserveConfig(Section):
     """Who may watch a run (docs/observability.md). None of it changes a result, or can stop a run."""
 
@@ -142,6 +171,8 @@ class ObserveConfig(Section):
     """Whom the server answers; ``0.0.0.0``: every host that reaches this one."""
     stall_s: float = Field(600.0, gt=0)
     """Silence of a stage that counts as a stall."""
+    notify: NotifyConfig = NotifyConfig()
+    """Who is told about alerts. Default: nobody."""
     mirror_s: float = Field(30.0, gt=0)
     """Between two copies of the events to ``storage.root``, where that is in S3."""
 

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from oar_scale.observe.events import Event
 
-ALERTS = {
+if TYPE_CHECKING:
+    from oar_scale.config.run_sections import AlertKind
+
+ALERTS: dict[AlertKind, str] = {
+    "failed": "failed",
+    "driver_lost": "driver lost",
+    "worker_failure": "worker failure",
+    "restarts": "repeated restarts",
+    "stall": "stall",
+    "pending": "pending",
     "non_finite": "non-finite batch",
     "spike": "loss spike",
     "checkpoint_failed": "checkpoint failed",
     "rejected_checkpoint": "checkpoint rejected",
-    "worker_failure": "worker failure",
+    "slow": "MFU drop",
+    "data_wait": "waits for data",
+    "straggler": "straggler",
 }
-"""Kinds that somebody should know of at once, and the title they are reported under. A stall is the other reason for an alert;
-it is no event: the absence of events is."""
+"""What somebody should know of at once, and the title it is reported under: events of that kind, or what several of them say together
+(``observe/alarms.py``)."""
 
 SHOWN_ITEMS = 8
 
@@ -59,6 +71,9 @@ def message(event: Event) -> str | None:
             return f"{event.get('from_workers')} -> {event.get('to_workers')} workers: {event.get('reason')}"
         case "worker_failure":
             return f"the workers failed: {event.get('cause')}"
+        case "failed":
+            again = "" if event.get("final", True) else "; its job starts it again"
+            return f"the stage has ended: {event.get('cause')}{again}"
         case "samples":
             return f"{_at(event)}samples in {event.get('image')}"
         case "profile":

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from oar_scale.observe.alarms import Alarms, Alert
 from oar_scale.observe.events import Event
-from oar_scale.observe.formatting import ALERTS, message
 from oar_scale.observe.state import Attempts
 
 OCCURRENCES = {
@@ -53,16 +53,6 @@ class WandbRow:
     captions: str = ""
 
 
-@dataclass(frozen=True)
-class Alert:
-    """Something that somebody should know of at once."""
-
-    number: int
-    time: float
-    kind: str
-    text: str
-
-
 class RowProjection:
     """Turns events into W&B rows, as the top of this file describes.
 
@@ -74,7 +64,7 @@ class RowProjection:
 
     def __init__(self) -> None:
         self.generation = 0
-        self.alerts = 0
+        self._alarms = Alarms()
         self._attempts = Attempts()
         self._clear()
 
@@ -86,19 +76,17 @@ class RowProjection:
         """Of each kind of measurement the last step there was, and the attempt that got there."""
         self._totals: Counter[str] = Counter()
 
-    def take(self, attempt: int, event: Event) -> tuple[WandbRow | None, Alert | None]:
-        """The row and the alert that an event makes, where it makes one."""
+    def take(self, attempt: int, event: Event) -> tuple[WandbRow | None, list[Alert]]:
+        """The row that an event makes, where it makes one, and the alerts that begin with it."""
         _, anew = self._attempts.take(attempt, event)
         if anew:
             self.generation += 1
             self._clear()
+            self._alarms.begin_anew()
         row, kind = self._row(attempt, event), event["kind"]
         pool_done = kind == "pool" and event["done"] == event["total"]
         self.complete = kind == "end" or pool_done or (self.complete and kind != "start")
-        if kind not in ALERTS:
-            return row, None
-        self.alerts += 1
-        return row, Alert(self.alerts - 1, float(event.get("time", 0.0)), kind, message(event) or kind)
+        return row, self._alarms.take(event)
 
     def _row(self, attempt: int, event: Event) -> WandbRow | None:
         kind = event["kind"]

@@ -3,6 +3,9 @@
 Every metric is one line of ``METRICS``: its name, what it is, and where in the state of the stage it comes from. What a
 stage has not reported yet is left out, not zero. Counters count all attempts. The text that Prometheus reads is written by
 prometheus_client, from a registry that holds this stage alone.
+
+A driver that ends stays for a moment: until Prometheus has seen how it ended (:func:`show_ending`). A driver that is gone without that
+was killed, which a rule of ``cluster/grafana/alerts.yaml`` tells apart.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -27,12 +30,17 @@ from prometheus_client.registry import Collector
 
 from oar_scale.config.schema import ObserveConfig
 from oar_scale.observe.events import EventReader
+from oar_scale.observe.failure import Ending
 from oar_scale.observe.formatting import duration
 from oar_scale.observe.state import PROGRESS, StageState, StageStatus
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
+SEEN_S = 60.0
+"""How long a driver that ends waits for Prometheus to see how."""
+SEEN_STOPPED_S = 15.0
+"""The same where it was asked to stop: its time may be short."""
 
 Labels = Mapping[str, str]
 Sample = tuple[Labels, float | None]
@@ -57,6 +65,10 @@ class MetricsView:
     silent_s: float
     """Since it last showed progress."""
     stall_s: float
+    begun: float
+    """Unix time at which the driver began with it."""
+    ended: tuple[Ending, float] | None
+    """How the driver has ended, and when."""
 
     @property
     def checkpoint_age_s(self) -> float | None:
@@ -97,6 +109,15 @@ def _by_position(view: MetricsView) -> Iterable[Sample]:
     return [({"quarter": str(quarter)}, value) for quarter, value in enumerate(losses, start=1)]
 
 
+def _ended(view: MetricsView) -> Iterable[Sample]:
+    return [] if view.ended is None else [({"how": view.ended[0]}, view.ended[1])]
+
+
+def _straggling(view: MetricsView) -> Iterable[Sample]:
+    signs = view.state.signs
+    return [({"rank": str(signs.slowest[0]), "host": signs.slowest[1]}, signs.straggling)] if signs.slowest else []
+
+
 def _heldout(view: MetricsView) -> Iterable[Sample]:
     return [({"orders": name}, view.state.value("heldout", f"nll_{name}")) for name in ("random", "raster", "stored", "ema")]
 
@@ -105,6 +126,10 @@ METRICS = (
     MetricDefinition("oar_info", "gauge", "Always 1; the labels say what runs.", _info),
     MetricDefinition("oar_state", "gauge", "1 for what the stage is doing, 0 for the rest.",
            lambda view: [({"doing": each}, float(view.state.status == each)) for each in get_args(StageStatus)]),
+    _gauge("driver_timestamp_seconds", "Unix time at which the driver was last at work.",
+           lambda view: time.time() if view.ended is None else view.ended[1]),
+    _gauge("begun_timestamp_seconds", "Unix time at which the driver began with the stage.", lambda view: view.begun),
+    MetricDefinition("oar_ended_timestamp_seconds", "gauge", "Unix time at which the driver ended, and how.", _ended),
     _gauge("silent_seconds", "Time since the stage last showed progress.", lambda view: view.silent_s),
     _gauge("stall_limit_seconds", "observe.stall_s: a longer silence is a stall.", lambda view: view.stall_s),
     _gauge("step", "Steps done (of a pool: images).", lambda view: view.state.step),
@@ -116,6 +141,8 @@ METRICS = (
     _last("gradient_norm", "Norm of the gradient before clipping.", "train", "grad_norm"),
     _last("images_per_second", "Images trained on per second, all workers.", "train", "images_per_s"),
     _gauge("images_per_second_median", "Median of the same over the stage.", lambda view: view.state.median_images_per_s),
+    _gauge("speed_ratio", "Images/s of a worker over their median so far, as that of the MFU is.", lambda view: view.state.signs.speed),
+    MetricDefinition("oar_straggling_ratio", "gauge", "Own time of the slowest rank in a step over that of the median rank.", _straggling),
     _last("tokens_per_second", "Codes trained on per second, all workers.", "train", "tokens_per_s"),
     _last("mfu_ratio", "Model FLOPs utilisation.", "train", "mfu"),
     _last("step_seconds", "Duration of a step.", "train", "step_s"),
@@ -187,6 +214,7 @@ class MetricsServer:
             OSError: the port is taken, or the address is none of this host.
         """
         assert observe.metrics_port is not None
+        self.events = events
         self._registry = CollectorRegistry()
         self._stall_s = observe.stall_s
         self._state, self._lock = StageState(stage), threading.Lock()
@@ -194,19 +222,31 @@ class MetricsServer:
         self._progressed, self._failure = time.monotonic(), ""
         self._old = EventReader(events, stage, from_now=True).ends
         self._began = False
+        self._begun, self._ended_as = time.time(), cast(tuple[Ending, float] | None, None)
+        self._scraped = threading.Event()
         self._registry.register(StageCollector({"run": recipe_name, "stage": stage}, self._view))
-        self._server = _Server((observe.metrics_address, observe.metrics_port), self._handler())
-        self.port = int(self._server.server_address[1])
-        host = socket.gethostname() if observe.metrics_address in ("0.0.0.0", "::", "") else observe.metrics_address
-        self.url = f"http://{host}:{self.port}"
+        self._address = (observe.metrics_address, observe.metrics_port)
+        self._recipe_name = recipe_name
         self._note = os.path.join(os.path.dirname(os.path.abspath(events)), "metrics.json")
+        self._open()
+        self._say = say
+        say(f"metrics: {self.url}/metrics")
+        global _latest
+        _latest = self
+
+    def _open(self) -> None:
+        address, port = self._address
+        self._server = _Server((address, port), self._handler())
+        self.port = int(self._server.server_address[1])
+        self._address = (address, self.port)
+        host = socket.gethostname() if address in ("0.0.0.0", "::", "") else address
+        self.url = f"http://{host}:{self.port}"
         self._ended = threading.Event()
         for work in (self._server.serve_forever, self._read):
-            threading.Thread(target=work, name=f"metrics-{stage}", daemon=True).start()
+            threading.Thread(target=work, name=f"metrics-{self._state.stage}", daemon=True).start()
         os.makedirs(os.path.dirname(self._note), exist_ok=True)
         with open(self._note, "w", encoding="utf-8") as file:
-            json.dump([{"targets": [f"{host}:{self.port}"], "labels": {"recipe": recipe_name}}], file)
-        say(f"metrics: {self.url}/metrics")
+            json.dump([{"targets": [f"{host}:{self.port}"], "labels": {"recipe": self._recipe_name}}], file)
 
     def fail(self, error: BaseException) -> None:
         """Mark the stage as failed; ``/healthz`` reports it until the server ends."""
@@ -219,6 +259,21 @@ class MetricsServer:
         self._server.server_close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._note)
+
+    def show_ending(self, how: Ending, wait_s: float) -> None:
+        """Answer once more with how the driver ended, until that is seen, at most ``wait_s``.
+
+        Where nobody has ever asked nobody is waited for, but after a failure: it may have come before Prometheus found the driver.
+        """
+        if not self._scraped.is_set() and how != "failed":
+            return
+        self._say(f"waiting up to {wait_s:.0f} s until Prometheus has seen how this ended ({how})")
+        self._scraped.clear()
+        self._ended_as = (how, time.time())
+        self._open()
+        self._scraped.wait(wait_s)
+        self.stop(0.0)
+        self._scraped.clear()
 
     def health(self) -> tuple[bool, str]:
         """Whether the stage is well, and what it is doing."""
@@ -238,7 +293,7 @@ class MetricsServer:
             return generate_latest(self._registry)
 
     def _view(self) -> MetricsView:
-        return MetricsView(self._state, time.monotonic() - self._progressed, self._stall_s)
+        return MetricsView(self._state, time.monotonic() - self._progressed, self._stall_s, self._begun, self._ended_as)
 
     def _read(self) -> None:
         while not self._ended.wait(POLL_S):
@@ -253,12 +308,13 @@ class MetricsServer:
         with self._lock:
             for entry in self._reader.poll():
                 if not self._began and entry.end > self._old.get(entry.file, 0):
-                    self._began, self._state.status = True, "waiting"
+                    self._began = True
+                    self._state.begins()
                 self._state.take(entry.attempt, entry.event)
                 if entry.event["kind"] in PROGRESS:
                     self._progressed = time.monotonic()
             if not self._began:  # whatever earlier attempts came to, the one that is watched is yet to begin
-                self._state.status = "waiting"
+                self._state.begins()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
@@ -269,6 +325,7 @@ class MetricsServer:
             def do_GET(self) -> None:
                 if self.path == "/metrics":
                     self._answer(200, server.metrics(), CONTENT_TYPE_PLAIN_0_0_4)
+                    server._scraped.set()
                 elif self.path == "/healthz":
                     well, text = server.health()
                     self._answer(200 if well else 503, f"{text}\n".encode(), "text/plain; charset=utf-8")
@@ -286,3 +343,21 @@ class MetricsServer:
                 """Print no line for each scrape."""
 
         return Handler
+
+
+_latest: MetricsServer | None = None
+"""The last one of this process."""
+
+
+def show_ending(events: str, how: Ending) -> None:
+    """Let Prometheus see how the driver of a run ends: to be called last. Never raises.
+
+    Args:
+        events: local folder of the run's events.
+    """
+    server = _latest
+    try:
+        if server is not None and server.events == events:
+            server.show_ending(how, SEEN_STOPPED_S if how == "stopped" else SEEN_S)
+    except Exception as error:  # a view of the run must not be able to change how it ends
+        log.warning("/metrics: %s: %s", type(error).__name__, error)

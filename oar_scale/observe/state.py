@@ -10,6 +10,7 @@ import statistics
 from collections import Counter, deque
 from typing import Literal
 
+from oar_scale.observe.alarms import TrainingSigns
 from oar_scale.observe.events import Event, EventReader
 from oar_scale.observe.formatting import ALERTS
 
@@ -71,6 +72,7 @@ class StageState:
         totals: how often each kind was seen, and the sums of the ``COUNTED`` fields.
         alerts: the last few events that call for somebody.
         rates: images/s of every ``train`` event.
+        signs: how the newest one compares.
         step, steps: where it is, and where it ends (a pool's images count as steps).
     """
 
@@ -84,6 +86,7 @@ class StageState:
         self.totals: Counter[str] = Counter()
         self.alerts: deque[Event] = deque(maxlen=SHOWN_ALERTS)
         self.rates: list[float] = []
+        self.signs = TrainingSigns()
         self.step: int | None = None
         self.steps: int | None = None
         self.began: float | None = None
@@ -95,6 +98,15 @@ class StageState:
         """Fold in all events that the reader has."""
         for entry in reader.poll():
             self.take(entry.attempt, entry.event)
+
+    def begins(self) -> None:
+        """A driver begins to work on the stage: whatever earlier attempts came to, this one waits for its workers."""
+        self.status = "waiting"
+
+    @property
+    def waits(self) -> bool:
+        """Whether the workers have not started, or not again: it waits for what they need."""
+        return self.status in ("waiting", "failed")
 
     def take(self, attempt: int, event: Event) -> None:
         """Fold one event in."""
@@ -111,6 +123,7 @@ class StageState:
             self.progressed = at
         if kind in ALERTS:
             self.alerts.append(event)
+        self.signs.take(event)
         self._follow(kind, at, event)
 
     def _follow(self, kind: str, at: float, event: Event) -> None:
@@ -132,7 +145,7 @@ class StageState:
                 self._mark(at)
             case "stopping":
                 self.status = "stopping"
-            case "worker_failure":
+            case "worker_failure" | "failed":
                 self.status = "failed"
             case "end":
                 self.status = "done"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 
+from oar_scale.observe.alarms import STRAGGLES
 from oar_scale.observe.events import EventReader, stages_with_events
 from oar_scale.observe.formatting import ALERTS, duration, line, message, number
 from oar_scale.observe.run_location import FinishedStage, RunLocation
@@ -90,6 +91,9 @@ def _speed(state: StageState) -> str:
         texts.append(f"mfu {mfu:.2f}")
     if step_s and wait_s is not None:
         texts.append(f"data wait {wait_s / step_s:.1%}")
+    signs = state.signs
+    if signs.slowest is not None and signs.straggling is not None and signs.straggling > STRAGGLES:
+        texts.append(f"slowest rank {signs.slowest[0]} on {signs.slowest[1]}, {signs.straggling:.2f} times the median rank")
     return "  ".join(texts)
 
 

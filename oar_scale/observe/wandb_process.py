@@ -25,11 +25,14 @@ from dataclasses import asdict, dataclass, field, replace
 
 import psutil
 
+from oar_scale.config.run_sections import AlertKind
+from oar_scale.config.schema import Recipe
+from oar_scale.observe.alarms import MILD, Alert, Silence, title
 from oar_scale.observe.events import EventEntry, EventReader
-from oar_scale.observe.formatting import ALERTS, duration
 from oar_scale.observe.mirror import run_id
-from oar_scale.observe.projection import Alert, RowProjection
-from oar_scale.observe.state import PROGRESS
+from oar_scale.observe.notify import Hook
+from oar_scale.observe.projection import RowProjection
+from oar_scale.observe.state import PROGRESS, StageState
 from oar_scale.observe.wandb_lock import SenderLock, kill_descendants
 from oar_scale.observe.wandb_run import AlertLevel, Mode, NotConfirmed, WandbName, WandbRun, reachable_mode, start_over, wanted_mode
 from oar_scale.storage.local import atomic_file
@@ -40,6 +43,7 @@ RETRY_S = 300.0
 GRACE_S = 20.0
 """What the process may take beyond ``finish_s`` after its driver has ended."""
 BATCH = 1000
+LOST = "the driver was killed, by hand or for want of memory, while the stage was {}"
 REPLAY = "tools/wandb_replay.py"
 ALERT_AGE_S = 3600.0
 """Older faults are history: they are rows, and no longer alerts."""
@@ -132,10 +136,14 @@ class StageSender:
         self._projection = RowProjection()
         self._run: WandbRun | None = None
         self._config: Mapping[str, object] = spec.config
-        self._progressed, self._stalled = time.monotonic(), False
+        self._stage, self._newest = StageState(spec.stage), ""
+        self._silence = None if spec.stall_s is None else Silence(spec.stall_s)
 
-    def follow(self, ended: threading.Event, interrupted: Callable[[], bool]) -> bool:
+    def follow(self, ended: threading.Event, interrupted: Callable[[], bool], lost: Callable[[], bool] = lambda: False) -> bool:
         """Send what is there and what comes, until ``ended`` is set and all is read (True), or it is ``interrupted`` (False).
+
+        Args:
+            lost: whether the driver has ended without a word, as one that is killed does.
 
         Raises:
             NotConfirmed: W&B takes too long to confirm that it has everything.
@@ -143,6 +151,7 @@ class StageSender:
         """
         for entry in self._as_before():
             self._take(entry)
+        self._stage.begins()
         while True:
             last = ended.is_set()
             while batch := list(itertools.islice(self._reader.poll(), BATCH)):
@@ -152,8 +161,10 @@ class StageSender:
                     self._take(entry)
             if last or interrupted():
                 break
-            self._watch_for_stall()
+            self._watch_for_silence()
             ended.wait(POLL_S)
+        if lost() and self._newest != "failed" and not self._projection.complete:
+            self._send_alert("driver_lost", LOST.format(self._stage.status))
         if self._run is not None and self._projection.complete and self.spec.artifact and self._reader.ends != self._state.delivered:
             self._run.add_model(self.spec.artifact, {"stage": self.spec.stage, "recipe": self.spec.recipe_name})
         self._close(self._projection.complete)
@@ -169,10 +180,12 @@ class StageSender:
             self._reader.ends[file] = end
 
     def _take(self, entry: EventEntry) -> None:
-        if entry.event["kind"] in PROGRESS:
-            self._progressed, self._stalled = time.monotonic(), False
+        self._stage.take(entry.attempt, entry.event)
+        self._newest = entry.event["kind"]
+        if self._silence and entry.event["kind"] in PROGRESS:
+            self._silence.progress()
         before, complete = self._projection.generation, self._projection.complete
-        row, alert = self._projection.take(entry.attempt, entry.event)
+        row, alerts = self._projection.take(entry.attempt, entry.event)
         if self._projection.generation != before:
             self._close(complete)
             self._state.generations = max(self._state.generations, self._projection.generation)
@@ -184,7 +197,7 @@ class StageSender:
                 self._run.configure(self._config)
         if row is not None:
             self._opened().log(row)
-        if alert is not None:
+        for alert in alerts:
             self._alert(alert)
 
     def _opened(self) -> WandbRun:
@@ -202,20 +215,18 @@ class StageSender:
         if sent or self.mode != self.spec.mode:
             return
         if time.time() - alert.time < ALERT_AGE_S:
-            level: AlertLevel = "WARN" if alert.kind in ("spike", "rejected_checkpoint") else "ERROR"
-            self._opened().alert(self._title(ALERTS[alert.kind]), alert.text, level)
+            self._send_alert(alert.kind, alert.text)
         self._state.alerts = max(self._state.alerts, alert.number + 1)
         self._save()
 
-    def _watch_for_stall(self) -> None:
-        silent = time.monotonic() - self._progressed
-        if self.spec.stall_s is None or self._stalled or self._projection.complete or silent < self.spec.stall_s:
-            return
-        self._stalled = True
-        self._opened().alert(self._title("stall"), f"no progress for {duration(silent)}", "ERROR")
+    def _watch_for_silence(self) -> None:
+        due = self._silence.noticed(waiting=self._stage.waits) if self._silence else None
+        if due and not self._projection.complete:
+            self._send_alert(*due)
 
-    def _title(self, what: str) -> str:
-        return f"{what}: {self.spec.recipe_name} {self.spec.stage}"[:63]
+    def _send_alert(self, kind: AlertKind, text: str) -> None:
+        level: AlertLevel = "WARN" if kind in MILD else "ERROR"
+        self._opened().alert(title(kind, self.spec.recipe_name, self.spec.stage), text, level)
 
     def _close(self, complete: bool) -> None:
         """Wait until W&B has everything of the open run."""
@@ -227,15 +238,19 @@ class StageSender:
         self._state.save(self._path)
 
 
-def follow(spec: WandbSpec, ended: threading.Event) -> None:
-    """Keep the W&B run of a stage up to date until ``ended``. Where the server does not answer it is kept offline meanwhile."""
+def follow(spec: WandbSpec, ended: threading.Event, lost: Callable[[], bool] = lambda: False) -> None:
+    """Keep the W&B run of a stage up to date until ``ended``. Where the server does not answer it is kept offline meanwhile.
+
+    Args:
+        lost: whether the driver has ended without a word.
+    """
     if not _wait_for_events(spec, ended):
         return
     spec = replace(spec, mode=wanted_mode(spec.mode, say))
     mode = reachable_mode(spec.mode, say)
     while True:
         try:
-            if StageSender(spec, mode).follow(ended, _Recovery(spec, mode)):
+            if StageSender(spec, mode).follow(ended, _Recovery(spec, mode), lost):
                 return
             mode = spec.mode
         except NotConfirmed:
@@ -247,6 +262,17 @@ def follow(spec: WandbSpec, ended: threading.Event) -> None:
             if mode == "offline":
                 return
             mode = "offline"
+
+
+def tell_lost(spec: WandbSpec) -> None:
+    """Tell ``observe.notify`` that the driver has ended without a word, unless the stage was at its end."""
+    state, newest = StageState(spec.stage), ""
+    for entry in EventReader(spec.events, spec.stage).poll():
+        state.take(entry.attempt, entry.event)
+        newest = entry.event["kind"]
+    if newest != "failed" and state.status != "done":
+        recipe = Recipe.model_validate(dict(spec.config))
+        Hook(spec.events, spec.stage, recipe, spec.root).send("driver_lost", LOST.format(state.status), time.time(), state.step)
 
 
 def _wait_for_events(spec: WandbSpec, ended: threading.Event) -> bool:
@@ -281,11 +307,15 @@ def say(level: str, text: str) -> None:
         print(json.dumps([level, text]), flush=True)
 
 
-def _listen(ended: threading.Event, lock: SenderLock, driver: int, finish_s: float) -> None:
+def _listen(ended: threading.Event, lost: threading.Event, lock: SenderLock, driver: int, finish_s: float) -> None:
     """Wait until the driver has ended the stage or is gone; end everything if closing takes much longer than it may."""
+    said = False
     while os.getppid() == driver:  # a process that the driver forked may hold the pipe open after its death
         if select.select([0], [], [], 1.0)[0]:
+            said = os.read(0, 1) != b""
             break
+    if not said:
+        lost.set()
     lock.closing()
     ended.set()
     time.sleep(finish_s + GRACE_S)
@@ -300,11 +330,13 @@ def main() -> int:
     os.environ.pop("WANDB_SERVICE", None)  # of a program around the driver: its end must not be ours
     with open(0, "rb", buffering=0, closefd=False) as stdin:  # unbuffered: what comes next is for _listen
         spec = WandbSpec(**json.loads(stdin.readline()))
-    ended, lock = threading.Event(), SenderLock(spec.events, spec.stage, spec.driver)
-    threading.Thread(target=_listen, args=(ended, lock, spec.driver, spec.finish_s), daemon=True).start()
+    ended, lost, lock = threading.Event(), threading.Event(), SenderLock(spec.events, spec.stage, spec.driver)
+    threading.Thread(target=_listen, args=(ended, lost, lock, spec.driver, spec.finish_s), daemon=True).start()
     try:
         if lock.acquire(ended, spec.finish_s):
-            follow(spec, ended)
+            follow(spec, ended, lost.is_set)
+            if lost.is_set():
+                tell_lost(spec)
             start_over()  # while the lock is held: wandb's server must have ended before the next sender begins
         elif (holder := lock.holder()) is not None and not holder.closing:
             say("info", f"W&B: process {holder.pid} on {holder.host}, of another driver, sends the events of {spec.stage}")

@@ -19,14 +19,17 @@ from typing import Protocol, TypeVar
 
 from oar_scale.config.schema import Recipe
 from oar_scale.observe.console import Console
+from oar_scale.observe.failure import reporting_failure
 from oar_scale.observe.mirror import pull
+from oar_scale.observe.notify import Notifier
 from oar_scale.observe.prometheus import MetricsServer
 from oar_scale.observe.wandb_process import WandbSpec
 from oar_scale.observe.wandb_sink import ARTIFACT_WAIT_S, WAIT_S, WandbProcess, send_stage
 
 log = logging.getLogger(__name__)
 
-LAST_PULL_S = 3.0
+FIRST_PULL_S, LAST_PULL_S = 10.0, 3.0
+"""How long the begin and the end of a stage wait for the events of other hosts."""
 T = TypeVar("T")
 
 
@@ -66,12 +69,15 @@ def watching(
         wanted.append(("the console", lambda: _Entered(shown.follow(events, stage, last, observe.stall_s))))
     if observe.wandb != "off":
         wanted.append(("W&B", lambda: WandbProcess(wandb_spec(events, stage, recipe, root, result, wait_s), say)))
+    if observe.notify.command or observe.notify.webhook:
+        wanted.append(("observe.notify", lambda: Notifier(events, stage, recipe, root)))
     if observe.metrics_port is not None:  # the last to end: while the others finish, /healthz reports the outcome
         wanted.append(("/metrics", lambda: MetricsServer(events, stage, recipe.name, observe, say)))
     begun = [(name, each) for name, start in wanted if (each := _guarded(name, start)) is not None]
     failed = False
     try:
-        yield
+        with reporting_failure(events, stage, recipe, root):  # while the others still watch
+            yield
     except BaseException as error:
         failed = True
         for _, each in begun:
@@ -122,18 +128,20 @@ class _Entered:
 
 
 class _Puller:
-    """Brings the events of attempts on other hosts here, every ``every_s``."""
+    """Brings the events of attempts on other hosts here: at once, so that what is counted goes on from there, then every ``every_s``."""
 
     def __init__(self, root: str, folder: str, every_s: float) -> None:
+        """Returns when the first events are here, after ``FIRST_PULL_S`` at the latest."""
         self._root, self._folder, self._every_s = root, folder, every_s
-        self._ended, self._failing = threading.Event(), False
+        self._ended, self._pulled, self._failing = threading.Event(), threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="pull-events", daemon=True)
         self._thread.start()
+        self._pulled.wait(FIRST_PULL_S)
 
     def _run(self) -> None:
         last = False
         while not last:
-            last = self._ended.wait(self._every_s)
+            last = self._ended.wait(self._every_s if self._pulled.is_set() else 0.0)
             try:
                 pull(self._root, self._folder)
                 self._failing = False
@@ -141,6 +149,7 @@ class _Puller:
                 if not self._failing:
                     log.warning("%s: the events there cannot be read for now (%s)", self._root, error)
                 self._failing = True
+            self._pulled.set()
 
     def stop(self, wait_s: float) -> None:
         self._ended.set()

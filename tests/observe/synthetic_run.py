@@ -60,6 +60,10 @@ def train(log: EventLog, step: int, **changed: Any) -> None:
         "skipped_batches": int(step == 60),
         "memory_mb": 1500.0,
         "disk_free_gb": 80.0,
+        "slowest_rank": 1,
+        "slowest_host": "node-2",
+        "slowest_rank_s": 0.33,
+        "median_rank_s": 0.3,
     }
     log.emit("train", step=step, **(fields | changed))
 
@@ -95,6 +99,8 @@ def driver(events: Path) -> None:
     """What the process says between two attempts that starts the workers, when it has lost some."""
     with EventLog(str(events), "pretrain") as log:
         log.emit("worker_failure", cause="ActorDiedError: rank 1")
+    with EventLog(str(events), "pretrain") as log:
+        log.emit("failed", cause="RayError: the head node is gone", final=False, host="node-1", pid=4711)
     with EventLog(str(events), "pretrain") as log:
         log.emit("resized", from_workers=2, to_workers=1, reason="room in the cluster")
 

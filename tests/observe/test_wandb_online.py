@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from waiting import wait_until
 
 from oar_scale.config.schema import Recipe
 from oar_scale.observe.events import EventLog, read_events
@@ -164,7 +165,7 @@ def test_alerts_name_what_happened_and_are_sent_once(tmp_path: Path, server: Wan
     send(events)
     alerts = only_run(server).alerts
     assert sorted(alert.split(":")[0] for alert in alerts) == [
-        "checkpoint failed", "checkpoint rejected", "loss spike", "non-finite batch", "worker failure",
+        "checkpoint failed", "checkpoint rejected", "failed", "loss spike", "non-finite batch", "worker failure",
     ]  # fmt: skip
     assert "non-finite batch: emoji pretrain | step 30: batch skipped: loss nan and grad_norm inf (samples 3, 17, 99)" in alerts
     assert only_run(server).exit_code == 0
@@ -228,6 +229,39 @@ def test_a_killed_drivers_run_is_resumed(tmp_path: Path, server: WandbServer, dr
     assert_nothing_twice(run)
     assert_agrees_with_the_files(run, tmp_path / "events")
     assert [row["start/start_step"] for row in run.history if "start/start_step" in row] == [0, 40]
+
+
+def test_a_killed_driver_is_an_alert_and_its_run_has_failed(
+    tmp_path: Path, server: WandbServer, drive: Callable[[int], subprocess.Popen[str]]
+) -> None:
+    """The process beside it tells W&B and the hook, as it cannot; the W&B run is no finished one."""
+    command = [sys.executable, "-c", f"import sys; open({str(tmp_path / 'told')!r}, 'w').write(sys.stdin.read())"]
+    (tmp_path / "recipe.yaml").write_text(f"name: emoji\nobserve: {{wandb: online, notify: {{command: {json.dumps(command)}}}}}\n")
+    killed = drive(0)
+    assert killed.stdout is not None
+    while killed.stdout.readline() != "20\n":
+        pass
+    killed.kill()
+    killed.wait()
+    server.wait_until(lambda: server.runs and only_run(server).exit_code is not None)
+    run = only_run(server)
+    assert run.exit_code == 1
+    [alert] = run.alerts
+    assert alert.startswith("driver lost: emoji pretrain | the driver was killed")
+    wait_until(lambda: (tmp_path / "told").exists() and (tmp_path / "told").read_text())
+    told = json.loads((tmp_path / "told").read_text())
+    assert (told["kind"], told["run"]) == ("driver_lost", "emoji") and told["step"] >= 20
+
+
+def test_a_final_failure_is_an_alert_and_the_run_has_failed(tmp_path: Path, server: WandbServer) -> None:
+    events = tmp_path / "events"
+    with pytest.raises(RuntimeError), watching(str(events), "pretrain", recipe(tmp_path), str(tmp_path), wait_s=600.0):
+        with EventLog(str(events), "pretrain") as log:
+            synthetic_run.start(log)
+        raise RuntimeError("out of memory")
+    run = only_run(server)
+    assert run.exit_code == 1
+    assert run.alerts == ["failed: emoji pretrain | the stage has ended: RuntimeError: out of memory"]
 
 
 @pytest.mark.parametrize("sender", ["waits for the server", "is suspended"])

@@ -46,7 +46,7 @@ def test_an_offline_run_holds_every_documented_metric_once(tmp_path: Path) -> No
     assert [row["_step"] for row in pretrain.history] == list(range(len(pretrain.history)))
     assert (pretrain.project, pretrain.name, pretrain.tags, pretrain.exit_code) == ("p", "emoji-pretrain", ["emoji"], 0)
     assert pretrain.config["start"]["code"] == "v0.5.0-3-gabc1234"
-    assert len(pretrain.alerts) == 5
+    assert len(pretrain.alerts) == 6
     assert is_delivered(str(events), "pretrain")
 
 
