@@ -18,7 +18,7 @@ oar checkpoint import KIND FILE --out FOLDER_OR_FILE          weights of RandAR,
 oar checkpoint export SOURCE --out PATH [--format FORMAT]     a folder for oar_scale.load, or a peer's file
 oar plan RECIPE --gpu h200 --nodes 8 [--simulate ranks=1024]   memory, time, cost and failures, before a GPU is touched
 oar submit RECIPE --cluster PROFILE [--stages A,B] [--dry-run]  to a Slurm or a Ray cluster
-oar jobs|logs|cancel|resubmit RUN                             its jobs there
+oar jobs|logs|cancel|resubmit RUN                             its jobs there; oar jobs RUN ... --metrics for Prometheus
 oar doctor [RECIPE] [--cluster PROFILE] [--json]              is this machine, or that cluster, fit for a run?
 """
 

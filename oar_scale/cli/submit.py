@@ -34,7 +34,11 @@ def add(verbs: Subparsers) -> None:
         ("resubmit", "submit what is not done of a run's last submission", _resubmit),
     ):
         verb = verbs.add_parser(name, help=text, description=text)
-        verb.add_argument("target", metavar="RUN", help=RUN)
+        if name == "jobs":
+            verb.add_argument("targets", nargs="+", metavar="RUN", help=RUN)
+            verb.add_argument("--metrics", action="store_true", help="as Prometheus reads it, for node_exporter's textfile collector")
+        else:
+            verb.add_argument("target", metavar="RUN", help=RUN)
         verb.set_defaults(run=function)
         if name == "resubmit":
             verb.add_argument("--forget", action="store_true", help=FORGET)
@@ -73,8 +77,14 @@ def _show(submission: Submission) -> None:
 def _jobs(arguments: argparse.Namespace) -> None:
     from oar_scale.launch import find_jobs
 
-    for status in find_jobs(arguments.target):
-        print(job_line(status))
+    if arguments.metrics:
+        from oar_scale.launch.job_metrics import job_metrics
+
+        print(job_metrics(arguments.targets), end="")
+        return
+    for run in arguments.targets:
+        for status in find_jobs(run):
+            print(job_line(status))
 
 
 def job_line(status: JobStatus) -> str:

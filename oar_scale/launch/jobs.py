@@ -84,7 +84,7 @@ def job_files(recipe: Recipe, profile: SlurmProfile, specs: Sequence[JobSpec], *
     run_dir = os.path.join(folder, recipe.local_dir)
     files = []
     order = [stage for spec in specs for stage in spec.stages]
-    for spec in specs:
+    for index, spec in enumerate(specs):
         part = os.path.join("jobs", f"{number}-{spec.name}")
         title = f"{recipe.name}: {', '.join(spec.stages) or 'all stages'}. Made by oar submit; the next submission makes it anew."
         text = slurm.render(
@@ -96,6 +96,7 @@ def job_files(recipe: Recipe, profile: SlurmProfile, specs: Sequence[JobSpec], *
             jobs=os.path.join(run_dir, part),
             recipe=os.path.join(run_dir, _snapshot(number)),
             check_stages=order if len(specs) > 1 and spec is specs[0] else [],
+            later=[stage for after in specs[index + 1 :] for stage in after.stages],
         )
         files.append(JobFile(spec, spec.name, part, text))
     return files

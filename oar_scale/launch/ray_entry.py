@@ -19,17 +19,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from oar_scale.config.loading import load_recipe
-from oar_scale.errors import UserError
+from oar_scale.errors import UserError, first_line
 from oar_scale.launch.job_specs import JobSpec
 from oar_scale.launch.needed_packages import check_packages
+from oar_scale.observe.failure import LATER, RETRIED
 from oar_scale.runtime.retry import Backoff, RetryStopped, retry
 
 RECIPE = "OAR_RECIPE"
 """The environment variable that holds the recipe's text."""
 SHORT_S = 60.0
 """A command that is stopped sooner has made no progress: it counts as a failure, or it would be started again for ever."""
+REPORT_S = 120.0
 REMEDY = "In the recipe: correct it and oar submit it again, finished stages are skipped. In the cluster or the data: oar resubmit."
 
 
@@ -52,14 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.recipe:
             with open(recipe, "w", encoding="utf-8") as file:
                 file.write(os.environ[RECIPE])
+        began = time.time()
         try:
             if options.stages:  # oar run looks by itself
                 check_packages(load_recipe(recipe), options.stages)
         except UserError as error:
             _say(f"error: {error}")
+            _report(recipe, first_line(str(error)), began, options.stages)
             return 2
-        for command in JobSpec(tuple(options.stages)).commands(recipe):
+        for index, command in enumerate(JobSpec(tuple(options.stages)).commands(recipe)):
+            os.environ |= {RETRIED: "1", LATER: " ".join(options.stages[index + 1 :])}  # of the command
             if code := _run(command, options.max_failures, options.backoff_s, stopped):
+                if not stopped.is_set():
+                    _report(recipe, f"the job has given up: oar {command[0]} ended with code {code}", began, options.stages)
                 return code
     return 0
 
@@ -113,6 +121,13 @@ def _attempt(name: str, command: Sequence[str], backoff: Backoff, stopped: threa
             raise _CommandFailed(code)
         backoff.progress()
         _say(f"{name}: stopped with everything saved; again")
+
+
+def _report(recipe: str, why: str, began: float, stages: Sequence[str]) -> None:
+    """Record the end of the job in a process of its own: the recipe may be the very fault."""
+    command = [sys.executable, "-m", "oar_scale.launch.report_failure", recipe, why, str(began), *stages]
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, timeout=REPORT_S, check=False)
 
 
 def _say(text: str) -> None:

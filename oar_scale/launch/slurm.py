@@ -49,6 +49,7 @@ def render(
     jobs: str,
     recipe: str,
     check_stages: Sequence[str] = (),
+    later: Sequence[str] = (),
 ) -> str:
     """Render a job file.
 
@@ -61,6 +62,7 @@ def render(
         jobs: the folder of this job's logs.
         recipe: path of the recipe.
         check_stages: the stages whose packages the job looks for before anything else.
+        later: stages that later jobs of the submission do.
 
     Raises:
         UserError: the run's folder has a name that Slurm cannot write logs into.
@@ -93,10 +95,14 @@ def render(
             array=array,
             excluded_nodes=excluded_nodes(resources),
             recipe=recipe,
+            stages=spec.stages,
             port=PORT,
             commands=[
-                *([shlex.join(["python", "-m", "oar_scale.launch.needed_packages", recipe, *check_stages])] if check_stages else []),
-                *(shlex.join(["oar", *command]) for command in spec.commands(recipe, array=bool(array))),
+                *([(["python", "-m", "oar_scale.launch.needed_packages", recipe, *check_stages], check_stages)] if check_stages else []),
+                *(
+                    (["oar", *command], [*spec.stages[index + 1 :], *later])
+                    for index, command in enumerate(spec.commands(recipe, array=bool(array)))
+                ),
             ],
             **container(resources, mounts),
         )

@@ -15,6 +15,7 @@ from oar_scale.errors import UserError
 from oar_scale.launch import cancel, find_jobs, resubmit, submit
 from oar_scale.launch.jobs import JobStatus
 from oar_scale.launch.logs import logs
+from oar_scale.observe.events import read_events
 
 UNTIL_SIGNALLED = """
 trap 'echo got USR1; exit 75' USR1
@@ -92,6 +93,16 @@ def test_a_crash_is_retried_after_a_pause_up_to_max_failures(runs: dict[str, Sub
     assert status.state == "FAILED" and "code 1, 2 times in a row" in status.detail
     assert runs["crash"].attempts() == ["0", "1"]
     assert "(1 in a row); retried in 1 s" in runs["crash"].logs()
+
+
+def test_a_job_that_gives_up_leaves_an_event_for_on_call(runs: dict[str, Submitted]) -> None:
+    """Its driver has said nothing: it was no ``oar`` at all."""
+    for name, why in (("crash", "code 1, 2 times in a row"), ("mistake", "something to fix"), ("missing", "a program is missing")):
+        runs[name].wait()
+        [event] = read_events(str(runs[name].run / "events"), "report")
+        assert (event["kind"], event["final"]) == ("failed", True) and why in event["cause"], name
+    runs["saved"].wait()
+    assert not (runs["saved"].run / "events").exists()
 
 
 def test_a_job_that_saved_comes_back(runs: dict[str, Submitted]) -> None:
