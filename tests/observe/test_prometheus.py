@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,9 +18,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from oar_scale.config.schema import ObserveConfig, Recipe
+from oar_scale.launch.job_metrics import JOB_METRICS
 from oar_scale.observe import prometheus as metrics
 from oar_scale.observe.events import EventLog
-from oar_scale.observe.prometheus import METRICS, MetricsServer
+from oar_scale.observe.failure import Ending
+from oar_scale.observe.prometheus import METRICS, MetricsServer, show_ending
 from oar_scale.observe.watch import watching
 from tests.observe import synthetic_run
 from tests.observe.documented import promised_metrics
@@ -153,6 +157,60 @@ def test_health_tells_of_a_failure_and_its_address_is_in_a_file(tmp_path: Path) 
     assert not (tmp_path / "metrics.json").exists()
 
 
+def shown_at_the_end(server: MetricsServer, how: Ending) -> list[dict[str, float]]:
+    """What a scraper sees that comes after the driver has ended; empty where the driver does not wait for it."""
+    seen: list[dict[str, float]] = []
+
+    def scrape() -> None:
+        while not seen and not ended.wait(0.01):
+            with contextlib.suppress(urllib.error.URLError):
+                seen.append(samples(get(f"{server.url}/metrics")[1]))
+
+    ended = threading.Event()
+    scraper = threading.Thread(target=scrape)
+    scraper.start()
+    show_ending(server.events, how)
+    ended.set()
+    scraper.join()
+    return seen
+
+
+@pytest.mark.parametrize(("scraped", "how"), [(True, "failed"), (True, "done"), (True, "stopped"), (False, "failed"), (False, "done")])
+def test_a_driver_stays_until_its_end_was_seen(scraped: bool, how: Ending, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody ever looked it waits for nobody, but after a failure, which may come before Prometheus has found it."""
+    monkeypatch.setattr(metrics, "SEEN_S", 600.0)
+    monkeypatch.setattr(metrics, "SEEN_STOPPED_S", 600.0)
+    events = tmp_path / "events"
+    synthetic_run.interrupted(events)
+    with serving(events) as server:
+        if scraped:
+            get(f"{server.url}/metrics")
+    if (scraped, how) == (False, "done"):
+        assert shown_at_the_end(server, how) == []
+        return
+    [values] = shown_at_the_end(server, how)
+    assert (
+        values[f'oar_ended_timestamp_seconds{{how="{how}"}}']
+        == values["oar_driver_timestamp_seconds"]
+        >= values["oar_begun_timestamp_seconds"]
+    )
+    assert not (tmp_path / "metrics.json").exists()
+    assert shown_at_the_end(server, "done") == []  # it was seen
+
+
+def test_speed_and_straggler_are_compared(tmp_path: Path) -> None:
+    events = tmp_path / "events"
+    with EventLog(str(events), "pretrain") as log:
+        synthetic_run.start(log)
+        for step in range(10, 310, 10):
+            synthetic_run.train(log, step, images_per_s=60.0)
+        synthetic_run.train(log, 310, images_per_s=45.0)
+    with serving(events) as server:
+        values = samples(get(f"{server.url}/metrics")[1])
+    assert values["oar_speed_ratio"] == 0.75
+    assert values['oar_straggling_ratio{host="node-2",rank="1"}'] == pytest.approx(1.1)
+
+
 def test_a_port_that_is_taken_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with serving(tmp_path / "events") as server:
         recipe = Recipe.model_validate({"name": "emoji", "observe": {"metrics_port": server.port}})
@@ -163,7 +221,8 @@ def test_a_port_that_is_taken_is_a_warning(tmp_path: Path, caplog: pytest.LogCap
 
 def test_the_documentation_names_exactly_the_served_metrics(tmp_path: Path) -> None:
     served = exposed(tmp_path)
-    assert served | {"oar_remaining_seconds"} == promised_metrics()  # that one needs some time to pass
+    later = {"oar_remaining_seconds", "oar_speed_ratio", "oar_ended_timestamp_seconds"}  # with time, many events, and at the end
+    assert served | later == promised_metrics()
     assert promised_metrics() == {metric.name for metric in METRICS}
 
 
@@ -182,8 +241,9 @@ def test_alert_rules_name_metrics_and_cover_what_must_be_known() -> None:
     rules = [rule for group in YAML(typ="safe").load((GRAFANA / "alerts.yaml").read_text())["groups"] for rule in group["rules"]]
     assert {rule["alert"] for rule in rules} >= {
         "OarStalled", "OarNoCheckpoint", "OarNonFinite", "OarSpike", "OarWaitsForData", "OarRestarts", "OarTargetDown",
+        "OarFailed", "OarGone", "OarNotContinued", "OarJobFailed", "OarJobPending", "OarPending", "OarSlow", "OarStraggler",
     }  # fmt: skip
     for rule in rules:
         named = set(re.findall(r"\b(?:oar_\w+|up)\b", rule["expr"]))
-        assert named and named <= promised_metrics() | {"up"}, rule["alert"]
+        assert (named and named <= promised_metrics() | set(JOB_METRICS) | {"up"}) or "DCGM_FI_DEV_" in rule["expr"], rule["alert"]
         assert rule["labels"]["severity"] in ("warning", "critical") and rule["annotations"]["summary"]
