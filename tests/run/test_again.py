@@ -67,10 +67,11 @@ def said(run: Run) -> str:
 
 
 def content(run: Run) -> dict[str, bytes]:
-    """All objects of the run, there and in its local folder."""
+    """All objects of the run, there and in its local folder, but its events: that an attempt has failed stays true."""
     storage, local = open_storage(run.at()), Path(run.local())
     objects = {uri.removeprefix(run.at()): storage.read(uri) for uri in storage.list(run.at())}
-    return objects | {f"local {path.relative_to(local)}": path.read_bytes() for path in local.rglob("*") if path.is_file()}
+    objects |= {f"local {path.relative_to(local)}": path.read_bytes() for path in local.rglob("*") if path.is_file()}
+    return {name: value for name, value in objects.items() if not name.startswith(("/events/", "local events/"))}
 
 
 def fail(name: str) -> Callable[[str], object]:
