@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from oar_scale.data.images import to_rgb
 from oar_scale.errors import UserError
 from oar_scale.generation import editing
 from oar_scale.generation.model_bundle import ModelBundle, check_codes, find_bundle
@@ -108,6 +109,7 @@ class Pretrained:
         """The image with a box drawn anew. The rest comes back as the image tokenizer reconstructs it.
 
         Args:
+            image: of any mode; it is made upright RGB on white (:mod:`oar_scale.data.images`), which ``box`` refers to.
             box: left, top, right, bottom in pixels, as Pillow counts them; every cell that it touches is redrawn.
 
         Raises:
@@ -115,6 +117,7 @@ class Pretrained:
         """
         vq = self._tokenizer()
         size, cell = vq.spec.image_size, vq.spec.image_size // vq.spec.grid
+        image = to_rgb(image, "the image")
         if image.size != (size, size):
             raise UserError(f"the image has {image.width} x {image.height} pixels, the model draws {size} x {size}: resize it first")
         left, top, right, bottom = box
@@ -124,7 +127,7 @@ class Pretrained:
         redo_N = editing.box_mask(vq.spec.grid, first_row, first_column, rows_end - first_row, columns_end - first_column)
         noise = torch.Generator().manual_seed(seed)
         condition_BTD = self._condition([prompt])
-        pixels_1HW3 = torch.from_numpy(np.array(image.convert("RGB")))[None]
+        pixels_1HW3 = torch.from_numpy(np.array(image))[None]
         codes_1N = vq.encode(pixels_to_unit(pixels_1HW3).to(condition_BTD.device))
         drawn = editing.inpaint(
             self.model,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from oar_scale.config.schema import SentencePieceConfig
+from oar_scale.data.images import decode_image
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import ShardSample, identity, read_shard, read_token_shard
 from oar_scale.errors import UserError
@@ -104,16 +103,16 @@ def read_pictures(run: Run, split: str, keys: list[str]) -> list[Picture]:
     """
     folder = run.at("images", split)
     require(run, join(folder, "manifest.json"), "data")
-    read_keys: list[str] = []
-    pictures: list[Picture] = []
+    wanted, pictures = set(keys), dict[str, Picture]()
     for info in read_manifest(folder).shards:
-        if len(read_keys) < len(keys):
+        if len(pictures) < len(wanted):
             for sample in read_shard(join(folder, info.name), run.cache, info):
-                read_keys.append(sample["__key__"])
-                pictures.append(np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB")))
-    if read_keys[: len(keys)] != keys:
+                key = sample["__key__"]
+                if key in wanted:
+                    pictures[key] = np.asarray(decode_image(sample["png"], f"{join(folder, info.name)}: image of sample {key!r}"))
+    if len(pictures) < len(wanted):
         raise UserError(f"{folder}: these are not the images that the tokens were made from. Run the stage tokens again.")
-    return pictures[: len(keys)]
+    return [pictures[key] for key in keys]
 
 
 def without_variant(run: Run, keys: list[str]) -> NDArray[np.bool_]:

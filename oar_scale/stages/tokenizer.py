@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from oar_scale.config.schema import SentencePieceConfig
+from oar_scale.data.images import decode_image
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import ShardSample, read_shard
 from oar_scale.errors import UserError
@@ -93,9 +92,9 @@ def _distance(run: Run, vq: ImageTokenizer, held_pixels: Tensor) -> float | None
 
 def read_images(run: Run, split: str, limit: int | None = None) -> tuple[Tensor, list[str]]:
     """The first images of a split (default: all), uint8 [S, H, W, 3], and their captions."""
-    pixels, captions = [], []
+    pixels, captions, where = [], [], run.at("images", split)
     for sample in itertools.islice(_samples(run, split), limit):
-        pixels.append(np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB")))
+        pixels.append(np.asarray(decode_image(sample["png"], f"{where}: image of sample {sample['__key__']!r}")))
         captions.append(decode_text(sample["txt"]))
     return torch.from_numpy(np.stack(pixels)), captions
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from oar_scale.config.schema import OpenMojiSource
 from oar_scale.data.hashing import name_hash
+from oar_scale.data.images import on_white
 from oar_scale.data.notes import Notes
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.errors import UserError
@@ -81,6 +82,4 @@ def draw(svg: str, size: int) -> Image.Image:
         drawing = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:
         raise BadImage(f"cannot be drawn ({error})") from error
-    page = Image.new("RGBA", drawing.size, "white")
-    page.alpha_composite(drawing)
-    return page.convert("RGB").resize((size, size), Image.Resampling.BOX)
+    return on_white(drawing).resize((size, size), Image.Resampling.BOX)
