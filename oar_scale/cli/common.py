@@ -34,6 +34,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """Parse a share of a whole: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return value
+
+
 def load(arguments: argparse.Namespace) -> Recipe:
     """The recipe, before torch is imported: a typing error is answered at once."""
     from oar_scale.config.loading import load_recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import Subparsers, count
+from oar_scale.cli.common import Subparsers, count, share
 
 
 def add(verbs: Subparsers) -> None:
@@ -30,6 +30,9 @@ def add(verbs: Subparsers) -> None:
     verify.add_argument("url", help="a folder or s3://bucket/prefix")
     verify.add_argument("--manifest", metavar="FILE", help="default: manifest.json beside the shards")
     verify.add_argument("--workers", type=count, default=8, help="shards read at the same time; default: %(default)s")
+    verify.add_argument(
+        "--decode", action="store_true", help="decode every picture as well, as tokenising does; minutes instead of seconds"
+    )
     verify.set_defaults(run=_verify)
 
     text = "counts, captions, image sizes, codes and labels of a folder of shards, with or without a manifest"
@@ -51,6 +54,7 @@ def add(verbs: Subparsers) -> None:
     tokenize.add_argument("--tokenizer", required=True, metavar="FILE", help="weights of the image tokenizer (.safetensors)")
     tokenize.add_argument("--views", default="center", metavar="A,B", help="variants of each image; default: %(default)s")
     tokenize.add_argument("--actors", type=count, default=2, help="processes that tokenise; default: %(default)s")
+    tokenize.add_argument("--max-bad-fraction", type=share, default=0.01, help="share of bad samples that stops; default: %(default)s")
     tokenize.set_defaults(run=_tokenize)
 
 
@@ -65,7 +69,7 @@ def _index(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     from oar_scale.commands.shard_commands import verify_shards
 
-    return verify_shards(arguments.url, arguments.manifest, arguments.workers)
+    return verify_shards(arguments.url, arguments.manifest, arguments.workers, arguments.decode)
 
 
 def _stats(arguments: argparse.Namespace) -> None:
@@ -79,4 +83,4 @@ def _stats(arguments: argparse.Namespace) -> None:
 def _tokenize(arguments: argparse.Namespace) -> None:
     from oar_scale.commands.shard_commands import tokenize_shards
 
-    tokenize_shards(arguments.url, arguments.out, arguments.tokenizer, arguments.views, arguments.actors)
+    tokenize_shards(arguments.url, arguments.out, arguments.tokenizer, arguments.views, arguments.actors, arguments.max_bad_fraction)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from oar_scale.config.schema import TokenizerConfig
+from oar_scale.config.schema import DataConfig, TokenizerConfig
+from oar_scale.data.bad_samples import BadSamples
 from oar_scale.data.index import IndexJob, index_folder
+from oar_scale.data.notes import Notes
 from oar_scale.data.stats import DecodeCodes, StatsJob, collect_stats, lines, picture_grid, summary
 from oar_scale.data.verify import verify_folder
 from oar_scale.errors import UserError
@@ -50,12 +52,13 @@ def index_shards(job: IndexJob) -> None:
         print(f"{index.bad_captions} captions are no text (not UTF-8); trainings replace their samples")
     if index.faults:
         print(f"{index.faults} faults in samples; oar data verify names them")
+    _print_notes(index.notes)
 
 
-def verify_shards(folder: str, manifest: str | None, workers: int) -> int:
+def verify_shards(folder: str, manifest: str | None, workers: int, decode: bool) -> int:
     """Read every shard, print each fault, and return 1 if there is one, else 0."""
     with _progress("shards") as show:
-        result = verify_folder(folder, manifest, workers=workers, on_progress=show)
+        result = verify_folder(folder, manifest, workers=workers, decode=decode, on_progress=show)
     for fault in result.faults[:FAULTS_SHOWN]:
         print(fault)
     if result.fault_count > FAULTS_SHOWN:
@@ -63,6 +66,7 @@ def verify_shards(folder: str, manifest: str | None, workers: int) -> int:
     read = f"{result.shards} shards, {result.samples} samples, {result.bytes / 1e6:.1f} MB read"
     captions = f"; {result.bad_captions} captions are no text (not UTF-8); trainings replace their samples" if result.bad_captions else ""
     print(f"{folder}: {read}: {f'{result.fault_count} faults' if result.fault_count else 'all as the manifest says'}{captions}")
+    _print_notes(result.notes)
     return 1 if result.fault_count else 0
 
 
@@ -86,6 +90,8 @@ def show_shard_statistics(folder: str, pattern: str, shards: int | None, grid: s
         buffer = io.BytesIO()
         picture_grid(stats, decode).save(buffer, "PNG")
         open_storage(grid).write(grid, buffer.getvalue())
+    if not as_json:
+        _print_notes(stats.notes)
 
 
 def _decoder(weights: str) -> DecodeCodes:
@@ -111,8 +117,13 @@ def _decoder(weights: str) -> DecodeCodes:
     return decode
 
 
-def tokenize_shards(images: str, tokens: str, tokenizer: str, views: str, actors: int) -> None:
+def tokenize_shards(images: str, tokens: str, tokenizer: str, views: str, actors: int, max_bad_fraction: float) -> None:
     """Tokenise a folder of image shards; an interrupted run resumes where it stopped."""
+    notes = Notes()
+
+    def bad(total: int) -> BadSamples:
+        return BadSamples("tokens", total, DataConfig(max_bad_fraction=max_bad_fraction), notes, "--max-bad-fraction ...")
+
     try:
         named = TokenizerConfig(views=tuple(views.split(","))).views
     except ValidationError as error:
@@ -122,12 +133,18 @@ def tokenize_shards(images: str, tokens: str, tokenizer: str, views: str, actors
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="oar-tokenize-") as cache, _progress("images") as show:
         manifest = tokenize_all(
-            TokenizeJob(images, tokens, tokenizer, named, cache, cache_bytes=CACHE_BYTES), actors=actors, on_progress=show
+            TokenizeJob(images, tokens, tokenizer, named, cache, cache_bytes=CACHE_BYTES), actors=actors, on_progress=show, make_bad=bad
         )
     print(
         f"{tokens}: {manifest.samples} images in {len(manifest.shards)} shards, {len(manifest.views)} views of {manifest.grid} x "
         f"{manifest.grid} codes, in {duration(time.monotonic() - began)}"
     )
+    _print_notes(notes)
+
+
+def _print_notes(notes: Notes) -> None:
+    if notes.line():
+        print(notes.line())
 
 
 @contextmanager

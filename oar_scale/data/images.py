@@ -20,7 +20,7 @@ import struct
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from oar_scale.errors import UserError
 
@@ -115,6 +115,8 @@ def _open(data: bytes | memoryview, where: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures, which are refused below, and of corrupt EXIF
             return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where} cannot be read (cannot identify image file: no {', '.join(FORMATS)}, or a broken header)") from error
     except _BROKEN as error:
         raise UserError(f"{where} cannot be read ({error})") from error
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from urllib.parse import quote
 
 from oar_scale.data.manifest import Manifest, ShardInfo, parse_manifest
+from oar_scale.data.notes import Notes
 from oar_scale.data.scan import ShardScan, in_parallel, list_shards, scan_shard
 from oar_scale.errors import UserError
 from oar_scale.storage import DamagedJson, Missing, join, open_storage, read_json, write_json
@@ -69,6 +70,8 @@ class IndexResult:
     faults: int
     """Samples that cannot be used as the others can (``oar data verify`` names them)."""
     bad_captions: int
+    notes: Notes
+    """Files and members that were passed over."""
 
 
 def index_folder(job: IndexJob, on_progress: Callable[[int, int], None] | None = None) -> IndexResult:
@@ -81,7 +84,8 @@ def index_folder(job: IndexJob, on_progress: Callable[[int, int], None] | None =
         UserError: no shards, shards that cannot be read, token and image shards mixed, codes that do not fit what was given, or
             a manifest that says something else.
     """
-    names = list_shards(job.folder, job.pattern)
+    notes = Notes()
+    names = list_shards(job.folder, job.pattern, notes)
     before = _existing_manifest(job)
     if before is not None and not job.force and [shard.name for shard in before.shards] != names:
         raise _other_manifest(job, f"it lists {len(before.shards)} shards, here are {len(names)} that match {job.pattern!r}")
@@ -103,10 +107,11 @@ def index_folder(job: IndexJob, on_progress: Callable[[int, int], None] | None =
     open_storage(job.manifest_uri).write(job.manifest_uri, manifest.model_dump_json(indent=1).encode())
     _remove_ledger(job)
     extensions: Counter[str] = Counter()
-    for scan in scans.values():
-        extensions.update(scan.parts)
+    for name in names:
+        extensions.update(scans[name].parts)
+        notes.merge(scans[name].notes)
     faults, captions = sum(scan.fault_count for scan in scans.values()), sum(scan.bad_captions for scan in scans.values())
-    return IndexResult(manifest, len(missing), dict(extensions), faults, captions)
+    return IndexResult(manifest, len(missing), dict(extensions), faults, captions, notes)
 
 
 def _scan(job: IndexJob, name: str) -> ShardScan:

@@ -5,7 +5,7 @@
 
 A class label is ``label`` in ``KEY.json``, or ``KEY.cls``.
 
-Opening reads the headers of the tar (:mod:`oar_scale.data.tars`) and keeps two integers for each member: the byte offsets at which
+Opening reads the headers of the tar (:mod:`oar_scale.data.tar_samples`) and keeps two integers for each member: the byte offsets at which
 its content begins and ends. A shard of 10,000 samples is open in milliseconds and takes some hundred kilobytes beside its (mapped) bytes.
 
 A shard or sample that cannot be used raises :class:`UnusableSample`. The stream replaces such samples; every other reader stops.
@@ -14,16 +14,19 @@ A shard or sample that cannot be used raises :class:`UnusableSample`. The stream
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from oar_scale.data.images import EXTENSIONS, decode_image
 from oar_scale.data.labels import label_of, stored_label
 from oar_scale.data.scan import npy_header
-from oar_scale.data.tars import key_and_extension, members
+from oar_scale.data.tar_samples import data_runs, key_and_extension
 from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject, parse_object
@@ -55,7 +58,9 @@ class OpenShard:
         self._data = data
         self._offsets: dict[str, array[int]] = {}
         """For each extension, two numbers a sample: where its member begins and ends; 0, 0 for none (a member never begins at byte 0)."""
-        for name, offset, size in members(data, where):
+        self._doubled: dict[int, str] = {}
+        """Rows of samples with two members of one extension: nobody can say which is meant."""
+        for name, offset, size in chain.from_iterable(zip(*run, strict=True) for run in data_runs(data, where)):
             key, extension = key_and_extension(name)
             if not key:
                 continue
@@ -63,8 +68,10 @@ class OpenShard:
                 self.keys.append(key)
             offsets = self._offsets.setdefault(extension, array("q"))
             offsets.extend([0] * (2 * len(self.keys) - 2 - len(offsets)))  # samples before this one without such a member
-            if len(offsets) < 2 * len(self.keys):  # of two members with one extension the first counts
+            if len(offsets) < 2 * len(self.keys):
                 offsets.extend((offset, offset + size))
+            else:
+                self._doubled[len(self.keys) - 1] = extension
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -118,7 +125,9 @@ class OpenShard:
         return content
 
     def find(self, row: int, extensions: Sequence[str]) -> memoryview | None:
-        """The bytes of the first of these members that a sample has; None where it has none of them."""
+        """The bytes of the first of these members that a sample has; None where it has none. Raises UnusableSample where one is doubled."""
+        if row in self._doubled:
+            raise self.fault(row, f"has two members .{self._doubled[row]}; write the shard again with a key for each")
         for extension in extensions:
             offsets = self._offsets.get(extension)
             if offsets is not None and 2 * row + 1 < len(offsets) and offsets[2 * row]:
@@ -187,13 +196,24 @@ class TokenShard(OpenShard):
 class ImageShard(OpenShard):
     """A shard of pictures."""
 
-    def pixels(self, row: int, view: str, size: int) -> NDArray[np.uint8]:
-        """One view of a picture, uint8 [size, size, 3]. Raises UnusableSample where there is none that can be read."""
+    def picture(self, row: int) -> Image.Image:
+        """A sample's picture. Raises UnusableSample where there is none that can be read."""
         data = self.find(row, EXTENSIONS)
         if data is None:
             raise self.fault(row, f"has no image ({', '.join('.' + extension for extension in EXTENSIONS)})")
         try:
-            picture = decode_image(data, self.where)
+            return decode_image(data, f"{self.where}: image of sample {self.keys[row]!r}")
         except UserError as error:
-            raise self.fault(row, f"has a picture that cannot be read ({error})") from error
-        return np.asarray(make_view(picture, view, self.keys[row], size))
+            raise UnusableSample(str(error)) from error
+
+    def pixels(self, row: int, view: str, size: int) -> NDArray[np.uint8]:
+        """One view of a picture, uint8 [size, size, 3]. Raises UnusableSample as :meth:`picture`."""
+        return np.asarray(make_view(self.picture(row), view, self.keys[row], size))
+
+    def repeated(self, row: int) -> bool:
+        """Whether another sample of the shard has the same key, as where the members of a sample are not next to each other."""
+        return self._times[self.keys[row]] > 1
+
+    @cached_property
+    def _times(self) -> Counter[str]:
+        return Counter(self.keys)

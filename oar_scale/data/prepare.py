@@ -18,10 +18,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from oar_scale.config.schema import DataConfig
+from oar_scale.data.bad_samples import BadSamples
 from oar_scale.data.hashing import name_hash, name_hashes
 from oar_scale.data.labels import label_of
 from oar_scale.data.manifest import Manifest, ShardInfo, write_manifest
-from oar_scale.data.notes import BAD_SAMPLES, Notes
+from oar_scale.data.notes import Notes
 from oar_scale.data.shards import ShardSample, shard_name, with_identity, write_shard
 from oar_scale.data.sources import BadImage, Content, SourceImage, open_source
 from oar_scale.errors import UserError
@@ -61,7 +62,7 @@ def prepare_images(
     images = _in_order(list(source.images()))
     notes.merge(source.notes.record())
     splits = {split: _Split(join(folder, split), config.samples_per_shard) for split in SPLITS}
-    skipped: dict[str, str] = {}
+    bad = BadSamples("data", len(images), config, notes)
 
     def read(image: SourceImage) -> _Read | BadImage:
         return _read(image, config.image_size, classes)
@@ -70,21 +71,18 @@ def prepare_images(
     report(0, len(images))
     for done, (image, result) in enumerate(_map_in_order(read, images, config.prepare_threads), 1):
         if isinstance(result, BadImage):
-            skipped[image.key] = str(result)
-            notes.add(BAD_SAMPLES, f"{image.name}: {result}")
-            if config.on_bad_sample == "fail":
-                raise UserError(f"data: image {image.key!r}: {result}. Fix it, or set data.on_bad_sample: skip.")
+            bad.add(image.key, str(result))
             continue
         for reason in result.changed:
             notes.add(reason, image.name)
         if splits[_split_of(image, config)].add(result.sample, image.family):
             report(done, len(images))
-            _check_skipped(config, skipped, done, len(images))
-    _check_skipped(config, skipped, len(images), len(images))
+            bad.check(done)
+    bad.check(len(images))
     for split in splits.values():
         split.flush()
     report(len(images), len(images))
-    return _write_manifests(splits, source.attribution, skipped, len(images))
+    return _write_manifests(splits, source.attribution, bad.skipped, len(images))
 
 
 def _in_order(images: list[SourceImage]) -> list[SourceImage]:
@@ -192,16 +190,6 @@ class _Split:
         if self.waiting:
             self.shards.append(write_shard(self.folder, shard_name(len(self.shards)), self.waiting))
             self.waiting = []
-
-
-def _check_skipped(config: DataConfig, skipped: dict[str, str], done: int, total: int) -> None:
-    """Raise UserError once more images are skipped than ``data.max_bad_fraction`` allows."""
-    if total and len(skipped) / total > config.max_bad_fraction:
-        named = "; ".join(f"{key}: {fault}" for key, fault in list(skipped.items())[:5])
-        raise UserError(
-            f"data: {len(skipped)} of the first {done} images are bad, more than data.max_bad_fraction = {config.max_bad_fraction} "
-            f"of all {total}.\nThe first: {named}\nFix them, or raise the limit: -o data.max_bad_fraction=..."
-        )
 
 
 def _write_manifests(splits: dict[str, _Split], attribution: str, skipped: dict[str, str], total: int) -> dict[str, Manifest]:

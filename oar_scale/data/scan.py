@@ -22,9 +22,13 @@ from typing import TypeVar
 import crc32c
 import numpy as np
 
-from oar_scale.data.images import EXTENSIONS
-from oar_scale.data.tars import map_file, samples
+from oar_scale.data.data_files import files_below
+from oar_scale.data.images import EXTENSIONS, decode_image
+from oar_scale.data.notes import NO_DATA, Notes
+from oar_scale.data.tar_samples import TWICE, Parts, samples
+from oar_scale.data.tars import map_file
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject, parse_object
 from oar_scale.storage import open_storage
 from oar_scale.text import NotText, decode_text
 
@@ -52,6 +56,8 @@ class ShardScan:
     """Captions that are no text (:mod:`oar_scale.text`): trainings replace their samples."""
     faults: list[str] = field(default_factory=list)
     fault_count: int = 0
+    notes: dict[str, JsonObject] = field(default_factory=dict)
+    """Members that were passed over (:class:`oar_scale.data.notes.Notes`)."""
 
     def fault(self, text: str) -> None:
         """Count a fault, and keep the text of the first ones."""
@@ -60,25 +66,23 @@ class ShardScan:
             self.faults.append(text)
 
 
-def list_shards(folder: str, pattern: str = "*.tar") -> list[str]:
+def list_shards(folder: str, pattern: str = "*.tar", notes: Notes | None = None) -> list[str]:
     """Names of the shards below a folder, relative to it, numbers in their natural order: ``2.tar`` before ``10.tar``.
+
+    Args:
+        pattern: matches in upper as in lower case.
+        notes: gets what was passed over (:mod:`oar_scale.data.data_files`).
 
     Raises:
         UserError: there are none.
     """
-    names = names_below(folder)
-    shards = [name for name in names if fnmatchcase(name, pattern)]
+    names = files_below(folder, notes or Notes())
+    shards = [name for name in names if fnmatchcase(name.lower(), pattern.lower())]
     if not shards:
         raise UserError(
             f"{folder}: none of the {len(names)} objects below it matches {pattern!r}. Check the path, or give another --pattern."
         )
     return sorted(shards, key=_natural)
-
-
-def names_below(folder: str) -> list[str]:
-    """Names of all objects below a folder, relative to it."""
-    base = folder.rstrip("/") + "/"
-    return [uri.removeprefix(base) for uri in open_storage(folder).list(folder)]
 
 
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
@@ -101,23 +105,24 @@ def open_bytes(uri: str) -> Iterator[memoryview]:
     yield data
 
 
-def scan_shard(uri: str, vocab_size: int | None = None) -> ShardScan:
+def scan_shard(uri: str, vocab_size: int | None = None, decode: bool = False) -> ShardScan:
     """Read a shard once and return its sizes, checksum and faults.
 
     Args:
         vocab_size: codes must be below it.
+        decode: decode every picture.
 
     Raises:
         UserError: it cannot be fetched, or is no tar that can be read; what is wrong with single samples is in ``faults``.
     """
     with open_bytes(uri) as data:
-        scan = ShardScan(len(data), crc32c.crc32c(data))
+        scan, notes = ShardScan(len(data), crc32c.crc32c(data)), Notes()
         codes, sets, seen = _Codes(scan, vocab_size), dict[tuple[str, ...], list[str]](), set[str]()
         counts: Counter[tuple[str, ...]] = Counter()
-        for key, sample in samples(data, uri):
+        for key, sample in samples(data, uri, on_passed=lambda name: notes.add(NO_DATA, f"{uri}: {name}")):
             scan.samples += 1
             if key in seen:
-                scan.fault(f"key {key!r} comes twice (are its members not next to each other?)")
+                scan.fault(f"key {key!r} {TWICE}")
             seen.add(key)
             extensions = tuple(sample)
             if extensions not in counts:
@@ -127,13 +132,32 @@ def scan_shard(uri: str, vocab_size: int | None = None) -> ShardScan:
             counts[extensions] += 1
             if len(sets[extensions]) < FAULTS_KEPT:
                 sets[extensions].append(key)
+            _check_parts(scan, key, sample, decode)
             if "codes.npy" in sample:
                 codes.add(key, sample["codes.npy"])
-            if "txt" in sample and not _is_text(sample["txt"]):
-                scan.bad_captions += 1
         codes.flush()
         _compare_members(scan, counts, sets)
+    scan.notes = notes.record()
     return scan
+
+
+def _check_parts(scan: ShardScan, key: str, sample: Parts, decode: bool) -> None:
+    """What one sample's members say by themselves."""
+    if sample.doubled:
+        scan.fault(f"sample {key!r} has two members .{sample.doubled}")
+    if "txt" in sample and not _is_text(sample["txt"]):
+        scan.bad_captions += 1
+    if "json" in sample:
+        try:
+            parse_object(bytes(sample["json"]))
+        except ValueError as error:
+            scan.fault(f"sample {key!r} has a .json that is none ({error})")
+    picture = next((sample[part] for part in EXTENSIONS if part in sample), None)
+    if decode and picture is not None:
+        try:
+            decode_image(picture, f"picture of sample {key!r}")
+        except UserError as error:
+            scan.fault(str(error))
 
 
 def _compare_members(scan: ShardScan, counts: Counter[tuple[str, ...]], sets: dict[tuple[str, ...], list[str]]) -> None:

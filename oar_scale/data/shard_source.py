@@ -138,10 +138,10 @@ class OpenShards:
         codes_1N = self.source.tokenizer.encode(pixels_to_unit(torch.tensor(pixels)[None]))
         return ShardRow(codes_1N.numpy().astype("<u2").tobytes(), prompt, order)
 
-    def outside_vocabulary(self, shard: int, row: int) -> str:
-        """The error text for a sample whose codes are not in the vocabulary; names shard and key."""
+    def fault(self, shard: int, row: int, what: str) -> UnusableSample:
+        """The error that a sample cannot be used; names shard and key, ``what`` continues "sample KEY"."""
         opened, _ = self._shard(shard)
-        return str(opened.fault(row, f"has codes above {self.source.vocabulary - 1}, the last one of the vocabulary"))
+        return opened.fault(row, what)
 
     def prefetch(self, shard: int) -> None:
         """Start fetching a shard in the background, unless it is open or known to be broken."""

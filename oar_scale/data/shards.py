@@ -22,8 +22,10 @@ import webdataset
 from numpy.typing import NDArray
 
 from oar_scale.data.manifest import ShardInfo
-from oar_scale.data.open_shard import TokenShard
-from oar_scale.data.tars import map_file, samples
+from oar_scale.data.open_shard import ImageShard, TokenShard
+from oar_scale.data.tar_samples import samples
+from oar_scale.data.tars import map_file
+from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.shard_cache import ShardCache
@@ -78,7 +80,7 @@ def iterate_shard(path: str, uri: str) -> Iterator[ShardSample]:
     """The samples of a local tar as dicts of bytes, in the order of the file; ``uri`` names it in errors.
 
     Raises:
-        UserError: see :func:`oar_scale.data.tars.samples`.
+        UserError: see :func:`oar_scale.data.tar_samples.samples`; also for a sample with two members of one extension.
     """
     return _samples(map_file(path), uri)
 
@@ -97,6 +99,8 @@ def read_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None, *, c
 
 def _samples(data: memoryview, uri: str) -> Iterator[ShardSample]:
     for key, sample in samples(data, uri):
+        if sample.doubled:
+            raise UserError(f"{uri}: sample {key!r} has two members .{sample.doubled}. Write it again with a key for each.")
         yield {"__key__": key, **{extension: bytes(content) for extension, content in sample.items()}}
 
 
@@ -104,13 +108,18 @@ def token_sample(source: ShardSample, codes_VN: NDArray[np.uint16]) -> ShardSamp
     """One sample of a token shard, ready for :func:`write_shard`: the codes, and all of the image's sample but its picture."""
     buffer = io.BytesIO()
     np.save(buffer, codes_VN.astype(np.uint16))
-    kept: ShardSample = {part: source[part] for part in ("features.npy", "json", "txt") if part in source}
+    kept: ShardSample = {part: source[part] for part in ("features.npy", "json", "txt", "cls") if part in source}
     return {"__key__": source["__key__"], "codes.npy": buffer.getvalue(), "json": b"{}", **kept}
 
 
 def read_token_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None, *, cache_bytes: int | None = None) -> TokenShard:
     """Open a token shard. Arguments and errors as those of :func:`read_shard`."""
     return TokenShard(_read(uri, cache_dir, expected, cache_bytes), uri)
+
+
+def read_image_shard(uri: str, cache_dir: str, expected: ShardInfo | None = None, *, cache_bytes: int | None = None) -> ImageShard:
+    """Open an image shard. Arguments and errors as those of :func:`read_shard`."""
+    return ImageShard(_read(uri, cache_dir, expected, cache_bytes), uri)
 
 
 def _read(uri: str, cache_dir: str, expected: ShardInfo | None, cache_bytes: int | None) -> memoryview:

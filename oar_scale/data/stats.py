@@ -20,8 +20,9 @@ from PIL import Image, ImageOps
 from oar_scale.data.images import EXTENSIONS, decode_image, image_size
 from oar_scale.data.labels import label_of, stored_label
 from oar_scale.data.manifest import Manifest, parse_manifest
+from oar_scale.data.notes import NO_DATA, Notes
 from oar_scale.data.scan import in_parallel, list_shards, npy_header, open_bytes
-from oar_scale.data.tars import samples
+from oar_scale.data.tar_samples import samples
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject, parse_object
 from oar_scale.storage import Missing, join, open_storage
@@ -60,6 +61,8 @@ class ShardStats:
     pictures: list[Image.Image] = field(default_factory=list)
     tokens: list[NDArray[np.uint16]] = field(default_factory=list)
     """Codes of the first view of the samples for the grid."""
+    notes: Notes = field(default_factory=Notes)
+    """What was passed over, and samples that cannot be used."""
 
     def merge(self, other: ShardStats) -> None:
         """Add the counts, pictures and codes of other shards to these."""
@@ -68,6 +71,7 @@ class ShardStats:
         for name in ("parts", "caption_words", "words", "labels", "sizes", "code_shapes"):
             getattr(self, name).update(getattr(other, name))
         self.codes += other.codes
+        self.notes.merge(other.notes.record())
         self.pictures += other.pictures
         self.tokens += other.tokens
         _trim(self.words)
@@ -94,7 +98,8 @@ def collect_stats(job: StatsJob, on_progress: Callable[[int, int], None] | None 
         UserError: no shards, or one that cannot be read.
     """
     manifest = _manifest(job.folder)
-    names = list_shards(job.folder, job.pattern) if manifest is None else [shard.name for shard in manifest.shards]
+    notes = Notes()
+    names = list_shards(job.folder, job.pattern, notes) if manifest is None else [shard.name for shard in manifest.shards]
     names = names[: job.shards]
     share = math.ceil(job.pictures / len(names)) if names else 0
     report = on_progress or (lambda done, total: None)
@@ -107,7 +112,7 @@ def collect_stats(job: StatsJob, on_progress: Callable[[int, int], None] | None 
     for name, stats in in_parallel(lambda name: _shard_stats(join(job.folder, name), share), names, job.workers, broken):
         by_shard[name] = stats
         report(len(by_shard), len(names))
-    whole = ShardStats()
+    whole = ShardStats(notes=notes)
     for name in names:
         whole.merge(by_shard.pop(name))
     return whole, manifest
@@ -125,12 +130,14 @@ def _shard_stats(uri: str, pictures: int) -> ShardStats:
     stats = ShardStats(shards=1)
     with open_bytes(uri) as data:
         stats.bytes = len(data)
-        for key, sample in samples(data, uri):
+        for key, sample in samples(data, uri, on_passed=lambda name: stats.notes.add(NO_DATA, f"{uri}: {name}")):
             stats.samples += 1
             stats.parts.update(sample.keys())
+            if sample.doubled:
+                stats.notes.add("samples with two members of one kind, of which the first is counted", f"{uri}: {key}.{sample.doubled}")
             wanted = len(stats.pictures) + len(stats.tokens) < pictures
             _add_caption(stats, sample)
-            _add_label(stats, sample)
+            _add_label(stats, sample, f"{uri}: {key}")
             _add_image(stats, sample, f"{uri}: image of sample {key!r}", wanted)
             _add_codes(stats, sample, wanted)
     return stats
@@ -157,11 +164,12 @@ def _trim(words: Counter[str]) -> None:
         words.update(dict(kept))
 
 
-def _add_label(stats: ShardStats, sample: dict[str, memoryview]) -> None:
+def _add_label(stats: ShardStats, sample: dict[str, memoryview], where: str) -> None:
     """A class label: ``label`` in KEY.json, or KEY.cls."""
     try:
         label = stored_label(parse_object(bytes(sample.get("json", b"{}"))), sample.get("cls"))
     except ValueError:
+        stats.notes.add("samples whose .json is none, not counted among the labels", where)
         return
     if is_missing(label):
         return
@@ -181,8 +189,9 @@ def _add_image(stats: ShardStats, sample: dict[str, memoryview], where: str, wan
         stats.sizes[image_size(data, where)] += 1
         if wanted:
             stats.pictures.append(ImageOps.pad(decode_image(data, where), (CELL, CELL), color="white"))
-    except UserError:
+    except UserError as error:
         stats.bad_images += 1
+        stats.notes.add("pictures that cannot be read, counted as such", str(error))
 
 
 def _add_codes(stats: ShardStats, sample: dict[str, memoryview], wanted: bool) -> None:
@@ -233,6 +242,7 @@ def summary(stats: ShardStats, manifest: Manifest | None) -> JsonObject:
         "shards": stats.shards,
         "samples": stats.samples,
         "bytes": stats.bytes,
+        "notes": stats.notes.record(),
         "parts": dict(stats.parts.most_common(50)),
     }
     if manifest is not None:

@@ -21,11 +21,12 @@ background while step t is made, and the batch of the next step is made while th
 ``loader_processes`` processes, of which process p of P makes the steps p, p + P, ... As each batch depends on its step alone, their
 number changes nothing.
 
-*Broken samples.* A sample that cannot be used (a missing member, codes of another shape or outside the vocabulary, a shard that is missing
-or damaged) is replaced: attempt k = 0, 1, ... draws another uid by a hash of (seed, epoch, uid, k), and the first sample that can
-be used is taken. The slot keeps its own random choices, so the replacement is the same on every rank and in every attempt. Each
-replaced sample is listed in :attr:`Batch.bad`; past ``data.max_bad_fraction`` of the samples seen, the stream stops with an error that
-names some. A storage that does not answer is no fault of a sample: it ends the stream with ``Unreachable``.
+*Broken samples.* A sample that cannot be used (a missing or doubled member, codes of another shape or outside the vocabulary, a label
+that the model does not have, a shard that is missing or damaged) is replaced: attempt k = 0, 1, ... draws another uid by a hash of (seed,
+epoch, uid, k), and the first sample that can be used is taken. The slot keeps its own random choices, so the replacement is the same on
+every rank and in every attempt. Each replaced sample is listed in :attr:`Batch.bad`; past ``data.max_bad_fraction`` of the samples seen,
+the stream stops with an error that names some. A storage that does not answer is no fault of a sample: it ends the stream with
+``Unreachable``.
 
 *Resuming* is ``batches(start_step=t, end_step=...)``. A step costs no more in the middle of an epoch than at its beginning.
 
@@ -273,10 +274,19 @@ class TokenStream:
     def _read(self, choice: _Choice) -> ShardRow:
         """Read one sample. Raises UnusableSample."""
         draw = choice.draw if choice.stored_order else None
-        return self.shards[choice.folder].row(choice.shard, choice.row, choice.view, draw)
+        row = self.shards[choice.folder].row(choice.shard, choice.row, choice.view, draw)
+        if self.prompts.field != "txt":  # any text can be encoded; a label may be none of the model's
+            try:
+                self.prompts.encode([row.prompt])
+            except UserError as error:
+                raise self.shards[choice.folder].fault(choice.shard, choice.row, f"has a prompt of no use: {error}") from error
+        return row
 
     def _outside_vocabulary(self, choice: _Choice) -> ReplacedSample:
-        return ReplacedSample(choice.uid, self.shards[choice.folder].outside_vocabulary(choice.shard, choice.row))
+        shards = self.shards[choice.folder]
+        last = shards.source.vocabulary - 1
+        fault = shards.fault(choice.shard, choice.row, f"has codes above {last}, the last one of the vocabulary")
+        return ReplacedSample(choice.uid, str(fault))
 
     def _choices(self, epoch_b: Ids, uid_b: Ids, wanted_b: Ids) -> list[_Choice]:
         """The choices for the slots of ``uid_b`` with the samples ``wanted_b``, or with replacements of those that cannot be used.

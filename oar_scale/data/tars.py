@@ -1,4 +1,4 @@
-"""The members and samples of a tar that lies in memory, found without copying a byte of their content.
+"""The members of a tar that lies in memory, found without copying a byte of their content.
 
 A tar is a chain: each 512-byte header says how long its file is, and so where the next header begins.
 
@@ -79,6 +79,10 @@ _PAX_RECORD = re.compile(rb"(\d{1,8}) ([^=]+)=")
 _ZEROS = bytes(BLOCK)
 
 
+Run = tuple[list[str], list[int], list[int]]
+"""Names, offsets and sizes of members that follow each other."""
+
+
 class _Fault(Exception):
     """The fault of an entry; the caller adds the name of the tar and of the member before it."""
 
@@ -93,44 +97,8 @@ def members(data: memoryview, where: str, limits: TarLimits = LIMITS) -> Iterato
     Raises:
         UserError: broken, truncated, compressed or hostile; names the tar, the position and the member.
     """
-    for names, offsets, sizes in _runs(data, where, limits):
-        yield from map(Member, names, offsets, sizes)
-
-
-def samples(data: memoryview, where: str, limits: TarLimits = LIMITS) -> Iterator[tuple[str, dict[str, memoryview]]]:
-    """The samples of a tar: neighbouring members that share a KEY, as ``(KEY, {extension: content})``.
-
-    KEY is the name up to the first dot of its last part, the extension is what follows, in lower case: ``a.b/7.Codes.npy``
-    is ``codes.npy`` of ``a.b/7``. Names without either (``README``, ``.hidden``) belong to no sample, nor does what lies
-    under ``__meta__``. A key that comes again later is a second sample, as in WebDataset.
-
-    Raises:
-        UserError: as :func:`members`, and for a sample with two members of one extension.
-    """
-    key, sample = "", dict[str, memoryview]()
-    for names, offsets, sizes in _runs(data, where, limits):
-        for name, offset, size in zip(names, offsets, sizes, strict=True):
-            of, extension = key_and_extension(name)
-            if not of:
-                continue
-            if of != key:
-                if sample:
-                    yield key, sample
-                key, sample = of, {}
-            if extension in sample:
-                raise UserError(f"{where}: sample {key!r} has two members .{extension}. Write it again with a key for each.")
-            sample[extension] = data[offset : offset + size]
-    if sample:
-        yield key, sample
-
-
-def key_and_extension(name: str) -> tuple[str, str]:
-    """WebDataset's rule for a member's name; two empty strings for a member of no sample."""
-    start = name.rfind("/") + 1
-    cut = name.find(".", start)
-    if cut <= start or (name.startswith("__") and re.match(r"__[^/]*__($|/)", name)):
-        return "", ""
-    return name[:cut], name[cut + 1 :].lower()
+    for run in runs(data, where, limits):
+        yield from map(Member, *run)
 
 
 def map_file(path: str) -> memoryview:
@@ -140,11 +108,7 @@ def map_file(path: str) -> memoryview:
         return memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-_Run = tuple[list[str], list[int], list[int]]
-"""Names, offsets and sizes of members that follow each other."""
-
-
-def _runs(data: memoryview, where: str, limits: TarLimits) -> Iterator[_Run]:
+def runs(data: memoryview, where: str, limits: TarLimits = LIMITS) -> Iterator[Run]:
     """The members of a tar in runs of a bounded number: fast ones, and single members from slow entries. Raises as :func:`members`."""
     if len(data) > limits.max_total_bytes:
         raise UserError(f"{where}: {len(data)} bytes, the limit for a shard is {limits.max_total_bytes}. Write smaller shards.")
@@ -168,7 +132,7 @@ def _runs(data: memoryview, where: str, limits: TarLimits) -> Iterator[_Run]:
             count, last = count + 1, entry.name
 
 
-def _checked(run: _Run, where: str, limits: TarLimits) -> _Run:
+def _checked(run: Run, where: str, limits: TarLimits) -> Run:
     """The run itself, after a check that all names stay inside the archive and no size is above the limit."""
     names, _, sizes = run
     if max(sizes, default=0) > limits.max_member_bytes:
@@ -182,7 +146,7 @@ def _checked(run: _Run, where: str, limits: TarLimits) -> _Run:
     return run
 
 
-def _plain_run(data: memoryview, at: int) -> tuple[_Run, int]:
+def _plain_run(data: memoryview, at: int) -> tuple[Run, int]:
     """Follow plain members from byte ``at``, at most a chunk of them; returns them and where the next other header lies.
 
     Pax headers that change neither name nor size (WebDataset's writer puts one with the time before each member) are passed over.
@@ -210,7 +174,7 @@ def _plain_run(data: memoryview, at: int) -> tuple[_Run, int]:
     return _verified(data, headers, sizes, at)
 
 
-def _verified(data: memoryview, headers: list[int], sizes: list[int], at: int) -> tuple[_Run, int]:
+def _verified(data: memoryview, headers: list[int], sizes: list[int], at: int) -> tuple[Run, int]:
     """The files among these headers, up to the first header that is invalid, and where that one lies; ``at`` if all are valid."""
     blocks = np.frombuffer(data[: len(data) // BLOCK * BLOCK], dtype=np.uint8).reshape(-1, BLOCK)
     at_H = np.array(headers, dtype=np.int64)

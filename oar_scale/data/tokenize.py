@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from oar_scale.data.images import EXTENSIONS, decode_image
 from oar_scale.data.manifest import Manifest, ShardInfo
-from oar_scale.data.shards import ShardSample, pack_shard, read_shard, token_sample
+from oar_scale.data.open_shard import ImageShard, UnusableSample
+from oar_scale.data.shards import ShardSample, pack_shard, read_image_shard, token_sample
+from oar_scale.data.tar_samples import TWICE
 from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
 from oar_scale.storage import join, open_storage
-from oar_scale.text import decode_text
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import features_of
@@ -28,10 +29,21 @@ BATCH = 128
 
 def tokenize_shard(source: str, target: str, shard: ShardInfo, vq: ImageTokenizer, views: Sequence[str], cache_dir: str) -> ShardInfo:
     """Encode every view of every image of ``source/shard.name`` into ``target/shard.name``; see :func:`pack_tokens`."""
-    info, data = pack_tokens(source, shard, vq, views, cache_dir)
+    tokens = pack_tokens(source, shard, vq, views, cache_dir)
     uri = join(target, shard.name)
-    open_storage(uri).write(uri, data)
-    return info
+    open_storage(uri).write(uri, tokens.data)
+    return tokens.info
+
+
+@dataclass(frozen=True)
+class TokenizedShard:
+    """A token shard, not written yet."""
+
+    info: ShardInfo
+    """Its entry for the manifest."""
+    data: bytes
+    bad: dict[str, str]
+    """Samples of the image shard that are not in it: the reason for each key."""
 
 
 def pack_tokens(
@@ -43,31 +55,39 @@ def pack_tokens(
     text: ClipText | None = None,
     cache_bytes: int | None = None,
     on_batch: Callable[[], None] = lambda: None,
-) -> tuple[ShardInfo, bytes]:
-    """Encode every view of every image of ``source/shard.name``: the token shard's entry for the manifest, and its bytes.
+) -> TokenizedShard:
+    """Encode every view of every image of ``source/shard.name`` that can be used.
 
     Args:
         text: a text tower whose features of the captions are to be stored as well.
         on_batch: called after each :data:`BATCH` of images.
 
     Raises:
-        UserError: a sample without image or caption, or an image that cannot be read; names shard and key.
+        UserError: the shard is missing, damaged or no tar.
     """
-    uri = join(source, shard.name)
-    samples = read_shard(uri, cache_dir, shard, cache_bytes=cache_bytes)
+    uri, bad = join(source, shard.name), dict[str, str]()
+    images = read_image_shard(uri, cache_dir, shard, cache_bytes=cache_bytes)
 
     def encoded() -> Iterator[ShardSample]:
-        for start in range(0, len(samples), BATCH):
-            yield from _tokenize(samples[start : start + BATCH], vq, views, text, uri)
+        for start in range(0, len(images), BATCH):
+            pictures = _pictures(images, range(start, min(start + BATCH, len(images))), bad)
+            if pictures:
+                yield from _tokenize(images, pictures, vq, views, text)
             on_batch()
 
-    return pack_shard(shard.name, encoded())
+    info, data = pack_shard(shard.name, encoded())
+    return TokenizedShard(info, data, bad)
 
 
 def token_manifest(
-    shards: Sequence[ShardInfo], vq: ImageTokenizer, views: Sequence[str], attribution: str, text: ClipText | None = None
+    shards: Sequence[ShardInfo],
+    vq: ImageTokenizer,
+    views: Sequence[str],
+    attribution: str,
+    text: ClipText | None = None,
+    skipped: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """The manifest of a folder of token shards."""
+    """The manifest of a folder of token shards; ``skipped`` are the images that are not in them, and why."""
     return Manifest(
         shards=tuple(shards),
         grid=vq.spec.grid,
@@ -76,17 +96,35 @@ def token_manifest(
         tokenizer_id=vq_id(vq),
         features=None if text is None else features_of(text),
         attribution=attribution,
+        skipped=dict(skipped or {}),
     )
 
 
+def _pictures(images: ImageShard, rows: Iterable[int], bad: dict[str, str]) -> dict[int, Image.Image]:
+    """The pictures of the samples that can be used, by row; the others go to ``bad``, each with all that it lacks."""
+    pictures: dict[int, Image.Image] = {}
+    for row in rows:
+        try:
+            if images.repeated(row):
+                raise images.fault(row, TWICE)
+            images.caption(row)
+            images.metadata(row)
+            pictures[row] = images.picture(row)
+        except UnusableSample as fault:
+            bad[images.keys[row]] = str(fault)
+    return pictures
+
+
 def _tokenize(
-    samples: Sequence[dict[str, bytes]], vq: ImageTokenizer, views: Sequence[str], text: ClipText | None, uri: str
+    images: ImageShard, pictures: Mapping[int, Image.Image], vq: ImageTokenizer, views: Sequence[str], text: ClipText | None
 ) -> Iterator[ShardSample]:
-    """The token samples of a batch of image samples."""
-    keys, pictures = [str(sample["__key__"]) for sample in samples], [_picture(sample, uri) for sample in samples]
-    features = None if text is None else _text_features(text, [decode_text(sample["txt"]) for sample in samples], uri)
-    codes_VSN = np.stack([_encode(vq, pictures, keys, view) for view in views])
-    for index, sample in enumerate(samples):
+    """The token samples of a batch of pictures, by row."""
+    keys = [images.keys[row] for row in pictures]
+    features = None if text is None else _text_features(text, [images.caption(row) for row in pictures], images.where)
+    codes_VSN = np.stack([_encode(vq, list(pictures.values()), keys, view) for view in views])
+    for index, row in enumerate(pictures):
+        found = {part: images.find(row, (part,)) for part in ("features.npy", "json", "txt", "cls")}
+        sample: ShardSample = {"__key__": keys[index], **{part: bytes(content) for part, content in found.items() if content is not None}}
         yield token_sample(sample if features is None else {**sample, "features.npy": features[index]}, codes_VSN[:, index])
 
 
@@ -109,11 +147,3 @@ def _text_features(text: ClipText, captions: Sequence[str], uri: str) -> list[by
         np.save(buffer, features_TF[: min(rows, text.rows)])
         files.append(buffer.getvalue())
     return files
-
-
-def _picture(sample: dict[str, bytes], uri: str) -> Image.Image:
-    data = next((sample[extension] for extension in EXTENSIONS if extension in sample), None)
-    if data is None or "txt" not in sample:
-        what = "caption (.txt)" if data is not None else f"image (.{', .'.join(EXTENSIONS)})"
-        raise UserError(f"{uri}: sample {sample['__key__']!r} has no {what}")
-    return decode_image(data, f"{uri}: image of sample {str(sample['__key__'])!r}")

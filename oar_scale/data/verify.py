@@ -1,8 +1,9 @@
 """Comparison of every byte of a folder of shards with its manifest (``oar data verify``).
 
 What is compared: size and crc32c of each shard, the number of its samples, that no key comes twice in it, that each sample has
-the members that most have, and that codes have the shape and the range the manifest says. Shards that are missing, or that the
-manifest does not know, are faults as well.
+the members that most have, that no member is doubled, that each ``.json`` is one, and that codes have the shape and the range the
+manifest says; with ``--decode`` also that each picture can be decoded. Shards that are missing, or that the manifest does not know,
+are faults as well.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from oar_scale.data.data_files import files_below
 from oar_scale.data.manifest import Manifest, ShardInfo, parse_manifest
-from oar_scale.data.scan import ShardScan, in_parallel, names_below, scan_shard
+from oar_scale.data.notes import Notes
+from oar_scale.data.scan import ShardScan, in_parallel, scan_shard
 from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
 from oar_scale.storage import join, open_storage
 
 FAULTS_KEPT = 200
@@ -31,6 +35,8 @@ class VerifyReport:
     faults: list[str] = field(default_factory=list)
     """Each begins with the name of its shard."""
     fault_count: int = 0
+    notes: Notes = field(default_factory=Notes)
+    """Files and members that were passed over."""
 
     def add(self, name: str, faults: list[str], count: int) -> None:
         """Add the faults of a shard: their texts, and how many there are."""
@@ -39,12 +45,18 @@ class VerifyReport:
 
 
 def verify_folder(
-    folder: str, manifest_uri: str | None = None, *, workers: int = 8, on_progress: Callable[[int, int], None] | None = None
+    folder: str,
+    manifest_uri: str | None = None,
+    *,
+    workers: int = 8,
+    decode: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Read every shard once and compare it with the manifest.
 
     Args:
         manifest_uri: default: ``manifest.json`` beside the shards.
+        decode: decode every picture.
         on_progress: called with (shards done, shards in all), at the start and after every shard.
 
     Raises:
@@ -53,13 +65,13 @@ def verify_folder(
     uri = manifest_uri or join(folder, "manifest.json")
     manifest = parse_manifest(open_storage(uri).read(uri), uri)
     infos, result, report = {info.name: info for info in manifest.shards}, VerifyReport(), on_progress or (lambda done, total: None)
-    by_shard: dict[str, tuple[list[str], int]] = {}
+    by_shard, by_notes = dict[str, tuple[list[str], int]](), dict[str, dict[str, JsonObject]]()
 
     def broken(name: str, error: UserError) -> None:
         by_shard[name] = [str(error).removeprefix(f"{join(folder, name)}: ")], 1
 
     report(0, len(infos))
-    scans = in_parallel(lambda name: scan_shard(join(folder, name), manifest.vocab_size), infos, workers, broken)
+    scans = in_parallel(lambda name: scan_shard(join(folder, name), manifest.vocab_size, decode), infos, workers, broken)
     for name, scan in scans:
         faults = list(_compare(infos[name], scan, manifest))
         by_shard[name] = faults + scan.faults, len(faults) + scan.fault_count
@@ -67,10 +79,12 @@ def verify_folder(
         result.samples += scan.samples
         result.bytes += scan.bytes
         result.bad_captions += scan.bad_captions
+        by_notes[name] = scan.notes
         report(len(by_shard), len(infos))
     for name in infos:  # in the order of the manifest, whichever was read first
         result.add(name, *by_shard[name])
-    for name in _unknown(folder, manifest):
+        result.notes.merge(by_notes.get(name, {}))
+    for name in _unknown(folder, manifest, result.notes):
         result.add(name, ["lies here, but is not in the manifest"], 1)
     return result
 
@@ -89,8 +103,8 @@ def _compare(info: ShardInfo, scan: ShardScan, manifest: Manifest) -> Iterator[s
         yield f"{here}, the manifest says {'none' if shape is None else list(shape)}"
 
 
-def _unknown(folder: str, manifest: Manifest) -> list[str]:
+def _unknown(folder: str, manifest: Manifest, notes: Notes) -> list[str]:
     """Shards in the folder that are not in the manifest."""
     known = {info.name for info in manifest.shards}
-    endings = tuple({"." + info.name.rpartition(".")[2] for info in manifest.shards})
-    return [name for name in names_below(folder) if name.endswith(endings) and name not in known]
+    endings = tuple({"." + info.name.rpartition(".")[2].lower() for info in manifest.shards})
+    return [name for name in files_below(folder, notes) if name.lower().endswith(endings) and name not in known]

@@ -24,6 +24,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from oar_scale.data.notes import Notes
 from oar_scale.observe.events import Event, EventReader, attempts
 from oar_scale.observe.formatting import duration as duration
 from oar_scale.observe.formatting import message, number, time_left
@@ -35,7 +36,7 @@ POLL_S = 0.3
 JOIN_S = 2.0
 """How long the end of a stage waits for its last lines to be shown."""
 QUIET = ("bad_sample", "worker_failure", "resized", "end")
-"""Reported elsewhere: the number of bad samples in ``train`` events, the rest by the driver itself."""
+"""Reported elsewhere: bad samples in one line at the end, the rest by the driver itself."""
 
 
 class Console:
@@ -202,6 +203,7 @@ class _ConsoleFollower:
         self._attempts_before = sum(Path(path).read_bytes().count(b'"kind": "start"') for _, path in attempts(folder, stage))
         self._reader = EventReader(folder, stage, from_now=True)
         self._state: Event = {}
+        self._notes = Notes()
         self._pace = _Pace()
         self._progressed, self._stalled = time.monotonic(), False
         self._ended = threading.Event()
@@ -217,6 +219,8 @@ class _ConsoleFollower:
             while not ended:
                 ended = self._ended.wait(POLL_S)
                 self._poll()
+            if self._notes.line():
+                self._view.note(self._notes.line())
         except Exception as error:  # a view of the stage must not be able to end it
             log.warning("the console no longer follows %s (%s: %s)", self._stage, type(error).__name__, error)
 
@@ -237,6 +241,8 @@ class _ConsoleFollower:
     def _show(self, event: Event) -> None:
         kind, step = event["kind"], event.get("step")
         note = message(event)
+        if kind == "bad_sample":
+            self._notes.add("bad samples, replaced by others", str(event.get("fault")))
         if kind == "start":
             self._show_start(event)
         elif kind == "heldout":

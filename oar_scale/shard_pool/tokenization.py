@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from oar_scale.config.fingerprint import fingerprint
-from oar_scale.config.schema import ClipTextConfig
+from oar_scale.config.schema import ClipTextConfig, DataConfig
+from oar_scale.data.bad_samples import BadSamples
 from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
+from oar_scale.data.notes import Notes, printable
 from oar_scale.data.tokenize import pack_tokens, token_manifest
 from oar_scale.errors import UserError
 from oar_scale.shard_pool import OnStep, PoolReport, ShardOutput, ShardResult, Timing, Worker, run_pool
@@ -63,16 +65,16 @@ class TokenizeWorker:
         self.shards = {shard.name: shard for shard in read_manifest(job.images).shards}
 
     def run(self, shard: str, on_step: OnStep) -> ShardOutput:
-        """Make the token shard of an image shard; the result has its entry for the manifest, and what it was made from and with."""
+        """Make the token shard of an image shard; the result has its entry for the manifest, its bad samples, and what it was made from."""
         source = self.shards[shard]
-        info, data = pack_tokens(
+        tokens = pack_tokens(
             self.job.images, source, self.vq, self.job.views, self.job.cache_dir, self.text, self.job.cache_bytes, on_batch=on_step
         )
         return ShardOutput(
             uri=join(self.job.tokens, shard),
-            data=data,
+            data=tokens.data,
             made_from={"origin": self.origin, "images_crc32c": source.crc32c},
-            facts={"shard": info.model_dump()},
+            facts={"shard": tokens.info.model_dump(), "bad": tokens.bad},
         )
 
 
@@ -84,18 +86,22 @@ def tokenize_all(
     max_retries: int = 3,
     timing: Timing | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    make_bad: Callable[[int], BadSamples] | None = None,
 ) -> Manifest:
     """Tokenise every shard of ``job.images`` that is not done yet, then write the manifest.
 
     Args:
         on_progress: called with (images done, images in all), at the start and after every shard.
+        make_bad: what becomes of samples that cannot be used, for so many images in all; default: that of a recipe which says nothing.
 
     Raises:
-        UserError: a shard could not be tokenised, or the ledger is of another tokenizer, text tower, other views or images.
+        UserError: a shard could not be tokenised, too many samples cannot be used, or the ledger is of another tokenizer, text tower,
+            other views or images.
     """
     timing = timing or Timing()
     with patient(timing.patience_s):
         source, vq, text = read_manifest(job.images), load_vq(job.vq), _tower(job)
+    bad = make_bad(source.samples) if make_bad else BadSamples("tokens", source.samples, DataConfig(), Notes())
     done, origin, shards = 0, _origin(vq, job.views, text), {shard.name: shard for shard in source.shards}
 
     def check(shard: str, result: ShardResult) -> None:
@@ -114,6 +120,9 @@ def tokenize_all(
         nonlocal done
         check(shard, result)
         done += shards[shard].samples
+        for key, fault in result.get("bad", {}).items():
+            bad.add(printable(f"{shard}/{key}"), fault)
+        bad.check(done)
         if on_progress:
             on_progress(done, source.samples)
 
@@ -133,7 +142,9 @@ def tokenize_all(
         on_progress=finished,
     )
     report.raise_for_poison()
-    manifest = token_manifest([ShardInfo(**result["shard"]) for result in report.done.values()], vq, job.views, source.attribution, text)
+    bad.check(done)
+    made = [info for result in report.done.values() if (info := ShardInfo(**result["shard"])).samples]
+    manifest = token_manifest(made, vq, job.views, source.attribution, text, bad.skipped)
     with patient(timing.patience_s):
         write_manifest(job.tokens, manifest)
     return manifest

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from oar_scale.config.schema import ClipTextConfig
+from oar_scale.data.bad_samples import BadSamples
 from oar_scale.data.manifest import Manifest, read_manifest
+from oar_scale.data.notes import Notes
 from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
 from oar_scale.shard_pool import Timing
@@ -13,7 +15,7 @@ from oar_scale.storage.patience import patient
 
 def run_tokens(run: Run) -> JsonObject:
     """Write ``tokens/train`` (all views) and ``tokens/heldout`` (the images as they are); returns the counts."""
-    counts, parallel, text = {}, run.recipe.parallel, run.recipe.tokenizer.text
+    counts, parallel, text, notes = {}, run.recipe.parallel, run.recipe.tokenizer.text, Notes()
     tower = text if isinstance(text, ClipTextConfig) and text.precompute else None
     for split in ("train", "heldout"):
         views = run.recipe.tokenizer.views if split == "train" else ("center",)
@@ -28,11 +30,13 @@ def run_tokens(run: Run) -> JsonObject:
             text=tower,
             cuda=parallel.gpus_per_worker > 0,
         )
-        counts[split] = _tokenize(run, job, f"{split} images").samples
-    return {**counts, "views": list(run.recipe.tokenizer.views)}
+        counts[split] = _tokenize(run, job, f"{split} images", notes).samples
+    if notes.line():
+        run.console.say(f"  {notes.line()}")
+    return {**counts, "views": list(run.recipe.tokenizer.views), "notes": notes.record()}
 
 
-def _tokenize(run: Run, job: TokenizeJob, what: str) -> Manifest:
+def _tokenize(run: Run, job: TokenizeJob, what: str, notes: Notes) -> Manifest:
     parallel, patience_s = run.recipe.parallel, run.recipe.storage.patience_s
     with patient(patience_s):
         images = read_manifest(job.images).samples
@@ -43,4 +47,5 @@ def _tokenize(run: Run, job: TokenizeJob, what: str) -> Manifest:
             gpus_per_actor=float(parallel.gpus_per_worker > 0),
             timing=Timing(grace_s=parallel.grace_s, hang_s=parallel.hang_timeout_s, patience_s=patience_s),
             on_progress=lambda done, total: tally.update(done),
+            make_bad=lambda total: BadSamples("tokens", total, run.recipe.data, notes),
         )

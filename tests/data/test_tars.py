@@ -19,7 +19,8 @@ import webdataset
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from oar_scale.data.tars import Member, TarLimits, members, samples
+from oar_scale.data.tar_samples import samples
+from oar_scale.data.tars import Member, TarLimits, members
 from oar_scale.errors import UserError
 
 FUZZ = int(os.environ.get("OAR_FUZZ", "600"))
@@ -161,7 +162,7 @@ def test_every_format_gives_the_members_of_tarfile(kind: str) -> None:
 
 def test_plain_webdataset_finds_the_same_samples(tmp_path: Path) -> None:
     """Keys with folders and dots, extensions in capitals, files that belong to no sample, its own writer's pax headers."""
-    names = ["a.b/7.Codes.npy", "a.b/7.txt", "README", "__meta__/x.txt", "8.JPG", "8.json", "c/9.txt", "8.txt", "d/.txt.x/1.cls", "y."]
+    names = ["a.b/7.Codes.npy", "a.b/7.txt", "README", "__meta__/x.txt", "8.JPG", "8.json", "c/9.txt", "8.txt", "d/e.txt.x/1.cls", "y."]
     path = tmp_path / "0.tar"
     path.write_bytes(tar([(name, name.encode()) for name in names], "pax", lambda info: setattr(info, "mtime", 1.5)))
     theirs = [
@@ -170,7 +171,22 @@ def test_plain_webdataset_finds_the_same_samples(tmp_path: Path) -> None:
     ]
     mine = [(key, {part: bytes(view) for part, view in sample.items()}) for key, sample in samples(memoryview(path.read_bytes()), "0.tar")]
     assert mine == theirs
-    assert [key for key, _ in mine] == ["a.b/7", "8", "c/9", "8", "d/.txt.x/1", "y"]
+    assert [key for key, _ in mine] == ["a.b/7", "8", "c/9", "8", "d/e.txt.x/1", "y"]
+
+
+def test_what_other_programs_leave_belongs_to_no_sample() -> None:
+    junk = ["._a.jpg", ".DS_Store", "__MACOSX/._a.jpg", "__MACOSX/a.txt", "Thumbs.db", "a.jpg~", ".ipynb_checkpoints/a.jpg", "a.jpg.part"]
+    names = ["./a.jpg", "._a.jpg", "./a.txt", "b.png", *junk, "b.txt", "c~1.jpg"]
+    passed: list[str] = []
+    data = memoryview(tar([(name, b"x") for name in names]))
+    found = [(key, list(sample)) for key, sample in samples(data, "0.tar", on_passed=passed.append)]
+    assert found == [("./a", ["jpg", "txt"]), ("b", ["png", "txt"]), ("c~1", ["jpg"])]
+    assert passed == ["._a.jpg", *junk]
+
+
+def test_a_doubled_member_is_a_fault_of_its_sample_alone() -> None:
+    data = memoryview(tar([("a.txt", b"1"), ("a.TXT", b"2"), ("b.txt", b"3")]))
+    assert [(key, bytes(sample["txt"]), sample.doubled) for key, sample in samples(data, "0.tar")] == [("a", b"1", "txt"), ("b", b"3", "")]
 
 
 def typed(kind: bytes, **more: object) -> Callable[[tarfile.TarInfo], None]:
@@ -201,7 +217,6 @@ def patched(start: int, value: bytes, content: bytes = b"hello") -> bytes:
         (tar([("a.txt", b"a")]) + tar([("b.txt", b"b")]), "two tars in one file"),
         (tar([("../../etc/passwd.txt", b"a")]), r"'../../etc/passwd.txt' points out of the archive"),
         (tar([("/etc/passwd.txt", b"a")]), "'/etc/passwd.txt' points out of the archive"),
-        (tar([("a.txt", b"1"), ("a.TXT", b"2")]), r"sample 'a' has two members \.txt"),
         (patched(124, b"-0000000001\0"), "a size that is no number, or a negative one"),
         (patched(124, b"\xff" * 12), "a size that is no number, or a negative one"),
         (patched(124, b"77777777777\0"), r"'victim.txt' has 8589934591 bytes by its header"),

@@ -72,6 +72,18 @@ def test_faults_and_silence_are_shown_once(tmp_path: Path, monkeypatch: pytest.M
     assert "ActorDiedError" not in text and "2 -> 1 workers" not in text
 
 
+def test_replaced_samples_are_told_in_one_line_at_the_end(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with Console(stream).follow(str(tmp_path), "pretrain", 10), EventLog(str(tmp_path), "pretrain") as log:
+        log.emit("start", steps=10, start_step=0)
+        for number in range(4):
+            log.emit("bad_sample", step=number, uid=number, fault=f"0.tar: sample '{number}' has no .txt")
+        log.emit("end", step=10, seconds=1.0)
+    named = ", ".join(f"0.tar: sample '{number}' has no .txt" for number in range(3))
+    assert f"left out or changed: 4 bad samples, replaced by others ({named}, ...)" in stream.getvalue()
+    assert stream.getvalue().count("has no .txt") == 3
+
+
 def test_a_console_that_cannot_be_written_to_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Gone(io.StringIO):
         def write(self, text: str) -> int:

@@ -11,7 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from oar_scale.config.schema import DataConfig
+from oar_scale.data.bad_samples import BadSamples
 from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
+from oar_scale.data.notes import Notes
 from oar_scale.data.shards import pack_shard, read_token_shard, shard_name, write_shard
 from oar_scale.errors import UserError
 from oar_scale.shard_pool import Ledger, ShardOutput
@@ -118,3 +121,21 @@ def test_a_token_shard_that_is_gone_or_cut_is_made_again(job: TokenizeJob, tmp_p
     (tmp_path / "tokens/00001.tar").write_bytes(before["00001.tar"][:-512])
     assert tokenize_all(job, actors=1) == manifest
     assert {name: (tmp_path / "tokens" / name).read_bytes() for name in before} == before
+
+
+def test_bad_samples_are_named_in_the_manifest_or_stop_it(job: TokenizeJob, tmp_path: Path) -> None:
+    """Two of seven, in two shards: too many for the limit, though what is done is kept; borne, and both are named at once."""
+    folder = str(tmp_path / "images")
+    samples = [{"__key__": f"image{i}", "png": picture(i)[: 100 if i in (1, 5) else None], "txt": "t", "json": b"{}"} for i in range(7)]
+    shards = [write_shard(folder, shard_name(i), samples[4 * i : 4 * i + 4]) for i in range(2)]
+    write_manifest(folder, Manifest(shards=tuple(shards)))
+    job = dataclasses.replace(job, images=folder, tokens=str(tmp_path / "tokens"))
+    with pytest.raises(UserError, match=r"tokens: \d of the first \d images are bad, more than data\.max_bad_fraction = 0\.01 of all 7"):
+        tokenize_all(job, actors=1)
+    notes = Notes()
+    manifest = tokenize_all(
+        job, actors=1, make_bad=lambda total: BadSamples("tokens", total, DataConfig(max_bad_fraction=2 / total), notes)
+    )
+    assert (manifest.samples, sorted(manifest.skipped)) == (5, ["00000.tar/image1", "00001.tar/image5"])
+    assert "00001.tar: image of sample 'image5' cannot be read" in manifest.skipped["00001.tar/image5"]
+    assert notes.record()["bad samples, left out"]["count"] == 2 and manifest == read_manifest(job.tokens)

@@ -1,6 +1,6 @@
 """A folder for each class, as ImageNet comes: ``ROOT/n02119789/n02119789_1.JPEG``.
 
-The label is the number of the folder among all folders in alphabetical order; the caption is made from the class's name.
+The label is the number of the folder among all folders that hold images, in alphabetical order; the caption is made from the class's name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from oar_scale.config.schema import ClassFoldersSource
+from oar_scale.data.data_files import is_data
 from oar_scale.data.labels import readable
 from oar_scale.data.notes import Notes
 from oar_scale.data.sources.image_files import image_files, key_of, no_folder, square
@@ -29,10 +30,20 @@ class ClassFolderImages:
         self.path, self.template = config.path, config.caption
         if not os.path.isdir(self.path):
             raise no_folder("path", self.path)
-        with os.scandir(self.path) as entries:
-            self.classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        self.files: dict[str, list[str]] = {}
+        """The images of each class, relative to its folder."""
+        for path in image_files(self.path, self.notes):
+            folder, _, file = path.partition("/")
+            if file:
+                self.files.setdefault(folder, []).append(file)
+            else:
+                self.notes.add("images that lie in no class folder, left out", path)
+        self.classes = sorted(self.files)
+        for folder in self._folders():
+            if folder not in self.files:
+                self.notes.add("folders without images, which get no label", f"{folder}/")
         if not self.classes:
-            raise UserError(f"data.source.path {self.path}: no folder in it; each class is a folder of images")
+            raise UserError(f"data.source.path {self.path}: no folder of images in it; each class is a folder of images")
         self.names = {name: name.replace("_", " ") for name in self.classes}
         if config.names is not None:
             self.names = read_names(config.names)
@@ -43,9 +54,13 @@ class ClassFolderImages:
     def images(self) -> Iterator[SourceImage]:
         """All images, class by class, in alphabetical order."""
         for label, folder in enumerate(self.classes):
-            for file in sorted(image_files(os.path.join(self.path, folder))):
+            for file in self.files[folder]:
                 path = f"{folder}/{file}"
                 yield SourceImage(key_of(path), os.path.splitext(path)[0], functools.partial(self._read, path, label))
+
+    def _folders(self) -> list[str]:
+        names = [name for name in os.listdir(self.path) if is_data(f"{name}/")]
+        return sorted(name for name in names if os.path.isdir(os.path.join(self.path, name)))
 
     def _read(self, path: str, label: int, size: int) -> Content:
         folder = self.classes[label]

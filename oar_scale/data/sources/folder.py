@@ -35,7 +35,7 @@ class FolderImages:
 
     def images(self) -> Iterator[SourceImage]:
         """All images of the folder and its subfolders, sorted by path."""
-        names = sorted(image_files(self.path))
+        names = image_files(self.path, self.notes)
         if not names:
             raise UserError(f"data.source.path {self.path}: no image in it (*.{', *.'.join(EXTENSIONS)})")
         for name in names:

@@ -5,23 +5,33 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterator
 
 from PIL import Image, ImageOps
 
+from oar_scale.data.data_files import walk
 from oar_scale.data.hashing import name_bytes
 from oar_scale.data.images import EXTENSIONS, decode_image
+from oar_scale.data.notes import Notes
 from oar_scale.data.sources.source import BadImage
 from oar_scale.errors import UserError
 
+OTHER_FORMATS = (
+    *("gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2"),
+    *("jfif", "jpe", "svg", "psd", "dng", "ppm", "pgm", "tga"),
+)
+"""Endings of pictures that are left out."""
 
-def image_files(folder: str) -> Iterator[str]:
-    """Paths of all images in and below a folder, relative to it, with ``/``; folders that begin with a dot are skipped."""
-    for at, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().rpartition(".")[2] in EXTENSIONS:
-                yield os.path.relpath(os.path.join(at, name), folder).replace(os.sep, "/")
+
+def image_files(folder: str, notes: Notes) -> list[str]:
+    """Paths of all images in and below a folder, relative to it, with ``/``, sorted (:func:`oar_scale.data.data_files.walk`)."""
+    images = []
+    for name in walk(folder, notes):
+        ending = name.lower().rpartition(".")[2]
+        if ending in EXTENSIONS:
+            images.append(name)
+        elif ending in OTHER_FORMATS:
+            notes.add(f"pictures that are not .{', .'.join(EXTENSIONS)}, left out", name)
+    return sorted(images)
 
 
 def no_folder(field: str, path: str) -> UserError:

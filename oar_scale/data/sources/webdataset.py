@@ -12,24 +12,36 @@ import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import NamedTuple
 
 from oar_scale.config.schema import WebDatasetSource
+from oar_scale.data.data_files import files_below
 from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.labels import stored_label
-from oar_scale.data.notes import Notes
+from oar_scale.data.notes import NO_DATA, Notes
 from oar_scale.data.sources.captions import caption_of, metadata_of
 from oar_scale.data.sources.image_files import key_of, square_of
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
-from oar_scale.data.tars import BLOCK, key_and_extension, map_file, members, samples
+from oar_scale.data.tar_samples import TWICE, data_runs, key_and_extension, samples
+from oar_scale.data.tars import BLOCK, map_file
 from oar_scale.errors import UserError
-from oar_scale.storage import open_storage
+from oar_scale.storage import join, open_storage
 from oar_scale.text import is_missing
 
 SHARDS_AT_ONCE = 4
 """Opened at the same time in the first pass; shards on S3 are whole in memory then."""
 
-SampleRange = tuple[str, int, int]
-"""A sample's KEY, and the byte offsets in the tar at which its members begin and end."""
+
+class SampleRange(NamedTuple):
+    """Where a sample lies in its tar."""
+
+    key: str
+    start: int
+    end: int
+    """The byte offsets at which its members begin and end."""
+    times: int = 1
+    """How often its key comes in the tar, with others between."""
 
 
 class WebDatasetImages:
@@ -40,8 +52,9 @@ class WebDatasetImages:
     def __init__(self, config: WebDatasetSource) -> None:
         self.notes = Notes()
         self.config = config
-        uris = [config.url] if config.url.endswith(".tar") else open_storage(config.url).list(config.url)
-        self.shards = [uri for uri in uris if uri.endswith(".tar")]
+        one = config.url.lower().endswith(".tar") and not os.path.isdir(config.url)
+        names = [""] if one else files_below(config.url, self.notes)
+        self.shards = [config.url] if one else [join(config.url, name) for name in names if name.lower().endswith(".tar")]
         if not self.shards:
             raise UserError(f"data.source.url {config.url}: no .tar below it")
 
@@ -49,15 +62,38 @@ class WebDatasetImages:
         """All samples of all shards, in the order of the files."""
         folder = self.config.url.rstrip("/") + "/"
         with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-            for uri, ranges in zip(self.shards, pool.map(_sample_ranges, self.shards), strict=True):
+            for uri, ranges in zip(self.shards, pool.map(self._sample_ranges, self.shards), strict=True):
                 shard = os.path.basename(uri) if uri == self.config.url else uri.removeprefix(folder)
-                for key, start, end in ranges:
-                    name = f"{shard.removesuffix('.tar')}/{key}"
-                    yield SourceImage(key_of(name), name, functools.partial(self._read, uri, start, end))
+                for sample in ranges:
+                    name = f"{os.path.splitext(shard)[0]}/{sample.key}"
+                    yield SourceImage(key_of(name), name, functools.partial(self._read, uri, sample))
 
-    def _read(self, uri: str, start: int, end: int, size: int) -> Content:
-        part = open_storage(uri).read(uri, start, end) + bytes(2 * BLOCK)  # a tar of its own: one sample and the end
+    def _sample_ranges(self, uri: str) -> list[SampleRange]:
+        """The samples of a shard: each begins where the one before it ends, so that headers that belong to a member come along."""
+        ranges: dict[str, SampleRange] = {}
+        data = memoryview(open_storage(uri).read(uri)) if uri.startswith("s3://") else map_file(uri)
+        last, until = "", 0
+        found = data_runs(data, uri, on_passed=lambda name: self.notes.add(NO_DATA, f"{uri}: {name}"))
+        for name, offset, size in chain.from_iterable(zip(*run, strict=True) for run in found):
+            key, end = key_and_extension(name)[0], offset + -(-size // BLOCK) * BLOCK
+            if not key:
+                continue
+            if key == last:
+                ranges[key] = ranges[key]._replace(end=end)
+            elif key in ranges:
+                ranges[key] = ranges[key]._replace(times=ranges[key].times + 1)
+            else:
+                ranges[key] = SampleRange(key, until, end)
+            last, until = key, end
+        return list(ranges.values())
+
+    def _read(self, uri: str, at: SampleRange, size: int) -> Content:
+        if at.times > 1:
+            raise BadImage(f"its key {TWICE}")
+        part = open_storage(uri).read(uri, at.start, at.end) + bytes(2 * BLOCK)  # a tar of its own: one sample and the end
         key, sample = next(samples(memoryview(part), uri))
+        if sample.doubled:
+            raise BadImage(f"two members .{sample.doubled}")
         picture = next((sample[extension] for extension in EXTENSIONS if extension in sample), None)
         if picture is None:
             raise BadImage(f"no image among .{', .'.join(sample)}")
@@ -72,18 +108,3 @@ class WebDatasetImages:
         if not is_missing(label):
             metadata["label"] = label
         return Content(square_of(picture, size), caption, metadata)
-
-
-def _sample_ranges(uri: str) -> list[SampleRange]:
-    """The samples of a shard: each begins where the one before it ends, so that headers that belong to a member come along."""
-    ranges: list[SampleRange] = []
-    data = memoryview(open_storage(uri).read(uri)) if uri.startswith("s3://") else map_file(uri)
-    for name, offset, size in members(data, uri):
-        key, end = key_and_extension(name)[0], offset + -(-size // BLOCK) * BLOCK
-        if not key:
-            continue
-        if ranges and ranges[-1][0] == key:
-            ranges[-1] = (key, ranges[-1][1], end)
-        else:
-            ranges.append((key, ranges[-1][2] if ranges else 0, end))
-    return ranges

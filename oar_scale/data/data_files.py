@@ -1,0 +1,95 @@
+"""Which files are data: one rule for folders, class folders, prefixes of a bucket, and the members of a tar.
+
+What other programs leave beside people's files is no data, whatever it is called:
+
+    hidden           ._cat.jpg and .DS_Store (macOS), .git/, .cache/, .ipynb_checkpoints/, .nfs0001
+    by its name      Thumbs.db, desktop.ini, ~$list.xlsx, and all in __MACOSX/, $RECYCLE.BIN/, @eaDir/, lost+found/
+    by its ending    files only: cat.jpg~, #cat.txt# (editors), 00000.tar.part, .partial, .crdownload, .download, .tmp, .swp, .aria2
+
+Upper and lower case do not matter, and paths are judged from the folder on that the user named: a data set below ``~/.cache`` is one.
+Links are followed, to folders as to files. A folder counts once, under its own path where that lies inside, so that a link to a folder
+above it is no loop. Whatever is passed over is noted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+from oar_scale.data.notes import NO_DATA, Notes
+from oar_scale.storage import open_storage
+from oar_scale.storage.schemes import LOCAL, scheme_of
+
+BROKEN_LINKS = "links that lead nowhere, left out"
+READ_BEFORE = "linked folders that were read under another path, left out"
+UNREADABLE = "folders that may not be read, left out"
+
+_NO_DATA = re.compile(
+    r"(^|/)(\.(?!\.?(/|$))|~\$|\#[^/]*\#$|(thumbs|ehthumbs)\.db$|desktop\.ini$|(__macosx|\$recycle\.bin|@eadir|lost\+found)(/|$))"
+    r"|~$|\.(part|partial|filepart|crdownload|opdownload|download|tmp|temp|swp|swo|aria2)$",
+    re.IGNORECASE,
+)
+_HINTS = ("\0.", "/.", "~", "#", "humbs.db", "desktop.ini", "__macosx", "$recycle", "@eadir", "lost+found")
+_ENDINGS = (".part", ".filepart", "download", ".tmp", ".temp", ".sw", ".aria2")
+
+FolderId = tuple[int, int]
+"""Device and inode: the same for a folder under all its paths."""
+
+
+def is_data(path: str) -> bool:
+    """Whether a path, relative to the folder that the user named, is a file of data by its name."""
+    return _NO_DATA.search(path) is None
+
+
+def which_are_data(names: Sequence[str]) -> list[bool] | None:
+    """For each of many names whether :func:`is_data`; None where all are, which a few searches through all of them at once show."""
+    together = ("\0" + "\0".join(names)).lower()
+    if not any(hint in together for hint in (*_HINTS, *_ENDINGS)):
+        return None
+    return [is_data(name) for name in names]
+
+
+def files_below(folder: str, notes: Notes) -> list[str]:
+    """All files of data in and below a folder or a prefix of a bucket, relative to it, with ``/``, sorted."""
+    if scheme_of(folder) == LOCAL:
+        return sorted(walk(folder, notes)) if os.path.isdir(folder) else []
+    base, found = folder.rstrip("/") + "/", []
+    for uri in open_storage(folder).list(folder):
+        name = uri.removeprefix(base)
+        if is_data(name):
+            found.append(name)
+        else:
+            notes.add(NO_DATA, name)
+    return found
+
+
+def walk(folder: str, notes: Notes) -> Iterator[str]:
+    """The files of data in and below a local folder, relative to it, with ``/``; follows links (see the module)."""
+    seen, waiting, linked = set[FolderId](), [""], list[str]()
+    while waiting or linked:
+        at = waiting.pop() if waiting else linked.pop(0)  # a folder's own path before a link to it
+        path = os.path.join(folder, at)
+        try:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in seen:
+                notes.add(READ_BEFORE, f"{at or folder}/")
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError:
+            notes.add(UNREADABLE, f"{at or folder}/")
+            continue
+        for entry in entries:
+            name = f"{at}/{entry.name}" if at else entry.name
+            broken = entry.is_symlink() and not os.path.exists(entry.path)
+            folder_here = not broken and entry.is_dir()
+            if not is_data(f"{entry.name}/" if folder_here else entry.name):
+                notes.add(NO_DATA, f"{name}/" if folder_here else name)
+            elif broken:
+                notes.add(BROKEN_LINKS, name)
+            elif folder_here:
+                (linked if entry.is_symlink() else waiting).append(name)
+            elif entry.is_file():
+                yield name
