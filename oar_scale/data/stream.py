@@ -279,7 +279,7 @@ class TokenStream:
             try:
                 self.prompts.encode([row.prompt])
             except UserError as error:
-                raise self.shards[choice.folder].fault(choice.shard, choice.row, f"has a prompt of no use: {error}") from error
+                raise self.shards[choice.folder].fault(choice.shard, choice.row, f"cannot be used: {error}") from error
         return row
 
     def _outside_vocabulary(self, choice: _Choice) -> ReplacedSample:

@@ -183,7 +183,7 @@ def test_a_label_that_the_model_does_not_have_is_replaced(label: str, vq: VQToke
     settings = StreamSettings(seed=0, global_batch=4, streams=4, window_shards=1, caption_dropout=0.0, max_bad_fraction=1.0)
     batches = list(TokenStream(source, LabelEncoder(4), settings).batches(0, 3))
     faults = {sample.fault for batch in batches for sample in batch.bad}
-    assert faults and all("00000.tar: sample '0003' has" in fault and "label" in fault for fault in faults)
+    assert faults and all("00000.tar: sample '0003' cannot be used: " in fault and "label" in fault for fault in faults)
     assert all(int(batch.encoded_prompts_b.max()) < 4 for batch in batches)
 
 
