@@ -160,4 +160,4 @@ def test_the_first_recipe_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path)
     small = [word for each in [*SMALL, f"run_dir={tmp_path}/run"] for word in ("-o", each)]
     done = run(oar, wheel, "run", "recipes/smoke.yaml", *small)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "report" / "index.html").exists()

@@ -42,10 +42,9 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str, *
         ({"cpus_per_node": 200}, "", "Change nodes, cpus_per_node"),
         ({"sbatch": ["--no-such-option"]}, "unrecognized option", ""),
         ({"sbatch": ["--constraint=ib"]}, "Invalid feature specification", "Correct `--constraint`"),
-        ({"array": 5000}, "Invalid job array specification", "An array has at most 1001 tasks here"),
         ({"sbatch": ["--exclude=elsewhere"]}, "Invalid node name specified", "Nodes here: n[1-2]. Correct `--exclude`"),
     ],
-    ids=["partition", "time", "gpus", "nodes", "cpus", "option", "feature", "array", "node"],
+    ids=["partition", "time", "gpus", "nodes", "cpus", "option", "feature", "node"],
 )
 def test_slurm_says_no_and_the_remedy_follows(
     slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], profile: dict[str, Any], message: str, remedy: str
@@ -53,6 +52,12 @@ def test_slurm_says_no_and_the_remedy_follows(
     output = refused(tmp_path, capsys, **profile)
     assert message in output and remedy in output and "Traceback" not in output
     assert str(tmp_path) not in slurm.command("squeue", "--noheader", "--format=%o")
+
+
+def test_an_array_above_the_clusters_limit_is_named(slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = refused(tmp_path, capsys, "--stages", "extract", stages={"extract": {"array": 5000}})
+    assert "Invalid job array specification" in output
+    assert "An array has at most 1001 tasks here (MaxArraySize of `scontrol show config`). Lower `stages.extract.array`" in output
 
 
 def test_a_chain_is_submitted_whole_or_not_at_all(slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
