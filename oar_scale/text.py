@@ -24,6 +24,7 @@ _MARKS = (  # those of UTF-32 first: one of them begins with one of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _UNCLEAN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
+_ODD = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), " ") | {0xFEFF: None}
 MISSING = frozenset({"", "nan", "NaN", "NAN", "None", "NaT", "<NA>", "null", "NULL", "#N/A"})
 """Text that stands for a value that is not there: what programs write for one."""
@@ -42,6 +43,11 @@ def encoding_of(start: bytes) -> str:
 
 def decode_text(data: bytes | memoryview) -> str:
     """The text in these bytes, cleaned. Raises NotText."""
+    return clean_text(decode_bytes(data))
+
+
+def decode_bytes(data: bytes | memoryview) -> str:
+    """The text in these bytes as it is there, but for a byte order mark. Raises NotText."""
     raw = bytes(data)
     encoding = encoding_of(raw[:4])
     try:
@@ -51,7 +57,7 @@ def decode_text(data: bytes | memoryview) -> str:
         raise NotText(f"is not {name} (byte {error.start} is 0x{raw[error.start]:02x}); save it as UTF-8") from error
     if text.count("\0") * 3 > len(text):
         raise NotText("is UTF-16 or UTF-32 without a byte order mark, or no text at all; save it as UTF-8")
-    return clean_text(text)
+    return text
 
 
 def clean_text(text: str) -> str:
@@ -61,6 +67,11 @@ def clean_text(text: str) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_CONTROLS)
     joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
     return joined.encode("utf-8", "replace").decode()
+
+
+def is_odd(text: str) -> bool:
+    """Whether cleaning takes away or replaces something that is neither a line end nor a byte order mark."""
+    return _ODD.search(text) is not None
 
 
 def is_missing(value: object) -> bool:

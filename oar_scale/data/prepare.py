@@ -28,6 +28,7 @@ from oar_scale.data.sources import BadImage, Content, SourceImage, open_source
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject, without_nan
 from oar_scale.storage import join
+from oar_scale.text import clean_text
 
 SPLITS = ("train", "heldout")
 AHEAD = 4
@@ -127,7 +128,7 @@ def _read(image: SourceImage, size: int, classes: int | None) -> _Read | BadImag
 
 def _described(content: Content, classes: int | None) -> tuple[str, JsonObject]:
     """Caption and metadata of an image, its label a number. Raises BadImage where one that is needed is missing or none."""
-    caption = content.caption
+    caption = clean_text(content.caption)
     try:
         metadata: JsonObject = {key: without_nan(value) for key, value in content.metadata.items()}
     except RecursionError as error:

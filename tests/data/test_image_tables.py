@@ -66,6 +66,10 @@ FORMS = {
     "windows": 'image,caption\r\n0.png,"one, two"\r\n1.png,"a ""quoted"" word"\r\n2.png,"two\r\nlines"\r\n',
     "old mac": 'image,caption\r0.png,"one, two"\r1.png,"a ""quoted"" word"\r2.png,"two\rlines"\r',
     "blank lines": 'image,caption\n\n0.png,"one, two"\n1.png,"a ""quoted"" word"\n\n2.png,"two\nlines"\n\n',
+    "backslashes": 'image,caption\n0.png,"one, two"\n1.png,"a \\"quoted\\" word"\n2.png,"two\nlines"\n',
+    "bars": 'image|caption\n0.png|one, two\n1.png|"a ""quoted"" word"\n2.png|"two\nlines"\n',
+    "sep=": 'sep=;\nimage;caption\n0.png;one, two\n1.png;"a ""quoted"" word"\n2.png;"two\nlines"\n',
+    "empty cells at the end": 'image,caption\n0.png,"one, two",,\n1.png,"a ""quoted"" word",\n2.png,"two\nlines"\n',
     "a long cell beside": f'image,story,caption\n0.png,"{LONG}","one, two"\n1.png,,"a ""quoted"" word"\n2.png,x,"two\nlines"\n',
 }
 
@@ -132,6 +136,14 @@ def test_what_is_no_table_says_what_it_is(tmp_path: Path, name: str, data: bytes
     with pytest.raises(UserError, match=message) as error:
         source(tmp_path / name)
     assert len(str(error.value)) < 1500
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,caption,caption\n0.png,a,b\n")
+    pq.write_table(pa.Table.from_arrays([pa.array(["0.png"])] * 3, names=["image", "caption", "caption"]), tmp_path / "t.parquet")
+    for name in ("t.csv", "t.parquet"):
+        with pytest.raises(UserError, match="has 2 columns 'caption'"):
+            source(tmp_path / name)
 
 
 # -- Parquet ------------------------------------------------------------------------------------------------------------------

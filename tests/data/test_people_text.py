@@ -22,6 +22,7 @@ from oar_scale.data.notes import Notes
 from oar_scale.data.open_shard import OpenShard, UnusableSample
 from oar_scale.data.prepare import prepare_images
 from oar_scale.data.shards import identity, read_shard
+from oar_scale.data.sources.captions import CLEANED
 from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
 from oar_scale.orders.order_table import OrderTable, join_orders, order_bytes, parse_orders
@@ -136,6 +137,7 @@ def prepared(tmp_path: Path, source: Any, classes: int | None = None, **changes:
             for sample in read_shard(str(tmp_path / "images" / split / info.name), "", info):
                 metadata = json.loads(sample["json"], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
                 found[identity(metadata)[0].rpartition("/")[2]] = (sample["txt"].decode(), metadata)
+    (tmp_path / "notes.json").write_text(json.dumps(notes.record()))
     bad = {key.split("-")[-3 if "png" in key else -2]: why for key, why in manifests["train"].skipped.items()}
     assert notes.record().get("bad samples, left out", {"count": 0})["count"] == len(bad)
     return found, bad
@@ -162,6 +164,7 @@ def test_captions_are_read_right_or_counted(tmp_path: Path, kind: str) -> None:
     found, bad = prepared(tmp_path, beside(kind, tmp_path, odd + GOOD))
     assert [found[f"{number:03d}"][0] for number in range(len(ENCODED))] == [TEXT] * len(ENCODED)
     assert found["009"][0] == "two\nlines"
+    assert json.loads((tmp_path / "notes.json").read_text())[CLEANED] == {"count": 1, "examples": [found["009"][1]["name"]]}
     assert bad == {"006": "its caption is not UTF-8 (byte 5 is 0xe4); save it as UTF-8", "007": "no caption", "008": "no caption"}
 
 

@@ -8,34 +8,40 @@ a number, a mapping      a bad sample
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 from oar_scale.data.hashing import name_hash
 from oar_scale.data.sources.source import BadImage
 from oar_scale.json_object import JsonObject, NoObject, parse_object
-from oar_scale.text import NotText, clean_text, decode_text, is_missing, shown
+from oar_scale.text import NotText, clean_text, decode_bytes, is_missing, is_odd, shown
+
+CLEANED = "captions with control characters or half a surrogate pair: blanks, or ? in their place"
 
 
-def caption_of(value: object, key: str) -> tuple[str, list[str]]:
-    """The caption of the sample of this key, empty where it has none, and all captions to choose from where there are several.
+class Caption(NamedTuple):
+    """A caption, and what is to be said of it."""
 
-    Raises:
-        BadImage: bytes that are no text, or a value of another type.
-    """
+    text: str
+    """Empty where there is none."""
+    several: tuple[str, ...] = ()
+    """All captions to choose from, where there are several."""
+    changed: tuple[str, ...] = ()
+    """As of :class:`oar_scale.data.sources.source.Content`."""
+
+
+def caption_of(value: object, key: str) -> Caption:
+    """The caption of the sample of this key. Raises BadImage for bytes that are no text, and values of another type."""
+    raw = [_raw(each) for each in (value if isinstance(value, list | tuple) else [value])]
+    changed = (CLEANED,) if any(is_odd(each) for each in raw) else ()
+    texts = [text for each in raw if not is_missing(text := clean_text(each).strip())]
     if isinstance(value, list | tuple):
-        texts = [text for each in value if (text := _text(each))]
-        return choose(texts, key), texts
-    return _text(value), []
-
-
-def choose(texts: Sequence[str], key: str) -> str:
-    """One of several captions; empty where there are none."""
-    return texts[int(name_hash(key, "caption") * len(texts))] if texts else ""
+        return Caption(texts[int(name_hash(key, "caption") * len(texts))] if texts else "", tuple(texts), changed)
+    return Caption(texts[0] if texts else "", changed=changed)
 
 
 def caption_lines(data: bytes) -> list[str]:
     """The captions of a text with one a line. Raises BadImage for bytes that are no text."""
-    return [line for line in _text(data).split("\n") if not is_missing(line)]
+    return _raw(data).replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def metadata_of(data: bytes | memoryview | None) -> JsonObject:
@@ -48,15 +54,15 @@ def metadata_of(data: bytes | memoryview | None) -> JsonObject:
         raise BadImage(f"its .json is none ({error})") from error
 
 
-def _text(value: object) -> str:
+def _raw(value: object) -> str:
+    """The text of a value, not cleaned; empty for a missing one."""
     if isinstance(value, bytes | memoryview):
         try:
-            value = decode_text(value)
+            return decode_bytes(value)
         except NotText as error:
             raise BadImage(f"its caption {error}") from error
     if is_missing(value):
         return ""
     if not isinstance(value, str):
         raise BadImage(f"its caption is no text but {shown(value)}")
-    text = clean_text(value).strip()
-    return "" if is_missing(text) else text
+    return value

@@ -1,7 +1,8 @@
 """CSV and TSV files, read as they are meant: separator, quoting and encoding are those under which the file makes sense.
 
-    separator    comma, semicolon or tab: the one with which the header has the columns that are asked for
-    quoting      used, unless the lines make more whole rows without it: then quotation marks are letters of the cells
+    separator    comma, semicolon, tab or bar: the one with which the header has the columns that are asked for
+    quoting      used (a quotation mark inside of a cell is doubled, or follows a backslash), unless the lines make more whole rows
+                 without it: then quotation marks are letters of the cells
     encoding     UTF-8, or what a byte order mark says
 
 A row with more cells than the header has an unquoted separator in its last column: that is where the rest belongs. Such rows, and those
@@ -11,6 +12,7 @@ with fewer cells, are counted.
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from oar_scale.data.sources.columns import Cell
 from oar_scale.errors import UserError
 from oar_scale.text import encoding_of
 
-_SEPARATORS = (",", ";", "\t")
+_SEPARATORS = (",", ";", "\t", "|")
 _LONGEST_HEADER = 1 << 20
 _ESCAPED = re.compile("[\udc80-\udcff]")
 LONGER = "rows with more cells than the header: the rest was taken for the last column"
@@ -33,7 +35,10 @@ class _Form(NamedTuple):
 
     encoding: str
     separator: str
-    quoted: bool
+    quoting: Literal["quotes", "backslashes", "none"]
+    """Around cells, and doubled or behind a backslash inside of them; or quotation marks are letters."""
+    first: int
+    """The line of the header: 1, or 2 behind the line ``sep=;`` that Excel writes."""
 
 
 def read_csv(path: str, where: str, wanted: set[str], notes: Notes) -> tuple[list[str], dict[str, list[Cell]]]:
@@ -74,21 +79,26 @@ def _cell(text: str) -> Cell:
 
 def _form(path: str, encoding: str, wanted: set[str]) -> _Form:
     with _open(path, encoding) as text:
-        header = text.readline(_LONGEST_HEADER)
-        quotes = '"' in header or any('"' in line for line in text)
+        header, first = text.readline(_LONGEST_HEADER), 1
+        said = re.fullmatch(r"sep=(.)\s*", header)
+        if said:
+            header, first = text.readline(_LONGEST_HEADER), 2
+        quotes, backslashes = '"' in header, False
+        for line in text:
+            quotes, backslashes = quotes or '"' in line, backslashes or '\\"' in line
 
     def columns(separator: str) -> list[str]:
         return next(csv.reader([header], delimiter=separator), [])
 
-    order = ("\t", ",", ";") if path.lower().endswith((".tsv", ".tab")) else _SEPARATORS
+    order = ("\t", *_SEPARATORS) if path.lower().endswith((".tsv", ".tab")) else _SEPARATORS
     fitting = [each for each in order if wanted <= {name.strip() for name in columns(each)}]
-    separator = fitting[0] if fitting else max(order, key=lambda each: len(columns(each)))
-    unquoted = _Form(encoding, separator, False)
-    quoted = unquoted._replace(quoted=True)
+    separator = said[1] if said else fitting[0] if fitting else max(order, key=lambda each: len(columns(each)))
+    forms = [_Form(encoding, separator, "quotes", first)]
     if not quotes:
-        return quoted
-    with_quotes, without = (_whole_rows(path, form) for form in (quoted, unquoted))
-    return quoted if with_quotes > without or (with_quotes == without and _is_strict(path, quoted)) else unquoted
+        return forms[0]
+    forms += [forms[0]._replace(quoting="backslashes")] if backslashes else []
+    forms += [forms[0]._replace(quoting="none")]
+    return max(forms, key=lambda form: (_whole_rows(path, form), _is_strict(path, form)))
 
 
 def _whole_rows(path: str, form: _Form) -> int:
@@ -107,12 +117,19 @@ def _is_strict(path: str, form: _Form) -> bool:
 
 
 def _rows(path: str, form: _Form, *, strict: bool = False) -> Iterator[list[str]]:
-    """The rows, the header first; blank lines are none."""
-    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if form.quoted else csv.QUOTE_NONE
+    """The rows, the header first; blank lines are none, nor are empty cells behind the last column."""
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if form.quoting == "none" else csv.QUOTE_MINIMAL
+    escape = "\\" if form.quoting == "backslashes" else None
     with _open(path, form.encoding) as file:
-        rows = (cells for cells in csv.reader(file, delimiter=form.separator, quoting=quoting, strict=strict) if cells)
-        yield [name.strip() for name in next(rows, [])]
-        yield from rows
+        lines = itertools.islice(file, form.first - 1, None)
+        reader = csv.reader(lines, delimiter=form.separator, quoting=quoting, escapechar=escape, doublequote=escape is None, strict=strict)
+        rows = (cells for cells in reader if cells)
+        header = [name.strip() for name in next(rows, [])]
+        yield header
+        for cells in rows:
+            while len(cells) > len(header) and not cells[-1]:
+                cells.pop()
+            yield cells
 
 
 def _open(path: str, encoding: str) -> TextIO:

@@ -47,16 +47,17 @@ class FolderImages:
         given: object = _beside(os.path.join(self.captions, stem), "txt")
         if self.alternatives and isinstance(given, bytes):
             given = caption_lines(given)
-        caption, several = caption_of(given, key_of(name))
+        caption = caption_of(given, key_of(name))
         metadata = metadata_of(_beside(beside, "json"))
         label = stored_label(metadata, _beside(beside, "cls"))
-        if not caption and is_missing(label):
+        if not caption.text and is_missing(label):
             raise BadImage("no caption")
-        if several:
-            metadata = {"captions": several, **metadata}
+        if caption.several:
+            metadata = {"captions": list(caption.several), **metadata}
         if not is_missing(label):
             metadata["label"] = label
-        return Content(square(os.path.join(self.path, name), size), caption, metadata, _beside(beside, "features.npy"))
+        image, features = square(os.path.join(self.path, name), size), _beside(beside, "features.npy")
+        return Content(image, caption.text, metadata, features, caption.changed)
 
 
 def _beside(stem: str, extension: str) -> bytes | None:

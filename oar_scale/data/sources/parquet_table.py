@@ -38,7 +38,7 @@ def read_parquet(path: str, where: str, wanted: set[str], picture: str | None, s
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             schema = file.schema_arrow
             kinds = {
-                name: _kind(schema.field(name).type, name == picture, f"{where}: column {name!r}")
+                name: _kind(schema.field(schema.names.index(name)).type, name == picture, f"{where}: column {name!r}")
                 for name in schema.names
                 if name in wanted
             }

@@ -23,7 +23,8 @@ class BadImage(Exception):
     """An image that cannot be used; ``str(error)`` is the reason, in short."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(cut(reason, lines=1, characters=REASON_LENGTH))
+        line = " ".join(reason.encode("utf-8", "backslashreplace").decode().split())
+        super().__init__(cut(line, characters=REASON_LENGTH))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from PIL import Image
 from oar_scale.config.schema import TableSource
 from oar_scale.data.labels import label_of
 from oar_scale.data.notes import Notes
-from oar_scale.data.sources.captions import caption_of
+from oar_scale.data.sources.captions import Caption, caption_of
 from oar_scale.data.sources.columns import Columns, Spool, Spooled, Template, path_of
 from oar_scale.data.sources.csv_table import read_csv
 from oar_scale.data.sources.image_files import key_of, square, square_of
@@ -40,7 +40,7 @@ class TableImages:
         given = {field: getattr(config, field) for field in ("image", "caption", "label", "name", "family")}
         self._fields = {field: Template(text) for field, text in given.items() if text is not None}
         self._spool = Spool()
-        files = table_files(config.path)
+        files = table_files(config.path, self.notes)
         self.root = config.root or (files[0].rpartition("/")[0] if "://" in files[0] else os.path.dirname(files[0])) or "."
         self._columns = self._read_files(files)
         if not self._columns.rows or not self._fields["image"].columns:
@@ -72,6 +72,11 @@ class TableImages:
                 else:
                     header, cells = read_csv(local, where, wanted, self.notes)
                     part = Columns(cells, [(where, len(next(iter(cells.values()), ())))])
+            twice = next((name for name in wanted if header.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(
+                    f"{where}: has {header.count(twice)} columns {twice!r}; name each otherwise, or nobody knows which is meant"
+                )
             for field, template in self._fields.items():
                 missing = next((name for name in template.columns if name not in header), None)
                 if missing is not None:
@@ -103,18 +108,18 @@ class TableImages:
         picture = self._picture(row)
         if not picture:
             raise BadImage("no path")
-        caption, several = self._caption(row)
-        metadata: dict[str, object] = {"captions": several} if several else {}
+        caption = self._caption(row)
+        metadata: dict[str, object] = {"captions": list(caption.several)} if caption.several else {}
         metadata |= self._label(row)
-        if not caption and "label" not in metadata:
+        if not caption.text and "label" not in metadata:
             raise BadImage("no caption")
-        return Content(self._pixels(picture, size), caption, metadata)
+        return Content(self._pixels(picture, size), caption.text, metadata, changed=caption.changed)
 
-    def _caption(self, row: int) -> tuple[str, list[str]]:
+    def _caption(self, row: int) -> Caption:
         template = self._fields["caption"]
         cell = self._columns.cells[template.text][row] if template.whole else None
         try:
-            given = cell if isinstance(cell, list) else template.fill(self._columns, row)
+            given = cell if isinstance(cell, list | str) else template.fill(self._columns, row)
         except NotText as error:
             raise BadImage(f"its caption {error}") from error
         return caption_of(given, str(row))

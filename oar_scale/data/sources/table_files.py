@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import tempfile
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
+from oar_scale.data.data_files import is_data
+from oar_scale.data.notes import NO_DATA, Notes
 from oar_scale.errors import UserError
 from oar_scale.storage import Missing, open_storage
 
@@ -28,7 +29,7 @@ _OTHERS = (
 _FIELD = "data.source.path"
 
 
-def table_files(path: str) -> list[str]:
+def table_files(path: str, notes: Notes) -> list[str]:
     """The files of a table, in the order of their names.
 
     Raises:
@@ -36,13 +37,13 @@ def table_files(path: str) -> list[str]:
     """
     if any(each in path for each in "*?[") and not _exists(path):
         folder, _, pattern = path.rpartition("/")
-        names = sorted(_matching(folder, pattern))
+        names = sorted(_matching(folder, pattern, notes))
         if not names:
             raise UserError(f"{_FIELD} {path}: no file matches this pattern")
     elif _exists(path):
         return [path]
     else:
-        pattern, names = "", [name for name in sorted(_matching(path, "*")) if name.lower().endswith(ENDINGS)]
+        pattern, names = "", [name for name in sorted(_matching(path, "*", notes)) if name.lower().endswith(ENDINGS)]
         if not names and not os.path.isdir(path):
             raise UserError(f"{_FIELD} {path}: no such file")
         if not names:
@@ -75,14 +76,19 @@ def _exists(path: str) -> bool:
     return open_storage(path).exists(path) if path.startswith("s3://") else os.path.isfile(path)
 
 
-def _matching(folder: str, pattern: str) -> list[str]:
-    """Files directly in a folder, and not hidden, that match a pattern."""
+def _matching(folder: str, pattern: str, notes: Notes) -> list[str]:
+    """Files of data directly in a folder that match a pattern; those that Spark calls ``_SUCCESS`` and the like are none."""
     if folder.startswith("s3://"):
         base = folder.rstrip("/") + "/"
-        names = [uri.removeprefix(base) for uri in open_storage(folder).list(folder)]
-        return [base + name for name in names if "/" not in name and fnmatchcase(name, pattern) and not name.startswith((".", "_"))]
-    found = glob.glob(os.path.join(glob.escape(folder), pattern))
-    return [name for name in found if os.path.isfile(name) and not os.path.basename(name).startswith((".", "_"))]
+        names = [name for uri in open_storage(folder).list(folder) if "/" not in (name := uri.removeprefix(base))]
+    else:
+        base = os.path.join(folder, "")
+        names = [name for name in os.listdir(folder or ".") if os.path.isfile(base + name)] if os.path.isdir(folder or ".") else []
+    wanted = [name for name in names if fnmatchcase(name, pattern)]
+    for name in wanted:
+        if not is_data(name):
+            notes.add(NO_DATA, base + name)
+    return [base + name for name in wanted if is_data(name) and not name.startswith("_")]
 
 
 @contextmanager

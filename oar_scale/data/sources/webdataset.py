@@ -99,12 +99,12 @@ class WebDatasetImages:
             raise BadImage(f"no image among .{', .'.join(sample)}")
         metadata = metadata_of(sample.get("json"))
         field = self.config.caption
-        caption, several = caption_of(sample.get("txt") if field is None else metadata.get(field), key_of(key))
+        caption = caption_of(sample.get("txt") if field is None else metadata.get(field), key_of(key))
         label = stored_label(metadata, sample.get("cls"), self.config.label)
-        if not caption and is_missing(label):
+        if not caption.text and is_missing(label):
             raise BadImage("no caption")
-        if several:
-            metadata.setdefault("captions", several)
+        if caption.several:
+            metadata.setdefault("captions", list(caption.several))
         if not is_missing(label):
             metadata["label"] = label
-        return Content(square_of(picture, size), caption, metadata)
+        return Content(square_of(picture, size), caption.text, metadata, changed=caption.changed)
