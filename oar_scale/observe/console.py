@@ -35,7 +35,7 @@ PLAIN_INTERVAL_S = 10.0
 POLL_S = 0.3
 JOIN_S = 2.0
 """How long the end of a stage waits for its last lines to be shown."""
-QUIET = ("bad_sample", "worker_failure", "resized", "end")
+QUIET = ("bad_sample", "worker_failure", "failed", "resized", "end")
 """Reported elsewhere: bad samples in one line at the end, the rest by the driver itself."""
 
 

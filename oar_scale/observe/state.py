@@ -68,7 +68,7 @@ class StageState:
     """The state of a stage, folded from its events as the top of this file describes.
 
     Attributes:
-        latest: the newest event of each kind.
+        latest: the newest event of each kind, in the order in which they came.
         totals: how often each kind was seen, and the sums of the ``COUNTED`` fields.
         alerts: the last few events that call for somebody.
         rates: images/s of every ``train`` event.
@@ -108,6 +108,11 @@ class StageState:
         """Whether the workers have not started, or not again: it waits for what they need."""
         return self.status in ("waiting", "failed")
 
+    @property
+    def has_said_its_end(self) -> bool:
+        """Whether the last that is known of it is that its driver has ended with an error."""
+        return next(reversed(self.latest), "") == "failed"
+
     def take(self, attempt: int, event: Event) -> None:
         """Fold one event in."""
         new, anew = self._attempts.take(attempt, event)
@@ -116,6 +121,7 @@ class StageState:
         if new and event["kind"] in ("start", "pool", "vq"):
             self._pace.clear()
         kind, at = event["kind"], float(event.get("time", 0.0))
+        self.latest.pop(kind, None)  # so that the newest of all comes last
         self.latest[kind] = event
         self.totals[kind] += 1
         self.began = at if self.began is None else self.began

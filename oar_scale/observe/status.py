@@ -53,12 +53,14 @@ def _status_line(state: StageState, now: float) -> str:
     """The status line of an unfinished stage: its state, its progress, and since when."""
     silent = now - (state.progressed or state.began or now)
     status: str = state.status
-    if status not in ("done", "waiting") and silent > _stall_s(state):
+    if status not in ("done", "waiting") and silent > _stall_s(state) and not state.has_said_its_end:
         status = f"STALLED, or ended without an event, while {status}:"
     texts = [status, _progress(state)]
     left = state.seconds_left()
     if state.status == "running" and left is not None and silent <= _stall_s(state):
         texts.append(f"{duration(left)} left")
+    if state.has_said_its_end and not state.latest["failed"].get("final"):
+        texts.append("its job starts it again")
     if state.status != "done":
         texts.append(f"last progress {duration(silent)} ago")
     return "  ".join(part for part in texts if part)

@@ -235,6 +235,17 @@ def test_a_server_that_never_answers_holds_no_attempt_up(
     assert len(read_events(str(tmp_path), "pretrain")) == 1
 
 
+def test_a_driver_counts_on_from_what_other_hosts_did(tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first moment: a count that began at nothing and then leapt would look like many restarts."""
+    monkeypatch.setattr(watch, "FIRST_PULL_S", 600.0)
+    there, here = hosts(tmp_path)
+    with open_log(there, "pretrain", root, QUICK) as log:
+        synthetic_run.start(log)
+    recipe = Recipe.model_validate({"name": "emoji", "observe": {"mirror_s": 600}})
+    with watching(here, "pretrain", recipe, root, wait_s=600):
+        assert content(here) == content(there)
+
+
 def test_a_driver_watches_workers_of_another_host(tmp_path: Path, root: str) -> None:
     here, there = hosts(tmp_path)
     recipe = Recipe.model_validate({"name": "emoji", "storage": {"root": root}, "observe": {"mirror_s": QUICK}})

@@ -93,6 +93,15 @@ def test_finished_stalled_and_failed_runs_are_distinguished(tmp_path: Path, cloc
     text = screen(other, clock.now + 5)
     assert stage_lines(text, "finetune")[0].startswith("finetune   failed  step 10")
     assert "worker failure: the workers failed: a node was lost" in text
+    with EventLog(str(other / "events"), "finetune") as log:
+        log.emit("failed", cause="RuntimeError: no room on the device", final=False, host="n", pid=1)
+    head = stage_lines(screen(other, clock.now + 5000), "finetune")[0]
+    assert head == "finetune   failed  step 10 of 100 (10%)  its job starts it again  last progress 1 h 23 min ago"
+    with EventLog(str(other / "events"), "finetune") as log:
+        log.emit("failed", cause="RuntimeError: no room on the device", final=True, host="n", pid=1)
+    text = screen(other, clock.now + 5000)
+    assert stage_lines(text, "finetune")[0] == "finetune   failed  step 10 of 100 (10%)  last progress 1 h 23 min ago"
+    assert "failed: the stage has ended: RuntimeError: no room on the device" in text
 
 
 def test_a_torn_line_and_a_run_just_begun_are_no_trouble(tmp_path: Path, clock: SimpleNamespace) -> None:
