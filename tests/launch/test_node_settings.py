@@ -93,7 +93,7 @@ def step_lines(text: str, first: str, count: int) -> str:
 )
 def test_temporary_files_lie_in_the_attempts_folder(tmp_path: Path, env: dict[str, str], tmp: str, triton: str) -> None:
     (tmp_path / "tmp").mkdir()
-    script = step_lines(job_file("dev", ()).text, "own=", 2) + "\nprintenv TMPDIR || echo none; printenv TRITON_CACHE_DIR || echo none"
+    script = step_lines(job_file("dev", ()).text, "own=${OAR", 2) + "\nprintenv TMPDIR || echo none; printenv TRITON_CACHE_DIR || echo none"
     variables = {"PATH": os.environ["PATH"], **{name: value.format(folder=tmp_path) for name, value in env.items()}}
     printed = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True).stdout.split()
     assert printed == [each.format(folder=tmp_path) for each in (tmp, triton)]
