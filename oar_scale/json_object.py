@@ -14,6 +14,14 @@ class NoObject(ValueError):
     """JSON, but no object."""
 
 
+def parse_json(data: str | bytes) -> Any:
+    """Parse any JSON value. Raises ValueError for what is none, or is nested without end."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def parse_object(data: str | bytes) -> JsonObject:
     """Parse a JSON object: UTF-8, or UTF-16 or UTF-32, with a byte order mark or without.
 
@@ -21,10 +29,7 @@ def parse_object(data: str | bytes) -> JsonObject:
         NoObject: another value.
         ValueError: no JSON: a file that was cut, or is empty, or nested without end.
     """
-    try:
-        value = json.loads(data)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    value = parse_json(data)
     if not isinstance(value, dict):
         raise NoObject(f"a JSON object was expected, not {type(value).__name__}")
     return value

@@ -175,7 +175,7 @@ def _start_head(folder: str, cpus: int, port: int, dashboard: bool) -> Cluster:
         raise RuntimeError(f"port {used[0]} is taken: choose another --port (it and the next {PORTS - 1} must be free)")
     os.makedirs(os.path.join(folder, "log"), exist_ok=True)
     cluster = Cluster(folder, tempfile.mkdtemp(prefix="oar-ray-", dir="/tmp"), port, dashboard, secrets.token_hex(32))
-    options = ["--head", f"--port={port}", f"--temp-dir={cluster.scratch}", f"--ray-client-server-port={port + 2}"]
+    options = ["--head", f"--port={port}", f"--temp-dir={cluster.scratch}/r", f"--ray-client-server-port={port + 2}"]
     options += [f"--include-dashboard={str(dashboard).lower()}", f"--dashboard-host={HEAD}", f"--dashboard-port={port + 1}"]
     _start(cluster, HEAD, cpus, options)
     head = cluster.nodes[0]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from oar_scale.config.loading import dump_recipe, load_recipe
 from oar_scale.config.schema import Recipe
@@ -206,7 +207,7 @@ def _submit(
         )
         created: list[str] = []
         try:
-            with open(os.path.join(run_dir, submission.recipe), "w", encoding="utf-8") as file:
+            with open(os.path.join(run_dir, submission.recipe), "x", encoding="utf-8") as file:
                 file.write(dump_recipe(recipe if isinstance(profile, RayProfile) else recipe.in_folder(folder)))
             if isinstance(profile, RayProfile):
                 from oar_scale.launch import ray_jobs
@@ -231,7 +232,7 @@ def _sbatch_all(files: Sequence[JobFile], profile: SlurmProfile, submission: Sub
             os.makedirs(folder)
             created.append(folder)
             script = os.path.join(folder, "job.sbatch")
-            with open(script, "w", encoding="utf-8") as out:
+            with open(script, "w", encoding="utf-8", opener=partial(os.open, mode=0o600)) as out:  # it has the profile's setup and env
                 out.write(file.text)
             after = submission.jobs[-1].id if submission.jobs else None
             exclude = [*slurm.excluded_nodes(profile.resources(file.spec.single_stage)), *bad] if bad else []

@@ -25,7 +25,9 @@ from dataclasses import asdict, dataclass, field
 from typing import IO
 
 from oar_scale.errors import UserError
+from oar_scale.json_object import parse_json
 from oar_scale.storage.local import atomic_file
+from oar_scale.storage.own_folder import no_follow
 
 
 @dataclass
@@ -87,8 +89,8 @@ def read_submissions(run_dir: str) -> list[Submission]:
         return []
     with open(path, encoding="utf-8") as file:
         try:
-            stored = json.load(file)
-        except json.JSONDecodeError as error:
+            stored = parse_json(file.read())
+        except ValueError as error:
             raise UserError(f"{path}: is damaged ({error}). Move it away; its jobs keep running, but are no longer known here.") from error
     return [Submission(**{**each, "jobs": [Job(**job) for job in each["jobs"]]}) for each in stored]
 
@@ -134,7 +136,7 @@ def _locked_file(path: str, run_dir: str) -> IO[str]:
     for tries_left in reversed(range(10)):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            file = open(path, "w")  # noqa: SIM115 (as long as it is locked)
+            file = open(path, "w", opener=no_follow)  # noqa: SIM115 (as long as it is locked)
         except FileNotFoundError:
             if not tries_left:
                 raise

@@ -1,8 +1,8 @@
 """A Ray to work with: the cluster that ``RAY_ADDRESS`` names, or a private one that lives as long as the ``with`` block.
 
-The private one is quiet and closed: loopback addresses, a token that only its own processes know, no dashboard, no usage
-statistics, and nothing left running afterwards. Workers can import whatever this process can, so that a source checkout
-works as well as an installed package.
+The private one is quiet and closed: loopback addresses, a token that only its own processes know, a folder that only its user can enter,
+no dashboard, no usage statistics, and nothing left afterwards, also where SIGTERM ends the process before Ray has started. Workers can
+import whatever this process can, so that a source checkout works as well as an installed package.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 import psutil
 
@@ -27,6 +29,7 @@ from oar_scale.runtime.gpu_settings import SETTINGS, gpu_settings
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing large goes through it; Ray wants 75 MB at least."""
 _ANSWER_S = 10.0
+_ROUNDS = 10
 _PARTING_S = 10.0
 """For workers that are still at something; Ray's own notice in a second or two that it is gone."""
 
@@ -61,16 +64,43 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
             return
         if gpus:
             _check_gpus(gpus)
-        folder = tempfile.mkdtemp(prefix="oar-ray-", dir="/tmp")  # short: Ray's sockets live in it, and their paths may have 107 bytes
         _choose_token()
-        try:
-            _start(cpus, gpus, folder, runtime_env)
+        with _exit_on_sigterm(), _private_folder() as folder:
             try:
+                _start(cpus, gpus, os.path.join(folder, "r"), runtime_env)
                 yield
             finally:
-                _end()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+                _end(folder)
+
+
+@contextmanager
+def _private_folder() -> Iterator[str]:
+    """A folder that nobody else can enter: Ray makes its own, and all sockets in it, with mode 0777. Short, since a socket's path may have
+    107 bytes."""
+    folder = f"/tmp/oar-ray-{secrets.token_hex(6)}"  # known before it is made, so that a signal comes at no wrong moment
+    try:
+        os.mkdir(folder, 0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM, which would end the process at once, end it by an exception, so that everything is cleared away."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        if ours and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the clearing away
+    sys.exit(128 + number)
 
 
 def _check_address(address: str) -> None:
@@ -122,19 +152,42 @@ def _start(cpus: int, gpus: int, folder: str, runtime_env: JsonObject) -> None:
         ) from error
 
 
-def _end() -> None:
-    """End the private Ray with its workers. ``ray.shutdown`` alone does not wait for them, and a GPU's memory is theirs until they go."""
+def _end(folder: str) -> None:
+    """End the private Ray with its workers. ``ray.shutdown`` alone does not wait for them, and a GPU's memory is theirs until they go; nor
+    does it end a Ray that was interrupted as it started."""
     import ray
 
+    if not ray.is_initialized():
+        for _ in range(_ROUNDS):  # a daemon that is killed may just have started another
+            if not (daemons := _daemons_of(folder)):
+                break
+            _kill(daemons)
+            _left(daemons)
+        return
     workers: list[psutil.Process] = []
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):  # it has ended since
             workers += child.children(recursive=True) if child.name() == "raylet" else []
     ray.shutdown()
-    for worker in _left(workers):
-        with suppress(psutil.NoSuchProcess):
-            worker.kill()
+    _kill(_left(workers))
     _left(workers)
+
+
+def _daemons_of(folder: str) -> list[psutil.Process]:
+    """The living processes of the Ray in this folder, which nobody else has: they name it in their command, or are children of such."""
+    found: set[psutil.Process] = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended since, or is another user's
+            command = " ".join(process.cmdline())
+            if folder in command and "/ray/" in command and _lives(process):
+                found |= {process, *process.children(recursive=True)}
+    return [process for process in found if _lives(process)]
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _left(processes: list[psutil.Process]) -> list[psutil.Process]:

@@ -18,8 +18,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import IO, Protocol
 
-from oar_scale.errors import DamagedJson, Missing, Unreachable
+from oar_scale.errors import DamagedJson, Missing, Unreachable, UserError
 from oar_scale.json_object import JsonObject, parse_object
+from oar_scale.storage.own_folder import foreign_part
 from oar_scale.storage.patience import PatientStorage, patience_s
 from oar_scale.storage.schemes import LOCAL, scheme_of, storage_of
 
@@ -154,6 +155,10 @@ def fetch(uri: str, cache_dir: str) -> str:
     version = storage.version(uri)  # also the check that the object exists
     if scheme_of(uri) == LOCAL:
         return uri
+    if foreign := foreign_part(cache_dir):
+        raise UserError(
+            f"{foreign}: was made by another user, who could replace {uri} in it. Set storage.cache_dir to a folder of your own."
+        )
     digest = hashlib.sha256(f"{uri}\n{version}".encode()).hexdigest()[:16]
     path = os.path.join(cache_dir, f"{digest}-{uri.rsplit('/', 1)[-1]}")
     if not os.path.exists(path):

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from oar_scale.storage.own_folder import foreign_part
+
 _POLL_S = 0.02
 STUCK_S = 150.0
 """A ``.part`` file that does not grow for so long has a writer that hangs; longer than any read waits for a byte."""
@@ -134,9 +136,11 @@ class CacheFolder:
         """
         path = os.path.join(self.folder, f"{digest}.part")
         with _unusable_if_it_fails():
+            if foreign := foreign_part(self.folder):
+                raise CacheUnusable(f"{foreign} was made by another user, who could replace what is in it")
             os.makedirs(self.folder, exist_ok=True)
             while (cached := self.find(digest, crc32c)) is None:
-                part = Part(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), path)
+                part = Part(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), path)
                 part.lock()
                 if not part.in_place():
                     continue  # it was published or discarded while we waited for its lock
@@ -192,7 +196,7 @@ class CacheFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        descriptor = os.open(os.path.join(self.folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(os.path.join(self.folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -217,7 +221,7 @@ def _lock(descriptor: int) -> bool:
 
 def _abandoned(path: str) -> bool:
     """Whether the writer of a ``.part`` file has died; then the file is removed."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         dead = _lock(descriptor)
         if dead and _is(path, descriptor):

@@ -8,16 +8,19 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
 import pytest
+from second_user import UID
 
 from oar_scale.cli import main
 from oar_scale.config.loading import load_recipe
 from oar_scale.launch.job_specs import JobSpec
 from oar_scale.launch.jobs import JobFile, dry_run, job_files
-from oar_scale.launch.profile import SlurmProfile, load_profile
+from oar_scale.launch.profile import Container, SlurmProfile, load_profile
+from oar_scale.launch.slurm import container
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "launch"
@@ -81,6 +84,40 @@ def test_bash_and_shellcheck_accept_each_job_file(profile: str, stages: tuple[st
     if shutil.which("shellcheck") or os.environ.get("OAR_NO_SKIP") == "1":
         checked = subprocess.run(["shellcheck", "--severity=warning", str(path)], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout
+
+
+def test_a_job_refuses_a_folder_that_another_user_has_made(tmp_path: Path) -> None:
+    """The folder of Ray's sockets: made anew it lets nobody else in; a link in its place, or somebody else's folder, is not used."""
+    text = job_file("dev", ()).text
+    assert re.search(r"OAR_RAY_FOLDER=/tmp/oar-\$SLURM_JOB_ID-\$attempt-\$mark\n", text) and "mark=$(od -An -tx1 -N4 /dev/urandom" in text
+    (line,) = (line for line in text.splitlines() if "mkdir -m 700" in line)
+    mine, link, target = tmp_path / "mine", tmp_path / "link", tmp_path / "target"
+    target.mkdir()
+    link.symlink_to(target)
+
+    def make(folder: Path) -> int:
+        return subprocess.run(["bash", "-c", line], env={**os.environ, "OAR_RAY_FOLDER": str(folder)}, stderr=subprocess.DEVNULL).returncode
+
+    assert make(mine) == 0 and stat.S_IMODE(mine.stat().st_mode) == 0o700
+    assert make(mine) == 0, "two nodes on one machine have one folder"
+    assert make(link) == 1 and not list(target.iterdir())
+    if os.geteuid() == 0:
+        os.chown(target, UID, UID)
+        assert make(target) == 1
+
+
+@pytest.mark.parametrize("image", ["nvcr.io#nvidia/pytorch:24.10-py3", "/shared/a;touch${IFS}ran", "a|b&c>d(e)*?[f]#g"])
+def test_an_image_is_one_word_of_the_shell(image: str, tmp_path: Path) -> None:
+    """In a job file, and in what the doctor runs in an allocation: whatever its name, no part of it is a command."""
+    for engine in ("enroot", "apptainer"):
+        profile = load_profile(str(ROOT / "cluster" / "slurm" / "dev.yaml"))
+        assert isinstance(profile, SlurmProfile)
+        contained = profile.model_copy(update={"container": Container(engine=engine, image=image.replace("$", ""), mounts=("/a;b",))})
+        words = container(contained, ("/run with blanks", "/it's"))
+        script = f"printf '%s\\n' {words['srun_container']}{words['exec_container']}"
+        shown = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        assert any(line.endswith(image.replace("$", "")) for line in shown.stdout.splitlines()) and not shown.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("profile", [path.stem for path in PROFILES])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import time
 from pathlib import Path
@@ -196,7 +197,8 @@ def test_of_two_submissions_at_once_the_second_is_refused(tmp_path: Path, monkey
     flag = while_sbatch(tmp_path, monkeypatch, run, ":")
     assert main(["submit", SMOKE, "--cluster", str(tmp_path / "profile.yaml"), "-o", f"run_dir={run}"]) == 0
     assert "another oar submit works on this run" in flag.read_text() and flag.read_text().endswith("\n2\n")
-    assert last_submission(str(run)).jobs[0].id == "7" and (run / "jobs" / "1-run" / "job.sbatch").exists()
+    script = run / "jobs" / "1-run" / "job.sbatch"
+    assert last_submission(str(run)).jobs[0].id == "7" and stat.S_IMODE(script.stat().st_mode) == 0o600, "it has the profile's environment"
 
 
 def test_a_refusal_keeps_files_of_submissions_without_a_record(

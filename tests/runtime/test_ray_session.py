@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
+from second_user import as_second_user
+from waiting import wait_until
 
 import oar_scale
 from oar_scale.errors import UserError
+from oar_scale.runtime import ray_session as ray_session_module
 from oar_scale.runtime.ray_session import ray_session
+
+SOURCE = str(Path(oar_scale.__file__).parent.parent)
 
 PROGRAM = """
 import json, os, subprocess, sys
@@ -72,6 +81,71 @@ def test_a_private_ray_works_anywhere_and_leaves_nothing(tmp_path: Path) -> None
     assert sys.platform != "linux" or output["node"] == "127.0.0.2"
     assert not output["left"], "a worker, its child or the raylet"
     assert not (tmp_path / ".ray").exists()  # no token was left in the home directory
+
+
+STARTING = """
+import sys, threading
+import psutil
+from oar_scale.runtime import ray_session as module
+from oar_scale.runtime.program import program_exit
+
+start = module._start
+
+def announced(cpus, gpus, folder, runtime_env):
+    if sys.argv[1] == "before Ray":
+        print(folder, flush=True)
+        sys.stdin.read()
+    threading.Thread(target=announce, args=(folder,), daemon=True).start()
+    start(cpus, gpus, folder, runtime_env)
+
+def announce(folder):
+    while not any(child.name() == sys.argv[1] for child in psutil.Process().children()):
+        pass
+    print(folder, flush=True)
+
+module._start = announced
+with program_exit(), module.ray_session(cpus=1):
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("moment", ["before Ray", "gcs_server", "raylet"])
+def test_sigterm_while_a_private_ray_starts_leaves_nothing(moment: str, tmp_path: Path) -> None:
+    """Neither folder nor process, whenever it comes: before Ray has its own handler, and while its daemons come up."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": SOURCE}
+    command = [sys.executable, "-c", STARTING, moment]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    folder = "/".join(process.stdout.readline().strip().split("/")[:3])
+    assert re.fullmatch(r"/tmp/oar-ray-\w+", folder) and os.path.isdir(folder)
+    process.terminate()
+    assert process.wait() not in (0, None)
+    process.stdin.close()
+    assert not os.path.exists(folder)
+    wait_until(lambda: not working_in(folder))
+    assert not os.path.exists(folder), "a daemon has made it again"
+
+
+def working_in(folder: str) -> list[psutil.Process]:
+    """The processes that have the folder in their command line."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            found += [process] if any(folder in word for word in process.cmdline()) else []
+    return found
+
+
+def test_nobody_else_can_enter_a_private_ray() -> None:
+    """Ray gives its folder and its sockets mode 0777; the folder around them lets nobody in, and its name cannot be guessed."""
+    with ray_session_module._private_folder() as first, ray_session_module._private_folder() as second:
+        os.makedirs(os.path.join(first, "r"))
+        os.chmod(os.path.join(first, "r"), 0o777)
+        assert first != second and stat.S_IMODE(os.stat(first).st_mode) == 0o700
+        looked = as_second_user(["ls", os.path.join(first, "r")])
+        assert looked.returncode != 0 and "Permission denied" in looked.stderr
+        assert as_second_user(["touch", os.path.join(first, "r", "socket")]).returncode != 0
+    assert not os.path.exists(first)
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])

@@ -11,6 +11,8 @@ import os
 import shutil
 from contextlib import suppress
 
+from oar_scale.storage.own_folder import foreign_part
+
 _PREFIX = "checkpoint-"
 
 
@@ -21,6 +23,9 @@ class Scratch:
         self.path = os.path.join(parent, f"{_PREFIX}{name}")
         self.fault: str | None = None
         self._lock: int | None = None
+        if foreign := foreign_part(parent):
+            self.fault = f"{foreign}: was made by another user. Set storage.scratch_dir to a folder of your own"
+            return
         try:
             os.makedirs(parent, exist_ok=True)
             self._lock = _locked(f"{self.path}.lock")
@@ -40,7 +45,7 @@ class Scratch:
 
 def _locked(path: str) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
@@ -58,7 +63,7 @@ def clear_dead(parent: str) -> None:
 
 def _clear(path: str) -> None:
     with suppress(OSError):
-        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
