@@ -35,6 +35,7 @@ from typing import NoReturn
 from oar_scale import __version__
 from oar_scale.cli import checkpoint, data, extract, observe, orders, plan, run, submit
 from oar_scale.errors import Requeue, UserError
+from oar_scale.redaction import redact
 from oar_scale.runtime.gpu_settings import gpu_settings
 from oar_scale.runtime.program import program_exit
 from oar_scale.text import cut
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return NOBODY_READS
     except UserError as error:
-        print(f"error: {cut(str(error))}", file=sys.stderr)
+        print(f"error: {cut(redact(str(error)))}", file=sys.stderr)
         return 2
     except Requeue as stop:
         print(f"stopped ({stop.reason}) with everything saved; run the same command again to resume", file=sys.stderr)

@@ -10,7 +10,8 @@ YAML 1.2: ``on``, ``yes`` and dates are text; a key given twice is an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,13 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from oar_scale.config.locations import expand_location
 from oar_scale.errors import UserError
+from oar_scale.redaction import secret_in, secret_in_line
 from oar_scale.text import NotText, decode_text
 
 OVERRIDE = "-o"
+MOST_BYTES, MOST_VALUES, MOST_FILES, DEEPEST = 256 << 10, 100_000, 100, 50
+"""Of one file: its size, its values once aliases stand for what they name, and how deep they are nested; and how many files may extend
+one another. Far above what anyone writes: a file of a few lines may stand for billions of values, and nothing would answer any more."""
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -62,17 +67,50 @@ def read_layers(path: str, overrides: Sequence[str] = (), default_type: DefaultT
     Raises:
         UserError: a file is missing, not YAML, not a mapping, extends itself, or has a key twice; a malformed override.
     """
-    merged = _read_file(path, f"{path}: there is no such recipe.", (), default_type)
+    merged = _read_file(path, f"{path}: there is no such recipe.", (), default_type, [])
     for override in overrides:
         merged = _merge(merged, _parse_override(override), default_type)
     return merged
 
 
-def _read_file(path: str, missing: str, inside: tuple[str, ...], default_type: DefaultType) -> Setting:
-    """``missing`` is the error when the file does not exist; ``inside`` the files that led here, for cycles."""
+def refuse_secrets(layers: Setting, what: str, shell: bool = False) -> None:
+    """Raise UserError where something in a file looks like a key or a password: it would be copied to where others read it.
+
+    Args:
+        what: the file, for the error: ``recipe`` or ``profile``.
+        shell: values may be lines of shell; but for those below ``env``, which are variables.
+    """
+    for keys, setting, value in _texts(layers):
+        why = secret_in_line(value) if shell and keys[0] not in ("env", "pass_env") else secret_in(keys[-1], value)
+        if why is not None and keys[0] != "pass_env":
+            raise UserError(
+                f"{setting.origin}  {'.'.join(keys)}\n  {keys[-1]}: keys and passwords do not belong in a {what}; export it in the shell "
+                f"that submits, or keep it in a file that only you can read.\n  {why[0].upper()}{why[1:]}; what is written here is copied "
+                "into the run's folder and its events."
+            )
+
+
+def _texts(setting: Setting, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Setting, str]]:
+    """The texts in a setting, with their keys."""
+    if isinstance(setting.value, dict):
+        for key, inner in setting.value.items():
+            yield from _texts(inner, (*keys, key))
+    for value in setting.value if isinstance(setting.value, list) else [setting.value]:
+        if isinstance(value, str) and keys:
+            yield keys, setting, value
+
+
+def _read_file(path: str, missing: str, inside: tuple[str, ...], default_type: DefaultType, read: list[str]) -> Setting:
+    """``missing`` is the error when the file does not exist; ``inside`` the files that led here, for cycles; ``read`` all so far."""
+    read.append(path)
+    if len(read) > MOST_FILES:
+        raise UserError(f"{path}: more than {MOST_FILES} files extend one another. Put what they say into fewer.")
     try:
         with open(path, "rb") as file:
-            text = decode_text(file.read())
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise UserError(f"{path}: is longer than {MOST_BYTES >> 10} KB. That is no recipe or profile; name the right file.")
+        text = decode_text(data)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(missing + _neighbours(path)) from error
     except (OSError, NotText) as error:
@@ -89,7 +127,7 @@ def _read_file(path: str, missing: str, inside: tuple[str, ...], default_type: D
         if os.path.realpath(target) in inside:
             chain = " -> ".join(os.path.relpath(step) for step in (*inside, os.path.realpath(target)))
             raise UserError(f"{extends.origin}  extends = {base}\n  a recipe cannot extend itself: {chain}")
-        layer = _read_file(target, f"{extends.origin}  extends = {base}\n  there is no file {target}.", inside, default_type)
+        layer = _read_file(target, f"{extends.origin}  extends = {base}\n  there is no file {target}.", inside, default_type, read)
         merged = layer if merged is None else _merge(merged, layer, default_type)
     return own if merged is None else _merge(merged, own, default_type)
 
@@ -122,7 +160,7 @@ def _merge(below: Setting, above: Setting, default_type: DefaultType, keys: tupl
 def _parse_override(text: str) -> Setting:
     key, equals, value = text.partition("=")
     names = key.strip().split(".")
-    if not equals or not all(names):
+    if not equals or not all(names) or len(names) > DEEPEST:
         raise UserError(f"{OVERRIDE} {text}: an override is KEY=VALUE, like parallel.workers=4.")
     setting = _parse(value, OVERRIDE, f"{OVERRIDE} {text}")
     for name in reversed(names):
@@ -139,22 +177,32 @@ def _parse(text: str, source: str, shown: str | None = None) -> Setting:
         mark = error.problem_mark or error.context_mark
         location = shown or (f"{source}:{mark.line + 1}" if mark else source)
         raise UserError(f"{location}  is not valid YAML: {error.problem or error.context or error}") from error
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits, an escape that stands for no character
         raise UserError(f"{shown or source}  is not valid YAML: {error}") from error
-    return Setting(source, None) if node is None else _setting(node, _origin(node, source), source, yaml, ())
+    except RecursionError:
+        raise UserError(f"{shown or source}  is nested more than {DEEPEST} deep, which is no recipe or profile.") from None
+    return Setting(source, None) if node is None else _setting(node, _origin(node, source), source, yaml, (), Counter())
 
 
 def _origin(node: Node, source: str) -> str:
     return source if source == OVERRIDE else f"{source}:{node.start_mark.line + 1}"
 
 
-def _setting(node: Node, origin: str, source: str, yaml: YAML, around: tuple[int, ...]) -> Setting:
-    """``origin``: where the key of this value stands. ``around``: the nodes this one lies in (an alias may close a loop)."""
+def _setting(node: Node, origin: str, source: str, yaml: YAML, around: tuple[int, ...], seen: Counter[str]) -> Setting:
+    """``origin``: where the key of this value stands. ``around``: the nodes this one lies in (an alias may close a loop). ``seen`` counts
+    the values so far."""
+    seen["values"] += 1
+    if seen["values"] > MOST_VALUES:
+        raise UserError(f"{origin}  has more than {MOST_VALUES} values, with those that aliases stand for. Write them once, or in a file.")
+    if len(around) >= DEEPEST:
+        raise UserError(f"{origin}  is nested more than {DEEPEST} deep, which is no recipe or profile.")
     if id(node) in around:
         raise UserError(f"{origin}  is an alias of something that contains it.")
+    if not isinstance(node, ScalarNode) and str(node.tag) not in (f"{_TAG}seq", f"{_TAG}map"):
+        raise UserError(f"{origin}  the YAML tag {node.tag} has no meaning here; remove it.")
     around = (*around, id(node))
     if isinstance(node, SequenceNode):
-        return Setting(origin, [_setting(item, origin, source, yaml, around).plain() for item in node.value])
+        return Setting(origin, [_setting(item, origin, source, yaml, around, seen).plain() for item in node.value])
     if not isinstance(node, MappingNode):
         assert isinstance(node, ScalarNode)
         return Setting(origin, _scalar(node, origin, yaml))
@@ -167,7 +215,7 @@ def _setting(node: Node, origin: str, source: str, yaml: YAML, around: tuple[int
         if key in result:
             first = result[key].origin
             raise UserError(f"{key_origin}  {key}\n  is set twice in the same mapping: first at {first}. Remove one of the two.")
-        result[key] = _setting(value_node, key_origin, source, yaml, around)
+        result[key] = _setting(value_node, key_origin, source, yaml, around, seen)
     return Setting(origin, result)
 
 

@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from ruamel.yaml import YAML
 
 from oar_scale.config.fingerprint import fingerprint
-from oar_scale.config.layers import Setting, read_layers
+from oar_scale.config.layers import Setting, read_layers, refuse_secrets
 from oar_scale.config.locations import ESCAPE, EXPAND
 from oar_scale.config.schema import NUMBER, RANGE, Recipe, RecipeConflict
 from oar_scale.errors import UserError
@@ -68,6 +68,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _check(layers: Setting, path: str) -> Recipe:
+    refuse_secrets(layers, "recipe")
     try:
         # Strict, and by way of JSON: text is never taken for a number or a switch, while a list may fill a tuple.
         return Recipe.model_validate_json(json.dumps(layers.plain()), strict=True, context=EXPAND)

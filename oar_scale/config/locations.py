@@ -16,6 +16,7 @@ from typing import Annotated
 from pydantic import AfterValidator, PlainSerializer, SerializationInfo, ValidationInfo
 
 from oar_scale.errors import UserError
+from oar_scale.redaction import secret_name
 
 EXPAND = {"locations": "expand"}
 """The context of pydantic in which locations are expanded: text that a person wrote is read."""
@@ -63,6 +64,8 @@ def _value(match: re.Match[str]) -> str:
     name = match["name"] or match["braced"]
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(f"{match[0]} is no variable: $NAME and ${{NAME}} are; a dollar sign itself is $$.")
+    if secret_name(name):
+        raise ValueError(f"{name} is the name of a secret, and the path would be written into the run's folder. Use another variable.")
     value = os.environ.get(name)
     if not value:
         raise ValueError(

@@ -118,7 +118,8 @@ _RASTER_ONLY = "a raster model has its raster order only.\nLeave it out, or choo
 class Recipe(Section):
     """A whole run. ``pretrain``, ``extract`` and ``finetune`` are the three stages of the method."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$")
+    """Not of dots alone: ``runs/NAME`` would be another folder."""
     seed: int = Field(0, ge=0)
     run_dir: Location | None = None
     """Events, reports and local checkpoints. Default: ``runs/NAME``."""

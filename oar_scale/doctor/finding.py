@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from oar_scale.errors import UserError, error_line
+from oar_scale.redaction import redact
 
 INSTALL = "pip install -c constraints.txt -e . in the source folder"
 
@@ -18,6 +19,9 @@ class Finding:
     status: Literal["ok", "warn", "FAIL"]
     item: str
     text: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", redact(self.text))  # it may quote a server's answer, or a URL
 
     def __str__(self) -> str:
         return f"{self.status:4} {self.item}: {self.text}"

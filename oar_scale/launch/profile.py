@@ -18,7 +18,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from oar_scale.config.layers import Setting, read_layers
+from oar_scale.config.layers import Setting, read_layers, refuse_secrets
 from oar_scale.config.locations import EXPAND, Location, expand_in_context
 from oar_scale.config.schema import Section
 from oar_scale.errors import UserError
@@ -32,7 +32,6 @@ Option = Annotated[str, Field(pattern=r"^--[^\n]+$")]
 Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d\d):(\d\d)")
-SECRET = re.compile(r"(?:^|_)(?:SECRET|TOKEN|PASSWORD|API_?KEY|ACCESS_KEY)(?:_|$)", re.IGNORECASE)
 
 
 class Container(Section):
@@ -219,6 +218,7 @@ def load_profile(path: str, overrides: Sequence[str] = ()) -> Profile:
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such cluster profile. Examples lie in cluster/slurm and cluster/ray.")
     layers = read_layers(path, overrides)
+    refuse_secrets(layers, "profile", shell=True)
     kind = layers.child("type")
     if kind is None or kind.value not in KINDS:
         raise UserError(f"{kind.origin if kind else path}  type\n  must be one of {', '.join(KINDS)}.")
@@ -247,8 +247,6 @@ def _check_env(given: dict[str, str]) -> dict[str, str]:
     for name in given:
         if not VARIABLE.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a variable")
-        if SECRET.search(name):
-            raise ValueError(f"{name}: keys and passwords do not belong in a profile; export it in the shell that submits")
     return given
 
 

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from oar_scale.errors import UserError
+from oar_scale.json_object import parse_object
+from oar_scale.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -239,10 +241,10 @@ def read_events(folder: str, stage: str) -> list[Event]:
 def parse_line(line: str) -> Event | None:
     """One event, or None when the line is not one (a line still being written, or torn by a kill)."""
     try:
-        event = json.loads(line)
-    except json.JSONDecodeError:
+        event = parse_object(line)
+    except ValueError:
         return None
-    return event if isinstance(event, dict) and "kind" in event else None
+    return event if isinstance(event.get("kind"), str) else None
 
 
 def _read_file(path: str) -> list[Event]:
@@ -281,6 +283,8 @@ def _plain(value: Any, name: str, non_finite: dict[str, str]) -> Any:
         value = value.item()
     elif hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, str):
+        return redact(value)
     if isinstance(value, float) and not math.isfinite(value):
         non_finite[name] = str(value)
         return None

@@ -21,6 +21,7 @@ from typing import Literal
 from urllib.parse import urlparse
 
 from oar_scale.observe.projection import WandbRow
+from oar_scale.redaction import redact
 
 Mode = Literal["offline", "online"]
 AlertLevel = Literal["WARN", "ERROR"]
@@ -185,7 +186,7 @@ def reachable_mode(wanted: Mode, say: Say) -> Mode:
     except urllib.error.HTTPError:
         pass  # an answer
     except (OSError, http.client.HTTPException) as error:
-        say("warning", f"W&B: no answer from {_base_url()} ({error}); the run is kept offline meanwhile")
+        say("warning", f"W&B: no answer from {redact(_base_url())} ({redact(str(error))}); the run is kept offline meanwhile")
         return "offline"
     return wanted
 

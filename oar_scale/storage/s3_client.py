@@ -7,28 +7,45 @@ AWS_DEFAULT_REGION, AWS_MAX_ATTEMPTS                        region; tries per re
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from urllib.parse import urlsplit
 
 import boto3
 from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
 from botocore.exceptions import (
+    BotoCoreError,
     ClientError,
+    ConfigNotFound,
+    ConfigParseError,
     ConnectionError,
+    CredentialRetrievalError,
+    FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
+    InvalidRegionError,
+    InvalidRetryConfigurationError,
+    LoginError,
     NoCredentialsError,
+    NoRegionError,
     ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
     ResponseStreamingError,
+    SSLError,
+    SSOError,
+    TokenRetrievalError,
 )
+from urllib3.exceptions import LocationValueError
 
 from oar_scale.errors import UserError
+from oar_scale.redaction import redact, secret_name
 from oar_scale.storage import Missing, Unreachable
 from oar_scale.storage.s3_types import S3Client
 
@@ -42,6 +59,35 @@ _ABSENT = {"NoSuchKey", "404", "NotFound"}
 _DENIED = {"403", "AccessDenied", "Forbidden"}
 _BAD_KEY = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "401", "Unauthorized"}
 _NO_KEYS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
+_OUT_OF_REACH = (ConnectionError, HTTPClientError, ResponseStreamingError, IncompleteReadError)
+_FILES = "the files in AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE (~/.aws/config, ~/.aws/credentials)"
+_REMEDIES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    (
+        _NO_KEYS,
+        "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a server other than AWS also AWS_ENDPOINT_URL.",
+    ),
+    ((SSOError, LoginError, TokenRetrievalError), "Log in again: aws sso login, with the profile in AWS_PROFILE."),
+    (
+        (CredentialRetrievalError, json.JSONDecodeError, LookupError),
+        "What should bring the credentials fails: credential_process of the profile in AWS_PROFILE (see AWS_CONFIG_FILE), or the service "
+        "in AWS_CONTAINER_CREDENTIALS_FULL_URI. Run it by hand.",
+    ),
+    ((ConfigParseError, ConfigNotFound), f"Correct {_FILES}."),
+    (InvalidRetryConfigurationError, "Correct AWS_MAX_ATTEMPTS and AWS_RETRY_MODE."),
+    ((InvalidRegionError, NoRegionError), "Correct AWS_DEFAULT_REGION (AWS_REGION)."),
+)
+"""What to look at, by the kind of error."""
+_FILE_VARIABLES = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
+_SETTINGS = re.compile(r"AWS_|REQUESTS_CA_BUNDLE|(?:HTTPS?|NO)_PROXY", re.IGNORECASE)
+_ENDPOINTS = re.compile(r"AWS_ENDPOINT_URL(_\w+)?|AWS_CONTAINER_CREDENTIALS_FULL_URI")
+_ANSWERS = {
+    ("AuthorizationHeaderMalformed", "PermanentRedirect", "301", "IllegalLocationConstraintException", "IncorrectEndpoint"): (
+        "The bucket lies in another region: correct AWS_DEFAULT_REGION (AWS_REGION), or AWS_ENDPOINT_URL."
+    ),
+    ("RequestTimeTooSkewed", "RequestExpired"): "The clock of this machine is wrong: set it.",
+    ("400", "BadRequest", "InvalidRequest"): "Check the credentials (AWS_SESSION_TOKEN may have expired), AWS_DEFAULT_REGION and the name.",
+}
+"""What to look at where the server refuses, by its codes."""
 _sent = threading.local()
 
 
@@ -75,6 +121,7 @@ def requests_sent() -> int:
 
 @lru_cache(maxsize=4)
 def _make_client(process: int, environment: tuple[tuple[str, str], ...], timeout_s: float) -> S3Client:
+    _check_variables()
     config = Config(
         retries={"mode": "standard", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", TRIES))},
         connect_timeout=10,
@@ -82,9 +129,64 @@ def _make_client(process: int, environment: tuple[tuple[str, str], ...], timeout
         max_pool_connections=32,
         tcp_keepalive=True,
     )
-    made: S3Client = boto3.session.Session().client("s3", config=config)
+    try:
+        session = boto3.session.Session()
+        made: S3Client = session.client("s3", config=config)
+        credentials = session.get_credentials()
+        if credentials is not None:
+            credentials.get_frozen_credentials()  # now, where whatever fails is a setting, and not in the middle of a request
+    except _OUT_OF_REACH:
+        raise
+    except Exception as error:  # botocore lets pass what its parsers, files and programs raise
+        raise _wrong_setting(error) from error
     made.meta.events.register("before-send.s3", _count)
     return made
+
+
+def _check_variables() -> None:
+    """Refuse what botocore would only notice in the middle of a request, or print with the key. Raises UserError."""
+    for name, value in sorted(os.environ.items()):
+        if not name.startswith("AWS_"):
+            continue
+        if any(ord(each) < 32 or ord(each) == 127 for each in value):
+            raise UserError(f"{name}: has a line end, or another control character, in it. Export it again without.")
+        if not value.isascii() and re.search("KEY|TOKEN$|REGION|ENDPOINT|RETRY|ATTEMPTS", name):
+            raise UserError(f"{name}: has a character in it that is not ASCII. Export it again.")
+        if _ENDPOINTS.fullmatch(name) and value and not _is_url(value):
+            raise UserError(f"{name}={redact(value)}: is no URL. It has to begin with http:// or https://, like http://localhost:8333.")
+    attempts = os.environ.get("AWS_MAX_ATTEMPTS", "1")
+    if not attempts.isdecimal() or int(attempts) < 1:
+        raise UserError(f"AWS_MAX_ATTEMPTS={attempts}: is not a number of tries. Set it to 1 or more, or unset it for {TRIES}.")
+    for name in _FILE_VARIABLES:
+        if os.environ.get(name) and not os.path.exists(os.environ[name]):
+            raise UserError(f"{name}={os.environ[name]}: there is no such file. Correct the variable, or unset it.")
+
+
+def _is_url(value: str) -> bool:
+    try:
+        parts = urlsplit(value)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0) and " " not in value
+    except ValueError:  # a port above 65535, brackets that are not closed
+        return False
+
+
+def _wrong_setting(error: Exception, uri: str = "") -> UserError:
+    """An error of the settings: nothing was sent, or the answer was no S3 server's."""
+    remedy = next((text for kinds, text in _REMEDIES if isinstance(error, kinds)), None)
+    filename, ours = getattr(error, "filename", None), {name: value for name, value in os.environ.items() if _SETTINGS.match(name)}
+    named = [
+        name
+        for name, value in ours.items()
+        if len(value) > 2 and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", str(error)) and not secret_name(name)
+    ]
+    if remedy is None and named:
+        remedy = f"Correct {' or '.join(sorted(named))}."
+    if remedy is None and filename:
+        remedy = f"{filename} is named in {_FILES}: correct it there."
+    remedy = remedy or f"Check the variables of this shell ({', '.join(sorted(ours))}), and {_FILES}."
+    why = f"{type(error).__name__}: {error}" if isinstance(error, BotoCoreError | OSError) else type(error).__name__
+    lead = "no S3 credentials" if isinstance(error, _NO_KEYS) else "the settings of S3 cannot be used"
+    return UserError(f"{uri or 'S3'}: {lead} ({redact(why)}).\n{remedy}")
 
 
 def _count(**_: object) -> None:
@@ -102,24 +204,48 @@ def explained(uri: str) -> Iterator[None]:
         raise (_translated(uri, error.__context__) if isinstance(error.__context__, ClientError) else error) from error
     except ClientError as error:
         raise _translated(uri, error) from error
-    except _NO_KEYS as error:
+    except FlexibleChecksumError:
+        raise  # the object, not the settings
+    except (ParamValidationError, UnicodeEncodeError) as error:
+        raise UserError(f"{uri!r}: not a valid S3 name: {redact(str(error))}") from error
+    except SSLError as error:
         raise UserError(
-            f"{uri}: no S3 credentials ({error}).\n"
-            "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a server other than AWS also AWS_ENDPOINT_URL."
+            f"{uri}: the certificate of the S3 server at {_server()} is not accepted ({redact(str(error))}).\n"
+            "Name the authority that signed it in AWS_CA_BUNDLE, or correct AWS_ENDPOINT_URL."
         ) from error
-    except ParamValidationError as error:
-        raise UserError(f"{uri}: not a valid S3 name: {error}") from error
-    except (ConnectionError, HTTPClientError, ResponseStreamingError, IncompleteReadError) as error:
+    except _OUT_OF_REACH as error:
+        if _is_own_fault(error):
+            raise _wrong_setting(error, uri) from None  # its text, and that of its cause, have the key in them
         raise Unreachable(
-            f"{uri}: no connection to the S3 server at {client().meta.endpoint_url}: {error}\n"
-            f"Check that it runs, and the URL in AWS_ENDPOINT_URL (now {os.environ.get('AWS_ENDPOINT_URL', 'not set: AWS itself')})."
+            f"{uri}: no connection to the S3 server at {_server()}: {redact(str(error))}\n"
+            f"Check that it runs, and the URL in AWS_ENDPOINT_URL ({redact(os.environ.get('AWS_ENDPOINT_URL', 'not set: AWS itself'))})."
         ) from error
+    except (BotoCoreError, json.JSONDecodeError) as error:  # what has expired since, or broken, is found when it is renewed
+        raise _wrong_setting(error, uri) from error
+    except OSError as error:
+        if error.filename is None or error.filename not in {os.environ.get(name) for name in _FILE_VARIABLES}:
+            raise  # of the disk
+        raise _wrong_setting(error, uri) from error
+
+
+def _is_own_fault(error: Exception) -> bool:
+    """Whether a request was not sent at all, since a header, a URL or a proxy is none."""
+    cause = error.kwargs.get("error") if type(error) is HTTPClientError else None
+    return isinstance(cause, ValueError | UnicodeError | LocationValueError) and not isinstance(cause, OSError)
+
+
+def _server() -> str:
+    """The server's address, for errors: without credentials."""
+    try:
+        return redact(client().meta.endpoint_url)
+    except Exception:  # the settings are what is wrong
+        return redact(os.environ.get("AWS_ENDPOINT_URL", "AWS"))
 
 
 def _translated(uri: str, error: ClientError) -> Exception:
-    """The server's answer as an error for the user; the answer itself when it is nothing a user can fix."""
+    """The server's answer as an error for the user."""
     code = error.response["Error"]["Code"]
-    server = client().meta.endpoint_url
+    server = _server()
     bucket = split(uri, folder=True)[0]
     if code == "NoSuchBucket" or (code in _ABSENT and not has_bucket(bucket)):
         return _no_bucket(uri, bucket)
@@ -139,11 +265,11 @@ def _translated(uri: str, error: ClientError) -> Exception:
         )
     if may_pass(error):
         return Unreachable(
-            f"{uri}: given up after several tries of {error.operation_name}; the last answer: {error}\n"
+            f"{uri}: given up after several tries of {error.operation_name}; the last answer: {redact(str(error))}\n"
             f"The S3 server at {server} is overloaded or out of order. When it answers again, start the same command again."
         )
-    error.add_note(f"while accessing {uri} on {server}")
-    return error
+    remedy = next((text for codes, text in _ANSWERS.items() if code in codes), "Check AWS_ENDPOINT_URL, and that this server is meant.")
+    return UserError(f"{uri}: {server} refuses {error.operation_name}: {redact(str(error))}\n{remedy}")
 
 
 def may_pass(error: ClientError) -> bool:
@@ -153,7 +279,7 @@ def may_pass(error: ClientError) -> bool:
 
 
 def _no_bucket(uri: str, bucket: str) -> UserError:
-    server = client().meta.endpoint_url
+    server = _server()
     return UserError(f"{uri}: there is no bucket {bucket!r} on {server}.\nCreate it, or correct storage.root or AWS_ENDPOINT_URL.")
 
 

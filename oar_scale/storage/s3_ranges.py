@@ -18,6 +18,7 @@ from typing import TypeVar
 import urllib3.exceptions
 from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError
 
+from oar_scale.redaction import redact
 from oar_scale.runtime.retry import Backoff, RetryStopped, retry
 from oar_scale.storage import FetchStats, Unreachable
 from oar_scale.storage.remote import ObjectHead, Replaced
@@ -129,7 +130,7 @@ class _RangeAttempts:
                 raise
             seconds = time.monotonic() - self.begun
             raise Unreachable(
-                f"{self.uri}: given up after {self.requests} requests in {seconds:.0f} s; the last one: {error}\n"
+                f"{self.uri}: given up after {self.requests} requests in {seconds:.0f} s; the last one: {redact(str(error))}\n"
                 f"The S3 server at {self.server} is overloaded or out of reach. When it answers again, start the same command again."
             ) from error
 
@@ -137,7 +138,7 @@ class _RangeAttempts:
         if self.stop.is_set():
             raise RetryStopped
         used, before = client(STALL_S), requests_sent()
-        self.server = used.meta.endpoint_url
+        self.server = redact(used.meta.endpoint_url)
         try:
             return work()
         except ClientError as error:
@@ -187,7 +188,7 @@ def _get(uri: str, start: int, end: int | None, etag: str) -> GetObject | None:
         if code in ("PreconditionFailed", "412"):
             raise Replaced(f"{uri}: another object was written under this name while it was read. Start the same command again.") from error
         raise
-    _answered.add(used.meta.endpoint_url)
+    _answered.add(redact(used.meta.endpoint_url))
     return response
 
 

@@ -199,7 +199,7 @@ def test_a_malformed_override_is_shown(override: str) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    name=st.from_regex(r"[A-Za-z0-9._-]+", fullmatch=True),
+    name=st.from_regex(r"[._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*", fullmatch=True),
     run_dir=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1),
     lr=st.floats(1e-12, 1e6),
 )
