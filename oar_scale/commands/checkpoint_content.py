@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from oar_scale.distributed.checkpoints.shard_tensors import Shards, read_shards
 from oar_scale.errors import UserError
 from oar_scale.runtime.tables import text_table
 from oar_scale.storage.folders import new_folder
+from oar_scale.tokenizers.pickles import read_pickle
 
 _LATEST, _TAG = "latest_universal", "universal"
 _UNIVERSAL = {WEIGHTS: "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -48,28 +51,34 @@ def diff_checkpoints(first: str, second: str) -> str:
 def convert_checkpoint(uri: str, out: str) -> str:
     """Write a checkpoint in DeepSpeed's universal format: ``out/universal``, for ``load_universal``, with the moving average beside it.
 
-    DeepSpeed's own converter writes it; then every value in it is compared with the shards.
+    DeepSpeed's own converter writes it, from what our own reading has let pass; then every value in it is compared with the shards.
 
     Raises:
-        UserError: the checkpoint is not whole, was written under ZeRO 0, or something is at ``out`` already.
+        UserError: the checkpoint is not whole, a file of it asks for code to be run, it was written under ZeRO 0, or something is at
+            ``out`` already.
     """
     with local_checkpoint(uri) as (checkpoint, folder):
         if checkpoint.zero_stage == 0:
             raise UserError(f"{uri}: DeepSpeed converts none of ZeRO 0. Continue it under ZeRO 1, 2 or 3, and convert the next one.")
+        shards = read_shards(folder, checkpoint.files)  # first, since the converter makes folders of the parameters' names
         with new_folder(out, last=_LATEST) as target:
-            _to_universal(folder, os.path.join(target, _TAG))
-            shards = read_shards(folder, checkpoint.files)
+            _to_universal(folder, checkpoint.files, os.path.join(target, _TAG))
             for name in shards.shapes:
                 _check_parameter(shards, name, os.path.join(target, _TAG, "zero", name), uri)
     return out
 
 
-def _to_universal(folder: str, out: str) -> None:
+def _to_universal(folder: str, names: Iterable[str], out: str) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
+    from oar_scale.distributed.checkpoints.deepspeed_files import safe_torch_load
+
     settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True, "inject_missing_state": False}
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints progress and draws bars
-        main(Namespace(input_folder=folder, output_folder=out, **settings))
+    with tempfile.TemporaryDirectory(prefix="oar-convert-") as only:  # it takes whatever lies in its folder
+        for name in names:
+            os.symlink(os.path.abspath(os.path.join(folder, name)), os.path.join(only, name))
+        with safe_torch_load(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints progress and draws bars
+            main(Namespace(input_folder=only, output_folder=out, **settings))
 
 
 def _check_parameter(shards: Shards, name: str, folder: str, uri: str) -> None:
@@ -79,8 +88,8 @@ def _check_parameter(shards: Shards, name: str, folder: str, uri: str) -> None:
         if kind not in _UNIVERSAL:
             torch.save({"param": whole.clone()}, path)
             continue
-        stored = torch.load(path, weights_only=True)
-        tensor = stored["param"] if isinstance(stored, dict) else stored  # the bare tensor under ZeRO-3
+        stored = read_pickle(path, path)
+        tensor = cast(Tensor, stored["param"] if isinstance(stored, dict) else stored)  # the bare tensor under ZeRO-3
         if not torch.equal(tensor.view(whole.shape), whole):
             raise RuntimeError(f"{uri}: DeepSpeed's converter has changed {kind} of {name}")
 

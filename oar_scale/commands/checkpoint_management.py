@@ -15,7 +15,7 @@ from functools import partial
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import Recipe
-from oar_scale.distributed.checkpoints.fetch import check
+from oar_scale.distributed.checkpoints.fetch import check, check_content
 from oar_scale.distributed.checkpoints.layout import (
     Checkpoint,
     CheckpointLocation,
@@ -25,7 +25,7 @@ from oar_scale.distributed.checkpoints.layout import (
     save_started,
 )
 from oar_scale.distributed.checkpoints.retention import Keep, Removal, Retention, prune
-from oar_scale.errors import UserError
+from oar_scale.errors import Unreachable, UserError
 from oar_scale.generation.model_bundle import RECIPE
 from oar_scale.run.context import Run
 from oar_scale.runtime.tables import text_table
@@ -68,19 +68,30 @@ def verify_checkpoints(where: str) -> Iterator[tuple[str, str | None]]:
         A line about the checkpoint and None, or its URI and what is wrong with it.
 
     Raises:
-        UserError: nothing is committed at ``where``.
+        UserError: nothing is committed at ``where``; or, once all are read, names the files that ask for code to be run.
     """
     committed = [location for location in _locations(where)[1] if location.committed]
     if not committed:
         raise UserError(f"{where}: nothing is committed here. oar checkpoint list shows what there is.")
+    hostile: list[str] = []
     for location in committed:
         try:
             checkpoint = read_checkpoint(location.uri)
             deque(in_order(partial(check, checkpoint), sorted(checkpoint.files), _THREADS), maxlen=0)
         except DamagedCheckpoint as fault:
             yield location.uri, str(fault)
+            continue
+        try:
+            for name in sorted(checkpoint.files):
+                check_content(checkpoint, name)
+        except Unreachable:
+            raise
+        except UserError as refused:
+            hostile.append(str(refused))
         else:
             yield f"{location.uri}: {len(checkpoint.files)} files, {checkpoint.bytes:,} bytes, all as they were written", None
+    if hostile:
+        raise UserError("\n".join(hostile))
 
 
 def prune_checkpoints(where: str, keep: Keep | None, *, dry_run: bool = False) -> list[str]:

@@ -137,10 +137,13 @@ def _from_ledger(job: IndexJob, names: Iterable[str]) -> dict[str, ShardScan]:
             entry = read_json(_entry(job, name))
         except DamagedJson:
             return name, None
-        if (entry["uri"], entry["version"]) != (uri, open_storage(uri).version(uri)):
+        try:
+            if (entry["uri"], entry["version"]) != (uri, open_storage(uri).version(uri)):
+                return name, None
+            views_cells = entry["scan"]["codes_shape"]  # JSON has no tuples
+            return name, ShardScan(**{**entry["scan"], "codes_shape": views_cells and tuple(views_cells)})
+        except (KeyError, TypeError):  # not what was written
             return name, None
-        views_cells = entry["scan"]["codes_shape"]  # JSON has no tuples
-        return name, ShardScan(**{**entry["scan"], "codes_shape": views_cells and tuple(views_cells)})
 
     with ThreadPoolExecutor(job.workers) as pool:
         return {name: scan for name, scan in pool.map(read, (name for name in names if _entry(job, name) in existing)) if scan is not None}

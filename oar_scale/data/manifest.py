@@ -5,10 +5,13 @@ It is written after the last shard: a folder without a manifest is unfinished an
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.errors import UserError
+from oar_scale.names import relative_path
 from oar_scale.storage import Missing, join, open_storage
 from oar_scale.tokenizers.text_features import TextFeatures
 
@@ -21,7 +24,7 @@ class ShardInfo(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Annotated[str, AfterValidator(relative_path)]
     bytes: int
     samples: int
     crc32c: int

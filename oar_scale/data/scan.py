@@ -29,6 +29,7 @@ from oar_scale.data.tar_samples import TWICE, Parts, samples
 from oar_scale.data.tars import map_file
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject, parse_object
+from oar_scale.names import relative_path
 from oar_scale.storage import open_storage
 from oar_scale.text import NotText, decode_text
 
@@ -74,7 +75,7 @@ def list_shards(folder: str, pattern: str = "*.tar", notes: Notes | None = None)
         notes: gets what was passed over (:mod:`oar_scale.data.data_files`).
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or one has a name that leads out of the folder.
     """
     names = files_below(folder, notes or Notes())
     shards = [name for name in names if fnmatchcase(name.lower(), pattern.lower())]
@@ -82,6 +83,11 @@ def list_shards(folder: str, pattern: str = "*.tar", notes: Notes | None = None)
         raise UserError(
             f"{folder}: none of the {len(names)} objects below it matches {pattern!r}. Check the path, or give another --pattern."
         )
+    for name in shards:
+        try:
+            relative_path(name)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}. Rename or remove the object: its name becomes a path where shards are written.") from error
     return sorted(shards, key=_natural)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import types
+import zipfile
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -76,7 +77,7 @@ def load_evaluation(folder: str) -> Evaluation | None:
     try:
         with np.load(io.BytesIO(open_storage(figures).read(figures)), allow_pickle=False) as arrays:
             evaluation: Evaluation = _from_plain(Evaluation, _upgraded(read_json(uri)), dict(arrays))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{uri}: not what this version of oar_scale writes ({error}). Run the stage evaluate again.") from error
     return evaluation
 

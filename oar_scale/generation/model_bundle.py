@@ -22,6 +22,7 @@ from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.model import ModelSpec
 from oar_scale.model.run_models import run_model_file
+from oar_scale.names import file_name
 from oar_scale.orders.order_files import OrderFiles, folder_files, run_files
 from oar_scale.registry import MODELS, current_name
 from oar_scale.storage import join, open_storage
@@ -160,7 +161,13 @@ def _exported(path: str) -> ModelBundle:
     config = read_config(path)
     text = config.text
     if isinstance(text, ClipTextConfig) and is_file(text.weights):
-        text = text.model_copy(update={"weights": join(path, text.weights)})
+        try:
+            weights = file_name(text.weights)
+        except ValueError as error:
+            raise UserError(
+                f"{join(path, CONFIG)}: text.weights: {error}: it must lie beside the model. Export the folder again."
+            ) from error
+        text = text.model_copy(update={"weights": join(path, weights)})
     return ModelBundle(path, join(path, MODEL), join(path, VQ) if config.vq else None, text, path, config.sample, config.recipe)
 
 

@@ -22,7 +22,7 @@ from oar_scale.doctor.finding import Finding
 from oar_scale.doctor.node_checks import GROUP_S, NodeReport, RankInfo, check_between_nodes, node_report
 from oar_scale.doctor.storage_checks import remove_created_folders
 from oar_scale.errors import error_line
-from oar_scale.json_object import JsonObject
+from oar_scale.json_object import JsonObject, parse_json
 from oar_scale.launch.ray_entry import RECIPE
 from oar_scale.runtime.program import program_exit
 
@@ -50,7 +50,7 @@ def parse_findings(log: str) -> tuple[list[NodeReport], list[Finding]]:
     for line in log.splitlines():
         _, mark, text = line.partition(MARK)
         if mark:
-            record = json.loads(text)
+            record = parse_json(text)
             if "node" in record:
                 reports.append(NodeReport.of(record))
             else:

@@ -23,12 +23,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from oar_scale.json_object import JsonObject
+from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject, parse_object
 from oar_scale.observe.events import EventLog, attempt_path, attempts, next_local, parse_line
-from oar_scale.observe.projection import PICTURES
+from oar_scale.observe.projection import PICTURES, picture_paths
 from oar_scale.storage import Missing, join, open_storage
 from oar_scale.storage.background import in_order, start
 from oar_scale.storage.local import atomic_file
+from oar_scale.storage.own_folder import no_follow
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +156,7 @@ def pull(root: str, folder: str) -> None:
     for name in _listed(root):
         if match := re.fullmatch(r"([A-Za-z0-9_.-]+-\d+)/(\d+)\.jsonl", name):
             chunks.setdefault(match[1], []).append(int(match[2]))
-    with open(os.path.join(folder, ".pull.lock"), "w", encoding="utf-8") as lock:
+    with open(os.path.join(folder, ".pull.lock"), "w", encoding="utf-8", opener=no_follow) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for _ in in_order(lambda name: _pull_attempt(root, folder, name, sorted(chunks[name])), list(chunks), THREADS):
             pass
@@ -168,14 +170,22 @@ def run_id(folder: str, root: str) -> str:
     """
     local = join(folder, "run.id")
     try:
-        return open_storage(local).read(local).decode().strip()
+        return _id_of(open_storage(local).read(local), local)
     except Missing:
         pass
     shared = join(root, "events", "run.id") if root.startswith("s3://") else local
     open_storage(shared).write(shared, f"{uuid.uuid4().hex[:8]}\n".encode(), if_absent=True)
-    name = open_storage(shared).read(shared)
-    open_storage(local).write(local, name)
-    return name.decode().strip()
+    name = _id_of(open_storage(shared).read(shared), shared)
+    open_storage(local).write(local, f"{name}\n".encode())
+    return name
+
+
+def _id_of(data: bytes, uri: str) -> str:
+    """The name in a file; it becomes part of the names of W&B's files."""
+    name = data.decode(errors="replace").strip()
+    if not re.fullmatch(r"[A-Za-z0-9]{1,64}", name):
+        raise UserError(f"{uri}: {name[:80]!r} is not the name of a run. Delete the file; the run gets a new name at W&B.")
+    return name
 
 
 def _pull_attempt(root: str, folder: str, name: str, begins: list[int]) -> None:
@@ -195,7 +205,7 @@ def _pull_attempt(root: str, folder: str, name: str, begins: list[int]) -> None:
         data = open_storage(chunk).read(chunk, start=have - begin)
         for picture in _pictures(data):
             _pull_picture(root, folder, picture)
-        with open(path, "ab") as file:
+        with open(path, "ab", opener=no_follow) as file:
             file.write(data)
         have += len(data)
 
@@ -213,9 +223,8 @@ def _pictures(lines: bytes) -> Iterator[str]:
     """Paths of pictures that events name, below the run's local folder."""
     for line in lines.splitlines():
         if any(kind.encode() in line for kind in PICTURES):
-            event = parse_line(line.decode("utf-8", errors="replace")) or {"kind": ""}
-            names = [str(event[field]) for field in PICTURES.get(event["kind"], ()) if event.get(field)]
-            yield from (name for name in names if not os.path.isabs(name) and ".." not in name.split("/"))
+            event = parse_line(line.decode("utf-8", errors="replace"))
+            yield from picture_paths(event).values() if event is not None else ()
 
 
 def _listed(root: str) -> list[str]:
@@ -256,8 +265,7 @@ def _read_note(folder: str, stage: str, number: int) -> JsonObject | None:
     """This host's note about an attempt's copy: its owner and its progress; None when the attempt is not to be copied."""
     try:
         with open(_note_path(folder, stage, number), encoding="utf-8") as file:
-            note: JsonObject = json.load(file)
-            return note
+            return parse_object(file.read())
     except (OSError, ValueError):
         return None
 

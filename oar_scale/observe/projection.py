@@ -11,6 +11,7 @@ alone, number of rows that W&B has determines where to resume after any crash.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -115,10 +116,17 @@ class RowProjection:
 
     def _made(self, event: Event, axis: str, values: dict[str, float]) -> WandbRow:
         kind = event["kind"]
-        pictures = {f"{kind}/{name}": str(event[name]) for name in PICTURES.get(kind, ()) if event.get(name)}
+        pictures = {f"{kind}/{name}": path for name, path in picture_paths(event).items()}
         captions = "\n".join(map(str, event.get("captions", ()))) if pictures else ""
         self.rows += 1
         return WandbRow(self.rows - 1, float(event.get("time", 0.0)), kind, f"{kind}/{axis}", values, pictures, captions)
+
+
+def picture_paths(event: Event) -> dict[str, str]:
+    """The pictures that an event names, by its fields: paths below the run's local folder. Events may come from a bucket, so anything else
+    than a picture in ``samples`` is passed over."""
+    named = {name: str(event[name]) for name in PICTURES.get(event["kind"], ()) if event.get(name)}
+    return {name: path for name, path in named.items() if re.fullmatch(r"samples/[A-Za-z0-9][A-Za-z0-9_.-]{0,200}\.png", path)}
 
 
 def measured(event: Event) -> bool:

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from oar_scale.errors import UserError
+from oar_scale.errors import DamagedJson, UserError
 from oar_scale.observe.events import stages_with_events
 from oar_scale.storage import Missing, join, open_storage, read_json
 
@@ -47,7 +47,10 @@ class RunLocation:
             for uri in open_storage(folder).list(folder):
                 if uri.endswith(".json"):
                     marker = read_json(uri)
-                    finished[str(marker["stage"])] = FinishedStage(float(marker["seconds"]), marker.get("stale"))
+                    try:
+                        finished[str(marker["stage"])] = FinishedStage(float(marker["seconds"]), marker.get("stale"))
+                    except (KeyError, TypeError, ValueError) as error:
+                        raise DamagedJson(uri, f"{error!r}") from error
         return finished
 
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from oar_scale.errors import DamagedJson
 from oar_scale.registry import STAGES, Stage
 from oar_scale.run.context import Run
 from oar_scale.storage import Missing, open_storage, read_json, write_json
@@ -49,8 +50,13 @@ def read_redo(run: Run) -> Redo | None:
         stored = read_json(run.at(FOLDER, JOURNAL))
     except Missing:
         return None
-    stages, moving, removing = (tuple(stored[name]) for name in ("stages", "moving", "removing"))
-    return Redo(stages, moving, removing, put_back=stored["put_back"], drop=stored["drop"])
+    try:
+        stages, moving, removing = (tuple(stored[name]) for name in ("stages", "moving", "removing"))
+        if unknown := [name for name in (*stages, *moving, *removing) if name not in STAGES]:
+            raise ValueError(f"there is no stage {unknown[0]!r}")
+        return Redo(stages, moving, removing, put_back=bool(stored["put_back"]), drop=bool(stored["drop"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedJson(run.at(FOLDER, JOURNAL), f"{error!r}") from error
 
 
 def results(run: Run, stage: Stage) -> dict[str, int]:

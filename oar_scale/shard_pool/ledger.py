@@ -17,6 +17,7 @@ claim is nobody's. Only where nobody can know without it what to do, in ``what.j
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -159,7 +160,7 @@ class Ledger:
         """Remove all drafts for these shards, which are done."""
         for name in names_in(join(self.pool_folder, "drafts")):
             shard, _, crc = name.rpartition(".")
-            if shard in shards:
+            if shard in shards and re.fullmatch("[0-9a-f]{8}", crc):
                 self.remove_draft(shard, int(crc, 16))
 
     def _draft_uri(self, shard: str, crc32c: int) -> str:
@@ -199,7 +200,8 @@ class Ledger:
         highest: dict[str, int] = {}
         for name in names_in(join(self.pool_folder, "claims")):
             shard, _, number = name.rpartition(".")
-            highest[shard] = max(int(number), highest.get(shard, 0))
+            if re.fullmatch("[0-9]{1,9}", number):
+                highest[shard] = max(int(number), highest.get(shard, 0))
         claims = in_order(self._read_claim, list(highest.items()), _READERS)
         return {claim.shard: claim for claim in claims if claim is not None}
 

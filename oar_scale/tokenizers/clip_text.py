@@ -14,9 +14,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import pickle
 import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
@@ -29,6 +27,7 @@ from oar_scale.json_object import JsonObject
 from oar_scale.storage import open_storage
 from oar_scale.text import clean_text
 from oar_scale.tokenizers.clip_spec import ClipTextSpec, Features
+from oar_scale.tokenizers.pickles import read_pickle
 
 
 class ClipText:
@@ -200,22 +199,29 @@ def _local_file(architecture: str, config: JsonObject, weights: str, scratch: st
 
 def _read(path: str, weights: str, wanted: Sequence[str]) -> dict[str, Tensor]:
     """The text tower's tensors of a checkpoint, in float32; of a whole model, the rest is not brought into memory."""
-    try:
-        if path.endswith(".safetensors"):
+    if path.endswith(".safetensors"):
+        try:
             with safe_open(path, framework="pt") as file:
                 names = _text_names(list(file.keys()), wanted)
                 return {name: file.get_tensor(stored).float() for name, stored in names.items()}
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{weights}: not a checkpoint that can be read without running code from it ({error_line(error)}). "
-            "Save the model's state_dict() with safetensors or torch.save, and name that file."
-        ) from error
+        except SafetensorError as error:
+            raise _no_checkpoint(weights, error_line(error)) from error
+    try:
+        content = read_pickle(path, weights, mmap=True)
+    except UserError as error:
+        raise _no_checkpoint(weights, str(error).removeprefix(f"{weights}: ")) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{weights}: holds a {type(content).__name__}, not a state dict. Save the model's state_dict() and name that file.")
     names = _text_names([name for name, value in content.items() if isinstance(value, Tensor)], wanted)
     return {name: content[stored].to(torch.float32, copy=True) for name, stored in names.items()}
+
+
+def _no_checkpoint(weights: str, why: str) -> UserError:
+    return UserError(
+        f"{weights}: not a checkpoint that can be read without running code from it ({why}). "
+        "Save the model's state_dict() with safetensors or torch.save, and name that file."
+    )
 
 
 def _text_names(stored: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import tempfile
-import zipfile
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from oar_scale.errors import UserError
+from oar_scale.names import file_name
 from oar_scale.storage import Missing, fetch, open_storage, read_json
+from oar_scale.tokenizers.pickles import read_pickle
 from oar_scale.tokenizers.safetensors_file import INDEX
 from oar_scale.tokenizers.safetensors_file import SAFE as SAFE
 from oar_scale.tokenizers.safetensors_format import FileWriter
@@ -112,11 +112,7 @@ def _content(uri: str) -> object:
                 return load_file(path)
             except SafetensorError as error:
                 raise UserError(f"{uri}: not a readable safetensors file ({error}). Copy it again.") from error
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as error:  # a local file: what is damaged may fail in any way, and nothing else can
-            raise UserError(f"{uri}: {_fault(error)}") from error
+        return read_pickle(path, uri, classes=[argparse.Namespace], mmap=True)
 
 
 def _parts(uri: str) -> dict[str, Tensor]:
@@ -124,28 +120,19 @@ def _parts(uri: str) -> dict[str, Tensor]:
     weight_map = read_json(uri).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{uri}: not an index of weights in several files (it has no weight_map). Name the file that holds the weights.")
-    if any("/" in file for file in weight_map.values()):
-        raise UserError(f"{uri}: names files outside its folder, which are not read. Put all files into one folder.")
+    for file in weight_map.values():
+        try:
+            file_name(file)
+        except ValueError as error:
+            raise UserError(
+                f"{uri}: names files outside its folder, which are not read ({error}). Put all files into one folder."
+            ) from error
     folder, tensors = uri.removesuffix(uri.rpartition("/")[2]), dict[str, Tensor]()
     for file in sorted(set(weight_map.values())):
         tensors |= _state_dict(_content(folder + file), folder + file)
     if missing := weight_map.keys() - tensors.keys():
         raise UserError(f"{uri}: tensor {min(missing)} is in none of its files. Copy them again.")
     return tensors
-
-
-def _fault(error: Exception) -> str:
-    refused = re.search(r"GLOBAL (\S+)", str(error))
-    if refused:
-        return (
-            f"asks for {refused[1]}, and reading that would run code from the file. "
-            "Where you trust its author, load it there and save its state_dict() as safetensors."
-        )
-    # torch opens with the advice to switch the protection off, which must not be done.
-    advice = ("Weights only load failed", "Please file an issue")
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(advice)]
-    first = lines[0] if lines else type(error).__name__
-    return f"not a checkpoint that torch.load reads: damaged, cut off, or another kind of file ({first[:200]}). Copy it again."
 
 
 def _state_dict(content: object, uri: str) -> dict[str, Tensor]:

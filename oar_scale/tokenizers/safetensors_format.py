@@ -17,6 +17,8 @@ from typing import IO, NamedTuple
 import torch
 from torch import Tensor
 
+from oar_scale.json_object import parse_json
+
 METADATA = "__metadata__"
 MAX_HEADER = 1 << 28
 """Bytes; what claims to be longer is no safetensors file."""
@@ -71,7 +73,7 @@ def parse_header(data: bytes) -> Header:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 + length:
         raise ValueError("the header is cut off")
-    entries = json.loads(data[8 : 8 + length])
+    entries = parse_json(data[8 : 8 + length])
     if not isinstance(entries, dict):
         raise ValueError("the header is no object")
     metadata = dict(entries.pop(METADATA, {}))

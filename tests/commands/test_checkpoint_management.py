@@ -8,24 +8,30 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hostile import forge_file, forge_manifest, hostile_files
 from launcher import run_workers
 from safetensors.torch import load_file
 from small_run import prepare_small_run, pretraining
 from small_training import note, noted, tiny_recipe, training, with_stage
 
 from oar_scale.cli import main
+from oar_scale.commands import checkpoint_content
 from oar_scale.commands.checkpoint_content import convert_checkpoint
 from oar_scale.commands.checkpoint_export import export_checkpoint
 from oar_scale.commands.checkpoint_management import list_checkpoints, verify_checkpoints
 from oar_scale.distributed.checkpoints import Saver, restore
+from oar_scale.distributed.checkpoints.deepspeed_files import load_shard
 from oar_scale.distributed.checkpoints.layout import new_save, read_checkpoint
 from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
-from oar_scale.distributed.checkpoints.shard_tensors import read_shards
+from oar_scale.distributed.checkpoints.shard_tensors import Shards, read_shards
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model
 from oar_scale.pipeline import bind_run_dir
@@ -190,3 +196,122 @@ def test_weights_or_average_are_exported_from_any_zero_stage(run: Run, tmp_path:
             assert torch.equal(tensor, expected), name
     with pytest.raises(UserError, match="--ema is for a training checkpoint"):
         export_checkpoint(str(tmp_path / "weights"), str(tmp_path / "again"), average=True)
+
+
+# -- what somebody else has written -------------------------------------------------------------------------------------------
+
+
+def commands(step: Path, out: Path) -> dict[str, list[str]]:
+    """Every command that opens the files of a checkpoint."""
+    return {
+        "verify": ["verify", str(step)],
+        "diff": ["diff", str(step), str(step)],
+        "convert": ["convert", str(step), "--out", str(out / "converted")],
+        "export": ["export", str(step), "--out", str(out / "exported")],
+        "export to a peer": ["export", str(step), "--format", "randar", "--out", str(out / "peer.pt")],
+    }
+
+
+@pytest.mark.parametrize("kind", ["model", "optim"])
+def test_no_command_runs_code_from_a_checkpoint(copy: Path, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checksums are right: whoever may write to the bucket wrote them, too."""
+    step, ran, out = copy / "pretrain" / "step-00000002", tmp_path / "ran", tmp_path / "out"
+    out.mkdir()
+    name = min(name for name in read_checkpoint(str(step)).files if f"{kind}_states" in name)
+    files = hostile_files(str(ran))
+    for how in ("zip", "protocol 2", "exec"):
+        forge_file(str(step), name, files[how])
+        for command, arguments in commands(step, out).items():
+            assert main(["checkpoint", *arguments]) == 2, (how, command)
+            error = capsys.readouterr().err
+            assert re.search(rf"{name}: .*run(?:ning)? code", error) and "Traceback" not in error, (command, error)
+            assert not ran.exists() and not list(out.iterdir()), (how, command)
+
+
+def test_the_converter_gets_what_was_checked(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is replaced after our own reading, and one that the manifest does not name: DeepSpeed's tool unpickles neither."""
+    step, ran = copy / "pretrain" / "step-00000004", tmp_path / "ran"
+    checkpoint = read_checkpoint(str(step))
+    data = hostile_files(str(ran))["zip"]
+    extra = os.path.join(checkpoint.folder, "zero_pp_rank_9_mp_rank_00_model_states.pt")
+    Path(extra).write_bytes(data)
+    convert_checkpoint(str(step), str(tmp_path / "first"))
+    reads = checkpoint_content.read_shards
+
+    def replaced(folder: str, names: Iterable[str]) -> Shards:
+        shards = reads(folder, names)
+        for name in checkpoint.files:  # another inode: what was read stays as it was
+            os.unlink(os.path.join(folder, name))
+            Path(folder, name).write_bytes(data)
+        return shards
+
+    monkeypatch.setattr(checkpoint_content, "read_shards", replaced)
+    with pytest.raises(UserError, match="run code"):
+        convert_checkpoint(str(step), str(tmp_path / "second"))
+    assert not ran.exists() and not (tmp_path / "second").exists()
+
+
+def renamed(value: Any, old: str, new: str) -> Any:
+    """A state in which a parameter has another name."""
+    if isinstance(value, dict):
+        return type(value)((new if key == old else key, renamed(each, old, new)) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(renamed(each, old, new) for each in value) if type(value) in (list, tuple) else value
+    return new if isinstance(value, str) and value == old else value
+
+
+@pytest.mark.parametrize("wrong", ["../../../escaped", "{tmp}/escaped", "a/../../escaped", ".."])
+@pytest.mark.parametrize("number", [2, 4])
+def test_parameters_are_no_paths(copy: Path, number: int, wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The converter makes a folder of each parameter's name, and a file of each moment's."""
+    step = copy / "pretrain" / f"step-{number:08d}"
+    checkpoint = read_checkpoint(str(step))
+    parameter = max(read_shards(checkpoint.folder, checkpoint.files).shapes)
+    for name in checkpoint.files:
+        file = BytesIO()
+        torch.save(renamed(load_shard(os.path.join(checkpoint.folder, name)), parameter, wrong.format(tmp=tmp_path)), file)
+        forge_file(str(step), name, file.getvalue())
+    assert main(["checkpoint", "convert", str(step), "--out", str(tmp_path / "out")]) == 2
+    assert "is not the name of a parameter" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*escaped*"))
+
+
+@pytest.mark.parametrize("name", ["../../escaped.pt", "{tmp}/escaped.pt", "a/b.pt", "..", "", "mp_rank_00_model_states.pt\n", "x\0y"])
+def test_a_manifest_names_no_other_files(copy: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = copy / "pretrain" / "step-00000002"
+    wrong = name.format(tmp=tmp_path)
+
+    def add(manifest: dict[str, Any]) -> None:
+        manifest["files"][wrong] = {"bytes": 1, "crc32c": 0, "rank": 0}
+
+    forge_manifest(str(step), add)
+    for arguments in commands(step, tmp_path / "out").values():
+        assert main(["checkpoint", *arguments]) in (1, 2)
+        printed = "".join(capsys.readouterr())
+        assert "is not the name of a checkpoint's file" in printed and "Traceback" not in printed
+
+
+def resume(job: TrainingJob, out: str) -> None:
+    with training(job, 6) as trainer:
+        train = trainer(job)
+        try:
+            restore(train.engine, job)
+        except UserError as error:
+            Path(out, f"refused-{os.environ['RANK']}").write_text(str(error))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_resumed_training_runs_no_code(run: Run, copy: Path, stage: int, tmp_path: Path) -> None:
+    """With the shards as they are, and converted; every worker is told, so that none waits for another."""
+    step, ran = copy / "pretrain" / "step-00000002", tmp_path / "ran"
+    shutil.rmtree(copy / "pretrain" / "step-00000004")
+    shutil.rmtree(copy / "pretrain" / "step-00000006")
+    name = max(read_checkpoint(str(step)).files)  # the second worker's
+    forge_file(str(step), name, hostile_files(str(ran))["zip"])
+    for part in ("tokens", "tokenizers", "models"):
+        os.symlink(run.at(part), tmp_path / part)
+    job = replace(with_stage(pretraining(run), stage), root=str(tmp_path), local=str(tmp_path / "local"))
+    run_workers(resume, 2, job, str(tmp_path))
+    for rank in range(2):
+        assert re.search(rf"{name}: asks for \S+system, .*run code", (tmp_path / f"refused-{rank}").read_text())
+    assert not ran.exists() and read_checkpoint(str(step)).step == 2

@@ -27,7 +27,9 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine, StateDict
 from oar_scale.distributed.checkpoints.live import relink
 from oar_scale.distributed.checkpoints.shard_keys import GROUPS
+from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
+from oar_scale.tokenizers.pickles import read_pickle
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -144,10 +146,39 @@ class CheckpointFiles(CheckpointEngine):  # type: ignore[misc]
 
 
 def load_shard(path: str, map_location: str | torch.device | None = "cpu", *, mmap: bool = False) -> StateDict:
-    """Read a file that DeepSpeed wrote, without executing anything in it; ``mmap`` leaves tensors on the disk until they are used."""
-    with torch.serialization.safe_globals(_CLASSES):
-        state: StateDict = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-        return state
+    """Read a file that DeepSpeed wrote, without executing anything in it; ``mmap`` leaves tensors on the disk until they are used.
+
+    Raises:
+        UserError: names the file, which asks for code to be run, or is none that DeepSpeed wrote.
+    """
+    return _state(read_pickle(path, path, classes=_CLASSES, map_location=map_location, mmap=mmap), path)
+
+
+def refuse_code(file: IO[bytes], shown: str) -> None:
+    """Raise UserError, as :func:`load_shard`, where an open file asks for code to be run. Its tensors are not read."""
+    _state(read_pickle(file, shown, classes=_CLASSES, map_location="meta"), shown)
+
+
+@contextmanager
+def safe_torch_load() -> Iterator[None]:
+    """Let DeepSpeed's own tools, which unpickle whatever they find, read files by :func:`load_shard` while the block lasts: what they
+    get is what was checked, even where a file is replaced meanwhile."""
+
+    def load(path: str, map_location: str | torch.device | None = None, **_: object) -> object:
+        return read_pickle(path, path, classes=_CLASSES, map_location=map_location)
+
+    original = torch.load
+    setattr(torch, "load", load)  # noqa: B010 (mypy: another signature)
+    try:
+        yield
+    finally:
+        setattr(torch, "load", original)  # noqa: B010
+
+
+def _state(content: object, shown: str) -> StateDict:
+    if not isinstance(content, dict):
+        raise UserError(f"{shown}: holds a {type(content).__name__}, which is no part of a checkpoint. Use another checkpoint.")
+    return content
 
 
 class _Writer:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
@@ -14,8 +16,13 @@ from oar_scale.distributed.checkpoints.layout import Checkpoint, DamagedCheckpoi
 from oar_scale.errors import UserError
 from oar_scale.storage import Missing, join, open_storage
 from oar_scale.storage.background import in_order
+from oar_scale.storage.own_folder import foreign_part
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _CHUNK_BYTES = 16 << 20
+_BUFFER_BYTES = 64 << 10
 _CONNECTIONS = 4
 _TRIES = 2
 """A file that arrives damaged may have become so in transit."""
@@ -31,13 +38,19 @@ def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
 
     Raises:
         DamagedCheckpoint: names a file that is missing or differs from the manifest.
-        UserError: the storage cannot be reached, or the disk is full: the checkpoint itself may be intact.
+        UserError: a file asks for code to be run; or the storage cannot be reached, or the disk is full: the checkpoint itself may be
+            intact.
     """
+    from oar_scale.distributed.checkpoints.deepspeed_files import load_shard
+
     folder, names = local_folder(checkpoint, scratch), list(names)
     if folder == checkpoint.folder:
         for name in names:
             check(checkpoint, name)
+            load_shard(os.path.join(folder, name), "meta")
         return
+    if foreign := foreign_part(folder):
+        raise UserError(f"{foreign}: was made by another user. Set storage.scratch_dir to a folder of your own.")
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -49,6 +62,7 @@ def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
         )
     for name in names:
         _download(checkpoint, name, os.path.join(folder, name))
+        load_shard(os.path.join(folder, name), "meta")
 
 
 @contextmanager
@@ -87,6 +101,41 @@ def check(checkpoint: Checkpoint, name: str) -> None:
     _compare(checkpoint, name, size_read, crc)
 
 
+def check_content(checkpoint: Checkpoint, name: str) -> None:
+    """Raise UserError where a file of a checkpoint asks for code to be run. Reads its structure only, not its tensors."""
+    from oar_scale.distributed.checkpoints.deepspeed_files import refuse_code
+
+    uri = join(checkpoint.folder, name)
+    refuse_code(io.BufferedReader(_Object(uri, checkpoint.files[name]["bytes"]), _BUFFER_BYTES), uri)
+
+
+class _Object(io.RawIOBase):
+    """An object as a file to read: each read is a request."""
+
+    def __init__(self, uri: str, size: int) -> None:
+        self._uri, self._size, self._at = uri, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        data = open_storage(self._uri).read(self._uri, self._at, self._at + len(view))
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
 def _download(checkpoint: Checkpoint, name: str, path: str) -> None:
     from oar_scale.storage.cache_folder import DamagedObject, Part
     from oar_scale.storage.remote import Landing
@@ -94,7 +143,7 @@ def _download(checkpoint: Checkpoint, name: str, path: str) -> None:
 
     uri, size = join(checkpoint.folder, name), checkpoint.files[name]["bytes"]
     for last in range(_TRIES):
-        landing = Landing(size, Part(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), path))
+        landing = Landing(size, Part(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), path))
         try:
             crc = remote_objects_of(scheme_of(uri)).download(uri, "", landing, lambda took: None)
             if landing.problem is not None:

@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 import crc32c
 
 from oar_scale.errors import UserError
-from oar_scale.json_object import JsonObject
+from oar_scale.json_object import JsonObject, parse_object
 from oar_scale.storage import Missing, join, open_storage
 
 MARKER = "COMMITTED"
@@ -36,6 +36,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 """The file in which DeepSpeed looks for the folder of a checkpoint's shards."""
 FORMAT = 2
+SHARD = re.compile(r"(?:bf16_)?(?:zero_pp_rank_(?P<rank>[0-9]{1,7})_)?mp_rank_00_(?P<kind>model|optim)_states\.pt")
+"""The names of DeepSpeed's files. A manifest that names any other one is not used: whoever may write to the bucket chose them."""
 _GIVEN_UP = b'{"given_up": true}\n'
 """The manifest of an attempt that must not commit any more."""
 _STEP = re.compile(r"/step-(\d{8,})$")
@@ -202,7 +204,7 @@ def give_up(uri: str, save: str) -> bool:
 def _commit(uri: str, save: str, manifest: bytes) -> None:
     """Write the marker of an attempt that has its manifest."""
     try:
-        files = json.loads(manifest)["files"]
+        files = parse_object(manifest)["files"]
     except (ValueError, KeyError):
         raise DamagedCheckpoint(f"{save}/{MANIFEST} is damaged, or the attempt was given up") from None
     missing = {join(uri, save, name) for name in files}.difference(open_storage(uri).list(join(uri, save)))
@@ -238,7 +240,7 @@ def read_checkpoint(uri: str) -> Checkpoint:
     except Missing:
         raise NotCommitted from None
     try:
-        fields = json.loads(marker)
+        fields = parse_object(marker)
         save, expected = str(fields["save"]), int(fields["crc32c"])
         if not _SAVE.fullmatch(save):
             raise ValueError(f"{save!r} is no attempt's name")
@@ -251,12 +253,31 @@ def read_checkpoint(uri: str) -> Checkpoint:
     actual = crc32c.crc32c(data)
     if actual != expected:
         raise DamagedCheckpoint(f"{save}/{MANIFEST} is damaged (crc32c {actual:08x}; {MARKER} says {expected:08x})")
-    manifest = json.loads(data)
-    if manifest["format"] != FORMAT:
-        raise UserError(
-            f"{uri}: is of format {manifest['format']}, this version of oar_scale reads {FORMAT}. Use the version that wrote it."
-        )
+    try:
+        manifest = parse_object(data)
+        if manifest["format"] != FORMAT:
+            raise UserError(
+                f"{uri}: is of format {manifest['format']}, this version of oar_scale reads {FORMAT}. Use the version that wrote it."
+            )
+        _check_manifest(manifest)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{save}/{MANIFEST} is not a checkpoint's ({error!r})") from None
     return Checkpoint(uri, save, manifest)
+
+
+def _check_manifest(manifest: JsonObject) -> None:
+    """Raise where something is missing, or of the wrong kind, or a file's name is none of a checkpoint's files."""
+    for name in ("step", "world_size", "zero_stage"):
+        if type(manifest[name]) is not int or manifest[name] < 0:
+            raise ValueError(f"{name} is {manifest[name]!r}")
+    for name in ("state", "identity", "model_spec", "files"):
+        if not isinstance(manifest[name], dict):
+            raise ValueError(f"{name} is {manifest[name]!r}")
+    for name, entry in manifest["files"].items():
+        if not SHARD.fullmatch(name):
+            raise ValueError(f"{name!r} is not the name of a checkpoint's file")
+        if any(type(entry[key]) is not int or entry[key] < 0 for key in ("bytes", "crc32c", "rank")):
+            raise ValueError(f"{name} has {entry!r}")
 
 
 def uncommit(uri: str) -> None:

@@ -24,7 +24,11 @@ import torch
 from torch import Tensor
 
 from oar_scale.distributed.checkpoints.deepspeed_types import StateDict
+from oar_scale.distributed.checkpoints.layout import SHARD
 from oar_scale.distributed.checkpoints.shard_keys import COUNTERS, GROUPS, WEIGHTS
+from oar_scale.errors import UserError
+
+_NAME = re.compile(r"\w+(?:\.\w+)*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,23 @@ def read_shards(folder: str, names: Iterable[str]) -> Shards:
     """Open the files ``names`` of a checkpoint in a local folder, whose checksums have been verified.
 
     Raises:
-        ValueError: the files do not make up whole parameters.
+        UserError: a file asks for code to be run, or the files do not make up whole parameters.
     """
     from oar_scale.distributed.checkpoints.deepspeed_files import load_shard
 
+    names = list(names)
     models, optimizers = (
         [load_shard(os.path.join(folder, name), mmap=True) for name in _by_rank(names, kind)] for kind in ("model", "optim")
     )
+    try:
+        shards = _read(models, optimizers)
+        _check(shards)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{folder}: these are not the files of a checkpoint ({error!r}). Use another checkpoint.") from error
+    return shards
+
+
+def _read(models: list[StateDict], optimizers: list[StateDict]) -> Shards:
     states = [optimizer["optimizer_state_dict"] for optimizer in optimizers]
     shards = Shards(counters={name: int(models[0][name]) for name in COUNTERS})
     if not states:
@@ -86,11 +100,21 @@ def read_shards(folder: str, names: Iterable[str]) -> Shards:
         _read_zero_1_2(shards, models[0], states)
     else:
         _read_zero_3(shards, models, states)
+    return shards
+
+
+def _check(shards: Shards) -> None:
+    """Raise ValueError where parameters are not whole, or a name could not be that of a file: ``convert`` makes files of them."""
+    for name in (*shards.shapes, *shards._slices, *shards.untrained, *shards.moments):
+        if not (isinstance(name, str) and _NAME.fullmatch(name)):
+            raise ValueError(f"{name!r} is not the name of a parameter")
     for name, shape in shards.shapes.items():
         count = sum(part.count for part in shards._slices.get(name, ()))
         if count != shape.numel():
             raise ValueError(f"the shards hold {count} values of {name}, which has {shape.numel()}")
-    return shards
+        for part in shards._slices.get(name, ()):
+            for what in (WEIGHTS, *shards.moments):
+                part.values(what)  # raises where the tensor is too short; nothing is copied
 
 
 def _read_zero_0(shards: Shards, model: StateDict) -> None:
@@ -139,5 +163,5 @@ def _read_zero_3(shards: Shards, models: list[StateDict], ranks: list[StateDict]
 
 def _by_rank(names: Iterable[str], kind: str) -> list[str]:
     """The files of a kind (``model`` or ``optim``), in the order of the ranks that wrote them."""
-    matches = (re.fullmatch(rf"(?:bf16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_00_{kind}_states\.pt", name) for name in names)
-    return [match[0] for match in sorted((match for match in matches if match), key=lambda match: int(match[1] or 0))]
+    matches = [match for name in names if (match := SHARD.fullmatch(name)) and match["kind"] == kind]
+    return [match[0] for match in sorted(matches, key=lambda match: int(match["rank"] or 0))]
