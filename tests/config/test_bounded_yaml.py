@@ -45,7 +45,6 @@ HOSTILE = {
     "an alias of itself": ("a: &a [*a]", "alias of something that contains it"),
     "a long number": (f"x: {'9' * 5000}", "not a valid int|not valid YAML"),
     "a tag": ("x: !!python/object/apply:os.system [ls]", "has no meaning"),
-    "no text": ("x: \0", "not valid YAML"),
     "no character": ('x: "\\U00110000"', "not valid YAML"),
 }
 
@@ -64,7 +63,7 @@ def test_a_file_that_would_take_for_ever_is_refused(kind: str, tmp_path: Path, c
         assert "Traceback" not in error
         with pytest.raises(UserError, match=why):
             read_layers(str(path))
-    if "\0" not in text and len(text) < 20_000:
+    if len(text) < 20_000:
         assert main(["recipe", "recipes/smoke.yaml", "-o", f"data={text.partition(': ')[2]}"]) == 2
         assert "Traceback" not in capsys.readouterr().err
 
