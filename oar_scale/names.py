@@ -7,6 +7,7 @@ file_name("../etc/passwd")        ValueError, as for absolute paths, "..", contr
 
 from __future__ import annotations
 
+import os
 import re
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -26,7 +27,7 @@ def file_name(name: object, pattern: str | None = None) -> str:
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or _CONTROL.search(name):
         raise ValueError(f"{name!r} is not the name of a file")
     try:
-        size = len(name.encode())
+        size = len(os.fsencode(name))
     except UnicodeEncodeError:
         raise ValueError(f"{name!r} is not the name of a file") from None
     if size > LONGEST or (pattern is not None and not re.fullmatch(pattern, name)):

@@ -128,7 +128,7 @@ def test_no_shard_lies_elsewhere(root: str, machine: Path, capsys: pytest.Captur
 def test_no_listing_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key may be whatever it likes; this server refuses such keys, others take them."""
     for name in ("../evil.tar", "a/../../evil.tar", "/evil.tar", "a//evil.tar", "x\n.tar"):
-        monkeypatch.setattr(scan, "names_below", lambda folder, name=name: ["00000.tar", name])
+        monkeypatch.setattr(scan, "files_below", lambda folder, notes, name=name: ["00000.tar", name])
         with pytest.raises(UserError, match="does not lead to a file below this folder"):
             scan.list_shards("s3://bucket/images")
 
