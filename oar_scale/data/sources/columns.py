@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from oar_scale.data.labels import readable
 from oar_scale.errors import UserError
-from oar_scale.text import NotText, clean_text, decode_text, is_missing
+from oar_scale.text import NotText, clean_text, decode_text, is_missing, shown
 
 
 class Spooled(NamedTuple):
@@ -72,6 +72,13 @@ class Columns:
     def rows(self) -> int:
         """Number of rows."""
         return sum(rows for _, rows in self.rows_of)
+
+
+def check_header(header: Sequence[str], wanted: set[str], where: str) -> None:
+    """Raise UserError where a column that is used comes twice."""
+    twice = next((name for name in header if name in wanted and header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{where}: has {header.count(twice)} columns {shown(twice)}; give each a name of its own")
 
 
 def cell_text(cell: Cell, names: Sequence[str] = ()) -> str:

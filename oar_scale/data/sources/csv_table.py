@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple, TextIO
 
 from oar_scale.data.notes import Notes
-from oar_scale.data.sources.columns import Cell
+from oar_scale.data.sources.columns import Cell, check_header
 from oar_scale.errors import UserError
 from oar_scale.text import encoding_of
 
@@ -58,6 +58,7 @@ def read_csv(path: str, where: str, wanted: set[str], notes: Notes) -> tuple[lis
         form = _form(path, encoding, wanted)
         rows = _rows(path, form)
         header = next(rows, [])
+        check_header(header, wanted, where)
         kept = [(header.index(name), name, list[Cell]()) for name in dict.fromkeys(header) if name in wanted]
         for number, cells in enumerate(rows, 2):
             if len(cells) != len(header):

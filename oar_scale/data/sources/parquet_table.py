@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from oar_scale.data.sources.columns import Cell, Columns, Spool
+from oar_scale.data.sources.columns import Cell, Columns, Spool, check_header
 from oar_scale.errors import UserError
 from oar_scale.text import NotText, decode_text, shown
 
@@ -37,8 +37,9 @@ def read_parquet(path: str, where: str, wanted: set[str], picture: str | None, s
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             schema = file.schema_arrow
+            check_header(schema.names, wanted, where)
             kinds = {
-                name: _kind(schema.field(schema.names.index(name)).type, name == picture, f"{where}: column {name!r}")
+                name: _kind(schema.field(name).type, name == picture, f"{where}: column {name!r}")
                 for name in schema.names
                 if name in wanted
             }

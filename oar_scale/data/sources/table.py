@@ -72,11 +72,6 @@ class TableImages:
                 else:
                     header, cells = read_csv(local, where, wanted, self.notes)
                     part = Columns(cells, [(where, len(next(iter(cells.values()), ())))])
-            twice = next((name for name in wanted if header.count(name) > 1), None)
-            if twice is not None:
-                raise UserError(
-                    f"{where}: has {header.count(twice)} columns {twice!r}; name each otherwise, or nobody knows which is meant"
-                )
             for field, template in self._fields.items():
                 missing = next((name for name in template.columns if name not in header), None)
                 if missing is not None:
