@@ -7,15 +7,16 @@ What other programs leave beside people's files is no data, whatever it is calle
     by its ending    files only: cat.jpg~, #cat.txt# (editors), 00000.tar.part, .partial, .crdownload, .download, .tmp, .swp, .aria2
 
 Upper and lower case do not matter, and paths are judged from the folder on that the user named: a data set below ``~/.cache`` is one.
-Links are followed, to folders as to files. A folder counts once, under its own path where that lies inside, so that a link to a folder
-above it is no loop. Whatever is passed over is noted.
+Links are followed, to folders as to files. A folder or file counts once, under its own path where that lies inside, so that a link to a
+folder above it is no loop, and no picture is on both sides of the split. Whatever is passed over is noted.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 
 from oar_scale.data.notes import NO_DATA, Notes
 from oar_scale.storage import open_storage
@@ -23,18 +24,21 @@ from oar_scale.storage.schemes import LOCAL, scheme_of
 
 BROKEN_LINKS = "links that lead nowhere, left out"
 READ_BEFORE = "linked folders that were read under another path, left out"
+SECOND_LINKS = "linked files that were read under another path, left out"
 UNREADABLE = "folders that may not be read, left out"
 
 _NO_DATA = re.compile(
-    r"(^|/)(\.(?!\.?(/|$))|~\$|\#[^/]*\#$|(thumbs|ehthumbs)\.db$|desktop\.ini$|(__macosx|\$recycle\.bin|@eadir|lost\+found)(/|$))"
-    r"|~$|\.(part|partial|filepart|crdownload|opdownload|download|tmp|temp|swp|swo|aria2)$",
+    r"(^|/)(\.(?!\.?(/|$))|~\$|\#[^/]*\#$|(thumbs|ehthumbs(_vista)?)\.db$|desktop\.ini$|(__macosx|\$recycle\.bin|@eadir|lost\+found)(/|$))"
+    r"|~$|\.(part|partial|filepart|crdownload|opdownload|download|incomplete|gstmp|tmp|temp|swp|swo|aria2)$",
     re.IGNORECASE,
 )
-_HINTS = ("\0.", "/.", "~", "#", "humbs.db", "desktop.ini", "__macosx", "$recycle", "@eadir", "lost+found")
-_ENDINGS = (".part", ".filepart", "download", ".tmp", ".temp", ".sw", ".aria2")
+_HINTS = ("\0.", "/.", "~", "#", "humbs", "desktop.ini", "__macosx", "$recycle", "@eadir", "lost+found")
+_ENDINGS = (".part", ".filepart", "download", ".incomplete", ".gstmp", ".tmp", ".temp", ".sw", ".aria2")
 
-FolderId = tuple[int, int]
-"""Device and inode: the same for a folder under all its paths."""
+_OTHER_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".zip", ".7z", ".rar")
+
+FileId = tuple[int, int]
+"""Device and inode: the same for a file or folder under all its paths."""
 
 
 def is_data(path: str) -> bool:
@@ -64,18 +68,32 @@ def files_below(folder: str, notes: Notes) -> list[str]:
     return found
 
 
-def walk(folder: str, notes: Notes) -> Iterator[str]:
-    """The files of data in and below a local folder, relative to it, with ``/``; follows links (see the module)."""
-    seen, waiting, linked = set[FolderId](), [""], list[str]()
+def shards_among(names: Sequence[str], notes: Notes, pattern: str = "*.tar") -> list[str]:
+    """The names that match a pattern, in upper as in lower case; archives of other kinds, which somebody may take for shards, are noted."""
+    shards = []
+    for name in names:
+        if fnmatchcase(name.lower(), pattern.lower()):
+            shards.append(name)
+        elif name.lower().endswith(_OTHER_ARCHIVES):
+            notes.add("archives that are no plain .tar, left out", name)
+    return shards
+
+
+def walk(folder: str, notes: Notes, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[str]:
+    """The files of data in and below a local folder, relative to it, with ``/``; follows links (see the module).
+
+    Args:
+        wanted: which files are read by their name, so that a second link to one is left out; others may have any number of links.
+    """
+    seen, waiting, linked, linked_files = set[FileId](), [""], list[str](), list[str]()
     while waiting or linked:
         at = waiting.pop() if waiting else linked.pop(0)  # a folder's own path before a link to it
         path = os.path.join(folder, at)
         try:
-            status = os.stat(path)
-            if (status.st_dev, status.st_ino) in seen:
+            if _identity(path) in seen:
                 notes.add(READ_BEFORE, f"{at or folder}/")
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            seen.add(_identity(path))
             with os.scandir(path) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError:
@@ -91,5 +109,27 @@ def walk(folder: str, notes: Notes) -> Iterator[str]:
                 notes.add(BROKEN_LINKS, name)
             elif folder_here:
                 (linked if entry.is_symlink() else waiting).append(name)
+            elif entry.is_file() and entry.is_symlink():
+                linked_files.append(name)
             elif entry.is_file():
                 yield name
+    for name in linked_files:
+        if wanted(name) and _is_read(os.path.realpath(os.path.join(folder, name)), seen, wanted):
+            notes.add(SECOND_LINKS, name)
+        else:
+            yield name
+
+
+def _is_read(target: str, seen: set[FileId], wanted: Callable[[str], bool]) -> bool:
+    """Whether the target of a link is read under its own path, or was under another link; if not, it is by now."""
+    parent, name = os.path.split(target)
+    if _identity(parent) in seen and is_data(name) and wanted(name):
+        return True
+    before, this = len(seen), _identity(target)
+    seen.add(this)
+    return len(seen) == before
+
+
+def _identity(path: str) -> FileId:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino

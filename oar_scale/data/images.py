@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+import zlib
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
@@ -29,9 +30,11 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 << 20
 """8192 x 8192, 192 MB decoded."""
 
-_BROKEN = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+_BROKEN = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 """What Pillow raises for broken files."""
-_BROKEN_EXIF = (*_BROKEN, TypeError, KeyError, IndexError, OverflowError, AttributeError)
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,7 +47,6 @@ _UPRIGHT = {
 }
 """How a picture of an orientation is made upright; 1 is."""
 _ON_THEIR_SIDE = (5, 6, 7, 8)
-_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _NUMBERS = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _RANGES = {"I": (255, 65_535, 2**31 - 1), "F": (1, 255, 65_535, 2**31 - 1)}
 _OVERSHOOT = {"I": 0.0, "F": 0.1}
@@ -87,7 +89,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         rgb = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
-    elif image.mode in _ALPHA or "transparency" in image.info:
+    elif image.has_transparency_data:
         rgb = on_white(image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA"))
     else:
         rgb = image.convert("RGB")
@@ -178,6 +180,6 @@ def _orientation(image: Image.Image) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that EXIF is corrupt
             stated = image.getexif().get(_ORIENTATION, 1)
-    except _BROKEN_EXIF:
+    except _BROKEN:
         return 1
     return stated if isinstance(stated, int) else 1

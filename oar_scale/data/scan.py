@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from itertools import islice
 from typing import TypeVar
 
 import crc32c
 import numpy as np
 
-from oar_scale.data.data_files import files_below
+from oar_scale.data.data_files import files_below, shards_among
 from oar_scale.data.images import EXTENSIONS, decode_image
 from oar_scale.data.notes import NO_DATA, Notes
 from oar_scale.data.tar_samples import TWICE, Parts, samples
@@ -77,8 +76,9 @@ def list_shards(folder: str, pattern: str = "*.tar", notes: Notes | None = None)
     Raises:
         UserError: there are none, or one has a name that leads out of the folder.
     """
-    names = files_below(folder, notes or Notes())
-    shards = [name for name in names if fnmatchcase(name.lower(), pattern.lower())]
+    notes = notes or Notes()
+    names = files_below(folder, notes)
+    shards = shards_among(names, notes, pattern)
     if not shards:
         raise UserError(
             f"{folder}: none of the {len(names)} objects below it matches {pattern!r}. Check the path, or give another --pattern."

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from oar_scale.data.data_files import BROKEN_LINKS, READ_BEFORE, UNREADABLE, files_below, is_data, which_are_data
+from oar_scale.data.data_files import BROKEN_LINKS, READ_BEFORE, SECOND_LINKS, UNREADABLE, files_below, is_data, walk, which_are_data
 from oar_scale.data.notes import NO_DATA, Notes
 
 JUNK = (
@@ -24,7 +25,7 @@ JUNK = (
         "$RECYCLE.BIN/1.jpg",
         "@eaDir/1.jpg",
     ),
-    *("lost+found/1.jpg", "~$list.xlsx", "cat.jpg~", "#cat.txt#", "a/#cat.txt#"),
+    *("lost+found/1.jpg", "ehthumbs_vista.db", "x.incomplete", "x_.gstmp", "~$list.xlsx", "cat.jpg~", "#cat.txt#", "a/#cat.txt#"),
     *("0.tar.part", "0.tar.PARTIAL", "0.jpg.crdownload", "0.jpg.download", "0.jpg.tmp", "0.txt.swp", "0.tar.aria2", "0.tar.filepart"),
 )
 DATA = (
@@ -78,6 +79,25 @@ def test_links_are_followed_and_each_folder_read_once(tmp_path: Path) -> None:
     assert record[READ_BEFORE]["count"] == 4
 
 
+def test_a_linked_file_counts_once(tmp_path: Path) -> None:
+    """Under its own path where that is read; where its own name is none of a picture (the blobs of a download cache), under one link."""
+    put(tmp_path / "root/a/1.jpg")
+    for name, target in (
+        ("root/2.jpg", "root/a/1.jpg"),
+        ("root/3.jpg", "blobs/x"),
+        ("root/b/4.jpg", "blobs/x"),
+        ("root/5.jpg", "root/a/y"),
+    ):
+        put(tmp_path / "blobs/x")
+        put(tmp_path / "root/a/y")
+        (tmp_path / "root" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "root" / name).symlink_to(tmp_path / target)
+    notes = Notes()
+    found = sorted(walk(str(tmp_path / "root"), notes, lambda name: name.endswith(".jpg")))
+    assert found == ["3.jpg", "5.jpg", "a/1.jpg", "a/y"]
+    assert notes.record()[SECOND_LINKS] == {"count": 2, "examples": ["2.jpg", "b/4.jpg"]}
+
+
 def test_the_folder_that_was_named_may_be_hidden_or_a_link(tmp_path: Path) -> None:
     put(tmp_path / ".cache/photos/1.jpg")
     (tmp_path / "link").symlink_to(tmp_path / ".cache/photos")
@@ -95,11 +115,16 @@ def test_folders_and_prefixes_follow_one_rule(tmp_path: Path, s3_root: str) -> N
     assert (local.record()[NO_DATA]["count"], remote.record()[NO_DATA]["count"]) == (4, 4)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_read_is_noted(tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_read_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "closed/1.jpg")
     put(tmp_path / "2.jpg")
-    (tmp_path / "closed").chmod(0)
+    plain = os.scandir
+
+    def refuse(path: str) -> Any:  # root, who may run this, may read everything
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
     notes = Notes()
-    assert files_below(str(tmp_path), notes) == ["2.jpg"] and UNREADABLE in notes.record()
-    (tmp_path / "closed").chmod(0o755)
+    assert files_below(str(tmp_path), notes) == ["2.jpg"] and notes.record()[UNREADABLE]["examples"] == ["closed/"]

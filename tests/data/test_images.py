@@ -136,6 +136,12 @@ def test_transparent_pixels_are_white(mode: str) -> None:
     assert first == RED if mode in ("RGBA", "RGBa", "PA") else first == (76, 76, 76)
 
 
+def test_a_palette_with_alpha_of_its_own_is_laid_over_white() -> None:
+    image = transparent("RGBA").quantize(4)
+    assert image.mode == "P" and "transparency" not in image.info
+    assert pixels(to_rgb(image, "x"))[1] == WHITE
+
+
 def test_half_transparent_is_half_white() -> None:
     for kind in ("PNG", "WEBP"):
         data = encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 128)), kind, **({"lossless": True} if kind == "WEBP" else {}))

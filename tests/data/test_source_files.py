@@ -136,6 +136,20 @@ def test_pictures_of_other_formats_are_left_out_with_a_word(tmp_path: Path) -> N
     assert source.notes.record() == {"pictures that are not .png, .jpg, .jpeg, .webp, left out": {"count": 1, "examples": ["b.GIF"]}}
 
 
+def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
+    image_and_text(tmp_path / "photos/a")
+    put(tmp_path / "photos/a.json", "{}")
+    for name in ("b.jpg.1", "c", "list.parquet"):
+        put(tmp_path / "photos" / name)
+    source = opened(type="folder", path=str(tmp_path / "photos"))
+    assert set(contents(source)) == {"a"}
+    assert source.notes.record() == {"files of other kinds, left out": {"count": 3, "examples": ["b.jpg.1", "c", "list.parquet"]}}
+    put(tmp_path / "shards/0.tar", tar_of({"x.jpg": picture(0), "x.txt": b"x"}))
+    put(tmp_path / "shards/1.tar.gz")
+    notes = opened(type="webdataset", url=str(tmp_path / "shards")).notes.record()
+    assert notes == {"archives that are no plain .tar, left out": {"count": 1, "examples": ["1.tar.gz"]}}
+
+
 def test_what_was_passed_over_is_in_the_notes_of_the_stage(tmp_path: Path) -> None:
     for number in range(20):
         image_and_text(tmp_path / f"photos/{number}")

@@ -20,18 +20,26 @@ OTHER_FORMATS = (
     *("jfif", "jpe", "svg", "psd", "dng", "ppm", "pgm", "tga"),
 )
 """Endings of pictures that are left out."""
+BESIDE = ("txt", "json", "npy", "cls")
+"""Endings of what may lie beside an image and belong to it."""
 
 
 def image_files(folder: str, notes: Notes) -> list[str]:
     """Paths of all images in and below a folder, relative to it, with ``/``, sorted (:func:`oar_scale.data.data_files.walk`)."""
     images = []
-    for name in walk(folder, notes):
+    for name in walk(folder, notes, _is_image):
         ending = name.lower().rpartition(".")[2]
-        if ending in EXTENSIONS:
+        if _is_image(name):
             images.append(name)
         elif ending in OTHER_FORMATS:
             notes.add(f"pictures that are not .{', .'.join(EXTENSIONS)}, left out", name)
+        elif ending not in BESIDE:
+            notes.add("files of other kinds, left out", name)
     return sorted(images)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().rpartition(".")[2] in EXTENSIONS
 
 
 def no_folder(field: str, path: str) -> UserError:
