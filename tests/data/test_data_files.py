@@ -81,15 +81,9 @@ def test_links_are_followed_and_each_folder_read_once(tmp_path: Path) -> None:
 
 def test_a_linked_file_counts_once(tmp_path: Path) -> None:
     """Under its own path where that is read; where its own name is none of a picture (the blobs of a download cache), under one link."""
-    put(tmp_path / "root/a/1.jpg")
-    for name, target in (
-        ("root/2.jpg", "root/a/1.jpg"),
-        ("root/3.jpg", "blobs/x"),
-        ("root/b/4.jpg", "blobs/x"),
-        ("root/5.jpg", "root/a/y"),
-    ):
-        put(tmp_path / "blobs/x")
-        put(tmp_path / "root/a/y")
+    for name in ("root/a/1.jpg", "blobs/x", "root/a/y"):
+        put(tmp_path / name)
+    for name, target in {"2.jpg": "root/a/1.jpg", "3.jpg": "blobs/x", "b/4.jpg": "blobs/x", "5.jpg": "root/a/y"}.items():
         (tmp_path / "root" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "root" / name).symlink_to(tmp_path / target)
     notes = Notes()
