@@ -108,9 +108,13 @@ def test_a_manifest_of_anything_else_is_damaged(root: str, machine: Path, capsys
     shard = "mp_rank_00_model_states.pt"
     wrong = [{"files": {shard: {**entry, "bytes": bad}}} for bad in ("1", -1, None, True, 1.5)]
     wrong += [{"files": []}, {"files": {shard: []}}, {"files": {}, "step": "1"}, {"files": {}, "state": []}, {"files": {}, "raw": DEEP}]
+    wrong += [{"files": {shard: {"bytes": 1}}}, {"files": {}, "saved_at": "now"}]
+    wrong.append({"files": {}, "raw": json.dumps({"format": 2, "files": {}}).encode()})
     for each in [*wrong, {"files": {}, "raw": b"[]"}, {"files": {}, "raw": b"\xff"}, {"files": {}, "raw": b"{}"}]:
         step = checkpoint(root, each["files"], **{name: value for name, value in each.items() if name != "files"})
         assert "is not a checkpoint's" in refused(capsys, "checkpoint", "diff", step, step), each
+        assert main(["checkpoint", "verify", step]) in (0, 1) and main(["checkpoint", "list", step]) == 0, each
+        assert "Traceback" not in capsys.readouterr().err
     put(f"{step}/COMMITTED", DEEP)
     assert "COMMITTED is damaged" in refused(capsys, "checkpoint", "diff", step, step)
     assert untouched(machine)

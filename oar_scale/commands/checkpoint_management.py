@@ -22,6 +22,7 @@ from oar_scale.distributed.checkpoints.layout import (
     DamagedCheckpoint,
     checkpoint_locations,
     read_checkpoint,
+    require_fields,
     save_started,
 )
 from oar_scale.distributed.checkpoints.retention import Keep, Removal, Retention, prune
@@ -77,6 +78,7 @@ def verify_checkpoints(where: str) -> Iterator[tuple[str, str | None]]:
     for location in committed:
         try:
             checkpoint = read_checkpoint(location.uri)
+            require_fields(checkpoint, "files")
             deque(in_order(partial(check, checkpoint), sorted(checkpoint.files), _THREADS), maxlen=0)
         except DamagedCheckpoint as fault:
             yield location.uri, str(fault)
@@ -147,6 +149,7 @@ def _rows(location: CheckpointLocation, now: float) -> Iterator[dict[str, str]]:
         try:
             checkpoint = read_checkpoint(location.uri)
             committed_save = checkpoint.save
+            require_fields(checkpoint, "step", "world_size", "zero_stage", "state")
             yield {"STAGE": stage, "STEP": step, "COMMITTED": "yes", **_manifest_columns(checkpoint, now)}
         except DamagedCheckpoint as fault:
             yield {"STAGE": stage, "STEP": step, "COMMITTED": f"damaged: {fault}"}
@@ -161,7 +164,7 @@ def _manifest_columns(checkpoint: Checkpoint, now: float) -> dict[str, str]:
         "WORKERS": str(checkpoint.world_size),
         "ZERO": str(checkpoint.zero_stage),
         "BYTES": f"{checkpoint.bytes:,}",
-        "AGE": _age(now - checkpoint.manifest["saved_at"]),
+        "AGE": _age(now - checkpoint.manifest.get("saved_at", now)),
         **metrics,
     }
 

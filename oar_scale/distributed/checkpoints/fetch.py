@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
-from oar_scale.distributed.checkpoints.layout import Checkpoint, DamagedCheckpoint, read_checkpoint
+from oar_scale.distributed.checkpoints.layout import Checkpoint, DamagedCheckpoint, read_checkpoint, require_fields
 from oar_scale.errors import UserError
 from oar_scale.storage import Missing, join, open_storage
 from oar_scale.storage.background import in_order
@@ -75,7 +75,9 @@ def local_checkpoint(uri: str) -> Iterator[tuple[Checkpoint, str]]:
     with tempfile.TemporaryDirectory(prefix="oar-checkpoint-") as scratch:
         try:
             checkpoint = read_checkpoint(uri)
+            require_fields(checkpoint, "files")
             obtain(checkpoint, checkpoint.files, scratch)
+            require_fields(checkpoint)
         except DamagedCheckpoint as error:
             raise UserError(f"{uri}: {error}. Use another checkpoint.") from error
         yield checkpoint, local_folder(checkpoint, scratch)

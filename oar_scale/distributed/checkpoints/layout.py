@@ -29,6 +29,7 @@ import crc32c
 
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject, parse_object
+from oar_scale.names import file_name
 from oar_scale.storage import Missing, join, open_storage
 
 MARKER = "COMMITTED"
@@ -38,6 +39,7 @@ LATEST = "latest"
 FORMAT = 2
 SHARD = re.compile(r"(?:bf16_)?(?:zero_pp_rank_(?P<rank>[0-9]{1,7})_)?mp_rank_00_(?P<kind>model|optim)_states\.pt")
 """The names of DeepSpeed's files. A manifest that names any other one is not used: whoever may write to the bucket chose them."""
+_COUNTS, _OBJECTS = ("step", "world_size", "zero_stage"), ("state", "identity", "model_spec", "files")
 _GIVEN_UP = b'{"given_up": true}\n'
 """The manifest of an attempt that must not commit any more."""
 _STEP = re.compile(r"/step-(\d{8,})$")
@@ -266,18 +268,35 @@ def read_checkpoint(uri: str) -> Checkpoint:
 
 
 def _check_manifest(manifest: JsonObject) -> None:
-    """Raise where something is missing, or of the wrong kind, or a file's name is none of a checkpoint's files."""
-    for name in ("step", "world_size", "zero_stage"):
-        if type(manifest[name]) is not int or manifest[name] < 0:
+    """Raise where something is of the wrong kind, or a file would lie elsewhere."""
+    for name in _COUNTS:
+        if type(manifest.get(name, 0)) is not int or manifest.get(name, 0) < 0:
             raise ValueError(f"{name} is {manifest[name]!r}")
-    for name in ("state", "identity", "model_spec", "files"):
-        if not isinstance(manifest[name], dict):
+    for name in _OBJECTS:
+        if not isinstance(manifest.get(name, {}), dict):
             raise ValueError(f"{name} is {manifest[name]!r}")
+    if not isinstance(manifest.get("saved_at", 0.0), int | float):
+        raise ValueError(f"saved_at is {manifest['saved_at']!r}")
     for name, entry in manifest["files"].items():
-        if not SHARD.fullmatch(name):
-            raise ValueError(f"{name!r} is not the name of a checkpoint's file")
-        if any(type(entry[key]) is not int or entry[key] < 0 for key in ("bytes", "crc32c", "rank")):
+        try:
+            file_name(name)
+        except ValueError:
+            raise ValueError(f"{name!r} is not the name of a checkpoint's file") from None
+        if any(type(entry.get(key, 0)) is not int or entry.get(key, 0) < 0 for key in ("bytes", "crc32c", "rank")):
             raise ValueError(f"{name} has {entry!r}")
+
+
+def require_fields(checkpoint: Checkpoint, *names: str) -> None:
+    """What a reader of the files needs: raise DamagedCheckpoint where the manifest lacks one of these fields (by default, any), or the size
+    or checksum of a file, or names a file that DeepSpeed does not write."""
+    for name in checkpoint.files:
+        if not SHARD.fullmatch(name):
+            raise DamagedCheckpoint(f"{checkpoint.save}/{MANIFEST}: {name!r} is not the name of a checkpoint's file")
+    of_files = ("bytes", "crc32c") if names else ("bytes", "crc32c", "rank")
+    missing = [name for name in names or (*_COUNTS, *_OBJECTS) if name not in checkpoint.manifest]
+    missing += [f"files.{name}.{key}" for name, entry in checkpoint.files.items() for key in of_files if key not in entry]
+    if missing:
+        raise DamagedCheckpoint(f"{checkpoint.save}/{MANIFEST} is not a checkpoint's: it has no {missing[0]}")
 
 
 def uncommit(uri: str) -> None:

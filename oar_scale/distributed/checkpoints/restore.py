@@ -147,6 +147,7 @@ def _examine(job: TrainingJob, location: CheckpointLocation) -> tuple[Checkpoint
     """A step's checkpoint, or None and the fault that shows before its files are read; and which settings were others then."""
     try:
         checkpoint = layout.read_checkpoint(location.uri)
+        layout.require_fields(checkpoint)
     except DamagedCheckpoint as error:
         return None, str(error), {}
     missing = sorted(name for name in checkpoint.files if f"{checkpoint.save}/{name}" not in location.names)
