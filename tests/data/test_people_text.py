@@ -16,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from oar_scale.cli import main
+from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import DataConfig, FolderSource, TableSource, WebDatasetSource
 from oar_scale.data.labels import label_of
 from oar_scale.data.notes import Notes
@@ -23,6 +25,7 @@ from oar_scale.data.open_shard import OpenShard, UnusableSample
 from oar_scale.data.prepare import prepare_images
 from oar_scale.data.shards import identity, read_shard
 from oar_scale.data.sources.captions import CLEANED
+from oar_scale.data.sources.class_folders import read_names
 from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
 from oar_scale.orders.order_table import OrderTable, join_orders, order_bytes, parse_orders
@@ -273,3 +276,29 @@ def test_keys_that_are_not_utf8_pass_through_views_and_order_tables(tmp_path: Pa
     assert pq.read_schema(io.BytesIO(order_bytes(table))).field("key").type == pa.string(), "usual keys stay text"
     write_json(str(tmp_path / "x.json"), {"key": shard.keys[0]})
     assert read_json(str(tmp_path / "x.json")) == {"key": shard.keys[0]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_lists_of_names_and_recipes_are_read_by_the_same_rule(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "names.txt").write_bytes("n01 Käfer, beetle\r\nn02 great_white_shark\r\n".encode(encoding))
+    (tmp_path / "names.json").write_bytes(json.dumps({"n01": "Käfer", "n02": "great_white_shark"}).encode(encoding))
+    (tmp_path / "mine.yaml").write_bytes("name: mine\r\nrun_dir: Käfer\r\n".encode(encoding))
+    for name in ("names.txt", "names.json"):
+        assert read_names(str(tmp_path / name)) == {"n01": "Käfer", "n02": "great white shark"}
+    assert load_recipe(str(tmp_path / "mine.yaml")).run_dir == "Käfer"
+
+
+def test_what_is_no_text_is_named_where_a_list_or_a_recipe_is_due(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes("name: K\xe4fer".encode("latin-1"))
+    for read in (read_names, load_recipe):
+        with pytest.raises(UserError, match=r"x.yaml: .*is not UTF-8 \(byte 7 is 0xe4\); save it as UTF-8"):
+            read(str(tmp_path / "x.yaml"))
+    with pytest.raises(UserError, match="no such file"):
+        read_names(str(tmp_path / "gone.txt"))
+
+
+def test_no_error_fills_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is in a message: the command line cuts it."""
+    (tmp_path / "mine.yaml").write_text("name: mine\n" + "x" * 10**6 + ": 1\n")
+    assert main(["recipe", str(tmp_path / "mine.yaml")]) == 2
+    assert len(capsys.readouterr().err) < 10_000

@@ -7,13 +7,13 @@ read in one pass, some rows at a time, and its pictures are read in any order af
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from threading import Lock
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from oar_scale.data.labels import readable
 from oar_scale.errors import UserError
@@ -28,30 +28,31 @@ class Spooled(NamedTuple):
 
 
 class Spool:
-    """Bytes of pictures in one temporary file, which is gone with the process."""
+    """Bytes of pictures in one temporary file, which is made with the first of them and gone with the process."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="oar-pictures-")  # noqa: SIM115 (as long as the source)
-        self._end, self._lock = 0, Lock()
+        self._file: IO[bytes] | None = None
+        self._end = 0
 
     def add(self, data: bytes) -> Spooled:
-        """Append bytes. Raises UserError where the disk is full."""
-        with self._lock:
-            start = self._end
-            try:
-                self._file.write(data)
-            except OSError as error:
-                raise UserError(
-                    f"{tempfile.gettempdir()}: {os.strerror(error.errno or 0)}. The pictures of a table are kept here while it is "
-                    "prepared: free some space, or set TMPDIR to another disk."
-                ) from error
-            self._end += len(data)
-            return Spooled(start, self._end)
+        """Append bytes. Raises UserError where they cannot be written."""
+        start = self._end
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="oar-pictures-", buffering=0)  # noqa: SIM115 (as long as the source)
+            self._end += os.pwrite(self._file.fileno(), data, start)
+            if self._end < start + len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(
+                f"{tempfile.gettempdir()}: {os.strerror(error.errno or 0)}. The pictures of a table are kept here while it is prepared: "
+                "free some space, or set TMPDIR to another disk."
+            ) from error
+        return Spooled(start, self._end)
 
     def read(self, at: Spooled) -> bytes:
         """The bytes of a picture. Called by several threads at once, after the last :meth:`add`."""
-        with self._lock:
-            self._file.flush()
+        assert self._file is not None
         return os.pread(self._file.fileno(), at.end - at.start, at.start)
 
 
