@@ -23,6 +23,7 @@ from oar_scale.distributed.checkpoints.shard_tensors import Shards, read_shards
 from oar_scale.errors import UserError
 from oar_scale.runtime.tables import text_table
 from oar_scale.storage.folders import new_folder
+from oar_scale.text import cut
 from oar_scale.tokenizers.pickles import read_pickle
 
 _LATEST, _TAG = "latest_universal", "universal"
@@ -99,7 +100,11 @@ def _manifest_differences(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[str, l
     for name in sorted({*left, *right}):
         values = [str(each.get(name, "-")) for each in (left, right)]
         if values[0] != values[1]:
-            yield name, values
+            yield _short(name), [_short(value) for value in values]
+
+
+def _short(text: str) -> str:
+    return cut(text, lines=1, characters=100)
 
 
 def _flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:

@@ -34,6 +34,28 @@ log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
+COUNTS = {
+    *("time", "step", "start_step", "steps", "done", "total", "world_size", "from_workers", "to_workers", "parameters"),
+    *("seconds", "wait_s", "upload_s", "bytes", "memory_mb", "disk_free_gb", "bad_samples", "storage_retries", "skipped_batches"),
+}
+"""Fields that are numbers, always."""
+MEASURED = {
+    *("loss", "expected", "nll_random", "lr", "grad_norm", "images_per_s", "tokens_per_s", "mfu", "step_s", "data_wait_s", "busy_s"),
+    *("slowest_rank_s", "median_rank_s"),
+}
+"""Fields that are numbers, or null where one was not finite or is not known; so are all that begin with ``nll_``."""
+NEEDED = {
+    **dict.fromkeys(("train", "heldout", "vq", "order_head"), ("step",)),
+    "pool": ("done", "total"),
+    "resized": ("to_workers",),
+}
+"""Fields without which an event of that kind says nothing."""
+OTHERS: dict[str, type] = {"stage": str, "non_finite": dict, "changes": dict, "recipe": dict, "versions": dict, "uids": list}
+"""Fields of other types."""
+LARGEST = 1e18
+"""A number beyond this is no count or size of ours."""
+LAST_TIME = 250e9
+"""Unix seconds, beyond which there is no date."""
 _RESERVED = ("time", "stage", "non_finite")
 _HELD_BYTES = 16 << 20
 """What a log keeps in memory while the disk takes nothing; events beyond it are lost, and counted in a warning."""
@@ -239,12 +261,33 @@ def read_events(folder: str, stage: str) -> list[Event]:
 
 
 def parse_line(line: str) -> Event | None:
-    """One event, or None when the line is not one (a line still being written, or torn by a kill)."""
+    """One event, or None when the line is not one (a line still being written, or torn by a kill).
+
+    Whoever may write into a run's folder may write any line there: fields of another type than ours are left out.
+    """
     try:
         event = parse_object(line)
     except ValueError:
         return None
-    return event if isinstance(event.get("kind"), str) else None
+    if not isinstance(event.get("kind"), str):
+        return None
+    numbers = (name for name in event if name in COUNTS or _is_measured(name))
+    wrong = {name for name in numbers if not _is_number(name, event[name])}
+    wrong |= {name for name, kind in OTHERS.items() if name in event and not isinstance(event[name], kind)}
+    if "changes" in event.keys() - wrong and not all(isinstance(each, dict) for each in event["changes"].values()):
+        wrong.add("changes")
+    sound: Event = {"time": 0.0, **{name: value for name, value in event.items() if name not in wrong}}
+    return sound if all(name in sound for name in NEEDED.get(sound["kind"], ())) else None
+
+
+def _is_measured(name: str) -> bool:
+    return name in MEASURED or name.startswith("nll_")
+
+
+def _is_number(name: str, value: object) -> bool:
+    if value is None:
+        return _is_measured(name)
+    return isinstance(value, int | float) and abs(value) < (LAST_TIME if name == "time" else LARGEST)
 
 
 def _read_file(path: str) -> list[Event]:

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from oar_scale.observe.events import Event
+from oar_scale.text import cut
 
 if TYPE_CHECKING:
     from oar_scale.config.run_sections import AlertKind
@@ -30,10 +31,17 @@ ALERTS: dict[AlertKind, str] = {
 (``observe/alarms.py``)."""
 
 SHOWN_ITEMS = 8
+LONGEST = 300
+"""Characters of a value of an event that a line shows."""
 
 
 def message(event: Event) -> str | None:
     """The message of an event that is no measurement; None for measurements (``train``, ``pool``, ``vq``) and unknown kinds."""
+    text = _message(event)
+    return None if text is None else cut(text)
+
+
+def _message(event: Event) -> str | None:
     match event["kind"]:
         case "heldout":
             others = [
@@ -100,7 +108,7 @@ def value_text(value: object) -> str:
         return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.3e}"
     if isinstance(value, list):
         return f"[{items(value)}]"
-    return "-" if value is None else str(value)
+    return "-" if value is None else cut(str(value), characters=LONGEST)
 
 
 def items(values: Sequence[object]) -> str:

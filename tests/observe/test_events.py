@@ -5,12 +5,14 @@ import resource
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from oar_scale.errors import UserError
-from oar_scale.observe.events import Event, EventLog, EventReader, read_events, stages_with_events
+from oar_scale.observe.events import Event, EventLog, EventReader, parse_line, read_events, stages_with_events
+from oar_scale.observe.formatting import line as format_line
 
 
 def steps(events: list[Event], kind: str = "train") -> list[tuple[int, float]]:
@@ -192,3 +194,23 @@ def test_a_history_of_a_hundred_attempts_is_read_in_one_pass(tmp_path: Path) -> 
     spent = time.process_time() - began
     assert [step for step, _ in steps(history)] == list(range(1, 50_501))
     assert spent < 5, f"{spent:.1f} s of CPU"
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        ({"kind": "train", "step": 3, "images_per_s": {"a": 1}}, {"kind": "train", "step": 3}),
+        ({"kind": "train", "step": 3, "loss": None}, {"kind": "train", "step": 3, "loss": None}),
+        ({"kind": "train", "step": "3"}, None),
+        ({"kind": "pool", "done": 1, "total": None}, None),
+        ({"kind": "settings_changed", "changes": {"lr": 3}, "stage": []}, {"kind": "settings_changed"}),
+        ({"kind": "checkpoint", "bytes": None, "seconds": 10**400}, {"kind": "checkpoint"}),
+        ({"kind": "end", "time": 1e15}, {"kind": "end"}),
+        ({"kind": ["train"]}, None),
+    ],
+)
+def test_fields_of_another_type_are_left_out(line: dict[str, Any], left: dict[str, Any] | None) -> None:
+    """Whoever may write into a run's folder may write any line there, and no reader fails for it."""
+    event = parse_line(json.dumps(line))
+    assert event == (None if left is None else {"time": 0.0, **left})
+    assert event is None or format_line(event)
