@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from oar_scale.config.loading import load_recipe
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _report(recipe, first_line(str(error)), began, options.stages)
             return 2
         for index, command in enumerate(JobSpec(tuple(options.stages)).commands(recipe)):
-            os.environ |= {RETRIED: "1", LATER: " ".join(options.stages[index + 1 :])}  # of the command
-            if code := _run(command, options.max_failures, options.backoff_s, stopped):
+            env = {**os.environ, RETRIED: "1", LATER: " ".join(options.stages[index + 1 :])}
+            if code := _run(command, env, options.max_failures, options.backoff_s, stopped):
                 if not stopped.is_set():
                     _report(recipe, f"the job has given up: oar {command[0]} ended with code {code}", began, options.stages)
                 return code
@@ -80,7 +80,7 @@ class _CommandFailed(Exception):
         self.code = code
 
 
-def _run(command: Sequence[str], max_failures: int, backoff_s: float, stopped: threading.Event) -> int:
+def _run(command: Sequence[str], env: Mapping[str, str], max_failures: int, backoff_s: float, stopped: threading.Event) -> int:
     """Run a command until it succeeds or another attempt is pointless; return the last exit code."""
     name, backoff = f"oar {command[0]} {' '.join(command[2:])}".rstrip(), Backoff(backoff_s)
 
@@ -89,7 +89,7 @@ def _run(command: Sequence[str], max_failures: int, backoff_s: float, stopped: t
 
     try:
         return retry(
-            lambda: _attempt(name, command, backoff, stopped),
+            lambda: _attempt(name, command, env, backoff, stopped),
             backoff,
             transient=lambda error: isinstance(error, _CommandFailed),
             give_up=lambda: backoff.failures > max_failures,
@@ -103,12 +103,12 @@ def _run(command: Sequence[str], max_failures: int, backoff_s: float, stopped: t
         return failed.code if failed.code > 0 else 128 - failed.code
 
 
-def _attempt(name: str, command: Sequence[str], backoff: Backoff, stopped: threading.Event) -> int:
+def _attempt(name: str, command: Sequence[str], env: Mapping[str, str], backoff: Backoff, stopped: threading.Event) -> int:
     """Run a command, and again at once each time it has stopped with everything saved. Raises _CommandFailed."""
     while True:
         _say(name)
         began = time.monotonic()
-        code = subprocess.call([sys.executable, "-m", "oar_scale.cli", *command])
+        code = subprocess.call([sys.executable, "-m", "oar_scale.cli", *command], env=env)
         if code == 0:
             return 0
         if stopped.is_set():
