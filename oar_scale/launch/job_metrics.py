@@ -23,7 +23,7 @@ from oar_scale.launch.submissions import Submission, read_submissions
 log = logging.getLogger(__name__)
 
 JOB_METRICS = {
-    "oar_job_failed": "1: the job has ended without success and does not come back; cancelled ones are not counted.",
+    "oar_job_failed": "1: the job has failed and does not come back; one that was cancelled, or is forgotten without a word, has not.",
     "oar_job_pending_seconds": "Time that the job has waited in the queue, now that nothing of its own run holds it up.",
 }
 
@@ -39,22 +39,29 @@ def job_metrics(runs: Sequence[str]) -> str:
     pending = Gauge("oar_job_pending_seconds", JOB_METRICS["oar_job_pending_seconds"], ["run", "name", "job"], registry=registry)
     for run in runs:
         run_dir = run_folder(run)
-        submissions = read_submissions(run_dir)
-        if not submissions:
-            continue
         try:
+            submissions = read_submissions(run_dir)
+            if not submissions:
+                continue
             recipe = load_recipe(os.path.join(run_dir, submissions[-1].recipe)).name
             statuses = find_jobs(run)
-        except UserError as error:
+        except (UserError, OSError) as error:  # the other runs are still to be told of
             log.warning("%s: %s", run, error)
             continue
         for status in statuses:
             labels = (recipe, status.job.name, status.job.id)
-            failed.labels(*labels, status.state).set(status.over and not status.done and status.state != "CANCELLED")
+            failed.labels(*labels, status.state).set(_failed(status, run_dir))
             since = _pending_since(status, statuses, submissions[-1], run_dir)
             if since is not None:
                 pending.labels(*labels).set(max(0.0, time.time() - since))
     return generate_latest(registry).decode()
+
+
+def _failed(status: JobStatus, run_dir: str) -> bool:
+    """Whether a job has failed for good. A job that the scheduler has forgotten may have been cancelled: it has failed if it said so."""
+    if status.state == "UNKNOWN":
+        return any(each.startswith("failed") for each in status.job.outcomes(run_dir))
+    return status.over and not status.done and status.state != "CANCELLED"
 
 
 def _pending_since(status: JobStatus, statuses: Sequence[JobStatus], submission: Submission, run_dir: str) -> float | None:

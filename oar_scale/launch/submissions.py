@@ -92,7 +92,12 @@ def read_submissions(run_dir: str) -> list[Submission]:
             stored = parse_json(file.read())
         except ValueError as error:
             raise UserError(f"{path}: is damaged ({error}). Move it away; its jobs keep running, but are no longer known here.") from error
-    return [Submission(**{**each, "jobs": [Job(**job) for job in each["jobs"]]}) for each in stored]
+    try:
+        return [Submission(**{**each, "jobs": [Job(**job) for job in each["jobs"]]}) for each in stored]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: is no record of submissions ({error}). Move it away; its jobs keep running, but are no longer known here."
+        ) from error
 
 
 def write_submissions(run_dir: str, submissions: list[Submission]) -> None:

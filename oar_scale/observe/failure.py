@@ -22,6 +22,7 @@ from oar_scale.errors import Requeue, UserError, error_line, first_line
 from oar_scale.observe.formatting import message
 from oar_scale.observe.mirror import open_log
 from oar_scale.observe.notify import Hook
+from oar_scale.redaction import redact
 
 RETRIED = "OAR_RETRIED"
 """Set in the environment of a driver that is started again when it fails."""
@@ -53,7 +54,7 @@ def ending(error: BaseException | None) -> Ending:
     match error:
         case None:
             return "continued" if os.environ.get(LATER) else "done"
-        case Requeue() | KeyboardInterrupt():
+        case Requeue() | KeyboardInterrupt() | SystemExit():  # SIGTERM, where Ray is ours (runtime/ray_session.py)
             return "stopped"
         case UserError():
             return "failed"
@@ -65,8 +66,9 @@ def report_failure(events: str, stage: str, recipe: Recipe, root: str, why: str,
 
     Args:
         events: local folder of the run's events.
-        why: one line.
+        why: one line; what looks like a secret in it is masked.
     """
+    why = redact(why)
     fields = {"cause": why, "final": final, "host": socket.gethostname(), "pid": os.getpid()}
     try:
         with open_log(events, stage, root, recipe.observe.mirror_s) as written:

@@ -29,10 +29,12 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from oar_scale.config.schema import ObserveConfig
+from oar_scale.errors import error_line
 from oar_scale.observe.events import EventReader
 from oar_scale.observe.failure import Ending
 from oar_scale.observe.formatting import duration
 from oar_scale.observe.state import PROGRESS, StageState, StageStatus
+from oar_scale.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +252,7 @@ class MetricsServer:
 
     def fail(self, error: BaseException) -> None:
         """Mark the stage as failed; ``/healthz`` reports it until the server ends."""
-        self._failure = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self._failure = redact(f"failed: {error_line(error)}")
 
     def stop(self, wait_s: float) -> None:
         """Stop answering, and remove ``metrics.json``. It takes no time to speak of, whatever ``wait_s``."""

@@ -78,6 +78,31 @@ def test_a_failed_job_is_told_and_one_that_was_cancelled_is_not(
     }
 
 
+def test_a_forgotten_job_has_failed_only_if_it_said_so(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without accounting Slurm forgets a job after minutes, and with it that it was cancelled."""
+    (run / "jobs" / "1-pretrain" / "40.outcome").write_text("failed: Ray did not come up, 4 times in a row\n")
+    (run / "jobs" / "1-extract" / "41.outcome").write_text("cancelled\n")
+    scheduler(monkeypatch, "UNKNOWN", "UNKNOWN", "UNKNOWN")
+    assert metrics(capsys, run) == {
+        failed("pretrain", 40, "UNKNOWN"): 1,
+        failed("extract", 41, "UNKNOWN"): 0,
+        failed("finetune", 42, "UNKNOWN"): 0,
+    }
+
+
+@pytest.mark.parametrize("damaged", ["{", "null", '["a"]', '[{"jobs": [{"x": 1}]}]', '[{"jobs": []}]'])
+def test_a_damaged_record_silences_no_other_run(
+    damaged: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (run / "broken").mkdir()
+    (run / "broken" / "jobs.json").write_text(damaged)
+    scheduler(monkeypatch, "NODE_FAIL", "CANCELLED", "CANCELLED")
+    assert len(metrics(capsys, run / "broken", run)) == 3
+    assert "broken" in caplog.text
+
+
 def test_a_scheduler_that_is_silent_is_a_warning(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

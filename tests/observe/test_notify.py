@@ -147,7 +147,15 @@ def test_a_failure_is_an_event_and_an_alert(stage: str, tmp_path: Path, web: Web
     assert alert["text"] == "the stage has ended: RuntimeError: out of memory"
 
 
-@pytest.mark.parametrize("stop", [Requeue("SIGUSR1"), KeyboardInterrupt()], ids=["requeue", "ctrl-c"])
+def test_a_secret_in_an_error_is_in_no_alert(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE_TOKEN", "s3cr3tvalue")
+    used = recipe(tmp_path, webhook="$OAR_HOOK")
+    with pytest.raises(RuntimeError), watched(tmp_path, used):
+        raise RuntimeError("http://me:hunter22@store/?sig=abcdef refuses s3cr3tvalue")
+    assert web.alerts[0]["text"] == "the stage has ended: RuntimeError: http://***@store/?sig=*** refuses ***"
+
+
+@pytest.mark.parametrize("stop", [Requeue("SIGUSR1"), KeyboardInterrupt(), SystemExit(143)], ids=["requeue", "ctrl-c", "sigterm"])
 def test_a_stop_on_request_is_no_failure(stop: BaseException, tmp_path: Path, web: Web) -> None:
     with pytest.raises(type(stop)), watched(tmp_path, recipe(tmp_path, webhook="$OAR_HOOK")):
         raise stop

@@ -146,8 +146,8 @@ def test_health_tells_of_a_failure_and_its_address_is_in_a_file(tmp_path: Path) 
     recipe = Recipe.model_validate({"name": "emoji", "observe": {"metrics_port": 0}})
     events, seen = tmp_path / "events", []
     with serving(events) as server:
-        server.fail(RuntimeError("out of memory\nlong trace"))
-        assert get(f"{server.url}/healthz") == (503, "failed: RuntimeError: out of memory\n")
+        server.fail(RuntimeError("out of memory at http://me:hunter22@store/\nlong trace"))
+        assert get(f"{server.url}/healthz") == (503, "failed: RuntimeError: out of memory at http://***@store/\n")
         assert get(f"{server.url}/else")[0] == 404
     with pytest.raises(RuntimeError), watching(str(events), "pretrain", recipe, str(tmp_path)):
         [report] = json.loads((tmp_path / "metrics.json").read_text())
