@@ -34,6 +34,8 @@ STARTS, STARTS_S = 3, 3600.0
 """Starts of the workers within so many seconds that are no alert yet."""
 FLOOD_S = 600.0
 """An event of the same kind within this time of an alert belongs to its episode."""
+ALERT_AGE_S = 3600.0
+"""Older faults are history: they may come late, with the events of another host, and call for nobody any more."""
 EVENT_ALERTS: tuple[AlertKind, ...] = ("failed", "worker_failure", "non_finite", "spike", "checkpoint_failed", "rejected_checkpoint")
 MILD: tuple[AlertKind, ...] = ("spike", "rejected_checkpoint", "slow", "data_wait", "straggler", "pending")
 """Alerts that can wait until the morning."""

@@ -31,7 +31,7 @@ from pathlib import Path
 from oar_scale.config.run_sections import AlertKind, NotifyConfig
 from oar_scale.config.schema import Recipe
 from oar_scale.json_object import JsonObject
-from oar_scale.observe.alarms import MILD, Alarms, Alert, Silence, title
+from oar_scale.observe.alarms import ALERT_AGE_S, MILD, Alarms, Alert, Silence, title
 from oar_scale.observe.events import EventReader
 from oar_scale.observe.state import PROGRESS, StageState
 
@@ -124,11 +124,12 @@ class Notifier:
 
     def _read(self, silently: bool = False) -> None:
         for entry in self._reader.poll():
-            self._state.take(entry.attempt, entry.event)
+            if self._state.take(entry.attempt, entry.event):
+                self._alarms.begin_anew()
             if entry.event["kind"] in PROGRESS:
                 self._silence.progress()
             for alert in self._alarms.take(entry.event):
-                if not silently and alert.kind != "failed":
+                if not silently and alert.kind != "failed" and time.time() - alert.time < ALERT_AGE_S:
                     self._put(alert)
 
     def _put(self, alert: Alert) -> None:
@@ -181,10 +182,27 @@ def _post(variable: str, body: bytes) -> str:
     if not address:
         return f"the environment has no {variable}"
     request = urllib.request.Request(address, body, {"Content-Type": "application/json", "User-Agent": "oar_scale"})
+    answers: list[str] = []
+    asking = threading.Thread(target=lambda: answers.append(_ask(request)), name="notify-webhook", daemon=True)
+    asking.start()
+    asking.join(TRY_S)  # urllib's own limit begins anew with each byte that comes
+    return answers[0] if answers else f"no answer within {TRY_S:g} s"
+
+
+def _ask(request: urllib.request.Request) -> str:
     try:
-        urllib.request.urlopen(request, timeout=TRY_S).close()
+        urllib.request.build_opener(_NoRedirect).open(request, timeout=TRY_S).close()
     except urllib.error.HTTPError as error:
         return f"HTTP status {error.code}"
     except (OSError, http.client.HTTPException) as error:
         return f"no answer: {type(error).__name__}"
+    except Exception as error:  # its text may hold the address
+        return type(error).__name__
     return ""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """To follow a redirect would turn the POST into a GET, which delivers nothing; without an answer from here it is an HTTPError."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Follow none."""

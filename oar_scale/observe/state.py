@@ -113,8 +113,8 @@ class StageState:
         """Whether the last that is known of it is that its driver has ended with an error."""
         return next(reversed(self.latest), "") == "failed"
 
-    def take(self, attempt: int, event: Event) -> None:
-        """Fold one event in."""
+    def take(self, attempt: int, event: Event) -> bool:
+        """Fold one event in; whether the stage is begun anew with it."""
         new, anew = self._attempts.take(attempt, event)
         if anew:
             self._clear()
@@ -131,6 +131,7 @@ class StageState:
             self.alerts.append(event)
         self.signs.take(event)
         self._follow(kind, at, event)
+        return anew
 
     def _follow(self, kind: str, at: float, event: Event) -> None:
         match kind:

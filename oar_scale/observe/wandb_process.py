@@ -27,7 +27,7 @@ import psutil
 
 from oar_scale.config.run_sections import AlertKind
 from oar_scale.config.schema import Recipe
-from oar_scale.observe.alarms import MILD, Alert, Silence, title
+from oar_scale.observe.alarms import ALERT_AGE_S, MILD, Alert, Silence, title
 from oar_scale.observe.events import EventEntry, EventReader
 from oar_scale.observe.mirror import run_id
 from oar_scale.observe.notify import Hook
@@ -45,8 +45,6 @@ GRACE_S = 20.0
 BATCH = 1000
 LOST = "the driver was killed, by hand or for want of memory, while the stage was {}"
 REPLAY = "tools/wandb_replay.py"
-ALERT_AGE_S = 3600.0
-"""Older faults are history: they are rows, and no longer alerts."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,8 @@ class WandbSpec:
     finish_s: float = 8.0
     driver: int = field(default_factory=os.getpid)
     """Process id of the driver, which is where this is made; the process ends by itself soon after it."""
+    before: Mapping[str, int] = field(default_factory=dict)
+    """How much there was of each event file when the driver began: what earlier drivers came to."""
 
     def wandb_name(self, generation: int) -> WandbName:
         """The names at W&B of a generation of the stage (see :class:`oar_scale.observe.projection.RowProjection`)."""
@@ -136,7 +136,7 @@ class StageSender:
         self._projection = RowProjection()
         self._run: WandbRun | None = None
         self._config: Mapping[str, object] = spec.config
-        self._stage, self._newest = StageState(spec.stage), ""
+        self._stage, self._own = StageState(spec.stage), StageState(spec.stage)
         self._silence = None if spec.stall_s is None else Silence(spec.stall_s)
 
     def follow(self, ended: threading.Event, interrupted: Callable[[], bool], lost: Callable[[], bool] = lambda: False) -> bool:
@@ -163,8 +163,8 @@ class StageSender:
                 break
             self._watch_for_silence()
             ended.wait(POLL_S)
-        if lost() and self._newest != "failed" and not self._projection.complete:
-            self._send_alert("driver_lost", LOST.format(self._stage.status))
+        if lost() and (text := _lost(self._own)):
+            self._send_alert("driver_lost", text)
         if self._run is not None and self._projection.complete and self.spec.artifact and self._reader.ends != self._state.delivered:
             self._run.add_model(self.spec.artifact, {"stage": self.spec.stage, "recipe": self.spec.recipe_name})
         self._close(self._projection.complete)
@@ -181,7 +181,7 @@ class StageSender:
 
     def _take(self, entry: EventEntry) -> None:
         self._stage.take(entry.attempt, entry.event)
-        self._newest = entry.event["kind"]
+        _take_own(self._own, entry, self.spec)
         if self._silence and entry.event["kind"] in PROGRESS:
             self._silence.progress()
         before, complete = self._projection.generation, self._projection.complete
@@ -266,13 +266,23 @@ def follow(spec: WandbSpec, ended: threading.Event, lost: Callable[[], bool] = l
 
 def tell_lost(spec: WandbSpec) -> None:
     """Tell ``observe.notify`` that the driver has ended without a word, unless the stage was at its end."""
-    state, newest = StageState(spec.stage), ""
+    state = StageState(spec.stage)
     for entry in EventReader(spec.events, spec.stage).poll():
-        state.take(entry.attempt, entry.event)
-        newest = entry.event["kind"]
-    if newest != "failed" and state.status != "done":
+        _take_own(state, entry, spec)
+    if text := _lost(state):
         recipe = Recipe.model_validate(dict(spec.config))
-        Hook(spec.events, spec.stage, recipe, spec.root).send("driver_lost", LOST.format(state.status), time.time(), state.step)
+        Hook(spec.events, spec.stage, recipe, spec.root).send("driver_lost", text, time.time(), state.step)
+
+
+def _take_own(state: StageState, entry: EventEntry, spec: WandbSpec) -> None:
+    """Fold an event into the state of this driver's own work, unless an earlier driver left it."""
+    if entry.end > spec.before.get(entry.file, 0):
+        state.take(entry.attempt, entry.event)
+
+
+def _lost(state: StageState) -> str:
+    """What to say where a driver has ended without a word in this state; empty where its events say how it ended."""
+    return "" if state.has_said_its_end or state.status == "done" else LOST.format(state.status)
 
 
 def _wait_for_events(spec: WandbSpec, ended: threading.Event) -> bool:

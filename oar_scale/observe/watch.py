@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 
 from oar_scale.config.schema import Recipe
 from oar_scale.observe.console import Console
+from oar_scale.observe.events import EventReader
 from oar_scale.observe.failure import reporting_failure
 from oar_scale.observe.mirror import pull
 from oar_scale.observe.notify import Notifier
@@ -106,6 +107,7 @@ def wandb_spec(events: str, stage: str, recipe: Recipe, root: str, result: str |
         artifact=result if observe.wandb_artifacts else None,
         stall_s=observe.stall_s,
         finish_s=ARTIFACT_WAIT_S if observe.wandb_artifacts and result else max(1.0, wait_s - 2.0),
+        before=EventReader(events, stage, from_now=True).ends,
     )
 
 

@@ -9,7 +9,9 @@ import re
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, get_args
@@ -24,7 +26,8 @@ from oar_scale.errors import Requeue, UserError
 from oar_scale.observe import notify
 from oar_scale.observe.events import EventLog, read_events
 from oar_scale.observe.failure import RETRIED, reporting_failure
-from oar_scale.observe.watch import watching
+from oar_scale.observe.wandb_process import tell_lost
+from oar_scale.observe.watch import wandb_spec, watching
 from tests.observe import synthetic_run
 
 SECRET = "T0SECRET/B0SECRET/xoxsecretpath"
@@ -37,6 +40,7 @@ class Web:
         self.alerts: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.refusals = refusals
+        self.status = 500
         web = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,11 +49,17 @@ class Web:
                 web.paths.append(self.path)
                 if web.refusals > 0:
                     web.refusals -= 1
-                    self.send_error(500)
+                    self.send_response(web.status)
+                    self.send_header("Location", "/elsewhere")
+                    self.end_headers()
                     return
                 assert self.headers["Content-Type"] == "application/json"
                 web.alerts.append(json.loads(body))
                 self.send_response(204)
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                self.send_response(200)
                 self.end_headers()
 
             def log_message(self, format: str, *args: object) -> None:
@@ -201,6 +211,8 @@ def broken(how: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     match how:
         case "refuses":
             return {"webhook": "$OAR_HOOK"}
+        case "is elsewhere":
+            return {"webhook": "$OAR_HOOK"}
         case "is not there":
             monkeypatch.setenv("OAR_HOOK", f"http://127.0.0.1:9/{SECRET}")
         case "is no address":
@@ -218,13 +230,14 @@ def broken(how: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "how", ["refuses", "is not there", "is no address", "is not set", "command fails", "no such command", "command hangs"]
+    "how", ["refuses", "is elsewhere", "is not there", "is no address", "is not set", "command fails", "no such command", "command hangs"]
 )
 def test_a_hook_that_fails_is_one_warning(
     how: str, tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The stage goes on to its end, and its address is nowhere."""
     web.refusals = 1000
+    web.status = 302 if how == "is elsewhere" else 500
     settings = broken(how, monkeypatch)
     with pytest.raises(RuntimeError), caplog.at_level(logging.INFO), watched(tmp_path, recipe(tmp_path, **settings)):
         synthetic_run.interrupted(tmp_path / "events")
@@ -232,6 +245,71 @@ def test_a_hook_that_fails_is_one_warning(
     assert caplog.text.count("did not take an alert") == 1
     assert SECRET not in caplog.text
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+def test_a_webhook_that_never_ends_its_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sends a byte now and then, so that no limit between two bytes is ever reached."""
+    over = threading.Event()
+
+    class Dripping(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            with suppress(OSError):
+                while not over.wait(0.01):
+                    self.wfile.write(b"H")
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OAR_HOOK", f"http://127.0.0.1:{server.server_address[1]}/")
+    monkeypatch.setattr(notify, "PAUSE_S", 0.0)
+    monkeypatch.setattr(notify, "TRY_S", 0.5)
+    hook = notify.Hook(str(tmp_path / "events"), "pretrain", recipe(tmp_path, webhook="$OAR_HOOK"), str(tmp_path))
+    sending = threading.Thread(target=hook.send, args=("failed", "a", 0.0), daemon=True)
+    sending.start()
+    sending.join(120.0)
+    assert not sending.is_alive()
+    over.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_stage_done_anew_is_compared_with_itself_alone(tmp_path: Path, web: Web) -> None:
+    """Its first time was three times as fast: on other nodes, or with another model."""
+    with EventLog(str(tmp_path / "events"), "pretrain") as log:
+        synthetic_run.start(log)
+        for step in range(30):
+            synthetic_run.train(log, step, images_per_s=180.0)
+        log.emit("end", step=30, seconds=1.0)
+    with watched(tmp_path, recipe(tmp_path, webhook="$OAR_HOOK")), EventLog(str(tmp_path / "events"), "pretrain") as log:
+        synthetic_run.start(log)
+        for step in range(30):
+            synthetic_run.train(log, step, images_per_s=60.0)
+    assert web.kinds == []
+
+
+def test_faults_of_another_host_that_come_late_are_no_alerts(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    with watched(tmp_path, recipe(tmp_path, webhook="$OAR_HOOK")), EventLog(str(tmp_path / "events"), "pretrain") as log:
+        log.emit("spike", step=1, loss=9.0, expected=3.0, action="warn")
+        path = next((tmp_path / "events").glob("pretrain-*.jsonl"))
+    assert web.kinds == ["spike"]
+    line = json.loads(path.read_text()) | {"kind": "worker_failure", "cause": "a", "time": time.time() - 7200}
+    with watched(tmp_path, recipe(tmp_path, webhook="$OAR_HOOK")):
+        path.with_name("pretrain-007.jsonl").write_text(json.dumps(line) + "\n")
+    assert web.kinds == ["spike"]
+
+
+@pytest.mark.parametrize("left", ["failed", "end"])
+def test_a_killed_driver_is_told_whatever_was_before_it(left: str, tmp_path: Path, web: Web) -> None:
+    events, used = tmp_path / "events", recipe(tmp_path, webhook="$OAR_HOOK").model_dump(mode="json")
+    used["observe"]["wandb"] = "offline"
+    with EventLog(str(events), "pretrain") as log:
+        log.emit(left, cause="RuntimeError: a", final=True, step=1, seconds=1.0)
+    tell_lost(wandb_spec(str(events), "pretrain", Recipe.model_validate(used), str(tmp_path)))
+    assert web.kinds == ["driver_lost"]
+    spec = wandb_spec(str(events), "pretrain", Recipe.model_validate(used), str(tmp_path))
+    with EventLog(str(events), "pretrain") as log:
+        log.emit(left, cause="RuntimeError: a", final=True, step=1, seconds=1.0)
+    tell_lost(spec)
+    assert web.kinds == ["driver_lost"]  # this one has said how it ended
 
 
 def test_an_address_in_a_recipe_is_refused_and_not_repeated(tmp_path: Path) -> None:
