@@ -32,7 +32,7 @@ MAX_PIXELS = 64 << 20
 
 _BROKEN = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
+    *(AssertionError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 """What Pillow raises for broken files."""
 _ORIENTATION = 0x0112
@@ -108,7 +108,9 @@ def image_size(data: bytes | memoryview, where: str) -> tuple[int, int]:
     """Width and height of the upright picture, from its header. Raises UserError as :func:`decode_image`, but accepts any size."""
     image = _open(data, where)
     width, height = image.size
-    known = "exif" in image.info or "xmp" in image.info  # a PNG may have it behind its pixels, which are not decoded here
+    known = any(
+        each in image.info for each in ("exif", "xmp", "Raw profile type exif")
+    )  # a PNG may have it behind its pixels, which are not decoded here
     return (height, width) if known and _orientation(image) in _ON_THEIR_SIDE else (width, height)
 
 
@@ -134,11 +136,13 @@ def _check_size(size: tuple[int, int], where: str, max_pixels: int) -> None:
 
 def _check_tail(data: bytes | memoryview, kind: str | None) -> None:
     """Raise OSError for a file that ends in zeros where its picture should: decoders take those for pixels."""
-    if data[-1] or len(data) < 64:
+    if len(data) < 64 or any(data[-16:]):  # one zero may well end a whole file, as of a photo with a film behind it
         return
+    whole = bytes(data)
     if kind == "JPEG":  # neither marker can occur among the coded pixels
-        whole = bytes(data)
         cut = whole.rfind(b"\xff\xd9") < whole.rfind(b"\xff\xda")
+    elif kind == "PNG":
+        cut = b"IEND" not in whole
     else:
         cut = kind == "WEBP" and data[12:15] == b"VP8" and data[15:16] != b"X" and not any(data[-64:])
     if cut:

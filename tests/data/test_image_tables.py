@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import tracemalloc
@@ -70,6 +71,7 @@ FORMS = {
     "bars": 'image|caption\n0.png|one, two\n1.png|"a ""quoted"" word"\n2.png|"two\nlines"\n',
     "sep=": 'sep=;\nimage;caption\n0.png;one, two\n1.png;"a ""quoted"" word"\n2.png;"two\nlines"\n',
     "empty cells at the end": 'image,caption\n0.png,"one, two",,\n1.png,"a ""quoted"" word",\n2.png,"two\nlines"\n',
+    "blanks before the quotation marks": '"image", "caption"\n"0.png", "one, two"\n"1.png", "a ""quoted"" word"\n"2.png", "two\nlines"\n',
     "a long cell beside": f'image,story,caption\n0.png,"{LONG}","one, two"\n1.png,,"a ""quoted"" word"\n2.png,x,"two\nlines"\n',
 }
 
@@ -99,6 +101,23 @@ def test_quotation_marks_in_a_file_without_quoting_are_letters(tmp_path: Path, c
     pictures(tmp_path, len(cells))
     (tmp_path / "t.tsv").write_text("image\tcaption\n" + "".join(f"{number}.png\t{cell}\n" for number, cell in enumerate(cells)))
     assert captions(tmp_path / "t.tsv") == cells
+
+
+def test_paragraphs_in_quoted_cells_are_no_rows(tmp_path: Path) -> None:
+    """Their lines have as many commas as a row, and made more whole rows without quoting."""
+    cells = ["A cat.\nIt sits, sleeping.\nThe mat is red, the wall blue.", "A dog.\nIt runs, barking.\nThe sky is blue, the grass green."]
+    pictures(tmp_path, len(cells))
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *((f"{number}.png", cell) for number, cell in enumerate(cells))])
+    assert captions(tmp_path / "t.csv") == cells
+
+
+def test_a_stray_comma_never_moves_the_cells_behind_it(tmp_path: Path) -> None:
+    pictures(tmp_path, 3)
+    (tmp_path / "t.csv").write_text("image,caption,width\n0.png,fine,8\n1.png,one, two,8\n2.png,fine,8\n")
+    assert captions(tmp_path / "t.csv") == ["fine", "more cells than the header has columns: a separator without quotation marks", "fine"]
+    (tmp_path / "t.csv").write_text("width,image,caption\n8,0.png,fine\n8,1.png,one, two\n")
+    assert captions(tmp_path / "t.csv") == ["fine", "one, two"]
 
 
 def test_rows_of_other_lengths_are_counted(tmp_path: Path) -> None:

@@ -253,6 +253,33 @@ def test_zeros_behind_a_whole_jpeg_are_harmless() -> None:
     assert decode_image(picture(0) + bytes(512), "x").size == (12, 8)
 
 
+def test_what_cameras_write_behind_a_whole_jpeg_is_harmless() -> None:
+    """A film, as of a motion photo: any bytes, a marker of a JPEG among them, the last of them zero."""
+    assert decode_image(picture(0) + b"ftypmp42 \xff\xda" + bytes(range(256)) + b"\0", "x").size == (12, 8)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.3, 0.6, 0.9, 0.95])
+def test_a_flat_png_that_ends_in_zeros_is_an_error(part: float) -> None:
+    data = encoded(Image.fromarray(np.indices((256, 256)).sum(0).astype(np.uint8)).convert("RGB"))
+    length = int(len(data) * part)
+    with pytest.raises(UserError, match="x cannot be read"):
+        decode_image(data[:length] + bytes(len(data) - length), "x")
+
+
+def test_a_palette_picture_without_its_palette_is_refused() -> None:
+    with pytest.raises(UserError, match="x cannot be read"):
+        decode_image(png(8, 3, 2, [b"\0\1", b"\1\0"]), "x")
+
+
+def test_the_size_is_that_of_the_upright_picture() -> None:
+    """Also where ImageMagick wrote the EXIF of a PNG: as text."""
+    exif = Image.Exif()
+    exif[0x112] = 6
+    text = b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n%8d\n" % len(exif.tobytes()) + exif.tobytes().hex().encode() + b"\n")
+    data = png(8, 0, 4, [bytes(4)] * 2, (b"zTXt", text))
+    assert image_size(data, "x") == decode_image(data, "x").size == (2, 4)
+
+
 def test_a_colour_profile_leaves_the_numbers_alone() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     data = encoded(Image.new("RGB", (4, 4), (9, 99, 199)), icc_profile=profile)

@@ -68,6 +68,8 @@ class Columns:
     """The files that the rows come from, and how many of them."""
     classes: dict[str, list[str]] = field(default_factory=dict)
     """Names of the classes of columns whose numbers stand for classes."""
+    bad: dict[int, str] = field(default_factory=dict)
+    """Rows that cannot be used, and why."""
 
     @property
     def rows(self) -> int:

@@ -18,7 +18,7 @@ from oar_scale.data.labels import label_of
 from oar_scale.data.notes import Notes
 from oar_scale.data.sources.captions import Caption, caption_of
 from oar_scale.data.sources.columns import Columns, Spool, Spooled, Template, path_of
-from oar_scale.data.sources.csv_table import read_csv
+from oar_scale.data.sources.csv_table import TOO_LONG, read_csv
 from oar_scale.data.sources.image_files import key_of, square, square_of
 from oar_scale.data.sources.parquet_table import read_parquet
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
@@ -70,13 +70,14 @@ class TableImages:
                     image = self._fields["image"]
                     header, part = read_parquet(local, where, wanted, image.text if image.whole else None, self._spool)
                 else:
-                    header, cells = read_csv(local, where, wanted, self.notes)
-                    part = Columns(cells, [(where, len(next(iter(cells.values()), ())))])
+                    header, cells, bad = read_csv(local, where, wanted, self.notes)
+                    part = Columns(cells, [(where, len(next(iter(cells.values()), ())))], bad=dict.fromkeys(bad, TOO_LONG))
             for field, template in self._fields.items():
                 missing = next((name for name in template.columns if name not in header), None)
                 if missing is not None:
                     names = cut(", ".join(header), lines=1, characters=1000)
                     raise UserError(f"data.source.{field}: {path} has no column {missing!r}; it has {names}")
+            whole.bad.update((whole.rows + row, why) for row, why in part.bad.items())
             for name, column in whole.cells.items():
                 column += part.cells[name]
             whole.rows_of.append((path, part.rows_of[0][1]))
@@ -92,6 +93,8 @@ class TableImages:
 
     def _picture(self, row: int) -> str | Spooled:
         """Where the picture of a row lies, empty for none."""
+        if row in self._columns.bad:
+            return ""
         template = self._fields["image"]
         try:
             cell = self._columns.cells[template.text][row] if template.whole else template.fill(self._columns, row)
@@ -100,6 +103,8 @@ class TableImages:
             return ""
 
     def _read(self, row: int, size: int) -> Content:
+        if row in self._columns.bad:
+            raise BadImage(self._columns.bad[row])
         picture = self._picture(row)
         if not picture:
             raise BadImage("no path")
