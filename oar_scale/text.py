@@ -25,6 +25,7 @@ _MARKS = (  # those of UTF-32 first: one of them begins with one of UTF-16
 )
 _UNCLEAN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
 _ODD = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
+_ESCAPES = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), " ") | {0xFEFF: None}
 MISSING = frozenset({"", "nan", "NaN", "NAN", "None", "NaT", "<NA>", "null", "NULL", "#N/A"})
 """Text that stands for a value that is not there: what programs write for one."""
@@ -117,3 +118,8 @@ def cut(text: str, lines: int = 100, characters: int = 2000) -> str:
     """A message of a length that a person can read: what is too long is cut, and says so."""
     kept = [line if len(line) <= characters else f"{line[:characters]}... ({len(line)} characters)" for line in text.splitlines()]
     return "\n".join(kept[:lines] + ([f"... and {len(kept) - lines} more lines"] if len(kept) > lines else []))
+
+
+def printable(text: str) -> str:
+    """Text for the screen: control characters, which steer a terminal, are shown as ``\\x1b``; line ends and tabs stay."""
+    return _ESCAPES.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

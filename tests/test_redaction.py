@@ -41,6 +41,15 @@ SECRET_NAMES = [
     "REGISTRY_PASSWD",
     "CLIENT_SECRET_V2",
     "DOCKER_PW",
+    "OPENAI_KEY",
+    "S3_KEY",
+    "AZURE_STORAGE_KEY",
+    "DEPLOY_KEY",
+    "MISTRAL_KEY2",
+    "secretKey",
+    "AUTHORIZATION",
+    "HTTP_AUTHORIZATION",
+    "COOKIE",
 ]
 PLAIN_NAMES = [
     "TOKENIZERS_PARALLELISM",
@@ -67,6 +76,15 @@ PLAIN_NAMES = [
     "WANDB_ENTITY",
     "PWD",
     "OLDPWD",
+    "KEY",
+    "SSH_KEY_PATH",
+    "PRIMARY_KEY",
+    "PUBLIC_KEY",
+    "caption_key",
+    "KMS_KEY_ID",
+    "COOKIE_FILE",
+    "XAUTHORITY",
+    "HOTKEY",
 ]
 PRIVATE_KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE KEY-----"
 SECRET_VALUES = [
@@ -81,8 +99,17 @@ SECRET_VALUES = [
     "hf_" + "aBcDeFgH" * 5,
     "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NSJ9.c2lnbmF0dXJl",
     PRIVATE_KEY,
+    "sk-a1B2c3D4e5F6g7H8i9J0k1L2",
+    "sk-proj-a1B2c3D4e5F6g7H8i9J0k1L2-x_y-Z3",
+    "sk-ant-api03-abcdefghijklmnopqrstuvwxyz-AA",
+    "https://me:p@ss@host/x",
+    "https://hooks.slack.com/services/T0AB12CD3/B0AB12CD3/abcdefghijklmnopqrstuvwx",
+    "https://discordapp.com/api/webhooks/123456789012345678/abcDEF-123_abc",
+    "https://api.telegram.org/bot123456789:AAHabcdefghijklmnop/sendMessage",
+    "https://team.webhook.office.com/webhookb2/0f0f-0f0f@0f0f/IncomingWebhook/0f0f/0f0f",
     "q7Zp2Xv9Lk4Rt8Wm1Nc6Bd3Hf5Js",
 ]
+NAMED = "exp42LR3e4WD01Bs2048Seed1337Warmup5kCosine"
 PLAIN_VALUES = [
     "sha256:" + "a1" * 32,
     "0f" * 32,
@@ -102,6 +129,16 @@ PLAIN_VALUES = [
     "arn:aws:iam::123456789012:role/MyTrainingRoleForClusterUsers",
     "expandable_segments:True,garbage_collection_threshold:0.8",
     "mail me at someone@example.com",
+    f"/runs/{NAMED}/vq.safetensors",
+    f"s3://bucket/{NAMED}",
+    f"~/{NAMED}",
+    f"./{NAMED}",
+    f"$SCRATCH/{NAMED}/x",
+    f"/data/{NAMED}:/data/{NAMED}:ro",
+    "/data/sk-learn-experiments-2026-november",
+    "s3://bucket/sk-or-not-experiments-2026-november",
+    "docker://ubuntu:24.04@sha256:" + "0f" * 32,
+    "https://hooks.slack.com/services/$MY_HOOK",
     "a photograph of a token machine with a secret key = love",
 ]
 SECRET_LINES = [
@@ -115,6 +152,15 @@ SECRET_LINES = [
     "curl -H 'Authorization: Bearer abcdef123456' host",
     "aws configure set aws_secret_access_key wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
     "pip install --extra-index-url https://me:hunter2@host/simple x",
+    "docker login -u me -p hunter2",
+    "podman login registry -phunter2",
+    "mysql -u me -phunter2 db",
+    "sshpass -p hunter2 ssh host",
+    "redis-cli -h host -a hunter2",
+    "setenv MYTOKEN hunter2",
+    "set -gx MYTOKEN 'hunter2'",
+    "export S3_KEY=hunter2",
+    "cd /tmp; q7Zp2Xv9Lk4Rt8Wm1Nc6Bd3Hf5Js",
 ]
 PLAIN_LINES = [
     "module load cuda/12.8",
@@ -124,6 +170,18 @@ PLAIN_LINES = [
     "export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=8",
     "export AWS_WEB_IDENTITY_TOKEN_FILE=/var/run/token",
     "docker login -u me --password-stdin < ~/.pw",
+    "docker login -u me -p $PASSWORD_OF_MINE host",
+    'docker login -u me -p "$(cat ~/.pw)"',
+    "mysql -u me -p db",
+    "mysql -P 3306 db",
+    "sshpass -f ~/.pw ssh -p 22 host",
+    "ssh login.cluster mkdir -p /x",
+    "setenv MYTOKEN $OTHER",
+    "setenv PATH /x:$PATH",
+    "set -x; export A=1",
+    "export SSH_KEY=~/.ssh/id_ed25519",
+    "conda activate /opt/envs/py311_torch28_cu132_2026Nov01xyzAB",
+    f"export WHERE=/opt/{NAMED} OTHER='/opt/{NAMED}'",
     "useradd -u 1000:1000 me",
     "oar run --max-tokens 5",
 ]
@@ -148,6 +206,17 @@ def test_checksums_ids_and_paths_are_no_secrets() -> None:
     files = [path for folder in ("recipes", "cluster") for path in (ROOT / folder).rglob("*.yaml")]
     lines = [line for path in files for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
     assert [line for line in lines if secret_in_line(line)] == []
+
+
+def test_an_error_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of others may hold anything, and an error shows what it holds."""
+
+    def fail(*_: object) -> None:
+        raise UserError("row 1: \x1b]0;mine\x07\x1b[2J\x9b1m\r over\n\tits caption é")
+
+    monkeypatch.setattr("oar_scale.config.loading.load_recipe", fail)
+    assert main(["recipe", "x.yaml"]) == 2
+    assert capsys.readouterr().err == "error: row 1: \\x1b]0;mine\\x07\\x1b[2J\\x9b1m\\x0d over\n\tits caption é\n"
 
 
 def test_texts_are_shown_without_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

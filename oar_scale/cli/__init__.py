@@ -38,7 +38,7 @@ from oar_scale.errors import Requeue, UserError
 from oar_scale.redaction import redact
 from oar_scale.runtime.gpu_settings import gpu_settings
 from oar_scale.runtime.program import program_exit
-from oar_scale.text import cut
+from oar_scale.text import cut, printable
 
 REQUEUE = 75
 """EX_TEMPFAIL of sysexits.h: a scheduler that sees it starts the same command again."""
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return NOBODY_READS
     except UserError as error:
-        print(f"error: {cut(redact(str(error)))}", file=sys.stderr)
+        print(f"error: {cut(printable(redact(str(error))))}", file=sys.stderr)
         return 2
     except Requeue as stop:
         print(f"stopped ({stop.reason}) with everything saved; run the same command again to resume", file=sys.stderr)
