@@ -102,7 +102,7 @@ def test_the_job_begins_as_a_submitted_one_does(monkeypatch: pytest.MonkeyPatch,
     assert arguments[:3] == ["python", "-m", "oar_scale.launch.ray_entry"]
     called: list[list[str]] = []
     monkeypatch.setattr(ray_entry.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(ray_entry.subprocess, "call", lambda command: called.append(command) or 0)
+    monkeypatch.setattr(ray_entry.subprocess, "call", lambda command, env: called.append(command) or 0)
     assert ray_entry.main(arguments[3:]) == 0
     assert called == [[sys.executable, "-m", "oar_scale.cli", "run", "/recipe/recipe.yaml"]]
 

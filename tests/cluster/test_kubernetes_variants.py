@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import yaml
 from test_cluster_files import CLUSTER, LONGEST_GRACE_S, MANIFESTS, PATCHES, check, manifest, spec_of
 
 from oar_scale.config.loading import load_recipe
+from oar_scale.observe.failure import RETRIED
 
 FOLDER = CLUSTER / "kuberay"
 EFA, KUEUE = FOLDER / "efa.patch.yaml", FOLDER / "kueue.patch.yaml"
@@ -41,6 +44,19 @@ def worker(document: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("patches", [(EFA,), (KUEUE,), (KUEUE, EFA)], ids=["efa", "kueue", "both"])
 def test_a_patched_job_is_what_kuberay_takes(patches: tuple[Path, ...]) -> None:
     check(patched(*patches))
+
+
+def test_kustomize_takes_what_is_patched() -> None:
+    """It refuses a resource without a name of its own."""
+    for resource in manifest(FOLDER / "kustomization.yaml")["resources"]:
+        assert manifest(FOLDER / resource)["metadata"].get("name"), resource
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, which no other test does")
+def test_kubectl_kustomize_applies_both_patches() -> None:
+    done = subprocess.run(["kubectl", "kustomize", str(FOLDER)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout) == patched(KUEUE, EFA)
 
 
 def test_the_list_of_patches_is_the_one_of_the_folder() -> None:
@@ -83,8 +99,10 @@ def test_the_pod_of_one_node_is_that_of_a_worker() -> None:
     pod = manifest(FOLDER / "one-node.yaml")["spec"]["template"]["spec"]
     of_worker = spec_of(FOLDER / "job.yaml")["workerGroupSpecs"][0]["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] > LONGEST_GRACE_S
-    for name in ("image", "resources", "envFrom", "env"):
+    for name in ("image", "resources", "envFrom"):
         assert pod["containers"][0][name] == of_worker["containers"][0][name]
+    retried = {"name": RETRIED, "value": "1"}  # Kubernetes starts it again; for workers that is the driver's affair
+    assert pod["containers"][0]["env"] == [*of_worker["containers"][0]["env"], retried]
     assert pod["securityContext"] == of_worker["securityContext"] and pod["tolerations"] == of_worker["tolerations"]
     assert all(volume in pod["volumes"] for volume in of_worker["volumes"])
     mounted = {volume["name"] for volume in pod["volumes"]}
