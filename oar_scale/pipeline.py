@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import import_module
 
-from oar_scale.config.extras import missing_packages
+from oar_scale.config.extras import check_packages
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import Unreachable, UserError
@@ -73,10 +73,8 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
 
 def _check_packages(run: Run, chosen: Sequence[Stage], again: Sequence[Stage]) -> None:
     """Refuse to begin what a later stage could not finish. Raises UserError with the packages that stages to be done need."""
-    missing = missing_packages(run.recipe, [stage.name for stage in chosen])
-    due = [stage.name for stage in chosen if stage.name in missing and (stage in again or _to_do(read_finished(run, stage)))]
-    if due:
-        raise UserError("\n".join(missing[name] for name in due))
+    names: dict[str, Stage] = {stage.name: stage for stage in chosen}
+    check_packages(run.recipe, names, lambda name: names[name] not in again and not _to_do(read_finished(run, names[name])))
 
 
 def undo_again(run: Run, *, yes: bool = False) -> None:

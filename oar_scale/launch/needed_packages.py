@@ -6,21 +6,34 @@ package may come days later.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Collection
 
-from oar_scale.config.extras import missing_packages
+from oar_scale.config import extras
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
 from oar_scale.launch.profile import RayProfile, SlurmProfile
+from oar_scale.observe.run_location import RunLocation
 
 
 def check_packages(recipe: Recipe, stages: Collection[str]) -> None:
-    """Raise UserError where this environment lacks a package that one of these stages needs; no stages: those of the recipe."""
-    missing = missing_packages(recipe, stages or [stage.name for stage in recipe.stages()])
-    if missing:
-        raise UserError("\n".join(missing.values()))
+    """Raise UserError where this environment lacks a package that one of these stages needs, and that stage is not finished.
+
+    Args:
+        stages: none: those of the recipe.
+    """
+    extras.check_packages(recipe, stages or [stage.name for stage in recipe.stages()], lambda stage: stage in _finished(recipe))
+
+
+def _finished(recipe: Recipe) -> set[str]:
+    """The stages of the recipe's run that are finished; none where its storage does not answer here, which the job itself may reach."""
+    run = RunLocation(recipe.name, os.path.join(os.path.abspath(recipe.local_dir), "events"), recipe.root)
+    try:
+        return {name for name, stage in run.finished().items() if stage.stale is None}
+    except (UserError, OSError):
+        return set()
 
 
 def is_environment_of(profile: SlurmProfile | RayProfile) -> bool:

@@ -13,9 +13,10 @@ from test_refusals import fake
 from oar_scale.cli import main
 from oar_scale.config import extras
 from oar_scale.config.loading import load_recipe
+from oar_scale.errors import UserError
 from oar_scale.launch import ray_entry
 from oar_scale.launch.jobs import dry_run
-from oar_scale.launch.needed_packages import is_environment_of
+from oar_scale.launch.needed_packages import check_packages, is_environment_of
 from oar_scale.launch.profile import Container, SlurmProfile, load_profile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +62,27 @@ def test_a_submission_is_refused_where_jobs_share_the_environment(
     assert main([*submit, profile(tmp_path)]) == 2
     assert FAULT in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert main([*submit, profile(tmp_path), "--stages", "data,pretrain"]) == 0, "those stages need no features"
+
+
+@pytest.mark.usefixtures("without_eval")
+def test_finished_stages_need_no_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a submission, a chain's first command and a Ray job; what has to be done again counts."""
+    fake(tmp_path, monkeypatch, sbatch="echo 7", squeue="", scancel="", scontrol="", sinfo="")
+    monkeypatch.chdir(tmp_path)
+    marker = tmp_path / "runs" / "new" / "stages" / "evaluate.json"
+    marker.parent.mkdir(parents=True)
+    submit = ["submit", SMOKE, "-o", "run_dir=runs/new", "--cluster", profile(tmp_path)]
+    for stale, code in (({"stale": "finetune"}, 2), ({}, 0)):
+        marker.write_text(json.dumps({"stage": "evaluate", "seconds": 1, **stale}))
+        assert main(submit) == code, capsys.readouterr().err
+    stored = "runs/new/jobs/recipe-1.yaml"
+    check_packages(load_recipe(stored), ["pretrain", "evaluate"])
+    monkeypatch.setattr(ray_entry.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(ray_entry.subprocess, "call", lambda command, env: 0)
+    assert ray_entry.main(["--max-failures", "2", "--backoff-s", "0.01", "--recipe", stored, "pretrain", "evaluate"]) == 0
+    marker.unlink()
+    with pytest.raises(UserError, match="no_such_package"):
+        check_packages(load_recipe(stored), ["pretrain", "evaluate"])
 
 
 def test_whether_jobs_share_the_environment_is_read_from_the_profile() -> None:
