@@ -75,6 +75,7 @@ def examine_cluster(cluster: str, profile_overrides: Sequence[str], recipe: str 
 
 
 def _slurm(profile: SlurmProfile, recipe: Recipe | None) -> Iterator[Finding]:
+    slurm.refuse_clusters(profile)
     name = f"oar-doctor-{secrets.token_hex(4)}"
     options = [*slurm.allocation(profile, name, profile.nodes), *profile.sbatch]
     tested = run_client("sbatch", "--test-only", "--wrap=true", *options)

@@ -122,17 +122,18 @@ def dry_run(
         yield (f"# after {specs[index - 1].name} succeeded:\n" if index else "") + file.text
 
 
-def find_jobs(run: str) -> list[JobStatus]:
+def find_jobs(run: str, *, believe_done: bool = False) -> list[JobStatus]:
     """Ask the scheduler for the states of the jobs of a run's last submission.
 
     Args:
         run: the run's folder, or its recipe.
+        believe_done: do not ask for jobs that have recorded that they are done.
 
     Raises:
         UserError: nothing was submitted, or the scheduler does not answer.
     """
     run_dir = run_folder(run)
-    return _statuses(run_dir, last_submission(run_dir))
+    return _statuses(run_dir, last_submission(run_dir), believe_done=believe_done)
 
 
 def cancel(run: str) -> list[Job]:
@@ -184,8 +185,10 @@ def _submit(
     folder: str,
     forget: bool,
 ) -> Submission:
+    if isinstance(profile, SlurmProfile):
+        slurm.refuse_clusters(profile)
     if is_environment_of(profile):
-        check_packages(recipe, [stage for spec in specs for stage in spec.stages])
+        check_packages(recipe.in_folder(folder), [stage for spec in specs for stage in spec.stages])
     run_dir = os.path.join(folder, recipe.local_dir)
     with locked(run_dir):
         before = read_submissions(run_dir)
@@ -284,15 +287,16 @@ def _cancel(submission: Submission, jobs: Sequence[Job]) -> None:
         slurm.scancel([job.id for job in reversed(jobs)], submission.where)
 
 
-def _statuses(run_dir: str, submission: Submission, forget: bool = False) -> list[JobStatus]:
+def _statuses(run_dir: str, submission: Submission, forget: bool = False, believe_done: bool = False) -> list[JobStatus]:
     """The state of each job. A cluster that does not answer may still run them, so they count as gone only with ``forget``."""
+    done = {job.id: JobState("COMPLETED") for job in submission.jobs if believe_done and job.recorded_done(run_dir)}
     try:
         if submission.kind == "ray":
             from oar_scale.launch import ray_jobs
 
             states = ray_jobs.states(submission)
         else:
-            states = slurm.states([job.id for job in submission.jobs], submission.where)
+            states = {**done, **slurm.states([job.id for job in submission.jobs if job.id not in done], submission.where)}
     except UserError as error:
         if not forget:
             where = submission.where or "the Slurm of the machine that submitted"

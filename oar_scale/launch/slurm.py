@@ -33,7 +33,7 @@ interface=$(ip -o -4 address show 2>/dev/null | while read -r _ name _ found _; 
 [ -z "$interface" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${interface%%[[:space:]]*}}
 """.strip()
 """Shell lines for a node whose ``$address`` is known: gloo, which takes no prefix of a name, uses the interface that has it."""
-REFERENCE = re.compile(r"\$\{(?P<braced>[A-Za-z_]\w*)\}|\$(?P<plain>[A-Za-z_]\w*)|(?P<home>^~(?=/))|(?P<dollar>\$\$)")
+REFERENCE = re.compile(r"\$\{(?P<braced>[A-Za-z_]\w*)(?P<optional>:-)?\}|\$(?P<plain>[A-Za-z_]\w*)|(?P<home>^~(?=/))|(?P<dollar>\$\$)")
 """A variable in a value of ``env``, in the shell's notation."""
 PLAIN = re.compile(r"[\w%+=@:./-]*")
 """Text that needs no quotes in a line ``#SBATCH``."""
@@ -112,17 +112,19 @@ def render(
 def setup_script(profile: SlurmProfile) -> str:
     """The profile's setup and env, as shell lines. One that fails is reported to the shell function ``setup_failed``, which whoever uses
     this defines before, and ends the shell with code 2."""
-    exports = [f"export {name}={_shell_value(name, value)}" for name, value in profile.env.items()]
+    exports = [(name, _shell_value(name, value)) for name, value in profile.env.items()]
     return _templates().get_template("job_setup.sh.j2").render(setup=profile.setup, exports=exports)
 
 
 def _shell_value(name: str, value: str) -> str:
-    """A value of ``env`` for the shell of a job: literal but for ``$NAME``, ``${NAME}``, ``$$`` (a dollar) and ``~/`` at its start."""
+    """A value of ``env`` for the shell of a job: literal but for ``$NAME``, ``${NAME}``, ``${NAME:-}`` (which may be unset or empty),
+    ``$$`` (a dollar) and ``~/`` at its start."""
     pieces, end = [], 0
     for match in REFERENCE.finditer(value):
         pieces += [shlex.quote(value[end : match.start()])] if match.start() > end else []
         variable = match["braced"] or match["plain"] or "HOME"
-        reference = f'"${{{variable}:?is not set on this node, and env.{name} of the profile refers to it}}"'
+        unset = f"is not set on this node, and env.{name} of the profile refers to it; \\${{{variable}:-\\}} where it may be unset or empty"
+        reference = f'"${{{variable}{match["optional"] or f":?{unset}"}}}"'
         pieces.append("'$'" if match["dollar"] else reference)
         end = match.end()
     return "".join([*pieces, *([shlex.quote(value[end:])] if end < len(value) or not pieces else [])])
@@ -174,6 +176,18 @@ def excluded_nodes(profile: SlurmProfile) -> list[str]:
     """Nodes that the profile's ``sbatch`` options exclude; ``--exclude`` on the command line replaces them, so it has to repeat them."""
     matches = [re.fullmatch(r"--exclude[= ]\s*(\S+)", option) for option in profile.sbatch]
     return [match[1] for match in matches if match]
+
+
+def refuse_clusters(profile: SlurmProfile) -> None:
+    """Raise UserError where jobs would go to another cluster of a multi-cluster Slurm: their states are asked of one's own."""
+    options = [*profile.sbatch, *(option for stage in profile.stages.values() for option in stage.sbatch or ())]
+    found = [option for option in options if re.match(r"--clusters\b", option)]
+    found += [f"SLURM_CLUSTERS={os.environ['SLURM_CLUSTERS']} in this shell"] if os.environ.get("SLURM_CLUSTERS") else []
+    if found:
+        raise UserError(
+            f"{found[0]}: jobs for another cluster of a multi-cluster Slurm are not supported. "
+            "Leave that out, and submit on a login node of that cluster, or with its SLURM_CONF."
+        )
 
 
 def _pattern(folder: str, name: str) -> str:
@@ -233,14 +247,20 @@ def sbatch(script: str, name: str, *, after: str | None = None, exclude: Sequenc
         hold: do not start it before :func:`release`.
 
     Raises:
-        UserError: Slurm refuses the job.
+        UserError: Slurm refuses the job, or prints no number for it.
     """
     options = [*(["--hold"] if hold else []), *([f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else [])]
     options += [f"--exclude={','.join(exclude)}"] if exclude else []
     done = run_client("sbatch", "--parsable", *options, script)
     if done.returncode:
         raise UserError(explain_refusal(f"sbatch refuses the job {name}", done.stderr))
-    return done.stdout.strip().split(";")[0]
+    numbers = re.findall(r"^(\d+)(?:;\S*)?$", done.stdout, re.MULTILINE)  # a site's wrapper of sbatch may print more
+    if not numbers:
+        raise UserError(
+            f"sbatch has printed no number of the job {name}, but: {done.stdout.strip()[:500]!r}\n"
+            "Has it been submitted (squeue --me)? Cancel it with scancel, and have sbatch --parsable print its number on a line of its own."
+        )
+    return str(numbers[-1])
 
 
 def release(job: str, name: str) -> None:

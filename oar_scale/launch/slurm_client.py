@@ -19,7 +19,7 @@ from oar_scale.errors import UserError
 
 CLIENT_S = 60
 """Timeout of one of Slurm's commands, which by themselves wait minutes for a controller that is gone."""
-LOCATION = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"}
+LOCATION = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}
 """The variables that say which cluster is meant and who asks; they are kept."""
 SETTING = re.compile(r"(?:SLURM|SLURMD|SBATCH|SALLOC|SRUN|SQUEUE|SACCT|SCONTROL|SCANCEL|SINFO|PMI\d?|PMIX\w*?)_\w+")
 """Variables that Slurm's commands read, or that Slurm sets in an allocation and its steps."""

@@ -12,6 +12,7 @@ RUN/jobs/1-pretrain/job.sbatch     what sbatch got
                     42.avoided     a node that failed its check when there was no other node to compare
                     42.holder      instead of holder, the lease of a task of an array
                     42.outcome     how it ended
+                    setup-failed   a task of an array has reported that a line of setup failed: the others need not
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class Job:
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         tasks = dict.fromkeys(name.split(".")[0] for name in names if name.split(".")[0].split("_")[0] == self.id)
         return [_content(os.path.join(folder, f"{task}.outcome")) for task in tasks]
+
+    def recorded_done(self, run_dir: str) -> bool:
+        """Whether the job has recorded that it is done; never of an array, whose tasks may not all have begun."""
+        return _content(os.path.join(run_dir, self.folder, f"{self.id}.outcome")) == "done"
 
 
 @dataclass

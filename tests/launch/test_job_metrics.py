@@ -9,7 +9,7 @@ import pytest
 
 from oar_scale.cli import main
 from oar_scale.errors import UserError
-from oar_scale.launch import job_metrics, slurm
+from oar_scale.launch import find_jobs, job_metrics, slurm
 from oar_scale.launch.job_state import JobState
 from oar_scale.launch.submissions import Job, Submission, write_submissions
 
@@ -62,7 +62,7 @@ def test_a_job_waits_only_when_none_before_it_holds_it_up(
     assert {name: value for name, value in found.items() if "pending" in name} == {pending("pretrain", 40): 86400}
     (run / "jobs" / "1-pretrain" / "40.outcome").write_text("done\n")
     os.utime(run / "jobs" / "1-pretrain" / "40.outcome", (NOW - 3600, NOW - 3600))
-    scheduler(monkeypatch, "COMPLETED", "PENDING", "PENDING")
+    scheduler(monkeypatch, "PENDING", "PENDING")  # not asked for the first one, which has recorded that it is done
     found = metrics(capsys, run)
     assert {name: value for name, value in found.items() if "pending" in name} == {pending("extract", 41): 3600}
 
@@ -101,6 +101,17 @@ def test_a_damaged_record_silences_no_other_run(
     scheduler(monkeypatch, "NODE_FAIL", "CANCELLED", "CANCELLED")
     assert len(metrics(capsys, run / "broken", run)) == 3
     assert "broken" in caplog.text
+
+
+def test_a_run_that_is_done_is_not_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a cron job with all runs of a folder. A task of an array says nothing of the others."""
+    for name, outcome in (("1-pretrain/40", "done"), ("1-extract/41_0", "done"), ("1-finetune/42", "failed: x")):
+        (run / "jobs" / f"{name}.outcome").write_text(f"{outcome}\n")
+    asked: list[str] = []
+    monkeypatch.setattr(slurm, "states", lambda ids, where: asked.extend(ids) or dict.fromkeys(ids, JobState("FAILED")))
+    assert metrics(capsys, run)[failed("pretrain", 40, "COMPLETED")] == 0
+    assert asked == ["41", "42"]
+    assert len(find_jobs(str(run))) == 3 and asked[2:] == ["40", "41", "42"], "a second submission is let in by Slurm alone"
 
 
 def test_a_scheduler_that_is_silent_is_a_warning(

@@ -15,7 +15,9 @@ import pytest
 from cluster.dev import slurm as dev_slurm
 from cluster.dev.slurm import Cluster
 from oar_scale.cli import main
+from oar_scale.errors import UserError
 from oar_scale.launch import cancel, find_jobs, logs
+from oar_scale.launch.slurm import sbatch
 from oar_scale.launch.submissions import last_submission
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +89,31 @@ def test_a_head_that_does_not_answer_is_named(
     monkeypatch.setenv("SLURM_CONF", str(dead))
     output = refused(tmp_path, capsys)
     assert "Unable to contact slurm controller" in output and "slurmctld up (scontrol ping)" in output
+
+
+@pytest.mark.parametrize("printed", ["12", "12;here", "Welcome\n* 3 jobs left\n12;here\n", "12\nSee https://site/quota 99", "7\n12\n"])
+def test_the_number_of_a_job_is_found_in_what_sbatch_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str) -> None:
+    """Sites wrap it in scripts of their own."""
+    fake(tmp_path, monkeypatch, sbatch=f"cat <<'END'\n{printed}\nEND")
+    assert sbatch("job.sbatch", "pretrain") == "12"
+
+
+def test_an_sbatch_that_prints_no_number_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, monkeypatch, sbatch="echo Submitted batch job 12")
+    with pytest.raises(UserError, match="no number of the job pretrain, but: 'Submitted batch job 12'"):
+        sbatch("job.sbatch", "pretrain")
+
+
+def test_jobs_for_another_cluster_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever that is said; the states of such jobs could not be asked for."""
+    fake(tmp_path, monkeypatch, sbatch="echo 7", squeue="", sinfo="")
+    for profile in ({"sbatch": ["--clusters=b"]}, {"stages": {"extract": {"sbatch": ["--clusters b"]}}}):
+        assert "another cluster of a multi-cluster Slurm" in refused(tmp_path, capsys, **profile)
+    monkeypatch.setenv("SLURM_CLUSTERS", "b")
+    assert "SLURM_CLUSTERS=b in this shell: jobs for another cluster" in refused(tmp_path, capsys)
+    monkeypatch.delenv("SLURM_CLUSTERS")
+    (tmp_path / "mine.yaml").write_text('{"type": "slurm", "cpus_per_node": 1, "time": "00:05:00", "sbatch": ["--cluster-constraint=x"]}')
+    assert main(["submit", SMOKE, "--cluster", str(tmp_path / "mine.yaml"), "-o", f"run_dir={tmp_path}/run", "-p", "warn_s=30"]) == 0
 
 
 def test_a_machine_without_slurm_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,9 +52,10 @@ def stub_runs(slurm: Cluster, stub: Path, tmp_path_factory: pytest.TempPathFacto
 def test_of_slurms_variables_only_those_that_locate_it_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
         monkeypatch.delenv(name)
-    given = {"SLURM_CONF": "/c", "SLURM_JWT": "t", "SLURM_CLUSTERS": "a", "HOME": "/me", "SLURMISH": "1"}
+    given = {"SLURM_CONF": "/c", "SLURM_JWT": "t", "HOME": "/me", "SLURMISH": "1"}
     inside = {
         "SLURM_JOB_ID": "1",
+        "SLURM_CLUSTERS": "a",
         "SLURMD_NODENAME": "n1",
         "CUDA_VISIBLE_DEVICES": "0",
         "PMIX_RANK": "0",
@@ -139,11 +140,50 @@ def test_setup_lines_share_one_shell_and_may_belong_together() -> None:
     assert code == 0 and output == f"WENT ON: 1 and ab in ~/x $(not) '$ {home}/cache/ab $HOME\n", output
 
 
+@pytest.mark.parametrize(
+    ("setup", "got"),
+    [
+        (["export GOT=a\\", "b \\", "    A=c"], "ab  c"),
+        (["read -r GOT <<END", "first", "END"], "first  "),
+        (["GOT=$(cat <<A; cat <<'B'", "one", "A", "false $(exit 1)", "B", ")"], "one\nfalse $(exit 1)  "),
+        (["shopt -s extglob", "GOT=aab", "A=${GOT/+(a)/x}", "case $A in !(xb)) false ;; esac", "OF=1"], "aab 1 xb"),
+        (["if true; then", "    GOT=1", "fi"], "1  "),
+        (["if false; then", "    false", "else GOT=2; fi"], "2  "),
+        (["load() {", "    GOT=$1", "}", "load 3"], "3  "),
+        (["true &&", "GOT='a", "b'"], "a\nb  "),
+    ],
+    ids=["backslash", "heredoc", "heredocs", "extglob", "if", "else", "function", "quotes"],
+)
+def test_setup_lines_that_go_on_in_the_next_one(setup: list[str], got: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever bash itself says of the shell's environment when it starts."""
+    monkeypatch.setenv("LC_ALL", "no_such_locale")
+    monkeypatch.setenv("BASH_FUNC_broken%%", "no function")
+    code, output = run_setup(setup, {})
+    assert code == 0 and f"WENT ON: {got}\n" in output, output
+
+
+@pytest.mark.parametrize("before", [["cat <<END", "text", "END"], ["shopt -s extglob", "true !(a)"]], ids=["heredoc", "extglob"])
+def test_a_line_that_fails_after_such_lines_is_named(before: list[str]) -> None:
+    code, output = run_setup([*before, "false", "true"], {})
+    assert code == 2 and "the line `false` of setup in the profile ended with code 1" in output, output
+
+
 def test_a_variable_of_env_that_is_not_set_is_named() -> None:
     code, output = run_setup([], {"CACHE": "/tmp/$NOBODY/x"})
     assert code == 2 and "NOBODY: is not set on this node, and env.CACHE of the profile refers to it" in output
     code, output = run_setup([], {"UID": "0"})
-    assert code == 2 and "UID: readonly variable" in output and "a variable of env in the profile cannot be set" in output
+    assert code == 2 and "UID: readonly variable" in output and "the variable UID of env in the profile cannot be set" in output
+
+
+def test_a_variable_of_env_may_be_said_to_be_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual way to put a folder before a list that may be empty; without that, the variable that is set is named, and the way out."""
+    for value in (None, ""):
+        monkeypatch.setenv("LIST", value) if value is not None else monkeypatch.delenv("LIST", raising=False)
+        code, output = run_setup(["true"], {"GOT": "/x:$LIST", "OF": "1"})
+        assert code == 2 and "the variable GOT of env in the profile cannot be set" in output and "${LIST:-} where it may be" in output
+        assert run_setup(["true"], {"GOT": "/x:${LIST:-}", "OF": "", "A": "${LIST:-}$$"}) == (0, "WENT ON: /x:  $\n")
+    monkeypatch.setenv("LIST", "/y z")
+    assert run_setup([], {"GOT": "/x:${LIST:-}", "OF": "", "A": ""}) == (0, "WENT ON: /x:/y z  \n")
 
 
 def test_a_failing_setup_ends_jobs_and_arrays_with_code_2(stub_runs: StubRuns) -> None:
