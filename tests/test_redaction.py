@@ -263,6 +263,16 @@ def test_no_recipe_with_a_secret_is_used(monkeypatch: pytest.MonkeyPatch, capsys
         assert main(["recipe", recipe, "-o", setting]) == 2
         error = capsys.readouterr().err
         assert "keys and passwords do not belong in a recipe" in error and setting.partition("=")[2] not in error
+    for words in (
+        "curl, -u, me:hunter2, host",
+        "env, MYTOKEN=hunter2, tell",
+        "tell, --token, hunter2",
+        "sh, -c, export MYTOKEN=hunter2; tell",
+    ):
+        assert main(["recipe", recipe, "-o", f"observe.notify.command=[{words}]"]) == 2
+        error = capsys.readouterr().err
+        assert "observe.notify.command" in error and "do not belong in a recipe" in error and "hunter2" not in error
+    assert load_recipe(recipe, ["observe.notify.command=[curl, -d, '@-', $MY_HOOK, --token, $MYTOKEN]"]).observe.notify.command
     monkeypatch.setenv("MYTOKEN", "hunter2")
     assert main(["recipe", recipe, "-o", "run_dir=$MYTOKEN/x"]) == 2
     error = capsys.readouterr().err

@@ -29,6 +29,8 @@ OVERRIDE = "-o"
 MOST_BYTES, MOST_VALUES, MOST_FILES, DEEPEST = 256 << 10, 100_000, 100, 50
 """Of one file: its size, its values once aliases stand for what they name, and how deep they are nested; and how many files may extend
 one another. Far above what anyone writes: a file of a few lines may stand for billions of values, and nothing would answer any more."""
+COMMAND = ("observe", "notify", "command")
+"""The one setting of a recipe that is a program with its arguments."""
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -81,7 +83,8 @@ def refuse_secrets(layers: Setting, what: str, shell: bool = False) -> None:
         shell: values may be lines of shell; but for those below ``env``, which are variables.
     """
     for keys, setting, value in _texts(layers):
-        why = secret_in_line(value) if shell and keys[0] not in ("env", "pass_env") else secret_in(keys[-1], value)
+        lines = keys[0] not in ("env", "pass_env") if shell else keys == COMMAND
+        why = secret_in_line(value) if lines else secret_in(keys[-1], value)
         if why is not None and keys[0] != "pass_env":
             raise UserError(
                 f"{setting.origin}  {'.'.join(keys)}\n  {keys[-1]}: keys and passwords do not belong in a {what}; export it in the shell "
@@ -95,9 +98,10 @@ def _texts(setting: Setting, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple
     if isinstance(setting.value, dict):
         for key, inner in setting.value.items():
             yield from _texts(inner, (*keys, key))
-    for value in setting.value if isinstance(setting.value, list) else [setting.value]:
-        if isinstance(value, str) and keys:
-            yield keys, setting, value
+    values = setting.value if isinstance(setting.value, list) else [setting.value]
+    texts = [value for value in values if isinstance(value, str) and keys]
+    for text in texts + ([" ".join(texts)] if keys == COMMAND else []):
+        yield keys, setting, text
 
 
 def _read_file(path: str, missing: str, inside: tuple[str, ...], default_type: DefaultType, read: list[str]) -> Setting:

@@ -48,6 +48,7 @@ from oar_scale.errors import UserError
 from oar_scale.redaction import redact, secret_name
 from oar_scale.storage import Missing, Unreachable
 from oar_scale.storage.s3_types import S3Client
+from oar_scale.text import cut
 
 TRIES = 6
 """Tries per request, unless AWS_MAX_ATTEMPTS says otherwise; botocore waits between them (its standard mode)."""
@@ -98,6 +99,11 @@ class NoBucket(Exception):
 def split(uri: str, folder: bool = False) -> tuple[str, str]:
     """Return bucket and key of an ``s3://`` URI. Raises UserError where one is missing; of a ``folder``, the key may be empty."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):  # not shown: it may well be a key
+        raise UserError(
+            "s3://***: a bucket's name has neither : nor @ in it. Keys do not belong in a URL: set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
+        )
     if not bucket or not (key or folder):
         raise UserError(f"{uri}: a bucket and a name are needed, like s3://bucket/prefix/name.")
     return bucket, key
@@ -123,7 +129,7 @@ def requests_sent() -> int:
 def _make_client(process: int, environment: tuple[tuple[str, str], ...], timeout_s: float) -> S3Client:
     _check_variables()
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", TRIES))},
+        retries={"mode": "standard", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS") or TRIES)},
         connect_timeout=10,
         read_timeout=timeout_s,
         max_pool_connections=32,
@@ -154,9 +160,11 @@ def _check_variables() -> None:
             raise UserError(f"{name}: has a character in it that is not ASCII. Export it again.")
         if _ENDPOINTS.fullmatch(name) and value and not _is_url(value):
             raise UserError(f"{name}={redact(value)}: is no URL. It has to begin with http:// or https://, like http://localhost:8333.")
-    attempts = os.environ.get("AWS_MAX_ATTEMPTS", "1")
-    if not attempts.isdecimal() or int(attempts) < 1:
-        raise UserError(f"AWS_MAX_ATTEMPTS={attempts}: is not a number of tries. Set it to 1 or more, or unset it for {TRIES}.")
+    attempts = os.environ.get("AWS_MAX_ATTEMPTS") or str(TRIES)
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", attempts):
+        raise UserError(
+            f"AWS_MAX_ATTEMPTS={cut(attempts, characters=40)}: is not a number of tries. Set it to 1 or more, or unset it for {TRIES}."
+        )
     for name in _FILE_VARIABLES:
         if os.environ.get(name) and not os.path.exists(os.environ[name]):
             raise UserError(f"{name}={os.environ[name]}: there is no such file. Correct the variable, or unset it.")
@@ -184,7 +192,7 @@ def _wrong_setting(error: Exception, uri: str = "") -> UserError:
     if remedy is None and filename:
         remedy = f"{filename} is named in {_FILES}: correct it there."
     remedy = remedy or f"Check the variables of this shell ({', '.join(sorted(ours))}), and {_FILES}."
-    why = f"{type(error).__name__}: {error}" if isinstance(error, BotoCoreError | OSError) else type(error).__name__
+    why = f"{type(error).__name__}: {error}" if isinstance(error, BotoCoreError | OSError | ValueError) else type(error).__name__
     lead = "no S3 credentials" if isinstance(error, _NO_KEYS) else "the settings of S3 cannot be used"
     return UserError(f"{uri or 'S3'}: {lead} ({redact(why)}).\n{remedy}")
 

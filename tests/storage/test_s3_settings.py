@@ -13,7 +13,7 @@ import pytest
 from oar_scale.cli import main
 from oar_scale.errors import UserError
 from oar_scale.storage import open_storage
-from oar_scale.storage.s3_client import explained
+from oar_scale.storage.s3_client import TRIES, client, explained
 
 KEY, SECRET, SESSION = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "FwoGZXIvYXdzEJr"
 ABSENT = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
@@ -30,6 +30,7 @@ FILES = {
     "absent": "[profile p]\ncredential_process=/no/such/program\n",
     "role": "[profile p]\nrole_arn=arn:aws:iam::1:role/x\nsource_profile=nowhere\n",
     "loop": "[profile p]\nrole_arn=x\nsource_profile=q\n[profile q]\nrole_arn=y\nsource_profile=p\n",
+    "endpoint": "[default]\nendpoint_url = localhost:9\n",
     "address": "[default]\ns3 =\n  addressing_style = sideways\n",
 }
 PROFILE = {**ABSENT, "AWS_PROFILE": "p"}
@@ -41,6 +42,9 @@ CASES: dict[str, tuple[dict[str, str], str]] = {
     "endpoint with a bracket": ({"AWS_ENDPOINT_URL": "http://[::1"}, "AWS_ENDPOINT_URL"),
     "endpoint of S3 alone": ({"AWS_ENDPOINT_URL_S3": "localhost"}, "AWS_ENDPOINT_URL_S3"),
     "tries in words": ({"AWS_MAX_ATTEMPTS": "many"}, "AWS_MAX_ATTEMPTS"),
+    "tries without end": ({"AWS_MAX_ATTEMPTS": "9" * 5000}, "is not a number of tries"),
+    "endpoint with a name that is none": ({"AWS_ENDPOINT_URL": "http://my_host:9"}, "Invalid endpoint: http://my_host:9"),
+    "endpoint in the file": ({"AWS_ENDPOINT_URL": "", "AWS_CONFIG_FILE": "{endpoint}"}, "Invalid endpoint: localhost:9"),
     "no tries": ({"AWS_MAX_ATTEMPTS": "0"}, "AWS_MAX_ATTEMPTS"),
     "negative tries": ({"AWS_MAX_ATTEMPTS": "-1"}, "AWS_MAX_ATTEMPTS"),
     "line end in the secret": ({"AWS_SECRET_ACCESS_KEY": f"{SECRET}\n"}, "AWS_SECRET_ACCESS_KEY"),
@@ -121,3 +125,18 @@ def test_a_file_that_vanishes_later_is_a_setting_too(files: dict[str, str], monk
         raise FileNotFoundError(2, "No such file or directory", files["sso"])
     with pytest.raises(OSError, match="No space left"), explained("s3://bucket/x"):
         raise OSError(28, "No space left on device", "/somewhere")
+
+
+def test_an_empty_number_of_tries_is_none(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "")
+    assert client().meta.config.retries["total_max_attempts"] == TRIES
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://me:hunter2@bucket/x", "s3://hunter2@bucket/x", "s3://me:hun/ter2@bucket/x", "s3://me:hun@ter2@bucket"]
+)
+def test_a_key_in_the_url_of_a_bucket_is_not_shown(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in (["checkpoint", "verify"], ["data", "stats"], ["status"]):
+        assert main([*verb, uri]) == 2
+        error = capsys.readouterr().err
+        assert "hun" not in error and "ter2" not in error and "Keys do not belong in a URL" in error
