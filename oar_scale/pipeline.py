@@ -65,7 +65,8 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
         for stage in stages:
             if only in (None, stage.name):
                 if stage.ray and _to_do(read_finished(run, stage)):
-                    stack.enter_context(_shared_ray(run.recipe))
+                    with _reporting(run, stage):
+                        stack.enter_context(_shared_ray(run.recipe))
                 _run_stage(run, stage, drivers)
     catch_up(run.events, run.recipe, run.at(), names, run.console.say)
     run.console.say(f"finished in {duration(time.monotonic() - began)}")
@@ -143,6 +144,12 @@ def _run_stage(run: Run, stage: Stage, drivers: Drivers) -> None:
         run.console.say(f"{label}: done before in {duration(finished.marker['seconds'])}, skipped")
         return
     run.console.stage(label, stage.title, expected_duration(run.recipe, stage))
+    with _reporting(run, stage):
+        _do_stage(run, stage, finished)
+
+
+def _do_stage(run: Run, stage: Stage, finished: Finished | None) -> None:
+    """Run a stage that nobody else does, and write down that it is done."""
     function, arguments = entry_point(stage), (run, stage.name) if stage.training else (run,)
     # Pools wait for the storage by rules of their own, and go on with something else meanwhile.
     patience = patient(0.0) if stage.shared else nullcontext()
@@ -158,18 +165,21 @@ def _run_stage(run: Run, stage: Stage, drivers: Drivers) -> None:
         results = function(*arguments)
     seconds = time.monotonic() - clock
     if finished is not None or is_again(run, stage):
-        mark_stale(run, dependents(stages, stage.name), stage)
+        mark_stale(run, dependents(run.recipe.stages(), stage.name), stage)
     write_finished(run, stage, {"seconds": seconds, "started": started, "results": results})
     drop_if_complete(run)
     run.console.say(f"  {stage.name} took {duration(seconds)}")
 
 
+def _reporting(run: Run, stage: Stage) -> AbstractContextManager[None]:
+    """Of several processes that train a stage together rank 0 reports how it fails."""
+    return nullcontext() if run.rank else reporting_failure(run.events, stage.name, run.recipe, run.at())
+
+
 def _watched(run: Run, stage: Stage) -> AbstractContextManager[None]:
     """A training stage is watched where its workers are started, which knows its steps; what several processes share, by the first."""
-    if stage.training:
+    if stage.training or (run.array is not None and run.array.index > 0):
         return nullcontext()
-    if run.array is not None and run.array.index > 0:
-        return reporting_failure(run.events, stage.name, run.recipe, run.at())
     return watching(run.events, stage.name, run.recipe, run.at(), console=run.console)
 
 

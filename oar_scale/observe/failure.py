@@ -28,6 +28,8 @@ RETRIED = "OAR_RETRIED"
 """Set in the environment of a driver that is started again when it fails."""
 LATER = "OAR_LATER_STAGES"
 """Set where later jobs of the same submission do more stages: their names."""
+_REPORTED = "_oar_reported"
+"""Attribute of an error that has been reported."""
 Ending = Literal["done", "continued", "stopped", "retried", "failed"]
 """How a driver ends; ``continued``: it is done, and a later job goes on."""
 log = logging.getLogger(__name__)
@@ -35,12 +37,16 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def reporting_failure(events: str, stage: str, recipe: Recipe, root: str) -> Iterator[None]:
-    """Report how the ``with`` body fails, if it does; see :func:`report_failure`. What goes wrong with that is a warning."""
+    """Report how the ``with`` body fails, if it does; see :func:`report_failure`. What goes wrong with that is a warning.
+
+    One inside another reports alone: the outer one is for what fails around it.
+    """
     try:
         yield
     except BaseException as error:
         how = ending(error)
-        if how in ("failed", "retried"):
+        if how in ("failed", "retried") and not vars(error).get(_REPORTED):
+            vars(error)[_REPORTED] = True
             why = first_line(str(error)) if isinstance(error, UserError) else error_line(error)
             try:
                 report_failure(events, stage, recipe, root, why, final=how == "failed")

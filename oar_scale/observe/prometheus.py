@@ -42,7 +42,9 @@ POLL_S = 1.0
 SEEN_S = 60.0
 """How long a driver that ends waits for Prometheus to see how."""
 SEEN_STOPPED_S = 15.0
-"""The same where it was asked to stop: its time may be short."""
+"""The same where it was asked to stop: its time may be short; and where nobody has read /metrics yet."""
+ASKED_S = 300.0
+"""Who has not read /metrics for so long is not waited for."""
 
 Labels = Mapping[str, str]
 Sample = tuple[Labels, float | None]
@@ -225,7 +227,10 @@ class MetricsServer:
         self._old = EventReader(events, stage, from_now=True).ends
         self._began = False
         self._begun, self._ended_as = time.time(), cast(tuple[Ending, float] | None, None)
-        self._scraped = threading.Event()
+        self._asked: dict[str, float] = {}
+        """Who has read /metrics, by address, and when last."""
+        self._waited_for: set[str] = set()
+        self._seen = threading.Event()
         self._registry.register(StageCollector({"run": recipe_name, "stage": stage}, self._view))
         self._address = (observe.metrics_address, observe.metrics_port)
         self._recipe_name = recipe_name
@@ -265,17 +270,30 @@ class MetricsServer:
     def show_ending(self, how: Ending, wait_s: float) -> None:
         """Answer once more with how the driver ended, until that is seen, at most ``wait_s``.
 
-        Where nobody has ever asked nobody is waited for, but after a failure: it may have come before Prometheus found the driver.
+        Everyone who has asked lately is waited for: there may be several replicas of Prometheus. Where nobody has ever asked nobody is,
+        but after a failure: it may have come before Prometheus found the driver.
         """
-        if not self._scraped.is_set() and how != "failed":
+        if not self._asked and how != "failed":
             return
+        self._waited_for = {client for client, at in dict(self._asked).items() if time.monotonic() - at < ASKED_S}
         self._say(f"waiting up to {wait_s:.0f} s until Prometheus has seen how this ended ({how})")
-        self._scraped.clear()
         self._ended_as = (how, time.time())
         self._open()
-        self._scraped.wait(wait_s)
+        self._seen.wait(wait_s)
         self.stop(0.0)
-        self._scraped.clear()
+
+    @property
+    def asked(self) -> bool:
+        """Whether anybody has read /metrics."""
+        return bool(self._asked)
+
+    def _answered(self, client: str) -> None:
+        """Somebody has read /metrics."""
+        self._asked[client] = time.monotonic()
+        if self._ended_as is not None:
+            self._waited_for.discard(client)
+            if not self._waited_for:
+                self._seen.set()
 
     def health(self) -> tuple[bool, str]:
         """Whether the stage is well, and what it is doing."""
@@ -327,7 +345,7 @@ class MetricsServer:
             def do_GET(self) -> None:
                 if self.path == "/metrics":
                     self._answer(200, server.metrics(), CONTENT_TYPE_PLAIN_0_0_4)
-                    server._scraped.set()
+                    server._answered(self.client_address[0])
                 elif self.path == "/healthz":
                     well, text = server.health()
                     self._answer(200 if well else 503, f"{text}\n".encode(), "text/plain; charset=utf-8")
@@ -357,9 +375,10 @@ def show_ending(events: str, how: Ending) -> None:
     Args:
         events: local folder of the run's events.
     """
-    server = _latest
+    global _latest
+    server, _latest = _latest, None  # what this process does next, if anything, is no matter of this server
     try:
         if server is not None and server.events == events:
-            server.show_ending(how, SEEN_STOPPED_S if how == "stopped" else SEEN_S)
+            server.show_ending(how, SEEN_S if server.asked and how != "stopped" else SEEN_STOPPED_S)
     except Exception as error:  # a view of the run must not be able to change how it ends
         log.warning("/metrics: %s: %s", type(error).__name__, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import re
 import threading
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
+from waiting import wait_until
 
 from oar_scale.config.schema import ObserveConfig, Recipe
 from oar_scale.launch.job_metrics import JOB_METRICS
@@ -196,6 +198,40 @@ def test_a_driver_stays_until_its_end_was_seen(scraped: bool, how: Ending, tmp_p
     )
     assert not (tmp_path / "metrics.json").exists()
     assert shown_at_the_end(server, "done") == []  # it was seen
+
+
+def test_a_driver_stays_until_every_replica_has_seen_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replicas of Prometheus ask in turn; the first that asks must not take the end from the other."""
+    monkeypatch.setattr(metrics, "SEEN_S", 600.0)
+
+    def ask(server: MetricsServer, source: str) -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600, source_address=(source, 0))
+        with contextlib.closing(connection):
+            connection.request("GET", "/metrics")
+            return connection.getresponse().read().decode()
+
+    with serving(tmp_path / "events") as server:
+        for source in ("127.0.0.2", "127.0.0.3"):
+            ask(server, source)
+    ending = threading.Thread(target=show_ending, args=(server.events, "done"), daemon=True)
+    ending.start()
+    wait_until((tmp_path / "metrics.json").exists)
+    for _ in range(3):
+        assert "oar_ended_timestamp_seconds{" in ask(server, "127.0.0.2")
+    assert not server._seen.is_set() and ending.is_alive()
+    assert "oar_ended_timestamp_seconds{" in ask(server, "127.0.0.3")
+    ending.join()
+
+
+def test_an_end_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run of the same process, in the same folder, is another story. Nobody has asked: the wait is short."""
+    waits: list[float] = []
+    monkeypatch.setattr(MetricsServer, "show_ending", lambda self, how, wait_s: waits.append(wait_s))
+    with serving(tmp_path / "events") as server:
+        pass
+    show_ending(server.events, "failed")
+    show_ending(server.events, "failed")
+    assert waits == [metrics.SEEN_STOPPED_S]
 
 
 def test_speed_and_straggler_are_compared(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from oar_scale import pipeline
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
+from oar_scale.observe.events import read_events
 from oar_scale.pipeline import run_pipeline, run_stage
 from oar_scale.registry import Stage
 from oar_scale.run.context import Run
@@ -216,6 +217,24 @@ def test_a_raster_run_says_so_where_orders_are_asked_for(run: Run) -> None:
     for ask in (run_compare, lambda run: run_orders(run, images=1), lambda run: run_train_head(run, "any_order"), run_predict):
         with pytest.raises(UserError, match=r"raster has one order for all images.*\n.*instructed or dual"):
             ask(raster)
+
+
+@pytest.mark.parametrize("where", ["ray", "stage", "training", "import", "folder", "marker"])
+def test_a_stage_that_fails_anywhere_reports_it_once(where: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also around what is watched: as Ray starts, before the workers of a training, and as it is written down that it is done."""
+
+    def fail(*_: object, **__: object) -> Any:
+        raise OSError("no space left")
+
+    stage = replace(stub("a"), ray=where == "ray", training="pretrain" if where == "training" else "")
+    use_stages(monkeypatch, stage, work=fail if where == "stage" else lambda run, name: {})
+    if where != "stage":
+        name = {"ray": "_shared_ray", "import": "entry_point", "folder": "bind_run_dir", "marker": "write_finished"}.get(where)
+        monkeypatch.setattr(pipeline, name or "entry_point", fail if name else lambda stage: fail)
+    with pytest.raises(OSError, match="no space left"):
+        run_pipeline(run)
+    [event] = read_events(run.events, "a")
+    assert (event["kind"], event["cause"]) == ("failed", "OSError: no space left")
 
 
 def test_a_failed_stage_is_not_finished(run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
