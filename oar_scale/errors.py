@@ -31,6 +31,10 @@ class Missing(UserError):
         return Missing, (self.uri,)  # the default would hand the whole text to __init__ when the error crosses a process
 
 
+class BadName(UserError):
+    """No object can have this name."""
+
+
 class Unreachable(UserError):
     """The storage does not answer: the same call may succeed later."""
 

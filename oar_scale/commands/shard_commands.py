@@ -49,7 +49,7 @@ def index_shards(job: IndexJob) -> None:
             f"tokenizer {manifest.tokenizer_id or 'unknown (--tokenizer-id)'}"
         )
     if index.bad_captions:
-        print(f"{index.bad_captions} captions are no text (not UTF-8); trainings replace their samples")
+        print(f"{index.bad_captions} captions are missing or no UTF-8; trainings replace their samples")
     if index.faults:
         print(f"{index.faults} faults in samples; oar data verify names them")
     _print_notes(index.notes)
@@ -64,7 +64,7 @@ def verify_shards(folder: str, manifest: str | None, workers: int, decode: bool)
     if result.fault_count > FAULTS_SHOWN:
         print(f"... and {result.fault_count - min(FAULTS_SHOWN, len(result.faults))} more")
     read = f"{result.shards} shards, {result.samples} samples, {result.bytes / 1e6:.1f} MB read"
-    captions = f"; {result.bad_captions} captions are no text (not UTF-8); trainings replace their samples" if result.bad_captions else ""
+    captions = f"; {result.bad_captions} captions are missing or no UTF-8; trainings replace their samples" if result.bad_captions else ""
     print(f"{folder}: {read}: {f'{result.fault_count} faults' if result.fault_count else 'all as the manifest says'}{captions}")
     _print_notes(result.notes)
     return 1 if result.fault_count else 0

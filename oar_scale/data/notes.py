@@ -62,9 +62,14 @@ class Notes:
         return f"left out or changed: {phrases}" if phrases else ""
 
 
+def escaped(name: str) -> str:
+    """A name from outside with its control characters and lone surrogates escaped."""
+    return name if name.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)
+
+
 def printable(name: str) -> str:
     """A name from outside as it may be printed: control characters and lone surrogates escaped, very long ones cut."""
-    shown = name if name.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)
+    shown = escaped(name)
     return shown if len(shown) <= NAME_LENGTH else shown[:NAME_LENGTH] + "..."
 
 

@@ -83,14 +83,20 @@ class OpenShard:
 
     def caption(self, row: int) -> str:
         """The caption of a sample; of one that has a label instead, ``class 3``. Raises UnusableSample where there is none, or no text."""
-        text = self.find(row, ("txt",))
-        label = self._label(row) if text is None else None
-        if not is_missing(label):
-            return f"class {label}"
+        data = self.find(row, ("txt",))
         try:
-            return decode_text(self.part(row, "txt"))
+            text = None if data is None else decode_text(data)
         except NotText as error:
             raise self.fault(row, f"cannot be used: its caption {error}") from error
+        if text is not None and not is_missing(text):
+            return text
+        label = self._label(row)
+        if is_missing(label):
+            raise self.fault(row, "has no .txt" if text is None else "has no caption: its .txt says nothing")
+        try:
+            return f"class {label_of(label)}"
+        except ValueError as error:
+            raise self.fault(row, f"cannot be used: no caption, and {error}") from error
 
     def prompts(self, field: Field) -> list[Prompt]:
         """The prompts of all samples, by row. Raises as :meth:`prompt`."""

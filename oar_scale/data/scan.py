@@ -23,6 +23,7 @@ import numpy as np
 
 from oar_scale.data.data_files import files_below, shards_among
 from oar_scale.data.images import EXTENSIONS, decode_image
+from oar_scale.data.labels import label_of, stored_label
 from oar_scale.data.notes import NO_DATA, Notes
 from oar_scale.data.tar_samples import TWICE, Parts, samples
 from oar_scale.data.tars import map_file
@@ -30,7 +31,7 @@ from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject, parse_object
 from oar_scale.names import relative_path
 from oar_scale.storage import open_storage
-from oar_scale.text import NotText, decode_text
+from oar_scale.text import NotText, decode_text, is_missing
 
 FAULTS_KEPT = 20
 """Faults of a shard that are kept as text; the others are counted."""
@@ -53,7 +54,7 @@ class ShardScan:
     """Views and cells of its codes; None where it has none."""
     largest_code: int = -1
     bad_captions: int = 0
-    """Captions that are no text (:mod:`oar_scale.text`): trainings replace their samples."""
+    """Captions that are missing or no text (:mod:`oar_scale.text`): trainings replace their samples."""
     faults: list[str] = field(default_factory=list)
     fault_count: int = 0
     notes: dict[str, JsonObject] = field(default_factory=dict)
@@ -151,13 +152,14 @@ def _check_parts(scan: ShardScan, key: str, sample: Parts, decode: bool) -> None
     """What one sample's members say by themselves."""
     if sample.doubled:
         scan.fault(f"sample {key!r} has two members .{sample.doubled}")
-    if "txt" in sample and not _is_text(sample["txt"]):
-        scan.bad_captions += 1
+    metadata: JsonObject = {}
     if "json" in sample:
         try:
-            parse_object(bytes(sample["json"]))
+            metadata = parse_object(bytes(sample["json"]))
         except ValueError as error:
             scan.fault(f"sample {key!r} has a .json that is none ({error})")
+    if "txt" in sample and not _is_caption(sample, metadata):
+        scan.bad_captions += 1
     picture = next((sample[part] for part in EXTENSIONS if part in sample), None)
     if decode and picture is not None:
         try:
@@ -264,10 +266,13 @@ def npy_header(data: memoryview) -> tuple[tuple[int, ...], str, bool, int]:
     return tuple(int(number) for number in shape.replace(",", " ").split()), dtype, fortran == "True", end
 
 
-def _is_text(data: memoryview) -> bool:
+def _is_caption(sample: Parts, metadata: JsonObject) -> bool:
+    """Whether the ``.txt`` of a sample is text, and says something where nothing else does: no label and no features."""
     try:
-        decode_text(data)
-    except NotText:
+        if not is_missing(decode_text(sample["txt"])) or "features.npy" in sample:
+            return True
+        label_of(stored_label(metadata, sample.get("cls")))
+    except (NotText, ValueError):
         return False
     return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,14 @@ def tokenize_shard(source: str, target: str, shard: ShardInfo, vq: ImageTokenize
     return tokens.info
 
 
+class BadRow(NamedTuple):
+    """A sample that cannot be used. Its key may be that of others as well."""
+
+    row: int
+    key: str
+    fault: str
+
+
 @dataclass(frozen=True)
 class TokenizedShard:
     """A token shard, not written yet."""
@@ -42,8 +51,8 @@ class TokenizedShard:
     info: ShardInfo
     """Its entry for the manifest."""
     data: bytes
-    bad: dict[str, str]
-    """Samples of the image shard that are not in it: the reason for each key."""
+    bad: list[BadRow]
+    """Samples of the image shard that are not in it."""
 
 
 def pack_tokens(
@@ -65,7 +74,7 @@ def pack_tokens(
     Raises:
         UserError: the shard is missing, damaged or no tar.
     """
-    uri, bad = join(source, shard.name), dict[str, str]()
+    uri, bad = join(source, shard.name), list[BadRow]()
     images = read_image_shard(uri, cache_dir, shard, cache_bytes=cache_bytes)
 
     def encoded() -> Iterator[ShardSample]:
@@ -100,7 +109,7 @@ def token_manifest(
     )
 
 
-def _pictures(images: ImageShard, rows: Iterable[int], bad: dict[str, str]) -> dict[int, Image.Image]:
+def _pictures(images: ImageShard, rows: Iterable[int], bad: list[BadRow]) -> dict[int, Image.Image]:
     """The pictures of the samples that can be used, by row; the others go to ``bad``, each with all that it lacks."""
     pictures: dict[int, Image.Image] = {}
     for row in rows:
@@ -111,7 +120,7 @@ def _pictures(images: ImageShard, rows: Iterable[int], bad: dict[str, str]) -> d
             images.metadata(row)
             pictures[row] = images.picture(row)
         except UnusableSample as fault:
-            bad[images.keys[row]] = str(fault)
+            bad.append(BadRow(row, images.keys[row], str(fault)))
     return pictures
 
 

@@ -14,7 +14,7 @@ from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import ClipTextConfig, DataConfig
 from oar_scale.data.bad_samples import BadSamples
 from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
-from oar_scale.data.notes import Notes, printable
+from oar_scale.data.notes import Notes, escaped
 from oar_scale.data.tokenize import pack_tokens, token_manifest
 from oar_scale.errors import UserError
 from oar_scale.shard_pool import OnStep, PoolReport, ShardOutput, ShardResult, Timing, Worker, run_pool
@@ -74,7 +74,7 @@ class TokenizeWorker:
             uri=join(self.job.tokens, shard),
             data=tokens.data,
             made_from={"origin": self.origin, "images_crc32c": source.crc32c},
-            facts={"shard": tokens.info.model_dump(), "bad": tokens.bad},
+            facts={"shard": tokens.info.model_dump(), "bad_samples": tokens.bad},
         )
 
 
@@ -120,8 +120,9 @@ def tokenize_all(
         nonlocal done
         check(shard, result)
         done += shards[shard].samples
-        for key, fault in result.get("bad", {}).items():
-            bad.add(printable(f"{shard}/{key}"), fault)
+        for row, key, fault in result.get("bad_samples", []):
+            name = escaped(f"{shard}/{key}")
+            bad.add(f"{name} (row {row})" if name in bad.skipped else name, fault)
         bad.check(done)
         if on_progress:
             on_progress(done, source.samples)

@@ -44,7 +44,7 @@ from botocore.exceptions import (
 )
 from urllib3.exceptions import LocationValueError
 
-from oar_scale.errors import UserError
+from oar_scale.errors import BadName, UserError
 from oar_scale.redaction import redact, secret_name
 from oar_scale.storage import Missing, Unreachable
 from oar_scale.storage.s3_types import S3Client
@@ -59,6 +59,7 @@ EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 _ABSENT = {"NoSuchKey", "404", "NotFound"}
 _DENIED = {"403", "AccessDenied", "Forbidden"}
 _BAD_KEY = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "401", "Unauthorized"}
+_BAD_NAME = {"KeyTooLongError", "InvalidURI", "InvalidObjectName", "XMinioInvalidObjectName"}
 _NO_KEYS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
 _OUT_OF_REACH = (ConnectionError, HTTPClientError, ResponseStreamingError, IncompleteReadError)
 _FILES = "the files in AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE (~/.aws/config, ~/.aws/credentials)"
@@ -215,7 +216,7 @@ def explained(uri: str) -> Iterator[None]:
     except FlexibleChecksumError:
         raise  # the object, not the settings
     except (ParamValidationError, UnicodeEncodeError) as error:
-        raise UserError(f"{uri!r}: not a valid S3 name: {redact(str(error))}") from error
+        raise BadName(f"{uri!r}: not a valid S3 name: {redact(str(error))}") from error
     except SSLError as error:
         raise UserError(
             f"{uri}: the certificate of the S3 server at {_server()} is not accepted ({redact(str(error))}).\n"
@@ -271,6 +272,8 @@ def _translated(uri: str, error: ClientError) -> Exception:
             f"{uri}: {server} {why} ({code}, {error.operation_name}).\n"
             "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, and that the key may read, write and list this bucket."
         )
+    if code in _BAD_NAME:
+        return BadName(f"{uri!r}: not a valid S3 name: {redact(str(error))}")
     if may_pass(error):
         return Unreachable(
             f"{uri}: given up after several tries of {error.operation_name}; the last answer: {redact(str(error))}\n"

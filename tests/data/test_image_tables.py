@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,18 @@ def test_a_message_never_holds_a_picture(tmp_path: Path) -> None:
             assert len(str(error)) < 500
 
 
+def test_paths_that_no_file_can_have_or_without_an_end(tmp_path: Path) -> None:
+    """NUL in a name, a pipe that nobody writes to, a device that never ends, a file of a terabyte: bad samples, each on its own."""
+    pictures(tmp_path, 1)
+    os.mkfifo(tmp_path / "pipe.png")
+    with open(tmp_path / "huge.png", "wb") as file:
+        file.truncate(1 << 40)
+    names = pa.array(["0.png", "a\0b.png", "pipe.png", "/dev/zero", "huge.png", ".", "x" * 300 + ".png"])
+    pq.write_table(pa.table({"image": names, "caption": ["fine"] * 7}), tmp_path / "t.parquet")
+    found = captions(tmp_path / "t.parquet")
+    assert found[0] == "fine" and all(each.startswith("cannot be read (") for each in found[1:]), found
+
+
 # -- where they lie -----------------------------------------------------------------------------------------------------------
 
 
@@ -351,14 +364,14 @@ def test_a_folder_or_a_pattern_of_tables(tmp_path: Path) -> None:
 
 def test_tables_on_s3_give_the_same_images(tmp_path: Path, s3_root: str) -> None:
     datasets(tmp_path, "train", 3, parts=2)
-    (tmp_path / "list.csv").write_text("image,caption\n0.png,a\ngone.png,b\n")
+    (tmp_path / "list.csv").write_text("image,caption\n0.png,a\ngone.png,b\n" + "x" * 2000 + ".png,c\n")
     there = join(s3_root, "table")
     for path in tmp_path.iterdir():
         open_storage(there).write(join(there, path.name), path.read_bytes())
     open_storage(there).write(join(there, "0.png"), picture())
     assert captions(f"{there}/train-*", caption="text") == captions(tmp_path / "train-*", caption="text")
     found = captions(join(there, "list.csv"))
-    assert found[0] == "a" and "there is no s3://" in found[1]
+    assert found[0] == "a" and "there is no s3://" in found[1] and "cannot be read (" in found[2]
     for path, message in (("nowhere.csv", "no such file"), ("*.tsv", "no file matches")):
         with pytest.raises(UserError, match=message):
             source(join(there, path))

@@ -23,6 +23,7 @@ from oar_scale.data.labels import label_of
 from oar_scale.data.notes import Notes
 from oar_scale.data.open_shard import OpenShard, UnusableSample
 from oar_scale.data.prepare import prepare_images
+from oar_scale.data.scan import scan_shard
 from oar_scale.data.shards import identity, read_shard
 from oar_scale.data.sources.captions import CLEANED
 from oar_scale.data.sources.class_folders import read_names
@@ -247,6 +248,31 @@ def test_shards_that_are_used_as_they_are_follow_the_same_rules(tmp_path: Path) 
     for row, field, why in ((2, "label", "its label -1 is below 0"), (2, "txt", "its caption is not UTF-8"), (3, "label", "no label")):
         with pytest.raises(UnusableSample, match=rf"s.tar: sample '00{row}' cannot be used: {why}"):
             shard.prompt(row, field)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", [b"", b" \n", b"None", b"nan"])
+def test_shards_used_as_they_are_never_have_empty_prompts(tmp_path: Path, text: bytes) -> None:
+    """A label stands in for a caption that says nothing, whatever is no label does not."""
+    samples = [{"cls": b"3"}, {"json": b'{"label": 3.0}'}, {}, {"cls": b"[1]"}, {"json": b'{"label": {"a": 1}}'}]
+    tar(tmp_path / "s.tar", [{**sample, "txt": text} for sample in samples])
+    shard = OpenShard(memoryview((tmp_path / "s.tar").read_bytes()), "s.tar")
+    assert [shard.caption(row) for row in range(2)] == ["class 3", "class 3"]
+    for row, why in (
+        (2, "has no caption"),
+        (3, "cannot be used: no caption, and its label"),
+        (4, "cannot be used: no caption, and its label"),
+    ):
+        with pytest.raises(UnusableSample, match=f"s.tar: sample '00{row}' {why}"):
+            shard.caption(row)
+    assert scan_shard(str(tmp_path / "s.tar")).bad_captions == 3
+
+
+def test_a_label_alone_is_a_caption_only_where_it_is_one(tmp_path: Path) -> None:
+    tar(tmp_path / "s.tar", [{"json": b'{"label": "3"}'}, {"json": b'{"label": "a cat"}'}])
+    shard = OpenShard(memoryview((tmp_path / "s.tar").read_bytes()), "s.tar")
+    assert shard.caption(0) == "class 3"
+    with pytest.raises(UnusableSample, match="no caption, and its label 'a cat' is no whole number"):
+        shard.caption(1)
 
 
 def test_a_table_for_a_folder_and_the_reverse_are_named(tmp_path: Path) -> None:

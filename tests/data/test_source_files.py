@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,13 @@ def test_linked_folders_and_shards_are_read(tmp_path: Path) -> None:
     put(tmp_path / "shards/0.tar", tar_of({"y.jpg": picture(0), "y.txt": b"y"}))
     (tmp_path / "shards/linked").symlink_to(tmp_path / "other")
     assert set(contents(opened(type="webdataset", url=str(tmp_path / "shards")))) == {"0/y", "linked/1/x"}
+
+
+def test_a_pipe_beside_a_picture_makes_a_bad_sample(tmp_path: Path) -> None:
+    image_and_text(tmp_path / "a")
+    (tmp_path / "a.txt").unlink()
+    os.mkfifo(tmp_path / "a.txt")
+    assert list(contents(opened(type="folder", path=str(tmp_path))).values()) == ["its .txt cannot be read (no regular file)"]
 
 
 def test_junk_beside_and_inside_shards_is_passed_over(tmp_path: Path) -> None:

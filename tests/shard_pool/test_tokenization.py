@@ -139,3 +139,14 @@ def test_bad_samples_are_named_in_the_manifest_or_stop_it(job: TokenizeJob, tmp_
     assert (manifest.samples, sorted(manifest.skipped)) == (5, ["00000.tar/image1", "00001.tar/image5"])
     assert "00001.tar: image of sample 'image5' cannot be read" in manifest.skipped["00001.tar/image5"]
     assert notes.record()["bad samples, left out"]["count"] == 2 and manifest == read_manifest(job.tokens)
+
+
+def test_bad_samples_of_long_or_equal_keys_are_all_counted(job: TokenizeJob, tmp_path: Path) -> None:
+    """Keys that differ behind their first 200 letters, and one that comes twice."""
+    folder, keys = str(tmp_path / "images"), ["long" * 60 + "1", "long" * 60 + "2", "twice", "good", "twice"]
+    samples = [{"__key__": key, "png": picture(3) if "long" not in key else b"none", "txt": "t", "json": b"{}"} for key in keys]
+    write_manifest(folder, Manifest(shards=(write_shard(folder, shard_name(0), samples),)))
+    job = dataclasses.replace(job, images=folder, tokens=str(tmp_path / "tokens"))
+    manifest = tokenize_all(job, actors=1, make_bad=lambda total: BadSamples("tokens", total, DataConfig(max_bad_fraction=0.8), Notes()))
+    assert manifest.samples == 1
+    assert sorted(manifest.skipped) == [*(f"00000.tar/{key}" for key in keys[:3]), "00000.tar/twice (row 4)"]

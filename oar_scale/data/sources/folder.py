@@ -15,7 +15,7 @@ from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.labels import stored_label
 from oar_scale.data.notes import Notes
 from oar_scale.data.sources.captions import caption_lines, caption_of, metadata_of
-from oar_scale.data.sources.image_files import image_files, key_of, no_folder, square
+from oar_scale.data.sources.image_files import file_content, image_files, key_of, no_folder, square
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.errors import UserError
 from oar_scale.text import is_missing
@@ -64,8 +64,7 @@ def _beside(stem: str, extension: str) -> bytes | None:
     """The content of ``STEM.EXTENSION``, which may also be written ``.EXT`` or ``.Ext``; None where there is none."""
     for each in dict.fromkeys((extension, extension.upper(), extension.capitalize())):
         try:
-            with open(f"{stem}.{each}", "rb") as file:
-                return file.read()
+            return file_content(f"{stem}.{each}")
         except FileNotFoundError:
             continue
         except OSError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import zlib
 
 from PIL import Image, ImageOps
@@ -20,6 +22,8 @@ OTHER_FORMATS = (
     *("jfif", "jpe", "svg", "psd", "dng", "ppm", "pgm", "tga"),
 )
 """Endings of pictures that are left out."""
+MAX_BYTES = 1 << 30
+"""A file of more is not read: 64 million pixels take less in every format."""
 BESIDE = ("txt", "json", "npy", "cls")
 """Endings of what may lie beside an image and belong to it."""
 
@@ -60,10 +64,21 @@ def key_of(path: str) -> str:
 def square(path: str, size: int) -> Image.Image:
     """An image file as RGB, centre-cropped to a square and resized. Raises BadImage as :func:`square_of`."""
     try:
-        with open(path, "rb") as file:
-            return square_of(file.read(), size)
-    except OSError as error:
+        data = file_content(path)
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL in it
         raise BadImage(f"cannot be read ({error})") from error
+    return square_of(data, size)
+
+
+def file_content(path: str) -> bytes:
+    """What is in a file that people's data names. Raises OSError, also for what has no end (pipes, devices) or no bearable one."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe without a writer would wait
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "no regular file", path)
+        if status.st_size > MAX_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+        return file.read(MAX_BYTES)
 
 
 def square_of(data: bytes | memoryview, size: int) -> Image.Image:

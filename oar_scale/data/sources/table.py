@@ -23,7 +23,7 @@ from oar_scale.data.sources.image_files import key_of, square, square_of
 from oar_scale.data.sources.parquet_table import read_parquet
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.data.sources.table_files import is_parquet, local_file, table_files
-from oar_scale.errors import UserError
+from oar_scale.errors import BadName, UserError
 from oar_scale.storage import Missing, join, open_storage
 from oar_scale.text import NotText, cut
 
@@ -146,3 +146,5 @@ class TableImages:
             return square_of(open_storage(uri).read(uri), size)
         except Missing as error:
             raise BadImage(f"cannot be read (there is no {uri})") from error
+        except BadName as error:
+            raise BadImage(f"cannot be read ({error})") from error
