@@ -133,7 +133,7 @@ class Alarms:
         if kind in EVENT_ALERTS:
             before = self._latest.get(kind)
             self._latest[kind] = at
-            if kind in ("failed", "checkpoint_failed") or before is None or at - before > FLOOD_S:
+            if kind == "failed" or before is None or at - before > FLOOD_S:
                 begun.append((kind, message(event) or kind))
         elif kind == "start":
             begun += self._started(at)

@@ -93,9 +93,11 @@ def test_a_flood_of_faults_is_one_alert_and_each_end_is_its_own() -> None:
         story.tell("non_finite", minutes=0.5, step=step, loss=None, uids=[])
     assert story.kinds == ["non_finite"]
     story.tell("non_finite", minutes=11, step=99, loss=None, uids=[])
+    for step in range(5):  # the storage is away
+        story.tell("checkpoint_failed", step=step, fault="no answer")
     story.tell("failed", cause="RuntimeError: a", final=False)
     story.tell("failed", cause="RuntimeError: b", final=True)
-    assert story.kinds == ["non_finite", "non_finite", "failed", "failed"]
+    assert story.kinds == ["non_finite", "non_finite", "checkpoint_failed", "failed", "failed"]
     assert [text for kind, text in story.alerts if kind == "failed"] == [
         "the stage has ended: RuntimeError: a; its job starts it again",
         "the stage has ended: RuntimeError: b",

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from ruamel.yaml import YAML
 
+from oar_scale.config.run_sections import AlertKind
+from oar_scale.observe.alarms import MILD
+
 ALERTS = Path(__file__).resolve().parents[2] / "cluster" / "grafana" / "alerts.yaml"
 CASES = Path(__file__).with_name("alert_rules.yaml")
+
+RULES: dict[AlertKind, str] = {
+    "failed": "OarFailed",
+    "driver_lost": "OarGone",
+    "worker_failure": "OarWorkerFailure",
+    "restarts": "OarRestarts",
+    "stall": "OarStalled",
+    "pending": "OarPending",
+    "non_finite": "OarNonFinite",
+    "checkpoint_failed": "OarCheckpointFailed",
+    "spike": "OarSpike",
+    "rejected_checkpoint": "OarCheckpointDamaged",
+    "slow": "OarSlow",
+    "straggler": "OarStraggler",
+    "data_wait": "OarWaitsForData",
+}
 
 
 def load(path: Path) -> Any:
@@ -66,6 +86,16 @@ def test_each_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     names = {rule["alert"] for rule in rules()}
     assert {case["alertname"] for case in cases if case["exp_alerts"]} == names
     assert {case["alertname"] for case in cases if not case["exp_alerts"]} == names
+
+
+def test_each_alert_of_ours_has_a_rule_of_the_same_severity() -> None:
+    """The guide's table is that of ``observe.notify`` and W&B; who is called at night must not depend on the way."""
+    guide = (ALERTS.parents[2] / "docs" / "observability.md").read_text()
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| .* \| (critical|warning) \|$", guide, re.MULTILINE)
+    documented = {kind: severity for kinds, severity in rows for kind in re.findall(r"\w+", kinds)}
+    assert documented == {kind: "warning" if kind in MILD else "critical" for kind in get_args(AlertKind)}
+    severities = {rule["alert"]: rule["labels"]["severity"] for rule in rules()}
+    assert {kind: severities[rule] for kind, rule in RULES.items()} == documented
 
 
 def test_no_rule_depends_on_the_node_that_reports() -> None:
