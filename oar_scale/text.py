@@ -26,6 +26,8 @@ _MARKS = (  # those of UTF-32 first: one of them begins with one of UTF-16
 _UNCLEAN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
 _ODD = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
 _ESCAPES = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
+_UNCLEAN_ASCII = re.compile(rb"[\0-\x08\x0b-\x1f\x7f]")
+_NOT_WRITTEN = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f]")
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), " ") | {0xFEFF: None}
 MISSING = frozenset({"", "nan", "NaN", "NAN", "None", "NaT", "<NA>", "null", "NULL", "#N/A"})
 """Text that stands for a value that is not there: what programs write for one."""
@@ -44,7 +46,10 @@ def encoding_of(start: bytes) -> str:
 
 def decode_text(data: bytes | memoryview) -> str:
     """The text in these bytes, cleaned. Raises NotText."""
-    return clean_text(decode_bytes(data))
+    raw = bytes(data)
+    if raw.isascii() and not _UNCLEAN_ASCII.search(raw):  # most captions: there is nothing to look for
+        return raw.decode("ascii")
+    return clean_text(decode_bytes(raw))
 
 
 def decode_bytes(data: bytes | memoryview) -> str:
@@ -56,7 +61,7 @@ def decode_bytes(data: bytes | memoryview) -> str:
     except UnicodeDecodeError as error:
         name = encoding.removesuffix("-sig").upper()
         raise NotText(f"is not {name} (byte {error.start} is 0x{raw[error.start]:02x}); save it as UTF-8") from error
-    if text.count("\0") * 3 > len(text):
+    if text.count("\0") * 3 > len(text) or len(_NOT_WRITTEN.findall(text)) * 8 > len(text):
         raise NotText("is UTF-16 or UTF-32 without a byte order mark, or no text at all; save it as UTF-8")
     return text
 

@@ -3,7 +3,8 @@
 What other programs leave beside people's files is no data, whatever it is called:
 
     hidden           ._cat.jpg and .DS_Store (macOS), .git/, .cache/, .ipynb_checkpoints/, .nfs0001
-    by its name      Thumbs.db, desktop.ini, ~$list.xlsx, and all in __MACOSX/, $RECYCLE.BIN/, @eaDir/, lost+found/
+    by its name      Thumbs.db, desktop.ini, ~$list.xlsx, and all in __MACOSX/, $RECYCLE.BIN/, lost+found/,
+                     System Volume Information/ and, of network drives, @eaDir/, #recycle/, @Recycle/, #snapshot/, ~snapshot/
     by its ending    files only: cat.jpg~, #cat.txt# (editors), 00000.tar.part, .partial, .crdownload, .download, .tmp, .swp, .aria2
 
 Upper and lower case do not matter, and paths are judged from the folder on that the user named: a data set below ``~/.cache`` is one.
@@ -28,11 +29,12 @@ SECOND_LINKS = "linked files that were read under another path, left out"
 UNREADABLE = "folders that may not be read, left out"
 
 _NO_DATA = re.compile(
-    r"(^|/)(\.(?!\.?(/|$))|~\$|\#[^/]*\#$|(thumbs|ehthumbs(_vista)?)\.db$|desktop\.ini$|(__macosx|\$recycle\.bin|@eadir|lost\+found)(/|$))"
+    r"(^|/)(\.(?!\.?(/|$))|~\$|\#[^/]*\#$|(thumbs|ehthumbs(_vista)?)\.db$|desktop\.ini$|"
+    r"(__macosx|\$recycle\.bin|\#recycle|@recycle|\#snapshot|~snapshot|@eadir|lost\+found|system volume information)(/|$))"
     r"|~$|\.(part|partial|filepart|crdownload|opdownload|download|incomplete|gstmp|tmp|temp|swp|swo|aria2)$",
     re.IGNORECASE,
 )
-_HINTS = ("\0.", "/.", "~", "#", "humbs", "desktop.ini", "__macosx", "$recycle", "@eadir", "lost+found")
+_HINTS = ("\0.", "/.", "~", "#", "humbs", "desktop.ini", "__macosx", "$recycle", "@eadir", "@recycle", "lost+found", "system volume")
 _ENDINGS = (".part", ".filepart", "download", ".incomplete", ".gstmp", ".tmp", ".temp", ".sw", ".aria2")
 
 _OTHER_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".zip", ".7z", ".rar")

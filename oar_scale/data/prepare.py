@@ -28,7 +28,7 @@ from oar_scale.data.sources import BadImage, Content, SourceImage, open_source
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject, without_nan
 from oar_scale.storage import join
-from oar_scale.text import clean_text
+from oar_scale.text import clean_text, shown
 
 SPLITS = ("train", "heldout")
 AHEAD = 4
@@ -90,9 +90,13 @@ def _in_order(images: list[SourceImage]) -> list[SourceImage]:
     """The images sorted by a hash of the key: the same order for the same images, and no variants of one picture side by side."""
     keys = [image.key for image in images]
     if len(set(keys)) < len(keys):
-        repeated = [key for key, count in Counter(keys).items() if count > 1]
+        repeated = {key: count for key, count in Counter(keys).items() if count > 1}
+        key, count = next(iter(repeated.items()))
+        name = next(image.name for image in images if image.key == key)
         raise UserError(
-            f"data: {len(repeated)} keys stand for more than one image, e.g. {repeated[0]!r}. Give every image a name of its own."
+            f"data: {len(repeated)} keys stand for more than one image, e.g. {key!r} for {count}: {shown(name)}.\nGive every image a "
+            "name of its own. In a table with several rows for one picture, a caption in each, leave one row for each picture: with the "
+            "caption you want or, in a Parquet file, with the list of its captions."
         )
     return [images[index] for index in np.argsort(name_hashes(keys, "shard"), kind="stable")]
 

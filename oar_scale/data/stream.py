@@ -275,11 +275,10 @@ class TokenStream:
         """Read one sample. Raises UnusableSample."""
         draw = choice.draw if choice.stored_order else None
         row = self.shards[choice.folder].row(choice.shard, choice.row, choice.view, draw)
-        if self.prompts.field != "txt":  # any text can be encoded; a label may be none of the model's
-            try:
-                self.prompts.encode([row.prompt])
-            except UserError as error:
-                raise self.shards[choice.folder].fault(choice.shard, choice.row, f"cannot be used: {error}") from error
+        try:
+            self.prompts.check(row.prompt)
+        except UserError as error:
+            raise self.shards[choice.folder].fault(choice.shard, choice.row, f"cannot be used: {error}") from error
         return row
 
     def _outside_vocabulary(self, choice: _Choice) -> ReplacedSample:

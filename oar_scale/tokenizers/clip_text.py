@@ -64,6 +64,9 @@ class ClipText:
         """Feature rows of a caption: T, or 1."""
         return self.max_tokens if self.spec.features == "tokens" else 1
 
+    def check(self, caption: str) -> None:
+        """Any text can be encoded."""
+
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Ids int64 [B, T]: start, pieces, end, zeros; a longer caption keeps its end token; an empty one is all zeros."""
         ids_BT = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)

@@ -51,6 +51,9 @@ class PromptEncoder(Protocol):
     def vocab_size(self) -> int:
         """Ids lie in [0, vocab_size); 0 where prompts are no ids."""
 
+    def check(self, prompt: Any) -> None:
+        """Raise UserError for a prompt that :meth:`encode` refuses, without making a tensor of it."""
+
     def encode(self, prompts: Sequence[Any]) -> Tensor:
         """A row for each prompt; each encoder takes its own kind of prompts. Raises UserError for what it cannot encode."""
 
@@ -64,11 +67,15 @@ class LabelEncoder:
     def __init__(self, classes: int) -> None:
         self.vocab_size = classes
 
+    def check(self, prompt: int | str) -> None:
+        """Raise UserError for what is no label below the number of classes."""
+        if not re.fullmatch("[0-9]{1,18}", str(prompt)) or int(prompt) >= self.vocab_size:
+            raise UserError(f"{shown(prompt)} is no class label: this model knows the labels 0 to {self.vocab_size - 1}")
+
     def encode(self, prompts: Sequence[int | str]) -> Tensor:
-        """Labels as int64 [B, 1]. Raises UserError for what is no label below the number of classes."""
+        """Labels as int64 [B, 1]. Raises UserError as :meth:`check`."""
         for prompt in prompts:
-            if not re.fullmatch("[0-9]{1,18}", str(prompt)) or int(prompt) >= self.vocab_size:
-                raise UserError(f"{shown(prompt)} is no class label: this model knows the labels 0 to {self.vocab_size - 1}")
+            self.check(prompt)
         return torch.tensor([[int(prompt)] for prompt in prompts], dtype=torch.long)
 
 
@@ -83,17 +90,22 @@ class FeatureReader:
         self.tower, self.tower_id = tower, tower_id
         """The text tower that computed the features, and the hash of its weights; None where the shards do not contain it."""
 
+    def check(self, prompt: Prompt) -> None:
+        """Raise UserError for features with more rows, another width or of another type, and for captions."""
+        shape: tuple[int, ...] = () if isinstance(prompt, str) else np.shape(prompt)
+        if len(shape) != 2 or shape[0] > self.max_tokens or shape[1] != self.width:
+            given = f"the caption {shown(prompt)}" if isinstance(prompt, str) else f"features {shape}"
+            raise UserError(
+                f"this model's prompts are precomputed features {(self.max_tokens, self.width)} (rows at most, width), got {given}"
+            )
+
     def encode(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Features as float32 [B, T, F]. Raises UserError for features with more rows or another width, and for captions."""
+        """Features as float32 [B, T, F]. Raises UserError as :meth:`check`."""
         encoded_BTF = torch.zeros(len(prompts), self.max_tokens, self.width)
         for row, prompt in enumerate(prompts):
-            shape: tuple[int, ...] = () if isinstance(prompt, str) else np.shape(prompt)
-            if len(shape) != 2 or shape[0] > self.max_tokens or shape[1] != self.width:
-                given = f"the caption {shown(prompt)}" if isinstance(prompt, str) else f"features {shape}"
-                raise UserError(
-                    f"this model's prompts are precomputed features {(self.max_tokens, self.width)} (rows at most, width), got {given}"
-                )
-            encoded_BTF[row, : shape[0]] = torch.from_numpy(np.asarray(prompt, dtype=np.float32))
+            self.check(prompt)
+            features_tF = np.asarray(prompt, dtype=np.float32)
+            encoded_BTF[row, : len(features_tF)] = torch.from_numpy(features_tF)
         return encoded_BTF
 
 

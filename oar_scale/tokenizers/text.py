@@ -38,6 +38,9 @@ class TextTokenizer:
         """Ids lie in [0, vocab_size); 0 is padding."""
         return int(self.processor.vocab_size()) + self._shift
 
+    def check(self, caption: str) -> None:
+        """Any text can be encoded."""
+
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Ids int64 [B, T] of captions, cut after ``max_tokens`` pieces, padded with 0 on the right."""
         ids_BT = torch.zeros(len(captions), self.max_tokens, dtype=torch.long)

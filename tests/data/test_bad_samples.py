@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,29 @@ def test_a_label_that_the_model_does_not_have_is_replaced(label: str, vq: VQToke
     faults = {sample.fault for batch in batches for sample in batch.bad}
     assert faults and all("00000.tar: sample '0003' cannot be used: " in fault and "label" in fault for fault in faults)
     assert all(int(batch.encoded_prompts_b.max()) < 4 for batch in batches)
+
+
+class CountingEncoder(LabelEncoder):
+    """Counts the prompts that it makes tensors of."""
+
+    encoded = 0
+
+    def encode(self, prompts: Sequence[int | str]) -> torch.Tensor:
+        self.encoded += len(prompts)
+        return super().encode(prompts)
+
+
+def test_prompts_are_encoded_once_however_they_are_checked(vq: VQTokenizer, tmp_path: Path) -> None:
+    members = []
+    for number in range(GOOD):
+        members += [(f"{number:04d}.jpg", picture(number)), (f"{number:04d}.json", b'{"label": 1}')]
+    write(tmp_path / "shards/00000.tar", members)
+    source = ShardSource(
+        str(tmp_path / "shards"), manifest_of(tmp_path / "shards"), ShardCache(str(tmp_path / "cache"), None), tokenizer=vq
+    )
+    settings = StreamSettings(seed=0, global_batch=4, streams=4, window_shards=1, caption_dropout=0.0)
+    encoder = CountingEncoder(4)
+    assert len(list(TokenStream(source, encoder, settings).batches(0, 3))) == 3 and encoder.encoded == 12
 
 
 def test_members_that_are_not_neighbours_are_told_with_a_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

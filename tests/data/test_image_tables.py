@@ -362,16 +362,34 @@ def test_a_folder_or_a_pattern_of_tables(tmp_path: Path) -> None:
             source(tmp_path / path)
 
 
+def test_files_beside_the_tables_and_odd_folders(tmp_path: Path) -> None:
+    """What is not taken is noted; brackets may be part of a folder's name; patterns match in capitals too."""
+    folder = tmp_path / "set [v2]"
+    folder.mkdir()
+    pictures(folder, 2)
+    (folder / "PART-0.CSV").write_text("image,caption\n0.png,a\n")
+    (folder / "part-1.csv").write_text("image,caption\n1.png,b\n")
+    for name in ("part-2.csv.gz", "README.md", "_SUCCESS", "._part-1.csv"):
+        (folder / name).write_text("")
+    table = source(folder)
+    assert sorted(row[0] for row in rows(table)) == ["a", "b"]
+    assert {reason: note["count"] for reason, note in table.notes.record().items()} == {
+        "files of other kinds, left out": 2,
+        "files that are no data, left out": 2,
+    }
+    assert sorted(captions(folder / "part-*.csv")) == ["a", "b"]
+
+
 def test_tables_on_s3_give_the_same_images(tmp_path: Path, s3_root: str) -> None:
     datasets(tmp_path, "train", 3, parts=2)
-    (tmp_path / "list.csv").write_text("image,caption\n0.png,a\ngone.png,b\n" + "x" * 2000 + ".png,c\n")
+    (tmp_path / "list.csv").write_bytes(b"image,caption\n0.png,a\ngone.png,b\nK\xe4fer.png,c\n")
     there = join(s3_root, "table")
     for path in tmp_path.iterdir():
         open_storage(there).write(join(there, path.name), path.read_bytes())
     open_storage(there).write(join(there, "0.png"), picture())
     assert captions(f"{there}/train-*", caption="text") == captions(tmp_path / "train-*", caption="text")
     found = captions(join(there, "list.csv"))
-    assert found[0] == "a" and "there is no s3://" in found[1] and "cannot be read (" in found[2]
+    assert found[0] == "a" and "there is no s3://" in found[1] and "not a valid S3 name" in found[2]
     for path, message in (("nowhere.csv", "no such file"), ("*.tsv", "no file matches")):
         with pytest.raises(UserError, match=message):
             source(join(there, path))

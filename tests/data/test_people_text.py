@@ -31,9 +31,10 @@ from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
 from oar_scale.orders.order_table import OrderTable, join_orders, order_bytes, parse_orders
 from oar_scale.storage import read_json, write_json
-from oar_scale.text import NotText, clean_text, cut, decode_text, shown
+from oar_scale.text import NotText, clean_text, cut, decode_bytes, decode_text, shown
 
 TEXT = "ein Käfer \U0001f600"
+OTHER_LETTERS = [text.encode("utf-16-le") for text in ("Это кошка на ковре", "Η γάτα είναι εδώ", "החתול על השטיח", "القطة هنا")]
 ENCODED = {
     "utf-8": TEXT.encode(),
     "utf-8 with a mark": b"\xef\xbb\xbf" + TEXT.encode(),
@@ -50,7 +51,7 @@ def test_a_byte_order_mark_says_the_encoding_and_is_removed(data: bytes) -> None
 
 
 @pytest.mark.parametrize(
-    "data", [TEXT.encode("latin-1", "replace"), TEXT.encode("utf-16-le"), b"\xff\xfe\0", b"\xed\xa0\xbd", b"\x89PNG\r\n"]
+    "data", [TEXT.encode("latin-1", "replace"), TEXT.encode("utf-16-le"), b"\xff\xfe\0", b"\xed\xa0\xbd", b"\x89PNG\r\n", *OTHER_LETTERS]
 )
 def test_what_is_no_text_is_not_guessed_at(data: bytes) -> None:
     with pytest.raises(NotText, match="save it as UTF-8"):
@@ -65,6 +66,18 @@ def test_line_ends_and_control_characters_become_plain() -> None:
 @given(st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters="\ufeff")))
 def test_text_without_such_characters_is_not_changed(text: str) -> None:
     assert clean_text(text) == text == decode_text(text.encode())
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=8))
+def test_plain_text_is_read_the_same_at_once(text: str) -> None:
+    """Most captions take the short way of :func:`decode_text`; it must give what the long one gives."""
+    try:
+        expected = clean_text(decode_bytes(text.encode()))
+    except NotText:
+        with pytest.raises(NotText):
+            decode_text(text.encode())
+    else:
+        assert decode_text(text.encode()) == expected
 
 
 def test_values_in_messages_are_short() -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 from oar_scale.data.data_files import is_data
+from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.notes import NO_DATA, Notes
 from oar_scale.errors import UserError
 from oar_scale.storage import Missing, open_storage
@@ -35,7 +36,7 @@ def table_files(path: str, notes: Notes) -> list[str]:
     Raises:
         UserError: there is none, or they are not all of one table: several splits, or parts that are missing.
     """
-    if any(each in path for each in "*?[") and not _exists(path):
+    if any(each in path.rpartition("/")[2] for each in "*?[") and not os.path.isdir(path) and not _exists(path):
         folder, _, pattern = path.rpartition("/")
         names = sorted(_matching(folder, pattern, notes))
         if not names:
@@ -43,7 +44,11 @@ def table_files(path: str, notes: Notes) -> list[str]:
     elif _exists(path):
         return [path]
     else:
-        pattern, names = "", [name for name in sorted(_matching(path, "*", notes)) if name.lower().endswith(ENDINGS)]
+        there = sorted(_matching(path, "*", notes))
+        names = [name for name in there if name.lower().endswith(ENDINGS)]
+        for name in there:
+            if not name.lower().endswith((*ENDINGS, *(f".{each}" for each in EXTENSIONS))):
+                notes.add("files of other kinds, left out", name)
         if not names and not os.path.isdir(path):
             raise UserError(f"{_FIELD} {path}: no such file")
         if not names:
@@ -84,11 +89,15 @@ def _matching(folder: str, pattern: str, notes: Notes) -> list[str]:
     else:
         base = os.path.join(folder, "")
         names = [name for name in os.listdir(folder or ".") if os.path.isfile(base + name)] if os.path.isdir(folder or ".") else []
-    wanted = [name for name in names if fnmatchcase(name, pattern)]
+    wanted = [name for name in names if fnmatchcase(name.lower(), pattern.lower())]
     for name in wanted:
-        if not is_data(name):
+        if not _is_wanted(name):
             notes.add(NO_DATA, base + name)
-    return [base + name for name in wanted if is_data(name) and not name.startswith("_")]
+    return [base + name for name in wanted if _is_wanted(name)]
+
+
+def _is_wanted(name: str) -> bool:
+    return is_data(name) and not name.startswith("_")
 
 
 @contextmanager
