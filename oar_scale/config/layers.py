@@ -4,12 +4,13 @@ A recipe is a stack of layers: the files it extends, then itself, then the comma
 and single values replace what was there. One exception: a mapping whose ``type`` changes replaces the old one, since the
 other keys belonged to the old type.
 
-YAML 1.2: ``on``, ``yes`` and dates are text; a key given twice is an error.
+YAML 1.2: ``on``, ``yes`` and dates are text; a key given twice is an error, and so are directives (``%YAML 1.1``) and merge keys (``<<``).
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from oar_scale.config.locations import expand_location
@@ -175,8 +176,11 @@ def _parse_override(text: str) -> Setting:
 def _parse(text: str, source: str, shown: str | None = None) -> Setting:
     """Parse one YAML document; ``source`` is a file (lines are added to the origins) or ``-o``."""
     yaml = YAML(typ="safe", pure=True)
+    _refuse_directives(text, source, shown)
     try:
-        node = yaml.compose(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML allows it: an alias means the nearest one above
+            node = yaml.compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         location = shown or (f"{source}:{mark.line + 1}" if mark else source)
@@ -186,6 +190,18 @@ def _parse(text: str, source: str, shown: str | None = None) -> Setting:
     except RecursionError:
         raise UserError(f"{shown or source}  is nested more than {DEEPEST} deep, which is no recipe or profile.") from None
     return Setting(source, None) if node is None else _setting(node, _origin(node, source), source, yaml, (), Counter())
+
+
+def _refuse_directives(text: str, source: str, shown: str | None) -> None:
+    """``%YAML 1.1`` would turn ``yes`` into true, ``%TAG`` tags into others. They can only stand before everything but comments."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip("\ufeff").startswith("%"):
+            raise UserError(
+                f"{shown or f'{source}:{number}'}  a line that begins with % (%YAML, %TAG) has no meaning here: this is read as YAML 1.2. "
+                "Remove it; text that begins with % needs quotes."
+            )
+        if line.strip("\ufeff \t") not in ("", "...") and not line.lstrip("\ufeff \t").startswith("#"):
+            return
 
 
 def _origin(node: Node, source: str) -> str:
@@ -215,7 +231,9 @@ def _setting(node: Node, origin: str, source: str, yaml: YAML, around: tuple[int
         key_origin = _origin(key_node, source)
         if not isinstance(key_node, ScalarNode):
             raise UserError(f"{key_origin}  a key must be a word.")
-        key = str(key_node.value)
+        key = _characters(str(key_node.value), key_origin)
+        if str(key_node.tag) == f"{_TAG}merge":
+            raise UserError(f"{key_origin}  <<\n  YAML 1.2 has no merge keys: use extends, or write the values.")
         if key in result:
             first = result[key].origin
             raise UserError(f"{key_origin}  {key}\n  is set twice in the same mapping: first at {first}. Remove one of the two.")
@@ -237,10 +255,20 @@ def _scalar(node: ScalarNode, origin: str, yaml: YAML) -> object:
             case "float":
                 return yaml.constructor.construct_yaml_float(node)
             case "str" | "timestamp" | "merge":  # YAML 1.2 has neither dates nor merge keys: they are text
-                return text
+                return _characters(text, origin)
     except (ValueError, ConstructorError) as error:
         raise UserError(f"{origin}  {text} is not a valid {kind}: {error}") from error
     raise UserError(f"{origin}  the YAML tag {node.tag} has no meaning in a recipe; remove it.")
+
+
+def _characters(text: str, origin: str) -> str:
+    """The text, with the characters that pairs of surrogates (``"\\ud83d\\ude00"``, as in JSON) stand for."""
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{origin}  {text[:60]!a}\n  has half a surrogate pair in it, which is no character. Write the character itself, in UTF-8."
+        ) from error
 
 
 def _kind(value: object) -> str:

@@ -124,6 +124,8 @@ def _reason(detail: ErrorDetails, keys: tuple[str, ...], cause: object) -> str:
             return f"needs a type: one of {', '.join(_tags(keys))}."
         case "bool_type":
             return "must be true or false (in YAML 1.2 yes, no, on and off are text)."
+        case "string_type" if detail["input"] is None:
+            return "must be text. In YAML ~ and null mean nothing at all: put the tilde in quotes if your home folder is meant."
         case "string_type":
             return "must be text; put a number or true/false in quotes."
         case "model_type" | "model_attributes_type" | "dict_type":

@@ -22,7 +22,7 @@ EXPAND = {"locations": "expand"}
 """The context of pydantic in which locations are expanded: text that a person wrote is read."""
 ESCAPE = {"locations": "escape"}
 """The context in which they are written so that reading gives the same again."""
-_VARIABLE = re.compile(r"\$(?:(?P<escaped>[$~])|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|\{(?P<braced>[^}]*)\})")
+_VARIABLE = re.compile(r"\$(?:(?P<escaped>[$~])|(?P<command>\([^)]*\)?)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|\{(?P<braced>[^}]*)\})")
 
 
 def expand_location(given: str) -> str:
@@ -58,14 +58,22 @@ def node_path(given: str, field: str) -> str:
         raise UserError(f"{field} = {given}\n  {error}") from error
 
 
-def _value(match: re.Match[str]) -> str:
-    if match["escaped"]:
-        return match["escaped"]
+def _name(match: re.Match[str]) -> str:
+    """The variable that a part of a location means. Raises ValueError where it means none, or one that holds a secret."""
+    if match["command"]:
+        raise ValueError(f"{match[0]}: commands are not run here. Write the path, or a variable; a dollar sign itself is $$.")
     name = match["name"] or match["braced"]
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(f"{match[0]} is no variable: $NAME and ${{NAME}} are; a dollar sign itself is $$.")
     if secret_name(name):
         raise ValueError(f"{name} is the name of a secret, and the path would be written into the run's folder. Use another variable.")
+    return name
+
+
+def _value(match: re.Match[str]) -> str:
+    if match["escaped"]:
+        return match["escaped"]
+    name = _name(match)
     value = os.environ.get(name)
     if not value:
         raise ValueError(
@@ -87,7 +95,16 @@ def _written(path: str, info: SerializationInfo) -> str:
     return escape_location(path) if info.context == ESCAPE else path
 
 
+def _readable(given: str) -> str:
+    """Refuse what no node could expand."""
+    for match in () if "://" in given else _VARIABLE.finditer(given):
+        if not match["escaped"]:
+            _name(match)
+    return given
+
+
 Location = Annotated[str, AfterValidator(_expanded), PlainSerializer(_written)]
 """The type of a field that holds a path or a URL."""
-NodeLocation = Annotated[str, "expanded on the node"]
-"""The type of a field that holds a path on a node's own disk; who uses it expands it (:func:`node_path`)."""
+NodeLocation = Annotated[str, AfterValidator(_readable), "expanded on the node"]
+"""The type of a field that holds a path on a node's own disk; who uses it expands it (:func:`node_path`).
+Whether it can be expanded at all is seen as it is read."""

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from oar_scale.config.layers import read_layers
 from oar_scale.config.loading import dump_recipe, fingerprint, load_recipe, recipe_origins
 from oar_scale.config.schema import FolderSource, Recipe
 from oar_scale.errors import UserError
@@ -221,3 +222,30 @@ def test_the_fingerprint_is_of_the_content() -> None:
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
     recipe = Recipe(name="a")
     assert fingerprint(recipe) == fingerprint(recipe.model_dump(mode="json")) and len(fingerprint(recipe)) == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("%YAML 1.1\n---\nname: yes\n", 1, "this is read as YAML 1.2"),
+        ("# mine\n\n%TAG ! tag:x,2000:\n---\nname: !y x\n", 3, "this is read as YAML 1.2"),
+        ("...\n%YAML 1.1\n---\nname: yes\n", 2, "this is read as YAML 1.2"),
+        ('seed: 1\nname: "a\\ud83d"\n', 2, "half a surrogate pair"),
+        ('name: x\ndata: ["\\ude00\\ud83d"]\n', 2, "half a surrogate pair"),
+        ('name: x\n"\\ud83d": 1\n', 2, "half a surrogate pair"),
+        ("name: x\nbase: &base {a: 1}\ndata:\n  <<: *base\n", 4, "YAML 1.2 has no merge keys: use extends, or write the values"),
+    ],
+)
+def test_yaml_that_means_something_else_is_refused(tmp_path: Path, text: str, line: int, why: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=why) as caught:
+        load_recipe(str(path))
+    assert str(caught.value).startswith(f"{path}:{line}  ")
+
+
+def test_pairs_of_surrogates_and_anchors_used_again_are_read(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text('a: "\\ud83d\\ude00"\nb: &x 1\nc: &x 2\nd: *x\n"<<": 3\ne: <<\n')
+    assert read_layers(str(path)).plain() == {"a": "\U0001f600", "b": 1, "c": 2, "d": 2, "<<": 3, "e": "<<"}
+    assert not recwarn.list

@@ -79,6 +79,11 @@ def test_every_field_that_is_a_path_has_the_type_of_one() -> None:
         ("run_dir=$NOT_SET/x", "run_dir = $NOT_SET/x\n  the variable NOT_SET is not set"),
         ("storage.root=${EMPTY}/x", "the variable EMPTY is not set"),
         ("run_dir=${SCRATCH:-/tmp}/x", "${SCRATCH:-/tmp} is no variable"),
+        ("run_dir=$(pwd)/x", "$(pwd): commands are not run here"),
+        ("storage.scratch_dir=${SLURM_TMPDIR:-/tmp}/x", "${SLURM_TMPDIR:-/tmp} is no variable"),
+        ("storage.cache_dir=$(mktemp -d)/x", "$(mktemp -d): commands are not run here"),
+        ("storage.cache_dir=$MYTOKEN/x", "MYTOKEN is the name of a secret"),
+        ("data.source={type: folder, path: ~}", "put the tilde in quotes"),
         ("data.source={type: folder, path: ~no-such-user/x}", "there is no home folder of ~no-such-user here"),
     ],
 )
@@ -88,7 +93,7 @@ def test_what_cannot_be_expanded_is_named(tmp_path: Path, setting: str, why: str
     assert why in str(error.value)
 
 
-@pytest.mark.parametrize("path", ["~x", "~", "$HOME", "$$", "$~x", "a$", "${b", "x://$$", "$~", "~$x/$$~"])
+@pytest.mark.parametrize("path", ["~x", "~", "$HOME", "$(x)", "a$(", "$$", "$~x", "a$", "${b", "x://$$", "$~", "~$x/$$~"])
 def test_a_job_works_where_the_recipe_was_read(tmp_path: Path, path: str) -> None:
     """A stored recipe is read as it was meant, whatever variables are set there, and whatever signs the folders have."""
     (tmp_path / "stored.yaml").write_text(dump_recipe(Recipe(name="x", run_dir=path)))
