@@ -113,7 +113,7 @@ def test_the_command_of_a_chain_ends_with_code_2(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("without_eval")
 def test_a_ray_job_looks_before_its_first_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(ray_entry.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(ray_entry.subprocess, "call", lambda command: pytest.fail(f"called {command}"))
+    monkeypatch.setattr(ray_entry.subprocess, "call", lambda command, env: pytest.fail(f"called {command}"))
     monkeypatch.setenv(ray_entry.RECIPE, "name: x\n")
     assert ray_entry.main(["--max-failures", "2", "--backoff-s", "0.01", "pretrain", "evaluate"]) == 2
     assert FAULT in capsys.readouterr().out

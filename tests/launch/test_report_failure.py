@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -60,12 +59,10 @@ def test_a_ray_job_that_gives_up_reports_it(tmp_path: Path, recipe: Recipe, monk
     """Its commands know that they are started again, and what comes after them."""
     seen = []
 
-    def call(command: list[str]) -> int:
-        seen.append((os.environ[RETRIED], os.environ[LATER]))
+    def call(command: list[str], env: dict[str, str]) -> int:
+        seen.append((env[RETRIED], env[LATER]))
         return len(seen) - 1
 
-    for name in (RETRIED, LATER):
-        monkeypatch.setenv(name, "")
     monkeypatch.setattr(ray_entry.subprocess, "call", call)
     monkeypatch.setattr(
         ray_entry.subprocess, "run", lambda command, **options: report_failure.report(recipe, command[4], float(command[5]), command[6:])
