@@ -73,6 +73,8 @@ class MetricsView:
     """Unix time at which the driver began with it."""
     ended: tuple[Ending, float] | None
     """How the driver has ended, and when."""
+    whole: bool
+    """Whether the events of earlier attempts are here."""
 
     @property
     def checkpoint_age_s(self) -> float | None:
@@ -96,7 +98,7 @@ def _gauge(name: str, text: str, value: Callable[[MetricsView], float | None]) -
 
 
 def _count(name: str, text: str, total: str) -> MetricDefinition:
-    return MetricDefinition(f"oar_{name}_total", "counter", text, lambda view: [({}, view.state.totals[total])])
+    return MetricDefinition(f"oar_{name}_total", "counter", text, lambda view: [({}, view.state.totals[total] if view.whole else None)])
 
 
 def _info(view: MetricsView) -> Iterable[Sample]:
@@ -211,8 +213,19 @@ class _Server(ThreadingHTTPServer):
 class MetricsServer:
     """Answers while a stage runs. Its address is in ``metrics.json`` in the run's folder, as Prometheus' file_sd reads it."""
 
-    def __init__(self, events: str, stage: str, recipe_name: str, observe: ObserveConfig, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        events: str,
+        stage: str,
+        recipe_name: str,
+        observe: ObserveConfig,
+        say: Callable[[str], None],
+        whole: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Start the server.
+
+        Args:
+            whole: whether the events of earlier attempts on other hosts are here. A counter that began without them would jump later.
 
         Raises:
             OSError: the port is taken, or the address is none of this host.
@@ -232,6 +245,7 @@ class MetricsServer:
         self._waited_for: set[str] = set()
         self._seen = threading.Event()
         self._registry.register(StageCollector({"run": recipe_name, "stage": stage}, self._view))
+        self._whole, self._is_whole = whole, False
         self._address = (observe.metrics_address, observe.metrics_port)
         self._recipe_name = recipe_name
         self._note = os.path.join(os.path.dirname(os.path.abspath(events)), "metrics.json")
@@ -313,7 +327,7 @@ class MetricsServer:
             return generate_latest(self._registry)
 
     def _view(self) -> MetricsView:
-        return MetricsView(self._state, time.monotonic() - self._progressed, self._stall_s, self._begun, self._ended_as)
+        return MetricsView(self._state, time.monotonic() - self._progressed, self._stall_s, self._begun, self._ended_as, self._is_whole)
 
     def _read(self) -> None:
         while not self._ended.wait(POLL_S):
@@ -326,6 +340,7 @@ class MetricsServer:
     def _update(self) -> None:
         """Take what is new. Time is counted from when it is seen: the clocks of hosts differ."""
         with self._lock:
+            self._is_whole = self._whole()  # before what it speaks of is read
             for entry in self._reader.poll():
                 if not self._began and entry.end > self._old.get(entry.file, 0):
                     self._began = True

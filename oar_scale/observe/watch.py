@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FIRST_PULL_S, LAST_PULL_S = 10.0, 3.0
 """How long the begin and the end of a stage wait for the events of other hosts."""
+_COPY = "the copy of the events"
 T = TypeVar("T")
 
 
@@ -63,8 +64,8 @@ def watching(
     observe, say = recipe.observe, console.say if console else log.info
     upload = result is not None and observe.wandb_artifacts and observe.wandb != "off"
     wanted: list[tuple[str, Callable[[], _Watcher]]] = []
-    if root.startswith("s3://"):
-        wanted.append(("the copy of the events", lambda: _Puller(root, events, observe.mirror_s)))
+    puller = _guarded(_COPY, lambda: _Puller(root, events, observe.mirror_s)) if root.startswith("s3://") else None
+    whole = puller.succeeded.is_set if puller else lambda: True
     if console is not None and steps is not None:
         shown, last = console, steps
         wanted.append(("the console", lambda: _Entered(shown.follow(events, stage, last, observe.stall_s))))
@@ -73,8 +74,9 @@ def watching(
     if observe.notify.command or observe.notify.webhook:
         wanted.append(("observe.notify", lambda: Notifier(events, stage, recipe, root)))
     if observe.metrics_port is not None:  # the last to end: while the others finish, /healthz reports the outcome
-        wanted.append(("/metrics", lambda: MetricsServer(events, stage, recipe.name, observe, say)))
-    begun = [(name, each) for name, start in wanted if (each := _guarded(name, start)) is not None]
+        wanted.append(("/metrics", lambda: MetricsServer(events, stage, recipe.name, observe, say, whole)))
+    begun: list[tuple[str, _Watcher]] = [(_COPY, puller)] if puller else []
+    begun += [(name, each) for name, start in wanted if (each := _guarded(name, start)) is not None]
     failed = False
     try:
         with reporting_failure(events, stage, recipe, root):  # while the others still watch
@@ -136,6 +138,8 @@ class _Puller:
         """Returns when the first events are here, after ``FIRST_PULL_S`` at the latest."""
         self._root, self._folder, self._every_s = root, folder, every_s
         self._ended, self._pulled, self._failing = threading.Event(), threading.Event(), False
+        self.succeeded = threading.Event()
+        """Set once all that the other hosts had written has been here."""
         self._thread = threading.Thread(target=self._run, name="pull-events", daemon=True)
         self._thread.start()
         self._pulled.wait(FIRST_PULL_S)
@@ -146,6 +150,7 @@ class _Puller:
             last = self._ended.wait(self._every_s if self._pulled.is_set() else 0.0)
             try:
                 pull(self._root, self._folder)
+                self.succeeded.set()
                 self._failing = False
             except Exception as error:  # tried again
                 if not self._failing:

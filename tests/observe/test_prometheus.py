@@ -22,6 +22,7 @@ from waiting import wait_until
 from oar_scale.config.schema import ObserveConfig, Recipe
 from oar_scale.launch.job_metrics import JOB_METRICS
 from oar_scale.observe import prometheus as metrics
+from oar_scale.observe import watch
 from oar_scale.observe.events import EventLog
 from oar_scale.observe.failure import Ending
 from oar_scale.observe.prometheus import METRICS, MetricsServer, show_ending
@@ -232,6 +233,26 @@ def test_an_end_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     show_ending(server.events, "failed")
     show_ending(server.events, "failed")
     assert waits == [metrics.SEEN_STOPPED_S]
+
+
+def test_counters_wait_for_the_events_of_other_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the storage is away as the driver begins, they would start at 0, and jump by all faults of the past when it is back."""
+    reachable = threading.Event()
+
+    def pull(root: str, folder: str) -> None:
+        if not reachable.is_set():
+            raise OSError("no answer")
+        if not (Path(folder) / "pretrain-000.jsonl").exists():
+            synthetic_run.driver(Path(folder))
+
+    monkeypatch.setattr(watch, "pull", pull)
+    recipe = Recipe.model_validate({"name": "emoji", "observe": {"metrics_port": 0, "mirror_s": 0.1}})
+    with watching(str(tmp_path / "events"), "pretrain", recipe, "s3://bucket/run"):
+        [report] = json.loads((tmp_path / "metrics.json").read_text())
+        url = f"http://{report['targets'][0]}/metrics"
+        assert "_total{" not in get(url)[1]
+        reachable.set()
+        wait_until(lambda: samples(get(url)[1]).get("oar_worker_failures_total") == 1)
 
 
 def test_speed_and_straggler_are_compared(tmp_path: Path) -> None:
