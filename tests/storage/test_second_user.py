@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from second_user import as_second_user
+from second_user import UID, as_second_user
 
 from oar_scale.distributed.checkpoints.scratch import Scratch
 from oar_scale.errors import UserError
@@ -48,6 +48,24 @@ def test_a_folder_that_somebody_else_made_is_not_used(shared: Path, monkeypatch:
         with pytest.raises(UserError, match="was made by another user"):
             fetch("s3://bucket/model.safetensors", folder)
     assert not list(own.iterdir()) and {path.name for path in (shared / "cache").iterdir()} == {"inner"}
+
+
+def test_a_folder_of_the_team_is_used(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A colleague has made it in ``/scratch``; not one of another group, one to which everyone may write, a link, nor the folder itself."""
+    team = shared / "team"
+    made = as_second_user(["sh", "-c", f"mkdir -m 2770 {team}; ln -s {team} {shared}/link"])
+    assert made.returncode == 0, made.stderr
+    (team / "mine").mkdir()
+    monkeypatch.setattr(os, "getgroups", lambda: [UID])
+    assert foreign_part(str(team / "mine" / "cache")) is None and foreign_part(str(team / "new")) is None
+    assert Scratch(str(team / "mine"), "x").fault is None
+    assert foreign_part(str(team)) == str(team)
+    assert foreign_part(str(shared / "link" / "mine")) == str(shared / "link")
+    team.chmod(0o2777)
+    assert foreign_part(str(team / "mine")) == str(team)
+    team.chmod(0o2770)
+    monkeypatch.setattr(os, "getgroups", lambda: [])
+    assert foreign_part(str(team / "mine")) == str(team)
 
 
 def test_a_link_in_place_of_a_file_is_not_written_through(tmp_path: Path) -> None:
