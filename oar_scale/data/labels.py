@@ -1,6 +1,6 @@
 """Class labels: what counts as one, wherever it comes from (``KEY.json``, ``KEY.cls``, a table, the number of a folder).
 
-3   3.0   "3"   "003"   " 3.0\\n"   b"3"   ->  3        true  ->  1
+3   3.0   "3"   "003"   "+3"   " 3.0\\n"   b"3"   ->  3        true   "True"  ->  1        -0   "-0"  ->  0
 -1   2.5   "three"   "1e3"   [3]            ->  none: the sample is a bad one, with the reason
 null   NaN   ""   "nan"   "None"            ->  no label
 """
@@ -13,7 +13,8 @@ from decimal import Decimal
 
 from oar_scale.text import NotText, clean_text, decode_text, is_missing, shown
 
-_WHOLE = re.compile(r"[0-9]{1,18}(?:\.0*)?")
+_WHOLE = re.compile(r"(?:\+?[0-9]{1,18}|-0{1,18})(?:\.0*)?")
+_TRUTH = {"true": 1, "false": 0}
 LARGEST = 2**62
 """Labels are below it, whatever the number of classes."""
 
@@ -37,6 +38,8 @@ def label_of(value: object, classes: int | None = None) -> int:
         raise ValueError("no label")
     if isinstance(value, str) and _WHOLE.fullmatch(value.strip()):
         value = int(value.strip().partition(".")[0])
+    elif isinstance(value, str):
+        value = _TRUTH.get(value.strip().lower(), value)
     if isinstance(value, float | Decimal) and -LARGEST < value < LARGEST and value == int(value):
         value = int(value)
     if not isinstance(value, int):

@@ -24,6 +24,7 @@ NAME_LENGTH = 200
 """Characters of a name that are shown."""
 
 NO_DATA = "files that are no data, left out"
+SEVERAL_FORMATS = "samples with pictures of several formats, of which one is taken"
 BAD_SAMPLES = "bad samples, left out"
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from oar_scale.data.data_files import files_below, shards_among
 from oar_scale.data.images import EXTENSIONS, decode_image
 from oar_scale.data.labels import label_of, stored_label
-from oar_scale.data.notes import NO_DATA, Notes
+from oar_scale.data.notes import NO_DATA, SEVERAL_FORMATS, Notes
 from oar_scale.data.tar_samples import TWICE, Parts, samples
 from oar_scale.data.tars import map_file
 from oar_scale.errors import UserError
@@ -131,6 +131,8 @@ def scan_shard(uri: str, vocab_size: int | None = None, decode: bool = False) ->
             if key in seen:
                 scan.fault(f"key {key!r} {TWICE}")
             seen.add(key)
+            if sum(part in EXTENSIONS for part in sample) > 1:
+                notes.add(SEVERAL_FORMATS, f"{uri}: {key}")
             extensions = tuple(sample)
             if extensions not in counts:
                 if len(counts) == KINDS_KEPT:

@@ -86,9 +86,13 @@ def test_values_in_messages_are_short() -> None:
     assert len(cut("x" * 10**6 + "\n" * 10**4)) < 3000
 
 
+ALIKE = [("true", 1), ("True", 1), ("FALSE\n", 0), (b"false", 0), ("-0", 0), ("-0.0", 0), (-0.0, 0), ("+3", 3), ("+3.0", 3)]
+"""Written as programs write the numbers and truth values that Parquet and JSON have."""
+
+
 @pytest.mark.parametrize(
     ("value", "label"),
-    [(3, 3), (3.0, 3), ("3", 3), ("003", 3), (" 3.0\r\n", 3), (b"\xef\xbb\xbf3", 3), (True, 1), (0, 0), ("0", 0)],
+    [(3, 3), (3.0, 3), ("3", 3), ("003", 3), (" 3.0\r\n", 3), (b"\xef\xbb\xbf3", 3), (True, 1), (0, 0), ("0", 0), *ALIKE],
 )
 def test_what_is_a_label(value: object, label: int) -> None:
     assert label_of(value) == label == label_of(value, 4) and type(label_of(value)) is int

@@ -15,9 +15,11 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from oar_scale.config.schema import DataConfig, Source
-from oar_scale.data.notes import NO_DATA, Notes
+from oar_scale.data.notes import NO_DATA, SEVERAL_FORMATS, Notes
 from oar_scale.data.prepare import prepare_images
+from oar_scale.data.scan import scan_shard
 from oar_scale.data.sources import BadImage, Content, ImageSource, open_source
+from oar_scale.data.sources.image_files import ALONE
 
 APPLE = bytes.fromhex("00051607") + b"\0\2\0\0Mac OS X        " + bytes(90)
 """What macOS writes beside each file on a disk of another system."""
@@ -156,6 +158,33 @@ def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
     put(tmp_path / "shards/1.tar.gz")
     notes = opened(type="webdataset", url=str(tmp_path / "shards")).notes.record()
     assert notes == {"archives that are no plain .tar, left out": {"count": 1, "examples": ["1.tar.gz"]}}
+
+
+def test_what_has_no_picture_or_several_is_named(tmp_path: Path) -> None:
+    image_and_text(tmp_path / "photos/a")
+    image_and_text(tmp_path / "texts/a")
+    for name in ("photos/b.txt", "photos/c.d.features.npy", "texts/gone.TXT", "photos/a.features.npy"):
+        put(tmp_path / name, "x")
+    (tmp_path / "texts/a.jpg").unlink()
+    for given in ({}, {"captions": str(tmp_path / "texts")}):
+        source = opened(type="folder", path=str(tmp_path / "photos"), **given)
+        assert set(contents(source)) == {"a"}
+        examples = ["b.txt", "c.d.features.npy", *(["gone.TXT"] if given else [])]
+        assert source.notes.record() == {ALONE: {"count": len(examples), "examples": examples}}
+    members = {
+        "x.jpg": picture(0),
+        "x.png": picture(1),
+        "x.txt": b"x",
+        "README": b"",
+        "y.jpg": picture(0),
+        "y.txt": b"y",
+        "z.png": picture(0),
+    }
+    put(tmp_path / "shards/0.tar", tar_of(members))
+    source = opened(type="webdataset", url=str(tmp_path / "shards"))
+    assert len(contents(source)) == 3
+    assert {reason: note["count"] for reason, note in source.notes.record().items()} == {NO_DATA: 1, SEVERAL_FORMATS: 1}
+    assert scan_shard(str(tmp_path / "shards/0.tar")).notes.keys() == {NO_DATA, SEVERAL_FORMATS}
 
 
 def test_what_was_passed_over_is_in_the_notes_of_the_stage(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator
 
 from oar_scale.config.schema import FolderSource
+from oar_scale.data.data_files import walk
 from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.labels import stored_label
 from oar_scale.data.notes import Notes
 from oar_scale.data.sources.captions import caption_lines, caption_of, metadata_of
-from oar_scale.data.sources.image_files import file_content, image_files, key_of, no_folder, square
+from oar_scale.data.sources.image_files import file_content, image_files, key_of, no_folder, note_alone, square
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
 from oar_scale.errors import UserError
 from oar_scale.text import is_missing
@@ -38,6 +39,9 @@ class FolderImages:
         names = image_files(self.path, self.notes)
         if not names:
             raise UserError(f"data.source.path {self.path}: no image in it (*.{', *.'.join(EXTENSIONS)})")
+        if self.captions != self.path:
+            texts = (name for name in walk(self.captions, self.notes) if name.lower().endswith(".txt"))
+            note_alone(texts, names, self.notes)
         for name in names:
             yield SourceImage(key_of(name), os.path.splitext(name)[0], functools.partial(self._read, name))
 

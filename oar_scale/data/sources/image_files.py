@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import zlib
+from collections.abc import Iterable
 
 from PIL import Image, ImageOps
 
@@ -24,22 +25,34 @@ OTHER_FORMATS = (
 """Endings of pictures that are left out."""
 MAX_BYTES = 1 << 30
 """A file of more is not read: 64 million pixels take less in every format."""
+ALONE = "captions and labels without a picture of their name, left out"
 BESIDE = ("txt", "json", "npy", "cls")
 """Endings of what may lie beside an image and belong to it."""
 
 
 def image_files(folder: str, notes: Notes) -> list[str]:
     """Paths of all images in and below a folder, relative to it, with ``/``, sorted (:func:`oar_scale.data.data_files.walk`)."""
-    images = []
+    images, beside = [], []
     for name in walk(folder, notes, _is_image):
         ending = name.lower().rpartition(".")[2]
         if _is_image(name):
             images.append(name)
         elif ending in OTHER_FORMATS:
             notes.add(f"pictures that are not .{', .'.join(EXTENSIONS)}, left out", name)
-        elif ending not in BESIDE:
+        elif ending in BESIDE:
+            beside.append(name)
+        else:
             notes.add("files of other kinds, left out", name)
+    note_alone(beside, images, notes)
     return sorted(images)
+
+
+def note_alone(beside: Iterable[str], images: Iterable[str], notes: Notes) -> None:
+    """Note the captions and other files that should lie beside a picture, and have none of their name."""
+    stems = {os.path.splitext(name)[0] for name in images}
+    for name in beside:
+        if re.sub(r"(\.features)?\.[^./]*$", "", name, flags=re.IGNORECASE) not in stems:
+            notes.add(ALONE, name)
 
 
 def _is_image(name: str) -> bool:

@@ -19,7 +19,7 @@ from oar_scale.config.schema import WebDatasetSource
 from oar_scale.data.data_files import files_below, shards_among
 from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.labels import stored_label
-from oar_scale.data.notes import NO_DATA, Notes
+from oar_scale.data.notes import NO_DATA, SEVERAL_FORMATS, Notes
 from oar_scale.data.sources.captions import caption_of, metadata_of
 from oar_scale.data.sources.image_files import key_of, square_of
 from oar_scale.data.sources.source import BadImage, Content, SourceImage
@@ -72,11 +72,12 @@ class WebDatasetImages:
         """The samples of a shard: each begins where the one before it ends, so that headers that belong to a member come along."""
         ranges: dict[str, SampleRange] = {}
         data = memoryview(open_storage(uri).read(uri)) if uri.startswith("s3://") else map_file(uri)
-        last, until = "", 0
+        last, until, formats = "", 0, 0
         found = data_runs(data, uri, on_passed=lambda name: self.notes.add(NO_DATA, f"{uri}: {name}"))
         for name, offset, size in chain.from_iterable(zip(*run, strict=True) for run in found):
-            key, end = key_and_extension(name)[0], offset + -(-size // BLOCK) * BLOCK
+            (key, extension), end = key_and_extension(name), offset + -(-size // BLOCK) * BLOCK
             if not key:
+                self.notes.add(NO_DATA, f"{uri}: {name}")
                 continue
             if key == last:
                 ranges[key] = ranges[key]._replace(end=end)
@@ -84,6 +85,9 @@ class WebDatasetImages:
                 ranges[key] = ranges[key]._replace(times=ranges[key].times + 1)
             else:
                 ranges[key] = SampleRange(key, until, end)
+            formats = (formats if key == last else 0) + (extension in EXTENSIONS)
+            if formats == 2 and extension in EXTENSIONS:
+                self.notes.add(SEVERAL_FORMATS, f"{uri}: {key}")
             last, until = key, end
         return list(ranges.values())
 
