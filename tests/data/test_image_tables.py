@@ -144,7 +144,12 @@ def test_cells_that_are_not_utf8_are_bad_captions_and_good_names(tmp_path: Path)
     [
         ("t.csv", b"\x1f\x8b\x08\0\0\0\0\0", "compressed with gzip; unpack it"),
         ("t.csv", b"PK\x03\x04" + bytes(90), "Excel file.*save the sheet as CSV"),
+        ("t.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(90), "old Excel file; save the sheet as CSV"),
         ("t.csv", b'{"image": "a.png", "caption": "a"}', "JSON; save it as CSV or Parquet"),
+        ("t.csv", b'\xef\xbb\xbf\n {"image": "a.png", "caption": "a"}', "JSON; save it as CSV or Parquet"),
+        ("t.csv", b'\n[\n  {"image": "a.png", "caption": "a"}]', "JSON; save it as CSV or Parquet"),
+        ("t.csv", b"", "t.csv has no column 'image'; it has none: there is no first line with their names$"),
+        ("t.csv", b"\xef\xbb\xbf\n\n", "t.csv has no column 'image'; it has none: there is no first line with their names$"),
         ("t.csv", b"\xff\xfei\0m\0", r"t.csv has no column 'image'; it has im"),
         ("t.csv", b"\xff\xfei\0m\0a", r"not UTF-16 as its byte order mark says"),
         ("t.csv", b"image;" + b"x" * 10**6, r"has no column 'caption'; it has image, x+\.\.\. \(1000007 characters\)$"),

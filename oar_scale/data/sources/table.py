@@ -75,7 +75,7 @@ class TableImages:
             for field, template in self._fields.items():
                 missing = next((name for name in template.columns if name not in header), None)
                 if missing is not None:
-                    names = cut(", ".join(header), lines=1, characters=1000)
+                    names = cut(", ".join(header), lines=1, characters=1000) or "none: there is no first line with their names"
                     raise UserError(f"data.source.{field}: {path} has no column {missing!r}; it has {names}")
             whole.bad.update((whole.rows + row, why) for row, why in part.bad.items())
             for name, column in whole.cells.items():

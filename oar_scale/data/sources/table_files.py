@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import tempfile
@@ -20,6 +21,7 @@ _PART = re.compile(r"(?P<split>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?:-[0-9
 _OTHERS = (
     (b"\x1f\x8b", "compressed with gzip; unpack it"),
     (b"PK\x03\x04", "a ZIP or Excel file; unpack it, or save the sheet as CSV"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel file; save the sheet as CSV"),
     (b"BZh", "compressed with bzip2; unpack it"),
     (b"(\xb5/\xfd", "compressed with zstd; unpack it"),
     (b"ARROW1", "an Arrow (Feather) file; save it as Parquet"),
@@ -119,10 +121,11 @@ def is_parquet(local: str, path: str) -> bool:
     """Whether a file is Parquet, and otherwise text. Raises UserError for what is neither."""
     try:
         with open(local, "rb") as file:
-            start = file.read(8)
+            start = file.read(64)
     except OSError as error:
         raise UserError(f"{_FIELD} {path}: cannot be read ({os.strerror(error.errno or 0)})") from error
+    packed = b"".join(start.removeprefix(codecs.BOM_UTF8).split())  # JSON may begin with blanks and line ends, between [ and { too
     for magic, what in _OTHERS:
-        if start.startswith(magic):
+        if (packed if magic in (b"{", b"[{") else start).startswith(magic):
             raise UserError(f"{_FIELD} {path}: no CSV, TSV or Parquet file but {what}")
     return start.startswith(b"PAR1") or path.lower().endswith((".parquet", ".pq"))
