@@ -39,7 +39,7 @@ _KNOWN = re.compile(
       | gh[pousr]_[A-Za-z0-9]{30,} | github_pat_\w{30,} | glpat-[\w-]{18,}
       | hf_[A-Za-z0-9]{30,} | sk-(?=\w*\d)\w{20,} | xox[abprs]-[A-Za-z0-9-]{10,} | AIza[\w-]{35} | npm_[A-Za-z0-9]{36}
       | wandb_v1_\w{20,} | dckr_pat_[\w-]{20,} | ya29\.[\w-]{20,}
-      | sk-(?:proj|ant|svcacct|admin|or)-(?=[\w-]*\w{20})(?=[\w-]*\d)[\w-]+
+      | sk-(?:proj|ant|svcacct|admin|or)-(?=[\w-]{0,150}\w{20})(?=[\w-]{0,150}\d)[\w-]+
       | hooks\.slack(?:-gov)?\.com/\w+/\w+/\w+/[\w/]+ | discord(?:app)?\.com/api/(?:v\d+/)?webhooks/\d+/[\w-]+
       | api\.telegram\.org/(?:file/)?bot\d+:[\w-]+
       | (?:(?:[\w-]+\.)?webhook\.office\.com|outlook\.office\.com/webhook)/\w[^\s"'<>]+
