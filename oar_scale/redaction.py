@@ -42,7 +42,7 @@ _KNOWN = re.compile(
       | sk-(?:proj|ant|svcacct|admin|or)-(?=[\w-]{0,150}\w{20})(?=[\w-]{0,150}\d)[\w-]+
       | hooks\.slack(?:-gov)?\.com/\w+/\w+/\w+/[\w/]+ | discord(?:app)?\.com/api/(?:v\d+/)?webhooks/\d+/[\w-]+
       | api\.telegram\.org/(?:file/)?bot\d+:[\w-]+
-      | (?:(?:[\w-]+\.)?webhook\.office\.com|outlook\.office\.com/webhook)/\w[^\s"'<>]+
+      | (?:webhook\.office\.com|outlook\.office\.com/webhook)/\w[^\s"'<>]+
       | eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*            # a JSON web token
     )""",
     re.VERBOSE,
