@@ -32,6 +32,7 @@ from oar_scale.run.context import Run
 from oar_scale.runtime.tables import text_table
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.background import in_order
+from oar_scale.text import cut
 
 _THREADS = 4
 
@@ -159,7 +160,7 @@ def _rows(location: CheckpointLocation, now: float) -> Iterator[dict[str, str]]:
 
 
 def _manifest_columns(checkpoint: Checkpoint, now: float) -> dict[str, str]:
-    metrics = {name: f"{value:.4f}" for name, value in checkpoint.metrics.items()}
+    metrics = {cut(name, lines=1, characters=30): cut(f"{value:.4f}", lines=1, characters=30) for name, value in checkpoint.metrics.items()}
     return {
         "WORKERS": str(checkpoint.world_size),
         "ZERO": str(checkpoint.zero_stage),

@@ -45,7 +45,7 @@ MEASURED = {
 }
 """Fields that are numbers, or null where one was not finite or is not known; so are all that begin with ``nll_``."""
 NEEDED = {
-    **dict.fromkeys(("train", "heldout", "vq", "order_head"), ("step",)),
+    **dict.fromkeys(("train", "heldout", "checkpoint", "vq", "order_head"), ("step",)),
     "pool": ("done", "total"),
     "resized": ("to_workers",),
 }

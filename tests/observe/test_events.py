@@ -204,7 +204,7 @@ def test_a_history_of_a_hundred_attempts_is_read_in_one_pass(tmp_path: Path) -> 
         ({"kind": "train", "step": "3"}, None),
         ({"kind": "pool", "done": 1, "total": None}, None),
         ({"kind": "settings_changed", "changes": {"lr": 3}, "stage": []}, {"kind": "settings_changed"}),
-        ({"kind": "checkpoint", "bytes": None, "seconds": 10**400}, {"kind": "checkpoint"}),
+        ({"kind": "checkpoint", "step": 2, "bytes": None, "seconds": 10**400}, {"kind": "checkpoint", "step": 2}),
         ({"kind": "end", "time": 1e15}, {"kind": "end"}),
         ({"kind": ["train"]}, None),
     ],

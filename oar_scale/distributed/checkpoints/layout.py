@@ -31,6 +31,7 @@ from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject, parse_object
 from oar_scale.names import file_name
 from oar_scale.storage import Missing, join, open_storage
+from oar_scale.text import cut
 
 MARKER = "COMMITTED"
 MANIFEST = "manifest.json"
@@ -247,7 +248,7 @@ def read_checkpoint(uri: str) -> Checkpoint:
         if not _SAVE.fullmatch(save):
             raise ValueError(f"{save!r} is no attempt's name")
     except (ValueError, TypeError, KeyError) as error:
-        raise DamagedCheckpoint(f"{MARKER} is damaged ({error or 'it is empty'})") from None
+        raise DamagedCheckpoint(f"{MARKER} is damaged ({cut(str(error), lines=1, characters=200) or 'it is empty'})") from None
     try:
         data = storage.read(join(uri, save, MANIFEST))
     except Missing:
@@ -263,7 +264,7 @@ def read_checkpoint(uri: str) -> Checkpoint:
             )
         _check_manifest(manifest)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{save}/{MANIFEST} is not a checkpoint's ({error!r})") from None
+        raise DamagedCheckpoint(f"{save}/{MANIFEST} is not a checkpoint's ({cut(repr(error), lines=1, characters=200)})") from None
     return Checkpoint(uri, save, manifest)
 
 
@@ -275,6 +276,9 @@ def _check_manifest(manifest: JsonObject) -> None:
     for name in _OBJECTS:
         if not isinstance(manifest.get(name, {}), dict):
             raise ValueError(f"{name} is {manifest[name]!r}")
+    for name, value in dict(manifest.get("state", {}).get("metrics", {})).items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"metric {name} is {value!r}")
     if not isinstance(manifest.get("saved_at", 0.0), int | float):
         raise ValueError(f"saved_at is {manifest['saved_at']!r}")
     for name, entry in manifest["files"].items():

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from oar_scale.distributed.checkpoints.fetch import local_checkpoint
 from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
 from oar_scale.distributed.checkpoints.shard_tensors import Shards, read_shards
-from oar_scale.errors import UserError
+from oar_scale.errors import UserError, first_line
 from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.model.weights import model_of
 from oar_scale.training.optimizer import AVERAGE
@@ -38,7 +39,12 @@ def checkpoint_weights(uri: str, *, average: bool = False) -> Iterator[tuple[Mod
         shards = read_shards(folder, checkpoint.files)
         if average and AVERAGE not in shards.moments:
             raise UserError(f"{uri}: keeps no moving average of the weights; ema_decay was not set. Leave --ema out.")
-        yield ModelSpec.model_validate(checkpoint.manifest["model_spec"]), _tensors(shards, AVERAGE if average else WEIGHTS)
+        try:
+            spec = ModelSpec.model_validate(checkpoint.manifest["model_spec"])
+        except ValidationError as error:
+            why = first_line(str(error.errors()[0]["msg"]))
+            raise UserError(f"{uri}: the sizes of this model are not understood ({why}). Use another checkpoint.") from error
+        yield spec, _tensors(shards, AVERAGE if average else WEIGHTS)
 
 
 def whole_model(uri: str, *, average: bool = False) -> AnyOrderModel:
