@@ -31,7 +31,7 @@ from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject, parse_object
 from oar_scale.names import file_name
 from oar_scale.storage import Missing, join, open_storage
-from oar_scale.text import cut
+from oar_scale.text import cut, shown
 
 MARKER = "COMMITTED"
 MANIFEST = "manifest.json"
@@ -272,22 +272,22 @@ def _check_manifest(manifest: JsonObject) -> None:
     """Raise where something is of the wrong kind, or a file would lie elsewhere."""
     for name in _COUNTS:
         if type(manifest.get(name, 0)) is not int or manifest.get(name, 0) < 0:
-            raise ValueError(f"{name} is {manifest[name]!r}")
+            raise ValueError(f"{name} is {shown(manifest[name])}")
     for name in _OBJECTS:
         if not isinstance(manifest.get(name, {}), dict):
-            raise ValueError(f"{name} is {manifest[name]!r}")
+            raise ValueError(f"{name} is {shown(manifest[name])}")
     for name, value in dict(manifest.get("state", {}).get("metrics", {})).items():
         if not isinstance(value, int | float):
-            raise ValueError(f"metric {name} is {value!r}")
+            raise ValueError(f"metric {shown(name)} is {shown(value)}")
     if not isinstance(manifest.get("saved_at", 0.0), int | float):
         raise ValueError(f"saved_at is {manifest['saved_at']!r}")
     for name, entry in manifest["files"].items():
         try:
             file_name(name)
         except ValueError:
-            raise ValueError(f"{name!r} is not the name of a checkpoint's file") from None
+            raise ValueError(f"{shown(name)} is not the name of a checkpoint's file") from None
         if any(type(entry.get(key, 0)) is not int or entry.get(key, 0) < 0 for key in ("bytes", "crc32c", "rank")):
-            raise ValueError(f"{name} has {entry!r}")
+            raise ValueError(f"{name} has {cut(repr(entry), lines=1, characters=100)}")
 
 
 def require_fields(checkpoint: Checkpoint, *names: str) -> None:
@@ -295,7 +295,7 @@ def require_fields(checkpoint: Checkpoint, *names: str) -> None:
     or checksum of a file, or names a file that DeepSpeed does not write."""
     for name in checkpoint.files:
         if not SHARD.fullmatch(name):
-            raise DamagedCheckpoint(f"{checkpoint.save}/{MANIFEST}: {name!r} is not the name of a checkpoint's file")
+            raise DamagedCheckpoint(f"{checkpoint.save}/{MANIFEST}: {shown(name)} is not the name of a checkpoint's file")
     of_files = ("bytes", "crc32c") if names else ("bytes", "crc32c", "rank")
     missing = [name for name in names or (*_COUNTS, *_OBJECTS) if name not in checkpoint.manifest]
     missing += [f"files.{name}.{key}" for name, entry in checkpoint.files.items() for key in of_files if key not in entry]
