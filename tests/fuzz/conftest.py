@@ -15,8 +15,6 @@ from small_training import tiny_recipe
 from oar_scale.config.loading import dump_recipe
 from oar_scale.distributed.worker import train
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -24,7 +22,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     around = tmp_path_factory.mktemp("around")
     inside = around / "inside"
     inside.mkdir()
-    (inside / "recipes").symlink_to(ROOT / "recipes")
     yield inside
     assert os.listdir(around) == ["inside"]
 

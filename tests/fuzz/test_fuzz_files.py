@@ -31,7 +31,6 @@ PROFILES = [document(path) for path in sorted((ROOT / "cluster" / "slurm").glob(
 @given(data=st.data())
 def test_fuzzed_recipes_are_read_or_refused(folder: Path, data: st.DataObject) -> None:
     content = data.draw(json_files(data.draw(st.sampled_from(RECIPES))))
-    (folder / "recipes-fuzzed").mkdir(exist_ok=True)
     (folder / "fuzzed.yaml").write_bytes(content.replace(b"base/", str(ROOT / "recipes" / "base").encode() + b"/"))
     key = data.draw(st.sampled_from(["name", "run_dir", "storage.root", "data.source", "model", "pretrain.lr", "a.b", "", ".", "extends"]))
     value = data.draw(st.sampled_from(WORDS[:-1]))

@@ -217,13 +217,18 @@ def drive(tmp_path: Path) -> Callable[[int], subprocess.Popen[str]]:
     return start
 
 
+def kill_at(driver: subprocess.Popen[str], step: int) -> None:
+    """Kill a driver once it has printed that it is at this step."""
+    assert driver.stdout is not None
+    while driver.stdout.readline() != f"{step}\n":
+        pass
+    driver.kill()
+    driver.wait()
+
+
 def test_a_killed_drivers_run_is_resumed(tmp_path: Path, server: WandbServer, drive: Callable[[int], subprocess.Popen[str]]) -> None:
     killed = drive(0)
-    assert killed.stdout is not None
-    while killed.stdout.readline() != "60\n":
-        pass
-    killed.kill()
-    killed.wait()
+    kill_at(killed, 60)
     assert drive(40).wait() == 0
     run = only_run(server)
     assert_nothing_twice(run)
@@ -238,11 +243,7 @@ def test_a_killed_driver_is_an_alert_and_its_run_has_failed(
     command = [sys.executable, "-c", f"import sys; open({str(tmp_path / 'told')!r}, 'w').write(sys.stdin.read())"]
     (tmp_path / "recipe.yaml").write_text(f"name: emoji\nobserve: {{wandb: online, notify: {{command: {json.dumps(command)}}}}}\n")
     killed = drive(0)
-    assert killed.stdout is not None
-    while killed.stdout.readline() != "20\n":
-        pass
-    killed.kill()
-    killed.wait()
+    kill_at(killed, 20)
     server.wait_until(lambda: server.runs and only_run(server).exit_code is not None)
     run = only_run(server)
     assert run.exit_code == 1
