@@ -220,7 +220,7 @@ def load_profile(path: str, overrides: Sequence[str] = ()) -> Profile:
     layers = read_layers(path, overrides)
     refuse_secrets(layers, "profile", shell=True)
     kind = layers.child("type")
-    if kind is None or kind.value not in KINDS:
+    if kind is None or not isinstance(kind.value, str) or kind.value not in KINDS:
         raise UserError(f"{kind.origin if kind else path}  type\n  must be one of {', '.join(KINDS)}.")
     try:
         profile: Profile = KINDS[kind.value].model_validate_json(json.dumps(layers.plain()), strict=True, context=EXPAND)

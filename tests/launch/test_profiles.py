@@ -50,6 +50,8 @@ def load(folder: Path, text: str, *overrides: str) -> SlurmProfile:
         ('type: slurm\ncpus_per_node: 8\ntime: "90"\n', "'90' is no HH:MM:SS or D-HH:MM:SS; in YAML, put it in quotes"),
         ('type: slurm\ncpus_per_node: 8\ntime: "00:00:30"\n', "below a minute"),
         ("type: pbs\n", r"mine.yaml:1  type\n  must be one of slurm, ray"),
+        ("type: [slurm]\n", r"mine.yaml:1  type\n  must be one of slurm, ray"),
+        ("type: {name: slurm}\n", r"type\n  must be one of slurm, ray"),
         ("cpus_per_node: 8\n", "type\n  must be one of slurm, ray"),
     ],
 )
