@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from PIL import Image
 from ruamel.yaml import YAML
 
+EXAMPLES = int(os.environ.get("OAR_FUZZ", "5"))
+PATIENCE = pytest.mark.timeout(900 + 10 * EXAMPLES)
+"""For a test of so many examples; a hang of one is the sandbox's matter."""
 fuzz = settings(
-    max_examples=int(os.environ.get("OAR_FUZZ", "5")),
+    max_examples=EXAMPLES,
     deadline=None,
     database=None,
     derandomize="OAR_FUZZ" not in os.environ,  # the same few examples each time, until more are asked for

@@ -16,7 +16,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from sandbox import oar
-from strategies import ESCAPED, damaged, document, fuzz, json_files, pickles
+from strategies import ESCAPED, PATIENCE, damaged, document, fuzz, json_files, pickles
+
+pytestmark = PATIENCE
 
 
 @contextmanager

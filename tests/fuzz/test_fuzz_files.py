@@ -18,8 +18,9 @@ from foreign_shards import img2dataset_sample, token_sample, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from sandbox import oar
-from strategies import VALUES, WORDS, damaged, document, fuzz, json_files, noise, pictures
+from strategies import PATIENCE, VALUES, WORDS, damaged, document, fuzz, json_files, noise, pictures
 
+pytestmark = PATIENCE
 ROOT = Path(__file__).resolve().parents[2]
 
 
