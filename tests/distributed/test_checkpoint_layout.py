@@ -22,6 +22,7 @@ from oar_scale.distributed.checkpoints.layout import (
     read_checkpoint,
     save_started,
     step_uri,
+    uncommit,
 )
 from oar_scale.distributed.checkpoints.restore import _raise_first, _sendable
 from oar_scale.distributed.checkpoints.retention import Keep, Retention, prune
@@ -97,6 +98,22 @@ def test_an_attempt_without_its_marker_only_is_committed(checkpoints: str) -> No
     delete(uri, ["COMMITTED"])
     assert kept(checkpoints, Keep(1)) == [5]
     assert read_checkpoint(uri).save == save
+
+
+@pytest.mark.parametrize("broken", ["", "COMMITTED", "manifest.json"])
+def test_a_rejected_checkpoint_is_never_committed_again(checkpoints: str, broken: str) -> None:
+    """It would count as the newest one, for which an intact one is removed."""
+    write(checkpoints, 10, ago_s=3 * HOUR)
+    save, uri = write(checkpoints, 20, ago_s=3 * HOUR), step_uri(checkpoints, 20)
+    if broken:
+        name = join(uri, broken if broken == "COMMITTED" else f"{save}/{broken}")
+        open_storage(name).write(name, open_storage(name).read(name).replace(b"1", b"2"))
+    uncommit(uri)
+    assert committed_steps(checkpoints) == [10]
+    write(checkpoints, 15)
+    assert kept(checkpoints, Keep(2)) == [10, 15]
+    assert kept(checkpoints, Keep(1)) == [15]
+    assert [location.step for location in checkpoint_locations(checkpoints)] == [15], "its files are left over"
 
 
 def test_an_attempt_whose_files_were_removed_is_not_committed(checkpoints: str) -> None:

@@ -304,9 +304,12 @@ def require_fields(checkpoint: Checkpoint, *names: str) -> None:
 
 
 def uncommit(uri: str) -> None:
-    """Remove the commit marker of a step, so that nobody reads it any more."""
+    """Remove the commit marker of a step, so that nobody reads it any more; its attempts are given up, or they would be committed again."""
+    storage = open_storage(uri)
+    for save in sorted({save for location in checkpoint_locations(uri) for save in location.saves}):
+        storage.write(join(uri, save, MANIFEST), _GIVEN_UP)
     for name in (MARKER, LATEST):
-        open_storage(uri).delete(join(uri, name))
+        storage.delete(join(uri, name))
 
 
 def delete(uri: str, names: Iterable[str]) -> None:
