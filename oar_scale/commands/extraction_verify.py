@@ -7,7 +7,7 @@ from oar_scale.errors import UserError
 from oar_scale.orders.order_table import Stored, parse_orders, table_name
 from oar_scale.run.context import Run
 from oar_scale.shard_pool import Ledger, ShardResult
-from oar_scale.storage import Missing, Unreachable, join, open_storage
+from oar_scale.storage import Missing, join, open_storage
 from oar_scale.storage.background import in_order
 
 READERS = 16
@@ -50,15 +50,14 @@ def _problem(orders: str, shard: ShardInfo, result: ShardResult) -> str:
     uri = join(orders, table_name(shard.name))
     try:
         data = open_storage(uri).read(uri)
-        if "table_crc32c" not in result:  # an entry of an older version
-            parse_orders(data, uri)
-            return ""
     except Missing:
         return "there is no table"
-    except Unreachable:
-        raise
-    except UserError as error:
-        return str(error).splitlines()[0]
+    if "table_crc32c" not in result:  # an entry of an older version
+        try:
+            parse_orders(data, uri)
+        except UserError as error:
+            return str(error).splitlines()[0]
+        return ""
     stored = Stored.of(data)
     if stored.size != result["table_bytes"]:
         return f"{stored.size} bytes, {result['table_bytes']} were written"

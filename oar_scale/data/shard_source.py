@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from oar_scale.data.manifest import Manifest, ShardInfo
 from oar_scale.data.open_shard import ImageShard, OpenShard, TokenShard, UnusableSample
-from oar_scale.errors import Unreachable, UserError
+from oar_scale.errors import BadName, Missing, UserError
 from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import join
-from oar_scale.storage.shard_cache import ShardCache
+from oar_scale.storage.shard_cache import DamagedShard, ShardCache
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import Field, Prompt
 from oar_scale.tokenizers.vq import pixels_to_unit
@@ -71,15 +71,17 @@ class ShardSource:
         """Fetch a shard, open it and compare it with the manifest.
 
         Raises:
-            UnusableSample: it is not there or cannot be read, or has another number of samples or another shape of codes.
+            UnusableSample: it is not there or damaged, or has another number of samples or another shape of codes.
             Unreachable: the storage did not answer for as long as the cache's patience. Nothing is wrong with the shard.
+            UserError: the storage refuses, as where credentials have expired. Nothing is wrong with the shard, either.
         """
         uri = join(self.folder, info.name)
         try:
             data = self.cache.read(uri, info.bytes, info.crc32c)
+        except (Missing, BadName, DamagedShard) as error:
+            raise UnusableSample(str(error)) from error
+        try:
             shard = TokenShard(data, uri) if self.tokenizer is None else ImageShard(data, uri)
-        except Unreachable:
-            raise
         except UserError as error:
             raise UnusableSample(str(error)) from error
         if len(shard) != info.samples:

@@ -26,7 +26,7 @@ that the model does not have, a shard that is missing or damaged) is replaced: a
 epoch, uid, k), and the first sample that can be used is taken. The slot keeps its own random choices, so the replacement is the same on
 every rank and in every attempt. Each replaced sample is listed in :attr:`Batch.bad`; past ``data.max_bad_fraction`` of the samples seen,
 the stream stops with an error that names some. A storage that does not answer is no fault of a sample: it ends the stream with
-``Unreachable``.
+``Unreachable``, and one that refuses with another ``UserError``.
 
 *Resuming* is ``batches(start_step=t, end_step=...)``. A step costs no more in the middle of an epoch than at its beginning.
 

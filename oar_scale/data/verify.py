@@ -15,7 +15,7 @@ from oar_scale.data.data_files import files_below
 from oar_scale.data.manifest import Manifest, ShardInfo, parse_manifest
 from oar_scale.data.notes import Notes
 from oar_scale.data.scan import ShardScan, in_parallel, scan_shard
-from oar_scale.errors import UserError
+from oar_scale.errors import Unreachable, UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.storage import join, open_storage
 
@@ -60,7 +60,7 @@ def verify_folder(
         on_progress: called with (shards done, shards in all), at the start and after every shard.
 
     Raises:
-        UserError: no manifest, or no access. Faults of shards and samples are in the report.
+        UserError: no manifest, no access, or a storage that does not answer any more. Faults of shards and samples are in the report.
     """
     uri = manifest_uri or join(folder, "manifest.json")
     manifest = parse_manifest(open_storage(uri).read(uri), uri)
@@ -68,6 +68,8 @@ def verify_folder(
     by_shard, by_notes = dict[str, tuple[list[str], int]](), dict[str, dict[str, JsonObject]]()
 
     def broken(name: str, error: UserError) -> None:
+        if isinstance(error, Unreachable):
+            raise error
         by_shard[name] = [str(error).removeprefix(f"{join(folder, name)}: ")], 1
 
     report(0, len(infos))

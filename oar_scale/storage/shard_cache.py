@@ -11,6 +11,7 @@ can happen to the cache (full, read-only, damaged, a writer killed) stops a read
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import mmap
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 from crc32c import crc32c as checksum
 
-from oar_scale.errors import UserError
+from oar_scale.errors import Unreachable, UserError
 from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import FetchStats, Missing, patience
 from oar_scale.storage.background import start
@@ -31,7 +32,13 @@ from oar_scale.storage.remote import Landing, Replaced
 from oar_scale.storage.schemes import LOCAL, remote_objects_of, scheme_of
 
 _BLOCK = 1 << 20
+_LOST = {errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO, errno.ENODEV}
+"""What the system says of files on a network file system whose server is away."""
 _log = logging.getLogger(__name__)
+
+
+class DamagedShard(UserError):
+    """The shard itself is not what was written; nothing is wrong with the way to it."""
 
 
 class _Shard(NamedTuple):
@@ -86,7 +93,9 @@ class ShardCache:
 
         Raises:
             Missing: there is no such object.
-            UserError: it cannot be fetched, or is not what ``size`` and ``crc32c`` say; names ``uri``, what was tried, the remedy.
+            DamagedShard: it is not what ``size`` and ``crc32c`` say.
+            Unreachable: the storage does not answer.
+            UserError: it cannot be fetched. All name ``uri``, what was tried, the remedy.
         """
         own, shard = self._own(), _Shard(uri, size, crc32c)
         with own.lock:
@@ -106,19 +115,19 @@ class ShardCache:
         return self._process
 
     def _read(self, shard: _Shard) -> memoryview:
-        return (
-            retry_transient(lambda: self._read_remote(shard), self.patience_s) if scheme_of(shard.uri) != LOCAL else self._read_local(shard)
-        )
+        read = self._read_local if scheme_of(shard.uri) == LOCAL else self._read_remote
+        return retry_transient(lambda: read(shard), self.patience_s)
 
     def _read_local(self, shard: _Shard) -> memoryview:
         try:
             return self._open(shard.uri, shard.size, shard.crc32c)
         except DamagedObject as error:
-            raise UserError(f"{shard.uri}: {error}. The file is damaged or was replaced: write the shard again.") from None
+            raise DamagedShard(f"{shard.uri}: {error}. The file is damaged or was replaced: write the shard again.") from None
         except FileNotFoundError:
             raise Missing(shard.uri) from None
         except OSError as error:
-            raise UserError(f"{shard.uri}: {error.strerror}. Check the disk, and that this user may read the file.") from error
+            kind = Unreachable if error.errno in _LOST else DamagedShard if error.errno == errno.EIO else UserError
+            raise kind(f"{shard.uri}: {error.strerror}. Check the disk, and that this user may read the file.") from error
 
     def _read_remote(self, shard: _Shard) -> memoryview:
         try:
@@ -128,7 +137,7 @@ class ShardCache:
         try:
             return self._through_cache(shard, again=True)
         except DamagedObject as error:
-            raise UserError(
+            raise DamagedShard(
                 f"{shard.uri}: {error}, also when fetched a second time. The object is damaged or was replaced: "
                 "write the shard again, or its manifest."
             ) from None

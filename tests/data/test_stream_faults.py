@@ -15,7 +15,8 @@ import torch
 from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
 from oar_scale.data.shard_source import ShardSource
 from oar_scale.data.shards import token_sample, write_shard
-from oar_scale.data.stream import StreamSettings, TokenStream
+from oar_scale.data.stream import Batch, StreamSettings, TokenStream
+from oar_scale.errors import UserError
 from oar_scale.storage import join, open_storage, s3_ranges
 from oar_scale.storage.shard_cache import ShardCache
 from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
@@ -90,3 +91,19 @@ def test_a_broken_shard_is_named_and_replaced_alike_twice(tokens: str, text: Tex
         seen.append(torch.cat([batch.codes_bN[:, 0] for batch in batches]))
     assert torch.equal(seen[0], seen[1])
     assert not ((seen[0] >= 7 * EACH) & (seen[0] < 8 * EACH)).any()
+
+
+def test_credentials_that_expire_replace_no_sample(tokens: str, text: TextTokenizer, proxy: FaultProxy, tmp_path: Path) -> None:
+    """What the storage refuses is no fault of the samples: with new credentials they come as they would have come."""
+    how = replace(SETTINGS, max_bad_fraction=1.0)
+
+    def batches(cache: str) -> Iterator[Batch]:
+        return TokenStream(ShardSource(tokens, read_manifest(tokens), ShardCache(str(tmp_path / cache))), text, how).batches(0, 4)
+
+    expected, disturbed = list(batches("of its own")), batches("here")
+    next(disturbed)
+    proxy.spoil({"expired": 1.0})
+    with pytest.raises(UserError, match=r"^s3://\S+: the S3 credentials have expired"):
+        list(disturbed)
+    proxy.spoil({})
+    assert all(torch.equal(one.codes_bN, two.codes_bN) and not two.bad for one, two in zip(expected, batches("here"), strict=True))

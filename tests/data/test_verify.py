@@ -12,12 +12,14 @@ import pytest
 from foreign_shards import img2dataset_folder, img2dataset_sample, token_folder, token_sample, upload, write_tar
 
 from oar_scale.cli import main
+from oar_scale.data import verify
 from oar_scale.data.index import IndexJob, index_folder
 from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest, write_manifest
 from oar_scale.data.scan import FAULTS_KEPT, scan_shard
 from oar_scale.data.shards import token_sample as our_sample
 from oar_scale.data.shards import write_shard
 from oar_scale.data.verify import verify_folder
+from oar_scale.errors import Unreachable
 
 
 def _write_as_known(folder: Path, name: str, samples: list[dict[str, object]]) -> None:
@@ -55,6 +57,15 @@ def test_what_the_manifest_says_is_confirmed(folder: Path, capsys: pytest.Captur
     assert result.bytes == sum(path.stat().st_size for path in folder.glob("*.tar"))
     assert main(["data", "verify", str(folder)]) == 0
     assert "3 shards, 12 samples" in (shown := capsys.readouterr().out) and "all as the manifest says" in shown
+
+
+def test_a_server_that_goes_away_is_no_fault_of_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(uri: str, *_: object) -> None:
+        raise Unreachable(f"{uri}: no connection to the S3 server")
+
+    monkeypatch.setattr(verify, "scan_shard", gone)
+    with pytest.raises(Unreachable, match="no connection"):
+        verify_folder(str(folder))
 
 
 def test_our_own_shards_are_confirmed(tmp_path: Path) -> None:

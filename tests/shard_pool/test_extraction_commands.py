@@ -23,6 +23,7 @@ from oar_scale.shard_pool import ArrayTask, Ledger
 from oar_scale.shard_pool.ledger import LedgerEntry
 from oar_scale.stages.extract import run_extract
 from oar_scale.storage import open_storage, write_json
+from oar_scale.storage.local import LocalStorage
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,24 @@ def test_damaged_and_lost_tables_are_found_and_made_again(run: Run, recipe_file:
     assert not open_storage(run.at()).exists(run.marker("extract")), "the next extraction would be skipped"
     assert run_extract(run)["found"] == 2
     assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == before
+
+
+def test_what_the_storage_refuses_is_not_damaged(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials that have expired must not cost the orders of a week."""
+    run_extract(run)
+    write_json(run.marker("extract"), {})
+    ledger, read = Ledger(run.at("orders", "train", "ledger")), LocalStorage.read
+    before = ledger.done()
+
+    def refused(storage: LocalStorage, uri: str, *part: int | None) -> bytes:
+        if uri.endswith("00001.parquet"):
+            raise UserError(f"{uri}: Permission denied")
+        return read(storage, uri, *part)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LocalStorage, "read", refused)
+    with pytest.raises(UserError, match="Permission denied"):
+        verify_order_tables(run)
+    assert ledger.done() == before and open_storage(run.at()).exists(run.marker("extract"))
 
 
 def test_a_damaged_ledger_entry_is_named_and_made_again(run: Run, recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import time
@@ -11,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 from crc32c import crc32c
 
-from oar_scale.errors import UserError
+from oar_scale.errors import Unreachable, UserError
 from oar_scale.storage import FetchStats, Missing, open_storage, s3_download, s3_ranges
 from oar_scale.storage.s3_client import client
-from oar_scale.storage.shard_cache import ShardCache
+from oar_scale.storage.shard_cache import DamagedShard, ShardCache
 from tests.fault_proxy import FaultProxy
 from tests.shard_files import PARTS, SIZE, SOON_S, Shard, content, files, put
 
@@ -173,6 +174,17 @@ def test_credentials_that_stay_expired_are_a_clear_error(
     with pytest.raises(UserError, match="the S3 credentials have expired") as caught:
         cache.read(*shard)
     assert str(caught.value).startswith(shard.uri) and "AWS_SESSION_TOKEN" in str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ESTALE, Unreachable), (errno.EIO, DamagedShard), (errno.EACCES, UserError)])
+def test_a_lost_mount_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch, number: int, kind: type[UserError]) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(ShardCache, "_open", fail)
+    with pytest.raises(UserError) as caught:
+        ShardCache("").read("/data/00000.tar")
+    assert type(caught.value) is kind
 
 
 def test_an_object_unlike_the_manifest_is_named_with_checksums(proxy: FaultProxy, shard: Shard, cache: ShardCache) -> None:
