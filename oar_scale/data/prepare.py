@@ -28,6 +28,7 @@ from oar_scale.data.sources import BadImage, Content, SourceImage, open_source
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject, without_nan
 from oar_scale.storage import join
+from oar_scale.storage.patience import as_patient
 from oar_scale.text import clean_text, shown
 
 SPLITS = ("train", "heldout")
@@ -70,7 +71,7 @@ def prepare_images(
 
     report = on_progress or (lambda done, total: None)
     report(0, len(images))
-    for done, (image, result) in enumerate(_map_in_order(read, images, config.prepare_threads), 1):
+    for done, (image, result) in enumerate(_map_in_order(as_patient(read), images, config.prepare_threads), 1):
         if isinstance(result, BadImage):
             bad.add(image.key, str(result))
             continue

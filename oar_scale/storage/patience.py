@@ -10,16 +10,18 @@ use this; where it is not used, a storage that does not answer is an error after
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from oar_scale.runtime.retry import retry_transient
 
 if TYPE_CHECKING:
     from oar_scale.storage import Storage
 
+A = TypeVar("A")
+B = TypeVar("B")
 _patience_s: ContextVar[float] = ContextVar("patience_s", default=0.0)
 
 
@@ -31,6 +33,17 @@ def patient(seconds: float) -> Iterator[None]:
         yield
     finally:
         _patience_s.reset(before)
+
+
+def as_patient(work: Callable[[A], B]) -> Callable[[A], B]:
+    """``work`` for other threads, with the patience of this one."""
+    seconds = patience_s()
+
+    def patiently(item: A) -> B:
+        with patient(seconds):
+            return work(item)
+
+    return patiently
 
 
 def patience_s() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ import pytest
 from small_run import small_recipe
 
 from oar_scale import pipeline
+from oar_scale.config.schema import DataConfig, WebDatasetSource
+from oar_scale.data import prepare
 from oar_scale.data.manifest import read_manifest
+from oar_scale.data.notes import Notes
+from oar_scale.data.sources import SourceImage
+from oar_scale.data.sources.webdataset import WebDatasetImages
 from oar_scale.distributed.checkpoints.layout import committed_steps
 from oar_scale.errors import Unreachable, UserError
 from oar_scale.run.context import Run
@@ -72,6 +78,26 @@ def test_patience_is_that_of_one_thread(outage: Outage) -> None:
     outage.requests = 1
     with patient(600), ThreadPoolExecutor(1) as pool, pytest.raises(Unreachable):
         pool.submit(committed_steps, "s3://bucket/run/checkpoints/pretrain").result()
+
+
+def test_what_a_stage_reads_in_threads_waits_for_it(outage: Outage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage data begins anew where it fails: hours of work."""
+
+    class Pictures:
+        notes = Notes()
+
+        def images(self) -> Iterator[SourceImage]:
+            yield SourceImage("k", "k", lambda size: open_storage("s3://bucket/k.png").read("s3://bucket/k.png"))  # type: ignore[arg-type, return-value]
+
+    shard = WebDatasetSource(type="webdataset", url="s3://bucket/00000.tar")
+    outage.requests = 3
+    with patient(600), pytest.raises(Missing):
+        list(WebDatasetImages(shard).images())
+    monkeypatch.setattr(prepare, "open_source", lambda source: Pictures())
+    outage.requests = 3
+    with patient(600), pytest.raises(Missing):
+        prepare.prepare_images(DataConfig(source=shard), str(tmp_path))
+    assert outage.requests == 0
 
 
 def test_creating_an_object_is_not_repeated(outage: Outage) -> None:

@@ -27,6 +27,7 @@ from oar_scale.data.tar_samples import TWICE, data_runs, key_and_extension, samp
 from oar_scale.data.tars import BLOCK, map_file
 from oar_scale.errors import UserError
 from oar_scale.storage import join, open_storage
+from oar_scale.storage.patience import as_patient
 from oar_scale.text import is_missing
 
 SHARDS_AT_ONCE = 4
@@ -62,7 +63,7 @@ class WebDatasetImages:
         """All samples of all shards, in the order of the files."""
         folder = self.config.url.rstrip("/") + "/"
         with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-            for uri, ranges in zip(self.shards, pool.map(self._sample_ranges, self.shards), strict=True):
+            for uri, ranges in zip(self.shards, pool.map(as_patient(self._sample_ranges), self.shards), strict=True):
                 shard = os.path.basename(uri) if uri == self.config.url else uri.removeprefix(folder)
                 for sample in ranges:
                     name = f"{os.path.splitext(shard)[0]}/{sample.key}"
