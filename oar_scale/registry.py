@@ -100,10 +100,8 @@ class Stage:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Folders and objects of the run's storage that are set aside when the stage is done again."""
-        if self.model is None:
-            return self.folders
-        model = MODELS[self.model]
-        return (*self.folders, model.file, *([model.old_file] if model.old_file else []))
+        models = [model for model in MODELS.values() if model.stage == self.name]
+        return (*self.folders, *(file for model in models for file in (model.file, model.old_file) if file))
 
     def command(self, recipe: str) -> list[str]:
         """The arguments of ``oar`` that run it alone."""

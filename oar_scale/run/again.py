@@ -10,6 +10,7 @@ or not              ``oar run RECIPE --undo`` removes the new results and puts b
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 from oar_scale.errors import UserError
 from oar_scale.registry import Stage
@@ -59,7 +60,7 @@ def undo(run: Run, drivers: Drivers, *, yes: bool) -> None:
 
 
 def finish_interrupted(run: Run, drivers: Drivers) -> bool:
-    """Finish a move of results that another driver has begun and not ended.
+    """Finish a move of results that another driver has begun and not ended, or the removal of those that it has replaced.
 
     Returns:
         Whether earlier results were put back.
@@ -68,10 +69,16 @@ def finish_interrupted(run: Run, drivers: Drivers) -> bool:
         UserError: the other one is still at it.
     """
     redo = read_redo(run)
-    if redo is None or not redo.interrupted:
+    if redo is None:
         return False
-    drivers.take_alone([stage for stage in run.recipe.stages() if stage.name in redo.stages])
-    finish(run)
+    stages = [stage for stage in run.recipe.stages() if stage.name in redo.stages]
+    if redo.interrupted:
+        drivers.take_alone(stages)
+        finish(run)
+    elif _is_complete(run, redo):
+        with suppress(UserError):  # another driver works on this run: the next one sees to it
+            drivers.take_alone(stages)
+            drop_if_complete(run)
     return redo.put_back
 
 
@@ -82,11 +89,14 @@ def is_again(run: Run, stage: Stage) -> bool:
 
 
 def drop_if_complete(run: Run) -> None:
-    """Remove what is set aside where all stages that were to be done again are finished."""
+    """Remove what is set aside where all stages that were to be done again are finished, also those that the recipe has no more."""
     redo = read_redo(run)
-    names = [stage.name for stage in run.recipe.stages() if redo is not None and stage.name in redo.stages]
-    if redo is not None and all(open_storage(run.marker(name)).exists(run.marker(name)) for name in names):
+    if redo is not None and _is_complete(run, redo):
         drop(run, redo)
+
+
+def _is_complete(run: Run, redo: Redo) -> bool:
+    return not redo.interrupted and all(open_storage(run.marker(name)).exists(run.marker(name)) for name in redo.stages)
 
 
 def say_what_is_aside(run: Run) -> None:

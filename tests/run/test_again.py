@@ -38,6 +38,8 @@ class Work:
 
     def __call__(self, run: Run, stage: Stage) -> dict[str, Any]:
         self.ran.append(stage.name)
+        if stage.name == "pretrain":
+            open_storage(run.at()).write(run.model_uri("base"), f"{len(self.ran)}".encode())
         for part in ("a", "b"):
             for folder in stage.folders:
                 open_storage(run.at()).write(run.at(folder, "deep", part), f"{len(self.ran)}".encode())
@@ -86,7 +88,7 @@ def test_nothing_is_set_aside_unless_the_user_agrees(run: Run, work: Work, monke
     """Without a terminal by --yes, at a terminal by an answer; what is to be done is said before."""
     run_pipeline(run)
     before = content(run)
-    with pytest.raises(UserError, match=r"pretrain +3 objects, 0\.0 MB\n.*stale afterwards, .*: extract, evaluate\n(.|\n)*add --yes"):
+    with pytest.raises(UserError, match=r"pretrain +4 objects, 0\.0 MB\n.*stale afterwards, .*: extract, evaluate\n(.|\n)*add --yes"):
         run_pipeline(run, only="pretrain")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda prompt: "")
@@ -147,6 +149,43 @@ def test_what_is_set_aside_goes_when_the_new_is_complete(run: Run, work: Work) -
     run_pipeline(run)
     assert not any("previous" in name for name in content(run))
     assert content(run)["/models/any_order.safetensors"] == b"5"
+
+
+def test_what_a_recipe_has_no_more_stays_set_aside(run: Run, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a control that failed is switched off: its earlier results have not been replaced by anything."""
+    run_pipeline(run)
+    before = content(run)
+    work.fails = fail("extract")
+    with pytest.raises(UserError, match="not finite"):
+        run_pipeline(run, only="extract", yes=True)
+    monkeypatch.setattr(Recipe, "stages", lambda recipe: STAGES[:2])
+    run_pipeline(run, only="pretrain", yes=True)
+    monkeypatch.setattr(Recipe, "stages", lambda recipe: list(STAGES))
+    undo_again(run, yes=True)
+    assert content(run) == before
+
+
+@pytest.mark.parametrize("again", [{}, {"only": "pretrain"}])
+def test_a_kill_before_the_last_removal_leaves_nothing(
+    run: Run, work: Work, again: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is complete is neither kept twice for ever, nor removed for the sake of what it has replaced."""
+    run_pipeline(run)
+
+    def killed(run: Run) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "drop_if_complete", killed)
+        run_pipeline(run, only="pretrain", yes=True)
+    complete = content(run)["/models/any_order.safetensors"]
+    work.fails = fail("pretrain")
+    with pytest.raises(UserError, match=r"stale|not finite"):
+        run_pipeline(run, **again, yes=True)
+    if again:
+        undo_again(run, yes=True)
+    assert content(run)["/models/any_order.safetensors"] == complete
+    assert not any("previous" in name for name in content(run))
 
 
 @pytest.mark.parametrize("undone", [True, False])
