@@ -5,11 +5,13 @@ The ranks share the captions; under ZeRO-3 each has the whole model while it sam
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
 
 from oar_scale.data.hashing import hash_keys
+from oar_scale.errors import UserError
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, order_map, png, step_of_cell, upscale
 from oar_scale.generation.sampling import SampleSettings, generate
 from oar_scale.storage import join, open_storage
@@ -20,6 +22,7 @@ from oar_scale.training.loop import Callback, Loop
 from oar_scale.training.process import EventSink
 
 COLUMNS, PIXELS = 8, 96
+_log = logging.getLogger(__name__)
 
 
 class SampleSheet(Callback):
@@ -46,7 +49,10 @@ class SampleSheet(Callback):
         shares = loop.process.gather((drawn.codes_BN.cpu(), drawn.order_BN.cpu()))
         if loop.events:
             codes_SN, order_SN = (torch.cat([share[side] for share in shares]) for side in (0, 1))
-            self._write(loop, loop.events, codes_SN, order_SN)
+            try:
+                self._write(loop, loop.events, codes_SN, order_SN)
+            except UserError as error:  # a full disk, a storage that is away: pictures are not worth the training
+                _log.warning("the pictures of step %s are left out: %s", loop.step, error)
 
     def _write(self, loop: Loop, events: EventSink, codes_SN: torch.Tensor, order_SN: torch.Tensor) -> None:
         device = loop.process.device
