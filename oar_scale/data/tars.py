@@ -102,10 +102,16 @@ def members(data: memoryview, where: str, limits: TarLimits = LIMITS) -> Iterato
 
 
 def map_file(path: str) -> memoryview:
-    """The content of a local file without reading it into memory; mapped as long as the view, or a part of it, is in use."""
-    with open(path, "rb") as file:
-        empty = os.fstat(file.fileno()).st_size == 0  # which cannot be mapped
-        return memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    """The content of a local file without reading it into memory; mapped as long as the view, or a part of it, is in use.
+
+    A pipe or device counts as empty. Raises UserError where the file cannot be read.
+    """
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe would wait for a writer
+            empty = os.fstat(file.fileno()).st_size == 0  # which cannot be mapped
+            return memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from error
 
 
 def runs(data: memoryview, where: str, limits: TarLimits = LIMITS) -> Iterator[Run]:

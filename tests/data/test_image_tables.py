@@ -151,6 +151,8 @@ def test_cells_that_are_not_utf8_are_bad_captions_and_good_names(tmp_path: Path)
         ("t.csv", b"", "t.csv has no column 'image'; it has none: there is no first line with their names$"),
         ("t.csv", b"\xef\xbb\xbf\n\n", "t.csv has no column 'image'; it has none: there is no first line with their names$"),
         ("t.csv", b"\xff\xfei\0m\0", r"t.csv has no column 'image'; it has im"),
+        ("t.csv", "image,caption\n".encode("utf-16-le"), r"t.csv: is UTF-16 or UTF-32 without a byte order mark, or no text at all"),
+        ("t.csv", b"\xff\xd8\xff\xe0\0\x10JFIF\0\x01\x01", r"t.csv: is UTF-16 or UTF-32 without a byte order mark, or no text at all"),
         ("t.csv", b"\xff\xfei\0m\0a", r"not UTF-16 as its byte order mark says"),
         ("t.csv", b"image;" + b"x" * 10**6, r"has no column 'caption'; it has image, x+\.\.\. \(1000007 characters\)$"),
         ("t.parquet", b"image,caption\n", "not a Parquet file that can be read"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import tarfile
 import zlib
 from pathlib import Path
@@ -19,6 +21,7 @@ from pydantic import TypeAdapter
 
 from oar_scale.config.schema import DataConfig, Source
 from oar_scale.data.prepare import prepare_images
+from oar_scale.data.scan import scan_shard
 from oar_scale.data.shards import read_shard
 from oar_scale.data.sources import BadImage, Content, open_source
 from oar_scale.data.sources.image_files import square_of
@@ -290,6 +293,22 @@ def test_a_broken_or_missing_shard_is_named(tmp_path: Path) -> None:
     put(tmp_path / "00000.tar", foreign_shard(img2dataset(0), tarfile.GNU_FORMAT)[:3000])
     with pytest.raises(UserError, match=r"00000\.tar: truncated or broken tar"):
         list(open_source(source_of(type="webdataset", url=str(tmp_path))).images())
+
+
+@pytest.mark.parametrize("url", ["x.tar", "x-{0000..0003}.tar", "*.tar", "pipe:cat x.tar", "https://host/x.tar"])
+def test_a_tar_that_is_not_there_is_one_error(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patterns and commands are usual where others read WebDataset."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"{re.escape(url)}: (no such file\. Name one \.tar, or the folder|cannot store under https)"):
+        open_source(source_of(type="webdataset", url=url))
+
+
+def test_a_tar_that_is_a_pipe_or_not_readable_is_one_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "folder.tar").mkdir()
+    for name in ("pipe.tar", "folder.tar"):
+        with pytest.raises(UserError, match=f"{name}: (truncated or broken tar|cannot be read .Is a directory)"):
+            scan_shard(str(tmp_path / name))
 
 
 def test_a_sample_whose_json_is_none_is_a_bad_sample(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def read_csv(path: str, where: str, wanted: set[str], notes: Notes) -> tuple[lis
         form = _form(path, encoding, wanted)
         rows = _rows(path, form)
         header = next(rows, [])
+        if any("\0" in name for name in header):
+            raise UserError(f"{where}: is UTF-16 or UTF-32 without a byte order mark, or no text at all; save it as UTF-8")
         check_header(header, wanted, where)
         bad = set[int]()
         kept = [(header.index(name), name, list[Cell]()) for name in dict.fromkeys(header) if name in wanted]

@@ -58,6 +58,11 @@ class WebDatasetImages:
         self.shards = [config.url] if one else [join(config.url, name) for name in names]
         if not self.shards:
             raise UserError(f"data.source.url {config.url}: no .tar below it")
+        if one and not open_storage(config.url).exists(config.url):
+            raise UserError(
+                f"data.source.url {config.url}: no such file. Name one .tar, or the folder (s3://bucket/prefix) of many: all below it are "
+                "read, and patterns like {000..099} or * have no meaning here."
+            )
 
     def images(self) -> Iterator[SourceImage]:
         """All samples of all shards, in the order of the files."""
