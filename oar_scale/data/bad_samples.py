@@ -10,7 +10,7 @@ The stream of a training replaces such samples instead, within the same bound (:
 from __future__ import annotations
 
 from oar_scale.config.schema import DataConfig
-from oar_scale.data.notes import BAD_SAMPLES, Notes
+from oar_scale.data.notes import BAD_SAMPLES, Notes, printable
 from oar_scale.errors import UserError
 
 NAMED = 5
@@ -37,7 +37,7 @@ class BadSamples:
         """Raise UserError once more samples are left out than ``data.max_bad_fraction`` of all; ``done`` of them have been looked at."""
         limit = self.config.max_bad_fraction
         if self.total and len(self.skipped) / self.total > limit:
-            named = "; ".join(f"{key}: {fault}" for key, fault in list(self.skipped.items())[:NAMED])
+            named = "; ".join(f"{printable(key)}: {fault}" for key, fault in list(self.skipped.items())[:NAMED])
             raise UserError(
                 f"{self.stage}: {len(self.skipped)} of the first {done} images are bad, more than data.max_bad_fraction = {limit} of all "
                 f"{self.total}.\nThe first: {named}\nFix them, or raise the limit: {self.option}"
