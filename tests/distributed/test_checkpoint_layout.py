@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from crc32c import crc32c
 
+from oar_scale.commands.checkpoint_management import list_checkpoints
 from oar_scale.distributed.checkpoints.fetch import check, local_checkpoint
 from oar_scale.distributed.checkpoints.layout import (
     DamagedCheckpoint,
@@ -54,6 +56,52 @@ def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "run" / "checkpoints" / "pretrain")
     return join(request.getfixturevalue("s3_root"), tmp_path.name, "checkpoints", "pretrain")
+
+
+HUGE = 10**400
+"""JSON has such numbers; no float does."""
+LIKE_SAVES = ("99999999T999999Z-0123abcd", "20260101T000000Z-0123abcd-x", "٢٠٢٦٠١٠١T000000Z-0123abcd")
+"""Nearly the names of attempts."""
+
+
+@pytest.mark.parametrize(
+    "changes", [{"step": HUGE}, {"saved_at": -HUGE}, {"state": {"metrics": {"nll": HUGE}}}, {"state": {"metrics": [["nll", 1.0]]}}]
+)
+def test_numbers_without_end_are_damage(changes: dict[str, Any], tmp_path: Path) -> None:
+    checkpoints = str(tmp_path / "checkpoints" / "pretrain")
+    uri, save = step_uri(checkpoints, 4), write(checkpoints, 4, marked=False)
+    shard = {"mp_rank_00_model_states.pt": {"bytes": 5, "crc32c": crc32c(b"shard"), "rank": 0}}
+    commit(uri, save, {"step": 4, "world_size": 1, "zero_stage": 2, "state": {}, "files": shard, **changes})
+    with pytest.raises(DamagedCheckpoint, match="is not a checkpoint's"):
+        read_checkpoint(uri)
+    assert "damaged" in list_checkpoints(checkpoints)
+
+
+@pytest.mark.parametrize("marker", [{"crc32c": "Infinity"}, {"save": "99999999T999999Z-0123abcd"}, {"crc32c": "1.5"}, {"crc32c": "true"}])
+def test_a_marker_of_anything_else_is_damage(marker: dict[str, str], tmp_path: Path) -> None:
+    checkpoints = str(tmp_path / "checkpoints" / "pretrain")
+    save = write(checkpoints, 4)
+    text = f'{{"save": "{marker.get("save", save)}", "crc32c": {marker.get("crc32c", "1")}}}'
+    Path(step_uri(checkpoints, 4), "COMMITTED").write_text(text)
+    with pytest.raises(DamagedCheckpoint, match="COMMITTED is damaged"):
+        read_checkpoint(step_uri(checkpoints, 4))
+
+
+def test_what_is_named_nearly_like_an_attempt_is_none(tmp_path: Path) -> None:
+    """Somebody else's files are neither listed nor removed."""
+    checkpoints = str(tmp_path / "checkpoints" / "pretrain")
+    write(checkpoints, 4)
+    for name in LIKE_SAVES:
+        open_storage(checkpoints).write(join(step_uri(checkpoints, 4), name, "file"), b"mine")
+    assert len(list_checkpoints(checkpoints).splitlines()) == 2
+    assert kept(checkpoints, Keep(1)) == [4] and prune(checkpoint_locations(checkpoints), Retention(Keep(1)), time.time() + 9 * HOUR) == []
+
+
+def test_an_attempt_whose_manifest_names_no_files_is_given_up(tmp_path: Path) -> None:
+    checkpoints = str(tmp_path / "checkpoints" / "pretrain")
+    save = write(checkpoints, 4, marked=False)
+    open_storage(checkpoints).write(join(step_uri(checkpoints, 4), save, "manifest.json"), json.dumps({"files": 5}).encode())
+    assert give_up(step_uri(checkpoints, 4), save)
 
 
 def kept(checkpoints: str, keep: Keep, now: float | None = None) -> list[int]:

@@ -43,8 +43,10 @@ SHARD = re.compile(r"(?:bf16_)?(?:zero_pp_rank_(?P<rank>[0-9]{1,7})_)?mp_rank_00
 _COUNTS, _OBJECTS = ("step", "world_size", "zero_stage"), ("state", "identity", "model_spec", "files")
 _GIVEN_UP = b'{"given_up": true}\n'
 """The manifest of an attempt that must not commit any more."""
-_STEP = re.compile(r"/step-(\d{8,})$")
-_SAVE = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
+_STEP = re.compile(r"/step-([0-9]{8,})$")
+_SAVE = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}")
+_LARGEST = 2**63
+"""Numbers in a manifest are below it."""
 _TIME = "%Y%m%dT%H%M%SZ"
 
 
@@ -134,7 +136,7 @@ class CheckpointLocation:
     @property
     def saves(self) -> set[str]:
         """The attempts that have written files here."""
-        return {name.split("/")[0] for name in self.names if _SAVE.match(name)}
+        return {save for save in {name.split("/")[0] for name in self.names} if _is_save(save)}
 
 
 def new_save(now: float | None = None) -> str:
@@ -145,6 +147,14 @@ def new_save(now: float | None = None) -> str:
 def save_started(save: str) -> float:
     """When an attempt started, in unix seconds."""
     return datetime.strptime(save.split("-")[0], _TIME).replace(tzinfo=UTC).timestamp()
+
+
+def _is_save(name: str) -> bool:
+    """Whether a name is one that :func:`new_save` makes."""
+    try:
+        return _SAVE.fullmatch(name) is not None and save_started(name) > 0
+    except ValueError:  # 99999999T999999Z is no time
+        return False
 
 
 def step_uri(checkpoints: str, step: int) -> str:
@@ -208,9 +218,9 @@ def _commit(uri: str, save: str, manifest: bytes) -> None:
     """Write the marker of an attempt that has its manifest."""
     try:
         files = parse_object(manifest)["files"]
-    except (ValueError, KeyError):
+        missing = {join(uri, save, name) for name in files}.difference(open_storage(uri).list(join(uri, save)))
+    except (ValueError, KeyError, TypeError):
         raise DamagedCheckpoint(f"{save}/{MANIFEST} is damaged, or the attempt was given up") from None
-    missing = {join(uri, save, name) for name in files}.difference(open_storage(uri).list(join(uri, save)))
     if missing:
         raise DamagedCheckpoint(f"{min(missing)} was removed by someone else before the checkpoint was committed")
     if not _put_first(join(uri, MARKER), (json.dumps({"save": save, "crc32c": crc32c.crc32c(manifest)}) + "\n").encode()):
@@ -244,9 +254,11 @@ def read_checkpoint(uri: str) -> Checkpoint:
         raise NotCommitted from None
     try:
         fields = parse_object(marker)
-        save, expected = str(fields["save"]), int(fields["crc32c"])
-        if not _SAVE.fullmatch(save):
-            raise ValueError(f"{save!r} is no attempt's name")
+        save, expected = str(fields["save"]), fields["crc32c"]
+        if not _is_save(save):
+            raise ValueError(f"{shown(save)} is no attempt's name")
+        if not _is_count(expected):
+            raise ValueError(f"crc32c is {shown(expected)}")
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpoint(f"{MARKER} is damaged ({cut(str(error), lines=1, characters=200) or 'it is empty'})") from None
     try:
@@ -271,23 +283,32 @@ def read_checkpoint(uri: str) -> Checkpoint:
 def _check_manifest(manifest: JsonObject) -> None:
     """Raise where something is of the wrong kind, or a file would lie elsewhere."""
     for name in _COUNTS:
-        if type(manifest.get(name, 0)) is not int or manifest.get(name, 0) < 0:
+        if not _is_count(manifest.get(name, 0)):
             raise ValueError(f"{name} is {shown(manifest[name])}")
     for name in _OBJECTS:
         if not isinstance(manifest.get(name, {}), dict):
             raise ValueError(f"{name} is {shown(manifest[name])}")
-    for name, value in dict(manifest.get("state", {}).get("metrics", {})).items():
-        if not isinstance(value, int | float):
+    for name, value in manifest.get("state", {}).get("metrics", {}).items():
+        if not _is_number(value):
             raise ValueError(f"metric {shown(name)} is {shown(value)}")
-    if not isinstance(manifest.get("saved_at", 0.0), int | float):
-        raise ValueError(f"saved_at is {manifest['saved_at']!r}")
+    if not _is_number(manifest.get("saved_at", 0.0)):
+        raise ValueError(f"saved_at is {shown(manifest['saved_at'])}")
     for name, entry in manifest["files"].items():
         try:
             file_name(name)
         except ValueError:
             raise ValueError(f"{shown(name)} is not the name of a checkpoint's file") from None
-        if any(type(entry.get(key, 0)) is not int or entry.get(key, 0) < 0 for key in ("bytes", "crc32c", "rank")):
+        if not all(_is_count(entry.get(key, 0)) for key in ("bytes", "crc32c", "rank")):
             raise ValueError(f"{name} has {cut(repr(entry), lines=1, characters=100)}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number that a float can be made of; NaN is."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST)
 
 
 def require_fields(checkpoint: Checkpoint, *names: str) -> None:
