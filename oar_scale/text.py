@@ -125,6 +125,11 @@ def cut(text: str, lines: int = 100, characters: int = 2000) -> str:
     return "\n".join(kept[:lines] + ([f"... and {len(kept) - lines} more lines"] if len(kept) > lines else []))
 
 
+def say(text: str) -> None:
+    """Print what may hold the text of strangers (names in a bucket, members of a tar, messages of other hosts), :func:`printable`."""
+    print(printable(text), flush=True)
+
+
 def printable(text: str) -> str:
     """Text for the screen: control characters, which steer a terminal, are shown as ``\\x1b``; line ends and tabs stay."""
     return _ESCAPES.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from oar_scale.cli.common import Subparsers, add_model, count
+from oar_scale.text import say
 
 PEERS = ("randar", "llamagen-c2i", "llamagen-t2i", "llamagen-vq", "maskgit-vq")
 
@@ -99,7 +100,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _list(arguments: argparse.Namespace) -> None:
     from oar_scale.commands.checkpoint_management import list_checkpoints
 
-    print(list_checkpoints(arguments.where))
+    say(list_checkpoints(arguments.where))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -107,7 +108,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     faults = 0
     for checkpoint, fault in verify_checkpoints(arguments.where):
-        print(checkpoint if fault is None else f"{checkpoint}: {fault}", flush=True)
+        say(checkpoint if fault is None else f"{checkpoint}: {fault}")
         faults += fault is not None
     return int(faults > 0)
 
@@ -120,13 +121,13 @@ def _prune(arguments: argparse.Namespace) -> None:
     if arguments.keep is None and (arguments.keep_every or arguments.keep_best):
         raise UserError("--keep-every and --keep-best go with --keep: say how many of the newest are kept.")
     keep = Keep(arguments.keep, arguments.keep_every or 0, arguments.keep_best or 0) if arguments.keep else None
-    print("\n".join(prune_checkpoints(arguments.where, keep, dry_run=arguments.dry_run)) or "nothing to remove")
+    say("\n".join(prune_checkpoints(arguments.where, keep, dry_run=arguments.dry_run)) or "nothing to remove")
 
 
 def _diff(arguments: argparse.Namespace) -> None:
     from oar_scale.commands.checkpoint_content import diff_checkpoints
 
-    print(diff_checkpoints(arguments.first, arguments.second))
+    say(diff_checkpoints(arguments.first, arguments.second))
 
 
 def _convert(arguments: argparse.Namespace) -> None:

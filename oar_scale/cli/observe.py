@@ -9,6 +9,7 @@ import sys
 from oar_scale.cli.common import Subparsers, count
 from oar_scale.cli.submit import job_line
 from oar_scale.errors import UserError
+from oar_scale.text import say
 
 RUN = "a run's folder, its recipe (.yaml), or its storage (s3://bucket/prefix)"
 
@@ -34,13 +35,13 @@ def _status(arguments: argparse.Namespace) -> None:
 
     submitted = _submitted(arguments.target)
     try:
-        print(status(find_run(arguments.target)), end="", flush=True)
+        say(status(find_run(arguments.target)).removesuffix("\n"))
     except UserError as error:
         if not submitted:
             raise
-        print(str(error).partition("\n")[0])
+        say(str(error).partition("\n")[0])
     if submitted:
-        print("\n".join(["", *_job_lines(arguments.target)]))
+        say("\n".join(["", *_job_lines(arguments.target)]))
 
 
 def _submitted(run: str) -> bool:
@@ -68,7 +69,7 @@ def _tail(arguments: argparse.Namespace) -> None:
 
     try:
         for text in tail(find_run(arguments.target), arguments.count, arguments.kind, arguments.follow):
-            print(text, flush=True)
+            say(text)
     except KeyboardInterrupt:
         pass  # how one leaves -f
     except BrokenPipeError:  # oar tail RUN | head

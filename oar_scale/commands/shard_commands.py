@@ -22,13 +22,14 @@ from oar_scale.data.verify import verify_folder
 from oar_scale.errors import UserError
 from oar_scale.observe.console import Console, Tally, duration
 from oar_scale.storage import open_storage
+from oar_scale.text import cut, say
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
-FAULTS_SHOWN = 50
+FAULTS_SHOWN, KINDS_SHOWN = 50, 50
 CACHE_BYTES = 8 << 30
 """Size of the local copies of image shards that tokenising keeps; each shard is read once."""
 PICTURES = 64
@@ -42,7 +43,9 @@ def index_shards(job: IndexJob) -> None:
     manifest = index.manifest
     size = sum(shard.bytes for shard in manifest.shards)
     print(f"{job.manifest_uri}: {len(manifest.shards)} shards ({index.read} read now), {manifest.samples} samples, {size / 1e6:.1f} MB")
-    print("members: " + ", ".join(f".{part} {count}" for part, count in sorted(index.extensions.items(), key=lambda item: -item[1])))
+    kinds = sorted(index.extensions.items(), key=lambda item: -item[1])
+    more = f", and {len(kinds) - KINDS_SHOWN} kinds more" if len(kinds) > KINDS_SHOWN else ""
+    say(cut("members: " + ", ".join(f".{part} {count}" for part, count in kinds[:KINDS_SHOWN]) + more))
     if manifest.grid is not None:
         print(
             f"codes: grid {manifest.grid} x {manifest.grid}, vocabulary {manifest.vocab_size}, views {', '.join(manifest.views)}, "
@@ -60,7 +63,7 @@ def verify_shards(folder: str, manifest: str | None, workers: int, decode: bool)
     with _progress("shards") as show:
         result = verify_folder(folder, manifest, workers=workers, decode=decode, on_progress=show)
     for fault in result.faults[:FAULTS_SHOWN]:
-        print(fault)
+        say(fault)
     if result.fault_count > FAULTS_SHOWN:
         print(f"... and {result.fault_count - min(FAULTS_SHOWN, len(result.faults))} more")
     read = f"{result.shards} shards, {result.samples} samples, {result.bytes / 1e6:.1f} MB read"
@@ -85,7 +88,7 @@ def show_shard_statistics(folder: str, pattern: str, shards: int | None, grid: s
     with _progress("shards") as show:
         stats, manifest = collect_stats(StatsJob(folder, pattern, shards, pictures=PICTURES if grid else 0), show)
     figures = summary(stats, manifest)
-    print(json.dumps(figures, indent=2, ensure_ascii=True) if as_json else "\n".join(lines(figures)))
+    say(json.dumps(figures, indent=2, ensure_ascii=True) if as_json else "\n".join(lines(figures)))
     if grid:
         buffer = io.BytesIO()
         picture_grid(stats, decode).save(buffer, "PNG")
@@ -144,7 +147,7 @@ def tokenize_shards(images: str, tokens: str, tokenizer: str, views: str, actors
 
 def _print_notes(notes: Notes) -> None:
     if notes.line():
-        print(notes.line())
+        say(notes.line())
 
 
 @contextmanager

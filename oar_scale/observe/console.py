@@ -28,6 +28,7 @@ from oar_scale.data.notes import Notes
 from oar_scale.observe.events import Event, EventReader, attempts
 from oar_scale.observe.formatting import duration as duration
 from oar_scale.observe.formatting import message, number, time_left
+from oar_scale.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,9 @@ class Console:
     def say(self, text: str) -> None:
         """Print one line (or a few)."""
         if self._rich:
-            self._rich.print(escape(text))
+            self._rich.print(escape(printable(text)))
         else:
-            print(text, file=self._stream, flush=True)
+            print(printable(text), file=self._stream, flush=True)
 
     def stage(self, name: str, what: str, expected: str) -> None:
         """Head line of a stage: ``name``, ``what`` it does in a short phrase, and how long it is ``expected`` to take."""
@@ -163,7 +164,7 @@ class _Bar:
         self._progress.update(self._task, completed=done, text=escape(text))
 
     def note(self, text: str) -> None:
-        self._progress.console.print(f"  {escape(text)}")
+        self._progress.console.print(f"  {escape(printable(text))}")
 
     def close(self) -> None:
         self._progress.stop()
@@ -183,7 +184,7 @@ class _Lines:
             self._print_latest()
 
     def note(self, text: str) -> None:
-        print(f"  {text}", file=self._stream, flush=True)
+        print(f"  {printable(text)}", file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._latest != self._printed:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foreign_shards import img2dataset_folder, upload
+from foreign_shards import img2dataset_folder, picture, upload, write_tar
 
 from oar_scale.cli import _parser, main
 from oar_scale.data.manifest import read_manifest
@@ -55,6 +55,30 @@ def test_foreign_pictures_on_s3_become_token_shards(
 def test_a_view_that_does_not_exist_is_named(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "tokenize", str(tmp_path), "--out", str(tmp_path / "t"), "--tokenizer", tokenizer, "--views", "centre"]) == 2
     assert "--views centre: no such view" in capsys.readouterr().err
+
+
+def test_names_of_strangers_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Members of a tar and objects of a bucket may be called anything, and there may be any number of their kinds."""
+    evil = "\x1b]0;mine\x07"
+    write_tar(tmp_path / "0.tar", [{"__key__": f"k{n}", "jpg": picture(n), "txt": b"a", f"x{n}{evil}": b"", evil: b""} for n in range(300)])
+    assert main(["data", "index", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\\x1b]0;mine\\x07 300" in shown and len(shown) < 4000
+    write_tar(tmp_path / f"{evil}.tar", [{"__key__": "k", "jpg": picture(0)}])
+    for command in (["verify"], ["stats"], ["stats", "--json"]):
+        main(["data", command[0], str(tmp_path), *command[1:]])
+        shown = capsys.readouterr().out
+        assert "\x1b" not in shown and "mine" in shown, command
+    assert main(["checkpoint", "list", checkpoint_called(tmp_path, evil)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\\x1b]0;mine" in shown
+
+
+def checkpoint_called(folder: Path, stage: str) -> str:
+    save = folder / "checkpoints" / stage / "step-00000004" / "20260101T000000Z-0123abcd"
+    save.mkdir(parents=True)
+    (save / "file").write_bytes(b"")
+    return str(folder / "checkpoints")
 
 
 def test_every_command_of_the_guide_is_understood() -> None:
