@@ -19,10 +19,13 @@ from collections import Counter
 MASK = "***"
 
 _NAME = (
-    r"(?:SECRET|TOKEN|PASSW(?:OR)?D|PASSPHRASE|PASSCODE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|AUTH_?KEY|SIGNING_?KEY|ENCRYPTION_?KEY|ACCOUNT_?KEY"
-    r"|LICENSE_?KEY|SECRET_?KEY|CREDENTIAL|(?:^|_)(?:AUTHORIZATION|COOKIES?)|CONNECTION_?STRING|(?:^|_)(?:PW|PAT|JWT|SAS|PASS)|_PWD)"
+    r"(?:SECRETS?|TOKEN|PASSW(?:OR)?DS?|PASSPHRASE|PASSCODE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|AUTH_?KEY|SIGNING_?KEY|ENCRYPTION_?KEY"
+    r"|ACCOUNT_?KEY|LICENSE_?KEY|SECRET_?KEY|CREDENTIAL|(?:^|_)(?:AUTHORIZATION|COOKIES?)|CONNECTION_?STRING"
+    r"|(?:^|_)(?:PW|PAT|JWT|SAS|PASS|CREDS)|_PWD|SSHPASS)"
 )
-_SECRET_NAME = re.compile(rf"{_NAME}(?:_?ID|_?VALUE|_?V?\d+)?$|(?:^|_)(?:SECRET|PASSWORD|TOKEN|API_?KEY|ACCESS_KEY)_", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    rf"{_NAME}(?:_?ID|_?VALUE|_PEM|_B(?:ASE)?64|_?V?\d+)?$|(?:^|_)(?:SECRET|PASSWORD|TOKEN|API_?KEY|ACCESS_KEY)_", re.IGNORECASE
+)
 _SOME_KEY = re.compile(r"_KEY(?:_?V?\d+)?$", re.IGNORECASE)
 """OPENAI_KEY, DEPLOY_KEY, S3_KEY: a key, or the file that holds it."""
 _HARMLESS_NAME = re.compile(
@@ -50,20 +53,22 @@ _KNOWN = re.compile(
 _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 _USER_INFO = re.compile(r"(?<=://)[^\s/\"'<>]+@(?=[^\s/@])(?!sha\d+:)")
 _PARAMETER = r"[\w-]*(?:signature|credential|security-token|token|secret|password|passwd|api[_-]?key|access[_-]?key(?:id)?|sig|jwt|pwd)"
-_QUERY = re.compile(rf"([?&;]{_PARAMETER}=)[^\s&;#\"'<>]+", re.IGNORECASE)
+_QUERY = re.compile(rf"([?&;#]{_PARAMETER}=)[^\s&;#\"'<>]+", re.IGNORECASE)
 _HEADER = re.compile(r"\b((?:Credential|Signature|X-Amz-Security-Token)=)[^\s,&'\"]+")
 _BEARER = re.compile(r"\b((?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
 
-_ASSIGNED = re.compile(r"(?<![\w$-])([A-Za-z_]\w*)=(\"[^\"]*\"|'[^']*'|[^\s;&|)]*)")
+_ASSIGNED = re.compile(r"(?<![\w$-])([A-Za-z_]\w*)\+?=(\"[^\"]*\"|'[^']*'|[^\s;&|)]*)")
 _SET = re.compile(r"\b(?:setenv|set[ \t]+-[a-z]*x[a-z]*)[ \t]+([A-Za-z_]\w*)[ \t]+(\"[^\"]*\"|'[^']*'|[^\s;&|)]+)")
 """In csh and fish."""
 _VALUE = r"(\"[^\"]*\"|'[^']*'|[^\s;&|]+)"
 _FLAG = re.compile(
     rf"(?<!\S)--?(?:[\w-]*-)?(?:password|passwd|passphrase|token|secret|api-?key|secret-?key|access-?key)[= ]\s*{_VALUE}", re.IGNORECASE
 )
+_SENT = re.compile(r"(?<!\S)(?:-H|--header)[ \t=]*[\"']?([A-Za-z][\w-]*):[ \t]*(?:(?:Bearer|Basic|token)[ \t]+)?([^\s\"']+)", re.IGNORECASE)
+"""A header of curl or wget."""
 _LOGIN = re.compile(
     r"\bwandb\s+login\s+(?:--\S+\s+)*[A-Za-z0-9_]{30,}|\b(?:aws_secret_access_key|aws_session_token)\s+[^\s$]{16,}"
-    r"|\bcurl\b.*\s(?:-u|--user)\s*\w+:[^\s$]+"
+    r"|\bcurl\b.*\s(?:-u|--user)\s*\w+:[^\s$]+|\bmachine\s+\S+\s+login\s+\S+\s+password\s+[^\s$`<]"
     r"|(?:(?<![\w.-])(?:docker|podman|nerdctl|buildah|skopeo|helm|apptainer|singularity|oras|az|oc)\s[^;&|\n]*?\blogin\s(?:[^;&|\n]*?\s)??"
     r"|(?<![\w.-])mongo(?:sh)?\s(?:[^;&|\n]*?\s)??|\bsshpass\s+(?:-v\s+)?)-p[ \t=]*[\"']?[^\s$`<\"'=-]"
     r"|(?<![\w.-])(?:mysql(?:dump|admin|import|sh)?|mariadb(?:-dump|-admin)?)\s(?:[^;&|\n]*?\s)??-p[\"']?[^\s$`<\"']"
@@ -72,6 +77,7 @@ _LOGIN = re.compile(
 _RUN = re.compile(r"[A-Za-z0-9+_=-]{24,}|(?<![\w./:-])[A-Za-z0-9+/]{36,}={0,2}(?![\w./:-])")
 _PATH = re.compile(r"(?<![^\s=:,;'\"(<>&|\[])(?:[/~.$]|[A-Za-z][A-Za-z0-9+.-]*://)[^\s'\",;&|]*")
 """A word that is a path or a URL. What people name their folders and environments looks random."""
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _HEX = re.compile(r"(?:0[xX])?[0-9a-f-]+|(?:0[xX])?[0-9A-F-]+")
 _WORD = re.compile(r"[A-Z]?[a-z]{4,}|[A-Z]{4,}")
 _BITS = 3.8
@@ -123,18 +129,18 @@ def secret_value(value: str, *, entropy: bool = True) -> str | None:
     if (found := _USER_INFO.search(value)) and not _refers(found[0].partition(":")[2]) and ":" in found[0]:
         return "it holds a URL with a password"
     if (found := _QUERY.search(value)) and not _refers(found[0].partition("=")[2]):
-        return f"it holds a URL with {found[1].strip('?&;=')}"
+        return f"it holds a URL with {found[1].strip('?&;#=')}"
     if _KNOWN.search(value):
         return "it holds a key or a token"
-    if entropy and any(_is_random(run) for run in _RUN.findall(_PATH.sub(" ", value))):
+    if entropy and any(_is_random(run) for run in _RUN.findall(_UUID.sub(" ", _PATH.sub(" ", value)))):
         return "it holds what looks like a key: a long run of random letters and digits"
     return None
 
 
 def secret_in_line(line: str) -> str | None:
     """Why a line of shell should not be written down; None where nothing speaks against it."""
-    for name, value in _ASSIGNED.findall(line) + _SET.findall(line):
-        if _is_secret(name, value.strip("\"'")):
+    for name, value in _ASSIGNED.findall(line) + _SET.findall(line) + _SENT.findall(line):
+        if _is_secret(name.replace("-", "_"), value.strip("\"'")):
             return f"{name} is the name of a secret"
     if any(not _refers(value.strip("\"'")) for value in _FLAG.findall(line)):
         return "an option of it takes a secret"

@@ -50,6 +50,12 @@ SECRET_NAMES = [
     "AUTHORIZATION",
     "HTTP_AUTHORIZATION",
     "COOKIE",
+    "SSHPASS",
+    "MY_PASSWORDS",
+    "SECRETS",
+    "DB_CREDS",
+    "PRIVATE_KEY_PEM",
+    "CLIENT_SECRET_BASE64",
 ]
 PLAIN_NAMES = [
     "TOKENIZERS_PARALLELISM",
@@ -94,6 +100,7 @@ SECRET_VALUES = [
     "s3://key:secret@bucket/prefix",
     "https://bucket.s3.amazonaws.com/x?X-Amz-Signature=0a1b2c3d&X-Amz-Date=1",
     "https://host/x?token=abcdef",
+    "https://host/x#access_token=abcdef",
     "https://account.blob.core.windows.net/x?sv=2024&sig=abc%3D",
     "ghp_" + "a1B2" * 9,
     "hf_" + "aBcDeFgH" * 5,
@@ -115,6 +122,7 @@ PLAIN_VALUES = [
     "0f" * 32,
     "3f9a2c1b",
     "550e8400-e29b-41d4-a716-446655440000",
+    "GPU-1ab2c3d4-5678-90ab-cdef-1234567890ab,MIG-9ab2c3d4-5678-90ab-cdef-1234567890ab",
     "20261123T085016Z-3f9a2c1b",
     "git+https://github.com/org/repo@" + "de" * 20,
     "nvcr.io#nvidia/pytorch:24.10-py3",
@@ -160,6 +168,10 @@ SECRET_LINES = [
     "setenv MYTOKEN hunter2",
     "set -gx MYTOKEN 'hunter2'",
     "export S3_KEY=hunter2",
+    "export MYTOKEN+=hunter2",
+    "curl -H 'X-Api-Key: hunter2' host",
+    'wget --header="PRIVATE-TOKEN: hunter2" host',
+    "echo machine api.wandb.ai login user password hunter2 >> ~/.netrc",
     "cd /tmp; q7Zp2Xv9Lk4Rt8Wm1Nc6Bd3Hf5Js",
 ]
 PLAIN_LINES = [
@@ -182,6 +194,8 @@ PLAIN_LINES = [
     "export SSH_KEY=~/.ssh/id_ed25519",
     "conda activate /opt/envs/py311_torch28_cu132_2026Nov01xyzAB",
     f"export WHERE=/opt/{NAMED} OTHER='/opt/{NAMED}'",
+    'curl -H "X-Api-Key: $KEY_OF_MINE" -H "Authorization: Bearer $TOKEN_OF_MINE" -H "Content-Type: text/plain" host',
+    "echo machine api.wandb.ai login user password $KEY_OF_MINE >> ~/.netrc",
     "useradd -u 1000:1000 me",
     "oar run --max-tokens 5",
 ]
