@@ -24,12 +24,15 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from oar_scale.config.locations import expand_location
 from oar_scale.errors import UserError
 from oar_scale.redaction import secret_in, secret_in_line
-from oar_scale.text import NotText, decode_text
+from oar_scale.text import decode_bytes
+from oar_scale.text import shown as short
 
 OVERRIDE = "-o"
 MOST_BYTES, MOST_VALUES, MOST_FILES, DEEPEST = 256 << 10, 100_000, 100, 50
 """Of one file: its size, its values once aliases stand for what they name, and how deep they are nested; and how many files may extend
 one another. Far above what anyone writes: a file of a few lines may stand for billions of values, and nothing would answer any more."""
+LARGEST = 2**63
+"""Whole numbers are below it."""
 COMMAND = ("observe", "notify", "command")
 """The one setting of a recipe that is a program with its arguments."""
 _TAG = "tag:yaml.org,2002:"
@@ -115,10 +118,10 @@ def _read_file(path: str, missing: str, inside: tuple[str, ...], default_type: D
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise UserError(f"{path}: is longer than {MOST_BYTES >> 10} KB. That is no recipe or profile; name the right file.")
-        text = decode_text(data)
+        text = decode_bytes(data)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(missing + _neighbours(path)) from error
-    except (OSError, NotText) as error:
+    except (OSError, ValueError) as error:  # ValueError: no text, or a NUL in the path
         raise UserError(f"{path}: cannot be read as a text file: {error}") from error
     own = _parse(text, path)
     if not isinstance(own.value, dict):
@@ -251,13 +254,16 @@ def _scalar(node: ScalarNode, origin: str, yaml: YAML) -> object:
             case "bool":
                 return text.lower() == "true"
             case "int":
-                return yaml.constructor.construct_yaml_int(node)
+                number = int(yaml.constructor.construct_yaml_int(node))
+                if abs(number) >= LARGEST:
+                    raise ValueError("it is larger than any number here")
+                return number
             case "float":
                 return yaml.constructor.construct_yaml_float(node)
             case "str" | "timestamp" | "merge":  # YAML 1.2 has neither dates nor merge keys: they are text
                 return _characters(text, origin)
     except (ValueError, ConstructorError) as error:
-        raise UserError(f"{origin}  {text} is not a valid {kind}: {error}") from error
+        raise UserError(f"{origin}  {short(text)} is not a valid {kind}: {error}") from error
     raise UserError(f"{origin}  the YAML tag {node.tag} has no meaning in a recipe; remove it.")
 
 

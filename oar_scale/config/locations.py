@@ -29,8 +29,10 @@ def expand_location(given: str) -> str:
     """The location with ``~``, ``~user``, ``$NAME`` and ``${NAME}`` replaced; ``$$`` is a dollar, ``$~`` a tilde.
 
     Raises:
-        ValueError: a variable that is not set, or a user who has no home here.
+        ValueError: a variable that is not set, a user who has no home here, or a NUL.
     """
+    if "\0" in given:
+        raise ValueError("has a NUL in it, which no path has")
     if "://" in given:
         return given
     head, slash, rest = given.partition("/")
@@ -97,6 +99,8 @@ def _written(path: str, info: SerializationInfo) -> str:
 
 def _readable(given: str) -> str:
     """Refuse what no node could expand."""
+    if "\0" in given:
+        raise ValueError("has a NUL in it, which no path has")
     for match in () if "://" in given else _VARIABLE.finditer(given):
         if not match["escaped"]:
             _name(match)

@@ -171,6 +171,16 @@ class Recipe(Section):
         return self.pretrain if section == "pretrain" else self.finetune
 
     @model_validator(mode="after")
+    def _local_folder(self) -> Recipe:
+        if self.run_dir is not None and "://" in self.run_dir:
+            raise RecipeConflict(
+                "run_dir",
+                "is a folder on this machine or on a file system that it shares, and no URL.\n"
+                "Checkpoints, shards and tables go to storage.root, which may be s3://bucket/prefix.",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_arithmetic(self) -> Recipe:
         micro = self.parallel.micro_batch
         for workers in dict.fromkeys((self.parallel.min_workers, self.parallel.max_workers)):

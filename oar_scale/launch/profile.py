@@ -22,6 +22,7 @@ from oar_scale.config.layers import Setting, read_layers, refuse_secrets
 from oar_scale.config.locations import EXPAND, Location, expand_in_context
 from oar_scale.config.schema import Section
 from oar_scale.errors import UserError
+from oar_scale.registry import STAGES
 
 ShellWord = Annotated[str, Field(pattern=r"^[^\s'\"$`\\]+$")]
 """Text that goes into a job file unquoted."""
@@ -32,6 +33,10 @@ Option = Annotated[str, Field(pattern=r"^--[^\n]+$")]
 Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d\d):(\d\d)")
+
+
+_NOT_REPLACED = re.compile(r"\$\$|\$\{[A-Za-z_]\w*(?::-)?\}|(?P<other>\$\{[^}]*\}?)")
+"""In a value of ``env``: a variable that the shell would replace, and the job does not."""
 
 
 class Container(Section):
@@ -124,7 +129,22 @@ class SlurmProfile(Section):
     @field_validator("env")
     @classmethod
     def _variables(cls, given: dict[str, str]) -> dict[str, str]:
+        for name, value in given.items():
+            if found := next((match["other"] for match in _NOT_REPLACED.finditer(value) if match["other"]), None):
+                raise ValueError(
+                    f"{name}: {found} would be taken as it stands. $NAME, ${{NAME}} and ${{NAME:-}} are replaced; anything else can be "
+                    "computed in a line of setup (export NAME=...), and a dollar sign itself is $$"
+                )
         return _check_env(given)
+
+    @field_validator("stages")
+    @classmethod
+    def _stages(cls, given: dict[str, Resources]) -> dict[str, Resources]:
+        for name in given:
+            if name not in STAGES:
+                near = difflib.get_close_matches(name, STAGES, n=1)
+                raise ValueError(f"{name!r} is no stage. {f'Did you mean {near[0]}?' if near else 'Stages: ' + ', '.join(STAGES)}")
+        return given
 
     @model_validator(mode="after")
     def _fits(self) -> SlurmProfile:

@@ -26,6 +26,8 @@ _REMEDIES = {
     errno.EROFS: "The file system is read-only: set run_dir or storage.root to a writable folder.",
     errno.ENOTDIR: "A part of this path is a file, not a folder: move that file away, or use another path.",
     errno.EISDIR: "This is a folder, and a file was expected here.",
+    errno.ENAMETOOLONG: "A part of this path has more than 255 bytes: use a shorter name.",
+    errno.ELOOP: "A part of this path is a link that leads back to itself: remove it, or use another path.",
     errno.EEXIST: "A part of this path is a file, not a folder: move that file away, or use another path.",
 }
 

@@ -32,6 +32,9 @@ def deep(depth: int, opening: str, closing: str) -> str:
 
 
 HOSTILE = {
+    "hexadecimal number of thousands of digits": ("x: 0x" + "f" * 5000, "larger than any number here"),
+    "path with a NUL": ('extends: "a\\0b"', "NUL in it"),
+    "control character": ("x: a line with a bell\x07 in it", "special characters are not allowed"),
     "aliases of lists": (bomb(9), "more than 100000 values"),
     "aliases of mappings": (mapping_bomb(9), "more than 100000 values"),
     "deep list": (deep(3000, "[", "]"), "deep"),

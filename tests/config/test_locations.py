@@ -51,6 +51,13 @@ def test_every_path_of_a_recipe_is_expanded(tmp_path: Path) -> None:
     assert (recipe.finetune.mix[0].shards, recipe.pretrain.mix[0].shards) == ("/home/me/more", "/scratch/a$b/$5/more")
 
 
+def test_the_folder_of_a_run_is_no_url(tmp_path: Path) -> None:
+    """It would become a folder called ``s3:`` here."""
+    for url in ("s3://bucket/x", "file:///x"):
+        with pytest.raises(UserError, match=f"run_dir = {url}\n.*no URL.\n.*storage.root"):
+            load(tmp_path, f"run_dir: {url}\n")
+
+
 PATH_WORDS = {"path", "root", "url", "weights", "captions", "names", "shards", "folder", "image", "mounts"}
 
 

@@ -296,6 +296,13 @@ def test_a_path_through_a_file_is_explained(tmp_path: Path) -> None:
         open_storage("x").write(str(tmp_path / "file" / "x"), b"")
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "loop"])
+def test_a_path_that_no_file_can_have_is_explained(name: str, tmp_path: Path) -> None:
+    os.symlink("loop", tmp_path / "loop")
+    with pytest.raises(UserError, match=r"more than 255 bytes|leads back to itself"):
+        open_storage("x").read(str(tmp_path / name / "run.json"))
+
+
 def test_join_and_schemes() -> None:
     assert join("s3://b/run/", "tokens", "/train/", "", "0.tar") == "s3://b/run/tokens/train/0.tar"
     assert join("/", "x") == "/x"
