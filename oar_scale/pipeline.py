@@ -117,7 +117,7 @@ def _shared_ray(recipe: Recipe) -> AbstractContextManager[None]:
         import torch
 
         gpus = max(gpus, torch.cuda.device_count())
-    return ray_session(cpus, gpus)
+    return ray_session(cpus, gpus, least_gpus=parallel.min_workers * parallel.gpus_per_worker)
 
 
 def run_stage(run: Run, name: str) -> None:

@@ -61,8 +61,9 @@ def run_training(job: TrainingJob, console: Console) -> JsonObject:
             train(job)
     else:
         parallel = job.recipe.parallel
+        most, least = (parallel.gpus_per_worker * workers for workers in (parallel.max_workers, parallel.min_workers))
         with (
-            ray_session(cpus=parallel.max_workers, gpus=parallel.gpus_per_worker * parallel.max_workers),
+            ray_session(cpus=parallel.max_workers, gpus=most, least_gpus=least),
             watched,
         ):
             TrainingDriver(job, console).run()

@@ -35,12 +35,13 @@ _PARTING_S = 10.0
 
 
 @contextmanager
-def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
+def ray_session(cpus: int, gpus: int = 0, least_gpus: int | None = None) -> Iterator[None]:
     """Connect to Ray; inside another session, use that one.
 
     Args:
         cpus: cores a private Ray may hand out; what it counts, not what the machine has.
-        gpus: GPUs likewise.
+        gpus: GPUs, which it has to have.
+        least_gpus: where fewer would do, how few; a private Ray then hands out those that there are. Default: none but ``gpus``.
 
     Raises:
         UserError: nobody answers at ``RAY_ADDRESS``, or the private one did not start, or this machine does not have so many GPUs.
@@ -63,7 +64,7 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
                 ray.shutdown()
             return
         if gpus:
-            _check_gpus(gpus)
+            gpus = _gpus_here(gpus, gpus if least_gpus is None else least_gpus)
         _choose_token()
         with _exit_on_sigterm(), _private_folder() as folder:
             try:
@@ -117,16 +118,18 @@ def _check_address(address: str) -> None:
         ) from error
 
 
-def _check_gpus(gpus: int) -> None:
-    """Ray would hand out numbers of GPUs that are not there, and the workers would fail on them one attempt after the other."""
+def _gpus_here(gpus: int, least: int) -> int:
+    """So many GPUs, or as many as there are. Raises UserError where these are too few: Ray would hand out numbers of GPUs that are not
+    there, and the workers would fail on them one attempt after the other."""
     import torch
 
     there = torch.cuda.device_count()
-    if gpus > there:
+    if least > there:
         raise UserError(
-            f"the recipe needs {gpus} GPUs (parallel.workers x parallel.gpus_per_worker), and this machine has {there}.\n"
+            f"the recipe needs {least} GPUs (parallel.workers x parallel.gpus_per_worker), and this machine has {there}.\n"
             "Lower parallel.workers, set parallel.gpus_per_worker to 0 to work on the CPU, or name a cluster's Ray in RAY_ADDRESS."
         )
+    return min(gpus, there)
 
 
 def _start(cpus: int, gpus: int, folder: str, runtime_env: JsonObject) -> None:

@@ -109,7 +109,7 @@ def test_all_stages_of_a_run_share_one_ray(tmp_path: Path, monkeypatch: pytest.M
     log: list[Any] = []
 
     @contextmanager
-    def session(cpus: int, gpus: int) -> Iterator[None]:
+    def session(cpus: int, gpus: int, least_gpus: int) -> Iterator[None]:
         log.append((cpus, gpus))
         yield
         log.append("end")

@@ -167,3 +167,16 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError, match=r"needs 16 GPUs .* this machine has 8\.") as caught, ray_session(cpus=16, gpus=16):
         pass
     assert "parallel.gpus_per_worker to 0" in str(caught.value) and "RAY_ADDRESS" in str(caught.value)
+    with pytest.raises(UserError, match=r"needs 12 GPUs .* this machine has 8\."), ray_session(cpus=16, gpus=16, least_gpus=12):
+        pass
+
+
+def test_an_elastic_run_takes_the_gpus_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(ray_session_module, "_start", lambda cpus, gpus, *_: started.append(gpus))
+    for most, least in ((16, 4), (4, 2), (8, None)):
+        with ray_session(cpus=16, gpus=most, least_gpus=least):
+            pass
+    assert started == [8, 4, 8]
