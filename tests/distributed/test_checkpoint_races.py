@@ -1,14 +1,15 @@
-"""Two savers and two pruners on a simulated storage, in every order in which their requests can arrive.
+"""Savers and two pruners on a simulated storage, in every order in which their requests can arrive.
 
-Each of the four runs the code that real savers and pruners run, against a storage that is a dict. What a process does next depends on
+Each of them runs the code that real savers and pruners run, against a storage that is a dict. What a process does next depends on
 nothing but the answers that it has got so far, so its next request is found by running its code on them again. A state is what the storage
 holds, and the answers of each process; from there each process that has not ended may be the next one whose request is answered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +22,8 @@ from oar_scale.storage import Missing, join
 
 CHECKPOINTS = "s3://simulated/checkpoints/pretrain"
 SHARD = "shard.pt"
+FIRST = 100
+"""The step of which there is a checkpoint at the beginning."""
 ATTEMPTS = [f"20260101T00000{number}Z-0000000{number}" for number in range(3)]
 LATER = 4e9
 """A time at which a pruner takes every attempt without a marker for a dead one, which is the worst that can happen."""
@@ -63,7 +66,8 @@ class Replay:
         return list(self._answer("list", f"{prefix}/"))
 
     def delete(self, uri: str) -> None:
-        self._answer("delete", uri)
+        if not uri.endswith(f"/{layout.LATEST}"):
+            self._answer("delete", uri)
 
 
 def answered(objects: Objects, kind: str, uri: str, data: bytes = b"") -> tuple[Objects, Any]:
@@ -91,6 +95,12 @@ def saver(step: int, save: str) -> None:
         layout.commit(uri, save, manifest(step))
     except DamagedCheckpoint:
         layout.delete(uri, [f"{save}/{name}" for name in (SHARD, MANIFEST)])
+
+
+def replacer(step: int, save: str) -> None:
+    """What a group does that finds the newest checkpoint damaged: it goes on from one before, and saves an earlier step than that."""
+    layout.uncommit(layout.step_uri(CHECKPOINTS, FIRST))
+    saver(step, save)
 
 
 def pruner(keep: int) -> None:
@@ -128,10 +138,10 @@ class Numbers:
 
 
 class Model:
-    """All states of two savers, which save ``steps``, and two pruners, which keep ``keep`` checkpoints."""
+    """All states of some savers, and of two pruners, which keep ``keep`` checkpoints."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, int], keep: int) -> None:
-        self._patch, self._steps, self._keep = monkeypatch, steps, keep
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, savers: Sequence[Callable[[], None]], keep: int) -> None:
+        self._patch, self._savers, self._keep = monkeypatch, savers, keep
         self._objects, self._answers = Numbers(), Numbers()
         self.request, self.after, self.intact = cache(self._request), cache(self._after), cache(self._intact)
 
@@ -140,8 +150,8 @@ class Model:
         storage = Replay(self._answers.values[answers])
         self._patch.setattr(layout, "open_storage", lambda uri: storage)
         try:
-            if process < 2:
-                saver(self._steps[process], ATTEMPTS[1 + process])
+            if process < len(self._savers):
+                self._savers[process]()
             else:
                 pruner(self._keep)
         except Pending as pending:
@@ -176,9 +186,10 @@ class Model:
             return False
         return all(join(checkpoint.folder, name) in here for name in checkpoint.files)
 
-    def visit(self, start: Objects) -> int:
-        """Visit every state that can be reached; returns how many there are. Fails where a kept checkpoint is lost."""
-        todo = [State(self._objects.of(start), (self._answers.of(()),) * 4, marked(start))]
+    def visit(self, start: Objects, check: Callable[[Model, State], None]) -> int:
+        """Visit every state that can be reached; returns how many there are."""
+        count = len(self._savers)
+        todo = [State(self._objects.of(start), (self._answers.of(()),) * (count + 2), marked(start))]
         seen = set(todo)
         while todo:
             state = todo.pop()
@@ -187,13 +198,28 @@ class Model:
                     continue
                 objects, told, marked_now = self.after(process, state.objects, answers)
                 each = [*state.answers[:process], told, *state.answers[process + 1 :]]
-                after = State(objects, (*each[:2], *sorted(each[2:])), state.committed | marked_now)
+                after = State(objects, (*each[:count], *sorted(each[count:])), state.committed | marked_now)
                 if after not in seen:
                     seen.add(after)
                     todo.append(after)
-                    for step in sorted(after.committed)[-self._keep :]:
-                        assert self.intact(objects, step), f"step {step} is lost:\n{sorted(dict(self._objects.values[objects]))}"
+                    check(self, after)
         return len(seen)
+
+    def keeps_the_newest(self, state: State) -> None:
+        """Fails where a kept checkpoint is lost."""
+        for step in sorted(state.committed)[-self._keep :]:
+            assert self.intact(state.objects, step), f"step {step} is lost:\n{self.names(state)}"
+
+    def keeps_what_replaces(self, state: State) -> None:
+        """Fails where the rejected checkpoint is there beside the one that replaces it, or that one is lost."""
+        if len(state.committed) > 1:
+            (step,) = state.committed - {FIRST}
+            assert self.intact(state.objects, step), f"step {step} is lost:\n{self.names(state)}"
+            assert FIRST not in marked(self._objects.values[state.objects]), f"step {FIRST} is back:\n{self.names(state)}"
+
+    def names(self, state: State) -> list[str]:
+        """The objects that there are."""
+        return sorted(dict(self._objects.values[state.objects]))
 
 
 @cache
@@ -202,14 +228,15 @@ def marked(objects: Objects) -> frozenset[int]:
 
 
 def one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Objects:
-    """A storage with a checkpoint of step 100."""
-    uri, objects = layout.step_uri(CHECKPOINTS, 100), frozenset({(join(layout.step_uri(CHECKPOINTS, 100), ATTEMPTS[0], SHARD), b"shard")})
+    """A storage with a checkpoint of the first step."""
+    uri = layout.step_uri(CHECKPOINTS, FIRST)
+    objects = frozenset({(join(uri, ATTEMPTS[0], SHARD), b"shard")})
     answers: Answers = ()
     while True:
         storage = Replay(answers)
         monkeypatch.setattr(layout, "open_storage", lambda uri, storage=storage: storage)
         try:
-            layout.commit(uri, ATTEMPTS[0], manifest(100))
+            layout.commit(uri, ATTEMPTS[0], manifest(FIRST))
         except Pending as pending:
             objects, answer = answered(objects, *pending.request)
             answers = (*answers, answer)
@@ -223,4 +250,11 @@ def one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Objects:
 )
 def test_no_order_of_requests_loses_a_checkpoint(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, int], keep: int) -> None:
     """The newest checkpoints that have ever been committed are there and complete, whoever saves and removes at the same time."""
-    assert Model(monkeypatch, steps, keep).visit(one_checkpoint(monkeypatch)) > 10_000
+    savers = [partial(saver, step, save) for step, save in zip(steps, ATTEMPTS[1:], strict=True)]
+    assert Model(monkeypatch, savers, keep).visit(one_checkpoint(monkeypatch), Model.keeps_the_newest) > 10_000
+
+
+def test_no_order_of_requests_brings_a_rejected_one_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be the newest one, and those that replace it would be removed."""
+    model = Model(monkeypatch, [partial(replacer, 50, ATTEMPTS[1])], keep=1)
+    assert model.visit(one_checkpoint(monkeypatch), Model.keeps_what_replaces) > 100
