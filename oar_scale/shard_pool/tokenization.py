@@ -17,7 +17,7 @@ from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest, write_ma
 from oar_scale.data.notes import Notes, escaped
 from oar_scale.data.tokenize import pack_tokens, token_manifest
 from oar_scale.errors import UserError
-from oar_scale.shard_pool import OnStep, PoolReport, ShardOutput, ShardResult, Timing, Worker, run_pool
+from oar_scale.shard_pool import Bounds, OnStep, PoolReport, ShardOutput, ShardResult, Timing, Worker, run_pool
 from oar_scale.shard_pool.pool_run import lost_outputs
 from oar_scale.storage import join
 from oar_scale.storage.patience import patient
@@ -81,7 +81,7 @@ class TokenizeWorker:
 def tokenize_all(
     job: TokenizeJob,
     *,
-    actors: int,
+    actors: int | Bounds,
     gpus_per_actor: float = 0,
     max_retries: int = 3,
     timing: Timing | None = None,

@@ -8,7 +8,7 @@ from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.notes import Notes
 from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
-from oar_scale.shard_pool import Timing
+from oar_scale.shard_pool import Bounds, Timing
 from oar_scale.shard_pool.tokenization import TokenizeJob, tokenize_all
 from oar_scale.storage.patience import patient
 
@@ -43,7 +43,7 @@ def _tokenize(run: Run, job: TokenizeJob, what: str, notes: Notes) -> Manifest:
     with run.console.progress(images, what) as tally:
         return tokenize_all(
             job,
-            actors=parallel.max_workers,
+            actors=Bounds(parallel.min_workers, parallel.max_workers),
             gpus_per_actor=float(parallel.gpus_per_worker > 0),
             timing=Timing(grace_s=parallel.grace_s, hang_s=parallel.hang_timeout_s, patience_s=patience_s),
             on_progress=lambda done, total: tally.update(done),

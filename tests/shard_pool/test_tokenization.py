@@ -11,15 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from oar_scale.config.schema import DataConfig
+from oar_scale.config.schema import DataConfig, Recipe
 from oar_scale.data.bad_samples import BadSamples
 from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
 from oar_scale.data.notes import Notes
 from oar_scale.data.shards import pack_shard, read_token_shard, shard_name, write_shard
 from oar_scale.errors import UserError
-from oar_scale.shard_pool import Ledger, ShardOutput
+from oar_scale.run.context import Run
+from oar_scale.shard_pool import Bounds, Ledger, ShardOutput
 from oar_scale.shard_pool.ledger import LedgerEntry
 from oar_scale.shard_pool.tokenization import TokenizeJob, TokenizeWorker, tokenize_all
+from oar_scale.stages import tokens as tokens_stage
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, pixels_to_unit, save_vq
 
@@ -150,3 +152,18 @@ def test_bad_samples_of_long_or_equal_keys_are_all_counted(job: TokenizeJob, tmp
     manifest = tokenize_all(job, actors=1, make_bad=lambda total: BadSamples("tokens", total, DataConfig(max_bad_fraction=0.8), Notes()))
     assert manifest.samples == 1
     assert sorted(manifest.skipped) == [*(f"00000.tar/{key}" for key in keys[:3]), "00000.tar/twice (row 4)"]
+
+
+def test_an_elastic_recipe_tokenises_with_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On as few GPUs as it trains on; a private Ray refuses actors that do not fit."""
+    asked: list[object] = []
+
+    def note(job: TokenizeJob, *, actors: object, **_: object) -> Manifest:
+        asked.append(actors)
+        return Manifest(shards=())
+
+    monkeypatch.setattr(tokens_stage, "read_manifest", lambda folder: Manifest(shards=()))
+    monkeypatch.setattr(tokens_stage, "tokenize_all", note)
+    parallel = {"workers": {"min": 1, "max": 4}, "micro_batch": 4, "gpus_per_worker": 1}
+    tokens_stage.run_tokens(Run(Recipe.model_validate({"name": "stub", "run_dir": str(tmp_path), "parallel": parallel})))
+    assert asked == [Bounds(1, 4)] * 2
