@@ -101,7 +101,9 @@ def _readable(given: str) -> str:
     """Refuse what no node could expand."""
     if "\0" in given:
         raise ValueError("has a NUL in it, which no path has")
-    for match in () if "://" in given else _VARIABLE.finditer(given):
+    if "://" in given:
+        raise ValueError("is a folder on a node's own disk, and no URL")
+    for match in _VARIABLE.finditer(given):
         if not match["escaped"]:
             _name(match)
     return given

@@ -13,6 +13,7 @@ Names follow the field: ``global_batch = micro_batch x workers x accumulation``.
 from __future__ import annotations
 
 import os
+import re
 
 from pydantic import Field, model_validator
 
@@ -171,7 +172,10 @@ class Recipe(Section):
         return self.pretrain if section == "pretrain" else self.finetune
 
     @model_validator(mode="after")
-    def _local_folder(self) -> Recipe:
+    def _folders(self) -> Recipe:
+        root = self.storage.root
+        if root is not None and re.match(r"(?!s3://)[A-Za-z][A-Za-z0-9+.-]*:/", root):
+            raise RecipeConflict("storage.root", "is under a scheme that is not known here.\nUse a local folder, or s3://bucket/prefix.")
         if self.run_dir is not None and "://" in self.run_dir:
             raise RecipeConflict(
                 "run_dir",

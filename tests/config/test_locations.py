@@ -56,6 +56,15 @@ def test_the_folder_of_a_run_is_no_url(tmp_path: Path) -> None:
     for url in ("s3://bucket/x", "file:///x"):
         with pytest.raises(UserError, match=f"run_dir = {url}\n.*no URL.\n.*storage.root"):
             load(tmp_path, f"run_dir: {url}\n")
+        with pytest.raises(UserError, match=f"storage.scratch_dir = {url}\n.*no URL"):
+            load(tmp_path, f"storage: {{scratch_dir: {url}}}\n")
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "S3://bucket/x", "s3:/bucket/x", "file:///x", "hf://x"])
+def test_a_storage_that_nobody_serves_is_refused_at_once(url: str, tmp_path: Path) -> None:
+    """All results would go into a folder called ``gs:`` here."""
+    with pytest.raises(UserError, match=f"storage.root = {url}\n.*not known here.\n.*s3://bucket/prefix"):
+        load(tmp_path, f"storage: {{root: {url}}}\n")
 
 
 PATH_WORDS = {"path", "root", "url", "weights", "captions", "names", "shards", "folder", "image", "mounts"}
