@@ -118,6 +118,7 @@ def dry_run(
 
         yield ray_jobs.describe(loaded, profile, specs)
         return
+    slurm.refuse_clusters(profile)
     for index, file in enumerate(job_files(loaded, profile, specs, folder=os.getcwd())):
         yield (f"# after {specs[index - 1].name} succeeded:\n" if index else "") + file.text
 

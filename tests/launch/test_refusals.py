@@ -109,6 +109,7 @@ def test_jobs_for_another_cluster_are_refused(tmp_path: Path, capsys: pytest.Cap
     fake(tmp_path, monkeypatch, sbatch="echo 7", squeue="", sinfo="")
     for profile in ({"sbatch": ["--clusters=b"]}, {"stages": {"extract": {"sbatch": ["--clusters b"]}}}):
         assert "another cluster of a multi-cluster Slurm" in refused(tmp_path, capsys, **profile)
+    assert "another cluster of a multi-cluster Slurm" in refused(tmp_path, capsys, "--dry-run", sbatch=["--clusters=b"])
     monkeypatch.setenv("SLURM_CLUSTERS", "b")
     assert "SLURM_CLUSTERS=b in this shell: jobs for another cluster" in refused(tmp_path, capsys)
     monkeypatch.delenv("SLURM_CLUSTERS")
