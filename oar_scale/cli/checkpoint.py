@@ -7,7 +7,7 @@ import argparse
 from oar_scale.cli.common import Subparsers, add_model, count
 from oar_scale.text import say
 
-PEERS = ("randar", "llamagen-c2i", "llamagen-t2i", "llamagen-vq", "maskgit-vq")
+PEERS = ("randar", "llamagen-c2i", "llamagen-t2i", "arpg", "llamagen-vq", "maskgit-vq")
 
 
 def add(verbs: Subparsers) -> None:

@@ -1,7 +1,7 @@
 """``oar checkpoint import``: weights of other projects as ours.
 
-RandAR, LlamaGen, LlamaGen's and MaskGIT's tokenizers become a folder that ``oar_scale.load`` opens, or one file. Tensors keep their
-dtypes and only their names change, so what is imported and exported again has the same bits.
+RandAR, LlamaGen, ARPG, LlamaGen's and MaskGIT's tokenizers become a folder that ``oar_scale.load`` opens, or one file. Tensors keep their
+dtypes and only their names change (and how ARPG's are cut), so what is imported and exported again has the same bits.
 """
 
 from __future__ import annotations

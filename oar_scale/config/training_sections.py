@@ -9,14 +9,15 @@ from pydantic import Field, model_validator
 from oar_scale.config.locations import Location
 from oar_scale.config.section import Changeable, Count, Limit, Operational, PolicyName, RecipeConflict, Section, bounds
 
-Layout = Literal["raster", "instructed", "dual"]
+Layout = Literal["raster", "instructed", "dual", "decoupled"]
 
 
 class ModelConfig(Section):
     """The any-order transformer (docs/model.md). Vocabulary, grid and text sizes follow from the tokenizers."""
 
     layout: Layout = "instructed"
-    """``raster`` is plain next-token; ``instructed`` (RandAR) and ``dual`` (OAR v1) place cells in any order."""
+    """``raster`` is plain next-token; ``instructed`` (RandAR), ``dual`` (OAR v1) and ``decoupled`` (ARPG) place cells in any order.
+    ``decoupled`` has half of the layers for the codes, half for the questions: an even number of them."""
     dim: int = Field(256, ge=8)
     layers: int = Field(6, ge=1)
     heads: int = Field(4, ge=1)
@@ -48,6 +49,16 @@ class ModelConfig(Section):
             )
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _halves(self) -> ModelConfig:
+        if self.layout == "decoupled" and self.layers % 2:
+            raise RecipeConflict(
+                "model.layers",
+                f"layout decoupled has half of its layers for the codes and half for the questions; {self.layers} is odd.\n"
+                f"Nearest that fit: {' or '.join(str(n) for n in (self.layers - 1, self.layers + 1) if n)}.",
+            )
         return self
 
 

@@ -186,7 +186,7 @@ class _SamplingState:
 
     def place_next(self, cells_BM: Tensor) -> None:
         """Place the next M cells of the order in one pass."""
-        if cells_BM.shape[1] == 1:  # its candidate row can stay in the cache, where parallel decoding computes rows twice
+        if cells_BM.shape[1] == 1:  # its candidate row may stay in the cache; parallel decoding computes rows twice
             candidates = self.decoder.candidate_rows(self.prefix, self._branches(cells_BM))
             logits_BMV = self._guide(candidates.logits_BRV)
             code_B = _draw(logits_BMV[:, 0], self.settings, self.generator)

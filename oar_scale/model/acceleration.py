@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from oar_scale.config.schema import ParallelConfig
-from oar_scale.model.blocks import Block
+from oar_scale.model.blocks import TrunkBlock
 from oar_scale.model.transformer import AnyOrderModel
 
 _KEPT = {
@@ -30,18 +30,18 @@ _KEPT = {
 def accelerate(model: AnyOrderModel, parallel: ParallelConfig) -> None:
     """Let the trunk's blocks run as ``parallel.activation_checkpointing`` and ``parallel.compile`` say; names and values stay.
 
-    Blocks are compiled one by one, so that all but the last share one compilation, with their recomputation inside.
+    Blocks are compiled one by one, so that all of a kind but the last share one compilation, with their recomputation inside.
     Compiled blocks draw their dropout from another sequence than eager ones.
     """
     for block in model.layers:
-        assert isinstance(block, Block)
+        assert isinstance(block, TrunkBlock)
         if parallel.activation_checkpointing == "selective":
             contexts = partial(create_selective_checkpoint_contexts, _policy)
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts, respect_saved_tensors_hooks=True)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts, respect_saved_tensors_hooks=True)
         elif parallel.activation_checkpointing == "full":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if parallel.compile:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward)
 
 
 def _policy(_context: object, operation: object, *_inputs: object, **_options: object) -> CheckpointPolicy:

@@ -125,6 +125,43 @@ class Attention(nn.Module):
         return self.wo(out_BHLd.transpose(1, 2).flatten(2))
 
 
+class CrossAttention(nn.Module):
+    """Attention to keys and values that :class:`SharedKV` made; it has only queries of its own."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads or spec.heads, spec.head_dim
+        self.wq = Linear(spec.dim, spec.dim)
+        self.wo = Linear(spec.dim, spec.dim)
+
+    def project(self, x_BQD: Tensor, rotation_BQP2: Tensor) -> Tensor:
+        """Rotated queries [B, H, Q, head_dim] of rows."""
+        q_BQHd, _, _ = rotate_heads(self.wq(x_BQD).unflatten(-1, (-1, self.head_dim)), rotation_BQP2, 0)
+        return q_BQHd.transpose(1, 2)
+
+    def merge(self, out_BHQd: Tensor) -> Tensor:
+        """Heads back to rows [B, Q, D]."""
+        return self.wo(out_BHQd.transpose(1, 2).flatten(2))
+
+
+class SharedKV(nn.Module):
+    """A norm, then one projection to the keys and values that all cross-attention blocks see."""
+
+    __call__: Callable[..., tuple[Tensor, Tensor]]
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.kv_heads, self.head_dim = spec.kv_heads or spec.heads, spec.head_dim
+        self.norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.wkv = Linear(spec.dim, 2 * self.kv_heads * self.head_dim)
+
+    def forward(self, x_BLD: Tensor, rotation_BLP2: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys, and values, [B, kv_heads, L, head_dim] each."""
+        kv_BLGd = self.wkv(self.norm(x_BLD)).unflatten(-1, (-1, self.head_dim))
+        _, k_BLGd, v_BLGd = rotate_heads(kv_BLGd, rotation_BLP2, self.kv_heads)
+        return k_BLGd.transpose(1, 2), v_BLGd.transpose(1, 2)
+
+
 class FeedForward(nn.Module):
     """SwiGLU: ``W2 (silu(W1 x) * W3 x)``."""
 
@@ -141,28 +178,42 @@ class FeedForward(nn.Module):
         return self.w2(self.w1(x), self.w3(x))
 
 
-class Block(nn.Module):
-    """``forward`` is the training path; decoding calls :meth:`project_into` and :meth:`finish` with its own attention between."""
+class TrunkBlock(nn.Module):
+    """What every block of a trunk has: attention of some kind between a norm and ``finish``."""
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, attention: Attention | CrossAttention) -> None:
         super().__init__()
-        self.attention = Attention(spec)
+        self.attention = attention
         self.feed_forward = FeedForward(spec.dim, spec.ffn_hidden)
         self.attention_norm = RMSNorm(spec.dim, spec.norm_eps)
         self.ffn_norm = RMSNorm(spec.dim, spec.norm_eps)
         self.dropout = spec.dropout
-        self.grouped = self.attention.kv_heads != self.attention.heads
-
-    def project_into(self, into: KVSlice, x_BLD: Tensor, rotation_BLP2: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`Attention.project_into` of the normalised rows."""
-        return self.attention.project_into(into, self.attention_norm(x_BLD), rotation_BLP2)
+        self.grouped = attention.kv_heads != attention.heads
 
     def finish(self, x_BLD: Tensor, out_BHLd: Tensor) -> Tensor:
         """Residual connections around attention (already computed) and feed-forward."""
         x_BLD = self._add(x_BLD, self.attention.merge(out_BHLd))
         return self._add(x_BLD, self.feed_forward(self.ffn_norm(x_BLD)))
+
+    def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+        if self.training and self.dropout and memory_efficient.worthwhile(x_BLD):
+            return memory_efficient.add_dropped(x_BLD, y_BLD, self.dropout)
+        return x_BLD + F.dropout(y_BLD, self.dropout, self.training)
+
+
+class Block(TrunkBlock):
+    """``forward`` is the training path; decoding calls :meth:`project_into` and :meth:`finish` with its own attention between."""
+
+    attention: Attention
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec, Attention(spec))
+
+    def project_into(self, into: KVSlice, x_BLD: Tensor, rotation_BLP2: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`Attention.project_into` of the normalised rows."""
+        return self.attention.project_into(into, self.attention_norm(x_BLD), rotation_BLP2)
 
     def forward(
         self, x_BLD: Tensor, rotation_BLP2: Tensor | None, *, causal: bool, mask: Tensor | None = None, leaving: slice = slice(None)
@@ -172,7 +223,27 @@ class Block(nn.Module):
         out_BHLd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         return self.finish(x_BLD[:, leaving], out_BHLd[:, :, leaving])
 
-    def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
-        if self.training and self.dropout and memory_efficient.worthwhile(x_BLD):
-            return memory_efficient.add_dropped(x_BLD, y_BLD, self.dropout)
-        return x_BLD + F.dropout(y_BLD, self.dropout, self.training)
+
+class CrossBlock(TrunkBlock):
+    """A block of rows that see the same keys and values in all layers, and nothing of one another.
+
+    ``forward`` is the training path; decoding calls :meth:`project` and :meth:`finish` with its own attention between.
+    """
+
+    attention: CrossAttention
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec, CrossAttention(spec))
+
+    def project(self, x_BQD: Tensor, rotation_BQP2: Tensor) -> Tensor:
+        """Rotated queries [B, H, Q, head_dim] of the normalised rows."""
+        return self.attention.project(self.attention_norm(x_BQD), rotation_BQP2)
+
+    def forward(self, x_BQD: Tensor, rotation_BQP2: Tensor, keys_BGKd: Tensor, values_BGKd: Tensor) -> Tensor:
+        """The rows after the block: the last row sees all K keys, each row before it one less."""
+        q_BHQd = self.project(x_BQD, rotation_BQP2)
+        # Rows of zeros in front make a square of queries and keys, which a kernel takes as plainly causal and without a mask.
+        before = keys_BGKd.shape[2] - q_BHQd.shape[2]
+        q_BHKd = F.pad(q_BHQd, (0, 0, before, 0)) if before else q_BHQd
+        out_BHKd = F.scaled_dot_product_attention(q_BHKd, keys_BGKd, values_BGKd, is_causal=True, enable_gqa=self.grouped)
+        return self.finish(x_BQD, out_BHKd[:, :, before:])

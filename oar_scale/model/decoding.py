@@ -5,11 +5,13 @@
                                                                                    itself, and no other p row
     commit       [c_1 .. c_T, p_1, x_1, ..., p_t, x_t, p_b | ... ]                 the winner's keys and values move up
 
-(layout instructed; the others have no p rows, and their candidates are variants of the last code's row). In training the row
+(layout instructed; raster and dual have no p rows, and their candidates are variants of the last code's row). In training the row
 that predicts a code attends to what came before and to itself only, and stays in the cache. So a candidate row, which sees
 exactly that, *is* the row the cache needs should its cell win: scoring all cells costs nothing twice, and the result equals a
 full forward pass. There are never more candidates than cells left, so they fit into the part of the cache that the rest of the image needs
 anyway: candidates take no memory beyond the activations of :data:`ROWS_AT_ONCE` rows.
+
+In layout decoupled, candidates leave nothing in the cache: what enters it is the row of the winner's code, with the next candidates.
 
     decoder = Decoder(model)
     prefix = decoder.begin(condition_BTD)
@@ -26,12 +28,9 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from oar_scale.model.attention import attention_with_lse, merge_self_
-from oar_scale.model.blocks import Block, KVSlice
-from oar_scale.model.layouts import Placed, Rows, Tables
+from oar_scale.model.row_layout import CachePart, Placed, Rows, Tables
 from oar_scale.model.transformer import AnyOrderModel
 
 ROWS_AT_ONCE = {"cpu": 512, "cuda": 2**16}
@@ -44,7 +43,7 @@ class Prefix:
     """The placed codes and their KV cache. Methods of :class:`Decoder` update it in place: only the prefix that they return is valid."""
 
     cache: Tensor
-    """[layers, 2, B, kv_heads, capacity, head_dim]: keys and values, for all rows that a whole image takes."""
+    """[``spec.cached_pairs``, 2, B, kv_heads, capacity, head_dim]: keys and values, for all rows that a whole image takes."""
     rows: int
     """Rows of the cache in use."""
     last: Placed
@@ -54,9 +53,9 @@ class Prefix:
     version: int = 0
     """Counts writes behind the rows in use: :class:`Candidates` of an older version have been overwritten."""
 
-    def kv_slice(self, layer: int, images: slice, start: int, end: int) -> KVSlice:
-        """Keys and values of rows ``start`` to ``end`` of some images, as views into the cache."""
-        return KVSlice(*self.cache[layer, :, images, :, start:end])
+    def part(self, images: slice) -> CachePart:
+        """The cache of some images."""
+        return CachePart(self.cache[:, :, images], self.rows)
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,11 @@ class Decoder:
     def begin(self, condition_BTD: Tensor) -> Prefix:
         """Start empty images: allocate the cache and fill in the condition rows, which ``model.condition`` returned."""
         spec, layout, batch = self.model.spec, self.model.layout, len(condition_BTD)
-        head_BTD = condition_BTD[:, : condition_BTD.shape[1] - layout.held]
-        capacity = head_BTD.shape[1] + layout.stride * spec.cells
-        cache = condition_BTD.new_empty(spec.layers, 2, batch, spec.kv_heads or spec.heads, capacity, spec.head_dim)
+        head = layout.head(condition_BTD)
+        capacity = head.x_BLD.shape[1] + layout.stride * spec.cells
+        cache = condition_BTD.new_empty(spec.cached_pairs, 2, batch, spec.kv_heads or spec.heads, capacity, spec.head_dim)
         prefix = Prefix(cache, 0, layout.start(condition_BTD), layout.tables(condition_BTD.device))
-        self._append(prefix, Rows(head_BTD, layout.no_cell(batch, head_BTD.shape[1], head_BTD.device)))
+        self._append(prefix, head)
         return prefix
 
     @torch.no_grad()
@@ -100,6 +99,8 @@ class Decoder:
         if cells_BK.shape[1] == 0:
             return prefix
         codes_BKD = self._codes(prefix, codes_BK)
+        if self._mutual(prefix):
+            self._append_waiting(prefix)
         self._append(prefix, self.model.layout(prefix.last, cells_BK, codes_BKD, prefix.tables))
         # The layouts write the row of the last code together with the next cell's: until then it waits here.
         prefix.last = Placed(cells_BK[:, -1:], codes_BKD[:, -1:])
@@ -114,11 +115,10 @@ class Decoder:
         """
         batch, count = cells_BR.shape
         enters = self.model.layout.entering(prefix.last)
-        if enters > 1:  # several rows wait (after ``place_parallel``), and must see one another causally, which candidates do not
-            waiting, _ = self.model.layout.candidates(prefix.last, cells_BR[:, :0], prefix.tables)
-            assert waiting is not None
-            self._append(prefix, waiting)
-            enters, prefix.last = 0, self._nothing(prefix)
+        # Several rows that wait (after ``place_parallel``) must see one another, which candidates do not.
+        if enters > 1 or (enters and not self.model.layout.joint):
+            self._append_waiting(prefix)
+            enters = 0
         if prefix.rows + enters + count > prefix.cache.shape[4]:
             raise ValueError(f"{count} candidates are more than the cells that are left")
         rows_BRD = prefix.cache.new_empty(batch, count, self.model.spec.dim)
@@ -140,21 +140,25 @@ class Decoder:
         if candidates.version != prefix.version:
             raise ValueError("these candidates' rows are gone: other candidates were scored since, or one was committed to")
         image_B = torch.arange(len(winner_B), device=winner_B.device)
-        # Copy the winner's keys and values, of all layers, to the first row behind those in use; the other candidates are forgotten.
-        prefix.cache[:, :, :, :, prefix.rows] = prefix.cache[:, :, image_B, :, prefix.rows + winner_B].movedim(0, 2)
-        prefix.rows += 1
+        if self.model.layout.keeps_questions:
+            # Copy the winner's keys and values, of all layers, to the first row behind those in use; the other candidates are forgotten.
+            prefix.cache[:, :, :, :, prefix.rows] = prefix.cache[:, :, image_B, :, prefix.rows + winner_B].movedim(0, 2)
+            prefix.rows += 1
         prefix.version += 1
         prefix.last = Placed(candidates.cells_BR[image_B, winner_B, None], self._codes(prefix, codes_B[:, None]))
         return prefix
 
     @torch.no_grad()
     def parallel_logits(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
-        """Logits [B, M, V], float32, of M cells in one pass, each instruction row seeing those before it: RandAR's parallel decoding.
-        :meth:`place_parallel` must follow, with a code for each of the cells.
+        """Logits [B, M, V], float32, of M cells in one pass. :meth:`place_parallel` must follow, with a code for each of the cells.
+
+        Each row of an instructed model sees those before it, as in RandAR's parallel decoding. Those of a decoupled model are candidates.
 
         Raises:
-            ValueError: a layout other than ``instructed``.
+            ValueError: a layout that cannot.
         """
+        if not self.model.layout.keeps_questions:
+            return self.candidate_rows(prefix, cells_BM).logits_BRV
         count = cells_BM.shape[1]
         rows_BMD = self._append(prefix, self.model.layout.parallel(prefix.last, cells_BM, prefix.tables), leaving=count)
         prefix.last = self._nothing(prefix)
@@ -177,49 +181,37 @@ class Decoder:
         return self.model.code_rows(codes_BK).to(prefix.cache.dtype)
 
     def _candidates_of(self, prefix: Prefix, images: slice, cells_bR: Tensor) -> Tensor:
-        """Normalised candidate rows [b, R, D] of some images.
-
-        Their keys and values are written behind those of the prefix and of the row that enters with them (``before``: 0 or 1).
-        """
+        """Normalised candidate rows [b, R, D] of some images."""
         entering, candidates = self.model.layout.candidates(prefix.last.images(images), cells_bR, prefix.tables)
-        x, cells = candidates if entering is None else (torch.cat(pair, dim=1) for pair in zip(entering, candidates, strict=True))
-        before = x.shape[1] - cells_bR.shape[1]
-        end = prefix.rows + before
-        rotation_bLP2 = self.model.rotations(x.device)[cells]
-        for index, layer in enumerate(cast("list[Block]", self.model.layers)):
-            q, own = layer.project_into(prefix.kv_slice(index, images, prefix.rows, prefix.rows + x.shape[1]), x, rotation_bLP2)
-            seen, own_kv = prefix.kv_slice(index, images, 0, end), prefix.kv_slice(index, images, end, end + cells_bR.shape[1])
-            if end == 0:  # nothing but itself to see: a raster model's first row, when the condition has no other
-                out = own_kv.values.repeat_interleave(q.shape[1] // own_kv.values.shape[1], dim=1)
-            else:
-                # The entering row is among the rows that are seen, its own key included, so only candidates need their own merged in.
-                out, lse = attention_with_lse(q, seen.keys, seen.values)
-                merge_self_(out[:, :, before:], lse[:, :, before:], own[:, :, before:], own_kv.values)
-            x = layer.finish(x, out)
-        return self.model.norm(x[:, before:])
+        return self.model.norm(self.model.layout.ask(self.model.layers, prefix.part(images), entering, candidates))
 
-    def _append(self, prefix: Prefix, rows: Rows, leaving: int = 0) -> Tensor:
-        """Run L rows that see the prefix and one another causally, and add them to the cache.
+    def _mutual(self, prefix: Prefix) -> bool:
+        """Whether what waits is a parallel step whose codes see one another all."""
+        return self.model.spec.step_attention == "mutual" and self.model.layout.entering(prefix.last) > 1
+
+    def _append_waiting(self, prefix: Prefix) -> None:
+        """Let what was placed last enter the cache on its own."""
+        waiting, _ = self.model.layout.candidates(prefix.last, prefix.last.cells_BK[:, :0], prefix.tables)
+        assert waiting is not None
+        self._append(prefix, waiting, mutual=self._mutual(prefix))
+        prefix.last = self._nothing(prefix)
+
+    def _append(self, prefix: Prefix, rows: Rows, leaving: int = 0, *, mutual: bool = False) -> Tensor:
+        """Run L rows that see the prefix and one another causally (``mutual``: one another all), and add them to the cache.
 
         Returns:
             The last ``leaving`` rows, [B, leaving, D], as they leave the trunk.
         """
         batch, length = rows.cells_BL.shape
-        start, end = prefix.rows, prefix.rows + length
         last_BMD = rows.x_BLD.new_empty(batch, leaving, rows.x_BLD.shape[2])
         if length == 0:
             return last_BMD
-        # Row i of the new ones sees everything before ``start``, and the new ones up to itself.
-        mask = torch.ones(length, end, dtype=torch.bool, device=rows.x_BLD.device).tril(diagonal=start)
+        layout = self.model.layout
         for images in _chunks(batch, length, rows.x_BLD.device):
-            x, rotation_bLP2 = rows.x_BLD[images], self.model.rotations(rows.x_BLD.device)[rows.cells_BL[images]]
-            for index, layer in enumerate(cast("list[Block]", self.model.layers)):
-                q, _ = layer.project_into(prefix.kv_slice(index, images, start, end), x, rotation_bLP2)
-                keys, values = prefix.kv_slice(index, images, 0, end)
-                out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1])
-                x = layer.finish(x, out)
-            last_BMD[images] = x[:, length - leaving :]
-        prefix.rows = end
+            part = Rows(rows.x_BLD[images], rows.cells_BL[images])
+            x_bLD = layout.enter(self.model.layers, prefix.part(images), part, mutual=mutual)
+            last_BMD[images] = x_bLD[:, length - leaving :]
+        prefix.rows += length
         return last_BMD
 
 

@@ -5,6 +5,9 @@
     end       2 (D^2 + 3 D F)                                        those after attention: the last block has N rows there
     L         T + N - 1 raster,  T + 2 N - 1 instructed,  T + N dual
 
+    decoupled, L = T + N - 1:   n/2 (L row + 4 L^2 D)  +  L share  +  n/2 (N (row - share) + 4 L^2 D)  +  2 N D V  +  condition encoder
+    share     2 D 2 kv_heads head_dim                                keys and values, which the second half does not make
+
 N cells, V codes, T condition rows, D channels, H heads, F channels of the feed-forward. A multiply-add counts two. Matrix products
 alone are counted: no norms, rotations, softmax or embeddings. Attention counts all L^2 pairs, as ``torch.utils.flop_counter`` does,
 though causality leaves half of them; only :func:`useful_flops` does not.
@@ -31,7 +34,7 @@ def training_flops(spec: ModelSpec, *, recompute: bool = False) -> int:
     Args:
         recompute: the trunk's blocks run once more in the backward pass (activation checkpointing).
     """
-    rows, again = spec.rows, _trunk(spec) if recompute else 0
+    rows, again = spec.rows, _blocks(spec) if recompute else 0
     backward = 2 * (forward_flops(spec) - _frozen_input(spec)) + _frozen_input(spec)
     scores_again = spec.layers * _attention(spec, rows, rows) // 2
     if isinstance(spec.condition, TextSpec):
@@ -44,16 +47,18 @@ def useful_flops(spec: ModelSpec) -> int:
 
     Three times the forward pass, with the L (L + 1) / 2 pairs that causality leaves; neither recomputed blocks nor recomputed scores.
     """
-    rows = spec.rows
-    masked = spec.layers * (_attention(spec, rows, rows) - _attention(spec, rows, rows + 1) // 2)
-    return 3 * (forward_flops(spec) - masked)
+    rows, causal = spec.rows, _attention(spec, spec.rows, spec.rows + 1) // 2
+    seen = spec.layers * causal
+    if spec.decoupled:  # the i-th question sees the condition and the i codes before it
+        seen = spec.layers // 2 * (causal + _attention(spec, 1, spec.cells * (2 * spec.condition.rows + spec.cells - 1) // 2))
+    return 3 * (forward_flops(spec) - spec.layers * _attention(spec, rows, rows) + seen)
 
 
 def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[int] | None = None, first_given: bool = False) -> int:
     """Order extraction of one image: rows for all empty cells at every step, over one shared prefix (``orders/extraction.py``).
 
-    Exactly, that is N (N + 1) / 2 candidate rows, and no others: the winner's stays. Of several cells placed at once only one was scored
-    about with what is in the cache then, and the others pass through the trunk once more.
+    Exactly, that is N (N + 1) / 2 candidate rows, and no others but those of the codes: the winner's stays. Of several cells placed at once
+    only one was scored about with what is in the cache then, and the others pass through the trunk once more.
 
     Args:
         guided: with a second, unconditional branch through the trunk; the head sees the mixture of both. (Its condition rows, one set for
@@ -65,19 +70,18 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[i
         ValueError: a raster model, which has one order.
     """
     if spec.layout == "raster":
-        raise ValueError("a raster model has one order, so there is nothing to extract; layouts instructed and dual take any order")
+        raise ValueError("a raster model has one order, so there is nothing to extract; the other layouts take any order")
     begin = spec.condition.rows
-    trunk = begin * _block_row(spec) + _attention(spec, begin, begin)
+    trunk = _entering(spec, begin, begin)
     stride, placed, candidates = STRIDE[spec.layout], 0, 0
     for size in [1] * spec.cells if sizes is None else sizes:
         scored = 1 if first_given and not placed else spec.cells - placed
-        rows = scored + (stride - 1 if placed else 0)  # an instructed model's last code row enters the cache with the candidates
-        trunk += rows * _block_row(spec) + _attention(spec, rows, begin + stride * placed)
+        enters = int(placed > 0 and spec.layout != "dual")  # the row of the last code, before the candidates
+        trunk += _entering(spec, enters, begin + stride * placed) + _asking(spec, scored, begin + stride * placed)
         candidates, placed = candidates + scored, placed + size
         if size > 1 and placed < spec.cells:
-            rows = stride * (size - 1)
-            trunk += rows * _block_row(spec) + _attention(spec, rows, begin + stride * (placed - 1) + 1)
-    return _condition(spec) + (1 + guided) * spec.layers * trunk + _head(spec, candidates)
+            trunk += _entering(spec, stride * (size - 1), begin + stride * (placed - 1) + (not spec.decoupled))
+    return _condition(spec) + (1 + guided) * trunk + _head(spec, candidates)
 
 
 _PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
@@ -90,13 +94,40 @@ def peak_flops(device: str, precision: str) -> float | None:
 
 
 def _trunk(spec: ModelSpec) -> int:
+    return _blocks(spec) + (spec.rows * _shared_row(spec) if spec.decoupled else 0)
+
+
+def _blocks(spec: ModelSpec) -> int:
+    """All blocks, for an image in training."""
     rows = spec.rows
-    return spec.layers * (rows * _block_row(spec) + _attention(spec, rows, rows)) - (rows - spec.cells) * _end_row(spec)
+    if not spec.decoupled:
+        return spec.layers * (rows * _block_row(spec) + _attention(spec, rows, rows)) - (rows - spec.cells) * _end_row(spec)
+    # Questions attend as if they were as many as the keys (``CrossBlock.forward``).
+    of_all = rows * _block_row(spec) + spec.cells * (_block_row(spec) - _shared_row(spec)) + 2 * _attention(spec, rows, rows)
+    return spec.layers // 2 * of_all
+
+
+def _entering(spec: ModelSpec, rows: int, keys: int) -> int:
+    """Rows that pass the trunk into the cache, and attend to ``keys`` rows."""
+    layers = spec.layers // 2 if spec.decoupled else spec.layers
+    return layers * (rows * _block_row(spec) + _attention(spec, rows, keys)) + (rows * _shared_row(spec) if spec.decoupled else 0)
+
+
+def _asking(spec: ModelSpec, rows: int, keys: int) -> int:
+    """Candidate rows, which attend to ``keys`` rows."""
+    if not spec.decoupled:
+        return _entering(spec, rows, keys)
+    return spec.layers // 2 * (rows * (_block_row(spec) - _shared_row(spec)) + _attention(spec, rows, keys))
 
 
 def _block_row(spec: ModelSpec) -> int:
     """The matrices of a block, for one row."""
     return 2 * spec.dim * (spec.heads + 2 * (spec.kv_heads or spec.heads)) * spec.head_dim + _end_row(spec)
+
+
+def _shared_row(spec: ModelSpec) -> int:
+    """The projection to keys and values, for one row; what a question of a decoupled model does not have in its blocks."""
+    return 2 * spec.dim * 2 * (spec.kv_heads or spec.heads) * spec.head_dim
 
 
 def _end_row(spec: ModelSpec) -> int:

@@ -1,113 +1,34 @@
-"""How codes and their cells become rows: the three layouts of one trunk.
+"""How codes and their cells become rows: the layouts of the trunk.
 
     raster       [c_1 .. c_T,  x_1, x_2, ..., x_{N-1}]            next token; row x_i predicts the code of cell i + 1    (LlamaGen)
     instructed   [c_1 .. c_T,  p_1, x_1,  p_2, x_2,  ...,  p_N]   p_i asks for the cell placed i-th and predicts its code   (RandAR)
     dual         [c_1 .. c_T,  z>1, x_1>2, x_2>3, ...]            x_i>j lies at cell i and asks for j; z is a zero token    (OAR v1)
+    decoupled    [c_1 .. c_T,  x_1, x_2, ..., x_{N-1}]            content, which questions q_1 .. q_N look at from a half of  (ARPG)
+                                                                  the blocks of their own (``decoupled.py``)
 
-Attention is plainly causal in all of them. A layout makes three kinds of rows, with the cells whose rotations they take:
+Attention is plainly causal in the first three, which are here. A layout makes three kinds of rows, each with the cell that rotates it:
 
     forward      rows that ask for K cells, one after the other, knowing the code of each before the next: training, prefill
     candidates   rows that each ask for a cell from the same point: extraction, generation by confidence
     parallel     rows that ask for M cells with no codes between: RandAR's parallel decoding
 
-What was placed last may still have to enter the cache (``Placed``): the code row of an instructed model, or the row of the
+What was placed last may still have to enter the cache (``Placed``): the code row of an instructed or decoupled model, or the row of the
 last code of the others, which cannot be written before the next cell is known. What a layout has learned about cells is a few
-tables (``tables``), made once for an image that is placed cell by cell.
+tables (``tables``), made once for an image that is placed cell by cell. What else a layout is, and how one plugs in: ``row_layout.py``.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from oar_scale.config.schema import Layout
-from oar_scale.model.rope import cell_rotations, offset_index, offset_rotations, rotate_vector
+from oar_scale.model.decoupled import DecoupledRows
+from oar_scale.model.rope import offset_index, offset_rotations, rotate_vector
+from oar_scale.model.row_layout import Placed as Placed
+from oar_scale.model.row_layout import RowLayout, Tables
+from oar_scale.model.row_layout import Rows as Rows
 from oar_scale.model.spec import HELD, STRIDE, ModelSpec
-
-
-class Rows(NamedTuple):
-    """L rows of each image and the index into the table of rotations of each."""
-
-    x_BLD: Tensor
-    cells_BL: Tensor
-
-
-class Placed(NamedTuple):
-    """K codes whose rows are not all in the cache yet: their cells, and the rows of their codes alone."""
-
-    cells_BK: Tensor
-    codes_BKD: Tensor
-
-    def images(self, part: slice) -> Placed:
-        """Some of the B images."""
-        return Placed(self.cells_BK[part], self.codes_BKD[part])
-
-
-Tables = tuple[Tensor, ...]
-"""What a layout adds to a row for the cells it is about: one row of a table for each cell, or for each offset between two cells."""
-
-
-class RowLayout(nn.Module):
-    """Base of the layouts."""
-
-    held: int = 0
-    """Condition rows that wait for the first cell with the codes, instead of entering the cache first."""
-    stride: int = 1
-    """Every so many-th row of ``forward`` predicts a code."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self._rotations: dict[torch.device, Tensor] = {}
-
-    def start(self, condition_BTD: Tensor) -> Placed:
-        """The substitute of the last placed code when there is none: a row, and the index of the rotation that changes nothing."""
-        raise NotImplementedError
-
-    def tables(self, device: torch.device) -> Tables:
-        """The learned tables, of the weights as they are."""
-        return ()
-
-    def entering(self, last: Placed) -> int:
-        """Number of rows that must enter the cache before candidates are scored; see ``candidates``."""
-        return 0
-
-    def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
-        """Rows that ask for K cells, one after the other.
-
-        Every ``stride``-th one, counted from the end, predicts the code of the next cell.
-        """
-        raise NotImplementedError
-
-    def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
-        """Rows that must enter the cache first, and one row for each of R cells."""
-        raise NotImplementedError
-
-    def parallel(self, last: Placed, cells_BM: Tensor, tables: Tables) -> Rows:
-        """Rows that ask for M cells, each seeing the questions before it; the last M rows predict."""
-        raise ValueError(f"layout {self.spec.layout} cannot ask for several cells in one step: only instructed models decode in parallel")
-
-    def reset_parameters(self) -> None:
-        """Draw the layout's own vectors anew."""
-        for parameter in self.parameters(recurse=False):
-            nn.init.normal_(parameter, 0.0, 0.02)
-
-    def rotations(self, device: torch.device) -> Tensor:
-        """The table of cell rotations [N + 1, P, 2]: float32 and outside the state dict, whatever the weights' dtype."""
-        # No buffer: ``model.to(bfloat16)`` would round the angles, and a checkpoint would store them.
-        if device not in self._rotations:
-            spec = self.spec
-            with torch.inference_mode(False):  # a table made while a caller samples in inference mode must also serve training
-                self._rotations[device] = cell_rotations(
-                    spec.grid, spec.head_dim, spec.rope_base, device, zero_condition=spec.condition_rotation == "zero"
-                )
-        return self._rotations[device]
-
-    def no_cell(self, batch: int, rows: int, device: torch.device) -> Tensor:
-        """The index, for [B, L] rows, of the rotation of rows that lie nowhere."""
-        return torch.full((batch, rows), self.spec.cells, dtype=torch.long, device=device)
 
 
 class RasterRows(RowLayout):
@@ -136,7 +57,7 @@ class RasterRows(RowLayout):
         cells = self.spec.cells
         first_B1 = torch.where(last.cells_BK == cells, 0, last.cells_BK + 1)
         if not torch.equal(cells_BK, first_B1 + torch.arange(cells_BK.shape[1], device=cells_BK.device)):
-            raise ValueError("a raster model places cells in raster order only; layouts instructed and dual take any order")
+            raise ValueError("a raster model places cells in raster order only; the other layouts take any order")
 
 
 class InstructedRows(RowLayout):
@@ -235,4 +156,9 @@ class DualRows(RowLayout):
         return codes_BKD + here_RD[here_BK] + offset_OD[offset_BR]
 
 
-LAYOUTS: dict[Layout, type[RowLayout]] = {"raster": RasterRows, "instructed": InstructedRows, "dual": DualRows}
+LAYOUTS: dict[Layout, type[RowLayout]] = {
+    "raster": RasterRows,
+    "instructed": InstructedRows,
+    "dual": DualRows,
+    "decoupled": DecoupledRows,
+}

@@ -1,4 +1,4 @@
-"""RandAR's and LlamaGen's weights as ours, and back: the same tensors under other names.
+"""RandAR's, LlamaGen's and ARPG's weights as ours, and back: the same tensors under other names (ARPG's: ``arpg_weights.py``).
 
     theirs                           ours
     cls_embedding.*                  conditioner.*
@@ -9,7 +9,7 @@ A spec is read off the shapes. Shapes do not tell the number of heads or the gri
 (64 channels a head, 100 for their 3B, 128 for their 7B), unless given. Several tensors have each width, and what most of
 them say counts, so that a wrong tensor is named itself and not those it contradicts.
 
-Both peers multiply the condition's queries and keys by zero, and LlamaGen's text models have a null that was never trained; the
+All peers multiply the condition's queries and keys by zero, and LlamaGen's text models have a null that was never trained; the
 spec records both, or their weights would not mean the same.
 """
 
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from oar_scale.errors import UserError
+from oar_scale.model.arpg_weights import export_arpg, import_arpg
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
 from oar_scale.model.transformer import AnyOrderModel
 from oar_scale.model.weights import model_of
 
-Family = Literal["randar", "llamagen-c2i", "llamagen-t2i"]
+Family = Literal["randar", "llamagen-c2i", "llamagen-t2i", "arpg"]
 
 _INSTRUCTION = "layout.pos_instruct_embeddings"
 _THEIRS = {"conditioner.": "cls_embedding.", _INSTRUCTION: "pos_instruct_embeddings"}
@@ -34,7 +35,7 @@ _WIDE_HEADS = {3200: 100, 4096: 128}
 TEXT_ROWS = 120
 """Condition rows of LlamaGen's text models."""
 GRID = 16
-"""Cells per side of both peers' 256 px images."""
+"""Cells per side of all peers' 256 px images."""
 
 
 def import_peer(
@@ -61,6 +62,8 @@ def import_peer(
     Raises:
         UserError: a tensor is missing, unknown, or of the wrong shape; names it and both shapes.
     """
+    if family == "arpg":
+        return import_arpg(tensors, where, grid=grid, heads=heads)
     ours = {_renamed(name, {theirs: our for our, theirs in _THEIRS.items()}): tensor for name, tensor in tensors.items()}
     _expect_family(ours, family, where)
     spec = _spec(ours, family, where, grid, heads, text_rows)
@@ -78,7 +81,12 @@ def export_peer(model: AnyOrderModel, family: Family) -> dict[str, Tensor]:
         UserError: the peer's code cannot compute this model, with the reason.
     """
     spec = model.spec
-    wanted = {"randar": ("instructed", "class"), "llamagen-c2i": ("raster", "class"), "llamagen-t2i": ("raster", "features")}[family]
+    wanted = {
+        "randar": ("instructed", "class"),
+        "llamagen-c2i": ("raster", "class"),
+        "llamagen-t2i": ("raster", "features"),
+        "arpg": ("decoupled", "class"),
+    }[family]
     if (spec.layout, spec.condition.type) != wanted:
         raise UserError(
             f"{family} models have layout {wanted[0]} and condition {wanted[1]}; this one has layout {spec.layout} and condition "
@@ -89,7 +97,12 @@ def export_peer(model: AnyOrderModel, family: Family) -> dict[str, Tensor]:
             f"{family}'s code multiplies the condition's queries and keys by zero, this model was trained with them: there it would draw "
             "something else. Export it as a folder instead (--format folder)."
         )
-    return {_theirs(name): tensor for name, tensor in model.state_dict().items()}
+    if family == "arpg" and spec.kv_heads not in (None, spec.heads):
+        raise UserError(
+            f"arpg's code has as many heads of keys and values as of queries, this model {spec.kv_heads} and {spec.heads}. Export it as a "
+            "folder instead (--format folder)."
+        )
+    return export_arpg(model) if family == "arpg" else {_theirs(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:

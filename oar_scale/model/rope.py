@@ -72,6 +72,9 @@ def rotate_(x: Tensor, rotation: Tensor) -> Tensor:
 def rotate_heads(qkv_BLHd: Tensor, rotation_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split projected rows into queries, keys and values [B, L, heads, head_dim], and rotate queries and keys.
 
+    There are as many keys as values; what is more of the heads are queries: none of a projection to keys and values, and with
+    ``kv_heads`` 0 all of them.
+
     One multiplication, and one back in the backward pass, where :func:`rotate` makes a dozen passes over memory: a quarter of its
     time on a CPU (``tools/benchmarks/model.py --parts``). A compiler fuses those passes by itself.
     """
@@ -87,11 +90,11 @@ class _RotateHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionContext, qkv_BLHd: Tensor, rotation_BLP2: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(rotation_BLP2)
-        heads = [qkv_BLHd.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
+        turned, heads = qkv_BLHd.shape[2] - kv_heads, [qkv_BLHd.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
         # Values are copied along with rotated queries and keys: one tensor, and no split of the projection is kept for the backward pass.
         rotated_BLHd = torch.empty_like(qkv_BLHd)
-        _rotate_into(rotated_BLHd[:, :, :-kv_heads], qkv_BLHd[:, :, :-kv_heads], torch.view_as_complex(rotation_BLP2))
-        rotated_BLHd[:, :, -kv_heads:] = qkv_BLHd[:, :, -kv_heads:]
+        _rotate_into(rotated_BLHd[:, :, :turned], qkv_BLHd[:, :, :turned], torch.view_as_complex(rotation_BLP2))
+        rotated_BLHd[:, :, turned:] = qkv_BLHd[:, :, turned:]
         q, k, v = rotated_BLHd.split(heads, dim=2)
         return q, k, v
 

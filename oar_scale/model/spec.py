@@ -13,9 +13,9 @@ from oar_scale.tokenizers.clip_spec import ClipTextSpec
 if TYPE_CHECKING:
     from oar_scale.tokenizers.prompts import PromptEncoder
 
-STRIDE: dict[Layout, int] = {"raster": 1, "instructed": 2, "dual": 1}
+STRIDE: dict[Layout, int] = {"raster": 1, "instructed": 2, "dual": 1, "decoupled": 1}
 """Rows for each cell (``layouts.py``)."""
-HELD: dict[Layout, int] = {"raster": 1, "instructed": 0, "dual": 0}
+HELD: dict[Layout, int] = {"raster": 1, "instructed": 0, "dual": 0, "decoupled": 0}
 """Condition rows that wait for the first cell with the codes, instead of entering the cache first."""
 
 
@@ -91,6 +91,9 @@ class ModelSpec(_Spec):
     dropout: float = 0.0
     condition_rotation: Literal["identity", "zero"] = "identity"
     """``zero`` multiplies queries and keys of condition rows by 0, as the RandAR and LlamaGen code does: for their weights only."""
+    step_attention: Literal["causal", "mutual"] = Field("causal", exclude_if=lambda value: value == "causal")
+    """What the codes of one parallel step see of one another once they are placed: those before, as in training, or all, as in ARPG's
+    sampler (for its weights only). Not stored where it is the default, so that files are those of versions that did not have it."""
     trainable_null: bool = True
     """False for LlamaGen's text models, whose null condition is a buffer that was never trained."""
 
@@ -105,9 +108,24 @@ class ModelSpec(_Spec):
         return self.dim // self.heads
 
     @property
+    def decoupled(self) -> bool:
+        """Whether questions pass a half of the blocks of their own, and see what the other half made of the codes."""
+        return self.layout == "decoupled"
+
+    @property
     def rows(self) -> int:
-        """L: rows of an image in the trunk when it is trained."""
-        return self.condition.rows - HELD[self.layout] + STRIDE[self.layout] * (self.cells - 1) + 1
+        """L: rows of an image in the trunk when it is trained; the N questions of a decoupled model come on top."""
+        return self.condition.rows - HELD[self.layout] + STRIDE[self.layout] * (self.cells - 1) + (not self.decoupled)
+
+    @property
+    def cached_pairs(self) -> int:
+        """Pairs of keys and values that a row leaves in the cache: one a layer, or of half of the layers and one that questions share."""
+        return self.layers // 2 + 1 if self.decoupled else self.layers
+
+    @property
+    def blind_start(self) -> bool:
+        """Whether all cells of an empty image have the same prediction: questions then see one key, or keys that are zero."""
+        return self.decoupled and (self.condition.rows == 1 or self.condition_rotation == "zero")
 
     @model_validator(mode="after")
     def _head_sizes(self) -> ModelSpec:
@@ -115,6 +133,8 @@ class ModelSpec(_Spec):
             raise ValueError(f"dim {self.dim} / heads {self.heads} must be a whole number and a multiple of 4 (rotations take two pairs)")
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
+        if self.decoupled and self.layers % 2:
+            raise ValueError(f"layers {self.layers} must be even: layout decoupled has half of them for codes, half for questions")
         return self
 
     @classmethod

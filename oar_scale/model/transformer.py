@@ -1,4 +1,4 @@
-"""The any-order transformer: one trunk, three layouts of its rows (``layouts.py``), three kinds of condition (``conditioning.py``).
+"""The any-order transformer: one trunk, several layouts of its rows (``layouts.py``), three kinds of condition (``conditioning.py``).
 
 Any permutation of the cells is a valid sequence (of a raster model: one permutation), so one set of weights gives
 p(code | condition, placed codes, cell) for every cell at every stage of an image.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oar_scale.model.blocks import Block, Linear, RMSNorm
+from oar_scale.model.blocks import Linear, RMSNorm
 from oar_scale.model.conditioning import Embedding, conditioner
 from oar_scale.model.layouts import LAYOUTS
 from oar_scale.model.loss import mean_nll
@@ -41,7 +41,7 @@ class AnyOrderModel(nn.Module):
         self.conditioner = conditioner(spec)
         self.layout = LAYOUTS[spec.layout](spec)
         self.tok_embeddings = Embedding(spec.vocab_size, spec.dim)
-        self.layers = nn.ModuleList(Block(spec) for _ in range(spec.layers))
+        self.layers = nn.ModuleList(self.layout.blocks())
         self.norm = RMSNorm(spec.dim, spec.norm_eps)
         self.output = CodeHead(spec.dim, spec.vocab_size)
 
@@ -99,20 +99,9 @@ class AnyOrderModel(nn.Module):
 
     def rows(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> Tensor:
         """The trunk's normalised rows [B, N, D] that predict the codes, in generation order; arguments as :meth:`forward`."""
-        layout = self.layout
-        # The layout makes rows of the codes; the condition rows that it does not hold back come before them.
         placed_BND = self.code_rows(codes_BN.gather(1, order_BN))
-        x_BLD, cells_BL = layout(layout.start(condition_BTD), order_BN, placed_BND)
-        head_BTD = condition_BTD[:, : condition_BTD.shape[1] - layout.held]
-        x_BLD = torch.cat([head_BTD, x_BLD], dim=1)
-        cells_BL = torch.cat([layout.no_cell(len(codes_BN), head_BTD.shape[1], cells_BL.device), cells_BL], dim=1)
-        rotation_BLP2 = self.rotations(x_BLD.device)[cells_BL]
-        # The last block finishes only the rows that predict a code: every stride-th behind the condition.
-        predicting = slice(head_BTD.shape[1], None, layout.stride)
-        *layers, last = self.layers
-        for layer in layers:
-            x_BLD = layer(x_BLD, rotation_BLP2, causal=True)
-        return self.norm(last(x_BLD, rotation_BLP2, causal=True, leaving=predicting))
+        rows_BND: Tensor = self.norm(self.layout.whole(self.layers, condition_BTD, order_BN, placed_BND))
+        return rows_BND
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 

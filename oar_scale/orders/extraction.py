@@ -5,8 +5,8 @@ the text, the cells placed before, and itself:
 
     c_t = argmax over c in S_t of  score(c | text, c_1 .. c_t-1)            (OAR, arXiv 2504.17069)
 
-The winner's row is, unchanged, the next row of the cache: N (N + 1) / 2 candidate rows for an image of N cells and
-nothing is computed twice. :func:`brute_force_orders` asks the same question with a fresh forward pass per candidate.
+The winner's row is, unchanged, the next row of the cache (in layout decoupled its code's row is): N (N + 1) / 2 candidate rows for an image
+of N cells and nothing is computed twice. :func:`brute_force_orders` asks the same question with a fresh forward pass per candidate.
 
 Two settings make it cheaper and no longer exact by placing several cells a step (``step_sizes.py``). Random numbers come from
 ``selection.CounterRNG``, scores from ``scores.py``.
@@ -217,7 +217,7 @@ class _CachedScorer:
 
     def place(self, cells_Bk: Tensor) -> None:
         scale, codes_Bk = self.settings.guidance, self.codes_BN.gather(1, cells_Bk)
-        # The best cell's candidate row saw exactly what is placed now, so it becomes the next row of the cache as it is.
+        # The best cell's candidate row saw exactly what is placed now, so where layouts keep such rows it is the cache's next one as it is.
         first_G = guided_batch(cells_Bk[:, 0], scale)
         winner_G = (self.candidates.cells_BR == first_G[:, None]).int().argmax(1)
         self.prefix = self.decoder.commit(self.prefix, self.candidates, winner_G, guided_batch(codes_Bk[:, 0], scale))

@@ -59,7 +59,8 @@ class CounterRNG:
 def pick_best(score_BN: Tensor, ties_BN: Tensor) -> Tensor:
     """Each image's best cell [B]; cells that may not be picked have the score -inf.
 
-    Scores within a few roundings of the best are ties: the last bits of a score depend on where in a batch it was computed.
+    Scores within a few roundings of the best (1e-6 of it) are ties: the last bits of a score depend on where in a batch it was computed.
+    Where a decoupled model cannot tell the cells of an empty image apart, their scores are the same to the last bit in any precision.
     """
     best_B1 = score_BN.amax(1, keepdim=True)
     tied_BN = score_BN >= best_B1 - _TIE * best_B1.abs()

@@ -76,6 +76,13 @@ def _take_weights(run: Run) -> JsonObject:
 
 def _comparable(spec: ModelSpec) -> JsonObject:
     """Fields that a recipe decides about; what an imported peer's weights need besides goes with the weights."""
-    plain = spec.model_dump(exclude={"condition_rotation": True, "trainable_null": True, "condition": {"null_rows", "absent"}})
+    plain = spec.model_dump(
+        exclude={
+            "condition_rotation": True,
+            "step_attention": True,
+            "trainable_null": True,
+            "condition": {"null_rows", "absent"},
+        }
+    )
     condition = plain.pop("condition")
     return {**plain, **{f"condition.{name}": value for name, value in condition.items()}}

@@ -101,6 +101,16 @@ def test_a_conflict_shows_the_line_the_value_and_what_fits() -> None:
     assert error_of(path, "parallel.micro_batch=5").startswith("-o  parallel.micro_batch = 5\n  pretrain.global_batch 256")
 
 
+def test_a_decoupled_model_has_an_even_number_of_layers() -> None:
+    path = put("mine.yaml", "name: mine\nmodel:\n  layout: decoupled\n  layers: 5\n")
+    assert error_of(path) == (
+        "mine.yaml:4  model.layers = 5\n"
+        "  layout decoupled has half of its layers for the codes and half for the questions; 5 is odd.\n"
+        "  Nearest that fit: 4 or 6."
+    )
+    assert error_of(path, "model.layers=1").endswith("Nearest that fit: 2.")
+
+
 def test_a_conflict_with_a_default_says_so() -> None:
     assert error_of(put("a.yaml", "name: a\npretrain:\n  global_batch: 256\n")).startswith("a.yaml  parallel.micro_batch = 24 (default)\n")
     path = put("b.yaml", "name: b\nparallel:\n  zero_stage: 1\npretrain: {global_batch: 256}\n")

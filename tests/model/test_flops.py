@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
 from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.orders.step_sizes import step_sizes
+from oar_scale.planning.shape import parameters
 
 IMAGES = 2
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,10 +35,11 @@ CONDITIONS = {
 SPECS = {
     **{
         f"{layout}-{name}": small_spec(layout=layout, condition=c)
-        for layout in ("raster", "instructed", "dual")
+        for layout in ("raster", "instructed", "dual", "decoupled")
         for name, c in CONDITIONS.items()
     },
     "grouped": small_spec(heads=4, kv_heads=2),
+    "decoupled-grouped": small_spec(layout="decoupled", heads=4, kv_heads=2),
     "frozen-null": small_spec(layout="raster", condition=CONDITIONS["features"], trainable_null=False),
 }
 SIZE_L = ModelSpec(dim=1024, layers=24, heads=16, ffn_hidden=2816, vocab_size=16384, grid=16, condition=ClassSpec(classes=1000))
@@ -105,7 +108,7 @@ def test_the_extraction_formula_counts_what_torch_counts(spec: ModelSpec) -> Non
     assert operations == IMAGES * extraction_flops(spec)
 
 
-@pytest.mark.parametrize("layout", ["instructed", "dual"])
+@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled"])
 def test_guided_extraction_takes_both_branches(layout: str) -> None:
     model = small_model(layout=layout)
     codes_BN, _, inputs = batch(model)
@@ -114,7 +117,7 @@ def test_guided_extraction_takes_both_branches(layout: str) -> None:
     assert operations == IMAGES * extraction_flops(model.spec, guided=True)
 
 
-@pytest.mark.parametrize("layout", ["instructed", "dual"])
+@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled"])
 @pytest.mark.parametrize(
     "how",
     [
@@ -166,6 +169,26 @@ def test_the_documented_table_is_what_the_formulas_give(line: str) -> None:
     randars = spec.layers * (2 * slots * spec.dim * qkv_out_swiglu + 4 * slots**2 * spec.dim) + 2 * slots * spec.dim * spec.vocab_size
     giga = [f"{number / 1e9:,.0f}" for number in (forward_flops(spec), training_flops(spec), useful_flops(spec))]
     assert figures == [*giga, f"{extraction_flops(spec) / 1e12:.1f}", f"{randars / 1e9:,.0f}"]
+
+
+DECOUPLED = [line.split() for line in DOCUMENT.splitlines() if re.match(r"    (\w+) +[\d,]+ +[\d,]+ ", line)]
+
+
+@pytest.mark.parametrize("line", DECOUPLED, ids=lambda line: line[0])
+def test_the_decoupled_table_is_what_the_formulas_give(line: list[str]) -> None:
+    shape = load_recipe(str(ROOT / "recipes" / "base" / f"model-{line[0]}.yaml"), ["name=x", "model.layout=decoupled"]).model
+    spec = ModelSpec.from_recipe(shape, vocab_size=16384, grid=16, condition=ClassSpec(classes=1000))
+    beside = spec.model_copy(update={"layout": "instructed"})
+    giga = [f"{number / 1e9:,.0f}" for number in (forward_flops(spec), training_flops(spec), useful_flops(spec))]
+    shares = [f"{cost(spec) / cost(beside):.2f}" for cost in (forward_flops, extraction_flops)]
+    cache = f"{spec.cached_pairs * 2 * spec.dim * 2 / 1024:.0f}"
+    assert line[1:] == [f"{parameters(spec).total:,}", *giga, f"{extraction_flops(spec) / 1e12:.1f}", cache, *shares]
+
+
+def test_arpgs_sizes_cost_what_is_known_of_them() -> None:
+    """Forward pass in GFLOP, extraction in TFLOP, cache in KiB a row: of L, XL and XXL."""
+    published = {line[0]: (line[2], line[5], line[6]) for line in DECOUPLED if line[0] in ("l", "xl", "xxl")}
+    assert published == {"l": ("161", "9.8", "52"), "xl": ("369", "22.0", "95"), "xxl": ("672", "39.7", "150")}
 
 
 def test_what_is_useful_is_less_than_what_is_computed() -> None:

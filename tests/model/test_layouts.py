@@ -1,4 +1,4 @@
-"""Three layouts, three conditions, grouped queries: whole images against one cell at a time, and what a row may know."""
+"""All layouts, three conditions, grouped queries: whole images against one cell at a time, and what a row may know."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.planning.activations import TABLES
 from oar_scale.planning.shape import VECTORS
 
-ANY_ORDER = ("instructed", "dual")
+ANY_ORDER = ("instructed", "dual", "decoupled")
 
 
 def any_model(layout: str, condition: str = "text", **changes: Any) -> AnyOrderModel:
@@ -46,7 +46,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    layout=st.sampled_from(["raster", "instructed", "dual"]),
+    layout=st.sampled_from(["raster", *ANY_ORDER]),
     condition=st.sampled_from(sorted(CONDITIONS)),
     kv_heads=st.sampled_from([None, 1]),
     rotation=st.sampled_from(["identity", "zero"]),
@@ -74,7 +74,7 @@ def test_likelihood_cell_by_cell_equals_the_whole_image(
     assert_same(torch.stack(nll, dim=1) if nll else whole[:, :0], whole[:, known:])
 
 
-@pytest.mark.parametrize("layout", ["raster", "instructed", "dual"])
+@pytest.mark.parametrize("layout", ["raster", *ANY_ORDER])
 @pytest.mark.parametrize("condition", sorted(CONDITIONS))
 def test_every_parameter_is_trained(layout: str, condition: str) -> None:
     model = any_model(layout, condition)
@@ -119,7 +119,7 @@ def test_orders_equal_brute_force(layout: str, condition: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["raster", "instructed", "dual"])
+@pytest.mark.parametrize("layout", ["raster", *ANY_ORDER])
 def test_a_greedy_drawing_is_its_own_teacher_forced_choice(layout: str) -> None:
     model = any_model(layout, "class")
     rows, order = model.condition(cond_inputs(model, 3)), orders(model, 3)
@@ -129,8 +129,9 @@ def test_a_greedy_drawing_is_its_own_teacher_forced_choice(layout: str) -> None:
 
 
 @torch.no_grad()
-def test_known_cells_may_precede_a_parallel_drawing() -> None:
-    model = any_model("instructed", "class", grid=4)
+@pytest.mark.parametrize("layout", ["instructed", "decoupled"])
+def test_known_cells_may_precede_a_parallel_drawing(layout: str) -> None:
+    model = any_model(layout, "class", grid=4)
     rows, order, codes = model.condition(cond_inputs(model, 2)), random_orders(model, 2), random_codes(model, 2)
     known = Known(order[:, :5], codes.gather(1, order[:, :5]))
     settings = SampleSettings(guidance=2.0, temperature=1.0, top_k=1, order_temperature=0.0, steps=4)
@@ -171,11 +172,47 @@ def test_a_raster_model_refuses_other_orders_and_choices() -> None:
 
 
 @pytest.mark.parametrize("layout", ["raster", "dual"])
-def test_only_instructed_models_ask_for_several_cells_at_once(layout: str) -> None:
+def test_other_models_do_not_ask_for_several_cells_at_once(layout: str) -> None:
     model = any_model(layout, grid=4)
     settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=1, order_temperature=0.0, steps=4)
-    with pytest.raises(ValueError, match="only instructed models decode in parallel"):
+    with pytest.raises(ValueError, match="only instructed and decoupled models decode in parallel"):
         generate(model, model.null_condition(1), settings, torch.Generator(), order_BN=torch.arange(16)[None])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("condition", sorted(CONDITIONS))
+@pytest.mark.parametrize("rotation", ["identity", "zero"])
+def test_a_decoupled_model_knows_the_first_cell_by_its_condition(condition: str, rotation: str) -> None:
+    """It cannot with one condition row, or with keys that are zero: then all cells have the same row to the last bit, in bfloat16 too."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = any_model("decoupled", condition, condition_rotation=rotation, grid=4).to(dtype)
+        decoder, order, codes = Decoder(model), random_orders(model, 3), random_codes(model, 3)
+        prefix = decoder.begin(model.condition(cond_inputs(model, 3)))
+        rows = decoder.candidate_rows(prefix, order).rows_BRD
+        blind = condition == "class" or rotation == "zero"
+        assert model.spec.blind_start is blind
+        assert bool((rows == rows[:, :1]).all()) is blind
+        prefix = decoder.prefill(prefix, order[:, :1], codes[:, :1])
+        rows = decoder.candidate_rows(prefix, order[:, 1:]).rows_BRD
+        assert (rows[:, 1:] != rows[:, :1]).any(-1).all()
+
+
+@torch.no_grad()
+def test_questions_of_a_decoupled_model_leave_nothing_behind() -> None:
+    """However often and about whatever cells is asked, in parallel or not, the answers are the same."""
+    model = any_model("decoupled", grid=4)
+    decoder, order, codes = Decoder(model), random_orders(model, 2), random_codes(model, 2)
+    prefix = decoder.prefill(decoder.begin(model.condition(cond_inputs(model, 2))), order[:, :5], codes.gather(1, order[:, :5]))
+    first = decoder.candidate_rows(prefix, order[:, 5:]).logits_BRV
+    filled = prefix.cache[..., : prefix.rows, :].clone()
+    assert_same(decoder.parallel_logits(prefix, order[:, 7:9]), first[:, 2:4])
+    assert_same(decoder.candidate_rows(prefix, order[:, 5:].flip(1)).logits_BRV.flip(1), first)
+    assert torch.equal(prefix.cache[..., : prefix.rows, :], filled) and prefix.rows == model.spec.condition.rows + 5
+
+
+def test_a_decoupled_spec_has_an_even_number_of_layers() -> None:
+    with pytest.raises(ValueError, match="layers 3 must be even"):
+        any_model("decoupled", layers=3)
 
 
 @torch.no_grad()

@@ -17,7 +17,13 @@ from oar_scale.model.peer_weights import Family, export_peer, import_peer
 from oar_scale.model.spec import ClassSpec, TextSpec
 from oar_scale.tokenizers.peer_files import read_peer_file
 
-CASES: list[tuple[str, Family]] = [("randar_c2i", "randar"), ("llamagen_c2i", "llamagen-c2i"), ("llamagen_t2i", "llamagen-t2i")]
+CASES: list[tuple[str, Family]] = [
+    ("randar_c2i", "randar"),
+    ("llamagen_c2i", "llamagen-c2i"),
+    ("llamagen_t2i", "llamagen-t2i"),
+    ("arpg_c2i", "arpg"),
+]
+ARPG_SIZES = [(1024, 24, 16, 2816, 319_845_376), (1280, 36, 20, 3584, 718_997_760), (1536, 48, 24, 4096, 1_302_449_664)]
 WRAPPINGS = ["safetensors", "bare", "model", "module", "state_dict", "module.", "_orig_mod."]
 
 
@@ -83,6 +89,55 @@ def test_whichever_tensor_is_missing_it_is_named(name: str) -> None:
         import_peer(tensors, "llamagen-t2i", "peer.pt", **options("llamagen_t2i"))
 
 
+@pytest.mark.parametrize("name", list(peer_case("arpg_c2i").tensors))
+@pytest.mark.parametrize("shape", [None, (5, 3), (64,), (0, 64), ()], ids=str)
+def test_every_tensor_of_arpgs_must_be_there_and_fit(name: str, shape: tuple[int, ...] | None) -> None:
+    """The error names it, whatever it holds in place of what belongs there."""
+    tensors = dict(peer_case("arpg_c2i").tensors)
+    tensors.pop(name)
+    if shape == (64,) and name.endswith("norm.weight"):
+        shape = (64, 1)
+    if shape is not None:
+        tensors[name] = torch.zeros(shape)
+    with pytest.raises(UserError, match=rf"peer\.pt: (has no )?tensor {name}"):
+        import_peer(tensors, "arpg", "peer.pt", grid=4, heads=4)
+
+
+@pytest.mark.parametrize("name", ["freqs_cis", "layers.self_dec.7.attn_norm.weight", "layers.cross_dec.0.attn.to_k.weight", "layers.to_q"])
+def test_a_tensor_that_arpg_does_not_have_is_refused(name: str) -> None:
+    tensors = {**peer_case("arpg_c2i").tensors, name: torch.zeros(64, 64)}
+    with pytest.raises(UserError, match=r"peer\.pt: tensor \S+ is (\(64, 64\) .*has absent|absent .*has \()"):
+        import_peer(tensors, "arpg", "peer.pt", grid=4, heads=4)
+
+
+def test_arpgs_halves_must_be_equally_deep() -> None:
+    tensors = {name: tensor for name, tensor in peer_case("arpg_c2i").tensors.items() if not name.startswith("layers.cross_dec.1.")}
+    with pytest.raises(UserError, match=r"tensor layers\.cross_dec\.1\.attn\.proj\.weight is absent"):
+        import_peer(tensors, "arpg", "peer.pt", grid=4, heads=4)
+
+
+@pytest.mark.parametrize(("dim", "layers", "heads", "hidden", "count"), ARPG_SIZES)
+def test_arpgs_published_sizes_are_read_off_their_shapes(dim: int, layers: int, heads: int, hidden: int, count: int) -> None:
+    """All tensors, as many numbers as are published, and the number of heads."""
+    with torch.device("meta"):
+        spec = ModelSpec(
+            layout="decoupled",
+            dim=dim,
+            layers=layers,
+            heads=heads,
+            ffn_hidden=hidden,
+            vocab_size=16384,
+            grid=16,
+            condition=ClassSpec(classes=1000),
+            condition_rotation="zero",
+            step_attention="mutual",
+        )
+        tensors = export_peer(AnyOrderModel(spec), "arpg")
+        assert len(tensors) == 8 * layers + 6
+        assert sum(tensor.numel() for tensor in tensors.values()) == count
+        assert import_peer(tensors, "arpg", "peer.pt").spec == spec
+
+
 @pytest.mark.parametrize("name", ["freqs_cis", "layers.7.attention_norm.weight", "layers.999999999.norm", "cls_embedding.other"])
 def test_an_unknown_tensor_is_named(name: str) -> None:
     tensors = {**peer_case("llamagen_c2i").tensors, name: torch.zeros(3, 4)}
@@ -96,6 +151,8 @@ def test_an_unknown_tensor_is_named(name: str) -> None:
         ("llamagen_c2i", "randar", "no tensor pos_instruct_embeddings.*llamagen-c2i"),
         ("randar_c2i", "llamagen-c2i", "pos_instruct_embeddings.*Import it as randar"),
         ("llamagen_t2i", "llamagen-c2i", r"cls_embedding\.cap_proj\.fc1\.weight.*Import it as llamagen-t2i"),
+        ("arpg_c2i", "randar", r"no tensor tok_embeddings\.weight"),
+        ("randar_c2i", "arpg", r"no tensor embeddings\.weight|no tensor head\.weight"),
         ("llamagen_c2i", "llamagen-t2i", r"cls_embedding\.embedding_table\.weight.*Import it as llamagen-c2i"),
     ],
 )
@@ -147,7 +204,7 @@ def test_grouped_query_attention_is_read_off_the_shapes() -> None:
     assert import_peer(export_peer(AnyOrderModel(spec), "randar"), "randar", "peer.pt", grid=3, heads=8).spec == spec
 
 
-@pytest.mark.parametrize(("name", "family"), CASES[1:])
+@pytest.mark.parametrize(("name", "family"), CASES[1:3])
 def test_a_raster_checkpoint_warm_starts_a_model_of_any_order(name: str, family: Family) -> None:
     case = peer_case(name)
     model, again = (import_peer(case.tensors, family, name, start_instructed=True, **options(name)) for _ in range(2))
@@ -162,6 +219,23 @@ def test_a_raster_checkpoint_warm_starts_a_model_of_any_order(name: str, family:
     if family == "llamagen-c2i":
         exported = export_peer(model, "randar")
         assert torch.equal(exported["output.weight"], case.tensors["output.weight"])
+
+
+def test_arpg_has_no_grouped_queries() -> None:
+    spec = ModelSpec(
+        layout="decoupled",
+        dim=16,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        ffn_hidden=16,
+        vocab_size=7,
+        grid=3,
+        condition=ClassSpec(classes=4),
+        condition_rotation="zero",
+    )
+    with pytest.raises(UserError, match="as many heads of keys and values as of queries, this model 2 and 4"):
+        export_peer(AnyOrderModel(spec), "arpg")
 
 
 def test_llamagens_frozen_null_stays_frozen() -> None:

@@ -25,7 +25,7 @@ WIDTH, IMAGES, STEPS, LR = 24, 4, 2, 0.1
 CONDITIONS = {"class": ClassSpec(classes=5), "text": TextSpec(vocab=11, rows=4), "features": FeatureSpec(width=WIDTH, rows=3)}
 SPECS = {
     f"{layout}-{name}": small_spec(layout=layout, condition=condition, trainable_null=(layout, name) != ("raster", "features"))
-    for layout in ("raster", "instructed", "dual")
+    for layout in ("raster", "instructed", "dual", "decoupled")
     for name, condition in CONDITIONS.items()
 }
 
