@@ -9,6 +9,9 @@ One block, for each row of the sequence
     full           its input D e
     working        the backward pass of the feed-forward: three of its width, one of D                     (3 F + D) e
 
+A block of the questions of a decoupled model has its N rows where another has the rows of the sequence, and no keys and values: those
+that all of them share are kept once, with the norm before them.
+
 ``none``, ``selective`` and ``full`` are the kinds of activation checkpointing (``none`` keeps everything: the first row). After its
 attention the last block continues with the N rows that predict a code only. The head's logits exist for a chunk of rows at a time
 (``model/loss.py``). ``trace.py`` measures the same by running the model; the two agree to a few per cent
@@ -22,7 +25,7 @@ from typing import Literal, NamedTuple
 
 from oar_scale.config.schema import Layout
 from oar_scale.model.spec import FeatureSpec, ModelSpec, TextSpec
-from oar_scale.planning.shape import parameters
+from oar_scale.planning.shape import block_parameters, parameters
 
 Precision = Literal["bf16", "fp32"]
 Checkpointing = Literal["none", "selective", "full"]
@@ -38,6 +41,7 @@ TABLES: dict[Layout, Callable[[int], int]] = {
     "raster": lambda grid: 0,
     "instructed": lambda grid: grid * grid,
     "dual": lambda grid: grid * grid + (2 * grid - 1) ** 2,
+    "decoupled": lambda grid: 0,
 }
 """Rows of a layout's position tables as a function of the grid's side; each is stored with its rotation in float32."""
 GPU_HEAD = 8
@@ -67,27 +71,30 @@ class HeadActivations(NamedTuple):
 def trunk(spec: ModelSpec, micro_batch: int, precision: Precision, checkpointing: Checkpointing) -> TrunkActivations:
     """The formula of the module's docstring for a micro-batch, through all layers, the condition and the embeddings."""
     block = _BlockActivations(spec, micro_batch, BYTES[precision])
+    ending = _QuestionActivations(spec, micro_batch, BYTES[precision]) if spec.decoupled else block
+    # Blocks whose rows all leave them, and those at the end, where only the rows that predict a code do.
+    ends = spec.layers // 2 if spec.decoupled else 1
+    whole = spec.layers - ends
     rows, cells = block.rows, block.cells
-    inputs = spec.layers * rows * block.row  # of all blocks, which every kind of checkpointing keeps
+    inputs = whole * rows * block.row  # of all blocks, which every kind of checkpointing keeps
     base = _surroundings(spec, micro_batch, block.e)
     out = cells * (2 * block.row + 4)  # what leaves the last block, its scale, and the normed rows
     # What a block keeps beside its input, and what its backward pass computes again.
-    inner = {"none": block.kept, "selective": block.outputs, "full": block.nothing}[checkpointing]
-    again = {"none": block.nothing, "selective": block.cheap, "full": block.kept}[checkpointing]
-    last, middle = inner(rows, cells), inner(rows, rows)
+    middle, last = (_kept_and_computed_again(each, checkpointing, rows, leaving) for each, leaving in ((block, rows), (ending, cells)))
+    shared = rows * (2 * block.row + 4 + block.kv) if spec.decoupled else 0
     # Three moments compete for the peak: the last block's backward pass (everything is still kept), a middle block's, the first block's
     # (least activations, but the gradients of all other blocks).
-    kept = base + inputs + (spec.layers - 1) * middle + last + out
-    in_last = kept + cells * block.row + again(rows, cells) + block.working(cells)
-    before = inputs - rows * block.row + (spec.layers - 1) * middle  # kept once the last block is done
-    in_middle = base + before + rows * block.row + again(rows, rows) + block.working(rows) if spec.layers > 1 else 0
+    before = inputs + whole * middle.kept  # kept once the last blocks are done
+    kept = base + before + shared + ends * (ending.input + last.kept) + out
+    in_last = kept + cells * block.row + last.again + block.working(cells)
+    in_middle = base + before + rows * block.row + middle.again + block.working(rows) if whole else 0
     # Gradients come block by block, that of the embeddings last; the head's is counted with the loss.
     counts = parameters(spec)
-    of_blocks = counts.blocks * (spec.layers - 1) // spec.layers * block.e
+    of_blocks = (counts.blocks - block_parameters(spec)) * block.e
     all_but_head = (counts.total - spec.vocab_size * spec.dim) * block.e
     in_first = base + 2 * rows * block.row + block.kept(rows, rows) + block.working(rows) + of_blocks
     at_end = base + 2 * rows * block.row + all_but_head
-    return TrunkActivations(kept, max(in_last, in_middle), max(in_first if spec.layers > 1 else in_last, at_end))
+    return TrunkActivations(kept, max(in_last, in_middle), max(in_first if whole else in_last, at_end))
 
 
 def head(spec: ModelSpec, micro_batch: int, precision: Precision, *, gpu: bool) -> HeadActivations:
@@ -120,7 +127,7 @@ def decoding(spec: ModelSpec, images: int, precision: Precision, *, gpu: bool) -
     e, device = BYTES[precision], "cuda" if gpu else "cpu"
     kv = (spec.kv_heads or spec.heads) * spec.head_dim
     capacity = spec.rows + 1  # rows of the sequence with its last code
-    cache = spec.layers * 2 * images * capacity * kv * e
+    cache = spec.cached_pairs * 2 * images * capacity * kv * e
     rows = min(images, max(1, ROWS_AT_ONCE[device] // spec.cells)) * spec.cells
     # In a feed-forward: the inputs and outputs of attention, seven rows of D before and after it, three rows of its own width.
     width = spec.heads * spec.head_dim + 2 * kv + 7 * spec.dim + 3 * spec.ffn_hidden
@@ -129,6 +136,25 @@ def decoding(spec: ModelSpec, images: int, precision: Precision, *, gpu: bool) -
     block_rows, block_codes = SCORE_BLOCK[device]
     logits = min(block_rows, images * spec.cells) * min(block_codes, spec.vocab_size) * (e + 4)
     return cache, outputs + tables + max(rows * width * e, logits)
+
+
+class _Block(NamedTuple):
+    """Bytes of one block beside its input."""
+
+    kept: int
+    again: int
+    """Computed again in its backward pass."""
+
+
+def _kept_and_computed_again(block: _BlockActivations, checkpointing: Checkpointing, attending: int, leaving: int) -> _Block:
+    everything, outputs = block.kept(attending, leaving), block.outputs(attending, leaving)
+    match checkpointing:
+        case "full":
+            return _Block(0, everything)
+        case "selective":
+            # What is computed again lies beside the outputs in the backward pass, with a row more.
+            return _Block(outputs, everything - outputs + leaving * block.row)
+    return _Block(everything, 0)
 
 
 class _BlockActivations:
@@ -141,37 +167,49 @@ class _BlockActivations:
         self.e, self.masks = e, 2 * spec.dim if spec.dropout else 0
         self.rows, self.cells = micro_batch * spec.rows, micro_batch * spec.cells
         self.row = spec.dim * e
-        self.qkv = (spec.heads + 2 * (spec.kv_heads or spec.heads)) * spec.head_dim * e
+        self.kv = 2 * (spec.kv_heads or spec.heads) * spec.head_dim * e
+        self.qkv = spec.dim * e + self.kv
         self.out = spec.dim * e + 4 * spec.heads
         self.gated = 2 * spec.ffn_hidden * e
         self.copied = self.row  # the rows that leave are gathered out of attention's output
+        self.input = self.rows * self.row
 
     def kept(self, attending: int, leaving: int) -> int:
         """Everything but the input."""
         taken = leaving * self.copied if leaving < attending else 0
         return attending * (self.row + 4 + self.qkv + self.out) + taken + leaving * (2 * self.row + 4 + self.gated + self.masks)
 
-    def nothing(self, attending: int, leaving: int) -> int:
-        """Zero: only the input, which is counted separately."""
-        return 0
-
     def outputs(self, attending: int, leaving: int) -> int:
         """Outputs of matrix products and of attention."""
         return attending * (self.qkv + self.out) + leaving * (2 * self.row + self.gated)
-
-    def cheap(self, attending: int, leaving: int) -> int:
-        """Tensors that selective checkpointing recomputes, and holds beside those outputs, in a block's backward pass."""
-        return self.kept(attending, leaving) - self.outputs(attending, leaving) + leaving * self.row
 
     def working(self, leaving: int) -> int:
         """Temporary memory of the feed-forward's backward pass."""
         return leaving * (self.gated * 3 // 2 + self.row)
 
 
+class _QuestionActivations(_BlockActivations):
+    """Of the second half of a decoupled model: N rows, whose queries and attention are filled up to the number of keys."""
+
+    def __init__(self, spec: ModelSpec, micro_batch: int, e: int) -> None:
+        super().__init__(spec, micro_batch, e)
+        self.input = self.cells * self.row
+
+    def kept(self, attending: int, leaving: int) -> int:
+        """Everything but the input, and the keys and values that all blocks share."""
+        taken = leaving * self.copied if leaving < attending else 0
+        return attending * (self.row + self.out) + taken + leaving * (3 * self.row + 8 + self.gated + self.masks)
+
+    def outputs(self, attending: int, leaving: int) -> int:
+        """Outputs of matrix products and of attention."""
+        return attending * self.out + leaving * (3 * self.row + self.gated)
+
+
 def _surroundings(spec: ModelSpec, micro_batch: int, e: int) -> int:
     """Condition, embeddings, indices and rotations."""
-    rotations = micro_batch * spec.rows * spec.head_dim * 4
-    indices = micro_batch * 8 * (spec.rows + 4 * spec.cells)
+    questions = spec.cells if spec.decoupled else 0
+    rotations = micro_batch * (spec.rows + questions) * spec.head_dim * 4
+    indices = micro_batch * 8 * (spec.rows + 4 * spec.cells + questions)
     embedded = micro_batch * spec.cells * spec.dim * (1 if spec.dropout else 0)
     return rotations + indices + embedded + _condition(spec, micro_batch, e)
 

@@ -45,7 +45,8 @@ def _head(plan: RunPlan) -> Iterator[str]:
     yield f"{plan.recipe} on {cluster.nodes} node{'s' * (cluster.nodes > 1)} x {cluster.per_node} {what}"
     counts = {"blocks": count.blocks, "codes": count.codes, "condition": count.condition, "rest": count.rest}
     yield f"  {count.total:,} parameters: " + ", ".join(f"{name} {_big(value)}" for name, value in counts.items())
-    yield f"  layout {spec.layout}, {spec.cells} cells, {spec.rows} rows an image ({spec.condition.rows} of them condition)"
+    questions = f", {spec.cells} questions" if spec.decoupled else ""
+    yield f"  layout {spec.layout}, {spec.cells} cells, {spec.rows} rows an image ({spec.condition.rows} of them condition){questions}"
     yield f"  {plan.fit.message}"
     if plan.actors and not plan.actors.fits:
         yield f"  DOES NOT FIT: {_actor(plan, plan.actors)}"

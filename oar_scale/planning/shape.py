@@ -14,8 +14,8 @@ from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec, TextSpec
 from oar_scale.planning.assumptions import Assumptions
 from oar_scale.storage import join
 
-VECTORS: dict[Layout, int] = {"raster": 0, "instructed": 1, "dual": 2}
-"""Learned vectors that a layout rotates by position (RoPE)."""
+VECTORS: dict[Layout, int] = {"raster": 0, "instructed": 1, "dual": 2, "decoupled": 2}
+"""Learned vectors that a layout has for what it asks and where."""
 
 
 def spec_of(recipe: Recipe) -> ModelSpec:
@@ -87,7 +87,7 @@ def parameters(spec: ModelSpec) -> ParameterCounts:
     table = spec.vocab_size * spec.dim
     matrices = (_qkv(spec), spec.dim * spec.dim, spec.dim * spec.ffn_hidden, table)
     return ParameterCounts(
-        blocks=spec.layers * _block(spec),
+        blocks=_blocks(spec),
         codes=2 * table,
         condition=_condition_parameters(spec),
         rest=(1 + VECTORS[spec.layout]) * spec.dim,
@@ -99,8 +99,17 @@ def _qkv(spec: ModelSpec) -> int:
     return spec.dim * (spec.heads + 2 * (spec.kv_heads or spec.heads)) * spec.head_dim
 
 
-def _block(spec: ModelSpec) -> int:
+def block_parameters(spec: ModelSpec) -> int:
+    """Number of parameters of one block, with self-attention."""
     return _qkv(spec) + spec.dim * spec.dim + 3 * spec.dim * spec.ffn_hidden + 2 * spec.dim
+
+
+def _blocks(spec: ModelSpec) -> int:
+    """All blocks, and what lies between the halves of a decoupled model: a norm, keys and values that its second half shares."""
+    if not spec.decoupled:
+        return spec.layers * block_parameters(spec)
+    shared = _qkv(spec) - spec.dim * spec.heads * spec.head_dim
+    return spec.layers * block_parameters(spec) - (spec.layers // 2 - 1) * shared + spec.dim
 
 
 def _condition_parameters(spec: ModelSpec) -> int:
@@ -108,7 +117,7 @@ def _condition_parameters(spec: ModelSpec) -> int:
         case ClassSpec() as kind:
             return (kind.classes + 1) * spec.dim
         case TextSpec() as kind:
-            return (kind.vocab + 2 * kind.rows + 1) * spec.dim + kind.encoder_layers * _block(spec)
+            return (kind.vocab + 2 * kind.rows + 1) * spec.dim + kind.encoder_layers * block_parameters(spec)
         case FeatureSpec() as kind:
             return (kind.width + spec.dim) * spec.dim + (kind.null_rows or kind.rows) * kind.width
 

@@ -26,7 +26,7 @@ from oar_scale.model.transformer import AnyOrderModel
 from oar_scale.planning.activations import Checkpointing, TrunkActivations
 
 SHALLOW = (3, 4)
-"""Layers of the models that are run: a first block, a last one, and one or two between."""
+"""Layers of the models that are run: a first block, a last one, and one or two between; of a decoupled model, layers of each half."""
 
 
 class LiveTensors(TorchDispatchMode):
@@ -91,10 +91,11 @@ class LiveTensors(TorchDispatchMode):
 
 def trace_trunk(spec: ModelSpec, micro_batch: int, precision: Literal["bf16", "fp32"], checkpointing: Checkpointing) -> TrunkActivations:
     """The memory of forward and backward pass through condition and trunk, at full depth; as :func:`activations.trunk`, traced."""
-    if spec.layers <= SHALLOW[1]:
+    depths = (2 * SHALLOW[0], 2 * SHALLOW[1]) if spec.decoupled else SHALLOW  # each half
+    if spec.layers <= depths[1]:
         return _trace(spec, micro_batch, precision, checkpointing)
-    few, more = (_trace(spec.model_copy(update={"layers": n}), micro_batch, precision, checkpointing) for n in SHALLOW)
-    more_layers, step = spec.layers - SHALLOW[0], SHALLOW[1] - SHALLOW[0]
+    few, more = (_trace(spec.model_copy(update={"layers": n}), micro_batch, precision, checkpointing) for n in depths)
+    more_layers, step = spec.layers - depths[0], depths[1] - depths[0]
     return TrunkActivations(*(a + (b - a) * more_layers // step for a, b in zip(few, more, strict=True)))
 
 
