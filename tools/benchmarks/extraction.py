@@ -3,6 +3,7 @@
     python tools/benchmarks/extraction.py                                   dim 384, 6 layers, 256 cells, 16,384 codes, batch 8
     python tools/benchmarks/extraction.py --dtype bf16 --threads 1
     python tools/benchmarks/extraction.py --batches 8,64 --skip memory      the share of the floor by batch
+    python tools/benchmarks/extraction.py --decoupled --only-ours --size b --skip memory      another layout at equal width and depth
     python tools/benchmarks/extraction.py --device cuda --dtype bf16 --size l --batches 64,256
 
 A whole extraction is too long to be repeated with all methods, so some steps of it are: at ``--at`` numbers of placed cells, spread evenly,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from oar_scale.model import AnyOrderModel, ModelSpec
 
 OURS, COPIED, LAST, ALL = "ours", "copied cache", "forward, last logits", "forward, all logits"
+DECOUPLED = "ours, layout decoupled"
 PRODUCT = "matrix product"
 SIDE = {"cpu": 2048, "cuda": 8192}
 """Of the square matrices that are multiplied."""
@@ -47,7 +49,8 @@ SIDE = {"cpu": 2048, "cuda": 8192}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", help="a size of recipes/base; default: dim 384, 6 layers, 6 heads")
-    parser.add_argument("--layout", default="instructed", choices=["instructed", "dual"])
+    parser.add_argument("--layout", default="instructed", choices=["instructed", "dual", "decoupled"])
+    parser.add_argument("--decoupled", action="store_true", help="also a model in layout decoupled, of the same width and depth")
     parser.add_argument("--batches", default="8", help="images at once, several with commas between")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
@@ -91,7 +94,7 @@ def _steps_report(arguments: argparse.Namespace, result: dict[str, Any]) -> str:
     rate = [statistics.median(seconds) for seconds in result["product"]]
     rows = []
     for name, seconds in whole.items():
-        least = [result["flops"] * arguments.batch / (result["product_flops"] / product) for product in rate]
+        least = [result["flops"][name] * arguments.batch / (result["product_flops"] / product) for product in rate]
         rows.append(
             [
                 name,
@@ -104,7 +107,7 @@ def _steps_report(arguments: argparse.Namespace, result: dict[str, Any]) -> str:
     giga = result["product_flops"] / statistics.median(rate) / 1e9
     caption = (
         f"Steps {result['at']} of {result['cells']}, {len(rate)} rounds, {clock}; {PRODUCT}: {giga:,.0f} GFLOP/s; "
-        f"{result['flops'] / 1e9:,.0f} GFLOP an image\n\n"
+        f"{' and '.join(f'{flops / 1e9:,.0f}' for flops in dict.fromkeys(result['flops'].values()))} GFLOP an image\n\n"
     )
     return caption + table(["way", "images/s", "times ours", "share of the floor"], rows) + "\n"
 
@@ -153,7 +156,7 @@ def _spec(arguments: argparse.Namespace) -> ModelSpec:
     return spec.model_copy(update={"layout": arguments.layout})
 
 
-def _model(arguments: argparse.Namespace) -> tuple[AnyOrderModel, Tensor, Tensor]:
+def _model(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[AnyOrderModel, Tensor, Tensor]:
     """A model with random weights, random codes, and the rows of their labels."""
     import torch
 
@@ -163,7 +166,7 @@ def _model(arguments: argparse.Namespace) -> tuple[AnyOrderModel, Tensor, Tensor
     torch.manual_seed(0)
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
     with torch.device(arguments.device):
-        model = AnyOrderModel(_spec(arguments)).eval()
+        model = AnyOrderModel(spec).eval()
         torch.nn.init.normal_(model.output.weight, 0.0, 0.02)  # it starts at zero, where every score is the same
         codes_BN = torch.randint(model.spec.vocab_size, (arguments.batch, model.spec.cells))
         model = model.to(dtype)
@@ -183,7 +186,7 @@ def whole_images(arguments: argparse.Namespace) -> dict[str, Any]:
 
     AnyOrderModel, _ = AnyOrderModel, torch.zeros(1, device=arguments.device)  # imports are nobody's memory
     meter = Meter(arguments.device)
-    model, codes_BN, condition_BTD = _model(arguments)
+    model, codes_BN, condition_BTD = _model(arguments, _spec(arguments))
     weights = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     if arguments.side == "extraction":
         meter.time(lambda: extract_orders(model, codes_BN, condition_BTD, ExtractionSettings()))
@@ -201,11 +204,15 @@ def some_steps(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from oar_scale.model.flops import extraction_flops
 
-    model, codes_BN, condition_BTD = _model(arguments)
-    spec, device = model.spec, codes_BN.device
+    spec = _spec(arguments)
+    model, codes_BN, condition_BTD = _model(arguments, spec)
+    other = spec.model_copy(update={"layout": "decoupled"})
+    second = _model(arguments, other) if arguments.decoupled else None
+    device = codes_BN.device
     order_BN = torch.rand(codes_BN.shape).argsort(1).to(device)
     at = sorted({round(step * (spec.cells - 1) / (arguments.at - 1)) for step in range(arguments.at)})
     names = [OURS] if arguments.only_ours else [OURS, COPIED, LAST, ALL]
+    names += [DECOUPLED] if second else []
     on_cpu = arguments.device == "cpu" and arguments.threads == 1
     clock = time.process_time if on_cpu else time.perf_counter
 
@@ -230,6 +237,8 @@ def some_steps(arguments: argparse.Namespace) -> dict[str, Any]:
             for placed in at:
                 product[-1].append(min(timed(lambda: torch.mm(square, square, out=out)) for _ in range(2)))
                 step = _Step(model, codes_BN, condition_BTD, order_BN, placed)
+                if second:
+                    step.methods[DECOUPLED], step.times[DECOUPLED] = _Step(*second, order_BN, placed).methods[OURS], 1
                 for name in names if number % 2 == 0 else reversed(names):
                     by_name[name].append(timed(step.methods[name]) * step.times[name])
             for name in names:
@@ -239,7 +248,7 @@ def some_steps(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": {name: rounds[1:] for name, rounds in seconds.items()},
         "product": product[1:],
         "product_flops": 2 * side**3,
-        "flops": extraction_flops(spec),
+        "flops": {name: extraction_flops(other if name == DECOUPLED else spec) for name in names},
         "at": at,
         "cells": spec.cells,
         "clock": "process_time" if on_cpu else "perf_counter",
@@ -288,7 +297,7 @@ class _Step:
         for index, layer in enumerate(model.layers):
             shape = (batch * count, prefix.cache.shape[3], rows + 1, prefix.cache.shape[5])
             keys, values = (x.new_empty(shape) for _ in range(2))
-            for copy, own in zip((keys, values), prefix.kv_slice(index, slice(None), 0, rows), strict=True):
+            for copy, own in zip((keys, values), prefix.part(slice(None)).kv(index, 0, rows), strict=True):
                 copy.unflatten(0, (batch, count))[:, :, :, :rows] = own[:, None]
             q, _ = layer.project_into(KVSlice(keys[:, :, rows:], values[:, :, rows:]), x, rotation)
             x = layer.finish(x, F.scaled_dot_product_attention(q, keys, values, enable_gqa=q.shape[1] != keys.shape[1]))

@@ -1,6 +1,7 @@
 """How fast the model trains, and in how much memory, beside RandAR's own code with the same weights, codes and orders.
 
     python tools/benchmarks/model.py --randar CHECKOUT           a training step, ours and theirs
+    python tools/benchmarks/model.py --decoupled                 a training step, ours in layouts instructed and decoupled
     python tools/benchmarks/model.py --head                      the loss of the output head, three methods
     python tools/benchmarks/model.py --parts                     the parts of a block that keep less, and their plain composition
     python tools/benchmarks/model.py --orders                    one random order an image
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
 
 CLASSES = 1000
 RANDAR, SHIPPED = "RandAR", "RandAR as shipped (full recomputation)"
+DECOUPLED = "ours, layout decoupled"
 OURS = {
     "ours": ("none", False),
     "ours, compiled": ("none", True),
     "ours, selective recomputation": ("selective", False),
     "ours, full recomputation": ("full", False),
+    DECOUPLED: ("none", False),
 }
 LR, DECAY, BETAS, CLIP, DROPOUT = 4e-4, 0.05, (0.9, 0.95), 1.0, 0.1  # RandAR's recipe
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "B200": 2250}
@@ -54,6 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a process, after a first one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="also ours with compiled blocks")
+    parser.add_argument("--decoupled", action="store_true", help="also ours in layout decoupled, of the same width and depth")
     parser.add_argument("--recompute", action="store_true", help="also RandAR's and ours with activation checkpointing")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -74,6 +78,7 @@ def compare(arguments: argparse.Namespace) -> None:
     sides += [SHIPPED] if arguments.randar and arguments.recompute else []
     sides += ["ours"] + (["ours, compiled"] if arguments.compile else [])
     sides += ["ours, selective recomputation", "ours, full recomputation"] if arguments.recompute else []
+    sides += [DECOUPLED] if arguments.decoupled else []
     with tempfile.TemporaryDirectory() as folder:
         common = [*sys.argv[1:], "--folder", folder]
 
@@ -105,6 +110,8 @@ def compare(arguments: argparse.Namespace) -> None:
     head = ["side", "images/s", "ratio", "CPU s a step", "ratio", "peak MiB", "ratio", "loss", "gradient norm"]
     print(table([*head, *(["MFU"] if setup["peak_flops"] else [])], rows))
     for side in sides[1:]:
+        if side == DECOUPLED:  # another model
+            continue
         for name in ("loss", "norm"):
             mine, other = results[side][0][name], results[first][0][name]
             if abs(mine - other) > 1e-4 * max(1.0, abs(other)):
@@ -233,13 +240,20 @@ class Ours(Side):
         self.arguments, self.conversion, self.acceleration, self.permutations = arguments, conversion, acceleration, device_permutations
 
     def build(self, tensors: dict[str, Tensor]) -> None:
+        import torch
+
         from oar_scale.config.schema import ParallelConfig
+        from oar_scale.model import AnyOrderModel
 
         spec = _spec(self.arguments)
-        model = self.conversion.import_peer(tensors, "randar", "the benchmark's weights", heads=spec.heads)
-        model.spec = spec
-        for block in model.layers:
-            block.dropout = DROPOUT
+        if self.arguments.side == DECOUPLED:
+            model = AnyOrderModel(spec.model_copy(update={"layout": "decoupled"}))
+            torch.nn.init.normal_(model.output.weight, 0.0, 0.02)
+        else:
+            model = self.conversion.import_peer(tensors, "randar", "the benchmark's weights", heads=spec.heads)
+            model.spec = spec
+            for block in model.layers:
+                block.dropout = DROPOUT
         checkpointing, compiled = OURS[self.arguments.side]
         self.acceleration.accelerate(model, ParallelConfig(activation_checkpointing=checkpointing, compile=compiled))
         self.model = model.eval().to(self.arguments.device)
