@@ -356,12 +356,15 @@ class TokenStream:
     def _prefetched(self, start_step: int, end_step: int) -> Iterator[Batch]:
         """The batches in order, one or more ahead of their use: by loader processes, or by a thread where there are none."""
         if self.loader_processes:
-            yield from DataLoader(
+            for made in DataLoader(
                 _Steps(self, start_step, end_step),
                 batch_size=None,
                 num_workers=min(self.loader_processes, max(1, end_step - start_step)),
                 multiprocessing_context="spawn",  # a fork would copy locked clients and the threads of torch.distributed
-            )
+            ):
+                if isinstance(made, UserError):
+                    raise made
+                yield made
             return
         with ThreadPoolExecutor(1) as ahead:
             following = ahead.submit(self.batch, start_step) if start_step < end_step else None
@@ -372,17 +375,24 @@ class TokenStream:
                 yield batch
 
 
-class _Steps(IterableDataset[Batch]):
-    """Whole steps as the items of a DataLoader: worker p of P makes the steps p, p + P, ..., as the loader collects them."""
+class _Steps(IterableDataset[Batch | UserError]):
+    """Whole steps as the items of a DataLoader: worker p of P makes the steps p, p + P, ..., as the loader collects them.
+
+    An error for the user is an item, too: one that is raised here would arrive with a traceback for a text.
+    """
 
     def __init__(self, stream: TokenStream, start_step: int, end_step: int) -> None:
         self.stream, self.start_step, self.end_step = stream, start_step, end_step
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for step in range(self.start_step + first, self.end_step, stride):
-            yield self.stream.batch(step)
+            try:
+                made: Batch | UserError = self.stream.batch(step)
+            except UserError as error:
+                made = error
+            yield made
 
 
 def _plan(sources: Sequence[ShardSource], settings: StreamSettings) -> tuple[list[FolderPlan], StreamPlan]:

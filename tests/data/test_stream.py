@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,18 @@ def test_loader_processes_change_nothing(tokens: str, text: TextTokenizer) -> No
     loaded = list(TokenStream(source(tokens), text, SETTINGS, loader_processes=2).batches(3, 10))
     assert [batch.step for batch in loaded] == list(range(3, 10))
     assert all(same(a, b) for a, b in zip(alone, loaded, strict=True))
+
+
+def fail(kind: type[UserError], name: str, shard: OpenShard) -> NDArray[np.uint16]:
+    raise kind(f"{name}: the orders cannot be read")
+
+
+@pytest.mark.parametrize("kind", [UserError, Unreachable])
+def test_an_error_of_a_loader_process_is_told_as_it_is(tokens: str, text: TextTokenizer, kind: type[UserError]) -> None:
+    loaded = TokenStream(source(tokens, partial(fail, kind)), text, SETTINGS, loader_processes=2).batches(0, 4)
+    with pytest.raises(UserError, match=r"^\d+\.tar: the orders cannot be read$") as caught:
+        list(loaded)
+    assert type(caught.value) is kind
 
 
 @pytest.mark.parametrize("fault", ["no codes", "no caption", "codes above the vocabulary", "codes of another shape"])
