@@ -23,7 +23,8 @@ from oar_scale.data.prepare import prepare_images
 from oar_scale.data.shards import TokenShard, read_token_shard
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, order_map, png, step_of_cell, upscale
-from oar_scale.generation.sampling import SampleSettings, generate
+from oar_scale.generation.sampling import generate
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, model_id, save_model
 from oar_scale.model.spec import condition_spec
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
@@ -156,7 +157,7 @@ def draw(recipe: Recipe, prompts: PromptEncoder, out: Path) -> Path:
         tokens = read_token_shard(f"{folder}/{shard.name}", str(out / "cache"), shard)
         with torch.no_grad():
             condition_BTD = model.condition(encoded_prompts(tokens, prompts)[:DRAWN])
-        drawn = generate(model, condition_BTD, SampleSettings.from_recipe(recipe.sample), torch.Generator().manual_seed(recipe.seed))
+        drawn = generate(model, condition_BTD, SampleSettings.from_recipe(recipe.sample), recipe.seed)
         rows += [[upscale(picture, 3) for picture in decode_pictures(vq, each)] for each in (codes(tokens)[:DRAWN], drawn.codes_BN)]
         rows.append([upscale(order_map(steps), 12) for steps in step_of_cell(drawn.order_BN)])
         print(f"  {split}: {'; '.join(tokens.captions[:DRAWN])}")

@@ -7,10 +7,11 @@ from functools import partial
 
 import torch
 
-from oar_scale.data.hashing import hash_keys
+from oar_scale.data.hashing import derived_seed
 from oar_scale.errors import UserError
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, png, upscale
-from oar_scale.generation.sampling import SampleSettings, generate
+from oar_scale.generation.sampling import generate
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import load_model
 from oar_scale.orders.order_files import run_files
 from oar_scale.orders.policies import OrderRequest, sampling_order
@@ -72,13 +73,13 @@ def _sheet(run: Run, captions: list[str] | None, name: ModelName, order: str | N
     unknown = [caption for caption, ids in zip(given, encoded_prompts, strict=True) if prompts.field == "txt" and not ids.any()]
     if unknown:
         raise UserError(f"caption {shown(unknown[0])} has no token in {run.text_uri}")
-    noise = torch.Generator().manual_seed(int(hash_keys("sample", run.recipe.seed)) >> 1)
+    seed = derived_seed("sample", run.recipe.seed)
     with torch.no_grad():
         cond_inputs = conditioning_inputs(prompts, encoded_prompts.to(device), network.dtype)
         condition = network.condition(cond_inputs.repeat_interleave(DRAWINGS, dim=0))
-    request = OrderRequest(network, len(condition), noise, run_files(run.at()), run.model_uri(name))
+    request = OrderRequest(network, torch.arange(len(condition)), seed, run_files(run.at()), run.model_uri(name))
     order_BN = sampling_order(order or run.recipe.sample.order, request, "--order" if order else "sample.order")
-    drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), noise, order_BN)
+    drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), seed, order_BN)
     pictures = [upscale(picture, max(1, SHEET_PIXELS // len(picture))) for picture in decode_pictures(vq, drawn.codes_BN)]
     rows = [pictures[start : start + DRAWINGS] for start in range(0, len(pictures), DRAWINGS)]
     return png(contact_sheet(rows, gap=8)), [str(each) if prompts.field != "features" else "a held-out image" for each in given]

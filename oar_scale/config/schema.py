@@ -43,6 +43,7 @@ from oar_scale.config.run_sections import (
     EvaluateConfig,
     ExtractConfig,
     FirstCell,
+    GuidanceSchedule,
     ObserveConfig,
     OrderHeadConfig,
     PipelineConfig,
@@ -84,6 +85,7 @@ __all__ = [
     "FinetuneConfig",
     "FirstCell",
     "FolderSource",
+    "GuidanceSchedule",
     "ImageTokenizerConfig",
     "LabelsConfig",
     "Layout",
@@ -250,6 +252,14 @@ class Recipe(Section):
                 raise RecipeConflict(f"{stage}.order", _RASTER_ONLY)
         if self.model.layout == "raster" and self.sample.order not in (None, "raster"):
             raise RecipeConflict("sample.order", _RASTER_ONLY)
+        along_given = self.sample.order not in (None, "confidence") or self.model.layout == "raster"
+        for name, refused, why in (
+            ("steps", ("raster", "dual"), "asks for one cell a pass"),
+            ("draft", ("raster", "decoupled"), "cannot draft cells"),
+        ):
+            if getattr(self.sample, name) and along_given and self.model.layout in refused:
+                text = f"along a given order, layout {self.model.layout} {why}.\nLeave it out, or choose another model.layout."
+                raise RecipeConflict(f"sample.{name}", text)
         return self
 
     @model_validator(mode="after")

@@ -63,25 +63,42 @@ def device_permutations(purpose: str, cells: int, *keys: int | Tensor) -> Tensor
 
     columns = [key[..., None] if isinstance(key, torch.Tensor) else key for key in keys]
     device = next(key.device for key in keys if isinstance(key, torch.Tensor))
-    state = _device_hash(purpose, *columns, torch.arange(cells, device=device))
+    state = device_hash(purpose, *columns, torch.arange(cells, device=device))
     return (state ^ _signed(1 << 63)).argsort(dim=-1, stable=True)  # signed numbers in the order of the unsigned ones
 
 
 def device_uniform(purpose: str, *keys: int | Tensor) -> Tensor:
     """Uniform numbers in (0, 1), float64, made on the keys' device; neither 0 nor 1. The keys as in :func:`device_permutations`."""
-    bits = _device_hash(purpose, *keys) >> 11 & (1 << 53) - 1
-    return (bits.double() + 0.5) * 2.0**-53
+    bits = device_hash(purpose, *keys) >> 11 & (1 << 53) - 1
+    return ((bits.double() + 0.5) * 2.0**-53).clamp_max(1 - 2.0**-53)  # half of the sums round to even: the last one to 1
 
 
-def _device_hash(purpose: str, *keys: int | Tensor) -> Tensor:
-    """:func:`hash_keys`, as the int64 with the same bits."""
-    import torch
-
-    device = next(key.device for key in keys if isinstance(key, torch.Tensor))
-    state = _splitmix64(torch.tensor(zlib.crc32(purpose.encode()), device=device))
+def device_gumbel(state: Tensor, *keys: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32 and finite, for what :func:`device_hash` gave and keys that follow its own."""
     for key in keys:
-        state = _splitmix64(state ^ (key if isinstance(key, torch.Tensor) else _signed(key & (1 << 64) - 1)))
-    return state
+        state = _splitmix64(state ^ key)
+    bits = state >> 12 & (1 << 52) - 1
+    # The inner logarithm in float64: float32 has no numbers near enough to 1 for the largest values.
+    return -(-((bits.double() + 0.5) * 2.0**-52).log()).float().log()
+
+
+def derived_seed(purpose: str, *keys: int) -> int:
+    """A seed below 2**63 of a purpose's own: whatever it seeds has nothing in common with what another purpose does with the same keys."""
+    return int(hash_keys(purpose, *keys)) >> 1
+
+
+def device_hash(purpose: str, *keys: int | Tensor) -> Tensor:
+    """:func:`hash_keys`, as the int64 with the same bits. Integers before the first tensor are hashed on the host."""
+    begun, hashed = _host_splitmix64(zlib.crc32(purpose.encode())), None
+    for key in keys:
+        if not isinstance(key, int):
+            hashed = _splitmix64((_signed(begun) if hashed is None else hashed) ^ key)
+        elif hashed is None:
+            begun = _host_splitmix64(begun ^ _bits(key))
+        else:
+            hashed = _splitmix64(hashed ^ _signed(_bits(key)))
+    assert hashed is not None, "one of the keys is a tensor"
+    return hashed
 
 
 def _splitmix64(x: Tensor) -> Tensor:
@@ -90,6 +107,17 @@ def _splitmix64(x: Tensor) -> Tensor:
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
     return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def _host_splitmix64(x: int) -> int:
+    x = _bits(x + 0x9E3779B97F4A7C15)
+    x = _bits((x ^ x >> 30) * 0xBF58476D1CE4E5B9)
+    x = _bits((x ^ x >> 27) * 0x94D049BB133111EB)
+    return x ^ x >> 31
+
+
+def _bits(key: int) -> int:
+    return key & (1 << 64) - 1
 
 
 def _signed(bits: int) -> int:

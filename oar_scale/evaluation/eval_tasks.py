@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oar_scale.config.schema import Score
-from oar_scale.data.hashing import hash_keys
+from oar_scale.data.hashing import derived_seed
 from oar_scale.errors import UserError
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import nll_table, prediction_table
 from oar_scale.generation.editing import inpaint
-from oar_scale.generation.sampling import SampleSettings, generate
+from oar_scale.generation.sampling import generate
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, load_model
 from oar_scale.orders.analysis import kendall_distance
 from oar_scale.orders.extraction import brute_force_orders, extract_orders
@@ -147,9 +148,9 @@ class SamplingTask:
         """Sample the images and compute the features of their pictures."""
         model = self.target.open(self.precision)
         # The seed leaves the model out: all models draw with the same noise.
-        noise = _noise("drawing", self.seed, self.target.first)
-        request = OrderRequest(model, len(self.target.cond_inputs_S), noise, self.files, self.model_uri)
-        drawn = generate(model, _condition(model, self.target.cond_inputs), self.settings, noise, sampling_order(self.order, request))
+        seed, images = derived_seed("drawing", self.seed), self.target.images
+        order = sampling_order(self.order, OrderRequest(model, torch.from_numpy(images), seed, self.files, self.model_uri))
+        drawn = generate(model, _condition(model, self.target.cond_inputs), self.settings, seed, order, images_B=images)
         with torch.no_grad():
             features_SF = image_features(load_vq(self.vq).to(_here()).decode(drawn.codes_BN).cpu()).numpy()
         return Drawn(self.target.model, self.target.first, drawn.codes_BN.cpu().numpy(), features_SF)
@@ -181,8 +182,8 @@ class EditTask:
         """Sample the masked cells anew, once for each row of the target."""
         model, count = self.target.open(self.precision), len(self.target.cond_inputs_S)
         codes, redo = torch.from_numpy(self.codes_N).to(_here()).expand(count, -1), torch.from_numpy(self.redo_N).to(_here())
-        noise = _noise(self.kind, self.seed, self.target.first)
-        drawn = inpaint(model, codes, redo, _condition(model, self.target.cond_inputs), self.settings, noise)
+        seed = derived_seed(self.kind, self.seed, self.target.first)
+        drawn = inpaint(model, codes, redo, _condition(model, self.target.cond_inputs), self.settings, seed)
         return Edited(self.kind, self.target.first, self.redo_N, drawn.codes_BN.cpu().numpy())
 
 
@@ -304,7 +305,3 @@ def _run(task: EvalTask) -> Likelihoods | Drawn | Edited | BruteForce:
 @torch.no_grad()
 def _condition(model: AnyOrderModel, cond_inputs_S: Tensor) -> Tensor:
     return model.condition(cond_inputs_S.to(_here()))
-
-
-def _noise(purpose: str, seed: int, image: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(hash_keys(purpose, seed, image)) >> 1)

@@ -12,9 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oar_scale.generation.sampling import Generated, Known, SampleSettings, generate
+from oar_scale.generation.sampling import Generated, Known, generate
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.policies import LateOrder
+from oar_scale.orders.selection import Images
 
 
 def inpaint(
@@ -23,29 +25,33 @@ def inpaint(
     redo: Tensor,
     condition_BTD: Tensor,
     settings: SampleSettings,
-    generator: torch.Generator,
+    seed: int,
     order_BN: Tensor | LateOrder | None = None,
+    images_B: Images | None = None,
 ) -> Generated:
     """Draw the cells marked in ``redo`` anew; all others keep their codes.
 
     Args:
         codes_BN: codes in raster order; those of marked cells are never looked at.
-        redo: bool [N] for all images, or [B, N] with the same number of cells in each image.
+        redo: bool [N] for all images, or [B, N].
+        seed, images_B: as for :func:`generate`.
         order_BN: permutations that both the known and the drawn cells follow. None: known cells in raster order, then
             the model chooses; a late order: known cells in raster order, then what it says.
 
     Raises:
-        ValueError: the images have different numbers of cells to redo; and what :func:`generate` raises.
+        ValueError: as :func:`generate`.
     """
     redo_BN = redo.expand(codes_BN.shape)
-    counts_B = redo_BN.sum(1)
-    if (counts_B != counts_B[0]).any():
-        raise ValueError(f"all images of a batch must redo the same number of cells, got {counts_B.tolist()}")
     raster_BN = torch.arange(codes_BN.shape[1], device=codes_BN.device).expand_as(codes_BN)
     sequence_BN = order_BN if isinstance(order_BN, Tensor) else raster_BN
-    kept = codes_BN.shape[1] - int(counts_B[0])
-    cells_BK = sequence_BN[~redo_BN.gather(1, sequence_BN)].view(len(codes_BN), kept)
-    return generate(model, condition_BTD, settings, generator, order_BN, Known(cells_BK, codes_BN.gather(1, cells_BK)))
+    # The cells to keep move to the front; behind them, where another image keeps more, there is none.
+    away_BN = redo_BN.gather(1, sequence_BN)
+    kept_first_BN = sequence_BN.gather(1, away_BN.to(torch.uint8).argsort(dim=1, stable=True))
+    kept_B1 = (~away_BN).sum(1, keepdim=True)
+    cells_BK = kept_first_BN[:, : int(kept_B1.max())]
+    there_BK = torch.arange(cells_BK.shape[1], device=cells_BK.device) < kept_B1
+    known = Known(cells_BK.masked_fill(~there_BK, -1), codes_BN.gather(1, cells_BK))
+    return generate(model, condition_BTD, settings, seed, order_BN, known, images_B)
 
 
 def box_mask(grid: int, top: int, left: int, height: int, width: int) -> Tensor:

@@ -17,14 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from oar_scale.config.schema import GuidanceSchedule
 from oar_scale.data.images import to_rgb
 from oar_scale.errors import UserError
 from oar_scale.generation import editing
 from oar_scale.generation.model_bundle import ModelBundle, check_codes, find_bundle
-from oar_scale.generation.sampling import Generated, SampleSettings, generate
+from oar_scale.generation.sampling import Generated, generate
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, check_prompts, load_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
 from oar_scale.orders.policies import LateOrder, OrderRequest, sampling_order
+from oar_scale.orders.selection import Images
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import (
     FeatureReader,
@@ -43,14 +46,18 @@ Order = str | Sequence[int] | Tensor
 
 
 class Choices(TypedDict, total=False):
-    """Settings that override those of the model's own recipe; see :class:`oar_scale.generation.sampling.SampleSettings`."""
+    """Settings that override those of the model's own recipe; see :class:`oar_scale.generation.settings.SampleSettings`."""
 
     guidance: float
+    guidance_schedule: GuidanceSchedule
     guidance_start: float | None
     temperature: float
     top_k: int
+    top_p: float
+    min_p: float
     order_temperature: float
     steps: int | None
+    draft: int
 
 
 class Pretrained:
@@ -73,12 +80,19 @@ class Pretrained:
         return self
 
     def sample(
-        self, prompts: Sequence[Prompt], *, seed: int = 0, order: Order | None = None, **choices: Unpack[Choices]
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int = 0,
+        images: Sequence[int] | None = None,
+        order: Order | None = None,
+        **choices: Unpack[Choices],
     ) -> list[Image.Image]:
-        """One picture for each prompt; the same seed and prompts give the same pictures.
+        """One picture for each prompt; the same seed, prompt and number give the same picture, whatever else is drawn with it.
 
         Args:
             prompts: captions, class labels, or arrays of features, as the model was trained.
+            images: a number for each picture; default 0, 1, 2 ... Its noise depends on the seed and on this number alone.
             order: the way through the cells; None: as the recipe says, else the model chooses (a raster model: its raster).
             choices: settings other than the recipe's, see :class:`Choices`.
 
@@ -87,14 +101,22 @@ class Pretrained:
             ValueError: as :func:`oar_scale.generation.sampling.generate`.
         """
         vq = self._tokenizer()
-        return _pictures(vq, self.draw(prompts, seed=seed, order=order, **choices).codes_BN)
+        return _pictures(vq, self.draw(prompts, seed=seed, images=images, order=order, **choices).codes_BN)
 
-    def draw(self, prompts: Sequence[Prompt], *, seed: int = 0, order: Order | None = None, **choices: Unpack[Choices]) -> Generated:
-        """As :meth:`sample`, but return codes, orders and scores."""
-        noise = torch.Generator().manual_seed(seed)
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int = 0,
+        images: Sequence[int] | None = None,
+        order: Order | None = None,
+        **choices: Unpack[Choices],
+    ) -> Generated:
+        """As :meth:`sample`, but return codes, orders, scores and passes."""
         condition_BTD = self._condition(prompts)
-        order_BN = self._order(order, len(condition_BTD), noise)
-        return generate(self.model, condition_BTD, self._settings(choices), noise, order_BN)
+        images_B = np.arange(len(condition_BTD)) if images is None else np.asarray(images, dtype=np.int64)
+        order_BN = self._order(order, images_B, seed)
+        return generate(self.model, condition_BTD, self._settings(choices), seed, order_BN, images_B=images_B)
 
     def inpaint(
         self,
@@ -125,7 +147,6 @@ class Pretrained:
             raise UserError(f"box {box} (left, top, right, bottom) does not lie inside {size} x {size} pixels")
         first_row, first_column, rows_end, columns_end = top // cell, left // cell, -(-bottom // cell), -(-right // cell)
         redo_N = editing.box_mask(vq.spec.grid, first_row, first_column, rows_end - first_row, columns_end - first_column)
-        noise = torch.Generator().manual_seed(seed)
         condition_BTD = self._condition([prompt])
         pixels_1HW3 = torch.from_numpy(np.array(image))[None]
         codes_1N = vq.encode(pixels_to_unit(pixels_1HW3).to(condition_BTD.device))
@@ -135,8 +156,8 @@ class Pretrained:
             redo_N.to(codes_1N.device),
             condition_BTD,
             self._settings(choices),
-            noise,
-            self._order(order, 1, noise),
+            seed,
+            self._order(order, np.arange(1), seed),
         )
         return _pictures(vq, drawn.codes_BN)[0]
 
@@ -171,12 +192,12 @@ class Pretrained:
             raise UserError(f"caption {prompts[empty]!r} has no token in the model's vocabulary")
         return self.model.condition(conditioning_inputs(self.text, encoded_prompts.to(self._device), self.model.dtype))
 
-    def _order(self, order: Order | None, batch: int, noise: torch.Generator) -> Tensor | LateOrder | None:
+    def _order(self, order: Order | None, images_B: Images, seed: int) -> Tensor | LateOrder | None:
         if order is None or isinstance(order, str):
-            request = OrderRequest(self.model, batch, noise, self.bundle.orders, self.bundle.model)
+            request = OrderRequest(self.model, torch.from_numpy(images_B), seed, self.bundle.orders, self.bundle.model)
             return sampling_order(order or self.defaults.order, request, "order")
         given = torch.as_tensor(order, dtype=torch.long)
-        return (given.expand(batch, -1) if given.ndim == 1 else given).to(self._device)
+        return (given.expand(len(images_B), -1) if given.ndim == 1 else given).to(self._device)
 
 
 def load_pretrained(path: str, model: str | None = None) -> Pretrained:

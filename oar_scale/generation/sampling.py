@@ -3,87 +3,54 @@
     repeat until no cell is empty
         one candidate row per empty cell           p(code | caption, placed codes, cell) for all of them, in one pass
         cell  = best over cells of max over codes log p          most confident cell   (+ order_temperature * Gumbel)
-        code ~ p( . | cell)                                      temperature, top-k
+        code ~ p( . | cell)                                      temperature, top-k, top-p, min-p (``drawing``)
 
 The cell is chosen by the largest probability of its distribution, before a code is drawn: choosing by the probability of
 drawn codes would favour cells that happened to draw their likely code. In the first steps this tends to pick background.
-What is best among cells, and when two are equal, is as in extraction (``orders.selection``); the noise is the generator's, image by image.
-With a given order there is one candidate per step, the next cell of the order, and everything else is the same. Fewer steps than
-cells ask for several cells of the order in one pass, as RandAR does. A late order (``orders.policies``) is given for the first cells;
-when those are placed, all others are scored once, which gives their order.
+What is best among cells, and when two are equal, is as in extraction (``orders.selection``).
+With a given order there is one candidate per step, the next cell of the order, and everything else is the same. A late order
+(``orders.policies``) is given for the first cells; when those are placed, all others are scored once, which gives their order.
 
-Under guidance (``orders.selection``) every image goes through the model with its caption and without, in one batch, and cells
-are compared by the guided distribution, too.
+Fewer steps than cells place several cells in one pass: the next ones of the order, as RandAR does, or the most confident ones. The
+same images in fewer passes, along a given order, are what ``drafting`` makes.
+
+Images of a batch may have different numbers of known cells. Those with the fewest begin, and another joins when they have come to
+the number of cells that it was given (:class:`_Group`): all images of a pass have as many rows in the cache, and each is drawn as
+if it were alone.
+
+Under guidance every image goes through the model with its caption and without, in one batch, and cells are compared by the guided
+distribution, too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from oar_scale.config.schema import SampleConfig
+from oar_scale.generation.drafting import Placing, draw_drafted
+from oar_scale.generation.drawing import draw_codes
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder, Prefix
+from oar_scale.model.row_layout import Placed
 from oar_scale.orders.policies import LateOrder
 from oar_scale.orders.scores import score_logits, score_rows
-from oar_scale.orders.selection import mix_branches, pick_best
+from oar_scale.orders.selection import CounterRNG, Images, check_numbers, empty_cells, pick_several
 from oar_scale.orders.step_sizes import cells_per_step
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleSettings:
-    """How codes and cells are chosen. Defaults live in the recipe (``sample``)."""
-
-    guidance: float
-    """Scale of classifier-free guidance: 1 is the conditional model alone, 0 ignores the caption."""
-    temperature: float
-    """Of the code; above 0. ``top_k`` 1 is the greedy choice."""
-    top_k: int
-    """Codes to choose from; 0 keeps the whole vocabulary."""
-    order_temperature: float
-    """Gumbel noise on the log-confidence of the cells; 0 takes the most confident cell."""
-    guidance_start: float | None = None
-    """Scale for an empty image, from which it changes linearly with the cells placed, towards ``guidance``; None: constant."""
-    steps: int | None = None
-    """Passes through the model, later ones placing more cells at once (:func:`cells_per_step`): for a given order only.
-    None: one pass for each cell."""
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature {self.temperature} must be above 0; top_k=1 makes the choice greedy")
-        for name in ("guidance", "top_k", "order_temperature", "guidance_start"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps {self.steps} must be at least 1; None places one cell a step")
-
-    @property
-    def guided(self) -> bool:
-        """Whether the model is also evaluated without the condition (classifier-free guidance)."""
-        return self.guidance != 1 or self.guidance_start not in (None, 1)
-
-    def scale(self, placed: int, cells: int) -> float:
-        """Guidance scale once ``placed`` of the cells have their codes."""
-        start = self.guidance if self.guidance_start is None else self.guidance_start
-        return start + (self.guidance - start) * placed / cells
-
-    @classmethod
-    def from_recipe(cls, sample: SampleConfig) -> SampleSettings:
-        """The settings of a recipe's ``sample`` section."""
-        return cls(
-            guidance=sample.guidance,
-            temperature=sample.temperature,
-            top_k=sample.top_k,
-            order_temperature=sample.order_temperature,
-        )
-
-
 class Known(NamedTuple):
-    """K cells of each image that are there before the first step, in the order the model is shown them."""
+    """Cells of each image that are there before the first step, in the order the model is shown them."""
 
     cells_BK: Tensor
+    """Up to K of an image; -1 behind the last one of an image that has fewer."""
     codes_BK: Tensor
 
 
@@ -96,6 +63,8 @@ class Generated(NamedTuple):
     """int64: the cells as they were placed, known ones first."""
     score_BN: Tensor
     """float32 nats: log of the largest guided probability at the cell of that step; 0 for known cells."""
+    passes_B: Tensor
+    """int64: how often the model was asked about cells of that image. One by one, it is the number of cells drawn."""
 
 
 @torch.no_grad()  # not inference mode: the model keeps its table of rotations, and may be trained afterwards
@@ -103,151 +72,264 @@ def generate(
     model: AnyOrderModel,
     condition_BTD: Tensor,
     settings: SampleSettings,
-    generator: torch.Generator,
+    seed: int,
     order_BN: Tensor | LateOrder | None = None,
     known: Known | None = None,
+    images_B: Images | None = None,
 ) -> Generated:
-    """Draw one image for each condition, all images one cell a step.
+    """Draw one image for each condition.
 
     Args:
         condition_BTD: what ``model.condition`` returned. Under guidance the model sees a batch of 2B.
-        generator: source of all noise. It may live on another device than the model; the CPU's gives every device the
-            same noise.
+        seed: with an image's number, of all its noise: the same image comes of it in any batch and on any device (up to the
+            roundings of its logits).
         order_BN: a permutation of the cells for each image, to be followed; None: the model chooses. Known cells are
             passed over; beside them a late order has no first cells of its own.
         known: cells whose codes are given.
+        images_B: a number for each image; default 0 .. B - 1.
 
     Raises:
         ValueError: the model is in training mode; an order that is no permutation of the cells; known cells that repeat
-            or lie outside the grid, or codes outside the vocabulary.
+            or lie outside the grid, or codes outside the vocabulary; a layout that cannot do what the settings want.
+        ArithmeticError: the model's logits are not numbers.
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout changes its answers: call model.eval() first")
-    if settings.steps is not None and order_BN is None:
-        raise ValueError("steps places several cells at once along a given order; the model's own choice of cells goes one by one")
-    batch, device = len(condition_BTD), condition_BTD.device
+    batch, device, cells = len(condition_BTD), condition_BTD.device, model.spec.cells
     if known is None:
         nothing = torch.empty(batch, 0, dtype=torch.long, device=device)
         known = Known(nothing, nothing)
-    empty_BR = _empty_cells(model, batch, order_BN if isinstance(order_BN, Tensor) else None, known, device)
-    null_BTD = model.null_condition(batch).to(condition_BTD)
-    decoder = Decoder(model)
-    prefix = decoder.begin(torch.cat([condition_BTD, null_BTD]) if settings.guided else condition_BTD)
-    state = _SamplingState(decoder, prefix, settings, generator, known)
-    if order_BN is None:
-        while empty_BR.shape[1] > 0:
-            cell_B = state.place_most_confident(empty_BR)
-            empty_BR = empty_BR[empty_BR != cell_B[:, None]].view(batch, -1)
-        return state.result()
+    counts_B = _check(model, batch, order_BN if isinstance(order_BN, Tensor) else None, known)
+    images_B = np.arange(batch) if images_B is None else images_B
+    if len(images_B) != batch:
+        raise ValueError(f"images_B has {len(images_B)} numbers for {batch} images")
+    # From here on, the images with the fewest known cells come first.
+    by_count = np.argsort(counts_B, kind="stable")
+    at_B = torch.from_numpy(by_count).to(device)
+    rng = CounterRNG.of(seed, np.asarray(images_B)[by_count], 0, cells, device)
     if isinstance(order_BN, LateOrder):
-        empty_BR = state.place_first(order_BN, empty_BR)
-    for cells_BM in empty_BR.split(cells_per_step(model.spec.cells, settings.steps, state.count), dim=1):
-        state.place_next(cells_BM)
-    return state.result()
+        order_BN = order_BN._replace(first_BK=order_BN.first_BK[at_B])
+    elif order_BN is not None:
+        order_BN = order_BN[at_B]
+    known = Known(known.cells_BK[at_B], known.codes_BK[at_B])
+    drawn = _Drawing(model, condition_BTD[at_B], settings, rng, order_BN, known, counts_B[by_count]).run()
+    check_numbers(drawn.score_BN)
+    back_B = at_B.argsort()
+    return Generated(*(each_B[back_B] for each_B in drawn))
 
 
-class _SamplingState:
-    """Images that are being sampled: the cells placed so far, and the model's cache of them."""
+class _Drawing:
+    """Images that are being sampled, those with the fewest known cells first."""
 
-    def __init__(self, decoder: Decoder, prefix: Prefix, settings: SampleSettings, generator: torch.Generator, known: Known) -> None:
-        batch, count = known.cells_BK.shape
-        device = known.cells_BK.device
-        model = decoder.model
-        self.decoder, self.model, self.settings, self.generator = decoder, model, settings, generator
-        self.prefix = decoder.prefill(prefix, self._branches(known.cells_BK), self._branches(known.codes_BK))
-        self.image_B = torch.arange(batch, device=device)
-        self.codes_BN = torch.zeros(batch, model.spec.cells, dtype=torch.long, device=device).scatter(1, known.cells_BK, known.codes_BK)
-        self.placed, self.scores, self.count = [known.cells_BK], [torch.zeros(known.cells_BK.shape, device=device)], count
+    def __init__(
+        self,
+        model: AnyOrderModel,
+        condition_BTD: Tensor,
+        settings: SampleSettings,
+        rng: CounterRNG,
+        order: Tensor | LateOrder | None,
+        known: Known,
+        counts_B: NDArray[np.int64],
+    ) -> None:
+        self.model, self.settings, self.rng, self.order, self.known, self.counts_B = model, settings, rng, order, known, counts_B
+        self.batch, self.cells, device = len(counts_B), model.spec.cells, condition_BTD.device
+        self.condition_GTD = condition_BTD
+        if settings.guided:
+            self.condition_GTD = torch.stack([condition_BTD, model.null_condition(self.batch).to(condition_BTD)], dim=1).flatten(0, 1)
+        self.drawn = Generated(
+            torch.zeros(self.batch, self.cells, dtype=torch.long, device=device),
+            torch.zeros(self.batch, self.cells, dtype=torch.long, device=device),
+            torch.zeros(self.batch, self.cells, device=device),
+            torch.zeros(self.batch, dtype=torch.long, device=device),
+        )
+        for images in self.same_count():
+            self.keep(images, 0, *(each_BK[images, : int(counts_B[images.start])] for each_BK in known))
+        self.sequence_BN = sequence(order, known, counts_B) if isinstance(order, Tensor) else None
+        """All cells as they are placed; of a late order, what is known of it by now."""
+        if isinstance(order, LateOrder):
+            self.sequence_BN = torch.zeros_like(self.drawn.order_BN)
 
-    def place_most_confident(self, empty_BR: Tensor) -> Tensor:
-        """Place the most confident of R empty cells; returns it."""
-        candidates = self.decoder.candidate_rows(self.prefix, self._branches(empty_BR))
-        rows_BRD, head = self._guide(candidates.rows_BRD), self.model.output
-        confidence_BR = score_rows(head.weight, rows_BRD.flatten(0, 1), "max_prob", empty_BR.flatten()).view_as(empty_BR)
-        wanted_BR = confidence_BR + self.settings.order_temperature * _gumbel(confidence_BR, self.generator)
-        first_R = torch.arange(empty_BR.shape[1], device=empty_BR.device).flip(0)  # of equals the first in raster order
-        winner_B = pick_best(wanted_BR, first_R.expand_as(empty_BR))
-        # Scores need no logits of all cells at once; the winner's alone are computed to draw its code.
-        logits_BV = head(rows_BRD[self.image_B, winner_B]).float()
-        cell_B, code_B = empty_BR[self.image_B, winner_B], _draw(logits_BV, self.settings, self.generator)
-        self.prefix = self.decoder.commit(self.prefix, candidates, self._branches(winner_B), self._branches(code_B))
-        self._keep(cell_B[:, None], code_B[:, None], confidence_BR[self.image_B, winner_B, None])
-        return cell_B
+    def run(self) -> Generated:
+        """Draw all of them."""
+        drafts = self.settings.draft and self.sequence_BN is not None  # cells that the model has yet to choose cannot be drafted
+        if drafts and not isinstance(self.order, LateOrder):
+            return self._drafted(self.counts_B)
+        self.decoder = Decoder(self.model)
+        self.prefix = self.decoder.begin(self.condition_GTD)
+        groups = [_Group(self, images) for images in self.same_count()]
+        if drafts:
+            return self._drafted(np.concatenate([np.full(group.images.stop - group.images.start, group.count) for group in groups]))
+        first, *others = groups
+        stops = list(accumulate(cells_per_step(self.cells, self.settings.steps), initial=0))
+        for other in others:
+            stop = stops[bisect_left(stops, max(first.count, other.count))]
+            for group in (first, other):
+                group.advance(stops, stop)
+            first.join(other)
+        first.advance(stops, self.cells)
+        return self.drawn
 
-    def place_first(self, order: LateOrder, empty_BR: Tensor) -> Tensor:
-        """Place the first cells, where none are known; returns the others in the order that is then known."""
+    def _drafted(self, counts_B: NDArray[np.int64]) -> Generated:
+        assert self.sequence_BN is not None
+        before = Placing(self.sequence_BN, self.drawn.codes_BN.gather(1, self.sequence_BN), self.drawn.score_BN, self.drawn.passes_B)
+        settled_B = torch.from_numpy(counts_B).to(self.sequence_BN.device)
+        after = draw_drafted(self.model, self.condition_GTD, self.settings, self.rng, before, settled_B)
+        return Generated(after.codes_BN.gather(1, self.sequence_BN.argsort(1)), self.sequence_BN, after.score_BN, after.passes_B)
+
+    def same_count(self) -> list[slice]:
+        """The images with the same number of known cells, for each such number."""
+        starts = [0, *(np.flatnonzero(np.diff(self.counts_B)) + 1).tolist(), self.batch]
+        return [slice(start, end) for start, end in pairwise(starts)]
+
+    def part(self, images: slice) -> Prefix:
+        """The beginning of some images, in the memory of all."""
+        rows = slice(images.start * self.branches, images.stop * self.branches)
+        return replace(self.prefix, cache=self.prefix.cache[:, :, rows], last=self.prefix.last.images(rows))
+
+    @property
+    def branches(self) -> int:
+        """2 under guidance: after each image comes the same one without its caption."""
+        return 2 if self.settings.guided else 1
+
+    def keep(self, images: slice, count: int, cells_BM: Tensor, codes_BM: Tensor, scores_BM: Tensor | None = None) -> None:
+        """Note down the cells of some images after the first ``count`` ones."""
+        places = slice(count, count + cells_BM.shape[1])
+        self.drawn.codes_BN[images].scatter_(1, cells_BM, codes_BM)
+        self.drawn.order_BN[images, places] = cells_BM
+        if scores_BM is not None:
+            self.drawn.score_BN[images, places] = scores_BM
+
+
+class _Group:
+    """Images that have the same number of cells, and the model's cache of them."""
+
+    def __init__(self, drawing: _Drawing, images: slice) -> None:
+        self.drawing, self.decoder, self.settings, self.images = drawing, drawing.decoder, drawing.settings, images
+        self.rng, self.count = drawing.rng.part(images), int(drawing.counts_B[images.start])
+        known_bK = (self._branches(each_BK[images, : self.count]) for each_BK in drawing.known)
+        self.prefix = self.decoder.prefill(drawing.part(images), *known_bK)
+        if isinstance(drawing.order, LateOrder):
+            self._begin(drawing.order)
+
+    def advance(self, stops: list[int], end: int) -> None:
+        """Place cells until there are ``end``; each pass goes to the next one of ``stops``."""
+        while self.count < end:
+            stop = stops[bisect_right(stops, self.count)]
+            if self.drawing.sequence_BN is None:
+                self._place_most_confident(stop - self.count)
+            else:
+                self._place_next(self.drawing.sequence_BN[self.images, self.count : stop])
+
+    def join(self, other: _Group) -> None:
+        """Take in the images behind these, which have as many cells."""
+        first, second = (self.decoder.append_waiting(group.prefix) for group in (self, other))
+        assert (self.count, first.rows) == (other.count, second.rows)
+        self.images = slice(self.images.start, other.images.stop)
+        last = Placed(*(torch.cat(pair) for pair in zip(first.last, second.last, strict=True)))
+        self.prefix, self.rng = replace(self.drawing.part(self.images), rows=first.rows, last=last), self.drawing.rng.part(self.images)
+
+    def _begin(self, order: LateOrder) -> None:
+        """Place the first cells of a late order, where none are known; then note down the order of the others, which is known now."""
         if self.count == 0:
-            for cell_B in order.first_BK.unbind(1):
-                self.place_next(cell_B[:, None])
-            there_BN = torch.zeros_like(self.codes_BN, dtype=torch.bool).scatter(1, order.first_BK, True)
-            empty_BR = empty_BR[~there_BN.gather(1, empty_BR)].view(len(empty_BR), -1)
-        rows_GRD = self.decoder.candidate_rows(self.prefix, self._branches(empty_BR)).rows_BRD
-        return order.rest(rows_GRD[: len(empty_BR)], empty_BR)
+            for cell_B in order.first_BK[self.images].unbind(1):
+                self._place_next(cell_B[:, None])
+        assert self.drawing.sequence_BN is not None
+        self.drawing.sequence_BN[self.images] = self.drawing.drawn.order_BN[self.images]
+        if self.count < self.drawing.cells:
+            empty_BR = self._empty()
+            rows_GRD = self.decoder.candidate_rows(self.prefix, self._branches(empty_BR)).rows_BRD
+            self.drawing.sequence_BN[self.images, self.count :] = order.rest(rows_GRD[:: self.drawing.branches], empty_BR)
+            self.drawing.drawn.passes_B[self.images] += 1
 
-    def place_next(self, cells_BM: Tensor) -> None:
+    def _place_most_confident(self, size: int) -> None:
+        """Place the ``size`` most confident of the empty cells."""
+        empty_BR = self._empty()
+        candidates = self.decoder.candidate_rows(self.prefix, self._branches(empty_BR))
+        rows_BRD, head = self._guide(candidates.rows_BRD), self.drawing.model.output
+        confidence_BR = score_rows(head.weight, rows_BRD.flatten(0, 1), "max_prob", empty_BR.flatten()).view_as(empty_BR)
+        wanted_BR = confidence_BR
+        if self.settings.order_temperature:
+            wanted_BR = confidence_BR + self.settings.order_temperature * self.rng.gumbel(self.count).gather(1, empty_BR)
+        first_R = torch.arange(empty_BR.shape[1], device=empty_BR.device).flip(0)  # of equals the first in raster order
+        chosen_BM = pick_several(wanted_BR, first_R.expand_as(empty_BR), size)
+        # Scores need no logits of all cells at once; those of the chosen ones alone are computed to draw their codes.
+        chosen_BMD = rows_BRD.gather(1, chosen_BM[:, :, None].expand(-1, -1, rows_BRD.shape[2]))
+        cells_BM = empty_BR.gather(1, chosen_BM)
+        codes_BM = draw_codes(head(chosen_BMD).float(), cells_BM, self.settings, self.rng)
+        self.prefix = self.decoder.commit(self.prefix, candidates, self._branches(chosen_BM[:, 0]), self._branches(codes_BM[:, 0]))
+        # The rows of the others did not see the cells placed in the same step before them, so they are computed again.
+        self.prefix = self.decoder.prefill(self.prefix, self._branches(cells_BM[:, 1:]), self._branches(codes_BM[:, 1:]))
+        self._keep(cells_BM, codes_BM, confidence_BR.gather(1, chosen_BM))
+
+    def _place_next(self, cells_BM: Tensor) -> None:
         """Place the next M cells of the order in one pass."""
         if cells_BM.shape[1] == 1:  # its candidate row may stay in the cache; parallel decoding computes rows twice
             candidates = self.decoder.candidate_rows(self.prefix, self._branches(cells_BM))
-            logits_BMV = self._guide(candidates.logits_BRV)
-            code_B = _draw(logits_BMV[:, 0], self.settings, self.generator)
-            first = self._branches(torch.zeros_like(code_B))
-            self.prefix = self.decoder.commit(self.prefix, candidates, first, self._branches(code_B))
-            codes_BM = code_B[:, None]
+            logits_BMV = self.drawing.model.output(self._guide(candidates.rows_BRD)).float()
+            codes_BM = draw_codes(logits_BMV, cells_BM, self.settings, self.rng)
+            code_G = self._branches(codes_BM[:, 0])
+            self.prefix = self.decoder.commit(self.prefix, candidates, torch.zeros_like(code_G), code_G)
         else:
             logits_BMV = self._guide(self.decoder.parallel_logits(self.prefix, self._branches(cells_BM)))
-            codes_BM = _draw(logits_BMV.flatten(0, 1), self.settings, self.generator).view_as(cells_BM)
+            codes_BM = draw_codes(logits_BMV, cells_BM, self.settings, self.rng)
             self.prefix = self.decoder.place_parallel(self.prefix, self._branches(cells_BM), self._branches(codes_BM))
         scores_R = score_logits("max_prob", logits_BMV.flatten(0, 1), cells_BM.flatten())
         self._keep(cells_BM, codes_BM, scores_R.view_as(cells_BM))
 
-    def result(self) -> Generated:
-        return Generated(self.codes_BN, torch.cat(self.placed, dim=1), torch.cat(self.scores, dim=1))
+    def _empty(self) -> Tensor:
+        """The empty cells [B, R] in raster order."""
+        order_BN = self.drawing.drawn.order_BN[self.images]
+        empty_BN = torch.ones_like(order_BN, dtype=torch.bool).scatter(1, order_BN[:, : self.count], False)
+        return empty_cells(empty_BN, empty_BN.shape[1] - self.count)
 
     def _keep(self, cells_BM: Tensor, codes_BM: Tensor, scores_BM: Tensor) -> None:
-        self.codes_BN.scatter_(1, cells_BM, codes_BM)
-        self.placed.append(cells_BM)
-        self.scores.append(scores_BM)
+        self.drawing.keep(self.images, self.count, cells_BM, codes_BM, scores_BM)
+        self.drawing.drawn.passes_B[self.images] += 1
         self.count += cells_BM.shape[1]
 
     def _branches(self, rows: Tensor) -> Tensor:
-        """Rows of the conditional images, and again for the unconditional ones."""
-        return torch.cat([rows, rows]) if self.settings.guided else rows
+        """Rows of images, each of them again for the same image without its caption."""
+        return rows.repeat_interleave(self.drawing.branches, dim=0)
 
     def _guide(self, rows_GRD: Tensor) -> Tensor:
         """Apply classifier-free guidance to rows for the output head, or to logits."""
         if not self.settings.guided:
             return rows_GRD
-        return mix_branches(rows_GRD, self.settings.scale(self.count, self.model.spec.cells))
+        conditional_BRD, null_BRD = rows_GRD.unflatten(0, (-1, 2)).unbind(1)
+        return torch.lerp(null_BRD, conditional_BRD, self.settings.scale(self.count, self.drawing.cells))
 
 
-def _draw(logits_BV: Tensor, settings: SampleSettings, generator: torch.Generator) -> Tensor:
-    """A code [B] of each image: the Gumbel-max trick over the k most likely ones."""
-    kept = logits_BV.topk(min(settings.top_k or logits_BV.shape[1], logits_BV.shape[1]), dim=1)
-    choice_B1 = (kept.values / settings.temperature + _gumbel(kept.values, generator)).argmax(1, keepdim=True)
-    return kept.indices.gather(1, choice_B1)[:, 0]
+def sequence(order_BN: Tensor, known: Known, counts_B: NDArray[np.int64]) -> Tensor:
+    """All cells [B, N] as they are placed: those that are known, then the others in the given order."""
+    cells, device = order_BN.shape[1], order_BN.device
+    count_B1 = torch.from_numpy(counts_B).to(device)[:, None]
+    place_N = torch.arange(cells, device=device)
+    # A column more takes what is not there.
+    known_BN = torch.zeros(len(order_BN), cells + 1, dtype=torch.bool, device=device).scatter(1, known.cells_BK % (cells + 1), True)
+    rest_BN = order_BN.gather(1, known_BN.gather(1, order_BN).to(torch.uint8).argsort(dim=1, stable=True))
+    known_first_BN = F.pad(known.cells_BK, (0, cells - known.cells_BK.shape[1]))
+    return torch.where(place_N < count_B1, known_first_BN, rest_BN.gather(1, (place_N - count_B1).clamp_min(0)))
 
 
-def _gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise, finite, of the shape and on the device of ``like``."""
-    exponential = torch.empty(like.shape, device=generator.device).exponential_(generator=generator)
-    return -exponential.clamp_min(torch.finfo(torch.float32).tiny).log().to(like.device)
-
-
-def _empty_cells(model: AnyOrderModel, batch: int, order_BN: Tensor | None, known: Known, device: torch.device) -> Tensor:
-    """The cells [B, N - K] to be placed: in the given order, else in raster order."""
-    cells, vocab = model.spec.cells, model.spec.vocab_size
+def _check(model: AnyOrderModel, batch: int, order_BN: Tensor | None, known: Known) -> NDArray[np.int64]:
+    """The number of known cells of each image. Raises ValueError for an order or for known cells that cannot be."""
+    cells, vocab, device = model.spec.cells, model.spec.vocab_size, known.cells_BK.device
     raster_BN = torch.arange(cells, device=device).expand(batch, -1)
     if order_BN is not None and not (order_BN.shape == raster_BN.shape and torch.equal(order_BN.sort(1).values, raster_BN)):
         raise ValueError(f"order_BN must hold a permutation of 0..{cells - 1} for each of {batch} images, got {list(order_BN.shape)}")
-    count = known.cells_BK.shape[-1]
-    if known.cells_BK.shape != (batch, count) or known.codes_BK.shape != (batch, count):
-        raise ValueError(f"known cells {list(known.cells_BK.shape)} and codes {list(known.codes_BK.shape)} must both be [{batch}, K]")
-    if ((known.codes_BK < 0) | (known.codes_BK >= vocab)).any():
+    cells_BK, codes_BK = known
+    shape = (batch, cells_BK.shape[-1])
+    if cells_BK.shape != shape or codes_BK.shape != shape:
+        raise ValueError(f"known cells {list(cells_BK.shape)} and codes {list(codes_BK.shape)} must both be [{batch}, K]")
+    there_BK = cells_BK != -1
+    if (there_BK[:, 1:] & ~there_BK[:, :-1]).any():
+        raise ValueError("known cells that are -1 (not there) must come behind all others of their image")
+    if (there_BK & ((codes_BK < 0) | (codes_BK >= vocab))).any():
         raise ValueError(f"known codes must lie in 0..{vocab - 1}")
-    if ((known.cells_BK < 0) | (known.cells_BK >= cells)).any():
+    if (there_BK & ((cells_BK < 0) | (cells_BK >= cells))).any():
         raise ValueError(f"known cells must lie in 0..{cells - 1}")
-    known_BN = torch.zeros(batch, cells, dtype=torch.bool, device=device).scatter(1, known.cells_BK, True)
-    if (known_BN.sum(1) != count).any():
+    named_BN = torch.zeros(batch, cells + 1, dtype=torch.long, device=device).scatter_add(1, cells_BK % (cells + 1), there_BK.long())
+    if (named_BN > 1).any():
         raise ValueError("a known cell is named twice")
-    sequence_BN = raster_BN if order_BN is None else order_BN
-    return sequence_BN[~known_BN.gather(1, sequence_BN)].view(batch, cells - count)
+    counts_B: NDArray[np.int64] = there_BK.sum(1).cpu().numpy()
+    return counts_B

@@ -83,11 +83,12 @@ class Decoder:
         self.model = model
 
     @torch.no_grad()
-    def begin(self, condition_BTD: Tensor) -> Prefix:
-        """Start empty images: allocate the cache and fill in the condition rows, which ``model.condition`` returned."""
+    def begin(self, condition_BTD: Tensor, spare: int = 0) -> Prefix:
+        """Start empty images: allocate the cache, with ``spare`` rows more than an image takes, and fill in the condition rows, which
+        ``model.condition`` returned."""
         spec, layout, batch = self.model.spec, self.model.layout, len(condition_BTD)
         head = layout.head(condition_BTD)
-        capacity = head.x_BLD.shape[1] + layout.stride * spec.cells
+        capacity = head.x_BLD.shape[1] + layout.stride * spec.cells + spare
         cache = condition_BTD.new_empty(spec.cached_pairs, 2, batch, spec.kv_heads or spec.heads, capacity, spec.head_dim)
         prefix = Prefix(cache, 0, layout.start(condition_BTD), layout.tables(condition_BTD.device))
         self._append(prefix, head)
@@ -100,7 +101,7 @@ class Decoder:
             return prefix
         codes_BKD = self._codes(prefix, codes_BK)
         if self._mutual(prefix):
-            self._append_waiting(prefix)
+            self.append_waiting(prefix)
         self._append(prefix, self.model.layout(prefix.last, cells_BK, codes_BKD, prefix.tables))
         # The layouts write the row of the last code together with the next cell's: until then it waits here.
         prefix.last = Placed(cells_BK[:, -1:], codes_BKD[:, -1:])
@@ -117,12 +118,12 @@ class Decoder:
         enters = self.model.layout.entering(prefix.last)
         # Several rows that wait (after ``place_parallel``) must see one another, which candidates do not.
         if enters > 1 or (enters and not self.model.layout.joint):
-            self._append_waiting(prefix)
+            self.append_waiting(prefix)
             enters = 0
         if prefix.rows + enters + count > prefix.cache.shape[4]:
             raise ValueError(f"{count} candidates are more than the cells that are left")
         rows_BRD = prefix.cache.new_empty(batch, count, self.model.spec.dim)
-        for images in _chunks(batch, enters + count, cells_BR.device):
+        for images in image_chunks(batch, enters + count, cells_BR.device):
             rows_BRD[images] = self._candidates_of(prefix, images, cells_BR[images])
         if enters:  # the waiting code row went through with the candidates, before them, and stays in the cache
             prefix.rows += 1
@@ -171,6 +172,16 @@ class Decoder:
         prefix.last = Placed(cells_BM, self._codes(prefix, codes_BM))
         return prefix
 
+    @torch.no_grad()
+    def append_waiting(self, prefix: Prefix) -> Prefix:
+        """Let what was placed last enter the cache on its own, where the layout can write its rows before the next cell is known."""
+        if self.model.layout.entering(prefix.last):
+            waiting, _ = self.model.layout.candidates(prefix.last, prefix.last.cells_BK[:, :0], prefix.tables)
+            assert waiting is not None
+            self._append(prefix, waiting, mutual=self._mutual(prefix))
+            prefix.last = self._nothing(prefix)
+        return prefix
+
     def _nothing(self, prefix: Prefix) -> Placed:
         """Nothing waits to enter the cache: K = 0."""
         cells_BK, codes_BKD = prefix.last
@@ -189,13 +200,6 @@ class Decoder:
         """Whether what waits is a parallel step whose codes see one another all."""
         return self.model.spec.step_attention == "mutual" and self.model.layout.entering(prefix.last) > 1
 
-    def _append_waiting(self, prefix: Prefix) -> None:
-        """Let what was placed last enter the cache on its own."""
-        waiting, _ = self.model.layout.candidates(prefix.last, prefix.last.cells_BK[:, :0], prefix.tables)
-        assert waiting is not None
-        self._append(prefix, waiting, mutual=self._mutual(prefix))
-        prefix.last = self._nothing(prefix)
-
     def _append(self, prefix: Prefix, rows: Rows, leaving: int = 0, *, mutual: bool = False) -> Tensor:
         """Run L rows that see the prefix and one another causally (``mutual``: one another all), and add them to the cache.
 
@@ -207,7 +211,7 @@ class Decoder:
         if length == 0:
             return last_BMD
         layout = self.model.layout
-        for images in _chunks(batch, length, rows.x_BLD.device):
+        for images in image_chunks(batch, length, rows.x_BLD.device):
             part = Rows(rows.x_BLD[images], rows.cells_BL[images])
             x_bLD = layout.enter(self.model.layers, prefix.part(images), part, mutual=mutual)
             last_BMD[images] = x_bLD[:, length - leaving :]
@@ -215,7 +219,7 @@ class Decoder:
         return last_BMD
 
 
-def _chunks(batch: int, rows: int, device: torch.device) -> Iterator[slice]:
+def image_chunks(batch: int, rows: int, device: torch.device) -> Iterator[slice]:
     """Slices of the batch, so many images each that at most :data:`ROWS_AT_ONCE` rows (but one image at least) go through together."""
     images = max(1, ROWS_AT_ONCE.get(device.type, ROWS_AT_ONCE["cpu"]) // max(rows, 1))
     return (slice(start, start + images) for start in range(0, batch, images))

@@ -105,8 +105,8 @@ class InstructedRows(RowLayout):
         """New rows behind ``x_1, p_2, x_2, ..., p_K, x_K`` of the codes placed last: the question of the first is in the cache."""
         if last.cells_BK.shape[1] == 0:
             return Rows(x_BLD, cells_BL)
-        asks_BKD = asks_ND[last.cells_BK].to(last.codes_BKD.dtype)
-        pairs = torch.stack([asks_BKD, last.codes_BKD], dim=2).flatten(1, 2)[:, 1:]
+        asks_BKD = asks_ND[last.cells_BK[:, 1:]].to(last.codes_BKD.dtype)
+        pairs = torch.cat([last.codes_BKD[:, :1], torch.stack([asks_BKD, last.codes_BKD[:, 1:]], dim=2).flatten(1, 2)], dim=1)
         cells = last.cells_BK.repeat_interleave(2, dim=1)[:, 1:]
         return Rows(torch.cat([pairs, x_BLD], dim=1), torch.cat([cells, cells_BL], dim=1))
 

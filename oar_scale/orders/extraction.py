@@ -20,17 +20,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from oar_scale.config.schema import DRAWING_SCORES
 from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.orders.scores import score_logits, score_rows
-from oar_scale.orders.selection import CounterRNG, guide, guided_batch, pick_several
+from oar_scale.orders.selection import CounterRNG, Images, check_numbers, empty_cells, guide, guided_batch, pick_several
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.orders.step_sizes import step_sizes
-
-Images = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -164,8 +161,7 @@ def _place_all(
     order, scores, placed, rows = list[Tensor](), list[Tensor](), 0, 0
     for step, size in enumerate(step_sizes(settings, cells)):
         given = step == 0 and settings.first_cell != "free"
-        # The number of empty cells is known without counting them on the device, which would make every step wait for it.
-        cells_BR = _first_cells(settings, rng, codes_BN) if given else _empty_cells(empty_BN, cells - placed)
+        cells_BR = _first_cells(settings, rng, codes_BN) if given else empty_cells(empty_BN, cells - placed)
         score_BN = torch.full(codes_BN.shape, -torch.inf, device=codes_BN.device).scatter_(1, cells_BR, scorer.scores(cells_BR, step))
         # Noise belongs to a cell, not to a candidate: it is drawn for all N of them, and -inf stays -inf.
         wanted_BN = score_BN + settings.order_temperature * rng.gumbel(step) if settings.order_temperature else score_BN
@@ -179,18 +175,8 @@ def _place_all(
             rows += size - 1  # all but the first of a step go through the trunk again, see _CachedScorer.place
         on_step()
     score_BN = torch.cat(scores, dim=1)
-    if score_BN.isnan().any():
-        # The images cannot cause this: the model may be damaged, or the device that computed it.
-        raise ArithmeticError(
-            "the model's scores are not numbers (NaN): its weights are damaged, its precision is too low, or the device is broken"
-        )
+    check_numbers(score_BN)
     return Orders(torch.cat(order, dim=1), score_BN, rows)
-
-
-def _empty_cells(empty_BN: Tensor, count: int) -> Tensor:
-    """The empty cells [B, count] in raster order; every image has ``count`` of them."""
-    # A stable sort of "is not empty" moves the empty cells to the front and keeps their order.
-    return (~empty_BN).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
 
 def _first_cells(settings: ExtractionSettings, rng: CounterRNG, codes_BN: Tensor) -> Tensor:

@@ -10,24 +10,26 @@ Extraction and generation by confidence are the same loop; only the code that is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oar_scale.data.hashing import device_permutations, device_uniform
+from oar_scale.data.hashing import device_gumbel, device_hash, device_permutations, device_uniform
 
+Images = NDArray[np.int64]
+"""A number for each image of a batch."""
 _TIE = 1e-6
 """Relative; 8 roundings of float32."""
 
 
 @dataclass(frozen=True)
 class CounterRNG:
-    """All random numbers that the orders of B images depend on, from a counter-based generator.
+    """All random numbers that the orders and the codes of B images depend on, from a counter-based generator.
 
-    Each number is a function of (seed, image, draw, step, cell) alone, so it is the same in any batch, process and restart.
+    Each number is a function of (seed, image, draw, step or code, cell) alone, so it is the same in any batch, process and restart.
     """
 
     seed: int
@@ -36,11 +38,18 @@ class CounterRNG:
     draw: int
     """Number of the order, where several are wanted of an image."""
     cells: int
+    code_B1: Tensor
+    """The hash that all noise of an image's codes begins with."""
 
     @classmethod
-    def of(cls, seed: int, images_B: NDArray[np.int64], draw: int, cells: int, device: torch.device) -> CounterRNG:
+    def of(cls, seed: int, images_B: Images, draw: int, cells: int, device: torch.device) -> CounterRNG:
         """The numbers of these images, by their order ``draw`` and N ``cells``, on a device."""
-        return cls(seed, torch.from_numpy(images_B.astype(np.int64)).to(device)[:, None], draw, cells)
+        image_B1 = torch.from_numpy(images_B.astype(np.int64)).to(device)[:, None]
+        return cls(seed, image_B1, draw, cells, device_hash("code noise", seed, image_B1, draw))
+
+    def part(self, images: slice) -> CounterRNG:
+        """Those of some of the images."""
+        return replace(self, image_B1=self.image_B1[images], code_B1=self.code_B1[images])
 
     def ties(self) -> Tensor:
         """A rank of every cell of every image, int64 [B, N], the same at every step and in every draw: the highest of equals wins."""
@@ -54,6 +63,14 @@ class CounterRNG:
     def gumbel(self, step: int) -> Tensor:
         """Standard Gumbel noise for each cell at a step, float32 [B, N]."""
         return -(-self.uniform("cell noise", step).log()).log().float()
+
+    def code_gumbel(self, cells_BM: Tensor, codes: int) -> Tensor:
+        """Standard Gumbel noise for each code of some cells, float32 [B, M, V].
+
+        A cell's noise is the same at every step: whenever and however often it is drawn, equal logits give the same code.
+        """
+        code_V = torch.arange(codes, device=cells_BM.device)
+        return device_gumbel(self.code_B1[:, :, None], cells_BM[:, :, None], code_V)
 
 
 def pick_best(score_BN: Tensor, ties_BN: Tensor) -> Tensor:
@@ -77,6 +94,22 @@ def pick_several(score_BN: Tensor, ties_BN: Tensor, count: int) -> Tensor:
     return torch.stack(picked, dim=1)
 
 
+def empty_cells(empty_BN: Tensor, count: int) -> Tensor:
+    """The empty cells [B, count] in raster order; every image has ``count`` of them."""
+    # A stable sort of "is not empty" moves the empty cells to the front and keeps their order. Their number is known without counting
+    # them on the device, which would make every step wait for it.
+    return (~empty_BN).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+
+
+def check_numbers(score_BN: Tensor) -> None:
+    """Raises ArithmeticError for scores that are NaN."""
+    if score_BN.isnan().any():
+        # The images cannot cause this: the model may be damaged, or the device that computed it.
+        raise ArithmeticError(
+            "the model's scores are not numbers (NaN): its weights are damaged, its precision is too low, or the device is broken"
+        )
+
+
 def guide(rows_GRD: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: null + scale x (conditional - null).
 
@@ -88,11 +121,8 @@ def guide(rows_GRD: Tensor, scale: float) -> Tensor:
     Returns:
         The guided rows [B, R, D].
     """
-    return rows_GRD if scale == 1 else mix_branches(rows_GRD, scale)
-
-
-def mix_branches(rows_GRD: Tensor, scale: float) -> Tensor:
-    """:func:`guide` where the null branch is there whatever the scale."""
+    if scale == 1:
+        return rows_GRD
     conditional_BRD, null_BRD = rows_GRD.chunk(2)
     return torch.lerp(null_BRD, conditional_BRD, scale)
 

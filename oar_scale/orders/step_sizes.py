@@ -8,6 +8,7 @@ cosine_steps S        more and more, as RandAR samples                       by 
 from __future__ import annotations
 
 import math
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,16 +32,17 @@ def cells_per_step(cells: int, steps: int | None, known: int = 0) -> list[int]:
     Args:
         cells: N.
         steps: S; None places one cell a pass.
-        known: cells that were placed before the first pass.
+        known: cells that were placed before the first pass. The first pass then fills up to the next of these numbers.
 
     Returns:
-        At least one cell for each pass, exactly one for the first; they sum to ``cells - known``.
+        At least one cell for each pass, exactly one for the first of an empty image; they sum to ``cells - known``.
     """
     sizes: list[int] = []
-    placed, step = known, 1
+    placed, step = 0, 1
     while placed < cells:
         target = cells if steps is None else int((1 - math.cos(math.pi / 2 * step / steps)) * cells + 1)
         size = 1 if steps is None or not sizes else max(1, min(target, cells) - placed)
-        sizes.append(size)
         placed, step = placed + size, step + 1
-    return sizes
+        sizes.append(size)
+    ends = [end for end in accumulate(sizes) if end > known]
+    return [end - start for start, end in pairwise([known, *ends])]

@@ -35,7 +35,7 @@ from oar_scale.evaluation.likelihood import random_orders, raster_orders, shuffl
 from oar_scale.evaluation.pictures import decode_pictures, step_of_cell
 from oar_scale.evaluation.result_tables import ComparedFeatures, Features
 from oar_scale.generation.editing import centre_mask
-from oar_scale.generation.sampling import SampleSettings
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.json_object import JsonObject
 from oar_scale.orders.analysis import neighbour_share
 from oar_scale.orders.order_files import run_files

@@ -24,8 +24,9 @@ from torch import Tensor
 from oar_scale.data.hashing import device_permutations
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.analysis import kendall_distance
-from oar_scale.orders.extraction import Images, Orders, extract_orders, scores_along
+from oar_scale.orders.extraction import Orders, extract_orders, scores_along
 from oar_scale.orders.head import OrderHead, predict_ahead, predict_orders
+from oar_scale.orders.selection import Images
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.results.estimates import Estimate, estimate
 

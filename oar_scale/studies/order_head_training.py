@@ -22,7 +22,7 @@ from torch import Tensor
 
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import OrderHeadConfig
-from oar_scale.data.hashing import hash_keys, name_hashes, permutations
+from oar_scale.data.hashing import derived_seed, name_hashes, permutations
 from oar_scale.data.manifest import Manifest, ShardInfo, read_manifest
 from oar_scale.data.open_shard import TokenShard
 from oar_scale.data.shards import identity, read_token_shard
@@ -125,7 +125,7 @@ def train_head(
     Raises:
         UserError: images without an order, or too few of them to train on or to measure with.
     """
-    torch.manual_seed(int(hash_keys("order head", seed)) >> 1)
+    torch.manual_seed(derived_seed("order head", seed))
     spec = HeadSpec.of(
         data.model.spec,
         own_id,

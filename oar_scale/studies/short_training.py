@@ -22,7 +22,7 @@ from oar_scale.evaluation.distances import Kid, kid
 from oar_scale.evaluation.eval_tasks import EvalTarget, LikelihoodTask, SamplingTask
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import random_orders
-from oar_scale.generation.sampling import SampleSettings
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.json_object import JsonObject
 from oar_scale.model import model_id
 from oar_scale.orders.order_table import OrderTable, table_name, write_orders

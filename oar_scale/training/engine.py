@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from oar_scale.data.hashing import hash_keys
+from oar_scale.data.hashing import derived_seed
 from oar_scale.data.stream import Batch
 from oar_scale.model import AnyOrderModel, ModelSpec
 from oar_scale.tokenizers.prompts import PromptEncoder, conditioning_inputs
@@ -157,4 +157,4 @@ def micro_batch_count(batch: Batch, size: int) -> int:
 
 def micro_batch_seeds(seed: int, step: int, rank: int, world: int, count: int) -> list[int]:
     """The seeds of a rank's ``count`` micro-batches of a step: functions of the micro-batch's number among all ranks'."""
-    return [int(hash_keys("dropout", seed, step, rank + world * number)) >> 1 for number in range(count)]
+    return [derived_seed("dropout", seed, step, rank + world * number) for number in range(count)]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.config.schema import MixConfig
-from oar_scale.data.hashing import hash_keys
+from oar_scale.data.hashing import derived_seed
 from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.open_shard import OpenShard
 from oar_scale.data.sample_plan import Cut
@@ -85,7 +85,7 @@ def stream_seed(job: TrainingJob, version: int = STREAM_VERSION) -> int:
     """
     if version == 0 or job.stage == "pretrain":
         return job.recipe.seed
-    return int(hash_keys(f"stream of {job.section}", job.recipe.seed)) >> 1
+    return derived_seed(f"stream of {job.section}", job.recipe.seed)
 
 
 def job_orders(job: TrainingJob) -> TrainingOrders:

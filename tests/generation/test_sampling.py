@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,16 +12,13 @@ from small_models import random_codes, random_orders, random_text, small_model
 from torch import Tensor
 
 from oar_scale.generation.editing import box_mask, centre_mask, inpaint
-from oar_scale.generation.sampling import Known, SampleSettings, generate
+from oar_scale.generation.sampling import Known, generate
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder
 
 
 def choices(*, guidance: float = 1.0, temperature: float = 1.0, top_k: int = 0, order_temperature: float = 0.0) -> SampleSettings:
     return SampleSettings(guidance=guidance, temperature=temperature, top_k=top_k, order_temperature=order_temperature)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @torch.no_grad()
@@ -45,7 +43,7 @@ def test_greedy_generation_equals_brute_force_over_full_forwards(guidance: float
     start, condition = random_codes(model, 2), condition_of(model, 2)
     cells = torch.tensor([known, known], dtype=torch.long)
     given_codes = Known(cells, start.gather(1, cells))
-    drawn = generate(model, condition, choices(guidance=guidance, top_k=1), seeded(), known=given_codes)
+    drawn = generate(model, condition, choices(guidance=guidance, top_k=1), 0, known=given_codes)
     for image in range(2):
         placed, scores, codes = list(known), [0.0] * len(known), start[image : image + 1].clone()
         while len(placed) < model.spec.cells:
@@ -72,7 +70,7 @@ def test_greedy_generation_equals_brute_force_over_full_forwards(guidance: float
 def test_the_order_it_chooses_is_a_permutation(grid: int, batch: int, seed: int, guidance: float, order_temperature: float) -> None:
     model = small_model(grid=grid, seed=seed)
     settings = choices(guidance=guidance, order_temperature=order_temperature)
-    drawn = generate(model, condition_of(model, batch, seed), settings, seeded(seed))
+    drawn = generate(model, condition_of(model, batch, seed), settings, seed)
     assert torch.equal(drawn.order_BN.sort(1).values, torch.arange(grid * grid).expand(batch, -1))
     assert drawn.codes_BN.min() >= 0
     assert drawn.codes_BN.max() < model.spec.vocab_size
@@ -84,7 +82,7 @@ def test_a_given_order_is_followed_with_greedy_codes() -> None:
     """A given order is followed and its codes are greedy in that order."""
     model = small_model()
     order, condition = random_orders(model, 2, seed=3), condition_of(model, 2)
-    drawn = generate(model, condition, choices(top_k=1), seeded(), order_BN=order)
+    drawn = generate(model, condition, choices(top_k=1), 0, order_BN=order)
     assert torch.equal(drawn.order_BN, order)
     with torch.no_grad():
         greedy = model(drawn.codes_BN, order, condition).argmax(-1)
@@ -95,7 +93,7 @@ def test_the_seed_alone_decides_the_images() -> None:
     """The same seed draws the same images and another seed others."""
     model = small_model()
     condition, settings = condition_of(model, 2), choices(guidance=2.0, order_temperature=0.5, temperature=2.0)
-    first, again, other = (generate(model, condition, settings, seeded(seed)) for seed in (5, 5, 6))
+    first, again, other = (generate(model, condition, settings, seed) for seed in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first.codes_BN, other.codes_BN)
     assert not torch.equal(first.order_BN, other.order_BN)
@@ -107,10 +105,10 @@ def test_codes_are_drawn_with_the_probabilities_of_the_model() -> None:
     with torch.no_grad():
         logits = model(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), condition[:1])[0, 0]
     for temperature in (1.0, 3.0):
-        drawn = generate(model, condition, choices(temperature=temperature), seeded()).codes_BN[:, 0]
+        drawn = generate(model, condition, choices(temperature=temperature), 0).codes_BN[:, 0]
         share = torch.bincount(drawn, minlength=5) / 4000
         torch.testing.assert_close(share, (logits / temperature).softmax(0), atol=0.03, rtol=0)
-    kept = set(generate(model, condition, choices(temperature=3.0, top_k=2), seeded()).codes_BN[:, 0].tolist())
+    kept = set(generate(model, condition, choices(temperature=3.0, top_k=2), 0).codes_BN[:, 0].tolist())
     assert kept == set(logits.topk(2).indices.tolist())
 
 
@@ -123,7 +121,7 @@ def test_of_cells_that_differ_by_roundings_the_first_is_taken() -> None:
     logits = Decoder(model).candidate_rows(Decoder(model).begin(condition), torch.arange(9).expand(3, -1)).logits_BRV
     best = logits.log_softmax(2).amax(2)
     assert 0 < float(best.max() - best.min()) < 1e-6 and best.argmax(1).any(), "there is something to be strict about"
-    assert generate(model, condition, choices(), seeded()).order_BN.tolist() == [list(range(9))] * 3
+    assert generate(model, condition, choices(), 0).order_BN.tolist() == [list(range(9))] * 3
 
 
 def test_order_temperature_spreads_the_choice_of_cells() -> None:
@@ -133,10 +131,10 @@ def test_order_temperature_spreads_the_choice_of_cells() -> None:
     with torch.no_grad():
         codes = torch.zeros(1, 4, dtype=torch.long)
         confidence = torch.stack([guided_next_logits(model, codes, [], cell, condition[:1], 1.0).log_softmax(0).max() for cell in range(4)])
-    first = generate(model, condition, choices(), seeded()).order_BN[:, 0]
+    first = generate(model, condition, choices(), 0).order_BN[:, 0]
     assert first.unique().tolist() == [int(confidence.argmax())]
     for temperature in (0.5, 2.0):
-        first = generate(model, condition, choices(order_temperature=temperature), seeded()).order_BN[:, 0]
+        first = generate(model, condition, choices(order_temperature=temperature), 0).order_BN[:, 0]
         share = torch.bincount(first, minlength=4) / 4000
         torch.testing.assert_close(share, (confidence / temperature).softmax(0), atol=0.03, rtol=0)
 
@@ -147,14 +145,14 @@ def test_guidance_1_sees_no_null_and_guidance_0_no_caption() -> None:
     with torch.no_grad():
         changed.conditioner.null_rows.mul_(-2.0)
     condition, other = condition_of(model, 2), condition_of(model, 2, seed=9)
-    plain, moved = (generate(m, condition, choices(top_k=1), seeded()) for m in (model, changed))
+    plain, moved = (generate(m, condition, choices(top_k=1), 0) for m in (model, changed))
     assert torch.equal(plain.codes_BN, moved.codes_BN)
     assert torch.equal(plain.score_BN, moved.score_BN)
-    blind = [generate(model, rows, choices(top_k=1, guidance=0.0), seeded()) for rows in (condition, other, model.null_condition(2))]
+    blind = [generate(model, rows, choices(top_k=1, guidance=0.0), 0) for rows in (condition, other, model.null_condition(2))]
     assert torch.equal(blind[0].score_BN, blind[1].score_BN)
-    unguided = generate(model, model.null_condition(2), choices(top_k=1), seeded())
+    unguided = generate(model, model.null_condition(2), choices(top_k=1), 0)
     assert torch.equal(blind[2].codes_BN, unguided.codes_BN)
-    guided = [generate(m, condition, choices(top_k=1, guidance=2.0), seeded()) for m in (model, changed)]
+    guided = [generate(m, condition, choices(top_k=1, guidance=2.0), 0) for m in (model, changed)]
     assert not torch.equal(guided[0].score_BN, guided[1].score_BN)
 
 
@@ -164,14 +162,14 @@ def test_inpainting_keeps_the_known_codes_and_places_them_first(seed: int, redo_
     model = small_model(seed=seed)
     codes, condition = random_codes(model, 2, seed), condition_of(model, 2, seed)
     redo = random_orders(model, 2, seed) < redo_count
-    drawn = inpaint(model, codes, redo, condition, choices(guidance=guidance), seeded(seed))
+    drawn = inpaint(model, codes, redo, condition, choices(guidance=guidance), seed)
     kept = model.spec.cells - redo_count
     assert torch.equal(drawn.codes_BN[~redo], codes[~redo])
     assert torch.equal(drawn.order_BN.sort(1).values, torch.arange(9).expand(2, -1))
     for image in range(2):
         assert drawn.order_BN[image, :kept].tolist() == torch.nonzero(~redo[image]).flatten().tolist()
     hidden = torch.where(redo, (codes + 1) % model.spec.vocab_size, codes)
-    again = inpaint(model, hidden, redo, condition, choices(guidance=guidance), seeded(seed))
+    again = inpaint(model, hidden, redo, condition, choices(guidance=guidance), seed)
     assert torch.equal(drawn.codes_BN, again.codes_BN)  # what lay under the mask is never looked at
 
 
@@ -180,7 +178,7 @@ def test_inpainting_follows_a_given_order() -> None:
     model = small_model()
     codes, condition, order = random_codes(model, 2), condition_of(model, 2), random_orders(model, 2, seed=4)
     redo = box_mask(3, 0, 1, 2, 2)
-    drawn = inpaint(model, codes, redo, condition, choices(top_k=1), seeded(), order_BN=order)
+    drawn = inpaint(model, codes, redo, condition, choices(top_k=1), 0, order_BN=order)
     for image in range(2):
         sequence = order[image].tolist()
         assert drawn.order_BN[image].tolist() == [c for c in sequence if not redo[c]] + [c for c in sequence if redo[c]]
@@ -193,7 +191,7 @@ def test_inpainting_depends_on_the_known_codes() -> None:
     model = small_model()
     condition, redo = condition_of(model, 1), ~centre_mask(3, 1)
     codes = random_codes(model, 1)
-    drawn = [inpaint(model, (codes + shift) % 7, redo, condition, choices(top_k=1), seeded()) for shift in (0, 3)]
+    drawn = [inpaint(model, (codes + shift) % 7, redo, condition, choices(top_k=1), 0) for shift in (0, 3)]
     assert not torch.equal(drawn[0].score_BN, drawn[1].score_BN)
 
 
@@ -205,11 +203,18 @@ def test_masks_mark_the_box() -> None:
             box_mask(4, *box)
 
 
-def test_different_numbers_of_cells_to_redo_are_refused() -> None:
+def test_images_of_a_batch_may_redo_different_numbers_of_cells() -> None:
     model = small_model()
-    redo = torch.stack([box_mask(3, 0, 0, 1, 1), box_mask(3, 0, 0, 1, 2)])
-    with pytest.raises(ValueError, match=r"same number of cells, got \[1, 2\]"):
-        inpaint(model, random_codes(model, 2), redo, condition_of(model, 2), choices(), seeded())
+    codes, condition, settings = random_codes(model, 3), condition_of(model, 3), choices(guidance=2.0)
+    redo = torch.stack([box_mask(3, 0, 0, 1, 2), box_mask(3, 0, 0, 3, 3), box_mask(3, 1, 1, 2, 2)])
+    drawn = inpaint(model, codes, redo, condition, settings, 4)
+    assert torch.equal(drawn.codes_BN[~redo], codes[~redo])
+    for image in range(3):
+        one = slice(image, image + 1)
+        alone = inpaint(model, codes[one], redo[image], condition[one], settings, 4, images_B=np.array([image]))
+        assert torch.equal(drawn.codes_BN[one], alone.codes_BN)
+        assert torch.equal(drawn.order_BN[one], alone.order_BN)
+        assert int(drawn.passes_B[image]) == int(redo[image].sum())
 
 
 @pytest.mark.parametrize(
@@ -219,27 +224,22 @@ def test_different_numbers_of_cells_to_redo_are_refused() -> None:
         ([[9]], [[0]], "known cells must lie in 0..8"),
         ([[1]], [[7]], "known codes must lie in 0..6"),
         ([[1]], [[0, 1]], "must both be"),
+        ([[-1, 1]], [[0, 0]], "must come behind all others"),
     ],
 )
 def test_impossible_known_cells_are_refused(cells: list[list[int]], codes: list[list[int]], complaint: str) -> None:
     model = small_model()
     with pytest.raises(ValueError, match=complaint):
-        generate(model, condition_of(model, 1), choices(), seeded(), known=Known(torch.tensor(cells), torch.tensor(codes)))
+        generate(model, condition_of(model, 1), choices(), 0, known=Known(torch.tensor(cells), torch.tensor(codes)))
 
 
 def test_an_order_that_is_no_permutation_is_refused() -> None:
     model = small_model()
     with pytest.raises(ValueError, match=r"permutation of 0..8"):
-        generate(model, condition_of(model, 1), choices(), seeded(), order_BN=torch.zeros(1, 9, dtype=torch.long))
+        generate(model, condition_of(model, 1), choices(), 0, order_BN=torch.zeros(1, 9, dtype=torch.long))
 
 
 def test_a_model_in_training_mode_is_refused() -> None:
     model = small_model().train()
     with pytest.raises(ValueError, match="training mode"):
-        generate(model, model.null_condition(1), choices(), seeded())
-
-
-@pytest.mark.parametrize(("field", "value"), [("temperature", 0.0), ("guidance", -1.0), ("top_k", -1), ("order_temperature", -0.1)])
-def test_settings_without_meaning_are_refused(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=field):
-        choices(**{field: value})  # type: ignore[arg-type]
+        generate(model, model.null_condition(1), choices(), 0)

@@ -12,12 +12,14 @@ from small_models import CONDITIONS, cond_inputs, random_codes, random_orders, s
 from torch import Tensor
 
 from oar_scale.config.schema import Layout
-from oar_scale.generation.sampling import Known, SampleSettings, cells_per_step, generate
+from oar_scale.generation.sampling import Known, generate
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.model.layouts import LAYOUTS
 from oar_scale.model.spec import HELD, STRIDE
 from oar_scale.orders.extraction import brute_force_orders, extract_orders, regret
 from oar_scale.orders.settings import ExtractionSettings
+from oar_scale.orders.step_sizes import cells_per_step
 from oar_scale.planning.activations import TABLES
 from oar_scale.planning.shape import VECTORS
 
@@ -124,7 +126,7 @@ def test_a_greedy_drawing_is_its_own_teacher_forced_choice(layout: str) -> None:
     model = any_model(layout, "class")
     rows, order = model.condition(cond_inputs(model, 3)), orders(model, 3)
     settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=1, order_temperature=0.0)
-    drawn = generate(model, rows, settings, torch.Generator(), order_BN=order)
+    drawn = generate(model, rows, settings, 0, order_BN=order)
     assert torch.equal(model(drawn.codes_BN, order, rows).argmax(-1), drawn.codes_BN.gather(1, order))
 
 
@@ -135,7 +137,7 @@ def test_known_cells_may_precede_a_parallel_drawing(layout: str) -> None:
     rows, order, codes = model.condition(cond_inputs(model, 2)), random_orders(model, 2), random_codes(model, 2)
     known = Known(order[:, :5], codes.gather(1, order[:, :5]))
     settings = SampleSettings(guidance=2.0, temperature=1.0, top_k=1, order_temperature=0.0, steps=4)
-    drawn = generate(model, rows, settings, torch.Generator(), order_BN=order, known=known)
+    drawn = generate(model, rows, settings, 0, order_BN=order, known=known)
     assert torch.equal(drawn.codes_BN.gather(1, known.cells_BK), known.codes_BK)
     assert torch.equal(drawn.order_BN, order)
     # The first question of every pass sees exactly what a teacher-forced row sees.
@@ -176,7 +178,7 @@ def test_other_models_do_not_ask_for_several_cells_at_once(layout: str) -> None:
     model = any_model(layout, grid=4)
     settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=1, order_temperature=0.0, steps=4)
     with pytest.raises(ValueError, match="only instructed and decoupled models decode in parallel"):
-        generate(model, model.null_condition(1), settings, torch.Generator(), order_BN=torch.arange(16)[None])
+        generate(model, model.null_condition(1), settings, 0, order_BN=torch.arange(16)[None])
 
 
 @torch.no_grad()

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from oar_scale.model import AnyOrderModel, load_model, save_model
 from oar_scale.observe.console import Console
-from oar_scale.orders.extraction import Images, Orders, extract_orders
+from oar_scale.orders.extraction import Orders, extract_orders
 from oar_scale.orders.head import HeadSpec, OrderHead
+from oar_scale.orders.selection import Images
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.context import Run
 from oar_scale.storage import open_storage

@@ -18,7 +18,7 @@ from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import frechet, kid
 from oar_scale.evaluation.eval_tasks import EvalTarget, SamplingTask
 from oar_scale.evaluation.features import image_features
-from oar_scale.generation.sampling import SampleSettings
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.orders.order_files import run_files
 from oar_scale.orders.policies import known
 from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens

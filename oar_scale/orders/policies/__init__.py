@@ -45,12 +45,18 @@ class OrderRequest:
     """Images that need an order to be sampled in, and what a policy may use to find it."""
 
     model: AnyOrderModel
-    images: int
-    noise: torch.Generator
-    """Of the images: a policy that needs random numbers seeds them with it."""
+    images_B: Tensor
+    """int64: a number for each image."""
+    seed: int
+    """Of the images: a policy that needs random numbers hashes it with the image's number."""
     files: OrderFiles
     model_file: str
     """Where the model was loaded from."""
+
+    @property
+    def images(self) -> int:
+        """How many images there are."""
+        return len(self.images_B)
 
     @property
     def device(self) -> torch.device:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from oar_scale.data.hashing import device_permutations
 from oar_scale.orders.order_files import OrderFiles
 from oar_scale.orders.policies import OrderRequest, Policy, TrainingOrders
 
@@ -17,9 +17,8 @@ class RandomPolicy(Policy):
         return TrainingOrders()
 
     def sampling(self, request: OrderRequest) -> Tensor:
-        """One random permutation for each image, from the request's generator."""
-        uniform_BN = torch.rand(request.images, request.model.spec.cells, generator=request.noise)
-        return uniform_BN.argsort(1).to(request.device)
+        """One random permutation for each image, a function of the request's seed and the image's number."""
+        return device_permutations("sampled order", request.model.spec.cells, request.seed, request.images_B.to(request.device))
 
 
 POLICY = RandomPolicy(__name__)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import os
 
+import numpy as np
 import torch
 
-from oar_scale.data.hashing import hash_keys
+from oar_scale.data.hashing import derived_seed
 from oar_scale.errors import UserError
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, order_map, png, step_of_cell, upscale
-from oar_scale.generation.sampling import SampleSettings, generate
+from oar_scale.generation.sampling import generate
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.prompts import conditioning_inputs
 from oar_scale.tokenizers.vq import load_vq
@@ -41,11 +43,13 @@ class SampleSheet(Callback):
         world, rank = loop.process.world, loop.process.rank
         share = -(-loop.job.recipe.sample.images // world)
         model, encoded_prompts = loop.engine.plain_model(), self._heldout.encoded_prompts[:share]
-        noise = torch.Generator().manual_seed(int(hash_keys("samples while training", loop.job.recipe.seed, rank)) >> 1)
+        seed = derived_seed("samples while training", loop.job.recipe.seed)
         with torch.no_grad():
             condition_bTD = model.condition(conditioning_inputs(self._heldout.prompts, encoded_prompts, model.dtype))
         raster = self._heldout.orders["nll_random"][:share] if loop.engine.spec.layout == "raster" else None
-        drawn = generate(model, condition_bTD, SampleSettings.from_recipe(loop.job.recipe.sample), noise, raster)
+        settings = SampleSettings.from_recipe(loop.job.recipe.sample)
+        images_b = rank + world * np.arange(len(condition_bTD))  # the numbers of the captions: see _write
+        drawn = generate(model, condition_bTD, settings, seed, raster, images_B=images_b)
         shares = loop.process.gather((drawn.codes_BN.cpu(), drawn.order_BN.cpu()))
         if loop.events:
             codes_SN, order_SN = (torch.cat([share[side] for share in shares]) for side in (0, 1))

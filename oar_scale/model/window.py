@@ -1,0 +1,116 @@
+"""Several cells of a known order in one pass, each image of a batch at a place of its own.
+
+Of each image t codes are settled, and n codes behind them are drafts. One pass asks
+
+    about cells t .. t + n             in turn, each knowing the drafts before it: exact, as far as these drafts are right
+    about the W cells after them       as candidates, each knowing all drafts and no other candidate
+
+    rows of an instructed model   x_t-1, p_t, x_t, ..., p_t+n | p_t+n+1, p_t+n+2, ...       one block of the cache, new in each pass
+
+A row's place in the cache is a function of its cell's place in the order, so what a wrong draft leaves behind is overwritten, and
+nothing is moved. Where rows end is a tensor, not a number of the program: images of different lengths need no padding, and every pass
+has one shape.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from oar_scale.model.blocks import Block, KVSlice
+from oar_scale.model.decoding import Decoder, image_chunks
+from oar_scale.model.row_layout import Placed, Rows, attention_with_mask
+from oar_scale.model.transformer import AnyOrderModel
+
+
+class WindowDecoder:
+    """The cache of B images along their orders, and questions about the cells ahead."""
+
+    def __init__(self, model: AnyOrderModel, condition_BTD: Tensor, sequence_BN: Tensor, width: int) -> None:
+        """
+        Args:
+            sequence_BN: the order of each image.
+            width: W, the most drafts that can be checked in a pass.
+
+        Raises:
+            ValueError: a layout that cannot ask for cells ahead.
+        """
+        layout = model.layout
+        if model.spec.layout not in ("instructed", "dual"):
+            raise ValueError(f"layout {model.spec.layout} cannot draft cells: layouts instructed and dual can")
+        self.model, self.sequence_BN, self.width = model, sequence_BN, width
+        self.decoder = Decoder(model)
+        self.length = layout.stride * (width + 1) + width
+        self.prefix = self.decoder.begin(condition_BTD, spare=self.length)
+        self.prefix.cache[:, :, :, :, self.prefix.rows :] = 0  # rows that are not seen count with weight 0, which NaN would survive
+        self.begin = self.prefix.rows - layout.stride + 1
+        # What lies before the first code: the layout's own substitute for it, or the last condition row, which is then computed again.
+        start = self.prefix.last.codes_BKD
+        self.first_B1D = start if start.shape[1] else condition_BTD[:, -1:]
+
+    def prefill(self, codes_BK: Tensor) -> None:
+        """Fill the cache for the codes of the first K places. Those of an image that has fewer may be anything."""
+        self.decoder.prefill(self.prefix, self.sequence_BN[:, : codes_BK.shape[1]], codes_BK)
+
+    def ask(self, codes_BN: Tensor, settled_B: Tensor, drafted_B: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """The trunk's normalised rows about cells ahead.
+
+        Args:
+            codes_BN: in the order of the sequence: settled ones, then drafts; the rest may be anything.
+            settled_B, drafted_B: t and n of each image.
+            end: at least the largest t.
+
+        Returns:
+            Rows [B, 2 W + 1, D], and the place of the cell that each is about: t .. t + W, of which those above t + n mean nothing, then
+            t + n + 1 .. t + n + W. Rows for places beyond the last cell mean nothing, either.
+        """
+        stride, asked = self.model.layout.stride, self.width + 1
+        ahead_A = torch.arange(asked, device=codes_BN.device)
+        turn_BA = settled_B[:, None] + ahead_A
+        after_BR = (settled_B + drafted_B)[:, None] + ahead_A[1:]
+        causal = self.model.layout(self._placed(codes_BN, settled_B - 1), *self._rows(codes_BN, turn_BA), self.prefix.tables)
+        newest = self._placed(codes_BN, settled_B + drafted_B - 1)
+        _, candidates = self.model.layout.candidates(newest, self._cells(after_BR), self.prefix.tables)
+        rows = Rows(*(torch.cat(pair, dim=1) for pair in zip(causal, candidates, strict=True)))
+        # A row in turn sees what lies before it, a candidate what lies before the question about the cell that follows the drafts.
+        at_BL = (self.begin + stride * settled_B)[:, None] + torch.arange(self.length, device=codes_BN.device)
+        question_B1 = at_BL.gather(1, (stride * (drafted_B + 1) - 1)[:, None])
+        upto_BL = torch.cat([at_BL[:, : stride * asked], question_B1.expand(-1, self.length - stride * asked)], dim=1)
+        x_BLD = self._run(rows, at_BL, upto_BL, self.begin + stride * end + self.length)
+        asking_BMD = torch.cat([x_BLD[:, stride - 1 : stride * asked : stride], x_BLD[:, stride * asked :]], dim=1)
+        return self.model.norm(asking_BMD), torch.cat([turn_BA, after_BR], dim=1)
+
+    def _run(self, rows: Rows, at_BL: Tensor, upto_BL: Tensor, columns: int) -> Tensor:
+        """Run rows that lie at ``at_BL`` in the cache and see themselves and all before ``upto_BL``; as they leave the trunk."""
+        column_C = torch.arange(columns, device=at_BL.device)
+        seen_BLC = (column_C < upto_BL[:, :, None]) | (column_C == at_BL[:, :, None])
+        leaving_BLD = torch.empty_like(rows.x_BLD)
+        for images in image_chunks(len(at_BL), self.length, at_BL.device):
+            x, rotation_bLP2 = rows.x_BLD[images], self.model.layout.rotated(rows.cells_BL[images])
+            image_b1 = torch.arange(len(x), device=at_BL.device)[:, None]
+            for index, layer in enumerate(cast("list[Block]", self.model.layers)):
+                cache = self.prefix.cache[index, :, images]
+                new = KVSlice(*cache.new_empty(2, len(x), cache.shape[2], self.length, cache.shape[4]))
+                q, _ = layer.project_into(new, x, rotation_bLP2)
+                for old_bGCd, new_bGLd in zip(cache, new, strict=True):
+                    old_bGCd[image_b1, :, at_BL[images]] = new_bGLd.transpose(1, 2)
+                x = layer.finish(x, attention_with_mask(q, KVSlice(*cache[:, :, :, :columns]), seen_BLC[images, None]))
+            leaving_BLD[images] = x
+        return leaving_BLD
+
+    def _cells(self, place_BK: Tensor) -> Tensor:
+        """The cells at some places of the order; that of the last place beyond it."""
+        return self.sequence_BN.gather(1, place_BK.clamp(0, self.model.spec.cells - 1))
+
+    def _rows(self, codes_BN: Tensor, place_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Cells [B, K] and rows of codes [B, K, D] at some places of the order."""
+        codes_BK = codes_BN.gather(1, place_BK.clamp(0, self.model.spec.cells - 1))
+        return self._cells(place_BK), self.model.code_rows(codes_BK).to(self.prefix.cache.dtype)
+
+    def _placed(self, codes_BN: Tensor, place_B: Tensor) -> Placed:
+        """The code at a place of the order, or what lies before the first one."""
+        cells_B1, rows_B1D = self._rows(codes_BN, place_B[:, None])
+        before_B1 = (place_B < 0)[:, None]
+        return Placed(cells_B1.masked_fill(before_B1, self.model.spec.cells), torch.where(before_B1[:, :, None], self.first_B1D, rows_B1D))

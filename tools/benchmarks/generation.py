@@ -1,0 +1,219 @@
+"""How fast images are drawn: beside RandAR's own ``generate`` with the same weights, and with drafts beside one cell a pass.
+
+    python tools/benchmarks/generation.py --randar CHECKOUT         dim 384, 6 layers, 256 cells, 16,384 codes, batch 4, guidance
+    python tools/benchmarks/generation.py --drafts                  the shipped emoji model, one cell a pass and drafted
+
+CHECKOUT is a copy of https://github.com/ziqipang/RandAR, anywhere; without ``--randar`` ours is measured alone. Every side runs in fresh
+processes, in alternation, on the same random weights, labels and orders: one batch to warm up, then one that is timed. Sampling is
+that of the defaults, temperature 1 over all codes. Each side also draws a few cells greedily, which must agree.
+
+With ``--drafts`` passes are counted, and images are compared: those of the same seed must be the same. Times alternate in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from measure import Meter, alternate, in_fresh_process, machine, median_ratio, table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLASSES, GUIDANCE = 1000, 4.0
+RANDAR, OURS = "RandAR", "ours"
+GREEDY_STEPS = 12
+"""In which the sides are compared: 256 cells. With random weights, two codes may be as likely as one another within rounding."""
+EMOJI = Path(__file__).resolve().parents[2] / "recipes" / "weights" / "emoji"
+CAPTIONS = (
+    "a red apple", "a smiling cat", "grinning face", "evergreen tree", "house with garden", "flag", "woman dancing", "police car",
+    "thumbs up", "soccer ball", "birthday cake", "rocket", "clock", "red heart", "umbrella with rain drops", "books",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--randar", help="a checkout of RandAR")
+    parser.add_argument("--drafts", action="store_true")
+    parser.add_argument("--steps", default="88,256", help="passes for an image, several with commas between")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.drafts:
+        drafts(arguments)
+    elif arguments.side:
+        print(json.dumps(measured(arguments)))
+    else:
+        compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Measure both sides and print the table."""
+    sides = [RANDAR, OURS] if arguments.randar else [OURS]
+    with tempfile.TemporaryDirectory() as folder:
+        common = [*sys.argv[1:], "--folder", folder]
+
+        def run(side: str) -> dict[str, Any]:
+            return in_fresh_process(__file__, [*common, "--side", side], arguments.threads)
+
+        setting = run("prepare")["setting"]
+        results = alternate(sides, arguments.rounds, run)
+    rows = []
+    for steps in arguments.steps.split(","):
+        for side in sides:
+            wall, cpu = ([run[steps][clock] for run in results[side]] for clock in ("seconds", "cpu_seconds"))
+            first = [run[steps]["seconds"] for run in results[sides[0]]]
+            first_cpu = [run[steps]["cpu_seconds"] for run in results[sides[0]]]
+            rows.append(
+                [
+                    steps,
+                    side,
+                    f"{arguments.batch / statistics.median(wall):.3f}",
+                    f"{median_ratio(first, wall):.2f}",
+                    f"{statistics.median(cpu):.1f}",
+                    f"{median_ratio(first_cpu, cpu):.2f}",
+                ]
+            )
+    print(machine(arguments.device, arguments.threads), setting, sep="\n", end="\n\n")
+    print(table(["steps", "side", "images/s", "ratio", "CPU s a batch", "ratio"], rows))
+    if arguments.randar:
+        mine, theirs = (results[side][0]["greedy"] for side in (OURS, RANDAR))
+        same = statistics.mean(a == b for a, b in zip(mine, theirs, strict=True))
+        print(f"\ngreedy codes in {GREEDY_STEPS} steps: {same:.1%} equal")
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One side in this process: seconds of a batch at each number of steps, and some greedy codes."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    if arguments.side == "prepare":
+        return prepare(arguments)
+    inputs = torch.load(arguments.folder / "inputs.pt")
+    labels_B, order_BN = (inputs[name].to(arguments.device) for name in ("labels", "order"))
+    side = Ours(arguments) if arguments.side == OURS else Theirs(arguments)
+    with torch.no_grad():
+        result: dict[str, Any] = {"greedy": side.draw(labels_B, order_BN, GREEDY_STEPS, top_k=1).flatten().tolist()}
+        for steps in arguments.steps.split(","):
+            meter = Meter(arguments.device)
+            side.draw(labels_B, order_BN, min(int(steps), 32))
+            meter.time(lambda steps=steps: side.draw(labels_B, order_BN, int(steps)))  # type: ignore[misc]
+            result[steps] = {"seconds": meter.seconds[0], "cpu_seconds": meter.cpu_seconds[0]}
+    return result
+
+
+def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write weights (under RandAR's names), labels and orders; returns the setting for the table's caption."""
+    import torch
+
+    from oar_scale.config.schema import ModelConfig
+    from oar_scale.model import AnyOrderModel, ModelSpec
+    from oar_scale.model.peer_weights import export_peer
+    from oar_scale.model.spec import ClassSpec
+
+    torch.manual_seed(0)
+    spec = ModelSpec.from_recipe(ModelConfig(dim=384, layers=6, heads=6), vocab_size=16384, grid=16, condition=ClassSpec(classes=CLASSES))
+    model = AnyOrderModel(spec.model_copy(update={"layout": "instructed", "condition_rotation": "zero"}))
+    torch.nn.init.normal_(model.output.weight, 0.0, 0.02)  # it starts at zero, where all codes are the same
+    inputs = {"order": torch.rand(arguments.batch, spec.cells).argsort(1), "labels": torch.randint(CLASSES, (arguments.batch,))}
+    torch.save(inputs, arguments.folder / "inputs.pt")
+    torch.save(export_peer(model, "randar"), arguments.folder / "weights.pt")
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    setting = (
+        f"dim {spec.dim}, {spec.layers} layers, {spec.heads} heads, {spec.vocab_size:,} codes, {spec.cells} cells, "
+        f"batch {arguments.batch}, guidance {GUIDANCE:g}, fp32; {parameters:.1f} M parameters"
+    )
+    return {"setting": setting}
+
+
+class Ours:
+    """``generate`` along a given order."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        import torch
+
+        from oar_scale.model.peer_weights import import_peer
+
+        weights = torch.load(arguments.folder / "weights.pt")
+        self.model = import_peer(weights, "randar", "the benchmark's weights", heads=6).eval().to(arguments.device)
+
+    def draw(self, labels_B: Tensor, order_BN: Tensor, steps: int, top_k: int = 0) -> Tensor:
+        from oar_scale.generation.sampling import generate
+        from oar_scale.generation.settings import SampleSettings
+
+        settings = SampleSettings(
+            guidance=GUIDANCE, temperature=1.0, top_k=top_k, order_temperature=0.0, steps=None if steps == order_BN.shape[1] else steps
+        )
+        return generate(self.model, self.model.condition(labels_B), settings, 0, order_BN).codes_BN
+
+
+class Theirs:
+    """``RandARTransformer.generate``, as RandAR's own script calls it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        import torch
+
+        sys.path.insert(0, arguments.randar)
+        from RandAR.model.randar_gpt import RandARTransformer
+
+        model = RandARTransformer(dim=384, n_layer=6, n_head=6, num_classes=CLASSES, vocab_size=16384, block_size=256)
+        model.load_state_dict(torch.load(arguments.folder / "weights.pt"))
+        self.model = model.eval().to(arguments.device)
+
+    def draw(self, labels_B: Tensor, order_BN: Tensor, steps: int, top_k: int = 0) -> Tensor:
+        codes_BN: Tensor = self.model.generate(labels_B, order_BN, cfg_scales=(GUIDANCE, GUIDANCE), num_inference_steps=steps, top_k=top_k)
+        self.model.remove_caches()
+        return codes_BN
+
+
+def drafts(arguments: argparse.Namespace) -> None:
+    """Passes and seconds of the shipped model, one cell a pass and drafted."""
+    import torch
+
+    import oar_scale
+
+    torch.set_num_threads(arguments.threads)
+    model = oar_scale.load(str(EMOJI)).to(arguments.device)
+    print(machine(arguments.device, arguments.threads), f"{len(CAPTIONS)} captions, 64 cells, 512 codes", sep="\n", end="\n\n")
+    rows = []
+    for order in ("random", "halton", "raster"):
+        for guidance in (1.0, 2.0):
+            ways = {draft: Meter(arguments.device) for draft in (0, 4, 8, 16)}
+            drawn = {}
+            for _ in range(arguments.rounds):
+                for draft, meter in ways.items():
+
+                    def draw(draft: int = draft, order: str = order, guidance: float = guidance) -> None:
+                        drawn[draft] = model.draw(CAPTIONS, order=order, guidance=guidance, draft=draft)  # noqa: B023
+
+                    meter.time(draw)
+            for draft, meter in ways.items():
+                passes = float(drawn[draft].passes_B.double().mean())
+                same = int((drawn[draft].codes_BN == drawn[0].codes_BN).all(1).sum())
+                ratio = median_ratio(ways[0].seconds, meter.seconds)
+                rows.append(
+                    [
+                        order,
+                        f"{guidance:g}",
+                        draft or "-",
+                        f"{passes:.1f}",
+                        f"{passes / 64:.2f}",
+                        f"{same} of {len(CAPTIONS)}",
+                        f"{ratio:.2f}",
+                    ]
+                )
+    head = ["order", "guidance", "draft", "passes an image", "of one cell a pass", "same images", "times as fast"]
+    print(table(head, rows))
+
+
+if __name__ == "__main__":
+    main()
