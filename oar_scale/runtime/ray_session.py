@@ -28,6 +28,8 @@ from oar_scale.runtime.gpu_settings import SETTINGS, gpu_settings
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing large goes through it; Ray wants 75 MB at least."""
+_STARTS = 4
+"""Attempts to start a private Ray on an overloaded machine."""
 _ANSWER_S = 10.0
 _ROUNDS = 10
 _PARTING_S = 10.0
@@ -68,7 +70,7 @@ def ray_session(cpus: int, gpus: int = 0, least_gpus: int | None = None) -> Iter
         _choose_token()
         with _exit_on_sigterm(), _private_folder() as folder:
             try:
-                _start(cpus, gpus, os.path.join(folder, "r"), runtime_env)
+                _start(cpus, gpus, folder, runtime_env)
                 yield
             finally:
                 _end(folder)
@@ -135,24 +137,29 @@ def _gpus_here(gpus: int, least: int) -> int:
 def _start(cpus: int, gpus: int, folder: str, runtime_env: JsonObject) -> None:
     import ray
 
-    try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            num_gpus=gpus,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            configure_logging=False,
-            runtime_env=runtime_env,
-            _node_ip_address="127.0.0.2" if sys.platform == "linux" else None,  # Ray replaces 127.0.0.1 by a public address
-            _temp_dir=folder,
-        )
-    except Exception as error:  # Ray has no class of its own for "my processes took longer than 30 s"
-        raise UserError(
-            f"Ray did not start: {error}\n"
-            "On an overloaded machine it may take longer than Ray waits: run the command again, finished work is kept."
-        ) from error
+    for attempt in range(1, _STARTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                num_gpus=gpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                configure_logging=False,
+                runtime_env=runtime_env,
+                _node_ip_address="127.0.0.2" if sys.platform == "linux" else None,  # Ray replaces 127.0.0.1 by a public address
+                _temp_dir=os.path.join(folder, str(attempt)),
+            )
+            return
+        except Exception as error:  # Ray has no class of its own for "my processes took longer than 30 s", and no setting for it
+            if "timed out during startup" in str(error) and attempt < _STARTS:
+                _end(folder)
+                continue
+            raise UserError(
+                f"Ray did not start: {error}\n"
+                "On an overloaded machine it may take longer than Ray waits: run the command again, finished work is kept."
+            ) from error
 
 
 def _end(folder: str) -> None:

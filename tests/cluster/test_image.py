@@ -141,7 +141,7 @@ def run(oar: Path, wheel: Path, *arguments: str) -> subprocess.CompletedProcess[
     nowhere = "http://127.0.0.1:9"
     offline = {"http_proxy": nowhere, "https_proxy": nowhere}
     env = {"PATH": f"{oar.parent}:/usr/bin:/bin", "HOME": str(oar.parents[1]), "OMP_NUM_THREADS": "1", **offline}
-    return subprocess.run([str(oar), *arguments], cwd=wheel.parents[1], env=env, capture_output=True, text=True, timeout=880)
+    return subprocess.run([str(oar), *arguments], cwd=wheel.parents[1], env=env, capture_output=True, text=True, timeout=3400)
 
 
 def test_a_run_that_lacks_extras_ends_before_its_first_stage(wheel: Path, tmp_path: Path) -> None:
@@ -155,6 +155,7 @@ def test_a_run_that_lacks_extras_ends_before_its_first_stage(wheel: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(3600)  # a whole run, on a machine that others keep busy
 def test_the_first_recipe_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
     oar = environment(tmp_path / "venv", wheel, image_extras())
     small = [word for each in [*SMALL, f"run_dir={tmp_path}/run"] for word in ("-o", each)]

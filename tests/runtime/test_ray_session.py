@@ -180,3 +180,23 @@ def test_an_elastic_run_takes_the_gpus_that_there_are(monkeypatch: pytest.Monkey
         with ray_session(cpus=16, gpus=most, least_gpus=least):
             pass
     assert started == [8, 4, 8]
+
+
+def test_a_private_ray_that_starts_too_slowly_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray waits 30 s for its own processes, which an overloaded machine may take longer for."""
+    folders: list[str] = []
+
+    def start(*, _temp_dir: str, **_: object) -> None:
+        folders.append(_temp_dir)
+        if len(folders) < 3:
+            raise RuntimeError("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    with ray_session(1):
+        assert len(set(folders)) == 3  # nothing of an attempt is in the next one's way
+
+    monkeypatch.setattr(ray, "init", lambda **_: 1 / 0)
+    with pytest.raises(UserError, match="Ray did not start: division by zero"), ray_session(1):
+        pass
