@@ -31,6 +31,7 @@ Family = Literal["randar", "llamagen-c2i", "llamagen-t2i", "arpg"]
 
 _INSTRUCTION = "layout.pos_instruct_embeddings"
 _THEIRS = {"conditioner.": "cls_embedding.", _INSTRUCTION: "pos_instruct_embeddings"}
+_ARPG = "layers.self_dec."
 _WIDE_HEADS = {3200: 100, 4096: 128}
 TEXT_ROWS = 120
 """Condition rows of LlamaGen's text models."""
@@ -62,6 +63,12 @@ def import_peer(
     Raises:
         UserError: a tensor is missing, unknown, or of the wrong shape; names it and both shapes.
     """
+    if (family == "arpg") != any(name.startswith(_ARPG) for name in tensors):
+        raise UserError(
+            f"{where}: has no tensor {_ARPG}*, which every arpg model has. Is it RandAR's (randar) or LlamaGen's (llamagen-c2i)?"
+            if family == "arpg"
+            else f"{where}: has the tensors {_ARPG}*, which no {family} model has. Import it as arpg."
+        )
     if family == "arpg":
         return import_arpg(tensors, where, grid=grid, heads=heads)
     ours = {_renamed(name, {theirs: our for our, theirs in _THEIRS.items()}): tensor for name, tensor in tensors.items()}

@@ -46,7 +46,7 @@ class Ran:
 
 
 def ran(mode: str = "none", *, compiled: bool = False, dtype: torch.dtype = torch.float32, **changes: Any) -> Ran:
-    model = small_model(layers=3, grid=5, **changes).to(dtype).train()
+    model = small_model(layers=4 if changes.get("layout") == "decoupled" else 3, grid=5, **changes).to(dtype).train()
     names = model.state_dict().keys()
     accelerate(model, ParallelConfig(activation_checkpointing=mode, compile=compiled))  # type: ignore[arg-type]
     assert model.state_dict().keys() == names
@@ -56,7 +56,7 @@ def ran(mode: str = "none", *, compiled: bool = False, dtype: torch.dtype = torc
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["raster", "instructed", "dual"])
+@pytest.mark.parametrize("layout", ["raster", "instructed", "dual", "decoupled"])
 def test_recomputing_changes_no_bit_of_the_loss_or_a_gradient(layout: str, dtype: torch.dtype, dropout: float, mode: str) -> None:
     plain, recomputed = (ran(each, layout=layout, dtype=dtype, dropout=dropout) for each in ("none", mode))
     assert torch.equal(plain.loss, recomputed.loss)
@@ -65,7 +65,9 @@ def test_recomputing_changes_no_bit_of_the_loss_or_a_gradient(layout: str, dtype
         assert torch.equal(gradient, recomputed.gradients[name]), name
 
 
-@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"dropout": 0.1}], ids=["plain", "grouped", "dropout"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"kv_heads": 1}, {"dropout": 0.1}, {"layout": "decoupled"}], ids=["plain", "grouped", "dropout", "decoupled"]
+)
 def test_the_more_is_recomputed_the_less_is_kept(changes: dict[str, Any]) -> None:
     none, selective, full = (ran(mode, **changes).kept for mode in ("none", *MODES))
     assert selective < 0.9 * none
