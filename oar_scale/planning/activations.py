@@ -129,8 +129,9 @@ def decoding(spec: ModelSpec, images: int, precision: Precision, *, gpu: bool) -
     capacity = spec.rows + 1  # rows of the sequence with its last code
     cache = spec.cached_pairs * 2 * images * capacity * kv * e
     rows = min(images, max(1, ROWS_AT_ONCE[device] // spec.cells)) * spec.cells
-    # In a feed-forward: the inputs and outputs of attention, seven rows of D before and after it, three rows of its own width.
-    width = spec.heads * spec.head_dim + 2 * kv + 7 * spec.dim + 3 * spec.ffn_hidden
+    # In a feed-forward: the inputs and outputs of attention, seven rows of D before and after it, three rows of its own width. Questions
+    # of a decoupled model have no keys and values, and nothing enters with them.
+    width = spec.heads * spec.head_dim + 6 * spec.dim + 3 * spec.ffn_hidden + (0 if spec.decoupled else 2 * kv + spec.dim)
     outputs = images * spec.cells * spec.dim * e
     tables = TABLES[spec.layout](spec.grid) * (spec.dim * e + spec.head_dim * 4)
     block_rows, block_codes = SCORE_BLOCK[device]
