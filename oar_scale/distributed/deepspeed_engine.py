@@ -84,7 +84,7 @@ class DeepSpeedEngine:
                 engine.step()
             losses.append(loss.detach().float())
             quarters.append(quarters_4.float())
-        return StepResult.of(losses, quarters, float(engine.get_global_grad_norm()), watch)
+        return StepResult.of(losses, quarters, engine.get_global_grad_norm(), watch)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

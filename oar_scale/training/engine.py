@@ -37,7 +37,7 @@ class StepResult:
     loss: float
     """Mean over this rank's samples, in nats per code."""
     quarters: Tensor
-    """Mean loss of the first to the last quarter of the generation order [4]."""
+    """Mean loss of the first to the last quarter of the generation order [4], on the CPU."""
     grad_norm: float
     """Before clipping, over all ranks and parameters; not finite where the step was skipped."""
     own_s: float = 0.0
@@ -49,10 +49,20 @@ class StepResult:
         return not math.isfinite(self.grad_norm)
 
     @classmethod
-    def of(cls, losses: Sequence[Tensor], quarters: Sequence[Tensor], grad_norm: float, watch: Stopwatch | None = None) -> StepResult:
-        """Return the result of a step, given the loss and the quarters of each micro-batch, and what has measured its forward passes."""
-        loss = float(torch.stack(list(losses)).mean())
-        return cls(loss, torch.stack(list(quarters)).mean(0), grad_norm, watch.seconds() if watch else 0.0)
+    def of(
+        cls, losses: Sequence[Tensor], quarters: Sequence[Tensor], grad_norm: float | Tensor, watch: Stopwatch | None = None
+    ) -> StepResult:
+        """Return the result of a step, given the loss and the quarters of each micro-batch, and what has measured its forward passes.
+
+        All numbers come from the device at once: the host waits for it one time a step. (Not less often: the spike guard judges a step
+        before the next one, and before its checkpoint.)
+        """
+        parts = [torch.stack(list(losses)).mean().view(1), torch.stack(list(quarters)).mean(0)]
+        if isinstance(grad_norm, Tensor):
+            parts.append(grad_norm.detach().to(parts[0].device).view(1))
+        loss, *rest = torch.cat([part.double() for part in parts]).tolist()
+        norm = rest[QUARTERS] if isinstance(grad_norm, Tensor) else grad_norm
+        return cls(loss, torch.tensor(rest[:QUARTERS]), norm, watch.seconds() if watch else 0.0)
 
 
 class Stopwatch:
@@ -136,6 +146,8 @@ class Objective(nn.Module):
 
 def micro_batches(batch: Batch, size: int, device: torch.device, seeds: Sequence[int] = ()) -> Iterator[tuple[Tensor, ...]]:
     """Yield the inputs of :class:`Objective` for ``size`` samples at a time, on ``device``, when torch's generator has the seed of each.
+
+    Where the batch is on the device already (``prefetch.py``), nothing is copied.
 
     Of n micro-batches, number a takes the samples a, a + n, a + 2 n, ... Rank r of W has the slots r, r + W, ... of a step; these are its
     slots r + W a, r + W (a + n), ...: those that are r + W a modulo W n, the number of all ranks' micro-batches. So a step has the same

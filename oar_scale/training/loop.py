@@ -23,6 +23,7 @@ from oar_scale.training.engine import Engine, StepResult, micro_batch_count, mic
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.learning_rate import learning_rate
 from oar_scale.training.metrics import Metrics
+from oar_scale.training.prefetch import on_device
 from oar_scale.training.process import EventSink, TrainingProcess
 
 
@@ -112,7 +113,8 @@ class Loop:
             callback.start(self)
         steps = self.job.training.steps
         try:
-            with closing(self.stream.batches(self.step + self.batch_offset, steps + self.batch_offset)) as batches:
+            first, end = self.step + self.batch_offset, steps + self.batch_offset
+            with closing(self.stream.batches(first, end)) as made, closing(on_device(made, self.process.device)) as batches:
                 while self.step < steps:
                     self.process.heartbeat(f"step {self.step + 1}")
                     started = time.monotonic()

@@ -80,9 +80,10 @@ class EmaAdamW(torch.optim.AdamW):
     def _average(self, ema_decay: float) -> None:
         states = [(parameter, self.state[parameter]) for parameter in self._parameters()]
         if states:
-            done = float(states[0][1]["step"])
-            follow = 1 - min(ema_decay, (1 + done) / (10 + done))
-            torch._foreach_lerp_([state[AVERAGE] for _, state in states], [parameter for parameter, _ in states], follow)
+            done = states[0][1]["step"].double()  # stays on its device: to read it the host would wait for the step
+            follow = 1 - ((1 + done) / (10 + done)).clamp(max=ema_decay)
+            parameters = [parameter for parameter, _ in states]
+            torch._foreach_lerp_([state[AVERAGE] for _, state in states], parameters, [follow.to(parameters[0].dtype)] * len(states))
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:

@@ -36,8 +36,8 @@ class ShardedEngine(Protocol):
     def step(self) -> None:
         """Take an optimizer step where this was the last micro-batch of the global batch. Collective."""
 
-    def get_global_grad_norm(self) -> float:
-        """Norm of the gradient of the last step, before clipping."""
+    def get_global_grad_norm(self) -> float | Tensor:
+        """Norm of the gradient of the last step, before clipping; under ZeRO 1 and 2 still on its device."""
 
     def destroy(self) -> None:
         """Give back buffers and hooks."""
