@@ -10,6 +10,11 @@ from __future__ import annotations
 from oar_scale.config.schema import ParallelConfig, TrainingConfig
 from oar_scale.json_object import JsonObject
 
+BUCKET = 500_000_000
+"""Numbers that DeepSpeed reduces at once (``reduce_bucket_size``)."""
+OVERLAP_BUCKET = 100_000_000
+"""The same where the reduction overlaps the backward pass. What is in the last bucket hides behind nothing, and a model of 0.3 B in one
+bucket would overlap nothing at all. Not measured on a GPU yet: 200 MB of bf16 are well above what an all-reduce needs to fill its links."""
 _NEVER = 10**9
 """Steps between DeepSpeed's own progress lines: the events of the loop say the same, better."""
 
@@ -35,7 +40,7 @@ def deepspeed_config(parallel: ParallelConfig, training: TrainingConfig, workers
         "gradient_clipping": training.clip_norm if parallel.zero_stage else 0.0,
         "bf16": {"enabled": parallel.precision == "bf16", "check_grad_overflow": True},
         **({"data_types": {"grad_accum_dtype": "fp32"}} if parallel.sums_in_fp32 else {}),
-        "zero_optimization": _zero(parallel),
+        "zero_optimization": _zero(parallel, workers),
         "zero_allow_untested_optimizer": True,  # training/optimizer.py: AdamW, element by element as ZeRO needs it
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own kernel would need a compiler on every node
         "steps_per_print": _NEVER,
@@ -43,8 +48,23 @@ def deepspeed_config(parallel: ParallelConfig, training: TrainingConfig, workers
     }
 
 
-def _zero(parallel: ParallelConfig) -> JsonObject:
+def overlaps(parallel: ParallelConfig, workers: int) -> bool:
+    """Whether gradients are reduced while the backward pass still computes others: below ZeRO-3, where DeepSpeed does not do so by itself.
+
+    On GPUs only: a CPU computes and sends with the same cores. Not under offload, whose copies of gradients wait for the reduction anyway.
+    """
+    return parallel.gpus_per_worker > 0 and workers > 1 and parallel.zero_stage in (1, 2) and parallel.offload == "none"
+
+
+def reduce_bucket(parallel: ParallelConfig, workers: int) -> int:
+    """Numbers that are reduced at once. Where that overlaps the backward pass there are two such buckets."""
+    return OVERLAP_BUCKET if overlaps(parallel, workers) else BUCKET
+
+
+def _zero(parallel: ParallelConfig, workers: int) -> JsonObject:
     zero: JsonObject = {"stage": parallel.zero_stage}
+    if overlaps(parallel, workers):
+        zero |= {"overlap_comm": True, "reduce_bucket_size": OVERLAP_BUCKET}
     if parallel.hpz_workers > 1:
         zero["zero_hpz_partition_size"] = parallel.hpz_workers
     if parallel.quantized_weights:

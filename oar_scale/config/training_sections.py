@@ -118,6 +118,28 @@ class ParallelConfig(Section):
         """Whether gradients are added up in float32, beside weights in bf16."""
         return self.precision == "bf16" and self.gradient_dtype == "fp32"
 
+    @property
+    def compiles_blocks(self) -> bool:
+        """Whether blocks are compiled as a whole, which ZeRO-3's hooks prevent."""
+        return self.compile and self.zero_stage < 3
+
+    @property
+    def slow_compilation(self) -> str | None:
+        """Why ``compile`` gains little beside the other settings, and what to do; None where there is nothing to say.
+
+        The counts of graphs are those of tests/distributed/test_compiled_graphs.py.
+        """
+        if not self.compile:
+            return None
+        if not self.gpus_per_worker:
+            return "parallel.compile on a CPU costs a minute or more, and the blocks are no faster: leave it out."
+        remedy = "Set zero_stage to the lowest that fits (oar plan), or leave compile out."
+        if self.zero_stage == 3 and self.activation_checkpointing == "selective":
+            return f"parallel.compile under ZeRO-3 with selective checkpointing compiles nothing: every block runs eagerly. {remedy}"
+        if self.zero_stage == 3:
+            return f"parallel.compile under ZeRO-3 compiles blocks in pieces only, between the hooks that gather weights. {remedy}"
+        return None
+
     @model_validator(mode="after")
     def _fits_together(self) -> ParallelConfig:
         if self.zero_stage == 0 and self.precision == "bf16":

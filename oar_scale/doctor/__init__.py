@@ -72,7 +72,7 @@ def examine(recipe_path: str | None = None, overrides: Sequence[str] = ()) -> It
         "decoding attention": partial(kernels.decoding_attention, shape),
         "bf16 matmul": kernels.bf16_matmul,
         "fused AdamW": kernels.fused_adamw,
-        "torch.compile": machine.compilation,
+        "torch.compile": partial(machine.compilation, bool(recipe and recipe.parallel.compile)),
     }
     if recipe:
         checks |= {

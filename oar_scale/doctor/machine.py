@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from oar_scale import __version__
 from oar_scale.doctor.finding import INSTALL, Finding, guarded
@@ -152,17 +152,24 @@ def process_group() -> Iterator[Finding]:
     yield Finding("ok", "process group", f"{needed} works; torch has {' and '.join(have)}")
 
 
-def compilation() -> Iterator[Finding]:
-    """Check the requirements of ``torch.compile``: a C++ compiler that finds Python's headers, on a GPU also Triton."""
+def compilation(needed: bool = False) -> Iterator[Finding]:
+    """Check the requirements of ``torch.compile``: a C++ compiler that finds Python's headers, on a GPU also Triton.
+
+    Args:
+        needed: the recipe compiles, so that a training would end at its first step where this is missing.
+    """
+    missing: Literal["warn", "FAIL"] = "FAIL" if needed else "warn"
+    leave_out = "; or leave parallel.compile out" if needed else ""
     compiler = next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
     if compiler is None:
-        yield Finding("warn", "torch.compile", "no C++ compiler on the PATH; apt-get install g++")
+        yield Finding(missing, "torch.compile", f"no C++ compiler on the PATH; apt-get install g++{leave_out}")
         return
     command = [compiler, "-fsyntax-only", "-x", "c++", f"-I{sysconfig.get_paths()['include']}", "-"]
     done = subprocess.run(command, input="#include <Python.h>\n#include <vector>\n", capture_output=True, text=True, timeout=60)
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
-        yield Finding("warn", "torch.compile", f"{compiler} cannot compile for this Python ({reason}); apt-get install g++ python3-dev")
+        remedy = f"apt-get install g++ python3-dev{leave_out}"
+        yield Finding(missing, "torch.compile", f"{compiler} cannot compile for this Python ({reason}); {remedy}")
     elif device().type == "cuda":
         yield Finding("ok", "torch.compile", f"{compiler} and triton {importlib.metadata.version('triton')}")
     else:

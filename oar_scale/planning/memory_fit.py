@@ -137,9 +137,9 @@ def _nearest(written: ParallelConfig, sizes: list[int]) -> Iterator[tuple[Parall
     """Other settings, the least change first, and the changed fields as text."""
     modes = MODES[MODES.index(written.activation_checkpointing) + 1 :]
     changes: list[Mapping[str, object]] = [{}, *({"activation_checkpointing": mode} for mode in modes)]
-    if written.zero_stage < 3:
-        changes += [{"zero_stage": 3}, *({"zero_stage": 3, "activation_checkpointing": mode} for mode in modes)]
-    elif written.hpz_workers > 1:
+    for stage in range(written.zero_stage + 1, 4):  # the lowest first: each sends more than the one below
+        changes += [{"zero_stage": stage}, *({"zero_stage": stage, "activation_checkpointing": mode} for mode in modes)]
+    if written.zero_stage == 3 and written.hpz_workers > 1:
         changes.append(_PLAIN)
     changes += [{**_PLAIN, "zero_stage": 3, "activation_checkpointing": "full", "offload": each} for each in _OFFLOADS]
     smaller = [size for size in sizes if size <= written.micro_batch]

@@ -98,6 +98,8 @@ def _memory(plan: RunPlan) -> Iterator[str]:
     }
     if host:
         yield "  Offload takes of a node's memory: " + ", ".join(f"{name} {gb(size)}" for name, size in host.items()) + " GB"
+    if parallel.slow_compilation:
+        yield f"  note: {parallel.slow_compilation}"
     if plan.traced:
         yield (
             f"  Activations traced: {gb(plan.traced.kept)} GB kept for the backward pass, {gb(plan.traced.peak)} GB at most; "

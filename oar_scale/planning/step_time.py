@@ -1,12 +1,13 @@
 """The time of a training step, from operations, bytes and rates.
 
-    computing       useful operations of the micro-batches / (peak x MFU), and more where blocks are computed again
-    communication   bytes between workers / link speed: under ZeRO-3 most of it hides behind the computation; below, DeepSpeed hides none
-                    unless overlap_comm is set
+    computing       useful operations of the micro-batches / (peak x MFU), and more where blocks are computed again or not compiled
+    communication   bytes between workers / link speed. Most of ZeRO-3's hides behind the computation; under ZeRO 1 and 2 most of the
+                    reduction of gradients behind the backward pass (of the last micro-batch, of each), and nothing of the rest
     offload         gradients and parameters over PCIe, AdamW at the speed of the node's memory
     data            shards from storage at the node's rate, prefetched: a wait is what is left beyond the rest
 
-MFU is a published share of the peak: it already holds what its source spent on its optimizer and its own communication.
+MFU is a published share of the peak, of trainings whose blocks are compiled or made of fused kernels: it already holds what its source
+spent on its optimizer and its own communication.
 
 Bytes that a worker sends in a step (P parameters, e bytes each, A micro-batches, times (W - 1) / W):
 
@@ -19,14 +20,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from oar_scale.config.deepspeed import overlaps, reduce_bucket
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.model.flops import training_flops, useful_flops
 from oar_scale.planning.activations import BYTES
 from oar_scale.planning.case import Case
-from oar_scale.planning.worker_memory import BUCKET
 
 MATRICES = 5
 """Of a block: queries with keys and values, attention's output, and three of the feed-forward."""
+BACKWARD = 2 / 3
+"""Share of the backward pass in the time of both."""
+REDUCED = "all-reduce of gradients"
 ADAMW = 28
 """Bytes that AdamW reads and writes for a parameter: weight, gradient and two moments; all but the gradient back."""
 
@@ -54,11 +58,12 @@ class StepTime:
 def step_time(case: Case, parallel: ParallelConfig, global_batch: int) -> StepTime:
     """One step of ``global_batch`` images on all of the case's workers."""
     assumed, own = case.assumed, global_batch / case.workers
-    compute = own * useful_flops(case.spec) / case.worker_flops
+    useful = own * useful_flops(case.spec) / case.worker_flops
+    compute = useful * (1.0 if case.cluster.on_cpu or parallel.compiles_blocks else assumed("time.eager"))
     again = compute * _recompute_share(case, parallel)
     accumulation = global_batch // (parallel.micro_batch * case.workers)
     sent, seconds = communication(case, parallel, accumulation)
-    hidden = min(seconds * assumed("time.hidden_share"), compute + again) if parallel.zero_stage == 3 else 0.0
+    hidden = _hidden(case, parallel, sent, seconds, (compute + again) / (accumulation if parallel.zero_stage == 1 else 1))
     offload = _offload(case, parallel)
     busy = compute + again + seconds - hidden + offload
     read = global_batch / case.cluster.nodes * case.shard.sample / (assumed("storage.s3_read_gb_s") * 1e9)
@@ -74,7 +79,7 @@ def step_time(case: Case, parallel: ParallelConfig, global_batch: int) -> StepTi
         data_wait_s=wait,
         seconds=busy + wait,
         images_per_s=global_batch / (busy + wait),
-        mfu=case.mfu * compute / (busy + wait),
+        mfu=case.mfu * useful / (busy + wait),
     )
 
 
@@ -88,7 +93,7 @@ def communication(case: Case, parallel: ParallelConfig, accumulation: int) -> tu
     started = collectives(case, parallel, accumulation) * case.assumed("time.collective_s")
     if parallel.zero_stage < 3:
         reduced = 2 * size * (accumulation if parallel.zero_stage == 2 else 1)
-        sent = {"all-reduce of gradients": reduced} | ({"all-gather of weights": size} if parallel.zero_stage else {})
+        sent = {REDUCED: reduced} | ({"all-gather of weights": size} if parallel.zero_stage else {})
         return sent, started + sum(sent.values()) / link
     weight = size * (0.5 if parallel.quantized_weights else 1) * accumulation
     gradient = size * (0.25 if parallel.quantized_gradients else 1) * accumulation
@@ -99,10 +104,20 @@ def communication(case: Case, parallel: ParallelConfig, accumulation: int) -> tu
 
 def collectives(case: Case, parallel: ParallelConfig, accumulation: int) -> int:
     """Number of collectives in a step: one a bucket, and under ZeRO-3 two for each matrix besides, which is gathered when it is needed."""
-    buckets = -(-case.parameters.total // BUCKET)
+    buckets = -(-case.parameters.total // reduce_bucket(parallel, case.workers))
     if parallel.zero_stage < 3:
         return buckets * (accumulation if parallel.zero_stage == 2 else 1) + (parallel.zero_stage > 0)
     return accumulation * (2 * (MATRICES * case.spec.layers + 2) + buckets)
+
+
+def _hidden(case: Case, parallel: ParallelConfig, sent: dict[str, float], seconds: float, passes_s: float) -> float:
+    """Seconds of communication behind ``passes_s`` seconds of forward and backward passes."""
+    if parallel.zero_stage == 3:
+        return min(case.assumed("time.hidden_share") * seconds, passes_s)
+    if not overlaps(parallel, case.workers):
+        return 0.0
+    reduction_s = sent[REDUCED] / case.cluster.link(case.workers * case.gpus_per_worker)
+    return min(case.assumed("time.hidden_share") * reduction_s, BACKWARD * passes_s)
 
 
 def _recompute_share(case: Case, parallel: ParallelConfig) -> float:

@@ -7,13 +7,14 @@
     gathered          -         -             -          e min(P, 10^9)    those in use, whole
     gradients         e P       e P *         g P / W    g P / W        * e P / W where a step is one micro-batch
     optimizer         8 P       12 P / W      12 P / W   12 P / W       two moments, and float32 weights under ZeRO; 4 P more for an average
-    buckets           e b       e (B + b)     e (B + b)  e (B + b)      B = 5 10^8 numbers, b = min(P, B); a CPU touches 2 e b of them
+    buckets           e b       e (B + b)     e (B + b)  e (B + b)      B = 5 10^8 numbers, b = min(P, B); a CPU touches 2 e b of them;
+                                                                        overlapping, e (2 B + b) with B = 10^8
 
 Besides weights, optimizer and average a worker holds, at successive moments of a step (the largest counts):
 
     forward     activations that are kept, and the memory of the loss: logits, and its gradients so far
     backward    activations, the head's gradient, the bucket B (a CPU touches of it what gradients have come)
-    late        the first block's activations with all gradients whole: ZeRO 0 and 1, which reduce at the end
+    late        the first block's activations with all gradients whole: ZeRO 0 and 1, which reduce at the end (1 not where that overlaps)
     reduction   the bucket and its copy b, with the activations that are left when the first bucket is full: none where P < B
     step        gradients as the optimizer takes them: (e + 4) P / W in bf16, 4 P / W in fp32, under ZeRO-3 of 10^9 parameters at a time;
                 where bf16's are added up in fp32, ZeRO-2 has them as it takes them, and e P / W of new parameters
@@ -31,6 +32,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
+from oar_scale.config.deepspeed import overlaps, reduce_bucket
 from oar_scale.config.schema import ParallelConfig, Recipe
 from oar_scale.model.spec import ModelSpec
 from oar_scale.planning import activations
@@ -38,8 +40,6 @@ from oar_scale.planning.activations import BYTES, HeadActivations, TrunkActivati
 from oar_scale.planning.assumptions import Assumptions
 from oar_scale.planning.shape import parameters
 
-BUCKET = 500_000_000
-"""Numbers that DeepSpeed reduces at once (``reduce_bucket_size``)."""
 LIVE = 1_000_000_000
 """Parameters that ZeRO-3 holds whole (``stage3_max_live_parameters``), and takes one optimizer step for (``sub_group_size``)."""
 
@@ -102,6 +102,8 @@ def worker_memory(
     stage, offloaded = parallel.zero_stage, parallel.offload != "none"
     whole_gradients = stage == 0 or (stage == 1 and accumulation > 1)
     g = 4 if parallel.sums_in_fp32 else e
+    early = overlaps(parallel, workers)
+    bucket = reduce_bucket(parallel, workers)
     gradients = 0 if offloaded else e * total if whole_gradients else g * share
     optimizer, averaged = (12 * share, 4 * share * average) if stage else (8 * total, 4 * total * average)
     traced = trunk or activations.trunk(spec, parallel.micro_batch, parallel.precision, parallel.activation_checkpointing)
@@ -112,13 +114,16 @@ def worker_memory(
         share=0 if offloaded else g * share,
         earlier=gradients if accumulation > 1 or stage == 3 or g > e else 0,
         gathered=e * min(total, LIVE) if stage == 3 else 0,
-        bucket=(e * BUCKET if gpu else 0) if stage else 0,
-        copy=e * min(total, BUCKET) if stage or workers > 1 else 0,
+        bucket=(e * bucket * (1 + early) if gpu else 0) if stage else 0,
+        copy=e * min(total, bucket) if stage or workers > 1 else 0,
         in_transfer=e * count.largest if offloaded else 4 * count.largest if stage == 2 and g > e else 0,
-        added=4 * -(-min(total, BUCKET) // workers) if stage == 3 and g > e and accumulation > 1 else 0,
+        in_place=g > e,
+        added=4 * -(-min(total, bucket) // workers) if stage == 3 and g > e and accumulation > 1 else 0,
     )
     step = 0 if offloaded else e * share if stage == 2 and g > e else _step(stage, share, g)
-    moments = {**_passes(stage, sizes, TrunkActivations(*(size + padded for size in traced)), head), "step": gradients + step}
+    moments = {**_passes(stage, early, sizes, TrunkActivations(*(size + padded for size in traced)), head)}
+    # Under ZeRO 1 the buckets have taken whole gradients apart by then, if they are reduced as they come.
+    moments["step"] = (g * share if stage == 1 and early else gradients) + step
     weights = _parameters(parallel, total, share, e)
     tensors = weights + (0 if offloaded else optimizer + averaged) + max(moments.values())
     if gpu:
@@ -161,6 +166,8 @@ class _Sizes:
     """Of the gradients in a full bucket."""
     in_transfer: int
     """The gradient that is being copied to the node's memory, or to float32."""
+    in_place: bool
+    """Under ZeRO 2: gradients are added to the earlier ones as they come, not when all of them are there."""
     added: int
     """In float32, of a bucket's gradients, as they are added to those of before."""
 
@@ -169,24 +176,29 @@ class _Sizes:
         return (max(self.bucket, self.copy) if stage else 0) + self.copy + self.in_transfer + self.added
 
 
-def _passes(stage: int, sizes: _Sizes, trunk: TrunkActivations, head: HeadActivations) -> dict[str, int]:
-    """Bytes besides weights, optimizer and average at each moment of a pass (see the module's docstring)."""
+def _passes(stage: int, early: bool, sizes: _Sizes, trunk: TrunkActivations, head: HeadActivations) -> dict[str, int]:
+    """Bytes besides weights, optimizer and average at each moment of a pass (see the module's docstring).
+
+    Args:
+        early: gradients are reduced as they come, also under ZeRO 1.
+    """
     stays = sizes.gathered + sizes.earlier + (max(sizes.bucket, sizes.copy) if stage == 3 else 0)
     comes = stays + (sizes.bucket if stage in (1, 2) else 0) + sizes.in_transfer
     several = sizes.gradients > sizes.copy  # buckets: what was reduced of the first is there when the next one is full
+    whole = sizes.earlier or not early  # under ZeRO 1: gradients that no bucket has taken yet
     beside = (
         sizes.gradients,
-        sizes.gradients - sizes.copy + sizes.share * several,
-        sizes.share if several or sizes.earlier else 0,
+        (sizes.gradients - sizes.copy) * bool(whole) + sizes.share * several,
+        sizes.share * min(several + bool(sizes.earlier), 1 if sizes.in_place else 2),
         sizes.share,
     )[stage]
-    left = 1 - sizes.copy / sizes.gradients if stage > 1 else 0.0
+    left = 1 - sizes.copy / sizes.gradients if stage > 1 or early else 0.0
     moments = {
         "forward": stays + trunk.kept + head.working,
         "backward": comes + trunk.peak + head.kept,
         "reduction": sizes.gathered + sizes.buckets(stage) + beside + int(left * trunk.peak),
     }
-    if stage < 2 and not sizes.earlier:
+    if stage < 2 and not sizes.earlier and not early:
         moments["late"] = comes + trunk.late + head.kept
     return moments
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from launcher import run_workers
 
-from oar_scale.config.deepspeed import deepspeed_config
+from oar_scale.config.deepspeed import OVERLAP_BUCKET, deepspeed_config
 from oar_scale.config.schema import ParallelConfig, TrainingConfig
 
 GLOBAL_BATCH, STEPS, WIDTH = 8, 6, 16
 TRAINING = TrainingConfig(global_batch=GLOBAL_BATCH, lr=0.02, weight_decay=0.1, clip_norm=0.5)
 
 
-def train(workers: int, parallel: ParallelConfig, result: str) -> None:
+OVERLAP = {"overlap_comm": True, "reduce_bucket_size": 200}
+"""As on GPUs, but for buckets that so small a model fills several of."""
+
+
+def train(workers: int, parallel: ParallelConfig, result: str, zero: dict[str, object]) -> None:
     """Fit a small regression; rank 0 writes the mean loss of each global step and the optimizer's settings."""
     import deepspeed
     import torch
@@ -32,7 +37,9 @@ def train(workers: int, parallel: ParallelConfig, result: str) -> None:
     inputs, weights = torch.randn(STEPS, GLOBAL_BATCH, WIDTH), torch.randn(WIDTH, 1)
     groups = [{"params": list(model.parameters()), "weight_decay": TRAINING.weight_decay}]
     given = DeepSpeedAdamW(groups, lr=TRAINING.lr, betas=TRAINING.betas, ema_decay=None)
-    engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=given, config=deepspeed_config(parallel, TRAINING, workers))
+    config = deepspeed_config(parallel, TRAINING, workers)
+    config["zero_optimization"] |= zero
+    engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=given, config=config)
     given.armed = True
     dtype = next(engine.parameters()).dtype
     losses = []
@@ -62,9 +69,9 @@ def train(workers: int, parallel: ParallelConfig, result: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def run(workers: int, parallel: ParallelConfig, folder: Path) -> dict[str, object]:
+def run(workers: int, parallel: ParallelConfig, folder: Path, **zero: object) -> dict[str, object]:
     result = folder / f"{workers}-{parallel.precision}.json"
-    run_workers(train, workers, workers, parallel, str(result))
+    run_workers(train, workers, workers, parallel, str(result), zero)
     report: dict[str, object] = json.loads(result.read_text())
     return report
 
@@ -85,6 +92,33 @@ def test_bf16_zero_2_learns_on_two_workers(tmp_path: Path) -> None:
     losses = report["losses"]
     assert report["dtype"] == "torch.bfloat16"
     assert isinstance(losses, list) and sum(losses[STEPS:]) < 0.9 * sum(losses[:STEPS])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_overlapped_reduction_changes_no_bit(stage: Literal[1, 2], tmp_path: Path) -> None:
+    """Two micro-batches a step; gradients are reduced in two buckets by turns while others are still computed."""
+    parallel = ParallelConfig(micro_batch=2, zero_stage=stage, precision="bf16")
+    assert run(2, parallel, tmp_path, **OVERLAP)["losses"] == run(2, parallel, tmp_path)["losses"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers", "overlapped"),
+    [
+        ({"zero_stage": 1}, 4, True),
+        ({"zero_stage": 2}, 2, True),
+        ({"zero_stage": 3}, 4, False),  # DeepSpeed does so by itself
+        ({"zero_stage": 2}, 1, False),
+        ({"zero_stage": 2, "offload": "optimizer"}, 4, False),
+        ({"zero_stage": 2, "gpus_per_worker": 0}, 4, False),
+        ({"zero_stage": 0, "precision": "fp32"}, 4, False),
+    ],
+    ids=str,
+)
+def test_reduction_overlaps_on_gpus_below_zero_3(settings: dict[str, Any], workers: int, overlapped: bool) -> None:
+    parallel = ParallelConfig(**{"gpus_per_worker": 1, "micro_batch": 1, **settings})
+    zero = deepspeed_config(parallel, TRAINING, workers)["zero_optimization"]
+    assert zero.get("overlap_comm", False) == overlapped
+    assert zero.get("reduce_bucket_size") == (OVERLAP_BUCKET if overlapped else None)
 
 
 def test_the_batch_must_come_out_exact() -> None:

@@ -211,6 +211,8 @@ def test_a_missing_compiler_warns_with_the_package(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("CXX", raising=False)
     (without,) = compilation()
     assert without.status == "warn" and "apt-get install g++" in without.text
+    (needed,) = compilation(needed=True)  # a recipe that compiles would end at its first step
+    assert needed.status == "FAIL" and "or leave parallel.compile out" in needed.text
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'x.cpp:1: fatal error: Python.h: No such file' >&2; exit 1\n")
     broken.chmod(0o755)

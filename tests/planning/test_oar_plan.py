@@ -82,7 +82,11 @@ def test_a_thousand_ranks_share_the_largest_recipe(capsys: pytest.CaptureFixture
         ("text-3b", ["--nodes", "8"], ["parallel.workers=64"]),  # its actors may be 16 to 128
         ("text-13b", ["--simulate", "ranks=1024"], ["parallel.workers=1024", "parallel.micro_batch=2", "extract.actors=1024"]),
         ("imagenet", ["-o", "extract.batch=4000", "--gpu", "l40s"], ["extract.batch=779"]),
-        ("imagenet", ["--gpu", "h100", *LARGE], ["parallel.micro_batch=8", "parallel.activation_checkpointing=selective"]),
+        (
+            "imagenet",
+            ["--gpu", "h100", *LARGE],
+            ["parallel.zero_stage=2", "parallel.micro_batch=8", "parallel.activation_checkpointing=selective"],
+        ),
         ("emoji", ["--gpu", "h100", "-o", "parallel.gpus_per_worker=1"], ["extract.gpus_per_actor=1.0"]),
     ],
 )

@@ -30,6 +30,13 @@ def test_computing_takes_useful_operations_over_peak_and_mfu() -> None:
     assert step(planned).compute_s == pytest.approx(1024 / 8 * useful_flops(planned.spec) / (H200_PEAK * 0.4))
 
 
+@pytest.mark.parametrize("settings", [{"compile": False}, {"zero_stage": 3}], ids=["not compiled", "ZeRO-3"])
+def test_blocks_that_are_not_compiled_take_longer(settings: dict[str, Any]) -> None:
+    planned = case()
+    assert step(planned, **settings).compute_s == pytest.approx(1.3 * step(planned).compute_s)
+    assert step(planned, **settings).mfu < step(planned).mfu
+
+
 def test_full_checkpointing_computes_the_trunk_once_more() -> None:
     planned = case()
     full = step(planned, activation_checkpointing="full")
@@ -64,12 +71,31 @@ def test_links_between_nodes_count_as_soon_as_there_are_two() -> None:
     assert one.link(8) == 460e9 and two.link(16) == pytest.approx(400e9 * 0.85) and two.link(8) == 460e9
 
 
-def test_only_zero_3_hides_communication() -> None:
-    """Zero 3 hides most of its communication and the others none."""
-    planned = case(nodes=8, gpus_per_node=8)
-    assert step(planned, zero_stage=2, micro_batch=16).exposed_s == step(planned, zero_stage=2, micro_batch=16).communication_s
-    three = step(planned, zero_stage=3, micro_batch=16)
+def test_zero_3_hides_most_of_its_communication() -> None:
+    three = step(case(nodes=8, gpus_per_node=8), zero_stage=3, micro_batch=16)
     assert three.exposed_s == pytest.approx(0.3 * three.communication_s)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_below_zero_3_the_reduction_hides_behind_the_backward(stage: int) -> None:
+    """Most of the all-reduce does where the backward pass takes longer; the all-gather of weights does not."""
+    planned = case(nodes=8, gpus_per_node=8)
+    made = step(planned, zero_stage=stage, micro_batch=16)
+    reduction_s = made.sent["all-reduce of gradients"] / planned.cluster.link(64)
+    assert made.communication_s - made.exposed_s == pytest.approx(0.7 * reduction_s)
+    slow = step(case(nodes=8, gpus_per_node=8, assume=["gpus.h200.network_gb_s=0.1"]), zero_stage=stage, micro_batch=16)
+    assert slow.communication_s - slow.exposed_s == pytest.approx(2 / 3 * slow.compute_s)  # there is no more to hide behind
+
+
+def test_zero_1_hides_behind_the_last_micro_batch_alone() -> None:
+    slow = case(nodes=1, gpus_per_node=8, assume=["gpus.h200.node_bus_gb_s=0.1"])
+    one, two = (step(slow, zero_stage=stage, micro_batch=32) for stage in (1, 2))
+    assert two.communication_s - two.exposed_s == pytest.approx(4 * (one.communication_s - one.exposed_s))
+
+
+def test_offload_hides_no_communication() -> None:
+    made = step(case(nodes=8, gpus_per_node=8), zero_stage=2, micro_batch=16, offload="optimizer")
+    assert made.exposed_s == made.communication_s
 
 
 def test_a_single_worker_talks_to_nobody() -> None:
