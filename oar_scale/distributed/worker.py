@@ -143,7 +143,7 @@ def _resume(loop: Loop, restored: Restored | None, stateful: dict[str, Callback]
         flops_per_image=useful_flops(loop.engine.spec),
         cells=loop.engine.spec.cells,
         left_out_batches=loop.batch_offset,
-        **attempt_metadata(loop.job, loop.process.world),
+        **attempt_metadata(loop.job, loop.process.world, loop.process.device),
     )
     if restored is not None:
         loop.events.emit(

@@ -84,15 +84,6 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[i
     return _condition(spec) + (1 + guided) * trunk + _head(spec, candidates)
 
 
-_PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
-"""Dense bfloat16 operations a second by the makers' data sheets, by a part of the GPU's name."""
-
-
-def peak_flops(device: str, precision: str) -> float | None:
-    """Peak operations a second of a GPU of this name; None where it is not known, and for float32."""
-    return next((peak for name, peak in _PEAKS.items() if name in device), None) if precision == "bf16" else None
-
-
 def _trunk(spec: ModelSpec) -> int:
     return _blocks(spec) + (spec.rows * _shared_row(spec) if spec.decoupled else 0)
 

@@ -268,6 +268,8 @@ class _ConsoleFollower:
         if seen or start_step:
             workers = f", {event['world_size']} workers" if "world_size" in event else ""
             self._view.note(f"attempt {seen + 1}: resumes from step {start_step}{workers}")
+        for notice in event.get("notices", []):
+            self._view.note(str(notice))
 
     def _text(self, step: int) -> str:
         state = self._state

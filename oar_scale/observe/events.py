@@ -50,7 +50,11 @@ NEEDED = {
     "resized": ("to_workers",),
 }
 """Fields without which an event of that kind says nothing."""
-OTHERS: dict[str, type] = {"stage": str, "non_finite": dict, "changes": dict, "recipe": dict, "versions": dict, "uids": list}
+OTHERS: dict[str, type] = {
+    "stage": str,
+    **dict.fromkeys(("uids", "notices"), list),
+    **dict.fromkeys(("non_finite", "changes", "recipe", "versions"), dict),
+}
 """Fields of other types."""
 LARGEST = 1e18
 """A number beyond this is no count or size of ours."""

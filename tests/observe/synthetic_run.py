@@ -34,6 +34,7 @@ def start(log: EventLog, start_step: int = 0, **changed: Any) -> None:
         "versions": {"torch": "2.15.0", "deepspeed": "0.19.8", "ray": "2.60.0"},
         "recipe": RECIPE,
         "left_out_batches": 0,
+        "notices": ["no MFU: the peak of NVIDIA H300 is not known"],
         "planned_images_per_s": 64.0,
     }
     log.emit("start", **(fields | changed))

@@ -7,9 +7,9 @@ import re
 import pytest
 
 from oar_scale.errors import UserError
-from oar_scale.model.flops import peak_flops
 from oar_scale.planning.assumptions import GIVEN, read_assumptions
 from oar_scale.planning.cluster import CPU
+from oar_scale.runtime.gpu_peaks import peak_flops
 
 FIGURES = read_assumptions()._figures
 

@@ -8,7 +8,8 @@ import statistics
 
 import torch
 
-from oar_scale.model.flops import peak_flops, useful_flops
+from oar_scale.model.flops import useful_flops
+from oar_scale.runtime.gpu_peaks import peak_flops
 from oar_scale.training.loop import Callback, Loop
 from oar_scale.training.process import EventSink
 
