@@ -29,6 +29,8 @@ def add(verbs: Subparsers) -> None:
     sample.add_argument("captions", nargs="*", metavar="CAPTION", help="default: held-out captions")
     add_model(sample, "which one of the run; default: %(default)s", default="ordered")
     sample.add_argument("--order", metavar="POLICY", help="the way through the cells, e.g. halton; default: sample.order")
+    sample.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:NUMBER of this machine; default: a GPU where there is one")
+    sample.add_argument("--precision", choices=["bf16", "fp32"], help="of the model; default: parallel.precision")
     sample.add_argument("--out", default="samples.png")
     recipe = add_verb(verbs, "recipe", "print the resolved recipe", _recipe)
     recipe.add_argument("--origin", action="store_true", help="say which file and line set each value")
@@ -70,7 +72,8 @@ def _sample(arguments: argparse.Namespace) -> None:
     from oar_scale.commands.sample import sample_images
     from oar_scale.run.context import Run
 
-    print(sample_images(Run(recipe), arguments.captions or None, arguments.model, arguments.out, arguments.order))
+    chosen = {"order": arguments.order, "device": arguments.device, "precision": arguments.precision}
+    print(sample_images(Run(recipe), arguments.captions or None, arguments.model, arguments.out, **chosen))
 
 
 def _recipe(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from oar_scale.tokenizers.perceptual import INPUT_PIXELS, efficientnet_lite0, network_input
+from oar_scale.tokenizers.vq import pixels_to_unit
 
 FEATURES = 1280
 
@@ -38,3 +39,8 @@ def image_features(images_B3HW: Tensor, batch: int = 64) -> Tensor:
             images = network_input(images_B3HW[start : start + batch].cpu(), INPUT_PIXELS)
             features[start : start + batch] = network.extract_features(images).mean((2, 3))  # type: ignore[operator]
     return features
+
+
+def picture_features(pixels_SHW3: Tensor, batch: int = 64) -> Tensor:
+    """:func:`image_features` of uint8 images [S, H, W, 3], of which a batch at a time is made float32."""
+    return torch.cat([image_features(pixels_to_unit(part), batch) for part in pixels_SHW3.split(batch)])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oar_scale.results.examples import Picture
 from oar_scale.tokenizers.image import ImageTokenizer
-from oar_scale.tokenizers.vq import unit_to_pixels
+from oar_scale.tokenizers.vq import pixels_to_unit, psnr, unit_to_pixels
 
 WHITE = 255
 COLOUR_MAP = "viridis"
@@ -31,6 +31,15 @@ def decode_pictures(vq: ImageTokenizer, codes_SN: Tensor, batch: int = 64) -> li
     for start in range(0, len(codes_SN), batch):
         pictures.extend(unit_to_pixels(vq.decode(codes_SN[start : start + batch].to(vq.device))).cpu().numpy())
     return pictures
+
+
+def mean_psnr(originals: Sequence[Picture], decoded: Sequence[Picture], batch: int = 64) -> float:
+    """Mean PSNR in dB of pictures against others of the same size."""
+    parts = []
+    for start in range(0, len(originals), batch):
+        sides = (torch.from_numpy(np.stack(pictures[start : start + batch])) for pictures in (originals, decoded))
+        parts.append(psnr(*(pixels_to_unit(pixels) for pixels in sides)))
+    return float(torch.cat(parts).mean())
 
 
 def step_of_cell(order_SN: Tensor) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -60,6 +61,28 @@ def on_gpu_node(run: Run, work: Callable[[Run], T], *, gpus: int, or_cpu: bool =
 def device_here(wanted: bool) -> torch.device:
     """A GPU if one is wanted and there is one, else the CPU."""
     return torch.device("cuda" if wanted and torch.cuda.device_count() else "cpu")
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of this name; where there is none, a GPU if this machine has one, else the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name is None:
+        return device_here(True)
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise UserError(f"--device {name}: there are cpu, cuda and cuda:NUMBER")
+    gpus = torch.cuda.device_count()
+    if name != "cpu" and int(match[1] or 0) >= gpus:
+        raise UserError(f"--device {name}: torch finds {gpus} GPUs on {socket.gethostname()}. Leave --device out, or take --device cpu.")
+    return torch.device(name)
+
+
+def threads_here(wanted: int) -> int:
+    """So many threads, but no more than this process has cores: the workers that a recipe counts on may be on many machines."""
+    return max(1, min(wanted, len(os.sched_getaffinity(0))))
 
 
 def devices_here(parallel: ParallelConfig) -> list[str]:

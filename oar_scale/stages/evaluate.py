@@ -30,9 +30,9 @@ from oar_scale.evaluation.eval_tasks import (
     run_eval_tasks,
 )
 from oar_scale.evaluation.evaluation_record import Evaluation, save_evaluation
-from oar_scale.evaluation.features import image_features
+from oar_scale.evaluation.features import picture_features
 from oar_scale.evaluation.likelihood import random_orders, raster_orders, shuffled_captions
-from oar_scale.evaluation.pictures import decode_pictures, step_of_cell
+from oar_scale.evaluation.pictures import decode_pictures, mean_psnr, step_of_cell
 from oar_scale.evaluation.result_tables import ComparedFeatures, Features
 from oar_scale.generation.editing import centre_mask
 from oar_scale.generation.settings import SampleSettings
@@ -55,11 +55,11 @@ from oar_scale.run.artifacts import (
     without_variant,
 )
 from oar_scale.run.context import Run
-from oar_scale.run.gpu_node import devices_here, on_gpu_node
+from oar_scale.run.gpu_node import devices_here, on_gpu_node, threads_here
 from oar_scale.storage import fetch
 from oar_scale.tokenizers.image import ImageTokenizer
-from oar_scale.tokenizers.prompts import conditioning_inputs
-from oar_scale.tokenizers.vq import codebook_use, load_vq, pixels_to_unit, psnr
+from oar_scale.tokenizers.prompts import cond_inputs_of
+from oar_scale.tokenizers.vq import codebook_use, load_vq
 
 EditKind = Literal["inpainting", "outpainting"]
 
@@ -78,11 +78,13 @@ class Inputs:
     models: dict[ModelName, str]
     """Local files."""
     vq: ImageTokenizer
+    """On a GPU where the evaluation has one."""
     vq_file: str
     heldout: Tokens
     heldout_pictures: list[Picture]
+    """Of the first images, as many as anything is measured on; :attr:`cond_inputs_S` likewise."""
     cond_inputs_S: Tensor
-    """What the models are conditioned on for each held-out image."""
+    """What the models are conditioned on for each held-out image, on the CPU."""
     train: Tokens
     train_pictures: list[Picture]
     """Of the first training images."""
@@ -111,8 +113,8 @@ def measure(run: Run) -> Evaluation:
     """All figures and pictures, computed on this machine. Raises as :func:`run_evaluate`."""
     parallel = run.recipe.parallel
     devices = devices_here(parallel)
-    torch.set_num_threads(parallel.cpu_threads * len(devices))
-    inputs = _read(run)
+    torch.set_num_threads(threads_here(parallel.cpu_threads * len(devices)))
+    inputs = _read(run, torch.device(devices[0]))
     # Before the long part: this is also what finds out that the extra `eval` is missing.
     reference_SF = _features(inputs.heldout_pictures[: inputs.compared])
     tasks = _eval_tasks(run, inputs)
@@ -134,7 +136,8 @@ def measure(run: Run) -> Evaluation:
     )
 
 
-def _read(run: Run) -> Inputs:
+def _read(run: Run, device: torch.device) -> Inputs:
+    """Open it all. Of the held-out images as many are looked at as something is measured on, however many there are."""
     models = model_files(run)
     vq_file = fetch(require(run, run.vq_uri, "tokenizer"), run.cache)
     prompts = prompt_encoder(run)
@@ -144,16 +147,17 @@ def _read(run: Run) -> Inputs:
             f"{run.at('tokens', 'heldout')}: {len(heldout.keys)} held-out images are too few to evaluate; raise data.heldout_fraction."
         )
     compared = min(run.recipe.evaluate.feature_images, len(heldout.keys))
+    used = max(compared, run.recipe.evaluate.nll_images, run.recipe.sample.images)
     return Inputs(
         models=models,
-        vq=load_vq(vq_file),
+        vq=load_vq(vq_file).to(device),
         vq_file=vq_file,
         heldout=heldout,
-        heldout_pictures=read_pictures(run, "heldout", heldout.keys),
-        cond_inputs_S=conditioning_inputs(prompts, prompts.encode(heldout.prompts)),
+        heldout_pictures=read_pictures(run, "heldout", heldout.keys[:used]),
+        cond_inputs_S=cond_inputs_of(prompts, heldout.prompts[:used], device),
         train=train,
         train_pictures=read_pictures(run, "train", train.keys[: max(compared, ORDER_EXAMPLES)]),
-        train_cond_inputs_S=conditioning_inputs(prompts, prompts.encode(train.prompts[:BRUTE_FORCE_IMAGES])),
+        train_cond_inputs_S=cond_inputs_of(prompts, train.prompts[:BRUTE_FORCE_IMAGES], device),
         orders_SN=read_train_orders(run, train),
         compared=compared,
         novel_S=without_variant(run, heldout.keys),
@@ -333,16 +337,15 @@ def _orders(run: Run, inputs: Inputs, results: Results) -> OrderSummary:
 
 
 def _tokenizer(run: Run, inputs: Inputs) -> TokenizerMetadata:
-    originals = inputs.heldout_pictures
-    decoded = decode_pictures(inputs.vq, torch.from_numpy(inputs.heldout.codes_SN))
-    quality_S = psnr(*(pixels_to_unit(torch.from_numpy(np.stack(pictures))) for pictures in (originals, decoded)))
+    originals = inputs.heldout_pictures[: inputs.compared]
+    decoded = decode_pictures(inputs.vq, torch.from_numpy(inputs.heldout.codes_SN[: inputs.compared]))
     measured = stage_results(run, "tokenizer")
     return TokenizerMetadata(
         origin=tokenizer_origin(run),
         grid=inputs.vq.spec.grid,
         codebook_size=inputs.vq.spec.codebook_size,
         codebook_use=codebook_use([torch.from_numpy(inputs.train.codes_SN)], inputs.vq.spec.codebook_size),
-        psnr_db=float(quality_S.mean()),
+        psnr_db=mean_psnr(originals, decoded),
         prompts=describe_prompts(run, measured),
         reconstruction_fd_efflite0=measured.get("reconstruction_fd_efflite0"),
         originals=tuple(originals[:RECONSTRUCTIONS]),
@@ -351,7 +354,7 @@ def _tokenizer(run: Run, inputs: Inputs) -> TokenizerMetadata:
 
 
 def _features(pictures: list[Picture]) -> Features:
-    features: Features = image_features(pixels_to_unit(torch.from_numpy(np.stack(pictures)))).numpy()
+    features: Features = picture_features(torch.from_numpy(np.stack(pictures))).numpy()
     return features
 
 

@@ -16,18 +16,17 @@ from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import ShardSample, read_shard
 from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import frechet
-from oar_scale.evaluation.features import image_features
-from oar_scale.evaluation.pictures import decode_pictures
+from oar_scale.evaluation.features import picture_features
 from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
-from oar_scale.run.gpu_node import device_here, on_gpu_node
+from oar_scale.run.gpu_node import device_here, on_gpu_node, threads_here
 from oar_scale.storage import join
 from oar_scale.text import decode_text
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import PromptEncoder, for_new_prompts, load_prompts, write_features_note
 from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
-from oar_scale.tokenizers.vq import VQSpec, load_vq, pixels_to_unit, save_vq
+from oar_scale.tokenizers.vq import VQSpec, load_vq, save_vq
 from oar_scale.tokenizers.vq_training import VQProgress, assess_vq, train_vq
 
 ASSESSED = 4096
@@ -37,7 +36,7 @@ ASSESSED = 4096
 def run_tokenizer(run: Run) -> JsonObject:
     """Write ``tokenizers/vq.safetensors`` and ``tokenizers/text.model``; returns what the image tokenizer is worth on held-out images."""
     recipe = run.recipe
-    torch.set_num_threads(recipe.parallel.cpu_threads * recipe.parallel.max_workers)
+    torch.set_num_threads(threads_here(recipe.parallel.cpu_threads * recipe.parallel.max_workers))
     prompts = _prompts(run)
     vq = _image_tokenizer(run)
     trained = recipe.tokenizer.image.weights is None
@@ -52,41 +51,29 @@ def _assess(run: Run) -> JsonObject:
     vq = load_vq(run.vq_uri)  # rounded as stored
     vq.to(device_here(run.recipe.parallel.gpus_per_worker > 0))
     held_pixels, _ = read_images(run, "heldout", ASSESSED)
-    psnr, use = assess_vq(vq, held_pixels)
-    run.console.say(f"  held-out PSNR {psnr:.2f} dB, codebook use {use:.0%}")
+    quality = assess_vq(vq, held_pixels)
+    run.console.say(f"  held-out PSNR {quality.psnr_db:.2f} dB, codebook use {quality.codebook_use:.0%}")
     return {
-        "psnr_db": psnr,
-        "codebook_use": use,
+        "psnr_db": quality.psnr_db,
+        "codebook_use": quality.codebook_use,
         "codebook_size": vq.spec.codebook_size,
-        "reconstruction_fd_efflite0": _distance(run, vq, held_pixels),
+        "reconstruction_fd_efflite0": _distance(run, held_pixels, quality.decoded_SHW3),
         "heldout_images": len(held_pixels),
     }
 
 
-def reconstruction_distance(vq: ImageTokenizer, pixels_SHW3: Tensor, batch: int = 64) -> float:
-    """Frechet distance (``fd_efflite0``) between images [S, H, W, 3] and what is left of them after encoding and decoding.
+def _distance(run: Run, held_SHW3: Tensor, decoded_SHW3: Tensor) -> float | None:
+    """Frechet distance (``fd_efflite0``) between held-out images and what is left of them, printed; None, with the reason, if not measured.
 
     Both sets are the same S images, so that it is 0 where nothing is lost. It still grows as S falls: compare it between
     tokenizers on the same images only.
-
-    Raises:
-        UserError: the extra ``eval`` is not installed.
-        ValueError: fewer than two images.
     """
-    codes_SN = torch.cat([vq.encode(pixels_to_unit(part).to(vq.device)).cpu() for part in pixels_SHW3.split(batch)])
-    decoded_SHW3 = torch.from_numpy(np.stack(decode_pictures(vq, codes_SN, batch)))
-    originals, reconstructions = (image_features(pixels_to_unit(images)).numpy() for images in (pixels_SHW3, decoded_SHW3))
-    return frechet(originals, reconstructions)
-
-
-def _distance(run: Run, vq: ImageTokenizer, held_pixels: Tensor) -> float | None:
-    """The same, printed on the console; None, with the reason printed, where it cannot be measured."""
     try:
-        distance = reconstruction_distance(vq, held_pixels)
+        distance = frechet(picture_features(held_SHW3).numpy(), picture_features(decoded_SHW3).numpy())
     except (UserError, ValueError) as fault:
         run.console.say(f"  reconstruction fd_efflite0 not measured: {fault}")
         return None
-    run.console.say(f"  reconstruction fd_efflite0 {distance:.2f} on {len(held_pixels)} held-out images (EfficientNet-Lite0, not rFID)")
+    run.console.say(f"  reconstruction fd_efflite0 {distance:.2f} on {len(held_SHW3)} held-out images (EfficientNet-Lite0, not rFID)")
     return distance
 
 

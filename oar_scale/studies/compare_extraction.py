@@ -36,7 +36,7 @@ from oar_scale.storage import fetch, join, open_storage
 from oar_scale.studies.extraction_methods import EXACT, ROUNDS, MethodResult, compare, extraction_methods, head_methods
 from oar_scale.studies.order_head_training import kept_out
 from oar_scale.studies.short_training import ShortTraining
-from oar_scale.tokenizers.prompts import conditioning_inputs
+from oar_scale.tokenizers.prompts import cond_inputs_of
 
 
 def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune: int = 0) -> JsonObject:
@@ -121,7 +121,7 @@ def _measured(run: Run, model_file: str, shards: Sequence[ShardInfo], tokens: To
     head = _head(run, model, model_id(model_file))
     methods = extraction_methods(settings, model.spec.grid, head)
     judged = {} if head is None else dict.fromkeys(head_methods(head), _unseen(run, head, shards, len(tokens.keys)))
-    cond_inputs_S = conditioning_inputs(prompts, prompts.encode(tokens.prompts)).to(device)
+    cond_inputs_S = cond_inputs_of(prompts, tokens.prompts, torch.device(device)).to(device)
     codes_SN, images_S = (
         torch.from_numpy(tokens.codes_SN).to(device),
         np.array([zlib.crc32(name_bytes(key)) for key in tokens.keys], np.int64),

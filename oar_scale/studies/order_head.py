@@ -14,7 +14,7 @@ from oar_scale.orders.order_files import head_file, head_report_file, run_files
 from oar_scale.registry import ModelName
 from oar_scale.run.artifacts import prompt_encoder, require, require_any_order, require_model
 from oar_scale.run.context import Run
-from oar_scale.run.gpu_node import on_gpu_node
+from oar_scale.run.gpu_node import on_gpu_node, threads_here
 from oar_scale.storage import Missing, read_json, write_json
 from oar_scale.studies.order_head_training import HeadData, train_head, write_predicted
 
@@ -101,5 +101,5 @@ def _open(run: Run, uri: str) -> AnyOrderModel:
     network = load_model(uri)
     if run.recipe.extract.gpus_per_actor > 0:
         return network.to("cuda", torch.bfloat16 if parallel.precision == "bf16" else torch.float32)
-    torch.set_num_threads(parallel.cpu_threads * parallel.max_workers)
+    torch.set_num_threads(threads_here(parallel.cpu_threads * parallel.max_workers))
     return network

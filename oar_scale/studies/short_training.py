@@ -20,7 +20,7 @@ from oar_scale.data.manifest import ShardInfo, read_manifest, write_manifest
 from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import Kid, kid
 from oar_scale.evaluation.eval_tasks import EvalTarget, LikelihoodTask, SamplingTask
-from oar_scale.evaluation.features import image_features
+from oar_scale.evaluation.features import picture_features
 from oar_scale.evaluation.likelihood import random_orders
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.json_object import JsonObject
@@ -30,9 +30,9 @@ from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.results.estimates import estimate
 from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
 from oar_scale.run.context import Run
+from oar_scale.run.gpu_node import device_here
 from oar_scale.storage import fetch, join, open_storage
-from oar_scale.tokenizers.prompts import conditioning_inputs
-from oar_scale.tokenizers.vq import pixels_to_unit
+from oar_scale.tokenizers.prompts import cond_inputs_of
 from oar_scale.training.job import TrainingJob
 
 
@@ -87,10 +87,11 @@ class ShortTraining:
         self._copy_inputs()
         prompts, evaluate = prompt_encoder(run), recipe.evaluate
         heldout = read_tokens(run, "heldout", max(evaluate.nll_images, evaluate.feature_images), prompts.field)
-        self.codes_SN, self.cond_inputs_S = heldout.codes_SN, conditioning_inputs(prompts, prompts.encode(heldout.prompts)).numpy()
+        device = device_here(recipe.parallel.gpus_per_worker > 0)
+        self.codes_SN, self.cond_inputs_S = heldout.codes_SN, cond_inputs_of(prompts, heldout.prompts, device).numpy()
         self.drawn = min(evaluate.feature_images, len(heldout.keys))
         pictures = read_pictures(run, "heldout", heldout.keys[: self.drawn])
-        self.reference_SF = image_features(pixels_to_unit(torch.from_numpy(np.stack(pictures)))).numpy()
+        self.reference_SF = picture_features(torch.from_numpy(np.stack(pictures))).numpy()
 
     def __call__(self, order_SN: NDArray[np.integer]) -> TrainingOutcome:
         """Train on these orders of the samples; the likelihoods of held-out images, and the distance of drawings to them."""

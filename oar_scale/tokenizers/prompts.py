@@ -193,3 +193,14 @@ def conditioning_inputs(encoder: PromptEncoder, encoded_prompts: Tensor, dtype: 
         device = encoded_prompts.device
         return encoder.to(device).features(encoded_prompts, half=dtype == torch.bfloat16 and device.type == "cuda")
     return encoded_prompts
+
+
+PROMPTS_AT_ONCE = 256
+"""That a text tower encodes in one call."""
+
+
+def cond_inputs_of(encoder: PromptEncoder, prompts: Sequence[Prompt], device: torch.device) -> Tensor:
+    """:func:`conditioning_inputs` of any number of prompts, in float32 on the CPU; a text tower takes them in batches, on ``device``."""
+    starts = range(0, len(prompts), PROMPTS_AT_ONCE)
+    encoded = (encoder.encode(prompts[start : start + PROMPTS_AT_ONCE]) for start in starts)
+    return torch.cat([conditioning_inputs(encoder, each.to(device)).cpu() for each in encoded])

@@ -17,6 +17,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from oar_scale.config.schema import VQTrainingConfig
 from oar_scale.tokenizers.adversarial import Adversary, adaptive_weight
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.perceptual import PerceptualLoss
-from oar_scale.tokenizers.vq import Quantized, VQSpec, VQTokenizer, codebook_use, pixels_to_unit, psnr
+from oar_scale.tokenizers.vq import Quantized, VQSpec, VQTokenizer, codebook_use, pixels_to_unit, psnr, unit_to_pixels
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,26 @@ def _revive(vq: VQTokenizer, average: VQTokenizer, used: Tensor, images: Tensor,
     average.quantize.embedding.weight[dead] = chosen
 
 
+class VQQuality(NamedTuple):
+    """What is left of images after encoding and decoding."""
+
+    psnr_db: float
+    """Mean over the images."""
+    codebook_use: float
+    """Share of the codebook that their codes use."""
+    decoded_SHW3: Tensor
+    """The images again, uint8 on the CPU."""
+
+
 @torch.no_grad()
-def assess_vq(vq: ImageTokenizer, pixels_SHW3: Tensor, batch: int = 64) -> tuple[float, float]:
-    """Mean PSNR in dB and share of the codebook used, over images [S, H, W, 3]."""
-    quality, codes = [], []
+def assess_vq(vq: ImageTokenizer, pixels_SHW3: Tensor, batch: int = 64) -> VQQuality:
+    """Encode and decode images [S, H, W, 3] once, on the tokenizer's device."""
+    quality, codes, decoded = [], [], []
     for start in range(0, len(pixels_SHW3), batch):
         images = pixels_to_unit(pixels_SHW3[start : start + batch]).to(vq.device)
         codes_BN = vq.encode(images)
+        again = vq.decode(codes_BN)
         codes.append(codes_BN.cpu())
-        quality.append(psnr(images, vq.decode(codes_BN)).cpu())
-    return float(torch.cat(quality).mean()), codebook_use(codes, vq.spec.codebook_size)
+        quality.append(psnr(images, again).cpu())
+        decoded.append(unit_to_pixels(again).cpu())
+    return VQQuality(float(torch.cat(quality).mean()), codebook_use(codes, vq.spec.codebook_size), torch.cat(decoded))

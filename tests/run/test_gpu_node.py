@@ -14,7 +14,7 @@ from oar_scale.errors import Missing, UserError
 from oar_scale.observe.console import Console
 from oar_scale.run import gpu_node
 from oar_scale.run.context import Run
-from oar_scale.run.gpu_node import gpus_of_a_node, on_gpu_node, run_on_node
+from oar_scale.run.gpu_node import chosen_device, gpus_of_a_node, on_gpu_node, run_on_node, threads_here
 
 
 def there(run: Run) -> tuple[int, str, str]:
@@ -76,3 +76,25 @@ def test_without_a_gpu_the_work_goes_to_the_cluster(run: Run, monkeypatch: pytes
 def test_a_task_asks_for_the_gpus_of_one_node(nodes: list[dict[str, float]], usable: int, gpu_type: str | None, gpus: int) -> None:
     """Where there is none yet, for one: the cluster may grow."""
     assert gpus_of_a_node(nodes, usable, gpu_type) == gpus
+
+
+@pytest.mark.parametrize(("wanted", "threads"), [(512, 2), (1, 1), (0, 1)])
+def test_no_more_threads_than_this_machine_has_cores(wanted: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe of 512 workers counts on many machines, and its driver is one of them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert threads_here(wanted) == threads
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "device"), [(None, 2, "cuda"), (None, 0, "cpu"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda"), ("cuda:1", 2, "cuda:1")]
+)
+def test_a_device_is_chosen_or_the_best_there_is(name: str | None, gpus: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert chosen_device(name) == torch.device(device)
+
+
+@pytest.mark.parametrize(("name", "fault"), [("gpu", "there are cpu, cuda and cuda:NUMBER"), ("cuda:2", "torch finds 2 GPUs on .*cpu")])
+def test_a_device_that_is_not_there_is_refused(name: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=f"--device {name}: {fault}"):
+        chosen_device(name)

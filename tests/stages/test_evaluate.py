@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from oar_scale.commands import sample
 from oar_scale.commands.sample import sample_images
 from oar_scale.config.schema import ParallelConfig, Recipe
 from oar_scale.data.manifest import read_manifest, write_manifest
@@ -22,20 +23,23 @@ from oar_scale.data.shards import read_shard, read_token_shard
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
 from oar_scale.errors import UserError
 from oar_scale.evaluation.evaluation_record import load_evaluation
+from oar_scale.generation.sampling import generate
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
 from oar_scale.model.spec import TextSpec
 from oar_scale.observe.console import Console
 from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.order_table import OrderTable, table_name, write_orders
 from oar_scale.orders.settings import ExtractionSettings
-from oar_scale.run.artifacts import without_variant
+from oar_scale.run.artifacts import prompt_encoder, without_variant
 from oar_scale.run.context import Run
-from oar_scale.run.gpu_node import devices_here
+from oar_scale.run.gpu_node import chosen_device, devices_here
+from oar_scale.stages import evaluate
 from oar_scale.stages.data import run_data
 from oar_scale.stages.evaluate import run_evaluate
 from oar_scale.stages.report import run_report
 from oar_scale.stages.tokenizer import read_images
 from oar_scale.storage import join, read_json, write_json
+from oar_scale.tokenizers import prompts
 from oar_scale.tokenizers.text import train_text_tokenizer
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq
 
@@ -217,6 +221,25 @@ def test_two_processes_find_the_same_numbers_as_one(evaluated: Run, copied: Call
     assert numbers(one["captions"]) == pytest.approx(numbers(two["captions"]), rel=1e-6, abs=1e-9)
 
 
+def test_no_more_held_out_images_are_read_than_measured(copied: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor their captions encoded, nor their codes decoded: there may be 50,000 of them, of 256 pixels."""
+    run = copied(evaluate={"nll_images": 9, "feature_images": 8}, sample={"images": 10})
+    monkeypatch.setattr(prompts, "PROMPTS_AT_ONCE", 4)
+    encoded: list[int] = []
+    real = prompts.conditioning_inputs
+
+    def noted(encoder: Any, encoded_prompts: torch.Tensor, *rest: Any) -> torch.Tensor:
+        encoded.append(len(encoded_prompts))
+        return real(encoder, encoded_prompts, *rest)
+
+    monkeypatch.setattr(prompts, "conditioning_inputs", noted)
+    inputs = evaluate._read(run, torch.device("cpu"))
+    assert len(inputs.heldout.keys) > 10 == len(inputs.heldout_pictures) == len(inputs.cond_inputs_S)
+    assert encoded == [4, 4, 2, 2]  # of the held-out images; of the training images that brute force looks at
+    whole = real(prompt_encoder(run), prompt_encoder(run).encode(inputs.heldout.prompts[:10]))
+    assert torch.equal(inputs.cond_inputs_S, whole)
+
+
 @pytest.mark.parametrize(
     ("gpus", "parallel", "devices"),
     [
@@ -325,6 +348,21 @@ def test_sample_without_captions_draws_held_out_ones(finished: Run, tmp_path: Pa
     out = str(tmp_path / "sheet.png")
     sample_images(finished, None, "any_order", out)
     assert Image.open(out).height == 3 * 128 + 2 * 8
+
+
+def test_sample_runs_on_the_device_in_the_precision_asked_for(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, used = str(tmp_path / "sheet.png"), list[tuple[torch.device, torch.dtype]]()
+
+    def noted(model: AnyOrderModel, *arguments: Any) -> Any:
+        used.append((next(model.parameters()).device, model.dtype))
+        return generate(model, *arguments)
+
+    monkeypatch.setattr(sample, "generate", noted)
+    sample_images(finished, ["a cat"], "ordered", out, device="cpu", precision="fp32")
+    sample_images(finished, ["a cat"], "ordered", out)
+    assert used == [(torch.device("cpu"), torch.float32), (chosen_device(None), torch.bfloat16)]
+    with pytest.raises(UserError, match="--device gpu: there are cpu, cuda"):
+        sample_images(finished, ["a cat"], "ordered", out, device="gpu")
 
 
 def test_sample_of_an_unknown_model_names_the_known_ones(finished: Run, tmp_path: Path) -> None:

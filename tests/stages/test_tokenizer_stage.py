@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,28 @@ def test_without_the_extra_eval_the_rest_is_measured(tmp_path: Path, monkeypatch
     results = run_tokenizer(run)
     assert results["reconstruction_fd_efflite0"] is None and results["psnr_db"] > 0
     assert "pip install 'oar_scale[eval]'" in output.getvalue()
+
+
+def counted(call: Callable[[ImageTokenizer, torch.Tensor], torch.Tensor], sizes: list[int]) -> Any:
+    """The same method, which notes how many images it is given."""
+
+    def noted(vq: ImageTokenizer, batch: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(batch))
+        return call(vq, batch)
+
+    return noted
+
+
+def test_held_out_images_are_encoded_and_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all figures together, in batches, however many of them there are."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    run, _ = prepared(tmp_path, training={"steps": 2, "batch": 4})
+    seen: dict[str, list[int]] = {"encode": [], "decode": []}
+    for name, sizes in seen.items():
+        monkeypatch.setattr(ImageTokenizer, name, counted(getattr(ImageTokenizer, name), sizes))
+    results = run_tokenizer(run)
+    assert results["reconstruction_fd_efflite0"] is not None
+    assert sum(seen["encode"]) == sum(seen["decode"]) == results["heldout_images"]
 
 
 @pytest.mark.parametrize("kind", [VQTokenizer, MaskGITVQ])

@@ -35,8 +35,8 @@ def test_training_improves_reconstruction_and_uses_the_codebook(
     pixels: torch.Tensor, trained: tuple[VQTokenizer, list[VQProgress]]
 ) -> None:
     torch.manual_seed(0)
-    before, _ = assess_vq(VQTokenizer(SPEC).eval(), pixels)
-    after, use = assess_vq(trained[0], pixels)
+    before, *_ = assess_vq(VQTokenizer(SPEC).eval(), pixels)
+    after, use, _ = assess_vq(trained[0], pixels)
     assert after > before + 5
     assert use > 0.3
     assert trained[1][-1].step == 120 and trained[1][-1].loss < trained[1][0].loss

@@ -17,14 +17,14 @@ from oar_scale.config.loading import load_recipe
 from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import frechet, kid
 from oar_scale.evaluation.eval_tasks import EvalTarget, SamplingTask
-from oar_scale.evaluation.features import image_features
+from oar_scale.evaluation.features import picture_features
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.orders.order_files import run_files
 from oar_scale.orders.policies import known
 from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
 from oar_scale.run.context import Run
-from oar_scale.tokenizers.prompts import conditioning_inputs
-from oar_scale.tokenizers.vq import pixels_to_unit
+from oar_scale.run.gpu_node import threads_here
+from oar_scale.tokenizers.prompts import cond_inputs_of
 
 BATCH = 64
 
@@ -37,12 +37,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     arguments = parser.parse_args()
     run = Run(load_recipe(arguments.recipe, arguments.overrides))
-    torch.set_num_threads(run.recipe.parallel.cpu_threads * run.recipe.parallel.max_workers)
+    torch.set_num_threads(threads_here(run.recipe.parallel.cpu_threads * run.recipe.parallel.max_workers))
     prompts = prompt_encoder(run)
     tokens = read_tokens(run, "heldout", arguments.images, prompts.field)
-    cond_inputs_S = conditioning_inputs(prompts, prompts.encode(tokens.prompts)).numpy()
+    cond_inputs_S = cond_inputs_of(prompts, tokens.prompts, torch.device("cpu")).numpy()
     pictures = torch.from_numpy(np.stack(read_pictures(run, "heldout", tokens.keys)))
-    heldout = image_features(pixels_to_unit(pictures)).numpy()
+    heldout = picture_features(pictures).numpy()
     print(f"{len(heldout)} captions, model {arguments.model}, guidance {run.recipe.sample.guidance:g}")
     print(f"{'order':14} {'kid_efflite0':>12} {'between subsets':>16} {'fd_efflite0':>12} {'seconds':>8}")
     for name in known():
