@@ -265,13 +265,16 @@ class _Group:
         """Place the next M cells of the order in one pass."""
         if cells_BM.shape[1] == 1:  # its candidate row may stay in the cache; parallel decoding computes rows twice
             candidates = self.decoder.candidate_rows(self.prefix, self._branches(cells_BM))
-            logits_BMV = self.drawing.model.output(self._guide(candidates.rows_BRD)).float()
-            codes_BM = draw_codes(logits_BMV, cells_BM, self.settings, self.rng)
+            rows_GMD = candidates.rows_BRD
+        else:
+            candidates = None
+            rows_GMD = self.decoder.parallel_rows(self.prefix, self._branches(cells_BM))
+        logits_BMV = self.drawing.model.output(self._guide(rows_GMD)).float()
+        codes_BM = draw_codes(logits_BMV, cells_BM, self.settings, self.rng)
+        if candidates:
             code_G = self._branches(codes_BM[:, 0])
             self.prefix = self.decoder.commit(self.prefix, candidates, torch.zeros_like(code_G), code_G)
         else:
-            logits_BMV = self._guide(self.decoder.parallel_logits(self.prefix, self._branches(cells_BM)))
-            codes_BM = draw_codes(logits_BMV, cells_BM, self.settings, self.rng)
             self.prefix = self.decoder.place_parallel(self.prefix, self._branches(cells_BM), self._branches(codes_BM))
         scores_R = score_logits("max_prob", logits_BMV.flatten(0, 1), cells_BM.flatten())
         self._keep(cells_BM, codes_BM, scores_R.view_as(cells_BM))
@@ -292,7 +295,7 @@ class _Group:
         return rows.repeat_interleave(self.drawing.branches, dim=0)
 
     def _guide(self, rows_GRD: Tensor) -> Tensor:
-        """Apply classifier-free guidance to rows for the output head, or to logits."""
+        """Apply classifier-free guidance to rows for the output head, which is linear: the same as to its logits."""
         if not self.settings.guided:
             return rows_GRD
         conditional_BRD, null_BRD = rows_GRD.unflatten(0, (-1, 2)).unbind(1)

@@ -149,9 +149,13 @@ class Decoder:
         prefix.last = Placed(candidates.cells_BR[image_B, winner_B, None], self._codes(prefix, codes_B[:, None]))
         return prefix
 
-    @torch.no_grad()
     def parallel_logits(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
-        """Logits [B, M, V], float32, of M cells in one pass. :meth:`place_parallel` must follow, with a code for each of the cells.
+        """Logits [B, M, V], float32, of the rows of :meth:`parallel_rows`."""
+        return cast(Tensor, self.model.output(self.parallel_rows(prefix, cells_BM))).float()
+
+    @torch.no_grad()
+    def parallel_rows(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
+        """Normalised rows [B, M, D] about M cells in one pass. :meth:`place_parallel` must follow, with a code for each of the cells.
 
         Each row of an instructed model sees those before it, as in RandAR's parallel decoding. Those of a decoupled model are candidates.
 
@@ -159,16 +163,16 @@ class Decoder:
             ValueError: a layout that cannot.
         """
         if not self.model.layout.keeps_questions:
-            return self.candidate_rows(prefix, cells_BM).logits_BRV
+            return self.candidate_rows(prefix, cells_BM).rows_BRD
         count = cells_BM.shape[1]
         rows_BMD = self._append(prefix, self.model.layout.parallel(prefix.last, cells_BM, prefix.tables), leaving=count)
         prefix.last = self._nothing(prefix)
         # The first instruction row is what training would have there; the others lack the codes between, and are computed again.
         prefix.rows -= count - 1
-        return self.model.head(rows_BMD).float()
+        return self.model.norm(rows_BMD)
 
     def place_parallel(self, prefix: Prefix, cells_BM: Tensor, codes_BM: Tensor) -> Prefix:
-        """Place the codes of the cells that :meth:`parallel_logits` was called with last."""
+        """Place the codes of the cells that :meth:`parallel_rows` was called with last."""
         prefix.last = Placed(cells_BM, self._codes(prefix, codes_BM))
         return prefix
 

@@ -109,11 +109,6 @@ class AnyOrderModel(nn.Module):
         """Rows [..., D] of placed codes [...]."""
         return F.dropout(self.tok_embeddings(codes), self.spec.dropout, self.training)
 
-    def head(self, rows: Tensor) -> Tensor:
-        """Logits [..., V] of rows [..., D] as they leave the trunk."""
-        logits: Tensor = self.output(self.norm(rows))
-        return logits
-
     def rotations(self, device: torch.device) -> Tensor:
         """The table of cell rotations [N + 1, head_dim / 2, 2], float32."""
         return self.layout.rotations(device)
