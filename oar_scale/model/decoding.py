@@ -149,9 +149,10 @@ class Decoder:
         prefix.last = Placed(candidates.cells_BR[image_B, winner_B, None], self._codes(prefix, codes_B[:, None]))
         return prefix
 
+    @torch.no_grad()
     def parallel_logits(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
         """Logits [B, M, V], float32, of the rows of :meth:`parallel_rows`."""
-        return cast(Tensor, self.model.output(self.parallel_rows(prefix, cells_BM))).float()
+        return self.model.output(self.parallel_rows(prefix, cells_BM)).float()
 
     @torch.no_grad()
     def parallel_rows(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
