@@ -27,7 +27,7 @@ from cluster.dev import ray, s3  # noqa: E402
 from oar_scale.storage import join  # noqa: E402
 
 S3_FAULTS = {"503": 0.08, "slow down": 0.04, "refused": 0.04, "unanswered": 0.04}
-PATIENCE_S = 300
+PATIENCE_S = 900
 """For what takes seconds where nothing else runs."""
 
 
