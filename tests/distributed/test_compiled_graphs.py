@@ -25,9 +25,9 @@ from oar_scale.tokenizers.prompts import LabelEncoder
 from oar_scale.training.engine import Objective
 from oar_scale.training.optimizer import parameter_groups
 
-SPEC = ModelSpec(dim=32, layers=4, heads=4, ffn_hidden=64, vocab_size=64, grid=4, condition=ClassSpec(classes=4), dropout=0.1)
+SPEC = ModelSpec(dim=32, layers=3, heads=4, ffn_hidden=64, vocab_size=64, grid=4, condition=ClassSpec(classes=4), dropout=0.1)
 CASES = ((1, "none"), (1, "selective"), (2, "none"), (3, "none"), (3, "selective"))
-IMAGES, STEPS = 2, 3
+IMAGES, STEPS = 2, 2
 RECOMPILATIONS = 8
 """Dynamo's ``recompile_limit``: with more graphs of a function it would run the rest eagerly."""
 
@@ -39,12 +39,11 @@ def count(out: str) -> None:
 
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     found = {f"{stage} {mode}": graphs(SPEC, stage, mode) for stage, mode in CASES}
-    found["decoupled"] = graphs(SPEC.model_copy(update={"layout": "decoupled"}), 1, "none")
     Path(out).write_text(json.dumps(found))
 
 
 def graphs(spec: ModelSpec, stage: int, mode: str) -> dict[str, Any]:
-    """The number of graphs after each step of two micro-batches; below ZeRO-3 after two evaluations and one more step, too."""
+    """The number of graphs after each step of two micro-batches; below ZeRO-3 also after each of two evaluations with a step."""
     seen: list[GraphModule] = []
 
     def note(graph: GraphModule, example_inputs: object) -> Any:
@@ -59,7 +58,7 @@ def graphs(spec: ModelSpec, stage: int, mode: str) -> dict[str, Any]:
     finally:
         torch.compile = compiled
     after = []
-    for _ in range(STEPS):
+    for _ in range(STEPS if stage < 3 else 1):  # ZeRO-3's pieces take long to trace, and the first step has them all
         step(engine)
         after.append(len(seen))
     found = {"steps": after, "evaluations": list[int](), "nodes": [len(graph.graph.nodes) for graph in seen]}
@@ -130,13 +129,6 @@ def test_below_zero_3_a_step_is_two_graphs_whatever_follows(found: dict[str, Any
     assert torch._dynamo.config.recompile_limit == RECOMPILATIONS
 
 
-def test_blocks_of_a_decoupled_model_are_compiled_once(found: dict[str, Any]) -> None:
-    """Those of its first half, the last one of them, and those of its second half."""
-    made = found["decoupled"]
-    assert 2 <= made["steps"][0] <= 4 and made["steps"] == made["steps"][:1] * STEPS
-    assert made["evaluations"][0] == made["evaluations"][1] <= 2 * RECOMPILATIONS
-
-
 def test_zero_3_cuts_blocks_to_pieces(found: dict[str, Any]) -> None:
     pieces = found["3 none"]
     assert pieces["steps"][-1] > 2 * found["1 none"]["steps"][-1]
@@ -144,4 +136,4 @@ def test_zero_3_cuts_blocks_to_pieces(found: dict[str, Any]) -> None:
 
 
 def test_zero_3_with_selective_checkpointing_compiles_nothing(found: dict[str, Any]) -> None:
-    assert found["3 selective"]["steps"] == [0] * STEPS
+    assert found["3 selective"]["steps"] == [0]
