@@ -33,19 +33,26 @@ def attention_with_lse(q_BHQd: Tensor, k_BGKd: Tensor, v_BGKd: Tensor) -> tuple[
     if q_BHQd.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHQd, k_BGKd, v_BGKd)
         return out, lse.float()
-    if q_BHQd.dtype != torch.float32:
-        return _flash_attention(q_BHQd, k_BGKd, v_BGKd)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q_BHQd, k_BGKd, v_BGKd, None, True)
-    return out, lse[:, :, : q_BHQd.shape[2]].float()
+    return _gpu_attention(q_BHQd, k_BGKd, v_BGKd)
 
 
-def _flash_attention(q_BHQd: Tensor, k_BHKd: Tensor, v_BHKd: Tensor) -> tuple[Tensor, Tensor]:
-    """The GPU kernel in half precision. It takes heads of a multiple of 8 channels; zeros fill up others (LlamaGen-3B: 100)."""
-    width = q_BHQd.shape[-1]
-    if width % 8:
+WIDEST_FLASH = 256
+"""Channels of a head that the GPU's flash attention takes at most."""
+
+
+def _gpu_attention(q_BHQd: Tensor, k_BHKd: Tensor, v_BHKd: Tensor) -> tuple[Tensor, Tensor]:
+    """The GPU's kernels: in half precision flash attention, else the memory-efficient one.
+
+    In half precision both take heads of a multiple of 8 channels; zeros fill up others (LlamaGen-3B: 100).
+    """
+    width, half = q_BHQd.shape[-1], q_BHQd.dtype != torch.float32
+    if half and width % 8:
         q_BHQd, k_BHKd, v_BHKd = (F.pad(tensor, (0, -width % 8)) for tensor in (q_BHQd, k_BHKd, v_BHKd))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q_BHQd, k_BHKd, v_BHKd, scale=width**-0.5)
-    return out[..., :width], lse.float()
+    if half and width <= WIDEST_FLASH:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q_BHQd, k_BHKd, v_BHKd, scale=width**-0.5)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q_BHQd, k_BHKd, v_BHKd, None, True, scale=width**-0.5)
+    return out[..., :width], lse[:, :, : q_BHQd.shape[2]].float()
 
 
 def merge_self_(out_BHQd: Tensor, lse_BHQ: Tensor, own_BHQ: Tensor, v_BGQd: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from fake_card import OnCard, fake_card, numbers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,14 +37,12 @@ def test_the_gpus_kernel_gets_heads_of_a_multiple_of_eight(width: int, given: in
     assert out.shape == q.shape and lse.shape == (2, 4, 5)
 
 
-def test_channels_of_zeros_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from oar_scale.model import attention
-
-    def on_cpu(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-
-    q, k, v = (torch.randn(2, 4, rows, 100, generator=torch.Generator().manual_seed(rows)) for rows in (5, 7, 7))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [4, 12, 64, 100, 256, 260, 320])
+def test_a_gpus_attention_is_the_cpus_at_every_width(width: int, dtype: torch.dtype) -> None:
+    """Zeros that fill up heads change nothing, and heads too wide for flash attention go through the other kernel."""
+    q, k, v = (torch.randn(2, 4, rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype) for rows in (5, 7, 7))
     expected = attention_with_lse(q, k, v)
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", on_cpu)
-    out, lse = attention._flash_attention(q, k, v)
-    torch.testing.assert_close((out, lse), expected)
+    with fake_card():
+        out, lse = attention_with_lse(OnCard(q), OnCard(k), OnCard(v))
+    torch.testing.assert_close((numbers(out), numbers(lse)), expected)
