@@ -135,7 +135,7 @@ def test_each_rank_holds_half_of_every_parameter(results: dict[str, RankResults]
 def test_a_partitioned_model_learns_what_a_whole_one_learns(results: dict[str, RankResults], name: str) -> None:
     # The same float32 sums in another order: gradients are averaged over ranks, not over images.
     result = results[name]
-    assert (result.losses[0] > result.losses[-1]).all()
+    assert (result.losses[0].mean(0) > result.losses[-1].mean(0)).all()  # the mean over ranks is what a step makes smaller
     torch.testing.assert_close(result.losses[..., 0], result.losses[..., 1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result.nll[0], result.nll[1], rtol=1e-4, atol=1e-4)
     partitioned, whole = result.trained
