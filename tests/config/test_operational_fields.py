@@ -26,6 +26,7 @@ OPERATIONAL = {
     "extract": {"actors", "gpus_per_actor", "max_retries"},
     "pretrain": TRAINING,
     "finetune": TRAINING,
+    "sample": {"draft"},  # the same images in fewer passes
 }
 DATA, TOKENIZER, TOKENS, PRETRAIN = "671fc747df3c47d8", "12fc9335046fca88", "a74f774eae974d67", "9d8ea1a7fa229f9f"
 EXTRACT, FINETUNE = "cdaafdfab93f8dc9", "7ff00a6f94d13f8f"

@@ -103,6 +103,7 @@ def case(size: str, *, checkpointing: str, images: int | None = None, zero_stage
         "precision": "fp32",
         "zero_stage": zero_stage,
         "activation_checkpointing": checkpointing,
+        "compile": "false",
     }
     changed = [f"parallel.{key}={value}" for key, value in parallel.items()]
     changed += [f"{stage}.global_batch={WORKERS * images}" for stage in ("pretrain", "finetune")]
