@@ -90,9 +90,13 @@ def test_what_a_stage_reads_in_threads_waits_for_it(outage: Outage, tmp_path: Pa
             yield SourceImage("k", "k", lambda size: open_storage("s3://bucket/k.png").read("s3://bucket/k.png"))  # type: ignore[arg-type, return-value]
 
     shard = WebDatasetSource(type="webdataset", url="s3://bucket/00000.tar")
+    with monkeypatch.context() as there:
+        there.setattr(S3Storage, "exists", lambda *_: True)
+        pictures = WebDatasetImages(shard)
     outage.requests = 3
     with patient(600), pytest.raises(Missing):
-        list(WebDatasetImages(shard).images())
+        list(pictures.images())
+    assert outage.requests == 0
     monkeypatch.setattr(prepare, "open_source", lambda source: Pictures())
     outage.requests = 3
     with patient(600), pytest.raises(Missing):
