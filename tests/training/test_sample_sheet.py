@@ -23,7 +23,7 @@ def test_pictures_that_cannot_be_written_end_nothing(
     def fail(uri: str) -> None:
         raise error
 
-    monkeypatch.setattr(sample_sheet, "generate", lambda *_: SimpleNamespace(codes_BN=codes_BN, order_BN=codes_BN))
+    monkeypatch.setattr(sample_sheet, "generate", lambda *_, **__: SimpleNamespace(codes_BN=codes_BN, order_BN=codes_BN))
     monkeypatch.setattr(sample_sheet, "conditioning_inputs", lambda *_: codes_BN)
     monkeypatch.setattr(sample_sheet, "load_vq", fail)
     model = SimpleNamespace(condition=lambda rows: rows, dtype=torch.float32)
