@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oar_scale.generation.drawing import draw_codes
+from oar_scale.generation.drawing import draw_codes, guided_rows
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel
 from oar_scale.model.window import WindowDecoder
@@ -66,7 +66,8 @@ def draw_drafted(
         codes_GN, settled_G, drafted_G = (each.repeat_interleave(branches, 0) for each in (codes_BP[:, :cells], settled_B, drafted_B))
         rows_GMD, place_GM = window.ask(codes_GN, settled_G, drafted_G, end=max(settled))
         place_BM = place_GM[::branches]
-        logits_BMV = model.output(_guide(rows_GMD, scale_P[place_BM], settings)).float()
+        rows_BMD = guided_rows(rows_GMD, scale_P[place_BM]) if settings.guided else rows_GMD
+        logits_BMV = model.output(rows_BMD).float()
         cells_BM = sequence_BN.gather(1, place_BM.clamp_max(cells - 1))
         drawn_BM = draw_codes(logits_BMV, cells_BM, settings, rng)
         score_R = score_logits("max_prob", logits_BMV.flatten(0, 1), cells_BM.flatten())
@@ -82,11 +83,3 @@ def draw_drafted(
         settled_B = (settled_B + newly_B).clamp_max(cells)
         drafted_B = (frontier_B - settled_B).clamp(0, width)
     return Placing(sequence_BN, codes_BP[:, :cells], score_BP[:, :cells], passes_B)
-
-
-def _guide(rows_GMD: Tensor, scale_BM: Tensor, settings: SampleSettings) -> Tensor:
-    """Classifier-free guidance with a scale for each row."""
-    if not settings.guided:
-        return rows_GMD
-    conditional_BMD, null_BMD = rows_GMD.unflatten(0, (-1, 2)).unbind(1)
-    return torch.lerp(null_BMD, conditional_BMD, scale_BM[:, :, None].to(rows_GMD.dtype))

@@ -17,6 +17,18 @@ from oar_scale.generation.settings import SampleSettings
 from oar_scale.orders.selection import CounterRNG
 
 
+def guided_rows(rows_GMD: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance of rows for the output head, which is linear: the same as of its logits.
+
+    Args:
+        rows_GMD: after each image's rows come those of the same image without its caption: G = 2B.
+        scale: one for all rows, or one for each [B, M].
+    """
+    conditional_BMD, null_BMD = rows_GMD.unflatten(0, (-1, 2)).unbind(1)
+    weight = scale[:, :, None].to(rows_GMD.dtype) if isinstance(scale, Tensor) else scale
+    return torch.lerp(null_BMD, conditional_BMD, weight)
+
+
 def draw_codes(logits_BMV: Tensor, cells_BM: Tensor, settings: SampleSettings, rng: CounterRNG) -> Tensor:
     """A code for each of M cells of each image, int64 [B, M], from guided logits."""
     if settings.top_k == 1:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oar_scale.generation.drafting import Placing, draw_drafted
-from oar_scale.generation.drawing import draw_codes
+from oar_scale.generation.drawing import draw_codes, guided_rows
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder, Prefix
 from oar_scale.model.row_layout import Placed
@@ -295,11 +295,7 @@ class _Group:
         return rows.repeat_interleave(self.drawing.branches, dim=0)
 
     def _guide(self, rows_GRD: Tensor) -> Tensor:
-        """Apply classifier-free guidance to rows for the output head, which is linear: the same as to its logits."""
-        if not self.settings.guided:
-            return rows_GRD
-        conditional_BRD, null_BRD = rows_GRD.unflatten(0, (-1, 2)).unbind(1)
-        return torch.lerp(null_BRD, conditional_BRD, self.settings.scale(self.count, self.drawing.cells))
+        return guided_rows(rows_GRD, self.settings.scale(self.count, self.drawing.cells)) if self.settings.guided else rows_GRD
 
 
 def sequence(order_BN: Tensor, known: Known, counts_B: NDArray[np.int64]) -> Tensor:
