@@ -14,13 +14,13 @@ Their code zeroes the condition's queries and keys, and its sampler lets the cod
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from oar_scale.errors import UserError
+from oar_scale.model.peer_shapes import PeerShapes
 from oar_scale.model.spec import ClassSpec, ModelSpec
 from oar_scale.model.transformer import AnyOrderModel
 from oar_scale.model.weights import model_of
@@ -34,13 +34,9 @@ Parts = tuple[str, ...]
 
 def import_arpg(tensors: dict[str, Tensor], where: str, *, grid: int, heads: int | None) -> AnyOrderModel:
     """As :func:`peer_weights.import_peer`, of ARPG's class models."""
-    spec = _spec(tensors, where, grid, heads)
-    expected = _shapes(spec)
-    for name in sorted(expected.keys() | tensors.keys()):
-        here = tuple(tensors[name].shape) if name in tensors else "absent"
-        wanted = expected.get(name, "absent")
-        if here != wanted:
-            raise UserError(f"{where}: tensor {name} is {here} in the file, the model has {wanted}")
+    shapes = PeerShapes("arpg", where, tensors)
+    spec = _spec(shapes, grid, heads)
+    shapes.expect(_shapes(spec))
     # Tables of codes, question and classes are made of one; matrices that are one here are made of several.
     codes, table = spec.vocab_size, tensors[_TABLE]
     ours = {name: torch.cat([tensors[part] for part in parts]) if len(parts) > 1 else tensors[parts[0]] for name, parts in _parts(spec)}
@@ -97,22 +93,12 @@ def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _spec(tensors: dict[str, Tensor], where: str, grid: int, heads: int | None) -> ModelSpec:
-    def size(name: str, axis: int, *others: tuple[str, int]) -> int:
-        """What most of these tensors have, the first one in a draw: a wrong tensor is then named itself, and not those it contradicts."""
-        sizes = [tensors[each].shape[at] for each, at in ((name, axis), *others) if each in tensors and tensors[each].ndim > at]
-        if not sizes:
-            raise UserError(f"{where}: has no tensor {name}, which every arpg model has. Is it another kind of checkpoint?")
-        return Counter(sizes).most_common(1)[0][0]
-
-    first = "layers.self_dec.0"
-    dim = size(_TABLE, 1, ("head.weight", 1), ("norm.weight", 0), (f"{first}.attn_norm.weight", 0), (f"{first}.ffn_norm.weight", 0))
-    heads = heads or dim // 64
-    if heads < 1 or dim % heads or (dim // heads) % 4:
-        raise UserError(
-            f"{where}: {dim} channels do not divide into {heads} heads of a multiple of 4 channels. Give the number with --heads."
-        )
-    codes, rows = size("head.weight", 0), size(_TABLE, 0)
+def _spec(shapes: PeerShapes, grid: int, heads: int | None) -> ModelSpec:
+    first, where = "layers.self_dec.0", shapes.where
+    norms = ((f"{first}.attn_norm.weight", 0), (f"{first}.ffn_norm.weight", 0))
+    dim = shapes.size((_TABLE, 1), ("head.weight", 1), ("norm.weight", 0), *norms)
+    heads = shapes.heads(dim, heads)
+    codes, rows = shapes.size(("head.weight", 0)), shapes.size((_TABLE, 0))
     classes = rows - codes - _EXTRA
     if codes < 1:
         raise UserError(f"{where}: tensor head.weight has no rows. Copy the file again.")
@@ -123,18 +109,12 @@ def _spec(tensors: dict[str, Tensor], where: str, grid: int, heads: int | None) 
     return ModelSpec(
         layout="decoupled",
         dim=dim,
-        layers=2 * max(_count(tensors, "self"), _count(tensors, "cross"), 1),
+        layers=2 * max(shapes.blocks("layers.self_dec."), shapes.blocks("layers.cross_dec."), 1),
         heads=heads,
-        ffn_hidden=size(f"{first}.ffn.w1.weight", 0, (f"{first}.ffn.w3.weight", 0), (f"{first}.ffn.w2.weight", 1)),
+        ffn_hidden=shapes.size((f"{first}.ffn.w1.weight", 0), (f"{first}.ffn.w3.weight", 0), (f"{first}.ffn.w2.weight", 1)),
         vocab_size=codes,
         grid=grid,
         condition=ClassSpec(classes=classes),
         condition_rotation="zero",
         step_attention="mutual",
     )
-
-
-def _count(names: Iterable[str], kind: str) -> int:
-    """Number of blocks of a half."""
-    prefix = f"layers.{kind}_dec."
-    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})

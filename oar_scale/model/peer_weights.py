@@ -15,7 +15,6 @@ spec records both, or their weights would not mean the same.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Literal
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from oar_scale.errors import UserError
 from oar_scale.model.arpg_weights import export_arpg, import_arpg
+from oar_scale.model.peer_shapes import PeerShapes
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
 from oar_scale.model.transformer import AnyOrderModel
 from oar_scale.model.weights import model_of
@@ -73,7 +73,7 @@ def import_peer(
         return import_arpg(tensors, where, grid=grid, heads=heads)
     ours = {_renamed(name, {theirs: our for our, theirs in _THEIRS.items()}): tensor for name, tensor in tensors.items()}
     _expect_family(ours, family, where)
-    spec = _spec(ours, family, where, grid, heads, text_rows)
+    spec = _spec(PeerShapes(family, where, tensors), family, grid, heads, text_rows)
     if start_instructed:
         spec = spec.model_copy(update={"layout": "instructed"})
         fresh = torch.empty(1, spec.dim).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0))
@@ -138,47 +138,33 @@ def _expect_family(tensors: dict[str, Tensor], family: Family, where: str) -> No
         raise UserError(f"{where}: has the tensor {_theirs(str(other))}, which no {family} model has. Import it as {meant}.")
 
 
-def _spec(tensors: dict[str, Tensor], family: Family, where: str, grid: int, heads: int | None, text_rows: int) -> ModelSpec:
-    def size(*names: str) -> int:
-        """The size that most of the ``tensor:dimension`` have, the first one in a draw."""
-        sizes: list[int] = []
-        for name, _, axis in (tensor.partition(":") for tensor in names):
-            sizes += tensors[name].shape[int(axis) : int(axis) + 1] if name in tensors else ()
-        if not sizes:
-            name = _theirs(names[0].partition(":")[0])
-            raise UserError(f"{where}: has no tensor {name}, which every {family} model has. Is it another kind of checkpoint?")
-        return Counter(sizes).most_common(1)[0][0]
-
-    dim = size(
-        "tok_embeddings.weight:1", "output.weight:1", "norm.weight:0", "layers.0.attention_norm.weight:0", "layers.0.ffn_norm.weight:0"
-    )
-    first = "layers.0.feed_forward"
-    heads = heads or dim // _WIDE_HEADS.get(dim, 64)
-    if heads < 1 or dim % heads or (dim // heads) % 4:
-        raise UserError(
-            f"{where}: {dim} channels do not divide into {heads} heads of a multiple of 4 channels. Give the number with --heads."
-        )
+def _spec(shapes: PeerShapes, family: Family, grid: int, heads: int | None, text_rows: int) -> ModelSpec:
+    first = "layers.0"
+    norms = ((f"{first}.attention_norm.weight", 0), (f"{first}.ffn_norm.weight", 0))
+    dim = shapes.size(("tok_embeddings.weight", 1), ("output.weight", 1), ("norm.weight", 0), *norms)
+    heads = shapes.heads(dim, heads, width=_WIDE_HEADS.get(dim, 64))
     condition: ClassSpec | FeatureSpec
     if family == "llamagen-t2i":
-        null_rows = size("conditioner.uncond_embedding:0")
+        null_rows = shapes.size(("cls_embedding.uncond_embedding", 0))
         if null_rows < text_rows:
             raise UserError(
-                f"{where}: tensor cls_embedding.uncond_embedding has {null_rows} rows, fewer than the {text_rows} condition rows "
+                f"{shapes.where}: tensor cls_embedding.uncond_embedding has {null_rows} rows, fewer than the {text_rows} condition rows "
                 f"asked for. Give at most {null_rows} with --text-rows."
             )
-        width = size("conditioner.uncond_embedding:1", "conditioner.cap_proj.fc1.weight:1")
+        width = shapes.size(("cls_embedding.uncond_embedding", 1), ("cls_embedding.cap_proj.fc1.weight", 1))
         condition = FeatureSpec(width=width, rows=text_rows, null_rows=null_rows, absent="zero")
     else:
-        condition = ClassSpec(classes=max(1, size("conditioner.embedding_table.weight:0") - 1))
-    kv_heads = (size("layers.0.attention.wqkv.weight:0") - dim) // (2 * (dim // heads))
+        condition = ClassSpec(classes=max(1, shapes.size(("cls_embedding.embedding_table.weight", 0)) - 1))
+    kv_heads = (shapes.size((f"{first}.attention.wqkv.weight", 0)) - dim) // (2 * (dim // heads))
+    feed_forward = tuple((f"{first}.feed_forward.{name}.weight", axis) for name, axis in (("w1", 0), ("w3", 0), ("w2", 1)))
     return ModelSpec(
         layout="instructed" if family == "randar" else "raster",
         dim=dim,
-        layers=len({name.split(".")[1] for name in tensors if name.startswith("layers.")}),
+        layers=shapes.blocks("layers."),
         heads=heads,
         kv_heads=None if kv_heads < 1 or kv_heads >= heads or heads % kv_heads else kv_heads,
-        ffn_hidden=size(f"{first}.w1.weight:0", f"{first}.w3.weight:0", f"{first}.w2.weight:1"),
-        vocab_size=size("tok_embeddings.weight:0", "output.weight:0"),
+        ffn_hidden=shapes.size(*feed_forward),
+        vocab_size=shapes.size(("tok_embeddings.weight", 0), ("output.weight", 0)),
         grid=grid,
         condition=condition,
         condition_rotation="zero",
