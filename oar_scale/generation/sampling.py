@@ -144,7 +144,7 @@ class _Drawing:
         )
         for images in self.same_count():
             self.keep(images, 0, *(each_BK[images, : int(counts_B[images.start])] for each_BK in known))
-        self.sequence_BN = sequence(order, known, counts_B) if isinstance(order, Tensor) else None
+        self.sequence_BN = _sequence(order, known, counts_B) if isinstance(order, Tensor) else None
         """All cells as they are placed; of a late order, what is known of it by now."""
         if isinstance(order, LateOrder):
             self.sequence_BN = torch.zeros_like(self.drawn.order_BN)
@@ -298,7 +298,7 @@ class _Group:
         return guided_rows(rows_GRD, self.settings.scale(self.count, self.drawing.cells)) if self.settings.guided else rows_GRD
 
 
-def sequence(order_BN: Tensor, known: Known, counts_B: NDArray[np.int64]) -> Tensor:
+def _sequence(order_BN: Tensor, known: Known, counts_B: NDArray[np.int64]) -> Tensor:
     """All cells [B, N] as they are placed: those that are known, then the others in the given order."""
     cells, device = order_BN.shape[1], order_BN.device
     count_B1 = torch.from_numpy(counts_B).to(device)[:, None]

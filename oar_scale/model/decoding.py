@@ -150,11 +150,6 @@ class Decoder:
         return prefix
 
     @torch.no_grad()
-    def parallel_logits(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
-        """Logits [B, M, V], float32, of the rows of :meth:`parallel_rows`."""
-        return self.model.output(self.parallel_rows(prefix, cells_BM)).float()
-
-    @torch.no_grad()
     def parallel_rows(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
         """Normalised rows [B, M, D] about M cells in one pass. :meth:`place_parallel` must follow, with a code for each of the cells.
 

@@ -45,18 +45,13 @@ class DecoupledRows(RowLayout):
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
-    def start(self, condition_BTD: Tensor) -> Placed:
-        """Nothing: questions may follow the condition directly."""
-        batch, _, dim = condition_BTD.shape
-        return Placed(self.no_cell(batch, 0, condition_BTD.device), condition_BTD.new_empty(batch, 0, dim))
-
     def entering(self, last: Placed) -> int:
         """Each code placed last has a row of its own."""
         return last.cells_BK.shape[1]
 
     def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
         """The row of each code but the last, behind those of the codes placed before."""
-        return Rows(torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1), torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1))
+        return self.one_behind(last, cells_BK, codes_BKD)
 
     def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
         """The rows of the codes placed last, and a question for each cell."""

@@ -25,9 +25,7 @@ from torch import Tensor, nn
 from oar_scale.config.schema import Layout
 from oar_scale.model.decoupled import DecoupledRows
 from oar_scale.model.rope import offset_index, offset_rotations, rotate_vector
-from oar_scale.model.row_layout import Placed as Placed
-from oar_scale.model.row_layout import RowLayout, Tables
-from oar_scale.model.row_layout import Rows as Rows
+from oar_scale.model.row_layout import Placed, RowLayout, Rows, Tables
 from oar_scale.model.spec import HELD, STRIDE, ModelSpec
 
 
@@ -43,7 +41,7 @@ class RasterRows(RowLayout):
     def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
         """The row of each code but the last, behind that of the code placed before: row i predicts code i."""
         self._require_raster(last, cells_BK)
-        return Rows(torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1), torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1))
+        return self.one_behind(last, cells_BK, codes_BKD)
 
     def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:
         """The row of the last code: the next cell in raster order is the only candidate."""
@@ -81,11 +79,6 @@ class InstructedRows(RowLayout):
         super().__init__(spec)
         self.pos_instruct_embeddings = nn.Parameter(torch.empty(1, spec.dim))
         self.reset_parameters()
-
-    def start(self, condition_BTD: Tensor) -> Placed:
-        """Nothing: an instruction row may follow the condition directly."""
-        batch, _, dim = condition_BTD.shape
-        return Placed(self.no_cell(batch, 0, condition_BTD.device), condition_BTD.new_empty(batch, 0, dim))
 
     def tables(self, device: torch.device) -> Tables:
         """Position instruction rows [N, D]."""
@@ -152,8 +145,7 @@ class DualRows(RowLayout):
 
     def forward(self, last: Placed, cells_BK: Tensor, codes_BKD: Tensor, tables: Tables | None = None) -> Rows:
         """The row of each code but the last, with the offset to the next cell: row i predicts the code at cell i."""
-        here_BK = torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1)
-        codes_BKD = torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1)
+        codes_BKD, here_BK = self.one_behind(last, cells_BK, codes_BKD)
         return Rows(self._rows(here_BK, codes_BKD, cells_BK, tables or self.tables(cells_BK.device)), here_BK)
 
     def candidates(self, last: Placed, cells_BR: Tensor, tables: Tables) -> tuple[Rows | None, Rows]:

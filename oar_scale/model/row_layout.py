@@ -89,8 +89,12 @@ class RowLayout(nn.Module):
     # -- rows -----------------------------------------------------------------------------------------------------------
 
     def start(self, condition_BTD: Tensor) -> Placed:
-        """The substitute of the last placed code when there is none: a row, and the index of the rotation that changes nothing."""
-        raise NotImplementedError
+        """The substitute of the last placed code when there is none, with the index of the rotation that changes nothing.
+
+        Here no row: a question may follow the condition directly.
+        """
+        batch, _, dim = condition_BTD.shape
+        return Placed(self.no_cell(batch, 0, condition_BTD.device), condition_BTD.new_empty(batch, 0, dim))
 
     def tables(self, device: torch.device) -> Tables:
         """The learned tables, of the weights as they are."""
@@ -200,6 +204,11 @@ class RowLayout(nn.Module):
                     spec.grid, spec.head_dim, spec.rope_base, device, zero_condition=spec.condition_rotation == "zero"
                 )
         return self._rotations[device]
+
+    @staticmethod
+    def one_behind(last: Placed, cells_BK: Tensor, codes_BKD: Tensor) -> Rows:
+        """The rows of the codes placed last and of K more but the last: each is there when the next code is asked for."""
+        return Rows(torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1), torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1))
 
     def rotated(self, cells_BL: Tensor) -> Tensor:
         """The rotations [B, L, P, 2] of rows."""

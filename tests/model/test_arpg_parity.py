@@ -135,7 +135,7 @@ def steps_of_arpg(model: AnyOrderModel, condition: Tensor, order_N: Tensor, grou
         placed += len(cells)
         guidance = 1 + (scale - 1) * placed / len(order_N) if linear else scale
         cells_GM = cells.expand(2 * batch, -1)
-        with_condition, without = decoder.parallel_logits(prefix, cells_GM).chunk(2)
+        with_condition, without = model.output(decoder.parallel_rows(prefix, cells_GM)).float().chunk(2)
         best = (without + guidance * (with_condition - without)).argmax(-1)
         codes[:, cells] = best
         prefix = decoder.place_parallel(prefix, cells_GM, torch.cat([best, best]))
@@ -163,7 +163,7 @@ def test_codes_of_one_step_see_one_another_in_arpgs_sampler_alone() -> None:
         prefix = decoder.begin(condition)
         for start in (0, 4, 9):
             step = slice(start, {0: 4, 4: 9, 9: 15}[start])
-            decoder.parallel_logits(prefix, order[:, step])
+            decoder.parallel_rows(prefix, order[:, step])
             prefix = decoder.place_parallel(prefix, order[:, step], codes[:, step])
         last = decoder.candidate_rows(prefix, order[:, 15:]).logits_BRV[:, 0]
         assert torch.allclose(last, whole[:, 15], rtol=0, atol=1e-4) is same

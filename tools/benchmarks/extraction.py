@@ -284,7 +284,7 @@ class _Step:
         import torch.nn.functional as F
 
         from oar_scale.model.blocks import KVSlice
-        from oar_scale.model.layouts import Placed, Rows
+        from oar_scale.model.row_layout import Placed, Rows
 
         model, prefix, (batch, count) = self.model, self.copied, self.empty_BR.shape
         layout = model.layout
