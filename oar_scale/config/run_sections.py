@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from oar_scale.config.section import Count, Operational, PolicyName, RecipeConflict, Section, bounds
+from oar_scale.config.section import Added, Count, Operational, PolicyName, RecipeConflict, Section, bounds
 
 Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled"]
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
@@ -105,20 +105,20 @@ class SampleConfig(Section):
     images: int = Field(16, ge=1)
     """Held-out captions drawn in the report."""
     guidance: float = Field(2.0, ge=0)
-    guidance_schedule: GuidanceSchedule = "constant"
+    guidance_schedule: Added[GuidanceSchedule] = "constant"
     """``linear`` and ``cosine`` let the scale grow from 1 to ``guidance`` while cells are placed."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     """0 keeps the whole vocabulary."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: Added[float] = Field(1.0, gt=0, le=1)
     """Draw from the fewest codes whose probabilities sum to at least this; 1 keeps all."""
-    min_p: float = Field(0.0, ge=0, lt=1)
+    min_p: Added[float] = Field(0.0, ge=0, lt=1)
     """Draw from the codes that are at least this times as likely as the most likely one; 0 keeps all."""
     order_temperature: float = Field(0.0, ge=0)
     """Gumbel noise on the choice of the next cell; 0 takes the most confident cell."""
     order: PolicyName | None = None
     """An order policy (docs/order-policies.md). Default: the model decides; a raster model draws in raster order."""
-    steps: int | None = Field(None, ge=1)
+    steps: Added[int | None] = Field(None, ge=1)
     """Passes for an image, later ones placing more cells at once without knowing those beside them. Default: a cell a pass."""
     draft: Operational[int] = Field(0, ge=0)
     """Cells of a given order that are drafted ahead and verified in one pass: the same images in fewer passes."""

@@ -19,11 +19,12 @@ T = TypeVar("T")
 
 
 class _Mark(Enum):
-    """What may become of a field when a run is resumed."""
+    """What a field is to a run that is resumed, or was made by an older version."""
 
     OPERATIONAL = "operational"
     CHANGEABLE = "changeable"
     LIMIT = "limit"
+    ADDED = "added"
 
 
 Operational = Annotated[T, _Mark.OPERATIONAL]
@@ -35,6 +36,9 @@ Changeable = Annotated[T, _Mark.CHANGEABLE]
 Limit = Annotated[T, _Mark.LIMIT]
 """The type of a field that says when a stage stops or steps in. It may change as a :data:`Changeable` one may, and a finished stage
 stays finished: it came to its end."""
+Added = Annotated[T, _Mark.ADDED]
+"""The type of a field that recipes of older versions had not. At its default it says what those did, and is no part of a stage's
+fingerprint, so that runs of theirs are still the same runs."""
 
 
 def operational_fields(section: type[Section]) -> frozenset[str]:
@@ -50,6 +54,11 @@ def changeable_fields(section: type[Section]) -> frozenset[str]:
 def limit_fields(section: type[Section]) -> frozenset[str]:
     """The same for :data:`Limit`."""
     return _marked(section, _Mark.LIMIT)
+
+
+def added_fields(section: type[Section]) -> frozenset[str]:
+    """The same for :data:`Added`."""
+    return _marked(section, _Mark.ADDED)
 
 
 @cache

@@ -17,18 +17,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from oar_scale.config.fingerprint import fingerprint
-from oar_scale.config.run_sections import REMOVED_EXTRACT, SampleConfig
+from oar_scale.config.run_sections import REMOVED_EXTRACT
 from oar_scale.config.schema import Recipe
-from oar_scale.config.section import Section, changeable_fields, limit_fields, operational_fields
+from oar_scale.config.section import Section, added_fields, changeable_fields, limit_fields, operational_fields
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.registry import Stage
 from oar_scale.run.context import Run
 from oar_scale.storage import Missing, read_json, write_json
-
-NEW_SAMPLE: JsonObject = {
-    f"sample.{name}": SampleConfig.model_fields[name].default for name in ("guidance_schedule", "top_p", "min_p", "steps")
-}
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,8 @@ def stage_settings(recipe: Recipe, stage: Stage) -> JsonObject:
             value = value[key]
         kind = _section_class(recipe, section)
         if kind is not None:
-            chosen |= {f"{section}.{key}": item for key, item in value.items() if key not in operational_fields(kind)}
-            if section == "sample":  # at their defaults, settings that older versions had not say what these did
-                chosen = {key: item for key, item in chosen.items() if NEW_SAMPLE.get(key, ...) != item}
+            silent = operational_fields(kind) | {key for key in added_fields(kind) if value[key] == kind.model_fields[key].default}
+            chosen |= {f"{section}.{key}": item for key, item in value.items() if key not in silent}
             if section == "extract":
                 chosen |= {f"extract.{key}": item for key, item in REMOVED_EXTRACT.items()}  # older versions hashed them
         else:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from oar_scale.config.schema import Recipe
-from oar_scale.config.section import Section, changeable_fields, limit_fields, operational_fields
+from oar_scale.config.section import Section, added_fields, changeable_fields, limit_fields, operational_fields
 from oar_scale.run.stage_markers import stage_fingerprint
 
 TRAINING = {
@@ -71,6 +71,10 @@ def marked(fields_of: Callable[[type[Section]], frozenset[str]]) -> dict[str, se
 
 def test_these_fields_are_operational_and_no_others() -> None:
     assert marked(operational_fields) == OPERATIONAL
+
+
+def test_these_fields_are_younger_than_runs_that_are_read() -> None:
+    assert marked(added_fields) == {"sample": {"guidance_schedule", "top_p", "min_p", "steps"}}
 
 
 def test_these_fields_may_change_in_a_training_and_no_others() -> None:

@@ -14,20 +14,11 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SHIPPED = sorted(RECIPES.glob("*.yaml"))
 
 L = {"dim": 1024, "layers": 24, "heads": 16, "ffn_hidden": 2816, "vocab_size": 16384, "grid": 16, "dropout": 0.1}
+GROUPED_QUERIES = {"dim": 512, "layers": 8, "heads": 8, "kv_heads": 2, "ffn_hidden": 1536, "vocab_size": 1024, "grid": 16}
 SPECS: dict[str, ModelSpec] = {
     "instructed, class": ModelSpec(layout="instructed", condition=ClassSpec(classes=1000), **L),
     "raster, class": ModelSpec(layout="raster", condition=ClassSpec(classes=1000), **L),
-    "dual, grouped queries, text, no dropout": ModelSpec(
-        layout="dual",
-        dim=512,
-        layers=8,
-        heads=8,
-        kv_heads=2,
-        ffn_hidden=1536,
-        vocab_size=1024,
-        grid=16,
-        condition=TextSpec(vocab=2000, rows=24),
-    ),
+    "dual, grouped queries, text, no dropout": ModelSpec(layout="dual", condition=TextSpec(vocab=2000, rows=24), **GROUPED_QUERIES),
     "instructed, features": ModelSpec(
         layout="instructed",
         dim=768,
@@ -41,16 +32,7 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "decoupled, class": ModelSpec(layout="decoupled", condition=ClassSpec(classes=1000), **L),
     "decoupled, grouped queries, text": ModelSpec(
-        layout="decoupled",
-        dim=512,
-        layers=8,
-        heads=8,
-        kv_heads=2,
-        ffn_hidden=1536,
-        vocab_size=1024,
-        grid=16,
-        dropout=0.1,
-        condition=TextSpec(vocab=2000, rows=24),
+        layout="decoupled", dropout=0.1, condition=TextSpec(vocab=2000, rows=24), **GROUPED_QUERIES
     ),
     "emoji": ModelSpec(
         layout="instructed",
