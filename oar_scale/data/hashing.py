@@ -89,16 +89,16 @@ def derived_seed(purpose: str, *keys: int) -> int:
 
 def device_hash(purpose: str, *keys: int | Tensor) -> Tensor:
     """:func:`hash_keys`, as the int64 with the same bits. Integers before the first tensor are hashed on the host."""
-    begun, hashed = _host_splitmix64(zlib.crc32(purpose.encode())), None
+    leading, state = list[int](), None
     for key in keys:
-        if not isinstance(key, int):
-            hashed = _splitmix64((_signed(begun) if hashed is None else hashed) ^ key)
-        elif hashed is None:
-            begun = _host_splitmix64(begun ^ _bits(key))
+        if state is not None:
+            state = _splitmix64(state ^ (_signed(_bits(key)) if isinstance(key, int) else key))
+        elif isinstance(key, int):
+            leading.append(_bits(key))
         else:
-            hashed = _splitmix64(hashed ^ _signed(_bits(key)))
-    assert hashed is not None, "one of the keys is a tensor"
-    return hashed
+            state = _splitmix64(_signed(int(hash_keys(purpose, *leading))) ^ key)
+    assert state is not None, "one of the keys is a tensor"
+    return state
 
 
 def _splitmix64(x: Tensor) -> Tensor:
@@ -107,13 +107,6 @@ def _splitmix64(x: Tensor) -> Tensor:
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
     return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-def _host_splitmix64(x: int) -> int:
-    x = _bits(x + 0x9E3779B97F4A7C15)
-    x = _bits((x ^ x >> 30) * 0xBF58476D1CE4E5B9)
-    x = _bits((x ^ x >> 27) * 0x94D049BB133111EB)
-    return x ^ x >> 31
 
 
 def _bits(key: int) -> int:
