@@ -1,5 +1,6 @@
 # make quickstart        the whole pipeline on two CPU cores, ending in a report
-# make check, make test, make test-cluster  what .ci/run runs
+# make check, make test, make test-cluster  what .ci/run runs for each change
+# make test-slow         clusters that lose nodes, whole trainings, disturbed pools
 # make test-fast         what needs no server and no other process, while you write
 # PYTHON=python3.12 VENV=/some/where make ...  uses another Python, another place for the environment
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WITH_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: venv quickstart quickstart-s3 test test-fast test-cluster test-all chaos chaos-extraction check
+.PHONY: venv quickstart quickstart-s3 test test-fast test-cluster test-slow test-all chaos chaos-extraction check
 
 venv: $(INSTALLED)
 
@@ -52,8 +53,12 @@ test: venv
 	$(WITH_PATH) python -m pytest -m "not (slurm or slow)" -n 3 $(IN_PARALLEL)
 
 test-cluster: venv
-	@echo "Tests with Slurm, clusters that lose nodes, and whole trainings: up to half an hour on two cores."
-	$(WITH_PATH) python -m pytest -m "slurm or slow" -k "not $(LONGEST)" -n 3 $(IN_PARALLEL)
+	@echo "Tests with a real Slurm: at most 5 minutes on two cores."
+	$(WITH_PATH) python -m pytest -m "slurm and not slow" -n 3 $(IN_PARALLEL)
+
+test-slow: venv
+	@echo "Clusters that lose nodes, whole trainings, disturbed pools: up to half an hour on two cores."
+	$(WITH_PATH) python -m pytest -m slow -k "not $(LONGEST)" -n 3 $(IN_PARALLEL)
 
 test-all: venv
 	@echo "All tests, with an extraction that is killed ten times: an hour."

@@ -27,7 +27,7 @@ from oar_scale.observe.events import read_events
 from oar_scale.orders.order_table import read_orders
 from oar_scale.storage import join, open_storage
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]  # `oar run` and `oar train` start a Ray of their own
+pytestmark = pytest.mark.ray  # `oar run` and `oar train` start a Ray of their own
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = str(ROOT / "recipes" / "smoke.yaml")
 ONE_WORKER = ["-o", "parallel.workers=1"]
@@ -125,6 +125,7 @@ def test_sample_draws_a_picture(finished: Finished, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_then_an_interrupt_change_no_loss(finished: Finished, tmp_path: Path) -> None:
     """On a folder. A worker dies after step 5 at the earliest and is replaced; Ctrl-C leaves no process; the same command resumes.
 

@@ -26,7 +26,7 @@ sleep 3
 """
 
 
-@pytest.mark.slow  # Slurm takes half a minute to miss a node; in `make test-cluster`
+@pytest.mark.slow  # Slurm takes half a minute to miss a node; in `make test-slow`
 def test_an_attempt_without_slurmd_ends_before_the_next_works(own_slurm: dev_slurm.Cluster, stub: Path, tmp_path: Path) -> None:
     """Slurm starts the job elsewhere while the old processes still run: the lease keeps two attempts from working at once."""
     runs = [Lost(own_slurm, stub, tmp_path / name) for name in ("awake", "asleep")]

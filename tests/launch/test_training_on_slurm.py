@@ -128,7 +128,7 @@ def job_id(printed: str) -> str:
     return match[1]
 
 
-@pytest.mark.slow  # a Ray of two nodes starts four times, and Slurm takes half a minute to miss a node; in `make test-cluster`
+@pytest.mark.slow  # a Ray of two nodes starts four times, and Slurm takes half a minute to miss a node; in `make test-slow`
 @pytest.mark.timeout(1200)
 def test_one_submit_reaches_the_report_whatever_befalls_it(gate: Gate, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The time limit, a power cut and a preemption come in the middle of training; losses and samples are those of an undisturbed run."""
