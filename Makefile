@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WITH_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
+# Commands start hundreds of Python processes. Some images set this, and each of them would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: venv quickstart quickstart-s3 test test-fast test-cluster test-slow test-all chaos chaos-extraction check
 
 venv: $(INSTALLED)
