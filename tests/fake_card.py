@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -104,6 +105,8 @@ class FakeCard(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = _tensors((args, *kwargs.values()))
         card = [tensor for tensor in tensors if isinstance(tensor, OnCard)]
+        if not card and not _is_card(kwargs.get("device") or CPU):
+            return func(*args, **kwargs)
         self._before(func, args, kwargs, card, len(card) < len(tensors) and any(t.ndim for t in tensors if not isinstance(t, OnCard)))
         out = _compute(func, args, kwargs, bool(card))
         if func.is_view or func in NO_KERNEL or _stays(func, args, kwargs):
@@ -138,7 +141,11 @@ class FakeCard(TorchDispatchMode):
 
 
 class _Choice(TorchFunctionMode):
-    """What chooses a kernel by the device inside of torch: attention and dropout."""
+    """What chooses a kernel by the device inside of torch: attention, dropout and norms."""
+
+    def __init__(self, card: FakeCard) -> None:
+        super().__init__()
+        self.card = card
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -146,6 +153,8 @@ class _Choice(TorchFunctionMode):
             return _chosen_attention(*args, **kwargs)
         if func is F.dropout and isinstance(args[0], OnCard):
             return _chosen_dropout(*args, **kwargs)
+        if func is F.rms_norm and isinstance(args[0], OnCard):
+            return _ChosenNorm.apply(self.card, args[0], kwargs["weight"], kwargs["eps"])
         if func is Tensor.to:  # it would ask a driver which card is meant
             args = [args[0], *(_which(each) for each in args[1:])]
             kwargs = {name: _which(each) for name, each in kwargs.items()}
@@ -159,7 +168,7 @@ def fake_card() -> Iterator[FakeCard]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to("cuda") makes new parameters of other tensors
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") makes one of the CPU and copies it, which is seen here
     try:
-        with _Choice(), FakeCard() as card:
+        with FakeCard() as card, _Choice(card):
             yield card
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
@@ -248,12 +257,22 @@ def _compute(func: Any, args: Any, kwargs: Any, at_card: bool) -> Any:
 
 def _written(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """The result; where an operation returns what it has written to, the tensor that it was given."""
-    returns, arguments = func._schema.returns, func._schema.arguments
-    if not any(each.alias_info is not None and each.alias_info.is_write for each in returns):
+    outs = [args[at] if at < len(args) else kwargs.get(name) for at, name in _targets(func)]
+    if not outs:
         return out
-    given = {each.name: args[at] if at < len(args) else kwargs.get(each.name) for at, each in enumerate(arguments)}
-    outs = [given[each.name] for each in arguments if each.alias_info is not None and each.alias_info.is_write]
-    return outs[0] if len(returns) == 1 else tuple(outs)
+    return outs[0] if len(func._schema.returns) == 1 else tuple(outs)
+
+
+@cache
+def _targets(func: Any) -> list[tuple[int, str]]:
+    """Place and name of the arguments that an operation writes to and returns."""
+
+    def writes(each: Any) -> bool:
+        return each.alias_info is not None and each.alias_info.is_write
+
+    if not any(writes(each) for each in func._schema.returns):
+        return []
+    return [(at, each.name) for at, each in enumerate(func._schema.arguments) if writes(each)]
 
 
 def _chosen_attention(
@@ -343,23 +362,32 @@ def _repeated(q: Tensor, *key_values: Tensor) -> Iterator[Tensor]:
     return (each.repeat_interleave(q.shape[1] // each.shape[1], dim=1) for each in key_values)
 
 
-def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
-    x32 = x.float()
-    scale = (x32.square().mean(-1, keepdim=True) + (eps or 0.0)).rsqrt()
-    out = x32 * scale
-    return (out if weight is None else out * weight.float()).to(x.dtype), scale
+class _ChosenNorm(torch.autograd.Function):
+    """One kernel, and one back. For other devices torch takes these operations apart before any mode sees them."""
+
+    @staticmethod
+    def forward(ctx: Any, card: FakeCard, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        shape = list(weight.shape)
+        out, scale = card.__torch_dispatch__(aten._fused_rms_norm.default, (), (x, shape, weight, eps))
+        ctx.card, ctx.inputs = card, (x, shape, scale, weight, [True, True])
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        return None, *ctx.card.__torch_dispatch__(aten._fused_rms_norm_backward.default, (), (d_out, *ctx.inputs)), None
 
 
-def _rms_norm_backward(d_out: Tensor, x: Tensor, shape: list[int], scale: Tensor, weight: Tensor | None, wanted: list[bool]) -> Any:
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_(), *([] if weight is None else [weight.detach().requires_grad_()])]
-        x32 = inputs[0].float()
-        out = (
-            x32 * (x32.square().mean(-1, keepdim=True) + scale.reciprocal().square() - x32.square().mean(-1, keepdim=True).detach()).rsqrt()
-        )
-        out = out * inputs[1].float() if weight is not None else out
-        gradients = torch.autograd.grad(out, inputs, d_out.float())
-    return gradients if weight is not None else (*gradients, None)
+def _rms_norm(x: Tensor, shape: list[int], weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (x.float() * scale * weight.float()).to(x.dtype), scale
+
+
+def _rms_norm_backward(d_out: Tensor, x: Tensor, shape: list[int], scale: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
+    normed, d_out_32 = x.float() * scale, d_out.float()
+    d_normed = d_out_32 * weight.float()
+    d_x = scale * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
+    return d_x.to(x.dtype), (d_out_32 * normed).flatten(0, -2).sum(0).to(weight.dtype)
 
 
 def _dense(*heads: Tensor) -> None:

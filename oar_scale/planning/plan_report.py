@@ -9,6 +9,8 @@ from dataclasses import asdict
 
 from pydantic import BaseModel
 
+from oar_scale.model.spec import ModelSpec
+from oar_scale.planning.activations import GPU_HEAD
 from oar_scale.planning.extraction_plan import ActorPlan, ExtractionPlan
 from oar_scale.planning.memory_fit import gb
 from oar_scale.planning.plan import RunPlan
@@ -48,6 +50,8 @@ def _head(plan: RunPlan) -> Iterator[str]:
     questions = f", {spec.cells} questions" if spec.decoupled else ""
     yield f"  layout {spec.layout}, {spec.cells} cells, {spec.rows} rows an image ({spec.condition.rows} of them condition){questions}"
     yield f"  {plan.fit.message}"
+    if not cluster.on_cpu and spec.head_dim % GPU_HEAD:
+        yield f"  {_filled_heads(spec)}"
     if plan.actors and not plan.actors.fits:
         yield f"  DOES NOT FIT: {_actor(plan, plan.actors)}"
     if plan.overrides:
@@ -57,6 +61,17 @@ def _head(plan: RunPlan) -> Iterator[str]:
         yield f"  {plan.images.count:,} training images ({plan.images.source}); {size}"
     else:
         yield "  how many images there are is not known: --images N adds epochs and extraction"
+
+
+def _filled_heads(spec: ModelSpec) -> str:
+    wider = -(-spec.head_dim // GPU_HEAD) * GPU_HEAD
+    said = f"heads of {spec.head_dim} channels are filled up to {wider} in a copy for a GPU's attention"
+    groups = spec.kv_heads or 1
+    fitting = [heads for heads in range(groups, spec.dim // GPU_HEAD + 1, groups) if spec.dim % (heads * GPU_HEAD) == 0]
+    if not fitting:
+        return said
+    heads = min(fitting, key=lambda each: abs(each - spec.heads))
+    return f"{said}; with model.heads={heads} they have {spec.dim // heads}, and need none"
 
 
 def _memory(plan: RunPlan) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from oar_scale.cli import main
+from oar_scale.config.loading import load_recipe
 from oar_scale.errors import UserError
 from oar_scale.planning.alternatives import WORTH
 from oar_scale.planning.plan import PlanOptions, RunPlan, make_plan
@@ -32,6 +33,30 @@ def test_every_shipped_recipe_fits_as_it_is_written(path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert printed.startswith(path.stem) and " fits: " in printed and "Assumptions" in printed
     assert not re.search(r"\b(nan|inf|None)\b", printed) and "To run it as planned" not in printed
+
+
+def test_shipped_sizes_need_no_filled_heads() -> None:
+    """A GPU's attention takes heads of a multiple of 8 channels."""
+    for path in SHIPPED:
+        model = load_recipe(str(path)).model
+        assert model.dim // model.heads % 8 == 0, path.name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["dim=3200", "heads=32"],
+            "heads of 100 channels are filled up to 104 in a copy for a GPU's attention; with model.heads=25 they have 128",
+        ),
+        (["dim=720", "heads=12", "kv_heads=3"], "heads of 60 channels are filled up to 64 .*; with model.heads=9 they have 80"),
+        (["dim=20", "heads=5"], "heads of 4 channels are filled up to 8 in a copy for a GPU's attention$"),
+    ],
+)
+def test_a_plan_names_heads_that_a_gpu_fills_up(overrides: list[str], line: str) -> None:
+    options = [f"model.{each}" for each in overrides]
+    assert re.search(rf"^  {line}", as_text(plan("imagenet", *options)), re.MULTILINE)
+    assert "filled up" not in as_text(plan("imagenet"))
 
 
 def calls(*arguments: str) -> int:

@@ -28,13 +28,14 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from measure import Meter, alternate, in_fresh_process, machine, median_ratio, table
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from oar_scale.model import AnyOrderModel, ModelSpec
@@ -46,7 +47,7 @@ SIDE = {"cpu": 2048, "cuda": 8192}
 """Of the square matrices that are multiplied."""
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", help="a size of recipes/base; default: dim 384, 6 layers, 6 heads")
     parser.add_argument("--layout", default="instructed", choices=["instructed", "dual", "decoupled"])
@@ -61,9 +62,19 @@ def main() -> None:
     parser.add_argument("--skip", default="", choices=["", "memory", "steps"])
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser
+
+
+def side(argv: Sequence[str]) -> dict[str, Any]:
+    """What ``--side`` prints: one side measured in this process."""
+    arguments = _parser().parse_args(argv)
+    return SIDES[arguments.side](arguments)
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
     if arguments.side:
-        print(json.dumps(SIDES[arguments.side](arguments)))
+        print(json.dumps(side(sys.argv[1:])))
         return
     print(machine(arguments.device, arguments.threads))
     load = os.getloadavg()[0]
@@ -176,12 +187,16 @@ def _model(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[AnyOrderMode
 
 
 def whole_images(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One batch extracted, or drawn along a given order: seconds, and peak memory in MiB above that of the imports."""
+    """One batch extracted, or drawn along a given order: seconds, and peak memory in MiB above that of the imports; what the floor takes.
+
+    On a GPU one image is extracted first: a kernel's first call loads it.
+    """
     import torch
 
     from oar_scale.generation.sampling import generate
     from oar_scale.generation.settings import SampleSettings
     from oar_scale.model import AnyOrderModel
+    from oar_scale.model.flops import extraction_flops
     from oar_scale.orders.extraction import extract_orders
     from oar_scale.orders.settings import ExtractionSettings
 
@@ -190,12 +205,28 @@ def whole_images(arguments: argparse.Namespace) -> dict[str, Any]:
     model, codes_BN, condition_BTD = _model(arguments, _spec(arguments))
     weights = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     if arguments.side == "extraction":
+        if meter.cuda:
+            extract_orders(model, codes_BN[:1], condition_BTD[:1], ExtractionSettings())
         meter.time(lambda: extract_orders(model, codes_BN, condition_BTD, ExtractionSettings()))
     else:
         order_BN = torch.rand(codes_BN.shape).argsort(1).to(codes_BN.device)
         settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=0, order_temperature=0.0)
         meter.time(lambda: generate(model, condition_BTD, settings, 0, order_BN=order_BN))
-    return {"seconds": meter.seconds[0], "peak": meter.peak(), "beside_weights": meter.peak() - weights}
+    found = {"seconds": meter.seconds[0], "peak": meter.peak(), "beside_weights": meter.peak() - weights, "images": arguments.batch}
+    product = _product(arguments.device, condition_BTD.dtype)
+    rate = Meter(arguments.device)
+    for _ in range(3):
+        rate.time(product)
+    return {**found, "flops": extraction_flops(model.spec), "product_rate": 2 * SIDE[arguments.device] ** 3 / min(rate.seconds)}
+
+
+def _product(device: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """A large matrix product, into memory that is there."""
+    import torch
+
+    square = torch.randn(SIDE[device], SIDE[device], device=device).to(dtype)
+    out = torch.empty_like(square)
+    return lambda: torch.mm(square, square, out=out)
 
 
 def some_steps(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -225,9 +256,7 @@ def some_steps(arguments: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize()
         return clock() - start
 
-    side = SIDE[arguments.device]
-    square = torch.randn(side, side, device=device).to(condition_BTD.dtype)
-    out = torch.empty_like(square)
+    multiply = _product(arguments.device, condition_BTD.dtype)
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     product: list[list[float]] = []
     with torch.no_grad():
@@ -235,7 +264,7 @@ def some_steps(arguments: argparse.Namespace) -> dict[str, Any]:
             by_name: dict[str, list[float]] = {name: [] for name in names}
             product.append([])
             for placed in at:
-                product[-1].append(min(timed(lambda: torch.mm(square, square, out=out)) for _ in range(2)))
+                product[-1].append(min(timed(multiply) for _ in range(2)))
                 step = _Step(model, codes_BN, condition_BTD, order_BN, placed)
                 if second:
                     step.methods[DECOUPLED], step.times[DECOUPLED] = _Step(*second, order_BN, placed).methods[OURS], 1
@@ -247,7 +276,7 @@ def some_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": {name: rounds[1:] for name, rounds in seconds.items()},
         "product": product[1:],
-        "product_flops": 2 * side**3,
+        "product_flops": 2 * SIDE[arguments.device] ** 3,
         "flops": {name: extraction_flops(other if name == DECOUPLED else spec) for name in names},
         "at": at,
         "cells": spec.cells,

@@ -1,6 +1,7 @@
 """How fast images are drawn: beside RandAR's own ``generate`` with the same weights, and with drafts beside one cell a pass.
 
     python tools/benchmarks/generation.py --randar CHECKOUT         dim 384, 6 layers, 256 cells, 16,384 codes, batch 4, guidance
+    python tools/benchmarks/generation.py --device cuda --dtype bf16 --size l --batch 64 --steps 88
     python tools/benchmarks/generation.py --drafts                  the shipped emoji model, one cell a pass and drafted
 
 CHECKOUT is a copy of https://github.com/ziqipang/RandAR, anywhere; without ``--randar`` ours is measured alone. Every side runs in fresh
@@ -18,10 +19,12 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from measure import Meter, alternate, in_fresh_process, machine, median_ratio, table
+from model import CHECKED, model_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,18 +40,29 @@ CAPTIONS = (
 )  # fmt: skip
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--randar", help="a checkout of RandAR")
     parser.add_argument("--drafts", action="store_true")
+    parser.add_argument("--size", help="a size of recipes/base; default: dim 384, 6 layers, 6 heads")
     parser.add_argument("--steps", default="88,256", help="passes for an image, several with commas between")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser
+
+
+def side(argv: Sequence[str]) -> dict[str, Any]:
+    """What ``--side`` prints: one side measured in this process."""
+    return measured(_parser().parse_args(argv))
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
     if arguments.drafts:
         drafts(arguments)
     elif arguments.side:
@@ -103,7 +117,10 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     labels_B, order_BN = (inputs[name].to(arguments.device) for name in ("labels", "order"))
     side = Ours(arguments) if arguments.side == OURS else Theirs(arguments)
     with torch.no_grad():
-        result: dict[str, Any] = {"greedy": side.draw(labels_B, order_BN, GREEDY_STEPS, top_k=1).flatten().tolist()}
+        result: dict[str, Any] = {
+            "images": arguments.batch,
+            "greedy": side.draw(labels_B[:CHECKED], order_BN[:CHECKED], GREEDY_STEPS, top_k=1).flatten().tolist(),
+        }
         for steps in arguments.steps.split(","):
             meter = Meter(arguments.device)
             side.draw(labels_B, order_BN, min(int(steps), 32))
@@ -116,14 +133,12 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write weights (under RandAR's names), labels and orders; returns the setting for the table's caption."""
     import torch
 
-    from oar_scale.config.schema import ModelConfig
-    from oar_scale.model import AnyOrderModel, ModelSpec
+    from oar_scale.model import AnyOrderModel
     from oar_scale.model.peer_weights import export_peer
-    from oar_scale.model.spec import ClassSpec
 
     torch.manual_seed(0)
-    spec = ModelSpec.from_recipe(ModelConfig(dim=384, layers=6, heads=6), vocab_size=16384, grid=16, condition=ClassSpec(classes=CLASSES))
-    model = AnyOrderModel(spec.model_copy(update={"layout": "instructed", "condition_rotation": "zero"}))
+    spec = model_spec(arguments)
+    model = AnyOrderModel(spec)
     torch.nn.init.normal_(model.output.weight, 0.0, 0.02)  # it starts at zero, where all codes are the same
     inputs = {"order": torch.rand(arguments.batch, spec.cells).argsort(1), "labels": torch.randint(CLASSES, (arguments.batch,))}
     torch.save(inputs, arguments.folder / "inputs.pt")
@@ -131,7 +146,7 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     setting = (
         f"dim {spec.dim}, {spec.layers} layers, {spec.heads} heads, {spec.vocab_size:,} codes, {spec.cells} cells, "
-        f"batch {arguments.batch}, guidance {GUIDANCE:g}, fp32; {parameters:.1f} M parameters"
+        f"batch {arguments.batch}, guidance {GUIDANCE:g}, {arguments.dtype}; {parameters:.1f} M parameters"
     )
     return {"setting": setting}
 
@@ -144,8 +159,9 @@ class Ours:
 
         from oar_scale.model.peer_weights import import_peer
 
-        weights = torch.load(arguments.folder / "weights.pt")
-        self.model = import_peer(weights, "randar", "the benchmark's weights", heads=6).eval().to(arguments.device)
+        weights, dtype = torch.load(arguments.folder / "weights.pt"), torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+        model = import_peer(weights, "randar", "the benchmark's weights", heads=model_spec(arguments).heads)
+        self.model = model.eval().to(arguments.device, dtype)
 
     def draw(self, labels_B: Tensor, order_BN: Tensor, steps: int, top_k: int = 0) -> Tensor:
         from oar_scale.generation.sampling import generate
@@ -166,9 +182,11 @@ class Theirs:
         sys.path.insert(0, arguments.randar)
         from RandAR.model.randar_gpt import RandARTransformer
 
-        model = RandARTransformer(dim=384, n_layer=6, n_head=6, num_classes=CLASSES, vocab_size=16384, block_size=256)
+        spec, dtype = model_spec(arguments), torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+        sizes = {"dim": spec.dim, "n_layer": spec.layers, "n_head": spec.heads, "vocab_size": spec.vocab_size, "block_size": spec.cells}
+        model = RandARTransformer(num_classes=CLASSES, **sizes)
         model.load_state_dict(torch.load(arguments.folder / "weights.pt"))
-        self.model = model.eval().to(arguments.device)
+        self.model = model.eval().to(arguments.device, dtype)
 
     def draw(self, labels_B: Tensor, order_BN: Tensor, steps: int, top_k: int = 0) -> Tensor:
         codes_BN: Tensor = self.model.generate(labels_B, order_BN, cfg_scales=(GUIDANCE, GUIDANCE), num_inference_steps=steps, top_k=top_k)

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import signal
 import socket
 import statistics
 import subprocess
@@ -22,13 +23,27 @@ from typing import Any
 MIB = 2**20
 
 
-def in_fresh_process(script: str, arguments: Sequence[str], threads: int) -> dict[str, Any]:
-    """Run a script that prints one JSON object as its last line, with so many threads; returns the object."""
+def in_fresh_process(script: str, arguments: Sequence[str], threads: int, limit_s: float | None = None) -> dict[str, Any]:
+    """Run a script that prints one JSON object as its last line, with so many threads; returns the object.
+
+    Raises:
+        SystemExit: it failed, or took longer than ``limit_s``: then it is killed, with all processes that it started.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, script, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{Path(script).name} {' '.join(arguments)} failed with exit code {done.returncode}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    command, name = [sys.executable, script, *arguments], f"{Path(script).name} {' '.join(arguments)}"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=limit_s is not None) as process:
+        try:
+            output, _ = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"{name} took longer than {limit_s:.0f} s") from None
+        finally:
+            if process.poll() is None and limit_s is not None:  # its session is another, which Ctrl-C does not reach
+                os.killpg(process.pid, signal.SIGKILL)
+            elif process.poll() is None:
+                process.kill()
+    if process.returncode:
+        raise SystemExit(f"{name} failed with exit code {process.returncode}")
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
 
 

@@ -20,6 +20,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +40,11 @@ OURS = {
     DECOUPLED: ("none", False),
 }
 LR, DECAY, BETAS, CLIP, DROPOUT = 4e-4, 0.05, (0.9, 0.95), 1.0, 0.1  # RandAR's recipe
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "B200": 2250}
-"""Dense bfloat16, from the makers' data sheets."""
+CHECKED = 8
+"""Images at most of which results are compared between the sides; training in float32: more might not fit a GPU."""
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--randar", help="a checkout of RandAR")
     mode = parser.add_mutually_exclusive_group()
@@ -61,7 +62,16 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="also RandAR's and ours with activation checkpointing")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser
+
+
+def side(argv: Sequence[str]) -> dict[str, Any]:
+    """What ``--side`` prints: one side measured in this process."""
+    return measured(_parser().parse_args(argv))
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
     if arguments.head or arguments.parts or arguments.orders:
         import parts  # here, because it imports torch
 
@@ -140,12 +150,12 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     importlib.import_module("torch._dynamo")  # the first step would: imports are nobody's memory
     meter = Meter(arguments.device)
     side.build(torch.load(arguments.folder / "weights.pt"))
-    values = side.loss_and_norm(codes_BN, labels_B, order_BN)
+    values = side.loss_and_norm(codes_BN[:CHECKED], labels_B[:CHECKED], order_BN[:CHECKED])
     side.start_training()
     side.step(codes_BN, labels_B)
     for _ in range(arguments.steps):
         meter.time(lambda: side.step(codes_BN, labels_B))
-    return {**values, "seconds": meter.seconds, "cpu_seconds": meter.cpu_seconds, "peak": meter.peak()}
+    return {**values, "seconds": meter.seconds, "cpu_seconds": meter.cpu_seconds, "peak": meter.peak(), "images": arguments.batch}
 
 
 def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -155,9 +165,10 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     from oar_scale.model import AnyOrderModel
     from oar_scale.model.flops import useful_flops
     from oar_scale.model.peer_weights import export_peer
+    from oar_scale.runtime.gpu_peaks import peak_flops
 
     torch.manual_seed(0)
-    spec = _spec(arguments)
+    spec = model_spec(arguments)
     model = AnyOrderModel(spec)
     torch.nn.init.normal_(model.output.weight, 0.0, 0.02)  # it starts at zero, where every model has the same loss
     batch = (arguments.batch, spec.cells)
@@ -169,7 +180,6 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.save(inputs, arguments.folder / "inputs.pt")
     torch.save(export_peer(model, "randar"), arguments.folder / "weights.pt")
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else ""
-    peak = next((1e12 * tera for chip, tera in PEAK_TFLOPS.items() if chip in name), None)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     setting = (
         f"dim {spec.dim}, {spec.layers} layers, {spec.heads} heads, {spec.vocab_size:,} codes, {spec.cells} cells, "
@@ -179,11 +189,12 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(arguments.device, arguments.threads),
         "setting": setting,
         "useful_flops": useful_flops(spec),
-        "peak_flops": peak if arguments.dtype == "bf16" else None,
+        "peak_flops": peak_flops(name, arguments.dtype),
     }
 
 
-def _spec(arguments: argparse.Namespace) -> Any:
+def model_spec(arguments: argparse.Namespace) -> Any:
+    """Of ``--size``, with RandAR's habits."""
     from oar_scale.config.loading import load_recipe
     from oar_scale.config.schema import ModelConfig
     from oar_scale.model import ModelSpec
@@ -245,7 +256,7 @@ class Ours(Side):
         from oar_scale.config.schema import ParallelConfig
         from oar_scale.model import AnyOrderModel
 
-        spec = _spec(self.arguments)
+        spec = model_spec(self.arguments)
         if self.arguments.side == DECOUPLED:
             model = AnyOrderModel(spec.model_copy(update={"layout": "decoupled"}))
             torch.nn.init.normal_(model.output.weight, 0.0, 0.02)
@@ -305,7 +316,7 @@ class Theirs(Side):
         self.arguments, self.transformer = arguments, RandARTransformer
 
     def build(self, tensors: dict[str, Tensor]) -> None:
-        spec = _spec(self.arguments)
+        spec = model_spec(self.arguments)
         model = self.transformer(
             dim=spec.dim,
             n_layer=spec.layers,
