@@ -299,7 +299,9 @@ def _chosen_attention(
             k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
         bias = None
         if attn_mask is not None:
-            bias = torch.where(attn_mask, 0.0, -torch.inf).to(q.dtype).expand(*q.shape[:3], k.shape[2])
+            added = torch.where(attn_mask, 0.0, -torch.inf).to(q.dtype) if attn_mask.dtype == torch.bool else attn_mask
+            _must(added.dtype == q.dtype, f"a mask of {added.dtype} for queries of {q.dtype}")
+            bias = added.expand(*q.shape[:3], k.shape[2])
         out = aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled(), 0.0, is_causal, scale=scale)[0]
     return out[..., :width]
 
