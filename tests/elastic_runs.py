@@ -22,6 +22,9 @@ from oar_scale.run.stage_markers import stage_fingerprint
 from oar_scale.storage import write_json
 
 STEPS = 45
+LATE, LONGER = 35, 10
+"""From this step on pauses are so many times as long: a machine that is slow to do what is to happen before the last step has time for it,
+and any other never comes to them."""
 SHAPE: dict[str, Any] = {
     "model": {"dropout": 0.1},
     "parallel": {"workers": {"min": 1, "max": 2}, "precision": "fp32", "micro_batch": 2},
@@ -29,6 +32,10 @@ SHAPE: dict[str, Any] = {
 }
 WATCHED = """
 import importlib.util, json, os, sys, time
+
+def pause(step):
+    seconds, first = open("{pause}").read().split()
+    return (step >= int(first)) * float(seconds) * ({longer} if step >= {late} else 1)
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
@@ -41,9 +48,9 @@ class Finder:
             execute(module)
             one_step = module.DeepSpeedEngine.train_step
             def slow(engine, batch, lr, seeds):
-                pause, first = open("{pause}").read().split()
-                if batch.step >= int(first):
-                    time.sleep(float(pause))
+                begun = time.monotonic()
+                while time.monotonic() - begun < pause(batch.step):
+                    time.sleep(0.1)
                 with open("{seen}-" + str(os.getpid()), "a") as file:
                     file.write(json.dumps([batch.seed, batch.step, batch.uid_b.tolist()]) + "\\n")
                 return one_step(engine, batch, lr, seeds)
@@ -83,14 +90,14 @@ def watched(folder: Path, pause: float, first: int = 0) -> dict[str, str]:
 
     Args:
         folder: where the samples of the steps are written down.
-        pause: seconds before a step; a call while the process runs changes it for steps to come.
+        pause: seconds before a step; a call while the process runs changes it, for the step that waits, too.
         first: the step (counted from 0) before which the first pause is made.
 
     Returns:
         Environment variables for the process.
     """
     if not (folder / "sitecustomize.py").exists():
-        (folder / "sitecustomize.py").write_text(WATCHED.format(pause=folder / "pause", seen=folder / "seen"))
+        (folder / "sitecustomize.py").write_text(WATCHED.format(pause=folder / "pause", seen=folder / "seen", late=LATE, longer=LONGER))
     (folder / "pause.new").write_text(f"{pause} {first}")
     os.replace(folder / "pause.new", folder / "pause")  # in one piece: steps read it
     return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
