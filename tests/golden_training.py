@@ -19,7 +19,7 @@ from oar_scale.training.engine import Engine
 STEPS, IMAGES, CLASSES = 20, 6, 3
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 PROMPTS = LabelEncoder(CLASSES)
-LAYOUTS: tuple[Layout, ...] = ("raster", "instructed", "dual", "decoupled")
+LAYOUTS: tuple[Layout, ...] = ("raster", "instructed", "dual", "decoupled", "grouped")
 
 
 def golden(layout: Layout) -> list[float]:

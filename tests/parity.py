@@ -1,4 +1,4 @@
-"""Recorded outputs of the peers' own code (``golden/parity``; RandAR d374a72, LlamaGen ce98ec4, float32 on a CPU).
+"""Recorded outputs of the peers' own code (``golden/parity``; RandAR, LlamaGen, ARPG, LPD, float32 on a CPU).
 
 Weights are rebuilt from their names; see ``golden/parity/README.md``.
 """

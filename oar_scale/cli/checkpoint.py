@@ -7,7 +7,7 @@ import argparse
 from oar_scale.cli.common import Subparsers, add_model, count
 from oar_scale.text import say
 
-PEERS = ("randar", "llamagen-c2i", "llamagen-t2i", "arpg", "llamagen-vq", "maskgit-vq")
+PEERS = ("randar", "llamagen-c2i", "llamagen-t2i", "arpg", "lpd", "llamagen-vq", "maskgit-vq")
 
 
 def add(verbs: Subparsers) -> None:
@@ -62,7 +62,9 @@ def _add_exchange(actions: Subparsers) -> None:
     imports.add_argument("file", help=".safetensors, .pt, .pth or .bin; a path or s3://")
     imports.add_argument("--out", required=True, help="a new folder, or a new .safetensors file; for a tokenizer, the folder of its model")
     imports.add_argument("--heads", type=int, help="attention heads, where they are not those of the published sizes")
-    imports.add_argument("--grid", type=int, help="cells per side; default: 16, or what the file says")
+    imports.add_argument(
+        "--grid", type=int, help="cells per side; default: 16, or what the file says, but lpd models can take another grid"
+    )
     imports.add_argument("--text-rows", type=int, help="condition rows of llamagen-t2i; default: 120, or what the file says")
     imports.add_argument("--image-size", type=int, help="pixels, of a tokenizer; default: what its model draws, or 256")
     imports.add_argument("--instructed", action="store_true", default=None, help="make a model of LlamaGen's that can learn any order")

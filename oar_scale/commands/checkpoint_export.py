@@ -1,7 +1,7 @@
 """``oar checkpoint export``: our weights for use elsewhere.
 
 A model file, a run, or the shards of a training checkpoint become a folder that ``oar_scale.load`` opens, or a file that the code of
-another project (RandAR, LlamaGen, ARPG, MaskGIT) opens.
+another project (RandAR, LlamaGen, ARPG, LPD, MaskGIT) opens.
 """
 
 from __future__ import annotations
@@ -49,7 +49,13 @@ from oar_scale.tokenizers.prompts import TEXT_FILE
 from oar_scale.tokenizers.safetensors_file import file_damage, read_weights
 from oar_scale.tokenizers.vq import load_vq
 
-_WRAPPINGS: dict[Family, Wrapping] = {"randar": "bare", "llamagen-c2i": "model", "llamagen-t2i": "model", "arpg": "model"}
+_WRAPPINGS: dict[Family, Wrapping] = {
+    "randar": "bare",
+    "llamagen-c2i": "model",
+    "llamagen-t2i": "model",
+    "arpg": "model",
+    "lpd": "model",
+}
 
 
 def export_checkpoint(source: str, out: str, form: str = "folder", name: str | None = None, *, average: bool = False) -> str:

@@ -1,7 +1,7 @@
 """``oar checkpoint import``: weights of other projects as ours.
 
-RandAR, LlamaGen, ARPG, LlamaGen's and MaskGIT's tokenizers become a folder that ``oar_scale.load`` opens, or one file. Tensors keep their
-dtypes and only their names change (and how ARPG's are cut), so what is imported and exported again has the same bits.
+RandAR, LlamaGen, ARPG, LPD, LlamaGen's and MaskGIT's tokenizers become a folder that ``oar_scale.load`` opens, or one file. Tensors keep
+their dtypes and only their names change (and how ARPG's are cut), so what is imported and exported again has the same bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from oar_scale.generation.model_bundle import (
     read_config,
 )
 from oar_scale.model import save_model
-from oar_scale.model.peer_weights import GRID, TEXT_ROWS, import_peer
+from oar_scale.model.peer_weights import TEXT_ROWS, import_peer
 from oar_scale.model.weights import SHARD_BYTES
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.folders import new_folder
@@ -131,11 +131,11 @@ def _check_options(kind: str, options: ImportOptions) -> None:
             raise UserError(f"{option} {value} must be at least 1")
 
 
-def _grid(peer_file: PeerFile, requested: int | None) -> int:
-    """Cells per side. Weights do not contain them; LlamaGen's training checkpoints do, beside the weights."""
+def _grid(peer_file: PeerFile, requested: int | None) -> int | None:
+    """Cells per side; None: the usual. LlamaGen's training checkpoints contain them, beside the weights."""
     pixels, factor = _setting(peer_file, "image_size"), _setting(peer_file, "downsample_size")
     if not (pixels and factor):
-        return requested or GRID
+        return requested
     if requested not in (None, pixels // factor):
         raise UserError(
             f"{peer_file.where}: was trained on {pixels} px images, which are {pixels // factor} x {pixels // factor} codes; "

@@ -240,6 +240,12 @@ class Recipe(Section):
     def _orders(self) -> Recipe:
         for stage in TRAINING_SECTIONS:
             training = self.training(stage)
+            if training.group_steps and self.model.layout != "grouped":
+                raise RecipeConflict(
+                    f"{stage}.group_steps",
+                    "only a model of layout grouped is trained to answer for several cells at once.\n"
+                    "Leave it out, or choose model.layout grouped.",
+                )
             if training.order in (None, "random"):
                 continue
             if training.random_share == 1:
@@ -255,7 +261,7 @@ class Recipe(Section):
         along_given = self.sample.order not in (None, "confidence") or self.model.layout == "raster"
         for name, refused, why in (
             ("steps", ("raster", "dual"), "asks for one cell a pass"),
-            ("draft", ("raster", "decoupled"), "cannot draft cells"),
+            ("draft", ("raster", "decoupled", "grouped"), "cannot draft cells"),
         ):
             if getattr(self.sample, name) and along_given and self.model.layout in refused:
                 text = f"along a given order, layout {self.model.layout} {why}.\nLeave it out, or choose another model.layout."

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from oar_scale.config.locations import Location
 from oar_scale.config.section import Changeable, Count, Limit, Operational, PolicyName, RecipeConflict, Section, bounds
 
-Layout = Literal["raster", "instructed", "dual", "decoupled"]
+Layout = Literal["raster", "instructed", "dual", "decoupled", "grouped"]
+GROUPED_EPS = 1e-6
+"""``norm_eps`` of a grouped model, where a recipe sets none: that of the published weights."""
 
 
 class ModelConfig(Section):
     """The any-order transformer (docs/model.md). Vocabulary, grid and text sizes follow from the tokenizers."""
 
     layout: Layout = "instructed"
-    """``raster`` is plain next-token; ``instructed`` (RandAR), ``dual`` (OAR v1) and ``decoupled`` (ARPG) place cells in any order.
-    ``decoupled`` has half of the layers for the codes, half for the questions: an even number of them."""
+    """``raster`` is plain next-token; ``instructed`` (RandAR), ``dual`` (OAR v1), ``decoupled`` (ARPG) and ``grouped`` (LPD) place cells in
+    any order. ``decoupled`` has half of the layers for the codes, half for the questions: an even number of them. ``grouped`` has
+    LayerNorm, GELU and learned positions."""
     dim: int = Field(256, ge=8)
     layers: int = Field(6, ge=1)
     heads: int = Field(4, ge=1)
     kv_heads: int | None = Field(None, ge=1)
     """Heads of keys and values, a divisor of ``heads`` (grouped-query attention). Default: ``heads``."""
     ffn_multiple_of: int = Field(256, ge=1)
-    """The SwiGLU width is ``int(8 dim / 3)`` rounded up to a multiple of this."""
+    """The SwiGLU width is ``int(8 dim / 3)`` rounded up to a multiple of this. (Layout ``grouped`` has no SwiGLU, but ``4 dim``.)"""
     norm_eps: float = Field(1e-5, gt=0)
+    """Default in layout ``grouped``: 1e-6."""
     rope_base: float = Field(10000.0, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)
     """On image-code embeddings, attention outputs and feed-forward outputs."""
@@ -37,12 +41,24 @@ class ModelConfig(Section):
 
     @property
     def ffn_hidden(self) -> int:
-        """Width of the SwiGLU feed-forward."""
+        """Width of the feed-forward."""
+        if self.layout == "grouped":
+            return 4 * self.dim
         return -(-int(8 * self.dim / 3) // self.ffn_multiple_of) * self.ffn_multiple_of
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_of_the_layout(cls, given: object) -> object:
+        if isinstance(given, dict) and given.get("layout") == "grouped":
+            return {"norm_eps": GROUPED_EPS, **given}
+        return given
 
     @model_validator(mode="after")
     def _head_dim(self) -> ModelConfig:
-        if self.dim % self.heads or (self.dim // self.heads) % 4:
+        if self.layout == "grouped":
+            if self.dim % self.heads:
+                raise ValueError(f"dim {self.dim} / heads {self.heads} must be a whole number; e.g. dim 256 with heads 4")
+        elif self.dim % self.heads or (self.dim // self.heads) % 4:
             raise ValueError(
                 f"dim {self.dim} / heads {self.heads} must be a whole number and a multiple of 4 "
                 "(the rotation takes pairs for rows and pairs for columns); e.g. dim 256 with heads 4"
@@ -196,6 +212,9 @@ class TrainingConfig(Section):
     a raster model has its raster order only. The control of a fine-tuning takes random orders, whatever is set here."""
     random_share: float = Field(1.0, ge=0, le=1)
     """Share of the samples trained in a fresh random order; the rest follow ``order``."""
+    group_steps: tuple[PositiveInt, ...] = Field((), exclude_if=lambda given: not given)
+    """Layout ``grouped``: numbers of steps, of which each optimizer step takes one by chance. Its images are asked for in so many groups of
+    cells, as they are drawn with ``steps``; LPD took 256, 128, 64, 32, 24, 20, 16, 12 and 8. Default: one cell after the other."""
     mix: tuple[MixConfig, ...] = ()
     """Other folders that samples are drawn from, besides the run's own."""
     log_every: Operational[int] = Field(5, ge=1)

@@ -42,7 +42,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         config = deepspeed_config(job.recipe.parallel, job.training, process.world)
-        objective = Objective(_initial_model(job, prompts, config, process), prompts)
+        objective = Objective(_initial_model(job, prompts, config, process), prompts, job.training.group_steps)
         accelerate(objective.model, job.recipe.parallel)
         optimizer = DeepSpeedAdamW(
             parameter_groups(objective, job.training.weight_decay),

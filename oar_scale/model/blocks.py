@@ -1,4 +1,8 @@
-"""One transformer block of the LlamaGen family: RMSNorm, rotary attention, RMSNorm, SwiGLU. Names equal the peers' keys.
+"""One transformer block: norm, attention, norm, feed-forward. Names equal the peers' keys.
+
+    family   norm        feed-forward         matrices                     positions
+    llama    RMSNorm     SwiGLU               no biases, Normal(0, 0.02)   rotations of queries and keys         LlamaGen, RandAR, ARPG
+    vit      LayerNorm   GELU, one matrix in  biases, Xavier-uniform       added to the rows before the blocks   LPD
 
 Every module initialises its own parameters where it is made, which is what ``deepspeed.zero.Init`` needs: it takes a module's
 parameters away as soon as its constructor returns.
@@ -8,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,22 +37,36 @@ def in_few_shapes(x_RD: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without bias that starts as Normal(0, 0.02)."""
+    """``nn.Linear``, without bias unless asked for, that starts as Normal(0, 0.02)."""
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
 
     def reset_parameters(self) -> None:
         """Draw the weight anew."""
         nn.init.normal_(self.weight, 0.0, 0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x W^T`` [..., outputs] of x [..., inputs]."""
+        """``x W^T + b`` [..., outputs] of x [..., inputs]."""
         rows = x.shape[:-1].numel()
         x_RD = in_few_shapes(x.reshape(rows, -1))
-        return F.linear(x, self.weight) if len(x_RD) == rows else F.linear(x_RD, self.weight)[:rows].view(*x.shape[:-1], -1)
+        if len(x_RD) == rows:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x_RD, self.weight, self.bias)[:rows].view(*x.shape[:-1], -1)
+
+
+class BiasedLinear(Linear):
+    """With a bias that starts at zero, and a weight that starts Xavier-uniform."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=True)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew, and set the bias to zero."""
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -63,6 +81,12 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm``, which has a fused kernel on CPUs, too."""
+
+    __call__: Callable[..., Tensor]
+
+
 class GatedLinear(Linear):
     """The output layer of a SwiGLU feed-forward: ``(silu(gate) * up) W^T``."""
 
@@ -71,6 +95,16 @@ class GatedLinear(Linear):
         if torch.is_grad_enabled():
             return memory_efficient.gated_linear(gate, up, self.weight)
         return super().forward(F.silu(gate).mul_(up))
+
+
+class GELULinear(BiasedLinear):
+    """The output layer of a feed-forward with GELU: ``gelu(x) W^T + b``, with the exact GELU (of the error function)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows [..., D] of rows [..., F]."""
+        if torch.is_grad_enabled():
+            return memory_efficient.gelu_linear(x, self.weight, self.bias)
+        return super().forward(F.gelu(x))
 
 
 class Heads(NamedTuple):
@@ -89,13 +123,14 @@ class KVSlice(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions; with ``kv_heads`` below ``heads``, grouped-query attention."""
+    """Multi-head attention, in family llama with rotary positions; with ``kv_heads`` below ``heads``, grouped-query attention."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads or spec.heads, spec.head_dim
-        self.wqkv = Linear(spec.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
-        self.wo = Linear(spec.dim, spec.dim)
+        linear = FAMILIES[spec.block].linear
+        self.wqkv = linear(spec.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.wo = linear(spec.dim, spec.dim)
 
     def project(self, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> Heads:
         """Project rows to heads; ``rotation_BLP2`` rotates queries and keys, None leaves them as they are."""
@@ -106,7 +141,7 @@ class Attention(nn.Module):
             q, k, v = rotate_heads(qkv_BLHd, rotation_BLP2, self.kv_heads)
         return Heads(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
-    def project_into(self, into: KVSlice, x_BLD: Tensor, rotation_BLP2: Tensor) -> tuple[Tensor, Tensor]:
+    def project_into(self, into: KVSlice, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> tuple[Tensor, Tensor]:
         """:meth:`project` for inference: keys and values go into the cache.
 
         Returns:
@@ -114,7 +149,8 @@ class Attention(nn.Module):
         """
         qk_BLHd, v_BLGd = self.wqkv(x_BLD).unflatten(-1, (-1, self.head_dim)).split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         # Rotated and scored in float32: a candidate's own score is compared with the log-sum-exp over the whole prefix.
-        q32, k32 = rotate_(qk_BLHd.float(), rotation_BLP2[:, :, None]).split([self.heads, self.kv_heads], dim=2)
+        qk32_BLHd = qk_BLHd.float() if rotation_BLP2 is None else rotate_(qk_BLHd.float(), rotation_BLP2[:, :, None])
+        q32, k32 = qk32_BLHd.split([self.heads, self.kv_heads], dim=2)
         into.keys.copy_(k32.transpose(1, 2))
         into.values.copy_(v_BLGd.transpose(1, 2))
         own_BLH = (q32.unflatten(2, (self.kv_heads, -1)) * k32.unsqueeze(3)).sum(-1).flatten(2) / math.sqrt(self.head_dim)
@@ -178,6 +214,35 @@ class FeedForward(nn.Module):
         return self.w2(self.w1(x), self.w3(x))
 
 
+class MLP(nn.Module):
+    """``W2 gelu(W1 x + b1) + b2``."""
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = BiasedLinear(dim, hidden)
+        self.w2 = GELULinear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows [..., D] of rows [..., D]."""
+        return self.w2(self.w1(x))
+
+
+class Family(NamedTuple):
+    """What the blocks of a family are made of."""
+
+    linear: type[Linear]
+    norm: type[RMSNorm] | type[LayerNorm]
+    feed_forward: type[FeedForward] | type[MLP]
+
+
+FAMILIES: dict[Literal["llama", "vit"], Family] = {
+    "llama": Family(Linear, RMSNorm, FeedForward),
+    "vit": Family(BiasedLinear, LayerNorm, MLP),
+}
+
+
 class TrunkBlock(nn.Module):
     """What every block of a trunk has: attention of some kind between a norm and ``finish``."""
 
@@ -186,9 +251,10 @@ class TrunkBlock(nn.Module):
     def __init__(self, spec: ModelSpec, attention: Attention | CrossAttention) -> None:
         super().__init__()
         self.attention = attention
-        self.feed_forward = FeedForward(spec.dim, spec.ffn_hidden)
-        self.attention_norm = RMSNorm(spec.dim, spec.norm_eps)
-        self.ffn_norm = RMSNorm(spec.dim, spec.norm_eps)
+        family = FAMILIES[spec.block]
+        self.feed_forward = family.feed_forward(spec.dim, spec.ffn_hidden)
+        self.attention_norm = family.norm(spec.dim, spec.norm_eps)
+        self.ffn_norm = family.norm(spec.dim, spec.norm_eps)
         self.dropout = spec.dropout
         self.grouped = attention.kv_heads != attention.heads
 
@@ -211,7 +277,7 @@ class Block(TrunkBlock):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec, Attention(spec))
 
-    def project_into(self, into: KVSlice, x_BLD: Tensor, rotation_BLP2: Tensor) -> tuple[Tensor, Tensor]:
+    def project_into(self, into: KVSlice, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> tuple[Tensor, Tensor]:
         """:meth:`Attention.project_into` of the normalised rows."""
         return self.attention.project_into(into, self.attention_norm(x_BLD), rotation_BLP2)
 

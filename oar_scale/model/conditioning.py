@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oar_scale.model.blocks import Block, Linear, RMSNorm
+from oar_scale.model.blocks import FAMILIES, Block, Linear
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec, TextSpec
 
 
@@ -63,7 +63,7 @@ class TextCondition(Conditioner):
         self.positions = nn.Parameter(torch.empty(kind.rows, spec.dim))
         self.null_rows = nn.Parameter(torch.empty(kind.rows, spec.dim))
         self.layers = nn.ModuleList(Block(spec) for _ in range(kind.encoder_layers))
-        self.norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.norm = FAMILIES[spec.block].norm(spec.dim, spec.norm_eps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

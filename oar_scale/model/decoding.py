@@ -11,7 +11,8 @@ exactly that, *is* the row the cache needs should its cell win: scoring all cell
 full forward pass. There are never more candidates than cells left, so they fit into the part of the cache that the rest of the image needs
 anyway: candidates take no memory beyond the activations of :data:`ROWS_AT_ONCE` rows.
 
-In layout decoupled, candidates leave nothing in the cache: what enters it is the row of the winner's code, with the next candidates.
+In layouts decoupled and grouped, candidates leave nothing in the cache: what enters it is the row of the winner's code, with the next
+candidates.
 
     decoder = Decoder(model)
     prefix = decoder.begin(condition_BTD)
@@ -23,7 +24,7 @@ In layout decoupled, candidates leave nothing in the cache: what enters it is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -101,7 +102,7 @@ class Decoder:
             return prefix
         codes_BKD = self._codes(prefix, codes_BK)
         if self._mutual(prefix):
-            self.append_waiting(prefix)
+            self.append_waiting(prefix)  # they see one another all, those that are placed here do not
         self._append(prefix, self.model.layout(prefix.last, cells_BK, codes_BKD, prefix.tables))
         # The layouts write the row of the last code together with the next cell's: until then it waits here.
         prefix.last = Placed(cells_BK[:, -1:], codes_BKD[:, -1:])
@@ -153,18 +154,21 @@ class Decoder:
     def parallel_rows(self, prefix: Prefix, cells_BM: Tensor) -> Tensor:
         """Normalised rows [B, M, D] about M cells in one pass. :meth:`place_parallel` must follow, with a code for each of the cells.
 
-        Each row of an instructed model sees those before it, as in RandAR's parallel decoding. Those of a decoupled model are candidates.
+        Each question of an instructed model sees those before it, as in RandAR's parallel decoding; those of a grouped model see one
+        another all. Those of a decoupled model are candidates.
 
         Raises:
             ValueError: a layout that cannot.
         """
-        if not self.model.layout.keeps_questions:
+        layout = self.model.layout
+        if not layout.asks_jointly:
             return self.candidate_rows(prefix, cells_BM).rows_BRD
         count = cells_BM.shape[1]
-        rows_BMD = self._append(prefix, self.model.layout.parallel(prefix.last, cells_BM, prefix.tables), leaving=count)
+        groups = (layout.entering(prefix.last), count) if self.model.spec.mutual_steps else None
+        rows_BMD = self._append(prefix, layout.parallel(prefix.last, cells_BM, prefix.tables), leaving=count, groups=groups)
         prefix.last = self._nothing(prefix)
         # The first instruction row is what training would have there; the others lack the codes between, and are computed again.
-        prefix.rows -= count - 1
+        prefix.rows -= count - layout.keeps_questions
         return self.model.norm(rows_BMD)
 
     def place_parallel(self, prefix: Prefix, cells_BM: Tensor, codes_BM: Tensor) -> Prefix:
@@ -178,7 +182,7 @@ class Decoder:
         if self.model.layout.entering(prefix.last):
             waiting, _ = self.model.layout.candidates(prefix.last, prefix.last.cells_BK[:, :0], prefix.tables)
             assert waiting is not None
-            self._append(prefix, waiting, mutual=self._mutual(prefix))
+            self._append(prefix, waiting, groups=(waiting.cells_BL.shape[1],) if self._mutual(prefix) else None)
             prefix.last = self._nothing(prefix)
         return prefix
 
@@ -198,10 +202,10 @@ class Decoder:
 
     def _mutual(self, prefix: Prefix) -> bool:
         """Whether what waits is a parallel step whose codes see one another all."""
-        return self.model.spec.step_attention == "mutual" and self.model.layout.entering(prefix.last) > 1
+        return self.model.spec.mutual_steps and self.model.layout.entering(prefix.last) > 1
 
-    def _append(self, prefix: Prefix, rows: Rows, leaving: int = 0, *, mutual: bool = False) -> Tensor:
-        """Run L rows that see the prefix and one another causally (``mutual``: one another all), and add them to the cache.
+    def _append(self, prefix: Prefix, rows: Rows, leaving: int = 0, groups: Sequence[int] | None = None) -> Tensor:
+        """Run L rows that see the prefix and one another (:meth:`RowLayout.enter`), and add them to the cache.
 
         Returns:
             The last ``leaving`` rows, [B, leaving, D], as they leave the trunk.
@@ -213,7 +217,7 @@ class Decoder:
         layout = self.model.layout
         for images in image_chunks(batch, length, rows.x_BLD.device):
             part = Rows(rows.x_BLD[images], rows.cells_BL[images])
-            x_bLD = layout.enter(self.model.layers, prefix.part(images), part, mutual=mutual)
+            x_bLD = layout.enter(self.model.layers, prefix.part(images), part, groups)
             last_BMD[images] = x_bLD[:, length - leaving :]
         prefix.rows += length
         return last_BMD

@@ -16,7 +16,7 @@ for: all cells of an empty image get the same row, to the last bit, and whoever 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -33,6 +33,7 @@ class DecoupledRows(RowLayout):
     """Rows of content, and questions that all begin alike."""
 
     keeps_questions = False
+    asks_jointly = False
     joint = False
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -63,6 +64,10 @@ class DecoupledRows(RowLayout):
         questions_BRD: Tensor = self.question(torch.zeros_like(cells_BR))
         return questions_BRD.to(dtype)
 
+    def rotated(self, cells_BL: Tensor) -> Tensor:
+        """The rotations [B, L, P, 2] of rows."""
+        return self.rotations(cells_BL.device)[cells_BL]
+
     # -- passes through the blocks ----------------------------------------------------------------------------------------
 
     def blocks(self) -> Iterable[TrunkBlock]:
@@ -70,8 +75,16 @@ class DecoupledRows(RowLayout):
         yield from (Block(self.spec) for _ in range(self.depth))
         yield from (CrossBlock(self.spec) for _ in range(self.depth))
 
-    def whole(self, layers: Iterable[nn.Module], condition_BTD: Tensor, order_BN: Tensor, codes_BND: Tensor) -> Tensor:
+    def whole(
+        self,
+        layers: Iterable[nn.Module],
+        condition_BTD: Tensor,
+        order_BN: Tensor,
+        codes_BND: Tensor,
+        groups: Sequence[int] | None = None,
+    ) -> Tensor:
         """The questions [B, N, D] in the order of generation, as they leave the blocks."""
+        self.one_by_one(groups)
         head, content = self.head(condition_BTD), self(self.start(condition_BTD), order_BN, codes_BND)
         x_BLD = torch.cat([head.x_BLD, content.x_BLD], dim=1)
         rotation_BLP2 = self.rotated(torch.cat([head.cells_BL, content.cells_BL], dim=1))
@@ -84,9 +97,9 @@ class DecoupledRows(RowLayout):
             questions_BND = layer(questions_BND, asked_BNP2, keys, values)
         return questions_BND
 
-    def enter(self, layers: Iterable[nn.Module], cache: CachePart, rows: Rows, *, mutual: bool = False) -> Tensor:
+    def enter(self, layers: Iterable[nn.Module], cache: CachePart, rows: Rows, groups: Sequence[int] | None = None) -> Tensor:
         """As :meth:`RowLayout.enter`, through the first half; the last pair of the cache is what questions see."""
-        x_BLD = super().enter(self._halves(layers)[0], cache, rows, mutual=mutual)
+        x_BLD = super().enter(self._halves(layers)[0], cache, rows, groups)
         shared = cache.kv(self.depth, cache.rows, cache.rows + x_BLD.shape[1])
         keys, values = self.shared(x_BLD, self.rotated(rows.cells_BL))
         shared.keys.copy_(keys)

@@ -2,8 +2,8 @@
 
     forward   layers (L row + 4 L^2 D)  -  (L - N) end  +  2 N D V  +  condition encoder
     row       2 D (H + 2 kv_heads) head_dim + end                    the matrices of a block, for one row
-    end       2 (D^2 + 3 D F)                                        those after attention: the last block has N rows there
-    L         T + N - 1 raster,  T + 2 N - 1 instructed,  T + N dual
+    end       2 (D^2 + 3 D F),  grouped 2 (D^2 + 2 D F)              those after attention: the last block has N rows there
+    L         T + N - 1 raster,  T + 2 N - 1 instructed and grouped,  T + N dual
 
     decoupled, L = T + N - 1:   n/2 (L row + 4 L^2 D)  +  L share  +  n/2 (N (row - share) + 4 L^2 D)  +  2 N D V  +  condition encoder
     share     2 D 2 kv_heads head_dim                                keys and values, which the second half does not make
@@ -47,10 +47,16 @@ def useful_flops(spec: ModelSpec) -> int:
 
     Three times the forward pass, with the L (L + 1) / 2 pairs that causality leaves; neither recomputed blocks nor recomputed scores.
     """
-    rows, causal = spec.rows, _attention(spec, spec.rows, spec.rows + 1) // 2
+    rows = spec.rows
+    causal = _attention(spec, rows, rows + 1) // 2
     seen = spec.layers * causal
-    if spec.decoupled:  # the i-th question sees the condition and the i codes before it
-        seen = spec.layers // 2 * (causal + _attention(spec, 1, spec.cells * (2 * spec.condition.rows + spec.cells - 1) // 2))
+    # The i-th question of a decoupled or grouped model sees the condition and the i codes before it; of a grouped one itself, too.
+    asking = _attention(spec, 1, spec.cells * (2 * spec.condition.rows + spec.cells - 1) // 2)
+    if spec.decoupled:
+        seen = spec.layers // 2 * (causal + asking)
+    elif spec.grouped:
+        content = rows - spec.cells
+        seen = spec.layers * (_attention(spec, content, content + 1) // 2 + asking + _attention(spec, 1, spec.cells))
     return 3 * (forward_flops(spec) - spec.layers * _attention(spec, rows, rows) + seen)
 
 
@@ -80,7 +86,8 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[i
         trunk += _entering(spec, enters, begin + stride * placed) + _asking(spec, scored, begin + stride * placed)
         candidates, placed = candidates + scored, placed + size
         if size > 1 and placed < spec.cells:
-            trunk += _entering(spec, stride * (size - 1), begin + stride * (placed - 1) + (not spec.decoupled))
+            kept = not (spec.decoupled or spec.grouped)  # the question of the last cell
+            trunk += _entering(spec, stride * (size - 1), begin + stride * (placed - 1) + kept)
     return _condition(spec) + (1 + guided) * trunk + _head(spec, candidates)
 
 
@@ -123,7 +130,7 @@ def _shared_row(spec: ModelSpec) -> int:
 
 def _end_row(spec: ModelSpec) -> int:
     """The matrices of a block after attention, for one row."""
-    return 2 * spec.dim * (spec.dim + 3 * spec.ffn_hidden)
+    return 2 * spec.dim * (spec.dim + (3 if spec.block == "llama" else 2) * spec.ffn_hidden)
 
 
 def _attention(spec: ModelSpec, queries: int, keys: int) -> int:

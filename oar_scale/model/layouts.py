@@ -5,15 +5,17 @@
     dual         [c_1 .. c_T,  z>1, x_1>2, x_2>3, ...]            x_i>j lies at cell i and asks for j; z is a zero token    (OAR v1)
     decoupled    [c_1 .. c_T,  x_1, x_2, ..., x_{N-1}]            content, which questions q_1 .. q_N look at from a half of  (ARPG)
                                                                   the blocks of their own (``decoupled.py``)
+    grouped      [c_1 .. c_T,  x_1, ..., x_m,  q_1, ..., q_N]     content, and questions that see it and those of their step   (LPD)
+                                                                  (``grouped.py``)
 
 Attention is plainly causal in the first three, which are here. A layout makes three kinds of rows, each with the cell that rotates it:
 
     forward      rows that ask for K cells, one after the other, knowing the code of each before the next: training, prefill
     candidates   rows that each ask for a cell from the same point: extraction, generation by confidence
-    parallel     rows that ask for M cells with no codes between: RandAR's parallel decoding
+    parallel     rows that ask for M cells with no codes between: RandAR's parallel decoding, and LPD's
 
-What was placed last may still have to enter the cache (``Placed``): the code row of an instructed or decoupled model, or the row of the
-last code of the others, which cannot be written before the next cell is known. What a layout has learned about cells is a few
+What was placed last may still have to enter the cache (``Placed``): the code row of an instructed, decoupled or grouped model, or the row
+of the last code of the others, which cannot be written before the next cell is known. What a layout has learned about cells is a few
 tables (``tables``), made once for an image that is placed cell by cell. What else a layout is, and how one plugs in: ``row_layout.py``.
 """
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from oar_scale.config.schema import Layout
 from oar_scale.model.decoupled import DecoupledRows
+from oar_scale.model.grouped import GroupedRows
 from oar_scale.model.rope import offset_index, offset_rotations, rotate_vector
 from oar_scale.model.row_layout import Placed, RowLayout, Rows, Tables
 from oar_scale.model.spec import HELD, STRIDE, ModelSpec
@@ -165,4 +168,5 @@ LAYOUTS: dict[Layout, type[RowLayout]] = {
     "instructed": InstructedRows,
     "dual": DualRows,
     "decoupled": DecoupledRows,
+    "grouped": GroupedRows,
 }

@@ -4,6 +4,7 @@ Matrix products are dear and everything between them is cheap, so what lies betw
 
     rms_norm       keeps x and one scale a row     not x * scale, and not the squares
     gated_linear   keeps gate and up               not silu(gate), and not silu(gate) * up
+    gelu_linear    keeps x                         not gelu(x)
     add_dropped    keeps one byte a number         not the noise in float32
 
 Each is, to the rounding, the composition its docstring states. torch.compile finds the same savings by itself and is given the
@@ -39,6 +40,14 @@ def gated_linear(gate: Tensor, up: Tensor, weight_DF: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(F.silu(gate) * up, weight_DF)
     out: Tensor = _GatedLinearFunction.apply(gate, up, weight_DF)
+    return out
+
+
+def gelu_linear(x: Tensor, weight_DF: Tensor, bias_D: Tensor) -> Tensor:
+    """``gelu(x) W^T + b`` [..., D] of x [..., F]."""
+    if torch.compiler.is_compiling():
+        return F.linear(F.gelu(x), weight_DF, bias_D)
+    out: Tensor = _GELULinearFunction.apply(x, weight_DF, bias_D)
     return out
 
 
@@ -89,6 +98,24 @@ class _GatedLinearFunction(torch.autograd.Function):
         d_up = torch.ops.aten.silu(gate, out=hidden).mul_(d_hidden)
         d_gate = torch.ops.aten.silu_backward(d_hidden.mul_(up), gate, grad_input=d_hidden)
         return d_gate, d_up, d_weight_DF
+
+
+class _GELULinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionContext, x: Tensor, weight_DF: Tensor, bias_D: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_DF)
+        return F.linear(F.gelu(x), weight_DF, bias_D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionContext, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight_DF = ctx.saved_tensors
+        hidden = F.gelu(x)
+        d_out_RD = d_out.reshape(-1, d_out.shape[-1])
+        d_weight_DF, d_bias_D = d_out_RD.t() @ hidden.view(-1, hidden.shape[-1]), d_out_RD.sum(0)
+        # One tensor of the hidden width, used three times.
+        torch.mm(d_out_RD, weight_DF, out=hidden.view(-1, hidden.shape[-1]))
+        return torch.ops.aten.gelu_backward(hidden, x, grad_input=hidden), d_weight_DF, d_bias_D
 
 
 class _ScaledContext(FunctionContext, Protocol):

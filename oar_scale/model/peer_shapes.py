@@ -30,13 +30,17 @@ class PeerShapes(NamedTuple):
             )
         return Counter(sizes).most_common(1)[0][0]
 
-    def heads(self, dim: int, given: int | None, *, width: int = 64) -> int:
+    def rows(self, name: str, width: int) -> int:
+        """Rows of a matrix of this width; 0 where the tensor is none."""
+        shape = tuple(self.tensors[name].shape) if name in self.tensors else ()
+        return shape[0] if shape[1:] == (width,) else 0
+
+    def heads(self, dim: int, given: int | None, *, width: int = 64, multiple: int = 4) -> int:
         """The number of heads: as given, or of ``width`` channels each. Raises UserError where channels do not divide into them."""
         heads = given or dim // width
-        if heads < 1 or dim % heads or (dim // heads) % 4:
-            raise UserError(
-                f"{self.where}: {dim} channels do not divide into {heads} heads of a multiple of 4 channels. Give the number with --heads."
-            )
+        if heads < 1 or dim % heads or (dim // heads) % multiple:
+            channels = f"a multiple of {multiple} channels" if multiple > 1 else "as many channels each"
+            raise UserError(f"{self.where}: {dim} channels do not divide into {heads} heads of {channels}. Give the number with --heads.")
         return heads
 
     def blocks(self, prefix: str) -> int:

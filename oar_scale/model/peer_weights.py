@@ -1,4 +1,6 @@
-"""RandAR's, LlamaGen's and ARPG's weights as ours, and back: the same tensors under other names (ARPG's: ``arpg_weights.py``).
+"""Weights of RandAR and LlamaGen as ours, and back: the same tensors under other names.
+
+ARPG's: ``arpg_weights.py``, LPD's: ``lpd_weights.py``.
 
     theirs                           ours
     cls_embedding.*                  conditioner.*
@@ -9,8 +11,8 @@ A spec is read off the shapes. Shapes do not tell the number of heads or the gri
 (64 channels a head, 100 for their 3B, 128 for their 7B), unless given. Several tensors have each width, and what most of
 them say counts, so that a wrong tensor is named itself and not those it contradicts.
 
-All peers multiply the condition's queries and keys by zero, and LlamaGen's text models have a null that was never trained; the
-spec records both, or their weights would not mean the same.
+All of these (LPD does not) multiply the condition's queries and keys by zero, and LlamaGen's text models have a null that was never
+trained; the spec records both, or their weights would not mean the same.
 """
 
 from __future__ import annotations
@@ -22,16 +24,18 @@ from torch import Tensor
 
 from oar_scale.errors import UserError
 from oar_scale.model.arpg_weights import export_arpg, import_arpg
+from oar_scale.model.lpd_weights import export_lpd, import_lpd
 from oar_scale.model.peer_shapes import PeerShapes
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
 from oar_scale.model.transformer import AnyOrderModel
 from oar_scale.model.weights import model_of
 
-Family = Literal["randar", "llamagen-c2i", "llamagen-t2i", "arpg"]
+Family = Literal["randar", "llamagen-c2i", "llamagen-t2i", "arpg", "lpd"]
 
 _INSTRUCTION = "layout.pos_instruct_embeddings"
 _THEIRS = {"conditioner.": "cls_embedding.", _INSTRUCTION: "pos_instruct_embeddings"}
-_ARPG = "layers.self_dec."
+_OWN: dict[Family, str] = {"arpg": "layers.self_dec.", "lpd": "blocks."}
+"""How names of tensors begin that a family alone has, and each of its models."""
 _WIDE_HEADS = {3200: 100, 4096: 128}
 TEXT_ROWS = 120
 """Condition rows of LlamaGen's text models."""
@@ -44,7 +48,7 @@ def import_peer(
     family: Family,
     where: str,
     *,
-    grid: int = GRID,
+    grid: int | None = None,
     heads: int | None = None,
     text_rows: int = TEXT_ROWS,
     start_instructed: bool = False,
@@ -54,7 +58,7 @@ def import_peer(
     Args:
         tensors: a peer's state dict, without wrapping.
         where: names the file in errors.
-        grid: cells per side.
+        grid: cells per side; None: of the peers' 256 px images, or of LPD's table of positions, which is interpolated for another one.
         heads: attention heads; None: from the peers' table of sizes.
         text_rows: condition rows T of a text model.
         start_instructed: make an ``instructed`` model of a LlamaGen one, to continue training in any order: its position
@@ -63,12 +67,10 @@ def import_peer(
     Raises:
         UserError: a tensor is missing, unknown, or of the wrong shape; names it and both shapes.
     """
-    if (family == "arpg") != any(name.startswith(_ARPG) for name in tensors):
-        raise UserError(
-            f"{where}: has no tensor {_ARPG}*, which every arpg model has. Is it RandAR's (randar) or LlamaGen's (llamagen-c2i)?"
-            if family == "arpg"
-            else f"{where}: has the tensors {_ARPG}*, which no {family} model has. Import it as arpg."
-        )
+    _expect_own(tensors, family, where)
+    if family == "lpd":
+        return import_lpd(tensors, where, grid=grid, heads=heads)
+    grid = grid or GRID
     if family == "arpg":
         return import_arpg(tensors, where, grid=grid, heads=heads)
     ours = {_renamed(name, {theirs: our for our, theirs in _THEIRS.items()}): tensor for name, tensor in tensors.items()}
@@ -93,22 +95,25 @@ def export_peer(model: AnyOrderModel, family: Family) -> dict[str, Tensor]:
         "llamagen-c2i": ("raster", "class"),
         "llamagen-t2i": ("raster", "features"),
         "arpg": ("decoupled", "class"),
+        "lpd": ("grouped", "class"),
     }[family]
     if (spec.layout, spec.condition.type) != wanted:
         raise UserError(
             f"{family} models have layout {wanted[0]} and condition {wanted[1]}; this one has layout {spec.layout} and condition "
             f"{spec.condition.type}. Export it as a folder instead (--format folder)."
         )
-    if spec.condition_rotation != "zero":
+    if family != "lpd" and spec.condition_rotation != "zero":
         raise UserError(
             f"{family}'s code multiplies the condition's queries and keys by zero, this model was trained with them: there it would draw "
             "something else. Export it as a folder instead (--format folder)."
         )
-    if family == "arpg" and spec.kv_heads not in (None, spec.heads):
+    if family in ("arpg", "lpd") and spec.kv_heads not in (None, spec.heads):
         raise UserError(
-            f"arpg's code has as many heads of keys and values as of queries, this model {spec.kv_heads} and {spec.heads}. Export it as a "
-            "folder instead (--format folder)."
+            f"{family}'s code has as many heads of keys and values as of queries, this model {spec.kv_heads} and {spec.heads}. Export it "
+            "as a folder instead (--format folder)."
         )
+    if family == "lpd":
+        return export_lpd(model)
     return export_arpg(model) if family == "arpg" else {_theirs(name): tensor for name, tensor in model.state_dict().items()}
 
 
@@ -121,6 +126,17 @@ def _renamed(name: str, prefixes: dict[str, str]) -> str:
 
 def _theirs(name: str) -> str:
     return _renamed(name, _THEIRS)
+
+
+def _expect_own(tensors: dict[str, Tensor], family: Family, where: str) -> None:
+    """Raise UserError for a file of ARPG's or LPD's under another kind, or the other way round."""
+    for other, prefix in _OWN.items():
+        if family != other and any(name.startswith(prefix) for name in tensors):
+            raise UserError(f"{where}: has the tensors {prefix}*, which no {family} model has. Import it as {other}.")
+    if family in _OWN and not any(name.startswith(_OWN[family]) for name in tensors):
+        raise UserError(
+            f"{where}: has no tensor {_OWN[family]}*, which every {family} model has. Is it RandAR's (randar) or LlamaGen's (llamagen-c2i)?"
+        )
 
 
 def _expect_family(tensors: dict[str, Tensor], family: Family, where: str) -> None:

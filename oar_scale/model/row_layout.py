@@ -7,19 +7,20 @@ is placed cell by cell. A layout is asked for
     whole       the rows that predict the codes of whole images                 training, likelihoods
     forward     rows that stay in the cache, of codes placed one after the other: prefill
     candidates  rows that each ask for a cell from the same point: extraction, generation by confidence
-    parallel    rows that ask for M cells with no codes between (where ``keeps_questions``; see there)
+    parallel    rows that ask for M cells with no codes between (where ``asks_jointly``; see there)
     enter       a pass of rows that stay in the cache
     ask         a pass of candidates, behind rows that enter the cache with them
 
 :class:`RowLayout` has the passes of layouts whose rows all go through one stack of blocks, each seeing the rows before it. A new layout is
 a class that makes its rows, and overrides passes where others are seen (``decoupled.py``: questions in a half of their own). One that has
-other blocks overrides ``blocks``: ``project_into`` and ``finish`` are all that passes behind a cache ask of a block. Rows that lie nowhere
-else than their embedding says have the index of the identity rotation. CONTRIBUTING.md lists the tables by layout that need an entry.
+other blocks overrides ``blocks``: ``project_into`` and ``finish`` are all that passes behind a cache ask of a block; blocks of another
+family come with the spec (``ModelSpec.block``). Rows that lie nowhere else than their embedding says have the index of the identity
+rotation. CONTRIBUTING.md lists the tables by layout that need an entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -75,9 +76,10 @@ class RowLayout(nn.Module):
     stride: int = 1
     """Every so many-th row of ``forward`` predicts a code, and so many rows of the cache are a cell's."""
     keeps_questions: bool = True
-    """A candidate's row is, unchanged, the cache's next row if its cell wins. Else a question leaves nothing in the cache, the winner's
-    code enters it with the next questions, and the questions of a parallel step are candidates like others."""
-
+    """A candidate's row is, unchanged, the cache's next row if its cell wins. Else a question leaves nothing in the cache, and the winner's
+    code enters it with the next questions."""
+    asks_jointly: bool = True
+    """The questions of a parallel step (``parallel``) see those before them, or one another all. Else they are candidates like others."""
     joint: bool = True
     """Rows that enter the cache pass the same blocks as candidates; one of them may do so in the pass of the candidates."""
 
@@ -89,9 +91,9 @@ class RowLayout(nn.Module):
     # -- rows -----------------------------------------------------------------------------------------------------------
 
     def start(self, condition_BTD: Tensor) -> Placed:
-        """The substitute of the last placed code when there is none, with the index of the rotation that changes nothing.
+        """The substitute of the last placed code when there is none: a row, and the index of the rotation that changes nothing.
 
-        Here no row: a question may follow the condition directly.
+        Here nothing: a question may follow the condition directly.
         """
         batch, _, dim = condition_BTD.shape
         return Placed(self.no_cell(batch, 0, condition_BTD.device), condition_BTD.new_empty(batch, 0, dim))
@@ -116,9 +118,10 @@ class RowLayout(nn.Module):
         raise NotImplementedError
 
     def parallel(self, last: Placed, cells_BM: Tensor, tables: Tables) -> Rows:
-        """Rows that ask for M cells, each seeing the questions before it; the last M rows predict."""
+        """The rows of the codes placed last, and those that ask for M cells, which are the last M."""
         raise ValueError(
-            f"layout {self.spec.layout} cannot ask for several cells in one step: only instructed and decoupled models decode in parallel"
+            f"layout {self.spec.layout} cannot ask for several cells in one step: only instructed, decoupled and grouped models decode in "
+            "parallel"
         )
 
     # -- passes through the blocks ----------------------------------------------------------------------------------------
@@ -127,12 +130,21 @@ class RowLayout(nn.Module):
         """The trunk's blocks, drawn anew."""
         return (Block(self.spec) for _ in range(self.spec.layers))
 
-    def whole(self, layers: Iterable[nn.Module], condition_BTD: Tensor, order_BN: Tensor, codes_BND: Tensor) -> Tensor:
+    def whole(
+        self,
+        layers: Iterable[nn.Module],
+        condition_BTD: Tensor,
+        order_BN: Tensor,
+        codes_BND: Tensor,
+        groups: Sequence[int] | None = None,
+    ) -> Tensor:
         """The rows [B, N, D] that predict the codes of whole images, as they leave the blocks.
 
         Args:
             codes_BND: the codes' rows in the order of generation.
+            groups: cells of each step, where a layout asks for several together; None: one.
         """
+        self.one_by_one(groups)
         # The layout makes rows of the codes; the condition rows that it does not hold back come before them.
         x_BLD, cells_BL = self(self.start(condition_BTD), order_BN, codes_BND)
         head = self.head(condition_BTD)
@@ -146,15 +158,18 @@ class RowLayout(nn.Module):
         leaving_BND: Tensor = last(x_BLD, rotation_BLP2, causal=True, leaving=predicting)
         return leaving_BND
 
-    def enter(self, layers: Iterable[nn.Module], cache: CachePart, rows: Rows, *, mutual: bool = False) -> Tensor:
-        """Run L rows that see the cache and one another causally (``mutual``: one another all), and write them behind the rows in use.
+    def enter(self, layers: Iterable[nn.Module], cache: CachePart, rows: Rows, groups: Sequence[int] | None = None) -> Tensor:
+        """Run L rows that see the cache and one another, and write them behind the rows in use.
+
+        Args:
+            groups: sizes of groups of rows, L in all: a row sees its own group and those before. None: groups of one, that is causally.
 
         Returns:
             The rows [B, L, D] as they leave the blocks.
         """
         start, end = cache.rows, cache.rows + rows.x_BLD.shape[1]
         x, rotation_BLP2 = rows.x_BLD, self.rotated(rows.cells_BL)
-        mask = None if mutual else _behind(start, end, x.device)
+        mask = _behind(start, end, groups, x.device)
         for index, layer in enumerate(cast("list[Block]", layers)):
             q, _ = layer.project_into(cache.kv(index, start, end), x, rotation_BLP2)
             x = layer.finish(x, attention_with_mask(q, cache.kv(index, 0, end), mask))
@@ -184,6 +199,13 @@ class RowLayout(nn.Module):
 
     # -- what all of them have ------------------------------------------------------------------------------------------
 
+    def one_by_one(self, groups: Sequence[int] | None) -> None:
+        """Raise ValueError where a layout that asks for one cell after the other is given groups of them."""
+        if groups is not None:
+            raise ValueError(
+                f"a model of layout {self.spec.layout} asks for one cell after the other: only grouped ones take groups of cells"
+            )
+
     def head(self, condition_BTD: Tensor) -> Rows:
         """The condition rows that come before all others: all but those that are held back."""
         head_BTD = condition_BTD[:, : condition_BTD.shape[1] - self.held]
@@ -210,8 +232,8 @@ class RowLayout(nn.Module):
         """The rows of the codes placed last and of K more but the last: each is there when the next code is asked for."""
         return Rows(torch.cat([last.codes_BKD, codes_BKD[:, :-1]], dim=1), torch.cat([last.cells_BK, cells_BK[:, :-1]], dim=1))
 
-    def rotated(self, cells_BL: Tensor) -> Tensor:
-        """The rotations [B, L, P, 2] of rows."""
+    def rotated(self, cells_BL: Tensor) -> Tensor | None:
+        """The rotations [B, L, P, 2] of rows; None where nothing rotates."""
         return self.rotations(cells_BL.device)[cells_BL]
 
     def no_cell(self, batch: int, rows: int, device: torch.device) -> Tensor:
@@ -224,6 +246,15 @@ def attention_with_mask(q_BHLd: Tensor, seen: KVSlice, mask: Tensor | None) -> T
     return F.scaled_dot_product_attention(q_BHLd, *seen, attn_mask=mask, enable_gqa=q_BHLd.shape[1] != seen.keys.shape[1])
 
 
-def _behind(start: int, end: int, device: torch.device) -> Tensor:
-    """The mask of rows ``start`` to ``end``: each sees all before ``start``, and of the new ones those up to itself."""
-    return torch.ones(end - start, end, dtype=torch.bool, device=device).tril(diagonal=start)
+def _behind(start: int, end: int, groups: Sequence[int] | None, device: torch.device) -> Tensor | None:
+    """The mask of rows ``start`` to ``end``: each sees all before ``start``, and of the new ones those up to the end of its group."""
+    seen = torch.ones(end - start, end, dtype=torch.bool, device=device)
+    if groups is None:
+        return seen.tril(diagonal=start)
+    if max(groups) == end - start:
+        return None
+    first = start
+    for size in groups:
+        first += size
+        seen[first - start - size : first - start, first:] = False
+    return seen

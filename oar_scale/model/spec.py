@@ -13,9 +13,9 @@ from oar_scale.tokenizers.clip_spec import ClipTextSpec
 if TYPE_CHECKING:
     from oar_scale.tokenizers.prompts import PromptEncoder
 
-STRIDE: dict[Layout, int] = {"raster": 1, "instructed": 2, "dual": 1, "decoupled": 1}
-"""Rows for each cell (``layouts.py``)."""
-HELD: dict[Layout, int] = {"raster": 1, "instructed": 0, "dual": 0, "decoupled": 0}
+STRIDE: dict[Layout, int] = {"raster": 1, "instructed": 2, "dual": 1, "decoupled": 1, "grouped": 1}
+"""Rows of the cache for each cell (``layouts.py``)."""
+HELD: dict[Layout, int] = {"raster": 1, "instructed": 0, "dual": 0, "decoupled": 0, "grouped": 0}
 """Condition rows that wait for the first cell with the codes, instead of entering the cache first."""
 
 
@@ -113,9 +113,25 @@ class ModelSpec(_Spec):
         return self.layout == "decoupled"
 
     @property
+    def grouped(self) -> bool:
+        """Whether questions are rows behind the codes' rows, in the same blocks, and the cells of a step are asked for together."""
+        return self.layout == "grouped"
+
+    @property
+    def mutual_steps(self) -> bool:
+        """Whether the codes of a parallel step see one another all once they are placed, or each those before it."""
+        return self.grouped or self.step_attention == "mutual"
+
+    @property
+    def block(self) -> Literal["llama", "vit"]:
+        """The family of the trunk's blocks (``blocks.FAMILIES``)."""
+        return "vit" if self.grouped else "llama"
+
+    @property
     def rows(self) -> int:
         """L: rows of an image in the trunk when it is trained; the N questions of a decoupled model come on top."""
-        return self.condition.rows - HELD[self.layout] + STRIDE[self.layout] * (self.cells - 1) + (not self.decoupled)
+        asking = {"decoupled": 0, "grouped": self.cells}.get(self.layout, 1)  # beside the rows of all codes but the last
+        return self.condition.rows - HELD[self.layout] + STRIDE[self.layout] * (self.cells - 1) + asking
 
     @property
     def cached_pairs(self) -> int:
@@ -129,7 +145,7 @@ class ModelSpec(_Spec):
 
     @model_validator(mode="after")
     def _head_sizes(self) -> ModelSpec:
-        if self.dim % self.heads or self.head_dim % 4:
+        if self.dim % self.heads or (self.block == "llama" and self.head_dim % 4):
             raise ValueError(f"dim {self.dim} / heads {self.heads} must be a whole number and a multiple of 4 (rotations take two pairs)")
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")

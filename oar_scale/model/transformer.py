@@ -7,13 +7,13 @@ Shapes: B images, N cells, V codes, T condition rows, D channels, L rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oar_scale.model.blocks import Linear, RMSNorm
+from oar_scale.model.blocks import FAMILIES, Linear
 from oar_scale.model.conditioning import Embedding, conditioner
 from oar_scale.model.layouts import LAYOUTS
 from oar_scale.model.loss import mean_nll
@@ -42,7 +42,7 @@ class AnyOrderModel(nn.Module):
         self.layout = LAYOUTS[spec.layout](spec)
         self.tok_embeddings = Embedding(spec.vocab_size, spec.dim)
         self.layers = nn.ModuleList(self.layout.blocks())
-        self.norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.norm = FAMILIES[spec.block].norm(spec.dim, spec.norm_eps)
         self.output = CodeHead(spec.dim, spec.vocab_size)
 
     @property
@@ -72,35 +72,41 @@ class AnyOrderModel(nn.Module):
         """Condition rows [B, T, D] of no caption."""
         return self.conditioner.null().expand(batch, -1, -1)
 
-    def forward(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> Tensor:
+    def forward(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor, groups: Sequence[int] | None = None) -> Tensor:
         """Logits [B, N, V] in generation order: row i is about cell ``order[i]``, given the i - 1 cells before it.
 
         Args:
             codes_BN: codes in raster order.
             order_BN: a permutation of the cells for each image, first placed first.
             condition_BTD: what :meth:`condition` returned.
+            groups: of a grouped model, how many cells each step asks for together, N in all: a row is then given the cells of the steps
+                before its own. None: one cell a step.
+
+        Raises:
+            ValueError: groups of another number of cells, or of a model of another layout.
         """
-        logits: Tensor = self.output(self.rows(codes_BN, order_BN, condition_BTD))
+        logits: Tensor = self.output(self.rows(codes_BN, order_BN, condition_BTD, groups))
         return logits
 
-    def loss(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor, groups: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Mean negative log-likelihood [] in nats per code, for one backward pass, and of each code [B, N] without gradient.
 
-        The logits of all rows never exist together (``loss.py``). Both float32; the second is in generation order.
+        The logits of all rows never exist together (``loss.py``). Both float32; the second is in generation order. Arguments as
+        :meth:`forward`.
         """
-        rows_RD = self.rows(codes_BN, order_BN, condition_BTD).flatten(0, 1)
+        rows_RD = self.rows(codes_BN, order_BN, condition_BTD, groups).flatten(0, 1)
         mean, nll_R = self.output(rows_RD, codes_BN.gather(1, order_BN).flatten())
         return mean, nll_R.view_as(order_BN)
 
     @torch.no_grad()
-    def nll(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> Tensor:
+    def nll(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor, groups: Sequence[int] | None = None) -> Tensor:
         """Negative log-likelihood of each code in nats, float32 [B, N], in generation order; to train, take :meth:`loss`."""
-        return self.loss(codes_BN, order_BN, condition_BTD)[1]
+        return self.loss(codes_BN, order_BN, condition_BTD, groups)[1]
 
-    def rows(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor) -> Tensor:
+    def rows(self, codes_BN: Tensor, order_BN: Tensor, condition_BTD: Tensor, groups: Sequence[int] | None = None) -> Tensor:
         """The trunk's normalised rows [B, N, D] that predict the codes, in generation order; arguments as :meth:`forward`."""
         placed_BND = self.code_rows(codes_BN.gather(1, order_BN))
-        rows_BND: Tensor = self.norm(self.layout.whole(self.layers, condition_BTD, order_BN, placed_BND))
+        rows_BND: Tensor = self.norm(self.layout.whole(self.layers, condition_BTD, order_BN, placed_BND, groups))
         return rows_BND
 
     # -- rows -----------------------------------------------------------------------------------------------------------

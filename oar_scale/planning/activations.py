@@ -9,6 +9,9 @@ One block, for each row of the sequence
     full           its input D e
     working        the backward pass of the feed-forward: three of its width, one of D                     (3 F + D) e
 
+Blocks of a grouped model have one tensor of the feed-forward's width (before its GELU) where the others have gate and up, one again in
+their backward pass, and two numbers a norm where they have one scale.
+
 A block of the questions of a decoupled model has its N rows where another has the rows of the sequence, and no keys and values: those
 that all of them share are kept once, with the norm before them.
 
@@ -42,6 +45,7 @@ TABLES: dict[Layout, Callable[[int], int]] = {
     "instructed": lambda grid: grid * grid,
     "dual": lambda grid: grid * grid + (2 * grid - 1) ** 2,
     "decoupled": lambda grid: 0,
+    "grouped": lambda grid: grid * grid,
 }
 """Rows of a layout's position tables as a function of the grid's side; each is stored with its rotation in float32."""
 GPU_HEAD = 8
@@ -78,7 +82,7 @@ def trunk(spec: ModelSpec, micro_batch: int, precision: Precision, checkpointing
     rows, cells = block.rows, block.cells
     inputs = whole * rows * block.row  # of all blocks, which every kind of checkpointing keeps
     base = _surroundings(spec, micro_batch, block.e)
-    out = cells * (2 * block.row + 4)  # what leaves the last block, its scale, and the normed rows
+    out = cells * (2 * block.row + block.scale)  # what leaves the last block, its scale, and the normed rows
     # What a block keeps beside its input, and what its backward pass computes again.
     middle, last = (_kept_and_computed_again(each, checkpointing, rows, leaving) for each, leaving in ((block, rows), (ending, cells)))
     shared = rows * (2 * block.row + 4 + block.kv) if spec.decoupled else 0
@@ -126,12 +130,13 @@ def decoding(spec: ModelSpec, images: int, precision: Precision, *, gpu: bool) -
     """
     e, device = BYTES[precision], "cuda" if gpu else "cpu"
     kv = (spec.kv_heads or spec.heads) * spec.head_dim
-    capacity = spec.rows + 1  # rows of the sequence with its last code
+    capacity = spec.rows + 1 - (spec.cells if spec.grouped else 0)  # rows of the sequence with its last code, and no questions
     cache = spec.cached_pairs * 2 * images * capacity * kv * e
     rows = min(images, max(1, ROWS_AT_ONCE[device] // spec.cells)) * spec.cells
-    # In a feed-forward: the inputs and outputs of attention, seven rows of D before and after it, three rows of its own width. Questions
-    # of a decoupled model have no keys and values, and nothing enters with them.
-    width = spec.heads * spec.head_dim + 6 * spec.dim + 3 * spec.ffn_hidden + (0 if spec.decoupled else 2 * kv + spec.dim)
+    # In a feed-forward: the inputs and outputs of attention, seven rows of D before and after it, three (GELU: two) rows of its own width.
+    # Questions of a decoupled model have no keys and values, and nothing enters with them.
+    width = spec.heads * spec.head_dim + 6 * spec.dim + (0 if spec.decoupled else 2 * kv + spec.dim)
+    width += (3 if spec.block == "llama" else 2) * spec.ffn_hidden
     outputs = images * spec.cells * spec.dim * e
     tables = TABLES[spec.layout](spec.grid) * (spec.dim * e + spec.head_dim * 4)
     block_rows, block_codes = SCORE_BLOCK[device]
@@ -171,14 +176,17 @@ class _BlockActivations:
         self.kv = 2 * (spec.kv_heads or spec.heads) * spec.head_dim * e
         self.qkv = spec.dim * e + self.kv
         self.out = spec.dim * e + 4 * spec.heads
-        self.gated = 2 * spec.ffn_hidden * e
+        self.scale = 4 if spec.block == "llama" else 8
+        self.hidden = spec.ffn_hidden * e
+        self.gated, self.again = (2 * self.hidden, 3 * self.hidden) if spec.block == "llama" else (self.hidden, self.hidden)
         self.copied = self.row  # the rows that leave are gathered out of attention's output
         self.input = self.rows * self.row
 
     def kept(self, attending: int, leaving: int) -> int:
         """Everything but the input."""
         taken = leaving * self.copied if leaving < attending else 0
-        return attending * (self.row + 4 + self.qkv + self.out) + taken + leaving * (2 * self.row + 4 + self.gated + self.masks)
+        before = attending * (self.row + self.scale + self.qkv + self.out)
+        return before + taken + leaving * (2 * self.row + self.scale + self.gated + self.masks)
 
     def outputs(self, attending: int, leaving: int) -> int:
         """Outputs of matrix products and of attention."""
@@ -186,7 +194,7 @@ class _BlockActivations:
 
     def working(self, leaving: int) -> int:
         """Temporary memory of the feed-forward's backward pass."""
-        return leaving * (self.gated * 3 // 2 + self.row)
+        return leaving * (self.again + self.row)
 
 
 class _QuestionActivations(_BlockActivations):
@@ -207,12 +215,15 @@ class _QuestionActivations(_BlockActivations):
 
 
 def _surroundings(spec: ModelSpec, micro_batch: int, e: int) -> int:
-    """Condition, embeddings, indices and rotations."""
+    """Condition, embeddings, indices and positions."""
     questions = spec.cells if spec.decoupled else 0
-    rotations = micro_batch * (spec.rows + questions) * spec.head_dim * 4
     indices = micro_batch * 8 * (spec.rows + 4 * spec.cells + questions)
     embedded = micro_batch * spec.cells * spec.dim * (1 if spec.dropout else 0)
-    return rotations + indices + embedded + _condition(spec, micro_batch, e)
+    if spec.grouped:  # a mask, and the rows before the norm that all of them pass
+        positions = spec.rows * spec.rows * e + micro_batch * spec.rows * (spec.dim * e + 8)
+    else:
+        positions = micro_batch * (spec.rows + questions) * spec.head_dim * 4
+    return positions + indices + embedded + _condition(spec, micro_batch, e)
 
 
 def _condition(spec: ModelSpec, micro_batch: int, e: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -14,8 +15,14 @@ from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec, TextSpec
 from oar_scale.planning.assumptions import Assumptions
 from oar_scale.storage import join
 
-VECTORS: dict[Layout, int] = {"raster": 0, "instructed": 1, "dual": 2, "decoupled": 2}
-"""Learned vectors that a layout has for what it asks and where."""
+VECTORS: dict[Layout, Callable[[int], int]] = {
+    "raster": lambda cells: 0,
+    "instructed": lambda cells: 1,
+    "dual": lambda cells: 2,
+    "decoupled": lambda cells: 2,
+    "grouped": lambda cells: cells + 1 + 1 + 2,  # positions, question, norm
+}
+"""Learned vectors that a layout has for what it asks and where, as a function of the number of cells."""
 
 
 def spec_of(recipe: Recipe) -> ModelSpec:
@@ -90,7 +97,7 @@ def parameters(spec: ModelSpec) -> ParameterCounts:
         blocks=_blocks(spec),
         codes=2 * table,
         condition=_condition_parameters(spec),
-        rest=(1 + VECTORS[spec.layout]) * spec.dim,
+        rest=_norm(spec) + VECTORS[spec.layout](spec.cells) * spec.dim,
         largest=max(matrices),
     )
 
@@ -99,9 +106,16 @@ def _qkv(spec: ModelSpec) -> int:
     return spec.dim * (spec.heads + 2 * (spec.kv_heads or spec.heads)) * spec.head_dim
 
 
+def _norm(spec: ModelSpec) -> int:
+    """A norm of the trunk: a scale, in family vit also a shift."""
+    return spec.dim if spec.block == "llama" else 2 * spec.dim
+
+
 def block_parameters(spec: ModelSpec) -> int:
     """Number of parameters of one block, with self-attention."""
-    return _qkv(spec) + spec.dim * spec.dim + 3 * spec.dim * spec.ffn_hidden + 2 * spec.dim
+    matrices = _qkv(spec) + spec.dim * spec.dim + (3 if spec.block == "llama" else 2) * spec.dim * spec.ffn_hidden
+    biases = _qkv(spec) // spec.dim + 2 * spec.dim + spec.ffn_hidden if spec.block == "vit" else 0
+    return matrices + biases + 2 * _norm(spec)
 
 
 def _blocks(spec: ModelSpec) -> int:
@@ -117,7 +131,7 @@ def _condition_parameters(spec: ModelSpec) -> int:
         case ClassSpec() as kind:
             return (kind.classes + 1) * spec.dim
         case TextSpec() as kind:
-            return (kind.vocab + 2 * kind.rows + 1) * spec.dim + kind.encoder_layers * block_parameters(spec)
+            return (kind.vocab + 2 * kind.rows) * spec.dim + _norm(spec) + kind.encoder_layers * block_parameters(spec)
         case FeatureSpec() as kind:
             return (kind.width + spec.dim) * spec.dim + (kind.null_rows or kind.rows) * kind.width
 

@@ -117,7 +117,7 @@ def _trace(spec: ModelSpec, micro_batch: int, precision: str, checkpointing: Che
             parameter.register_post_accumulate_grad_hook(lambda p: live.mark_gradient(p.grad))
         codes_BN = torch.zeros(micro_batch, spec.cells, dtype=torch.long)
         inputs, drop_B = _inputs(spec, micro_batch), torch.zeros(micro_batch, dtype=torch.bool)
-        model.rotations(codes_BN.device)  # a table that stays, whatever is trained
+        model.layout.rotated(codes_BN)  # a table that stays, whatever is trained
         with live:
             condition_BTD = model.condition(inputs, drop_B)
             rows_BND = model.rows(codes_BN, torch.zeros_like(codes_BN), condition_BTD)

@@ -21,7 +21,7 @@ from oar_scale.shard_pool.pool_types import ArrayTask
 from oar_scale.storage import join
 
 ONE_ORDER = "model.layout raster has one order for all images: there is none to find for each"
-OTHER_LAYOUT = "Choose model.layout decoupled, instructed or dual for orders of images."
+OTHER_LAYOUT = "Choose model.layout grouped, decoupled, instructed or dual for orders of images."
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from oar_scale.data.hashing import derived_seed
 from oar_scale.data.stream import Batch
 from oar_scale.model import AnyOrderModel, ModelSpec
+from oar_scale.orders.step_sizes import cells_per_step
 from oar_scale.tokenizers.prompts import PromptEncoder, conditioning_inputs
 
 QUARTERS = 4
@@ -132,19 +133,27 @@ class Engine(Protocol):
 class Objective(nn.Module):
     """The training loss as a module: mean negative log-likelihood of a micro-batch, and of each quarter of the order, in nats per code."""
 
-    def __init__(self, model: AnyOrderModel, prompts: PromptEncoder) -> None:
-        """Train ``model`` on prompts of ``prompts``."""
+    def __init__(self, model: AnyOrderModel, prompts: PromptEncoder, group_steps: Sequence[int] = ()) -> None:
+        """Train ``model`` on prompts of ``prompts``, asking for groups of cells in one of so many steps; none: for one after the other."""
         super().__init__()
-        self.model, self.prompts = model, prompts
+        self.model, self.prompts, self.group_steps = model, prompts, group_steps
 
-    def forward(self, codes_bN: Tensor, order_bN: Tensor, encoded_prompts_b: Tensor, drop_b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss and the four quarters' [4]; see :class:`~oar_scale.data.stream.Batch` for the inputs."""
+    def forward(
+        self, codes_bN: Tensor, order_bN: Tensor, encoded_prompts_b: Tensor, drop_b: Tensor, chance: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss and the four quarters' [4]; see :class:`~oar_scale.data.stream.Batch` for the inputs.
+
+        Args:
+            chance: a number of the step, which says which of ``group_steps`` it takes.
+        """
         condition_bTD = self.model.condition(conditioning_inputs(self.prompts, encoded_prompts_b, self.model.dtype), drop_b)
-        loss, nll_bN = self.model.loss(codes_bN, order_bN, condition_bTD)
+        steps = self.group_steps[chance % len(self.group_steps)] if self.group_steps else None
+        groups = None if steps is None else cells_per_step(codes_bN.shape[1], steps)
+        loss, nll_bN = self.model.loss(codes_bN, order_bN, condition_bTD, groups)
         return loss, torch.stack([part.mean() for part in nll_bN.detach().tensor_split(QUARTERS, dim=1)])
 
 
-def micro_batches(batch: Batch, size: int, device: torch.device, seeds: Sequence[int] = ()) -> Iterator[tuple[Tensor, ...]]:
+def micro_batches(batch: Batch, size: int, device: torch.device, seeds: Sequence[int] = ()) -> Iterator[tuple[Tensor | int, ...]]:
     """Yield the inputs of :class:`Objective` for ``size`` samples at a time, on ``device``, when torch's generator has the seed of each.
 
     Where the batch is on the device already (``prefetch.py``), nothing is copied.
@@ -154,12 +163,12 @@ def micro_batches(batch: Batch, size: int, device: torch.device, seeds: Sequence
     micro-batches whatever W is, and drawn with the seeds of :func:`micro_batch_seeds` the same dropout.
     """
     order_bN = batch.orders(device)
-    count = micro_batch_count(batch, size)
+    count, chance = micro_batch_count(batch, size), derived_seed("groups", batch.seed, batch.step)
     for number in range(count):
         if seeds:
             torch.manual_seed(seeds[number])
         part = slice(number, None, count)
-        yield tuple(t[part].to(device) for t in (batch.codes_bN, order_bN, batch.encoded_prompts_b, batch.drop_b))
+        yield *(t[part].to(device) for t in (batch.codes_bN, order_bN, batch.encoded_prompts_b, batch.drop_b)), chance
 
 
 def micro_batch_count(batch: Batch, size: int) -> int:

@@ -38,7 +38,7 @@ class PlainEngine:
         device: torch.device | str = "cpu",
     ) -> None:
         self.device, self._micro_batch = torch.device(device), parallel.micro_batch
-        self._objective = Objective(model, prompts).to(self.device)
+        self._objective = Objective(model, prompts, training.group_steps).to(self.device)
         self.model: AnyOrderModel = self._objective.model
         accelerate(self.model, parallel)
         groups = parameter_groups(self._objective, training.weight_decay)

@@ -111,6 +111,28 @@ def test_a_decoupled_model_has_an_even_number_of_layers() -> None:
     assert error_of(path, "model.layers=1").endswith("Nearest that fit: 2.")
 
 
+def test_a_grouped_model_has_defaults_of_its_own() -> None:
+    model = load_recipe(put("a.yaml", "name: a\nmodel: {layout: grouped, dim: 96, heads: 2}\n"), []).model
+    assert (model.norm_eps, model.ffn_hidden) == (1e-6, 384)
+    assert load_recipe(put("b.yaml", "name: b\n"), ["model.layout=grouped"]).model.norm_eps == 1e-6
+    assert load_recipe(put("c.yaml", "name: c\nmodel: {layout: grouped, norm_eps: 0.001}\n"), []).model.norm_eps == 1e-3
+    assert load_recipe(put("d.yaml", "name: d\n"), []).model.norm_eps == 1e-5
+    # Nothing rotates, so that heads may be of any width.
+    assert load_recipe(put("e.yaml", "name: e\nmodel: {layout: grouped, dim: 90, heads: 6}\n"), []).model.dim == 90
+    assert "dim 90 / heads 4 must be a whole number; e.g." in error_of(put("f.yaml", "name: f\nmodel: {layout: grouped, dim: 90}\n"))
+    assert "and a multiple of 4" in error_of(put("g.yaml", "name: g\nmodel: {dim: 90, heads: 6}\n"))
+
+
+def test_only_a_grouped_model_is_trained_on_groups() -> None:
+    path = put("a.yaml", "name: a\nfinetune: {group_steps: [64, 8]}\n")
+    assert error_of(path).startswith("a.yaml:2  finetune.group_steps = ")
+    assert "only a model of layout grouped is trained to answer for several cells at once" in error_of(path)
+    assert load_recipe(path, ["model.layout=grouped"]).finetune.group_steps == (64, 8)
+    assert "group_steps" in error_of(put("b.yaml", "name: b\nmodel: {layout: grouped}\npretrain: {group_steps: [0]}\n"))
+    # Runs of versions that had no such field are the same runs.
+    assert "group_steps" not in load_recipe(put("c.yaml", "name: c\n"), []).pretrain.model_dump()
+
+
 def test_a_conflict_with_a_default_says_so() -> None:
     assert error_of(put("a.yaml", "name: a\npretrain:\n  global_batch: 256\n")).startswith("a.yaml  parallel.micro_batch = 24 (default)\n")
     path = put("b.yaml", "name: b\nparallel:\n  zero_stage: 1\npretrain: {global_batch: 256}\n")

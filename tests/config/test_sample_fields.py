@@ -22,6 +22,7 @@ def recipe(**sections: dict[str, object]) -> Recipe:
         ({"sample": {"draft": 4, "steps": 8, "order": "halton"}}, "two ways to place several cells"),
         ({"sample": {"draft": 4, "order": "raster"}, "model": {"layout": "raster"}}, "layout raster cannot draft cells"),
         ({"sample": {"draft": 4, "order": "halton"}, "model": {"layout": "decoupled"}}, "layout decoupled cannot draft cells"),
+        ({"sample": {"draft": 4, "order": "halton"}, "model": {"layout": "grouped"}}, "layout grouped cannot draft cells"),
         ({"sample": {"steps": 4}, "model": {"layout": "raster"}}, "layout raster asks for one cell a pass"),
         ({"sample": {"steps": 4, "order": "halton"}, "model": {"layout": "dual"}}, "layout dual asks for one cell a pass"),
         ({"sample": {"top_p": 0}}, "top_p"),

@@ -36,6 +36,7 @@ WAYS: list[dict[str, Any]] = [
     {"guidance": 2.0, "guidance_schedule": "cosine", "steps": 5},
     {"guidance": 2.0, "draft": 3},
     {"layout": "decoupled", "guidance": 2.0, "steps": 5},
+    {"layout": "grouped", "guidance": 2.0, "steps": 5},
     {"layout": "dual", "draft": 3},
     {},
 ]
@@ -88,7 +89,7 @@ def test_random_orders_are_those_of_the_image() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled"])
+@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled", "grouped"])
 def test_several_cells_a_step_are_the_most_confident_ones(layout: str) -> None:
     """Without a given order, a pass places the cells with the largest probabilities that it has found."""
     model = small_model(grid=4, layout=layout)

@@ -56,7 +56,7 @@ def ran(mode: str = "none", *, compiled: bool = False, dtype: torch.dtype = torc
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["raster", "instructed", "dual", "decoupled"])
+@pytest.mark.parametrize("layout", ["raster", "instructed", "dual", "decoupled", "grouped"])
 def test_recomputing_changes_no_bit_of_the_loss_or_a_gradient(layout: str, dtype: torch.dtype, dropout: float, mode: str) -> None:
     plain, recomputed = (ran(each, layout=layout, dtype=dtype, dropout=dropout) for each in ("none", mode))
     assert torch.equal(plain.loss, recomputed.loss)

@@ -51,6 +51,11 @@ OPERATIONS = {
         lambda gate, up, weight: F.linear(F.silu(gate) * up, weight),
         [(BATCH, ROWS, HIDDEN), (BATCH, ROWS, HIDDEN), (DIM, HIDDEN)],
     ),
+    "gelu_linear": Operation(
+        memory_efficient.gelu_linear,
+        lambda x, weight, bias: F.linear(F.gelu(x), weight, bias),
+        [(BATCH, ROWS, HIDDEN), (DIM, HIDDEN), (DIM,)],
+    ),
     "rotate_heads": Operation(
         lambda qkv: rotate_heads(qkv, ROTATION, KV_HEADS), plain_heads, [(BATCH, ROWS, HEADS + 2 * KV_HEADS, HEAD_DIM)]
     ),

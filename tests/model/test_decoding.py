@@ -16,7 +16,7 @@ from oar_scale.orders.settings import ExtractionSettings
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled"])
+@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled", "grouped"])
 def test_how_many_rows_go_together_changes_nothing(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(layout=layout, grid=4, kv_heads=1)
     codes, rows, order = random_codes(model, 5), model.condition(cond_inputs(model, 5)), random_orders(model, 5)

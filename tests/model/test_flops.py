@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,12 @@ CONDITIONS = {
 SPECS = {
     **{
         f"{layout}-{name}": small_spec(layout=layout, condition=c)
-        for layout in ("raster", "instructed", "dual", "decoupled")
+        for layout in ("raster", "instructed", "dual", "decoupled", "grouped")
         for name, c in CONDITIONS.items()
     },
     "grouped": small_spec(heads=4, kv_heads=2),
     "decoupled-grouped": small_spec(layout="decoupled", heads=4, kv_heads=2),
+    "grouped-grouped": small_spec(layout="grouped", heads=4, kv_heads=2),
     "frozen-null": small_spec(layout="raster", condition=CONDITIONS["features"], trainable_null=False),
 }
 SIZE_L = ModelSpec(dim=1024, layers=24, heads=16, ffn_hidden=2816, vocab_size=16384, grid=16, condition=ClassSpec(classes=1000))
@@ -108,7 +108,7 @@ def test_the_extraction_formula_counts_what_torch_counts(spec: ModelSpec) -> Non
     assert operations == IMAGES * extraction_flops(spec)
 
 
-@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled"])
+@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled", "grouped"])
 def test_guided_extraction_takes_both_branches(layout: str) -> None:
     model = small_model(layout=layout)
     codes_BN, _, inputs = batch(model)
@@ -117,7 +117,7 @@ def test_guided_extraction_takes_both_branches(layout: str) -> None:
     assert operations == IMAGES * extraction_flops(model.spec, guided=True)
 
 
-@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled"])
+@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled", "grouped"])
 @pytest.mark.parametrize(
     "how",
     [
@@ -171,14 +171,22 @@ def test_the_documented_table_is_what_the_formulas_give(line: str) -> None:
     assert figures == [*giga, f"{extraction_flops(spec) / 1e12:.1f}", f"{randars / 1e9:,.0f}"]
 
 
-DECOUPLED = [line.split() for line in DOCUMENT.splitlines() if re.match(r"    (\w+) +[\d,]+ +[\d,]+ ", line)]
+def figures_of(layout: str) -> list[list[str]]:
+    """The lines of the document's table of a layout, in words."""
+    after = DOCUMENT.partition(f"The same sizes in layout `{layout}`")[2].partition("\n\n    ")[2].partition("\n\n")[0]
+    return [line.split() for line in after.splitlines()[1:]]
 
 
-@pytest.mark.parametrize("line", DECOUPLED, ids=lambda line: line[0])
-def test_the_decoupled_table_is_what_the_formulas_give(line: list[str]) -> None:
-    shape = load_recipe(str(ROOT / "recipes" / "base" / f"model-{line[0]}.yaml"), ["name=x", "model.layout=decoupled"]).model
-    spec = ModelSpec.from_recipe(shape, vocab_size=16384, grid=16, condition=ClassSpec(classes=1000))
-    beside = spec.model_copy(update={"layout": "instructed"})
+DECOUPLED, GROUPED = figures_of("decoupled"), figures_of("grouped")
+
+
+@pytest.mark.parametrize(("layout", "line"), [("decoupled", line) for line in DECOUPLED] + [("grouped", line) for line in GROUPED])
+def test_the_table_of_a_layout_is_what_the_formulas_give(layout: str, line: list[str]) -> None:
+    shapes = [
+        load_recipe(str(ROOT / "recipes" / "base" / f"model-{line[0]}.yaml"), ["name=x", f"model.layout={each}"]).model
+        for each in (layout, "instructed")
+    ]
+    spec, beside = (ModelSpec.from_recipe(shape, vocab_size=16384, grid=16, condition=ClassSpec(classes=1000)) for shape in shapes)
     giga = [f"{number / 1e9:,.0f}" for number in (forward_flops(spec), training_flops(spec), useful_flops(spec))]
     shares = [f"{cost(spec) / cost(beside):.2f}" for cost in (forward_flops, extraction_flops)]
     cache = f"{spec.cached_pairs * 2 * spec.dim * 2 / 1024:.0f}"
@@ -189,6 +197,17 @@ def test_arpgs_sizes_cost_what_is_known_of_them() -> None:
     """Forward pass in GFLOP, extraction in TFLOP, cache in KiB a row: of L, XL and XXL."""
     published = {line[0]: (line[2], line[5], line[6]) for line in DECOUPLED if line[0] in ("l", "xl", "xxl")}
     assert published == {"l": ("161", "9.8", "52"), "xl": ("369", "22.0", "95"), "xxl": ("672", "39.7", "150")}
+
+
+def test_lpds_sizes_cost_what_is_known_of_them() -> None:
+    """As above, but for the forward pass: in LPD's code all rows leave the last block, here only those that predict a code."""
+    published = {line[0]: (line[5], line[6]) for line in GROUPED if line[0] in ("l", "xl", "xxl")}
+    assert published == {"l": ("21.4", "96"), "xl": ("48.8", "180"), "xxl": ("92.6", "288")}
+    for size, whole in (("l", 344), ("xl", 784), ("xxl", 1482)):
+        config = load_recipe(str(ROOT / "recipes" / "base" / f"model-{size}.yaml"), ["name=x", "model.layout=grouped"]).model
+        spec = ModelSpec.from_recipe(config, vocab_size=16384, grid=16, condition=ClassSpec(classes=1000))
+        unfinished = 2 * spec.cells * spec.dim * (spec.dim + 2 * spec.ffn_hidden)
+        assert round((forward_flops(spec) + unfinished) / 1e9) == whole
 
 
 def test_what_is_useful_is_less_than_what_is_computed() -> None:

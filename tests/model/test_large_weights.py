@@ -43,7 +43,7 @@ def sharded(tmp_path: Path) -> tuple[str, AnyOrderModel]:
 
 
 @pytest.mark.parametrize("condition", [ClassSpec(classes=5), TextSpec(vocab=11, rows=4), FeatureSpec(width=24, rows=3)])
-@pytest.mark.parametrize("layout", ["raster", "instructed", "dual", "decoupled"])
+@pytest.mark.parametrize("layout", ["raster", "instructed", "dual", "decoupled", "grouped"])
 def test_fresh_weights_are_those_a_constructor_draws(layout: str, condition: ClassSpec | TextSpec | FeatureSpec) -> None:
     spec = small_spec(layout=layout, condition=condition)
     torch.manual_seed(3)

@@ -23,7 +23,7 @@ from oar_scale.orders.step_sizes import cells_per_step
 from oar_scale.planning.activations import TABLES
 from oar_scale.planning.shape import VECTORS
 
-ANY_ORDER = ("instructed", "dual", "decoupled")
+ANY_ORDER = ("instructed", "dual", "decoupled", "grouped")
 
 
 def any_model(layout: str, condition: str = "text", **changes: Any) -> AnyOrderModel:
@@ -147,6 +147,58 @@ def test_known_cells_may_precede_a_parallel_drawing(layout: str) -> None:
     assert torch.equal(logits.argmax(-1)[:, first], drawn.codes_BN.gather(1, order)[:, first])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("condition", sorted(CONDITIONS))
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_a_drawing_in_groups_is_its_own_teacher_forced_choice(condition: str, kv_heads: int | None) -> None:
+    """All cells of all steps, and not the first ones only, are what one pass with the same groups makes likeliest."""
+    model = any_model("grouped", condition, grid=4, kv_heads=kv_heads)
+    rows, order, codes = model.condition(cond_inputs(model, 2)), random_orders(model, 2), random_codes(model, 2)
+    known = Known(order[:, :5], codes.gather(1, order[:, :5]))
+    settings = SampleSettings(guidance=2.0, temperature=1.0, top_k=1, order_temperature=0.0, steps=4)
+    drawn = generate(model, rows, settings, 0, order_BN=order, known=known)
+    groups = [1] * 5 + cells_per_step(16, 4, known=5)
+    assert max(groups) > 2
+    null = model.null_condition(2)
+    logits = model(drawn.codes_BN, order, null, groups).lerp(model(drawn.codes_BN, order, rows, groups), 2.0)
+    assert torch.equal(logits.argmax(-1)[:, 5:], drawn.codes_BN.gather(1, order)[:, 5:])
+
+
+@torch.no_grad()
+def test_questions_of_a_grouped_model_leave_nothing_behind() -> None:
+    """However often and about whatever cells is asked, together or not, the answers are the same; together they are others."""
+    model = any_model("grouped", grid=4)
+    decoder, order, codes = Decoder(model), random_orders(model, 2), random_codes(model, 2)
+    prefix = decoder.prefill(decoder.begin(model.condition(cond_inputs(model, 2))), order[:, :5], codes.gather(1, order[:, :5]))
+    first = decoder.candidate_rows(prefix, order[:, 5:]).logits_BRV
+    filled = prefix.cache[..., : prefix.rows, :].clone()
+    assert (model.output(decoder.parallel_rows(prefix, order[:, 7:9])).float() - first[:, 2:4]).abs().amax(-1).min() > 1e-3
+    assert_same(model.output(decoder.parallel_rows(prefix, order[:, 7:8])).float(), first[:, 2:3])
+    assert_same(decoder.candidate_rows(prefix, order[:, 5:].flip(1)).logits_BRV.flip(1), first)
+    assert torch.equal(prefix.cache[..., : prefix.rows, :], filled) and prefix.rows == model.spec.condition.rows + 5
+
+
+@torch.no_grad()
+def test_a_row_of_a_grouped_model_sees_its_group_and_those_before() -> None:
+    """The order within a group means nothing, and codes matter to later groups alone."""
+    model = any_model("grouped")
+    codes, order, rows, groups = random_codes(model, 1), random_orders(model, 1), model.condition(cond_inputs(model, 1)), [2, 3, 1, 3]
+    before = model(codes, order, rows, groups)
+    other_way = torch.tensor([0, 1, 4, 3, 2, 5, 6, 7, 8])
+    assert_same(model(codes, order[:, other_way], rows, groups), before[:, other_way])
+    changed = codes.clone()
+    changed[0, order[0, 3]] = (changed[0, order[0, 3]] + 1) % model.spec.vocab_size  # of the second group
+    after = model(changed, order, rows, groups)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert (before[:, 5:] - after[:, 5:]).abs().amax(-1).min() > 1e-3
+    # Another cell asked for in the same step is seen, unlike its code.
+    moved = order.clone()
+    moved[0, 4], moved[0, 5] = order[0, 5], order[0, 4]
+    assert (model(codes, moved, rows, groups)[:, 2:4] - before[:, 2:4]).abs().amax(-1).min() > 1e-3
+    with pytest.raises(ValueError, match="of layout instructed asks for one cell after the other"):
+        any_model("instructed")(codes, order, rows, groups)
+
+
 def _beginnings(sizes: list[int]) -> list[list[int]]:
     return [sizes[:index] for index in range(len(sizes))]
 
@@ -177,7 +229,7 @@ def test_a_raster_model_refuses_other_orders_and_choices() -> None:
 def test_other_models_do_not_ask_for_several_cells_at_once(layout: str) -> None:
     model = any_model(layout, grid=4)
     settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=1, order_temperature=0.0, steps=4)
-    with pytest.raises(ValueError, match="only instructed and decoupled models decode in parallel"):
+    with pytest.raises(ValueError, match="only instructed, decoupled and grouped models decode in parallel"):
         generate(model, model.null_condition(1), settings, 0, order_BN=torch.arange(16)[None])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,17 @@ CASES: list[tuple[str, Family]] = [
     ("llamagen_c2i", "llamagen-c2i"),
     ("llamagen_t2i", "llamagen-t2i"),
     ("arpg_c2i", "arpg"),
+    ("lpd_c2i", "lpd"),
 ]
 ARPG_SIZES = [(1024, 24, 16, 2816, 319_845_376), (1280, 36, 20, 3584, 718_997_760), (1536, 48, 24, 4096, 1_302_449_664)]
+LPD_SIZES = [
+    (1024, 24, 16, 16, 337_157_120),
+    (1280, 36, 20, 16, 751_947_520),
+    (1536, 48, 24, 16, 1_412_184_576),
+    (1024, 24, 16, 32, 337_943_552),
+    (1280, 36, 20, 32, 752_930_560),
+    (1536, 48, 24, 32, 1_413_364_224),
+]
 WRAPPINGS = ["safetensors", "bare", "model", "module", "state_dict", "module.", "_orig_mod."]
 
 
@@ -40,6 +51,8 @@ def write_as(folder: Path, tensors: dict[str, Tensor], wrapping: str) -> str:
 
 def options(name: str) -> dict[str, Any]:
     config = peer_case(name).config
+    if name == "lpd_c2i":
+        return {"heads": config["decoder_num_heads"]}
     return {"grid": 4, "heads": config["n_head"], **({"text_rows": config["cls_token_num"]} if name == "llamagen_t2i" else {})}
 
 
@@ -138,6 +151,94 @@ def test_arpgs_published_sizes_are_read_off_their_shapes(dim: int, layers: int, 
         assert import_peer(tensors, "arpg", "peer.pt").spec == spec
 
 
+@pytest.mark.parametrize("name", list(peer_case("lpd_c2i").tensors))
+@pytest.mark.parametrize("shape", [None, (5, 3), (7,), (0, 64), ()], ids=str)
+def test_every_tensor_of_lpds_must_be_there_and_fit(name: str, shape: tuple[int, ...] | None) -> None:
+    """The error names it, whatever it holds in place of what belongs there."""
+    tensors = dict(peer_case("lpd_c2i").tensors)
+    tensors.pop(name)
+    if shape is not None:
+        tensors[name] = torch.zeros(shape)
+    with pytest.raises(UserError, match=rf"peer\.pt: (has no )?tensor {name}"):
+        import_peer(tensors, "lpd", "peer.pt", heads=4)
+
+
+@pytest.mark.parametrize("name", ["freqs_cis", "blocks.7.norm1.weight", "blocks.999999999.norm", "mask"])
+def test_a_tensor_that_lpd_does_not_have_is_refused(name: str) -> None:
+    tensors = {**peer_case("lpd_c2i").tensors, name: torch.zeros(64, 64)}
+    with pytest.raises(UserError, match=r"peer\.pt: tensor \S+ is (\(64, 64\) .*has absent|absent .*has \()"):
+        import_peer(tensors, "lpd", "peer.pt", heads=4)
+
+
+@pytest.mark.parametrize(("dim", "layers", "heads", "grid", "count"), LPD_SIZES)
+def test_lpds_published_sizes_are_read_off_their_shapes(dim: int, layers: int, heads: int, grid: int, count: int) -> None:
+    """All tensors, as many numbers as are published, the number of heads and the grid."""
+    with torch.device("meta"):
+        tensors = export_peer(AnyOrderModel(lpd_spec(dim=dim, layers=layers, heads=heads, grid=grid, vocab_size=16384)), "lpd")
+        assert len(tensors) == 12 * layers + 10
+        assert sum(tensor.numel() for tensor in tensors.values()) == count
+        assert import_peer(tensors, "lpd", "peer.pt").spec == lpd_spec(dim=dim, layers=layers, heads=heads, grid=grid, vocab_size=16384)
+
+
+def lpd_spec(**changes: Any) -> ModelSpec:
+    sizes: dict[str, Any] = {"dim": 64, "layers": 1, "heads": 4, "vocab_size": 7, "grid": 3, "norm_eps": 1e-6, **changes}
+    return ModelSpec(**{"layout": "grouped", "ffn_hidden": 4 * sizes["dim"], "condition": ClassSpec(classes=1000), **sizes})
+
+
+def test_lpds_positions_are_drawn_out_for_another_grid_only_if_asked() -> None:
+    """Row 0 is no cell's; the others are a picture, whose cells' middles are where those of the larger grid lie, by cubic convolution."""
+    tensors = dict(peer_case("lpd_c2i").tensors)
+    along, across = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0))
+    tensors["pos_embed"] = torch.cat([tensors["pos_embed"][0, :1], (along[:, None] + across).flatten(0, 1)])[None]
+    same = import_peer(tensors, "lpd", "peer.pt", heads=4)
+    assert same.spec.grid == 4 and torch.equal(export_peer(same, "lpd")["pos_embed"], tensors["pos_embed"])
+    larger = import_peer(tensors, "lpd", "peer.pt", heads=4, grid=8)
+    table = export_peer(larger, "lpd")["pos_embed"][0]
+    assert larger.spec.grid == 8 and table.shape == (65, 64)
+    assert torch.equal(table[0], tensors["pos_embed"][0, 0])
+    # Rows 3 and 4 of 8 lie at 1.25 and 1.75 of 0 .. 3; these are the four weights of the kernel (a = -0.75) at a quarter between two.
+    quarter = torch.tensor([-27, 225, 67, -9]) / 256
+    weights = torch.stack([quarter, quarter.flip(0)])
+    expected = (weights @ along)[:, None] + weights @ across
+    torch.testing.assert_close(table[1:].unflatten(0, (8, 8))[3:5, 3:5], expected, rtol=1e-5, atol=1e-5)
+    tensors["pos_embed"] = tensors["pos_embed"][:, :-1]
+    with pytest.raises(UserError, match=r"peer\.pt: tensor pos_embed has 16 rows, one and those of a square grid are expected"):
+        import_peer(tensors, "lpd", "peer.pt", heads=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"ffn_hidden": 100},
+            "a feed-forward of four times the width and norms with an epsilon of 1e-06, this model 1.5625 times and 1e-06",
+        ),
+        ({"norm_eps": 1e-5}, "this model 4 times and 1e-05"),
+        ({"kv_heads": 2}, "lpd's code has as many heads of keys and values as of queries, this model 2 and 4"),
+        (
+            {"condition": TextSpec(vocab=9, rows=2)},
+            "lpd models have layout grouped and condition class; this one has layout grouped and condition text",
+        ),
+        ({"layout": "raster"}, "this one has layout raster"),
+    ],
+)
+def test_what_lpds_code_would_compute_otherwise_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with torch.device("meta"), pytest.raises(UserError, match=re.escape(reason)):
+        export_peer(AnyOrderModel(lpd_spec(**changes)), "lpd")
+
+
+def test_a_training_checkpoint_of_lpds_is_read_with_its_arguments(tmp_path: Path) -> None:
+    """Their trainer writes optimizer, scaler and an ``argparse.Namespace`` beside the weights; any other object is refused."""
+    tensors = peer_case("lpd_c2i").tensors
+    content = {"model": tensors, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "epoch": 3, "scaler": {"scale": 2.0}}
+    torch.save({**content, "args": argparse.Namespace(model="lpd_l", img_size=64)}, tmp_path / "lpd.pth")
+    peer = read_peer_file(str(tmp_path / "lpd.pth"))
+    assert_same_bits(peer.tensors, tensors)
+    torch.save({**content, "args": Path("a")}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth"):
+        read_peer_file(str(tmp_path / "other.pth"))
+
+
 @pytest.mark.parametrize("name", ["freqs_cis", "layers.7.attention_norm.weight", "layers.999999999.norm", "cls_embedding.other"])
 def test_an_unknown_tensor_is_named(name: str) -> None:
     tensors = {**peer_case("llamagen_c2i").tensors, name: torch.zeros(3, 4)}
@@ -153,6 +254,10 @@ def test_an_unknown_tensor_is_named(name: str) -> None:
         ("llamagen_t2i", "llamagen-c2i", r"cls_embedding\.cap_proj\.fc1\.weight.*Import it as llamagen-t2i"),
         ("arpg_c2i", "randar", r"layers\.self_dec\.\*, which no randar model has\. Import it as arpg"),
         ("randar_c2i", "arpg", r"no tensor layers\.self_dec\.\*.*RandAR's \(randar\)"),
+        ("lpd_c2i", "arpg", r"blocks\.\*, which no arpg model has\. Import it as lpd"),
+        ("lpd_c2i", "llamagen-c2i", r"blocks\.\*, which no llamagen-c2i model has\. Import it as lpd"),
+        ("arpg_c2i", "lpd", r"layers\.self_dec\.\*, which no lpd model has\. Import it as arpg"),
+        ("randar_c2i", "lpd", r"no tensor blocks\.\*, which every lpd model has"),
         ("llamagen_c2i", "llamagen-t2i", r"cls_embedding\.embedding_table\.weight.*Import it as llamagen-c2i"),
     ],
 )

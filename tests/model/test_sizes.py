@@ -53,6 +53,11 @@ def test_a_decoupled_size_has_as_many_parameters_as_in_arpgs_code(size: str, cou
     assert parameters(shape(size), 16384, "decoupled") == count
 
 
+@pytest.mark.parametrize(("size", "count"), [("l", 337_157_120), ("xl", 751_947_520), ("xxl", 1_412_184_576)])
+def test_a_grouped_size_has_as_many_parameters_as_in_lpds_code(size: str, count: int) -> None:
+    assert parameters(shape(size), 16384, "grouped") == count
+
+
 @pytest.mark.parametrize(("layout", "vectors"), [("raster", 0), ("instructed", 1), ("dual", 2)])
 @pytest.mark.parametrize(("size", "layers", "dim", "ffn"), [("7b", 32, 4096, 11008), ("13b", 40, 5120, 13824)])
 def test_larger_sizes_have_the_parameters_of_the_formula(size: str, layers: int, dim: int, ffn: int, layout: Layout, vectors: int) -> None:

@@ -25,7 +25,7 @@ WIDTH, IMAGES, STEPS, LR = 24, 4, 2, 0.1
 CONDITIONS = {"class": ClassSpec(classes=5), "text": TextSpec(vocab=11, rows=4), "features": FeatureSpec(width=WIDTH, rows=3)}
 SPECS = {
     f"{layout}-{name}": small_spec(layout=layout, condition=condition, trainable_null=(layout, name) != ("raster", "features"))
-    for layout in ("raster", "instructed", "dual", "decoupled")
+    for layout in ("raster", "instructed", "dual", "decoupled", "grouped")
     for name, condition in CONDITIONS.items()
 }
 
@@ -51,16 +51,22 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[1])
 
 
-def assert_starts_as_documented(name: str, values: Tensor) -> None:
-    """Norms at one, the head at zero, all else Normal(0, 0.02), the null in feature space of about unit length."""
+def assert_starts_as_documented(spec: ModelSpec, name: str, values: Tensor) -> None:
+    """Norms at one, head and biases at zero, all else Normal(0, 0.02), the null in feature space of about unit length.
+
+    Matrices of blocks of the family vit are Xavier-uniform.
+    """
     values = values.float()
     assert values.isfinite().all(), name
     if name.endswith("norm.weight"):
         assert (values == 1).all(), name
-    elif name == "output.weight":
+    elif name == "output.weight" or name.endswith(".bias"):
         assert (values == 0).all(), name
     else:
         expected = WIDTH**-0.5 if name.endswith("uncond_embedding") else 0.02
+        if spec.block == "vit" and "layers." in name:
+            expected = math.sqrt(2 / sum(values.shape))
+            assert values.abs().max() <= math.sqrt(3) * expected
         numbers = values.numel()
         assert abs(values.mean()) < 5 * expected / math.sqrt(numbers), name  # five standard errors
         assert float(values.std()) == pytest.approx(expected, rel=5 / math.sqrt(2 * numbers)), name
@@ -77,7 +83,7 @@ def test_a_model_from_the_meta_device_starts_as_documented(spec: ModelSpec) -> N
         assert all(parameter.isnan().all() for parameter in model.parameters())
         model.reset_parameters()
     for name, parameter in model.named_parameters():
-        assert_starts_as_documented(name, parameter.detach())
+        assert_starts_as_documented(spec, name, parameter.detach())
 
 
 class Objective(nn.Module):
@@ -121,7 +127,7 @@ def test_a_partitioned_model_starts_the_same_on_both_ranks(results: dict[str, Ra
     assert first.keys() == AnyOrderModel(SPECS[name]).state_dict().keys()
     for parameter, values in first.items():
         assert values.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        assert_starts_as_documented(parameter, values)
+        assert_starts_as_documented(SPECS[name], parameter, values)
         assert torch.equal(values, second[parameter]), parameter
 
 

@@ -42,7 +42,7 @@ SETTINGS = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    layout=st.sampled_from(["instructed", "dual", "decoupled"]),
+    layout=st.sampled_from(["instructed", "dual", "decoupled", "grouped"]),
     condition=st.sampled_from(sorted(CONDITIONS)),
     kv_heads=st.sampled_from([None, 1]),
     grid=st.integers(1, 4),

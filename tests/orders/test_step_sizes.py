@@ -48,7 +48,7 @@ def by_definition(model: AnyOrderModel, codes_1N: Tensor, rows_1TD: Tensor, how:
 METHODS: list[dict[str, Any]] = [{"commit_per_step": 3}, {"commit_per_step": 6}, {"cosine_steps": 5}, {"cosine_steps": 4}]
 
 
-@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled"])
+@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled", "grouped"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(f"{k}={v}" for k, v in method.items()))
 @torch.no_grad()
 def test_several_cells_a_step_are_the_best_by_definition(layout: str, method: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def same_bits(result: Orders, expected: Orders) -> bool:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    layout=st.sampled_from(["instructed", "dual", "decoupled"]),
+    layout=st.sampled_from(["instructed", "dual", "decoupled", "grouped"]),
     grid=st.integers(1, 4),
     batch=st.integers(1, 3),
     seed=st.integers(0, 1000),

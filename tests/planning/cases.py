@@ -34,6 +34,19 @@ SPECS: dict[str, ModelSpec] = {
     "decoupled, grouped queries, text": ModelSpec(
         layout="decoupled", dropout=0.1, condition=TextSpec(vocab=2000, rows=24), **GROUPED_QUERIES
     ),
+    "grouped, class": ModelSpec(layout="grouped", condition=ClassSpec(classes=1000), **{**L, "ffn_hidden": 4096}),
+    "grouped, grouped queries, text": ModelSpec(
+        layout="grouped",
+        dim=512,
+        layers=8,
+        heads=8,
+        kv_heads=2,
+        ffn_hidden=2048,
+        vocab_size=1024,
+        grid=16,
+        dropout=0.1,
+        condition=TextSpec(vocab=2000, rows=24),
+    ),
     "emoji": ModelSpec(
         layout="instructed",
         dim=256,

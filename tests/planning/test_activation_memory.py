@@ -91,7 +91,7 @@ def test_heads_that_a_gpu_pads_cost_more() -> None:
     assert not activations.padding(SPECS["instructed, class"], 1, "bf16", "none") and not activations.padding(spec, 1, "bf16", "full")
 
 
-@pytest.mark.parametrize("name", ["instructed, class", "dual, grouped queries, text, no dropout", "decoupled, class"])
+@pytest.mark.parametrize("name", ["instructed, class", "dual, grouped queries, text, no dropout", "decoupled, class", "grouped, class"])
 def test_decoding_takes_what_a_trace_of_it_takes(name: str) -> None:
     spec, images = SPECS[name].model_copy(update={"layers": 4 if SPECS[name].decoupled else 3}), 2
     cache, working = activations.decoding(spec, images, "fp32", gpu=False)

@@ -24,7 +24,7 @@ class ShardedEngine(Protocol):
     """The object that writes and reads the files of a checkpoint."""
     _copy_recovery_script: Callable[[str], None]
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, *inputs: Tensor | int) -> tuple[Tensor, Tensor]:
         """The results of the module."""
 
     def train(self) -> object:
