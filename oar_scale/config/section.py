@@ -61,6 +61,12 @@ def added_fields(section: type[Section]) -> frozenset[str]:
     return _marked(section, _Mark.ADDED)
 
 
+def silent_fields(section: Section) -> frozenset[str]:
+    """The names of a section's own fields that tell nothing of its results: operational ones, and :data:`Added` ones at their default."""
+    kind = type(section)
+    return operational_fields(kind) | {name for name in added_fields(kind) if getattr(section, name) == kind.model_fields[name].default}
+
+
 @cache
 def _marked(section: type[Section], mark: _Mark) -> frozenset[str]:
     return frozenset(name for name, field in section.model_fields.items() if mark in field.metadata)

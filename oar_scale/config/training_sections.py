@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from oar_scale.config.locations import Location
-from oar_scale.config.section import Changeable, Count, Limit, Operational, PolicyName, RecipeConflict, Section, bounds
+from oar_scale.config.section import Added, Changeable, Count, Limit, Operational, PolicyName, RecipeConflict, Section, bounds
 
 Layout = Literal["raster", "instructed", "dual", "decoupled", "grouped"]
 GROUPED_EPS = 1e-6
@@ -212,9 +212,9 @@ class TrainingConfig(Section):
     a raster model has its raster order only. The control of a fine-tuning takes random orders, whatever is set here."""
     random_share: float = Field(1.0, ge=0, le=1)
     """Share of the samples trained in a fresh random order; the rest follow ``order``."""
-    group_steps: tuple[PositiveInt, ...] = Field((), exclude_if=lambda given: not given)
+    group_steps: Added[tuple[PositiveInt, ...]] = ()
     """Layout ``grouped``: numbers of steps, of which each optimizer step takes one by chance. Its images are asked for in so many groups of
-    cells, as they are drawn with ``steps``; LPD took 256, 128, 64, 32, 24, 20, 16, 12 and 8. Default: one cell after the other."""
+    cells, as they are drawn with ``sample.steps``; LPD took 256, 128, 64, 32, 24, 20, 16, 12 and 8. Default: one cell after the other."""
     mix: tuple[MixConfig, ...] = ()
     """Other folders that samples are drawn from, besides the run's own."""
     log_every: Operational[int] = Field(5, ge=1)

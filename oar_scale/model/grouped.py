@@ -114,7 +114,8 @@ class GroupedRows(RowLayout):
             return torch.arange(count, device=device)
         if min(groups, default=0) < 1 or sum(groups) != count:
             raise ValueError(f"groups {list(groups)} must be whole numbers from 1 on that sum to {count}, the cells of the order")
-        return torch.tensor([number for number, size in enumerate(groups) for _ in range(size)], device=device)
+        # A GPU is not waited for.
+        return torch.tensor([number for number, size in enumerate(groups) for _ in range(size)]).to(device, non_blocking=True)
 
 
 def _mask(condition: int, known: int, group_N: Tensor, dtype: torch.dtype) -> Tensor:

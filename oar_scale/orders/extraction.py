@@ -5,8 +5,9 @@ the text, the cells placed before, and itself:
 
     c_t = argmax over c in S_t of  score(c | text, c_1 .. c_t-1)            (OAR, arXiv 2504.17069)
 
-The winner's row is, unchanged, the next row of the cache (in layout decoupled its code's row is): N (N + 1) / 2 candidate rows for an image
-of N cells and nothing is computed twice. :func:`brute_force_orders` asks the same question with a fresh forward pass per candidate.
+The winner's row is, unchanged, the next row of the cache (in layouts decoupled and grouped its code's row is): N (N + 1) / 2 candidate
+rows for an image of N cells and nothing is computed twice. :func:`brute_force_orders` asks the same question with a fresh forward pass
+per candidate.
 
 Two settings make it cheaper and no longer exact by placing several cells a step (``step_sizes.py``). Random numbers come from
 ``selection.CounterRNG``, scores from ``scores.py``.

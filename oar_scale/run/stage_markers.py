@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.run_sections import REMOVED_EXTRACT
 from oar_scale.config.schema import Recipe
-from oar_scale.config.section import Section, added_fields, changeable_fields, limit_fields, operational_fields
+from oar_scale.config.section import Section, changeable_fields, limit_fields, silent_fields
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.registry import Stage
@@ -51,10 +51,9 @@ def stage_settings(recipe: Recipe, stage: Stage) -> JsonObject:
         value: JsonObject = plain
         for key in section.split("."):
             value = value[key]
-        kind = _section_class(recipe, section)
-        if kind is not None:
-            silent = operational_fields(kind) | {key for key in added_fields(kind) if value[key] == kind.model_fields[key].default}
-            chosen |= {f"{section}.{key}": item for key, item in value.items() if key not in silent}
+        config = _section(recipe, section)
+        if config is not None:
+            chosen |= {f"{section}.{key}": item for key, item in value.items() if key not in silent_fields(config)}
             if section == "extract":
                 chosen |= {f"extract.{key}": item for key, item in REMOVED_EXTRACT.items()}  # older versions hashed them
         else:
@@ -136,17 +135,17 @@ def _fingerprint(stage: Stage, settings: JsonObject, needs: list[str]) -> str:
     return fingerprint({"stage": stage.name, "settings": settings, "needs": needs})
 
 
-def _section_class(recipe: Recipe, section: str) -> type[Section] | None:
-    """The class of a part of the recipe; None for a single field."""
+def _section(recipe: Recipe, section: str) -> Section | None:
+    """A part of the recipe; None for a single field."""
     config: object = recipe
     for key in section.split("."):
         config = getattr(config, key)
-    return type(config) if isinstance(config, Section) else None
+    return config if isinstance(config, Section) else None
 
 
 def _marked(recipe: Recipe, stage: Stage) -> tuple[set[str], set[str]]:
     """The stage's settings that are limits, and those that are changeable."""
-    classes = [(section, kind) for section in stage.sections if (kind := _section_class(recipe, section)) is not None]
+    classes = [(section, type(config)) for section in stage.sections if (config := _section(recipe, section)) is not None]
     limits = {f"{section}.{name}" for section, kind in classes for name in limit_fields(kind)}
     return limits, {f"{section}.{name}" for section, kind in classes for name in changeable_fields(kind)}
 

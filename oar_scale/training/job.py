@@ -7,7 +7,7 @@ from functools import cached_property
 
 from oar_scale.config.locations import node_path
 from oar_scale.config.schema import DataConfig, ParallelConfig, Recipe, TrainingConfig
-from oar_scale.config.section import changeable_fields, limit_fields, operational_fields
+from oar_scale.config.section import changeable_fields, limit_fields, silent_fields
 from oar_scale.data.manifest import read_manifest
 from oar_scale.json_object import JsonObject
 from oar_scale.model import model_id
@@ -80,7 +80,7 @@ class TrainingJob:
             "precision": recipe.parallel.precision,
             "gradient_dtype": recipe.parallel.gradient_dtype,
             "model": recipe.model.model_dump(mode="json", exclude={"weights"}),
-            "training": training.model_dump(mode="json", exclude=set(operational_fields(type(training)))),
+            "training": training.model_dump(mode="json", exclude=set(silent_fields(training))),
             "mix": [read_manifest(mix.shards).fingerprint for mix in training.mix],
             "streams": [recipe.data.canonical_streams, recipe.data.shuffle_window_shards],
             "max_bad_fraction": recipe.data.max_bad_fraction,

@@ -129,8 +129,6 @@ def test_only_a_grouped_model_is_trained_on_groups() -> None:
     assert "only a model of layout grouped is trained to answer for several cells at once" in error_of(path)
     assert load_recipe(path, ["model.layout=grouped"]).finetune.group_steps == (64, 8)
     assert "group_steps" in error_of(put("b.yaml", "name: b\nmodel: {layout: grouped}\npretrain: {group_steps: [0]}\n"))
-    # Runs of versions that had no such field are the same runs.
-    assert "group_steps" not in load_recipe(put("c.yaml", "name: c\n"), []).pretrain.model_dump()
 
 
 def test_a_conflict_with_a_default_says_so() -> None:

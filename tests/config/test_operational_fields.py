@@ -9,7 +9,7 @@ import pytest
 
 from oar_scale.config.schema import Recipe
 from oar_scale.config.section import Section, added_fields, changeable_fields, limit_fields, operational_fields
-from oar_scale.run.stage_markers import stage_fingerprint
+from oar_scale.run.stage_markers import stage_fingerprint, stage_settings
 
 TRAINING = {
     "checkpoint_every",
@@ -74,7 +74,29 @@ def test_these_fields_are_operational_and_no_others() -> None:
 
 
 def test_these_fields_are_younger_than_runs_that_are_read() -> None:
-    assert marked(added_fields) == {"sample": {"guidance_schedule", "top_p", "min_p", "steps"}}
+    assert marked(added_fields) == {
+        "pretrain": {"group_steps"},
+        "finetune": {"group_steps"},
+        "sample": {"guidance_schedule", "top_p", "min_p", "steps"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("pretrain", "group_steps", [64, 8]),
+        ("finetune", "group_steps", [64, 8]),
+        ("sample", "guidance_schedule", "linear"),
+        ("sample", "steps", 4),
+    ],
+)
+def test_a_younger_field_counts_once_it_is_set(section: str, field: str, value: object) -> None:
+    plain = Recipe.model_validate({"name": "a", "model": {"layout": "grouped"}})
+    changed = Recipe.model_validate({"name": "a", "model": {"layout": "grouped"}, section: {field: value}})
+    stage = next(stage for stage in plain.stages() if section in stage.sections)
+    assert f"{section}.{field}" not in stage_settings(plain, stage)
+    assert stage_settings(changed, stage)[f"{section}.{field}"] == value
+    assert stage_fingerprint(changed, stage) != stage_fingerprint(plain, stage)
 
 
 def test_these_fields_may_change_in_a_training_and_no_others() -> None:

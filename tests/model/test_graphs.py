@@ -14,8 +14,11 @@ from small_models import CONDITIONS, cond_inputs, random_codes, random_orders, s
 from torch import Tensor
 from torch.fx import GraphModule
 
+from oar_scale.config.schema import ParallelConfig
 from oar_scale.model import AnyOrderModel, Decoder, Prefix
+from oar_scale.model.acceleration import accelerate
 from oar_scale.model.layouts import LAYOUTS
+from oar_scale.orders.step_sizes import cells_per_step
 
 IMAGES = 2
 
@@ -57,6 +60,19 @@ def test_a_training_pass_is_one_graph(graphs: Graphs, layout: str) -> None:
 
     torch.compile(loss, backend=graphs, fullgraph=True)(codes, order, inputs)
     assert graphs.count == 1
+
+
+def test_steps_of_any_grouping_share_the_graphs_of_blocks(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LPD's groupings, each of another number of rows, stay below Dynamo's limit, at which blocks would run eagerly without a word."""
+    model, codes, order, inputs = made("grouped", dropout=0.1, grid=16)
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=graphs))
+    accelerate(model.train(), ParallelConfig(compile=True))
+    after = []
+    for steps in (256, 128, 64, 32, 24, 20, 16, 12, 8, 256):
+        model.loss(codes, order, model.condition(inputs), cells_per_step(256, steps))
+        after.append(graphs.count)
+    assert after[1:] == [after[1]] * 9 and after[1] <= 4, after
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

@@ -75,6 +75,7 @@ def test_an_old_run_resumes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     os.rename(job.start_from, run.at("models", "any_order.safetensors"))
     again = TrainingJob(run.recipe, "control", run.at(), run.local(), run.model_uri("any_order"), run.model_uri("control"))
     assert again.start_from != job.start_from and again.identity == identity
+    assert "group_steps" not in json.dumps(identity["training"])  # a checkpoint of that run does not know it
 
 
 def test_an_old_model_is_removed_before_a_new_one_is_trained(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
