@@ -56,7 +56,7 @@ def assert_starts_as_documented(spec: ModelSpec, name: str, values: Tensor) -> N
 
     Matrices of blocks of the family vit are Xavier-uniform.
     """
-    values = values.float()
+    rounding, values = torch.finfo(values.dtype).eps, values.float()
     assert values.isfinite().all(), name
     if name.endswith("norm.weight"):
         assert (values == 1).all(), name
@@ -66,7 +66,7 @@ def assert_starts_as_documented(spec: ModelSpec, name: str, values: Tensor) -> N
         expected = WIDTH**-0.5 if name.endswith("uncond_embedding") else 0.02
         if spec.block == "vit" and "layers." in name:
             expected = math.sqrt(2 / sum(values.shape))
-            assert values.abs().max() <= math.sqrt(3) * expected
+            assert values.abs().max() <= math.sqrt(3) * expected * (1 + rounding)
         numbers = values.numel()
         assert abs(values.mean()) < 5 * expected / math.sqrt(numbers), name  # five standard errors
         assert float(values.std()) == pytest.approx(expected, rel=5 / math.sqrt(2 * numbers)), name
