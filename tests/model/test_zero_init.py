@@ -204,9 +204,12 @@ def train(spec: ModelSpec, rank: int) -> dict[str, Any]:
         model = AnyOrderModel(spec)
     whole = AnyOrderModel(spec)
     generator = torch.Generator().manual_seed(0)
-    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+    for ours, (name, theirs) in zip(model.parameters(), whole.named_parameters(), strict=True):
         with torch.no_grad(), deepspeed.zero.GatheredParameters(ours, modifier_rank=0):
-            theirs.copy_(torch.randn(theirs.shape, generator=generator) * 0.3 if theirs.ndim > 1 else 1)
+            if theirs.ndim > 1:
+                theirs.copy_(torch.randn(theirs.shape, generator=generator) * 0.3)
+            else:
+                theirs.fill_(0 if name.endswith(".bias") else 1)
             ours.copy_(theirs)
     trained = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=Objective(model), optimizer=torch.optim.SGD(trained, lr=LR), config=settings("fp32"))
