@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from oar_scale.model.attention import attention_with_lse
-from oar_scale.model.blocks import Block, CrossBlock, SharedKV, TrunkBlock
+from oar_scale.model.blocks import Block, CrossBlock, KVSlice, SharedKV, TrunkBlock
 from oar_scale.model.conditioning import Embedding
-from oar_scale.model.row_layout import CachePart, Placed, RowLayout, Rows, Tables
+from oar_scale.model.row_layout import Ahead, CachePart, Placed, RowLayout, Rows, Tables, attention_with_mask
 from oar_scale.model.spec import ModelSpec
 
 
@@ -117,6 +117,20 @@ class DecoupledRows(RowLayout):
             # Equal but for rounding, which depends on the place in the batch: the first cell's row is made that of all of them.
             x_BRD = x_BRD[:, :1].expand_as(x_BRD)
         return x_BRD
+
+    def ahead(self, layers: Iterable[nn.Module], cache: Ahead, rows: Rows, questions: Rows) -> Tensor:
+        """As :meth:`RowLayout.ahead`, but questions write nothing, and see only rows."""
+        first, second = self._halves(layers)
+        count = rows.x_BLD.shape[1]
+        content, asking = cache.rows(slice(count)), cache.rows(slice(count, None))
+        x_BLD = self._ahead(first, content, rows)
+        content.write(self.depth, KVSlice(*self.shared(x_BLD, self.rotated(rows.cells_BL))))
+        shared, seen_B1QC = KVSlice(*cache.pairs[self.depth]), asking.seen(itself=False)
+        x_BQD, rotation_BQP2 = questions.x_BLD, self.rotated(questions.cells_BL)
+        for layer in cast("list[CrossBlock]", second):
+            q_BHQd = layer.project(x_BQD, rotation_BQP2)
+            x_BQD = layer.finish(x_BQD, attention_with_mask(q_BHQd, shared, seen_B1QC))
+        return torch.cat([x_BLD, x_BQD], dim=1)
 
     def _halves(self, layers: Iterable[nn.Module]) -> tuple[list[nn.Module], list[nn.Module]]:
         """The blocks of content, and those of questions."""

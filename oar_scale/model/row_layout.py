@@ -10,6 +10,7 @@ is placed cell by cell. A layout is asked for
     parallel    rows that ask for M cells with no codes between (where ``asks_jointly``; see there)
     enter       a pass of rows that stay in the cache
     ask         a pass of candidates, behind rows that enter the cache with them
+    ahead       a pass of rows and questions, each image's at a place of its own in the cache: drafts
 
 :class:`RowLayout` has the passes of layouts whose rows all go through one stack of blocks, each seeing the rows before it. A new layout is
 a class that makes its rows, and overrides passes where others are seen (``decoupled.py``: questions in a half of their own). One that has
@@ -66,6 +67,33 @@ class CachePart(NamedTuple):
     def kv(self, pair: int, start: int, end: int) -> KVSlice:
         """Keys and values of rows ``start`` to ``end``, through which they are read and written."""
         return KVSlice(*self.pairs[pair, :, :, :, start:end])
+
+
+class Ahead(NamedTuple):
+    """The KV cache of some images, as a view, in which the L new rows of each image lie at places of their own."""
+
+    pairs: Tensor
+    """As of :class:`CachePart`. Rows that nobody has written must hold numbers: they count with weight 0."""
+    at_BL: Tensor
+    """Where each row's keys and values go."""
+    upto_BL: Tensor
+    """A row sees what lies before this in the cache."""
+
+    def rows(self, part: slice) -> Ahead:
+        """Some of the L rows."""
+        return Ahead(self.pairs, self.at_BL[:, part], self.upto_BL[:, part])
+
+    def write(self, pair: int, new: KVSlice) -> None:
+        """Take the rows' keys and values."""
+        image_B1 = torch.arange(len(self.at_BL), device=self.at_BL.device)[:, None]
+        for old_BGCd, new_BGLd in zip(self.pairs[pair], new, strict=True):
+            old_BGCd[image_B1, :, self.at_BL] = new_BGLd.transpose(1, 2)
+
+    def seen(self, *, itself: bool) -> Tensor:
+        """Which rows of the cache each row sees, bool [B, 1, L, C]: with ``itself`` its own, too."""
+        column_C = torch.arange(self.pairs.shape[4], device=self.at_BL.device)
+        seen_BLC = column_C < self.upto_BL[:, :, None]
+        return (seen_BLC | (column_C == self.at_BL[:, :, None]) if itself else seen_BLC)[:, None]
 
 
 class RowLayout(nn.Module):
@@ -196,6 +224,21 @@ class RowLayout(nn.Module):
                 merge_self_(out[:, :, before:], lse[:, :, before:], own[:, :, before:], own_kv.values)
             x = layer.finish(x, out)
         return x[:, before:]
+
+    def ahead(self, layers: Iterable[nn.Module], cache: Ahead, rows: Rows, questions: Rows) -> Tensor:
+        """Rows, and behind them questions, [B, L, D] as they leave the blocks: each sees what it may of the cache, and itself."""
+        return self._ahead(layers, cache, Rows(*(torch.cat(pair, dim=1) for pair in zip(rows, questions, strict=True))))
+
+    def _ahead(self, layers: Iterable[nn.Module], cache: Ahead, rows: Rows) -> Tensor:
+        """Rows through blocks that write keys and values."""
+        x, rotation_BLP2, seen_B1LC = rows.x_BLD, self.rotated(rows.cells_BL), cache.seen(itself=True)
+        for index, layer in enumerate(cast("list[Block]", layers)):
+            _, batch, heads, _, width = cache.pairs[index].shape
+            new = KVSlice(*cache.pairs.new_empty(2, batch, heads, x.shape[1], width))
+            q, _ = layer.project_into(new, x, rotation_BLP2)
+            cache.write(index, new)
+            x = layer.finish(x, attention_with_mask(q, KVSlice(*cache.pairs[index]), seen_B1LC))
+        return x
 
     # -- what all of them have ------------------------------------------------------------------------------------------
 

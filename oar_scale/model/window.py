@@ -6,6 +6,10 @@ Of each image t codes are settled, and n codes behind them are drafts. One pass 
     about the W cells after them       as candidates, each knowing all drafts and no other candidate
 
     rows of an instructed model   x_t-1, p_t, x_t, ..., p_t+n | p_t+n+1, p_t+n+2, ...       one block of the cache, new in each pass
+    rows of a decoupled model     x_t-1, x_t, ..., x_t+n-1    | p_t, p_t+1, ..., p_t+n+1, p_t+n+2, ...
+
+A question of a decoupled model is no row that others see: questions in turn and candidates are of one kind, and each sees the codes up to
+its own place or up to the last draft.
 
 A row's place in the cache is a function of its cell's place in the order, so what a wrong draft leaves behind is overwritten, and
 nothing is moved. Where rows end is a tensor, not a number of the program: images of different lengths need no padding, and every pass
@@ -14,14 +18,11 @@ has one shape.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from oar_scale.model.blocks import Block, KVSlice
 from oar_scale.model.decoding import Decoder, image_chunks
-from oar_scale.model.row_layout import Placed, Rows, attention_with_mask
+from oar_scale.model.row_layout import Ahead, Placed, Rows
 from oar_scale.model.transformer import AnyOrderModel
 
 
@@ -38,16 +39,16 @@ class WindowDecoder:
             ValueError: a layout that cannot ask for cells ahead.
         """
         layout = model.layout
-        if model.spec.layout not in ("instructed", "dual"):
-            raise ValueError(f"layout {model.spec.layout} cannot draft cells: layouts instructed and dual can")
+        if model.spec.layout in ("raster", "grouped"):
+            raise ValueError(f"layout {model.spec.layout} cannot draft cells: layouts instructed, dual and decoupled can")
         self.model, self.sequence_BN, self.width = model, sequence_BN, width
         self.decoder = Decoder(model)
-        self.length = layout.stride * (width + 1) + width
+        self.length = layout.stride * (width + 1) + (width if layout.keeps_questions else 2 * width + 1)
         self.prefix = self.decoder.begin(condition_BTD, spare=self.length)
         self.prefix.cache[:, :, :, :, self.prefix.rows :] = 0  # rows that are not seen count with weight 0, which NaN would survive
-        self.begin = self.prefix.rows - layout.stride + 1
         # What lies before the first code: the layout's own substitute for it, or the last condition row, which is then computed again.
         start = self.prefix.last.codes_BKD
+        self.begin = self.prefix.rows - 1 + start.shape[1]
         self.first_B1D = start if start.shape[1] else condition_BTD[:, -1:]
 
     def prefill(self, codes_BK: Tensor) -> None:
@@ -66,38 +67,31 @@ class WindowDecoder:
             Rows [B, 2 W + 1, D], and the place of the cell that each is about: t .. t + W, of which those above t + n mean nothing, then
             t + n + 1 .. t + n + W. Rows for places beyond the last cell mean nothing, either.
         """
-        stride, asked = self.model.layout.stride, self.width + 1
+        layout, stride, asked = self.model.layout, self.model.layout.stride, self.width + 1
         ahead_A = torch.arange(asked, device=codes_BN.device)
         turn_BA = settled_B[:, None] + ahead_A
         after_BR = (settled_B + drafted_B)[:, None] + ahead_A[1:]
-        causal = self.model.layout(self._placed(codes_BN, settled_B - 1), *self._rows(codes_BN, turn_BA), self.prefix.tables)
+        place_BM = torch.cat([turn_BA, after_BR], dim=1)
+        in_turn = layout(self._placed(codes_BN, settled_B - 1), *self._rows(codes_BN, turn_BA), self.prefix.tables)
         newest = self._placed(codes_BN, settled_B + drafted_B - 1)
-        _, candidates = self.model.layout.candidates(newest, self._cells(after_BR), self.prefix.tables)
-        rows = Rows(*(torch.cat(pair, dim=1) for pair in zip(causal, candidates, strict=True)))
-        # A row in turn sees what lies before it, a candidate what lies before the question about the cell that follows the drafts.
+        behind = asked if layout.keeps_questions else 0  # questions about cells in turn are among the rows in turn, or behind them
+        _, questions = layout.candidates(newest, self._cells(place_BM[:, behind:]), self.prefix.tables)
+        # A row in turn sees what lies before it; a question the codes before its cell, but of those none behind the drafts.
         at_BL = (self.begin + stride * settled_B)[:, None] + torch.arange(self.length, device=codes_BN.device)
-        question_B1 = at_BL.gather(1, (stride * (drafted_B + 1) - 1)[:, None])
-        upto_BL = torch.cat([at_BL[:, : stride * asked], question_B1.expand(-1, self.length - stride * asked)], dim=1)
-        x_BLD = self._run(rows, at_BL, upto_BL, self.begin + stride * end + self.length)
-        asking_BMD = torch.cat([x_BLD[:, stride - 1 : stride * asked : stride], x_BLD[:, stride * asked :]], dim=1)
-        return self.model.norm(asking_BMD), torch.cat([turn_BA, after_BR], dim=1)
+        known_BM = place_BM.minimum((settled_B + drafted_B)[:, None])[:, behind:]
+        upto_BQ = self.begin + stride * (known_BM + 1) - (1 if layout.keeps_questions else 0)
+        upto_BL = torch.cat([at_BL[:, : stride * asked], upto_BQ], dim=1)
+        x_BLD = self._run(in_turn, questions, at_BL, upto_BL, self.begin + stride * end + self.length)
+        asking_BMD = torch.cat([x_BLD[:, stride - 1 : stride * behind : stride], x_BLD[:, stride * asked :]], dim=1)
+        return self.model.norm(asking_BMD), place_BM
 
-    def _run(self, rows: Rows, at_BL: Tensor, upto_BL: Tensor, columns: int) -> Tensor:
-        """Run rows that lie at ``at_BL`` in the cache and see themselves and all before ``upto_BL``; as they leave the trunk."""
-        column_C = torch.arange(columns, device=at_BL.device)
-        seen_BLC = (column_C < upto_BL[:, :, None]) | (column_C == at_BL[:, :, None])
-        leaving_BLD = torch.empty_like(rows.x_BLD)
+    def _run(self, in_turn: Rows, questions: Rows, at_BL: Tensor, upto_BL: Tensor, columns: int) -> Tensor:
+        """The rows as they leave the trunk, [B, L, D]; the cache is looked at up to so many columns."""
+        leaving_BLD = in_turn.x_BLD.new_empty(*at_BL.shape, self.model.spec.dim)
         for images in image_chunks(len(at_BL), self.length, at_BL.device):
-            x, rotation_bLP2 = rows.x_BLD[images], self.model.layout.rotated(rows.cells_BL[images])
-            image_b1 = torch.arange(len(x), device=at_BL.device)[:, None]
-            for index, layer in enumerate(cast("list[Block]", self.model.layers)):
-                cache = self.prefix.cache[index, :, images]
-                new = KVSlice(*cache.new_empty(2, len(x), cache.shape[2], self.length, cache.shape[4]))
-                q, _ = layer.project_into(new, x, rotation_bLP2)
-                for old_bGCd, new_bGLd in zip(cache, new, strict=True):
-                    old_bGCd[image_b1, :, at_BL[images]] = new_bGLd.transpose(1, 2)
-                x = layer.finish(x, attention_with_mask(q, KVSlice(*cache[:, :, :, :columns]), seen_BLC[images, None]))
-            leaving_BLD[images] = x
+            cache = Ahead(self.prefix.cache[:, :, images, :, :columns], at_BL[images], upto_BL[images])
+            parts = (Rows(rows.x_BLD[images], rows.cells_BL[images]) for rows in (in_turn, questions))
+            leaving_BLD[images] = self.model.layout.ahead(self.model.layers, cache, *parts)
         return leaving_BLD
 
     def _cells(self, place_BK: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ WAYS: list[dict[str, Any]] = [
     {"layout": "decoupled", "guidance": 2.0, "steps": 5},
     {"layout": "grouped", "guidance": 2.0, "steps": 5},
     {"layout": "dual", "draft": 3},
+    {"layout": "decoupled", "guidance": 2.0, "draft": 3},
     {},
 ]
 

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--randar", help="a checkout of RandAR")
     parser.add_argument("--drafts", action="store_true")
     parser.add_argument("--size", help="a size of recipes/base; default: dim 384, 6 layers, 6 heads")
+    parser.add_argument("--model", default=str(EMOJI), help="whose images are drafted")
     parser.add_argument("--steps", default="88,256", help="passes for an image, several with commas between")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -201,7 +202,7 @@ def drafts(arguments: argparse.Namespace) -> None:
     import oar_scale
 
     torch.set_num_threads(arguments.threads)
-    model = oar_scale.load(str(EMOJI)).to(arguments.device)
+    model = oar_scale.load(arguments.model).to(arguments.device)
     print(machine(arguments.device, arguments.threads), f"{len(CAPTIONS)} captions, 64 cells, 512 codes", sep="\n", end="\n\n")
     rows = []
     for order in ("random", "halton", "raster"):
