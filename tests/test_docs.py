@@ -112,7 +112,7 @@ def test_a_typo_gives_one_clear_error_and_exit_code_2(capsys: pytest.CaptureFixt
     assert "pretrain.stepps" in error and "steps" in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("guide", ["model.md", "checkpoints.md", "order-policies.md", "sampling.md"])
+@pytest.mark.parametrize("guide", ["model.md", "checkpoints.md", "order-policies.md", "sampling.md", "editing.md"])
 def test_the_python_in_a_guide_runs(guide: str, tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / guide).read_text(), re.DOTALL))

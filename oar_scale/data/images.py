@@ -47,6 +47,8 @@ _UPRIGHT = {
 }
 """How a picture of an orientation is made upright; 1 is."""
 _ON_THEIR_SIDE = (5, 6, 7, 8)
+_SAY_ORIENTATION = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
+"""Keys of what Pillow notes beside a picture."""
 _NUMBERS = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _RANGES = {"I": (255, 65_535, 2**31 - 1), "F": (1, 255, 65_535, 2**31 - 1)}
 _OVERSHOOT = {"I": 0.0, "F": 0.1}
@@ -54,7 +56,12 @@ _OVERSHOOT = {"I": 0.0, "F": 0.1}
 
 
 def decode_image(data: bytes | memoryview, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture to upright RGB on white (see the module).
+    """Decode a picture to upright RGB on white (see the module). Arguments and errors as :func:`decode_upright`."""
+    return on_white(decode_upright(data, where, max_pixels))
+
+
+def decode_upright(data: bytes | memoryview, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a picture to upright RGB, or RGBA where it has transparency.
 
     Args:
         where: names shard and sample in errors, as in ``shard.tar: image of sample 'cat'``.
@@ -69,38 +76,44 @@ def decode_image(data: bytes | memoryview, where: str, max_pixels: int = MAX_PIX
         _check_tail(data, image.format)
         if image.format == "PNG":
             _scale_transparent_colour(image)
-        return _to_rgb(image)
+        return _upright(image)
     except _BROKEN as error:
         raise UserError(f"{where} cannot be read ({error})") from error
 
 
-def to_rgb(image: Image.Image, where: str) -> Image.Image:
-    """A picture in memory, of any mode, as upright RGB on white (see the module). Raises UserError where it cannot be read."""
+def upright(image: Image.Image, where: str) -> Image.Image:
+    """A picture in memory, of any mode, as upright RGB, or RGBA where it has transparency. Raises UserError where it cannot be read."""
     try:
-        return _to_rgb(image)
+        return _upright(image)
     except _BROKEN as error:
         raise UserError(f"{where} cannot be read ({error})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode in _NUMBERS:
-        rgb = _from_numbers(image)
+        colours = _from_numbers(image)
     elif image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        rgb = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+        colours = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
     elif image.has_transparency_data:
-        rgb = on_white(image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA"))
+        colours = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
     else:
-        rgb = image.convert("RGB")
+        colours = image.convert("RGB")
     turn = _UPRIGHT.get(_orientation(image))
-    return rgb if turn is None else rgb.transpose(turn)
+    if turn is None:
+        return colours
+    turned = colours.transpose(turn)
+    turned.info = {key: value for key, value in turned.info.items() if key not in _SAY_ORIENTATION}  # or it would be turned once more
+    return turned
 
 
-def on_white(image_rgba: Image.Image) -> Image.Image:
-    """An RGBA picture laid over white, as RGB."""
-    page = Image.new("RGBA", image_rgba.size, "white")
-    page.alpha_composite(image_rgba)
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGBA picture laid over white, as RGB; an RGB picture as it is."""
+    if image.mode == "RGB":
+        return image
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image)
     return page.convert("RGB")
 
 

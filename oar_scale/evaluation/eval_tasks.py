@@ -24,6 +24,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from oar_scale.config.schema import Score
@@ -31,8 +32,10 @@ from oar_scale.data.hashing import derived_seed
 from oar_scale.errors import UserError
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import nll_table, prediction_table
-from oar_scale.generation.editing import inpaint
+from oar_scale.generation.canvas import make_canvas
+from oar_scale.generation.editing import EditOptions, edit_canvases
 from oar_scale.generation.sampling import generate
+from oar_scale.generation.seen_codes import pixels_of
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, load_model
 from oar_scale.orders.analysis import kendall_distance
@@ -41,6 +44,7 @@ from oar_scale.orders.order_files import OrderFiles, folder_files
 from oar_scale.orders.policies import OrderRequest, sampling_order
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.registry import ModelName
+from oar_scale.results.examples import Picture
 from oar_scale.tokenizers.vq import load_vq
 
 Ints = NDArray[np.int64]
@@ -168,33 +172,37 @@ class Drawn:
 
 @dataclass(frozen=True)
 class EditTask:
-    """Completions of one image: each row of ``target`` has its caption."""
+    """Completions of one picture, whose caption is the only row of ``target``."""
 
     target: EvalTarget
     kind: Literal["inpainting", "outpainting"]
-    codes_N: Ints
+    picture: Picture
     redo_N: NDArray[np.bool_]
+    """The cells whose pixels are hidden and drawn."""
+    completions: int
+    vq: str
     settings: SampleSettings
     seed: int
     precision: Precision = "bf16"
 
     def run(self) -> Edited:
-        """Sample the masked cells anew, once for each row of the target."""
-        model, count = self.target.open(self.precision), len(self.target.cond_inputs_S)
-        codes, redo = torch.from_numpy(self.codes_N).to(_here()).expand(count, -1), torch.from_numpy(self.redo_N).to(_here())
-        seed = derived_seed(self.kind, self.seed, self.target.first)
-        drawn = inpaint(model, codes, redo, _condition(model, self.target.cond_inputs), self.settings, seed)
-        return Edited(self.kind, self.target.first, self.redo_N, drawn.codes_BN.cpu().numpy())
+        """Draw the hidden cells, as often as completions are wanted."""
+        model, vq = self.target.open(self.precision), load_vq(self.vq).to(_here())
+        hidden_SS = pixels_of(torch.from_numpy(self.redo_N), vq.spec.image_size)
+        canvas = make_canvas(Image.fromarray(self.picture), hidden_SS, vq.spec.image_size, f"held-out image {self.target.first}")
+        seed, condition_1TD = derived_seed(self.kind, self.seed, self.target.first), _condition(model, self.target.cond_inputs)
+        drawn = edit_canvases(model, vq, [canvas], condition_1TD, self.settings, EditOptions(self.completions), seed)
+        return Edited(self.kind, self.target.first, self.redo_N, tuple(np.asarray(each.picture) for each in drawn))
 
 
 @dataclass(frozen=True)
 class Edited:
-    """Completions of one image: codes, and which cells were sampled."""
+    """Completions of one picture, and which cells of it were hidden."""
 
     kind: Literal["inpainting", "outpainting"]
     image: int
     redo_N: NDArray[np.bool_]
-    codes_SN: Ints
+    completions: tuple[Picture, ...]
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,136 @@
-"""Editing without training for it: cells to keep are placed first, the others are drawn after them.
+"""Editing without training for it: cells that are known are placed first, the others are drawn after them.
 
     inpainting      redo a box              known  . . . .        drawn  . . . .
     outpainting     redo all but a box             . # # .               . o o .
                                                    . # # .               . o o .
 
 Any permutation of the cells is a valid sequence for an any-order model, so both are ordinary generation with a prefix.
+
+:func:`edit_canvases` does it to pictures, and honestly: what is to be drawn is hidden from the image tokenizer (``seen_codes``), and known
+pixels stay as they are (``canvas``).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from oar_scale.errors import UserError
+from oar_scale.generation.canvas import Canvas, to_picture
 from oar_scale.generation.sampling import Generated, Known, generate
+from oar_scale.generation.seen_codes import DEFAULT_FILLS, Fill, SeenCodes, cells_of, pixels_of, seen_codes
 from oar_scale.generation.settings import SampleSettings
-from oar_scale.model import AnyOrderModel
+from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.orders.policies import LateOrder
+from oar_scale.orders.scores import score_logits
 from oar_scale.orders.selection import Images
+from oar_scale.tokenizers.image import ImageTokenizer
+
+DECODE_BATCH = 16
+VARIATION_SHIFT = 32
+"""Variation v of the picture with number n has the noise of image n + v * 2^32: variation 0 is that of one alone."""
 
 
-def inpaint(
+@dataclass(frozen=True)
+class EditOptions:
+    """How pictures are edited, beside how codes are drawn (:class:`SampleSettings`)."""
+
+    variations: int = 1
+    """Drawings of each picture."""
+    strength: float = 1.0
+    """Share of the marked cells that is drawn anew. 1: all of them, and nothing sees what they hold. Below 1 they are looked at: those
+    whose codes the model expects least, given the prompt and what is known, are drawn."""
+    fills: tuple[Fill, ...] = DEFAULT_FILLS
+    """Rules that fill the hole; see :func:`seen_codes`."""
+    ring: int = 0
+    """Cells at most so far from the hole are drawn, too, beside those whose codes depend on it."""
+    feather: float = 0.0
+    """So many of the model's pixels inside the hole are matched to the known ones beyond the seam; see ``canvas.mix``."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.variations, int) or self.variations < 1:
+            raise UserError(f"variations {self.variations} must be a whole number from 1")
+        if not 0 < self.strength <= 1:
+            raise UserError(f"strength {self.strength} must be above 0 and at most 1, which draws all that is marked")
+        if not 0 <= self.feather < math.inf:
+            raise UserError(f"feather {self.feather} must be a number of pixels, and not negative")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One drawing of one picture."""
+
+    picture: Image.Image
+    """Upright, of the picture's size; RGB, or RGBA where the picture is transparent. Pixels that were not marked are what they were."""
+    drawing: Image.Image
+    """The whole square as the model draws it."""
+    image: int
+    """The picture's place in the list."""
+    variation: int
+    codes_N: Tensor
+    """int64, raster order."""
+    order_N: Tensor
+    """int64: the cells as they were placed, known ones first."""
+    score_N: Tensor
+    """As of :class:`Generated`."""
+    drawn_N: Tensor
+    """bool: the cells that were drawn; all others were known."""
+
+    @property
+    def order_map(self) -> Image.Image:
+        """When each cell was drawn: the first ones dark grey, the last white; known cells black."""
+        drawn = int(self.drawn_N.sum())
+        shade_N = torch.zeros(len(self.order_N), dtype=torch.uint8)
+        places_M = torch.linspace(255 if drawn == 1 else 64, 255, drawn).to(torch.uint8)
+        shade_N[self.order_N[len(self.order_N) - drawn :]] = places_M
+        return Image.fromarray(pixels_of(shade_N, self.drawing.width).numpy())
+
+
+def edit_canvases(
+    model: AnyOrderModel,
+    vq: ImageTokenizer,
+    canvases: Sequence[Canvas],
+    condition_BTD: Tensor,
+    settings: SampleSettings,
+    options: EditOptions,
+    seed: int,
+    order_BN: Tensor | LateOrder | None = None,
+    images_B: Images | None = None,
+) -> list[Edit]:
+    """Draw what is marked in each of B pictures.
+
+    Args:
+        condition_BTD: a row for each picture.
+        seed, images_B: as for :func:`generate`; a number for each picture.
+        order_BN: as for :func:`redraw`, with a row for each variation of each picture (:func:`noise_numbers`).
+
+    Returns:
+        The variations of the first picture, then those of the second, and so on.
+
+    Raises:
+        ValueError: as :func:`generate`.
+        UserError: a fill that there is not.
+    """
+    device, count = condition_BTD.device, options.variations
+    seen, pixels = [], []
+    for canvas, condition_TD in zip(canvases, condition_BTD, strict=True):
+        pixels.append(canvas.pixels(hide=options.strength == 1))
+        seen.append(_known(model, vq, canvas, pixels[-1].to(device), condition_TD, options))
+    codes_BN, known_BN = (torch.stack(each).repeat_interleave(count, 0) for each in zip(*seen, strict=True))
+    numbers_B = noise_numbers(np.arange(len(canvases)) if images_B is None else images_B, count)
+    condition_BTD = condition_BTD.repeat_interleave(count, 0)
+    drawn = redraw(model, codes_BN, ~known_BN, condition_BTD, settings, seed, order_BN, numbers_B)
+    return _finished(vq, canvases, pixels, drawn, ~known_BN, options)
+
+
+def redraw(
     model: AnyOrderModel,
     codes_BN: Tensor,
     redo: Tensor,
@@ -29,7 +140,9 @@ def inpaint(
     order_BN: Tensor | LateOrder | None = None,
     images_B: Images | None = None,
 ) -> Generated:
-    """Draw the cells marked in ``redo`` anew; all others keep their codes.
+    """Draw the cells marked in ``redo`` anew; all others keep their codes, which are all that is known of the image.
+
+    Codes of an intact image know what lies in the cells beside them: for those of a picture with a hole see ``seen_codes``.
 
     Args:
         codes_BN: codes in raster order; those of marked cells are never looked at.
@@ -52,6 +165,54 @@ def inpaint(
     there_BK = torch.arange(cells_BK.shape[1], device=cells_BK.device) < kept_B1
     known = Known(cells_BK.masked_fill(~there_BK, -1), codes_BN.gather(1, cells_BK))
     return generate(model, condition_BTD, settings, seed, order_BN, known, images_B)
+
+
+def noise_numbers(images_B: Images, variations: int) -> Images:
+    """The number of each variation of each image, whose noise it has: all of the first image, then all of the second."""
+    numbers_BV: NDArray[np.int64] = np.asarray(images_B, dtype=np.int64)[:, None] + (np.arange(variations) << VARIATION_SHIFT)
+    return numbers_BV.reshape(-1)
+
+
+@torch.no_grad()
+def expected(model: AnyOrderModel, codes_N: Tensor, known_N: Tensor, asked_N: Tensor, condition_TD: Tensor) -> Tensor:
+    """How much the model expects the codes of some cells, given the known ones alone: log-probabilities [M], nats."""
+    decoder, (known_K, asked_M) = Decoder(model), (each.nonzero()[:, 0] for each in (known_N, asked_N))
+    prefix = decoder.prefill(decoder.begin(condition_TD[None]), known_K[None], codes_N[known_K][None])
+    rows_MD = decoder.candidate_rows(prefix, asked_M[None]).rows_BRD[0]
+    return score_logits("gt_logprob", model.output(rows_MD), codes_N[asked_M])
+
+
+def _known(
+    model: AnyOrderModel, vq: ImageTokenizer, canvas: Canvas, pixels_3SS: Tensor, condition_TD: Tensor, options: EditOptions
+) -> SeenCodes:
+    """The codes of the cells that are not to be drawn."""
+    marked_SS, beside_SS = (each.to(pixels_3SS.device) for each in (canvas.drawn(), canvas.beside()))
+    if options.strength == 1:
+        return seen_codes(vq, pixels_3SS, marked_SS | beside_SS, options.fills, options.ring)
+    seen = seen_codes(vq, pixels_3SS, beside_SS, options.fills)
+    marked_N = cells_of(marked_SS, vq.spec.grid)
+    open_N = marked_N & seen.known_N
+    count = min(math.ceil(options.strength * int(marked_N.sum())), int(open_N.sum()))
+    if not count:
+        return seen
+    score_M = expected(model, seen.codes_N, seen.known_N & ~marked_N, open_N, condition_TD)
+    least_m = open_N.nonzero()[:, 0][score_M.argsort(stable=True)[:count]]
+    return seen._replace(known_N=seen.known_N.scatter(0, least_m, False))
+
+
+@torch.no_grad()
+def _finished(
+    vq: ImageTokenizer, canvases: Sequence[Canvas], pixels: Sequence[Tensor], drawn: Generated, drawn_BN: Tensor, options: EditOptions
+) -> list[Edit]:
+    decoded = (image_3SS for codes in drawn.codes_BN.split(DECODE_BATCH) for image_3SS in vq.decode(codes).cpu())
+    edits = []
+    for row, image_3SS in enumerate(decoded):
+        image, variation = divmod(row, options.variations)
+        redrawn_SS = pixels_of(drawn_BN[row], vq.spec.image_size).cpu()
+        codes_N, order_N, score_N = (each_BN[row].cpu() for each_BN in drawn[:3])
+        picture = canvases[image].finish(pixels[image], image_3SS, redrawn_SS, options.feather)
+        edits.append(Edit(picture, to_picture(image_3SS), image, variation, codes_N, order_N, score_N, drawn_BN[row].cpu()))
+    return edits
 
 
 def box_mask(grid: int, top: int, left: int, height: int, width: int) -> Tensor:

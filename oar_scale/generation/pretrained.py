@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from oar_scale.config.schema import GuidanceSchedule
-from oar_scale.data.images import to_rgb
 from oar_scale.errors import UserError
-from oar_scale.generation import editing
+from oar_scale.generation.canvas import Mask, make_canvas
+from oar_scale.generation.editing import DECODE_BATCH, Edit, EditOptions, edit_canvases, noise_numbers
 from oar_scale.generation.model_bundle import ModelBundle, check_codes, find_bundle
 from oar_scale.generation.sampling import Generated, generate
+from oar_scale.generation.seen_codes import DEFAULT_FILLS, Fill
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, check_prompts, load_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
@@ -38,9 +39,8 @@ from oar_scale.tokenizers.prompts import (
     for_new_prompts,
     load_prompts,
 )
-from oar_scale.tokenizers.vq import load_vq, pixels_to_unit, unit_to_pixels
+from oar_scale.tokenizers.vq import load_vq, unit_to_pixels
 
-DECODE_BATCH = 16
 Order = str | Sequence[int] | Tensor
 """The way through the cells: the name of a policy (docs/order-policies.md), or a permutation [N] for all images or [B, N] for each."""
 
@@ -61,7 +61,7 @@ class Choices(TypedDict, total=False):
 
 
 class Pretrained:
-    """``sample`` and ``inpaint`` give pictures, ``draw`` the codes with their orders.
+    """``sample`` gives pictures, ``draw`` the codes with their orders, ``edit`` both.
 
     ``model``, ``vq`` (the image tokenizer) and ``text`` (the prompt encoder) are what ``bundle`` names, loaded; ``vq`` is None where
     only a model was loaded, ``text`` where nothing says how its captions are encoded. ``defaults`` holds the settings that
@@ -118,48 +118,51 @@ class Pretrained:
         order_BN = self._order(order, images_B, seed)
         return generate(self.model, condition_BTD, self._settings(choices), seed, order_BN, images_B=images_B)
 
-    def inpaint(
+    def edit(
         self,
-        image: Image.Image,
-        box: tuple[int, int, int, int],
-        prompt: Prompt,
+        images: Sequence[Image.Image],
+        masks: Sequence[Mask],
+        prompts: Sequence[Prompt],
         *,
+        variations: int = 1,
+        strength: float = 1.0,
+        fills: Sequence[Fill] = DEFAULT_FILLS,
+        ring: int = 0,
+        feather: float = 0.0,
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
         order: Order | None = None,
         **choices: Unpack[Choices],
-    ) -> Image.Image:
-        """The image with a box drawn anew. The rest comes back as the image tokenizer reconstructs it.
+    ) -> list[Edit]:
+        """Draw marked pixels of pictures anew, knowing the others. Those stay exactly as they are.
 
         Args:
-            image: of any mode; it is made upright RGB on white (:mod:`oar_scale.data.images`), which ``box`` refers to.
-            box: left, top, right, bottom in pixels, as Pillow counts them; every cell that it touches is redrawn.
+            images: of any size and mode. Each is made upright, and scaled to fit the square that the model draws.
+            masks: which pixels of each upright picture are to be drawn, see :data:`oar_scale.generation.canvas.Mask`.
+            prompts: one for each picture.
+            variations, strength, fills, ring, feather: see :class:`oar_scale.generation.editing.EditOptions`.
+            seed, numbers: as ``seed`` and ``images`` of :meth:`sample`; a number for each picture.
+            order: as for :meth:`sample`, known cells first; [B, N] has a row for each drawing.
+
+        Returns:
+            All drawings of the first picture, then those of the second, and so on.
 
         Raises:
-            UserError: as :meth:`sample`; an image of another size than the model draws, or a box that is not inside it.
+            UserError: as :meth:`sample`; pictures and masks that do not fit together, or a model that draws in raster order only.
         """
-        vq = self._tokenizer()
-        size, cell = vq.spec.image_size, vq.spec.image_size // vq.spec.grid
-        image = to_rgb(image, "the image")
-        if image.size != (size, size):
-            raise UserError(f"the image has {image.width} x {image.height} pixels, the model draws {size} x {size}: resize it first")
-        left, top, right, bottom = box
-        if not (0 <= left < right <= size and 0 <= top < bottom <= size):
-            raise UserError(f"box {box} (left, top, right, bottom) does not lie inside {size} x {size} pixels")
-        first_row, first_column, rows_end, columns_end = top // cell, left // cell, -(-bottom // cell), -(-right // cell)
-        redo_N = editing.box_mask(vq.spec.grid, first_row, first_column, rows_end - first_row, columns_end - first_column)
-        condition_BTD = self._condition([prompt])
-        pixels_1HW3 = torch.from_numpy(np.array(image))[None]
-        codes_1N = vq.encode(pixels_to_unit(pixels_1HW3).to(condition_BTD.device))
-        drawn = editing.inpaint(
-            self.model,
-            codes_1N,
-            redo_N.to(codes_1N.device),
-            condition_BTD,
-            self._settings(choices),
-            seed,
-            self._order(order, np.arange(1), seed),
-        )
-        return _pictures(vq, drawn.codes_BN)[0]
+        vq, options = self._tokenizer(), EditOptions(variations, strength, tuple(fills), ring, feather)
+        if self.model.spec.layout == "raster":
+            raise UserError(f"{self.where}: a raster model draws in raster order, whatever is known. Edit with an any-order model.")
+        if isinstance(images, Image.Image) or not len(images) == len(masks) == len(prompts):
+            raise UserError("images, masks and prompts are lists of the same length: one of each for every picture")
+        condition_BTD = self._condition(prompts)
+        pairs = enumerate(zip(images, masks, strict=True), 1)
+        canvases = [make_canvas(image, mask, vq.spec.image_size, f"picture {number}") for number, (image, mask) in pairs]
+        images_B = np.arange(len(canvases)) if numbers is None else np.asarray(numbers, dtype=np.int64)
+        if len(images_B) != len(canvases):
+            raise UserError(f"numbers has {len(images_B)} of them for {len(canvases)} pictures")
+        order_BN = self._order(order, noise_numbers(images_B, options.variations), seed)
+        return edit_canvases(self.model, vq, canvases, condition_BTD, self._settings(choices), options, seed, order_BN, images_B)
 
     @property
     def _device(self) -> torch.device:

@@ -57,14 +57,14 @@ class SampleGrid:
 
 @dataclass(frozen=True)
 class EditExample:
-    """Known cells first, unknown cells after."""
+    """Completions of one picture."""
 
     kind: Literal["inpainting", "outpainting"]
     caption: str
     model: ModelName
     original: Picture
     known: NDArray[np.bool_]
-    """[G, G], True where the code was given."""
+    """[G, G], True where the pixels were given."""
     completions: tuple[Picture, ...]
 
 

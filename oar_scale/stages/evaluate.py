@@ -249,12 +249,12 @@ def _edit_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
     kinds: tuple[tuple[EditKind, NDArray[np.bool_]], ...] = (("inpainting", middle_N), ("outpainting", ~middle_N))
     return [
         EditTask(
-            EvalTarget(
-                "ordered", file, inputs.cond_inputs_S[image].expand(EDIT_COMPLETIONS, *inputs.cond_inputs_S.shape[1:]).numpy(), image
-            ),
+            EvalTarget("ordered", file, inputs.cond_inputs_S[image : image + 1].numpy(), image),
             kind,
-            inputs.heldout.codes_SN[image],
+            inputs.heldout_pictures[image],
             redo_N,
+            EDIT_COMPLETIONS,
+            inputs.vq_file,
             SampleSettings.from_recipe(recipe.sample),
             recipe.seed,
             recipe.parallel.precision,
@@ -314,7 +314,7 @@ def _edits(inputs: Inputs, results: Results) -> tuple[EditExample, ...]:
             "ordered",
             inputs.heldout_pictures[edit.image],
             ~edit.redo_N.reshape(inputs.vq.spec.grid, -1),
-            tuple(decode_pictures(inputs.vq, torch.from_numpy(edit.codes_SN))),
+            edit.completions,
         )
         for edit in results.edited
     )

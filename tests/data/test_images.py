@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from oar_scale.data.images import MAX_PIXELS, decode_image, image_size, to_rgb
+from oar_scale.data.images import MAX_PIXELS, decode_image, image_size, on_white, upright
 from oar_scale.errors import UserError
 
 
@@ -106,7 +106,7 @@ def test_pictures_are_upright_whatever_the_camera_wrote(kind: str, orientation: 
     data = encoded(stored, kind, exif=exif.tobytes(), **({"quality": 95} if kind != "PNG" else {}))
     image = decode_image(data, "x")
     assert np.abs(np.asarray(image).astype(int) - np.asarray(scene)).mean() < 8, "lies on its side"
-    assert image.size == (48, 32)
+    assert image.size == (48, 32) == upright(image, "x").size, "is turned twice"
     if kind != "PNG":
         assert image_size(data, "x") == (48, 32)
 
@@ -131,7 +131,7 @@ def transparent(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La", "PA"])
 def test_transparent_pixels_are_white(mode: str) -> None:
-    first, second = pixels(to_rgb(transparent(mode), "x"))
+    first, second = pixels(on_white(upright(transparent(mode), "x")))
     assert second == WHITE
     assert first == RED if mode in ("RGBA", "RGBa", "PA") else first == (76, 76, 76)
 
@@ -139,7 +139,7 @@ def test_transparent_pixels_are_white(mode: str) -> None:
 def test_a_palette_with_alpha_of_its_own_is_laid_over_white() -> None:
     image = transparent("RGBA").quantize(4)
     assert image.mode == "P" and "transparency" not in image.info
-    assert pixels(to_rgb(image, "x"))[1] == WHITE
+    assert pixels(on_white(upright(image, "x")))[1] == WHITE
 
 
 def test_half_transparent_is_half_white() -> None:
@@ -193,13 +193,13 @@ def test_sixteen_bits_become_the_upper_eight() -> None:
 def test_numbers_are_scaled_by_their_range(kind: str, values: list[float], expected: list[int]) -> None:
     image = Image.fromarray(np.array([values], dtype=kind))
     assert image.mode in ("I;16", "I", "F")
-    assert [pixel[0] for pixel in pixels(to_rgb(image, "x"))] == expected
+    assert [pixel[0] for pixel in pixels(on_white(upright(image, "x")))] == expected
 
 
 @pytest.mark.parametrize("values", [[-1.0, 1.0], [0.0, float("nan")], [0.0, float("inf")]])
 def test_numbers_without_a_known_range_are_refused(values: list[float]) -> None:
     with pytest.raises(UserError, match=r"x cannot be read .*scale them"):
-        to_rgb(Image.fromarray(np.array([values], dtype=np.float32)), "x")
+        upright(Image.fromarray(np.array([values], dtype=np.float32)), "x")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I;16B"])
@@ -215,7 +215,7 @@ def test_every_mode_shows_its_own_colours(mode: str) -> None:
     else:
         image = grey.convert("RGB").convert(mode)
     assert image is not None and image.mode == mode
-    assert np.abs(np.array(pixels(to_rgb(image, "x"))) - np.array(expected)[:, None]).max() <= 2
+    assert np.abs(np.array(pixels(on_white(upright(image, "x")))) - np.array(expected)[:, None]).max() <= 2
 
 
 def test_cmyk_as_photoshop_writes_it_is_not_a_negative() -> None:

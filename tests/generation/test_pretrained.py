@@ -18,14 +18,13 @@ from oar_scale.commands.checkpoint_export import export_checkpoint
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
-from oar_scale.generation import editing
 from oar_scale.generation.pretrained import Pretrained
 from oar_scale.model import save_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec, condition_spec
 from oar_scale.storage import read_json, write_json
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.text import train_text_tokenizer
-from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, pixels_to_unit, save_vq
+from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
 
 CAPTIONS = ["a red apple", "a smiling cat", "a blue car", "two green leaves"]
 GRID, CODES, PIXELS = 3, 7, 12
@@ -178,29 +177,14 @@ def test_an_export_takes_its_text_tower_along(tmp_path: Path) -> None:
     assert pixels(oar_scale.load(str(tmp_path / "elsewhere")).sample(["a red apple"])) == pixels(expected)
 
 
-def test_inpainting_keeps_every_code_outside_the_box(drawer: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inpainting keeps every code outside the cells that the box touches."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    real = editing.inpaint
-
-    def watched(model: Any, codes: Any, redo: Any, *rest: Any) -> Any:
-        drawn = real(model, codes, redo, *rest)
-        seen.append((redo, drawn.codes_BN))
-        return drawn
-
-    monkeypatch.setattr(editing, "inpaint", watched)
-    assert drawer.vq is not None
-    image = drawer.sample(["a red apple"])[0]
-    codes = drawer.vq.encode(pixels_to_unit(torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(1, PIXELS, PIXELS, 3)))
-    out = drawer.inpaint(image, (5, 0, 11, 3), "a blue car", seed=3)  # cells of 4 x 4 pixels: the right two of the first row
-    redo, drawn = seen[0]
-    assert out.size == image.size and redo.nonzero()[:, 0].tolist() == [1, 2]
-    assert torch.equal(drawn[0][~redo], codes[0][~redo])
-    with pytest.raises(UserError, match=r"12 x 12: resize it first"):
-        drawer.inpaint(image.resize((16, 16)), (0, 0, 4, 4), "a blue car")
-    for box in [(0, 0, 13, 4), (4, 4, 4, 8), (-1, 0, 4, 4)]:
-        with pytest.raises(UserError, match="does not lie inside 12 x 12 pixels"):
-            drawer.inpaint(image, box, "a blue car")
+def test_a_raster_run_and_a_model_alone_do_not_edit(tmp_path: Path) -> None:
+    image, box = Image.new("RGB", (PIXELS, PIXELS)), (0, 0, 4, 4)
+    raster = oar_scale.load(small_run(tmp_path / "run", {"type": "sentencepiece", "max_tokens": 4}, None, layout="raster"))
+    with pytest.raises(UserError, match="a raster model draws in raster order"):
+        raster.edit([image], [box], ["a red apple"])
+    save_model(str(tmp_path / "model.safetensors"), small_model(condition=ClassSpec(classes=4)))
+    with pytest.raises(UserError, match="a model without an image tokenizer"):
+        oar_scale.load(str(tmp_path / "model.safetensors")).edit([image], [box], [0])
 
 
 def test_bfloat16_draws_too(captions_run: str) -> None:

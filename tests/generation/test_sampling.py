@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_models import random_codes, random_orders, random_text, small_model
 from torch import Tensor
 
-from oar_scale.generation.editing import box_mask, centre_mask, inpaint
+from oar_scale.generation.editing import box_mask, centre_mask, redraw
 from oar_scale.generation.sampling import Known, generate
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder
@@ -162,14 +162,14 @@ def test_inpainting_keeps_the_known_codes_and_places_them_first(seed: int, redo_
     model = small_model(seed=seed)
     codes, condition = random_codes(model, 2, seed), condition_of(model, 2, seed)
     redo = random_orders(model, 2, seed) < redo_count
-    drawn = inpaint(model, codes, redo, condition, choices(guidance=guidance), seed)
+    drawn = redraw(model, codes, redo, condition, choices(guidance=guidance), seed)
     kept = model.spec.cells - redo_count
     assert torch.equal(drawn.codes_BN[~redo], codes[~redo])
     assert torch.equal(drawn.order_BN.sort(1).values, torch.arange(9).expand(2, -1))
     for image in range(2):
         assert drawn.order_BN[image, :kept].tolist() == torch.nonzero(~redo[image]).flatten().tolist()
     hidden = torch.where(redo, (codes + 1) % model.spec.vocab_size, codes)
-    again = inpaint(model, hidden, redo, condition, choices(guidance=guidance), seed)
+    again = redraw(model, hidden, redo, condition, choices(guidance=guidance), seed)
     assert torch.equal(drawn.codes_BN, again.codes_BN)  # what lay under the mask is never looked at
 
 
@@ -178,7 +178,7 @@ def test_inpainting_follows_a_given_order() -> None:
     model = small_model()
     codes, condition, order = random_codes(model, 2), condition_of(model, 2), random_orders(model, 2, seed=4)
     redo = box_mask(3, 0, 1, 2, 2)
-    drawn = inpaint(model, codes, redo, condition, choices(top_k=1), 0, order_BN=order)
+    drawn = redraw(model, codes, redo, condition, choices(top_k=1), 0, order_BN=order)
     for image in range(2):
         sequence = order[image].tolist()
         assert drawn.order_BN[image].tolist() == [c for c in sequence if not redo[c]] + [c for c in sequence if redo[c]]
@@ -191,7 +191,7 @@ def test_inpainting_depends_on_the_known_codes() -> None:
     model = small_model()
     condition, redo = condition_of(model, 1), ~centre_mask(3, 1)
     codes = random_codes(model, 1)
-    drawn = [inpaint(model, (codes + shift) % 7, redo, condition, choices(top_k=1), 0) for shift in (0, 3)]
+    drawn = [redraw(model, (codes + shift) % 7, redo, condition, choices(top_k=1), 0) for shift in (0, 3)]
     assert not torch.equal(drawn[0].score_BN, drawn[1].score_BN)
 
 
@@ -207,11 +207,11 @@ def test_images_of_a_batch_may_redo_different_numbers_of_cells() -> None:
     model = small_model()
     codes, condition, settings = random_codes(model, 3), condition_of(model, 3), choices(guidance=2.0)
     redo = torch.stack([box_mask(3, 0, 0, 1, 2), box_mask(3, 0, 0, 3, 3), box_mask(3, 1, 1, 2, 2)])
-    drawn = inpaint(model, codes, redo, condition, settings, 4)
+    drawn = redraw(model, codes, redo, condition, settings, 4)
     assert torch.equal(drawn.codes_BN[~redo], codes[~redo])
     for image in range(3):
         one = slice(image, image + 1)
-        alone = inpaint(model, codes[one], redo[image], condition[one], settings, 4, images_B=np.array([image]))
+        alone = redraw(model, codes[one], redo[image], condition[one], settings, 4, images_B=np.array([image]))
         assert torch.equal(drawn.codes_BN[one], alone.codes_BN)
         assert torch.equal(drawn.order_BN[one], alone.order_BN)
         assert int(drawn.passes_B[image]) == int(redo[image].sum())

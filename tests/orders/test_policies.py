@@ -12,7 +12,7 @@ from small_models import random_codes, random_text, small_model
 
 from oar_scale.data.manifest import Manifest, ShardInfo, write_manifest
 from oar_scale.errors import UserError
-from oar_scale.generation.editing import box_mask, inpaint
+from oar_scale.generation.editing import box_mask, redraw
 from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder, model_id, save_model
@@ -268,7 +268,7 @@ def test_an_order_head_continues_known_cells_in_fewer_passes(tmp_path: Path) -> 
     assert isinstance(late, LateOrder)
     settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=0, order_temperature=0.0, steps=6)
     codes, redo = random_codes(model, 2), box_mask(4, 1, 1, 2, 3)
-    edited = inpaint(model, codes, redo, condition, settings, 0, late)
+    edited = redraw(model, codes, redo, condition, settings, 0, late)
     assert torch.equal(edited.codes_BN[:, ~redo], codes[:, ~redo])
     assert torch.equal(edited.order_BN.sort(1).values, torch.arange(16).expand(2, -1))
     drawn = generate(model, condition, settings, 0, late)
