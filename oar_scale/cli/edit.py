@@ -1,0 +1,43 @@
+"""``oar edit``: parts of pictures are drawn anew."""
+
+from __future__ import annotations
+
+import argparse
+
+from oar_scale.cli.common import Subparsers, count, share
+from oar_scale.registry import MODELS, current_name
+
+
+def add(verbs: Subparsers) -> None:
+    """Add ``oar edit``."""
+    text = "draw a part of pictures anew; the rest stays as it is"
+    verb = verbs.add_parser("edit", help=text, description=text)
+    verb.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, JPEG or WebP, of any size")
+    what = verb.add_mutually_exclusive_group(required=True)
+    what.add_argument("--mask", action="append", metavar="FILE", help="white is drawn, black kept; one for all pictures, or one for each")
+    what.add_argument("--box", type=_box, metavar="L,T,R,B", help="left, top, right, bottom in pixels: what is inside is drawn")
+    verb.add_argument("--prompt", required=True, help="what the pictures show; of a model of classes, the label")
+    verb.add_argument("--model", default="recipes/weights/emoji", metavar="PATH", help="a run or an exported folder; default: %(default)s")
+    verb.add_argument("--which", type=current_name, choices=list(MODELS), help="model of a run; default: ordered")
+    verb.add_argument("--variations", type=count, default=1, metavar="N", help="drawings of each picture; default: %(default)s")
+    verb.add_argument("--strength", type=share, default=1.0, metavar="S", help="share of what is marked that is drawn; default: all")
+    verb.add_argument("--feather", type=float, default=0.0, metavar="P", help="width of the seam, in the model's pixels; default: hard")
+    verb.add_argument("--seed", type=int, default=0, help="another one draws others; default: %(default)s")
+    verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:NUMBER of this machine; default: a GPU where there is one")
+    verb.add_argument("--out", default="edited", metavar="PATH", help="a folder, or a PNG file for a single drawing; default: %(default)s")
+    verb.set_defaults(run=_edit)
+
+
+def _edit(arguments: argparse.Namespace) -> None:
+    from oar_scale.commands.edit import EditRequest, edit_files
+
+    chosen = {name: value for name, value in vars(arguments).items() if name != "run"}
+    edit_files(EditRequest(**chosen), say=print)
+
+
+def _box(text: str) -> tuple[int, int, int, int]:
+    sides = text.split(",")
+    if len(sides) != 4 or not all(side.strip().lstrip("-").isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} are no four whole numbers with commas between: left,top,right,bottom")
+    left, top, right, bottom = map(int, sides)
+    return left, top, right, bottom

@@ -1,0 +1,142 @@
+"""``oar edit`` on files: what is written, what is said, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import small_model
+
+from oar_scale.cli import main
+from oar_scale.config.loading import dump_recipe
+from oar_scale.config.schema import Recipe
+from oar_scale.data.images import decode_upright
+from oar_scale.model import save_model
+from oar_scale.model.spec import ClassSpec
+from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
+
+SIDE = 12
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a run with a model of ten classes."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = {"image": {"multipliers": (1, 1, 1)}, "text": {"type": "labels", "classes": 10}}
+    recipe = Recipe.model_validate({"name": "small", "data": {"image_size": SIDE}, "tokenizer": tokenizer, "sample": {"guidance": 1.0}})
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"image_size": SIDE, "channels": 32, "multipliers": (1, 1, 1), "res_blocks": 1, "latent_channels": 32}
+    save_vq(str(folder / "tokenizers" / "vq.safetensors"), VQTokenizer(VQSpec(**sizes, codebook_size=7, codebook_dim=4)))
+    for seed, name in enumerate(("ordered", "control")):
+        save_model(str(folder / "models" / f"{name}.safetensors"), small_model(seed=seed, condition=ClassSpec(classes=10)))
+    return str(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a square, a wide transparent and a turned picture, and a mask of the wide one; it is the working folder."""
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(tmp_path / "square.png")
+    Image.fromarray(random.integers(0, 256, (20, 36, 4), dtype=np.uint8)).save(tmp_path / "wide.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(random.integers(0, 256, (20, 36, 3), dtype=np.uint8)).save(tmp_path / "turned.jpg", exif=exif)
+    mask = np.zeros((20, 36), dtype=np.bool_)
+    mask[3:9, 20:30] = True
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def edit(run: str, *arguments: str) -> int:
+    return main(["edit", "--model", run, "--device", "cpu", "--prompt", "3", *arguments])
+
+
+def outside(path: str, mask: np.ndarray) -> bytes:
+    """The pixels of a picture that are not marked."""
+    return np.asarray(decode_upright(Path(path).read_bytes(), path))[~mask].tobytes()
+
+
+def test_an_edit_is_written_and_says_how_it_was_drawn(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert edit(run, "wide.png", "--mask", "mask.png") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("edited/wide.png: ") and line.endswith("of 9 cells drawn; at 12 x 7 pixels, enlarged to the picture's 36 x 20")
+    mask = np.asarray(Image.open("mask.png"))
+    with Image.open("edited/wide.png") as edited:
+        assert (edited.mode, edited.size) == ("RGBA", (36, 20))
+        assert (np.asarray(edited)[mask] != np.asarray(Image.open("wide.png"))[mask]).any()
+    assert outside("edited/wide.png", mask) == outside("wide.png", mask)
+
+
+def test_variations_of_several_pictures_become_several_files(run: str, pictures: Path) -> None:
+    assert edit(run, "square.png", "turned.jpg", "--box", "0,0,8,4", "--variations", "2", "--seed", "4", "--strength", "1") == 0
+    assert sorted(os.listdir("edited")) == ["square-1.png", "square-2.png", "turned-1.png", "turned-2.png"]
+    assert Path("edited/square-1.png").read_bytes() != Path("edited/square-2.png").read_bytes()
+    box = np.zeros((36, 20), dtype=np.bool_)  # upright, the turned picture is 20 x 36
+    box[:4, :8] = True
+    assert outside("edited/turned-2.png", box) == outside("turned.jpg", box)
+    assert edit(run, "square.png", "--box", "0,0,8,4", "--seed", "4", "--out", "one.png") == 0
+    assert Path("one.png").read_bytes() == Path("edited/square-1.png").read_bytes()
+
+
+def test_another_model_of_the_run_draws_otherwise(run: str, pictures: Path) -> None:
+    for name in ("ordered", "control"):
+        assert edit(run, "square.png", "--box", "0,0,12,8", "--which", name, "--out", f"{name}.png") == 0
+    assert Path("ordered.png").read_bytes() != Path("control.png").read_bytes()
+
+
+def test_what_cannot_be_edited_is_explained(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("L", (SIDE, SIDE), 0).save("empty.png")
+    Image.new("L", (SIDE, SIDE), 255).save("full.png")
+    Image.new("RGB", (SIDE, SIDE), "red").save("red.png")
+    Image.new("RGBA", (SIDE, SIDE)).save("clear.png")
+    Image.new("1", (20_000, 20_000)).save("huge.png")
+    Image.new("RGB", (1, 1)).save("dot.png")
+    Path("text.png").write_text("no picture")
+    Path("other").mkdir()
+    Path("other/square.png").write_bytes(Path("square.png").read_bytes())
+    box = ("--box", "0,0,4,4")
+    for arguments, complaint in (
+        (("square.png", "--mask", "mask.png"), "mask.png (the mask of square.png) has 36 x 20 pixels, the picture (upright) 12 x 12"),
+        (("square.png", "--mask", "empty.png"), "marks nothing: white is drawn, black is kept"),
+        (("square.png", "--mask", "full.png"), "the whole picture is marked, so nothing of it would be known"),
+        (("square.png", "--mask", "red.png"), "has colours. Save it in black"),
+        (("square.png", "--mask", "clear.png"), "is transparent, and what that means is not agreed upon"),
+        (("dot.png", "--box", "0,0,1,1"), "dot.png: the whole picture is marked"),
+        (("huge.png", *box), "huge.png cannot be read (Image size (400000000 pixels) exceeds limit"),
+        (("text.png", *box), "text.png cannot be read"),
+        (("gone.png", *box), "gone.png: no such file"),
+        (("square.png", "--mask", "gone.png"), "gone.png: no such file"),
+        (("other", *box), "other: Is a directory. This is a folder"),
+        (("square.png", "--box", "0,0,13,4"), "square.png: box (0, 0, 13, 4) (left, top, right, bottom) does not lie inside 12 x 12"),
+        (("square.png", *box, "--strength", "0"), "strength 0.0 must be above 0"),
+        (("square.png", *box, "--prompt", "a cat"), "'a cat' is no class label"),
+        (("square.png", *box, "--out", "."), "would replace square.png"),
+        (("square.png", "other/square.png", *box), "edited/square.png would replace square.png, or its edit"),
+        (("square.png", *box, "--variations", "2", "--out", "a.png"), "--out a.png is one file, and there will be more"),
+        (("square.png", "--mask", "empty.png", "--mask", "full.png"), "2 masks for 1 pictures"),
+        (("square.png", *box, "--which", "base"), "has no model 'base'"),
+        (("square.png", *box, "--model", "nowhere"), "nowhere: neither an exported folder"),
+    ):
+        assert edit(run, *arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert complaint in error and "Traceback" not in error, error
+    assert Path("square.png").read_bytes() == Path("other/square.png").read_bytes()
+
+
+def test_a_box_that_is_none_and_a_missing_mark_are_usage_errors(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, complaint in (
+        (("square.png",), "one of the arguments --mask --box is required"),
+        (("square.png", "--box", "1,2,3"), "are no four whole numbers with commas between"),
+        (("square.png", "--box", "0,0,4,4", "--mask", "mask.png"), "not allowed with"),
+        (("square.png", "--box", "0,0,4,4", "--strength", "nan"), "'nan' is no number from 0 to 1"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            edit(run, *arguments)
+        assert ended.value.code == 2 and complaint in capsys.readouterr().err
