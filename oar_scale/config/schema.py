@@ -261,7 +261,7 @@ class Recipe(Section):
         along_given = self.sample.order not in (None, "confidence") or self.model.layout == "raster"
         for name, refused, why in (
             ("steps", ("raster", "dual"), "asks for one cell a pass"),
-            ("draft", ("raster", "grouped"), "cannot draft cells"),
+            ("draft", ("raster",), "cannot draft cells"),
         ):
             if getattr(self.sample, name) and along_given and self.model.layout in refused:
                 text = f"along a given order, layout {self.model.layout} {why}.\nLeave it out, or choose another model.layout."

@@ -6,9 +6,9 @@ Of each image t codes are settled, and n codes behind them are drafts. One pass 
     about the W cells after them       as candidates, each knowing all drafts and no other candidate
 
     rows of an instructed model   x_t-1, p_t, x_t, ..., p_t+n | p_t+n+1, p_t+n+2, ...       one block of the cache, new in each pass
-    rows of a decoupled model     x_t-1, x_t, ..., x_t+n-1    | p_t, p_t+1, ..., p_t+n+1, p_t+n+2, ...
+    of a decoupled, grouped one   x_t-1, x_t, ..., x_t+n-1    | p_t, p_t+1, ..., p_t+n+1, p_t+n+2, ...
 
-A question of a decoupled model is no row that others see: questions in turn and candidates are of one kind, and each sees the codes up to
+There a question is no row that others see: questions in turn and candidates are of one kind, and each sees the codes up to
 its own place or up to the last draft.
 
 A row's place in the cache is a function of its cell's place in the order, so what a wrong draft leaves behind is overwritten, and
@@ -39,8 +39,8 @@ class WindowDecoder:
             ValueError: a layout that cannot ask for cells ahead.
         """
         layout = model.layout
-        if model.spec.layout in ("raster", "grouped"):
-            raise ValueError(f"layout {model.spec.layout} cannot draft cells: layouts instructed, dual and decoupled can")
+        if model.spec.layout == "raster":
+            raise ValueError("layout raster cannot draft cells: it asks for no cell but the next one")
         self.model, self.sequence_BN, self.width = model, sequence_BN, width
         self.decoder = Decoder(model)
         self.length = layout.stride * (width + 1) + (width if layout.keeps_questions else 2 * width + 1)

@@ -21,7 +21,6 @@ def recipe(**sections: dict[str, object]) -> Recipe:
         ({"sample": {"draft": 4, "order": "confidence"}}, "the model decides while it draws"),
         ({"sample": {"draft": 4, "steps": 8, "order": "halton"}}, "two ways to place several cells"),
         ({"sample": {"draft": 4, "order": "raster"}, "model": {"layout": "raster"}}, "layout raster cannot draft cells"),
-        ({"sample": {"draft": 4, "order": "halton"}, "model": {"layout": "grouped"}}, "layout grouped cannot draft cells"),
         ({"sample": {"steps": 4}, "model": {"layout": "raster"}}, "layout raster asks for one cell a pass"),
         ({"sample": {"steps": 4, "order": "halton"}, "model": {"layout": "dual"}}, "layout dual asks for one cell a pass"),
         ({"sample": {"top_p": 0}}, "top_p"),
@@ -39,7 +38,7 @@ def test_settings_of_drawing_that_cannot_be_are_refused(sections: dict[str, dict
 def test_settings_of_drawing_that_go_together() -> None:
     """The model's own order may take several cells a pass in every layout with a choice; drafts go along any named order."""
     assert recipe(sample={"steps": 4}, model={"layout": "dual"}).sample.steps == 4
-    for layout in ("instructed", "dual", "decoupled"):
+    for layout in ("instructed", "dual", "decoupled", "grouped"):
         assert recipe(sample={"draft": 4, "order": "halton"}, model={"layout": layout}).sample.draft == 4
 
 
