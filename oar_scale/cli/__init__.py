@@ -5,7 +5,7 @@ oar prepare|tokenizer|tokens|evaluate|report RECIPE           one stage
 oar extract RECIPE [--status|--verify|--compare|--array I/N]  an order for every training image
 oar train RECIPE [--stage pretrain|finetune|control]
 oar sample RECIPE [--model ordered] [--out FILE.png] [CAPTION ...]
-oar edit IMAGE ... --mask FILE | --box L,T,R,B --prompt TEXT  a part of pictures drawn anew
+oar edit IMAGE ... --mask FILE | --box L,T,R,B | --expand SIDE=N --prompt TEXT
 oar orders RECIPE [--against FOLDER] [--train-head]             what the orders look like; a head that predicts them
 oar recipe RECIPE [--origin]
 oar status RUN                                                one screen about a run: its folder, recipe or s3://

@@ -16,6 +16,7 @@ def add(verbs: Subparsers) -> None:
     what = verb.add_mutually_exclusive_group(required=True)
     what.add_argument("--mask", action="append", metavar="FILE", help="white is drawn, black kept; one for all pictures, or one for each")
     what.add_argument("--box", type=_box, metavar="L,T,R,B", help="left, top, right, bottom in pixels: what is inside is drawn")
+    what.add_argument("--expand", type=_margins, metavar="SIDE=N,...", help="the picture grows by so many pixels: left=64,top=0")
     verb.add_argument("--prompt", required=True, help="what the pictures show; of a model of classes, the label")
     verb.add_argument("--model", default="recipes/weights/emoji", metavar="PATH", help="a run or an exported folder; default: %(default)s")
     verb.add_argument("--which", type=current_name, choices=list(MODELS), help="model of a run; default: ordered")
@@ -30,9 +31,19 @@ def add(verbs: Subparsers) -> None:
 
 def _edit(arguments: argparse.Namespace) -> None:
     from oar_scale.commands.edit import EditRequest, edit_files
+    from oar_scale.generation.canvas import Margins
 
     chosen = {name: value for name, value in vars(arguments).items() if name != "run"}
+    chosen["expand"] = arguments.expand and Margins(**arguments.expand)
     edit_files(EditRequest(**chosen), say=print)
+
+
+def _margins(text: str) -> dict[str, int]:
+    pairs = [side.partition("=") for side in text.split(",")]
+    margins = {side.strip(): int(pixels) for side, _, pixels in pairs if pixels.strip().isdecimal()}
+    if len(margins) != len(pairs) or not margins.keys() <= {"left", "top", "right", "bottom"}:
+        raise argparse.ArgumentTypeError(f"{text!r} names no sides and pixels, as in left=64,top=0 (left, top, right, bottom)")
+    return margins
 
 
 def _box(text: str) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from oar_scale.data.images import decode_upright
 from oar_scale.errors import UserError
-from oar_scale.generation.canvas import Canvas, Mask, read_mask
+from oar_scale.generation.canvas import Canvas, Margins, Mask, expand, read_mask
 from oar_scale.generation.editing import Edit
 from oar_scale.generation.pretrained import Pretrained, load_pretrained
 from oar_scale.run.gpu_node import chosen_device
@@ -30,8 +30,9 @@ class EditRequest:
     """Paths, or object URIs."""
     prompt: str
     mask: Sequence[str] | None
-    """Pictures in black and white, one for all images or one for each; None: ``box``."""
+    """Pictures in black and white, one for all images or one for each. Of this, ``box`` and ``expand`` one says what is drawn."""
     box: tuple[int, int, int, int] | None
+    expand: Margins | None
     model: str
     which: str | None
     variations: int
@@ -87,6 +88,8 @@ def _canvas(request: EditRequest, number: int, size: int) -> Canvas:
     """A picture and what is marked in it. Raises UserError as :func:`edit_files`."""
     path = request.images[number]
     picture = decode_upright(_read(path), path)
+    if request.expand:
+        return Canvas(*expand(picture, request.expand, path), size)
     mask: Mask
     if request.mask:
         file = request.mask[number if len(request.mask) > 1 else 0]

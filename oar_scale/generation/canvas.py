@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -112,6 +113,35 @@ def make_canvas(image: Image.Image, mask: Mask, size: int, where: str) -> Canvas
     _check_picture(image, where)
     picture = upright(image, where)
     return Canvas(picture, read_mask(mask, picture.size, f"the mask of {where}"), size)
+
+
+class Margins(NamedTuple):
+    """Pixels that a picture is to grow by at each side."""
+
+    left: int = 0
+    top: int = 0
+    right: int = 0
+    bottom: int = 0
+
+
+def expand(image: Image.Image, margins: Margins, where: str) -> tuple[Image.Image, NDArray[np.bool_]]:
+    """A picture, made upright, on a larger page, and the mask [H, W] of what is new.
+
+    Raises:
+        UserError: as :func:`make_canvas`; margins below 0, all of them 0, or such that the page would be too large.
+    """
+    _check_picture(image, where)
+    picture, (left, top, right, bottom) = upright(image, where), margins
+    width, height = picture.width + left + right, picture.height + top + bottom
+    if min(margins) < 0 or not any(margins) or width * height > MAX_PIXELS:
+        raise UserError(
+            f"{where}: margins {tuple(margins)} around {picture.width} x {picture.height} pixels: each must be 0 or more, one more, "
+            f"and the page may have {MAX_PIXELS} pixels"
+        )
+    page, new_HW = Image.new(picture.mode, (width, height)), np.ones((height, width), dtype=np.bool_)
+    page.paste(picture, (left, top))
+    new_HW[top : top + picture.height, left : left + picture.width] = False
+    return page, new_HW
 
 
 def read_mask(mask: Mask, size: tuple[int, int], where: str) -> NDArray[np.bool_]:

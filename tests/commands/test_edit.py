@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foreign_shards import bomb
 from PIL import Image
 from small_models import small_model
 
@@ -85,6 +86,19 @@ def test_variations_of_several_pictures_become_several_files(run: str, pictures:
     assert Path("one.png").read_bytes() == Path("edited/square-1.png").read_bytes()
 
 
+def test_a_picture_grows_and_stays_what_it_was_inside(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert edit(run, "wide.png", "turned.jpg", "--expand", "left=4,bottom=10") == 0
+    for path, size in (("wide.png", (36, 20)), ("turned.jpg", (20, 36))):
+        before = np.asarray(decode_upright(Path(path).read_bytes(), path))
+        after = np.asarray(Image.open(Path("edited", path).with_suffix(".png")))
+        assert after.shape[:2] == (size[1] + 10, size[0] + 4) and np.array_equal(after[: size[1], 4:], before)
+        assert len(np.unique(after[size[1] :, 4:], axis=1)) > 1
+    capsys.readouterr()
+    for margins in ("left=0", "top=9000000"):
+        assert edit(run, "wide.png", "--expand", margins) == 2
+        assert "each must be 0 or more, one more, and the page may have 67108864 pixels" in capsys.readouterr().err
+
+
 def test_another_model_of_the_run_draws_otherwise(run: str, pictures: Path) -> None:
     for name in ("ordered", "control"):
         assert edit(run, "square.png", "--box", "0,0,12,8", "--which", name, "--out", f"{name}.png") == 0
@@ -96,7 +110,7 @@ def test_what_cannot_be_edited_is_explained(run: str, pictures: Path, capsys: py
     Image.new("L", (SIDE, SIDE), 255).save("full.png")
     Image.new("RGB", (SIDE, SIDE), "red").save("red.png")
     Image.new("RGBA", (SIDE, SIDE)).save("clear.png")
-    Image.new("1", (20_000, 20_000)).save("huge.png")
+    Path("huge.png").write_bytes(bomb(20_000, 20_000))
     Image.new("RGB", (1, 1)).save("dot.png")
     Path("text.png").write_text("no picture")
     Path("other").mkdir()
@@ -132,8 +146,11 @@ def test_what_cannot_be_edited_is_explained(run: str, pictures: Path, capsys: py
 
 def test_a_box_that_is_none_and_a_missing_mark_are_usage_errors(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, complaint in (
-        (("square.png",), "one of the arguments --mask --box is required"),
+        (("square.png",), "one of the arguments --mask --box --expand is required"),
         (("square.png", "--box", "1,2,3"), "are no four whole numbers with commas between"),
+        (("square.png", "--expand", "leftwards=3"), "names no sides and pixels, as in left=64,top=0"),
+        (("square.png", "--expand", "left=3,left=4"), "names no sides and pixels"),
+        (("square.png", "--expand", "left=-3"), "names no sides and pixels"),
         (("square.png", "--box", "0,0,4,4", "--mask", "mask.png"), "not allowed with"),
         (("square.png", "--box", "0,0,4,4", "--strength", "nan"), "'nan' is no number from 0 to 1"),
     ):
