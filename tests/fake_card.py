@@ -21,11 +21,15 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
+import pytest
 import torch
 import torch.nn.functional as F
+from tape import Tapes
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from oar_scale.model import steps
 
 M = TypeVar("M", bound=nn.Module)
 aten = torch.ops.aten
@@ -87,6 +91,8 @@ class FakeCard(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # so that torch does not look for a driver
+        self.tapes = Tapes()
+        """What stands for CUDA graphs."""
         self.forget()
 
     def forget(self) -> None:
@@ -168,7 +174,8 @@ def fake_card() -> Iterator[FakeCard]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to("cuda") makes new parameters of other tensors
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") makes one of the CPU and copies it, which is seen here
     try:
-        with FakeCard() as card, _Choice(card):
+        with pytest.MonkeyPatch.context() as patch, FakeCard() as card, _Choice(card):
+            patch.setitem(steps.RECORDERS, "cuda", lambda: card.tapes)
             yield card
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)

@@ -20,6 +20,9 @@ if it were alone.
 
 Under guidance every image goes through the model with its caption and without, in one batch, and cells are compared by the guided
 distribution, too.
+
+A step is a function of the model's prefix and of tensors. Where static buffers pay (``model.cache``), steps are recorded and replayed
+(``model.steps``) once all images of the batch have joined.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ from oar_scale.generation.drafting import Placing, draw_drafted
 from oar_scale.generation.drawing import draw_codes, guided_rows
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder, Prefix
+from oar_scale.model.cache import padded_candidates, static_pays
 from oar_scale.model.row_layout import Placed
+from oar_scale.model.steps import Outputs, Steps
 from oar_scale.orders.policies import LateOrder
 from oar_scale.orders.scores import score_logits, score_rows
 from oar_scale.orders.selection import CounterRNG, Images, check_numbers, empty_cells, pick_several
@@ -166,7 +171,7 @@ class _Drawing:
             for group in (first, other):
                 group.advance(stops, stop)
             first.join(other)
-        first.advance(stops, self.cells)
+        first.advance(stops, self.cells, joined=True)
         return self.drawn
 
     def _drafted(self, counts_B: NDArray[np.int64]) -> Generated:
@@ -200,21 +205,33 @@ class _Drawing:
             self.drawn.score_BN[images, places] = scores_BM
 
 
+_Step = tuple[Prefix, Outputs]
+"""What a step returns: the prefix behind it, and what it placed."""
+
+
 class _Group:
     """Images that have the same number of cells, and the model's cache of them."""
 
     def __init__(self, drawing: _Drawing, images: slice) -> None:
         self.drawing, self.decoder, self.settings, self.images = drawing, drawing.decoder, drawing.settings, images
-        self.rng, self.count = drawing.rng.part(images), int(drawing.counts_B[images.start])
+        self.rng, self.count, self.steps = drawing.rng.part(images), int(drawing.counts_B[images.start]), Steps()
         known_bK = (self._branches(each_BK[images, : self.count]) for each_BK in drawing.known)
         self.prefix = self.decoder.prefill(drawing.part(images), *known_bK)
         if isinstance(drawing.order, LateOrder):
             self._begin(drawing.order)
 
-    def advance(self, stops: list[int], end: int) -> None:
-        """Place cells until there are ``end``; each pass goes to the next one of ``stops``."""
+    def advance(self, stops: list[int], end: int, *, joined: bool = False) -> None:
+        """Place cells until there are ``end``; each pass goes to the next one of ``stops``.
+
+        Args:
+            joined: no other images have yet to.
+        """
+        most = max(after - before for before, after in pairwise(stops) if after > self.count) if self.count < end else 0
         while self.count < end:
             stop = stops[bisect_right(stops, self.count)]
+            asked = self.drawing.cells - self.count if self.drawing.sequence_BN is None else most
+            if joined and static_pays(asked * len(self.prefix.last.cells_BK), self.prefix.cache.device):
+                self.prefix = self.prefix.on_static_buffers()
             if self.drawing.sequence_BN is None:
                 self._place_most_confident(stop - self.count)
             else:
@@ -236,54 +253,71 @@ class _Group:
         assert self.drawing.sequence_BN is not None
         self.drawing.sequence_BN[self.images] = self.drawing.drawn.order_BN[self.images]
         if self.count < self.drawing.cells:
-            empty_BR = self._empty()
+            empty_BR = empty_cells(self._empty_cells(), self.drawing.cells - self.count)
             rows_GRD = self.decoder.candidate_rows(self.prefix, self._branches(empty_BR)).rows_BRD
             self.drawing.sequence_BN[self.images, self.count :] = order.rest(rows_GRD[:: self.drawing.branches], empty_BR)
             self.drawing.drawn.passes_B[self.images] += 1
 
     def _place_most_confident(self, size: int) -> None:
         """Place the ``size`` most confident of the empty cells."""
-        empty_BR = self._empty()
-        candidates = self.decoder.candidate_rows(self.prefix, self._branches(empty_BR))
-        rows_BRD, head = self._guide(candidates.rows_BRD), self.drawing.model.output
+        count, cells = self.drawing.cells - self.count, self.drawing.cells
+        asked = padded_candidates(count, cells) if self.prefix.static else count
+        number = self.prefix.varying(self.count) if self.settings.order_temperature else 0
+        arguments = self._empty_cells(), number, self._scale(), asked, size
+        self.prefix, placed = self.steps(self._most_confident, self.prefix, *arguments)
+        self._keep(*placed)
+
+    def _most_confident(
+        self, prefix: Prefix, empty_BN: Tensor, number: int | Tensor, scale: float | Tensor, asked: int, size: int
+    ) -> _Step:
+        """The step of :meth:`_place_most_confident`, which asks about at least all empty cells."""
+        empty_BR = empty_cells(empty_BN, asked)
+        candidates = self.decoder.candidate_rows(prefix, self._branches(empty_BR))
+        rows_BRD, head = self._guide(candidates.rows_BRD, scale), self.drawing.model.output
         confidence_BR = score_rows(head.weight, rows_BRD.flatten(0, 1), "max_prob", empty_BR.flatten()).view_as(empty_BR)
         wanted_BR = confidence_BR
         if self.settings.order_temperature:
-            wanted_BR = confidence_BR + self.settings.order_temperature * self.rng.gumbel(self.count).gather(1, empty_BR)
+            wanted_BR = confidence_BR + self.settings.order_temperature * self.rng.gumbel(number).gather(1, empty_BR)
+        if prefix.static:  # behind the empty cells come others, to fill up
+            wanted_BR = wanted_BR.masked_fill(~empty_BN.gather(1, empty_BR), -torch.inf)
         first_R = torch.arange(empty_BR.shape[1], device=empty_BR.device).flip(0)  # of equals the first in raster order
         chosen_BM = pick_several(wanted_BR, first_R.expand_as(empty_BR), size)
         # Scores need no logits of all cells at once; those of the chosen ones alone are computed to draw their codes.
         chosen_BMD = rows_BRD.gather(1, chosen_BM[:, :, None].expand(-1, -1, rows_BRD.shape[2]))
         cells_BM = empty_BR.gather(1, chosen_BM)
         codes_BM = draw_codes(head(chosen_BMD).float(), cells_BM, self.settings, self.rng)
-        self.prefix = self.decoder.commit(self.prefix, candidates, self._branches(chosen_BM[:, 0]), self._branches(codes_BM[:, 0]))
+        prefix = self.decoder.commit(prefix, candidates, self._branches(chosen_BM[:, 0]), self._branches(codes_BM[:, 0]))
         # The rows of the others did not see the cells placed in the same step before them, so they are computed again.
-        self.prefix = self.decoder.prefill(self.prefix, self._branches(cells_BM[:, 1:]), self._branches(codes_BM[:, 1:]))
-        self._keep(cells_BM, codes_BM, confidence_BR.gather(1, chosen_BM))
+        prefix = self.decoder.prefill(prefix, self._branches(cells_BM[:, 1:]), self._branches(codes_BM[:, 1:]))
+        return prefix, (cells_BM, codes_BM, confidence_BR.gather(1, chosen_BM))
 
     def _place_next(self, cells_BM: Tensor) -> None:
         """Place the next M cells of the order in one pass."""
+        self.prefix, placed = self.steps(self._next, self.prefix, cells_BM, self._scale())
+        self._keep(cells_BM, *placed)
+
+    def _next(self, prefix: Prefix, cells_BM: Tensor, scale: float | Tensor) -> _Step:
+        """The step of :meth:`_place_next`."""
         if cells_BM.shape[1] == 1:  # its candidate row may stay in the cache; parallel decoding computes rows twice
-            candidates = self.decoder.candidate_rows(self.prefix, self._branches(cells_BM))
+            candidates = self.decoder.candidate_rows(prefix, self._branches(cells_BM))
             rows_GMD = candidates.rows_BRD
         else:
             candidates = None
-            rows_GMD = self.decoder.parallel_rows(self.prefix, self._branches(cells_BM))
-        logits_BMV = self.drawing.model.output(self._guide(rows_GMD)).float()
+            rows_GMD = self.decoder.parallel_rows(prefix, self._branches(cells_BM))
+        logits_BMV = self.drawing.model.output(self._guide(rows_GMD, scale)).float()
         codes_BM = draw_codes(logits_BMV, cells_BM, self.settings, self.rng)
         if candidates:
             code_G = self._branches(codes_BM[:, 0])
-            self.prefix = self.decoder.commit(self.prefix, candidates, torch.zeros_like(code_G), code_G)
+            prefix = self.decoder.commit(prefix, candidates, torch.zeros_like(code_G), code_G)
         else:
-            self.prefix = self.decoder.place_parallel(self.prefix, self._branches(cells_BM), self._branches(codes_BM))
+            prefix = self.decoder.place_parallel(prefix, self._branches(cells_BM), self._branches(codes_BM))
         scores_R = score_logits("max_prob", logits_BMV.flatten(0, 1), cells_BM.flatten())
-        self._keep(cells_BM, codes_BM, scores_R.view_as(cells_BM))
+        return prefix, (codes_BM, scores_R.view_as(cells_BM))
 
-    def _empty(self) -> Tensor:
-        """The empty cells [B, R] in raster order."""
+    def _empty_cells(self) -> Tensor:
+        """The empty cells, bool [B, N]."""
         order_BN = self.drawing.drawn.order_BN[self.images]
-        empty_BN = torch.ones_like(order_BN, dtype=torch.bool).scatter(1, order_BN[:, : self.count], False)
-        return empty_cells(empty_BN, empty_BN.shape[1] - self.count)
+        return torch.ones_like(order_BN, dtype=torch.bool).scatter(1, order_BN[:, : self.count], False)
 
     def _keep(self, cells_BM: Tensor, codes_BM: Tensor, scores_BM: Tensor) -> None:
         self.drawing.keep(self.images, self.count, cells_BM, codes_BM, scores_BM)
@@ -294,8 +328,14 @@ class _Group:
         """Rows of images, each of them again for the same image without its caption."""
         return rows.repeat_interleave(self.drawing.branches, dim=0)
 
-    def _guide(self, rows_GRD: Tensor) -> Tensor:
-        return guided_rows(rows_GRD, self.settings.scale(self.count, self.drawing.cells)) if self.settings.guided else rows_GRD
+    def _scale(self) -> float | Tensor:
+        """The guidance scale of the next step; on static buffers a tensor [1, 1], where it changes."""
+        scale = self.settings.scale(self.count, self.drawing.cells)
+        varying = scale if self.settings.guidance_schedule == "constant" else self.prefix.varying(scale)
+        return varying.expand(1, 1) if isinstance(varying, Tensor) else varying
+
+    def _guide(self, rows_GRD: Tensor, scale: float | Tensor) -> Tensor:
+        return guided_rows(rows_GRD, scale) if self.settings.guided else rows_GRD
 
 
 def _sequence(order_BN: Tensor, known: Known, counts_B: NDArray[np.int64]) -> Tensor:

@@ -121,6 +121,24 @@ class KVSlice(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    def write(self, keys_BGLd: Tensor, values_BGLd: Tensor) -> None:
+        """Take the keys and values of these rows."""
+        self.keys.copy_(keys_BGLd)
+        self.values.copy_(values_BGLd)
+
+
+class KVRows(NamedTuple):
+    """Some rows of keys and values [B, kv_heads, capacity, head_dim], by their indices."""
+
+    keys: Tensor
+    values: Tensor
+    at_L: Tensor
+
+    def write(self, keys_BGLd: Tensor, values_BGLd: Tensor) -> None:
+        """As :meth:`KVSlice.write`."""
+        self.keys.index_copy_(2, self.at_L, keys_BGLd.to(self.keys.dtype))
+        self.values.index_copy_(2, self.at_L, values_BGLd.to(self.values.dtype))
+
 
 class Attention(nn.Module):
     """Multi-head attention, in family llama with rotary positions; with ``kv_heads`` below ``heads``, grouped-query attention."""
@@ -141,7 +159,7 @@ class Attention(nn.Module):
             q, k, v = rotate_heads(qkv_BLHd, rotation_BLP2, self.kv_heads)
         return Heads(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
-    def project_into(self, into: KVSlice, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project_into(self, into: KVSlice | KVRows, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> tuple[Tensor, Tensor]:
         """:meth:`project` for inference: keys and values go into the cache.
 
         Returns:
@@ -151,8 +169,7 @@ class Attention(nn.Module):
         # Rotated and scored in float32: a candidate's own score is compared with the log-sum-exp over the whole prefix.
         qk32_BLHd = qk_BLHd.float() if rotation_BLP2 is None else rotate_(qk_BLHd.float(), rotation_BLP2[:, :, None])
         q32, k32 = qk32_BLHd.split([self.heads, self.kv_heads], dim=2)
-        into.keys.copy_(k32.transpose(1, 2))
-        into.values.copy_(v_BLGd.transpose(1, 2))
+        into.write(k32.transpose(1, 2), v_BLGd.transpose(1, 2))
         own_BLH = (q32.unflatten(2, (self.kv_heads, -1)) * k32.unsqueeze(3)).sum(-1).flatten(2) / math.sqrt(self.head_dim)
         return q32.to(x_BLD.dtype).transpose(1, 2), own_BLH.transpose(1, 2)
 
@@ -277,7 +294,7 @@ class Block(TrunkBlock):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec, Attention(spec))
 
-    def project_into(self, into: KVSlice, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project_into(self, into: KVSlice | KVRows, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> tuple[Tensor, Tensor]:
         """:meth:`Attention.project_into` of the normalised rows."""
         return self.attention.project_into(into, self.attention_norm(x_BLD), rotation_BLP2)
 

@@ -25,13 +25,14 @@ candidates.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from oar_scale.model.row_layout import CachePart, Placed, Rows, Tables
+from oar_scale.model.cache import CachePart, StaticPart, least_candidates, static_pays
+from oar_scale.model.row_layout import Placed, Rows, Tables
 from oar_scale.model.transformer import AnyOrderModel
 
 ROWS_AT_ONCE = {"cpu": 512, "cuda": 2**16}
@@ -45,18 +46,49 @@ class Prefix:
 
     cache: Tensor
     """[``spec.cached_pairs``, 2, B, kv_heads, capacity, head_dim]: keys and values, for all rows that a whole image takes."""
-    rows: int
-    """Rows of the cache in use."""
+    rows: int | Tensor
+    """Rows of the cache in use; on static buffers (``cache.py``) int64 [], which is overwritten."""
     last: Placed
     """What was placed last and is not in the cache yet."""
     tables: Tables
     """The layout's tables, made once: weights do not change while an image is placed."""
     version: int = 0
-    """Counts writes behind the rows in use: :class:`Candidates` of an older version have been overwritten."""
+    """Counts writes behind the rows in use: :class:`Candidates` of an older version have been overwritten. Not on static buffers, where
+    it would make each step another program."""
 
-    def part(self, images: slice) -> CachePart:
+    @property
+    def static(self) -> bool:
+        """Whether steps are the same program, whatever the number of rows in use."""
+        return isinstance(self.rows, Tensor)
+
+    def on_static_buffers(self) -> Prefix:
+        """The same, in the same memory, with the number of rows in use on the device."""
+        if not self.static:
+            self.cache[:, :, :, :, self.rows :] = 0  # what is not seen counts with weight 0, which NaN would survive
+        return replace(self, rows=torch.full((), self.rows, device=self.cache.device) if isinstance(self.rows, int) else self.rows)
+
+    def varying(self, number: int | float) -> int | float | Tensor:
+        """A number that is another one in each step: as it is, or on static buffers a tensor []."""
+        return torch.full((), number, device=self.cache.device) if self.static else number
+
+    def part(self, images: slice) -> CachePart | StaticPart:
         """The cache of some images."""
-        return CachePart(self.cache[:, :, images], self.rows)
+        pairs = self.cache[:, :, images]
+        return CachePart(pairs, self.rows) if isinstance(self.rows, int) else StaticPart(pairs, self.rows)
+
+    def keep(self, image_B: Tensor, row_B: Tensor) -> None:
+        """Copy a row of each image, by its place behind the rows in use, to the first place there; the others are forgotten."""
+        kept = self.cache[:, :, image_B, :, self.rows + row_B].movedim(0, 2)
+        if isinstance(self.rows, int):
+            self.cache[:, :, :, :, self.rows] = kept
+        else:
+            self.cache.index_copy_(4, self.rows[None], kept.unsqueeze(4))
+        self.rows += 1
+
+    def changed(self) -> int:
+        """Rows behind those in use are overwritten: the new version."""
+        self.version += not self.static
+        return self.version
 
 
 @dataclass(frozen=True)
@@ -90,6 +122,8 @@ class Decoder:
         spec, layout, batch = self.model.spec, self.model.layout, len(condition_BTD)
         head = layout.head(condition_BTD)
         capacity = head.x_BLD.shape[1] + layout.stride * spec.cells + spare
+        if static_pays(1, condition_BTD.device):  # candidates may be more than cells; a multiple of 8 is what masks of a GPU want
+            capacity = (capacity + least_candidates(spec.cells) + 7) // 8 * 8
         cache = condition_BTD.new_empty(spec.cached_pairs, 2, batch, spec.kv_heads or spec.heads, capacity, spec.head_dim)
         prefix = Prefix(cache, 0, layout.start(condition_BTD), layout.tables(condition_BTD.device))
         self._append(prefix, head)
@@ -121,7 +155,7 @@ class Decoder:
         if enters > 1 or (enters and not self.model.layout.joint):
             self.append_waiting(prefix)
             enters = 0
-        if prefix.rows + enters + count > prefix.cache.shape[4]:
+        if isinstance(prefix.rows, int) and prefix.rows + enters + count > prefix.cache.shape[4]:
             raise ValueError(f"{count} candidates are more than the cells that are left")
         rows_BRD = prefix.cache.new_empty(batch, count, self.model.spec.dim)
         for images in image_chunks(batch, enters + count, cells_BR.device):
@@ -129,8 +163,7 @@ class Decoder:
         if enters:  # the waiting code row went through with the candidates, before them, and stays in the cache
             prefix.rows += 1
             prefix.last = self._nothing(prefix)
-        prefix.version += 1
-        return Candidates(cells_BR, rows_BRD, prefix.version, self.model.output)
+        return Candidates(cells_BR, rows_BRD, prefix.changed(), self.model.output)
 
     @torch.no_grad()
     def commit(self, prefix: Prefix, candidates: Candidates, winner_B: Tensor, codes_B: Tensor) -> Prefix:
@@ -143,10 +176,8 @@ class Decoder:
             raise ValueError("these candidates' rows are gone: other candidates were scored since, or one was committed to")
         image_B = torch.arange(len(winner_B), device=winner_B.device)
         if self.model.layout.keeps_questions:
-            # Copy the winner's keys and values, of all layers, to the first row behind those in use; the other candidates are forgotten.
-            prefix.cache[:, :, :, :, prefix.rows] = prefix.cache[:, :, image_B, :, prefix.rows + winner_B].movedim(0, 2)
-            prefix.rows += 1
-        prefix.version += 1
+            prefix.keep(image_B, winner_B)
+        prefix.changed()
         prefix.last = Placed(candidates.cells_BR[image_B, winner_B, None], self._codes(prefix, codes_B[:, None]))
         return prefix
 

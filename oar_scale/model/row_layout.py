@@ -25,11 +25,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oar_scale.model.attention import attention_with_lse, merge_self_
 from oar_scale.model.blocks import Block, KVSlice, TrunkBlock
+from oar_scale.model.cache import Ahead, CachePart, StaticPart, attention_with_mask
 from oar_scale.model.rope import cell_rotations
 from oar_scale.model.spec import ModelSpec
 
@@ -54,46 +53,6 @@ class Placed(NamedTuple):
 
 Tables = tuple[Tensor, ...]
 """What a layout adds to a row for the cells it is about: one row of a table for each cell, or for each offset between two cells."""
-
-
-class CachePart(NamedTuple):
-    """The KV cache of some images, as a view."""
-
-    pairs: Tensor
-    """[``spec.cached_pairs``, 2, B, kv_heads, capacity, head_dim]: keys and values."""
-    rows: int
-    """Rows in use."""
-
-    def kv(self, pair: int, start: int, end: int) -> KVSlice:
-        """Keys and values of rows ``start`` to ``end``, through which they are read and written."""
-        return KVSlice(*self.pairs[pair, :, :, :, start:end])
-
-
-class Ahead(NamedTuple):
-    """The KV cache of some images, as a view, in which the L new rows of each image lie at places of their own."""
-
-    pairs: Tensor
-    """As of :class:`CachePart`. Rows that nobody has written must hold numbers: they count with weight 0."""
-    at_BL: Tensor
-    """Where each row's keys and values go."""
-    upto_BL: Tensor
-    """A row sees what lies before this in the cache."""
-
-    def rows(self, part: slice) -> Ahead:
-        """Some of the L rows."""
-        return Ahead(self.pairs, self.at_BL[:, part], self.upto_BL[:, part])
-
-    def write(self, pair: int, new: KVSlice) -> None:
-        """Take the rows' keys and values."""
-        image_B1 = torch.arange(len(self.at_BL), device=self.at_BL.device)[:, None]
-        for old_BGCd, new_BGLd in zip(self.pairs[pair], new, strict=True):
-            old_BGCd[image_B1, :, self.at_BL] = new_BGLd.transpose(1, 2)
-
-    def seen(self, *, itself: bool) -> Tensor:
-        """Which rows of the cache each row sees, bool [B, 1, L, C]: with ``itself`` its own, too."""
-        column_C = torch.arange(self.pairs.shape[4], device=self.at_BL.device)
-        seen_BLC = column_C < self.upto_BL[:, :, None]
-        return (seen_BLC | (column_C == self.at_BL[:, :, None]) if itself else seen_BLC)[:, None]
 
 
 class RowLayout(nn.Module):
@@ -186,7 +145,7 @@ class RowLayout(nn.Module):
         leaving_BND: Tensor = last(x_BLD, rotation_BLP2, causal=True, leaving=predicting)
         return leaving_BND
 
-    def enter(self, layers: Iterable[nn.Module], cache: CachePart, rows: Rows, groups: Sequence[int] | None = None) -> Tensor:
+    def enter(self, layers: Iterable[nn.Module], cache: CachePart | StaticPart, rows: Rows, groups: Sequence[int] | None = None) -> Tensor:
         """Run L rows that see the cache and one another, and write them behind the rows in use.
 
         Args:
@@ -195,15 +154,14 @@ class RowLayout(nn.Module):
         Returns:
             The rows [B, L, D] as they leave the blocks.
         """
-        start, end = cache.rows, cache.rows + rows.x_BLD.shape[1]
         x, rotation_BLP2 = rows.x_BLD, self.rotated(rows.cells_BL)
-        mask = _behind(start, end, groups, x.device)
+        new = cache.entering(x.shape[1], groups)
         for index, layer in enumerate(cast("list[Block]", layers)):
-            q, _ = layer.project_into(cache.kv(index, start, end), x, rotation_BLP2)
-            x = layer.finish(x, attention_with_mask(q, cache.kv(index, 0, end), mask))
+            q, _ = layer.project_into(new.into(index), x, rotation_BLP2)
+            x = layer.finish(x, new.attend(index, q))
         return x
 
-    def ask(self, layers: Iterable[nn.Module], cache: CachePart, entering: Rows | None, candidates: Rows) -> Tensor:
+    def ask(self, layers: Iterable[nn.Module], cache: CachePart | StaticPart, entering: Rows | None, candidates: Rows) -> Tensor:
         """Candidate rows [B, R, D] as they leave the blocks: each sees the cache, the row that enters it (one at most) and itself.
 
         Their keys and values are written behind those of the cache and of the row that enters.
@@ -212,17 +170,10 @@ class RowLayout(nn.Module):
         together = candidates if entering is None else Rows(*(torch.cat(pair, dim=1) for pair in zip(entering, candidates, strict=True)))
         x, rotation_BLP2 = together.x_BLD, self.rotated(together.cells_BL)
         before = x.shape[1] - count
-        end = cache.rows + before
+        new = cache.asking(before, count)
         for index, layer in enumerate(cast("list[Block]", layers)):
-            q, own = layer.project_into(cache.kv(index, cache.rows, end + count), x, rotation_BLP2)
-            seen, own_kv = cache.kv(index, 0, end), cache.kv(index, end, end + count)
-            if end == 0:  # nothing but itself to see: a raster model's first row, when the condition has no other
-                out = own_kv.values.repeat_interleave(q.shape[1] // own_kv.values.shape[1], dim=1)
-            else:
-                # The entering row is among the rows that are seen, its own key included, so only candidates need their own merged in.
-                out, lse = attention_with_lse(q, seen.keys, seen.values)
-                merge_self_(out[:, :, before:], lse[:, :, before:], own[:, :, before:], own_kv.values)
-            x = layer.finish(x, out)
+            q, own = layer.project_into(new.into(index), x, rotation_BLP2)
+            x = layer.finish(x, new.attend(index, q, own))
         return x[:, before:]
 
     def ahead(self, layers: Iterable[nn.Module], cache: Ahead, rows: Rows, questions: Rows) -> Tensor:
@@ -282,22 +233,3 @@ class RowLayout(nn.Module):
     def no_cell(self, batch: int, rows: int, device: torch.device) -> Tensor:
         """The index, for [B, L] rows, of the rotation of rows that lie nowhere."""
         return torch.full((batch, rows), self.spec.cells, dtype=torch.long, device=device)
-
-
-def attention_with_mask(q_BHLd: Tensor, seen: KVSlice, mask: Tensor | None) -> Tensor:
-    """Attention [B, H, L, d] of rows to keys and values in a cache."""
-    return F.scaled_dot_product_attention(q_BHLd, *seen, attn_mask=mask, enable_gqa=q_BHLd.shape[1] != seen.keys.shape[1])
-
-
-def _behind(start: int, end: int, groups: Sequence[int] | None, device: torch.device) -> Tensor | None:
-    """The mask of rows ``start`` to ``end``: each sees all before ``start``, and of the new ones those up to the end of its group."""
-    seen = torch.ones(end - start, end, dtype=torch.bool, device=device)
-    if groups is None:
-        return seen.tril(diagonal=start)
-    if max(groups) == end - start:
-        return None
-    first = start
-    for size in groups:
-        first += size
-        seen[first - start - size : first - start, first:] = False
-    return seen

@@ -21,8 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from oar_scale.model.cache import Ahead
 from oar_scale.model.decoding import Decoder, image_chunks
-from oar_scale.model.row_layout import Ahead, Placed, Rows
+from oar_scale.model.row_layout import Placed, Rows
 from oar_scale.model.transformer import AnyOrderModel
 
 
@@ -46,6 +47,7 @@ class WindowDecoder:
         self.length = layout.stride * (width + 1) + (width if layout.keeps_questions else 2 * width + 1)
         self.prefix = self.decoder.begin(condition_BTD, spare=self.length)
         self.prefix.cache[:, :, :, :, self.prefix.rows :] = 0  # rows that are not seen count with weight 0, which NaN would survive
+        assert isinstance(self.prefix.rows, int)
         # What lies before the first code: the layout's own substitute for it, or the last condition row, which is then computed again.
         start = self.prefix.last.codes_BKD
         self.begin = self.prefix.rows - 1 + start.shape[1]

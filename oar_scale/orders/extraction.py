@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from oar_scale.config.schema import DRAWING_SCORES
-from oar_scale.model import AnyOrderModel, Decoder
+from oar_scale.model import AnyOrderModel, Decoder, Prefix
+from oar_scale.model.cache import padded_candidates, static_pays
+from oar_scale.model.steps import Outputs, Steps
 from oar_scale.orders.scores import score_logits, score_rows
 from oar_scale.orders.selection import CounterRNG, Images, check_numbers, empty_cells, guide, guided_batch, pick_several
 from oar_scale.orders.settings import ExtractionSettings
@@ -137,16 +138,55 @@ def regret(
     return torch.stack(columns, dim=1)
 
 
-class _CandidateScorer(Protocol):
+class _CandidateScorer:
     """Scores empty cells of B images, given the cells that were placed so far."""
 
-    def scores(self, cells_BR: Tensor, step: int) -> Tensor:
+    @property
+    def static(self) -> bool:
+        """More cells may be asked about than are empty."""
+        return False
+
+    def scores(self, cells_BR: Tensor, step: int | Tensor) -> Tensor:
         """Score R cells of each image: float32 [B, R]."""
-        ...
+        raise NotImplementedError
 
     def place(self, cells_Bk: Tensor) -> None:
         """Place these cells one after the other; the first of each image was among those scored last."""
-        ...
+        raise NotImplementedError
+
+    def prepare(self, step: int, count: int, left: int) -> tuple[int | Tensor, int]:
+        """The arguments of :meth:`run` for a step, and for the ``count`` of the cells left that it is to ask about."""
+        return step, count
+
+    def run(self, step: Callable[..., Outputs], *arguments: Tensor | int) -> Outputs:
+        """Do a step, which calls the methods above; it is the same function for all steps."""
+        return step(*arguments)
+
+
+class _Choice:
+    """The step of an extraction: score cells, choose the best ones, place them."""
+
+    def __init__(self, settings: ExtractionSettings, rng: CounterRNG, scorer: _CandidateScorer) -> None:
+        self.settings, self.rng, self.ties_BN, self.scorer = settings, rng, rng.ties(), scorer
+
+    def __call__(self, among_BN: Tensor, step: int | Tensor, asked: int, size: int, last: int) -> Outputs:
+        """Choose ``size`` cells; returns them and their scores, [B, size] both.
+
+        Args:
+            asked: number of the cells to choose among; on static buffers at least that.
+            last: whether it is the last step, after which nothing is placed: nobody asks about anything.
+        """
+        cells_BR = empty_cells(among_BN, asked)
+        score_BN = torch.full(among_BN.shape, -torch.inf, device=among_BN.device).scatter_(1, cells_BR, self.scorer.scores(cells_BR, step))
+        if self.scorer.static:
+            score_BN = score_BN.masked_fill(~among_BN, -torch.inf)
+        # Noise belongs to a cell, not to a candidate: it is drawn for all N of them, and -inf stays -inf.
+        noise = self.settings.order_temperature
+        wanted_BN = score_BN + noise * self.rng.gumbel(step) if noise else score_BN
+        chosen_Bk = pick_several(wanted_BN, self.ties_BN, size)
+        if not last:
+            self.scorer.place(chosen_Bk)
+        return chosen_Bk, score_BN.gather(1, chosen_Bk)
 
 
 def _place_all(
@@ -157,21 +197,19 @@ def _place_all(
     scorer: _CandidateScorer,
     on_step: Callable[[], None] = lambda: None,
 ) -> Orders:
-    cells, ties_BN = codes_BN.shape[1], rng.ties()
+    cells, choice = codes_BN.shape[1], _Choice(settings, rng, scorer)
     empty_BN = torch.ones_like(codes_BN, dtype=torch.bool)
     order, scores, placed, rows = list[Tensor](), list[Tensor](), 0, 0
     for step, size in enumerate(step_sizes(settings, cells)):
-        given = step == 0 and settings.first_cell != "free"
-        cells_BR = _first_cells(settings, rng, codes_BN) if given else empty_cells(empty_BN, cells - placed)
-        score_BN = torch.full(codes_BN.shape, -torch.inf, device=codes_BN.device).scatter_(1, cells_BR, scorer.scores(cells_BR, step))
-        # Noise belongs to a cell, not to a candidate: it is drawn for all N of them, and -inf stays -inf.
-        wanted_BN = score_BN + settings.order_temperature * rng.gumbel(step) if settings.order_temperature else score_BN
-        chosen_Bk = pick_several(wanted_BN, ties_BN, size)
+        among_BN, count = empty_BN, cells - placed
+        if step == 0 and settings.first_cell != "free":
+            among_BN, count = torch.zeros_like(empty_BN).scatter(1, _first_cells(settings, rng, codes_BN), True), 1
+        number, asked = scorer.prepare(step, count, cells - placed)
+        chosen_Bk, score_Bk = scorer.run(choice, among_BN, number, asked, size, placed + size == cells)
         order.append(chosen_Bk)
-        scores.append(score_BN.gather(1, chosen_Bk))
-        placed, rows = placed + size, rows + cells_BR.shape[1]
-        if placed < cells:  # nobody asks about anything after the last step
-            scorer.place(chosen_Bk)
+        scores.append(score_Bk)
+        placed, rows = placed + size, rows + asked
+        if placed < cells:
             empty_BN = empty_BN.scatter(1, chosen_Bk, False)
             rows += size - 1  # all but the first of a step go through the trunk again, see _CachedScorer.place
         on_step()
@@ -187,8 +225,8 @@ def _first_cells(settings: ExtractionSettings, rng: CounterRNG, codes_BN: Tensor
     return torch.full((len(codes_BN), 1), int(settings.first_cell), device=codes_BN.device)
 
 
-class _CachedScorer:
-    """Scores all candidates in one pass over the KV cache of what is placed."""
+class _CachedScorer(_CandidateScorer):
+    """Scores all candidates in one pass over the KV cache of what is placed; on static buffers when they pay (``model.cache``)."""
 
     def __init__(
         self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, rng: CounterRNG
@@ -196,8 +234,31 @@ class _CachedScorer:
         self.model, self.codes_BN, self.settings, self.rng = model, codes_BN, settings, rng
         self.decoder = Decoder(model)
         self.prefix = self.decoder.begin(_branches(model, condition_BTD, settings))
+        self.steps = Steps()
 
-    def scores(self, cells_BR: Tensor, step: int) -> Tensor:
+    @property
+    def static(self) -> bool:
+        return self.prefix.static
+
+    def prepare(self, step: int, count: int, left: int) -> tuple[int | Tensor, int]:
+        if static_pays(left * len(self.prefix.last.cells_BK), self.prefix.cache.device):
+            self.prefix = self.prefix.on_static_buffers()
+        if not self.static:
+            return step, count
+        return torch.full((), step, device=self.codes_BN.device), padded_candidates(count, self.codes_BN.shape[1])
+
+    def run(self, step: Callable[..., Outputs], *arguments: Tensor | int) -> Outputs:
+        self.step = step
+        self.prefix, outputs = self.steps(self._step_of, self.prefix, *arguments)
+        return outputs
+
+    def _step_of(self, prefix: Prefix, *arguments: Tensor | int) -> tuple[Prefix, Outputs]:
+        """The step as a function of the prefix."""
+        self.prefix = prefix
+        outputs = self.step(*arguments)
+        return self.prefix, outputs
+
+    def scores(self, cells_BR: Tensor, step: int | Tensor) -> Tensor:
         self.candidates = self.decoder.candidate_rows(self.prefix, guided_batch(cells_BR, self.settings.guidance))
         uniform_BR = _uniform(self.settings, self.rng, cells_BR, step)
         return _score_rows(self.model, self.candidates.rows_BRD, self.settings, self.codes_BN.gather(1, cells_BR), uniform_BR)
@@ -213,7 +274,7 @@ class _CachedScorer:
         self.prefix = self.decoder.prefill(self.prefix, guided_batch(cells_Bk, scale), guided_batch(codes_Bk, scale))
 
 
-class _BruteForceScorer:
+class _BruteForceScorer(_CandidateScorer):
     """Scores each candidate by a forward pass of its own, in which it comes last."""
 
     def __init__(
@@ -223,7 +284,7 @@ class _BruteForceScorer:
         self.branches_GTD = _branches(model, condition_BTD, settings)
         self.placed_BK = codes_BN[:, :0]
 
-    def scores(self, cells_BR: Tensor, step: int) -> Tensor:
+    def scores(self, cells_BR: Tensor, step: int | Tensor) -> Tensor:
         scale, columns = self.settings.guidance, []
         uniform_BR = _uniform(self.settings, self.rng, cells_BR, step)
         for r in range(cells_BR.shape[1]):
@@ -248,7 +309,7 @@ def _score_rows(
     return score_rows(model.output.weight, rows_BRD.flatten(0, 1), settings.score, targets_BR.flatten(), uniform_R).view_as(targets_BR)
 
 
-def _uniform(settings: ExtractionSettings, rng: CounterRNG, cells_BR: Tensor, step: int) -> Tensor | None:
+def _uniform(settings: ExtractionSettings, rng: CounterRNG, cells_BR: Tensor, step: int | Tensor) -> Tensor | None:
     """The number in (0, 1) that a drawing score draws each cell's code with; None for the other scores."""
     return rng.uniform("drawn code", step).gather(1, cells_BR) if settings.score in DRAWING_SCORES else None
 

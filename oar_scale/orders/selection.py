@@ -60,7 +60,7 @@ class CounterRNG:
         cell_N = torch.arange(self.cells, device=self.image_B1.device)
         return device_uniform(purpose, self.seed, self.image_B1, self.draw, step, cell_N)
 
-    def gumbel(self, step: int) -> Tensor:
+    def gumbel(self, step: int | Tensor) -> Tensor:
         """Standard Gumbel noise for each cell at a step, float32 [B, N]."""
         return -(-self.uniform("cell noise", step).log()).log().float()
 

@@ -131,6 +131,8 @@ def decoding(spec: ModelSpec, images: int, precision: Precision, *, gpu: bool) -
     e, device = BYTES[precision], "cuda" if gpu else "cpu"
     kv = (spec.kv_heads or spec.heads) * spec.head_dim
     capacity = spec.rows + 1 - (spec.cells if spec.grouped else 0)  # rows of the sequence with its last code, and no questions
+    if gpu:
+        capacity += -(-spec.cells // 8)  # static buffers have room for candidates that fill up (model/cache.py)
     cache = spec.cached_pairs * 2 * images * capacity * kv * e
     rows = min(images, max(1, ROWS_AT_ONCE[device] // spec.cells)) * spec.cells
     # In a feed-forward: the inputs and outputs of attention, seven rows of D before and after it, three (GELU: two) rows of its own width.

@@ -89,18 +89,17 @@ def test_a_raster_model_still_refuses_other_orders() -> None:
         model.loss(codes, order.flip(1), model.condition(inputs))
 
 
-@pytest.mark.xfail(strict=True, reason="the number of rows in use is a number of the program, so that each step has a graph of its own")
 def test_all_steps_of_decoding_share_one_graph(graphs: Graphs) -> None:
     model, codes, order, inputs = made("instructed", layers=1)
     decoder = Decoder(model)
     with torch.no_grad():
-        prefix = decoder.begin(model.condition(inputs))
+        prefix = decoder.begin(model.condition(inputs)).on_static_buffers()
 
         def step(prefix: Prefix, cell_B1: Tensor, code_B: Tensor) -> Prefix:
             candidates = decoder.candidate_rows(prefix, cell_B1)
             return decoder.commit(prefix, candidates, torch.zeros_like(code_B), code_B)
 
-        compiled = torch.compile(step, backend=graphs)
+        compiled = torch.compile(step, backend=graphs, fullgraph=True)
         for place in range(3):
             cell_B1 = order[:, place : place + 1]
             prefix = compiled(prefix, cell_B1, codes.gather(1, cell_B1)[:, 0])

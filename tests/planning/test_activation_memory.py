@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oar_scale.model import AnyOrderModel, Decoder, decoding, loss
+from oar_scale.model import AnyOrderModel, Decoder, cache, decoding, loss
 from oar_scale.orders import scores
 from oar_scale.planning import activations, extraction_plan, trace
 from oar_scale.planning.trace import LiveTensors, trace_trunk
@@ -106,3 +106,12 @@ def test_decoding_takes_what_a_trace_of_it_takes(name: str) -> None:
             assert prefix.cache.nbytes == pytest.approx(cache, rel=0.01)
             Decoder(model).candidate_rows(prefix, cells_BR)
     assert cache + working == pytest.approx(alive.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["instructed, class", "decoupled, class"])
+def test_a_gpu_has_a_cache_with_static_buffers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, images = SPECS[name], 2
+    monkeypatch.setitem(cache.STATIC_ROWS, "cpu", 1)
+    with FakeTensorMode():
+        prefix = Decoder(AnyOrderModel(spec)).begin(torch.zeros(images, spec.condition.rows, spec.dim))
+    assert prefix.cache.nbytes == pytest.approx(activations.decoding(spec, images, "fp32", gpu=True)[0], rel=0.03)

@@ -326,7 +326,7 @@ class _Step:
         for index, layer in enumerate(model.layers):
             shape = (batch * count, prefix.cache.shape[3], rows + 1, prefix.cache.shape[5])
             keys, values = (x.new_empty(shape) for _ in range(2))
-            for copy, own in zip((keys, values), prefix.part(slice(None)).kv(index, 0, rows), strict=True):
+            for copy, own in zip((keys, values), prefix.cache[index, :, :, :, :rows], strict=True):
                 copy.unflatten(0, (batch, count))[:, :, :, :rows] = own[:, None]
             q, _ = layer.project_into(KVSlice(keys[:, :, rows:], values[:, :, rows:]), x, rotation)
             x = layer.finish(x, F.scaled_dot_product_attention(q, keys, values, enable_gqa=q.shape[1] != keys.shape[1]))
