@@ -27,7 +27,7 @@ from oar_scale.observe.events import read_events
 from oar_scale.orders.order_table import read_orders
 from oar_scale.storage import join, open_storage
 
-pytestmark = pytest.mark.ray  # `oar run` and `oar train` start a Ray of their own
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(2700)]  # `oar run` and `oar train` start a Ray of their own, nine stages in a row
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = str(ROOT / "recipes" / "smoke.yaml")
 ONE_WORKER = ["-o", "parallel.workers=1"]
