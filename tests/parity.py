@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+
+from oar_scale.model import AnyOrderModel, Decoder
+from oar_scale.orders.scores import score_rows
 
 FOLDER = Path(__file__).parent / "golden" / "parity"
 
@@ -32,6 +37,34 @@ def peer_case(name: str) -> Case:
     tensors = {tensor: _tensor(tensor, shape, values) for tensor, shape, values in metadata["tensors"]}
     with np.load(FOLDER / f"{name}.npz") as arrays:
         return Case(metadata["config"], tensors, {key: torch.from_numpy(arrays[key]) for key in arrays.files}, metadata)
+
+
+def assert_gradient_norms(
+    model: AnyOrderModel, another: AnyOrderModel, export: Callable[[AnyOrderModel], dict[str, Tensor]], norms: dict[str, float]
+) -> None:
+    """The norms of the model's gradients are the recorded ones of the peer's tensors. ``another`` is the same model, to be overwritten."""
+    for parameter, mine in zip(another.parameters(), model.parameters(), strict=True):
+        assert mine.grad is not None
+        parameter.data = mine.grad
+    theirs = export(another)  # the gradient of each of their tensors is where the tensor itself is
+    assert theirs.keys() == norms.keys()
+    for name, norm in norms.items():
+        assert float(theirs[name].norm()) == pytest.approx(norm, rel=1e-5), name
+
+
+def assert_score_tables(model: AnyOrderModel, arrays: dict[str, Tensor], condition_BTD: Tensor, score: Any) -> None:
+    """At every step of a recorded order, all cells that are still empty score as recorded."""
+    order, codes = arrays[f"exact_order_{score}"], arrays["idx"]
+    decoder, rows = Decoder(model), torch.arange(len(codes))
+    prefix = decoder.begin(condition_BTD)
+    for step in range(model.spec.cells):
+        empty = order[:, step:].sort(1).values
+        candidates = decoder.candidate_rows(prefix, empty)
+        found = score_rows(model.output.weight, candidates.rows_BRD.flatten(0, 1), score, codes.gather(1, empty).flatten())
+        expected = arrays[f"exact_table_{score}"][:, step].gather(1, empty)
+        torch.testing.assert_close(found.view_as(empty), expected, rtol=0, atol=5e-5)
+        winner = (empty == order[:, step, None]).int().argmax(1)
+        prefix = decoder.commit(prefix, candidates, winner, codes[rows, order[:, step]])
 
 
 def _tensor(name: str, shape: list[int], values: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import peer_case
+from parity import assert_gradient_norms, assert_score_tables, peer_case
 from torch import Tensor
 
 from oar_scale.generation.sampling import generate
@@ -16,7 +16,6 @@ from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.model.lpd_weights import export_lpd
 from oar_scale.model.peer_weights import import_peer
 from oar_scale.orders.extraction import brute_force_orders, extract_orders, scores_along
-from oar_scale.orders.scores import score_rows
 from oar_scale.orders.settings import ExtractionSettings
 
 NAME = "lpd_c2i"
@@ -54,33 +53,14 @@ def test_loss_and_gradient_norms_equal_lpds(grouped: bool) -> None:
     for mean in (loss, nll.mean(), model.nll(arrays["idx"], arrays["order"], condition, groups).mean()):
         torch.testing.assert_close(mean, arrays[f"loss{end}"], rtol=0, atol=1e-5)
     loss.backward()
-    gradients = imported()[0]
-    for parameter, mine in zip(gradients.parameters(), model.parameters(), strict=True):
-        assert mine.grad is not None
-        parameter.data = mine.grad
-    norms = peer_case(NAME).metadata[f"grad_norms{end}"]
-    theirs = export_lpd(gradients)  # the gradient of each of their tensors is where the tensor itself is
-    assert theirs.keys() == norms.keys()
-    for name, norm in norms.items():
-        assert float(theirs[name].norm()) == pytest.approx(norm, rel=1e-5), name
+    assert_gradient_norms(model, imported()[0], export_lpd, peer_case(NAME).metadata[f"grad_norms{end}"])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("score", SCORES)
 def test_all_cells_score_as_by_brute_force_with_lpds_code(score: Any) -> None:
-    """At every step of a recorded order, all cells that are still empty."""
     model, arrays, condition = imported()
-    order, codes = arrays[f"exact_order_{score}"], arrays["idx"]
-    decoder, rows = Decoder(model), torch.arange(len(codes))
-    prefix = decoder.begin(condition)
-    for step in range(model.spec.cells):
-        empty = order[:, step:].sort(1).values
-        candidates = decoder.candidate_rows(prefix, empty)
-        found = score_rows(model.output.weight, candidates.rows_BRD.flatten(0, 1), score, codes.gather(1, empty).flatten())
-        expected = arrays[f"exact_table_{score}"][:, step].gather(1, empty)
-        torch.testing.assert_close(found.view_as(empty), expected, rtol=0, atol=5e-5)
-        winner = (empty == order[:, step, None]).int().argmax(1)
-        prefix = decoder.commit(prefix, candidates, winner, codes[rows, order[:, step]])
+    assert_score_tables(model, arrays, condition, score)
 
 
 @torch.no_grad()

@@ -36,16 +36,7 @@ SPECS: dict[str, ModelSpec] = {
     ),
     "grouped, class": ModelSpec(layout="grouped", condition=ClassSpec(classes=1000), **{**L, "ffn_hidden": 4096}),
     "grouped, grouped queries, text": ModelSpec(
-        layout="grouped",
-        dim=512,
-        layers=8,
-        heads=8,
-        kv_heads=2,
-        ffn_hidden=2048,
-        vocab_size=1024,
-        grid=16,
-        dropout=0.1,
-        condition=TextSpec(vocab=2000, rows=24),
+        layout="grouped", dropout=0.1, condition=TextSpec(vocab=2000, rows=24), **{**GROUPED_QUERIES, "ffn_hidden": 2048}
     ),
     "emoji": ModelSpec(
         layout="instructed",
