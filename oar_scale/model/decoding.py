@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from oar_scale.model.cache import CachePart, StaticPart, least_candidates, stati
 from oar_scale.model.row_layout import Placed, Rows, Tables
 from oar_scale.model.transformer import AnyOrderModel
 
+Number = TypeVar("Number", int, float)
 ROWS_AT_ONCE = {"cpu": 512, "cuda": 2**16}
 """Rows that go through the trunk together, as whole images: enough for matrix products at full speed, and few enough that what lies
 between the products stays in a CPU's cache."""
@@ -67,7 +68,7 @@ class Prefix:
             self.cache[:, :, :, :, self.rows :] = 0  # what is not seen counts with weight 0, which NaN would survive
         return replace(self, rows=torch.full((), self.rows, device=self.cache.device) if isinstance(self.rows, int) else self.rows)
 
-    def varying(self, number: int | float) -> int | float | Tensor:
+    def varying(self, number: Number) -> Number | Tensor:
         """A number that is another one in each step: as it is, or on static buffers a tensor []."""
         return torch.full((), number, device=self.cache.device) if self.static else number
 

@@ -243,9 +243,8 @@ class _CachedScorer(_CandidateScorer):
     def prepare(self, step: int, count: int, left: int) -> tuple[int | Tensor, int]:
         if static_pays(left * len(self.prefix.last.cells_BK), self.prefix.cache.device):
             self.prefix = self.prefix.on_static_buffers()
-        if not self.static:
-            return step, count
-        return torch.full((), step, device=self.codes_BN.device), padded_candidates(count, self.codes_BN.shape[1])
+        asked = padded_candidates(count, self.codes_BN.shape[1]) if self.static else count
+        return self.prefix.varying(step), asked
 
     def run(self, step: Callable[..., Outputs], *arguments: Tensor | int) -> Outputs:
         self.step = step

@@ -16,9 +16,8 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from PIL import Image
 
-from oar_scale.evaluation.pictures import COLOUR_MAP
+from oar_scale.evaluation.pictures import COLOUR_MAP, png
 from oar_scale.report.report_data import TrainingCurve
 from oar_scale.results.examples import Picture
 
@@ -38,9 +37,7 @@ def data_uri(picture: Picture) -> str:
     """
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise ValueError(f"a picture is uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
 
 
 def colour_ramp(colours: str = COLOUR_MAP) -> str:

@@ -53,7 +53,8 @@ def stage_settings(recipe: Recipe, stage: Stage) -> JsonObject:
             value = value[key]
         config = _section(recipe, section)
         if config is not None:
-            chosen |= {f"{section}.{key}": item for key, item in value.items() if key not in silent_fields(config)}
+            silent = silent_fields(config)
+            chosen |= {f"{section}.{key}": item for key, item in value.items() if key not in silent}
             if section == "extract":
                 chosen |= {f"extract.{key}": item for key, item in REMOVED_EXTRACT.items()}  # older versions hashed them
         else:
