@@ -136,7 +136,7 @@ def _read(path: str) -> bytes:
 def _about(canvas: Canvas, edit: Edit) -> str:
     """How it came about, in one line."""
     (width, height), (left, top, right, bottom) = canvas.picture.size, canvas.inner
-    drawn = f"{int(edit.drawn_N.sum())} of {len(edit.drawn_N)} cells drawn"
+    drawn = f"{int(edit.squares[0].drawn_N.sum())} of {len(edit.squares[0].drawn_N)} cells drawn"
     if canvas.scale == 1:
         return drawn
     how = "enlarged" if canvas.scale > 1 else "scaled down"

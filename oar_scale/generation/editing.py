@@ -7,14 +7,15 @@
 Any permutation of the cells is a valid sequence for an any-order model, so both are ordinary generation with a prefix.
 
 :func:`edit_canvases` does it to pictures, and honestly: what is to be drawn is hidden from the image tokenizer (``seen_codes``), and known
-pixels stay as they are (``canvas``).
+pixels stay as they are (``canvas``). It is :func:`see`, :func:`redraw` and :func:`finish` for all of them at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from oar_scale.errors import UserError
 from oar_scale.generation.canvas import Canvas, to_picture
 from oar_scale.generation.sampling import Generated, Known, generate
-from oar_scale.generation.seen_codes import DEFAULT_FILLS, Fill, SeenCodes, cells_of, pixels_of, seen_codes
+from oar_scale.generation.seen_codes import DEFAULT_FILLS, Fill, cells_of, pixels_of, seen_codes
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.orders.policies import LateOrder
@@ -63,17 +64,24 @@ class EditOptions:
             raise UserError(f"feather {self.feather} must be a number of pixels, and not negative")
 
 
-@dataclass(frozen=True)
-class Edit:
-    """One drawing of one picture."""
+class SeenCanvas(NamedTuple):
+    """A canvas, and what is known of it before it is drawn."""
 
-    picture: Image.Image
-    """Upright, of the picture's size; RGB, or RGBA where the picture is transparent. Pixels that were not marked are what they were."""
+    canvas: Canvas
+    pixels_3SS: Tensor
+    """What the image tokenizer was shown, on the CPU."""
+    codes_N: Tensor
+    """int64, raster order; those of cells that are not known mean nothing."""
+    known_N: Tensor
+    """bool: the cells that are placed first; all others are drawn."""
+
+
+@dataclass(frozen=True)
+class Square:
+    """What the model drew on one canvas."""
+
     drawing: Image.Image
-    """The whole square as the model draws it."""
-    image: int
-    """The picture's place in the list."""
-    variation: int
+    """The whole square, the known part as the image tokenizer gives it back."""
     codes_N: Tensor
     """int64, raster order."""
     order_N: Tensor
@@ -91,6 +99,19 @@ class Edit:
         places_M = torch.linspace(255 if drawn == 1 else 64, 255, drawn).to(torch.uint8)
         shade_N[self.order_N[len(self.order_N) - drawn :]] = places_M
         return Image.fromarray(pixels_of(shade_N, self.drawing.width).numpy())
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One drawing of one picture."""
+
+    picture: Image.Image
+    """Upright, of the picture's size; RGB, or RGBA where the picture is transparent. Pixels that were not marked are what they were."""
+    image: int
+    """The picture's place in the list."""
+    variation: int
+    squares: tuple[Square, ...]
+    """What the model drew, one after the other."""
 
 
 def edit_canvases(
@@ -118,16 +139,74 @@ def edit_canvases(
         ValueError: as :func:`generate`.
         UserError: a fill that there is not.
     """
-    device, count = condition_BTD.device, options.variations
-    seen, pixels = [], []
-    for canvas, condition_TD in zip(canvases, condition_BTD, strict=True):
-        pixels.append(canvas.pixels(hide=options.strength == 1))
-        seen.append(_known(model, vq, canvas, pixels[-1].to(device), condition_TD, options))
-    codes_BN, known_BN = (torch.stack(each).repeat_interleave(count, 0) for each in zip(*seen, strict=True))
+    count = options.variations
+    seen = [see(model, vq, canvas, condition_TD, options) for canvas, condition_TD in zip(canvases, condition_BTD, strict=True)]
+    codes_BN, known_BN = (torch.stack(each).repeat_interleave(count, 0) for each in list(zip(*seen, strict=True))[2:])
     numbers_B = noise_numbers(np.arange(len(canvases)) if images_B is None else images_B, count)
     condition_BTD = condition_BTD.repeat_interleave(count, 0)
     drawn = redraw(model, codes_BN, ~known_BN, condition_BTD, settings, seed, order_BN, numbers_B)
-    return _finished(vq, canvases, pixels, drawn, ~known_BN, options)
+    edits = []
+    for row, image_3SS in enumerate(decoded(vq, drawn.codes_BN)):
+        image, variation = divmod(row, count)
+        of_row = drawn.codes_BN[row], drawn.order_BN[row], drawn.score_BN[row]
+        picture, square = finish(seen[image], image_3SS, *of_row, options.feather)
+        edits.append(Edit(picture, image, variation, (square,)))
+    return edits
+
+
+# -- the parts of an edit: see, draw what is not known (redraw, or known_first and a batch of one's own), finish ---------------
+
+
+def see(model: AnyOrderModel, vq: ImageTokenizer, canvas: Canvas, condition_TD: Tensor, options: EditOptions) -> SeenCanvas:
+    """Find the codes of the cells that are not to be drawn. Raises UserError for a fill that there is not."""
+    shown_3SS = canvas.pixels(hide=options.strength == 1)
+    pixels_3SS, marked_SS, beside_SS = (each.to(condition_TD.device) for each in (shown_3SS, canvas.drawn(), canvas.beside()))
+    if options.strength == 1:
+        return SeenCanvas(canvas, shown_3SS, *seen_codes(vq, pixels_3SS, marked_SS | beside_SS, options.fills, options.ring))
+    codes_N, known_N = seen_codes(vq, pixels_3SS, beside_SS, options.fills)
+    marked_N = cells_of(marked_SS, vq.spec.grid)
+    open_N = marked_N & known_N
+    count = min(math.ceil(options.strength * int(marked_N.sum())), int(open_N.sum()))
+    if count:
+        score_M = expected(model, codes_N, known_N & ~marked_N, open_N, condition_TD)
+        least_m = open_N.nonzero()[:, 0][score_M.argsort(stable=True)[:count]]
+        known_N = known_N.scatter(0, least_m, False)
+    return SeenCanvas(canvas, shown_3SS, codes_N, known_N)
+
+
+def known_first(codes_BN: Tensor, known_BN: Tensor, sequence_BN: Tensor | None = None) -> Known:
+    """The known cells of each image, in raster order or in that of a sequence of all cells; codes of the other cells are not looked at."""
+    if sequence_BN is None:
+        sequence_BN = torch.arange(codes_BN.shape[1], device=codes_BN.device).expand_as(codes_BN)
+    # The cells to keep move to the front; behind them, where another image keeps more, there is none.
+    away_BN = ~known_BN.gather(1, sequence_BN)
+    kept_first_BN = sequence_BN.gather(1, away_BN.to(torch.uint8).argsort(dim=1, stable=True))
+    kept_B1 = (~away_BN).sum(1, keepdim=True)
+    cells_BK = kept_first_BN[:, : int(kept_B1.max())]
+    there_BK = torch.arange(cells_BK.shape[1], device=cells_BK.device) < kept_B1
+    return Known(cells_BK.masked_fill(~there_BK, -1), codes_BN.gather(1, cells_BK))
+
+
+def decoded(vq: ImageTokenizer, codes_BN: Tensor) -> Iterator[Tensor]:
+    """The images of codes, [3, S, S] each, on the CPU."""
+    for codes in codes_BN.split(DECODE_BATCH):
+        with torch.no_grad():
+            images_B3SS = vq.decode(codes).cpu()
+        yield from images_B3SS
+
+
+def finish(
+    seen: SeenCanvas, image_3SS: Tensor, codes_N: Tensor, order_N: Tensor, score_N: Tensor, feather: float
+) -> tuple[Image.Image, Square]:
+    """The canvas's picture with the drawing in it, and what was drawn.
+
+    Args:
+        image_3SS: of the codes, on the CPU.
+        order_N, score_N: as of :class:`Generated`.
+    """
+    drawn_N = ~seen.known_N.cpu()
+    picture = seen.canvas.finish(seen.pixels_3SS, image_3SS, pixels_of(drawn_N, seen.canvas.size), feather)
+    return picture, Square(to_picture(image_3SS), codes_N.cpu(), order_N.cpu(), score_N.cpu(), drawn_N)
 
 
 def redraw(
@@ -154,16 +233,8 @@ def redraw(
     Raises:
         ValueError: as :func:`generate`.
     """
-    redo_BN = redo.expand(codes_BN.shape)
-    raster_BN = torch.arange(codes_BN.shape[1], device=codes_BN.device).expand_as(codes_BN)
-    sequence_BN = order_BN if isinstance(order_BN, Tensor) else raster_BN
-    # The cells to keep move to the front; behind them, where another image keeps more, there is none.
-    away_BN = redo_BN.gather(1, sequence_BN)
-    kept_first_BN = sequence_BN.gather(1, away_BN.to(torch.uint8).argsort(dim=1, stable=True))
-    kept_B1 = (~away_BN).sum(1, keepdim=True)
-    cells_BK = kept_first_BN[:, : int(kept_B1.max())]
-    there_BK = torch.arange(cells_BK.shape[1], device=cells_BK.device) < kept_B1
-    known = Known(cells_BK.masked_fill(~there_BK, -1), codes_BN.gather(1, cells_BK))
+    sequence_BN = order_BN if isinstance(order_BN, Tensor) else None
+    known = known_first(codes_BN, ~redo.expand(codes_BN.shape), sequence_BN)
     return generate(model, condition_BTD, settings, seed, order_BN, known, images_B)
 
 
@@ -180,39 +251,6 @@ def expected(model: AnyOrderModel, codes_N: Tensor, known_N: Tensor, asked_N: Te
     prefix = decoder.prefill(decoder.begin(condition_TD[None]), known_K[None], codes_N[known_K][None])
     rows_MD = decoder.candidate_rows(prefix, asked_M[None]).rows_BRD[0]
     return score_logits("gt_logprob", model.output(rows_MD), codes_N[asked_M])
-
-
-def _known(
-    model: AnyOrderModel, vq: ImageTokenizer, canvas: Canvas, pixels_3SS: Tensor, condition_TD: Tensor, options: EditOptions
-) -> SeenCodes:
-    """The codes of the cells that are not to be drawn."""
-    marked_SS, beside_SS = (each.to(pixels_3SS.device) for each in (canvas.drawn(), canvas.beside()))
-    if options.strength == 1:
-        return seen_codes(vq, pixels_3SS, marked_SS | beside_SS, options.fills, options.ring)
-    seen = seen_codes(vq, pixels_3SS, beside_SS, options.fills)
-    marked_N = cells_of(marked_SS, vq.spec.grid)
-    open_N = marked_N & seen.known_N
-    count = min(math.ceil(options.strength * int(marked_N.sum())), int(open_N.sum()))
-    if not count:
-        return seen
-    score_M = expected(model, seen.codes_N, seen.known_N & ~marked_N, open_N, condition_TD)
-    least_m = open_N.nonzero()[:, 0][score_M.argsort(stable=True)[:count]]
-    return seen._replace(known_N=seen.known_N.scatter(0, least_m, False))
-
-
-@torch.no_grad()
-def _finished(
-    vq: ImageTokenizer, canvases: Sequence[Canvas], pixels: Sequence[Tensor], drawn: Generated, drawn_BN: Tensor, options: EditOptions
-) -> list[Edit]:
-    decoded = (image_3SS for codes in drawn.codes_BN.split(DECODE_BATCH) for image_3SS in vq.decode(codes).cpu())
-    edits = []
-    for row, image_3SS in enumerate(decoded):
-        image, variation = divmod(row, options.variations)
-        redrawn_SS = pixels_of(drawn_BN[row], vq.spec.image_size).cpu()
-        codes_N, order_N, score_N = (each_BN[row].cpu() for each_BN in drawn[:3])
-        picture = canvases[image].finish(pixels[image], image_3SS, redrawn_SS, options.feather)
-        edits.append(Edit(picture, to_picture(image_3SS), image, variation, codes_N, order_N, score_N, drawn_BN[row].cpu()))
-    return edits
 
 
 def box_mask(grid: int, top: int, left: int, height: int, width: int) -> Tensor:

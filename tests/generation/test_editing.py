@@ -77,9 +77,12 @@ def with_hidden(image: Image.Image, mask: NDArray[np.bool_], seed: int) -> Image
 
 
 def same(first: Edit, second: Edit) -> bool:
-    pictures = (first.picture.tobytes(), first.drawing.tobytes()) == (second.picture.tobytes(), second.drawing.tobytes())
-    pairs = ((getattr(first, name), getattr(second, name)) for name in ("codes_N", "order_N", "score_N", "drawn_N"))
-    return pictures and all(torch.equal(*pair) for pair in pairs)
+    squares = list(zip(first.squares, second.squares, strict=True))
+    pictures = [(first.picture, second.picture), *((one.drawing, other.drawing) for one, other in squares)]
+    tensors = [
+        (getattr(one, name), getattr(other, name)) for one, other in squares for name in ("codes_N", "order_N", "score_N", "drawn_N")
+    ]
+    return all(one.tobytes() == other.tobytes() for one, other in pictures) and all(torch.equal(*pair) for pair in tensors)
 
 
 def holes(width: int, height: int) -> dict[str, NDArray[np.bool_]]:
@@ -154,7 +157,7 @@ def test_an_edit_never_changes_a_known_pixel(
         before, after = (np.asarray(each) for each in (upright(image, "x"), edit.picture))
         assert edit.picture.size == image.size and before.shape == after.shape
         assert np.array_equal(before[~mask], after[~mask])
-        assert edit.codes_N.shape == edit.order_N.sort().values.shape and edit.order_N.unique().numel() == 16
+        assert edit.squares[0].order_N.unique().numel() == len(edit.squares[0].codes_N) == 16
 
 
 def test_with_everything_known_the_picture_comes_back() -> None:
@@ -164,7 +167,7 @@ def test_with_everything_known_the_picture_comes_back() -> None:
             edit = drawer().edit([image], [np.zeros(size[::-1], dtype=np.bool_)], [1])[0]
             assert edit.picture.mode == mode and edit.picture.tobytes() == image.tobytes()
     square = drawer().edit([picture(16, 16)], [np.zeros((16, 16), dtype=np.bool_)], [1])[0]
-    assert not square.drawn_N.any()
+    assert not square.squares[0].drawn_N.any()
 
 
 @pytest.mark.parametrize("order", [None, "random", "halton"])
@@ -173,10 +176,14 @@ def test_with_nothing_known_an_edit_is_a_sample(order: str | None) -> None:
     edits = drawer().edit([picture(16, 16, seed=seed) for seed in range(3)], [full] * 3, prompts, seed=7, order=order)
     drawn, sampled = drawer().draw(prompts, seed=7, order=order), drawer().sample(prompts, seed=7, order=order)
     for row, edit in enumerate(edits):
-        assert edit.drawn_N.all() and torch.equal(edit.codes_N, drawn.codes_BN[row]) and torch.equal(edit.order_N, drawn.order_BN[row])
-        assert edit.picture.tobytes() == edit.drawing.tobytes() == sampled[row].tobytes()
+        assert (
+            edit.squares[0].drawn_N.all()
+            and torch.equal(edit.squares[0].codes_N, drawn.codes_BN[row])
+            and torch.equal(edit.squares[0].order_N, drawn.order_BN[row])
+        )
+        assert edit.picture.tobytes() == edit.squares[0].drawing.tobytes() == sampled[row].tobytes()
     wide = drawer().edit([picture(64, 64)], [np.ones((64, 64), dtype=np.bool_)], [1], seed=7, order=order)[0]
-    assert torch.equal(wide.codes_N, drawn.codes_BN[0]) and wide.picture.size == (64, 64)
+    assert torch.equal(wide.squares[0].codes_N, drawn.codes_BN[0]) and wide.picture.size == (64, 64)
 
 
 def test_an_edit_is_the_same_in_any_batch() -> None:
@@ -185,13 +192,15 @@ def test_an_edit_is_the_same_in_any_batch() -> None:
     masks = [holes(*image.size)[name] for image, name in zip(images, ("box", "around", "half"), strict=True)]
     together = drawer().edit(images, masks, [0, 1, 2], variations=2, fills=["mean"], seed=5, order="random")
     assert [(edit.image, edit.variation) for edit in together] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
-    assert len({int(edit.drawn_N.sum()) for edit in together}) > 1
+    assert len({int(edit.squares[0].drawn_N.sum()) for edit in together}) > 1
     for at in range(3):
         alone = drawer().edit([images[at]], [masks[at]], [at], variations=3, fills=["mean"], seed=5, numbers=[at], order="random")
         for edit, again in zip(together[2 * at :], alone[:2], strict=False):
-            assert torch.equal(edit.codes_N, again.codes_N) and torch.equal(edit.order_N, again.order_N)
+            assert torch.equal(edit.squares[0].codes_N, again.squares[0].codes_N) and torch.equal(
+                edit.squares[0].order_N, again.squares[0].order_N
+            )
             assert np.abs(np.asarray(edit.picture, dtype=int) - np.asarray(again.picture)).max() <= 1
-    assert len({bytes(edit.codes_N.numpy()) for edit in alone}) == 3
+    assert len({bytes(edit.squares[0].codes_N.numpy()) for edit in alone}) == 3
 
 
 def test_fills_know_the_other_pixels_alone() -> None:
@@ -239,9 +248,9 @@ def test_strength_draws_the_least_expected_cells() -> None:
     least = marked_N.nonzero()[:, 0][score_M.argsort()]
     for strength, count in ((0.25, 1), (0.3, 2), (0.75, 3)):
         edit = model.edit([image], [holes(16, 16)["box"]], [3], strength=strength)[0]
-        assert sorted(edit.drawn_N.nonzero()[:, 0].tolist()) == sorted(least[:count].tolist())
-        assert torch.equal(edit.codes_N[~edit.drawn_N], codes_N[~edit.drawn_N])
-        kept = ~pixels_of(edit.drawn_N, 16).numpy()
+        assert sorted(edit.squares[0].drawn_N.nonzero()[:, 0].tolist()) == sorted(least[:count].tolist())
+        assert torch.equal(edit.squares[0].codes_N[~edit.squares[0].drawn_N], codes_N[~edit.squares[0].drawn_N])
+        kept = ~pixels_of(edit.squares[0].drawn_N, 16).numpy()
         assert np.array_equal(np.asarray(edit.picture)[kept], np.asarray(image)[kept])
 
 
@@ -276,7 +285,7 @@ def test_a_transparent_picture_stays_transparent_where_it_is_known() -> None:
     alpha = np.asarray(edit.picture)[:, :, 3]
     assert np.array_equal(alpha[:, 8:], np.asarray(image)[:, 8:, 3]) and (alpha[:, :8] == 255).all()
     on_page = drawer().edit([on_white(image)], [(0, 0, 8, 16)], [1])[0]
-    assert torch.equal(edit.codes_N, on_page.codes_N)
+    assert torch.equal(edit.squares[0].codes_N, on_page.squares[0].codes_N)
 
 
 def test_white_of_a_mask_is_drawn_and_black_is_kept() -> None:
