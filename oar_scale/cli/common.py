@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING, TypeAlias
 
 from oar_scale.registry import MODELS, current_name
@@ -31,6 +32,13 @@ def count(text: str) -> int:
     """Parse a number of things: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """Parse a seed: an integer of 64 bits."""
+    if not re.fullmatch("-?[0-9]{1,19}", text) or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from -2^63 to 2^63 - 1")
     return int(text)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import Subparsers, count, share
+from oar_scale.cli.common import Subparsers, count, seed, share
 from oar_scale.registry import MODELS, current_name
 
 
@@ -23,7 +23,7 @@ def add(verbs: Subparsers) -> None:
     verb.add_argument("--variations", type=count, default=1, metavar="N", help="drawings of each picture; default: %(default)s")
     verb.add_argument("--strength", type=share, default=1.0, metavar="S", help="share of what is marked that is drawn; default: all")
     verb.add_argument("--feather", type=float, default=0.0, metavar="P", help="width of the seam, in the model's pixels; default: hard")
-    verb.add_argument("--seed", type=int, default=0, help="another one draws others; default: %(default)s")
+    verb.add_argument("--seed", type=seed, default=0, help="another one draws others; default: %(default)s")
     verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:NUMBER of this machine; default: a GPU where there is one")
     verb.add_argument("--out", default="edited", metavar="PATH", help="a folder, or a PNG file for a single drawing; default: %(default)s")
     verb.set_defaults(run=_edit)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from oar_scale.data.images import decode_upright
 from oar_scale.errors import UserError
 from oar_scale.generation.canvas import Canvas, Margins, Mask, expand, read_mask
-from oar_scale.generation.editing import Edit
+from oar_scale.generation.editing import Edit, noise_numbers
+from oar_scale.generation.picture_files import DrawingRecord, encode_png
 from oar_scale.generation.pretrained import Pretrained, load_pretrained
 from oar_scale.run.gpu_node import chosen_device
 from oar_scale.storage import Missing, join, open_storage
@@ -65,7 +64,7 @@ def edit_files(request: EditRequest, say: Callable[[str], None]) -> list[str]:
         edits = iter(_draw(drawer, request, canvases, at_once))
         for number, canvas in zip(at_once, canvases, strict=True):
             for target, edit in zip(targets[number], edits, strict=False):
-                open_storage(target).write(target, _png(edit.picture))
+                open_storage(target).write(target, encode_png(edit.picture, _record(drawer, request, number, edit)))
                 written.append(target)
                 say(f"{target}: {_about(canvas, edit)}")
     return written
@@ -143,7 +142,14 @@ def _about(canvas: Canvas, edit: Edit) -> str:
     return f"{drawn}; at {right - left} x {bottom - top} pixels, {how} to the picture's {width} x {height}"
 
 
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+def _record(drawer: Pretrained, request: EditRequest, number: int, edit: Edit) -> DrawingRecord:
+    """What the file says about how it came about."""
+    return drawer.record(
+        request.prompt,
+        int(noise_numbers(np.array([number]), edit.variation + 1)[-1]),
+        drawer.settings(),
+        seed=request.seed,
+        kind="expand" if request.expand else "edit",
+        size=edit.picture.size,
+        edit={"strength": request.strength, "feather": request.feather},
+    )

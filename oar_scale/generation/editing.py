@@ -34,7 +34,8 @@ from oar_scale.orders.scores import score_logits
 from oar_scale.orders.selection import Images
 from oar_scale.tokenizers.image import ImageTokenizer
 
-DECODE_BATCH = 16
+DECODE_BATCH = 1
+"""Pictures decoded at once: beside others a pixel would now and then be another one, as convolutions round by the size of the batch."""
 VARIATION_SHIFT = 32
 """Variation v of the picture with number n has the noise of image n + v * 2^32: variation 0 is that of one alone."""
 

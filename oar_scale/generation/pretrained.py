@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Self, TypedDict, Unpack
+from functools import cached_property
+from typing import Literal, Self, TypedDict, Unpack, cast
 
 import numpy as np
 import torch
@@ -22,12 +23,14 @@ from oar_scale.errors import UserError
 from oar_scale.generation.canvas import Mask, make_canvas
 from oar_scale.generation.editing import DECODE_BATCH, Edit, EditOptions, edit_canvases, noise_numbers
 from oar_scale.generation.model_bundle import ModelBundle, check_codes, find_bundle
+from oar_scale.generation.picture_files import DrawingKind, DrawingRecord
 from oar_scale.generation.sampling import Generated, generate
 from oar_scale.generation.seen_codes import DEFAULT_FILLS, Fill
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, check_prompts, load_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
-from oar_scale.orders.policies import LateOrder, OrderRequest, sampling_order
+from oar_scale.model.weights import model_id
+from oar_scale.orders.policies import LateOrder, OrderRequest, own_policy, sampling_order
 from oar_scale.orders.selection import Images
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import (
@@ -39,7 +42,7 @@ from oar_scale.tokenizers.prompts import (
     for_new_prompts,
     load_prompts,
 )
-from oar_scale.tokenizers.vq import load_vq, unit_to_pixels
+from oar_scale.tokenizers.vq import load_vq, unit_to_pixels, vq_id
 
 Order = str | Sequence[int] | Tensor
 """The way through the cells: the name of a policy (docs/order-policies.md), or a permutation [N] for all images or [B, N] for each."""
@@ -100,8 +103,15 @@ class Pretrained:
             UserError: there is no image tokenizer, or prompts of another kind than the model's.
             ValueError: as :func:`oar_scale.generation.sampling.generate`.
         """
+        self._tokenizer()
+        return self.decode(self.draw(prompts, seed=seed, images=images, order=order, **choices).codes_BN)
+
+    @torch.no_grad()
+    def decode(self, codes_BN: Tensor) -> list[Image.Image]:
+        """The picture of each row of codes. Raises UserError where there is no image tokenizer."""
         vq = self._tokenizer()
-        return _pictures(vq, self.draw(prompts, seed=seed, images=images, order=order, **choices).codes_BN)
+        batches = [unit_to_pixels(vq.decode(codes)).cpu().numpy() for codes in codes_BN.split(DECODE_BATCH)]
+        return [Image.fromarray(picture) for batch in batches for picture in batch]
 
     def draw(
         self,
@@ -116,7 +126,7 @@ class Pretrained:
         condition_BTD = self._condition(prompts)
         images_B = np.arange(len(condition_BTD)) if images is None else np.asarray(images, dtype=np.int64)
         order_BN = self._order(order, images_B, seed)
-        return generate(self.model, condition_BTD, self._settings(choices), seed, order_BN, images_B=images_B)
+        return generate(self.model, condition_BTD, self.settings(**choices), seed, order_BN, images_B=images_B)
 
     def edit(
         self,
@@ -162,14 +172,74 @@ class Pretrained:
         if len(images_B) != len(canvases):
             raise UserError(f"numbers has {len(images_B)} of them for {len(canvases)} pictures")
         order_BN = self._order(order, noise_numbers(images_B, options.variations), seed)
-        return edit_canvases(self.model, vq, canvases, condition_BTD, self._settings(choices), options, seed, order_BN, images_B)
+        return edit_canvases(self.model, vq, canvases, condition_BTD, self.settings(**choices), options, seed, order_BN, images_B)
+
+    def settings(self, **choices: Unpack[Choices]) -> SampleSettings:
+        """The settings of the model's own recipe, with these choices instead of its own."""
+        return replace(SampleSettings.from_recipe(self.defaults), **choices)
+
+    @cached_property
+    def ids(self) -> tuple[str, str | None]:
+        """Content hashes of model and image tokenizer, as records name them. The model's file is read for it, once."""
+        return model_id(self.bundle.model), None if self.vq is None else vq_id(self.vq)
+
+    def record(
+        self,
+        prompt: Prompt,
+        number: int,
+        settings: SampleSettings,
+        *,
+        seed: int,
+        order: Order | None = None,
+        kind: DrawingKind = "sample",
+        size: tuple[int, int] | None = None,
+        edit: dict[str, str | int | float | bool | None] | None = None,
+    ) -> DrawingRecord:
+        """What a PNG says about how it was drawn (``generation.picture_files``).
+
+        Args:
+            number, seed, order: as for :meth:`sample`; a given order is the one of this picture, [N].
+            size: of the picture; default: the square that the model draws.
+        """
+        model, tokenizer = self.ids
+        side = self.vq.spec.image_size if self.vq is not None else self.model.spec.grid
+        return DrawingRecord(
+            kind=kind,
+            prompt=prompt if isinstance(prompt, str | int) else None,
+            seed=seed,
+            number=number,
+            model=model,
+            tokenizer=tokenizer,
+            name=self.bundle.recipe,
+            dtype=cast(Literal["float32"], str(self.model.dtype).removeprefix("torch.")),
+            order=self._policy(order) if order is None or isinstance(order, str) else tuple(torch.as_tensor(order).tolist()),
+            settings=settings,
+            grid=self.model.spec.grid,
+            size=size or (side, side),
+            edit=edit,
+        )
+
+    def again(self, record: DrawingRecord) -> Image.Image:
+        """The picture that a record describes, drawn again.
+
+        Raises:
+            UserError: it is no ``sample``, or another model's, or of a model in another dtype.
+        """
+        if record.kind != "sample":
+            raise UserError(f"this picture is of kind {record.kind}: its record does not hold the picture that it was made from")
+        if record.prompt is None:
+            raise UserError("this picture was drawn from features, which its record does not hold")
+        if (record.model, record.tokenizer) != self.ids:
+            theirs, mine = (" with tokenizer ".join(map(str, each)) for each in ((record.model, record.tokenizer), self.ids))
+            raise UserError(f"{self.where}: this picture was drawn by another model: {theirs}; this is {mine}")
+        if record.dtype != str(self.model.dtype).removeprefix("torch."):
+            raise UserError(f"this picture was drawn in {record.dtype}, and the model is in {self.model.dtype}: model.to(dtype=...)")
+        choices = cast(Choices, vars(record.settings))
+        return self.sample([record.prompt], seed=record.seed, images=[record.number], order=record.order, **choices)[0]
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def _settings(self, choices: Choices) -> SampleSettings:
-        return replace(SampleSettings.from_recipe(self.defaults), **choices)
 
     def _tokenizer(self) -> ImageTokenizer:
         if self.vq is None:
@@ -179,8 +249,8 @@ class Pretrained:
             )
         return self.vq
 
-    @torch.no_grad()
-    def _condition(self, prompts: Sequence[Prompt]) -> Tensor:
+    def encode(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Prompts as the ids, labels or features that :meth:`condition` takes; no network runs. Raises UserError for any other prompt."""
         if self.text is None:
             raise UserError(f"{self.where}: nobody knows what its captions are encoded with. Load its run's folder, or an export of that.")
         if isinstance(prompts, str) or not len(prompts):
@@ -193,12 +263,24 @@ class Pretrained:
         if self.text.field == "txt" and not encoded_prompts.flatten(1).any(1).all():
             empty = int((~encoded_prompts.flatten(1).any(1)).nonzero()[0])
             raise UserError(f"caption {prompts[empty]!r} has no token in the model's vocabulary")
+        return encoded_prompts
+
+    @torch.no_grad()
+    def condition(self, encoded_prompts: Tensor) -> Tensor:
+        """What the model is conditioned on, [B, T, D], from what :meth:`encode` gave."""
+        assert self.text is not None, "it encoded the prompts"
         return self.model.condition(conditioning_inputs(self.text, encoded_prompts.to(self._device), self.model.dtype))
+
+    def _condition(self, prompts: Sequence[Prompt]) -> Tensor:
+        return self.condition(self.encode(prompts))
+
+    def _policy(self, order: str | None) -> str:
+        return order or self.defaults.order or own_policy(self.model)
 
     def _order(self, order: Order | None, images_B: Images, seed: int) -> Tensor | LateOrder | None:
         if order is None or isinstance(order, str):
             request = OrderRequest(self.model, torch.from_numpy(images_B), seed, self.bundle.orders, self.bundle.model)
-            return sampling_order(order or self.defaults.order, request, "order")
+            return sampling_order(self._policy(order), request, "order")
         given = torch.as_tensor(order, dtype=torch.long)
         return (given.expand(len(images_B), -1) if given.ndim == 1 else given).to(self._device)
 
@@ -213,7 +295,11 @@ def load_pretrained(path: str, model: str | None = None) -> Pretrained:
     Raises:
         UserError: nothing to load, or a model and tokenizers that do not fit together.
     """
-    bundle = find_bundle(path, model)
+    return load_bundle(find_bundle(path, model))
+
+
+def load_bundle(bundle: ModelBundle) -> Pretrained:
+    """The files of a bundle, ready to draw. Errors as :func:`load_pretrained`."""
     network = load_model(bundle.model)
     vq = load_vq(bundle.vq) if bundle.vq else None
     if vq is not None:
@@ -231,9 +317,3 @@ def _prompts(bundle: ModelBundle, spec: ModelSpec) -> PromptEncoder | None:
     if isinstance(spec.condition, ClassSpec):
         return LabelEncoder(spec.condition.classes)
     return FeatureReader(spec.condition.rows, spec.condition.width) if isinstance(spec.condition, FeatureSpec) else None
-
-
-@torch.no_grad()
-def _pictures(vq: ImageTokenizer, codes_BN: Tensor) -> list[Image.Image]:
-    batches = [unit_to_pixels(vq.decode(codes)).cpu().numpy() for codes in codes_BN.split(DECODE_BATCH)]
-    return [Image.fromarray(picture) for batch in batches for picture in batch]

@@ -315,5 +315,5 @@ def vq_id(vq: ImageTokenizer) -> str:
     for name, tensor in sorted(vq.state_dict().items()):
         if name != CODEBOOK_USED:  # a record of use: it changes no code
             digest.update(name.encode())
-            digest.update(tensor.to(torch.float16).numpy().tobytes())
+            digest.update(tensor.to(torch.float16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

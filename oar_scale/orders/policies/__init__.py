@@ -137,8 +137,12 @@ def sampling_order(name: str | None, request: OrderRequest, where: str = "sample
     Raises:
         UserError: no such policy, or one that cannot say in which order these images are drawn.
     """
-    own = "raster" if request.model.spec.layout == "raster" else "confidence"
-    return policy(name or own, where).sampling(request)
+    return policy(name or own_policy(request.model), where).sampling(request)
+
+
+def own_policy(model: AnyOrderModel) -> str:
+    """The policy of a model for which nobody names one."""
+    return "raster" if model.spec.layout == "raster" else "confidence"
 
 
 def grid_policies() -> dict[str, GridPolicy]:
