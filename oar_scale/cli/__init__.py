@@ -4,7 +4,7 @@ oar run RECIPE [-o key=value ...] [--from STAGE | --only STAGE | --undo] [--yes]
 oar prepare|tokenizer|tokens|evaluate|report RECIPE           one stage
 oar extract RECIPE [--status|--verify|--compare|--array I/N]  an order for every training image
 oar train RECIPE [--stage pretrain|finetune|control]
-oar sample RECIPE [--model ordered] [--out FILE.png] [CAPTION ...]
+oar sample MODEL [CAPTION ... | --prompts FILE] [--out FILE.png | --out FOLDER]
 oar edit IMAGE ... --mask FILE | --box L,T,R,B | --expand SIDE=N --prompt TEXT
 oar orders RECIPE [--against FOLDER] [--train-head]             what the orders look like; a head that predicts them
 oar recipe RECIPE [--origin]
@@ -34,7 +34,7 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from oar_scale import __version__
-from oar_scale.cli import checkpoint, data, edit, extract, observe, orders, plan, run, submit
+from oar_scale.cli import checkpoint, data, edit, extract, observe, orders, plan, run, sample, submit
 from oar_scale.errors import Requeue, UserError
 from oar_scale.redaction import redact
 from oar_scale.runtime.gpu_settings import gpu_settings
@@ -108,6 +108,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="oar", description="Ordered autoregressive image generation, trained at scale.")
     parser.add_argument("--version", action="version", version=f"oar_scale {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for module in (run, edit, plan, submit, extract, observe, data, checkpoint, orders):
+    for module in (run, sample, edit, plan, submit, extract, observe, data, checkpoint, orders):
         module.add(verbs)
     return parser

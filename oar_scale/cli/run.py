@@ -1,16 +1,16 @@
-"""The verbs that take a recipe: the whole run, its stages, samples, the recipe itself, the machine it would run on."""
+"""The verbs that take a recipe: the whole run, its stages, the recipe itself, the machine it would run on."""
 
 from __future__ import annotations
 
 import argparse
 import os
 
-from oar_scale.cli.common import Subparsers, add_model, add_verb, count, load
+from oar_scale.cli.common import Subparsers, add_verb, count, load
 from oar_scale.registry import STAGES
 
 
 def add(verbs: Subparsers) -> None:
-    """Add ``oar run``, the stages, ``sample``, ``recipe`` and ``doctor``."""
+    """Add ``oar run``, the stages, ``recipe`` and ``doctor``."""
     run = add_verb(verbs, "run", "all stages of a recipe; finished ones are skipped", _run)
     which = run.add_mutually_exclusive_group()
     which.add_argument("--from", dest="start", metavar="STAGE", help="do this stage and all after it again; earlier results are set aside")
@@ -25,13 +25,6 @@ def add(verbs: Subparsers) -> None:
     train = add_verb(verbs, "train", "one training stage", _stage)
     train.add_argument("--stage", choices=[stage.name for stage in STAGES.values() if stage.training], default="pretrain")
     train.add_argument("--profile", type=count, default=0, metavar="N", help="where do N of the first steps go? A trace and a table")
-    sample = add_verb(verbs, "sample", "draw images for captions", _sample)
-    sample.add_argument("captions", nargs="*", metavar="CAPTION", help="default: held-out captions")
-    add_model(sample, "which one of the run; default: %(default)s", default="ordered")
-    sample.add_argument("--order", metavar="POLICY", help="the way through the cells, e.g. halton; default: sample.order")
-    sample.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:NUMBER of this machine; default: a GPU where there is one")
-    sample.add_argument("--precision", choices=["bf16", "fp32"], help="of the model; default: parallel.precision")
-    sample.add_argument("--out", default="samples.png")
     recipe = add_verb(verbs, "recipe", "print the resolved recipe", _recipe)
     recipe.add_argument("--origin", action="store_true", help="say which file and line set each value")
     doctor = add_verb(verbs, "doctor", "check packages, devices, kernels and, with a recipe, its storage", _doctor, needs_recipe=False)
@@ -65,15 +58,6 @@ def _stage(arguments: argparse.Namespace) -> None:
     rank = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
     console = Console() if rank == 0 else Console(open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
     run_stage(Run(recipe, console, getattr(arguments, "profile", 0), rank), arguments.stage)
-
-
-def _sample(arguments: argparse.Namespace) -> None:
-    recipe = load(arguments)
-    from oar_scale.commands.sample import sample_images
-    from oar_scale.run.context import Run
-
-    chosen = {"order": arguments.order, "device": arguments.device, "precision": arguments.precision}
-    print(sample_images(Run(recipe), arguments.captions or None, arguments.model, arguments.out, **chosen))
 
 
 def _recipe(arguments: argparse.Namespace) -> None:

@@ -1,102 +1,244 @@
-"""``oar sample``: generates pictures for captions and writes them as one contact sheet."""
+"""``oar sample``: draws pictures for prompts, as one contact sheet or a file each, and as an animation.
+
+Files are written as they are drawn, and each says how it was: the same command again draws those that are missing, and refuses where a file
+was drawn in another way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
-from oar_scale.data.hashing import derived_seed
+from oar_scale.commands.drawing_target import DrawingTarget, Precision, find_target
+from oar_scale.commands.sample_sheets import check_sheet, columns_of, frames_file, frames_format, sheet_png
+from oar_scale.data.prompt_files import GivenPrompt, read_prompts
 from oar_scale.errors import UserError
-from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, png, upscale
-from oar_scale.generation.sampling import generate
-from oar_scale.generation.settings import SampleSettings
-from oar_scale.model import load_model
-from oar_scale.orders.order_files import run_files
-from oar_scale.orders.policies import OrderRequest, sampling_order
-from oar_scale.registry import MODELS, ModelName, current_name
-from oar_scale.run.artifacts import prompt_encoder, read_tokens, require, require_model
+from oar_scale.generation.model_bundle import ModelBundle
+from oar_scale.generation.picture_files import DrawingRecord, encode_png, read_record
+from oar_scale.generation.pretrained import load_bundle
+from oar_scale.generation.wanted_pictures import DrawnPicture, WantedPicture, check_given, draw_wanted, record_of, wanted_pictures
+from oar_scale.observe.console import Console
 from oar_scale.run.context import Run
-from oar_scale.run.gpu_node import chosen_device, on_gpu_node, threads_here
-from oar_scale.storage import open_storage
-from oar_scale.text import shown
-from oar_scale.tokenizers.prompts import Prompt, conditioning_inputs
-from oar_scale.tokenizers.vq import load_vq
+from oar_scale.run.gpu_node import chosen_device, each_from_gpu_node, threads_here
+from oar_scale.storage import Missing, join, open_storage
+from oar_scale.storage.background import in_order
+from oar_scale.text import clean_text
 
-Precision = Literal["bf16", "fp32"]
-DRAWINGS = 4
-"""Of each caption, side by side."""
-SHEET_PIXELS = 128
-"""Side of a picture on the sheet, about: images are scaled by a whole factor."""
+FEW = 16
+"""So many prompts at most are drawn on a contact sheet where nobody says otherwise."""
+ON_SHEET = 4
+"""Drawings of each prompt there."""
+MANY = 1_000_000
+"""Pictures that are drawn without a pool, at most."""
+READERS = 16
 
 
-def sample_images(
-    run: Run,
-    captions: list[str] | None,
-    model: str,
-    out: str,
-    order: str | None = None,
-    device: str | None = None,
-    precision: Precision | None = None,
-) -> str:
-    """Draw four images for each caption (None: the first held-out ones), a row a caption, and write them as a PNG.
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What the command line says."""
+
+    target: str
+    """A recipe, the folder of a run, an exported folder, or a model file."""
+    captions: Sequence[str] = ()
+    prompts: str | None = None
+    """A file of prompts; without it and captions, held-out ones of the run."""
+    overrides: Sequence[str] = ()
+    model: str | None = None
+    out: str | None = None
+    """A ``.png``, or a folder for a file each; default by the number of prompts."""
+    grid: bool = False
+    frames: str | None = None
+    seed: int = 0
+    count: int | None = None
+    batch: int = 32
+    order: str | None = None
+    device: str | None = None
+    precision: Precision | None = None
+
+
+def sample_pictures(request: SampleRequest, say: Callable[[str], None]) -> None:
+    """Draw what is asked for, and write it.
 
     Args:
-        model: one of the run's models (``oar_scale.registry``).
-        out: a path or an object URI.
-        order: an order policy; default: the recipe's.
-        device: of this machine. Default: a GPU where it has one; else, for a recipe that trains on GPUs, one of the Ray cluster's; else
-            the CPU.
-        precision: of the model; default: the recipe's.
-
-    Returns:
-        ``out``.
+        say: called with each line for people.
 
     Raises:
-        UserError: no such model or device, an empty caption, or a stage that has not finished.
+        UserError: no such model or device, a prompt that is none, a stage that has not finished, or files that were drawn otherwise.
     """
-    chosen = next((name for name in MODELS if name == current_name(model)), None)
-    if chosen is None:
-        raise UserError(f"no model {model!r}; a run has: {', '.join(MODELS)}")
-    work = partial(_sheet, captions=captions, name=chosen, order=order, device=device, precision=precision)
-    gpus = min(1, run.recipe.parallel.gpus_per_worker) if device is None else 0
-    sheet, shown = on_gpu_node(run, work, gpus=gpus, or_cpu=True)
-    open_storage(out).write(out, sheet)
-    for number, caption in enumerate(shown, 1):
-        run.console.say(f"  row {number}: {caption}")
+    target = find_target(request.target, request.overrides, request.model)
+    given = _prompts(request, target)
+    out, one_file = _out(request, len(given))
+    count = request.count or (ON_SHEET if one_file else 1)
+    if len(given) * count > MANY:
+        raise UserError(f"{len(given)} prompts x {count} drawings are more than {MANY} pictures: a pool draws them, --actors N")
+    wanted = wanted_pictures(given, count)
+    file_format = frames_format(request.frames, len(wanted)) if request.frames else None
+    job = _Job(request, target.bundle, target.dtype(request.precision), _threads(target.run), given, wanted)
+    drawn = _one_file(job, target.run, out, say) if one_file else _files(job, target.run, out, say, keep=file_format is not None)
+    if request.frames and file_format:
+        open_storage(request.frames).write(request.frames, frames_file(drawn, file_format))
+        say(request.frames)
+
+
+def draw_again(path: str, request: SampleRequest) -> str:
+    """Draw the picture again that a file says how it was drawn. Returns the new file. Raises UserError where that cannot be."""
+    record = read_record(_read(path), path)
+    if record is None:
+        raise UserError(f"{path}: this file does not say how it was drawn. oar sample, oar edit and oar serve write PNG files that do.")
+    out = request.out or "samples.png"
+    if os.path.realpath(out) == os.path.realpath(path):
+        raise UserError(f"--out {out} would replace the picture itself: name another file")
+    drawer = load_bundle(find_target(request.target, request.overrides, request.model).bundle)
+    drawer.to(chosen_device(request.device), getattr(torch, record.dtype))
+    try:
+        picture = drawer.again(record)
+    except (UserError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+    open_storage(out).write(out, encode_png(picture, record))
     return out
 
 
-def _sheet(
-    run: Run, captions: list[str] | None, name: ModelName, order: str | None, device: str | None, precision: Precision | None
-) -> tuple[bytes, list[str]]:
-    """The contact sheet as PNG, and a text about each of its rows; drawn on this machine."""
-    place = chosen_device(device)
-    prompts = prompt_encoder(run, new=True)
-    given: Sequence[Prompt] = (
-        captions if captions is not None else read_tokens(run, "heldout", run.recipe.sample.images, prompts.field).prompts
-    )
-    if prompts.field != "features" and any(not str(caption).strip() for caption in given):
+# -- what is asked for -----------------------------------------------------------------------------------------------------------
+
+
+def _prompts(request: SampleRequest, target: DrawingTarget) -> list[GivenPrompt]:
+    if request.prompts is not None:
+        if request.captions:
+            raise UserError(f"--prompts {request.prompts} and {request.captions[0]!r}: give prompts in a file or on the command line")
+        return read_prompts(request.prompts, request.seed)
+    prompts = [clean_text(caption).strip() for caption in request.captions] or target.heldout_prompts()
+    if any(isinstance(prompt, str) and not prompt for prompt in prompts):
         raise UserError('a caption is empty: put quotation marks around each caption, e.g. oar sample RECIPE "a smiling cat"')
-    parallel = run.recipe.parallel
-    torch.set_num_threads(threads_here(parallel.cpu_threads * parallel.max_workers))
-    vq = load_vq(require(run, run.vq_uri, "tokenizer"))
-    vq.to(place)
-    half = (precision or parallel.precision) == "bf16"
-    network = load_model(require_model(run, name)).to(place, torch.bfloat16 if half else torch.float32)
-    encoded_prompts = prompts.encode(given)
-    unknown = [caption for caption, ids in zip(given, encoded_prompts, strict=True) if prompts.field == "txt" and not ids.any()]
-    if unknown:
-        raise UserError(f"caption {shown(unknown[0])} has no token in {run.text_uri}")
-    seed = derived_seed("sample", run.recipe.seed)
-    with torch.no_grad():
-        cond_inputs = conditioning_inputs(prompts, encoded_prompts.to(place), network.dtype)
-        condition = network.condition(cond_inputs.repeat_interleave(DRAWINGS, dim=0))
-    request = OrderRequest(network, torch.arange(len(condition)), seed, run_files(run.at()), run.model_uri(name))
-    order_BN = sampling_order(order or run.recipe.sample.order, request, "--order" if order else "sample.order")
-    drawn = generate(network, condition, SampleSettings.from_recipe(run.recipe.sample), seed, order_BN)
-    pictures = [upscale(picture, max(1, SHEET_PIXELS // len(picture))) for picture in decode_pictures(vq, drawn.codes_BN)]
-    rows = [pictures[start : start + DRAWINGS] for start in range(0, len(pictures), DRAWINGS)]
-    return png(contact_sheet(rows, gap=8)), [str(each) if prompts.field != "features" else "a held-out image" for each in given]
+    return [GivenPrompt(prompt, number, request.seed, f"caption {number + 1}") for number, prompt in enumerate(prompts)]
+
+
+def _out(request: SampleRequest, prompts: int) -> tuple[str, bool]:
+    """Where pictures go, and whether it is one file."""
+    if request.out is None:
+        return ("samples.png", True) if request.grid or prompts <= FEW else ("samples", False)
+    ending = os.path.splitext(request.out)[1].lower()
+    if ending in (".jpg", ".jpeg", ".webp", ".gif"):
+        raise UserError(f"--out {request.out}: pictures are written as PNG. Name a file .png, or a folder for a file each.")
+    if request.grid and ending != ".png":
+        raise UserError(f"--grid makes one picture, and --out {request.out} is a folder: name a file .png, or leave out --grid")
+    if ending != ".png" and os.path.isfile(request.out):
+        raise UserError(f"--out {request.out}: this is a file. Name a folder, or a file .png for a contact sheet.")
+    return request.out, ending == ".png"
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be drawn; travels to where the model is."""
+
+    request: SampleRequest
+    bundle: ModelBundle
+    dtype: torch.dtype
+    threads: int | None
+    """None: torch's own number."""
+    given: list[GivenPrompt]
+    wanted: list[WantedPicture]
+
+
+def _draw(job: _Job, run: Run | None, there: Mapping[str, DrawingRecord | None], *, again: bool = False) -> Iterator[DrawnPicture]:
+    """The pictures, drawn here or on a node of the cluster.
+
+    Args:
+        there: what the files say that are there already, by name.
+        again: draw those, too.
+    """
+    work = partial(_drawn, job=job, there=there, again=again)
+    if run is None:
+        return work(None)
+    gpus = min(1, run.recipe.parallel.gpus_per_worker) if job.request.device is None else 0
+    return each_from_gpu_node(run, work, gpus=gpus, or_cpu=True)
+
+
+def _drawn(_: Run | None, job: _Job, there: Mapping[str, DrawingRecord | None], again: bool) -> Iterator[DrawnPicture]:
+    """Runs where the model is."""
+    if job.threads is not None:
+        torch.set_num_threads(threads_here(job.threads))
+    drawer = load_bundle(job.bundle).to(chosen_device(job.request.device), job.dtype)
+    check_given(drawer, job.given)
+    missing = []
+    for each in job.wanted:
+        if each.file in there:
+            _check_same(there[each.file], record_of(drawer, each, job.request.order), each.file)
+        if again or each.file not in there:
+            missing.append(each)
+    try:
+        yield from draw_wanted(drawer, missing, job.request.batch, job.request.order)
+    except ArithmeticError as error:
+        raise UserError(f"{drawer.where}: {error}") from error
+
+
+def _threads(run: Run | None) -> int | None:
+    return None if run is None else run.recipe.parallel.cpu_threads * run.recipe.parallel.max_workers
+
+
+def _check_same(stored: DrawingRecord | None, wanted: DrawingRecord, file: str) -> None:
+    """Raise UserError where a file that is there is not the picture that is wanted."""
+    if stored is None:
+        raise UserError(f"{file} is there already, and does not say how it was drawn: take another --out, or remove it")
+    if stored.same_picture(wanted):
+        return
+    before, now = ({**record.model_dump(exclude={"settings", "library"}), **vars(record.settings)} for record in (stored, wanted))
+    name = next(name for name in now if before[name] != now[name] and name != "draft")
+    raise UserError(f"{file} is there already, and was drawn with {name} {before[name]}, now it is {now[name]}: take another --out")
+
+
+def _one_file(job: _Job, run: Run | None, out: str, say: Callable[[str], None]) -> list[DrawnPicture]:
+    """The contact sheet; or the picture itself, where there is one."""
+    drawn = list[DrawnPicture]()
+    for each in _draw(job, run, {}):
+        check_sheet(len(job.wanted), each.picture.width)
+        drawn.append(each)
+    drawn = _in_order(drawn, job.wanted)
+    alone = len(drawn) == 1 and not job.request.grid
+    open_storage(out).write(out, encode_png(drawn[0].picture, drawn[0].record) if alone else sheet_png(drawn))
+    columns = columns_of(drawn)
+    for row, start in enumerate(range(0, len(drawn), columns), 1):
+        shown = dict.fromkeys(_shown(each.wanted) for each in drawn[start : start + columns])
+        say(f"  row {row}: {' | '.join(shown)}")
+    say(out)
+    return drawn
+
+
+def _shown(wanted: WantedPicture) -> str:
+    return str(wanted.prompt) if isinstance(wanted.prompt, str | int) else "a held-out image"
+
+
+def _in_order(drawn: list[DrawnPicture], wanted: list[WantedPicture]) -> list[DrawnPicture]:
+    place = {each.key: index for index, each in enumerate(wanted)}
+    return sorted(drawn, key=lambda each: place[each.wanted.key])
+
+
+def _files(job: _Job, run: Run | None, out: str, say: Callable[[str], None], *, keep: bool) -> list[DrawnPicture]:
+    """A file for each picture; those that are there stay. With ``keep`` all are drawn and returned, else none is kept in memory."""
+    files, storage = {each.file for each in job.wanted}, open_storage(out)
+    names = [name for uri in storage.list(out) if (name := uri.rpartition("/")[2]) in files and uri == join(out, name)]
+    there = dict(zip(names, in_order(lambda name: read_record(_read(join(out, name)), name), names, READERS), strict=True))
+    kept = list[DrawnPicture]()
+    with Console(sys.stderr).progress(len(files), "pictures") as tally:
+        tally.update(0 if keep else len(there))
+        for each in _draw(job, run, there, again=keep):
+            if each.wanted.file not in there:
+                storage.write(join(out, each.wanted.file), encode_png(each.picture, each.record))
+            kept += [each] if keep else []
+            tally.advance()
+    say(f"{out}: {len(files) - len(there)} pictures drawn{f', {len(there)} were there' if there else ''}")
+    return _in_order(kept, job.wanted)
+
+
+def _read(path: str) -> bytes:
+    try:
+        return open_storage(path).read(path)
+    except Missing as error:
+        raise UserError(f"{path}: no such file") from error

@@ -73,10 +73,14 @@ def read_layers(path: str, overrides: Sequence[str] = (), default_type: DefaultT
     Raises:
         UserError: a file is missing, not YAML, not a mapping, extends itself, or has a key twice; a malformed override.
     """
-    merged = _read_file(path, f"{path}: there is no such recipe.", (), default_type, [])
+    return with_overrides(_read_file(path, f"{path}: there is no such recipe.", (), default_type, []), overrides, default_type)
+
+
+def with_overrides(layers: Setting, overrides: Sequence[str], default_type: DefaultType = lambda keys: None) -> Setting:
+    """Layers and what the command line changes in them. Raises UserError for a malformed override."""
     for override in overrides:
-        merged = _merge(merged, _parse_override(override), default_type)
-    return merged
+        layers = _merge(layers, _parse_override(override), default_type)
+    return layers
 
 
 def refuse_secrets(layers: Setting, what: str, shell: bool = False) -> None:

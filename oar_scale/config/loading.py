@@ -15,21 +15,21 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import get_args
+from typing import cast, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 from ruamel.yaml import YAML
 
 from oar_scale.config.fingerprint import fingerprint
-from oar_scale.config.layers import Setting, read_layers, refuse_secrets
+from oar_scale.config.layers import Setting, read_layers, refuse_secrets, with_overrides
 from oar_scale.config.locations import ESCAPE, EXPAND
-from oar_scale.config.schema import NUMBER, RANGE, Recipe, RecipeConflict
+from oar_scale.config.schema import NUMBER, RANGE, Recipe, RecipeConflict, SampleConfig
 from oar_scale.errors import UserError
 
 DEFAULT = "(default)"
 
-__all__ = ["DEFAULT", "dump_recipe", "fingerprint", "load_recipe", "recipe_origins"]
+__all__ = ["DEFAULT", "dump_recipe", "fingerprint", "load_recipe", "override_sample", "recipe_origins"]
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -43,6 +43,23 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: anything wrong with the files, the overrides or the values; the text lists each location and remedy.
     """
     return _check(read_layers(path, overrides, _default_type), path)
+
+
+def override_sample(sample: SampleConfig, overrides: Sequence[str], where: str) -> SampleConfig:
+    """The way to draw of something that is no recipe (``where``), with overrides like ``sample.top_p=0.9``.
+
+    Raises:
+        UserError: as :func:`load_recipe`, and for a field that is not in ``sample``.
+    """
+    fields = {name: Setting(where, value) for name, value in sample.model_dump(mode="json").items()}
+    layers = with_overrides(Setting(where, {"sample": Setting(where, fields)}), overrides)
+    if other := [each for each in overrides if not each.partition("=")[0].strip().startswith("sample.")]:
+        raise UserError(f"-o {other[0]}: {where} is no recipe. Of what it says only fields of sample can be changed: -o sample.top_p=0.9")
+    try:
+        return SampleConfig.model_validate_json(json.dumps(layers.value["sample"].plain()), strict=True)
+    except ValidationError as error:
+        details = [{**detail, "loc": ("sample", *detail["loc"])} for detail in error.errors()]
+        raise UserError("\n".join(_explain(cast(ErrorDetails, detail), layers, where)[1] for detail in details)) from error
 
 
 def recipe_origins(path: str, overrides: Sequence[str] = ()) -> dict[str, str]:

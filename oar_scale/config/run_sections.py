@@ -106,7 +106,9 @@ class SampleConfig(Section):
     """Held-out captions drawn in the report."""
     guidance: float = Field(2.0, ge=0)
     guidance_schedule: Added[GuidanceSchedule] = "constant"
-    """``linear`` and ``cosine`` let the scale grow from 1 to ``guidance`` while cells are placed."""
+    """``linear`` and ``cosine`` let the scale grow from ``guidance_start`` to ``guidance`` while cells are placed."""
+    guidance_start: Added[float | None] = Field(None, ge=0)
+    """Where a ``guidance_schedule`` starts. Default: 1."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     """0 keeps the whole vocabulary."""
@@ -124,7 +126,11 @@ class SampleConfig(Section):
     """Cells of a given order that are drafted ahead and verified in one pass: the same images in fewer passes."""
 
     @model_validator(mode="after")
-    def _passes(self) -> SampleConfig:
+    def _choices(self) -> SampleConfig:
+        if self.guidance_start is not None and self.guidance_schedule == "constant":
+            raise RecipeConflict(
+                "sample.guidance_start", "is where a guidance_schedule starts, and constant guidance has no start.\nSet linear or cosine."
+            )
         if self.draft and self.steps is not None:
             raise RecipeConflict("sample.draft", "steps and draft are two ways to place several cells in a pass.\nLeave one of them out.")
         if self.draft and self.order in (None, "confidence"):

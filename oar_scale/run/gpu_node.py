@@ -10,7 +10,9 @@ import io
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LOOK_S = 1.0
+_ON_CPU = "  no GPU here, and none in a Ray cluster (RAY_ADDRESS): working on the CPU"
 
 
 def on_gpu_node(run: Run, work: Callable[[Run], T], *, gpus: int, or_cpu: bool = False) -> T:
@@ -39,23 +42,41 @@ def on_gpu_node(run: Run, work: Callable[[Run], T], *, gpus: int, or_cpu: bool =
     Raises:
         UserError: there is no GPU here and no cluster; or whatever ``work`` raises.
     """
+    with _gpus_elsewhere(run, gpus, or_cpu) as asked:
+        return run_on_node(run, work, asked, run.recipe.parallel.gpu_type) if asked else work(run)
+
+
+def each_from_gpu_node(run: Run, work: Callable[[Run], Iterator[T]], *, gpus: int, or_cpu: bool = False) -> Iterator[T]:
+    """What ``work(run)`` yields, each as soon as it is there. Arguments and errors as those of :func:`on_gpu_node`."""
+    with _gpus_elsewhere(run, gpus, or_cpu) as asked:
+        yield from each_on_node(run, work, asked, run.recipe.parallel.gpu_type) if asked else work(run)
+
+
+@contextmanager
+def _gpus_elsewhere(run: Run, gpus: int, or_cpu: bool) -> Iterator[int]:
+    """How many GPUs to ask a node of the cluster for, with Ray initialised; 0: the work is done here. Errors as :func:`on_gpu_node`."""
     if not gpus or torch.cuda.device_count():
-        return work(run)
+        yield 0
+        return
     if "RAY_ADDRESS" not in os.environ:
-        if or_cpu:
-            return _on_cpu(run, work)
-        raise UserError(
-            "the recipe works on GPUs (parallel.gpus_per_worker, extract.gpus_per_actor), and this machine has none that torch can use.\n"
-            "Name a cluster's Ray in RAY_ADDRESS to do it on a node there, use a machine with a GPU, or set the field to 0 for the CPU."
-        )
+        if not or_cpu:
+            raise UserError(
+                "the recipe works on GPUs (parallel.gpus_per_worker, extract.gpus_per_actor), and this machine has none that torch can "
+                "use.\nName a cluster's Ray in RAY_ADDRESS to do it on a node there, use a machine with a GPU, or set the field to 0 for "
+                "the CPU."
+            )
+        run.console.say(_ON_CPU)
+        yield 0
+        return
     with ray_session(cpus=1):
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        gpu_type = run.recipe.parallel.gpu_type
         if or_cpu and not any(node.get("GPU") for node in nodes):
-            return _on_cpu(run, work)
-        return run_on_node(run, work, gpus_of_a_node(nodes, gpus, gpu_type), gpu_type)
+            run.console.say(_ON_CPU)
+            yield 0
+        else:
+            yield gpus_of_a_node(nodes, gpus, run.recipe.parallel.gpu_type)
 
 
 def device_here(wanted: bool) -> torch.device:
@@ -102,11 +123,6 @@ def devices_here(parallel: ParallelConfig) -> list[str]:
     return ["cpu"] * max(1, min(parallel.max_workers, len(os.sched_getaffinity(0)) // parallel.cpu_threads))
 
 
-def _on_cpu(run: Run, work: Callable[[Run], T]) -> T:
-    run.console.say("  no GPU here, and none in a Ray cluster (RAY_ADDRESS): working on the CPU")
-    return work(run)
-
-
 def gpus_of_a_node(nodes: Sequence[dict[str, float]], usable: int, gpu_type: str | None) -> int:
     """How many GPUs to ask for, all of one node: as many as a node of the cluster has, but no more than are ``usable``.
 
@@ -118,35 +134,50 @@ def gpus_of_a_node(nodes: Sequence[dict[str, float]], usable: int, gpu_type: str
 
 def run_on_node(run: Run, work: Callable[[Run], T], gpus: int, gpu_type: str | None) -> T:
     """Call ``work`` in a Ray task that has so many GPUs of one node. Ray is initialised; errors as :func:`on_gpu_node`."""
+    [result] = each_on_node(run, partial(_once, work), gpus, gpu_type)
+    return result
+
+
+def each_on_node(run: Run, work: Callable[[Run], Iterator[T]], gpus: int, gpu_type: str | None) -> Iterator[T]:
+    """What ``work`` yields in a Ray task that has so many GPUs of one node. Ray is initialised; errors as :func:`on_gpu_node`."""
     import ray
     from ray.exceptions import RayTaskError
     from ray.util.queue import Queue
 
     lines = Queue(actor_options={"num_cpus": 0})
-    options: dict[str, object] = {"num_cpus": 1, "num_gpus": gpus, "accelerator_type": gpu_type}
-    result = ray.remote(_work_there).options(**options).remote(_absolute_recipe(run), work, lines)
+    options: dict[str, object] = {"num_cpus": 1, "num_gpus": gpus, "accelerator_type": gpu_type, "num_returns": "streaming"}
+    # Ray's types know nothing of "streaming".
+    results = cast("ray.ObjectRefGenerator", ray.remote(_work_there).options(**options).remote(_absolute_recipe(run), work, lines))
     run.console.say(f"  no GPU here: waiting for a node of the cluster with {gpus} free")
     try:
         while True:
-            done, _ = ray.wait([result], timeout=_LOOK_S)
+            ready, _ = ray.wait([results], timeout=_LOOK_S)
             for line in lines.get_nowait_batch(lines.qsize()):
                 run.console.say(line)
-            if done:
-                return cast(T, ray.get(result))
+            if ready:
+                try:
+                    result = cast(T, ray.get(next(results)))
+                except StopIteration:
+                    return
+                yield result
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
     finally:
-        ray.cancel(result, force=True)  # of no effect on what is done; else the task would go on without its driver
+        ray.cancel(results, force=True)  # of no effect on what is done; else the task would go on without its driver
         lines.shutdown(force=True)
 
 
-def _work_there(recipe: Recipe, work: Callable[[Run], object], lines: Queue) -> object:
+def _once(work: Callable[[Run], T], run: Run) -> Iterator[T]:
+    yield work(run)
+
+
+def _work_there(recipe: Recipe, work: Callable[[Run], Iterator[object]], lines: Queue) -> Iterator[object]:
     """Runs in the task."""
     console = Console(_Relay(lines))
     console.say(f"  on {socket.gethostname()}")
-    return work(Run(recipe, console))
+    yield from work(Run(recipe, console))
 
 
 def _absolute_recipe(run: Run) -> Recipe:

@@ -28,6 +28,7 @@ def recipe(**sections: dict[str, object]) -> Recipe:
         ({"sample": {"guidance": float("nan")}}, "guidance"),
         ({"sample": {"temperature": float("inf")}}, "temperature"),
         ({"sample": {"guidance_schedule": "sine"}}, "guidance_schedule"),
+        ({"sample": {"guidance_start": 2.0}}, "constant guidance has no start"),
     ],
 )
 def test_settings_of_drawing_that_cannot_be_are_refused(sections: dict[str, dict[str, object]], complaint: str) -> None:

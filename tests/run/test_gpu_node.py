@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,19 @@ from oar_scale.errors import Missing, UserError
 from oar_scale.observe.console import Console
 from oar_scale.run import gpu_node
 from oar_scale.run.context import Run
-from oar_scale.run.gpu_node import chosen_device, gpus_of_a_node, on_gpu_node, run_on_node, threads_here
+from oar_scale.run.gpu_node import chosen_device, each_from_gpu_node, each_on_node, gpus_of_a_node, on_gpu_node, run_on_node, threads_here
 
 
 def there(run: Run) -> tuple[int, str, str]:
     run.console.say("half way\nthere")
     return os.getpid(), run.local("evaluation.json"), run.at("models")
+
+
+def counts(run: Run) -> Iterator[int]:
+    for number in range(3):
+        run.console.say(f"number {number}")
+        yield number
+    raise Missing(run.at("models"))
 
 
 def fails(run: Run) -> None:
@@ -42,6 +50,22 @@ def test_lines_and_results_come_from_the_other_node(run: Run, tmp_path: Path) ->
     assert isinstance(shown, io.StringIO) and shown.getvalue().splitlines()[-2:] == ["half way", "there"]
     with pytest.raises(Missing, match=r"run/models/ordered\.safetensors: there is nothing here"):
         run_on_node(run, fails, gpus=0, gpu_type=None)
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_results_come_one_by_one_from_the_other_node(run: Run) -> None:
+    """Those before an error arrive."""
+    numbers = each_on_node(run, counts, gpus=0, gpu_type=None)
+    assert [next(numbers) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(Missing, match="run/models: there is nothing here"):
+        next(numbers)
+    shown = run.console._stream
+    assert isinstance(shown, io.StringIO) and "number 2" in shown.getvalue()
+
+
+def test_results_come_one_by_one_from_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert list(zip(range(3), each_from_gpu_node(run, counts, gpus=1), strict=False)) == [(0, 0), (1, 1), (2, 2)]
 
 
 @pytest.mark.parametrize(("wanted", "gpus"), [(0, 0), (2, 4)])

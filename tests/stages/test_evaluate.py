@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
-from oar_scale.commands import sample
-from oar_scale.commands.sample import sample_images
+from oar_scale.commands.sample import SampleRequest, sample_pictures
+from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import ParallelConfig, Recipe
 from oar_scale.data.manifest import read_manifest, write_manifest
 from oar_scale.data.shards import read_shard, read_token_shard
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
 from oar_scale.errors import UserError
 from oar_scale.evaluation.evaluation_record import load_evaluation
+from oar_scale.generation import pretrained
 from oar_scale.generation.sampling import generate
 from oar_scale.model import AnyOrderModel, ModelSpec, load_model, save_model
 from oar_scale.model.spec import TextSpec
@@ -333,38 +335,49 @@ def test_images_of_one_caption_are_evaluated_unshuffled(copied: Callable[..., Ru
     assert evaluation.captions == ()
 
 
+def sample_from(run: Run, out: Path, *captions: str, **options: Any) -> NDArray[np.uint8]:
+    """What ``oar sample`` draws from the run's recipe."""
+    file = out.with_suffix(".yaml")
+    file.write_text(dump_recipe(run.recipe))
+    sample_pictures(SampleRequest(target=str(file), captions=captions, out=str(out), **options), say=lambda line: None)
+    return np.asarray(Image.open(out))
+
+
 def test_sample_draws_a_row_for_each_caption(finished: Run, tmp_path: Path) -> None:
-    out = str(tmp_path / "sheet.png")
-    assert sample_images(finished, ["a cat", "a red heart"], "ordered", out) == out
-    first = np.asarray(Image.open(out))
+    out, captions = tmp_path / "sheet.png", ("a cat", "a red heart")
+    first = sample_from(finished, out, *captions)
     assert first.shape == (2 * 128 + 8, 4 * 128 + 3 * 8, 3)
-    sample_images(finished, ["a cat", "a red heart"], "ordered", out)
-    assert np.array_equal(first, np.asarray(Image.open(out)))
-    sample_images(finished, ["a cat", "a red heart"], "control", out)
-    assert not np.array_equal(first, np.asarray(Image.open(out)))
+    assert np.array_equal(first, sample_from(finished, out, *captions))
+    assert not np.array_equal(first, sample_from(finished, out, *captions, model="control"))
+    assert not np.array_equal(first, sample_from(finished, out, *captions, seed=1))
 
 
 def test_sample_without_captions_draws_held_out_ones(finished: Run, tmp_path: Path) -> None:
-    out = str(tmp_path / "sheet.png")
-    sample_images(finished, None, "any_order", out)
-    assert Image.open(out).height == 3 * 128 + 2 * 8
+    sheet = sample_from(finished, tmp_path / "sheet.png", model="any_order", overrides=["sample.images=2"])
+    assert sheet.shape[0] == 2 * 128 + 8
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(finished.recipe))
+    for part in ("tokenizers", "models", "tokens", "images"):
+        (tmp_path / part).symlink_to(finished.local(part))
+    request = SampleRequest(target=str(tmp_path), model="any_order", overrides=["sample.images=2"], out=str(tmp_path / "moved.png"))
+    sample_pictures(request, say=lambda line: None)
+    assert np.array_equal(sheet, np.asarray(Image.open(tmp_path / "moved.png")))
 
 
 def test_sample_runs_on_the_device_in_the_precision_asked_for(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, used = str(tmp_path / "sheet.png"), list[tuple[torch.device, torch.dtype]]()
+    out, used = tmp_path / "sheet.png", list[tuple[torch.device, torch.dtype]]()
 
-    def noted(model: AnyOrderModel, *arguments: Any) -> Any:
+    def noted(model: AnyOrderModel, *arguments: Any, **options: Any) -> Any:
         used.append((next(model.parameters()).device, model.dtype))
-        return generate(model, *arguments)
+        return generate(model, *arguments, **options)
 
-    monkeypatch.setattr(sample, "generate", noted)
-    sample_images(finished, ["a cat"], "ordered", out, device="cpu", precision="fp32")
-    sample_images(finished, ["a cat"], "ordered", out)
+    monkeypatch.setattr(pretrained, "generate", noted)
+    sample_from(finished, out, "a cat", device="cpu", precision="fp32")
+    sample_from(finished, out, "a cat")
     assert used == [(torch.device("cpu"), torch.float32), (chosen_device(None), torch.bfloat16)]
     with pytest.raises(UserError, match="--device gpu: there are cpu, cuda"):
-        sample_images(finished, ["a cat"], "ordered", out, device="gpu")
+        sample_from(finished, out, "a cat", device="gpu")
 
 
 def test_sample_of_an_unknown_model_names_the_known_ones(finished: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="base, any_order, control, ordered"):
-        sample_images(finished, ["a cat"], "anyordre", str(tmp_path / "sheet.png"))
+        sample_from(finished, tmp_path / "sheet.png", "a cat", model="anyordre")

@@ -1,0 +1,66 @@
+"""``oar sample``: pictures for prompts."""
+
+from __future__ import annotations
+
+import argparse
+
+from oar_scale.cli.common import Subparsers, add_model, count, seed
+
+
+def add(verbs: Subparsers) -> None:
+    """Add ``oar sample``."""
+    text = "draw pictures for prompts"
+    verb = verbs.add_parser("sample", help=text, description=text)
+    verb.add_argument("target", metavar="MODEL", help="a recipe (the model of its run), the folder of a run, an exported folder")
+    verb.add_argument(
+        "captions", nargs="*", metavar="CAPTION", help="of a model of classes, a label; default: held-out captions of the run"
+    )
+    verb.add_argument(
+        "--prompts", metavar="FILE", help=".txt with a prompt a line; .csv or .jsonl with prompt, and number or seed if wanted"
+    )
+    add_model(verb, "which one of the run; default: ordered")
+    verb.add_argument(
+        "--out", metavar="PATH", help="a .png: one contact sheet; else a folder (or s3://): a file each; default: by the number"
+    )
+    verb.add_argument("--grid", action="store_true", help="a contact sheet, however many prompts there are")
+    verb.add_argument("--frames", metavar="FILE", help="also a .gif or .webp in which the pictures appear cell by cell, in their order")
+    verb.add_argument("--count", type=count, metavar="N", help="drawings of each prompt; default: 4 on a contact sheet, else 1")
+    verb.add_argument("--seed", type=seed, default=0, help="another one draws others; default: %(default)s")
+    verb.add_argument("--order", metavar="POLICY", help="the way through the cells, e.g. halton; default: sample.order")
+    verb.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="another setting: sample.top_p=0.9")
+    verb.add_argument("--batch", type=count, default=32, metavar="N", help="pictures drawn at once; default: %(default)s")
+    verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:NUMBER of this machine; default: a GPU where there is one")
+    verb.add_argument("--precision", choices=["bf16", "fp32"], help="of the model; default: parallel.precision of the run, else fp32")
+    verb.add_argument("--again", metavar="FILE.png", help="draw the picture of this file once more, as it says how it was drawn")
+    pool = verb.add_argument_group("for very many prompts")
+    pool.add_argument("--actors", type=count, metavar="N", help="draw in a pool of N Ray actors; --out gets tars (png, txt, json); resumes")
+    pool.add_argument("--gpus-per-actor", type=float, default=0, metavar="G", help="0.5: two share a GPU; default: 0, the CPU")
+    pool.add_argument("--status", action="store_true", help="how far the pool is that writes into --out, from any machine")
+    verb.set_defaults(run=_sample)
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    if arguments.target.lower().endswith((".yaml", ".yml")):  # a typing error is answered at once, before torch is imported
+        from oar_scale.config.loading import load_recipe
+
+        load_recipe(arguments.target, arguments.overrides)
+    from oar_scale.commands.sample import SampleRequest, draw_again, sample_pictures
+    from oar_scale.errors import UserError
+    from oar_scale.text import say
+
+    others = ("run", "again", "actors", "gpus_per_actor", "status")
+    request = SampleRequest(**{name: value for name, value in vars(arguments).items() if name not in others})
+    if arguments.actors or arguments.status:
+        from oar_scale.commands.sample_pool import sample_with_actors, show_sampling_status
+
+        if not arguments.status:
+            return sample_with_actors(request, arguments.actors, arguments.gpus_per_actor, say)
+        show_sampling_status(request, say)
+        return 0
+    if arguments.again and (arguments.captions or arguments.prompts):
+        raise UserError(f"--again {arguments.again}: the file says what is drawn: leave out prompts")
+    if arguments.again:
+        say(draw_again(arguments.again, request))
+    else:
+        sample_pictures(request, say)
+    return 0
