@@ -6,12 +6,12 @@ import time
 
 from oar_scale.data.manifest import read_manifest
 from oar_scale.json_object import JsonObject
-from oar_scale.observe.formatting import duration
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.run.context import Run
 from oar_scale.shard_pool import Bounds, PoolReport, Timing
 from oar_scale.shard_pool.extraction_pool import ExtractionJob, extract_all
 from oar_scale.shard_pool.ledger import Record
+from oar_scale.shard_pool.pool_messages import event_message
 from oar_scale.storage.patience import patient
 
 
@@ -49,7 +49,7 @@ def run_extract(run: Run) -> JsonObject:
 
         def event(kind: str, fields: Record) -> None:
             log.emit(kind, **fields)
-            if message := _message(kind, fields):
+            if message := event_message(kind, fields):
                 tally.note(message)
 
         report = extract_all(
@@ -77,34 +77,3 @@ def run_extract(run: Run) -> JsonObject:
         "late": report.stragglers,
         "poison": report.poison,
     }
-
-
-def _message(kind: str, fields: Record) -> str:
-    """The console's line about an event of the pool; empty for events that are part of every extraction."""
-    match kind:
-        case "retry":
-            return f"{fields['shard']}: attempt {fields['attempt']} on another actor; {fields['error']}"
-        case "poison":
-            return f"{fields['shard']}: set aside; {fields['error']}"
-        case "late":
-            return f"{fields['shard']}: takes far longer than the others, another actor does it as well"
-        case "taken_over":
-            return f"{fields['shard']}: taken over from {fields['holder']}, which is gone"
-        case "helping":
-            return f"another pool works on these orders (host {fields['host']}, pid {fields['pid']}): this one helps it"
-        case "waiting":
-            return f"no actor could start in {duration(fields['seconds'])}: no capacity in the cluster, or a model that takes long to load"
-        case "not_hiring":
-            return f"a worker could not be made: no more are tried for {duration(fields['seconds'])}; {fields['error']}"
-        case "sick_host":
-            return f"{fields['host']} is left out: shards fail there one after the other, and not elsewhere; {fields['error']}"
-        case "lost_output":
-            return f"{fields['shard']}: extracted again, {fields['error']}"
-        case "storage":
-            return f"the storage cannot be looked through: {fields['error']}"
-        case "draining":
-            return f"{fields['reason']}: {fields['running']} shards that are being done have {duration(fields['grace_s'])} to end"
-        case "drained":
-            return f"{fields['finished']} of them ended, {fields['handed_back']} are handed back"
-        case _:
-            return ""
