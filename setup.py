@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["oar_scale", "oar_scale.*"]),
-    package_data={"": ["*.j2", "*.yaml", "py.typed"]},
+    package_data={"": ["*.j2", "*.yaml", "py.typed"], "oar_scale.serve": ["static/*"]},
     entry_points={"console_scripts": ["oar = oar_scale.cli:command"]},
     install_requires=[
         "boto3>=1.44",

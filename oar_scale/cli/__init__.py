@@ -6,6 +6,7 @@ oar extract RECIPE [--status|--verify|--compare|--array I/N]  an order for every
 oar train RECIPE [--stage pretrain|finetune|control]
 oar sample MODEL [CAPTION ... | --prompts FILE] [--out FILE.png | --out FOLDER]
 oar edit IMAGE ... --mask FILE | --box L,T,R,B | --expand SIDE=N --prompt TEXT
+oar serve MODEL [--host HOST] [--port PORT]                   draw and edit in a browser, or by OpenAI's API for images
 oar orders RECIPE [--against FOLDER] [--train-head]             what the orders look like; a head that predicts them
 oar recipe RECIPE [--origin]
 oar status RUN                                                one screen about a run: its folder, recipe or s3://
@@ -34,7 +35,7 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from oar_scale import __version__
-from oar_scale.cli import checkpoint, data, edit, extract, observe, orders, plan, run, sample, submit
+from oar_scale.cli import checkpoint, data, edit, extract, observe, orders, plan, run, sample, serve, submit
 from oar_scale.errors import Requeue, UserError
 from oar_scale.redaction import redact
 from oar_scale.runtime.gpu_settings import gpu_settings
@@ -108,6 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="oar", description="Ordered autoregressive image generation, trained at scale.")
     parser.add_argument("--version", action="version", version=f"oar_scale {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for module in (run, sample, edit, plan, submit, extract, observe, data, checkpoint, orders):
+    for module in (run, sample, edit, serve, plan, submit, extract, observe, data, checkpoint, orders):
         module.add(verbs)
     return parser

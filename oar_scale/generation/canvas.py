@@ -31,6 +31,17 @@ _DRAWN_FROM = 128
 """The grey of a mask from which on a pixel is drawn."""
 
 
+class Shown(NamedTuple):
+    """The model's square with a picture on it, as the image tokenizer is shown it."""
+
+    pixels_3SS: Tensor
+    """In [-1, 1], grey beside the picture; where it is hidden, too."""
+    marked_SS: Tensor
+    """bool: has some of the pixels that are to be drawn."""
+    beside_SS: Tensor
+    """bool: lies beside the picture."""
+
+
 @dataclass(frozen=True)
 class Canvas:
     """One picture on the model's square."""
@@ -62,6 +73,10 @@ class Canvas:
         """The pixels of the square [S, S] that are beside the picture."""
         width, height = self._inner_size()
         return self._square(np.zeros((height, width), dtype=np.bool_), beside=True)
+
+    def shown(self, *, hide: bool) -> Shown:
+        """All that the image tokenizer is shown of it; with ``hide`` nothing of what is to be drawn."""
+        return Shown(self.pixels(hide=hide), self.drawn(), self.beside())
 
     def pixels(self, *, hide: bool) -> Tensor:
         """The square as the image tokenizer takes it, [3, S, S], grey beside the picture; with ``hide``, where it is to be drawn, too."""

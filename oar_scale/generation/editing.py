@@ -24,9 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from oar_scale.errors import UserError
-from oar_scale.generation.canvas import Canvas, to_picture
+from oar_scale.generation.canvas import Canvas, Shown, to_picture
 from oar_scale.generation.sampling import Generated, Known, generate
-from oar_scale.generation.seen_codes import DEFAULT_FILLS, Fill, cells_of, pixels_of, seen_codes
+from oar_scale.generation.seen_codes import DEFAULT_FILLS, Fill, SeenCodes, cells_of, pixels_of, seen_codes
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.orders.policies import LateOrder
@@ -160,19 +160,24 @@ def edit_canvases(
 
 def see(model: AnyOrderModel, vq: ImageTokenizer, canvas: Canvas, condition_TD: Tensor, options: EditOptions) -> SeenCanvas:
     """Find the codes of the cells that are not to be drawn. Raises UserError for a fill that there is not."""
-    shown_3SS = canvas.pixels(hide=options.strength == 1)
-    pixels_3SS, marked_SS, beside_SS = (each.to(condition_TD.device) for each in (shown_3SS, canvas.drawn(), canvas.beside()))
+    shown = canvas.shown(hide=options.strength == 1)
+    return SeenCanvas(canvas, shown.pixels_3SS, *known_cells(model, vq, shown, condition_TD, options))
+
+
+def known_cells(model: AnyOrderModel, vq: ImageTokenizer, shown: Shown, condition_TD: Tensor, options: EditOptions) -> SeenCodes:
+    """The same of a canvas whose picture is not at hand. Of its marked pixels nothing may be shown, unless ``strength`` is below 1."""
+    pixels_3SS, marked_SS, beside_SS = (each.to(condition_TD.device) for each in shown)
     if options.strength == 1:
-        return SeenCanvas(canvas, shown_3SS, *seen_codes(vq, pixels_3SS, marked_SS | beside_SS, options.fills, options.ring))
-    codes_N, known_N = seen_codes(vq, pixels_3SS, beside_SS, options.fills)
+        return seen_codes(vq, pixels_3SS, marked_SS | beside_SS, options.fills, options.ring)
+    seen = seen_codes(vq, pixels_3SS, beside_SS, options.fills)
     marked_N = cells_of(marked_SS, vq.spec.grid)
-    open_N = marked_N & known_N
+    open_N = marked_N & seen.known_N
     count = min(math.ceil(options.strength * int(marked_N.sum())), int(open_N.sum()))
-    if count:
-        score_M = expected(model, codes_N, known_N & ~marked_N, open_N, condition_TD)
-        least_m = open_N.nonzero()[:, 0][score_M.argsort(stable=True)[:count]]
-        known_N = known_N.scatter(0, least_m, False)
-    return SeenCanvas(canvas, shown_3SS, codes_N, known_N)
+    if not count:
+        return seen
+    score_M = expected(model, seen.codes_N, seen.known_N & ~marked_N, open_N, condition_TD)
+    least_m = open_N.nonzero()[:, 0][score_M.argsort(stable=True)[:count]]
+    return seen._replace(known_N=seen.known_N.scatter(0, least_m, False))
 
 
 def known_first(codes_BN: Tensor, known_BN: Tensor, sequence_BN: Tensor | None = None) -> Known:

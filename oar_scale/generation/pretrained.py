@@ -125,7 +125,7 @@ class Pretrained:
         """As :meth:`sample`, but return codes, orders, scores and passes."""
         condition_BTD = self._condition(prompts)
         images_B = np.arange(len(condition_BTD)) if images is None else np.asarray(images, dtype=np.int64)
-        order_BN = self._order(order, images_B, seed)
+        order_BN = self.orders(order, images_B, seed)
         return generate(self.model, condition_BTD, self.settings(**choices), seed, order_BN, images_B=images_B)
 
     def edit(
@@ -171,7 +171,7 @@ class Pretrained:
         images_B = np.arange(len(canvases)) if numbers is None else np.asarray(numbers, dtype=np.int64)
         if len(images_B) != len(canvases):
             raise UserError(f"numbers has {len(images_B)} of them for {len(canvases)} pictures")
-        order_BN = self._order(order, noise_numbers(images_B, options.variations), seed)
+        order_BN = self.orders(order, noise_numbers(images_B, options.variations), seed)
         return edit_canvases(self.model, vq, canvases, condition_BTD, self.settings(**choices), options, seed, order_BN, images_B)
 
     def settings(self, **choices: Unpack[Choices]) -> SampleSettings:
@@ -277,7 +277,8 @@ class Pretrained:
     def _policy(self, order: str | None) -> str:
         return order or self.defaults.order or own_policy(self.model)
 
-    def _order(self, order: Order | None, images_B: Images, seed: int) -> Tensor | LateOrder | None:
+    def orders(self, order: Order | None, images_B: Images, seed: int) -> Tensor | LateOrder | None:
+        """The orders of images with these numbers, on the model's device; arguments and errors as :meth:`sample`."""
         if order is None or isinstance(order, str):
             request = OrderRequest(self.model, torch.from_numpy(images_B), seed, self.bundle.orders, self.bundle.model)
             return sampling_order(self._policy(order), request, "order")

@@ -1,0 +1,217 @@
+"""``oar serve`` beside the bare engine: throughput and latency with 1, 8 and 64 clients, and memory with a thousand requests at once.
+
+    python tools/benchmarks/serving.py
+    python tools/benchmarks/serving.py --clients 8 --rounds 5 --seconds 20
+
+A client asks for one image by ``POST /v1/images/generations``, waits for it, and asks again; each request has a seed of its own. The bare
+engine is ``model.sample`` (``generate`` and the image tokenizer) with batches of as many images as there are clients, in a process of its
+own. Both sides have one thread for the model. They run in fresh processes, in alternation; the ratio is the median over the rounds.
+
+The burst sends its requests all at once, to a server whose queue takes 128: most are refused. Memory is the largest the server's process
+had (VmHWM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from measure import alternate, in_fresh_process, machine, median_ratio, table
+
+EMOJI = Path(__file__).resolve().parents[2] / "recipes" / "weights" / "emoji"
+CAPTIONS = ("a red apple", "a smiling cat", "evergreen tree", "police car", "thumbs up", "birthday cake", "rocket", "umbrella")
+SERVED, BARE, BURST = "oar serve", "bare engine", "burst"
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(EMOJI))
+    parser.add_argument("--clients", default="1,8,64", help="several with commas between")
+    parser.add_argument("--slots", type=int, help="of the server; default: its own")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--burst", type=int, default=1000, help="requests at once; 0: none")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    if arguments.side:
+        print(json.dumps({BARE: bare, SERVED: served, BURST: burst}[arguments.side](arguments)))
+        return
+
+    def run(side: str) -> dict[str, Any]:
+        return in_fresh_process(__file__, [*sys.argv[1:], "--side", side], threads=1)
+
+    results = alternate([BARE, SERVED], arguments.rounds, run)
+    rows = []
+    for clients in arguments.clients.split(","):
+        ours, engine = ([run[clients] for run in results[side]] for side in (SERVED, BARE))
+        latencies = sorted(second for run in ours for second in run["latencies"])
+        speeds = [[run["images_per_s"] for run in side] for side in (ours, engine)]
+        costs = [[run["cpu_s_per_image"] for run in side] for side in (ours, engine)]
+        rows.append(
+            [
+                clients,
+                *(f"{statistics.median(each):.1f}" for each in speeds),
+                f"{median_ratio(*speeds):.2f}",
+                *(f"{statistics.median(each) * 1000:.0f}" for each in costs),
+                *(f"{latencies[min(len(latencies) - 1, int(len(latencies) * share))] * 1000:.0f}" for share in (0.5, 0.95)),
+            ]
+        )
+    print(machine(arguments.device, 1), end="\n\n")
+    head = ["clients", "images/s", "bare engine", "ratio", "CPU ms an image", "bare engine", "latency p50, ms", "p95, ms"]
+    print(table(head, rows))
+    if arguments.burst:
+        told = run(BURST)
+        print(f"\n{arguments.burst} requests at once: {told['answers']}; {told['seconds']:.1f} s; largest memory {told['before']:.0f} MiB")
+        print(
+            f"before (64 requests), {told['after']:.0f} MiB after; {told['edits']:.0f} MiB after as many edits of pictures of 4 megapixels"
+        )
+
+
+def bare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Images per second of ``model.sample`` for each number of clients."""
+    import torch
+
+    import oar_scale
+
+    torch.set_num_threads(1)
+    model = oar_scale.load(arguments.model).to(arguments.device)
+    result = {}
+    for clients in arguments.clients.split(","):
+        captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(int(clients))]
+        model.sample(captions, seed=0)
+        images, start, cpu = 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() - start < arguments.seconds:
+            model.sample(captions, seed=images + 1)
+            images += len(captions)
+        result[clients] = {
+            "images_per_s": images / (time.perf_counter() - start),
+            "cpu_s_per_image": (time.process_time() - cpu) / images,
+        }
+    return result
+
+
+def served(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Images per second and seconds of each request, for each number of clients."""
+    with server(arguments) as (process, url):
+        return {clients: asyncio.run(load(arguments, process, url, int(clients))) for clients in arguments.clients.split(",")}
+
+
+async def load(arguments: argparse.Namespace, process: int, url: str, clients: int) -> dict[str, Any]:
+    """So many clients, each with one request after the other."""
+    import httpx
+
+    latencies: list[float] = []
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=clients), trust_env=False) as http:
+
+        async def client(number: int, end: float) -> None:
+            count = 0
+            while time.perf_counter() < end:
+                begun, count = time.perf_counter(), count + 1
+                body = {"prompt": CAPTIONS[number % len(CAPTIONS)], "seed": number * 1_000_000 + count}
+                (await http.post("/v1/images/generations", json=body)).raise_for_status()
+                latencies.append(time.perf_counter() - begun)
+
+        async def all_clients(seconds: float) -> None:
+            await asyncio.gather(*(client(number, time.perf_counter() + seconds) for number in range(clients)))
+
+        await all_clients(0.5)
+        latencies.clear()
+        start, cpu = time.perf_counter(), cpu_seconds(process)
+        await all_clients(arguments.seconds)
+        seconds = time.perf_counter() - start
+    return {
+        "images_per_s": len(latencies) / seconds,
+        "cpu_s_per_image": (cpu_seconds(process) - cpu) / len(latencies),
+        "latencies": latencies,
+    }
+
+
+def burst(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A number of requests at once: how they were answered, and the server's memory."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    buffer, side = io.BytesIO(), 2048
+    photo = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    mask = np.full((side, side, 1), 255, dtype=np.uint8)
+    mask[: side // 2] = 0
+    Image.fromarray(np.concatenate([photo, mask], axis=2)).save(buffer, format="PNG")
+    with server(arguments) as (process, url):
+        asyncio.run(at_once(url, 64, {}))
+        before, start = peak_mib(process), time.perf_counter()
+        answers = asyncio.run(at_once(url, arguments.burst, {}))
+        seconds, after = time.perf_counter() - start, peak_mib(process)
+        asyncio.run(at_once(url, arguments.burst, {"image": buffer.getvalue()}))
+        edits = peak_mib(process)
+    text = ", ".join(f"{count} with status {status}" for status, count in sorted(answers.items()))
+    return {"answers": text, "seconds": seconds, "before": before, "after": after, "edits": edits}
+
+
+async def at_once(url: str, count: int, files: dict[str, bytes]) -> Counter[str]:
+    """The statuses of so many requests."""
+    import httpx
+
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=count), trust_env=False) as http:
+
+        async def ask(number: int) -> str:
+            body = {"prompt": CAPTIONS[number % len(CAPTIONS)], "seed": number}
+            try:
+                if files:
+                    return str((await http.post("/v1/images/edits", data=body, files=files)).status_code)
+                return str((await http.post("/v1/images/generations", json=body)).status_code)
+            except httpx.TransportError as error:  # refused before all of its body was sent
+                return type(error).__name__
+
+        return Counter(await asyncio.gather(*map(ask, range(count))))
+
+
+@contextmanager
+def server(arguments: argparse.Namespace) -> Iterator[tuple[int, str]]:
+    """``oar serve`` in a process of its own: its number and address."""
+    command = [sys.executable, "-m", "oar_scale.cli", "serve", arguments.model, "--port", "0", "--device", arguments.device]
+    command += ["--slots", str(arguments.slots)] if arguments.slots else []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if " on http" not in line:
+                raise SystemExit("the server did not start")
+            yield process.pid, line.split(" on ")[1].split()[0]
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+def cpu_seconds(process: int) -> float:
+    """What a process has computed, all threads together."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def peak_mib(process: int) -> float:
+    """The most memory a process has had."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+if __name__ == "__main__":
+    main()
