@@ -92,7 +92,7 @@ def device_hash(purpose: str, *keys: int | Tensor) -> Tensor:
     leading, state = list[int](), None
     for key in keys:
         if state is not None:
-            state = _splitmix64(state ^ (_signed(_bits(key)) if isinstance(key, int) else key))
+            state = _splitmix64(state ^ (signed_bits(key) if isinstance(key, int) else key))
         elif isinstance(key, int):
             leading.append(_bits(key))
         else:
@@ -107,6 +107,11 @@ def _splitmix64(x: Tensor) -> Tensor:
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
     return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def signed_bits(key: int) -> int:
+    """An integer as the int64 with its lowest 64 bits, which the hash counts: of a key in a tensor."""
+    return _signed(_bits(key))
 
 
 def _bits(key: int) -> int:

@@ -1,4 +1,4 @@
-"""Drawing codes: guided logits in, codes out, by the Gumbel-max trick.
+"""Drawing codes, and the cells they are for: guided logits in, codes out, by the Gumbel-max trick.
 
     code = argmax over v of  logit_v / temperature + g_v          over the codes that top_k, top_p and min_p leave
 
@@ -9,12 +9,15 @@ the same logits gives the same code, whatever was asked in between, in any batch
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from oar_scale.generation.settings import SampleSettings
-from oar_scale.orders.selection import CounterRNG
+from oar_scale.model.transformer import CodeHead
+from oar_scale.orders.scores import score_logits, score_rows
+from oar_scale.orders.selection import CounterRNG, pick_several
 
 
 def guided_rows(rows_GMD: Tensor, scale: float | Tensor) -> Tensor:
@@ -27,6 +30,59 @@ def guided_rows(rows_GMD: Tensor, scale: float | Tensor) -> Tensor:
     conditional_BMD, null_BMD = rows_GMD.unflatten(0, (-1, 2)).unbind(1)
     weight = scale[:, :, None].to(rows_GMD.dtype) if isinstance(scale, Tensor) else scale
     return torch.lerp(null_BMD, conditional_BMD, weight)
+
+
+class Drawn(NamedTuple):
+    """M cells of each image, first placed first."""
+
+    candidate_BM: Tensor
+    """The places of their rows among those that were asked about."""
+    cells_BM: Tensor
+    codes_BM: Tensor
+    score_BM: Tensor
+    """As ``Generated.score_BN``."""
+
+
+def draw_next(head: CodeHead, rows_BMD: Tensor, cells_BM: Tensor, settings: SampleSettings, rng: CounterRNG) -> Drawn:
+    """Codes for M cells, from guided rows about them."""
+    logits_BMV = head(rows_BMD).float()
+    score_R = score_logits("max_prob", logits_BMV.flatten(0, 1), cells_BM.flatten())
+    at_BM = torch.arange(cells_BM.shape[1], device=cells_BM.device).expand_as(cells_BM)
+    return Drawn(at_BM, cells_BM, draw_codes(logits_BMV, cells_BM, settings, rng), score_R.view_as(cells_BM))
+
+
+def draw_most_confident(
+    head: CodeHead,
+    rows_BRD: Tensor,
+    cells_BR: Tensor,
+    size: int,
+    settings: SampleSettings,
+    rng: CounterRNG,
+    step: int | Tensor,
+    empty_BR: Tensor | None = None,
+) -> Drawn:
+    """The ``size`` most confident of R cells, and codes for them, from guided rows about the cells.
+
+    Args:
+        cells_BR: the empty cells in raster order.
+        step: the number of cells that are there, one for all images or [B, 1]: its noise is added to the cells' confidence.
+        empty_BR: which of the cells are empty, where an image has fewer than R of them; None: all.
+    """
+    confidence_BR = score_rows(head.weight, rows_BRD.flatten(0, 1), "max_prob", cells_BR.flatten()).view_as(cells_BR)
+    wanted_BR = confidence_BR
+    if settings.order_temperature:
+        wanted_BR = confidence_BR + settings.order_temperature * rng.gumbel(step).gather(1, cells_BR)
+    if empty_BR is not None:
+        wanted_BR = wanted_BR.masked_fill(~empty_BR, -torch.inf)
+    first_R = torch.arange(cells_BR.shape[1], device=cells_BR.device).flip(0)  # of equals the first in raster order
+    chosen_BM = pick_several(wanted_BR, first_R.expand_as(cells_BR), size)
+    # Scores need no logits of all cells at once; those of the chosen ones alone are computed to draw their codes.
+    chosen_BMD = rows_BRD.gather(1, chosen_BM[:, :, None].expand(-1, -1, rows_BRD.shape[2]))
+    cells_BM = cells_BR.gather(1, chosen_BM)
+    codes_BM = draw_codes(head(chosen_BMD).float(), cells_BM, settings, rng)
+    # A cell that is not a number is never the best of the others: who chose among such is not to be trusted, either.
+    no_number_B1 = wanted_BR.isnan().any(1, keepdim=True)
+    return Drawn(chosen_BM, cells_BM, codes_BM, confidence_BR.gather(1, chosen_BM).masked_fill(no_number_B1, torch.nan))
 
 
 def draw_codes(logits_BMV: Tensor, cells_BM: Tensor, settings: SampleSettings, rng: CounterRNG) -> Tensor:

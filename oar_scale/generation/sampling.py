@@ -39,15 +39,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oar_scale.generation.drafting import Placing, draw_drafted
-from oar_scale.generation.drawing import draw_codes, guided_rows
+from oar_scale.generation.drawing import draw_most_confident, draw_next, guided_rows
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder, Prefix
 from oar_scale.model.cache import padded_candidates, static_pays
 from oar_scale.model.row_layout import Placed
 from oar_scale.model.steps import Outputs, Steps
 from oar_scale.orders.policies import LateOrder
-from oar_scale.orders.scores import score_logits, score_rows
-from oar_scale.orders.selection import CounterRNG, Images, check_numbers, empty_cells, pick_several
+from oar_scale.orders.selection import CounterRNG, Images, check_numbers, empty_cells
 from oar_scale.orders.step_sizes import cells_per_step
 
 
@@ -98,13 +97,12 @@ def generate(
             or lie outside the grid, or codes outside the vocabulary; a layout that cannot do what the settings want.
         ArithmeticError: the model's logits are not numbers.
     """
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout changes its answers: call model.eval() first")
+    check_eval(model)
     batch, device, cells = len(condition_BTD), condition_BTD.device, model.spec.cells
     if known is None:
         nothing = torch.empty(batch, 0, dtype=torch.long, device=device)
         known = Known(nothing, nothing)
-    counts_B = _check(model, batch, order_BN if isinstance(order_BN, Tensor) else None, known)
+    counts_B = known_counts(model, batch, order_BN if isinstance(order_BN, Tensor) else None, known)
     images_B = np.arange(batch) if images_B is None else images_B
     if len(images_B) != batch:
         raise ValueError(f"images_B has {len(images_B)} numbers for {batch} images")
@@ -149,7 +147,7 @@ class _Drawing:
         )
         for images in self.same_count():
             self.keep(images, 0, *(each_BK[images, : int(counts_B[images.start])] for each_BK in known))
-        self.sequence_BN = _sequence(order, known, counts_B) if isinstance(order, Tensor) else None
+        self.sequence_BN = sequence(order, known, counts_B) if isinstance(order, Tensor) else None
         """All cells as they are placed; of a late order, what is known of it by now."""
         if isinstance(order, LateOrder):
             self.sequence_BN = torch.zeros_like(self.drawn.order_BN)
@@ -271,25 +269,16 @@ class _Group:
         self, prefix: Prefix, empty_BN: Tensor, number: int | Tensor, scale: float | Tensor, asked: int, size: int
     ) -> _Step:
         """The step of :meth:`_place_most_confident`, which asks about at least all empty cells."""
-        empty_BR = empty_cells(empty_BN, asked)
-        candidates = self.decoder.candidate_rows(prefix, self._branches(empty_BR))
+        cells_BR = empty_cells(empty_BN, asked)
+        candidates = self.decoder.candidate_rows(prefix, self._branches(cells_BR))
         rows_BRD, head = self._guide(candidates.rows_BRD, scale), self.drawing.model.output
-        confidence_BR = score_rows(head.weight, rows_BRD.flatten(0, 1), "max_prob", empty_BR.flatten()).view_as(empty_BR)
-        wanted_BR = confidence_BR
-        if self.settings.order_temperature:
-            wanted_BR = confidence_BR + self.settings.order_temperature * self.rng.gumbel(number).gather(1, empty_BR)
-        if prefix.static:  # behind the empty cells come others, to fill up
-            wanted_BR = wanted_BR.masked_fill(~empty_BN.gather(1, empty_BR), -torch.inf)
-        first_R = torch.arange(empty_BR.shape[1], device=empty_BR.device).flip(0)  # of equals the first in raster order
-        chosen_BM = pick_several(wanted_BR, first_R.expand_as(empty_BR), size)
-        # Scores need no logits of all cells at once; those of the chosen ones alone are computed to draw their codes.
-        chosen_BMD = rows_BRD.gather(1, chosen_BM[:, :, None].expand(-1, -1, rows_BRD.shape[2]))
-        cells_BM = empty_BR.gather(1, chosen_BM)
-        codes_BM = draw_codes(head(chosen_BMD).float(), cells_BM, self.settings, self.rng)
-        prefix = self.decoder.commit(prefix, candidates, self._branches(chosen_BM[:, 0]), self._branches(codes_BM[:, 0]))
+        empty_BR = empty_BN.gather(1, cells_BR) if prefix.static else None  # behind the empty cells come others, to fill up
+        drawn = draw_most_confident(head, rows_BRD, cells_BR, size, self.settings, self.rng, number, empty_BR)
+        winner_B, cells_BM, codes_BM = drawn.candidate_BM[:, 0], drawn.cells_BM, drawn.codes_BM
+        prefix = self.decoder.commit(prefix, candidates, self._branches(winner_B), self._branches(codes_BM[:, 0]))
         # The rows of the others did not see the cells placed in the same step before them, so they are computed again.
         prefix = self.decoder.prefill(prefix, self._branches(cells_BM[:, 1:]), self._branches(codes_BM[:, 1:]))
-        return prefix, (cells_BM, codes_BM, confidence_BR.gather(1, chosen_BM))
+        return prefix, drawn[1:]
 
     def _place_next(self, cells_BM: Tensor) -> None:
         """Place the next M cells of the order in one pass."""
@@ -304,15 +293,13 @@ class _Group:
         else:
             candidates = None
             rows_GMD = self.decoder.parallel_rows(prefix, self._branches(cells_BM))
-        logits_BMV = self.drawing.model.output(self._guide(rows_GMD, scale)).float()
-        codes_BM = draw_codes(logits_BMV, cells_BM, self.settings, self.rng)
+        drawn = draw_next(self.drawing.model.output, self._guide(rows_GMD, scale), cells_BM, self.settings, self.rng)
         if candidates:
-            code_G = self._branches(codes_BM[:, 0])
+            code_G = self._branches(drawn.codes_BM[:, 0])
             prefix = self.decoder.commit(prefix, candidates, torch.zeros_like(code_G), code_G)
         else:
-            prefix = self.decoder.place_parallel(prefix, self._branches(cells_BM), self._branches(codes_BM))
-        scores_R = score_logits("max_prob", logits_BMV.flatten(0, 1), cells_BM.flatten())
-        return prefix, (codes_BM, scores_R.view_as(cells_BM))
+            prefix = self.decoder.place_parallel(prefix, self._branches(cells_BM), self._branches(drawn.codes_BM))
+        return prefix, (drawn.codes_BM, drawn.score_BM)
 
     def _empty_cells(self) -> Tensor:
         """The empty cells, bool [B, N]."""
@@ -338,7 +325,13 @@ class _Group:
         return guided_rows(rows_GRD, scale) if self.settings.guided else rows_GRD
 
 
-def _sequence(order_BN: Tensor, known: Known, counts_B: NDArray[np.int64]) -> Tensor:
+def check_eval(model: AnyOrderModel) -> None:
+    """Raises ValueError for a model in training mode."""
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout changes its answers: call model.eval() first")
+
+
+def sequence(order_BN: Tensor, known: Known, counts_B: NDArray[np.int64]) -> Tensor:
     """All cells [B, N] as they are placed: those that are known, then the others in the given order."""
     cells, device = order_BN.shape[1], order_BN.device
     count_B1 = torch.from_numpy(counts_B).to(device)[:, None]
@@ -350,7 +343,7 @@ def _sequence(order_BN: Tensor, known: Known, counts_B: NDArray[np.int64]) -> Te
     return torch.where(place_N < count_B1, known_first_BN, rest_BN.gather(1, (place_N - count_B1).clamp_min(0)))
 
 
-def _check(model: AnyOrderModel, batch: int, order_BN: Tensor | None, known: Known) -> NDArray[np.int64]:
+def known_counts(model: AnyOrderModel, batch: int, order_BN: Tensor | None, known: Known) -> NDArray[np.int64]:
     """The number of known cells of each image. Raises ValueError for an order or for known cells that cannot be."""
     cells, vocab, device = model.spec.cells, model.spec.vocab_size, known.cells_BK.device
     raster_BN = torch.arange(cells, device=device).expand(batch, -1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,14 @@ class Heads(NamedTuple):
     v: Tensor
 
 
+class KVPlace(Protocol):
+    """Where keys and values of rows go."""
+
+    def write(self, keys_BGLd: Tensor, values_BGLd: Tensor) -> None:
+        """Take the keys and values of these rows, [B, kv_heads, L, head_dim] each."""
+        ...
+
+
 class KVSlice(NamedTuple):
     """Keys and values of some rows, [B, kv_heads, L, head_dim] each: views into the cache, through which it is written and read."""
 
@@ -122,7 +130,7 @@ class KVSlice(NamedTuple):
     values: Tensor
 
     def write(self, keys_BGLd: Tensor, values_BGLd: Tensor) -> None:
-        """Take the keys and values of these rows."""
+        """As :meth:`KVPlace.write`."""
         self.keys.copy_(keys_BGLd)
         self.values.copy_(values_BGLd)
 
@@ -132,12 +140,17 @@ class KVRows(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    at_L: Tensor
+    at: Tensor
+    """[L], or [B, L] where each image has its own."""
 
     def write(self, keys_BGLd: Tensor, values_BGLd: Tensor) -> None:
-        """As :meth:`KVSlice.write`."""
-        self.keys.index_copy_(2, self.at_L, keys_BGLd.to(self.keys.dtype))
-        self.values.index_copy_(2, self.at_L, values_BGLd.to(self.values.dtype))
+        """As :meth:`KVPlace.write`."""
+        for old_BGCd, new_BGLd in ((self.keys, keys_BGLd), (self.values, values_BGLd)):
+            if self.at.ndim == 1:
+                old_BGCd.index_copy_(2, self.at, new_BGLd.to(old_BGCd.dtype))
+            else:
+                image_B1 = torch.arange(len(self.at), device=self.at.device)[:, None]
+                old_BGCd[image_B1, :, self.at] = new_BGLd.transpose(1, 2).to(old_BGCd.dtype)
 
 
 class Attention(nn.Module):
@@ -159,7 +172,7 @@ class Attention(nn.Module):
             q, k, v = rotate_heads(qkv_BLHd, rotation_BLP2, self.kv_heads)
         return Heads(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
-    def project_into(self, into: KVSlice | KVRows, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project_into(self, into: KVPlace, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> tuple[Tensor, Tensor]:
         """:meth:`project` for inference: keys and values go into the cache.
 
         Returns:
@@ -294,7 +307,7 @@ class Block(TrunkBlock):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec, Attention(spec))
 
-    def project_into(self, into: KVSlice | KVRows, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project_into(self, into: KVPlace, x_BLD: Tensor, rotation_BLP2: Tensor | None) -> tuple[Tensor, Tensor]:
         """:meth:`Attention.project_into` of the normalised rows."""
         return self.attention.project_into(into, self.attention_norm(x_BLD), rotation_BLP2)
 

@@ -1,10 +1,12 @@
 """The KV cache behind which rows pass the blocks: what they write to it, and what they see of it.
 
     slices      rows in use are a number of the program        what is seen is a view of those rows, written are the rows behind it
-    static      rows in use are a number on the device         all of the cache is seen, under a mask; rows are written by index
+    static      rows in use are a number on the device, or     all of the cache is seen, under a mask; rows are written by index
+                one for each image
 
 Slices compute nothing in vain, but every step is another program. Of static buffers nothing changes from step to step but numbers in
-tensors, so what was compiled or recorded of one step serves all that place as many cells (``steps.py``).
+tensors, so what was compiled or recorded of one step serves all that place as many cells (``steps.py``). How several parts of
+a cache are seen as one: ``abreast.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oar_scale.model.attention import attention_with_lse, merge_self_
-from oar_scale.model.blocks import KVRows, KVSlice
+from oar_scale.model.blocks import KVPlace, KVRows, KVSlice
 
 STATIC_ROWS = {"cuda": 2**12}
 """Rows of a step, of all images, up to which static buffers pay: a GPU takes longer to be told of a step than to do it. A CPU is told by
@@ -44,7 +46,7 @@ def padded_candidates(count: int, cells: int) -> int:
 class Pass(Protocol):
     """Rows on their way through the blocks."""
 
-    def into(self, pair: int) -> KVSlice | KVRows:
+    def into(self, pair: int) -> KVPlace:
         """Where a pair of the cache takes the keys and values of these rows."""
         ...
 
@@ -82,9 +84,9 @@ class CachePart(NamedTuple):
         """Where L rows of a pair are written."""
         return self.kv(pair, self.rows, self.rows + length)
 
-    def if_used(self, rows: int, then: Tensor, other: Tensor) -> Tensor:
-        """One tensor where just so many rows are in use, else the other, which has the shape of the result."""
-        return then.expand_as(other) if self.rows == rows else other
+    def alike_if(self, rows: int, x_BRD: Tensor) -> Tensor:
+        """Rows of images; where just so many rows of the cache are in use, the first row of each image in place of all."""
+        return x_BRD[:, :1].expand_as(x_BRD) if self.rows == rows else x_BRD
 
 
 class _Entering(NamedTuple):
@@ -136,34 +138,34 @@ class StaticPart(NamedTuple):
     pairs: Tensor
     """As of :class:`CachePart`."""
     rows: Tensor
-    """Rows in use, int64 []."""
+    """Rows in use, int64 [], or [B] where each image has its own."""
 
     def entering(self, length: int, groups: Sequence[int] | None = None) -> Pass:
         """As of :class:`CachePart`."""
         at_L, column_C = self._at(length), self._columns()
-        upto_L = at_L if groups is None else self.rows - 1 + _ends(groups, self.pairs.device)
-        return self._masked(at_L, column_C <= upto_L[:, None])
+        upto_L = at_L if groups is None else self.rows[..., None] - 1 + _ends(groups, self.pairs.device)
+        return self._masked(at_L, column_C <= upto_L[..., None])
 
     def asking(self, entering: int, count: int) -> Pass:
         """As of :class:`CachePart`."""
         at_L, column_C = self._at(entering + count), self._columns()
-        return self._masked(at_L, (column_C < self.rows + entering) | (column_C == at_L[:, None]))
+        return self._masked(at_L, (column_C < self.rows[..., None, None] + entering) | (column_C == at_L[..., None]))
 
     def looking(self) -> Pass:
         """As of :class:`CachePart`."""
-        return self._masked(self._at(0), (self._columns() < self.rows)[None])
+        return self._masked(self._at(0), self._columns() < self.rows[..., None, None])
 
     def behind(self, pair: int, length: int) -> KVRows:
         """As of :class:`CachePart`."""
         keys, values = self.pairs[pair]
         return KVRows(keys, values, self._at(length))
 
-    def if_used(self, rows: int, then: Tensor, other: Tensor) -> Tensor:
+    def alike_if(self, rows: int, x_BRD: Tensor) -> Tensor:
         """As of :class:`CachePart`."""
-        return torch.where(self.rows == rows, then, other)
+        return torch.where(self.rows[..., None, None] == rows, x_BRD[:, :1], x_BRD)
 
     def _at(self, length: int) -> Tensor:
-        return self.rows + torch.arange(length, device=self.pairs.device)
+        return self.rows[..., None] + torch.arange(length, device=self.pairs.device)
 
     def _columns(self) -> Tensor:
         return torch.arange(self.pairs.shape[4], device=self.pairs.device)
@@ -171,27 +173,29 @@ class StaticPart(NamedTuple):
     def _masked(self, at_L: Tensor, seen_LC: Tensor) -> Pass:
         # Numbers to add, once for all layers: of a bool mask attention would make them in each.
         bias_LC = torch.zeros(seen_LC.shape, dtype=self.pairs.dtype, device=at_L.device).masked_fill_(~seen_LC, -torch.inf)
-        return _Masked(self.pairs, at_L, bias_LC)
+        return _Masked(self.pairs, at_L, bias_LC if self.rows.ndim == 0 else bias_LC[:, None])
 
 
 class _Masked(NamedTuple):
     pairs: Tensor
-    at_L: Tensor
-    bias_LC: Tensor
+    at: Tensor
+    """[L] or [B, L]."""
+    bias: Tensor
+    """[L, C] or [B, 1, L, C]."""
 
     def into(self, pair: int) -> KVRows:
         keys, values = self.pairs[pair]
-        return KVRows(keys, values, self.at_L)
+        return KVRows(keys, values, self.at)
 
     def attend(self, pair: int, q_BHLd: Tensor, own_BHL: Tensor | None = None) -> Tensor:
         keys, values = self.pairs[pair]
         heads, groups = q_BHLd.shape[1], keys.shape[1]
         if heads == groups:
-            return F.scaled_dot_product_attention(q_BHLd, keys, values, attn_mask=self.bias_LC)
+            return F.scaled_dot_product_attention(q_BHLd, keys, values, attn_mask=self.bias)
         # No kernel of a GPU takes a mask and fewer heads of keys: the queries of a group become rows of one head.
-        bias_LC = self.bias_LC if len(self.bias_LC) == 1 else self.bias_LC.repeat(heads // groups, 1)
+        bias = self.bias if self.bias.shape[-2] == 1 else torch.cat([self.bias] * (heads // groups), dim=-2)
         q_BGQd = q_BHLd.unflatten(1, (groups, -1)).flatten(2, 3)
-        out_BGQd = F.scaled_dot_product_attention(q_BGQd, keys, values, attn_mask=bias_LC)
+        out_BGQd = F.scaled_dot_product_attention(q_BGQd, keys, values, attn_mask=bias)
         out_BHLd: Tensor = out_BGQd.unflatten(2, (heads // groups, -1)).flatten(1, 2)
         return out_BHLd
 
@@ -212,9 +216,7 @@ class Ahead(NamedTuple):
 
     def write(self, pair: int, new: KVSlice) -> None:
         """Take the rows' keys and values."""
-        image_B1 = torch.arange(len(self.at_BL), device=self.at_BL.device)[:, None]
-        for old_BGCd, new_BGLd in zip(self.pairs[pair], new, strict=True):
-            old_BGCd[image_B1, :, self.at_BL] = new_BGLd.transpose(1, 2)
+        KVRows(*self.pairs[pair], self.at_BL).write(*new)
 
     def seen(self, *, itself: bool) -> Tensor:
         """Which rows of the cache each row sees, bool [B, 1, L, C]: with ``itself`` its own, too."""

@@ -22,8 +22,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from oar_scale.model.abreast import Cache
 from oar_scale.model.blocks import Block, CrossBlock, KVSlice, SharedKV, TrunkBlock
-from oar_scale.model.cache import Ahead, CachePart, StaticPart, attention_with_mask
+from oar_scale.model.cache import Ahead, attention_with_mask
 from oar_scale.model.conditioning import Embedding
 from oar_scale.model.row_layout import Placed, RowLayout, Rows, Tables
 from oar_scale.model.spec import ModelSpec
@@ -97,13 +98,13 @@ class DecoupledRows(RowLayout):
             questions_BND = layer(questions_BND, asked_BNP2, keys, values)
         return questions_BND
 
-    def enter(self, layers: Iterable[nn.Module], cache: CachePart | StaticPart, rows: Rows, groups: Sequence[int] | None = None) -> Tensor:
+    def enter(self, layers: Iterable[nn.Module], cache: Cache, rows: Rows, groups: Sequence[int] | None = None) -> Tensor:
         """As :meth:`RowLayout.enter`, through the first half; the last pair of the cache is what questions see."""
         x_BLD = super().enter(self._halves(layers)[0], cache, rows, groups)
         cache.behind(self.depth, x_BLD.shape[1]).write(*self.shared(x_BLD, self.rotated(rows.cells_BL)))
         return x_BLD
 
-    def ask(self, layers: Iterable[nn.Module], cache: CachePart | StaticPart, entering: Rows | None, candidates: Rows) -> Tensor:
+    def ask(self, layers: Iterable[nn.Module], cache: Cache, entering: Rows | None, candidates: Rows) -> Tensor:
         """Candidate rows [B, R, D] after the second half. Nothing enters with them: ``joint`` is False."""
         x_BRD, rotation_BRP2 = candidates.x_BLD, self.rotated(candidates.cells_BL)
         seen = cache.looking()
@@ -112,7 +113,7 @@ class DecoupledRows(RowLayout):
             x_BRD = layer.finish(x_BRD, seen.attend(self.depth, q_BHRd))
         if self.spec.blind_start:
             # Equal but for rounding, which depends on the place in the batch: the first cell's row is made that of all of them.
-            x_BRD = cache.if_used(self.spec.condition.rows, x_BRD[:, :1], x_BRD)
+            x_BRD = cache.alike_if(self.spec.condition.rows, x_BRD)
         return x_BRD
 
     def ahead(self, layers: Iterable[nn.Module], cache: Ahead, rows: Rows, questions: Rows) -> Tensor:

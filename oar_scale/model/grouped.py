@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from oar_scale.model.blocks import LayerNorm
 from oar_scale.model.conditioning import Embedding
-from oar_scale.model.row_layout import Placed, RowLayout, Rows, Tables
+from oar_scale.model.row_layout import Placed, RowLayout, Rows, Tables, joined
 from oar_scale.model.spec import ModelSpec
 
 
@@ -68,7 +68,7 @@ class GroupedRows(RowLayout):
     def parallel(self, last: Placed, cells_BM: Tensor, tables: Tables) -> Rows:
         """The rows of the codes placed last, and the questions of M cells."""
         content, questions = self.candidates(last, cells_BM, tables)
-        return questions if content is None else Rows(*(torch.cat(pair, dim=1) for pair in zip(content, questions, strict=True)))
+        return questions if content is None else joined([content, questions], dim=1)
 
     def _at(self, cells_BL: Tensor, x_BLD: Tensor) -> Rows:
         """Rows at cells; the index of no cell, N, is that of position 0."""

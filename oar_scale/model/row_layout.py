@@ -27,8 +27,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from oar_scale.model.abreast import Cache
 from oar_scale.model.blocks import Block, KVSlice, TrunkBlock
-from oar_scale.model.cache import Ahead, CachePart, StaticPart, attention_with_mask
+from oar_scale.model.cache import Ahead, attention_with_mask
 from oar_scale.model.rope import cell_rotations
 from oar_scale.model.spec import ModelSpec
 
@@ -38,6 +39,17 @@ class Rows(NamedTuple):
 
     x_BLD: Tensor
     cells_BL: Tensor
+
+
+def joined(rows: Sequence[Rows], dim: int) -> Rows:
+    """Rows of the same images behind one another (dim 1), or rows of other images (dim 0)."""
+    return Rows(*(torch.cat(parts, dim) for parts in zip(*rows, strict=True)))
+
+
+def in_one_row(rows: Sequence[Rows]) -> Rows:
+    """Rows of all images, one image after the other, as those of one image: [1, L]."""
+    x_LD, cells_L = joined([Rows(x_BLD.flatten(0, 1), cells_BL.flatten()) for x_BLD, cells_BL in rows], dim=0)
+    return Rows(x_LD[None], cells_L[None])
 
 
 class Placed(NamedTuple):
@@ -145,7 +157,7 @@ class RowLayout(nn.Module):
         leaving_BND: Tensor = last(x_BLD, rotation_BLP2, causal=True, leaving=predicting)
         return leaving_BND
 
-    def enter(self, layers: Iterable[nn.Module], cache: CachePart | StaticPart, rows: Rows, groups: Sequence[int] | None = None) -> Tensor:
+    def enter(self, layers: Iterable[nn.Module], cache: Cache, rows: Rows, groups: Sequence[int] | None = None) -> Tensor:
         """Run L rows that see the cache and one another, and write them behind the rows in use.
 
         Args:
@@ -161,13 +173,13 @@ class RowLayout(nn.Module):
             x = layer.finish(x, new.attend(index, q))
         return x
 
-    def ask(self, layers: Iterable[nn.Module], cache: CachePart | StaticPart, entering: Rows | None, candidates: Rows) -> Tensor:
+    def ask(self, layers: Iterable[nn.Module], cache: Cache, entering: Rows | None, candidates: Rows) -> Tensor:
         """Candidate rows [B, R, D] as they leave the blocks: each sees the cache, the row that enters it (one at most) and itself.
 
         Their keys and values are written behind those of the cache and of the row that enters.
         """
         count = candidates.x_BLD.shape[1]
-        together = candidates if entering is None else Rows(*(torch.cat(pair, dim=1) for pair in zip(entering, candidates, strict=True)))
+        together = candidates if entering is None else joined([entering, candidates], dim=1)
         x, rotation_BLP2 = together.x_BLD, self.rotated(together.cells_BL)
         before = x.shape[1] - count
         new = cache.asking(before, count)
@@ -178,7 +190,7 @@ class RowLayout(nn.Module):
 
     def ahead(self, layers: Iterable[nn.Module], cache: Ahead, rows: Rows, questions: Rows) -> Tensor:
         """Rows, and behind them questions, [B, L, D] as they leave the blocks: each sees what it may of the cache, and itself."""
-        return self._ahead(layers, cache, Rows(*(torch.cat(pair, dim=1) for pair in zip(rows, questions, strict=True))))
+        return self._ahead(layers, cache, joined([rows, questions], dim=1))
 
     def _ahead(self, layers: Iterable[nn.Module], cache: Ahead, rows: Rows) -> Tensor:
         """Rows through blocks that write keys and values."""

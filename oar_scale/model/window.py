@@ -27,6 +27,12 @@ from oar_scale.model.row_layout import Placed, Rows
 from oar_scale.model.transformer import AnyOrderModel
 
 
+def check_drafts(model: AnyOrderModel) -> None:
+    """Raises ValueError for a layout that cannot ask for cells ahead."""
+    if model.spec.layout == "raster":
+        raise ValueError("layout raster cannot draft cells: it asks for no cell but the next one")
+
+
 class WindowDecoder:
     """The cache of B images along their orders, and questions about the cells ahead."""
 
@@ -39,9 +45,8 @@ class WindowDecoder:
         Raises:
             ValueError: a layout that cannot ask for cells ahead.
         """
+        check_drafts(model)
         layout = model.layout
-        if model.spec.layout == "raster":
-            raise ValueError("layout raster cannot draft cells: it asks for no cell but the next one")
         self.model, self.sequence_BN, self.width = model, sequence_BN, width
         self.decoder = Decoder(model)
         self.length = layout.stride * (width + 1) + (width if layout.keeps_questions else 2 * width + 1)

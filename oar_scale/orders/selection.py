@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oar_scale.data.hashing import device_gumbel, device_hash, device_permutations, device_uniform
+from oar_scale.data.hashing import device_gumbel, device_hash, device_permutations, device_uniform, signed_bits
 
 Images = NDArray[np.int64]
 """A number for each image of a batch."""
@@ -32,7 +32,8 @@ class CounterRNG:
     Each number is a function of (seed, image, draw, step or code, cell) alone, so it is the same in any batch, process and restart.
     """
 
-    seed: int
+    seed: int | Tensor
+    """One of all images, or int64 [B, 1]."""
     image_B1: Tensor
     """int64: a number for each image."""
     draw: int
@@ -47,13 +48,27 @@ class CounterRNG:
         image_B1 = torch.from_numpy(images_B.astype(np.int64)).to(device)[:, None]
         return cls(seed, image_B1, draw, cells, device_hash("code noise", seed, image_B1, draw))
 
-    def part(self, images: slice) -> CounterRNG:
+    @classmethod
+    def none(cls, images: int, cells: int, device: torch.device) -> CounterRNG:
+        """Room for the numbers of images with seeds of their own; see :meth:`put`."""
+        seed_B1, image_B1, code_B1 = torch.zeros(3, images, 1, dtype=torch.long, device=device)
+        return cls(seed_B1, image_B1, 0, cells, code_B1)
+
+    def put(self, place: int, seed: int, image: int) -> None:
+        """Take in an image, in place."""
+        assert isinstance(self.seed, Tensor)
+        one = CounterRNG.of(seed, np.array([image]), self.draw, self.cells, self.image_B1.device)
+        self.seed[place], self.image_B1[place], self.code_B1[place] = signed_bits(seed), one.image_B1[0], one.code_B1[0]
+
+    def part(self, images: slice | Tensor) -> CounterRNG:
         """Those of some of the images."""
-        return replace(self, image_B1=self.image_B1[images], code_B1=self.code_B1[images])
+        seed = self.seed[images] if isinstance(self.seed, Tensor) else self.seed
+        return replace(self, seed=seed, image_B1=self.image_B1[images], code_B1=self.code_B1[images])
 
     def ties(self) -> Tensor:
         """A rank of every cell of every image, int64 [B, N], the same at every step and in every draw: the highest of equals wins."""
-        return device_permutations("tie", self.cells, self.seed, self.image_B1[:, 0])
+        seed = self.seed[:, 0] if isinstance(self.seed, Tensor) else self.seed
+        return device_permutations("tie", self.cells, seed, self.image_B1[:, 0])
 
     def uniform(self, purpose: str, step: int | Tensor) -> Tensor:
         """Numbers in (0, 1) for each cell at a step, float64 [B, N]; or at a step of each cell's own."""
@@ -104,10 +119,15 @@ def empty_cells(empty_BN: Tensor, count: int) -> Tensor:
 def check_numbers(score_BN: Tensor) -> None:
     """Raises ArithmeticError for scores that are NaN."""
     if score_BN.isnan().any():
-        # The images cannot cause this: the model may be damaged, or the device that computed it.
-        raise ArithmeticError(
-            "the model's scores are not numbers (NaN): its weights are damaged, its precision is too low, or the device is broken"
-        )
+        raise no_numbers()
+
+
+def no_numbers() -> ArithmeticError:
+    """The error of scores that are NaN."""
+    # The images cannot cause this: the model may be damaged, or the device that computed it.
+    return ArithmeticError(
+        "the model's scores are not numbers (NaN): its weights are damaged, its precision is too low, or the device is broken"
+    )
 
 
 def guide(rows_GRD: Tensor, scale: float) -> Tensor:
