@@ -159,6 +159,7 @@ def _course(model: AnyOrderModel, slots: Slots, slot: int, drawing: Drawing) -> 
     placed = int(counts_1[0])
     cells_K, codes_K = (each_1K[0, :placed] for each_1K in known)
     condition_GTD = drawing.condition_TD.to(slots.cache)[None]
+    sequence_1K: Tensor | None
     if isinstance(order, LateOrder):
         sequence_1K = _first_cells(order, spec.cells).to(device) if placed == 0 else cells_K[None]
     else:

@@ -216,7 +216,8 @@ class Ahead(NamedTuple):
 
     def write(self, pair: int, new: KVSlice) -> None:
         """Take the rows' keys and values."""
-        KVRows(*self.pairs[pair], self.at_BL).write(*new)
+        keys, values = self.pairs[pair]
+        KVRows(keys, values, self.at_BL).write(*new)
 
     def seen(self, *, itself: bool) -> Tensor:
         """Which rows of the cache each row sees, bool [B, 1, L, C]: with ``itself`` its own, too."""

@@ -180,7 +180,7 @@ class Decoder:
         """:meth:`candidate_rows` of several prefixes that go through the trunk together."""
         layout = self.model.layout
         # Several rows that wait (after ``place_parallel``) must see one another, which candidates do not.
-        self._append_waiting([each for each in prefixes if (enters := layout.entering(each.last)) > 1 or (enters and not layout.joint)])
+        self._append_waiting([prefix for prefix in prefixes if layout.entering(prefix.last) > (1 if layout.joint else 0)])
         enters = [layout.entering(prefix.last) for prefix in prefixes]
         shapes = [(len(cells_BR), before + cells_BR.shape[1]) for before, cells_BR in zip(enters, cells, strict=True)]
         for prefix, (_, rows), cells_BR in zip(prefixes, shapes, cells, strict=True):
@@ -329,8 +329,9 @@ class Decoder:
         parts = [each.prefix.part(images) for each, images in load]
         if len(load) == 1:
             return [layout.enter(layers, parts[0], rows[0], load[0][0].groups)]
-        groups = (each.groups for each, _ in load)
-        abreast = Abreast([Lot(part, *each.cells_BL.shape, groups=of) for part, each, of in zip(parts, rows, groups, strict=True)])
+        shapes, groups = (each.cells_BL.shape for each in rows), (each.groups for each, _ in load)
+        lots = [Lot(part, images, length, groups=of) for part, (images, length), of in zip(parts, shapes, groups, strict=True)]
+        abreast = Abreast(lots)
         return abreast.apart(layout.enter(layers, abreast, in_one_row(rows)))
 
 

@@ -134,7 +134,7 @@ def continuous(batch: ContinuousBatch, many: Sequence[Drawing], between: int) ->
     """As :func:`whole`, with so many steps between two arrivals."""
     import torch
 
-    codes, waiting, places, step = dict[int, Tensor](), list(enumerate(many)), dict[int, int](), 0
+    codes, waiting, places, step = {}, list(enumerate(many)), {}, 0
     while waiting or batch.busy:
         while waiting and batch.free and step >= between * (len(many) - len(waiting)):
             place, drawing = waiting.pop(0)
