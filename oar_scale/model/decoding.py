@@ -346,11 +346,12 @@ def trunk_loads(shapes: Sequence[tuple[int, int]], device: torch.device) -> Iter
         The batches, by their index, and images of each.
     """
     most = ROWS_AT_ONCE.get(device.type, ROWS_AT_ONCE["cpu"])
-    load, room = list[tuple[int, slice]](), most
+    load: list[tuple[int, slice]] = []
+    room = most
     for at, (images, rows) in enumerate(shapes):
         start = 0
         while start < images:
-            fitting = room // max(rows, 1) if load else max(1, room // max(rows, 1))
+            fitting = max(room // max(rows, 1), 0 if load else 1)
             if not fitting:
                 yield load
                 load, room = [], most

@@ -89,8 +89,8 @@ def drawing_of(model: AnyOrderModel, kind: str, number: int, known: int = 0) -> 
 def test_drawings_of_all_kinds_are_those_of_generate(layout: str) -> None:
     """They arrive and are removed at random steps; each step's cells and codes are those of the image it ends with."""
     model = small_model(grid=4, seed=2, layout=layout)
-    random, batch, kinds = np.random.default_rng(3), ContinuousBatch(model, 5), kinds_of(layout)
-    waiting = [drawing_of(model, kinds[number % len(kinds)], number, known=int(random.choice([0, 0, 3, 9, 16]))) for number in range(14)]
+    random, batch, kinds = np.random.default_rng(3), ContinuousBatch(model, 4), kinds_of(layout)
+    waiting = [drawing_of(model, kinds[number % len(kinds)], number, known=int(random.choice([0, 0, 3, 9, 16]))) for number in range(10)]
     running, placed, done = dict[int, Drawing](), dict[int, list[tuple[int, int]]](), 0
     while waiting or batch.busy:
         while waiting and batch.free and random.random() < 0.4:
@@ -108,8 +108,8 @@ def test_drawings_of_all_kinds_are_those_of_generate(layout: str) -> None:
                 cells = image.order_BN[0, known:].tolist()
                 assert placed.get(progress.id, []) == [(cell, int(image.codes_BN[0, cell])) for cell in cells]
                 done += 1
-        assert batch.free == 5 - len(running)
-    assert done >= 10
+        assert batch.free == 4 - len(running)
+    assert done >= 8
 
 
 def test_a_full_batch_says_so() -> None:
@@ -136,21 +136,21 @@ def finished(batch: ContinuousBatch, drawings: list[Drawing], between: int = 0) 
     return [done[id] for id in ids]
 
 
-@pytest.mark.parametrize("between", [0, 3])
+@pytest.mark.parametrize("between", [0, 2])
 @pytest.mark.parametrize("kind", ["guided by confidence", "along an order", "in parallel"])
 @pytest.mark.parametrize("layout", ["instructed", "grouped"])
 def test_drawings_of_one_kind_are_those_of_generate(layout: str, kind: str, between: int) -> None:
     """Together they are one run; at different lengths those along an order are one attention by masks, fewer heads of keys or not."""
-    model = small_model(grid=4, layout=layout, kv_heads=1)
-    drawings = [drawing_of(model, kind, number) for number in range(4)]
-    for drawing, drawn in zip(drawings, finished(ContinuousBatch(model, 4), drawings, between), strict=True):
+    model = small_model(layout=layout, kv_heads=1)
+    drawings = [drawing_of(model, kind, number) for number in range(3)]
+    for drawing, drawn in zip(drawings, finished(ContinuousBatch(model, 3), drawings, between), strict=True):
         assert_same(drawn, alone(model, drawing))
 
 
 def test_the_shipped_model_draws_the_images_of_generate() -> None:
     emoji = oar_scale.load("recipes/weights/emoji")
     condition = torch.stack([emoji.model.null_condition(1)[0], *small_conditions(emoji.model)]).detach()
-    settings = choices(guidance=2.0, steps=24)
+    settings = choices(guidance=2.0, steps=10)
     drawings = [Drawing(condition_TD=each, settings=settings, seed=1, number=number) for number, each in enumerate(condition)]
     for drawing, drawn in zip(drawings, finished(ContinuousBatch(emoji.model, 3), drawings, 2), strict=True):
         assert_same(drawn, alone(emoji.model, drawing))
