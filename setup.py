@@ -24,6 +24,7 @@ setup(
         "boto3>=1.44",
         "crc32c>=2.9",
         "deepspeed>=0.19,<0.20",  # checkpoints and averages reach into its engine
+        "httpx2>=2.16",  # whose errors huggingface_hub raises
         "huggingface_hub>=2.4",
         "jinja2>=3.1",
         "matplotlib>=3.11",

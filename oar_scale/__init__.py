@@ -14,7 +14,7 @@ def load(path: str, model: str | None = None) -> Pretrained:
     """An exported folder, a run's folder or a model file, ready to draw (``oar_scale.generation.pretrained``).
 
     Args:
-        path: local or ``s3://``.
+        path: local, ``s3://``, or of an exported folder ``hf://owner/name[@revision][/folder]``.
         model: of a run's folder: ``ordered`` by default, ``any_order``, ``control`` or ``base``.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -112,11 +113,12 @@ def test_a_typo_gives_one_clear_error_and_exit_code_2(capsys: pytest.CaptureFixt
     assert "pretrain.stepps" in error and "steps" in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("guide", ["model.md", "checkpoints.md", "order-policies.md", "sampling.md", "editing.md"])
+@pytest.mark.parametrize("guide", ["model.md", "checkpoints.md", "order-policies.md", "sampling.md", "editing.md", "sharing.md"])
 def test_the_python_in_a_guide_runs(guide: str, tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / guide).read_text(), re.DOTALL))
     check = code + "\nassert [image.size for image in images] == [(32, 32)] * 2\n"
-    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True)
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf")}  # where diffusers copies a pipeline's code to
+    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("*.png"))

@@ -2,8 +2,8 @@
 
     python tools/ship_weights.py runs/emoji recipes/weights/emoji
 
-writes what ``oar checkpoint export RUN --model any_order`` writes, ``history.json`` (recipe, seed, seconds, results and the curves of
-both trainings) and ``curves.png``.
+writes what ``oar checkpoint export RUN --model any_order`` writes, the recipe and the curves of both trainings into its ``history.json``,
+and ``curves.png``.
 """
 
 from __future__ import annotations
@@ -21,25 +21,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("target", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--license", default="cc-by-sa-4.0", help="of the weights; default: %(default)s")
     arguments = parser.parse_args()
-    export_checkpoint(str(arguments.run), str(arguments.target), "folder", "any_order")
-    made = history(arguments.run)
-    write_json(str(arguments.target / "history.json"), made)
+    export_checkpoint(str(arguments.run), str(arguments.target), "folder", "any_order", license_id=arguments.license)
+    history = str(arguments.target / "history.json")
+    made = {"recipe": (arguments.run / "recipe.yaml").read_text(), **read_json(history), "curves": curves(arguments.run)}
+    write_json(history, made)
     draw_curves(made["curves"], str(arguments.target / "curves.png"))
 
 
-def history(run: Path) -> dict[str, Any]:
-    """How the weights were made: settings and results of the stages, and their curves."""
-    stages = {name: read_json(str(run / "stages" / f"{name}.json")) for name in ("data", "tokenizer", "tokens", "pretrain")}
+def curves(run: Path) -> dict[str, Any]:
+    """How both trainings went, step by step."""
     events = {name: read_events(str(run / "events"), name) for name in ("tokenizer", "pretrain")}
     return {
-        "recipe": (run / "recipe.yaml").read_text(),
-        "stages": {name: {key: stage[key] for key in ("seconds", "settings", "results")} for name, stage in stages.items()},
-        "curves": {
-            "tokenizer": [[e["step"], round(e["loss"], 4), round(e["psnr"], 2)] for e in events["tokenizer"] if e["kind"] == "vq"],
-            "pretrain": [[e["step"], round(e["loss"], 4)] for e in events["pretrain"] if e["kind"] == "train"],
-            "heldout": [[e["step"], round(e["nll_random"], 4)] for e in events["pretrain"] if e["kind"] == "heldout"],
-        },
+        "tokenizer": [[e["step"], round(e["loss"], 4), round(e["psnr"], 2)] for e in events["tokenizer"] if e["kind"] == "vq"],
+        "pretrain": [[e["step"], round(e["loss"], 4)] for e in events["pretrain"] if e["kind"] == "train"],
+        "heldout": [[e["step"], round(e["nll_random"], 4)] for e in events["pretrain"] if e["kind"] == "heldout"],
     }
 
 

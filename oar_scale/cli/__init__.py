@@ -18,6 +18,7 @@ oar checkpoint diff A B                                       settings, weights 
 oar checkpoint convert CHECKPOINT --out FOLDER                DeepSpeed's universal format
 oar checkpoint import KIND FILE --out FOLDER_OR_FILE          weights of RandAR, LlamaGen, MaskGIT's tokenizer
 oar checkpoint export SOURCE --out PATH [--format FORMAT]     a folder for oar_scale.load, or a peer's file
+oar checkpoint push SOURCE hf://OWNER/NAME                    the same folder on the Hugging Face hub
 oar plan RECIPE --gpu h200 --nodes 8 [--simulate ranks=1024]   memory, time, cost and failures, before a GPU is touched
 oar submit RECIPE --cluster PROFILE [--stages A,B] [--dry-run]  to a Slurm or a Ray cluster
 oar jobs|logs|cancel|resubmit RUN                             its jobs there; oar jobs RUN ... --metrics for Prometheus

@@ -75,9 +75,22 @@ def _add_exchange(actions: Subparsers) -> None:
     exports.add_argument("source", help="a model file, an exported folder, a run's folder, or a training checkpoint (.../step-00000100)")
     exports.add_argument("--out", required=True, help="a new folder, or for a peer's format a new file (.safetensors, .pt, .pth, .bin)")
     exports.add_argument("--format", choices=("folder", *PEERS), default="folder")
-    add_model(exports, "which one of a run; default: ordered")
-    exports.add_argument("--ema", action="store_true", help="of a training checkpoint: the moving average of the weights")
+    _add_what(exports)
     exports.set_defaults(run=_export)
+
+    text = "publish a model on the Hugging Face hub, in one commit"
+    push = actions.add_parser("push", help=text, description=f"{text}; needs `hf auth login` or HF_TOKEN")
+    push.add_argument("source", help="as of export")
+    push.add_argument("target", metavar="hf://OWNER/NAME[@BRANCH][/FOLDER]", help="made where there is none")
+    _add_what(push)
+    push.add_argument("--private", action="store_true", default=None, help="make a new repository private; default: as the account says")
+    push.set_defaults(run=_push)
+
+
+def _add_what(verb: argparse.ArgumentParser) -> None:
+    add_model(verb, "which one of a run; default: ordered")
+    verb.add_argument("--ema", action="store_true", help="of a training checkpoint: the moving average of the weights")
+    verb.add_argument("--license", metavar="ID", help="of the weights, for the model card: cc-by-sa-4.0; default: as it is known")
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -96,7 +109,15 @@ def _import(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from oar_scale.commands.checkpoint_export import export_checkpoint
 
-    print(export_checkpoint(arguments.source, arguments.out, arguments.format, arguments.model, average=arguments.ema))
+    chosen = {"average": arguments.ema, "license_id": arguments.license}
+    print(export_checkpoint(arguments.source, arguments.out, arguments.format, arguments.model, **chosen))
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from oar_scale.commands.checkpoint_export import push_checkpoint
+
+    chosen = {"average": arguments.ema, "private": arguments.private, "license_id": arguments.license}
+    print(push_checkpoint(arguments.source, arguments.target, arguments.model, **chosen))
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -7,47 +7,30 @@ another project (RandAR, LlamaGen, ARPG, LPD, MaskGIT) opens.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-from oar_scale.commands.peer_formats import (
-    TOKENIZERS,
-    TRUNKS,
-    implied_prompts,
-    library_version,
-    model_family,
-    require_unused,
-    tokenizer_note,
-    write_config,
-)
+from oar_scale.commands.peer_formats import TOKENIZERS, TRUNKS, model_family, require_unused
 from oar_scale.config.loading import load_recipe
-from oar_scale.config.schema import ClipTextConfig, SampleConfig, SentencePieceConfig, TextConfig
+from oar_scale.config.schema import SampleConfig, SentencePieceConfig
 from oar_scale.distributed.checkpoints.layout import checkpoint_locations, is_step_uri
 from oar_scale.distributed.checkpoints.whole_model import checkpoint_weights, whole_model
 from oar_scale.errors import UserError
-from oar_scale.generation import model_bundle
-from oar_scale.generation.model_bundle import (
-    CONFIG,
-    MODEL,
-    RECIPE,
-    VQ,
-    FolderConfig,
-    ModelBundle,
-    check_codes,
-    find_bundle,
-    run_bundle,
-)
-from oar_scale.model import AnyOrderModel, ModelSpec, load_model, model_id
+from oar_scale.generation.exported_folder import complete_folder, copy_model, implied_prompts
+from oar_scale.generation.folder_files import CONFIG, MODEL, VQ
+from oar_scale.generation.model_bundle import RECIPE, ModelBundle, find_bundle, run_bundle
+from oar_scale.model import AnyOrderModel, ModelSpec, load_model
 from oar_scale.model.peer_weights import Family, export_peer
 from oar_scale.model.spec import TextSpec
-from oar_scale.model.weights import SHARD_BYTES, copy_weights, open_model, save_tensors
-from oar_scale.orders.head import read_head, tables_id
-from oar_scale.orders.order_files import folder_files, head_file
-from oar_scale.orders.policies.mean import mean_order
-from oar_scale.storage import Missing, join, open_storage
+from oar_scale.model.weights import SHARD_BYTES, save_tensors
+from oar_scale.storage import join, open_storage
 from oar_scale.storage.folders import new_folder
 from oar_scale.tokenizers.peer_files import SAFE, Wrapping, write_peer_file
 from oar_scale.tokenizers.prompts import TEXT_FILE
-from oar_scale.tokenizers.safetensors_file import file_damage, read_weights
+from oar_scale.tokenizers.safetensors_file import read_weights
 from oar_scale.tokenizers.vq import load_vq
+
+if TYPE_CHECKING:
+    from oar_scale.generation.hub import HubPath  # brings huggingface_hub
 
 _WRAPPINGS: dict[Family, Wrapping] = {
     "randar": "bare",
@@ -58,7 +41,9 @@ _WRAPPINGS: dict[Family, Wrapping] = {
 }
 
 
-def export_checkpoint(source: str, out: str, form: str = "folder", name: str | None = None, *, average: bool = False) -> str:
+def export_checkpoint(
+    source: str, out: str, form: str = "folder", name: str | None = None, *, average: bool = False, license_id: str | None = None
+) -> str:
     """Write a model, or an image tokenizer, for use elsewhere.
 
     Args:
@@ -67,6 +52,7 @@ def export_checkpoint(source: str, out: str, form: str = "folder", name: str | N
         form: ``folder``, or one of ``TRUNKS`` and ``TOKENIZERS``.
         name: which model of a run; default ``ordered``.
         average: of a training checkpoint, the moving average of the weights.
+        license_id: of a folder's weights, as the hub writes it: ``cc-by-sa-4.0``.
 
     Returns:
         ``out``.
@@ -82,7 +68,7 @@ def export_checkpoint(source: str, out: str, form: str = "folder", name: str | N
         write_peer_file(out, export_peer(model, model_family(form)), _WRAPPINGS[model_family(form)])
     else:
         with new_folder(out, last=CONFIG) as folder:
-            _fill(folder, source, name, average)
+            _export_folder(folder, source, name, average, license_id)
     return out
 
 
@@ -118,84 +104,42 @@ def _bundle_of_checkpoint(checkpoint: str, spec: ModelSpec) -> ModelBundle:
     )
 
 
-def _fill(folder: str, source: str, name: str | None, average: bool) -> None:
-    """The files of an exported folder."""
-    target = join(folder, MODEL)
+def push_checkpoint(
+    source: str, uri: str, name: str | None = None, *, average: bool = False, private: bool | None = None, license_id: str | None = None
+) -> str:
+    """Export a model as a folder, and publish that on the Hugging Face hub in one commit.
+
+    Args:
+        source, name, average, license_id: as of :func:`export_checkpoint`.
+        uri: ``hf://owner/name[@branch][/folder]``.
+        private: of a new repository; None: as the account says.
+
+    Returns:
+        The URI of the commit.
+
+    Raises:
+        UserError: as :func:`export_checkpoint`, and :func:`~oar_scale.generation.hub.publish`.
+    """
+    from oar_scale.generation.hub import publish  # brings huggingface_hub
+
+    def fill(folder: str, public: HubPath) -> None:
+        _export_folder(folder, source, name, average, license_id, public)
+
+    return publish(uri, fill, private=private)
+
+
+def _export_folder(
+    folder: str, source: str, name: str | None, average: bool, license_id: str | None, public: HubPath | None = None
+) -> None:
+    """Fill a local folder."""
     if is_step_uri(source):
         with checkpoint_weights(source, average=average) as (spec, tensors):
             bundle = _bundle_of_checkpoint(source, spec)
-            save_tensors(target, spec, tensors, shard_bytes=SHARD_BYTES)
+            save_tensors(join(folder, MODEL), spec, tensors, shard_bytes=SHARD_BYTES)
     else:
         bundle = _bundle(source, name, average)
-        spec = _copy_model(bundle, target)
-        _copy_head(bundle, join(folder, head_file(MODEL)))
-    if bundle.sample.order == "mean":
-        mean_order(bundle.orders, spec.grid)  # makes the file where there is none yet
-    _copy_if_there(bundle.orders.mean, folder_files(folder).mean)
-    note = None
-    if bundle.vq is not None:
-        vq = load_vq(bundle.vq)
-        check_codes(spec, vq.spec, bundle.where)
-        _copy(bundle.vq, join(folder, VQ))
-        note = tokenizer_note(vq)
-    config = FolderConfig(
-        library=library_version(),
-        source=bundle.model,
-        recipe=bundle.recipe,
-        model=spec,
-        vq=note,
-        text=_copy_text(bundle, folder) or implied_prompts(spec),
-        sample=bundle.sample,
-    )
-    write_config(folder, config)
-
-
-def _copy_model(bundle: ModelBundle, target: str) -> ModelSpec:
-    """Copy a model, in its stored dtypes: it keeps its id, and its order head."""
-    spec, stored = open_model(bundle.model)
-    if len(stored.files) == 1 and stored.bytes <= SHARD_BYTES:
-        _copy(stored.uri, target)  # the same bytes
-        if damage := file_damage(target):
-            raise UserError(damage)
-    else:
-        copy_weights(stored, target, shard_bytes=SHARD_BYTES)
-    return spec
-
-
-def _copy_head(bundle: ModelBundle, target: str) -> None:
-    """Copy the order head if it was trained for this model and these order tables: in the exported folder a stale one would go unnoticed.
-
-    Raises:
-        UserError: it is not, and the recipe draws with it.
-    """
-    uri = head_file(bundle.model)
-    if not open_storage(uri).exists(uri):
-        return
-    try:
-        read_head(uri, model_id(bundle.model), tables_id(bundle.orders))
-    except UserError:
-        if bundle.sample.order == "order-head":
-            raise
-    else:
-        _copy(uri, target)
-
-
-def _copy_if_there(source: str, target: str) -> None:
-    if open_storage(source).exists(source):
-        _copy(source, target)
-
-
-def _copy_text(bundle: ModelBundle, folder: str) -> TextConfig | None:
-    """Bring along what the prompt encoder needs; returns its settings as they are from the folder's point of view."""
-    text = bundle.text
-    if isinstance(text, SentencePieceConfig):
-        _copy(join(bundle.text_folder, TEXT_FILE), join(folder, TEXT_FILE))
-        return text.model_copy(update={"weights": None})
-    if isinstance(text, ClipTextConfig) and model_bundle.is_file(text.weights):
-        own = model_bundle.TOWER + os.path.splitext(text.weights)[1]
-        _copy(text.weights, join(folder, own))
-        return text.model_copy(update={"weights": own})
-    return text
+        spec = copy_model(bundle, folder)
+    complete_folder(folder, bundle, spec, license_id=license_id, public=public)
 
 
 def _export_tokenizer(source: str, out: str, form: str) -> None:
@@ -219,9 +163,3 @@ def _tokenizer_of(source: str) -> str:
     if vq is None:
         raise UserError(f"{source}: has no image tokenizer.")
     return vq
-
-
-def _copy(uri: str, path: str) -> None:
-    if not open_storage(uri).exists(uri):
-        raise Missing(uri)
-    open_storage(uri).download(uri, path)

@@ -11,22 +11,13 @@ from dataclasses import asdict, dataclass
 from oar_scale.commands.peer_formats import (
     TOKENIZERS,
     TRUNKS,
-    implied_prompts,
-    library_version,
     model_family,
     require_unused,
-    tokenizer_note,
-    write_config,
 )
 from oar_scale.errors import UserError
-from oar_scale.generation.model_bundle import (
-    CONFIG,
-    MODEL,
-    VQ,
-    FolderConfig,
-    check_codes,
-    read_config,
-)
+from oar_scale.generation.exported_folder import implied_prompts, library_version, tokenizer_note, write_config
+from oar_scale.generation.folder_files import CONFIG, MODEL, VQ
+from oar_scale.generation.model_bundle import FolderConfig, check_codes, read_config
 from oar_scale.model import save_model
 from oar_scale.model.peer_weights import TEXT_ROWS, import_peer
 from oar_scale.model.weights import SHARD_BYTES

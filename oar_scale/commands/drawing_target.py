@@ -12,7 +12,8 @@ import torch
 from oar_scale.config.loading import load_recipe, override_sample
 from oar_scale.config.schema import FeaturesConfig, LabelsConfig
 from oar_scale.errors import UserError
-from oar_scale.generation.model_bundle import CONFIG, RECIPE, ModelBundle, find_bundle, run_bundle
+from oar_scale.generation.folder_files import CONFIG
+from oar_scale.generation.model_bundle import RECIPE, ModelBundle, find_bundle, run_bundle
 from oar_scale.registry import MODELS, current_name
 from oar_scale.run.artifacts import read_tokens, require, require_model
 from oar_scale.run.context import Run

@@ -22,7 +22,8 @@ from oar_scale.config.schema import GuidanceSchedule
 from oar_scale.errors import UserError
 from oar_scale.generation.canvas import Mask, make_canvas
 from oar_scale.generation.editing import DECODE_BATCH, Edit, EditOptions, edit_canvases, noise_numbers
-from oar_scale.generation.model_bundle import ModelBundle, check_codes, find_bundle
+from oar_scale.generation.exported_folder import complete_folder, copy_model
+from oar_scale.generation.model_bundle import HUB, ModelBundle, check_codes, find_bundle
 from oar_scale.generation.picture_files import DrawingKind, DrawingRecord
 from oar_scale.generation.sampling import Generated, generate
 from oar_scale.generation.seen_codes import DEFAULT_FILLS, Fill
@@ -237,6 +238,29 @@ class Pretrained:
         choices = cast(Choices, vars(record.settings))
         return self.sample([record.prompt], seed=record.seed, images=[record.number], order=record.order, **choices)[0]
 
+    def push_to_hub(self, repo: str, *, private: bool | None = None, revision: str | None = None, license: str | None = None) -> str:
+        """Publish the files that this was loaded from on the Hugging Face hub, in one commit, with a model card.
+
+        Args:
+            repo: ``owner/name``; made where there is none. Who is logged in, and the token, are those of huggingface_hub.
+            private: of a new repository; None: as the account says.
+            revision: a branch, which is made where there is none.
+            license: of the weights, as the hub writes it: ``cc-by-sa-4.0``. None: as it is known.
+
+        Returns:
+            ``hf://owner/name@COMMIT``, for ``oar_scale.load``.
+
+        Raises:
+            UserError: as :func:`oar_scale.generation.hub.publish`.
+        """
+        from oar_scale.generation.hub import HubPath, publish  # brings huggingface_hub
+
+        def fill(folder: str, public: HubPath) -> None:
+            complete_folder(folder, self.bundle, copy_model(self.bundle, folder), license_id=license, public=public)
+
+        path = HubPath.parse(repo if repo.startswith(HUB) else HUB + repo)
+        return publish(str(replace(path, revision=revision or path.revision)), fill, private=private)
+
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -290,7 +314,7 @@ def load_pretrained(path: str, model: str | None = None) -> Pretrained:
     """An exported folder, a run's folder or a model file, ready to draw: eval mode, float32, CPU.
 
     Args:
-        path: local or ``s3://``.
+        path: local, ``s3://``, or of an exported folder ``hf://owner/name[@revision][/folder]``.
         model: which one of a run, see :func:`oar_scale.generation.model_bundle.find_bundle`.
 
     Raises:

@@ -23,6 +23,7 @@ from oar_scale.commands import checkpoint_export
 from oar_scale.commands.checkpoint_export import export_checkpoint
 from oar_scale.commands.checkpoint_import import ImportOptions, import_checkpoint
 from oar_scale.errors import UserError
+from oar_scale.generation import exported_folder
 from oar_scale.model import load_model, model_id
 from oar_scale.model.spec import ClassSpec
 from oar_scale.pipeline import bind_run_dir
@@ -239,7 +240,8 @@ def test_a_source_that_is_nothing_of_the_kind_is_explained(randar: Path, tmp_pat
 def test_a_folder_goes_to_s3_and_is_loaded_from_there(randar: Path, s3_root: str) -> None:
     out = f"{s3_root}/exported"
     export_checkpoint(str(randar), out)
-    assert [uri.rsplit("/", 1)[1] for uri in open_storage(out).list(out)] == ["config.json", "model.safetensors", "vq.safetensors"]
+    there = [uri.rsplit("/", 1)[1] for uri in open_storage(out).list(out)]
+    assert there == ["README.md", "config.json", "model.safetensors", "model_index.json", "pipeline.py", "vq.safetensors"]
     here, there = (oar_scale.load(folder).sample([5])[0] for folder in (str(randar), out))
     assert here.tobytes() == there.tobytes()
     with pytest.raises(UserError, match="there is something here already"):
@@ -282,7 +284,9 @@ def test_shards_of_two_workers_are_the_model_training_exported(trained: Run, tmp
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor.to(rounded).float(), expected.state_dict()[name]), name
         assert not torch.equal(tensor, base[name]) or name == "conditioner.null_rows", f"{name} was not trained"
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors", "text.model", "vq.safetensors"]
+    record = ["README.md", "history.json"] if Path(out, "history.json").exists() else ["README.md"]
+    parts = ["config.json", "model.safetensors", "model_index.json", "pipeline.py", "text.model", "vq.safetensors"]
+    assert sorted(os.listdir(out)) == sorted(parts + record)
     config = json.loads(Path(out, "config.json").read_text())
     assert config["recipe"] == "small" and config["text"]["type"] == "sentencepiece" and config["source"].endswith("step-00000003")
     assert oar_scale.load(out).sample(["a red apple"])[0].size == (32, 32)
@@ -302,13 +306,14 @@ def test_a_run_and_its_export_draw_the_same(trained: Run, tmp_path: Path) -> Non
 
 def test_a_large_model_is_exported_in_several_files(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the Hugging Face hub has them; they draw as one file does, are exported again, and keep the model's id."""
-    monkeypatch.setattr(checkpoint_export, "SHARD_BYTES", 30_000)
+    for module in (checkpoint_export, exported_folder):
+        monkeypatch.setattr(module, "SHARD_BYTES", 30_000)
     outs = {name: str(tmp_path / name) for name in ("run", "again", "checkpoint")}
     export_checkpoint(trained.local(), outs["run"], name="any_order")
     export_checkpoint(outs["run"], outs["again"])
     export_checkpoint(checkpoint_of(trained), outs["checkpoint"])
     for out in outs.values():
-        weights = sorted(name for name in os.listdir(out) if name.startswith("model"))
+        weights = sorted(name for name in os.listdir(out) if name.startswith(("model-", "model.")))
         assert weights[-1] == "model.safetensors.index.json" and len(weights) > 3
         assert re.fullmatch(r"model-00001-of-0000\d\.safetensors", weights[0])
         drawn = oar_scale.load(out).sample(["a red apple"], seed=4)[0]
@@ -327,7 +332,7 @@ def test_a_checkpoint_without_its_run_is_exported_alone(trained: Run, s3_root: s
     for path in open_storage(checkpoint_of(trained)).list(checkpoint_of(trained)):
         open_storage(uri).upload(path, join(uri, os.path.relpath(path, checkpoint_of(trained))))
     export_checkpoint(uri, str(tmp_path / "exported"))
-    assert sorted(os.listdir(tmp_path / "exported")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "exported")) == ["README.md", "config.json", "model.safetensors"]
     loaded = load_model(str(tmp_path / "exported" / "model.safetensors"))
     assert loaded.spec == load_model(trained.model_uri("any_order")).spec
 
