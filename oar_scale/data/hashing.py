@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # `oar plan` computes the samples of a step without torch
     from torch import Tensor
 
 UInt64Array = NDArray[np.uint64]
+_CPU_CHUNK = 2**14
+"""Numbers that are hashed at once on a CPU: all that is made on the way stays in a core's cache."""
 
 
 def splitmix64(x: UInt64Array) -> UInt64Array:
@@ -74,12 +76,27 @@ def device_uniform(purpose: str, *keys: int | Tensor) -> Tensor:
 
 
 def device_gumbel(state: Tensor, *keys: Tensor) -> Tensor:
-    """Standard Gumbel noise, float32 and finite, for what :func:`device_hash` gave and keys that follow its own."""
-    for key in keys:
+    """Standard Gumbel noise, float32 and finite, for what :func:`device_hash` gave and keys that follow its own; the last one is [V]."""
+    from torch import float32
+
+    *leading, last_V = keys
+    for key in leading:
         state = _splitmix64(state ^ key)
-    bits = state >> 12 & (1 << 52) - 1
+    if state.device.type != "cpu":
+        return _gumbel(_splitmix64(state ^ last_V))
+    # Row by row the many steps of it stay in the cache of a core.
+    rows = max(1, _CPU_CHUNK // len(last_V))
+    noise = state.new_empty((*state.shape[:-1], len(last_V)), dtype=float32)
+    for piece_R1, noise_RV in zip(state.reshape(-1, 1).split(rows), noise.flatten(0, -2).split(rows), strict=True):
+        noise_RV.copy_(_gumbel(_splitmix64(piece_R1 ^ last_V)))
+    return noise
+
+
+def _gumbel(hashed: Tensor) -> Tensor:
+    """Standard Gumbel noise of hashes, which it overwrites."""
+    bits = hashed.bitwise_right_shift_(12).bitwise_and_((1 << 52) - 1)
     # The inner logarithm in float64: float32 has no numbers near enough to 1 for the largest values.
-    return -(-((bits.double() + 0.5) * 2.0**-52).log()).float().log()
+    return bits.double().add_(0.5).mul_(2.0**-52).log_().neg_().float().log_().neg_()
 
 
 def derived_seed(purpose: str, *keys: int) -> int:
@@ -104,9 +121,9 @@ def device_hash(purpose: str, *keys: int | Tensor) -> Tensor:
 def _splitmix64(x: Tensor) -> Tensor:
     """:func:`splitmix64` on int64, whose sums and products keep the same 64 bits; only the shifts must not copy the sign."""
     x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
-    return x ^ (x >> 31 & (1 << 33) - 1)
+    x.bitwise_xor_((x >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(0xBF58476D1CE4E5B9))
+    x.bitwise_xor_((x >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(0x94D049BB133111EB))
+    return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
 
 
 def signed_bits(key: int) -> int:
