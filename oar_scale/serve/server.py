@@ -7,6 +7,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -90,7 +91,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second. Returns whether to stop now."""
         if self._told and self._draining is None:
-            self._say(f"stopping: what is being drawn has {self._service.limits.drain_s:g} s; a second Ctrl-C stops at once")
+            with suppress(BrokenPipeError):  # nobody reads what we say
+                self._say(f"stopping: what is being drawn has {self._service.limits.drain_s:g} s; a second Ctrl-C stops at once")
             self._draining = asyncio.create_task(self._service.drain())
         self.should_exit = self.should_exit or (self._draining is not None and self._draining.done())
         return await super().on_tick(counter)
