@@ -106,7 +106,7 @@ def test_bodies_that_are_no_request(server: Served, body: str | bytes, says: str
         ({"image": png(picture()), "mask": png(box_mask((0, 0, 4, 4), (9, 9), openai=True))}, {}, "9 x 9"),
         ({"image": png(picture()), "mask": png(box_mask(WHOLE, openai=True))}, {}, "whole picture"),
         ({"image": bomb(20_000, 20_000)}, {}, "too many pixels, the limit is 16777216"),
-        ({"image": png(picture(channels=4))}, {"size": "1024x1024"}, "12x12"),
+        ({"image": png(picture()), "mask": png(box_mask((0, 0, 4, 4), openai=True))}, {"size": "1024x1024"}, "12x12"),
         ({"image": png(picture())}, {"strength": "0"}, "strength"),
         ({"image": png(picture())}, {"n": "11", "strength": "0.5"}, "the limit is 10"),
     ],
