@@ -1,7 +1,7 @@
 """``oar serve`` beside the bare engine: throughput and latency with 1, 8 and 64 clients, and memory with a thousand requests at once.
 
     python tools/benchmarks/serving.py
-    python tools/benchmarks/serving.py --clients 8 --rounds 5 --seconds 20
+    python tools/benchmarks/serving.py --order halton --rounds 5
 
 A client asks for one image by ``POST /v1/images/generations``, waits for it, and asks again; each request has a seed of its own. The bare
 engine is ``model.sample`` (``generate`` and the image tokenizer) with batches of as many images as there are clients, in a process of its
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=str(EMOJI))
     parser.add_argument("--clients", default="1,8,64", help="several with commas between")
     parser.add_argument("--slots", type=int, help="of the server; default: its own")
+    parser.add_argument("--order", help="an order policy; default: the model's own order, which asks about all empty cells at each step")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--burst", type=int, default=1000, help="requests at once; 0: none")
@@ -77,7 +78,7 @@ def main() -> None:
     print(machine(arguments.device, 1), end="\n\n")
     head = ["clients", "images/s", "bare engine", "ratio", "CPU ms an image", "bare engine", "latency p50, ms", "p95, ms"]
     print(table(head, rows))
-    if arguments.burst:
+    if arguments.burst > 0:
         told = run(BURST)
         print(f"\n{arguments.burst} requests at once: {told['answers']}; {told['seconds']:.1f} s; largest memory {told['before']:.0f} MiB")
         print(
@@ -96,10 +97,10 @@ def bare(arguments: argparse.Namespace) -> dict[str, Any]:
     result = {}
     for clients in arguments.clients.split(","):
         captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(int(clients))]
-        model.sample(captions, seed=0)
+        model.sample(captions, seed=0, order=arguments.order)
         images, start, cpu = 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - start < arguments.seconds:
-            model.sample(captions, seed=images + 1)
+            model.sample(captions, seed=images + 1, order=arguments.order)
             images += len(captions)
         result[clients] = {
             "images_per_s": images / (time.perf_counter() - start),
@@ -125,7 +126,7 @@ async def load(arguments: argparse.Namespace, process: int, url: str, clients: i
             count = 0
             while time.perf_counter() < end:
                 begun, count = time.perf_counter(), count + 1
-                body = {"prompt": CAPTIONS[number % len(CAPTIONS)], "seed": number * 1_000_000 + count}
+                body = {"prompt": CAPTIONS[number % len(CAPTIONS)], "seed": number * 1_000_000 + count, "order": arguments.order}
                 (await http.post("/v1/images/generations", json=body)).raise_for_status()
                 latencies.append(time.perf_counter() - begun)
 
