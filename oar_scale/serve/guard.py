@@ -147,7 +147,7 @@ class _Body:
 
 
 def body_was_read(scope: Scope) -> None:
-    """What a request held for its body is free for others: what is needed of it was copied."""
+    """What a request held for its body is free for others: its job is in the queue, whose bounds count from now on."""
     scope[_READ]()
 
 

@@ -17,8 +17,8 @@ class Limits:
     """Of one picture that is sent; its size is read before it is decoded."""
     body_bytes: int = 32 << 20
     """Of one request: a picture and a mask, in base64."""
-    bodies_bytes: int = 128 << 20
-    """Of all requests that are being read."""
+    bodies_bytes: int = 64 << 20
+    """Of all requests that are being read, or wait for their pictures to be decoded."""
     body_s: float = 60.0
     """In which a request has to be there."""
     queue_jobs: int = 128

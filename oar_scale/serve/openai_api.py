@@ -79,7 +79,6 @@ def add_openai(app: FastAPI, service: Service) -> None:
         """Draw images from a prompt."""
         _check_model(service, asked.model)
         _check_size(asked, f"{service.planner.size}x{service.planner.size}")
-        body_was_read(request.scope)
         plan = partial(service.planner.sample, asked, asked.n or 1, _previews(asked))
         return await _answer(service, asked, request, plan, "image_generation")
 
@@ -91,7 +90,6 @@ def add_openai(app: FastAPI, service: Service) -> None:
         async with request.form(max_files=service.limits.images_per_request + 1, max_fields=_FIELDS) as form:
             asked, uploads = await _read_form(service, form)
         _check_model(service, asked.model)
-        body_was_read(request.scope)
         plan = partial(_plan_edit, service, asked, uploads)
         return await _answer(service, asked, request, plan, "image_edit")
 
@@ -103,9 +101,11 @@ async def _answer(service: Service, asked: Ask, request: Request, plan: Callable
     if asked.stream:
         check_streams(service)
         job, _ = await service.submit(plan, watched=True, keep=False)
+        body_was_read(request.scope)
         return stream(_events(service, job, kind), service)
     by_url = asked.response_format == "url"
     job, _ = await service.submit(plan, watched=False, keep=by_url)
+    body_was_read(request.scope)
     await service.outcome(job, request)
     base = str(request.base_url).rstrip("/") if by_url else None
     encode = partial(_images, job.results, base)

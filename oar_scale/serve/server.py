@@ -16,7 +16,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from oar_scale.errors import UserError
+from oar_scale.generation.continuous import ContinuousBatch
 from oar_scale.generation.pretrained import Pretrained, load_pretrained
+from oar_scale.model import AnyOrderModel
 from oar_scale.run.gpu_node import chosen_device
 from oar_scale.serve.app import make_app
 from oar_scale.serve.guard import LOOPBACK, Access
@@ -25,6 +27,9 @@ from oar_scale.serve.service import Service
 
 TOKEN = "OAR_SERVE_TOKEN"
 _SHORTEST_TOKEN = 16
+_MOST_SLOTS = 64
+_CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+"""Of the KV cache, unless the user says how many slots there are."""
 _BACKLOG = 2048
 _CLOSE_S = 5
 """For connections once everything has been answered."""
@@ -61,7 +66,7 @@ def serve(request: ServeRequest, say: Callable[[str], None], limits: Limits | No
     with listener:
         drawer = load(request)
         name = os.path.basename(request.model.rstrip("/")) or "model"
-        slots = request.slots or default_slots(drawer)
+        slots = request.slots or default_slots(drawer.model)
         service = Service(drawer, name, slots, limits or Limits())
         app = make_app(service, Access(LOOPBACK if local else None, token))
         port = listener.getsockname()[1]
@@ -132,9 +137,10 @@ def load(request: ServeRequest) -> Pretrained:
     return drawer
 
 
-def default_slots(drawer: Pretrained) -> int:
-    """Images that share a pass."""
-    return 64 if next(drawer.model.parameters()).is_cuda else 16
+def default_slots(model: AnyOrderModel) -> int:
+    """Images that share a pass: more of them cost less each, and their KV cache takes memory."""
+    limit = _CACHE_BYTES["cuda" if next(model.parameters()).is_cuda else "cpu"]
+    return max(1, min(_MOST_SLOTS, limit // ContinuousBatch(model, 1).memory_bytes))
 
 
 def _is_loopback(host: str) -> bool:
