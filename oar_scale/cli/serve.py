@@ -23,9 +23,7 @@ def add(verbs: Subparsers) -> None:
     verb.add_argument("--token", help="what clients send as Authorization: Bearer; better in OAR_SERVE_TOKEN, which nobody else sees")
     verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:NUMBER of this machine; default: a GPU where there is one")
     verb.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model; default: %(default)s")
-    verb.add_argument(
-        "--slots", type=count, metavar="N", help="images that share a pass; default: 64, or what fits a KV cache of 1 GB (GPU: 8 GB)"
-    )
+    verb.add_argument("--slots", type=count, metavar="N", help="images that share a pass; default: up to 64, as memory allows")
     verb.set_defaults(run=_serve)
 
 

@@ -59,7 +59,20 @@ def main() -> None:
     def run(side: str) -> dict[str, Any]:
         return in_fresh_process(__file__, [*sys.argv[1:], "--side", side], threads=1)
 
-    results = alternate([BARE, SERVED], arguments.rounds, run)
+    print(machine(arguments.device, 1), end="\n\n")
+    if arguments.rounds:
+        print(compared(arguments, alternate([BARE, SERVED], arguments.rounds, run)), end="\n\n")
+    if arguments.burst:
+        result = run(BURST)
+        print(f"{arguments.burst} requests at once: {result['answers']}; {result['seconds']:.1f} s")
+        print(f"{arguments.burst} edits of pictures of 4 megapixels at once: {result['edit_answers']}; {result['edit_seconds']:.1f} s")
+        print(
+            f"largest memory: {result['before']:.0f} MiB before, {result['after']:.0f} MiB after the first, {result['edits']:.0f} MiB after both"
+        )
+
+
+def compared(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> str:
+    """Both sides, a line for each number of clients."""
     rows = []
     for clients in arguments.clients.split(","):
         ours, engine = ([run[clients] for run in results[side]] for side in (SERVED, BARE))
@@ -72,20 +85,12 @@ def main() -> None:
                 *(f"{statistics.median(each):.1f}" for each in speeds),
                 f"{median_ratio(*speeds):.2f}",
                 *(f"{statistics.median(each) * 1000:.0f}" for each in costs),
+                f"{median_ratio(*reversed(costs)):.2f}",
                 *(f"{latencies[min(len(latencies) - 1, int(len(latencies) * share))] * 1000:.0f}" for share in (0.5, 0.95)),
             ]
         )
-    print(machine(arguments.device, 1), end="\n\n")
-    head = ["clients", "images/s", "bare engine", "ratio", "CPU ms an image", "bare engine", "latency p50, ms", "p95, ms"]
-    print(table(head, rows))
-    if arguments.burst > 0:
-        result = run(BURST)
-        print(
-            f"\n{arguments.burst} requests at once: {result['answers']}; {result['seconds']:.1f} s; largest memory {result['before']:.0f} MiB"
-        )
-        print(
-            f"before (64 requests), {result['after']:.0f} MiB after; {result['edits']:.0f} MiB after as many edits of pictures of 4 megapixels"
-        )
+    head = ["clients", "images/s", "bare engine", "ratio", "CPU ms an image", "bare engine", "ratio", "latency p50, ms", "p95, ms"]
+    return table(head, rows)
 
 
 def bare(arguments: argparse.Namespace) -> dict[str, Any]:
