@@ -5,7 +5,8 @@
 
 A client asks for one image by ``POST /v1/images/generations``, waits for it, and asks again; each request has a seed of its own. The bare
 engine is ``model.sample`` (``generate`` and the image tokenizer) with batches of as many images as there are clients, in a process of its
-own. Both sides have one thread for the model. They run in fresh processes, in alternation; the ratio is the median over the rounds.
+own. Both sides have one thread for the model. They run in fresh processes, in alternation; ratios are medians over the rounds. That of
+CPU times is hardly changed by other programs of the machine; the server's has all of its threads, though requests are served by another core.
 
 The burst sends its requests all at once, to a server whose queue takes 128: most are refused. They ask for one pass each (``steps`` 1), as
 memory is what counts: the largest that the server's process had (VmHWM).
@@ -66,9 +67,8 @@ def main() -> None:
         result = run(BURST)
         print(f"{arguments.burst} requests at once: {result['answers']}; {result['seconds']:.1f} s")
         print(f"{arguments.burst} edits of pictures of 4 megapixels at once: {result['edit_answers']}; {result['edit_seconds']:.1f} s")
-        print(
-            f"largest memory: {result['before']:.0f} MiB before, {result['after']:.0f} MiB after the first, {result['edits']:.0f} MiB after both"
-        )
+        before, after, edits = (f"{result[when]:.0f} MiB" for when in ("before", "after", "edits"))
+        print(f"largest memory: {before} before, {after} after the first, {edits} after both")
 
 
 def compared(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> str:
