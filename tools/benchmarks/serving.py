@@ -6,7 +6,7 @@
 A client asks for one image by ``POST /v1/images/generations``, waits for it, and asks again; each request has a seed of its own. The bare
 engine is ``model.sample`` (``generate`` and the image tokenizer) with batches of as many images as there are clients, in a process of its
 own. Both sides have one thread for the model. They run in fresh processes, in alternation; ratios are medians over the rounds. That of
-CPU times is hardly changed by other programs of the machine; the server's has all of its threads, though requests are served by another core.
+CPU times is hardly changed by other programs; the server's has all of its threads, though another core serves requests.
 
 The burst sends its requests all at once, to a server whose queue takes 128: most are refused. They ask for one pass each (``steps`` 1), as
 memory is what counts: the largest that the server's process had (VmHWM).
