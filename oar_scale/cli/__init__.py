@@ -5,7 +5,7 @@ oar prepare|tokenizer|tokens|evaluate|report RECIPE           one stage
 oar extract RECIPE [--status|--verify|--compare|--array I/N]  an order for every training image
 oar train RECIPE [--stage pretrain|finetune|control]
 oar sample MODEL [CAPTION ... | --prompts FILE] [--out FILE.png | --out FOLDER]
-oar edit IMAGE ... --mask FILE | --box L,T,R,B | --expand SIDE=N --prompt TEXT
+oar edit IMAGE ... --mask FILE | --keep FILE | --box L,T,R,B | --expand SIDE=N --prompt TEXT
 oar serve MODEL [--host HOST] [--port PORT]                   draw and edit in a browser, or by OpenAI's API for images
 oar orders RECIPE [--against FOLDER] [--train-head]             what the orders look like; a head that predicts them
 oar recipe RECIPE [--origin]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from oar_scale.data.images import decode_upright
+from oar_scale.data.images import MAX_PIXELS, decode_upright
 from oar_scale.errors import UserError
-from oar_scale.generation.canvas import Canvas, Margins, Mask, expand, read_mask
+from oar_scale.generation.canvas import Box, Margins, expand, read_mask, scaled_size
 from oar_scale.generation.editing import Edit, noise_numbers
 from oar_scale.generation.picture_files import DrawingRecord, encode_png
 from oar_scale.generation.pretrained import Pretrained, load_pretrained
@@ -23,23 +25,42 @@ PICTURES_AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class EditRequest:
-    """What the command line says."""
+    """What the command line says: what is drawn by one of ``mask``, ``keep``, ``region``, ``box``, ``expand``, or by none all of it."""
 
     images: Sequence[str]
     """Paths, or object URIs."""
-    prompt: str
+    prompt: str | None
+    """None: each region has its own."""
     mask: Sequence[str] | None
-    """Pictures in black and white, one for all images or one for each. Of this, ``box`` and ``expand`` one says what is drawn."""
-    box: tuple[int, int, int, int] | None
+    """Pictures in black and white, one for all images or one for each; ``keep`` likewise, the other way round."""
+    keep: Sequence[str] | None
+    region: Sequence[tuple[str, str]] | None
+    """A mask and a prompt for each region, which all images have."""
+    box: Box | None
     expand: Margins | None
+    windows: bool | None
+    """Whether pictures larger than the square are drawn at their own resolution; None: only those that grow."""
     model: str
     which: str | None
     variations: int
     strength: float
-    feather: float
+    feather: float | None
     seed: int
     device: str | None
     out: str
+
+    @property
+    def mask_files(self) -> list[str]:
+        """All masks that are named."""
+        return [*(self.mask or self.keep or ()), *(mask for mask, _ in self.region or ())]
+
+
+class Marked(NamedTuple):
+    """A picture, and what is to be drawn of it from which prompts."""
+
+    picture: Image.Image
+    masks: list[NDArray[np.bool_]]
+    prompts: list[str]
 
 
 def edit_files(request: EditRequest, say: Callable[[str], None]) -> list[str]:
@@ -58,62 +79,94 @@ def edit_files(request: EditRequest, say: Callable[[str], None]) -> list[str]:
     if drawer.vq is None:
         raise UserError(f"{request.model}: a model without an image tokenizer cannot edit pictures. Name the folder of a run or an export.")
     written = []
-    for start in range(0, len(request.images), PICTURES_AT_ONCE):
-        at_once = range(start, min(start + PICTURES_AT_ONCE, len(request.images)))
-        canvases = [_canvas(request, number, drawer.vq.spec.image_size) for number in at_once]
-        edits = iter(_draw(drawer, request, canvases, at_once))
-        for number, canvas in zip(at_once, canvases, strict=True):
+    for batch in _batches(request):
+        edits = iter(_draw(drawer, request, batch))
+        for number in batch:
             for target, edit in zip(targets[number], edits, strict=False):
                 open_storage(target).write(target, encode_png(edit.picture, _record(drawer, request, number, edit)))
                 written.append(target)
-                say(f"{target}: {_about(canvas, edit)}")
+                say(f"{target}: {_about(edit, drawer.vq.spec.image_size)}")
     return written
 
 
-def _draw(drawer: Pretrained, request: EditRequest, canvases: Sequence[Canvas], numbers: Sequence[int]) -> list[Edit]:
+def _batches(request: EditRequest) -> Iterator[dict[int, Marked]]:
+    """The pictures with their places in the list: some at once, and of large ones as many as fit in memory well."""
+    batch: dict[int, Marked] = {}
+    pixels = 0
+    for number in range(len(request.images)):
+        marked = _marked(request, number)
+        more = marked.picture.width * marked.picture.height * request.variations
+        if batch and (len(batch) == PICTURES_AT_ONCE or pixels + more > MAX_PIXELS):
+            yield batch
+            batch, pixels = {}, 0
+        batch[number] = marked
+        pixels += more
+    yield batch
+
+
+def _draw(drawer: Pretrained, request: EditRequest, batch: dict[int, Marked]) -> list[Edit]:
     return drawer.edit(
-        [canvas.picture for canvas in canvases],
-        [canvas.drawn_HW for canvas in canvases],
-        [request.prompt] * len(canvases),
+        [marked.picture for marked in batch.values()],
+        [list(marked.masks) for marked in batch.values()],
+        [list(marked.prompts) for marked in batch.values()],
         variations=request.variations,
         strength=request.strength,
+        windows=_by_windows(request),
         feather=request.feather,
         seed=request.seed,
-        numbers=numbers,
+        numbers=list(batch),
     )
 
 
-def _canvas(request: EditRequest, number: int, size: int) -> Canvas:
+def _marked(request: EditRequest, number: int) -> Marked:
     """A picture and what is marked in it. Raises UserError as :func:`edit_files`."""
     path = request.images[number]
     picture = decode_upright(_read(path), path)
-    if request.expand:
-        return Canvas(*expand(picture, request.expand, path), size)
-    mask: Mask
-    if request.mask:
-        file = request.mask[number if len(request.mask) > 1 else 0]
-        mask, where = decode_upright(_read(file), file), f"{file} (the mask of {path})"
+    if request.region:
+        masks = [_read_mask(mask, picture, path) for mask, _ in request.region]
+        prompts, where = [prompt for _, prompt in request.region], path
     else:
-        assert request.box is not None, "the command line asks for one of the two"
-        mask, where = request.box, path
-    drawn_HW: NDArray[np.bool_] = read_mask(mask, picture.size, where)
-    if not drawn_HW.any():
-        raise UserError(f"{where} marks nothing: white is drawn, black is kept")
-    if drawn_HW.all():
-        raise UserError(f"{where}: the whole picture is marked, so nothing of it would be known. To draw from the prompt alone: oar sample")
-    return Canvas(picture, drawn_HW, size)
+        assert request.prompt is not None, "the command line asks for one"
+        prompts, where = [request.prompt], path
+        if request.expand:
+            picture, new_HW = expand(picture, request.expand, path)
+            masks = [new_HW]
+        elif files := request.mask or request.keep:
+            file = files[number if len(files) > 1 else 0]
+            white_HW, where = _read_mask(file, picture, path), f"{file} (the mask of {path})"
+            masks = [~white_HW if request.keep else white_HW]
+        else:
+            masks = [read_mask(request.box or (0, 0, *picture.size), picture.size, path)]
+    _check_marks(request, masks, where)
+    return Marked(picture, masks, prompts)
+
+
+def _check_marks(request: EditRequest, masks: Sequence[NDArray[np.bool_]], where: str) -> None:
+    if not all(mask_HW.any() for mask_HW in masks):
+        drawn, kept = ("black", "white") if request.keep else ("white", "black")
+        raise UserError(f"{where} marks nothing: {drawn} is drawn, {kept} is kept")
+    if request.strength == 1 and np.logical_or.reduce(masks).all():
+        raise UserError(
+            f"{where}: the whole picture is marked, so nothing of it would be known. To draw from the prompt alone: oar sample; "
+            "to vary it: --strength below 1"
+        )
+
+
+def _read_mask(file: str, picture: Image.Image, path: str) -> NDArray[np.bool_]:
+    """The white pixels of a mask."""
+    return read_mask(decode_upright(_read(file), file), picture.size, f"{file} (the mask of {path})")
 
 
 def _targets(request: EditRequest) -> list[list[str]]:
     """The files to write, for each picture."""
-    masks = len(request.mask or "")
+    masks = len(request.mask or request.keep or "")
     if masks > 1 and masks != len(request.images):
         raise UserError(f"{masks} masks for {len(request.images)} pictures: give one for all of them, or one for each, in the same order")
     if request.out.lower().endswith(".png"):
         if len(request.images) > 1 or request.variations > 1:
             raise UserError(f"--out {request.out} is one file, and there will be more: name a folder")
         return [[request.out]]
-    targets, taken = [], {os.path.realpath(path): path for path in [*request.images, *(request.mask or ())]}
+    targets, taken = [], {os.path.realpath(path): path for path in [*request.images, *request.mask_files]}
     for path in request.images:
         stem = os.path.splitext(os.path.basename(path))[0]
         names = [f"{stem}.png"] if request.variations == 1 else [f"{stem}-{number}.png" for number in range(1, request.variations + 1)]
@@ -132,24 +185,34 @@ def _read(path: str) -> bytes:
         raise UserError(f"{path}: no such file") from error
 
 
-def _about(canvas: Canvas, edit: Edit) -> str:
+def _about(edit: Edit, size: int) -> str:
     """How it came about, in one line."""
-    (width, height), (left, top, right, bottom) = canvas.picture.size, canvas.inner
-    drawn = f"{int(edit.squares[0].drawn_N.sum())} of {len(edit.squares[0].drawn_N)} cells drawn"
-    if canvas.scale == 1:
-        return drawn
-    how = "enlarged" if canvas.scale > 1 else "scaled down"
-    return f"{drawn}; at {right - left} x {bottom - top} pixels, {how} to the picture's {width} x {height}"
+    drawn, cells = (sum(counts) for counts in zip(*((int(each.drawn_N.sum()), len(each.drawn_N)) for each in edit.squares), strict=True))
+    (width, height), steps = edit.picture.size, len(edit.squares)
+    text = f"{drawn} of {cells} cells drawn" + (f" in {steps} steps" if steps > 1 else "")
+    if any(square.box != (0, 0, width, height) for square in edit.squares):
+        return f"{text}, by windows of {size} x {size} pixels; at the picture's own resolution"
+    across, down = scaled_size(edit.picture.size, size)
+    if max(across, down) == max(width, height):
+        return text
+    how = "enlarged" if max(width, height) > size else "scaled down"
+    return f"{text}; at {across} x {down} pixels, {how} to the picture's {width} x {height}"
 
 
 def _record(drawer: Pretrained, request: EditRequest, number: int, edit: Edit) -> DrawingRecord:
     """What the file says about how it came about."""
+    regions = {f"region {place}": prompt for place, (_, prompt) in enumerate(request.region or (), 1)}
+    whole = not (request.mask_files or request.box or request.expand)
     return drawer.record(
-        request.prompt,
+        "" if request.prompt is None else request.prompt,
         int(noise_numbers(np.array([number]), edit.variation + 1)[-1]),
         drawer.settings(),
         seed=request.seed,
-        kind="expand" if request.expand else "edit",
+        kind="expand" if request.expand else "variation" if whole else "edit",
         size=edit.picture.size,
-        edit={"strength": request.strength, "feather": request.feather},
+        edit={"strength": request.strength, "feather": request.feather, "windows": _by_windows(request), **regions},
     )
+
+
+def _by_windows(request: EditRequest) -> bool:
+    return request.expand is not None if request.windows is None else request.windows

@@ -32,8 +32,8 @@ from oar_scale.data.hashing import derived_seed
 from oar_scale.errors import UserError
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import nll_table, prediction_table
-from oar_scale.generation.canvas import make_canvas
-from oar_scale.generation.editing import EditOptions, edit_canvases
+from oar_scale.generation.editing import EditOptions, edit_pages
+from oar_scale.generation.pages import make_page
 from oar_scale.generation.sampling import generate
 from oar_scale.generation.seen_codes import pixels_of
 from oar_scale.generation.settings import SampleSettings
@@ -189,9 +189,10 @@ class EditTask:
         """Draw the hidden cells, as often as completions are wanted."""
         model, vq = self.target.open(self.precision), load_vq(self.vq).to(_here())
         hidden_SS = pixels_of(torch.from_numpy(self.redo_N), vq.spec.image_size)
-        canvas = make_canvas(Image.fromarray(self.picture), hidden_SS, vq.spec.image_size, f"held-out image {self.target.first}")
+        where = f"held-out image {self.target.first}"
+        page = make_page(Image.fromarray(self.picture), [hidden_SS], [0], vq.spec.image_size, where, windows=False)
         seed, condition_1TD = derived_seed(self.kind, self.seed, self.target.first), _condition(model, self.target.cond_inputs)
-        drawn = edit_canvases(model, vq, [canvas], condition_1TD, self.settings, EditOptions(self.completions), seed)
+        drawn = edit_pages(model, vq, [page], condition_1TD, self.settings, EditOptions(self.completions), seed)
         return Edited(self.kind, self.target.first, self.redo_N, tuple(np.asarray(each.picture) for each in drawn))
 
 

@@ -87,6 +87,19 @@ def prediction_table(model: AnyOrderModel, codes_SN: Tensor, cond_inputs_S: Tens
     return table
 
 
+@torch.no_grad()
+def hidden_nll(model: AnyOrderModel, codes_BN: Tensor, known_BN: Tensor, hidden_N: Tensor, condition_BTD: Tensor) -> Tensor:
+    """Mean NLL of the codes in a hole, in raster order after the known ones; cells that are neither come last.
+
+    Returns:
+        float64 [B], nats per code, on the CPU.
+    """
+    rank_BN = torch.where(known_BN, 0, torch.where(hidden_N, 1, 2))
+    order_BN = rank_BN.argsort(dim=1, stable=True)
+    hidden_BN = hidden_N[order_BN]
+    return ((model.nll(codes_BN, order_BN, condition_BTD).double() * hidden_BN).sum(1) / hidden_BN.sum(1)).cpu()
+
+
 def random_orders(images: int, cells: int, seed: int) -> Tensor:
     """One random permutation [S, N] for each image: a function of (seed, image) alone, the same for every model."""
     return torch.from_numpy(permutations("evaluation order", cells, seed, np.arange(images)))

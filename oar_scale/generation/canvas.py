@@ -27,6 +27,8 @@ from oar_scale.tokenizers.vq import pixels_to_unit, unit_to_pixels
 Mask = Image.Image | NDArray[np.bool_] | Tensor | tuple[int, int, int, int]
 """Which pixels of the upright picture are drawn anew: a picture in black (kept) and white (drawn), bool [H, W], or a box (left, top,
 right, bottom), as Pillow counts them."""
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom, in pixels."""
 _DRAWN_FROM = 128
 """The grey of a mask from which on a pixel is drawn."""
 
@@ -37,7 +39,7 @@ class Shown(NamedTuple):
     pixels_3SS: Tensor
     """In [-1, 1], grey beside the picture; where it is hidden, too."""
     marked_SS: Tensor
-    """bool: has some of the pixels that are to be drawn."""
+    """bool: has some of the pixels that are to be drawn, or are hidden for another reason."""
     beside_SS: Tensor
     """bool: lies beside the picture."""
 
@@ -52,22 +54,25 @@ class Canvas:
     """Its pixels that are to be drawn."""
     size: int
     """S: side of the square."""
+    unknown_HW: NDArray[np.bool_] | None = None
+    """Its pixels that are not known; None: those to be drawn. There are more where others are to be drawn after these."""
+    corner: tuple[int, int] = (0, 0)
+    """Where the picture begins in a larger one that it is a window of: left, top."""
 
     @property
     def inner(self) -> tuple[int, int, int, int]:
         """Where the picture lies on the square: left, top, right, bottom."""
-        width, height = (max(1, round(side * self.size / max(self.picture.size))) for side in self.picture.size)
+        width, height = scaled_size(self.picture.size, self.size)
         left, top = (self.size - width) // 2, (self.size - height) // 2
         return left, top, left + width, top + height
-
-    @property
-    def scale(self) -> float:
-        """Pixels of the picture for one of the square."""
-        return max(self.picture.size) / self.size
 
     def drawn(self) -> Tensor:
         """The pixels of the square [S, S] that have some of the ones to be drawn."""
         return self._square(_touched(self.drawn_HW, *self._inner_size()), beside=False)
+
+    def hidden(self) -> Tensor:
+        """The pixels of the square [S, S] that have some of those that are not known."""
+        return self._square(_touched(self._unknown_HW(), *self._inner_size()), beside=False)
 
     def beside(self) -> Tensor:
         """The pixels of the square [S, S] that are beside the picture."""
@@ -76,19 +81,19 @@ class Canvas:
 
     def shown(self, *, hide: bool) -> Shown:
         """All that the image tokenizer is shown of it; with ``hide`` nothing of what is to be drawn."""
-        return Shown(self.pixels(hide=hide), self.drawn(), self.beside())
+        return Shown(self.pixels(hide=hide), self.hidden() if hide else self.drawn(), self.beside())
 
     def pixels(self, *, hide: bool) -> Tensor:
-        """The square as the image tokenizer takes it, [3, S, S], grey beside the picture; with ``hide``, where it is to be drawn, too."""
+        """The square as the image tokenizer takes it, [3, S, S], grey beside the picture; with ``hide``, where it is not known, too."""
         page = on_white(self.picture).copy()
-        page.putalpha(Image.fromarray(~self.drawn_HW if hide else np.ones_like(self.drawn_HW)).convert("L"))
+        page.putalpha(Image.fromarray(~self._unknown_HW() if hide else np.ones_like(self.drawn_HW)).convert("L"))
         if page.size != self._inner_size():
             page = page.resize(self._inner_size(), Image.Resampling.LANCZOS)  # colours count by their alpha: hidden ones for nothing
         square_SS3 = np.zeros((self.size, self.size, 3), dtype=np.uint8)
         left, top, right, bottom = self.inner
         square_SS3[top:bottom, left:right] = np.asarray(page)[:, :, :3]
         image_3SS = pixels_to_unit(torch.from_numpy(square_SS3)[None])[0]
-        return image_3SS.masked_fill(self.beside() | (self.drawn() if hide else False), 0.0)
+        return image_3SS.masked_fill(self.beside() | (self.hidden() if hide else False), 0.0)
 
     def finish(self, seen_3SS: Tensor, drawn_3SS: Tensor, redrawn_SS: Tensor, feather: float) -> Image.Image:
         """The picture with a drawing in it.
@@ -100,13 +105,16 @@ class Canvas:
             feather: see :func:`mix`.
         """
         taken_SS = self.drawn() & redrawn_SS
-        mixed_3SS = mix(seen_3SS, drawn_3SS, taken_SS, ~taken_SS & ~self.beside(), feather)
+        mixed_3SS = mix(seen_3SS, drawn_3SS, taken_SS, ~(self.hidden() & redrawn_SS) & ~self.beside(), feather)
         drawing, redrawn = (each.crop(self.inner) for each in (to_picture(mixed_3SS), Image.fromarray(redrawn_SS.numpy())))
         if drawing.size != self.picture.size:
             drawing = drawing.resize(self.picture.size, Image.Resampling.LANCZOS)
             redrawn = redrawn.resize(self.picture.size, Image.Resampling.NEAREST)
         taken = Image.fromarray(self.drawn_HW & np.asarray(redrawn))
         return Image.composite(drawing.convert(self.picture.mode), self.picture, taken)
+
+    def _unknown_HW(self) -> NDArray[np.bool_]:
+        return self.drawn_HW if self.unknown_HW is None else self.unknown_HW
 
     def _inner_size(self) -> tuple[int, int]:
         left, top, right, bottom = self.inner
@@ -119,15 +127,35 @@ class Canvas:
         return torch.from_numpy(square_SS)
 
 
+def scaled_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height of a picture that is scaled to fit a square."""
+    width, height = (max(1, round(each * side / max(size))) for each in size)
+    return width, height
+
+
 def make_canvas(image: Image.Image, mask: Mask, size: int, where: str) -> Canvas:
     """A picture of any mode and size, and what is to be drawn of it. ``where`` names it in errors.
 
     Raises:
         UserError: a picture that is too large, has no pixels or does not say what its numbers mean; a mask of another size or kind.
     """
-    _check_picture(image, where)
-    picture = upright(image, where)
+    picture = upright_picture(image, where)
     return Canvas(picture, read_mask(mask, picture.size, f"the mask of {where}"), size)
+
+
+def upright_picture(image: Image.Image, where: str) -> Image.Image:
+    """A picture of any mode and size as upright RGB, or RGBA where it is transparent. Raises UserError as :func:`make_canvas`."""
+    size = getattr(image, "size", None)
+    if not isinstance(size, tuple):
+        raise UserError(f"{where} is a {type(image).__name__}: a Pillow picture is wanted, as Image.open or Image.fromarray give it")
+    width, height = size
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UserError(f"{where} has {width} x {height} pixels; there must be some, and at most {MAX_PIXELS}. Scale it down.")
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"{where} has mode {image.mode}, whose range would be taken from all pixels, also the hidden ones: make it one of 8 or 16 bits"
+        )
+    return upright(image, where)
 
 
 class Margins(NamedTuple):
@@ -145,8 +173,11 @@ def expand(image: Image.Image, margins: Margins, where: str) -> tuple[Image.Imag
     Raises:
         UserError: as :func:`make_canvas`; margins below 0, all of them 0, or such that the page would be too large.
     """
-    _check_picture(image, where)
-    picture, (left, top, right, bottom) = upright(image, where), margins
+    picture = upright_picture(image, where)
+    try:
+        left, top, right, bottom = map(operator.index, margins)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: margins {margins!r} must be four whole numbers: left, top, right, bottom") from error
     width, height = picture.width + left + right, picture.height + top + bottom
     if min(margins) < 0 or not any(margins) or width * height > MAX_PIXELS:
         raise UserError(
@@ -162,8 +193,7 @@ def expand(image: Image.Image, margins: Margins, where: str) -> tuple[Image.Imag
 def read_mask(mask: Mask, size: tuple[int, int], where: str) -> NDArray[np.bool_]:
     """The pixels [H, W] to be drawn, of a picture of this (width, height). Raises UserError for masks of another size or kind."""
     if isinstance(mask, Image.Image):
-        _check_picture(mask, where)
-        page = upright(mask, where)
+        page = upright_picture(mask, where)
         if page.mode == "RGBA":
             raise UserError(f"{where} is transparent, and what that means is not agreed upon. Save it in black (kept) and white (drawn).")
         grey_HW3 = np.asarray(page)
@@ -200,16 +230,6 @@ def mix(seen_3SS: Tensor, drawn_3SS: Tensor, taken_SS: Tensor, kept_SS: Tensor, 
 def to_picture(image_3SS: Tensor) -> Image.Image:
     """An image in [-1, 1], on the CPU, as a picture."""
     return Image.fromarray(unit_to_pixels(image_3SS[None])[0].numpy())
-
-
-def _check_picture(image: Image.Image, where: str) -> None:
-    width, height = image.size
-    if not 0 < width * height <= MAX_PIXELS:
-        raise UserError(f"{where} has {width} x {height} pixels; there must be some, and at most {MAX_PIXELS}. Scale it down.")
-    if image.mode in ("I", "F"):
-        raise UserError(
-            f"{where} has mode {image.mode}, whose range would be taken from all pixels, also the hidden ones: make it one of 8 or 16 bits"
-        )
 
 
 def _box(box: tuple[int, ...], size: tuple[int, int], where: str) -> NDArray[np.bool_]:

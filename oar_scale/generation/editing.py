@@ -6,15 +6,17 @@
 
 Any permutation of the cells is a valid sequence for an any-order model, so both are ordinary generation with a prefix.
 
-:func:`edit_canvases` does it to pictures, and honestly: what is to be drawn is hidden from the image tokenizer (``seen_codes``), and known
-pixels stay as they are (``canvas``). It is :func:`see`, :func:`redraw` and :func:`finish` for all of them at once.
+:func:`edit_pages` does it to pictures, and honestly: what is to be drawn is hidden from the image tokenizer (``seen_codes``), and known
+pixels stay as they are (``canvas``). Each drawing on the model's square is :func:`see`, :func:`redraw` and :func:`finish`; a picture may
+take several (``pages``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from oar_scale.errors import UserError
-from oar_scale.generation.canvas import Canvas, Shown, to_picture
+from oar_scale.generation.canvas import Box, Canvas, Shown, to_picture
+from oar_scale.generation.pages import Page
 from oar_scale.generation.sampling import Generated, Known, generate
 from oar_scale.generation.seen_codes import DEFAULT_FILLS, Fill, SeenCodes, cells_of, pixels_of, seen_codes
 from oar_scale.generation.settings import SampleSettings
@@ -32,12 +35,21 @@ from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.orders.policies import LateOrder
 from oar_scale.orders.scores import score_logits
 from oar_scale.orders.selection import Images
-from oar_scale.tokenizers.image import ImageTokenizer
+from oar_scale.text import shown as shortened
+from oar_scale.tokenizers.image import ImageTokenizer, TokenizerSpec
 
 DECODE_BATCH = 1
 """Pictures decoded at once: beside others a pixel would now and then be another one, as convolutions round by the size of the batch."""
-VARIATION_SHIFT = 32
-"""Variation v of the picture with number n has the noise of image n + v * 2^32: variation 0 is that of one alone."""
+VARIATION_SHIFT, STEP_SHIFT = 32, 48
+"""Step s of variation v of the picture with number n has the noise of image n + v * 2^32 + s * 2^48: the first one that of a sample."""
+MAX_VARIATIONS = 1 << STEP_SHIFT - VARIATION_SHIFT
+
+OrderOf = Callable[[Sequence[int], Images], Tensor | LateOrder | None]
+"""From the rows of some drawings among all (the variations of the first picture come first) and their numbers to their orders."""
+
+
+def no_order(rows: Sequence[int], numbers_B: Images) -> None:
+    """The model chooses."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +65,24 @@ class EditOptions:
     """Rules that fill the hole; see :func:`seen_codes`."""
     ring: int = 0
     """Cells at most so far from the hole are drawn, too, beside those whose codes depend on it."""
-    feather: float = 0.0
-    """So many of the model's pixels inside the hole are matched to the known ones beyond the seam; see ``canvas.mix``."""
+    feather: float | None = None
+    """So many of the model's pixels inside the hole are matched to the known ones beyond the seam; see ``canvas.mix``. None: none of
+    them, but in windows, where drawings meet each other, as many as a cell is wide."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.variations, int) or self.variations < 1:
-            raise UserError(f"variations {self.variations} must be a whole number from 1")
-        if not 0 < self.strength <= 1:
-            raise UserError(f"strength {self.strength} must be above 0 and at most 1, which draws all that is marked")
-        if not 0 <= self.feather < math.inf:
-            raise UserError(f"feather {self.feather} must be a number of pixels, and not negative")
+        if not isinstance(self.variations, Integral) or not 1 <= self.variations <= MAX_VARIATIONS:
+            raise UserError(f"variations {shortened(self.variations)} must be a whole number from 1 to {MAX_VARIATIONS}")
+        if not isinstance(self.strength, Real) or not 0 < self.strength <= 1:
+            raise UserError(f"strength {shortened(self.strength)} must be above 0 and at most 1, which draws all that is marked")
+        if not isinstance(self.ring, Integral) or self.ring < 0:
+            raise UserError(f"ring {shortened(self.ring)} must be 0 cells or more")
+        if self.feather is not None and (not isinstance(self.feather, Real) or not 0 <= self.feather < math.inf):
+            raise UserError(f"feather {shortened(self.feather)} must be a number of pixels, and not negative")
+
+    def seam(self, spec: TokenizerSpec, *, window: bool) -> float:
+        """The width of the seam of a drawing."""
+        cell = spec.image_size / spec.grid if window else 0.0
+        return cell if self.feather is None else self.feather
 
 
 class SeenCanvas(NamedTuple):
@@ -81,6 +101,8 @@ class SeenCanvas(NamedTuple):
 class Square:
     """What the model drew on one canvas."""
 
+    box: Box
+    """The part of the picture that it saw."""
     drawing: Image.Image
     """The whole square, the known part as the image tokenizer gives it back."""
     codes_N: Tensor
@@ -115,23 +137,26 @@ class Edit:
     """What the model drew, one after the other."""
 
 
-def edit_canvases(
+def edit_pages(
     model: AnyOrderModel,
     vq: ImageTokenizer,
-    canvases: Sequence[Canvas],
-    condition_BTD: Tensor,
+    pages: Sequence[Page],
+    condition_PTD: Tensor,
     settings: SampleSettings,
     options: EditOptions,
     seed: int,
-    order_BN: Tensor | LateOrder | None = None,
+    order_of: OrderOf = no_order,
     images_B: Images | None = None,
 ) -> list[Edit]:
     """Draw what is marked in each of B pictures.
 
+    The first steps of all drawings are one batch, then the second ones, and so on.
+
     Args:
-        condition_BTD: a row for each picture.
+        pages: before their first step; they stay as they are.
+        condition_PTD: of the prompts that the steps name.
         seed, images_B: as for :func:`generate`; a number for each picture.
-        order_BN: as for :func:`redraw`, with a row for each variation of each picture (:func:`noise_numbers`).
+        order_of: the order of each drawing of a batch, as :func:`redraw` takes it.
 
     Returns:
         The variations of the first picture, then those of the second, and so on.
@@ -140,19 +165,25 @@ def edit_canvases(
         ValueError: as :func:`generate`.
         UserError: a fill that there is not.
     """
-    count = options.variations
-    seen = [see(model, vq, canvas, condition_TD, options) for canvas, condition_TD in zip(canvases, condition_BTD, strict=True)]
-    codes_BN, known_BN = (torch.stack(each).repeat_interleave(count, 0) for each in list(zip(*seen, strict=True))[2:])
-    numbers_B = noise_numbers(np.arange(len(canvases)) if images_B is None else images_B, count)
-    condition_BTD = condition_BTD.repeat_interleave(count, 0)
-    drawn = redraw(model, codes_BN, ~known_BN, condition_BTD, settings, seed, order_BN, numbers_B)
-    edits = []
-    for row, image_3SS in enumerate(decoded(vq, drawn.codes_BN)):
-        image, variation = divmod(row, count)
-        of_row = drawn.codes_BN[row], drawn.order_BN[row], drawn.score_BN[row]
-        picture, square = finish(seen[image], image_3SS, *of_row, options.feather)
-        edits.append(Edit(picture, image, variation, (square,)))
-    return edits
+    numbers_B = noise_numbers(np.arange(len(pages)) if images_B is None else images_B, options.variations)
+    drawings = [Page.of(page.picture, page.steps) for page in pages for _ in range(options.variations)]
+    squares: list[list[Square]] = [[] for _ in drawings]
+    for turn in range(max((len(page.steps) for page in pages), default=0)):
+        rows = [row for row, drawing in enumerate(drawings) if turn < len(drawing.steps)]
+        condition_BTD = condition_PTD[[drawings[row].steps[turn].prompt for row in rows]]
+        seen: list[SeenCanvas] = []
+        for row, condition_TD in zip(rows, condition_BTD, strict=True):
+            again = turn == 0 and row % options.variations  # the variations of a picture begin alike
+            seen.append(seen[-1] if again else see(model, vq, drawings[row].canvas(vq.spec.image_size), condition_TD, options))
+        codes_BN, known_BN = torch.stack([each.codes_N for each in seen]), torch.stack([each.known_N for each in seen])
+        turn_numbers_B = numbers_B[rows] + (turn << STEP_SHIFT)
+        drawn = redraw(model, codes_BN, ~known_BN, condition_BTD, settings, seed, order_of(rows, turn_numbers_B), turn_numbers_B)
+        for at, (row, image_3SS) in enumerate(zip(rows, decoded(vq, drawn.codes_BN), strict=True)):
+            feather = options.seam(vq.spec, window=seen[at].canvas.picture.size != drawings[row].picture.size)
+            picture, square = finish(seen[at], image_3SS, drawn.codes_BN[at], drawn.order_BN[at], drawn.score_BN[at], feather)
+            drawings[row].take(picture)
+            squares[row].append(square)
+    return [Edit(drawing.picture, *divmod(row, options.variations), tuple(squares[row])) for row, drawing in enumerate(drawings)]
 
 
 # -- the parts of an edit: see, draw what is not known (redraw, or known_first and a batch of one's own), finish ---------------
@@ -212,7 +243,9 @@ def finish(
     """
     drawn_N = ~seen.known_N.cpu()
     picture = seen.canvas.finish(seen.pixels_3SS, image_3SS, pixels_of(drawn_N, seen.canvas.size), feather)
-    return picture, Square(to_picture(image_3SS), codes_N.cpu(), order_N.cpu(), score_N.cpu(), drawn_N)
+    left, top = seen.canvas.corner
+    box = left, top, left + picture.width, top + picture.height
+    return picture, Square(box, to_picture(image_3SS), codes_N.cpu(), order_N.cpu(), score_N.cpu(), drawn_N)
 
 
 def redraw(

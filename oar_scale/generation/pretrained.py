@@ -11,19 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Literal, Self, TypedDict, Unpack, cast
+from typing import Literal, Self, Unpack, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from oar_scale.config.schema import GuidanceSchedule
 from oar_scale.errors import UserError
-from oar_scale.generation.canvas import Mask, make_canvas
-from oar_scale.generation.editing import DECODE_BATCH, Edit, EditOptions, edit_canvases, noise_numbers
+from oar_scale.generation.arguments import MAX_EDITED, Choices, EditChoices, Order, check_list, given_order, image_numbers, whole_number
+from oar_scale.generation.canvas import Margins, Mask, expand, upright_picture
+from oar_scale.generation.editing import DECODE_BATCH, Edit, EditOptions, edit_pages, noise_numbers
 from oar_scale.generation.exported_folder import complete_folder, copy_model
 from oar_scale.generation.model_bundle import HUB, ModelBundle, check_codes, find_bundle
+from oar_scale.generation.pages import make_pages
 from oar_scale.generation.picture_files import DrawingKind, DrawingRecord
 from oar_scale.generation.sampling import Generated, generate
 from oar_scale.generation.seen_codes import DEFAULT_FILLS, Fill
@@ -33,6 +33,7 @@ from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
 from oar_scale.model.weights import model_id
 from oar_scale.orders.policies import LateOrder, OrderRequest, own_policy, sampling_order
 from oar_scale.orders.selection import Images
+from oar_scale.text import shown
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import (
     FeatureReader,
@@ -45,27 +46,11 @@ from oar_scale.tokenizers.prompts import (
 )
 from oar_scale.tokenizers.vq import load_vq, unit_to_pixels, vq_id
 
-Order = str | Sequence[int] | Tensor
-"""The way through the cells: the name of a policy (docs/order-policies.md), or a permutation [N] for all images or [B, N] for each."""
-
-
-class Choices(TypedDict, total=False):
-    """Settings that override those of the model's own recipe; see :class:`oar_scale.generation.settings.SampleSettings`."""
-
-    guidance: float
-    guidance_schedule: GuidanceSchedule
-    guidance_start: float | None
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    order_temperature: float
-    steps: int | None
-    draft: int
+__all__ = ["Choices", "Order", "Pretrained", "load_bundle", "load_pretrained"]
 
 
 class Pretrained:
-    """``sample`` gives pictures, ``draw`` the codes with their orders, ``edit`` both.
+    """``sample`` gives pictures, ``draw`` the codes with their orders; ``edit``, ``variations`` and ``expand`` both.
 
     ``model``, ``vq`` (the image tokenizer) and ``text`` (the prompt encoder) are what ``bundle`` names, loaded; ``vq`` is None where
     only a model was loaded, ``text`` where nothing says how its captions are encoded. ``defaults`` holds the settings that
@@ -125,21 +110,22 @@ class Pretrained:
     ) -> Generated:
         """As :meth:`sample`, but return codes, orders, scores and passes."""
         condition_BTD = self._condition(prompts)
-        images_B = np.arange(len(condition_BTD)) if images is None else np.asarray(images, dtype=np.int64)
+        images_B, seed = image_numbers(images, len(condition_BTD), "images"), whole_number(seed, "seed")
         order_BN = self.orders(order, images_B, seed)
-        return generate(self.model, condition_BTD, self.settings(**choices), seed, order_BN, images_B=images_B)
+        return generate(self.model, condition_BTD, self._settings(choices), seed, order_BN, images_B=images_B)
 
     def edit(
         self,
         images: Sequence[Image.Image],
-        masks: Sequence[Mask],
-        prompts: Sequence[Prompt],
+        masks: Sequence[Mask | list[Mask]],
+        prompts: Sequence[Prompt | list[Prompt]],
         *,
         variations: int = 1,
         strength: float = 1.0,
+        windows: bool = False,
         fills: Sequence[Fill] = DEFAULT_FILLS,
         ring: int = 0,
-        feather: float = 0.0,
+        feather: float | None = None,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
         order: Order | None = None,
@@ -149,11 +135,13 @@ class Pretrained:
 
         Args:
             images: of any size and mode. Each is made upright, and scaled to fit the square that the model draws.
-            masks: which pixels of each upright picture are to be drawn, see :data:`oar_scale.generation.canvas.Mask`.
-            prompts: one for each picture.
+            masks: which pixels of each upright picture are to be drawn, see :data:`oar_scale.generation.canvas.Mask`; a list of masks for
+                regions that are drawn one after the other, each from a prompt of its own.
+            prompts: one for each picture; a list of prompts where there is a list of masks.
             variations, strength, fills, ring, feather: see :class:`oar_scale.generation.editing.EditOptions`.
-            seed, numbers: as ``seed`` and ``images`` of :meth:`sample`; a number for each picture.
-            order: as for :meth:`sample`, known cells first; [B, N] has a row for each drawing.
+            windows: draw pictures larger than the square at their own resolution, see ``oar_scale.generation.windows``.
+            seed, numbers: as ``seed`` and ``images`` of :meth:`sample`; a number from 0 to 2^32 - 1 for each picture.
+            order: as for :meth:`sample`, known cells first; [B, N] has a row for each variation of each picture.
 
         Returns:
             All drawings of the first picture, then those of the second, and so on.
@@ -161,23 +149,79 @@ class Pretrained:
         Raises:
             UserError: as :meth:`sample`; pictures and masks that do not fit together, or a model that draws in raster order only.
         """
-        vq, options = self._tokenizer(), EditOptions(variations, strength, tuple(fills), ring, feather)
+        rules = tuple(fills) if isinstance(fills, list | tuple) else (fills,)  # one that is no list is named in the error
+        vq, options = self._tokenizer(), EditOptions(variations, strength, rules, ring, feather)
         if self.model.spec.layout == "raster":
             raise UserError(f"{self.where}: a raster model draws in raster order, whatever is known. Edit with an any-order model.")
-        if isinstance(images, Image.Image) or not len(images) == len(masks) == len(prompts):
-            raise UserError("images, masks and prompts are lists of the same length: one of each for every picture")
-        condition_BTD = self._condition(prompts)
-        pairs = enumerate(zip(images, masks, strict=True), 1)
-        canvases = [make_canvas(image, mask, vq.spec.image_size, f"picture {number}") for number, (image, mask) in pairs]
-        images_B = np.arange(len(canvases)) if numbers is None else np.asarray(numbers, dtype=np.int64)
-        if len(images_B) != len(canvases):
-            raise UserError(f"numbers has {len(images_B)} of them for {len(canvases)} pictures")
-        order_BN = self.orders(order, noise_numbers(images_B, options.variations), seed)
-        return edit_canvases(self.model, vq, canvases, condition_BTD, self.settings(**choices), options, seed, order_BN, images_B)
+        pages, texts = make_pages(images, masks, prompts, vq.spec.image_size, windows=windows)
+        condition_PTD = self._condition(texts)
+        images_B, seed = image_numbers(numbers, len(pages), "numbers", MAX_EDITED), whole_number(seed, "seed")
+        whole_order = None if order is None or isinstance(order, str) else self.orders(order, noise_numbers(images_B, variations), seed)
+
+        def order_of(rows: Sequence[int], numbers_B: Images) -> Tensor | LateOrder | None:
+            return whole_order[list(rows)] if isinstance(whole_order, Tensor) else self.orders(order, numbers_B, seed)
+
+        return edit_pages(self.model, vq, pages, condition_PTD, self._settings(choices), options, seed, order_of, images_B)
+
+    def variations(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[Prompt],
+        count: int = 4,
+        strength: float = 0.5,
+        **options: Unpack[EditChoices],
+    ) -> list[Edit]:
+        """Pictures of which a share of the cells is drawn anew: those whose codes the model expects least, given the prompt.
+
+        Args:
+            count: drawings of each picture.
+            strength: the share; 1 draws all of it, from the prompt alone.
+            options: other arguments of :meth:`edit`.
+
+        Returns:
+            As :meth:`edit`, with its errors.
+        """
+        check_list(images, "images")
+        everything = [(0, 0, *upright_picture(image, f"picture {number}").size) for number, image in enumerate(images, 1)]
+        return self.edit(images, everything, prompts, variations=count, strength=strength, **options)
+
+    def expand(
+        self,
+        images: Sequence[Image.Image],
+        margins: Margins | list[Margins],
+        prompts: Sequence[Prompt],
+        *,
+        variations: int = 1,
+        windows: bool = True,
+        **options: Unpack[EditChoices],
+    ) -> list[Edit]:
+        """Let pictures grow: their new margins are drawn.
+
+        Args:
+            margins: pixels on each side (left, top, right, bottom), of all pictures or a list with one for each.
+            windows: where the page is larger than the model's square, draw at the picture's resolution; else scale the page to the square.
+            options: other arguments of :meth:`edit`.
+
+        Returns:
+            As :meth:`edit`, with its errors.
+        """
+        check_list(images, "images")
+        each = [margins] * len(images) if isinstance(margins, tuple) else margins
+        if len(each) != len(images):
+            raise UserError(f"margins has {len(each)} of them for {len(images)} pictures")
+        grown = [expand(image, by, f"picture {number}") for number, (image, by) in enumerate(zip(images, each, strict=True), 1)]
+        pages, new = [page for page, _ in grown], [new_HW for _, new_HW in grown]
+        return self.edit(pages, new, prompts, variations=variations, windows=windows, **options)
 
     def settings(self, **choices: Unpack[Choices]) -> SampleSettings:
-        """The settings of the model's own recipe, with these choices instead of its own."""
+        """The settings of the model's own recipe, with these choices instead of its own. Raises ValueError for what means nothing."""
         return replace(SampleSettings.from_recipe(self.defaults), **choices)
+
+    def _settings(self, choices: Choices) -> SampleSettings:
+        try:
+            return self.settings(**choices)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     @cached_property
     def ids(self) -> tuple[str, str | None]:
@@ -277,16 +321,14 @@ class Pretrained:
         """Prompts as the ids, labels or features that :meth:`condition` takes; no network runs. Raises UserError for any other prompt."""
         if self.text is None:
             raise UserError(f"{self.where}: nobody knows what its captions are encoded with. Load its run's folder, or an export of that.")
-        if isinstance(prompts, str) or not len(prompts):
-            raise UserError("prompts are a list with one entry for each picture")
-        if self.text.field == "txt":
-            wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
-            if wrong is not None:
-                raise UserError(f"{wrong!r} is not a caption: this model is conditioned on captions")
+        check_list(prompts, "prompts")
+        wrong = [prompt for prompt in prompts if not isinstance(prompt, str)] if self.text.field == "txt" else []
+        if wrong:
+            raise UserError(f"{shown(wrong[0])} is not a caption: this model is conditioned on captions")
         encoded_prompts = self.text.encode(prompts)
         if self.text.field == "txt" and not encoded_prompts.flatten(1).any(1).all():
             empty = int((~encoded_prompts.flatten(1).any(1)).nonzero()[0])
-            raise UserError(f"caption {prompts[empty]!r} has no token in the model's vocabulary")
+            raise UserError(f"caption {shown(prompts[empty])} has no token in the model's vocabulary")
         return encoded_prompts
 
     @torch.no_grad()
@@ -306,8 +348,7 @@ class Pretrained:
         if order is None or isinstance(order, str):
             request = OrderRequest(self.model, torch.from_numpy(images_B), seed, self.bundle.orders, self.bundle.model)
             return sampling_order(self._policy(order), request, "order")
-        given = torch.as_tensor(order, dtype=torch.long)
-        return (given.expand(len(images_B), -1) if given.ndim == 1 else given).to(self._device)
+        return given_order(order, self.model.spec.cells, len(images_B)).to(self._device)
 
 
 def load_pretrained(path: str, model: str | None = None) -> Pretrained:

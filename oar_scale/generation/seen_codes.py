@@ -7,7 +7,7 @@ hole, an image tells the codes around the hole what is in it. So the hole is fil
                                                                              all the same: the cell is *sure*, and known
                                                                              else: it depends on the hole, and is drawn, too
 
-The cells outside the hole that are drawn, too, are its *ring*; it need not be contiguous.
+The cells outside the hole that are drawn, too, are its *ring*; it need not be contiguous. With a single fill all cells outside are known.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from oar_scale.errors import UserError
 from oar_scale.tokenizers.image import ImageTokenizer
 
 Fill = Literal["mean", "blur", "noise"]
-DEFAULT_FILLS: tuple[Fill, ...] = ("mean", "blur", "noise")
+DEFAULT_FILLS: tuple[Fill, ...] = ("noise",)
+"""Noise keeps the image's statistics, over which encoders normalise. Measured in docs/results/editing-cpu.md."""
 _BLUR = 1 / 8
 """Standard deviation of the blur, as a share of the image's side."""
 
@@ -49,8 +50,7 @@ def seen_codes(vq: ImageTokenizer, image_3HW: Tensor, hidden_HW: Tensor, fills: 
     Raises:
         UserError: no fill, or one that there is not; a ring below 0.
     """
-    wrong = next((fill for fill in fills if fill not in FILLS), None)
-    if wrong is not None or not fills or isinstance(fills, str):
+    if not fills or isinstance(fills, str) or any(fill not in FILLS for fill in fills):
         raise UserError(f"fills {fills!r}: a list of rules is wanted. There are: {', '.join(FILLS)}")
     if ring < 0:
         raise UserError(f"ring {ring} must be 0 cells or more")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from numbers import Integral, Real
 
 from oar_scale.config.schema import GuidanceSchedule, SampleConfig
+from oar_scale.text import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,12 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         for name in ("guidance", "temperature", "top_k", "order_temperature", "top_p", "min_p", "guidance_start", "draft"):
-            value = cast("float | None", getattr(self, name))
-            if value is not None and not 0 <= value < math.inf:  # false of NaN, too
-                raise ValueError(f"{name} {value} must be a number, and not negative")
+            value: object = getattr(self, name)
+            kind = Integral if name in ("top_k", "draft") else Real
+            if value is None and name == "guidance_start":
+                continue
+            if not isinstance(value, kind) or not 0 <= float(value) < math.inf:  # false of NaN, too
+                raise ValueError(f"{name} {shown(value)} must be a {'whole ' if kind is Integral else ''}number, and not negative")
         if self.temperature == 0:
             raise ValueError(f"temperature {self.temperature} must be above 0; top_k=1 makes the choice greedy")
         if not 0 < self.top_p <= 1:
@@ -53,8 +57,8 @@ class SampleSettings:
             raise ValueError(f"guidance_schedule {self.guidance_schedule!r}: there are {', '.join(GUIDANCE_RAMPS)}")
         if self.guidance_start is not None and self.guidance_schedule == "constant":
             raise ValueError(f"guidance_start {self.guidance_start} is where a guidance_schedule starts; constant guidance has no start")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps {self.steps} must be at least 1; None places one cell a step")
+        if self.steps is not None and (not isinstance(self.steps, Integral) or self.steps < 1):
+            raise ValueError(f"steps {shown(self.steps)} must be at least 1, and whole; None places one cell a step")
         if self.draft and self.steps is not None:
             raise ValueError("draft changes no image, while steps places cells without knowing the ones beside them: choose one of the two")
 

@@ -44,7 +44,7 @@ def finished(drawer: Pretrained, task: Task, drawn: Drawn) -> Result:
         redrawn_N = torch.ones(len(drawn.order), dtype=torch.bool)
         redrawn_N[drawn.order[: drawn.known]] = False
         redrawn_SS = pixels_of(redrawn_N, len(shown.marked_SS))
-        picture = upload.canvas().finish(shown.pixels_3SS, drawn.image_3SS, redrawn_SS, task.options.feather)
+        picture = upload.canvas().finish(shown.pixels_3SS, drawn.image_3SS, redrawn_SS, task.options.feather or 0.0)
         edit = {"strength": task.options.strength, "feather": task.options.feather}
     record = drawer.record(
         task.prompt, drawn.number, task.settings, seed=task.seed, order=task.order, kind=task.kind, size=picture.size, edit=edit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ def test_what_cannot_be_edited_is_explained(run: str, pictures: Path, capsys: py
     for arguments, complaint in (
         (("square.png", "--mask", "mask.png"), "mask.png (the mask of square.png) has 36 x 20 pixels, the picture (upright) 12 x 12"),
         (("square.png", "--mask", "empty.png"), "marks nothing: white is drawn, black is kept"),
+        (("square.png", "--keep", "full.png"), "full.png (the mask of square.png) marks nothing: black is drawn, white is kept"),
+        (("square.png", "--keep", "empty.png", "--keep", "full.png"), "2 masks for 1 pictures"),
+        (("mask.png", "--keep", "mask.png", "--out", "."), "would replace mask.png"),
+        (("square.png", *box, "--prompt", "x" * 10_000), "'xxx"),
+        (("square.png", *box, "--prompt", "\u202e\u0634\u0645\u0633 \U0001f34e"), "is no class label"),
+        (("square.png", *box, "--prompt", ""), "'' is no class label"),
         (("square.png", "--mask", "full.png"), "the whole picture is marked, so nothing of it would be known"),
         (("square.png", "--mask", "red.png"), "has colours. Save it in black"),
         (("square.png", "--mask", "clear.png"), "is transparent, and what that means is not agreed upon"),
@@ -144,9 +151,54 @@ def test_what_cannot_be_edited_is_explained(run: str, pictures: Path, capsys: py
     assert Path("square.png").read_bytes() == Path("other/square.png").read_bytes()
 
 
-def test_a_box_that_is_none_and_a_missing_mark_are_usage_errors(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_kept_is_the_other_way_round(run: str, pictures: Path) -> None:
+    Image.fromarray(~np.asarray(Image.open("mask.png"))).save("inverse.png")
+    assert edit(run, "wide.png", "--mask", "mask.png", "--out", "masked.png") == 0
+    assert edit(run, "wide.png", "--keep", "inverse.png", "--out", "kept.png") == 0
+    assert Path("masked.png").read_bytes() == Path("kept.png").read_bytes()
+
+
+def test_regions_have_prompts_of_their_own(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = np.asarray(Image.open("mask.png"))
+    other = np.zeros_like(mask)
+    other[12:, :10] = True
+    Image.fromarray(other).save("other.png")
+    for name, label in (("a", "4"), ("b", "5")):
+        regions = ("--region", "mask.png", "3", "--region", "other.png", label)
+        assert main(["edit", "--model", run, "--device", "cpu", "wide.png", *regions, "--out", f"{name}.png"]) == 0
+        assert " of 18 cells drawn in 2 steps; at 12 x 7 pixels" in capsys.readouterr().out
+        assert outside(f"{name}.png", mask | other) == outside("wide.png", mask | other)
+    first, second = np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png"))
+    assert np.array_equal(first[mask], second[mask]) and not np.array_equal(first[other], second[other])
+    assert main(["edit", "--model", run, "wide.png", "--region", "mask.png", "3", "--region", "mask.png", "4"]) == 2
+    assert "regions 1 and 2 both mark 60 pixels" in capsys.readouterr().err
+
+
+def test_large_pictures_are_drawn_by_windows_and_say_so(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert edit(run, "wide.png", "--mask", "mask.png", "--windows") == 0
+    assert re.search(r" cells drawn in [23] steps, by windows of 12 x 12 pixels; at the picture's own resolution", capsys.readouterr().out)
+    mask = np.asarray(Image.open("mask.png"))
+    assert outside("edited/wide.png", mask) == outside("wide.png", mask)
+    assert edit(run, "wide.png", "--expand", "left=4", "--no-windows") == 0
+    assert "; at 12 x 6 pixels, enlarged to the picture's 40 x 20" in capsys.readouterr().out
+
+
+def test_without_a_mark_a_share_of_the_whole_picture_is_drawn(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert edit(run, "square.png", "--strength", "0.4", "--variations", "2") == 0
+    assert capsys.readouterr().out.count("4 of 9 cells drawn\n") == 2
+    assert Path("edited/square-1.png").read_bytes() != Path("edited/square-2.png").read_bytes()
+
+
+def test_what_says_too_little_is_explained(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert edit(run, "square.png") == 2
+    assert "one of --mask, --keep, --box, --expand and --region is required, or --strength below 1" in capsys.readouterr().err
+    for arguments in (["--box", "0,0,4,4"], ["--prompt", "3", "--region", "mask.png", "3"]):
+        assert main(["edit", "square.png", "--model", run, *arguments]) == 2
+        assert "--prompt is required, but with --region FILE PROMPT" in capsys.readouterr().err
+
+
+def test_a_box_that_is_none_and_two_marks_are_usage_errors(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, complaint in (
-        (("square.png",), "one of the arguments --mask --box --expand is required"),
         (("square.png", "--box", "1,2,3"), "are no four whole numbers with commas between"),
         (("square.png", "--expand", "leftwards=3"), "names no sides and pixels, as in left=64,top=0"),
         (("square.png", "--expand", "left=3,left=4"), "names no sides and pixels"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from drawing_run import CAPTIONS, GRID, PIXELS, small_run
@@ -103,6 +104,23 @@ def test_what_is_no_caption_is_refused(drawer: Pretrained) -> None:
     for none in ("a red apple", []):
         with pytest.raises(UserError, match="prompts are a list"):
             drawer.sample(none)
+
+
+@pytest.mark.parametrize("method", ["sample", "draw", "variations"])
+def test_captions_are_text_and_nothing_else(drawer: Pretrained, method: str) -> None:
+    images = [[Image.new("RGB", (8, 8))]] if method == "variations" else []
+    for wrong in (None, b"cat", 1.5, np.zeros(3), {"a": "cat"}):
+        with pytest.raises(UserError, match="is not a caption: this model is conditioned on captions"):
+            getattr(drawer, method)(*images, [wrong])
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["🍎", "\u202eتفاحة حمراء", "a red apple " * 1000, "<script>alert(1)</script>", "a\0red\ud800\x1b[31m apple", np.str_("a cat")],
+)
+def test_captions_of_any_script_and_length_are_drawn(drawer: Pretrained, caption: str) -> None:
+    (sampled,), (edited,) = drawer.sample([caption]), drawer.variations([Image.new("RGB", (8, 8))], [caption], 1, 1.0)
+    assert sampled.size == (PIXELS, PIXELS) and edited.picture.size == (8, 8)
 
 
 def test_a_model_file_alone_draws_codes_but_no_pictures(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,13 @@ import oar_scale
 from oar_scale.config.schema import DataConfig, OpenMojiSource
 from oar_scale.data.hashing import name_hash
 from oar_scale.data.sources.openmoji import OpenMojiImages
-from oar_scale.evaluation.likelihood import random_orders
+from oar_scale.evaluation.likelihood import hidden_nll, random_orders
 from oar_scale.generation.editing import box_mask, centre_mask, redraw
 from oar_scale.generation.pretrained import Pretrained
-from oar_scale.generation.seen_codes import FILLS, pixels_of, seen_codes
+from oar_scale.generation.seen_codes import FILLS, Fill, pixels_of, seen_codes
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.results.estimates import estimate
+from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import conditioning_inputs
 from oar_scale.tokenizers.vq import pixels_to_unit
 
@@ -79,44 +81,50 @@ def print_knowledge(drawer: Pretrained, images_B3HW: Tensor, holes: dict[str, Te
     print(table(head, rows), end="\n\n")
 
 
+class Way(NamedTuple):
+    """By which rules cells count as known; ``leaky``: all outside the hole are, with the codes of the intact drawing."""
+
+    name: str
+    fills: tuple[Fill, ...] = ()
+    ring: int = 0
+
+
+LEAKY = Way("leaky")
+ALL_FILLS = tuple(fills for count in range(1, len(FILLS) + 1) for fills in combinations(FILLS, count))
+WAYS = [LEAKY, *(Way(" + ".join(fills), fills) for fills in ALL_FILLS), *(Way(f"{fill}, ring 1", (fill,), 1) for fill in ("mean", "blur"))]
+
+
 def print_edits(drawer: Pretrained, images_B3HW: Tensor, captions: list[str], holes: dict[str, Tensor]) -> None:
-    """Likelihood of what was in the hole, and how far drawings of it are from that: leaky, and honest with one fill or all."""
+    """Likelihood of what was in the hole, and how far drawings of it are from that, for each way to know cells."""
     vq, rows = drawer.vq, []
     assert vq is not None and drawer.text is not None
     codes_BN = vq.encode(images_B3HW)
     with torch.no_grad():
         condition_BTD = drawer.model.condition(conditioning_inputs(drawer.text, drawer.text.encode(captions)))
-    settings, chosen = SampleSettings.from_recipe(drawer.defaults), [*((fill,) for fill in FILLS), tuple(FILLS)]
-    order_BN = random_orders(len(codes_BN), codes_BN.shape[1], seed=0)
+    settings, order_BN = SampleSettings.from_recipe(drawer.defaults), random_orders(len(codes_BN), codes_BN.shape[1], seed=0)
     for name, hole_N in holes.items():
-        hole_SS = pixels_of(hole_N, vq.spec.image_size)
-        given = [(codes_BN, (~hole_N).expand_as(codes_BN))]
-        for fills in chosen:
-            seen = [seen_codes(vq, image, hole_SS, fills) for image in images_B3HW]
-            known_BN = torch.stack([each.known_N for each in seen])
-            given.append((torch.where(known_BN, torch.stack([each.codes_N for each in seen]), codes_BN), known_BN))
-        nll, error = [], []
-        for given_BN, known_BN in given:
+        measured: list[list[Tensor]] = []
+        for way in WAYS:
+            given_BN, known_BN = given_codes(vq, images_B3HW, codes_BN, hole_N, way)
             drawn_BN = redraw(drawer.model, given_BN, ~known_BN, condition_BTD, settings, 0, order_BN).codes_BN
             with torch.no_grad():
                 pixels_B3HW = vq.decode(drawn_BN).clamp(-1, 1)
-            error.append((pixels_B3HW - images_B3HW)[:, :, hole_SS].square().mean((1, 2)) / 4)
-            nll.append(hidden_nll(drawer, given_BN, known_BN, hole_N, condition_BTD))
-        for what, values in (("NLL, nats a hidden code", nll), ("squared error, hidden pixels", error)):
-            rows.append([name, what, *(shown(each_B) for each_B in values), shown(values[-1] - values[0])])
-    head = ["hole", "", "leaky", *(f"honest, {' + '.join(fills)}" for fills in chosen), "all fills - leaky"]
+            error_B = (pixels_B3HW - images_B3HW)[:, :, pixels_of(hole_N, vq.spec.image_size)].square().mean((1, 2)) / 4
+            measured.append([hidden_nll(drawer.model, given_BN, known_BN, hole_N, condition_BTD), error_B])
+            texts = [[shown(each_B), shown(each_B - leaky_B)] for each_B, leaky_B in zip(measured[-1], measured[0], strict=True)]
+            rows.append([name, way.name, f"{known_BN[:, ~hole_N].float().mean():.0%}", *texts[0], *texts[1]])
+            print(" | ".join(rows[-1]), flush=True)
+    head = ["hole", "known by", "cells known outside", "NLL of hidden codes, nats", "- leaky", "squared error of hidden pixels", "- leaky"]
     print(table(head, rows))
 
 
-@torch.no_grad()
-def hidden_nll(drawer: Pretrained, codes_BN: Tensor, known_BN: Tensor, hole_N: Tensor, condition_BTD: Tensor) -> Tensor:
-    """Mean NLL [B] of the codes in the hole, in raster order after the known ones; what is neither comes last."""
-    rank_BN = torch.where(known_BN, 0, torch.where(hole_N, 1, 2))
-    order_BN = rank_BN.argsort(dim=1, stable=True)
-    logits_BNV = drawer.model(codes_BN, order_BN, condition_BTD)
-    nll_BN = -logits_BNV.log_softmax(-1).gather(2, codes_BN.gather(1, order_BN)[:, :, None])[:, :, 0]
-    hidden_BN = hole_N[order_BN]
-    return (nll_BN * hidden_BN).sum(1) / hidden_BN.sum(1)
+def given_codes(vq: ImageTokenizer, images_B3HW: Tensor, codes_BN: Tensor, hole_N: Tensor, way: Way) -> tuple[Tensor, Tensor]:
+    """Codes [B, N], those of the intact drawing where they are not known, and which are known."""
+    if way == LEAKY:
+        return codes_BN, (~hole_N).expand_as(codes_BN)
+    seen = [seen_codes(vq, image, pixels_of(hole_N, vq.spec.image_size), way.fills, way.ring) for image in images_B3HW]
+    known_BN = torch.stack([each.known_N for each in seen])
+    return torch.where(known_BN, torch.stack([each.codes_N for each in seen]), codes_BN), known_BN
 
 
 def shown(values_B: Tensor) -> str:
