@@ -5,7 +5,7 @@ its result does not depend on the process it runs in or on how many there are: n
 
     likelihood    a few forward passes an image (float32), and the model's own orders by two scores
     sampling      one image for a caption, cell by cell, and what EfficientNet-Lite0 sees in it
-    edit          a few completions of one image
+    edits         completions of some images, and what leaky ones know (``edit_examples``)
     brute force   the confidence order of one image, with and without the cache
 """
 
@@ -19,12 +19,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing.queues import SimpleQueue
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from oar_scale.config.schema import Score
@@ -32,10 +31,7 @@ from oar_scale.data.hashing import derived_seed
 from oar_scale.errors import UserError
 from oar_scale.evaluation.features import image_features
 from oar_scale.evaluation.likelihood import nll_table, prediction_table
-from oar_scale.generation.editing import EditOptions, edit_pages
-from oar_scale.generation.pages import make_page
 from oar_scale.generation.sampling import generate
-from oar_scale.generation.seen_codes import pixels_of
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, load_model
 from oar_scale.orders.analysis import kendall_distance
@@ -44,19 +40,19 @@ from oar_scale.orders.order_files import OrderFiles, folder_files
 from oar_scale.orders.policies import OrderRequest, sampling_order
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.registry import ModelName
-from oar_scale.results.examples import Picture
 from oar_scale.tokenizers.vq import load_vq
 
 Ints = NDArray[np.int64]
 Precision = Literal["bf16", "fp32"]
 OWN_SCORES: tuple[Score, ...] = ("max_prob", "gt_logprob")
 _DEVICE = "OAR_EVALUATION_DEVICE"
+T = TypeVar("T")
 
 
 class EvalTask(Protocol):
     """Some work that can be sent to another process."""
 
-    def run(self) -> Likelihoods | Drawn | Edited | BruteForce:
+    def run(self) -> object:
         """Do the work on the device of this process."""
         ...
 
@@ -75,7 +71,7 @@ class EvalTarget:
 
     def open(self, precision: Precision = "fp32") -> AnyOrderModel:
         """Load the model, on the device of this process."""
-        return load_model(self.uri).to(_here(), torch.bfloat16 if precision == "bf16" else torch.float32)
+        return load_model(self.uri).to(here(), torch.bfloat16 if precision == "bf16" else torch.float32)
 
     @property
     def cond_inputs(self) -> Tensor:
@@ -105,11 +101,11 @@ class LikelihoodTask:
 
     def run(self) -> Likelihoods:
         """Find the model's own orders where wanted, and measure the likelihood under all orders in float32."""
-        codes, cond_inputs = torch.from_numpy(self.codes_SN).to(_here()), self.target.cond_inputs
+        codes, cond_inputs = torch.from_numpy(self.codes_SN).to(here()), self.target.cond_inputs
         orders = {name: torch.from_numpy(order) for name, order in self.orders.items()}
         if self.own is not None:
             finder = self.target.open(self.precision)
-            condition = _condition(finder, cond_inputs)
+            condition = condition_of(finder, cond_inputs)
             for score in OWN_SCORES:
                 settings = replace(self.own, score=score, guidance=1.0)
                 orders[f"own {score}"] = extract_orders(finder, codes, condition, settings, self.target.images).order_BN
@@ -154,56 +150,22 @@ class SamplingTask:
         # The seed leaves the model out: all models draw with the same noise.
         seed, images = derived_seed("drawing", self.seed), self.target.images
         order = sampling_order(self.order, OrderRequest(model, torch.from_numpy(images), seed, self.files, self.model_uri))
-        drawn = generate(model, _condition(model, self.target.cond_inputs), self.settings, seed, order, images_B=images)
+        drawn = generate(model, condition_of(model, self.target.cond_inputs), self.settings, seed, order, images_B=images)
         with torch.no_grad():
-            features_SF = image_features(load_vq(self.vq).to(_here()).decode(drawn.codes_BN).cpu()).numpy()
-        return Drawn(self.target.model, self.target.first, drawn.codes_BN.cpu().numpy(), features_SF)
+            features_SF = image_features(load_vq(self.vq).to(here()).decode(drawn.codes_BN).cpu()).numpy()
+        codes_SN, order_SN = (each_BN.cpu().numpy() for each_BN in (drawn.codes_BN, drawn.order_BN))
+        return Drawn(self.target.model, self.target.first, codes_SN, order_SN, features_SF)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Sampled images: codes, and the features of the decoded pictures."""
+    """Sampled images: codes, the orders they were placed in, and the features of the decoded pictures."""
 
     model: ModelName
     first: int
     codes_SN: Ints
+    order_SN: Ints
     features_SF: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class EditTask:
-    """Completions of one picture, whose caption is the only row of ``target``."""
-
-    target: EvalTarget
-    kind: Literal["inpainting", "outpainting"]
-    picture: Picture
-    redo_N: NDArray[np.bool_]
-    """The cells whose pixels are hidden and drawn."""
-    completions: int
-    vq: str
-    settings: SampleSettings
-    seed: int
-    precision: Precision = "bf16"
-
-    def run(self) -> Edited:
-        """Draw the hidden cells, as often as completions are wanted."""
-        model, vq = self.target.open(self.precision), load_vq(self.vq).to(_here())
-        hidden_SS = pixels_of(torch.from_numpy(self.redo_N), vq.spec.image_size)
-        where = f"held-out image {self.target.first}"
-        page = make_page(Image.fromarray(self.picture), [hidden_SS], [0], vq.spec.image_size, where, windows=False)
-        seed, condition_1TD = derived_seed(self.kind, self.seed, self.target.first), _condition(model, self.target.cond_inputs)
-        drawn = edit_pages(model, vq, [page], condition_1TD, self.settings, EditOptions(self.completions), seed)
-        return Edited(self.kind, self.target.first, self.redo_N, tuple(np.asarray(each.picture) for each in drawn))
-
-
-@dataclass(frozen=True)
-class Edited:
-    """Completions of one picture, and which cells of it were hidden."""
-
-    kind: Literal["inpainting", "outpainting"]
-    image: int
-    redo_N: NDArray[np.bool_]
-    completions: tuple[Picture, ...]
 
 
 @dataclass(frozen=True)
@@ -218,8 +180,8 @@ class BruteForceTask:
 
     def run(self) -> BruteForce:
         """Find the orders by extraction and by brute force, and compare them."""
-        model, codes = self.target.open(), torch.from_numpy(self.codes_SN).to(_here())
-        condition = _condition(model, self.target.cond_inputs)
+        model, codes = self.target.open(), torch.from_numpy(self.codes_SN).to(here())
+        condition = condition_of(model, self.target.cond_inputs)
         exact, brute = (find(model, codes, condition, self.settings, self.target.images) for find in (extract_orders, brute_force_orders))
         differs_SN = exact.order_BN != brute.order_BN
         # Up to its first other cell an image has the same prefix in both, so there the two scores answer the same question.
@@ -242,12 +204,13 @@ class BruteForce:
 
 @dataclass(frozen=True)
 class Results:
-    """What the tasks returned, by kind, each in the order of the tasks."""
+    """What the tasks returned, in the order of the tasks."""
 
-    likelihoods: list[Likelihoods] = field(default_factory=list)
-    drawn: list[Drawn] = field(default_factory=list)
-    edited: list[Edited] = field(default_factory=list)
-    brute_force: list[BruteForce] = field(default_factory=list)
+    outcomes: Sequence[object]
+
+    def of(self, kind: type[T]) -> list[T]:
+        """All outcomes of one kind."""
+        return [outcome for outcome in self.outcomes if isinstance(outcome, kind)]
 
 
 def run_eval_tasks(tasks: Sequence[EvalTask], devices: Sequence[str], threads: int, on_done: Callable[[], None]) -> Results:
@@ -260,7 +223,7 @@ def run_eval_tasks(tasks: Sequence[EvalTask], devices: Sequence[str], threads: i
         UserError: a process was killed.
         Exception: whatever a task raises; those that have not begun are then left undone.
     """
-    outcomes: list[Likelihoods | Drawn | Edited | BruteForce | None] = [None] * len(tasks)
+    outcomes: list[object] = [None] * len(tasks)
     if list(devices) == ["cpu"]:
         for index, task in enumerate(tasks):
             outcomes[index] = task.run()
@@ -282,18 +245,7 @@ def run_eval_tasks(tasks: Sequence[EvalTask], devices: Sequence[str], threads: i
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-    results = Results()
-    for outcome in outcomes:
-        match outcome:
-            case Likelihoods():
-                results.likelihoods.append(outcome)
-            case Drawn():
-                results.drawn.append(outcome)
-            case Edited():
-                results.edited.append(outcome)
-            case BruteForce():
-                results.brute_force.append(outcome)
-    return results
+    return Results(outcomes)
 
 
 def _start_process(threads: int, devices: SimpleQueue[str]) -> None:
@@ -302,15 +254,16 @@ def _start_process(threads: int, devices: SimpleQueue[str]) -> None:
     os.environ[_DEVICE] = devices.get()
 
 
-def _here() -> torch.device:
+def here() -> torch.device:
     """The device that this process computes on."""
     return torch.device(os.environ.get(_DEVICE, "cpu"))
 
 
-def _run(task: EvalTask) -> Likelihoods | Drawn | Edited | BruteForce:
+def _run(task: EvalTask) -> object:
     return task.run()
 
 
 @torch.no_grad()
-def _condition(model: AnyOrderModel, cond_inputs_S: Tensor) -> Tensor:
-    return model.condition(cond_inputs_S.to(_here()))
+def condition_of(model: AnyOrderModel, cond_inputs_S: Tensor) -> Tensor:
+    """What a model that was opened here is conditioned on."""
+    return model.condition(cond_inputs_S.to(here()))

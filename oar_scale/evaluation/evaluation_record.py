@@ -26,10 +26,11 @@ from oar_scale.results.estimates import (
     DistanceDifference,
     DistanceRow,
     ImageGroup,
+    LeakEffect,
     NllTable,
     PretrainEffect,
 )
-from oar_scale.results.examples import EditExample, OrderSummary, SampleGrid, TokenizerMetadata
+from oar_scale.results.examples import DrawingExample, EditExample, EditGallery, OrderSummary, SampleGrid, TokenizerMetadata
 from oar_scale.storage import join, open_storage, read_json, write_json
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -51,6 +52,9 @@ class Evaluation:
     distance_differences: tuple[DistanceDifference, ...] = ()
     groups: tuple[ImageGroup, ...] = ()
     """The same over novel and over near-duplicate held-out images; empty where all are novel."""
+    drawing: DrawingExample | None = None
+    gallery: EditGallery | None = None
+    leaks: tuple[LeakEffect, ...] = ()
 
 
 def save_evaluation(evaluation: Evaluation, folder: str) -> None:

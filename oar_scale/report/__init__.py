@@ -39,6 +39,7 @@ def page_environment() -> Environment:
     )
     environment.filters.update(
         png=figures.data_uri,
+        appearing=figures.appearing_uri,
         number=summary.number,
         signed=summary.signed,
         estimate=summary.plus_minus,

@@ -17,9 +17,10 @@ from matplotlib import colormaps, rc_context
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from oar_scale.evaluation.animation import animated, appearing
 from oar_scale.evaluation.pictures import COLOUR_MAP, png
 from oar_scale.report.report_data import TrainingCurve
-from oar_scale.results.examples import Picture
+from oar_scale.results.examples import DrawingExample, Picture
 
 DIFFERENCE_MAP = "RdBu"
 """Red below zero, blue above."""
@@ -38,6 +39,12 @@ def data_uri(picture: Picture) -> str:
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise ValueError(f"a picture is uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
     return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
+
+
+def appearing_uri(drawing: DrawingExample) -> str:
+    """A sample that appears cell by cell, as the ``data:`` URI of a WebP animation."""
+    frames = appearing([drawing.picture], drawing.order_N[None], columns=1, pixels=128)
+    return "data:image/webp;base64," + base64.b64encode(animated(frames, "WEBP")).decode()
 
 
 def colour_ramp(colours: str = COLOUR_MAP) -> str:

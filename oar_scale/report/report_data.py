@@ -16,10 +16,11 @@ from oar_scale.results.estimates import (
     DistanceDifference,
     DistanceRow,
     ImageGroup,
+    LeakEffect,
     NllTable,
     PretrainEffect,
 )
-from oar_scale.results.examples import EditExample, OrderSummary, SampleGrid, TokenizerMetadata
+from oar_scale.results.examples import DrawingExample, EditExample, EditGallery, OrderSummary, SampleGrid, TokenizerMetadata
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,10 @@ class ReportData:
     groups: tuple[ImageGroup, ...] = ()
     """The figures over novel and over near-duplicate held-out images apart; empty where all are novel."""
     samples: SampleGrid | None = None
+    drawing: DrawingExample | None = None
     edits: tuple[EditExample, ...] = ()
+    gallery: EditGallery | None = None
+    leaks: tuple[LeakEffect, ...] = ()
     orders: OrderSummary | None = None
     notes: tuple[str, ...] = ()
     """Limits and oddities a reader must know."""

@@ -54,6 +54,19 @@ class PretrainEffect:
 
 
 @dataclass(frozen=True)
+class LeakEffect:
+    """NLL of the hidden codes of edits where the codes around the hole have seen it (leaky), and where nothing has (honest)."""
+
+    kind: Literal["inpainting", "outpainting"]
+    model: ModelName
+    images: int
+    leaky: Estimate
+    honest: Estimate
+    difference: Estimate
+    """honest - leaky, paired by image."""
+
+
+@dataclass(frozen=True)
 class NllEntry:
     """The NLL of one model under one kind of orders."""
 

@@ -69,6 +69,37 @@ class EditExample:
 
 
 @dataclass(frozen=True)
+class GalleryRow:
+    """Completions of one picture by several models."""
+
+    caption: str
+    original: Picture
+    known: NDArray[np.bool_]
+    """[G, G], True where the pixels were given."""
+    edits: tuple[Picture, ...]
+    """One for each column of the gallery."""
+
+
+@dataclass(frozen=True)
+class EditGallery:
+    """The same edits by several models."""
+
+    columns: tuple[ModelName, ...]
+    rows: tuple[GalleryRow, ...]
+
+
+@dataclass(frozen=True)
+class DrawingExample:
+    """A sample and the way it was drawn."""
+
+    caption: str
+    model: ModelName
+    picture: Picture
+    order_N: NDArray[np.int64]
+    """The cells as they were placed."""
+
+
+@dataclass(frozen=True)
 class OrderExample:
     """The extracted order of one image."""
 

@@ -1,8 +1,8 @@
 """Stage ``evaluate``: what the models are worth on held-out images, in numbers and in pictures.
 
-Likelihoods (random and raster orders, the model's own; captions of other images), samples and their distance to held-out images, two
-edits, and the orders that were extracted. The same images, captions and noise for every model. All of it over all held-out images, and
-over those that training has a variant of and has none of, apart.
+Likelihoods (random and raster orders, the model's own; captions of other images), samples and their distance to held-out images, edits
+(``evaluation.edit_examples``), and the orders that were extracted. The same images, captions and noise for every model. All of it over all
+held-out images, and over those that training has a variant of and has none of, apart.
 
 The result is ``evaluation.json`` with its pictures (``evaluation.evaluation_record``) in the run's local folder.
 """
@@ -10,7 +10,6 @@ The result is ``evaluation.json`` with its pictures (``evaluation.evaluation_rec
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,11 +18,14 @@ from torch import Tensor
 
 from oar_scale.errors import UserError
 from oar_scale.evaluation import result_tables as summary
+from oar_scale.evaluation.edit_examples import EditedImages
 from oar_scale.evaluation.eval_tasks import (
+    BruteForce,
     BruteForceTask,
-    EditTask,
+    Drawn,
     EvalTarget,
     EvalTask,
+    Likelihoods,
     LikelihoodTask,
     Results,
     SamplingTask,
@@ -34,7 +36,6 @@ from oar_scale.evaluation.features import picture_features
 from oar_scale.evaluation.likelihood import random_orders, raster_orders, shuffled_captions
 from oar_scale.evaluation.pictures import decode_pictures, mean_psnr, step_of_cell
 from oar_scale.evaluation.result_tables import ComparedFeatures, Features
-from oar_scale.generation.editing import centre_mask
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.json_object import JsonObject
 from oar_scale.orders.analysis import neighbour_share
@@ -43,7 +44,7 @@ from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.registry import ModelName, model_label
 from oar_scale.report.run_metadata import describe_prompts, stage_results, tokenizer_origin
 from oar_scale.results.estimates import GroupName, ImageGroup
-from oar_scale.results.examples import EditExample, OrderExample, OrderSummary, Picture, SampleGrid, SampleRow, TokenizerMetadata
+from oar_scale.results.examples import DrawingExample, OrderExample, OrderSummary, Picture, SampleGrid, SampleRow, TokenizerMetadata
 from oar_scale.run.artifacts import (
     Tokens,
     model_files,
@@ -61,10 +62,7 @@ from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import cond_inputs_of
 from oar_scale.tokenizers.vq import codebook_use, load_vq
 
-EditKind = Literal["inpainting", "outpainting"]
-
 TASK_IMAGES = 64
-EDIT_COMPLETIONS = 4
 BRUTE_FORCE_IMAGES = 2
 """Each costs a full forward pass for every one of N (N + 1) / 2 candidates: 20 s at 64 cells and 6 M parameters."""
 ORDER_EXAMPLES = 6
@@ -117,10 +115,12 @@ def measure(run: Run) -> Evaluation:
     inputs = _read(run, torch.device(devices[0]))
     # Before the long part: this is also what finds out that the extra `eval` is missing.
     reference_SF = _features(inputs.heldout_pictures[: inputs.compared])
-    tasks = _eval_tasks(run, inputs)
+    edited = _edited_images(run, inputs)
+    tasks = [*_eval_tasks(run, inputs), *edited.tasks()]
     with run.console.progress(len(tasks), "likelihoods, drawings, checks: task") as tally:
         results = run_eval_tasks(tasks, devices, parallel.cpu_threads, tally.advance)
-    nll, features = summary.per_image(results.likelihoods), _compared_features(inputs, results, reference_SF)
+    nll, features = summary.per_image(results.of(Likelihoods)), _compared_features(inputs, results, reference_SF)
+    samples = _samples(run, inputs, results)
     return Evaluation(
         nll=summary.likelihood_table(nll),
         pretrain=summary.pretrain_effect(nll),
@@ -129,8 +129,11 @@ def measure(run: Run) -> Evaluation:
         distances=features.rows(run.recipe.seed),
         distance_differences=features.differences(),
         groups=_groups(run, inputs, nll, features),
-        samples=_samples(run, inputs, results),
-        edits=_edits(inputs, results),
+        samples=samples,
+        drawing=_drawing(samples, results),
+        edits=edited.examples(results),
+        gallery=edited.gallery(results),
+        leaks=edited.leaks(results),
         orders=_orders(run, inputs, results),
         tokenizer=_tokenizer(run, inputs),
     )
@@ -192,7 +195,7 @@ def _groups(run: Run, inputs: Inputs, nll: summary.PerImage, features: ComparedF
 
 
 def _eval_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
-    return [_brute_force_task(run, inputs), *_sampling_tasks(run, inputs), *_likelihood_tasks(run, inputs), *_edit_tasks(run, inputs)]
+    return [_brute_force_task(run, inputs), *_sampling_tasks(run, inputs), *_likelihood_tasks(run, inputs)]
 
 
 def _brute_force_task(run: Run, inputs: Inputs) -> EvalTask:
@@ -242,27 +245,6 @@ def _likelihood_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
     return tasks
 
 
-def _edit_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
-    """The first two held-out images: one without its middle, one without all but its middle."""
-    recipe, file = run.recipe, inputs.models["ordered"]
-    middle_N = centre_mask(recipe.grid, max(recipe.grid // 2, 1)).numpy()
-    kinds: tuple[tuple[EditKind, NDArray[np.bool_]], ...] = (("inpainting", middle_N), ("outpainting", ~middle_N))
-    return [
-        EditTask(
-            EvalTarget("ordered", file, inputs.cond_inputs_S[image : image + 1].numpy(), image),
-            kind,
-            inputs.heldout_pictures[image],
-            redo_N,
-            EDIT_COMPLETIONS,
-            inputs.vq_file,
-            SampleSettings.from_recipe(recipe.sample),
-            recipe.seed,
-            recipe.parallel.precision,
-        )
-        for image, (kind, redo_N) in enumerate(kinds)
-    ]
-
-
 def _task_slices(count: int) -> list[slice]:
     return [slice(start, min(start + TASK_IMAGES, count)) for start in range(0, count, TASK_IMAGES)]
 
@@ -277,7 +259,7 @@ def _compared_features(inputs: Inputs, results: Results, reference_SF: Features)
         decoded = decode_pictures(inputs.vq, torch.from_numpy(inputs.train.codes_SN[:count]))
         real = {"training images": _features(inputs.train_pictures[:count]), "training images, encoded and decoded": _features(decoded)}
     drawn: dict[ModelName, Features] = {
-        name: np.concatenate([task.features_SF for task in results.drawn if task.model == name])[:count]
+        name: np.concatenate([task.features_SF for task in results.of(Drawn) if task.model == name])[:count]
         for name in inputs.models
         if name != "base"
     }
@@ -289,7 +271,7 @@ def _samples(run: Run, inputs: Inputs, results: Results) -> SampleGrid:
     count = min(sample.images, len(inputs.heldout.keys))
     pictures = {}
     for name in columns:
-        codes_SN = np.concatenate([task.codes_SN for task in results.drawn if task.model == name])[:count]
+        codes_SN = np.concatenate([task.codes_SN for task in results.of(Drawn) if task.model == name])[:count]
         pictures[name] = decode_pictures(inputs.vq, torch.from_numpy(codes_SN))
     rows = tuple(
         SampleRow(
@@ -306,17 +288,24 @@ def _samples(run: Run, inputs: Inputs, results: Results) -> SampleGrid:
     return SampleGrid(columns, f"{settings}; {order}, all with the same noise", rows)
 
 
-def _edits(inputs: Inputs, results: Results) -> tuple[EditExample, ...]:
-    return tuple(
-        EditExample(
-            edit.kind,
-            inputs.heldout.captions[edit.image],
-            "ordered",
-            inputs.heldout_pictures[edit.image],
-            ~edit.redo_N.reshape(inputs.vq.spec.grid, -1),
-            edit.completions,
-        )
-        for edit in results.edited
+def _drawing(samples: SampleGrid, results: Results) -> DrawingExample:
+    """The ordered model's first sample."""
+    first, (drawn, *_) = samples.rows[0], (task for task in results.of(Drawn) if task.model == "ordered")
+    return DrawingExample(first.caption, "ordered", first.samples[samples.columns.index("ordered")], drawn.order_SN[0])
+
+
+def _edited_images(run: Run, inputs: Inputs) -> EditedImages:
+    return EditedImages(
+        inputs.models,
+        inputs.heldout_pictures,
+        inputs.heldout.captions,
+        inputs.heldout.codes_SN,
+        inputs.cond_inputs_S,
+        run.recipe.grid,
+        inputs.vq_file,
+        SampleSettings.from_recipe(run.recipe.sample),
+        run.recipe.seed,
+        run.recipe.parallel.precision,
     )
 
 
@@ -332,7 +321,7 @@ def _orders(run: Run, inputs: Inputs, results: Results) -> OrderSummary:
         neighbour_share=float(neighbour_share(orders_SN, run.recipe.grid).mean()),
         seconds=float(stage_results(run, "extract").get("seconds", 0.0)),
         examples=tuple(OrderExample(captions[row], inputs.train_pictures[row], steps[row]) for row in range(len(steps))),
-        brute_force=summary.brute_force_text(results.brute_force[0]),
+        brute_force=summary.brute_force_text(results.of(BruteForce)[0]),
     )
 
 

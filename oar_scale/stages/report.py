@@ -48,7 +48,10 @@ def report_data(run: Run) -> ReportData:
         distances=evaluation.distances,
         distance_differences=evaluation.distance_differences,
         samples=evaluation.samples,
+        drawing=evaluation.drawing,
         edits=evaluation.edits,
+        gallery=evaluation.gallery,
+        leaks=evaluation.leaks,
         orders=evaluation.orders,
     )
 

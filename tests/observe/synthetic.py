@@ -16,6 +16,7 @@ from oar_scale.results.estimates import (
     DistanceRow,
     Estimate,
     ImageGroup,
+    LeakEffect,
     ModelName,
     NllDifference,
     NllEntry,
@@ -23,7 +24,18 @@ from oar_scale.results.estimates import (
     OrderName,
     PretrainEffect,
 )
-from oar_scale.results.examples import EditExample, OrderExample, OrderSummary, Picture, SampleGrid, SampleRow, TokenizerMetadata
+from oar_scale.results.examples import (
+    DrawingExample,
+    EditExample,
+    EditGallery,
+    GalleryRow,
+    OrderExample,
+    OrderSummary,
+    Picture,
+    SampleGrid,
+    SampleRow,
+    TokenizerMetadata,
+)
 
 GRID = 8
 
@@ -180,6 +192,15 @@ def report(
         edits=(
             EditExample("inpainting", captions[0], "ordered", pictures[0], known, (blurred[0], blurred[0])),
             EditExample("outpainting", captions[1], "ordered", pictures[1], ~known, (blurred[1], blurred[1])),
+        ),
+        drawing=DrawingExample(captions[0], "ordered", blurred[0], np.random.default_rng(4).permutation(GRID**2)),
+        gallery=EditGallery(
+            ("any_order", "control", "ordered"),
+            tuple(GalleryRow(c, p, known, (b, p, b)) for c, p, b in zip(captions, pictures, blurred, strict=True)),
+        ),
+        leaks=(
+            LeakEffect("inpainting", "ordered", 32, Estimate(3.585, 0.175), Estimate(4.073, 0.179), Estimate(0.489, 0.042)),
+            LeakEffect("outpainting", "ordered", 32, Estimate(2.707, 0.128), Estimate(2.878, 0.130), Estimate(0.171, 0.018)),
         ),
         orders=orders(captions, pictures),
         notes=("A model of this size on 3,557 pictures learns shapes and colours, not fine detail.", "One seed."),

@@ -80,6 +80,21 @@ def test_tags_match_and_pictures_decode_to_what_went_in(html: str) -> None:
     assert sum(p.shape[:2] == (8, 8) for p in pixels) == 1 + 3  # the mean order map and three single ones
 
 
+def test_a_drawing_appears_cell_by_cell_and_edits_beside_each_other(html: str) -> None:
+    report = synthetic.report()
+    assert report.drawing and report.gallery
+    (animation,) = (uri for uri in Page(html).images if uri.startswith("data:image/webp"))
+    with Image.open(io.BytesIO(base64.b64decode(animation.split(",")[1]))) as film:
+        assert film.n_frames == 65
+        seen = []
+        for frame in (0, 64):
+            film.seek(frame)
+            seen.append(np.asarray(film.convert("RGB"))[::4, ::4])
+    assert (seen[0] == 176).all() and (seen[1] == report.drawing.picture).all()
+    section = html[html.index("The same edits by each model") : html.index("What edits would know")]
+    assert section.count("<img ") == 5 * len(report.gallery.rows)
+
+
 def test_all_numbers_given_appear(html: str) -> None:
     text = Page(html).text
     report = synthetic.report()
@@ -100,6 +115,12 @@ def test_all_numbers_given_appear(html: str) -> None:
         expected += [f"{pair.kid_efflite0.mean:+.4f} ± {pair.kid_efflite0.standard_error:.4f}".replace("-", "−")]
     for caption in report.captions:
         expected += [f"{caption.shuffled.mean:.3f}", f"+{caption.difference.mean:.3f}"]
+    for leak in report.leaks:
+        expected += [
+            f"{leak.leaky.mean:.3f} ± {leak.leaky.standard_error:.3f}",
+            f"{leak.honest.mean:.3f} ± ",
+            f"+{leak.difference.mean:.3f}",
+        ]
     for distance in report.distances:
         expected += [f"{distance.kid_efflite0:.4f}", f"{distance.kid_efflite0_std:.4f}", f"{distance.fd_efflite0:.1f}"]
     expected += [stage.what for stage in report.stages] + ["kid_efflite0", "fd_efflite0", "These are not FID", *report.notes]

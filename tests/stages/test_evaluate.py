@@ -215,6 +215,26 @@ def test_edits_hide_the_middle_or_all_but_the_middle(evaluated: Run) -> None:
     assert all(len(edit.completions) == 4 for edit in evaluation.edits)
 
 
+def test_all_models_edit_the_same_images_and_honestly(evaluated: Run) -> None:
+    """Models with the same weights give the same pictures; what is known is that of the picture."""
+    evaluation = load_evaluation(evaluated.local())
+    assert evaluation is not None and evaluation.gallery is not None and evaluation.drawing is not None
+    gallery = evaluation.gallery
+    assert gallery.columns == ("any_order", "control", "ordered") and len(gallery.rows) == 8
+    for row in gallery.rows:
+        any_order, control, ordered = row.edits
+        assert np.array_equal(ordered, any_order) and not np.array_equal(ordered, control)
+        known = row.known.repeat(4, 0).repeat(4, 1)
+        assert 0 < known.sum() < known.size and np.array_equal(control[known], row.original[known])
+    assert len({row.known.tobytes() for row in gallery.rows}) == 4
+    assert [(leak.kind, leak.model, leak.images) for leak in evaluation.leaks] == [
+        (kind, "ordered", 24) for kind in ("inpainting", "outpainting")
+    ]
+    for leak in evaluation.leaks:
+        assert leak.difference.mean == pytest.approx(leak.honest.mean - leak.leaky.mean, abs=1e-5) and leak.difference.mean != 0
+    assert sorted(evaluation.drawing.order_N) == list(range(16))
+
+
 def test_two_processes_find_the_same_numbers_as_one(evaluated: Run, copied: Callable[..., Run]) -> None:
     run = copied(parallel={"workers": 2, "micro_batch": 24})
     run_evaluate(run)
