@@ -224,6 +224,9 @@ def test_a_push_replaces_nothing_of_others(hub: FakeHub, local: Pretrained, monk
     for repo, (message, choices) in refused.items():
         with pytest.raises(UserError, match=message):
             local.push_to_hub(repo, **choices)  # type: ignore[arg-type]
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(UserError, match=r"hf://me/new: the hub does not know who is asking: log in with `hf auth login`"):
+        local.push_to_hub("me/new")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match=r"only somebody who is logged in can write to the hub: log in with `hf auth login`"):
         local.push_to_hub("me/new")
