@@ -246,7 +246,7 @@ def _pictures(history: JsonObject, there: set[str]) -> Iterator[str]:
 def _limits(config: FolderConfig, history: JsonObject) -> Iterator[str]:
     yield from ("## Limits", "")
     if size := _size(config):
-        yield f"- Pictures have {size} x {size} pixels; larger ones are edited at this size."
+        yield f"- Pictures have {size} x {size} pixels; larger ones are edited at this size, or by windows of it."
     train = _at(history, "stages", "data", "results", "train")
     if isinstance(train, int):
         yield f"- It has seen {train:,} images: what they do not show it cannot draw, and it may repeat them."
