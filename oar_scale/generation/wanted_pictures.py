@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from oar_scale.data.prompt_files import GivenPrompt
 from oar_scale.errors import UserError
+from oar_scale.generation.continuous import ContinuousBatch, Drawing
 from oar_scale.generation.editing import VARIATION_SHIFT
 from oar_scale.generation.picture_files import DrawingRecord
 from oar_scale.generation.pretrained import Pretrained
@@ -99,26 +101,53 @@ def record_of(drawer: Pretrained, wanted: WantedPicture, order: str | None) -> D
 
 
 def draw_wanted(drawer: Pretrained, wanted: Sequence[WantedPicture], batch: int, order: str | None = None) -> Iterator[DrawnPicture]:
-    """Draw pictures, at most ``batch`` at once; those of one seed come together.
+    """Draw pictures, at most ``batch`` at once, in any order.
 
     Raises:
         UserError: prompts or settings that the model cannot take; a GPU without the memory for a batch.
-        ArithmeticError: the model's logits are not numbers.
+        ArithmeticError: the model's scores are not numbers.
     """
-    for seed, same in groupby(sorted(wanted, key=lambda each: each.seed), key=lambda each: each.seed):
-        pictures = list(same)
-        for start in range(0, len(pictures), batch):
-            yield from _draw_batch(drawer, pictures[start : start + batch], seed, order)
-
-
-def _draw_batch(drawer: Pretrained, wanted: list[WantedPicture], seed: int, order: str | None) -> list[DrawnPicture]:
     try:
-        drawn = drawer.draw([each.prompt for each in wanted], seed=seed, images=[each.noise for each in wanted], order=order)
-        pictures = drawer.decode(drawn.codes_BN)
+        if len({each.seed for each in wanted}) > 1:
+            yield from _draw_running(drawer, wanted, batch, order)
+            return
+        for start in range(0, len(wanted), batch):
+            yield from _draw_batch(drawer, wanted[start : start + batch], order)
     except ValueError as error:
         raise UserError(f"{drawer.where}: {error}") from error
     except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU has no memory for {len(wanted)} pictures at once, or others use it: take a smaller --batch") from error
-    orders_BN = drawn.order_BN.cpu()
-    parts = zip(wanted, pictures, orders_BN, strict=True)
+        raise UserError(f"the GPU has no memory for {batch} pictures at once, or others use it: take a smaller --batch") from error
+
+
+def _draw_batch(drawer: Pretrained, wanted: Sequence[WantedPicture], order: str | None) -> list[DrawnPicture]:
+    """Pictures of one seed: they begin and end together."""
+    numbers = [each.noise for each in wanted]
+    drawn = drawer.draw([each.prompt for each in wanted], seed=wanted[0].seed, images=numbers, order=order)
+    parts = zip(wanted, drawer.decode(drawn.codes_BN), drawn.order_BN.cpu(), strict=True)
     return [DrawnPicture(each, picture, record_of(drawer, each, order), order_N) for each, picture, order_N in parts]
+
+
+def _draw_running(drawer: Pretrained, wanted: Sequence[WantedPicture], slots: int, order: str | None) -> Iterator[DrawnPicture]:
+    """Pictures with seeds of their own: each joins when another one is done."""
+    todo, drawings, running = deque(wanted), ContinuousBatch(drawer.model, min(slots, len(wanted))), dict[int, WantedPicture]()
+    while todo or drawings.busy:
+        while todo and drawings.free:
+            running[drawings.add(_drawing(drawer, todo[0], order))] = todo.popleft()
+        for progress in drawings.step():
+            if progress.failed is not None:
+                raise progress.failed
+            if progress.done is not None:
+                each = running.pop(progress.id)
+                [picture] = drawer.decode(progress.done.codes_BN)
+                yield DrawnPicture(each, picture, record_of(drawer, each, order), progress.done.order_BN[0].cpu())
+
+
+def _drawing(drawer: Pretrained, wanted: WantedPicture, order: str | None) -> Drawing:
+    own = drawer.orders(order, np.array([wanted.noise]), wanted.seed)
+    return Drawing(
+        condition_TD=drawer.condition(drawer.encode([wanted.prompt]))[0],
+        settings=drawer.settings(),
+        seed=wanted.seed,
+        number=wanted.noise,
+        order=own[0] if isinstance(own, Tensor) else own,
+    )

@@ -66,7 +66,9 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
 
 def small_model(run: Run, seed: int) -> AnyOrderModel:
     torch.manual_seed(seed)
-    spec = ModelSpec.from_recipe(run.recipe.model, vocab_size=32, grid=run.recipe.grid, condition=TextSpec(vocab=201, rows=6))
+    spec = ModelSpec.from_recipe(
+        run.recipe.model, vocab_size=32, grid=run.recipe.grid, condition=TextSpec(vocab=prompt_encoder(run).vocab_size, rows=6)
+    )
     model = AnyOrderModel(spec)
     with torch.no_grad():
         for parameter in model.parameters():
