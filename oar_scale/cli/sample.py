@@ -35,6 +35,7 @@ def add(verbs: Subparsers) -> None:
     pool = verb.add_argument_group("for very many prompts")
     pool.add_argument("--actors", type=count, metavar="N", help="draw in a pool of N Ray actors; --out gets tars (png, txt, json); resumes")
     pool.add_argument("--gpus-per-actor", type=float, default=0, metavar="G", help="0.5: two share a GPU; default: 0, the CPU")
+    pool.add_argument("--per-shard", type=count, default=1000, metavar="N", help="pictures of a tar, about; default: %(default)s")
     pool.add_argument("--status", action="store_true", help="how far the pool is that writes into --out, from any machine")
     verb.set_defaults(run=_sample)
 
@@ -48,13 +49,13 @@ def _sample(arguments: argparse.Namespace) -> int:
     from oar_scale.errors import UserError
     from oar_scale.text import say
 
-    others = ("run", "again", "actors", "gpus_per_actor", "status")
+    others = ("run", "again", "actors", "gpus_per_actor", "per_shard", "status")
     request = SampleRequest(**{name: value for name, value in vars(arguments).items() if name not in others})
     if arguments.actors or arguments.status:
         from oar_scale.commands.sample_pool import sample_with_actors, show_sampling_status
 
         if not arguments.status:
-            return sample_with_actors(request, arguments.actors, arguments.gpus_per_actor, say)
+            return sample_with_actors(request, arguments.actors, arguments.gpus_per_actor, arguments.per_shard, say)
         show_sampling_status(request, say)
         return 0
     if arguments.again and (arguments.captions or arguments.prompts):

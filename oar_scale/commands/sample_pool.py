@@ -24,8 +24,12 @@ from oar_scale.storage import Missing, join
 NAMED = 20
 
 
-def sample_with_actors(request: SampleRequest, actors: int, gpus_per_actor: float, say: Callable[[str], None]) -> int:
+def sample_with_actors(request: SampleRequest, actors: int, gpus_per_actor: float, shard_pictures: int, say: Callable[[str], None]) -> int:
     """Draw the pictures for all prompts of a file; what an interrupted pool has finished stays.
+
+    Args:
+        actors, gpus_per_actor, shard_pictures: as for :func:`oar_scale.shard_pool.sampling_pool.sample_all`.
+        say: called with each line for people.
 
     Returns:
         1 where the model cannot take some of the prompts, which are named, else 0.
@@ -63,6 +67,7 @@ def sample_with_actors(request: SampleRequest, actors: int, gpus_per_actor: floa
         manifest = sample_all(
             job,
             given,
+            shard_pictures=shard_pictures,
             actors=actors,
             gpus_per_actor=gpus_per_actor,
             gpu_type=parallel.gpu_type if parallel and gpus_per_actor else None,
