@@ -132,7 +132,8 @@ def _draw_running(drawer: Pretrained, wanted: Sequence[WantedPicture], slots: in
     todo, drawings, running = deque(wanted), ContinuousBatch(drawer.model, min(slots, len(wanted))), dict[int, WantedPicture]()
     while todo or drawings.busy:
         while todo and drawings.free:
-            running[drawings.add(_drawing(drawer, todo[0], order))] = todo.popleft()
+            each = todo.popleft()
+            running[drawings.add(_drawing(drawer, each, order))] = each
         for progress in drawings.step():
             if progress.failed is not None:
                 raise progress.failed
