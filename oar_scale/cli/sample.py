@@ -11,7 +11,7 @@ def add(verbs: Subparsers) -> None:
     """Add ``oar sample``."""
     text = "draw pictures for prompts"
     verb = verbs.add_parser("sample", help=text, description=text)
-    verb.add_argument("target", metavar="MODEL", help="a recipe (the model of its run), the folder of a run, an exported folder")
+    verb.add_argument("target", metavar="MODEL", help="a recipe, the folder of a run, an exported folder, or hf://owner/name")
     verb.add_argument(
         "captions", nargs="*", metavar="CAPTION", help="of a model of classes, a label; default: held-out captions of the run"
     )

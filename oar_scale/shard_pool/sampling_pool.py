@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from crc32c import crc32c
@@ -20,7 +20,7 @@ from oar_scale.data.manifest import Manifest, ShardInfo, write_manifest
 from oar_scale.data.prompt_files import GivenPrompt, read_prompts
 from oar_scale.data.shards import ShardSample, pack_shard, shard_name
 from oar_scale.errors import UserError
-from oar_scale.generation.model_bundle import ModelBundle
+from oar_scale.generation.model_bundle import HUB, ModelBundle, find_bundle
 from oar_scale.generation.picture_files import encode_png
 from oar_scale.generation.pretrained import load_bundle
 from oar_scale.generation.settings import SampleSettings
@@ -89,7 +89,7 @@ class SamplingWorker:
 
     def __init__(self, job: SamplingJob) -> None:
         torch.set_num_threads(job.cpu_threads)
-        self.job, self.drawer = job, load_bundle(job.bundle).to("cuda" if job.cuda else "cpu", job.dtype)
+        self.job, self.drawer = job, load_bundle(_here(job.bundle)).to("cuda" if job.cuda else "cpu", job.dtype)
         self.origin = fingerprint(job.origin(*self.drawer.ids))
 
     def run(self, shard: str, on_step: OnStep) -> ShardOutput:
@@ -116,6 +116,11 @@ class SamplingWorker:
             made_from={"origin": self.origin, "prompts_crc32c": crc32c(open_storage(uri).read(uri))},
             facts={"shard": info.model_dump(), "skipped": skipped},
         )
+
+
+def _here(bundle: ModelBundle) -> ModelBundle:
+    """The bundle on this host: of the hub's files, the driver has named copies of its own."""
+    return replace(find_bundle(bundle.where), sample=bundle.sample) if bundle.where.startswith(HUB) else bundle
 
 
 def _sample(drawn: DrawnPicture) -> ShardSample:
