@@ -15,6 +15,7 @@ from oar_scale.cli import main
 from oar_scale.generation import pretrained
 from oar_scale.generation.picture_files import read_record
 from oar_scale.generation.wanted_pictures import WantedPicture
+from oar_scale.storage import open_storage
 
 EMOJI = str(Path(__file__).resolve().parents[2] / "recipes" / "weights" / "emoji")
 QUICK = ("--device", "cpu", "-o", "sample.steps=4")
@@ -164,6 +165,13 @@ def test_seed_of_more_than_64_bits_is_refused(capsys: pytest.CaptureFixture[str]
 def test_typing_error_in_a_recipe_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "none.yaml", "a cat"]) == 2
     assert "none.yaml: there is no such recipe" in capsys.readouterr().err
+
+
+def test_files_go_to_s3_and_are_found_there(s3_root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"{s3_root}/samples"
+    assert sample("--out", out, "a cat") == sample("--out", f"{out}/", "a cat", "a dog") == 0
+    assert capsys.readouterr().out == f"{out}: 1 pictures drawn\n{out}/: 1 pictures drawn, 1 were there\n"
+    assert open_storage(out).list(out) == [f"{out}/000000-a-cat.png", f"{out}/000001-a-dog.png"]
 
 
 @pytest.mark.parametrize(

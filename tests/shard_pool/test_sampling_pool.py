@@ -15,7 +15,7 @@ from small_models import small_model
 
 from oar_scale.cli import main
 from oar_scale.config.loading import dump_recipe
-from oar_scale.config.schema import Recipe
+from oar_scale.config.schema import Recipe, SampleConfig
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.prompt_files import GivenPrompt
 from oar_scale.data.shards import read_shard
@@ -27,7 +27,7 @@ from oar_scale.generation.pretrained import load_pretrained
 from oar_scale.generation.wanted_pictures import draw_wanted, wanted_pictures
 from oar_scale.model import save_model
 from oar_scale.model.spec import ClassSpec
-from oar_scale.shard_pool import PoolReport
+from oar_scale.shard_pool import PoolReport, sampling_pool
 from oar_scale.shard_pool.sampling_pool import SamplingJob, sample_all
 from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
@@ -152,3 +152,9 @@ def test_what_a_pool_cannot_do_is_said(
     (tmp_path / "p.txt").write_text("3")
     assert main(["sample", run, *arguments]) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_model_of_the_hub_is_looked_up_on_each_host(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = dataclasses.replace(find_bundle(run), where="hf://me/emoji@0123", model="/home/driver/model", sample=SampleConfig(top_k=3))
+    monkeypatch.setattr(sampling_pool, "find_bundle", {"hf://me/emoji@0123": find_bundle(run)}.__getitem__)
+    assert sampling_pool._here(own) == dataclasses.replace(find_bundle(run), sample=SampleConfig(top_k=3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from oar_scale.commands import sample
 from oar_scale.commands.sample import SampleRequest, sample_pictures
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import ParallelConfig, Recipe
@@ -398,6 +400,21 @@ def test_sample_runs_on_the_device_in_the_precision_asked_for(finished: Run, tmp
     assert used == [(torch.device("cpu"), torch.float32), (chosen_device(None), torch.bfloat16)]
     with pytest.raises(UserError, match="--device gpu: there are cpu, cuda"):
         sample_from(finished, out, "a cat", device="gpu")
+
+
+def test_sample_is_the_same_from_a_node_of_the_cluster(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What travels there is pickled, and knows the files by absolute names."""
+    here = sample_from(finished, tmp_path / "here.png", "a cat")
+
+    def there(run: Run, work: Callable[[Run], Iterator[Any]], **_: Any) -> Iterator[Any]:
+        sent = pickle.dumps(work)
+        monkeypatch.chdir(tmp_path)
+        yield from pickle.loads(sent)(run)
+
+    monkeypatch.setattr(sample, "each_from_gpu_node", there)
+    monkeypatch.chdir(Path(finished.local()).parent)
+    relative = finished.recipe.model_copy(update={"run_dir": Path(finished.local()).name})
+    assert np.array_equal(here, sample_from(Run(relative, finished.console), tmp_path / "there.png", "a cat"))
 
 
 def test_sample_of_an_unknown_model_names_the_known_ones(finished: Run, tmp_path: Path) -> None:
