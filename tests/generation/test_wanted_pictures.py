@@ -28,12 +28,12 @@ def drawer() -> Pretrained:
 @pytest.mark.parametrize("seeds", [(5, 5, 5), (5, -1, 2**62)], ids=["one seed", "three seeds"])
 def test_each_picture_is_what_it_would_be_alone(drawer: Pretrained, seeds: tuple[int, ...], order: str | None) -> None:
     given = [GivenPrompt(prompt, 7 * place, seed, "") for place, (prompt, seed) in enumerate(zip(PROMPTS, seeds, strict=True))]
-    drawn = {each.wanted: each for each in draw_wanted(drawer, wanted_pictures(given, 2), batch=4, order=order)}
-    assert len(drawn) == 6
+    drawn = {each.wanted: each for each in draw_wanted(drawer, wanted_pictures(given, 1), batch=2, order=order)}
+    assert len(drawn) == 3
     for wanted, each in drawn.items():
         alone = drawer.draw([wanted.prompt], seed=wanted.seed, images=[wanted.noise], order=order)
         assert torch.equal(each.order_N, alone.order_BN[0])
-        assert each.picture.tobytes() == drawer.decode(alone.codes_BN)[0].tobytes() == drawer.again(each.record).tobytes()
+        assert each.picture.tobytes() == drawer.decode(alone.codes_BN)[0].tobytes()
 
 
 def test_drawings_of_a_prompt_differ_and_the_first_stays(drawer: Pretrained) -> None:
