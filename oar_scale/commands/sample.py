@@ -18,6 +18,7 @@ from oar_scale.commands.drawing_target import DrawingTarget, Precision, find_tar
 from oar_scale.commands.sample_sheets import check_sheet, columns_of, frames_file, frames_format, sheet_png
 from oar_scale.data.prompt_files import GivenPrompt, read_prompts
 from oar_scale.errors import UserError
+from oar_scale.generation.editing import MAX_VARIATIONS
 from oar_scale.generation.model_bundle import ModelBundle
 from oar_scale.generation.picture_files import DrawingRecord, encode_png, read_record
 from oar_scale.generation.pretrained import load_bundle
@@ -59,6 +60,12 @@ class SampleRequest:
     order: str | None = None
     device: str | None = None
     precision: Precision | None = None
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count > MAX_VARIATIONS:
+            raise UserError(
+                f"--count {self.count}: at most {MAX_VARIATIONS} drawings of a prompt. Give it several times, with other seeds."
+            )
 
 
 def sample_pictures(request: SampleRequest, say: Callable[[str], None]) -> None:
