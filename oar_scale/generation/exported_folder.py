@@ -86,7 +86,7 @@ def complete_folder(
     history = read_history(bundle)
     if history:
         write_json(join(folder, HISTORY), history)
-    write_pictures(bundle, history, folder)
+    write_pictures(bundle, history, folder, spec.grid)
     if config.vq is not None and config.text is not None:
         write_json(join(folder, DIFFUSERS_INDEX), _INDEX)
         _write_text(join(folder, DIFFUSERS_CODE), _CODE)

@@ -11,6 +11,7 @@ machine or in buckets are cut to their last part, so that a history can be publi
 from __future__ import annotations
 
 import io
+import os
 import re
 import zipfile
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from oar_scale.generation.model_bundle import ModelBundle
 from oar_scale.json_object import JsonObject
 from oar_scale.model.run_models import run_model_file
 from oar_scale.orders.order_files import folder_files
+from oar_scale.orders.policies.mean import mean_order
 from oar_scale.registry import MODELS, STAGES, ModelName, StageName, current_name
 from oar_scale.storage import join, open_storage, read_json
 
@@ -60,8 +62,11 @@ def read_history(bundle: ModelBundle) -> JsonObject:
     return history
 
 
-def write_pictures(bundle: ModelBundle, history: JsonObject, folder: str) -> None:
-    """``order-map.png`` and ``samples.png``: from the evaluation of the run, or the exported folder; neither where there is nothing."""
+def write_pictures(bundle: ModelBundle, history: JsonObject, folder: str, grid: int) -> None:
+    """``order-map.png`` and ``samples.png`` in a local folder: from the evaluation of the run, or the exported folder that the bundle is.
+
+    Neither where there is nothing. Raises UserError for a damaged mean order.
+    """
     if "evaluation" in history and bundle.root is not None:
         _evaluated_pictures(bundle, str(history["model"]), folder)
     else:
@@ -69,9 +74,9 @@ def write_pictures(bundle: ModelBundle, history: JsonObject, folder: str) -> Non
             source = join(bundle.folder, name)
             if open_storage(source).exists(source):
                 open_storage(source).download(source, join(folder, name))
-    mean = folder_files(folder).mean
-    if not open_storage(folder).exists(join(folder, ORDER_MAP)) and open_storage(mean).exists(mean):
-        _write(order_map(np.argsort(read_json(mean)["order"]).astype(np.float64)), join(folder, ORDER_MAP))
+    files = folder_files(folder)
+    if os.path.exists(files.mean) and not os.path.exists(join(folder, ORDER_MAP)):
+        _write(order_map(np.argsort(mean_order(files, grid)).astype(np.float64)), join(folder, ORDER_MAP))
 
 
 def order_map(step_N: NDArray[np.float64]) -> Image.Image:

@@ -264,6 +264,16 @@ def test_a_hostile_repository_runs_and_writes_nothing(hub: FakeHub, exported: di
     assert not ran.exists() and not list(tmp_path.rglob("escaped"))
 
 
+@pytest.mark.parametrize("damage", [b"{}", b'{"order": "01"}', b'{"order": [0, 1, 2, 3, 4, 5, 6, 7, 1e999]}', b'{"order": [[0]]}', b"[]"])
+def test_a_damaged_mean_order_is_one_clear_error(hub: FakeHub, exported: dict[str, bytes], tmp_path: Path, damage: bytes) -> None:
+    hub.add("me/hostile", {**exported, "mean-order.json": damage})
+    model = oar_scale.load("hf://me/hostile")
+    with pytest.raises(UserError, match=r"mean-order\.json: (not an order of 3 x 3 cells|this is not JSON)"):
+        model.sample(CAPTIONS, order="mean")
+    assert main(["checkpoint", "export", "hf://me/hostile", "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [

@@ -44,10 +44,10 @@ def mean_order(files: OrderFiles, grid: int) -> NDArray[np.int64]:
     except Missing:
         stored = _from_tables(files)
         write_json(files.mean, stored)
-    order_N = np.array(stored["order"], dtype=np.int64)
-    if sorted(order_N.tolist()) != list(range(grid * grid)):
+    order = stored.get("order")
+    if not isinstance(order, list) or set(map(type, order)) != {int} or sorted(order) != list(range(grid * grid)):
         raise UserError(f"{files.mean}: not an order of {grid} x {grid} cells. Delete it; it is made again from the order tables.")
-    return order_N
+    return np.array(order, dtype=np.int64)
 
 
 def order_by_time(time_N: NDArray[np.floating]) -> NDArray[np.int64]:
