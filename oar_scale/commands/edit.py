@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -15,6 +16,7 @@ from oar_scale.data.images import MAX_PIXELS, decode_upright
 from oar_scale.errors import UserError
 from oar_scale.generation.canvas import Box, Margins, expand, read_mask, scaled_size
 from oar_scale.generation.editing import Edit, noise_numbers
+from oar_scale.generation.pages import plan_steps
 from oar_scale.generation.picture_files import DrawingRecord, encode_png
 from oar_scale.generation.pretrained import Pretrained, load_pretrained
 from oar_scale.run.gpu_node import chosen_device
@@ -80,6 +82,9 @@ def edit_files(request: EditRequest, say: Callable[[str], None]) -> list[str]:
         raise UserError(f"{request.model}: a model without an image tokenizer cannot edit pictures. Name the folder of a run or an export.")
     written = []
     for batch in _batches(request):
+        for number, marked in batch.items():  # before anything is drawn, and with the picture's name
+            where, windows = request.images[number], _by_windows(request)
+            plan_steps(marked.masks, range(len(marked.masks)), drawer.vq.spec.image_size, windows=windows, where=where)
         edits = iter(_draw(drawer, request, batch))
         for number in batch:
             for target, edit in zip(targets[number], edits, strict=False):
@@ -105,17 +110,24 @@ def _batches(request: EditRequest) -> Iterator[dict[int, Marked]]:
 
 
 def _draw(drawer: Pretrained, request: EditRequest, batch: dict[int, Marked]) -> list[Edit]:
-    return drawer.edit(
-        [marked.picture for marked in batch.values()],
-        [list(marked.masks) for marked in batch.values()],
-        [list(marked.prompts) for marked in batch.values()],
-        variations=request.variations,
-        strength=request.strength,
-        windows=_by_windows(request),
-        feather=request.feather,
-        seed=request.seed,
-        numbers=list(batch),
-    )
+    try:
+        return drawer.edit(
+            [marked.picture for marked in batch.values()],
+            [list(marked.masks) for marked in batch.values()],
+            [list(marked.prompts) for marked in batch.values()],
+            variations=request.variations,
+            strength=request.strength,
+            windows=_by_windows(request),
+            feather=request.feather,
+            seed=request.seed,
+            numbers=list(batch),
+        )
+    except ArithmeticError as error:
+        raise UserError(f"{drawer.where}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU has no memory for so many drawings at once, or others use it: fewer --variations, or --device cpu"
+        ) from error
 
 
 def _marked(request: EditRequest, number: int) -> Marked:

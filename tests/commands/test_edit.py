@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_regions_have_prompts_of_their_own(run: str, pictures: Path, capsys: pyt
     first, second = np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png"))
     assert np.array_equal(first[mask], second[mask]) and not np.array_equal(first[other], second[other])
     assert main(["edit", "--model", run, "wide.png", "--region", "mask.png", "3", "--region", "mask.png", "4"]) == 2
-    assert "regions 1 and 2 both mark 60 pixels" in capsys.readouterr().err
+    assert "error: wide.png: regions 1 and 2 both mark 60 pixels" in capsys.readouterr().err
 
 
 def test_large_pictures_are_drawn_by_windows_and_say_so(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +188,18 @@ def test_without_a_mark_a_share_of_the_whole_picture_is_drawn(run: str, pictures
     assert edit(run, "square.png", "--strength", "0.4", "--variations", "2") == 0
     assert capsys.readouterr().out.count("4 of 9 cells drawn\n") == 2
     assert Path("edited/square-1.png").read_bytes() != Path("edited/square-2.png").read_bytes()
+
+
+def test_a_damaged_model_is_named_and_nothing_is_written(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, "damaged")
+    model = small_model(condition=ClassSpec(classes=10))
+    with torch.no_grad():
+        model.tok_embeddings.weight.fill_(torch.nan)
+    save_model("damaged/models/ordered.safetensors", model)
+    for strength in ("1", "0.5"):
+        assert edit("damaged", "square.png", "--box", "0,0,8,4", "--strength", strength) == 2
+        assert "damaged: the model's scores are not numbers (NaN)" in capsys.readouterr().err
+    assert not Path("edited").exists()
 
 
 def test_what_says_too_little_is_explained(run: str, capsys: pytest.CaptureFixture[str]) -> None:
