@@ -89,11 +89,11 @@ def test_variations_of_several_pictures_become_several_files(run: str, pictures:
 
 
 def test_a_picture_grows_and_stays_what_it_was_inside(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert edit(run, "wide.png", "turned.jpg", "--expand", "left=4,bottom=10") == 0
+    assert edit(run, "wide.png", "turned.jpg", "--expand", "left=4,bottom=3") == 0
     for path, size in (("wide.png", (36, 20)), ("turned.jpg", (20, 36))):
         before = np.asarray(decode_upright(Path(path).read_bytes(), path))
         after = np.asarray(Image.open(Path("edited", path).with_suffix(".png")))
-        assert after.shape[:2] == (size[1] + 10, size[0] + 4) and np.array_equal(after[: size[1], 4:], before)
+        assert after.shape[:2] == (size[1] + 3, size[0] + 4) and np.array_equal(after[: size[1], 4:], before)
         assert len(np.unique(after[size[1] :, 4:], axis=1)) > 1
     capsys.readouterr()
     for margins in ("left=0", "top=9000000"):
