@@ -24,6 +24,7 @@ from oar_scale.generation.picture_files import DrawingRecord, encode_png, read_r
 from oar_scale.generation.pretrained import load_bundle
 from oar_scale.generation.wanted_pictures import DrawnPicture, WantedPicture, check_given, draw_wanted, record_of, wanted_pictures
 from oar_scale.observe.console import Console
+from oar_scale.orders.policies import policy
 from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import chosen_device, each_from_gpu_node, threads_here
 from oar_scale.storage import Missing, join, open_storage
@@ -62,6 +63,8 @@ class SampleRequest:
     precision: Precision | None = None
 
     def __post_init__(self) -> None:
+        if self.order is not None:
+            policy(self.order, "--order")
         if self.count is not None and self.count > MAX_VARIATIONS:
             raise UserError(
                 f"--count {self.count}: at most {MAX_VARIATIONS} drawings of a prompt. Give it several times, with other seeds."

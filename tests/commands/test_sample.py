@@ -130,7 +130,7 @@ def test_animation_shows_cells_in_their_order(name: str, tmp_path: Path) -> None
         (("-o", "sample.topp=1", "a cat"), "Did you mean sample.top_p?"),
         (("-o", "model.dim=8", "a cat"), "is no recipe"),
         (("--device", "tpu", "a cat"), "--device tpu: there are cpu"),
-        (("--order", "hilbrt", "a cat"), "no such policy"),
+        (("--order", "hilbrt", "a cat"), "--order 'hilbrt': no such policy"),
         (("--again", "none.png"), "none.png: no such file"),
         (("--again", "none.png", "a cat"), "leave out prompts"),
     ],
