@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hostile import Payload, hostile_files
 from PIL import Image
 
 import oar_scale
 from oar_scale.cli import main
 from oar_scale.errors import UserError
+from oar_scale.orders.head import KIND, read_head
 from oar_scale.tokenizers import clip_text
 from oar_scale.tokenizers.pickles import read_pickle
+from oar_scale.tokenizers.safetensors_file import save_weights
+from oar_scale.tokenizers.vq import load_vq
 
 PACKAGE = Path(oar_scale.__file__).parent
 READERS = {
@@ -97,6 +102,24 @@ def test_no_text_tower_runs_code(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"tower\.pt: "):
             clip_text._read(str(path), str(path), [how])
     assert not ran.exists()
+
+
+SPECS = ["", "{}", "[]", '{"image_size": "large"}', '{"image_size": 16, "channels": 33}', '{"image_size": 16, "channels": -32}']
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_strange_sizes_in_a_file_are_one_clear_error(tmp_path: Path, spec: str) -> None:
+    """Of image tokenizers and order heads: an exported folder has both, and may come from the hub."""
+    path = str(tmp_path / "weights.safetensors")
+    for kind in ("vq", "maskgit vq"):
+        save_weights(path, {"w": torch.zeros(2)}, {"kind": kind, "spec": spec})
+        with pytest.raises(UserError, match=r"weights\.safetensors: (the sizes of this image tokenizer|not the weights)"):
+            load_vq(path)
+    sizes = {"model_id": "a", "dim": 4, "grid": 2, "width": 4, "first": 0}
+    for head in (spec, json.dumps({**sizes, "width": -4}), json.dumps(sizes), json.dumps({**sizes, "dim": 10**9, "width": 10**6})):
+        save_weights(path, {"w": torch.zeros(2)}, {"kind": KIND, "spec": head})
+        with pytest.raises(UserError, match=r"weights\.safetensors: (the sizes of this order head|its tensors are not those)"):
+            read_head(path, "a")
 
 
 def test_no_member_of_a_shard_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

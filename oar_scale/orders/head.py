@@ -31,6 +31,7 @@ from oar_scale.orders.order_files import OrderFiles
 from oar_scale.orders.order_table import read_orders
 from oar_scale.orders.scores import score_rows
 from oar_scale.storage import open_storage
+from oar_scale.text import shown
 from oar_scale.tokenizers.safetensors_file import load_weights, save_weights
 
 KIND = "order head"
@@ -203,10 +204,17 @@ def read_head(uri: str, own_id: str, settings_id: str | None = None) -> OrderHea
         settings_id: of the orders that are there now (:func:`tables_id`); None takes any.
 
     Raises:
-        UserError: no such file, a head of another model, or one that learned from other orders.
+        UserError: no such file, a damaged one, a head of another model, or one that learned from other orders.
     """
     tensors, text = load_weights(uri, KIND)
-    spec = HeadSpec.model_validate_json(text)
+    try:
+        spec = HeadSpec.model_validate_json(text)
+        with torch.device("meta"):
+            head = OrderHead(spec)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # of pydantic, or of modules that cannot have these sizes
+        raise UserError(f"{uri}: the sizes of this order head are not understood ({shown(text)}). Train the head again.") from error
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in head.state_dict().items()}:
+        raise UserError(f"{uri}: its tensors are not those of an order head of its sizes. Train the head again.")
     if spec.model_id != own_id:
         raise UserError(
             f"{uri}: this order head was trained on the rows of model {spec.model_id}, the model here is {own_id}. "
@@ -217,6 +225,5 @@ def read_head(uri: str, own_id: str, settings_id: str | None = None) -> OrderHea
             f"{uri}: this order head learned from orders of the settings {spec.settings_id or '(unknown)'}, the orders here were "
             f"extracted with {settings_id}. Train the head again (oar orders RECIPE --train-head)."
         )
-    head = OrderHead(spec)
-    head.load_state_dict(tensors)
+    head.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True)
     return head.eval()

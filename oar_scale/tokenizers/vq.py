@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oar_scale.errors import UserError
+from oar_scale.text import shown
 from oar_scale.tokenizers.image import ImageTokenizer, TokenizerSpec, check_tensors, group_norm
 from oar_scale.tokenizers.maskgit_vq import MaskGITSpec, MaskGITVQ
 from oar_scale.tokenizers.safetensors_file import read_weights, save_weights
@@ -300,13 +302,21 @@ def load_vq(uri: str) -> ImageTokenizer:
         UserError: not a safetensors file, one that holds something else, or tensors that do not fit its spec.
     """
     stored = read_weights(uri, VQTokenizer.kind, MaskGITVQ.kind)
-    vq: ImageTokenizer
-    with torch.device("meta"):
-        if stored.kind == MaskGITVQ.kind:
-            vq = MaskGITVQ(MaskGITSpec.model_validate_json(stored.spec))
-        else:
-            vq = VQTokenizer(VQSpec.model_validate_json(stored.spec))
+    try:
+        vq = _without_values(stored.kind, stored.spec)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # of pydantic, or of modules that cannot have these sizes
+        raise UserError(
+            f"{uri}: the sizes of this image tokenizer are not understood; another version of oar_scale wrote them ({shown(stored.spec)})"
+        ) from error
     return vq.load_tensors(stored.tensors, uri)
+
+
+def _without_values(kind: str, spec: str) -> ImageTokenizer:
+    """A tokenizer that holds names and shapes alone."""
+    with torch.device("meta"):
+        if kind == MaskGITVQ.kind:
+            return MaskGITVQ(MaskGITSpec.model_validate_json(spec))
+        return VQTokenizer(VQSpec.model_validate_json(spec))
 
 
 def vq_id(vq: ImageTokenizer) -> str:
