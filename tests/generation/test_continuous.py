@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import cond_inputs, random_codes, random_orders, small_model
+from small_models import CONDITIONS, cond_inputs, random_codes, random_orders, small_model
 
 import oar_scale
 from oar_scale.generation.continuous import ContinuousBatch, Drawing
@@ -85,10 +85,20 @@ def drawing_of(model: AnyOrderModel, kind: str, number: int, known: int = 0) -> 
     return Drawing(condition_TD=condition_TD, settings=choices(**wanted), seed=number % 3, number=number, order=order, known=known_cells)
 
 
-@pytest.mark.parametrize("layout", ["raster", "instructed", "dual", "decoupled", "grouped"])
-def test_drawings_of_all_kinds_are_those_of_generate(layout: str) -> None:
+MODELS: list[dict[str, Any]] = [
+    {"layout": "raster", "condition": CONDITIONS["class"]},
+    {"layout": "instructed"},
+    {"layout": "dual", "condition": CONDITIONS["features"]},
+    {"layout": "decoupled", "condition": CONDITIONS["class"]},  # all cells of an empty image are alike
+    {"layout": "decoupled", "step_attention": "mutual"},
+    {"layout": "grouped"},
+]
+
+
+@pytest.mark.parametrize("spec", MODELS, ids=lambda spec: " ".join(str(each) for each in (spec["layout"], *list(spec)[1:])))
+def test_drawings_of_all_kinds_are_those_of_generate(spec: dict[str, Any]) -> None:
     """They arrive and are removed at random steps; each step's cells and codes are those of the image it ends with."""
-    model = small_model(grid=4, seed=2, layout=layout)
+    model, layout = small_model(grid=4, seed=2, **spec), spec["layout"]
     random, batch, kinds = np.random.default_rng(3), ContinuousBatch(model, 4), kinds_of(layout)
     waiting = [drawing_of(model, kinds[number % len(kinds)], number, known=int(random.choice([0, 0, 3, 9, 16]))) for number in range(10)]
     running, placed, done = dict[int, Drawing](), dict[int, list[tuple[int, int]]](), 0
@@ -234,10 +244,10 @@ def test_other_wrong_arguments_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["by confidence", "along an order", "in a late order"])
 def test_a_drawing_that_is_not_a_number_fails_alone(kind: str) -> None:
-    """It says so in its first step, and what is drawn in its slot later is whole."""
+    """It says so in its first step; what it left in its slot is seen by none of those that are drawn there, and by masks, later."""
     model = small_model(grid=4)
     batch, drawings = ContinuousBatch(model, 3), [drawing_of(model, kind, number) for number in range(4)]
-    damaged = replace(drawings[1], condition_TD=torch.full_like(drawings[1].condition_TD, torch.nan))
+    damaged = replace(drawing_of(model, "by confidence", 1), condition_TD=torch.full_like(drawings[1].condition_TD, torch.nan))
     ids = [batch.add(each) for each in (drawings[0], damaged, drawings[2])]
     failed = {progress.id: progress.failed for progress in batch.step()}
     assert isinstance(failed.pop(ids[1]), ArithmeticError)

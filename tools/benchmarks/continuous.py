@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     arguments = parser.parse_args()
     import torch
@@ -61,7 +61,7 @@ def main() -> None:
 
 def measured(model: Pretrained, batch: ContinuousBatch, kind: str, arguments: argparse.Namespace) -> list[list[str]]:
     """The table's rows of one kind of drawings."""
-    some, many = drawings(model, kind, arguments.slots), drawings(model, kind, 4 * arguments.slots)
+    some, many = drawings(model, kind, arguments.slots), drawings(model, kind, 3 * arguments.slots)
     between = max(1, model.model.spec.cells // arguments.slots)
     ways: dict[str, tuple[Sequence[Drawing], Callable[[], Tensor], Callable[[], Tensor]]] = {
         "at once": (some, lambda: whole(model, some), lambda: continuous(batch, some, 0)),
