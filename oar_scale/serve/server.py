@@ -65,7 +65,7 @@ def serve(request: ServeRequest, say: Callable[[str], None], limits: Limits | No
     listener = listen(request.host, request.port)
     with listener:
         drawer = load(request)
-        name = os.path.basename(request.model.rstrip("/")) or "model"
+        name = os.path.basename(os.path.abspath(request.model)) or "model"
         slots = request.slots or default_slots(drawer.model)
         service = Service(drawer, name, slots, limits or Limits())
         app = make_app(service, Access(LOOPBACK if local else None, token))

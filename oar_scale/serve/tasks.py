@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -100,7 +100,7 @@ class Planner:
         plain = self.sample(ask, count, previews)
         shown = tuple(prepare(upload, hide=ask.strength == 1) for upload in uploads)
         options = EditOptions(count, ask.strength, feather=ask.feather)
-        return Task(plain.prompt, plain.encoded, plain.settings, plain.order, plain.seed, count, tuple(uploads), shown, options, previews)
+        return replace(plain, uploads=tuple(uploads), shown=shown, options=options)
 
     def _prompt(self, ask: Settings) -> tuple[Prompt, Tensor]:
         asked, wanted = ask.prompt, prompt_kind(self.drawer.model.spec)
