@@ -40,6 +40,8 @@ T = TypeVar("T")
 ASIDE_THREADS = 2
 """Decode uploads and write PNGs."""
 _IDLE_S = 0.5
+GATHER_PASSES = 3
+"""For so many passes those that follow images that have left are waited for: images that join together cost less than one by one."""
 
 
 @dataclass
@@ -85,6 +87,8 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._beat = time.monotonic()
+        self._left, self._gather_until = 0, 0.0
+        """Images that have left since others joined, and how long their followers are waited for."""
         self.upload_bytes = 0
         """Of the pictures of jobs that have not ended; counted in the event loop."""
 
@@ -166,7 +170,8 @@ class Worker:
             self._beat = time.monotonic()
             try:
                 self._drop()
-                self._admit()
+                if not self._gathering():
+                    self._admit()
                 self._step()
             except Exception as error:
                 self._lose_batch(error)
@@ -186,8 +191,20 @@ class Worker:
                 del self._images[name]
         self._running = [each for each in self._running if each.job.over is None]
 
+    def _gathering(self) -> bool:
+        """Whether newcomers wait for others. Where no image is being drawn, the thread does, too."""
+        with self._changed:
+            coming = sum(job.images for job in self._queue) + sum(len(each.coming) for each in self._running)
+            wait_s = self._gather_until - time.monotonic()
+            if self._left < 2 or coming >= self._left or wait_s <= 0:
+                return False
+            if not self._batch.busy and not self._end:
+                self._changed.wait(wait_s)
+        return True
+
     def _admit(self) -> None:
         """Fill free slots: with the next images of jobs that have begun, then with the next jobs."""
+        self._left = 0
         while self._batch.free:
             running = next((each for each in self._running if each.coming), None)
             if running is not None:
@@ -235,7 +252,8 @@ class Worker:
             return
         started = time.perf_counter()
         progress = self._batch.step()
-        self.metrics.pass_seconds.observe(time.perf_counter() - started)
+        pass_s = time.perf_counter() - started
+        self.metrics.pass_seconds.observe(pass_s)
         self.metrics.passes.inc()
         self.metrics.cells.inc(sum(len(each.cells) for each in progress))
         done, due = list[_Image](), list[_Image]()
@@ -253,6 +271,8 @@ class Worker:
             elif image.due and len(image.order) >= image.due[-1]:
                 image.due = [place for place in image.due if place > len(image.order)]
                 due.append(image)
+        if done:
+            self._left, self._gather_until = self._left + len(done), time.monotonic() + GATHER_PASSES * pass_s
         for work, images in ((self._preview, due), (self._decode, done)):
             try:
                 work(images)
