@@ -15,14 +15,14 @@ from PIL import Image
 from oar_scale.data.images import MAX_PIXELS, decode_upright
 from oar_scale.errors import UserError
 from oar_scale.generation.canvas import Box, Margins, expand, read_mask, scaled_size
-from oar_scale.generation.editing import Edit, noise_numbers
+from oar_scale.generation.editing import VARIATION_SHIFT, Edit, EditOptions
 from oar_scale.generation.pages import plan_steps
 from oar_scale.generation.picture_files import DrawingRecord, encode_png
 from oar_scale.generation.pretrained import Pretrained, load_pretrained
 from oar_scale.run.gpu_node import chosen_device
 from oar_scale.storage import Missing, join, open_storage
 
-PICTURES_AT_ONCE = 8
+PICTURES_AT_ONCE, VARIATIONS_AT_ONCE = 8, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +76,23 @@ def edit_files(request: EditRequest, say: Callable[[str], None]) -> list[str]:
     Raises:
         UserError: no such file, model or device; a mask of another size, that marks nothing or everything; a name that is taken.
     """
+    EditOptions(variations=request.variations, strength=request.strength, feather=request.feather)  # refuses what cannot be
     targets = _targets(request)
     drawer = load_pretrained(request.model, request.which).to(chosen_device(request.device))
     if drawer.vq is None:
         raise UserError(f"{request.model}: a model without an image tokenizer cannot edit pictures. Name the folder of a run or an export.")
-    written = []
     for batch in _batches(request):
         for number, marked in batch.items():  # before anything is drawn, and with the picture's name
             where, windows = request.images[number], _by_windows(request)
             plan_steps(marked.masks, range(len(marked.masks)), drawer.vq.spec.image_size, windows=windows, where=where)
-        edits = iter(_draw(drawer, request, batch))
-        for number in batch:
-            for target, edit in zip(targets[number], edits, strict=False):
-                open_storage(target).write(target, encode_png(edit.picture, _record(drawer, request, number, edit)))
-                written.append(target)
-                say(f"{target}: {_about(edit, drawer.vq.spec.image_size)}")
-    return written
+        for first in range(0, request.variations, VARIATIONS_AT_ONCE):
+            edits = iter(_draw(drawer, request, batch, first))
+            for number in batch:
+                for target, edit in zip(targets[number][first : first + VARIATIONS_AT_ONCE], edits, strict=False):
+                    record = _record(drawer, request, _noise_number(number, first + edit.variation), edit)
+                    open_storage(target).write(target, encode_png(edit.picture, record))
+                    say(f"{target}: {_about(edit, drawer.vq.spec.image_size)}")
+    return [target for of_picture in targets for target in of_picture]
 
 
 def _batches(request: EditRequest) -> Iterator[dict[int, Marked]]:
@@ -100,7 +101,7 @@ def _batches(request: EditRequest) -> Iterator[dict[int, Marked]]:
     pixels = 0
     for number in range(len(request.images)):
         marked = _marked(request, number)
-        more = marked.picture.width * marked.picture.height * request.variations
+        more = marked.picture.width * marked.picture.height * min(request.variations, VARIATIONS_AT_ONCE)
         if batch and (len(batch) == PICTURES_AT_ONCE or pixels + more > MAX_PIXELS):
             yield batch
             batch, pixels = {}, 0
@@ -109,18 +110,19 @@ def _batches(request: EditRequest) -> Iterator[dict[int, Marked]]:
     yield batch
 
 
-def _draw(drawer: Pretrained, request: EditRequest, batch: dict[int, Marked]) -> list[Edit]:
+def _draw(drawer: Pretrained, request: EditRequest, batch: dict[int, Marked], first: int) -> list[Edit]:
+    """The next variations of each picture; they are those of any other number at once."""
     try:
         return drawer.edit(
             [marked.picture for marked in batch.values()],
             [list(marked.masks) for marked in batch.values()],
             [list(marked.prompts) for marked in batch.values()],
-            variations=request.variations,
+            variations=min(VARIATIONS_AT_ONCE, request.variations - first),
             strength=request.strength,
             windows=_by_windows(request),
             feather=request.feather,
             seed=request.seed,
-            numbers=list(batch),
+            numbers=[_noise_number(number, first) for number in batch],
         )
     except ArithmeticError as error:
         raise UserError(f"{drawer.where}: {error}") from error
@@ -174,15 +176,14 @@ def _targets(request: EditRequest) -> list[list[str]]:
     masks = len(request.mask or request.keep or "")
     if masks > 1 and masks != len(request.images):
         raise UserError(f"{masks} masks for {len(request.images)} pictures: give one for all of them, or one for each, in the same order")
-    if request.out.lower().endswith(".png"):
-        if len(request.images) > 1 or request.variations > 1:
-            raise UserError(f"--out {request.out} is one file, and there will be more: name a folder")
-        return [[request.out]]
+    one_file = request.out.lower().endswith(".png")
+    if one_file and (len(request.images) > 1 or request.variations > 1):
+        raise UserError(f"--out {request.out} is one file, and there will be more: name a folder")
     targets, taken = [], {os.path.realpath(path): path for path in [*request.images, *request.mask_files]}
     for path in request.images:
         stem = os.path.splitext(os.path.basename(path))[0]
         names = [f"{stem}.png"] if request.variations == 1 else [f"{stem}-{number}.png" for number in range(1, request.variations + 1)]
-        targets.append([join(request.out, name) for name in names])
+        targets.append([request.out] if one_file else [join(request.out, name) for name in names])
         for target in targets[-1]:
             if other := taken.get(os.path.realpath(target)):
                 raise UserError(f"{target} would replace {other}, or its edit: take another --out for {path}")
@@ -217,13 +218,17 @@ def _record(drawer: Pretrained, request: EditRequest, number: int, edit: Edit) -
     whole = not (request.mask_files or request.box or request.expand)
     return drawer.record(
         "" if request.prompt is None else request.prompt,
-        int(noise_numbers(np.array([number]), edit.variation + 1)[-1]),
+        number,
         drawer.settings(),
         seed=request.seed,
         kind="expand" if request.expand else "variation" if whole else "edit",
         size=edit.picture.size,
         edit={"strength": request.strength, "feather": request.feather, "windows": _by_windows(request), **regions},
     )
+
+
+def _noise_number(number: int, variation: int) -> int:
+    return number + (variation << VARIATION_SHIFT)
 
 
 def _by_windows(request: EditRequest) -> bool:

@@ -46,8 +46,8 @@ class EditChoices(Choices, total=False):
     order: Order | None
 
 
-MAX_NUMBER, MAX_EDITED = (1 << 63) - 1, (1 << 32) - 1
-"""Of a picture, and of one that is edited: what is above tells its variations and steps apart."""
+MAX_NUMBER, MAX_EDITED = (1 << 63) - 1, (1 << 48) - 1
+"""Of a picture, and of one that is edited: what is above tells its steps apart."""
 
 
 def whole_number(value: object, name: str) -> int:

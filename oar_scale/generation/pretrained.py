@@ -20,7 +20,7 @@ from torch import Tensor
 from oar_scale.errors import UserError
 from oar_scale.generation.arguments import MAX_EDITED, Choices, EditChoices, Order, check_list, given_order, image_numbers, whole_number
 from oar_scale.generation.canvas import Margins, Mask, expand, upright_picture
-from oar_scale.generation.editing import DECODE_BATCH, Edit, EditOptions, edit_pages, noise_numbers
+from oar_scale.generation.editing import DECODE_BATCH, VARIATION_SHIFT, Edit, EditOptions, edit_pages, noise_numbers
 from oar_scale.generation.exported_folder import complete_folder, copy_model
 from oar_scale.generation.model_bundle import HUB, ModelBundle, check_codes, find_bundle
 from oar_scale.generation.pages import make_pages
@@ -140,7 +140,8 @@ class Pretrained:
             prompts: one for each picture; a list of prompts where there is a list of masks.
             variations, strength, fills, ring, feather: see :class:`oar_scale.generation.editing.EditOptions`.
             windows: draw pictures larger than the square at their own resolution, see ``oar_scale.generation.windows``.
-            seed, numbers: as ``seed`` and ``images`` of :meth:`sample`; a number from 0 to 2^32 - 1 for each picture.
+            seed, numbers: as ``seed`` and ``images`` of :meth:`sample`; a number for each picture, below 2^32 for its first
+                variation; n + v * 2^32 begins with variation v, so that many can be drawn in parts.
             order: as for :meth:`sample`, known cells first; [B, N] has a row for each variation of each picture.
 
         Returns:
@@ -155,7 +156,8 @@ class Pretrained:
             raise UserError(f"{self.where}: a raster model draws in raster order, whatever is known. Edit with an any-order model.")
         pages, texts = make_pages(images, masks, prompts, vq.spec.image_size, windows=windows)
         condition_PTD = self._condition(texts)
-        images_B, seed = image_numbers(numbers, len(pages), "numbers", MAX_EDITED), whole_number(seed, "seed")
+        most = MAX_EDITED - (variations - 1 << VARIATION_SHIFT)
+        images_B, seed = image_numbers(numbers, len(pages), "numbers", most), whole_number(seed, "seed")
         whole_order = None if order is None or isinstance(order, str) else self.orders(order, noise_numbers(images_B, variations), seed)
 
         def order_of(rows: Sequence[int], numbers_B: Images) -> Tensor | LateOrder | None:

@@ -10,6 +10,9 @@ from numbers import Integral, Real
 from oar_scale.config.schema import GuidanceSchedule, SampleConfig
 from oar_scale.text import shown
 
+LARGEST = 1_000_000
+"""Of any number here: a model's half precision holds what comes of it, or its scores are no numbers and that is said."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
@@ -45,10 +48,11 @@ class SampleSettings:
             kind = Integral if name in ("top_k", "draft") else Real
             if value is None and name == "guidance_start":
                 continue
-            if not isinstance(value, kind) or not 0 <= float(value) < math.inf:  # false of NaN, too
-                raise ValueError(f"{name} {shown(value)} must be a {'whole ' if kind is Integral else ''}number, and not negative")
-        if self.temperature == 0:
-            raise ValueError(f"temperature {self.temperature} must be above 0; top_k=1 makes the choice greedy")
+            if not isinstance(value, kind) or not 0 <= value <= LARGEST:  # false of NaN, too
+                whole = "whole " if kind is Integral else ""
+                raise ValueError(f"{name} {shown(value)} must be a {whole}number from 0 to {LARGEST:,}")
+        if self.temperature < 1 / LARGEST:
+            raise ValueError(f"temperature {self.temperature} must be at least {1 / LARGEST:g}; top_k=1 makes the choice greedy")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1, which keeps all codes")
         if self.min_p >= 1:

@@ -15,7 +15,6 @@ import asyncio
 import hmac
 import time
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -53,7 +52,8 @@ class Access:
         if self.hosts is not None and _name(host) not in self.hosts:
             raise bad_request("this server listens on loopback and answers to localhost, 127.0.0.1 and [::1] only", code="wrong_host")
         origin = headers.get("origin")
-        if self.token is None and method not in _SAFE and origin is not None and urlsplit(origin).netloc != host:
+        own = (None, f"http://{host}", f"https://{host}")
+        if self.token is None and method not in _SAFE and origin not in own:
             raise ApiError(403, "requests from pages of other sites are refused", code="wrong_origin")
         if self.token is None or path in _OPEN or path.startswith(_OPEN_FOLDERS):
             return

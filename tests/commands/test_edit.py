@@ -88,6 +88,15 @@ def test_variations_of_several_pictures_become_several_files(run: str, pictures:
     assert Path("one.png").read_bytes() == Path("edited/square-1.png").read_bytes()
 
 
+def test_many_variations_are_drawn_in_parts_and_are_the_same(run: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = ("square.png", "turned.jpg", "--box", "0,0,8,4", "--variations", "3")
+    assert edit(run, *several) == 0
+    monkeypatch.setattr("oar_scale.commands.edit.VARIATIONS_AT_ONCE", 2)
+    assert edit(run, *several, "--out", "parts") == 0
+    for name in os.listdir("edited"):
+        assert Path("parts", name).read_bytes() == Path("edited", name).read_bytes()
+
+
 def test_a_picture_grows_and_stays_what_it_was_inside(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert edit(run, "wide.png", "turned.jpg", "--expand", "left=4,bottom=3") == 0
     for path, size in (("wide.png", (36, 20)), ("turned.jpg", (20, 36))):
@@ -117,6 +126,7 @@ def test_what_cannot_be_edited_is_explained(run: str, pictures: Path, capsys: py
     Path("text.png").write_text("no picture")
     Path("other").mkdir()
     Path("other/square.png").write_bytes(Path("square.png").read_bytes())
+    before = {name: Path(name).read_bytes() for name in ("square.png", "mask.png", "wide.png")}
     box = ("--box", "0,0,4,4")
     for arguments, complaint in (
         (("square.png", "--mask", "mask.png"), "mask.png (the mask of square.png) has 36 x 20 pixels, the picture (upright) 12 x 12"),
@@ -140,6 +150,9 @@ def test_what_cannot_be_edited_is_explained(run: str, pictures: Path, capsys: py
         (("square.png", *box, "--strength", "0"), "strength 0.0 must be above 0"),
         (("square.png", *box, "--prompt", "a cat"), "'a cat' is no class label"),
         (("square.png", *box, "--out", "."), "would replace square.png"),
+        (("square.png", *box, "--out", "square.png"), "square.png would replace square.png"),
+        (("wide.png", "--mask", "mask.png", "--out", "./mask.png"), "mask.png would replace mask.png"),
+        (("square.png", *box, "--variations", "100000000"), "variations 100000000 must be a whole number from 1 to 65536"),
         (("square.png", "other/square.png", *box), "edited/square.png would replace square.png, or its edit"),
         (("square.png", *box, "--variations", "2", "--out", "a.png"), "--out a.png is one file, and there will be more"),
         (("square.png", "--mask", "empty.png", "--mask", "full.png"), "2 masks for 1 pictures"),
@@ -149,7 +162,7 @@ def test_what_cannot_be_edited_is_explained(run: str, pictures: Path, capsys: py
         assert edit(run, *arguments) == 2, arguments
         error = capsys.readouterr().err
         assert complaint in error and "Traceback" not in error, error
-    assert Path("square.png").read_bytes() == Path("other/square.png").read_bytes()
+    assert {name: Path(name).read_bytes() for name in before} == before
 
 
 def test_what_is_kept_is_the_other_way_round(run: str, pictures: Path) -> None:

@@ -56,11 +56,11 @@ def test_prompts_of_no_use_are_refused_everywhere(method: str, prompts: Any, com
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"guidance": math.nan}, "guidance nan must be a number, and not negative"),
+        ({"guidance": math.nan}, "guidance nan must be a number from 0 to 1,000,000"),
         ({"guidance": "3"}, "guidance '3' must be a number"),
         ({"guidance": None}, "guidance None must be a number"),
         ({"temperature": math.nan}, "temperature nan must be a number"),
-        ({"temperature": 0}, "temperature 0 must be above 0"),
+        ({"temperature": 0}, "temperature 0 must be at least 1e-06"),
         ({"top_k": 2.5}, "top_k 2.5 must be a whole number"),
         ({"top_p": math.nan}, "top_p nan must be a number"),
         ({"steps": 2.5}, "steps 2.5 must be at least 1, and whole"),
@@ -97,9 +97,11 @@ def test_numbers_of_no_use_are_refused_everywhere(method: str, numbers: Any, com
 
 
 def test_numbers_of_edits_leave_room_for_variations_and_steps() -> None:
-    assert len(METHODS["edit"]([1], numbers=[(1 << 32) - 1])) == 1
-    with pytest.raises(UserError, match="numbers: 4294967296 must lie between 0 and 4294967295"):
-        METHODS["edit"]([1], numbers=[1 << 32])
+    assert len(METHODS["edit"]([1], numbers=[(1 << 48) - 1])) == 1
+    with pytest.raises(UserError, match="numbers: 281474976710656 must lie between 0 and 281474976710655"):
+        METHODS["edit"]([1], numbers=[1 << 48])
+    with pytest.raises(UserError, match="must lie between 0 and 281470681743359"):
+        METHODS["edit"]([1], numbers=[(1 << 48) - 1], variations=2)
 
 
 def test_numpy_and_digits_are_labels_and_seeds() -> None:

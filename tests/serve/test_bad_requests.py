@@ -37,6 +37,8 @@ JOBS: dict[str, tuple[dict[str, Any], str]] = {
     "count-0": ({"count": 0}, "count"),
     "count-many": ({"count": 1000}, "the limit is 10"),
     "kind": ({"kind": "video"}, "kind"),
+    "guidance-huge": ({"guidance": 1e308}, "guidance"),
+    "temperature-tiny": ({"temperature": 1e-300}, "temperature"),
     "unknown": ({"colour": "red"}, "colour"),
     "guidance": ({"guidance": -1}, "guidance"),
     "text": ({"guidance": "much"}, "guidance"),

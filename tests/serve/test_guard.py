@@ -35,7 +35,7 @@ def test_other_names_are_refused(server: Served, host: str) -> None:
             assert answer.status_code == 400 and (answer.json()["error"]["code"] == "wrong_host")
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://localhost"])
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://localhost", "http://["])
 def test_pages_of_other_sites_start_nothing(server: Served, origin: str) -> None:
     with server.http() as client:
         answer = client.post("/v1/images/edits", data={"prompt": "x"}, files={"image": b"x"}, headers={"Origin": origin})
