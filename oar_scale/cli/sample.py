@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from oar_scale.cli.common import Subparsers, add_model, count, seed
 
@@ -37,16 +38,16 @@ def add(verbs: Subparsers) -> None:
     pool.add_argument("--gpus-per-actor", type=float, default=0, metavar="G", help="0.5: two share a GPU; default: 0, the CPU")
     pool.add_argument("--per-shard", type=count, default=1000, metavar="N", help="pictures of a tar, about; default: %(default)s")
     pool.add_argument("--status", action="store_true", help="how far the pool is that writes into --out, from any machine")
-    verb.set_defaults(run=_sample)
+    verb.set_defaults(run=partial(_sample, verb))
 
 
-def _sample(arguments: argparse.Namespace) -> int:
+def _sample(verb: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    _refuse_unused(verb, arguments)
     if arguments.target.lower().endswith((".yaml", ".yml")):  # a typing error is answered at once, before torch is imported
         from oar_scale.config.loading import load_recipe
 
         load_recipe(arguments.target, arguments.overrides)
     from oar_scale.commands.sample import SampleRequest, draw_again, sample_pictures
-    from oar_scale.errors import UserError
     from oar_scale.text import say
 
     others = ("run", "again", "actors", "gpus_per_actor", "per_shard", "status")
@@ -58,10 +59,31 @@ def _sample(arguments: argparse.Namespace) -> int:
             return sample_with_actors(request, arguments.actors, arguments.gpus_per_actor, arguments.per_shard, say)
         show_sampling_status(request, say)
         return 0
-    if arguments.again and (arguments.captions or arguments.prompts):
-        raise UserError(f"--again {arguments.again}: the file says what is drawn: leave out prompts")
     if arguments.again:
         say(draw_again(arguments.again, request))
     else:
         sample_pictures(request, say)
     return 0
+
+
+_OF_DRAWING = ("captions", "prompts", "count", "seed", "order", "batch", "precision")
+_OF_SHEETS, _OF_POOLS = ("grid", "frames", "device"), ("gpus_per_actor", "per_shard")
+
+
+def _refuse_unused(verb: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Raise UserError for an option that would do nothing."""
+    from oar_scale.errors import UserError
+
+    unused: tuple[str, ...]
+    if arguments.again:
+        way, unused = "with --again, the file says what is drawn", (*_OF_DRAWING, "grid", "frames", *_OF_POOLS, "actors", "status")
+    elif arguments.actors:
+        way, unused = "with --actors, a pool draws into tars", _OF_SHEETS
+    elif arguments.status:
+        way, unused = "with --status, nothing is drawn", _OF_SHEETS
+    else:
+        way, unused = "without --actors", _OF_POOLS
+    for name in unused:
+        if getattr(arguments, name) not in (verb.get_default(name), []):
+            option = "a caption" if name == "captions" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} means nothing {way}: leave it out")

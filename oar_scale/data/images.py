@@ -35,6 +35,7 @@ _BROKEN = (
     *(AssertionError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 """What Pillow raises for broken files."""
+_SCALE_DOWN = "Scale it down, or remove it: small files with huge pictures are a known attack."
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,7 +71,7 @@ def decode_upright(data: bytes | memoryview, where: str, max_pixels: int = MAX_P
     Raises:
         UserError: not a PNG, JPEG or WebP picture, a broken or cut one, or one with more pixels.
     """
-    image = _open(data, where)
+    image = _open(data, where, max_pixels)
     _check_size(image.size, where, max_pixels)
     try:
         _check_tail(data, image.format)
@@ -127,13 +128,15 @@ def image_size(data: bytes | memoryview, where: str) -> tuple[int, int]:
     return (height, width) if known and _orientation(image) in _ON_THEIR_SIDE else (width, height)
 
 
-def _open(data: bytes | memoryview, where: str) -> Image.Image:
+def _open(data: bytes | memoryview, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures, which are refused below, and of corrupt EXIF
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise UserError(f"{where} cannot be read (cannot identify image file: no {', '.join(FORMATS)}, or a broken header)") from error
+    except Image.DecompressionBombError as error:  # its own text names a limit of Pillow's
+        raise UserError(f"{where} cannot be read (it has too many pixels, the limit is {max_pixels}). {_SCALE_DOWN}") from error
     except _BROKEN as error:
         raise UserError(f"{where} cannot be read ({error})") from error
 
@@ -141,10 +144,7 @@ def _open(data: bytes | memoryview, where: str) -> Image.Image:
 def _check_size(size: tuple[int, int], where: str, max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
-        raise UserError(
-            f"{where} cannot be read (it says {width} x {height} pixels, the limit is {max_pixels}). "
-            "Scale it down, or remove it: small files with huge pictures are a known attack."
-        )
+        raise UserError(f"{where} cannot be read (it says {width} x {height} pixels, the limit is {max_pixels}). {_SCALE_DOWN}")
 
 
 def _check_tail(data: bytes | memoryview, kind: str | None) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import cast
 
 from oar_scale.config.schema import GuidanceSchedule, SampleConfig
 from oar_scale.text import shown
@@ -48,7 +49,7 @@ class SampleSettings:
             kind = Integral if name in ("top_k", "draft") else Real
             if value is None and name == "guidance_start":
                 continue
-            if not isinstance(value, kind) or not 0 <= value <= LARGEST:  # false of NaN, too
+            if not isinstance(value, kind) or not 0 <= cast(float, value) <= LARGEST:  # false of NaN, too
                 whole = "whole " if kind is Integral else ""
                 raise ValueError(f"{name} {shown(value)} must be a {whole}number from 0 to {LARGEST:,}")
         if self.temperature < 1 / LARGEST:

@@ -107,10 +107,7 @@ def _decoded(data: bytes, name: str, limits: Limits) -> Image.Image:
     try:
         return decode_upright(data, name, limits.pixels)
     except UserError as error:
-        text = str(error)
-        if isinstance(error.__cause__, Image.DecompressionBombError):  # Pillow's text names a limit of its own
-            text = f"{name} has too many pixels, the limit is {limits.pixels}. Scale it down."
-        raise bad_request(text, name, "invalid_image") from error
+        raise bad_request(str(error), name, "invalid_image") from error
 
 
 def _transparent(picture: Image.Image) -> NDArray[np.bool_]:

@@ -141,7 +141,7 @@ def test_what_cannot_be_edited_is_explained(run: str, pictures: Path, capsys: py
         (("square.png", "--mask", "red.png"), "has colours. Save it in black"),
         (("square.png", "--mask", "clear.png"), "is transparent, and what that means is not agreed upon"),
         (("dot.png", "--box", "0,0,1,1"), "dot.png: the whole picture is marked"),
-        (("huge.png", *box), "huge.png cannot be read (Image size (400000000 pixels) exceeds limit"),
+        (("huge.png", *box), "huge.png cannot be read (it has too many pixels, the limit is 67108864). Scale it down"),
         (("text.png", *box), "text.png cannot be read"),
         (("gone.png", *box), "gone.png: no such file"),
         (("square.png", "--mask", "gone.png"), "gone.png: no such file"),

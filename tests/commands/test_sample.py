@@ -132,7 +132,11 @@ def test_animation_shows_cells_in_their_order(name: str, tmp_path: Path) -> None
         (("--device", "tpu", "a cat"), "--device tpu: there are cpu"),
         (("--order", "hilbrt", "a cat"), "--order 'hilbrt': no such policy"),
         (("--again", "none.png"), "none.png: no such file"),
-        (("--again", "none.png", "a cat"), "leave out prompts"),
+        (("--again", "none.png", "a cat"), "a caption means nothing with --again, the file says what is drawn: leave it out"),
+        (("--again", "none.png", "--seed", "1"), "--seed means nothing with --again"),
+        (("--again", "none.png", "--actors", "2"), "--actors means nothing with --again"),
+        (("a cat", "--per-shard", "3"), "--per-shard means nothing without --actors"),
+        (("--actors", "2", "--device", "cpu"), "--device means nothing with --actors"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(arguments: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
