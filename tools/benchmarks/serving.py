@@ -147,10 +147,11 @@ async def load(arguments: argparse.Namespace, process: int, url: str, clients: i
         start, cpu = time.perf_counter(), cpu_seconds(process)
         await all_clients(arguments.seconds)
         seconds = time.perf_counter() - start
+    spent = [now - cpu.get(thread, 0.0) for thread, now in cpu_seconds(process).items()]
     return {
         "images_per_s": len(latencies) / seconds,
-        "all_cpu_s_per_image": (cpu_seconds(process)[0] - cpu[0]) / len(latencies),
-        "cpu_s_per_image": (cpu_seconds(process)[1] - cpu[1]) / len(latencies),
+        "all_cpu_s_per_image": sum(spent) / len(latencies),
+        "cpu_s_per_image": max(spent) / len(latencies),
         "latencies": latencies,
     }
 
@@ -215,11 +216,10 @@ def server(arguments: argparse.Namespace) -> Iterator[tuple[int, str]]:
             process.send_signal(signal.SIGTERM)
 
 
-def cpu_seconds(process: int) -> tuple[float, float]:
-    """What a process has computed: all threads together, and the busiest, which is the model's."""
-    each = [path.read_text().rpartition(")")[2].split() for path in Path(f"/proc/{process}/task").glob("*/stat")]
-    seconds = [(int(fields[11]) + int(fields[12])) / _TICKS for fields in each]
-    return sum(seconds), max(seconds)
+def cpu_seconds(process: int) -> dict[str, float]:
+    """What each thread of a process has computed."""
+    each = {path.parent.name: path.read_text().rpartition(")")[2].split() for path in Path(f"/proc/{process}/task").glob("*/stat")}
+    return {thread: (int(fields[11]) + int(fields[12])) / _TICKS for thread, fields in each.items()}
 
 
 def peak_mib(process: int) -> float:
