@@ -187,11 +187,17 @@ class Tab:
         read: list[list[int]] = self.page.evaluate(_COLOURS)
         return [tuple(colour) for colour in read]
 
-    def swipe(self, element: str, *points: tuple[float, float]) -> None:
-        """Draw with a finger over an element, through points that are given as shares of its width and height."""
+    def box(self, element: str) -> dict[str, float]:
+        """Where an element lies, once it is shown and everything has its size."""
         self.page.locator(element).scroll_into_view_if_needed()
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))")
         box = self.page.locator(element).bounding_box()
         assert box is not None
+        return dict(box)
+
+    def swipe(self, element: str, *points: tuple[float, float]) -> None:
+        """Draw with a finger over an element, through points that are given as shares of its width and height."""
+        box = self.box(element)
         touch = self.context.new_cdp_session(self.page)
         for at, (x, y) in enumerate(points):
             place = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}

@@ -236,8 +236,7 @@ def test_a_model_of_classes_asks_for_a_class(browser: Browser, passes: Gate, tmp
 def test_a_mask_by_mouse_and_known_pixels_that_stay(tab: Tab) -> None:
     page = tab.go()
     tab.edit()
-    box = page.locator("#overlay").bounding_box()
-    assert box is not None
+    box = tab.box("#overlay")
     page.locator("#thickness").fill("6")
     page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
     page.mouse.down()
