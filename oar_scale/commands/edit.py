@@ -176,6 +176,8 @@ def _targets(request: EditRequest) -> list[list[str]]:
     masks = len(request.mask or request.keep or "")
     if masks > 1 and masks != len(request.images):
         raise UserError(f"{masks} masks for {len(request.images)} pictures: give one for all of them, or one for each, in the same order")
+    if request.out.lower().endswith((".jpg", ".jpeg", ".webp", ".gif")):
+        raise UserError(f"--out {request.out}: pictures are written as PNG. Name a file .png, or a folder for a file each.")
     one_file = request.out.lower().endswith(".png")
     if one_file and (len(request.images) > 1 or request.variations > 1):
         raise UserError(f"--out {request.out} is one file, and there will be more: name a folder")

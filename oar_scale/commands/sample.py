@@ -101,6 +101,8 @@ def draw_again(path: str, request: SampleRequest) -> str:
     if record is None:
         raise UserError(f"{path}: this file does not say how it was drawn. oar sample, oar edit and oar serve write PNG files that do.")
     out = request.out or "samples.png"
+    if not out.lower().endswith(".png"):
+        raise UserError(f"--out {out}: pictures are written as PNG. Name a file .png.")
     if os.path.realpath(out) == os.path.realpath(path):
         raise UserError(f"--out {out} would replace the picture itself: name another file")
     drawer = load_bundle(find_target(request.target, request.overrides, request.model).bundle)

@@ -150,6 +150,7 @@ def test_what_cannot_be_edited_is_explained(run: str, pictures: Path, capsys: py
         (("square.png", *box, "--strength", "0"), "strength 0.0 must be above 0"),
         (("square.png", *box, "--prompt", "a cat"), "'a cat' is no class label"),
         (("square.png", *box, "--out", "."), "would replace square.png"),
+        (("square.png", *box, "--out", "a.JPG"), "--out a.JPG: pictures are written as PNG"),
         (("square.png", *box, "--out", "square.png"), "square.png would replace square.png"),
         (("wide.png", "--mask", "mask.png", "--out", "./mask.png"), "mask.png would replace mask.png"),
         (("square.png", *box, "--variations", "100000000"), "variations 100000000 must be a whole number from 1 to 65536"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,7 +98,9 @@ def test_one_picture_is_itself_and_drawn_again(tmp_path: Path) -> None:
     assert Image.open("apple.png").size == (32, 32)
     assert main(["sample", EMOJI, "--again", "apple.png", "--out", "again.png"]) == 0
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "apple.png").read_bytes()
-    assert main(["sample", EMOJI, "--again", "apple.png", "--out", "apple.png"]) == 2
+    for out in ("apple.png", "again.jpg"):
+        assert main(["sample", EMOJI, "--again", "apple.png", "--out", out]) == 2
+    assert sorted(os.listdir(tmp_path)) == ["again.png", "apple.png"]
 
 
 @pytest.mark.parametrize("name", ["drawing.gif", "drawing.webp"])
