@@ -16,7 +16,7 @@ DATA_URL = "data:image/png;base64,"
 SEEDS = 2**53
 """Seeds lie below it: JavaScript knows all whole numbers up to there."""
 
-AskedPrompt = StrictStr | StrictInt | list[list[float]]
+RequestPrompt = StrictStr | StrictInt | list[list[float]]
 """A caption, a class label, or the features of a caption, a list for each of its rows."""
 
 
@@ -25,7 +25,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    prompt: AskedPrompt
+    prompt: RequestPrompt
     seed: Annotated[int | None, Field(ge=0, lt=SEEDS)] = None
     """Null: a new one, which the answer names."""
     order: str | None = None
