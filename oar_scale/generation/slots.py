@@ -4,7 +4,7 @@ A drawing under way is a few numbers (:class:`Course`) and its part of tensors t
 the model once: about the next cells of its order, about all empty cells, or about these for the rest of a late order.
 
     run     drawings in slots side by side that are in the same state, or follow an order     one attention, by masks where lengths differ
-    pass    the rows of all runs, abreast (``model.abreast``)                                 one product with each matrix
+    pass    the rows of all runs, packed (``model.packed``)                                 one product with each matrix
     draw    all drawings with the same settings                                               cells and codes
 
 So drawings that were added together go on as one batch, and all others share the products with matrices. Nothing of a course changes

@@ -6,7 +6,7 @@
 
 Slices compute nothing in vain, but every step is another program. Of static buffers nothing changes from step to step but numbers in
 tensors, so what was compiled or recorded of one step serves all that place as many cells (``steps.py``). How several parts of
-a cache are seen as one: ``abreast.py``.
+a cache are seen as one: ``packed.py``.
 """
 
 from __future__ import annotations

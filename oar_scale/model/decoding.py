@@ -21,7 +21,7 @@ candidates.
         winner_B   = the best candidate of each image, by any rule
         prefix     = decoder.commit(prefix, candidates, winner_B, codes_B)
 
-Prefixes of different lengths go through the trunk together, too (``candidate_rows_of``, ``parallel_rows_of``; ``abreast.py``).
+Prefixes of different lengths go through the trunk together, too (``candidate_rows_of``, ``parallel_rows_of``; ``packed.py``).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from oar_scale.model.abreast import Abreast, Lot
 from oar_scale.model.cache import CachePart, StaticPart, least_candidates, static_pays
+from oar_scale.model.packed import Packed, Segment
 from oar_scale.model.row_layout import Placed, Rows, Tables, in_one_row, joined
 from oar_scale.model.transformer import AnyOrderModel
 
@@ -284,14 +284,14 @@ class Decoder:
         parts = [prefix.part(images) for prefix, images, _ in load]
         if len(load) == 1:
             return [self.model.norm(layout.ask(layers, parts[0], *made[0]))]
-        lots, rows = [], []
+        segments, rows = [], []
         for part, (entering, candidates) in zip(parts, made, strict=True):
             before = 0 if entering is None else entering.cells_BL.shape[1]
-            lots.append(Lot(part, len(candidates.cells_BL), before, candidates.cells_BL.shape[1]))
+            segments.append(Segment(part, len(candidates.cells_BL), before, candidates.cells_BL.shape[1]))
             rows.append(candidates if entering is None else joined([entering, candidates], dim=1))
-        abreast = Abreast(lots)
-        apart = abreast.apart(self.model.norm(layout.ask(layers, abreast, None, in_one_row(rows))))
-        return [rows_bLD[:, lot.entering :] for lot, rows_bLD in zip(lots, apart, strict=True)]
+        packed = Packed(segments)
+        unpacked_rows = packed.unpacked(self.model.norm(layout.ask(layers, packed, None, in_one_row(rows))))
+        return [rows_bLD[:, segment.entering :] for segment, rows_bLD in zip(segments, unpacked_rows, strict=True)]
 
     def _mutual(self, prefix: Prefix) -> bool:
         """Whether what waits is a parallel step whose codes see one another all."""
@@ -330,9 +330,9 @@ class Decoder:
         if len(load) == 1:
             return [layout.enter(layers, parts[0], rows[0], load[0][0].groups)]
         shapes, groups = (each.cells_BL.shape for each in rows), (each.groups for each, _ in load)
-        lots = [Lot(part, images, length, groups=of) for part, (images, length), of in zip(parts, shapes, groups, strict=True)]
-        abreast = Abreast(lots)
-        return abreast.apart(layout.enter(layers, abreast, in_one_row(rows)))
+        segments = [Segment(part, images, length, groups=of) for part, (images, length), of in zip(parts, shapes, groups, strict=True)]
+        packed = Packed(segments)
+        return packed.unpacked(layout.enter(layers, packed, in_one_row(rows)))
 
 
 def trunk_loads(shapes: Sequence[tuple[int, int]], device: torch.device) -> Iterator[list[tuple[int, slice]]]:

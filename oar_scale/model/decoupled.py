@@ -22,10 +22,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from oar_scale.model.abreast import Cache
 from oar_scale.model.blocks import Block, CrossBlock, KVSlice, SharedKV, TrunkBlock
 from oar_scale.model.cache import Ahead, attention_with_mask
 from oar_scale.model.conditioning import Embedding
+from oar_scale.model.packed import Cache
 from oar_scale.model.row_layout import Placed, RowLayout, Rows, Tables
 from oar_scale.model.spec import ModelSpec
 

@@ -27,9 +27,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from oar_scale.model.abreast import Cache
 from oar_scale.model.blocks import Block, KVSlice, TrunkBlock
 from oar_scale.model.cache import Ahead, attention_with_mask
+from oar_scale.model.packed import Cache
 from oar_scale.model.rope import cell_rotations
 from oar_scale.model.spec import ModelSpec
 

@@ -18,9 +18,9 @@ from starlette.datastructures import FormData, UploadFile
 
 from oar_scale.data.images import image_size
 from oar_scale.serve.api_errors import ApiError, bad_request
-from oar_scale.serve.requests import DATA_URL, EditAsk, GenerationAsk
 from oar_scale.serve.guard import body_was_read
 from oar_scale.serve.jobs import Job, Result
+from oar_scale.serve.requests import DATA_URL, EditAsk, GenerationAsk
 from oar_scale.serve.service import Service
 from oar_scale.serve.streams import check_streams, stream
 from oar_scale.serve.tasks import Task, prompt_kind

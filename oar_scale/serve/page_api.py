@@ -13,9 +13,9 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from fastapi.staticfiles import StaticFiles
 
 from oar_scale.serve.api_errors import bad_request
-from oar_scale.serve.requests import JobAsk, from_data_url
 from oar_scale.serve.jobs import Job
 from oar_scale.serve.pictures import IMAGES
+from oar_scale.serve.requests import JobAsk, from_data_url
 from oar_scale.serve.service import ModelInfo, Service
 from oar_scale.serve.streams import check_streams, stream
 from oar_scale.serve.tasks import Task

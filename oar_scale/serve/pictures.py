@@ -13,8 +13,8 @@ from oar_scale.generation.canvas import to_picture
 from oar_scale.generation.picture_files import encode_png
 from oar_scale.generation.pretrained import Pretrained
 from oar_scale.generation.seen_codes import pixels_of
-from oar_scale.serve.requests import data_url
 from oar_scale.serve.jobs import Result
+from oar_scale.serve.requests import data_url
 from oar_scale.serve.tasks import Task
 
 IMAGES = "/api/images/"

@@ -24,8 +24,8 @@ from oar_scale.generation.settings import SampleSettings
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
 from oar_scale.orders.policies import known, own_policy
 from oar_scale.serve.api_errors import bad_request
-from oar_scale.serve.requests import EditSettings, Settings
 from oar_scale.serve.limits import Limits
+from oar_scale.serve.requests import EditSettings, Settings
 from oar_scale.serve.uploads import Upload, prepare
 from oar_scale.tokenizers.prompts import Prompt
 

@@ -1,10 +1,10 @@
 """Images at different lengths, or that ask about different numbers of cells, pass the blocks together.
 
-    lot         images of one part of the cache, with equally many rows of each on their way
-    abreast     the rows of all lots, one after the other, are a batch of one image           [1, L, D]
+    segment    images of one part of the cache, with equally many rows of each on their way
+    packed     the rows of all segments, one after the other, are a batch of one image           [1, L, D]
 
-Matrix products, norms and feed-forwards take all rows at once: nothing is padded, and few rows of each lot are many of all. Only attention
-and the writing of keys and values go lot by lot, each lot behind its own part of the cache (``cache.py``).
+Matrix products, norms and feed-forwards take all rows at once: nothing is padded, and few rows of each segment are many of all. Only
+attention and the writing of keys and values go segment by segment, each behind its own part of the cache (``cache.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from oar_scale.model.blocks import KVPlace
 from oar_scale.model.cache import CachePart, Pass, StaticPart
 
 
-class Lot(NamedTuple):
+class Segment(NamedTuple):
     """Images of one part of a cache, and the rows of each of them that are on their way."""
 
     cache: CachePart | StaticPart
@@ -35,38 +35,38 @@ class Lot(NamedTuple):
         return self.entering + self.asking
 
 
-class Abreast(NamedTuple):
-    """Lots of images at different lengths, seen as the cache of one image whose rows are theirs, one lot after the other."""
+class Packed(NamedTuple):
+    """Segments of images at different lengths, seen as the cache of one image whose rows are theirs, one segment after the other."""
 
-    lots: Sequence[Lot]
+    segments: Sequence[Segment]
 
     def entering(self, length: int, groups: Sequence[int] | None = None) -> Pass:
-        """As of :class:`CachePart`, by the groups of each lot."""
-        return self._pass([lot.cache.entering(lot.entering, lot.groups) for lot in self.lots])
+        """As of :class:`CachePart`, by the groups of each segment."""
+        return self._pass([segment.cache.entering(segment.entering, segment.groups) for segment in self.segments])
 
     def asking(self, entering: int, count: int) -> Pass:
-        """As of :class:`CachePart`; in each lot rows that enter come before those that ask."""
-        return self._pass([lot.cache.asking(lot.entering, lot.asking) for lot in self.lots])
+        """As of :class:`CachePart`; in each segment rows that enter come before those that ask."""
+        return self._pass([segment.cache.asking(segment.entering, segment.asking) for segment in self.segments])
 
     def looking(self) -> Pass:
         """As of :class:`CachePart`."""
-        return self._pass([lot.cache.looking() for lot in self.lots])
+        return self._pass([segment.cache.looking() for segment in self.segments])
 
     def behind(self, pair: int, length: int) -> KVPlace:
         """As of :class:`CachePart`."""
-        return _Places([lot.cache.behind(pair, lot.rows) for lot in self.lots], self._shapes())
+        return _Places([segment.cache.behind(pair, segment.rows) for segment in self.segments], self._shapes())
 
     def alike_if(self, rows: int, x_1LD: Tensor) -> Tensor:
         """As of :class:`CachePart`."""
-        apart = (lot.cache.alike_if(rows, x_BRD) for lot, x_BRD in zip(self.lots, self.apart(x_1LD), strict=True))
-        return torch.cat([x_BRD.flatten(0, 1) for x_BRD in apart])[None]
+        unpacked = (segment.cache.alike_if(rows, x_BRD) for segment, x_BRD in zip(self.segments, self.unpacked(x_1LD), strict=True))
+        return torch.cat([x_BRD.flatten(0, 1) for x_BRD in unpacked])[None]
 
-    def apart(self, x_1LD: Tensor) -> list[Tensor]:
-        """The rows [B, rows, D] of each lot."""
+    def unpacked(self, x_1LD: Tensor) -> list[Tensor]:
+        """The rows [B, rows, D] of each segment."""
         return [x_LD.unflatten(0, shape) for x_LD, shape in zip(x_1LD[0].split(_sizes(self._shapes())), self._shapes(), strict=True)]
 
     def _shapes(self) -> list[tuple[int, int]]:
-        return [(lot.images, lot.rows) for lot in self.lots]
+        return [(segment.images, segment.rows) for segment in self.segments]
 
     def _pass(self, passes: Sequence[Pass]) -> Pass:
         return _Passes(passes, self._shapes())
@@ -81,8 +81,8 @@ class _Passes(NamedTuple):
         return _Places([each.into(pair) for each in self.passes], self.shapes)
 
     def attend(self, pair: int, q_BHLd: Tensor, own_BHL: Tensor | None = None) -> Tensor:
-        own = [None] * len(self.passes) if own_BHL is None else _apart(own_BHL, self.shapes)
-        parts = zip(self.passes, _apart(q_BHLd, self.shapes), own, strict=True)
+        own = [None] * len(self.passes) if own_BHL is None else _unpacked(own_BHL, self.shapes)
+        parts = zip(self.passes, _unpacked(q_BHLd, self.shapes), own, strict=True)
         attended = (each.attend(pair, q, own_q).transpose(1, 2).flatten(0, 1) for each, q, own_q in parts)
         return torch.cat(list(attended))[None].transpose(1, 2)
 
@@ -92,15 +92,15 @@ class _Places(NamedTuple):
     shapes: Sequence[tuple[int, int]]
 
     def write(self, keys_BGLd: Tensor, values_BGLd: Tensor) -> None:
-        for place, keys, values in zip(self.places, _apart(keys_BGLd, self.shapes), _apart(values_BGLd, self.shapes), strict=True):
+        for place, keys, values in zip(self.places, _unpacked(keys_BGLd, self.shapes), _unpacked(values_BGLd, self.shapes), strict=True):
             place.write(keys, values)
 
 
-Cache = CachePart | StaticPart | Abreast
+Cache = CachePart | StaticPart | Packed
 
 
-def _apart(x_1GLd: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Heads [B, G, rows, ...] of each lot's rows, from those of all of them [1, G, L, ...]."""
+def _unpacked(x_1GLd: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Heads [B, G, rows, ...] of each segment's rows, from those of all of them [1, G, L, ...]."""
     parts = zip(x_1GLd[0].split(_sizes(shapes), dim=1), shapes, strict=True)
     return [part_GLd.unflatten(1, shape).transpose(0, 1) for part_GLd, shape in parts]
 

@@ -37,7 +37,7 @@ def asked_twice(model: AnyOrderModel, prefix: Prefix, cells_BR: Tensor, winner_B
 
 @pytest.mark.parametrize("at_once", [1, 7, 512])
 @pytest.mark.parametrize("layout", ANY_ORDER)
-def test_rows_abreast_are_those_of_each_prefix(layout: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_rows_are_those_of_each_prefix(layout: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of prefixes of other lengths, that ask about other numbers of cells."""
     model, parts = small_model(layout=layout, kv_heads=1), [(slice(2), 0), (slice(2, 3), 5), (slice(3, 5), 3)]
     winners = [torch.tensor([8, 3]), torch.tensor([2]), torch.tensor([0, 5])]
