@@ -42,14 +42,14 @@ HEADERS = {
 class Access:
     """Who may ask."""
 
-    hosts: frozenset[str] | None
-    """Names under which the server may be asked; None: any."""
     token: str | None
+    """Wanted of all. None: of nobody, who then must name this machine: else a page elsewhere could ask through a browser here (DNS
+    rebinding)."""
 
     def check(self, method: str, path: str, headers: Headers) -> None:
         """Raises ApiError for a request that is not allowed."""
         host = headers.get("host", "")
-        if self.hosts is not None and _name(host) not in self.hosts:
+        if self.token is None and _name(host) not in LOOPBACK:
             raise bad_request("this server listens on loopback and answers to localhost, 127.0.0.1 and [::1] only", code="wrong_host")
         origin = headers.get("origin")
         own = (None, f"http://{host}", f"https://{host}")

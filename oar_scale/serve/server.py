@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import resource
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,7 @@ from types import FrameType
 import torch
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from oar_scale.errors import UserError
 from oar_scale.generation.continuous import ContinuousBatch
@@ -21,7 +23,7 @@ from oar_scale.generation.pretrained import Pretrained, load_pretrained
 from oar_scale.model import AnyOrderModel
 from oar_scale.run.gpu_node import chosen_device
 from oar_scale.serve.app import make_app
-from oar_scale.serve.guard import LOOPBACK, Access
+from oar_scale.serve.guard import Access
 from oar_scale.serve.limits import Limits
 from oar_scale.serve.service import Service
 
@@ -68,7 +70,8 @@ def serve(request: ServeRequest, say: Callable[[str], None], limits: Limits | No
         name = os.path.basename(os.path.abspath(request.model)) or "model"
         slots = request.slots or default_slots(drawer.model)
         service = Service(drawer, name, slots, limits or Limits())
-        app = make_app(service, Access(LOOPBACK if local else None, token))
+        app = make_app(service, Access(token))
+        _allow_many_connections()
         port = listener.getsockname()[1]
         host = f"[{request.host}]" if ":" in request.host else request.host
         say(f"serving {name} on http://{host}:{port} ({slots} slots, {next(drawer.model.parameters()).device}); Ctrl-C stops it")
@@ -80,7 +83,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, service: Service, say: Callable[[str], None]) -> None:
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=_CLOSE_S, backlog=_BACKLOG
+            app,
+            http=connections(service.limits.body_s),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_CLOSE_S,
+            backlog=_BACKLOG,
         )
         super().__init__(config)
         self._service, self._say = service, say
@@ -101,6 +110,27 @@ class Server(uvicorn.Server):
             self._draining = asyncio.create_task(self._service.drain())
         self.should_exit = self.should_exit or (self._draining is not None and self._draining.done())
         return await super().on_tick(counter)
+
+
+def connections(limit_s: float) -> type[H11Protocol]:
+    """HTTP connections, which are closed if they send no whole request header within so many seconds."""
+
+    class Connection(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.loop.call_later(limit_s, self._close_unless_asked)
+
+        def _close_unless_asked(self) -> None:
+            if self.cycle is None:
+                self.transport.close()
+
+    return Connection
+
+
+def _allow_many_connections() -> None:
+    """Each takes a file descriptor, and the usual limit is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -333,11 +333,13 @@ class Worker:
         self._news.append(partial(job.fail, job.over))
 
     def _lose_batch(self, error: Exception) -> None:
-        """A pass has failed: the jobs that have begun end, and a new batch begins."""
+        """A pass has failed: the jobs that have begun end, and their slots are free."""
         for running in self._running:
             self._fail(running.job, error)
+        for name in self._images:
+            with suppress(KeyError):  # one that this pass has finished
+                self._batch.remove(name)
         self._images.clear()
-        self._batch = ContinuousBatch(self.drawer.model, self.slots)
 
     def _tell(self, job: Job, kind: Kind, data: Data) -> None:
         if job.watched:

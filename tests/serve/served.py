@@ -26,7 +26,7 @@ from oar_scale.generation.pretrained import Pretrained
 from oar_scale.model import save_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
 from oar_scale.serve.app import make_app
-from oar_scale.serve.guard import LOOPBACK, Access
+from oar_scale.serve.guard import Access
 from oar_scale.serve.limits import Limits
 from oar_scale.serve.server import Server, listen
 from oar_scale.serve.service import Service
@@ -90,7 +90,7 @@ def served(drawer: Pretrained, *, slots: int = 4, token: str | None = None, **li
     """Serve a model until the end of the block."""
     service = Service(drawer, "small", slots, Limits(**limits))
     listener = listen("127.0.0.1", 0)
-    app = make_app(service, Access(LOOPBACK, token))
+    app = make_app(service, Access(token))
     server = Server(app, service, lambda text: None)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()

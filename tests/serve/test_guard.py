@@ -95,6 +95,8 @@ def test_a_token_in_an_address_is_not_looked_at(closed: Served) -> None:
 def test_the_token_opens_and_health_needs_none(closed: Served) -> None:
     with closed.http() as client:
         assert client.get("/api/model").status_code == 200
-        elsewhere = client.post("/api/jobs", json={"prompt": "a red apple"}, headers={"Origin": "https://proxy.example"})
+        elsewhere = client.post(
+            "/api/jobs", json={"prompt": "a red apple"}, headers={"Origin": "https://proxy.example", "Host": "proxy.example"}
+        )
         assert elsewhere.status_code == 202
     assert httpx.get(f"{closed.url}/healthz", trust_env=False).json()["ready"]

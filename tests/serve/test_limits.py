@@ -8,6 +8,8 @@ import socket
 import threading
 from collections import Counter
 
+import httpx
+import pytest
 from served import Served, box_mask, job_events, picture, png, served
 from waiting import wait_until
 
@@ -34,6 +36,15 @@ def test_a_job_that_takes_too_long_is_stopped(drawer: Pretrained, gate: threadin
         assert client.post("/v1/images/generations", json=PROMPT).status_code == 504
         gate.set()
         wait_until(server.idle)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: local"], ids=["nothing", "part-of-a-header"])
+def test_connections_that_ask_nothing_are_closed(drawer: Pretrained, sent: bytes) -> None:
+    with served(drawer, body_s=0.05) as server:
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=60) as connection:
+            connection.sendall(sent)
+            assert connection.recv(1) == b""
+        assert httpx.get(f"{server.url}/healthz", trust_env=False).status_code == 200
 
 
 def test_event_streams_are_bounded(drawer: Pretrained, gate: threading.Event) -> None:
