@@ -97,10 +97,8 @@ def show_sampling_status(request: SampleRequest, say: Callable[[str], None]) -> 
 
 def pool_folder(request: SampleRequest) -> str:
     """The folder of a pool's shards, as all hosts know it. Raises UserError where none is named."""
-    if request.out is None or request.out.lower().endswith(".png") or request.grid or request.frames:
-        raise UserError(
-            "--actors and --status are of shards in a folder: --out FOLDER or --out s3://bucket/prefix, and no --grid, no --frames"
-        )
+    if request.out is None or request.out.lower().endswith(".png"):
+        raise UserError("--actors and --status are of shards in a folder: --out FOLDER or --out s3://bucket/prefix")
     return _absolute(request.out)
 
 

@@ -23,6 +23,10 @@ REMOVED_EXTRACT = {"repulsion_radius": 0, "frontier_random": None, "rescore_radi
 ``run/stage_markers.py`` still hashes them into the fingerprint of the stage ``extract``: a finished stage is still taken for finished."""
 
 
+LARGEST_SETTING = 1_000_000
+"""Of any number that says how cells and codes are chosen: a float32 holds what comes of it."""
+
+
 class ExtractConfig(Section):
     """How an order is extracted for every training image, and with how many actors."""
 
@@ -31,7 +35,7 @@ class ExtractConfig(Section):
     """Classifier-free guidance scale while scoring; 1 = the conditional model alone."""
     tie_seed: int = 0
     """Seed of everything random: ties, noise, the codes that score ``sampled`` draws, a random first cell."""
-    order_temperature: float = Field(0.0, ge=0)
+    order_temperature: float = Field(0.0, ge=0, le=LARGEST_SETTING)
     """Gumbel noise on the choice of the next cell, in units of the score; 0 takes the best cell."""
     orders_per_image: int = Field(1, ge=1)
     """Orders that are found for each image, with noise of their own; training takes one of them, another one in each epoch."""
@@ -104,25 +108,25 @@ class SampleConfig(Section):
 
     images: int = Field(16, ge=1)
     """Held-out captions drawn in the report."""
-    guidance: float = Field(2.0, ge=0)
+    guidance: float = Field(2.0, ge=0, le=LARGEST_SETTING)
     guidance_schedule: Added[GuidanceSchedule] = "constant"
     """``linear`` and ``cosine`` let the scale grow from ``guidance_start`` to ``guidance`` while cells are placed."""
-    guidance_start: Added[float | None] = Field(None, ge=0)
+    guidance_start: Added[float | None] = Field(None, ge=0, le=LARGEST_SETTING)
     """Where a ``guidance_schedule`` starts. Default: 1."""
-    temperature: float = Field(1.0, gt=0)
-    top_k: int = Field(0, ge=0)
+    temperature: float = Field(1.0, ge=1 / LARGEST_SETTING, le=LARGEST_SETTING)
+    top_k: int = Field(0, ge=0, le=LARGEST_SETTING)
     """0 keeps the whole vocabulary."""
     top_p: Added[float] = Field(1.0, gt=0, le=1)
     """Draw from the fewest codes whose probabilities sum to at least this; 1 keeps all."""
     min_p: Added[float] = Field(0.0, ge=0, lt=1)
     """Draw from the codes that are at least this times as likely as the most likely one; 0 keeps all."""
-    order_temperature: float = Field(0.0, ge=0)
+    order_temperature: float = Field(0.0, ge=0, le=LARGEST_SETTING)
     """Gumbel noise on the choice of the next cell; 0 takes the most confident cell."""
     order: PolicyName | None = None
     """An order policy (docs/order-policies.md). Default: the model decides; a raster model draws in raster order."""
-    steps: Added[int | None] = Field(None, ge=1)
+    steps: Added[int | None] = Field(None, ge=1, le=LARGEST_SETTING)
     """Passes for an image, later ones placing more cells at once without knowing those beside them. Default: a cell a pass."""
-    draft: Operational[int] = Field(0, ge=0)
+    draft: Operational[int] = Field(0, ge=0, le=LARGEST_SETTING)
     """Cells of a given order that are drafted ahead and verified in one pass: the same images in fewer passes."""
 
     @model_validator(mode="after")

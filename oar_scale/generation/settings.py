@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import cast
 
+from oar_scale.config.run_sections import LARGEST_SETTING
 from oar_scale.config.schema import GuidanceSchedule, SampleConfig
 from oar_scale.text import shown
-
-LARGEST = 1_000_000
-"""Of any number here: a model's half precision holds what comes of it, or its scores are no numbers and that is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +47,11 @@ class SampleSettings:
             kind = Integral if name in ("top_k", "draft") else Real
             if value is None and name == "guidance_start":
                 continue
-            if not isinstance(value, kind) or not 0 <= cast(float, value) <= LARGEST:  # false of NaN, too
+            if not isinstance(value, kind) or not 0 <= cast(float, value) <= LARGEST_SETTING:  # false of NaN, too
                 whole = "whole " if kind is Integral else ""
-                raise ValueError(f"{name} {shown(value)} must be a {whole}number from 0 to {LARGEST:,}")
-        if self.temperature < 1 / LARGEST:
-            raise ValueError(f"temperature {self.temperature} must be at least {1 / LARGEST:g}; top_k=1 makes the choice greedy")
+                raise ValueError(f"{name} {shown(value)} must be a {whole}number from 0 to {LARGEST_SETTING:,}")
+        if self.temperature < 1 / LARGEST_SETTING:
+            raise ValueError(f"temperature {self.temperature} must be at least {1 / LARGEST_SETTING:g}; top_k=1 makes the choice greedy")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1, which keeps all codes")
         if self.min_p >= 1:
@@ -62,7 +60,7 @@ class SampleSettings:
             raise ValueError(f"guidance_schedule {self.guidance_schedule!r}: there are {', '.join(GUIDANCE_RAMPS)}")
         if self.guidance_start is not None and self.guidance_schedule == "constant":
             raise ValueError(f"guidance_start {self.guidance_start} is where a guidance_schedule starts; constant guidance has no start")
-        if self.steps is not None and (not isinstance(self.steps, Integral) or self.steps < 1):
+        if self.steps is not None and (not isinstance(self.steps, Integral) or not 1 <= self.steps <= LARGEST_SETTING):
             raise ValueError(f"steps {shown(self.steps)} must be at least 1, and whole; None places one cell a step")
         if self.draft and self.steps is not None:
             raise ValueError("draft changes no image, while steps places cells without knowing the ones beside them: choose one of the two")

@@ -40,7 +40,9 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask."""
+    """Who may ask, of a server at ``host``."""
+
+    host: str
 
     token: str | None
     """Wanted of all. None: of nobody, who then must name this machine: else a page elsewhere could ask through a browser here (DNS
@@ -49,7 +51,7 @@ class Access:
     def check(self, method: str, path: str, headers: Headers) -> None:
         """Raises ApiError for a request that is not allowed."""
         host = headers.get("host", "")
-        if self.token is None and _name(host) not in LOOPBACK:
+        if self.token is None and _name(host) not in LOOPBACK | {self.host}:
             raise bad_request("this server listens on loopback and answers to localhost, 127.0.0.1 and [::1] only", code="wrong_host")
         origin = headers.get("origin")
         own = (None, f"http://{host}", f"https://{host}")

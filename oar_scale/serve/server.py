@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 
+import psutil
 import torch
 import uvicorn
 from starlette.types import ASGIApp
@@ -69,8 +70,9 @@ def serve(request: ServeRequest, say: Callable[[str], None], limits: Limits | No
         drawer = load(request)
         name = os.path.basename(os.path.abspath(request.model)) or "model"
         slots = request.slots or default_slots(drawer.model)
+        _check_memory(drawer.model, slots)
         service = Service(drawer, name, slots, limits or Limits())
-        app = make_app(service, Access(token))
+        app = make_app(service, Access(request.host, token))
         _allow_many_connections()
         port = listener.getsockname()[1]
         host = f"[{request.host}]" if ":" in request.host else request.host
@@ -171,6 +173,14 @@ def default_slots(model: AnyOrderModel) -> int:
     """Images that share a pass: more of them cost less each, and their KV cache takes memory."""
     limit = _CACHE_BYTES["cuda" if next(model.parameters()).is_cuda else "cpu"]
     return max(1, min(_MOST_SLOTS, limit // ContinuousBatch(model, 1).memory_bytes))
+
+
+def _check_memory(model: AnyOrderModel, slots: int) -> None:
+    """Raise UserError where the KV cache of so many slots does not fit."""
+    device, needed = next(model.parameters()).device, slots * ContinuousBatch(model, 1).memory_bytes
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(f"--slots {slots}: their KV cache takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: take fewer")
 
 
 def _is_loopback(host: str) -> bool:

@@ -136,6 +136,8 @@ class Service:
         """
         if self.stopping:
             raise _stopped()
+        if self.worker.ended:
+            raise ApiError(503, "the thread that draws has ended: the server has to be started again", code="not_ready")
         if self.worker.waiting >= self.limits.queue_jobs:  # before a picture is decoded in vain
             raise full(f"{self.worker.waiting} jobs are waiting already: try again later")
         task = await self.worker.aside(plan)

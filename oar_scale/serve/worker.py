@@ -143,7 +143,7 @@ class Worker:
             self._changed.notify()
         self._thread.join(wait_s)
         self._aside.shutdown(wait=False, cancel_futures=True)
-        return not self._thread.is_alive()
+        return self.ended
 
     @property
     def waiting(self) -> int:
@@ -156,9 +156,14 @@ class Worker:
         return len(self._images)
 
     @property
+    def ended(self) -> bool:
+        """Whether the thread draws no more."""
+        return not self._thread.is_alive()
+
+    @property
     def alive(self) -> bool:
         """Whether the thread works, and is in no single pass for minutes."""
-        return self._thread.is_alive() and (not self._images or time.monotonic() - self._beat < self.limits.job_s)
+        return not self.ended and (not self._images or time.monotonic() - self._beat < self.limits.job_s)
 
     def _work(self) -> None:
         while True:

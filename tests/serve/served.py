@@ -90,7 +90,7 @@ def served(drawer: Pretrained, *, slots: int = 4, token: str | None = None, **li
     """Serve a model until the end of the block."""
     service = Service(drawer, "small", slots, Limits(**limits))
     listener = listen("127.0.0.1", 0)
-    app = make_app(service, Access(token))
+    app = make_app(service, Access("127.0.0.1", token))
     server = Server(app, service, lambda text: None)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()

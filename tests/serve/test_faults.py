@@ -54,3 +54,4 @@ def test_a_thread_that_died_is_not_live(drawer: Pretrained) -> None:
         server.service.worker.close(60)
         for path in ("/healthz/live", "/healthz"):
             assert client.get(path).status_code == 503
+        assert client.post("/api/jobs", json=PROMPT).json()["error"]["code"] == "not_ready"

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from served import Served, served
+from starlette.datastructures import Headers
 
 from oar_scale.generation.pretrained import Pretrained
+from oar_scale.serve.api_errors import ApiError
+from oar_scale.serve.guard import Access
 
 TOKEN = "a token of the tests"
 JSON = {"Content-Type": "application/json"}
@@ -85,6 +88,16 @@ def test_without_the_token_there_is_nothing(closed: Served, headers: dict[str, s
         answer = httpx.request(method, f"{closed.url}{path}", headers=encoded, trust_env=False)
         assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
         assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize(("host", "status"), [("127.0.0.2:80", 200), ("localhost", 200), ("127.0.0.3", 400)])
+def test_a_server_answers_to_the_address_it_listens_on(host: str, status: int) -> None:
+    access = Access("127.0.0.2", None)
+    if status == 200:
+        access.check("GET", "/", Headers({"host": host}))
+    else:
+        with pytest.raises(ApiError, match="answers to localhost"):
+            access.check("GET", "/", Headers({"host": host}))
 
 
 def test_a_token_in_an_address_is_not_looked_at(closed: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -96,3 +97,10 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path, capsys: pytest.C
     run = small_run(tmp_path / "run")
     assert main(["serve", f"{run}/models/ordered.safetensors", "--port", "0"]) == 2
     assert "image tokenizer" in capsys.readouterr().err
+
+
+def test_slots_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", small_run(tmp_path / "run"), "--port", "0", "--slots", "10000000000"]) == 2
+    assert re.search(
+        r"--slots 10000000000: their KV cache takes [0-9.]+ GiB, and [0-9.]+ GiB are free: take fewer", capsys.readouterr().err
+    )
