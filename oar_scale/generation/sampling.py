@@ -115,10 +115,28 @@ def generate(
     elif order_BN is not None:
         order_BN = order_BN[at_B]
     known = Known(known.cells_BK[at_B], known.codes_BK[at_B])
-    drawn = _Drawing(model, condition_BTD[at_B], settings, rng, order_BN, known, counts_B[by_count]).run()
+    counts_B, condition_BTD = counts_B[by_count], condition_BTD[at_B]
+    parts = []
+    for part in _parts(model, condition_BTD, settings):
+        order = order_BN._replace(first_BK=order_BN.first_BK[part]) if isinstance(order_BN, LateOrder) else order_BN
+        order = order[part] if isinstance(order, Tensor) else order
+        of_part = Known(*(each_BK[part] for each_BK in known))
+        parts.append(_Drawing(model, condition_BTD[part], settings, rng.part(part), order, of_part, counts_B[part]).run())
+    drawn = Generated(*(torch.cat(each) for each in zip(*parts, strict=True)))
     check_numbers(drawn.score_BN)
     back_B = at_B.argsort()
     return Generated(*(each_B[back_B] for each_B in drawn))
+
+
+CACHE_BYTES = {"cpu": 4 << 30, "cuda": 32 << 30}
+"""Of the KV cache of the images that are drawn together."""
+
+
+def _parts(model: AnyOrderModel, condition_BTD: Tensor, settings: SampleSettings) -> list[slice]:
+    """The images that are drawn together: all of them, or as many as fit into the memory that they may take."""
+    of_image = Decoder(model).image_bytes(condition_BTD) * (2 if settings.guided else 1)
+    most = max(1, CACHE_BYTES.get(condition_BTD.device.type, CACHE_BYTES["cpu"]) // of_image)
+    return [slice(start, start + most) for start in range(0, len(condition_BTD), most)]
 
 
 class _Drawing:

@@ -26,6 +26,7 @@ Prefixes of different lengths go through the trunk together, too (``candidate_ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar, cast
@@ -153,6 +154,11 @@ class Decoder:
         if static_pays(1, condition_BTD.device):  # candidates may be more than cells; a multiple of 8 is what masks of a GPU want
             capacity = (capacity + least_candidates(spec.cells) + 7) // 8 * 8
         return condition_BTD.new_empty(spec.cached_pairs, 2, images, spec.kv_heads or spec.heads, capacity, spec.head_dim)
+
+    def image_bytes(self, condition_BTD: Tensor) -> int:
+        """Bytes of the cache for each image."""
+        shape = self.memory(condition_BTD[:1], 0).shape
+        return math.prod(size for dim, size in enumerate(shape) if dim != 2) * condition_BTD.element_size()
 
     @torch.no_grad()
     def prefill(self, prefix: Prefix, cells_BK: Tensor, codes_BK: Tensor) -> Prefix:

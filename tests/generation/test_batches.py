@@ -10,6 +10,7 @@ import torch
 from small_models import cond_inputs, random_codes, random_orders, small_model
 from torch import Tensor
 
+from oar_scale.generation import sampling
 from oar_scale.generation.sampling import Generated, Known, generate
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder
@@ -75,6 +76,32 @@ def test_an_image_is_drawn_as_if_it_were_alone(kind: str, way: dict[str, Any]) -
         assert_row(drawn, row, alone)
         assert torch.equal(drawn.order_BN[row, :count], cells[row, :count])
         assert torch.equal(drawn.codes_BN[row].gather(0, cells[row, :count]), own.codes_BK[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", [{"guidance": 2.0}, {"draft": 3}], ids=str)
+@pytest.mark.parametrize("kind", ORDERS)
+def test_many_images_are_drawn_in_parts(kind: str, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more images at once than the memory of the cache allows, and they are those of one batch."""
+    model = small_model(grid=4, seed=2)
+    condition, order = model.condition(cond_inputs(model, 5)), order_of(kind, model, 5)
+    cells = random_orders(model, 5, 8).masked_fill(torch.arange(16) >= torch.tensor([2, 0, 5, 2, 16])[:, None], -1)
+    known = Known(cells, random_codes(model, 5).gather(1, cells.clamp_min(0)))
+    whole = generate(model, condition, choices(**way), 17, order, known)
+    batches: list[int] = []
+    memory = Decoder.memory
+
+    def noted(self: Decoder, first: Tensor, images: int, spare: int = 0) -> Tensor:
+        batches.append(images)
+        return memory(self, first, images, spare)
+
+    monkeypatch.setattr(Decoder, "memory", noted)
+    branches = 2 if "guidance" in way else 1
+    monkeypatch.setitem(sampling.CACHE_BYTES, "cpu", 2 * branches * Decoder(model).image_bytes(condition))
+    parts = generate(model, condition, choices(**way), 17, order, known)
+    assert max(batches) == 2 * branches
+    for row in range(5):
+        assert_row(parts, row, Generated(*(each[row : row + 1] for each in whole)))
 
 
 def test_random_orders_are_those_of_the_image() -> None:
