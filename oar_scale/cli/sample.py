@@ -87,3 +87,6 @@ def _refuse_unused(verb: argparse.ArgumentParser, arguments: argparse.Namespace)
         if getattr(arguments, name) not in (verb.get_default(name), []):
             option = "a caption" if name == "captions" else f"--{name.replace('_', '-')}"
             raise UserError(f"{option} means nothing {way}: leave it out")
+    changed = next((each for each in arguments.overrides if each.startswith("sample.")), None)
+    if arguments.again and changed:
+        raise UserError(f"-o {changed} means nothing {way}: leave it out")

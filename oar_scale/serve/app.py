@@ -29,12 +29,14 @@ def make_app(service: Service, access: Access) -> ASGIApp:
     app = FastAPI(title="oar serve", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     add_handlers(app)
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["operation"])
     async def health() -> JSONResponse:
         """Whether the server works, and takes jobs; 503 where it does not."""
         live, ready = service.worker.alive, service.worker.alive and not service.stopping
         return JSONResponse({"live": live, "ready": ready}, 200 if ready else 503)
 
+    @app.head("/healthz/live", include_in_schema=False)
     @app.get("/healthz/live", tags=["operation"])
     async def is_live() -> JSONResponse:
         """Whether the server works; where it does not, it has to be started again."""

@@ -118,13 +118,30 @@ def connections(limit_s: float) -> type[H11Protocol]:
     """HTTP connections, which are closed if they send no whole request header within so many seconds."""
 
     class Connection(H11Protocol):
+        _patience: asyncio.TimerHandle | None = None
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self.loop.call_later(limit_s, self._close_unless_asked)
+            self._await_request()
 
-        def _close_unless_asked(self) -> None:
-            if self.cycle is None:
-                self.transport.close()
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._await_request()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def _await_request(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop_waiting()
+            elif self._patience is None:
+                self._patience = self.loop.call_later(limit_s, self.transport.close)
+
+        def _stop_waiting(self) -> None:
+            if self._patience is not None:
+                self._patience.cancel()
+                self._patience = None
 
     return Connection
 

@@ -136,6 +136,7 @@ def test_animation_shows_cells_in_their_order(name: str, tmp_path: Path) -> None
         (("--order", "hilbrt", "a cat"), "--order 'hilbrt': no such policy"),
         (("--again", "none.png"), "none.png: no such file"),
         (("--again", "none.png", "a cat"), "a caption means nothing with --again, the file says what is drawn: leave it out"),
+        (("--again", "none.png", "-o", "sample.top_p=0.9"), "means nothing with --again"),
         (("--again", "none.png", "--seed", "1"), "--seed means nothing with --again"),
         (("--again", "none.png", "--actors", "2"), "--actors means nothing with --again"),
         (("a cat", "--per-shard", "3"), "--per-shard means nothing without --actors"),
@@ -143,7 +144,7 @@ def test_animation_shows_cells_in_their_order(name: str, tmp_path: Path) -> None
     ],
 )
 def test_what_cannot_be_drawn_is_said(arguments: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sample(*arguments) == 2
+    assert main(["sample", EMOJI, *(() if "--again" in arguments else QUICK), *arguments]) == 2
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

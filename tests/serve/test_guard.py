@@ -113,3 +113,4 @@ def test_the_token_opens_and_health_needs_none(closed: Served) -> None:
         )
         assert elsewhere.status_code == 202
     assert httpx.get(f"{closed.url}/healthz", trust_env=False).json()["ready"]
+    assert httpx.head(f"{closed.url}/healthz", trust_env=False).status_code == 200

@@ -38,12 +38,16 @@ def test_a_job_that_takes_too_long_is_stopped(drawer: Pretrained, gate: threadin
         wait_until(server.idle)
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: local"], ids=["nothing", "part-of-a-header"])
+PART = b"GET /healthz HTTP/1.1\r\nHost: local"
+
+
+@pytest.mark.parametrize("sent", [b"", PART, PART + b"host\r\n\r\n" + PART], ids=["nothing", "part", "whole-and-part"])
 def test_connections_that_ask_nothing_are_closed(drawer: Pretrained, sent: bytes) -> None:
     with served(drawer, body_s=0.05) as server:
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=60) as connection:
             connection.sendall(sent)
-            assert connection.recv(1) == b""
+            while connection.recv(1000):
+                pass
         assert httpx.get(f"{server.url}/healthz", trust_env=False).status_code == 200
 
 
