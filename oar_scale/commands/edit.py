@@ -20,7 +20,7 @@ from oar_scale.generation.pages import plan_steps
 from oar_scale.generation.picture_files import DrawingRecord, encode_png
 from oar_scale.generation.pretrained import Pretrained, load_pretrained
 from oar_scale.run.gpu_node import chosen_device
-from oar_scale.storage import Missing, join, open_storage
+from oar_scale.storage import join, open_storage, read_named
 
 PICTURES_AT_ONCE, VARIATIONS_AT_ONCE = 8, 16
 
@@ -135,7 +135,7 @@ def _draw(drawer: Pretrained, request: EditRequest, batch: dict[int, Marked], fi
 def _marked(request: EditRequest, number: int) -> Marked:
     """A picture and what is marked in it. Raises UserError as :func:`edit_files`."""
     path = request.images[number]
-    picture = decode_upright(_read(path), path)
+    picture = decode_upright(read_named(path), path)
     if request.region:
         masks = [_read_mask(mask, picture, path) for mask, _ in request.region]
         prompts, where = [prompt for _, prompt in request.region], path
@@ -168,7 +168,7 @@ def _check_marks(request: EditRequest, masks: Sequence[NDArray[np.bool_]], where
 
 def _read_mask(file: str, picture: Image.Image, path: str) -> NDArray[np.bool_]:
     """The white pixels of a mask."""
-    return read_mask(decode_upright(_read(file), file), picture.size, f"{file} (the mask of {path})")
+    return read_mask(decode_upright(read_named(file), file), picture.size, f"{file} (the mask of {path})")
 
 
 def _targets(request: EditRequest) -> list[list[str]]:
@@ -191,13 +191,6 @@ def _targets(request: EditRequest) -> list[list[str]]:
                 raise UserError(f"{target} would replace {other}, or its edit: take another --out for {path}")
             taken[os.path.realpath(target)] = path
     return targets
-
-
-def _read(path: str) -> bytes:
-    try:
-        return open_storage(path).read(path)
-    except Missing as error:
-        raise UserError(f"{path}: no such file") from error
 
 
 def _about(edit: Edit, size: int) -> str:

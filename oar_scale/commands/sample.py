@@ -27,7 +27,7 @@ from oar_scale.observe.console import Console
 from oar_scale.orders.policies import policy
 from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import chosen_device, each_from_gpu_node, threads_here
-from oar_scale.storage import Missing, join, open_storage
+from oar_scale.storage import join, open_storage, read_named
 from oar_scale.storage.background import in_order
 from oar_scale.text import clean_text
 
@@ -97,7 +97,7 @@ def sample_pictures(request: SampleRequest, say: Callable[[str], None]) -> None:
 
 def draw_again(path: str, request: SampleRequest) -> str:
     """Draw the picture again that a file says how it was drawn. Returns the new file. Raises UserError where that cannot be."""
-    record = read_record(_read(path), path)
+    record = read_record(read_named(path), path)
     if record is None:
         raise UserError(f"{path}: this file does not say how it was drawn. oar sample, oar edit and oar serve write PNG files that do.")
     out = request.out or "samples.png"
@@ -236,7 +236,7 @@ def _files(job: _Job, run: Run | None, out: str, say: Callable[[str], None], *, 
     """A file for each picture; those that are there stay. With ``keep`` all are drawn and returned, else none is kept in memory."""
     files, storage = {each.file for each in job.wanted}, open_storage(out)
     names = [name for uri in storage.list(out) if (name := uri.rpartition("/")[2]) in files and uri == join(out, name)]
-    there = dict(zip(names, in_order(lambda name: read_record(_read(join(out, name)), name), names, READERS), strict=True))
+    there = dict(zip(names, in_order(lambda name: read_record(read_named(join(out, name)), name), names, READERS), strict=True))
     kept = list[DrawnPicture]()
     with Console(sys.stderr).progress(len(files), "pictures") as tally:
         tally.update(0 if keep else len(there))
@@ -247,10 +247,3 @@ def _files(job: _Job, run: Run | None, out: str, say: Callable[[str], None], *, 
             tally.advance()
     say(f"{out}: {len(files) - len(there)} pictures drawn{f', {len(there)} were there' if there else ''}")
     return _in_order(kept, job.wanted)
-
-
-def _read(path: str) -> bytes:
-    try:
-        return open_storage(path).read(path)
-    except Missing as error:
-        raise UserError(f"{path}: no such file") from error

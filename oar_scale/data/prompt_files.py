@@ -19,7 +19,7 @@ from oar_scale.data.notes import Notes
 from oar_scale.data.sources.csv_table import read_csv
 from oar_scale.errors import UserError
 from oar_scale.json_object import parse_object
-from oar_scale.storage import Missing, open_storage
+from oar_scale.storage import read_named
 from oar_scale.text import NotText, clean_text, decode_bytes, shown
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def read_prompts(path: str, seed: int = 0) -> list[GivenPrompt]:
     rows = _READERS.get(path.rpartition(".")[2].lower())
     if rows is None:
         raise UserError(f"{path}: prompts are read from {', '.join(f'.{ending}' for ending in _READERS)}, and this is none of them")
-    prompts = [_prompt(row, place, where, seed) for place, (where, row) in enumerate(rows(path, _read(path)))]
+    prompts = [_prompt(row, place, where, seed) for place, (where, row) in enumerate(rows(path, read_named(path)))]
     if not prompts:
         raise UserError(f"{path}: there is no prompt in it")
     first = dict[int, str]()
@@ -90,15 +90,6 @@ def _whole(value: object, name: str, where: str, least: int, most: int) -> int |
     if isinstance(value, bool | float) or not re.fullmatch("-?[0-9]{1,19}", text) or not least <= int(text) <= most:
         raise UserError(f"{where}: its {name} {shown(value)} is no whole number from {least} to {most}")
     return int(text)
-
-
-def _read(path: str) -> bytes:
-    try:
-        return open_storage(path).read(path)
-    except Missing as error:
-        raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _lines(path: str, data: bytes) -> Iterator[tuple[str, str]]:

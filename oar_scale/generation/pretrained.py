@@ -208,6 +208,8 @@ class Pretrained:
             As :meth:`edit`, with its errors.
         """
         check_list(images, "images")
+        if not isinstance(margins, tuple | list):
+            raise UserError(f"margins {shown(margins)} must be Margins(left, top, right, bottom), or a list with one for each picture")
         each = [margins] * len(images) if isinstance(margins, tuple) else margins
         if len(each) != len(images):
             raise UserError(f"margins has {len(each)} of them for {len(images)} pictures")

@@ -61,7 +61,7 @@ class SampleSettings:
         if self.guidance_start is not None and self.guidance_schedule == "constant":
             raise ValueError(f"guidance_start {self.guidance_start} is where a guidance_schedule starts; constant guidance has no start")
         if self.steps is not None and (not isinstance(self.steps, Integral) or not 1 <= self.steps <= LARGEST_SETTING):
-            raise ValueError(f"steps {shown(self.steps)} must be at least 1, and whole; None places one cell a step")
+            raise ValueError(f"steps {shown(self.steps)} must be a whole number from 1 to {LARGEST_SETTING:,}; None places one cell a step")
         if self.draft and self.steps is not None:
             raise ValueError("draft changes no image, while steps places cells without knowing the ones beside them: choose one of the two")
 

@@ -136,6 +136,16 @@ def read_json(uri: str) -> JsonObject:
         raise DamagedJson(uri, str(error)) from error
 
 
+def read_named(path: str) -> bytes:
+    """The content of a file, local or an object, that a user has named. Raises UserError where it cannot be read."""
+    try:
+        return open_storage(path).read(path)
+    except Missing as error:
+        raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def write_json(uri: str, obj: object) -> None:
     """Store ``obj`` as JSON that a person can read, atomically."""
     text = json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
@@ -166,4 +176,7 @@ def fetch(uri: str, cache_dir: str) -> str:
     return path
 
 
-__all__ = ["DamagedJson", "FetchStats", "Missing", "Storage", "Unreachable", "fetch", "join", "open_storage", "read_json", "write_json"]
+__all__ = [
+    *("DamagedJson", "FetchStats", "Missing", "Storage", "Unreachable"),
+    *("fetch", "join", "open_storage", "read_json", "read_named", "write_json"),
+]

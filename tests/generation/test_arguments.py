@@ -63,7 +63,7 @@ def test_prompts_of_no_use_are_refused_everywhere(method: str, prompts: Any, com
         ({"temperature": 0}, "temperature 0 must be at least 1e-06"),
         ({"top_k": 2.5}, "top_k 2.5 must be a whole number"),
         ({"top_p": math.nan}, "top_p nan must be a number"),
-        ({"steps": 2.5}, "steps 2.5 must be at least 1, and whole"),
+        ({"steps": 2.5}, "steps 2.5 must be a whole number from 1"),
         ({"draft": "a"}, "draft 'a' must be a whole number"),
         ({"guidance_schedule": 3}, "guidance_schedule 3: there are constant"),
         ({"seed": None}, "seed None must be a whole number"),
@@ -160,6 +160,8 @@ def test_pictures_of_no_use_are_refused(method: str, images: Any, complaint: str
         (Margins(left=1.5), r"margins Margins\(left=1.5.* must be four whole numbers"),  # type: ignore[arg-type]
         ((1, 2), "must be four whole numbers"),
         (Margins(left=9_000_000_000), "the page may have 67108864 pixels"),
+        (None, "margins None must be Margins"),
+        ("left=1", "margins 'left=1' must be Margins"),
         ([Margins(1), Margins(1)], "margins has 2 of them for 1 pictures"),
     ],
 )

@@ -73,7 +73,7 @@ def test_numbers_without_meaning_are_refused(name: str, value: float) -> None:
         ({"top_p": 0.0}, "top_p 0.0 must be above 0"),
         ({"top_p": 1.1}, "at most 1"),
         ({"min_p": 1.0}, "min_p 1.0 must be below 1"),
-        ({"steps": 0}, "steps 0 must be at least 1"),
+        ({"steps": 0}, "steps 0 must be a whole number from 1"),
         ({"draft": -1}, "draft -1"),
         ({"draft": 2, "steps": 4}, "choose one of the two"),
         ({"guidance_schedule": "sine"}, "'sine': there are constant, linear, cosine"),
