@@ -177,6 +177,15 @@ def fetch(uri: str, cache_dir: str) -> str:
 
 
 __all__ = [
-    *("DamagedJson", "FetchStats", "Missing", "Storage", "Unreachable"),
-    *("fetch", "join", "open_storage", "read_json", "read_named", "write_json"),
+    "DamagedJson",
+    "FetchStats",
+    "Missing",
+    "Storage",
+    "Unreachable",
+    "fetch",
+    "join",
+    "open_storage",
+    "read_json",
+    "read_named",
+    "write_json",
 ]
