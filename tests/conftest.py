@@ -95,8 +95,11 @@ _shared_ray = ExitStack()
 
 
 @pytest.fixture(scope="module")
-def shared_ray() -> None:
-    """A private Ray of two CPUs that modules share; it ends before the first test that does not ask for it."""
+def shared_ray(s3_root: str) -> None:
+    """A private Ray of two CPUs that modules share; it ends before the first test that does not ask for it.
+
+    Its processes know the S3 server from their environment, so that one runs first.
+    """
     import ray
 
     tries = 0

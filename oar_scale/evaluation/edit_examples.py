@@ -179,7 +179,7 @@ class LeakTask:
         for kind, hole in self.holes.items():
             hole_N = torch.from_numpy(hole).to(here())
             hidden_SS = pixels_of(hole_N, vq.spec.image_size)
-            images = (pixels_to_unit(torch.from_numpy(picture)[None])[0].to(here()) for picture in self.pictures)
+            images = (pixels_to_unit(torch.tensor(picture)[None])[0].to(here()) for picture in self.pictures)
             seen = [seen_codes(vq, image, hidden_SS) for image in images]
             known_BN = torch.stack([each.known_N for each in seen])
             honest_BN = torch.where(known_BN, torch.stack([each.codes_N for each in seen]), codes_BN)
