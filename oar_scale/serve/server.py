@@ -19,9 +19,9 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from oar_scale.errors import UserError
-from oar_scale.generation.continuous import ContinuousBatch
 from oar_scale.generation.pretrained import Pretrained, load_pretrained
-from oar_scale.model import AnyOrderModel
+from oar_scale.generation.slots import BRANCHES
+from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.run.gpu_node import chosen_device
 from oar_scale.serve.app import make_app
 from oar_scale.serve.guard import Access
@@ -189,12 +189,16 @@ def load(request: ServeRequest) -> Pretrained:
 def default_slots(model: AnyOrderModel) -> int:
     """Images that share a pass: more of them cost less each, and their KV cache takes memory."""
     limit = _CACHE_BYTES["cuda" if next(model.parameters()).is_cuda else "cpu"]
-    return max(1, min(_MOST_SLOTS, limit // ContinuousBatch(model, 1).memory_bytes))
+    return max(1, min(_MOST_SLOTS, limit // _slot_bytes(model)))
+
+
+def _slot_bytes(model: AnyOrderModel) -> int:
+    return Decoder(model).image_bytes(model.null_condition(1)) * BRANCHES
 
 
 def _check_memory(model: AnyOrderModel, slots: int) -> None:
     """Raise UserError where the KV cache of so many slots does not fit."""
-    device, needed = next(model.parameters()).device, slots * ContinuousBatch(model, 1).memory_bytes
+    device, needed = next(model.parameters()).device, slots * _slot_bytes(model)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise UserError(f"--slots {slots}: their KV cache takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: take fewer")
