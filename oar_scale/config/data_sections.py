@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from oar_scale.config.locations import Location, NodeLocation
-from oar_scale.config.section import Changeable, Limit, Operational, Section
+from oar_scale.config.section import Added, Changeable, Limit, Operational, RecipeConflict, Section
 
 View = Annotated[str, Field(pattern=r"^(center|center_flip|jitter[1-9][0-9]?|crop1?[0-9]|tencrop|tencrop105)$")]
 CROPS = {"tencrop": tuple(f"crop{k}" for k in range(10)), "tencrop105": tuple(f"crop{k}" for k in range(10, 20))}
@@ -105,7 +105,12 @@ class DataConfig(Section):
     source: Source = OpenMojiSource()
     image_size: int = Field(32, ge=8)
     heldout_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the names kept out of training; a name always falls on the same side."""
+    """Share of the names kept out of training; a name always falls on the same side. These images are looked at while training, and what
+    is chosen (a checkpoint, a temperature) is chosen on them."""
+    test_fraction: Added[float] = Field(0.0, ge=0, lt=1)
+    """Share of the names kept for final figures only: nothing is chosen on these images. 0: there is no such split."""
+    split_by: Added[Literal["name", "family"]] = "name"
+    """What falls on one side of a split as a whole: a name, or a family, so that no held-out image has a variant in training."""
     samples_per_shard: int = Field(256, ge=1)
     prepare_threads: Operational[int] = Field(4, ge=1)
     """Images read, decoded and resized at once by the stage ``data``."""
@@ -117,6 +122,16 @@ class DataConfig(Section):
     shuffle_window_shards: Changeable[int] = Field(8, ge=1)
     loader_processes: Operational[int] = Field(0, ge=0)
     """Processes of each worker that make its batches; 0: a thread. They change no batch."""
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> DataConfig:
+        if self.heldout_fraction + self.test_fraction >= 1:
+            raise RecipeConflict(
+                "data.test_fraction",
+                f"heldout_fraction {self.heldout_fraction:g} and test_fraction {self.test_fraction:g} leave nothing to train on.\n"
+                "Make their sum less than 1.",
+            )
+        return self
 
 
 class VQTrainingConfig(Section):

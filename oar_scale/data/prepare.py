@@ -1,4 +1,4 @@
-"""Captioned images into image shards, a fixed share of the names held out.
+"""Captioned images into image shards, fixed shares of the names (or families) held out: to look at while training, and for a final test.
 
     names of all images --sort by a hash of the key--> threads read, decode, resize --> a shard goes out as soon as it is full
 
@@ -31,7 +31,6 @@ from oar_scale.storage import join
 from oar_scale.storage.patience import as_patient
 from oar_scale.text import clean_text, shown
 
-SPLITS = ("train", "heldout")
 AHEAD = 4
 """Images read ahead, for each thread."""
 
@@ -48,7 +47,7 @@ def prepare_images(
     notes: Notes | None = None,
     classes: int | None = None,
 ) -> dict[str, Manifest]:
-    """Write ``folder/train`` and ``folder/heldout``; the manifests come last.
+    """Write ``folder/train``, ``folder/heldout`` and, where ``data.test_fraction`` is set, ``folder/test``; the manifests come last.
 
     Bad samples (no caption, an image that cannot be read) are skipped and named in the manifest, or stop the stage, as
     ``data.on_bad_sample`` says. The bytes depend on the images and on ``config`` without its ``prepare_threads``.
@@ -63,7 +62,7 @@ def prepare_images(
     source, notes = open_source(config.source), notes or Notes()
     images = _in_order(list(source.images()))
     notes.merge(source.notes.record())
-    splits = {split: _Split(join(folder, split), config.samples_per_shard) for split in SPLITS}
+    splits = {split: _Split(join(folder, split), config.samples_per_shard) for split in splits_of(config)}
     bad = BadSamples("data", len(images), config, notes)
 
     def read(image: SourceImage) -> _Read | BadImage:
@@ -102,8 +101,17 @@ def _in_order(images: list[SourceImage]) -> list[SourceImage]:
     return [images[index] for index in np.argsort(name_hashes(keys, "shard"), kind="stable")]
 
 
+def splits_of(config: DataConfig) -> tuple[str, ...]:
+    """The names of the splits, which are those of their folders."""
+    return ("train", "heldout", "test") if config.test_fraction else ("train", "heldout")
+
+
 def _split_of(image: SourceImage, config: DataConfig) -> str:
-    return "heldout" if name_hash(image.name, "heldout") < config.heldout_fraction else "train"
+    unit = image.family if config.split_by == "family" and image.family else image.name
+    place = name_hash(unit, "heldout")
+    if place < config.heldout_fraction:
+        return "heldout"
+    return "test" if place < config.heldout_fraction + config.test_fraction else "train"
 
 
 class _Read(NamedTuple):
@@ -201,13 +209,15 @@ class _Split:
 def _write_manifests(splits: dict[str, _Split], attribution: str, skipped: dict[str, str], total: int) -> dict[str, Manifest]:
     for name, split in splits.items():
         if not split.shards:
-            raise UserError(f"data: no image left for the {name} split of {total} images; change data.heldout_fraction or add images.")
-    train, heldout = splits["train"], splits["heldout"]
-    variants = sum(count for family, count in heldout.families.items() if family in train.families)
-    manifests = {
-        "train": Manifest(shards=tuple(train.shards), attribution=attribution, skipped=skipped),
-        "heldout": Manifest(shards=tuple(heldout.shards), attribution=attribution, with_variant_in_train=variants),
-    }
+            raise UserError(
+                f"data: no image left for the {name} split of {total} images; "
+                f"change data.{'test' if name == 'test' else 'heldout'}_fraction or add images."
+            )
+    families = splits["train"].families
+    manifests = {"train": Manifest(shards=tuple(splits["train"].shards), attribution=attribution, skipped=skipped)}
+    for name in splits.keys() - {"train"}:
+        variants = sum(count for family, count in splits[name].families.items() if family in families)
+        manifests[name] = Manifest(shards=tuple(splits[name].shards), attribution=attribution, with_variant_in_train=variants)
     for name, manifest in manifests.items():
         write_manifest(splits[name].folder, manifest)
     return manifests

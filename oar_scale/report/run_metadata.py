@@ -16,6 +16,7 @@ from oar_scale import __version__
 from oar_scale.config.schema import (
     ClassFoldersSource,
     ClipTextConfig,
+    DataConfig,
     FeaturesConfig,
     FolderSource,
     LabelsConfig,
@@ -80,7 +81,7 @@ def data_metadata(run: Run, results: JsonObject) -> DataMetadata:
         train_images=results["train"],
         heldout_images=results["heldout"],
         image_size=config.image_size,
-        split=_split(config.heldout_fraction, results),
+        split=_split(config, results),
         attribution=results.get("attribution", "") or "none given",
         bad_samples=len(skipped),
         bad_examples=tuple(f"{key}: {fault}" for key, fault in list(skipped.items())[:BAD_EXAMPLES]),
@@ -101,8 +102,11 @@ def _source(source: Source) -> str:
             return f"the folder {source.path}"
 
 
-def _split(fraction: float, results: JsonObject) -> str:
-    text = f"{fraction:.0%} of the names, by a hash of the name; a name is on one side only"
+def _split(config: DataConfig, results: JsonObject) -> str:
+    unit, units = ("family", "families") if config.split_by == "family" else ("name", "names")
+    text = f"{config.heldout_fraction:.0%} of the {units}, by a hash of the {unit}; a {unit} is on one side only"
+    if config.test_fraction:
+        text += f". Another {config.test_fraction:.0%}, {results['test']} images, are kept for a test that nothing is chosen by"
     variants = results.get("heldout_with_variant_in_train", 0)
     if variants:
         text += (

@@ -6,14 +6,14 @@ from contextlib import ExitStack
 
 from oar_scale.config.schema import LabelsConfig
 from oar_scale.data.notes import Notes
-from oar_scale.data.prepare import prepare_images
+from oar_scale.data.prepare import prepare_images, splits_of
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import Tally
 from oar_scale.run.context import Run
 
 
 def run_data(run: Run) -> JsonObject:
-    """Write ``images/train`` and ``images/heldout``; returns the counts."""
+    """Write ``images/train``, ``images/heldout`` and, where there is one, ``images/test``; returns the counts."""
     notes = Notes()
     with ExitStack() as stack:
         tally: Tally | None = None
@@ -29,8 +29,7 @@ def run_data(run: Run) -> JsonObject:
     if notes.line():
         run.console.say(f"  {notes.line()}")
     return {
-        "train": manifests["train"].samples,
-        "heldout": manifests["heldout"].samples,
+        **{split: manifests[split].samples for split in splits_of(run.recipe.data)},
         "heldout_with_variant_in_train": manifests["heldout"].with_variant_in_train,
         "shards": sum(len(m.shards) for m in manifests.values()),
         "skipped": manifests["train"].skipped,

@@ -6,6 +6,7 @@ from oar_scale.config.schema import ClipTextConfig
 from oar_scale.data.bad_samples import BadSamples
 from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.notes import Notes
+from oar_scale.data.prepare import splits_of
 from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
 from oar_scale.shard_pool import Bounds, Timing
@@ -14,10 +15,10 @@ from oar_scale.storage.patience import patient
 
 
 def run_tokens(run: Run) -> JsonObject:
-    """Write ``tokens/train`` (all views) and ``tokens/heldout`` (the images as they are); returns the counts."""
+    """Write ``tokens/train`` (all views) and those of the other splits (the images as they are); returns the counts."""
     counts, parallel, text, notes = {}, run.recipe.parallel, run.recipe.tokenizer.text, Notes()
     tower = text if isinstance(text, ClipTextConfig) and text.precompute else None
-    for split in ("train", "heldout"):
+    for split in splits_of(run.recipe.data):
         views = run.recipe.tokenizer.views if split == "train" else ("center",)
         job = TokenizeJob(
             images=run.at("images", split),

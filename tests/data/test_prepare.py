@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from oar_scale.config.schema import DataConfig, FolderSource, OpenMojiSource, TableSource
 from oar_scale.data.manifest import ShardInfo, read_manifest
 from oar_scale.data.notes import Notes
 from oar_scale.data.prepare import AHEAD, prepare_images
-from oar_scale.data.shards import iterate_shard, read_shard, write_shard
+from oar_scale.data.shards import identity, iterate_shard, read_shard, write_shard
 from oar_scale.data.sources.image_files import square
 from oar_scale.errors import UserError
 from oar_scale.storage import join
@@ -92,6 +94,51 @@ def test_a_name_keeps_its_split_when_images_are_added(pictures: Path, tmp_path: 
     after = heldout(str(tmp_path / "after"))
     assert 0 < len(before) < 30
     assert before == {key for key in after if int(key.removeprefix("good").split("-")[0]) < 30}
+
+
+def split_names(folder: Path, split: str) -> set[tuple[str, str]]:
+    """Name and family of each image of a split."""
+    manifest = read_manifest(str(folder / split))
+    samples = (s for shard in manifest.shards for s in read_shard(str(folder / split / shard.name), str(folder), shard))
+    return {identity(json.loads(sample["json"])) for sample in samples}
+
+
+def family_table(folder: Path) -> TableSource:
+    """40 families of three variants, each variant with a name of its own, and 10 pictures without a family."""
+    rows = [(f"v{index}.png", f"hand {index}", f"family {index // 3}" if index < 120 else "") for index in range(130)]
+    for name, _, _ in rows:
+        Image.new("RGB", (8, 8), (len(name), 0, 0)).save(folder / name)
+    lines = ["image,caption,name,family", *(f"{name},a hand,{title},{family}" for name, title, family in rows)]
+    (folder / "table.csv").write_text("\n".join(lines))
+    return TableSource(type="table", path=str(folder / "table.csv"), name="name", family="family")
+
+
+def test_split_by_family_leaves_no_variant_of_a_held_out_image_in_training(tmp_path: Path) -> None:
+    source = family_table(tmp_path)
+    by_name = DataConfig(source=source, heldout_fraction=0.2, test_fraction=0.2, canonical_streams=2)
+    by_family = by_name.model_copy(update={"split_by": "family"})
+    for settings, folder, leaks in ((by_name, tmp_path / "name", True), (by_family, tmp_path / "family", False)):
+        manifests = prepare_images(settings, str(folder))
+        assert set(manifests) == {"train", "heldout", "test"}
+        names = {split: split_names(folder, split) for split in manifests}
+        assert sum(map(len, names.values())) == 130 and all(names.values())
+        families = {split: {family for _, family in each} - {""} for split, each in names.items()}
+        for split, other in (("heldout", "train"), ("test", "train"), ("heldout", "test")):
+            assert bool(families[split] & families[other]) is leaks
+        assert (manifests["heldout"].with_variant_in_train > 0) is leaks and (manifests["test"].with_variant_in_train > 0) is leaks
+
+
+def test_a_test_split_takes_no_image_from_the_held_out_ones(tmp_path: Path) -> None:
+    source = family_table(tmp_path)
+    for folder, fraction in (("without", 0.0), ("with", 0.3)):
+        prepare_images(DataConfig(source=source, heldout_fraction=0.2, test_fraction=fraction, canonical_streams=2), str(tmp_path / folder))
+    assert split_names(tmp_path / "with", "heldout") == split_names(tmp_path / "without", "heldout")
+    assert not (tmp_path / "without" / "test").exists()
+
+
+def test_splits_that_leave_nothing_to_train_on_are_refused() -> None:
+    with pytest.raises(ValidationError, match="leave nothing to train on"):
+        DataConfig(heldout_fraction=0.5, test_fraction=0.5)
 
 
 def test_the_same_images_give_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
