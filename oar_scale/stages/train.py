@@ -24,6 +24,8 @@ from oar_scale.training.job import TrainingJob
 
 def run_train(run: Run, stage: TrainingName) -> JsonObject:
     """Train one stage with Ray and DeepSpeed; the result is exported to ``models/``."""
+    if not run.rank:
+        _warn_of_slow_bf16(run)
     with patient(run.recipe.storage.patience_s):
         if stage == "pretrain" and run.rank == 0:
             _write_base(run)
@@ -36,6 +38,16 @@ def run_train(run: Run, stage: TrainingName) -> JsonObject:
         _ = job.start_id  # here, and not at every worker: the whole file is read
         job_orders(job)  # an order policy's errors are raised, and the mean order is computed once, before there are workers
     return run_training(job, run.console)
+
+
+def _warn_of_slow_bf16(run: Run) -> None:
+    """Say so where the workers are CPUs like this one, and such a CPU has no instructions for bfloat16 products."""
+    parallel = run.recipe.parallel
+    if parallel.precision == "bf16" and not parallel.gpus_per_worker and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        run.console.say(
+            "  this CPU has no instructions for bfloat16, and takes up to 12 times as long in it as in float32: "
+            "-o parallel.precision=fp32 -o run_dir=..."
+        )
 
 
 def _write_base(run: Run) -> None:

@@ -10,8 +10,9 @@ from small_run import prepare_small_run, small_recipe
 
 from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model, save_model
+from oar_scale.observe.console import Console
 from oar_scale.run.context import Run
-from oar_scale.stages.train import _write_base, run_train
+from oar_scale.stages.train import _warn_of_slow_bf16, _write_base, run_train
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def starting_from(run: Run, weights: Path, **changes: object) -> Run:
     recipe = run.recipe
     return Run(recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": str(weights), **changes})}))
+
+
+@pytest.mark.parametrize(("precision", "native", "said"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)])
+def test_a_cpu_without_bfloat16_is_pointed_out(
+    run: Run, precision: str, native: bool, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    parallel = run.recipe.parallel.model_copy(update={"precision": precision})
+    _warn_of_slow_bf16(Run(run.recipe.model_copy(update={"parallel": parallel}), Console()))
+    assert ("parallel.precision=fp32" in capsys.readouterr().out) is said
 
 
 def test_a_peers_habits_go_with_its_weights(run: Run, tmp_path: Path) -> None:
