@@ -3,21 +3,24 @@ r"""Distances between two sets of images, computed from their features.
     KID      MMD^2 with the kernel k(a, b) = (a . b / d + 1)^3, unbiased: 0 on average when both come from one distribution
     Frechet  |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of the Gaussians with the same means and covariances
 
-KID can be read with a few hundred images. The Frechet distance has a bias that falls with the number of samples (two
-halves of *one* set of 800 images are far from 0), so it is only ever compared between equal numbers of samples: both
-functions insist on as many ``x`` as ``y``.
+KID can be read with a few hundred images, and with another number of images on each side. The Frechet distance has a bias that falls with
+the number of samples on either side (two halves of *one* set of 800 images are far from 0): compare only distances that were measured with
+the same numbers of samples to the same reference.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from oar_scale.evaluation.moments import Moments
 from oar_scale.results.estimates import Estimate
 
 Matrix = NDArray[np.float64]
+MAX_SUBSET = 1000
 
 
 class Kid(NamedTuple):
@@ -27,28 +30,34 @@ class Kid(NamedTuple):
     std: float
 
 
-def kid(x: ArrayLike, y: ArrayLike, *, subsets: int = 100, subset_size: int | None = None, seed: int = 0) -> Kid:
+def kid(x: ArrayLike, y: ArrayLike, *, subsets: int = 100, subset_size: int | None = None, paired: bool = False, seed: int = 0) -> Kid:
     """Kernel distance between two sets of features (Binkowski et al. 2018).
 
     Args:
-        x, y: [n, d] features, the same n and d.
+        x, y: [n, d] and [m, d] features.
         subsets: number of random subsets.
-        subset_size: samples in a subset, drawn without replacement; default half of n, at most 1000.
+        subset_size: samples in a subset, drawn without replacement; default half of the smaller set, at most 1000.
+        paired: row i of ``x`` and of ``y`` belong to the same caption, and so are more alike than two independent images. Such pairs are
+            left out, or the distance of a perfect model would be below 0 on average.
         seed: of the draw; the same seed gives the same result.
 
     Raises:
-        ValueError: unequal shapes, or a subset that is smaller than 2 or larger than n.
+        ValueError: features of other dimensions, values that are no numbers, a subset that is smaller than 2 or larger than a set, or
+            paired sets of unequal size.
     """
-    features_x, features_y = _same_shape(x, y)
-    count = len(features_x)
-    size = min(count // 2, 1000) if subset_size is None else subset_size
-    if not 2 <= size <= count:
-        raise ValueError(f"subsets of {size} samples cannot be drawn from {count}: they need 2 to {count}")
+    features_x, features_y = _features(x), _features(y)
+    if features_x.shape[1] != features_y.shape[1] or (paired and len(features_x) != len(features_y)):
+        raise _unlike(features_x, features_y)
+    fewest = min(len(features_x), len(features_y))
+    size = min(fewest // 2, MAX_SUBSET) if subset_size is None else subset_size
+    if not 2 <= size <= fewest:
+        raise ValueError(f"subsets of {size} samples cannot be drawn from {fewest}: they need 2 to {fewest}")
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
-        picked_x, picked_y = rng.choice(count, size, replace=False), rng.choice(count, size, replace=False)
-        values.append(_unbiased_mmd2(features_x[picked_x], features_y[picked_y]))
+        picked_x, picked_y = rng.choice(len(features_x), size, replace=False), rng.choice(len(features_y), size, replace=False)
+        apart = picked_x[:, None] != picked_y[None, :] if paired else None
+        values.append(_unbiased_mmd2(features_x[picked_x], features_y[picked_y], apart))
     return Kid(float(np.mean(values)), float(np.std(values)))
 
 
@@ -84,11 +93,43 @@ def kid_difference(first: ArrayLike, second: ArrayLike, reference: ArrayLike) ->
     return Estimate(float(total / (count * (count - 1))), float(np.sqrt((count - 1) / count * spread)))
 
 
-def frechet(x: ArrayLike, y: ArrayLike) -> float:
-    """Frechet distance between the Gaussians fitted to two sets of features.
+@dataclass(frozen=True)
+class Gaussian:
+    """The Gaussian with the mean and the covariance of a set of features."""
+
+    mean_D: Matrix
+    root_RD: Matrix
+    """R [r, d] with ``R^T R`` = the covariance. No square root of a matrix is taken, so that singular covariances (fewer samples than
+    dimensions, identical images) do no harm."""
+
+    @classmethod
+    def of_features(cls, features: ArrayLike) -> Gaussian:
+        """Of [n, d] features, n at least 2. Raises ValueError for anything else, or values that are no numbers."""
+        features_SD = _features(features)
+        mean_D = features_SD.mean(0)
+        return cls(mean_D, np.linalg.qr((features_SD - mean_D) / np.sqrt(len(features_SD) - 1)).R)
+
+    @classmethod
+    def of_moments(cls, moments: Moments) -> Gaussian:
+        """Of statistics that were gathered image by image. Raises ValueError where a covariance has a direction of negative variance."""
+        variances_D, directions_DD = np.linalg.eigh(moments.covariance_DD)
+        if variances_D[0] < -1e-3 * max(variances_D[-1], 1e-30):
+            raise ValueError(f"this is no covariance matrix: along one direction its variance is {variances_D[0]:.3g}")
+        return cls(moments.mean_D, (directions_DD * np.sqrt(variances_D.clip(0))).T)
+
+
+def frechet_distance(x: Gaussian, y: Gaussian) -> float:
+    """Frechet distance between two Gaussians of the same dimensions.
 
     With ``A^T A = C_x`` and ``B^T B = C_y`` the trace of ``(C_x C_y)^(1/2)`` is the sum of the singular values of ``A B^T``.
-    No square root of a matrix is taken, so that fewer samples than dimensions (singular covariances) do no harm.
+    """
+    overlap = np.linalg.svd(x.root_RD @ y.root_RD.T, compute_uv=False).sum()
+    distance = np.sum((x.mean_D - y.mean_D) ** 2) + np.sum(x.root_RD**2) + np.sum(y.root_RD**2) - 2 * overlap
+    return max(float(distance), 0.0)  # rounding may leave -1e-13
+
+
+def frechet(x: ArrayLike, y: ArrayLike) -> float:
+    """Frechet distance between the Gaussians fitted to two sets of features of the same size.
 
     Args:
         x, y: [n, d] features, the same n (at least 2) and d.
@@ -97,23 +138,15 @@ def frechet(x: ArrayLike, y: ArrayLike) -> float:
         ValueError: unequal shapes.
     """
     features_x, features_y = _same_shape(x, y)
-    mean_x, mean_y = features_x.mean(0), features_y.mean(0)
-    root_x, root_y = _covariance_root(features_x - mean_x), _covariance_root(features_y - mean_y)
-    overlap = np.linalg.svd(root_x @ root_y.T, compute_uv=False).sum()
-    distance = np.sum((mean_x - mean_y) ** 2) + np.sum(root_x**2) + np.sum(root_y**2) - 2 * overlap
-    return max(float(distance), 0.0)  # rounding may leave -1e-13
+    return frechet_distance(Gaussian.of_features(features_x), Gaussian.of_features(features_y))
 
 
-def _covariance_root(centred: Matrix) -> Matrix:
-    """R [min(n, d), d] with ``R^T R`` = the covariance."""
-    return np.linalg.qr(centred / np.sqrt(len(centred) - 1)).R
-
-
-def _unbiased_mmd2(x: Matrix, y: Matrix) -> float:
+def _unbiased_mmd2(x: Matrix, y: Matrix, apart_XY: NDArray[np.bool_] | None) -> float:
+    """MMD^2 of two samples of one size; of the pairs between them, those that are ``apart``, or all."""
     count = len(x)
     k_xx, k_yy, k_xy = _kernel(x, x), _kernel(y, y), _kernel(x, y)
     within = (k_xx.sum() - np.trace(k_xx) + k_yy.sum() - np.trace(k_yy)) / (count * (count - 1))
-    return float(within - 2 * k_xy.mean())
+    return float(within - 2 * (k_xy.mean() if apart_XY is None else k_xy.mean(where=apart_XY)))
 
 
 def _kernel(x: Matrix, y: Matrix) -> Matrix:
@@ -121,11 +154,25 @@ def _kernel(x: Matrix, y: Matrix) -> Matrix:
     return values
 
 
+def _features(given: ArrayLike) -> Matrix:
+    features = np.asarray(given, dtype=np.float64)
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features of shape {features.shape}: a distance needs [n, d], n at least 2")
+    if not np.isfinite(features).all():
+        row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
+        raise ValueError(f"the features of image {row} are no numbers (NaN or infinite)")
+    return features
+
+
 def _same_shape(x: ArrayLike, y: ArrayLike) -> tuple[Matrix, Matrix]:
     features_x, features_y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if features_x.ndim != 2 or features_x.shape != features_y.shape or len(features_x) < 2:
-        raise ValueError(
-            f"features of shapes {features_x.shape} and {features_y.shape} cannot be compared: "
-            "both must be [n, d] with the same n >= 2, because the distances depend on the number of samples"
-        )
-    return features_x, features_y
+        raise _unlike(features_x, features_y)
+    return _features(features_x), _features(features_y)
+
+
+def _unlike(x: Matrix, y: Matrix) -> ValueError:
+    return ValueError(
+        f"features of shapes {x.shape} and {y.shape} cannot be compared: "
+        "both must be [n, d] with the same n >= 2, because the distances depend on the number of samples"
+    )

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from oar_scale.errors import UserError
-from oar_scale.evaluation.distances import frechet, kid, kid_difference
+from oar_scale.evaluation.distances import Gaussian, frechet, frechet_distance, kid, kid_difference
 from oar_scale.evaluation.features import image_features
+from oar_scale.evaluation.moments import Moments
 from oar_scale.tokenizers import perceptual
 
 
@@ -114,10 +115,68 @@ def test_two_samples_have_no_standard_error() -> None:
         kid_difference(np.eye(2), np.eye(2), np.eye(2))
 
 
-@pytest.mark.parametrize("distance", [kid, frechet])
-def test_unequal_sample_counts_are_refused(distance: object) -> None:
-    with pytest.raises(ValueError, match=r"\(5, 3\) and \(4, 3\)"):
-        distance(np.zeros((5, 3)), np.zeros((4, 3)))  # type: ignore[operator]
+def test_unequal_sample_counts_are_refused_where_they_bias() -> None:
+    for distance in (frechet, lambda x, y: kid(x, y, paired=True)):
+        with pytest.raises(ValueError, match=r"\(5, 3\) and \(4, 3\)"):
+            distance(np.zeros((5, 3)), np.zeros((4, 3)))
+
+
+def test_kid_of_unequal_sets_is_unbiased_all_the_same() -> None:
+    rng = np.random.default_rng(8)
+    values = [kid(rng.normal(size=(40, 8)), rng.normal(size=(90, 8)), subsets=20, seed=seed).mean for seed in range(60)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(len(values))
+
+
+def test_kid_is_the_estimate_of_torch_fidelity() -> None:
+    """Its polynomial_mmd, written out: means over the pairs without the diagonal, and over all pairs between the sets."""
+    x, y = np.random.default_rng(9).normal(size=(2, 30, 5))
+    y = y + 0.3
+    k = [[float((a @ b / 5 + 1) ** 3) for b in (*x, *y)] for a in (*x, *y)]
+    xx = np.mean([k[i][j] for i in range(30) for j in range(30) if i != j])
+    yy = np.mean([k[i][j] for i in range(30, 60) for j in range(30, 60) if i != j])
+    xy = np.mean([k[i][j] for i in range(30) for j in range(30, 60)])
+    measured = kid(x, y, subset_size=30, subsets=3)
+    assert measured.mean == pytest.approx(xx + yy - 2 * xy, rel=1e-10) and measured.std == pytest.approx(0, abs=1e-12)
+
+
+def test_images_that_share_a_caption_do_not_pull_kid_below_zero() -> None:
+    """Samples of a perfect model: independent of the reference but for what they share with it by caption."""
+    rng, paired, plain = np.random.default_rng(10), [], []
+    for seed in range(80):
+        shared = rng.normal(size=(24, 8))
+        x, y = (shared + 0.3 * rng.normal(size=(24, 8)) for _ in range(2))
+        paired.append(kid(x, y, subsets=20, paired=True, seed=seed).mean)
+        plain.append(kid(x, y, subsets=20, seed=seed).mean)
+    error = np.std(paired) / np.sqrt(len(paired))
+    assert abs(np.mean(paired)) < 4 * error
+    assert np.mean(plain) < -6 * error
+
+
+def test_frechet_of_statistics_is_that_of_the_features() -> None:
+    rng = np.random.default_rng(11)
+    x, y = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12)), rng.normal(size=(70, 12)) + 1
+    from_features = frechet_distance(Gaussian.of_features(x), Gaussian.of_features(y))
+    from_moments = frechet_distance(Gaussian.of_moments(Moments.of(x)), Gaussian.of_moments(Moments.of(y)))
+    assert from_moments == pytest.approx(from_features, rel=1e-10)
+    few = rng.normal(size=(5, 12))  # singular: 1e-16 in a variance of 0 is 1e-8 in its root
+    singular = frechet_distance(Gaussian.of_moments(Moments.of(few)), Gaussian.of_moments(Moments.of(y)))
+    assert singular == pytest.approx(frechet_distance(Gaussian.of_features(few), Gaussian.of_features(y)), abs=1e-6)
+
+
+def test_identical_images_have_a_frechet_distance() -> None:
+    """Their covariance is zero; to a spread-out set, the distance is that to a point."""
+    same, spread = np.ones((20, 6)), np.random.default_rng(12).normal(size=(50, 6))
+    expected = np.sum((1 - spread.mean(0)) ** 2) + np.trace(np.cov(spread.T))
+    assert frechet_distance(Gaussian.of_moments(Moments.of(same)), Gaussian.of_moments(Moments.of(spread))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_feature_that_is_no_number_names_its_image(bad: float) -> None:
+    broken = np.zeros((9, 3))
+    broken[4, 1] = bad
+    for measure in (lambda: kid(broken, np.zeros((9, 3))), lambda: Gaussian.of_features(broken), lambda: Moments.of(broken)):
+        with pytest.raises(ValueError, match="image 4 are no numbers"):
+            measure()
 
 
 def drawing(code: str, size: int) -> Image.Image:
