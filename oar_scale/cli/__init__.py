@@ -11,6 +11,7 @@ oar orders RECIPE [--against FOLDER] [--train-head]             what the orders 
 oar recipe RECIPE [--origin]
 oar status RUN                                                one screen about a run: its folder, recipe or s3://
 oar tail RUN [-n N] [-f] [--kind K]                           its events as lines
+oar distance SAMPLES REFERENCE [--features NAME]              FID, KID, precision, recall ... of two sets of images
 oar data index|verify|stats URL                               shards in a folder or an S3 prefix, of any origin
 oar data tokenize URL --out URL --tokenizer FILE              image shards into token shards
 oar checkpoint list|verify|prune WHERE                        what trainings have saved; WHERE is a recipe, a run, a folder
@@ -36,7 +37,7 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from oar_scale import __version__
-from oar_scale.cli import checkpoint, data, edit, extract, observe, orders, plan, run, sample, serve, submit
+from oar_scale.cli import checkpoint, data, distance, edit, extract, observe, orders, plan, run, sample, serve, submit
 from oar_scale.errors import Requeue, UserError
 from oar_scale.redaction import redact
 from oar_scale.runtime.gpu_settings import gpu_settings
@@ -110,6 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="oar", description="Ordered autoregressive image generation, trained at scale.")
     parser.add_argument("--version", action="version", version=f"oar_scale {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for module in (run, sample, edit, serve, plan, submit, extract, observe, data, checkpoint, orders):
+    for module in (run, sample, edit, serve, plan, submit, extract, observe, data, checkpoint, distance, orders):
         module.add(verbs)
     return parser

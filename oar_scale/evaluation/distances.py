@@ -57,7 +57,8 @@ def kid(x: ArrayLike, y: ArrayLike, *, subsets: int = 100, subset_size: int | No
     for _ in range(subsets):
         picked_x, picked_y = rng.choice(len(features_x), size, replace=False), rng.choice(len(features_y), size, replace=False)
         apart = picked_x[:, None] != picked_y[None, :] if paired else None
-        values.append(_unbiased_mmd2(features_x[picked_x], features_y[picked_y], apart))
+        subset_x, subset_y = features_x[picked_x].astype(np.float64), features_y[picked_y].astype(np.float64)
+        values.append(_unbiased_mmd2(subset_x, subset_y, apart))
     return Kid(float(np.mean(values)), float(np.std(values)))
 
 
@@ -105,17 +106,27 @@ class Gaussian:
     @classmethod
     def of_features(cls, features: ArrayLike) -> Gaussian:
         """Of [n, d] features, n at least 2. Raises ValueError for anything else, or values that are no numbers."""
-        features_SD = _features(features)
+        features_SD = _features(features).astype(np.float64)
         mean_D = features_SD.mean(0)
         return cls(mean_D, np.linalg.qr((features_SD - mean_D) / np.sqrt(len(features_SD) - 1)).R)
 
     @classmethod
     def of_moments(cls, moments: Moments) -> Gaussian:
-        """Of statistics that were gathered image by image. Raises ValueError where a covariance has a direction of negative variance."""
-        variances_D, directions_DD = np.linalg.eigh(moments.covariance_DD)
-        if variances_D[0] < -1e-3 * max(variances_D[-1], 1e-30):
+        """Of statistics that were gathered a part at a time."""
+        return cls.of_covariance(moments.mean_D, moments.covariance_DD)
+
+    @classmethod
+    def of_covariance(cls, mean_D: Matrix, covariance_DD: Matrix) -> Gaussian:
+        """Raises ValueError for values that are no numbers, or a matrix that is no covariance."""
+        if not (np.isfinite(mean_D).all() and np.isfinite(covariance_DD).all()):
+            raise ValueError("the statistics hold values that are no numbers (NaN or infinite)")
+        largest = float(np.abs(covariance_DD).max())
+        if np.abs(covariance_DD - covariance_DD.T).max() > 1e-4 * largest:
+            raise ValueError("this is no covariance matrix: it is not symmetric")
+        variances_D, directions_DD = np.linalg.eigh(covariance_DD)
+        if variances_D[0] < -1e-4 * largest:
             raise ValueError(f"this is no covariance matrix: along one direction its variance is {variances_D[0]:.3g}")
-        return cls(moments.mean_D, (directions_DD * np.sqrt(variances_D.clip(0))).T)
+        return cls(mean_D, (directions_DD * np.sqrt(variances_D.clip(0))).T)
 
 
 def frechet_distance(x: Gaussian, y: Gaussian) -> float:
@@ -154,8 +165,8 @@ def _kernel(x: Matrix, y: Matrix) -> Matrix:
     return values
 
 
-def _features(given: ArrayLike) -> Matrix:
-    features = np.asarray(given, dtype=np.float64)
+def _features(given: ArrayLike) -> NDArray[np.floating]:
+    features: NDArray[np.floating] = np.asarray(given)
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features of shape {features.shape}: a distance needs [n, d], n at least 2")
     if not np.isfinite(features).all():
@@ -168,10 +179,11 @@ def _same_shape(x: ArrayLike, y: ArrayLike) -> tuple[Matrix, Matrix]:
     features_x, features_y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if features_x.ndim != 2 or features_x.shape != features_y.shape or len(features_x) < 2:
         raise _unlike(features_x, features_y)
-    return _features(features_x), _features(features_y)
+    _features(features_x), _features(features_y)
+    return features_x, features_y
 
 
-def _unlike(x: Matrix, y: Matrix) -> ValueError:
+def _unlike(x: NDArray[np.floating], y: NDArray[np.floating]) -> ValueError:
     return ValueError(
         f"features of shapes {x.shape} and {y.shape} cannot be compared: "
         "both must be [n, d] with the same n >= 2, because the distances depend on the number of samples"

@@ -1,0 +1,245 @@
+"""The figures of a set of samples against a reference, each with the numbers of images that it rests on.
+
+    fd, sfd                       Frechet distance on pooled and on spatial features
+    kid                           kernel distance
+    precision, recall, density, coverage
+    is                            Inception Score of the samples
+    clip                          CLIP score of the samples for their captions
+
+On the features of InceptionV3 with its published weights these are called by their published names: ``fid``, ``sfid``, ``kid``,
+``precision`` ... On any other features their names end in those of the features: ``fd_efflite0``, ``kid_efflite0``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oar_scale.errors import UserError
+from oar_scale.evaluation.distances import Gaussian, frechet_distance, kid
+from oar_scale.evaluation.extractors import Layer
+from oar_scale.evaluation.feature_files import FeatureFiles
+from oar_scale.evaluation.moments import Moments
+from oar_scale.evaluation.neighbours import Neighbours, neighbours
+from oar_scale.evaluation.scores import clip_score, inception_score
+from oar_scale.json_object import JsonObject
+
+PUBLISHED = {"fd": "fid", "sfd": "sfid", "is": "inception_score", "clip": "clip_score"}
+NEEDS: dict[str, tuple[Layer, ...]] = {
+    "fd": ("pooled",),
+    "sfd": ("spatial",),
+    "kid": ("pooled",),
+    "precision": ("pooled",),
+    "recall": ("pooled",),
+    "density": ("pooled",),
+    "coverage": ("pooled",),
+    "is": ("logits",),
+    "clip": ("pooled", "captions"),
+}
+"""The layers that each figure rests on."""
+OF_SAMPLES_ALONE = ("is", "clip")
+OF_STATISTICS = ("fd", "sfd")
+"""Figures for which the statistics of the reference are enough."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: features of images, or statistics alone, or both (an ADM reference batch)."""
+
+    where: str
+    files: FeatureFiles | None
+    given: Mapping[str, Gaussian] = field(default_factory=dict)
+    """Statistics that came with the set; where there are any, they stand for it, not those of its own images."""
+    given_count: int | None = None
+    _gaussians: dict[Layer, Gaussian] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Of which there are features."""
+        return self.files.layers if self.files else ()
+
+    def count(self, layer: str) -> int | None:
+        """Images that a statistic rests on; None where a file does not say."""
+        return self.given_count if layer in self.given or self.files is None else self.files.images
+
+    def gaussian(self, layer: Layer) -> Gaussian:
+        """Mean and covariance of a layer, computed once."""
+        if layer not in self._gaussians:
+            self._gaussians[layer] = self.given[layer] if layer in self.given else Gaussian.of_moments(self.moments(layer))
+        return self._gaussians[layer]
+
+    def moments(self, layer: Layer) -> Moments:
+        """Statistics of the features."""
+        if self.files is None:
+            raise UserError(f"{self.where}: holds statistics, and no images")
+        return self.files.moments(layer)
+
+    def has_statistics(self, layer: Layer) -> bool:
+        """Whether a Frechet distance can be computed."""
+        return layer in self.given or layer in self.layers
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Samples, a reference, and how they are compared."""
+
+    samples: Side
+    reference: Side
+    label: str
+    """Of the features."""
+    standard: bool
+    """Whether they are those of InceptionV3 with the published weights."""
+    kept: int = 50_000
+    """Images of a side, at most, of which KID, precision, recall, density and coverage look at the features: a random choice."""
+    seed: int = 0
+
+    def name(self, figure: str) -> str:
+        """What a figure is called on these features."""
+        return PUBLISHED.get(figure, figure) if self.standard else f"{figure}_{self.label}"
+
+    def possible(self) -> list[str]:
+        """All figures that both sides have what is needed for."""
+        return [figure for figure in NEEDS if not self._missing(figure)]
+
+    def wanted(self, names: Sequence[str]) -> list[str]:
+        """Figures by their short or published names; none means all that are possible.
+
+        Raises:
+            UserError: no such figure, one that cannot be computed, or a published name on other features.
+        """
+        short = {published: figure for figure, published in PUBLISHED.items()} | {figure: figure for figure in NEEDS}
+        for name in names:
+            if name not in short:
+                raise UserError(f"--metrics {name}: there is no such figure. There are: {', '.join(NEEDS)}.")
+            if name in ("fid", "sfid") and not self.standard:
+                raise UserError(
+                    f"--metrics {name}: only distances on InceptionV3 with its published weights are called so, and these features are "
+                    f"{self.label}. Ask for {short[name]}, or for --features inception."
+                )
+            if missing := self._missing(short[name]):
+                raise UserError(f"--metrics {name}: {missing}")
+        return [short[name] for name in dict.fromkeys(names)] or self.possible()
+
+    def figures(self, wanted: Sequence[str]) -> JsonObject:
+        """Each figure by its name: ``value``, ``error`` with what it is, and the images that stood on each side.
+
+        Raises:
+            UserError: too few images, or features of other dimensions.
+        """
+        makers: dict[str, Callable[[str], JsonObject]] = {"fd": self._frechet, "sfd": self._frechet, "kid": self._kid}
+        makers |= {"is": self._inception_score, "clip": self._clip_score}
+        try:
+            return {self.name(figure): makers.get(figure, self._share)(figure) for figure in wanted}
+        except ValueError as error:
+            raise UserError(f"{self.samples.where} and {self.reference.where}: {error}") from error
+
+    def notes(self, figures: Sequence[str]) -> list[str]:
+        """What a reader of the figures must know."""
+        notes, sides = [], (self.samples, self.reference)
+        for figure in (each for each in OF_STATISTICS if each in figures):
+            layer = NEEDS[figure][0]
+            for side in sides:
+                count, features = side.count(layer), len(side.gaussian(layer).mean_D)
+                if count is not None and count <= features:
+                    notes.append(
+                        f"{self.name(figure)}: {side.where} has {count} images for {features} features, so its covariance is singular and "
+                        "most of the distance is bias. Compare it only with distances of as many images to the same reference."
+                    )
+        for side in sides:
+            if side.files and side.files.images > self.kept and set(figures) - {*OF_STATISTICS, *OF_SAMPLES_ALONE}:
+                chosen = f"{self.kept} of {side.files.images} images, a random choice"
+                notes.append(f"{side.where}: {chosen}, in all but Frechet distances and scores of the samples (--kept)")
+        return notes
+
+    # -- one figure each -----------------------------------------------------------------------------------------------------
+
+    def _missing(self, figure: str) -> str | None:
+        """Why a figure cannot be computed; None where it can."""
+        for layer in NEEDS[figure]:
+            for side in (self.samples,) if figure in OF_SAMPLES_ALONE else (self.samples, self.reference):
+                there = side.has_statistics(layer) if figure in OF_STATISTICS else layer in side.layers
+                if not there and layer == "captions":
+                    return f"{side.where}: not every image has a caption, or the features {self.label} read no text (openclip:MODEL does)"
+                if not there:
+                    return f"{side.where}: there are no {layer} features of its images"
+        return None
+
+    def _frechet(self, figure: str) -> JsonObject:
+        layer = NEEDS[figure][0]
+        samples, reference = self.samples.gaussian(layer), self.reference.gaussian(layer)
+        if samples.mean_D.shape != reference.mean_D.shape:
+            raise ValueError(f"{len(samples.mean_D)} features cannot be compared with {len(reference.mean_D)}: other networks made them")
+        found: JsonObject = {"value": frechet_distance(samples, reference), **self._counts(layer)}
+        halves = self._halves(layer)
+        return found | ({} if halves is None else {"halves_of_reference": halves})
+
+    def _halves(self, layer: Layer) -> JsonObject | None:
+        """What two random halves of the reference are apart: what a perfect model would score with so few images."""
+        if self.reference.files is None or self.reference.files.images < 4:
+            return None
+        rows = self.reference.files.rows(layer, self.reference.files.chosen(self.kept, self.seed))
+        order, half = np.random.default_rng(self.seed).permutation(len(rows)), len(rows) // 2
+        first, second = (Gaussian.of_moments(Moments.of(rows[part])) for part in (order[:half], order[half : 2 * half]))
+        return {"value": frechet_distance(first, second), "images": half}
+
+    def _kid(self, figure: str) -> JsonObject:
+        samples, reference = self._kept
+        found = kid(samples, reference, seed=self.seed)
+        return {
+            "value": found.mean,
+            "error": found.std,
+            "error_is": "standard deviation between subsets",
+            "samples": len(samples),
+            "reference": len(reference),
+        }
+
+    def _share(self, figure: str) -> JsonObject:
+        value, error = getattr(self._neighbours, figure)
+        samples, reference = (len(rows) for rows in self._kept)
+        return {
+            "value": value,
+            "error": error,
+            "error_is": "standard error over images, the neighbourhoods taken as given",
+            "samples": samples,
+            "reference": reference,
+        }
+
+    def _inception_score(self, figure: str) -> JsonObject:
+        files = self._sample_files
+        value, error = inception_score(files.rows("logits", np.arange(files.images)))
+        return {"value": value, "error": error, "error_is": "standard deviation between 10 parts", "samples": files.images}
+
+    def _clip_score(self, figure: str) -> JsonObject:
+        files = self._sample_files
+        every = np.arange(files.images)
+        score = clip_score(files.rows("pooled", every), files.rows("captions", every))
+        return {"value": score.mean, "error": score.standard_error, "error_is": "standard error over images", "samples": files.images}
+
+    @property
+    def _sample_files(self) -> FeatureFiles:
+        if self.samples.files is None:
+            raise ValueError("the samples are statistics alone")
+        return self.samples.files
+
+    @cached_property
+    def _kept(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Pooled features of both sides."""
+        sides = []
+        for files in (self.samples.files, self.reference.files):
+            if files is None:
+                raise ValueError("statistics alone have no features")
+            sides.append(files.rows("pooled", files.chosen(self.kept, self.seed)))
+        if sides[0].shape[1] != sides[1].shape[1]:
+            raise ValueError(f"{sides[0].shape[1]} features cannot be compared with {sides[1].shape[1]}: other networks made them")
+        return sides[0], sides[1]
+
+    @cached_property
+    def _neighbours(self) -> Neighbours:
+        return neighbours(*self._kept)
+
+    def _counts(self, layer: str) -> JsonObject:
+        return {"samples": self.samples.count(layer), "reference": self.reference.count(layer)}
