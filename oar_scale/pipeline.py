@@ -35,13 +35,14 @@ from oar_scale.storage.patience import patient
 from oar_scale.text import shown
 
 
-def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None, yes: bool = False) -> None:
+def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None, yes: bool = False, minutes: float | None = None) -> None:
     """Run the stages that are not done yet.
 
     Args:
         start: do this stage and all after it again, whatever is done.
         only: do this one stage again and no other; what it needs must be done.
         yes: set results aside without asking.
+        minutes: begin no stage after so many, and say which ones are left.
 
     Raises:
         UserError: an unknown stage, a stage that needs one which is not done or was done with other settings, another driver, a package
@@ -63,6 +64,8 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
         if again:
             begin_again(run, drivers, again, yes=yes)
         for stage in stages:
+            if minutes is not None and time.monotonic() - began > 60 * minutes and _say_what_is_left(run, stages, minutes):
+                return
             if only in (None, stage.name):
                 if stage.ray and _to_do(read_finished(run, stage)):
                     with _reporting(run, stage):
@@ -70,6 +73,15 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
                 _run_stage(run, stage, drivers)
     catch_up(run.events, run.recipe, run.at(), names, run.console.say)
     run.console.say(f"finished in {duration(time.monotonic() - began)}")
+
+
+def _say_what_is_left(run: Run, stages: Sequence[Stage], minutes: float) -> bool:
+    """Name the stages that are not done, if there are any; returns whether there are."""
+    left = [stage.name for stage in stages if _to_do(read_finished(run, stage))]
+    if left:
+        run.console.say(f"stopped after {minutes:g} min with {len(left)} of {len(stages)} stages left: {', '.join(left)}")
+        run.console.say("run the same command again to go on")
+    return bool(left)
 
 
 def _check_packages(run: Run, chosen: Sequence[Stage], again: Sequence[Stage]) -> None:

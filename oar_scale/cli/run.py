@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from oar_scale.cli.common import Subparsers, add_verb, count, load
+from oar_scale.cli.common import Subparsers, add_verb, count, load, minutes
 from oar_scale.registry import STAGES
 
 
@@ -19,6 +19,7 @@ def add(verbs: Subparsers) -> None:
         "--undo", action="store_true", help="put back the results that a --from or --only has set aside and not replaced yet"
     )
     run.add_argument("--yes", action="store_true", help="with --from, --only and --undo: do not ask")
+    run.add_argument("--minutes", type=minutes, metavar="M", help="begin no stage after M minutes; the same command goes on from there")
     for stage in STAGES.values():
         if not stage.training and stage.name != "extract":  # those have options of their own
             add_verb(verbs, stage.verb or stage.name, stage.title, _stage).set_defaults(stage=stage.name)
@@ -41,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.undo:
         undo_again(Run(recipe), yes=arguments.yes)
     else:
-        run_pipeline(Run(recipe), start=arguments.start, only=arguments.only, yes=arguments.yes)
+        run_pipeline(Run(recipe), start=arguments.start, only=arguments.only, yes=arguments.yes, minutes=arguments.minutes)
 
 
 def _stage(arguments: argparse.Namespace) -> None:

@@ -62,6 +62,26 @@ def changed(run: Run, **changes: Any) -> Run:
     return Run(Recipe.model_validate({**run.recipe.model_dump(), **changes}))
 
 
+def test_a_run_of_some_minutes_begins_nothing_after_them_and_the_next_one_goes_on(
+    run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: clock[0])
+    work = pipeline.entry_point
+
+    def slow(stage: Stage) -> Callable[..., dict[str, Any]]:
+        clock[0] += 50.0
+        return work(stage)
+
+    monkeypatch.setattr(pipeline, "entry_point", slow)
+    run_pipeline(Run(run.recipe), minutes=1.5)
+    assert ran == ["a", "b"]
+    assert "with 2 of 4 stages left: c, d" in capsys.readouterr().out
+    run_pipeline(Run(run.recipe), minutes=1.5)
+    assert ran == ["a", "b", "c", "d"]
+    assert "left" not in capsys.readouterr().out
+
+
 def test_finished_stages_are_skipped(run: Run, ran: list[str]) -> None:
     run_pipeline(run)
     run_pipeline(run)
