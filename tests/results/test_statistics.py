@@ -1,0 +1,142 @@
+"""Intervals, tests and corrections against scipy, against sums over all sign flips, and against what they promise."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from oar_scale.errors import UserError
+from oar_scale.results.statistics import (
+    FEW,
+    bootstrap_interval,
+    compare,
+    figure,
+    holm,
+    sign_flip_test,
+    t_interval,
+    t_test,
+)
+
+finite = st.floats(-100, 100, allow_nan=False)
+
+
+@given(st.lists(finite, min_size=2, max_size=9))
+def test_few_values_have_students_interval_and_test(values: list[float]) -> None:
+    interval = t_interval(values)
+    error = stats.sem(values)
+    assert interval is not None and bootstrap_interval(values) == interval
+    if error > 1e-9:
+        assert (interval.low, interval.high) == pytest.approx(stats.t.interval(0.95, len(values) - 1, np.mean(values), error))
+        assert t_test(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, abs=1e-12)
+
+
+def test_bootstrap_interval_is_scipys_and_follows_skewed_values() -> None:
+    values = np.random.default_rng(1).exponential(size=40)
+    interval = bootstrap_interval(values)
+    assert interval is not None and interval.method == "bootstrap"
+    other = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="BCa", rng=7).confidence_interval
+    assert (interval.low, interval.high) == pytest.approx((other.low, other.high), abs=0.04)
+    assert interval.high - values.mean() > values.mean() - interval.low
+
+
+def test_intervals_hold_the_true_mean_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    intervals = [bootstrap_interval(rng.normal(3.0, 1.0, 30)) for _ in range(120)]
+    held = sum(each is not None and each.low <= 3.0 <= each.high for each in intervals)
+    assert held >= stats.binom.ppf(0.001, 120, 0.92)
+
+
+@given(st.lists(finite, min_size=1, max_size=8))
+def test_sign_flips_of_few_differences_are_all_tried(differences: list[float]) -> None:
+    means = [abs(np.dot(signs, differences)) for signs in product((1, -1), repeat=len(differences))]
+    slack = 1e-9 * (1 + np.abs(differences).sum())
+    share = [np.mean([mean >= abs(sum(differences)) + off for mean in means]) for off in (slack, -slack)]
+    assert share[0] <= sign_flip_test(differences) <= share[1]
+
+
+def test_random_sign_flips_agree_with_scipys_permutation_test() -> None:
+    differences = np.random.default_rng(3).normal(0.25, 1.0, 60)
+    other = stats.permutation_test(
+        (differences, np.zeros(60)), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=9999, rng=5
+    )
+    assert sign_flip_test(differences) == pytest.approx(other.pvalue, abs=0.02)
+    assert sign_flip_test(np.full(60, 1.0)) == 1 / 10_000, "never 0"
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_rejects_what_its_steps_reject(p_values: list[float]) -> None:
+    """At every level: walking up from the smallest, reject while p <= level / (number left)."""
+    corrected = holm(p_values)
+    for level in (0.01, 0.05, 0.3):
+        rejected = set[int]()
+        for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+            if (len(p_values) - rank) * p_values[index] > level:
+                break
+            rejected.add(index)
+        assert rejected == {index for index, p in enumerate(corrected) if p <= level}
+    assert all(p <= own or own == pytest.approx(p) for p, own in zip(p_values, corrected, strict=True))
+
+
+def test_one_seed_has_no_interval_over_seeds() -> None:
+    values = np.random.default_rng(0).normal(size=(1, 20))
+    found = figure(values)
+    assert (found.seeds, found.images, found.over_seeds) == (1, 20, None)
+    assert compare(values, values + 1).p_seeds is None
+    assert figure([[1.0]]).over_images is None, "nor has one image one over images"
+
+
+def test_three_images_give_a_wide_interval_that_is_named() -> None:
+    values = [1.0, 2.0, 4.0]
+    interval = figure(values).over_images
+    assert interval is not None and interval.method == "t"
+    assert interval.high - interval.low > 2 * (max(values) - min(values))
+    assert compare(values, [0.0, 0.0, 0.0]).p_images == 0.25, "the smallest that three differences can give"
+
+
+@pytest.mark.parametrize("images", [3, 3 * FEW])
+def test_identical_values_show_no_difference(images: int) -> None:
+    values = np.full((2, images), 0.7)
+    found = compare(values, values)
+    assert found.difference.mean == 0 and found.p_images == 1 and found.p_seeds == 1
+    interval = figure(values).over_images
+    assert interval is not None and interval.low == pytest.approx(0.7) and interval.high == pytest.approx(0.7)
+
+
+def test_differences_are_paired_by_image_and_by_seed() -> None:
+    rng = np.random.default_rng(4)
+    hard_S, lucky_R1 = rng.normal(0, 5, 40), rng.normal(0, 3, (3, 1))
+    second = hard_S + lucky_R1 + rng.normal(0, 0.1, (3, 40))
+    first = hard_S + lucky_R1 + 0.2 + rng.normal(0, 0.1, (3, 40))
+    found = compare(first, second)
+    assert found.p_seeds == pytest.approx(stats.ttest_rel(first.mean(1), second.mean(1)).pvalue)
+    assert found.p_images < 0.001 and found.p_seeds is not None and found.p_seeds < 0.05
+    over_seeds = found.difference.over_seeds
+    assert over_seeds is not None and over_seeds.low <= 0.2 <= over_seeds.high
+    swapped = compare(second, first)
+    assert swapped.difference.mean == pytest.approx(-found.difference.mean) and swapped.p_images == found.p_images
+
+
+def test_other_numbers_of_seeds_are_not_paired() -> None:
+    rng = np.random.default_rng(5)
+    first, second, alone = rng.normal(1, 1, (4, 30)), rng.normal(0, 1, (3, 30)), rng.normal(0, 1, (1, 30))
+    assert compare(first, second).p_seeds == pytest.approx(stats.ttest_ind(first.mean(1), second.mean(1), equal_var=False).pvalue)
+    given = stats.ttest_1samp(first.mean(1), alone.mean()).pvalue
+    assert compare(first, alone).p_seeds == pytest.approx(given), "a single seed is taken as given"
+
+
+def test_what_is_no_number_is_named() -> None:
+    values = np.zeros((2, 5))
+    values[1, 3] = np.nan
+    with pytest.raises(UserError, match=r"nll of ordered: 1 of 10 values .* \(nan\) that of seed 1, image 3"):
+        figure(values, "nll of ordered")
+    with pytest.raises(UserError, match="no finite numbers"):
+        compare(values, np.zeros((2, 5)))
+    with pytest.raises(UserError, match="5 images on one side and 4 on the other"):
+        compare(np.zeros(5), np.zeros(4))
+    with pytest.raises(UserError, match="no values"):
+        figure([])
