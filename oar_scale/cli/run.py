@@ -21,7 +21,7 @@ def add(verbs: Subparsers) -> None:
     run.add_argument("--yes", action="store_true", help="with --from, --only and --undo: do not ask")
     run.add_argument("--minutes", type=minutes, metavar="M", help="begin no stage after M minutes; the same command goes on from there")
     for stage in STAGES.values():
-        if not stage.training and stage.name != "extract":  # those have options of their own
+        if not stage.training and stage.name not in ("extract", "evaluate"):  # those have options of their own
             add_verb(verbs, stage.verb or stage.name, stage.title, _stage).set_defaults(stage=stage.name)
     train = add_verb(verbs, "train", "one training stage", _stage)
     train.add_argument("--stage", choices=[stage.name for stage in STAGES.values() if stage.training], default="pretrain")

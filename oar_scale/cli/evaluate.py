@@ -1,0 +1,81 @@
+"""``oar evaluate``: the models of a run on held-out images; with ``--flexibility`` any models, in any orders."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from oar_scale.cli.common import Subparsers, add_verb, count, load
+from oar_scale.registry import STAGES
+
+
+def add(verbs: Subparsers) -> None:
+    """Add ``oar evaluate``."""
+    verb = add_verb(verbs, "evaluate", STAGES["evaluate"].title, _evaluate, needs_recipe=False)
+    group = verb.add_argument_group("any models, in orders they were and were not trained for (docs/flexibility.md)")
+    group.add_argument(
+        "--flexibility",
+        nargs="+",
+        metavar="MODEL",
+        help="RUN:NAME, an exported folder, or a model file; LABEL=MODEL,MODEL,...: an arm, and the models of its seeds",
+    )
+    group.add_argument("--out", metavar="FOLDER", help="is written: flexibility.json; what is in it is not measured again")
+    group.add_argument(
+        "--run", dest="of_run", metavar="RUN", help="whose images; a recipe or a run's folder; default: the first MODEL's run"
+    )
+    group.add_argument("--split", default="heldout", help="which images; default: %(default)s")
+    group.add_argument("--images", type=count, default=256, metavar="N", help="how many; default: %(default)s")
+    group.add_argument("--against", metavar="LABEL", help="whom the others are compared with; default: control, else the first MODEL")
+    group.add_argument("--minutes", type=_minutes, metavar="M", help="begin nothing after M minutes; the same command goes on from there")
+    verb.set_defaults(verb=verb)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from oar_scale.errors import UserError
+
+    if not arguments.flexibility:
+        _refuse_unused(arguments, ("out", "of_run", "split", "images", "against", "minutes"))
+        if arguments.recipe is None:
+            raise UserError("oar evaluate: which run? oar evaluate RECIPE, or oar evaluate --flexibility MODEL ... --out FOLDER")
+        recipe = load(arguments)
+        from oar_scale.pipeline import run_stage
+        from oar_scale.run.context import Run
+
+        run_stage(Run(recipe), "evaluate")
+        return 0
+    if arguments.recipe is not None or arguments.overrides:
+        raise UserError("--flexibility takes no recipe and no -o: --run says whose images are measured")
+    if arguments.out is None:
+        raise UserError("--flexibility wants --out FOLDER, which is written")
+    from oar_scale.studies.flexibility import FlexibilityRequest, run_flexibility
+
+    run_flexibility(
+        FlexibilityRequest(
+            models=tuple(arguments.flexibility),
+            out=arguments.out,
+            run=arguments.of_run,
+            split=arguments.split,
+            images=arguments.images,
+            against=arguments.against,
+            minutes=arguments.minutes,
+        )
+    )
+    return 0
+
+
+def _refuse_unused(arguments: argparse.Namespace, names: tuple[str, ...]) -> None:
+    from oar_scale.errors import UserError
+
+    for name in names:
+        if getattr(arguments, name) != arguments.verb.get_default(name):
+            raise UserError(f"--{name.removeprefix('of_')} means nothing without --flexibility: leave it out")
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes")
+    return value

@@ -1,0 +1,82 @@
+"""The vocabulary of the flexibility report (``flexibility.json``): arms, measures, figures and differences.
+
+An *arm* is one way to train; its models differ in their seed alone. All figures are of the same images for all models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from oar_scale.results.statistics import Comparison, Figure
+
+Better = Literal["lower", "higher", "zero", ""]
+Chapter = Literal["likelihood", "calibration", "samples", "diversity", "edits"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of each image (or as the share that it has in a figure of all images)."""
+
+    name: str
+    """Its key in ``arrays/*.npz``: ``nll/random``."""
+    title: str
+    """For people: "random orders"."""
+    unit: str
+    better: Better
+    chapter: Chapter
+    """Differences are corrected for the number of those in their chapter."""
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model of the report."""
+
+    label: str
+    """Of its arm."""
+    seed: int
+    """Its place among the models of its arm, from 0."""
+    where: str
+    id: str
+    arrays: str
+    """The file, in the report's folder, with an array [images] for each measure."""
+
+
+@dataclass(frozen=True)
+class ArmFigure:
+    """A figure of all models of an arm."""
+
+    label: str
+    measure: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class ArmDifference:
+    """``first - second`` of a measure, paired by image."""
+
+    first: str
+    second: str
+    measure: str
+    comparison: Comparison
+    p_images_holm: float
+    """Corrected for all differences of the chapter."""
+    p_seeds_holm: float | None
+
+
+@dataclass(frozen=True)
+class FlexibilityResults:
+    """All numbers of a report."""
+
+    run: str
+    """The run whose images these are."""
+    split: str
+    images: int
+    against: str
+    """The arm that the others are compared with."""
+    models: tuple[MeasuredModel, ...]
+    measures: tuple[Measure, ...]
+    figures: tuple[ArmFigure, ...]
+    differences: tuple[ArmDifference, ...]
+    notes: tuple[str, ...] = ()
+    """What was left out, and why."""

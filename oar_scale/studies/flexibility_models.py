@@ -1,0 +1,209 @@
+"""The models and the held-out images of a flexibility report: found, and checked to fit together.
+
+runs/emoji:ordered                a model of a run, by its folder or its recipe
+exported/emoji                    an exported folder
+models/ordered.safetensors        a model file of a run
+ordered=runs/a:ordered,runs/b:ordered      an arm of two seeds
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from oar_scale.commands.drawing_target import DrawingTarget, find_target
+from oar_scale.config.loading import load_recipe
+from oar_scale.errors import UserError
+from oar_scale.evaluation.flexibility.pieces import WeightsFile
+from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages
+from oar_scale.generation.exported_folder import implied_prompts
+from oar_scale.generation.model_bundle import RECIPE
+from oar_scale.model import ModelSpec, check_prompts, model_id
+from oar_scale.model.weights import open_model
+from oar_scale.run.artifacts import Tokens, prompt_encoder, read_pictures, read_tokens, require
+from oar_scale.run.context import Run
+from oar_scale.storage import fetch, join, open_storage
+from oar_scale.tokenizers.prompts import Field, Prompt, PromptEncoder, cond_inputs_of, load_prompts
+from oar_scale.tokenizers.vq import load_vq, vq_id
+
+FEWEST = 3
+"""Images: a distance has no error of fewer."""
+
+
+@dataclass(frozen=True)
+class NamedArm:
+    """An arm as the command line names it."""
+
+    label: str
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HeldoutImages:
+    """Some images of a run."""
+
+    run: Run
+    split: str
+    tokens: Tokens
+    measured: MeasuredImages
+
+
+def named_arms(texts: Sequence[str]) -> list[NamedArm]:
+    """Parse ``MODEL`` or ``LABEL=MODEL,MODEL,...``; without a label it is the model's name in its run, or that of its file.
+
+    Raises:
+        UserError: a label twice, or a name missing.
+    """
+    arms = []
+    for text in texts:
+        label, sign, models = text.partition("=")
+        if not sign or "/" in label:
+            label, models = "", text
+        paths = tuple(models.split(","))
+        if not all(paths) or (sign and models != text and not label):
+            raise UserError(f"--flexibility {text}: MODEL or LABEL=MODEL,MODEL,... is wanted, the models of an arm being its seeds")
+        arms.append(NamedArm(label or _default_label(paths[0]), paths))
+    labels = [arm.label for arm in arms]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"--flexibility: two arms are called {label!r}. Name them: a={arms[0].models[0]} b=...")
+        if not re.fullmatch(r"[\w.+-]{1,60}", label):
+            raise UserError(f"--flexibility: {label!r} is no label: letters, digits and . + - _, at most 60. Write LABEL=MODEL")
+    return arms
+
+
+def _default_label(path: str) -> str:
+    return _split_run(path)[1] or os.path.basename(path.rstrip("/")).removesuffix(".safetensors")
+
+
+def _split_run(path: str) -> tuple[str, str | None]:
+    """``RUN:NAME`` as its two parts; any other path with None."""
+    run, sign, name = path.rpartition(":")
+    return (run, name) if sign and "/" not in name and not os.path.exists(path) else (path, None)
+
+
+def open_run(path: str) -> Run:
+    """The run of a recipe, or in a folder. Raises UserError where there is neither."""
+    if path.lower().endswith((".yaml", ".yml")):
+        return Run(load_recipe(path))
+    uri = join(path, RECIPE)
+    if not open_storage(uri).exists(uri):
+        raise UserError(f"{path}: no folder of a run (it has no {RECIPE}) and no recipe. Name one of the two: --run runs/emoji")
+    return Run(load_recipe(uri).model_copy(update={"run_dir": path}))
+
+
+def find_models(arms: Sequence[NamedArm]) -> dict[str, DrawingTarget]:
+    """What each path stands for. Raises UserError where there is nothing."""
+    targets = {}
+    for path in (path for arm in arms for path in arm.models):
+        run, name = _split_run(path)
+        targets[path] = find_target(run, (), name)
+    return targets
+
+
+def run_of(targets: dict[str, DrawingTarget], given: str | None) -> Run:
+    """The run whose held-out images are measured: the one named, else that of the first model which has one."""
+    if given is not None:
+        return open_run(given)
+    found = next((target.run for target in targets.values() if target.run), None)
+    if found is None:
+        raise UserError("--flexibility: none of these models says which images it is to be measured on. Name a run: --run runs/emoji")
+    return found
+
+
+def read_images(run: Run, split: str, first: int, count: int) -> HeldoutImages:
+    """Some images of a split.
+
+    Raises:
+        UserError: there are not so many, or a stage has not finished.
+    """
+    if count < FEWEST:
+        raise UserError(f"--images {count}: intervals and distances want at least {FEWEST}")
+    vq_file = fetch(require(run, run.vq_uri, "tokenizer"), run.cache)
+    tokens = read_tokens(run, split, first + count, prompt_encoder(run).field)
+    if len(tokens.keys) < first + count:
+        raise UserError(
+            f"{run.at('tokens', split)}: {len(tokens.keys)} images, and {first + count} are wanted. Ask for fewer (--images), or hold out "
+            "more (data.heldout_fraction)."
+        )
+    vq = load_vq(vq_file)
+    pictures = np.stack(read_pictures(run, split, tokens.keys)[first:])
+    named = WeightsFile(vq_file, vq_id(vq), run.vq_uri)
+    measured = MeasuredImages(tokens.codes_SN[first:], pictures, first, named, vq.spec.grid)
+    return HeldoutImages(run, split, Tokens(tokens.keys[first:], tokens.captions[first:], measured.codes_SN, []), measured)
+
+
+def open_arms(arms: Sequence[NamedArm], targets: dict[str, DrawingTarget], images: HeldoutImages, device: torch.device) -> list[Arm]:
+    """The models of the arms, with what each is conditioned on for the images.
+
+    Raises:
+        UserError: a model of another tokenizer or grid than the images' codes, of prompts that these images have not, or with one order
+            only; names both sides.
+    """
+    conditions = _Conditions(images, device)
+    opened = []
+    for arm in arms:
+        models = []
+        for seed, path in enumerate(arm.models):
+            target = targets[path]
+            uri = target.bundle.model
+            local = uri if "://" not in uri else fetch(uri, images.run.cache)
+            spec, _ = open_model(local)
+            _check_codes(path, spec, target, images)
+            models.append(ArmModel(arm.label, seed, WeightsFile(local, model_id(local), path), conditions.of(path, spec, target)))
+        opened.append(Arm(arm.label, tuple(models)))
+    return opened
+
+
+def _check_codes(path: str, spec: ModelSpec, target: DrawingTarget, images: HeldoutImages) -> None:
+    if spec.layout == "raster":
+        raise UserError(f"{path}: this model has its raster order only (model.layout): there is no flexibility to measure. Leave it out.")
+    vq = load_vq(images.measured.vq.uri).spec
+    if (spec.grid, spec.vocab_size) != (vq.grid, vq.codebook_size):
+        raise UserError(
+            f"{path}: draws {spec.grid} x {spec.grid} cells of {spec.vocab_size} codes, the images of {images.run.at()} are {vq.grid} x "
+            f"{vq.grid} of {vq.codebook_size} ({images.measured.vq.where}). Compare models of one tokenizer, on images of theirs (--run)."
+        )
+    if target.bundle.vq is not None and target.bundle.vq != images.measured.vq.where:
+        own = vq_id(load_vq(fetch(target.bundle.vq, images.run.cache)))
+        if own != images.measured.vq.id:
+            theirs = images.measured.vq
+            raise UserError(
+                f"{path}: its image tokenizer is {own} ({target.bundle.vq}), that of the images is {theirs.id} ({theirs.where}). "
+                "The same code means another picture: compare models of one tokenizer, on images of theirs (--run)."
+            )
+
+
+class _Conditions:
+    """What models are conditioned on for the images; computed once for all that encode prompts alike."""
+
+    def __init__(self, images: HeldoutImages, device: torch.device) -> None:
+        self.images, self.device = images, device
+        self._made: dict[str, NDArray[np.generic]] = {}
+        self._encoders: dict[str, PromptEncoder] = {}
+
+    def of(self, path: str, spec: ModelSpec, target: DrawingTarget) -> NDArray[np.generic]:
+        text = target.bundle.text or implied_prompts(spec)
+        run = self.images.run
+        key = "the run's" if text is None else f"{text.model_dump_json()} {target.bundle.text_folder}"
+        if key not in self._encoders:
+            self._encoders[key] = prompt_encoder(run) if text is None else load_prompts(text, target.bundle.text_folder)
+        encoder = self._encoders[key]
+        check_prompts(spec, encoder, path)
+        if key not in self._made:
+            self._made[key] = cond_inputs_of(encoder, self._prompts(path, encoder.field), self.device).numpy()
+        return self._made[key]
+
+    def _prompts(self, path: str, field: Field) -> list[Prompt]:
+        images = self.images
+        try:
+            tokens = read_tokens(images.run, images.split, images.measured.first + len(images.tokens.keys), field)
+        except UserError as error:
+            raise UserError(f"{path}: cannot be conditioned on the images of {images.run.at('tokens', images.split)}: {error}") from error
+        return list(tokens.prompts[images.measured.first :])

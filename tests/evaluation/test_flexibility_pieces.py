@@ -1,0 +1,170 @@
+"""Pieces of a flexibility report on models that brute force can check: likelihoods, what is kept, and what is no number."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_models import random_codes, random_text, small_model
+
+from oar_scale.errors import UserError
+from oar_scale.evaluation.flexibility import pieces as pieces_module
+from oar_scale.evaluation.flexibility.comparison import arm_differences, arm_figures
+from oar_scale.evaluation.flexibility.likelihood import (
+    NllPiece,
+    OwnOrdersPiece,
+    likelihood_measures,
+    likelihood_sources,
+    own_order_pieces,
+    own_orders,
+)
+from oar_scale.evaluation.flexibility.pieces import PieceFolder, WeightsFile, piece_id
+from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, by_measure
+from oar_scale.model import AnyOrderModel, save_model
+from oar_scale.orders.extraction import brute_force_orders
+from oar_scale.orders.settings import ExtractionSettings
+from oar_scale.results.statistics import compare, holm
+
+IMAGES = 5
+
+
+def stored(model: AnyOrderModel, folder: Path, name: str) -> WeightsFile:
+    save_model(str(folder / f"{name}.safetensors"), model)
+    return WeightsFile(str(folder / f"{name}.safetensors"), name, name)
+
+
+def images_of(model: AnyOrderModel, vq: WeightsFile) -> MeasuredImages:
+    return MeasuredImages(random_codes(model, IMAGES).numpy(), np.zeros((IMAGES, 12, 12, 3), np.uint8), 0, vq, 3)
+
+
+@pytest.fixture
+def two_arms(tmp_path: Path) -> tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]]:
+    """An arm of two seeds, and one of one."""
+    models = {"a0": small_model(seed=0), "a1": small_model(seed=1), "b0": small_model(seed=2)}
+    files = {name: stored(model, tmp_path, name) for name, model in models.items()}
+    text = random_text(models["a0"], IMAGES).numpy()
+    arms = [
+        Arm("a", (ArmModel("a", 0, files["a0"], text), ArmModel("a", 1, files["a1"], text))),
+        Arm("b", (ArmModel("b", 0, files["b0"], text),)),
+    ]
+    return arms, images_of(models["a0"], files["a0"]), models
+
+
+@torch.no_grad()
+def by_hand(model: AnyOrderModel, codes_N: torch.Tensor, order_N: torch.Tensor, text_1T: torch.Tensor) -> float:
+    """A fresh forward pass for each cell, of the cells before it alone."""
+    total = 0.0
+    for step in range(len(order_N)):
+        logits = model(codes_N[None], order_N[None, : step + 1], model.condition(text_1T))[0, -1].double()
+        total -= float(logits.log_softmax(-1)[codes_N[order_N[step]]])
+    return total / len(order_N)
+
+
+def test_likelihoods_are_those_of_brute_force(two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]], tmp_path: Path) -> None:
+    """Own orders, those of the other arm, and a fixed one; gap and accuracy from the logits themselves."""
+    arms, images, models = two_arms
+    folder = PieceFolder(str(tmp_path / "pieces"))
+    raster = np.tile(np.arange(9, dtype=np.uint16), (IMAGES, 1))
+    found = own_order_pieces(arms, images, 0, "fp32")
+    orders = own_orders(found, folder.run([piece for each in found.values() for piece in each], ["cpu"], 1, None, lambda: None))
+    sources = likelihood_sources(arms, images, {"raster": raster}, orders)
+    results = folder.run([piece for source in sources for piece in source.pieces], ["cpu"], 1, None, lambda: None)
+    values = by_measure(sources, results)
+
+    codes, text = torch.from_numpy(images.codes_SN), torch.from_numpy(arms[0].models[0].cond_inputs_S)
+    with torch.no_grad():
+        brute = {
+            name: brute_force_orders(model, codes, model.condition(text), ExtractionSettings()).order_BN for name, model in models.items()
+        }
+    wanted = {
+        ("nll/raster", "b", 0): ("b0", torch.from_numpy(raster.astype(np.int64))),
+        ("nll/own", "a", 1): ("a1", brute["a1"]),
+        ("nll/own of a", "a", 0): ("a0", brute["a0"]),
+        ("nll/own of a", "b", 0): ("b0", brute["a0"]),
+        ("nll/own of b", "a", 1): ("a1", brute["b0"]),
+    }
+    for (measure, label, seed), (name, order) in wanted.items():
+        by_brute_force = [by_hand(models[name], codes[i], order[i], text[i : i + 1]) for i in range(IMAGES)]
+        assert values[measure][label][seed] == pytest.approx(by_brute_force, rel=1e-4), (measure, label, seed)
+    with torch.no_grad():
+        log_p = models["b0"](codes, brute["b0"], models["b0"].condition(text)).double().log_softmax(-1)
+    nll = -log_p.gather(2, codes.gather(1, brute["b0"])[:, :, None])[..., 0].mean(1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean(1)
+    assert values["calibration/gap"]["b"][0] == pytest.approx((nll - entropy).numpy(), rel=1e-3, abs=1e-5)
+    right = log_p.argmax(-1) == codes.gather(1, brute["b0"])
+    assert values["calibration/top accuracy"]["b"][0] == pytest.approx(right.double().mean(1).numpy())
+
+
+def test_differences_are_paired_and_corrected_by_chapter(two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]]) -> None:
+    measures = [each for each in likelihood_measures(two_arms[0], {"raster": "raster"}) if each.name != "nll/own of a"]
+    rng = np.random.default_rng(0)
+    values = {each.name: {"a": list(rng.normal(size=(2, 12))), "b": [rng.normal(size=12)]} for each in measures}
+    found = arm_differences(measures, values, "b")
+    assert [(each.first, each.second) for each in found] == [("a", "b")] * len(measures)
+    likelihoods = [each for each in found if each.measure.startswith("nll/")]
+    alone = [compare(np.stack(values[each.measure]["a"]), np.stack(values[each.measure]["b"])) for each in likelihoods]
+    assert [each.p_images_holm for each in likelihoods] == holm([each.p_images for each in alone])
+    assert [each.p_seeds_holm for each in likelihoods] == holm([each.p_seeds or 0.0 for each in alone])
+    figures = {(each.measure, each.label): each.figure for each in arm_figures(measures, values)}
+    assert figures["nll/raster", "a"].mean == pytest.approx(np.mean(values["nll/raster"]["a"]))
+    assert figures["nll/raster", "b"].over_seeds is None
+
+
+def nll_piece(model: AnyOrderModel, file: WeightsFile) -> NllPiece:
+    order = np.tile(np.arange(9, dtype=np.uint16), (IMAGES, 1))
+    return NllPiece(file, random_codes(model, IMAGES).numpy(), random_text(model, IMAGES).numpy(), order)
+
+
+def test_a_piece_is_named_by_all_that_its_result_depends_on(tmp_path: Path) -> None:
+    model = small_model()
+    piece = nll_piece(model, stored(model, tmp_path, "m"))
+    elsewhere = replace(piece, model=WeightsFile("/elsewhere.safetensors", "m", "another name"))
+    assert piece_id(piece) == piece_id(replace(piece)) == piece_id(elsewhere)
+    others = [
+        replace(piece, model=replace(piece.model, id="n")),
+        replace(piece, codes_SN=piece.codes_SN[:, ::-1]),
+        replace(piece, order_SN=piece.order_SN[:, ::-1]),
+        replace(piece, cond_inputs_S=piece.cond_inputs_S + 1),
+        OwnOrdersPiece(piece.model, piece.codes_SN, piece.cond_inputs_S, 0, 0, "fp32"),
+    ]
+    assert len({piece_id(each) for each in [piece, *others]}) == 1 + len(others)
+
+
+def test_what_is_kept_is_not_computed_again_and_damage_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    file, folder, done = stored(model, tmp_path, "m"), PieceFolder(str(tmp_path / "pieces")), list[str]()
+    first, second = (
+        nll_piece(model, file),
+        OwnOrdersPiece(file, random_codes(model, 5).numpy(), random_text(model, 5).numpy(), 0, 0, "fp32"),
+    )
+
+    def run(*pieces: NllPiece | OwnOrdersPiece, until: float | None = None) -> set[str]:
+        return set(folder.run(pieces, ["cpu"], 1, until, lambda: None))
+
+    monkeypatch.setattr(pieces_module, "load_model", lambda uri: done.append(uri) or model)
+    pieces_module._opened_model.cache_clear()
+    assert run(first, second, until=0.0) == set() and not done, "no time: nothing begins"
+    assert run(first) == {piece_id(first)}
+    assert run(first, second, until=0.0) == {piece_id(first)}, "what is there counts"
+    kept = Path(folder.file(first))
+    kept.write_bytes(kept.read_bytes()[:-40])
+    assert folder.read(first) is None
+    assert run(first, second) == {piece_id(first), piece_id(second)} and folder.read(first) is not None
+    pieces_module._opened_model.cache_clear()
+
+
+def test_a_model_whose_answers_are_no_numbers_is_named(tmp_path: Path) -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.output.weight[3] = torch.nan
+    file, folder = stored(model, tmp_path, "broken"), PieceFolder(str(tmp_path / "pieces"))
+    piece = nll_piece(model, file)
+    with pytest.raises(UserError, match=r"broken: likelihood: nll of image 0 .* no finite number"):
+        folder.run([piece], ["cpu"], 1, None, lambda: None)
+    own = OwnOrdersPiece(file, piece.codes_SN, piece.cond_inputs_S, 0, 0, "fp32")
+    with pytest.raises(UserError, match="broken: own orders: the model's scores are not numbers"):
+        folder.run([own], ["cpu"], 1, None, lambda: None)
+    assert folder.read(piece) is None and folder.read(own) is None

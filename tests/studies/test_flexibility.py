@@ -1,0 +1,151 @@
+"""``oar evaluate --flexibility`` on a small run: from the command to ``flexibility.json`` and the page; stopped, continued, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from finished_run import finished_run, small_model
+from scipy import stats
+
+from oar_scale.cli import main
+from oar_scale.evaluation.likelihood import nll_table, random_orders
+from oar_scale.model import load_model, save_model
+from oar_scale.run.artifacts import prompt_encoder, read_tokens
+from oar_scale.run.context import Run
+from oar_scale.storage import read_json
+from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
+
+IMAGES = 12
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = finished_run(tmp_path_factory.mktemp("small"))
+    save_model(run.local("second.safetensors"), small_model(run, 7))
+    return run
+
+
+def models_of(run: Run) -> list[str]:
+    """Two seeds of one arm, and the control."""
+    folder = run.local()
+    return [f"ordered={folder}:ordered,{folder}/second.safetensors", f"{folder}:control"]
+
+
+def flexibility(models: list[str], out: Path, *more: str) -> int:
+    return main(["evaluate", "--flexibility", *models, "--out", str(out), "--images", str(IMAGES), *more])
+
+
+@pytest.fixture(scope="module")
+def measured(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("flexibility")
+    assert flexibility(models_of(finished), out) == 0
+    return out
+
+
+def test_figures_are_those_of_the_models_and_of_scipy(finished: Run, measured: Path) -> None:
+    """One column again, from the model files; its intervals and tests by scipy."""
+    found = read_json(str(measured / "flexibility.json"))
+    tokens = read_tokens(finished, "heldout", IMAGES)
+    orders = {"random": random_orders(IMAGES, 16, finished.recipe.seed)}
+    conditions = prompt_encoder(finished).encode(tokens.prompts)
+    files = {("ordered", 0): "models/ordered", ("ordered", 1): "second", ("control", 0): "models/control"}
+    nll = {}
+    for model in found["models"]:
+        key = model["label"], model["seed"]
+        table = nll_table(load_model(finished.local(f"{files[key]}.safetensors")), torch.from_numpy(tokens.codes_SN), conditions, orders, 5)
+        nll[key] = table["random"].numpy()
+        with np.load(measured / model["arrays"]) as arrays:
+            assert arrays["nll/random"] == pytest.approx(nll[key], rel=1e-5)
+    assert read_json(str(measured / "arrays" / "images.json"))["keys"] == tokens.keys
+
+    difference_S = (nll["ordered", 0] + nll["ordered", 1]) / 2 - nll["control", 0]
+    (row,) = [each for each in found["differences"] if each["measure"] == "nll/random"]
+    assert (row["first"], row["second"]) == ("ordered", "control")
+    assert row["comparison"]["difference"]["mean"] == pytest.approx(difference_S.mean(), rel=1e-4)
+    over_seeds = stats.ttest_1samp([(nll["ordered", seed] - nll["control", 0]).mean() for seed in (0, 1)], 0)
+    assert row["comparison"]["p_seeds"] == pytest.approx(over_seeds.pvalue, rel=1e-3)
+    exact = stats.permutation_test((difference_S, 0 * difference_S), lambda a, b: np.mean(a - b), permutation_type="samples")
+    assert row["comparison"]["p_images"] == pytest.approx(exact.pvalue, abs=1e-9), "12 images: all 4,096 flips are tried"
+    assert row["comparison"]["p_images"] <= row["p_images_holm"] <= 1
+
+
+def test_a_call_that_was_stopped_goes_on_where_it_was(
+    finished: Run, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without time nothing is measured, and no report is written; then only what is missing, to the same numbers."""
+    shutil.copytree(measured / "pieces", tmp_path / "pieces")
+    for piece in list((tmp_path / "pieces").glob("NllPiece-*"))[:2]:
+        piece.unlink()
+    assert flexibility(models_of(finished), tmp_path, "--minutes", "1e-9") == 0
+    said = capsys.readouterr().out
+    assert "stopped after its minutes: 2 of" in said and "The same command goes on from here" in said
+    assert not (tmp_path / "flexibility.json").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pieces").iterdir()}
+    assert flexibility(models_of(finished), tmp_path) == 0
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pieces").iterdir()}
+    assert len(after) == len(before) + 2 and before.items() <= after.items()
+    assert json.loads((tmp_path / "flexibility.json").read_text()) == json.loads((measured / "flexibility.json").read_text())
+
+
+def refused(capsys: pytest.CaptureFixture[str], models: list[str], out: Path, *more: str) -> str:
+    assert flexibility(models, out, *more) == 2
+    return capsys.readouterr().err
+
+
+def test_models_that_do_not_fit_together_are_refused(finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finished.local()
+    control = f"{folder}:control"
+    model = load_model(finished.local("models", "control.safetensors"))
+    wide = model.spec.model_copy(update={"grid": 5})
+    save_model(str(tmp_path / "wide.safetensors"), type(model)(wide))
+    said = refused(capsys, [control, str(tmp_path / "wide.safetensors")], tmp_path)
+    assert "wide.safetensors: draws 5 x 5 cells of 32 codes" in said and "are 4 x 4 of 32" in said
+
+    other = tmp_path / "other"
+    shutil.copytree(finished.local("models"), other / "models")
+    shutil.copytree(finished.local("tokenizers"), other / "tokenizers")
+    (other / "recipe.yaml").write_text((Path(folder) / "recipe.yaml").read_text())
+    torch.manual_seed(5)
+    spec = VQSpec(image_size=16, channels=32, multipliers=(1, 1, 1), res_blocks=1, latent_channels=32, codebook_size=32, codebook_dim=4)
+    save_vq(str(other / "tokenizers" / "vq.safetensors"), VQTokenizer(spec))
+    said = refused(capsys, [control, f"theirs={other}:control"], tmp_path)
+    assert f"{other}:control: its image tokenizer is" in said and finished.vq_uri in said and "another picture" in said
+
+
+@pytest.mark.parametrize(
+    ("models", "more", "error"),
+    [
+        (["{run}:control", "{run}:control"], [], "two arms are called 'control'"),
+        (["a b={run}:control"], [], "'a b' is no label"),
+        (["a={run}:control,"], [], "LABEL=MODEL,MODEL"),
+        (["{run}:control"], ["--against", "ordered"], "--against ordered: no arm has this label. There are: control"),
+        (["{run}:control"], ["--images", "2"], "at least 3"),
+        (["{run}:control"], ["--images", "5000"], "5000 are wanted"),
+        (["{run}:control"], ["--split", "test"], "tokens"),
+        (["{run}:control"], ["--run", "/nowhere"], "/nowhere: no folder of a run"),
+        (["{run}/second.safetensors"], [], "Name a run"),
+        (["{run}:better"], [], "better"),
+    ],
+)
+def test_bad_arguments_get_one_clear_error(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], models: list[str], more: list[str], error: str
+) -> None:
+    said = refused(capsys, [each.format(run=finished.local()) for each in models], tmp_path, *more)
+    assert said.startswith("error: ") and error in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_would_do_nothing_are_refused(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, error in {
+        ("evaluate",): "which run?",
+        ("evaluate", "recipes/smoke.yaml", "--images", "3"): "--images means nothing without --flexibility",
+        ("evaluate", "--flexibility", "a"): "--flexibility wants --out",
+        ("evaluate", "recipes/smoke.yaml", "--flexibility", "a"): "takes no recipe",
+    }.items():
+        assert main(arguments) == 2
+        assert error in capsys.readouterr().err
