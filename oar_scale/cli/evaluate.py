@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
 
-from oar_scale.cli.common import Subparsers, add_verb, count, load
+from oar_scale.cli.common import Subparsers, add_verb, count, load, minutes
 from oar_scale.registry import STAGES
 
 
@@ -26,7 +25,7 @@ def add(verbs: Subparsers) -> None:
     group.add_argument("--split", default="heldout", help="which images; default: %(default)s")
     group.add_argument("--images", type=count, default=256, metavar="N", help="how many; default: %(default)s")
     group.add_argument("--against", metavar="LABEL", help="whom the others are compared with; default: control, else the first MODEL")
-    group.add_argument("--minutes", type=_minutes, metavar="M", help="begin nothing after M minutes; the same command goes on from there")
+    group.add_argument("--minutes", type=minutes, metavar="M", help="begin nothing after M minutes; the same command goes on from there")
     verb.set_defaults(verb=verb)
 
 
@@ -69,13 +68,3 @@ def _refuse_unused(arguments: argparse.Namespace, names: tuple[str, ...]) -> Non
     for name in names:
         if getattr(arguments, name) != arguments.verb.get_default(name):
             raise UserError(f"--{name.removeprefix('of_')} means nothing without --flexibility: leave it out")
-
-
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes")
-    return value

@@ -125,6 +125,8 @@ def read_images(run: Run, split: str, first: int, count: int) -> HeldoutImages:
     """
     if count < FEWEST:
         raise UserError(f"--images {count}: intervals and distances want at least {FEWEST}")
+    if split == "test" and not run.recipe.data.test_fraction:
+        raise UserError(f"{run.at()}: this run keeps no images for a test (data.test_fraction 0). Take --split heldout.")
     vq_file = fetch(require(run, run.vq_uri, "tokenizer"), run.cache)
     tokens = read_tokens(run, split, first + count, prompt_encoder(run).field)
     if len(tokens.keys) < first + count:

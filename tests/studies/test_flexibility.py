@@ -126,7 +126,7 @@ def test_models_that_do_not_fit_together_are_refused(finished: Run, tmp_path: Pa
         (["{run}:control"], ["--against", "ordered"], "--against ordered: no arm has this label. There are: control"),
         (["{run}:control"], ["--images", "2"], "at least 3"),
         (["{run}:control"], ["--images", "5000"], "5000 are wanted"),
-        (["{run}:control"], ["--split", "test"], "tokens"),
+        (["{run}:control"], ["--split", "test"], "data.test_fraction 0"),
         (["{run}:control"], ["--run", "/nowhere"], "/nowhere: no folder of a run"),
         (["{run}/second.safetensors"], [], "Name a run"),
         (["{run}:better"], [], "better"),
