@@ -32,6 +32,8 @@ def add(verbs: Subparsers) -> None:
         "--feather", type=float, metavar="P", help="width of the seam, in the model's pixels; default: hard, of windows a cell"
     )
     verb.add_argument("--seed", type=seed, default=0, help="another one draws others; default: %(default)s")
+    text = "how it is drawn: sample.steps=16, sample.order=halton; default: as the model's recipe says"
+    verb.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=text)
     verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:NUMBER of this machine; default: a GPU where there is one")
     verb.add_argument("--out", default="edited", metavar="PATH", help="a folder, or a PNG file for a single drawing; default: %(default)s")
     verb.set_defaults(run=_edit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +12,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from oar_scale.config.loading import override_sample
 from oar_scale.data.images import MAX_PIXELS, decode_upright
 from oar_scale.errors import UserError
 from oar_scale.generation.canvas import Box, Margins, expand, read_mask, scaled_size
 from oar_scale.generation.editing import VARIATION_SHIFT, Edit, EditOptions
+from oar_scale.generation.model_bundle import find_bundle
 from oar_scale.generation.pages import plan_steps
 from oar_scale.generation.picture_files import DrawingRecord, encode_png
-from oar_scale.generation.pretrained import Pretrained, load_pretrained
+from oar_scale.generation.pretrained import Pretrained, load_bundle
 from oar_scale.run.gpu_node import chosen_device
 from oar_scale.storage import join, open_storage, read_named
 
@@ -44,6 +46,8 @@ class EditRequest:
     """Whether pictures larger than the square are drawn at their own resolution; None: only those that grow."""
     model: str
     which: str | None
+    overrides: Sequence[str]
+    """``sample.FIELD=VALUE`` each, instead of the model's own recipe."""
     variations: int
     strength: float
     feather: float | None
@@ -78,7 +82,9 @@ def edit_files(request: EditRequest, say: Callable[[str], None]) -> list[str]:
     """
     EditOptions(variations=request.variations, strength=request.strength, feather=request.feather)  # refuses what cannot be
     targets = _targets(request)
-    drawer = load_pretrained(request.model, request.which).to(chosen_device(request.device))
+    bundle = find_bundle(request.model, request.which)
+    sample = override_sample(bundle.sample, request.overrides, request.model)
+    drawer = load_bundle(replace(bundle, sample=sample)).to(chosen_device(request.device))
     if drawer.vq is None:
         raise UserError(f"{request.model}: a model without an image tokenizer cannot edit pictures. Name the folder of a run or an export.")
     for batch in _batches(request):
@@ -124,7 +130,7 @@ def _draw(drawer: Pretrained, request: EditRequest, batch: dict[int, Marked], fi
             seed=request.seed,
             numbers=[_noise_number(number, first) for number in batch],
         )
-    except ArithmeticError as error:
+    except (ArithmeticError, ValueError) as error:  # of settings that the layout cannot follow
         raise UserError(f"{drawer.where}: {error}") from error
     except torch.OutOfMemoryError as error:
         raise UserError(

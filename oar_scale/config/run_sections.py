@@ -13,6 +13,9 @@ Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled"]
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 DRAWING_SCORES: frozenset[Score] = frozenset({"sampled"})
 """Scores that draw: they get a random number for each candidate, and an image's extractions differ."""
+CODE_SCORES: tuple[Score, ...] = ("gt_logprob",)
+"""Scores that look at the code that lies in the cell: an image that is being drawn cannot be ordered by them."""
+SAMPLE_SCORES: tuple[Score, ...] = tuple(score for score in get_args(Score) if score not in CODE_SCORES)
 FirstCell = Literal["free", "random"] | Annotated[int, Field(ge=0)]
 
 WANDB_REFUSES = "/\\#?%:"
@@ -120,8 +123,10 @@ class SampleConfig(Section):
     """Draw from the fewest codes whose probabilities sum to at least this; 1 keeps all."""
     min_p: Added[float] = Field(0.0, ge=0, lt=1)
     """Draw from the codes that are at least this times as likely as the most likely one; 0 keeps all."""
+    score: Added[Score] = "max_prob"
+    """By which the model chooses the next cell, where it decides the order: any score of orders/scores.py but ``gt_logprob``."""
     order_temperature: float = Field(0.0, ge=0, le=LARGEST_SETTING)
-    """Gumbel noise on the choice of the next cell; 0 takes the most confident cell."""
+    """Gumbel noise on the choice of the next cell, in units of the score; 0 takes the cell with the best score."""
     order: PolicyName | None = None
     """An order policy (docs/order-policies.md). Default: the model decides; a raster model draws in raster order."""
     steps: Added[int | None] = Field(None, ge=1, le=LARGEST_SETTING)
@@ -134,6 +139,12 @@ class SampleConfig(Section):
         if self.guidance_start is not None and self.guidance_schedule == "constant":
             raise RecipeConflict(
                 "sample.guidance_start", "is where a guidance_schedule starts, and constant guidance has no start.\nSet linear or cosine."
+            )
+        if self.score in CODE_SCORES:
+            raise RecipeConflict(
+                "sample.score",
+                "looks at the code that lies in a cell, and an image that is being drawn has none there yet.\n"
+                f"Set one of {', '.join(SAMPLE_SCORES)}.",
             )
         if self.draft and self.steps is not None:
             raise RecipeConflict("sample.draft", "steps and draft are two ways to place several cells in a pass.\nLeave one of them out.")

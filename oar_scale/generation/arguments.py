@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oar_scale.config.schema import GuidanceSchedule
+from oar_scale.config.schema import GuidanceSchedule, Score
 from oar_scale.errors import UserError
 from oar_scale.generation.seen_codes import Fill
 from oar_scale.orders.selection import Images
@@ -30,6 +30,7 @@ class Choices(TypedDict, total=False):
     top_k: int
     top_p: float
     min_p: float
+    score: Score
     order_temperature: float
     steps: int | None
     draft: int

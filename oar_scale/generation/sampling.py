@@ -2,11 +2,11 @@
 
     repeat until no cell is empty
         one candidate row per empty cell           p(code | caption, placed codes, cell) for all of them, in one pass
-        cell  = best over cells of max over codes log p          most confident cell   (+ order_temperature * Gumbel)
+        cell  = best over cells of score                         most confident cell   (+ order_temperature * Gumbel)
         code ~ p( . | cell)                                      temperature, top-k, top-p, min-p (``drawing``)
 
-The cell is chosen by the largest probability of its distribution, before a code is drawn: choosing by the probability of
-drawn codes would favour cells that happened to draw their likely code. In the first steps this tends to pick background.
+The score of a cell is by default the largest log-probability of its distribution, before a code is drawn: choosing by the probability of
+drawn codes (score ``sampled``) favours cells that happened to draw their likely code. In the first steps this tends to pick background.
 What is best among cells, and when two are equal, is as in extraction (``orders.selection``).
 With a given order there is one candidate per step, the next cell of the order, and everything else is the same. A late order
 (``orders.policies``) is given for the first cells; when those are placed, all others are scored once, which gives their order.

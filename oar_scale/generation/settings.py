@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import cast
 
-from oar_scale.config.run_sections import LARGEST_SETTING
-from oar_scale.config.schema import GuidanceSchedule, SampleConfig
+from oar_scale.config.run_sections import CODE_SCORES, LARGEST_SETTING, SAMPLE_SCORES
+from oar_scale.config.schema import GuidanceSchedule, SampleConfig, Score
 from oar_scale.text import shown
 
 
@@ -24,7 +24,7 @@ class SampleSettings:
     top_k: int
     """Codes to choose from; 0 keeps the whole vocabulary."""
     order_temperature: float
-    """Gumbel noise on the log-confidence of the cells; 0 takes the most confident cell."""
+    """Gumbel noise on the score of the cells; 0 takes the cell with the best score."""
     top_p: float = 1.0
     """Choose from the fewest codes whose probabilities sum to at least this; 1 keeps all."""
     min_p: float = 0.0
@@ -34,6 +34,8 @@ class SampleSettings:
     linearly or by (1 - cos(pi x)) / 2."""
     guidance_start: float | None = None
     """Scale for an empty image under a schedule; None: 1."""
+    score: Score = "max_prob"
+    """By which the next cell is chosen, where the model decides the order (``drawing.draw_most_confident``)."""
     steps: int | None = None
     """Passes through the model for an empty image, later ones placing more cells at once (:func:`cells_per_step`). None: one pass for
     each cell."""
@@ -60,6 +62,9 @@ class SampleSettings:
             raise ValueError(f"guidance_schedule {self.guidance_schedule!r}: there are {', '.join(GUIDANCE_RAMPS)}")
         if self.guidance_start is not None and self.guidance_schedule == "constant":
             raise ValueError(f"guidance_start {self.guidance_start} is where a guidance_schedule starts; constant guidance has no start")
+        if self.score not in SAMPLE_SCORES:
+            why = "looks at the code that lies in a cell, and here is none yet" if self.score in CODE_SCORES else "is unknown"
+            raise ValueError(f"score {shown(self.score)} {why}: cells are chosen by {', '.join(SAMPLE_SCORES)}")
         if self.steps is not None and (not isinstance(self.steps, Integral) or not 1 <= self.steps <= LARGEST_SETTING):
             raise ValueError(f"steps {shown(self.steps)} must be a whole number from 1 to {LARGEST_SETTING:,}; None places one cell a step")
         if self.draft and self.steps is not None:

@@ -18,9 +18,9 @@ what happens to the event loop, where requests are served. Uploads are decoded a
 ``POST /api/jobs``
     {kind: sample | edit, prompt, count, seed, order, guidance, temperature, top_k, top_p, steps, image, mask, strength} -> 202
     {id, position}. All but the prompt may be left out; null is the default. Also guidance_schedule, guidance_start, min_p,
-    order_temperature, feather. A field that there is not is refused. ``prompt`` is a text; of a model of classes a number or its digits; of
-    one of features a list of rows. ``image`` and ``mask`` are data URLs (PNG, JPEG, WebP); of the mask white is drawn; without a mask the
-    fully transparent pixels of the image are, or all of it where strength is below 1.
+    score, order_temperature, feather. A field that there is not is refused. ``prompt`` is a text; of a model of classes a number or its
+    digits; of one of features a list of rows. ``image`` and ``mask`` are data URLs (PNG, JPEG, WebP); of the mask white is drawn; without
+    a mask the fully transparent pixels of the image are, or all of it where strength is below 1.
 
 ``GET /api/jobs/ID/events``, server-sent events; each has an id, and ``Last-Event-ID`` goes on behind it
     queued {position: jobs before it}    start {cells: of an image, known: [[cells of each image]]}

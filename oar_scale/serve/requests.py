@@ -8,7 +8,7 @@ from typing import Annotated, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from oar_scale.config.schema import GuidanceSchedule
+from oar_scale.config.schema import GuidanceSchedule, Score
 from oar_scale.generation.pretrained import Choices
 from oar_scale.serve.api_errors import bad_request
 
@@ -37,6 +37,7 @@ class Settings(BaseModel):
     top_k: Annotated[int | None, Field(ge=0)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     min_p: Annotated[float | None, Field(ge=0, lt=1)] = None
+    score: Score | None = None
     order_temperature: Annotated[float | None, Field(ge=0)] = None
     steps: Annotated[int | None, Field(ge=1)] = None
 

@@ -19,6 +19,7 @@ from oar_scale.cli import main
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.data.images import decode_upright
+from oar_scale.generation.picture_files import read_record
 from oar_scale.model import save_model
 from oar_scale.model.spec import ClassSpec
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
@@ -86,6 +87,28 @@ def test_variations_of_several_pictures_become_several_files(run: str, pictures:
     assert outside("edited/turned-2.png", box) == outside("turned.jpg", box)
     assert edit(run, "square.png", "--box", "0,0,8,4", "--seed", "4", "--out", "one.png") == 0
     assert Path("one.png").read_bytes() == Path("edited/square-1.png").read_bytes()
+
+
+def test_how_it_is_drawn_is_said_by_options(run: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All settings of sampling, as in oar sample; the file names them."""
+    changes = {"score": "sampled", "steps": 3, "top_p": 0.9, "min_p": 0.01, "guidance": 2.0, "guidance_schedule": "linear"}
+    options = [argument for name, value in changes.items() for argument in ("-o", f"sample.{name}={value}")]
+    start = ("-o", "sample.guidance_start=1.5")
+    assert edit(run, "square.png", "--box", "0,0,8,8", *options, *start, "--out", "other.png") == 0
+    record = read_record(Path("other.png").read_bytes())
+    assert record is not None
+    assert {**changes, "guidance_start": 1.5}.items() <= vars(record.settings).items()
+    assert edit(run, "square.png", "--box", "0,0,8,8", "-o", "sample.order=halton", "--out", "halton.png") == 0
+    record = read_record(Path("halton.png").read_bytes())
+    assert record is not None and record.order == "halton"
+    for option, complaint in (
+        ("sample.score=gt_logprob", "sample.score = 'gt_logprob'"),
+        ("sample.topp=1", "Did you mean sample.top_p?"),
+        ("seed=1", "Of what it says only fields of sample can be changed"),
+    ):
+        capsys.readouterr()
+        assert edit(run, "square.png", "--box", "0,0,8,8", "-o", option) == 2
+        assert complaint in capsys.readouterr().err
 
 
 def test_many_variations_are_drawn_in_parts_and_are_the_same(run: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

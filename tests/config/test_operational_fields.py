@@ -77,7 +77,7 @@ def test_these_fields_are_younger_than_runs_that_are_read() -> None:
     assert marked(added_fields) == {
         "pretrain": {"group_steps"},
         "finetune": {"group_steps"},
-        "sample": {"guidance_schedule", "guidance_start", "top_p", "min_p", "steps"},
+        "sample": {"guidance_schedule", "guidance_start", "top_p", "min_p", "score", "steps"},
     }
 
 
@@ -88,6 +88,7 @@ def test_these_fields_are_younger_than_runs_that_are_read() -> None:
         ("finetune", "group_steps", [64, 8]),
         ("sample", "guidance_schedule", "linear"),
         ("sample", "steps", 4),
+        ("sample", "score", "sampled"),
     ],
 )
 def test_a_younger_field_counts_once_it_is_set(section: str, field: str, value: object) -> None:

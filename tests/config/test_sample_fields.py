@@ -31,6 +31,8 @@ def recipe(**sections: dict[str, object]) -> Recipe:
         ({"sample": {"guidance": 1e38}}, "guidance"),
         ({"sample": {"steps": 10**400}}, "steps"),
         ({"sample": {"guidance_schedule": "sine"}}, "guidance_schedule"),
+        ({"sample": {"score": "gt_logprob"}}, "(?s)an image that is being drawn has none there yet.*one of max_prob, neg_entropy"),
+        ({"sample": {"score": "entropy"}}, "score"),
         ({"sample": {"guidance_start": 2.0}}, "constant guidance has no start"),
     ],
 )

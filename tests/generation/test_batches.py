@@ -36,6 +36,7 @@ WAYS: list[dict[str, Any]] = [
     {"guidance": 2.0, "guidance_schedule": "linear", "order_temperature": 1.0},
     {"guidance": 2.0, "guidance_schedule": "cosine", "steps": 5},
     {"guidance": 2.0, "draft": 3},
+    {"guidance": 2.0, "score": "sampled", "steps": 5},
     {"layout": "decoupled", "guidance": 2.0, "steps": 5},
     {"layout": "grouped", "guidance": 2.0, "steps": 5},
     {"layout": "dual", "draft": 3},

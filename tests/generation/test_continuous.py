@@ -55,6 +55,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "by confidence": {},
     "guided by confidence": {"guidance": 2.0, "guidance_schedule": "linear", "order_temperature": 1.0, "top_p": 0.9},
     "several by confidence": {"guidance": 2.0, "steps": 5},
+    "by drawn codes": {"guidance": 2.0, "score": "sampled", "order_temperature": 0.3, "top_p": 0.9},
+    "several by drawn codes": {"steps": 5, "score": "sampled"},
+    "by entropy": {"score": "neg_entropy"},
     "along an order": {"order": "given", "temperature": 0.8, "top_k": 4},
     "guided along an order": {"order": "given", "guidance": 3.0, "guidance_schedule": "cosine", "guidance_start": 0.5, "min_p": 0.02},
     "in parallel": {"order": "given", "steps": 5, "guidance": 1.5},
@@ -147,7 +150,7 @@ def finished(batch: ContinuousBatch, drawings: list[Drawing], between: int = 0) 
 
 
 @pytest.mark.parametrize("between", [0, 2])
-@pytest.mark.parametrize("kind", ["guided by confidence", "along an order", "in parallel"])
+@pytest.mark.parametrize("kind", ["guided by confidence", "by drawn codes", "along an order", "in parallel"])
 @pytest.mark.parametrize("layout", ["instructed", "grouped"])
 def test_drawings_of_one_kind_are_those_of_generate(layout: str, kind: str, between: int) -> None:
     """Together they are one run; at different lengths those along an order are one attention by masks, fewer heads of keys or not."""

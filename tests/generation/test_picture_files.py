@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 import oar_scale
 from oar_scale.errors import UserError
 from oar_scale.generation.picture_files import DESCRIPTION, KEY, MAX_RECORD, DrawingRecord, encode_png, read_record
-from oar_scale.generation.pretrained import Pretrained
+from oar_scale.generation.pretrained import Choices, Pretrained
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.storage import read_json
 
@@ -29,8 +29,9 @@ def emoji() -> Pretrained:
 
 @pytest.mark.parametrize("order", [None, "random", [*range(63, -1, -1)]], ids=["confidence", "random", "given"])
 def test_picture_is_made_again_from_its_file(emoji: Pretrained, order: Any) -> None:
-    settings = emoji.settings(guidance=3.0, guidance_schedule="cosine", top_p=0.9, steps=8)
-    drawn = emoji.sample(PROMPTS, seed=5, images=[7, 8, 2**40], order=order, guidance=3.0, guidance_schedule="cosine", top_p=0.9, steps=8)
+    choices: Choices = {"guidance": 3.0, "guidance_schedule": "cosine", "top_p": 0.9, "steps": 8, "score": "sampled"}
+    settings = emoji.settings(**choices)
+    drawn = emoji.sample(PROMPTS, seed=5, images=[7, 8, 2**40], order=order, **choices)
     for prompt, number, picture in zip(PROMPTS, [7, 8, 2**40], drawn, strict=True):
         file = encode_png(picture, emoji.record(prompt, number, settings, seed=5, order=order))
         record = read_record(file)

@@ -148,6 +148,7 @@ def test_extraction_waits_for_nothing_inside_a_step(layout: str, way: str) -> No
 
 DRAWN: dict[str, dict[str, Any]] = {
     "by confidence": {"order_temperature": 0.5},
+    "by drawn codes": {"score": "sampled"},
     "along an order": {"order": True},
     "in parallel": {"order": True, "steps": 3},
     "beside known cells": {"order_temperature": 0.5, "known": 2},

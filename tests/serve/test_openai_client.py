@@ -39,12 +39,13 @@ def test_without_a_seed_each_request_gets_its_own(server: Served, drawer: Pretra
 
 
 def test_a_url_leads_to_the_png_with_its_record(server: Served, drawer: Pretrained) -> None:
-    response = server.openai().images.generate(prompt="a smiling cat", response_format="url", extra_body={"seed": 3})
+    response = server.openai().images.generate(prompt="a smiling cat", response_format="url", extra_body={"seed": 3, "score": "sampled"})
     assert response.data[0].b64_json is None
     answer = httpx.get(response.data[0].url, trust_env=False)
     assert answer.headers["content-type"] == "image/png"
     record = read_record(answer.content)
     assert record is not None and (record.prompt, record.seed, record.number, record.size) == ("a smiling cat", 3, 0, (SIDE, SIDE))
+    assert record.settings.score == "sampled"
     assert (np.asarray(drawer.again(record)) == np.asarray(open_png(answer.content))).all()
 
 
@@ -117,6 +118,7 @@ def test_the_served_model_is_listed(server: Served) -> None:
         ({"extra_body": {"order": "zigzag"}}, "order", "halton"),
         ({"extra_body": {"temperature": 0}}, "temperature", "greater than 0"),
         ({"extra_body": {"guidance_start": 2}}, "guidance_start", "constant guidance has no start"),
+        ({"extra_body": {"score": "gt_logprob"}}, "score", "looks at the code that lies in a cell"),
         ({"extra_body": {"seed": 2**60}}, "seed", "9007199254740992"),
     ],
 )
