@@ -102,7 +102,7 @@ def test_how_it_is_drawn_is_said_by_options(run: str, pictures: Path, capsys: py
     record = read_record(Path("halton.png").read_bytes())
     assert record is not None and record.order == "halton"
     for option, complaint in (
-        ("sample.score=gt_logprob", "sample.score = 'gt_logprob'"),
+        ("sample.score=gt_logprob", "sample.score = gt_logprob"),
         ("sample.topp=1", "Did you mean sample.top_p?"),
         ("seed=1", "Of what it says only fields of sample can be changed"),
     ):

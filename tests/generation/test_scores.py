@@ -113,7 +113,7 @@ def test_logits_of_all_cells_never_exist_at_once(monkeypatch: pytest.MonkeyPatch
     [
         (
             "gt_logprob",
-            "score 'gt_logprob' looks at the code that lies in a cell, and here is none yet: cells are chosen by max_prob, neg_",
+            "score 'gt_logprob' looks at the code that lies in a cell, and here is none yet: cells are chosen by",
         ),
         ("entropy", "score 'entropy' is unknown: cells are chosen by max_prob"),
         (["max_prob"], "score a list of 1 entries is unknown"),

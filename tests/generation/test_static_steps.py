@@ -26,7 +26,6 @@ EVERYTHING = 2**20
 DRAWN: dict[str, dict[str, Any]] = {
     "by confidence": {},
     "by drawn codes": {"score": "sampled", "top_k": 4},
-    "by margin": {"score": "margin"},
     "several by confidence": {"steps": 4, "guidance": 1.0},
     "along an order": {"order": True},
     "in parallel": {"order": True, "steps": 12},
