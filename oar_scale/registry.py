@@ -172,7 +172,7 @@ STAGES: dict[str, Stage] = {
             "fine-tuning on the extracted orders",
             "oar_scale.stages.train:run_train",
             needs=("extract",),
-            sections=("finetune", "parallel.precision"),
+            sections=("finetune", "parallel.precision", "extract.mirror"),
             folders=("checkpoints/finetune",),
             verb="train",
             model="ordered",
@@ -185,7 +185,7 @@ STAGES: dict[str, Stage] = {
             "the same fine-tuning on random orders",
             "oar_scale.stages.train:run_train",
             needs=("pretrain",),
-            sections=("finetune", "parallel.precision", "extract.views"),  # it trains on the views that have orders
+            sections=("finetune", "parallel.precision", "extract.views", "extract.mirror"),  # the views that have orders
             folders=("checkpoints/control",),
             verb="train",
             model="control",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -12,6 +13,13 @@ from oar_scale.config.section import Added, Changeable, Limit, Operational, Reci
 View = Annotated[str, Field(pattern=r"^(center|center_flip|jitter[1-9][0-9]?|crop1?[0-9]|tencrop|tencrop105)$")]
 CROPS = {"tencrop": tuple(f"crop{k}" for k in range(10)), "tencrop105": tuple(f"crop{k}" for k in range(10, 20))}
 """Views that stand for several."""
+
+
+def mirrored_views(views: Sequence[str], count: int) -> dict[int, int]:
+    """For each of the first ``count`` views that has its mirror image among all of them, by their numbers: which view that is."""
+    pairs = {"center": "center_flip", "center_flip": "center"}
+    pairs |= {f"crop{number}": f"crop{number // 10 * 10 + (number + 5) % 10}" for number in range(20)}
+    return {number: views.index(pairs[view]) for number, view in enumerate(views[:count]) if pairs.get(view) in views}
 
 
 class StorageConfig(Section):

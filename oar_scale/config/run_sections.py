@@ -50,6 +50,9 @@ class ExtractConfig(Section):
     """Instead: about so many steps, the later ones placing more cells (RandAR's schedule)."""
     views: int = Field(1, ge=1)
     """Orders are extracted for so many of ``tokenizer.views``, from the first one on."""
+    mirror: Added[bool] = False
+    """Views that are mirror images of these (``center_flip``, half of the crops) have orders, too: those of their originals, mirrored.
+    It changes what fine-tuning and its control train on, and no order table."""
     batch: int = Field(64, ge=1)
     actors: Operational[Count] = 2
     """Processes with a model each, or ``{min, max}``: more of them as the cluster has capacity (docs/extraction-pool.md)."""

@@ -36,6 +36,7 @@ from oar_scale.config.data_sections import (
     View,
     VQTrainingConfig,
     WebDatasetSource,
+    mirrored_views,
 )
 from oar_scale.config.locations import Location
 from oar_scale.config.run_sections import (
@@ -266,6 +267,26 @@ class Recipe(Section):
             if getattr(self.sample, name) and along_given and self.model.layout in refused:
                 text = f"along a given order, layout {self.model.layout} {why}.\nLeave it out, or choose another model.layout."
                 raise RecipeConflict(f"sample.{name}", text)
+        return self
+
+    @model_validator(mode="after")
+    def _mirrored_views(self) -> Recipe:
+        views, count = self.tokenizer.views, self.extract.views
+        if not self.extract.mirror:
+            return self
+        mirrored = mirrored_views(views, count)
+        if not mirrored:
+            raise RecipeConflict(
+                "extract.mirror",
+                f"orders are extracted for {', '.join(views[:count])}, and no view of tokenizer.views is a mirror image of that.\n"
+                "Add it, as in tokenizer.views: [center, center_flip], or leave mirror out.",
+            )
+        if own := [views[other] for other in mirrored.values() if other < count]:
+            raise RecipeConflict(
+                "extract.mirror",
+                f"with extract.views {count} orders are extracted for {own[0]} itself.\nSet extract.views so that it ends before that, "
+                "or leave mirror out.",
+            )
         return self
 
     @model_validator(mode="after")

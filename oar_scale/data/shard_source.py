@@ -7,7 +7,7 @@ nothing has to be prepared.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,8 +27,8 @@ from oar_scale.tokenizers.vq import pixels_to_unit
 
 Orders = NDArray[np.uint16]
 """Permutations of the cells."""
-StoredOrders = Callable[[str, OpenShard], Orders]
-"""Stored orders [S, V, K, N] of a shard of the given name: K orders of each of a sample's first V views."""
+StoredOrders = Callable[[str, OpenShard], Mapping[int, Orders]]
+"""Stored orders [S, K, N] of a shard of the given name, K of each sample, by the number of the view that they are of."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class OpenShards:
 
     def __init__(self, source: ShardSource, field: Field, max_open: int) -> None:
         self.source, self.field, self.max_open = source, field, max_open
-        self._open: OrderedDict[int, tuple[OpenShard, Orders | None]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[OpenShard, Mapping[int, Orders] | None]] = OrderedDict()
         self._broken: dict[int, UnusableSample] = {}
 
     def row(self, shard: int, row: int, view: int, draw: float | None) -> ShardRow:
@@ -128,10 +128,11 @@ class OpenShards:
         Raises:
             UnusableSample: the shard or the sample cannot be used.
         """
-        opened, orders_SVKN = self._shard(shard)
+        opened, orders = self._shard(shard)
         order = None
-        if draw is not None and orders_SVKN is not None:
-            order = orders_SVKN[row, view, int(draw * orders_SVKN.shape[2])]
+        if draw is not None and orders is not None:
+            orders_SKN = orders[view]
+            order = orders_SKN[row, int(draw * orders_SKN.shape[1])]
         prompt = opened.prompt(row, self.field)
         if isinstance(opened, TokenShard):
             return ShardRow(opened.codes(row, view), prompt, order)
@@ -151,7 +152,7 @@ class OpenShards:
             info = self.source.manifest.shards[shard]
             self.source.cache.prefetch(join(self.source.folder, info.name), info.bytes, info.crc32c)
 
-    def _shard(self, index: int) -> tuple[OpenShard, Orders | None]:
+    def _shard(self, index: int) -> tuple[OpenShard, Mapping[int, Orders] | None]:
         """An open shard and its stored orders. Raises UnusableSample; Unreachable where the storage does not answer."""
         if index in self._broken:
             raise self._broken[index]

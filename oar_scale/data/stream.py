@@ -139,11 +139,11 @@ class StreamSettings:
     order: tuple[int, ...] | None = None
     """One order for all samples outside the random share, whatever their view."""
     random_share: float = 1.0
-    """Share of samples that take any view, in a random order. The rest follow ``order`` if there is one; else they take one of the first
-    ``stored_views`` views in the order stored for it. Where nothing is stored (the control) they take the same view in a random order,
+    """Share of samples that take any view, in a random order. The rest follow ``order`` if there is one; else they take one of the
+    ``stored_views`` in the order stored for it. Where nothing is stored (the control) they take the same view in a random order,
     so that two stages differ in their orders only."""
-    stored_views: int = 1
-    """How many views have stored orders; they are the first ones."""
+    stored_views: tuple[int, ...] = (0,)
+    """The views that have stored orders, by their numbers, ascending."""
     max_bad_fraction: float = 0.01
     """More bad samples than this share of those seen stop the stream."""
     earlier: tuple[Cut, ...] = ()
@@ -303,7 +303,8 @@ class TokenStream:
             view_b[here] = integers("view", source.views, seed, epoch_b[here], uid_b[here])
             if self.settings.order is None:
                 stored = here & ~random_b  # these take a view that has an order: the same hash, over fewer views
-                view_b[stored] = integers("view", min(self.settings.stored_views, source.views), seed, epoch_b[stored], uid_b[stored])
+                of_source = np.array([view for view in self.settings.stored_views if view < source.views])
+                view_b[stored] = of_source[integers("view", len(of_source), seed, epoch_b[stored], uid_b[stored])]
         draw_b = uniform("stored order", seed, epoch_b, uid_b)
         columns = (wanted_b, folder_b, shard_b, row_b, view_b, ~random_b, draw_b)
         return [_Choice(*choice) for choice in zip(*(column.tolist() for column in columns), strict=True)]

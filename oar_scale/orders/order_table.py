@@ -168,6 +168,13 @@ def join_orders(keys: Sequence[str], table: OrderTable, *, shard: str, cells: in
     return table.order_SN[[row_of[each] for each in wanted]].reshape(len(keys), -1, cells)
 
 
+def mirror_orders(orders: NDArray[np.uint16], grid: int) -> NDArray[np.uint16]:
+    """The same ways through the cells of a mirrored image: left and right are exchanged. [..., N] of N = grid x grid cells."""
+    row, column = np.divmod(orders, np.uint16(grid))
+    mirrored: NDArray[np.uint16] = row * np.uint16(grid) + np.uint16(grid - 1) - column
+    return mirrored
+
+
 def _key_column(keys: Sequence[str]) -> pa.Array:
     """The keys as text; as bytes where one of them is no UTF-8."""
     try:

@@ -26,6 +26,12 @@ from oar_scale.registry import Stage
 from oar_scale.run.context import Run
 from oar_scale.storage import Missing, read_json, write_json
 
+VIEWS_BEFORE: dict[str, object] = {"extract.views": 1, "extract.mirror": False}
+"""What there was before recipes had these fields, which trainings read."""
+OF_TRAININGS = {"extract": frozenset({"mirror"})}
+"""Fields of a section that change nothing about the stage that is named like it, but about trainings on its results."""
+_ABSENT = object()
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -46,14 +52,14 @@ def stage_settings(recipe: Recipe, stage: Stage) -> JsonObject:
     plain: JsonObject = recipe.model_dump(mode="json")
     chosen: JsonObject = {}
     for section in stage.sections:
-        if section == "extract.views" and recipe.extract.views == 1:
-            continue  # one view is what there was before recipes had this field: fingerprints of those runs still hold
         value: JsonObject = plain
         for key in section.split("."):
             value = value[key]
+        if VIEWS_BEFORE.get(section, _ABSENT) == value:
+            continue  # fingerprints of runs without this field still hold
         config = _section(recipe, section)
         if config is not None:
-            silent = silent_fields(config)
+            silent = silent_fields(config) | OF_TRAININGS.get(section, frozenset())
             chosen |= {f"{section}.{key}": item for key, item in value.items() if key not in silent}
             if section == "extract":
                 chosen |= {f"extract.{key}": item for key, item in REMOVED_EXTRACT.items()}  # older versions hashed them

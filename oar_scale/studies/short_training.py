@@ -79,7 +79,7 @@ class ShortTraining:
         self.recipe = recipe.model_copy(
             update={
                 "finetune": recipe.finetune.model_copy(update=short),
-                "extract": recipe.extract.model_copy(update={"views": 1}),
+                "extract": recipe.extract.model_copy(update={"views": 1, "mirror": False}),
                 "parallel": recipe.parallel.model_copy(update={"workers": 1}),
                 "storage": recipe.storage.model_copy(update={"cache_dir": escape_location(run.cache), "scratch_dir": None}),
             }

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from oar_scale.config.schema import MixConfig
+from oar_scale.config.schema import MixConfig, mirrored_views
 from oar_scale.data.hashing import derived_seed
 from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.open_shard import OpenShard
 from oar_scale.data.sample_plan import Cut
-from oar_scale.data.shard_source import ShardSource, StoredOrders
+from oar_scale.data.shard_source import Orders, ShardSource, StoredOrders
 from oar_scale.data.stream import StreamSettings, TokenStream
 from oar_scale.errors import UserError
 from oar_scale.orders.order_files import run_files
-from oar_scale.orders.order_table import OrderTable, join_orders, read_orders, table_name
+from oar_scale.orders.order_table import OrderTable, join_orders, mirror_orders, read_orders, table_name
 from oar_scale.orders.policies import TrainingOrders, policy
 from oar_scale.storage import join
 from oar_scale.storage.shard_cache import ShardCache
@@ -45,7 +44,8 @@ def job_stream(
     recipe, training = job.recipe, job.training
     *earlier, cut = cuts or (recipe_cut(job),)
     folder, given = join(job.root, "tokens", "train"), job_orders(job)
-    views = 1 if job.stage == "pretrain" else recipe.extract.views
+    manifest = read_manifest(folder)
+    views, mirrored = _views_with_orders(job, manifest)
     settings = StreamSettings(
         seed=stream_seed(job, version),
         global_batch=training.global_batch,
@@ -54,22 +54,36 @@ def job_stream(
         caption_dropout=recipe.model.caption_dropout,
         order=given.order if job.stage == "pretrain" else None,
         random_share=0.0 if recipe.model.layout == "raster" else training.random_share,
-        stored_views=views,
+        stored_views=(*range(views), *sorted(mirrored.values())),
         max_bad_fraction=recipe.data.max_bad_fraction,
         earlier=tuple(earlier),
         first_batch=cut.first_batch,
     )
-    manifest = read_manifest(folder)
     stored: StoredOrders | None = None
     if given.tables is not None:
-        stored = _OrderTables(given.tables, folder, manifest.grid or 0, job.start_id, views)
+        stored = _OrderTables(given.tables, folder, manifest.grid or 0, job.start_id, views, mirrored)
     elif given.order is not None and job.stage == "finetune":
         # By sample, as if it were stored: so another order policy changes the orders and nothing else, not the views.
-        stored = _OneOrder(given.order, views)
+        stored = _OneOrder(given.order, settings.stored_views)
     cache = ShardCache(job.cache, recipe.storage.cache_bytes, recipe.storage.patience_s)
     sources = [ShardSource(folder, manifest, cache, stored_orders=stored)]
     sources += [_mixed_source(job, mix, manifest, cache, stored if given.order is not None else None) for mix in training.mix]
     return TokenStream(sources, prompts, settings, rank, world, recipe.data.loader_processes)
+
+
+def _views_with_orders(job: TrainingJob, manifest: Manifest) -> tuple[int, dict[int, int]]:
+    """How many views have orders of their own, and which of them has a mirror image with the same orders mirrored; see
+    :func:`mirrored_views`."""
+    extract = job.recipe.extract
+    if job.stage == "pretrain":
+        return 1, {}
+    mirrored = mirrored_views(manifest.views, extract.views) if extract.mirror else {}
+    if extract.mirror and not mirrored:
+        raise UserError(
+            f"{join(job.root, 'tokens', 'train')}: extract.mirror wants a mirror image of one of the first {extract.views} views, and the "
+            f"shards hold {', '.join(manifest.views)}. Tokenise again with tokenizer.views, or leave mirror out."
+        )
+    return extract.views, mirrored
 
 
 def recipe_cut(job: TrainingJob, first_batch: int = 0) -> Cut:
@@ -115,13 +129,14 @@ def _mixed_source(job: TrainingJob, mix: MixConfig, own: Manifest, cache: ShardC
 
 @dataclass(frozen=True)
 class _OneOrder:
-    """One order for all samples of a shard, in all views."""
+    """One order for all samples of a shard, in all views that have orders."""
 
     order: tuple[int, ...]
-    views: int
+    views: tuple[int, ...]
 
-    def __call__(self, shard: str, samples: OpenShard) -> NDArray[np.uint16]:
-        return np.broadcast_to(np.array(self.order, dtype=np.uint16), (len(samples), self.views, 1, len(self.order)))
+    def __call__(self, shard: str, samples: OpenShard) -> dict[int, Orders]:
+        orders_SKN = np.broadcast_to(np.array(self.order, dtype=np.uint16), (len(samples), 1, len(self.order)))
+        return dict.fromkeys(self.views, orders_SKN)
 
 
 @dataclass(frozen=True)
@@ -133,12 +148,17 @@ class _OrderTables:
     grid: int
     model_id: str
     views: int
+    """The first so many views have rows in the table."""
+    mirrored: dict[int, int]
+    """Of some of these: the view that is the mirror image."""
 
-    def __call__(self, shard: str, samples: OpenShard) -> NDArray[np.uint16]:
+    def __call__(self, shard: str, samples: OpenShard) -> dict[int, Orders]:
         table, where = read_orders(join(self.orders, table_name(shard))), join(self.tokens, shard)
-        of_view = [_of_view(table, view) for view in range(self.views)]
-        joined = [join_orders(samples.keys, each, shard=where, cells=self.grid**2, model_id=self.model_id) for each in of_view]
-        return np.stack(joined, axis=1)
+        own = {
+            view: join_orders(samples.keys, _of_view(table, view), shard=where, cells=self.grid**2, model_id=self.model_id)
+            for view in range(self.views)
+        }
+        return own | {other: mirror_orders(own[view], self.grid) for view, other in self.mirrored.items()}
 
 
 def _of_view(table: OrderTable, view: int) -> OrderTable:

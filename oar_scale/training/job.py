@@ -84,6 +84,7 @@ class TrainingJob:
             "mix": [read_manifest(mix.shards).fingerprint for mix in training.mix],
             "streams": [recipe.data.canonical_streams, recipe.data.shuffle_window_shards],
             "max_bad_fraction": recipe.data.max_bad_fraction,
+            **({"extract.mirror": True} if recipe.extract.mirror and self.section == "finetune" else {}),
         }
 
     @property

@@ -77,6 +77,7 @@ def test_these_fields_are_younger_than_runs_that_are_read() -> None:
     assert marked(added_fields) == {
         "pretrain": {"group_steps"},
         "finetune": {"group_steps"},
+        "extract": {"mirror"},
         "sample": {"guidance_schedule", "guidance_start", "top_p", "min_p", "score", "steps"},
     }
 

@@ -102,8 +102,8 @@ def test_stored_orders_come_with_view_0_in_their_share(tokens: str, text: TextTo
     """Stored orders come with the first view and in the stated share."""
     backwards = np.arange(16, dtype=np.uint16)[::-1]
 
-    def stored(name: str, shard: OpenShard) -> NDArray[np.uint16]:
-        return np.stack([backwards[None, None]] * len(shard.keys))
+    def stored(name: str, shard: OpenShard) -> dict[int, NDArray[np.uint16]]:
+        return {0: np.stack([backwards[None]] * len(shard.keys))}
 
     settings = replace(SETTINGS, random_share=0.25)
     batches = list(TokenStream(source(tokens, stored), text, settings).batches(0, 50))
@@ -113,14 +113,14 @@ def test_stored_orders_come_with_view_0_in_their_share(tokens: str, text: TextTo
     assert (codes[follows, 0] < 100).all(), "a stored order was used on a view it was not found for"
 
 
-def orders_of_views(name: str, shard: OpenShard) -> NDArray[np.uint16]:
-    """For view v of each sample the order that begins with cell 1 + v: [S, 2, 1, 16]."""
-    return np.stack([np.stack([np.roll(np.arange(16, dtype=np.uint16), -1 - view)[None] for view in (0, 1)])] * len(shard.keys))
+def orders_of_views(name: str, shard: OpenShard) -> dict[int, NDArray[np.uint16]]:
+    """For view v of each sample the order that begins with cell 1 + v."""
+    return {view: np.stack([np.roll(np.arange(16, dtype=np.uint16), -1 - view)[None]] * len(shard.keys)) for view in (0, 1)}
 
 
 def test_a_view_follows_the_order_stored_for_it(tokens: str, text: TextTokenizer) -> None:
     """A view with stored orders follows the one that was found for it."""
-    settings = replace(SETTINGS, random_share=0.25, stored_views=2)
+    settings = replace(SETTINGS, random_share=0.25, stored_views=(0, 1))
     batches = list(TokenStream(source(tokens, orders_of_views), text, settings).batches(0, 50))
     codes, orders, fixed = (torch.cat(each) for each in zip(*((b.codes_bN, b.orders(), b.fixed_b) for b in batches), strict=True))
     view = codes[:, 0] // 100
@@ -137,7 +137,7 @@ def test_a_view_follows_the_order_stored_for_it(tokens: str, text: TextTokenizer
 
 
 def test_where_the_first_view_alone_has_orders_it_is_taken(tokens: str, text: TextTokenizer) -> None:
-    stored = TokenStream(source(tokens, lambda *of: orders_of_views(*of)[:, :1]), text, replace(SETTINGS, random_share=0.25))
+    stored = TokenStream(source(tokens, lambda *of: {0: orders_of_views(*of)[0]}), text, replace(SETTINGS, random_share=0.25))
     for batch in stored.batches(0, 20):
         assert (batch.codes_bN[batch.fixed_b, 0] < 100).all() and (batch.orders()[batch.fixed_b, 0] == 1).all()
 
@@ -148,7 +148,7 @@ def test_sample_and_epoch_choose_among_stored_orders(tokens: str, text: TextToke
     settings = replace(SETTINGS, random_share=0.0)
 
     def taken(stored: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ours = TokenStream(source(tokens, lambda name, shard: np.stack([stored[None]] * len(shard.keys))), text, settings)
+        ours = TokenStream(source(tokens, lambda name, shard: {0: np.stack([stored] * len(shard.keys))}), text, settings)
         batches = list(ours.batches(0, 60))
         return tuple(torch.cat(columns) for columns in zip(*((b.uid_b, b.epoch_b, b.orders()) for b in batches), strict=True))  # type: ignore[return-value]
 
@@ -170,7 +170,7 @@ def test_the_control_differs_in_its_orders_only(tokens: str, text: TextTokenizer
     backwards = np.arange(16, dtype=np.int64)[::-1].copy()
     ordered, control = (
         TokenStream(source(tokens, stored), text, replace(SETTINGS, random_share=0.25)).batch(2)
-        for stored in (lambda name, shard: np.stack([backwards[None, None]] * len(shard.keys)), None)
+        for stored in (lambda name, shard: {0: np.stack([backwards[None]] * len(shard.keys))}, None)
     )
     assert torch.equal(ordered.uid_b, control.uid_b) and torch.equal(ordered.codes_bN, control.codes_bN)
     assert torch.equal(ordered.drop_b, control.drop_b)
