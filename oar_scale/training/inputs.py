@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from oar_scale.config.schema import MixConfig, mirrored_views
+from oar_scale.config.data_sections import mirrored_views
+from oar_scale.config.schema import MixConfig
 from oar_scale.data.hashing import derived_seed
 from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.open_shard import OpenShard
