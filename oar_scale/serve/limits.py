@@ -6,7 +6,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class BodyLimits:
+    """Bounds of what is read."""
+
+    body_bytes: int = 32 << 20
+    """Of one request: a picture and a mask, in base64."""
+    bodies_bytes: int = 64 << 20
+    """Of all requests that are being read, or wait for their pictures to be decoded."""
+    body_s: float = 60.0
+    """In which a request has to be there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits(BodyLimits):
     """Bounds of requests, and of what is kept for them."""
 
     prompt_characters: int = 4000
@@ -15,12 +27,6 @@ class Limits:
     """Of one picture that is sent, as a file."""
     pixels: int = 16 << 20
     """Of one picture that is sent; its size is read before it is decoded."""
-    body_bytes: int = 32 << 20
-    """Of one request: a picture and a mask, in base64."""
-    bodies_bytes: int = 64 << 20
-    """Of all requests that are being read, or wait for their pictures to be decoded."""
-    body_s: float = 60.0
-    """In which a request has to be there."""
     queue_jobs: int = 128
     """That wait for a slot."""
     queue_bytes: int = 256 << 20

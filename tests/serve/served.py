@@ -28,7 +28,8 @@ from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
 from oar_scale.serve.app import make_app
 from oar_scale.serve.guard import Access
 from oar_scale.serve.limits import Limits
-from oar_scale.serve.server import Server, listen
+from oar_scale.serve.listening import listen
+from oar_scale.serve.server import Server
 from oar_scale.serve.service import Service
 from oar_scale.tokenizers.text import train_text_tokenizer
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from page_tab import PHOTO, Gate, Tab, chromium, cut, held_passes, pixels
+from browser_tab import chromium
+from page_tab import PHOTO, Gate, Tab, cut, held_passes, pixels
 from PIL import Image
 from playwright.sync_api import Browser, expect
 from served import Served, load, served

@@ -1,4 +1,4 @@
-/** Requests to `oar serve`. Addresses are relative to the page, so that it also works behind a path of a proxy. */
+/** Requests to `oar serve`, or `oar study serve`. Addresses are relative to the page, so that it also works behind a path of a proxy. */
 
 const TOKEN = "oar.token";
 
@@ -38,7 +38,7 @@ export async function send(path, { method = "GET", json, headers = {}, signal, k
     response = await fetch(address(path), { method, headers: all, body, signal, keepalive, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The server does not answer. See whether oar serve is still running.");
+    throw new ApiError("The server does not answer. See whether it is still running.");
   }
   if (!response.ok) throw await refusal(response);
   return response;

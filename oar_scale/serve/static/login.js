@@ -2,8 +2,8 @@
 import { send, setToken } from "./api.js";
 import { byId } from "./dom.js";
 
-/** Ask, until the server takes the token. Nothing on the page works without, so that the dialog cannot be closed. */
-export async function login() {
+/** Ask, until the server takes the token and answers at `path`. Nothing on the page works without, so that the dialog cannot be closed. */
+export async function login(path = "api/model") {
   const dialog = byId("login");
   if (!dialog.open) dialog.showModal();
   dialog.addEventListener("cancel", (event) => event.preventDefault());
@@ -11,7 +11,7 @@ export async function login() {
     await submitted();
     setToken(byId("token").value.trim());
     try {
-      await send("api/model");
+      await send(path);
       break;
     } catch (error) {
       byId("error-token").textContent = error.status === 401 ? "That is not the token of this server." : error.message;
