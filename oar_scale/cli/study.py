@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from oar_scale.cli.common import Subparsers, count, port, seed
+from oar_scale.cli.common import Subparsers, count, port, seed, share
 from oar_scale.errors import UserError
 from oar_scale.text import say
 
@@ -18,6 +18,7 @@ def add(verbs: Subparsers) -> None:
     actions = verbs.add_parser("study", help=text, description=text).add_subparsers(metavar="ACTION", required=True)
     _add_build(actions)
     _add_serve(actions)
+    _add_results(actions)
 
 
 def _add_build(actions: Subparsers) -> None:
@@ -49,6 +50,21 @@ def _add_serve(actions: Subparsers) -> None:
     serve.set_defaults(run=_serve)
 
 
+def _add_results(actions: Subparsers) -> None:
+    text = "what the answers say: who is preferred, by how much, how sure that is"
+    results = actions.add_parser("results", help=text, description=text)
+    results.add_argument("places", nargs="+", metavar="STUDY", help="the study's folder; then further copies of it, or their SQLite files")
+    results.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    results.add_argument(
+        "--threshold",
+        type=share,
+        default=0.75,
+        metavar="SHARE",
+        help="of the attention checks that raters have to pass; default: %(default)s",
+    )
+    results.set_defaults(run=_results)
+
+
 def _build(arguments: argparse.Namespace) -> None:
     from oar_scale.preference.build import BuildRequest, build_study
 
@@ -61,6 +77,13 @@ def _serve(arguments: argparse.Namespace) -> None:
     from oar_scale.preference.server import StudyRequest, serve_study
 
     serve_study(StudyRequest(**{name: value for name, value in vars(arguments).items() if name != "run"}), say)
+
+
+def _results(arguments: argparse.Namespace) -> None:
+    _need_extra("evalica", "pandas", "scipy")
+    from oar_scale.preference.results import study_results
+
+    study_results(arguments.places, arguments.threshold, arguments.json, say)
 
 
 def _need_extra(*packages: str) -> None:

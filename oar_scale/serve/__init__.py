@@ -5,7 +5,7 @@
     openai_api      /v1/models,  /v1/images/generations,  /v1/images/edits
     service         what they share: jobs, results, the queue's bounds (limits), metrics
     worker          the one thread that the model runs in, around one ContinuousBatch
-    server          the port, the model, signals
+    server          the model, jobs that end before it stops; listening: the port, connections, signals
 
 A request becomes a ``Task`` (tasks, uploads), a task a ``Job`` (jobs) in the queue. The worker begins it when there is a slot, and sends
 what happens to the event loop, where requests are served. Uploads are decoded and PNGs written in other threads (uploads, pictures).
