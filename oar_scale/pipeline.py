@@ -162,7 +162,7 @@ def _run_stage(run: Run, stage: Stage, drivers: Drivers) -> None:
 
 def _do_stage(run: Run, stage: Stage, finished: Finished | None) -> None:
     """Run a stage that nobody else does, and write down that it is done."""
-    function, arguments = entry_point(stage), (run, stage.name) if stage.training else (run,)
+    function, arguments = entry_point(stage), (run, stage.name) if stage.takes_name else (run,)
     # Pools wait for the storage by rules of their own, and go on with something else meanwhile.
     patience = patient(0.0) if stage.shared else nullcontext()
     if run.rank:  # rank 0 alone writes run.json and the marker

@@ -3,18 +3,20 @@
     data -> tokenizer -> tokens -> pretrain -> extract -> finetune -> evaluate -> report
                                        \\-------------------> control -/
 
+A recipe with ``pipeline.arms`` or ``pipeline.seeds`` has more of ``extract``, ``finetune`` and ``control``: :func:`arm_extraction` and
+:func:`fine_tuning` make their entries, and ``oar_scale.config.arms`` says which ones a recipe has.
+
 The pipeline, the command line, cluster jobs, planning, status and report read names, order and properties here. It is plain
 data and imports neither torch nor Ray; a stage's code is imported when the stage runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 StageName = Literal["data", "tokenizer", "tokens", "pretrain", "extract", "finetune", "control", "evaluate", "report"]
-TrainingName = Literal["pretrain", "finetune", "control"]
-"""The stages that train a model."""
 ModelName = Literal["base", "any_order", "control", "ordered"]
 
 
@@ -27,7 +29,7 @@ class Model:
     """Its name in tables and on the console."""
     title: str
     """Its name in running text."""
-    stage: TrainingName
+    stage: StageName
     """The stage that writes it."""
     old_file: str = ""
     """Where runs of earlier versions have it; they are still read."""
@@ -37,7 +39,12 @@ class Model:
     @property
     def file(self) -> str:
         """Its file in the run's storage."""
-        return f"models/{self.name}.safetensors"
+        return model_file(self.name)
+
+
+def model_file(name: str) -> str:
+    """The file of a model in the run's storage, also of an arm's."""
+    return f"models/{name}.safetensors"
 
 
 MODELS: dict[ModelName, Model] = {
@@ -64,12 +71,12 @@ BASELINES: tuple[ModelName, ...] = ("control", "any_order")
 class Stage:
     """A stage of a run."""
 
-    name: StageName
+    name: str
     title: str
     """What it does, on the console and in the help of the command line."""
     entry: str
-    """``module:function``: called with the run, and where it trains with the stage's name; returns the results for the marker."""
-    needs: tuple[StageName, ...] = ()
+    """``module:function``: called with the run, and by :attr:`takes_name` with the stage's name; returns the results for the marker."""
+    needs: tuple[str, ...] = ()
     """The stages whose results it reads, those only that the recipe has."""
     sections: tuple[str, ...] = ()
     """The parts of the recipe that its result depends on (``a.b`` for a part of a part)."""
@@ -77,9 +84,11 @@ class Stage:
     """Folders of the run's storage that are its own."""
     verb: str = ""
     """Its command, ``oar VERB RECIPE``. Default: its name."""
+    own_options: bool = False
+    """Whether its command has options of its own (``cli/NAME.py``)."""
     duration: str = ""
     """How long it takes, for the console; computed from the recipe where it trains."""
-    model: ModelName | None = None
+    model: str | None = None
     """The model that it trains."""
     training: Literal["pretrain", "finetune", ""] = ""
     """The section of the recipe with its training settings, where it trains a model."""
@@ -91,6 +100,24 @@ class Stage:
     """Whether a recipe with the raster layout has it: without orders there is nothing to do after pretraining."""
     curve: str = ""
     """Title of its training curve in the report."""
+    of: str = ""
+    """The stage that it is another one of: of an arm or a seed. Read :attr:`kind`, which also knows the stages that are none."""
+    arm: str = ""
+    """The arm of the recipe (``pipeline.arms``) that it belongs to."""
+    seed: int = 0
+    """Which seed of ``pipeline.seeds`` it trains with."""
+    orders: str = "orders"
+    """Of the stages between ``pretrain`` and ``evaluate``: the folder with the order tables that it writes or may read."""
+
+    @property
+    def kind(self) -> str:
+        """The stage of the method that it is: ``finetune`` of every arm and seed, but for those of the control."""
+        return self.of or self.name
+
+    @property
+    def takes_name(self) -> bool:
+        """Whether its entry point is called with its name: several stages share it."""
+        return bool(self.training) or self.kind == "extract"
 
     @property
     def shared(self) -> bool:
@@ -101,11 +128,12 @@ class Stage:
     def outputs(self) -> tuple[str, ...]:
         """Folders and objects of the run's storage that are set aside when the stage is done again."""
         models = [model for model in MODELS.values() if model.stage == self.name]
-        return (*self.folders, *(file for model in models for file in (model.file, model.old_file) if file))
+        own = [] if self.model is None or models else [model_file(self.model)]
+        return (*self.folders, *(file for model in models for file in (model.file, model.old_file) if file), *own)
 
     def command(self, recipe: str) -> list[str]:
         """The arguments of ``oar`` that run it alone."""
-        return [self.verb or self.name, recipe, *(["--stage", self.name] if self.training else [])]
+        return stage_command(self.name, recipe)
 
 
 STAGES: dict[str, Stage] = {
@@ -164,6 +192,7 @@ STAGES: dict[str, Stage] = {
             needs=("pretrain",),
             sections=("extract", "parallel.precision"),
             folders=("orders",),
+            own_options=True,
             duration="10 s to start the actors, then about 20 images/s and actor at 64 cells",
             ray=True,
         ),
@@ -199,6 +228,7 @@ STAGES: dict[str, Stage] = {
             "oar_scale.stages.evaluate:run_evaluate",
             needs=("finetune", "control"),
             sections=("sample", "evaluate"),
+            own_options=True,
             duration="about 3 min for 6 M parameters on 2 cores",
             local=True,
         ),
@@ -216,9 +246,81 @@ TRAINING_SECTIONS = tuple(dict.fromkeys(stage.training for stage in STAGES.value
 """The sections of a recipe that hold the settings of a training."""
 
 
-def stages_of(*, raster: bool, control: bool) -> list[Stage]:
-    """The stages of a recipe, each after those it needs: with the raster layout or another, with a control or without."""
-    return [stage for stage in STAGES.values() if (stage.with_raster_layout or not raster) and (stage.name != "control" or control)]
+EXTRACTION = "extract_"
+"""What the name of an arm's own extraction begins with, and that of no arm."""
+ARM_ORDERS = "arm_orders"
+"""The folder of the run's storage with the orders of such extractions."""
+
+
+def arm_extraction(arm: str) -> Stage:
+    """The stage that extracts orders for an arm with settings of its own."""
+    own = f"{ARM_ORDERS}/{arm}"
+    return replace(
+        STAGES["extract"],
+        name=EXTRACTION + arm,
+        title=f"an order for every training image, as arm {arm} has it",
+        folders=(own,),
+        of="extract",
+        arm=arm,
+        orders=own,
+    )
+
+
+def fine_tuning(arm: str, seed: int = 0, *, kind: StageName = "finetune", extraction: str = "extract") -> Stage:
+    """The stage that fine-tunes an arm with a seed.
+
+    Args:
+        arm: its name in ``pipeline.arms``; empty: the ordered model's, or the control's where that is the ``kind``.
+        extraction: the stage that extracts the orders which it rests on; empty: it rests on none.
+    """
+    if not arm and not seed:
+        return STAGES[kind]
+    # One that needs no orders still sees the views that have some, as the control does.
+    base, number = STAGES[kind if extraction else "control"], f".s{seed}" if seed else ""
+    name, title = (arm, f"fine-tuning of arm {arm}") if arm else (STAGES[kind].name, STAGES[kind].title)
+    return replace(
+        base,
+        name=name + number,
+        title=title + (f", seed {seed}" if seed else ""),
+        needs=base.needs if base.name == "control" else (extraction,),
+        folders=(f"checkpoints/{name}{number}",),
+        model=f"{arm or STAGES[kind].model}{number}",
+        curve="" if seed else title,
+        of=kind,
+        arm=arm,
+        seed=seed,
+        orders=f"{ARM_ORDERS}/{extraction.removeprefix(EXTRACTION)}" if extraction.startswith(EXTRACTION) else "orders",
+    )
+
+
+def kind_of(stage: str) -> str:
+    """The stage of the method that a stage of this name is: of an arm or seed that one which it is another one of."""
+    if stage in STAGES:
+        return stage
+    if stage.startswith(EXTRACTION):
+        return "extract"
+    return "control" if stage.partition(".")[0] == "control" else "finetune"
+
+
+def stage_of_name(name: str) -> Stage | None:
+    """The stage of a name, also of an arm that no recipe at hand has; then what it needs is not known. None: it is no name of a stage."""
+    if name in STAGES:
+        return STAGES[name]
+    parts = re.fullmatch(r"([a-z0-9_]+)(?:\.s([0-9]+))?", name)
+    if parts is None:
+        return None
+    arm, seed = parts[1], int(parts[2] or 0)
+    if arm.startswith(EXTRACTION):
+        return arm_extraction(arm.removeprefix(EXTRACTION))
+    if arm == "finetune":
+        return fine_tuning("", seed)
+    return fine_tuning("", seed, kind="control") if arm == "control" else fine_tuning(arm, seed)
+
+
+def stage_command(stage: str, recipe: str) -> list[str]:
+    """The arguments of ``oar`` that run the stage of this name alone, whichever arm or seed it is of."""
+    kind = STAGES[kind_of(stage)]
+    return [kind.verb or kind.name, recipe, *(["--stage", stage] if kind.training or stage != kind.name else [])]
 
 
 def model_label(name: str) -> str:

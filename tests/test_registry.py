@@ -13,7 +13,7 @@ import pytest
 import oar_scale
 from oar_scale.config.schema import Recipe
 from oar_scale.pipeline import entry_point
-from oar_scale.registry import MODELS, STAGES, TRAINING_SECTIONS, ModelName, StageName, TrainingName, current_name
+from oar_scale.registry import MODELS, STAGES, TRAINING_SECTIONS, ModelName, StageName, current_name
 
 PACKAGE = Path(oar_scale.__file__).parent
 
@@ -63,7 +63,6 @@ def test_no_other_file_lists_the_names(names: set[str]) -> None:
 def test_the_types_name_what_the_tables_have() -> None:
     assert get_args(StageName) == tuple(STAGES)
     assert get_args(ModelName) == tuple(MODELS)
-    assert get_args(TrainingName) == tuple(name for name, stage in STAGES.items() if stage.training)
     assert TRAINING_SECTIONS == ("pretrain", "finetune")
 
 
@@ -85,7 +84,7 @@ def test_models_and_the_stages_that_make_them_agree() -> None:
 def test_each_stage_has_an_entry_point(name: str) -> None:
     """It takes the run, and the name of the stage where several stages share it."""
     parameters = list(inspect.signature(entry_point(STAGES[name])).parameters)
-    assert parameters == (["run", "stage"] if STAGES[name].training else ["run"])
+    assert parameters == (["run", "name"] if STAGES[name].takes_name else ["run"])
 
 
 def test_models_are_known_by_their_old_names() -> None:

@@ -29,7 +29,6 @@ from oar_scale.model import AnyOrderModel, ModelSpec, load_model, model_id, save
 from oar_scale.model.spec import condition_spec
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
 from oar_scale.orders.order_table import OrderTable, table_name, write_orders
-from oar_scale.registry import TrainingName
 from oar_scale.tokenizers.prompts import PromptEncoder, load_prompts
 from oar_scale.tokenizers.text import TextTokenizer
 from oar_scale.tokenizers.vq import load_vq, save_vq
@@ -98,7 +97,7 @@ class Printed:
         print(f"  {kind:8}", *(f"{name} {fields[name]:.3f}" if name != "step" else f"step {fields[name]}" for name in shown))
 
 
-def train(recipe: Recipe, stage: TrainingName, out: Path, start_from: str, result: str) -> None:
+def train(recipe: Recipe, stage: str, out: Path, start_from: str, result: str) -> None:
     """A training stage: model ``start_from`` -> ``result``, in random orders or, when fine-tuning, in the extracted ones.
 
     A step draws its samples from the plan of the epoch, gives each an order, and lowers the negative log-likelihood of its codes one

@@ -7,6 +7,7 @@ import math
 import re
 from typing import TYPE_CHECKING, TypeAlias
 
+from oar_scale.errors import UserError
 from oar_scale.registry import MODELS, current_name
 
 if TYPE_CHECKING:
@@ -26,7 +27,23 @@ def add_verb(verbs: Subparsers, name: str, text: str, function: object, *, needs
 
 def add_model(verb: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
     """``--model``: one of a run's models, also by the name that an earlier version gave it."""
-    verb.add_argument("--model", type=current_name, choices=list(MODELS), default=default, help=text)
+    verb.add_argument("--model", type=model_name, metavar="NAME", default=default, help=f"{text} ({', '.join(MODELS)}, or an arm's)")
+
+
+def model_name(text: str) -> str:
+    """Parse the name of a model: one that every run has, or ``ARM`` or ``ARM.s1`` of a recipe with arms and seeds."""
+    name = current_name(text)
+    if not re.fullmatch(r"[a-z0-9_]+(\.s[0-9]+)?", name):
+        raise argparse.ArgumentTypeError(f"{text!r} is no model: there are {', '.join(MODELS)}, those of arms, and of seeds NAME.s1, ...")
+    return name
+
+
+def check_stage(recipe: Recipe, name: str, verb: str) -> None:
+    """Raise UserError where a recipe has no stage of this name that ``oar VERB`` does."""
+    stage = recipe.stage(name)
+    if (stage.verb or stage.kind) != verb:
+        here = [each.name for each in recipe.stages() if (each.verb or each.kind) == verb]
+        raise UserError(f"--stage {name}: oar {verb} does the stages {', '.join(here)} of this recipe.")
 
 
 def count(text: str) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import Subparsers, count, seed, share
+from oar_scale.cli.common import Subparsers, count, model_name, seed, share
 from oar_scale.errors import UserError
-from oar_scale.registry import MODELS, current_name
 
 
 def add(verbs: Subparsers) -> None:
@@ -23,7 +22,7 @@ def add(verbs: Subparsers) -> None:
     what.add_argument("--region", action="append", nargs=2, metavar=("FILE", "PROMPT"), help=text)
     verb.add_argument("--prompt", help="what the pictures show; of a model of classes, the label")
     verb.add_argument("--model", default="recipes/weights/emoji", metavar="PATH", help="a run or an exported folder; default: %(default)s")
-    verb.add_argument("--which", type=current_name, choices=list(MODELS), help="model of a run; default: ordered")
+    verb.add_argument("--which", type=model_name, metavar="NAME", help="model of a run, also an arm's; default: ordered")
     verb.add_argument("--variations", type=count, default=1, metavar="N", help="drawings of each picture; default: %(default)s")
     verb.add_argument("--strength", type=share, default=1.0, metavar="S", help="share of what is marked that is drawn; default: all")
     text = "draw pictures larger than the model's square at their own resolution, by overlapping windows; default: only with --expand"

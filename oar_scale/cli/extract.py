@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from oar_scale.cli.common import Subparsers, add_verb, count, load
+from oar_scale.cli.common import Subparsers, add_verb, check_stage, count, load
 
 SLURM = "SLURM_ARRAY_TASK_ID"
 
@@ -13,6 +13,7 @@ SLURM = "SLURM_ARRAY_TASK_ID"
 def add(verbs: Subparsers) -> None:
     """Add ``oar extract``."""
     verb = add_verb(verbs, "extract", "one order for every training image; resumes where it was interrupted", _extract)
+    verb.add_argument("--stage", default="extract", metavar="STAGE", help="extract_ARM: the extraction of an arm; default: %(default)s")
     instead = verb.add_mutually_exclusive_group()
     instead.add_argument(
         "--status", action="store_true", help="how far it is, from any machine: rate, time left, cost, slow actors, poison"
@@ -34,17 +35,18 @@ def add(verbs: Subparsers) -> None:
 
 def _extract(arguments: argparse.Namespace) -> int:
     recipe = load(arguments)
+    check_stage(recipe, arguments.stage, "extract")
     task = None if arguments.array is None else _array_task(arguments.array)
     from oar_scale.run.context import Run
 
     if arguments.status:
         from oar_scale.commands.extraction_status import show_extraction_status
 
-        show_extraction_status(Run(recipe))
+        show_extraction_status(Run(recipe), arguments.stage)
     elif arguments.verify:
         from oar_scale.commands.extraction_verify import verify_order_tables
 
-        return verify_order_tables(Run(recipe))
+        return verify_order_tables(Run(recipe), arguments.stage)
     elif arguments.compare:
         from oar_scale.studies.compare_extraction import run_compare
 
@@ -53,7 +55,7 @@ def _extract(arguments: argparse.Namespace) -> int:
         from oar_scale.pipeline import run_stage
         from oar_scale.shard_pool.pool_types import ArrayTask
 
-        run_stage(Run(recipe, array=ArrayTask(*task) if task else None), "extract")
+        run_stage(Run(recipe, array=ArrayTask(*task) if task else None), arguments.stage)
     return 0
 
 

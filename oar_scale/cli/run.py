@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from oar_scale.cli.common import Subparsers, add_verb, count, load, minutes
+from oar_scale.cli.common import Subparsers, add_verb, check_stage, count, load, minutes
 from oar_scale.registry import STAGES
 
 
@@ -21,10 +21,12 @@ def add(verbs: Subparsers) -> None:
     run.add_argument("--yes", action="store_true", help="with --from, --only and --undo: do not ask")
     run.add_argument("--minutes", type=minutes, metavar="M", help="begin no stage after M minutes; the same command goes on from there")
     for stage in STAGES.values():
-        if not stage.training and stage.name not in ("extract", "evaluate"):  # those have options of their own
+        if not stage.training and not stage.own_options:
             add_verb(verbs, stage.verb or stage.name, stage.title, _stage).set_defaults(stage=stage.name)
     train = add_verb(verbs, "train", "one training stage", _stage)
-    train.add_argument("--stage", choices=[stage.name for stage in STAGES.values() if stage.training], default="pretrain")
+    stages = ", ".join(stage.name for stage in STAGES.values() if stage.training)
+    train.add_argument("--stage", default="pretrain", metavar="STAGE", help=f"{stages}, or one of an arm or a seed; default: %(default)s")
+    train.set_defaults(verb="train")
     train.add_argument("--profile", type=count, default=0, metavar="N", help="where do N of the first steps go? A trace and a table")
     recipe = add_verb(verbs, "recipe", "print the resolved recipe", _recipe)
     recipe.add_argument("--origin", action="store_true", help="say which file and line set each value")
@@ -48,6 +50,8 @@ def _run(arguments: argparse.Namespace) -> None:
 def _stage(arguments: argparse.Namespace) -> None:
     """Run one stage, which resumes where it was interrupted; ``oar run --only`` does it again. A report is always written anew."""
     recipe = load(arguments)
+    if "verb" in arguments:
+        check_stage(recipe, arguments.stage, arguments.verb)
     from oar_scale.observe.console import Console
     from oar_scale.pipeline import run_pipeline, run_stage
     from oar_scale.run.context import Run

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import Subparsers, count, port
+from oar_scale.cli.common import Subparsers, count, model_name, port
 from oar_scale.errors import UserError
-from oar_scale.registry import MODELS, current_name
 from oar_scale.text import say
 
 EXTRA = ("fastapi", "uvicorn", "python_multipart")
@@ -17,7 +16,7 @@ def add(verbs: Subparsers) -> None:
     text = "draw and edit in a browser, or by OpenAI's API for images"
     verb = verbs.add_parser("serve", help=text, description=text)
     verb.add_argument("model", metavar="MODEL", help="a run's folder or an exported one, e.g. recipes/weights/emoji")
-    verb.add_argument("--which", type=current_name, choices=list(MODELS), help="model of a run; default: ordered")
+    verb.add_argument("--which", type=model_name, metavar="NAME", help="model of a run, also an arm's; default: ordered")
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback want a token; default: %(default)s")
     verb.add_argument("--port", type=port, default=8000, help="0: any that is free; default: %(default)s")
     verb.add_argument("--token", help="what clients send as Authorization: Bearer; better in OAR_SERVE_TOKEN, which nobody else sees")

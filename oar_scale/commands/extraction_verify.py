@@ -5,6 +5,7 @@ from __future__ import annotations
 from oar_scale.data.manifest import ShardInfo, read_manifest
 from oar_scale.errors import UserError
 from oar_scale.orders.order_table import Stored, parse_orders, table_name
+from oar_scale.registry import stage_command
 from oar_scale.run.context import Run
 from oar_scale.shard_pool import Ledger, ShardResult
 from oar_scale.storage import Missing, join, open_storage
@@ -13,14 +14,14 @@ from oar_scale.storage.background import in_order
 READERS = 16
 
 
-def verify_order_tables(run: Run) -> int:
+def verify_order_tables(run: Run, stage: str = "extract") -> int:
     """Read the table of every finished shard. Those that are lost or damaged, as their ledger entries may be, are removed from the ledger,
     and the stage counts as unfinished.
 
     Returns:
         1 if there are such, else 0.
     """
-    orders, tokens = run.at("orders", "train"), read_manifest(run.at("tokens", "train"))
+    orders, tokens = run.at(run.recipe.stage(stage).orders, "train"), read_manifest(run.at("tokens", "train"))
     book, shards = Ledger(join(orders, "ledger")), {shard.name: shard for shard in tokens.shards}
     entries = book.entries(shards)
     bad = book.damaged(shards, entries)
@@ -32,13 +33,14 @@ def verify_order_tables(run: Run) -> int:
             tally.update(number + 1)
     found = len(entries.keys() | bad.keys())
     if found - len(bad) < len(shards):  # whatever the cause: the stage is not finished
-        open_storage(run.marker("extract")).delete(run.marker("extract"))
+        open_storage(run.marker(stage)).delete(run.marker(stage))
     for shard in bad:
         book.forget(shard)
     if not bad:
         print(f"{orders}: {len(entries)} tables, all of them as they were written")
         return 0
-    print(f"{orders}: {len(bad)} of {found} tables are lost or damaged; the next `oar extract RECIPE` makes them again:")
+    again = " ".join(stage_command(stage, "RECIPE"))
+    print(f"{orders}: {len(bad)} of {found} tables are lost or damaged; the next `oar {again}` makes them again:")
     print("\n".join(f"  {shard}: {problem}" for shard, problem in bad.items()))
     return 1
 

@@ -15,7 +15,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import cast, get_args
+from typing import cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
@@ -146,7 +146,8 @@ def _reason(detail: ErrorDetails, keys: tuple[str, ...], cause: object) -> str:
         case "string_type":
             return "must be text; put a number or true/false in quotes."
         case "model_type" | "model_attributes_type" | "dict_type":
-            return f"must be a mapping with keys among: {', '.join(_fields_at(keys))}."
+            fields = _fields_at(keys)
+            return f"must be a mapping with keys among: {', '.join(fields)}." if fields else "must be a mapping."
         case "string_pattern_mismatch":
             return f"must match the pattern {context['pattern']}"
     return re.sub(r"^Input should", "must", detail["msg"]) + "."
@@ -210,13 +211,17 @@ def _show(value: object) -> str:
 
 
 def _variants(kind: object) -> dict[str, type[BaseModel]]:
-    """The models a field may hold, by ``type`` for a tagged union; empty for a plain value."""
+    """The models a field may hold, by ``type`` for a tagged union; empty for a plain value, and for a mapping with names of the user's."""
+    if get_origin(kind) is dict:
+        return {}
     bare = [getattr(arg, "__origin__", arg) if hasattr(arg, "__metadata__") else arg for arg in (kind, *get_args(kind))]
     models = [arg for arg in bare if isinstance(arg, type) and issubclass(arg, BaseModel)]
     return {get_args(model.model_fields["type"].annotation)[0] if "type" in model.model_fields else "": model for model in models}
 
 
 def _field_type(kind: object, key: str) -> object:
+    if get_origin(kind) is dict:
+        return get_args(kind)[1]
     for model in _variants(kind).values():
         if key in model.model_fields:
             return model.model_fields[key].annotation

@@ -168,13 +168,6 @@ class EvaluateConfig(Section):
     """Generated and held-out images compared by KID and Frechet distance, the same number of each."""
 
 
-class PipelineConfig(Section):
-    """Which optional stages a run has."""
-
-    control: bool = True
-    """Also fine-tune on random orders with the same budget: what the orders themselves are worth."""
-
-
 AlertKind = Literal[
     "failed", "driver_lost", "worker_failure", "restarts", "stall", "pending", "non_finite", "spike",
     "checkpoint_failed", "rejected_checkpoint", "slow", "data_wait", "straggler",

@@ -2,7 +2,8 @@
 
 data_sections       images, where shards lie, tokenizers
 training_sections   model, workers, pretraining, fine-tuning
-run_sections        extraction, order head, samples, evaluation, pipeline, watching
+run_sections        extraction, order head, samples, evaluation, watching
+arms                pipeline: optional stages, arms and seeds
 
 A recipe is YAML; ``config.loading`` reads it. The classes import neither torch nor ray, and no validator does I/O.
 Cross-field rules live in the model that owns both fields; rules between sections in :class:`Recipe`.
@@ -17,6 +18,7 @@ import re
 
 from pydantic import Field, model_validator
 
+from oar_scale.config.arms import ArmConfig, PipelineConfig, check_arms, check_orders, stages_of
 from oar_scale.config.data_sections import (
     CROPS,
     ClassFoldersSource,
@@ -38,6 +40,7 @@ from oar_scale.config.data_sections import (
     WebDatasetSource,
     mirrored_views,
 )
+from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.locations import Location
 from oar_scale.config.run_sections import (
     DRAWING_SCORES,
@@ -47,7 +50,6 @@ from oar_scale.config.run_sections import (
     GuidanceSchedule,
     ObserveConfig,
     OrderHeadConfig,
-    PipelineConfig,
     SampleConfig,
     Score,
 )
@@ -69,13 +71,15 @@ from oar_scale.config.training_sections import (
     ParallelConfig,
     TrainingConfig,
 )
-from oar_scale.registry import TRAINING_SECTIONS, Stage, stages_of
+from oar_scale.errors import UserError
+from oar_scale.registry import MODELS, STAGES, TRAINING_SECTIONS, Stage
 
 __all__ = [
     "CROPS",
     "DRAWING_SCORES",
     "NUMBER",
     "RANGE",
+    "ArmConfig",
     "ClassFoldersSource",
     "ClipTextConfig",
     "Count",
@@ -168,7 +172,32 @@ class Recipe(Section):
 
     def stages(self) -> list[Stage]:
         """The stages of this recipe, each after those it needs."""
-        return stages_of(raster=self.model.layout == "raster", control=self.pipeline.control)
+        if self.model.layout == "raster":
+            return [stage for stage in STAGES.values() if stage.with_raster_layout]
+        return list(stages_of(self.pipeline, self.extract, self.finetune))
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name, also one of every run's that this recipe leaves out. Raises UserError where there is none."""
+        own = {stage.name: stage for stage in self.stages()}
+        if name not in own and name not in STAGES:
+            raise UserError(f"no stage {name!r} in this recipe. Its stages are: {', '.join(own)}.")
+        return own.get(name) or STAGES[name]
+
+    def of(self, stage: Stage) -> Recipe:
+        """The recipe as one of its stages has it: with the extraction and the fine-tuning of its arm, and the seed that is its own."""
+        changes: dict[str, object] = {}
+        if stage.arm:
+            arm = self.pipeline.arms[stage.arm]
+            changes["extract"] = arm.extraction(self.extract)
+            changes["finetune"] = arm.finetune(self.finetune)
+        if stage.seed:
+            changes["seed"] = int(fingerprint({"seed": self.seed, "number": stage.seed}), 16) >> 1
+        # It is a recipe without arms: theirs would be understood as changes to this one's settings.
+        return self.model_copy(update={**changes, "pipeline": PipelineConfig(control=self.pipeline.control)}) if changes else self
+
+    def models(self) -> list[str]:
+        """The names of the run's models: those of every run, then those of its arms and seeds."""
+        return list(dict.fromkeys([*MODELS, *(stage.model for stage in self.stages() if stage.model)]))
 
     def training(self, section: str) -> TrainingConfig:
         """The settings of a training: the section ``pretrain`` or ``finetune``."""
@@ -238,25 +267,46 @@ class Recipe(Section):
         ]
 
     @model_validator(mode="after")
+    def _arms(self) -> Recipe:
+        if self.model.layout == "raster" and (self.pipeline.arms or self.pipeline.seeds > 1):
+            raise RecipeConflict(f"pipeline.{'arms' if self.pipeline.arms else 'seeds'}", _RASTER_ONLY)
+        check_arms(self.pipeline, self.extract, self.finetune)
+        return self
+
+    @model_validator(mode="after")
     def _orders(self) -> Recipe:
         for stage in TRAINING_SECTIONS:
-            training = self.training(stage)
-            if training.group_steps and self.model.layout != "grouped":
+            if self.training(stage).group_steps and self.model.layout != "grouped":
                 raise RecipeConflict(
                     f"{stage}.group_steps",
                     "only a model of layout grouped is trained to answer for several cells at once.\n"
                     "Leave it out, or choose model.layout grouped.",
                 )
+        check_orders("finetune", self.finetune)
+        mirrored = mirrored_views(self.tokenizer.views, self.extract.views) if self.extract.mirror else {}
+        with_orders = self.extract.views + len(mirrored)
+        arms = {f"pipeline.arms.{name}": arm.finetune(self.finetune) for name, arm in self.pipeline.arms.items()}
+        for key, finetune in {"finetune": self.finetune, **arms}.items():
+            share = finetune.any_view_share
+            if share is not None and share > finetune.random_share and with_orders < len(self.tokenizer.views):
+                raise RecipeConflict(
+                    f"{key}.random_share",
+                    f"{finetune.random_share:g} is below {share:g}, the share of samples that take any view (finetune.random_share, or "
+                    f"any_view_share where that is set), and {with_orders} of {len(self.tokenizer.views)} views have orders.\n"
+                    "Set finetune.any_view_share to the least random_share of all arms, or extract.views higher.",
+                )
+        trainings: dict[str, TrainingConfig] = {name: self.training(name) for name in TRAINING_SECTIONS}
+        for key, training in {**trainings, **arms}.items():
             if training.order in (None, "random"):
                 continue
             if training.random_share == 1:
                 raise RecipeConflict(
-                    f"{stage}.random_share",
-                    f"with random_share 1 every sample takes a random order, and none follows {stage}.order {training.order!r}.\n"
+                    f"{key}.random_share",
+                    f"with random_share 1 every sample takes a random order, and none follows {key}.order {training.order!r}.\n"
                     "Set random_share: 0, or another share below 1.",
                 )
             if self.model.layout == "raster":
-                raise RecipeConflict(f"{stage}.order", _RASTER_ONLY)
+                raise RecipeConflict(f"{key}.order", _RASTER_ONLY)
         if self.model.layout == "raster" and self.sample.order not in (None, "raster"):
             raise RecipeConflict("sample.order", _RASTER_ONLY)
         along_given = self.sample.order not in (None, "confidence") or self.model.layout == "raster"

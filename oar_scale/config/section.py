@@ -6,7 +6,7 @@ from enum import Enum
 from functools import cache
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class Section(BaseModel):
@@ -99,8 +99,12 @@ def bounds(count: int | Range) -> tuple[int, int]:
     return (count, count) if isinstance(count, int) else (count.min, count.max)
 
 
-PolicyName = Annotated[str, Field(pattern=r"^[a-z]+(-[a-z]+)*$")]
-"""An order policy: a module of ``oar_scale.orders.policies``, which builds the policy when the stage begins."""
+def _with_hyphens(given: object) -> object:
+    return given.replace("_", "-") if isinstance(given, str) else given
+
+
+PolicyName = Annotated[str, BeforeValidator(_with_hyphens), Field(pattern=r"^[a-z]+(-[a-z]+)*$")]
+"""An order policy: a module of ``oar_scale.orders.policies``, which builds the policy when the stage begins. Underscores are hyphens."""
 
 
 class RecipeConflict(ValueError):

@@ -243,3 +243,11 @@ class FinetuneConfig(TrainingConfig):
 
     steps: Changeable[int] = Field(100, ge=1)
     random_share: float = Field(0.1, ge=0, le=1)
+    any_view_share: Added[float | None] = Field(None, ge=0, le=1)
+    """Share of the samples that take any of the views; the rest take one that has orders. Default: ``random_share``, so that those that
+    need a stored order have one; arms with another ``random_share`` than the recipe's keep its views by this."""
+    orders_of: Added[Literal["own", "other_images"]] = "own"
+    """Whose stored order an image follows: its own, or for comparison that of another image of its shard, drawn by the seed."""
+    distinct_orders: Added[int | None] = Field(None, ge=1)
+    """Only so many different stored orders: that many are drawn from those of the training set, and each image follows the nearest of
+    them by Kendall's distance (docs/arms.md). Default: as many as there are."""

@@ -151,6 +151,11 @@ def name_hash(name: str, purpose: str) -> float:
 
 def name_hashes(names: Sequence[str], purpose: str) -> NDArray[np.float64]:
     """:func:`name_hash` of many names at once."""
+    return uniform(purpose, *name_keys(names))
+
+
+def name_keys(names: Sequence[str]) -> tuple[UInt64Array, UInt64Array]:
+    """Two numbers [S] of each name, to be hashed with others: its checksums from either end."""
     encoded = [name_bytes(name) for name in names]
-    low, high = (np.array([zlib.crc32(data[::step]) for data in encoded], dtype=np.uint64) for step in (1, -1))
-    return uniform(purpose, low, high)
+    low_S, high_S = (np.array([zlib.crc32(data[::step]) for data in encoded], dtype=np.uint64) for step in (1, -1))
+    return low_S, high_S

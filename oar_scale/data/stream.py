@@ -142,6 +142,9 @@ class StreamSettings:
     """Share of samples that take any view, in a random order. The rest follow ``order`` if there is one; else they take one of the
     ``stored_views`` in the order stored for it. Where nothing is stored (the control) they take the same view in a random order,
     so that two stages differ in their orders only."""
+    any_view_share: float | None = None
+    """Share of samples that take any view; default: ``random_share``. Of two stages with different shares of random orders, both see the
+    same views with one of this."""
     stored_views: tuple[int, ...] = (0,)
     """The views that have stored orders, by their numbers, ascending."""
     max_bad_fraction: float = 0.01
@@ -243,7 +246,10 @@ class TokenStream:
 
     def _in_random_share(self, epoch_b: Ids, uid_b: Ids) -> NDArray[np.bool_]:
         """Which samples belong to the share that takes random orders."""
-        return uniform("order kind", self.settings.seed, epoch_b, uid_b) < self.settings.random_share
+        return self._order_kind(epoch_b, uid_b) < self.settings.random_share
+
+    def _order_kind(self, epoch_b: Ids, uid_b: Ids) -> NDArray[np.float64]:
+        return uniform("order kind", self.settings.seed, epoch_b, uid_b)
 
     def _read_samples(self, slots: Slots, bad: list[ReplacedSample]) -> tuple[list[ShardRow], NDArray[np.uint16]]:
         """The samples of some slots and their codes [b, N]; what cannot be used is replaced and added to ``bad``.
@@ -294,7 +300,8 @@ class TokenStream:
         nothing about the choices of its slot.
         """
         seed = self.settings.seed
-        random_b = self._in_random_share(epoch_b, uid_b)
+        random_b, any_view = self._in_random_share(epoch_b, uid_b), self.settings.any_view_share
+        any_view_b = random_b if any_view is None else self._order_kind(epoch_b, uid_b) < any_view
         folder_b = np.searchsorted(self.first_uid, wanted_b, side="right") - 1
         shard_b, row_b, view_b = (np.zeros_like(wanted_b) for _ in range(3))
         for number, (source, plan) in enumerate(zip(self.sources, self.plans, strict=True)):
@@ -302,7 +309,7 @@ class TokenStream:
             shard_b[here], row_b[here] = plan.shard_of(wanted_b[here] - self.first_uid[number])
             view_b[here] = integers("view", source.views, seed, epoch_b[here], uid_b[here])
             if self.settings.order is None:
-                stored = here & ~random_b  # these take a view that has an order: the same hash, over fewer views
+                stored = here & ~any_view_b  # these take a view that has an order: the same hash, over fewer views
                 of_source = np.array([view for view in self.settings.stored_views if view < source.views])
                 view_b[stored] = of_source[integers("view", len(of_source), seed, epoch_b[stored], uid_b[stored])]
         draw_b = uniform("stored order", seed, epoch_b, uid_b)

@@ -26,7 +26,7 @@ from oar_scale.model import ModelSpec
 from oar_scale.model.run_models import run_model_file
 from oar_scale.names import file_name
 from oar_scale.orders.order_files import OrderFiles, folder_files, run_files
-from oar_scale.registry import MODELS, current_name
+from oar_scale.registry import current_name
 from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.image import TokenizerSpec
 from oar_scale.tokenizers.prompts import TEXT_FILE
@@ -150,7 +150,7 @@ def _run_model(path: str, recipe: Recipe, model: str | None) -> str:
     """The file of a run's model, if it is there."""
     root = recipe.storage.root or path
     wanted = current_name(model or ("any_order" if recipe.model.layout == "raster" else "ordered"))
-    there = {str(name): uri for name in MODELS if open_storage(uri := run_model_file(root, name)).exists(uri)}
+    there = {name: uri for name in recipe.models() if open_storage(uri := run_model_file(root, name)).exists(uri)}
     if wanted not in there:
         has = f"It has: {', '.join(there)}. Name one of them, or resume the run." if there else "Run its training first."
         raise UserError(f"{path}: this run has no model {wanted!r}. {has}")

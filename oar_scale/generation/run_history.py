@@ -27,7 +27,7 @@ from oar_scale.json_object import JsonObject
 from oar_scale.model.run_models import run_model_file
 from oar_scale.orders.order_files import folder_files
 from oar_scale.orders.policies.mean import mean_order
-from oar_scale.registry import MODELS, STAGES, ModelName, StageName, current_name
+from oar_scale.registry import MODELS, STAGES, ModelName, current_name
 from oar_scale.storage import join, open_storage, read_json
 
 _MEASURED = ("nll", "pretrain", "calibration", "captions", "distances", "distance_differences", "orders")
@@ -101,16 +101,16 @@ def _name(bundle: ModelBundle) -> ModelName | None:
     return next((name for name in MODELS if run_model_file(bundle.root, name) == bundle.model), None)
 
 
-def _led_to(name: ModelName | None) -> list[StageName]:
+def _led_to(name: ModelName | None) -> list[str]:
     """The stages whose results a model rests on; of a checkpoint, those before any training. ``evaluate`` measures all models."""
-    wanted = {"tokens"} if name is None else {MODELS[name].stage, "evaluate"}
+    wanted: set[str] = {"tokens"} if name is None else {MODELS[name].stage, "evaluate"}
     for stage in reversed(STAGES.values()):
         if stage.name in wanted and stage.name != "evaluate":
             wanted |= set(stage.needs)
     return [stage.name for stage in STAGES.values() if stage.name in wanted]
 
 
-def _marker(bundle: ModelBundle, stage: StageName) -> JsonObject | None:
+def _marker(bundle: ModelBundle, stage: str) -> JsonObject | None:
     """The marker of a stage that has finished and has not become stale since."""
     assert bundle.root is not None
     uri = join(bundle.where if STAGES[stage].local else bundle.root, "stages", f"{stage}.json")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import UserError
-from oar_scale.registry import STAGES, Stage
+from oar_scale.registry import STAGES, Stage, kind_of, stage_command
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class JobSpec:
     @property
     def needs_ray(self) -> bool:
         """Whether one of its stages runs on Ray."""
-        return not self.stages or any(STAGES[stage].ray for stage in self.stages)
+        return not self.stages or any(STAGES[kind_of(stage)].ray for stage in self.stages)
 
     def commands(self, recipe: str, *, array: bool = False) -> list[list[str]]:
         """The arguments of ``oar`` for each command that the job runs, one after the other.
@@ -71,4 +71,4 @@ def plan_jobs(recipe: Recipe, requested: str | None) -> list[JobSpec]:
 
 
 def _command(stage: str, recipe: str, array: bool) -> list[str]:
-    return [*STAGES[stage].command(recipe), *(["--array"] if array and stage == "extract" else [])]
+    return [*stage_command(stage, recipe), *(["--array"] if array and kind_of(stage) == "extract" else [])]

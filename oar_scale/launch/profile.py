@@ -22,7 +22,7 @@ from oar_scale.config.layers import Setting, read_layers, refuse_secrets
 from oar_scale.config.locations import EXPAND, Location, expand_in_context
 from oar_scale.config.schema import Section
 from oar_scale.errors import UserError
-from oar_scale.registry import STAGES
+from oar_scale.registry import STAGES, kind_of
 
 ShellWord = Annotated[str, Field(pattern=r"^[^\s'\"$`\\]+$")]
 """Text that goes into a job file unquoted."""
@@ -118,7 +118,7 @@ class SlurmProfile(Section):
     backoff_s: int = Field(30, ge=0)
     """Seconds before the attempt after a failure; doubled each time, up to ten minutes."""
     stages: dict[str, Resources] = Field(default_factory=dict)
-    """Other resources for a stage."""
+    """Other resources for a stage, and for its arms and seeds."""
 
     @field_validator("time")
     @classmethod
@@ -161,8 +161,8 @@ class SlurmProfile(Section):
         return self
 
     def resources(self, stage: str) -> SlurmProfile:
-        """The profile with the resources of a stage in place of its own."""
-        override = self.stages.get(stage, Resources())
+        """The profile with the resources of a stage in place of its own. Arms and seeds have those of the stage that they are of."""
+        override = self.stages.get(kind_of(stage), Resources()) if stage else Resources()
         given = {name: getattr(override, name) for name in override.model_fields_set - {"array"}}
         chosen = {name: value for name, value in given.items() if value is not None or type(self).model_fields[name].default is None}
         if "nodes" in chosen:
@@ -171,7 +171,7 @@ class SlurmProfile(Section):
 
     def array(self, stage: str) -> int | None:
         """The number of tasks where a stage is a job array, else None."""
-        return self.stages[stage].array if stage in self.stages else None
+        return self.stages[kind_of(stage)].array if stage and kind_of(stage) in self.stages else None
 
 
 class RayProfile(Section):

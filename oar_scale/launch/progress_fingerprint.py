@@ -10,10 +10,11 @@ import hashlib
 import sys
 
 from oar_scale.config.loading import load_recipe
+from oar_scale.registry import ARM_ORDERS
 from oar_scale.run.context import Run
 from oar_scale.storage import open_storage
 
-PARTS = ("checkpoints", "tokens", "orders", "stages")
+PARTS = ("checkpoints", "tokens", "orders", ARM_ORDERS, "stages")
 """Folders to which stages that can be stopped and resumed add files while they run."""
 
 

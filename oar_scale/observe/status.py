@@ -19,7 +19,7 @@ from oar_scale.observe.events import EventReader, stages_with_events
 from oar_scale.observe.formatting import ALERTS, duration, line, message, number
 from oar_scale.observe.run_location import FinishedStage, RunLocation
 from oar_scale.observe.state import StageState
-from oar_scale.registry import STAGES
+from oar_scale.registry import STAGES, kind_of
 
 DEFAULT_STALL_S = 600.0
 
@@ -29,13 +29,19 @@ def status(location: RunLocation, now: float | None = None) -> str:
     now = time.time() if now is None else now
     finished, lines = location.finished(), [location.name]
     stages = {*finished, *stages_with_events(location.events)}
-    order = list(STAGES)
-    for stage in sorted(stages, key=lambda name: (order.index(name) if name in order else len(order), name)):
+    width = max([10, *map(len, stages)])
+    for stage in sorted(stages, key=_place):
         state = StageState(stage)
         state.read(EventReader(location.events, stage))
         headline = _done_line(finished[stage]) if stage in finished and not _continued(state) else _status_line(state, now)
-        lines += [f"{stage if index == 0 else '':10} {text}" for index, text in enumerate([headline, *_details(state, now)])]
+        lines += [f"{stage if index == 0 else '':{width}} {text}" for index, text in enumerate([headline, *_details(state, now)])]
     return "\n".join(lines) + "\n"
+
+
+def _place(stage: str) -> tuple[int, int, str]:
+    """Where a stage stands on the screen: arms and seeds after the stage that they are of, seed by seed."""
+    order, (_, _, seed) = list(STAGES), stage.partition(".s")
+    return order.index(kind_of(stage)), int(seed) if seed.isdecimal() else 0, "" if stage in STAGES else stage
 
 
 def _done_line(stage: FinishedStage) -> str:
@@ -45,7 +51,7 @@ def _done_line(stage: FinishedStage) -> str:
 
 def _continued(state: StageState) -> bool:
     """Whether a training that was finished has begun again, to take more steps."""
-    training = state.stage in STAGES and bool(STAGES[state.stage].training)
+    training = bool(STAGES[kind_of(state.stage)].training)
     return training and state.status not in ("waiting", "done")
 
 

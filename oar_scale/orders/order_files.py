@@ -1,6 +1,7 @@
 """Where a run, or an exported folder, keeps what order policies rest on.
 
-a run's storage      orders/train/*.parquet  orders/mean.json  orders/predicted/*.parquet  models/NAME.order-head.safetensors
+a run's storage      orders/train/*.parquet  orders/mean.json  orders/distinct/K-SEED.json  orders/predicted/*.parquet
+                     arm_orders/ARM/... (the same, of an arm with an extraction of its own)  models/NAME.order-head.safetensors
 an exported folder   mean-order.json  model.order-head.safetensors
 """
 
@@ -27,16 +28,19 @@ class OrderFiles:
     """The orders that were extracted for them."""
     predicted: str | None = None
     """The orders that an order head predicted for them."""
+    distinct: str | None = None
+    """A folder for the few orders that are taken for all of them (:mod:`oar_scale.orders.distinct`)."""
 
 
-def run_files(root: str) -> OrderFiles:
-    """The order files of the run whose storage is ``root``."""
+def run_files(root: str, folder: str = "orders") -> OrderFiles:
+    """The order files of the run whose storage is ``root``; ``folder`` is another one where an arm has an extraction of its own."""
     return OrderFiles(
         where=root,
-        mean=join(root, "orders", "mean.json"),
+        mean=join(root, folder, "mean.json"),
         tokens=join(root, "tokens", "train"),
-        tables=join(root, "orders", "train"),
-        predicted=join(root, "orders", "predicted"),
+        tables=join(root, folder, "train"),
+        predicted=join(root, folder, "predicted"),
+        distinct=join(root, folder, "distinct"),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import ParallelConfig, Recipe
@@ -22,6 +22,7 @@ from oar_scale.planning.simulation import Simulation, SimulationRequest, parse_s
 from oar_scale.planning.stream_load import check_sharing
 from oar_scale.planning.traffic import ShardTraffic, token_shard
 from oar_scale.planning.training_stage import TrainingStagePlan, plan_stage
+from oar_scale.registry import STAGES, kind_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class RunPlan:
     stages: list[TrainingStagePlan]
     extraction: ExtractionPlan | None
     """None: a raster model, or the number of images is unknown."""
+    arm_extractions: dict[str, ExtractionPlan]
+    """Of arms that have their own, by stage."""
     evaluation: EvaluationPlan | None
     gpu_hours: float
     money: float
@@ -95,9 +98,11 @@ def make_plan(path: str, overrides: Sequence[str], options: PlanOptions) -> RunP
     if traced:
         fit = choose_settings(case, traced)
     parallel = fit.parallel
-    stages = [plan_stage(case, name, parallel) for name in training_stages(recipe)]
+    stages = plan_stages(case, parallel)
     actors = plan_actors(case)
     orders = plan_extraction(case, actors) if actors else None
+    of_arms = _arm_extractions(case)
+    extractions = [*([orders] if orders else []), *of_arms.values()]
     return RunPlan(
         recipe=recipe.name,
         cluster=case.cluster,
@@ -115,13 +120,25 @@ def make_plan(path: str, overrides: Sequence[str], options: PlanOptions) -> RunP
         mfu=case.mfu,
         stages=stages,
         extraction=orders,
+        arm_extractions=of_arms,
         evaluation=plan_evaluation(case),
-        gpu_hours=sum(stage.gpu_hours for stage in stages) + (orders.gpu_hours if orders else 0.0),
-        money=sum(stage.money for stage in stages) + (orders.money if orders else 0.0),
+        gpu_hours=sum(stage.gpu_hours for stage in stages) + sum(each.gpu_hours for each in extractions),
+        money=sum(stage.money for stage in stages) + sum(each.money for each in extractions),
         cheaper=alternatives(case, parallel, stages),
         simulation=simulate(case, wanted, stages, actors, orders) if wanted else None,
         assumptions=case.assumed.used(),
     )
+
+
+def _arm_extractions(case: Case) -> dict[str, ExtractionPlan]:
+    planned: dict[str, ExtractionPlan] = {}
+    for stage in case.recipe.stages():
+        if stage.arm and stage.kind == "extract":
+            of_arm = replace(case, recipe=case.recipe.of(stage))
+            actors = plan_actors(of_arm)
+            if actors and (orders := plan_extraction(of_arm, actors)):
+                planned[stage.name] = orders
+    return planned
 
 
 def overrides_of(case: Case, planned: ParallelConfig, actors: ActorPlan | None) -> list[str]:
@@ -139,6 +156,17 @@ def overrides_of(case: Case, planned: ParallelConfig, actors: ActorPlan | None) 
     if actors and not actors.fits and actors.largest_batch:
         changed["extract.batch"] = actors.largest_batch
     return [f"{key}={value}".lower() for key, value in changed.items()]
+
+
+def plan_stages(case: Case, parallel: ParallelConfig) -> list[TrainingStagePlan]:
+    """The plans of all trainings. Those with the same settings are planned once: arms and seeds cost what fine-tuning costs."""
+    planned: dict[str, TrainingStagePlan] = {}
+    stages = []
+    for name in training_stages(case.recipe):
+        section = STAGES[kind_of(name)].training
+        planned[section] = replace(planned[section], name=name) if section in planned else plan_stage(case, name, parallel)
+        stages.append(planned[section])
+    return stages
 
 
 def training_stages(recipe: Recipe) -> list[str]:

@@ -16,6 +16,7 @@ from oar_scale.planning.memory_fit import gb
 from oar_scale.planning.plan import RunPlan
 from oar_scale.planning.simulation import Simulation
 from oar_scale.planning.training_stage import TrainingStagePlan
+from oar_scale.registry import STAGES
 from oar_scale.runtime.tables import text_table
 
 _MOMENTS = {
@@ -122,8 +123,13 @@ def _memory(plan: RunPlan) -> Iterator[str]:
         )
 
 
+def _of_every_run(plan: RunPlan) -> list[TrainingStagePlan]:
+    """The trainings that are no arm's and no other seed's: those cost what ``finetune`` costs, and are named in one line."""
+    return [stage for stage in plan.stages if stage.name in STAGES]
+
+
 def _training(plan: RunPlan) -> Iterator[str]:
-    stages = plan.stages
+    stages = _of_every_run(plan)
     yield f"Training, MFU {plan.mfu:.0%} while computing" if not plan.cluster.on_cpu else "Training"
 
     def row(name: str, show: Callable[[TrainingStagePlan], str]) -> list[str]:
@@ -151,6 +157,10 @@ def _training(plan: RunPlan) -> Iterator[str]:
     ]
     optional = {"  of that, again", "  hidden communication", "  offload", "  waiting for data"}
     yield from _columns([r for r in rows if r[0] not in optional or any(cell != _seconds(0) for cell in r[1:])])
+    if more := [stage for stage in plan.stages if stage.name not in STAGES]:
+        hours, money = sum(stage.hours for stage in more), _money(sum(stage.money for stage in more))
+        gpu_hours = f"{sum(stage.gpu_hours for stage in more):,.1f} {_who(plan)}-hours"
+        yield f"  and {len(more)} fine-tunings of arms and other seeds, like finetune: {_time(hours)}, {gpu_hours}, {money} together"
     sent = stages[0].step.sent
     if sent:
         gpus = plan.workers * max(1, plan.fit.parallel.gpus_per_worker)
@@ -163,7 +173,7 @@ def _training(plan: RunPlan) -> Iterator[str]:
 
 
 def _checkpoints(plan: RunPlan) -> Iterator[str]:
-    stages = plan.stages
+    stages = _of_every_run(plan)
     yield "Checkpoints and failures"
     rows = [
         ["", *(stage.name for stage in stages)],
@@ -222,7 +232,12 @@ def _orders(plan: RunPlan) -> Iterator[str]:
         )
         yield f"  a driver that takes over near the end reads the ledger in {_seconds(stage.takeover_s)}: {load.entry_gets:,} entries"
         yield f"  limited by {_limit(stage, plan.actors.count)}"
-    elif plan.spec.layout == "raster":
+    for name, orders in plan.arm_extractions.items():
+        yield (
+            f"  {name}: {orders.orders:,} orders of {orders.flops_per_order / 1e12:,.2f} TF each, {_time(orders.seconds / 3600)}, "
+            f"{orders.gpu_hours:,.1f} {_who(plan)}-hours, {_money(orders.money)}"
+        )
+    if plan.spec.layout == "raster":
         yield "  a raster model has one order: nothing is extracted"
     if seen := plan.evaluation:
         yield (
@@ -250,7 +265,9 @@ def _limit(stage: ExtractionPlan, actors: int) -> str:
 
 
 def _sum(plan: RunPlan) -> Iterator[str]:
-    hours = sum(stage.hours for stage in plan.stages) + (plan.extraction.seconds / 3600 if plan.extraction else 0.0)
+    hours = sum(stage.hours for stage in plan.stages) + sum(
+        part.seconds / 3600 for part in (plan.extraction, *plan.arm_extractions.values()) if part
+    )
     yield f"Training and extraction together: {_time(hours)}, {plan.gpu_hours:,.1f} {_who(plan)}-hours, {_money(plan.money)}"
 
 
@@ -288,7 +305,7 @@ def _simulation(done: Simulation, plan: RunPlan) -> Iterator[str]:
         f"             {stream.gets_per_epoch:,} GETs in {stream.steps:,} steps, {stream.gets_per_s:,.2f}/s and "
         f"{stream.bytes_per_s / 1e9:,.3f} GB/s; the first step waits for {stream.first_gets:,} at once"
     )
-    for stage in plan.stages:
+    for stage in _of_every_run(plan):
         lived = stage.survival
         lost = f"{lived.failures:,.1f} in {_time(lived.hours)}, {_time(lived.lost_hours)} lost"
         yield f"  failures   {stage.name}: {lost}, goodput {_goodput(stage)}"

@@ -11,7 +11,7 @@ from oar_scale.planning.case import Case
 from oar_scale.planning.failures import CheckpointTiming, Survival, best_interval, between_failures, simulate_failures
 from oar_scale.planning.step_time import StepTime, step_time
 from oar_scale.planning.traffic import CheckpointTraffic, checkpoint_traffic
-from oar_scale.registry import STAGES
+from oar_scale.registry import STAGES, kind_of
 
 HELDOUT_IMAGES = 256
 """That a training evaluates (``training/inputs.py``)."""
@@ -101,7 +101,7 @@ def plan_stage(case: Case, name: str, parallel: ParallelConfig) -> TrainingStage
 
 def training_config(case: Case, name: str) -> TrainingConfig:
     """The section of the recipe that a stage follows; the control has fine-tuning's."""
-    return case.recipe.training(STAGES[name].training)
+    return case.recipe.training(STAGES[kind_of(name)].training)
 
 
 def evaluation_seconds(case: Case, training: TrainingConfig) -> float:

@@ -18,6 +18,7 @@ from oar_scale.config.schema import (
     ClipTextConfig,
     DataConfig,
     FeaturesConfig,
+    FinetuneConfig,
     FolderSource,
     LabelsConfig,
     OpenMojiSource,
@@ -160,8 +161,9 @@ def tokenizer_origin(run: Run) -> str:
 
 
 def _stage_row(run: Run, name: str, seconds: float, results: JsonObject) -> StageRow:
-    recipe = run.recipe
-    match name:
+    stage = run.recipe.stage(name)
+    recipe = run.recipe.of(stage)
+    match stage.kind:
         case "data":
             what, detail = "read, split and packed the images", f"{results.get('shards', '?')} shards"
         case "tokenizer":
@@ -169,20 +171,27 @@ def _stage_row(run: Run, name: str, seconds: float, results: JsonObject) -> Stag
         case "tokens":
             what, detail = "images into codes", f"{len(recipe.tokenizer.views)} views of each training image"
         case "extract":
-            what, detail = "found one order for each training image", _extraction(results)
+            own = f", as arm {stage.arm} has it" if stage.arm else ""
+            what, detail = f"found one order for each training image{own}", _extraction(results)
         case "pretrain":
             start = "continued" if recipe.model.weights else "trained"
             what, detail = f"{start} the any-order model", _training(results)
             if not recipe.pretrain.steps:
                 what, detail = "took the given any-order model as it is", ""
         case "finetune":
-            order = "the extracted orders" if recipe.finetune.order in (None, "stored") else f"the order {recipe.finetune.order}"
-            what, detail = f"trained it on {order} ({recipe.finetune.random_share:.0%} random)", _training(results)
+            what, detail = f"trained it on {_orders(recipe.finetune)} ({recipe.finetune.random_share:.0%} random)", _training(results)
         case "control":
             what, detail = "the same on random orders", _training(results)
         case _:
             what, detail = STAGES[name].title, ""
     return StageRow(name, what, seconds, detail)
+
+
+def _orders(finetune: FinetuneConfig) -> str:
+    if finetune.order not in (None, "stored"):
+        return f"the order {finetune.order}"
+    number = "the" if finetune.distinct_orders is None else f"the {finetune.distinct_orders} nearest"
+    return f"{number} extracted orders" + (" of other images" if finetune.orders_of == "other_images" else "")
 
 
 def _training(results: JsonObject) -> str:

@@ -55,9 +55,12 @@ def model_files(run: Run) -> dict[ModelName, str]:
     return {name: fetch(require_model(run, name), run.cache) for name in wanted}
 
 
-def require_model(run: Run, name: ModelName) -> str:
-    """The file of one of the run's models. Raises UserError as :func:`require`."""
-    return require(run, run.model_uri(name), MODELS[name].stage)
+def require_model(run: Run, name: str) -> str:
+    """The file of one of the run's models. Raises UserError as :func:`require`, and for a name that the recipe has no model of."""
+    if name not in run.recipe.models():
+        raise UserError(f"no model {name!r} in this run; it has: {', '.join(run.recipe.models())}")
+    stages = {model.name: model.stage for model in MODELS.values()} | {stage.model: stage.name for stage in run.recipe.stages()}
+    return require(run, run.model_uri(name), stages[name])
 
 
 def prompt_encoder(run: Run, *, new: bool = False) -> PromptEncoder:

@@ -16,7 +16,7 @@ from oar_scale.model.run_models import run_model_file
 from oar_scale.observe.console import Console
 from oar_scale.observe.events import EventLog
 from oar_scale.observe.mirror import open_log
-from oar_scale.registry import STAGES, ModelName
+from oar_scale.registry import STAGES
 from oar_scale.shard_pool.pool_types import ArrayTask
 from oar_scale.storage import join
 
@@ -82,6 +82,6 @@ class Run:
         """The SentencePiece model, where the recipe trains or takes one."""
         return self.at("tokenizers", "text.model")
 
-    def model_uri(self, name: ModelName) -> str:
-        """The file of one of the run's models, under the name that an earlier version gave it where the run is that old."""
+    def model_uri(self, name: str) -> str:
+        """The file of a model of the run, also of an arm, under the name that an earlier version gave it where the run is that old."""
         return run_model_file(self.at(), name)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from oar_scale.errors import DamagedJson
-from oar_scale.registry import STAGES, Stage
+from oar_scale.registry import Stage, stage_of_name
 from oar_scale.run.context import Run
 from oar_scale.storage import Missing, open_storage, read_json, write_json
 from oar_scale.storage.background import in_order
@@ -52,7 +52,7 @@ def read_redo(run: Run) -> Redo | None:
         return None
     try:
         stages, moving, removing = (tuple(stored[name]) for name in ("stages", "moving", "removing"))
-        if unknown := [name for name in (*stages, *moving, *removing) if name not in _known_stages(run)]:
+        if unknown := [name for name in (*stages, *moving, *removing) if stage_of_name(name) is None]:
             raise ValueError(f"there is no stage {unknown[0]!r}")
         return Redo(stages, moving, removing, put_back=bool(stored["put_back"]), drop=bool(stored["drop"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -102,7 +102,8 @@ def finish(run: Run) -> None:
     redo = read_redo(run)
     if redo is None or not redo.interrupted:
         return
-    stages = _known_stages(run)
+    named = {name: stage for name in (*redo.moving, *redo.removing) if (stage := stage_of_name(name))}  # also those of no recipe any more
+    stages = named | {stage.name: stage for stage in run.recipe.stages()}
     # Markers go first, the last stage's before those it needs: a kill on the way leaves no finished stage that rests on what is gone.
     for name in reversed(redo.moving):
         _move(run.marker(name), _marker_aside(run, name))
@@ -123,11 +124,6 @@ def finish(run: Run) -> None:
         _delete([run.at(FOLDER, JOURNAL)])
     else:
         _write(run, Redo(redo.stages))
-
-
-def _known_stages(run: Run) -> dict[str, Stage]:
-    """By name, also those that the recipe has no more."""
-    return {**STAGES, **{stage.name: stage for stage in run.recipe.stages()}}
 
 
 def _write(run: Run, redo: Redo) -> None:

@@ -49,6 +49,7 @@ def stage_fingerprint(recipe: Recipe, stage: Stage) -> str:
 
 def stage_settings(recipe: Recipe, stage: Stage) -> JsonObject:
     """The stage's part of the recipe as plain values, ``section.field`` by name, without operational fields."""
+    recipe = recipe.of(stage)
     plain: JsonObject = recipe.model_dump(mode="json")
     chosen: JsonObject = {}
     for section in stage.sections:

@@ -1,4 +1,4 @@
-"""Stage ``extract``: in which order would the model rather have placed each training image?"""
+"""Stage ``extract``, also of an arm: in which order would the model rather have placed each training image?"""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from oar_scale.shard_pool.pool_messages import event_message
 from oar_scale.storage.patience import patient
 
 
-def run_extract(run: Run) -> JsonObject:
+def run_extract(run: Run, name: str = "extract") -> JsonObject:
     """Write one order table for each token shard of the training split; returns counts, seconds and rate."""
-    config, parallel, started = run.recipe.extract, run.recipe.parallel, time.monotonic()
+    stage, parallel, started = run.recipe.stage(name), run.recipe.parallel, time.monotonic()
+    config = run.recipe.of(stage).extract
     job = ExtractionJob(
         tokens=run.at("tokens", "train"),
-        orders=run.at("orders", "train"),
+        orders=run.at(stage.orders, "train"),
         model=run.model_uri("any_order"),
         text=run.recipe.tokenizer.text,
         tokenizers=run.at("tokenizers"),
@@ -36,7 +37,7 @@ def run_extract(run: Run) -> JsonObject:
     patience_s, done_before = run.recipe.storage.patience_s, 0
     with patient(patience_s):
         total = read_manifest(job.tokens).samples
-    with run.log("extract") as log, run.console.progress(total, "orders") as tally:
+    with run.log(name) as log, run.console.progress(total, "orders") as tally:
 
         def progress(done: int, report: PoolReport) -> None:
             nonlocal done_before

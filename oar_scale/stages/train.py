@@ -1,4 +1,4 @@
-"""Stages ``pretrain``, ``finetune`` and ``control``: the same worker on other orders."""
+"""Stages ``pretrain``, ``finetune`` and ``control``, and those of arms and seeds: the same worker on other orders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from oar_scale.json_object import JsonObject
 from oar_scale.model import ModelSpec
 from oar_scale.model.spec import condition_spec
 from oar_scale.model.weights import fresh_weights, meta_model, open_model, save_tensors
-from oar_scale.registry import STAGES, TrainingName
 from oar_scale.run.artifacts import prompt_encoder
 from oar_scale.run.context import Run
 from oar_scale.storage.patience import patient
@@ -22,19 +21,19 @@ from oar_scale.training.inputs import job_orders
 from oar_scale.training.job import TrainingJob
 
 
-def run_train(run: Run, stage: TrainingName) -> JsonObject:
+def run_train(run: Run, name: str) -> JsonObject:
     """Train one stage with Ray and DeepSpeed; the result is exported to ``models/``."""
     if not run.rank:
         _warn_of_slow_bf16(run)
     with patient(run.recipe.storage.patience_s):
-        if stage == "pretrain" and run.rank == 0:
+        if name == "pretrain" and run.rank == 0:
             _write_base(run)
-        if stage == "pretrain" and not run.recipe.pretrain.steps:
+        if name == "pretrain" and not run.recipe.pretrain.steps:
             return _take_weights(run)
-        result = STAGES[stage].model
-        assert result is not None
-        start_from = run.model_uri("base" if stage == "pretrain" else "any_order")
-        job = TrainingJob(run.recipe, stage, run.at(), run.local(), start_from, run.model_uri(result), run.profile_steps)
+        stage = run.recipe.stage(name)
+        assert stage.model is not None
+        start_from, result = run.model_uri("base" if name == "pretrain" else "any_order"), run.model_uri(stage.model)
+        job = TrainingJob(run.recipe.of(stage), name, run.at(), run.local(), start_from, result, run.profile_steps, stage.orders)
         _ = job.start_id  # here, and not at every worker: the whole file is read
         job_orders(job)  # an order policy's errors are raised, and the mean order is computed once, before there are workers
     return run_training(job, run.console)

@@ -11,7 +11,7 @@ from oar_scale.config.section import changeable_fields, limit_fields, silent_fie
 from oar_scale.data.manifest import read_manifest
 from oar_scale.json_object import JsonObject
 from oar_scale.model import model_id
-from oar_scale.registry import STAGES, TrainingName
+from oar_scale.registry import STAGES, kind_of
 from oar_scale.storage import join
 
 _ABSENT = object()
@@ -24,7 +24,9 @@ class TrainingJob:
     """One training stage of a run. All fields are plain values: the job travels to workers on other machines."""
 
     recipe: Recipe
-    stage: TrainingName
+    """As the stage has it (:meth:`Recipe.of`)."""
+    stage: str
+    """Its name, with its arm and its seed."""
     root: str
     """The run's storage; absolute where it is a folder."""
     local: str
@@ -35,6 +37,8 @@ class TrainingJob:
     """Where the trained model is exported to."""
     profile_steps: int = 0
     """Steps that rank 0 profiles; 0: none."""
+    orders: str = "orders"
+    """The folder of the run's storage with the orders that it may follow."""
 
     @property
     def training(self) -> TrainingConfig:
@@ -64,9 +68,14 @@ class TrainingJob:
         return join(self.local, "scratch") if given is None else node_path(given, "storage.scratch_dir")
 
     @property
+    def kind(self) -> str:
+        """The stage of the method that it is: ``pretrain``, ``control``, or ``finetune`` in any arm."""
+        return kind_of(self.stage)
+
+    @property
     def section(self) -> str:
         """The section of the recipe that ``training`` is."""
-        return STAGES[self.stage].training
+        return STAGES[self.kind].training
 
     @property
     def identity(self) -> dict[str, object]:

@@ -75,9 +75,11 @@ def test_these_fields_are_operational_and_no_others() -> None:
 
 def test_these_fields_are_younger_than_runs_that_are_read() -> None:
     assert marked(added_fields) == {
+        "data": {"split_by", "test_fraction"},
         "pretrain": {"group_steps"},
-        "finetune": {"group_steps"},
+        "finetune": {"group_steps", "any_view_share", "orders_of", "distinct_orders"},
         "extract": {"mirror"},
+        "pipeline": {"seeds", "arms"},
         "sample": {"guidance_schedule", "guidance_start", "top_p", "min_p", "score", "steps"},
     }
 

@@ -30,7 +30,7 @@ from oar_scale.studies.order_head import run_predict, run_train_head
 def use_stages(patch: pytest.MonkeyPatch, *stages: Stage, work: Callable[[Run, str], dict[str, Any]]) -> None:
     """Every recipe has these stages; each one calls ``work`` with the run and its name."""
     patch.setattr(Recipe, "stages", lambda recipe: list(stages))
-    patch.setattr(pipeline, "entry_point", lambda stage: lambda run: work(run, stage.name))
+    patch.setattr(pipeline, "entry_point", lambda stage: lambda run, *_: work(run, stage.name))
 
 
 def stub(name: Any, *needs: Any, sections: tuple[str, ...] = ()) -> Stage:

@@ -27,7 +27,7 @@ from oar_scale.observe.console import Console
 from oar_scale.orders.order_table import OrderTable, read_orders, table_name, write_orders
 from oar_scale.orders.policies import grid_policies
 from oar_scale.orders.policies.mean import mean_order
-from oar_scale.registry import STAGES, TrainingName
+from oar_scale.registry import STAGES
 from oar_scale.run.context import Run
 from oar_scale.storage import read_json
 from oar_scale.studies import compare_extraction as compare
@@ -71,7 +71,7 @@ def changed(run: Run, **changes: object) -> Run:
     return Run(Recipe.model_validate({**run.recipe.model_dump(), **changes}), run.console)
 
 
-def job(run: Run, stage: TrainingName, **training: object) -> TrainingJob:
+def job(run: Run, stage: str, **training: object) -> TrainingJob:
     """A stage of the run, with other fields in the section that it is of."""
     section = "pretrain" if stage == "pretrain" else "finetune"
     run = changed(run, **{section: {**getattr(run.recipe, section).model_dump(), **training}})

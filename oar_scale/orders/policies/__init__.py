@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingOrders:
-    """The orders of the samples outside the random share; with neither field a random order, too."""
+    """The orders of the samples outside the random share; with no field a random order, too."""
 
     order: tuple[int, ...] | None = None
     """One order for all."""
     tables: str | None = None
     """A folder of order tables: an order for each."""
+    by_key: bool = False
+    """A random order for each, the same in every epoch: a hash of its key."""
 
 
 @dataclass(frozen=True)
