@@ -9,14 +9,21 @@ from pydantic import Field, model_validator
 
 from oar_scale.config.section import Added, Count, Operational, PolicyName, RecipeConflict, Section, bounds
 
-Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled"]
+Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled", "info_gain"]
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
-DRAWING_SCORES: frozenset[Score] = frozenset({"sampled"})
-"""Scores that draw: they get a random number for each candidate, and an image's extractions differ."""
-CODE_SCORES: tuple[Score, ...] = ("gt_logprob",)
-"""Scores that look at the code that lies in the cell: an image that is being drawn cannot be ordered by them."""
-SAMPLE_SCORES: tuple[Score, ...] = tuple(score for score in get_args(Score) if score not in CODE_SCORES)
 FirstCell = Literal["free", "random"] | Annotated[int, Field(ge=0)]
+DRAWING_SCORES: frozenset[Score] = frozenset({"sampled", "info_gain"})
+"""Scores that draw: they get a random number for each candidate, and an image's extractions differ."""
+SAMPLE_SCORES: tuple[Score, ...] = ("max_prob", "neg_entropy", "margin", "sampled")
+"""Scores that cells are chosen by while an image is drawn. ``info_gain`` takes thousands of passes for each."""
+
+
+def why_not_drawn(score: Score) -> str:
+    """Why cells are not chosen by a score while an image is drawn."""
+    if score == "gt_logprob":
+        return "looks at the code that lies in a cell, and an image that is being drawn has none there yet"
+    return "takes thousands of passes for each image: orders can be extracted by it"
+
 
 WANDB_REFUSES = "/\\#?%:"
 """Characters that no project of W&B has in its name."""
@@ -37,11 +44,15 @@ class ExtractConfig(Section):
     guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance scale while scoring; 1 = the conditional model alone."""
     tie_seed: int = 0
-    """Seed of everything random: ties, noise, the codes that score ``sampled`` draws, a random first cell."""
+    """Seed of everything random: ties, noise, the codes that scores ``sampled`` and ``info_gain`` draw, a random first cell."""
     order_temperature: float = Field(0.0, ge=0, le=LARGEST_SETTING)
     """Gumbel noise on the choice of the next cell, in units of the score; 0 takes the best cell."""
     orders_per_image: int = Field(1, ge=1)
     """Orders that are found for each image, with noise of their own; training takes one of them, another one in each epoch."""
+    info_gain_samples: Added[int] = Field(4, ge=0)
+    """Codes that score ``info_gain`` tries in each cell, drawn from the model; 0: all codes of the vocabulary, exactly."""
+    info_gain_candidates: Added[int | None] = Field(None, ge=1)
+    """Cells that ``info_gain`` looks at in a step, those whose code is least certain; more than that is dearer. Default: all empty ones."""
     first_cell: FirstCell = "free"
     """``free``: the best cell; ``random``; or its number in raster order."""
     commit_per_step: int = Field(1, ge=1)
@@ -85,6 +96,8 @@ class ExtractConfig(Section):
             raise RecipeConflict(
                 "extract.cosine_steps", "the cosine schedule says how many cells a step places.\nLeave out commit_per_step."
             )
+        if self.score == "info_gain":
+            self._looks_ahead()
         if self.orders_per_image > 1 and not (self.order_temperature or self.score in DRAWING_SCORES or self.first_cell == "random"):
             raise RecipeConflict(
                 "extract.orders_per_image",
@@ -92,6 +105,18 @@ class ExtractConfig(Section):
                 "Set order_temperature above 0, score: sampled, or first_cell: random; or orders_per_image: 1.",
             )
         return self
+
+    def _looks_ahead(self) -> None:
+        """Raises RecipeConflict for what score ``info_gain`` cannot do."""
+        if self.guidance != 1:
+            raise RecipeConflict("extract.guidance", "score info_gain is of the conditional model alone.\nSet 1, or another score.")
+        if self.first_cell != "free":
+            raise RecipeConflict("extract.first_cell", "score info_gain compares all empty cells.\nSet first_cell: free, or another score.")
+        if self.info_gain_candidates is not None and (self.cosine_steps is not None or self.commit_per_step > self.info_gain_candidates):
+            raise RecipeConflict(
+                "extract.info_gain_candidates",
+                "a step may place more cells than are looked at.\nSet it to commit_per_step at least, without cosine_steps.",
+            )
 
 
 class OrderHeadConfig(Section):
@@ -127,7 +152,7 @@ class SampleConfig(Section):
     min_p: Added[float] = Field(0.0, ge=0, lt=1)
     """Draw from the codes that are at least this times as likely as the most likely one; 0 keeps all."""
     score: Added[Score] = "max_prob"
-    """By which the model chooses the next cell, where it decides the order: any score of orders/scores.py but ``gt_logprob``."""
+    """By which the model chooses the next cell, where it decides the order: ``max_prob``, ``neg_entropy``, ``margin`` or ``sampled``."""
     order_temperature: float = Field(0.0, ge=0, le=LARGEST_SETTING)
     """Gumbel noise on the choice of the next cell, in units of the score; 0 takes the cell with the best score."""
     order: PolicyName | None = None
@@ -143,12 +168,8 @@ class SampleConfig(Section):
             raise RecipeConflict(
                 "sample.guidance_start", "is where a guidance_schedule starts, and constant guidance has no start.\nSet linear or cosine."
             )
-        if self.score in CODE_SCORES:
-            raise RecipeConflict(
-                "sample.score",
-                "looks at the code that lies in a cell, and an image that is being drawn has none there yet.\n"
-                f"Set one of {', '.join(SAMPLE_SCORES)}.",
-            )
+        if self.score not in SAMPLE_SCORES:
+            raise RecipeConflict("sample.score", f"{why_not_drawn(self.score)}.\nSet one of {', '.join(SAMPLE_SCORES)}.")
         if self.draft and self.steps is not None:
             raise RecipeConflict("sample.draft", "steps and draft are two ways to place several cells in a pass.\nLeave one of them out.")
         if self.draft and self.order in (None, "confidence"):

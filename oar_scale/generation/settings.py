@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import cast
+from typing import cast, get_args
 
-from oar_scale.config.run_sections import CODE_SCORES, LARGEST_SETTING, SAMPLE_SCORES
+from oar_scale.config.run_sections import LARGEST_SETTING, SAMPLE_SCORES, why_not_drawn
 from oar_scale.config.schema import GuidanceSchedule, SampleConfig, Score
 from oar_scale.text import shown
 
@@ -63,7 +63,7 @@ class SampleSettings:
         if self.guidance_start is not None and self.guidance_schedule == "constant":
             raise ValueError(f"guidance_start {self.guidance_start} is where a guidance_schedule starts; constant guidance has no start")
         if self.score not in SAMPLE_SCORES:
-            why = "looks at the code that lies in a cell, and here is none yet" if self.score in CODE_SCORES else "is unknown"
+            why = why_not_drawn(self.score) if self.score in get_args(Score) else "is unknown"
             raise ValueError(f"score {shown(self.score)} {why}: cells are chosen by {', '.join(SAMPLE_SCORES)}")
         if self.steps is not None and (not isinstance(self.steps, Integral) or not 1 <= self.steps <= LARGEST_SETTING):
             raise ValueError(f"steps {shown(self.steps)} must be a whole number from 1 to {LARGEST_SETTING:,}; None places one cell a step")

@@ -91,6 +91,29 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[i
     return _condition(spec) + (1 + guided) * trunk + _head(spec, candidates)
 
 
+def look_ahead_flops(spec: ModelSpec, sizes: Sequence[int], samples: int, candidates: int | None) -> int:
+    """What score ``info_gain`` adds to :func:`extraction_flops` of one image (``orders/look_ahead.py``).
+
+    Args:
+        sizes: how many cells each step places.
+        samples: codes tried in each cell; 0: the vocabulary.
+        candidates: cells looked at in a step at most; None: all that are empty.
+    """
+    begin, stride, placed, operations = spec.condition.rows, STRIDE[spec.layout], 0, 0
+    keeps_questions = not (spec.decoupled or spec.grouped)
+    for size in sizes:
+        left = spec.cells - placed
+        asked = min(candidates or left, left)
+        seen = begin + stride * (placed + 1)
+        # A hypothesis writes the question of its cell and, in all layouts but dual, its code before the questions about the others.
+        each = _entering(spec, int(keeps_questions), begin + stride * placed + 1) + _entering(spec, int(spec.layout != "dual"), seen)
+        each += _asking(spec, left - 1, seen) + _head(spec, left - 1)
+        if left > 1:
+            operations += asked * ((samples or spec.vocab_size) * each) + _head(spec, asked)
+        placed += size
+    return operations
+
+
 def _trunk(spec: ModelSpec) -> int:
     return _blocks(spec) + (spec.rows * _shared_row(spec) if spec.decoupled else 0)
 

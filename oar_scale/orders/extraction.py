@@ -26,6 +26,7 @@ from oar_scale.config.schema import DRAWING_SCORES
 from oar_scale.model import AnyOrderModel, Decoder, Prefix
 from oar_scale.model.cache import padded_candidates, static_pays
 from oar_scale.model.steps import Outputs, Steps
+from oar_scale.orders.look_ahead import entropies, information_gain, least_certain
 from oar_scale.orders.scores import score_logits, score_rows
 from oar_scale.orders.selection import CounterRNG, Images, check_numbers, empty_cells, guide, guided_batch, pick_several
 from oar_scale.orders.settings import ExtractionSettings
@@ -82,7 +83,7 @@ def brute_force_orders(
 ) -> Orders:
     """The orders of :func:`extract_orders` by a fresh forward pass for every candidate: slow, and free of any cache.
 
-    Same arguments, same errors.
+    Same arguments, same errors; ValueError for score ``info_gain``, which would take a pass for each hypothesis and cell.
     """
     rng = _checked_rng(model, codes_BN, settings, images_B, draw)
     return _place_all(model, codes_BN, settings, rng, _BruteForceScorer(model, codes_BN, condition_BTD, settings, rng))
@@ -103,6 +104,8 @@ def scores_along(
     With ``gt_logprob`` the sum of a row is the log-likelihood of the image in this order.
     """
     rng = _checked_rng(model, codes_BN, settings, images_B, draw)
+    if settings.score == "info_gain":  # it asks about all other cells, too: step by step
+        return _gains_along(_CachedScorer(model, codes_BN, condition_BTD, settings, rng), order_BN)
     rows_GND = model.rows(
         guided_batch(codes_BN, settings.guidance), guided_batch(order_BN, settings.guidance), _branches(model, condition_BTD, settings)
     )
@@ -138,6 +141,16 @@ def regret(
     return torch.stack(columns, dim=1)
 
 
+def _gains_along(scorer: _CachedScorer, order_BN: Tensor) -> Tensor:
+    """The gain of each cell of an order, given those before it, float32 [B, N]."""
+    columns, cells, first_B1 = list[Tensor](), order_BN.shape[1], torch.zeros_like(order_BN[:, :1])
+    for step in range(cells):
+        columns.append(scorer.gains(order_BN[:, step:], step, first_B1)[:, 0])
+        if step + 1 < cells:
+            scorer.place(order_BN[:, step : step + 1])
+    return torch.stack(columns, dim=1)
+
+
 class _CandidateScorer:
     """Scores empty cells of B images, given the cells that were placed so far."""
 
@@ -157,6 +170,10 @@ class _CandidateScorer:
     def prepare(self, step: int, count: int, left: int) -> tuple[int | Tensor, int]:
         """The arguments of :meth:`run` for a step, and for the ``count`` of the cells left that it is to ask about."""
         return step, count
+
+    def rows_ahead(self, asked: int) -> int:
+        """Rows of hypotheses that scoring so many cells of an image takes."""
+        return 0
 
     def run(self, step: Callable[..., Outputs], *arguments: Tensor | int) -> Outputs:
         """Do a step, which calls the methods above; it is the same function for all steps."""
@@ -208,7 +225,7 @@ def _place_all(
         chosen_Bk, score_Bk = scorer.run(choice, among_BN, number, asked, size, placed + size == cells)
         order.append(chosen_Bk)
         scores.append(score_Bk)
-        placed, rows = placed + size, rows + asked
+        placed, rows = placed + size, rows + asked + scorer.rows_ahead(asked)
         if placed < cells:
             empty_BN = empty_BN.scatter(1, chosen_Bk, False)
             rows += size - 1  # all but the first of a step go through the trunk again, see _CachedScorer.place
@@ -241,10 +258,17 @@ class _CachedScorer(_CandidateScorer):
         return self.prefix.static
 
     def prepare(self, step: int, count: int, left: int) -> tuple[int | Tensor, int]:
-        if static_pays(left * len(self.prefix.last.cells_BK), self.prefix.cache.device):
+        if self.settings.score != "info_gain" and static_pays(left * len(self.prefix.last.cells_BK), self.prefix.cache.device):
             self.prefix = self.prefix.on_static_buffers()
         asked = padded_candidates(count, self.codes_BN.shape[1]) if self.static else count
         return self.prefix.varying(step), asked
+
+    def rows_ahead(self, asked: int) -> int:
+        if self.settings.score != "info_gain" or asked == 1:
+            return 0
+        codes = self.settings.info_gain_samples or self.model.spec.vocab_size
+        # Each hypothesis writes what a code takes, and asks about all other cells.
+        return min(self.settings.info_gain_candidates or asked, asked) * codes * (asked - 1 + self.model.layout.stride)
 
     def run(self, step: Callable[..., Outputs], *arguments: Tensor | int) -> Outputs:
         self.step = step
@@ -258,9 +282,21 @@ class _CachedScorer(_CandidateScorer):
         return self.prefix, outputs
 
     def scores(self, cells_BR: Tensor, step: int | Tensor) -> Tensor:
+        if self.settings.score == "info_gain":
+            return self.gains(cells_BR, step)
         self.candidates = self.decoder.candidate_rows(self.prefix, guided_batch(cells_BR, self.settings.guidance))
         uniform_BR = _uniform(self.settings, self.rng, cells_BR, step)
         return _score_rows(self.model, self.candidates.rows_BRD, self.settings, self.codes_BN.gather(1, cells_BR), uniform_BR)
+
+    def gains(self, cells_BR: Tensor, step: int | Tensor, asked_BC: Tensor | None = None) -> Tensor:
+        """The gains of R cells [B, R], which are all that are empty; -inf where the settings, or ``asked_BC``, leave a cell out."""
+        self.candidates = self.decoder.candidate_rows(self.prefix, cells_BR)
+        entropy_BR, uniform_BR = entropies(self.decoder, self.candidates.rows_BRD), _uniform(self.settings, self.rng, cells_BR, step)
+        assert uniform_BR is not None, "it draws codes"
+        if asked_BC is None:
+            asked_BC = least_certain(entropy_BR, self.settings.info_gain_candidates)
+        samples = self.settings.info_gain_samples
+        return information_gain(self.decoder, self.prefix, self.candidates, entropy_BR, asked_BC, samples, uniform_BR)
 
     def place(self, cells_Bk: Tensor) -> None:
         scale, codes_Bk = self.settings.guidance, self.codes_BN.gather(1, cells_Bk)
@@ -279,6 +315,8 @@ class _BruteForceScorer(_CandidateScorer):
     def __init__(
         self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, rng: CounterRNG
     ) -> None:
+        if settings.score == "info_gain":
+            raise ValueError("score info_gain by brute force would take a pass for each hypothesis and cell: compare another score")
         self.model, self.codes_BN, self.settings, self.rng = model, codes_BN, settings, rng
         self.branches_GTD = _branches(model, condition_BTD, settings)
         self.placed_BK = codes_BN[:, :0]

@@ -5,6 +5,7 @@
     neg_entropy   sum_v p(v) log p(v)                            of the whole distribution, nats
     margin        p(best) - p(second best)
     sampled       log p(v), v drawn from p                       of a guess, drawn anew at every step
+    info_gain     entropy that a cell's code takes from others   of hypotheses: ``look_ahead.py``
 
 Logits of all candidates never exist together: :func:`score_rows` takes some rows through some codes of the output head at a
 time, and a score adds up what it needs of each block of logits.

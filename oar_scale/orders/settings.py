@@ -26,6 +26,8 @@ class ExtractionSettings:
     first_cell: FirstCell = "free"
     commit_per_step: int = 1
     cosine_steps: int | None = None
+    info_gain_samples: int = 4
+    info_gain_candidates: int | None = None
 
     def __post_init__(self) -> None:
         ExtractConfig.model_validate(dataclasses.asdict(self))

@@ -1,8 +1,8 @@
 """Plan of the stages ``extract`` and ``evaluate``: operations, memory, time, and the pool's requests to the storage.
 
-An order takes N (N + 1) / 2 candidate rows, fewer where steps place several cells (``model/flops.extraction_flops``), and an image as
-many orders as ``extract.orders_per_image`` for each of ``extract.views``. Actors do not wait for one another, so a
-failure costs the shards in progress on its node and nothing else.
+An order takes N (N + 1) / 2 candidate rows, fewer where steps place several cells (``model/flops.extraction_flops``), and many times that
+with score ``info_gain``, which looks ahead from each. An image has as many orders as ``extract.orders_per_image`` for each of
+``extract.views``. Actors do not wait for one another, so a failure costs the shards in progress on its node and nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
-from oar_scale.model.flops import extraction_flops, forward_flops
+from oar_scale.model.flops import extraction_flops, forward_flops, look_ahead_flops
 from oar_scale.model.spec import ModelSpec
 from oar_scale.orders.step_sizes import step_sizes
 from oar_scale.planning import activations
@@ -176,7 +176,11 @@ def actor_memory(spec: ModelSpec, parallel: ParallelConfig, batch: int, *, guide
 def _order_flops(case: Case) -> int:
     """Operations to find one order with the recipe's settings, in the pool and in the evaluation."""
     config, cells = case.recipe.extract, case.spec.cells
-    return extraction_flops(case.spec, guided=_guided(case), sizes=step_sizes(config, cells), first_given=config.first_cell != "free")
+    sizes = step_sizes(config, cells)
+    flops = extraction_flops(case.spec, guided=_guided(case), sizes=sizes, first_given=config.first_cell != "free")
+    if config.score == "info_gain":
+        flops += look_ahead_flops(case.spec, sizes, config.info_gain_samples, config.info_gain_candidates)
+    return flops
 
 
 def _guided(case: Case) -> bool:

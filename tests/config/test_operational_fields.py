@@ -78,7 +78,7 @@ def test_these_fields_are_younger_than_runs_that_are_read() -> None:
         "data": {"split_by", "test_fraction"},
         "pretrain": {"group_steps"},
         "finetune": {"group_steps", "any_view_share", "orders_of", "distinct_orders"},
-        "extract": {"mirror"},
+        "extract": {"mirror", "info_gain_samples", "info_gain_candidates"},
         "pipeline": {"seeds", "arms"},
         "sample": {"guidance_schedule", "guidance_start", "top_p", "min_p", "score", "steps"},
     }

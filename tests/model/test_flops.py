@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.model import AnyOrderModel, ModelSpec
-from oar_scale.model.flops import extraction_flops, forward_flops, training_flops, useful_flops
+from oar_scale.model.flops import extraction_flops, forward_flops, look_ahead_flops, training_flops, useful_flops
 from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
 from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.settings import ExtractionSettings
@@ -136,6 +136,20 @@ def test_steps_that_place_several_cells_cost_what_torch_counts(how: dict[str, An
     cells, given = model.spec.cells, settings.first_cell != "free"
     guided, sizes = settings.guidance != 1, step_sizes(settings, cells)
     assert operations == IMAGES * extraction_flops(model.spec, guided=guided, sizes=sizes, first_given=given)
+
+
+@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled", "grouped"])
+@pytest.mark.parametrize(
+    "how", [{}, {"info_gain_samples": 0, "info_gain_candidates": 2}, {"commit_per_step": 3}, {"info_gain_samples": 1, "cosine_steps": 4}]
+)
+def test_looking_ahead_costs_what_torch_counts(how: dict[str, Any], layout: str) -> None:
+    model, settings = small_model(layout=layout), ExtractionSettings(score="info_gain", **how)
+    codes_BN, _, inputs = batch(model)
+    with torch.no_grad():
+        operations = counted(lambda: extract_orders(model, codes_BN, model.condition(inputs), settings))
+    spec, sizes = model.spec, step_sizes(settings, model.spec.cells)
+    ahead = look_ahead_flops(spec, sizes, settings.info_gain_samples, settings.info_gain_candidates)
+    assert operations == IMAGES * (extraction_flops(spec, sizes=sizes) + ahead)
 
 
 def test_a_raster_model_has_nothing_to_extract() -> None:

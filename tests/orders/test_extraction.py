@@ -16,6 +16,7 @@ from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import Score
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.extraction import Orders, brute_force_orders, extract_orders, regret, scores_along
+from oar_scale.orders.scores import SCORES
 from oar_scale.orders.settings import ExtractionSettings
 
 
@@ -30,7 +31,7 @@ def is_permutation(order_BN: torch.Tensor) -> bool:
 
 SETTINGS = st.fixed_dictionaries(
     {
-        "score": st.sampled_from(get_args(Score)),
+        "score": st.sampled_from(sorted(SCORES)),
         "guidance": st.sampled_from([1.0, 2.5, 0.0]),
         "order_temperature": st.sampled_from([0.0, 0.0, 0.7]),
         "first_cell": st.sampled_from(["free", "free", "random", 0]),
@@ -231,6 +232,7 @@ def test_settings_have_ids_and_the_default_keeps_its_own() -> None:
         *({"first_cell": first} for first in (0, 1, "random")),
         *({"guidance": 2.0}, {"tie_seed": 1}, {"order_temperature": 1.0}, {"score": "sampled", "orders_per_image": 2}),
         *({"commit_per_step": 2}, {"commit_per_step": 3}, {"cosine_steps": 1}),
+        *({"score": "info_gain", "info_gain_samples": 0}, {"score": "info_gain", "info_gain_candidates": 9}),
     ]
     assert len({ExtractionSettings(**other).id for other in others}) == len(others)
 

@@ -33,7 +33,7 @@ def plain(score: Score, logits_V: torch.Tensor, target: int, uniform: float) -> 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    score=st.sampled_from(get_args(Score)),
+    score=st.sampled_from(sorted(SCORES)),
     rows=st.integers(1, 7),
     codes=st.integers(1, 12),
     block=st.tuples(st.integers(1, 8), st.integers(1, 13)),
@@ -74,7 +74,7 @@ def test_scores_are_what_their_names_say() -> None:
         "margin": 0.2,
         "sampled": np.log(0.2),
     }
-    assert SCORES.keys() == expected.keys() == set(get_args(Score))
+    assert SCORES.keys() == expected.keys() == set(get_args(Score)) - {"info_gain"}, "test_look_ahead.py has the last"
     for name, value in expected.items():
         assert score_logits(name, logits, target, torch.tensor([0.9], dtype=torch.float64)).item() == pytest.approx(value, rel=1e-5)
     assert torch.equal(logits, p.log() + 3)
@@ -98,7 +98,7 @@ def test_cells_the_model_is_certain_of_keep_their_ranks() -> None:
         assert surer == pytest.approx(-3 * np.exp(-20), rel=1e-4)
 
 
-@pytest.mark.parametrize("score", get_args(Score))
+@pytest.mark.parametrize("score", sorted(SCORES))
 def test_a_logit_that_is_no_number_gives_no_score(score: Score) -> None:
     logits = torch.zeros(1, 4)
     logits[0, 2] = torch.nan

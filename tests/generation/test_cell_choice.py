@@ -113,8 +113,9 @@ def test_logits_of_all_cells_never_exist_at_once(monkeypatch: pytest.MonkeyPatch
     [
         (
             "gt_logprob",
-            "score 'gt_logprob' looks at the code that lies in a cell, and here is none yet: cells are chosen by",
+            "score 'gt_logprob' looks at the code that lies in a cell, and an image that is being drawn has none there yet: cells",
         ),
+        ("info_gain", "score 'info_gain' takes thousands of passes for each image: orders can be extracted by it: cells are chosen by max"),
         ("entropy", "score 'entropy' is unknown: cells are chosen by max_prob"),
         (["max_prob"], "score a list of 1 entries is unknown"),
         (None, "score None is unknown"),
