@@ -33,6 +33,15 @@ class TokenizerMetadata:
 
 
 @dataclass(frozen=True)
+class NearestPicture:
+    """The training image that looks most like a sample."""
+
+    picture: Picture
+    rms: float
+    """Root of the mean squared difference of their pixels when both are small (``evaluation/nearest.py``), in levels of 0 .. 255."""
+
+
+@dataclass(frozen=True)
 class SampleRow:
     """Samples for one caption beside the original image."""
 
@@ -42,6 +51,8 @@ class SampleRow:
     """One for each column of the grid."""
     novel: bool | None = None
     """Whether training has no variant of the original; None where it was not looked for."""
+    nearest: NearestPicture | None = None
+    """To the ordered model's sample; None where it was not looked for."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,8 @@ class SampleGrid:
     settings: str
     """E.g. "guidance 2, temperature 1, own confidence order"."""
     rows: tuple[SampleRow, ...]
+    compared: int = 0
+    """Training images that the nearest ones were found among."""
 
 
 @dataclass(frozen=True)

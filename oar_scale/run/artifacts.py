@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +118,15 @@ def read_pictures(run: Run, split: str, keys: list[str]) -> list[Picture]:
     if len(pictures) < len(wanted):
         raise UserError(f"{folder}: these are not the images that the tokens were made from. Run the stage tokens again.")
     return [pictures[key] for key in keys]
+
+
+def training_pictures(run: Run, count: int) -> Iterator[Picture]:
+    """The first training images, one after the other. Raises UserError where the stage has not finished."""
+    folder = run.at("images", "train")
+    require(run, join(folder, "manifest.json"), "data")
+    samples = (sample for info in read_manifest(folder).shards for sample in read_shard(join(folder, info.name), run.cache, info))
+    for sample in islice(samples, count):
+        yield np.asarray(decode_image(sample["png"], f"{folder}: image of sample {sample['__key__']!r}"))
 
 
 def without_variant(run: Run, keys: list[str]) -> NDArray[np.bool_]:

@@ -34,6 +34,7 @@ from oar_scale.evaluation.eval_tasks import (
 from oar_scale.evaluation.evaluation_record import Evaluation, save_evaluation
 from oar_scale.evaluation.features import picture_features
 from oar_scale.evaluation.likelihood import random_orders, raster_orders, shuffled_captions
+from oar_scale.evaluation.nearest import nearest_pictures
 from oar_scale.evaluation.pictures import decode_pictures, mean_psnr, step_of_cell
 from oar_scale.evaluation.result_tables import ComparedFeatures, Features
 from oar_scale.generation.settings import SampleSettings
@@ -53,6 +54,7 @@ from oar_scale.run.artifacts import (
     read_tokens,
     read_train_orders,
     require,
+    training_pictures,
     without_variant,
 )
 from oar_scale.run.context import Run
@@ -66,6 +68,8 @@ TASK_IMAGES = 64
 BRUTE_FORCE_IMAGES = 2
 """Each costs a full forward pass for every one of N (N + 1) / 2 candidates: 20 s at 64 cells and 6 M parameters."""
 ORDER_EXAMPLES = 6
+NEAREST_AMONG = 10_000
+"""Training images that samples are compared with, at most."""
 RECONSTRUCTIONS = 12
 
 
@@ -273,19 +277,22 @@ def _samples(run: Run, inputs: Inputs, results: Results) -> SampleGrid:
     for name in columns:
         codes_SN = np.concatenate([task.codes_SN for task in results.of(Drawn) if task.model == name])[:count]
         pictures[name] = decode_pictures(inputs.vq, torch.from_numpy(codes_SN))
+    nearest = nearest_pictures(pictures["ordered"], training_pictures(run, NEAREST_AMONG))
     rows = tuple(
         SampleRow(
             inputs.heldout.captions[row],
             inputs.heldout_pictures[row],
             tuple(pictures[name][row] for name in columns),
             novel=bool(inputs.novel_S[row]),
+            nearest=nearest[row],
         )
         for row in range(count)
     )
     settings = f"Guidance {sample.guidance:g}, temperature {sample.temperature:g}"
     settings += f", top {sample.top_k} codes" if sample.top_k else ""
     order = f"order {sample.order}" if sample.order else "each model in its own confidence order"
-    return SampleGrid(columns, f"{settings}; {order}, all with the same noise", rows)
+    compared = min(NEAREST_AMONG, len(inputs.train.keys))
+    return SampleGrid(columns, f"{settings}; {order}, all with the same noise", rows, compared)
 
 
 def _drawing(samples: SampleGrid, results: Results) -> DrawingExample:

@@ -240,6 +240,9 @@ def test_report_has_the_numbers_and_pictures_of_the_evaluation(evaluated: Run) -
     for row in evaluation.distances:
         assert f"{row.fd_efflite0:.1f}" in page
     assert evaluation.samples.rows[0].caption in page
+    assert f"of the first {evaluation.samples.compared} training images" in page
+    for row in evaluation.samples.rows:
+        assert row.nearest is not None and f"nearest ({row.nearest.rms:.0f})" in page
     assert "all 2 orders are equal" in page
     assert "OpenMoji" in page and "CC" in page
     assert "any-order pretraining" in page
