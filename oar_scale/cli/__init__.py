@@ -9,6 +9,7 @@ oar sample MODEL [CAPTION ... | --prompts FILE] [--out FILE.png | --out FOLDER]
 oar edit IMAGE ... --mask FILE | --keep FILE | --box L,T,R,B | --expand SIDE=N --prompt TEXT
 oar serve MODEL [--host HOST] [--port PORT]                   draw and edit in a browser, or by OpenAI's API for images
 oar study build|serve|results ...                             which of two pictures do people prefer?
+oar compare RUN ... [--json FILE] [--anyway]                  arms and seeds of runs side by side
 oar orders RECIPE [--against FOLDER] [--train-head]             what the orders look like; a head that predicts them
 oar recipe RECIPE [--origin]
 oar status RUN                                                one screen about a run: its folder, recipe or s3://
@@ -39,7 +40,23 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from oar_scale import __version__
-from oar_scale.cli import checkpoint, data, distance, edit, evaluate, extract, observe, orders, plan, run, sample, serve, study, submit
+from oar_scale.cli import (
+    checkpoint,
+    compare,
+    data,
+    distance,
+    edit,
+    evaluate,
+    extract,
+    observe,
+    orders,
+    plan,
+    run,
+    sample,
+    serve,
+    study,
+    submit,
+)
 from oar_scale.errors import Requeue, UserError
 from oar_scale.redaction import redact
 from oar_scale.runtime.gpu_settings import gpu_settings
@@ -113,6 +130,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="oar", description="Ordered autoregressive image generation, trained at scale.")
     parser.add_argument("--version", action="version", version=f"oar_scale {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for module in (run, sample, edit, serve, study, plan, submit, extract, evaluate, observe, data, checkpoint, distance, orders):
+    for module in (run, sample, edit, serve, study, plan, submit, extract, evaluate, compare, observe, data, checkpoint, distance, orders):
         module.add(verbs)
     return parser

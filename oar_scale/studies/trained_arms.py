@@ -1,0 +1,213 @@
+"""What the fine-tunings of a run have left: for each arm and seed its figures, and what it has in common with others.
+
+events           training loss and held-out likelihood, from the first step to the last
+evaluation.json  likelihoods and distances of the ordered model and the control, of seed 0
+flexibility/     means of what ``oar evaluate --flexibility`` has measured of its models (``--out RUN/flexibility``)
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from oar_scale.config.loading import load_recipe
+from oar_scale.config.schema import Recipe
+from oar_scale.config.section import silent_fields
+from oar_scale.data.manifest import read_manifest
+from oar_scale.errors import UserError
+from oar_scale.json_object import JsonObject
+from oar_scale.observe.events import read_events
+from oar_scale.registry import Stage, current_name, model_label
+from oar_scale.run.context import Run
+from oar_scale.run.stage_markers import Finished, read_finished
+from oar_scale.storage import Missing, join, open_storage, read_json
+
+RECIPE = "recipe.yaml"
+OF_ORDERS = ("order", "random_share", "orders_of", "distinct_orders", "any_view_share")
+"""The fields of ``finetune`` in which arms may differ. (The share of any view: see :func:`_alike`.)"""
+
+FLEXIBILITY = "flexibility"
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class TrainedArm:
+    """One finished fine-tuning of a run."""
+
+    run: str
+    """As the user has named it."""
+    stage: str
+    arm: str
+    """``ordered``, ``control``, or its name in ``pipeline.arms``."""
+    number: int
+    """Which seed of the run it is."""
+    seed: int
+    """What all that is random in it was drawn from."""
+    model: str
+    """The file of its model."""
+    alike: Mapping[str, object]
+    """What must be the same for it to be compared with others: everything but its orders."""
+    orders: Mapping[str, object]
+    """Where its orders come from."""
+    curves: Mapping[str, Curve]
+    """By the name of the measure: its value at steps."""
+    figures: Mapping[str, float]
+    """By the name of the measure: curves at their end, and what the evaluation has measured."""
+
+
+def open_run(path: str) -> Run:
+    """The run of a recipe, or of its folder. Raises UserError where there is none."""
+    if path.lower().endswith((".yaml", ".yml")):
+        return Run(load_recipe(path))
+    if not os.path.isfile(join(path, RECIPE)):
+        raise UserError(f"{path}: no run here: neither its folder, which has a {RECIPE}, nor a recipe.")
+    return Run(load_recipe(join(path, RECIPE)).model_copy(update={"run_dir": path}))
+
+
+def trained_arms(path: str) -> tuple[list[TrainedArm], list[str]]:
+    """The finished fine-tunings of a run, and a note on each that is none.
+
+    Raises:
+        UserError: there is no run, it has no fine-tuning that is finished, or its data or model are gone.
+    """
+    run = open_run(path)
+    found, notes, missing = list[TrainedArm](), list[str](), list[str]()
+    start: str | None = None
+    for stage in run.recipe.stages():
+        if stage.training != "finetune":
+            continue
+        try:
+            finished = read_finished(run, stage)
+        except UserError as error:
+            notes.append(f"{path}: {str(error).splitlines()[0]}")
+            continue
+        if finished is None or finished.changes:
+            missing.append(stage.name)
+            continue
+        start = start or _start(run)
+        found.append(_trained(run, path, stage, finished, start))
+    if missing:
+        notes.append(f"{path}: not finished: {', '.join(missing)}")
+    if not found:
+        raise UserError(f"{path}: no fine-tuning of this run is finished, so there is nothing to compare.\n" + "\n".join(notes[:5]))
+    return found, notes
+
+
+def _start(run: Run) -> str:
+    return _model_id(run.model_uri("any_order"))
+
+
+def _model_id(file: str) -> str:
+    from oar_scale.model import model_id  # torch
+
+    return model_id(file)
+
+
+def _trained(run: Run, path: str, stage: Stage, finished: Finished, start: str) -> TrainedArm:
+    recipe, arm = run.recipe.of(stage), stage.arm or ("control" if stage.kind == "control" else "ordered")
+    assert stage.model is not None
+    curves = _curves(run, stage.name)
+    ends = {name: curve[-1][1] for name, curve in curves.items()}
+    measured = _evaluated(run, arm) if not stage.arm and not stage.seed else {}
+    return TrainedArm(
+        run=path,
+        stage=stage.name,
+        arm=arm,
+        number=stage.seed,
+        seed=recipe.seed,
+        model=run.model_uri(stage.model),
+        alike=_alike(run, recipe, start, finished.marker),
+        orders=_orders(recipe, arm),
+        curves=curves,
+        figures={**ends, **measured, **_flexibility(run, stage.model)},
+    )
+
+
+def _alike(run: Run, recipe: Recipe, start: str, marker: JsonObject) -> dict[str, object]:
+    """Everything that decides about a fine-tuning, but its orders and its seed, by its name in the recipe."""
+    finetune = recipe.finetune
+    plain = finetune.model_dump(mode="json", exclude={*silent_fields(finetune), *OF_ORDERS})
+    alike: dict[str, object] = {
+        "start model": start,
+        "tokens": read_manifest(run.at("tokens", "train")).fingerprint,
+        **{f"finetune.{name}": value for name, value in plain.items() if name != "mix"},
+        "finetune.steps": marker["results"].get("steps", finetune.steps),
+        "finetune.mix": [[read_manifest(mix.shards).fingerprint, mix.weight] for mix in finetune.mix],
+        "model.dropout": recipe.model.dropout,
+        "model.caption_dropout": recipe.model.caption_dropout,
+        "extract.views": recipe.extract.views,
+        "parallel.precision": recipe.parallel.precision,
+        "parallel.gradient_dtype": recipe.parallel.gradient_dtype,
+        "data.canonical_streams": recipe.data.canonical_streams,
+        "data.shuffle_window_shards": recipe.data.shuffle_window_shards,
+    }
+    if recipe.extract.views < len(recipe.tokenizer.views):  # else all samples take any view
+        share = finetune.any_view_share
+        alike["finetune.any_view_share"] = finetune.random_share if share is None else share
+    return alike
+
+
+def _orders(recipe: Recipe, arm: str) -> dict[str, object]:
+    if arm == "control":
+        return {"order": "random"}
+    finetune = recipe.finetune
+    orders: dict[str, object] = {"order": finetune.order or "stored", "random_share": finetune.random_share}
+    if finetune.order in (None, "stored"):
+        extract = recipe.extract.model_dump(mode="json", exclude={*silent_fields(recipe.extract), "views", "batch"})
+        orders |= {"orders_of": finetune.orders_of, "distinct_orders": finetune.distinct_orders, "extract": extract}
+    return orders
+
+
+def _curves(run: Run, stage: str) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    for event in read_events(run.events, stage):
+        if event["kind"] == "train" and isinstance(event.get("loss"), float):
+            curves.setdefault("training loss", []).append((int(event["step"]), event["loss"]))
+        if event["kind"] == "heldout":
+            values = {name: value for name, value in event.items() if name.startswith("nll_") and isinstance(value, float)}
+            for name, value in values.items():
+                curves.setdefault(f"held-out {name.replace('_', ' ')}", []).append((int(event["step"]), value))
+    return curves
+
+
+def _evaluated(run: Run, model: str) -> dict[str, float]:
+    """What the stage ``evaluate`` has measured of one of its models."""
+    try:
+        marker, evaluation = read_json(run.marker("evaluate")), read_json(join(run.local(), "evaluation.json"))
+    except Missing:
+        return {}
+    return {} if "stale" in marker else dict(_numbers(evaluation, model))
+
+
+def _numbers(evaluation: JsonObject, model: str) -> Iterator[tuple[str, float]]:
+    for entry in evaluation.get("nll", {}).get("entries", ()):
+        if current_name(entry["model"]) == model and entry["order"] != "own gt_logprob":  # which tells of the codes
+            yield f"evaluated nll {entry['order']}", float(entry["nll"]["mean"])
+    for row in evaluation.get("distances", ()):
+        if row["name"] == model_label(model):
+            yield "evaluated kid_efflite0", float(row["kid_efflite0"])
+
+
+def _flexibility(run: Run, model: str) -> dict[str, float]:
+    """The means over images of what the run's flexibility report has measured of a model; empty where it does not know the model."""
+    folder = run.local(FLEXIBILITY)
+    try:
+        report = read_json(join(folder, f"{FLEXIBILITY}.json"))
+    except Missing:
+        return {}
+    own = _model_id(run.model_uri(model))
+    try:
+        files = [join(folder, entry["arrays"]) for entry in report["models"] if entry["id"] == own]
+        measures = {entry["name"]: f"flexibility {entry['name']} ({entry['unit']})" for entry in report["measures"]}
+        if not files:
+            return {}
+        with np.load(io.BytesIO(open_storage(folder).read(files[0])), allow_pickle=False) as arrays:
+            return {measures[name]: float(arrays[name].mean()) for name in arrays.files if name in measures}
+    except (KeyError, TypeError, ValueError, EOFError, Missing, zipfile.BadZipFile) as error:
+        raise UserError(f"{folder}: no flexibility report of this version ({error!r}). Write it anew, or move it away.") from error
