@@ -140,7 +140,7 @@ def test_a_job_file_has_what_its_stages_and_profile_need(profile: str) -> None:
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
 def test_every_recipe_dry_runs_with_every_profile(profile: Path) -> None:
-    for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
+    for recipe in sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "recipes" / "evidence").glob("*.yaml")]):
         (whole,) = dry_run(str(recipe), str(profile), None, (), ())
         assert f"run oar run {os.getcwd()}/runs/{recipe.stem}/jobs/recipe-1.yaml\n" in whole
         assert "#SBATCH --requeue" in whole

@@ -65,7 +65,7 @@ def test_a_request_has_the_stages_and_settings_of_its_profile(path: Path, specs:
 def test_every_recipe_is_sent_whole_with_every_profile(path: Path, tmp_path: Path) -> None:
     profile = load_profile(str(path), [FOLDER])
     assert isinstance(profile, RayProfile)
-    for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
+    for recipe in sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "recipes" / "evidence").glob("*.yaml")]):
         (text,) = dry_run(str(recipe), str(path), profile_overrides=[FOLDER])
         request, _, sent = text.partition("---\n")
         assert YAML(typ="safe").load(request)["entrypoint"].endswith("--folder=/shared/me")

@@ -11,7 +11,7 @@ from oar_scale.planning.case import Case
 from oar_scale.planning.plan import PlanOptions, case_of
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-SHIPPED = sorted(RECIPES.glob("*.yaml"))
+SHIPPED = sorted([*RECIPES.glob("*.yaml"), *(RECIPES / "evidence").glob("*.yaml")])
 
 L = {"dim": 1024, "layers": 24, "heads": 16, "ffn_hidden": 2816, "vocab_size": 16384, "grid": 16, "dropout": 0.1}
 GROUPED_QUERIES = {"dim": 512, "layers": 8, "heads": 8, "kv_heads": 2, "ffn_hidden": 1536, "vocab_size": 1024, "grid": 16}

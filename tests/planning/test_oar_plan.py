@@ -35,6 +35,14 @@ def test_every_shipped_recipe_fits_as_it_is_written(path: Path, capsys: pytest.C
     assert not re.search(r"\b(nan|inf|None)\b", printed) and "To run it as planned" not in printed
 
 
+@pytest.mark.parametrize("recipe", ["evidence/randar-l-evidence", "evidence/arpg-l-evidence"])
+def test_the_evidence_on_imagenet_takes_at_most_a_hundred_gpu_hours(recipe: str) -> None:
+    """With both extractions, the control, five arms and two seeds."""
+    planned = plan(recipe, gpu="h100")
+    assert planned.arm_extractions.keys() == {"extract_gt_logprob"} and len(planned.stages) == 2 * (2 + 5)
+    assert planned.gpu_hours < 100
+
+
 def test_shipped_sizes_need_no_filled_heads() -> None:
     """A GPU's attention takes heads of a multiple of 8 channels."""
     for path in SHIPPED:
