@@ -58,9 +58,9 @@ def small_model(run: Run, seed: int) -> AnyOrderModel:
     return model
 
 
-def finished_run(folder: Path) -> Run:
+def finished_run(folder: Path, **changes: Any) -> Run:
     """120 drawings, 4 x 4 cells of 32 codes; ``ordered`` has the weights of ``any_order``."""
-    run = Run(recipe(folder), Console(io.StringIO()))
+    run = Run(recipe(folder, **changes), Console(io.StringIO()))
     write_json(run.at("stages", "data.json"), {"stage": "data", "seconds": 2.0, "started": 1.7e9, "results": run_data(run)})
     _, captions = read_images(run, "train")
     train_text_tokenizer(captions, 200, 6).save(run.text_uri)

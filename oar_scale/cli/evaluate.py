@@ -18,13 +18,20 @@ def add(verbs: Subparsers) -> None:
         metavar="MODEL",
         help="RUN:NAME, an exported folder, or a model file; LABEL=MODEL,MODEL,...: an arm, and the models of its seeds",
     )
-    group.add_argument("--out", metavar="FOLDER", help="is written: flexibility.json; what is in it is not measured again")
+    group.add_argument("--out", metavar="FOLDER", help="is written: index.html, flexibility.json; what is in it is not measured again")
     group.add_argument(
         "--run", dest="of_run", metavar="RUN", help="whose images; a recipe or a run's folder; default: the first MODEL's run"
     )
     group.add_argument("--split", default="heldout", help="which images; default: %(default)s")
     group.add_argument("--images", type=count, default=256, metavar="N", help="how many; default: %(default)s")
     group.add_argument("--against", metavar="LABEL", help="whom the others are compared with; default: control, else the first MODEL")
+    group.add_argument("--chapters", default="likelihood,samples,edits", metavar="A,B", help="what is measured; default: %(default)s")
+    group.add_argument(
+        "--sweep", metavar="GRID", help='"temperature=0.8,1;guidance=1,2,4": each arm also at its best, chosen on other images'
+    )
+    group.add_argument("--features", default="efflite0", metavar="NAME", help="as of oar distance; default: %(default)s")
+    group.add_argument("--weights", metavar="FILE", help="of that network")
+    group.add_argument("--sha256", metavar="HASH", help="that the weights have, where they are not the published ones")
     group.add_argument("--minutes", type=minutes, metavar="M", help="begin nothing after M minutes; the same command goes on from there")
     verb.set_defaults(verb=verb)
 
@@ -33,7 +40,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from oar_scale.errors import UserError
 
     if not arguments.flexibility:
-        _refuse_unused(arguments, ("out", "of_run", "split", "images", "against", "minutes"))
+        _refuse_unused(arguments)
         if arguments.recipe is None:
             raise UserError("oar evaluate: which run? oar evaluate RECIPE, or oar evaluate --flexibility MODEL ... --out FOLDER")
         recipe = load(arguments)
@@ -46,6 +53,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise UserError("--flexibility takes no recipe and no -o: --run says whose images are measured")
     if arguments.out is None:
         raise UserError("--flexibility wants --out FOLDER, which is written")
+    from oar_scale.evaluation.extractors import ExtractorSpec
     from oar_scale.studies.flexibility import FlexibilityRequest, run_flexibility
 
     run_flexibility(
@@ -56,15 +64,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             split=arguments.split,
             images=arguments.images,
             against=arguments.against,
+            chapters=tuple(arguments.chapters.split(",")),
+            sweep=arguments.sweep,
+            extractor=ExtractorSpec(arguments.features, arguments.weights, arguments.sha256),
             minutes=arguments.minutes,
         )
     )
     return 0
 
 
-def _refuse_unused(arguments: argparse.Namespace, names: tuple[str, ...]) -> None:
+_OPTIONS = ("out", "of_run", "split", "images", "against", "chapters", "sweep", "features", "weights", "sha256", "minutes")
+
+
+def _refuse_unused(arguments: argparse.Namespace) -> None:
     from oar_scale.errors import UserError
 
-    for name in names:
+    for name in _OPTIONS:
         if getattr(arguments, name) != arguments.verb.get_default(name):
             raise UserError(f"--{name.removeprefix('of_')} means nothing without --flexibility: leave it out")

@@ -94,6 +94,32 @@ def kid_difference(first: ArrayLike, second: ArrayLike, reference: ArrayLike) ->
     return Estimate(float(total / (count * (count - 1))), float(np.sqrt((count - 1) / count * spread)))
 
 
+def kid_shares(samples: ArrayLike, reference: ArrayLike) -> Matrix:
+    """The share of each row in the KID of samples to a reference, paired by row as in :func:`kid_difference`.
+
+    The share of row i is its jackknife pseudo-value, n KID - (n - 1) KID without i. Their mean is the KID, their standard error that of the
+    jackknife; and the differences of two sets' shares are those of :func:`kid_difference`, so that whatever compares paired values can
+    compare distances.
+
+    Args:
+        samples, reference: [n, d] features, the same n (at least 3) and d.
+
+    Raises:
+        ValueError: unequal shapes, or fewer than 3 rows.
+    """
+    features_x, features_z = _same_shape(samples, reference)
+    count = len(features_z)
+    if count < 3:
+        raise ValueError(f"a standard error of a distance needs at least 3 samples, got {count}")
+    k_xz = _kernel(features_x, features_z)
+    terms_nn = _kernel(features_x, features_x) - k_xz - k_xz.T + _kernel(features_z, features_z)
+    np.fill_diagonal(terms_nn, 0.0)
+    total = terms_nn.sum()
+    without_n = (total - 2 * terms_nn.sum(1)) / ((count - 1) * (count - 2))
+    shares_n: Matrix = total / (count - 1) - (count - 1) * without_n
+    return shares_n
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """The Gaussian with the mean and the covariance of a set of features."""

@@ -65,6 +65,19 @@ class ArmDifference:
 
 
 @dataclass(frozen=True)
+class SweepRow:
+    """The distance of an arm's samples with one temperature and guidance, to images that no figure is of."""
+
+    label: str
+    temperature: float
+    guidance: float
+    distance: float
+    """The mean over its seeds."""
+    chosen: bool
+    """Whether it is the arm's best, with which the figures of ``samples/best`` were made."""
+
+
+@dataclass(frozen=True)
 class FlexibilityResults:
     """All numbers of a report."""
 
@@ -78,5 +91,12 @@ class FlexibilityResults:
     measures: tuple[Measure, ...]
     figures: tuple[ArmFigure, ...]
     differences: tuple[ArmDifference, ...]
+    sampling: str
+    """How samples and edits are drawn where nothing else is said."""
+    features: str
+    """The network whose features are compared."""
+    sweep: tuple[SweepRow, ...] = ()
+    sweep_images: str = ""
+    """Which ones settings were chosen on."""
     notes: tuple[str, ...] = ()
     """What was left out, and why."""

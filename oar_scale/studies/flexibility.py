@@ -1,54 +1,37 @@
 """``oar evaluate --flexibility``: what models do in orders that they were, and were not, trained for.
 
-OUT/flexibility.json    all numbers
-OUT/arrays/*.npz        the values of each image, a file a model
-OUT/pieces/             results that are kept (evaluation.flexibility.pieces)
+OUT/index.html, OUT/flexibility.json    one page with everything; all numbers
+OUT/arrays/*.npz                        the values of each image, a file a model
+OUT/pieces/                             results that are kept (evaluation.flexibility.pieces)
 """
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from oar_scale.data.hashing import permutations
 from oar_scale.errors import UserError
-from oar_scale.evaluation.flexibility.comparison import arm_differences, arm_figures
-from oar_scale.evaluation.flexibility.likelihood import (
-    Orders,
-    likelihood_measures,
-    likelihood_sources,
-    own_order_pieces,
-    own_orders,
-)
-from oar_scale.evaluation.flexibility.pieces import Arrays, Piece, PieceFolder, piece_id
-from oar_scale.evaluation.flexibility.subjects import Arm, Source, by_measure
-from oar_scale.evaluation.likelihood import random_orders
-from oar_scale.orders.order_files import run_files
-from oar_scale.orders.policies import grid_policies
-from oar_scale.orders.policies.mean import mean_order
-from oar_scale.results.flexibility import FlexibilityResults, Measure, MeasuredModel
-from oar_scale.run.artifacts import read_tokens, read_train_orders
+from oar_scale.evaluation.extractors import ExtractorSpec
+from oar_scale.evaluation.flexibility.edits import edit_measures, edit_sources
+from oar_scale.evaluation.flexibility.features import FeatureNetwork, feature_network
+from oar_scale.evaluation.flexibility.likelihood import Orders, likelihood_measures, likelihood_sources, own_order_pieces, own_orders
+from oar_scale.evaluation.flexibility.pieces import KeptResults, Piece, PieceFolder, piece_id
+from oar_scale.evaluation.flexibility.sampling import SampleWork, sample_measures
+from oar_scale.evaluation.flexibility.subjects import Arm, Source
+from oar_scale.evaluation.flexibility.sweep import Sweep, best_sources, parse_sweep, settings_of
+from oar_scale.generation.settings import SampleSettings
+from oar_scale.results.flexibility import Measure
 from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import devices_here, threads_here
-from oar_scale.storage import join, open_storage, write_json
-from oar_scale.studies.flexibility_models import HeldoutImages, find_models, named_arms, open_arms, read_images, run_of
+from oar_scale.storage import join
+from oar_scale.studies.flexibility_models import HeldoutImages, find_models, named_arms, open_arms, read_images, run_of, sweep_images
+from oar_scale.studies.flexibility_orders import DRAWN, TITLES, fixed_orders
+from oar_scale.studies.flexibility_results import Measured, write_report
 
-FORMAT = 1
-"""Of ``flexibility.json``."""
-FIXED_POLICIES = ("raster", "halton", "spiral")
-TITLES = {
-    "random": "random",
-    "random seen": "random, of the pretraining",
-    "extracted": "extracted, of training images",
-    "mean": "mean",
-    **{name: name for name in FIXED_POLICIES},
-}
+CHAPTERS = ("likelihood", "samples", "edits")
 
 
 @dataclass(frozen=True)
@@ -62,6 +45,9 @@ class FlexibilityRequest:
     images: int = 256
     against: str | None = None
     """Label of the arm that the others are compared with; None: ``control`` if there is one, else the first."""
+    chapters: tuple[str, ...] = CHAPTERS
+    sweep: str | None = None
+    extractor: ExtractorSpec = field(default_factory=ExtractorSpec)
     minutes: float | None = None
 
 
@@ -75,28 +61,82 @@ def run_flexibility(request: FlexibilityRequest) -> bool:
         UserError: models that do not fit together, images that are not there, or a model whose answers are no numbers.
     """
     until = None if request.minutes is None else time.time() + 60 * request.minutes
-    named = named_arms(request.models)
-    against = _against(request.against, [arm.label for arm in named])
-    targets = find_models(named)
-    run = run_of(targets, request.run)
-    devices = devices_here(run.recipe.parallel)
-    torch.set_num_threads(threads_here(run.recipe.parallel.cpu_threads * len(devices)))
-    images = read_images(run, request.split, 0, request.images)
-    arms = open_arms(named, targets, images, torch.device(devices[0]))
-    work = _Work(run, PieceFolder(join(request.out, "pieces")), devices, until)
-    fixed, notes = fixed_orders(images)
+    plan = _plan(request)
+    run, work = plan.images.run, _Work(plan.images.run, PieceFolder(join(request.out, "pieces")), until)
 
-    found = own_order_pieces(arms, images.measured, run.recipe.extract.tie_seed, run.recipe.parallel.precision)
-    if not work.do([piece for pieces in found.values() for piece in pieces], "own orders"):
+    own = own_order_pieces(plan.arms, plan.images.measured, run.recipe.extract.tie_seed, run.recipe.parallel.precision)
+    if "likelihood" not in request.chapters:
+        own = {}
+    first = plan.first_sources()
+    chosen_on = plan.sweep.sources() if plan.sweep else []
+    found = [piece for pieces in own.values() for piece in pieces]
+    if not work.do([*found, *_pieces([*first, *chosen_on])], "own orders, samples and edits"):
         return False
-    sources = likelihood_sources(arms, images.measured, fixed, own_orders(found, work.results))
-    measures = likelihood_measures(arms, {name: TITLES[name] for name in fixed})
-    if not work.do([piece for source in sources for piece in source.pieces], "likelihoods"):
+
+    rows = plan.sweep.rows(work.results) if plan.sweep else ()
+    second = likelihood_sources(plan.arms, plan.images.measured, plan.fixed, own_orders(own, work.results)) if own else []
+    second += best_sources(plan.samples(), rows) if rows else []
+    if not work.do(_pieces(second), "likelihoods and best samples"):
         return False
-    results = _results(request, images, arms, against, measures, sources, work.results, notes)
-    write_results(request.out, results, sources, work.results, images.tokens.keys)
-    run.console.say(f"  flexibility: {join(request.out, 'flexibility.json')}")
+    measured = Measured(
+        arms=plan.arms,
+        images=plan.images,
+        against=plan.against,
+        measures=plan.measures(),
+        sources=[*first, *second],
+        kept=work.results,
+        sampling=describe(plan.settings),
+        features=plan.network.spec.name,
+        sweep=rows,
+        sweep_images=plan.sweep_images,
+        notes=plan.notes,
+    )
+    write_report(request.out, measured)
+    run.console.say(f"  flexibility: {join(request.out, 'index.html')}")
     return True
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is measured of whom."""
+
+    chapters: tuple[str, ...]
+    arms: list[Arm]
+    images: HeldoutImages
+    fixed: dict[str, Orders]
+    notes: tuple[str, ...]
+    against: str
+    settings: SampleSettings
+    network: FeatureNetwork
+    sweep: Sweep | None = None
+    sweep_images: str = ""
+
+    def samples(self) -> SampleWork:
+        """How samples are drawn and compared."""
+        return _sample_work(self.arms, self.images, self.network, self.settings)
+
+    def first_sources(self) -> list[Source]:
+        """All but what has to wait for own orders and for the sweep."""
+        sources, recipe = list[Source](), self.images.run.recipe
+        if "samples" in self.chapters:
+            drawn = {name: order_SN for name, order_SN in self.fixed.items() if name in DRAWN}
+            work = self.samples()
+            sources += [*work.matrix(drawn, chosen_orders(self.settings)), *work.diversity()]
+        if "edits" in self.chapters:
+            sources += edit_sources(self.arms, self.images.measured, self.network, self.settings, recipe.seed, recipe.parallel.precision)
+        return sources
+
+    def measures(self) -> tuple[Measure, ...]:
+        """All that the report has."""
+        measures: tuple[Measure, ...] = ()
+        if "likelihood" in self.chapters:
+            measures += likelihood_measures(self.arms, {name: TITLES[name] for name in self.fixed})
+        if "samples" in self.chapters:
+            columns = {name: TITLES[name] for name in DRAWN if name in self.fixed}
+            columns |= {name: name for name in chosen_orders(self.settings)}
+            columns |= {"best": "confidence, at its best settings"} if self.sweep else {}
+            measures += sample_measures(columns, self.network)
+        return measures + edit_measures(self.network) if "edits" in self.chapters else measures
 
 
 @dataclass
@@ -105,17 +145,15 @@ class _Work:
 
     run: Run
     folder: PieceFolder
-    devices: Sequence[str]
     until: float | None
-
-    def __post_init__(self) -> None:
-        self.results: dict[str, Arrays] = {}
+    results: KeptResults = field(default_factory=lambda: KeptResults({}))
 
     def do(self, pieces: Sequence[Piece], what: str) -> bool:
         """Have these results; whether all are there. Says what is left otherwise."""
         wanted = {piece_id(piece): piece for piece in pieces}
+        parallel = self.run.recipe.parallel
         with self.run.console.progress(len(wanted), f"{what}: piece") as tally:
-            self.results |= self.folder.run(wanted.values(), self.devices, self.run.recipe.parallel.cpu_threads, self.until, tally.advance)
+            self.results |= self.folder.run(wanted.values(), devices_here(parallel), parallel.cpu_threads, self.until, tally.advance)
         left = len(wanted.keys() - self.results.keys())
         if left:
             self.run.console.say(
@@ -125,74 +163,55 @@ class _Work:
         return not left
 
 
-def _against(given: str | None, labels: Sequence[str]) -> str:
-    if given is None:
-        return "control" if "control" in labels else labels[0]
-    if given not in labels:
-        raise UserError(f"--against {given}: no arm has this label. There are: {', '.join(labels)}")
-    return given
+def _plan(request: FlexibilityRequest) -> _Plan:
+    named = named_arms(request.models)
+    labels = [arm.label for arm in named]
+    against = request.against or ("control" if "control" in labels else labels[0])
+    if against not in labels:
+        raise UserError(f"--against {against}: no arm has this label. There are: {', '.join(labels)}")
+    unknown = next((each for each in request.chapters if each not in CHAPTERS), None)
+    if unknown is not None:
+        raise UserError(f"--chapters: there is no {unknown!r}. There are: {', '.join(CHAPTERS)}")
+    choices = parse_sweep(request.sweep) if request.sweep else []
+    if choices and "samples" not in request.chapters:
+        raise UserError("--sweep chooses settings for samples, which --chapters leaves out")
+    network = feature_network(request.extractor)  # also what finds out that a package is missing, before the long part
+    targets = find_models(named)
+    run = run_of(targets, request.run)
+    devices = devices_here(run.recipe.parallel)
+    torch.set_num_threads(threads_here(run.recipe.parallel.cpu_threads * len(devices)))
+    device = torch.device(devices[0])
+    images = read_images(run, request.split, 0, request.images)
+    arms = open_arms(named, targets, images, device)
+    fixed, notes = fixed_orders(images)
+    settings = replace(SampleSettings.from_recipe(run.recipe.sample), draft=0)  # which changes no image
+    plan = _Plan(request.chapters, arms, images, fixed, notes, against, settings, network)
+    if not choices:
+        return plan
+    for choice in choices:
+        settings_of(settings, choice)
+    others, which = sweep_images(images)
+    work = _sample_work(open_arms(named, targets, others, device), others, network, settings)
+    return replace(plan, sweep=Sweep(work, choices), sweep_images=which)
 
 
-def fixed_orders(images: HeldoutImages) -> tuple[dict[str, Orders], tuple[str, ...]]:
-    """Orders [S, N] that are the same for all models, by name, and what was left out and why.
-
-    ``random`` is of a seed that nobody trained with; ``random seen`` are those in which the run's pretraining has seen its first samples;
-    ``extracted`` are the stored ones of its first training images, given to these images.
-    """
-    run, (count, cells) = images.run, images.measured.codes_SN.shape
-    grid = images.measured.grid
-    seen_SN = permutations("order", cells, run.recipe.seed, 0, np.arange(count))
-    orders: dict[str, NDArray[np.integer]] = {"random": random_orders(count, cells, run.recipe.seed).numpy(), "random seen": seen_SN}
-    orders |= {name: np.tile(policy.path(grid), (count, 1)) for name, policy in grid_policies().items() if name in FIXED_POLICIES}
-    notes = []
-    try:
-        orders["mean"] = np.tile(mean_order(run_files(run.at()), grid), (count, 1))
-        extracted_SN = read_train_orders(run, read_tokens(run, "train"))
-        orders["extracted"] = np.resize(extracted_SN, (count, cells)) if len(extracted_SN) < count else extracted_SN[:count]
-    except UserError as error:
-        notes.append(f"Mean and extracted orders were left out: {error}")
-    return {name: each.astype(np.uint16) for name, each in orders.items()}, tuple(notes)
+def _sample_work(arms: Sequence[Arm], images: HeldoutImages, network: FeatureNetwork, settings: SampleSettings) -> SampleWork:
+    recipe = images.run.recipe
+    return SampleWork(arms, images.measured, network, settings, recipe.seed, recipe.parallel.precision)
 
 
-def _results(
-    request: FlexibilityRequest,
-    images: HeldoutImages,
-    arms: Sequence[Arm],
-    against: str,
-    measures: tuple[Measure, ...],
-    sources: Sequence[Source],
-    results: dict[str, Arrays],
-    notes: tuple[str, ...],
-) -> FlexibilityResults:
-    values = by_measure(sources, results)
-    return FlexibilityResults(
-        run=images.run.at(),
-        split=request.split,
-        images=len(images.tokens.keys),
-        against=against,
-        models=tuple(
-            MeasuredModel(model.label, model.seed, model.file.where, model.file.id, _arrays_file(model.label, model.seed))
-            for arm in arms
-            for model in arm.models
-        ),
-        measures=measures,
-        figures=arm_figures(measures, values),
-        differences=arm_differences(measures, values, against),
-        notes=notes,
+def chosen_orders(settings: SampleSettings) -> dict[str, SampleSettings]:
+    """The ways in which a model chooses the order of a sample, by their names."""
+    return {"confidence": settings}
+
+
+def describe(settings: SampleSettings) -> str:
+    """Settings of samples as a phrase."""
+    return f"guidance {settings.guidance:g}, temperature {settings.temperature:g}" + (
+        f", top {settings.top_k} codes" if settings.top_k else ""
     )
 
 
-def _arrays_file(label: str, seed: int) -> str:
-    return f"arrays/{label}-{seed}.npz"
-
-
-def write_results(out: str, results: FlexibilityResults, sources: Sequence[Source], kept: dict[str, Arrays], keys: Sequence[str]) -> None:
-    """Write the values of each image, then ``flexibility.json``, which makes them count."""
-    for model in results.models:
-        arrays = {each.measure: each.values(kept) for each in sources if (each.label, each.seed) == (model.label, model.seed)}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # the names are never one of its options
-        uri = join(out, model.arrays)
-        open_storage(uri).write(uri, buffer.getvalue())
-    write_json(join(out, "arrays", "images.json"), {"split": results.split, "keys": list(keys)})
-    write_json(join(out, "flexibility.json"), {"format": FORMAT, **asdict(results)})
+def _pieces(sources: Sequence[Source]) -> list[Piece]:
+    """All that sources rest on."""
+    return [piece for source in sources for piece in source.needed]

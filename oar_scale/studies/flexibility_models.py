@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from oar_scale.commands.drawing_target import DrawingTarget, find_target
 from oar_scale.config.loading import load_recipe
+from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
-from oar_scale.evaluation.flexibility.pieces import WeightsFile
+from oar_scale.evaluation.flexibility.pieces import NetworkFile
 from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages
 from oar_scale.generation.exported_folder import implied_prompts
 from oar_scale.generation.model_bundle import RECIPE
@@ -136,7 +137,7 @@ def read_images(run: Run, split: str, first: int, count: int) -> HeldoutImages:
         )
     vq = load_vq(vq_file)
     pictures = np.stack(read_pictures(run, split, tokens.keys)[first:])
-    named = WeightsFile(vq_file, vq_id(vq), run.vq_uri)
+    named = NetworkFile(vq_id(vq), vq_file, run.vq_uri)
     measured = MeasuredImages(tokens.codes_SN[first:], pictures, first, named, vq.spec.grid)
     return HeldoutImages(run, split, Tokens(tokens.keys[first:], tokens.captions[first:], measured.codes_SN, []), measured)
 
@@ -158,7 +159,7 @@ def open_arms(arms: Sequence[NamedArm], targets: dict[str, DrawingTarget], image
             local = uri if "://" not in uri else fetch(uri, images.run.cache)
             spec, _ = open_model(local)
             _check_codes(path, spec, target, images)
-            models.append(ArmModel(arm.label, seed, WeightsFile(local, model_id(local), path), conditions.of(path, spec, target)))
+            models.append(ArmModel(arm.label, seed, NetworkFile(model_id(local), local, path), conditions.of(path, spec, target)))
         opened.append(Arm(arm.label, tuple(models)))
     return opened
 
@@ -209,3 +210,23 @@ class _Conditions:
         except UserError as error:
             raise UserError(f"{path}: cannot be conditioned on the images of {images.run.at('tokens', images.split)}: {error}") from error
         return list(tokens.prompts[images.measured.first :])
+
+
+def sweep_images(images: HeldoutImages) -> tuple[HeldoutImages, str]:
+    """The images that settings are chosen on, and which these are: as many others as are measured, or those that are left.
+
+    For figures of the split ``test`` those of ``heldout``; else the ones behind those that are measured.
+
+    Raises:
+        UserError: fewer than :data:`FEWEST` are left.
+    """
+    run, count = images.run, len(images.tokens.keys)
+    first = 0 if images.split != "heldout" else images.measured.first + count
+    there = read_manifest(run.at("tokens", "heldout")).samples - first
+    if there < FEWEST:
+        raise UserError(
+            f"--sweep: {run.at('tokens', 'heldout')} has {max(there, 0)} images beside the {count} that are measured, and settings are "
+            "chosen on other ones. Measure fewer (--images), or the split test (data.test_fraction)."
+        )
+    others = read_images(run, "heldout", first, min(count, there))
+    return others, f"{len(others.tokens.keys)} images of heldout" + (f", from number {first} on" if first else "")

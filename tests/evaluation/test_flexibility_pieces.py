@@ -21,7 +21,7 @@ from oar_scale.evaluation.flexibility.likelihood import (
     own_order_pieces,
     own_orders,
 )
-from oar_scale.evaluation.flexibility.pieces import PieceFolder, WeightsFile, piece_id
+from oar_scale.evaluation.flexibility.pieces import NetworkFile, PieceFolder, piece_id
 from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, by_measure
 from oar_scale.model import AnyOrderModel, save_model
 from oar_scale.orders.extraction import brute_force_orders
@@ -31,12 +31,12 @@ from oar_scale.results.statistics import compare, holm
 IMAGES = 5
 
 
-def stored(model: AnyOrderModel, folder: Path, name: str) -> WeightsFile:
+def stored(model: AnyOrderModel, folder: Path, name: str) -> NetworkFile:
     save_model(str(folder / f"{name}.safetensors"), model)
-    return WeightsFile(str(folder / f"{name}.safetensors"), name, name)
+    return NetworkFile(name, str(folder / f"{name}.safetensors"), name)
 
 
-def images_of(model: AnyOrderModel, vq: WeightsFile) -> MeasuredImages:
+def images_of(model: AnyOrderModel, vq: NetworkFile) -> MeasuredImages:
     return MeasuredImages(random_codes(model, IMAGES).numpy(), np.zeros((IMAGES, 12, 12, 3), np.uint8), 0, vq, 3)
 
 
@@ -113,7 +113,7 @@ def test_differences_are_paired_and_corrected_by_chapter(two_arms: tuple[list[Ar
     assert figures["nll/raster", "b"].over_seeds is None
 
 
-def nll_piece(model: AnyOrderModel, file: WeightsFile) -> NllPiece:
+def nll_piece(model: AnyOrderModel, file: NetworkFile) -> NllPiece:
     order = np.tile(np.arange(9, dtype=np.uint16), (IMAGES, 1))
     return NllPiece(file, random_codes(model, IMAGES).numpy(), random_text(model, IMAGES).numpy(), order)
 
@@ -121,7 +121,7 @@ def nll_piece(model: AnyOrderModel, file: WeightsFile) -> NllPiece:
 def test_a_piece_is_named_by_all_that_its_result_depends_on(tmp_path: Path) -> None:
     model = small_model()
     piece = nll_piece(model, stored(model, tmp_path, "m"))
-    elsewhere = replace(piece, model=WeightsFile("/elsewhere.safetensors", "m", "another name"))
+    elsewhere = replace(piece, model=NetworkFile("m", "/elsewhere.safetensors", "another name"))
     assert piece_id(piece) == piece_id(replace(piece)) == piece_id(elsewhere)
     others = [
         replace(piece, model=replace(piece.model, id="n")),
@@ -151,8 +151,8 @@ def test_what_is_kept_is_not_computed_again_and_damage_is(tmp_path: Path, monkey
     assert run(first, second, until=0.0) == {piece_id(first)}, "what is there counts"
     kept = Path(folder.file(first))
     kept.write_bytes(kept.read_bytes()[:-40])
-    assert folder.read(first) is None
-    assert run(first, second) == {piece_id(first), piece_id(second)} and folder.read(first) is not None
+    assert folder.read(folder.file(first)) is None
+    assert run(first, second) == {piece_id(first), piece_id(second)} and folder.read(folder.file(first)) is not None
     pieces_module._opened_model.cache_clear()
 
 
@@ -167,4 +167,4 @@ def test_a_model_whose_answers_are_no_numbers_is_named(tmp_path: Path) -> None:
     own = OwnOrdersPiece(file, piece.codes_SN, piece.cond_inputs_S, 0, 0, "fp32")
     with pytest.raises(UserError, match="broken: own orders: the model's scores are not numbers"):
         folder.run([own], ["cpu"], 1, None, lambda: None)
-    assert folder.read(piece) is None and folder.read(own) is None
+    assert folder.read(folder.file(piece)) is None and folder.read(folder.file(own)) is None

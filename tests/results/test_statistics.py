@@ -46,9 +46,9 @@ def test_bootstrap_interval_is_scipys_and_follows_skewed_values() -> None:
 
 def test_intervals_hold_the_true_mean_about_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
-    intervals = [bootstrap_interval(rng.normal(3.0, 1.0, 30)) for _ in range(120)]
+    intervals = [bootstrap_interval(rng.normal(3.0, 1.0, 30)) for _ in range(60)]
     held = sum(each is not None and each.low <= 3.0 <= each.high for each in intervals)
-    assert held >= stats.binom.ppf(0.001, 120, 0.92)
+    assert held >= stats.binom.ppf(0.001, 60, 0.92)
 
 
 @given(st.lists(finite, min_size=1, max_size=8))

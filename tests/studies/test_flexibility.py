@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from finished_run import finished_run, small_model
+from numpy.typing import NDArray
 from scipy import stats
 
 from oar_scale.cli import main
+from oar_scale.data.hashing import derived_seed
+from oar_scale.evaluation.distances import kid_difference, kid_shares
+from oar_scale.evaluation.features import picture_features
 from oar_scale.evaluation.likelihood import nll_table, random_orders
+from oar_scale.generation.sampling import generate
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import load_model, save_model
-from oar_scale.run.artifacts import prompt_encoder, read_tokens
+from oar_scale.registry import ModelName
+from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
 from oar_scale.run.context import Run
 from oar_scale.storage import read_json
-from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
+from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq, unit_to_pixels
 
 IMAGES = 12
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = finished_run(tmp_path_factory.mktemp("small"))
+    run = finished_run(tmp_path_factory.mktemp("small"), parallel={"workers": 1, "micro_batch": 24, "precision": "fp32"})
     save_model(run.local("second.safetensors"), small_model(run, 7))
     return run
 
@@ -43,7 +52,7 @@ def flexibility(models: list[str], out: Path, *more: str) -> int:
 @pytest.fixture(scope="module")
 def measured(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("flexibility")
-    assert flexibility(models_of(finished), out) == 0
+    assert flexibility(models_of(finished), out, "--chapters", "likelihood") == 0
     return out
 
 
@@ -81,15 +90,79 @@ def test_a_call_that_was_stopped_goes_on_where_it_was(
     shutil.copytree(measured / "pieces", tmp_path / "pieces")
     for piece in list((tmp_path / "pieces").glob("NllPiece-*"))[:2]:
         piece.unlink()
-    assert flexibility(models_of(finished), tmp_path, "--minutes", "1e-9") == 0
+    assert flexibility(models_of(finished), tmp_path, "--chapters", "likelihood", "--minutes", "1e-9") == 0
     said = capsys.readouterr().out
     assert "stopped after its minutes: 2 of" in said and "The same command goes on from here" in said
     assert not (tmp_path / "flexibility.json").exists()
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pieces").iterdir()}
-    assert flexibility(models_of(finished), tmp_path) == 0
+    assert flexibility(models_of(finished), tmp_path, "--chapters", "likelihood") == 0
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pieces").iterdir()}
     assert len(after) == len(before) + 2 and before.items() <= after.items()
     assert json.loads((tmp_path / "flexibility.json").read_text()) == json.loads((measured / "flexibility.json").read_text())
+
+
+DRAWN = 3
+
+
+@pytest.fixture(scope="module")
+def drawn(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples and edits of two models, and a sweep, on three images."""
+    out, folder = tmp_path_factory.mktemp("drawn"), finished.local()
+    more = ["--images", str(DRAWN), "--chapters", "samples,edits", "--sweep", "temperature=0.5,1"]
+    assert flexibility([f"{folder}:ordered", f"{folder}:control"], out, *more) == 0
+    return out
+
+
+@torch.no_grad()
+def features_by_hand(run: Run, name: ModelName, first: int, temperature: float) -> NDArray[np.float32]:
+    """Samples for the captions of some held-out images in the order that the model chooses, as pictures, as features."""
+    tokens, model, vq = read_tokens(run, "heldout", first + DRAWN), load_model(run.model_uri(name)), load_vq(run.vq_uri)
+    condition = model.condition(prompt_encoder(run).encode(tokens.prompts[first:]))
+    settings = replace(SampleSettings.from_recipe(run.recipe.sample), temperature=temperature)
+    made = generate(model, condition, settings, derived_seed("drawing", run.recipe.seed), images_B=first + np.arange(DRAWN))
+    return picture_features(unit_to_pixels(vq.decode(made.codes_BN))).numpy()
+
+
+def test_distances_are_those_of_samples_drawn_by_hand(finished: Run, drawn: Path) -> None:
+    """The U-statistic over pairs of different captions; its difference and error by ``kid_difference``."""
+    found = read_json(str(drawn / "flexibility.json"))
+    pictures = read_pictures(finished, "heldout", read_tokens(finished, "heldout", DRAWN).keys)
+    heldout = picture_features(torch.from_numpy(np.stack(pictures))).numpy()
+    by_hand = {name: features_by_hand(finished, name, 0, 1.0) for name in ("ordered", "control")}
+    shares = {}
+    for model in found["models"]:
+        with np.load(drawn / model["arrays"]) as arrays:
+            shares[model["label"]] = arrays["samples/confidence/heldout"]
+    wanted = kid_difference(by_hand["ordered"], by_hand["control"], heldout)
+    difference = shares["ordered"] - shares["control"]
+    assert difference.mean() == pytest.approx(wanted.mean, rel=1e-3)
+    assert stats.sem(difference) == pytest.approx(wanted.standard_error, rel=1e-3)
+    columns = {each["name"].split("/")[1] for each in found["measures"] if each["chapter"] == "samples"}
+    assert columns == {"random", "raster", "halton", "spiral", "mean", "confidence", "best"}
+    assert {each["unit"] for each in found["measures"] if each["chapter"] == "samples"} == {"kid_efflite0"}
+
+
+def test_the_best_setting_is_chosen_on_other_images(finished: Run, drawn: Path) -> None:
+    found = read_json(str(drawn / "flexibility.json"))
+    assert found["sweep_images"] == "3 images of heldout, from number 3 on"
+    pictures = read_pictures(finished, "heldout", read_tokens(finished, "heldout", 2 * DRAWN).keys)[DRAWN:]
+    others = picture_features(torch.from_numpy(np.stack(pictures))).numpy()
+    for label in ("ordered", "control"):
+        rows = [each for each in found["sweep"] if each["label"] == label]
+        by_hand = [kid_shares(features_by_hand(finished, label, DRAWN, each["temperature"]), others).mean() for each in rows]
+        assert [each["distance"] for each in rows] == pytest.approx(by_hand, rel=1e-3)
+        assert [each["chosen"] for each in rows] == [distance == min(by_hand) for distance in by_hand]
+
+
+def test_the_page_shows_every_table_and_picture(drawn: Path, measured: Path) -> None:
+    page = (drawn / "index.html").read_text()
+    assert page.count("data:image/png") == 2 * DRAWN * (2 + 7) + 3 * DRAWN * (2 + 2), "samples by arm; edits by hole"
+    text = re.sub('data:image/png;base64,[^"]*', "", page)
+    assert not re.search(r"\bnan\b", text, re.IGNORECASE) and "Chosen on 3 images of heldout" in text
+    for word in ("inpainting", "outpainting", "right half", "kid_efflite0", "One seed each"):
+        assert word in text
+    page = (measured / "index.html").read_text()
+    assert "over seeds (Student" in page and "those of control" in page and "data:image/png" not in page
 
 
 def refused(capsys: pytest.CaptureFixture[str], models: list[str], out: Path, *more: str) -> str:
@@ -130,6 +203,12 @@ def test_models_that_do_not_fit_together_are_refused(finished: Run, tmp_path: Pa
         (["{run}:control"], ["--run", "/nowhere"], "/nowhere: no folder of a run"),
         (["{run}/second.safetensors"], [], "Name a run"),
         (["{run}:better"], [], "better"),
+        (["{run}:control"], ["--chapters", "likelihod"], "There are: likelihood, samples, edits"),
+        (["{run}:control"], ["--sweep", "temperature=hot"], "--sweep temperature=hot: wanted is"),
+        (["{run}:control"], ["--sweep", "temperature=0"], "--sweep: temperature 0.0 must be"),
+        (["{run}:control"], ["--sweep", "guidance=1", "--images", "35"], "settings are chosen on other ones"),
+        (["{run}:control"], ["--sweep", "guidance=1", "--chapters", "edits"], "--chapters leaves out"),
+        (["{run}:control"], ["--features", "eyes"], "no such extractor"),
     ],
 )
 def test_bad_arguments_get_one_clear_error(

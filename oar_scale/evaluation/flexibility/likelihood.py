@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from oar_scale.evaluation.eval_tasks import Ints, Precision, condition_of, here
-from oar_scale.evaluation.flexibility.pieces import Arrays, Piece, WeightsFile, in_parts
+from oar_scale.evaluation.flexibility.pieces import Arrays, NetworkFile, Piece, in_parts
 from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, Source
 from oar_scale.evaluation.likelihood import nll_table, prediction_table
 from oar_scale.orders.extraction import extract_orders
@@ -37,7 +37,7 @@ CALIBRATION = (
 class OwnOrdersPiece:
     """The orders that a model generates in, for images that are there."""
 
-    model: WeightsFile
+    model: NetworkFile
     codes_SN: Ints
     cond_inputs_S: NDArray[np.generic]
     first: int
@@ -62,7 +62,7 @@ class OwnOrdersPiece:
 class NllPiece:
     """The likelihood of images along given orders, in float32."""
 
-    model: WeightsFile
+    model: NetworkFile
     codes_SN: Ints
     cond_inputs_S: NDArray[np.generic]
     order_SN: NDArray[np.uint16]

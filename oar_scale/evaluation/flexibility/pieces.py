@@ -13,7 +13,7 @@ import hashlib
 import io
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Protocol, cast
 
@@ -35,12 +35,18 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class WeightsFile:
-    """A model's or a tokenizer's file. What it holds counts, not where it lies."""
+class KnownById:
+    """What a result depends on, by what it holds and not by where it lies."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class NetworkFile(KnownById):
+    """A model's or a tokenizer's file."""
 
     uri: str
     """Local."""
-    id: str
     where: str
     """Its name in errors."""
 
@@ -64,7 +70,7 @@ def _opened_tokenizer(uri: str) -> ImageTokenizer:
 
 
 class Piece(Protocol):
-    """A frozen dataclass of plain values, arrays and :class:`WeightsFile`."""
+    """A frozen dataclass of plain values, arrays and :class:`NetworkFile`."""
 
     @property
     def what(self) -> str:
@@ -84,9 +90,9 @@ class PieceFolder:
         """The object with the result of a piece."""
         return join(self.uri, f"{type(piece).__name__}-{piece_id(piece)}.npz")
 
-    def read(self, piece: Piece) -> Arrays | None:
-        """The result of a piece; None where there is none, or a file that was damaged."""
-        uri = self.file(piece)
+    @staticmethod
+    def read(uri: str) -> Arrays | None:
+        """The result in a file; None where there is none, or one that was damaged."""
         try:
             with np.load(io.BytesIO(open_storage(uri).read(uri)), allow_pickle=False) as arrays:
                 return dict(arrays)
@@ -95,7 +101,7 @@ class PieceFolder:
 
     def run(
         self, pieces: Iterable[Piece], devices: Sequence[str], threads: int, until: float | None, on_done: Callable[[], None]
-    ) -> dict[str, Arrays]:
+    ) -> KeptResults:
         """The results of pieces by :func:`piece_id`, computed where they are not kept yet; those for which there was no time are missing.
 
         Args:
@@ -107,18 +113,39 @@ class PieceFolder:
             UserError: a result with a value that is no finite number, or as ``run_eval_tasks``.
         """
         by_id = {piece_id(piece): piece for piece in pieces}
-        results = {}
+        left = {}
         for key, piece in by_id.items():
-            if (kept := self.read(piece)) is not None:
-                results[key] = kept
+            if self.read(self.file(piece)) is None:
+                left[key] = piece
+            else:
                 on_done()
-        left = {key: piece for key, piece in by_id.items() if key not in results}
         if left:
             run_eval_tasks([_KeptTask(piece, self.file(piece), until) for piece in left.values()], devices, threads, on_done)
-        for key, piece in left.items():
-            if (made := self.read(piece)) is not None:
-                results[key] = made
-        return results
+        return KeptResults(
+            {key: self.file(piece) for key, piece in by_id.items() if key not in left or self.read(self.file(piece)) is not None}
+        )
+
+
+class KeptResults(Mapping[str, Arrays]):
+    """Results by :func:`piece_id`, read when they are asked for: features of many samples do not fit into memory."""
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        self._files = dict(files)
+
+    def __getitem__(self, key: str) -> Arrays:
+        arrays = PieceFolder.read(self._files[key])
+        if arrays is None:
+            raise UserError(f"{self._files[key]}: was removed or damaged while it was in use. Run the same command again.")
+        return arrays
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __or__(self, other: KeptResults) -> KeptResults:
+        return KeptResults(self._files | other._files)
 
 
 @dataclass(frozen=True)
@@ -154,7 +181,7 @@ def piece_id(piece: Piece) -> str:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, WeightsFile):
+    if isinstance(value, KnownById):
         return value.id
     if isinstance(value, np.ndarray):
         array = np.ascontiguousarray(value)

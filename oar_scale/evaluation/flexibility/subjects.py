@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.evaluation.eval_tasks import Ints
-from oar_scale.evaluation.flexibility.pieces import Arrays, Piece, WeightsFile, floats, in_parts
+from oar_scale.evaluation.flexibility.pieces import Arrays, NetworkFile, Piece, floats, in_parts
 
 PART_IMAGES = 64
 """Images of a piece."""
@@ -22,7 +22,7 @@ class ArmModel:
     label: str
     seed: int
     """Its place among the models of its arm, from 0."""
-    file: WeightsFile
+    file: NetworkFile
     cond_inputs_S: NDArray[np.generic]
     """What it is conditioned on for each image, as ``model.condition`` takes it."""
 
@@ -45,7 +45,7 @@ class MeasuredImages:
     """[S, H, W, 3]."""
     first: int
     """Number of the first one among those of its split."""
-    vq: WeightsFile
+    vq: NetworkFile
     grid: int
 
     @property
@@ -64,6 +64,11 @@ class Source:
     seed: int
     pieces: tuple[Piece, ...]
     array: str
+
+    @property
+    def needed(self) -> tuple[Piece, ...]:
+        """All pieces that the values rest on."""
+        return self.pieces
 
     def values(self, results: Mapping[str, Arrays]) -> NDArray[np.float64]:
         """One value for each image, [S]."""

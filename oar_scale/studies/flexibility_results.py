@@ -1,0 +1,104 @@
+"""From all that was measured to the files of a flexibility report."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from oar_scale.evaluation.flexibility.comparison import arm_differences, arm_figures
+from oar_scale.evaluation.flexibility.edits import EditsPiece
+from oar_scale.evaluation.flexibility.pieces import KeptResults, piece_id
+from oar_scale.evaluation.flexibility.sampling import SamplesPiece
+from oar_scale.evaluation.flexibility.subjects import Arm, Source, by_measure
+from oar_scale.evaluation.pictures import decode_pictures
+from oar_scale.json_object import without_nan
+from oar_scale.report.flexibility_page import EditPictures, FlexibilityPictures, render_flexibility
+from oar_scale.results.examples import Picture
+from oar_scale.results.flexibility import FlexibilityResults, Measure, MeasuredModel, SweepRow
+from oar_scale.storage import join, open_storage, write_json
+from oar_scale.studies.flexibility_models import HeldoutImages
+from oar_scale.tokenizers.vq import load_vq
+
+FORMAT = 1
+"""Of ``flexibility.json``."""
+SHOWN = 8
+"""Images in the page."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was measured, of whom, and how."""
+
+    arms: Sequence[Arm]
+    images: HeldoutImages
+    against: str
+    measures: tuple[Measure, ...]
+    sources: Sequence[Source]
+    kept: KeptResults
+    sampling: str
+    features: str
+    sweep: tuple[SweepRow, ...]
+    sweep_images: str
+    notes: tuple[str, ...]
+
+    def results(self) -> FlexibilityResults:
+        """Figures and differences. Raises UserError for values that are no finite numbers."""
+        values = by_measure(self.sources, self.kept)
+        return FlexibilityResults(
+            run=self.images.run.at(),
+            split=self.images.split,
+            images=len(self.images.tokens.keys),
+            against=self.against,
+            models=tuple(
+                MeasuredModel(model.label, model.seed, model.file.where, model.file.id, f"arrays/{model.label}-{model.seed}.npz")
+                for arm in self.arms
+                for model in arm.models
+            ),
+            measures=self.measures,
+            figures=arm_figures(self.measures, values),
+            differences=arm_differences(self.measures, values, self.against),
+            sampling=self.sampling,
+            features=self.features,
+            sweep=self.sweep,
+            sweep_images=self.sweep_images,
+            notes=self.notes,
+        )
+
+    def pictures(self) -> FlexibilityPictures:
+        """The first images, and what the first model of each arm makes of them."""
+        originals = list(self.images.measured.pictures[:SHOWN])
+        vq = load_vq(self.images.measured.vq.uri)
+        samples: dict[str, dict[str, list[Picture]]] = {}
+        edits: dict[str, EditPictures] = {}
+        for source in (each for each in self.sources if each.seed == 0):
+            first, parts = source.pieces[0], source.measure.split("/")
+            if isinstance(first, SamplesPiece) and parts[0] == "samples" and parts[2] == "heldout":
+                codes_SN = self.kept[piece_id(first)]["codes_SN"][:SHOWN].astype(np.int64)
+                samples.setdefault(parts[1], {})[source.label] = decode_pictures(vq, torch.from_numpy(codes_SN))
+            elif isinstance(first, EditsPiece) and parts[2] == "nll":
+                known = ~first.hole_N.reshape(self.images.measured.grid, -1)
+                hole = edits.setdefault(parts[1], EditPictures(known, {}))
+                hole.completions[source.label] = list(self.kept[piece_id(first)]["pictures"].astype(np.uint8))
+        decoded = decode_pictures(vq, torch.from_numpy(self.images.measured.codes_SN[:SHOWN]))
+        return FlexibilityPictures(self.images.tokens.captions[:SHOWN], originals, decoded, samples, edits)
+
+
+def write_report(out: str, measured: Measured) -> None:
+    """Write the values of each image and the page, then ``flexibility.json``, which makes them count."""
+    results = measured.results()
+    page = render_flexibility(results, measured.pictures())
+    for model in results.models:
+        of_model = [each for each in measured.sources if (each.label, each.seed) == (model.label, model.seed)]
+        buffer = io.BytesIO()
+        arrays = {each.measure: each.values(measured.kept) for each in of_model}
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # the names are never one of its options
+        uri = join(out, model.arrays)
+        open_storage(uri).write(uri, buffer.getvalue())
+    write_json(join(out, "arrays", "images.json"), {"split": results.split, "keys": measured.images.tokens.keys})
+    uri = join(out, "index.html")
+    open_storage(uri).write(uri, page.encode())
+    write_json(join(out, "flexibility.json"), without_nan({"format": FORMAT, **asdict(results)}))
