@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from oar_scale.config.run_sections import SAMPLE_SCORES
 from oar_scale.errors import UserError
 from oar_scale.evaluation.extractors import ExtractorSpec
 from oar_scale.evaluation.flexibility.edits import edit_measures, edit_sources
@@ -133,8 +134,8 @@ class _Plan:
             measures += likelihood_measures(self.arms, {name: TITLES[name] for name in self.fixed})
         if "samples" in self.chapters:
             columns = {name: TITLES[name] for name in DRAWN if name in self.fixed}
-            columns |= {name: name for name in chosen_orders(self.settings)}
-            columns |= {"best": "confidence, at its best settings"} if self.sweep else {}
+            columns |= {name: f"chosen by {name}" for name in chosen_orders(self.settings)}
+            columns |= {"best": f"chosen by {self.settings.score}, at its best settings"} if self.sweep else {}
             measures += sample_measures(columns, self.network)
         return measures + edit_measures(self.network) if "edits" in self.chapters else measures
 
@@ -201,8 +202,8 @@ def _sample_work(arms: Sequence[Arm], images: HeldoutImages, network: FeatureNet
 
 
 def chosen_orders(settings: SampleSettings) -> dict[str, SampleSettings]:
-    """The ways in which a model chooses the order of a sample, by their names."""
-    return {"confidence": settings}
+    """The ways in which a model chooses the order of a sample, by their scores."""
+    return {score: replace(settings, score=score) for score in SAMPLE_SCORES}
 
 
 def describe(settings: SampleSettings) -> str:

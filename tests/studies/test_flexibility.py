@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from oar_scale.cli import main
+from oar_scale.config.run_sections import SAMPLE_SCORES
 from oar_scale.data.hashing import derived_seed
 from oar_scale.evaluation.distances import kid_difference, kid_shares
 from oar_scale.evaluation.features import picture_features
@@ -132,13 +133,13 @@ def test_distances_are_those_of_samples_drawn_by_hand(finished: Run, drawn: Path
     shares = {}
     for model in found["models"]:
         with np.load(drawn / model["arrays"]) as arrays:
-            shares[model["label"]] = arrays["samples/confidence/heldout"]
+            shares[model["label"]] = arrays["samples/max_prob/heldout"]
     wanted = kid_difference(by_hand["ordered"], by_hand["control"], heldout)
     difference = shares["ordered"] - shares["control"]
     assert difference.mean() == pytest.approx(wanted.mean, rel=1e-3)
     assert stats.sem(difference) == pytest.approx(wanted.standard_error, rel=1e-3)
     columns = {each["name"].split("/")[1] for each in found["measures"] if each["chapter"] == "samples"}
-    assert columns == {"random", "raster", "halton", "spiral", "mean", "confidence", "best"}
+    assert columns == {"random", "raster", "halton", "spiral", "mean", "best", *SAMPLE_SCORES}
     assert {each["unit"] for each in found["measures"] if each["chapter"] == "samples"} == {"kid_efflite0"}
 
 
@@ -156,7 +157,7 @@ def test_the_best_setting_is_chosen_on_other_images(finished: Run, drawn: Path) 
 
 def test_the_page_shows_every_table_and_picture(drawn: Path, measured: Path) -> None:
     page = (drawn / "index.html").read_text()
-    assert page.count("data:image/png") == 2 * DRAWN * (2 + 7) + 3 * DRAWN * (2 + 2), "samples by arm; edits by hole"
+    assert page.count("data:image/png") == 2 * DRAWN * (2 + 10) + 3 * DRAWN * (2 + 2), "samples by arm; edits by hole"
     text = re.sub('data:image/png;base64,[^"]*', "", page)
     assert not re.search(r"\bnan\b", text, re.IGNORECASE) and "Chosen on 3 images of heldout" in text
     for word in ("inpainting", "outpainting", "right half", "kid_efflite0", "One seed each"):
