@@ -53,7 +53,7 @@ class Work:
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     work = Work()
     monkeypatch.setattr(Recipe, "stages", lambda recipe: list(STAGES))
-    monkeypatch.setattr(pipeline, "entry_point", lambda stage: lambda run: work(run, stage))
+    monkeypatch.setattr(pipeline, "entry_point", lambda stage: lambda run, *_: work(run, stage))
     return work
 
 
