@@ -84,14 +84,14 @@ def freedom(groups: tuple[int, int]) -> float:
 
 def pair_figures(votes: Votes, over_raters: Resamples, over_captions: Resamples) -> list[PairFigures]:
     """Each pair of arms that has an answer."""
-    found = []
+    found, counts_P3 = [], votes.counts()
     for number, (first, second) in enumerate(votes.arm_pairs):
-        wins, ties, losses = votes.counts()[number]
+        wins, ties, losses = counts_P3[number]
         if wins + ties + losses:
             mask = votes.pair_A == number
             groups = len(np.unique(votes.rater_A[mask])), len(np.unique(votes.caption_A[mask]))
             raters, captions = (_variance_of_rate(resamples.counts_BP3[:, number]) for resamples in (over_raters, over_captions))
-            rate = share_interval(np.array([wins, ties, losses]), raters, captions, groups)
+            rate = share_interval(counts_P3[number], raters, captions, groups)
             names = votes.arms[first], votes.arms[second]
             found.append(
                 PairFigures(*names, int(wins), int(ties), int(losses), *groups, rate, clopper_pearson(int(wins), int(wins + losses)))

@@ -46,7 +46,7 @@ def _figures(results: Results, figures: Figures) -> Iterator[str]:
     if not figures.answers:
         yield "no pair has been answered, only attention checks"
         return
-    yield f"{figures.raters} raters, {figures.answers} answers, {figures.ties} of them ties"
+    yield f"{_count(figures.raters, 'rater')}, {_count(figures.answers, 'answer')}, {figures.ties} of them ties"
     yield ""
     yield "preferred (a tie counts half for each; 95 %: other raters, other captions)      decided answers alone (Clopper-Pearson)"
     rows = [
@@ -85,7 +85,9 @@ def _strengths(groups: tuple[Group, ...]) -> Iterator[str]:
     for group in groups:
         yield ""
         yield "strength (Bradley-Terry, log odds, mean 0)"
-        rows = [[each.arm, f"{each.strength.value:+.2f}", _bounds(each.strength), f"{each.answers} answers"] for each in group.strengths]
+        rows = [
+            [each.arm, f"{each.strength.value:+.2f}", _bounds(each.strength), _count(each.answers, "answer")] for each in group.strengths
+        ]
         yield from _indented(text_table(rows))
     yield ""
 
@@ -101,7 +103,7 @@ def _agreement(agreement: Agreement | None) -> str:
 
 
 def _sides(sides: SideBias) -> str:
-    verdict = "a bias: it costs power, and favours no arm, since sides are at random" if sides.p_value < 0.01 else "no bias to be seen"
+    verdict = "a bias: it costs power, and favours no arm, since sides are at random" if sides.p_value < 0.01 else "no clear bias"
     return f"left side chosen in {_percent(sides.share)} of {sides.decided} decided answers, p = {sides.p_value:.2g}: {verdict}"
 
 

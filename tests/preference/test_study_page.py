@@ -84,10 +84,12 @@ def test_a_phone_shows_both_pictures_without_scrolling(browser: Browser, study_f
         assert TOKEN not in page.url
         page.tap("#start")
         first = shown(page, 0)
-        boxes = [tab.box(element) for element in ("#left", "#right", "#tie", "#undo")]
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        assert all(box["y"] + box["height"] <= 740 and box["width"] >= 44 and box["height"] >= 44 for box in boxes)
-        assert abs(boxes[0]["width"] - boxes[1]["width"]) < 1 and boxes[0]["x"] < boxes[1]["x"] and boxes[0]["width"] > 150
+        for width, height in ((740, 360), (360, 740)):  # on its side, and upright
+            page.set_viewport_size({"width": width, "height": height})
+            boxes = [tab.box(element) for element in ("#left", "#right", "#tie", "#undo")]
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert all(box["y"] + box["height"] <= height and box["width"] >= 44 and box["height"] >= 44 for box in boxes)
+            assert abs(boxes[0]["width"] - boxes[1]["width"]) < 1 and boxes[0]["x"] < boxes[1]["x"] and boxes[0]["width"] > 150
         pixels = page.evaluate(_PIXEL)
         page.tap("#left")
         shown(page, 1)

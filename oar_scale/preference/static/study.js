@@ -6,14 +6,15 @@
  *
  * The server knows where this rater is; the page keeps nothing but a random number, under a name of the study's own.
  */
-import { send, takeToken } from "../api.js";
+import { ApiError, send, takeToken } from "../api.js";
 import { announce, byId, count } from "../dom.js";
 import { login } from "../login.js";
 
 /** No answer is taken sooner, since nobody has looked at both pictures by then: a second click was meant for the pair before. */
 const SHORTEST_MS = 250;
-/** Pictures with sides below this are shown in sharp pixels. */
+/** Pictures with sides below this are shown in sharp pixels, and not too large: of huge squares nobody recognises anything. */
 const SMALL = 160;
+const LARGEST_PIXEL = 8;
 
 let study = null;
 let rater = null;
@@ -70,7 +71,9 @@ async function show() {
   for (const [side, picture] of [["left", both[0]], ["right", both[1]]]) {
     const image = byId(`${side}-picture`);
     image.src = picture.src;
-    image.classList.toggle("sharp", Math.max(picture.naturalWidth, picture.naturalHeight) < SMALL);
+    const pixels = Math.max(picture.naturalWidth, picture.naturalHeight);
+    image.classList.toggle("sharp", pixels < SMALL);
+    image.style.maxWidth = pixels < SMALL ? `${pixels * LARGEST_PIXEL}px` : "";
     await image.decode();
   }
   for (const name of ["left", "right", "tie"]) byId(name).classList.remove("chosen");
@@ -152,6 +155,7 @@ function fail(error, next) {
   if (error.status === 401) return login("api/study").then(next);
   // What it says about this session is old: another tab has gone on, or the server has another study now.
   retry = error.status >= 400 && error.status < 500 && error.status !== 429 ? start : next;
+  if (!(error instanceof ApiError)) console.error(error); // a fault of the page itself
   byId("error").textContent = error.status === 0 ? `${error.message} Your answers so far are stored.` : error.message;
   showOnly("trouble");
   return undefined;
