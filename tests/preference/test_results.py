@@ -26,7 +26,7 @@ from oar_scale.preference.study import ANSWERS, Comparison, Study, read_study
 @pytest.fixture(autouse=True)
 def _fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (intervals, results):
-        monkeypatch.setattr(module, "RESAMPLES", 100)
+        monkeypatch.setattr(module, "RESAMPLES", 40)
 
 
 def said(study: Study, answers: Sequence[Answer]) -> str:
