@@ -17,7 +17,7 @@ from oar_scale.generation.folder_files import DIFFUSERS_CODE, MODEL, ORDER_MAP, 
 from oar_scale.generation.model_bundle import FolderConfig
 from oar_scale.json_object import JsonObject
 from oar_scale.model.weights import open_model
-from oar_scale.registry import MODELS, STAGES, current_name, model_label
+from oar_scale.registry import MODELS, STAGES, current_name, kind_of, model_label
 from oar_scale.text import cut
 
 if TYPE_CHECKING:
@@ -161,7 +161,8 @@ def _training(history: JsonObject) -> Iterator[str]:
         use = tokenizer.get("codebook_use")
         used = f", {use:.0%} of the codes in use" if isinstance(use, int | float) else ""
         yield from (f"Image tokenizer: {_number(tokenizer['psnr_db'], 1)} dB PSNR on held-out images{used}.", "")
-    trained = {stage.name: stage.training for stage in STAGES.values() if stage.training and _object(stages, stage.name, "results")}
+    trained = {name: STAGES[kind_of(name)].training for name in stages if _object(stages, name, "results")}
+    trained = {name: section for name, section in trained.items() if section}
     if not trained:
         yield from (f"The training of the model is {UNKNOWN}.", "")
         return

@@ -1,6 +1,6 @@
 """How a model was made, as its run has recorded it: ``history.json`` of an exported folder.
 
-    model        its name in the run: ordered, any_order, control; absent of a checkpoint from the middle of a training
+    model        its name in the run: ordered, any_order, control, that of an arm; absent of a checkpoint from the middle of a training
     stages       seconds, settings and results of the stages that led to it
     evaluation   what the stage evaluate measured of it, where it did
 
@@ -21,13 +21,14 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
+from oar_scale.config.loading import load_recipe
 from oar_scale.generation.folder_files import HISTORY, ORDER_MAP, SAMPLES
-from oar_scale.generation.model_bundle import ModelBundle
+from oar_scale.generation.model_bundle import RECIPE, ModelBundle
 from oar_scale.json_object import JsonObject
 from oar_scale.model.run_models import run_model_file
 from oar_scale.orders.order_files import folder_files
 from oar_scale.orders.policies.mean import mean_order
-from oar_scale.registry import MODELS, STAGES, ModelName, current_name
+from oar_scale.registry import MODELS, STAGES, Stage, current_name
 from oar_scale.storage import join, open_storage, read_json
 
 _MEASURED = ("nll", "pretrain", "calibration", "captions", "distances", "distance_differences", "orders")
@@ -47,9 +48,10 @@ def read_history(bundle: ModelBundle) -> JsonObject:
     if bundle.root is None:
         uri = join(bundle.folder, HISTORY)
         return read_json(uri) if open_storage(uri).exists(uri) else {}
-    name = _name(bundle)
+    of_run = _stages(bundle)
+    name = _name(bundle, of_run)
     history: JsonObject = {"model": name} if name else {}
-    stages = {stage: marker for stage in _led_to(name) if (marker := _marker(bundle, stage)) is not None}
+    stages = {stage: marker for stage in _led_to(name, of_run) if (marker := _marker(bundle, stage)) is not None}
     if stages:
         history["stages"] = {stage: _published(marker) for stage, marker in stages.items()}
     measured = join(bundle.where, "evaluation.json")
@@ -96,24 +98,33 @@ def sheet(pictures: Sequence[NDArray[np.uint8]]) -> Image.Image:
     return whole
 
 
-def _name(bundle: ModelBundle) -> ModelName | None:
+def _stages(bundle: ModelBundle) -> list[Stage]:
+    """The stages of the run, those of its arms and seeds among them."""
+    recipe = join(bundle.where, RECIPE)
+    return load_recipe(recipe).stages() if open_storage(recipe).exists(recipe) else list(STAGES.values())
+
+
+def _name(bundle: ModelBundle, stages: Sequence[Stage]) -> str | None:
     assert bundle.root is not None
-    return next((name for name in MODELS if run_model_file(bundle.root, name) == bundle.model), None)
+    names = dict.fromkeys([*MODELS, *(stage.model for stage in stages if stage.model)])
+    return next((name for name in names if run_model_file(bundle.root, name) == bundle.model), None)
 
 
-def _led_to(name: ModelName | None) -> list[str]:
-    """The stages whose results a model rests on; of a checkpoint, those before any training. ``evaluate`` measures all models."""
-    wanted: set[str] = {"tokens"} if name is None else {MODELS[name].stage, "evaluate"}
-    for stage in reversed(STAGES.values()):
+def _led_to(name: str | None, stages: Sequence[Stage]) -> list[str]:
+    """The stages whose results a model rests on; of a checkpoint, those before any training. ``evaluate`` measures those of every run."""
+    wanted = {"tokens"} if name is None else {stage.name for stage in stages if stage.model == name}
+    if name in MODELS:
+        wanted |= {MODELS[name].stage, "evaluate"}
+    for stage in reversed(stages):
         if stage.name in wanted and stage.name != "evaluate":
             wanted |= set(stage.needs)
-    return [stage.name for stage in STAGES.values() if stage.name in wanted]
+    return [stage.name for stage in stages if stage.name in wanted]
 
 
 def _marker(bundle: ModelBundle, stage: str) -> JsonObject | None:
     """The marker of a stage that has finished and has not become stale since."""
     assert bundle.root is not None
-    uri = join(bundle.where if STAGES[stage].local else bundle.root, "stages", f"{stage}.json")
+    uri = join(bundle.where if stage in STAGES and STAGES[stage].local else bundle.root, "stages", f"{stage}.json")
     if not open_storage(uri).exists(uri):
         return None
     marker = read_json(uri)
