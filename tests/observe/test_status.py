@@ -52,6 +52,26 @@ def stage_lines(text: str, stage: str) -> list[str]:
     return [line.strip() for line in lines[begin : begin + 1 + own]]
 
 
+def test_arms_stand_with_the_stage_that_they_are_of_seed_by_seed(tmp_path: Path, clock: SimpleNamespace) -> None:
+    ordered = [
+        "extract",
+        "extract_gt",
+        "finetune",
+        "gt",
+        "raster",
+        "finetune.s1",
+        "gt.s1",
+        "finetune.s10",
+        "control",
+        "control.s1",
+        "report",
+    ]
+    finish(tmp_path, *sorted(ordered, reverse=True))
+    lines = screen(tmp_path, clock.now).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ordered
+    assert len({line.index("done in") for line in lines}) == 1
+
+
 def test_a_running_stage_shows_progress_speed_and_checkpoint(tmp_path: Path, clock: SimpleNamespace) -> None:
     finish(tmp_path, "data")
     synthetic_run.interrupted(tmp_path / "events")

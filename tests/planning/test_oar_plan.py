@@ -43,6 +43,25 @@ def test_the_evidence_on_imagenet_takes_at_most_a_hundred_gpu_hours(recipe: str)
     assert planned.gpu_hours < 100
 
 
+def test_arms_and_seeds_are_counted() -> None:
+    """Each costs what fine-tuning costs, and an extraction of its own what its settings make of it."""
+    arms = "pipeline.arms={gt: {extract: {score: gt_logprob}}, few: {extract: {commit_per_step: 4}}, raster: {order: raster}}"
+    plain, whole = (plan("imagenet", *overrides) for overrides in ([], ["pipeline.seeds=2", arms]))
+    hours = {stage.name: stage.gpu_hours for stage in whole.stages}
+    assert list(hours) == [
+        "pretrain",
+        *(f"{name}{seed}" for seed in ("", ".s1") for name in ("finetune", "control", "gt", "few", "raster")),
+    ]
+    assert len({hours[name] for name in hours if name != "pretrain"}) == 1
+    extracted = whole.arm_extractions
+    assert plain.extraction is not None and extracted["extract_gt"].gpu_hours == plain.extraction.gpu_hours
+    assert extracted["extract_few"].gpu_hours < plain.extraction.gpu_hours and len(extracted) == 2
+    more = 8 * hours["finetune"] + sum(each.gpu_hours for each in extracted.values())
+    assert whole.gpu_hours == pytest.approx(plain.gpu_hours + more)
+    text = as_text(whole)
+    assert "and 8 fine-tunings of arms and other seeds, like finetune" in text and "extract_few: " in text
+
+
 def test_shipped_sizes_need_no_filled_heads() -> None:
     """A GPU's attention takes heads of a multiple of 8 channels."""
     for path in SHIPPED:
