@@ -22,7 +22,7 @@ from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.events import read_events
-from oar_scale.registry import Stage, current_name, model_label
+from oar_scale.registry import STAGES, Stage, current_name, model_label
 from oar_scale.run.context import Run
 from oar_scale.run.stage_markers import Finished, read_finished
 from oar_scale.storage import Missing, join, open_storage, read_json
@@ -32,6 +32,7 @@ OF_ORDERS = ("order", "random_share", "orders_of", "distinct_orders", "any_view_
 """The fields of ``finetune`` in which arms may differ. (The share of any view: see :func:`_alike`.)"""
 
 FLEXIBILITY = "flexibility"
+STORED = "held-out nll stored"
 
 Curve = list[tuple[int, float]]
 
@@ -113,6 +114,8 @@ def _trained(run: Run, path: str, stage: Stage, finished: Finished, start: str) 
     recipe, arm = run.recipe.of(stage), stage.arm or ("control" if stage.kind == "control" else "ordered")
     assert stage.model is not None
     curves = _curves(run, stage.name)
+    if stage.orders != STAGES["extract"].orders:  # its held-out images have orders of another extraction than those of other arms
+        curves.pop(STORED, None)
     ends = {name: curve[-1][1] for name, curve in curves.items()}
     measured = _evaluated(run, arm) if not stage.arm and not stage.seed else {}
     return TrainedArm(

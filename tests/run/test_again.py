@@ -19,7 +19,8 @@ from oar_scale.observe.console import Console
 from oar_scale.pipeline import run_pipeline, undo_again
 from oar_scale.registry import Stage
 from oar_scale.run.context import Run
-from oar_scale.storage import open_storage
+from oar_scale.run.previous import put_back, read_redo
+from oar_scale.storage import open_storage, write_json
 
 STAGES = [
     Stage("data", "", "", (), ("seed",), ("images",)),
@@ -264,3 +265,16 @@ def test_the_command_line_has_all_of_it(run: Run, work: Work, tmp_path: Path, ca
     assert main(["run", str(recipe), "--undo", "--yes"]) == 0
     assert main(["run", str(recipe)]) == 0
     assert work.ran[4:] == ["pretrain"]
+
+
+def test_results_of_an_arm_that_the_recipe_has_no_more_are_put_back(tmp_path: Path) -> None:
+    run = Run(Recipe(name="stub", run_dir=str(tmp_path)))
+    storage = open_storage(run.at())
+    for name in ("previous/checkpoints/gone.s1/a", "previous/stages/gone.s1.json", "checkpoints/gone.s1/b", "models/gone.s1.safetensors"):
+        storage.write(run.at(name), b"{}")
+    nothing: dict[str, Any] = {"moving": [], "removing": [], "put_back": False, "drop": False}
+    write_json(run.at("previous", "redo.json"), {"stages": ["gone.s1"], **nothing})
+    redo = read_redo(run)
+    assert redo is not None
+    put_back(run, redo)
+    assert [uri.removeprefix(run.at()) for uri in storage.list(run.at())] == ["/checkpoints/gone.s1/a", "/stages/gone.s1.json"]

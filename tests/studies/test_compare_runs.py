@@ -179,6 +179,16 @@ def trained_stage(folder: str, name: str) -> Any:
     return open_run(folder).recipe.stage(name)
 
 
+def test_held_out_orders_of_another_extraction_are_not_compared(tmp_path: Path) -> None:
+    arms = {"arms": {"gt": {"extract": {"score": "gt_logprob"}}, "half": {"random_share": 0.5}}}
+    run = finished_run(tmp_path / "run", {"finetune": 3.2, "gt": 3.1, "half": 3.3}, pipeline=arms)
+    for stage in ("finetune", "gt", "half"):
+        with EventLog(f"{run}/events", stage) as log:
+            log.emit("heldout", step=100, nll_random=3.0, nll_stored=2.0)
+    figures = {each.arm: each.figures for each in trained_arms(run)[0]}
+    assert {arm: "held-out nll stored" in found for arm, found in figures.items()} == {"ordered": True, "gt": False, "half": True}
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run here"):
         run_compare_runs([str(tmp_path)])
