@@ -65,12 +65,15 @@ def extraction_methods(settings: ExtractionSettings, grid: int, head: OrderHead 
         settings: score, guidance, first cell, temperature and seed of all of them.
         head: an order head of the model, where there is one.
     """
-    exact = replace(settings, orders_per_image=1, commit_per_step=1, cosine_steps=None)
+    exact = replace(settings, orders_per_image=1, commit_per_step=1, cosine_steps=None, info_gain_candidates=None)
     steps = max(1, round(grid * grid * 88 / 256))  # RandAR's 88 steps for 16 x 16 cells
     methods: dict[str, Method] = {EXACT: _extraction(exact)}
     for count in (2, 4, 8):
         methods[f"{count} a step"] = _extraction(replace(exact, commit_per_step=count))
     methods[f"cosine, {steps} steps"] = _extraction(replace(exact, cosine_steps=steps))
+    if settings.info_gain_candidates is not None:
+        looked_at = replace(exact, info_gain_candidates=settings.info_gain_candidates)
+        methods[f"{settings.info_gain_candidates} looked at"] = _extraction(looked_at)
     return methods | ({} if head is None else head_methods(head)) | {RANDOM: _random}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,10 @@ def test_each_method_is_trained_on_and_the_run_stays_as_it_was(run: Run, tmp_pat
         assert above["mean"] == pytest.approx(random[name]["mean"] - exact[name]["mean"]) != 0
         assert 0 < above["standard_error"] < random[name]["standard_error"], "paired"
     assert sorted(open_storage(run.at()).list(run.at())) == before
+
+
+def test_looking_at_few_cells_is_a_method_of_its_own() -> None:
+    """Score info_gain is exact where it looks at all cells, and with every other method, too."""
+    few = ExtractionSettings(score="info_gain", info_gain_candidates=5)
+    everywhere = replace(few, info_gain_candidates=None)
+    assert extraction_methods(few, 3).keys() - extraction_methods(everywhere, 3).keys() == {"5 looked at"}
