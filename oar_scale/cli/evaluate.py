@@ -16,7 +16,7 @@ def add(verbs: Subparsers) -> None:
         "--flexibility",
         nargs="+",
         metavar="MODEL",
-        help="RUN:NAME, an exported folder, or a model file; LABEL=MODEL,MODEL,...: an arm, and the models of its seeds",
+        help="RUN:NAME, an exported folder, or a model file; LABEL=MODEL,MODEL,...: an arm, the models of its seeds; RUN:all: all of a run",
     )
     group.add_argument("--out", metavar="FOLDER", help="is written: index.html, flexibility.json; what is in it is not measured again")
     group.add_argument(

@@ -18,21 +18,22 @@ import torch
 from numpy.typing import NDArray
 
 from oar_scale.commands.drawing_target import DrawingTarget, find_target
-from oar_scale.config.loading import load_recipe
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.evaluation.flexibility.pieces import NetworkFile
 from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages
 from oar_scale.generation.exported_folder import implied_prompts
-from oar_scale.generation.model_bundle import RECIPE
 from oar_scale.model import ModelSpec, check_prompts, model_id
 from oar_scale.model.weights import open_model
 from oar_scale.run.artifacts import Tokens, prompt_encoder, read_pictures, read_tokens, require
 from oar_scale.run.context import Run
-from oar_scale.storage import fetch, join, open_storage
+from oar_scale.storage import fetch
+from oar_scale.studies.trained_arms import open_run
 from oar_scale.tokenizers.prompts import Field, Prompt, PromptEncoder, cond_inputs_of, load_prompts
 from oar_scale.tokenizers.vq import load_vq, vq_id
 
+ALL = "all"
+"""In the place of a model's name: every arm of the run."""
 FEWEST = 3
 """Images: a distance has no error of fewer."""
 
@@ -56,13 +57,16 @@ class HeldoutImages:
 
 
 def named_arms(texts: Sequence[str]) -> list[NamedArm]:
-    """Parse ``MODEL`` or ``LABEL=MODEL,MODEL,...``; without a label it is the model's name in its run, or that of its file.
+    """Parse ``MODEL``, ``RUN:all`` or ``LABEL=MODEL,MODEL,...``; without a label it is the model's name in its run, or that of its file.
 
     Raises:
-        UserError: a label twice, or a name missing.
+        UserError: a label twice, a name missing, or no run.
     """
-    arms = []
+    arms = list[NamedArm]()
     for text in texts:
+        if text.endswith(f":{ALL}"):
+            arms += _arms_of_run(text.removesuffix(f":{ALL}"))
+            continue
         label, sign, models = text.partition("=")
         if not sign or "/" in label:
             label, models = "", text
@@ -79,6 +83,15 @@ def named_arms(texts: Sequence[str]) -> list[NamedArm]:
     return arms
 
 
+def _arms_of_run(path: str) -> list[NamedArm]:
+    """The any-order model, then the fine-tunings, whose seeds are the models of an arm."""
+    models: dict[str, list[str]] = {}
+    for stage in open_run(path).recipe.stages():
+        if stage.model is not None:
+            models.setdefault(stage.model.removesuffix(f".s{stage.seed}"), []).append(f"{path}:{stage.model}")
+    return [NamedArm(label, tuple(of_arm)) for label, of_arm in models.items()]
+
+
 def _default_label(path: str) -> str:
     return _split_run(path)[1] or os.path.basename(path.rstrip("/")).removesuffix(".safetensors")
 
@@ -87,16 +100,6 @@ def _split_run(path: str) -> tuple[str, str | None]:
     """``RUN:NAME`` as its two parts; any other path with None."""
     run, sign, name = path.rpartition(":")
     return (run, name) if sign and "/" not in name and not os.path.exists(path) else (path, None)
-
-
-def open_run(path: str) -> Run:
-    """The run of a recipe, or in a folder. Raises UserError where there is neither."""
-    if path.lower().endswith((".yaml", ".yml")):
-        return Run(load_recipe(path))
-    uri = join(path, RECIPE)
-    if not open_storage(uri).exists(uri):
-        raise UserError(f"{path}: no folder of a run (it has no {RECIPE}) and no recipe. Name one of the two: --run runs/emoji")
-    return Run(load_recipe(uri).model_copy(update={"run_dir": path}))
 
 
 def find_models(arms: Sequence[NamedArm]) -> dict[str, DrawingTarget]:

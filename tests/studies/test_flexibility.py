@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from finished_run import finished_run, small_model
+from finished_run import finished_run, recipe, small_model
 from numpy.typing import NDArray
 from scipy import stats
 
 from oar_scale.cli import main
+from oar_scale.config.loading import dump_recipe
 from oar_scale.config.run_sections import SAMPLE_SCORES
 from oar_scale.data.hashing import derived_seed
 from oar_scale.evaluation.distances import kid_difference, kid_shares
@@ -28,6 +29,7 @@ from oar_scale.registry import ModelName
 from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
 from oar_scale.run.context import Run
 from oar_scale.storage import read_json
+from oar_scale.studies.flexibility_models import named_arms
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq, unit_to_pixels
 
 IMAGES = 12
@@ -201,7 +203,7 @@ def test_models_that_do_not_fit_together_are_refused(finished: Run, tmp_path: Pa
         (["{run}:control"], ["--images", "2"], "at least 3"),
         (["{run}:control"], ["--images", "5000"], "5000 are wanted"),
         (["{run}:control"], ["--split", "test"], "data.test_fraction 0"),
-        (["{run}:control"], ["--run", "/nowhere"], "/nowhere: no folder of a run"),
+        (["{run}:control"], ["--run", "/nowhere"], "/nowhere: no run here"),
         (["{run}/second.safetensors"], [], "Name a run"),
         (["{run}:better"], [], "better"),
         (["{run}:control"], ["--chapters", "likelihod"], "There are: likelihood, samples, edits"),
@@ -218,6 +220,19 @@ def test_bad_arguments_get_one_clear_error(
     said = refused(capsys, [each.format(run=finished.local()) for each in models], tmp_path, *more)
     assert said.startswith("error: ") and error in said
     assert not list(tmp_path.iterdir())
+
+
+def test_all_of_a_run_are_its_arms_with_their_seeds(tmp_path: Path) -> None:
+    arms = {"seeds": 2, "arms": {"raster": {"order": "raster"}}}
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe(tmp_path, pipeline=arms)))
+    found = named_arms([f"{tmp_path}:all", "x=a,b"])
+    assert {arm.label: [path.removeprefix(f"{tmp_path}:") for path in arm.models] for arm in found} == {
+        "any_order": ["any_order"],
+        "ordered": ["ordered", "ordered.s1"],
+        "control": ["control", "control.s1"],
+        "raster": ["raster", "raster.s1"],
+        "x": ["a", "b"],
+    }
 
 
 def test_options_that_would_do_nothing_are_refused(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
