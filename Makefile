@@ -1,4 +1,5 @@
 # make quickstart        the whole pipeline on two CPU cores, ending in a report
+# make evidence          what orders are worth, on 10,856 drawings: hours, in pieces of MINUTES=18
 # make check, make test, make test-cluster  what .ci/run runs for each change
 # make test-slow         clusters that lose nodes, whole trainings, disturbed pools
 # make test-fast         what needs no server and no other process, while you write
@@ -19,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Without instructions for bfloat16 a CPU takes up to twelve times as long in it as in float32. Unset for a recipe's own: CPU_PRECISION= make ...
 CPU_PRECISION ?= $(shell grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null || echo -o parallel.precision=fp32)
 
-.PHONY: venv quickstart quickstart-s3 test test-fast test-cluster test-slow test-all chaos chaos-extraction check
+.PHONY: venv quickstart quickstart-s3 evidence test test-fast test-cluster test-slow test-all chaos chaos-extraction check
 
 venv: $(INSTALLED)
 
@@ -43,6 +44,16 @@ quickstart-s3: venv
 	python cluster/dev/s3.py up --port $(S3_PORT) >/dev/null; \
 	eval "$$(python cluster/dev/s3.py env)"; \
 	oar run recipes/quickstart.yaml $(CPU_PRECISION) -o storage.root=s3://oar/quickstart -o run_dir=runs/quickstart-s3
+
+EVIDENCE := recipes/evidence/emoji-evidence.yaml
+MINUTES ?= 18
+
+evidence: venv
+	@echo "Evidence: hours on 2 cores. Nothing is begun after $(MINUTES) minutes (MINUTES=...); run it again and it goes on where it was."
+	@[ -e data/emoji/emoji.csv ] || $(WITH_PATH) python tools/fetch_emoji.py data/emoji
+	$(WITH_PATH) oar run $(EVIDENCE) $(CPU_PRECISION) --minutes $(MINUTES)
+	@[ ! -e runs/emoji-evidence/stages/report.json ] || $(WITH_PATH) oar evaluate --flexibility runs/emoji-evidence:all \
+		--split test --images 976 --sweep "temperature=0.6,0.8,1;guidance=1,2,4" --out runs/emoji-evidence/flexibility --minutes $(MINUTES)
 
 # A module's tests stay in one process, as its fixtures are made once; so do all tests of the shared Ray (tests/markers.py).
 IN_PARALLEL := --durations=20
