@@ -69,9 +69,7 @@ def _notes(run: Run, evaluation: Evaluation | None) -> tuple[str, ...]:
     """What a reader must know before quoting a number."""
     notes = ["One seed, one training run of each model: the errors given are those of the held-out images alone."]
     if run.recipe.pipeline.arms or run.recipe.pipeline.seeds > 1:
-        notes.append(
-            f"What the run's arms and other seeds have come to is not on this page: oar compare {run.recipe.local_dir} sets them side by side."
-        )
+        notes.append(f"Arms and other seeds have curves on this page at most; their figures: oar compare {run.recipe.local_dir}")
     if not run.recipe.pipeline.control:
         notes.append("No control (pipeline.control: false): a gain over the any-order model may come from the further training alone.")
     if evaluation is not None and any(row.name.startswith("training images") for row in evaluation.distances):
