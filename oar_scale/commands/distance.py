@@ -13,7 +13,7 @@ from oar_scale.errors import UserError
 from oar_scale.evaluation.adm_batch import read_batch, read_statistics, write_batch, write_statistics
 from oar_scale.evaluation.extractors import Extractor, ExtractorSpec, extractor_id, load_extractor
 from oar_scale.evaluation.image_sets import ImageSet, find_images
-from oar_scale.evaluation.set_figures import Comparison, Side
+from oar_scale.evaluation.set_figures import Comparison, Side, figure_names
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import Console
 from oar_scale.shard_pool.feature_pool import FeatureJob, SetFeatures, compute_features
@@ -63,9 +63,10 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
         say(f"{request.export_npz}: {count} images")
         if request.reference is None and not request.metrics and not request.export_statistics:
             return
-    label = load_extractor(request.extractor)  # a wrong file of weights is found before images are read
-    samples, side = _side(request, request.samples, label, say)
-    reference, other = _side(request, request.reference, label, say) if request.reference else (Side("no reference", None), None)
+    network = load_extractor(request.extractor)  # a wrong file of weights, or figure, is named before images are read
+    names = figure_names(request.metrics, network.label, network.standard)
+    samples, side = _side(request, request.samples, network, say)
+    reference, other = _side(request, request.reference, network, say) if request.reference else (Side("no reference", None), None)
     if side is not None and other is not None and side != other:
         raise UserError(
             f"the images of {request.samples} are {_shown(side)} pixels, those of {request.reference} {_shown(other)}: their sizes alone "
@@ -76,8 +77,8 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
         say(f"{request.export_statistics}: statistics of {request.samples}")
         if request.reference is None and not request.metrics:
             return
-    comparison = Comparison(samples, reference, label.label, label.standard, request.kept, request.seed)
-    wanted = comparison.wanted(request.metrics)
+    comparison = Comparison(samples, reference, network.label, network.standard, request.kept, request.seed)
+    wanted = comparison.wanted(names)
     if not wanted:
         raise UserError(f"{request.samples}: nothing can be measured of it without a reference. Name one, or --export-npz FILE.")
     figures, notes = comparison.figures(wanted), comparison.notes(wanted)

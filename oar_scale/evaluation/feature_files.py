@@ -141,9 +141,7 @@ class FeatureFiles:
                 with np.load(io.BytesIO(open_storage(uri).read(uri)), allow_pickle=False) as arrays:
                     rows = np.asarray(arrays[layer])
             except (Missing, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-                raise UserError(
-                    f"{uri}: not the features that were written there ({error}). Remove the file; it is computed again."
-                ) from error
+                raise UserError(f"{uri}: not the features that were written there ({error}). Remove it, and run this again.") from error
             if rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != count:
                 found = f"{rows.dtype} {list(rows.shape)}"
                 raise UserError(f"{uri}: {layer} is {found}, not float32 of {count} images. Remove it, and run this again.")

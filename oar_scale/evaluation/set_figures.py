@@ -46,6 +46,24 @@ OF_STATISTICS = ("fd", "sfd")
 """Figures for which the statistics of the reference are enough."""
 
 
+def figure_names(given: Sequence[str], label: str, standard: bool) -> list[str]:
+    """Figures by their short or published names, each once, under their short ones.
+
+    Raises:
+        UserError: no such figure, or a published name on other features than those of InceptionV3.
+    """
+    short = {published: figure for figure, published in PUBLISHED.items()} | {figure: figure for figure in NEEDS}
+    for name in given:
+        if name not in short:
+            raise UserError(f"--metrics {name}: there is no such figure. There are: {', '.join(NEEDS)}.")
+        if name in ("fid", "sfid") and not standard:
+            raise UserError(
+                f"--metrics {name}: only distances on InceptionV3 with its published weights are called so, and these features are "
+                f"{label}. Ask for {short[name]}, or for --features inception."
+            )
+    return [short[name] for name in dict.fromkeys(given)]
+
+
 @dataclass(frozen=True)
 class Side:
     """One side of a comparison: features of images, or statistics alone, or both (an ADM reference batch)."""
@@ -106,23 +124,15 @@ class Comparison:
         return [figure for figure in NEEDS if not self._missing(figure)]
 
     def wanted(self, names: Sequence[str]) -> list[str]:
-        """Figures by their short or published names; none means all that are possible.
+        """Figures by the names that :func:`figure_names` has checked; none means all that are possible.
 
         Raises:
-            UserError: no such figure, one that cannot be computed, or a published name on other features.
+            UserError: one that cannot be computed.
         """
-        short = {published: figure for figure, published in PUBLISHED.items()} | {figure: figure for figure in NEEDS}
         for name in names:
-            if name not in short:
-                raise UserError(f"--metrics {name}: there is no such figure. There are: {', '.join(NEEDS)}.")
-            if name in ("fid", "sfid") and not self.standard:
-                raise UserError(
-                    f"--metrics {name}: only distances on InceptionV3 with its published weights are called so, and these features are "
-                    f"{self.label}. Ask for {short[name]}, or for --features inception."
-                )
-            if missing := self._missing(short[name]):
+            if missing := self._missing(name):
                 raise UserError(f"--metrics {name}: {missing}")
-        return [short[name] for name in dict.fromkeys(names)] or self.possible()
+        return list(names) or self.possible()
 
     def figures(self, wanted: Sequence[str]) -> JsonObject:
         """Each figure by its name: ``value``, ``error`` with what it is, and the images that stood on each side.
@@ -142,13 +152,14 @@ class Comparison:
         notes, sides = [], (self.samples, self.reference)
         for figure in (each for each in OF_STATISTICS if each in figures):
             layer = NEEDS[figure][0]
-            for side in sides:
-                count, features = side.count(layer), len(side.gaussian(layer).mean_D)
-                if count is not None and count <= features:
-                    notes.append(
-                        f"{self.name(figure)}: {side.where} has {count} images for {features} features, so its covariance is singular and "
-                        "most of the distance is bias. Compare it only with distances of as many images to the same reference."
-                    )
+            counts = [(count, side.where) for side in sides if (count := side.count(layer)) is not None]
+            fewest, where = min(counts, default=(None, ""))
+            features = len(self.reference.gaussian(layer).mean_D)
+            if fewest is not None and fewest <= features:
+                notes.append(
+                    f"{self.name(figure)}: {where} has {fewest} images for {features} features, so its covariance is singular and most of "
+                    "the distance is bias. Compare it only with distances of as many images to the same reference."
+                )
         for side in sides:
             if side.files and side.files.images > self.kept and set(figures) - {*OF_STATISTICS, *OF_SAMPLES_ALONE}:
                 chosen = f"{self.kept} of {side.files.images} images, a random choice"

@@ -1,0 +1,193 @@
+"""Figures of two sets from their feature files: the right ones, under names that say what they are."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import sqrtm
+from torch import Tensor
+
+from oar_scale.errors import UserError
+from oar_scale.evaluation.adm_batch import write_batch
+from oar_scale.evaluation.distances import Gaussian, kid
+from oar_scale.evaluation.extractors import Extractor, Layer, Layers
+from oar_scale.evaluation.extractors.extractor import WeightsFile
+from oar_scale.evaluation.feature_files import FeatureFiles, feature_file, part_features
+from oar_scale.evaluation.image_sets import find_images
+from oar_scale.evaluation.set_figures import Comparison, Side, figure_names
+
+FEATURES = 6
+Rows = NDArray[np.float32]
+
+
+def stored(folder: Path, parts: Sequence[Rows], **layers: Rows) -> FeatureFiles:
+    """A set whose pooled features are these, a file a part; further layers go to a single part."""
+    folder.mkdir()
+    counts = {}
+    for index, rows in enumerate(parts):
+        np.savez(folder / feature_file(f"{index:05d}"), pooled=rows, **layers)
+        counts[f"{index:05d}"] = len(rows)
+    names: tuple[Layer, ...] = ("pooled", *(layer for layer in ("spatial", "logits", "captions") if layer in layers))  # type: ignore[assignment]
+    return FeatureFiles(str(folder), counts, names)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Rows, Rows, Comparison]:
+    """60 samples in three parts, 45 reference images in two."""
+    rng = np.random.default_rng(0)
+    samples, reference = rng.normal(size=(60, FEATURES)).astype(np.float32) + 0.5, rng.normal(size=(45, FEATURES)).astype(np.float32)
+    sides = [
+        Side("samples", stored(tmp_path / "s", np.split(samples, [10, 30]))),
+        Side("reference", stored(tmp_path / "r", np.split(reference, [40]))),
+    ]
+    return samples, reference, Comparison(*sides, label="small", standard=False)
+
+
+def test_every_figure_is_that_of_the_whole_sets(two: tuple[Rows, Rows, Comparison]) -> None:
+    """The Frechet distance by scipy's square root of a matrix, on all features at once; KID by the function of sets."""
+    samples, reference, comparison = two
+    assert comparison.possible() == ["fd", "kid", "precision", "recall", "density", "coverage"]
+    figures = comparison.figures(comparison.wanted([]))
+    x, y = samples.astype(np.float64), reference.astype(np.float64)
+    root = sqrtm(np.cov(x.T) @ np.cov(y.T)).real
+    expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
+    assert figures["fd_small"]["value"] == pytest.approx(expected, rel=1e-9)
+    assert figures["kid_small"]["value"] == pytest.approx(kid(x, y).mean, rel=1e-9)
+    assert {(figure["samples"], figure["reference"]) for figure in figures.values()} == {(60, 45)}
+    assert figures["fd_small"]["halves_of_reference"]["images"] == 22
+
+
+def test_only_features_of_the_published_inception_are_called_fid(two: tuple[Rows, Rows, Comparison]) -> None:
+    _, _, comparison = two
+    published = Comparison(comparison.samples, comparison.reference, "inception", True)
+    assert [published.name(figure) for figure in ("fd", "sfd", "kid", "is")] == ["fid", "sfid", "kid", "inception_score"]
+    assert [comparison.name(figure) for figure in ("fd", "precision")] == ["fd_small", "precision_small"]
+    assert figure_names(["fid", "fd", "kid"], "inception", True) == ["fd", "fd", "kid"]
+    with pytest.raises(UserError, match=r"--metrics fid: only distances on InceptionV3 .* these features are small"):
+        figure_names(["fid"], "small", False)
+    with pytest.raises(UserError, match=r"--metrics fud: there is no such figure. There are: fd, sfd, kid"):
+        figure_names(["fud"], "small", False)
+
+
+def test_statistics_alone_give_frechet_distances_alone(two: tuple[Rows, Rows, Comparison]) -> None:
+    _, reference, comparison = two
+    given = Side("adm.npz", None, {"pooled": Gaussian.of_features(reference)}, None)
+    bare = Comparison(comparison.samples, given, "small", False)
+    assert bare.possible() == ["fd"]
+    figure = bare.figures(["fd"])["fd_small"]
+    assert figure["value"] == pytest.approx(comparison.figures(["fd"])["fd_small"]["value"], rel=1e-6)
+    assert (figure["samples"], figure["reference"]) == (60, None)
+    with pytest.raises(UserError, match=r"--metrics kid: adm\.npz: there are no pooled features"):
+        bare.wanted(["kid"])
+
+
+def test_a_choice_of_images_bounds_what_is_in_memory(two: tuple[Rows, Rows, Comparison]) -> None:
+    samples, _, comparison = two
+    few = Comparison(comparison.samples, comparison.reference, "small", False, kept=20)
+    figure = few.figures(["kid"])["kid_small"]
+    assert (figure["samples"], figure["reference"]) == (20, 20)
+    assert any("20 of 60 images, a random choice" in note for note in few.notes(["kid"]))
+    files = comparison.samples.files
+    assert files is not None
+    chosen = files.chosen(20, seed=0)
+    assert len(set(chosen)) == 20
+    np.testing.assert_array_equal(files.rows("pooled", chosen), samples[chosen])
+
+
+def test_fewer_images_than_features_are_pointed_out(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    small = Side("a", stored(tmp_path / "a", [rng.normal(size=(6, FEATURES)).astype(np.float32)]))
+    large = Side("b", stored(tmp_path / "b", [rng.normal(size=(50, FEATURES)).astype(np.float32)]))
+    assert any("a has 6 images for 6 features" in note for note in Comparison(small, large, "x", False).notes(["fd"]))
+    assert not Comparison(large, large, "x", False).notes(["fd"])
+
+
+def test_too_few_images_and_other_dimensions_are_errors(tmp_path: Path, two: tuple[Rows, Rows, Comparison]) -> None:
+    _, _, comparison = two
+    three = Side("three", stored(tmp_path / "three", [np.ones((3, FEATURES), np.float32)]))
+    other = Side("other", stored(tmp_path / "other", [np.ones((9, 5), np.float32)]))
+    one = Side("one", stored(tmp_path / "one", [np.ones((1, FEATURES), np.float32)]))
+    cases = [(three, "precision", "3 samples are too few"), (one, "fd", "at least 2 images, got 1"), (one, "kid", "n at least 2")]
+    cases += [(other, figure, "5 features cannot be compared with 6") for figure in ("fd", "kid", "coverage")]
+    for side, figure, says in cases:
+        with pytest.raises(UserError, match=f"{side.where} and reference: .*{says}"):
+            Comparison(side, comparison.reference, "small", False).figures([figure])
+
+
+def test_scores_need_their_layers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    pooled = rng.normal(size=(20, FEATURES)).astype(np.float32)
+    scored = Side("scored", stored(tmp_path / "a", [pooled], logits=np.zeros((20, 4), np.float32), captions=pooled))
+    alone = Comparison(scored, Side("no reference", None), "clip", False)
+    assert alone.possible() == ["is", "clip"]
+    figures = alone.figures(alone.possible())
+    assert figures["is_clip"]["value"] == pytest.approx(1) and figures["clip_clip"]["value"] == pytest.approx(100)
+    plain = Side("plain", stored(tmp_path / "b", [pooled]))
+    with pytest.raises(UserError, match="--metrics clip: plain: not every image has a caption"):
+        Comparison(plain, plain, "x", False).wanted(["clip"])
+
+
+def test_damaged_features_are_named(two: tuple[Rows, Rows, Comparison]) -> None:
+    _, _, comparison = two
+    files = comparison.samples.files
+    assert files is not None
+    path = Path(files.folder) / "00001.npz"
+    for content in (path.read_bytes()[:200], _one_row()):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"00001\.npz: .*Remove it, and run this again"):
+            files.moments("pooled")
+
+
+def _one_row() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, pooled=np.zeros((1, FEATURES), np.float32))
+    return buffer.getvalue()
+
+
+def test_statistics_are_kept_and_computed_again_where_they_are_damaged(two: tuple[Rows, Rows, Comparison]) -> None:
+    _, _, comparison = two
+    files = comparison.samples.files
+    assert files is not None
+    first = files.moments("pooled")
+    kept = Path(files.folder) / "statistics-pooled.npz"
+    assert kept.exists() and np.array_equal(files.moments("pooled").scatter_DD, first.scatter_DD)
+    kept.write_bytes(b"cut")
+    assert np.array_equal(files.moments("pooled").scatter_DD, first.scatter_DD)
+
+
+class MeanColour(Extractor):
+    """An extractor of a few lines: the mean of each channel, NaN for a black image."""
+
+    preprocessing: ClassVar[str] = "none"
+
+    def __init__(self, model: str = "", weights: WeightsFile | None = None) -> None:
+        self.label, self.network = "colour", torch.nn.Identity()
+
+    def images(self, images_BHW3: Tensor) -> Layers:
+        means = images_BHW3.float().mean((1, 2))
+        return {"pooled": torch.where(means.sum(1, keepdim=True) == 0, torch.nan, means)}
+
+    def captions(self, texts: Sequence[str]) -> Tensor:
+        return torch.tensor([[len(text), 0.0, 0.0] for text in texts])
+
+
+def test_features_do_not_depend_on_the_batch_and_faults_are_named(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(3).integers(1, 256, (5, 4, 4, 3), dtype=np.uint8)
+    write_batch(str(tmp_path / "good.npz"), iter(pixels), 5, (4, 4))
+    images = find_images(str(tmp_path / "good.npz"))
+    made = [part_features(images, images.parts[0], MeanColour(), batch) for batch in (2, 5)]
+    assert made[0].data == made[1].data and (made[0].images, made[0].side, made[0].layers) == (5, (4, 4), ("pooled",))
+    with np.load(io.BytesIO(made[0].data)) as arrays:
+        np.testing.assert_allclose(arrays["pooled"], pixels.mean((1, 2)), rtol=1e-6)
+    pixels[3] = 0
+    write_batch(str(tmp_path / "black.npz"), iter(pixels), 5, (4, 4))
+    black = find_images(str(tmp_path / "black.npz"))
+    with pytest.raises(UserError, match=r"black\.npz: the features of image 3 are no numbers"):
+        part_features(black, black.parts[0], MeanColour(), 2)
