@@ -19,6 +19,8 @@ def add(verbs: Subparsers) -> None:
     verb.add_argument(
         "--prompts", metavar="FILE", help=".txt with a prompt a line; .csv or .jsonl with prompt, and number or seed if wanted"
     )
+    verb.add_argument("--labels", choices=["balanced"], help="of a model of classes: every label equally often, --images pictures in all")
+    verb.add_argument("--images", type=count, metavar="N", help="with --labels: 50000 for published distances (docs/evaluation.md)")
     add_model(verb, "which one of the run; default: ordered")
     verb.add_argument(
         "--out", metavar="PATH", help="a .png: one contact sheet; else a folder (or s3://): a file each; default: by the number"
@@ -50,7 +52,7 @@ def _sample(verb: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     from oar_scale.commands.sample import SampleRequest, draw_again, sample_pictures
     from oar_scale.text import say
 
-    others = ("run", "again", "actors", "gpus_per_actor", "per_shard", "status")
+    others = ("run", "again", "actors", "gpus_per_actor", "per_shard", "status", "labels")
     request = SampleRequest(**{name: value for name, value in vars(arguments).items() if name not in others})
     if arguments.actors or arguments.status:
         from oar_scale.commands.sample_pool import sample_with_actors, show_sampling_status
@@ -66,7 +68,7 @@ def _sample(verb: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
     return 0
 
 
-_OF_DRAWING = ("captions", "prompts", "count", "seed", "order", "batch", "precision")
+_OF_DRAWING = ("captions", "prompts", "labels", "images", "count", "seed", "order", "batch", "precision")
 _OF_SHEETS, _OF_POOLS = ("grid", "frames", "device"), ("gpus_per_actor", "per_shard")
 
 
@@ -74,6 +76,8 @@ def _refuse_unused(verb: argparse.ArgumentParser, arguments: argparse.Namespace)
     """Raise UserError for an option that would do nothing."""
     from oar_scale.errors import UserError
 
+    if (arguments.labels is None) != (arguments.images is None):
+        raise UserError("--labels balanced and --images N belong together: so many pictures, every label equally often")
     unused: tuple[str, ...]
     if arguments.again:
         way, unused = "with --again, the file says what is drawn", (*_OF_DRAWING, "grid", "frames", *_OF_POOLS, "actors", "status")

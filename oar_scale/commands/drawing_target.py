@@ -11,9 +11,13 @@ import torch
 
 from oar_scale.config.loading import load_recipe, override_sample
 from oar_scale.config.schema import FeaturesConfig, LabelsConfig
+from oar_scale.data.balanced_labels import balanced_labels
+from oar_scale.data.prompt_files import GivenPrompt
 from oar_scale.errors import UserError
 from oar_scale.generation.folder_files import CONFIG
 from oar_scale.generation.model_bundle import RECIPE, ModelBundle, find_bundle, run_bundle
+from oar_scale.model.spec import ClassSpec
+from oar_scale.model.weights import read_spec
 from oar_scale.registry import current_name
 from oar_scale.run.artifacts import read_tokens, require, require_model
 from oar_scale.run.context import Run
@@ -36,6 +40,13 @@ class DrawingTarget:
         """That the model computes in: as asked for, else as the recipe says, else float32."""
         own = self.run.recipe.parallel.precision if self.run else "fp32"
         return torch.bfloat16 if (precision or own) == "bf16" else torch.float32
+
+    def balanced_prompts(self, images: int, seed: int) -> list[GivenPrompt]:
+        """Every label of a model of classes equally often. Raises UserError for any other model, or images that cannot be shared out."""
+        condition = read_spec(self.bundle.model).condition
+        if not isinstance(condition, ClassSpec):
+            raise UserError(f"{self.bundle.where}: --labels are of models of classes, and this one draws captions. Give --prompts FILE.")
+        return balanced_labels(condition.classes, images, seed)
 
     def heldout_prompts(self) -> list[Prompt]:
         """The first held-out prompts of the run, as many as its report draws. Raises UserError where there are none."""

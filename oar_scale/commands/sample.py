@@ -48,7 +48,9 @@ class SampleRequest:
     """A recipe, the folder of a run, an exported folder, or a model file."""
     captions: Sequence[str] = ()
     prompts: str | None = None
-    """A file of prompts; without it and captions, held-out ones of the run."""
+    """A file of prompts; without it, captions and labels, held-out ones of the run."""
+    images: int | None = None
+    """So many pictures of a model of classes, each label equally often."""
     overrides: Sequence[str] = ()
     model: str | None = None
     out: str | None = None
@@ -81,7 +83,7 @@ def sample_pictures(request: SampleRequest, say: Callable[[str], None]) -> None:
         UserError: no such model or device, a prompt that is none, a stage that has not finished, or files that were drawn otherwise.
     """
     target = find_target(request.target, request.overrides, request.model)
-    given = _prompts(request, target)
+    given = given_prompts(request, target)
     out, one_file = _out(request, len(given))
     count = request.count or (ON_SHEET if one_file else 1)
     if len(given) * count > MANY:
@@ -118,7 +120,12 @@ def draw_again(path: str, request: SampleRequest) -> str:
 # -- what is asked for -----------------------------------------------------------------------------------------------------------
 
 
-def _prompts(request: SampleRequest, target: DrawingTarget) -> list[GivenPrompt]:
+def given_prompts(request: SampleRequest, target: DrawingTarget) -> list[GivenPrompt]:
+    """What is to be drawn. Raises UserError where it is said in two ways, or is no prompt."""
+    if request.images is not None:
+        if request.prompts is not None or request.captions:
+            raise UserError("--labels balanced says what is drawn: leave out captions and --prompts")
+        return target.balanced_prompts(request.images, request.seed)
     if request.prompts is not None:
         if request.captions:
             raise UserError(f"--prompts {request.prompts} and {request.captions[0]!r}: give prompts in a file or on the command line")

@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable
 
 from oar_scale.commands.drawing_target import find_target
-from oar_scale.commands.sample import SampleRequest
-from oar_scale.data.prompt_files import read_prompts
+from oar_scale.commands.sample import SampleRequest, given_prompts
 from oar_scale.errors import UserError
 from oar_scale.observe.console import Console
 from oar_scale.observe.formatting import duration
@@ -37,13 +36,13 @@ def sample_with_actors(request: SampleRequest, actors: int, gpus_per_actor: floa
     Raises:
         UserError: as :func:`oar_scale.shard_pool.sampling_pool.sample_all`, or no file of prompts, or no folder for the shards.
     """
-    if request.prompts is None or request.captions:
-        raise UserError("--actors: prompts come from a file: --prompts FILE")
+    if (request.prompts is None and request.images is None) or request.captions:
+        raise UserError("--actors: prompts come from a file: --prompts FILE; of a model of classes also --labels balanced --images N")
     if not 0 <= gpus_per_actor < math.inf:
         raise UserError(f"--gpus-per-actor {gpus_per_actor} must be a number from 0")
     out = pool_folder(request)
-    given = read_prompts(request.prompts, request.seed)
     target, began = find_target(_absolute(request.target), request.overrides, request.model), time.monotonic()
+    given = given_prompts(request, target)
     parallel = target.run.recipe.parallel if target.run else None
     job = SamplingJob(
         bundle=target.bundle,

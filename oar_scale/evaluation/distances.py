@@ -137,6 +137,11 @@ class Gaussian:
         return cls(mean_D, np.linalg.qr((features_SD - mean_D) / np.sqrt(len(features_SD) - 1)).R)
 
     @classmethod
+    def of_rows(cls, features: NDArray[np.floating]) -> Gaussian:
+        """Of [n, d] features, the cheaper way: a few rows are far less than a matrix [d, d]."""
+        return cls.of_features(features) if len(features) <= features.shape[-1] else cls.of_moments(Moments.of(features))
+
+    @classmethod
     def of_moments(cls, moments: Moments) -> Gaussian:
         """Of statistics that were gathered a part at a time."""
         return cls.of_covariance(moments.mean_D, moments.covariance_DD)

@@ -45,6 +45,9 @@ OF_SAMPLES_ALONE = ("is", "clip")
 OF_STATISTICS = ("fd", "sfd")
 """Figures for which the statistics of the reference are enough."""
 
+FEW = 2000
+"""Images whose features are taken into memory at once."""
+
 
 def figure_names(given: Sequence[str], label: str, standard: bool) -> list[str]:
     """Figures by their short or published names, each once, under their short ones.
@@ -87,8 +90,13 @@ class Side:
     def gaussian(self, layer: Layer) -> Gaussian:
         """Mean and covariance of a layer, computed once."""
         if layer not in self._gaussians:
-            self._gaussians[layer] = self.given[layer] if layer in self.given else Gaussian.of_moments(self.moments(layer))
+            self._gaussians[layer] = self.given[layer] if layer in self.given else self._fitted(layer)
         return self._gaussians[layer]
+
+    def _fitted(self, layer: Layer) -> Gaussian:
+        if self.files and self.files.images <= FEW:
+            return Gaussian.of_rows(self.files.rows(layer, np.arange(self.files.images)))
+        return Gaussian.of_moments(self.moments(layer))
 
     def moments(self, layer: Layer) -> Moments:
         """Statistics of the features."""
@@ -194,7 +202,7 @@ class Comparison:
             return None
         rows = self.reference.files.rows(layer, self.reference.files.chosen(self.kept, self.seed))
         order, half = np.random.default_rng(self.seed).permutation(len(rows)), len(rows) // 2
-        first, second = (Gaussian.of_moments(Moments.of(rows[part])) for part in (order[:half], order[half : 2 * half]))
+        first, second = (Gaussian.of_rows(rows[part]) for part in (order[:half], order[half : 2 * half]))
         return {"value": frechet_distance(first, second), "images": half}
 
     def _kid(self, figure: str) -> JsonObject:

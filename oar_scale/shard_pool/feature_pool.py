@@ -140,10 +140,11 @@ def compute_features(
         on_event=on_event,
     )
     report.raise_for_poison()
-    return _gathered(job, report)
+    return gathered(job, report)
 
 
-def _gathered(job: FeatureJob, report: PoolReport) -> SetFeatures:
+def gathered(job: FeatureJob, report: PoolReport) -> SetFeatures:
+    """The features of a set whose parts are all done. Raises UserError where it is empty, or its images have several sizes."""
     results = {part: result for part, result in report.done.items() if result["count"]}
     if not results:
         raise UserError(f"{job.images.where}: holds no image")

@@ -16,6 +16,7 @@ from small_models import small_model
 from oar_scale.cli import main
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe, SampleConfig
+from oar_scale.data.balanced_labels import balanced_labels
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.prompt_files import GivenPrompt
 from oar_scale.data.shards import read_shard
@@ -158,3 +159,17 @@ def test_model_of_the_hub_is_looked_up_on_each_host(run: str, monkeypatch: pytes
     own = dataclasses.replace(find_bundle(run), where="hf://me/emoji@0123", model="/home/driver/model", sample=SampleConfig(top_k=3))
     monkeypatch.setattr(sampling_pool, "find_bundle", {"hf://me/emoji@0123": find_bundle(run)}.__getitem__)
     assert sampling_pool._here(own) == dataclasses.replace(find_bundle(run), sample=SampleConfig(top_k=3))
+
+
+def test_balanced_labels_are_drawn_equally_often(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command, in a pool: the same labels as those of the function, whatever the actors and shards."""
+    out = str(tmp_path / "drawn")
+    assert (
+        main(["sample", run, "--labels", "balanced", "--images", "20", "--seed", "3", "--actors", "1", "--per-shard", "8", "--out", out])
+        == 0
+    )
+    samples = [sample for info in read_manifest(out).shards for sample in read_shard(join(out, info.name), str(tmp_path), info)]
+    labels = [int(sample["txt"]) for sample in samples]
+    assert labels == [int(str(each.prompt)) for each in balanced_labels(10, 20, seed=3)] and sorted(labels) == sorted([*range(10)] * 2)
+    assert main([*balanced, "--images", "25"]) == 2
+    assert "--images 25: not a multiple of the model's 10 classes. Nearest that is: 20." in capsys.readouterr().err
