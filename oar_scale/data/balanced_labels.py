@@ -14,8 +14,8 @@ from oar_scale.errors import UserError
 def balanced_labels(classes: int, images: int, seed: int) -> list[GivenPrompt]:
     """Prompts of ``images`` pictures, numbered from 0: each label as often as every other.
 
-    The seed decides about the order of the labels, and about the noise of the pictures. Consecutive pictures are of all classes, so that any
-    part of them is about as varied as the whole.
+    The seed decides about the order of the labels, and about the noise of the pictures. Consecutive pictures are of all classes, so
+    any part of them is about as varied as the whole.
 
     Raises:
         UserError: the images cannot be shared out evenly.

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from oar_scale.data.scan import npy_header
 from oar_scale.data.tars import map_file
 from oar_scale.errors import UserError
-from oar_scale.evaluation.distances import Gaussian
+from oar_scale.evaluation.distances import Matrix, check_covariance
 from oar_scale.evaluation.moments import Moments
 from oar_scale.storage import open_storage
 
@@ -56,9 +56,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Statistics:
-    """The Gaussians of the layers of a set of images that may not be at hand."""
+    """Mean and covariance of the layers of a set of images that may not be at hand."""
 
-    layers: dict[str, Gaussian]
+    layers: dict[str, tuple[Matrix, Matrix]]
     count: int | None
     """Of the images; None where the file does not say."""
     extractor: str | None
@@ -106,7 +106,7 @@ def read_statistics(path: str) -> Statistics | None:
         with np.load(path, allow_pickle=False) as arrays:
             for layer, (mean, covariance) in STATISTICS.items():
                 if mean in arrays.files and covariance in arrays.files:
-                    layers[layer] = _gaussian(np.asarray(arrays[mean]), np.asarray(arrays[covariance]))
+                    layers[layer] = _checked(np.asarray(arrays[mean]), np.asarray(arrays[covariance]))
             count = int(arrays["count"]) if "count" in arrays.files else None
             extractor = str(arrays["extractor"]) if "extractor" in arrays.files else None
     except (ValueError, TypeError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
@@ -161,7 +161,9 @@ def _opened(path: str) -> zipfile.ZipFile:
         raise UserError(f"{path}: not an .npz, or not all of it ({error}). Copy it again.") from error
 
 
-def _gaussian(mean_D: NDArray[np.generic], covariance_DD: NDArray[np.generic]) -> Gaussian:
-    if mean_D.ndim != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)) or not 1 <= len(mean_D) <= MAX_FEATURES:
-        raise ValueError(f"mean {list(mean_D.shape)} and covariance {list(covariance_DD.shape)} do not belong together")
-    return Gaussian.of_covariance(mean_D.astype(np.float64), covariance_DD.astype(np.float64))
+def _checked(mean: NDArray[np.generic], covariance: NDArray[np.generic]) -> tuple[Matrix, Matrix]:
+    if mean.size > MAX_FEATURES:
+        raise ValueError(f"{mean.size} features, at most {MAX_FEATURES} are read")
+    mean_D, covariance_DD = mean.astype(np.float64), covariance.astype(np.float64)
+    check_covariance(mean_D, covariance_DD)
+    return mean_D, covariance_DD

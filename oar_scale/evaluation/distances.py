@@ -149,15 +149,24 @@ class Gaussian:
     @classmethod
     def of_covariance(cls, mean_D: Matrix, covariance_DD: Matrix) -> Gaussian:
         """Raises ValueError for values that are no numbers, or a matrix that is no covariance."""
-        if not (np.isfinite(mean_D).all() and np.isfinite(covariance_DD).all()):
-            raise ValueError("the statistics hold values that are no numbers (NaN or infinite)")
-        largest = float(np.abs(covariance_DD).max())
-        if np.abs(covariance_DD - covariance_DD.T).max() > 1e-4 * largest:
-            raise ValueError("this is no covariance matrix: it is not symmetric")
+        check_covariance(mean_D, covariance_DD)
         variances_D, directions_DD = np.linalg.eigh(covariance_DD)
-        if variances_D[0] < -1e-4 * largest:
+        if variances_D[0] < -1e-4 * np.abs(covariance_DD).max():
             raise ValueError(f"this is no covariance matrix: along one direction its variance is {variances_D[0]:.3g}")
         return cls(mean_D, (directions_DD * np.sqrt(variances_D.clip(0))).T)
+
+
+def check_covariance(mean_D: Matrix, covariance_DD: Matrix) -> None:
+    """Raise ValueError for what can be seen at once to be no mean and covariance."""
+    if mean_D.ndim != 1 or not len(mean_D) or covariance_DD.shape != (len(mean_D), len(mean_D)):
+        raise ValueError(f"mean {list(mean_D.shape)} and covariance {list(covariance_DD.shape)} do not belong together")
+    if not (np.isfinite(mean_D).all() and np.isfinite(covariance_DD).all()):
+        raise ValueError("the statistics hold values that are no numbers (NaN or infinite)")
+    largest, least = float(np.abs(covariance_DD).max()), float(covariance_DD.diagonal().min())
+    if np.abs(covariance_DD - covariance_DD.T).max() > 1e-4 * largest:
+        raise ValueError("this is no covariance matrix: it is not symmetric")
+    if least < -1e-4 * largest:
+        raise ValueError(f"this is no covariance matrix: of one feature its variance is {least:.3g}")
 
 
 def frechet_distance(x: Gaussian, y: Gaussian) -> float:
@@ -198,8 +207,10 @@ def _kernel(x: Matrix, y: Matrix) -> Matrix:
 
 def _features(given: ArrayLike) -> NDArray[np.floating]:
     features: NDArray[np.floating] = np.asarray(given)
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features of shape {features.shape}: a distance needs [n, d], n at least 2")
+    if features.ndim != 2:
+        raise ValueError(f"features of shape {features.shape}: a distance needs [n, d]")
+    if len(features) < 2:
+        raise ValueError(f"a distance needs at least 2 images, got {len(features)}")
     if not np.isfinite(features).all():
         row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
         raise ValueError(f"the features of image {row} are no numbers (NaN or infinite)")

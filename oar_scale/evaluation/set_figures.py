@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.errors import UserError
-from oar_scale.evaluation.distances import Gaussian, frechet_distance, kid
+from oar_scale.evaluation.distances import Gaussian, Matrix, frechet_distance, kid
 from oar_scale.evaluation.extractors import Layer
 from oar_scale.evaluation.feature_files import FeatureFiles
 from oar_scale.evaluation.moments import Moments
@@ -73,8 +73,8 @@ class Side:
 
     where: str
     files: FeatureFiles | None
-    given: Mapping[str, Gaussian] = field(default_factory=dict)
-    """Statistics that came with the set; where there are any, they stand for it, not those of its own images."""
+    given: Mapping[str, tuple[Matrix, Matrix]] = field(default_factory=dict)
+    """Mean and covariance of layers that came with the set; where there are any, they stand for it, not those of its own images."""
     given_count: int | None = None
     _gaussians: dict[Layer, Gaussian] = field(default_factory=dict, repr=False, compare=False)
 
@@ -90,7 +90,7 @@ class Side:
     def gaussian(self, layer: Layer) -> Gaussian:
         """Mean and covariance of a layer, computed once."""
         if layer not in self._gaussians:
-            self._gaussians[layer] = self.given[layer] if layer in self.given else self._fitted(layer)
+            self._gaussians[layer] = Gaussian.of_covariance(*self.given[layer]) if layer in self.given else self._fitted(layer)
         return self._gaussians[layer]
 
     def _fitted(self, layer: Layer) -> Gaussian:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oar_scale.errors import UserError
 from oar_scale.evaluation.adm_batch import write_batch
-from oar_scale.evaluation.distances import Gaussian, kid
+from oar_scale.evaluation.distances import kid
 from oar_scale.evaluation.extractors import Extractor, Layer, Layers
 from oar_scale.evaluation.extractors.extractor import WeightsFile
 from oar_scale.evaluation.feature_files import FeatureFiles, feature_file, part_features
@@ -78,7 +78,7 @@ def test_only_features_of_the_published_inception_are_called_fid(two: tuple[Rows
 
 def test_statistics_alone_give_frechet_distances_alone(two: tuple[Rows, Rows, Comparison]) -> None:
     _, reference, comparison = two
-    given = Side("adm.npz", None, {"pooled": Gaussian.of_features(reference)}, None)
+    given = Side("adm.npz", None, {"pooled": (reference.mean(0), np.cov(reference.T))}, None)
     bare = Comparison(comparison.samples, given, "small", False)
     assert bare.possible() == ["fd"]
     figure = bare.figures(["fd"])["fd_small"]
@@ -114,7 +114,11 @@ def test_too_few_images_and_other_dimensions_are_errors(tmp_path: Path, two: tup
     three = Side("three", stored(tmp_path / "three", [np.ones((3, FEATURES), np.float32)]))
     other = Side("other", stored(tmp_path / "other", [np.ones((9, 5), np.float32)]))
     one = Side("one", stored(tmp_path / "one", [np.ones((1, FEATURES), np.float32)]))
-    cases = [(three, "precision", "3 samples are too few"), (one, "fd", "at least 2 images, got 1"), (one, "kid", "n at least 2")]
+    cases = [
+        (three, "precision", "3 samples are too few"),
+        (one, "fd", "at least 2 images, got 1"),
+        (one, "kid", "at least 2 images, got 1"),
+    ]
     cases += [(other, figure, "5 features cannot be compared with 6") for figure in ("fd", "kid", "coverage")]
     for side, figure, says in cases:
         with pytest.raises(UserError, match=f"{side.where} and reference: .*{says}"):

@@ -164,10 +164,8 @@ def test_model_of_the_hub_is_looked_up_on_each_host(run: str, monkeypatch: pytes
 def test_balanced_labels_are_drawn_equally_often(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command, in a pool: the same labels as those of the function, whatever the actors and shards."""
     out = str(tmp_path / "drawn")
-    assert (
-        main(["sample", run, "--labels", "balanced", "--images", "20", "--seed", "3", "--actors", "1", "--per-shard", "8", "--out", out])
-        == 0
-    )
+    balanced = ["sample", run, "--labels", "balanced", "--out", out]
+    assert main([*balanced, "--images", "20", "--seed", "3", "--actors", "1", "--per-shard", "8"]) == 0
     samples = [sample for info in read_manifest(out).shards for sample in read_shard(join(out, info.name), str(tmp_path), info)]
     labels = [int(sample["txt"]) for sample in samples]
     assert labels == [int(str(each.prompt)) for each in balanced_labels(10, 20, seed=3)] and sorted(labels) == sorted([*range(10)] * 2)
