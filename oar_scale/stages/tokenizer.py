@@ -137,6 +137,7 @@ def _image_tokenizer(run: Run) -> ImageTokenizer:
             log.emit("vq", step=at.step, loss=at.loss, psnr=at.psnr, codebook_use=at.codebook_use, **at.extra_losses)
             tally.update(at.step)
 
-        vq = train_vq(spec, config.training, pixels, run.recipe.seed, report)
+        saved = run.at("tokenizers", "training.safetensors")
+        vq = train_vq(spec, config.training, pixels, run.recipe.seed, report, checkpoint=saved)
         log.emit("end", seconds=time.monotonic() - started)
     return vq

@@ -14,7 +14,9 @@ the exponential moving average of the weights.
 from __future__ import annotations
 
 import copy
+import json
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,10 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oar_scale.config.schema import VQTrainingConfig
+from oar_scale.storage import open_storage
 from oar_scale.tokenizers.adversarial import Adversary, adaptive_weight
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.perceptual import PerceptualLoss
+from oar_scale.tokenizers.training_file import optimizer_tensors, read_training, restore_optimizer, save_training
 from oar_scale.tokenizers.vq import Quantized, VQSpec, VQTokenizer, codebook_use, pixels_to_unit, psnr, unit_to_pixels
+
+SAVE_EVERY = 200
+"""Steps between two savings of a training that is to resume."""
 
 
 @dataclass(frozen=True)
@@ -49,40 +56,108 @@ def train_vq(
     seed: int,
     report: Callable[[VQProgress], None],
     log_every: int = 20,
+    checkpoint: str | None = None,
 ) -> VQTokenizer:
     """Train a tokenizer on uint8 images [S, H, W, 3] held in memory.
 
     Every batch is drawn anew, each image shifted by up to an eighth of its side and flipped half of the time.
+
+    Args:
+        checkpoint: where the training is saved every ``SAVE_EVERY`` steps, and resumes from if it is of the same training: bit for bit as
+            if it had never stopped. Removed at the end. None: it is not saved.
     """
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    vq = VQTokenizer(spec).to(memory_format=torch.channels_last)
-    average = copy.deepcopy(vq).requires_grad_(False)
-    optimizer = torch.optim.AdamW(vq.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    losses = _Losses(spec, config)
-    used = torch.zeros(spec.codebook_size, dtype=torch.long)
-    for step in range(1, config.steps + 1):
+    training = _Training(spec, config, seed)
+    identity = "" if checkpoint is None else _identity(spec, config, pixels_SHW3, seed)
+    if checkpoint is not None and (saved := read_training(checkpoint, identity)) is not None:
+        training.restore(saved)
+    while training.step < config.steps:
+        images, reconstructed, quantized, loss = training.train_step(pixels_SHW3)
+        step = training.step
+        if step % log_every == 0 or step == config.steps:
+            quality = float(psnr(images, reconstructed.detach()).mean())
+            use = codebook_use([quantized.codes_BN], spec.codebook_size)
+            report(VQProgress(step, float(loss.detach()), quality, use, dict(training.losses.extra_losses)))
+        if checkpoint is not None and step % SAVE_EVERY == 0 and step < config.steps:
+            save_training(checkpoint, training.tensors(), identity)
+    if checkpoint is not None:
+        open_storage(checkpoint).delete(checkpoint)
+    return training.average.eval().to(memory_format=torch.contiguous_format)
+
+
+class _Step(NamedTuple):
+    images: Tensor
+    reconstructed: Tensor
+    quantized: Quantized
+    loss: Tensor
+
+
+class _Training:
+    """All that a training changes, so that it can be saved between two steps."""
+
+    def __init__(self, spec: VQSpec, config: VQTrainingConfig, seed: int) -> None:
+        self.spec, self.config, self.step = spec, config, 0
+        self.generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        self.vq = VQTokenizer(spec).to(memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.vq).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.vq.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.losses = _Losses(spec, config)
+        self.used = torch.zeros(spec.codebook_size, dtype=torch.long)
+
+    def train_step(self, pixels_SHW3: Tensor) -> _Step:
+        """One update, and the revival of unused codebook entries where it is due."""
+        self.step += 1
+        step, vq, config, optimizer = self.step, self.vq, self.config, self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(config, step)
-        images = _batch(pixels_SHW3, config.batch, generator).to(memory_format=torch.channels_last)
+        images = _batch(pixels_SHW3, config.batch, self.generator).to(memory_format=torch.channels_last)
         reconstructed, quantized = vq(images, config.commitment)
-        loss = losses(step, images, reconstructed, quantized, vq.decoder.conv_out.weight)
+        loss = self.losses(step, images, reconstructed, quantized, vq.decoder.conv_out.weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
         optimizer.step()
-        losses.train_discriminator(step, images, reconstructed)
-        _update_average(average, vq, min(config.ema_decay, step / (step + 10)))
+        self.losses.train_discriminator(step, images, reconstructed)
+        _update_average(self.average, vq, min(config.ema_decay, step / (step + 10)))
 
-        used += torch.bincount(quantized.codes_BN.flatten(), minlength=spec.codebook_size)
+        self.used += torch.bincount(quantized.codes_BN.flatten(), minlength=self.spec.codebook_size)
         if step % config.revive_every == 0 and step < 0.8 * config.steps:
-            _revive(vq, average, used, images, generator)
-            used.zero_()
-        if step % log_every == 0 or step == config.steps:
-            quality = float(psnr(images, reconstructed.detach()).mean())
-            use = codebook_use([quantized.codes_BN], spec.codebook_size)
-            report(VQProgress(step, float(loss.detach()), quality, use, dict(losses.extra_losses)))
-    return average.eval().to(memory_format=torch.contiguous_format)
+            _revive(vq, self.average, self.used, images, self.generator)
+            self.used.zero_()
+        return _Step(images, reconstructed, quantized, loss)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, by name."""
+        plain = {"step": torch.tensor(self.step), "used": self.used, "generator": self.generator.get_state()}
+        for name, module, optimizer in self._parts():
+            plain |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+            if optimizer is not None:
+                plain |= optimizer_tensors(f"{name} optimizer", optimizer)
+        return plain
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Take the place of the training that :meth:`tensors` was called of."""
+        self.step, self.used = int(saved["step"]), saved["used"]
+        self.generator.set_state(saved["generator"])
+        for name, module, optimizer in self._parts():
+            module.load_state_dict({key: saved[f"{name}.{key}"] for key in module.state_dict()})
+            if optimizer is not None:
+                restore_optimizer(f"{name} optimizer", optimizer, saved)
+
+    def _parts(self) -> list[tuple[str, torch.nn.Module, torch.optim.Optimizer | None]]:
+        parts: list[tuple[str, torch.nn.Module, torch.optim.Optimizer | None]] = [
+            ("vq", self.vq, self.optimizer),
+            ("average", self.average, None),
+        ]
+        if self.losses.adversary is not None:
+            parts.append(("discriminator", self.losses.adversary.discriminator, self.losses.adversary.optimizer))
+        return parts
+
+
+def _identity(spec: VQSpec, config: VQTrainingConfig, pixels_SHW3: Tensor, seed: int) -> str:
+    """What a saved training must agree with to be this one."""
+    images = zlib.crc32(pixels_SHW3.contiguous().numpy().data)
+    return json.dumps({"spec": spec.model_dump(), "training": config.model_dump(), "seed": seed, "images": images}, sort_keys=True)
 
 
 class _Losses:

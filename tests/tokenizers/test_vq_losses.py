@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +34,53 @@ def pixels() -> Tensor:
 def trained(pixels: Tensor, config: VQTrainingConfig) -> tuple[VQTokenizer, list[VQProgress]]:
     progress: list[VQProgress] = []
     return train_vq(SPEC, config, pixels, 5, progress.append, log_every=1), progress
+
+
+class Killed(Exception):
+    """Ends a training between two steps."""
+
+
+def killed_at(step: int) -> Callable[[VQProgress], None]:
+    def report(at: VQProgress) -> None:
+        if at.step == step:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5])
+@pytest.mark.parametrize("changes", [{}, {"adversarial_weight": 0.5, "adversarial_from_step": 2}], ids=["plain", "adversarial"])
+def test_a_training_resumes_bit_for_bit(
+    pixels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, changes: dict[str, float]
+) -> None:
+    monkeypatch.setattr(vq_training, "SAVE_EVERY", 2)
+    config, saved = PLAIN.model_copy(update=changes), tmp_path / "training.safetensors"
+    with pytest.raises(Killed):
+        train_vq(SPEC, config, pixels, 5, killed_at(step), log_every=1, checkpoint=str(saved))
+    assert saved.exists() is (step > 2)
+    progress: list[VQProgress] = []
+    resumed = train_vq(SPEC, config, pixels, 5, progress.append, log_every=1, checkpoint=str(saved))
+    assert [at.step for at in progress] == list(range(1 + 2 * ((step - 1) // 2), 7))
+    assert same_weights(resumed, trained(pixels, config)[0])
+    assert not saved.exists()
+
+
+@pytest.mark.parametrize("other", ["steps", "images", "damage"])
+def test_a_training_does_not_resume_from_another_ones_state(
+    pixels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    monkeypatch.setattr(vq_training, "SAVE_EVERY", 2)
+    saved = tmp_path / "training.safetensors"
+    config = PLAIN.model_copy(update={"steps": 5}) if other == "steps" else PLAIN
+    with pytest.raises(Killed):
+        train_vq(SPEC, config, pixels.flip(0) if other == "images" else pixels, 5, killed_at(4), log_every=1, checkpoint=str(saved))
+    if other == "damage":
+        content = bytearray(saved.read_bytes())
+        content[-9] ^= 1
+        saved.write_bytes(content)
+    progress: list[VQProgress] = []
+    train_vq(SPEC, PLAIN, pixels, 5, progress.append, log_every=1, checkpoint=str(saved))
+    assert [at.step for at in progress] == [1, 2, 3, 4, 5, 6]
 
 
 def same_weights(a: VQTokenizer, b: VQTokenizer) -> bool:
