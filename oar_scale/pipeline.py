@@ -25,6 +25,7 @@ from oar_scale.observe.console import duration
 from oar_scale.observe.failure import ending, reporting_failure
 from oar_scale.observe.prometheus import show_ending
 from oar_scale.observe.watch import catch_up, watching
+from oar_scale.orders.policies import check_policies
 from oar_scale.registry import STAGES, Stage
 from oar_scale.run.again import begin_again, drop_if_complete, finish_interrupted, is_again, say_what_is_aside, undo
 from oar_scale.run.context import ONE_ORDER, OTHER_LAYOUT, Run
@@ -35,7 +36,7 @@ from oar_scale.storage.patience import patient
 from oar_scale.text import shown
 
 
-def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None, yes: bool = False, minutes: float | None = None) -> None:
+def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None, yes: bool = False, minutes: float | None = None) -> bool:
     """Run the stages that are not done yet.
 
     Args:
@@ -43,6 +44,9 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
         only: do this one stage again and no other; what it needs must be done.
         yes: set results aside without asking.
         minutes: begin no stage after so many, and say which ones are left.
+
+    Returns:
+        Whether all that was asked for is done: False where the minutes were over before.
 
     Raises:
         UserError: an unknown stage, a stage that needs one which is not done or was done with other settings, another driver, a package
@@ -53,6 +57,7 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
     wanted = only or start
     first = None if wanted is None else _stage_named(run.recipe, wanted)
     check_run_dir(run)
+    _check_order_policies(run.recipe)
     began = time.monotonic()
     with patient(run.recipe.storage.patience_s), _driving(run) as drivers, ExitStack() as stack:
         again = [] if first is None else [first] if only else stages[stages.index(first) :]
@@ -65,7 +70,7 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
             begin_again(run, drivers, again, yes=yes)
         for stage in stages:
             if minutes is not None and time.monotonic() - began > 60 * minutes and _say_what_is_left(run, stages, minutes):
-                return
+                return False
             if only in (None, stage.name):
                 if stage.ray and _to_do(read_finished(run, stage)):
                     with _reporting(run, stage):
@@ -73,6 +78,15 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
                 _run_stage(run, stage, drivers)
     catch_up(run.events, run.recipe, run.at(), names, run.console.say)
     run.console.say(f"finished in {duration(time.monotonic() - began)}")
+    return True
+
+
+def _check_order_policies(recipe: Recipe) -> None:
+    """Refuse an order policy that there is none of now, not when the stage begins that trains or draws by it."""
+    of_arms = {f"pipeline.arms.{name}.order": arm.order for name, arm in recipe.pipeline.arms.items()}
+    check_policies(
+        {"pretrain.order": recipe.pretrain.order, "finetune.order": recipe.finetune.order, **of_arms, "sample.order": recipe.sample.order}
+    )
 
 
 def _say_what_is_left(run: Run, stages: Sequence[Stage], minutes: float) -> bool:
@@ -140,6 +154,7 @@ def run_stage(run: Run, name: str) -> None:
     """
     stage = _stage_named(run.recipe, name)
     check_run_dir(run)
+    _check_order_policies(run.recipe)
     with patient(run.recipe.storage.patience_s), _driving(run) as drivers:
         _require(run, stage)
         _run_stage(run, stage, drivers)

@@ -57,14 +57,13 @@ from oar_scale.cli import (
     study,
     submit,
 )
+from oar_scale.cli.common import REQUEUE
 from oar_scale.errors import Requeue, UserError
 from oar_scale.redaction import redact
 from oar_scale.runtime.gpu_settings import gpu_settings
 from oar_scale.runtime.program import program_exit
 from oar_scale.text import cut, printable
 
-REQUEUE = 75
-"""EX_TEMPFAIL of sysexits.h: a scheduler that sees it starts the same command again."""
 NOBODY_READS = 141
 """The exit code that a shell gives a command that SIGPIPE ended: ``oar plan ... | head``."""
 

@@ -13,6 +13,8 @@ from oar_scale.registry import MODELS, current_name
 if TYPE_CHECKING:
     from oar_scale.config.schema import Recipe
 
+REQUEUE = 75
+"""EX_TEMPFAIL of sysexits.h: something is left, and the same command goes on with it. A scheduler that sees it starts the command again."""
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import Subparsers, add_verb, count, load, minutes
+from oar_scale.cli.common import REQUEUE, Subparsers, add_verb, count, load, minutes
 from oar_scale.registry import STAGES
 
 
@@ -56,7 +56,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from oar_scale.evaluation.extractors import ExtractorSpec
     from oar_scale.studies.flexibility import FlexibilityRequest, run_flexibility
 
-    run_flexibility(
+    done = run_flexibility(
         FlexibilityRequest(
             models=tuple(arguments.flexibility),
             out=arguments.out,
@@ -70,7 +70,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             minutes=arguments.minutes,
         )
     )
-    return 0
+    return 0 if done else REQUEUE
 
 
 _OPTIONS = ("out", "of_run", "split", "images", "against", "chapters", "sweep", "features", "weights", "sha256", "minutes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from oar_scale.cli.common import Subparsers, add_verb, check_stage, count, load, minutes
+from oar_scale.cli.common import REQUEUE, Subparsers, add_verb, check_stage, count, load, minutes
 from oar_scale.registry import STAGES
 
 
@@ -19,7 +19,12 @@ def add(verbs: Subparsers) -> None:
         "--undo", action="store_true", help="put back the results that a --from or --only has set aside and not replaced yet"
     )
     run.add_argument("--yes", action="store_true", help="with --from, --only and --undo: do not ask")
-    run.add_argument("--minutes", type=minutes, metavar="M", help="begin no stage after M minutes; the same command goes on from there")
+    run.add_argument(
+        "--minutes",
+        type=minutes,
+        metavar="M",
+        help="begin no stage after M minutes; code 75: some are left, for the same command",
+    )
     for stage in STAGES.values():
         if not stage.training and not stage.own_options:
             add_verb(verbs, stage.verb or stage.name, stage.title, _stage).set_defaults(stage=stage.name)
@@ -36,15 +41,16 @@ def add(verbs: Subparsers) -> None:
     doctor.add_argument("-p", dest="profile", action="append", default=[], metavar="KEY=VALUE", help="change a field of the profile")
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     recipe = load(arguments)
     from oar_scale.pipeline import run_pipeline, undo_again
     from oar_scale.run.context import Run
 
     if arguments.undo:
         undo_again(Run(recipe), yes=arguments.yes)
-    else:
-        run_pipeline(Run(recipe), start=arguments.start, only=arguments.only, yes=arguments.yes, minutes=arguments.minutes)
+        return 0
+    done = run_pipeline(Run(recipe), start=arguments.start, only=arguments.only, yes=arguments.yes, minutes=arguments.minutes)
+    return 0 if done else REQUEUE
 
 
 def _stage(arguments: argparse.Namespace) -> None:

@@ -33,6 +33,8 @@ FROM_EXTRACTION = ("stored", "mean", "order-head")
 """The order policies that rest on extracted orders: an arm with another one does not wait for the extraction."""
 OF_THE_RUN = frozenset({"views", "mirror"})
 """Fields of ``extract`` that say which views have orders: all arms see the same."""
+ALL_ARMS = "all"
+"""Stands for every arm of a run where one is named, and so is the name of none."""
 ARM_NAME, LONGEST_NAME = r"[a-z0-9_]+", 40
 
 
@@ -135,14 +137,14 @@ def check_orders(key: str, finetune: FinetuneConfig, *, own_extraction: bool = F
 
 
 def _check_name(name: str) -> None:
-    key, taken = f"pipeline.arms.{name}", {*STAGES, *MODELS, *(old for model in MODELS.values() for old in model.old_names)}
+    key, taken = f"pipeline.arms.{name}", {ALL_ARMS, *STAGES, *MODELS, *(old for model in MODELS.values() for old in model.old_names)}
     if not re.fullmatch(ARM_NAME, name) or len(name) > LONGEST_NAME:
         raise RecipeConflict(key, f"the name of an arm is made of a-z, 0-9 and _, at most {LONGEST_NAME} of them: files are named by it.")
     if name in taken or name.startswith(EXTRACTION):
         why = (
             f"begins with {EXTRACTION}, as stages do that extract for an arm"
             if name not in taken
-            else "is that of a stage or model of every run"
+            else "stands for something of every run: a stage, a model, or all arms"
         )
         raise RecipeConflict(key, f"this name {why}.\nChoose another one.")
 
@@ -179,7 +181,9 @@ def _same(finetune: FinetuneConfig, extraction: str) -> str:
 
 
 def _identity(extract: ExtractConfig) -> str:
-    return fingerprint(extract.model_dump(mode="json", exclude=set(silent_fields(extract))))
+    """What the orders depend on: not on how another score than its own would be computed."""
+    unused = set() if extract.score == "info_gain" else {"info_gain_samples", "info_gain_candidates"}
+    return fingerprint(extract.model_dump(mode="json", exclude={*silent_fields(extract), *unused}))
 
 
 @lru_cache

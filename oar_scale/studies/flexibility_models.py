@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from oar_scale.commands.drawing_target import DrawingTarget, find_target
+from oar_scale.config.arms import ALL_ARMS
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.evaluation.flexibility.pieces import NetworkFile
@@ -32,8 +33,6 @@ from oar_scale.studies.trained_arms import open_run
 from oar_scale.tokenizers.prompts import Field, Prompt, PromptEncoder, cond_inputs_of, load_prompts
 from oar_scale.tokenizers.vq import load_vq, vq_id
 
-ALL = "all"
-"""In the place of a model's name: every arm of the run."""
 FEWEST = 3
 """Images: a distance has no error of fewer."""
 
@@ -64,8 +63,8 @@ def named_arms(texts: Sequence[str]) -> list[NamedArm]:
     """
     arms = list[NamedArm]()
     for text in texts:
-        if text.endswith(f":{ALL}"):
-            arms += _arms_of_run(text.removesuffix(f":{ALL}"))
+        if text.endswith(f":{ALL_ARMS}"):
+            arms += _arms_of_run(text.removesuffix(f":{ALL_ARMS}"))
             continue
         label, sign, models = text.partition("=")
         if not sign or "/" in label:
@@ -149,8 +148,8 @@ def open_arms(arms: Sequence[NamedArm], targets: dict[str, DrawingTarget], image
     """The models of the arms, with what each is conditioned on for the images.
 
     Raises:
-        UserError: a model of another tokenizer or grid than the images' codes, of prompts that these images have not, or with one order
-            only; names both sides.
+        UserError: one model as two seeds, a model of another tokenizer or grid than the images' codes, of prompts that these images have
+            not, or with one order only; names both sides.
     """
     conditions = _Conditions(images, device)
     opened = []
@@ -163,8 +162,21 @@ def open_arms(arms: Sequence[NamedArm], targets: dict[str, DrawingTarget], image
             spec, _ = open_model(local)
             _check_codes(path, spec, target, images)
             models.append(ArmModel(arm.label, seed, NetworkFile(model_id(local), local, path), conditions.of(path, spec, target)))
+        _check_seeds(arm, models)
         opened.append(Arm(arm.label, tuple(models)))
     return opened
+
+
+def _check_seeds(arm: NamedArm, models: Sequence[ArmModel]) -> None:
+    """One model given twice would be two seeds without any spread."""
+    paths: dict[str, str] = {}
+    for model in models:
+        if model.file.id in paths:
+            raise UserError(
+                f"--flexibility {arm.label}: {paths[model.file.id]} and {model.file.where} are one and the same model "
+                f"({model.file.id}), not two seeds. Name each once."
+            )
+        paths[model.file.id] = model.file.where
 
 
 def _check_codes(path: str, spec: ModelSpec, target: DrawingTarget, images: HeldoutImages) -> None:

@@ -145,6 +145,7 @@ def _alike(run: Run, recipe: Recipe, start: str, marker: JsonObject) -> dict[str
         "model.dropout": recipe.model.dropout,
         "model.caption_dropout": recipe.model.caption_dropout,
         "extract.views": recipe.extract.views,
+        "extract.mirror": recipe.extract.mirror,  # which decides about the views of all arms
         "parallel.precision": recipe.parallel.precision,
         "parallel.gradient_dtype": recipe.parallel.gradient_dtype,
         "data.canonical_streams": recipe.data.canonical_streams,

@@ -74,12 +74,29 @@ def test_a_run_of_some_minutes_begins_nothing_after_them_and_the_next_one_goes_o
         return work(stage)
 
     monkeypatch.setattr(pipeline, "entry_point", slow)
-    run_pipeline(Run(run.recipe), minutes=1.5)
+    assert not run_pipeline(Run(run.recipe), minutes=1.5)
     assert ran == ["a", "b"]
     assert "with 2 of 4 stages left: c, d" in capsys.readouterr().out
-    run_pipeline(Run(run.recipe), minutes=1.5)
+    assert run_pipeline(Run(run.recipe), minutes=1.5)
     assert ran == ["a", "b", "c", "d"]
     assert "left" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"pipeline": {"arms": {"x": {"order": "rastr"}}}}, "pipeline.arms.x.order"),
+        ({"finetune": {"order": "rastr"}}, "finetune.order"),
+        ({"sample": {"order": "rastr"}}, "sample.order"),
+    ],
+)
+def test_an_order_policy_that_there_is_none_of_is_refused_before_the_first_stage(
+    run: Run, ran: list[str], changes: dict[str, Any], field: str
+) -> None:
+    for begin in (run_pipeline, lambda run: run_stage(run, "a")):
+        with pytest.raises(UserError, match=rf"{field} 'rastr': no such policy. There are: .*raster"):
+            begin(changed(run, **changes))
+    assert ran == []
 
 
 def test_finished_stages_are_skipped(run: Run, ran: list[str]) -> None:

@@ -125,6 +125,7 @@ def test_one_seed_has_no_interval(tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"model": {"caption_dropout": 0.0}}, "model.caption_dropout"),
         ({"parallel": {"precision": "fp32"}}, "parallel.precision"),
         ({"tokenizer": {"views": ["center", "center_flip"]}, "extract": {"views": 2}}, "extract.views"),
+        ({"tokenizer": {"views": ["center", "center_flip"]}, "extract": {"mirror": True}}, "extract.mirror"),
     ],
 )
 def test_runs_that_differ_in_more_than_the_orders_are_refused(folder: str, tmp_path: Path, changes: Any, field: str) -> None:

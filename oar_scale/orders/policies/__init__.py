@@ -11,7 +11,7 @@ Orders are permutations of the cells of a grid of any size, first placed first, 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -117,6 +117,17 @@ def known() -> list[str]:
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
+def check_policies(names: Mapping[str, str | None]) -> None:
+    """Check the policies that a recipe names, by the fields that name them. Raises UserError as :func:`policy`."""
+    for where, name in names.items():
+        if name is not None and name not in known():
+            raise _unknown(name, where)
+
+
+def _unknown(name: str, where: str) -> UserError:
+    return UserError(f"{where} {name!r}: no such policy. There are: {', '.join(known())}.")
+
+
 def policy(name: str, where: str = "order") -> Policy:
     """The policy of this name.
 
@@ -127,7 +138,7 @@ def policy(name: str, where: str = "order") -> Policy:
         UserError: there is none.
     """
     if name not in known():
-        raise UserError(f"{where} {name!r}: no such policy. There are: {', '.join(known())}.")
+        raise _unknown(name, where)
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
     chosen: Policy = module.POLICY
     return chosen
