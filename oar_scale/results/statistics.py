@@ -2,7 +2,8 @@
 
 Values are [R, S]: of each of R seeds (trainings that differ in their seed alone) and each of S images. Two questions, two answers:
 
-    over images    these models on other images of this kind: bootstrap of the images (BCa, Efron 1987), sign-flip test
+    over images    these models on other images of this kind: bootstrap of the images (BCa, Efron 1987), sign-flip test. Images of one
+                   *family* (drawings of one thing, in other styles and skin tones) are alike: families are drawn and flipped as a whole
     over seeds     other trainings like these: Student's t of the seeds' means; none of a single seed
 
 Differences are paired: by image always, and by seed where both sides have as many. A side with one seed is taken as given.
@@ -26,7 +27,7 @@ RESAMPLES = 4000
 FLIPS = 9999
 """Random sign flips of a test; all 2^S of them where these are fewer."""
 FEW = 10
-"""Below so many images a bootstrap is too narrow; Student's t is taken instead, and named."""
+"""Below so many families a bootstrap is too narrow; Student's t is taken instead, and named."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Figure:
     """None of one image."""
     over_seeds: Interval | None
     """None of one seed."""
+    families: int | None = None
+    """So many groups of images are independent of each other. None: every image is."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,22 @@ class Comparison:
     """Two-sided, by Student's t of the seeds' differences: are such trainings alike? None where neither side has several seeds."""
 
 
-def figure(values: ArrayLike, what: str = "values") -> Figure:
+def figure(values: ArrayLike, what: str = "values", families_S: ArrayLike | None = None) -> Figure:
     """Mean and intervals of values [R, S], or [S] of one seed.
+
+    Args:
+        families_S: a number for each image, the same for images that are not independent. None: all are.
 
     Raises:
         UserError: no value, or one that is no finite number; names ``what``, the seed and the image.
     """
     values_RS = _checked(values, what)
     seeds, images = values_RS.shape
-    return Figure(float(values_RS.mean()), seeds, images, bootstrap_interval(values_RS.mean(0)), t_interval(values_RS.mean(1)))
+    over_images = bootstrap_interval(values_RS.mean(0), families_S)
+    return Figure(float(values_RS.mean()), seeds, images, over_images, t_interval(values_RS.mean(1)), _count(families_S))
 
 
-def compare(first: ArrayLike, second: ArrayLike, what: str = "values") -> Comparison:
+def compare(first: ArrayLike, second: ArrayLike, what: str = "values", families_S: ArrayLike | None = None) -> Comparison:
     """The paired difference of two sets of values, [R, S] or [S], of the same images.
 
     Seeds are paired where both sides have as many; a single seed is subtracted from each of the other side's; other numbers of seeds are
@@ -94,23 +101,58 @@ def compare(first: ArrayLike, second: ArrayLike, what: str = "values") -> Compar
     else:
         over_seeds, p_seeds = _welch(first_RS.mean(1), second_RS.mean(1))
         seeds = min(counts)
-    difference = Figure(float(by_image_S.mean()), seeds, len(by_image_S), bootstrap_interval(by_image_S), over_seeds)
-    return Comparison(difference, sign_flip_test(by_image_S), p_seeds)
+    over_images = bootstrap_interval(by_image_S, families_S)
+    difference = Figure(float(by_image_S.mean()), seeds, len(by_image_S), over_images, over_seeds, _count(families_S))
+    return Comparison(difference, sign_flip_test(_by_family(by_image_S, families_S)[0]), p_seeds)
 
 
-def bootstrap_interval(values_S: ArrayLike) -> Interval | None:
-    """Where the mean of such values lies: BCa bootstrap, or Student's t of fewer than :data:`FEW`; None of one value.
+def bootstrap_interval(values_S: ArrayLike, families_S: ArrayLike | None = None) -> Interval | None:
+    """Where the mean of such values lies: BCa bootstrap of the families, or Student's t of fewer than :data:`FEW`; None of one family.
 
     Equal values have an interval without width: they do not tell how much others would differ.
     """
     values = np.asarray(values_S, dtype=np.float64)
-    if len(values) < FEW:
-        return t_interval(values)
+    sums_F, counts_F = _by_family(values, families_S)
+    if len(sums_F) < FEW:
+        return t_interval(values) if families_S is None else _ratio_interval(sums_F, counts_F)
     if np.ptp(values) <= 1e-12 * np.abs(values).max():
         mean = float(values.mean())
         return Interval(mean, mean, "bootstrap")
-    found = _scipy().bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=100, confidence_level=LEVEL, method="BCa", rng=0)
+
+    def mean_of(sums: Floats, counts: Floats, axis: int) -> Floats:
+        means: Floats = sums.sum(axis) / counts.sum(axis)
+        return means
+
+    found = _scipy().bootstrap(
+        (sums_F, counts_F), mean_of, paired=True, n_resamples=RESAMPLES, batch=100, confidence_level=LEVEL, method="BCa", rng=0
+    )
     return Interval(float(found.confidence_interval.low), float(found.confidence_interval.high), "bootstrap")
+
+
+def _by_family(values_S: Floats, families_S: ArrayLike | None) -> tuple[Floats, Floats]:
+    """The sum of the values of each family and the number of its images, [F] both."""
+    if families_S is None:
+        return values_S, np.ones(len(values_S))
+    families = np.asarray(families_S)
+    if families.shape != values_S.shape:
+        raise ValueError(f"families of shape {families.shape} for {len(values_S)} images")
+    _, member_S = np.unique(families, return_inverse=True)
+    return np.bincount(member_S, weights=values_S).astype(np.float64), np.bincount(member_S).astype(np.float64)
+
+
+def _ratio_interval(sums_F: Floats, counts_F: Floats) -> Interval | None:
+    """Student's t of a mean over families of several sizes, from the linearised ratio; of single images that is :func:`t_interval`."""
+    families = len(sums_F)
+    if families < 2:
+        return None
+    mean = float(sums_F.sum() / counts_F.sum())
+    error = float(np.sqrt(families / (families - 1) * np.sum((sums_F - mean * counts_F) ** 2)) / counts_F.sum())
+    reach = float(_scipy().t.ppf((1 + LEVEL) / 2, families - 1)) * error
+    return Interval(mean - reach, mean + reach, "t")
+
+
+def _count(families_S: ArrayLike | None) -> int | None:
+    return None if families_S is None else len(np.unique(np.asarray(families_S)))
 
 
 def t_interval(values_R: ArrayLike) -> Interval | None:

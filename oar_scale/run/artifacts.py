@@ -131,13 +131,15 @@ def training_pictures(run: Run, count: int) -> Iterator[Picture]:
 
 def without_variant(run: Run, keys: list[str]) -> NDArray[np.bool_]:
     """Which held-out images [S] share no family with a training image (see ``SourceImage.family``)."""
-    families: dict[str, dict[str, str]] = {}
-    for split in ("train", "heldout"):
-        folder = run.at("images", split)
-        samples = (sample for info in read_manifest(folder).shards for sample in read_shard(join(folder, info.name), run.cache, info))
-        families[split] = {sample["__key__"]: _family(sample, folder) for sample in samples}
-    in_train = set(families["train"].values()) - {""}
-    return np.array([families["heldout"].get(key, "") not in in_train for key in keys])
+    heldout, in_train = read_families(run, "heldout"), set(read_families(run, "train").values()) - {""}
+    return np.array([heldout.get(key, "") not in in_train for key in keys])
+
+
+def read_families(run: Run, split: str) -> dict[str, str]:
+    """The family of each image of a split, by its key; empty where it has none (see ``SourceImage.family``)."""
+    folder = run.at("images", split)
+    samples = (sample for info in read_manifest(folder).shards for sample in read_shard(join(folder, info.name), run.cache, info))
+    return {sample["__key__"]: _family(sample, folder) for sample in samples}
 
 
 def _family(sample: ShardSample, folder: str) -> str:

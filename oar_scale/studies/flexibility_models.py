@@ -26,7 +26,7 @@ from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredIma
 from oar_scale.generation.exported_folder import implied_prompts
 from oar_scale.model import ModelSpec, check_prompts, model_id
 from oar_scale.model.weights import open_model
-from oar_scale.run.artifacts import Tokens, prompt_encoder, read_pictures, read_tokens, require
+from oar_scale.run.artifacts import Tokens, prompt_encoder, read_families, read_pictures, read_tokens, require
 from oar_scale.run.context import Run
 from oar_scale.storage import fetch
 from oar_scale.studies.trained_arms import open_run
@@ -53,6 +53,8 @@ class HeldoutImages:
     split: str
     tokens: Tokens
     measured: MeasuredImages
+    families_S: NDArray[np.int64]
+    """The same number for images of one family; one without a family is its own."""
 
 
 def named_arms(texts: Sequence[str]) -> list[NamedArm]:
@@ -141,7 +143,10 @@ def read_images(run: Run, split: str, first: int, count: int) -> HeldoutImages:
     pictures = np.stack(read_pictures(run, split, tokens.keys)[first:])
     named = NetworkFile(vq_id(vq), vq_file, run.vq_uri)
     measured = MeasuredImages(tokens.codes_SN[first:], pictures, first, named, vq.spec.grid)
-    return HeldoutImages(run, split, Tokens(tokens.keys[first:], tokens.captions[first:], measured.codes_SN, []), measured)
+    families = read_families(run, split)
+    numbers: dict[str, int] = {}
+    families_S = np.array([numbers.setdefault(families.get(key) or f"image {key}", len(numbers)) for key in tokens.keys[first:]])
+    return HeldoutImages(run, split, Tokens(tokens.keys[first:], tokens.captions[first:], measured.codes_SN, []), measured, families_S)
 
 
 def open_arms(arms: Sequence[NamedArm], targets: dict[str, DrawingTarget], images: HeldoutImages, device: torch.device) -> list[Arm]:

@@ -98,17 +98,20 @@ def test_likelihoods_are_those_of_brute_force(two_arms: tuple[list[Arm], Measure
     assert values["calibration/top accuracy"]["b"][0] == pytest.approx(right.double().mean(1).numpy())
 
 
+FAMILIES = np.repeat(np.arange(6), 2)
+
+
 def test_differences_are_paired_and_corrected_by_chapter(two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]]) -> None:
     measures = [each for each in likelihood_measures(two_arms[0], {"raster": "raster"}) if each.name != "nll/own of a"]
     rng = np.random.default_rng(0)
     values = {each.name: {"a": list(rng.normal(size=(2, 12))), "b": [rng.normal(size=12)]} for each in measures}
-    found = arm_differences(measures, values, "b")
+    found = arm_differences(measures, values, "b", FAMILIES)
     assert [(each.first, each.second) for each in found] == [("a", "b")] * len(measures)
     likelihoods = [each for each in found if each.measure.startswith("nll/")]
-    alone = [compare(np.stack(values[each.measure]["a"]), np.stack(values[each.measure]["b"])) for each in likelihoods]
+    alone = [compare(np.stack(values[each.measure]["a"]), np.stack(values[each.measure]["b"]), families_S=FAMILIES) for each in likelihoods]
     assert [each.p_images_holm for each in likelihoods] == holm([each.p_images for each in alone])
     assert [each.p_seeds_holm for each in likelihoods] == holm([each.p_seeds or 0.0 for each in alone])
-    figures = {(each.measure, each.label): each.figure for each in arm_figures(measures, values)}
+    figures = {(each.measure, each.label): each.figure for each in arm_figures(measures, values, FAMILIES)}
     assert figures["nll/raster", "a"].mean == pytest.approx(np.mean(values["nll/raster"]["a"]))
     assert figures["nll/raster", "b"].over_seeds is None
 

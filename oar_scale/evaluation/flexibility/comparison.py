@@ -15,22 +15,34 @@ Values = Mapping[str, Mapping[str, Sequence[NDArray[np.float64]]]]
 """By the name of the measure and the label of the arm: values [S] of each of its models."""
 
 
-def arm_figures(measures: Sequence[Measure], values: Values) -> tuple[ArmFigure, ...]:
-    """The figures of all arms. Raises UserError for values that are no finite numbers."""
+def arm_figures(measures: Sequence[Measure], values: Values, families_S: NDArray[np.int64]) -> tuple[ArmFigure, ...]:
+    """The figures of all arms.
+
+    Args:
+        families_S: the family of each image; measures of fewer images are of the first ones.
+
+    Raises:
+        UserError: values that are no finite numbers.
+    """
     return tuple(
-        ArmFigure(label, measure.name, figure(np.stack(of_seeds), f"{measure.name} of {label}"))
+        ArmFigure(label, measure.name, figure(np.stack(of_seeds), f"{measure.name} of {label}", families_S[: len(of_seeds[0])]))
         for measure in measures
         for label, of_seeds in values[measure.name].items()
     )
 
 
-def arm_differences(measures: Sequence[Measure], values: Values, against: str) -> tuple[ArmDifference, ...]:
+def arm_differences(measures: Sequence[Measure], values: Values, against: str, families_S: NDArray[np.int64]) -> tuple[ArmDifference, ...]:
     """All arms against one, measure by measure, corrected for the number of differences of a chapter. Raises as :func:`arm_figures`."""
     found: list[ArmDifference] = []
     for chapter in dict.fromkeys(measure.chapter for measure in measures):
         rows = [
             ArmDifference(
-                label, against, measure.name, compare(np.stack(of_seeds), np.stack(values[measure.name][against]), measure.name), 1.0, None
+                label,
+                against,
+                measure.name,
+                compare(np.stack(of_seeds), np.stack(values[measure.name][against]), measure.name, families_S[: len(of_seeds[0])]),
+                1.0,
+                None,
             )
             for measure in measures
             if measure.chapter == chapter and against in values[measure.name]
