@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from oar_scale.config.locations import Location
 from oar_scale.config.section import Added, Count, Operational, PolicyName, RecipeConflict, Section, bounds
 
 Score = Literal["gt_logprob", "max_prob", "neg_entropy", "margin", "sampled", "info_gain"]
@@ -181,12 +182,25 @@ class SampleConfig(Section):
         return self
 
 
+class ExtractorConfig(Section):
+    """The network whose features sets of images are compared by (docs/evaluation.md)."""
+
+    name: str = Field("efflite0", pattern=r"^(efflite0|inception|(openclip|timm):[^\s]+)$")
+    """``efflite0``, ``inception``, ``openclip:MODEL`` or ``timm:MODEL``."""
+    weights: Location | None = None
+    """A local file; all but ``efflite0`` need one."""
+    sha256: str | None = Field(None, pattern="^[0-9a-fA-F]{64}$")
+    """The hash of the weights, where it is not that of the published ones."""
+
+
 class EvaluateConfig(Section):
-    """How many images the stage ``evaluate`` measures on."""
+    """How many images the stage ``evaluate`` measures on, and by which features it compares them."""
 
     nll_images: int = Field(192, ge=2)
     feature_images: int = Field(256, ge=8)
     """Generated and held-out images compared by KID and Frechet distance, the same number of each."""
+    features: Added[ExtractorConfig] = ExtractorConfig()
+    """What KID and Frechet distance compare; their names end in its name."""
 
 
 AlertKind = Literal[

@@ -4,7 +4,7 @@ A task is one model and some images. It carries all it needs as plain values, op
 its result does not depend on the process it runs in or on how many there are: noise and ties are numbered by image.
 
     likelihood    a few forward passes an image (float32), and the model's own orders by two scores
-    sampling      one image for a caption, cell by cell, and what EfficientNet-Lite0 sees in it
+    sampling      one image for a caption, cell by cell, and what an extractor sees in it (EfficientNet-Lite0)
     edits         completions of some images, and what leaky ones know (``edit_examples``)
     brute force   the confidence order of one image, with and without the cache
 """
@@ -29,8 +29,10 @@ from torch import Tensor
 from oar_scale.config.schema import Score
 from oar_scale.data.hashing import derived_seed
 from oar_scale.errors import UserError
-from oar_scale.evaluation.features import image_features
+from oar_scale.evaluation.extractors import ExtractorSpec
+from oar_scale.evaluation.features import picture_features
 from oar_scale.evaluation.likelihood import nll_table, prediction_table
+from oar_scale.evaluation.pictures import decode_pictures
 from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, load_model
@@ -143,6 +145,8 @@ class SamplingTask:
     """What the policy rests on."""
     model_uri: str = ""
     """Where the model's file comes from: its order head lies beside it."""
+    features: ExtractorSpec = field(default_factory=ExtractorSpec)
+    """What looks at the pictures."""
 
     def run(self) -> Drawn:
         """Sample the images and compute the features of their pictures."""
@@ -151,8 +155,7 @@ class SamplingTask:
         seed, images = derived_seed("drawing", self.seed), self.target.images
         order = sampling_order(self.order, OrderRequest(model, torch.from_numpy(images), seed, self.files, self.model_uri))
         drawn = generate(model, condition_of(model, self.target.cond_inputs), self.settings, seed, order, images_B=images)
-        with torch.no_grad():
-            features_SF = image_features(load_vq(self.vq).to(here()).decode(drawn.codes_BN).cpu()).numpy()
+        features_SF = picture_features(decode_pictures(load_vq(self.vq).to(here()), drawn.codes_BN), self.features, here())
         codes_SN, order_SN = (each_BN.cpu().numpy() for each_BN in (drawn.codes_BN, drawn.order_BN))
         return Drawn(self.target.model, self.target.first, codes_SN, order_SN, features_SF)
 

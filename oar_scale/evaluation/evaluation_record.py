@@ -94,6 +94,12 @@ def _upgraded(plain: JsonObject) -> JsonObject:
     for row in (row for table in (plain["nll"], novel or {}) for rows in ("entries", "differences") for row in table.get(rows, ())):
         if row["order"] == "own confidence":
             row["order"] = f"own {plain['orders']['score']}"
+    for table in (plain, *plain.get("groups", ())):  # until version 0.1.0 there were no other features
+        for row in (*table.get("distances", ()), *table.get("distance_differences", ())):
+            for name in ("kid", "kid_std", "fd"):
+                old = name.replace("_", "_efflite0_") if "_" in name else f"{name}_efflite0"
+                if old in row:
+                    row[name] = row.pop(old)
     return plain
 
 

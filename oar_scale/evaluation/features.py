@@ -1,46 +1,50 @@
-"""What EfficientNet-Lite0 sees in an image: 1280 numbers whose distribution over images KID and the Frechet distance compare.
-
-The network (ImageNet-1k, 4.7 M parameters, Apache-2.0) comes with the extra ``eval`` as an ordinary package, so that the
-evaluation needs no download. It is not InceptionV3: distances on these features are named ``kid_efflite0`` and
-``fd_efflite0`` and are not comparable with published FID or KID values.
-"""
+"""Features of pictures in memory, by any extractor: what KID and the Frechet distance of an evaluation compare."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from oar_scale.tokenizers.perceptual import INPUT_PIXELS, efficientnet_lite0, network_input
-from oar_scale.tokenizers.vq import pixels_to_unit
+from oar_scale.evaluation.extractors import Extractor, ExtractorSpec, load_extractor
 
-FEATURES = 1280
+BATCH = 64
 
 
-def image_features(images_B3HW: Tensor, batch: int = 64) -> Tensor:
-    """Pooled features of EfficientNet-Lite0.
+def picture_features(
+    pictures: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
+    spec: ExtractorSpec | None = None,
+    device: torch.device | str = "cpu",
+) -> NDArray[np.float32]:
+    """Pooled features [S, F].
 
     Args:
-        images_B3HW: RGB in [-1, 1], any size; resized to 128 x 128 (bicubic, antialiased).
-        batch: images taken through the network at once.
-
-    Returns:
-        float32 [B, 1280] on the CPU.
+        pictures: uint8 [H, W, 3] each, of one size; a batch at a time goes through the network.
+        spec: the extractor; default: EfficientNet-Lite0, which comes with the extra ``eval``. It is loaded once in a process.
 
     Raises:
-        UserError: the packages of the extra ``eval`` are missing.
-        ValueError: not a batch of RGB images.
+        UserError: no such extractor, packages of the extra ``eval`` are missing, or weights of another network.
+        ArithmeticError: features that are no numbers.
     """
-    if images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3:
-        raise ValueError(f"expected images [B, 3, H, W], got {list(images_B3HW.shape)}")
-    network = efficientnet_lite0("kid_efflite0 and fd_efflite0")
-    features = torch.empty(len(images_B3HW), FEATURES)
-    with torch.inference_mode():
-        for start in range(0, len(images_B3HW), batch):
-            images = network_input(images_B3HW[start : start + batch].cpu(), INPUT_PIXELS)
-            features[start : start + batch] = network.extract_features(images).mean((2, 3))  # type: ignore[operator]
-    return features
+    extractor, found = _loaded(spec or ExtractorSpec()), []
+    extractor.to(device)
+    for start in range(0, len(pictures), BATCH):
+        some = torch.from_numpy(np.stack(list(pictures[start : start + BATCH])))
+        found.append(extractor.images(some)["pooled"].float().numpy())
+    features_SF = np.concatenate(found)
+    if not np.isfinite(features_SF).all():
+        raise ArithmeticError(f"features {extractor.label} of some pictures are no numbers (NaN or infinite)")
+    return features_SF
 
 
-def picture_features(pixels_SHW3: Tensor, batch: int = 64) -> Tensor:
-    """:func:`image_features` of uint8 images [S, H, W, 3], of which a batch at a time is made float32."""
-    return torch.cat([image_features(pixels_to_unit(part), batch) for part in pixels_SHW3.split(batch)])
+def features_label(spec: ExtractorSpec) -> str:
+    """What the names of distances on these features end in. Raises UserError as :func:`picture_features`."""
+    return _loaded(spec).label
+
+
+@functools.cache
+def _loaded(spec: ExtractorSpec) -> Extractor:
+    return load_extractor(spec)

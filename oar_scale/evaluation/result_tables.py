@@ -101,6 +101,8 @@ class ComparedFeatures:
     """Samples of each model for the captions of the held-out images."""
     real: dict[str, Features]
     """What to read the distances by: other real images, and the best that codes can do."""
+    label: str = "efflite0"
+    """Of the extractor."""
 
     @property
     def enough(self) -> bool:
@@ -111,22 +113,25 @@ class ComparedFeatures:
         """Those of some held-out images and their captions, with as many real ones."""
         drawn = {model: features_SF[member_S] for model, features_SF in self.drawn.items()}
         real = {name: features_SF[: int(member_S.sum())] for name, features_SF in self.real.items()}
-        return ComparedFeatures(self.heldout_SF[member_S], drawn, real)
+        return ComparedFeatures(self.heldout_SF[member_S], drawn, real, self.label)
 
     def rows(self, seed: int) -> tuple[DistanceRow, ...]:
-        """The distance of each set to as many held-out images."""
+        """The distance of each set to as many held-out images; samples of a model are for the captions of these, row by row."""
         by_label = self.real | {model_label(model): features_SF for model, features_SF in self.drawn.items()}
         rows = []
         for name, features_SF in by_label.items():
-            spread = kid(features_SF, self.heldout_SF, seed=seed)
-            rows.append(DistanceRow(name, len(features_SF), spread.mean, spread.std, frechet(features_SF, self.heldout_SF)))
+            spread = kid(features_SF, self.heldout_SF, paired=name not in self.real, seed=seed)
+            distance = frechet(features_SF, self.heldout_SF)
+            rows.append(DistanceRow(name, len(features_SF), spread.mean, spread.std, distance, self.label))
         return tuple(rows)
 
     def differences(self) -> tuple[DistanceDifference, ...]:
         """The ordered model's distance against the others', paired by caption."""
         ordered_SF = self.drawn["ordered"]
         return tuple(
-            DistanceDifference("ordered", other, len(ordered_SF), kid_difference(ordered_SF, self.drawn[other], self.heldout_SF))
+            DistanceDifference(
+                "ordered", other, len(ordered_SF), kid_difference(ordered_SF, self.drawn[other], self.heldout_SF), self.label
+            )
             for other in BASELINES
             if other in self.drawn
         )

@@ -194,8 +194,8 @@ def _evaluation(history: JsonObject) -> Iterator[str]:
     yield ""
     if distances:
         yield from (
-            "`kid_efflite0` and `fd_efflite0` are the kernel and the Fréchet distance of EfficientNet-Lite0 features. They are no FID, "
-            "which is one of Inception features, and compare with figures of oar_scale alone.",
+            "`kid_` and `fd_` are the kernel and the Fréchet distance of the features that they are named after (`efflite0`: "
+            "EfficientNet-Lite0). They are no FID as it is published, and compare with figures of oar_scale on as many images alone.",
             "",
         )
 
@@ -223,8 +223,11 @@ def _distances(name: str, measured: JsonObject) -> Iterator[tuple[str, str]]:
         compared = str(entry.get("name"))
         if compared == model_label(name) or compared.startswith("training images"):
             what = "samples" if compared == model_label(name) else _text(compared)
-            for figure, digits in (("kid_efflite0", 3), ("fd_efflite0", 1)):
-                yield f"`{figure}`, {_known(entry.get('samples'))} {what}", _number(entry.get(figure), digits)
+            features = _text(entry.get("features", "efflite0"))
+            for figure, digits in (("kid", 3), ("fd", 1)):
+                # Until version 0.1.0 figures were stored under the names of their features.
+                value = entry.get(figure, entry.get(f"{figure}_efflite0"))
+                yield f"`{figure}_{features}`, {_known(entry.get('samples'))} {what}", _number(value, digits)
 
 
 def _pictures(history: JsonObject, there: set[str]) -> Iterator[str]:

@@ -169,11 +169,11 @@ def _distances(rows: tuple[DistanceDifference, ...]) -> list[str]:
     row = next((row for row in rows if row.second == "control"), None)
     if row is None:
         return []
-    values = f"kid_efflite0 {signed(row.kid_efflite0.mean, 4)} ± {number(row.kid_efflite0.standard_error, 4)}, {row.samples} samples each"
+    values = f"kid_{row.features} {signed(row.kid.mean, 4)} ± {number(row.kid.standard_error, 4)}, {row.samples} samples each"
     values += ", paired by caption"
-    if not measured(row.kid_efflite0):
+    if not measured(row.kid):
         return [f"Samples of the ordered model and of the control are not measurably different in distance to held-out images ({values})."]
-    closer = "closer to" if row.kid_efflite0.mean < 0 else "farther from"
+    closer = "closer to" if row.kid.mean < 0 else "farther from"
     return [f"Samples of the ordered model are {closer} held-out images than those of the control ({values})."]
 
 

@@ -128,9 +128,13 @@ class DistanceRow:
     name: str
     """The label of a model, e.g. "any-order", or a reference such as "training images"."""
     samples: int
-    kid_efflite0: float
-    kid_efflite0_std: float
-    fd_efflite0: float
+    kid: float
+    kid_std: float
+    """Between random subsets."""
+    fd: float
+    """Frechet distance."""
+    features: str = "efflite0"
+    """What both are measured on: they are called ``kid_FEATURES`` and ``fd_FEATURES``."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,10 @@ class DistanceDifference:
     first: ModelName
     second: ModelName
     samples: int
-    kid_efflite0: Estimate
+    kid: Estimate
     """Standard error by the jackknife: a caption's two samples and its held-out image are left out together."""
+    features: str = "efflite0"
+    """What it is measured on: it is called ``kid_FEATURES``."""
 
 
 GroupName = Literal["novel", "near-duplicate"]

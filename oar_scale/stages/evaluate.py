@@ -32,7 +32,8 @@ from oar_scale.evaluation.eval_tasks import (
     run_eval_tasks,
 )
 from oar_scale.evaluation.evaluation_record import Evaluation, save_evaluation
-from oar_scale.evaluation.features import picture_features
+from oar_scale.evaluation.extractors import ExtractorSpec
+from oar_scale.evaluation.features import features_label, picture_features
 from oar_scale.evaluation.likelihood import random_orders, raster_orders, shuffled_captions
 from oar_scale.evaluation.nearest import nearest_pictures
 from oar_scale.evaluation.pictures import decode_pictures, mean_psnr, step_of_cell
@@ -97,6 +98,12 @@ class Inputs:
     """Images on each side of a distance."""
     novel_S: NDArray[np.bool_]
     """Held-out images that training has no variant of."""
+    extractor: ExtractorSpec
+    """What distances compare pictures by."""
+
+    def features_of(self, pictures: list[Picture]) -> Features:
+        """What the extractor sees in pictures, where the image tokenizer is."""
+        return picture_features(pictures, self.extractor, self.vq.device)
 
 
 def run_evaluate(run: Run) -> JsonObject:
@@ -118,7 +125,7 @@ def measure(run: Run) -> Evaluation:
     torch.set_num_threads(threads_here(parallel.cpu_threads * len(devices)))
     inputs = _read(run, torch.device(devices[0]))
     # Before the long part: this is also what finds out that the extra `eval` is missing.
-    reference_SF = _features(inputs.heldout_pictures[: inputs.compared])
+    reference_SF = inputs.features_of(inputs.heldout_pictures[: inputs.compared])
     edited = _edited_images(run, inputs)
     tasks = [*_eval_tasks(run, inputs), *edited.tasks()]
     with run.console.progress(len(tasks), "likelihoods, drawings, checks: task") as tally:
@@ -168,6 +175,7 @@ def _read(run: Run, device: torch.device) -> Inputs:
         orders_SN=read_train_orders(run, train),
         compared=compared,
         novel_S=without_variant(run, heldout.keys),
+        extractor=_extractor(run),
     )
 
 
@@ -222,6 +230,7 @@ def _sampling_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
             recipe.sample.order,
             run_files(run.at()),
             run.model_uri(name),
+            inputs.extractor,
         )
         for part in _task_slices(count)
         for name, file in inputs.models.items()
@@ -249,6 +258,11 @@ def _likelihood_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
     return tasks
 
 
+def _extractor(run: Run) -> ExtractorSpec:
+    chosen = run.recipe.evaluate.features
+    return ExtractorSpec(chosen.name, chosen.weights, chosen.sha256)
+
+
 def _task_slices(count: int) -> list[slice]:
     return [slice(start, min(start + TASK_IMAGES, count)) for start in range(0, count, TASK_IMAGES)]
 
@@ -261,13 +275,16 @@ def _compared_features(inputs: Inputs, results: Results, reference_SF: Features)
     real: dict[str, Features] = {}
     if len(inputs.train_pictures) >= count:
         decoded = decode_pictures(inputs.vq, torch.from_numpy(inputs.train.codes_SN[:count]))
-        real = {"training images": _features(inputs.train_pictures[:count]), "training images, encoded and decoded": _features(decoded)}
+        real = {
+            "training images": inputs.features_of(inputs.train_pictures[:count]),
+            "training images, encoded and decoded": inputs.features_of(decoded),
+        }
     drawn: dict[ModelName, Features] = {
         name: np.concatenate([task.features_SF for task in results.of(Drawn) if task.model == name])[:count]
         for name in inputs.models
         if name != "base"
     }
-    return ComparedFeatures(reference_SF, drawn, real)
+    return ComparedFeatures(reference_SF, drawn, real, features_label(inputs.extractor))
 
 
 def _samples(run: Run, inputs: Inputs, results: Results) -> SampleGrid:
@@ -349,19 +366,13 @@ def _tokenizer(run: Run, inputs: Inputs) -> TokenizerMetadata:
     )
 
 
-def _features(pictures: list[Picture]) -> Features:
-    features: Features = picture_features(torch.from_numpy(np.stack(pictures))).numpy()
-    return features
-
-
 def _highlights(run: Run, evaluation: Evaluation) -> JsonObject:
     """The main numbers, printed on the console and kept with the stage."""
     differences = {f"{model_label(d.first)} - {model_label(d.second)}, {d.order}": asdict(d.difference) for d in evaluation.nll.differences}
     captions = {model_label(row.model): asdict(row.difference) for row in evaluation.captions}
-    kid = {row.name: row.kid_efflite0 for row in evaluation.distances}
-    kid_differences = {
-        f"{model_label(row.first)} - {model_label(row.second)}": asdict(row.kid_efflite0) for row in evaluation.distance_differences
-    }
+    kid_name = next((f"kid_{row.features}" for row in evaluation.distances), "kid_efflite0")
+    kid = {row.name: row.kid for row in evaluation.distances}
+    kid_differences = {f"{model_label(row.first)} - {model_label(row.second)}": asdict(row.kid) for row in evaluation.distance_differences}
     gaps = {model_label(row.model): asdict(row.gap) for row in evaluation.calibration}
     for name, difference in differences.items():
         if name.endswith("own gt_logprob"):
@@ -374,13 +385,13 @@ def _highlights(run: Run, evaluation: Evaluation) -> JsonObject:
             f"  NLL - entropy along own max_prob orders, {name}: {gap['mean']:+.4f} +- {gap['standard_error']:.4f} nats per code"
         )
     for name, difference in kid_differences.items():
-        run.console.say(f"  {name}, kid_efflite0 (paired): {difference['mean']:+.4f} +- {difference['standard_error']:.4f}")
+        run.console.say(f"  {name}, {kid_name} (paired): {difference['mean']:+.4f} +- {difference['standard_error']:.4f}")
     run.console.say(f"  {evaluation.orders.brute_force}")
     return {
         "nll_images": evaluation.nll.images,
         "differences": differences,
         "calibration_gap": gaps,
         "shuffled_minus_own": captions,
-        "kid_efflite0": kid,
-        "kid_efflite0_differences": kid_differences,
+        kid_name: kid,
+        f"{kid_name}_differences": kid_differences,
     }

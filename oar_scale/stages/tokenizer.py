@@ -69,7 +69,7 @@ def _distance(run: Run, held_SHW3: Tensor, decoded_SHW3: Tensor) -> float | None
     tokenizers on the same images only.
     """
     try:
-        distance = frechet(picture_features(held_SHW3).numpy(), picture_features(decoded_SHW3).numpy())
+        distance = frechet(picture_features(held_SHW3.numpy()), picture_features(decoded_SHW3.numpy()))
     except (UserError, ValueError) as fault:
         run.console.say(f"  reconstruction fd_efflite0 not measured: {fault}")
         return None

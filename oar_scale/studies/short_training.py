@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from oar_scale.config.locations import escape_location
@@ -91,7 +90,7 @@ class ShortTraining:
         self.codes_SN, self.cond_inputs_S = heldout.codes_SN, cond_inputs_of(prompts, heldout.prompts, device).numpy()
         self.drawn = min(evaluate.feature_images, len(heldout.keys))
         pictures = read_pictures(run, "heldout", heldout.keys[: self.drawn])
-        self.reference_SF = picture_features(torch.from_numpy(np.stack(pictures))).numpy()
+        self.reference_SF = picture_features(pictures)
 
     def __call__(self, order_SN: NDArray[np.integer]) -> TrainingOutcome:
         """Train on these orders of the samples; the likelihoods of held-out images, and the distance of drawings to them."""
@@ -150,7 +149,7 @@ class ShortTraining:
             recipe.seed,
             recipe.parallel.precision,
         )
-        distance = kid(drawing.run().features_SF, self.reference_SF, seed=recipe.seed)
+        distance = kid(drawing.run().features_SF, self.reference_SF, paired=True, seed=recipe.seed)
         return TrainingOutcome(nll["own max_prob"], nll["random"], distance)
 
 

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from oar_scale.errors import UserError
+from oar_scale.evaluation import features
 from oar_scale.evaluation.distances import Gaussian, frechet, frechet_distance, kid, kid_difference
-from oar_scale.evaluation.features import image_features
+from oar_scale.evaluation.features import picture_features
 from oar_scale.evaluation.moments import Moments
 from oar_scale.tokenizers import perceptual
 
@@ -197,19 +198,19 @@ def drawings(count: int) -> list[Image.Image]:
     return [drawing(code, size=64) for code in codes[:: len(codes) // count][:count]]
 
 
-def to_tensor(images: list[Image.Image]) -> torch.Tensor:
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).float() / 127.5 - 1
+def pixels(images: list[Image.Image]) -> NDArray[np.uint8]:
+    return np.stack([np.array(image) for image in images])
 
 
 def test_distances_grow_with_blur() -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     images = drawings(96)
     # Other drawings than the blurred ones: the unbiased estimate supposes independent sets.
-    sharp = image_features(to_tensor(images[::2]))
-    assert sharp.shape == (48, 1280) and sharp.dtype == torch.float32
+    sharp = picture_features(pixels(images[::2]))
+    assert sharp.shape == (48, 1280) and sharp.dtype == np.float32
     kids, frechets = [], []
     for radius in (0.0, 1.5, 4.0):
-        blurred = image_features(to_tensor([image.filter(ImageFilter.GaussianBlur(radius)) for image in images[1::2]]))
+        blurred = picture_features(pixels([image.filter(ImageFilter.GaussianBlur(radius)) for image in images[1::2]]))
         kids.append(kid(sharp, blurred))
         frechets.append(frechet(sharp, blurred))
     assert abs(kids[0].mean) < 2 * kids[0].std
@@ -217,28 +218,32 @@ def test_distances_grow_with_blur() -> None:
     assert frechets == sorted(frechets)
 
 
-def test_features_do_not_depend_on_the_batch_size() -> None:
+def test_features_do_not_depend_on_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
-    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    torch.testing.assert_close(image_features(images, batch=2), image_features(images, batch=5), rtol=1e-4, atol=1e-4)
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    whole = picture_features(images)
+    monkeypatch.setattr(features, "BATCH", 2)
+    np.testing.assert_allclose(picture_features(images), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     perceptual.load_network.cache_clear()
+    features._loaded.cache_clear()
     with pytest.raises(UserError, match=r"efficientnet_lite_pytorch: pip install 'oar_scale\[eval\]'"):
-        image_features(torch.zeros(1, 3, 32, 32))
+        picture_features(np.zeros((1, 32, 32, 3), np.uint8))
 
 
 def test_the_network_knows_an_umbrella() -> None:
     """Guards the weights and the preprocessing: with a wrong scale of the pixels the class (ImageNet's 879) is lost."""
     pytest.importorskip("efficientnet_lite_pytorch")
-    umbrella = to_tensor([drawing("2602", size=128)])
+    umbrella = pixels([drawing("2602", size=128)])
     assert int(class_of(umbrella)) == 879
-    assert int(class_of((umbrella + 1) / 100 - 1)) != 879
+    assert int(class_of(umbrella // 100)) != 879
 
 
-def class_of(images: torch.Tensor) -> torch.Tensor:
+def class_of(images: NDArray[np.uint8]) -> torch.Tensor:
     with torch.inference_mode():
-        scores: torch.Tensor = perceptual.load_network()._fc(image_features(images))  # type: ignore[operator]
+        seen = torch.from_numpy(picture_features(images))
+        scores: torch.Tensor = perceptual.load_network()._fc(seen)  # type: ignore[operator]
     return scores.argmax(-1)

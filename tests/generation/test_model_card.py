@@ -88,7 +88,7 @@ def test_figures_are_those_of_the_run(run: str, tmp_path: Path) -> None:
 def test_distances_of_other_features_are_not_called_fid(run: str, tmp_path: Path) -> None:
     card = exported(run, tmp_path / "exported")
     (row,) = (row for row in synthetic_report().distances if row.name == "ordered")
-    assert f"| `fd_efflite0`, {row.samples} samples | {row.fd_efflite0:.1f} |" in card
+    assert f"| `fd_efflite0`, {row.samples} samples | {row.fd:.1f} |" in card
     assert re.findall(r"[^.]*\bFID\b[^.]*", card) == [next(text for text in re.findall(r"[^.]*\bFID\b[^.]*", card) if "no FID" in text)]
 
 

@@ -92,7 +92,7 @@ def test_models_with_the_same_weights_differ_by_exactly_nothing(evaluated: Run) 
         assert (by_pair["ordered", "any_order", order].mean, by_pair["ordered", "any_order", order].standard_error) == (0.0, 0.0)
         assert by_pair["ordered", "control", order].mean != 0.0
     distances = {row.name: row for row in evaluation.distances}
-    assert distances["ordered"].fd_efflite0 == distances["any-order"].fd_efflite0
+    assert distances["ordered"].fd == distances["any-order"].fd
     grid = evaluation.samples
     assert all(
         np.array_equal(row.samples[grid.columns.index("ordered")], row.samples[grid.columns.index("any_order")]) for row in grid.rows
@@ -238,7 +238,7 @@ def test_report_has_the_numbers_and_pictures_of_the_evaluation(evaluated: Run) -
     for entry in evaluation.nll.entries:
         assert f"{entry.nll.mean:.3f} ± {entry.nll.standard_error:.3f}" in page
     for row in evaluation.distances:
-        assert f"{row.fd_efflite0:.1f}" in page
+        assert f"{row.fd:.1f}" in page
     assert evaluation.samples.rows[0].caption in page
     assert f"of the first {evaluation.samples.compared} training images" in page
     for row in evaluation.samples.rows:

@@ -116,10 +116,14 @@ def test_an_old_evaluation_is_shown(run: Run, name: str) -> None:
     plain = json.loads(written)
     for later in ("calibration", "distance_differences", "groups"):
         del plain[later]
+    for row in plain["distances"]:
+        del row["features"]
+        row |= {"kid_efflite0": row.pop("kid"), "kid_efflite0_std": row.pop("kid_std"), "fd_efflite0": row.pop("fd")}
     path.write_text(json.dumps({**plain, "nll_new": plain["nll"]}))
     old = load_evaluation(run.local())
     assert old is not None
     assert (old.nll, old.captions, old.samples.columns) == (evaluation.nll, evaluation.captions, evaluation.samples.columns)
+    assert old.distances == evaluation.distances
     assert [(group.name, group.nll) for group in old.groups] == [("novel", evaluation.nll)]
     page = Path(run_report(run)["path"]).read_text()
     assert "ordered − any-order" in page and "any_order" not in page

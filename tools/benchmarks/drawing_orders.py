@@ -41,8 +41,7 @@ def main() -> None:
     prompts = prompt_encoder(run)
     tokens = read_tokens(run, "heldout", arguments.images, prompts.field)
     cond_inputs_S = cond_inputs_of(prompts, tokens.prompts, torch.device("cpu")).numpy()
-    pictures = torch.from_numpy(np.stack(read_pictures(run, "heldout", tokens.keys)))
-    heldout = picture_features(pictures).numpy()
+    heldout = picture_features(read_pictures(run, "heldout", tokens.keys))
     print(f"{len(heldout)} captions, model {arguments.model}, guidance {run.recipe.sample.guidance:g}")
     print(f"{'order':14} {'kid_efflite0':>12} {'between subsets':>16} {'fd_efflite0':>12} {'seconds':>8}")
     for name in known():
@@ -52,7 +51,7 @@ def main() -> None:
         except UserError as error:
             print(f"{name:14} {error}")
             continue
-        spread = kid(drawn, heldout, seed=run.recipe.seed)
+        spread = kid(drawn, heldout, paired=True, seed=run.recipe.seed)
         distances = f"{spread.mean:12.4f} {spread.std:16.4f} {frechet(drawn, heldout):12.2f}"
         print(f"{name:14} {distances} {time.monotonic() - started:8.0f}", flush=True)
 
