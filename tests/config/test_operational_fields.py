@@ -81,6 +81,7 @@ def test_these_fields_are_younger_than_runs_that_are_read() -> None:
         "extract": {"mirror", "info_gain_samples", "info_gain_candidates"},
         "pipeline": {"seeds", "arms"},
         "sample": {"guidance_schedule", "guidance_start", "top_p", "min_p", "score", "steps"},
+        "evaluate": {"features"},
     }
 
 
