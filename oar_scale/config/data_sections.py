@@ -131,6 +131,11 @@ class DataConfig(Section):
     loader_processes: Operational[int] = Field(0, ge=0)
     """Processes of each worker that make its batches; 0: a thread. They change no batch."""
 
+    @property
+    def train_fraction(self) -> float:
+        """Share of the names that is left to train on."""
+        return 1 - (self.heldout_fraction + self.test_fraction)
+
     @model_validator(mode="after")
     def _something_to_train_on(self) -> DataConfig:
         if self.heldout_fraction + self.test_fraction >= 1:

@@ -215,7 +215,7 @@ def _write_manifests(splits: dict[str, _Split], attribution: str, skipped: dict[
             )
     families = splits["train"].families
     manifests = {"train": Manifest(shards=tuple(splits["train"].shards), attribution=attribution, skipped=skipped)}
-    for name in splits.keys() - {"train"}:
+    for name in [name for name in splits if name != "train"]:
         variants = sum(count for family, count in splits[name].families.items() if family in families)
         manifests[name] = Manifest(shards=tuple(splits[name].shards), attribution=attribution, with_variant_in_train=variants)
     for name, manifest in manifests.items():

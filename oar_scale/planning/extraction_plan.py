@@ -211,8 +211,7 @@ def plan_evaluation(case: Case) -> EvaluationPlan | None:
         return None
     drawn, scored = max(recipe.evaluate.feature_images, recipe.sample.images), recipe.evaluate.nll_images
     if case.images is not None:
-        share = recipe.data.heldout_fraction
-        heldout = round(case.images.count * share / (1 - share))
+        heldout = round(case.images.count * recipe.data.heldout_fraction / recipe.data.train_fraction)
         drawn, scored = min(drawn, heldout), min(scored, heldout)
     models = len(MODELS) - 1 - (not recipe.pipeline.control)  # the base model does not draw
     order_flops = _order_flops(case)

@@ -158,4 +158,4 @@ def training_images(recipe: Recipe, given: int | None, assumed: Assumptions) -> 
         return None
     if isinstance(source, OpenMojiSource) and source.limit is not None:
         known = min(known, source.limit)
-    return Images(round(known * (1 - recipe.data.heldout_fraction)), "the data set, without the share held out")
+    return Images(round(known * recipe.data.train_fraction), "the data set, without the share held out")

@@ -137,7 +137,7 @@ def read_images(run: Run, split: str, first: int, count: int) -> HeldoutImages:
     if len(tokens.keys) < first + count:
         raise UserError(
             f"{run.at('tokens', split)}: {len(tokens.keys)} images, and {first + count} are wanted. Ask for fewer (--images), or hold out "
-            "more (data.heldout_fraction)."
+            f"more (data.{split}_fraction)."
         )
     vq = load_vq(vq_file)
     pictures = np.stack(read_pictures(run, split, tokens.keys)[first:])

@@ -136,9 +136,10 @@ def test_a_test_split_takes_no_image_from_the_held_out_ones(tmp_path: Path) -> N
     assert not (tmp_path / "without" / "test").exists()
 
 
-def test_splits_that_leave_nothing_to_train_on_are_refused() -> None:
+@pytest.mark.parametrize(("heldout", "test"), [(0.5, 0.5), (0.7, 0.3), (0.9, 0.2)])
+def test_splits_that_leave_nothing_to_train_on_are_refused(heldout: float, test: float) -> None:
     with pytest.raises(ValidationError, match="leave nothing to train on"):
-        DataConfig(heldout_fraction=0.5, test_fraction=0.5)
+        DataConfig(heldout_fraction=heldout, test_fraction=test)
 
 
 def test_the_same_images_give_the_same_bytes(pictures: Path, tmp_path: Path) -> None:

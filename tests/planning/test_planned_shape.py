@@ -76,6 +76,12 @@ def test_the_images_of_every_shipped_recipe_are_known(path: Path) -> None:
     assert images is not None and images.count > 100
 
 
+def test_images_kept_for_a_test_are_not_trained_on() -> None:
+    recipe = load_recipe(str(RECIPES / "emoji-sets.yaml"))
+    images = training_images(recipe, None, read_assumptions())
+    assert recipe.data.test_fraction == 0.1 and images is not None and images.count == round(0.8 * 10856)
+
+
 def test_the_shards_of_a_run_know_better_than_a_table(tmp_path: Path) -> None:
     recipe = load_recipe(str(RECIPES / "emoji.yaml"), [f"run_dir={tmp_path}"])
     shards = (ShardInfo(name="0.tar", bytes=1, samples=41, crc32c=0), ShardInfo(name="1.tar", bytes=1, samples=1, crc32c=0))
