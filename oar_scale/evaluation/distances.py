@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from oar_scale.evaluation.moments import Moments
-from oar_scale.results.estimates import Estimate
+from oar_scale.results.estimates import Estimate, estimate
 
 Matrix = NDArray[np.float64]
 MAX_SUBSET = 1000
@@ -78,20 +78,7 @@ def kid_difference(first: ArrayLike, second: ArrayLike, reference: ArrayLike) ->
     Raises:
         ValueError: unequal shapes, or fewer than 3 rows.
     """
-    features_x, features_z = _same_shape(first, reference)
-    features_y, _ = _same_shape(second, reference)
-    count = len(features_z)
-    if count < 3:
-        raise ValueError(f"a standard error of a distance needs at least 3 samples, got {count}")
-
-    k_xz, k_yz = _kernel(features_x, features_z), _kernel(features_y, features_z)
-    # What the reference is to itself is the same on both sides.
-    terms_nn = _kernel(features_x, features_x) - k_xz - k_xz.T - (_kernel(features_y, features_y) - k_yz - k_yz.T)
-    np.fill_diagonal(terms_nn, 0.0)
-    total = terms_nn.sum()
-    without_n = (total - 2 * terms_nn.sum(1)) / ((count - 1) * (count - 2))
-    spread = float(np.sum((without_n - without_n.mean()) ** 2))
-    return Estimate(float(total / (count * (count - 1))), float(np.sqrt((count - 1) / count * spread)))
+    return estimate(kid_shares(first, reference) - kid_shares(second, reference))
 
 
 def kid_shares(samples: ArrayLike, reference: ArrayLike) -> Matrix:

@@ -124,8 +124,7 @@ def training_pictures(run: Run, count: int) -> Iterator[Picture]:
     """The first training images, one after the other. Raises UserError where the stage has not finished."""
     folder = run.at("images", "train")
     require(run, join(folder, "manifest.json"), "data")
-    samples = (sample for info in read_manifest(folder).shards for sample in read_shard(join(folder, info.name), run.cache, info))
-    for sample in islice(samples, count):
+    for sample in islice(_image_samples(run, folder), count):
         yield np.asarray(decode_image(sample["png"], f"{folder}: image of sample {sample['__key__']!r}"))
 
 
@@ -138,8 +137,13 @@ def without_variant(run: Run, keys: list[str]) -> NDArray[np.bool_]:
 def read_families(run: Run, split: str) -> dict[str, str]:
     """The family of each image of a split, by its key; empty where it has none (see ``SourceImage.family``)."""
     folder = run.at("images", split)
-    samples = (sample for info in read_manifest(folder).shards for sample in read_shard(join(folder, info.name), run.cache, info))
-    return {sample["__key__"]: _family(sample, folder) for sample in samples}
+    return {sample["__key__"]: _family(sample, folder) for sample in _image_samples(run, folder)}
+
+
+def _image_samples(run: Run, folder: str) -> Iterator[ShardSample]:
+    """All samples of a folder of image shards."""
+    for info in read_manifest(folder).shards:
+        yield from read_shard(join(folder, info.name), run.cache, info)
 
 
 def _family(sample: ShardSample, folder: str) -> str:
@@ -150,10 +154,16 @@ def _family(sample: ShardSample, folder: str) -> str:
 
 
 def read_train_orders(run: Run, train: Tokens) -> NDArray[np.uint16]:
-    """The stored order [S, N] of every training image, the first one where it has several. Raises UserError where one is missing."""
+    """The stored order [S, N] of each of the first training images, which ``train`` holds; the first one where it has several.
+
+    Raises:
+        UserError: one is missing.
+    """
     folder, start = run.at("tokens", "train"), 0
     orders: list[NDArray[np.uint16]] = []
     for info in read_manifest(folder).shards:
+        if start >= len(train.keys):
+            break
         uri = require(run, run.at("orders", "train", table_name(info.name)), "extract")
         keys = train.keys[start : start + info.samples]
         orders.append(join_orders(keys, read_orders(uri), shard=join(folder, info.name), cells=run.recipe.grid**2)[:, 0])

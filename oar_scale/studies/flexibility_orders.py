@@ -42,7 +42,7 @@ def fixed_orders(images: HeldoutImages) -> tuple[dict[str, Orders], tuple[str, .
     notes = []
     try:
         orders["mean"] = np.tile(mean_order(run_files(run.at()), grid), (count, 1))
-        extracted_SN = read_train_orders(run, read_tokens(run, "train"))
+        extracted_SN = read_train_orders(run, read_tokens(run, "train", count))
         orders["extracted"] = np.resize(extracted_SN, (count, cells)) if len(extracted_SN) < count else extracted_SN[:count]
     except UserError as error:
         notes.append(f"Mean and extracted orders were left out: {error}")

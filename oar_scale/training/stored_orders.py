@@ -53,7 +53,7 @@ class OrderTables:
             view: join_orders(samples.keys, _of_view(table, view), shard=where, cells=self.grid**2, model_id=self.model_id)
             for view in range(self.views)
         }
-        return own | {other: mirror_orders(own[view], self.grid) for view, other in self.mirrored.items()}
+        return own | _mirror_images(own, self.mirrored, self.grid)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class OrdersByKey:
     def __call__(self, shard: str, samples: OpenShard) -> dict[int, Orders]:
         order_SN = permutations("order of a key", self.grid**2, self.seed, *name_keys(samples.keys)).astype(np.uint16)
         own = dict.fromkeys(range(self.views), order_SN[:, None])
-        return own | {other: mirror_orders(own[view], self.grid) for view, other in self.mirrored.items()}
+        return own | _mirror_images(own, self.mirrored, self.grid)
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,11 @@ def next_on_cycle(count: int, seed: int, shard: str) -> NDArray[np.int64]:
     next_S = np.empty_like(cycle_S)
     next_S[cycle_S] = np.roll(cycle_S, -1)
     return next_S
+
+
+def _mirror_images(own: Mapping[int, Orders], mirrored: Mapping[int, int], grid: int) -> dict[int, Orders]:
+    """The orders of views that are mirror images of others."""
+    return {other: mirror_orders(own[view], grid) for view, other in mirrored.items()}
 
 
 def _of_view(table: OrderTable, view: int) -> OrderTable:

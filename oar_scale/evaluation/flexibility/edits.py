@@ -7,7 +7,7 @@ All of it by the leak-free path of ``generation.editing``: what is hidden is fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from oar_scale.data.hashing import derived_seed
-from oar_scale.evaluation.distances import kid_shares
 from oar_scale.evaluation.eval_tasks import Ints, Precision, condition_of, here
-from oar_scale.evaluation.flexibility.features import FeatureNetwork, mean_pairwise
-from oar_scale.evaluation.flexibility.pieces import Arrays, NetworkFile, Piece, in_parts
+from oar_scale.evaluation.flexibility.features import DistanceSource, FeatureNetwork, mean_pairwise
+from oar_scale.evaluation.flexibility.pieces import Arrays, NetworkFile
 from oar_scale.evaluation.flexibility.similarity import ssim_map
 from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, Source
 from oar_scale.evaluation.likelihood import hidden_nll
@@ -160,20 +159,6 @@ def only(pictures: NDArray[np.uint8], region_N: NDArray[np.bool_]) -> NDArray[np
     return np.where(region_HW[:, :, None], pictures, np.uint8(UNKNOWN_GREY))
 
 
-@dataclass(frozen=True)
-class RegionSource(Source):
-    """The distance of redrawn regions to the real ones."""
-
-    reference: tuple[Piece, ...] = ()
-
-    @property
-    def needed(self) -> tuple[Piece, ...]:
-        return (*self.pieces, *self.reference)
-
-    def values(self, results: Mapping[str, Arrays]) -> NDArray[np.float64]:
-        return kid_shares(in_parts(results, self.pieces)["region_SF"], in_parts(results, self.reference)["region_SF"])
-
-
 def edit_sources(
     arms: Sequence[Arm], images: MeasuredImages, network: FeatureNetwork, settings: SampleSettings, seed: int, precision: Precision
 ) -> list[Source]:
@@ -184,7 +169,7 @@ def edit_sources(
         for model in (model for arm in arms for model in arm.models):
             pieces = edit_pieces(model, images, network, hole_N, settings, seed, precision)
             key = f"edits/{name}"
-            sources.append(RegionSource(f"{key}/distance", model.label, model.seed, pieces, "", reference))
+            sources.append(DistanceSource(f"{key}/distance", model.label, model.seed, pieces, "region_SF", reference, "region_SF"))
             sources += [Source(f"{key}/{what}", model.label, model.seed, pieces, what) for what in EDIT_MEASURES if what != "distance"]
     return sources
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
+from oar_scale.evaluation.distances import kid_shares
 from oar_scale.evaluation.eval_tasks import here
-from oar_scale.evaluation.extractors import Extractor, ExtractorSpec, extractor_id, load_extractor
-from oar_scale.evaluation.flexibility.pieces import KnownById
+from oar_scale.evaluation.extractors import ExtractorSpec, extractor_id
+from oar_scale.evaluation.features import features_label, picture_features
+from oar_scale.evaluation.flexibility.pieces import Arrays, KnownById, Piece, in_parts
+from oar_scale.evaluation.flexibility.subjects import Source
 
-BATCH = 64
 Features = NDArray[np.float32]
 
 
@@ -31,23 +32,28 @@ class FeatureNetwork(KnownById):
         return f"kid_{self.label}"
 
     def features(self, pictures_SHW3: NDArray[np.uint8]) -> Features:
-        """The features [S, F] of pictures, computed on the device of this process."""
-        network = _opened_extractor(self.spec)
-        batches = [network.images(batch)["pooled"] for batch in torch.tensor(pictures_SHW3).split(BATCH)]
-        features_SF: Features = torch.cat(batches).numpy()
-        return features_SF
+        """The features [S, F] of pictures, computed on the device of this process. Raises as :func:`picture_features`."""
+        return picture_features(pictures_SHW3, self.spec, here())
 
 
 def feature_network(spec: ExtractorSpec) -> FeatureNetwork:
     """The network of a spec. Raises UserError without a package or weights that it needs, or for weights of another network."""
-    return FeatureNetwork(extractor_id(spec), spec, _opened_extractor(spec).label)
+    return FeatureNetwork(extractor_id(spec), spec, features_label(spec))
 
 
-@functools.lru_cache(maxsize=1)
-def _opened_extractor(spec: ExtractorSpec) -> Extractor:
-    network = load_extractor(spec)
-    network.to(here())
-    return network
+@dataclass(frozen=True)
+class DistanceSource(Source):
+    """The distance of pictures to others, whose features are an array of other pieces."""
+
+    reference: tuple[Piece, ...] = ()
+    reference_array: str = ""
+
+    @property
+    def needed(self) -> tuple[Piece, ...]:
+        return (*self.pieces, *self.reference)
+
+    def values(self, results: Mapping[str, Arrays]) -> NDArray[np.float64]:
+        return kid_shares(in_parts(results, self.pieces)[self.array], in_parts(results, self.reference)[self.reference_array])
 
 
 def mean_pairwise(features_SKF: ArrayLike) -> NDArray[np.float64]:

@@ -14,11 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from oar_scale.data.hashing import derived_seed
-from oar_scale.evaluation.distances import kid_shares
 from oar_scale.evaluation.eval_tasks import Ints, Precision, condition_of, here
-from oar_scale.evaluation.flexibility.features import FeatureNetwork, mean_pairwise
+from oar_scale.evaluation.flexibility.features import DistanceSource, FeatureNetwork, mean_pairwise
 from oar_scale.evaluation.flexibility.likelihood import Orders
-from oar_scale.evaluation.flexibility.pieces import Arrays, NetworkFile, Piece, in_parts
+from oar_scale.evaluation.flexibility.pieces import Arrays, NetworkFile, in_parts
 from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, Source
 from oar_scale.evaluation.pictures import decode_pictures
 from oar_scale.generation.editing import noise_numbers
@@ -81,20 +80,6 @@ class SamplesPiece:
 
 
 @dataclass(frozen=True)
-class SampleSource(Source):
-    """The distance of samples to held-out images, or to their reconstructions."""
-
-    reference: tuple[Piece, ...] = ()
-
-    @property
-    def needed(self) -> tuple[Piece, ...]:
-        return (*self.pieces, *self.reference)
-
-    def values(self, results: Mapping[str, Arrays]) -> NDArray[np.float64]:
-        return kid_shares(in_parts(results, self.pieces)["features_SF"], in_parts(results, self.reference)[self.array])
-
-
-@dataclass(frozen=True)
 class DiversitySource(Source):
     """How far apart the samples of one caption are; the pieces are the first samples of all captions, the second ones, and so on."""
 
@@ -148,7 +133,8 @@ class SampleWork:
         """Both distances of samples."""
         reference = self.reference()
         return [
-            SampleSource(f"samples/{column}/{to}", model.label, model.seed, pieces, f"{to}_SF", reference) for to in ("heldout", "decoded")
+            DistanceSource(f"samples/{column}/{to}", model.label, model.seed, pieces, "features_SF", reference, f"{to}_SF")
+            for to in ("heldout", "decoded")
         ]
 
     def matrix(self, fixed: Mapping[str, Orders], chosen: Mapping[str, SampleSettings]) -> list[Source]:
