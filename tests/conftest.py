@@ -118,6 +118,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 _failed: list[str] = []
+_not_collected: list[str] = []
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        _not_collected.append(report.nodeid)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -129,7 +135,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """End what tests share: the Ray of this process and, once all workers have ended, the S3 server.
 
     Then write the tests that failed into the file that OAR_FAILED_TESTS names. It stays as it is where pytest was interrupted, or where a
-    module could not be imported: then not all tests have run.
+    module could not be imported: then not all tests have run. (Processes of xdist run the rest, and say that tests failed.)
     """
     _shared_ray.close()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -137,7 +143,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     folders = getattr(session.config, "_tmp_path_factory", None)
     if folders is not None and folders._basetemp is not None:
         s3.down(str(folders._basetemp / S3_FOLDER))
-    if exitstatus == pytest.ExitCode.TESTS_FAILED and "OAR_FAILED_TESTS" in os.environ:
+    if exitstatus == pytest.ExitCode.TESTS_FAILED and not _not_collected and "OAR_FAILED_TESTS" in os.environ:
         Path(os.environ["OAR_FAILED_TESTS"]).write_text("".join(f"{name}\n" for name in _failed))
 
 

@@ -112,7 +112,7 @@ _EYE = np.eye(4)
         ((np.full(4, np.inf), _EYE), "no numbers"),
         ((np.zeros(4), -_EYE), "its variance is -1"),
         ((np.zeros(4), np.triu(np.ones((4, 4)))), "not symmetric"),
-        ((np.array([print] * 4), _EYE), "Object arrays cannot be loaded"),
+        ((np.array([None] * 4), _EYE), "Object arrays cannot be loaded"),
         ((np.array(["a"] * 4), _EYE), "cannot be read"),
     ],
 )
