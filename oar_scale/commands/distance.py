@@ -13,7 +13,7 @@ from oar_scale.errors import UserError
 from oar_scale.evaluation.adm_batch import read_batch, read_statistics, write_batch, write_statistics
 from oar_scale.evaluation.extractors import Extractor, ExtractorSpec, extractor_id, load_extractor
 from oar_scale.evaluation.image_sets import ImageSet, find_images
-from oar_scale.evaluation.set_figures import Comparison, Side, figure_names
+from oar_scale.evaluation.set_figures import FEWEST, OF_SAMPLES_ALONE, Comparison, Side, figure_names
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import Console
 from oar_scale.shard_pool.feature_pool import FeatureJob, SetFeatures, compute_features
@@ -22,6 +22,8 @@ from oar_scale.shard_pool.pool_messages import event_message
 from oar_scale.storage import write_json
 
 FORMAT = 1
+FEWEST_KEPT = max(max(fewest) for figure, fewest in FEWEST.items() if figure not in OF_SAMPLES_ALONE)
+"""Images of a side that any figure which looks at features can be computed of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +81,12 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
             return
     comparison = Comparison(samples, reference, network.label, network.standard, request.kept, request.seed)
     wanted = comparison.wanted(names)
+    if not wanted and (few := comparison.left_out(wanted)):
+        raise UserError("; ".join(few))
     if not wanted:
         raise UserError(f"{request.samples}: nothing can be measured of it without a reference. Name one, or --export-npz FILE.")
     figures, notes = comparison.figures(wanted), comparison.notes(wanted)
+    notes += [] if names else [f"{why}: left out" for why in comparison.left_out(wanted)]
     for name, figure in figures.items():
         say(f"  {_line(name, figure)}")
     for note in notes:
@@ -105,6 +110,8 @@ def _check(request: DistanceRequest) -> None:
         raise UserError(f"--export-npz {request.export_npz}: name a file .npz")
     if request.export_statistics and not request.export_statistics.lower().endswith(".npz"):
         raise UserError(f"--export-statistics {request.export_statistics}: name a file .npz")
+    if request.kept < FEWEST_KEPT:
+        raise UserError(f"--kept {request.kept}: a neighbourhood has {FEWEST_KEPT} images at least, so keep as many")
 
 
 def _side(request: DistanceRequest, where: str, extractor: Extractor, say: Callable[[str], None]) -> tuple[Side, tuple[int, int] | None]:
@@ -183,6 +190,7 @@ def _export_statistics(request: DistanceRequest, side: Side) -> None:
 
 def _line(name: str, figure: JsonObject) -> str:
     line = f"{name} {figure['value']:.4f}" + (f" +- {figure['error']:.4f}" if "error" in figure else "")
+    line += f" [{figure['low']:.4f}, {figure['high']:.4f}]" if "low" in figure else ""
     sides = [
         f"{figure[side] if figure[side] is not None else 'an unknown number of'} {side}"
         for side in ("samples", "reference")
@@ -190,7 +198,7 @@ def _line(name: str, figure: JsonObject) -> str:
     ]
     line += f"  ({', '.join(sides)}"
     if halves := figure.get("halves_of_reference"):
-        line += f"; two halves of the reference, {halves['images']} images each: {halves['value']:.4f}"
+        line += f"; of {halves['images']} images a side: {halves['samples']:.4f}, two halves of the reference {halves['value']:.4f}"
     return line + ")"
 
 

@@ -20,17 +20,34 @@ from oar_scale.evaluation.moments import Moments
 from oar_scale.results.estimates import Estimate, estimate
 
 Matrix = NDArray[np.float64]
+Groups = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Of each image of two sets, [n] and [m], the number of what it belongs to (a caption)."""
 MAX_SUBSET = 1000
+ENTRIES = 1 << 22
+"""Values of a kernel that are in memory at once, of one pair of sets: 32 MB."""
 
 
 class Kid(NamedTuple):
-    """Mean of the unbiased MMD^2 over random subsets, and the standard deviation between the subsets."""
+    """Mean of the unbiased MMD^2 over random subsets, and the standard deviation between the subsets.
+
+    The deviation does not shrink with the number of images: it is no standard error (:func:`kid_error`).
+    """
 
     mean: float
     std: float
+    subsets: int
 
 
-def kid(x: ArrayLike, y: ArrayLike, *, subsets: int = 100, subset_size: int | None = None, paired: bool = False, seed: int = 0) -> Kid:
+def kid(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    subsets: int = 100,
+    subset_size: int | None = None,
+    paired: bool = False,
+    groups: Groups | None = None,
+    seed: int = 0,
+) -> Kid:
     """Kernel distance between two sets of features (Binkowski et al. 2018).
 
     Args:
@@ -39,15 +56,16 @@ def kid(x: ArrayLike, y: ArrayLike, *, subsets: int = 100, subset_size: int | No
         subset_size: samples in a subset, drawn without replacement; default half of the smaller set, at most 1000.
         paired: row i of ``x`` and of ``y`` belong to the same caption, and so are more alike than two independent images. Such pairs are
             left out, or the distance of a perfect model would be below 0 on average.
+        groups: the same where several images may belong to one caption, in any order: pairs of one caption are left out, within a set as
+            between the two.
         seed: of the draw; the same seed gives the same result.
 
     Raises:
-        ValueError: features of other dimensions, values that are no numbers, a subset that is smaller than 2 or larger than a set, or
-            paired sets of unequal size.
+        ValueError: features of other dimensions, values that are no numbers, a subset that is smaller than 2 or larger than a set,
+            paired sets of unequal size, or no pair of different captions.
     """
     features_x, features_y = _features(x), _features(y)
-    if features_x.shape[1] != features_y.shape[1] or (paired and len(features_x) != len(features_y)):
-        raise _unlike(features_x, features_y)
+    groups_x, groups_y = _numbered(features_x, features_y, paired, groups)
     fewest = min(len(features_x), len(features_y))
     size = min(fewest // 2, MAX_SUBSET) if subset_size is None else subset_size
     if not 2 <= size <= fewest:
@@ -56,10 +74,37 @@ def kid(x: ArrayLike, y: ArrayLike, *, subsets: int = 100, subset_size: int | No
     values = []
     for _ in range(subsets):
         picked_x, picked_y = rng.choice(len(features_x), size, replace=False), rng.choice(len(features_y), size, replace=False)
-        apart = picked_x[:, None] != picked_y[None, :] if paired else None
         subset_x, subset_y = features_x[picked_x].astype(np.float64), features_y[picked_y].astype(np.float64)
-        values.append(_unbiased_mmd2(subset_x, subset_y, apart))
-    return Kid(float(np.mean(values)), float(np.std(values)))
+        values.append(_unbiased_mmd2(subset_x, subset_y, groups_x[picked_x], groups_y[picked_y]))
+    found = [value for value in values if value is not None]
+    if not found:
+        raise ValueError("nearly all images belong to one caption, and a distance compares images of different ones")
+    return Kid(float(np.mean(found)), float(np.std(found)), len(found))
+
+
+def kid_error(x: ArrayLike, y: ArrayLike, *, paired: bool = False, groups: Groups | None = None) -> float:
+    """The standard error of :func:`kid` over all images: how much it would differ for other images of both kinds.
+
+    By the jackknife over captions, and over single images without any (Efron & Stein 1981): of paired sets that of :func:`kid_shares`. Too
+    large rather than too small, by about sqrt(2) where both sets are from one distribution. The work grows with (n + m)^2.
+
+    Args:
+        x, y, paired, groups: as of :func:`kid`.
+
+    Raises:
+        ValueError: as :func:`kid`, or fewer than 3 images a side or captions.
+    """
+    features_x, features_y = (_features(given).astype(np.float64) for given in (x, y))
+    numbers = _numbered(features_x, features_y, paired, groups)
+    _, at = np.unique(np.concatenate(numbers), return_inverse=True)
+    at_x, at_y = at[: len(features_x)], at[len(features_x) :]
+    count = int(at.max()) + 1
+    distance_g = _means_without(features_x, at_x, features_x, at_x, count) + _means_without(features_y, at_y, features_y, at_y, count)
+    distance_g -= 2 * _means_without(features_x, at_x, features_y, at_y, count)
+    deviations_g = distance_g - np.mean(distance_g)
+    if count < 3 or not np.isfinite(deviations_g).all():
+        raise ValueError("a standard error of a distance needs at least 3 images a side, of different captions")
+    return float(np.sqrt((count - 1) / count * np.sum(deviations_g**2)))
 
 
 def kid_difference(first: ArrayLike, second: ArrayLike, reference: ArrayLike) -> Estimate:
@@ -179,12 +224,43 @@ def frechet(x: ArrayLike, y: ArrayLike) -> float:
     return frechet_distance(Gaussian.of_features(features_x), Gaussian.of_features(features_y))
 
 
-def _unbiased_mmd2(x: Matrix, y: Matrix, apart_XY: NDArray[np.bool_] | None) -> float:
-    """MMD^2 of two samples of one size; of the pairs between them, those that are ``apart``, or all."""
-    count = len(x)
-    k_xx, k_yy, k_xy = _kernel(x, x), _kernel(y, y), _kernel(x, y)
-    within = (k_xx.sum() - np.trace(k_xx) + k_yy.sum() - np.trace(k_yy)) / (count * (count - 1))
-    return float(within - 2 * (k_xy.mean() if apart_XY is None else k_xy.mean(where=apart_XY)))
+def _numbered(x: NDArray[np.floating], y: NDArray[np.floating], paired: bool, groups: Groups | None) -> Groups:
+    """What each row belongs to; without captions, to itself alone. Raises ValueError for sets that cannot be compared."""
+    if x.shape[1] != y.shape[1] or (paired and len(x) != len(y)):
+        raise _unlike(x, y)
+    if groups is not None:
+        return groups
+    rows_x = np.arange(len(x))
+    return rows_x, np.arange(len(y)) + (0 if paired else len(x))
+
+
+def _unbiased_mmd2(x: Matrix, y: Matrix, groups_x: NDArray[np.int64], groups_y: NDArray[np.int64]) -> float | None:
+    """MMD^2 of two samples, over the pairs of different groups; None where there is no such pair."""
+    terms = []
+    for first, of_first, second, of_second in ((x, groups_x) * 2, (y, groups_y) * 2, (x, groups_x, y, groups_y)):
+        apart = of_first[:, None] != of_second[None, :]
+        if not apart.any():
+            return None
+        terms.append(_kernel(first, second).mean(where=apart))
+    return float(terms[0] + terms[1] - 2 * terms[2])
+
+
+def _means_without(x: Matrix, at_x: NDArray[np.int64], y: Matrix, at_y: NDArray[np.int64], groups: int) -> Matrix:
+    """The mean of the kernel over pairs of different groups, [groups]: without each of them in turn."""
+    sums_g, counts_g = np.zeros(groups), np.zeros(groups)
+    total = pairs = 0.0
+    step = max(1, ENTRIES // len(y))
+    for start in range(0, len(x), step):
+        part = slice(start, start + step)
+        apart = at_x[part, None] != at_y[None, :]
+        values = np.where(apart, _kernel(x[part], y), 0.0)
+        total, pairs = total + values.sum(), pairs + apart.sum()
+        for given, sums in ((values, sums_g), (apart, counts_g)):
+            sums += np.bincount(at_x[part], weights=given.sum(1), minlength=groups)
+            sums += np.bincount(at_y, weights=given.sum(0), minlength=groups)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means: Matrix = (total - sums_g) / (pairs - counts_g)
+    return means
 
 
 def _kernel(x: Matrix, y: Matrix) -> Matrix:

@@ -20,13 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.errors import UserError
-from oar_scale.evaluation.distances import Gaussian, Matrix, frechet_distance, kid
+from oar_scale.evaluation.distances import Gaussian, Matrix, frechet_distance, kid, kid_error
 from oar_scale.evaluation.extractors import Layer
 from oar_scale.evaluation.feature_files import FeatureFiles
 from oar_scale.evaluation.moments import Moments
-from oar_scale.evaluation.neighbours import Neighbours, neighbours
+from oar_scale.evaluation.neighbours import K_DENSITY, K_PRECISION, Neighbours, Share, neighbours
 from oar_scale.evaluation.scores import clip_score, inception_score
 from oar_scale.json_object import JsonObject
+from oar_scale.results.estimates import Estimate
+from oar_scale.results.statistics import LEVEL
 
 PUBLISHED = {"fd": "fid", "sfd": "sfid", "is": "inception_score", "clip": "clip_score"}
 NEEDS: dict[str, tuple[Layer, ...]] = {
@@ -41,6 +43,18 @@ NEEDS: dict[str, tuple[Layer, ...]] = {
     "clip": ("pooled", "captions"),
 }
 """The layers that each figure rests on."""
+FEWEST: dict[str, tuple[int, int]] = {
+    "fd": (2, 2),
+    "sfd": (2, 2),
+    "kid": (4, 4),
+    "precision": (2, K_PRECISION + 1),
+    "recall": (K_PRECISION + 1, 2),
+    "density": (2, K_DENSITY + 1),
+    "coverage": (2, K_DENSITY + 1),
+    "is": (10, 0),
+    "clip": (2, 0),
+}
+"""Samples and reference images that each figure needs at least."""
 OF_SAMPLES_ALONE = ("is", "clip")
 OF_STATISTICS = ("fd", "sfd")
 """Figures for which the statistics of the reference are enough."""
@@ -110,6 +124,18 @@ class Side:
 
 
 @dataclass(frozen=True)
+class _Few:
+    """A set that is too small for a figure."""
+
+    where: str
+    images: int
+    needed: int
+
+    def __str__(self) -> str:
+        return f"{self.where} has {self.images} image{'' if self.images == 1 else 's'}"
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Samples, a reference, and how they are compared."""
 
@@ -129,7 +155,7 @@ class Comparison:
 
     def possible(self) -> list[str]:
         """All figures that both sides have what is needed for."""
-        return [figure for figure in NEEDS if not self._missing(figure)]
+        return [figure for figure in NEEDS if not (self._missing(figure) or self._few(figure))]
 
     def wanted(self, names: Sequence[str]) -> list[str]:
         """Figures by the names that :func:`figure_names` has checked; none means all that are possible.
@@ -140,7 +166,17 @@ class Comparison:
         for name in names:
             if missing := self._missing(name):
                 raise UserError(f"--metrics {name}: {missing}")
+            if few := self._few(name):
+                raise UserError(f"--metrics {name}: {few}; {self.name(name)} needs {few.needed}")
         return list(names) or self.possible()
+
+    def left_out(self, figures: Sequence[str]) -> list[str]:
+        """Why figures that there are features for are not among these: the images that they would need."""
+        few: dict[str, list[str]] = {}
+        for figure in NEEDS:
+            if figure not in figures and not self._missing(figure) and (found := self._few(figure)):
+                few.setdefault(str(found), []).append(f"{self.name(figure)} needs {found.needed}")
+        return [f"{images}; {', '.join(needs)}" for images, needs in few.items()]
 
     def figures(self, wanted: Sequence[str]) -> JsonObject:
         """Each figure by its name: ``value``, ``error`` with what it is, and the images that stood on each side.
@@ -151,7 +187,7 @@ class Comparison:
         makers: dict[str, Callable[[str], JsonObject]] = {"fd": self._frechet, "sfd": self._frechet, "kid": self._kid}
         makers |= {"is": self._inception_score, "clip": self._clip_score}
         try:
-            return {self.name(figure): makers.get(figure, self._share)(figure) for figure in wanted}
+            return {self.name(figure): makers.get(figure, self._neighbourhood)(figure) for figure in wanted}
         except ValueError as error:
             raise UserError(f"{self.samples.where} and {self.reference.where}: {error}") from error
 
@@ -187,6 +223,14 @@ class Comparison:
                     return f"{side.where}: there are no {layer} features of its images"
         return None
 
+    def _few(self, figure: str) -> _Few | None:
+        """The side that has too few images for a figure; None where both have enough, or nobody knows their number."""
+        for side, needed in zip((self.samples, self.reference), FEWEST[figure], strict=True):
+            images = side.count(NEEDS[figure][0]) if figure in OF_STATISTICS or side.files is None else side.files.images
+            if images is not None and images < needed:
+                return _Few(side.where, images, needed)
+        return None
+
     def _frechet(self, figure: str) -> JsonObject:
         layer = NEEDS[figure][0]
         samples, reference = self.samples.gaussian(layer), self.reference.gaussian(layer)
@@ -197,35 +241,46 @@ class Comparison:
         return found | ({} if halves is None else {"halves_of_reference": halves})
 
     def _halves(self, layer: Layer) -> JsonObject | None:
-        """What two random halves of the reference are apart: what a perfect model would score with so few images."""
-        if self.reference.files is None or self.reference.files.images < 4:
+        """What two random halves of the reference are apart, and as many samples are from one of them.
+
+        All four sets have one number of images, and so the two distances the same bias: samples like the reference score as its other half.
+        """
+        samples, reference = self.samples.files, self.reference.files
+        if samples is None or reference is None or layer not in samples.layers or layer not in reference.layers:
             return None
-        rows = self.reference.files.rows(layer, self.reference.files.chosen(self.kept, self.seed))
-        order, half = np.random.default_rng(self.seed).permutation(len(rows)), len(rows) // 2
-        first, second = (Gaussian.of_rows(rows[part]) for part in (order[:half], order[half : 2 * half]))
-        return {"value": frechet_distance(first, second), "images": half}
+        half = min(samples.images, reference.images // 2, self.kept // 2)
+        if half < 2:
+            return None
+        rows = reference.rows(layer, reference.chosen(2 * half, self.seed))
+        order = np.random.default_rng(self.seed).permutation(2 * half)
+        drawn = samples.rows(layer, samples.chosen(half, self.seed))
+        first, second, of_samples = (Gaussian.of_rows(part) for part in (rows[order[:half]], rows[order[half:]], drawn))
+        return {"images": half, "value": frechet_distance(first, second), "samples": frechet_distance(of_samples, second)}
 
     def _kid(self, figure: str) -> JsonObject:
         samples, reference = self._kept
         found = kid(samples, reference, seed=self.seed)
+        # That of the mean over all subsets, to which the choice of the subsets adds what is between them.
+        error = np.hypot(kid_error(samples, reference), found.std / np.sqrt(found.subsets))
         return {
             "value": found.mean,
-            "error": found.std,
-            "error_is": "standard deviation between subsets",
+            "error": float(error),
+            "error_is": "standard error by the jackknife over images",
+            "deviation_between_subsets": found.std,
             "samples": len(samples),
             "reference": len(reference),
         }
 
-    def _share(self, figure: str) -> JsonObject:
-        value, error = getattr(self._neighbours, figure)
-        samples, reference = (len(rows) for rows in self._kept)
-        return {
-            "value": value,
-            "error": error,
-            "error_is": "standard error over images, the neighbourhoods taken as given",
-            "samples": samples,
-            "reference": reference,
-        }
+    def _neighbourhood(self, figure: str) -> JsonObject:
+        found: Share | Estimate | None = getattr(self._neighbours, figure)
+        if found is None:
+            raise ValueError(f"too few images for {figure}")
+        counts = dict(zip(("samples", "reference"), map(len, self._kept), strict=True))
+        if isinstance(found, Estimate):
+            error_is = "standard error over images, the neighbourhoods taken as given"
+            return {"value": found.mean, "error": found.standard_error, "error_is": error_is, **counts}
+        interval_is = f"{LEVEL:.0%}, Wilson, over images, the neighbourhoods taken as given"
+        return {"value": found.value, "low": found.low, "high": found.high, "interval_is": interval_is, **counts}
 
     def _inception_score(self, figure: str) -> JsonObject:
         files = self._sample_files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def test_figures_are_printed_and_written_with_their_counts(sets: list[str], tmp_
     assert list(record["figures"]) == [f"{name}_efflite0" for name in ("fd", "kid", "precision", "recall", "density", "coverage")]
     assert record["samples"] == {"where": sets[0], "images": 14, "pixels": [SIDE, SIDE]}
     assert record["features"]["id"].startswith("efflite0, weights shipped")
-    assert "(14 samples, 12 reference; two halves of the reference, 6 images each:" in shown
+    assert "(14 samples, 12 reference; of 6 images a side: " in shown and ", two halves of the reference " in shown
+    assert re.search(r"precision_efflite0 0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", shown)
     assert "dark.npz has 12 images for 1280 features, so its covariance is singular" in shown
 
 
@@ -110,6 +112,7 @@ def test_a_folder_of_images_becomes_a_batch(sets: list[str], tmp_path: Path, cap
         (["--gpus-per-actor", "1"], "--gpus-per-actor means nothing without --actors"),
         (["--gpus-per-actor", "nan", "--actors", "1"], "--gpus-per-actor nan must be a number from 0"),
         (["--export-npz", "batch.zip"], r"batch.zip: name a file .npz"),
+        (["--kept", "5"], "--kept 5: a neighbourhood has 6 images at least"),
     ],
 )
 def test_what_cannot_be_measured_is_one_error(options: list[str], says: str, sets: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,12 +128,18 @@ def test_sets_that_do_not_belong_together_are_one_error(sets: list[str], tmp_pat
     np.savez(adm, mu=np.zeros(2048), sigma=np.eye(2048))
     for reference, says in (
         (small, "are 8 x 8 pixels, those of"),
-        (three, "3 reference images are too few"),
+        (three, "three.npz has 3 images; precision_efflite0 needs 4"),
         (adm, "its statistics are of other features (the InceptionV3 that FID is defined with)"),
         (str(tmp_path / "nowhere"), "nowhere: no such folder"),
     ):
         assert main(["distance", sets[0], reference, "--metrics", "fd,precision"]) == 2
         assert says in capsys.readouterr().err
     assert main(["distance", sets[0], small, "--size", "4", "--metrics", "kid"]) == 0
+    capsys.readouterr()
+    assert main(["distance", three, sets[1]]) == 0
+    shown = capsys.readouterr().out
+    assert "fd_efflite0 " in shown and "coverage_efflite0 " in shown
+    assert "note: " + three + " has 3 images; kid_efflite0 needs 4, recall_efflite0 needs 4: left out" in shown
+    assert main(["distance", sets[0], sets[1], "--kept", "6", "--metrics", "fd,kid,density"]) == 0
     assert main(["distance", sets[0]]) == 2
     assert "nothing can be measured of it without a reference" in capsys.readouterr().err

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from oar_scale.errors import UserError
-from oar_scale.evaluation import features
-from oar_scale.evaluation.distances import Gaussian, frechet, frechet_distance, kid, kid_difference
+from oar_scale.evaluation import distances, features
+from oar_scale.evaluation.distances import Gaussian, frechet, frechet_distance, kid, kid_difference, kid_error, kid_shares
 from oar_scale.evaluation.features import picture_features
 from oar_scale.evaluation.moments import Moments
+from oar_scale.results.estimates import estimate
 from oar_scale.tokenizers import perceptual
 
 
@@ -151,6 +152,60 @@ def test_images_that_share_a_caption_do_not_pull_kid_below_zero() -> None:
     error = np.std(paired) / np.sqrt(len(paired))
     assert abs(np.mean(paired)) < 4 * error
     assert np.mean(plain) < -6 * error
+
+
+def jackknife(x: NDArray[np.float64], y: NDArray[np.float64], of_x: list[int], of_y: list[int]) -> float:
+    """The standard error of the distance over all pairs of images of different captions, with each caption left out in turn."""
+
+    def k(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+        return float((a @ b / x.shape[1] + 1) ** 3)
+
+    def mean(first: NDArray[np.float64], of_first: list[int], second: NDArray[np.float64], of_second: list[int], out: int) -> float:
+        rows = [(a, b) for a, i in zip(first, of_first, strict=True) for b, j in zip(second, of_second, strict=True) if i != j]
+        kept = [(i, j) for i in of_first for j in of_second if i != j]
+        return float(np.mean([k(a, b) for (a, b), at in zip(rows, kept, strict=True) if out not in at]))
+
+    captions = sorted({*of_x, *of_y})
+    without = [mean(x, of_x, x, of_x, out) + mean(y, of_y, y, of_y, out) - 2 * mean(x, of_x, y, of_y, out) for out in captions]
+    return float(np.sqrt((len(captions) - 1) * np.var(without)))
+
+
+def test_the_error_of_kid_is_the_jackknife_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sets of other sizes, of sets that share captions with several images each, and of paired ones, as in ``kid_shares``."""
+    monkeypatch.setattr(distances, "ENTRIES", 20)  # a few rows at a time
+    x, y = np.random.default_rng(20).normal(size=(2, 9, 3))
+    y = y[:7] + 0.5
+    assert kid_error(x, y) == pytest.approx(jackknife(x, y, [*range(9)], [*range(9, 16)]), rel=1e-9)
+    of_x, of_y = [0, 0, 1, 1, 2, 3, 4, 4, 4], [4, 1, 0, 3, 3, 2, 9]
+    found = kid_error(x, y, groups=(np.array(of_x), np.array(of_y)))
+    assert found == pytest.approx(jackknife(x, y, of_x, of_y), rel=1e-9)
+    assert kid_error(x[:7], y, paired=True) == pytest.approx(estimate(kid_shares(x[:7], y)).standard_error, rel=1e-9)
+
+
+def test_the_error_of_kid_is_the_spread_of_new_sets_and_shrinks_with_them() -> None:
+    """The deviation between subsets does neither: it is printed nowhere as an error."""
+    rng, found = np.random.default_rng(21), []
+    for _ in range(120):
+        x, y = rng.normal(size=(50, 6)) + 0.6, rng.normal(size=(80, 6))
+        found.append((kid(x, y, subsets=40).mean, kid_error(x, y)))
+    values, errors = np.array(found).T
+    assert 0.8 < errors.mean() / values.std() < 1.25
+    large = kid_error(rng.normal(size=(450, 6)) + 0.6, rng.normal(size=(720, 6)))
+    assert large == pytest.approx(errors.mean() / 3, rel=0.3)
+
+
+def test_pairs_of_one_caption_are_left_out_in_any_order() -> None:
+    """Groups say what rows say in paired sets; of one caption alone there is no distance."""
+    x, y = np.random.default_rng(22).normal(size=(2, 16, 4))
+    order = np.random.default_rng(23).permutation(16)
+    rows = np.arange(16)
+    assert kid(x, y, subset_size=16, groups=(rows, rows)).mean == kid(x, y, subset_size=16, paired=True).mean
+    moved = kid(x, y[order], subset_size=16, groups=(rows, order))
+    assert moved.mean == pytest.approx(kid(x, y, subset_size=16, paired=True).mean, rel=1e-12)
+    with pytest.raises(ValueError, match="belong to one caption"):
+        kid(x, y, groups=(np.zeros(16, int), np.zeros(16, int)))
+    with pytest.raises(ValueError, match="at least 3 images a side"):
+        kid_error(x[:2], y)
 
 
 def test_frechet_of_statistics_is_that_of_the_features() -> None:

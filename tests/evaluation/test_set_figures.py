@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oar_scale.errors import UserError
 from oar_scale.evaluation.adm_batch import write_batch
-from oar_scale.evaluation.distances import kid
+from oar_scale.evaluation.distances import kid, kid_error
 from oar_scale.evaluation.extractors import Extractor, Layer, Layers
 from oar_scale.evaluation.extractors.extractor import WeightsFile
 from oar_scale.evaluation.feature_files import FeatureFiles, feature_file, part_features
@@ -61,7 +61,29 @@ def test_every_figure_is_that_of_the_whole_sets(two: tuple[Rows, Rows, Compariso
     assert figures["fd_small"]["value"] == pytest.approx(expected, rel=1e-9)
     assert figures["kid_small"]["value"] == pytest.approx(kid(x, y).mean, rel=1e-9)
     assert {(figure["samples"], figure["reference"]) for figure in figures.values()} == {(60, 45)}
-    assert figures["fd_small"]["halves_of_reference"]["images"] == 22
+    kid_figure = figures["kid_small"]
+    between = kid(x, y).std / np.sqrt(100)
+    assert kid_figure["error"] == pytest.approx(np.hypot(kid_error(x, y), between), rel=1e-6)
+    assert kid_figure["deviation_between_subsets"] == pytest.approx(kid(x, y).std, rel=1e-6)
+    for name in ("precision", "recall", "coverage"):
+        share = figures[f"{name}_small"]
+        assert share["low"] < share["high"] and "error" not in share
+
+
+def test_halves_of_the_reference_are_compared_with_as_many_samples(tmp_path: Path) -> None:
+    """All from one distribution: the samples are no farther from one half than the other half is, whatever their number."""
+    rng, found = np.random.default_rng(4), []
+    for trial in range(40):
+        sides = [
+            Side(name, stored(tmp_path / f"{name}{trial}", [rng.normal(size=(count, FEATURES)).astype(np.float32)]))
+            for name, count in (("s", 80), ("r", 30))
+        ]
+        figure = Comparison(*sides, "small", False).figures(["fd"])["fd_small"]
+        halves = figure["halves_of_reference"]
+        found.append([figure["value"], halves["value"], halves["samples"]])
+    whole, other_half, samples = np.mean(found, axis=0)
+    assert halves["images"] == 15
+    assert samples == pytest.approx(other_half, rel=0.2) and whole < 0.6 * other_half  # as many images are comparable, more are not
 
 
 def test_only_features_of_the_published_inception_are_called_fid(two: tuple[Rows, Rows, Comparison]) -> None:
@@ -111,18 +133,22 @@ def test_fewer_images_than_features_are_pointed_out(tmp_path: Path) -> None:
 
 def test_too_few_images_and_other_dimensions_are_errors(tmp_path: Path, two: tuple[Rows, Rows, Comparison]) -> None:
     _, _, comparison = two
-    three = Side("three", stored(tmp_path / "three", [np.ones((3, FEATURES), np.float32)]))
+    three = Side("three", stored(tmp_path / "three", [np.random.default_rng(3).normal(size=(3, FEATURES)).astype(np.float32)]))
     other = Side("other", stored(tmp_path / "other", [np.ones((9, 5), np.float32)]))
     one = Side("one", stored(tmp_path / "one", [np.ones((1, FEATURES), np.float32)]))
-    cases = [
-        (three, "precision", "3 samples are too few"),
-        (one, "fd", "at least 2 images, got 1"),
-        (one, "kid", "at least 2 images, got 1"),
-    ]
-    cases += [(other, figure, "5 features cannot be compared with 6") for figure in ("fd", "kid", "coverage")]
-    for side, figure, says in cases:
-        with pytest.raises(UserError, match=f"{side.where} and reference: .*{says}"):
-            Comparison(side, comparison.reference, "small", False).figures([figure])
+    for side, figure, says in (
+        (three, "recall", "three has 3 images; recall_small needs 4"),
+        (three, "kid", "three has 3 images; kid_small needs 4"),
+        (one, "fd", "one has 1 image; fd_small needs 2"),
+    ):
+        with pytest.raises(UserError, match=f"--metrics {figure}: {says}"):
+            Comparison(side, comparison.reference, "small", False).wanted([figure])
+    few = Comparison(three, comparison.reference, "small", False)
+    assert set(few.figures(few.wanted([]))) == {"fd_small", "precision_small", "density_small", "coverage_small"}
+    assert few.left_out(few.possible()) == ["three has 3 images; kid_small needs 4, recall_small needs 4"]
+    for figure in ("fd", "kid", "coverage"):
+        with pytest.raises(UserError, match=f"{other.where} and reference: .*5 features cannot be compared with 6"):
+            Comparison(other, comparison.reference, "small", False).figures([figure])
 
 
 def test_scores_need_their_layers(tmp_path: Path) -> None:
