@@ -19,7 +19,7 @@ from importlib import import_module
 from oar_scale.config.extras import check_packages
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.schema import Recipe
-from oar_scale.errors import Unreachable, UserError
+from oar_scale.errors import Requeue, Unreachable, UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import duration
 from oar_scale.observe.failure import ending, reporting_failure
@@ -31,6 +31,7 @@ from oar_scale.run.again import begin_again, drop_if_complete, finish_interrupte
 from oar_scale.run.context import ONE_ORDER, OTHER_LAYOUT, Run
 from oar_scale.run.drivers import Drivers
 from oar_scale.run.stage_markers import Finished, dependents, mark_stale, read_finished, write_finished
+from oar_scale.runtime.stop_signals import Deadline
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 from oar_scale.storage.patience import patient
 from oar_scale.text import shown
@@ -43,7 +44,7 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
         start: do this stage and all after it again, whatever is done.
         only: do this one stage again and no other; what it needs must be done.
         yes: set results aside without asking.
-        minutes: begin no stage after so many, and say which ones are left.
+        minutes: after so many begin no stage, have the one under way save its state and leave where it can, and say which ones are left.
 
     Returns:
         Whether all that was asked for is done: False where the minutes were over before.
@@ -60,6 +61,7 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
     _check_order_policies(run.recipe)
     began = time.monotonic()
     with patient(run.recipe.storage.patience_s), _driving(run) as drivers, ExitStack() as stack:
+        deadline = None if minutes is None else stack.enter_context(Deadline(60 * minutes))
         again = [] if first is None else [first] if only else stages[stages.index(first) :]
         if first is not None:
             _require(run, first)
@@ -69,13 +71,18 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
         if again:
             begin_again(run, drivers, again, yes=yes)
         for stage in stages:
-            if minutes is not None and time.monotonic() - began > 60 * minutes and _say_what_is_left(run, stages, minutes):
+            if deadline is not None and deadline.passed and _say_what_is_left(run, stages, deadline):
                 return False
             if only in (None, stage.name):
                 if stage.ray and _to_do(read_finished(run, stage)):
                     with _reporting(run, stage):
                         stack.enter_context(_shared_ray(run.recipe))
-                _run_stage(run, stage, drivers)
+                try:
+                    _run_stage(run, stage, drivers)
+                except Requeue:
+                    if deadline is not None and deadline.passed and _say_what_is_left(run, stages, deadline):
+                        return False
+                    raise
     catch_up(run.events, run.recipe, run.at(), names, run.console.say)
     run.console.say(f"finished in {duration(time.monotonic() - began)}")
     return True
@@ -89,11 +96,11 @@ def _check_order_policies(recipe: Recipe) -> None:
     )
 
 
-def _say_what_is_left(run: Run, stages: Sequence[Stage], minutes: float) -> bool:
+def _say_what_is_left(run: Run, stages: Sequence[Stage], deadline: Deadline) -> bool:
     """Name the stages that are not done, if there are any; returns whether there are."""
     left = [stage.name for stage in stages if _to_do(read_finished(run, stage))]
     if left:
-        run.console.say(f"stopped after {minutes:g} min with {len(left)} of {len(stages)} stages left: {', '.join(left)}")
+        run.console.say(f"stopped after {deadline.seconds / 60:g} min with {len(left)} of {len(stages)} stages left: {', '.join(left)}")
         run.console.say("run the same command again to go on")
     return bool(left)
 

@@ -23,7 +23,7 @@ def add(verbs: Subparsers) -> None:
         "--minutes",
         type=minutes,
         metavar="M",
-        help="begin no stage after M minutes; code 75: some are left, for the same command",
+        help="save and leave after M minutes; code 75: stages are left, for the same command",
     )
     for stage in STAGES.values():
         if not stage.training and not stage.own_options:

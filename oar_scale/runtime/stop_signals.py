@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
 STOP_ON = (signal.SIGTERM, signal.SIGUSR1)
+AGAIN_S = 5.0
+"""Between two stop requests of a deadline that has passed: what had just begun may not have listened yet."""
 
 
 Handler = Callable[[int, FrameType | None], object] | int | None
@@ -39,3 +43,41 @@ class StopSignals:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
+
+
+class Deadline:
+    """Sends this process a stop request (SIGUSR1) once so many seconds have passed, as a scheduler does before it kills.
+
+    What listens (:class:`StopSignals`) saves its state and leaves; what does not goes on. Outside the main thread, where no signal can be
+    handled, nothing is sent.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._at = time.monotonic() + seconds
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="deadline", daemon=True)
+        self._before: Handler = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() >= self._at
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGUSR1, lambda *_: None)  # by default it would end the process
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+            signal.signal(signal.SIGUSR1, self._before)
+
+    def _watch(self) -> None:
+        wait = self._at - time.monotonic()
+        while not self._ended.wait(wait):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            wait = AGAIN_S

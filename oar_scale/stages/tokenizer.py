@@ -20,6 +20,7 @@ from oar_scale.evaluation.features import picture_features
 from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import device_here, on_gpu_node, threads_here
+from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.storage import join
 from oar_scale.text import decode_text
 from oar_scale.tokenizers.clip_text import ClipText
@@ -131,13 +132,13 @@ def _image_tokenizer(run: Run) -> ImageTokenizer:
     )
     pixels, _ = read_images(run, "train")
     started = time.monotonic()
-    with run.log("tokenizer") as log, run.console.progress(config.training.steps, "tokenizer steps") as tally:
+    with run.log("tokenizer") as log, run.console.progress(config.training.steps, "tokenizer steps") as tally, StopSignals() as signals:
 
         def report(at: VQProgress) -> None:
             log.emit("vq", step=at.step, loss=at.loss, psnr=at.psnr, codebook_use=at.codebook_use, **at.extra_losses)
             tally.update(at.step)
 
         saved = run.at("tokenizers", "training.safetensors")
-        vq = train_vq(spec, config.training, pixels, run.recipe.seed, report, checkpoint=saved)
+        vq = train_vq(spec, config.training, pixels, run.recipe.seed, report, checkpoint=saved, stop=lambda: signals.reason)
         log.emit("end", seconds=time.monotonic() - started)
     return vq

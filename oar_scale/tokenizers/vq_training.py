@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oar_scale.config.schema import VQTrainingConfig
+from oar_scale.errors import Requeue
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.adversarial import Adversary, adaptive_weight
 from oar_scale.tokenizers.image import ImageTokenizer
@@ -57,6 +58,7 @@ def train_vq(
     report: Callable[[VQProgress], None],
     log_every: int = 20,
     checkpoint: str | None = None,
+    stop: Callable[[], str | None] = lambda: None,
 ) -> VQTokenizer:
     """Train a tokenizer on uint8 images [S, H, W, 3] held in memory.
 
@@ -65,6 +67,10 @@ def train_vq(
     Args:
         checkpoint: where the training is saved every ``SAVE_EVERY`` steps, and resumes from if it is of the same training: bit for bit as
             if it had never stopped. Removed at the end. None: it is not saved.
+        stop: asked after each step of a training that is saved; a reason ends it.
+
+    Raises:
+        Requeue: stopped, and saved.
     """
     training = _Training(spec, config, seed)
     identity = "" if checkpoint is None else _identity(spec, config, pixels_SHW3, seed)
@@ -77,8 +83,12 @@ def train_vq(
             quality = float(psnr(images, reconstructed.detach()).mean())
             use = codebook_use([quantized.codes_BN], spec.codebook_size)
             report(VQProgress(step, float(loss.detach()), quality, use, dict(training.losses.extra_losses)))
-        if checkpoint is not None and step % SAVE_EVERY == 0 and step < config.steps:
-            save_training(checkpoint, training.tensors(), identity)
+        if checkpoint is not None and step < config.steps:
+            reason = stop()
+            if reason is not None or step % SAVE_EVERY == 0:
+                save_training(checkpoint, training.tensors(), identity)
+            if reason is not None:
+                raise Requeue(reason)
     if checkpoint is not None:
         open_storage(checkpoint).delete(checkpoint)
     return training.average.eval().to(memory_format=torch.contiguous_format)

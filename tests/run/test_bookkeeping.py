@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,13 +15,14 @@ import pytest
 
 from oar_scale import pipeline
 from oar_scale.config.schema import Recipe
-from oar_scale.errors import UserError
+from oar_scale.errors import Requeue, UserError
 from oar_scale.observe.events import read_events
 from oar_scale.pipeline import run_pipeline, run_stage
 from oar_scale.registry import Stage
 from oar_scale.run.context import Run
 from oar_scale.run.stage_markers import stage_fingerprint
-from oar_scale.runtime import ray_session
+from oar_scale.runtime import ray_session, stop_signals
+from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.shard_pool import ArrayTask
 from oar_scale.storage import open_storage
 from oar_scale.studies.compare_extraction import run_compare
@@ -80,6 +83,40 @@ def test_a_run_of_some_minutes_begins_nothing_after_them_and_the_next_one_goes_o
     assert run_pipeline(Run(run.recipe), minutes=1.5)
     assert ran == ["a", "b", "c", "d"]
     assert "left" not in capsys.readouterr().out
+
+
+def test_a_stage_under_way_is_asked_to_stop_when_the_minutes_are_over(
+    run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def listens(stage: Stage) -> Callable[..., dict[str, Any]]:
+        def work(*_: object) -> dict[str, Any]:
+            if stage.name != "b":
+                return {}
+            with StopSignals() as signals:
+                while signals.reason is None:
+                    time.sleep(0.01)
+            raise Requeue(signals.reason)
+
+        return work
+
+    handler = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(pipeline, "entry_point", listens)
+    assert not run_pipeline(Run(run.recipe), minutes=0.01)
+    assert "with 3 of 4 stages left: b, c, d" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGUSR1) == handler
+
+
+def test_a_stage_that_cannot_stop_goes_on_to_its_end(run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_signals, "AGAIN_S", 0.01)
+
+    def work(_: Run, name: str) -> dict[str, Any]:
+        ran.append(name)
+        time.sleep(0.3)
+        return {}
+
+    monkeypatch.setattr(pipeline, "entry_point", lambda stage: lambda run, *_: work(run, stage.name))
+    assert not run_pipeline(Run(run.recipe), minutes=0.001)
+    assert ran == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oar_scale.config.schema import OpenMojiSource, VQTrainingConfig
 from oar_scale.data.sources.openmoji import OpenMojiImages
-from oar_scale.errors import UserError
+from oar_scale.errors import Requeue, UserError
 from oar_scale.tokenizers import perceptual, vq_training
 from oar_scale.tokenizers.adversarial import Adversary, PatchDiscriminator, adaptive_weight, hinge
 from oar_scale.tokenizers.perceptual import PerceptualLoss
@@ -63,6 +63,16 @@ def test_a_training_resumes_bit_for_bit(
     assert [at.step for at in progress] == list(range(1 + 2 * ((step - 1) // 2), 7))
     assert same_weights(resumed, trained(pixels, config)[0])
     assert not saved.exists()
+
+
+def test_a_training_that_is_asked_to_stop_is_saved_at_that_step(pixels: Tensor, tmp_path: Path) -> None:
+    saved, before, after = tmp_path / "training.safetensors", list[VQProgress](), list[VQProgress]()
+    with pytest.raises(Requeue, match="SIGUSR1"):
+        stop = lambda: "SIGUSR1" if len(before) == 3 else None  # noqa: E731
+        train_vq(SPEC, PLAIN, pixels, 5, before.append, log_every=1, checkpoint=str(saved), stop=stop)
+    resumed = train_vq(SPEC, PLAIN, pixels, 5, after.append, log_every=1, checkpoint=str(saved))
+    assert [at.step for at in after] == [4, 5, 6]
+    assert same_weights(resumed, trained(pixels, PLAIN)[0])
 
 
 @pytest.mark.parametrize("other", ["steps", "images", "damage"])
