@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from oar_scale.preference.votes import LOSS, SCORE, WIN, Floats, Votes
+from oar_scale.results.statistics import two_way_variance
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -73,7 +74,7 @@ def two_way(independent: Floats, over_raters: Floats, over_captions: Floats, gro
     """
     known = [variance * count / (count - 1) for variance, count in zip((over_raters, over_captions), groups, strict=True) if count > 1]
     if len(known) == 2:
-        return np.maximum(independent, known[0] + known[1] - independent)
+        return two_way_variance(independent, *known)
     return np.maximum(independent, *known) if known else independent
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,6 +53,18 @@ class Cell(NamedTuple):
     """``better`` or ``worse`` where the difference holds after correction, for the page's colours."""
 
 
+class PrimaryRow(NamedTuple):
+    """An arm's answer to one of the primary questions."""
+
+    label: str
+    question: str
+    difference: str
+    intervals: tuple[str, str, str]
+    """Of the difference: over images and seeds together, over images, over seeds."""
+    p: str
+    verdict: str
+
+
 class Table(NamedTuple):
     """A row for each arm, a column for each measure."""
 
@@ -69,6 +81,8 @@ def render_flexibility(results: FlexibilityResults, pictures: FlexibilityPicture
         results=results,
         pictures=pictures,
         samples=_by_arm(pictures.samples),
+        primary=_primary(results),
+        pooled=_pooled(results),
         sentences=_sentences(results),
         tables=_tables(results),
         seeds=max(each.figure.seeds for each in results.figures),
@@ -104,6 +118,23 @@ def _tables(results: FlexibilityResults) -> dict[str, list[Table]]:
     }
 
 
+def _primary(results: FlexibilityResults) -> list[PrimaryRow]:
+    rows = []
+    for measure in (each for each in results.measures if each.role == "primary"):
+        for row in (each for each in results.differences if each.measure == measure.name):
+            found = row.comparison.difference
+            question = f"{measure.chapter}: {measure.title}, {measure.unit}"
+            intervals = (_low_high(found.over_both), _low_high(found.over_images), _low_high(found.over_seeds))
+            rows.append(PrimaryRow(row.first, question, signed(found.mean), intervals, _p(row.p_holm), _verdict(row, measure.better)))
+    return rows
+
+
+def _pooled(results: FlexibilityResults) -> int:
+    """The degrees of freedom of intervals over seeds that several arms have told together; 0 where there is none."""
+    found = [each.comparison for each in results.differences]
+    return max((int(each.seed_freedom or 0) for each in found if each.difference.over_seeds != each.over_seeds_alone), default=0)
+
+
 def _table(results: FlexibilityResults, title: str, measures: Sequence[Measure], drop: str = "") -> Table:
     figures = {(each.label, each.measure): each.figure for each in results.figures}
     differences = {(each.first, each.measure): each for each in results.differences}
@@ -118,7 +149,7 @@ def _table(results: FlexibilityResults, title: str, measures: Sequence[Measure],
                 cells.append(None)
                 continue
             intervals = (_interval(figure.over_images, "images"), _interval(figure.over_seeds, "seeds"))
-            text, verdict = _difference(difference, measure.better) if difference else ("", "")
+            text, verdict = (_difference(difference), _verdict(difference, measure.better)) if difference else ("", "")
             cells.append(Cell(number(figure.mean), tuple(each for each in intervals if each), text, verdict))
         rows.append((label, tuple(cells)))
     one = units.pop() if len(units) == 1 else ""
@@ -127,36 +158,44 @@ def _table(results: FlexibilityResults, title: str, measures: Sequence[Measure],
 
 
 def _interval(interval: Interval | None, over: str) -> str:
-    return "" if interval is None else f"{over} {number(interval.low)} to {number(interval.high)}"
+    return "" if interval is None else f"{over} {_low_high(interval, number)}"
 
 
-def _difference(row: ArmDifference, better: Better) -> tuple[str, str]:
-    mean = row.comparison.difference.mean
-    text = f"{signed(mean)} (p {_p(row.p_images_holm)}" + (f"; seeds {_p(row.p_seeds_holm)})" if row.p_seeds_holm is not None else ")")
-    holds = row.p_images_holm < ALPHA and (row.p_seeds_holm is None or row.p_seeds_holm < ALPHA)
-    if not holds or better not in ("lower", "higher"):
-        return text, ""
-    return text, "better" if (mean < 0) == (better == "lower") else "worse"
+def _low_high(interval: Interval | None, text: Callable[[float], str] = signed) -> str:
+    return "none" if interval is None else f"{text(interval.low)} to {text(interval.high)}"
 
 
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else number(value)
+def _difference(row: ArmDifference) -> str:
+    found = row.comparison.difference
+    beside = [_low_high(found.over_both or found.over_images), f"p {_p(row.p_holm)}" if row.p_holm is not None else ""]
+    return f"{signed(found.mean)} ({'; '.join(each for each in beside if each)})"
+
+
+def _verdict(row: ArmDifference, better: Better) -> str:
+    if row.p_holm is None or row.p_holm >= ALPHA or better not in ("lower", "higher"):
+        return ""
+    return "better" if (row.comparison.difference.mean < 0) == (better == "lower") else "worse"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else "< 0.001" if value < 0.001 else number(value)
 
 
 def _sentences(results: FlexibilityResults) -> list[str]:
-    """How many differences hold in each chapter, in either direction."""
-    chapter_of = {measure.name: measure for measure in results.measures}
+    """How many differences hold, in either direction: of the primary ones, and of each chapter's exploratory ones."""
+    by_name, groups = {measure.name: measure for measure in results.measures}, dict[str, list[ArmDifference]]()
+    for row in results.differences:
+        measure = by_name[row.measure]
+        if measure.role != "descriptive":
+            groups.setdefault("Primary" if measure.role == "primary" else f"Exploratory, {measure.chapter}", []).append(row)
     lines = []
-    for chapter in dict.fromkeys(measure.chapter for measure in results.measures):
-        rows = [each for each in results.differences if chapter_of[each.measure].chapter == chapter]
-        if not rows:
-            continue
-        verdicts = [_difference(row, chapter_of[row.measure].better)[1] for row in rows]
-        real = sum(row.p_images_holm < ALPHA for row in rows)
-        over_seeds = [row.p_seeds_holm for row in rows if row.p_seeds_holm is not None]
-        seeds = f", {sum(p < ALPHA for p in over_seeds)} of {len(over_seeds)} over seeds" if over_seeds else ", of one seed each"
+    for group in sorted(groups, key=lambda group: group != "Primary"):
+        rows = groups[group]
+        verdicts = [_verdict(row, by_name[row.measure].better) for row in rows]
+        real = sum(row.p_holm is not None and row.p_holm < ALPHA for row in rows)
+        both = "" if any(row.comparison.p_both is not None for row in rows) else " over images"
         lines.append(
-            f"{chapter.capitalize()}: of {len(rows)} differences to {results.against}, {real} hold over images after correction{seeds}; "
+            f"{group}: of {len(rows)} differences to {results.against}, {real} hold{both} after correction; "
             f"{verdicts.count('better')} are better and {verdicts.count('worse')} worse."
         )
     return lines

@@ -12,6 +12,8 @@ from oar_scale.results.statistics import Comparison, Figure
 
 Better = Literal["lower", "higher", "zero", ""]
 Chapter = Literal["likelihood", "calibration", "samples", "diversity", "edits"]
+Role = Literal["primary", "exploratory", "descriptive"]
+"""What the differences of a measure are for: the few questions that were asked beforehand, a look at all else, or no test at all."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Measure:
     unit: str
     better: Better
     chapter: Chapter
-    """Differences are corrected for the number of those in their chapter."""
+    role: Role = "exploratory"
+    """Primary differences are corrected for their own number, exploratory ones for the number of those in their chapter."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,11 @@ class ArmDifference:
     second: str
     measure: str
     comparison: Comparison
-    p_images_holm: float
-    """Corrected for all differences of the chapter."""
-    p_seeds_holm: float | None
+    p_images_holm: float | None = None
+    """Corrected (Holm) for all primary differences, or for all exploratory ones of the chapter. None of a descriptive one."""
+    p_seeds_holm: float | None = None
+    p_holm: float | None = None
+    """The one that counts: over images and seeds together, and of one seed each over images alone; corrected likewise."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """How sure is a mean, and is a difference one? Intervals over images and over seeds, paired tests, correction for many comparisons.
 
-Values are [R, S]: of each of R seeds (trainings that differ in their seed alone) and each of S images. Two questions, two answers:
+Values are [R, S]: of each of R seeds (trainings that differ in their seed alone) and each of S images. Three questions, three answers:
 
     over images    these models on other images of this kind: bootstrap of the images (BCa, Efron 1987), sign-flip test. Images of one
                    *family* (drawings of one thing, in other styles and skin tones) are alike: families are drawn and flipped as a whole
-    over seeds     other trainings like these: Student's t of the seeds' means; none of a single seed
+    over seeds     other trainings like these, on these images: Student's t of the seeds' means; none of a single seed
+    over both      train again, and look at other images: Student's t with the variance under clustering by seed and by family
+                   (Cameron, Gelbach & Miller 2011), and the degrees of freedom of the fewer of the two
 
 Differences are paired: by image always, and by seed where both sides have as many. A side with one seed is taken as given.
 """
@@ -26,6 +28,9 @@ LEVEL = 0.95
 RESAMPLES = 4000
 FLIPS = 9999
 """Random sign flips of a test; all 2^S of them where these are fewer."""
+RADEMACHER_TAIL = 3.178
+"""A sum of numbers with random signs, of variance 1, is above x with at most so many times the probability of a standard normal number
+(Bentkus & Dzindzalieta, Bernoulli 21, 2015: 1 / (4 P(Z > sqrt 2)))."""
 FEW = 10
 """Below so many families a bootstrap is too narrow; Student's t is taken instead, and named."""
 
@@ -37,7 +42,7 @@ class Interval:
     low: float
     high: float
     method: str
-    """``bootstrap`` or ``t``."""
+    """``bootstrap``, ``t``, or ``t pooled``, where several arms tell how much seeds differ (:func:`pooled_spread`)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,19 @@ class Figure:
     """None of one seed."""
     families: int | None = None
     """So many groups of images are independent of each other. None: every image is."""
+    over_both: Interval | None = None
+    """Over images and seeds together; None of one image, family or seed."""
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """How much the difference of two arms varies from seed to seed, as several arms tell together."""
+
+    variance: float
+    """Of the difference at one seed."""
+    freedom: int
+    """Degrees of freedom."""
+    arms: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,12 @@ class Comparison:
     """Two-sided, by flipping the signs of the images' differences: are these models alike?"""
     p_seeds: float | None
     """Two-sided, by Student's t of the seeds' differences: are such trainings alike? None where neither side has several seeds."""
+    p_both: float | None = None
+    """Two-sided, with the interval over both: would other trainings, on other images, be alike? None where that is None."""
+    over_seeds_alone: Interval | None = None
+    """Over seeds, as these two arms alone tell; that of ``difference`` is from all arms where their spread is given."""
+    seed_freedom: float | None = None
+    """Degrees of freedom of the interval over seeds."""
 
 
 def figure(values: ArrayLike, what: str = "values", families_S: ArrayLike | None = None) -> Figure:
@@ -76,16 +100,23 @@ def figure(values: ArrayLike, what: str = "values", families_S: ArrayLike | None
         UserError: no value, or one that is no finite number; names ``what``, the seed and the image.
     """
     values_RS = _checked(values, what)
-    seeds, images = values_RS.shape
+    mean, (seeds, images) = float(values_RS.mean()), values_RS.shape
     over_images = bootstrap_interval(values_RS.mean(0), families_S)
-    return Figure(float(values_RS.mean()), seeds, images, over_images, t_interval(values_RS.mean(1)), _count(families_S))
+    by_seed = _of_mean(values_RS.mean(1))
+    both = _over_both(by_seed, values_RS.mean(0), _interaction(values_RS, families_S), families_S)
+    return Figure(mean, seeds, images, over_images, _interval(by_seed, mean), _count(families_S), _interval(both, mean))
 
 
-def compare(first: ArrayLike, second: ArrayLike, what: str = "values", families_S: ArrayLike | None = None) -> Comparison:
+def compare(
+    first: ArrayLike, second: ArrayLike, what: str = "values", families_S: ArrayLike | None = None, spread: SeedSpread | None = None
+) -> Comparison:
     """The paired difference of two sets of values, [R, S] or [S], of the same images.
 
     Seeds are paired where both sides have as many; a single seed is subtracted from each of the other side's; other numbers of seeds are
     compared unpaired (Welch's t).
+
+    Args:
+        spread: how much such differences vary from seed to seed, where other arms tell as well; used where seeds are paired.
 
     Raises:
         UserError: other images on both sides, or as :func:`figure`.
@@ -94,16 +125,67 @@ def compare(first: ArrayLike, second: ArrayLike, what: str = "values", families_
     if first_RS.shape[1] != second_RS.shape[1]:
         raise UserError(f"{what}: {first_RS.shape[1]} images on one side and {second_RS.shape[1]} on the other cannot be paired")
     by_image_S = first_RS.mean(0) - second_RS.mean(0)
-    counts = len(first_RS), len(second_RS)
+    mean, counts = float(by_image_S.mean()), (len(first_RS), len(second_RS))
     if counts[0] == counts[1] or 1 in counts:
-        by_seed_R = (first_RS - second_RS).mean(1)
-        over_seeds, p_seeds, seeds = t_interval(by_seed_R), t_test(by_seed_R), len(by_seed_R)
+        differences_RS = first_RS - second_RS
+        seeds, alone, interaction = max(counts), _of_mean(differences_RS.mean(1)), _interaction(differences_RS, families_S)
     else:
-        over_seeds, p_seeds = _welch(first_RS.mean(1), second_RS.mean(1))
-        seeds = min(counts)
-    over_images = bootstrap_interval(by_image_S, families_S)
-    difference = Figure(float(by_image_S.mean()), seeds, len(by_image_S), over_images, over_seeds, _count(families_S))
-    return Comparison(difference, sign_flip_test(_by_family(by_image_S, families_S)[0]), p_seeds)
+        seeds, alone = min(counts), _welch(first_RS.mean(1), second_RS.mean(1))
+        interaction = _interaction(first_RS, families_S) + _interaction(second_RS, families_S)
+    by_seed = alone
+    if spread is not None and alone is not None and counts[0] == counts[1]:
+        by_seed = _Spread(spread.variance / seeds, spread.freedom, "t pooled")
+    both = _over_both(by_seed, by_image_S, interaction, families_S)
+    difference = Figure(
+        mean,
+        seeds,
+        len(by_image_S),
+        bootstrap_interval(by_image_S, families_S),
+        _interval(by_seed, mean),
+        _count(families_S),
+        _interval(both, mean),
+    )
+    return Comparison(
+        difference,
+        sign_flip_test(_by_family(by_image_S, families_S)[0]),
+        _p_value(by_seed, mean),
+        _p_value(both, mean),
+        _interval(alone, mean),
+        None if by_seed is None else by_seed.freedom,
+    )
+
+
+def pooled_spread(arms: Sequence[ArrayLike]) -> SeedSpread | None:
+    """How much the difference of two of K arms varies from seed to seed, where all arms of one seed have seen the same samples.
+
+    Arms and seeds are randomised blocks: the mean of arm a at seed r is m_a + b_r + e_ar, with e of one variance in all arms, which is that
+    of the residuals of the table of means, with (K - 1) (R - 1) degrees of freedom; a difference of two arms has twice that. (The mean of
+    the variances of all arms' differences to a control would hold the control's own R values once for all arms, and have fewer degrees of
+    freedom than it seems to: at K = 15 and R = 3 its test at 0.0025 is wrong two to three times as often.)
+
+    Args:
+        arms: values [R, S] of each, of the same seeds, the control among them; 2 arms give what their differences give alone.
+
+    Returns:
+        None of one arm or one seed.
+    """
+    means_KR = np.array([np.atleast_2d(np.asarray(each, dtype=np.float64)).mean(1) for each in arms])
+    if min(means_KR.shape) < 2:
+        return None
+    residual_KR = means_KR - means_KR.mean(1, keepdims=True) - means_KR.mean(0) + means_KR.mean()
+    freedom = (means_KR.shape[0] - 1) * (means_KR.shape[1] - 1)
+    return SeedSpread(2 * float(np.sum(residual_KR**2)) / freedom, freedom, len(means_KR))
+
+
+def two_way_variance(independent: ArrayLike, over_first: ArrayLike, over_second: ArrayLike) -> Floats:
+    """The variance of a mean under clustering in two ways (Cameron, Gelbach & Miller, J. Bus. Econ. Stat. 29, 2011).
+
+    Args:
+        independent: what is common to neither; it is in the two others as well, and is counted once.
+        over_first, over_second: under clustering in one way.
+    """
+    once = np.asarray(independent, dtype=np.float64)
+    return np.asarray(np.maximum(once, np.asarray(over_first) + np.asarray(over_second) - once))
 
 
 def bootstrap_interval(values_S: ArrayLike, families_S: ArrayLike | None = None) -> Interval | None:
@@ -114,7 +196,8 @@ def bootstrap_interval(values_S: ArrayLike, families_S: ArrayLike | None = None)
     values = np.asarray(values_S, dtype=np.float64)
     sums_F, counts_F = _by_family(values, families_S)
     if len(sums_F) < FEW:
-        return t_interval(values) if families_S is None else _ratio_interval(sums_F, counts_F)
+        spread = _of_mean(values) if families_S is None else _ratio_spread(sums_F, counts_F)
+        return _interval(spread, float(values.mean()))
     if np.ptp(values) <= 1e-12 * np.abs(values).max():
         mean = float(values.mean())
         return Interval(mean, mean, "bootstrap")
@@ -140,47 +223,94 @@ def _by_family(values_S: Floats, families_S: ArrayLike | None) -> tuple[Floats, 
     return np.bincount(member_S, weights=values_S).astype(np.float64), np.bincount(member_S).astype(np.float64)
 
 
-def _ratio_interval(sums_F: Floats, counts_F: Floats) -> Interval | None:
-    """Student's t of a mean over families of several sizes, from the linearised ratio; of single images that is :func:`t_interval`."""
+def _ratio_spread(sums_F: Floats, counts_F: Floats) -> _Spread | None:
+    """Of a mean over families of several sizes, from the linearised ratio; of single images that of their mean. None of one family."""
     families = len(sums_F)
     if families < 2:
         return None
-    mean = float(sums_F.sum() / counts_F.sum())
-    error = float(np.sqrt(families / (families - 1) * np.sum((sums_F - mean * counts_F) ** 2)) / counts_F.sum())
-    reach = float(_scipy().t.ppf((1 + LEVEL) / 2, families - 1)) * error
-    return Interval(mean - reach, mean + reach, "t")
+    deviations_F = sums_F - sums_F.sum() / counts_F.sum() * counts_F
+    return _Spread(families / (families - 1) * float(np.sum(deviations_F**2)) / float(counts_F.sum()) ** 2, families - 1)
+
+
+def _interaction(values_RS: Floats, families_S: ArrayLike | None) -> float:
+    """The variance of the mean of values [R, S] that is common neither to a seed nor to a family; 0 of one of either."""
+    residual_RS = values_RS - values_RS.mean(1, keepdims=True) - values_RS.mean(0) + values_RS.mean()
+    sums_RF = np.stack([_by_family(each_S, families_S)[0] for each_S in residual_RS])
+    if min(sums_RF.shape) < 2:
+        return 0.0
+    return float(np.sum(sums_RF**2) / np.prod(np.array(sums_RF.shape) - 1.0) * np.prod(sums_RF.shape)) / values_RS.size**2
+
+
+def _over_both(by_seed: _Spread | None, by_image_S: Floats, interaction: float, families_S: ArrayLike | None) -> _Spread | None:
+    """Over seeds and families together: never less than over one of them, with the fewer degrees of freedom."""
+    by_family = _ratio_spread(*_by_family(by_image_S, families_S))
+    if by_seed is None or by_family is None:
+        return None
+    variance = max(float(two_way_variance(interaction, by_seed.variance, by_family.variance)), by_seed.variance, by_family.variance)
+    return _Spread(variance, min(by_seed.freedom, by_family.freedom), by_seed.method)
 
 
 def _count(families_S: ArrayLike | None) -> int | None:
     return None if families_S is None else len(np.unique(np.asarray(families_S)))
 
 
+@dataclass(frozen=True)
+class _Spread:
+    """The variance of a mean, for Student's t."""
+
+    variance: float
+    freedom: float
+    method: str = "t"
+
+
+def _interval(spread: _Spread | None, mean: float) -> Interval | None:
+    if spread is None:
+        return None
+    reach = float(_scipy().t.ppf((1 + LEVEL) / 2, spread.freedom)) * spread.variance**0.5
+    return Interval(mean - reach, mean + reach, spread.method)
+
+
+def _p_value(spread: _Spread | None, mean: float) -> float | None:
+    """Two-sided, of a true mean of 0. Without any variance: 1 of 0, else 0."""
+    if spread is None:
+        return None
+    if not spread.variance:
+        return 0.0 if mean else 1.0
+    return float(2 * _scipy().t.sf(abs(mean) / spread.variance**0.5, spread.freedom))
+
+
+def _of_mean(values_R: Floats) -> _Spread | None:
+    seeds = len(values_R)
+    return _Spread(float(values_R.var(ddof=1)) / seeds, seeds - 1) if seeds > 1 else None
+
+
+def _welch(first_R: Floats, second_R: Floats) -> _Spread:
+    """Of the difference of two independent means, with the degrees of freedom of Welch and Satterthwaite."""
+    parts = [(float(each_R.var(ddof=1)) / len(each_R), len(each_R) - 1) for each_R in (first_R, second_R)]
+    variance, within = sum(part for part, _ in parts), sum(part**2 / freedom for part, freedom in parts)
+    return _Spread(variance, variance**2 / within if within else min(freedom for _, freedom in parts))
+
+
 def t_interval(values_R: ArrayLike) -> Interval | None:
     """Where the mean lies that such values are spread around, by Student's t; None of one value."""
     values = np.asarray(values_R, dtype=np.float64)
-    if len(values) < 2:
-        return None
-    mean, error = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
-    reach = float(_scipy().t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
-    return Interval(mean - reach, mean + reach, "t")
+    spread = _of_mean(values)
+    return _interval(spread, float(values.mean()))
 
 
 def t_test(differences_R: ArrayLike) -> float | None:
     """Two-sided p of a mean of 0 by Student's t; None of one value. Equal values: 1 if they are 0, else 0."""
     differences = np.asarray(differences_R, dtype=np.float64)
-    if len(differences) < 2:
-        return None
-    error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
-    if error == 0:
-        return 0.0 if differences[0] else 1.0
-    return float(2 * _scipy().t.sf(abs(float(differences.mean())) / error, len(differences) - 1))
+    spread = _of_mean(differences)
+    return _p_value(spread, float(differences.mean()))
 
 
 def sign_flip_test(differences_S: ArrayLike) -> float:
     """Two-sided p of a mean of 0: the share of the sign flips whose mean is at least as far from 0.
 
-    Exact where there are at most :data:`FLIPS` flips; else (b + 1) / (m + 1) of m random ones (Phipson & Smyth 2010), never 0. The smallest
-    that S differences can give is 2 / 2^S.
+    Exact where there are at most :data:`FLIPS` flips; else (b + 1) / (m + 1) of m random ones (Phipson & Smyth 2010), never 0. Where none
+    of them is as far, p may be smaller than m flips can tell: there it is at most the tail of a normal distribution times
+    :data:`RADEMACHER_TAIL`, a bound that holds for any differences. The smallest that S differences can give is 2 / 2^S.
     """
     differences = np.asarray(differences_S, dtype=np.float64)
     count = len(differences)
@@ -191,7 +321,10 @@ def sign_flip_test(differences_S: ArrayLike) -> float:
         signs_FS = 1.0 - 2.0 * np.random.default_rng(0).integers(0, 2, (FLIPS, count), dtype=np.int8)
     sums_F, own = np.abs(signs_FS @ differences), abs(float(differences.sum()))
     as_far = int((sums_F >= own - 1e-12 * float(np.abs(differences).sum())).sum())  # sums of the same numbers, rounded otherwise
-    return as_far / len(sums_F) if exact else (as_far + 1) / (len(sums_F) + 1)
+    if exact:
+        return as_far / len(sums_F)
+    p = (as_far + 1) / (len(sums_F) + 1)
+    return p if as_far else min(p, float(2 * RADEMACHER_TAIL * _scipy().norm.sf(own / np.sqrt(np.sum(differences**2)))))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -201,12 +334,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         corrected[index] = largest
     return corrected
-
-
-def _welch(first_R: Floats, second_R: Floats) -> tuple[Interval, float]:
-    found = _scipy().ttest_ind(first_R, second_R, equal_var=False)
-    interval = found.confidence_interval(LEVEL)
-    return Interval(float(interval.low), float(interval.high), "t"), float(found.pvalue)
 
 
 def _checked(values: ArrayLike, what: str) -> Floats:

@@ -136,7 +136,7 @@ class _Plan:
             columns = {name: TITLES[name] for name in DRAWN if name in self.fixed}
             columns |= {name: f"chosen by {name}" for name in chosen_orders(self.settings)}
             columns |= {"best": f"chosen by {self.settings.score}, at its best settings"} if self.sweep else {}
-            measures += sample_measures(columns, self.network)
+            measures += sample_measures(columns, self.network, "best" if self.sweep else self.settings.score)
         return measures + edit_measures(self.network) if "edits" in self.chapters else measures
 
 

@@ -11,8 +11,10 @@ import torch
 from small_models import random_codes, random_text, small_model
 
 from oar_scale.errors import UserError
+from oar_scale.evaluation.extractors import ExtractorSpec
 from oar_scale.evaluation.flexibility import pieces as pieces_module
 from oar_scale.evaluation.flexibility.comparison import arm_differences, arm_figures
+from oar_scale.evaluation.flexibility.features import FeatureNetwork
 from oar_scale.evaluation.flexibility.likelihood import (
     NllPiece,
     OwnOrdersPiece,
@@ -22,11 +24,12 @@ from oar_scale.evaluation.flexibility.likelihood import (
     own_orders,
 )
 from oar_scale.evaluation.flexibility.pieces import NetworkFile, PieceFolder, piece_id
+from oar_scale.evaluation.flexibility.sampling import sample_measures
 from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, by_measure
 from oar_scale.model import AnyOrderModel, save_model
 from oar_scale.orders.extraction import brute_force_orders
 from oar_scale.orders.settings import ExtractionSettings
-from oar_scale.results.statistics import compare, holm
+from oar_scale.results.statistics import Comparison, compare, holm, pooled_spread
 
 IMAGES = 5
 
@@ -101,19 +104,47 @@ def test_likelihoods_are_those_of_brute_force(two_arms: tuple[list[Arm], Measure
 FAMILIES = np.repeat(np.arange(6), 2)
 
 
-def test_differences_are_paired_and_corrected_by_chapter(two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]]) -> None:
-    measures = [each for each in likelihood_measures(two_arms[0], {"raster": "raster"}) if each.name != "nll/own of a"]
+def test_primary_differences_are_corrected_for_their_own_number(
+    two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]],
+) -> None:
+    """Own orders and one distance are asked beforehand; all else is corrected in its chapter. In other arms' orders nothing is tested."""
+    network = FeatureNetwork("0", ExtractorSpec(), "efflite0")
+    measures = [
+        *likelihood_measures(two_arms[0], {"raster": "raster", "random": "random"}),
+        *sample_measures({"max_prob": "max_prob", "best": "best"}, network, "best"),
+    ]
+    assert {each.name for each in measures if each.role == "primary"} == {"nll/own", "samples/best/heldout"}
     rng = np.random.default_rng(0)
-    values = {each.name: {"a": list(rng.normal(size=(2, 12))), "b": [rng.normal(size=12)]} for each in measures}
-    found = arm_differences(measures, values, "b", FAMILIES)
-    assert [(each.first, each.second) for each in found] == [("a", "b")] * len(measures)
-    likelihoods = [each for each in found if each.measure.startswith("nll/")]
-    alone = [compare(np.stack(values[each.measure]["a"]), np.stack(values[each.measure]["b"]), families_S=FAMILIES) for each in likelihoods]
-    assert [each.p_images_holm for each in likelihoods] == holm([each.p_images for each in alone])
-    assert [each.p_seeds_holm for each in likelihoods] == holm([each.p_seeds or 0.0 for each in alone])
+    values = {
+        each.name: {label: list(rng.normal(size=(seeds, 12))) for label, seeds in (("a", 2), ("c", 2), ("b", 2))} for each in measures
+    }
+    found = {(each.measure, each.first): each for each in arm_differences(measures, values, "b", FAMILIES)}
+    assert list(found) == [(each.name, label) for each in measures for label in ("a", "c")]
+
+    def alone(measure: str, label: str) -> Comparison:
+        of_measure = {arm: np.stack(of_seeds) for arm, of_seeds in values[measure].items()}
+        return compare(of_measure[label], of_measure["b"], families_S=FAMILIES, spread=pooled_spread(list(of_measure.values())))
+
+    def corrected(names: list[str]) -> None:
+        rows = [(name, label) for name in names for label in ("a", "c")]
+        assert [found[row].comparison.p_both for row in rows] == [alone(*row).p_both for row in rows]
+        assert [found[row].p_holm for row in rows] == holm([alone(*row).p_both or 0.0 for row in rows])
+        assert [found[row].p_seeds_holm for row in rows] == holm([alone(*row).p_seeds or 0.0 for row in rows])
+        assert [found[row].p_images_holm for row in rows] == holm([alone(*row).p_images for row in rows])
+
+    corrected(["nll/own", "samples/best/heldout"])
+    corrected(["nll/raster", "nll/random"])
+    corrected(["samples/max_prob/heldout", "samples/max_prob/decoded", "samples/best/decoded"])
+    assert all(found[f"nll/own of {arm}", "a"].p_holm is None for arm in ("a", "b"))
+
+
+def test_of_one_seed_each_images_alone_count(two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]]) -> None:
+    measures = likelihood_measures(two_arms[0], {"raster": "raster"})
+    values = {each.name: {label: [np.random.default_rng(1).normal(size=12)] for label in "ab"} for each in measures}
+    assert all(each.p_holm == each.p_images_holm for each in arm_differences(measures, values, "b", FAMILIES))
     figures = {(each.measure, each.label): each.figure for each in arm_figures(measures, values, FAMILIES)}
+    assert figures["nll/raster", "b"].over_seeds is None and figures["nll/raster", "b"].over_both is None
     assert figures["nll/raster", "a"].mean == pytest.approx(np.mean(values["nll/raster"]["a"]))
-    assert figures["nll/raster", "b"].over_seeds is None
 
 
 def nll_piece(model: AnyOrderModel, file: NetworkFile) -> NllPiece:

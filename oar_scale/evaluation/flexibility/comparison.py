@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.results.flexibility import ArmDifference, ArmFigure, Measure
-from oar_scale.results.statistics import compare, figure, holm
+from oar_scale.results.statistics import compare, figure, holm, pooled_spread
 
 Values = Mapping[str, Mapping[str, Sequence[NDArray[np.float64]]]]
 """By the name of the measure and the label of the arm: values [S] of each of its models."""
@@ -32,32 +32,52 @@ def arm_figures(measures: Sequence[Measure], values: Values, families_S: NDArray
 
 
 def arm_differences(measures: Sequence[Measure], values: Values, against: str, families_S: NDArray[np.int64]) -> tuple[ArmDifference, ...]:
-    """All arms against one, measure by measure, corrected for the number of differences of a chapter. Raises as :func:`arm_figures`."""
-    found: list[ArmDifference] = []
-    for chapter in dict.fromkeys(measure.chapter for measure in measures):
-        rows = [
-            ArmDifference(
-                label,
-                against,
-                measure.name,
-                compare(np.stack(of_seeds), np.stack(values[measure.name][against]), measure.name, families_S[: len(of_seeds[0])]),
-                1.0,
-                None,
-            )
-            for measure in measures
-            if measure.chapter == chapter and against in values[measure.name]
-            for label, of_seeds in values[measure.name].items()
-            if label != against
-        ]
-        found += _corrected(rows)
-    return tuple(found)
+    """All arms against one, measure by measure; corrected for the number of primary differences, or of exploratory ones of a chapter.
+
+    How much seeds differ is told by all arms together, for those that have as many as ``against``. Raises as :func:`arm_figures`.
+    """
+    tested: dict[str, list[ArmDifference]] = {}
+    for measure in measures:
+        if against in values[measure.name]:
+            group = measure.chapter if measure.role == "exploratory" else measure.role
+            tested.setdefault(group, []).extend(_of_measure(measure, values[measure.name], against, families_S))
+    found = {
+        (row.measure, row.first): row for group, rows in tested.items() for row in (rows if group == "descriptive" else _corrected(rows))
+    }
+    return tuple(found[measure.name, label] for measure in measures for label in values[measure.name] if (measure.name, label) in found)
+
+
+def _of_measure(
+    measure: Measure, of_arms: Mapping[str, Sequence[NDArray[np.float64]]], against: str, families_S: NDArray[np.int64]
+) -> list[ArmDifference]:
+    stacked = {label: np.stack(of_seeds) for label, of_seeds in of_arms.items()}
+    second_RS = stacked[against]
+    spread = pooled_spread([first_RS for first_RS in stacked.values() if len(first_RS) == len(second_RS)])
+    families = families_S[: second_RS.shape[1]]
+    return [
+        ArmDifference(label, against, measure.name, compare(first_RS, second_RS, measure.name, families, spread))
+        for label, first_RS in stacked.items()
+        if label != against
+    ]
 
 
 def _corrected(rows: list[ArmDifference]) -> list[ArmDifference]:
-    by_images = holm([row.comparison.p_images for row in rows])
-    over_seeds = [p for row in rows if (p := row.comparison.p_seeds) is not None]
-    by_seeds = iter(holm(over_seeds))
+    found = [row.comparison for row in rows]
+    by_images, by_seeds, by_both = (
+        _holm_of_some(p_values)
+        for p_values in (
+            [each.p_images for each in found],
+            [each.p_seeds for each in found],
+            [each.p_images if each.p_both is None else each.p_both for each in found],
+        )
+    )
     return [
-        replace(row, p_images_holm=p, p_seeds_holm=None if row.comparison.p_seeds is None else next(by_seeds))
-        for row, p in zip(rows, by_images, strict=True)
+        replace(row, p_images_holm=images, p_seeds_holm=seeds, p_holm=both)
+        for row, images, seeds, both in zip(rows, by_images, by_seeds, by_both, strict=True)
     ]
+
+
+def _holm_of_some(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's correction of those that are there."""
+    corrected = iter(holm([p for p in p_values if p is not None]))
+    return [None if p is None else next(corrected) for p in p_values]

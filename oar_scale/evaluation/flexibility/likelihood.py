@@ -19,7 +19,7 @@ from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredIma
 from oar_scale.evaluation.likelihood import nll_table, prediction_table
 from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.settings import ExtractionSettings
-from oar_scale.results.flexibility import Measure
+from oar_scale.results.flexibility import Measure, Role
 
 Orders = NDArray[np.uint16]
 ArmModelKey = tuple[str, int]
@@ -98,9 +98,20 @@ def own_orders(pieces: Mapping[ArmModelKey, Sequence[Piece]], results: Mapping[s
 
 
 def likelihood_measures(arms: Sequence[Arm], titles: Mapping[str, str]) -> tuple[Measure, ...]:
-    """The columns of the matrix: fixed orders by their titles, own ones, and those of each arm; then the calibration."""
-    columns = {**titles, OWN: "its own", **{_of_arm(arm): f"those of {arm.label}" for arm in arms if len(arms) > 1}}
-    return (*(Measure(f"nll/{name}", title, "nats a code", "lower", "likelihood") for name, title in columns.items()), *CALIBRATION)
+    """The columns of the matrix: fixed orders by their titles, own ones, and those of each arm; then the calibration.
+
+    Own orders are the primary question. In the orders of the other arms nothing is tested: they are as many as there are arms.
+    """
+
+    def column(name: str, title: str, role: Role) -> Measure:
+        return Measure(f"nll/{name}", title, "nats a code", "lower", "likelihood", role)
+
+    return (
+        *(column(name, title, "exploratory") for name, title in titles.items()),
+        column(OWN, "its own", "primary"),
+        *(column(_of_arm(arm), f"those of {arm.label}", "descriptive") for arm in arms if len(arms) > 1),
+        *CALIBRATION,
+    )
 
 
 def likelihood_sources(

@@ -23,7 +23,7 @@ from oar_scale.evaluation.pictures import decode_pictures
 from oar_scale.generation.editing import noise_numbers
 from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
-from oar_scale.results.flexibility import Measure
+from oar_scale.results.flexibility import Measure, Role
 
 DIVERSE_IMAGES, DIVERSE_SAMPLES = 64, 4
 """Captions at most that are drawn several times, and how often."""
@@ -167,12 +167,20 @@ class SampleWork:
         ]
 
 
-def sample_measures(columns: Mapping[str, str], network: FeatureNetwork) -> tuple[Measure, ...]:
-    """The measures of the matrix, by the titles of its columns, and of the diversity."""
+def sample_measures(columns: Mapping[str, str], network: FeatureNetwork, primary: str) -> tuple[Measure, ...]:
+    """The measures of the matrix, by the titles of its columns, and of the diversity.
+
+    Args:
+        primary: the column whose distance to held-out images is the primary question.
+    """
     to = {"heldout": "held-out images", "decoded": "reconstructed held-out images"}
+
+    def role(name: str, what: str) -> Role:
+        return "primary" if (name, what) == (primary, "heldout") else "exploratory"
+
     return (
         *(
-            Measure(f"samples/{name}/{what}", f"{title}; to {images}", network.kid, "lower", "samples")
+            Measure(f"samples/{name}/{what}", f"{title}; to {images}", network.kid, "lower", "samples", role(name, what))
             for what, images in to.items()
             for name, title in columns.items()
         ),
