@@ -21,6 +21,11 @@ def add(verbs: Subparsers) -> None:
     verb.add_argument(
         "--metrics", metavar="A,B", help="fd (fid), sfd (sfid), kid, precision, recall, density, coverage, is, clip; default: all"
     )
+    verb.add_argument(
+        "--paired",
+        choices=("caption", "name"),
+        help="samples were drawn for the captions of the reference: kid leaves out pairs of one caption, or of one name",
+    )
     verb.add_argument("--size", type=count, metavar="N", help="bring every image to its middle square of N x N first")
     verb.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
     verb.add_argument("--cache", default="", metavar="FOLDER", help="of features (or s3://); default: ~/.cache/oar_scale/features")
@@ -47,7 +52,7 @@ def _distance(arguments: argparse.Namespace) -> None:
     from oar_scale.evaluation.extractors import ExtractorSpec
     from oar_scale.text import say
 
-    fields = ("samples", "reference", "size", "cache", "actors", "gpus_per_actor", "batch", "kept", "seed", "out")
+    fields = ("samples", "reference", "size", "cache", "actors", "gpus_per_actor", "batch", "kept", "seed", "paired", "out")
     given = {name: getattr(arguments, name) for name in (*fields, "export_npz", "export_statistics")}
     metrics = tuple(name.strip() for name in arguments.metrics.split(",")) if arguments.metrics else ()
     extractor = ExtractorSpec(arguments.features, arguments.weights, arguments.sha256)

@@ -12,6 +12,7 @@ from oar_scale import __version__
 from oar_scale.errors import UserError
 from oar_scale.evaluation.adm_batch import read_batch, read_statistics, write_batch, write_statistics
 from oar_scale.evaluation.extractors import Extractor, ExtractorSpec, extractor_id, load_extractor
+from oar_scale.evaluation.image_marks import Pairing
 from oar_scale.evaluation.image_sets import ImageSet, find_images
 from oar_scale.evaluation.set_figures import FEWEST, OF_SAMPLES_ALONE, Comparison, Side, figure_names
 from oar_scale.json_object import JsonObject
@@ -43,6 +44,8 @@ class DistanceRequest:
     batch: int = 64
     kept: int = 50_000
     seed: int = 0
+    paired: Pairing | None = None
+    """What images of both sides that belong together have in common; KID leaves out such pairs."""
     out: str | None = None
     export_npz: str | None = None
     export_statistics: str | None = None
@@ -79,7 +82,7 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
         say(f"{request.export_statistics}: statistics of {request.samples}")
         if request.reference is None and not request.metrics:
             return
-    comparison = Comparison(samples, reference, network.label, network.standard, request.kept, request.seed)
+    comparison = Comparison(samples, reference, network.label, network.standard, request.kept, request.seed, request.paired)
     wanted = comparison.wanted(names)
     if not wanted and (few := comparison.left_out(wanted)):
         raise UserError("; ".join(few))
@@ -110,6 +113,8 @@ def _check(request: DistanceRequest) -> None:
         raise UserError(f"--export-npz {request.export_npz}: name a file .npz")
     if request.export_statistics and not request.export_statistics.lower().endswith(".npz"):
         raise UserError(f"--export-statistics {request.export_statistics}: name a file .npz")
+    if request.paired and request.metrics and "kid" not in request.metrics:
+        raise UserError(f"--paired {request.paired}: only kid leaves pairs out, and it is not among --metrics")
     if request.kept < FEWEST_KEPT:
         raise UserError(f"--kept {request.kept}: a neighbourhood has {FEWEST_KEPT} images at least, so keep as many")
 

@@ -1,6 +1,6 @@
 """The features of a set of images on a disk or in S3, a file for each part, from which statistics and samples are read in turn.
 
-    FOLDER/00000.npz    pooled float32 [n, F], and spatial, logits, captions where the extractor has them
+    FOLDER/00000.npz    pooled float32 [n, F], and spatial, logits, captions where the extractor has them; marks uint64 [n, 3]
 
 For 50,000 images of InceptionV3 that is 1 GB; in memory are one part, the sums, and the rows that were asked for.
 """
@@ -11,6 +11,7 @@ import io
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 
 from oar_scale.errors import UserError
 from oar_scale.evaluation.extractors import LAYERS, Extractor, Layer
+from oar_scale.evaluation.image_marks import Marks, marks_of
 from oar_scale.evaluation.image_sets import ImageSet, SetImage, SetPart
 from oar_scale.evaluation.moments import Moments, merge_moments
 from oar_scale.storage import Missing, join, open_storage
 
 Rows = NDArray[np.float32]
+FILE_FORMAT = 2
+"""Of the files; those of format 1 had no marks."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def part_features(images: ImageSet, part: SetPart, extractor: Extractor, batch: 
         UserError: an image that cannot be read, images of several sizes, or features that are no numbers; names the image.
     """
     found: dict[Layer, list[Rows]] = {}
-    side, count, captioned = None, 0, True
+    side, captioned, marks = None, True, list[Marks]()
     for some in _batches(images.read(part), batch):
         for image in some:
             side = side or (image.pixels.shape[0], image.pixels.shape[1])
@@ -67,13 +71,14 @@ def part_features(images: ImageSet, part: SetPart, extractor: Extractor, batch: 
             if len(broken):
                 raise UserError(f"{images.where}: the features of {some[int(broken[0])].name} are no numbers (NaN or infinite)")
             found.setdefault(layer, []).append(values.float().numpy())
-        count += len(some)
+        marks.append(marks_of(some))
         if callable(on_batch):
             on_batch()
     arrays = {layer: np.concatenate(rows) for layer, rows in found.items() if layer != "captions" or captioned}
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # the names are never one of its options
-    return PartFeatures(buffer.getvalue(), count, side, tuple(layer for layer in LAYERS if layer in arrays))
+    marked = np.concatenate([np.empty((0, 3), np.uint64), *marks])
+    np.savez(buffer, marks=marked, **arrays)  # type: ignore[arg-type]  # the names are never one of its options
+    return PartFeatures(buffer.getvalue(), len(marked), side, tuple(layer for layer in LAYERS if layer in arrays))
 
 
 def _batches(images: Iterator[SetImage], size: int) -> Iterator[list[SetImage]]:
@@ -132,19 +137,26 @@ class FeatureFiles:
             start += len(rows)
         return np.concatenate(found)
 
+    def marks(self) -> Marks:
+        """The marks of all images."""
+        return np.concatenate(list(self._arrays("marks", np.dtype(np.uint64))))
+
     def _parts(self, layer: Layer) -> Iterator[Rows]:
+        return self._arrays(layer, np.dtype(np.float32))
+
+    def _arrays(self, name: str, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
         for part, count in self.counts.items():
             if not count:
                 continue
             uri = join(self.folder, feature_file(part))
             try:
                 with np.load(io.BytesIO(open_storage(uri).read(uri)), allow_pickle=False) as arrays:
-                    rows = np.asarray(arrays[layer])
+                    rows = np.asarray(arrays[name])
             except (Missing, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
                 raise UserError(f"{uri}: not the features that were written there ({error}). Remove it, and run this again.") from error
-            if rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != count:
+            if rows.dtype != dtype or rows.ndim != 2 or len(rows) != count:
                 found = f"{rows.dtype} {list(rows.shape)}"
-                raise UserError(f"{uri}: {layer} is {found}, not float32 of {count} images. Remove it, and run this again.")
+                raise UserError(f"{uri}: {name} is {found}, not {dtype} of {count} images. Remove it, and run this again.")
             yield rows
 
 

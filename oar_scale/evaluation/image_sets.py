@@ -1,10 +1,11 @@
 """A set of images to be compared with another one, wherever it lies, cut into parts that are read one at a time.
 
-    a folder of images          PART_IMAGES of them, in the order of their paths     captions: cat.txt beside cat.png
+    a folder of images          PART_IMAGES of them, in the order of their paths     captions: cat.txt beside cat.png, a drawing's record
     WebDataset shards           a tar (a folder or s3://)                            captions: KEY.txt
     arr_0 of an .npz            PART_IMAGES rows                                     no captions
 
-A set has a fingerprint that changes with any byte of its images. Pictures are decoded as everywhere here: upright, on white.
+A set has a fingerprint that changes with any byte of its images, and of the captions beside them. Pictures are decoded as everywhere here:
+upright, on white.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from oar_scale.data.sources.image_files import image_files
 from oar_scale.data.views import make_view
 from oar_scale.errors import UserError
 from oar_scale.evaluation.adm_batch import Batch, read_batch
+from oar_scale.generation.picture_files import read_record
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.background import in_order
 from oar_scale.storage.schemes import LOCAL, scheme_of
@@ -39,6 +41,8 @@ from oar_scale.text import NotText, decode_text
 PART_IMAGES = 1000
 READERS = 8
 Kind = Literal["folder", "shards", "batch"]
+_Found = tuple[str, Image.Image, str | None, str]
+"""Name, picture, caption and key of an image."""
 
 
 class SetImage(NamedTuple):
@@ -48,6 +52,8 @@ class SetImage(NamedTuple):
     pixels: NDArray[np.uint8]
     """[H, W, 3]"""
     caption: str | None
+    key: str
+    """What it is called in any set: its path without the ending, its key in a shard, its row."""
 
 
 @dataclass(frozen=True)
@@ -83,33 +89,34 @@ class ImageSet:
         Raises:
             UserError: an image cannot be read; names it.
         """
-        readers: dict[Kind, Callable[[SetPart], Iterator[tuple[str, Image.Image, str | None]]]] = {
+        readers: dict[Kind, Callable[[SetPart], Iterator[_Found]]] = {
             "folder": self._folder_images,
             "shards": self._shard_images,
             "batch": self._batch_images,
         }
-        for name, picture, caption in readers[self.kind](part):
+        for name, picture, caption, key in readers[self.kind](part):
             sized = picture if self.size is None else make_view(picture, "center", name, self.size)
-            yield SetImage(name, np.asarray(sized), caption)
+            yield SetImage(name, np.asarray(sized), caption, key)
 
-    def _folder_images(self, part: SetPart) -> Iterator[tuple[str, Image.Image, str | None]]:
+    def _folder_images(self, part: SetPart) -> Iterator[_Found]:
         for name in part.files:
             path = os.path.join(self.where, name)
-            yield name, decode_image(open_storage(path).read(path), path), _caption_beside(path)
+            data = open_storage(path).read(path)
+            yield name, decode_image(data, path), _caption_beside(path) or _caption_in(data), os.path.splitext(name)[0]
 
-    def _shard_images(self, part: SetPart) -> Iterator[tuple[str, Image.Image, str | None]]:
+    def _shard_images(self, part: SetPart) -> Iterator[_Found]:
         uri = join(self.where, part.files[0])
         with open_bytes(uri) as data:
             shard = ImageShard(data, uri)
             for row, key in enumerate(shard.keys):
-                yield f"{part.name}: {key}", shard.picture(row), _text(shard.find(row, ("txt",)), f"{uri}: {key}.txt")
+                yield f"{part.name}: {key}", shard.picture(row), _text(shard.find(row, ("txt",)), f"{uri}: {key}.txt"), key
 
-    def _batch_images(self, part: SetPart) -> Iterator[tuple[str, Image.Image, str | None]]:
+    def _batch_images(self, part: SetPart) -> Iterator[_Found]:
         batch = read_batch(self.where)
         if batch is None:
             raise UserError(f"{self.where}: its images are gone")
         for row, pixels in enumerate(batch.rows(*part.rows), part.rows[0]):
-            yield f"image {row}", Image.fromarray(pixels), None
+            yield f"image {row}", Image.fromarray(pixels), None, str(row)
 
 
 def find_images(where: str, size: int | None = None) -> ImageSet:
@@ -151,8 +158,12 @@ def _folder_parts(folder: str) -> tuple[SetPart, ...]:
 
 def _file_print(folder: str, name: str) -> list[int]:
     path = os.path.join(folder, name)
-    data = open_storage(path).read(path)
-    return [len(data), crc32c(data)]
+    found = []
+    for each in (path, _beside(path)):
+        if each == path or os.path.isfile(each):
+            data = open_storage(each).read(each)
+            found += [len(data), crc32c(data)]
+    return found
 
 
 def _shard_parts(folder: str, names: list[str]) -> tuple[SetPart, ...]:
@@ -184,8 +195,21 @@ def _batch_parts(batch: Batch) -> tuple[SetPart, ...]:
 
 
 def _caption_beside(path: str) -> str | None:
-    beside = os.path.splitext(path)[0] + ".txt"
+    beside = _beside(path)
     return _text(open_storage(beside).read(beside), beside) if os.path.isfile(beside) else None
+
+
+def _beside(path: str) -> str:
+    return os.path.splitext(path)[0] + ".txt"
+
+
+def _caption_in(data: bytes) -> str | None:
+    """The caption that a drawing of ``oar sample`` says it was drawn for. None where it says none, or what this version cannot read."""
+    try:
+        record = read_record(data)
+    except UserError:
+        return None
+    return record.prompt.strip() or None if record and isinstance(record.prompt, str) else None
 
 
 def _text(data: bytes | memoryview | None, where: str) -> str | None:

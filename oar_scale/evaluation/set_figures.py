@@ -20,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.errors import UserError
-from oar_scale.evaluation.distances import Gaussian, Matrix, frechet_distance, kid, kid_error
+from oar_scale.evaluation.distances import Gaussian, Groups, Matrix, frechet_distance, kid, kid_error
 from oar_scale.evaluation.extractors import Layer
 from oar_scale.evaluation.feature_files import FeatureFiles
+from oar_scale.evaluation.image_marks import Marks, Pairing, repeated, shared, shared_pixels
+from oar_scale.evaluation.image_marks import groups as caption_groups
 from oar_scale.evaluation.moments import Moments
 from oar_scale.evaluation.neighbours import K_DENSITY, K_PRECISION, Neighbours, Share, neighbours
 from oar_scale.evaluation.scores import clip_score, inception_score
@@ -148,6 +150,8 @@ class Comparison:
     kept: int = 50_000
     """Images of a side, at most, of which KID, precision, recall, density and coverage look at the features: a random choice."""
     seed: int = 0
+    paired: Pairing | None = None
+    """Images of both sides with the same caption, or of the same name, are about one thing: KID leaves such pairs out."""
 
     def name(self, figure: str) -> str:
         """What a figure is called on these features."""
@@ -208,6 +212,23 @@ class Comparison:
             if side.files and side.files.images > self.kept and set(figures) - {*OF_STATISTICS, *OF_SAMPLES_ALONE}:
                 chosen = f"{self.kept} of {side.files.images} images, a random choice"
                 notes.append(f"{side.where}: {chosen}, in all but Frechet distances and scores of the samples (--kept)")
+        return notes + self._same_images(figures)
+
+    def _same_images(self, figures: Sequence[str]) -> list[str]:
+        """What a reader must know where some images are the same, or about the same."""
+        notes = []
+        for where, marks in self._marks:
+            if same := repeated(marks):
+                notes.append(f"{where}: {same} of {len(marks)} images are, pixel for pixel, the same as another one of the set")
+        if len(self._marks) == 2:
+            (where, samples), (_, reference) = self._marks
+            if copies := shared_pixels(samples, reference):
+                notes.append(f"{where}: {copies} of {len(samples)} images are, pixel for pixel, images of the reference")
+            if "kid" in figures and self.paired is None and (same := shared(samples, reference, "caption")):
+                notes.append(
+                    f"{self.name('kid')}: {same} of {len(samples)} samples have the caption of a reference image, and are more like it "
+                    "than others, which makes KID too small. --paired caption leaves such pairs out, as the stage evaluate does."
+                )
         return notes
 
     # -- one figure each -----------------------------------------------------------------------------------------------------
@@ -259,14 +280,16 @@ class Comparison:
 
     def _kid(self, figure: str) -> JsonObject:
         samples, reference = self._kept
-        found = kid(samples, reference, seed=self.seed)
+        groups = self._groups(self.paired) if self.paired else None
+        found = kid(samples, reference, groups=groups, seed=self.seed)
         # That of the mean over all subsets, to which the choice of the subsets adds what is between them.
-        error = np.hypot(kid_error(samples, reference), found.std / np.sqrt(found.subsets))
+        error = np.hypot(kid_error(samples, reference, groups=groups), found.std / np.sqrt(found.subsets))
         return {
             "value": found.mean,
             "error": float(error),
             "error_is": "standard error by the jackknife over images",
             "deviation_between_subsets": found.std,
+            "paired": self.paired,
             "samples": len(samples),
             "reference": len(reference),
         }
@@ -310,6 +333,20 @@ class Comparison:
         if sides[0].shape[1] != sides[1].shape[1]:
             raise ValueError(f"{sides[0].shape[1]} features cannot be compared with {sides[1].shape[1]}: other networks made them")
         return sides[0], sides[1]
+
+    @cached_property
+    def _marks(self) -> list[tuple[str, Marks]]:
+        """Where the sides lie that have images, and the marks of these."""
+        return [(side.where, side.files.marks()) for side in (self.samples, self.reference) if side.files is not None]
+
+    def _groups(self, by: Pairing) -> Groups:
+        """What the images of :attr:`_kept` belong to."""
+        samples, reference = (
+            (where, marks[side.files.chosen(self.kept, self.seed)])
+            for (where, marks), side in zip(self._marks, (self.samples, self.reference), strict=True)
+            if side.files is not None
+        )
+        return caption_groups(samples, reference, by)
 
     @cached_property
     def _neighbours(self) -> Neighbours:

@@ -18,7 +18,7 @@ import torch
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.errors import UserError
 from oar_scale.evaluation.extractors import LAYERS, ExtractorSpec, extractor_id, load_extractor
-from oar_scale.evaluation.feature_files import FeatureFiles, feature_file, part_features
+from oar_scale.evaluation.feature_files import FILE_FORMAT, FeatureFiles, feature_file, part_features
 from oar_scale.evaluation.image_sets import ImageSet
 from oar_scale.shard_pool import Bounds, OnStep, PoolReport, ShardOutput, ShardResult, Timing, Worker, run_pool
 from oar_scale.shard_pool.pool_run import lost_outputs
@@ -47,7 +47,8 @@ class FeatureJob:
     @property
     def out(self) -> str:
         """Folder URI of the features."""
-        return join(self.cache, f"{self.images.fingerprint}-{fingerprint({'extractor': self.extractor_id})}")
+        made_by = fingerprint({"extractor": self.extractor_id, "format": FILE_FORMAT})
+        return join(self.cache, f"{self.images.fingerprint}-{made_by}")
 
     def make_worker(self) -> Worker:
         """Load the network; called in the actor's process."""

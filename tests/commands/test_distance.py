@@ -112,6 +112,8 @@ def test_a_folder_of_images_becomes_a_batch(sets: list[str], tmp_path: Path, cap
         (["--gpus-per-actor", "1"], "--gpus-per-actor means nothing without --actors"),
         (["--gpus-per-actor", "nan", "--actors", "1"], "--gpus-per-actor nan must be a number from 0"),
         (["--export-npz", "batch.zip"], r"batch.zip: name a file .npz"),
+        (["--paired", "caption"], "--paired caption: 14 of 14 images of"),
+        (["--paired", "name", "--metrics", "fd"], "only kid leaves pairs out"),
         (["--kept", "5"], "--kept 5: a neighbourhood has 6 images at least"),
     ],
 )
@@ -140,6 +142,8 @@ def test_sets_that_do_not_belong_together_are_one_error(sets: list[str], tmp_pat
     shown = capsys.readouterr().out
     assert "fd_efflite0 " in shown and "coverage_efflite0 " in shown
     assert "note: " + three + " has 3 images; kid_efflite0 needs 4, recall_efflite0 needs 4: left out" in shown
+    assert main(["distance", sets[0], sets[0], "--paired", "name", "--metrics", "kid"]) == 0
+    assert "14 of 14 images are, pixel for pixel, images of the reference" in capsys.readouterr().out
     assert main(["distance", sets[0], sets[1], "--kept", "6", "--metrics", "fd,kid,density"]) == 0
     assert main(["distance", sets[0]]) == 2
     assert "nothing can be measured of it without a reference" in capsys.readouterr().err

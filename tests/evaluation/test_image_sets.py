@@ -16,6 +16,8 @@ from oar_scale.errors import UserError
 from oar_scale.evaluation import image_sets
 from oar_scale.evaluation.adm_batch import write_batch
 from oar_scale.evaluation.image_sets import ImageSet, SetImage, find_images
+from oar_scale.generation.picture_files import DrawingRecord, encode_png
+from oar_scale.generation.settings import SampleSettings
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
 
@@ -49,6 +51,19 @@ def batch(path: Path) -> Path:
 
 def read(images: ImageSet) -> list[SetImage]:
     return [image for part in images.parts for image in images.read(part)]
+
+
+def test_a_drawing_says_its_caption_and_a_text_beside_it_says_more(tmp_path: Path) -> None:
+    """The text beside a picture is part of the set: another one is another set."""
+    settings = SampleSettings(guidance=1, temperature=1, top_k=0, order_temperature=0)
+    record = DrawingRecord(prompt="a red apple", seed=0, number=0, model="a" * 16, order="halton", settings=settings, grid=2, size=(6, 6))
+    for name, drawn in (("drawn.png", record), ("label.png", record.model_copy(update={"prompt": 7})), ("plain.png", None)):
+        (tmp_path / name).write_bytes(encode_png(Image.fromarray(PIXELS[0]), drawn))
+    before = find_images(str(tmp_path))
+    assert [(image.key, image.caption) for image in read(before)] == [("drawn", "a red apple"), ("label", None), ("plain", None)]
+    (tmp_path / "drawn.txt").write_text("a green apple\n")
+    after = find_images(str(tmp_path))
+    assert read(after)[0].caption == "a green apple" and after.fingerprint != before.fingerprint
 
 
 def test_images_are_the_same_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,12 +27,21 @@ FEATURES = 6
 Rows = NDArray[np.float32]
 
 
-def stored(folder: Path, parts: Sequence[Rows], **layers: Rows) -> FeatureFiles:
-    """A set whose pooled features are these, a file a part; further layers go to a single part."""
+def stored(folder: Path, parts: Sequence[Rows], captions_S: Sequence[int] | None = None, **layers: Rows) -> FeatureFiles:
+    """A set whose pooled features are these, a file a part; further layers go to a single part.
+
+    Args:
+        captions_S: a number for the caption of each image; default: there are none. Its pixels are its features.
+    """
     folder.mkdir()
-    counts = {}
+    counts: dict[str, int] = {}
     for index, rows in enumerate(parts):
-        np.savez(folder / feature_file(f"{index:05d}"), pooled=rows, **layers)
+        start = sum(counts.values())
+        numbers = [0] * len(rows) if captions_S is None else captions_S[start : start + len(rows)]
+        marks = [
+            (start + at + 1, caption, hash(row.tobytes()) % 2**64) for at, (row, caption) in enumerate(zip(rows, numbers, strict=True))
+        ]
+        np.savez(folder / feature_file(f"{index:05d}"), pooled=rows, marks=np.array(marks, np.uint64), **layers)
         counts[f"{index:05d}"] = len(rows)
     names: tuple[Layer, ...] = ("pooled", *(layer for layer in ("spatial", "logits", "captions") if layer in layers))  # type: ignore[assignment]
     return FeatureFiles(str(folder), counts, names)
@@ -149,6 +158,55 @@ def test_too_few_images_and_other_dimensions_are_errors(tmp_path: Path, two: tup
     for figure in ("fd", "kid", "coverage"):
         with pytest.raises(UserError, match=f"{other.where} and reference: .*5 features cannot be compared with 6"):
             Comparison(other, comparison.reference, "small", False).figures([figure])
+
+
+def test_pairs_of_one_caption_are_left_out_of_kid(tmp_path: Path) -> None:
+    """Three drawings of each caption, of which the reference has one image: those of a perfect model, unbiased only without the pairs."""
+    rng, found = np.random.default_rng(5), []
+    for trial in range(30):
+        shared = rng.normal(size=(20, FEATURES))
+        drawn = np.repeat(shared, 3, 0) + 0.3 * rng.normal(size=(60, FEATURES))
+        real = shared + 0.3 * rng.normal(size=(20, FEATURES))
+        order = rng.permutation(60)
+        captions = (np.arange(60) // 3 + 1)[order]
+        samples = Side("s", stored(tmp_path / f"s{trial}", np.split(drawn[order].astype(np.float32), [25]), captions.tolist()))
+        reference = Side("r", stored(tmp_path / f"r{trial}", [real.astype(np.float32)], [*range(1, 21)]))
+        plain, paired = (Comparison(samples, reference, "x", False, 50_000, 0, how) for how in (None, "caption"))  # type: ignore[arg-type]
+        found.append([each.figures(["kid"])["kid_x"]["value"] for each in (plain, paired)])
+    (biased, unbiased), errors = np.mean(found, axis=0), np.std(found, axis=0) / np.sqrt(len(found))
+    assert abs(unbiased) < 4 * errors[1] and abs(biased) > 6 * errors[0]
+    assert any("60 of 60 samples have the caption of a reference image" in note for note in plain.notes(["kid"]))
+    assert paired.notes(["kid"]) == []
+    expected = kid(drawn[order].astype(np.float32), real.astype(np.float32), groups=(captions, np.arange(1, 21)))
+    assert paired.figures(["kid"])["kid_x"]["value"] == pytest.approx(expected.mean, rel=1e-9)
+
+
+def test_sets_that_cannot_be_paired_are_an_error(tmp_path: Path, two: tuple[Rows, Rows, Comparison]) -> None:
+    samples, _, comparison = two
+    for by, says in (("caption", "60 of 60 images of samples have no caption"), ("name", None)):
+        paired = Comparison(comparison.samples, comparison.reference, "small", False, paired=by)  # type: ignore[arg-type]
+        if says is None:
+            assert paired.figures(["kid"])["kid_small"]["paired"] == "name"
+            continue
+        with pytest.raises(UserError, match=f"--paired {by}: {says}"):
+            paired.figures(["kid"])
+    own = Side("own", stored(tmp_path / "own", [samples], [7] * 60))
+    other = Side("other", stored(tmp_path / "other", [samples], [8] * 60))
+    with pytest.raises(UserError, match="--paired caption: own and other have no caption in common"):
+        Comparison(own, other, "x", False, paired="caption").figures(["kid"])
+
+
+def test_images_that_are_the_same_are_pointed_out(tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    rows, reference = rng.normal(size=(20, FEATURES)).astype(np.float32), rng.normal(size=(20, FEATURES)).astype(np.float32)
+    rows[5:9] = rows[4]
+    rows[12] = reference[3]
+    sides = [Side("a", stored(tmp_path / "a", np.split(rows, [7]))), Side("b", stored(tmp_path / "b", [reference]))]
+    notes = Comparison(*sides, "x", False).notes(["kid"])
+    assert notes == [
+        "a: 5 of 20 images are, pixel for pixel, the same as another one of the set",
+        "a: 1 of 20 images are, pixel for pixel, images of the reference",
+    ]
 
 
 def test_scores_need_their_layers(tmp_path: Path) -> None:
