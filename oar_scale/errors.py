@@ -15,9 +15,18 @@ class UserError(Exception):
 class Requeue(Exception):
     """A stop was requested and the state is saved; the same command resumes from it (exit code 75)."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, unfinished: int = 0) -> None:
+        """``unfinished``: shards or parts that were being computed, of which nothing is saved."""
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.unfinished = reason, unfinished
+
+    @property
+    def state(self) -> str:
+        """What of the work is saved, in words."""
+        if not self.unfinished:
+            return "everything saved"
+        were = "1 part was" if self.unfinished == 1 else f"{self.unfinished} parts were"
+        return f"all finished parts saved; {were} still being computed and will be computed anew"
 
 
 class Missing(UserError):

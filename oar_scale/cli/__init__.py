@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 the doctor says FAIL, shards, order tables or checkpoints have faults, a recipe does not fit as written,
-        2 something the user can fix, 75 stopped by a signal with everything saved (run it again), 130 interrupted, 141 nobody reads on.
+        2 something the user can fix, 75 stopped by a signal with its progress saved (run it again), 130 interrupted, 141 nobody reads on.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {cut(printable(redact(str(error))))}", file=sys.stderr)
         return 2
     except Requeue as stop:
-        print(f"stopped ({stop.reason}) with everything saved; run the same command again to resume", file=sys.stderr)
+        print(f"stopped ({stop.reason}) with {stop.state}; run the same command again to resume", file=sys.stderr)
         return REQUEUE
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from oar_scale.data.notes import NO_DATA, Notes
+from oar_scale.errors import UserError
 from oar_scale.storage import open_storage
 from oar_scale.storage.schemes import LOCAL, scheme_of
 
@@ -68,6 +69,21 @@ def files_below(folder: str, notes: Notes) -> list[str]:
         else:
             notes.add(NO_DATA, name)
     return found
+
+
+def require_folder(path: str, what: str = "") -> None:
+    """Check that a folder that is about to be listed is there; prefixes of a bucket are never.
+
+    Args:
+        what: begins the error: where the user named it.
+
+    Raises:
+        UserError: there is nothing at a local path, or a file.
+    """
+    if scheme_of(path) != LOCAL or os.path.isdir(path):
+        return
+    why = "is a file, and a folder is wanted" if os.path.exists(path) else "no such folder. Check the path"
+    raise UserError(f"{what}{path}: {why}.")
 
 
 def shards_among(names: Sequence[str], notes: Notes, pattern: str = "*.tar") -> list[str]:

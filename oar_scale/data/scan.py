@@ -21,7 +21,7 @@ from typing import TypeVar
 import crc32c
 import numpy as np
 
-from oar_scale.data.data_files import files_below, shards_among
+from oar_scale.data.data_files import files_below, require_folder, shards_among
 from oar_scale.data.images import EXTENSIONS, decode_image
 from oar_scale.data.labels import label_of, stored_label
 from oar_scale.data.notes import NO_DATA, SEVERAL_FORMATS, Notes
@@ -75,9 +75,10 @@ def list_shards(folder: str, pattern: str = "*.tar", notes: Notes | None = None)
         notes: gets what was passed over (:mod:`oar_scale.data.data_files`).
 
     Raises:
-        UserError: there are none, or one has a name that leads out of the folder.
+        UserError: there is no such folder, or no shard in it, or one has a name that leads out of the folder.
     """
     notes = notes or Notes()
+    require_folder(folder)
     names = files_below(folder, notes)
     shards = shards_among(names, notes, pattern)
     if not shards:

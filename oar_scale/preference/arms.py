@@ -13,7 +13,7 @@ import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from oar_scale.data.data_files import files_below
+from oar_scale.data.data_files import files_below, require_folder
 from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.notes import Notes
 from oar_scale.errors import UserError
@@ -70,6 +70,7 @@ def read_arms(folders: Sequence[tuple[str, str]]) -> tuple[list[Arm], list[Item]
 
 
 def _pictures(name: str, folder: str) -> list[ArmPicture]:
+    require_folder(folder, f"{name}=")
     names = [each for each in files_below(folder, Notes()) if each.lower().rpartition(".")[2] in EXTENSIONS]
     if not names:
         raise UserError(f"{name}={folder}: no picture in this folder (*.{', *.'.join(EXTENSIONS)})")

@@ -75,8 +75,7 @@ class PoolDriver:
                 self._begin()
                 while self.unfinished:
                     if self.signals.reason:
-                        self._drain(self.signals.reason)
-                        raise Requeue(self.signals.reason)
+                        raise Requeue(self.signals.reason, unfinished=self._drain(self.signals.reason))
                     self.actors.start_for(len(self.pending))
                     self._assign_shards()
                     for actor, outcome in actors.wait(interval_s):
@@ -339,8 +338,8 @@ class PoolDriver:
 
     # -- being stopped --------------------------------------------------------------------------------------------------
 
-    def _drain(self, reason: str) -> None:
-        """Let running shards end if they do so in time; claims beyond that are released as the lease ends."""
+    def _drain(self, reason: str) -> int:
+        """Let running shards end if they do so in time; claims beyond that are released as the lease ends. Returns how many did not end."""
         actors = self.actors
         self._emit("draining", reason=reason, running=len(actors.busy) - len(actors.starting()), grace_s=self.timing.grace_s)
         end, before = self.clock() + self.timing.grace_s, len(self.report.done)
@@ -352,3 +351,4 @@ class PoolDriver:
                 if actor in actors.started_at:
                     actors.stop(actor)
         self._emit("drained", finished=len(self.report.done) - before, handed_back=len(actors.busy))
+        return len(actors.busy)

@@ -81,6 +81,13 @@ def test_picture_and_token_shards_do_not_share_a_manifest(tmp_path: Path) -> Non
     assert len(index_folder(IndexJob(str(tmp_path), pattern="0000[0-2].tar")).manifest.shards) == 3
 
 
+def test_a_folder_that_is_not_there_is_not_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name, says in (("nowhere", "nowhere: no such folder"), ("file", "file: is a file, and a folder is wanted")):
+        with pytest.raises(UserError, match=says):
+            index_folder(IndexJob(str(tmp_path / name)))
+
+
 def test_shards_come_in_the_natural_order_of_their_numbers(tmp_path: Path) -> None:
     names = ["b-2.tar", "b-10.tar", "a/1.tar", "b-9.tar", "b-007.tar", "a/12.tar", "b-7.tar", "10.tar", "9.tar"]
     for name in names:

@@ -288,8 +288,10 @@ def test_shards_on_s3_give_the_same_images(tmp_path: Path, s3_root: str) -> None
 
 
 def test_a_broken_or_missing_shard_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing: no \.tar below it"):
-        open_source(source_of(type="webdataset", url=str(tmp_path / "nothing")))
+    (tmp_path / "empty").mkdir()
+    for name, says in (("nothing", "no such folder"), ("empty", r"no \.tar below it")):
+        with pytest.raises(UserError, match=f"{name}: {says}"):
+            open_source(source_of(type="webdataset", url=str(tmp_path / name)))
     put(tmp_path / "00000.tar", foreign_shard(img2dataset(0), tarfile.GNU_FORMAT)[:3000])
     with pytest.raises(UserError, match=r"00000\.tar: truncated or broken tar"):
         list(open_source(source_of(type="webdataset", url=str(tmp_path))).images())

@@ -138,7 +138,8 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     for arms, words in (
         ((f"a={one}", f"b={other}"), "no prompt, seed and number is in all arms"),
         ((f"a={one}", f"b={tmp_path / 'empty'}"), "no picture in this folder"),
-        ((f"a={one}", f"b={tmp_path / 'nowhere'}"), "no picture in this folder"),
+        ((f"a={one}", f"b={tmp_path / 'nowhere'}"), "b=.*nowhere: no such folder"),
+        ((f"a={one}", f"b={tmp_path / 'one' / '000000.png'}"), "is a file, and a folder is wanted"),
         ((f"a={one}", f"b={broken}"), "broken.0000"),
         ((f"a={one}", f"b={twice}"), "drawings of the same prompt, seed and number"),
         ((f"a={one}", f"a={one}"), "same name"),

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from oar_scale.config.schema import WebDatasetSource
-from oar_scale.data.data_files import files_below, shards_among
+from oar_scale.data.data_files import files_below, require_folder, shards_among
 from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.labels import stored_label
 from oar_scale.data.notes import NO_DATA, SEVERAL_FORMATS, Notes
@@ -54,6 +54,8 @@ class WebDatasetImages:
         self.notes = Notes()
         self.config = config
         one = config.url.lower().endswith(".tar") and not os.path.isdir(config.url)
+        if not one:
+            require_folder(config.url, "data.source.url ")
         names = [] if one else shards_among(files_below(config.url, self.notes), self.notes)
         self.shards = [config.url] if one else [join(config.url, name) for name in names]
         if not self.shards:
