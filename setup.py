@@ -66,6 +66,7 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.17",
             "scipy>=1.17",
+            "torchmetrics>=1.9",  # other people's FID, KID and Inception Score in tests
         ],
     },
 )

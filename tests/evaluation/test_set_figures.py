@@ -137,7 +137,7 @@ def test_fewer_images_than_features_are_pointed_out(tmp_path: Path) -> None:
     small = Side("a", stored(tmp_path / "a", [rng.normal(size=(6, FEATURES)).astype(np.float32)]))
     large = Side("b", stored(tmp_path / "b", [rng.normal(size=(50, FEATURES)).astype(np.float32)]))
     assert any("a has 6 images for 6 features" in note for note in Comparison(small, large, "x", False).notes(["fd"]))
-    assert not Comparison(large, large, "x", False).notes(["fd"])
+    assert not any("singular" in note for note in Comparison(large, large, "x", False).notes(["fd"]))
 
 
 def test_too_few_images_and_other_dimensions_are_errors(tmp_path: Path, two: tuple[Rows, Rows, Comparison]) -> None:
