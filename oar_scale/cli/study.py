@@ -31,7 +31,7 @@ def _add_build(actions: Subparsers) -> None:
         "--per-rater", type=count, default=60, metavar="M", help="pairs that one rater is shown at most; default: %(default)s"
     )
     build.add_argument(
-        "--checks", type=_number, metavar="K", help="attention checks that each rater is shown as well; default: 6, or as many as fit"
+        "--checks", type=_number, metavar="K", help="attention checks that each rater is shown as well; default: 10, or as many as fit"
     )
     build.add_argument("--seed", type=seed, default=0, help="of all that is random; default: %(default)s")
     build.add_argument("--question", help="what raters are asked; {caption} stands for the caption")
@@ -58,9 +58,9 @@ def _add_results(actions: Subparsers) -> None:
     results.add_argument(
         "--threshold",
         type=share,
-        default=0.75,
+        default=0.85,
         metavar="SHARE",
-        help="of the attention checks that raters have to pass; default: %(default)s",
+        help="of the attention checks that raters have to pass; they also have to do better than chance; default: %(default)s",
     )
     results.set_defaults(run=_results)
 

@@ -3,6 +3,7 @@
     oar sample RUN --prompts P --out A      every PNG says how it was drawn: paired by prompt, seed and number
     any other pictures                      paired by the name of the file without its ending; caption: NAME.txt beside one of them,
                                             else the words of the name (000012-a-red-apple.png: "a red apple")
+    NAME.json beside one of them            {"family": "waving hand"}: captions of one family are alike
 
 Names count where any picture of any folder has no record. Only what all folders have is shown.
 """
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 from oar_scale.data.data_files import files_below, require_folder
 from oar_scale.data.images import EXTENSIONS
 from oar_scale.data.notes import Notes
+from oar_scale.data.shards import identity
 from oar_scale.errors import UserError
 from oar_scale.generation.picture_files import DrawingRecord, read_record
+from oar_scale.json_object import parse_object
 from oar_scale.preference.study import Arm
 from oar_scale.storage import join, open_storage, read_named
 from oar_scale.storage.background import in_order
@@ -36,6 +39,8 @@ class ArmPicture:
     stem: str
     """Its path in the folder, without the ending."""
     record: DrawingRecord | None
+    family: str | None = None
+    """What it is a variant of, as ``NAME.json`` beside it says (``{"family": ...}``)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Item:
     """None for drawings of features, which no text describes."""
     paths: tuple[str, ...]
     """Of the arms' pictures, in the order of the arms."""
+    family: str | None = None
+    """What the pictures are variants of: an emoji in several skin tones. None where no file beside them says it."""
 
 
 def read_arms(folders: Sequence[tuple[str, str]]) -> tuple[list[Arm], list[Item]]:
@@ -64,19 +71,38 @@ def read_arms(folders: Sequence[tuple[str, str]]) -> tuple[list[Arm], list[Item]
     if not shared:
         raise UserError(_nothing_shared([name for name, *_ in arms], tables, by_record))
     items = [
-        Item(_caption([folder for _, folder, _ in arms], each), tuple(picture.path for picture in each)) for each in _rows(tables, shared)
+        Item(
+            _caption([folder for _, folder, _ in arms], each),
+            tuple(picture.path for picture in each),
+            next((picture.family for picture in each if picture.family), None),
+        )
+        for each in _rows(tables, shared)
     ]
     return [_arm(name, pictures, len(shared)) for name, _, pictures in arms], items
 
 
 def _pictures(name: str, folder: str) -> list[ArmPicture]:
     require_folder(folder, f"{name}=")
-    names = [each for each in files_below(folder, Notes()) if each.lower().rpartition(".")[2] in EXTENSIONS]
+    files = files_below(folder, Notes())
+    names = [each for each in files if each.lower().rpartition(".")[2] in EXTENSIONS]
     if not names:
         raise UserError(f"{name}={folder}: no picture in this folder (*.{', *.'.join(EXTENSIONS)})")
     paths = [join(folder, each) for each in names]
     records = in_order(lambda path: read_record(read_named(path), path), paths, READERS)
-    return [ArmPicture(path, each.rpartition(".")[0], record) for path, each, record in zip(paths, names, records, strict=True)]
+    stems, beside = [each.rpartition(".")[0] for each in names], set(files)
+    described = [join(folder, f"{stem}.json") if f"{stem}.json" in beside else None for stem in stems]
+    families = in_order(_family, described, READERS)
+    return [ArmPicture(*each) for each in zip(paths, stems, records, families, strict=True)]
+
+
+def _family(path: str | None) -> str | None:
+    """The family that a file beside a picture names, as in shards that ``oar data`` writes. Raises UserError for what is no JSON object."""
+    if path is None:
+        return None
+    try:
+        return identity(parse_object(bytes(read_named(path))))[1] or None
+    except ValueError as error:
+        raise UserError(f"{path}: lies beside a picture, and is no JSON object that could name its family ({error})") from error
 
 
 def _by_key(name: str, pictures: list[ArmPicture], by_record: bool) -> dict[Hashable, ArmPicture]:

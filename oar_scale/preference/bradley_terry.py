@@ -4,13 +4,15 @@
 
 A tie is half a win for each. One tie is added to every pair of arms that was compared, so that an arm which won all its comparisons has a
 finite strength; of two arms, s_a - s_b is then the empirical logit log((w + 1/2) / (l + 1/2)) (Anscombe, 1956). Intervals are as in
-``intervals``: a variance under clustering by rater and by caption, each by bootstrap, and Student's t.
+``intervals``: a variance under clustering by rater and by caption, each by bootstrap, and Student's t. Whether one arm is stronger than
+another is read off their difference, not off two intervals: what the arms share cancels in it. p-values are corrected for their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import evalica
 import numpy as np
@@ -19,6 +21,7 @@ from scipy import stats
 
 from oar_scale.preference.intervals import CONFIDENCE, Interval, Resamples, answer_variance, freedom, two_way
 from oar_scale.preference.votes import Floats, Votes
+from oar_scale.results.statistics import holm
 
 _TOLERANCE, _MOST_STEPS = 1e-9, 100_000
 _OUTCOMES = (evalica.Winner.X, evalica.Winner.Draw, evalica.Winner.Y)
@@ -36,11 +39,26 @@ class Strength:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """How much stronger ``first`` is than ``second``, of a group of more than two arms."""
+
+    first: str
+    second: str
+    difference: Interval
+    p_value: float
+    """Two-sided, Student's t: are they equally strong?"""
+    p_holm: float
+    """Corrected for all differences of the group (Holm 1979)."""
+
+
+@dataclass(frozen=True)
 class Group:
     """Arms that were compared with one another, be it through others. Strengths of two groups cannot be compared."""
 
     strengths: tuple[Strength, ...]
     """The strongest first."""
+    differences: tuple[Difference, ...] = ()
+    """Of all pairs of arms, where there are more than two; the stronger one first."""
 
 
 def strength_groups(votes: Votes, over_raters: Resamples | None = None, over_captions: Resamples | None = None) -> list[Group]:
@@ -55,21 +73,38 @@ def strength_groups(votes: Votes, over_raters: Resamples | None = None, over_cap
         inside = [number for number, pair in enumerate(votes.arm_pairs) if pair[0] in arms and counts_P3[number].sum()]
         pairs = [(arms.index(votes.arm_pairs[number][0]), arms.index(votes.arm_pairs[number][1])) for number in inside]
         fitted = fit(len(arms), pairs, counts_P3[inside])
-        variance = independent_variance(fitted, pairs, counts_P3[inside])
-        quantile = stats.norm.ppf(0.5 + CONFIDENCE / 2)
+        contrasts_QA = np.vstack([np.eye(len(arms)), *_contrasts(fitted)])
+        covariance_AA = independent_covariance(fitted, pairs, counts_P3[inside])
+        variance_Q, degrees = np.einsum("qa,ab,qb->q", contrasts_QA, covariance_AA, contrasts_QA), np.inf
         if over_raters is not None and over_captions is not None:
             groups = _groups_of(votes, inside)
-            raters, captions = (_spread(len(arms), pairs, each.counts_BP3[:, inside]) for each in (over_raters, over_captions))
-            variance = two_way(variance, raters, captions, groups)
-            quantile = stats.t.ppf(0.5 + CONFIDENCE / 2, freedom(groups))
-        half = quantile * np.sqrt(variance)
+            raters_Q, captions_Q = (_spread(contrasts_QA, pairs, each.counts_BP3[:, inside]) for each in (over_raters, over_captions))
+            variance_Q, degrees = two_way(variance_Q, raters_Q, captions_Q, groups), freedom(groups)
+        error_Q = np.sqrt(variance_Q)
+        values_Q, half_Q = contrasts_QA @ fitted, stats.t.ppf(0.5 + CONFIDENCE / 2, degrees) * error_Q
+        intervals = [Interval(float(value), float(value - half), float(value + half)) for value, half in zip(values_Q, half_Q, strict=True)]
         answers = [int(sum(counts_P3[number].sum() for number in inside if arm in votes.arm_pairs[number])) for arm in arms]
-        strengths = [
-            Strength(votes.arms[arm], answers[at], Interval(float(fitted[at]), float(fitted[at] - half[at]), float(fitted[at] + half[at])))
-            for at, arm in enumerate(arms)
-        ]
-        found.append(Group(tuple(sorted(strengths, key=lambda each: -each.strength.value))))
+        strengths = [Strength(votes.arms[arm], answers[at], intervals[at]) for at, arm in enumerate(arms)]
+        differences: tuple[Difference, ...] = ()
+        if len(arms) > 2 and over_raters is not None:
+            p_values = 2 * stats.t.sf(np.abs(values_Q / error_Q)[len(arms) :], degrees)
+            differences = _differences([votes.arms[arm] for arm in arms], contrasts_QA[len(arms) :], intervals[len(arms) :], p_values)
+        found.append(Group(tuple(sorted(strengths, key=lambda each: -each.strength.value)), differences))
     return found
+
+
+def _contrasts(strengths_A: Floats) -> list[Floats]:
+    """For each pair of arms the vector whose product with the strengths is their difference: from the strongest on, the stronger first."""
+    order, identity_AA = np.argsort(-strengths_A, kind="stable"), np.eye(len(strengths_A))
+    return [identity_AA[first] - identity_AA[second] for first, second in combinations(order, 2)]
+
+
+def _differences(arms: list[str], contrasts_QA: Floats, intervals: list[Interval], p_values: Floats) -> tuple[Difference, ...]:
+    corrected = holm(p_values.tolist())
+    return tuple(
+        Difference(arms[int(contrast.argmax())], arms[int(contrast.argmin())], interval, float(p_value), p_holm)
+        for contrast, interval, p_value, p_holm in zip(contrasts_QA, intervals, p_values, corrected, strict=True)
+    )
 
 
 def fit(arms: int, pairs: ArmPairs, counts_P3: Floats) -> Floats:
@@ -88,8 +123,8 @@ def fit(arms: int, pairs: ArmPairs, counts_P3: Floats) -> Floats:
     return np.asarray(strengths - strengths.mean())
 
 
-def independent_variance(strengths: Floats, pairs: ArmPairs, counts_P3: Floats) -> Floats:
-    """The variance of each strength as if answers were independent: H^- B H^-, H the curvature of the likelihood, B that of its slope."""
+def independent_covariance(strengths: Floats, pairs: ArmPairs, counts_P3: Floats) -> Floats:
+    """The covariance of the strengths as if answers were independent: H^- B H^-, H the curvature of the likelihood, B that of its slope."""
     curvature, slopes = (np.zeros((len(strengths), len(strengths))) for _ in range(2))
     for (first, second), counts_3 in zip(pairs, counts_P3, strict=True):
         contrast = np.zeros(len(strengths))
@@ -99,7 +134,7 @@ def independent_variance(strengths: Floats, pairs: ArmPairs, counts_P3: Floats) 
         curvature += (counts_3.sum() + 1) * chance * (1 - chance) * outer
         slopes += counts_3.sum() * answer_variance(counts_3, added=0.5)[0] * outer  # as the fit has half a win more for each
     inverse = np.linalg.pinv(curvature, hermitian=True)
-    return np.asarray(np.diag(inverse @ slopes @ inverse))
+    return np.asarray(inverse @ slopes @ inverse)
 
 
 def connected(arm_pairs: ArmPairs, compared_P: Sequence[bool] | np.ndarray, arms: int) -> list[list[int]]:
@@ -112,8 +147,10 @@ def connected(arm_pairs: ArmPairs, compared_P: Sequence[bool] | np.ndarray, arms
     return [each for each in groups if len(each) > 1]
 
 
-def _spread(arms: int, pairs: ArmPairs, counts_BP3: Floats) -> Floats:
-    return np.asarray(np.var([fit(arms, pairs, counts_P3) for counts_P3 in counts_BP3], axis=0))
+def _spread(contrasts_QA: Floats, pairs: ArmPairs, counts_BP3: Floats) -> Floats:
+    """The variance of each contrast of the strengths over bootstrap samples, [Q]."""
+    fits_BA = np.array([fit(contrasts_QA.shape[1], pairs, counts_P3) for counts_P3 in counts_BP3])
+    return np.asarray(np.var(fits_BA @ contrasts_QA.T, axis=0))
 
 
 def _groups_of(votes: Votes, pairs: list[int]) -> tuple[int, int]:

@@ -51,7 +51,7 @@ class BuildRequest:
             raise UserError(f"two arms have the same name ({', '.join(names)}): give each one of its own, NAME=FOLDER")
 
 
-PAIRS, CHECKS = 200, 6
+PAIRS, CHECKS = 200, 10
 """Of a study where nobody says how many, at most."""
 
 
@@ -120,6 +120,7 @@ class _Pictures:
     def __init__(self, folder: str) -> None:
         self._folder = join(folder, PICTURES)
         self._names: dict[str, str] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
         os.makedirs(self._folder)
 
     def add(self, path: str) -> str:
@@ -128,12 +129,25 @@ class _Pictures:
             self._names[path] = self.write(decode_image(read_named(path), path))
         return self._names[path]
 
+    def add_pair(self, first: str, second: str) -> tuple[str, str]:
+        """Copy the pixels of two files that are to be compared. Raises UserError where they have different sizes."""
+        names = self.add(first), self.add(second)
+        sizes = [self._sizes[name] for name in names]
+        if sizes[0] != sizes[1]:
+            shown = [f"{width} x {height}" for width, height in sizes]
+            raise UserError(
+                f"{first} is {shown[0]} pixels and {second} {shown[1]}: raters would tell the arms apart by their sizes. "
+                "Draw, or resize, the pictures of all arms to one size."
+            )
+        return names
+
     def write(self, picture: Image.Image) -> str:
         buffer = io.BytesIO()
         Image.fromarray(np.asarray(picture)).save(buffer, format="PNG")  # through pixels, so that nothing else of the file comes along
         name = content_hash(buffer.getvalue())
         with open(join(self._folder, f"{name}.png"), "wb") as file:
             file.write(buffer.getvalue())
+        self._sizes[name] = picture.size
         return name
 
     def open(self, name: str) -> Image.Image:
@@ -172,12 +186,12 @@ def _make_pairs(request: BuildRequest, items: list[Item], writer: _Pictures) -> 
         if len(found) == wanted:
             break
         arms = arm_pairs[which]
-        pictures = writer.add(items[item].paths[arms[0]]), writer.add(items[item].paths[arms[1]])
+        pictures = writer.add_pair(items[item].paths[arms[0]], items[item].paths[arms[1]])
         if pictures[0] == pictures[1]:
             identical += 1
             continue
         name = _id(request.seed, "pair", item, which)
-        found.append(Comparison(id=name, caption=items[item].caption, item=item, pictures=pictures, arms=arms))
+        found.append(Comparison(id=name, caption=items[item].caption, item=item, pictures=pictures, arms=arms, family=items[item].family))
     if not found:
         raise UserError(
             f"{request.arms[0][1]} and {request.arms[1][1]}: every picture is the same in all arms, so there is nothing to compare"

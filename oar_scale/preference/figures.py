@@ -17,8 +17,12 @@ class RaterFigures:
     counted: bool
     answers: int
     """To pairs."""
+    fast: int
+    """Of these, answers in less time than a look at both pictures takes (``fast_ms``)."""
     checks: int
     checks_passed: int
+    chance: float
+    """How likely one who picks sides at random passes as many of these checks."""
     left_share: float | None
     """Of the answers that are no ties; None without any."""
     median_s: float
@@ -61,6 +65,8 @@ class Figures:
     agreement: Agreement | None
     """None where no comparison was answered twice."""
     sides: SideBias | None
+    families: bool
+    """Whether pictures say which captions are variants of one drawing: these are then one caption to all intervals."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,18 @@ class Results:
     question: str
     arms: tuple[str, ...]
     threshold: float
+    checks_needed: int
+    """Of all the study's checks, those that a rater has to pass."""
+    chance: float
+    """How likely one who picks sides at random passes as many of all checks."""
+    chance_limit: float
+    """How likely such a rater may be to count, however many checks that one has answered."""
+    fast_ms: int
+    """Answers to pairs in less time are in ``everybody`` alone."""
     confidence: float
     resamples: int
     raters: tuple[RaterFigures, ...]
     counted: Figures | None
     """None where no rater counts."""
     everybody: Figures | None
-    """Of all raters; None where they are the same."""
+    """Of all answers of all raters; None where they are the same."""

@@ -1,6 +1,7 @@
 """``oar study results``: what the answers say, and how sure that is.
 
-Everything that depends on who counts is computed twice where raters failed the attention checks: without them, and of all raters.
+Everything that depends on who counts is computed twice where raters failed the attention checks, or answers came too fast
+(:mod:`oar_scale.preference.attention`): without them, and of all answers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from scipy import stats
 from oar_scale.errors import UserError
 from oar_scale.json_object import without_nan
 from oar_scale.preference.answers import Answer, read_answers
+from oar_scale.preference.attention import FAST_MS, THRESHOLD, attentive, chance, limit, needed
 from oar_scale.preference.bradley_terry import strength_groups
 from oar_scale.preference.figures import Agreement, Figures, RaterFigures, Results, SideBias
 from oar_scale.preference.intervals import CONFIDENCE, RESAMPLES, Interval, pair_figures, resample
@@ -26,9 +28,6 @@ from oar_scale.preference.study import ANSWERS, Study, read_study
 from oar_scale.preference.votes import WIN, Votes, outcome, votes_of
 from oar_scale.storage import join, open_storage
 from oar_scale.text import shown
-
-THRESHOLD = 0.75
-"""Share of the attention checks that a rater has to answer rightly to be counted, unless the user says otherwise."""
 
 
 def study_results(places: Sequence[str], threshold: float, json_path: str | None, say: Callable[[str], None]) -> Results:
@@ -78,19 +77,24 @@ def compute_results(study: Study, answers: Sequence[Answer], threshold: float = 
         by_rater.setdefault(answer.rater, []).append(answer)
     names = _short_names(sorted(by_rater))
     raters = [_rater(study, names[rater], given, threshold) for rater, given in sorted(by_rater.items())]
-    counted = [rater for rater, figures in zip(sorted(by_rater), raters, strict=True) if figures.counted]
+    counted = {rater for rater, figures in zip(sorted(by_rater), raters, strict=True) if figures.counted}
     everybody = _figures(study, answers)
-    kept = [answer for answer in answers if answer.rater in set(counted)]
+    checks = {check.id for check in study.checks}
+    kept = [answer for answer in answers if answer.rater in counted and (answer.comparison in checks or answer.ms >= FAST_MS)]
     return Results(
         study.fingerprint,
         study.question,
         tuple(arm.name for arm in study.arms),
         threshold,
+        needed(len(study.checks), threshold),
+        chance(needed(len(study.checks), threshold), len(study.checks)),
+        limit(len(study.checks), threshold),
+        FAST_MS,
         CONFIDENCE,
         RESAMPLES,
         tuple(raters),
-        (everybody if len(counted) == len(raters) else _figures(study, kept)) if kept else None,
-        None if len(counted) == len(raters) else everybody,
+        (everybody if len(kept) == len(answers) else _figures(study, kept)) if kept else None,
+        None if len(kept) == len(answers) else everybody,
     )
 
 
@@ -101,10 +105,12 @@ def _rater(study: Study, name: str, answers: Sequence[Answer], threshold: float)
     sides = [answer.choice for answer in answers if answer.choice != "tie"]
     return RaterFigures(
         name,
-        not passed or sum(passed) >= threshold * len(passed),
+        attentive(sum(passed), len(passed), len(checks), threshold),
         len(votes),
+        sum(1 for answer in answers if answer.comparison not in checks and answer.ms < FAST_MS),
         len(passed),
         sum(passed),
+        chance(sum(passed), len(passed)),
         sides.count("left") / len(sides) if sides else None,
         float(np.median([answer.ms for answer in answers])) / 1000,
         tuple(strength_groups(votes)),
@@ -115,7 +121,7 @@ def _figures(study: Study, answers: Sequence[Answer]) -> Figures:
     votes = votes_of(study, answers)
     sides = _sides(answers)
     if not len(votes):
-        return Figures(0, 0, 0, (), (), None, sides)
+        return Figures(0, 0, 0, (), (), None, sides, False)
     rng = np.random.default_rng(study.digest("bootstrap"))
     over_raters, over_captions = resample(votes.by_rater(), rng), resample(votes.by_caption(), rng)
     return Figures(
@@ -126,6 +132,7 @@ def _figures(study: Study, answers: Sequence[Answer]) -> Figures:
         tuple(strength_groups(votes, over_raters, over_captions)),
         _agreement(votes, study.digest("alpha") >> 32),
         sides,
+        any(pair.family is not None for pair in study.pairs),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from oar_scale.preference.bradley_terry import Group
-from oar_scale.preference.figures import Agreement, Figures, RaterFigures, Results, SideBias
+from oar_scale.preference.bradley_terry import Difference, Group
+from oar_scale.preference.figures import Agreement, Figures, Results, SideBias
 from oar_scale.preference.intervals import Interval
 from oar_scale.preference.study import Study
 from oar_scale.runtime.tables import text_table
@@ -16,30 +16,43 @@ FEW_RATERS = 5
 
 def result_lines(study: Study, results: Results) -> Iterator[str]:
     """All of it, the headline first."""
-    left_out = [rater for rater in results.raters if not rater.counted]
     yield f"{results.question}   ({len(study.pairs)} pairs, {len(study.checks)} attention checks, study {results.fingerprint[:8]})"
-    yield from _left_out(results, left_out)
+    yield _rule(study, results)
+    yield from _left_out(results)
     if results.counted is None:
         yield "no rater is left: the figures below are of all of them, and show little"
     else:
         yield from _figures(results, results.counted)
     if results.everybody is not None:
         yield ""
-        yield f"of all raters, those included who failed the checks ({len(results.raters)}):"
+        yield f"of all {len(results.raters)} raters and all answers, those included that are left out above:"
         yield from _figures(results, results.everybody)
     yield ""
     yield "raters (strengths from their answers alone, with 95 % intervals as if these were independent)"
     yield from _indented(_rater_table(results))
 
 
-def _left_out(results: Results, left_out: list[RaterFigures]) -> Iterator[str]:
-    if left_out:
-        names = ", ".join(f"{rater.rater} ({rater.checks_passed} of {rater.checks})" for rater in left_out)
-        few = f"{len(left_out)} of {len(results.raters)} raters"
-        yield f"left out: {few} answered fewer than {results.threshold:.0%} of their checks rightly: {names}"
-    unchecked = sum(1 for rater in results.raters if not rater.checks)
-    if unchecked:
-        yield f"{unchecked} of {len(results.raters)} raters have not come to an attention check, and count"
+def _rule(study: Study, results: Results) -> str:
+    """Who counts, and how likely somebody does who picks sides at random."""
+    if not study.checks:
+        return "no attention checks: everybody counts, also a rater who picks sides at random"
+    rule = f"a rater counts who passes {results.threshold:.0%} of the checks ({results.checks_needed} of {len(study.checks)}"
+    return (
+        f"{rule}; picking sides at random passes them with a chance of {results.chance:.1%}), and of fewer checks as many "
+        f"as such a rater passes with a chance of {results.chance_limit:.1%} at most"
+    )
+
+
+def _left_out(results: Results) -> Iterator[str]:
+    failed = [rater for rater in results.raters if not rater.counted and rater.checks_passed < results.threshold * rater.checks]
+    early = [rater for rater in results.raters if not rater.counted and rater not in failed]
+    for raters, why in ((failed, "passed too few checks"), (early, "have answered too few checks to tell them from chance")):
+        if raters:
+            names = ", ".join(f"{rater.rater} ({rater.checks_passed} of {rater.checks})" for rater in raters)
+            yield f"left out: {len(raters)} of {len(results.raters)} raters {why}: {names}"
+    if fast := sum(rater.fast for rater in results.raters if rater.counted):
+        of = sum(rater.answers for rater in results.raters if rater.counted)
+        yield f"left out: {fast} of {of} answers of the others, which came within {results.fast_ms} ms, too soon to look at both pictures"
 
 
 def _figures(results: Results, figures: Figures) -> Iterator[str]:
@@ -48,17 +61,23 @@ def _figures(results: Results, figures: Figures) -> Iterator[str]:
         return
     yield f"{_count(figures.raters, 'rater')}, {_count(figures.answers, 'answer')}, {figures.ties} of them ties"
     yield ""
-    yield "preferred (a tie counts half for each; 95 %: other raters, other captions)      decided answers alone (Clopper-Pearson)"
+    captions = "families" if figures.families else "captions"
+    yield f"preferred (a tie counts half for each; 95 %: other raters, other {captions})      decided answers alone (Clopper-Pearson)"
     rows = [
         [
             f"{pair.first} to {pair.second}",
             _percent(pair.rate),
-            f"{pair.wins} to {pair.losses}, {pair.ties} ties, {_count(pair.raters, 'rater')}, {_count(pair.captions, 'caption')}",
+            f"{pair.wins} to {pair.losses}, {pair.ties} ties, {_count(pair.raters, 'rater')}, "
+            + (_count(pair.captions, "famil", "y", "ies") if figures.families else _count(pair.captions, "caption")),
             "all are ties" if pair.decided is None else _percent(pair.decided),
         ]
         for pair in figures.pairs
     ]
     yield from _indented(text_table(rows))
+    if len(figures.pairs) > 1:
+        yield f"each interval holds its share in 95 of 100 studies; that all {len(figures.pairs)} hold theirs is less likely"
+    if not figures.families:
+        yield "captions are taken as independent: where some are variants of one drawing (skin tones), the intervals are too narrow"
     if figures.raters == 1:
         yield "one rater: the intervals are about other captions for this rater, and say nothing about other people"
     elif figures.raters < FEW_RATERS:
@@ -89,7 +108,15 @@ def _strengths(groups: tuple[Group, ...]) -> Iterator[str]:
             [each.arm, f"{each.strength.value:+.2f}", _bounds(each.strength), _count(each.answers, "answer")] for each in group.strengths
         ]
         yield from _indented(text_table(rows))
+        if group.differences:
+            yield f"differences of strengths (95 % each; p corrected for {len(group.differences)} differences by Holm)"
+            yield from _indented(text_table([_difference(each) for each in group.differences]))
     yield ""
+
+
+def _difference(found: Difference) -> list[str]:
+    name, value = f"{found.first} - {found.second}", f"{found.difference.value:+.2f}"
+    return [name, value, _bounds(found.difference), f"p = {found.p_holm:.2g}"]
 
 
 def _agreement(agreement: Agreement | None) -> str:
@@ -108,14 +135,16 @@ def _sides(sides: SideBias) -> str:
 
 
 def _rater_table(results: Results) -> list[str]:
-    rows = [["rater", "answers", "checks", "left", "median", *results.arms]]
+    rows = [["rater", "answers", f"< {results.fast_ms} ms", "checks", "by chance", "left", "median", *results.arms]]
     for rater in results.raters:
         strengths = {each.arm: each.strength for group in rater.groups for each in group.strengths}
         rows.append(
             [
                 rater.rater + ("" if rater.counted else " (left out)"),
                 str(rater.answers),
+                str(rater.fast),
                 f"{rater.checks_passed} of {rater.checks}",
+                f"{rater.chance:.1%}",
                 "-" if rater.left_share is None else f"{rater.left_share:.0%}",
                 f"{rater.median_s:.1f} s",
                 *(f"{strengths[arm].value:+.2f} {_bounds(strengths[arm])}" if arm in strengths else "-" for arm in results.arms),
@@ -132,8 +161,8 @@ def _bounds(interval: Interval) -> str:
     return f"[{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def _count(number: int, thing: str, one: str = "", many: str = "s") -> str:
+    return f"{number} {thing}{one if number == 1 else many}"
 
 
 def _indented(lines: list[str]) -> Iterator[str]:

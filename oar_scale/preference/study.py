@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
@@ -56,6 +56,14 @@ class Comparison(BaseModel):
     pictures: tuple[Hash, Hash]
     arms: tuple[int, int] | None
     """None: an attention check."""
+    family: str | None = None
+    """What both pictures are variants of, where files beside the pictures say so: captions of one family are no independent ones."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> JsonObject:
+        """Without a family as before there were any: a study keeps its fingerprint."""
+        content: JsonObject = serialize(self)
+        return content if self.family is not None else {name: value for name, value in content.items() if name != "family"}
 
 
 class Study(BaseModel):

@@ -34,7 +34,7 @@ class Votes:
     rater_A: Ints
     """Index into ``raters``."""
     caption_A: Ints
-    """The same number for all answers about one caption."""
+    """The same number for all answers about one caption, or captions of one family."""
     comparison_A: Ints
     pair_A: Ints
     """Index into ``arm_pairs``."""
@@ -92,10 +92,12 @@ def outcome(answer: Answer) -> int:
 
 
 def _captions(study: Study) -> list[int]:
-    """A number for the caption of each pair; several drawings of one caption share it."""
+    """A number for the caption of each pair; several drawings of one caption, and captions of one family, share it."""
     numbers: dict[object, int] = {}
     return [numbers.setdefault(_caption(pair), len(numbers)) for pair in study.pairs]
 
 
 def _caption(pair: Comparison) -> object:
+    if pair.family is not None:
+        return ("family", pair.family)
     return pair.item if pair.caption is None else pair.caption

@@ -129,6 +129,35 @@ def test_the_same_picture_in_both_arms_is_no_pair(tmp_path: Path, capsys: pytest
     assert "1 pairs left out, whose two pictures are the same" in capsys.readouterr().out
 
 
+def test_pictures_of_other_sizes_are_no_pair(tmp_path: Path) -> None:
+    """Whoever sees a large picture beside a small one knows who drew which."""
+    small = plain(tmp_path / "small", {"cat.png": png(picture(1)), "dog.png": png(picture(2))})
+    large = plain(tmp_path / "large", {"cat.png": png(picture(3)), "dog.png": png(picture(4).resize((16, 16)))})
+    assert_refused(
+        tmp_path, (f"a={small}", f"b={large}"), r"small/dog\.png is 8 x 8 pixels and .*large/dog\.png 16 x 16: raters would tell"
+    )
+
+
+def test_what_variants_of_one_drawing_are_is_read_beside_them(tmp_path: Path) -> None:
+    for arm in range(2):
+        files = {f"{name}.png": png(picture(arm, at)) for at, name in enumerate(("wave-light", "wave-dark", "cat"))}
+        about = {"wave-light.json": b'{"family": "wave"}', "wave-dark.json": b'{"family": "wave", "tone": 5}', "cat.json": b"{}"}
+        plain(tmp_path / f"{arm}", files | (about if arm else {}))
+    assert build(tmp_path, f"a={tmp_path / '0'}", f"b={tmp_path / '1'}", "--checks", "0") == 0
+    study = read_study(str(tmp_path / "study"))
+    assert {pair.caption: pair.family for pair in study.pairs} == {"wave light": "wave", "wave dark": "wave", "cat": None}
+    (tmp_path / "1" / "cat.json").write_text("[]")
+    with pytest.raises(UserError, match=r"cat\.json: lies beside a picture, and is no JSON object"):
+        run_build(tmp_path / "again", (f"a={tmp_path / '0'}", f"b={tmp_path / '1'}"))
+
+
+def test_a_study_without_families_keeps_its_fingerprint(tmp_path: Path) -> None:
+    """Studies that were built before there were any are read as they were."""
+    study = small_study(tmp_path, names=("a", "b"))
+    written = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert all("family" not in pair for pair in written["pairs"]) and study.fingerprint == written["fingerprint"]
+
+
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     one, other = drawings(tmp_path / "one", 0), drawings(tmp_path / "other", 1, ["something else"])
     (tmp_path / "empty").mkdir()

@@ -91,8 +91,71 @@ def test_raters_who_fail_the_checks_are_left_out_and_shown() -> None:
     assert (found.counted.raters, found.everybody.raters) == (9, 12)
     assert found.counted.pairs[0].rate.value > found.everybody.pairs[0].rate.value > 0.6
     text = said(study, answers)
-    assert "left out: 3 of 12 raters" in text and text.count("(left out)") == 3 and "of all raters" in text
+    assert "left out: 3 of 12 raters passed too few checks" in text and text.count("(left out)") == 3
+    assert "of all 12 raters and all answers" in text
     assert compute_results(study, answers, 0.0).everybody is None
+
+
+def test_who_clicks_at_random_is_rarely_counted_and_who_left_early_never() -> None:
+    """A hundred random clickers and ten raters: the share of the raters is not pulled to a half."""
+    study = a_study(checks=10)
+    rng = np.random.default_rng(4)
+    answers = answers_of(
+        study, 110, 10, lambda rater, pair: float(rater < 10 or rng.random() < 0.5), 0, lambda rater: 1.0 if rater < 10 else 0.5
+    )
+    found = compute_results(study, answers)
+    assert 10 <= sum(each.counted for each in found.raters) <= 13 and (found.checks_needed, found.chance_limit) == (9, 0.02)
+    assert found.counted is not None and found.counted.pairs[0].rate.value > 0.9
+    text = said(study, answers)
+    assert "passes 85% of the checks (9 of 10; picking sides at random passes them with a chance of 1.1%)" in text
+    checks = {check.id for check in study.checks[5:]}
+    early = [answer for answer in answers_of(study, 2, 10, lambda rater, pair: 1.0) if answer.comparison not in checks]
+    text = said(study, early)
+    assert "2 of 2 raters have answered too few checks to tell them from chance" in text and "(5 of 5)" in text
+    assert "everybody counts" in said(a_study(checks=0), answers_of(a_study(checks=0), 2, 4, lambda rater, pair: 1.0))
+
+
+def test_answers_that_came_too_soon_are_shown_and_left_out() -> None:
+    """A rater who passes all checks slowly, and presses keys in between."""
+    study = a_study(checks=10)
+    answers = answers_of(study, 6, 20, lambda rater, pair: 1.0)
+    checks = {check.id for check in study.checks}
+    hasty = [
+        replace(answer, ms=499, choice="tie") if answer.rater == answers[0].rater and answer.comparison not in checks else answer
+        for answer in answers
+    ]
+    found = compute_results(study, hasty)
+    assert found.counted is not None and found.everybody is not None
+    assert (found.counted.raters, found.counted.ties, found.everybody.ties) == (5, 0, 20)
+    assert sorted(each.fast for each in found.raters) == [0, 0, 0, 0, 0, 20] and all(each.counted for each in found.raters)
+    assert "20 of 120 answers of the others, which came within 500 ms" in said(study, hasty)
+    assert compute_results(study, [replace(answer, ms=500) for answer in answers]).everybody is None
+
+
+def test_captions_of_one_family_are_one_cluster() -> None:
+    """Six skin tones of ten drawings, about which raters think alike, are ten captions."""
+    plain = a_study(captions=60, checks=0)
+    pairs = tuple(pair.model_copy(update={"family": f"drawing {pair.item // 6}"}) for pair in plain.pairs)
+    study = Study.make(question="Which?", seed=0, per_rater=40, arms=plain.arms, pairs=pairs, checks=())
+    found = []
+    for each in (plain, study):
+        answers = answers_of(each, 20, 30, lambda rater, pair: float(pair.item // 6 < 7))
+        results = compute_results(each, answers)
+        assert results.counted is not None
+        found.append((results.counted.pairs[0], said(each, answers)))
+    (independent, said_plain), (clustered, said_family) = found
+    assert (independent.captions, clustered.captions) == (60, 10) and independent.rate.value == clustered.rate.value
+    assert clustered.rate.high - clustered.rate.low > 1.8 * (independent.rate.high - independent.rate.low)
+    assert "captions are taken as independent" in said_plain and "captions are taken as independent" not in said_family
+    assert "10 families" in said_family
+
+
+def test_more_than_two_arms_have_corrected_differences() -> None:
+    study = a_study(arms=3, captions=20, checks=0)
+    answers = answers_of(study, 8, 30, lambda rater, pair: float((rater + pair.item) % 4 > 0) if pair.arms == (0, 1) else 0.5)
+    text = said(study, answers)
+    assert "p corrected for 3 differences by Holm" in text and "arm A - arm B" in text
+    assert "that all 3 hold theirs is less likely" in text
 
 
 def test_one_rater_speaks_for_nobody_else() -> None:

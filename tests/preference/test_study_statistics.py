@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from math import comb
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from scipy.stats import binomtest
 from simulated import a_study, answers_of
 
 from oar_scale.preference import intervals
-from oar_scale.preference.bradley_terry import connected, fit, independent_variance
+from oar_scale.preference.attention import THRESHOLD, attentive, chance, limit, needed
+from oar_scale.preference.bradley_terry import connected, fit, independent_covariance, strength_groups
+from oar_scale.preference.build import CHECKS
 from oar_scale.preference.intervals import Interval, clopper_pearson, pair_figures, resample, share_interval
 from oar_scale.preference.results import _agreement
 from oar_scale.preference.study import Comparison, Study
@@ -67,7 +70,61 @@ def test_the_variance_of_strengths_is_what_new_answers_show() -> None:
     fitted = fit(3, PAIRS, COUNTS)
     rng = np.random.default_rng(0)
     again = [fit(3, PAIRS, np.array([rng.multinomial(int(row.sum()), row / row.sum()) for row in COUNTS], np.float64)) for _ in range(300)]
-    np.testing.assert_allclose(np.sqrt(independent_variance(fitted, PAIRS, COUNTS)), np.std(again, axis=0), rtol=0.15)
+    np.testing.assert_allclose(np.sqrt(np.diag(independent_covariance(fitted, PAIRS, COUNTS))), np.std(again, axis=0), rtol=0.15)
+
+
+def test_differences_of_strengths_are_honest_and_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arms are equally good, and raters differ: their difference is rarely taken for one. Holm's correction by its definition."""
+    monkeypatch.setattr(intervals, "RESAMPLES", 60)
+    study, worth, found = a_study(arms=3, captions=30, checks=0), [0.6, 0.0, 0.0], []
+    for trial in range(16):
+        rng = np.random.default_rng([trial, 11])
+        tastes = rng.normal(0, 0.8, (8, 3))  # raters differ in what an arm is worth to them
+
+        def value(rater: int, pair: Comparison, tastes: Floats = tastes, rng: np.random.Generator = rng) -> float:
+            assert pair.arms is not None
+            first, second = (worth[arm] + tastes[rater, arm] for arm in pair.arms)
+            return float(rng.random() < 1 / (1 + np.exp(second - first)))
+
+        votes = votes_of(study, answers_of(study, 8, 30, value, trial))
+        (group,) = strength_groups(votes, resample(votes.by_rater(), rng), resample(votes.by_caption(), rng))
+        assert len(group.differences) == 3
+        strengths = {each.arm: each.strength.value for each in group.strengths}
+        for each in group.differences:
+            assert each.difference.value == pytest.approx(strengths[each.first] - strengths[each.second]) and each.difference.value >= 0
+            assert (each.difference.low > 0) == (each.p_value < 0.05)
+        ordered = sorted(group.differences, key=lambda each: each.p_value)
+        expected = np.maximum.accumulate([min(1.0, (3 - rank) * each.p_value) for rank, each in enumerate(ordered)])
+        assert [each.p_holm for each in ordered] == pytest.approx(expected)
+        found += [(each, strengths) for each in group.differences if {each.first, each.second} == {"arm B", "arm C"}]
+    assert np.mean([each.difference.low <= 0 for each, _ in found]) >= 0.85  # these two are equally good
+    assert np.mean([each.p_holm < 0.05 for each, _ in found]) <= 0.12
+
+
+def test_two_arms_have_one_difference_which_their_strengths_say() -> None:
+    study = a_study(checks=0)
+    votes = votes_of(study, answers_of(study, 5, 10, lambda rater, pair: float(pair.item % 3 > 0)))
+    rng = np.random.default_rng(0)
+    (group,) = strength_groups(votes, resample(votes.by_rater(), rng), resample(votes.by_caption(), rng))
+    assert group.differences == ()
+
+
+@given(checks=st.integers(0, 20), threshold=st.floats(0, 1))
+def test_a_random_clicker_counts_no_more_often_than_is_said(checks: int, threshold: float) -> None:
+    """However many of a study's checks that one answers: by enumeration of all outcomes."""
+    for answered in range(checks + 1):
+        ways = [comb(answered, passed) for passed in range(answered + 1)]
+        counted = sum(ways[passed] for passed in range(answered + 1) if attentive(passed, answered, checks, threshold))
+        assert counted / 2**answered <= limit(checks, threshold) + 1e-9
+    assert attentive(checks, checks, checks, threshold)
+
+
+def test_by_default_a_random_clicker_counts_in_less_than_two_of_a_hundred() -> None:
+    assert (needed(CHECKS, THRESHOLD), limit(CHECKS, THRESHOLD)) == (9, 0.02)
+    assert chance(9, 10) == pytest.approx(11 / 1024)
+    assert [attentive(passed, CHECKS, CHECKS, THRESHOLD) for passed in (8, 9, 10)] == [False, True, True]
+    assert [attentive(answered, answered, CHECKS, THRESHOLD) for answered in (0, 1, 5, 6)] == [False, False, False, True]
+    assert attentive(0, 0, 0, THRESHOLD)  # a study without checks leaves nobody out
 
 
 @given(trials=st.integers(1, 400), data=st.data())
