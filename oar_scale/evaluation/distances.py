@@ -126,29 +126,34 @@ def kid_difference(first: ArrayLike, second: ArrayLike, reference: ArrayLike) ->
     return estimate(kid_shares(first, reference) - kid_shares(second, reference))
 
 
-def kid_shares(samples: ArrayLike, reference: ArrayLike) -> Matrix:
+def kid_shares(samples: ArrayLike, reference: ArrayLike, families_n: ArrayLike | None = None) -> Matrix:
     """The share of each row in the KID of samples to a reference, paired by row as in :func:`kid_difference`.
 
-    The share of row i is its jackknife pseudo-value, n KID - (n - 1) KID without i. Their mean is the KID, their standard error that of the
-    jackknife; and the differences of two sets' shares are those of :func:`kid_difference`, so that whatever compares paired values can
-    compare distances.
+    Rows of one family (the same thing in other styles or colours) are as alike as a row's sample and its own image: all pairs within a
+    family are left out, among samples, among images and between the two. With every row its own family the share of row i is its jackknife
+    pseudo-value, n KID - (n - 1) KID without i; with F families that of the U-statistic's linear term, (F - 1) / (F - 2) as far from the
+    mean, which is the same for families of one row. Their mean is the KID, their standard error (by family) that of the jackknife; and the
+    differences of two sets' shares are those of :func:`kid_difference`, so that whatever compares paired values can compare distances.
 
     Args:
         samples, reference: [n, d] features, the same n (at least 3) and d.
+        families_n: the same number for rows of one family. None: each row is its own.
 
     Raises:
-        ValueError: unequal shapes, or fewer than 3 rows.
+        ValueError: unequal shapes, or fewer than 3 rows or families.
     """
     features_x, features_z = _same_shape(samples, reference)
-    count = len(features_z)
-    if count < 3:
-        raise ValueError(f"a standard error of a distance needs at least 3 samples, got {count}")
+    families = np.arange(len(features_z)) if families_n is None else np.asarray(families_n)
+    count = len(np.unique(families))
+    if count < 3 or len(families) != len(features_z):
+        raise ValueError(f"a standard error of a distance needs at least 3 samples, of different families, got {count}")
     k_xz = _kernel(features_x, features_z)
     terms_nn = _kernel(features_x, features_x) - k_xz - k_xz.T + _kernel(features_z, features_z)
-    np.fill_diagonal(terms_nn, 0.0)
-    total = terms_nn.sum()
-    without_n = (total - 2 * terms_nn.sum(1)) / ((count - 1) * (count - 2))
-    shares_n: Matrix = total / (count - 1) - (count - 1) * without_n
+    apart_nn = families[:, None] != families
+    pairs_n, sums_n = apart_nn.sum(1), np.where(apart_nn, terms_nn, 0.0).sum(1)
+    distance = sums_n.sum() / pairs_n.sum()
+    weight = 2 * len(families) / pairs_n.sum() * (count - 1) / (count - 2)
+    shares_n: Matrix = distance + weight * (sums_n - distance * pairs_n)
     return shares_n
 
 

@@ -78,8 +78,16 @@ class SweepRow:
     guidance: float
     distance: float
     """The mean over its seeds."""
+    error: float
+    """Its standard error over images."""
+    above: float
+    """How much larger it is than that of the chosen setting; 0 of that one itself."""
+    above_error: float
+    """The standard error of that, paired by image: a choice among distances that are nearer than this is one of chance."""
     chosen: bool
     """Whether it is the arm's best, with which the figures of ``samples/best`` were made."""
+    edges: tuple[str, ...] = ()
+    """Of the chosen one: the settings whose value is the smallest or the largest that was tried."""
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,12 @@ def pooled_spread(arms: Sequence[ArrayLike]) -> SeedSpread | None:
     return SeedSpread(2 * float(np.sum(residual_KR**2)) / freedom, freedom, len(means_KR))
 
 
+def clustered_error(values_S: ArrayLike, families_S: ArrayLike | None = None) -> float | None:
+    """The standard error of the mean of values in families; None of one family."""
+    spread = _ratio_spread(*_by_family(np.asarray(values_S, dtype=np.float64), families_S))
+    return None if spread is None else spread.variance**0.5
+
+
 def two_way_variance(independent: ArrayLike, over_first: ArrayLike, over_second: ArrayLike) -> Floats:
     """The variance of a mean under clustering in two ways (Cameron, Gelbach & Miller, J. Bus. Econ. Stat. 29, 2011).
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from oar_scale.config.run_sections import SAMPLE_SCORES
+from oar_scale.data.hashing import derived_seed
 from oar_scale.errors import UserError
 from oar_scale.evaluation.extractors import ExtractorSpec
 from oar_scale.evaluation.flexibility.edits import edit_measures, edit_sources
@@ -28,7 +29,17 @@ from oar_scale.results.flexibility import Measure
 from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import devices_here, threads_here
 from oar_scale.storage import join
-from oar_scale.studies.flexibility_models import HeldoutImages, find_models, named_arms, open_arms, read_images, run_of, sweep_images
+from oar_scale.studies.flexibility_models import (
+    CHOSEN_ON,
+    FEWEST,
+    HeldoutImages,
+    find_models,
+    first_images,
+    named_arms,
+    open_arms,
+    run_of,
+    sweep_images,
+)
 from oar_scale.studies.flexibility_orders import DRAWN, TITLES, fixed_orders
 from oar_scale.studies.flexibility_results import Measured, write_report
 
@@ -114,7 +125,7 @@ class _Plan:
 
     def samples(self) -> SampleWork:
         """How samples are drawn and compared."""
-        return _sample_work(self.arms, self.images, self.network, self.settings)
+        return _sample_work(self.arms, self.images, self.network, self.settings, self.images.run.recipe.seed)
 
     def first_sources(self) -> list[Source]:
         """All but what has to wait for own orders and for the sweep."""
@@ -127,13 +138,16 @@ class _Plan:
             sources += edit_sources(self.arms, self.images.measured, self.network, self.settings, recipe.seed, recipe.parallel.precision)
         return sources
 
+    def _title(self, name: str) -> str:
+        return TITLES[name].format(score=self.images.run.recipe.extract.score)
+
     def measures(self) -> tuple[Measure, ...]:
         """All that the report has."""
         measures: tuple[Measure, ...] = ()
         if "likelihood" in self.chapters:
-            measures += likelihood_measures(self.arms, {name: TITLES[name] for name in self.fixed})
+            measures += likelihood_measures(self.arms, {name: self._title(name) for name in self.fixed})
         if "samples" in self.chapters:
-            columns = {name: TITLES[name] for name in DRAWN if name in self.fixed}
+            columns = {name: self._title(name) for name in DRAWN if name in self.fixed}
             columns |= {name: f"chosen by {name}" for name in chosen_orders(self.settings)}
             columns |= {"best": f"chosen by {self.settings.score}, at its best settings"} if self.sweep else {}
             measures += sample_measures(columns, self.network, "best" if self.sweep else self.settings.score)
@@ -182,7 +196,12 @@ def _plan(request: FlexibilityRequest) -> _Plan:
     devices = devices_here(run.recipe.parallel)
     torch.set_num_threads(threads_here(run.recipe.parallel.cpu_threads * len(devices)))
     device = torch.device(devices[0])
-    images = read_images(run, request.split, 0, request.images)
+    images = first_images(run, request.split, request.images)
+    families = len(set(images.families))
+    if families < FEWEST and request.chapters != ("likelihood",):
+        raise UserError(
+            f"--images {request.images}: they are of {families} families, and a distance compares at least {FEWEST}. Ask for more."
+        )
     arms = open_arms(named, targets, images, device)
     fixed, notes = fixed_orders(images)
     settings = replace(SampleSettings.from_recipe(run.recipe.sample), draft=0)  # which changes no image
@@ -192,13 +211,16 @@ def _plan(request: FlexibilityRequest) -> _Plan:
     for choice in choices:
         settings_of(settings, choice)
     others, which = sweep_images(images)
-    work = _sample_work(open_arms(named, targets, others, device), others, network, settings)
+    noise = derived_seed("sweep", run.recipe.seed)  # not that of the figures, which a setting would be chosen for
+    work = _sample_work(open_arms(named, targets, others, device), others, network, settings, noise)
+    if len(others.rows) < CHOSEN_ON:
+        few = f"Best settings were chosen on {len(others.rows)} images only: fewer than {CHOSEN_ON} choose mostly by chance."
+        plan = replace(plan, notes=(*notes, few))
     return replace(plan, sweep=Sweep(work, choices), sweep_images=which)
 
 
-def _sample_work(arms: Sequence[Arm], images: HeldoutImages, network: FeatureNetwork, settings: SampleSettings) -> SampleWork:
-    recipe = images.run.recipe
-    return SampleWork(arms, images.measured, network, settings, recipe.seed, recipe.parallel.precision)
+def _sample_work(arms: Sequence[Arm], images: HeldoutImages, network: FeatureNetwork, settings: SampleSettings, seed: int) -> SampleWork:
+    return SampleWork(arms, images.measured, network, settings, seed, images.run.recipe.parallel.precision)
 
 
 def chosen_orders(settings: SampleSettings) -> dict[str, SampleSettings]:

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from oar_scale.commands.drawing_target import DrawingTarget, find_target
 from oar_scale.config.arms import ALL_ARMS
-from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.evaluation.flexibility.pieces import NetworkFile
 from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages
@@ -34,7 +33,9 @@ from oar_scale.tokenizers.prompts import Field, Prompt, PromptEncoder, cond_inpu
 from oar_scale.tokenizers.vq import load_vq, vq_id
 
 FEWEST = 3
-"""Images: a distance has no error of fewer."""
+"""Images, or families of them: a distance has no error of fewer."""
+CHOSEN_ON = 64
+"""So many images at least settings are chosen on, where there are as many; of fewer a report says so."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ class HeldoutImages:
 
     run: Run
     split: str
+    rows: Sequence[int]
+    """Their numbers in the split."""
     tokens: Tokens
     measured: MeasuredImages
-    families_S: NDArray[np.int64]
-    """The same number for images of one family; one without a family is its own."""
+    families: Sequence[str]
+    """The name of the family of each; one without a family is its own."""
 
 
 def named_arms(texts: Sequence[str]) -> list[NamedArm]:
@@ -122,31 +125,44 @@ def run_of(targets: dict[str, DrawingTarget], given: str | None) -> Run:
     return found
 
 
-def read_images(run: Run, split: str, first: int, count: int) -> HeldoutImages:
-    """Some images of a split.
+def first_images(run: Run, split: str, count: int) -> HeldoutImages:
+    """The first images of a split.
 
     Raises:
-        UserError: there are not so many, or a stage has not finished.
+        UserError: there are not so many, they are of training or too few, or a stage has not finished.
     """
     if count < FEWEST:
         raise UserError(f"--images {count}: intervals and distances want at least {FEWEST}")
+    if split not in ("heldout", "test"):
+        raise UserError(f"--split {split}: there are heldout and test. Figures of images that a model has seen say nothing about others.")
     if split == "test" and not run.recipe.data.test_fraction:
         raise UserError(f"{run.at()}: this run keeps no images for a test (data.test_fraction 0). Take --split heldout.")
-    vq_file = fetch(require(run, run.vq_uri, "tokenizer"), run.cache)
-    tokens = read_tokens(run, split, first + count, prompt_encoder(run).field)
-    if len(tokens.keys) < first + count:
+    require(run, run.vq_uri, "tokenizer")
+    found = read_tokens(run, split, count, prompt_encoder(run).field)
+    if len(found.keys) < count:
         raise UserError(
-            f"{run.at('tokens', split)}: {len(tokens.keys)} images, and {first + count} are wanted. Ask for fewer (--images), or hold out "
-            f"more (data.{split}_fraction)."
+            f"{run.at('tokens', split)}: {len(found.keys)} images, and {count} are wanted. Ask for fewer (--images), or hold out more "
+            f"(data.{split}_fraction)."
         )
+    return _images(run, split, range(count), found)
+
+
+def _images(run: Run, split: str, rows: Sequence[int], of_split: Tokens) -> HeldoutImages:
+    """Those in some rows of a split."""
+    keys, codes_SN = [of_split.keys[row] for row in rows], of_split.codes_SN[list(rows)]
+    tokens = Tokens(keys, [of_split.captions[row] for row in rows], codes_SN, [])
+    vq_file = fetch(run.vq_uri, run.cache)
     vq = load_vq(vq_file)
-    pictures = np.stack(read_pictures(run, split, tokens.keys)[first:])
-    named = NetworkFile(vq_id(vq), vq_file, run.vq_uri)
-    measured = MeasuredImages(tokens.codes_SN[first:], pictures, first, named, vq.spec.grid)
+    families, numbers = _families(run, split, keys), dict[str, int]()
+    families_S = np.array([numbers.setdefault(family, len(numbers)) for family in families])
+    pictures = np.stack(read_pictures(run, split, keys))
+    measured = MeasuredImages(codes_SN, pictures, families_S, NetworkFile(vq_id(vq), vq_file, run.vq_uri), vq.spec.grid)
+    return HeldoutImages(run, split, rows, tokens, measured, families)
+
+
+def _families(run: Run, split: str, keys: Sequence[str]) -> list[str]:
     families = read_families(run, split)
-    numbers: dict[str, int] = {}
-    families_S = np.array([numbers.setdefault(families.get(key) or f"image {key}", len(numbers)) for key in tokens.keys[first:]])
-    return HeldoutImages(run, split, Tokens(tokens.keys[first:], tokens.captions[first:], measured.codes_SN, []), measured, families_S)
+    return [families.get(key) or f"image {key}" for key in keys]
 
 
 def open_arms(arms: Sequence[NamedArm], targets: dict[str, DrawingTarget], images: HeldoutImages, device: torch.device) -> list[Arm]:
@@ -226,27 +242,28 @@ class _Conditions:
     def _prompts(self, path: str, field: Field) -> list[Prompt]:
         images = self.images
         try:
-            tokens = read_tokens(images.run, images.split, images.measured.first + len(images.tokens.keys), field)
+            prompts = read_tokens(images.run, images.split, max(images.rows) + 1, field).prompts
         except UserError as error:
             raise UserError(f"{path}: cannot be conditioned on the images of {images.run.at('tokens', images.split)}: {error}") from error
-        return list(tokens.prompts[images.measured.first :])
+        return [prompts[row] for row in images.rows]
 
 
 def sweep_images(images: HeldoutImages) -> tuple[HeldoutImages, str]:
-    """The images that settings are chosen on, and which these are: as many others as are measured, or those that are left.
+    """The images that settings are chosen on, and which these are: held-out ones of other families than those that are measured.
 
-    For figures of the split ``test`` those of ``heldout``; else the ones behind those that are measured.
+    They are as many as are measured and at least :data:`CHOSEN_ON`, or those that there are.
 
     Raises:
-        UserError: fewer than :data:`FEWEST` are left.
+        UserError: fewer than :data:`FEWEST` images, or families, are left.
     """
-    run, count = images.run, len(images.tokens.keys)
-    first = 0 if images.split != "heldout" else images.measured.first + count
-    there = read_manifest(run.at("tokens", "heldout")).samples - first
-    if there < FEWEST:
+    run, count = images.run, len(images.rows)
+    found = read_tokens(run, "heldout", None, prompt_encoder(run).field)
+    measured, families = set(images.families), _families(run, "heldout", found.keys)
+    first = count if images.split == "heldout" else 0
+    rows = [row for row in range(first, len(found.keys)) if families[row] not in measured][: max(count, CHOSEN_ON)]
+    if len({families[row] for row in rows}) < FEWEST:
         raise UserError(
-            f"--sweep: {run.at('tokens', 'heldout')} has {max(there, 0)} images beside the {count} that are measured, and settings are "
-            "chosen on other ones. Measure fewer (--images), or the split test (data.test_fraction)."
+            f"--sweep: of the {len(found.keys)} images in {run.at('tokens', 'heldout')} {len(rows)} are of other families than the {count} "
+            "that are measured, and settings are chosen on other ones. Measure fewer (--images), or the split test (data.test_fraction)."
         )
-    others = read_images(run, "heldout", first, min(count, there))
-    return others, f"{len(others.tokens.keys)} images of heldout" + (f", from number {first} on" if first else "")
+    return _images(run, "heldout", rows, found), f"{len(rows)} images of heldout, of other families than those that are measured"

@@ -21,9 +21,10 @@ TITLES = {
     "random": "random",
     "random seen": "random, of the pretraining",
     **{name: name for name in PATHS},
-    "mean": "mean",
-    "extracted": "extracted, of training images",
+    "mean": "mean of the orders extracted by {score}",
+    "extracted": "extracted by {score}, of training images",
 }
+"""``score``: of the extraction of the run whose images are measured; an arm with another one is not at home in these orders."""
 DRAWN = ("random", *PATHS, "mean")
 """Those that samples are drawn in."""
 

@@ -59,8 +59,8 @@ class Measured:
                 for model in arm.models
             ),
             measures=self.measures,
-            figures=arm_figures(self.measures, values, self.images.families_S),
-            differences=arm_differences(self.measures, values, self.against, self.images.families_S),
+            figures=arm_figures(self.measures, values, self.images.measured.families_S),
+            differences=arm_differences(self.measures, values, self.against, self.images.measured.families_S),
             sampling=self.sampling,
             features=self.features,
             sweep=self.sweep,

@@ -11,8 +11,9 @@ from small_models import random_codes, random_text, small_model
 from oar_scale.evaluation.distances import kid_difference, kid_shares
 from oar_scale.evaluation.flexibility.edits import holes, honest_nll, only
 from oar_scale.evaluation.flexibility.features import mean_pairwise
-from oar_scale.evaluation.flexibility.similarity import ssim_map
+from oar_scale.evaluation.flexibility.similarity import ssim
 from oar_scale.generation.seen_codes import fill_hole, pixels_of
+from oar_scale.results.statistics import clustered_error
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, pixels_to_unit
 
 
@@ -20,15 +21,19 @@ def pictures(count: int, side: int = 12, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3)).astype(np.uint8)
 
 
-def ssim_by_hand(x: NDArray[np.float64], y: NDArray[np.float64], at: tuple[int, int]) -> float:
-    """Weighted moments of the 11 x 11 window around a pixel of one colour, reflected at the borders."""
+def ssim_by_hand(x: NDArray[np.float64], y: NDArray[np.float64], at: tuple[int, int], region: NDArray[np.bool_]) -> float:
+    """Weighted moments of those pixels of the 11 x 11 window around a pixel of one colour that lie in the region."""
     reach = np.arange(-5, 6)
     weights = np.exp(-(reach**2) / (2 * 1.5**2))
-    weights = np.outer(weights, weights) / weights.sum() ** 2
-    window = [np.pad(each, 5, mode="symmetric")[at[0] : at[0] + 11, at[1] : at[1] + 11] for each in (x, y)]
-    m_x, m_y = (float((weights * each).sum()) for each in window)
-    v_x, v_y = (float((weights * (each - mean) ** 2).sum()) for each, mean in zip(window, (m_x, m_y), strict=True))
-    shared = float((weights * (window[0] - m_x) * (window[1] - m_y)).sum())
+
+    def window(values: NDArray[np.generic]) -> NDArray[np.float64]:
+        return np.pad(values, 5)[at[0] : at[0] + 11, at[1] : at[1] + 11].astype(np.float64)
+
+    seen = np.outer(weights, weights) * window(region)
+    seen, windows = seen / seen.sum(), [window(each) for each in (x, y)]
+    m_x, m_y = (float((seen * each).sum()) for each in windows)
+    v_x, v_y = (float((seen * (each - mean) ** 2).sum()) for each, mean in zip(windows, (m_x, m_y), strict=True))
+    shared = float((seen * (windows[0] - m_x) * (windows[1] - m_y)).sum())
     c1, c2 = 0.01**2, 0.03**2
     return (2 * m_x * m_y + c1) * (2 * shared + c2) / ((m_x**2 + m_y**2 + c1) * (v_x + v_y + c2))
 
@@ -36,14 +41,26 @@ def ssim_by_hand(x: NDArray[np.float64], y: NDArray[np.float64], at: tuple[int, 
 def test_similarity_is_that_of_its_windows() -> None:
     first, second = pictures(2)
     second = (0.5 * first + 0.5 * second).astype(np.uint8)
-    found = ssim_map(first, second)
-    for at in ((0, 0), (5, 6), (11, 3)):
-        by_hand = [ssim_by_hand(first[..., c] / 255, second[..., c] / 255, at) for c in range(3)]
-        assert found[at] == pytest.approx(np.mean(by_hand), rel=1e-9)
-    assert ssim_map(first, first) == pytest.approx(np.ones((12, 12)))
-    assert found == pytest.approx(ssim_map(second, first))
+    region = pixels_of(torch.from_numpy(holes(3)["outpainting"]), 12).numpy()
+    found = np.zeros((12, 12))
+    found[region] = ssim(first, second, region)
+    for at in ((0, 0), (3, 6), (11, 3)):
+        by_hand = [ssim_by_hand(first[..., c] / 255, second[..., c] / 255, at, region) for c in range(3)]
+        assert region[at] and found[at] == pytest.approx(np.mean(by_hand), rel=1e-9)
+    assert ssim(first, first, region) == pytest.approx(np.ones(region.sum()))
+    assert found[region] == pytest.approx(ssim(second, first, region))
     with pytest.raises(ValueError, match="cannot be compared"):
-        ssim_map(first, second[:6])
+        ssim(first, second[:6], region)
+
+
+@pytest.mark.parametrize("name", ["inpainting", "outpainting", "right half"])
+def test_similarity_of_a_region_does_not_see_what_lies_beyond(name: str) -> None:
+    """What is known is equal by construction: in windows that look over the border it would lift the similarity of every completion."""
+    first, second = pictures(2)
+    region = pixels_of(torch.from_numpy(holes(4)[name]), 12).numpy()  # type: ignore[index]
+    completed = np.where(region[..., None], second, first)
+    elsewhere = np.where(region[..., None], second, pictures(1, seed=5)[0])
+    assert ssim(first, completed, region) == pytest.approx(ssim(first, elsewhere, region), rel=1e-9)
 
 
 def test_holes_cover_what_their_names_say() -> None:
@@ -102,6 +119,24 @@ def test_shares_of_a_distance_are_those_of_pairs_written_out() -> None:
     assert difference.std(ddof=1) / 6**0.5 == pytest.approx(wanted.standard_error)
     with pytest.raises(ValueError, match="at least 3"):
         kid_shares(x[:2], y[:2])
+
+
+def test_pairs_of_one_family_are_left_out_of_a_distance() -> None:
+    """Twins in other rows as well as an image's own sample: by sums over all pairs of different families, with and without a family."""
+    x, y = np.random.default_rng(0).normal(size=(2, 9, 5))
+
+    def kid(families: NDArray[np.int64], but: int = -1) -> float:
+        pairs = [(i, j) for i in range(9) for j in range(9) if families[i] != families[j] and but not in (families[i], families[j])]
+        return float(np.mean([kernel(x[i], x[j]) - 2 * kernel(x[i], y[j]) + kernel(y[i], y[j]) for i, j in pairs]))
+
+    uneven, even = np.array([0, 0, 0, 1, 2, 2, 3, 4, 4]), np.arange(9) % 3
+    assert kid_shares(x, y, uneven).mean() == pytest.approx(kid(uneven)) != pytest.approx(kid_shares(x, y).mean())
+    assert kid_shares(x, y, np.arange(9)) == pytest.approx(kid_shares(x, y))
+    without = [kid(even, but) for but in range(3)]
+    jackknife = (2 / 3 * np.sum((np.array(without) - np.mean(without)) ** 2)) ** 0.5
+    assert clustered_error(kid_shares(x, y, even), even) == pytest.approx(jackknife)
+    with pytest.raises(ValueError, match="different families, got 2"):
+        kid_shares(x, y, np.arange(9) % 2)
 
 
 def test_diversity_is_the_mean_over_pairs_and_zero_of_equal_pictures() -> None:

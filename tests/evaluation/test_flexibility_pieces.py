@@ -40,7 +40,7 @@ def stored(model: AnyOrderModel, folder: Path, name: str) -> NetworkFile:
 
 
 def images_of(model: AnyOrderModel, vq: NetworkFile) -> MeasuredImages:
-    return MeasuredImages(random_codes(model, IMAGES).numpy(), np.zeros((IMAGES, 12, 12, 3), np.uint8), 0, vq, 3)
+    return MeasuredImages(random_codes(model, IMAGES).numpy(), np.zeros((IMAGES, 12, 12, 3), np.uint8), np.arange(IMAGES), vq, 3)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from oar_scale.cli import main
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.run_sections import SAMPLE_SCORES
 from oar_scale.data.hashing import derived_seed
+from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import kid_difference, kid_shares
 from oar_scale.evaluation.features import picture_features
 from oar_scale.evaluation.likelihood import nll_table, random_orders
@@ -26,10 +27,12 @@ from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import load_model, save_model
 from oar_scale.registry import ModelName
-from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
+from oar_scale.results.statistics import clustered_error
+from oar_scale.run.artifacts import prompt_encoder, read_families, read_pictures, read_tokens
 from oar_scale.run.context import Run
 from oar_scale.storage import read_json
-from oar_scale.studies.flexibility_models import named_arms
+from oar_scale.studies import flexibility_models
+from oar_scale.studies.flexibility_models import first_images, named_arms, sweep_images
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq, unit_to_pixels
 
 IMAGES = 12
@@ -104,7 +107,7 @@ def test_a_call_that_was_stopped_goes_on_where_it_was(
     assert json.loads((tmp_path / "flexibility.json").read_text()) == json.loads((measured / "flexibility.json").read_text())
 
 
-DRAWN = 3
+DRAWN, CHOSEN_ON = 3, 6
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +115,19 @@ def drawn(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Samples and edits of two models, and a sweep, on three images."""
     out, folder = tmp_path_factory.mktemp("drawn"), finished.local()
     more = ["--images", str(DRAWN), "--chapters", "samples,edits", "--sweep", "temperature=0.5,1"]
-    assert flexibility([f"{folder}:ordered", f"{folder}:control"], out, *more) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(flexibility_models, "CHOSEN_ON", CHOSEN_ON)
+        assert flexibility([f"{folder}:ordered", f"{folder}:control"], out, *more) == 0
     return out
 
 
 @torch.no_grad()
-def features_by_hand(run: Run, name: ModelName, first: int, temperature: float) -> NDArray[np.float32]:
+def features_by_hand(run: Run, name: ModelName, rows: list[int], temperature: float, seed: int) -> NDArray[np.float32]:
     """Samples for the captions of some held-out images in the order that the model chooses, as pictures, as features."""
-    tokens, model, vq = read_tokens(run, "heldout", first + DRAWN), load_model(run.model_uri(name)), load_vq(run.vq_uri)
-    condition = model.condition(prompt_encoder(run).encode(tokens.prompts[first:]))
+    tokens, model, vq = read_tokens(run, "heldout"), load_model(run.model_uri(name)), load_vq(run.vq_uri)
+    condition = model.condition(prompt_encoder(run).encode([tokens.prompts[row] for row in rows]))
     settings = replace(SampleSettings.from_recipe(run.recipe.sample), temperature=temperature)
-    made = generate(model, condition, settings, derived_seed("drawing", run.recipe.seed), images_B=first + np.arange(DRAWN))
+    made = generate(model, condition, settings, derived_seed("drawing", seed), images_B=np.arange(len(rows)))
     return picture_features(unit_to_pixels(vq.decode(made.codes_BN)).numpy())
 
 
@@ -131,7 +136,7 @@ def test_distances_are_those_of_samples_drawn_by_hand(finished: Run, drawn: Path
     found = read_json(str(drawn / "flexibility.json"))
     pictures = read_pictures(finished, "heldout", read_tokens(finished, "heldout", DRAWN).keys)
     heldout = picture_features(np.stack(pictures))
-    by_hand = {name: features_by_hand(finished, name, 0, 1.0) for name in ("ordered", "control")}
+    by_hand = {name: features_by_hand(finished, name, list(range(DRAWN)), 1.0, finished.recipe.seed) for name in ("ordered", "control")}
     shares = {}
     for model in found["models"]:
         with np.load(drawn / model["arrays"]) as arrays:
@@ -145,23 +150,48 @@ def test_distances_are_those_of_samples_drawn_by_hand(finished: Run, drawn: Path
     assert {each["unit"] for each in found["measures"] if each["chapter"] == "samples"} == {"kid_efflite0"}
 
 
-def test_the_best_setting_is_chosen_on_other_images(finished: Run, drawn: Path) -> None:
+def test_the_best_setting_is_chosen_on_other_families_with_other_noise(finished: Run, drawn: Path) -> None:
+    """On held-out images behind the measured ones, of other families than these; drawn with a seed that no figure is drawn with."""
     found = read_json(str(drawn / "flexibility.json"))
-    assert found["sweep_images"] == "3 images of heldout, from number 3 on"
-    pictures = read_pictures(finished, "heldout", read_tokens(finished, "heldout", 2 * DRAWN).keys)[DRAWN:]
-    others = picture_features(np.stack(pictures))
+    tokens, families = read_tokens(finished, "heldout"), read_families(finished, "heldout")
+    measured = {families[key] for key in tokens.keys[:DRAWN]} - {""}
+    rows = [row for row in range(DRAWN, len(tokens.keys)) if families[tokens.keys[row]] not in measured][:CHOSEN_ON]
+    assert found["sweep_images"] == f"{CHOSEN_ON} images of heldout, of other families than those that are measured"
+    assert any(f"chosen on {CHOSEN_ON} images only" in note for note in found["notes"])
+    keys = [tokens.keys[row] for row in rows]
+    others = picture_features(np.stack(read_pictures(finished, "heldout", keys)))
+    by_family = [families[key] or f"image {key}" for key in keys]
+    numbers = np.array([by_family.index(family) for family in by_family])
+    seed = derived_seed("sweep", finished.recipe.seed)
     for label in ("ordered", "control"):
-        rows = [each for each in found["sweep"] if each["label"] == label]
-        by_hand = [kid_shares(features_by_hand(finished, label, DRAWN, each["temperature"]), others).mean() for each in rows]
-        assert [each["distance"] for each in rows] == pytest.approx(by_hand, rel=1e-3)
-        assert [each["chosen"] for each in rows] == [distance == min(by_hand) for distance in by_hand]
+        of_arm = [each for each in found["sweep"] if each["label"] == label]
+        shares = [kid_shares(features_by_hand(finished, label, rows, each["temperature"], seed), others, numbers) for each in of_arm]
+        means = [float(each.mean()) for each in shares]
+        assert [each["distance"] for each in of_arm] == pytest.approx(means, rel=1e-3)
+        assert [each["chosen"] for each in of_arm] == [mean == min(means) for mean in means]
+        best = shares[int(np.argmin(means))]
+        assert [each["above_error"] for each in of_arm] == pytest.approx(
+            [clustered_error(each - best, numbers) for each in shares], rel=1e-2
+        )
+        assert [each["edges"] for each in of_arm if each["chosen"]] == [["temperature"]], "of two values each is at the edge"
+
+
+def test_measured_images_of_one_family_have_no_distance(finished: Run) -> None:
+    images = first_images(finished, "heldout", 4)
+    twins = replace(images, families=["apple"] * 4)
+    others, _ = sweep_images(twins)
+    assert not {"apple"} & set(others.families) and min(others.rows) == 4
+    everything = replace(images, families=first_images(finished, "heldout", len(read_tokens(finished, "heldout").keys)).families)
+    with pytest.raises(UserError, match=r"0 are of other families than the 4 that are measured"):
+        sweep_images(everything)
 
 
 def test_the_page_shows_every_table_and_picture(drawn: Path, measured: Path) -> None:
     page = (drawn / "index.html").read_text()
     assert page.count("data:image/png") == 2 * DRAWN * (2 + 10) + 3 * DRAWN * (2 + 2), "samples by arm; edits by hole"
     text = re.sub('data:image/png;base64,[^"]*', "", page)
-    assert not re.search(r"\bnan\b", text, re.IGNORECASE) and "Chosen on 3 images of heldout" in text
+    assert not re.search(r"\bnan\b", text, re.IGNORECASE) and "images of heldout, of other families" in text
+    assert "at the edge of what was tried" in text and "Primary differences to control" in text
     for word in ("inpainting", "outpainting", "right half", "kid_efflite0", "One seed each"):
         assert word in text
     page = (measured / "index.html").read_text()
@@ -203,6 +233,7 @@ def test_models_that_do_not_fit_together_are_refused(finished: Run, tmp_path: Pa
         (["{run}:control"], ["--images", "2"], "at least 3"),
         (["{run}:control"], ["--images", "5000"], "5000 are wanted"),
         (["{run}:control"], ["--split", "test"], "data.test_fraction 0"),
+        (["{run}:control"], ["--split", "train"], "--split train: there are heldout and test"),
         (["{run}:control"], ["--run", "/nowhere"], "/nowhere: no run here"),
         (["{run}/second.safetensors"], [], "Name a run"),
         (["{run}:better"], [], "better"),

@@ -21,7 +21,7 @@ from oar_scale.data.hashing import derived_seed
 from oar_scale.evaluation.eval_tasks import Ints, Precision, condition_of, here
 from oar_scale.evaluation.flexibility.features import DistanceSource, FeatureNetwork, mean_pairwise
 from oar_scale.evaluation.flexibility.pieces import Arrays, NetworkFile
-from oar_scale.evaluation.flexibility.similarity import ssim_map
+from oar_scale.evaluation.flexibility.similarity import ssim
 from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, Source
 from oar_scale.evaluation.likelihood import hidden_nll
 from oar_scale.evaluation.pictures import UNKNOWN_GREY
@@ -125,9 +125,9 @@ class EditsPiece:
         return drawn.reshape(len(pictures), variations, *drawn.shape[1:])
 
     def _similar(self, pictures: NDArray[np.uint8], region_N: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Mean SSIM [S] to the original over a region."""
+        """Mean SSIM [S] to the original over a region, of which alone it is."""
         region_HW = pixels_of(torch.from_numpy(region_N), pictures.shape[1]).numpy()
-        return np.array([ssim_map(*pair)[region_HW].mean() for pair in zip(pictures, self.pictures, strict=True)])
+        return np.array([ssim(*pair, region_HW).mean() for pair in zip(pictures, self.pictures, strict=True)])
 
     def _nll(self) -> Tensor:
         """NLL [S] of the true codes of the hole, given the codes around it, which have not seen them; float32."""
@@ -169,7 +169,8 @@ def edit_sources(
         for model in (model for arm in arms for model in arm.models):
             pieces = edit_pieces(model, images, network, hole_N, settings, seed, precision)
             key = f"edits/{name}"
-            sources.append(DistanceSource(f"{key}/distance", model.label, model.seed, pieces, "region_SF", reference, "region_SF"))
+            region = (pieces, "region_SF", reference, "region_SF", images.families_S)
+            sources.append(DistanceSource(f"{key}/distance", model.label, model.seed, *region))
             sources += [Source(f"{key}/{what}", model.label, model.seed, pieces, what) for what in EDIT_MEASURES if what != "distance"]
     return sources
 
@@ -192,7 +193,7 @@ def edit_pieces(
             images.pictures[part],
             images.codes_SN[part],
             model.cond_inputs_S[part],
-            images.first + part.start,
+            part.start,
             hole_N,
             settings,
             seed,

@@ -45,15 +45,18 @@ def feature_network(spec: ExtractorSpec) -> FeatureNetwork:
 class DistanceSource(Source):
     """The distance of pictures to others, whose features are an array of other pieces."""
 
-    reference: tuple[Piece, ...] = ()
-    reference_array: str = ""
+    reference: tuple[Piece, ...]
+    reference_array: str
+    families_S: NDArray[np.int64]
+    """Pairs of one family are left out."""
 
     @property
     def needed(self) -> tuple[Piece, ...]:
         return (*self.pieces, *self.reference)
 
     def values(self, results: Mapping[str, Arrays]) -> NDArray[np.float64]:
-        return kid_shares(in_parts(results, self.pieces)[self.array], in_parts(results, self.reference)[self.reference_array])
+        samples, reference = in_parts(results, self.pieces)[self.array], in_parts(results, self.reference)[self.reference_array]
+        return kid_shares(samples, reference, self.families_S)
 
 
 def mean_pairwise(features_SKF: ArrayLike) -> NDArray[np.float64]:

@@ -84,7 +84,7 @@ def own_order_pieces(arms: Sequence[Arm], images: MeasuredImages, tie_seed: int,
     """The pieces that find each model's own orders."""
     return {
         (model.label, model.seed): [
-            OwnOrdersPiece(model.file, images.codes_SN[part], model.cond_inputs_S[part], images.first + part.start, tie_seed, precision)
+            OwnOrdersPiece(model.file, images.codes_SN[part], model.cond_inputs_S[part], part.start, tie_seed, precision)
             for part in images.parts
         ]
         for arm in arms

@@ -30,7 +30,7 @@ from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.vq import load_vq
 
 Arrays = dict[str, NDArray[np.generic]]
-FORMAT = 1
+FORMAT = 2
 """Of what pieces compute: raised where the same piece would give another result."""
 
 

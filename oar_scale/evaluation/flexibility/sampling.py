@@ -106,7 +106,7 @@ class SampleWork:
     ) -> tuple[SamplesPiece, ...]:
         """A model's samples of the first captions, or of all."""
         count = len(self.images.codes_SN) if captions is None else captions
-        numbers_S = noise_numbers(self.images.first + np.arange(count), variation + 1).reshape(count, -1)[:, variation]
+        numbers_S = noise_numbers(np.arange(count), variation + 1).reshape(count, -1)[:, variation]
         return tuple(
             SamplesPiece(
                 model.file,
@@ -133,7 +133,9 @@ class SampleWork:
         """Both distances of samples."""
         reference = self.reference()
         return [
-            DistanceSource(f"samples/{column}/{to}", model.label, model.seed, pieces, "features_SF", reference, f"{to}_SF")
+            DistanceSource(
+                f"samples/{column}/{to}", model.label, model.seed, pieces, "features_SF", reference, f"{to}_SF", self.images.families_S
+            )
             for to in ("heldout", "decoded")
         ]
 

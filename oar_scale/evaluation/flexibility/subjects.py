@@ -43,8 +43,8 @@ class MeasuredImages:
     """Raster order."""
     pictures: NDArray[np.uint8]
     """[S, H, W, 3]."""
-    first: int
-    """Number of the first one among those of its split."""
+    families_S: NDArray[np.int64]
+    """The same number for images of one family; one without a family is its own."""
     vq: NetworkFile
     grid: int
 

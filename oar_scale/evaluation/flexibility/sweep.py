@@ -1,15 +1,17 @@
 """Best against best: the temperature and guidance of each arm whose samples are nearest to some images, for figures on others.
 
-An arm's distance is the mean of its seeds'. The images that a setting is chosen on are not those of the figures (``studies.flexibility``).
+An arm's distance is the mean of its seeds'. The images that a setting is chosen on are of other families than those of the figures
+(``studies.flexibility``), and the samples for them have noise of their own: a setting is not judged by what it was chosen for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oar_scale.errors import UserError
 from oar_scale.evaluation.flexibility.pieces import Arrays
@@ -17,6 +19,7 @@ from oar_scale.evaluation.flexibility.sampling import SampleWork
 from oar_scale.evaluation.flexibility.subjects import Arm, Source
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.results.flexibility import SweepRow
+from oar_scale.results.statistics import clustered_error
 
 FIELDS = ("temperature", "guidance")
 Choice = dict[str, float]
@@ -64,18 +67,35 @@ class Sweep:
 
     def rows(self, results: Mapping[str, Arrays]) -> tuple[SweepRow, ...]:
         """The distance of each arm with each choice; its smallest is chosen, the first of equal ones."""
-        distance: dict[tuple[str, int], list[float]] = {}
+        shares: dict[tuple[str, int], list[NDArray[np.float64]]] = {}
         for source in self.sources():
-            index = int(source.measure.split("/")[1])
-            distance.setdefault((source.label, index), []).append(float(source.values(results).mean()))
-        rows = []
+            shares.setdefault((source.label, int(source.measure.split("/")[1])), []).append(source.values(results))
+        rows = list[SweepRow]()
         for arm in self.work.arms:
-            means = [float(np.mean(distance[arm.label, index])) for index in range(len(self.choices))]
-            best = int(np.argmin(means))
-            for index, (choice, mean) in enumerate(zip(self.choices, means, strict=True)):
-                used = settings_of(self.work.settings, choice)
-                rows.append(SweepRow(arm.label, used.temperature, used.guidance, mean, index == best))
+            rows += self._of_arm(arm.label, [np.mean(shares[arm.label, index], axis=0) for index in range(len(self.choices))])
         return tuple(rows)
+
+    def _of_arm(self, label: str, shares: Sequence[NDArray[np.float64]]) -> Iterator[SweepRow]:
+        """The rows of an arm from the shares [S] of its distance with each choice."""
+        best, families_S = int(np.argmin([each_S.mean() for each_S in shares])), self.work.images.families_S
+        for index, (choice, each_S) in enumerate(zip(self.choices, shares, strict=True)):
+            used, above_S = settings_of(self.work.settings, choice), each_S - shares[best]
+            yield SweepRow(
+                label,
+                used.temperature,
+                used.guidance,
+                float(each_S.mean()),
+                clustered_error(each_S, families_S) or 0.0,
+                float(above_S.mean()),
+                clustered_error(above_S, families_S) or 0.0,
+                index == best,
+                self._edges(choice) if index == best else (),
+            )
+
+    def _edges(self, choice: Choice) -> tuple[str, ...]:
+        """The settings of a choice beyond whose value nothing was tried on one side."""
+        tried = {name: {each[name] for each in self.choices} for name in choice}
+        return tuple(name for name, values in tried.items() if len(values) > 1 and choice[name] in (min(values), max(values)))
 
 
 def best_sources(work: SampleWork, rows: Sequence[SweepRow]) -> list[Source]:
