@@ -4,15 +4,16 @@ For each measure a row an arm: the mean over its seeds, and the interval that su
 values; a single seed has none). Beside it the difference to the control, paired by seed. An arm of several runs is one row where these
 runs differ in nothing but the seed.
 
-Arms are compared where they differ in nothing but the orders: another start, other samples, views or numbers of updates are an error, or
-with ``anyway`` a mark on the row.
+Figures of other images or with other settings (of a flexibility report or an evaluation) are measures of their own, never subtracted from
+one another. Arms are compared where they differ in nothing but the orders: another start, other samples, views or numbers of updates are an
+error, or with ``anyway`` a mark on the row.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from oar_scale.json_object import JsonObject
 from oar_scale.results.statistics import Interval, t_interval, t_test
 from oar_scale.runtime.tables import text_table
 from oar_scale.storage import write_json
-from oar_scale.studies.trained_arms import TrainedArm, trained_arms
+from oar_scale.studies.trained_arms import Conditions, TrainedArm, trained_arms
 
 FORMAT = 1
 MARK = "!"
@@ -70,7 +71,7 @@ def run_compare_runs(paths: Sequence[str], *, out: str | None = None, anyway: bo
 def arm_rows(trained: Sequence[TrainedArm], *, anyway: bool = False) -> list[ArmRow]:
     """The rows of the comparison. Raises UserError for what differs in more than the orders, unless ``anyway``."""
     first, groups = trained[0], dict[str, list[TrainedArm]]()
-    for each in trained:
+    for each in told_apart(trained):
         key = json.dumps([each.arm, each.orders, each.alike], sort_keys=True)
         taken = any(other.seed == each.seed for other in groups.get(key, ()))
         groups.setdefault(key + each.run if taken else key, []).append(each)
@@ -84,6 +85,28 @@ def arm_rows(trained: Sequence[TrainedArm], *, anyway: bool = False) -> list[Arm
         label = one.arm if names.count(one.arm) == 1 else f"{one.arm} ({one.run})"
         rows.append(ArmRow(label, tuple(sorted(members, key=lambda each: (each.number, each.run))), differs))
     return rows
+
+
+def told_apart(trained: Sequence[TrainedArm]) -> list[TrainedArm]:
+    """The arms, with figures of one name that are of other images or settings as measures of their own, named by what differs."""
+    conditions: dict[str, dict[str, Conditions]] = {}
+    for each in trained:
+        for measure, measured_on in each.measured_on.items():
+            conditions.setdefault(measure, {})[json.dumps(measured_on, sort_keys=True)] = measured_on
+
+    def name_of(measure: str, measured_on: Conditions) -> str:
+        others = conditions[measure].values()
+        differs = [name for name in measured_on if any(other.get(name) != measured_on[name] for other in others)]
+        return f"{measure} [{', '.join(f'{name} {_short(measured_on[name])}' for name in differs)}]" if differs else measure
+
+    return [
+        replace(each, figures={name_of(name, each.measured_on[name]): value for name, value in each.figures.items()}) for each in trained
+    ]
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text[:SHOWN]
 
 
 def _unlike(first: TrainedArm, other: TrainedArm, name: str) -> str:

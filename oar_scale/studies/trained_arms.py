@@ -35,6 +35,8 @@ FLEXIBILITY = "flexibility"
 STORED = "held-out nll stored"
 
 Curve = list[tuple[int, float]]
+Conditions = Mapping[str, object]
+"""By its name: a setting or what images were measured, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class TrainedArm:
     """By the name of the measure: its value at steps."""
     figures: Mapping[str, float]
     """By the name of the measure: curves at their end, and what the evaluation has measured."""
+    measured_on: Mapping[str, Conditions]
+    """By the name of the measure: what its figure depends on beside the model. Figures of other images or settings are not compared."""
 
 
 def open_run(path: str) -> Run:
@@ -117,7 +121,11 @@ def _trained(run: Run, path: str, stage: Stage, finished: Finished, start: str) 
     if stage.orders != STAGES["extract"].orders:  # its held-out images have orders of another extraction than those of other arms
         curves.pop(STORED, None)
     ends = {name: curve[-1][1] for name, curve in curves.items()}
-    measured = _evaluated(run, arm) if not stage.arm and not stage.seed else {}
+    heldout = _images(run, "heldout")
+    figures = {name: (value, heldout) for name, value in ends.items()}
+    if not stage.arm and not stage.seed:
+        figures |= _evaluated(run, arm, heldout)
+    figures |= _flexibility(run, stage.model)
     return TrainedArm(
         run=path,
         stage=stage.name,
@@ -128,7 +136,8 @@ def _trained(run: Run, path: str, stage: Stage, finished: Finished, start: str) 
         alike=_alike(run, recipe, start, finished.marker),
         orders=_orders(recipe, arm),
         curves=curves,
-        figures={**ends, **measured, **_flexibility(run, stage.model)},
+        figures={name: value for name, (value, _) in figures.items()},
+        measured_on={name: conditions for name, (_, conditions) in figures.items()},
     )
 
 
@@ -180,13 +189,28 @@ def _curves(run: Run, stage: str) -> dict[str, Curve]:
     return curves
 
 
-def _evaluated(run: Run, model: str) -> dict[str, float]:
+def _images(run: Run, split: str) -> Conditions:
+    """Which images a split holds."""
+    try:
+        return {f"images of {split}": read_manifest(run.at("tokens", split)).fingerprint}
+    except UserError:  # of a run whose tokens are gone, or that holds out none
+        return {f"images of {split}": None}
+
+
+def _evaluated(run: Run, model: str, images: Conditions) -> dict[str, tuple[float, Conditions]]:
     """What the stage ``evaluate`` has measured of one of its models."""
     try:
         marker, evaluation = read_json(run.marker("evaluate")), read_json(join(run.local(), "evaluation.json"))
     except Missing:
         return {}
-    return {} if "stale" in marker else dict(_numbers(evaluation, model))
+    if "stale" in marker:
+        return {}
+    settings = {
+        f"{name}.{field}": value
+        for name, section in (("evaluate", run.recipe.evaluate), ("sample", run.recipe.sample))
+        for field, value in section.model_dump(mode="json", exclude=set(silent_fields(section))).items()
+    }
+    return {name: (value, {**images, **settings}) for name, value in _numbers(evaluation, model)}
 
 
 def _numbers(evaluation: JsonObject, model: str) -> Iterator[tuple[str, float]]:
@@ -195,10 +219,11 @@ def _numbers(evaluation: JsonObject, model: str) -> Iterator[tuple[str, float]]:
             yield f"evaluated nll {entry['order']}", float(entry["nll"]["mean"])
     for row in evaluation.get("distances", ()):
         if row["name"] == model_label(model):
-            yield "evaluated kid_efflite0", float(row["kid_efflite0"])
+            distance = row["kid"] if "kid" in row else row["kid_efflite0"]  # of an evaluation of an older version
+            yield f"evaluated kid_{row.get('features', 'efflite0')}", float(distance)
 
 
-def _flexibility(run: Run, model: str) -> dict[str, float]:
+def _flexibility(run: Run, model: str) -> dict[str, tuple[float, Conditions]]:
     """The means over images of what the run's flexibility report has measured of a model; empty where it does not know the model."""
     folder = run.local(FLEXIBILITY)
     try:
@@ -208,10 +233,19 @@ def _flexibility(run: Run, model: str) -> dict[str, float]:
     own = _model_id(run.model_uri(model))
     try:
         files = [join(folder, entry["arrays"]) for entry in report["models"] if entry["id"] == own]
-        measures = {entry["name"]: f"flexibility {entry['name']} ({entry['unit']})" for entry in report["measures"]}
         if not files:
             return {}
+        images = {**_images(run, report["split"]), "flexibility --split": report["split"], "flexibility --images": report["images"]}
+        drawn = {**images, "sampling": report["sampling"]}
+        tried = sorted({(row["temperature"], row["guidance"]) for row in report["sweep"]})
         with np.load(io.BytesIO(open_storage(folder).read(files[0])), allow_pickle=False) as arrays:
-            return {measures[name]: float(arrays[name].mean()) for name in arrays.files if name in measures}
+            means = {name: float(arrays[name].mean()) for name in arrays.files}
+        found = dict[str, tuple[float, Conditions]]()
+        for measure in (each for each in report["measures"] if each["name"] in means):
+            name, conditions = measure["name"], images if measure["chapter"] in ("likelihood", "calibration") else drawn
+            if name.startswith("samples/best/"):
+                conditions = {**conditions, "flexibility --sweep": [tried, report["sweep_images"]]}
+            found[f"flexibility {name} ({measure['unit']})"] = means[name], conditions
+        return found
     except (KeyError, TypeError, ValueError, EOFError, Missing, zipfile.BadZipFile) as error:
         raise UserError(f"{folder}: no flexibility report of this version ({error!r}). Write it anew, or move it away.") from error

@@ -197,6 +197,54 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         run_compare_runs([finished_run(tmp_path / "run", {})])
 
 
+def flexibility_report(models: list[tuple[str, str]], **changes: Any) -> dict[str, Any]:
+    measures = [{"name": name, "unit": "nats", "chapter": name.split("/")[0]} for name in ("likelihood/random", "samples/max_prob/heldout")]
+    return {
+        "models": [{"id": identity, "arrays": arrays} for identity, arrays in models],
+        "measures": [{**each, "name": each["name"].replace("likelihood", "nll")} for each in measures],
+        **{"split": "heldout", "images": 256, "sampling": "guidance 2", "sweep": [], "sweep_images": "", **changes},
+    }
+
+
+def with_flexibility(run: str, **changes: Any) -> None:
+    """Give a run a report on its control and its arm ``raster``, of seed 0."""
+    (Path(run) / "flexibility" / "arrays").mkdir(parents=True)
+    models = []
+    for number, name in enumerate(("ordered", "control", "raster")):
+        save_model(f"{run}/models/{name}.safetensors", small_model(seed=number + 3))
+        values: Any = {"nll/random": np.array([number, 4.0]), "samples/max_prob/heldout": np.array([0.1, 0.2])}
+        np.savez(f"{run}/flexibility/arrays/{name}.npz", **values)
+        models.append((model_id(f"{run}/models/{name}.safetensors"), f"arrays/{name}.npz"))
+    write_json(f"{run}/flexibility/flexibility.json", flexibility_report(models, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "apart"),
+    [
+        ({}, {}, ()),
+        ({"split": "test"}, {"flexibility --split": "test"}, ("nll/random", "samples/max_prob/heldout")),
+        ({"images": 976}, {"flexibility --images": "976"}, ("nll/random", "samples/max_prob/heldout")),
+        ({"sampling": "guidance 4"}, {"sampling": "guidance 4"}, ("samples/max_prob/heldout",)),
+    ],
+)
+def test_figures_of_other_images_or_settings_are_never_subtracted(
+    tmp_path: Path, changes: dict[str, Any], names: dict[str, str], apart: tuple[str, ...]
+) -> None:
+    """The second run has no control of its own; that of the first will do for what was measured in the same way, and for nothing else."""
+    last = {name: value for name, value in LAST.items() if "." not in name}
+    first = finished_run(tmp_path / "first", last, pipeline={"arms": {"raster": {"order": "raster"}}})
+    other = finished_run(tmp_path / "other", {"raster": 3.6}, pipeline={"control": False, "arms": {"raster": {"order": "raster"}}})
+    with_flexibility(first)
+    with_flexibility(other, **changes)
+    rows = arm_rows([*trained_arms(first)[0], *trained_arms(other)[0]])
+    (row,) = [each for each in rows if each.trained[0].run == other]
+    for measure in ("nll/random", "samples/max_prob/heldout"):
+        (found,) = [name for name in row.trained[0].figures if name.startswith(f"flexibility {measure} (nats)")]
+        assert all(f"{name} {value}" in found for name, value in names.items()) == (measure in apart) or not names
+        assert (minus_control(row, rows, found) is None) == (measure in apart)
+        assert (found in rows[0].trained[0].figures) == (measure not in apart)
+
+
 def test_the_evaluation_and_the_flexibility_report_are_read(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     write_json(
@@ -205,7 +253,7 @@ def test_the_evaluation_and_the_flexibility_report_are_read(tmp_path: Path) -> N
             "nll": {
                 "entries": [{"model": "ordered", "order": order, "nll": {"mean": 2.5}} for order in ("own max_prob", "own gt_logprob")]
             },
-            "distances": [{"name": "control", "kid_efflite0": 0.2}],
+            "distances": [{"name": "control", "kid_efflite0": 0.2}, {"name": "ordered", "kid": 0.1, "features": "inception"}],
         },
     )
     model = f"{run}/models/raster.s1.safetensors"
@@ -214,12 +262,12 @@ def test_the_evaluation_and_the_flexibility_report_are_read(tmp_path: Path) -> N
         save_model(f"{run}/models/{name}.safetensors", small_model(seed=4))
     (Path(run) / "flexibility" / "arrays").mkdir(parents=True)
     np.savez(f"{run}/flexibility/arrays/raster-1.npz", **{"nll/random": np.array([3.0, 4.0])})  # type: ignore[arg-type]
-    measured = {"id": model_id(model), "arrays": "arrays/raster-1.npz"}
-    write_json(f"{run}/flexibility/flexibility.json", {"models": [measured], "measures": [{"name": "nll/random", "unit": "nats"}]})
+    write_json(f"{run}/flexibility/flexibility.json", flexibility_report([(model_id(model), "arrays/raster-1.npz")]))
     figures = {each.stage: each.figures for each in trained_arms(run)[0]}
     assert figures["finetune"]["evaluated nll own max_prob"] == 2.5
     assert not any("gt_logprob" in name for of_stage in figures.values() for name in of_stage)
     assert figures["control"]["evaluated kid_efflite0"] == 0.2
+    assert figures["finetune"]["evaluated kid_inception"] == 0.1
     assert "evaluated nll own max_prob" not in figures["finetune.s1"]
     assert figures["raster.s1"]["flexibility nll/random (nats)"] == 3.5
     assert not any("flexibility" in name for name in figures["raster"])
