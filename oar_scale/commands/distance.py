@@ -201,6 +201,7 @@ def _line(name: str, figure: JsonObject) -> str:
         for side in ("samples", "reference")
         if side in figure
     ]
+    sides += [f"pairs of one {figure['paired']} left out"] if figure.get("paired") else []
     line += f"  ({', '.join(sides)}"
     if halves := figure.get("halves_of_reference"):
         line += f"; of {halves['images']} images a side: {halves['samples']:.4f}, two halves of the reference {halves['value']:.4f}"

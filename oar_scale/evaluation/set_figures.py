@@ -219,7 +219,10 @@ class Comparison:
         notes = []
         for where, marks in self._marks:
             if same := repeated(marks):
-                notes.append(f"{where}: {same} of {len(marks)} images are, pixel for pixel, the same as another one of the set")
+                notes.append(
+                    f"{where}: {same} of {len(marks)} images are, pixel for pixel, the same as another one of the set. Errors and "
+                    "intervals take all images for independent: they are too small by that."
+                )
         if len(self._marks) == 2:
             (where, samples), (_, reference) = self._marks
             if copies := shared_pixels(samples, reference):
@@ -300,8 +303,10 @@ class Comparison:
             raise ValueError(f"too few images for {figure}")
         counts = dict(zip(("samples", "reference"), map(len, self._kept), strict=True))
         if isinstance(found, Estimate):
+            # All samples in as many balls do not tell how much others would differ: no error is known, and 0 is none.
             error_is = "standard error over images, the neighbourhoods taken as given"
-            return {"value": found.mean, "error": found.standard_error, "error_is": error_is, **counts}
+            error = {"error": found.standard_error, "error_is": error_is} if found.standard_error else {}
+            return {"value": found.mean, **error, **counts}
         interval_is = f"{LEVEL:.0%}, Wilson, over images, the neighbourhoods taken as given"
         return {"value": found.value, "low": found.low, "high": found.high, "interval_is": interval_is, **counts}
 

@@ -143,7 +143,9 @@ def test_sets_that_do_not_belong_together_are_one_error(sets: list[str], tmp_pat
     assert "fd_efflite0 " in shown and "coverage_efflite0 " in shown
     assert "note: " + three + " has 3 images; kid_efflite0 needs 4, recall_efflite0 needs 4: left out" in shown
     assert main(["distance", sets[0], sets[0], "--paired", "name", "--metrics", "kid"]) == 0
-    assert "14 of 14 images are, pixel for pixel, images of the reference" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "14 of 14 images are, pixel for pixel, images of the reference" in shown
+    assert "(14 samples, 14 reference, pairs of one name left out)" in shown
     assert main(["distance", sets[0], sets[1], "--kept", "6", "--metrics", "fd,kid,density"]) == 0
     assert main(["distance", sets[0]]) == 2
     assert "nothing can be measured of it without a reference" in capsys.readouterr().err

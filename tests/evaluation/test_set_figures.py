@@ -204,9 +204,20 @@ def test_images_that_are_the_same_are_pointed_out(tmp_path: Path) -> None:
     sides = [Side("a", stored(tmp_path / "a", np.split(rows, [7]))), Side("b", stored(tmp_path / "b", [reference]))]
     notes = Comparison(*sides, "x", False).notes(["kid"])
     assert notes == [
-        "a: 5 of 20 images are, pixel for pixel, the same as another one of the set",
+        "a: 5 of 20 images are, pixel for pixel, the same as another one of the set. Errors and intervals take all images for independent: "
+        "they are too small by that.",
         "a: 1 of 20 images are, pixel for pixel, images of the reference",
     ]
+
+
+def test_identical_images_claim_no_certainty(tmp_path: Path) -> None:
+    """Twenty times one picture: no figure has an error of 0."""
+    same = Side("same", stored(tmp_path / "same", [np.ones((20, FEATURES), np.float32)]))
+    other = Side("other", stored(tmp_path / "other", [np.random.default_rng(7).normal(size=(20, FEATURES)).astype(np.float32) + 1]))
+    both = Comparison(same, other, "x", False)
+    for figure in both.figures(both.possible()).values():
+        assert figure.get("error", 1.0) > 0 and figure.get("low", 0.0) < figure.get("high", 1.0)
+    assert "20 of 20 images are" in both.notes(["kid"])[0]
 
 
 def test_scores_need_their_layers(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(str(error))
     except Requeue as stop:
-        print(json.dumps(["requeue", stop.reason, stop.state]))
+        print(json.dumps(["requeue", [stop.reason, stop.state]]))
         sys.exit(75)
     print(json.dumps(["end", {{"done": list(report.done), "poison": report.poison, "elsewhere": report.done_elsewhere}}]))
 """
@@ -139,7 +139,7 @@ def test_a_stopped_task_ends_its_shard_and_hands_back_the_rest(tmp_path: Path, c
     task.hear("draining")
     (tmp_path / "log/go on").touch()
     output = task.end()
-    assert task.process.returncode == 75 and output[-1] == ["requeue", "SIGTERM", "everything saved"]
+    assert task.process.returncode == 75 and output[-1] == ["requeue", ["SIGTERM", "everything saved"]]
     assert dict(output)["drained"] == {"finished": 1, "handed_back": 0}
     ledger = Ledger(str(tmp_path / "ledger"))
     assert sorted(ledger.done()) == sorted(tries(tmp_path / "log")), "a shard that was begun was not ended"
@@ -153,9 +153,10 @@ def test_what_does_not_end_in_the_grace_period_is_handed_back(tmp_path: Path) ->
     task = Task(tmp_path, seconds=60, timing={"grace_s": 0.5})
     wait_until(lambda: bool(pids(tmp_path / "log")) and (tmp_path / "log/tries.log").exists())
     task.process.send_signal(signal.SIGUSR1)
-    *events, (kind, reason, state) = task.end()
-    assert dict(events)["drained"] == {"finished": 0, "handed_back": 1}
-    assert (kind, reason) == ("requeue", "SIGUSR1") and "1 part was still being computed and will be computed anew" in state
+    output = dict(task.end())
+    assert output["drained"] == {"finished": 0, "handed_back": 1}
+    reason, state = output["requeue"]
+    assert reason == "SIGUSR1" and "1 part was still being computed and will be computed anew" in state
     assert not Ledger(str(tmp_path / "ledger")).claims()
     assert not living(tmp_path / "log")
 
