@@ -39,6 +39,8 @@ class MeasuredModel:
     """Of its arm."""
     seed: int
     """Its place among the models of its arm, from 0."""
+    drawn_from: int | None
+    """The seed of its training in its run, by which seeds are paired; None where it is of no run."""
     where: str
     id: str
     arrays: str

@@ -108,7 +108,12 @@ def figure(values: ArrayLike, what: str = "values", families_S: ArrayLike | None
 
 
 def compare(
-    first: ArrayLike, second: ArrayLike, what: str = "values", families_S: ArrayLike | None = None, spread: SeedSpread | None = None
+    first: ArrayLike,
+    second: ArrayLike,
+    what: str = "values",
+    families_S: ArrayLike | None = None,
+    spread: SeedSpread | None = None,
+    paired: bool = True,
 ) -> Comparison:
     """The paired difference of two sets of values, [R, S] or [S], of the same images.
 
@@ -117,6 +122,7 @@ def compare(
 
     Args:
         spread: how much such differences vary from seed to seed, where other arms tell as well; used where seeds are paired.
+        paired: whether seed r of one side has something in common with seed r of the other; as many of others are not paired.
 
     Raises:
         UserError: other images on both sides, or as :func:`figure`.
@@ -126,14 +132,14 @@ def compare(
         raise UserError(f"{what}: {first_RS.shape[1]} images on one side and {second_RS.shape[1]} on the other cannot be paired")
     by_image_S = first_RS.mean(0) - second_RS.mean(0)
     mean, counts = float(by_image_S.mean()), (len(first_RS), len(second_RS))
-    if counts[0] == counts[1] or 1 in counts:
+    if (paired and counts[0] == counts[1]) or 1 in counts:
         differences_RS = first_RS - second_RS
         seeds, alone, interaction = max(counts), _of_mean(differences_RS.mean(1)), _interaction(differences_RS, families_S)
     else:
         seeds, alone = min(counts), _welch(first_RS.mean(1), second_RS.mean(1))
         interaction = _interaction(first_RS, families_S) + _interaction(second_RS, families_S)
     by_seed = alone
-    if spread is not None and alone is not None and counts[0] == counts[1]:
+    if spread is not None and alone is not None and paired and counts[0] == counts[1]:
         by_seed = _Spread(spread.variance / seeds, spread.freedom, "t pooled")
     both = _over_both(by_seed, by_image_S, interaction, families_S)
     difference = Figure(

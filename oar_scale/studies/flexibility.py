@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
+from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.run_sections import SAMPLE_SCORES
 from oar_scale.data.hashing import derived_seed
 from oar_scale.errors import UserError
@@ -41,7 +42,7 @@ from oar_scale.studies.flexibility_models import (
     sweep_images,
 )
 from oar_scale.studies.flexibility_orders import DRAWN, TITLES, fixed_orders
-from oar_scale.studies.flexibility_results import Measured, write_report
+from oar_scale.studies.flexibility_results import Measured, remove_other_report, write_report
 
 CHAPTERS = ("likelihood", "samples", "edits")
 
@@ -74,6 +75,7 @@ def run_flexibility(request: FlexibilityRequest) -> bool:
     """
     until = None if request.minutes is None else time.time() + 60 * request.minutes
     plan = _plan(request)
+    remove_other_report(request.out, plan.call)
     run, work = plan.images.run, _Work(plan.images.run, PieceFolder(join(request.out, "pieces")), until)
 
     own = own_order_pieces(plan.arms, plan.images.measured, run.recipe.extract.tie_seed, run.recipe.parallel.precision)
@@ -102,6 +104,7 @@ def run_flexibility(request: FlexibilityRequest) -> bool:
         sweep=rows,
         sweep_images=plan.sweep_images,
         notes=plan.notes,
+        call=plan.call,
     )
     write_report(request.out, measured)
     run.console.say(f"  flexibility: {join(request.out, 'index.html')}")
@@ -122,6 +125,19 @@ class _Plan:
     network: FeatureNetwork
     sweep: Sweep | None = None
     sweep_images: str = ""
+
+    @property
+    def call(self) -> str:
+        """A hash of all that the report depends on."""
+        images, sweep = self.images, self.sweep
+        return fingerprint(
+            {
+                "arms": [[arm.label, [model.file.id for model in arm.models]] for arm in self.arms],
+                "images": [images.run.at(), images.split, images.tokens.keys, images.measured.vq.id],
+                "asked": [list(self.chapters), self.against, list(self.fixed), asdict(self.settings), self.network.id],
+                "sweep": [list(sweep.choices), self.sweep_images] if sweep else None,
+            }
+        )
 
     def samples(self) -> SampleWork:
         """How samples are drawn and compared."""

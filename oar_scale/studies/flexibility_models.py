@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -182,10 +182,28 @@ def open_arms(arms: Sequence[NamedArm], targets: dict[str, DrawingTarget], image
             local = uri if "://" not in uri else fetch(uri, images.run.cache)
             spec, _ = open_model(local)
             _check_codes(path, spec, target, images)
-            models.append(ArmModel(arm.label, seed, NetworkFile(model_id(local), local, path), conditions.of(path, spec, target)))
+            file = NetworkFile(model_id(local), local, path)
+            models.append(ArmModel(arm.label, seed, file, conditions.of(path, spec, target), _drawn_from(path, target)))
         _check_seeds(arm, models)
-        opened.append(Arm(arm.label, tuple(models)))
+        opened.append(Arm(arm.label, _by_seed(models)))
     return opened
+
+
+def _drawn_from(path: str, target: DrawingTarget) -> int | None:
+    """The seed of the training of a model that is named by its run."""
+    name = _split_run(path)[1]
+    if target.run is None or name is None:
+        return None
+    recipe = target.run.recipe
+    return next((recipe.of(stage).seed for stage in recipe.stages() if stage.model == name), None)
+
+
+def _by_seed(models: Sequence[ArmModel]) -> tuple[ArmModel, ...]:
+    """The models by the seeds of their trainings, however they were listed, where all of these are known."""
+    seeds = [model.drawn_from for model in models]
+    known = [seed for seed in seeds if seed is not None]
+    places = np.argsort(known, kind="stable").tolist() if len(known) == len(seeds) else range(len(seeds))
+    return tuple(replace(models[place], seed=number) for number, place in enumerate(places))
 
 
 def _check_seeds(arm: NamedArm, models: Sequence[ArmModel]) -> None:

@@ -19,12 +19,13 @@ from oar_scale.json_object import without_nan
 from oar_scale.report.flexibility_page import EditPictures, FlexibilityPictures, render_flexibility
 from oar_scale.results.examples import Picture
 from oar_scale.results.flexibility import FlexibilityResults, Measure, MeasuredModel, SweepRow
-from oar_scale.storage import join, open_storage, write_json
+from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 from oar_scale.studies.flexibility_models import HeldoutImages
 from oar_scale.tokenizers.vq import load_vq
 
 FORMAT = 1
 """Of ``flexibility.json``."""
+REPORT = "flexibility.json"
 SHOWN = 8
 """Images in the page."""
 
@@ -44,29 +45,43 @@ class Measured:
     sweep: tuple[SweepRow, ...]
     sweep_images: str
     notes: tuple[str, ...]
+    call: str
+    """What was asked for, as a hash (:func:`remove_other_report`)."""
 
     def results(self) -> FlexibilityResults:
         """Figures and differences. Raises UserError for values that are no finite numbers."""
         values = by_measure(self.sources, self.kept)
+        families_S, unpaired = self.images.measured.families_S, self._unpaired()
         return FlexibilityResults(
             run=self.images.run.at(),
             split=self.images.split,
             images=len(self.images.tokens.keys),
             against=self.against,
             models=tuple(
-                MeasuredModel(model.label, model.seed, model.file.where, model.file.id, f"arrays/{model.label}-{model.seed}.npz")
+                MeasuredModel(
+                    model.label, model.seed, model.drawn_from, model.file.where, model.file.id, f"arrays/{model.label}-{model.seed}.npz"
+                )
                 for arm in self.arms
                 for model in arm.models
             ),
             measures=self.measures,
-            figures=arm_figures(self.measures, values, self.images.measured.families_S),
-            differences=arm_differences(self.measures, values, self.against, self.images.measured.families_S),
+            figures=arm_figures(self.measures, values, families_S),
+            differences=arm_differences(self.measures, values, self.against, families_S, unpaired),
             sampling=self.sampling,
             features=self.features,
             sweep=self.sweep,
             sweep_images=self.sweep_images,
-            notes=self.notes,
+            notes=(
+                *self.notes,
+                *(f"Seeds of {label} are others than those of {self.against}: they were not paired." for label in unpaired),
+            ),
         )
+
+    def _unpaired(self) -> list[str]:
+        """The arms of several seeds that have others than the one that they are compared with."""
+        (against,) = (arm for arm in self.arms if arm.label == self.against)
+        several = [arm for arm in self.arms if 1 < len(arm.models) == len(against.models)]
+        return [arm.label for arm in several if not arm.paired(against)]
 
     def pictures(self) -> FlexibilityPictures:
         """The first images, and what the first model of each arm makes of them."""
@@ -91,6 +106,10 @@ def write_report(out: str, measured: Measured) -> None:
     """Write the values of each image and the page, then ``flexibility.json``, which makes them count."""
     results = measured.results()
     page = render_flexibility(results, measured.pictures())
+    storage, named = open_storage(out), {join(out, model.arrays) for model in results.models}
+    for uri in storage.list(join(out, "arrays/")):
+        if uri.endswith(".npz") and uri not in named:
+            storage.delete(uri)
     for model in results.models:
         of_model = [each for each in measured.sources if (each.label, each.seed) == (model.label, model.seed)]
         buffer = io.BytesIO()
@@ -101,4 +120,15 @@ def write_report(out: str, measured: Measured) -> None:
     write_json(join(out, "arrays", "images.json"), {"split": results.split, "keys": measured.images.tokens.keys})
     uri = join(out, "index.html")
     open_storage(uri).write(uri, page.encode())
-    write_json(join(out, "flexibility.json"), without_nan({"format": FORMAT, **asdict(results)}))
+    write_json(join(out, REPORT), without_nan({"format": FORMAT, "call": measured.call, **asdict(results)}))
+
+
+def remove_other_report(out: str, call: str) -> None:
+    """Remove what says that another call is done: other models, images or settings. While this one is under way it would pass for its."""
+    try:
+        done = read_json(join(out, REPORT)).get("call")
+    except Missing:
+        return
+    if done != call:
+        for name in (REPORT, "index.html"):
+            open_storage(out).delete(join(out, name))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from small_models import random_codes, random_text, small_model
 
 from oar_scale.errors import UserError
@@ -136,6 +137,16 @@ def test_primary_differences_are_corrected_for_their_own_number(
     corrected(["nll/raster", "nll/random"])
     corrected(["samples/max_prob/heldout", "samples/max_prob/decoded", "samples/best/decoded"])
     assert all(found[f"nll/own of {arm}", "a"].p_holm is None for arm in ("a", "b"))
+
+
+def test_arms_of_other_seeds_are_not_paired(two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]]) -> None:
+    """Nor do they tell how much differences of paired arms vary."""
+    (measure,) = [each for each in likelihood_measures(two_arms[0], {}) if each.name == "nll/own"]
+    values = {measure.name: {label: list(np.random.default_rng(seed).normal(size=(3, 12))) for seed, label in enumerate("abcd")}}
+    found = {each.first: each.comparison for each in arm_differences([measure], values, "b", FAMILIES, unpaired=["a"])}
+    means = {label: np.mean(of_arm, axis=1) for label, of_arm in values[measure.name].items()}
+    assert found["a"].p_seeds == pytest.approx(stats.ttest_ind(means["a"], means["b"], equal_var=False).pvalue)
+    assert found["c"].seed_freedom == (3 - 1) * (3 - 1), "of b, c and d"
 
 
 def test_of_one_seed_each_images_alone_count(two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]]) -> None:

@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from oar_scale.cli import main
+from oar_scale.commands.drawing_target import DrawingTarget
 from oar_scale.config.loading import dump_recipe
 from oar_scale.config.run_sections import SAMPLE_SCORES
 from oar_scale.data.hashing import derived_seed
 from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import kid_difference, kid_shares
 from oar_scale.evaluation.features import picture_features
+from oar_scale.evaluation.flexibility.pieces import NetworkFile
+from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel
 from oar_scale.evaluation.likelihood import nll_table, random_orders
 from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
@@ -100,11 +103,45 @@ def test_a_call_that_was_stopped_goes_on_where_it_was(
     said = capsys.readouterr().out
     assert "stopped after its minutes: 2 of" in said and "The same command goes on from here" in said
     assert not (tmp_path / "flexibility.json").exists()
+    stale = tmp_path / "arrays" / "gone-0.npz"
+    stale.parent.mkdir()
+    stale.touch()
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pieces").iterdir()}
     assert flexibility(models_of(finished), tmp_path, "--chapters", "likelihood") == 0
+    assert not stale.exists(), "values of models that are named no more"
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pieces").iterdir()}
     assert len(after) == len(before) + 2 and before.items() <= after.items()
     assert json.loads((tmp_path / "flexibility.json").read_text()) == json.loads((measured / "flexibility.json").read_text())
+
+
+def test_the_report_of_another_call_does_not_pass_for_the_one_under_way(finished: Run, measured: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
+    next((tmp_path / "pieces").glob("NllPiece-*")).unlink()
+    stopped = ["--chapters", "likelihood", "--minutes", "1e-9"]
+    assert flexibility(models_of(finished), tmp_path, *stopped) == 75
+    assert (tmp_path / "flexibility.json").exists() and (tmp_path / "index.html").exists(), "the same call: its report stays"
+    assert flexibility(models_of(finished), tmp_path, "--against", "ordered", *stopped) == 75
+    assert not (tmp_path / "flexibility.json").exists() and not (tmp_path / "index.html").exists()
+
+
+def test_models_of_runs_are_paired_by_the_seeds_of_their_trainings(tmp_path: Path) -> None:
+    """However they are listed. Arms of other seeds are not paired; of files nothing is known, and they are paired as they are listed."""
+    run = Run(recipe(tmp_path, pipeline={"seeds": 3}))
+
+    def arm(label: str, *names: str) -> Arm:
+        target = DrawingTarget(None, run)  # type: ignore[arg-type]  # no file is opened
+        seeds = [flexibility_models._drawn_from(name, target) for name in names]
+        files = [NetworkFile(name, "", name) for name in names]
+        models = [ArmModel(label, 0, file, np.zeros(1), seed) for file, seed in zip(files, seeds, strict=True)]
+        return Arm(label, flexibility_models._by_seed(models))
+
+    control, crosswise = arm("control", "a:control", "a:control.s1"), arm("ordered", "a:ordered.s1", "a:ordered")
+    seeds = {name: run.recipe.of(run.recipe.stage(name)).seed for name in ("control", "control.s1")}
+    assert {model.file.id.removeprefix("a:"): model.drawn_from for model in control.models} == seeds
+    pairs = list(zip(control.models, crosswise.models, strict=True))
+    assert all(one.drawn_from == other.drawn_from and one.seed == other.seed for one, other in pairs)
+    assert control.paired(crosswise) and not control.paired(arm("ordered", "a:ordered", "a:ordered.s2"))
+    assert control.paired(arm("files", "a.safetensors", "b.safetensors"))
 
 
 DRAWN, CHOSEN_ON = 3, 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -31,16 +31,24 @@ def arm_figures(measures: Sequence[Measure], values: Values, families_S: NDArray
     )
 
 
-def arm_differences(measures: Sequence[Measure], values: Values, against: str, families_S: NDArray[np.int64]) -> tuple[ArmDifference, ...]:
+def arm_differences(
+    measures: Sequence[Measure], values: Values, against: str, families_S: NDArray[np.int64], unpaired: Collection[str] = ()
+) -> tuple[ArmDifference, ...]:
     """All arms against one, measure by measure; corrected for the number of primary differences, or of exploratory ones of a chapter.
 
-    How much seeds differ is told by all arms together, for those that have as many as ``against``. Raises as :func:`arm_figures`.
+    How much seeds differ is told by all arms together, for those that have as many as ``against``.
+
+    Args:
+        unpaired: arms whose seeds are others than those of ``against``.
+
+    Raises:
+        UserError: as :func:`arm_figures`.
     """
     tested: dict[str, list[ArmDifference]] = {}
     for measure in measures:
         if against in values[measure.name]:
             group = measure.chapter if measure.role == "exploratory" else measure.role
-            tested.setdefault(group, []).extend(_of_measure(measure, values[measure.name], against, families_S))
+            tested.setdefault(group, []).extend(_of_measure(measure, values[measure.name], against, families_S, unpaired))
     found = {
         (row.measure, row.first): row for group, rows in tested.items() for row in (rows if group == "descriptive" else _corrected(rows))
     }
@@ -48,14 +56,19 @@ def arm_differences(measures: Sequence[Measure], values: Values, against: str, f
 
 
 def _of_measure(
-    measure: Measure, of_arms: Mapping[str, Sequence[NDArray[np.float64]]], against: str, families_S: NDArray[np.int64]
+    measure: Measure,
+    of_arms: Mapping[str, Sequence[NDArray[np.float64]]],
+    against: str,
+    families_S: NDArray[np.int64],
+    unpaired: Collection[str],
 ) -> list[ArmDifference]:
     stacked = {label: np.stack(of_seeds) for label, of_seeds in of_arms.items()}
     second_RS = stacked[against]
-    spread = pooled_spread([first_RS for first_RS in stacked.values() if len(first_RS) == len(second_RS)])
+    alike = [first_RS for label, first_RS in stacked.items() if len(first_RS) == len(second_RS) and label not in unpaired]
+    spread = pooled_spread(alike)
     families = families_S[: second_RS.shape[1]]
     return [
-        ArmDifference(label, against, measure.name, compare(first_RS, second_RS, measure.name, families, spread))
+        ArmDifference(label, against, measure.name, compare(first_RS, second_RS, measure.name, families, spread, label not in unpaired))
         for label, first_RS in stacked.items()
         if label != against
     ]

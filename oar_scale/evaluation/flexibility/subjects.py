@@ -25,6 +25,8 @@ class ArmModel:
     file: NetworkFile
     cond_inputs_S: NDArray[np.generic]
     """What it is conditioned on for each image, as ``model.condition`` takes it."""
+    drawn_from: int | None = None
+    """The seed of its training in its run; None where it is of no run."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Arm:
 
     label: str
     models: tuple[ArmModel, ...]
+
+    def paired(self, other: Arm) -> bool:
+        """Whether the models in equal places may be of one seed: they are, or it is not known of all of them."""
+        seeds, others = ([model.drawn_from for model in arm.models] for arm in (self, other))
+        return None in (*seeds, *others) or seeds == others
 
 
 @dataclass(frozen=True)
