@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from oar_scale import __version__
 from oar_scale.errors import UserError
-from oar_scale.evaluation.adm_batch import read_batch, read_statistics, write_batch, write_statistics
+from oar_scale.evaluation.adm_batch import Statistics, read_batch, read_statistics, write_batch, write_statistics
 from oar_scale.evaluation.extractors import Extractor, ExtractorSpec, extractor_id, load_extractor
 from oar_scale.evaluation.image_marks import Pairing
 from oar_scale.evaluation.image_sets import ImageSet, find_images
@@ -70,8 +70,10 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
             return
     network = load_extractor(request.extractor)  # a wrong file of weights, or figure, is named before images are read
     names = figure_names(request.metrics, network.label, network.standard)
-    samples, side = _side(request, request.samples, network, say)
-    reference, other = _side(request, request.reference, network, say) if request.reference else (Side("no reference", None), None)
+    # Both are looked for before the features of one are computed, which may take hours.
+    found = [_Found.at(request, where, network) for where in (request.samples, request.reference) if where]
+    samples, side = _side(request, found[0], say)
+    reference, other = _side(request, found[1], say) if len(found) > 1 else (Side("no reference", None), None)
     if side is not None and other is not None and side != other:
         raise UserError(
             f"the images of {request.samples} are {_shown(side)} pixels, those of {request.reference} {_shown(other)}: their sizes alone "
@@ -119,25 +121,42 @@ def _check(request: DistanceRequest) -> None:
         raise UserError(f"--kept {request.kept}: a neighbourhood has {FEWEST_KEPT} images at least, so keep as many")
 
 
-def _side(request: DistanceRequest, where: str, extractor: Extractor, say: Callable[[str], None]) -> tuple[Side, tuple[int, int] | None]:
-    """One side of the comparison, and the size of its images; None where there are statistics alone."""
-    is_file = where.lower().endswith(".npz")
-    statistics = read_statistics(where) if is_file else None
-    if statistics is not None:
-        own = extractor_id(request.extractor)
-        # ADM's statistics are those of the network that FID is defined with, and say nothing of it.
-        fits = statistics.extractor == own or (statistics.extractor is None and extractor.standard)
-        if not fits and read_batch(where) is None:
-            made = statistics.extractor or "the InceptionV3 that FID is defined with"
-            raise UserError(f"{where}: its statistics are of other features ({made}), and these are {own}. Name a set of images.")
-        statistics = statistics if fits else None
-    if is_file and read_batch(where) is None:
-        if statistics is None:
+@dataclass(frozen=True)
+class _Found:
+    """What lies at a side of the comparison."""
+
+    where: str
+    statistics: Statistics | None
+    images: ImageSet | None
+    """None where there are statistics alone."""
+
+    @classmethod
+    def at(cls, request: DistanceRequest, where: str, extractor: Extractor) -> _Found:
+        """Look for it. Raises UserError where nothing is, or statistics of other features alone."""
+        is_file = where.lower().endswith(".npz")
+        statistics, has_images = read_statistics(where) if is_file else None, not is_file or read_batch(where) is not None
+        if statistics is not None:
+            own = extractor_id(request.extractor)
+            # ADM's statistics are those of the network that FID is defined with, and say nothing of it.
+            fits = statistics.extractor == own or (statistics.extractor is None and extractor.standard)
+            if not fits and not has_images:
+                made = statistics.extractor or "the InceptionV3 that FID is defined with"
+                raise UserError(f"{where}: its statistics are of other features ({made}), and these are {own}. Name a set of images.")
+            statistics = statistics if fits else None
+        if not has_images and statistics is None:
             raise UserError(f"{where}: holds neither images (arr_0) nor statistics (mu, sigma)")
-        return Side(where, None, statistics.layers, statistics.count), None
-    found = _features(request, find_images(where if "://" in where else os.path.abspath(where), request.size), say)
-    given = statistics.layers if statistics else {}
-    return Side(where, found.files, given, statistics.count if statistics else None), found.side
+        place = where if "://" in where else os.path.abspath(where)
+        return cls(where, statistics, find_images(place, request.size) if has_images else None)
+
+
+def _side(request: DistanceRequest, found: _Found, say: Callable[[str], None]) -> tuple[Side, tuple[int, int] | None]:
+    """One side of the comparison, and the size of its images; None where there are statistics alone."""
+    given = found.statistics.layers if found.statistics else {}
+    count = found.statistics.count if found.statistics else None
+    if found.images is None:
+        return Side(found.where, None, given, count), None
+    features = _features(request, found.images, say)
+    return Side(found.where, features.files, given, count), features.side
 
 
 def _features(request: DistanceRequest, images: ImageSet, say: Callable[[str], None]) -> SetFeatures:

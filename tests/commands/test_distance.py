@@ -135,7 +135,9 @@ def test_sets_that_do_not_belong_together_are_one_error(sets: list[str], tmp_pat
         (str(tmp_path / "nowhere"), "nowhere: no such folder"),
     ):
         assert main(["distance", sets[0], reference, "--metrics", "fd,precision"]) == 2
-        assert says in capsys.readouterr().err
+        shown = capsys.readouterr()
+        assert says in shown.err
+        assert ("14 images" in shown.out) == (reference in (small, three)), "features were computed for a reference that is none"
     assert main(["distance", sets[0], small, "--size", "4", "--metrics", "kid"]) == 0
     capsys.readouterr()
     assert main(["distance", three, sets[1]]) == 0
