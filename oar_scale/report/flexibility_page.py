@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from oar_scale.report import page_environment
 from oar_scale.report.summary import number, signed
 from oar_scale.results.examples import Picture
-from oar_scale.results.flexibility import ArmDifference, Better, Chapter, FlexibilityResults, Measure
+from oar_scale.results.flexibility import ArmDifference, Better, Chapter, FlexibilityResults, Measure, Role
 from oar_scale.results.statistics import Interval
 
 ALPHA = 0.05
 """Corrected p below which a difference is taken for real."""
+ROLES: dict[Role, str] = {"primary": " (primary)", "exploratory": "", "descriptive": " (not tested)"}
+"""What a column's title says of its role."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,10 @@ def _table(results: FlexibilityResults, title: str, measures: Sequence[Measure],
             cells.append(Cell(number(figure.mean), tuple(each for each in intervals if each), text, verdict))
         rows.append((label, tuple(cells)))
     one = units.pop() if len(units) == 1 else ""
-    columns = tuple(measure.title.replace(drop, "") + ("" if one or not measure.unit else f", {measure.unit}") for measure in measures)
+    columns = tuple(
+        measure.title.replace(drop, "") + ("" if one or not measure.unit else f", {measure.unit}") + ROLES[measure.role]
+        for measure in measures
+    )
     return Table(title, one, columns, tuple(rows))
 
 

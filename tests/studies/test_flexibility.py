@@ -232,7 +232,12 @@ def test_the_page_shows_every_table_and_picture(drawn: Path, measured: Path) -> 
     for word in ("inpainting", "outpainting", "right half", "kid_efflite0", "One seed each"):
         assert word in text
     page = (measured / "index.html").read_text()
-    assert "over seeds (Student" in page and "those of control" in page and "data:image/png" not in page
+    assert (
+        "over seeds (Student" in page
+        and "those of control (not tested)" in page
+        and "its own (primary)" in page
+        and "data:image/png" not in page
+    )
 
 
 def refused(capsys: pytest.CaptureFixture[str], models: list[str], out: Path, *more: str) -> str:
