@@ -49,7 +49,7 @@ EVIDENCE := recipes/evidence/emoji-sets-evidence.yaml
 MINUTES ?= 18
 
 evidence: venv
-	@echo "Evidence: hours on 2 cores. It saves and leaves after $(MINUTES) minutes (MINUTES=...); run it again and it goes on where it was."
+	@echo "Evidence: hours on 2 cores. After $(MINUTES) minutes (MINUTES=...) trainings save and leave, and no stage begins; run it again and it goes on where it was."
 	@[ -e data/emoji/emoji.csv ] || $(WITH_PATH) python tools/fetch_emoji.py data/emoji
 	$(WITH_PATH) oar run $(EVIDENCE) $(CPU_PRECISION) --minutes $(MINUTES)
 	$(WITH_PATH) oar evaluate --flexibility runs/emoji-sets-evidence:all \

@@ -37,7 +37,7 @@ from oar_scale.storage.patience import patient
 from oar_scale.text import shown
 
 
-def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None, yes: bool = False, minutes: float | None = None) -> bool:
+def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None, yes: bool = False, minutes: float | None = None) -> None:
     """Run the stages that are not done yet.
 
     Args:
@@ -46,10 +46,8 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
         yes: set results aside without asking.
         minutes: after so many begin no stage, have the one under way save its state and leave where it can, and say which ones are left.
 
-    Returns:
-        Whether all that was asked for is done: False where the minutes were over before.
-
     Raises:
+        Requeue: asked to stop, or the minutes are over, and stages are left.
         UserError: an unknown stage, a stage that needs one which is not done or was done with other settings, another driver, a package
             that is missing, or whatever a stage cannot work with.
     """
@@ -71,21 +69,21 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
         if again:
             begin_again(run, drivers, again, yes=yes)
         for stage in stages:
-            if deadline is not None and deadline.passed and _say_what_is_left(run, stages, deadline):
-                return False
+            if deadline is not None and deadline.passed and _say_what_is_left(run, stages, again):
+                raise Requeue(deadline.reason)
             if only in (None, stage.name):
                 if stage.ray and _to_do(read_finished(run, stage)):
                     with _reporting(run, stage):
                         stack.enter_context(_shared_ray(run.recipe))
                 try:
                     _run_stage(run, stage, drivers)
-                except Requeue:
-                    if deadline is not None and deadline.passed and _say_what_is_left(run, stages, deadline):
-                        return False
+                except Requeue as stop:
+                    if deadline is not None and deadline.passed:
+                        _say_what_is_left(run, stages, again)
+                        raise Requeue(deadline.reason, stop.unfinished) from None
                     raise
     catch_up(run.events, run.recipe, run.at(), names, run.console.say)
     run.console.say(f"finished in {duration(time.monotonic() - began)}")
-    return True
 
 
 def _check_order_policies(recipe: Recipe) -> None:
@@ -96,12 +94,13 @@ def _check_order_policies(recipe: Recipe) -> None:
     )
 
 
-def _say_what_is_left(run: Run, stages: Sequence[Stage], deadline: Deadline) -> bool:
-    """Name the stages that are not done, if there are any; returns whether there are."""
+def _say_what_is_left(run: Run, stages: Sequence[Stage], again: Sequence[Stage]) -> bool:
+    """Name the stages that are not done, if there are any; returns whether there are. ``again``: those that were begun once more."""
     left = [stage.name for stage in stages if _to_do(read_finished(run, stage))]
     if left:
-        run.console.say(f"stopped after {deadline.seconds / 60:g} min with {len(left)} of {len(stages)} stages left: {', '.join(left)}")
-        run.console.say("run the same command again to go on")
+        run.console.say(f"{len(left)} of {len(stages)} stages are left: {', '.join(left)}")
+        if again:
+            run.console.say("to resume: oar run without --from and --only, which would begin these stages once more")
     return bool(left)
 
 

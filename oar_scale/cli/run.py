@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from oar_scale.cli.common import REQUEUE, Subparsers, add_verb, check_stage, count, load, minutes
+from oar_scale.cli.common import Subparsers, add_verb, check_stage, count, load, minutes
 from oar_scale.registry import STAGES
 
 
@@ -23,7 +23,7 @@ def add(verbs: Subparsers) -> None:
         "--minutes",
         type=minutes,
         metavar="M",
-        help="save and leave after M minutes; code 75: stages are left, for the same command",
+        help="begin no stage after M minutes; trainings and pools save and leave; code 75: stages are left",
     )
     for stage in STAGES.values():
         if not stage.training and not stage.own_options:
@@ -49,8 +49,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.undo:
         undo_again(Run(recipe), yes=arguments.yes)
         return 0
-    done = run_pipeline(Run(recipe), start=arguments.start, only=arguments.only, yes=arguments.yes, minutes=arguments.minutes)
-    return 0 if done else REQUEUE
+    run_pipeline(Run(recipe), start=arguments.start, only=arguments.only, yes=arguments.yes, minutes=arguments.minutes)
+    return 0
 
 
 def _stage(arguments: argparse.Namespace) -> None:

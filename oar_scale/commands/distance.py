@@ -23,7 +23,8 @@ from oar_scale.shard_pool.pool_messages import event_message
 from oar_scale.storage import write_json
 
 FORMAT = 1
-FEWEST_KEPT = max(max(fewest) for figure, fewest in FEWEST.items() if figure not in OF_SAMPLES_ALONE)
+OF_FEATURES = [figure for figure in FEWEST if figure not in OF_SAMPLES_ALONE]
+FEWEST_KEPT = max(max(FEWEST[figure]) for figure in OF_FEATURES)
 """Images of a side that any figure which looks at features can be computed of."""
 
 
@@ -117,8 +118,9 @@ def _check(request: DistanceRequest) -> None:
         raise UserError(f"--export-statistics {request.export_statistics}: name a file .npz")
     if request.paired and request.metrics and "kid" not in request.metrics:
         raise UserError(f"--paired {request.paired}: only kid leaves pairs out, and it is not among --metrics")
-    if request.kept < FEWEST_KEPT:
-        raise UserError(f"--kept {request.kept}: a neighbourhood has {FEWEST_KEPT} images at least, so keep as many")
+    fewest = max((max(FEWEST[name]) for name in request.metrics if name in OF_FEATURES), default=0) if request.metrics else FEWEST_KEPT
+    if request.kept < fewest:
+        raise UserError(f"--kept {request.kept}: the figures need {fewest} images a side, so keep as many")
 
 
 @dataclass(frozen=True)

@@ -82,14 +82,16 @@ def kid(
     return Kid(float(np.mean(found)), float(np.std(found)), len(found))
 
 
-def kid_error(x: ArrayLike, y: ArrayLike, *, paired: bool = False, groups: Groups | None = None) -> float:
+def kid_error(x: ArrayLike, y: ArrayLike, *, paired: bool = False, groups: Groups | None = None, most: int = 5000) -> float:
     """The standard error of :func:`kid` over all images: how much it would differ for other images of both kinds.
 
     By the jackknife over captions, and over single images without any (Efron & Stein 1981): of paired sets that of :func:`kid_shares`. Too
-    large rather than too small, by about sqrt(2) where both sets are from one distribution. The work grows with (n + m)^2.
+    large rather than too small, by about sqrt(2) where both sets are from one distribution.
 
     Args:
         x, y, paired, groups: as of :func:`kid`.
+        most: captions (or images) that are looked at, for the work grows with their square: of more as many random ones, whose error is
+            then made smaller by the square root of their share, as that of a mean is.
 
     Raises:
         ValueError: as :func:`kid`, or fewer than 3 images a side or captions.
@@ -98,13 +100,19 @@ def kid_error(x: ArrayLike, y: ArrayLike, *, paired: bool = False, groups: Group
     numbers = _numbered(features_x, features_y, paired, groups)
     _, at = np.unique(np.concatenate(numbers), return_inverse=True)
     at_x, at_y = at[: len(features_x)], at[len(features_x) :]
-    count = int(at.max()) + 1
+    count, share = int(at.max()) + 1, 1.0
+    if count > most:
+        share, taken = most / count, np.full(count, -1)
+        taken[np.random.default_rng(0).choice(count, most, replace=False)] = np.arange(most)
+        at_x, at_y, count = taken[at_x], taken[at_y], most
+        features_x, features_y = features_x[at_x >= 0], features_y[at_y >= 0]
+        at_x, at_y = at_x[at_x >= 0], at_y[at_y >= 0]
     distance_g = _means_without(features_x, at_x, features_x, at_x, count) + _means_without(features_y, at_y, features_y, at_y, count)
     distance_g -= 2 * _means_without(features_x, at_x, features_y, at_y, count)
     deviations_g = distance_g - np.mean(distance_g)
     if count < 3 or not np.isfinite(deviations_g).all():
         raise ValueError("a standard error of a distance needs at least 3 images a side, of different captions")
-    return float(np.sqrt((count - 1) / count * np.sum(deviations_g**2)))
+    return float(np.sqrt(share * (count - 1) / count * np.sum(deviations_g**2)))
 
 
 def kid_difference(first: ArrayLike, second: ArrayLike, reference: ArrayLike) -> Estimate:

@@ -39,9 +39,9 @@ def marks_of(images: list[SetImage]) -> Marks:
     return np.array(rows, dtype=np.uint64).reshape(-1, 3)
 
 
-def repeated(marks_S3: Marks) -> int:
-    """How many images are, pixel for pixel, the same as another one of their set."""
-    _, counts = np.unique(marks_S3[:, _PIXELS], return_counts=True)
+def repeated(marks_S3: Marks, by: Pairing | None = None) -> int:
+    """How many images are, pixel for pixel, the same as another one of their set; or how many have the caption, or name, of another."""
+    _, counts = np.unique(marks_S3[:, _PIXELS if by is None else _COLUMN[by]], return_counts=True)
     return int(counts[counts > 1].sum())
 
 

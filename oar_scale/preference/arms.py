@@ -96,13 +96,13 @@ def _pictures(name: str, folder: str) -> list[ArmPicture]:
 
 
 def _family(path: str | None) -> str | None:
-    """The family that a file beside a picture names, as in shards that ``oar data`` writes. Raises UserError for what is no JSON object."""
+    """The family that a file beside a picture names, as in shards that ``oar data`` writes; None of a file that is about something else."""
     if path is None:
         return None
     try:
         return identity(parse_object(bytes(read_named(path))))[1] or None
-    except ValueError as error:
-        raise UserError(f"{path}: lies beside a picture, and is no JSON object that could name its family ({error})") from error
+    except ValueError:
+        return None
 
 
 def _by_key(name: str, pictures: list[ArmPicture], by_record: bool) -> dict[Hashable, ArmPicture]:

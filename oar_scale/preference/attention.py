@@ -30,8 +30,9 @@ def chance(passed: int, answered: int) -> float:
 
 
 def needed(checks: int, threshold: float) -> int:
-    """The checks that a rater has to pass who has answered all of a study's."""
-    return math.ceil(threshold * checks - 1e-9)
+    """The checks that a rater has to pass of as many: ``threshold`` of them, or one more where that keeps chance at :data:`CHANCE`."""
+    least = math.ceil(threshold * checks - 1e-9)
+    return next((passed for passed in (least, min(least + 1, checks)) if chance(passed, checks) <= CHANCE), least)
 
 
 def limit(checks: int, threshold: float) -> float:

@@ -28,7 +28,7 @@ LEVEL = 0.95
 RESAMPLES = 4000
 FLIPS = 9999
 """Random sign flips of a test; all 2^S of them where these are fewer."""
-RADEMACHER_TAIL = 3.178
+RADEMACHER_TAIL = 3.179
 """A sum of numbers with random signs, of variance 1, is above x with at most so many times the probability of a standard normal number
 (Bentkus & Dzindzalieta, Bernoulli 21, 2015: 1 / (4 P(Z > sqrt 2)))."""
 FEW = 10

@@ -49,24 +49,29 @@ class Deadline:
     """Sends this process a stop request (SIGUSR1) once so many seconds have passed, as a scheduler does before it kills.
 
     What listens (:class:`StopSignals`) saves its state and leaves; what does not goes on. Outside the main thread, where no signal can be
-    handled, nothing is sent.
+    handled, nothing is sent. A SIGUSR1 that comes earlier, from a scheduler, brings the deadline forward.
     """
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._at = time.monotonic() + seconds
+        self._seconds, self._at = seconds, time.monotonic() + seconds
+        self._asked = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="deadline", daemon=True)
         self._before: Handler = None
 
     @property
     def passed(self) -> bool:
-        """Whether the time is over."""
-        return time.monotonic() >= self._at
+        """Whether the time is over, or a stop was requested that nothing else has heard."""
+        return self._asked or time.monotonic() >= self._at
+
+    @property
+    def reason(self) -> str:
+        """Why to stop, in words."""
+        return f"{self._seconds / 60:g} min are over" if time.monotonic() >= self._at else signal.SIGUSR1.name
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGUSR1, lambda *_: None)  # by default it would end the process
+            self._before = signal.signal(signal.SIGUSR1, self._note)  # by default it would end the process
             self._thread.start()
         return self
 
@@ -75,6 +80,9 @@ class Deadline:
         if self._thread.ident is not None:
             self._thread.join()
             signal.signal(signal.SIGUSR1, self._before)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._asked = True
 
     def _watch(self) -> None:
         wait = self._at - time.monotonic()

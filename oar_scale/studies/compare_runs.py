@@ -12,6 +12,7 @@ error, or with ``anyway`` a mark on the row.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -105,8 +106,9 @@ def told_apart(trained: Sequence[TrainedArm]) -> list[TrainedArm]:
 
 
 def _short(value: object) -> str:
+    """A value in a name: of a long one the beginning, and a checksum that tells it from others."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return text[:SHOWN]
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... (crc {zlib.crc32(text.encode()):08x})"
 
 
 def _unlike(first: TrainedArm, other: TrainedArm, name: str) -> str:

@@ -114,7 +114,7 @@ def test_a_folder_of_images_becomes_a_batch(sets: list[str], tmp_path: Path, cap
         (["--export-npz", "batch.zip"], r"batch.zip: name a file .npz"),
         (["--paired", "caption"], "--paired caption: 14 of 14 images of"),
         (["--paired", "name", "--metrics", "fd"], "only kid leaves pairs out"),
-        (["--kept", "5"], "--kept 5: a neighbourhood has 6 images at least"),
+        (["--kept", "5"], "--kept 5: the figures need 6 images a side"),
     ],
 )
 def test_what_cannot_be_measured_is_one_error(options: list[str], says: str, sets: list[str], capsys: pytest.CaptureFixture[str]) -> None:

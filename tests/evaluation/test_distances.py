@@ -113,7 +113,7 @@ def test_the_error_of_a_paired_difference_is_their_spread() -> None:
 
 
 def test_two_samples_have_no_standard_error() -> None:
-    with pytest.raises(ValueError, match="at least 3 samples, got 2"):
+    with pytest.raises(ValueError, match="at least 3 samples, of different families, got 2"):
         kid_difference(np.eye(2), np.eye(2), np.eye(2))
 
 
@@ -206,6 +206,13 @@ def test_pairs_of_one_caption_are_left_out_in_any_order() -> None:
         kid(x, y, groups=(np.zeros(16, int), np.zeros(16, int)))
     with pytest.raises(ValueError, match="at least 3 images a side"):
         kid_error(x[:2], y)
+
+
+def test_of_many_images_the_error_of_kid_is_told_by_some_of_them() -> None:
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(600, 6)) + 0.6, rng.normal(size=(500, 6))
+    assert kid_error(x, y, most=400) == pytest.approx(kid_error(x, y), rel=0.15)
+    assert kid_error(x[:400], y[:400], paired=True, most=300) == pytest.approx(kid_error(x[:400], y[:400], paired=True), rel=0.2)
 
 
 def test_frechet_of_statistics_is_that_of_the_features() -> None:

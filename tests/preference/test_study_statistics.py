@@ -124,6 +124,8 @@ def test_by_default_a_random_clicker_counts_in_less_than_two_of_a_hundred() -> N
     assert chance(9, 10) == pytest.approx(11 / 1024)
     assert [attentive(passed, CHECKS, CHECKS, THRESHOLD) for passed in (8, 9, 10)] == [False, True, True]
     assert [attentive(answered, answered, CHECKS, THRESHOLD) for answered in (0, 1, 5, 6)] == [False, False, False, True]
+    assert [needed(checks, THRESHOLD) for checks in (6, 7, 8, 9)] == [6, 7, 8, 8]  # by the threshold alone 7 and 8 would ask for 6 and 7
+    assert [limit(checks, THRESHOLD) for checks in (6, 7, 8, 9)] == [0.02] * 4
     assert attentive(0, 0, 0, THRESHOLD)  # a study without checks leaves nobody out
 
 

@@ -77,10 +77,11 @@ def test_a_run_of_some_minutes_begins_nothing_after_them_and_the_next_one_goes_o
         return work(stage)
 
     monkeypatch.setattr(pipeline, "entry_point", slow)
-    assert not run_pipeline(Run(run.recipe), minutes=1.5)
+    with pytest.raises(Requeue, match=r"1\.5 min are over"):
+        run_pipeline(Run(run.recipe), minutes=1.5)
     assert ran == ["a", "b"]
-    assert "with 2 of 4 stages left: c, d" in capsys.readouterr().out
-    assert run_pipeline(Run(run.recipe), minutes=1.5)
+    assert "2 of 4 stages are left: c, d" in capsys.readouterr().out
+    run_pipeline(Run(run.recipe), minutes=1.5)
     assert ran == ["a", "b", "c", "d"]
     assert "left" not in capsys.readouterr().out
 
@@ -101,8 +102,9 @@ def test_a_stage_under_way_is_asked_to_stop_when_the_minutes_are_over(
 
     handler = signal.getsignal(signal.SIGUSR1)
     monkeypatch.setattr(pipeline, "entry_point", listens)
-    assert not run_pipeline(Run(run.recipe), minutes=0.01)
-    assert "with 3 of 4 stages left: b, c, d" in capsys.readouterr().out
+    with pytest.raises(Requeue, match=r"0\.01 min are over"):
+        run_pipeline(Run(run.recipe), minutes=0.01)
+    assert "3 of 4 stages are left: b, c, d" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGUSR1) == handler
 
 
@@ -115,8 +117,35 @@ def test_a_stage_that_cannot_stop_goes_on_to_its_end(run: Run, ran: list[str], m
         return {}
 
     monkeypatch.setattr(pipeline, "entry_point", lambda stage: lambda run, *_: work(run, stage.name))
-    assert not run_pipeline(Run(run.recipe), minutes=0.001)
+    with pytest.raises(Requeue):
+        run_pipeline(Run(run.recipe), minutes=0.001)
     assert ran == ["a"]
+
+
+def test_a_schedulers_stop_request_that_no_stage_hears_ends_the_run_at_the_next_one(
+    run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(name: str) -> dict[str, Any]:
+        ran.append(name)
+        signal.raise_signal(signal.SIGUSR1)
+        return {}
+
+    monkeypatch.setattr(pipeline, "entry_point", lambda stage: lambda *_: work(stage.name))
+    with pytest.raises(Requeue, match="SIGUSR1"):
+        run_pipeline(Run(run.recipe), minutes=60)
+    assert ran == ["a"]
+
+
+def test_a_driver_whose_minutes_are_over_does_not_say_that_the_run_is_done(
+    run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endings = list[str]()
+    monkeypatch.setattr(pipeline, "show_ending", lambda events, how: endings.append(how))
+    monkeypatch.setattr(pipeline, "entry_point", lambda stage: lambda *_: time.sleep(0.1) or {})
+    with pytest.raises(Requeue):
+        run_pipeline(Run(run.recipe), minutes=0.001)
+    run_pipeline(Run(run.recipe))
+    assert endings == ["stopped", "done"]
 
 
 @pytest.mark.parametrize(

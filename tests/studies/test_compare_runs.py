@@ -245,6 +245,18 @@ def test_figures_of_other_images_or_settings_are_never_subtracted(
         assert (found in rows[0].trained[0].figures) == (measure not in apart)
 
 
+def test_settings_that_differ_only_at_their_end_are_told_apart(tmp_path: Path) -> None:
+    last = {name: value for name, value in LAST.items() if "." not in name}
+    runs = [finished_run(tmp_path / guidance, last) for guidance in ("2", "4")]
+    for run, guidance in zip(runs, ("2", "4"), strict=True):
+        with_flexibility(run, sampling=f"{'confidence order, ' * 10}guidance {guidance}")
+    rows = arm_rows([each for run in runs for each in trained_arms(run)[0]])
+    names = {
+        name for row in rows for each in row.trained for name in each.figures if name.startswith("flexibility samples/max_prob/heldout")
+    }
+    assert len(names) == 2
+
+
 def test_the_evaluation_and_the_flexibility_report_are_read(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     write_json(
