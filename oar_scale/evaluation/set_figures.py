@@ -227,11 +227,11 @@ class Comparison:
             (where, samples), (_, reference) = self._marks
             if copies := shared_pixels(samples, reference):
                 notes.append(f"{where}: {copies} of {len(samples)} images are, pixel for pixel, images of the reference")
-            alone = repeated(samples, "caption") <= len(samples) / 2  # else a model's many images of a caption would go unseen
-            if "kid" in figures and self.paired is None and alone and (same := shared(samples, reference, "caption")):
+            if "kid" in figures and self.paired is None and (same := shared(samples, reference, "caption")):
                 notes.append(
                     f"{self.name('kid')}: {same} of {len(samples)} samples have the caption of a reference image, and are more like it "
-                    "than others, which makes KID too small. --paired caption leaves such pairs out, as the stage evaluate does."
+                    "than others, which makes KID too small. --paired caption leaves such pairs out, as the stage evaluate does"
+                    + (", and so cannot see whether the samples of one caption are all alike." if repeated(samples, "caption") else ".")
                 )
         return notes
 
