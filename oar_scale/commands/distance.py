@@ -24,8 +24,7 @@ from oar_scale.storage import write_json
 
 FORMAT = 1
 OF_FEATURES = [figure for figure in FEWEST if figure not in OF_SAMPLES_ALONE]
-FEWEST_KEPT = max(max(FEWEST[figure]) for figure in OF_FEATURES)
-"""Images of a side that any figure which looks at features can be computed of."""
+"""The figures for which features of images are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ def _check(request: DistanceRequest) -> None:
         raise UserError(f"--export-statistics {request.export_statistics}: name a file .npz")
     if request.paired and request.metrics and "kid" not in request.metrics:
         raise UserError(f"--paired {request.paired}: only kid leaves pairs out, and it is not among --metrics")
-    fewest = max((max(FEWEST[name]) for name in request.metrics if name in OF_FEATURES), default=0) if request.metrics else FEWEST_KEPT
+    fewest = max((max(FEWEST[name]) for name in request.metrics or OF_FEATURES if name in OF_FEATURES), default=0)
     if request.kept < fewest:
         raise UserError(f"--kept {request.kept}: the figures need {fewest} images a side, so keep as many")
 
