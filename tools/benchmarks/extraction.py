@@ -3,7 +3,7 @@
     python tools/benchmarks/extraction.py                                   dim 384, 6 layers, 256 cells, 16,384 codes, batch 8
     python tools/benchmarks/extraction.py --dtype bf16 --threads 1
     python tools/benchmarks/extraction.py --batches 8,64 --skip memory      the share of the floor by batch
-    python tools/benchmarks/extraction.py --decoupled --only-ours --size b --skip memory      another layout at equal width and depth
+    python tools/benchmarks/extraction.py --beside decoupled --only-ours --size b --skip memory      another layout at equal width and depth
     python tools/benchmarks/extraction.py --device cuda --dtype bf16 --size l --batches 64,256
 
 A whole extraction is too long to be repeated with all methods, so some steps of it are: at ``--at`` numbers of placed cells, spread evenly,
@@ -29,10 +29,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import Meter, alternate, in_fresh_process, machine, median_ratio, table
+from measure import LAYOUTS, Meter, alternate, benchmark_spec, in_fresh_process, machine, median_ratio, table
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from oar_scale.model import AnyOrderModel, ModelSpec
 
 OURS, COPIED, LAST, ALL = "ours", "copied cache", "forward, last logits", "forward, all logits"
-DECOUPLED = "ours, layout decoupled"
 PRODUCT = "matrix product"
 SIDE = {"cpu": 2048, "cuda": 8192}
 """Of the square matrices that are multiplied."""
@@ -50,8 +48,8 @@ SIDE = {"cpu": 2048, "cuda": 8192}
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", help="a size of recipes/base; default: dim 384, 6 layers, 6 heads")
-    parser.add_argument("--layout", default="instructed", choices=["instructed", "dual", "decoupled"])
-    parser.add_argument("--decoupled", action="store_true", help="also a model in layout decoupled, of the same width and depth")
+    parser.add_argument("--layout", default="instructed", choices=LAYOUTS)
+    parser.add_argument("--beside", choices=LAYOUTS, help="also a model in this layout, of the same width and depth")
     parser.add_argument("--batches", default="8", help="images at once, several with commas between")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
@@ -76,6 +74,10 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(side(sys.argv[1:])))
         return
+    if arguments.layout == "decoupled" and not arguments.only_ours and arguments.skip != "steps":
+        raise SystemExit("decoupled questions write no keys and values of which there could be copies: add --only-ours")
+    if arguments.beside == arguments.layout:
+        raise SystemExit(f"--beside {arguments.beside} is the layout that is measured anyway: name another one")
     print(machine(arguments.device, arguments.threads))
     load = os.getloadavg()[0]
     for batch in arguments.batches.split(","):
@@ -93,7 +95,7 @@ def _child(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
 
 
 def _setting(arguments: argparse.Namespace) -> str:
-    spec = _spec(arguments)
+    spec = benchmark_spec(arguments.size, arguments.layout)
     return (
         f"{spec.layout}, dim {spec.dim}, {spec.layers} layers, {spec.heads} heads, {spec.vocab_size:,} codes, {spec.cells} cells, "
         f"batch {arguments.batch}, {arguments.dtype}, {arguments.threads} threads"
@@ -152,21 +154,6 @@ def _memory_report(arguments: argparse.Namespace, results: dict[str, list[dict[s
 # -- in a process of its own ----------------------------------------------------------------------------------------------
 
 
-def _spec(arguments: argparse.Namespace) -> ModelSpec:
-    from oar_scale.config.loading import load_recipe
-    from oar_scale.config.schema import ModelConfig
-    from oar_scale.model import ModelSpec
-    from oar_scale.model.spec import ClassSpec
-
-    if arguments.size:
-        base = Path(__file__).resolve().parents[2] / "recipes" / "base" / f"model-{arguments.size}.yaml"
-        size = load_recipe(str(base), ["name=benchmark"]).model
-    else:
-        size = ModelConfig(dim=384, layers=6, heads=6)
-    spec = ModelSpec.from_recipe(size, vocab_size=16384, grid=16, condition=ClassSpec(classes=1000))
-    return spec.model_copy(update={"layout": arguments.layout})
-
-
 def _model(arguments: argparse.Namespace, spec: ModelSpec) -> tuple[AnyOrderModel, Tensor, Tensor]:
     """A model with random weights, random codes, and the rows of their labels."""
     import torch
@@ -202,7 +189,7 @@ def whole_images(arguments: argparse.Namespace) -> dict[str, Any]:
 
     AnyOrderModel, _ = AnyOrderModel, torch.zeros(1, device=arguments.device)  # imports are nobody's memory
     meter = Meter(arguments.device)
-    model, codes_BN, condition_BTD = _model(arguments, _spec(arguments))
+    model, codes_BN, condition_BTD = _model(arguments, benchmark_spec(arguments.size, arguments.layout))
     weights = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     if arguments.side == "extraction":
         if meter.cuda:
@@ -235,15 +222,15 @@ def some_steps(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from oar_scale.model.flops import extraction_flops
 
-    spec = _spec(arguments)
+    spec = benchmark_spec(arguments.size, arguments.layout)
     model, codes_BN, condition_BTD = _model(arguments, spec)
-    other = spec.model_copy(update={"layout": "decoupled"})
-    second = _model(arguments, other) if arguments.decoupled else None
+    other = benchmark_spec(arguments.size, arguments.beside) if arguments.beside else spec
+    second, beside = (_model(arguments, other) if arguments.beside else None), f"{OURS}, layout {arguments.beside}"
     device = codes_BN.device
     order_BN = torch.rand(codes_BN.shape).argsort(1).to(device)
     at = sorted({round(step * (spec.cells - 1) / (arguments.at - 1)) for step in range(arguments.at)})
     names = [OURS] if arguments.only_ours else [OURS, COPIED, LAST, ALL]
-    names += [DECOUPLED] if second else []
+    names += [beside] if second else []
     on_cpu = arguments.device == "cpu" and arguments.threads == 1
     clock = time.process_time if on_cpu else time.perf_counter
 
@@ -267,7 +254,7 @@ def some_steps(arguments: argparse.Namespace) -> dict[str, Any]:
                 product[-1].append(min(timed(multiply) for _ in range(2)))
                 step = _Step(model, codes_BN, condition_BTD, order_BN, placed)
                 if second:
-                    step.methods[DECOUPLED], step.times[DECOUPLED] = _Step(*second, order_BN, placed).methods[OURS], 1
+                    step.methods[beside], step.times[beside] = _Step(*second, order_BN, placed).methods[OURS], 1
                 for name in names if number % 2 == 0 else reversed(names):
                     by_name[name].append(timed(step.methods[name]) * step.times[name])
             for name in names:
@@ -277,7 +264,7 @@ def some_steps(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": {name: rounds[1:] for name, rounds in seconds.items()},
         "product": product[1:],
         "product_flops": 2 * SIDE[arguments.device] ** 3,
-        "flops": {name: extraction_flops(other if name == DECOUPLED else spec) for name in names},
+        "flops": {name: extraction_flops(other if name == beside else spec) for name in names},
         "at": at,
         "cells": spec.cells,
         "clock": "process_time" if on_cpu else "perf_counter",
@@ -303,12 +290,13 @@ class _Step:
         cells_BK = self.order_BN[:, : self.placed]
         return self.decoder.prefill(self.decoder.begin(self.condition_BTD), cells_BK, self.codes_BN.gather(1, cells_BK))
 
-    def _ours(self) -> None:
+    def _ours(self) -> Tensor:
         candidates = self.decoder.candidate_rows(self.ours, self.empty_BR)
         winner_B = self._scores(candidates.rows_BRD).argmax(1)
         self.decoder.commit(self.ours, candidates, winner_B, self.codes_BR.gather(1, winner_B[:, None])[:, 0])
+        return winner_B
 
-    def _copied(self) -> None:
+    def _copied(self) -> Tensor:
         import torch
         import torch.nn.functional as F
 
@@ -321,7 +309,7 @@ class _Step:
         if waiting is not None:
             self.decoder._append(prefix, Rows(*waiting))
         x = candidates.x_BLD.reshape(batch * count, 1, -1)
-        rotation = model.rotations(self.empty_BR.device)[candidates.cells_BL].flatten(0, 1)[:, None]
+        rotation = layout.rotated(candidates.cells_BL.reshape(batch * count, 1))
         rows, winners = prefix.rows, []
         for index, layer in enumerate(model.layers):
             shape = (batch * count, prefix.cache.shape[3], rows + 1, prefix.cache.shape[5])
@@ -332,12 +320,14 @@ class _Step:
             x = layer.finish(x, F.scaled_dot_product_attention(q, keys, values, enable_gqa=q.shape[1] != keys.shape[1]))
             winners.append((keys[:, :, rows], values[:, :, rows]))
         winner_B = self._scores(model.norm(x).view(batch, count, -1)).argmax(1)
-        at_B = torch.arange(batch, device=winner_B.device) * count + winner_B
-        for index, (key, value) in enumerate(winners):
-            prefix.cache[index, 0, :, :, rows], prefix.cache[index, 1, :, :, rows] = key[at_B], value[at_B]
-        prefix.rows += 1
+        if layout.keeps_questions:
+            at_B = torch.arange(batch, device=winner_B.device) * count + winner_B
+            for index, (key, value) in enumerate(winners):
+                prefix.cache[index, 0, :, :, rows], prefix.cache[index, 1, :, :, rows] = key[at_B], value[at_B]
+            prefix.rows += 1
         code_B1 = self.codes_BR.gather(1, winner_B[:, None])
         prefix.last = Placed(self.empty_BR.gather(1, winner_B[:, None]), model.code_rows(code_B1).to(prefix.cache.dtype))
+        return winner_B
 
     def _last_logits(self) -> None:
         rows_BLD = self.model.rows(self.codes_BN, self.order_BN[:, : self.placed + 1], self.condition_BTD)

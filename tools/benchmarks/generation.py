@@ -2,7 +2,7 @@
 
     python tools/benchmarks/generation.py --randar CHECKOUT         dim 384, 6 layers, 256 cells, 16,384 codes, batch 4, guidance
     python tools/benchmarks/generation.py --device cuda --dtype bf16 --size l --batch 64 --steps 88
-    python tools/benchmarks/generation.py --drafts                  the shipped emoji model, one cell a pass and drafted
+    python tools/benchmarks/generation.py --drafts                  a trained model (--model), one cell a pass and drafted
 
 CHECKOUT is a copy of https://github.com/ziqipang/RandAR, anywhere; without ``--randar`` ours is measured alone. Every side runs in fresh
 processes, in alternation, on the same random weights, labels and orders: one batch to warm up, then one that is timed. Sampling is
@@ -25,14 +25,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import Meter, alternate, in_fresh_process, machine, median_ratio, table
+from measure import CLASSES, Meter, alternate, in_fresh_process, machine, median_ratio, table
 from model import CHECKED, model_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CLASSES, GUIDANCE = 1000, 4.0
-DRAFT = 8
+GUIDANCE, DRAFT = 4.0, 8
 RANDAR, OURS, DRAFTED = "RandAR", "ours", f"ours, draft: {DRAFT}"
 GREEDY_STEPS = 12
 """In which the sides are compared: 256 cells. With random weights, two codes may be as likely as one another within rounding."""
@@ -48,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--randar", help="a checkout of RandAR")
     parser.add_argument("--drafts", action="store_true")
     parser.add_argument("--size", help="a size of recipes/base; default: dim 384, 6 layers, 6 heads")
-    parser.add_argument("--model", default=str(EMOJI), help="whose images are drafted")
+    parser.add_argument("--model", default=str(EMOJI), help="whose images are drafted; default: the shipped emoji model")
     parser.add_argument("--steps", default="88,256", help="passes for an image, several with commas between")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -202,14 +201,16 @@ class Theirs:
 
 
 def drafts(arguments: argparse.Namespace) -> None:
-    """Passes and seconds of the shipped model, one cell a pass and drafted."""
+    """Passes and seconds of a trained model, one cell a pass and drafted."""
     import torch
 
     import oar_scale
 
     torch.set_num_threads(arguments.threads)
     model = oar_scale.load(arguments.model).to(arguments.device)
-    print(machine(arguments.device, arguments.threads), f"{len(CAPTIONS)} captions, 64 cells, 512 codes", sep="\n", end="\n\n")
+    spec = model.model.spec
+    setting = f"layout {spec.layout}, {len(CAPTIONS)} captions, {spec.cells} cells, {spec.vocab_size:,} codes"
+    print(machine(arguments.device, arguments.threads), setting, sep="\n", end="\n\n")
     rows = []
     for order in ("random", "halton", "raster"):
         for guidance in (1.0, 2.0):
@@ -232,7 +233,7 @@ def drafts(arguments: argparse.Namespace) -> None:
                         f"{guidance:g}",
                         draft or "-",
                         f"{passes:.1f}",
-                        f"{passes / 64:.2f}",
+                        f"{passes / spec.cells:.2f}",
                         f"{same} of {len(CAPTIONS)}",
                         f"{ratio:.2f}",
                     ]

@@ -18,9 +18,35 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oar_scale.config.schema import Layout
+    from oar_scale.model import ModelSpec
 
 MIB = 2**20
+LAYOUTS = ("instructed", "dual", "decoupled", "grouped")
+"""Those that place cells in any order."""
+CLASSES = 1000
+
+
+def benchmark_spec(size: str | None, layout: Layout) -> ModelSpec:
+    """The model that is measured: 16 x 16 cells of 16,384 codes and 1,000 classes, in a layout.
+
+    Args:
+        size: one of recipes/base; None: dim 384, 6 layers, 6 heads.
+    """
+    from oar_scale.config.loading import load_recipe
+    from oar_scale.config.schema import ModelConfig
+    from oar_scale.model import ModelSpec
+    from oar_scale.model.spec import ClassSpec
+
+    chosen: dict[str, Any] = {"dim": 384, "layers": 6, "heads": 6}
+    if size:
+        base = Path(__file__).resolve().parents[2] / "recipes" / "base" / f"model-{size}.yaml"
+        chosen = load_recipe(str(base), ["name=benchmark"]).model.model_dump(exclude_unset=True)
+    config = ModelConfig.model_validate({**chosen, "layout": layout})  # a layout has widths and norms of its own
+    return ModelSpec.from_recipe(config, vocab_size=16384, grid=16, condition=ClassSpec(classes=CLASSES))
 
 
 def in_fresh_process(script: str, arguments: Sequence[str], threads: int, limit_s: float | None = None) -> dict[str, Any]:

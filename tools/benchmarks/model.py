@@ -1,7 +1,7 @@
 """How fast the model trains, and in how much memory, beside RandAR's own code with the same weights, codes and orders.
 
     python tools/benchmarks/model.py --randar CHECKOUT           a training step, ours and theirs
-    python tools/benchmarks/model.py --decoupled                 a training step, ours in layouts instructed and decoupled
+    python tools/benchmarks/model.py --beside decoupled          a training step, ours in layouts instructed and decoupled
     python tools/benchmarks/model.py --head                      the loss of the output head, three methods
     python tools/benchmarks/model.py --parts                     the parts of a block that keep less, and their plain composition
     python tools/benchmarks/model.py --orders                    one random order an image
@@ -24,21 +24,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import Meter, alternate, in_fresh_process, machine, median_ratio, table
+from measure import CLASSES, LAYOUTS, Meter, alternate, benchmark_spec, in_fresh_process, machine, median_ratio, table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CLASSES = 1000
 RANDAR, SHIPPED = "RandAR", "RandAR as shipped (full recomputation)"
-DECOUPLED = "ours, layout decoupled"
 OURS = {
     "ours": ("none", False),
     "ours, compiled": ("none", True),
     "ours, selective recomputation": ("selective", False),
     "ours, full recomputation": ("full", False),
-    DECOUPLED: ("none", False),
 }
+"""Activation checkpointing and compilation of our sides."""
+BESIDE = "ours, layout "
+"""What a side in another layout is called, the layout's name behind it."""
 LR, DECAY, BETAS, CLIP, DROPOUT = 4e-4, 0.05, (0.9, 0.95), 1.0, 0.1  # RandAR's recipe
 CHECKED = 8
 """Images at most of which results are compared between the sides; training in float32: more might not fit a GPU."""
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a process, after a first one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="also ours with compiled blocks")
-    parser.add_argument("--decoupled", action="store_true", help="also ours in layout decoupled, of the same width and depth")
+    parser.add_argument("--beside", choices=LAYOUTS[1:], help="also ours in this layout, of the same width and depth")
     parser.add_argument("--recompute", action="store_true", help="also RandAR's and ours with activation checkpointing")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -88,7 +88,7 @@ def compare(arguments: argparse.Namespace) -> None:
     sides += [SHIPPED] if arguments.randar and arguments.recompute else []
     sides += ["ours"] + (["ours, compiled"] if arguments.compile else [])
     sides += ["ours, selective recomputation", "ours, full recomputation"] if arguments.recompute else []
-    sides += [DECOUPLED] if arguments.decoupled else []
+    sides += [f"{BESIDE}{arguments.beside}"] if arguments.beside else []
     with tempfile.TemporaryDirectory() as folder:
         common = [*sys.argv[1:], "--folder", folder]
 
@@ -120,7 +120,7 @@ def compare(arguments: argparse.Namespace) -> None:
     head = ["side", "images/s", "ratio", "CPU s a step", "ratio", "peak MiB", "ratio", "loss", "gradient norm"]
     print(table([*head, *(["MFU"] if setup["peak_flops"] else [])], rows))
     for side in sides[1:]:
-        if side == DECOUPLED:  # another model
+        if side.startswith(BESIDE):  # another model
             continue
         for name in ("loss", "norm"):
             mine, other = results[side][0][name], results[first][0][name]
@@ -142,7 +142,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         return prepare(arguments)
     inputs = torch.load(arguments.folder / "inputs.pt")
     codes_BN, order_BN, labels_B = (inputs[name].to(arguments.device) for name in ("codes", "order", "labels"))
-    if arguments.side in OURS:
+    if arguments.side.startswith("ours"):
         side: Side = Ours(arguments)
     else:
         sys.path.insert(0, arguments.randar)
@@ -195,18 +195,8 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def model_spec(arguments: argparse.Namespace) -> Any:
     """Of ``--size``, with RandAR's habits."""
-    from oar_scale.config.loading import load_recipe
-    from oar_scale.config.schema import ModelConfig
-    from oar_scale.model import ModelSpec
-    from oar_scale.model.spec import ClassSpec
-
-    if arguments.size:
-        base = Path(__file__).resolve().parents[2] / "recipes" / "base" / f"model-{arguments.size}.yaml"
-        size = load_recipe(str(base), ["name=benchmark"]).model
-    else:
-        size = ModelConfig(dim=384, layers=6, heads=6)
-    spec = ModelSpec.from_recipe(size, vocab_size=16384, grid=16, condition=ClassSpec(classes=CLASSES))
-    return spec.model_copy(update={"layout": "instructed", "dropout": DROPOUT, "condition_rotation": "zero"})
+    spec = benchmark_spec(arguments.size, "instructed")
+    return spec.model_copy(update={"dropout": DROPOUT, "condition_rotation": "zero"})
 
 
 class Side:
@@ -256,16 +246,17 @@ class Ours(Side):
         from oar_scale.config.schema import ParallelConfig
         from oar_scale.model import AnyOrderModel
 
-        spec = model_spec(self.arguments)
-        if self.arguments.side == DECOUPLED:
-            model = AnyOrderModel(spec.model_copy(update={"layout": "decoupled"}))
+        spec, side = model_spec(self.arguments), self.arguments.side
+        if side.startswith(BESIDE):
+            other = benchmark_spec(self.arguments.size, side.removeprefix(BESIDE))
+            model = AnyOrderModel(other.model_copy(update={"dropout": DROPOUT}))
             torch.nn.init.normal_(model.output.weight, 0.0, 0.02)
         else:
             model = self.conversion.import_peer(tensors, "randar", "the benchmark's weights", heads=spec.heads)
             model.spec = spec
             for block in model.layers:
                 block.dropout = DROPOUT
-        checkpointing, compiled = OURS[self.arguments.side]
+        checkpointing, compiled = OURS.get(side, OURS["ours"])
         self.acceleration.accelerate(model, ParallelConfig(activation_checkpointing=checkpointing, compile=compiled))
         self.model = model.eval().to(self.arguments.device)
 
