@@ -153,7 +153,8 @@ class SamplingTask:
         model = self.target.open(self.precision)
         # The seed leaves the model out: all models draw with the same noise.
         seed, images = derived_seed("drawing", self.seed), self.target.images
-        order = sampling_order(self.order, OrderRequest(model, torch.from_numpy(images), seed, self.files, self.model_uri))
+        request = OrderRequest(model, torch.from_numpy(images), seed, self.files, self.model_uri, self.settings.steps)
+        order = sampling_order(self.order, request)
         drawn = generate(model, condition_of(model, self.target.cond_inputs), self.settings, seed, order, images_B=images)
         features_SF = picture_features(decode_pictures(load_vq(self.vq).to(here()), drawn.codes_BN), self.features, here())
         codes_SN, order_SN = (each_BN.cpu().numpy() for each_BN in (drawn.codes_BN, drawn.order_BN))

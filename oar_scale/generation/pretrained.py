@@ -111,8 +111,9 @@ class Pretrained:
         """As :meth:`sample`, but return codes, orders, scores and passes."""
         condition_BTD = self._condition(prompts)
         images_B, seed = image_numbers(images, len(condition_BTD), "images"), whole_number(seed, "seed")
-        order_BN = self.orders(order, images_B, seed)
-        return generate(self.model, condition_BTD, self._settings(choices), seed, order_BN, images_B=images_B)
+        settings = self._settings(choices)
+        order_BN = self.orders(order, images_B, seed, settings.steps)
+        return generate(self.model, condition_BTD, settings, seed, order_BN, images_B=images_B)
 
     def edit(
         self,
@@ -158,12 +159,13 @@ class Pretrained:
         condition_PTD = self._condition(texts)
         most = MAX_EDITED - (variations - 1 << VARIATION_SHIFT)
         images_B, seed = image_numbers(numbers, len(pages), "numbers", most), whole_number(seed, "seed")
+        settings = self._settings(choices)
         whole_order = None if order is None or isinstance(order, str) else self.orders(order, noise_numbers(images_B, variations), seed)
 
         def order_of(rows: Sequence[int], numbers_B: Images) -> Tensor | LateOrder | None:
-            return whole_order[list(rows)] if isinstance(whole_order, Tensor) else self.orders(order, numbers_B, seed)
+            return whole_order[list(rows)] if isinstance(whole_order, Tensor) else self.orders(order, numbers_B, seed, settings.steps)
 
-        return edit_pages(self.model, vq, pages, condition_PTD, self._settings(choices), options, seed, order_of, images_B)
+        return edit_pages(self.model, vq, pages, condition_PTD, settings, options, seed, order_of, images_B)
 
     def variations(
         self,
@@ -347,10 +349,10 @@ class Pretrained:
     def _policy(self, order: str | None) -> str:
         return order or self.defaults.order or own_policy(self.model)
 
-    def orders(self, order: Order | None, images_B: Images, seed: int) -> Tensor | LateOrder | None:
-        """The orders of images with these numbers, on the model's device; arguments and errors as :meth:`sample`."""
+    def orders(self, order: Order | None, images_B: Images, seed: int, steps: int | None = None) -> Tensor | LateOrder | None:
+        """The orders of images with these numbers, on the model's device; arguments and errors as :meth:`sample`, ``steps`` too."""
         if order is None or isinstance(order, str):
-            request = OrderRequest(self.model, torch.from_numpy(images_B), seed, self.bundle.orders, self.bundle.model)
+            request = OrderRequest(self.model, torch.from_numpy(images_B), seed, self.bundle.orders, self.bundle.model, steps)
             return sampling_order(self._policy(order), request, "order")
         return given_order(order, self.model.spec.cells, len(images_B)).to(self._device)
 

@@ -144,10 +144,11 @@ def _draw_running(drawer: Pretrained, wanted: Sequence[WantedPicture], slots: in
 
 
 def _drawing(drawer: Pretrained, wanted: WantedPicture, order: str | None) -> Drawing:
-    own = drawer.orders(order, np.array([wanted.noise]), wanted.seed)
+    settings = drawer.settings()
+    own = drawer.orders(order, np.array([wanted.noise]), wanted.seed, settings.steps)
     return Drawing(
         condition_TD=drawer.condition(drawer.encode([wanted.prompt]))[0],
-        settings=drawer.settings(),
+        settings=settings,
         seed=wanted.seed,
         number=wanted.noise,
         order=own[0] if isinstance(own, Tensor) else own,

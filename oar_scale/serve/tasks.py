@@ -154,7 +154,7 @@ def begin(drawer: Pretrained, task: Task) -> list[Start]:
     seen = [known_cells(drawer.model, drawer.vq, shown, condition_TD, task.options) for shown in task.shown]
     starts = []
     for row, number in enumerate(task.numbers):
-        order, known = drawer.orders(task.order, np.array([number]), task.seed), None
+        order, known = drawer.orders(task.order, np.array([number]), task.seed, task.settings.steps), None
         order_1N = order if isinstance(order, Tensor) else None
         if seen:
             codes_N, known_N = seen[row // task.count]

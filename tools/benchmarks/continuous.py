@@ -102,9 +102,10 @@ def drawings(model: Pretrained, kind: str, images: int) -> list[Drawing]:
     made = []
     for number, condition_TD in enumerate(condition_BTD):
         choices = dict(KINDS[kind][number % len(KINDS[kind])])
-        request = OrderRequest(model.model, torch.tensor([number]), 0, model.bundle.orders, model.bundle.model)
-        order = sampling_order(choices.pop("order", None), request)
+        name = choices.pop("order", None)
         settings = replace(SampleSettings.from_recipe(model.defaults), **choices)
+        request = OrderRequest(model.model, torch.tensor([number]), 0, model.bundle.orders, model.bundle.model, settings.steps)
+        order = sampling_order(name, request)
         own = order[0] if isinstance(order, torch.Tensor) else order
         made.append(Drawing(condition_TD=condition_TD, settings=settings, seed=0, number=number, order=own))
     return made

@@ -54,6 +54,8 @@ class OrderRequest:
     files: OrderFiles
     model_file: str
     """Where the model was loaded from."""
+    steps: int | None = None
+    """Passes in which the images are drawn, several cells in each; None: one by one."""
 
     @property
     def images(self) -> int:

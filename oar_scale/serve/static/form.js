@@ -22,6 +22,7 @@ const ORDERS = {
   "centre-out": "By distance from the middle.",
   halton: "Evenly over the picture, wherever one stops.",
   checkerboard: "Coarse to fine.",
+  locality: "Beside what is there; the cells of one step apart.",
   mean: "By the mean order of the training pictures.",
   "order-head": "As a small network expects the model's own order.",
 };
