@@ -13,7 +13,8 @@ from oar_scale.report import page_environment
 from oar_scale.report.summary import number, signed
 from oar_scale.results.examples import Picture
 from oar_scale.results.flexibility import ArmDifference, Better, Chapter, FlexibilityResults, Measure, Role
-from oar_scale.results.statistics import Interval
+from oar_scale.results.seed_spread import DOUBTFUL
+from oar_scale.results.statistics import Comparison, Interval
 
 ALPHA = 0.05
 """Corrected p below which a difference is taken for real."""
@@ -84,7 +85,7 @@ def render_flexibility(results: FlexibilityResults, pictures: FlexibilityPicture
         pictures=pictures,
         samples=_by_arm(pictures.samples),
         primary=_primary(results),
-        pooled=_pooled(results),
+        shared_spread=_shared_spread(results),
         sentences=_sentences(results),
         tables=_tables(results),
         seeds=max(each.figure.seeds for each in results.figures),
@@ -126,15 +127,31 @@ def _primary(results: FlexibilityResults) -> list[PrimaryRow]:
         for row in (each for each in results.differences if each.measure == measure.name):
             found = row.comparison.difference
             question = f"{measure.chapter}: {measure.title}, {measure.unit}"
-            intervals = (_low_high(found.over_both), _low_high(found.over_images), _low_high(found.over_seeds))
+            alone = " (own spread)" if row.unstable else ""
+            intervals = (_low_high(found.over_both) + alone, _low_high(found.over_images), _low_high(found.over_seeds) + alone)
             rows.append(PrimaryRow(row.first, question, signed(found.mean), intervals, _p(row.p_holm), _verdict(row, measure.better)))
     return rows
 
 
-def _pooled(results: FlexibilityResults) -> int:
-    """The degrees of freedom of intervals over seeds that several arms have told together; 0 where there is none."""
+def _shared_spread(results: FlexibilityResults) -> str:
+    """How much seeds differ, as several arms tell together, and for which primary differences they do not; empty where none do."""
     found = [each.comparison for each in results.differences]
-    return max((int(each.seed_freedom or 0) for each in found if each.difference.over_seeds != each.over_seeds_alone), default=0)
+    freedom = max((int(each.seed_freedom or 0) for each in found if _pooled(each)), default=0)
+    if not freedom:
+        return ""
+    primary = {measure.name for measure in results.measures if measure.role == "primary"}
+    rows = [each for each in results.differences if each.measure in primary]
+    apart = [row for row in rows if row.unstable]
+    names = ", ".join(dict.fromkeys(name for row in apart for name in row.unstable))
+    return (
+        f"How much seeds differ is told by all arms together ({freedom} degrees of freedom), as far as they vary alike from seed to seed: "
+        f"where one varies more than the others (F test, p at most {DOUBTFUL:g}), its differences are judged by their own spread alone"
+        + (f": {len(apart)} of these {len(rows)}, because of {names}." if apart else "; of these none is.")
+    )
+
+
+def _pooled(found: Comparison) -> bool:
+    return found.difference.over_seeds != found.over_seeds_alone
 
 
 def _table(results: FlexibilityResults, title: str, measures: Sequence[Measure], drop: str = "") -> Table:
@@ -173,6 +190,7 @@ def _low_high(interval: Interval | None, text: Callable[[float], str] = signed) 
 def _difference(row: ArmDifference) -> str:
     found = row.comparison.difference
     beside = [_low_high(found.over_both or found.over_images), f"p {_p(row.p_holm)}" if row.p_holm is not None else ""]
+    beside += ["own spread"] if row.unstable else []
     return f"{signed(found.mean)} ({'; '.join(each for each in beside if each)})"
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 
 from oar_scale.results.statistics import Comparison, Figure
 
+FORMAT = 2
+"""Of ``flexibility.json``: raised where a measure of the same name is another figure, so that reports of both are not compared."""
 Better = Literal["lower", "higher", "zero", ""]
 Chapter = Literal["likelihood", "calibration", "samples", "diversity", "edits"]
 Role = Literal["primary", "exploratory", "descriptive"]
@@ -69,6 +71,8 @@ class ArmDifference:
     p_seeds_holm: float | None = None
     p_holm: float | None = None
     """The one that counts: over images and seeds together, and of one seed each over images alone; corrected likewise."""
+    unstable: tuple[str, ...] = ()
+    """Which of the two arms vary more from seed to seed than the others: how much this difference varies, the two tell alone."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ OUT/pieces/                             results that are kept (evaluation.flexib
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -129,12 +130,21 @@ class _Plan:
     @property
     def call(self) -> str:
         """A hash of all that the report depends on."""
-        images, sweep = self.images, self.sweep
+        images, sweep, recipe = self.images, self.sweep, self.images.run.recipe
+        orders = {name: hashlib.sha256(order_SN.tobytes()).hexdigest() for name, order_SN in self.fixed.items()}
         return fingerprint(
             {
                 "arms": [[arm.label, [model.file.id for model in arm.models]] for arm in self.arms],
-                "images": [images.run.at(), images.split, images.tokens.keys, images.measured.vq.id],
-                "asked": [list(self.chapters), self.against, list(self.fixed), asdict(self.settings), self.network.id],
+                "images": [
+                    images.run.at(),
+                    images.split,
+                    images.tokens.keys,
+                    images.tokens.captions,
+                    images.families,
+                    images.measured.vq.id,
+                ],
+                "asked": [list(self.chapters), self.against, asdict(self.settings), self.network.id],
+                "run": [orders, recipe.seed, recipe.extract.tie_seed, recipe.parallel.precision],
                 "sweep": [list(sweep.choices), self.sweep_images] if sweep else None,
             }
         )

@@ -18,13 +18,11 @@ from oar_scale.evaluation.pictures import decode_pictures
 from oar_scale.json_object import without_nan
 from oar_scale.report.flexibility_page import EditPictures, FlexibilityPictures, render_flexibility
 from oar_scale.results.examples import Picture
-from oar_scale.results.flexibility import FlexibilityResults, Measure, MeasuredModel, SweepRow
+from oar_scale.results.flexibility import FORMAT, FlexibilityResults, Measure, MeasuredModel, SweepRow
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 from oar_scale.studies.flexibility_models import HeldoutImages
 from oar_scale.tokenizers.vq import load_vq
 
-FORMAT = 1
-"""Of ``flexibility.json``."""
 REPORT = "flexibility.json"
 SHOWN = 8
 """Images in the page."""
@@ -124,11 +122,14 @@ def write_report(out: str, measured: Measured) -> None:
 
 
 def remove_other_report(out: str, call: str) -> None:
-    """Remove what says that another call is done: other models, images or settings. While this one is under way it would pass for its."""
+    """Remove what says that another call is done: other models, images or settings. While this one is under way it would pass for its.
+
+    So does a report of another format, whose figures are others.
+    """
     try:
-        done = read_json(join(out, REPORT)).get("call")
+        report = read_json(join(out, REPORT))
     except Missing:
         return
-    if done != call:
+    if (report.get("format"), report.get("call")) != (FORMAT, call):
         for name in (REPORT, "index.html"):
             open_storage(out).delete(join(out, name))

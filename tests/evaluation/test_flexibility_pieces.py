@@ -30,7 +30,8 @@ from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredIma
 from oar_scale.model import AnyOrderModel, save_model
 from oar_scale.orders.extraction import brute_force_orders
 from oar_scale.orders.settings import ExtractionSettings
-from oar_scale.results.statistics import Comparison, compare, holm, pooled_spread
+from oar_scale.results.seed_spread import pooled_spread
+from oar_scale.results.statistics import Comparison, compare, holm
 
 IMAGES = 5
 
@@ -124,7 +125,11 @@ def test_primary_differences_are_corrected_for_their_own_number(
 
     def alone(measure: str, label: str) -> Comparison:
         of_measure = {arm: np.stack(of_seeds) for arm, of_seeds in values[measure].items()}
-        return compare(of_measure[label], of_measure["b"], families_S=FAMILIES, spread=pooled_spread(list(of_measure.values())))
+        spread = pooled_spread(of_measure)
+        assert spread is not None
+        return compare(
+            of_measure[label], of_measure["b"], families_S=FAMILIES, spread=None if {label, "b"} & {*spread.unstable} else spread
+        )
 
     def corrected(names: list[str]) -> None:
         rows = [(name, label) for name in names for label in ("a", "c")]
@@ -147,6 +152,20 @@ def test_arms_of_other_seeds_are_not_paired(two_arms: tuple[list[Arm], MeasuredI
     means = {label: np.mean(of_arm, axis=1) for label, of_arm in values[measure.name].items()}
     assert found["a"].p_seeds == pytest.approx(stats.ttest_ind(means["a"], means["b"], equal_var=False).pvalue)
     assert found["c"].seed_freedom == (3 - 1) * (3 - 1), "of b, c and d"
+
+
+def test_an_unstable_arm_is_judged_by_its_own_spread(two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]]) -> None:
+    (measure,) = [each for each in likelihood_measures(two_arms[0], {}) if each.name == "nll/own"]
+    rng = np.random.default_rng(3)
+    arms = {label: rng.normal(size=(3, 1)) * (30 if label == "e" else 1) + np.zeros(12) for label in "abcdef"}
+    found = {each.first: each for each in arm_differences([measure], {measure.name: {k: list(v) for k, v in arms.items()}}, "b", FAMILIES)}
+    assert {label: row.unstable for label, row in found.items()} == {"a": (), "c": (), "d": (), "e": ("e",), "f": ()}
+    assert found["e"].comparison.p_seeds == pytest.approx(stats.ttest_rel(arms["e"].mean(1), arms["b"].mean(1)).pvalue)
+    assert found["a"].comparison.seed_freedom == (5 - 1) * (3 - 1), "of all but e"
+    against = {
+        each.first: each for each in arm_differences([measure], {measure.name: {k: list(v) for k, v in arms.items()}}, "e", FAMILIES)
+    }
+    assert all(row.unstable == ("e",) and row.comparison.seed_freedom == 2 for row in against.values())
 
 
 def test_of_one_seed_each_images_alone_count(two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]]) -> None:

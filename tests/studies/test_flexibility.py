@@ -30,12 +30,14 @@ from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import load_model, save_model
 from oar_scale.registry import ModelName
+from oar_scale.results.flexibility import FORMAT
 from oar_scale.results.statistics import clustered_error
 from oar_scale.run.artifacts import prompt_encoder, read_families, read_pictures, read_tokens
 from oar_scale.run.context import Run
 from oar_scale.storage import read_json
 from oar_scale.studies import flexibility_models
-from oar_scale.studies.flexibility_models import first_images, named_arms, sweep_images
+from oar_scale.studies.flexibility import FlexibilityRequest, _plan
+from oar_scale.studies.flexibility_models import HeldoutImages, first_images, named_arms, sweep_images
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq, unit_to_pixels
 
 IMAGES = 12
@@ -120,8 +122,38 @@ def test_the_report_of_another_call_does_not_pass_for_the_one_under_way(finished
     stopped = ["--chapters", "likelihood", "--minutes", "1e-9"]
     assert flexibility(models_of(finished), tmp_path, *stopped) == 75
     assert (tmp_path / "flexibility.json").exists() and (tmp_path / "index.html").exists(), "the same call: its report stays"
+    report = (tmp_path / "flexibility.json").read_text()
     assert flexibility(models_of(finished), tmp_path, "--against", "ordered", *stopped) == 75
     assert not (tmp_path / "flexibility.json").exists() and not (tmp_path / "index.html").exists()
+    (tmp_path / "flexibility.json").write_text(report.replace(f'"format": {FORMAT}', '"format": 1'))
+    assert flexibility(models_of(finished), tmp_path, *stopped) == 75
+    assert not (tmp_path / "flexibility.json").exists(), "of an older format: its figures are others"
+
+
+def test_whatever_a_report_depends_on_makes_it_one_of_another_call(finished: Run) -> None:
+    plan = _plan(FlexibilityRequest(tuple(models_of(finished)), "", images=4, chapters=("likelihood",)))
+    images, tokens = plan.images, plan.images.tokens
+
+    def of_run(**sections: object) -> HeldoutImages:
+        return replace(images, run=Run(finished.recipe.model_copy(update=sections)))
+
+    recipe = finished.recipe
+    others = {
+        "orders": replace(plan, fixed=plan.fixed | {"random": plan.fixed["random"][::-1]}),
+        "an order less": replace(plan, fixed={name: order for name, order in plan.fixed.items() if name != "mean"}),
+        "precision": replace(plan, images=of_run(parallel=recipe.parallel.model_copy(update={"precision": "bf16"}))),
+        "seed": replace(plan, images=of_run(seed=recipe.seed + 1)),
+        "ties": replace(plan, images=of_run(extract=recipe.extract.model_copy(update={"tie_seed": 5}))),
+        "captions": replace(plan, images=replace(images, tokens=replace(tokens, captions=["a pear", *tokens.captions[1:]]))),
+        "families": replace(plan, images=replace(images, families=["pears", *images.families[1:]])),
+        "keys": replace(plan, images=replace(images, tokens=replace(tokens, keys=tokens.keys[::-1]))),
+        "settings": replace(plan, settings=replace(plan.settings, temperature=0.5)),
+        "against": replace(plan, against="ordered"),
+        "chapters": replace(plan, chapters=("likelihood", "edits")),
+    }
+    calls = {name: other.call for name, other in others.items()}
+    assert plan.call not in calls.values() and len({*calls.values()}) == len(others)
+    assert replace(plan, images=of_run(pipeline=recipe.pipeline)).call == plan.call, "the same again"
 
 
 def test_models_of_runs_are_paired_by_the_seeds_of_their_trainings(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.results.flexibility import ArmDifference, ArmFigure, Measure
-from oar_scale.results.statistics import compare, figure, holm, pooled_spread
+from oar_scale.results.seed_spread import pooled_spread
+from oar_scale.results.statistics import compare, figure, holm
 
 Values = Mapping[str, Mapping[str, Sequence[NDArray[np.float64]]]]
 """By the name of the measure and the label of the arm: values [S] of each of its models."""
@@ -36,7 +37,7 @@ def arm_differences(
 ) -> tuple[ArmDifference, ...]:
     """All arms against one, measure by measure; corrected for the number of primary differences, or of exploratory ones of a chapter.
 
-    How much seeds differ is told by all arms together, for those that have as many as ``against``.
+    How much seeds differ is told by all arms together that have as many as ``against`` and vary alike.
 
     Args:
         unpaired: arms whose seeds are others than those of ``against``.
@@ -64,14 +65,15 @@ def _of_measure(
 ) -> list[ArmDifference]:
     stacked = {label: np.stack(of_seeds) for label, of_seeds in of_arms.items()}
     second_RS = stacked[against]
-    alike = [first_RS for label, first_RS in stacked.items() if len(first_RS) == len(second_RS) and label not in unpaired]
+    alike = {label: first_RS for label, first_RS in stacked.items() if len(first_RS) == len(second_RS) and label not in unpaired}
     spread = pooled_spread(alike)
-    families = families_S[: second_RS.shape[1]]
-    return [
-        ArmDifference(label, against, measure.name, compare(first_RS, second_RS, measure.name, families, spread, label not in unpaired))
-        for label, first_RS in stacked.items()
-        if label != against
-    ]
+    families, rows = families_S[: second_RS.shape[1]], []
+    for label, first_RS in stacked.items():
+        if label != against:
+            unstable = tuple(name for name in (label, against) if spread and label in alike and name in spread.unstable)
+            found = compare(first_RS, second_RS, measure.name, families, None if unstable else spread, label not in unpaired)
+            rows.append(ArmDifference(label, against, measure.name, found, unstable=unstable))
+    return rows
 
 
 def _corrected(rows: list[ArmDifference]) -> list[ArmDifference]:
