@@ -10,19 +10,20 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import Recipe
-from oar_scale.config.section import silent_fields
+from oar_scale.config.section import Section, silent_fields
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.events import read_events
 from oar_scale.registry import STAGES, Stage, current_name, model_label
+from oar_scale.results.flexibility import FORMAT
 from oar_scale.run.context import Run
 from oar_scale.run.stage_markers import Finished, read_finished
 from oar_scale.storage import Missing, join, open_storage, read_json
@@ -31,6 +32,8 @@ RECIPE = "recipe.yaml"
 OF_ORDERS = ("order", "random_share", "orders_of", "distinct_orders", "any_view_share")
 """The fields of ``finetune`` in which arms may differ. (The share of any view: see :func:`_alike`.)"""
 
+OF_OWN_ORDERS = ("order_temperature", "first_cell", "commit_per_step", "cosine_steps")
+"""The fields of ``extract`` that decide in which orders the stage ``evaluate`` finds a model's own likelihood."""
 FLEXIBILITY = "flexibility"
 STORED = "held-out nll stored"
 
@@ -205,12 +208,22 @@ def _evaluated(run: Run, model: str, images: Conditions) -> dict[str, tuple[floa
         return {}
     if "stale" in marker:
         return {}
-    settings = {
-        f"{name}.{field}": value
-        for name, section in (("evaluate", run.recipe.evaluate), ("sample", run.recipe.sample))
-        for field, value in section.model_dump(mode="json", exclude=set(silent_fields(section))).items()
-    }
-    return {name: (value, {**images, **settings}) for name, value in _numbers(evaluation, model)}
+    recipe = run.recipe
+    likelihood = {**images, "evaluate.nll_images": recipe.evaluate.nll_images}
+    own = {**likelihood, **_fields("extract", recipe.extract, OF_OWN_ORDERS)}
+    drawn = {**images, **_fields("evaluate", recipe.evaluate, ("feature_images", "features"))}
+    drawn |= _fields("sample", recipe.sample, [name for name in type(recipe.sample).model_fields if name != "images"])
+
+    def conditions(name: str) -> Conditions:
+        return drawn if name.startswith("evaluated kid") else own if " own " in name else likelihood
+
+    return {name: (value, conditions(name)) for name, value in _numbers(evaluation, model)}
+
+
+def _fields(name: str, section: Section, fields: Collection[str]) -> dict[str, object]:
+    """Some fields of a section by their names in the recipe, but those that tell nothing of results."""
+    silent = silent_fields(section)
+    return {f"{name}.{field}": value for field, value in section.model_dump(mode="json").items() if field in fields and field not in silent}
 
 
 def _numbers(evaluation: JsonObject, model: str) -> Iterator[tuple[str, float]]:
@@ -230,6 +243,11 @@ def _flexibility(run: Run, model: str) -> dict[str, tuple[float, Conditions]]:
         report = read_json(join(folder, f"{FLEXIBILITY}.json"))
     except Missing:
         return {}
+    if report.get("format") != FORMAT:
+        raise UserError(
+            f"{folder}: a flexibility report of format {report.get('format')}, this version of oar_scale reads {FORMAT}: measures of one "
+            "name are other figures. Write it anew (oar evaluate --flexibility), or move it away."
+        )
     own = _model_id(run.model_uri(model))
     try:
         files = [join(folder, entry["arrays"]) for entry in report["models"] if entry["id"] == own]

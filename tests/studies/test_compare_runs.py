@@ -20,10 +20,11 @@ from oar_scale.data.shards import ShardInfo
 from oar_scale.errors import UserError
 from oar_scale.model import model_id, save_model
 from oar_scale.observe.events import EventLog
+from oar_scale.results.flexibility import FORMAT
 from oar_scale.run.context import Run
 from oar_scale.run.stage_markers import mark_stale, write_finished
 from oar_scale.storage import write_json
-from oar_scale.studies.compare_runs import arm_rows, mean_of, minus_control, run_compare_runs
+from oar_scale.studies.compare_runs import arm_rows, mean_of, minus_control, run_compare_runs, told_apart
 from oar_scale.studies.trained_arms import trained_arms
 
 MEASURE = "held-out nll random"
@@ -200,6 +201,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 def flexibility_report(models: list[tuple[str, str]], **changes: Any) -> dict[str, Any]:
     measures = [{"name": name, "unit": "nats", "chapter": name.split("/")[0]} for name in ("likelihood/random", "samples/max_prob/heldout")]
     return {
+        "format": FORMAT,
         "models": [{"id": identity, "arrays": arrays} for identity, arrays in models],
         "measures": [{**each, "name": each["name"].replace("likelihood", "nll")} for each in measures],
         **{"split": "heldout", "images": 256, "sampling": "guidance 2", "sweep": [], "sweep_images": "", **changes},
@@ -257,6 +259,29 @@ def test_settings_that_differ_only_at_their_end_are_told_apart(tmp_path: Path) -
     assert len(names) == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "apart"),
+    [
+        ({}, ()),
+        ({"sample": {"guidance": 4.0}}, ("kid_efflite0",)),
+        ({"sample": {"images": 3}}, ()),
+        ({"evaluate": {"feature_images": 100}}, ("kid_efflite0",)),
+        ({"evaluate": {"nll_images": 100}}, ("nll own max_prob", "nll random")),
+        ({"extract": {"commit_per_step": 4}}, ("nll own max_prob",)),
+    ],
+)
+def test_a_setting_tells_apart_only_the_figures_that_depend_on_it(tmp_path: Path, changes: dict[str, Any], apart: tuple[str, ...]) -> None:
+    figures = []
+    for name, more in (("first", {}), ("other", changes)):
+        run = finished_run(tmp_path / name, {"finetune": 3.2}, **more)
+        entries = [{"model": "ordered", "order": order, "nll": {"mean": 2.5}} for order in ("own max_prob", "random")]
+        write_json(f"{run}/evaluation.json", {"nll": {"entries": entries}, "distances": [{"name": "ordered", "kid": 0.1}]})
+        figures += trained_arms(run)[0]
+    first, other = ({name for name in each.figures if name.startswith("evaluated")} for each in told_apart(figures))
+    shared = {f"evaluated {name}" for name in ("nll own max_prob", "nll random", "kid_efflite0") if name not in apart}
+    assert len(first) == len(other) == 3 and first & other == shared
+
+
 def test_the_evaluation_and_the_flexibility_report_are_read(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     write_json(
@@ -283,6 +308,11 @@ def test_the_evaluation_and_the_flexibility_report_are_read(tmp_path: Path) -> N
     assert "evaluated nll own max_prob" not in figures["finetune.s1"]
     assert figures["raster.s1"]["flexibility nll/random (nats)"] == 3.5
     assert not any("flexibility" in name for name in figures["raster"])
-    write_json(f"{run}/flexibility/flexibility.json", {"models": [{"id": model_id(model)}], "measures": []})
+    write_json(f"{run}/flexibility/flexibility.json", {"format": FORMAT, "models": [{"id": model_id(model)}], "measures": []})
     with pytest.raises(UserError, match="no flexibility report of this version"):
+        trained_arms(run)
+    write_json(f"{run}/flexibility/flexibility.json", flexibility_report([(model_id(model), "arrays/raster-1.npz")], format=1))
+    with pytest.raises(
+        UserError, match=rf"flexibility: a flexibility report of format 1, this version of oar_scale reads {FORMAT}: .*anew"
+    ):
         trained_arms(run)
