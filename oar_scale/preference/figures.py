@@ -67,6 +67,8 @@ class Figures:
     sides: SideBias | None
     families: bool
     """Whether pictures say which captions are variants of one drawing: these are then one caption to all intervals."""
+    captions_without_family: int
+    """Captions of the study whose pictures say nothing of the kind: each is taken as independent of all others."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from oar_scale.preference.figures import Agreement, Figures, RaterFigures, Resul
 from oar_scale.preference.intervals import CONFIDENCE, RESAMPLES, Interval, pair_figures, resample
 from oar_scale.preference.results_text import result_lines
 from oar_scale.preference.study import ANSWERS, Study, read_study
-from oar_scale.preference.votes import WIN, Votes, outcome, votes_of
+from oar_scale.preference.votes import WIN, Votes, captions_without_family, outcome, votes_of
 from oar_scale.storage import join, open_storage
 from oar_scale.text import shown
 
@@ -119,9 +119,9 @@ def _rater(study: Study, name: str, answers: Sequence[Answer], threshold: float)
 
 def _figures(study: Study, answers: Sequence[Answer]) -> Figures:
     votes = votes_of(study, answers)
-    sides = _sides(answers)
+    sides, families = _sides(answers), any(pair.family is not None for pair in study.pairs)
     if not len(votes):
-        return Figures(0, 0, 0, (), (), None, sides, False)
+        return Figures(0, 0, 0, (), (), None, sides, families, captions_without_family(study))
     rng = np.random.default_rng(study.digest("bootstrap"))
     over_raters, over_captions = resample(votes.by_rater(), rng), resample(votes.by_caption(), rng)
     return Figures(
@@ -132,7 +132,8 @@ def _figures(study: Study, answers: Sequence[Answer]) -> Figures:
         tuple(strength_groups(votes, over_raters, over_captions)),
         _agreement(votes, study.digest("alpha") >> 32),
         sides,
-        any(pair.family is not None for pair in study.pairs),
+        families,
+        captions_without_family(study),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from oar_scale.preference.attention import needed
 from oar_scale.preference.bradley_terry import Difference, Group
 from oar_scale.preference.figures import Agreement, Figures, Results, SideBias
 from oar_scale.preference.intervals import Interval
@@ -20,7 +21,7 @@ def result_lines(study: Study, results: Results) -> Iterator[str]:
     yield _rule(study, results)
     yield from _left_out(results)
     if results.counted is None:
-        yield "no rater is left: the figures below are of all of them, and show little"
+        yield "no rater is left: the figures below are of all raters, and say little"
     else:
         yield from _figures(results, results.counted)
     if results.everybody is not None:
@@ -28,7 +29,7 @@ def result_lines(study: Study, results: Results) -> Iterator[str]:
         yield f"of all {len(results.raters)} raters and all answers, those included that are left out above:"
         yield from _figures(results, results.everybody)
     yield ""
-    yield "raters (strengths from their answers alone, with 95 % intervals as if these were independent)"
+    yield "raters (strengths by this rater's answers alone; the 95 % intervals take these answers for independent)"
     yield from _indented(_rater_table(results))
 
 
@@ -36,23 +37,27 @@ def _rule(study: Study, results: Results) -> str:
     """Who counts, and how likely somebody does who picks sides at random."""
     if not study.checks:
         return "no attention checks: everybody counts, also a rater who picks sides at random"
-    rule = f"a rater counts who passes {results.threshold:.0%} of the checks ({results.checks_needed} of {len(study.checks)}"
     return (
-        f"{rule}; picking sides at random passes them with a chance of {results.chance:.1%}), and of fewer checks as many "
-        f"as such a rater passes with a chance of {results.chance_limit:.1%} at most"
+        f"a rater counts who passes at least {results.threshold:.0%} of the attention checks, of all {len(study.checks)} checks "
+        f"{results.checks_needed}: one who picks sides at random does so with a chance of {results.chance:.1%}. A rater who has answered "
+        f"fewer checks counts only where that chance is at most {results.chance_limit:.1%}, too"
     )
 
 
 def _left_out(results: Results) -> Iterator[str]:
-    failed = [rater for rater in results.raters if not rater.counted and rater.checks_passed < results.threshold * rater.checks]
-    early = [rater for rater in results.raters if not rater.counted and rater not in failed]
-    for raters, why in ((failed, "passed too few checks"), (early, "have answered too few checks to tell them from chance")):
+    left_out = [rater for rater in results.raters if not rater.counted]
+    failed = [rater for rater in left_out if rater.checks_passed < needed(rater.checks, results.threshold)]
+    early = [rater for rater in left_out if rater not in failed]
+    for raters, why in ((failed, "passed too few checks"), (early, "answered too few checks to tell them from chance")):
         if raters:
-            names = ", ".join(f"{rater.rater} ({rater.checks_passed} of {rater.checks})" for rater in raters)
-            yield f"left out: {len(raters)} of {len(results.raters)} raters {why}: {names}"
+            names = ", ".join(f"{rater.rater} ({rater.checks_passed} of {rater.checks} passed)" for rater in raters)
+            yield f"left out: {len(raters)} of {len(results.raters)} raters, who {why}: {names}"
     if fast := sum(rater.fast for rater in results.raters if rater.counted):
         of = sum(rater.answers for rater in results.raters if rater.counted)
-        yield f"left out: {fast} of {of} answers of the others, which came within {results.fast_ms} ms, too soon to look at both pictures"
+        yield (
+            f"left out: {fast} of {of} answers of the raters who count: they came within {results.fast_ms} ms, too soon to have looked at "
+            "both pictures"
+        )
 
 
 def _figures(results: Results, figures: Figures) -> Iterator[str]:
@@ -75,9 +80,13 @@ def _figures(results: Results, figures: Figures) -> Iterator[str]:
     ]
     yield from _indented(text_table(rows))
     if len(figures.pairs) > 1:
-        yield f"each interval holds its share in 95 of 100 studies; that all {len(figures.pairs)} hold theirs is less likely"
-    if not figures.families:
-        yield "captions are taken as independent: where some are variants of one drawing (skin tones), the intervals are too narrow"
+        yield (
+            f"each interval by itself holds the true share in 95 of 100 studies; that all {len(figures.pairs)} do at once is less likely: "
+            "compare arms by the corrected p below"
+        )
+    if figures.captions_without_family:
+        which = f"{_count(figures.captions_without_family, 'caption')} of no known family: each is" if figures.families else "captions are"
+        yield f"{which} taken as independent: where some are variants of one drawing (skin tones), the intervals are too narrow"
     if figures.raters == 1:
         yield "one rater: the intervals are about other captions for this rater, and say nothing about other people"
     elif figures.raters < FEW_RATERS:
@@ -126,7 +135,7 @@ def _agreement(agreement: Agreement | None) -> str:
     if agreement.alpha is not None:
         alpha = f"Krippendorff's alpha {agreement.alpha.value:.2f} {_bounds(agreement.alpha)}"
     several = _count(agreement.comparisons, "pair")
-    return f"agreement: {agreement.same:.0%} of two raters' answers to one pair are the same, {alpha} ({several})"
+    return f"agreement: two raters of the same pair give the same answer in {agreement.same:.0%} of the cases, {alpha} ({several})"
 
 
 def _sides(sides: SideBias) -> str:

@@ -91,6 +91,11 @@ def outcome(answer: Answer) -> int:
     return WIN if (answer.choice == "left") != answer.swapped else LOSS
 
 
+def captions_without_family(study: Study) -> int:
+    """How many captions of the study's pairs are of no known family."""
+    return len({_caption(pair) for pair in study.pairs if pair.family is None})
+
+
 def _captions(study: Study) -> list[int]:
     """A number for the caption of each pair; several drawings of one caption, and captions of one family, share it."""
     numbers: dict[object, int] = {}
