@@ -22,7 +22,7 @@ from oar_scale.shard_pool.ledger import Record
 from oar_scale.shard_pool.pool_messages import event_message
 from oar_scale.storage import write_json
 
-FORMAT = 1
+FORMAT = 2
 OF_FEATURES = [figure for figure in FEWEST if figure not in OF_SAMPLES_ALONE]
 """The figures for which features of images are kept."""
 
@@ -72,6 +72,9 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
     names = figure_names(request.metrics, network.label, network.standard)
     # Both are looked for before the features of one are computed, which may take hours.
     found = [_Found.at(request, where, network) for where in (request.samples, request.reference) if where]
+    if request.paired and not (len(found) == 2 and all(each.images for each in found)):
+        what = f"{found[-1].where} holds statistics alone" if len(found) == 2 else "there is no reference"
+        raise UserError(f"--paired {request.paired}: only kid leaves pairs out, and it compares the images of two sets; {what}")
     samples, side = _side(request, found[0], say)
     reference, other = _side(request, found[1], say) if len(found) > 1 else (Side("no reference", None), None)
     if side is not None and other is not None and side != other:
@@ -86,6 +89,8 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
             return
     comparison = Comparison(samples, reference, network.label, network.standard, request.kept, request.seed, request.paired)
     wanted = comparison.wanted(names)
+    if request.paired and "kid" not in wanted:
+        raise UserError(f"--paired {request.paired}: only kid leaves pairs out, and it cannot be computed: {comparison.why_not('kid')}")
     if not wanted and (few := comparison.left_out(wanted)):
         raise UserError("; ".join(few))
     if not wanted:
@@ -223,8 +228,10 @@ def _line(name: str, figure: JsonObject) -> str:
     ]
     sides += [f"pairs of one {figure['paired']} left out"] if figure.get("paired") else []
     line += f"  ({', '.join(sides)}"
-    if halves := figure.get("halves_of_reference"):
-        line += f"; of {halves['images']} images a side: {halves['samples']:.4f}, two halves of the reference {halves['value']:.4f}"
+    if equal := figure.get("equal_sizes"):
+        line += (
+            f"; of {equal['images']} images a side: {equal['samples']:.4f}, two halves of the reference {equal['halves_of_reference']:.4f}"
+        )
     return line + ")"
 
 

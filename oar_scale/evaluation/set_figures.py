@@ -159,7 +159,7 @@ class Comparison:
 
     def possible(self) -> list[str]:
         """All figures that both sides have what is needed for."""
-        return [figure for figure in NEEDS if not (self._missing(figure) or self._few(figure))]
+        return [figure for figure in NEEDS if not self.why_not(figure)]
 
     def wanted(self, names: Sequence[str]) -> list[str]:
         """Figures by the names that :func:`figure_names` has checked; none means all that are possible.
@@ -168,11 +168,16 @@ class Comparison:
             UserError: one that cannot be computed.
         """
         for name in names:
-            if missing := self._missing(name):
-                raise UserError(f"--metrics {name}: {missing}")
-            if few := self._few(name):
-                raise UserError(f"--metrics {name}: {few}; {self.name(name)} needs {few.needed}")
+            if why := self.why_not(name):
+                raise UserError(f"--metrics {name}: {why}")
         return list(names) or self.possible()
+
+    def why_not(self, figure: str) -> str | None:
+        """Why a figure cannot be computed; None where it can."""
+        if missing := self._missing(figure):
+            return missing
+        few = self._few(figure)
+        return f"{few}; {self.name(figure)} needs {few.needed}" if few else None
 
     def left_out(self, figures: Sequence[str]) -> list[str]:
         """Why figures that there are features for are not among these: the images that they would need."""
@@ -262,10 +267,10 @@ class Comparison:
         if samples.mean_D.shape != reference.mean_D.shape:
             raise ValueError(f"{len(samples.mean_D)} features cannot be compared with {len(reference.mean_D)}: other networks made them")
         found: JsonObject = {"value": frechet_distance(samples, reference), **self._counts(layer)}
-        halves = self._halves(layer)
-        return found | ({} if halves is None else {"halves_of_reference": halves})
+        equal = self._equal_sizes(layer)
+        return found | ({} if equal is None else {"equal_sizes": equal})
 
-    def _halves(self, layer: Layer) -> JsonObject | None:
+    def _equal_sizes(self, layer: Layer) -> JsonObject | None:
         """What two random halves of the reference are apart, and as many samples are from one of them.
 
         All four sets have one number of images, and so the two distances the same bias: samples like the reference score as its other half.
@@ -280,7 +285,7 @@ class Comparison:
         order = np.random.default_rng(self.seed).permutation(2 * half)
         drawn = samples.rows(layer, samples.chosen(half, self.seed))
         first, second, of_samples = (Gaussian.of_rows(part) for part in (rows[order[:half]], rows[order[half:]], drawn))
-        return {"images": half, "value": frechet_distance(first, second), "samples": frechet_distance(of_samples, second)}
+        return {"images": half, "samples": frechet_distance(of_samples, second), "halves_of_reference": frechet_distance(first, second)}
 
     def _kid(self, figure: str) -> JsonObject:
         samples, reference = self._kept

@@ -55,7 +55,8 @@ def test_figures_are_printed_and_written_with_their_counts(sets: list[str], tmp_
     assert list(record["figures"]) == [f"{name}_efflite0" for name in ("fd", "kid", "precision", "recall", "density", "coverage")]
     assert record["samples"] == {"where": sets[0], "images": 14, "pixels": [SIDE, SIDE]}
     assert record["features"]["id"].startswith("efflite0, weights shipped")
-    assert "(14 samples, 12 reference; of 6 images a side: " in shown and ", two halves of the reference " in shown
+    equal = record["figures"]["fd_efflite0"]["equal_sizes"]
+    assert f"; of 6 images a side: {equal['samples']:.4f}, two halves of the reference {equal['halves_of_reference']:.4f})" in shown
     assert re.search(r"precision_efflite0 0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", shown)
     assert "dark.npz has 12 images for 1280 features, so its covariance is singular" in shown
 
@@ -70,6 +71,17 @@ def test_statistics_of_the_reference_stand_for_its_images(sets: list[str], tmp_p
         assert main(["distance", samples, reference, "--metrics", "fd", "--out", str(tmp_path / "a.json")]) == 0
         values.append(json.loads((tmp_path / "a.json").read_text())["figures"]["fd_efflite0"]["value"])
     assert values[0] == pytest.approx(values[1], abs=1e-4) and values[1] > 1
+
+
+def test_pairs_of_what_has_no_images_are_one_error(sets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    statistics = str(tmp_path / "statistics.npz")
+    assert main(["distance", sets[1], "--export-statistics", statistics]) == 0
+    for reference, why in (([], "there is no reference"), ([statistics], f"{statistics} holds statistics alone")):
+        capsys.readouterr()
+        assert main(["distance", sets[0], *reference, "--paired", "name"]) == 2
+        shown = capsys.readouterr()
+        assert f"--paired name: only kid leaves pairs out, and it compares the images of two sets; {why}" in shown.err
+        assert not shown.out, "features were computed first"
 
 
 def test_the_distance_is_that_of_the_features_by_hand(sets: list[str], tmp_path: Path) -> None:
@@ -144,6 +156,9 @@ def test_sets_that_do_not_belong_together_are_one_error(sets: list[str], tmp_pat
     shown = capsys.readouterr().out
     assert "fd_efflite0 " in shown and "coverage_efflite0 " in shown
     assert "note: " + three + " has 3 images; kid_efflite0 needs 4, recall_efflite0 needs 4: left out" in shown
+    assert main(["distance", three, sets[1], "--paired", "name"]) == 2
+    says = f"--paired name: only kid leaves pairs out, and it cannot be computed: {three} has 3 images; kid_efflite0 needs 4"
+    assert says in capsys.readouterr().err
     assert main(["distance", sets[0], sets[0], "--paired", "name", "--metrics", "kid"]) == 0
     shown = capsys.readouterr().out
     assert "14 of 14 images are, pixel for pixel, images of the reference" in shown

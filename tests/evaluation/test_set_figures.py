@@ -88,10 +88,10 @@ def test_halves_of_the_reference_are_compared_with_as_many_samples(tmp_path: Pat
             for name, count in (("s", 80), ("r", 30))
         ]
         figure = Comparison(*sides, "small", False).figures(["fd"])["fd_small"]
-        halves = figure["halves_of_reference"]
-        found.append([figure["value"], halves["value"], halves["samples"]])
+        equal = figure["equal_sizes"]
+        found.append([figure["value"], equal["halves_of_reference"], equal["samples"]])
     whole, other_half, samples = np.mean(found, axis=0)
-    assert halves["images"] == 15
+    assert equal["images"] == 15
     assert samples == pytest.approx(other_half, rel=0.2) and whole < 0.6 * other_half  # as many images are comparable, more are not
 
 
