@@ -120,6 +120,8 @@ class StageState:
             self._clear()
         if new and event["kind"] in ("start", "pool", "vq"):
             self._pace.clear()
+        if new and self.status == "stopping":
+            self.status = "waiting"
         kind, at = event["kind"], float(event.get("time", 0.0))
         self.latest.pop(kind, None)  # so that the newest of all comes last
         self.latest[kind] = event

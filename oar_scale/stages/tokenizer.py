@@ -138,7 +138,13 @@ def _image_tokenizer(run: Run) -> ImageTokenizer:
             log.emit("vq", step=at.step, loss=at.loss, psnr=at.psnr, codebook_use=at.codebook_use, **at.extra_losses)
             tally.update(at.step)
 
+        def stop(step: int) -> str | None:
+            if signals.reason is not None:
+                log.emit("stopping", step=step, reason=signals.reason)
+                tally.note(f"step {step}: stopping: {signals.reason}")
+            return signals.reason
+
         saved = run.at("tokenizers", "training.safetensors")
-        vq = train_vq(spec, config.training, pixels, run.recipe.seed, report, checkpoint=saved, stop=lambda: signals.reason)
+        vq = train_vq(spec, config.training, pixels, run.recipe.seed, report, checkpoint=saved, stop=stop)
         log.emit("end", seconds=time.monotonic() - started)
     return vq

@@ -58,7 +58,7 @@ def train_vq(
     report: Callable[[VQProgress], None],
     log_every: int = 20,
     checkpoint: str | None = None,
-    stop: Callable[[], str | None] = lambda: None,
+    stop: Callable[[int], str | None] = lambda step: None,
 ) -> VQTokenizer:
     """Train a tokenizer on uint8 images [S, H, W, 3] held in memory.
 
@@ -67,7 +67,7 @@ def train_vq(
     Args:
         checkpoint: where the training is saved every ``SAVE_EVERY`` steps, and resumes from if it is of the same training: bit for bit as
             if it had never stopped. Removed at the end. None: it is not saved.
-        stop: asked after each step of a training that is saved; a reason ends it.
+        stop: asked after each step of a training that is saved, with the number of the step; a reason ends it.
 
     Raises:
         Requeue: stopped, and saved.
@@ -84,7 +84,7 @@ def train_vq(
             use = codebook_use([quantized.codes_BN], spec.codebook_size)
             report(VQProgress(step, float(loss.detach()), quality, use, dict(training.losses.extra_losses)))
         if checkpoint is not None and step < config.steps:
-            reason = stop()
+            reason = stop(step)
             if reason is not None or step % SAVE_EVERY == 0:
                 save_training(checkpoint, training.tensors(), identity)
             if reason is not None:

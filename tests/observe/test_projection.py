@@ -169,3 +169,11 @@ def test_pace_and_time_left_count_from_the_start_of_the_attempt() -> None:
     event(1, 1030.0, "train", step=60, images_per_s=20.0)
     assert state.per_second() == 40 / 30 and state.seconds_left() == 30.0
     assert (state.attempts, state.median_images_per_s, state.status) == (2, 20.0, "running")
+
+
+def test_an_attempt_after_one_that_was_stopped_is_running() -> None:
+    """The training of an image tokenizer logs no start; its next attempt begins with a step."""
+    state = StageState("tokenizer")
+    for attempt, kind, step in ((0, "vq", 20), (0, "stopping", 27), (1, "vq", 40)):
+        state.take(attempt, {"time": 1.0 + step, "stage": "tokenizer", "kind": kind, "step": step})
+        assert state.status == ("stopping" if kind == "stopping" else "running")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from oar_scale.config.schema import Recipe
+from oar_scale.errors import Requeue
 from oar_scale.evaluation import features
 from oar_scale.evaluation.distances import frechet
 from oar_scale.evaluation.features import picture_features
@@ -23,7 +25,7 @@ from oar_scale.report.run_metadata import run_metadata, tokenizer_metadata
 from oar_scale.run.context import Run
 from oar_scale.stages.data import run_data
 from oar_scale.stages.tokenizer import read_images, run_tokenizer
-from oar_scale.tokenizers import perceptual
+from oar_scale.tokenizers import perceptual, vq_training
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.maskgit_vq import MaskGITSpec, MaskGITVQ
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, pixels_to_unit, save_vq, unit_to_pixels
@@ -63,6 +65,26 @@ def test_held_out_quality_is_returned_printed_and_reported(tmp_path: Path) -> No
     assert f"{results['reconstruction_fd_efflite0']:.2f} between all held-out images and their reconstructions" in html
     steps = [event for event in read_events(run.events, "tokenizer") if event["kind"] == "vq"]
     assert "discriminator" in steps[-1] and "psnr" in steps[-1]
+
+
+def test_a_training_that_is_asked_to_stop_says_so_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, output = prepared(tmp_path, training={"steps": 6, "batch": 4})
+    batches, plain = list[int](), vq_training._batch
+
+    def batch(*arguments: Any) -> Any:
+        batches.append(1)
+        if len(batches) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(*arguments)
+
+    monkeypatch.setattr(vq_training, "_batch", batch)
+    with pytest.raises(Requeue, match="SIGTERM"):
+        run_tokenizer(run)
+    assert "step 3: stopping: SIGTERM" in output.getvalue()
+    (stopping,) = [event for event in read_events(run.events, "tokenizer") if event["kind"] == "stopping"]
+    assert (stopping["step"], stopping["reason"]) == (3, "SIGTERM")
+    run_tokenizer(run)
+    assert len(batches) == 6, "it has begun where it was"
 
 
 def test_without_the_extra_eval_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

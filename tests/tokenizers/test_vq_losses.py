@@ -68,7 +68,7 @@ def test_a_training_resumes_bit_for_bit(
 def test_a_training_that_is_asked_to_stop_is_saved_at_that_step(pixels: Tensor, tmp_path: Path) -> None:
     saved, before, after = tmp_path / "training.safetensors", list[VQProgress](), list[VQProgress]()
     with pytest.raises(Requeue, match="SIGUSR1"):
-        stop = lambda: "SIGUSR1" if len(before) == 3 else None  # noqa: E731
+        stop = lambda step: "SIGUSR1" if step == 3 else None  # noqa: E731
         train_vq(SPEC, PLAIN, pixels, 5, before.append, log_every=1, checkpoint=str(saved), stop=stop)
     resumed = train_vq(SPEC, PLAIN, pixels, 5, after.append, log_every=1, checkpoint=str(saved))
     assert [at.step for at in after] == [4, 5, 6]
