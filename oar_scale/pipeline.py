@@ -45,6 +45,7 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
         only: do this one stage again and no other; what it needs must be done.
         yes: set results aside without asking.
         minutes: after so many begin no stage, have the one under way save its state and leave where it can, and say which ones are left.
+            Called in another thread than the main one, where no stop request can be heard, the one under way goes on to its end.
 
     Raises:
         Requeue: asked to stop, or the minutes are over, and stages are left.

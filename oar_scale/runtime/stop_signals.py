@@ -48,8 +48,9 @@ class StopSignals:
 class Deadline:
     """Sends this process a stop request (SIGUSR1) once so many seconds have passed, as a scheduler does before it kills.
 
-    What listens (:class:`StopSignals`) saves its state and leaves; what does not goes on. Outside the main thread, where no signal can be
-    handled, nothing is sent. A SIGUSR1 that comes earlier, from a scheduler, brings the deadline forward.
+    What listens (:class:`StopSignals`) saves its state and leaves; what does not goes on. Outside the main thread no signal can be handled,
+    and nothing is sent: what is under way there goes on, and only :attr:`passed` says that the time is over. A SIGUSR1 that comes earlier,
+    from a scheduler, brings the deadline forward.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,6 +122,34 @@ def test_a_stage_that_cannot_stop_goes_on_to_its_end(run: Run, ran: list[str], m
     with pytest.raises(Requeue):
         run_pipeline(Run(run.recipe), minutes=0.001)
     assert ran == ["a"]
+
+
+def test_in_another_thread_the_stage_under_way_goes_on_and_no_other_begins(
+    run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is sent there: no StopSignals would hear it, and a signal that nobody handles would end the process."""
+    now, seen, errors = [0.0], list[object](), list[BaseException]()
+
+    def work(name: str) -> dict[str, Any]:
+        ran.append(name)
+        with StopSignals() as signals:
+            now[0] = 3600.0
+            seen.extend([signals.reason, *(each.name for each in threading.enumerate() if each.name == "deadline")])
+        return {}
+
+    def drive() -> None:
+        try:
+            run_pipeline(Run(run.recipe), minutes=5)
+        except BaseException as error:
+            errors.append(error)
+
+    monkeypatch.setattr(pipeline, "entry_point", lambda stage: lambda *_: work(stage.name))
+    monkeypatch.setattr(stop_signals, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    thread = threading.Thread(target=drive)
+    thread.start()
+    thread.join()
+    assert ran == ["a"] and seen == [None], "one stage, which was not asked to stop by any thread that watches the clock"
+    assert [(type(error), str(error)) for error in errors] == [(Requeue, "5 min are over")]
 
 
 def test_a_schedulers_stop_request_that_no_stage_hears_ends_the_run_at_the_next_one(
