@@ -157,9 +157,14 @@ def test_guidance_1_sees_no_null_and_guidance_0_no_caption() -> None:
 
 
 @examples(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 1000), redo_count=st.integers(0, 9), guidance=st.sampled_from([1.0, 2.0]))
-def test_inpainting_keeps_the_known_codes_and_places_them_first(seed: int, redo_count: int, guidance: float) -> None:
-    model = small_model(seed=seed)
+@given(
+    layout=st.sampled_from(["instructed", "dual", "decoupled", "grouped"]),
+    seed=st.integers(0, 1000),
+    redo_count=st.integers(0, 9),
+    guidance=st.sampled_from([1.0, 2.0]),
+)
+def test_inpainting_keeps_the_known_codes_and_places_them_first(layout: str, seed: int, redo_count: int, guidance: float) -> None:
+    model = small_model(layout=layout, seed=seed)
     codes, condition = random_codes(model, 2, seed), condition_of(model, 2, seed)
     redo = random_orders(model, 2, seed) < redo_count
     drawn = redraw(model, codes, redo, condition, choices(guidance=guidance), seed)

@@ -37,9 +37,10 @@ SIZE = {
     "instructed": (),
     "dual": (),
     "decoupled": ("model.ffn_multiple_of=368",),
-    "grouped": (),
+    "grouped": ("model.norm_eps=1e-6",),
 }
-"""What makes the layouts of equal size, within 2 %: ``decoupled`` has fewer keys and values, and gets a wider feed-forward."""
+"""What makes the layouts of equal size, within 2 %: ``decoupled`` has fewer keys and values, and gets a wider feed-forward. ``norm_eps`` is
+that of PREPARED, whose recipe names it, but in ``grouped`` the default of the layout."""
 PRETRAIN = {"global_batch": 48, "lr": 1.5e-3, "log_every": 20, "checkpoint_every": 200, "keep_checkpoints": 1}
 """Those of recipes/emoji.yaml."""
 WARM_UP = 1 / 14
