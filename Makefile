@@ -45,15 +45,15 @@ quickstart-s3: venv
 	eval "$$(python cluster/dev/s3.py env)"; \
 	oar run recipes/quickstart.yaml $(CPU_PRECISION) -o storage.root=s3://oar/quickstart -o run_dir=runs/quickstart-s3
 
-EVIDENCE := recipes/evidence/emoji-sets-evidence.yaml
+EVIDENCE := recipes/evidence/emoji-evidence.yaml
 MINUTES ?= 18
 
 evidence: venv
 	@echo "Evidence: hours on 2 cores. After $(MINUTES) minutes (MINUTES=...) trainings save and leave, and no stage begins; run it again and it goes on where it was."
 	@[ -e data/emoji/emoji.csv ] || $(WITH_PATH) python tools/fetch_emoji.py data/emoji
 	$(WITH_PATH) oar run $(EVIDENCE) $(CPU_PRECISION) --minutes $(MINUTES)
-	$(WITH_PATH) oar evaluate --flexibility runs/emoji-sets-evidence:all \
-		--split test --images 976 --sweep "temperature=0.6,0.8,1;guidance=1,2,4" --out runs/emoji-sets-evidence/flexibility --minutes $(MINUTES)
+	$(WITH_PATH) oar evaluate --flexibility runs/emoji-evidence:all \
+		--split test --images 976 --sweep "temperature=0.6,0.8,1;guidance=1,2,4" --out runs/emoji-evidence/flexibility --minutes $(MINUTES)
 
 # A module's tests stay in one process, as its fixtures are made once; so do all tests of the shared Ray (tests/markers.py).
 IN_PARALLEL := --durations=20

@@ -1,6 +1,6 @@
 """Fetch three free emoji sets from the npm registry and draw them: 10,856 pictures with captions, in three styles.
 
-    python tools/fetch_emoji.py data/emoji          then: oar run recipes/emoji-sets.yaml
+    python tools/fetch_emoji.py data/emoji          then: oar run recipes/emoji.yaml
 
     OUT/images/SET/NAME.png     OUT/emoji.csv (image, caption, name, family, style)     OUT/ATTRIBUTION.txt     OUT/sheet.png
 

@@ -1,4 +1,4 @@
-"""The real extraction, killed ten times: drawings in all six views of recipes/emoji.yaml, with the model that ships with the recipes.
+"""The real extraction, killed ten times: drawings in all six views of recipes/quickstart-from-scratch.yaml, with the model that ships with the recipes.
 
     python tests/chaos/emoji_chaos.py [--images 160] [--kills 10] [--seed 0] [--compare N]
 
@@ -54,7 +54,7 @@ def prepare(folder: str, images: int) -> Recipe:
     from oar_scale.tokenizers.vq import load_vq
 
     overrides = ["data.samples_per_shard=10", "data.heldout_fraction=0.1", *([f"data.source.limit={images}"] if images else [])]
-    recipe = load_recipe(str(HERE.parents[1] / "recipes" / "emoji.yaml"), overrides)
+    recipe = load_recipe(str(HERE.parents[1] / "recipes" / "quickstart-from-scratch.yaml"), overrides)
     source, vq = prepare_images(recipe.data, join(folder, "images"))["train"], load_vq(str(WEIGHTS / "vq.safetensors"))
     assert len(recipe.tokenizer.views) == VIEWS
     locations = join(folder, "images", "train"), join(folder, "tokens")
@@ -65,7 +65,7 @@ def prepare(folder: str, images: int) -> Recipe:
 
 def job(folder: str, orders: str) -> ExtractionJob:
     """``folder`` holds the tokens; the text tokenizer is the one that ships."""
-    text = SentencePieceConfig(max_tokens=16)
+    text = SentencePieceConfig(max_tokens=24)
     return ExtractionJob(
         tokens=join(folder, "tokens"),
         orders=orders,

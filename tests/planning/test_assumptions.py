@@ -58,5 +58,5 @@ def test_larger_models_take_the_mfu_of_their_size() -> None:
 
 def test_the_longest_name_of_a_data_set_counts() -> None:
     assumed = read_assumptions()
-    assert assumed.data_set(["imagenet-xl"]) == 1_281_167 and assumed.data_set(["emoji-sets"]) == 10_856
+    assert assumed.data_set(["imagenet-xl"]) == 1_281_167 and assumed.data_set(["emoji"]) == 10_856
     assert assumed.data_set(["mine"]) is None

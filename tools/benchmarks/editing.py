@@ -20,9 +20,10 @@ from measure import machine, table
 from torch import Tensor
 
 import oar_scale
-from oar_scale.config.schema import DataConfig, OpenMojiSource
+from oar_scale.config.loading import load_recipe
+from oar_scale.config.schema import TableSource
 from oar_scale.data.hashing import name_hash
-from oar_scale.data.sources.openmoji import OpenMojiImages
+from oar_scale.data.sources.table import TableImages
 from oar_scale.evaluation.likelihood import hidden_nll, random_orders
 from oar_scale.generation.editing import box_mask, centre_mask, redraw
 from oar_scale.generation.pretrained import Pretrained
@@ -33,7 +34,7 @@ from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import conditioning_inputs
 from oar_scale.tokenizers.vq import pixels_to_unit
 
-EMOJI = Path(__file__).resolve().parents[2] / "recipes" / "weights" / "emoji"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    drawer = oar_scale.load(str(EMOJI))
+    drawer = oar_scale.load(str(RECIPES / "weights" / "emoji"))
     assert drawer.vq is not None
     images_B3HW, captions = heldout(arguments.images, drawer.vq.spec.image_size)
     grid = drawer.vq.spec.grid
@@ -55,8 +56,10 @@ def main() -> None:
 
 def heldout(count: int, size: int) -> tuple[Tensor, list[str]]:
     """Drawings that the shipped weights have not seen, in [-1, 1], and their captions."""
-    share = DataConfig().heldout_fraction
-    drawings = [drawing for drawing in OpenMojiImages(OpenMojiSource()).images() if name_hash(drawing.name, "heldout") < share]
+    data = load_recipe(str(RECIPES / "quickstart.yaml")).data
+    assert isinstance(data.source, TableSource)
+    source = TableImages(data.source.model_copy(update={"path": str(RECIPES / "data" / "emoji.parquet")}))
+    drawings = [drawing for drawing in source.images() if name_hash(drawing.family, "heldout") < data.heldout_fraction]
     contents = [drawing.read(size) for drawing in drawings[:: max(1, len(drawings) // count)][:count]]
     pixels_BHW3 = torch.from_numpy(np.stack([np.asarray(content.image) for content in contents]))
     return pixels_to_unit(pixels_BHW3), [content.caption for content in contents]

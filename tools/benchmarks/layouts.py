@@ -42,9 +42,9 @@ SIZE = {
 """What makes the layouts of equal size, within 2 %: ``decoupled`` has fewer keys and values, and gets a wider feed-forward. ``norm_eps`` is
 that of PREPARED, whose recipe names it, but in ``grouped`` the default of the layout."""
 PRETRAIN = {"global_batch": 48, "lr": 1.5e-3, "log_every": 20, "checkpoint_every": 200, "keep_checkpoints": 1}
-"""Those of recipes/emoji.yaml."""
+"""Those of recipes/quickstart-from-scratch.yaml."""
 WARM_UP = 1 / 14
-"""Share of the steps, as in recipes/emoji.yaml."""
+"""Share of the steps, as in recipes/quickstart-from-scratch.yaml."""
 WORKERS, FIRST_STEPS, TIMED_STEPS = 1, 3, 12
 RANDOM_ORDERS, BATCH, SHOWN = 4, 64, 16
 EXTRACTED, DRAWN = 128, 8

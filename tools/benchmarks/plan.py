@@ -32,7 +32,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 LABELS = ["tokenizer.text={type: labels, classes: 1000}"]
 B = str(RECIPES / "imagenet-b.yaml")
 SIZES: dict[str, dict[str, Any]] = {
-    "4.5 M (emoji)": {"recipe": str(RECIPES / "emoji.yaml"), "overrides": LABELS, "images": 48},
+    "4.5 M (emoji)": {"recipe": str(RECIPES / "quickstart-from-scratch.yaml"), "overrides": LABELS, "images": 48},
     "24 M": {"recipe": B, "overrides": ["model.dim=384", "model.layers=6", "model.heads=6"], "images": 8},
     "111 M (b)": {"recipe": B, "overrides": [], "images": 4},
 }

@@ -203,7 +203,8 @@ def prepare(folder: str, images: int) -> tuple[Callable[[str], Any], list[str]]:
     from oar_scale.shard_pool.extraction_pool import ExtractionJob
     from oar_scale.tokenizers.vq import load_vq
 
-    recipe = load_recipe(str(ROOT / "recipes" / "emoji.yaml"), [f"data.source.limit={images}", "data.samples_per_shard=64"])
+    overrides = [f"data.source.limit={images}", "data.samples_per_shard=64"]
+    recipe = load_recipe(str(ROOT / "recipes" / "quickstart-from-scratch.yaml"), overrides)
     source, vq, views = prepare_images(recipe.data, f"{folder}/images")["train"], load_vq(str(WEIGHTS / "vq.safetensors")), ("center",)
     infos = [tokenize_shard(f"{folder}/images/train", f"{folder}/tokens", shard, vq, views, f"{folder}/cache") for shard in source.shards]
     infos = [info for info in infos if info.samples == 64]  # of one size, so that no actor ends early
@@ -211,7 +212,7 @@ def prepare(folder: str, images: int) -> tuple[Callable[[str], Any], list[str]]:
     write_manifest(f"{folder}/tokens", token_manifest(infos, vq, views, source.attribution))
 
     def job(orders: str) -> ExtractionJob:
-        text = SentencePieceConfig(max_tokens=16)
+        text = SentencePieceConfig(max_tokens=24)
         locations = {
             "tokens": f"{folder}/tokens",
             "orders": orders,
