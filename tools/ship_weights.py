@@ -2,8 +2,8 @@
 
     python tools/ship_weights.py runs/emoji recipes/weights/emoji
 
-writes what ``oar checkpoint export RUN --model any_order`` writes, the recipe and the curves of both trainings into its ``history.json``,
-and ``curves.png``.
+writes what ``oar checkpoint export RUN --model any_order`` writes, with matrices in bfloat16; the recipe and the curves of both trainings into
+its ``history.json``; and ``curves.png``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from oar_scale.commands.checkpoint_export import export_checkpoint
+from oar_scale.generation.folder_files import MODEL
+from oar_scale.model import load_model
+from oar_scale.model.weights import save_model
 from oar_scale.observe.events import read_events
 from oar_scale.storage import read_json, write_json
 
@@ -24,6 +27,8 @@ def main() -> None:
     parser.add_argument("--license", default="cc-by-sa-4.0", help="of the weights; default: %(default)s")
     arguments = parser.parse_args()
     export_checkpoint(str(arguments.run), str(arguments.target), "folder", "any_order", license_id=arguments.license)
+    model = str(arguments.target / MODEL)
+    save_model(model, load_model(model, as_stored=True), half=True)
     history = str(arguments.target / "history.json")
     made = {"recipe": (arguments.run / "recipe.yaml").read_text(), **read_json(history), "curves": curves(arguments.run)}
     write_json(history, made)
