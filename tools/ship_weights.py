@@ -2,8 +2,8 @@
 
     python tools/ship_weights.py runs/emoji recipes/weights/emoji
 
-writes what ``oar checkpoint export RUN --model any_order`` writes, with matrices in bfloat16; the recipe and the curves of both trainings into
-its ``history.json``; and ``curves.png``.
+writes what ``oar checkpoint export RUN --model any_order`` writes, with matrices in bfloat16; the recipe and the curves of both trainings
+into its ``history.json``; and ``curves.png``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The real extraction, killed ten times: drawings in all six views of recipes/quickstart-from-scratch.yaml, with the model that ships with the recipes.
+"""The real extraction, killed ten times: OpenMoji drawings in six views, with the model that ships with the recipes.
 
     python tests/chaos/emoji_chaos.py [--images 160] [--kills 10] [--seed 0] [--compare N]
 
