@@ -134,17 +134,18 @@ def _primary(results: FlexibilityResults) -> list[PrimaryRow]:
 
 
 def _shared_spread(results: FlexibilityResults) -> str:
-    """How much seeds differ, as several arms tell together, and for which primary differences they do not; empty where none do."""
+    """How much seeds differ, as several arms tell together, and for which primary differences they do not; empty where none can."""
     found = [each.comparison for each in results.differences]
     freedom = max((int(each.seed_freedom or 0) for each in found if _pooled(each)), default=0)
-    if not freedom:
-        return ""
     primary = {measure.name for measure in results.measures if measure.role == "primary"}
     rows = [each for each in results.differences if each.measure in primary]
     apart = [row for row in rows if row.unstable]
+    if not freedom and not apart:
+        return ""
+    of = f" ({freedom} degrees of freedom)" if freedom else ""
     names = ", ".join(dict.fromkeys(name for row in apart for name in row.unstable))
     return (
-        f"How much seeds differ is told by all arms together ({freedom} degrees of freedom), as far as they vary alike from seed to seed: "
+        f"How much seeds differ is told by all arms together{of}, as far as they vary alike from seed to seed: "
         f"where one varies more than the others (F test, p at most {DOUBTFUL:g}), its differences are judged by their own spread alone"
         + (f": {len(apart)} of these {len(rows)}, because of {names}." if apart else "; of these none is.")
     )
