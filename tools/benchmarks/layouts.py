@@ -240,7 +240,7 @@ def extraction_time(prepared: str, out: Path) -> dict[str, Any]:
         folder.name.removeprefix("calibration-"): load_model(f"{folder}/models/base.safetensors") for folder in out.glob("calibration-*")
     }
     seconds: dict[str, list[list[float]]] = {layout: [] for layout in models}
-    for part in (slice(0, 8), *slices(EXTRACTED)):  # the first one warms up
+    for part in (slice(0, 8), *slices(min(EXTRACTED, len(tokens.codes_SN)))):  # the first one warms up
         codes_BN, images = torch.from_numpy(tokens.codes_SN[part]), np.arange(part.start, part.stop)
         for layout, model in models.items():
             torch.nn.init.normal_(model.output.weight, 0.0, 0.02)  # it starts at zero, where every score is the same
