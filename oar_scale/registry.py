@@ -193,7 +193,7 @@ STAGES: dict[str, Stage] = {
             sections=("extract", "parallel.precision"),
             folders=("orders",),
             own_options=True,
-            duration="10 s to start the actors, then about 20 images/s and actor at 64 cells",
+            duration="10 s to start the actors, then 2 to 20 images/s and actor at 64 cells, by model and CPU",
             ray=True,
         ),
         Stage(
