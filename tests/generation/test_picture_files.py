@@ -41,7 +41,7 @@ def test_picture_is_made_again_from_its_file(emoji: Pretrained, order: Any) -> N
 
 
 def test_file_tells_people_and_programs(emoji: Pretrained) -> None:
-    record = emoji.record(PROMPTS[1], 4, emoji.settings(top_k=9), seed=-1)
+    record = emoji.record(PROMPTS[1], 4, emoji.settings(top_k=9, guidance=2.0, temperature=1.0), seed=-1)
     texts = Image.open(io.BytesIO(encode_png(Image.new("RGB", (32, 32)), record))).info
     assert texts[DESCRIPTION].startswith(f"{PROMPTS[1]}\nsample, seed -1, number 4, order confidence, guidance 2, top_k 9, model emoji ")
     told = json.loads(texts[KEY])
