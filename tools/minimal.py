@@ -47,7 +47,7 @@ DRAWN = 8
 
 
 def make_recipe(out: Path, images: str | None, count: int, steps: int) -> Recipe:
-    """A run as ``oar run`` would read it from a YAML file: 32-pixel images, 8 x 8 codes, a model of 1.1 million parameters."""
+    """A run as ``oar run`` would read it from a YAML file: 32-pixel images, 8 x 8 codes, a model of 2.1 million parameters."""
     source = {"type": "folder", "path": images} if images else {"type": "openmoji", "limit": count}
     training = {"global_batch": 16, "lr": 3e-3, "warmup_steps": 10, "log_every": max(1, steps // 6), "evaluate_every": max(1, steps // 2)}
     return Recipe.model_validate(

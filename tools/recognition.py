@@ -48,13 +48,13 @@ def main() -> None:
 
 def write_sheets(run: str, model: str, out: Path) -> None:
     """Draw, shuffle, number; ``key.json`` holds what is not to be seen."""
+    out.mkdir(parents=True)
     drawer, test, train = oar_scale.load(model), captioned(run, "test", 2 * EACH), captioned(run, "train", EACH)
     items = [("real", caption, picture) for caption, picture in test[EACH:]]
     for kind, some in (("test", test[:EACH]), ("train", train)):
         captions = [caption for caption, _ in some]
         items += [(kind, *pair) for pair in zip(captions, drawer.sample(captions, seed=0), strict=True)]
     random.Random(SEED).shuffle(items)
-    out.mkdir(parents=True)
     for first in range(0, len(items), COLUMNS * ROWS):
         sheet = Image.new("RGB", (COLUMNS * (SIDE + 10), ROWS * (SIDE + 30)), "white")
         for place, (_, _, picture) in enumerate(items[first : first + COLUMNS * ROWS]):

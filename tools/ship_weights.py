@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("target", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--license", default="cc-by-sa-4.0", help="of the weights; default: %(default)s")
+    parser.add_argument("--license", default="cc-by-4.0", help="of the weights; default: %(default)s")
     arguments = parser.parse_args()
     export_checkpoint(str(arguments.run), str(arguments.target), "folder", "any_order", license_id=arguments.license)
     model = str(arguments.target / MODEL)

@@ -146,7 +146,8 @@ def _shared_spread(results: FlexibilityResults) -> str:
     names = ", ".join(dict.fromkeys(name for row in apart for name in row.unstable))
     return (
         f"How much seeds differ is told by all arms together{of}, as far as they vary alike from seed to seed: "
-        f"where one varies more than the others (F test, p at most {DOUBTFUL:g}), its differences are judged by their own spread alone"
+        f"where one looks to vary more than the others (F test, p at most {DOUBTFUL:g}, so by chance one arm in {1 / DOUBTFUL:.0f}), its "
+        "differences are judged by their own spread alone"
         + (f": {len(apart)} of these {len(rows)}, because of {names}." if apart else "; of these none is.")
     )
 

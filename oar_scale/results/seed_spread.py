@@ -63,6 +63,8 @@ def _p_varies_more(means_KR: Floats) -> Floats:
     contrast_KR = means_KR - (means_KR.sum(0) - means_KR) / (arms - 1)
     own_K = contrast_KR.var(1, ddof=1) * (arms - 1) / arms
     others_K = np.array([_residual_squares(np.delete(means_KR, arm, axis=0)) for arm in range(arms)]) / ((arms - 2) * (seeds - 1))
+    rounding = (1e-12 * np.abs(means_KR).max()) ** 2
+    own_K, others_K = (np.where(variance_K > rounding, variance_K, 0.0) for variance_K in (own_K, others_K))
     ratio_K = np.divide(own_K, others_K, out=np.where(own_K > 0, np.inf, 0.0), where=others_K > 0)
     return np.asarray(scipy_stats().f.sf(ratio_K, seeds - 1, (arms - 2) * (seeds - 1)))
 

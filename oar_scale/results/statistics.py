@@ -269,6 +269,8 @@ class _Spread:
         Statistical Methods, 7th ed., 6.11).
         """
         weights, freedoms = np.array(self.parts or [(1.0, self.freedom)]).T
+        if not weights.any():  # all that varies is the interaction
+            weights = np.ones_like(weights)
         return float(weights @ scipy_stats().t.isf(tail, freedoms) / weights.sum())
 
     def two_sided(self, errors: float) -> float:

@@ -76,9 +76,10 @@ def test_statistics_of_the_reference_stand_for_its_images(sets: list[str], tmp_p
 def test_pairs_of_what_has_no_images_are_one_error(sets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     statistics = str(tmp_path / "statistics.npz")
     assert main(["distance", sets[1], "--export-statistics", statistics]) == 0
-    for reference, why in (([], "there is no reference"), ([statistics], f"{statistics} holds statistics alone")):
+    alone = f"{statistics} holds statistics alone"
+    for compared, why in (([sets[0]], "there is no reference"), ([sets[0], statistics], alone), ([statistics, sets[0]], alone)):
         capsys.readouterr()
-        assert main(["distance", sets[0], *reference, "--paired", "name"]) == 2
+        assert main(["distance", *compared, "--paired", "name"]) == 2
         shown = capsys.readouterr()
         assert f"--paired name: only kid leaves pairs out, and it compares the images of two sets; {why}" in shown.err
         assert not shown.out, "features were computed first"

@@ -241,3 +241,11 @@ def test_p_over_both_is_below_a_level_where_the_interval_leaves_out_zero() -> No
         assert interval is not None and found.p_both is not None
         assert (found.p_both < 0.05) == (not interval.low <= 0 <= interval.high)
     assert compare(np.full((3, 9), 1e6) + rng.normal(size=(3, 9)), np.zeros(9)).p_both == pytest.approx(0, abs=1e-9)
+
+
+def test_what_varies_in_the_interaction_alone_has_an_interval() -> None:
+    """All means are equal over seeds and over images: no variance of either is left to weigh by."""
+    values = [[1.0, -1.0], [-1.0, 1.0]]
+    found, difference = figure(values), compare(values, np.zeros((2, 2)))
+    assert found.over_both is not None and np.isfinite([found.over_both.low, found.over_both.high]).all()
+    assert difference.p_both == pytest.approx(1.0)
