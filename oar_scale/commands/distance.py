@@ -73,7 +73,8 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
     # Both are looked for before the features of one are computed, which may take hours.
     found = [_Found.at(request, where, network) for where in (request.samples, request.reference) if where]
     if request.paired and not (len(found) == 2 and all(each.images for each in found)):
-        what = f"{next(each.where for each in found if not each.images)} holds statistics alone" if len(found) == 2 else "there is no reference"
+        alone = next((each.where for each in found if not each.images), None)
+        what = f"{alone} holds statistics alone" if len(found) == 2 else "there is no reference"
         raise UserError(f"--paired {request.paired}: only kid leaves pairs out, and it compares the images of two sets; {what}")
     samples, side = _side(request, found[0], say)
     reference, other = _side(request, found[1], say) if len(found) > 1 else (Side("no reference", None), None)

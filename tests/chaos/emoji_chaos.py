@@ -4,8 +4,8 @@
 
 A quarter of the kills each: the driver with all its actors, one actor, the second node, a request to stop (SIGTERM), spread over the
 shards there are to do. In the end every shard is in the ledger and has a whole table, and the tables are, byte for byte, those of one
-process that nobody disturbed. ``--images`` of the 3,953 drawings are taken (0: all), without those held out, ten a shard. A core took
-10 s for a shard with the model of commit 39b58f9: with ``--compare N``, only those that were tried more than once, and N others, are extracted again undisturbed.
+process that nobody disturbed. ``--images`` of the 3,953 drawings are taken (0: all), without those held out, ten a shard. A core takes
+tens of seconds for a shard: with ``--compare N``, only those that were tried more than once, and N others, are extracted again undisturbed.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def table_files(path: str, notes: Notes) -> list[str]:
             if not name.lower().endswith((*ENDINGS, *(f".{each}" for each in EXTENSIONS))):
                 notes.add("files of other kinds, left out", name)
         if not names and not os.path.isdir(path):
-            raise UserError(f"{_FIELD} {path}: no such file. Where the data set has to be made or fetched, the recipe's first lines say how.")
+            raise UserError(f"{_FIELD} {path}: no such file. Is it made or fetched first? The recipe's first lines say how.")
         if not names:
             raise UserError(
                 f"{_FIELD} {path}: no table in this folder ({', '.join('*' + each for each in ENDINGS)}). "
