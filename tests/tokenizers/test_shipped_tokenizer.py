@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from oar_scale.config.loading import load_recipe
-from oar_scale.config.schema import TableSource
-from oar_scale.data.hashing import name_hash
-from oar_scale.data.sources.table import TableImages
+from oar_scale.data.prepare import images_of_split
 from oar_scale.tokenizers.vq import load_vq
 from oar_scale.tokenizers.vq_training import assess_vq
 
@@ -22,11 +20,8 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 @pytest.fixture(scope="module")
 def heldout() -> Tensor:
     """The drawings whose families the emoji recipe holds out, 32 px, of those that ship with the quick start."""
-    data = load_recipe(str(RECIPES / "quickstart.yaml")).data
-    assert isinstance(data.source, TableSource)
-    source = data.source.model_copy(update={"path": str(RECIPES / "data" / "emoji.parquet")})
-    held = [drawing for drawing in TableImages(source).images() if name_hash(drawing.family, "heldout") < data.heldout_fraction]
-    return torch.from_numpy(np.stack([np.asarray(drawing.read(32).image) for drawing in held]))
+    recipe = load_recipe(str(RECIPES / "quickstart.yaml"), [f"data.source.path={RECIPES / 'data' / 'emoji.parquet'}"])
+    return torch.from_numpy(np.stack([np.asarray(drawing.read(32).image) for drawing in images_of_split(recipe.data, "heldout")]))
 
 
 def test_the_shipped_tokenizer_reaches_its_stated_quality(heldout: Tensor) -> None:

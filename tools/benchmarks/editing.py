@@ -21,9 +21,7 @@ from torch import Tensor
 
 import oar_scale
 from oar_scale.config.loading import load_recipe
-from oar_scale.config.schema import TableSource
-from oar_scale.data.hashing import name_hash
-from oar_scale.data.sources.table import TableImages
+from oar_scale.data.prepare import images_of_split
 from oar_scale.evaluation.likelihood import hidden_nll, random_orders
 from oar_scale.generation.editing import box_mask, centre_mask, redraw
 from oar_scale.generation.pretrained import Pretrained
@@ -56,10 +54,8 @@ def main() -> None:
 
 def heldout(count: int, size: int) -> tuple[Tensor, list[str]]:
     """Drawings that the shipped weights have not seen, in [-1, 1], and their captions."""
-    data = load_recipe(str(RECIPES / "quickstart.yaml")).data
-    assert isinstance(data.source, TableSource)
-    source = TableImages(data.source.model_copy(update={"path": str(RECIPES / "data" / "emoji.parquet")}))
-    drawings = [drawing for drawing in source.images() if name_hash(drawing.family, "heldout") < data.heldout_fraction]
+    recipe = load_recipe(str(RECIPES / "quickstart.yaml"), [f"data.source.path={RECIPES / 'data' / 'emoji.parquet'}"])
+    drawings = images_of_split(recipe.data, "heldout")
     contents = [drawing.read(size) for drawing in drawings[:: max(1, len(drawings) // count)][:count]]
     pixels_BHW3 = torch.from_numpy(np.stack([np.asarray(content.image) for content in contents]))
     return pixels_to_unit(pixels_BHW3), [content.caption for content in contents]
