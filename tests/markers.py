@@ -97,7 +97,8 @@ class ModuleScheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.partition("::")[0]
-        return "shared_ray" if "shared_ray" in (ROOT / module).read_text(encoding="utf-8") else module
+        path = self.config.rootpath / module  # the repository, unless pytest was told another root
+        return "shared_ray" if "shared_ray" in path.read_text(encoding="utf-8") else module
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ModuleScheduling:
