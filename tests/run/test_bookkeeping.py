@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 from oar_scale import pipeline
 from oar_scale.config.schema import Recipe
@@ -88,39 +89,65 @@ def test_a_run_of_some_minutes_begins_nothing_after_them_and_the_next_one_goes_o
     assert "left" not in capsys.readouterr().out
 
 
+class HeldClock:
+    """The clock of deadlines: stands still until a test moves it past them all, which their threads wait for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.over, self.stop_requests = threading.Event(), list[int]()
+        clock = self
+
+        class HeldDeadline(stop_signals.Deadline):
+            def _watch(self) -> None:
+                clock.over.wait(60)  # at most, where the stage that moves the clock never begins
+                super()._watch()
+
+            def _note(self, number: int, frame: object) -> None:
+                clock.stop_requests.append(number)
+                super()._note(number, None)
+
+        monkeypatch.setattr(pipeline, "Deadline", HeldDeadline)
+        monkeypatch.setattr(stop_signals, "AGAIN_S", 0.01)
+        monkeypatch.setattr(stop_signals, "time", SimpleNamespace(monotonic=lambda: 3600.0 if self.over.is_set() else 0.0))
+
+
 def test_a_stage_under_way_is_asked_to_stop_when_the_minutes_are_over(
     run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    clock = HeldClock(monkeypatch)
+
     def listens(stage: Stage) -> Callable[..., dict[str, Any]]:
         def work(*_: object) -> dict[str, Any]:
             if stage.name != "b":
                 return {}
             with StopSignals() as signals:
-                while signals.reason is None:
-                    time.sleep(0.01)
+                clock.over.set()
+                wait_until(lambda: signals.reason)
+            assert signals.reason is not None
             raise Requeue(signals.reason)
 
         return work
 
     handler = signal.getsignal(signal.SIGUSR1)
     monkeypatch.setattr(pipeline, "entry_point", listens)
-    with pytest.raises(Requeue, match=r"0\.01 min are over"):
-        run_pipeline(Run(run.recipe), minutes=0.01)
+    with pytest.raises(Requeue, match="5 min are over"):
+        run_pipeline(Run(run.recipe), minutes=5)
     assert "3 of 4 stages are left: b, c, d" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGUSR1) == handler
 
 
 def test_a_stage_that_cannot_stop_goes_on_to_its_end(run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop_signals, "AGAIN_S", 0.01)
+    """However often it is asked; then no other stage begins."""
+    clock = HeldClock(monkeypatch)
 
-    def work(_: Run, name: str) -> dict[str, Any]:
+    def work(name: str) -> dict[str, Any]:
+        clock.over.set()
+        wait_until(lambda: len(clock.stop_requests) >= 2)
         ran.append(name)
-        time.sleep(0.3)
         return {}
 
-    monkeypatch.setattr(pipeline, "entry_point", lambda stage: lambda run, *_: work(run, stage.name))
-    with pytest.raises(Requeue):
-        run_pipeline(Run(run.recipe), minutes=0.001)
+    monkeypatch.setattr(pipeline, "entry_point", lambda stage: lambda *_: work(stage.name))
+    with pytest.raises(Requeue, match="5 min are over"):
+        run_pipeline(run, minutes=5)
     assert ran == ["a"]
 
 
