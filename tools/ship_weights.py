@@ -9,15 +9,19 @@ into its ``history.json``; and ``curves.png``.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from oar_scale.commands.checkpoint_export import export_checkpoint
-from oar_scale.generation.folder_files import MODEL
+from oar_scale.errors import UserError
+from oar_scale.generation.exported_folder import complete_folder
+from oar_scale.generation.folder_files import CONFIG, HISTORY, MODEL
+from oar_scale.generation.model_bundle import find_bundle
 from oar_scale.model import load_model
 from oar_scale.model.weights import save_model
 from oar_scale.observe.events import read_events
-from oar_scale.storage import read_json, write_json
+from oar_scale.storage import join, read_json, write_json
+from oar_scale.storage.folders import new_folder
 
 
 def main() -> None:
@@ -26,13 +30,23 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="folder to write; must not exist")
     parser.add_argument("--license", default="cc-by-4.0", help="of the weights; default: %(default)s")
     arguments = parser.parse_args()
-    export_checkpoint(str(arguments.run), str(arguments.target), "folder", "any_order", license_id=arguments.license)
-    model = str(arguments.target / MODEL)
-    save_model(model, load_model(model, as_stored=True), half=True)
-    history = str(arguments.target / "history.json")
-    made = {"recipe": (arguments.run / "recipe.yaml").read_text(), **read_json(history), "curves": curves(arguments.run)}
-    write_json(history, made)
-    draw_curves(made["curves"], str(arguments.target / "curves.png"))
+    try:
+        ship(arguments.run, arguments.target, arguments.license)
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def ship(run: Path, target: Path, license_id: str) -> None:
+    """Write the folder; there as a whole or not at all. Raises UserError: no such model, or there is something already."""
+    bundle = find_bundle(str(run), "any_order")
+    with new_folder(str(target), last=CONFIG) as folder:
+        model = load_model(bundle.model, as_stored=True)
+        save_model(join(folder, MODEL), model, half=True)
+        complete_folder(folder, bundle, model.spec, license_id=license_id)
+        history = join(folder, HISTORY)
+        made = {"recipe": (run / "recipe.yaml").read_text(), **read_json(history), "curves": curves(run)}
+        write_json(history, made)
+        draw_curves(made["curves"], join(folder, "curves.png"))
 
 
 def curves(run: Path) -> dict[str, Any]:
