@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +22,8 @@ from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import TableSource
 from oar_scale.data.hashing import name_hash
 from oar_scale.data.sources.table import TableImages
+from oar_scale.errors import UserError
+from oar_scale.storage.local import atomic_file
 
 
 def main() -> None:
@@ -29,12 +32,21 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="the Parquet file to write")
     parser.add_argument("--share", type=float, default=0.2, help="of the families; default: %(default)s")
     arguments = parser.parse_args()
-    data = load_recipe(arguments.recipe).data
-    assert isinstance(data.source, TableSource) and data.source.family, f"{arguments.recipe}: data.source is no table with families"
-    rows = pack(data.source, data.image_size, arguments.share)
-    arguments.target.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(rows, arguments.target, compression="none", use_dictionary=["family", "name"])
-    print(f"{arguments.target}: {rows.num_rows} drawings of {len(set(rows['family'].to_pylist()))} families")
+    try:
+        write(arguments.recipe, arguments.target, arguments.share)
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def write(recipe: str, target: Path, share: float) -> None:
+    """Write the Parquet file, and say what is in it. Raises UserError: the recipe's source is no table with families, or cannot be read."""
+    data = load_recipe(recipe).data
+    if not isinstance(data.source, TableSource) or not data.source.family:
+        raise UserError(f"{recipe}: data.source is no table with families. Name a recipe with type: table and the field family.")
+    rows = pack(data.source, data.image_size, share)
+    with atomic_file(str(target)) as file:
+        pq.write_table(rows, file, compression="none", use_dictionary=["family", "name"])
+    print(f"{target}: {rows.num_rows} drawings of {len(set(rows['family'].to_pylist()))} families")
 
 
 def pack(source: TableSource, side: int, share: float) -> pa.Table:

@@ -16,7 +16,9 @@ import argparse
 import io
 import json
 import random
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -24,10 +26,15 @@ from PIL import Image, ImageDraw
 import oar_scale
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import read_shard
+from oar_scale.errors import UserError
 from oar_scale.storage import join
+from oar_scale.storage.folders import new_folder
 
 EACH, SEED, SIDE, COLUMNS, ROWS = 48, 7, 140, 6, 4
 KINDS = ("test", "train", "real")
+KEY = "key.json"
+ANSWER, SCORE = "7: a red apple, or 7: ? for none", "7: 2, or 1, or 0"
+"""What a line of the judges' files looks like."""
 
 
 def main() -> None:
@@ -40,15 +47,27 @@ def main() -> None:
     second = steps.add_parser("count")
     second.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    if arguments.step == "sheets":
-        write_sheets(arguments.run, arguments.model, arguments.out)
-    else:
-        count(arguments.out)
+    try:
+        if arguments.step == "sheets":
+            write_sheets(arguments.run, arguments.model, arguments.out)
+        else:
+            count(arguments.out)
+    except UserError as error:
+        sys.exit(str(error))
 
 
 def write_sheets(run: str, model: str, out: Path) -> None:
-    """Draw, shuffle, number; ``key.json`` holds what is not to be seen."""
-    out.mkdir(parents=True)
+    """Draw, shuffle, number; ``key.json`` holds what is not to be seen.
+
+    Raises:
+        UserError: no such model, a split that is not there or too small, or something at ``out`` already.
+    """
+    with new_folder(str(out), last=KEY) as folder:
+        fill_sheets(run, model, Path(folder))
+
+
+def fill_sheets(run: str, model: str, folder: Path) -> None:
+    """:func:`write_sheets` into a folder that is there."""
     drawer, test, train = oar_scale.load(model), captioned(run, "test", 2 * EACH), captioned(run, "train", EACH)
     items = [("real", caption, picture) for caption, picture in test[EACH:]]
     for kind, some in (("test", test[:EACH]), ("train", train)):
@@ -61,40 +80,66 @@ def write_sheets(run: str, model: str, out: Path) -> None:
             left, top = place % COLUMNS * (SIDE + 10) + 5, place // COLUMNS * (SIDE + 30) + 20
             sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, top))
             ImageDraw.Draw(sheet).text((left, top - 15), str(first + place + 1), fill="black")
-        sheet.save(out / f"sheet{first // (COLUMNS * ROWS) + 1}.png")
+        sheet.save(folder / f"sheet{first // (COLUMNS * ROWS) + 1}.png")
     key = [{"number": number, "kind": kind, "caption": caption} for number, (kind, caption, _) in enumerate(items, 1)]
-    (out / "key.json").write_text(json.dumps(key, indent=1))
+    (folder / KEY).write_text(json.dumps(key, indent=1))
 
 
 def captioned(run: str, split: str, count: int) -> list[tuple[str, Image.Image]]:
-    """Captions and drawings of a split, drawn from all of them by a fixed seed."""
+    """Captions and drawings of a split, drawn from all of them by a fixed seed. Raises UserError: there are fewer of them."""
     folder, samples = join(run, "images", split), []
     for shard in read_manifest(folder).shards:
         samples += read_shard(join(folder, shard.name), join(run, "cache"), shard)
+    if len(samples) < count:
+        raise UserError(f"{folder}: has {len(samples)} drawings, and {count} are needed. Name a run with a larger split {split}.")
     chosen = random.Random(SEED).sample(samples, count)
     return [(sample["txt"].decode(), Image.open(io.BytesIO(sample["png"])).convert("RGB")) for sample in chosen]
 
 
 def count(out: Path) -> None:
-    """Write ``pairs.txt``; where there are scores, print how many of each kind were recognised."""
-    key = json.loads((out / "key.json").read_text())
-    answers = numbered(out / "answers.txt")
+    """Write ``pairs.txt``; where there are scores, print how many of each kind were recognised. Raises UserError as :func:`numbered`."""
+    if not (out / KEY).exists():
+        raise UserError(f"{out}: there is no {KEY} here. Make the sheets first: python tools/recognition.py sheets ... --out {out}")
+    key = json.loads((out / KEY).read_text())
+    numbers = [entry["number"] for entry in key]
+    answers = numbered(out / "answers.txt", numbers, ANSWER)
     lines = [f"{entry['number']} | {entry['caption']} | {answers[entry['number']]}\n" for entry in key]
     (out / "pairs.txt").write_text("".join(lines))
     if not (out / "scores.txt").exists():
         print(f"{out / 'pairs.txt'} is written; scores.txt is still to come")
         return
-    scores = numbered(out / "scores.txt")
+    scores = numbered(out / "scores.txt", numbers, SCORE, allowed=("0", "1", "2"))
     print("| kind | pictures | recognised | broad category | not |\n| --- | --- | --- | --- | --- |")
     for kind in KINDS:
         found = Counter(scores[entry["number"]] for entry in key if entry["kind"] == kind)
         print(f"| {kind} | {found.total()} | {found['2']} | {found['1']} | {found['0']} |")
 
 
-def numbered(file: Path) -> dict[int, str]:
-    """The lines ``NUMBER: TEXT`` of a file."""
-    pairs = (line.split(":", 1) for line in file.read_text().splitlines() if line.strip())
-    return {int(number): text.strip() for number, text in pairs}
+def numbered(file: Path, numbers: Sequence[int], example: str, allowed: Sequence[str] = ()) -> dict[int, str]:
+    """The lines ``NUMBER: TEXT`` of a file, one for each of the numbers.
+
+    Args:
+        example: what such a line looks like.
+        allowed: the texts that there may be; none: any but an empty one.
+
+    Raises:
+        UserError: no such file, or a line that is missing, malformed, or there twice; the text names the line.
+    """
+    if not file.exists():
+        raise UserError(f"{file}: is not there. Write it, with a line for each picture from 1 to {len(numbers)}: {example}")
+    found: dict[int, str] = {}
+    for place, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        number, _, text = (part.strip() for part in line.partition(":"))
+        if not number.isdecimal() or int(number) not in numbers or not text or (allowed and text not in allowed):
+            raise UserError(f"{file}:{place}  {line!r} is no line for a picture from 1 to {len(numbers)}. Write: {example}")
+        if int(number) in found:
+            raise UserError(f"{file}:{place}  {line!r}: picture {number} has a line before, {found[int(number)]!r}. Delete one of them.")
+        found[int(number)] = text
+    if missing := [str(number) for number in numbers if number not in found]:
+        raise UserError(f"{file}: has no line for {', '.join(missing)}. Write one for each: {example}")
+    return found
 
 
 if __name__ == "__main__":
