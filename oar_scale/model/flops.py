@@ -16,8 +16,9 @@ though causality leaves half of them; only :func:`useful_flops` does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from oar_scale.model.spec import STRIDE, FeatureSpec, ModelSpec, TextSpec
+from oar_scale.model.spec import HELD, STRIDE, FeatureSpec, ModelSpec, TextSpec
 
 
 def forward_flops(spec: ModelSpec) -> int:
@@ -91,6 +92,50 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[i
     return _condition(spec) + (1 + guided) * trunk + _head(spec, candidates)
 
 
+class DrawingStep(NamedTuple):
+    """What one pass of drawing an image costs."""
+
+    flops: int
+    """Operations, of both branches under guidance."""
+    rows: int
+    """Rows of each branch that pass the trunk."""
+    keys: int
+    """Rows of each branch's cache that they attend to."""
+
+
+def drawing_steps(spec: ModelSpec, sizes: Sequence[int], *, guided: bool = False, ordered: bool = False) -> list[DrawingStep]:
+    """The passes that draw one image (``generation/sampling.py``): that of the condition, then one for each step.
+
+    By confidence a step asks about all empty cells, as extraction does, and the output head sees those that are placed once more, to draw
+    their codes. Along a given order a step asks about the cells that it places.
+
+    Args:
+        sizes: how many cells each step places (``orders.step_sizes.cells_per_step``).
+        guided: with a second, unconditional branch through the trunk; the head sees the mixture of both.
+        ordered: along a given order, as a raster model always draws.
+    """
+    ordered = ordered or spec.layout == "raster"
+    jointly, keeps_questions = spec.layout in ("instructed", "grouped"), not (spec.decoupled or spec.grouped)
+    cached, waiting, left = spec.condition.rows - HELD[spec.layout], 0, spec.cells
+    steps = [DrawingStep(_condition(spec) + (1 + guided) * _entering(spec, cached, cached), cached, cached)]
+    for size in sizes:
+        asked = size if ordered else left
+        enters = _waiting_rows(spec, waiting)
+        keys, rows = cached + enters, enters + asked
+        if ordered and size > 1 and jointly:  # questions of a parallel step are in the cache for as long as it takes
+            keys += size
+            trunk = _entering(spec, rows, keys)
+        else:
+            trunk = _entering(spec, enters, keys) + _asking(spec, asked, keys)
+        cached, waiting, left = cached + enters + keeps_questions, size, left - size
+        if not ordered:  # of several cells the others did not see the first: they pass the trunk once more
+            again, waiting = STRIDE[spec.layout] * (size - 1), 1
+            cached, rows = cached + again, rows + again
+            trunk += _entering(spec, again, cached)
+        steps.append(DrawingStep((1 + guided) * trunk + _head(spec, asked + (0 if ordered else size)), rows, keys))
+    return steps
+
+
 def look_ahead_flops(spec: ModelSpec, sizes: Sequence[int], samples: int, candidates: int | None) -> int:
     """What score ``info_gain`` adds to :func:`extraction_flops` of one image (``orders/look_ahead.py``).
 
@@ -139,6 +184,16 @@ def _asking(spec: ModelSpec, rows: int, keys: int) -> int:
     if not spec.decoupled:
         return _entering(spec, rows, keys)
     return spec.layers // 2 * (rows * (_block_row(spec) - _shared_row(spec)) + _attention(spec, rows, keys))
+
+
+def _waiting_rows(spec: ModelSpec, codes: int) -> int:
+    """Rows that enter the cache before anything is asked, where so many codes were placed by the last step (``RowLayout.entering``)."""
+    match spec.layout:
+        case "instructed":
+            return max(0, 2 * codes - 1)
+        case "decoupled" | "grouped":
+            return codes
+    return 0
 
 
 def _block_row(spec: ModelSpec) -> int:

@@ -9,7 +9,9 @@
     traffic            bytes and requests that shards, checkpoints and orders cost the storage
     failures           checkpoint interval, and the share of the time that is useful training (goodput), simulated
     training_stage     a training stage as a whole: time, checkpoints, failures, money
-    extraction_plan    orders for all images (actors, time, makespan), and the evaluation
+    tokens_plan        codes of all images
+    extraction_plan    orders for all images (actors, time, makespan)
+    evaluation_plan    the evaluation, and 50,000 samples of a model
     stream_load        which ranks read which shards, by the real sample plan
     alternatives       the same run with other settings that cost less
     simulation         ``--simulate``: stream and extraction simulated at a given size

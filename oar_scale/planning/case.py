@@ -54,6 +54,23 @@ class Case:
         return self.cluster.flops * self.gpus_per_worker * self.mfu
 
     @property
+    def decoding_rate(self) -> float:
+        """Operations a second of a GPU (on CPUs, of a worker) that extracts orders or draws images."""
+        return self.cluster.flops * (1.0 if self.cluster.on_cpu else self.assumed("time.extraction_mfu"))
+
+    @property
+    def float32_rate(self) -> float:
+        """The same of what is computed in float32 whatever the recipe's precision is: image tokenizers, likelihoods."""
+        peak = self.assumed(f"gpus.{self.cluster.gpu}.fp32_tflops") * 1e12
+        return peak * (self.recipe.parallel.cpu_threads if self.cluster.on_cpu else self.assumed("time.float32_mfu"))
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that a GPU (on CPUs, a worker) reads of its memory while it draws."""
+        most = self.assumed(f"gpus.{self.cluster.gpu}.memory_gb_s") * 1e9
+        return most * (1.0 if self.cluster.on_cpu else self.assumed("time.bandwidth_share"))
+
+    @property
     def average(self) -> bool:
         """Whether a moving average of the weights is kept."""
         return self.recipe.pretrain.ema_decay is not None or self.recipe.finetune.ema_decay is not None

@@ -1,4 +1,4 @@
-"""Plan of the stages ``extract`` and ``evaluate``: operations, memory, time, and the pool's requests to the storage.
+"""Plan of the stage ``extract``: operations, memory, time, and the pool's requests to the storage.
 
 An order takes N (N + 1) / 2 candidate rows, fewer where steps place several cells (``model/flops.extraction_flops``), and many times that
 with score ``info_gain``, which looks ahead from each. An image has as many orders as ``extract.orders_per_image`` for each of
@@ -16,7 +16,7 @@ from functools import partial
 
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
-from oar_scale.model.flops import extraction_flops, forward_flops, look_ahead_flops
+from oar_scale.model.flops import extraction_flops, look_ahead_flops
 from oar_scale.model.spec import ModelSpec
 from oar_scale.orders.step_sizes import step_sizes
 from oar_scale.planning import activations
@@ -26,12 +26,7 @@ from oar_scale.planning.case import Case
 from oar_scale.planning.failures import YEAR_S
 from oar_scale.planning.shape import parameters
 from oar_scale.planning.traffic import PoolLoad, orders_bytes, pool_load
-from oar_scale.registry import MODELS
 
-NLL_PASSES = 4
-"""Orders, and captions of other images, under which the likelihood of an image is taken."""
-BRUTE_FORCE_IMAGES = 2
-"""Whose orders the evaluation also finds by a fresh forward pass for every candidate (``stages/evaluate.py``)."""
 READERS = 16
 """Ledger entries that a driver reads at once (``shard_pool/ledger.py``)."""
 STRAGGLER = 3.0
@@ -131,8 +126,8 @@ def plan_extraction(case: Case, actors: ActorPlan) -> ExtractionPlan | None:
     if case.images is None:
         return None
     images, each = case.images.count, config.orders_per_image * config.views
-    flops = _order_flops(case)
-    rate = actors.computing * cluster.flops * (1.0 if cluster.on_cpu else assumed("time.extraction_mfu")) / (flops * each)
+    flops = order_flops(case)
+    rate = actors.computing * case.decoding_rate / (flops * each)
     shards = -(-images // case.shard.samples)
     shard_s = case.shard.samples / rate * actors.count
     start_s = assumed("actors.start_on_cpu_s" if cluster.on_cpu else "actors.start_s")
@@ -173,14 +168,20 @@ def actor_memory(spec: ModelSpec, parallel: ParallelConfig, batch: int, *, guide
     return int(held * (1 + assumed("memory.fragmentation")) + assumed("memory.framework_gb") * 1e9) if gpu else held
 
 
-def _order_flops(case: Case) -> int:
-    """Operations to find one order with the recipe's settings, in the pool and in the evaluation."""
-    config, cells = case.recipe.extract, case.spec.cells
-    sizes = step_sizes(config, cells)
-    flops = extraction_flops(case.spec, guided=_guided(case), sizes=sizes, first_given=config.first_cell != "free")
+def order_flops(case: Case) -> int:
+    """Operations to find one order with the recipe's settings."""
+    config = case.recipe.extract
+    flops = plain_order_flops(case, guided=_guided(case))
     if config.score == "info_gain":
+        sizes = step_sizes(config, case.spec.cells)
         flops += look_ahead_flops(case.spec, sizes, config.info_gain_samples, config.info_gain_candidates)
     return flops
+
+
+def plain_order_flops(case: Case, *, guided: bool = False) -> int:
+    """Operations to find one order by a score that does not look ahead, else with the recipe's settings."""
+    config, cells = case.recipe.extract, case.spec.cells
+    return extraction_flops(case.spec, guided=guided, sizes=step_sizes(config, cells), first_given=config.first_cell != "free")
 
 
 def _guided(case: Case) -> bool:
@@ -192,38 +193,6 @@ def _largest(fits: Callable[[int], bool]) -> int:
     while fits(high):
         high *= 2
     return bisect.bisect_left(range(high), True, lo=high // 2 + 1, key=lambda batch: not fits(batch)) - 1 if high > 1 else 0
-
-
-@dataclass(frozen=True)
-class EvaluationPlan:
-    """The stage ``evaluate``: on the GPUs of one node, or on the CPU cores of workers that have none."""
-
-    flops: float
-    processes: int
-    on: str
-    seconds: float
-
-
-def plan_evaluation(case: Case) -> EvaluationPlan | None:
-    """Plan the stage ``evaluate``: sampled images, likelihoods under several orders, two images by brute force; None for raster models."""
-    recipe, spec = case.recipe, case.spec
-    if spec.layout == "raster":
-        return None
-    drawn, scored = max(recipe.evaluate.feature_images, recipe.sample.images), recipe.evaluate.nll_images
-    if case.images is not None:
-        heldout = round(case.images.count * recipe.data.heldout_fraction / recipe.data.train_fraction)
-        drawn, scored = min(drawn, heldout), min(scored, heldout)
-    models = len(MODELS) - 1 - (not recipe.pipeline.control)  # the base model does not draw
-    order_flops = _order_flops(case)
-    flops = float(models * drawn * extraction_flops(spec, guided=recipe.sample.guidance != 1))
-    flops += (models + 1) * scored * NLL_PASSES * forward_flops(spec) + models * scored * order_flops
-    # By brute force N (N + 1) / 2 passes over prefixes that are a third as long on average.
-    flops += BRUTE_FORCE_IMAGES * (order_flops + forward_flops(spec) * spec.cells * (spec.cells + 1) / 6)
-    if not case.cluster.on_cpu:
-        gpus = min(case.cluster.per_node, case.workers * case.gpus_per_worker)
-        return EvaluationPlan(flops, gpus, "GPUs", flops / (gpus * case.cluster.flops * case.assumed("time.extraction_mfu")))
-    rate = case.assumed(f"gpus.cpu.{recipe.parallel.precision}_tflops") * 1e12 * recipe.parallel.cpu_threads
-    return EvaluationPlan(flops, recipe.parallel.max_workers, "CPUs", flops / (recipe.parallel.max_workers * rate))
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from oar_scale.planning.alternatives import Alternative, alternatives
 from oar_scale.planning.assumptions import Assumption, read_assumptions
 from oar_scale.planning.case import Case
 from oar_scale.planning.cluster import NODE, Cluster, cluster, gpu_of
-from oar_scale.planning.extraction_plan import ActorPlan, EvaluationPlan, ExtractionPlan, plan_actors, plan_evaluation, plan_extraction
+from oar_scale.planning.evaluation_plan import EvaluationPlan, SamplesPlan, plan_evaluation, plan_samples
+from oar_scale.planning.extraction_plan import ActorPlan, ExtractionPlan, plan_actors, plan_extraction
 from oar_scale.planning.memory_fit import MemoryFit, MemoryRow, choose_settings, memory_table
 from oar_scale.planning.shape import Images, ParameterCounts, parameters, spec_of, training_images
 from oar_scale.planning.simulation import Simulation, SimulationRequest, parse_simulation, simulate
 from oar_scale.planning.stream_load import check_sharing
+from oar_scale.planning.tokens_plan import TokensPlan, plan_tokens
 from oar_scale.planning.traffic import ShardTraffic, token_shard
 from oar_scale.planning.training_stage import TrainingStagePlan, plan_stage
 from oar_scale.registry import STAGES, kind_of
@@ -64,14 +66,19 @@ class RunPlan:
     traced: TrunkActivations | None
     formula: TrunkActivations
     mfu: float
+    tokens: TokensPlan | None
+    """None: the number of images is unknown."""
     stages: list[TrainingStagePlan]
     extraction: ExtractionPlan | None
     """None: a raster model, or the number of images is unknown."""
     arm_extractions: dict[str, ExtractionPlan]
     """Of arms that have their own, by stage."""
     evaluation: EvaluationPlan | None
+    """None: a raster model."""
     gpu_hours: float
+    """Of tokens, trainings, extractions and evaluation; of samples none."""
     money: float
+    samples: SamplesPlan
     cheaper: list[Alternative]
     simulation: Simulation | None
     assumptions: list[Assumption]
@@ -102,7 +109,8 @@ def make_plan(path: str, overrides: Sequence[str], options: PlanOptions) -> RunP
     actors = plan_actors(case)
     orders = plan_extraction(case, actors) if actors else None
     of_arms = _arm_extractions(case)
-    extractions = [*([orders] if orders else []), *of_arms.values()]
+    tokens, evaluation = plan_tokens(case), plan_evaluation(case)
+    parts = [*stages, *(part for part in (tokens, orders, *of_arms.values(), evaluation) if part)]
     return RunPlan(
         recipe=recipe.name,
         cluster=case.cluster,
@@ -118,12 +126,14 @@ def make_plan(path: str, overrides: Sequence[str], options: PlanOptions) -> RunP
         traced=traced[1] if traced else None,
         formula=activations.trunk(case.spec, parallel.micro_batch, parallel.precision, parallel.activation_checkpointing),
         mfu=case.mfu,
+        tokens=tokens,
         stages=stages,
         extraction=orders,
         arm_extractions=of_arms,
-        evaluation=plan_evaluation(case),
-        gpu_hours=sum(stage.gpu_hours for stage in stages) + sum(each.gpu_hours for each in extractions),
-        money=sum(stage.money for stage in stages) + sum(each.money for each in extractions),
+        evaluation=evaluation,
+        gpu_hours=sum(part.gpu_hours for part in parts),
+        money=sum(part.money for part in parts),
+        samples=plan_samples(case),
         cheaper=alternatives(case, parallel, stages),
         simulation=simulate(case, wanted, stages, actors, orders) if wanted else None,
         assumptions=case.assumed.used(),

@@ -11,10 +11,12 @@ from pydantic import BaseModel
 
 from oar_scale.model.spec import ModelSpec
 from oar_scale.planning.activations import GPU_HEAD
+from oar_scale.planning.evaluation_plan import EvaluationPlan
 from oar_scale.planning.extraction_plan import ActorPlan, ExtractionPlan
 from oar_scale.planning.memory_fit import gb
 from oar_scale.planning.plan import RunPlan
 from oar_scale.planning.simulation import Simulation
+from oar_scale.planning.tokens_plan import TokensPlan
 from oar_scale.planning.training_stage import TrainingStagePlan
 from oar_scale.registry import STAGES
 from oar_scale.runtime.tables import text_table
@@ -215,16 +217,16 @@ def _goodput(stage: TrainingStagePlan) -> str:
 
 
 def _orders(plan: RunPlan) -> Iterator[str]:
-    yield "Extraction and evaluation"
+    yield "Tokens, extraction and evaluation"
+    if tokens := plan.tokens:
+        views = f"{tokens.encoded:,} images to codes, {tokens.flops / 1e9:,.1f} GF each in float32"
+        yield f"  tokens: {views}: {_cost(plan, tokens)}"
     if plan.actors:
         yield f"  {plan.actors.count:,} actors on {plan.actors.held:,} {_who(plan)}s; {_actor(plan, plan.actors)}"
     if plan.actors and (stage := plan.extraction):
-        load, who = stage.load, _who(plan)
+        load = stage.load
         yield f"  {stage.orders:,} orders of {stage.flops_per_order / 1e12:,.2f} TF each: {stage.images_per_s:,.1f} images/s"
-        yield (
-            f"  {_time(stage.seconds / 3600)}, {stage.gpu_hours:,.1f} {who}-hours, {_money(stage.money)}; "
-            f"{stage.failures:,.1f} failures expected, each of which costs the shards of its node's actors"
-        )
+        yield (f"  {_cost(plan, stage)}; {stage.failures:,.1f} failures expected, each of which costs the shards of its node's actors")
         yield f"  {stage.shards:,} shards of {_seconds(stage.shard_s)} each; tables of {gb(stage.order_bytes)} GB before compression"
         yield (
             f"  storage: {load.requests:,} requests ({load.gets:,} GET, {load.puts:,} PUT, {load.deletes:,} DELETE), "
@@ -233,17 +235,26 @@ def _orders(plan: RunPlan) -> Iterator[str]:
         yield f"  a driver that takes over near the end reads the ledger in {_seconds(stage.takeover_s)}: {load.entry_gets:,} entries"
         yield f"  limited by {_limit(stage, plan.actors.count)}"
     for name, orders in plan.arm_extractions.items():
-        yield (
-            f"  {name}: {orders.orders:,} orders of {orders.flops_per_order / 1e12:,.2f} TF each, {_time(orders.seconds / 3600)}, "
-            f"{orders.gpu_hours:,.1f} {_who(plan)}-hours, {_money(orders.money)}"
-        )
+        yield f"  {name}: {orders.orders:,} orders of {orders.flops_per_order / 1e12:,.2f} TF each, {_cost(plan, orders)}"
     if plan.spec.layout == "raster":
         yield "  a raster model has one order: nothing is extracted"
     if seen := plan.evaluation:
-        yield (
-            f"  evaluate computes on {seen.processes} {seen.on}: {seen.flops:.1e} operations, {_time(seen.seconds / 3600)} "
-            "(not in the sum below)"
-        )
+        drawn = f"{seen.models} models draw {seen.drawn:,} images each, and likelihoods: {seen.flops:.1e} operations"
+        yield f"  evaluate computes on {seen.processes} {seen.on}: {drawn}, {_cost(plan, seen)}"
+    yield _samples(plan)
+
+
+def _samples(plan: RunPlan) -> str:
+    """What samples of one model cost, in one line."""
+    samples, drawing = plan.samples, plan.samples.drawing
+    of_model = f"{samples.gpu_hours:,.1f} {_who(plan)}-hours, {_money(samples.money)}"
+    speed = f"{drawing.flops / 1e12:,.2f} TF each, {1 / drawing.seconds:,.1f} images/s of a {_who(plan)}"
+    waits = f", {drawing.reading_share:.0%} of the time limited by memory" if drawing.reading_share > 0.005 else ""
+    return f"  {samples.images:,} samples of a model (oar sample), {drawing.batch} at once: {speed}{waits}; {of_model}"
+
+
+def _cost(plan: RunPlan, part: ExtractionPlan | EvaluationPlan | TokensPlan) -> str:
+    return f"{_time(part.seconds / 3600)}, {part.gpu_hours:,.1f} {_who(plan)}-hours, {_money(part.money)}"
 
 
 def _actor(plan: RunPlan, actors: ActorPlan) -> str:
@@ -265,10 +276,14 @@ def _limit(stage: ExtractionPlan, actors: int) -> str:
 
 
 def _sum(plan: RunPlan) -> Iterator[str]:
-    hours = sum(stage.hours for stage in plan.stages) + sum(
-        part.seconds / 3600 for part in (plan.extraction, *plan.arm_extractions.values()) if part
-    )
-    yield f"Training and extraction together: {_time(hours)}, {plan.gpu_hours:,.1f} {_who(plan)}-hours, {_money(plan.money)}"
+    parts = (plan.tokens, plan.extraction, *plan.arm_extractions.values(), plan.evaluation)
+    hours = sum(stage.hours for stage in plan.stages) + sum(part.seconds / 3600 for part in parts if part)
+    cost = f"{_time(hours)}, {plan.gpu_hours:,.1f} {_who(plan)}-hours, {_money(plan.money)}"
+    yield f"Tokens, training, extraction and evaluation together: {cost}"
+    models, samples = plan.samples.models, plan.samples
+    of_each = f"{samples.images:,} samples of its model" if models == 1 else f"{samples.images:,} samples of each of its {models} models"
+    all_hours, all_money = plan.gpu_hours + models * samples.gpu_hours, plan.money + models * samples.money
+    yield f"  with {of_each}: {all_hours:,.1f} {_who(plan)}-hours, {_money(all_money)}"
 
 
 def _cheaper(plan: RunPlan) -> Iterator[str]:

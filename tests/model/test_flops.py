@@ -15,12 +15,14 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from oar_scale.config.loading import load_recipe
+from oar_scale.generation.sampling import generate
+from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, ModelSpec
-from oar_scale.model.flops import extraction_flops, forward_flops, look_ahead_flops, training_flops, useful_flops
+from oar_scale.model.flops import drawing_steps, extraction_flops, forward_flops, look_ahead_flops, training_flops, useful_flops
 from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
 from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.settings import ExtractionSettings
-from oar_scale.orders.step_sizes import step_sizes
+from oar_scale.orders.step_sizes import cells_per_step, step_sizes
 from oar_scale.planning.shape import parameters
 
 IMAGES = 2
@@ -150,6 +152,45 @@ def test_looking_ahead_costs_what_torch_counts(how: dict[str, Any], layout: str)
     spec, sizes = model.spec, step_sizes(settings, model.spec.cells)
     ahead = look_ahead_flops(spec, sizes, settings.info_gain_samples, settings.info_gain_candidates)
     assert operations == IMAGES * (extraction_flops(spec, sizes=sizes) + ahead)
+
+
+PLAIN = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "order_temperature": 0.0}
+
+
+def drawn_flops(model: AnyOrderModel, settings: SampleSettings, *, ordered: bool) -> int:
+    """Operations that torch counts while images are drawn."""
+    _, order_BN, inputs = batch(model)
+    with torch.no_grad():
+        return counted(lambda: generate(model, model.condition(inputs), settings, 0, order_BN if ordered else None))
+
+
+@each_spec
+@pytest.mark.parametrize("ordered", [True, False])
+def test_drawing_costs_what_torch_counts(spec: ModelSpec, ordered: bool) -> None:
+    ordered = ordered or spec.layout == "raster"
+    steps = drawing_steps(spec, [1] * spec.cells, ordered=ordered)
+    operations = drawn_flops(AnyOrderModel(spec).eval(), SampleSettings(**PLAIN), ordered=ordered)
+    assert operations == IMAGES * sum(step.flops for step in steps) and len(steps) == 1 + spec.cells
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("layout", ["instructed", "decoupled", "grouped"])
+@pytest.mark.parametrize("how", [{"steps": 4}, {"steps": 4, "guidance": 2.0}, {"guidance": 2.0}, {"score": "sampled"}])
+def test_guided_drawing_in_few_steps_costs_what_torch_counts(how: dict[str, Any], layout: str, ordered: bool) -> None:
+    model, settings = small_model(layout=layout, condition=ClassSpec(classes=5)), SampleSettings(**{**PLAIN, **how})
+    steps = drawing_steps(model.spec, cells_per_step(model.spec.cells, settings.steps), guided=settings.guided, ordered=ordered)
+    assert drawn_flops(model, settings, ordered=ordered) == IMAGES * sum(step.flops for step in steps)
+
+
+@pytest.mark.parametrize("layout", ["raster", "instructed", "dual", "decoupled", "grouped"])
+def test_a_step_of_drawing_sees_all_that_is_in_the_cache(layout: str) -> None:
+    """At the last step: condition, and what each other cell leaves; a question of its own row, in the cache or not, is not among it."""
+    spec = small_spec(layout=layout, condition=ClassSpec(classes=5))
+    by_hand = {"raster": 1 - 1 + 8, "instructed": 1 + 2 * 8, "dual": 1 + 8, "decoupled": 1 + 8, "grouped": 1 + 8}[layout]
+    last = drawing_steps(spec, [1] * 9, ordered=True)[-1]
+    assert last.keys == by_hand and last.rows == (1 if layout in ("raster", "dual") else 2)
+    if layout != "raster":
+        assert [step.rows for step in drawing_steps(spec, [1] * 9)[2:]] == [left + last.rows - 1 for left in range(8, 0, -1)]
 
 
 def test_a_raster_model_has_nothing_to_extract() -> None:

@@ -8,7 +8,8 @@ from oar_scale.errors import UserError
 from oar_scale.model.flops import extraction_flops
 from oar_scale.planning.assumptions import Assumptions, read_assumptions
 from oar_scale.planning.case import Case
-from oar_scale.planning.extraction_plan import ActorPlan, ExtractionPlan, makespan, plan_actors, plan_evaluation, plan_extraction
+from oar_scale.planning.evaluation_plan import plan_evaluation
+from oar_scale.planning.extraction_plan import ActorPlan, ExtractionPlan, makespan, plan_actors, plan_extraction
 from oar_scale.planning.failures import YEAR_S
 from tests.planning.cases import case
 

@@ -37,10 +37,35 @@ def test_every_shipped_recipe_fits_as_it_is_written(path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("recipe", ["evidence/randar-l-evidence", "evidence/arpg-l-evidence"])
 def test_the_evidence_on_imagenet_takes_at_most_a_hundred_gpu_hours(recipe: str) -> None:
-    """With both extractions, the control, five arms and two seeds."""
+    """With both extractions, the control, five arms and two seeds; and the 50,000 samples that a published distance of each model takes."""
     planned = plan(recipe, gpu="h100")
     assert planned.arm_extractions.keys() == {"extract_gt_logprob"} and len(planned.stages) == 2 * (2 + 5)
-    assert planned.gpu_hours < 100
+    samples = planned.samples
+    assert planned.tokens and planned.evaluation and (samples.images, samples.models) == (50_000, 1 + 2 * (2 + 5))
+    assert planned.gpu_hours + samples.models * samples.gpu_hours < 100
+    assert all(1.99 < (stage.epochs or 0) < 2.02 for stage in planned.stages)
+    of_all = samples.models * samples.gpu_hours
+    said = rf"the run {planned.gpu_hours:.0f}, 50,000 samples of each of its 15 models {of_all:.0f}, together {planned.gpu_hours + of_all:.0f};"
+    assert re.search(said, (RECIPES / f"{recipe}.yaml").read_text())
+
+
+def test_the_readme_says_what_the_evidence_on_imagenet_takes() -> None:
+    randar, arpg = (plan(f"evidence/{name}-evidence", gpu="h100") for name in ("randar-l", "arpg-l"))
+    first, second = (f"{each.gpu_hours + each.samples.models * each.samples.gpu_hours:.0f}" for each in (randar, arpg))
+    assert f"planned at {first} (on 59 % of the images) and {second} H100-hours" in (DOCS.parent / "README.md").read_text()
+    whole = plan("evidence/randar-l-evidence", "data.test_fraction=0", "finetune.steps=2480", gpu="h100")
+    assert f"would take {whole.gpu_hours + 15 * whole.samples.gpu_hours:.0f}:" in (RECIPES / "evidence/randar-l-evidence.yaml").read_text()
+
+
+def test_a_plan_is_the_sum_of_its_parts() -> None:
+    planned = plan("evidence/arpg-l-evidence", gpu="h100")
+    assert planned.tokens and planned.extraction and planned.evaluation
+    parts = [planned.tokens, *planned.stages, planned.extraction, *planned.arm_extractions.values(), planned.evaluation]
+    assert planned.gpu_hours == pytest.approx(sum(part.gpu_hours for part in parts))
+    assert planned.money == pytest.approx(3.0 * planned.gpu_hours)
+    together, samples = as_text(planned).partition("evaluation together: ")[2].splitlines()[:2]
+    assert f"{planned.gpu_hours:,.1f} GPU-hours" in together
+    assert f"{planned.gpu_hours + 15 * planned.samples.gpu_hours:,.1f} GPU-hours" in samples
 
 
 def test_arms_and_seeds_are_counted() -> None:
@@ -154,7 +179,7 @@ def test_what_is_planned_runs_with_the_changes_that_are_printed(
     assert main([*command, *overrides]) == 0  # and it fits
     again = capsys.readouterr().out
     assert "To run it as planned" not in again
-    for part in ("Training, MFU", "Training and extraction together"):
+    for part in ("Training, MFU", "Tokens, training, extraction and evaluation together"):
         assert printed.partition(part)[2].splitlines()[:20] == again.partition(part)[2].splitlines()[:20]
 
 
@@ -181,7 +206,9 @@ def test_the_plan_of_a_large_recipe_answers_what_is_asked_of_it(capsys: pytest.C
         r"\n  goodput +99\.\d+%",
         r"\n  47\.9 h, [\d,.]+ GPU-hours, \$[\d,]+",
         r"\n  evaluate computes on 8 GPUs",
-        r"\nTraining and extraction together: ",
+        r"\n  50,000 samples of a model \(oar sample\), 32 at once: ",
+        r"\nTokens, training, extraction and evaluation together: ",
+        r"\n  with 50,000 samples of each of its 3 models: ",
         r"\nCheaper training",
     ):
         assert re.search(answer, printed), answer
@@ -283,14 +310,15 @@ def test_too_few_gpus_hear_how_many_would_do(cluster: dict[str, int]) -> None:
 def test_unknown_data_leaves_out_what_needs_the_number_of_images(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(f"extends: {RECIPES / 'imagenet.yaml'}\nname: mine\n")
     run_plan = make_plan(str(tmp_path / "mine.yaml"), (), PlanOptions())
-    assert run_plan.images is None and run_plan.extraction is None and run_plan.stages[0].epochs is None
+    assert run_plan.images is None and run_plan.extraction is None and run_plan.tokens is None and run_plan.stages[0].epochs is None
     assert "--images N adds" in as_text(run_plan)
 
 
 def test_a_raster_recipe_is_pretrained_and_no_more() -> None:
     run_plan = plan("imagenet", "model.layout=raster")
     assert [stage.name for stage in run_plan.stages] == ["pretrain"] and run_plan.extraction is None
-    assert "a raster model has one order" in as_text(run_plan)
+    text = as_text(run_plan)
+    assert "a raster model has one order" in text and "with 50,000 samples of its model: " in text
 
 
 def test_the_guide_quotes_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
