@@ -144,7 +144,11 @@ def _image_tokenizer(run: Run) -> ImageTokenizer:
                 tally.note(f"step {step}: stopping: {signals.reason}")
             return signals.reason
 
+        def resumed(step: int, seconds: float) -> None:
+            log.emit("resumed", step=step, uri=saved, seconds=seconds)
+            tally.note(f"resumes from step {step}")
+
         saved = run.at("tokenizers", "training.safetensors")
-        vq = train_vq(spec, config.training, pixels, run.recipe.seed, report, checkpoint=saved, stop=stop)
+        vq = train_vq(spec, config.training, pixels, run.recipe.seed, report, checkpoint=saved, stop=stop, resumed=resumed)
         log.emit("end", seconds=time.monotonic() - started)
     return vq

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ def train_vq(
     log_every: int = 20,
     checkpoint: str | None = None,
     stop: Callable[[int], str | None] = lambda step: None,
+    resumed: Callable[[int, float], None] = lambda step, seconds: None,
 ) -> VQTokenizer:
     """Train a tokenizer on uint8 images [S, H, W, 3] held in memory.
 
@@ -68,14 +70,17 @@ def train_vq(
         checkpoint: where the training is saved every ``SAVE_EVERY`` steps, and resumes from if it is of the same training: bit for bit as
             if it had never stopped. Removed at the end. None: it is not saved.
         stop: asked after each step of a training that is saved, with the number of the step; a reason ends it.
+        resumed: called where a saved training was loaded: with its step, and the seconds that this took.
 
     Raises:
         Requeue: stopped, and saved.
     """
     training = _Training(spec, config, seed)
     identity = "" if checkpoint is None else _identity(spec, config, pixels_SHW3, seed)
+    started = time.monotonic()
     if checkpoint is not None and (saved := read_training(checkpoint, identity)) is not None:
         training.restore(saved)
+        resumed(training.step, time.monotonic() - started)
     while training.step < config.steps:
         images, reconstructed, quantized, loss = training.train_step(pixels_SHW3)
         step = training.step

@@ -83,8 +83,12 @@ def test_a_training_that_is_asked_to_stop_says_so_and_resumes(tmp_path: Path, mo
     assert "step 3: stopping: SIGTERM" in output.getvalue()
     (stopping,) = [event for event in read_events(run.events, "tokenizer") if event["kind"] == "stopping"]
     assert (stopping["step"], stopping["reason"]) == (3, "SIGTERM")
+    assert "resumes" not in output.getvalue()
     run_tokenizer(run)
     assert len(batches) == 6, "it has begun where it was"
+    assert "resumes from step 3\n" in output.getvalue()
+    (event,) = [event for event in read_events(run.events, "tokenizer") if event["kind"] == "resumed"]
+    assert (event["step"], event["uri"]) == (3, run.at("tokenizers", "training.safetensors")) and event["seconds"] > 0
 
 
 def test_without_the_extra_eval_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
