@@ -23,7 +23,7 @@ from oar_scale.distributed.stop_request import GROW, StopRequest, StopWatcher, s
 from oar_scale.errors import Requeue, UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.console import Console
-from oar_scale.observe.events import read_events
+from oar_scale.observe.events import read_events, resumed_attempts
 from oar_scale.observe.mirror import open_log
 from oar_scale.observe.watch import watching
 from oar_scale.runtime.ray_session import ray_session
@@ -45,13 +45,14 @@ def run_training(job: TrainingJob, console: Console) -> JsonObject:
     """Run a training stage to its end.
 
     Returns:
-        steps, attempts, seconds, images_per_s (median over the stage) and parameters.
+        steps, images_per_s (median over the stage) and parameters; attempts and seconds, those of earlier commands that this one resumed
+        among them.
 
     Raises:
         UserError: a worker met something the user can fix, or the workers died more often than ``parallel.max_failures``.
         Requeue: asked to stop by a signal; everything is saved.
     """
-    started, events = time.monotonic(), join(job.local, "events")
+    began, started, events = time.time(), time.monotonic(), join(job.local, "events")
     first = _starts(events, job.stage)
     watched = watching(events, job.stage, job.recipe, job.root, console=console, steps=job.training.steps, result=job.result)
     if under_torchrun():
@@ -68,11 +69,12 @@ def run_training(job: TrainingJob, console: Console) -> JsonObject:
         ):
             TrainingDriver(job, console).run()
     history = read_events(events, job.stage)
+    attempts_before, seconds_before = resumed_attempts(events, job.stage, began)
     rates = sorted(event["images_per_s"] for event in history if event["kind"] == "train")
     return {
         "steps": job.training.steps,
-        "attempts": _starts(events, job.stage) - first,
-        "seconds": time.monotonic() - started,
+        "attempts": attempts_before + _starts(events, job.stage) - first,
+        "seconds": seconds_before + time.monotonic() - started,
         "images_per_s": rates[len(rates) // 2] if rates else None,
         "parameters": next((event["parameters"] for event in reversed(history) if event["kind"] == "start"), None),
     }

@@ -264,6 +264,31 @@ def read_events(folder: str, stage: str) -> list[Event]:
     return [event for events in reversed(kept) for event in events]
 
 
+def resumed_attempts(folder: str, stage: str, before: float) -> tuple[int, float]:
+    """How many attempts at a training had ended at a time ``before``, and how long they took together.
+
+    Counted are those that the training goes on from, back to the one that began at step 0: what lies before that was begun anew.
+
+    Args:
+        before: unix seconds.
+
+    Returns:
+        Their number, and the sum of the seconds from the first to the last event of each.
+
+    Raises:
+        UserError: as :func:`read_events`.
+    """
+    count, seconds = 0, 0.0
+    for _, path in reversed(attempts(folder, stage)):
+        events = _read_file(path)
+        if events and events[-1]["time"] < before:
+            count += any(event["kind"] == "start" for event in events)
+            seconds += max(0.0, events[-1]["time"] - events[0]["time"])
+        if _resumed_at(events) == 0:
+            break
+    return count, seconds
+
+
 def parse_line(line: str) -> Event | None:
     """One event, or None when the line is not one (a line still being written, or torn by a kill).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,11 @@ from ray.train.v2.api.exceptions import ControllerError
 from small_run import pretraining, small_recipe
 
 from oar_scale.distributed import ray_train, stop_request
-from oar_scale.distributed.ray_train import TrainingDriver
+from oar_scale.distributed.ray_train import TrainingDriver, run_training
 from oar_scale.errors import Requeue
+from oar_scale.observe import events
 from oar_scale.observe.console import Console
-from oar_scale.observe.events import read_events
+from oar_scale.observe.events import EventLog, read_events
 from oar_scale.run.context import Run
 from oar_scale.runtime.stop_signals import StopSignals
 
@@ -114,3 +116,22 @@ def test_no_room_for_the_workers_is_waited_out(tmp_path: Path) -> None:
     for _ in range(elastic.parallel.max_failures + 2):
         driver._retry_or_raise(ControllerError(WorkerGroupStartupTimeoutError(2)))
     assert driver._failures == 0
+
+
+def test_a_resumed_training_took_as_long_as_all_its_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model card shows it, and how fast it was on the median."""
+
+    def attempt(start_step: int) -> None:
+        with EventLog(str(tmp_path / "events"), "pretrain") as log:
+            log.emit("start", start_step=start_step, steps=10, parameters=7)
+            log.emit("train", step=start_step + 5, images_per_s=4.0)
+
+    with monkeypatch.context() as earlier:
+        times = iter([1e9, 1e9 + 7200])
+        earlier.setattr(events, "time", SimpleNamespace(time=lambda: next(times)))
+        attempt(0)
+    monkeypatch.setattr(ray_train, "ray_session", lambda **_: nullcontext())
+    monkeypatch.setattr(TrainingDriver, "run", lambda self: attempt(5))
+    results = run_training(pretraining(Run(small_recipe(str(tmp_path)))), Console())
+    assert 7200 <= results.pop("seconds") < 7200 + 3600
+    assert results == {"steps": 10, "attempts": 2, "images_per_s": 4.0, "parameters": 7}

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from oar_scale.errors import UserError
-from oar_scale.observe.events import Event, EventLog, EventReader, parse_line, read_events, stages_with_events
+from oar_scale.observe.events import (
+    Event,
+    EventLog,
+    EventReader,
+    attempt_path,
+    next_local,
+    parse_line,
+    read_events,
+    resumed_attempts,
+    stages_with_events,
+)
 from oar_scale.observe.formatting import line as format_line
 
 
@@ -180,6 +190,26 @@ def test_driver_events_are_in_order_and_undo_nothing(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert steps(read_events(str(tmp_path), "pretrain")) == [(1, 1.0), (2, 1.0)]
     assert stages_with_events(str(tmp_path)) == ["pretrain"]
+
+
+def write_times(folder: Path, *events: tuple[float, str, dict[str, int]]) -> None:
+    """The next attempt, of events at these times."""
+    lines = [json.dumps({"time": at, "stage": "pretrain", "kind": kind, **fields}) + "\n" for at, kind, fields in events]
+    Path(attempt_path(str(folder), "pretrain", next_local(str(folder), "pretrain"))).write_text("".join(lines))
+
+
+def test_the_time_of_a_training_is_that_of_all_attempts_it_resumed(tmp_path: Path) -> None:
+    """Pauses between them, what was begun anew, and what is still under way do not count; steps that were done twice do."""
+    write_times(tmp_path, (1000, "start", {"start_step": 0}), (1900, "train", {"step": 90}))
+    write_times(tmp_path, (5000, "start", {"start_step": 0}), (5100, "train", {"step": 10}))  # oar run --from pretrain
+    write_times(tmp_path, (5101, "worker_failure", {}))
+    write_times(tmp_path, (9000, "start", {"start_step": 5}), (9030, "train", {"step": 10}), (9040, "stopping", {"step": 10}))
+    write_times(tmp_path, (20000, "start", {"start_step": 10}), (29999, "train", {"step": 90}))
+    assert resumed_attempts(str(tmp_path), "pretrain", before=20000) == (2, 140.0)
+    assert resumed_attempts(str(tmp_path), "pretrain", before=1e9) == (3, 140.0 + 9999.0)
+    write_times(tmp_path, (30000, "start", {"start_step": 0}), (30001, "train", {"step": 1}))
+    assert resumed_attempts(str(tmp_path), "pretrain", before=29999.5) == (0, 0.0)
+    assert resumed_attempts(str(tmp_path / "none"), "pretrain", before=1e9) == (0, 0.0)
 
 
 def test_a_history_of_a_hundred_attempts_is_read_in_one_pass(tmp_path: Path) -> None:
