@@ -39,7 +39,6 @@ def test_drawing_by_confidence_is_limited_by_computing() -> None:
     spec, head = case("imagenet").spec, 2 * DIM * CODES
     assert decoder_flops(case("imagenet").recipe.tokenizer.image, 16) == 253_321_281_536
     assert one.flops == extraction_flops(spec) + CELLS * head + 253_321_281_536
-    # The last row of an order's condition is no second one in extraction; here every image has its own.
     assert guided.flops == extraction_flops(spec, guided=True) + CELLS * head + 253_321_281_536
     for cost in (one, guided):
         computing = (cost.flops - 253_321_281_536) / (989e12 * 0.3)
