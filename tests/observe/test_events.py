@@ -198,7 +198,7 @@ def write_times(folder: Path, *events: tuple[float, str, dict[str, int]]) -> Non
     Path(attempt_path(str(folder), "pretrain", next_local(str(folder), "pretrain"))).write_text("".join(lines))
 
 
-def test_the_time_of_a_training_is_that_of_all_attempts_it_resumed(tmp_path: Path) -> None:
+def test_a_training_took_as_long_as_the_attempts_it_resumed(tmp_path: Path) -> None:
     """Pauses between them, what was begun anew, and what is still under way do not count; steps that were done twice do."""
     write_times(tmp_path, (1000, "start", {"start_step": 0}), (1900, "train", {"step": 90}))
     write_times(tmp_path, (5000, "start", {"start_step": 0}), (5100, "train", {"step": 10}))  # oar run --from pretrain

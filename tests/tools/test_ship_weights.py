@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_shipped_folder_has_the_model_with_matrices_in_bfloat16(run: Path, tmp_path: Path) -> None:
+def test_the_shipped_model_has_matrices_in_bfloat16(run: Path, tmp_path: Path) -> None:
     ship_weights.ship(run, tmp_path / "shipped", "cc-by-4.0")
     shipped = load_model(str(tmp_path / "shipped" / "model.safetensors"), as_stored=True).state_dict()
     trained = load_model(str(run / "models" / "any_order.safetensors")).state_dict()
