@@ -46,14 +46,18 @@ quickstart-s3: venv
 	oar run recipes/quickstart.yaml $(CPU_PRECISION) -o storage.root=s3://oar/quickstart -o run_dir=runs/quickstart-s3
 
 EVIDENCE := recipes/evidence/emoji-evidence.yaml
+EVIDENCE_RUN := runs/emoji-evidence
+seeds_of = $(1)=$(EVIDENCE_RUN):$(1),$(EVIDENCE_RUN):$(1).s1,$(EVIDENCE_RUN):$(1).s2
 MINUTES ?= 18
 
 evidence: venv
 	@echo "Evidence: hours on 2 cores. After $(MINUTES) minutes (MINUTES=...) trainings save and leave, and no stage begins; run it again and it goes on where it was."
 	@[ -e data/emoji/emoji.csv ] || $(WITH_PATH) python tools/fetch_emoji.py data/emoji
 	$(WITH_PATH) oar run $(EVIDENCE) $(CPU_PRECISION) --minutes $(MINUTES)
-	$(WITH_PATH) oar evaluate --flexibility runs/emoji-evidence:all \
-		--split test --images 976 --sweep "temperature=0.6,0.8,1;guidance=1,2,4" --out runs/emoji-evidence/flexibility --minutes $(MINUTES)
+	$(WITH_PATH) oar evaluate --flexibility $(EVIDENCE_RUN):all --chapters likelihood,samples \
+		--split test --images 336 --sweep "temperature=0.4,0.6,0.8;guidance=3,5" --out $(EVIDENCE_RUN)/flexibility --minutes $(MINUTES)
+	$(WITH_PATH) oar evaluate --flexibility $(EVIDENCE_RUN):any_order $(foreach arm,control ordered gt_logprob,$(call seeds_of,$(arm))) --chapters edits \
+		--split test --images 336 --out $(EVIDENCE_RUN)/edits --minutes $(MINUTES)
 
 # A module's tests stay in one process, as its fixtures are made once; so do all tests of the shared Ray (tests/markers.py).
 IN_PARALLEL := --durations=20

@@ -39,6 +39,7 @@ from oar_scale.studies import flexibility_models
 from oar_scale.studies.flexibility import FlexibilityRequest, _plan
 from oar_scale.studies.flexibility_models import HeldoutImages, first_images, named_arms, sweep_images
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq, unit_to_pixels
+from tools.flexibility_tables import tables
 
 IMAGES = 12
 
@@ -92,6 +93,22 @@ def test_figures_are_those_of_the_models_and_of_scipy(finished: Run, measured: P
     exact = stats.permutation_test((difference_S, 0 * difference_S), lambda a, b: np.mean(a - b), permutation_type="samples")
     assert row["comparison"]["p_images"] == pytest.approx(exact.pvalue, abs=1e-9), "12 images: all 4,096 flips are tried"
     assert row["comparison"]["p_images"] <= row["p_images_holm"] <= 1
+
+
+def test_tables_of_a_report_have_its_differences(measured: Path) -> None:
+    """In Markdown; and to another arm than the report has: the same number with the other sign."""
+    found = read_json(str(measured / "flexibility.json"))
+    (row,) = [each for each in found["differences"] if each["measure"] == "nll/random"]
+    mean, both = row["comparison"]["difference"]["mean"], row["comparison"]["difference"]["over_both"]
+    half, star = (both["high"] - both["low"]) / 2, "*" if row["p_holm"] < 0.05 else ""
+    (line,) = [each for each in tables(measured) if each.startswith("| ordered |") and f"| {mean:+.3f} ± {half:.3f}{star} |" in each]
+    columns = next(each for each in tables(measured) if each.startswith("| arm | random | random seen"))
+    assert line.count("|") == columns.count("|") and "own of" not in columns
+    turned = [each for each in tables(measured, "ordered") if each.startswith("| control |")]
+    assert f"| {-mean:+.3f} ± " in turned[0]
+    for wrong, message in (((measured, "nobody"), "There are: ordered, control"), ((measured / "pieces",), "no flexibility.json")):
+        with pytest.raises(UserError, match=message):
+            tables(*wrong)
 
 
 def test_a_call_that_was_stopped_goes_on_where_it_was(
