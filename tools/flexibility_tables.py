@@ -1,32 +1,33 @@
-"""The tables of docs/results/evidence-emoji.md, in Markdown, from a flexibility report: each arm's difference to one of them.
+"""A flexibility report's differences between arms, in Markdown: a table a chapter, a row an arm.
 
-    python tools/flexibility_tables.py runs/emoji-evidence/flexibility                          to the control
-    python tools/flexibility_tables.py runs/emoji-evidence/flexibility --against any_order      to any other arm
+    python tools/flexibility_tables.py runs/emoji-evidence/flexibility                          to the arm that the report compares with
+    python tools/flexibility_tables.py runs/emoji-evidence/flexibility --against any_order      to any other
 
-Differences are means over seeds and images with the half-width of their 95 % interval over both. Those to the arm that the report
-compares with carry a * where the corrected p (Holm) is below 0.05; to others nothing is corrected.
+Differences are means over seeds and images with the half-width of their 95 % interval over both (over images, where there is one seed).
+A * marks those of the report whose corrected p (Holm) is below 0.05; differences to other arms are not corrected, and have none.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from oar_scale.errors import UserError
 from oar_scale.evaluation.flexibility.comparison import arm_differences
-from oar_scale.results.flexibility import ArmDifference, Measure
-from oar_scale.run.artifacts import read_families
-from oar_scale.studies.trained_arms import open_run
+from oar_scale.results.flexibility import FORMAT, Measure
+from oar_scale.storage import Missing, read_json
+from oar_scale.studies.flexibility_results import REPORT
 
 CHAPTERS = ("likelihood", "calibration", "samples", "diversity", "edits")
+Rows = Mapping[tuple[str, str], dict[str, Any]]
+"""Differences as ``flexibility.json`` has them, by measure and label."""
 
 
 def main() -> None:
@@ -34,71 +35,78 @@ def main() -> None:
     parser.add_argument("report", type=Path, help="a folder that oar evaluate --flexibility wrote")
     parser.add_argument("--against", help="a label; default: as in the report")
     arguments = parser.parse_args()
-    for line in tables(arguments.report, arguments.against):
-        print(line)
+    try:
+        lines = tables(arguments.report, arguments.against)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(lines))
 
 
 def tables(folder: Path, against: str | None = None) -> list[str]:
-    """The lines of all tables. Raises UserError where the folder has no report, or the report no arm of that label."""
+    """The lines of all tables. Raises UserError where the folder has no report of this version, or the report no arm of that label."""
+    command = f"oar evaluate --flexibility ... --out {folder}"
     try:
-        content = json.loads((folder / "flexibility.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no flexibility.json. oar evaluate --flexibility ... --out {folder} writes it, at its end.") from None
+        content: dict[str, Any] = read_json(str(folder / REPORT))
+    except Missing:
+        raise UserError(f"{folder}: no {REPORT}. {command} writes it, at its end.") from None
+    if content.get("format") != FORMAT:
+        raise UserError(f"{folder / REPORT}: of format {content.get('format')}, and this version reads {FORMAT}. Run again: {command}")
     labels = list(dict.fromkeys(model["label"] for model in content["models"]))
     if against not in (None, *labels):
         raise UserError(f"--against {against}: no arm of the report. There are: {', '.join(labels)}")
-    report = Report(folder, content, labels, against)
-    found = report.differences()
-    return [*(line for chapter in CHAPTERS for line in report.table(chapter, found)), *report.settings()]
+    report = Report(folder, content, labels, against or str(content["against"]))
+    rows = report.differences()
+    return [*(line for chapter in CHAPTERS for line in report.table(chapter, rows)), *report.settings()]
 
 
 @dataclass(frozen=True)
 class Report:
-    """A report and whom its arms are compared with."""
+    """A report, and whom its arms are compared with."""
 
     folder: Path
     content: dict[str, Any]
     labels: list[str]
-    against: str | None
+    against: str
 
-    @property
-    def second(self) -> str:
-        """The label that is subtracted."""
-        return self.against or str(self.content["against"])
+    def differences(self) -> Rows:
+        """Those of the report; to another arm than it has, from the values of each image."""
+        rows = self.content["differences"]
+        if self.against != self.content["against"]:
+            rows = [asdict(row) | {"p_holm": None} for row in self._computed()]
+        return {(row["measure"], row["first"]): row for row in rows}
 
-    def measures(self) -> list[Measure]:
-        """All but likelihoods along other arms' orders, as many as arms squared, and distances to reconstructions."""
-        found = [Measure(**each) for each in self.content["measures"]]
-        return [each for each in found if not each.name.startswith("nll/own of") and not each.name.endswith("/decoded")]
-
-    def differences(self) -> dict[tuple[str, str], ArmDifference]:
-        """By the measure's name and the arm's label, from the values of each image."""
-        arrays: dict[str, list[Any]] = {}
+    def _computed(self) -> Sequence[Any]:
+        arrays, seeds = dict[str, list[Any]](), dict[str, list[int | None]]()
         for model in self.content["models"]:
             arrays.setdefault(model["label"], []).append(np.load(self.folder / model["arrays"]))
-        measures = self.measures()
-        values = {each.name: {label: [seed[each.name] for seed in seeds] for label, seeds in arrays.items()} for each in measures}
-        return {(row.measure, row.first): row for row in arm_differences(measures, values, self.second, self.families())}
+            seeds.setdefault(model["label"], []).append(model["drawn_from"])
+        measures = [Measure(**each) for each in self.content["measures"]]
+        values = {
+            each.name: {label: [of_seed[each.name] for of_seed in of_arm] for label, of_arm in arrays.items() if each.name in of_arm[0]}
+            for each in measures
+        }
+        families = read_json(str(self.folder / "arrays" / "images.json"))["families"]
+        known = {label: of_arm for label, of_arm in seeds.items() if None not in of_arm and len(of_arm) == len(seeds[self.against]) > 1}
+        unpaired = [label for label, of_arm in known.items() if self.against in known and of_arm != known[self.against]]
+        return arm_differences(measures, values, self.against, np.unique(families, return_inverse=True)[1], unpaired)
 
-    def families(self) -> NDArray[np.int64]:
-        """The number of the family of each image [S]."""
-        run, keys = open_run(str(self.content["run"])), json.loads((self.folder / "arrays/images.json").read_text())["keys"]
-        names, numbers = read_families(run, str(self.content["split"])), dict[str, int]()
-        return np.array([numbers.setdefault(names.get(key) or f"image {key}", len(numbers)) for key in keys])
+    def table(self, chapter: str, rows: Rows) -> Iterator[str]:
+        """A row an arm, a column a measure; nothing where the report has no such chapter.
 
-    def table(self, chapter: str, found: Mapping[tuple[str, str], ArmDifference]) -> Iterator[str]:
-        """A table of a chapter: a row an arm, a column a measure; nothing where the report has no such chapter."""
-        measures = [each for each in self.measures() if each.chapter == chapter]
-        if not measures:
+        Left out are likelihoods along other arms' orders, as many as arms squared, and distances to reconstructions.
+        """
+        of_chapter = [each for each in self.content["measures"] if each["chapter"] == chapter]
+        shown = [each for each in of_chapter if not each["name"].startswith("nll/own of") and not each["name"].endswith("/decoded")]
+        if not shown:
             return
         means = {(each["measure"], each["label"]): each["figure"]["mean"] for each in self.content["figures"]}
-        yield f"\n### {chapter}: difference to {self.second} ({', '.join(dict.fromkeys(each.unit for each in measures))})\n"
-        yield _row(["arm", *(" ".join(part for part in each.name.split("/")[1:] if part != "heldout") for each in measures)])
-        yield _row(["---"] * (len(measures) + 1))
-        yield _row([f"{self.second}, itself", *(f"{means[each.name, self.second]:.3f}" for each in measures)])
+        yield f"\n### {chapter}: difference to {self.against} ({', '.join(dict.fromkeys(each['unit'] for each in shown))})\n"
+        yield _row(["arm", *(" ".join(part for part in each["name"].split("/")[1:] if part != "heldout") for each in shown)])
+        yield _row(["---"] * (len(shown) + 1))
+        yield _row([f"{self.against}, itself", *(f"{means[each['name'], self.against]:.3f}" for each in shown)])
         for label in self.labels:
-            if label != self.second:
-                yield _row([label, *(_cell(found[each.name, label], self.against is None) for each in measures)])
+            if label != self.against:
+                yield _row([label, *(_cell(rows[each["name"], label]) for each in shown)])
 
     def settings(self) -> Iterator[str]:
         """The settings that were chosen for each arm."""
@@ -115,12 +123,12 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(row: ArmDifference, corrected: bool) -> str:
-    figure = row.comparison.difference
-    interval = figure.over_both or figure.over_images
-    half = math.nan if interval is None else (interval.high - interval.low) / 2
-    star = "*" if corrected and row.p_holm is not None and row.p_holm < 0.05 else ""
-    return f"{figure.mean:+.3f} ± {half:.3f}{star}"
+def _cell(row: Mapping[str, Any]) -> str:
+    figure = row["comparison"]["difference"]
+    interval = figure["over_both"] or figure["over_images"]
+    half = math.nan if interval is None else (interval["high"] - interval["low"]) / 2
+    star = "*" if row["p_holm"] is not None and row["p_holm"] < 0.05 else ""
+    return f"{figure['mean']:+.3f} ± {half:.3f}{star}"
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def write_report(out: str, measured: Measured) -> None:
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # the names are never one of its options
         uri = join(out, model.arrays)
         open_storage(uri).write(uri, buffer.getvalue())
-    write_json(join(out, "arrays", "images.json"), {"split": results.split, "keys": measured.images.tokens.keys})
+    images = measured.images
+    write_json(join(out, "arrays", "images.json"), {"split": results.split, "keys": images.tokens.keys, "families": list(images.families)})
     uri = join(out, "index.html")
     open_storage(uri).write(uri, page.encode())
     write_json(join(out, REPORT), without_nan({"format": FORMAT, "call": measured.call, **asdict(results)}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from oar_scale.studies import flexibility_models
 from oar_scale.studies.flexibility import FlexibilityRequest, _plan
 from oar_scale.studies.flexibility_models import HeldoutImages, first_images, named_arms, sweep_images
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq, unit_to_pixels
-from tools.flexibility_tables import tables
+from tools import flexibility_tables
 
 IMAGES = 12
 
@@ -93,22 +94,6 @@ def test_figures_are_those_of_the_models_and_of_scipy(finished: Run, measured: P
     exact = stats.permutation_test((difference_S, 0 * difference_S), lambda a, b: np.mean(a - b), permutation_type="samples")
     assert row["comparison"]["p_images"] == pytest.approx(exact.pvalue, abs=1e-9), "12 images: all 4,096 flips are tried"
     assert row["comparison"]["p_images"] <= row["p_images_holm"] <= 1
-
-
-def test_tables_of_a_report_have_its_differences(measured: Path) -> None:
-    """In Markdown; and to another arm than the report has: the same number with the other sign."""
-    found = read_json(str(measured / "flexibility.json"))
-    (row,) = [each for each in found["differences"] if each["measure"] == "nll/random"]
-    mean, both = row["comparison"]["difference"]["mean"], row["comparison"]["difference"]["over_both"]
-    half, star = (both["high"] - both["low"]) / 2, "*" if row["p_holm"] < 0.05 else ""
-    (line,) = [each for each in tables(measured) if each.startswith("| ordered |") and f"| {mean:+.3f} ± {half:.3f}{star} |" in each]
-    columns = next(each for each in tables(measured) if each.startswith("| arm | random | random seen"))
-    assert line.count("|") == columns.count("|") and "own of" not in columns
-    turned = [each for each in tables(measured, "ordered") if each.startswith("| control |")]
-    assert f"| {-mean:+.3f} ± " in turned[0]
-    for wrong, message in (((measured, "nobody"), "There are: ordered, control"), ((measured / "pieces",), "no flexibility.json")):
-        with pytest.raises(UserError, match=message):
-            tables(*wrong)
 
 
 def test_a_call_that_was_stopped_goes_on_where_it_was(
@@ -270,6 +255,48 @@ def test_measured_images_of_one_family_have_no_distance(finished: Run) -> None:
     everything = replace(images, families=first_images(finished, "heldout", len(read_tokens(finished, "heldout").keys)).families)
     with pytest.raises(UserError, match=r"0 are of other families than the 4 that are measured"):
         sweep_images(everything)
+
+
+def test_tables_of_a_report_have_its_differences(
+    measured: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Markdown; to another arm than the report's it is the same number with the other sign, and nothing is corrected."""
+
+    def printed(*arguments: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["flexibility_tables.py", *arguments])
+        flexibility_tables.main()
+        return capsys.readouterr().out.splitlines()
+
+    found = read_json(str(measured / "flexibility.json"))
+    (row,) = [each for each in found["differences"] if each["measure"] == "nll/random"]
+    mean, both = row["comparison"]["difference"]["mean"], row["comparison"]["difference"]["over_both"]
+    lines = printed(str(measured))
+    columns = next(line for line in lines if line.startswith("| arm | random | random seen |"))
+    of_arm = lines[lines.index(columns) + 3]
+    assert of_arm.startswith(f"| ordered | {mean:+.3f} ± {(both['high'] - both['low']) / 2:.3f}") and "own of" not in columns
+    assert of_arm.count("|") == columns.count("|")
+
+    shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
+    found = read_json(str(tmp_path / "flexibility.json"))
+    for row in found["differences"]:
+        row["p_holm"] = 0.04 if row["measure"] == "samples/random/heldout" else 0.2
+    (tmp_path / "flexibility.json").write_text(json.dumps(found))
+    mean = next(row for row in found["differences"] if row["measure"] == "samples/random/heldout")["comparison"]["difference"]["mean"]
+    for arguments in ((), ("--against", "control")):
+        (marked,) = [line for line in printed(str(tmp_path), *arguments) if "*" in line]
+        assert re.match(rf"\| ordered \| {re.escape(f'{mean:+.3f}')} ± [\d.]+\* \|", marked) and marked.count("*") == 1
+    turned = printed(str(tmp_path), "--against", "ordered")
+    assert any(line.startswith(f"| control | {-mean:+.3f} ± ") for line in turned) and not any("*" in line for line in turned)
+
+    found["format"] = FORMAT - 1
+    (tmp_path / "flexibility.json").write_text(json.dumps(found))
+    for arguments, message in (
+        ((str(measured), "--against", "nobody"), "There are: ordered, control"),
+        ((str(measured / "pieces"),), "no flexibility.json"),
+        ((str(tmp_path),), f"of format {FORMAT - 1}"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            printed(*arguments)
 
 
 def test_the_page_shows_every_table_and_picture(drawn: Path, measured: Path) -> None:
