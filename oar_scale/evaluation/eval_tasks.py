@@ -115,6 +115,7 @@ class LikelihoodTask:
         table = nll_table(model, codes, cond_inputs, orders, batch)
         if self.own is not None:
             table |= prediction_table(model, codes, cond_inputs, orders["own max_prob"], batch)
+            del table["nll"]  # which is there as that of the order
         if self.other_cond_inputs_S is not None:
             other = nll_table(model, codes, torch.from_numpy(self.other_cond_inputs_S), {"random": orders["random"]}, batch)
             table["shuffled captions"] = other["random"]

@@ -58,18 +58,18 @@ def nll_table(model: AnyOrderModel, codes_SN: Tensor, cond_inputs_S: Tensor, ord
 
 @torch.no_grad()
 def prediction_table(model: AnyOrderModel, codes_SN: Tensor, cond_inputs_S: Tensor, order_SN: Tensor, batch: int) -> dict[str, Tensor]:
-    """How sure a model is along an order, and how often rightly so.
+    """The likelihood along an order, how sure the model is there, and how often rightly so; for the price of the likelihood alone.
 
     Args:
         codes_SN, cond_inputs_S, batch: as :func:`nll_table`.
         order_SN: a permutation of the cells for each image.
 
     Returns:
-        float64 [S] on the CPU, means over an image's cells: ``entropy`` of the predictions in nats, ``top probability`` of the most likely
-        code, ``top accuracy``, the share of cells where that is the image's own.
+        float64 [S] on the CPU, means over an image's cells: ``nll`` of its codes in nats, as by :func:`nll_table`; ``entropy`` of the
+        predictions in nats; ``top probability`` of the most likely code; ``top accuracy``, the share of cells where that is the image's.
     """
     device = model.tok_embeddings.weight.device
-    table = {name: torch.zeros(len(codes_SN), dtype=torch.float64) for name in ("entropy", "top probability", "top accuracy")}
+    table = {name: torch.zeros(len(codes_SN), dtype=torch.float64) for name in ("nll", "entropy", "top probability", "top accuracy")}
     for start in range(0, len(codes_SN), batch):
         part = slice(start, start + batch)
         codes_BN, order_BN = codes_SN[part].to(device), order_SN[part].to(device)
@@ -77,10 +77,12 @@ def prediction_table(model: AnyOrderModel, codes_SN: Tensor, cond_inputs_S: Tens
         for step in range(codes_BN.shape[1]):  # one cell of each image at a time: the logits of all cells need not exist together
             log_p_BV = model.output(rows_BND[:, step]).float().log_softmax(-1)
             top_B, code_B = log_p_BV.max(-1)
+            own_B1 = codes_BN.gather(1, order_BN[:, step, None])
             of_step = {
+                "nll": -log_p_BV.gather(1, own_B1)[:, 0],
                 "entropy": -(log_p_BV.exp() * log_p_BV).sum(-1),
                 "top probability": top_B.exp(),
-                "top accuracy": code_B == codes_BN.gather(1, order_BN[:, step, None])[:, 0],
+                "top accuracy": code_B == own_B1[:, 0],
             }
             for name, value_B in of_step.items():
                 table[name][part] += value_B.double().cpu() / codes_BN.shape[1]

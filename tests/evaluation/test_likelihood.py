@@ -58,6 +58,7 @@ def test_predictions_are_those_of_the_logits_whatever_the_batch() -> None:
     model = small_model()
     codes, text, order = random_codes(model, 5), random_text(model, 5), random_orders(5, 9, seed=1)
     table = prediction_table(model, codes, text, order, batch=2)
+    torch.testing.assert_close(table["nll"], nll_table(model, codes, text, {"given": order}, batch=5)["given"], rtol=1e-6, atol=1e-6)
     p = model(codes, order, model.condition(text)).softmax(-1)
     top, code = p.max(-1)
     torch.testing.assert_close(table["entropy"], -(p * p.log()).sum(-1).double().mean(1), rtol=1e-5, atol=1e-6)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from oar_scale.evaluation.eval_tasks import Ints, Precision, condition_of, here
 from oar_scale.evaluation.flexibility.pieces import Arrays, NetworkFile, Piece, in_parts
 from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, Source
-from oar_scale.evaluation.likelihood import nll_table, prediction_table
+from oar_scale.evaluation.likelihood import prediction_table
 from oar_scale.orders.extraction import extract_orders
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.results.flexibility import Measure, Role
@@ -72,11 +72,9 @@ class NllPiece:
         return f"{self.model.where}: likelihood"
 
     def run(self) -> Arrays:
-        """``nll`` [S], nats a code; those of :func:`~oar_scale.evaluation.likelihood.prediction_table`; ``gap``: nll - entropy."""
+        """Those of :func:`~oar_scale.evaluation.likelihood.prediction_table`, [S]; ``gap``: nll - entropy."""
         model, codes, order = self.model.model(), torch.from_numpy(self.codes_SN), torch.from_numpy(self.order_SN.astype(np.int64))
-        cond_inputs = torch.from_numpy(self.cond_inputs_S)
-        nll = nll_table(model, codes, cond_inputs, {"nll": order}, len(codes))
-        table = nll | prediction_table(model, codes, cond_inputs, order, len(codes))
+        table = prediction_table(model, codes, torch.from_numpy(self.cond_inputs_S), order, len(codes))
         return {name: each_S.numpy() for name, each_S in table.items()} | {"gap": (table["nll"] - table["entropy"]).numpy()}
 
 
