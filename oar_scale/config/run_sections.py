@@ -26,6 +26,11 @@ def why_not_drawn(score: Score) -> str:
     return "takes thousands of passes for each image: orders can be extracted by it"
 
 
+def is_guided(guidance: float, schedule: GuidanceSchedule, start: float | None) -> bool:
+    """Whether drawing also asks the model without the condition (classifier-free guidance): under a schedule the start decides, too."""
+    return guidance != 1 or (schedule != "constant" and start not in (None, 1))
+
+
 WANDB_REFUSES = "/\\#?%:"
 """Characters that no project of W&B has in its name."""
 
@@ -83,6 +88,11 @@ class ExtractConfig(Section):
         """The number of actors that extraction has at most."""
         return bounds(self.actors)[1]
 
+    @property
+    def guided(self) -> bool:
+        """Whether the model is also asked without the condition (classifier-free guidance)."""
+        return self.guidance != 1
+
     @model_validator(mode="before")
     @classmethod
     def _without_removed(cls, given: object) -> object:
@@ -109,7 +119,7 @@ class ExtractConfig(Section):
 
     def _looks_ahead(self) -> None:
         """Raises RecipeConflict for what score ``info_gain`` cannot do."""
-        if self.guidance != 1:
+        if self.guided:
             raise RecipeConflict("extract.guidance", "score info_gain is of the conditional model alone.\nSet 1, or another score.")
         if self.first_cell != "free":
             raise RecipeConflict("extract.first_cell", "score info_gain compares all empty cells.\nSet first_cell: free, or another score.")
@@ -162,6 +172,11 @@ class SampleConfig(Section):
     """Passes for an image, later ones placing more cells at once without knowing those beside them. Default: a cell a pass."""
     draft: Operational[int] = Field(0, ge=0, le=LARGEST_SETTING)
     """Cells of a given order that are drafted ahead and verified in one pass: the same images in fewer passes."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model is also asked without the condition (:func:`is_guided`)."""
+        return is_guided(self.guidance, self.guidance_schedule, self.guidance_start)
 
     @model_validator(mode="after")
     def _choices(self) -> SampleConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import cast, get_args
 
-from oar_scale.config.run_sections import LARGEST_SETTING, SAMPLE_SCORES, why_not_drawn
+from oar_scale.config.run_sections import LARGEST_SETTING, SAMPLE_SCORES, is_guided, why_not_drawn
 from oar_scale.config.schema import GuidanceSchedule, SampleConfig, Score
 from oar_scale.text import shown
 
@@ -73,7 +73,7 @@ class SampleSettings:
     @property
     def guided(self) -> bool:
         """Whether the model is also evaluated without the condition (classifier-free guidance)."""
-        return self.guidance != 1 or (self.guidance_schedule != "constant" and self.guidance_start not in (None, 1))
+        return is_guided(self.guidance, self.guidance_schedule, self.guidance_start)
 
     def scale(self, placed: int, cells: int) -> float:
         """Guidance scale once ``placed`` of the cells have their codes."""

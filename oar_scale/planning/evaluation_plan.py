@@ -57,11 +57,11 @@ def drawing_cost(case: Case, batch: int) -> DrawingCost:
     Orders that are known only after some cells (``order-head``) are counted as given ones, drafts as one cell a pass.
     """
     spec, sample, precision = case.spec, case.recipe.sample, case.recipe.parallel.precision
-    guided, sizes = sample.guidance != 1, cells_per_step(spec.cells, sample.steps)
-    steps = drawing_steps(spec, sizes, guided=guided, ordered=sample.order not in (None, "confidence"))
+    sizes = cells_per_step(spec.cells, sample.steps)
+    steps = drawing_steps(spec, sizes, guided=sample.guided, ordered=sample.order not in (None, "confidence"))
     weights = (case.parameters.blocks + spec.vocab_size * spec.dim) * BYTES[precision]
     of_row = spec.layers * 2 * (spec.kv_heads or spec.heads) * spec.head_dim * BYTES[precision]
-    branches, at_once = batch * (1 + guided), ROWS_AT_ONCE["cpu" if case.cluster.on_cpu else "cuda"]
+    branches, at_once = batch * (1 + sample.guided), ROWS_AT_ONCE["cpu" if case.cluster.on_cpu else "cuda"]
     computing = reading = 0.0
     for step in steps:
         loads = -(-branches // max(1, at_once // max(1, step.rows)))
@@ -128,8 +128,8 @@ def plan_evaluation(case: Case) -> EvaluationPlan | None:
     own = models * scored * OWN_ORDERS * plain_order_flops(case)
     likelihoods = (1 + models * NLL_PASSES) * scored * forward_flops(spec)
     # By brute force N (N + 1) / 2 passes over prefixes that are a third as long on average. One process does it, in float32.
-    guided = recipe.extract.guidance != 1
-    brute = BRUTE_FORCE_IMAGES * (order_flops(case) + (1 + guided) * forward_flops(spec) * spec.cells * (spec.cells + 1) / 6)
+    branches = 1 + recipe.extract.guided
+    brute = BRUTE_FORCE_IMAGES * (order_flops(case) + branches * forward_flops(spec) * spec.cells * (spec.cells + 1) / 6)
     busy_s = models * drawn * drawing.seconds + own / case.decoding_rate + (likelihoods + brute) / case.float32_rate
     gpus = min(case.cluster.per_node, case.workers * case.gpus_per_worker)
     processes, on = (recipe.parallel.max_workers, "CPUs") if case.cluster.on_cpu else (gpus, "GPUs")

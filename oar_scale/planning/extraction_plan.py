@@ -80,7 +80,8 @@ def plan_actors(case: Case) -> ActorPlan | None:
         count = min(count, case.recipe.extract.max_actors)
     computing = -(-count // sharing)
     held = computing if each <= 1 else math.ceil(count * each)
-    limit, needs = cluster.memory / sharing, partial(actor_memory, spec, case.recipe.parallel, guided=_guided(case), assumed=case.assumed)
+    guided, limit = case.recipe.extract.guided, cluster.memory / sharing
+    needs = partial(actor_memory, spec, case.recipe.parallel, guided=guided, assumed=case.assumed)
     return ActorPlan(
         count=count,
         gpus_per_actor=each,
@@ -171,7 +172,7 @@ def actor_memory(spec: ModelSpec, parallel: ParallelConfig, batch: int, *, guide
 def order_flops(case: Case) -> int:
     """Operations to find one order with the recipe's settings."""
     config = case.recipe.extract
-    flops = plain_order_flops(case, guided=_guided(case))
+    flops = plain_order_flops(case, guided=config.guided)
     if config.score == "info_gain":
         sizes = step_sizes(config, case.spec.cells)
         flops += look_ahead_flops(case.spec, sizes, config.info_gain_samples, config.info_gain_candidates)
@@ -182,10 +183,6 @@ def plain_order_flops(case: Case, *, guided: bool = False) -> int:
     """Operations to find one order by a score that does not look ahead, else with the recipe's settings."""
     config, cells = case.recipe.extract, case.spec.cells
     return extraction_flops(case.spec, guided=guided, sizes=step_sizes(config, cells), first_given=config.first_cell != "free")
-
-
-def _guided(case: Case) -> bool:
-    return case.recipe.extract.guidance != 1
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

@@ -45,6 +45,13 @@ def test_drawing_by_confidence_is_limited_by_computing() -> None:
         assert cost.seconds == pytest.approx(computing + DECODING_S, rel=0.01) and cost.reading_share < 0.03
 
 
+def test_a_schedule_that_starts_elsewhere_is_planned_as_guidance() -> None:
+    """Its first cells are guided although its last one is not; one that begins and ends at 1 is no guidance."""
+    by_schedule = ("sample.guidance=1", "sample.guidance_schedule=linear")
+    assert drawn(*by_schedule, "sample.guidance_start=3") == drawn("sample.guidance=2")
+    assert drawn(*by_schedule) == drawn("sample.guidance=1") != drawn("sample.guidance=2")
+
+
 @pytest.mark.parametrize("batch", [1, 32])
 def test_drawing_along_a_given_order_is_limited_by_memory(batch: int) -> None:
     """Each step reads the weights, and keys and values of condition, questions and codes: 1 + 2 t rows at step t, 256^2 in all."""
