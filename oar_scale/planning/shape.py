@@ -158,4 +158,5 @@ def training_images(recipe: Recipe, given: int | None, assumed: Assumptions) -> 
         return None
     if isinstance(source, OpenMojiSource) and source.limit is not None:
         known = min(known, source.limit)
-    return Images(round(known * recipe.data.train_fraction), "the data set, without the share held out")
+    left_out = "shares held out and kept for a test" if recipe.data.test_fraction else "share held out"
+    return Images(round(known * recipe.data.train_fraction), f"the data set, without the {left_out}")

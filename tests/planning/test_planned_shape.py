@@ -82,6 +82,9 @@ def test_images_kept_for_a_test_are_not_trained_on() -> None:
     recipe = load_recipe(str(RECIPES / "emoji.yaml"))
     images = training_images(recipe, None, read_assumptions())
     assert recipe.data.test_fraction == 0.1 and images is not None and images.count == round(0.8 * 10856)
+    assert images.source == "the data set, without the shares held out and kept for a test"
+    without = training_images(load_recipe(str(RECIPES / "emoji.yaml"), ["data.test_fraction=0"]), None, read_assumptions())
+    assert without is not None and (without.count, without.source) == (round(0.9 * 10856), "the data set, without the share held out")
 
 
 def test_the_shards_of_a_run_know_better_than_a_table(tmp_path: Path) -> None:
