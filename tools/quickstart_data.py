@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a recipe whose data.source is a table with families")
     parser.add_argument("target", type=Path, help="the Parquet file to write")
-    parser.add_argument("--share", type=float, default=0.2, help="of the families; default: %(default)s")
+    parser.add_argument("--share", type=float, default=0.2, help="of the families, above 0 and at most 1; default: %(default)s")
     arguments = parser.parse_args()
     try:
         write(arguments.recipe, arguments.target, arguments.share)
@@ -39,11 +39,19 @@ def main() -> None:
 
 
 def write(recipe: str, target: Path, share: float) -> None:
-    """Write the Parquet file, and say what is in it. Raises UserError: the recipe's source is no table with families, or cannot be read."""
+    """Write the Parquet file, and say what is in it.
+
+    Raises:
+        UserError: no share, or one with no drawing; the recipe's source is no table with families, or cannot be read. Nothing is written.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"--share {share:g}: it is of the families, above 0 and at most 1, which takes all. Give one such as 0.2.")
     data = load_recipe(recipe).data
     if not isinstance(data.source, TableSource) or not data.source.family:
         raise UserError(f"{recipe}: data.source is no table with families. Name a recipe with type: table and the field family.")
     rows = pack(data.source, data.image_size, share)
+    if not rows.num_rows:
+        raise UserError(f"--share {share:g}: no family of {data.source.path} falls into it. Give a larger one.")
     with atomic_file(str(target)) as file:
         pq.write_table(rows, file, compression="none", use_dictionary=["family", "name"])
     print(f"{target}: {rows.num_rows} drawings of {len(set(rows['family'].to_pylist()))} families")

@@ -81,6 +81,15 @@ def test_a_recipe_without_families_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "emoji.parquet").exists()
 
 
+@pytest.mark.parametrize("share", [0, -0.5, 7, float("nan"), 1e-9])
+def test_a_share_without_drawings_leaves_the_file_as_it_was(tmp_path: Path, share: float) -> None:
+    target = tmp_path / "emoji.parquet"
+    target.write_bytes(b"as it was")
+    with pytest.raises(UserError, match=rf"--share {share:g}: (it is of the families, above 0|no family of .*table\.csv falls into it)"):
+        quickstart_data.write(emoji_recipe(tmp_path / "full"), target, share)
+    assert target.read_bytes() == b"as it was"
+
+
 # -- recognition ---------------------------------------------------------------------------------------------------------------
 
 
