@@ -10,6 +10,7 @@ replaced by at scale. Files lie where ``oar run`` would put them: shards, order 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ from oar_scale.data.manifest import read_manifest, write_manifest
 from oar_scale.data.prepare import prepare_images
 from oar_scale.data.shards import TokenShard, read_token_shard
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
+from oar_scale.errors import UserError
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, order_map, png, step_of_cell, upscale
 from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
@@ -165,23 +167,30 @@ def draw(recipe: Recipe, prompts: PromptEncoder, out: Path) -> Path:
 
 
 def main() -> None:
-    """Run the six steps."""
+    """Read the command line, and run the six steps."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder of the run; made anew")
     parser.add_argument("images", nargs="?", help="folder of captioned images; default: OpenMoji drawings")
     parser.add_argument("--count", type=int, default=160, help="drawings, where no folder is given")
     parser.add_argument("--steps", type=int, default=300, help="of pretraining; fine-tuning takes a third of them")
     args = parser.parse_args()
-    recipe = make_recipe(args.out, args.images, args.count, args.steps)
-    tokenize(recipe, args.out)
-    prompts = load_prompts(recipe.tokenizer.text, str(args.out / "tokenizers"))
-    new_model(recipe, prompts, args.out)
-    train(recipe, "pretrain", args.out, "base", "any_order")
+    try:
+        run(make_recipe(args.out, args.images, args.count, args.steps), args.out)
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def run(recipe: Recipe, out: Path) -> None:
+    """Run the six steps."""
+    tokenize(recipe, out)
+    prompts = load_prompts(recipe.tokenizer.text, str(out / "tokenizers"))
+    new_model(recipe, prompts, out)
+    train(recipe, "pretrain", out, "base", "any_order")
     print("extraction")
-    extract(recipe, prompts, args.out)
-    train(recipe, "finetune", args.out, "any_order", "ordered")
+    extract(recipe, prompts, out)
+    train(recipe, "finetune", out, "any_order", "ordered")
     print("pictures")
-    print(f"  {draw(recipe, prompts, args.out)}")
+    print(f"  {draw(recipe, prompts, out)}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ import oar_scale
 from oar_scale.data.hashing import device_permutations
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.open_shard import ImageShard
+from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel
 from oar_scale.orders.analysis.statistics import kendall_distance
 from oar_scale.orders.extraction import extract_orders, scores_along
@@ -38,9 +40,22 @@ def main() -> None:
     parser.add_argument("images", help="a folder of image shards that the model was not trained on")
     parser.add_argument("--images", dest="count", type=int, default=128)
     request = parser.parse_args()
-    model = oar_scale.load(request.model)
-    assert model.vq is not None, "it encodes images"
-    prompts, pixels = read_images(request.images, request.count, model.vq.spec.image_size)
+    try:
+        measure(request.model, request.images, request.count)
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def measure(name: str, images: str, count: int) -> None:
+    """Print a line for each kind of order, over all images and over the least symmetric half.
+
+    Raises:
+        UserError: no such model or images, or a model without an image tokenizer.
+    """
+    model = oar_scale.load(name)
+    if model.vq is None:
+        raise UserError(f"{name}: there is no image tokenizer, which encodes the images. Name a model with one.")
+    prompts, pixels = read_images(images, count, model.vq.spec.image_size)
     condition_STD = model.condition(model.encode(prompts))
     codes = [torch.cat([model.vq.encode(pixels_to_unit(part)) for part in each.split(BATCH)]) for each in (pixels, pixels.flip(2))]
     plain_SN, own_SN = (orders(model.model, codes_SN, condition_STD) for codes_SN in codes)
