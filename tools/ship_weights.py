@@ -1,6 +1,6 @@
 """Export a finished run's any-order model with its tokenizers to a folder of weights, with how they were made beside them.
 
-    python tools/ship_weights.py runs/emoji recipes/weights/emoji
+    python tools/ship_weights.py runs/emoji runs/emoji-weights
 
 writes what ``oar checkpoint export RUN --model any_order`` writes, with matrices in bfloat16; the recipe and the curves of both trainings
 into its ``history.json``; and ``curves.png``.
