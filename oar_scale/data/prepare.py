@@ -76,7 +76,7 @@ def prepare_images(
             continue
         for reason in result.changed:
             notes.add(reason, image.name)
-        if splits[split_of(image, config)].add(result.sample, image.family):
+        if splits[_split_of(image, config)].add(result.sample, image.family):
             report(done, len(images))
             bad.check(done)
     bad.check(len(images))
@@ -108,10 +108,10 @@ def splits_of(config: DataConfig) -> tuple[str, ...]:
 
 def images_of_split(config: DataConfig, split: str) -> list[SourceImage]:
     """The images of the recipe's source that fall into a split, in the order of the source; none has been read yet."""
-    return [image for image in open_source(config.source).images() if split_of(image, config) == split]
+    return [image for image in open_source(config.source).images() if _split_of(image, config) == split]
 
 
-def split_of(image: SourceImage, config: DataConfig) -> str:
+def _split_of(image: SourceImage, config: DataConfig) -> str:
     """The split of an image: a hash of its family (``data.split_by: family``) or its name decides, whatever other images there are."""
     unit = image.family if config.split_by == "family" and image.family else image.name
     place = name_hash(unit, "heldout")

@@ -226,7 +226,7 @@ def _orders(plan: RunPlan) -> Iterator[str]:
     if plan.actors and (stage := plan.extraction):
         load = stage.load
         yield f"  {stage.orders:,} orders of {stage.flops_per_order / 1e12:,.2f} TF each: {stage.images_per_s:,.1f} images/s"
-        yield (f"  {_cost(plan, stage)}; {stage.failures:,.1f} failures expected, each of which costs the shards of its node's actors")
+        yield f"  {_cost(plan, stage)}; {stage.failures:,.1f} failures expected, each of which costs the shards of its node's actors"
         yield f"  {stage.shards:,} shards of {_seconds(stage.shard_s)} each; tables of {gb(stage.order_bytes)} GB before compression"
         yield (
             f"  storage: {load.requests:,} requests ({load.gets:,} GET, {load.puts:,} PUT, {load.deletes:,} DELETE), "
