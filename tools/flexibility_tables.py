@@ -85,7 +85,11 @@ class Report:
             each.name: {label: [of_seed[each.name] for of_seed in of_arm] for label, of_arm in arrays.items() if each.name in of_arm[0]}
             for each in measures
         }
-        families = read_json(str(self.folder / "arrays" / "images.json"))["families"]
+        families = read_json(str(self.folder / "arrays" / "images.json")).get("families")
+        if families is None:
+            raise UserError(
+                f"{self.folder}: written by an earlier version, without the images' families. Run oar evaluate --flexibility again."
+            )
         known = {label: of_arm for label, of_arm in seeds.items() if None not in of_arm and len(of_arm) == len(seeds[self.against]) > 1}
         unpaired = [label for label, of_arm in known.items() if self.against in known and of_arm != known[self.against]]
         return arm_differences(measures, values, self.against, np.unique(families, return_inverse=True)[1], unpaired)

@@ -288,6 +288,12 @@ def test_tables_of_a_report_have_its_differences(
     turned = printed(str(tmp_path), "--against", "ordered")
     assert any(line.startswith(f"| control | {-mean:+.3f} ± ") for line in turned) and not any("*" in line for line in turned)
 
+    images = read_json(str(tmp_path / "arrays" / "images.json"))
+    del images["families"]
+    (tmp_path / "arrays" / "images.json").write_text(json.dumps(images))
+    with pytest.raises(SystemExit, match="by an earlier version"):
+        printed(str(tmp_path), "--against", "ordered")
+
     found["format"] = FORMAT - 1
     (tmp_path / "flexibility.json").write_text(json.dumps(found))
     for arguments, message in (
