@@ -49,9 +49,10 @@ class Cell(NamedTuple):
     """A figure of a table."""
 
     mean: str
-    intervals: tuple[str, ...]
     difference: str
-    """To the arm that the others are compared with; empty where there is none."""
+    """To the arm that the others are compared with, with half its interval; empty where there is none."""
+    details: tuple[str, ...]
+    """The intervals of both, and p: shown on request."""
     verdict: str
     """``better`` or ``worse`` where the difference holds after correction, for the page's colours."""
 
@@ -159,7 +160,7 @@ def _pooled(found: Comparison) -> bool:
 def _table(results: FlexibilityResults, title: str, measures: Sequence[Measure], drop: str = "") -> Table:
     figures = {(each.label, each.measure): each.figure for each in results.figures}
     differences = {(each.first, each.measure): each for each in results.differences}
-    units = {measure.unit for measure in measures}
+    units, measures = {measure.unit for measure in measures}, sorted(measures, key=lambda measure: measure.role != "primary")
     rows = []
     for label in dict.fromkeys(model.label for model in results.models):
         cells: list[Cell | None] = []
@@ -169,9 +170,12 @@ def _table(results: FlexibilityResults, title: str, measures: Sequence[Measure],
             if figure is None:
                 cells.append(None)
                 continue
-            intervals = (_interval(figure.over_images, "images"), _interval(figure.over_seeds, "seeds"))
-            text, verdict = (_difference(difference), _verdict(difference, measure.better)) if difference else ("", "")
-            cells.append(Cell(number(figure.mean), tuple(each for each in intervals if each), text, verdict))
+            details = [_interval(figure.over_images, "images"), _interval(figure.over_seeds, "seeds")]
+            text, verdict = "", ""
+            if difference is not None:
+                text, verdict = _difference(difference), _verdict(difference, measure.better)
+                details.append(_difference_details(difference))
+            cells.append(Cell(number(figure.mean), text, tuple(each for each in details if each), verdict))
         rows.append((label, tuple(cells)))
     one = units.pop() if len(units) == 1 else ""
     columns = tuple(
@@ -191,9 +195,15 @@ def _low_high(interval: Interval | None, text: Callable[[float], str] = signed) 
 
 def _difference(row: ArmDifference) -> str:
     found = row.comparison.difference
-    beside = [_low_high(found.over_both or found.over_images), f"p {_p(row.p_holm)}" if row.p_holm is not None else ""]
+    interval = found.over_both or found.over_images
+    return signed(found.mean) + ("" if interval is None else f" ± {number((interval.high - interval.low) / 2)}")
+
+
+def _difference_details(row: ArmDifference) -> str:
+    found = row.comparison.difference
+    beside = [f"difference {_low_high(found.over_both or found.over_images)}", f"p {_p(row.p_holm)}" if row.p_holm is not None else ""]
     beside += ["own spread"] if row.unstable else []
-    return f"{signed(found.mean)} ({'; '.join(each for each in beside if each)})"
+    return "; ".join(each for each in beside if each)
 
 
 def _verdict(row: ArmDifference, better: Better) -> str:

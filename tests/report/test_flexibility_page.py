@@ -13,8 +13,8 @@ from oar_scale.results.flexibility import FlexibilityResults, Measure, MeasuredM
 
 FAMILIES = np.arange(9)
 MEASURES = (
-    Measure("nll/own", "its own", "nats a code", "lower", "likelihood", "primary"),
     Measure("nll/raster", "raster", "nats a code", "lower", "likelihood"),
+    Measure("nll/own", "its own", "nats a code", "lower", "likelihood", "primary"),
 )
 
 
@@ -47,8 +47,9 @@ def test_differences_that_are_judged_by_their_own_spread_are_marked(unstable: st
         features="efflite0",
     )
     text = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", render_flexibility(results, FlexibilityPictures([], [], [], {}, {}))))
+    assert text.index("its own (primary)") < text.index("raster") < text.index("Models"), "the primary question first"
     assert says in text and "is told by all arms together" in text
     assert ("degrees of freedom), as far as they vary alike" in text) == (unstable != "b"), "no difference rests on all arms"
     marked = {"e": 1, "b": 5, "": 0}[unstable]
     assert text.count("(own spread)") == 2 * marked, "of the primary table: over both, and over seeds"
-    assert text.count("; own spread)") == 2 * marked, "of the cells of both measures"
+    assert text.count("; own spread ") == 2 * marked, "of the cells of both measures"

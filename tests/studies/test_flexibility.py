@@ -316,6 +316,7 @@ def test_the_page_shows_every_table_and_picture(drawn: Path, measured: Path) -> 
     page = (measured / "index.html").read_text()
     assert (
         "over seeds (Student" in page
+        and re.search(r'class="muted">[−+][\d.]+ ± [\d.]+</span>\s*<span class="detail muted">images [\d.]+ to', page)
         and "those of control (not tested)" in page
         and "its own (primary)" in page
         and "data:image/png" not in page
