@@ -21,7 +21,8 @@ import numpy as np
 
 from oar_scale.errors import UserError
 from oar_scale.evaluation.flexibility.comparison import arm_differences
-from oar_scale.results.flexibility import FORMAT, Measure
+from oar_scale.results.flexibility import FORMAT, Measure, MeasuredModel, unpaired_arms
+from oar_scale.results.statistics import Interval
 from oar_scale.storage import Missing, read_json
 from oar_scale.studies.flexibility_results import REPORT
 
@@ -76,10 +77,10 @@ class Report:
         return {(row["measure"], row["first"]): row for row in rows}
 
     def _computed(self) -> Sequence[Any]:
-        arrays, seeds = dict[str, list[Any]](), dict[str, list[int | None]]()
-        for model in self.content["models"]:
-            arrays.setdefault(model["label"], []).append(np.load(self.folder / model["arrays"]))
-            seeds.setdefault(model["label"], []).append(model["drawn_from"])
+        models = [MeasuredModel(**each) for each in self.content["models"]]
+        arrays = dict[str, list[Any]]()
+        for model in models:
+            arrays.setdefault(model.label, []).append(np.load(self.folder / model.arrays))
         measures = [Measure(**each) for each in self.content["measures"]]
         values = {
             each.name: {label: [of_seed[each.name] for of_seed in of_arm] for label, of_arm in arrays.items() if each.name in of_arm[0]}
@@ -90,9 +91,9 @@ class Report:
             raise UserError(
                 f"{self.folder}: written by an earlier version, without the images' families. Run oar evaluate --flexibility again."
             )
-        known = {label: of_arm for label, of_arm in seeds.items() if None not in of_arm and len(of_arm) == len(seeds[self.against]) > 1}
-        unpaired = [label for label, of_arm in known.items() if self.against in known and of_arm != known[self.against]]
-        return arm_differences(measures, values, self.against, np.unique(families, return_inverse=True)[1], unpaired)
+        return arm_differences(
+            measures, values, self.against, np.unique(families, return_inverse=True)[1], unpaired_arms(models, self.against)
+        )
 
     def table(self, chapter: str, rows: Rows) -> Iterator[str]:
         """A row an arm, a column a measure; nothing where the report has no such chapter.
@@ -130,7 +131,7 @@ def _row(cells: Sequence[str]) -> str:
 def _cell(row: Mapping[str, Any]) -> str:
     figure = row["comparison"]["difference"]
     interval = figure["over_both"] or figure["over_images"]
-    half = math.nan if interval is None else (interval["high"] - interval["low"]) / 2
+    half = math.nan if interval is None else Interval(**interval).half
     star = "*" if row["p_holm"] is not None and row["p_holm"] < 0.05 else ""
     return f"{figure['mean']:+.3f} ± {half:.3f}{star}"
 

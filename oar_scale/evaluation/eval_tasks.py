@@ -112,10 +112,11 @@ class LikelihoodTask:
                 settings = replace(self.own, score=score, guidance=1.0)
                 orders[f"own {score}"] = extract_orders(finder, codes, condition, settings, self.target.images).order_BN
         model, batch = self.target.open(), len(codes)
+        generated_SN = orders.pop("own max_prob", None)  # measured with its predictions, in one pass
         table = nll_table(model, codes, cond_inputs, orders, batch)
-        if self.own is not None:
-            table |= prediction_table(model, codes, cond_inputs, orders["own max_prob"], batch)
-            del table["nll"]  # which is there as that of the order
+        if generated_SN is not None:
+            predictions = prediction_table(model, codes, cond_inputs, generated_SN, batch)
+            table |= {"own max_prob": predictions.pop("nll")} | predictions
         if self.other_cond_inputs_S is not None:
             other = nll_table(model, codes, torch.from_numpy(self.other_cond_inputs_S), {"random": orders["random"]}, batch)
             table["shuffled captions"] = other["random"]

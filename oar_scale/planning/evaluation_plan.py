@@ -28,8 +28,8 @@ SAMPLES = 50_000
 """Images of a published distance on ImageNet (docs/evaluation.md)."""
 PICTURES_AT_ONCE = 32
 """``oar sample --batch``."""
-NLL_PASSES = 6
-"""Forward passes for the likelihoods of an image: random and raster orders, the model's own by two scores, their predictions, and captions
+NLL_PASSES = 5
+"""Forward passes for the likelihoods of an image: random and raster orders, the model's own by two scores, and captions
 of other images (``evaluation/eval_tasks.py``)."""
 OWN_ORDERS = 2
 """Orders that each model finds for an image whose likelihood is taken: one for each of ``eval_tasks.OWN_SCORES``, unguided."""

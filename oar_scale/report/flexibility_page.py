@@ -196,7 +196,7 @@ def _low_high(interval: Interval | None, text: Callable[[float], str] = signed) 
 def _difference(row: ArmDifference) -> str:
     found = row.comparison.difference
     interval = found.over_both or found.over_images
-    return signed(found.mean) + ("" if interval is None else f" ± {number((interval.high - interval.low) / 2)}")
+    return signed(found.mean) + ("" if interval is None else f" ± {number(interval.half)}")
 
 
 def _difference_details(row: ArmDifference) -> str:

@@ -28,7 +28,7 @@ from oar_scale.config.schema import (
     WebDatasetSource,
 )
 from oar_scale.json_object import JsonObject
-from oar_scale.registry import STAGES, kind_of
+from oar_scale.registry import STAGES
 from oar_scale.report.report_data import DataMetadata, ModelMetadata, RunMetadata, StageRow
 from oar_scale.results.examples import TokenizerMetadata
 from oar_scale.run.context import Run
@@ -62,7 +62,7 @@ def run_metadata(run: Run, markers: Mapping[str, Marker]) -> RunMetadata:
         recipe_name=run.recipe.name,
         seed=run.recipe.seed,
         started=datetime.fromtimestamp(started),
-        duration_s=sum(_seconds(name, marker) for name, marker in markers.items()),
+        duration_s=sum(float(marker["seconds"]) for marker in markers.values()),
         machine=_machine(),
         software=_software(),
         command=f"oar run {os.path.relpath(run.local('recipe.yaml'))}",
@@ -71,13 +71,7 @@ def run_metadata(run: Run, markers: Mapping[str, Marker]) -> RunMetadata:
 
 def stage_rows(run: Run, markers: Mapping[str, Marker]) -> tuple[StageRow, ...]:
     """A row for each finished stage: what it did, in how many seconds."""
-    return tuple(_stage_row(run, name, _seconds(name, marker), marker["results"]) for name, marker in markers.items())
-
-
-def _seconds(name: str, marker: Marker) -> float:
-    """How long a stage took: a training in all commands that it took, as its attempts are counted; another stage in the last one."""
-    trained = marker["results"].get("seconds") if STAGES[kind_of(name)].training else None
-    return float(marker["seconds"] if trained is None else trained)
+    return tuple(_stage_row(run, name, float(marker["seconds"]), marker["results"]) for name, marker in markers.items())
 
 
 def data_metadata(run: Run, results: JsonObject) -> DataMetadata:

@@ -5,6 +5,7 @@ An *arm* is one way to train; its models differ in their seed alone. All figures
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +48,16 @@ class MeasuredModel:
     id: str
     arrays: str
     """The file, in the report's folder, with an array [images] for each measure."""
+
+
+def unpaired_arms(models: Iterable[MeasuredModel], against: str) -> list[str]:
+    """The arms of as many seeds as ``against``, and of several, whose seeds are known to be others."""
+    seeds = dict[str, list[int | None]]()
+    for model in models:
+        seeds.setdefault(model.label, []).append(model.drawn_from)
+    second = seeds[against]
+    known = {label: first for label, first in seeds.items() if None not in (*first, *second)}
+    return [label for label, first in known.items() if 1 < len(first) == len(second) and first != second]
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ class Interval:
     method: str
     """``bootstrap``, ``t``, or ``t pooled``, where several arms tell how much seeds differ (:mod:`oar_scale.results.seed_spread`)."""
 
+    @property
+    def half(self) -> float:
+        """Half its width: what stands after ±."""
+        return (self.high - self.low) / 2
+
 
 @dataclass(frozen=True)
 class Figure:

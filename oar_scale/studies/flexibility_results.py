@@ -18,7 +18,7 @@ from oar_scale.evaluation.pictures import decode_pictures
 from oar_scale.json_object import without_nan
 from oar_scale.report.flexibility_page import EditPictures, FlexibilityPictures, render_flexibility
 from oar_scale.results.examples import Picture
-from oar_scale.results.flexibility import FORMAT, FlexibilityResults, Measure, MeasuredModel, SweepRow
+from oar_scale.results.flexibility import FORMAT, FlexibilityResults, Measure, MeasuredModel, SweepRow, unpaired_arms
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 from oar_scale.studies.flexibility_models import HeldoutImages
 from oar_scale.tokenizers.vq import load_vq
@@ -49,19 +49,20 @@ class Measured:
     def results(self) -> FlexibilityResults:
         """Figures and differences. Raises UserError for values that are no finite numbers."""
         values = by_measure(self.sources, self.kept)
-        families_S, unpaired = self.images.measured.families_S, self._unpaired()
+        models = tuple(
+            MeasuredModel(
+                model.label, model.seed, model.drawn_from, model.file.where, model.file.id, f"arrays/{model.label}-{model.seed}.npz"
+            )
+            for arm in self.arms
+            for model in arm.models
+        )
+        families_S, unpaired = self.images.measured.families_S, unpaired_arms(models, self.against)
         return FlexibilityResults(
             run=self.images.run.at(),
             split=self.images.split,
             images=len(self.images.tokens.keys),
             against=self.against,
-            models=tuple(
-                MeasuredModel(
-                    model.label, model.seed, model.drawn_from, model.file.where, model.file.id, f"arrays/{model.label}-{model.seed}.npz"
-                )
-                for arm in self.arms
-                for model in arm.models
-            ),
+            models=models,
             measures=self.measures,
             figures=arm_figures(self.measures, values, families_S),
             differences=arm_differences(self.measures, values, self.against, families_S, unpaired),
@@ -74,12 +75,6 @@ class Measured:
                 *(f"Seeds of {label} are others than those of {self.against}: they were not paired." for label in unpaired),
             ),
         )
-
-    def _unpaired(self) -> list[str]:
-        """The arms of several seeds that have others than the one that they are compared with."""
-        (against,) = (arm for arm in self.arms if arm.label == self.against)
-        several = [arm for arm in self.arms if 1 < len(arm.models) == len(against.models)]
-        return [arm.label for arm in several if not arm.paired(against)]
 
     def pictures(self) -> FlexibilityPictures:
         """The first images, and what the first model of each arm makes of them."""

@@ -87,7 +87,7 @@ def test_the_evaluation_is_what_its_tasks_are() -> None:
     assert planned is not None and (planned.models, planned.drawn) == (3, 5000)
     drawing, own = 3 * 5000 * drawn("sample.guidance=2.0", batch=64).seconds, 3 * 1000 * 2 * extraction_flops(spec) / (989e12 * 0.3)
     brute = 2 * (extraction_flops(spec) + forward_flops(spec) * CELLS * (CELLS + 1) / 6) / (67e12 * 0.4)
-    likelihoods = (1 + 3 * 6) * 1000 * forward_flops(spec) / (67e12 * 0.4)
+    likelihoods = (1 + 3 * 5) * 1000 * forward_flops(spec) / (67e12 * 0.4)
     assert planned.seconds == pytest.approx(60 + (drawing + own + likelihoods + brute) / 8)
     assert planned.gpu_hours == pytest.approx(8 * planned.seconds / 3600)
     few = plan_evaluation(case("imagenet", "evaluate.feature_images=8", "evaluate.nll_images=2", "sample.images=1", **H100))

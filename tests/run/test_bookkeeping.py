@@ -27,7 +27,7 @@ from oar_scale.run.stage_markers import stage_fingerprint
 from oar_scale.runtime import ray_session, stop_signals
 from oar_scale.runtime.stop_signals import StopSignals
 from oar_scale.shard_pool import ArrayTask
-from oar_scale.storage import open_storage
+from oar_scale.storage import open_storage, read_json
 from oar_scale.studies.compare_extraction import run_compare
 from oar_scale.studies.order_analysis import run_orders
 from oar_scale.studies.order_head import run_predict, run_train_head
@@ -226,6 +226,16 @@ def test_finished_stages_are_skipped(run: Run, ran: list[str]) -> None:
     run_pipeline(run)
     run_pipeline(run)
     assert ran == ["a", "b", "c", "d"]
+
+
+def test_a_trainings_seconds_are_of_all_its_commands(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its attempts are; a pool counts its own work, which the stage's time exceeds."""
+    stages = (replace(stub("a"), training="pretrain"), stub("b"), replace(stub("c"), training="pretrain"))
+    results = {"a": {"seconds": 7200.0, "attempts": 3}, "b": {"seconds": 7200.0}, "c": {"steps": 0}}  # c: a copy of given weights
+    use_stages(monkeypatch, *stages, work=lambda run, name: results[name])
+    run_pipeline(run)
+    seconds = {name: read_json(run.marker(name))["seconds"] for name in results}
+    assert seconds["a"] == 7200.0 and seconds["b"] < 7200.0 and seconds["c"] < 7200.0
 
 
 def test_from_does_a_stage_and_all_after_it_again(run: Run, ran: list[str]) -> None:

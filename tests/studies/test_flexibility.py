@@ -31,7 +31,7 @@ from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import load_model, save_model
 from oar_scale.registry import ModelName
-from oar_scale.results.flexibility import FORMAT
+from oar_scale.results.flexibility import FORMAT, MeasuredModel, unpaired_arms
 from oar_scale.results.statistics import clustered_error
 from oar_scale.run.artifacts import prompt_encoder, read_families, read_pictures, read_tokens
 from oar_scale.run.context import Run
@@ -174,8 +174,13 @@ def test_models_of_runs_are_paired_by_the_seeds_of_their_trainings(tmp_path: Pat
     assert {model.file.id.removeprefix("a:"): model.drawn_from for model in control.models} == seeds
     pairs = list(zip(control.models, crosswise.models, strict=True))
     assert all(one.drawn_from == other.drawn_from and one.seed == other.seed for one, other in pairs)
-    assert control.paired(crosswise) and not control.paired(arm("ordered", "a:ordered", "a:ordered.s2"))
-    assert control.paired(arm("files", "a.safetensors", "b.safetensors"))
+    others = arm("others", "a:ordered", "a:ordered.s2"), arm("files", "a.safetensors", "b.safetensors"), arm("one", "a:ordered.s2")
+    measured = [
+        MeasuredModel(model.label, model.seed, model.drawn_from, model.file.where, model.file.id, "")
+        for each in (control, crosswise, *others)
+        for model in each.models
+    ]
+    assert unpaired_arms(measured, "control") == ["others"]
 
 
 DRAWN, CHOSEN_ON = 3, 6

@@ -36,11 +36,6 @@ class Arm:
     label: str
     models: tuple[ArmModel, ...]
 
-    def paired(self, other: Arm) -> bool:
-        """Whether the models in equal places may be of one seed: they are, or it is not known of all of them."""
-        seeds, others = ([model.drawn_from for model in arm.models] for arm in (self, other))
-        return None in (*seeds, *others) or seeds == others
-
 
 @dataclass(frozen=True)
 class MeasuredImages:
