@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError
 from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.scanner import Scanner
 
 from oar_scale.config.locations import expand_location
 from oar_scale.errors import UserError
@@ -28,7 +29,7 @@ from oar_scale.text import decode_bytes
 from oar_scale.text import shown as short
 
 OVERRIDE = "-o"
-MOST_BYTES, MOST_VALUES, MOST_FILES, DEEPEST = 256 << 10, 100_000, 100, 50
+MOST_BYTES, MOST_VALUES, MOST_FILES, DEEPEST = 256 << 10, 20_000, 100, 50
 """Of one file: its size, its values once aliases stand for what they name, and how deep they are nested; and how many files may extend
 one another. Far above what anyone writes: a file of a few lines may stand for billions of values, and nothing would answer any more."""
 LARGEST = 2**63
@@ -180,9 +181,19 @@ def _parse_override(text: str) -> Setting:
     return setting
 
 
+class _ShallowScanner(Scanner):
+    """Stops at brackets nested too deep: each may begin a key, and looking for its colon takes a time of the square of their number."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any, to_push: str) -> None:
+        if len(self.flow_context) >= DEEPEST:
+            raise RecursionError
+        super().fetch_flow_collection_start(TokenClass, to_push)
+
+
 def _parse(text: str, source: str, shown: str | None = None) -> Setting:
     """Parse one YAML document; ``source`` is a file (lines are added to the origins) or ``-o``."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Scanner = _ShallowScanner
     _refuse_directives(text, source, shown)
     try:
         with warnings.catch_warnings():
