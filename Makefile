@@ -34,11 +34,11 @@ $(INSTALLED): setup.py constraints.txt
 	@touch $@
 
 quickstart: venv
-	@echo "Quick start: about a quarter of an hour on 2 cores with AMX, two or three times that without. Ctrl-C is safe: run it again and it goes on where it was."
+	@echo "Quick start: about half an hour on two cores. Ctrl-C is safe: run it again and it resumes."
 	$(WITH_PATH) oar run recipes/quickstart.yaml $(CPU_PRECISION)
 
 quickstart-s3: venv
-	@echo "Quick start on an S3 server of its own (127.0.0.1:$(S3_PORT)): about a quarter of an hour on 2 cores with AMX, two or three times that without."
+	@echo "Quick start on an S3 server of its own (127.0.0.1:$(S3_PORT)): about half an hour on two cores."
 	@set -e; export $(WITH_PATH); \
 	trap 'python cluster/dev/s3.py down' EXIT; \
 	python cluster/dev/s3.py up --port $(S3_PORT) >/dev/null; \
@@ -51,7 +51,7 @@ seeds_of = $(1)=$(EVIDENCE_RUN):$(1),$(EVIDENCE_RUN):$(1).s1,$(EVIDENCE_RUN):$(1
 MINUTES ?= 18
 
 evidence: venv
-	@echo "Evidence: hours on 2 cores. After $(MINUTES) minutes (MINUTES=...) trainings save and leave, and no stage begins; run it again and it goes on where it was."
+	@echo "Evidence: hours on 2 cores. After $(MINUTES) minutes (MINUTES=...) trainings save and leave, and no stage begins; run it again and it resumes."
 	@[ -e data/emoji/emoji.csv ] || $(WITH_PATH) python tools/fetch_emoji.py data/emoji
 	$(WITH_PATH) oar run $(EVIDENCE) $(CPU_PRECISION) --minutes $(MINUTES)
 	$(WITH_PATH) oar evaluate --flexibility $(EVIDENCE_RUN):all --chapters likelihood,samples \
@@ -66,23 +66,23 @@ LONGEST := killed_ten_times
 # An extraction that takes most of an hour; `make test-all` runs it.
 
 test-fast: venv
-	@echo "Tests that need no server and no other process: at most 3 minutes on two cores."
+	@echo "Tests that need no server and no other process: some minutes on two cores."
 	$(WITH_PATH) python -m pytest -m "not (gloo or s3 or ray or slurm or slow)" -n 2 $(IN_PARALLEL)
 
 test: venv
-	@echo "Tests with a real S3 server, Ray and process groups: at most 10 minutes on two cores. Three processes, for many tests wait."
+	@echo "Tests with a real S3 server, Ray and process groups: twenty minutes or more on two cores. Three processes, for many tests wait."
 	$(WITH_PATH) python -m pytest -m "not (slurm or slow)" -n 3 $(IN_PARALLEL)
 
 test-cluster: venv
-	@echo "Tests with a real Slurm: at most 5 minutes on two cores."
+	@echo "Tests with a real Slurm: some minutes on two cores."
 	$(WITH_PATH) python -m pytest -m "slurm and not slow" -n 3 $(IN_PARALLEL)
 
 test-slow: venv
-	@echo "Clusters that lose nodes, whole trainings, disturbed pools: up to half an hour on two cores."
+	@echo "Clusters that lose nodes, whole trainings, disturbed pools: half an hour or more on two cores."
 	$(WITH_PATH) python -m pytest -m slow -k "not $(LONGEST)" -n 3 $(IN_PARALLEL)
 
 test-all: venv
-	@echo "All tests, with an extraction that is killed ten times: an hour."
+	@echo "All tests, with an extraction that is killed ten times: two hours or more."
 	$(WITH_PATH) python -m pytest -n 3 $(IN_PARALLEL)
 
 chaos: venv
@@ -90,12 +90,12 @@ chaos: venv
 	$(WITH_PATH) OMP_NUM_THREADS=1 python tests/chaos/training_chaos.py --trials 200
 
 chaos-extraction: venv
-	@echo "A hundred disturbed extractions and one of real drawings that is killed ten times: an hour, most of it waiting for an S3 that fails."
+	@echo "A hundred disturbed extractions and one of real drawings that is killed ten times: an hour and a half or more, most of it waiting for an S3 that fails."
 	$(WITH_PATH) OMP_NUM_THREADS=1 python tests/chaos/extraction_chaos.py --trials 100
 	$(WITH_PATH) OMP_NUM_THREADS=1 python tests/chaos/emoji_chaos.py
 
 check: venv
-	@echo "Lint, format, types and import direction: about a minute."
+	@echo "Lint, format, types and import direction: a minute or more."
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
