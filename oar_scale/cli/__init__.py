@@ -20,7 +20,7 @@ oar data tokenize URL --out URL --tokenizer FILE              image shards into 
 oar checkpoint list|verify|prune WHERE                        what trainings have saved; WHERE is a recipe, a run, a folder
 oar checkpoint diff A B                                       settings, weights and moments of two checkpoints
 oar checkpoint convert CHECKPOINT --out FOLDER                DeepSpeed's universal format
-oar checkpoint import KIND FILE --out FOLDER_OR_FILE          weights of RandAR, LlamaGen, MaskGIT's tokenizer
+oar checkpoint import KIND FILE --out FOLDER_OR_FILE          weights of RandAR, LlamaGen, ARPG, LPD; their tokenizers, MaskGIT's
 oar checkpoint export SOURCE --out PATH [--format FORMAT]     a folder for oar_scale.load, or a peer's file
 oar checkpoint push SOURCE hf://OWNER/NAME                    the same folder on the Hugging Face hub
 oar plan RECIPE --gpu h200 --nodes 8 [--simulate ranks=1024]   memory, time, cost and failures, before a GPU is touched

@@ -15,7 +15,7 @@ def add(verbs: Subparsers) -> None:
     """Add ``oar serve``."""
     text = "draw and edit in a browser, or by OpenAI's API for images"
     verb = verbs.add_parser("serve", help=text, description=text)
-    verb.add_argument("model", metavar="MODEL", help="a run's folder or an exported one, e.g. recipes/weights/emoji")
+    verb.add_argument("model", metavar="MODEL", help="a run's folder, an exported one (recipes/weights/emoji), or hf://owner/name")
     verb.add_argument("--which", type=model_name, metavar="NAME", help="model of a run, also an arm's; default: ordered")
     verb.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback want a token; default: %(default)s")
     verb.add_argument("--port", type=port, default=8000, help="0: any that is free; default: %(default)s")
