@@ -1,6 +1,6 @@
 """What training costs besides the steps themselves: observing it, waiting for data, saving it, and starting it again after a death.
 
-    oar run recipes/quickstart.yaml --only tokens -o run_dir=/tmp/prepared      (with the stages before it; a minute)
+    for stage in prepare tokenizer tokens; do oar $stage recipes/quickstart.yaml -o run_dir=/tmp/prepared; done
     python tools/benchmarks/train.py /tmp/prepared                              overhead of observation, data wait, bytes of a checkpoint
     python tools/benchmarks/train.py /tmp/prepared --kill                       from `kill -9` of a worker to the next step, with Ray
 
