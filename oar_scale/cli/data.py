@@ -30,9 +30,7 @@ def add(verbs: Subparsers) -> None:
     verify.add_argument("url", help="a folder or s3://bucket/prefix")
     verify.add_argument("--manifest", metavar="FILE", help="default: manifest.json beside the shards")
     verify.add_argument("--workers", type=count, default=8, help="shards read at the same time; default: %(default)s")
-    verify.add_argument(
-        "--decode", action="store_true", help="decode every picture as well, as tokenising does; minutes instead of seconds"
-    )
+    verify.add_argument("--decode", action="store_true", help="decode every picture as well, as tokenizing does; takes much longer")
     verify.set_defaults(run=_verify)
 
     text = "counts, captions, image sizes, codes and labels of a folder of shards, with or without a manifest"
@@ -53,7 +51,7 @@ def add(verbs: Subparsers) -> None:
     tokenize.add_argument("--out", required=True, metavar="URL", help="where the token shards go")
     tokenize.add_argument("--tokenizer", required=True, metavar="FILE", help="weights of the image tokenizer (.safetensors)")
     tokenize.add_argument("--views", default="center", metavar="A,B", help="variants of each image; default: %(default)s")
-    tokenize.add_argument("--actors", type=count, default=2, help="processes that tokenise; default: %(default)s")
+    tokenize.add_argument("--actors", type=count, default=2, help="processes that tokenize; default: %(default)s")
     tokenize.add_argument("--max-bad-fraction", type=share, default=0.01, help="share of bad samples that stops; default: %(default)s")
     tokenize.set_defaults(run=_tokenize)
 

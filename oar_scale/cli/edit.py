@@ -21,7 +21,8 @@ def add(verbs: Subparsers) -> None:
     text = "a mask and the prompt that its white part is drawn from; several are drawn one after the other"
     what.add_argument("--region", action="append", nargs=2, metavar=("FILE", "PROMPT"), help=text)
     verb.add_argument("--prompt", help="what the pictures show; of a model of classes, the label")
-    verb.add_argument("--model", default="recipes/weights/emoji", metavar="PATH", help="a run, an exported folder or hf://owner/name; default: %(default)s")
+    text = "a run, an exported folder or hf://owner/name; default: %(default)s"
+    verb.add_argument("--model", default="recipes/weights/emoji", metavar="PATH", help=text)
     verb.add_argument("--which", type=model_name, metavar="NAME", help="model of a run, also an arm's; default: ordered")
     verb.add_argument("--variations", type=count, default=1, metavar="N", help="drawings of each picture; default: %(default)s")
     verb.add_argument("--strength", type=share, default=1.0, metavar="S", help="share of what is marked that is drawn; default: all")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FAULTS_SHOWN, KINDS_SHOWN = 50, 50
 CACHE_BYTES = 8 << 30
-"""Size of the local copies of image shards that tokenising keeps; each shard is read once."""
+"""Size of the local copies of image shards that tokenizing keeps; each shard is read once."""
 PICTURES = 64
 """Pictures in the grid of ``oar data stats``."""
 
@@ -121,7 +121,7 @@ def _decoder(weights: str) -> DecodeCodes:
 
 
 def tokenize_shards(images: str, tokens: str, tokenizer: str, views: str, actors: int, max_bad_fraction: float) -> None:
-    """Tokenise a folder of image shards; an interrupted run resumes where it stopped."""
+    """Tokenize a folder of image shards; an interrupted run resumes where it stopped."""
     notes = Notes()
 
     def bad(total: int) -> BadSamples:

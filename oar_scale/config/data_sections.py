@@ -242,7 +242,7 @@ class TokenizerConfig(Section):
     image: ImageTokenizerConfig = ImageTokenizerConfig()
     text: TextConfig = SentencePieceConfig()
     views: tuple[View, ...] = Field(("center",), min_length=1)
-    """Variants of each training image that are tokenised (docs/data-sources.md); the first one is the image that orders are
+    """Variants of each training image that are tokenized (docs/data-sources.md); the first one is the image that orders are
     extracted for. ``tencrop`` stands for ``crop0`` to ``crop9``, ``tencrop105`` for ``crop10`` to ``crop19``."""
 
     @field_validator("views")

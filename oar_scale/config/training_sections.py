@@ -185,7 +185,7 @@ class MixConfig(Section):
 
     shards: Location
     """A folder or ``s3://bucket/prefix`` with a manifest.json (``oar data index`` makes one): token shards of the same tokenizer, or
-    image shards, which are tokenised on the fly."""
+    image shards, which are tokenized on the fly."""
     weight: float = Field(1.0, gt=0)
     """Its share of the samples, in proportion to 1 for the run's own images."""
 

@@ -1,4 +1,4 @@
-"""Views: fixed variants of a training image, tokenised side by side.
+"""Views: fixed variants of a training image, tokenized side by side.
 
 center        the image, its middle where it is no square
 center_flip   mirrored (not for arrows and flags)

@@ -52,7 +52,7 @@ class TokenizeJob:
 
 
 class TokenizeWorker:
-    """Tokenises one shard after the other."""
+    """Tokenizes one shard after the other."""
 
     def __init__(self, job: TokenizeJob) -> None:
         torch.set_num_threads(job.cpu_threads)
@@ -88,14 +88,14 @@ def tokenize_all(
     on_progress: Callable[[int, int], None] | None = None,
     make_bad: Callable[[int], BadSamples] | None = None,
 ) -> Manifest:
-    """Tokenise every shard of ``job.images`` that is not done yet, then write the manifest.
+    """Tokenize every shard of ``job.images`` that is not done yet, then write the manifest.
 
     Args:
         on_progress: called with (images done, images in all), at the start and after every shard.
         make_bad: what becomes of samples that cannot be used, for so many images in all; default: that of a recipe which says nothing.
 
     Raises:
-        UserError: a shard could not be tokenised, too many samples cannot be used, or the ledger is of another tokenizer, text tower,
+        UserError: a shard could not be tokenized, too many samples cannot be used, or the ledger is of another tokenizer, text tower,
             other views or images.
     """
     timing = timing or Timing()
@@ -108,7 +108,7 @@ def tokenize_all(
         if (result["origin"], result["images_crc32c"]) != (origin, shards[shard].crc32c):
             raise UserError(
                 f"{job.tokens}: the codes of {shard} were made with another tokenizer, text tower, other views or other images.\n"
-                "Codes of two tokenizers must not mix: remove this folder, or tokenise into another."
+                "Codes of two tokenizers must not mix: remove this folder, or tokenize into another."
             )
 
     def lost(results: Mapping[str, ShardResult]) -> dict[str, str]:
