@@ -9,7 +9,7 @@ from oar_scale.cli.common import Subparsers, count, share
 
 def add(verbs: Subparsers) -> None:
     """Add ``oar data`` and its actions."""
-    text = "look after shards (a recipe's own images: oar prepare)"
+    text = "index, verify, describe and tokenize shards (a recipe's own images: oar prepare)"
     actions = verbs.add_parser("data", help=text, description=text).add_subparsers(metavar="ACTION", required=True)
 
     text = "write the manifest of shards that another program wrote"

@@ -10,7 +10,8 @@ from oar_scale.registry import STAGES
 
 def add(verbs: Subparsers) -> None:
     """Add ``oar evaluate``."""
-    verb = add_verb(verbs, "evaluate", STAGES["evaluate"].title, _evaluate, needs_recipe=False)
+    text = f"{STAGES['evaluate'].title} of a run's models; with --flexibility: any models, in any orders"
+    verb = add_verb(verbs, "evaluate", text, _evaluate, needs_recipe=False)
     group = verb.add_argument_group("any models, in orders they were and were not trained for (docs/flexibility.md)")
     group.add_argument(
         "--flexibility",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from oar_scale.launch.submissions import Submission
 
 RUN = "a run's folder, or its recipe (.yaml)"
-FORGET = "where the cluster of the last submission does not answer: take it and its jobs for gone"
+FORGET = "where the cluster of the last submission does not answer: treat it and its jobs as gone"
 
 
 def add(verbs: Subparsers) -> None:
@@ -28,9 +28,9 @@ def add(verbs: Subparsers) -> None:
     submit.add_argument("--dry-run", action="store_true", help="print what would be submitted")
     submit.add_argument("--forget", action="store_true", help=FORGET)
     for name, text, function in (
-        ("jobs", "the jobs of a run and what has become of them", _jobs),
-        ("logs", "what a run's jobs say", _logs),
-        ("cancel", "take a run's jobs away", _cancel),
+        ("jobs", "the jobs of a run and their states", _jobs),
+        ("logs", "the logs of a run's jobs", _logs),
+        ("cancel", "cancel a run's jobs; what is saved stays", _cancel),
         ("resubmit", "submit what is not done of a run's last submission", _resubmit),
     ):
         verb = verbs.add_parser(name, help=text, description=text)
