@@ -29,11 +29,13 @@ def guided_rows(rows_GMD: Tensor, scale: float | Tensor) -> Tensor:
 
     Args:
         rows_GMD: after each image's rows come those of the same image without its caption: G = 2B.
-        scale: one for all rows, or one for each [B, M].
+        scale: one for all rows, or one for each [B, M], float32: the same numbers give the same rows.
     """
     conditional_BMD, null_BMD = rows_GMD.unflatten(0, (-1, 2)).unbind(1)
-    weight = scale[:, :, None].to(rows_GMD.dtype) if isinstance(scale, Tensor) else scale
-    return torch.lerp(null_BMD, conditional_BMD, weight)
+    if not isinstance(scale, Tensor):
+        return torch.lerp(null_BMD, conditional_BMD, scale)
+    # A number is multiplied in float32 in any dtype of the rows; a tensor would have to be rounded to theirs: 3.3 is 3.297 in bfloat16.
+    return torch.lerp(null_BMD.float(), conditional_BMD.float(), scale[:, :, None].float()).to(rows_GMD.dtype)
 
 
 class Drawn(NamedTuple):

@@ -12,12 +12,21 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from oar_scale.config.schema import SampleConfig
-from oar_scale.generation.drawing import allowed_logits
+from oar_scale.generation.drawing import allowed_logits, guided_rows
 from oar_scale.generation.settings import SampleSettings
 
 
 def choices(**changes: Any) -> SampleSettings:
     return SampleSettings(**{"guidance": 1.0, "temperature": 1.0, "top_k": 0, "order_temperature": 0.0, **changes})
+
+
+@pytest.mark.parametrize("scale", [3.3, 0.7, 1.0])
+def test_a_scale_of_each_row_is_not_rounded_in_bfloat16(scale: float) -> None:
+    """Rows with a scale each, as drafts have them, are those of one scale for all: 3.3 is no number of bfloat16, and would be 3.297."""
+    rows = torch.randn(6, 50, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    one, each = guided_rows(rows, scale), guided_rows(rows, torch.full((3, 50), scale))
+    assert each.dtype == torch.bfloat16
+    assert float((each != one).float().mean()) < 0.01  # of another kernel's roundings; of a rounded scale it is a quarter
 
 
 @examples(max_examples=60, deadline=None)
