@@ -17,6 +17,8 @@ from PIL import Image
 import oar_scale
 from oar_scale.cli import main
 from oar_scale.errors import UserError
+from oar_scale.generation.model_bundle import read_config
+from oar_scale.model.weights import open_model
 from oar_scale.orders.head import KIND, read_head
 from oar_scale.tokenizers import clip_text
 from oar_scale.tokenizers.pickles import read_pickle
@@ -120,6 +122,21 @@ def test_strange_sizes_in_a_file_are_one_clear_error(tmp_path: Path, spec: str) 
         save_weights(path, {"w": torch.zeros(2)}, {"kind": KIND, "spec": head})
         with pytest.raises(UserError, match=r"weights\.safetensors: (the sizes of this order head|its tensors are not those)"):
             read_head(path, "a")
+
+
+SIZES = {"dim": 8, "layers": 1, "heads": 2, "ffn_hidden": 8, "vocab_size": 4, "grid": 2, "condition": {"type": "class", "classes": 2}}
+
+
+@pytest.mark.parametrize("change", [{"heads": 0}, {"dim": -8}, {"grid": -2}, {"kv_heads": 0}, {"dim": 2**40}, {"layers": 10**9}])
+def test_strange_sizes_of_a_model_are_one_clear_error(tmp_path: Path, change: dict[str, int]) -> None:
+    """In its file and in the configuration of its folder."""
+    path, sizes = str(tmp_path / "model.safetensors"), {**SIZES, **change}
+    save_weights(path, {"w": torch.zeros(2)}, {"kind": "any-order model", "spec": json.dumps(sizes)})
+    with pytest.raises(UserError, match=r"model\.safetensors: the sizes of this model are not understood"):
+        open_model(path)
+    (tmp_path / "config.json").write_text(json.dumps({"library": "oar_scale", "source": "", "model": sizes}))
+    with pytest.raises(UserError, match=rf"config\.json: not the configuration of an exported folder \(model\.{next(iter(change))}"):
+        read_config(str(tmp_path))
 
 
 def test_no_member_of_a_shard_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

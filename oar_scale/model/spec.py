@@ -19,6 +19,10 @@ HELD: dict[Layout, int] = {"raster": 1, "instructed": 0, "dual": 0, "decoupled":
 """Condition rows that wait for the first cell with the codes, instead of entering the cache first."""
 
 
+_Size = Annotated[int, Field(ge=1, le=2**24)]
+"""A file may say anything: tensors of such sizes have a number of bytes, and a model without values is made of them to compare shapes."""
+
+
 class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -76,15 +80,15 @@ class ModelSpec(_Spec):
     """Sizes of the trunk (from the recipe) and of what surrounds it (from the tokenizers)."""
 
     layout: Layout = "instructed"
-    dim: int
-    layers: int
-    heads: int
-    kv_heads: int | None = None
+    dim: _Size
+    layers: int = Field(ge=1, le=2**12)
+    heads: _Size
+    kv_heads: _Size | None = None
     """Heads of keys and values (grouped-query attention); None: as many as ``heads``."""
-    ffn_hidden: int
-    vocab_size: int
+    ffn_hidden: _Size
+    vocab_size: _Size
     """V: codes of the image tokenizer."""
-    grid: int
+    grid: int = Field(ge=1, le=2**12)
     condition: ConditionSpec
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
