@@ -111,14 +111,14 @@ def generate(
     at_B = torch.from_numpy(by_count).to(device)
     rng = CounterRNG.of(seed, np.asarray(images_B)[by_count], 0, cells, device)
     if isinstance(order_BN, LateOrder):
-        order_BN = order_BN._replace(first_BK=order_BN.first_BK[at_B])
+        order_BN = order_BN.part(at_B)
     elif order_BN is not None:
         order_BN = order_BN[at_B]
     known = Known(known.cells_BK[at_B], known.codes_BK[at_B])
     counts_B, condition_BTD = counts_B[by_count], condition_BTD[at_B]
     parts = []
     for part in _parts(model, condition_BTD, settings):
-        order = order_BN._replace(first_BK=order_BN.first_BK[part]) if isinstance(order_BN, LateOrder) else order_BN
+        order = order_BN.part(part) if isinstance(order_BN, LateOrder) else order_BN
         order = order[part] if isinstance(order, Tensor) else order
         of_part = Known(*(each_BK[part] for each_BK in known))
         parts.append(_Drawing(model, condition_BTD[part], settings, rng.part(part), order, of_part, counts_B[part]).run())
@@ -362,7 +362,7 @@ def sequence(order_BN: Tensor, known: Known, counts_B: NDArray[np.int64]) -> Ten
 
 
 def known_counts(model: AnyOrderModel, batch: int, order_BN: Tensor | None, known: Known) -> NDArray[np.int64]:
-    """The number of known cells of each image. Raises ValueError for an order or for known cells that cannot be."""
+    """The number of known cells of each image. Raises ValueError for an order or for known cells that cannot be, or not in this layout."""
     cells, vocab, device = model.spec.cells, model.spec.vocab_size, known.cells_BK.device
     raster_BN = torch.arange(cells, device=device).expand(batch, -1)
     if order_BN is not None and not (order_BN.shape == raster_BN.shape and torch.equal(order_BN.sort(1).values, raster_BN)):

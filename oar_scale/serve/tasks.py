@@ -22,7 +22,7 @@ from oar_scale.generation.editing import EditOptions, known_cells, known_first, 
 from oar_scale.generation.pretrained import Pretrained
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
-from oar_scale.orders.policies import known, own_policy
+from oar_scale.orders.policies import LateOrder, known, own_policy
 from oar_scale.serve.api_errors import bad_request
 from oar_scale.serve.limits import Limits
 from oar_scale.serve.requests import EditSettings, Settings
@@ -152,13 +152,15 @@ def begin(drawer: Pretrained, task: Task) -> list[Start]:
     assert drawer.vq is not None, "the server checks it"
     condition_TD = drawer.condition(task.encoded)[0]
     seen = [known_cells(drawer.model, drawer.vq, shown, condition_TD, task.options) for shown in task.shown]
+    # Of all images at once: what a policy reads for it, such as an order head and the weights file that it belongs to, may be large.
+    orders = drawer.orders(task.order, np.array(task.numbers), task.seed, task.settings.steps)
     starts = []
     for row, number in enumerate(task.numbers):
-        order, known = drawer.orders(task.order, np.array([number]), task.seed, task.settings.steps), None
-        order_1N = order if isinstance(order, Tensor) else None
+        image, known = slice(row, row + 1), None
+        order = orders.part(image) if isinstance(orders, LateOrder) else None if orders is None else orders[image]
         if seen:
             codes_N, known_N = seen[row // task.count]
-            cells_1K, codes_1K = known_first(codes_N[None], known_N[None], order_1N)
+            cells_1K, codes_1K = known_first(codes_N[None], known_N[None], order if isinstance(order, Tensor) else None)
             known = cells_1K[0], codes_1K[0]
         drawing = Drawing(
             condition_TD=condition_TD,

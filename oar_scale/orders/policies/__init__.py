@@ -75,6 +75,10 @@ class LateOrder(NamedTuple):
     rest: Callable[[Tensor, Tensor], Tensor]
     """From the trunk's rows [B, R, D] about the cells [B, R] that are still empty to the order of these, [B, R]."""
 
+    def part(self, images: slice | Tensor) -> LateOrder:
+        """That of some of the images."""
+        return self._replace(first_BK=self.first_BK[images])
+
 
 class Policy:
     """Base of all policies. A policy does not work where it leaves out the method."""
