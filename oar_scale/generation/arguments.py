@@ -79,9 +79,9 @@ def check_list(given: object, name: str) -> None:
 
 
 def given_order(order: Sequence[int] | Tensor, cells: int, count: int) -> Tensor:
-    """Permutations of the cells, int64 [count, N], from one for all or one for each. Raises UserError for what is none."""
+    """Permutations of the cells, int64 [count, N] on the CPU, from one for all or one for each. Raises UserError for what is none."""
     try:
-        order_BN = torch.as_tensor(order).expand(count, -1)
+        order_BN = torch.as_tensor(order, device="cpu").expand(count, -1)  # also one that a model on a GPU drew along
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"order {shown(order)} is neither the name of a policy nor a permutation of the cells, or {count} of them"

@@ -43,6 +43,7 @@ from oar_scale.generation.drawing import draw_most_confident, draw_next, guided_
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder, Prefix
 from oar_scale.model.cache import padded_candidates, static_pays
+from oar_scale.model.layouts import RASTER_ONLY
 from oar_scale.model.row_layout import Placed
 from oar_scale.model.steps import Outputs, Steps
 from oar_scale.orders.policies import LateOrder
@@ -381,5 +382,9 @@ def known_counts(model: AnyOrderModel, batch: int, order_BN: Tensor | None, know
     named_BN = torch.zeros(batch, cells + 1, dtype=torch.long, device=device).scatter_add(1, cells_BK % (cells + 1), there_BK.long())
     if (named_BN > 1).any():
         raise ValueError("a known cell is named twice")
+    if model.spec.layout == "raster":  # asked before anything is drawn: on a GPU the layout's own check would end the process
+        place_K = torch.arange(cells_BK.shape[1], device=device)
+        if (there_BK & (cells_BK != place_K)).any() or (order_BN is not None and not torch.equal(order_BN, raster_BN)):
+            raise ValueError(RASTER_ONLY)
     counts_B: NDArray[np.int64] = there_BK.sum(1).cpu().numpy()
     return counts_B

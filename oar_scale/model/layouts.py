@@ -31,6 +31,9 @@ from oar_scale.model.rope import offset_index, offset_rotations, rotate_vector
 from oar_scale.model.row_layout import Placed, RowLayout, Rows, Tables
 from oar_scale.model.spec import HELD, STRIDE, ModelSpec
 
+RASTER_ONLY = "a raster model places cells in raster order only; the other layouts take any order"
+"""Said of any other order."""
+
 
 class RasterRows(RowLayout):
     """Row by row, left to right; the last condition row predicts the first code."""
@@ -66,11 +69,10 @@ class RasterRows(RowLayout):
             return
         first_B1 = torch.where(last.cells_BK == self.spec.cells, 0, last.cells_BK + 1)
         follows = (cells_BK == first_B1 + torch.arange(cells_BK.shape[1], device=cells_BK.device)).all()
-        wrong = "a raster model places cells in raster order only; the other layouts take any order"
         if follows.device.type != "cpu":
-            torch._assert_async(follows, wrong)
+            torch._assert_async(follows, RASTER_ONLY)
         elif not follows:
-            raise ValueError(wrong)
+            raise ValueError(RASTER_ONLY)
 
 
 class InstructedRows(RowLayout):

@@ -14,6 +14,7 @@ from fake_card import FakeCard, OnCard, Sync, fake_card, numbers, on_card
 from small_models import CONDITIONS, cond_inputs, random_codes, random_orders, small_model
 from torch import Tensor
 
+from oar_scale.generation.arguments import given_order
 from oar_scale.generation.sampling import Generated, Known, generate
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel
@@ -205,6 +206,26 @@ def test_generation_waits_for_nothing_inside_a_step(layout: str, way: str) -> No
     few, many = (drawn_on_card(made(layout, dtype=BF16, grid=grid), way, **changes)[1] for grid in (2, 3))
     assert many.syncs == few.syncs
     assert set(many.products) == {BF16}
+
+
+def test_another_order_than_raster_is_refused_before_a_card_is_asked() -> None:
+    """Its own assertion would end the process: nothing can be computed on a real card after one."""
+    model = made("raster")
+    with fake_card():
+        on = on_card(model)
+        condition, codes = rows_of(on), OnCard(torch.zeros(IMAGES, 1, dtype=torch.long))
+        settings = SampleSettings(guidance=1.0, temperature=1.0, top_k=0, order_temperature=0.0)
+        for order, known in ((orders_of(model).flip(1), None), (orders_of(model), Known(codes + 2, codes))):
+            with pytest.raises(ValueError, match="in raster order only"):
+                generate(on, condition, settings, 0, OnCard(order), known)
+
+
+def test_an_order_that_a_card_drew_along_can_be_given() -> None:
+    order = random_orders(made("instructed"), IMAGES)
+    with fake_card() as card:
+        given = given_order(OnCard(order), order.shape[1], IMAGES)
+    nothing_mixed(card)
+    assert torch.equal(given, order)
 
 
 # -- around the model ----------------------------------------------------------------------------------------------------------
