@@ -19,12 +19,14 @@ from oar_scale.generation.canvas import Box, Margins, expand, read_mask, scaled_
 from oar_scale.generation.editing import VARIATION_SHIFT, Edit, EditOptions
 from oar_scale.generation.model_bundle import find_bundle
 from oar_scale.generation.pages import plan_steps
-from oar_scale.generation.picture_files import DrawingRecord, encode_png
+from oar_scale.generation.picture_files import MAX_EDIT, DrawingRecord, encode_png
 from oar_scale.generation.pretrained import Pretrained, load_bundle
 from oar_scale.run.gpu_node import chosen_device
 from oar_scale.storage import join, open_storage, read_named
 
 PICTURES_AT_ONCE, VARIATIONS_AT_ONCE = 8, 16
+MAX_REGIONS = MAX_EDIT - 3
+"""The record of a picture has the prompt of each, beside strength, feather and windows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,8 @@ def edit_files(request: EditRequest, say: Callable[[str], None]) -> list[str]:
         UserError: no such file, model or device; a mask of another size, that marks nothing or everything; a name that is taken.
     """
     EditOptions(variations=request.variations, strength=request.strength, feather=request.feather)  # refuses what cannot be
+    if (regions := len(request.region or ())) > MAX_REGIONS:
+        raise UserError(f"--region: {regions} regions, and a picture's record holds {MAX_REGIONS}. Draw the others in the edited picture.")
     targets = _targets(request)
     bundle = find_bundle(request.model, request.which)
     sample = override_sample(bundle.sample, request.overrides, request.model)

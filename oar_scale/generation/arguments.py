@@ -52,11 +52,19 @@ MAX_NUMBER, MAX_EDITED = (1 << 63) - 1, (1 << 48) - 1
 
 
 def whole_number(value: object, name: str) -> int:
-    """A seed or the like. Raises UserError for fractions, texts and None."""
+    """A number of something. Raises UserError for fractions, texts and None."""
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError as error:
         raise UserError(f"{name} {shown(value)} must be a whole number") from error
+
+
+def given_seed(value: object) -> int:
+    """A seed of 64 bits, with or without a sign; of a larger number noise would count these alone. Raises UserError for anything else."""
+    seed = whole_number(value, "seed")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise UserError(f"seed {shown(seed)} must lie between -2^63 and 2^64 - 1")
+    return seed
 
 
 def image_numbers(given: Sequence[int] | None, count: int, name: str, most: int = MAX_NUMBER) -> Images:

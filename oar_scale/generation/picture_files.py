@@ -29,6 +29,8 @@ MAX_PROMPT = 100_000
 """Characters of a prompt that a record takes."""
 MAX_RECORD = 1 << 20
 """Bytes of a record that are read: a file may come from anybody."""
+MAX_EDIT = 32
+"""Entries that say what an edit depends on, its regions among them."""
 MAX_CELLS = 256**2
 """Cells of the largest grid, as in order tables."""
 _BROKEN = (
@@ -73,7 +75,7 @@ class DrawingRecord(BaseModel):
     """Cells per side."""
     size: tuple[int, int]
     """Width and height of the picture."""
-    edit: dict[Annotated[str, Field(max_length=100)], Choice] | None = Field(None, max_length=32)
+    edit: dict[Annotated[str, Field(max_length=100)], Choice] | None = Field(None, max_length=MAX_EDIT)
     """What an edit depends on beside its picture and mask, such as ``strength`` and ``feather``."""
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from oar_scale.errors import UserError
-from oar_scale.generation.arguments import MAX_EDITED, Choices, EditChoices, Order, check_list, given_order, image_numbers, whole_number
+from oar_scale.generation.arguments import MAX_EDITED, Choices, EditChoices, Order, check_list, given_order, given_seed, image_numbers
 from oar_scale.generation.canvas import Margins, Mask, expand, upright_picture
 from oar_scale.generation.editing import DECODE_BATCH, VARIATION_SHIFT, Edit, EditOptions, edit_pages, noise_numbers
 from oar_scale.generation.exported_folder import complete_folder, copy_model
@@ -110,7 +110,7 @@ class Pretrained:
     ) -> Generated:
         """As :meth:`sample`, but return codes, orders, scores and passes."""
         condition_BTD = self._condition(prompts)
-        images_B, seed = image_numbers(images, len(condition_BTD), "images"), whole_number(seed, "seed")
+        images_B, seed = image_numbers(images, len(condition_BTD), "images"), given_seed(seed)
         settings = self._settings(choices)
         order_BN = self.orders(order, images_B, seed, settings.steps)
         return generate(self.model, condition_BTD, settings, seed, order_BN, images_B=images_B)
@@ -158,7 +158,7 @@ class Pretrained:
         pages, texts = make_pages(images, masks, prompts, vq.spec.image_size, windows=windows)
         condition_PTD = self._condition(texts)
         most = MAX_EDITED - (variations - 1 << VARIATION_SHIFT)
-        images_B, seed = image_numbers(numbers, len(pages), "numbers", most), whole_number(seed, "seed")
+        images_B, seed = image_numbers(numbers, len(pages), "numbers", most), given_seed(seed)
         settings = self._settings(choices)
         whole_order = None if order is None or isinstance(order, str) else self.orders(order, noise_numbers(images_B, variations), seed)
 

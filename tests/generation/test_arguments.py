@@ -68,6 +68,7 @@ def test_prompts_of_no_use_are_refused_everywhere(method: str, prompts: Any, com
         ({"guidance_schedule": 3}, "guidance_schedule 3: there are constant"),
         ({"seed": None}, "seed None must be a whole number"),
         ({"seed": 1.5}, "seed 1.5 must be a whole number"),
+        ({"seed": 1 << 64}, r"seed 18446744073709551616 must lie between -2\^63 and 2\^64 - 1"),
         ({"order": "diagonal"}, "order 'diagonal': no such policy"),
         ({"order": [0, 1, 1]}, "order a list of 3 entries must hold each of the cells 0 to 15 once"),
         ({"order": [0.5] * 16}, "must hold each of the cells 0 to 15 once"),
