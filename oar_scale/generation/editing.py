@@ -64,7 +64,8 @@ class EditOptions:
     fills: tuple[Fill, ...] = DEFAULT_FILLS
     """Rules that fill the hole; see :func:`seen_codes`."""
     ring: int = 0
-    """Cells at most so far from the hole are drawn, too, beside those whose codes depend on it."""
+    """Cells at most so far from the hole are drawn, too, beside those whose codes depend on it. Without effect where ``strength`` is below
+    1: there is no hole."""
     feather: float | None = None
     """So many of the model's pixels inside the hole are matched to the known ones beyond the seam; see ``canvas.mix``. None: none of
     them, but in windows, where drawings meet each other, as many as a cell is wide."""

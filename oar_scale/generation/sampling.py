@@ -7,7 +7,8 @@
 
 The score of a cell is by default the largest log-probability of its distribution, before a code is drawn: choosing by the probability of
 drawn codes (score ``sampled``) favours cells that happened to draw their likely code. In the first steps this tends to pick background.
-What is best among cells, and when two are equal, is as in extraction (``orders.selection``).
+What is best among cells, and when two are equal, is as in extraction (``orders.selection``); of equal cells the first in raster order is
+placed, not one that a seed chooses.
 With a given order there is one candidate per step, the next cell of the order, and everything else is the same. A late order
 (``orders.policies``) is given for the first cells; when those are placed, all others are scored once, which gives their order.
 

@@ -65,8 +65,8 @@ def extract_orders(
         on_step: called after each step, that is when the next cells of all images are placed.
 
     Raises:
-        ValueError: codes that are not N of the model's vocabulary for each image, a model in training mode, or one whose scores
-            are not numbers.
+        ValueError: codes that are not N of the model's vocabulary for each image, or a model in training mode.
+        ArithmeticError: the model's scores are not numbers.
     """
     rng = _checked_rng(model, codes_BN, settings, images_B, draw)
     return _place_all(model, codes_BN, settings, rng, _CachedScorer(model, codes_BN, condition_BTD, settings, rng), on_step)

@@ -16,7 +16,8 @@ class ServeMetrics:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter("oar_serve_requests", "Requests answered.", ["path", "status"], registry=registry)
-        self.jobs = Counter("oar_serve_jobs", "Jobs that ended, and how: done, error, cancelled.", ["kind", "how"], registry=registry)
+        how = "Jobs that ended, and how: done, error, timeout, cancelled."
+        self.jobs = Counter("oar_serve_jobs", how, ["kind", "how"], registry=registry)
         self.images = Counter("oar_serve_images", "Images finished.", ["kind"], registry=registry)
         self.passes = Counter("oar_serve_passes", "Passes of the batch through the model.", registry=registry)
         self.cells = Counter("oar_serve_cells", "Cells placed.", registry=registry)
