@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = {"bf16": 0.05, "fp32": 0.01}
 """Largest difference that rounding (TF32 included) explains between two attentions over values of unit variance."""
+SLOW_S = 0.02
+"""A product of matrices of 256 rows that takes longer is below 2 GFLOP/s."""
 BACKENDS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "math": "MATH"}
 OPERATORS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": "CPU flash",
@@ -148,7 +150,7 @@ def _kernel(call: Callable[[], object]) -> str:
     return next((shown for operator, shown in OPERATORS.items() if operator in seen), "math")
 
 
-def bf16_matmul(size: int = 1024) -> Iterator[Finding]:
+def bf16_matmul() -> Iterator[Finding]:
     """Speed of a square matrix product in bfloat16 against float32."""
     import torch
 
@@ -158,17 +160,26 @@ def bf16_matmul(size: int = 1024) -> Iterator[Finding]:
     else:
         has = torch.cpu.get_capabilities()
         native = "native AMX" if has.get("amx_bf16") else "native AVX512-bf16" if has.get("avx512_bf16") else "emulated"
-    seconds = {}
-    for precision, dtype in _precisions().items():
-        a = torch.randn(size, size, device=target).to(dtype)
-        seconds[precision] = min(_seconds(partial(torch.matmul, a, a)) for _ in range(4))
-    speedup = seconds["fp32"] / seconds["bf16"]
-    rates = ", ".join(f"{precision} {2e-12 * size**3 / taken:.2g}" for precision, taken in seconds.items())
-    text = f"{speedup:.1f} x the speed of fp32 ({native}; {rates} TFLOP/s)"
+    rates = {precision: _matmul_rate(dtype) for precision, dtype in _precisions().items()}
+    speedup = rates["bf16"] / rates["fp32"]
+    tflops = ", ".join(f"{precision} {rate / 1e12:.2g}" for precision, rate in rates.items())
+    text = f"{speedup:.2g} x the speed of fp32 ({native}; {tflops} TFLOP/s)"
     if speedup < 0.9:
         yield Finding("warn", "bf16 matmul", f"{text}; try parallel.precision: fp32, which may train faster here")
     else:
         yield Finding("ok", "bf16 matmul", text)
+
+
+def _matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of the best of four products of square matrices: large ones, unless small ones take so long that large ones would say the same."""
+    import torch
+
+    for size in (256, 1024):
+        a = torch.randn(size, size, device=device()).to(dtype)
+        seconds = min(_seconds(partial(torch.matmul, a, a)) for _ in range(4))
+        if seconds > SLOW_S:
+            break
+    return 2 * size**3 / seconds
 
 
 def _seconds(call: Callable[[], object]) -> float:
