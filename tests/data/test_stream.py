@@ -226,7 +226,7 @@ def write_tokens(folder: str, sizes: list[int], broken: dict[int, str] | None = 
     write_manifest(folder, Manifest(shards=tuple(shards), grid=4, vocab_size=50_000, views=("center",)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=2, max_size=7).filter(lambda sizes: sum(sizes) >= 24),
     worlds=st.lists(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]), min_size=1, max_size=6),
@@ -314,7 +314,7 @@ def fail(kind: type[UserError], name: str, shard: OpenShard) -> NDArray[np.uint1
 
 @pytest.mark.parametrize("kind", [UserError, Unreachable])
 def test_an_error_of_a_loader_process_is_told_as_it_is(tokens: str, text: TextTokenizer, kind: type[UserError]) -> None:
-    loaded = TokenStream(source(tokens, partial(fail, kind)), text, SETTINGS, loader_processes=2).batches(0, 4)
+    loaded = TokenStream(source(tokens, partial(fail, kind)), text, SETTINGS, loader_processes=1).batches(0, 4)
     with pytest.raises(UserError, match=r"^\d+\.tar: the orders cannot be read$") as caught:
         list(loaded)
     assert type(caught.value) is kind
