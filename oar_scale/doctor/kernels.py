@@ -171,7 +171,7 @@ def bf16_matmul() -> Iterator[Finding]:
 
 
 def _matmul_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of the best of four products of square matrices: large ones, unless small ones take so long that large ones would say the same."""
+    """FLOP/s of the best of four products of square matrices; large ones, unless small ones take so long that nobody need wait for more."""
     import torch
 
     for size in (256, 1024):
