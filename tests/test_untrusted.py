@@ -127,8 +127,12 @@ def test_strange_sizes_in_a_file_are_one_clear_error(tmp_path: Path, spec: str) 
 SIZES = {"dim": 8, "layers": 1, "heads": 2, "ffn_hidden": 8, "vocab_size": 4, "grid": 2, "condition": {"type": "class", "classes": 2}}
 
 
-@pytest.mark.parametrize("change", [{"heads": 0}, {"dim": -8}, {"grid": -2}, {"kv_heads": 0}, {"dim": 2**40}, {"layers": 10**9}])
-def test_strange_sizes_of_a_model_are_one_clear_error(tmp_path: Path, change: dict[str, int]) -> None:
+STRANGE: list[dict[str, object]] = [{"heads": 0}, {"dim": -8}, {"grid": -2}, {"kv_heads": 0}, {"dim": 2**40}, {"layers": 10**9}]
+STRANGE += [{"condition": {"type": "class", "classes": 10**18}}, {"condition": {"type": "text", "vocab": 9, "rows": 2**40}}]
+
+
+@pytest.mark.parametrize("change", STRANGE)
+def test_strange_sizes_of_a_model_are_one_clear_error(tmp_path: Path, change: dict[str, object]) -> None:
     """In its file and in the configuration of its folder."""
     path, sizes = str(tmp_path / "model.safetensors"), {**SIZES, **change}
     save_weights(path, {"w": torch.zeros(2)}, {"kind": "any-order model", "spec": json.dumps(sizes)})

@@ -106,7 +106,7 @@ def _spec(shapes: PeerShapes, grid: int, heads: int | None) -> ModelSpec:
         raise UserError(
             f"{where}: tensor {_TABLE} has {rows} rows for {codes} codes, classes and {_EXTRA} more. Is it another kind of checkpoint?"
         )
-    return ModelSpec(
+    return shapes.spec(
         layout="decoupled",
         dim=dim,
         layers=2 * max(shapes.blocks("layers.self_dec."), shapes.blocks("layers.cross_dec."), 1),

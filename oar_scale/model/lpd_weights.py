@@ -109,7 +109,7 @@ def _spec(shapes: PeerShapes, heads: int | None) -> ModelSpec:
     tables = [name for name in ("token_emb.weight", "head.weight") if shapes.rows(name, dim)]
     codes = shapes.rows(tables[0], dim) if tables else shapes.size(("token_emb.weight", 0))
     first = "blocks.0.mlp"
-    return ModelSpec(
+    return shapes.spec(
         layout="grouped",
         dim=dim,
         layers=shapes.blocks("blocks."),

@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from oar_scale.errors import UserError
+from oar_scale.model.spec import ModelSpec
 
 
 class PeerShapes(NamedTuple):
@@ -42,6 +44,15 @@ class PeerShapes(NamedTuple):
             channels = f"a multiple of {multiple} channels" if multiple > 1 else "as many channels each"
             raise UserError(f"{self.where}: {dim} channels do not divide into {heads} heads of {channels}. Give the number with --heads.")
         return heads
+
+    def spec(self, **sizes: object) -> ModelSpec:
+        """The model of these sizes. Raises UserError for sizes that mean nothing."""
+        try:
+            return ModelSpec.model_validate(sizes)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            at = ".".join(map(str, first["loc"])) or "the model"
+            raise UserError(f"{self.where}: sizes that no {self.family} model has ({at}: {first['msg']}). Copy the file again.") from error
 
     def blocks(self, prefix: str) -> int:
         """Number of blocks under names with this prefix."""

@@ -173,7 +173,7 @@ def _spec(shapes: PeerShapes, family: Family, grid: int, heads: int | None, text
         condition = ClassSpec(classes=max(1, shapes.size(("cls_embedding.embedding_table.weight", 0)) - 1))
     kv_heads = (shapes.size((f"{first}.attention.wqkv.weight", 0)) - dim) // (2 * (dim // heads))
     feed_forward = tuple((f"{first}.feed_forward.{name}.weight", axis) for name, axis in (("w1", 0), ("w3", 0), ("w2", 1)))
-    return ModelSpec(
+    return shapes.spec(
         layout="instructed" if family == "randar" else "raster",
         dim=dim,
         layers=shapes.blocks("layers."),

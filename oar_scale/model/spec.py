@@ -19,6 +19,7 @@ HELD: dict[Layout, int] = {"raster": 1, "instructed": 0, "dual": 0, "decoupled":
 """Condition rows that wait for the first cell with the codes, instead of entering the cache first."""
 
 
+_MOST_LAYERS = 2**12
 _Size = Annotated[int, Field(ge=1, le=2**24)]
 """A file may say anything: tensors of such sizes have a number of bytes, and a model without values is made of them to compare shapes."""
 
@@ -31,7 +32,7 @@ class ClassSpec(_Spec):
     """One condition row: the embedding of a class label; the last row of the table is the null."""
 
     type: Literal["class"] = "class"
-    classes: int = Field(ge=1)
+    classes: _Size
 
     @property
     def rows(self) -> int:
@@ -43,21 +44,21 @@ class TextSpec(_Spec):
     """SentencePiece ids through a small bidirectional encoder that is trained along."""
 
     type: Literal["text"] = "text"
-    vocab: int = Field(ge=1)
-    rows: int = Field(ge=1)
+    vocab: _Size
+    rows: _Size
     """T: condition rows; a caption's ids are cut to as many."""
-    encoder_layers: int = Field(1, ge=0)
+    encoder_layers: int = Field(1, ge=0, le=_MOST_LAYERS)
 
 
 class FeatureSpec(_Spec):
     """Features of a frozen text encoder through a two-layer MLP (LlamaGen's ``cap_proj``)."""
 
     type: Literal["features"] = "features"
-    width: int = Field(ge=1)
+    width: _Size
     """F: channels of a feature row."""
-    rows: int = Field(ge=1)
+    rows: _Size
     """T: condition rows."""
-    null_rows: int | None = None
+    null_rows: _Size | None = None
     """Rows of the stored null, where more than T (LlamaGen stores 120 whatever T is)."""
     absent: Literal["null", "zero"] = "null"
     """What stands for a row without a token: the null's row, or zeros (the peers)."""
@@ -81,7 +82,7 @@ class ModelSpec(_Spec):
 
     layout: Layout = "instructed"
     dim: _Size
-    layers: int = Field(ge=1, le=2**12)
+    layers: int = Field(ge=1, le=_MOST_LAYERS)
     heads: _Size
     kv_heads: _Size | None = None
     """Heads of keys and values (grouped-query attention); None: as many as ``heads``."""

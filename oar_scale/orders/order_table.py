@@ -23,8 +23,11 @@ from numpy.typing import NDArray
 from oar_scale.data.hashing import name_bytes
 from oar_scale.errors import UserError
 from oar_scale.storage import Missing, open_storage
+from oar_scale.text import shown
 
 FORMAT = "1"
+_SAID, _COLUMNS = {"cells", "model_id", "settings_id"}, {"key", "view", "order", "score"}
+"""What the schema's metadata and a table have; ``draw`` came later."""
 _AGAIN = "`oar extract RECIPE --verify` finds all tables that are lost or damaged, and the next `oar extract RECIPE` makes them again."
 
 
@@ -121,9 +124,14 @@ def parse_orders(data: bytes, uri: str) -> OrderTable:
         table = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{uri}: not a readable Parquet file ({error}).\n{_AGAIN}") from error
-    metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+    metadata = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in (table.schema.metadata or {}).items()}
     if metadata.get("oar_format") != FORMAT:
         raise UserError(f"{uri}: not an order table of oar_scale, format {FORMAT} (found: {metadata.get('oar_format')}).")
+    if lacking := sorted(_SAID - metadata.keys() | _COLUMNS - {*table.column_names}):
+        raise UserError(f"{uri}: not a whole order table: it has no {', '.join(lacking)}.\n{_AGAIN}")
+    lists = (getattr(table.schema.field(name).type, "list_size", None) for name in ("order", "score"))
+    if {metadata["cells"]} != {str(size) for size in lists}:
+        raise UserError(f"{uri}: not a whole order table: its orders are not of {shown(metadata['cells'])} cells each.\n{_AGAIN}")
     cells = int(metadata["cells"])
     keys = [key if isinstance(key, str) else key.decode("utf-8", "surrogateescape") for key in table["key"].to_pylist()]
     order_SN = _matrix(table["order"], cells).astype(np.uint16)

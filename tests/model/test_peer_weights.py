@@ -270,6 +270,8 @@ def test_other_checkpoints_and_odd_heads_are_refused() -> None:
     """Another kind of checkpoint and heads that do not divide are refused."""
     with pytest.raises(UserError, match=r"peer\.pt: has no tensor tok_embeddings\.weight"):
         import_peer({"encoder.weight": torch.zeros(3)}, "randar", "peer.pt")
+    with pytest.raises(UserError, match=r"peer\.pt: sizes that no randar model has \(vocab_size: .* Copy the file again"):
+        import_peer({**peer_case("randar_c2i").tensors, "tok_embeddings.weight": torch.zeros(0, 64)}, "randar", "peer.pt", grid=4, heads=4)
     with pytest.raises(UserError, match=r"64 channels do not divide into 5 heads.*--heads"):
         import_peer(peer_case("randar_c2i").tensors, "randar", "peer.pt", grid=4, heads=5)
     with pytest.raises(UserError, match=r"uncond_embedding has 120 rows, fewer than the 121.*--text-rows"):

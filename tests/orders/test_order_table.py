@@ -104,14 +104,23 @@ def test_an_order_of_another_view_does_not_count(table: OrderTable, tmp_path: Pa
         join_orders(["image1"], read_back, shard=SHARD, cells=16)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "no model", "no score", "other cells", "no list"])
 def test_a_file_that_is_no_order_table_is_named(table: OrderTable, tmp_path: Path, damage: str) -> None:
     written(table, tmp_path)
     path = tmp_path / "00000.parquet"
+    stored = pq.read_table(path)
+    says = {name.decode(): value.decode() for name, value in stored.schema.metadata.items()}
+    changed = {
+        "foreign": lambda: stored.replace_schema_metadata({}),
+        "no model": lambda: stored.replace_schema_metadata({name: value for name, value in says.items() if name != "model_id"}),
+        "no score": lambda: stored.drop_columns(["score"]),
+        "other cells": lambda: stored.replace_schema_metadata({**says, "cells": "1 6"}),
+        "no list": lambda: stored.set_column(3, "order", [[0] * 5]),
+    }
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-40])
     else:
-        pq.write_table(pq.read_table(path).replace_schema_metadata({}), path)
+        pq.write_table(changed[damage](), path)
     with pytest.raises(UserError, match=r"00000\.parquet: not a"):
         read_orders(str(path))
 
