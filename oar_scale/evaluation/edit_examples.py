@@ -18,15 +18,15 @@ from torch import Tensor
 
 from oar_scale.data.hashing import derived_seed
 from oar_scale.evaluation.eval_tasks import EvalTarget, EvalTask, Precision, Results, condition_of, here
-from oar_scale.evaluation.likelihood import hidden_nll, nll_estimate, paired_difference
+from oar_scale.evaluation.likelihood import hidden_nll, honest_nll, nll_estimate, paired_difference
 from oar_scale.generation.editing import EditOptions, box_mask, centre_mask, edit_pages
 from oar_scale.generation.pages import make_page
-from oar_scale.generation.seen_codes import pixels_of, seen_codes
+from oar_scale.generation.seen_codes import pixels_of
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.registry import ModelName
 from oar_scale.results.estimates import LeakEffect
 from oar_scale.results.examples import EditExample, EditGallery, GalleryRow, Picture
-from oar_scale.tokenizers.vq import load_vq, pixels_to_unit
+from oar_scale.tokenizers.vq import load_vq
 
 EditKind = Literal["inpainting", "outpainting"]
 Purpose = EditKind | Literal["gallery"]
@@ -174,17 +174,12 @@ class LeakTask:
     def run(self) -> Leaks:
         """Likelihoods of the hidden codes, in float32."""
         model, vq = self.target.open(), load_vq(self.vq).to(here())
-        codes_BN = torch.from_numpy(self.codes_SN).to(here())
+        codes_BN, pictures = torch.from_numpy(self.codes_SN).to(here()), np.stack(self.pictures)
         condition_BTD, nll = condition_of(model, self.target.cond_inputs), {}
         for kind, hole in self.holes.items():
             hole_N = torch.from_numpy(hole).to(here())
-            hidden_SS = pixels_of(hole_N, vq.spec.image_size)
-            images = (pixels_to_unit(torch.tensor(picture)[None])[0].to(here()) for picture in self.pictures)
-            seen = [seen_codes(vq, image, hidden_SS) for image in images]
-            known_BN = torch.stack([each.known_N for each in seen])
-            honest_BN = torch.where(known_BN, torch.stack([each.codes_N for each in seen]), codes_BN)
-            leaky_B = hidden_nll(model, codes_BN, ~hole_N.expand_as(known_BN), hole_N, condition_BTD)
-            nll[kind] = leaky_B, hidden_nll(model, honest_BN, known_BN, hole_N, condition_BTD)
+            leaky_B = hidden_nll(model, codes_BN, ~hole_N.expand_as(codes_BN), hole_N, condition_BTD)
+            nll[kind] = leaky_B, honest_nll(model, vq, pictures, self.codes_SN, hole, condition_BTD)
         return Leaks(self.target.model, nll)
 
 

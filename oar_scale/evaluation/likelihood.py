@@ -18,11 +18,15 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from oar_scale.data.hashing import permutations
+from oar_scale.generation.seen_codes import pixels_of, seen_codes
 from oar_scale.model import AnyOrderModel
 from oar_scale.results.estimates import Estimate, estimate
+from oar_scale.tokenizers.image import ImageTokenizer
+from oar_scale.tokenizers.vq import pixels_to_unit
 
 
 @torch.no_grad()
@@ -100,6 +104,34 @@ def hidden_nll(model: AnyOrderModel, codes_BN: Tensor, known_BN: Tensor, hidden_
     order_BN = rank_BN.argsort(dim=1, stable=True)
     hidden_BN = hidden_N[order_BN]
     return ((model.nll(codes_BN, order_BN, condition_BTD).double() * hidden_BN).sum(1) / hidden_BN.sum(1)).cpu()
+
+
+@torch.no_grad()
+def honest_nll(
+    model: AnyOrderModel,
+    vq: ImageTokenizer,
+    pictures: NDArray[np.uint8],
+    codes_SN: NDArray[np.int64],
+    hole_N: NDArray[np.bool_],
+    condition_BTD: Tensor,
+) -> Tensor:
+    """Mean NLL of the codes in a hole, given those around it, which are encoded without what it hides.
+
+    Args:
+        pictures: uint8 [S, H, W, 3], intact.
+        codes_SN: theirs.
+        hole_N: the cells that are hidden.
+
+    Returns:
+        float64 [S], nats per code, on the CPU.
+    """
+    device = condition_BTD.device
+    hole, codes_BN = torch.from_numpy(hole_N).to(device), torch.from_numpy(codes_SN).to(device)
+    hidden_SS = pixels_of(hole, vq.spec.image_size)
+    seen = [seen_codes(vq, pixels_to_unit(torch.from_numpy(each)[None])[0].to(device), hidden_SS) for each in pictures]
+    known_BN = torch.stack([each.known_N for each in seen])
+    honest_BN = torch.where(known_BN, torch.stack([each.codes_N for each in seen]), codes_BN)
+    return hidden_nll(model, honest_BN, known_BN, hole, condition_BTD)
 
 
 def random_orders(images: int, cells: int, seed: int) -> Tensor:

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from small_models import random_codes, random_text, small_model
 
 from oar_scale.evaluation.distances import kid_difference, kid_shares
-from oar_scale.evaluation.flexibility.edits import holes, honest_nll, only
+from oar_scale.evaluation.flexibility.edits import holes, only
 from oar_scale.evaluation.flexibility.features import mean_pairwise
 from oar_scale.evaluation.flexibility.similarity import ssim
+from oar_scale.evaluation.likelihood import honest_nll
 from oar_scale.generation.seen_codes import fill_hole, pixels_of
 from oar_scale.results.statistics import clustered_error
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, pixels_to_unit

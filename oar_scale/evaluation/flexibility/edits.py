@@ -18,21 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 from oar_scale.data.hashing import derived_seed
-from oar_scale.evaluation.eval_tasks import Ints, Precision, condition_of, here
+from oar_scale.evaluation.eval_tasks import Ints, Precision, condition_of
 from oar_scale.evaluation.flexibility.features import DistanceSource, FeatureNetwork, mean_pairwise
 from oar_scale.evaluation.flexibility.pieces import Arrays, NetworkFile
 from oar_scale.evaluation.flexibility.similarity import ssim
 from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, Source
-from oar_scale.evaluation.likelihood import hidden_nll
+from oar_scale.evaluation.likelihood import honest_nll
 from oar_scale.evaluation.pictures import UNKNOWN_GREY
 from oar_scale.generation.editing import EditOptions, box_mask, centre_mask, edit_pages
 from oar_scale.generation.pages import make_page
-from oar_scale.generation.seen_codes import pixels_of, seen_codes
+from oar_scale.generation.seen_codes import pixels_of
 from oar_scale.generation.settings import SampleSettings
-from oar_scale.model import AnyOrderModel
 from oar_scale.results.flexibility import Better, Measure
-from oar_scale.tokenizers.image import ImageTokenizer
-from oar_scale.tokenizers.vq import pixels_to_unit
 
 HoleName = Literal["inpainting", "outpainting", "right half"]
 COMPLETIONS = 4
@@ -133,24 +130,6 @@ class EditsPiece:
         """NLL [S] of the true codes of the hole, given the codes around it, which have not seen them; float32."""
         model, vq = self.model.model(), self.vq.tokenizer()
         return honest_nll(model, vq, self.pictures, self.codes_SN, self.hole_N, condition_of(model, torch.from_numpy(self.cond_inputs_S)))
-
-
-@torch.no_grad()
-def honest_nll(
-    model: AnyOrderModel,
-    vq: ImageTokenizer,
-    pictures: NDArray[np.uint8],
-    codes_SN: Ints,
-    hole_N: NDArray[np.bool_],
-    condition_BTD: Tensor,
-) -> Tensor:
-    """NLL [S], nats a code, of the codes in a hole, given those around it, encoded without what it hides."""
-    hole, codes_BN = torch.from_numpy(hole_N).to(here()), torch.from_numpy(codes_SN).to(here())
-    hidden_SS = pixels_of(hole, vq.spec.image_size)
-    seen = [seen_codes(vq, pixels_to_unit(torch.from_numpy(each)[None])[0].to(here()), hidden_SS) for each in pictures]
-    known_BN = torch.stack([each.known_N for each in seen])
-    honest_BN = torch.where(known_BN, torch.stack([each.codes_N for each in seen]), codes_BN)
-    return hidden_nll(model, honest_BN, known_BN, hole, condition_BTD)
 
 
 def only(pictures: NDArray[np.uint8], region_N: NDArray[np.bool_]) -> NDArray[np.uint8]:
