@@ -16,13 +16,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from oar_scale.errors import UserError
 from oar_scale.text import shown
 
 Choice = Literal["left", "right", "tie"]
-CHOICES: tuple[Choice, ...] = get_args(Choice)
 LONGEST_MS = 24 * 3600 * 1000
 """A longer time to answer is stored as this: the page was left open."""
 
