@@ -189,14 +189,14 @@ def two_way_variance(independent: ArrayLike, over_first: ArrayLike, over_second:
 def bootstrap_interval(values_S: ArrayLike, families_S: ArrayLike | None = None) -> Interval | None:
     """Where the mean of such values lies: BCa bootstrap of the families, or Student's t of fewer than :data:`FEW`; None of one family.
 
-    Equal values have an interval without width: they do not tell how much others would differ.
+    Equal values, or families of equal means, have an interval without width: they do not tell how much others would differ.
     """
     values = np.asarray(values_S, dtype=np.float64)
     sums_F, counts_F = _by_family(values, families_S)
     if len(sums_F) < FEW:
         spread = _of_mean(values) if families_S is None else _ratio_spread(sums_F, counts_F)
         return _interval(spread, float(values.mean()))
-    if np.ptp(values) <= 1e-12 * np.abs(values).max():
+    if np.ptp(sums_F / counts_F) <= 1e-12 * np.abs(values).max():
         mean = float(values.mean())
         return Interval(mean, mean, "bootstrap")
 

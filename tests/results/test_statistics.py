@@ -170,6 +170,12 @@ def test_images_of_one_family_do_not_narrow_an_interval() -> None:
     assert held >= 68 and naive <= 60
 
 
+def test_families_of_equal_means_have_an_interval_without_width() -> None:
+    """However their images differ: every bootstrap sample of these families has the same mean."""
+    interval = figure(np.tile([3.0, 1.0], 12), families_S=np.repeat(np.arange(12), 2)).over_images
+    assert interval is not None and (interval.low, interval.high) == (2.0, 2.0)
+
+
 def test_families_of_one_image_change_nothing() -> None:
     values = np.random.default_rng(1).normal(size=(3, 40))
     alone, apart = figure(values), figure(values, families_S=np.arange(40)[::-1])
