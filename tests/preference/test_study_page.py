@@ -75,6 +75,12 @@ def test_a_whole_session_with_keys_undo_and_reload(browser: Browser, study_folde
             page.click("#undo-last")
             shown(page, 9)
             assert len(kept(study_folder, server)) == 9
+            page.keyboard.press("ArrowDown")
+            expect(page.locator("#finished")).to_be_visible()
+            page.keyboard.press("ArrowLeft")  # there is nothing to choose
+            page.keyboard.press("Backspace")
+            shown(page, 9)
+            assert len(kept(study_folder, server)) == 9
 
 
 def test_a_phone_shows_both_pictures_without_scrolling(browser: Browser, study_folder: Path) -> None:

@@ -191,7 +191,8 @@ function begin() {
 const KEYS = { ArrowLeft: () => choose("left"), ArrowRight: () => choose("right"), ArrowDown: () => choose("tie"), Backspace: undo };
 
 addEventListener("keydown", (event) => {
-  if (!KEYS[event.key] || event.ctrlKey || event.metaKey || event.altKey || byId("login").open || byId("comparing").hidden) return;
+  if (!KEYS[event.key] || event.ctrlKey || event.metaKey || event.altKey || byId("login").open) return;
+  if (byId("comparing").hidden && (event.key !== "Backspace" || byId("finished").hidden)) return;
   event.preventDefault();
   if (!event.repeat) KEYS[event.key]();
 });
