@@ -41,7 +41,8 @@ def marks_of(images: list[SetImage]) -> Marks:
 
 def repeated(marks_S3: Marks, by: Pairing | None = None) -> int:
     """How many images are, pixel for pixel, the same as another one of their set; or how many have the caption, or name, of another."""
-    _, counts = np.unique(marks_S3[:, _PIXELS if by is None else _COLUMN[by]], return_counts=True)
+    of_images = marks_S3[:, _PIXELS if by is None else _COLUMN[by]]
+    _, counts = np.unique(of_images if by is None else of_images[of_images != 0], return_counts=True)
     return int(counts[counts > 1].sum())
 
 

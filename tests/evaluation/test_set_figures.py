@@ -20,6 +20,7 @@ from oar_scale.evaluation.distances import kid, kid_error
 from oar_scale.evaluation.extractors import Extractor, Layer, Layers
 from oar_scale.evaluation.extractors.extractor import WeightsFile
 from oar_scale.evaluation.feature_files import FeatureFiles, feature_file, part_features
+from oar_scale.evaluation.image_marks import repeated
 from oar_scale.evaluation.image_sets import find_images
 from oar_scale.evaluation.set_figures import Comparison, Side, figure_names
 
@@ -209,6 +210,11 @@ def test_images_that_are_the_same_are_pointed_out(tmp_path: Path) -> None:
         "they are too small by that.",
         "a: 1 of 20 images are, pixel for pixel, images of the reference",
     ]
+
+
+def test_images_without_a_caption_do_not_share_one() -> None:
+    marks = np.array([(1, 0, 11), (2, 0, 12), (3, 7, 13), (4, 7, 14), (5, 8, 15)], np.uint64)
+    assert (repeated(marks, "caption"), repeated(marks, "name"), repeated(marks)) == (2, 0, 0)
 
 
 def test_identical_images_claim_no_certainty(tmp_path: Path) -> None:
