@@ -97,8 +97,10 @@ def main() -> None:
 
 
 def write_set(sets: Path, out: Path, size: int) -> None:
-    """Draw all sets of a folder into ``out``, and say how many there are and whose they are."""
-    folders = sorted(folder for folder in sets.iterdir() if (folder / "icons.json").exists())
+    """Draw all sets of a folder into ``out``, and say how many there are and whose they are. Raises UserError where there is none."""
+    folders = sorted(file.parent for file in sets.glob("*/icons.json"))
+    if not folders:
+        raise UserError(f"{sets}: no unpacked package is here, a folder with icons.json. Name another folder, or leave out --sets.")
     pictures = read_pictures(folders)
     for folder in folders:
         (out / "images" / folder.name).mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,10 @@ def measure(name: str, images: str, count: int) -> None:
     """Print a line for each kind of order, over all images and over the least symmetric half.
 
     Raises:
-        UserError: no such model or images, or a model without an image tokenizer.
+        UserError: no such model or images, too few of them, or a model without an image tokenizer.
     """
+    if count < 4:
+        raise UserError(f"--images {count}: there are standard errors over the images and over half of them, which need at least 4")
     model = oar_scale.load(name)
     if model.vq is None:
         raise UserError(f"{name}: there is no image tokenizer, which encodes the images. Name a model with one.")

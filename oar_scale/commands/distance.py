@@ -50,6 +50,11 @@ class DistanceRequest:
     export_npz: str | None = None
     export_statistics: str | None = None
 
+    @property
+    def figures(self) -> bool:
+        """Whether figures are asked for, beside or instead of what is exported."""
+        return bool(self.reference or self.metrics or self.out)
+
 
 def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> None:
     """Compute the figures and print them; write what is to be written.
@@ -66,7 +71,7 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
         images = find_images(request.samples, request.size)
         count = _export(images, request.export_npz)
         say(f"{request.export_npz}: {count} images")
-        if request.reference is None and not request.metrics and not request.export_statistics:
+        if not request.figures and not request.export_statistics:
             return
     network = load_extractor(request.extractor)  # a wrong file of weights, or figure, is named before images are read
     names = figure_names(request.metrics, network.label, network.standard)
@@ -86,7 +91,7 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
     if request.export_statistics:
         _export_statistics(request, samples)
         say(f"{request.export_statistics}: statistics of {request.samples}")
-        if request.reference is None and not request.metrics:
+        if not request.figures:
             return
     comparison = Comparison(samples, reference, network.label, network.standard, request.kept, request.seed, request.paired)
     wanted = comparison.wanted(names)

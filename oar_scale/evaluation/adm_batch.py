@@ -99,7 +99,7 @@ def read_statistics(path: str) -> Statistics | None:
         UserError: no such file, a damaged one, or arrays that are no mean and covariance.
     """
     with _opened(path) as archive:
-        if "mu.npy" not in archive.namelist():
+        if not {"mu.npy", "sigma.npy"} <= set(archive.namelist()):
             return None
     layers = {}
     try:

@@ -185,6 +185,8 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
+        if "no such" in str(error):  # table or column
+            raise _damaged(path, str(error)) from error
         raise UserError(f"{path}: cannot be used ({error}). See whether its folder can be written to, and has room.") from error
     except sqlite3.DatabaseError as error:
         raise _damaged(path, str(error)) from error

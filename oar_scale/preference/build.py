@@ -21,8 +21,9 @@ from PIL import Image
 from oar_scale.data.images import decode_image
 from oar_scale.errors import UserError
 from oar_scale.preference.arms import Item, read_arms
-from oar_scale.preference.study import CAPTION, MANIFEST, PICTURES, Comparison, Study, content_hash, digest
+from oar_scale.preference.study import CAPTION, LONGEST_QUESTION, MANIFEST, PICTURES, Comparison, Study, content_hash, digest
 from oar_scale.storage import join, read_named, write_json
+from oar_scale.storage.schemes import LOCAL, scheme_of
 
 QUESTION = f"Which picture shows this better: {CAPTION}?"
 MOST_ARMS = 20
@@ -49,6 +50,8 @@ class BuildRequest:
             raise UserError(f"{len(names)} arms: a study compares 2 to {MOST_ARMS}, each given as NAME=FOLDER")
         if len(set(names)) < len(names):
             raise UserError(f"two arms have the same name ({', '.join(names)}): give each one of its own, NAME=FOLDER")
+        if not self.question.strip() or len(self.question) > LONGEST_QUESTION:
+            raise UserError(f"--question has {len(self.question)} characters: raters are asked something in at most {LONGEST_QUESTION}")
 
 
 PAIRS, CHECKS = 200, 10
@@ -59,16 +62,16 @@ def build_study(request: BuildRequest, say: Callable[[str], None]) -> Study:
     """Write the study's folder, whole or not at all.
 
     Raises:
-        UserError: there is something at ``out``, folders that cannot be compared, a picture that cannot be read, or more pairs than there
-            are.
+        UserError: there is something at ``out``, or no folder can be made there; folders that cannot be compared, a picture that cannot
+            be read, or more pairs than there are.
     """
+    if scheme_of(request.out) != LOCAL:
+        raise UserError(f"--out {request.out}: a study is served from a local folder. Name one.")
     if os.path.lexists(request.out) and not (os.path.isdir(request.out) and not os.listdir(request.out)):
         raise UserError(f"--out {request.out}: something is there already, and may hold answers. Name a new folder, or remove it.")
     arms, items = read_arms(request.arms)
     _check_captions(request.question, items)
-    parent = os.path.dirname(os.path.abspath(request.out))
-    os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".study-", dir=parent, ignore_cleanup_errors=True) as temporary:
+    with _folder_beside(request.out) as temporary:
         writer = _Pictures(temporary)
         pairs, identical = _make_pairs(request, items, writer)
         study = Study.make(
@@ -89,6 +92,16 @@ def build_study(request: BuildRequest, say: Callable[[str], None]) -> Study:
     for line in _said(study, request.out, len(items)):
         say(line)
     return study
+
+
+def _folder_beside(out: str) -> tempfile.TemporaryDirectory[str]:
+    """An empty folder that can be renamed to ``out``. Raises UserError where none can be made."""
+    parent = os.path.dirname(os.path.abspath(out))
+    try:
+        os.makedirs(parent, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=".study-", dir=parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}. Name another folder.") from error
 
 
 def choose_pairs(items: int, arm_pairs: int, seed: int) -> Iterator[tuple[int, int]]:

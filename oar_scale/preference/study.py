@@ -26,6 +26,8 @@ from oar_scale.text import shown
 MANIFEST, PICTURES, ANSWERS = "study.json", "pictures", "answers.sqlite"
 CAPTION = "{caption}"
 """Stands for the caption in a question."""
+LONGEST_QUESTION = 1000
+"""Characters."""
 
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 """First 32 hex digits of a SHA-256."""
@@ -72,7 +74,7 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
-    question: str = Field(min_length=1, max_length=1000)
+    question: str = Field(min_length=1, max_length=LONGEST_QUESTION)
     seed: int
     per_rater: int = Field(ge=1)
     """Pairs that a rater is shown, attention checks not counted."""

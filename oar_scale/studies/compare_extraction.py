@@ -51,9 +51,11 @@ def run_compare(run: Run, *, images: int = 64, out: str | None = None, finetune:
         What is written: the settings, and the figures of each method.
 
     Raises:
-        UserError: a stage before this one has not finished, a training failed, or there is an order head that learned from other
-            orders than the run has now, or from all of these images.
+        UserError: fewer than 2 images, a stage before this one has not finished, a training failed, or there is an order head that
+            learned from other orders than the run has now, or from all of these images.
     """
+    if images < 2:
+        raise UserError(f"--images {images}: figures have standard errors over images, which need at least 2")
     require_any_order(run)
     report = on_gpu_node(run, partial(_compared, images=images, finetune=finetune), gpus=run.recipe.extract.gpus_per_actor > 0)
     if out is not None:

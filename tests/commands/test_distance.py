@@ -107,7 +107,10 @@ def test_a_folder_of_images_becomes_a_batch(sets: list[str], tmp_path: Path, cap
     (tmp_path / "folder").mkdir()
     for index, pixels in enumerate(batch.rows(0, 14)):
         Image.fromarray(pixels).save(tmp_path / "folder" / f"{index:03d}.png")
-    assert main(["distance", str(tmp_path / "folder"), "--export-npz", str(tmp_path / "again.npz")]) == 0
+    export = ["distance", str(tmp_path / "folder"), "--export-npz", str(tmp_path / "again.npz")]
+    assert main([*export, "--out", str(tmp_path / "figures.json")]) == 2
+    assert "nothing can be measured of it without a reference" in capsys.readouterr().err  # figures were asked for as well
+    assert main(export) == 0
     assert "again.npz: 14 images" in capsys.readouterr().out
     again = read_batch(str(tmp_path / "again.npz"))
     assert again is not None

@@ -124,6 +124,11 @@ def test_what_are_no_statistics_is_named(statistics: tuple[NDArray[np.generic], 
     assert str(path) in str(error.value)
 
 
+def test_a_mean_alone_is_no_statistic(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mean.npz", mu=np.zeros(4))
+    assert read_statistics(str(tmp_path / "mean.npz")) is None
+
+
 def test_an_npz_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match=r"s3://bucket/ref.npz: no such file. An .npz is read from a local disk"):
         read_batch("s3://bucket/ref.npz")

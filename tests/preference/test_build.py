@@ -18,7 +18,7 @@ from small_study import CAPTIONS, drawings, open_png, picture, record, small_stu
 from oar_scale.cli import main
 from oar_scale.errors import UserError
 from oar_scale.generation.picture_files import encode_png
-from oar_scale.preference.build import choose_pairs
+from oar_scale.preference.build import BuildRequest, build_study, choose_pairs
 from oar_scale.preference.study import read_pictures, read_study
 
 
@@ -177,6 +177,8 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         ((f"a={features}", f"b={features}"), "--question"),
         ((f"a={one}", f"b={drawings(tmp_path / 'b', 1)}", "--pairs", "6"), "there are 5"),
         ((f"a={one}", f"b={tmp_path / 'b'}", "--checks", "6"), "--checks 6"),
+        ((f"a={one}", f"b={tmp_path / 'b'}", "--question", " "), "--question has 1 characters"),
+        ((f"a={one}", f"b={tmp_path / 'b'}", "--question", "x" * 1001), "--question has 1001 characters: .* at most 1000"),
     ):
         assert_refused(tmp_path, arms, words)
 
@@ -194,6 +196,21 @@ def run_build(tmp_path: Path, arguments: tuple[str, ...]) -> None:
 
     parsed = _parser().parse_args(["study", "build", *arguments, "--out", str(tmp_path / "study")])
     parsed.run(parsed)
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("s3://bucket/study", "--out s3://bucket/study: a study is served from a local folder"),
+        ("a/000000.png/study", "--out a/000000.png/study: (File exists|Not a directory)"),
+    ],
+)
+def test_a_place_where_no_folder_can_be_is_named(out: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arms = [(name, drawings(Path(name), number)) for number, name in enumerate("ab")]
+    with pytest.raises(UserError, match=words):
+        build_study(BuildRequest(arms=arms, out=out), lambda text: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_a_study_with_answers_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,6 +159,11 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, study_folder: Path
         for attempt in (lambda: Answers(str(path), study.fingerprint), lambda: read_answers(str(path), study.fingerprint)):
             with pytest.raises(UserError, match="damaged"):
                 attempt()
+    with sqlite3.connect(tmp_path / "other.sqlite") as connection:
+        connection.execute("CREATE TABLE pictures (name TEXT)")
+    connection.close()
+    with pytest.raises(UserError, match="is no SQLite file of a study"):
+        read_answers(str(tmp_path / "other.sqlite"), study.fingerprint)
     path.write_bytes(whole)
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE answers SET study = 'x' WHERE comparison = (SELECT min(comparison) FROM answers)")

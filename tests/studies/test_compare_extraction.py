@@ -15,6 +15,7 @@ from small_models import random_codes, random_text, small_model
 from small_run import prepare_small_run, small_recipe
 from torch import Tensor
 
+from oar_scale.errors import UserError
 from oar_scale.model import AnyOrderModel, load_model, save_model
 from oar_scale.observe.console import Console
 from oar_scale.orders.extraction import Orders, extract_orders
@@ -44,6 +45,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def backwards(model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, images_B: Images) -> Orders:
     comparison = extract_orders(model, codes_BN, condition_BTD, settings, images_B)
     return Orders(comparison.order_BN.flip(1), comparison.score_BN.flip(1), rows=7)
+
+
+def test_one_image_has_no_standard_error(run: Run) -> None:
+    with pytest.raises(UserError, match="--images 1: figures have standard errors over images, which need at least 2"):
+        stage.run_compare(run, images=1)
 
 
 @torch.no_grad()

@@ -147,6 +147,14 @@ def test_without_npm_the_registry_is_asked_directly(registry: dict[str, Any], se
         fetch("@icons/noto@1.0.0", tmp_path / "damaged")
 
 
+def test_a_folder_without_packages_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "none"):
+        with pytest.raises(UserError, match=f"{folder}: no unpacked package is here"):
+            write_set(tmp_path / folder, tmp_path / "out", 16)
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_npm_and_registry_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("NPM_CONFIG_REGISTRY", raising=False)

@@ -25,3 +25,9 @@ def test_a_folder_that_is_not_there_is_named_in_one_line(
     with pytest.raises(SystemExit, match=f"{tmp_path}/none") as left:
         tool.main()
     assert "\n" not in str(left.value)
+
+
+def test_too_few_images_for_standard_errors_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", WEIGHTS, str(tmp_path), "--images", "3"])
+    with pytest.raises(SystemExit, match=r"--images 3: .* at least 4"):
+        mirrored_orders.main()
