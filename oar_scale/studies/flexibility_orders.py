@@ -32,15 +32,19 @@ DRAWN = ("random", *PATHS, "mean")
 def fixed_orders(images: HeldoutImages) -> tuple[dict[str, Orders], tuple[str, ...]]:
     """Orders [S, N] by name, and what was left out and why.
 
-    ``random`` is of a seed that nobody trained with; ``random seen`` are those in which the run's pretraining has seen its first samples;
-    ``extracted`` are the stored ones of its first training images, given to these images.
+    ``random`` is of a seed that nobody trained with; ``random seen`` are those in which the run's pretraining has seen its first samples,
+    if it was one in random orders; ``extracted`` are the stored ones of its first training images, given to these images.
     """
     run, (count, cells) = images.run, images.measured.codes_SN.shape
     grid = images.measured.grid
-    seen_SN = permutations("order", cells, run.recipe.seed, 0, np.arange(count))
-    orders: dict[str, NDArray[np.integer]] = {"random": random_orders(count, cells, run.recipe.seed).numpy(), "random seen": seen_SN}
+    orders: dict[str, NDArray[np.integer]] = {"random": random_orders(count, cells, run.recipe.seed).numpy()}
     orders |= {name: np.tile(policy.path(grid), (count, 1)) for name, policy in grid_policies().items() if name in PATHS}
-    notes = []
+    pretrain, notes = run.recipe.pretrain, list[str]()
+    if pretrain.steps and pretrain.order in (None, "random"):
+        orders["random seen"] = permutations("order", cells, run.recipe.seed, 0, np.arange(count))
+    else:
+        order = f"its order is {pretrain.order}" if pretrain.steps else "pretrain.steps is 0"
+        notes.append(f"Random orders of the pretraining were left out: there are none ({order}).")
     try:
         orders["mean"] = np.tile(mean_order(run_files(run.at()), grid), (count, 1))
         extracted_SN = read_train_orders(run, read_tokens(run, "train", count))

@@ -39,6 +39,7 @@ from oar_scale.storage import read_json
 from oar_scale.studies import flexibility_models
 from oar_scale.studies.flexibility import FlexibilityRequest, _plan
 from oar_scale.studies.flexibility_models import HeldoutImages, first_images, named_arms, sweep_images
+from oar_scale.studies.flexibility_orders import fixed_orders
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq, unit_to_pixels
 from tools import flexibility_tables
 
@@ -130,6 +131,16 @@ def test_the_report_of_another_call_does_not_pass_for_the_one_under_way(finished
     (tmp_path / "flexibility.json").write_text(report.replace(f'"format": {FORMAT}', '"format": 1'))
     assert flexibility(models_of(finished), tmp_path, *stopped) == 75
     assert not (tmp_path / "flexibility.json").exists(), "of an older format: its figures are others"
+
+
+def test_orders_of_a_pretraining_are_those_of_one_in_random_orders(finished: Run) -> None:
+    images = first_images(finished, "heldout", 4)
+    assert "random seen" in fixed_orders(images)[0]
+    for changes, why in (({"steps": 0}, "pretrain.steps is 0"), ({"order": "halton", "random_share": 0.0}, "its order is halton")):
+        pretrain = finished.recipe.pretrain.model_copy(update=changes)
+        found, notes = fixed_orders(replace(images, run=Run(finished.recipe.model_copy(update={"pretrain": pretrain}))))
+        assert "random" in found and "random seen" not in found
+        assert any("Random orders of the pretraining were left out" in note and why in note for note in notes)
 
 
 def test_whatever_a_report_depends_on_makes_it_one_of_another_call(finished: Run) -> None:
