@@ -115,7 +115,7 @@ def kid_error(x: ArrayLike, y: ArrayLike, *, paired: bool = False, groups: Group
     return float(np.sqrt(share * (count - 1) / count * np.sum(deviations_g**2)))
 
 
-def kid_difference(first: ArrayLike, second: ArrayLike, reference: ArrayLike) -> Estimate:
+def kid_difference(first: ArrayLike, second: ArrayLike, reference: ArrayLike, families_n: ArrayLike | None = None) -> Estimate:
     """How much farther ``first`` is from the reference than ``second``, by the kernel of :func:`kid`, paired by row.
 
     A U-statistic over pairs of different rows, so that two samples for a caption are never compared with that caption's own image. What
@@ -123,6 +123,7 @@ def kid_difference(first: ArrayLike, second: ArrayLike, reference: ArrayLike) ->
 
     Args:
         first, second, reference: [n, d] features, the same n (at least 3) and d; row i of all three belongs to the same caption.
+        families_n: the same number for rows that are not independent, which are one to the standard error. None: all are.
 
     Returns:
         Unbiased MMD^2 of ``first`` minus that of ``second``, and the standard error by the jackknife over rows (Efron & Stein 1981), which
@@ -131,7 +132,7 @@ def kid_difference(first: ArrayLike, second: ArrayLike, reference: ArrayLike) ->
     Raises:
         ValueError: unequal shapes, or fewer than 3 rows.
     """
-    return estimate(kid_shares(first, reference) - kid_shares(second, reference))
+    return estimate(kid_shares(first, reference) - kid_shares(second, reference), families_n)
 
 
 def kid_shares(samples: ArrayLike, reference: ArrayLike, families_n: ArrayLike | None = None) -> Matrix:

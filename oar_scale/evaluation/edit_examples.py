@@ -43,6 +43,8 @@ class EditedImages:
     pictures: Sequence[Picture]
     captions: Sequence[str]
     codes_SN: NDArray[np.int64]
+    families_S: NDArray[np.int64]
+    """The same number for images of one family."""
     cond_inputs_S: Tensor
     grid: int
     vq: str
@@ -88,13 +90,14 @@ class EditedImages:
 
     def leaks(self, results: Results) -> tuple[LeakEffect, ...]:
         """The likelihood of hidden codes, leaky and honest, for each kind of hole."""
-        return tuple(
-            LeakEffect(
-                kind, measured.model, len(leaky_S), nll_estimate(leaky_S), nll_estimate(honest_S), paired_difference(honest_S, leaky_S)
-            )
-            for measured in results.of(Leaks)
-            for kind, (leaky_S, honest_S) in measured.nll.items()
-        )
+        found = []
+        for measured in results.of(Leaks):
+            for kind, (leaky_S, honest_S) in measured.nll.items():
+                families_S = self.families_S[: len(leaky_S)]
+                leaky, honest = (nll_estimate(each_S, families_S) for each_S in (leaky_S, honest_S))
+                difference = paired_difference(honest_S, leaky_S, families_S)
+                found.append(LeakEffect(kind, measured.model, len(leaky_S), leaky, honest, difference))
+        return tuple(found)
 
     @property
     def columns(self) -> tuple[ModelName, ...]:

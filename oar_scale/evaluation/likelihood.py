@@ -163,17 +163,17 @@ def shuffled_captions(cond_inputs_S: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(captions_UT[next_U[caption_S.ravel()]]).to(cond_inputs_S.device)
 
 
-def nll_estimate(nll_S: Tensor) -> Estimate:
-    """Mean over images and its standard error."""
-    return estimate(nll_S.double().numpy())
+def nll_estimate(nll_S: Tensor, families_S: NDArray[np.int64] | None = None) -> Estimate:
+    """Mean over images and its standard error; ``families_S`` as for :func:`~oar_scale.results.estimates.estimate`."""
+    return estimate(nll_S.double().numpy(), families_S)
 
 
-def paired_difference(first_S: Tensor, second_S: Tensor) -> Estimate:
-    """Mean of ``first - second`` over the same images, and its standard error.
+def paired_difference(first_S: Tensor, second_S: Tensor, families_S: NDArray[np.int64] | None = None) -> Estimate:
+    """Mean of ``first - second`` over the same images, and its standard error; ``families_S`` as for :func:`nll_estimate`.
 
     Raises:
         ValueError: the two do not have one value for each of the same images.
     """
     if first_S.shape != second_S.shape:
         raise ValueError(f"a paired difference needs the same images on both sides, got {list(first_S.shape)} and {list(second_S.shape)}")
-    return nll_estimate(first_S.double() - second_S.double())
+    return nll_estimate(first_S.double() - second_S.double(), families_S)

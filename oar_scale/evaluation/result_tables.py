@@ -19,15 +19,18 @@ from oar_scale.results.estimates import (
     CaptionDependence,
     DistanceDifference,
     DistanceRow,
+    GroupName,
+    ImageGroup,
     NllDifference,
     NllEntry,
     NllTable,
     OrderName,
     PretrainEffect,
-    estimate,
 )
 
 Features = NDArray[np.float32]
+Families = NDArray[np.int64]
+"""[S]: the same number for images of one family, which are not independent of each other."""
 PerImage = dict[ModelName, dict[str, torch.Tensor]]
 """What the likelihood tasks measured, [S] for each model and name: nats per code by order, under ``shuffled captions``, predictions."""
 MIN_COMPARED = 8
@@ -44,48 +47,51 @@ def per_image(results: Sequence[Likelihoods]) -> PerImage:
     return table
 
 
-def likelihood_table(nll: PerImage) -> NllTable:
+def likelihood_table(nll: PerImage, families_S: Families) -> NllTable:
     """Means, and the ordered model against the others where both were measured."""
-    entries = [NllEntry(model, order, nll_estimate(row[order])) for model, row in nll.items() for order in ORDERS if order in row]
+    entries = [
+        NllEntry(model, order, nll_estimate(row[order], families_S)) for model, row in nll.items() for order in ORDERS if order in row
+    ]
     differences = [
-        NllDifference("ordered", other, order, paired_difference(nll["ordered"][order], nll[other][order]))
+        NllDifference("ordered", other, order, paired_difference(nll["ordered"][order], nll[other][order], families_S))
         for order in ("own max_prob", "random", "own gt_logprob")
         for other in BASELINES
         if other in nll
     ]
-    return NllTable(len(nll["ordered"]["random"]), tuple(entries), tuple(differences))
+    return NllTable(len(families_S), tuple(entries), tuple(differences), len(np.unique(families_S)))
 
 
-def pretrain_effect(nll: PerImage) -> PretrainEffect:
+def pretrain_effect(nll: PerImage, families_S: Families) -> PretrainEffect:
     """Likelihood under random orders before and after the pretraining, and the paired difference."""
     before, after = nll["base"]["random"], nll["any_order"]["random"]
-    return PretrainEffect(len(after), nll_estimate(before), nll_estimate(after), paired_difference(after, before))
+    difference = paired_difference(after, before, families_S)
+    return PretrainEffect(len(after), nll_estimate(before, families_S), nll_estimate(after, families_S), difference)
 
 
-def calibrations(nll: PerImage) -> tuple[Calibration, ...]:
+def calibrations(nll: PerImage, families_S: Families) -> tuple[Calibration, ...]:
     """A row for each model whose own orders were found."""
     return tuple(
         Calibration(
             model,
             len(row["entropy"]),
-            gap=paired_difference(row["own max_prob"], row["entropy"]),
-            top_probability=estimate(row["top probability"].numpy()),
-            top_accuracy=estimate(row["top accuracy"].numpy()),
+            gap=paired_difference(row["own max_prob"], row["entropy"], families_S),
+            top_probability=nll_estimate(row["top probability"], families_S),
+            top_accuracy=nll_estimate(row["top accuracy"], families_S),
         )
         for model, row in nll.items()
         if "entropy" in row
     )
 
 
-def caption_dependence(nll: PerImage) -> tuple[CaptionDependence, ...]:
+def caption_dependence(nll: PerImage, families_S: Families) -> tuple[CaptionDependence, ...]:
     """A row for each model that was given the captions of other images."""
     return tuple(
         CaptionDependence(
             model,
             len(row["random"]),
-            own=nll_estimate(row["random"]),
-            shuffled=nll_estimate(row["shuffled captions"]),
-            difference=paired_difference(row["shuffled captions"], row["random"]),
+            own=nll_estimate(row["random"], families_S),
+            shuffled=nll_estimate(row["shuffled captions"], families_S),
+            difference=paired_difference(row["shuffled captions"], row["random"], families_S),
         )
         for model, row in nll.items()
         if "shuffled captions" in row
@@ -97,6 +103,8 @@ class ComparedFeatures:
     """The features of the images whose distances are measured."""
 
     heldout_SF: Features
+    families_S: Families
+    """Of the held-out images."""
     drawn: dict[ModelName, Features]
     """Samples of each model for the captions of the held-out images."""
     real: dict[str, Features]
@@ -113,7 +121,7 @@ class ComparedFeatures:
         """Those of some held-out images and their captions, with as many real ones."""
         drawn = {model: features_SF[member_S] for model, features_SF in self.drawn.items()}
         real = {name: features_SF[: int(member_S.sum())] for name, features_SF in self.real.items()}
-        return ComparedFeatures(self.heldout_SF[member_S], drawn, real, self.label)
+        return ComparedFeatures(self.heldout_SF[member_S], self.families_S[member_S], drawn, real, self.label)
 
     def rows(self, seed: int) -> tuple[DistanceRow, ...]:
         """The distance of each set to as many held-out images; samples of a model are for the captions of these, row by row."""
@@ -127,14 +135,25 @@ class ComparedFeatures:
 
     def differences(self) -> tuple[DistanceDifference, ...]:
         """The ordered model's distance against the others', paired by caption."""
-        ordered_SF = self.drawn["ordered"]
+        ordered_SF, others = self.drawn["ordered"], [other for other in BASELINES if other in self.drawn]
+        found = [kid_difference(ordered_SF, self.drawn[other], self.heldout_SF, self.families_S) for other in others]
         return tuple(
-            DistanceDifference(
-                "ordered", other, len(ordered_SF), kid_difference(ordered_SF, self.drawn[other], self.heldout_SF), self.label
-            )
-            for other in BASELINES
-            if other in self.drawn
+            DistanceDifference("ordered", other, len(ordered_SF), difference, self.label)
+            for other, difference in zip(others, found, strict=True)
         )
+
+
+def image_group(name: GroupName, nll: PerImage, families_S: Families, compared: ComparedFeatures, seed: int) -> ImageGroup:
+    """The figures over some of the held-out images; distances only where there are enough."""
+    return ImageGroup(
+        name,
+        nll=likelihood_table(nll, families_S),
+        pretrain=pretrain_effect(nll, families_S),
+        calibration=calibrations(nll, families_S),
+        captions=caption_dependence(nll, families_S),
+        distances=compared.rows(seed) if compared.enough else (),
+        distance_differences=compared.differences() if compared.enough else (),
+    )
 
 
 def raster_distance(order_SN: NDArray[np.uint16]) -> float:

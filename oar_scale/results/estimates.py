@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from oar_scale.registry import ModelName
+from oar_scale.results.statistics import clustered_error
 
 OrderName = Literal["random", "raster", "own max_prob", "own gt_logprob"]
 """``own max_prob``: each model's own orders, chosen as in generation by the codes placed before alone: the generator's likelihood.
@@ -24,14 +25,18 @@ to ln(N!) / N nats each: a diagnosis of the selection, not a likelihood.
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over images and its standard error."""
+    """A mean over images and its standard error, for which images of one family count as one (:func:`estimate`)."""
 
     mean: float
     standard_error: float
 
 
-def estimate(values: NDArray[np.floating] | list[float]) -> Estimate:
+def estimate(values: NDArray[np.floating] | list[float], families_S: ArrayLike | None = None) -> Estimate:
     """Mean and standard error of one value an image.
+
+    Args:
+        families_S: the same number for images that are not independent (the same thing in other styles or colours): the error is that of
+            the mean over families. None: all are independent. So are those of a single family taken, for nothing tells of others.
 
     Raises:
         ValueError: fewer than two values.
@@ -39,6 +44,10 @@ def estimate(values: NDArray[np.floating] | list[float]) -> Estimate:
     if len(values) < 2:
         raise ValueError(f"a standard error needs at least 2 images, got {len(values)}")
     array = np.asarray(values, dtype=np.float64)
+    if families_S is not None and 1 < len(np.unique(families_S)) < len(array):
+        error = clustered_error(array, families_S)
+        assert error is not None
+        return Estimate(float(array.mean()), error)
     return Estimate(float(array.mean()), float(array.std(ddof=1) / np.sqrt(len(array))))
 
 
@@ -93,6 +102,8 @@ class NllTable:
     entries: tuple[NllEntry, ...]
     differences: tuple[NllDifference, ...] = ()
     """At least ordered - control and ordered - any-order, each along the models' own ``max_prob`` orders."""
+    families: int | None = None
+    """So many groups of the images are independent of each other. None: of an evaluation that took every image to be."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ class DistanceDifference:
     second: ModelName
     samples: int
     kid: Estimate
-    """Standard error by the jackknife: a caption's two samples and its held-out image are left out together."""
+    """Standard error by the jackknife: two samples for a caption and its held-out image are left out together."""
     features: str = "efflite0"
     """What it is measured on: it is called ``kid_FEATURES``."""
 

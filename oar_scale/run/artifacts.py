@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -138,6 +138,12 @@ def read_families(run: Run, split: str) -> dict[str, str]:
     """The family of each image of a split, by its key; empty where it has none (see ``SourceImage.family``)."""
     folder = run.at("images", split)
     return {sample["__key__"]: _family(sample, folder) for sample in _image_samples(run, folder)}
+
+
+def family_names(run: Run, split: str, keys: Sequence[str]) -> list[str]:
+    """The family of each of these images of a split; an image without one is a family of its own."""
+    families = read_families(run, split)
+    return [families.get(key) or f"image {key}" for key in keys]
 
 
 def _image_samples(run: Run, folder: str) -> Iterator[ShardSample]:

@@ -37,7 +37,7 @@ from oar_scale.evaluation.features import features_label, picture_features
 from oar_scale.evaluation.likelihood import random_orders, raster_orders, shuffled_captions
 from oar_scale.evaluation.nearest import nearest_pictures
 from oar_scale.evaluation.pictures import decode_pictures, mean_psnr, step_of_cell
-from oar_scale.evaluation.result_tables import ComparedFeatures, Features
+from oar_scale.evaluation.result_tables import ComparedFeatures, Families, Features
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.json_object import JsonObject
 from oar_scale.orders.analysis import neighbour_share
@@ -49,6 +49,7 @@ from oar_scale.results.estimates import GroupName, ImageGroup
 from oar_scale.results.examples import DrawingExample, OrderExample, OrderSummary, Picture, SampleGrid, SampleRow, TokenizerMetadata
 from oar_scale.run.artifacts import (
     Tokens,
+    family_names,
     model_files,
     prompt_encoder,
     read_pictures,
@@ -98,6 +99,8 @@ class Inputs:
     """Images on each side of a distance."""
     novel_S: NDArray[np.bool_]
     """Held-out images that training has no variant of."""
+    families_S: Families
+    """Of the held-out images: those of one family are not independent of each other."""
     extractor: ExtractorSpec
     """What distances compare pictures by."""
 
@@ -131,12 +134,12 @@ def measure(run: Run) -> Evaluation:
     with run.console.progress(len(tasks), "likelihoods, drawings, checks: task") as tally:
         results = run_eval_tasks(tasks, devices, parallel.cpu_threads, tally.advance)
     nll, features = summary.per_image(results.of(Likelihoods)), _compared_features(inputs, results, reference_SF)
-    samples = _samples(run, inputs, results)
+    samples, families_S = _samples(run, inputs, results), inputs.families_S[: len(nll["ordered"]["random"])]
     return Evaluation(
-        nll=summary.likelihood_table(nll),
-        pretrain=summary.pretrain_effect(nll),
-        calibration=summary.calibrations(nll),
-        captions=summary.caption_dependence(nll),
+        nll=summary.likelihood_table(nll, families_S),
+        pretrain=summary.pretrain_effect(nll, families_S),
+        calibration=summary.calibrations(nll, families_S),
+        captions=summary.caption_dependence(nll, families_S),
         distances=features.rows(run.recipe.seed),
         distance_differences=features.differences(),
         groups=_groups(run, inputs, nll, features),
@@ -175,6 +178,7 @@ def _read(run: Run, device: torch.device) -> Inputs:
         orders_SN=read_train_orders(run, train),
         compared=compared,
         novel_S=without_variant(run, heldout.keys),
+        families_S=np.unique(family_names(run, "heldout", heldout.keys), return_inverse=True)[1],
         extractor=_extractor(run),
     )
 
@@ -188,18 +192,9 @@ def _groups(run: Run, inputs: Inputs, nll: summary.PerImage, features: ComparedF
         if bool(member_S.all()) or int(with_nll.sum()) < 2:
             continue
         of_group = {model: {what: values[with_nll] for what, values in row.items()} for model, row in nll.items()}
-        drawn = features.of(member_S[: inputs.compared])
-        groups.append(
-            ImageGroup(
-                name,
-                nll=summary.likelihood_table(of_group),
-                pretrain=summary.pretrain_effect(of_group),
-                calibration=summary.calibrations(of_group),
-                captions=summary.caption_dependence(of_group),
-                distances=drawn.rows(run.recipe.seed) if drawn.enough else (),
-                distance_differences=drawn.differences() if drawn.enough else (),
-            )
-        )
+        families_S = inputs.families_S[: len(with_nll)][with_nll.numpy()]
+        compared = features.of(member_S[: inputs.compared])
+        groups.append(summary.image_group(name, of_group, families_S, compared, run.recipe.seed))
     return tuple(groups)
 
 
@@ -284,7 +279,7 @@ def _compared_features(inputs: Inputs, results: Results, reference_SF: Features)
         for name in inputs.models
         if name != "base"
     }
-    return ComparedFeatures(reference_SF, drawn, real, features_label(inputs.extractor))
+    return ComparedFeatures(reference_SF, inputs.families_S[:count], drawn, real, features_label(inputs.extractor))
 
 
 def _samples(run: Run, inputs: Inputs, results: Results) -> SampleGrid:
@@ -324,6 +319,7 @@ def _edited_images(run: Run, inputs: Inputs) -> EditedImages:
         inputs.heldout_pictures,
         inputs.heldout.captions,
         inputs.heldout.codes_SN,
+        inputs.families_S,
         inputs.cond_inputs_S,
         run.recipe.grid,
         inputs.vq_file,

@@ -25,7 +25,7 @@ from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredIma
 from oar_scale.generation.exported_folder import implied_prompts
 from oar_scale.model import ModelSpec, check_prompts, model_id
 from oar_scale.model.weights import open_model
-from oar_scale.run.artifacts import Tokens, prompt_encoder, read_families, read_pictures, read_tokens, require
+from oar_scale.run.artifacts import Tokens, family_names, prompt_encoder, read_pictures, read_tokens, require
 from oar_scale.run.context import Run
 from oar_scale.storage import fetch
 from oar_scale.studies.trained_arms import open_run
@@ -153,16 +153,11 @@ def _images(run: Run, split: str, rows: Sequence[int], of_split: Tokens) -> Held
     tokens = Tokens(keys, [of_split.captions[row] for row in rows], codes_SN, [])
     vq_file = fetch(run.vq_uri, run.cache)
     vq = load_vq(vq_file)
-    families, numbers = _families(run, split, keys), dict[str, int]()
+    families, numbers = family_names(run, split, keys), dict[str, int]()
     families_S = np.array([numbers.setdefault(family, len(numbers)) for family in families])
     pictures = np.stack(read_pictures(run, split, keys))
     measured = MeasuredImages(codes_SN, pictures, families_S, NetworkFile(vq_id(vq), vq_file, run.vq_uri), vq.spec.grid)
     return HeldoutImages(run, split, rows, tokens, measured, families)
-
-
-def _families(run: Run, split: str, keys: Sequence[str]) -> list[str]:
-    families = read_families(run, split)
-    return [families.get(key) or f"image {key}" for key in keys]
 
 
 def open_arms(arms: Sequence[NamedArm], targets: dict[str, DrawingTarget], images: HeldoutImages, device: torch.device) -> list[Arm]:
@@ -276,7 +271,7 @@ def sweep_images(images: HeldoutImages) -> tuple[HeldoutImages, str]:
     """
     run, count = images.run, len(images.rows)
     found = read_tokens(run, "heldout", None, prompt_encoder(run).field)
-    measured, families = set(images.families), _families(run, "heldout", found.keys)
+    measured, families = set(images.families), family_names(run, "heldout", found.keys)
     first = count if images.split == "heldout" else 0
     rows = [row for row in range(first, len(found.keys)) if families[row] not in measured][: max(count, CHOSEN_ON)]
     if len({families[row] for row in rows}) < FEWEST:

@@ -9,16 +9,52 @@ from small_models import random_codes, random_text, small_model
 
 from oar_scale.evaluation import eval_tasks
 from oar_scale.evaluation import result_tables as summary
+from oar_scale.evaluation.distances import kid_difference
 from oar_scale.evaluation.eval_tasks import BruteForce, BruteForceTask, EvalTarget, Likelihoods
 from oar_scale.model import AnyOrderModel, save_model
 from oar_scale.orders.extraction import Orders, extract_orders
 from oar_scale.orders.settings import ExtractionSettings
+from oar_scale.results.estimates import estimate
 
 
 def test_tasks_that_end_in_any_order_give_the_images_in_theirs() -> None:
     """Pieces that end in any order give the images in theirs."""
     result = [Likelihoods("ordered", first, {"random": np.array([first, first + 1.0])}) for first in (2, 0, 4)]
     assert summary.per_image(result)["ordered"]["random"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_images_of_one_family_count_as_one_to_a_standard_error() -> None:
+    """Three copies of each image tell as much as one of each; a family of its own for each image changes nothing."""
+    rng = np.random.default_rng(0)
+    values, families = rng.normal(size=20), np.repeat(np.arange(20), 3)
+    copies = estimate(np.repeat(values, 3), families)
+    assert (copies.mean, copies.standard_error) == pytest.approx((values.mean(), values.std(ddof=1) / 20**0.5))
+    assert estimate(np.repeat(values, 3)).standard_error < 0.6 * copies.standard_error
+    assert estimate(values, np.arange(20)) == estimate(values) == estimate(values, np.zeros(20))
+
+    orders = ("random", "own max_prob", "own gt_logprob")
+    nll: summary.PerImage = {
+        model: {order: torch.from_numpy(np.repeat(rng.normal(size=20), 3)) for order in orders} for model in ("ordered", "control")
+    }
+    table = summary.likelihood_table(nll, families)
+    assert (table.images, table.families) == (60, 20)
+    assert table.entries[0].nll == estimate(nll["ordered"]["random"].numpy(), families)
+    difference = nll["ordered"]["random"] - nll["control"]["random"]
+    assert [each.difference for each in table.differences if each.order == "random"] == [estimate(difference.numpy(), families)]
+
+    x, y, z = (np.repeat(rng.normal(size=(20, 4)) + shift, 3, axis=0).astype(np.float32) for shift in (0.5, 0.0, 0.0))
+    plain, clustered = kid_difference(x, y, z), kid_difference(x, y, z, families)
+    assert clustered.mean == plain.mean and clustered.standard_error > 1.5 * plain.standard_error
+
+    some = families < 10
+    compared = summary.ComparedFeatures(z, families, {"ordered": x, "control": y}, {}).of(some)
+    models = {**nll, "base": nll["control"], "any_order": nll["ordered"]}
+    group = summary.image_group(
+        "novel", {m: {o: nll_S[some] for o, nll_S in row.items()} for m, row in models.items()}, families[some], compared, 0
+    )
+    assert (group.nll.images, group.nll.families, group.calibration) == (30, 10, ())
+    assert group.pretrain is not None and group.pretrain.difference == estimate(difference.numpy()[some], families[some])
+    assert [each.kid for each in group.distance_differences] == [kid_difference(x[some], y[some], z[some], families[some])]
 
 
 def test_raster_order_has_distance_0_and_the_cells_as_steps() -> None:

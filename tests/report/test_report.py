@@ -127,6 +127,16 @@ def test_all_numbers_given_appear(html: str) -> None:
     assert [number for number in expected if number not in text] == []
 
 
+def test_the_page_says_what_its_errors_are_over(html: str) -> None:
+    """Where several images are of one family; an evaluation of an older version does not say."""
+    report = synthetic.report()
+    assert report.nll
+    clustered = Page(render_report(replace(report, nll=replace(report.nll, families=43)))).text
+    assert "over 192 held-out images of 43 families;" in clustered and "for which images of one family" in clustered
+    plain = Page(html).text
+    assert "over 192 held-out images;" in plain and "± is one standard error over images." in plain
+
+
 def test_captions_and_recipes_are_text_not_markup(html: str) -> None:
     assert "an emoji of &lt;umbrella&gt; &amp; rain" in html
     assert "<umbrella>" not in html

@@ -30,7 +30,7 @@ from oar_scale.generation import pretrained
 from oar_scale.generation.sampling import generate
 from oar_scale.model import AnyOrderModel, save_model
 from oar_scale.observe.console import Console
-from oar_scale.run.artifacts import prompt_encoder, without_variant
+from oar_scale.run.artifacts import family_names, prompt_encoder, read_tokens, without_variant
 from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import chosen_device, devices_here
 from oar_scale.stages import evaluate
@@ -235,6 +235,9 @@ def test_report_has_the_numbers_and_pictures_of_the_evaluation(evaluated: Run) -
     page = Path(path).read_text()
     evaluation = load_evaluation(evaluated.local())
     assert evaluation is not None
+    keys = read_tokens(evaluated, "heldout", evaluation.nll.images).keys
+    assert evaluation.nll.families == len(set(family_names(evaluated, "heldout", keys))) < evaluation.nll.images
+    assert f"over {evaluation.nll.images} held-out images of {evaluation.nll.families} families" in page
     for entry in evaluation.nll.entries:
         assert f"{entry.nll.mean:.3f} ± {entry.nll.standard_error:.3f}" in page
     for row in evaluation.distances:
