@@ -75,6 +75,8 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
             return
     network = load_extractor(request.extractor)  # a wrong file of weights, or figure, is named before images are read
     names = figure_names(request.metrics, network.label, network.standard)
+    if request.reference is None and (compared := [name for name in names if name not in OF_SAMPLES_ALONE]):
+        raise UserError(f"--metrics {compared[0]}: it compares samples with a reference. Name one.")
     # Both are looked for before the features of one are computed, which may take hours.
     found = [_Found.at(request, where, network) for where in (request.samples, request.reference) if where]
     if request.paired and not (len(found) == 2 and all(each.images for each in found)):

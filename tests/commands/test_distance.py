@@ -117,6 +117,14 @@ def test_a_folder_of_images_becomes_a_batch(sets: list[str], tmp_path: Path, cap
     np.testing.assert_array_equal(again.rows(0, 14), batch.rows(0, 14))
 
 
+def test_a_figure_without_the_reference_it_needs_is_refused_before_features_are_computed(
+    sets: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["distance", sets[0], "--metrics", "kid"]) == 2
+    shown = capsys.readouterr()
+    assert "--metrics kid: it compares samples with a reference" in shown.err and "images" not in shown.out
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
