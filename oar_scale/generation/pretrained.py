@@ -230,9 +230,14 @@ class Pretrained:
             raise UserError(str(error)) from error
 
     @cached_property
+    def _model_id(self) -> str:
+        """The content hash of the model's file, all of which is read for it."""
+        return model_id(self.bundle.model)
+
+    @cached_property
     def ids(self) -> tuple[str, str | None]:
         """Content hashes of model and image tokenizer, as records name them. The model's file is read for it, once."""
-        return model_id(self.bundle.model), None if self.vq is None else vq_id(self.vq)
+        return self._model_id, None if self.vq is None else vq_id(self.vq)
 
     def record(
         self,
@@ -352,7 +357,8 @@ class Pretrained:
     def orders(self, order: Order | None, images_B: Images, seed: int, steps: int | None = None) -> Tensor | LateOrder | None:
         """The orders of images with these numbers, on the model's device; arguments and errors as :meth:`sample`, ``steps`` too."""
         if order is None or isinstance(order, str):
-            request = OrderRequest(self.model, torch.from_numpy(images_B), seed, self.bundle.orders, self.bundle.model, steps)
+            numbers_B, files = torch.from_numpy(images_B), self.bundle.orders
+            request = OrderRequest(self.model, numbers_B, seed, files, self.bundle.model, steps, lambda: self._model_id)
             return sampling_order(self._policy(order), request, "order")
         return given_order(order, self.model.spec.cells, len(images_B)).to(self._device)
 

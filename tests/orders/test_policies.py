@@ -10,9 +10,12 @@ import torch
 from numpy.typing import NDArray
 from small_models import random_codes, random_text, small_model
 
+from oar_scale.config.schema import SampleConfig
 from oar_scale.data.manifest import Manifest, ShardInfo, write_manifest
 from oar_scale.errors import UserError
 from oar_scale.generation.editing import box_mask, redraw
+from oar_scale.generation.model_bundle import ModelBundle
+from oar_scale.generation.pretrained import Pretrained
 from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder, model_id, save_model
@@ -283,6 +286,18 @@ def test_the_head_of_another_model_is_refused_and_none_is_named(tmp_path: Path) 
     save_head(head_file(file), OrderHead(HeadSpec.of(model.spec, "0123456789abcdef", width=8, first=0)))
     with pytest.raises(UserError, match=f"trained on the rows of model 0123456789abcdef, the model here is {model_id(file)}"):
         policy("order-head").sampling(request(model, model_file=file))
+
+
+def test_the_weights_file_is_read_once_for_all_orders(tmp_path: Path) -> None:
+    """A server asks for orders with each request: the head is compared with the model that was loaded."""
+    model, file = small_model(), str(tmp_path / "model.safetensors")
+    save_model(file, model)
+    save_head(head_file(file), OrderHead(HeadSpec.of(model.spec, model_id(file), width=8, first=2)))
+    drawer = Pretrained(model, None, None, ModelBundle(str(tmp_path), file, None, None, "", SampleConfig(), None))
+    first = drawer.orders("order-head", np.arange(2), 0)
+    Path(file).unlink()
+    again = drawer.orders("order-head", np.arange(2), 0)
+    assert isinstance(first, LateOrder) and isinstance(again, LateOrder) and torch.equal(first.first_BK, again.first_BK)
 
 
 def test_training_by_an_order_head_needs_its_predictions(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ class OrderRequest:
     """Where the model was loaded from."""
     steps: int | None = None
     """Passes in which the images are drawn, several cells in each; None: one by one."""
+    model_id: Callable[[], str] | None = None
+    """Gives the id of the weights that were loaded, which somebody keeps; None: all of the file is read for it."""
 
     @property
     def images(self) -> int:

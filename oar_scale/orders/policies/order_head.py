@@ -29,7 +29,8 @@ class OrderHeadPolicy(Policy):
         """The head's first cells, and its order of the others once these have codes. Raises UserError where there is no head."""
         uri = head_file(request.model_file)
         try:
-            head = load_head(uri, request.model, model_id(request.model_file), tables_id(request.files))
+            own_id = request.model_id() if request.model_id else model_id(request.model_file)
+            head = load_head(uri, request.model, own_id, tables_id(request.files))
         except Missing as error:
             raise UserError(f"{uri}: this model has no order head. Train one: oar orders RECIPE --train-head") from error
         return LateOrder(head.first_N.expand(request.images, -1), head.order_ahead)
