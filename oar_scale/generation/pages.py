@@ -20,7 +20,7 @@ from PIL import Image
 from oar_scale.errors import UserError
 from oar_scale.generation.arguments import check_list
 from oar_scale.generation.canvas import Box, Canvas, Mask, read_mask, upright_picture
-from oar_scale.generation.windows import plan_windows
+from oar_scale.generation.windows import MAX_WINDOWS, plan_windows, too_many_windows
 from oar_scale.tokenizers.prompts import Prompt
 
 
@@ -133,6 +133,8 @@ def plan_steps(regions: Sequence[NDArray[np.bool_]], prompts: Sequence[int], siz
             steps.extend(Step(box, drawn_HW, prompt) for box, drawn_HW in plan_windows(region_HW, size, where))
         elif region_HW.any():
             steps.append(Step((0, 0, width, height), region_HW, prompt))
+    if len(steps) > MAX_WINDOWS:  # of all regions
+        raise too_many_windows(len(steps), size, where)
     return steps
 
 

@@ -48,7 +48,7 @@ def plan_windows(drawn_HW: NDArray[np.bool_], size: int, where: str) -> list[tup
                 if drawn_HW[y : box[3], x : box[2]].any():
                     away[box] = math.hypot(x + box[2] - left - right, y + box[3] - top - bottom)
     if len(away) > MAX_WINDOWS:
-        raise _too_many(len(away), size, where)
+        raise too_many_windows(len(away), size, where)
     return _by_turns(drawn_HW.copy(), away, int(_MARGIN * size))
 
 
@@ -101,7 +101,7 @@ def _parts(drawn_HW: NDArray[np.bool_], block: int, where: str) -> list[Box]:
     rows_hW = np.logical_or.reduceat(drawn_HW, np.arange(0, drawn_HW.shape[0], block), axis=0)
     blocks_hw = np.logical_or.reduceat(rows_hW, np.arange(0, drawn_HW.shape[1], block), axis=1)
     if (count := int(blocks_hw.sum())) > 16 * MAX_WINDOWS:  # as many blocks as there are in windows that do not overlap
-        raise _too_many(count // 16, 4 * block, where)
+        raise too_many_windows(count // 16, 4 * block, where)
     left_over = set(zip(*(each.tolist() for each in blocks_hw.nonzero()), strict=True))
     boxes = []
     for start in sorted(left_over):
@@ -125,7 +125,8 @@ def _overlap(first: Box, second: Box) -> bool:
     return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
 
 
-def _too_many(count: int, size: int, where: str) -> UserError:
+def too_many_windows(count: int, size: int, where: str) -> UserError:
+    """The error of a picture that would take so many windows."""
     return UserError(
         f"{where}: what is marked would take at least {count} windows of {size} x {size} pixels, and {MAX_WINDOWS} are drawn at most. "
         "Scale the picture down, mark less, or draw it without windows."

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from oar_scale.data.images import upright
 from oar_scale.errors import UserError
+from oar_scale.generation import pages
 from oar_scale.generation.canvas import Margins
 from oar_scale.generation.editing import EditOptions
 from oar_scale.generation.pages import plan_steps
@@ -71,6 +72,14 @@ def test_more_windows_than_anyone_would_wait_for_are_refused() -> None:
     for side in (600, 3000):
         with pytest.raises(UserError, match=rf"photo: .* windows of 8 x 8 pixels, and {MAX_WINDOWS} are drawn at most"):
             plan_windows(np.ones((side, side), dtype=np.bool_), 8, "photo")
+
+
+def test_the_windows_of_all_regions_of_a_picture_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    regions = [box_of(90, 16, left, 0, left + 10, 16) for left in (0, 40, 80)]
+    assert len(plan_steps(regions, [0, 1, 2], 16, windows=True, where="x")) == 3
+    monkeypatch.setattr(pages, "MAX_WINDOWS", 2)
+    with pytest.raises(UserError, match="x: what is marked would take at least 3 windows of 16 x 16 pixels"):
+        plan_steps(regions, [0, 1, 2], 16, windows=True, where="x")
 
 
 @pytest.mark.parametrize("kind", KINDS)
