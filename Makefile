@@ -55,7 +55,7 @@ evidence: venv
 	@[ -e data/emoji/emoji.csv ] || $(WITH_PATH) python tools/fetch_emoji.py data/emoji
 	$(WITH_PATH) oar run $(EVIDENCE) $(CPU_PRECISION) --minutes $(MINUTES)
 	$(WITH_PATH) oar evaluate --flexibility $(EVIDENCE_RUN):all --chapters likelihood,samples \
-		--split test --images 336 --sweep "temperature=0.4,0.6,0.8;guidance=3,5" --out $(EVIDENCE_RUN)/flexibility --minutes $(MINUTES)
+		--split test --images 336 --sweep "temperature=0.2,0.4,0.6;guidance=2,3" --out $(EVIDENCE_RUN)/flexibility --minutes $(MINUTES)
 	$(WITH_PATH) oar evaluate --flexibility $(EVIDENCE_RUN):any_order $(foreach arm,control ordered gt_logprob,$(call seeds_of,$(arm))) --chapters edits \
 		--split test --images 336 --out $(EVIDENCE_RUN)/edits --minutes $(MINUTES)
 

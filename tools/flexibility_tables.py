@@ -81,7 +81,7 @@ class Report:
         arrays = dict[str, list[Any]]()
         for model in models:
             arrays.setdefault(model.label, []).append(np.load(self.folder / model.arrays))
-        measures = [Measure(**each) for each in self.content["measures"]]
+        measures = [Measure(**each) for each in self.content["measures"] if _is_shown(each)]
         values = {
             each.name: {label: [of_seed[each.name] for of_seed in of_arm] for label, of_arm in arrays.items() if each.name in of_arm[0]}
             for each in measures
@@ -96,12 +96,8 @@ class Report:
         )
 
     def table(self, chapter: str, rows: Rows) -> Iterator[str]:
-        """A row an arm, a column a measure; nothing where the report has no such chapter.
-
-        Left out are likelihoods along other arms' orders, as many as arms squared, and distances to reconstructions.
-        """
-        of_chapter = [each for each in self.content["measures"] if each["chapter"] == chapter]
-        shown = [each for each in of_chapter if not each["name"].startswith("nll/own of") and not each["name"].endswith("/decoded")]
+        """A row an arm, a column a measure; nothing where the report has no such chapter."""
+        shown = [each for each in self.content["measures"] if each["chapter"] == chapter and _is_shown(each)]
         if not shown:
             return
         means = {(each["measure"], each["label"]): each["figure"]["mean"] for each in self.content["figures"]}
@@ -122,6 +118,11 @@ class Report:
             yield _row(["---"] * 4)
         for row in chosen:
             yield _row([row["label"], f"{row['temperature']:g}", f"{row['guidance']:g}", ", ".join(row["edges"]) or "-"])
+
+
+def _is_shown(measure: Mapping[str, Any]) -> bool:
+    """Left out are likelihoods along other arms' orders, as many as arms squared, and distances to reconstructions."""
+    return not measure["name"].startswith("nll/own of") and not measure["name"].endswith("/decoded")
 
 
 def _row(cells: Sequence[str]) -> str:
