@@ -66,13 +66,19 @@ def draw_most_confident(
     rng: CounterRNG,
     step: int | Tensor,
     empty_BR: Tensor | None = None,
+    blind_B1: Tensor | None = None,
 ) -> Drawn:
     """The ``size`` of R cells with the best scores, and codes for them, from guided rows about the cells.
+
+    Scores within 1e-6 of the best count as equal to it (``pick_best``). Of equal cells the first in raster order is taken; of an image that
+    begins blindly the one that ranks highest by seed and image (``CounterRNG.ties``), as in extraction.
 
     Args:
         cells_BR: the empty cells in raster order.
         step: the number of cells that are there, one for all images or [B, 1]: its noise is added to the cells' scores.
         empty_BR: which of the cells are empty, where an image has fewer than R of them; None: all.
+        blind_B1: which images begin blindly: they are empty, and the model cannot tell the cells of an empty image apart
+            (``ModelSpec.blind_start``); None: no image.
     """
     codes_BR: Tensor | None = None
     if settings.score == "sampled":
@@ -84,8 +90,10 @@ def draw_most_confident(
         wanted_BR = score_BR + settings.order_temperature * rng.gumbel(step).gather(1, cells_BR)
     if empty_BR is not None:
         wanted_BR = wanted_BR.masked_fill(~empty_BR, -torch.inf)
-    first_R = torch.arange(cells_BR.shape[1], device=cells_BR.device).flip(0)  # of equals the first in raster order
-    chosen_BM = pick_several(wanted_BR, first_R.expand_as(cells_BR), size)
+    rank_BR = torch.arange(cells_BR.shape[1], device=cells_BR.device).flip(0).expand_as(cells_BR)
+    if blind_B1 is not None:
+        rank_BR = rng.ties().gather(1, cells_BR).where(blind_B1, rank_BR)
+    chosen_BM = pick_several(wanted_BR, rank_BR, size)
     # Scores need no logits of all cells at once; those of the chosen ones alone are computed to draw their codes.
     chosen_BMD = rows_BRD.gather(1, chosen_BM[:, :, None].expand(-1, -1, rows_BRD.shape[2]))
     cells_BM = cells_BR.gather(1, chosen_BM)

@@ -7,8 +7,8 @@
 
 The score of a cell is by default the largest log-probability of its distribution, before a code is drawn: choosing by the probability of
 drawn codes (score ``sampled``) favours cells that happened to draw their likely code. In the first steps this tends to pick background.
-What is best among cells, and when two are equal, is as in extraction (``orders.selection``); of equal cells the first in raster order is
-placed, not one that a seed chooses.
+What is best among cells, and when two are equal, is as in extraction (``orders.selection``). The first cell of a blind start
+(``ModelSpec.blind_start``), where all are equal, is chosen by the seed, as there; later the first of equals in raster order is placed.
 With a given order there is one candidate per step, the next cell of the order, and everything else is the same. A late order
 (``orders.policies``) is given for the first cells; when those are placed, all others are scored once, which gives their order.
 
@@ -281,19 +281,21 @@ class _Group:
         count, cells = self.drawing.cells - self.count, self.drawing.cells
         asked = padded_candidates(count, cells) if self.prefix.static else count
         number = self.prefix.varying(self.count) if self.settings.order_temperature else 0
-        arguments = self._empty_cells(), number, self._scale(), asked, size
+        blind = self.count == 0 and self.drawing.model.spec.blind_start
+        arguments = self._empty_cells(), number, self._scale(), asked, size, blind
         self.prefix, placed = self.steps(self._most_confident, self.prefix, *arguments)
         self._keep(*placed)
 
     def _most_confident(
-        self, prefix: Prefix, empty_BN: Tensor, number: int | Tensor, scale: float | Tensor, asked: int, size: int
+        self, prefix: Prefix, empty_BN: Tensor, number: int | Tensor, scale: float | Tensor, asked: int, size: int, blind: bool
     ) -> _Step:
         """The step of :meth:`_place_most_confident`, which asks about at least all empty cells."""
         cells_BR = empty_cells(empty_BN, asked)
         candidates = self.decoder.candidate_rows(prefix, self._branches(cells_BR))
         rows_BRD, head = self._guide(candidates.rows_BRD, scale), self.drawing.model.output
         empty_BR = empty_BN.gather(1, cells_BR) if prefix.static else None  # behind the empty cells come others, to fill up
-        drawn = draw_most_confident(head, rows_BRD, cells_BR, size, self.settings, self.rng, number, empty_BR)
+        blind_B1 = torch.ones_like(self.rng.image_B1, dtype=torch.bool) if blind else None
+        drawn = draw_most_confident(head, rows_BRD, cells_BR, size, self.settings, self.rng, number, empty_BR, blind_B1)
         winner_B, cells_BM, codes_BM = drawn.candidate_BM[:, 0], drawn.cells_BM, drawn.codes_BM
         prefix = self.decoder.commit(prefix, candidates, self._branches(winner_B), self._branches(codes_BM[:, 0]))
         # The rows of the others did not see the cells placed in the same step before them, so they are computed again.

@@ -292,7 +292,8 @@ def _draw(model: AnyOrderModel, slots: Slots, runs: Sequence[Run]) -> Drawn | No
         return draw_next(model.output, rows_BRD, torch.cat([run.cells_BR for run in runs]), settings, rng)
     cells_BR = empty_cells(slots.empty_SN[slot_B], most)
     empty_BR = slots.empty_SN[slot_B].gather(1, cells_BR) if min(asked) < most else None
-    return draw_most_confident(model.output, rows_BRD, cells_BR, want.size, settings, rng, count_B1, empty_BR)
+    blind_B1 = count_B1 == 0 if model.spec.blind_start else None
+    return draw_most_confident(model.output, rows_BRD, cells_BR, want.size, settings, rng, count_B1, empty_BR, blind_B1)
 
 
 def _commit(runs: Sequence[Run], drawn: Drawn | None) -> None:

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import cond_inputs, random_codes, small_model
+from small_models import CONDITIONS, cond_inputs, random_codes, small_model
 from torch import Tensor
 
 from oar_scale.config.run_sections import SAMPLE_SCORES
+from oar_scale.data.hashing import permutations
 from oar_scale.generation.drawing import allowed_logits, draw_most_confident
 from oar_scale.generation.sampling import Known, generate
 from oar_scale.generation.settings import SampleSettings
-from oar_scale.model import AnyOrderModel
+from oar_scale.model import AnyOrderModel, cache
 from oar_scale.orders import scores
 from oar_scale.orders.selection import CounterRNG
 
@@ -83,6 +84,36 @@ def test_scores_choose_other_cells() -> None:
         condition = model.condition(cond_inputs(model, 4))
     orders = {score: generate(model, condition, choices(score=score), 0).order_BN for score in SAMPLE_SCORES}
     assert len({tuple(order_BN.flatten().tolist()) for order_BN in orders.values()}) == len(SAMPLE_SCORES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [None, 4])
+@pytest.mark.parametrize("static", [False, True])
+def test_the_seed_chooses_the_first_cell_of_a_blind_start(static: bool, steps: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which ranks highest in the order that breaks ties in extraction, for each image, whatever else is in the batch."""
+    if static:
+        monkeypatch.setitem(cache.STATIC_ROWS, "cpu", 2**20)
+    model, numbers = small_model(layout="decoupled", grid=4, condition=CONDITIONS["class"]), np.arange(40)
+    assert model.spec.blind_start
+    condition = model.condition(cond_inputs(model, 1)).expand(40, -1, -1)
+    for seed in (0, 1):
+        drawn = generate(model, condition, choices(steps=steps, top_k=1), seed, images_B=numbers)
+        highest_B = permutations("tie", 16, seed, numbers).argmax(1)
+        assert drawn.order_BN[:, 0].tolist() == highest_B.tolist()
+        assert len(set(highest_B.tolist())) > 8
+        alone = generate(model, condition[:1], choices(steps=steps, top_k=1), seed, images_B=numbers[7:8])
+        assert torch.equal(alone.order_BN[0], drawn.order_BN[7])
+
+
+@torch.no_grad()
+def test_equal_cells_that_a_model_can_tell_apart_are_placed_in_raster_order() -> None:
+    """Also of a model with a blind start, once its image has begun."""
+    sighted, blind = small_model(), small_model(layout="decoupled", condition=CONDITIONS["class"])
+    known = torch.tensor([[4]])
+    for model, first in ((sighted, None), (blind, Known(known, known))):
+        model.output.weight.zero_()  # all codes are as likely as one another, everywhere
+        drawn = generate(model, model.condition(cond_inputs(model, 1)), choices(), 5, known=first)
+        assert drawn.order_BN[0].tolist() == ([] if first is None else [4]) + [cell for cell in range(9) if first is None or cell != 4]
 
 
 def test_the_greedy_code_is_the_most_likely_one() -> None:

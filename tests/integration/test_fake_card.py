@@ -208,6 +208,16 @@ def test_generation_waits_for_nothing_inside_a_step(layout: str, way: str) -> No
     assert set(many.products) == {BF16}
 
 
+def test_the_first_cell_of_a_blind_start_is_chosen_on_the_card() -> None:
+    """It is the CPU's, and nothing waits for it."""
+    blind, sighted = (made("decoupled", condition) for condition in ("class", "text"))
+    assert (blind.spec.blind_start, sighted.spec.blind_start) == (True, False)
+    ours = drawn(blind, "by confidence", order_temperature=0.0)
+    (cards, card), (_, other) = (drawn_on_card(model, "by confidence", order_temperature=0.0) for model in (blind, sighted))
+    assert torch.equal(numbers(cards.order_BN), ours.order_BN)
+    assert card.syncs == other.syncs
+
+
 def test_another_order_than_raster_is_refused_before_a_card_is_asked() -> None:
     """Its own assertion would end the process: nothing can be computed on a real card after one."""
     model = made("raster")
