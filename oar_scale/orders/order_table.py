@@ -134,12 +134,12 @@ def parse_orders(data: bytes, uri: str) -> OrderTable:
         raise UserError(f"{uri}: not a whole order table: its orders are not of {shown(metadata['cells'])} cells each.\n{_AGAIN}")
     cells = int(metadata["cells"])
     keys = [key if isinstance(key, str) else key.decode("utf-8", "surrogateescape") for key in table["key"].to_pylist()]
-    order_SN = _matrix(table["order"], cells).astype(np.uint16)
-    wrong_S = (np.sort(order_SN, axis=1) != np.arange(cells)).any(axis=1)
+    found_SN = _matrix(table["order"], cells)
+    wrong_S = (np.sort(found_SN, axis=1) != np.arange(cells)).any(axis=1)  # before a narrower type makes 0 of 65,536
     if wrong_S.any():
         key = keys[int(wrong_S.argmax())]
         raise UserError(f"{uri}: the order of {key!r} is not a permutation of 0 .. {cells - 1}.\n{_AGAIN}")
-    score_SN = _matrix(table["score"], cells).astype(np.float32)
+    order_SN, score_SN = found_SN.astype(np.uint16), _matrix(table["score"], cells).astype(np.float32)
     draws = table["draw"].to_pylist() if "draw" in table.column_names else None
     return OrderTable(keys, table["view"].to_pylist(), order_SN, score_SN, metadata["model_id"], metadata["settings_id"], uri, draws)
 

@@ -7,8 +7,10 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 
 from oar_scale.errors import UserError
 from oar_scale.orders.order_table import OrderTable, join_orders, read_orders, table_name, write_orders
@@ -86,6 +88,25 @@ def test_a_repeated_cell_is_named_with_file_and_key(table: OrderTable, tmp_path:
     table.order_SN[2, 0] = table.order_SN[2, 1]
     with pytest.raises(UserError, match=r"00000\.parquet: the order of 'image2' is not a permutation"):
         written(table, tmp_path)
+
+
+@pytest.mark.parametrize("other", [65_536.0, -65_536.0, 0.5, np.nan])
+def test_what_would_be_a_cell_only_in_a_narrower_type_is_no_cell(table: OrderTable, tmp_path: Path, other: float) -> None:
+    """A column of another program may be of another type; permutations in it are read."""
+    written(table, tmp_path)
+    path, stored = tmp_path / "00000.parquet", pq.read_table(tmp_path / "00000.parquet")
+    kind = np.int64 if other == int(np.nan_to_num(other)) else np.float64
+
+    def write(order_SN: NDArray[np.generic]) -> OrderTable:
+        column = pa.FixedSizeListArray.from_arrays(pa.array(order_SN.ravel()), 16)
+        pq.write_table(stored.set_column(3, "order", column), path)
+        return read_orders(str(path))
+
+    np.testing.assert_array_equal(write(table.order_SN.astype(kind)).order_SN, table.order_SN)
+    wrong_SN = table.order_SN.astype(kind)
+    wrong_SN[2, wrong_SN[2] == 0] = other
+    with pytest.raises(UserError, match=r"00000\.parquet: the order of 'image2' is not a permutation"):
+        write(wrong_SN)
 
 
 def test_what_does_not_fit_is_named_with_table_and_shard(table: OrderTable, tmp_path: Path) -> None:
