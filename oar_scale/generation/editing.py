@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -204,12 +205,17 @@ def known_cells(model: AnyOrderModel, vq: ImageTokenizer, shown: Shown, conditio
     seen = seen_codes(vq, pixels_3SS, beside_SS, options.fills)
     marked_N = cells_of(marked_SS, vq.spec.grid)
     open_N = marked_N & seen.known_N
-    count = min(math.ceil(options.strength * int(marked_N.sum())), int(open_N.sum()))
+    count = min(share_of(int(marked_N.sum()), options.strength), int(open_N.sum()))
     if not count:
         return seen
     score_M = expected(model, seen.codes_N, seen.known_N & ~marked_N, open_N, condition_TD)
     least_m = open_N.nonzero()[:, 0][score_M.argsort(stable=True)[:count]]
     return seen._replace(known_N=seen.known_N.scatter(0, least_m, False))
+
+
+def share_of(cells: int, strength: float) -> int:
+    """So many cells that they are at least the share ``strength``, as it is written: 0.07 of 100 are 7, though the float is above 0.07."""
+    return math.ceil(Fraction(str(strength)) * cells)
 
 
 def known_first(codes_BN: Tensor, known_BN: Tensor, sequence_BN: Tensor | None = None) -> Known:

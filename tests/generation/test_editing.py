@@ -17,7 +17,7 @@ from PIL import Image
 from oar_scale.data.images import on_white, upright
 from oar_scale.errors import UserError
 from oar_scale.generation.canvas import make_canvas, mix
-from oar_scale.generation.editing import expected
+from oar_scale.generation.editing import expected, share_of
 from oar_scale.generation.seen_codes import DEFAULT_FILLS, FILLS, Fill, cells_of, fill_hole, pixels_of, seen_codes
 from oar_scale.tokenizers.image import ImageTokenizer
 
@@ -178,6 +178,13 @@ def test_strength_draws_the_least_expected_cells() -> None:
         assert torch.equal(edit.squares[0].codes_N[~edit.squares[0].drawn_N], codes_N[~edit.squares[0].drawn_N])
         kept = ~pixels_of(edit.squares[0].drawn_N, 16).numpy()
         assert np.array_equal(np.asarray(edit.picture)[kept], np.asarray(image)[kept])
+
+
+def test_a_share_is_of_the_number_as_it_is_written() -> None:
+    """In binary 0.07 x 100 is a little above 7, and so is a float32 of 0.07 alone."""
+    for hundredths in range(1, 100):
+        assert [share_of(cells, hundredths / 100) for cells in range(301)] == [-(-hundredths * cells // 100) for cells in range(301)]
+    assert (share_of(100, 0.07), share_of(100, np.float32(0.07)), share_of(256, 1e-9)) == (7, 7, 1)
 
 
 def test_a_feathered_seam_takes_over_what_the_known_pixels_say() -> None:
