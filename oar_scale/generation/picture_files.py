@@ -47,6 +47,12 @@ def _clean(prompt: object) -> object:
     return clean_text(prompt) if isinstance(prompt, str) else prompt  # as prompt encoders see it: half a surrogate pair fits into no file
 
 
+def check_prompt(prompt: object) -> None:
+    """Raise UserError for a caption that no record takes."""
+    if isinstance(prompt, str) and (length := len(clean_text(prompt))) > MAX_PROMPT:
+        raise UserError(f"caption {shown(prompt)} has {length:,} characters, and a picture's record holds {MAX_PROMPT:,}. Shorten it.")
+
+
 class DrawingRecord(BaseModel):
     """How one picture was drawn."""
 

@@ -24,7 +24,7 @@ from oar_scale.generation.editing import DECODE_BATCH, VARIATION_SHIFT, Edit, Ed
 from oar_scale.generation.exported_folder import complete_folder, copy_model
 from oar_scale.generation.model_bundle import HUB, ModelBundle, check_codes, find_bundle
 from oar_scale.generation.pages import make_pages
-from oar_scale.generation.picture_files import DrawingKind, DrawingRecord
+from oar_scale.generation.picture_files import DrawingKind, DrawingRecord, check_prompt
 from oar_scale.generation.sampling import Generated, generate
 from oar_scale.generation.seen_codes import DEFAULT_FILLS, Fill
 from oar_scale.generation.settings import SampleSettings
@@ -256,7 +256,11 @@ class Pretrained:
         Args:
             number, seed, order: as for :meth:`sample`; a given order is the one of this picture, [N].
             size: of the picture; default: the square that the model draws.
+
+        Raises:
+            UserError: a caption that is longer than a record takes.
         """
+        check_prompt(prompt)
         model, tokenizer = self.ids
         side = self.vq.spec.image_size if self.vq is not None else self.model.spec.grid
         return DrawingRecord(
@@ -336,6 +340,8 @@ class Pretrained:
         wrong = [prompt for prompt in prompts if not isinstance(prompt, str)] if self.text.field == "txt" else []
         if wrong:
             raise UserError(f"{shown(wrong[0])} is not a caption: this model is conditioned on captions")
+        for prompt in prompts:
+            check_prompt(prompt)
         encoded_prompts = self.text.encode(prompts)
         if self.text.field == "txt" and not encoded_prompts.flatten(1).any(1).all():
             empty = int((~encoded_prompts.flatten(1).any(1)).nonzero()[0])

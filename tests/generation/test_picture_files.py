@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 import oar_scale
 from oar_scale.errors import UserError
-from oar_scale.generation.picture_files import DESCRIPTION, KEY, MAX_RECORD, DrawingRecord, encode_png, read_record
+from oar_scale.generation.picture_files import DESCRIPTION, KEY, MAX_PROMPT, MAX_RECORD, DrawingRecord, encode_png, read_record
 from oar_scale.generation.pretrained import Choices, Pretrained
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.storage import read_json
@@ -47,6 +47,15 @@ def test_file_tells_people_and_programs(emoji: Pretrained) -> None:
     told = json.loads(texts[KEY])
     assert told["prompt"] == PROMPTS[1] and told["settings"]["top_k"] == 9
     assert told["tokenizer"] == read_json(f"{EMOJI}/config.json")["vq"]["id"]
+
+
+def test_a_caption_that_no_record_takes_is_refused_before_it_is_drawn(emoji: Pretrained) -> None:
+    long = "red " * (MAX_PROMPT // 4)
+    assert emoji.record(long, 0, emoji.settings(), seed=0).prompt == long
+    assert emoji.encode(["apple", long]).shape[0] == 2
+    for refuse in (lambda: emoji.encode(["apple", long + "!"]), lambda: emoji.record(long + "!", 0, emoji.settings(), seed=0)):
+        with pytest.raises(UserError, match=r"^caption 'red red .* has 100,001 characters, and a picture's record holds 100,000\."):
+            refuse()
 
 
 def test_other_model_or_kind_is_not_drawn_again(emoji: Pretrained) -> None:
