@@ -137,7 +137,7 @@ def test_the_comparison_judges_the_head_by_unseen_images(run: Run, monkeypatch: 
     assert (ahead["way"], hindsight["way"]) == ("order head ahead", "order head in hindsight")
     assert 2 <= ahead["judged_by_images"] == hindsight["judged_by_images"] < 20 == exact["judged_by_images"] == random["judged_by_images"]
     with pytest.raises(UserError, match=r"cannot be judged by what it has seen\. Take more \(--images\)"):
-        run_compare(run, images=1)
+        run_compare(run, images=2)
 
 
 def test_a_head_of_other_orders_than_the_present_is_not_used(run: Run, tmp_path: Path) -> None:
