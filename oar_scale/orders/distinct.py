@@ -37,9 +37,14 @@ def distinct_orders(files: OrderFiles, count: int, seed: int, grid: int) -> Orde
         stored = _draw(files, count, seed)
         write_json(uri, stored)
     cells, orders = list(range(grid * grid)), stored.get("orders")
-    if not isinstance(orders, list) or len(orders) != count or any(sorted(order) != cells for order in orders):
+    if not isinstance(orders, list) or len(orders) != count or not all(_permutes(order, cells) for order in orders):
         raise UserError(f"{uri}: not {count} orders of {grid} x {grid} cells. Delete it; it is made again from the order tables.")
     return np.array(orders, dtype=np.uint16)
+
+
+def _permutes(order: object, cells: list[int]) -> bool:
+    """Whether this is a list of these whole numbers, each once."""
+    return isinstance(order, list) and set(map(type, order)) == {int} and sorted(order) == cells
 
 
 def nearest_orders(order_SN: Orders, chosen_KN: Orders) -> NDArray[np.int64]:

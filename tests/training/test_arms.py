@@ -23,7 +23,7 @@ from oar_scale.orders.distinct import distinct_orders, nearest_orders
 from oar_scale.orders.order_files import run_files
 from oar_scale.orders.order_table import OrderTable, read_orders, table_name, write_orders
 from oar_scale.run.context import Run
-from oar_scale.storage import open_storage
+from oar_scale.storage import open_storage, write_json
 from oar_scale.training.inputs import job_prompts, job_stream
 from oar_scale.training.job import TrainingJob
 from oar_scale.training.loop import Callback, Loop
@@ -256,6 +256,7 @@ def test_orders_of_the_run_are_not_touched_by_a_damaged_choice(run: Run, tmp_pat
     files = run_files(run.at())
     distinct_orders(files, 2, 1, 8)
     uri = f"{files.distinct}/2-1.json"
-    open_storage(uri).write(uri, b'{"orders": [[0, 1], [1, 0]]}')
-    with pytest.raises(UserError, match="not 2 orders of 8 x 8 cells"):
-        distinct_orders(files, 2, 1, 8)
+    for damaged in ([[0, 1], [1, 0]], [1, 2], ["ab", None], [[[]], [[]]], [[False, True, *range(2, 64)]] * 2):
+        write_json(uri, {"orders": damaged})
+        with pytest.raises(UserError, match=r"not 2 orders of 8 x 8 cells\. Delete it"):
+            distinct_orders(files, 2, 1, 8)
