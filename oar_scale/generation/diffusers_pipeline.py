@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
 
 import numpy as np
@@ -113,7 +114,8 @@ class OrderedPipeline(DiffusionPipeline):  # type: ignore[misc]
             pictures = pretrained.sample(prompts, seed=seed, images=numbers, order=order, **choices)
         else:
             images = _one_each(_listed(image), len(prompts), num_images_per_prompt, "image")
-            masks = _one_each(_listed(mask_image), len(prompts), num_images_per_prompt, "mask_image")
+            masks: list[Any] = [mask_image] if _is_box(mask_image) else _listed(mask_image)
+            masks = _one_each(masks, len(prompts), num_images_per_prompt, "mask_image")
             edits = pretrained.edit(images, masks, prompts, strength=strength, seed=seed, numbers=numbers, order=order, **choices)
             pictures = [edit.picture for edit in edits]
         result = _as_type(pictures, output_type)
@@ -138,8 +140,13 @@ class OrderedPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 def _listed(given: Any) -> list[Any]:
-    """A list as it is; anything else is one thing: a caption, a picture, an array, a box."""
-    return given if isinstance(given, list) else [given]
+    """The entries of a list or tuple; anything else is one thing: a caption, a picture, an array."""
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _is_box(mask: Any) -> bool:
+    """Whether this is one mask, (left, top, right, bottom), and no tuple of masks."""
+    return isinstance(mask, tuple) and all(isinstance(each, Real) for each in mask)
 
 
 def _repeated(items: Sequence[T], times: int) -> list[T]:

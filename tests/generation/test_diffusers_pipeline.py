@@ -67,6 +67,15 @@ def test_diffusers_edits_what_is_white_in_the_mask(pipeline: Any, model: Pretrai
     assert pixels(pipeline(CAPTIONS[0], picture, (0, 0, 12, 24)).images) == pixels([model.edit([picture], [mask], CAPTIONS[:1])[0].picture])
 
 
+def test_several_may_come_as_a_tuple(pipeline: Any) -> None:
+    """Of numbers, a tuple is one mask: a box."""
+    pictures, box = (Image.new("RGB", (24, 24), "red"), Image.new("RGB", (24, 24), "blue")), (0, 0, 12, 24)
+    assert pixels(pipeline(tuple(CAPTIONS[:2])).images) == pixels(pipeline(CAPTIONS[:2]).images)
+    listed = pixels(pipeline(CAPTIONS[:2], image=list(pictures), mask_image=[box, box]).images)
+    assert pixels(pipeline(tuple(CAPTIONS[:2]), image=pictures, mask_image=(box, box)).images) == listed
+    assert pixels(pipeline(tuple(CAPTIONS[:2]), image=pictures, mask_image=box).images) == listed
+
+
 def test_generators_decide_each_picture(pipeline: Any) -> None:
     """One generator draws other pictures each time; of a list, each decides its own, whatever is drawn beside it."""
     generator = torch.Generator().manual_seed(1)
