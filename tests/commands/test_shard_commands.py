@@ -92,4 +92,4 @@ def test_every_command_of_the_guide_is_understood() -> None:
 def test_the_old_name_of_the_stage_is_answered_with_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["data", "--help"])
-    assert "oar prepare" in capsys.readouterr().out
+    assert "oar prepare" in " ".join(capsys.readouterr().out.split())  # help is wrapped to the width of the terminal
