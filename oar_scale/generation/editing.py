@@ -65,8 +65,8 @@ class EditOptions:
     fills: tuple[Fill, ...] = DEFAULT_FILLS
     """Rules that fill the hole; see :func:`seen_codes`."""
     ring: int = 0
-    """Cells at most so far from the hole are drawn, too, beside those whose codes depend on it. Without effect where ``strength`` is below
-    1: there is no hole."""
+    """Cells at most so far from the hole are drawn, too, beside those whose codes depend on it. It needs ``strength`` 1: below, nothing of
+    the picture is hidden, so there is no hole that it could lie around."""
     feather: float | None = None
     """So many of the model's pixels inside the hole are matched to the known ones beyond the seam; see ``canvas.mix``. None: none of
     them, but in windows, where drawings meet each other, as many as a cell is wide."""
@@ -78,6 +78,11 @@ class EditOptions:
             raise UserError(f"strength {shortened(self.strength)} must be above 0 and at most 1, which draws all that is marked")
         if not isinstance(self.ring, Integral) or self.ring < 0:
             raise UserError(f"ring {shortened(self.ring)} must be 0 cells or more")
+        if self.ring and self.strength < 1:
+            raise UserError(
+                f"ring {shortened(self.ring)} with strength {shortened(self.strength)}: below strength 1 nothing of the picture is "
+                "hidden, so there is no hole for a ring. Leave ring at 0 and mark more of the picture, or set strength to 1"
+            )
         if self.feather is not None and (not isinstance(self.feather, Real) or not 0 <= self.feather < math.inf):
             raise UserError(f"feather {shortened(self.feather)} must be a number of pixels, and not negative")
 

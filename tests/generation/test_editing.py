@@ -80,6 +80,7 @@ def test_an_edit_never_changes_a_known_pixel(
     width: int, height: int, mode: str, share: float, strength: float, feather: float, ring: int, seed: int
 ) -> None:
     image, mask = picture(width, height, mode, seed), np.random.default_rng(seed).random((height, width)) < share
+    ring = ring if strength == 1 else 0  # refused otherwise
     for edit in drawer().edit([image], [mask], [seed % 5], variations=2, strength=strength, feather=feather, ring=ring, seed=seed):
         before, after = (np.asarray(each) for each in (upright(image, "x"), edit.picture))
         assert edit.picture.size == image.size and before.shape == after.shape
@@ -257,6 +258,7 @@ def test_masks_that_do_not_fit_are_explained() -> None:
         ({"feather": math.nan}, "feather nan"),
         ({"ring": -1}, "ring -1"),
         ({"ring": 1.5}, "ring 1.5"),
+        ({"ring": 2, "strength": 0.5}, "ring 2 with strength 0.5: .* Leave ring at 0 .* or set strength to 1"),
         ({"variations": None}, "variations None"),
         ({"strength": "half"}, "strength 'half'"),
         ({"feather": "soft"}, "feather 'soft'"),
