@@ -148,6 +148,8 @@ def _called(function: Any) -> tuple[Any, ...]:
 
 def _named(function: Any) -> Iterator[Any]:
     """Objects that the names in a function's code stand for: its module's own, and members of modules that it names."""
+    if not any(_leads_on(function.__globals__.get(name)) for name in _all_names(function.__code__)):
+        return  # most functions: reading instructions is slow
     for name, member in _names(function.__code__):
         value = function.__globals__.get(name)
         if isinstance(value, ModuleType):
@@ -165,6 +167,21 @@ def _names(code: CodeType) -> Iterator[tuple[str, str]]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def _all_names(code: CodeType) -> Iterator[str]:
+    """Names of globals and of attributes alike."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _all_names(constant)
+
+
+def _leads_on(value: Any) -> bool:
+    """What is searched or starts something, and modules that may have such members."""
+    if isinstance(value, ModuleType):
+        return _searched(value) or any(value.__name__ == module for module, _ in STARTERS)
+    return _ours(value)
 
 
 def _ours(value: Any) -> bool:
