@@ -1,4 +1,4 @@
-"""A flexibility report's differences between arms, in Markdown: a table a chapter, a row an arm.
+"""A flexibility report's differences between arms, in Markdown: a table a chapter (of edits one a region), a row an arm.
 
     python tools/flexibility_tables.py runs/emoji-evidence/flexibility                          to the arm that the report compares with
     python tools/flexibility_tables.py runs/emoji-evidence/flexibility --against any_order      to any other
@@ -10,6 +10,7 @@ A * marks those of the report whose corrected p (Holm) is below 0.05; difference
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ def tables(folder: Path, against: str | None = None) -> list[str]:
         raise UserError(f"--against {against}: no arm of the report. There are: {', '.join(labels)}")
     report = Report(folder, content, labels, against or str(content["against"]))
     rows = report.differences()
-    return [*(line for chapter in CHAPTERS for line in report.table(chapter, rows)), *report.settings()]
+    return [*(line for shown in report.groups() for line in report.table(shown, rows)), *report.settings()]
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,20 @@ class Report:
             measures, values, self.against, np.unique(families, return_inverse=True)[1], unpaired_arms(models, self.against)
         )
 
-    def table(self, chapter: str, rows: Rows) -> Iterator[str]:
-        """A row an arm, a column a measure; nothing where the report has no such chapter."""
-        shown = [each for each in self.content["measures"] if each["chapter"] == chapter and _is_shown(each)]
-        if not shown:
-            return
+    def groups(self) -> Iterator[list[Mapping[str, Any]]]:
+        """The measures that are shown, those of a table together; chapters that the report does not have are left out."""
+        for chapter in CHAPTERS:
+            shown = [each for each in self.content["measures"] if each["chapter"] == chapter and _is_shown(each)]
+            regions = itertools.groupby(shown, key=_region) if chapter == "edits" else [(chapter, shown)]
+            yield from (list(group) for _, group in regions if shown)
+
+    def table(self, shown: Sequence[Mapping[str, Any]], rows: Rows) -> Iterator[str]:
+        """A row an arm, a column a measure."""
         means = {(each["measure"], each["label"]): each["figure"]["mean"] for each in self.content["figures"]}
-        yield f"\n### {chapter}: difference to {self.against} ({', '.join(dict.fromkeys(each['unit'] for each in shown))})\n"
-        yield _row(["arm", *(" ".join(part for part in each["name"].split("/")[1:] if part != "heldout") for each in shown)])
+        chapter, units = shown[0]["chapter"], [unit for unit in dict.fromkeys(each["unit"] for each in shown) if unit]
+        named = f"{chapter}, {_region(shown[0])}" if chapter == "edits" else chapter
+        yield f"\n### {named}: difference to {self.against} ({', '.join(units)})\n"
+        yield _row(["arm", *(_column(each) for each in shown)])
         yield _row(["---"] * (len(shown) + 1))
         yield _row([f"{self.against}, itself", *(f"{means[each['name'], self.against]:.3f}" for each in shown)])
         for label in self.labels:
@@ -118,6 +125,16 @@ class Report:
             yield _row(["---"] * 4)
         for row in chosen:
             yield _row([row["label"], f"{row['temperature']:g}", f"{row['guidance']:g}", ", ".join(row["edges"]) or "-"])
+
+
+def _region(measure: Mapping[str, Any]) -> str:
+    """Of a measure of edits."""
+    return str(measure["name"]).split("/")[1]
+
+
+def _column(measure: Mapping[str, Any]) -> str:
+    parts = measure["name"].split("/")[2 if measure["chapter"] == "edits" else 1 :]
+    return " ".join(part for part in parts if part != "heldout")
 
 
 def _is_shown(measure: Mapping[str, Any]) -> bool:
