@@ -23,7 +23,6 @@ from types import FrameType
 import psutil
 
 from oar_scale.errors import UserError
-from oar_scale.json_object import JsonObject
 from oar_scale.runtime.gpu_settings import SETTINGS, gpu_settings
 
 _OBJECT_STORE_BYTES = 80 * 2**20
@@ -55,11 +54,11 @@ def ray_session(cpus: int, gpus: int = 0, least_gpus: int | None = None) -> Iter
         return
     path = os.pathsep.join(path for path in sys.path if os.path.exists(path))
     settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}  # a cluster's nodes have been started without them
-    runtime_env = {"env_vars": {"PYTHONPATH": path, **settings, **gpu_settings(os.environ)}}
+    variables = {"PYTHONPATH": path, **settings, **gpu_settings(os.environ)}
     with _environment({"RAY_USAGE_STATS_ENABLED": "0"}):
         if "RAY_ADDRESS" in os.environ:
             _check_address(os.environ["RAY_ADDRESS"])
-            ray.init(log_to_driver=False, configure_logging=False, runtime_env=runtime_env)
+            ray.init(log_to_driver=False, configure_logging=False, runtime_env={"env_vars": variables})
             try:
                 yield
             finally:
@@ -70,7 +69,7 @@ def ray_session(cpus: int, gpus: int = 0, least_gpus: int | None = None) -> Iter
         _choose_token()
         with _exit_on_sigterm(), _private_folder() as folder:
             try:
-                _start(cpus, gpus, folder, runtime_env)
+                _start(cpus, gpus, folder, variables)
                 yield
             finally:
                 _end(folder)
@@ -134,23 +133,25 @@ def _gpus_here(gpus: int, least: int) -> int:
     return min(gpus, there)
 
 
-def _start(cpus: int, gpus: int, folder: str, runtime_env: JsonObject) -> None:
+def _start(cpus: int, gpus: int, folder: str, variables: dict[str, str]) -> None:
+    """Its workers inherit the environment variables. (As a ``runtime_env`` they would cost each worker a second import of Ray, and those
+    that Ray starts ahead would be of no use.)"""
     import ray
 
     for attempt in range(1, _STARTS + 1):
         try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                num_gpus=gpus,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                configure_logging=False,
-                runtime_env=runtime_env,
-                _node_ip_address="127.0.0.2" if sys.platform == "linux" else None,  # Ray replaces 127.0.0.1 by a public address
-                _temp_dir=os.path.join(folder, str(attempt)),
-            )
+            with _environment(variables):
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    num_gpus=gpus,
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    _node_ip_address="127.0.0.2" if sys.platform == "linux" else None,  # Ray replaces 127.0.0.1 by a public address
+                    _temp_dir=os.path.join(folder, str(attempt)),
+                )
             return
         except Exception as error:  # Ray has no class of its own for "my processes took longer than 30 s", and no setting for it
             if "timed out during startup" in str(error) and attempt < _STARTS:

@@ -91,12 +91,12 @@ from oar_scale.runtime.program import program_exit
 
 start = module._start
 
-def announced(cpus, gpus, folder, runtime_env):
+def announced(cpus, gpus, folder, variables):
     if sys.argv[1] == "before Ray":
         print(folder, flush=True)
         sys.stdin.read()
     threading.Thread(target=announce, args=(folder,), daemon=True).start()
-    start(cpus, gpus, folder, runtime_env)
+    start(cpus, gpus, folder, variables)
 
 def announce(folder):
     while not any(child.name() == sys.argv[1] for child in psutil.Process().children()):
