@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from oar_scale.config.schema import SentencePieceConfig
 from oar_scale.data.images import decode_image
 from oar_scale.data.manifest import read_manifest
-from oar_scale.data.shards import ShardSample, identity, read_shard, read_token_shard
+from oar_scale.data.shards import identity, read_shard, read_token_shard
 from oar_scale.errors import UserError
-from oar_scale.json_object import parse_object
 from oar_scale.orders.order_table import join_orders, read_orders, table_name
 from oar_scale.registry import MODELS, ModelName
 from oar_scale.results.examples import Picture
@@ -32,6 +31,18 @@ class Tokens:
     codes_SN: NDArray[np.int64]
     prompts: list[Prompt]
     """What the model is conditioned on for each image: its caption, label or features."""
+    families: list[str]
+    """What each image is a variant of (``SourceImage.family``); empty where nothing says it."""
+
+    @property
+    def family_names(self) -> list[str]:
+        """The family of each image; one without is a family of its own."""
+        return [family or f"image {key}" for key, family in zip(self.keys, self.families, strict=True)]
+
+    @property
+    def families_S(self) -> NDArray[np.int64]:
+        """The same number for images of one family, which are not independent of each other."""
+        return np.unique(self.family_names, return_inverse=True)[1]
 
 
 def require(run: Run, uri: str, stage: str) -> str:
@@ -89,6 +100,7 @@ def read_tokens(run: Run, split: str, limit: int | None = None, field: Field = "
     keys: list[str] = []
     captions: list[str] = []
     prompts: list[Prompt] = []
+    families: list[str] = []
     codes: list[NDArray[np.int64]] = []
     for info in read_manifest(folder).shards:
         if limit is None or len(keys) < limit:
@@ -96,8 +108,9 @@ def read_tokens(run: Run, split: str, limit: int | None = None, field: Field = "
             keys += shard.keys
             captions += shard.captions
             prompts += shard.prompts(field)
+            families += [identity(shard.metadata(row))[1] for row in range(len(shard))]
             codes.append(shard.view(0).astype(np.int64))
-    return Tokens(keys[:limit], captions[:limit], np.concatenate(codes)[:limit], prompts[:limit])
+    return Tokens(keys[:limit], captions[:limit], np.concatenate(codes)[:limit], prompts[:limit], families[:limit])
 
 
 def read_pictures(run: Run, split: str, keys: list[str]) -> list[Picture]:
@@ -124,39 +137,15 @@ def training_pictures(run: Run, count: int) -> Iterator[Picture]:
     """The first training images, one after the other. Raises UserError where the stage has not finished."""
     folder = run.at("images", "train")
     require(run, join(folder, "manifest.json"), "data")
-    for sample in islice(_image_samples(run, folder), count):
+    samples = (sample for info in read_manifest(folder).shards for sample in read_shard(join(folder, info.name), run.cache, info))
+    for sample in islice(samples, count):
         yield np.asarray(decode_image(sample["png"], f"{folder}: image of sample {sample['__key__']!r}"))
 
 
-def without_variant(run: Run, keys: list[str]) -> NDArray[np.bool_]:
-    """Which held-out images [S] share no family with a training image (see ``SourceImage.family``)."""
-    heldout, in_train = read_families(run, "heldout"), set(read_families(run, "train").values()) - {""}
-    return np.array([heldout.get(key, "") not in in_train for key in keys])
-
-
-def read_families(run: Run, split: str) -> dict[str, str]:
-    """The family of each image of a split, by its key; empty where it has none (see ``SourceImage.family``)."""
-    folder = run.at("images", split)
-    return {sample["__key__"]: _family(sample, folder) for sample in _image_samples(run, folder)}
-
-
-def family_names(run: Run, split: str, keys: Sequence[str]) -> list[str]:
-    """The family of each of these images of a split; an image without one is a family of its own."""
-    families = read_families(run, split)
-    return [families.get(key) or f"image {key}" for key in keys]
-
-
-def _image_samples(run: Run, folder: str) -> Iterator[ShardSample]:
-    """All samples of a folder of image shards."""
-    for info in read_manifest(folder).shards:
-        yield from read_shard(join(folder, info.name), run.cache, info)
-
-
-def _family(sample: ShardSample, folder: str) -> str:
-    try:
-        return identity(parse_object(sample.get("json", b"{}")))[1]
-    except ValueError as error:
-        raise UserError(f"{folder}: sample {sample['__key__']!r} has a .json that is none ({error})") from error
+def without_variant(heldout: Tokens, train: Tokens) -> NDArray[np.bool_]:
+    """Which held-out images [S] share no family with an image of ``train``, which holds all training images."""
+    in_train = set(train.families) - {""}
+    return np.array([family not in in_train for family in heldout.families])
 
 
 def read_train_orders(run: Run, train: Tokens) -> NDArray[np.uint16]:

@@ -49,7 +49,6 @@ from oar_scale.results.estimates import GroupName, ImageGroup
 from oar_scale.results.examples import DrawingExample, OrderExample, OrderSummary, Picture, SampleGrid, SampleRow, TokenizerMetadata
 from oar_scale.run.artifacts import (
     Tokens,
-    family_names,
     model_files,
     prompt_encoder,
     read_pictures,
@@ -177,8 +176,8 @@ def _read(run: Run, device: torch.device) -> Inputs:
         train_cond_inputs_S=cond_inputs_of(prompts, train.prompts[:BRUTE_FORCE_IMAGES], device),
         orders_SN=read_train_orders(run, train),
         compared=compared,
-        novel_S=without_variant(run, heldout.keys),
-        families_S=np.unique(family_names(run, "heldout", heldout.keys), return_inverse=True)[1],
+        novel_S=without_variant(heldout, train),
+        families_S=heldout.families_S,
         extractor=_extractor(run),
     )
 

@@ -25,7 +25,7 @@ from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredIma
 from oar_scale.generation.exported_folder import implied_prompts
 from oar_scale.model import ModelSpec, check_prompts, model_id
 from oar_scale.model.weights import open_model
-from oar_scale.run.artifacts import Tokens, family_names, prompt_encoder, read_pictures, read_tokens, require
+from oar_scale.run.artifacts import Tokens, prompt_encoder, read_pictures, read_tokens, require
 from oar_scale.run.context import Run
 from oar_scale.storage import fetch
 from oar_scale.studies.trained_arms import open_run
@@ -150,10 +150,10 @@ def first_images(run: Run, split: str, count: int) -> HeldoutImages:
 def _images(run: Run, split: str, rows: Sequence[int], of_split: Tokens) -> HeldoutImages:
     """Those in some rows of a split."""
     keys, codes_SN = [of_split.keys[row] for row in rows], of_split.codes_SN[list(rows)]
-    tokens = Tokens(keys, [of_split.captions[row] for row in rows], codes_SN, [])
+    tokens = Tokens(keys, [of_split.captions[row] for row in rows], codes_SN, [], [of_split.families[row] for row in rows])
     vq_file = fetch(run.vq_uri, run.cache)
     vq = load_vq(vq_file)
-    families, numbers = family_names(run, split, keys), dict[str, int]()
+    families, numbers = tokens.family_names, dict[str, int]()
     families_S = np.array([numbers.setdefault(family, len(numbers)) for family in families])
     pictures = np.stack(read_pictures(run, split, keys))
     measured = MeasuredImages(codes_SN, pictures, families_S, NetworkFile(vq_id(vq), vq_file, run.vq_uri), vq.spec.grid)
@@ -271,7 +271,7 @@ def sweep_images(images: HeldoutImages) -> tuple[HeldoutImages, str]:
     """
     run, count = images.run, len(images.rows)
     found = read_tokens(run, "heldout", None, prompt_encoder(run).field)
-    measured, families = set(images.families), family_names(run, "heldout", found.keys)
+    measured, families = set(images.families), found.family_names
     first = count if images.split == "heldout" else 0
     rows = [row for row in range(first, len(found.keys)) if families[row] not in measured][: max(count, CHOSEN_ON)]
     if len({families[row] for row in rows}) < FEWEST:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import pickle
@@ -30,7 +31,7 @@ from oar_scale.generation import pretrained
 from oar_scale.generation.sampling import generate
 from oar_scale.model import AnyOrderModel, save_model
 from oar_scale.observe.console import Console
-from oar_scale.run.artifacts import family_names, prompt_encoder, read_tokens, without_variant
+from oar_scale.run.artifacts import prompt_encoder, read_tokens, without_variant
 from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import chosen_device, devices_here
 from oar_scale.stages import evaluate
@@ -121,11 +122,16 @@ def test_evaluation_knows_what_the_order_tables_say(evaluated: Run) -> None:
 
 
 def test_pictures_with_a_variant_in_training_are_told_apart(evaluated: Run) -> None:
-    folder = evaluated.at("images", "heldout")
-    manifest = read_manifest(folder)
-    keys = [sample["__key__"] for shard in manifest.shards for sample in read_shard(join(folder, shard.name), evaluated.cache)]
-    new_S = without_variant(evaluated, keys)
-    assert 0 < manifest.with_variant_in_train == int((~new_S).sum()) < len(keys)
+    """Families are read with the codes; they are those of the pictures' own shards."""
+    heldout, train = (read_tokens(evaluated, split) for split in ("heldout", "train"))
+    for split, tokens in (("heldout", heldout), ("train", train)):
+        folder = evaluated.at("images", split)
+        samples = [each for shard in read_manifest(folder).shards for each in read_shard(join(folder, shard.name), evaluated.cache)]
+        assert tokens.keys == [each["__key__"] for each in samples]
+        assert tokens.families == [json.loads(each["json"])["family"] for each in samples]
+    new_S = without_variant(heldout, train)
+    manifest = read_manifest(evaluated.at("images", "heldout"))
+    assert 0 < manifest.with_variant_in_train == int((~new_S).sum()) < len(heldout.keys)
     evaluation = load_evaluation(evaluated.local())
     assert evaluation is not None
     novel, near = evaluation.groups
@@ -235,8 +241,8 @@ def test_report_has_the_numbers_and_pictures_of_the_evaluation(evaluated: Run) -
     page = Path(path).read_text()
     evaluation = load_evaluation(evaluated.local())
     assert evaluation is not None
-    keys = read_tokens(evaluated, "heldout", evaluation.nll.images).keys
-    assert evaluation.nll.families == len(set(family_names(evaluated, "heldout", keys))) < evaluation.nll.images
+    names = read_tokens(evaluated, "heldout", evaluation.nll.images).family_names
+    assert evaluation.nll.families == len(set(names)) < evaluation.nll.images
     assert f"over {evaluation.nll.images} held-out images of {evaluation.nll.families} families" in page
     for entry in evaluation.nll.entries:
         assert f"{entry.nll.mean:.3f} ± {entry.nll.standard_error:.3f}" in page

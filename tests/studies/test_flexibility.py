@@ -33,7 +33,7 @@ from oar_scale.model import load_model, save_model
 from oar_scale.registry import ModelName
 from oar_scale.results.flexibility import FORMAT, MeasuredModel, unpaired_arms
 from oar_scale.results.statistics import clustered_error
-from oar_scale.run.artifacts import prompt_encoder, read_families, read_pictures, read_tokens
+from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
 from oar_scale.run.context import Run
 from oar_scale.storage import read_json
 from oar_scale.studies import flexibility_models
@@ -240,7 +240,8 @@ def test_distances_are_those_of_samples_drawn_by_hand(finished: Run, drawn: Path
 def test_the_best_setting_is_chosen_on_other_families_with_other_noise(finished: Run, drawn: Path) -> None:
     """On held-out images behind the measured ones, of other families than these; drawn with a seed that no figure is drawn with."""
     found = read_json(str(drawn / "flexibility.json"))
-    tokens, families = read_tokens(finished, "heldout"), read_families(finished, "heldout")
+    tokens = read_tokens(finished, "heldout")
+    families = dict(zip(tokens.keys, tokens.families, strict=True))
     measured = {families[key] for key in tokens.keys[:DRAWN]} - {""}
     rows = [row for row in range(DRAWN, len(tokens.keys)) if families[tokens.keys[row]] not in measured][:CHOSEN_ON]
     assert found["sweep_images"] == f"{CHOSEN_ON} images of heldout, of other families than those that are measured"
