@@ -92,7 +92,7 @@ def _compared(run: Run, images: int, finetune: int) -> JsonObject:
 
 def table(rows: Sequence[JsonObject]) -> list[str]:
     """The figures as lines of columns."""
-    heads = ["method", "rows", "of exact", "images/s", "speed", "tau", "regret, nats per code", "images"]
+    heads = ["method", "rows", "of exact", "images/s", "speed", "tau", "regret, nats per code", "images", "families"]
     lines = [
         [
             row["way"],
@@ -103,6 +103,7 @@ def table(rows: Sequence[JsonObject]) -> list[str]:
             f"{row['kendall_tau']['mean']:.3f}",
             _with_error(row["regret"]),
             str(row["judged_by_images"]),
+            str(row["judged_by_families"]),
         ]
         for row in rows
     ]
@@ -138,6 +139,7 @@ def _measured(run: Run, model_file: str, shards: Sequence[ShardInfo], tokens: To
             methods,
             config.batch,
             images_S,
+            tokens.families_S,
             judged=judged,
             rounds=rounds,
             on_done=tally.advance,
@@ -184,6 +186,7 @@ def _row(each: MethodResult, exact: MethodResult) -> JsonObject:
         "kendall_tau": asdict(each.tau),
         "regret": asdict(each.regret),
         "judged_by_images": each.judged,
+        "judged_by_families": each.families,
     }
 
 

@@ -56,6 +56,8 @@ class MethodResult:
     """Of all images."""
     judged: int
     """Images that tau and regret are means of."""
+    families: int
+    """Of these, so many groups are independent of each other."""
 
 
 def extraction_methods(settings: ExtractionSettings, grid: int, head: OrderHead | None = None) -> dict[str, Method]:
@@ -94,6 +96,7 @@ def compare(
     methods: Mapping[str, Method],
     batch: int,
     images_S: Images,
+    families_S: NDArray[np.int64],
     *,
     judged: Mapping[str, NDArray[np.bool_]] | None = None,
     rounds: int = ROUNDS,
@@ -107,6 +110,7 @@ def compare(
         cond_inputs_S: what ``model.condition`` takes, a row for each image.
         methods: the first one is exact.
         batch: images at a time.
+        families_S: the same number for images of one family, which count as one to the standard errors.
         judged: methods that are judged by some of the images only [S], those they did not learn from; the others are by all.
         rounds: how often every method is timed.
         on_done: called after each method of each round.
@@ -143,10 +147,11 @@ def compare(
             round(sum(part.rows * len(part.order_BN) for part in orders) / len(codes_SN)),
             len(codes_SN) / statistics.median(seconds[name]),
             statistics.median(exact / own for exact, own in zip(seconds[first], seconds[name], strict=True)),
-            estimate(1 - 2 * kendall_distance(order_SN[name], order_SN[first])[by[name]]),
-            estimate((worth_S[first] - worth_S[name]).cpu().numpy()[by[name]]),
+            estimate(1 - 2 * kendall_distance(order_SN[name], order_SN[first])[by[name]], families_S[by[name]]),
+            estimate((worth_S[first] - worth_S[name]).cpu().numpy()[by[name]], families_S[by[name]]),
             order_SN[name],
             int(by[name].sum()),
+            len(np.unique(families_S[by[name]])),
         )
         for name, orders in orders_of.items()
     }

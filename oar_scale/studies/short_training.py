@@ -42,6 +42,8 @@ class TrainingOutcome:
     nll_own_S: NDArray[np.float64]
     """Nats per code of each held-out image along the model's own ``max_prob`` order, the one that it generates in."""
     nll_random_S: NDArray[np.float64]
+    families_S: NDArray[np.int64]
+    """The same number for images of one family, which count as one to the standard errors."""
     kid: Kid
 
     def figures(self, exact: TrainingOutcome) -> JsonObject:
@@ -49,8 +51,8 @@ class TrainingOutcome:
         figures: JsonObject = {"kid_efflite0": self.kid.mean, "kid_efflite0_std": self.kid.std}
         pairs = {"own_max_prob": (self.nll_own_S, exact.nll_own_S), "random": (self.nll_random_S, exact.nll_random_S)}
         for name, (here_S, exact_S) in pairs.items():
-            figures[f"heldout_nll_{name}"] = asdict(estimate(here_S))
-            figures[f"heldout_nll_{name}_above_exact"] = asdict(estimate(here_S - exact_S))
+            figures[f"heldout_nll_{name}"] = asdict(estimate(here_S, self.families_S))
+            figures[f"heldout_nll_{name}_above_exact"] = asdict(estimate(here_S - exact_S, self.families_S))
         return figures
 
 
@@ -87,7 +89,8 @@ class ShortTraining:
         prompts, evaluate = prompt_encoder(run), recipe.evaluate
         heldout = read_tokens(run, "heldout", max(evaluate.nll_images, evaluate.feature_images), prompts.field)
         device = device_here(recipe.parallel.gpus_per_worker > 0)
-        self.codes_SN, self.cond_inputs_S = heldout.codes_SN, cond_inputs_of(prompts, heldout.prompts, device).numpy()
+        self.codes_SN, self.families_S = heldout.codes_SN, heldout.families_S
+        self.cond_inputs_S = cond_inputs_of(prompts, heldout.prompts, device).numpy()
         self.drawn = min(evaluate.feature_images, len(heldout.keys))
         pictures = read_pictures(run, "heldout", heldout.keys[: self.drawn])
         self.reference_SF = picture_features(pictures)
@@ -150,7 +153,7 @@ class ShortTraining:
             recipe.parallel.precision,
         )
         distance = kid(drawing.run().features_SF, self.reference_SF, paired=True, seed=recipe.seed)
-        return TrainingOutcome(nll["own max_prob"], nll["random"], distance)
+        return TrainingOutcome(nll["own max_prob"], nll["random"], self.families_S[:count], distance)
 
 
 def _train(job: TrainingJob) -> None:

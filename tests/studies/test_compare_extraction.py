@@ -11,21 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from small_models import random_codes, random_text, small_model
 from small_run import prepare_small_run, small_recipe
 from torch import Tensor
 
 from oar_scale.errors import UserError
+from oar_scale.evaluation.distances import Kid
 from oar_scale.model import AnyOrderModel, load_model, save_model
 from oar_scale.observe.console import Console
 from oar_scale.orders.extraction import Orders, extract_orders
 from oar_scale.orders.head import HeadSpec, OrderHead
 from oar_scale.orders.selection import Images
 from oar_scale.orders.settings import ExtractionSettings
+from oar_scale.run.artifacts import read_tokens
 from oar_scale.run.context import Run
 from oar_scale.storage import open_storage
 from oar_scale.studies import compare_extraction as stage
 from oar_scale.studies.extraction_methods import EXACT, RANDOM, ROUNDS, Method, compare, extraction_methods, head_methods
+from oar_scale.studies.short_training import TrainingOutcome
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def test_the_figures_are_what_their_names_say() -> None:
     codes, text, images = random_codes(model, 5), random_text(model, 5), np.arange(5) + 40
     methods = extraction_methods(settings, 3) | {"backwards": backwards}
     done: list[None] = []
-    compared = compare(model, model, codes, text, settings, methods, 2, images, on_done=lambda: done.append(None))
+    compared = compare(model, model, codes, text, settings, methods, 2, images, images, on_done=lambda: done.append(None))
     assert len(done) == ROUNDS * len(methods)
     exact = extract_orders(model, codes, model.condition(text), settings, images)
     assert np.array_equal(compared[EXACT].order_SN, exact.order_BN.numpy())
@@ -77,6 +81,33 @@ def test_the_figures_are_what_their_names_say() -> None:
 
 
 @torch.no_grad()
+def test_errors_of_methods_are_those_of_means_over_families() -> None:
+    model, settings, images = small_model(grid=3), ExtractionSettings(score="gt_logprob"), np.arange(8)
+    codes, text, families_S = random_codes(model, 8), random_text(model, 8), np.array([5, 1, 1, 5, 0, 0, 7, 7])
+    methods = {name: method for name, method in extraction_methods(settings, 3).items() if name in (EXACT, RANDOM)}
+    by_family = compare(model, model, codes, text, settings, methods, 8, images, families_S, rounds=1)
+    exact_S, random_S = (
+        model.nll(codes, torch.from_numpy(by_family[name].order_SN), model.condition(text)).double().mean(1).numpy() for name in methods
+    )
+    means_F = [(random_S - exact_S)[families_S == family].mean() for family in (0, 1, 5, 7)]
+    assert by_family[RANDOM].regret.standard_error == pytest.approx(stats.sem(means_F), rel=1e-3)
+    times = [by_family[name].order_SN.argsort(1) for name in methods]
+    tau_S = np.array([stats.kendalltau(*pair).statistic for pair in zip(*times, strict=True)])
+    assert by_family[RANDOM].tau.standard_error == pytest.approx(stats.sem([tau_S[families_S == each].mean() for each in (0, 1, 5, 7)]))
+    assert (by_family[RANDOM].judged, by_family[RANDOM].families) == (8, 4)
+
+
+def test_errors_after_a_training_are_those_of_means_over_families() -> None:
+    families_S, images = np.array([0, 0, 1, 1, 2, 2]), np.random.default_rng(0).normal(4, 1, (2, 2, 6))
+    here, exact = (TrainingOutcome(own_S, random_S, families_S, Kid(0.0, 0.0, 1)) for own_S, random_S in images)
+    figures = here.figures(exact)
+    for at, name in enumerate(("own_max_prob", "random")):
+        means_F, above_F = (each.reshape(3, 2).mean(1) for each in (images[0, at], images[0, at] - images[1, at]))
+        assert figures[f"heldout_nll_{name}"] == pytest.approx({"mean": means_F.mean(), "standard_error": stats.sem(means_F)})
+        assert figures[f"heldout_nll_{name}_above_exact"] == pytest.approx({"mean": above_F.mean(), "standard_error": stats.sem(above_F)})
+
+
+@torch.no_grad()
 def test_an_order_head_is_judged_by_images_it_has_not_seen() -> None:
     """An order head takes part and is judged by what it has not seen."""
     model, settings = small_model(grid=3), ExtractionSettings()
@@ -87,10 +118,11 @@ def test_an_order_head_is_judged_by_images_it_has_not_seen() -> None:
     assert list(extraction_methods(settings, 3, head))[-3:-1] == list(methods)[1:]
     unseen = np.array([True, False, False, True, True, False])
     comparison = compare(
-        model, model, codes, text, settings, methods, 4, images, judged=dict.fromkeys(head_methods(head), unseen), rounds=1
+        model, model, codes, text, settings, methods, 4, images, images // 2, judged=dict.fromkeys(head_methods(head), unseen), rounds=1
     )
-    alone = compare(model, model, codes[unseen], text[unseen], settings, methods, 4, images[unseen], rounds=1)
+    alone = compare(model, model, codes[unseen], text[unseen], settings, methods, 4, images[unseen], images[unseen], rounds=1)
     assert {name: each.judged for name, each in comparison.items()} == dict.fromkeys(head_methods(head), 3) | {EXACT: 6}
+    assert {name: each.families for name, each in comparison.items()} == dict.fromkeys(head_methods(head), 3) | {EXACT: 3}
     for name in head_methods(head):
         assert comparison[name].rows == 9
         assert comparison[name].tau.mean == pytest.approx(alone[name].tau.mean) and comparison[name].order_SN.shape == (6, 9)
@@ -114,6 +146,7 @@ def test_the_comparison_is_printed_and_written(run: Run, tmp_path: Path) -> None
     assert (exact["way"], exact["rows"], exact["kendall_tau"]["mean"]) == ("exact", 64 * 65 // 2, 1.0)
     assert worst["way"] == "random"
     assert worst["regret"]["mean"] > 0 and worst["judged_by_images"] == 5
+    assert worst["judged_by_families"] == len(set(read_tokens(run, "train", 5).family_names))
     stream = run.console._stream  # type: ignore[attr-defined]
     assert isinstance(stream, io.StringIO)
     printed = stream.getvalue()
