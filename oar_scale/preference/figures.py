@@ -24,8 +24,9 @@ class RaterFigures:
     chance: float
     """How likely one who picks sides at random passes as many of these checks."""
     left_share: float | None
-    """Of the answers that are no ties; None without any."""
-    median_s: float
+    """Of the answers to pairs that are no ties; None without any."""
+    median_s: float | None
+    """Of the answers to pairs; None without any."""
     groups: tuple[Group, ...]
     """Strengths from this rater's answers alone, their intervals as if these were independent."""
 
@@ -44,7 +45,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class SideBias:
-    """How often the left picture was chosen. Sides are at random, so that without a bias each choice is left with probability 1/2."""
+    """How often the left picture of a pair was chosen, attention checks left out.
+
+    Sides are at random, so that without a bias each choice is left with probability 1/2.
+    """
 
     left: int
     decided: int

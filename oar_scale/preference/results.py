@@ -101,25 +101,27 @@ def compute_results(study: Study, answers: Sequence[Answer], threshold: float = 
 def _rater(study: Study, name: str, answers: Sequence[Answer], threshold: float) -> RaterFigures:
     checks = {check.id for check in study.checks}
     passed = [outcome(answer) == WIN for answer in answers if answer.comparison in checks]
-    votes = votes_of(study, answers)
-    sides = [answer.choice for answer in answers if answer.choice != "tie"]
+    votes, of_pairs = votes_of(study, answers), [answer for answer in answers if answer.comparison not in checks]
+    sides = [answer.choice for answer in of_pairs if answer.choice != "tie"]
     return RaterFigures(
         name,
         attentive(sum(passed), len(passed), len(checks), threshold),
         len(votes),
-        sum(1 for answer in answers if answer.comparison not in checks and answer.ms < FAST_MS),
+        sum(1 for answer in of_pairs if answer.ms < FAST_MS),
         len(passed),
         sum(passed),
         chance(sum(passed), len(passed)),
         sides.count("left") / len(sides) if sides else None,
-        float(np.median([answer.ms for answer in answers])) / 1000,
+        float(np.median([answer.ms for answer in of_pairs])) / 1000 if of_pairs else None,
         tuple(strength_groups(votes)),
     )
 
 
 def _figures(study: Study, answers: Sequence[Answer]) -> Figures:
     votes = votes_of(study, answers)
-    sides, families = _sides(answers), any(pair.family is not None for pair in study.pairs)
+    checks = {check.id for check in study.checks}
+    sides = _sides([answer for answer in answers if answer.comparison not in checks])
+    families = any(pair.family is not None for pair in study.pairs)
     if not len(votes):
         return Figures(0, 0, 0, (), (), None, sides, families, captions_without_family(study))
     rng = np.random.default_rng(study.digest("bootstrap"))
@@ -156,6 +158,7 @@ def _agreement(votes: Votes, seed: int) -> Agreement | None:
 
 
 def _sides(answers: Sequence[Answer]) -> SideBias | None:
+    """Of answers to pairs: on a check one picture is right, on whichever side it is."""
     decided = [answer.choice for answer in answers if answer.choice != "tie"]
     if not decided:
         return None

@@ -29,7 +29,8 @@ def result_lines(study: Study, results: Results) -> Iterator[str]:
         yield f"of all {len(results.raters)} raters and all answers, those included that are left out above:"
         yield from _figures(results, results.everybody)
     yield ""
-    yield "raters (strengths by this rater's answers alone; the 95 % intervals take these answers for independent)"
+    yield "raters (answers, left, median: of pairs, without attention checks; strengths by this rater's answers alone, and the"
+    yield "95 % intervals take these answers for independent)"
     yield from _indented(_rater_table(results))
 
 
@@ -140,7 +141,7 @@ def _agreement(agreement: Agreement | None) -> str:
 
 def _sides(sides: SideBias) -> str:
     verdict = "a bias: it costs power, and favours no arm, since sides are at random" if sides.p_value < 0.01 else "no clear bias"
-    return f"left side chosen in {_percent(sides.share)} of {sides.decided} decided answers, p = {sides.p_value:.2g}: {verdict}"
+    return f"left side chosen in {_percent(sides.share)} of {sides.decided} decided answers to pairs, p = {sides.p_value:.2g}: {verdict}"
 
 
 def _rater_table(results: Results) -> list[str]:
@@ -155,7 +156,7 @@ def _rater_table(results: Results) -> list[str]:
                 f"{rater.checks_passed} of {rater.checks}",
                 f"{rater.chance:.1%}",
                 "-" if rater.left_share is None else f"{rater.left_share:.0%}",
-                f"{rater.median_s:.1f} s",
+                "-" if rater.median_s is None else f"{rater.median_s:.1f} s",
                 *(f"{strengths[arm].value:+.2f} {_bounds(strengths[arm])}" if arm in strengths else "-" for arm in results.arms),
             ]
         )

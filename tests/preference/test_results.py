@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 from simulated import a_study, answer_of, answers_of
 from small_study import rater
 
@@ -197,7 +198,7 @@ def test_only_ties_are_no_preference() -> None:
     study = a_study()
     answers = answers_of(study, 5, 20, lambda rater, pair: 0.5)
     found = compute_results(study, answers)
-    assert found.counted is not None and found.counted.sides is not None  # of the checks
+    assert found.counted is not None and found.counted.sides is None
     (pair,) = found.counted.pairs
     assert pair.decided is None and pair.rate.value == 0.5 and 0.4 < pair.rate.low < pair.rate.high < 0.6
     (group,) = found.counted.groups
@@ -239,6 +240,26 @@ def test_who_always_presses_left_is_seen() -> None:
     assert found.counted is not None and found.counted.sides is not None
     assert found.counted.sides.p_value < 1e-6
     assert found.counted.pairs[0].rate.low < 0.5 < found.counted.pairs[0].rate.high  # sides are at random: no arm gains
+
+
+def test_checks_count_neither_as_sides_nor_as_time() -> None:
+    """A rater who chooses left on 15 of 20 pairs, 3 s each; checks are answered on the right side, at once."""
+    study = a_study(checks=10)
+    pairs = [replace(each, choice="left" if number < 15 else "right", ms=3000) for number, each in enumerate(to_pairs(study, 20))]
+    checks = [replace(answer_of(study, rater(1), check, 1.0), choice="right", swapped=True, ms=100) for check in study.checks]
+    found = compute_results(study, pairs + checks)
+    assert found.counted is not None and found.counted.sides is not None
+    assert (found.counted.sides.left, found.counted.sides.decided) == (15, 20)
+    assert found.counted.sides.p_value == pytest.approx(stats.binomtest(15, 20).pvalue)
+    assert (found.raters[0].left_share, found.raters[0].median_s, found.raters[0].checks_passed) == (0.75, 3.0, 10)
+    text = said(study, pairs + checks)
+    assert "of 20 decided answers to pairs" in text and "answers, left, median: of pairs, without attention checks" in text
+    (alone,) = compute_results(study, checks).raters
+    assert (alone.left_share, alone.median_s) == (None, None) and "no pair has been answered" in said(study, checks)
+
+
+def to_pairs(study: Study, count: int) -> list[Answer]:
+    return [answer_of(study, rater(1), pair, 1.0) for pair in study.pairs[:count]]
 
 
 def test_the_command_says_and_writes_its_figures(study_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
