@@ -3,6 +3,7 @@
     STUDY/study.json            question, arms, comparisons, seed, a fingerprint of all that
     STUDY/pictures/HASH.png     pixels alone, named by their content: neither name nor file says which arm drew it
     STUDY/answers.sqlite        written by ``oar study serve``
+    STUDY/serve.lock            locked by it, and says where it runs
 
 Whatever is random is a hash of the study's seed and of what it is for, so that a rater who comes back sees the same comparison, with the
 same sides, whatever happened to the server meanwhile.
@@ -23,7 +24,7 @@ from oar_scale.json_object import JsonObject
 from oar_scale.storage import join, read_json
 from oar_scale.text import shown
 
-MANIFEST, PICTURES, ANSWERS = "study.json", "pictures", "answers.sqlite"
+MANIFEST, PICTURES, ANSWERS, LOCK = "study.json", "pictures", "answers.sqlite", "serve.lock"
 CAPTION = "{caption}"
 """Stands for the caption in a question."""
 LONGEST_QUESTION = 1000

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +16,8 @@ import pytest
 from small_study import ServedStudy, open_png, rater, served_study
 
 from oar_scale.cli import main
+from oar_scale.errors import UserError
+from oar_scale.preference.server import only_server
 from oar_scale.preference.study import ANSWERS, MANIFEST
 
 TOKEN = "a token of the tests"
@@ -108,6 +112,21 @@ def test_the_command_keeps_answers_and_nothing_about_people(study_folder: Path) 
     assert [(row[0], row[1], row[2], row[4], row[5]) for row in rows] == [(fingerprint, rater(1), current, "tie", 1234)]
     stored = b"".join(path.read_bytes() for path in study_folder.glob(f"{ANSWERS}*"))
     assert b"tell-tale" not in stored and b"127.0.0.1" not in stored
+
+
+def test_a_second_server_is_refused_until_the_first_is_gone(study_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error names the process; a lock whose server was killed is none."""
+    command = [sys.executable, "-m", "oar_scale.cli", "study", "serve", str(study_folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = process.stdout.readline().split(" on ")[1].split(";")[0].rpartition(":")[2]
+        assert main(["study", "serve", str(study_folder), "--port", port]) == 2
+        error = capsys.readouterr().err
+        assert f"by process {process.pid} on {socket.gethostname()}." in error and error.count("\n") == 1
+        process.kill()
+        process.wait(60)
+    with only_server(str(study_folder)), pytest.raises(UserError, match=rf"by process {os.getpid()} on"), only_server(str(study_folder)):
+        pytest.fail("two servers at once")
 
 
 def test_what_cannot_be_served_is_said(study_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
