@@ -80,6 +80,8 @@ class ModelBundle:
     """Of a model on the hub: the local folder with its files."""
     license: str | None = None
     """Of the weights, where the exported folder says it."""
+    read_only: bool = False
+    """Whoever draws writes nothing beside these files (``OrderFiles.read_only``)."""
 
     @property
     def folder(self) -> str:
@@ -89,7 +91,8 @@ class ModelBundle:
     @property
     def orders(self) -> OrderFiles:
         """The files that order policies read."""
-        return folder_files(self.folder) if self.root is None else run_files(self.root)
+        files = folder_files(self.folder) if self.root is None else run_files(self.root)
+        return replace(files, read_only=self.read_only)
 
 
 def find_bundle(path: str, model: str | None = None) -> ModelBundle:

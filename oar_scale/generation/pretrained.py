@@ -363,10 +363,13 @@ class Pretrained:
     def orders(self, order: Order | None, images_B: Images, seed: int, steps: int | None = None) -> Tensor | LateOrder | None:
         """The orders of images with these numbers, on the model's device; arguments and errors as :meth:`sample`, ``steps`` too."""
         if order is None or isinstance(order, str):
-            numbers_B, files = torch.from_numpy(images_B), self.bundle.orders
-            request = OrderRequest(self.model, numbers_B, seed, files, self.bundle.model, steps, lambda: self._model_id)
-            return sampling_order(self._policy(order), request, "order")
+            return sampling_order(self._policy(order), self.order_request(images_B, seed, steps), "order")
         return given_order(order, self.model.spec.cells, len(images_B)).to(self._device)
+
+    def order_request(self, images_B: Images, seed: int, steps: int | None = None) -> OrderRequest:
+        """What order policies are told of images with these numbers."""
+        numbers_B, bundle = torch.from_numpy(images_B), self.bundle
+        return OrderRequest(self.model, numbers_B, seed, bundle.orders, bundle.model, steps, lambda: self._model_id)
 
 
 def load_pretrained(path: str, model: str | None = None) -> Pretrained:

@@ -28,7 +28,7 @@ from oar_scale.model.spec import ModelSpec
 from oar_scale.orders.bayer import bayer_order
 from oar_scale.orders.extraction import Orders
 from oar_scale.orders.order_files import OrderFiles
-from oar_scale.orders.order_table import read_orders
+from oar_scale.orders.order_table import stored_settings
 from oar_scale.orders.scores import score_rows
 from oar_scale.storage import open_storage
 from oar_scale.text import shown
@@ -182,8 +182,8 @@ def tables_id(files: OrderFiles) -> str | None:
     """The settings that the stored orders were extracted with, as one table has it; None where there are no orders."""
     if files.tables is None:
         return None
-    tables = (uri for uri in open_storage(files.tables).list(files.tables) if uri.endswith(".parquet"))
-    return read_orders(uri).settings_id if (uri := next(tables, None)) else None
+    tables = ((uri, size) for uri, size in open_storage(files.tables).sizes(files.tables).items() if uri.endswith(".parquet"))
+    return stored_settings(*first) if (first := next(tables, None)) else None
 
 
 def save_head(uri: str, head: OrderHead) -> None:

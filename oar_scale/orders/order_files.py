@@ -30,6 +30,8 @@ class OrderFiles:
     """The orders that an order head predicted for them."""
     distinct: str | None = None
     """A folder for the few orders that are taken for all of them (:mod:`oar_scale.orders.distinct`)."""
+    read_only: bool = False
+    """Nothing is written: what is computed from the tables stays in this process."""
 
 
 def run_files(root: str, folder: str = "orders") -> OrderFiles:

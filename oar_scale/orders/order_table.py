@@ -11,7 +11,8 @@ says where.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import crc32c
@@ -120,15 +121,9 @@ def read_orders(uri: str) -> OrderTable:
 
 def parse_orders(data: bytes, uri: str) -> OrderTable:
     """:func:`read_orders` of what was read from ``uri``."""
-    try:
+    with _readable(uri):
         table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{uri}: not a readable Parquet file ({error}).\n{_AGAIN}") from error
-    metadata = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in (table.schema.metadata or {}).items()}
-    if metadata.get("oar_format") != FORMAT:
-        raise UserError(f"{uri}: not an order table of oar_scale, format {FORMAT} (found: {metadata.get('oar_format')}).")
-    if lacking := sorted(_SAID - metadata.keys() | _COLUMNS - {*table.column_names}):
-        raise UserError(f"{uri}: not a whole order table: it has no {', '.join(lacking)}.\n{_AGAIN}")
+    metadata = _metadata(table.schema, uri)
     lists = (getattr(table.schema.field(name).type, "list_size", None) for name in ("order", "score"))
     if {metadata["cells"]} != {str(size) for size in lists}:
         raise UserError(f"{uri}: not a whole order table: its orders are not of {shown(metadata['cells'])} cells each.\n{_AGAIN}")
@@ -142,6 +137,37 @@ def parse_orders(data: bytes, uri: str) -> OrderTable:
     order_SN, score_SN = found_SN.astype(np.uint16), _matrix(table["score"], cells).astype(np.float32)
     draws = table["draw"].to_pylist() if "draw" in table.column_names else None
     return OrderTable(keys, table["view"].to_pylist(), order_SN, score_SN, metadata["model_id"], metadata["settings_id"], uri, draws)
+
+
+def stored_settings(uri: str, size: int) -> str:
+    """The settings that the orders of a table of ``size`` bytes were extracted with: read from the end of the file, without the orders.
+
+    Raises:
+        UserError: not an order table.
+    """
+    storage = open_storage(uri)
+    footer = int.from_bytes(storage.read(uri, max(0, size - 8))[:4], "little")
+    with _readable(uri):
+        schema = pq.read_schema(io.BytesIO(storage.read(uri, max(0, size - 8 - footer))))
+    return _metadata(schema, uri)["settings_id"]
+
+
+@contextmanager
+def _readable(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{uri}: not a readable Parquet file ({error}).\n{_AGAIN}") from error
+
+
+def _metadata(schema: pa.Schema, uri: str) -> dict[str, str]:
+    """What the schema says of a whole order table. Raises UserError for another one."""
+    metadata = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in (schema.metadata or {}).items()}
+    if metadata.get("oar_format") != FORMAT:
+        raise UserError(f"{uri}: not an order table of oar_scale, format {FORMAT} (found: {metadata.get('oar_format')}).")
+    if lacking := sorted(_SAID - metadata.keys() | _COLUMNS - {*schema.names}):
+        raise UserError(f"{uri}: not a whole order table: it has no {', '.join(lacking)}.\n{_AGAIN}")
+    return metadata
 
 
 def join_orders(keys: Sequence[str], table: OrderTable, *, shard: str, cells: int, model_id: str | None = None) -> NDArray[np.uint16]:

@@ -6,14 +6,15 @@ import asyncio
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 from starlette.types import ASGIApp
 
 from oar_scale.errors import UserError
-from oar_scale.generation.pretrained import Pretrained, load_pretrained
+from oar_scale.generation.model_bundle import find_bundle
+from oar_scale.generation.pretrained import Pretrained, load_bundle
 from oar_scale.generation.slots import BRANCHES
 from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.run.gpu_node import chosen_device
@@ -81,8 +82,8 @@ class Server(HttpServer):
 
 
 def load(request: ServeRequest) -> Pretrained:
-    """The model, ready to draw. Raises UserError for one that cannot."""
-    drawer = load_pretrained(request.model, request.which)
+    """The model, ready to draw; nothing is written beside it. Raises UserError for one that cannot."""
+    drawer = load_bundle(replace(find_bundle(request.model, request.which), read_only=True))
     if drawer.vq is None:
         raise UserError(f"{request.model}: a model without an image tokenizer draws codes only. Name the folder of a run or an export.")
     if drawer.text is None:

@@ -22,7 +22,7 @@ from oar_scale.generation.editing import EditOptions, known_cells, known_first, 
 from oar_scale.generation.pretrained import Pretrained
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model.spec import ClassSpec, FeatureSpec, ModelSpec
-from oar_scale.orders.policies import LateOrder, known, own_policy
+from oar_scale.orders.policies import LateOrder, known, own_policy, policy
 from oar_scale.serve.api_errors import bad_request
 from oar_scale.serve.limits import Limits
 from oar_scale.serve.requests import EditSettings, Settings
@@ -179,9 +179,9 @@ def usable_orders(drawer: Pretrained) -> list[str]:
     """The order policies that this model can draw by: what one of them needs may not be there."""
     if drawer.model.spec.layout == "raster":
         return ["raster"]
-    usable = []
+    usable, request = [], drawer.order_request(np.zeros(1, dtype=np.int64), 0)
     for name in known():
         with suppress(UserError):
-            drawer.orders(name, np.zeros(1, dtype=np.int64), 0)
+            policy(name).check_sampling(request)
             usable.append(name)
     return usable

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from oar_scale.errors import UserError
-from oar_scale.orders.order_table import OrderTable, join_orders, read_orders, table_name, write_orders
+from oar_scale.orders.order_table import OrderTable, join_orders, read_orders, stored_settings, table_name, write_orders
 from oar_scale.storage import Missing
 
 SHARD = "tokens/train/00000.tar"
@@ -39,6 +39,20 @@ def test_a_table_comes_back_as_it_was_written(table: OrderTable, tmp_path: Path)
     np.testing.assert_array_equal(read_back.order_SN, table.order_SN)
     np.testing.assert_array_equal(read_back.score_SN, table.score_SN)
     assert read_back.order_SN.dtype == np.uint16
+
+
+def test_settings_are_read_without_the_orders(table: OrderTable, tmp_path: Path) -> None:
+    """From the end of the file: of a table whose beginning is lost they are still known."""
+    path = tmp_path / "00000.parquet"
+    size = write_orders(str(path), table).size
+    start = size - 8 - int.from_bytes(path.read_bytes()[-8:-4], "little")
+    assert 0 < start < size
+    path.write_bytes(bytes(start) + path.read_bytes()[start:])
+    assert stored_settings(str(path), size) == "s1"
+    for damaged in (b"", b"PAR", bytes(size), path.read_bytes()[:-9]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"00000\.parquet: not a readable Parquet file"):
+            stored_settings(str(path), len(damaged))
 
 
 def test_the_file_is_plain_parquet_with_fixed_size_lists(table: OrderTable, tmp_path: Path) -> None:

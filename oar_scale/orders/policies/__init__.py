@@ -96,6 +96,10 @@ class Policy:
         """Orders int64 [B, N] of images to be drawn; None: the model decides. Raises UserError as :meth:`training`."""
         self._refuse("belongs to images that are there already, not to one that is to be drawn", "Name another policy")
 
+    def check_sampling(self, request: OrderRequest) -> None:
+        """Raise UserError where :meth:`sampling` would; what takes long to compute is not computed."""
+        self.sampling(request)
+
     def _refuse(self, why: str, remedy: str) -> NoReturn:
         raise UserError(f"order {self.name!r} {why}. {remedy}: {', '.join(known())}.")
 
