@@ -80,18 +80,18 @@ def load_evaluation(folder: str) -> Evaluation | None:
     figures = join(folder, "figures", "evaluation.npz")
     try:
         with np.load(io.BytesIO(open_storage(figures).read(figures)), allow_pickle=False) as arrays:
-            evaluation: Evaluation = _from_plain(Evaluation, _upgraded(read_json(uri)), dict(arrays))
+            evaluation: Evaluation = _from_plain(Evaluation, upgraded(read_json(uri)), dict(arrays))
     except (KeyError, TypeError, AttributeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{uri}: not what this version of oar_scale writes ({error}). Run the stage evaluate again.") from error
     return evaluation
 
 
-def _upgraded(plain: JsonObject) -> JsonObject:
+def upgraded(plain: JsonObject) -> JsonObject:
     """An evaluation of version 0.1.0 in today's words: its "own confidence" orders were those of the recipe's score."""
     novel = plain.pop("nll_new", None)
     if novel is not None:
         plain["groups"] = [{"name": "novel", "nll": novel}]
-    for row in (row for table in (plain["nll"], novel or {}) for rows in ("entries", "differences") for row in table.get(rows, ())):
+    for row in (row for table in (plain.get("nll", {}), novel or {}) for rows in ("entries", "differences") for row in table.get(rows, ())):
         if row["order"] == "own confidence":
             row["order"] = f"own {plain['orders']['score']}"
     for table in (plain, *plain.get("groups", ())):  # until version 0.1.0 there were no other features

@@ -20,9 +20,11 @@ from oar_scale.config.schema import Recipe
 from oar_scale.config.section import Section, silent_fields
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
+from oar_scale.evaluation.evaluation_record import upgraded
 from oar_scale.json_object import JsonObject
 from oar_scale.observe.events import read_events
 from oar_scale.registry import STAGES, Stage, current_name, model_label
+from oar_scale.results.estimates import OrderName
 from oar_scale.results.flexibility import FORMAT
 from oar_scale.run.context import Run
 from oar_scale.run.stage_markers import Finished, read_finished
@@ -34,6 +36,8 @@ OF_ORDERS = ("order", "random_share", "orders_of", "distinct_orders", "any_view_
 
 OF_OWN_ORDERS = ("order_temperature", "first_cell", "commit_per_step", "cosine_steps")
 """The fields of ``extract`` that decide in which orders the stage ``evaluate`` finds a model's own likelihood."""
+LEAKING: OrderName = "own gt_logprob"
+"""The orders that tell of the codes: likelihoods along them are no figures of a comparison."""
 FLEXIBILITY = "flexibility"
 STORED = "held-out nll stored"
 
@@ -86,7 +90,7 @@ def trained_arms(path: str) -> tuple[list[TrainedArm], list[str]]:
     """
     run = open_run(path)
     found, notes, missing = list[TrainedArm](), list[str](), list[str]()
-    start: str | None = None
+    start, evaluation = None, _evaluation(run)
     for stage in run.recipe.stages():
         if stage.training != "finetune":
             continue
@@ -99,7 +103,13 @@ def trained_arms(path: str) -> tuple[list[TrainedArm], list[str]]:
             missing.append(stage.name)
             continue
         start = start or _start(run)
-        found.append(_trained(run, path, stage, finished, start))
+        found.append(_trained(run, path, stage, finished, start, evaluation))
+    orders = {entry["order"] for entry in evaluation.get("nll", {}).get("entries", ())}
+    if LEAKING in orders and "own max_prob" not in orders:
+        notes.append(
+            f"{path}: likelihoods along {LEAKING} orders, the only own ones of its evaluation, are left out: these orders are chosen by "
+            "the codes, and leak. Evaluate it anew: oar run RECIPE --from evaluate"
+        )
     if missing:
         notes.append(f"{path}: not finished: {', '.join(missing)}")
     if not found:
@@ -117,7 +127,7 @@ def _model_id(file: str) -> str:
     return model_id(file)
 
 
-def _trained(run: Run, path: str, stage: Stage, finished: Finished, start: str) -> TrainedArm:
+def _trained(run: Run, path: str, stage: Stage, finished: Finished, start: str, evaluation: JsonObject) -> TrainedArm:
     recipe, arm = run.recipe.of(stage), stage.arm or ("control" if stage.kind == "control" else "ordered")
     assert stage.model is not None
     curves = _curves(run, stage.name)
@@ -127,7 +137,7 @@ def _trained(run: Run, path: str, stage: Stage, finished: Finished, start: str) 
     heldout = _images(run, "heldout")
     figures = {name: (value, heldout) for name, value in ends.items()}
     if not stage.arm and not stage.seed:
-        figures |= _evaluated(run, arm, heldout)
+        figures |= _evaluated(run, arm, evaluation, heldout)
     figures |= _flexibility(run, stage.model)
     return TrainedArm(
         run=path,
@@ -200,14 +210,17 @@ def _images(run: Run, split: str) -> Conditions:
         return {f"images of {split}": None}
 
 
-def _evaluated(run: Run, model: str, images: Conditions) -> dict[str, tuple[float, Conditions]]:
-    """What the stage ``evaluate`` has measured of one of its models."""
+def _evaluation(run: Run) -> JsonObject:
+    """What the stage ``evaluate`` has written; empty where it has not, or of other models than those of today."""
     try:
         marker, evaluation = read_json(run.marker("evaluate")), read_json(join(run.local(), "evaluation.json"))
     except Missing:
         return {}
-    if "stale" in marker:
-        return {}
+    return {} if "stale" in marker else upgraded(evaluation)
+
+
+def _evaluated(run: Run, model: str, evaluation: JsonObject, images: Conditions) -> dict[str, tuple[float, Conditions]]:
+    """What the stage ``evaluate`` has measured of one of its models."""
     recipe = run.recipe
     likelihood = {**images, "evaluate.nll_images": recipe.evaluate.nll_images}
     own = {**likelihood, **_fields("extract", recipe.extract, OF_OWN_ORDERS)}
@@ -228,12 +241,11 @@ def _fields(name: str, section: Section, fields: Collection[str]) -> dict[str, o
 
 def _numbers(evaluation: JsonObject, model: str) -> Iterator[tuple[str, float]]:
     for entry in evaluation.get("nll", {}).get("entries", ()):
-        if current_name(entry["model"]) == model and entry["order"] != "own gt_logprob":  # which tells of the codes
+        if current_name(entry["model"]) == model and entry["order"] != LEAKING:
             yield f"evaluated nll {entry['order']}", float(entry["nll"]["mean"])
     for row in evaluation.get("distances", ()):
         if row["name"] == model_label(model):
-            distance = row["kid"] if "kid" in row else row["kid_efflite0"]  # of an evaluation of an older version
-            yield f"evaluated kid_{row.get('features', 'efflite0')}", float(distance)
+            yield f"evaluated kid_{row.get('features', 'efflite0')}", float(row["kid"])
 
 
 def _flexibility(run: Run, model: str) -> dict[str, tuple[float, Conditions]]:

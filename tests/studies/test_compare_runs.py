@@ -163,6 +163,22 @@ def test_other_seeds_of_an_arm_in_another_run_join_it(folder: str, tmp_path: Pat
     assert difference.mean == pytest.approx(np.mean([0.2, 0.35, 0.24, 0.5]))
 
 
+def test_a_likelihood_that_leaks_is_left_out_of_old_evaluations(tmp_path: Path) -> None:
+    """Version 0.1.0 measured along one kind of own orders, and named it by no score."""
+    run = finished_run(tmp_path / "run")
+    for score, leaks in (("gt_logprob", True), ("max_prob", False)):
+        entries = [
+            {"model": "ordered", "order": order, "nll": {"mean": mean}} for order, mean in (("own confidence", 1.5), ("random", 2.5))
+        ]
+        distances = [{"name": "ordered", "kid_efflite0": 0.2}]
+        write_json(f"{run}/evaluation.json", {"nll": {"entries": entries}, "orders": {"score": score}, "distances": distances})
+        (ordered, *_), notes = trained_arms(run)
+        evaluated = {name: value for name, value in ordered.figures.items() if name.startswith("evaluated")}
+        others = {"evaluated nll random": 2.5, "evaluated kid_efflite0": 0.2}
+        assert evaluated == (others if leaks else {"evaluated nll own max_prob": 1.5, **others})
+        assert [f"{run}: likelihoods along own gt_logprob orders" in note for note in notes] == [True] * leaks
+
+
 def test_what_is_not_finished_is_left_out_and_said(tmp_path: Path) -> None:
     last = {name: value for name, value in LAST.items() if name != "raster.s1"}
     run = finished_run(tmp_path / "run", last)
