@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import machine, median_ratio, run_ranks, table
+from measure import machine, median_ratio, program, run_ranks, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for cluster/dev, which is not part of the package
 
@@ -228,4 +228,4 @@ def _save_base(job: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

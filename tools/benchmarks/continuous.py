@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from generation import CAPTIONS, EMOJI
-from measure import Meter, machine, median_ratio, table
+from measure import Meter, machine, median_ratio, program, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,4 +148,4 @@ def continuous(batch: ContinuousBatch, many: Sequence[Drawing], between: int) ->
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

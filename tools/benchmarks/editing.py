@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from measure import machine, table
+from measure import machine, program, table
 from torch import Tensor
 
 import oar_scale
@@ -132,4 +132,4 @@ def shown(values_B: Tensor) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from measure import LAYOUTS, Meter, alternate, benchmark_spec, in_fresh_process, machine, median_ratio, table
+from measure import LAYOUTS, Meter, alternate, benchmark_spec, in_fresh_process, machine, median_ratio, program, table
 
 if TYPE_CHECKING:
     import torch
@@ -351,4 +351,4 @@ SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import CLASSES, Meter, alternate, in_fresh_process, machine, median_ratio, table
+from measure import CLASSES, Meter, alternate, in_fresh_process, machine, median_ratio, program, table
 from model import CHECKED, model_spec
 
 if TYPE_CHECKING:
@@ -243,4 +243,4 @@ def drafts(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from measure import machine, run_ranks, table
+from measure import machine, program, run_ranks, table
 
 CLASSES, CODES, GRID = 20, 512, 12
 VARIANTS = {
@@ -173,4 +173,4 @@ def _save_base(job: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

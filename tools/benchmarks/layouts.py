@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from measure import in_fresh_process, machine, median_ratio, run_ranks, table
+from measure import in_fresh_process, machine, median_ratio, program, run_ranks, table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -382,4 +382,4 @@ def _pictures(prepared: str, out: Path, codes: list[np.ndarray]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -20,6 +20,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oar_scale.errors import UserError
+from oar_scale.redaction import redact
+from oar_scale.text import cut, printable
+
 if TYPE_CHECKING:
     from oar_scale.config.schema import Layout
     from oar_scale.model import ModelSpec
@@ -28,6 +32,8 @@ MIB = 2**20
 LAYOUTS = ("instructed", "dual", "decoupled", "grouped")
 """Those that place cells in any order."""
 CLASSES = 1000
+USERS_FAULT = 2
+"""Exit code."""
 
 
 def benchmark_spec(size: str | None, layout: Layout) -> ModelSpec:
@@ -49,6 +55,15 @@ def benchmark_spec(size: str | None, layout: Layout) -> ModelSpec:
     return ModelSpec.from_recipe(config, vocab_size=16384, grid=16, condition=ClassSpec(classes=CLASSES))
 
 
+def program(main: Callable[[], object]) -> None:
+    """Run a benchmark. What its user can fix is one line and exit code 2, as of ``oar``."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {cut(printable(redact(str(error))))}", file=sys.stderr)
+        sys.exit(USERS_FAULT)
+
+
 def in_fresh_process(script: str, arguments: Sequence[str], threads: int, limit_s: float | None = None) -> dict[str, Any]:
     """Run a script that prints one JSON object as its last line, with so many threads; returns the object.
 
@@ -67,6 +82,8 @@ def in_fresh_process(script: str, arguments: Sequence[str], threads: int, limit_
                 os.killpg(process.pid, signal.SIGKILL)
             elif process.poll() is None:
                 process.kill()
+    if process.returncode == USERS_FAULT:  # which it has said
+        raise SystemExit(USERS_FAULT)
     if process.returncode:
         raise SystemExit(f"{name} failed with exit code {process.returncode}")
     result: dict[str, Any] = json.loads(output.splitlines()[-1])

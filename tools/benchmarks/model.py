@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import CLASSES, LAYOUTS, Meter, alternate, benchmark_spec, in_fresh_process, machine, median_ratio, table
+from measure import CLASSES, LAYOUTS, Meter, alternate, benchmark_spec, in_fresh_process, machine, median_ratio, program, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -343,4 +343,4 @@ class Theirs(Side):
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from generation import CAPTIONS, EMOJI
-from measure import machine, table
+from measure import machine, program, table
 from torch import Tensor
 
 import oar_scale
@@ -109,4 +109,4 @@ def simulated(pretrained: Pretrained, settings: SampleSettings, width: int, boun
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import MIB, machine, table
+from measure import MIB, machine, program, table
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 LABELS = ["tokenizer.text={type: labels, classes: 1000}"]
@@ -217,4 +217,4 @@ def _resident(name: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -22,6 +22,7 @@ from pathlib import Path
 import boto3
 from botocore.config import Config
 from crc32c import crc32c
+from measure import program
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for cluster/dev, which is not part of the package
 
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

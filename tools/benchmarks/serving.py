@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from measure import alternate, in_fresh_process, machine, median_ratio, table
+from measure import alternate, in_fresh_process, machine, median_ratio, program, table
 
 EMOJI = Path(__file__).resolve().parents[2] / "recipes" / "weights" / "emoji"
 CAPTIONS = ("a red apple", "a smiling cat", "evergreen tree", "police car", "thumbs up", "birthday cake", "rocket", "umbrella")
@@ -229,4 +229,4 @@ def peak_mib(process: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import alternate, in_fresh_process, machine, median_ratio, table
+from measure import alternate, in_fresh_process, machine, median_ratio, program, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -214,4 +214,4 @@ SIDES: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

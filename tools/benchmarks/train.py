@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from measure import alternate, in_fresh_process, machine, median_ratio, table
+from measure import alternate, in_fresh_process, machine, median_ratio, program, table
 
 STEPS, WARM_UP, WORKERS = 40, 10, 2
 
@@ -250,4 +250,4 @@ def _seconds_to_next_step(prepared: str, folder: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)
