@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
@@ -23,6 +22,7 @@ from oar_scale.errors import UserError
 from oar_scale.preference.arms import Item, read_arms
 from oar_scale.preference.study import CAPTION, LONGEST_QUESTION, MANIFEST, PICTURES, Comparison, Study, content_hash, digest
 from oar_scale.storage import join, read_named, write_json
+from oar_scale.storage.folders import new_folder
 from oar_scale.storage.schemes import LOCAL, scheme_of
 
 QUESTION = f"Which picture shows this better: {CAPTION}?"
@@ -67,11 +67,14 @@ def build_study(request: BuildRequest, say: Callable[[str], None]) -> Study:
     """
     if scheme_of(request.out) != LOCAL:
         raise UserError(f"--out {request.out}: a study is served from a local folder. Name one.")
-    if os.path.lexists(request.out) and not (os.path.isdir(request.out) and not os.listdir(request.out)):
+    empty = os.path.isdir(request.out) and not os.listdir(request.out)
+    if os.path.lexists(request.out) and not empty:
         raise UserError(f"--out {request.out}: something is there already, and may hold answers. Name a new folder, or remove it.")
     arms, items = read_arms(request.arms)
     _check_captions(request.question, items)
-    with _folder_beside(request.out) as temporary:
+    if empty:
+        os.rmdir(request.out)
+    with new_folder(request.out, last=MANIFEST) as temporary:
         writer = _Pictures(temporary)
         pairs, identical = _make_pairs(request, items, writer)
         study = Study.make(
@@ -85,23 +88,9 @@ def build_study(request: BuildRequest, say: Callable[[str], None]) -> Study:
         )
         write_json(join(temporary, MANIFEST), study.model_dump(mode="json"))
         writer.remove_unused(study)
-        os.chmod(temporary, 0o755)
-        if os.path.isdir(request.out):
-            os.rmdir(request.out)
-        os.rename(temporary, request.out)
     for line in _said(study, request.out, len(items)):
         say(line)
     return study
-
-
-def _folder_beside(out: str) -> tempfile.TemporaryDirectory[str]:
-    """An empty folder that can be renamed to ``out``. Raises UserError where none can be made."""
-    parent = os.path.dirname(os.path.abspath(out))
-    try:
-        os.makedirs(parent, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=".study-", dir=parent, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}. Name another folder.") from error
 
 
 def choose_pairs(items: int, arm_pairs: int, seed: int) -> Iterator[tuple[int, int]]:

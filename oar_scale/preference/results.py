@@ -22,7 +22,7 @@ from oar_scale.preference.answers import Answer, read_answers
 from oar_scale.preference.attention import FAST_MS, THRESHOLD, attentive, chance, limit, needed
 from oar_scale.preference.bradley_terry import strength_groups
 from oar_scale.preference.figures import Agreement, Figures, RaterFigures, Results, SideBias
-from oar_scale.preference.intervals import CONFIDENCE, RESAMPLES, Interval, pair_figures, resample
+from oar_scale.preference.intervals import CONFIDENCE, RESAMPLES, Interval, clopper_pearson, pair_figures, resample
 from oar_scale.preference.results_text import result_lines
 from oar_scale.preference.study import ANSWERS, Study, read_study
 from oar_scale.preference.votes import WIN, Votes, captions_without_family, outcome, votes_of
@@ -160,12 +160,11 @@ def _agreement(votes: Votes, seed: int) -> Agreement | None:
 def _sides(answers: Sequence[Answer]) -> SideBias | None:
     """Of answers to pairs: on a check one picture is right, on whichever side it is."""
     decided = [answer.choice for answer in answers if answer.choice != "tie"]
-    if not decided:
-        return None
     left = decided.count("left")
-    test = stats.binomtest(left, len(decided))
-    bounds = test.proportion_ci(CONFIDENCE)
-    return SideBias(left, len(decided), Interval(left / len(decided), float(bounds.low), float(bounds.high)), float(test.pvalue))
+    share = clopper_pearson(left, len(decided))
+    if share is None:
+        return None
+    return SideBias(left, len(decided), share, float(stats.binomtest(left, len(decided)).pvalue))
 
 
 def _short_names(raters: Sequence[str]) -> dict[str, str]:

@@ -202,7 +202,7 @@ def run_build(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     ("out", "words"),
     [
         ("s3://bucket/study", "--out s3://bucket/study: a study is served from a local folder"),
-        ("a/000000.png/study", "--out a/000000.png/study: (File exists|Not a directory)"),
+        ("a/000000.png/study", r"a/000000\.png/study: (File exists|Not a directory)\. .*--out"),
     ],
 )
 def test_a_place_where_no_folder_can_be_is_named(out: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +211,15 @@ def test_a_place_where_no_folder_can_be_is_named(out: str, words: str, tmp_path:
     with pytest.raises(UserError, match=words):
         build_study(BuildRequest(arms=arms, out=out), lambda text: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_study_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    assert small_study(tmp_path) == read_study(str(tmp_path / "study"))
+    arms = [("a", str(tmp_path / "ordered")), ("b", str(tmp_path / "ordered"))]
+    with pytest.raises(UserError, match="nothing to compare"):
+        build_study(BuildRequest(arms=arms, out=str(tmp_path / "none" / "study")), lambda text: None)
+    assert not [*tmp_path.rglob("*.tmp")] and not (tmp_path / "none" / "study").exists()
 
 
 def test_a_study_with_answers_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

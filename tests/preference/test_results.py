@@ -250,7 +250,8 @@ def test_checks_count_neither_as_sides_nor_as_time() -> None:
     found = compute_results(study, pairs + checks)
     assert found.counted is not None and found.counted.sides is not None
     assert (found.counted.sides.left, found.counted.sides.decided) == (15, 20)
-    assert found.counted.sides.p_value == pytest.approx(stats.binomtest(15, 20).pvalue)
+    exact, share = stats.binomtest(15, 20), found.counted.sides.share
+    assert (found.counted.sides.p_value, share.low, share.high) == pytest.approx((exact.pvalue, *exact.proportion_ci(0.95)))
     assert (found.raters[0].left_share, found.raters[0].median_s, found.raters[0].checks_passed) == (0.75, 3.0, 10)
     text = said(study, pairs + checks)
     assert "of 20 decided answers to pairs" in text and "answers, left, median: of pairs, without attention checks" in text

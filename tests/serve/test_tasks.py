@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_mean_order_is_computed_when_it_is_asked_for_and_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mean_order_is_computed_when_asked_for_and_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server reads no order table at its start, each once at the first request, and leaves the run as it is."""
     files, orders = run_files(small_run(tmp_path)), np.array([[3, 1, 2, 0, 4, 5, 6, 7, 8], [1, 3, 0, 2, 4, 5, 6, 7, 8]], np.uint16)
     assert files.tokens is not None

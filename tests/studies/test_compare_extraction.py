@@ -97,7 +97,7 @@ def test_errors_of_methods_are_those_of_means_over_families() -> None:
     assert (by_family[RANDOM].judged, by_family[RANDOM].families) == (8, 4)
 
 
-def test_errors_after_a_training_are_those_of_means_over_families() -> None:
+def test_errors_after_trainings_are_those_of_means_over_families() -> None:
     families_S, images = np.array([0, 0, 1, 1, 2, 2]), np.random.default_rng(0).normal(4, 1, (2, 2, 6))
     here, exact = (TrainingOutcome(own_S, random_S, families_S, Kid(0.0, 0.0, 1)) for own_S, random_S in images)
     figures = here.figures(exact)
