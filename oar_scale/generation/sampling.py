@@ -188,7 +188,8 @@ class _Drawing:
             stop = stops[bisect_left(stops, max(first.count, other.count))]
             for group in (first, other):
                 group.advance(stops, stop)
-            first.join(other)
+            if stop < self.cells:
+                first.join(other)
         first.advance(stops, self.cells, joined=True)
         return self.drawn
 
@@ -282,12 +283,15 @@ class _Group:
         asked = padded_candidates(count, cells) if self.prefix.static else count
         number = self.prefix.varying(self.count) if self.settings.order_temperature else 0
         blind = self.count == 0 and self.drawing.model.spec.blind_start
-        arguments = self._empty_cells(), number, self._scale(), asked, size, blind
+        # Nothing is asked behind the last cells, so they need not enter the cache. One cell alone takes no pass to be committed: that
+        # step stays of the kind of the steps before it.
+        last = 1 < size == count
+        arguments = self._empty_cells(), number, self._scale(), asked, size, blind, last
         self.prefix, placed = self.steps(self._most_confident, self.prefix, *arguments)
         self._keep(*placed)
 
     def _most_confident(
-        self, prefix: Prefix, empty_BN: Tensor, number: int | Tensor, scale: float | Tensor, asked: int, size: int, blind: bool
+        self, prefix: Prefix, empty_BN: Tensor, number: int | Tensor, scale: float | Tensor, asked: int, size: int, blind: bool, last: bool
     ) -> _Step:
         """The step of :meth:`_place_most_confident`, which asks about at least all empty cells."""
         cells_BR = empty_cells(empty_BN, asked)
@@ -296,6 +300,8 @@ class _Group:
         empty_BR = empty_BN.gather(1, cells_BR) if prefix.static else None  # behind the empty cells come others, to fill up
         blind_B1 = torch.ones_like(self.rng.image_B1, dtype=torch.bool) if blind else None
         drawn = draw_most_confident(head, rows_BRD, cells_BR, size, self.settings, self.rng, number, empty_BR, blind_B1)
+        if last:
+            return prefix, drawn[1:]
         winner_B, cells_BM, codes_BM = drawn.candidate_BM[:, 0], drawn.cells_BM, drawn.codes_BM
         prefix = self.decoder.commit(prefix, candidates, self._branches(winner_B), self._branches(codes_BM[:, 0]))
         # The rows of the others did not see the cells placed in the same step before them, so they are computed again.

@@ -37,8 +37,8 @@ class SampleSettings:
     score: Score = "max_prob"
     """By which the next cell is chosen, where the model decides the order (``drawing.draw_most_confident``)."""
     steps: int | None = None
-    """Passes through the model for an empty image, later ones placing more cells at once (:func:`cells_per_step`); the first places one, so
-    1 is 2. None: one pass for each cell."""
+    """Passes through the model for an empty image, later ones placing more cells at once (:func:`cells_per_step`). None: one pass for each
+    cell."""
     draft: int = 0
     """Cells of a given order that are drafted ahead and verified in one pass (``generation.drafting``). It changes no image, only the
     number of passes; 0: none."""

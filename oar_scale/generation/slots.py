@@ -201,8 +201,10 @@ class Run:
             self.prefix = self.decoder.place_parallel(self.prefix, cells_GM, codes_GM)
         else:
             self.prefix = self.decoder.commit(self.prefix, self.candidates, self.both(drawn.candidate_BM[:, 0]), codes_GM[:, 0])
-            # The rows of the others did not see the cells placed in the same step before them, so they are computed again.
-            self.prefix = self.decoder.prefill(self.prefix, cells_GM[:, 1:], codes_GM[:, 1:])
+            # The rows of the others did not see the cells placed in the same step before them, so they are computed again, if anything is
+            # to be asked behind them.
+            if any(course.count + self.want.size < self.slots.codes_SN.shape[1] for course in self.courses):
+                self.prefix = self.decoder.prefill(self.prefix, cells_GM[:, 1:], codes_GM[:, 1:])
 
     def advance(self) -> None:
         """The courses as they are after the step."""

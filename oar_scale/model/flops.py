@@ -128,7 +128,7 @@ def drawing_steps(spec: ModelSpec, sizes: Sequence[int], *, guided: bool = False
         else:
             trunk = _entering(spec, enters, keys) + _asking(spec, asked, keys)
         cached, waiting, left = cached + enters + keeps_questions, size, left - size
-        if not ordered:  # of several cells the others did not see the first: they pass the trunk once more
+        if not ordered and left:  # of several cells the others did not see the first: they pass the trunk once more
             again, waiting = STRIDE[spec.layout] * (size - 1), 1
             cached, rows = cached + again, rows + again
             trunk += _entering(spec, again, cached)

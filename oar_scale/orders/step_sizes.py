@@ -29,19 +29,22 @@ def step_sizes(settings: ExtractionSettings | ExtractConfig, cells: int) -> list
 def cells_per_step(cells: int, steps: int | None, known: int = 0) -> list[int]:
     """Number of cells that each pass places: after pass s of S, floor((1 - cos(pi/2 * s/S)) * N + 1) of N are there (RandAR, sec. 3.3).
 
+    Of several passes the first places one cell, as RandAR's does.
+
     Args:
         cells: N.
-        steps: S; None places one cell a pass.
+        steps: S; None places one cell a pass, 1 places all cells in one.
         known: cells that were placed before the first pass. The first pass then fills up to the next of these numbers.
 
     Returns:
-        At least one cell for each pass, exactly one for the first of an empty image; they sum to ``cells - known``.
+        At least one cell for each pass; they sum to ``cells - known``.
     """
     sizes: list[int] = []
     placed, step = 0, 1
     while placed < cells:
         target = cells if steps is None else int((1 - math.cos(math.pi / 2 * step / steps)) * cells + 1)
-        size = 1 if steps is None or not sizes else max(1, min(target, cells) - placed)
+        one = steps is None or (steps > 1 and not sizes)
+        size = 1 if one else max(1, min(target, cells) - placed)
         placed, step = placed + size, step + 1
         sizes.append(size)
     ends = [end for end in accumulate(sizes) if end > known]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from small_models import cond_inputs, random_codes, random_orders, small_model
 from torch import Tensor
 
 from oar_scale.generation import sampling
+from oar_scale.generation.continuous import ContinuousBatch, Drawing
 from oar_scale.generation.sampling import Generated, Known, generate
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, Decoder
@@ -137,6 +140,69 @@ def test_several_cells_a_step_are_the_most_confident_ones(layout: str) -> None:
         codes = logits.argmax(-1).gather(1, best)
         assert torch.equal(codes, drawn.codes_BN.gather(1, drawn.order_BN[:, placed : placed + size]))
         placed += size
+
+
+PARALLEL = ("instructed", "decoupled", "grouped")
+"""Layouts that ask for several cells of an order at once."""
+
+
+@contextmanager
+def counted_passes(model: AnyOrderModel) -> Iterator[list[str]]:
+    """What goes through the trunk: ``enter`` (rows that stay in the cache) and ``ask`` (candidates)."""
+    passes, layout = list[str](), model.layout
+    enter, ask = layout.enter, layout.ask
+
+    def entered(*arguments: Any) -> Tensor:
+        passes.append("enter")
+        return enter(*arguments)
+
+    def asked(*arguments: Any) -> Tensor:
+        passes.append("ask")
+        return ask(*arguments)
+
+    layout.enter, layout.ask = entered, asked  # type: ignore[method-assign]
+    try:
+        yield passes
+    finally:
+        del layout.enter, layout.ask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layout", "ordered"),
+    [*((layout, False) for layout in ("instructed", "dual", "decoupled", "grouped")), *((layout, True) for layout in PARALLEL)],
+)
+def test_an_image_in_one_step_is_one_pass_behind_its_condition(layout: str, ordered: bool) -> None:
+    """Also of images of which different numbers of cells are known: there a pass for each number; and where they arrive one by one."""
+    model = small_model(grid=4, layout=layout)
+    condition, order = model.condition(cond_inputs(model, 3)), random_orders(model, 3) if ordered else None
+    asks = "enter" if ordered and layout != "decoupled" else "ask"
+    with counted_passes(model) as passes:
+        drawn = generate(model, condition, choices(guidance=2.0, steps=1), 0, order)
+    assert drawn.passes_B.tolist() == [1, 1, 1] and passes == ["enter", asks]
+    cells = random_orders(model, 3, 7)[:, :4].clone()
+    cells[0, 1:] = -1
+    known = Known(cells, random_codes(model, 3, 7)[:, :4])
+    with counted_passes(model) as passes:
+        drawn = generate(model, condition, choices(steps=1), 0, order, known)
+    assert drawn.passes_B.tolist() == [1, 1, 1] and passes.count("ask") + passes.count("enter") <= 1 + 2 * 3
+    assert passes[-1] == asks, "nothing enters the cache behind the last cells"
+    batch = ContinuousBatch(model, 2)
+    batch.add(
+        Drawing(condition_TD=condition[0], settings=choices(guidance=2.0, steps=1), seed=0, order=None if order is None else order[0])
+    )
+    with counted_passes(model) as passes:
+        (progress,) = batch.step()
+    assert progress.done is not None and not batch.busy and passes == ["enter", asks]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled", "grouped"])
+def test_the_last_step_by_confidence_lets_nothing_enter_the_cache(layout: str) -> None:
+    model = small_model(grid=4, layout=layout)
+    with counted_passes(model) as passes:
+        drawn = generate(model, model.condition(cond_inputs(model, 2)), choices(steps=4), 0)
+    assert drawn.passes_B.tolist() == [4, 4] and passes[-1] == "ask" and passes.count("ask") == 4
 
 
 def test_a_damaged_model_is_named() -> None:

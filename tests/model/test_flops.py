@@ -175,7 +175,7 @@ def test_drawing_costs_what_torch_counts(spec: ModelSpec, ordered: bool) -> None
 
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("layout", ["instructed", "decoupled", "grouped"])
-@pytest.mark.parametrize("how", [{"steps": 4}, {"steps": 4, "guidance": 2.0}, {"guidance": 2.0}, {"score": "sampled"}])
+@pytest.mark.parametrize("how", [{"steps": 4}, {"steps": 4, "guidance": 2.0}, {"steps": 1}, {"guidance": 2.0}, {"score": "sampled"}])
 def test_guided_drawing_in_few_steps_costs_what_torch_counts(how: dict[str, Any], layout: str, ordered: bool) -> None:
     model, settings = small_model(layout=layout, condition=ClassSpec(classes=5)), SampleSettings(**{**PLAIN, **how})
     steps = drawing_steps(model.spec, cells_per_step(model.spec.cells, settings.steps), guided=settings.guided, ordered=ordered)

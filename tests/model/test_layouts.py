@@ -211,7 +211,7 @@ def test_every_cell_is_placed_in_about_that_many_steps(cells: int, steps: int | 
     sizes = cells_per_step(cells, steps, known)
     assert sum(sizes) == cells - known
     assert all(size >= 1 for size in sizes)
-    assert len(sizes) <= (cells if steps is None else max(steps, 1) + 1)
+    assert len(sizes) <= (cells if steps is None else 1 if steps == 1 else steps + 1)
     if steps is None or steps >= cells:
         assert max(sizes, default=1) <= 2
 
