@@ -45,11 +45,12 @@ VARIATION_SHIFT, STEP_SHIFT = 32, 48
 """Step s of variation v of the picture with number n has the noise of image n + v * 2^32 + s * 2^48: the first one that of a sample."""
 MAX_VARIATIONS = 1 << STEP_SHIFT - VARIATION_SHIFT
 
-OrderOf = Callable[[Sequence[int], Images], Tensor | LateOrder | None]
-"""From the rows of some drawings among all (the variations of the first picture come first) and their numbers to their orders."""
+OrderOf = Callable[[Sequence[int], Images, Tensor], Tensor | LateOrder | None]
+"""From the rows of some drawings among all (the variations of the first picture come first), their numbers and their known cells (bool
+[B, N]) to their orders."""
 
 
-def no_order(rows: Sequence[int], numbers_B: Images) -> None:
+def no_order(rows: Sequence[int], numbers_B: Images, known_BN: Tensor) -> None:
     """The model chooses."""
 
 
@@ -184,7 +185,8 @@ def edit_pages(
             seen.append(seen[-1] if again else see(model, vq, drawings[row].canvas(vq.spec.image_size), condition_TD, options))
         codes_BN, known_BN = torch.stack([each.codes_N for each in seen]), torch.stack([each.known_N for each in seen])
         turn_numbers_B = numbers_B[rows] + (turn << STEP_SHIFT)
-        drawn = redraw(model, codes_BN, ~known_BN, condition_BTD, settings, seed, order_of(rows, turn_numbers_B), turn_numbers_B)
+        order_BN = order_of(rows, turn_numbers_B, known_BN)
+        drawn = redraw(model, codes_BN, ~known_BN, condition_BTD, settings, seed, order_BN, turn_numbers_B)
         for at, (row, image_3SS) in enumerate(zip(rows, decoded(vq, drawn.codes_BN), strict=True)):
             feather = options.seam(vq.spec, window=seen[at].canvas.picture.size != drawings[row].picture.size)
             picture, square = finish(seen[at], image_3SS, drawn.codes_BN[at], drawn.order_BN[at], drawn.score_BN[at], feather)

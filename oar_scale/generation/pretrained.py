@@ -162,8 +162,10 @@ class Pretrained:
         settings = self._settings(choices)
         whole_order = None if order is None or isinstance(order, str) else self.orders(order, noise_numbers(images_B, variations), seed)
 
-        def order_of(rows: Sequence[int], numbers_B: Images) -> Tensor | LateOrder | None:
-            return whole_order[list(rows)] if isinstance(whole_order, Tensor) else self.orders(order, numbers_B, seed, settings.steps)
+        def order_of(rows: Sequence[int], numbers_B: Images, known_BN: Tensor) -> Tensor | LateOrder | None:
+            if isinstance(whole_order, Tensor):
+                return whole_order[list(rows)]
+            return self.orders(order, numbers_B, seed, settings.steps, known_BN)
 
         return edit_pages(self.model, vq, pages, condition_PTD, settings, options, seed, order_of, images_B)
 
@@ -360,16 +362,19 @@ class Pretrained:
     def _policy(self, order: str | None) -> str:
         return order or self.defaults.order or own_policy(self.model)
 
-    def orders(self, order: Order | None, images_B: Images, seed: int, steps: int | None = None) -> Tensor | LateOrder | None:
-        """The orders of images with these numbers, on the model's device; arguments and errors as :meth:`sample`, ``steps`` too."""
+    def orders(
+        self, order: Order | None, images_B: Images, seed: int, steps: int | None = None, known_BN: Tensor | None = None
+    ) -> Tensor | LateOrder | None:
+        """The orders of images with these numbers, on the model's device; arguments and errors as :meth:`sample`, ``steps`` too, and known
+        cells as of ``OrderRequest``."""
         if order is None or isinstance(order, str):
-            return sampling_order(self._policy(order), self.order_request(images_B, seed, steps), "order")
+            return sampling_order(self._policy(order), self.order_request(images_B, seed, steps, known_BN), "order")
         return given_order(order, self.model.spec.cells, len(images_B)).to(self._device)
 
-    def order_request(self, images_B: Images, seed: int, steps: int | None = None) -> OrderRequest:
+    def order_request(self, images_B: Images, seed: int, steps: int | None = None, known_BN: Tensor | None = None) -> OrderRequest:
         """What order policies are told of images with these numbers."""
         numbers_B, bundle = torch.from_numpy(images_B), self.bundle
-        return OrderRequest(self.model, numbers_B, seed, bundle.orders, bundle.model, steps, lambda: self._model_id)
+        return OrderRequest(self.model, numbers_B, seed, bundle.orders, bundle.model, steps, known_BN, lambda: self._model_id)
 
 
 def load_pretrained(path: str, model: str | None = None) -> Pretrained:

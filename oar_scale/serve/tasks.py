@@ -153,7 +153,8 @@ def begin(drawer: Pretrained, task: Task) -> list[Start]:
     condition_TD = drawer.condition(task.encoded)[0]
     seen = [known_cells(drawer.model, drawer.vq, shown, condition_TD, task.options) for shown in task.shown]
     # Of all images at once: what a policy reads for it, such as an order head and the weights file that it belongs to, may be large.
-    orders = drawer.orders(task.order, np.array(task.numbers), task.seed, task.settings.steps)
+    known_BN = torch.stack([codes.known_N for codes in seen for _ in range(task.count)]) if seen else None
+    orders = drawer.orders(task.order, np.array(task.numbers), task.seed, task.settings.steps, known_BN)
     starts = []
     for row, number in enumerate(task.numbers):
         image, known = slice(row, row + 1), None

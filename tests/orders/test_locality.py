@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from parity import FOLDER
+from PIL import Image
 from small_models import small_model
 
 import oar_scale
@@ -20,6 +22,10 @@ from oar_scale.orders.order_files import folder_files
 from oar_scale.orders.policies import OrderRequest, policy
 from oar_scale.orders.policies.locality import REPULSION, locality_order
 from oar_scale.orders.step_sizes import cells_per_step
+from oar_scale.serve.limits import Limits
+from oar_scale.serve.requests import EditSettings
+from oar_scale.serve.tasks import Planner, begin
+from oar_scale.serve.uploads import Upload
 
 NOWHERE = folder_files("nowhere")
 Order = NDArray[np.int64]
@@ -31,9 +37,13 @@ def distance(one: int, other: int, grid: int) -> tuple[int, int]:
     return max(down, across), min(down, across)
 
 
-def violations(order: Sequence[int], sizes: Sequence[int], grid: int) -> tuple[int, int]:
-    """How often a cell was taken although one that is nearer to what is placed was apart from the step; and of how many steps' cells."""
-    placed, wrong, strong, start = set[int](), 0, 0, 0
+def violations(order: Sequence[int], sizes: Sequence[int], grid: int, known: Collection[int] = ()) -> tuple[int, int]:
+    """How often a cell was taken although one that is nearer to what is placed was apart from the step; and of how many steps' cells.
+
+    Args:
+        order: of the cells that are not known.
+    """
+    placed, wrong, strong, start = set(known), 0, 0, 0
     for size in sizes:
         step = list[int]()
         proximity = {
@@ -76,6 +86,18 @@ def test_any_steps_of_any_grid_give_a_permutation(grid: int, seed: int, cuts: li
     assert violations(order.tolist(), sizes, grid)[0] == 0
 
 
+@settings(max_examples=30, deadline=None)
+@given(grid=st.integers(2, 8), steps=st.one_of(st.none(), st.integers(1, 20)), seed=st.integers(0, 1000), share=st.floats(0, 1))
+def test_known_cells_count_as_placed(grid: int, steps: int | None, seed: int, share: float) -> None:
+    random = np.random.default_rng(seed)
+    known_N = random.random(grid * grid) < share
+    known = int(known_N.sum())
+    sizes = cells_per_step(grid * grid, steps, known)
+    order = locality_order(grid, sizes, random.permutation(grid * grid), known_N).tolist()
+    assert order[:known] == np.flatnonzero(known_N).tolist() and sorted(order) == list(range(grid * grid))
+    assert violations(order[known:], sizes, grid, order[:known])[0] == 0
+
+
 def test_cells_that_fill_a_step_are_the_farthest_from_it() -> None:
     """A corner is placed, and both of its neighbours are too near to one another: one begins the step, and a far cell follows."""
     order = locality_order(5, [1, 3, 21], np.array([1, *range(2, 25), 0]))
@@ -109,6 +131,33 @@ def test_a_drawing_follows_the_order_of_its_steps() -> None:
     drawn = emoji.draw(["a red apple"], seed=1, order="locality", steps=6, guidance=1.0)
     assert drawn.passes_B.tolist() == [6]
     assert violations(drawn.order_BN[0].tolist(), cells_per_step(64, 6), 8)[0] == 0
+
+
+def test_the_cells_of_an_edit_lie_beside_known_ones_and_apart_in_each_pass() -> None:
+    """By the model's own methods and by the server's; pictures of one batch know different cells."""
+    emoji = oar_scale.load("recipes/weights/emoji")
+    boxes, pictures = [(8, 8, 24, 24), (0, 0, 32, 20)], [Image.new("RGB", (32, 32), colour) for colour in ("red", "gold")]
+    edits = emoji.edit(pictures, boxes, ["a red apple", "a smiling cat"], order="locality", steps=12, guidance=1.0)
+    planner = Planner(emoji, Limits(), ["locality"])
+    files = [upload(picture, box) for picture, box in zip(pictures, boxes, strict=True)]
+    task = planner.edit(EditSettings(prompt="a red apple", order="locality", steps=12, seed=0), files, 1, 0)
+    for edit, start in zip(edits, begin(emoji, task), strict=True):
+        (square,) = edit.squares
+        order, known, drawn = square.order_N.tolist(), set((~square.drawn_N).nonzero()[:, 0].tolist()), int(square.drawn_N.sum())
+        sizes = cells_per_step(64, 12, 64 - drawn)
+        assert len(sizes) < drawn and max(sizes) > 1 and set(order[: 64 - drawn]) == known
+        assert violations(order[64 - drawn :], sizes, 8, known)[0] == 0
+        assert isinstance(start.drawing.order, torch.Tensor) and start.known == order[: 64 - drawn]
+        assert start.drawing.order.tolist() == order
+
+
+def upload(picture: Image.Image, box: tuple[int, int, int, int]) -> Upload:
+    """A picture and the mask of a box, as a client sends them."""
+    picture_file, mask_file, mask = io.BytesIO(), io.BytesIO(), Image.new("L", picture.size)
+    mask.paste(255, box)
+    picture.save(picture_file, "PNG")
+    mask.save(mask_file, "PNG")
+    return Upload(picture_file.getvalue(), mask_file.getvalue(), "white", "image", False, Limits(), 32)
 
 
 def test_nothing_is_trained_on_it() -> None:

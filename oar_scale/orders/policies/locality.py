@@ -7,6 +7,7 @@
 
 A cell depends most on its neighbours: they should be known when it is asked for, and not be drawn in the same step without knowing it.
 How many cells a step has is as in the drawing (``sample.steps``); one by one, the nearest cell comes next. Of equals a random one is taken.
+Cells that are known beforehand (an edit) count as placed: the first step lies beside them, and steps are those that the drawing takes then.
 """
 
 from __future__ import annotations
@@ -25,20 +26,23 @@ REPULSION = 2
 """Larger of the distances in rows and in columns: the value of LPD's L and XL models at 256 pixels."""
 
 
-def locality_order(grid: int, sizes: Sequence[int], rank_N: NDArray[np.int64]) -> NDArray[np.int64]:
+def locality_order(
+    grid: int, sizes: Sequence[int], rank_N: NDArray[np.int64], known_N: NDArray[np.bool_] | None = None
+) -> NDArray[np.int64]:
     """The order [N] of one image.
 
     Args:
         grid: cells a side.
-        sizes: cells of each step; they sum to N.
+        sizes: cells of each step; they sum to the number of cells that are not known.
         rank_N: a permutation: of equal cells that with the lowest rank is taken.
+        known_N: the cells that are placed before the first step, in raster order; None: none.
     """
     row_N, column_N = np.divmod(np.arange(grid * grid), grid)
     down_NN, across_NN = (np.abs(each_N[:, None] - each_N) for each_N in (row_N, column_N))
     apart_NN, squared_NN = np.maximum(down_NN, across_NN), down_NN**2 + across_NN**2
     weight_NN = np.where(apart_NN == 1, 1 / np.sqrt(np.maximum(squared_NN, 1)), 0)
-    proximity_N, empty_N = np.zeros(grid * grid), np.ones(grid * grid, dtype=np.bool_)
-    order: list[int] = []
+    empty_N = np.ones(grid * grid, dtype=np.bool_) if known_N is None else ~known_N
+    proximity_N, order = weight_NN[:, ~empty_N].sum(1), np.flatnonzero(~empty_N).tolist()
     for size in sizes:
         by_rank_E = np.flatnonzero(empty_N)[np.argsort(rank_N[empty_N])]
         best_E = by_rank_E[np.argsort(-proximity_N[by_rank_E].round(9), kind="stable")]
@@ -64,8 +68,12 @@ class LocalityPolicy(Policy):
         """Orders int64 [B, N] for as many steps as the images are drawn in."""
         spec = request.model.spec
         rank_BN = permutations("locality order", spec.cells, request.seed, request.images_B.cpu().numpy())
-        sizes = cells_per_step(spec.cells, request.steps)
-        return from_numpy(np.stack([locality_order(spec.grid, sizes, rank_N) for rank_N in rank_BN])).to(request.device)
+        known_BN = np.zeros(rank_BN.shape, dtype=np.bool_) if request.known_BN is None else request.known_BN.cpu().numpy()
+        orders = [
+            locality_order(spec.grid, cells_per_step(spec.cells, request.steps, int(known_N.sum())), rank_N, known_N)
+            for rank_N, known_N in zip(rank_BN, known_BN, strict=True)
+        ]
+        return from_numpy(np.stack(orders)).to(request.device)
 
 
 POLICY = LocalityPolicy(__name__)
