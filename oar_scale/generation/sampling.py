@@ -181,7 +181,9 @@ class _Drawing:
         self.prefix = self.decoder.begin(self.condition_GTD)
         groups = [_Group(self, images) for images in self.same_count()]
         if drafts:
-            return self._drafted(np.concatenate([np.full(group.images.stop - group.images.start, group.count) for group in groups]))
+            counts_B = np.concatenate([np.full(group.images.stop - group.images.start, group.count) for group in groups])
+            del groups, self.prefix  # drafts have a cache of their own, with room for a window: never both at once
+            return self._drafted(counts_B)
         first, *others = groups
         stops = list(accumulate(cells_per_step(self.cells, self.settings.steps), initial=0))
         for other in others:

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from small_models import CONDITIONS, cond_inputs, random_codes, random_orders, small_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import oar_scale
 from oar_scale.generation.sampling import Generated, Known, generate
 from oar_scale.generation.settings import SampleSettings
-from oar_scale.model import AnyOrderModel
+from oar_scale.model import AnyOrderModel, Decoder
 from oar_scale.orders.policies import LateOrder
 
 
@@ -66,6 +67,27 @@ def test_a_drafted_image_is_the_one_drawn_cell_by_cell(
     given_cells = Known(cells, codes.gather(1, cells.clamp_min(0)))
     one_by_one = generate(model, condition, choices(**way), seed, order, given_cells)
     assert_same(generate(model, condition, choices(**way, draft=draft), seed, order, given_cells), one_by_one)
+
+
+@pytest.mark.parametrize("layout", ["instructed", "decoupled", "grouped"])
+def test_the_cache_of_a_late_orders_first_cells_is_gone_when_drafts_get_theirs(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two caches are made, one after the other: the bytes that are held at once are those of the larger one."""
+    model, made, held, memory = small_model(layout=layout), list[tuple[StorageWeakRef, int]](), list[int](), Decoder.memory
+
+    def counted(decoder: Decoder, condition_BTD: torch.Tensor, images: int, spare: int = 0) -> torch.Tensor:
+        cache = memory(decoder, condition_BTD, images, spare)
+        made.append((StorageWeakRef(cache.untyped_storage()), cache.nbytes))
+        held.append(sum(size for storage, size in made if not storage.expired()))
+        return cache
+
+    monkeypatch.setattr(Decoder, "memory", counted)
+    late = LateOrder(torch.tensor([[2, 7]] * 3), lambda rows_BRD, cells_BR: cells_BR.gather(1, rows_BRD[..., 0].argsort(1)))
+    with torch.no_grad():
+        condition = model.condition(cond_inputs(model, 3))
+    drafted = generate(model, condition, choices(guidance=2.0, draft=3), 0, late)
+    sizes = [size for _, size in made if size]
+    assert len(sizes) == 2 and max(held) == max(sizes)
+    assert_same(drafted, generate(model, condition, choices(guidance=2.0), 0, late))
 
 
 def joint_probabilities(model: AnyOrderModel, order: list[int], scale: float, temperature: float) -> torch.Tensor:
