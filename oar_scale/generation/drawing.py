@@ -21,21 +21,18 @@ from torch import Tensor
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model.transformer import CodeHead
 from oar_scale.orders.scores import BLOCK, score_logits, score_rows
-from oar_scale.orders.selection import CounterRNG, pick_several
+from oar_scale.orders.selection import CounterRNG, guide, pick_several
 
 
 def guided_rows(rows_GMD: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance of rows for the output head, which is linear: the same as of its logits.
+    """The rows of a batch under guidance, as :func:`oar_scale.orders.selection.guide` mixes them: [B, M, D].
 
     Args:
         rows_GMD: after each image's rows come those of the same image without its caption: G = 2B.
-        scale: one for all rows, or one for each [B, M], float32: the same numbers give the same rows.
+        scale: one for all rows, or one for each [B, M].
     """
     conditional_BMD, null_BMD = rows_GMD.unflatten(0, (-1, 2)).unbind(1)
-    if not isinstance(scale, Tensor):
-        return torch.lerp(null_BMD, conditional_BMD, scale)
-    # A number is multiplied in float32 in any dtype of the rows; a tensor would have to be rounded to theirs: 3.3 is 3.297 in bfloat16.
-    return torch.lerp(null_BMD.float(), conditional_BMD.float(), scale[:, :, None].float()).to(rows_GMD.dtype)
+    return guide(conditional_BMD, null_BMD, scale)
 
 
 class Drawn(NamedTuple):

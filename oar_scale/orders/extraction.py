@@ -28,7 +28,7 @@ from oar_scale.model.cache import padded_candidates, static_pays
 from oar_scale.model.steps import Outputs, Steps
 from oar_scale.orders.look_ahead import entropies, information_gain, least_certain
 from oar_scale.orders.scores import score_logits, score_rows
-from oar_scale.orders.selection import CounterRNG, Images, check_numbers, empty_cells, guide, guided_batch, pick_several
+from oar_scale.orders.selection import CounterRNG, Images, check_numbers, empty_cells, guide, pick_several
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.orders.step_sizes import step_sizes
 
@@ -106,9 +106,7 @@ def scores_along(
     rng = _checked_rng(model, codes_BN, settings, images_B, draw)
     if settings.score == "info_gain":  # it asks about all other cells, too: step by step
         return _gains_along(_CachedScorer(model, codes_BN, condition_BTD, settings, rng), order_BN)
-    rows_GND = model.rows(
-        guided_batch(codes_BN, settings.guidance), guided_batch(order_BN, settings.guidance), _branches(model, condition_BTD, settings)
-    )
+    rows_GND = model.rows(_both(codes_BN, settings.guidance), _both(order_BN, settings.guidance), _branches(model, condition_BTD, settings))
     uniform_BN = None
     if settings.score in DRAWING_SCORES:
         # Each cell uses the number of the step at which this order places it, as an extraction would at that step.
@@ -284,7 +282,7 @@ class _CachedScorer(_CandidateScorer):
     def scores(self, cells_BR: Tensor, step: int | Tensor) -> Tensor:
         if self.settings.score == "info_gain":
             return self.gains(cells_BR, step)
-        self.candidates = self.decoder.candidate_rows(self.prefix, guided_batch(cells_BR, self.settings.guidance))
+        self.candidates = self.decoder.candidate_rows(self.prefix, _both(cells_BR, self.settings.guidance))
         uniform_BR = _uniform(self.settings, self.rng, cells_BR, step)
         return _score_rows(self.model, self.candidates.rows_BRD, self.settings, self.codes_BN.gather(1, cells_BR), uniform_BR)
 
@@ -301,12 +299,12 @@ class _CachedScorer(_CandidateScorer):
     def place(self, cells_Bk: Tensor) -> None:
         scale, codes_Bk = self.settings.guidance, self.codes_BN.gather(1, cells_Bk)
         # The best cell's candidate row saw exactly what is placed now, so where layouts keep such rows it is the cache's next one as it is.
-        first_G = guided_batch(cells_Bk[:, 0], scale)
+        first_G = _both(cells_Bk[:, 0], scale)
         winner_G = (self.candidates.cells_BR == first_G[:, None]).int().argmax(1)
-        self.prefix = self.decoder.commit(self.prefix, self.candidates, winner_G, guided_batch(codes_Bk[:, 0], scale))
+        self.prefix = self.decoder.commit(self.prefix, self.candidates, winner_G, _both(codes_Bk[:, 0], scale))
         # The rows of the others did not see the cells placed in the same step before them, so they are computed again.
         cells_Bk, codes_Bk = cells_Bk[:, 1:], codes_Bk[:, 1:]
-        self.prefix = self.decoder.prefill(self.prefix, guided_batch(cells_Bk, scale), guided_batch(codes_Bk, scale))
+        self.prefix = self.decoder.prefill(self.prefix, _both(cells_Bk, scale), _both(codes_Bk, scale))
 
 
 class _BruteForceScorer(_CandidateScorer):
@@ -327,8 +325,8 @@ class _BruteForceScorer(_CandidateScorer):
         for r in range(cells_BR.shape[1]):
             cell_B1 = cells_BR[:, r : r + 1]
             order_BL = torch.cat([self.placed_BK, cell_B1], dim=1)
-            logits_GLV = self.model(guided_batch(self.codes_BN, scale), guided_batch(order_BL, scale), self.branches_GTD)
-            guided_BV = guide(logits_GLV[:, -1].float(), scale)
+            logits_GLV = self.model(_both(self.codes_BN, scale), _both(order_BL, scale), self.branches_GTD)
+            guided_BV = _guided(logits_GLV[:, -1].float(), scale)
             uniform_B = None if uniform_BR is None else uniform_BR[:, r]
             columns.append(score_logits(self.settings.score, guided_BV, self.codes_BN.gather(1, cell_B1)[:, 0], uniform_B))
         return torch.stack(columns, dim=1)
@@ -341,7 +339,7 @@ def _score_rows(
     model: AnyOrderModel, rows_GRD: Tensor, settings: ExtractionSettings, targets_BR: Tensor, uniform_BR: Tensor | None
 ) -> Tensor:
     """Scores [B, R] of the trunk's rows, under guidance with both branches [2B, R, D]: they are mixed before the output head."""
-    rows_BRD = guide(rows_GRD, settings.guidance)
+    rows_BRD = _guided(rows_GRD, settings.guidance)
     uniform_R = None if uniform_BR is None else uniform_BR.flatten()
     return score_rows(model.output.weight, rows_BRD.flatten(0, 1), settings.score, targets_BR.flatten(), uniform_R).view_as(targets_BR)
 
@@ -356,6 +354,19 @@ def _branches(model: AnyOrderModel, condition_BTD: Tensor, settings: ExtractionS
     if settings.guidance == 1:
         return condition_BTD
     return torch.cat([condition_BTD, model.null_condition(len(condition_BTD)).to(condition_BTD.dtype)])
+
+
+def _both(tensor_B: Tensor, scale: float) -> Tensor:
+    """What both branches share (codes, cells, winners), for the batch of :func:`_branches`."""
+    return tensor_B if scale == 1 else torch.cat([tensor_B, tensor_B])
+
+
+def _guided(rows_GRD: Tensor, scale: float) -> Tensor:
+    """The guided rows or logits [B, ...] of that batch."""
+    if scale == 1:
+        return rows_GRD
+    conditional_BRD, null_BRD = rows_GRD.chunk(2)
+    return guide(conditional_BRD, null_BRD, scale)
 
 
 def _checked_rng(model: AnyOrderModel, codes_BN: Tensor, settings: ExtractionSettings, images_B: Images | None, draw: int) -> CounterRNG:

@@ -130,23 +130,16 @@ def no_numbers() -> ArithmeticError:
     )
 
 
-def guide(rows_GRD: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: null + scale x (conditional - null).
 
     Of normalised rows or of logits, which are the same mixture: the output head is linear.
 
     Args:
-        rows_GRD: the rows of B conditional images, followed (unless ``scale`` is 1) by those of the same images under the null condition.
-
-    Returns:
-        The guided rows [B, R, D].
+        conditional, null: about the same cells of the same images [B, ..., D], with the caption and without.
+        scale: one for all, or a tensor with one for each row [B, ...], in float32: the same numbers give the same rows.
     """
-    if scale == 1:
-        return rows_GRD
-    conditional_BRD, null_BRD = rows_GRD.chunk(2)
-    return torch.lerp(null_BRD, conditional_BRD, scale)
-
-
-def guided_batch(tensor_B: Tensor, scale: float) -> Tensor:
-    """Repeat along the batch what both branches of :func:`guide` share (codes, cells, winners)."""
-    return tensor_B if scale == 1 else torch.cat([tensor_B, tensor_B])
+    if not isinstance(scale, Tensor):
+        return torch.lerp(null, conditional, scale)
+    # A number is multiplied in float32 in any dtype of the rows; a tensor would have to be rounded to theirs: 3.3 is 3.297 in bfloat16.
+    return torch.lerp(null.float(), conditional.float(), scale[..., None].float()).to(null.dtype)

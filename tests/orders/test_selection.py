@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -60,7 +62,13 @@ def test_numbers_by_a_cells_own_step_are_those_of_the_step() -> None:
     assert torch.equal(rng(0, 2, 4).uniform("drawn code", step), by_step.gather(0, step[None])[0])
 
 
-def test_guidance_of_scale_1_needs_no_second_branch() -> None:
-    rows = torch.randn(2, 3, 5)
-    assert guide(rows, 1.0) is rows
-    torch.testing.assert_close(guide(rows, 3.0), rows[1:] + 3 * (rows[:1] - rows[1:]))
+def test_guidance_extrapolates_from_null_to_conditional() -> None:
+    """With one scale for all or one for each row; of rows, and so of their logits."""
+    conditional, null, head = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(5, 7)
+    torch.testing.assert_close(guide(conditional, null, 3.0), null + 3 * (conditional - null))
+    torch.testing.assert_close(guide(conditional, null, 3.0) @ head, guide(conditional @ head, null @ head, 3.0))
+    scale_BR = torch.tensor([[3.0, 1.0, 0.0], [2.0, 0.5, 4.0]])
+    each = guide(conditional, null, scale_BR)
+    for image, row in itertools.product(range(2), range(3)):
+        one = guide(conditional[image, row], null[image, row], float(scale_BR[image, row]))
+        torch.testing.assert_close(each[image, row], one)
