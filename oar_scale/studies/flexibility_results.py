@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from oar_scale.evaluation.flexibility.comparison import arm_differences, arm_figures
 from oar_scale.evaluation.flexibility.edits import EditsPiece
 from oar_scale.evaluation.flexibility.pieces import KeptResults, piece_id
 from oar_scale.evaluation.flexibility.sampling import SamplesPiece
-from oar_scale.evaluation.flexibility.subjects import Arm, Source, by_measure
+from oar_scale.evaluation.flexibility.subjects import Arm, Source, by_measure, values_of
 from oar_scale.evaluation.pictures import decode_pictures
 from oar_scale.json_object import without_nan
 from oar_scale.report.flexibility_page import EditPictures, FlexibilityPictures, render_flexibility
@@ -46,9 +47,9 @@ class Measured:
     call: str
     """What was asked for, as a hash (:func:`remove_other_report`)."""
 
-    def results(self) -> FlexibilityResults:
+    def results(self, values_of_sources: Sequence[NDArray[np.float64]]) -> FlexibilityResults:
         """Figures and differences. Raises UserError for values that are no finite numbers."""
-        values = by_measure(self.sources, self.kept)
+        values = by_measure(self.sources, values_of_sources)
         models = tuple(
             MeasuredModel(
                 model.label, model.seed, model.drawn_from, model.file.where, model.file.id, f"arrays/{model.label}-{model.seed}.npz"
@@ -97,16 +98,20 @@ class Measured:
 
 def write_report(out: str, measured: Measured) -> None:
     """Write the values of each image and the page, then ``flexibility.json``, which makes them count."""
-    results = measured.results()
+    values = values_of(measured.sources, measured.kept)
+    results = measured.results(values)
     page = render_flexibility(results, measured.pictures())
     storage, named = open_storage(out), {join(out, model.arrays) for model in results.models}
     for uri in storage.list(join(out, "arrays/")):
         if uri.endswith(".npz") and uri not in named:
             storage.delete(uri)
     for model in results.models:
-        of_model = [each for each in measured.sources if (each.label, each.seed) == (model.label, model.seed)]
         buffer = io.BytesIO()
-        arrays = {each.measure: each.values(measured.kept) for each in of_model}
+        arrays = {
+            each.measure: values_S
+            for each, values_S in zip(measured.sources, values, strict=True)
+            if (each.label, each.seed) == (model.label, model.seed)
+        }
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # the names are never one of its options
         uri = join(out, model.arrays)
         open_storage(uri).write(uri, buffer.getvalue())

@@ -26,7 +26,7 @@ from oar_scale.evaluation.flexibility.likelihood import (
 )
 from oar_scale.evaluation.flexibility.pieces import NetworkFile, PieceFolder, piece_id
 from oar_scale.evaluation.flexibility.sampling import sample_measures
-from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, by_measure
+from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, by_measure, values_of
 from oar_scale.model import AnyOrderModel, save_model
 from oar_scale.orders.extraction import brute_force_orders
 from oar_scale.orders.settings import ExtractionSettings
@@ -68,7 +68,9 @@ def by_hand(model: AnyOrderModel, codes_N: torch.Tensor, order_N: torch.Tensor, 
     return total / len(order_N)
 
 
-def test_likelihoods_are_those_of_brute_force(two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]], tmp_path: Path) -> None:
+def test_likelihoods_are_those_of_brute_force(
+    two_arms: tuple[list[Arm], MeasuredImages, dict[str, AnyOrderModel]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Own orders, those of the other arm, and a fixed one; gap and accuracy from the logits themselves."""
     arms, images, models = two_arms
     folder = PieceFolder(str(tmp_path / "pieces"))
@@ -76,8 +78,18 @@ def test_likelihoods_are_those_of_brute_force(two_arms: tuple[list[Arm], Measure
     found = own_order_pieces(arms, images, 0, "fp32")
     orders = own_orders(found, folder.run([piece for each in found.values() for piece in each], ["cpu"], 1, None, lambda: None))
     sources = likelihood_sources(arms, images, {"raster": raster}, orders)
-    results = folder.run([piece for source in sources for piece in source.pieces], ["cpu"], 1, None, lambda: None)
-    values = by_measure(sources, results)
+    needed, reads, read, done = [piece for source in sources for piece in source.pieces], list[str](), PieceFolder.read, list[None]()
+    folder.run(needed, ["cpu"], 1, None, lambda: None)
+
+    def counted(uri: str) -> pieces_module.Arrays | None:
+        reads.append(uri)
+        return read(uri)
+
+    monkeypatch.setattr(PieceFolder, "read", staticmethod(counted))
+    results = folder.run(needed, ["cpu"], 1, None, lambda: done.append(None))
+    assert len(done) == len(results) > 5 and not reads, "a call that goes on opens nothing that is there"
+    values = by_measure(sources, values_of(sources, results))
+    assert sorted(reads) == sorted(map(folder.file, {piece_id(piece): piece for piece in needed}.values())), "each is read once"
 
     codes, text = torch.from_numpy(images.codes_SN), torch.from_numpy(arms[0].models[0].cond_inputs_S)
     with torch.no_grad():
@@ -197,7 +209,7 @@ def test_a_piece_is_named_by_all_that_its_result_depends_on(tmp_path: Path) -> N
     assert len({piece_id(each) for each in [piece, *others]}) == 1 + len(others)
 
 
-def test_what_is_kept_is_not_computed_again_and_damage_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_is_not_computed_again_and_damage_is_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     file, folder, done = stored(model, tmp_path, "m"), PieceFolder(str(tmp_path / "pieces")), list[str]()
     first, second = (
@@ -215,7 +227,10 @@ def test_what_is_kept_is_not_computed_again_and_damage_is(tmp_path: Path, monkey
     assert run(first, second, until=0.0) == {piece_id(first)}, "what is there counts"
     kept = Path(folder.file(first))
     kept.write_bytes(kept.read_bytes()[:-40])
-    assert folder.read(folder.file(first)) is None
+    results = folder.run([first], ["cpu"], 1, None, lambda: None)
+    with pytest.raises(UserError, match=rf"{kept.name}: is damaged, or was removed\. Run the same command again"):
+        results[piece_id(first)]
+    assert not kept.exists()
     assert run(first, second) == {piece_id(first), piece_id(second)} and folder.read(folder.file(first)) is not None
     pieces_module._opened_model.cache_clear()
 

@@ -99,10 +99,16 @@ class PieceFolder:
         except (Missing, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return None
 
+    def _names(self) -> set[str]:
+        """The names of all results that are kept: none of them is opened."""
+        return {uri.rpartition("/")[2] for uri in open_storage(self.uri).list(self.uri)}
+
     def run(
         self, pieces: Iterable[Piece], devices: Sequence[str], threads: int, until: float | None, on_done: Callable[[], None]
     ) -> KeptResults:
         """The results of pieces by :func:`piece_id`, computed where they are not kept yet; those for which there was no time are missing.
+
+        A result counts as kept by its name. It was written whole; what was damaged since is found when it is read (:class:`KeptResults`).
 
         Args:
             devices, threads: as for :func:`~oar_scale.evaluation.eval_tasks.run_eval_tasks`.
@@ -112,18 +118,21 @@ class PieceFolder:
         Raises:
             UserError: a result with a value that is no finite number, or as ``run_eval_tasks``.
         """
-        by_id = {piece_id(piece): piece for piece in pieces}
-        left = {}
-        for key, piece in by_id.items():
-            if self.read(self.file(piece)) is None:
-                left[key] = piece
-            else:
+        kept, files = self._names(), dict[str, str]()
+        left = list[_KeptTask]()
+        for piece in pieces:
+            key, uri = piece_id(piece), self.file(piece)
+            if key in files:
+                continue
+            files[key] = uri
+            if uri.rpartition("/")[2] in kept:
                 on_done()
+            else:
+                left.append(_KeptTask(piece, uri, until))
         if left:
-            run_eval_tasks([_KeptTask(piece, self.file(piece), until) for piece in left.values()], devices, threads, on_done)
-        return KeptResults(
-            {key: self.file(piece) for key, piece in by_id.items() if key not in left or self.read(self.file(piece)) is not None}
-        )
+            run_eval_tasks(left, devices, threads, on_done)
+            kept = self._names()
+        return KeptResults({key: uri for key, uri in files.items() if uri.rpartition("/")[2] in kept})
 
 
 class KeptResults(Mapping[str, Arrays]):
@@ -135,7 +144,8 @@ class KeptResults(Mapping[str, Arrays]):
     def __getitem__(self, key: str) -> Arrays:
         arrays = PieceFolder.read(self._files[key])
         if arrays is None:
-            raise UserError(f"{self._files[key]}: was removed or damaged while it was in use. Run the same command again.")
+            open_storage(self._files[key]).delete(self._files[key])  # else it would count as kept again
+            raise UserError(f"{self._files[key]}: is damaged, or was removed. Run the same command again: it measures this piece anew.")
         return arrays
 
     def __iter__(self) -> Iterator[str]:

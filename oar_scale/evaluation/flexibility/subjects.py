@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oar_scale.evaluation.eval_tasks import Ints
-from oar_scale.evaluation.flexibility.pieces import Arrays, NetworkFile, Piece, floats, in_parts
+from oar_scale.evaluation.flexibility.pieces import Arrays, NetworkFile, Piece, floats, in_parts, piece_id
 
 PART_IMAGES = 64
 """Images of a piece."""
@@ -77,9 +77,19 @@ class Source:
         return floats(in_parts(results, self.pieces)[self.array])
 
 
-def by_measure(sources: Sequence[Source], results: Mapping[str, Arrays]) -> dict[str, dict[str, list[NDArray[np.float64]]]]:
-    """Values by measure and arm, of each of its models: what ``comparison`` takes."""
-    values: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
-    for source in sorted(sources, key=lambda source: source.seed):
-        values.setdefault(source.measure, {}).setdefault(source.label, []).append(source.values(results))
-    return values
+def values_of(sources: Sequence[Source], results: Mapping[str, Arrays]) -> list[NDArray[np.float64]]:
+    """The values [S] of each source. Results that several of a kind rest on are read once; no more are held than one source needs."""
+    needed = [(type(source).__name__, *map(piece_id, source.needed)) for source in sources]
+    values, held = dict[int, NDArray[np.float64]](), dict[str, Arrays]()
+    for at in sorted(range(len(sources)), key=needed.__getitem__):
+        held = {key: held[key] if key in held else results[key] for key in needed[at][1:]}
+        values[at] = sources[at].values(held)
+    return [values[at] for at in range(len(sources))]
+
+
+def by_measure(sources: Sequence[Source], values: Sequence[NDArray[np.float64]]) -> dict[str, dict[str, list[NDArray[np.float64]]]]:
+    """Values of sources by measure and arm, of each of its models: what ``comparison`` takes."""
+    ordered: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
+    for source, values_S in sorted(zip(sources, values, strict=True), key=lambda each: each[0].seed):
+        ordered.setdefault(source.measure, {}).setdefault(source.label, []).append(values_S)
+    return ordered

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from oar_scale.errors import UserError
 from oar_scale.evaluation.flexibility.pieces import Arrays
 from oar_scale.evaluation.flexibility.sampling import SampleWork
-from oar_scale.evaluation.flexibility.subjects import Arm, Source
+from oar_scale.evaluation.flexibility.subjects import Arm, Source, values_of
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.results.flexibility import SweepRow
 from oar_scale.results.statistics import clustered_error
@@ -68,8 +68,9 @@ class Sweep:
     def rows(self, results: Mapping[str, Arrays]) -> tuple[SweepRow, ...]:
         """The distance of each arm with each choice; its smallest is chosen, the first of equal ones."""
         shares: dict[tuple[str, int], list[NDArray[np.float64]]] = {}
-        for source in self.sources():
-            shares.setdefault((source.label, int(source.measure.split("/")[1])), []).append(source.values(results))
+        sources = self.sources()
+        for source, share_S in zip(sources, values_of(sources, results), strict=True):
+            shares.setdefault((source.label, int(source.measure.split("/")[1])), []).append(share_S)
         rows = list[SweepRow]()
         for arm in self.work.arms:
             rows += self._of_arm(arm.label, [np.mean(shares[arm.label, index], axis=0) for index in range(len(self.choices))])
