@@ -17,7 +17,7 @@ WITH_PATH := PATH="$(abspath $(BIN)):$$PATH"
 # Commands start hundreds of Python processes. Some images set this, and each of them would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Without instructions for bfloat16 a CPU takes up to twelve times as long in it as in float32. Unset for a recipe's own: CPU_PRECISION= make ...
+# Without instructions for bfloat16 a CPU takes several times as long in it as in float32. Unset for a recipe's own: CPU_PRECISION= make ...
 CPU_PRECISION ?= $(shell grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null || echo -o parallel.precision=fp32)
 
 .PHONY: venv quickstart quickstart-s3 evidence test test-fast test-cluster test-slow test-all chaos chaos-extraction check

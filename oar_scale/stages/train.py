@@ -44,7 +44,7 @@ def _warn_of_slow_bf16(run: Run) -> None:
     parallel = run.recipe.parallel
     if parallel.precision == "bf16" and not parallel.gpus_per_worker and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         run.console.say(
-            "  this CPU has no instructions for bfloat16, and takes up to 12 times as long in it as in float32: "
+            "  this CPU has no instructions for bfloat16, and takes several times as long in it as in float32: "
             "-o parallel.precision=fp32 -o run_dir=..."
         )
 
