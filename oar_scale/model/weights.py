@@ -20,6 +20,7 @@ from oar_scale.storage import open_storage
 from oar_scale.storage.background import in_order
 from oar_scale.tokenizers.safetensors_file import SHARD_BYTES as SHARD_BYTES
 from oar_scale.tokenizers.safetensors_file import StoredWeights, index_of, open_weights, write_weights
+from oar_scale.tokenizers.without_values import without_values
 
 _KIND = "any-order model"
 _CHUNK_BYTES, _CONNECTIONS = 4 << 20, 4
@@ -71,7 +72,7 @@ def fresh_weights(spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
 
 def meta_model(spec: ModelSpec) -> AnyOrderModel:
     """The model without values: names and shapes."""
-    with torch.device("meta"):
+    with without_values():
         return AnyOrderModel(spec)
 
 

@@ -33,6 +33,7 @@ from oar_scale.orders.scores import score_rows
 from oar_scale.storage import open_storage
 from oar_scale.text import shown
 from oar_scale.tokenizers.safetensors_file import load_weights, save_weights
+from oar_scale.tokenizers.without_values import without_values
 
 KIND = "order head"
 _CERTAIN = 1e-8
@@ -209,7 +210,7 @@ def read_head(uri: str, own_id: str, settings_id: str | None = None) -> OrderHea
     tensors, text = load_weights(uri, KIND)
     try:
         spec = HeadSpec.model_validate_json(text)
-        with torch.device("meta"):
+        with without_values():
             head = OrderHead(spec)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # of pydantic, or of modules that cannot have these sizes
         raise UserError(f"{uri}: the sizes of this order head are not understood ({shown(text)}). Train the head again.") from error

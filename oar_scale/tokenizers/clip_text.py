@@ -28,6 +28,7 @@ from oar_scale.storage import open_storage
 from oar_scale.text import clean_text
 from oar_scale.tokenizers.clip_spec import ClipTextSpec, Features
 from oar_scale.tokenizers.pickles import read_pickle
+from oar_scale.tokenizers.without_values import without_values
 
 
 class ClipText:
@@ -163,7 +164,7 @@ def _tower(config: JsonObject) -> nn.Module:
     """The text tower alone, without values: the weights take their place as they are read."""
     from open_clip.model import _build_text_tower  # what open_clip's own models call; there is no public name for it
 
-    with torch.device("meta"):
+    with without_values():
         tower: nn.Module = _build_text_tower(
             config["embed_dim"], {**config["text_cfg"], "output_tokens": True}, config.get("quick_gelu", False)
         )

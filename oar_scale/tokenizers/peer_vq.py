@@ -16,6 +16,7 @@ from torch import Tensor
 from oar_scale.errors import UserError
 from oar_scale.tokenizers.maskgit_vq import MaskGITSpec, MaskGITVQ
 from oar_scale.tokenizers.vq import CODEBOOK_USED, CODEBOOK_USED_SHAPE, VQSpec, VQTokenizer
+from oar_scale.tokenizers.without_values import without_values
 
 NORM_GROUPS = 32
 
@@ -51,7 +52,7 @@ def import_llamagen_vq(tensors: dict[str, Tensor], image_size: int, where: str) 
         codebook_dim=shapes.vote("quantize.embedding.weight:1", "quant_conv.weight:0", "quant_conv.bias:0", "post_quant_conv.weight:1"),
     )
     shapes.check_size(image_size, spec.multipliers)
-    with torch.device("meta"):
+    with without_values():
         vq = VQTokenizer(spec)
     return vq.load_tensors(tensors, where)
 
@@ -81,7 +82,7 @@ def import_maskgit_vq(tensors: dict[str, Tensor], image_size: int, where: str) -
         codebook_size=shapes.vote("quantize.embedding.weight:0"),
     )
     shapes.check_size(image_size, spec.multipliers)
-    with torch.device("meta"):
+    with without_values():
         vq = MaskGITVQ(spec)
     return vq.load_tensors(tensors, where)
 

@@ -22,6 +22,7 @@ from oar_scale.text import shown
 from oar_scale.tokenizers.image import ImageTokenizer, TokenizerSpec, check_tensors, group_norm
 from oar_scale.tokenizers.maskgit_vq import MaskGITSpec, MaskGITVQ
 from oar_scale.tokenizers.safetensors_file import read_weights, save_weights
+from oar_scale.tokenizers.without_values import without_values
 
 CODEBOOK_USED = "quantize.codebook_used"
 CODEBOOK_USED_SHAPE = (65536,)
@@ -313,7 +314,7 @@ def load_vq(uri: str) -> ImageTokenizer:
 
 def _without_values(kind: str, spec: str) -> ImageTokenizer:
     """A tokenizer that holds names and shapes alone."""
-    with torch.device("meta"):
+    with without_values():
         if kind == MaskGITVQ.kind:
             return MaskGITVQ(MaskGITSpec.model_validate_json(spec))
         return VQTokenizer(VQSpec.model_validate_json(spec))

@@ -21,6 +21,7 @@ from torch import Tensor
 from oar_scale.errors import UserError
 from oar_scale.evaluation.extractors.extractor import Extractor, Layers, WeightsFile, fill
 from oar_scale.evaluation.extractors.fid_inception import FidInception
+from oar_scale.tokenizers.without_values import without_values
 
 KNOWN = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """SHA-256 of pytorch-fid's ``pt_inception-2015-12-05-6726825d.pth``; torch-fidelity has the same file under another name."""
@@ -40,7 +41,7 @@ class Inception(Extractor):
             )
         self.standard = weights.sha256 == KNOWN
         self.label = "inception" if self.standard else f"inception_{weights.sha256[:8]}"
-        with torch.device("meta"):  # the file has all values
+        with without_values():
             self._inception = FidInception()
         self.network = self._inception.to_empty(device="cpu")
         fill(self.network, weights, "the InceptionV3 of FID")
