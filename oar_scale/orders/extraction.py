@@ -32,6 +32,9 @@ from oar_scale.orders.selection import CounterRNG, Images, check_numbers, empty_
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.orders.step_sizes import step_sizes
 
+BRUTE_FORCE_SEQUENCES = 64
+"""Of one pass of :func:`brute_force_orders`, with and without the caption counted."""
+
 
 @dataclass(frozen=True)
 class Orders:
@@ -81,7 +84,7 @@ def brute_force_orders(
     images_B: Images | None = None,
     draw: int = 0,
 ) -> Orders:
-    """The orders of :func:`extract_orders` by a fresh forward pass for every candidate: slow, and free of any cache.
+    """The orders of :func:`extract_orders` by a forward pass over a sequence of its own for every candidate: slow, and free of any cache.
 
     Same arguments, same errors; ValueError for score ``info_gain``, which would take a pass for each hypothesis and cell.
     """
@@ -308,7 +311,7 @@ class _CachedScorer(_CandidateScorer):
 
 
 class _BruteForceScorer(_CandidateScorer):
-    """Scores each candidate by a forward pass of its own, in which it comes last."""
+    """Scores each candidate by a sequence of its own, from the first cell placed to the candidate, which comes last."""
 
     def __init__(
         self, model: AnyOrderModel, codes_BN: Tensor, condition_BTD: Tensor, settings: ExtractionSettings, rng: CounterRNG
@@ -320,16 +323,22 @@ class _BruteForceScorer(_CandidateScorer):
         self.placed_BK = codes_BN[:, :0]
 
     def scores(self, cells_BR: Tensor, step: int | Tensor) -> Tensor:
-        scale, columns = self.settings.guidance, []
+        scale, parts = self.settings.guidance, []
         uniform_BR = _uniform(self.settings, self.rng, cells_BR, step)
-        for r in range(cells_BR.shape[1]):
-            cell_B1 = cells_BR[:, r : r + 1]
-            order_BL = torch.cat([self.placed_BK, cell_B1], dim=1)
-            logits_GLV = self.model(_both(self.codes_BN, scale), _both(order_BL, scale), self.branches_GTD)
-            guided_BV = _guided(logits_GLV[:, -1].float(), scale)
-            uniform_B = None if uniform_BR is None else uniform_BR[:, r]
-            columns.append(score_logits(self.settings.score, guided_BV, self.codes_BN.gather(1, cell_B1)[:, 0], uniform_B))
-        return torch.stack(columns, dim=1)
+        together = max(1, BRUTE_FORCE_SEQUENCES // len(self.branches_GTD))
+        for first in range(0, cells_BR.shape[1], together):
+            part = slice(first, first + together)
+            cells_Br = cells_BR[:, part]
+            codes_SN, placed_SK, branches_STD = (
+                each.repeat_interleave(cells_Br.shape[1], dim=0) for each in (self.codes_BN, self.placed_BK, self.branches_GTD)
+            )
+            order_SL = torch.cat([placed_SK, cells_Br.reshape(-1, 1)], dim=1)
+            rows_SLD = self.model.rows(_both(codes_SN, scale), _both(order_SL, scale), branches_STD)
+            guided_SV = _guided(self.model.output(rows_SLD[:, -1]).float(), scale)
+            uniform_S = None if uniform_BR is None else uniform_BR[:, part].flatten()
+            score_S = score_logits(self.settings.score, guided_SV, self.codes_BN.gather(1, cells_Br).flatten(), uniform_S)
+            parts.append(score_S.view_as(cells_Br))
+        return torch.cat(parts, dim=1)
 
     def place(self, cells_Bk: Tensor) -> None:
         self.placed_BK = torch.cat([self.placed_BK, cells_Bk], dim=1)

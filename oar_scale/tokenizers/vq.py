@@ -52,8 +52,9 @@ class CosineQuantizer(nn.Module):
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size, dim)
-        with torch.no_grad():
-            self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+        if not self.embedding.weight.is_meta:  # which has no values, and whose operations are slow to import
+            with torch.no_grad():
+                self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
         self.codebook_used: Tensor | None
         self.register_buffer("codebook_used", None)  # LlamaGen's record of recent codes: carried from import to export, never read
 
