@@ -1,4 +1,4 @@
-"""A flexibility report's differences between arms, in Markdown: a table a chapter (of edits one a region), a row an arm.
+"""A flexibility report's differences between arms, in Markdown: tables by chapter (of edits by region), a row an arm.
 
     python tools/flexibility_tables.py runs/emoji-evidence/flexibility                          to the arm that the report compares with
     python tools/flexibility_tables.py runs/emoji-evidence/flexibility --against any_order      to any other
@@ -100,15 +100,13 @@ class Report:
         """The measures that are shown, those of a table together; chapters that the report does not have are left out."""
         for chapter in CHAPTERS:
             shown = [each for each in self.content["measures"] if each["chapter"] == chapter and _is_shown(each)]
-            regions = itertools.groupby(shown, key=_region) if chapter == "edits" else [(chapter, shown)]
-            yield from (list(group) for _, group in regions if shown)
+            yield from (list(group) for _, group in itertools.groupby(shown, key=_title))
 
     def table(self, shown: Sequence[Mapping[str, Any]], rows: Rows) -> Iterator[str]:
         """A row an arm, a column a measure."""
         means = {(each["measure"], each["label"]): each["figure"]["mean"] for each in self.content["figures"]}
-        chapter, units = shown[0]["chapter"], [unit for unit in dict.fromkeys(each["unit"] for each in shown) if unit]
-        named = f"{chapter}, {_region(shown[0])}" if chapter == "edits" else chapter
-        yield f"\n### {named}: difference to {self.against} ({', '.join(units)})\n"
+        units = [unit for unit in dict.fromkeys(each["unit"] for each in shown) if unit]
+        yield f"\n### {_title(shown[0])}: difference to {self.against} ({', '.join(units)})\n"
         yield _row(["arm", *(_column(each) for each in shown)])
         yield _row(["---"] * (len(shown) + 1))
         yield _row([f"{self.against}, itself", *(f"{means[each['name'], self.against]:.3f}" for each in shown)])
@@ -127,9 +125,12 @@ class Report:
             yield _row([row["label"], f"{row['temperature']:g}", f"{row['guidance']:g}", ", ".join(row["edges"]) or "-"])
 
 
-def _region(measure: Mapping[str, Any]) -> str:
-    """Of a measure of edits."""
-    return str(measure["name"]).split("/")[1]
+def _title(measure: Mapping[str, Any]) -> str:
+    """Of the table that a measure is a column of."""
+    chapter, kind = measure["chapter"], measure["name"].split("/")[1]
+    if chapter == "edits":
+        return f"edits, {kind}"
+    return "samples, each arm at its best settings" if (chapter, kind) == ("samples", "best") else str(chapter)
 
 
 def _column(measure: Mapping[str, Any]) -> str:
