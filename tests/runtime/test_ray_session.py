@@ -44,9 +44,10 @@ def patient_kill(process):
 psutil.Process.kill = patient_kill
 
 def inside():
-    import oar_scale
+    import oar_scale, ray
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)  # as a data loader that does not notice
-    return {"package": oar_scale.__file__, "pids": [os.getpid(), os.getppid(), child.pid]}
+    pids, runtime_env = [os.getpid(), os.getppid(), child.pid], dict(ray.get_runtime_context().runtime_env)
+    return {"package": oar_scale.__file__, "pids": pids, "runtime_env": runtime_env}
 
 with ray_session(cpus=1):
     import ray
@@ -78,6 +79,7 @@ def test_a_private_ray_works_anywhere_and_leaves_nothing(tmp_path: Path) -> None
     output = json.loads(done.stdout.splitlines()[-1])
     assert (output["still_there"], output["after"]) == (True, False)
     assert output["first"]["package"] == oar_scale.__file__
+    assert output["first"]["runtime_env"] == {}  # which would cost each worker a second import of Ray
     assert sys.platform != "linux" or output["node"] == "127.0.0.2"
     assert not output["left"], "a worker, its child or the raylet"
     assert not (tmp_path / ".ray").exists()  # no token was left in the home directory
