@@ -29,6 +29,8 @@ _OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing large goes through it; Ray wants 75 MB at least."""
 _STARTS = 4
 """Attempts to start a private Ray on an overloaded machine."""
+_TOO_SLOW = ("timed out during startup", "Failed to connect to GCS")
+"""What Ray says there, by the process that was too slow."""
 _ANSWER_S = 10.0
 _ROUNDS = 10
 _PARTING_S = 10.0
@@ -154,7 +156,7 @@ def _start(cpus: int, gpus: int, folder: str, variables: dict[str, str]) -> None
                 )
             return
         except Exception as error:  # Ray has no class of its own for "my processes took longer than 30 s", and no setting for it
-            if "timed out during startup" in str(error) and attempt < _STARTS:
+            if any(text in str(error) for text in _TOO_SLOW) and attempt < _STARTS:
                 _end(folder)
                 continue
             raise UserError(
