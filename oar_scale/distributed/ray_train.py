@@ -221,8 +221,6 @@ class TrainingDriver:
         use_gpu = parallel.gpus_per_worker > 0
         if self._elastic:
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_S))
-        if "RAY_ADDRESS" not in os.environ:  # nobody takes the only node of a private Ray away
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         failures: Any = ray.train.FailureConfig
         return TorchTrainer(
             _ray_worker,

@@ -374,7 +374,7 @@ class Pretrained:
     def order_request(self, images_B: Images, seed: int, steps: int | None = None, known_BN: Tensor | None = None) -> OrderRequest:
         """What order policies are told of images with these numbers."""
         numbers_B, bundle = torch.from_numpy(images_B), self.bundle
-        return OrderRequest(self.model, numbers_B, seed, bundle.orders, bundle.model, steps, known_BN, lambda: self._model_id)
+        return OrderRequest(self.model, numbers_B, seed, bundle.orders, bundle.model, steps, lambda: self._model_id, known_BN)
 
 
 def load_pretrained(path: str, model: str | None = None) -> Pretrained:

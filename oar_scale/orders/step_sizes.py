@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def step_sizes(settings: ExtractionSettings | ExtractConfig, cells: int) -> list[int]:
     """Number of cells that each step of an extraction places; they sum to ``cells``. A given first cell is a step of its own."""
     if settings.cosine_steps is not None:
-        return cells_per_step(cells, settings.cosine_steps)
+        first, *others = cells_per_step(cells, settings.cosine_steps)
+        return [first, *others] if settings.first_cell == "free" or first == 1 else [1, first - 1, *others]
     sizes = [1] if settings.first_cell != "free" else []
     while (left := cells - sum(sizes)) > 0:
         sizes.append(min(settings.commit_per_step, left))

@@ -67,13 +67,10 @@ def build_study(request: BuildRequest, say: Callable[[str], None]) -> Study:
     """
     if scheme_of(request.out) != LOCAL:
         raise UserError(f"--out {request.out}: a study is served from a local folder. Name one.")
-    empty = os.path.isdir(request.out) and not os.listdir(request.out)
-    if os.path.lexists(request.out) and not empty:
+    if os.path.lexists(request.out) and not (os.path.isdir(request.out) and not os.listdir(request.out)):
         raise UserError(f"--out {request.out}: something is there already, and may hold answers. Name a new folder, or remove it.")
     arms, items = read_arms(request.arms)
     _check_captions(request.question, items)
-    if empty:
-        os.rmdir(request.out)
     with new_folder(request.out, last=MANIFEST) as temporary:
         writer = _Pictures(temporary)
         pairs, identical = _make_pairs(request, items, writer)

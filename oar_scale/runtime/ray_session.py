@@ -31,6 +31,8 @@ _STARTS = 4
 """Attempts to start a private Ray on an overloaded machine."""
 _TOO_SLOW = ("timed out during startup", "Failed to connect to GCS")
 """What Ray says there, by the process that was too slow."""
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Ray Train's: off in a private Ray, whose only node nobody takes away."""
 _ANSWER_S = 10.0
 _ROUNDS = 10
 _PARTING_S = 10.0
@@ -69,7 +71,8 @@ def ray_session(cpus: int, gpus: int = 0, least_gpus: int | None = None) -> Iter
         if gpus:
             gpus = _gpus_here(gpus, gpus if least_gpus is None else least_gpus)
         _choose_token()
-        with _exit_on_sigterm(), _private_folder() as folder:
+        watcher = {_WATCHER: os.environ.get(_WATCHER, "0")}
+        with _exit_on_sigterm(), _private_folder() as folder, _environment(watcher):
             try:
                 _start(cpus, gpus, folder, variables)
                 yield

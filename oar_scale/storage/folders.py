@@ -21,7 +21,7 @@ def new_folder(uri: str, last: str) -> Iterator[str]:
     written last, so that a folder without it is not whole.
 
     Raises:
-        UserError: there is something at ``uri``.
+        UserError: there is something at ``uri`` that is no empty folder.
     """
     if uri.startswith("s3://"):
         if open_storage(uri).exists(join(uri, last)):
@@ -31,8 +31,8 @@ def new_folder(uri: str, last: str) -> Iterator[str]:
             for name in sorted(os.listdir(scratch), key=lambda name: name == last):
                 open_storage(uri).upload(os.path.join(scratch, name), join(uri, name))
         return
-    target = os.path.abspath(uri)
-    if os.path.lexists(target):
+    target = os.path.realpath(uri)
+    if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
         raise UserError(_taken(uri))
     temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{uuid.uuid4().hex[:12]}.tmp")
     try:

@@ -228,7 +228,7 @@ def test_what_is_kept_is_not_computed_again_and_damage_is_by_the_next_call(tmp_p
     kept = Path(folder.file(first))
     kept.write_bytes(kept.read_bytes()[:-40])
     results = folder.run([first], ["cpu"], 1, None, lambda: None)
-    with pytest.raises(UserError, match=rf"{kept.name}: is damaged, or was removed\. Run the same command again"):
+    with pytest.raises(UserError, match=rf"{kept.name}: is damaged, or removed\. Run the same command again"):
         results[piece_id(first)]
     assert not kept.exists()
     assert run(first, second) == {piece_id(first), piece_id(second)} and folder.read(folder.file(first)) is not None

@@ -45,6 +45,15 @@ def by_definition(model: AnyOrderModel, codes_1N: Tensor, rows_1TD: Tensor, how:
     return order, times
 
 
+@pytest.mark.parametrize("first_cell", ["random", 5])
+@torch.no_grad()
+def test_a_given_first_cell_is_a_step_of_its_own_before_all_others_at_once(first_cell: Any) -> None:
+    model, how = small_model(grid=GRID), ExtractionSettings(cosine_steps=1, first_cell=first_cell)
+    orders = extract_orders(model, random_codes(model, 3), model.condition(random_text(model, 3)), how)
+    assert torch.equal(orders.order_BN.sort(1).values, torch.arange(CELLS).expand(3, -1)) and bool(orders.score_BN.isfinite().all())
+    assert first_cell == "random" or bool((orders.order_BN[:, 0] == first_cell).all())
+
+
 METHODS: list[dict[str, Any]] = [{"commit_per_step": 3}, {"commit_per_step": 6}, {"cosine_steps": 5}, {"cosine_steps": 4}]
 
 

@@ -217,9 +217,11 @@ def test_a_study_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     assert small_study(tmp_path) == read_study(str(tmp_path / "study"))
     arms = [("a", str(tmp_path / "ordered")), ("b", str(tmp_path / "ordered"))]
-    with pytest.raises(UserError, match="nothing to compare"):
-        build_study(BuildRequest(arms=arms, out=str(tmp_path / "none" / "study")), lambda text: None)
-    assert not [*tmp_path.rglob("*.tmp")] and not (tmp_path / "none" / "study").exists()
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "none" / "study", tmp_path / "empty"):
+        with pytest.raises(UserError, match="nothing to compare"):
+            build_study(BuildRequest(arms=arms, out=str(out)), lambda text: None)
+    assert not [*tmp_path.rglob("*.tmp")] and not (tmp_path / "none" / "study").exists() and (tmp_path / "empty").is_dir()
 
 
 def test_a_study_with_answers_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,8 +47,11 @@ def inside():
     import oar_scale, ray
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)  # as a data loader that does not notice
     pids, runtime_env = [os.getpid(), os.getppid(), child.pid], dict(ray.get_runtime_context().runtime_env)
-    return {"package": oar_scale.__file__, "pids": pids, "runtime_env": runtime_env}
+    has = {name: os.environ[name] for name in ("PYTHONPATH", "PYTORCH_ALLOC_CONF")}
+    return {"package": oar_scale.__file__, "pids": pids, "runtime_env": runtime_env, "has": has}
 
+sys.path.insert(0, sys.argv[1])  # of this process alone
+before = dict(os.environ)
 with ray_session(cpus=1):
     import ray
     with ray_session(cpus=1):  # inside another one: the same Ray
@@ -62,7 +65,9 @@ left = []
 for pid in found["pids"] + again["pids"]:
     with suppress(psutil.NoSuchProcess):
         left += [pid] if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else []
-print(json.dumps({"node": node, "still_there": still_there, "after": ray.is_initialized(), "first": found, "left": left}))
+changed = [name for name in ("PYTHONPATH", "PYTORCH_ALLOC_CONF", "RAY_USAGE_STATS_ENABLED") if before.get(name) != os.environ.get(name)]
+again = {"node": node, "still_there": still_there, "after": ray.is_initialized(), "changed": changed}
+print(json.dumps({**again, "first": found, "left": left}))
 with program_exit():
     sys.exit(0)
 """
@@ -74,11 +79,17 @@ def test_a_private_ray_works_anywhere_and_leaves_nothing(tmp_path: Path) -> None
     hidden = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"HOME": str(tmp_path), "PYTHONPATH": source}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    (tmp_path / "own").mkdir()
+    environment.pop("PYTORCH_ALLOC_CONF", None)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "own")], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     output = json.loads(done.stdout.splitlines()[-1])
     assert (output["still_there"], output["after"]) == (True, False)
     assert output["first"]["package"] == oar_scale.__file__
+    assert str(tmp_path / "own") in output["first"]["has"]["PYTHONPATH"].split(os.pathsep)
+    assert output["first"]["has"]["PYTORCH_ALLOC_CONF"] == "expandable_segments:True" and not output["changed"]
     assert output["first"]["runtime_env"] == {}  # which would cost each worker a second import of Ray
     assert sys.platform != "linux" or output["node"] == "127.0.0.2"
     assert not output["left"], "a worker, its child or the raylet"

@@ -99,9 +99,9 @@ class PieceFolder:
         except (Missing, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return None
 
-    def _names(self) -> set[str]:
-        """The names of all results that are kept: none of them is opened."""
-        return {uri.rpartition("/")[2] for uri in open_storage(self.uri).list(self.uri)}
+    def _kept(self) -> set[str]:
+        """The files of all results that are kept: none of them is opened."""
+        return set(open_storage(self.uri).list(self.uri))
 
     def run(
         self, pieces: Iterable[Piece], devices: Sequence[str], threads: int, until: float | None, on_done: Callable[[], None]
@@ -118,21 +118,21 @@ class PieceFolder:
         Raises:
             UserError: a result with a value that is no finite number, or as ``run_eval_tasks``.
         """
-        kept, files = self._names(), dict[str, str]()
+        kept, files = self._kept(), dict[str, str]()
         left = list[_KeptTask]()
         for piece in pieces:
             key, uri = piece_id(piece), self.file(piece)
             if key in files:
                 continue
             files[key] = uri
-            if uri.rpartition("/")[2] in kept:
+            if uri in kept:
                 on_done()
             else:
                 left.append(_KeptTask(piece, uri, until))
         if left:
             run_eval_tasks(left, devices, threads, on_done)
-            kept = self._names()
-        return KeptResults({key: uri for key, uri in files.items() if uri.rpartition("/")[2] in kept})
+            kept = self._kept()
+        return KeptResults({key: uri for key, uri in files.items() if uri in kept})
 
 
 class KeptResults(Mapping[str, Arrays]):
@@ -144,8 +144,11 @@ class KeptResults(Mapping[str, Arrays]):
     def __getitem__(self, key: str) -> Arrays:
         arrays = PieceFolder.read(self._files[key])
         if arrays is None:
-            open_storage(self._files[key]).delete(self._files[key])  # else it would count as kept again
-            raise UserError(f"{self._files[key]}: is damaged, or was removed. Run the same command again: it measures this piece anew.")
+            damaged = [uri for uri in self._files.values() if PieceFolder.read(uri) is None]
+            for uri in damaged:
+                open_storage(uri).delete(uri)  # else it would count as kept again
+            others = f", and {len(damaged) - 1} others are," if len(damaged) > 1 else ""
+            raise UserError(f"{self._files[key]}: is{others} damaged, or removed. Run the same command again: it measures them anew.")
         return arrays
 
     def __iter__(self) -> Iterator[str]:

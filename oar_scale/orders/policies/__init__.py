@@ -56,11 +56,11 @@ class OrderRequest:
     """Where the model was loaded from."""
     steps: int | None = None
     """Passes in which the images are drawn, several cells in each; None: one by one."""
+    model_id: Callable[[], str] | None = None
+    """Gives the id of the weights that were loaded, which somebody keeps; None: all of the file is read for it."""
     known_BN: Tensor | None = None
     """bool: the cells of each image that are placed before the first pass; None: none. A policy may leave it out of account, as known
     cells are passed over in any order."""
-    model_id: Callable[[], str] | None = None
-    """Gives the id of the weights that were loaded, which somebody keeps; None: all of the file is read for it."""
 
     @property
     def images(self) -> int:
