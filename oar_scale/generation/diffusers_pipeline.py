@@ -128,8 +128,6 @@ class OrderedPipeline(DiffusionPipeline):  # type: ignore[misc]
             UserError: something is there already.
         """
         target, pretrained = os.fspath(save_directory), self.model.pretrained
-        if os.path.isdir(target) and not os.listdir(target):
-            os.rmdir(target)
         with new_folder(target, last=CONFIG) as folder:
             complete_folder(folder, pretrained.bundle, copy_model(pretrained.bundle, folder))
 
