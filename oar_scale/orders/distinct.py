@@ -15,7 +15,7 @@ from oar_scale.data.hashing import hash_keys, name_keys
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
-from oar_scale.orders.order_files import OrderFiles
+from oar_scale.orders.order_files import OrderFiles, is_order
 from oar_scale.orders.order_table import read_orders, table_name
 from oar_scale.storage import Missing, join, read_json, write_json
 
@@ -36,15 +36,10 @@ def distinct_orders(files: OrderFiles, count: int, seed: int, grid: int) -> Orde
     except Missing:
         stored = _draw(files, count, seed)
         write_json(uri, stored)
-    cells, orders = list(range(grid * grid)), stored.get("orders")
-    if not isinstance(orders, list) or len(orders) != count or not all(_permutes(order, cells) for order in orders):
+    orders = stored.get("orders")
+    if not isinstance(orders, list) or len(orders) != count or not all(is_order(order, grid) for order in orders):
         raise UserError(f"{uri}: not {count} orders of {grid} x {grid} cells. Delete it; it is made again from the order tables.")
     return np.array(orders, dtype=np.uint16)
-
-
-def _permutes(order: object, cells: list[int]) -> bool:
-    """Whether this is a list of these whole numbers, each once."""
-    return isinstance(order, list) and set(map(type, order)) == {int} and sorted(order) == cells
 
 
 def nearest_orders(order_SN: Orders, chosen_KN: Orders) -> NDArray[np.int64]:

@@ -59,3 +59,8 @@ def head_file(model_file: str) -> str:
 def head_report_file(model_file: str) -> str:
     """The file with the quality of a model's order head."""
     return head_file(model_file).removesuffix(_MODEL) + ".json"
+
+
+def is_order(found: object, grid: int) -> bool:
+    """Whether this, read from JSON, is an order of the cells: a list of their numbers, each once."""
+    return isinstance(found, list) and set(map(type, found)) == {int} and sorted(found) == list(range(grid * grid))

@@ -22,7 +22,7 @@ from oar_scale.errors import UserError
 from oar_scale.preference.arms import Item, read_arms
 from oar_scale.preference.study import CAPTION, LONGEST_QUESTION, MANIFEST, PICTURES, Comparison, Study, content_hash, digest
 from oar_scale.storage import join, read_named, write_json
-from oar_scale.storage.folders import new_folder
+from oar_scale.storage.folders import holds_something, new_folder
 from oar_scale.storage.schemes import LOCAL, scheme_of
 
 QUESTION = f"Which picture shows this better: {CAPTION}?"
@@ -67,7 +67,7 @@ def build_study(request: BuildRequest, say: Callable[[str], None]) -> Study:
     """
     if scheme_of(request.out) != LOCAL:
         raise UserError(f"--out {request.out}: a study is served from a local folder. Name one.")
-    if os.path.lexists(request.out) and not (os.path.isdir(request.out) and not os.listdir(request.out)):
+    if holds_something(request.out):
         raise UserError(f"--out {request.out}: something is there already, and may hold answers. Name a new folder, or remove it.")
     arms, items = read_arms(request.arms)
     _check_captions(request.question, items)

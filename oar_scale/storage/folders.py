@@ -32,7 +32,7 @@ def new_folder(uri: str, last: str) -> Iterator[str]:
                 open_storage(uri).upload(os.path.join(scratch, name), join(uri, name))
         return
     target = os.path.realpath(uri)
-    if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+    if holds_something(target):
         raise UserError(_taken(uri))
     temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -41,6 +41,11 @@ def new_folder(uri: str, last: str) -> Iterator[str]:
         _within_reach(uri, os.rename, temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def holds_something(path: str) -> bool:
+    """Whether there is anything but an empty folder."""
+    return os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path))
 
 
 def _within_reach(uri: str, action: Callable[..., None], *paths: str) -> None:

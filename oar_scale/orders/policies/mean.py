@@ -17,7 +17,7 @@ from oar_scale.data.manifest import ShardInfo, read_manifest
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.orders.analysis import placing_times
-from oar_scale.orders.order_files import OrderFiles
+from oar_scale.orders.order_files import OrderFiles, is_order
 from oar_scale.orders.order_table import read_orders, table_name
 from oar_scale.orders.policies import OrderRequest, Policy, TrainingOrders
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
@@ -63,7 +63,7 @@ def mean_order(files: OrderFiles, grid: int) -> NDArray[np.int64]:
             stored = _from_tables(files)
             write_json(files.mean, stored)
     order = stored.get("order")
-    if not isinstance(order, list) or set(map(type, order)) != {int} or sorted(order) != list(range(grid * grid)):
+    if not is_order(order, grid):
         raise UserError(f"{files.mean}: not an order of {grid} x {grid} cells. Delete it; it is made again from the order tables.")
     return np.array(order, dtype=np.int64)
 
