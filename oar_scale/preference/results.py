@@ -101,7 +101,7 @@ def compute_results(study: Study, answers: Sequence[Answer], threshold: float = 
 def _rater(study: Study, name: str, answers: Sequence[Answer], threshold: float) -> RaterFigures:
     checks = {check.id for check in study.checks}
     passed = [outcome(answer) == WIN for answer in answers if answer.comparison in checks]
-    votes, of_pairs = votes_of(study, answers), [answer for answer in answers if answer.comparison not in checks]
+    votes, of_pairs = votes_of(study, answers), _of_pairs(study, answers)
     sides = [answer.choice for answer in of_pairs if answer.choice != "tie"]
     return RaterFigures(
         name,
@@ -117,10 +117,15 @@ def _rater(study: Study, name: str, answers: Sequence[Answer], threshold: float)
     )
 
 
+def _of_pairs(study: Study, answers: Sequence[Answer]) -> list[Answer]:
+    """Without those to attention checks."""
+    checks = {check.id for check in study.checks}
+    return [answer for answer in answers if answer.comparison not in checks]
+
+
 def _figures(study: Study, answers: Sequence[Answer]) -> Figures:
     votes = votes_of(study, answers)
-    checks = {check.id for check in study.checks}
-    sides = _sides([answer for answer in answers if answer.comparison not in checks])
+    sides = _sides(_of_pairs(study, answers))
     families = any(pair.family is not None for pair in study.pairs)
     if not len(votes):
         return Figures(0, 0, 0, (), (), None, sides, families, captions_without_family(study))
