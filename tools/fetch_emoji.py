@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -38,6 +37,7 @@ from PIL import Image
 from oar_scale.data.sources import BadImage
 from oar_scale.data.sources.openmoji import draw
 from oar_scale.errors import UserError
+from oar_scale.runtime.program import program
 
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -83,16 +83,13 @@ def main() -> None:
     arguments.add_argument("--sets", help="folder with an unpacked package for each set, instead of the registry")
     options = arguments.parse_args()
     started = time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory(prefix="emoji-") as scratch:
-            sets = Path(options.sets or scratch)
-            if options.sets is None:
-                for name, package in PACKAGES.items():
-                    fetch(package, sets / name)
-            print(f"fetched in {time.monotonic() - started:.1f} s", flush=True)
-            write_set(sets, Path(options.out), options.size)
-    except UserError as error:
-        sys.exit(str(error))
+    with tempfile.TemporaryDirectory(prefix="emoji-") as scratch:
+        sets = Path(options.sets or scratch)
+        if options.sets is None:
+            for name, package in PACKAGES.items():
+                fetch(package, sets / name)
+        print(f"fetched in {time.monotonic() - started:.1f} s", flush=True)
+        write_set(sets, Path(options.out), options.size)
     print(f"{options.out}: {time.monotonic() - started:.1f} s in all")
 
 
@@ -240,4 +237,4 @@ def contact_sheet(pictures: list[Picture], out: Path, size: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from oar_scale.errors import UserError
 from oar_scale.evaluation.flexibility.comparison import arm_differences
 from oar_scale.results.flexibility import FORMAT, Measure, MeasuredModel, unpaired_arms
 from oar_scale.results.statistics import Interval
+from oar_scale.runtime.program import program
 from oar_scale.storage import Missing, read_json
 from oar_scale.studies.flexibility_results import REPORT
 
@@ -37,11 +37,7 @@ def main() -> None:
     parser.add_argument("report", type=Path, help="a folder that oar evaluate --flexibility wrote")
     parser.add_argument("--against", help="a label; default: as in the report")
     arguments = parser.parse_args()
-    try:
-        lines = tables(arguments.report, arguments.against)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print("\n".join(lines))
+    print("\n".join(tables(arguments.report, arguments.against)))
 
 
 def tables(folder: Path, against: str | None = None) -> list[str]:
@@ -156,4 +152,4 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

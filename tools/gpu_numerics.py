@@ -35,6 +35,7 @@ from oar_scale.model.layouts import LAYOUTS
 from oar_scale.model.spec import ClassSpec
 from oar_scale.orders.extraction import extract_orders, scores_along
 from oar_scale.orders.settings import ExtractionSettings
+from oar_scale.runtime.program import program
 
 LIMITS = {"logits": 1e-4, "loss": 1e-4, "gradients": 1e-3, "scores": 1e-3, "order": 1e-3, "drawing": 1e-3}
 """In float32. Sums taken in another order are off by a tenth of that, TF32 by ten times as much."""
@@ -191,4 +192,4 @@ def _images(spec: ModelSpec, count: int) -> Images:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -38,7 +38,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "benchmarks
 
 from measure import in_fresh_process, machine, table  # noqa: E402
 
+from oar_scale.errors import UserError  # noqa: E402
 from oar_scale.runtime.gpu_peaks import peak_flops  # noqa: E402
+from oar_scale.runtime.program import program  # noqa: E402
 
 LIMIT_S = 720
 TRAINING = {"l": {"ours": 40, "ours, compiled": 70, "RandAR": 50}, "xl": {"ours, compiled": 125, "RandAR": 75}}
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     if not arguments.tiny and not torch.cuda.is_available():
-        sys.exit("gpu_smoke.py: PyTorch sees no GPU here. Run it on a machine with one, or with --tiny to try it on this CPU.")
+        raise UserError("PyTorch sees no GPU here. Run it on a machine with one, or with --tiny to try it on this CPU.")
     card = "tiny, CPU" if arguments.tiny else torch.cuda.get_device_name()
     store = Store(arguments.out, card, machine("cpu" if arguments.tiny else "cuda", 1), _identity(torch.__version__))
     words = [word for word in arguments.only.split(",") if word]
@@ -247,4 +249,4 @@ class Store:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

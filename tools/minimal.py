@@ -10,7 +10,6 @@ replaced by at scale. Files lie where ``oar run`` would put them: shards, order 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -23,7 +22,6 @@ from oar_scale.data.manifest import read_manifest, write_manifest
 from oar_scale.data.prepare import prepare_images
 from oar_scale.data.shards import TokenShard, read_token_shard
 from oar_scale.data.tokenize import token_manifest, tokenize_shard
-from oar_scale.errors import UserError
 from oar_scale.evaluation.pictures import contact_sheet, decode_pictures, order_map, png, step_of_cell, upscale
 from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
@@ -31,6 +29,7 @@ from oar_scale.model import AnyOrderModel, ModelSpec, load_model, model_id, save
 from oar_scale.model.spec import condition_spec
 from oar_scale.orders.extraction import ExtractionSettings, extract_orders
 from oar_scale.orders.order_table import OrderTable, table_name, write_orders
+from oar_scale.runtime.program import program
 from oar_scale.tokenizers.prompts import PromptEncoder, load_prompts
 from oar_scale.tokenizers.text import TextTokenizer
 from oar_scale.tokenizers.vq import load_vq, save_vq
@@ -174,10 +173,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=160, help="drawings, where no folder is given")
     parser.add_argument("--steps", type=int, default=300, help="of pretraining; fine-tuning takes a third of them")
     args = parser.parse_args()
-    try:
-        run(make_recipe(args.out, args.images, args.count, args.steps), args.out)
-    except UserError as error:
-        sys.exit(str(error))
+    run(make_recipe(args.out, args.images, args.count, args.steps), args.out)
 
 
 def run(recipe: Recipe, out: Path) -> None:
@@ -194,4 +190,4 @@ def run(recipe: Recipe, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from oar_scale.orders.analysis.statistics import kendall_distance
 from oar_scale.orders.extraction import extract_orders, scores_along
 from oar_scale.orders.order_table import mirror_orders
 from oar_scale.orders.settings import ExtractionSettings
+from oar_scale.runtime.program import program
 from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.vq import pixels_to_unit
 
@@ -40,10 +40,7 @@ def main() -> None:
     parser.add_argument("images", help="a folder of image shards that the model was not trained on")
     parser.add_argument("--images", dest="count", type=int, default=128)
     request = parser.parse_args()
-    try:
-        measure(request.model, request.images, request.count)
-    except UserError as error:
-        sys.exit(str(error))
+    measure(request.model, request.images, request.count)
 
 
 def measure(name: str, images: str, count: int) -> None:
@@ -100,4 +97,4 @@ def worth(model: AnyOrderModel, codes_SN: Tensor, condition_STD: Tensor, order_S
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

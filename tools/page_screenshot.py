@@ -13,6 +13,8 @@ from pathlib import Path
 
 from playwright.sync_api import expect, sync_playwright
 
+from oar_scale.runtime.program import program
+
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 
@@ -55,4 +57,4 @@ def take(address: str, out: Path, dark: bool, width: int, height: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

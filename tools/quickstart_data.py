@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,6 +22,7 @@ from oar_scale.config.schema import TableSource
 from oar_scale.data.hashing import name_hash
 from oar_scale.data.sources.table import TableImages
 from oar_scale.errors import UserError
+from oar_scale.runtime.program import program
 from oar_scale.storage.local import atomic_file
 
 
@@ -32,10 +32,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="the Parquet file to write")
     parser.add_argument("--share", type=float, default=0.2, help="of the families, above 0 and at most 1; default: %(default)s")
     arguments = parser.parse_args()
-    try:
-        write(arguments.recipe, arguments.target, arguments.share)
-    except UserError as error:
-        sys.exit(str(error))
+    write(arguments.recipe, arguments.target, arguments.share)
 
 
 def write(recipe: str, target: Path, share: float) -> None:
@@ -69,4 +66,4 @@ def pack(source: TableSource, side: int, share: float) -> pa.Table:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

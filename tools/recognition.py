@@ -16,7 +16,6 @@ import argparse
 import io
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ import oar_scale
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import read_shard
 from oar_scale.errors import UserError
+from oar_scale.runtime.program import program
 from oar_scale.storage import join
 from oar_scale.storage.folders import new_folder
 
@@ -47,13 +47,10 @@ def main() -> None:
     second = steps.add_parser("count")
     second.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    try:
-        if arguments.step == "sheets":
-            write_sheets(arguments.run, arguments.model, arguments.out)
-        else:
-            count(arguments.out)
-    except UserError as error:
-        sys.exit(str(error))
+    if arguments.step == "sheets":
+        write_sheets(arguments.run, arguments.model, arguments.out)
+    else:
+        count(arguments.out)
 
 
 def write_sheets(run: str, model: str, out: Path) -> None:
@@ -143,4 +140,4 @@ def numbered(file: Path, numbers: Sequence[int], example: str, allowed: Sequence
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -9,17 +9,16 @@ into its ``history.json``; and ``curves.png``.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from oar_scale.errors import UserError
 from oar_scale.generation.exported_folder import complete_folder
 from oar_scale.generation.folder_files import CONFIG, HISTORY, MODEL
 from oar_scale.generation.model_bundle import find_bundle
 from oar_scale.model import load_model
 from oar_scale.model.weights import save_model
 from oar_scale.observe.events import read_events
+from oar_scale.runtime.program import program
 from oar_scale.storage import join, read_json, write_json
 from oar_scale.storage.folders import new_folder
 
@@ -30,10 +29,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="folder to write; must not exist")
     parser.add_argument("--license", default="cc-by-4.0", help="of the weights; default: %(default)s")
     arguments = parser.parse_args()
-    try:
-        ship(arguments.run, arguments.target, arguments.license)
-    except UserError as error:
-        sys.exit(str(error))
+    ship(arguments.run, arguments.target, arguments.license)
 
 
 def ship(run: Path, target: Path, license_id: str) -> None:
@@ -77,4 +73,4 @@ def draw_curves(curves: dict[str, list[list[float]]], path: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

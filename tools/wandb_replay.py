@@ -22,6 +22,7 @@ from oar_scale.observe.events import EventReader, read_events, stages_with_event
 from oar_scale.observe.projection import RowProjection, measured
 from oar_scale.observe.run_location import find_run
 from oar_scale.observe.wandb_run import Mode, WandbName, WandbRun, wanted_mode
+from oar_scale.runtime.program import program
 
 FINISH_S = 3600.0
 
@@ -60,7 +61,7 @@ def _replay_stage(events: str, folder: str, stage: str, again: str, project: str
     print(f"{stage}: {len(rows)} rows, {run.url or f'offline in {folder}/wandb'}")
 
 
-def main() -> int:
+def main() -> None:
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("run", metavar="RUN", help="a run's folder, its recipe (.yaml), or its storage (s3://bucket/prefix)")
@@ -69,13 +70,8 @@ def main() -> int:
     parser.add_argument("--offline", action="store_true", help="write files for wandb sync")
     arguments = parser.parse_args()
     mode = wanted_mode("offline" if arguments.offline else "online", lambda level, text: print(text, file=sys.stderr))
-    try:
-        replay(arguments.run, arguments.stage, arguments.project, mode)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    replay(arguments.run, arguments.stage, arguments.project, mode)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

@@ -59,10 +59,8 @@ from oar_scale.cli import (
 )
 from oar_scale.cli.common import REQUEUE
 from oar_scale.errors import Requeue, UserError
-from oar_scale.redaction import redact
 from oar_scale.runtime.gpu_settings import gpu_settings
-from oar_scale.runtime.program import program_exit
-from oar_scale.text import cut, printable
+from oar_scale.runtime.program import program_exit, say_user_error
 
 NOBODY_READS = 141
 """The exit code that a shell gives a command that SIGPIPE ended: ``oar plan ... | head``."""
@@ -93,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return NOBODY_READS
     except UserError as error:
-        print(f"error: {cut(printable(redact(str(error))))}", file=sys.stderr)
-        return 2
+        return say_user_error(error)
     except Requeue as stop:
         print(f"stopped ({stop.reason}) with {stop.state}; run the same command again to resume", file=sys.stderr)
         return REQUEUE

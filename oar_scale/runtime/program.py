@@ -1,4 +1,4 @@
-"""How a program that may have used Ray ends."""
+"""How a program ends: with a line about what its user can fix, and safely where it may have used Ray."""
 
 from __future__ import annotations
 
@@ -6,8 +6,30 @@ import atexit
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+from oar_scale.errors import UserError
+from oar_scale.redaction import redact
+from oar_scale.text import cut, printable
+
+USERS_FAULT = 2
+"""Exit code of a program that failed at something its user can fix, as of one whose arguments are wrong."""
+
+
+def program(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script and exit with the code that ``main`` returns. What its user can fix ends it as it ends ``oar``."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(say_user_error(error))
+
+
+def say_user_error(error: UserError) -> int:
+    """Write the error for people to stderr, without secrets and control characters. Returns the exit code."""
+    print(f"error: {cut(printable(redact(str(error))))}", file=sys.stderr)
+    return USERS_FAULT
 
 
 @contextmanager

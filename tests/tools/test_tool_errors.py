@@ -1,66 +1,59 @@
-"""What a user of a tool can fix is one line, without a traceback."""
+"""What a user of a tool or a benchmark can fix is one message without a traceback, and exit code 2, as of ``oar``."""
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-from tools import minimal, mirrored_orders
-
 REPOSITORY = Path(__file__).resolve().parents[2]
-WEIGHTS, BENCHMARKS = str(REPOSITORY / "recipes" / "weights" / "emoji"), REPOSITORY / "tools" / "benchmarks"
+TOOLS = REPOSITORY / "tools"
+WEIGHTS, BENCHMARKS = str(REPOSITORY / "recipes" / "weights" / "emoji"), TOOLS / "benchmarks"
 
 
 @pytest.mark.parametrize(
-    ("tool", "arguments"),
-    [(minimal, ["{folder}/out", "{folder}/none"]), (mirrored_orders, [WEIGHTS, "{folder}/none"])],
-    ids=["minimal", "mirrored_orders"],
-)
-def test_a_folder_that_is_not_there_is_named_in_one_line(
-    tool: ModuleType, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["tool", *(argument.format(folder=tmp_path) for argument in arguments)])
-    with pytest.raises(SystemExit, match=f"{tmp_path}/none") as left:
-        tool.main()
-    assert "\n" not in str(left.value)
-
-
-def test_too_few_images_for_standard_errors_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["tool", WEIGHTS, str(tmp_path), "--images", "3"])
-    with pytest.raises(SystemExit, match=r"--images 3: .* at least 4"):
-        mirrored_orders.main()
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments"),
+    ("script", "arguments", "named"),
     [
-        ("layouts", ["{folder}/none", "{folder}/out"]),
-        ("continuous", ["--model", "{folder}/none"]),
-        ("own_order_drafts", ["--model", "{folder}/none"]),
+        ("minimal", ["{folder}/out", "{folder}/none"], "{folder}/none"),
+        ("mirrored_orders", [WEIGHTS, "{folder}/none"], "{folder}/none"),
+        ("mirrored_orders", [WEIGHTS, "{folder}", "--images", "3"], "--images 3: "),
+        ("flexibility_tables", ["{folder}/none"], "{folder}/none"),
+        ("ship_weights", ["{folder}/none", "{folder}/out"], "{folder}/none"),
+        ("quickstart_data", ["{folder}/none.yaml", "{folder}/out"], "{folder}/none.yaml"),
+        ("fetch_emoji", ["{folder}/out", "--sets", "{folder}/none"], "{folder}/none"),
+        ("recognition", ["count", "{folder}/none"], "{folder}/none"),
+        ("wandb_replay", ["{folder}/none", "--offline"], "{folder}/none"),
+        ("benchmarks/layouts", ["{folder}/none", "{folder}/out"], "{folder}/none"),
+        ("benchmarks/continuous", ["--model", "{folder}/none"], "{folder}/none"),
+        ("benchmarks/own_order_drafts", ["--model", "{folder}/none"], "{folder}/none"),
     ],
 )
-def test_a_benchmark_ends_as_the_command_line_does(
-    script: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_tool_ends_as_the_command_line_does(
+    script: str, arguments: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line about a folder that is not there, and exit code 2."""
+    """What is named is a folder that is not there, or an argument."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", [script, *(argument.format(folder=tmp_path) for argument in arguments)])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     with pytest.raises(SystemExit) as left:
-        runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
+        runpy.run_path(str(TOOLS / f"{script}.py"), run_name="__main__")
     error = capsys.readouterr().err
-    assert left.value.code == 2 and error.startswith(f"error: {tmp_path}/none") and error.count("\n") == 1
+    assert left.value.code == 2 and error.startswith("error: ") and named.format(folder=tmp_path) in error and "Traceback" not in error
 
 
-def test_every_benchmark_runs_as_such_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """What a process of it has said is not said again."""
-    programs = [path.read_text() for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()]
-    assert len(programs) > 10 and all(text.endswith('if __name__ == "__main__":\n    program(main)\n') for text in programs)
+def test_every_tool_runs_as_such_a_program() -> None:
+    programs = [path.read_text() for path in TOOLS.rglob("*.py") if "__main__" in path.read_text()]
+    assert len(programs) > 20 and all(text.endswith('if __name__ == "__main__":\n    program(main)\n') for text in programs)
+
+
+def test_what_a_process_of_a_benchmark_said_is_not_said_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from measure import in_fresh_process
 
@@ -69,3 +62,39 @@ def test_every_benchmark_runs_as_such_a_program(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(SystemExit) as left:
         in_fresh_process(str(child), [], 1)
     assert left.value.code == 2 and capfd.readouterr().err == "error: no folder\n"
+
+
+RANKS = """
+import time
+
+from measure import run_ranks
+
+from oar_scale.errors import UserError
+from oar_scale.runtime.program import program
+
+
+def work(rank: int, failing: set[int]) -> None:
+    if rank in failing:
+        raise UserError("runs/a: no folder")
+    while failing:  # as a rank that waits for another
+        time.sleep(0.1)
+
+
+def main() -> None:
+    run_ranks(work, 2, set())
+    run_ranks(work, 3, {failing})
+
+
+if __name__ == "__main__":
+    program(main)
+"""
+
+
+@pytest.mark.parametrize("failing", [{1}, {0, 1, 2}], ids=["one rank", "all ranks"])
+def test_an_error_of_ranks_is_said_once(failing: set[int], tmp_path: Path) -> None:
+    """Ranks that wait for the one that raised it end with it."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.replace("{failing}", str(failing)))
+    path = os.pathsep.join([str(BENCHMARKS), str(REPOSITORY)])
+    ended = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (2, "error: runs/a: no folder\n")

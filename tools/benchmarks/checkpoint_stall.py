@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import machine, median_ratio, program, run_ranks, table
+from measure import machine, median_ratio, run_ranks, table
+
+from oar_scale.runtime.program import program
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for cluster/dev, which is not part of the package
 

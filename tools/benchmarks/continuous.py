@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from generation import CAPTIONS, EMOJI
-from measure import Meter, machine, median_ratio, program, table
+from measure import Meter, machine, median_ratio, table
+
+from oar_scale.runtime.program import program
 
 if TYPE_CHECKING:
     from torch import Tensor

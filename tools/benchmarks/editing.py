@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from measure import machine, program, table
+from measure import machine, table
 from torch import Tensor
 
 import oar_scale
@@ -28,6 +28,7 @@ from oar_scale.generation.pretrained import Pretrained
 from oar_scale.generation.seen_codes import FILLS, Fill, pixels_of, seen_codes
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.results.estimates import estimate
+from oar_scale.runtime.program import program
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import conditioning_inputs
 from oar_scale.tokenizers.vq import pixels_to_unit

@@ -31,7 +31,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from measure import LAYOUTS, Meter, alternate, benchmark_spec, in_fresh_process, machine, median_ratio, program, table
+from measure import LAYOUTS, Meter, alternate, benchmark_spec, in_fresh_process, machine, median_ratio, table
+
+from oar_scale.runtime.program import program
 
 if TYPE_CHECKING:
     import torch

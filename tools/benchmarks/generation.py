@@ -25,8 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import CLASSES, Meter, alternate, in_fresh_process, machine, median_ratio, program, table
+from measure import CLASSES, Meter, alternate, in_fresh_process, machine, median_ratio, table
 from model import CHECKED, model_spec
+
+from oar_scale.runtime.program import program
 
 if TYPE_CHECKING:
     from torch import Tensor

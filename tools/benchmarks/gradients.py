@@ -18,7 +18,9 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from measure import machine, program, run_ranks, table
+from measure import machine, run_ranks, table
+
+from oar_scale.runtime.program import program
 
 CLASSES, CODES, GRID = 20, 512, 12
 VARIANTS = {

@@ -23,7 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from measure import in_fresh_process, machine, median_ratio, program, run_ranks, table
+from measure import in_fresh_process, machine, median_ratio, run_ranks, table
+
+from oar_scale.runtime.program import program
 
 if TYPE_CHECKING:
     import numpy as np

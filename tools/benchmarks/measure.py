@@ -17,12 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Lock
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from oar_scale.errors import UserError
-from oar_scale.redaction import redact
-from oar_scale.text import cut, printable
+from oar_scale.runtime.program import USERS_FAULT
 
 if TYPE_CHECKING:
     from oar_scale.config.schema import Layout
@@ -32,8 +34,6 @@ MIB = 2**20
 LAYOUTS = ("instructed", "dual", "decoupled", "grouped")
 """Those that place cells in any order."""
 CLASSES = 1000
-USERS_FAULT = 2
-"""Exit code."""
 
 
 def benchmark_spec(size: str | None, layout: Layout) -> ModelSpec:
@@ -53,15 +53,6 @@ def benchmark_spec(size: str | None, layout: Layout) -> ModelSpec:
         chosen = load_recipe(str(base), ["name=benchmark"]).model.model_dump(exclude_unset=True)
     config = ModelConfig.model_validate({**chosen, "layout": layout})  # a layout has widths and norms of its own
     return ModelSpec.from_recipe(config, vocab_size=16384, grid=16, condition=ClassSpec(classes=CLASSES))
-
-
-def program(main: Callable[[], object]) -> None:
-    """Run a benchmark. What its user can fix is one line and exit code 2, as of ``oar``."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {cut(printable(redact(str(error))))}", file=sys.stderr)
-        sys.exit(USERS_FAULT)
 
 
 def in_fresh_process(script: str, arguments: Sequence[str], threads: int, limit_s: float | None = None) -> dict[str, Any]:
@@ -91,23 +82,51 @@ def in_fresh_process(script: str, arguments: Sequence[str], threads: int, limit_
 
 
 def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> None:
-    """Run ``function(rank, *arguments)`` to its end in ``world`` fresh processes with the environment that torch.distributed reads."""
+    """Run ``function(rank, *arguments)`` to its end in ``world`` fresh processes with the environment that torch.distributed reads.
+
+    Raises:
+        UserError: a rank raised it. All ranks are ended then: others would wait for that one, or say that it has gone.
+        SystemExit: a rank failed otherwise, and has said how.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_rank, args=(rank, world, port, function, arguments)) for rank in range(world)]
+    heard, says = context.Pipe(duplex=False)
+    told = Told(says, context.Lock())
+    workers = [context.Process(target=_rank, args=(rank, world, port, told, function, arguments)) for rank in range(world)]
     for worker in workers:
         worker.start()
+    says.close()
+    with heard, suppress(EOFError):  # which says that all ranks have ended
+        error = UserError(heard.recv())
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        raise error
     for worker in workers:
         worker.join()
     if any(worker.exitcode for worker in workers):
         raise SystemExit("a worker failed")
 
 
-def _rank(rank: int, world: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+class Told(NamedTuple):
+    """How a rank tells its parent of an error: the first that has one keeps the lock, so that one is told."""
+
+    parent: Connection
+    first: Lock
+
+
+def _rank(rank: int, world: int, port: int, told: Told, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    function(rank, *arguments)
+    try:
+        function(rank, *arguments)
+    except UserError as error:
+        if told.first.acquire(block=False):
+            told.parent.send(str(error))
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()  # which ends this process: were this one to end first, ranks that wait for it would fail with errors of their own
 
 
 def alternate(cases: Sequence[str], rounds: int, run: Callable[[str], dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

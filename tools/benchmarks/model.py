@@ -24,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import CLASSES, LAYOUTS, Meter, alternate, benchmark_spec, in_fresh_process, machine, median_ratio, program, table
+from measure import CLASSES, LAYOUTS, Meter, alternate, benchmark_spec, in_fresh_process, machine, median_ratio, table
+
+from oar_scale.runtime.program import program
 
 if TYPE_CHECKING:
     from torch import Tensor

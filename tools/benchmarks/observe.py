@@ -23,9 +23,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from measure import machine, program
+from measure import machine
 
 from oar_scale.observe.events import EventLog
+from oar_scale.runtime.program import program
 
 STAGE = "pretrain"
 

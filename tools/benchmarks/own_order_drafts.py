@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from generation import CAPTIONS, EMOJI
-from measure import machine, program, table
+from measure import machine, table
 from torch import Tensor
 
 import oar_scale
@@ -32,6 +32,7 @@ from oar_scale.generation.pretrained import Pretrained
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import Decoder
 from oar_scale.orders.selection import CounterRNG
+from oar_scale.runtime.program import program
 
 NO_BOUND = float("inf")
 

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import MIB, machine, program, table
+from measure import MIB, machine, table
+
+from oar_scale.runtime.program import program
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 LABELS = ["tokenizer.text={type: labels, classes: 1000}"]

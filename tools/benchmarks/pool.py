@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, program, table
+from measure import machine, table
+
+from oar_scale.runtime.program import program
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for cluster/dev

@@ -22,11 +22,11 @@ from pathlib import Path
 import boto3
 from botocore.config import Config
 from crc32c import crc32c
-from measure import program
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for cluster/dev, which is not part of the package
 
 from cluster.dev import s3
+from oar_scale.runtime.program import program
 from oar_scale.storage import join, open_storage
 from oar_scale.storage.shard_cache import ShardCache
 

@@ -29,7 +29,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from measure import alternate, in_fresh_process, machine, median_ratio, program, table
+from measure import alternate, in_fresh_process, machine, median_ratio, table
+
+from oar_scale.runtime.program import program
 
 EMOJI = Path(__file__).resolve().parents[2] / "recipes" / "weights" / "emoji"
 CAPTIONS = ("a red apple", "a smiling cat", "evergreen tree", "police car", "thumbs up", "birthday cake", "rocket", "umbrella")

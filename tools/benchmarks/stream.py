@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import alternate, in_fresh_process, machine, median_ratio, program, table
+from measure import alternate, in_fresh_process, machine, median_ratio, table
+
+from oar_scale.runtime.program import program
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from measure import alternate, in_fresh_process, machine, median_ratio, program, table
+from measure import alternate, in_fresh_process, machine, median_ratio, table
+
+from oar_scale.runtime.program import program
 
 STEPS, WARM_UP, WORKERS = 40, 10, 2
 
