@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
 
@@ -80,7 +80,7 @@ class OrderedPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int | None = None,
         strength: float = 1.0,
         generator: Generators | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
         order: Order | None = None,
@@ -92,17 +92,22 @@ class OrderedPipeline(DiffusionPipeline):  # type: ignore[misc]
             prompt: captions, labels or features, as the model was trained; or one of them.
             image, mask_image: with both, what is white in the mask is drawn anew, as by ``model.edit``; one for all, or one a prompt.
             guidance_scale, num_inference_steps: ``guidance`` and ``steps`` of :class:`Choices`; None: the model's own.
-            strength: see :class:`oar_scale.generation.editing.EditOptions`.
-            generator: takes the place of ``seed``. One gives a seed for all pictures; a list, with one for each picture, a number for each.
+            strength: of an edit, see :class:`oar_scale.generation.editing.EditOptions`.
+            generator: in place of ``seed``. One gives a seed for all pictures; a list, with one for each picture, a number for each.
+            seed: default 0.
             output_type: Pillow's pictures, or an array [B, H, W, 3] or tensor [B, 3, H, W] of float32 in 0..1.
             return_dict: False: a tuple.
             order, choices: as of ``model.sample``.
 
         Raises:
-            UserError: an image without a mask, numbers that do not fit together, or as of ``model.sample`` and ``model.edit``.
+            UserError: an image without a mask, arguments that mean nothing beside the others or do not fit together, or as of
+                ``model.sample`` and ``model.edit``.
         """
         pretrained: Pretrained = self.model.pretrained
         prompts = _repeated(_listed(prompt), num_images_per_prompt)
+        for name, ours, value in (("guidance_scale", "guidance", guidance_scale), ("num_inference_steps", "steps", num_inference_steps)):
+            if value is not None and ours in choices:
+                raise UserError(f"{name} and {ours} are two names of one setting: give one of them")
         if guidance_scale is not None:
             choices["guidance"] = guidance_scale
         if num_inference_steps is not None:
@@ -111,6 +116,10 @@ class OrderedPipeline(DiffusionPipeline):  # type: ignore[misc]
         if (image is None) != (mask_image is None):
             raise UserError("image and mask_image go together: white in the mask is drawn anew, black stays")
         if image is None or mask_image is None:
+            if strength != 1:
+                raise UserError(
+                    f"strength {strength} is of an edit, and there is no image to edit: give image and mask_image, or leave it out"
+                )
             pictures = pretrained.sample(prompts, seed=seed, images=numbers, order=order, **choices)
         else:
             images = _one_each(_listed(image), len(prompts), num_images_per_prompt, "image")
@@ -121,20 +130,33 @@ class OrderedPipeline(DiffusionPipeline):  # type: ignore[misc]
         result = _as_type(pictures, output_type)
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **_: object) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **others: object) -> None:
         """Write an exported folder, with the files that the model was loaded from.
 
+        Args:
+            others: of diffusers' arguments those values that say what is done here.
+
         Raises:
-            UserError: something is there already.
+            UserError: something is there already, or another value.
         """
+        _refuse(others, "save_pretrained", safe_serialization=True, variant=None, max_shard_size=None, push_to_hub=False)
         target, pretrained = os.fspath(save_directory), self.model.pretrained
         with new_folder(target, last=CONFIG) as folder:
             complete_folder(folder, pretrained.bundle, copy_model(pretrained.bundle, folder))
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **_: object) -> str:
-        """As :meth:`Pretrained.push_to_hub`: one commit, with our model card."""
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **others: object) -> str:
+        """As :meth:`Pretrained.push_to_hub`: one commit, with our model card. ``others`` as of :meth:`save_pretrained`."""
+        as_here = {"commit_message": None, "token": None, "create_pr": False, "variant": None, "subfolder": None}
+        _refuse(others, "push_to_hub", safe_serialization=True, **as_here)
         pushed: str = self.model.pretrained.push_to_hub(repo_id, private=private)
         return pushed
+
+
+def _refuse(given: Mapping[str, object], method: str, **as_here: object) -> None:
+    """Raise UserError for an argument of diffusers' that has another value than the one that says what is done here; it may be a token."""
+    for name, value in given.items():
+        if name not in as_here or value != as_here[name]:
+            raise UserError(f"{method}: {name} would do nothing here. Leave it out.")
 
 
 def _listed(given: Any) -> list[Any]:
@@ -161,10 +183,12 @@ def _one_each(items: Sequence[T], pictures: int, times: int, name: str) -> list[
     return _repeated(items, times)
 
 
-def _noise(generator: Generators | None, seed: int, pictures: int) -> tuple[int, list[int] | None]:
+def _noise(generator: Generators | None, seed: int | None, pictures: int) -> tuple[int, list[int] | None]:
     """The seed, and a number for each picture."""
     if generator is None:
-        return seed, None
+        return 0 if seed is None else seed, None
+    if seed is not None:
+        raise UserError(f"seed {seed} and a generator, which draws one: give one of the two")
     if isinstance(generator, torch.Generator):
         return _drawn(generator), None
     if len(generator) != pictures:

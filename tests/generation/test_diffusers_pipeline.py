@@ -115,6 +115,10 @@ def test_the_folder_runs_no_code_without_trust(folder: str) -> None:
     ("choices", "message"),
     [
         ({"image": Image.new("RGB", (12, 12))}, "image and mask_image go together"),
+        ({"strength": 0.5}, "strength 0.5 is of an edit, and there is no image"),
+        ({"guidance_scale": 2.0, "guidance": 3.0}, "guidance_scale and guidance are two names"),
+        ({"num_inference_steps": 4, "steps": 4}, "num_inference_steps and steps are two names"),
+        ({"generator": torch.Generator(), "seed": 0}, "seed 0 and a generator"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt 0 must be a whole number from 1"),
         ({"generator": [torch.Generator()]}, "1 generators for 2 pictures"),
         ({"output_type": "latent"}, "output_type 'latent': there are pil, np and pt"),
@@ -124,3 +128,15 @@ def test_the_folder_runs_no_code_without_trust(folder: str) -> None:
 def test_what_does_not_fit_together_is_refused(pipeline: Any, choices: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipeline(CAPTIONS[:2], **choices)
+
+
+def test_what_saving_and_pushing_would_not_do_is_refused(pipeline: Any, tmp_path: Path) -> None:
+    """Before anything is written, at least anything public."""
+    for choices in ({"push_to_hub": True}, {"variant": "fp16"}, {"safe_serialization": False}, {"max_shard_size": "1GB"}):
+        with pytest.raises(UserError, match=f"save_pretrained: {next(iter(choices))} would do nothing here"):
+            pipeline.save_pretrained(tmp_path / "saved", **choices)
+    for choices in ({"create_pr": True}, {"token": "x"}, {"commit_message": "new"}):
+        with pytest.raises(UserError, match=f"push_to_hub: {next(iter(choices))} would do nothing here"):
+            pipeline.push_to_hub("me/name", **choices)
+    assert not (tmp_path / "saved").exists()
+    pipeline.save_pretrained(tmp_path / "saved", safe_serialization=True, push_to_hub=False)
