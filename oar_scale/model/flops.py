@@ -23,7 +23,7 @@ from oar_scale.model.spec import HELD, STRIDE, FeatureSpec, ModelSpec, TextSpec
 
 def forward_flops(spec: ModelSpec) -> int:
     """Teacher-forced forward pass of one image, its condition encoder included."""
-    return _trunk(spec) + _head(spec, spec.cells) + _condition(spec)
+    return _trunk(spec, spec.cells) + _head(spec, spec.cells) + _condition(spec)
 
 
 def training_flops(spec: ModelSpec, *, recompute: bool = False) -> int:
@@ -35,7 +35,7 @@ def training_flops(spec: ModelSpec, *, recompute: bool = False) -> int:
     Args:
         recompute: the trunk's blocks run once more in the backward pass (activation checkpointing).
     """
-    rows, again = spec.rows, _blocks(spec) if recompute else 0
+    rows, again = spec.rows, _blocks(spec, spec.cells) if recompute else 0
     backward = 2 * (forward_flops(spec) - _frozen_input(spec)) + _frozen_input(spec)
     scores_again = spec.layers * _attention(spec, rows, rows) // 2
     if isinstance(spec.condition, TextSpec):
@@ -90,6 +90,23 @@ def extraction_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[i
             kept = not (spec.decoupled or spec.grouped)  # the question of the last cell
             trunk += _entering(spec, stride * (size - 1), begin + stride * (placed - 1) + kept)
     return _condition(spec) + (1 + guided) * trunk + _head(spec, candidates)
+
+
+def brute_force_flops(spec: ModelSpec, *, guided: bool = False, sizes: Sequence[int] | None = None, first_given: bool = False) -> int:
+    """The same orders by a sequence of its own for every candidate (``orders.extraction.brute_force_orders``).
+
+    The condition encoder is left out: it has run for the orders that these are compared with. The output head sees the last row of a
+    sequence, the candidate's. Both branches have one: their logits are mixed.
+
+    Args:
+        guided, sizes, first_given: as of :func:`extraction_flops`.
+    """
+    placed, trunk, candidates = 0, 0, 0
+    for size in [1] * spec.cells if sizes is None else sizes:
+        scored = 1 if first_given and not placed else spec.cells - placed
+        trunk += scored * _trunk(spec, placed + 1)
+        candidates, placed = candidates + scored, placed + size
+    return (1 + guided) * (trunk + _head(spec, candidates))
 
 
 class DrawingStep(NamedTuple):
@@ -159,17 +176,18 @@ def look_ahead_flops(spec: ModelSpec, sizes: Sequence[int], samples: int, candid
     return operations
 
 
-def _trunk(spec: ModelSpec) -> int:
-    return _blocks(spec) + (spec.rows * _shared_row(spec) if spec.decoupled else 0)
+def _trunk(spec: ModelSpec, cells: int) -> int:
+    """The trunk, for the first cells of a sequence, all codes but the last one known."""
+    return _blocks(spec, cells) + (spec.rows_of(cells) * _shared_row(spec) if spec.decoupled else 0)
 
 
-def _blocks(spec: ModelSpec) -> int:
-    """All blocks, for an image in training."""
-    rows = spec.rows
+def _blocks(spec: ModelSpec, cells: int) -> int:
+    """All blocks of it."""
+    rows = spec.rows_of(cells)
     if not spec.decoupled:
-        return spec.layers * (rows * _block_row(spec) + _attention(spec, rows, rows)) - (rows - spec.cells) * _end_row(spec)
+        return spec.layers * (rows * _block_row(spec) + _attention(spec, rows, rows)) - (rows - cells) * _end_row(spec)
     # Questions attend as if they were as many as the keys (``CrossBlock.forward``).
-    of_all = rows * _block_row(spec) + spec.cells * (_block_row(spec) - _shared_row(spec)) + 2 * _attention(spec, rows, rows)
+    of_all = rows * _block_row(spec) + cells * (_block_row(spec) - _shared_row(spec)) + 2 * _attention(spec, rows, rows)
     return spec.layers // 2 * of_all
 
 

@@ -135,8 +135,12 @@ class ModelSpec(_Spec):
     @property
     def rows(self) -> int:
         """L: rows of an image in the trunk when it is trained; the N questions of a decoupled model come on top."""
-        asking = {"decoupled": 0, "grouped": self.cells}.get(self.layout, 1)  # beside the rows of all codes but the last
-        return self.condition.rows - HELD[self.layout] + STRIDE[self.layout] * (self.cells - 1) + asking
+        return self.rows_of(self.cells)
+
+    def rows_of(self, cells: int) -> int:
+        """The same of the first cells of an order, whose last code is asked for."""
+        asking = {"decoupled": 0, "grouped": cells}.get(self.layout, 1)  # beside the rows of all codes but the last
+        return self.condition.rows - HELD[self.layout] + STRIDE[self.layout] * (cells - 1) + asking
 
     @property
     def cached_pairs(self) -> int:

@@ -18,7 +18,7 @@ from oar_scale.model.flops import drawing_steps, forward_flops
 from oar_scale.orders.step_sizes import cells_per_step
 from oar_scale.planning.activations import BYTES, ROWS_AT_ONCE
 from oar_scale.planning.case import Case
-from oar_scale.planning.extraction_plan import order_flops, plain_order_flops
+from oar_scale.planning.extraction_plan import checked_order_flops, plain_order_flops
 from oar_scale.registry import MODELS
 from oar_scale.tokenizers.flops import decoder_flops
 
@@ -127,9 +127,7 @@ def plan_evaluation(case: Case) -> EvaluationPlan | None:
     drawing = drawing_cost(case, min(TASK_IMAGES, max(drawn, 1)))
     own = models * scored * OWN_ORDERS * plain_order_flops(case)
     likelihoods = (1 + models * NLL_PASSES) * scored * forward_flops(spec)
-    # By brute force N (N + 1) / 2 passes over prefixes that are a third as long on average. One process does it, in float32.
-    branches = 1 + recipe.extract.guided
-    brute = BRUTE_FORCE_IMAGES * (order_flops(case) + branches * forward_flops(spec) * spec.cells * (spec.cells + 1) / 6)
+    brute = BRUTE_FORCE_IMAGES * checked_order_flops(case)  # one process does it, in float32
     busy_s = models * drawn * drawing.seconds + own / case.decoding_rate + (likelihoods + brute) / case.float32_rate
     gpus = min(case.cluster.per_node, case.workers * case.gpus_per_worker)
     processes, on = (recipe.parallel.max_workers, "CPUs") if case.cluster.on_cpu else (gpus, "GPUs")

@@ -16,7 +16,7 @@ from functools import partial
 
 from oar_scale.config.schema import ParallelConfig
 from oar_scale.errors import UserError
-from oar_scale.model.flops import extraction_flops, look_ahead_flops
+from oar_scale.model.flops import brute_force_flops, extraction_flops, look_ahead_flops
 from oar_scale.model.spec import ModelSpec
 from oar_scale.orders.step_sizes import step_sizes
 from oar_scale.planning import activations
@@ -181,8 +181,21 @@ def order_flops(case: Case) -> int:
 
 def plain_order_flops(case: Case, *, guided: bool = False) -> int:
     """Operations to find one order by a score that does not look ahead, else with the recipe's settings."""
-    config, cells = case.recipe.extract, case.spec.cells
-    return extraction_flops(case.spec, guided=guided, sizes=step_sizes(config, cells), first_given=config.first_cell != "free")
+    sizes, first_given = _steps(case)
+    return extraction_flops(case.spec, guided=guided, sizes=sizes, first_given=first_given)
+
+
+def checked_order_flops(case: Case) -> int:
+    """Operations to find one order with the recipe's settings and once more by brute force (``eval_tasks.BruteForceTask``)."""
+    config, (sizes, first_given) = case.recipe.extract, _steps(case)
+    # What is compared does not look ahead: the score is another one then.
+    again = plain_order_flops(case, guided=config.guided) if config.score == "info_gain" else 0
+    return order_flops(case) + again + brute_force_flops(case.spec, guided=config.guided, sizes=sizes, first_given=first_given)
+
+
+def _steps(case: Case) -> tuple[list[int], bool]:
+    """How many cells each step of an extraction places, and whether the first one is given."""
+    return step_sizes(case.recipe.extract, case.spec.cells), case.recipe.extract.first_cell != "free"
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

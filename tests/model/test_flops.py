@@ -18,9 +18,17 @@ from oar_scale.config.loading import load_recipe
 from oar_scale.generation.sampling import generate
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.model import AnyOrderModel, ModelSpec
-from oar_scale.model.flops import drawing_steps, extraction_flops, forward_flops, look_ahead_flops, training_flops, useful_flops
+from oar_scale.model.flops import (
+    brute_force_flops,
+    drawing_steps,
+    extraction_flops,
+    forward_flops,
+    look_ahead_flops,
+    training_flops,
+    useful_flops,
+)
 from oar_scale.model.spec import ClassSpec, FeatureSpec, TextSpec
-from oar_scale.orders.extraction import extract_orders
+from oar_scale.orders.extraction import brute_force_orders, extract_orders
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.orders.step_sizes import cells_per_step, step_sizes
 from oar_scale.planning.shape import parameters
@@ -138,6 +146,19 @@ def test_steps_that_place_several_cells_cost_what_torch_counts(how: dict[str, An
     cells, given = model.spec.cells, settings.first_cell != "free"
     guided, sizes = settings.guidance != 1, step_sizes(settings, cells)
     assert operations == IMAGES * extraction_flops(model.spec, guided=guided, sizes=sizes, first_given=given)
+
+
+@pytest.mark.parametrize("name", ["instructed-text", "dual-class", "decoupled-text", "grouped-features"])
+@pytest.mark.parametrize("how", [{}, {"guidance": 2.0}, {"commit_per_step": 4, "first_cell": 3}])
+def test_brute_force_costs_what_torch_counts(how: dict[str, Any], name: str) -> None:
+    """The output head sees the candidates' rows alone, not those before them."""
+    model, settings = AnyOrderModel(SPECS[name]).eval(), ExtractionSettings(**how)
+    codes_BN, _, inputs = batch(model)
+    with torch.no_grad():
+        condition_BTD = model.condition(inputs)
+        operations = counted(lambda: brute_force_orders(model, codes_BN, condition_BTD, settings))
+    guided, sizes = settings.guidance != 1, step_sizes(settings, model.spec.cells)
+    assert operations == IMAGES * brute_force_flops(model.spec, guided=guided, sizes=sizes, first_given="first_cell" in how)
 
 
 @pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled", "grouped"])

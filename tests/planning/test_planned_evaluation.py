@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from oar_scale.cli import sample as sample_command
 from oar_scale.evaluation import eval_tasks
 from oar_scale.model import AnyOrderModel, save_model
-from oar_scale.model.flops import extraction_flops, forward_flops
+from oar_scale.model.flops import brute_force_flops, extraction_flops, forward_flops
 from oar_scale.model.spec import ClassSpec
 from oar_scale.orders.settings import ExtractionSettings
 from oar_scale.planning import evaluation_plan
 from oar_scale.planning.evaluation_plan import DrawingCost, drawing_cost, plan_evaluation, plan_samples
+from oar_scale.planning.extraction_plan import checked_order_flops
 from oar_scale.planning.tokens_plan import plan_tokens
 from oar_scale.stages import evaluate
 from oar_scale.tokenizers.flops import decoder_flops, encoder_flops
@@ -86,7 +89,7 @@ def test_the_evaluation_is_what_its_tasks_are() -> None:
     spec = case("imagenet").spec
     assert planned is not None and (planned.models, planned.drawn) == (3, 5000)
     drawing, own = 3 * 5000 * drawn("sample.guidance=2.0", batch=64).seconds, 3 * 1000 * 2 * extraction_flops(spec) / (989e12 * 0.3)
-    brute = 2 * (extraction_flops(spec) + forward_flops(spec) * CELLS * (CELLS + 1) / 6) / (67e12 * 0.4)
+    brute = 2 * (extraction_flops(spec) + brute_force_flops(spec)) / (67e12 * 0.4)
     likelihoods = (1 + 3 * 5) * 1000 * forward_flops(spec) / (67e12 * 0.4)
     assert planned.seconds == pytest.approx(60 + (drawing + own + likelihoods + brute) / 8)
     assert planned.gpu_hours == pytest.approx(8 * planned.seconds / 3600)
@@ -112,6 +115,20 @@ def test_a_likelihood_task_takes_as_many_passes_as_are_planned(tmp_path: Path) -
         task.run()
     each = evaluation_plan.NLL_PASSES * forward_flops(model.spec) + evaluation_plan.OWN_ORDERS * extraction_flops(model.spec)
     assert counter.get_total_flops() == 3 * each
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"guidance": 2.0, "commit_per_step": 4, "first_cell": 3}, {"score": "info_gain", "info_gain_samples": 1}]
+)
+def test_a_check_by_brute_force_takes_as_many_operations_as_are_planned(how: dict[str, Any], tmp_path: Path) -> None:
+    model = AnyOrderModel(small_spec(condition=ClassSpec(classes=5)))
+    codes_SN, order_SN = random_codes(model, 2).numpy(), random_orders(model, 2).numpy().astype(np.uint16)
+    save_model(str(tmp_path / "model.safetensors"), model)
+    target = eval_tasks.EvalTarget("any_order", str(tmp_path / "model.safetensors"), np.arange(2)[:, None])
+    with FlopCounterMode(display=False) as counter:
+        eval_tasks.BruteForceTask(target, codes_SN, order_SN, ExtractionSettings(**how)).run()
+    planned = replace(case("imagenet", *(f"extract.{name}={value}" for name, value in how.items())), spec=model.spec)
+    assert counter.get_total_flops() == 2 * checked_order_flops(planned)
 
 
 def test_the_plan_knows_the_evaluations_numbers() -> None:
