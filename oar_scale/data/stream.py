@@ -40,7 +40,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +49,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from oar_scale.data.hashing import device_permutations, integers, uniform
+from oar_scale.data.batch import Batch, ReplacedSample
+from oar_scale.data.hashing import integers, uniform
 from oar_scale.data.open_shard import UnusableSample
 from oar_scale.data.sample_plan import Cut, FolderPlan, Ids, Slots, StreamPlan, step_slots, stream_plan
 from oar_scale.data.shard_source import OpenShards, ShardRow, ShardSource
@@ -57,21 +58,14 @@ from oar_scale.errors import UserError
 from oar_scale.storage import FetchStats
 from oar_scale.tokenizers.prompts import PromptEncoder, check_features
 
+__all__ = ["Batch", "StreamSettings", "TokenStream"]
+
 LOOK_AHEAD_STEPS = 8
 """The shards of the step so far ahead are fetched in the background."""
 SUBSTITUTES = 16
 """Replacements tried for a sample that cannot be used, before the stream stops."""
 BAD_FROM = 64
 """The share of bad samples is taken of at least so many samples, so that one early fault does not stop the stream."""
-
-
-@dataclass(frozen=True)
-class ReplacedSample:
-    """A sample that could not be used and was replaced by another one (event ``bad_sample``)."""
-
-    uid: int
-    fault: str
-    """Shard, key and what is wrong."""
 
 
 class _Choice(NamedTuple):
@@ -86,41 +80,6 @@ class _Choice(NamedTuple):
     """Whether it follows a stored order, where its shard has any."""
     draw: float
     """From 0 to 1: which of the stored orders of the view it follows."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's share of a step: b = B / W samples, on the CPU."""
-
-    step: int
-    uid_b: Tensor
-    """int64: uids as the plan has them, also where a sample was replaced."""
-    codes_bN: Tensor
-    """int64 codes in raster order."""
-    encoded_prompts_b: Tensor
-    """Encoded prompts, a row for each sample: ids [b, T], labels [b, 1] or features [b, T, F]."""
-    drop_b: Tensor
-    """Samples whose prompt is dropped (bool)."""
-    seed: int
-    """Of the run: with epoch and uid it determines the random orders."""
-    epoch_b: Tensor
-    """int64: epoch of each sample, from 0."""
-    fixed_b: Tensor
-    """Samples that follow a given order (bool); the others get a random one."""
-    fixed_bN: Tensor
-    """int64: the given orders; the raster order where a sample has none."""
-    bad: tuple[ReplacedSample, ...] = ()
-    """Samples that were replaced."""
-    fetched: FetchStats = field(default_factory=FetchStats)
-    """Requests, bytes and retries since the last batch, those of shards fetched ahead included."""
-
-    def orders(self, device: torch.device | str = "cpu") -> Tensor:
-        """The order of each sample, int64 [b, N]: cell placed first to cell placed last.
-
-        Random orders are computed on ``device``, and are the same on every device.
-        """
-        random_bN = device_permutations("order", self.codes_bN.shape[1], self.seed, self.epoch_b.to(device), self.uid_b.to(device))
-        return torch.where(self.fixed_b.to(device)[:, None], self.fixed_bN.to(device), random_bN)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from itertools import accumulate, count
 import torch
 from torch import Tensor
 
-from oar_scale.generation.sampling import Generated, Known, check_eval, known_counts, sequence
+from oar_scale.generation.known_cells import Known, known_counts, sequence
+from oar_scale.generation.sampling import Generated, check_eval
 from oar_scale.generation.settings import SampleSettings
 from oar_scale.generation.slots import Course, Placing, Slots, advance
 from oar_scale.model import AnyOrderModel
