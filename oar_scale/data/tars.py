@@ -5,8 +5,8 @@ A tar is a chain: each 512-byte header says how long its file is, and so where t
     | header | file, padded to 512 | header | file ... | header of zeros |
       name[0:100] size[124:136] checksum[148:156] type[156] magic[257:265] prefix[345:500]
 
-Why not ``tarfile``: it takes about ten times as long, and it reads on after faults that a shard should be refused for. Here the archive is
-checked while its headers are followed, in two respects:
+Why not ``tarfile``: it makes an object of every header, one at a time, and it reads on after faults that a shard should be refused
+for. Here the archive is checked while its headers are followed, in two ways:
 
     fast   nearly all members of nearly all shards are plain: a regular file with an octal size. Those are followed in one tight loop,
            a few thousand headers at a time, and their checksums are compared in one NumPy call (:func:`_plain_run`, :func:`_verified`)

@@ -6,8 +6,8 @@
 
 The mean of a loss has the same gradient whatever comes above but for one factor, so it can be taken while a chunk's logits are
 there; [R, V] never exists. ``torch.nn.functional.linear_cross_entropy`` does the same; it rounds a bfloat16 loss to bfloat16,
-does not return the loss of each row, and took 1.3 times as long on a CPU in float32, with six times the memory
-(docs/results/model-cpu.md).
+does not return the loss of each row, and took more time and memory on a CPU (docs/results/model-cpu.md,
+``python tools/benchmarks/model.py --head``).
 """
 
 from __future__ import annotations

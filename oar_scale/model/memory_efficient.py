@@ -128,9 +128,9 @@ class _AddDroppedFunction(torch.autograd.Function):
     def forward(ctx: _ScaledContext, x: Tensor, y: Tensor, p: float) -> Tensor:
         # A number is dropped where its 16 random bits, read as a signed integer, lie below the threshold.
         threshold = min(round(p * 2**16), 2**16 - 1)
-        # 16 random bits a number, four numbers a draw: a fifth of the time of bernoulli_, which draws a float for each.
+        # 16 random bits a number, four numbers a draw, where bernoulli_ draws a float for each.
         draws = torch.empty(-(-y.numel() // 4), dtype=torch.int64, device=y.device).random_(-(2**63), None)
-        # As bytes, since products with bool take twice as long.
+        # As bytes: products with bool are slower.
         kept = (draws.view(torch.int16)[: y.numel()] >= threshold - 2**15).view(torch.int8).view(y.shape)
         ctx.scale = 2**16 / (2**16 - threshold)
         ctx.save_for_backward(kept)

@@ -2,8 +2,8 @@
 
 Three seeds of two arms tell little about their own spread. Arms and seeds are randomised blocks, for all arms of one seed have seen the
 same samples: the mean of arm a at seed r is m_a + b_r + e_ar, with e of one variance in all arms. That they share it is tested (F, exact
-for normal values): of 15 arms of 3 seeds one that varies ten times as much would be told from a control that it equals in 49 % of all
-cases, not in 5 %.
+for normal values): of 15 arms of 3 seeds one that varies ten times as much would be told from a control that it equals in more than a
+third of all cases, not in 5 % (counted in ``tests/results/test_seed_spread.py``).
 
     p <= 0.1            a difference with this arm (if it is the control: each difference) is judged by the spread of its two arms alone
     p <= 0.1 / arms     the arm is left out of what the others tell as well: so strict, since leaving out what is large by chance alone
@@ -30,7 +30,7 @@ def pooled_spread(arms: Mapping[str, ArrayLike]) -> SeedSpread | None:
 
     Its variance is twice that of the residuals of the table of means, arm by seed, with (arms - 1) (seeds - 1) degrees of freedom. (The
     mean of the variances of all arms' differences to a control would hold the control's own values once for all arms, and have fewer
-    degrees of freedom than it seems to: at 15 arms of 3 seeds its test at 0.0025 is wrong two to three times as often.)
+    degrees of freedom than it seems to: its test is wrong more often than it says.)
 
     Args:
         arms: values [R, S] of each, of the same seeds, the control among them; 2 arms give what their differences give alone.

@@ -242,9 +242,10 @@ def _interaction(values_RS: Floats, families_S: ArrayLike | None) -> float:
 def _over_both(by_seed: _Spread | None, by_image_S: Floats, interaction: float, families_S: ArrayLike | None) -> _Spread | None:
     """Over seeds and families together: never less than over one of them.
 
-    The degrees of freedom of the fewer would make it far too wide where images decide (of 3 seeds: right 99.9 % of the time, not 95 %),
-    those of Welch & Satterthwaite too narrow where seeds do: where 3 seeds are near each other by chance, these are many, and a test at
-    0.0017 errs 10 times as often as it should. With Cochran & Cox's value it errs twice as often there, and at 0.05 as often as it says.
+    The degrees of freedom of the fewer would make it far too wide where images decide (``tests/results/test_statistics.py``), those of
+    Welch & Satterthwaite too narrow where seeds do: where 3 seeds are near each other by chance, these are many, and a test at a small
+    level errs far more often than it should. With Cochran & Cox's value it errs as often as it says at 0.05, and somewhat more often at
+    small levels.
     """
     by_family = _ratio_spread(*_by_family(by_image_S, families_S))
     if by_seed is None or by_family is None:

@@ -1,7 +1,7 @@
 """Which code serves which URI scheme. It is loaded by name at first use.
 
 The table names modules as text on purpose: code that reads and writes objects must not depend on the client library of a store
-that it does not use. boto3 takes 0.3 s to import, and a local run needs none of it.
+that it does not use. boto3 is slow to import, and a local run needs none of it.
 """
 
 from __future__ import annotations
