@@ -50,6 +50,8 @@ def _edit(arguments: argparse.Namespace) -> None:
         )
     if (arguments.prompt is None) != bool(arguments.region):
         raise UserError("--prompt is required, but with --region FILE PROMPT, where each region has its own")
+    if arguments.expand and arguments.strength < 1:
+        raise UserError(f"--strength {arguments.strength:g} means nothing with --expand, whose margins are drawn as a whole: leave it out")
     chosen = {name: value for name, value in vars(arguments).items() if name != "run"}
     chosen["expand"] = arguments.expand and Margins(**arguments.expand)
     edit_files(EditRequest(**chosen), say=print)

@@ -78,6 +78,8 @@ def _refuse_unused(verb: argparse.ArgumentParser, arguments: argparse.Namespace)
 
     if (arguments.labels is None) != (arguments.images is None):
         raise UserError("--labels balanced and --images N belong together: so many pictures, every label equally often")
+    if arguments.labels and arguments.count:
+        raise UserError("--count means nothing with --labels, which says how many pictures are drawn in all: leave it out")
     unused: tuple[str, ...]
     if arguments.again:
         way, unused = "with --again, the file says what is drawn", (*_OF_DRAWING, "grid", "frames", *_OF_POOLS, "actors", "status")

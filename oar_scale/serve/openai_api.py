@@ -99,6 +99,8 @@ def add_openai(app: FastAPI, service: Service) -> None:
 async def _answer(service: Service, asked: Ask, request: Request, plan: Callable[[], Task], kind: Kind) -> Response:
     """Draw, and answer with the images, or with events on the way to them."""
     if asked.stream:
+        if asked.response_format == "url":
+            raise bad_request("response_format url comes without stream: a stream has its images in it", "response_format")
         check_streams(service)
         job, _ = await service.submit(plan, watched=True, keep=False)
         body_was_read(request.scope)

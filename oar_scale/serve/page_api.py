@@ -15,7 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from oar_scale.serve.api_errors import bad_request
 from oar_scale.serve.jobs import Job
 from oar_scale.serve.pictures import IMAGES
-from oar_scale.serve.requests import JobAsk, from_data_url
+from oar_scale.serve.requests import EDIT_FIELDS, JobAsk, from_data_url
 from oar_scale.serve.service import ModelInfo, Service
 from oar_scale.serve.streams import check_streams, stream
 from oar_scale.serve.tasks import Task
@@ -78,6 +78,9 @@ def _plan(service: Service, asked: JobAsk) -> Task:
     if asked.kind == "sample":
         if asked.image is not None or asked.mask is not None:
             raise bad_request("image and mask belong to edits: kind must be edit", "kind")
+        for name in EDIT_FIELDS:
+            if getattr(asked, name) != JobAsk.model_fields[name].default:
+                raise bad_request(f"{name} belongs to edits: kind must be edit", name)
         return service.planner.sample(asked, asked.count, PREVIEWS)
     if asked.image is None:
         raise bad_request("an edit needs an image", "image")

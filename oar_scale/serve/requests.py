@@ -53,6 +53,9 @@ class EditSettings(Settings):
     feather: Annotated[float, Field(ge=0, le=1024)] = 0.0
 
 
+EDIT_FIELDS = EditSettings.model_fields.keys() - Settings.model_fields.keys()
+
+
 class JobAsk(EditSettings):
     """``POST /api/jobs``."""
 

@@ -245,6 +245,8 @@ def test_what_says_too_little_is_explained(run: str, capsys: pytest.CaptureFixtu
     for arguments in (["--box", "0,0,4,4"], ["--prompt", "3", "--region", "mask.png", "3"]):
         assert main(["edit", "square.png", "--model", run, *arguments]) == 2
         assert "--prompt is required, but with --region FILE PROMPT" in capsys.readouterr().err
+    assert edit(run, "square.png", "--expand", "left=4", "--strength", "0.5") == 2
+    assert "--strength 0.5 means nothing with --expand" in capsys.readouterr().err
     assert main(["edit", "square.png", "--model", run, *["--region", "mask.png", "3"] * 30]) == 2
     assert "--region: 30 regions, and a picture's record holds 29. Draw the others in the edited picture." in capsys.readouterr().err
 

@@ -139,6 +139,7 @@ def test_animation_shows_cells_in_their_order(name: str, tmp_path: Path) -> None
         (("--again", "none.png", "-o", "sample.top_p=0.9"), "means nothing with --again"),
         (("--again", "none.png", "--seed", "1"), "--seed means nothing with --again"),
         (("--again", "none.png", "--actors", "2"), "--actors means nothing with --again"),
+        (("--labels", "balanced", "--images", "10", "--count", "2"), "--count means nothing with --labels"),
         (("a cat", "--per-shard", "3"), "--per-shard means nothing without --actors"),
         (("--actors", "2", "--device", "cpu"), "--device means nothing with --actors"),
     ],

@@ -47,6 +47,8 @@ JOBS: dict[str, tuple[dict[str, Any], str]] = {
     "stored": ({"order": "stored"}, "halton"),
     "no-image": ({"kind": "edit"}, "needs an image"),
     "sample-image": ({"image": "data:,"}, "edit"),
+    "sample-strength": ({"strength": 0.5}, "strength belongs to edits"),
+    "sample-feather": ({"feather": 2}, "feather belongs to edits"),
 }
 IMAGES: dict[str, tuple[Any, Any, str]] = {
     "no-url": ("file:///etc/passwd", None, "data URL"),
@@ -126,6 +128,12 @@ def test_an_edit_is_sent_as_a_form_with_files(server: Served) -> None:
         check_refused(client.post("/v1/images/edits", data={**PROMPT, "image": "x"}, files={"mask": b"x"}), 400, "file")
         broken = {"Content-Type": "multipart/form-data; boundary=x"}
         check_refused(client.post("/v1/images/edits", content=b"--x\r\nrubbish", headers=broken), 400)
+
+
+def test_a_stream_gives_no_addresses(server: Served) -> None:
+    with server.http() as client:
+        asked = {**PROMPT, "stream": True, "response_format": "url"}
+        check_refused(client.post("/v1/images/generations", json=asked), 400, "response_format url comes without stream")
 
 
 def test_one_pixel_can_be_drawn_anew(server: Served) -> None:
