@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 from oar_scale.errors import UserError
@@ -46,6 +47,14 @@ def check_stage(recipe: Recipe, name: str, verb: str) -> None:
     if (stage.verb or stage.kind) != verb:
         here = [each.name for each in recipe.stages() if (each.verb or each.kind) == verb]
         raise UserError(f"--stage {name}: oar {verb} does the stages {', '.join(here)} of this recipe.")
+
+
+def refuse_unused(verb: argparse.ArgumentParser, arguments: argparse.Namespace, names: Iterable[str], way: str) -> None:
+    """Raise UserError where an option of ``verb`` is given that does nothing in this way: "--images means nothing without --compare"."""
+    for name in names:
+        if getattr(arguments, name) not in (verb.get_default(name), []):
+            option = "a caption" if name == "captions" else f"--{name.removeprefix('of_').replace('_', '-')}"
+            raise UserError(f"{option} means nothing {way}: leave it out")
 
 
 def count(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import REQUEUE, Subparsers, add_verb, count, load, minutes
+from oar_scale.cli.common import REQUEUE, Subparsers, add_verb, count, load, minutes, refuse_unused
 from oar_scale.registry import STAGES
 
 
@@ -41,7 +41,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from oar_scale.errors import UserError
 
     if not arguments.flexibility:
-        _refuse_unused(arguments)
+        refuse_unused(arguments.verb, arguments, _OPTIONS, "without --flexibility")
         if arguments.recipe is None:
             raise UserError("oar evaluate: which run? oar evaluate RECIPE, or oar evaluate --flexibility MODEL ... --out FOLDER")
         recipe = load(arguments)
@@ -75,11 +75,3 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 _OPTIONS = ("out", "of_run", "split", "images", "against", "chapters", "sweep", "features", "weights", "sha256", "minutes")
-
-
-def _refuse_unused(arguments: argparse.Namespace) -> None:
-    from oar_scale.errors import UserError
-
-    for name in _OPTIONS:
-        if getattr(arguments, name) != arguments.verb.get_default(name):
-            raise UserError(f"--{name.removeprefix('of_')} means nothing without --flexibility: leave it out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from oar_scale.cli.common import Subparsers, add_verb, check_stage, count, load
+from oar_scale.cli.common import Subparsers, add_verb, check_stage, count, load, refuse_unused
 
 SLURM = "SLURM_ARRAY_TASK_ID"
 
@@ -31,9 +31,14 @@ def add(verbs: Subparsers) -> None:
     compare.add_argument("--images", type=count, default=64, metavar="N", help="training images to take; default: %(default)s")
     compare.add_argument("--finetune", type=int, default=0, metavar="STEPS", help="also train on the orders of each method; default: no")
     compare.add_argument("--out", metavar="FILE.json", help="write the figures as well")
+    verb.set_defaults(verb=verb)
 
 
 def _extract(arguments: argparse.Namespace) -> int:
+    if arguments.compare:
+        refuse_unused(arguments.verb, arguments, ("stage",), "with --compare, which takes the settings of the recipe")
+    else:
+        refuse_unused(arguments.verb, arguments, ("images", "finetune", "out"), "without --compare")
     recipe = load(arguments)
     check_stage(recipe, arguments.stage, "extract")
     task = None if arguments.array is None else _array_task(arguments.array)

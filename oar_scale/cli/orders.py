@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import Subparsers, add_model, add_verb, count, load
+from oar_scale.cli.common import Subparsers, add_model, add_verb, count, load, refuse_unused
 
 
 def add(verbs: Subparsers) -> None:
@@ -18,9 +18,16 @@ def add(verbs: Subparsers) -> None:
     verb.add_argument("--train-head", action="store_true", help="instead: train an order head on the orders, and say what it is worth")
     add_model(verb, "whose rows the head reads; default: %(default)s", default="any_order")
     verb.add_argument("--predict", action="store_true", help="instead, or after --train-head: write the head's orders of all images")
+    verb.set_defaults(verb=verb)
 
 
 def _orders(arguments: argparse.Namespace) -> None:
+    if arguments.train_head or arguments.predict:
+        refuse_unused(arguments.verb, arguments, ("images", "against", "out"), "with --train-head and --predict")
+    if arguments.predict:
+        refuse_unused(arguments.verb, arguments, ("model",), "with --predict, which takes the any-order model's head")
+    if not arguments.train_head:
+        refuse_unused(arguments.verb, arguments, ("model",), "without --train-head")
     recipe = load(arguments)
     from oar_scale.run.context import Run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from oar_scale.cli.common import Subparsers, add_model, count, seed
+from oar_scale.cli.common import Subparsers, add_model, count, refuse_unused, seed
 
 
 def add(verbs: Subparsers) -> None:
@@ -89,10 +89,7 @@ def _refuse_unused(verb: argparse.ArgumentParser, arguments: argparse.Namespace)
         way, unused = "with --status, nothing is drawn", _OF_SHEETS
     else:
         way, unused = "without --actors", _OF_POOLS
-    for name in unused:
-        if getattr(arguments, name) not in (verb.get_default(name), []):
-            option = "a caption" if name == "captions" else f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} means nothing {way}: leave it out")
+    refuse_unused(verb, arguments, unused, way)
     changed = next((each for each in arguments.overrides if each.startswith("sample.")), None)
     if arguments.again and changed:
         raise UserError(f"-o {changed} means nothing {way}: leave it out")
