@@ -90,8 +90,9 @@ def kid_error(x: ArrayLike, y: ArrayLike, *, paired: bool = False, groups: Group
 
     Args:
         x, y, paired, groups: as of :func:`kid`.
-        most: captions (or images) that are looked at, for the work grows with their square: of more as many random ones, whose error is
-            then made smaller by the square root of their share, as that of a mean is.
+        most: captions (or images) that are looked at, for the work grows with their square. Of more as many random ones, of those of each
+            side alone and of both sides as evenly as there are: where one side has few, nearly all of the error is theirs. What the
+            variance is in them counts by the share that they are, as that of a mean does.
 
     Raises:
         ValueError: as :func:`kid`, or fewer than 3 images a side or captions.
@@ -100,11 +101,10 @@ def kid_error(x: ArrayLike, y: ArrayLike, *, paired: bool = False, groups: Group
     numbers = _numbered(features_x, features_y, paired, groups)
     _, at = np.unique(np.concatenate(numbers), return_inverse=True)
     at_x, at_y = at[: len(features_x)], at[len(features_x) :]
-    count, share = int(at.max()) + 1, 1.0
+    count, share_g = int(at.max()) + 1, np.ones(1)
     if count > most:
-        share, taken = most / count, np.full(count, -1)
-        taken[np.random.default_rng(0).choice(count, most, replace=False)] = np.arange(most)
-        at_x, at_y, count = taken[at_x], taken[at_y], most
+        taken, share_g = _some_groups(at_x, at_y, count, most)
+        at_x, at_y, count = taken[at_x], taken[at_y], len(share_g)
         features_x, features_y = features_x[at_x >= 0], features_y[at_y >= 0]
         at_x, at_y = at_x[at_x >= 0], at_y[at_y >= 0]
     distance_g = _means_without(features_x, at_x, features_x, at_x, count) + _means_without(features_y, at_y, features_y, at_y, count)
@@ -112,7 +112,7 @@ def kid_error(x: ArrayLike, y: ArrayLike, *, paired: bool = False, groups: Group
     deviations_g = distance_g - np.mean(distance_g)
     if count < 3 or not np.isfinite(deviations_g).all():
         raise ValueError("a standard error of a distance needs at least 3 images a side, of different captions")
-    return float(np.sqrt(share * (count - 1) / count * np.sum(deviations_g**2)))
+    return float(np.sqrt((count - 1) / count * np.sum(share_g * deviations_g**2)))
 
 
 def kid_difference(first: ArrayLike, second: ArrayLike, reference: ArrayLike, families_n: ArrayLike | None = None) -> Estimate:
@@ -246,6 +246,23 @@ def _numbered(x: NDArray[np.floating], y: NDArray[np.floating], paired: bool, gr
         return groups
     rows_x = np.arange(len(x))
     return rows_x, np.arange(len(y)) + (0 if paired else len(x))
+
+
+def _some_groups(at_x: NDArray[np.int64], at_y: NDArray[np.int64], groups: int, most: int) -> tuple[NDArray[np.int64], Matrix]:
+    """Random groups, ``most`` at most: of those in ``x`` alone, in ``y`` alone and in both as many each, or all that there are.
+
+    Returns:
+        The new number of each group, -1 of one that is left out, [groups]; for each new one the share of its kind that was taken.
+    """
+    where_g, number_g, share = np.zeros(groups, dtype=np.int64), np.full(groups, -1), list[float]()
+    where_g[at_x] |= 1
+    where_g[at_y] |= 2
+    rng, kinds = np.random.default_rng(0), [np.flatnonzero(where_g == kind) for kind in (1, 2, 3)]
+    for later, of_kind in zip((2, 1, 0), sorted(kinds, key=len), strict=True):
+        count = min(len(of_kind), (most - len(share)) // (later + 1))
+        number_g[rng.choice(of_kind, count, replace=False)] = len(share) + np.arange(count)
+        share += [count / max(len(of_kind), 1)] * count
+    return number_g, np.array(share)
 
 
 def _unbiased_mmd2(x: Matrix, y: Matrix, groups_x: NDArray[np.int64], groups_y: NDArray[np.int64]) -> float | None:

@@ -215,6 +215,15 @@ def test_of_many_images_the_error_of_kid_is_told_by_some_of_them() -> None:
     assert kid_error(x[:400], y[:400], paired=True, most=300) == pytest.approx(kid_error(x[:400], y[:400], paired=True), rel=0.2)
 
 
+def test_few_samples_beside_many_images_are_all_looked_at() -> None:
+    """Nearly all of the error is theirs; of some random images of both sides, hardly one would be a sample."""
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(6, 4)), rng.normal(size=(900, 4))
+    assert kid_error(x, y, most=120) == pytest.approx(kid_error(x, y), rel=0.15)
+    captions = np.arange(3).repeat(2), np.arange(900)
+    assert kid_error(x, y, groups=captions, most=120) == pytest.approx(kid_error(x, y, groups=captions), rel=0.15)
+
+
 def test_frechet_of_statistics_is_that_of_the_features() -> None:
     rng = np.random.default_rng(11)
     x, y = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12)), rng.normal(size=(70, 12)) + 1

@@ -148,7 +148,7 @@ def test_steps_that_place_several_cells_cost_what_torch_counts(how: dict[str, An
     assert operations == IMAGES * extraction_flops(model.spec, guided=guided, sizes=sizes, first_given=given)
 
 
-@pytest.mark.parametrize("name", ["instructed-text", "dual-class", "decoupled-text", "grouped-features"])
+@pytest.mark.parametrize("name", ["instructed-text", "dual-class", "decoupled-text", "grouped-class"])
 @pytest.mark.parametrize("how", [{}, {"guidance": 2.0}, {"commit_per_step": 4, "first_cell": 3}])
 def test_brute_force_costs_what_torch_counts(how: dict[str, Any], name: str) -> None:
     """The output head sees the candidates' rows alone, not those before them."""
