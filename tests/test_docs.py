@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from oar_scale import cli
 from oar_scale.cli import main
 from oar_scale.config.loading import load_recipe
 
@@ -98,6 +100,31 @@ def test_every_verb_the_readme_names_is_known(capsys: pytest.CaptureFixture[str]
             main([verb, "--help"])
         assert ended.value.code == 0
     assert "--from" in capsys.readouterr().out
+
+
+def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return next((dict(each.choices) for each in parser._actions if isinstance(each, argparse._SubParsersAction)), {})
+
+
+def unknown_options(text: str) -> list[str]:
+    """The options that a text has in a command ``oar VERB ...`` though neither the verb nor an action of it has them."""
+    verbs, unknown = verbs_of(cli._parser()), []
+    for names, rest in re.findall(r"(?:^ +|`)oar ([a-z|]+)([^`\n]*)", text, re.MULTILINE):
+        options = re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.split(r" {3,}", rest)[0])
+        for name in names.split("|"):
+            known = [verbs[name], *verbs_of(verbs[name]).values()] if name in verbs else []
+            unknown += [f"oar {name} {each}" for each in options if not any(each in parser.format_help() for parser in known)]
+    return unknown
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_option_of_a_command_in_the_docs_exists(document: Path) -> None:
+    assert not unknown_options(document.read_text())
+
+
+def test_a_wrong_option_in_the_docs_would_be_noticed() -> None:
+    text = "    oar run RECIPE --form x    --not-ours\nsee `oar data stats URL --jsn`, `oar sampel --count 3` and `oar sample --count 3`"
+    assert unknown_options(text) == ["oar run --form", "oar data --jsn", "oar sampel --count"]
 
 
 def test_recipe_origin_names_the_file_that_set_a_value(capsys: pytest.CaptureFixture[str]) -> None:
