@@ -25,6 +25,8 @@ sys.path[:0] = [str(TOOLS), str(TOOLS / "benchmarks")]
 import gpu_numerics  # noqa: E402
 import gpu_smoke  # noqa: E402
 
+from oar_scale.errors import UserError  # noqa: E402
+
 TWICE = f"""
 import sys
 for name in ("ray", "deepspeed", "boto3", "wandb"):
@@ -57,7 +59,7 @@ def test_the_tool_measures_on_a_cpu_and_resumes(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_a_gpu_hears_it_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"sees no GPU here.*--tiny"):
+    with pytest.raises(UserError, match=r"sees no GPU here.*--tiny"):
         gpu_smoke.main(["--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
