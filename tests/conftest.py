@@ -112,6 +112,15 @@ def shared_ray(s3_root: str) -> None:
                 raise
 
 
+@pytest.fixture
+def pool_here() -> Iterator[None]:
+    """Pools of this test start no process: their actors are objects of this one (actors_here.py)."""
+    from actors_here import pools_here
+
+    with pools_here():
+        yield
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if "shared_ray" not in getattr(item, "fixturenames", ()):
         _shared_ray.close()

@@ -26,7 +26,7 @@ def tokenizer(tmp_path: Path) -> str:
     return str(tmp_path / "vq.safetensors")
 
 
-@pytest.mark.ray
+@pytest.mark.usefixtures("pool_here")
 def test_foreign_pictures_on_s3_become_token_shards(
     s3_root: str, tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from actors_here import pools_here
 from PIL import Image
 
 from oar_scale.config.schema import ClipTextConfig, ModelConfig
@@ -30,8 +31,6 @@ from oar_scale.tokenizers.prompts import (
 )
 from oar_scale.tokenizers.text_features import TextFeatures
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
-
-pytestmark = pytest.mark.usefixtures("shared_ray")
 
 TOWER = "ViT-S-16-alt"
 ROUNDED = {"rtol": 2e-3, "atol": 2e-4}
@@ -65,7 +64,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TokenizeJob:
         cache_dir=str(folder / "cache"),
         text=ClipTextConfig(type="open_clip", architecture=TOWER, weights=tower_file(folder, 0), precompute=True),
     )
-    tokenize_all(job, actors=1)
+    with pools_here():
+        tokenize_all(job, actors=1)
     return job
 
 
@@ -115,6 +115,7 @@ def test_the_manifest_names_the_tower(job: TokenizeJob, tower: ClipText, reader:
     assert Manifest(shards=(), grid=8, vocab_size=512).fingerprint == "a06c6f6ff2fdcad4", "that of shards without features is what it was"
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_another_tower_is_refused(job: TokenizeJob, tower: ClipText, reader: FeatureReader, tmp_path: Path) -> None:
     assert job.text is not None
     with pytest.raises(UserError, match=rf"text features are of the tower {tower.content_id}, tokenizer\.text is the tower 0123"):
@@ -138,6 +139,7 @@ def test_a_model_trained_on_stored_features_knows_its_tower(tower: ClipText, rea
         check_prompts(spec, FeatureReader(77, 256, tower.spec, "0123"), "model")
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_pooled_features_are_stored_as_one_row(job: TokenizeJob, tmp_path: Path) -> None:
     """One row a caption is stored where the recipe asks for it."""
     assert job.text is not None

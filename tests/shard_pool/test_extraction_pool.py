@@ -1,4 +1,7 @@
-"""The extraction of a folder of shards on a real Ray: the tables are those of one process, whatever was interrupted."""
+"""The extraction of a folder of shards: the tables are those of brute force, whatever was interrupted.
+
+By two actors of a real Ray; what does not depend on them, by actors in this process.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,6 @@ from oar_scale.shard_pool.ledger import LedgerEntry, Record
 from oar_scale.storage import open_storage
 from oar_scale.storage.s3 import S3Storage
 from oar_scale.tokenizers.text import TextTokenizer, train_text_tokenizer
-
-pytestmark = pytest.mark.usefixtures("shared_ray")
 
 CAPTIONS = ["a b", "b a", "a a b", "b b a", "a b a b"]
 
@@ -72,6 +73,7 @@ def results(folder: Path) -> dict[str, ShardResult]:
     return {shard: entry.result for shard, entry in Ledger(str(folder / "ledger")).entries(map(shard_name, range(3))).items()}
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_every_image_gets_the_brute_force_order_of_view_0(inputs: Path, tmp_path: Path) -> None:
     progress: list[int] = []
     report = extract_all(job(inputs, tmp_path / "orders"), actors=2, on_progress=lambda done, _: progress.append(done))
@@ -91,6 +93,7 @@ def test_every_image_gets_the_brute_force_order_of_view_0(inputs: Path, tmp_path
         np.testing.assert_allclose(table.score_SN, expected.score_BN.numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_a_resumed_extraction_equals_an_uninterrupted_one(inputs: Path, tmp_path: Path) -> None:
     calm, torn = tmp_path / "calm", tmp_path / "torn"
     extract_all(job(inputs, calm), actors=1)
@@ -104,6 +107,7 @@ def test_a_resumed_extraction_equals_an_uninterrupted_one(inputs: Path, tmp_path
     assert results(torn) == results(calm)
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_orders_of_two_settings_do_not_mix(inputs: Path, tmp_path: Path) -> None:
     first = job(inputs, tmp_path / "orders")
     extract_all(first, actors=2)
@@ -140,6 +144,7 @@ def test_every_view_can_have_an_order_of_its_own(inputs: Path, tmp_path: Path) -
     np.testing.assert_array_equal(table.order_SN[1::2], expected.order_BN.numpy())
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_a_damaged_token_shard_is_named_others_are_extracted(inputs: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tokens"
     copy.mkdir()
@@ -152,6 +157,7 @@ def test_a_damaged_token_shard_is_named_others_are_extracted(inputs: Path, tmp_p
         report.raise_for_poison()
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_only_tables_that_are_gone_or_cut_are_made_again(inputs: Path, tmp_path: Path) -> None:
     here = job(inputs, tmp_path / "orders")
     worker, ledger = ExtractionWorker(here), Ledger(here.ledger)
@@ -235,6 +241,7 @@ def test_several_orders_of_several_views_have_rows_of_their_own(inputs: Path, tm
     np.testing.assert_array_equal(joined, table.order_SN.reshape(3, 4, 9)[:, :2])
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_an_extraction_starts_when_its_storage_is_back(inputs: Path, tmp_path: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the driver reads or lists as it starts is out of reach at first: manifest, model, ledger, tables."""
     extract_all(job(inputs, tmp_path / "orders"), actors=1)

@@ -1,4 +1,4 @@
-"""Features by a pool of real actors: the same bytes whoever computes them, resumed after a kill, from a folder and from S3."""
+"""Features by a pool: the same bytes whoever computes them, resumed after a kill, from a folder and from S3."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from actors_here import pools_here
 
 from oar_scale.errors import UserError
 from oar_scale.evaluation.adm_batch import write_batch
@@ -18,7 +19,6 @@ from oar_scale.shard_pool.feature_pool import FeatureJob, FeatureWorker, compute
 from oar_scale.storage import join, open_storage
 from tests.evaluation.test_image_sets import folder_of_shards
 
-pytestmark = pytest.mark.usefixtures("shared_ray")
 pytest.importorskip("efficientnet_lite_pytorch")
 
 
@@ -30,10 +30,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
 
 @pytest.fixture(scope="module")
 def job(images: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> FeatureJob:
-    """Whose features two actors have computed."""
+    """Whose features are computed."""
     job = FeatureJob(images, ExtractorSpec(), str(tmp_path_factory.mktemp("cache")), batch=2)
-    found = compute_features(job, actors=2)
-    assert (found.computed, found.side, found.files.images) == (2, (6, 6), 5)
+    with pools_here():
+        compute_features(job, actors=1)
     return job
 
 
@@ -41,6 +41,15 @@ def stored(folder: str) -> dict[str, bytes]:
     return {name: open_storage(folder).read(join(folder, name)) for name in map(feature_file, ("00000.tar", "00001.tar"))}
 
 
+@pytest.mark.usefixtures("shared_ray")
+def test_actors_of_a_ray_compute_the_same_bytes(job: FeatureJob, tmp_path: Path) -> None:
+    again = dataclasses.replace(job, cache=str(tmp_path))
+    found = compute_features(again, actors=2)
+    assert (found.computed, found.side, found.files.images) == (2, (6, 6), 5)
+    assert stored(again.out) == stored(job.out)
+
+
+@pytest.mark.usefixtures("pool_here")
 def test_a_killed_pool_goes_on_to_the_same_bytes(job: FeatureJob, tmp_path: Path) -> None:
     """One part is done, and entered; of the other one the file is cut, as a full disk leaves it, and there is no entry."""
     whole = stored(job.out)
@@ -57,11 +66,13 @@ def test_a_killed_pool_goes_on_to_the_same_bytes(job: FeatureJob, tmp_path: Path
     assert np.array_equal(before.moments("pooled").scatter_DD, after.moments("pooled").scatter_DD)
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_a_set_is_computed_once_for_an_extractor(job: FeatureJob) -> None:
     assert compute_features(job, actors=1).computed == 0
     assert dataclasses.replace(job, images=dataclasses.replace(job.images, size=4)).out != job.out
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_features_in_s3_are_those_of_a_folder(job: FeatureJob, s3_root: str) -> None:
     """The shards lie there, too."""
     for name in ("00000.tar", "00001.tar"):

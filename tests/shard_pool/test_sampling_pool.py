@@ -1,4 +1,7 @@
-"""Pictures of many prompts by a pool on a real Ray: those of one process, whatever was interrupted."""
+"""Pictures of many prompts by a pool: those of one process, whatever was interrupted.
+
+On a real Ray; what does not depend on it, by actors in this process.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,6 @@ from oar_scale.shard_pool import PoolReport, sampling_pool
 from oar_scale.shard_pool.sampling_pool import SamplingJob, sample_all
 from oar_scale.storage import join, open_storage
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
-
-pytestmark = pytest.mark.usefixtures("shared_ray")
 
 SIDE = 12
 
@@ -69,6 +70,7 @@ class Killed(Exception):
     """Ends a pool as a signal that nobody handles."""
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_an_interrupted_pool_draws_the_pictures_of_one_process(run: str, s3_root: str, tmp_path: Path) -> None:
     """Its driver ends after the first shard, with the actors at the next ones; then one tar is lost, and another pool goes on."""
     wanted, out = job(run, join(s3_root, "drawn")), join(s3_root, "drawn")
@@ -98,6 +100,7 @@ def test_an_interrupted_pool_draws_the_pictures_of_one_process(run: str, s3_root
     assert (sample["__key__"], sample["txt"]) == ("000001_1", b"1") and json.loads(sample["json"])["drawing"]["seed"] == 4
 
 
+@pytest.mark.usefixtures("pool_here")
 @pytest.mark.parametrize(
     ("changes", "given", "says"),
     [
@@ -121,6 +124,7 @@ def stop_at_once(done: int, total: int, report: PoolReport) -> None:
     raise Killed
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_prompts_that_cannot_be_drawn_are_named(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The others are drawn; the same command again has nothing to do, and still names them."""
     (tmp_path / "prompts.txt").write_text("3\n\n99\n7\n")
@@ -161,6 +165,7 @@ def test_model_of_the_hub_is_looked_up_on_each_host(run: str, monkeypatch: pytes
     assert sampling_pool._here(own) == dataclasses.replace(find_bundle(run), sample=SampleConfig(top_k=3))
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_balanced_labels_are_drawn_equally_often(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command, in a pool: the same labels as those of the function, whatever the actors and shards."""
     out = str(tmp_path / "drawn")

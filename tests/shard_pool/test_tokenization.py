@@ -1,4 +1,7 @@
-"""Tokenising a folder with the pool: the codes of every view, a manifest that counts them, and no mixing of tokenizers."""
+"""Tokenising a folder with the pool: the codes of every view, a manifest that counts them, and no mixing of tokenizers.
+
+By two actors of a real Ray; what does not depend on them, by one in this process.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,6 @@ from oar_scale.shard_pool.tokenization import TokenizeJob, TokenizeWorker, token
 from oar_scale.stages import tokens as tokens_stage
 from oar_scale.storage import open_storage
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, pixels_to_unit, save_vq
-
-pytestmark = pytest.mark.usefixtures("shared_ray")
-
 
 SIDE, VIEWS = 16, ("center", "center_flip")
 
@@ -57,6 +57,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TokenizeJob:
     )
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_every_view_of_every_image_is_encoded_and_counted(job: TokenizeJob, tmp_path: Path) -> None:
     job = dataclasses.replace(job, tokens=str(tmp_path / "tokens"))
     progress: list[tuple[int, int]] = []
@@ -73,6 +74,7 @@ def test_every_view_of_every_image_is_encoded_and_counted(job: TokenizeJob, tmp_
     np.testing.assert_array_equal(first.view(1), vq.encode(pixels_to_unit(pixels.flip(2))).numpy())
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_codes_of_two_tokenizers_do_not_mix(job: TokenizeJob, tmp_path: Path) -> None:
     job = dataclasses.replace(job, tokens=str(tmp_path / "tokens"))
     tokenize_all(job, actors=1)
@@ -81,6 +83,7 @@ def test_codes_of_two_tokenizers_do_not_mix(job: TokenizeJob, tmp_path: Path) ->
         tokenize_all(dataclasses.replace(job, vq=str(tmp_path / "other.safetensors")), actors=1)
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_no_manifest_is_written_while_a_shard_is_missing(job: TokenizeJob, tmp_path: Path) -> None:
     images, tokens = tmp_path / "images", tmp_path / "tokens"
     broken = [{"__key__": "cat", "png": b"no picture", "txt": "a cat", "json": b"{}"}]
@@ -91,6 +94,7 @@ def test_no_manifest_is_written_while_a_shard_is_missing(job: TokenizeJob, tmp_p
     assert not (tokens / "manifest.json").exists()
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_codes_of_a_late_or_dead_actor_agree_with_the_manifest(job: TokenizeJob, tmp_path: Path) -> None:
     """Another GPU gives other last bits, and now and then another code: the first bytes stay, and the manifest describes them."""
     job = dataclasses.replace(job, tokens=str(tmp_path / "tokens"))
@@ -106,6 +110,7 @@ def test_codes_of_a_late_or_dead_actor_agree_with_the_manifest(job: TokenizeJob,
     assert read_token_shard(ours.uri, job.cache_dir, manifest.shards[0]).view(0).max() == 0
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_codes_without_a_draft_are_replaced(job: TokenizeJob, tmp_path: Path) -> None:
     """Those of another tokenizer, whose ledger was removed by hand."""
     job = dataclasses.replace(job, tokens=str(tmp_path / "tokens"))
@@ -115,6 +120,7 @@ def test_codes_without_a_draft_are_replaced(job: TokenizeJob, tmp_path: Path) ->
     assert open_storage(ours.uri).read(ours.uri) == ours.data
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_a_token_shard_that_is_gone_or_cut_is_made_again(job: TokenizeJob, tmp_path: Path) -> None:
     job = dataclasses.replace(job, tokens=str(tmp_path / "tokens"))
     manifest = tokenize_all(job, actors=1)
@@ -125,6 +131,7 @@ def test_a_token_shard_that_is_gone_or_cut_is_made_again(job: TokenizeJob, tmp_p
     assert {name: (tmp_path / "tokens" / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_bad_samples_are_named_in_the_manifest_or_stop_it(job: TokenizeJob, tmp_path: Path) -> None:
     """Two of seven, in two shards: too many for the limit, though what is done is kept; borne, and both are named at once."""
     folder = str(tmp_path / "images")
@@ -143,6 +150,7 @@ def test_bad_samples_are_named_in_the_manifest_or_stop_it(job: TokenizeJob, tmp_
     assert notes.record()["bad samples, left out"]["count"] == 2 and manifest == read_manifest(job.tokens)
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_bad_samples_of_long_or_equal_keys_are_all_counted(job: TokenizeJob, tmp_path: Path) -> None:
     """Keys that differ behind their first 200 letters, and one that comes twice."""
     folder, keys = str(tmp_path / "images"), ["long" * 60 + "1", "long" * 60 + "2", "twice", "good", "twice"]
