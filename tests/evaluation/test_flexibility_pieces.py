@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from oar_scale.evaluation.flexibility.likelihood import (
 )
 from oar_scale.evaluation.flexibility.pieces import NetworkFile, PieceFolder, piece_id
 from oar_scale.evaluation.flexibility.sampling import sample_measures
-from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, by_measure, values_of
+from oar_scale.evaluation.flexibility.subjects import Arm, ArmModel, MeasuredImages, Source, by_measure, values_of
 from oar_scale.model import AnyOrderModel, save_model
 from oar_scale.orders.extraction import brute_force_orders
 from oar_scale.orders.settings import ExtractionSettings
@@ -207,6 +208,19 @@ def test_a_piece_is_named_by_all_that_its_result_depends_on(tmp_path: Path) -> N
         OwnOrdersPiece(piece.model, piece.codes_SN, piece.cond_inputs_S, 0, 0, "fp32"),
     ]
     assert len({piece_id(each) for each in [piece, *others]}) == 1 + len(others)
+
+
+def test_the_arrays_of_a_piece_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many figures rest on it, and whoever runs it."""
+    model = small_model()
+    piece, hashed = nll_piece(model, stored(model, tmp_path, "m")), list[object]()
+    fingerprint = pieces_module.fingerprint
+    monkeypatch.setattr(pieces_module, "fingerprint", lambda given: hashed.append(given) or fingerprint(given))
+    folder = PieceFolder(str(tmp_path / "pieces"))
+    results = folder.run([piece, piece], ["cpu"], 1, None, lambda: None)
+    sources = [Source(f"nll/{place}", "m", 0, (piece,), "nll") for place in range(3)]
+    assert len(values_of(sources, results)) == 3 and len(hashed) == 1
+    assert piece_id(pickle.loads(pickle.dumps(piece))) == piece_id(replace(piece)) == piece_id(piece) and len(hashed) == 2
 
 
 def test_what_is_kept_is_not_computed_again_and_damage_is_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

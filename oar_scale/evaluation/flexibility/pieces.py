@@ -69,6 +69,9 @@ def _opened_tokenizer(uri: str) -> ImageTokenizer:
     return load_vq(uri).to(here())
 
 
+_ID = "_id"
+
+
 class Piece(Protocol):
     """A frozen dataclass of plain values, arrays and :class:`NetworkFile`."""
 
@@ -189,8 +192,15 @@ class _KeptTask:
 
 
 def piece_id(piece: Piece) -> str:
-    """A hash of all that the result of a piece depends on: 16 hex digits."""
-    return fingerprint({"format": FORMAT, "kind": type(piece).__name__, "piece": _plain(piece)})
+    """A hash of all that the result of a piece depends on: 16 hex digits.
+
+    It is kept with the piece: many figures rest on one, each asks for it, and pieces may hold all the pictures that they are about.
+    """
+    kept = vars(piece)
+    if _ID not in kept:
+        kept[_ID] = fingerprint({"format": FORMAT, "kind": type(piece).__name__, "piece": _plain(piece)})
+    found: str = kept[_ID]
+    return found
 
 
 def _plain(value: object) -> object:
