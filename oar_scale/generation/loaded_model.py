@@ -48,11 +48,17 @@ class LoadedModel:
         """The settings of the model's own recipe, with these choices instead of its own. Raises ValueError for what means nothing."""
         return replace(SampleSettings.from_recipe(self.defaults), **choices)
 
-    def _settings(self, choices: Choices) -> SampleSettings:
+    def _settings(self, choices: Choices, order: Order | None) -> SampleSettings:
         try:
-            return self.settings(**choices)
+            settings = self.settings(**choices)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if choices.get("draft") and (order is None or isinstance(order, str)) and self._policy(order) == "confidence":
+            raise UserError(
+                f"draft {settings.draft}: cells are drafted along an order that is known beforehand, and here the model decides while it "
+                "draws. Name an order (docs/order-policies.md), or leave draft out."
+            )
+        return settings
 
     @cached_property
     def _model_id(self) -> str:

@@ -92,7 +92,7 @@ class Pretrained(LoadedModel):
         """As :meth:`sample`, but return codes, orders, scores and passes."""
         condition_BTD = self._condition(prompts)
         images_B, seed = image_numbers(images, len(condition_BTD), "images"), given_seed(seed)
-        settings = self._settings(choices)
+        settings = self._settings(choices, order)
         order_BN = self.orders(order, images_B, seed, settings.steps)
         return generate(self.model, condition_BTD, settings, seed, order_BN, images_B=images_B)
 
@@ -140,7 +140,7 @@ class Pretrained(LoadedModel):
         condition_PTD = self._condition(texts)
         most = MAX_EDITED - (variations - 1 << VARIATION_SHIFT)
         images_B, seed = image_numbers(numbers, len(pages), "numbers", most), given_seed(seed)
-        settings = self._settings(choices)
+        settings = self._settings(choices, order)
         whole_order = None if order is None or isinstance(order, str) else self.orders(order, noise_numbers(images_B, variations), seed)
 
         def order_of(rows: Sequence[int], numbers_B: Images, known_BN: Tensor) -> Tensor | LateOrder | None:
@@ -258,6 +258,8 @@ class Pretrained(LoadedModel):
         if record.dtype != str(self.model.dtype).removeprefix("torch."):
             raise UserError(f"this picture was drawn in {record.dtype}, and the model is in {self.model.dtype}: model.to(dtype=...)")
         choices = cast(Choices, vars(record.settings))
+        if record.order == "confidence":
+            choices = {**choices, "draft": 0}  # the recipe's, of another order
         return self.sample([record.prompt], seed=record.seed, images=[record.number], order=record.order, **choices)[0]
 
     def push_to_hub(self, repo: str, *, private: bool | None = None, revision: str | None = None, license: str | None = None) -> str:

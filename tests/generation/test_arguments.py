@@ -65,6 +65,8 @@ def test_prompts_of_no_use_are_refused_everywhere(method: str, prompts: Any, com
         ({"top_p": math.nan}, "top_p nan must be a number"),
         ({"steps": 2.5}, "steps 2.5 must be a whole number from 1"),
         ({"draft": "a"}, "draft 'a' must be a whole number"),
+        ({"draft": 4}, "draft 4: cells are drafted along an order that is known beforehand, and here the model decides"),
+        ({"draft": 4, "order": "confidence"}, "draft 4: cells are drafted along an order"),
         ({"guidance_schedule": 3}, "guidance_schedule 3: there are constant"),
         ({"seed": None}, "seed None must be a whole number"),
         ({"seed": 1.5}, "seed 1.5 must be a whole number"),

@@ -40,6 +40,12 @@ def test_picture_is_made_again_from_its_file(emoji: Pretrained, order: Any) -> N
         assert encode_png(picture, record) == file
 
 
+def test_drafts_of_the_recipe_do_not_keep_a_picture_from_being_made_again(emoji: Pretrained) -> None:
+    """They are of its order; this picture was drawn in the model's own."""
+    record = emoji.record(PROMPTS[0], 0, emoji.settings(draft=4), seed=1)
+    assert emoji.again(record).tobytes() == emoji.sample(PROMPTS[:1], seed=1)[0].tobytes()
+
+
 def test_file_tells_people_and_programs(emoji: Pretrained) -> None:
     record = emoji.record(PROMPTS[1], 4, emoji.settings(top_k=9, guidance=2.0, temperature=1.0), seed=-1)
     texts = Image.open(io.BytesIO(encode_png(Image.new("RGB", (32, 32)), record))).info
