@@ -66,6 +66,8 @@ class SetPart:
     """Of a folder: the images' paths in it. Of shards: the tar."""
     rows: tuple[int, int] = (0, 0)
     """Of an ``.npz``: the first row, and the one after the last."""
+    stated: tuple[int, int] | None = None
+    """Bytes and CRC32C of a tar, where a manifest states them."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class ImageSet:
     def _shard_images(self, part: SetPart) -> Iterator[_Found]:
         uri = join(self.where, part.files[0])
         with open_bytes(uri) as data:
+            if part.stated not in (None, (len(data), crc32c(data))):
+                raise _other_bytes(uri, self.where)
             shard = ImageShard(data, uri)
             for row, key in enumerate(shard.keys):
                 yield f"{part.name}: {key}", shard.picture(row), _text(shard.find(row, ("txt",)), f"{uri}: {key}.txt"), key
@@ -168,11 +172,29 @@ def _file_print(folder: str, name: str) -> list[int]:
 
 def _shard_parts(folder: str, names: list[str]) -> tuple[SetPart, ...]:
     if "manifest.json" in names:
-        shards = read_manifest(folder).shards
-        return tuple(SetPart(shard.name, fingerprint({"bytes": shard.bytes, "crc32c": shard.crc32c}), (shard.name,)) for shard in shards)
+        shards, sizes = read_manifest(folder).shards, open_storage(folder).sizes(folder)
+        for shard in shards:
+            if sizes.get(uri := join(folder, shard.name), shard.bytes) != shard.bytes:
+                raise _other_bytes(uri, folder)
+        return tuple(
+            SetPart(
+                shard.name,
+                fingerprint({"bytes": shard.bytes, "crc32c": shard.crc32c}),
+                (shard.name,),
+                stated=(shard.bytes, shard.crc32c),
+            )
+            for shard in shards
+        )
     tars = list_shards(folder)
     prints = in_order(functools.partial(_shard_print, folder), tars, READERS)
     return tuple(SetPart(name, found, (name,)) for name, found in zip(tars, prints, strict=True))
+
+
+def _other_bytes(uri: str, folder: str) -> UserError:
+    return UserError(
+        f"{uri}: not the bytes that manifest.json states: it was replaced or damaged since. Restore it, or write the manifest anew: "
+        f"oar data index {folder} --force"
+    )
 
 
 def _shard_print(folder: str, name: str) -> str:

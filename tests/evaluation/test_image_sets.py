@@ -101,6 +101,20 @@ def test_a_manifest_says_which_shards_belong_to_a_set(tmp_path: Path) -> None:
     assert [part.name for part in images.parts] == ["00000.tar", "00001.tar"] and len(read(images)) == 5
 
 
+def test_a_shard_that_is_not_its_manifests_is_named(tmp_path: Path) -> None:
+    """Of another size before features of what was there would be taken for its own; of the same size when it is read."""
+    place = folder_of_shards(tmp_path / "shards", manifest=True)
+    images, tar = find_images(str(place)), place / "00001.tar"
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"picture 4")] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(UserError, match=r"00001\.tar: not the bytes that manifest\.json states.* oar data index .*shards --force"):
+        read(images)
+    tar.write_bytes(data + bytes(512))
+    with pytest.raises(UserError, match=r"00001\.tar: not the bytes that manifest\.json states"):
+        find_images(str(place))
+
+
 def test_images_are_brought_to_their_middle_square(tmp_path: Path) -> None:
     (tmp_path / "wide.png").write_bytes(png(np.concatenate([PIXELS[0], PIXELS[1], PIXELS[2]], axis=1)))
     [image] = read(find_images(str(tmp_path), size=6))
