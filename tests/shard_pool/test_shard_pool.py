@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from actors_here import pools_here
 from pool_worker import TableWriter, living, pids, table_of, tries
 from waiting import wait_until
 
@@ -53,14 +55,39 @@ def clock_that_jumps(seconds: float, sign: Path) -> Callable[[], float]:
     return lambda: 1000.0 + (seconds if sign.exists() else 0.0)
 
 
-def test_a_dead_actor_loses_no_shard_and_changes_no_byte(tmp_path: Path, calm: dict[str, bytes]) -> None:
-    report = run(tmp_path, faults={SHARDS[2]: "crash 2 after"})
-    assert list(report.done) == SHARDS
-    assert report.failures == {SHARDS[2]: 1}
-    assert sorted(tries(tmp_path / "log")) == sorted([*SHARDS, SHARDS[2]])
-    assert tables(tmp_path) == calm
+@dataclass(frozen=True)
+class Survived:
+    """A pool that lost an actor at the begin of a shard, and one after it had written a table and before the entry."""
+
+    folder: Path
+    report: PoolReport
+    seconds: float
 
 
+@pytest.fixture(scope="module")
+def survived(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Survived:
+    folder, began = tmp_path_factory.mktemp("survived"), time.monotonic()
+    report = run(folder, seconds=0.2, faults={SHARDS[0]: "die once", SHARDS[2]: "crash 2 after"})
+    return Survived(folder, report, time.monotonic() - began)
+
+
+def test_dead_actors_lose_no_shard_and_change_no_byte(survived: Survived, calm: dict[str, bytes]) -> None:
+    assert list(survived.report.done) == SHARDS
+    assert survived.report.failures == {SHARDS[0]: 1, SHARDS[2]: 1}
+    assert sorted(tries(survived.folder / "log")) == sorted([*SHARDS, SHARDS[0], SHARDS[2]])
+    assert tables(survived.folder) == calm
+
+
+def test_the_ledger_says_who_did_what_and_how_long_it_took(survived: Survived) -> None:
+    entries = Ledger(str(survived.folder / "ledger")).entries(SHARDS)
+    assert {shard: entry.result for shard, entry in entries.items()} == survived.report.done
+    assert all(0.2 <= entry.work["seconds"] < survived.seconds for entry in entries.values())
+    assert [entries[shard].work["attempt"] for shard in SHARDS] == [2, 1, 1, 1, 1, 1], "the other one's table stayed, with its entry"
+    assert {int(entry.work["actor"].split(":")[1]) for entry in entries.values()} <= set(pids(survived.folder / "log"))
+    assert survived.report.actor_seconds > sum(entry.work["seconds"] for entry in entries.values())
+
+
+@pytest.mark.usefixtures("pool_here")
 def test_a_restarted_pool_does_what_is_missing_and_nothing_else(tmp_path: Path, calm: dict[str, bytes]) -> None:
     run(tmp_path, SHARDS[:3])
     seen: list[str] = []
@@ -77,6 +104,7 @@ def never() -> TableWriter:
     raise AssertionError("a worker was made")
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_a_poison_shard_is_named_and_the_others_are_done(tmp_path: Path) -> None:
     report = run(tmp_path, faults={SHARDS[1]: "fail"}, max_retries=2)
     assert list(report.done) == [shard for shard in SHARDS if shard != SHARDS[1]]
@@ -102,6 +130,7 @@ def test_a_failed_shard_is_tried_by_another_process(tmp_path: Path) -> None:
     assert len(set(pids(tmp_path / "log"))) == 2
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_a_fault_of_the_data_is_not_tried_again(tmp_path: Path) -> None:
     report = run(tmp_path, faults={SHARDS[4]: "broken"})
     assert report.poison == {SHARDS[4]: "00004.tar: sample 'cat' has no caption"}
@@ -165,19 +194,8 @@ def test_a_pool_grows_as_far_as_there_is_room(tmp_path: Path) -> None:
 
     waiting = dict.fromkeys(SHARDS, "wait")
     assert run(tmp_path / "both", faults=waiting, actors=Bounds(1, 4), on_event=say).peak_actors == 2
-    assert run(tmp_path / "few", SHARDS[:1], actors=Bounds(1, 4)).peak_actors == 1
-
-
-def test_the_ledger_says_who_did_what_and_how_long_it_took(tmp_path: Path) -> None:
-    began = time.monotonic()
-    report = run(tmp_path, seconds=0.2, faults={SHARDS[0]: "die once"})
-    took = time.monotonic() - began
-    entries = Ledger(str(tmp_path / "ledger")).entries(SHARDS)
-    assert {shard: entry.result for shard, entry in entries.items()} == report.done
-    assert all(0.2 <= entry.work["seconds"] < took for entry in entries.values())
-    assert [entries[shard].work["attempt"] for shard in SHARDS] == [2, 1, 1, 1, 1, 1]
-    assert {int(entry.work["actor"].split(":")[1]) for entry in entries.values()} <= set(pids(tmp_path / "log"))
-    assert report.actor_seconds > sum(entry.work["seconds"] for entry in entries.values())
+    with pools_here():
+        assert run(tmp_path / "few", SHARDS[:1], actors=Bounds(1, 4)).peak_actors == 1
 
 
 def user_fault() -> TableWriter:
@@ -193,11 +211,15 @@ def deadly_worker() -> TableWriter:
     raise AssertionError
 
 
+@pytest.mark.usefixtures("pool_here")
 def test_a_worker_that_cannot_be_made_stops_the_pool(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         run_pool(user_fault, SHARDS, str(tmp_path / "ledger"), actors=2)
     with pytest.raises(RuntimeError, match=r"(?s)no worker could be made in 2 tries.*no GPU here"):
         run_pool(broken_worker, SHARDS, str(tmp_path / "ledger"), actors=1, max_retries=1)
+
+
+def test_a_worker_that_kills_its_process_stops_the_pool(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"no worker could be made in 2 tries"):
         run_pool(deadly_worker, SHARDS, str(tmp_path / "ledger"), actors=1, max_retries=1)
 
@@ -224,6 +246,7 @@ def test_a_killed_driver_leaves_nothing_running(tmp_path: Path, calm: dict[str, 
     wait_until(lambda: not living(tmp_path / "log"))
     before = len(ledger.done())
     assert 2 <= before < len(SHARDS)
-    report = run(tmp_path)  # it does not wait for the lease of the process that is gone
+    with pools_here():
+        report = run(tmp_path)  # it does not wait for the lease of the process that is gone
     assert (report.already_done, list(report.done)) == (before, SHARDS)
     assert tables(tmp_path) == calm
