@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import sys
 import uuid
@@ -51,6 +52,17 @@ wrap_starters()
 # How long an example takes, or making one, says what else the machine does.
 settings.register_profile("oar", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("oar")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """What importing the tests and all that they need leaves in memory stays: nobody need look through it for garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

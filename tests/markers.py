@@ -126,6 +126,11 @@ def started_by(item: pytest.Item) -> set[str]:
 
 @functools.cache
 def _starts(function: FunctionType) -> frozenset[str]:
+    """Most functions lead to no starter by any name in their code; of the others the instructions are read, which takes long."""
+    return _found(function, _called) if _found(function, _perhaps_called) else frozenset()
+
+
+def _found(function: FunctionType, called_by: Callable[[Any], tuple[Any, ...]]) -> frozenset[str]:
     markers: set[str] = set()
     seen: set[Any] = set()
     todo: list[Any] = [function]
@@ -136,9 +141,19 @@ def _starts(function: FunctionType) -> frozenset[str]:
         elif isinstance(each, type):
             todo += [member for member in vars(each).values() if _ours(member) and member not in seen]
         else:
-            todo += [called for called in _called(inspect.unwrap(each)) if called not in seen]
+            todo += [called for called in called_by(inspect.unwrap(each)) if called not in seen]
         seen.add(each)
     return frozenset(markers)
+
+
+@functools.cache
+def _perhaps_called(function: Any) -> tuple[Any, ...]:
+    """All that is called, and what has the name of an attribute by chance."""
+    names = set(_all_names(function.__code__))
+    values = [function.__globals__[name] for name in names & function.__globals__.keys()]
+    modules = [value for value in values if isinstance(value, ModuleType) and _leads_on(value)]
+    values += [vars(module)[name] for module in modules for name in names & vars(module).keys()]
+    return tuple({value for value in values if _ours(value)})
 
 
 @functools.cache
@@ -148,8 +163,6 @@ def _called(function: Any) -> tuple[Any, ...]:
 
 def _named(function: Any) -> Iterator[Any]:
     """Objects that the names in a function's code stand for: its module's own, and members of modules that it names."""
-    if not any(_leads_on(function.__globals__.get(name)) for name in _all_names(function.__code__)):
-        return  # most functions: reading instructions is slow
     for name, member in _names(function.__code__):
         value = function.__globals__.get(name)
         if isinstance(value, ModuleType):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -87,6 +86,8 @@ def png(picture: Picture) -> bytes:
 
 def heat_map(values: NDArray[np.floating] | NDArray[np.integer], low: float, high: float, colours: str = COLOUR_MAP) -> Picture:
     """One pixel a cell, coloured from ``low`` to ``high``."""
+    from matplotlib import colormaps  # half a second, which training workers and actors need not wait for
+
     share = (np.asarray(values, dtype=np.float64) - low) / max(high - low, 1e-12)
     coloured = colormaps[colours](np.clip(share, 0, 1))[..., :3]
     return np.round(coloured * 255).astype(np.uint8)

@@ -17,7 +17,6 @@ import zipfile
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -83,6 +82,8 @@ def write_pictures(bundle: ModelBundle, history: JsonObject, folder: str, grid: 
 
 def order_map(step_N: NDArray[np.float64]) -> Image.Image:
     """When each cell is placed, dark first: of N cells in raster order, as a square."""
+    from matplotlib import colormaps  # half a second, which whoever loads a model need not wait for
+
     grid = round(len(step_N) ** 0.5)
     share_GG = (step_N - step_N.min()).reshape(grid, grid) / max(float(np.ptp(step_N)), 1e-12)
     side = grid * max(1, MAP_PIXELS // grid)

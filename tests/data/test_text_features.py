@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from actors_here import pools_here
@@ -39,6 +38,8 @@ CAPTIONS = ["a red apple", "two green cars on a blue road", "!", "word " * 100]
 
 
 def tower_file(folder: Path, seed: int) -> str:
+    import open_clip  # seconds, in each process that collects tests
+
     torch.manual_seed(seed)
     path = folder / f"clip{seed}.pt"
     torch.save(open_clip.create_model(TOWER, pretrained=None).state_dict(), path)

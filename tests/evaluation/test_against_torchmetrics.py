@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,10 @@ from oar_scale.evaluation.distances import Gaussian, frechet_distance, kid
 from oar_scale.evaluation.moments import Moments
 from oar_scale.evaluation.scores import inception_score
 
-pytest.importorskip("torchmetrics")
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
-from torchmetrics.image.kid import KernelInceptionDistance
-
-pytestmark = pytest.mark.filterwarnings("ignore:Metric .* will save all extracted features")
+pytestmark = [
+    pytest.mark.skipif(find_spec("torchmetrics") is None, reason="torchmetrics is not installed"),
+    pytest.mark.filterwarnings("ignore:Metric .* will save all extracted features"),
+]
 FEATURES = 32
 
 
@@ -39,6 +39,8 @@ def sets() -> tuple[Tensor, Tensor]:
 
 
 def test_the_frechet_distance_is_that_of_torchmetrics(sets: tuple[Tensor, Tensor]) -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance  # seconds, in each process that collects tests
+
     samples, reference = sets
     metric = FrechetInceptionDistance(feature=HandsOn()).set_dtype(torch.float64)
     metric.update(reference, real=True)
@@ -51,6 +53,8 @@ def test_the_frechet_distance_is_that_of_torchmetrics(sets: tuple[Tensor, Tensor
 
 def test_kid_is_that_of_torchmetrics(sets: tuple[Tensor, Tensor]) -> None:
     """Of one subset with all images of both sides, so that no choice is in it."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     samples, reference = sets[0][:70], sets[1]
     metric = KernelInceptionDistance(feature=HandsOn(), subsets=1, subset_size=70)
     metric.update(reference, real=True)
@@ -61,6 +65,8 @@ def test_kid_is_that_of_torchmetrics(sets: tuple[Tensor, Tensor]) -> None:
 
 def test_the_inception_score_is_that_of_torchmetrics(sets: tuple[Tensor, Tensor]) -> None:
     """Of one part, since each shuffles in its own way."""
+    from torchmetrics.image.inception import InceptionScore
+
     logits = 4 * sets[0]
     metric = InceptionScore(feature=HandsOn(), splits=1)
     metric.update(logits)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from launcher import run_workers
@@ -44,6 +43,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import open_clip  # seconds, in each process that collects tests
+
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("tower") / "clip.pt"
     torch.save(open_clip.create_model(TOWER, pretrained=None).state_dict(), path)
