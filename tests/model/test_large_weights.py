@@ -187,8 +187,8 @@ def test_one_tensor_at_a_time_is_kept_while_writing(tmp_path: Path, half: bool) 
 
 
 def big_spec() -> ModelSpec:
-    """About 50 M parameters, 200 MB in float32; the largest tensor has 4 MB."""
-    return small_spec(dim=512, layers=16, heads=8, ffn_hidden=1408, vocab_size=2048)
+    """About 27 M parameters, 108 MB in float32; the largest tensor has 4 MB."""
+    return small_spec(dim=512, layers=8, heads=8, ffn_hidden=1408, vocab_size=2048)
 
 
 MEASURED = """
@@ -200,7 +200,7 @@ folder = sys.argv[1]
 work = {
     "first weights": lambda spec, uri: save_tensors(uri, spec, fresh_weights(spec)),
     "id": lambda spec, uri: model_id(uri),
-    "copy": lambda spec, uri: copy_weights(open_model(uri)[1], uri + ".copy", shard_bytes=50_000_000),
+    "copy": lambda spec, uri: copy_weights(open_model(uri)[1], uri + ".copy", shard_bytes=25_000_000),
     "load": lambda spec, uri: load_model(uri),
 }
 growth = {}
