@@ -159,6 +159,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     module could not be imported: then not all tests have run. (Processes of xdist run the rest, and say that tests failed.)
     """
     _shared_ray.close()
+    gc.unfreeze()  # or Triton complains, as the process ends, of all that still is in memory
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     folders = getattr(session.config, "_tmp_path_factory", None)

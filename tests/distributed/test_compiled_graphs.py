@@ -26,12 +26,13 @@ from oar_scale.training.engine import Objective
 from oar_scale.training.optimizer import parameter_groups
 
 SPEC = ModelSpec(dim=32, layers=3, heads=4, ffn_hidden=64, vocab_size=64, grid=4, condition=ClassSpec(classes=4), dropout=0.1)
-FEW_LAYERS = SPEC.model_copy(update={"layers": 2})
+ONE_LAYER = SPEC.model_copy(update={"layers": 1})
 """For ZeRO-3, whose pieces take long to trace."""
-CASES = ((1, "none"), (1, "selective"), (2, "none"), (3, "none"), (3, "selective"))
-EVALUATED = ("1 none", "1 selective")
-"""ZeRO-2 differs from ZeRO-1 in what becomes of gradients, of which an evaluation has none."""
 IMAGES, STEPS = 2, 2
+CASES = ((1, "none"), (1, "selective"), (2, "none"), (3, "none"), (3, "selective"))
+EVALUATED = {"1 none": (4 * IMAGES, IMAGES + 1, 1), "1 selective": (IMAGES + 1,)}
+"""Held-out images as a worker takes them: whole batches, what is left of them, a rank's only one. ZeRO-2 differs from ZeRO-1 in what
+becomes of gradients, of which an evaluation has none; selective checkpointing in a block, whatever its images."""
 RECOMPILATIONS = 8
 """Dynamo's ``recompile_limit``: with more graphs of a function it would run the rest eagerly."""
 
@@ -42,7 +43,7 @@ def count(out: str) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    found = {f"{stage} {mode}": graphs(SPEC if stage < 3 else FEW_LAYERS, stage, mode) for stage, mode in CASES}
+    found = {f"{stage} {mode}": graphs(SPEC if stage < 3 else ONE_LAYER, stage, mode) for stage, mode in CASES}
     Path(out).write_text(json.dumps(found))
 
 
@@ -66,11 +67,10 @@ def graphs(spec: ModelSpec, stage: int, mode: str) -> dict[str, Any]:
         step(engine)
         after.append(len(seen))
     found = {"steps": after, "evaluations": list[int](), "nodes": [len(graph.graph.nodes) for graph in seen]}
-    if f"{stage} {mode}" in EVALUATED:
-        for _ in range(2):
-            evaluate(engine)
-            step(engine)
-            found["evaluations"].append(len(seen))
+    for _ in range(2 if f"{stage} {mode}" in EVALUATED else 0):
+        evaluate(engine, EVALUATED[f"{stage} {mode}"])
+        step(engine)
+        found["evaluations"].append(len(seen))
     engine.destroy()
     return found
 
@@ -108,10 +108,9 @@ def step(engine: Any) -> None:
 
 
 @torch.no_grad()
-def evaluate(engine: Any) -> None:
-    """Held-out images as a worker takes them: whole batches, what is left of them, a rank's only one."""
+def evaluate(engine: Any, batches: tuple[int, ...]) -> None:
     model: AnyOrderModel = engine.module.model.eval()
-    for images in (4 * IMAGES, IMAGES + 1, 1):
+    for images in batches:
         codes, order, labels, _ = batch(images)
         model.nll(codes, order, model.condition(labels))
 
