@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from oar_scale.orders.analysis import describe_orders, kendall_distance, mean_time_map
 
@@ -25,6 +26,16 @@ def test_the_distance_is_the_share_of_reversed_pairs(first: list[int], second: l
     pairs = [(a, b) for a in range(7) for b in range(a)]
     swapped = sum((first.index(a) < first.index(b)) != (second.index(a) < second.index(b)) for a, b in pairs)
     assert kendall_distance(np.array(first), np.array(second))[0] == pytest.approx(swapped / len(pairs))
+
+
+@pytest.mark.parametrize("cells", [1, 2, 3, 8, 49, 256])
+def test_the_distance_is_that_of_scipys_kendall_tau(cells: int) -> None:
+    dice = np.random.default_rng(cells)
+    first_SN, second_SN = (dice.permuted(np.tile(np.arange(cells), (5, 1)), axis=1).astype(np.uint16) for _ in range(2))
+    times = zip(np.argsort(first_SN), np.argsort(second_SN), strict=True)
+    tau_S = [stats.kendalltau(*pair).statistic if cells > 1 else 1.0 for pair in times]
+    assert kendall_distance(first_SN, second_SN) == pytest.approx((1 - np.array(tau_S)) / 2, abs=1e-12)
+    assert kendall_distance(first_SN, second_SN[0])[0] == kendall_distance(first_SN, second_SN)[0]
 
 
 def test_random_orders_are_half_way_on_average() -> None:
