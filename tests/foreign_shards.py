@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def picture(seed: int, size: tuple[int, int] = (12, 8), kind: str = "JPEG") -> b
     return buffer.getvalue()
 
 
+@cache
 def bomb(width: int, height: int) -> bytes:
     """A small PNG of so many black pixels."""
 

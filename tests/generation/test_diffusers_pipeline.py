@@ -16,7 +16,11 @@ from oar_scale.cli import main
 from oar_scale.errors import UserError
 from oar_scale.generation.pretrained import Pretrained
 
-diffusers = pytest.importorskip("diffusers")
+
+@pytest.fixture(scope="module")
+def diffusers() -> Any:
+    """Imported when it is used: it takes seconds, and every process that collects tests would import it."""
+    return pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,7 @@ def model(folder: str) -> Pretrained:
 
 
 @pytest.fixture
-def pipeline(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def pipeline(diffusers: Any, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     return diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 
@@ -42,7 +46,7 @@ def pixels(pictures: list[Image.Image]) -> list[bytes]:
     return [picture.tobytes() for picture in pictures]
 
 
-def test_diffusers_draws_what_the_model_samples(pipeline: Any, model: Pretrained) -> None:
+def test_diffusers_draws_what_the_model_samples(diffusers: Any, pipeline: Any, model: Pretrained) -> None:
     assert isinstance(pipeline, diffusers.DiffusionPipeline) and type(pipeline).__name__ == "OrderedPipeline"
     drawn = pipeline(CAPTIONS[:2], num_images_per_prompt=2, guidance_scale=2.0, num_inference_steps=4, seed=5, top_k=3)
     twice = [caption for caption in CAPTIONS[:2] for _ in range(2)]
@@ -86,7 +90,9 @@ def test_generators_decide_each_picture(pipeline: Any) -> None:
     assert pixels(pipeline(CAPTIONS[1], generator=[torch.Generator().manual_seed(4)]).images) == both[1:]
 
 
-def test_a_saved_pipeline_is_the_same_exported_folder(pipeline: Any, folder: str, model: Pretrained, tmp_path: Path) -> None:
+def test_a_saved_pipeline_is_the_same_exported_folder(
+    diffusers: Any, pipeline: Any, folder: str, model: Pretrained, tmp_path: Path
+) -> None:
     target = tmp_path / "saved"
     target.mkdir()
     pipeline.save_pretrained(target)
@@ -97,7 +103,7 @@ def test_a_saved_pipeline_is_the_same_exported_folder(pipeline: Any, folder: str
         pipeline.save_pretrained(target)
 
 
-def test_device_and_dtype_move_the_model(pipeline: Any, folder: str) -> None:
+def test_device_and_dtype_move_the_model(diffusers: Any, pipeline: Any, folder: str) -> None:
     """The image tokenizer keeps its float32."""
     assert pipeline.to("cpu", torch.bfloat16) is pipeline and pipeline.device == torch.device("cpu")
     assert pipeline.dtype == torch.bfloat16 and pipeline.model.network.dtype == torch.bfloat16
@@ -106,7 +112,7 @@ def test_device_and_dtype_move_the_model(pipeline: Any, folder: str) -> None:
     assert half.dtype == torch.bfloat16 and pixels(half(CAPTIONS[:1]).images) == pixels(pipeline(CAPTIONS[:1]).images)
 
 
-def test_the_folder_runs_no_code_without_trust(folder: str) -> None:
+def test_the_folder_runs_no_code_without_trust(diffusers: Any, folder: str) -> None:
     with pytest.raises(ValueError, match="trust_remote_code"):
         diffusers.DiffusionPipeline.from_pretrained(folder)
 

@@ -113,7 +113,8 @@ def test_windows_and_regions_never_change_a_known_pixel(
 ) -> None:
     image, random = picture(width, height, mode, seed), np.random.default_rng(seed).random((height, width))
     first, second = random < share, random > 1 - share / 2
-    for edit in drawer().edit([image], [[first, second]], [[1, 2]], strength=strength, windows=windows, seed=seed, fills=["mean"]):
+    options: Any = {"strength": strength, "windows": windows, "seed": seed, "fills": ["mean"], "steps": 4}
+    for edit in drawer().edit([image], [[first, second]], [[1, 2]], **options):
         before, after = (np.asarray(each) for each in (upright(image, "x"), edit.picture))
         assert before.shape == after.shape and np.array_equal(before[~first & ~second], after[~first & ~second])
 
