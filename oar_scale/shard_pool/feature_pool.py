@@ -60,7 +60,6 @@ class FeatureWorker:
 
     def __init__(self, job: FeatureJob) -> None:
         torch.set_num_threads(job.cpu_threads)
-        torch.backends.cudnn.allow_tf32 = False  # convolutions round to 10 bits with it, and features differ in the third digit
         self.job, self.extractor, self.out = job, load_extractor(job.extractor), job.out
         self.extractor.to("cuda" if job.cuda else "cpu")
         self.parts = {part.name: part for part in job.images.parts}

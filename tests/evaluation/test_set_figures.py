@@ -276,12 +276,24 @@ class MeanColour(Extractor):
     def __init__(self, model: str = "", weights: WeightsFile | None = None) -> None:
         self.label, self.network = "colour", torch.nn.Identity()
 
-    def images(self, images_BHW3: Tensor) -> Layers:
+    def layers(self, images_BHW3: Tensor) -> Layers:
         means = images_BHW3.float().mean((1, 2))
         return {"pooled": torch.where(means.sum(1, keepdim=True) == 0, torch.nan, means)}
 
     def captions(self, texts: Sequence[str]) -> Tensor:
         return torch.tensor([[len(text), 0.0, 0.0] for text in texts])
+
+
+def test_no_convolution_of_features_is_rounded_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they are computed: in the pool of oar distance, in the stage evaluate, in a flexibility report."""
+    rounded, before = list[bool](), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(MeanColour, "layers", lambda self, images_BHW3: rounded.append(torch.backends.cudnn.allow_tf32))
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        MeanColour().images(torch.ones(1, 2, 2, 3, dtype=torch.uint8))
+        assert rounded == [False] and torch.backends.cudnn.allow_tf32, "others go on as before"
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def test_features_do_not_depend_on_the_batch_and_faults_are_named(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from oar_scale.evaluation.extractors.extractor import Extractor, Layers, WeightsFile
@@ -28,9 +27,8 @@ class EffLite0(Extractor):
         self.label = "efflite0"
         self.network = copy.deepcopy(efficientnet_lite0("features efflite0"))  # others share the original, on the CPU
 
-    @torch.inference_mode()
-    def images(self, images_BHW3: Tensor) -> Layers:
-        """Features of a batch of uint8 RGB images."""
-        images = network_input(pixels_to_unit(images_BHW3.to(self.device)), INPUT_PIXELS)
+    def layers(self, images_BHW3: Tensor) -> Layers:
+        """Pooled ones."""
+        images = network_input(pixels_to_unit(images_BHW3), INPUT_PIXELS)
         features = self.network.extract_features(images)  # type: ignore[operator]
         return {"pooled": features.mean((2, 3)).cpu()}

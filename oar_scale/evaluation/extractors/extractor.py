@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -71,13 +72,30 @@ class Extractor(ABC):
         self.device = torch.device(device)
         self.network.to(self.device)
 
-    @abstractmethod
+    @torch.inference_mode()
     def images(self, images_BHW3: Tensor) -> Layers:
         """Features of a batch of uint8 RGB images of one size."""
+        with exact_convolutions():
+            return self.layers(images_BHW3.to(self.device))
+
+    @abstractmethod
+    def layers(self, images_BHW3: Tensor) -> Layers:
+        """The same, of images on the network's device; without gradients."""
 
     def captions(self, texts: Sequence[str]) -> Tensor | None:
         """Embeddings of captions, float32 [B, F] on the CPU; None for a network that reads no text."""
         return None
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions in float32, also on a GPU: PyTorch rounds theirs to 10 bits (TF32), and features differ in the third digit."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def hashed(path: str, expected: str | None) -> WeightsFile:

@@ -46,10 +46,9 @@ class Inception(Extractor):
         self.network = self._inception.to_empty(device="cpu")
         fill(self.network, weights, "the InceptionV3 of FID")
 
-    @torch.inference_mode()
-    def images(self, images_BHW3: Tensor) -> Layers:
-        """Features of a batch of uint8 RGB images."""
-        images = images_BHW3.to(self.device).permute(0, 3, 1, 2).float()
+    def layers(self, images_BHW3: Tensor) -> Layers:
+        """All three."""
+        images = images_BHW3.permute(0, 3, 1, 2).float()
         middle, pooled = self._inception((resize_as_tensorflow(images, SIDE) - 128) / 128)
         spatial = middle[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         logits = pooled @ self._inception.fc.weight.T

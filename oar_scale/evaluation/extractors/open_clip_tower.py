@@ -43,10 +43,9 @@ class OpenClipTower(Extractor):
             for each in (visual.image_mean or open_clip.OPENAI_DATASET_MEAN, visual.image_std or open_clip.OPENAI_DATASET_STD)
         )
 
-    @torch.inference_mode()
-    def images(self, images_BHW3: Tensor) -> Layers:
-        """Embeddings of a batch of uint8 RGB images."""
-        images = middle_square(images_BHW3.to(self.device), self._side)
+    def layers(self, images_BHW3: Tensor) -> Layers:
+        """Embeddings."""
+        images = middle_square(images_BHW3, self._side)
         return {"pooled": self._clip.encode_image((images - self._mean.to(self.device)) / self._std.to(self.device)).float().cpu()}
 
     @torch.inference_mode()

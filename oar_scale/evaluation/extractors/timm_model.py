@@ -36,8 +36,7 @@ class TimmModel(Extractor):
         self._side = int(config["input_size"][-1])
         self._mean, self._std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
 
-    @torch.inference_mode()
-    def images(self, images_BHW3: Tensor) -> Layers:
-        """Features of a batch of uint8 RGB images."""
-        images = middle_square(images_BHW3.to(self.device), self._side)
+    def layers(self, images_BHW3: Tensor) -> Layers:
+        """Pooled ones."""
+        images = middle_square(images_BHW3, self._side)
         return {"pooled": self.network((images - self._mean.to(self.device)) / self._std.to(self.device)).float().cpu()}
