@@ -122,6 +122,18 @@ def test_every_option_of_a_command_in_the_docs_exists(document: Path) -> None:
     assert not unknown_options(document.read_text())
 
 
+def test_every_option_is_in_a_document() -> None:
+    options = set[str]()
+    parsers = [cli._parser()]
+    while parsers:
+        parser = parsers.pop()
+        parsers += verbs_of(parser).values()
+        options |= {each.option_strings[-1] for each in parser._actions if each.option_strings}
+    text = "".join(document.read_text() for document in DOCUMENTS)
+    assert len(options) > 80
+    assert not sorted(each for each in options - {"--help", "--version"} if not re.search(rf"{each}(?![\w-])", text))
+
+
 def test_a_wrong_option_in_the_docs_would_be_noticed() -> None:
     text = "    oar run RECIPE --form x    --not-ours\nsee `oar data stats URL --jsn`, `oar sampel --count 3` and `oar sample --count 3`"
     assert unknown_options(text) == ["oar run --form", "oar data --jsn", "oar sampel --count"]
