@@ -128,6 +128,8 @@ def _check(request: DistanceRequest) -> None:
         raise UserError(f"--export-npz {request.export_npz}: name a file .npz")
     if request.export_statistics and not request.export_statistics.lower().endswith(".npz"):
         raise UserError(f"--export-statistics {request.export_statistics}: name a file .npz")
+    if request.paired and not request.figures:
+        raise UserError(f"--paired {request.paired}: only kid leaves pairs out, and no figure is asked for")
     if request.paired and request.metrics and "kid" not in request.metrics:
         raise UserError(f"--paired {request.paired}: only kid leaves pairs out, and it is not among --metrics")
     fewest = max((max(FEWEST[name]) for name in request.metrics or OF_FEATURES if name in OF_FEATURES), default=0)
