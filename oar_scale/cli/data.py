@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import Subparsers, count, share
+from oar_scale.cli.common import Subparsers, count, refuse_unused, share
 
 
 def add(verbs: Subparsers) -> None:
@@ -43,7 +43,7 @@ def add(verbs: Subparsers) -> None:
     stats.add_argument("--grid", metavar="FILE.png", help="draw some samples into this file")
     stats.add_argument("--tokenizer", metavar="FILE", help="image tokenizer that decodes the codes of token shards for --grid")
     stats.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    stats.set_defaults(run=_stats)
+    stats.set_defaults(run=_stats, verb=stats)
 
     text = "image shards into token shards, by a pool of Ray actors; resumes where it was interrupted"
     tokenize = actions.add_parser("tokenize", help=text, description=text)
@@ -71,6 +71,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> None:
+    if not arguments.grid:
+        refuse_unused(arguments.verb, arguments, ("tokenizer",), "without --grid")
     from oar_scale.commands.shard_commands import show_shard_statistics
 
     show_shard_statistics(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import Subparsers, add_verb, count
+from oar_scale.cli.common import Subparsers, add_verb, count, refuse_unused
 
 
 def add(verbs: Subparsers) -> None:
@@ -28,6 +28,7 @@ def add(verbs: Subparsers) -> None:
     verb.add_argument("--simulate", metavar="ranks=N[,failures=X]", help="act out the stream, failures and the extraction's stragglers")
     verb.add_argument("--seed", type=int, default=0, help="of all that is simulated")
     verb.add_argument("--json", action="store_true", help="print everything as JSON")
+    verb.set_defaults(verb=verb)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -35,6 +36,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     from oar_scale.planning.plan import PlanOptions, make_plan
     from oar_scale.planning.plan_report import as_json, as_text
 
+    if not arguments.simulate:
+        refuse_unused(arguments.verb, arguments, ("seed",), "without --simulate")
     options = PlanOptions(
         gpu=arguments.gpu,
         nodes=arguments.nodes,

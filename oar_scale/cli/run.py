@@ -6,6 +6,7 @@ import argparse
 import os
 
 from oar_scale.cli.common import Subparsers, add_verb, check_stage, count, load, minutes
+from oar_scale.errors import UserError
 from oar_scale.registry import STAGES
 
 
@@ -46,6 +47,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from oar_scale.pipeline import run_pipeline, undo_again
     from oar_scale.run.context import Run
 
+    if arguments.undo and arguments.minutes:
+        raise UserError("--minutes means nothing with --undo: leave it out")
     if arguments.undo:
         undo_again(Run(recipe), yes=arguments.yes)
         return 0
@@ -85,6 +88,8 @@ def _recipe(arguments: argparse.Namespace) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     from oar_scale.doctor import report, run_doctor
 
+    if arguments.profile and not arguments.cluster:
+        raise UserError(f"-p {arguments.profile[0]} means nothing without --cluster, whose profile it changes: leave it out")
     if arguments.cluster:
         from oar_scale.launch.cluster_doctor import examine_cluster
 

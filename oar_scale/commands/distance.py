@@ -79,10 +79,8 @@ def measure_distance(request: DistanceRequest, say: Callable[[str], None]) -> No
         raise UserError(f"--metrics {compared[0]}: it compares samples with a reference. Name one.")
     # Both are looked for before the features of one are computed, which may take hours.
     found = [_Found.at(request, where, network) for where in (request.samples, request.reference) if where]
-    if request.paired and not (len(found) == 2 and all(each.images for each in found)):
-        alone = next((each.where for each in found if not each.images), None)
-        what = f"{alone} holds statistics alone" if len(found) == 2 else "there is no reference"
-        raise UserError(f"--paired {request.paired}: only kid leaves pairs out, and it compares the images of two sets; {what}")
+    if request.paired and (alone := next((each.where for each in found if not each.images), None)):
+        raise _no_pairs(request, f"{alone} holds statistics alone")
     samples, side = _side(request, found[0], say)
     reference, other = _side(request, found[1], say) if len(found) > 1 else (Side("no reference", None), None)
     if side is not None and other is not None and side != other:
@@ -128,13 +126,17 @@ def _check(request: DistanceRequest) -> None:
         raise UserError(f"--export-npz {request.export_npz}: name a file .npz")
     if request.export_statistics and not request.export_statistics.lower().endswith(".npz"):
         raise UserError(f"--export-statistics {request.export_statistics}: name a file .npz")
-    if request.paired and not request.figures:
-        raise UserError(f"--paired {request.paired}: only kid leaves pairs out, and no figure is asked for")
+    if request.paired and request.reference is None:
+        raise _no_pairs(request, "there is no reference")
     if request.paired and request.metrics and "kid" not in request.metrics:
         raise UserError(f"--paired {request.paired}: only kid leaves pairs out, and it is not among --metrics")
     fewest = max((max(FEWEST[name]) for name in request.metrics or OF_FEATURES if name in OF_FEATURES), default=0)
     if request.kept < fewest:
         raise UserError(f"--kept {request.kept}: the figures need {fewest} images a side, so keep as many")
+
+
+def _no_pairs(request: DistanceRequest, why: str) -> UserError:
+    return UserError(f"--paired {request.paired}: only kid leaves pairs out, and it compares the images of two sets; {why}")
 
 
 @dataclass(frozen=True)

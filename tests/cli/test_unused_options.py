@@ -23,10 +23,14 @@ RECIPE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
         ("orders", ["--predict", "--model", "ordered"], "--model means nothing with --predict"),
         ("orders", ["--train-head", "--predict", "--model", "ordered"], "--model means nothing with --predict"),
         ("orders", ["--model", "ordered"], "--model means nothing without --train-head"),
+        ("run", ["--undo", "--minutes", "3"], "--minutes means nothing with --undo"),
+        ("doctor", ["-p", "nodes=2"], "-p nodes=2 means nothing without --cluster"),
+        ("plan", ["--seed", "3"], "--seed means nothing without --simulate"),
+        ("data stats", ["--tokenizer", "vq.safetensors"], "--tokenizer means nothing without --grid"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(
     verb: str, options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([verb, RECIPE, *options]) == 2
+    assert main([*verb.split(), RECIPE, *options]) == 2
     assert f"error: {complaint}" in capsys.readouterr().err

@@ -124,7 +124,9 @@ def test_a_figure_without_the_reference_it_needs_is_refused_before_features_are_
     shown = capsys.readouterr()
     assert "--metrics kid: it compares samples with a reference" in shown.err and "images" not in shown.out
     assert main(["distance", sets[0], "--paired", "name", "--export-npz", "new.npz"]) == 2
-    assert "--paired name: only kid leaves pairs out, and no figure is asked for" in capsys.readouterr().err
+    assert (
+        "--paired name: only kid leaves pairs out, and it compares the images of two sets; there is no reference" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
