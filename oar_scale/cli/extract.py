@@ -29,7 +29,7 @@ def add(verbs: Subparsers) -> None:
     )
     compare = verb.add_argument_group("with --compare")
     compare.add_argument("--images", type=count, default=64, metavar="N", help="training images to take; default: %(default)s")
-    compare.add_argument("--finetune", type=int, default=0, metavar="STEPS", help="also train on the orders of each method; default: no")
+    compare.add_argument("--finetune", type=count, default=0, metavar="STEPS", help="also train on the orders of each method; default: no")
     compare.add_argument("--out", metavar="FILE.json", help="write the figures as well")
     verb.set_defaults(verb=verb)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from oar_scale.cli.common import Subparsers, add_verb, count, refuse_unused
+from oar_scale.cli.common import Subparsers, add_verb, count, seed
 
 
 def add(verbs: Subparsers) -> None:
@@ -26,9 +26,8 @@ def add(verbs: Subparsers) -> None:
         "--activations", action="store_true", help="trace the real model's activations on fake tensors instead of by formula (needs torch)"
     )
     verb.add_argument("--simulate", metavar="ranks=N[,failures=X]", help="act out the stream, failures and the extraction's stragglers")
-    verb.add_argument("--seed", type=int, default=0, help="of all that is simulated")
+    verb.add_argument("--seed", type=seed, default=0, help="of the failures, and of all that --simulate does; default: %(default)s")
     verb.add_argument("--json", action="store_true", help="print everything as JSON")
-    verb.set_defaults(verb=verb)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -36,8 +35,6 @@ def _plan(arguments: argparse.Namespace) -> int:
     from oar_scale.planning.plan import PlanOptions, make_plan
     from oar_scale.planning.plan_report import as_json, as_text
 
-    if not arguments.simulate:
-        refuse_unused(arguments.verb, arguments, ("seed",), "without --simulate")
     options = PlanOptions(
         gpu=arguments.gpu,
         nodes=arguments.nodes,

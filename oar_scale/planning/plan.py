@@ -216,5 +216,5 @@ def case_of(recipe: Recipe, options: PlanOptions, wanted: SimulationRequest | No
         assumed=assumed,
         mfu=1.0 if planned.on_cpu else assumed.mfu(parameters(spec).total),
         failures=assumed("failures.per_gpu_year") if rate is not None or not planned.on_cpu else 0.0,  # none is known of CPUs
-        seed=options.seed,
+        seed=options.seed % 2**64,  # NumPy takes no negative ones
     )

@@ -25,7 +25,6 @@ RECIPE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
         ("orders", ["--model", "ordered"], "--model means nothing without --train-head"),
         ("run", ["--undo", "--minutes", "3"], "--minutes means nothing with --undo"),
         ("doctor", ["-p", "nodes=2"], "-p nodes=2 means nothing without --cluster"),
-        ("plan", ["--seed", "3"], "--seed means nothing without --simulate"),
         ("data stats", ["--tokenizer", "vq.safetensors"], "--tokenizer means nothing without --grid"),
     ],
 )

@@ -242,6 +242,8 @@ def test_price_scales_money_and_failures_cost_time() -> None:
 
 def test_a_plan_is_the_same_again() -> None:
     assert as_text(plan("imagenet", simulate="ranks=64")) == as_text(plan("imagenet", simulate="ranks=64"))
+    alike, others = (plan("imagenet", nodes=8, seed=seed).stages[0].survival for seed in (0, -1))
+    assert plan("imagenet", nodes=8).stages[0].survival == alike != others, "failures are drawn by the seed, without --simulate, too"
 
 
 def test_what_is_cheaper_is_cheaper_fits_and_can_be_run() -> None:
