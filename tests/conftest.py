@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT))  # for cluster/dev, which is not part of the insta
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
+    # Stages set the threads of the whole process. Beside other processes, threads that wait for one another took five times the CPU time.
+    "OMP_THREAD_LIMIT": "1",
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",  # the tests are the same where there is a GPU
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -67,7 +69,7 @@ def pytest_collection() -> Iterator[object]:
 
 @pytest.fixture(autouse=True)
 def _one_thread_again() -> Iterator[None]:
-    """Stages that a test runs set the threads of the whole process. Beside other processes, threads that wait for one another are slow."""
+    """Stages that a test runs set the number of threads of the whole process, by which torch divides sums."""
     yield
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -51,10 +54,34 @@ def small_recipe(run_dir: str, **changes: Any) -> Recipe:
     return Recipe.model_validate(settings)
 
 
+MADE_OF = {"name", "seed", "data", "tokenizer", "model"}
+"""The parts of a recipe that say what :func:`prepare_small_run` makes."""
+
+
 def prepare_small_run(recipe: Recipe) -> Run:
-    """Data, tokenizers, token shards and a base model."""
+    """Data, tokenizers, token shards and a base model; recipes that agree in what these are made of get the same files, made once."""
     run = Run(recipe)
+    if run.at().startswith("s3://"):
+        _make(run)
+    else:
+        for name, content in _files(recipe.model_dump_json(include=MADE_OF)).items():
+            path = Path(run.at(name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    torch.manual_seed(0)  # whether they were made now or before
+    return run
+
+
+@cache
+def _files(recipe: str) -> dict[str, bytes]:
+    with TemporaryDirectory() as folder:
+        _make(Run(Recipe.model_validate_json(recipe).model_copy(update={"run_dir": folder})))
+        return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def _make(run: Run) -> None:
     run_data(run)
+    recipe = run.recipe
     text = recipe.tokenizer.text
     if isinstance(text, SentencePieceConfig):
         train_text_tokenizer(_captions(run), text.vocab_size, text.max_tokens).save(run.text_uri)
@@ -70,7 +97,6 @@ def prepare_small_run(recipe: Recipe) -> Run:
     condition = condition_spec(load_prompts(recipe.tokenizer.text, run.at("tokenizers")), encoder_layers=recipe.model.text_encoder_layers)
     model = ModelSpec.from_recipe(recipe.model, vocab_size=64, grid=8, condition=condition)
     save_model(run.model_uri("base"), AnyOrderModel(model))
-    return run
 
 
 def pretraining(run: Run) -> TrainingJob:

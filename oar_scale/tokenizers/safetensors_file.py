@@ -51,6 +51,8 @@ SHARD_BYTES = 5 * 10**9
 _HEADER_READ = 1 << 16
 _AHEAD = 4
 """Tensors that are read at once."""
+_SMALL = 1 << 20
+"""Bytes that a file of this machine gives sooner than threads are started."""
 
 Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -184,7 +186,8 @@ class StoredWeights:
             read = partial(_read, file, open_storage(file.uri))  # opened here: other threads know nothing of this one's patience
             for first in range(0, len(names), _AHEAD):  # a few at a time, so that what is read ahead does not fill the memory
                 few = names[first : first + _AHEAD]
-                for name, tensor in zip(few, in_order(read, few, _AHEAD), strict=True):
+                small = "://" not in file.uri and sum(file.header.tensors[name].bytes for name in few) < _SMALL
+                for name, tensor in zip(few, in_order(read, few, 1 if small else _AHEAD), strict=True):
                     if file.checksum is not None:
                         parts[name] = (tensor_crc(tensor), tensor.nbytes)
                     yield name, tensor

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import IO, NamedTuple
 
 import torch
@@ -179,12 +180,18 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _advanced(crc: int, size: int) -> int:
     """What a CRC-32 contributes to that of a text that is longer by ``size`` bytes: the product with x^(8 size) (zlib's crc32_combine)."""
+    return _product(_power(size), crc)
+
+
+@lru_cache(maxsize=256)
+def _power(size: int) -> int:
+    """x^(8 size); most tensors of a model have one of a few sizes."""
     power, factor = 1 << 31, 1 << 23  # x^0 and x^8: the highest bit is the lowest power
     while size:
         if size & 1:
             power = _product(power, factor)
         factor, size = _product(factor, factor), size >> 1
-    return _product(power, crc)
+    return power
 
 
 def _product(a: int, b: int) -> int:
