@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import http.server
+import os
 import re
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import PORTS
+from launcher import PORTS, run_workers
 from test_ray_jobs import jobs_known, oar, profile
 
 from cluster.dev import processes
 from cluster.dev import ray as dev_ray
 from cluster.dev import slurm as dev_slurm
 from oar_scale.cli import main
-from oar_scale.doctor import storage_checks
+from oar_scale.config.loading import load_recipe
+from oar_scale.doctor import node_checks, storage_checks
 from oar_scale.doctor.finding import Finding
 from oar_scale.doctor.node_checks import NodeReport, merge_node_reports
 from oar_scale.doctor.storage_checks import storage_speed, wandb_server
@@ -131,54 +132,42 @@ def test_nodes_that_differ_are_named_and_equal_ones_are_one_line() -> None:
     assert lines[1] == "warn devices: n0, n1, n2 and 3 more nodes: 8 GPUs | n6: no GPU"
 
 
-GROUP = """
-import json, sys, time
-from oar_scale.config.loading import load_recipe
-from oar_scale.doctor import node_checks
-
-node_checks.GROUP_S = 3600.0  # a worker that waited for this would outlast the test
-rank, port, late = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-if rank == 1:
-    now = time.time
-    time.time = lambda: now() + late
-recipe = load_recipe(sys.argv[4 + rank])
-info = node_checks.RankInfo(f"n{rank}", rank, 2, 0, "127.0.0.1", port)
-print(json.dumps([str(finding) for finding in node_checks.check_between_nodes(info, recipe)]))
-"""
+def join_group(port: int, late_s: float, recipes: list[str], out: str) -> None:
+    """One of two workers; the second one's clock is wrong."""
+    node_checks.GROUP_S = 3600.0  # a worker that waited for this would outlast the test
+    rank = int(os.environ["RANK"])
+    if rank == 1:
+        now = time.time
+        time.time = lambda: now() + late_s  # of this process
+    info = node_checks.RankInfo(f"n{rank}", rank, 2, 0, "127.0.0.1", port)
+    findings = node_checks.check_between_nodes(info, load_recipe(recipes[rank]))
+    Path(out, f"findings-{rank}").write_text("\n".join(map(str, findings)))
 
 
-def between_two(late_s: float, *recipes: str) -> list[str]:
-    """What each of two workers says; none outlives this."""
-    port = str(processes.free_port(PORTS, lambda port: [port]))
-    command = [sys.executable, "-c", GROUP]
-    workers = [subprocess.Popen([*command, str(rank), port, str(late_s), *recipes], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    try:
-        return [worker.communicate()[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+def between_two(late_s: float, recipes: list[str], out: Path) -> list[str]:
+    """What each of two workers says."""
+    port = processes.free_port(PORTS, lambda port: [port])
+    run_workers(join_group, 2, port, late_s, recipes, str(out))
+    return [(out / f"findings-{rank}").read_text() for rank in range(2)]
 
 
-@pytest.mark.gloo
 def test_a_wrong_clock_and_a_storage_not_shared_are_reported(tmp_path: Path) -> None:
     recipes = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         recipes.append(recipe(tmp_path / name))
-    findings, other = between_two(3, *recipes)
-    assert other.strip() == "[]"
+    findings, other = between_two(3, recipes, tmp_path)
+    assert other == ""
     off = re.search(r"warn clocks: n1 is ([+-][\d.]+) s off n0", findings)
     assert off is not None and float(off[1]) == pytest.approx(3, abs=0.5)
     assert "what n0 writes is not seen on n1" in findings and "set storage.root to s3://" in findings
 
 
-@pytest.mark.gloo
 def test_a_storage_that_cannot_be_written_is_reported_at_once(tmp_path: Path) -> None:
     """A file where the folder should be stops root as well."""
     (tmp_path / "run").touch()
-    findings, other = between_two(0, *[recipe(tmp_path)] * 2)
-    assert other.strip() == "[]"
+    findings, other = between_two(0, [recipe(tmp_path)] * 2, tmp_path)
+    assert other == ""
     assert f"FAIL shared storage: {tmp_path}/run: n0 cannot write there (UserError: {tmp_path}/run/" in findings
     assert "set storage.root to s3://" in findings
 
