@@ -162,12 +162,21 @@ def _device(parallel: ParallelConfig) -> torch.device:
     return torch.device("cpu")
 
 
+def _leave_muon_uncompiled() -> None:
+    """DeepSpeed asks at each reduction whether the optimizer is its Muon, and importing that module compiles kernels, which nobody calls
+    here: torch._dynamo alone is 3 s of CPU for each worker."""
+    from deepspeed.runtime import compiler
+
+    compiler.compile = lambda: lambda function: function
+
+
 def _start_group(device: torch.device, timeout_s: float) -> None:
     import deepspeed
 
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce at first use: a minute, and a C++ compiler. Gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _leave_muon_uncompiled()
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

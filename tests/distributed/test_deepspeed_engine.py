@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import weakref
@@ -122,3 +123,15 @@ def test_a_roll_back_needs_no_second_engine(prepared: Run, tmp_path: Path, zero_
     run_workers(rolled_back, 1, pretraining(run), str(tmp_path / "alive.json"))
     *alive, times = json.loads((tmp_path / "alive.json").read_text())
     assert max(alive) == 1 and times == 3
+
+
+def test_the_kernels_of_deepspeeds_muon_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody calls them, and DeepSpeed imports them at each training's first reduction: with torch._dynamo, seconds of each worker."""
+    from deepspeed.runtime import compiler
+
+    from oar_scale.distributed.worker_process import _leave_muon_uncompiled
+
+    monkeypatch.setattr(compiler, "compile", compiler.compile)  # of this process it stays as it is
+    _leave_muon_uncompiled()
+    muon = importlib.reload(importlib.import_module("deepspeed.runtime.zero.muon.original_muon"))  # or another test's would be seen
+    assert not hasattr(muon.zeropower_via_newtonschulz5, "_torchdynamo_orig_callable")
