@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from oar_scale.distributed.checkpoints import committed_steps
@@ -223,8 +224,7 @@ class TrainingDriver:
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_S))
         failures: Any = ray.train.FailureConfig
         return TorchTrainer(
-            _ray_worker,
-            train_loop_config={"job": self._job, "stop_request": stop_request},
+            partial(_ray_worker, self._job, stop_request),  # as `train_loop_config` they would reach Ray Train's own actors as well
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(1.5 * parallel.hang_timeout_s) + 1),
             scaling_config=ScalingConfig(
                 num_workers=workers,
@@ -252,8 +252,8 @@ def _sigint_kept() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-def _ray_worker(config: dict[str, Any]) -> None:
-    """Runs in a Ray Train worker; ``config`` is the ``train_loop_config`` of the trainer."""
+def _ray_worker(job: TrainingJob, stop_request: ActorHandle[StopRequest]) -> None:
+    """Runs in a Ray Train worker."""
     import ray
     import ray.train
 
@@ -266,8 +266,8 @@ def _ray_worker(config: dict[str, Any]) -> None:
     }
     from oar_scale.distributed.worker import train
 
-    config["stop_request"].started_on.remote(ray.get_runtime_context().get_node_id())
-    train(config["job"], lambda: wait_for_stop(config["stop_request"]))
+    stop_request.started_on.remote(ray.get_runtime_context().get_node_id())
+    train(job, lambda: wait_for_stop(stop_request))
 
 
 def _found_no_room(error: BaseException) -> bool:
