@@ -9,7 +9,6 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from functools import cache
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -27,7 +26,7 @@ def start_workers(function: Callable[..., None], world: int, *args: Any) -> list
     # The fork server's own environment is that of its start: what a test has set since travels with the call.
     group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port()), "GLOO_SOCKET_IFNAME": "lo"}
     environment = {**os.environ, **group}
-    workers = [fork_server().Process(target=_run, args=(environment, rank, function, args)) for rank in range(world)]
+    workers = [_server().Process(target=_run, args=(environment, rank, function, args)) for rank in range(world)]
     for worker in workers:
         worker.start()
     return workers
@@ -51,12 +50,10 @@ def _port() -> int:
 
 
 @cache
-def fork_server() -> ForkServerContext:
-    """Start the fork server. A process has one, for loader processes, too: whoever starts it says what it has imported."""
+def _server() -> ForkServerContext:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks once, when it is imported
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
     return context
 
 

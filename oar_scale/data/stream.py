@@ -38,11 +38,9 @@ Shapes are in the names: b samples of this rank, N cells, T prompt tokens, F fea
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
 from typing import NamedTuple
 
 import numpy as np
@@ -329,7 +327,7 @@ class TokenStream:
                 _Steps(self, start_step, end_step),
                 batch_size=None,
                 num_workers=min(self.loader_processes, max(1, end_step - start_step)),
-                multiprocessing_context=_loader_context(),
+                multiprocessing_context="spawn",  # a fork would copy locked clients and the threads of torch.distributed
             ):
                 if isinstance(made, UserError):
                     raise made
@@ -342,14 +340,6 @@ class TokenStream:
                 batch = following.result()
                 following = ahead.submit(self.batch, step + 1) if step + 1 < end_step else None
                 yield batch
-
-
-def _loader_context() -> ForkServerContext:
-    """Loader processes are forked from a server that has imported this module for all of them, and has no clients and no threads: a fork of
-    this process would copy locked clients and the threads of torch.distributed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 class _Steps(IterableDataset[Batch | UserError]):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launcher import fork_server, run_workers, start_workers
+from launcher import run_workers, start_workers
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -302,7 +302,6 @@ def test_two_ranks_killed_restarted_as_three_log_the_same(tmp_path: Path) -> Non
 
 
 def test_loader_processes_change_nothing(tokens: str, text: TextTokenizer) -> None:
-    fork_server()
     alone = list(stream(tokens, text).batches(3, 10))
     loaded = list(TokenStream(source(tokens), text, SETTINGS, loader_processes=2).batches(3, 10))
     assert [batch.step for batch in loaded] == list(range(3, 10))
@@ -315,7 +314,6 @@ def fail(kind: type[UserError], name: str, shard: OpenShard) -> NDArray[np.uint1
 
 @pytest.mark.parametrize("kind", [UserError, Unreachable])
 def test_an_error_of_a_loader_process_is_told_as_it_is(tokens: str, text: TextTokenizer, kind: type[UserError]) -> None:
-    fork_server()
     loaded = TokenStream(source(tokens, partial(fail, kind)), text, SETTINGS, loader_processes=1).batches(0, 4)
     with pytest.raises(UserError, match=r"^\d+\.tar: the orders cannot be read$") as caught:
         list(loaded)
