@@ -327,7 +327,8 @@ class TokenStream:
                 _Steps(self, start_step, end_step),
                 batch_size=None,
                 num_workers=min(self.loader_processes, max(1, end_step - start_step)),
-                multiprocessing_context="spawn",  # a fork would copy locked clients and the threads of torch.distributed
+                # A fork would copy locked clients and the threads of torch.distributed; a fork server's would outlive a killed rank.
+                multiprocessing_context="spawn",
             ):
                 if isinstance(made, UserError):
                     raise made

@@ -164,7 +164,7 @@ def _device(parallel: ParallelConfig) -> torch.device:
 
 def _leave_muon_uncompiled() -> None:
     """DeepSpeed asks at each reduction whether the optimizer is its Muon, and importing that module compiles kernels, which nobody calls
-    here: torch._dynamo alone is 3 s of CPU for each worker."""
+    here: with torch._dynamo that is seconds of CPU for each worker."""
     from deepspeed.runtime import compiler
 
     compiler.compile = lambda: lambda function: function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +21,9 @@ from hypothesis import strategies as st
 from launcher import run_workers, start_workers
 from numpy.typing import NDArray
 from PIL import Image
+from waiting import wait_until
 
+from cluster.dev.processes import is_alive
 from oar_scale.data.manifest import Manifest, read_manifest, write_manifest
 from oar_scale.data.open_shard import OpenShard
 from oar_scale.data.shard_source import ShardSource, StoredOrders
@@ -306,6 +310,22 @@ def test_loader_processes_change_nothing(tokens: str, text: TextTokenizer) -> No
     loaded = list(TokenStream(source(tokens), text, SETTINGS, loader_processes=2).batches(3, 10))
     assert [batch.step for batch in loaded] == list(range(3, 10))
     assert all(same(a, b) for a, b in zip(alone, loaded, strict=True))
+
+
+def load_and_wait(folder: str, text: TextTokenizer, pids: str) -> None:
+    batches = TokenStream(source(folder), text, SETTINGS, loader_processes=1).batches(0, 100)
+    next(batches)
+    Path(pids).write_text(" ".join(str(process.pid) for process in multiprocessing.active_children()))
+    threading.Event().wait()
+
+
+def test_loader_processes_end_with_a_killed_rank(tokens: str, text: TextTokenizer, tmp_path: Path) -> None:
+    (worker,) = start_workers(load_and_wait, 1, tokens, text, str(tmp_path / "pids"))
+    wait_until(lambda: not worker.is_alive() or ((tmp_path / "pids").exists() and (tmp_path / "pids").read_text()))
+    (loader,) = [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split()]
+    worker.kill()
+    worker.join()
+    wait_until(lambda: not is_alive(loader))
 
 
 def fail(kind: type[UserError], name: str, shard: OpenShard) -> NDArray[np.uint16]:
