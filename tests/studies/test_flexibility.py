@@ -308,7 +308,7 @@ def test_tables_of_a_report_have_its_differences(
     images = read_json(str(tmp_path / "arrays" / "images.json"))
     del images["families"]
     (tmp_path / "arrays" / "images.json").write_text(json.dumps(images))
-    with pytest.raises(SystemExit, match="by an earlier version"):
+    with pytest.raises(UserError, match="by an earlier version"):
         printed(str(tmp_path), "--against", "ordered")
 
     found["format"] = FORMAT - 1
@@ -318,7 +318,7 @@ def test_tables_of_a_report_have_its_differences(
         ((str(measured / "pieces"),), "no flexibility.json"),
         ((str(tmp_path),), f"of format {FORMAT - 1}"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(UserError, match=message):
             printed(*arguments)
 
 
