@@ -114,6 +114,9 @@ class RecipeConflict(ValueError):
         super().__init__(text)
         self.key = key
 
+    def __reduce__(self) -> tuple[type[RecipeConflict], tuple[str, str]]:
+        return RecipeConflict, (self.key, str(self))  # as it was made: it may come from another process
+
 
 def divisors(n: int) -> list[int]:
     """All divisors of ``n``, ascending."""

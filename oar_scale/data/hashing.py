@@ -144,6 +144,11 @@ def name_bytes(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
 
 
+def image_numbers(keys: Sequence[str]) -> NDArray[np.int64]:
+    """The number [S] of each sample that random numbers of its own order come from (``orders.selection.Images``): a checksum of its key."""
+    return np.array([zlib.crc32(name_bytes(key)) for key in keys], dtype=np.int64)
+
+
 def name_hash(name: str, purpose: str) -> float:
     """Uniform number in [0, 1) of a name: always the same, independent of any seed."""
     return float(name_hashes([name], purpose)[0])

@@ -109,7 +109,7 @@ class LikelihoodTask:
             finder = self.target.open(self.precision)
             condition = condition_of(finder, cond_inputs)
             for score in OWN_SCORES:
-                settings = replace(self.own, score=score, guidance=1.0)
+                settings = replace(self.own, score=score, guidance=1.0, orders_per_image=1)
                 orders[f"own {score}"] = extract_orders(finder, codes, condition, settings, self.target.images).order_BN
         model, batch = self.target.open(), len(codes)
         generated_SN = orders.pop("own max_prob", None)  # measured with its predictions, in one pass
@@ -183,17 +183,19 @@ class BruteForceTask:
     stored_SN: NDArray[np.uint16]
     """The orders that the pool extracted, in the recipe's precision."""
     settings: ExtractionSettings
+    numbers_S: Ints
+    """The images' numbers in the pool, from which random numbers of their orders come."""
 
     def run(self) -> BruteForce:
         """Find the orders by extraction and by brute force, and compare them."""
         model, codes = self.target.open(), torch.from_numpy(self.codes_SN).to(here())
-        condition = condition_of(model, self.target.cond_inputs)
-        exact = found = extract_orders(model, codes, condition, self.settings, self.target.images)
+        condition, numbers_S = condition_of(model, self.target.cond_inputs), self.numbers_S
+        exact = found = extract_orders(model, codes, condition, self.settings, numbers_S)
         checked = self.settings
         if checked.score == "info_gain":  # by brute force it would take a pass for each hypothesis and cell
-            checked = replace(checked, score="max_prob")
-            exact = extract_orders(model, codes, condition, checked, self.target.images)
-        brute = brute_force_orders(model, codes, condition, checked, self.target.images)
+            checked = replace(checked, score="max_prob", orders_per_image=1)
+            exact = extract_orders(model, codes, condition, checked, numbers_S)
+        brute = brute_force_orders(model, codes, condition, checked, numbers_S)
         differs_SN = exact.order_BN != brute.order_BN
         # Up to its first other cell an image has the same prefix in both, so there the two scores answer the same question.
         gap_SN = (exact.score_BN - brute.score_BN).abs().masked_fill(~differs_SN | (differs_SN.cumsum(1) != 1), 0.0)

@@ -8,7 +8,6 @@ a shard depends on the shard, the model and the settings alone.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from oar_scale.config.fingerprint import fingerprint
 from oar_scale.config.schema import TextConfig
-from oar_scale.data.hashing import name_bytes
+from oar_scale.data.hashing import image_numbers
 from oar_scale.data.manifest import Manifest, read_manifest
 from oar_scale.data.open_shard import TokenShard
 from oar_scale.data.shards import read_token_shard
@@ -144,7 +143,7 @@ class ExtractionWorker:
         """One order for each sample of a shard, a batch at a time."""
         codes_SN = torch.from_numpy(tokens.view(view).astype(np.int64))
         names = tokens.keys if view == 0 else [f"{key}/{view}" for key in tokens.keys]
-        images_S = np.array([zlib.crc32(name_bytes(name)) for name in names], dtype=np.int64)
+        images_S = image_numbers(names)
         cuts = [slice(start, start + self.job.batch) for start in range(0, len(codes_SN), self.job.batch)]
         orders = [self._extract(codes_SN[cut], encoded_prompts_S[cut], images_S[cut], draw, uri, on_step) for cut in cuts]
         return Orders(torch.cat([part.order_BN for part in orders]), torch.cat([part.score_BN for part in orders]))

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oar_scale.data.hashing import image_numbers
 from oar_scale.errors import UserError
 from oar_scale.evaluation import result_tables as summary
 from oar_scale.evaluation.edit_examples import EditedImages
@@ -207,7 +208,8 @@ def _eval_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:
 def _brute_force_task(run: Run, inputs: Inputs) -> EvalTask:
     target = EvalTarget("any_order", inputs.models["any_order"], inputs.train_cond_inputs_S.numpy())
     first = slice(BRUTE_FORCE_IMAGES)
-    return BruteForceTask(target, inputs.train.codes_SN[first], inputs.orders_SN[first], ExtractionSettings.from_recipe(run.recipe.extract))
+    numbers_S, settings = image_numbers(inputs.train.keys[first]), ExtractionSettings.from_recipe(run.recipe.extract)
+    return BruteForceTask(target, inputs.train.codes_SN[first], inputs.orders_SN[first], settings, numbers_S)
 
 
 def _sampling_tasks(run: Run, inputs: Inputs) -> list[EvalTask]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oar_scale.data.hashing import name_bytes
+from oar_scale.data.hashing import image_numbers
 from oar_scale.data.manifest import ShardInfo, read_manifest
 from oar_scale.data.shards import read_token_shard
 from oar_scale.errors import UserError
@@ -125,10 +124,7 @@ def _measured(run: Run, model_file: str, shards: Sequence[ShardInfo], tokens: To
     methods = extraction_methods(settings, model.spec.grid, head)
     judged = {} if head is None else dict.fromkeys(head_methods(head), _unseen(run, head, shards, len(tokens.keys)))
     cond_inputs_S = cond_inputs_of(prompts, tokens.prompts, torch.device(device)).to(device)
-    codes_SN, images_S = (
-        torch.from_numpy(tokens.codes_SN).to(device),
-        np.array([zlib.crc32(name_bytes(key)) for key in tokens.keys], np.int64),
-    )
+    codes_SN, images_S = torch.from_numpy(tokens.codes_SN).to(device), image_numbers(tokens.keys)
     with run.console.progress(rounds * len(methods), "methods of finding orders") as tally:
         return compare(
             model,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from small_models import random_codes, random_text, small_model
 
+from oar_scale.data.hashing import image_numbers
 from oar_scale.evaluation import eval_tasks
 from oar_scale.evaluation import result_tables as summary
 from oar_scale.evaluation.distances import kid_difference
-from oar_scale.evaluation.eval_tasks import BruteForce, BruteForceTask, EvalTarget, Likelihoods
+from oar_scale.evaluation.eval_tasks import BruteForce, BruteForceTask, EvalTarget, Likelihoods, LikelihoodTask
 from oar_scale.model import AnyOrderModel, save_model
 from oar_scale.orders.extraction import Orders, extract_orders
 from oar_scale.orders.settings import ExtractionSettings
@@ -70,6 +74,30 @@ def test_the_comparison_with_brute_force_is_told_as_it_came_out(equal: int, mess
     assert message in summary.brute_force_text(BruteForce(2, equal, 1e-6, 0.0))
 
 
+@pytest.mark.parametrize("how", [{"score": "sampled"}, {"first_cell": "random"}, {"order_temperature": 0.5}])
+def test_orders_that_noise_decides_are_checked_with_the_noise_of_the_pool(how: dict[str, Any], tmp_path: Path) -> None:
+    model = small_model()
+    save_model(f"{tmp_path}/model.safetensors", model)
+    codes, text, numbers = random_codes(model, 3), random_text(model, 3), image_numbers(["a", "b", "c"])
+    settings = ExtractionSettings(**how)
+    with torch.no_grad():
+        stored = extract_orders(model, codes, model.condition(text), settings, numbers).order_BN.numpy().astype(np.uint16)
+    target = EvalTarget("any_order", f"{tmp_path}/model.safetensors", text.numpy())
+    assert BruteForceTask(target, codes.numpy(), stored, settings, numbers).run().stored_distance == 0
+
+
+@pytest.mark.parametrize("score", ["sampled", "info_gain"])
+def test_a_run_with_several_orders_an_image_is_evaluated(score: Any, tmp_path: Path) -> None:
+    """A model's own order is one, whatever number the extraction finds."""
+    model = small_model()
+    save_model(f"{tmp_path}/model.safetensors", model)
+    codes_SN, target = random_codes(model, 2).numpy(), EvalTarget("ordered", f"{tmp_path}/model.safetensors", random_text(model, 2).numpy())
+    orders, own = np.arange(9)[None].repeat(2, 0), ExtractionSettings(score=score, orders_per_image=2)
+    found = LikelihoodTask(target, codes_SN, {"raster": orders}, own=own, precision="fp32").run()
+    assert {"own max_prob", "own gt_logprob"} <= found.nll.keys()
+    BruteForceTask(target, codes_SN, orders.astype(np.uint16), own, np.arange(2)).run()
+
+
 def test_the_gap_to_brute_force_is_at_the_first_other_choice(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """An extraction that takes the cells of the first image backwards is found out at its first step."""
     model = small_model()
@@ -85,9 +113,8 @@ def test_the_gap_to_brute_force_is_at_the_first_other_choice(tmp_path: object, m
     with torch.no_grad():
         exact = extract_orders(model, codes, model.condition(text), ExtractionSettings()).order_BN.numpy().astype(np.uint16)
     stored = np.stack([exact[0], exact[1, ::-1]])
-    task = BruteForceTask(
-        EvalTarget("any_order", f"{tmp_path}/model.safetensors", text.numpy()), codes.numpy(), stored, ExtractionSettings()
-    )
+    target = EvalTarget("any_order", f"{tmp_path}/model.safetensors", text.numpy())
+    task = BruteForceTask(target, codes.numpy(), stored, ExtractionSettings(), np.arange(2))
     assert task.run() == BruteForce(2, 2, 0.0, 0.5)  # the second stored order is the exact one backwards
     monkeypatch.setattr(eval_tasks, "extract_orders", backwards)
     result = task.run()

@@ -126,7 +126,7 @@ def test_a_check_by_brute_force_takes_as_many_operations_as_are_planned(how: dic
     save_model(str(tmp_path / "model.safetensors"), model)
     target = eval_tasks.EvalTarget("any_order", str(tmp_path / "model.safetensors"), np.arange(2)[:, None])
     with FlopCounterMode(display=False) as counter:
-        eval_tasks.BruteForceTask(target, codes_SN, order_SN, ExtractionSettings(**how)).run()
+        eval_tasks.BruteForceTask(target, codes_SN, order_SN, ExtractionSettings(**how), np.arange(2)).run()
     planned = replace(case("imagenet", *(f"extract.{name}={value}" for name, value in how.items())), spec=model.spec)
     assert counter.get_total_flops() == 2 * checked_order_flops(planned)
 
