@@ -255,10 +255,12 @@ def chosen_orders(settings: SampleSettings) -> dict[str, SampleSettings]:
 
 
 def describe(settings: SampleSettings) -> str:
-    """Settings of samples as a phrase."""
-    return f"guidance {settings.guidance:g}, temperature {settings.temperature:g}" + (
-        f", top {settings.top_k} codes" if settings.top_k else ""
-    )
+    """Settings of samples as a phrase, with all that changes an image and is not the default (so without drafts)."""
+    said = {"guidance": settings.guidance, "temperature": settings.temperature, "top_k": settings.top_k}
+    usual = asdict(SampleSettings(**said, order_temperature=0.0, draft=settings.draft))
+    others = [f"{name} {value}" for name, value in asdict(settings).items() if value != usual[name]]
+    top = [f"top {settings.top_k} codes"] if settings.top_k else []
+    return ", ".join([f"guidance {settings.guidance:g}", f"temperature {settings.temperature:g}", *top, *others])
 
 
 def _pieces(sources: Sequence[Source]) -> list[Piece]:

@@ -36,6 +36,8 @@ OF_ORDERS = ("order", "random_share", "orders_of", "distinct_orders", "any_view_
 
 OF_OWN_ORDERS = ("order_temperature", "first_cell", "commit_per_step", "cosine_steps")
 """The fields of ``extract`` that decide in which orders the stage ``evaluate`` finds a model's own likelihood."""
+OF_EXTRACTED = ("mean", "extracted")
+"""The orders of a flexibility report that come of the extraction of the run whose images it measured."""
 LEAKING: OrderName = "own gt_logprob"
 """The orders that tell of the codes: likelihoods along them are no figures of a comparison."""
 FLEXIBILITY = "flexibility"
@@ -266,13 +268,15 @@ def _flexibility(run: Run, model: str) -> dict[str, tuple[float, Conditions]]:
         if not files:
             return {}
         images = {**_images(run, report["split"]), "flexibility --split": report["split"], "flexibility --images": report["images"]}
-        drawn = {**images, "sampling": report["sampling"]}
+        drawn = {**images, "sampling": report["sampling"], "flexibility --features": report["features"]}
         tried = sorted({(row["temperature"], row["guidance"]) for row in report["sweep"]})
         with np.load(io.BytesIO(open_storage(folder).read(files[0])), allow_pickle=False) as arrays:
             means = {name: float(arrays[name].mean()) for name in arrays.files}
         found = dict[str, tuple[float, Conditions]]()
         for measure in (each for each in report["measures"] if each["name"] in means):
             name, conditions = measure["name"], images if measure["chapter"] in ("likelihood", "calibration") else drawn
+            if name.split("/")[1] in OF_EXTRACTED:
+                conditions = {**conditions, "orders extracted in": report["run"]}
             if name.startswith("samples/best/"):
                 conditions = {**conditions, "flexibility --sweep": [tried, report["sweep_images"]]}
             found[f"flexibility {name} ({measure['unit']})"] = means[name], conditions

@@ -215,22 +215,25 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 
 def flexibility_report(models: list[tuple[str, str]], **changes: Any) -> dict[str, Any]:
-    measures = [{"name": name, "unit": "nats", "chapter": name.split("/")[0]} for name in ("likelihood/random", "samples/max_prob/heldout")]
+    names = ("likelihood/random", "likelihood/mean", "samples/max_prob/heldout")
+    measures = [{"name": name, "unit": "nats", "chapter": name.split("/")[0]} for name in names]
     return {
         "format": FORMAT,
         "models": [{"id": identity, "arrays": arrays} for identity, arrays in models],
         "measures": [{**each, "name": each["name"].replace("likelihood", "nll")} for each in measures],
-        **{"split": "heldout", "images": 256, "sampling": "guidance 2", "sweep": [], "sweep_images": "", **changes},
+        **{"run": "runs/one", "split": "heldout", "images": 256, "sampling": "guidance 2", "features": "efflite0"},
+        **{"sweep": [], "sweep_images": "", **changes},
     }
 
 
-def with_flexibility(run: str, **changes: Any) -> None:
+def with_flexibility(run: str, /, **changes: Any) -> None:
     """Give a run a report on its control and its arm ``raster``, of seed 0."""
     (Path(run) / "flexibility" / "arrays").mkdir(parents=True)
     models = []
     for number, name in enumerate(("ordered", "control", "raster")):
         save_model(f"{run}/models/{name}.safetensors", small_model(seed=number + 3))
-        values: Any = {"nll/random": np.array([number, 4.0]), "samples/max_prob/heldout": np.array([0.1, 0.2])}
+        values: Any = {f"nll/{order}": np.array([number, 4.0]) for order in ("random", "mean")}
+        values["samples/max_prob/heldout"] = np.array([0.1, 0.2])
         np.savez(f"{run}/flexibility/arrays/{name}.npz", **values)
         models.append((model_id(f"{run}/models/{name}.safetensors"), f"arrays/{name}.npz"))
     write_json(f"{run}/flexibility/flexibility.json", flexibility_report(models, **changes))
@@ -240,9 +243,11 @@ def with_flexibility(run: str, **changes: Any) -> None:
     ("changes", "names", "apart"),
     [
         ({}, {}, ()),
-        ({"split": "test"}, {"flexibility --split": "test"}, ("nll/random", "samples/max_prob/heldout")),
-        ({"images": 976}, {"flexibility --images": "976"}, ("nll/random", "samples/max_prob/heldout")),
+        ({"split": "test"}, {"flexibility --split": "test"}, ("nll/random", "nll/mean", "samples/max_prob/heldout")),
+        ({"images": 976}, {"flexibility --images": "976"}, ("nll/random", "nll/mean", "samples/max_prob/heldout")),
         ({"sampling": "guidance 4"}, {"sampling": "guidance 4"}, ("samples/max_prob/heldout",)),
+        ({"features": "timm:x"}, {"flexibility --features": "timm:x"}, ("samples/max_prob/heldout",)),
+        ({"run": "runs/other"}, {"orders extracted in": "runs/other"}, ("nll/mean",)),
     ],
 )
 def test_figures_of_other_images_or_settings_are_never_subtracted(
@@ -256,7 +261,7 @@ def test_figures_of_other_images_or_settings_are_never_subtracted(
     with_flexibility(other, **changes)
     rows = arm_rows([*trained_arms(first)[0], *trained_arms(other)[0]])
     (row,) = [each for each in rows if each.trained[0].run == other]
-    for measure in ("nll/random", "samples/max_prob/heldout"):
+    for measure in ("nll/random", "nll/mean", "samples/max_prob/heldout"):
         (found,) = [name for name in row.trained[0].figures if name.startswith(f"flexibility {measure} (nats)")]
         assert all(f"{name} {value}" in found for name, value in names.items()) == (measure in apart) or not names
         assert (minus_control(row, rows, found) is None) == (measure in apart)

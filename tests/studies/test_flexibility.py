@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from oar_scale.run.artifacts import prompt_encoder, read_pictures, read_tokens
 from oar_scale.run.context import Run
 from oar_scale.storage import read_json
 from oar_scale.studies import flexibility_models
-from oar_scale.studies.flexibility import FlexibilityRequest, _plan
+from oar_scale.studies.flexibility import FlexibilityRequest, _plan, describe
 from oar_scale.studies.flexibility_models import HeldoutImages, first_images, named_arms, sweep_images
 from oar_scale.studies.flexibility_orders import fixed_orders
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, load_vq, save_vq, unit_to_pixels
@@ -141,6 +142,18 @@ def test_orders_of_a_pretraining_are_those_of_one_in_random_orders(finished: Run
         found, notes = fixed_orders(replace(images, run=Run(finished.recipe.model_copy(update={"pretrain": pretrain}))))
         assert "random" in found and "random seen" not in found
         assert any("Random orders of the pretraining were left out" in note and why in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 16}, {"top_p": 0.5}, {"min_p": 0.3}, {"order_temperature": 2.0}, {"guidance_schedule": "linear"}, {"score": "margin"}],
+)
+def test_settings_that_change_images_are_told_apart(change: dict[str, Any]) -> None:
+    """``oar compare`` knows by the phrase which samples may be compared."""
+    usual = SampleSettings(guidance=2.0, temperature=1.0, top_k=0, order_temperature=0.0)
+    assert describe(usual) == describe(replace(usual, draft=4)) == "guidance 2, temperature 1"
+    (name, value), *_ = change.items()
+    assert describe(replace(usual, **change)) == f"guidance 2, temperature 1, {name} {value}"
 
 
 def test_whatever_a_report_depends_on_makes_it_one_of_another_call(finished: Run) -> None:
