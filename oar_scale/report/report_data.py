@@ -125,6 +125,8 @@ class ReportData:
     gallery: EditGallery | None = None
     leaks: tuple[LeakEffect, ...] = ()
     orders: OrderSummary | None = None
+    trained_on: str = "the extracted orders"
+    """What the ordered model was fine-tuned on."""
     notes: tuple[str, ...] = ()
     """Limits and oddities a reader must know."""
 

@@ -179,7 +179,8 @@ def _stage_row(run: Run, name: str, seconds: float, results: JsonObject) -> Stag
             if not recipe.pretrain.steps:
                 what, detail = "took the given any-order model as it is", ""
         case "finetune":
-            what, detail = f"trained it on {_orders(recipe.finetune)} ({recipe.finetune.random_share:.0%} random)", _training(results)
+            finetune = recipe.finetune
+            what, detail = f"trained it on {finetune_orders(finetune)} ({finetune.random_share:.0%} random)", _training(results)
         case "control":
             what, detail = "the same on random orders", _training(results)
         case _:
@@ -187,7 +188,8 @@ def _stage_row(run: Run, name: str, seconds: float, results: JsonObject) -> Stag
     return StageRow(name, what, seconds, detail)
 
 
-def _orders(finetune: FinetuneConfig) -> str:
+def finetune_orders(finetune: FinetuneConfig) -> str:
+    """What the ordered model is fine-tuned on, as a phrase."""
     if finetune.order not in (None, "stored"):
         return f"the order {finetune.order}"
     number = "the" if finetune.distinct_orders is None else f"the {finetune.distinct_orders} nearest"

@@ -92,8 +92,8 @@ def _what_was_done(report: ReportData) -> str:
     )
     if report.orders:
         text += (
-            f" Asked in which order it would rather place each of {report.orders.images:,} training images, "
-            "it was fine-tuned on the answers: the ordered model."
+            f" It was asked in which order it would rather place each of {report.orders.images:,} training images. "
+            f"Fine-tuned on {report.trained_on} it is the ordered model."
         )
     if report.nll and any(entry.model == "control" for entry in report.nll.entries):
         text += " The control is the same model, fine-tuned with the same budget on random orders."

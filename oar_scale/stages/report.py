@@ -33,6 +33,7 @@ def report_data(run: Run) -> ReportData:
         tokenizer=metadata.tokenizer_metadata(run, results["tokenizer"]) if "tokenizer" in results else None,
         model=metadata.model_metadata(run, results["pretrain"]) if "pretrain" in results else None,
         curves=_curves(run),
+        trained_on=metadata.finetune_orders(run.recipe.finetune),
         notes=_notes(run, evaluation),
     )
     if evaluation is None:

@@ -34,6 +34,9 @@ from oar_scale.storage import fetch, join, open_storage
 from oar_scale.tokenizers.prompts import cond_inputs_of
 from oar_scale.training.job import TrainingJob
 
+OWN_TABLES = {"order": None, "orders_of": "own", "distinct_orders": None}
+"""Fields of ``finetune`` with which each image follows its own order of the tables, whatever the recipe's fine-tuning follows."""
+
 
 @dataclass(frozen=True)
 class TrainingOutcome:
@@ -76,6 +79,7 @@ class ShortTraining:
             "sample_every": 0,
             "checkpoint_every": steps,
             "mix": (),
+            **OWN_TABLES,
         }
         self.recipe = recipe.model_copy(
             update={

@@ -190,6 +190,13 @@ def test_over_confidence_is_said() -> None:
     assert "over-confident: +0.550 ± 0.030" in text and "has probability 0.40 and is right 0.35 of the time" in text
 
 
+def test_the_page_says_what_the_ordered_model_was_trained_on(html: str) -> None:
+    """The recipe may have trained it on one order for all images, beside an extraction."""
+    assert "Fine-tuned on the extracted orders it is" in Page(html).text
+    text = " ".join(Page(render_report(replace(synthetic.report(), trained_on="the order halton"))).text.split())
+    assert text.count("ine-tuned on the order halton") == 2 and "ine-tuned on the extracted orders" not in text
+
+
 def test_unused_captions_and_a_worse_pretraining_are_said() -> None:
     report = synthetic.report()
     flat = CaptionDependence("ordered", 192, Estimate(3.5, 0.03), Estimate(3.51, 0.03), Estimate(0.01, 0.02))

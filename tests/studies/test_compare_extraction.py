@@ -16,6 +16,7 @@ from small_models import random_codes, random_text, small_model
 from small_run import prepare_small_run, small_recipe
 from torch import Tensor
 
+from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import Kid
 from oar_scale.model import AnyOrderModel, load_model, save_model
@@ -29,7 +30,7 @@ from oar_scale.run.context import Run
 from oar_scale.storage import open_storage
 from oar_scale.studies import compare_extraction as stage
 from oar_scale.studies.extraction_methods import EXACT, RANDOM, ROUNDS, Method, compare, extraction_methods, head_methods
-from oar_scale.studies.short_training import TrainingOutcome
+from oar_scale.studies.short_training import ShortTraining, TrainingOutcome
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,15 @@ def test_the_comparison_is_printed_and_written(run: Run, tmp_path: Path) -> None
     printed = stream.getvalue()
     for row in report["ways"]:
         assert f"  {row['way']} " in printed
+
+
+def test_a_short_training_follows_the_tables_whatever_the_recipe_follows(run: Run, tmp_path: Path) -> None:
+    """Along one order for all images every method would come out the same."""
+    finetune = run.recipe.finetune.model_copy(update={"order": "halton", "orders_of": "other_images", "distinct_orders": 3})
+    other = Run(run.recipe.model_copy(update={"finetune": finetune}), run.console)
+    shards = read_manifest(run.at("tokens", "train")).shards
+    short = ShortTraining(other, run.model_uri("any_order"), shards, [], 2, str(tmp_path)).recipe.finetune
+    assert (short.order, short.orders_of, short.distinct_orders) == (None, "own", None)
 
 
 @pytest.mark.slow
