@@ -177,6 +177,8 @@ class PoolDriver:
 
     def _handle(self, actor: int, outcome: ActorOutcome) -> None:
         actors = self.actors
+        if actor not in actors.started_at:
+            return  # it was stopped by what came at the same time from another one
         if outcome.kind in ("placed", "progress"):
             if (assignment := actors.busy.get(actor)) is not None:
                 assignment.note(outcome.kind, self.clock())
@@ -275,9 +277,9 @@ class PoolDriver:
 
     def _poll_other_pools(self) -> None:
         """Read from the ledger what other pools have finished, claimed, given up or left behind."""
-        began = self.clock()
+        began, done = self.clock(), dict[str, LedgerEntry]()
         try:
-            self._poll_ledger()
+            done = self._poll_ledger()
             self.unreadable_since = None
         except Exception as error:  # a storage that refuses now may answer at the next poll; not for ever, and never silently
             self.unreadable_since = self.unreadable_since or began
@@ -285,37 +287,42 @@ class PoolDriver:
                 raise
             self._emit("storage", error=f"{type(error).__name__}: {first_line(str(error))}")
         self.next_poll = self.clock() + max(self.timing.poll_s, 20 * (self.clock() - began))
+        for shard, entry in done.items():  # not above: what `on_progress` raises is no error of the storage, and ends the pool
+            self._mark_done(shard, entry)
 
-    def _poll_ledger(self) -> None:
-        """Sort the shards that no actor of ours does into done, poison, pending and foreign."""
+    def _poll_ledger(self) -> dict[str, LedgerEntry]:
+        """Sort the shards that no actor of ours does into poison, pending and foreign; returns those that are done."""
+        done = dict[str, LedgerEntry]()
         claims = self.ledger.claims()  # before the entries: a claim is released after its entry is written
         pending, foreign = dict(self.pending), self.foreign
         entries = self.ledger.entries([*pending, *foreign])
         poison = self.ledger.poison()
         self.watch.poll()
-        self.pending, self.foreign = deque(), {}
+        free, taken = deque[tuple[str, int]](), dict[str, float]()
         for shard in (*pending, *foreign):
             claim, since = claims.get(shard), foreign.get(shard, self.clock())
             if shard not in self.unfinished:
                 continue
             if shard in entries:
-                self._mark_done(shard, entries[shard])
+                done[shard] = entries[shard]
             elif shard in poison and poison[shard]["holder"] != self.poison_before.get(shard):
                 if self._accepts_poison(shard, poison[shard]):
                     del self.unfinished[shard]
                     self.report.poison[shard] = poison[shard]["error"]
                 else:
-                    self.pending.append((shard, claim.number + 1 if claim else 0))
+                    free.append((shard, claim.number + 1 if claim else 0))
             elif claim is None or claim.holder == self.lease.holder or pending.get(shard, 0) > claim.number:
-                self.pending.append((shard, pending.get(shard, 0)))
+                free.append((shard, pending.get(shard, 0)))
             elif self.watch.expired(claim.holder):
                 self._emit("taken_over", shard=shard, holder=claim.holder)
-                self.pending.append((shard, claim.number + 1))
+                free.append((shard, claim.number + 1))
             elif self.actors.idle and self.times.is_straggler(self.clock() - since):
                 self._report_straggler(shard, self.clock() - since)
-                self.pending.append((shard, claim.number + 1))
+                free.append((shard, claim.number + 1))
             else:
-                self.foreign[shard] = since
+                taken[shard] = since
+        self.pending, self.foreign = free, taken  # at the end: a shard in neither, as after an error half-way, would be waited for for ever
+        return done
 
     def _accepts_poison(self, shard: str, note: Record) -> bool:
         """Whether a shard that another pool has given up is given up here, too; not where its host may be at fault, and we have others."""
@@ -348,7 +355,7 @@ class PoolDriver:
         while actors.busy and (left := end - self.clock()) > 0:
             for actor, outcome in actors.backend.wait(min(1.0, left)):
                 self._handle(actor, outcome)
-                if actor in actors.started_at:
+                if actor in actors.started_at and actor not in actors.busy:  # one that reports progress goes on
                     actors.stop(actor)
         self._emit("drained", finished=len(self.report.done) - before, handed_back=len(actors.busy))
         return len(actors.busy)
