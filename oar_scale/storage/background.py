@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextvars import copy_context
 from typing import TypeVar
 
 A = TypeVar("A")
@@ -20,7 +21,7 @@ def start(work: Callable[[], B]) -> Future[B]:
 
 
 def in_order(work: Callable[[A], B], items: Sequence[A], threads: int) -> Iterator[B]:
-    """``map(work, items)`` with several items at once; the first error ends it, and no further item is begun."""
+    """``map(work, items)``, several at once, in the context of the caller; the first error ends it, and no further item is begun."""
     if min(len(items), threads) <= 1:
         yield from map(work, items)
         return
@@ -35,8 +36,8 @@ def in_order(work: Callable[[A], B], items: Sequence[A], threads: int) -> Iterat
                 return
             _settle(future, lambda item=item: work(item))  # type: ignore[misc]
 
-    for _ in range(min(threads, len(items))):
-        threading.Thread(target=worker, daemon=True).start()
+    for _ in range(min(threads, len(items))):  # each in a context of its own, with the caller's patience (storage/patience.py)
+        threading.Thread(target=copy_context().run, args=(worker,), daemon=True).start()
     try:
         for future in futures:
             yield future.result()

@@ -24,7 +24,7 @@ from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import FetchStats, Missing
 from oar_scale.storage.background import in_order
 from oar_scale.storage.local import atomic_file
-from oar_scale.storage.s3_client import TRIES, NoBucket, client, explained, has_bucket, split
+from oar_scale.storage.s3_client import TRIES, NoBucket, client, explained, has_bucket, split, with_fresh_credentials
 from oar_scale.storage.s3_ranges import head, read_range
 from oar_scale.storage.s3_types import PutCondition, S3Client, UploadedPart
 
@@ -55,6 +55,7 @@ class S3Storage:
                     raise UserError(f"{uri}: arrived damaged twice ({error}). Write the object again.") from error
         raise AssertionError("the last round returns or raises")
 
+    @with_fresh_credentials
     def write(self, uri: str, data: bytes, *, if_absent: bool = False, if_version: str = "") -> bool:
         """Put an object, in several parts where it is large: one request may carry 5 GB at most.
 
@@ -77,12 +78,20 @@ class S3Storage:
                 client().put_object(Bucket=bucket, Key=key, Body=data)
             return True
 
+    @with_fresh_credentials
     def download(self, uri: str, path: str) -> None:
         """Download an object to the local file ``path``, which appears when it is whole. Raises Missing."""
         bucket, key = split(uri)
-        with explained(uri), atomic_file(path) as file:
-            client().download_fileobj(bucket, key, file, Config=_TRANSFER)
+        try:
+            with explained(uri), atomic_file(path) as file:
+                client().download_fileobj(bucket, key, file, Config=_TRANSFER)
+        except OSError as error:
+            raise UserError(
+                f"{path}: {error.strerror}. {uri} is copied here: free some space, or set storage.cache_dir "
+                "(of a command that has no recipe: the environment variable TMPDIR) to another disk."
+            ) from error
 
+    @with_fresh_credentials
     def upload(self, path: str, uri: str) -> None:
         """Upload the local file ``path``, in several parts where it is large. Raises Missing where there is no such file."""
         bucket, key = split(uri)
@@ -110,6 +119,7 @@ class S3Storage:
                 "(of a command that has no recipe: the environment variable TMPDIR) to another disk."
             ) from error
 
+    @with_fresh_credentials
     def copy(self, source: str, target: str) -> None:
         """Let the server copy an object, in several parts where it is large. Raises Missing."""
         (bucket, key), (target_bucket, target_key) = split(source), split(target)
@@ -128,6 +138,7 @@ class S3Storage:
         """Return the URIs of all objects below a folder, sorted; one request for each 1,000 of them."""
         return sorted(self.sizes(prefix))  # here: not every server lists in byte order
 
+    @with_fresh_credentials
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return the bytes of each object that :meth:`list` names; the same requests."""
         bucket, key = split(prefix, folder=True)
@@ -138,6 +149,7 @@ class S3Storage:
         # A key that ends in "/" is a folder that some tool has drawn.
         return {f"s3://{bucket}/{key}": size for key, size in sizes.items() if not key.endswith("/")}
 
+    @with_fresh_credentials
     def delete(self, uri: str) -> None:
         """Delete an object; nothing happens if there is none."""
         bucket, key = split(uri)
@@ -150,11 +162,13 @@ class S3Storage:
             return head(uri, FetchStats()).etag.strip('"')
 
 
+@with_fresh_credentials
 def _reach(uri: str) -> None:
     with explained(uri):
         _require_bucket(client(), split(uri)[0])
 
 
+@with_fresh_credentials
 def _send(descriptor: int, uri: str) -> None:
     """Upload an open file from its beginning, in several parts where it is large."""
     bucket, key = split(uri)

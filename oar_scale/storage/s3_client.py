@@ -11,9 +11,10 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -42,6 +43,7 @@ from botocore.exceptions import (
     SSOError,
     TokenRetrievalError,
 )
+from s3transfer.exceptions import RetriesExceededError
 from urllib3.exceptions import LocationValueError
 
 from oar_scale.errors import BadName, UserError
@@ -61,7 +63,7 @@ _DENIED = {"403", "AccessDenied", "Forbidden"}
 _BAD_KEY = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "401", "Unauthorized"}
 _BAD_NAME = {"KeyTooLongError", "InvalidURI", "InvalidObjectName", "XMinioInvalidObjectName"}
 _NO_KEYS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
-_OUT_OF_REACH = (ConnectionError, HTTPClientError, ResponseStreamingError, IncompleteReadError)
+_OUT_OF_REACH = (ConnectionError, HTTPClientError, ResponseStreamingError, IncompleteReadError, RetriesExceededError)
 _FILES = "the files in AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE (~/.aws/config, ~/.aws/credentials)"
 _REMEDIES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
     (
@@ -91,10 +93,16 @@ _ANSWERS = {
 }
 """What to look at where the server refuses, by its codes."""
 _sent = threading.local()
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class NoBucket(Exception):
     """The bucket of a write does not exist."""
+
+
+class Expired(UserError):
+    """The credentials have expired, or may have."""
 
 
 def split(uri: str, folder: bool = False) -> tuple[str, str]:
@@ -119,6 +127,20 @@ def renew(used: S3Client, timeout_s: float) -> None:
     """Make the next ``client(timeout_s)`` read the credentials anew, unless another thread has seen to it since ``used`` was got."""
     if client(timeout_s) is used:
         _make_client.cache_clear()
+
+
+def with_fresh_credentials(work: Callable[P, T]) -> Callable[P, T]:
+    """``work``, once more with credentials that are read anew where they have expired."""
+
+    @wraps(work)
+    def again(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return work(*arguments, **named)
+        except Expired:
+            _make_client.cache_clear()
+        return work(*arguments, **named)
+
+    return again
 
 
 def requests_sent() -> int:
@@ -225,16 +247,20 @@ def explained(uri: str) -> Iterator[None]:
     except _OUT_OF_REACH as error:
         if _is_own_fault(error):
             raise _wrong_setting(error, uri) from None  # its text, and that of its cause, have the key in them
-        raise Unreachable(
-            f"{uri}: no connection to the S3 server at {_server()}: {redact(str(error))}\n"
-            f"Check that it runs, and the URL in AWS_ENDPOINT_URL ({redact(os.environ.get('AWS_ENDPOINT_URL', 'not set: AWS itself'))})."
-        ) from error
+        raise _no_connection(uri, error) from error
     except (BotoCoreError, json.JSONDecodeError) as error:  # what has expired since, or broken, is found when it is renewed
         raise _wrong_setting(error, uri) from error
     except OSError as error:
         if error.filename is None or error.filename not in {os.environ.get(name) for name in _FILE_VARIABLES}:
             raise  # of the disk
         raise _wrong_setting(error, uri) from error
+
+
+def _no_connection(uri: str, error: Exception) -> Unreachable:
+    return Unreachable(
+        f"{uri}: no connection to the S3 server at {_server()}: {redact(str(error))}\n"
+        f"Check that it runs, and the URL in AWS_ENDPOINT_URL ({redact(os.environ.get('AWS_ENDPOINT_URL', 'not set: AWS itself'))})."
+    )
 
 
 def _is_own_fault(error: Exception) -> bool:
@@ -261,7 +287,7 @@ def _translated(uri: str, error: ClientError) -> Exception:
     if code in _ABSENT:
         return Missing(uri)
     if code in EXPIRED:
-        return UserError(
+        return Expired(
             f"{uri}: the S3 credentials have expired ({code}), and are the same when read again.\n"
             "Renew AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or the profile in AWS_PROFILE, and start the same\n"
             "command again. A profile that is renewed before the run notices is picked up without a restart."
@@ -280,7 +306,8 @@ def _translated(uri: str, error: ClientError) -> Exception:
             f"The S3 server at {server} is overloaded or out of order. When it answers again, start the same command again."
         )
     remedy = next((text for codes, text in _ANSWERS.items() if code in codes), "Check AWS_ENDPOINT_URL, and that this server is meant.")
-    return UserError(f"{uri}: {server} refuses {error.operation_name}: {redact(str(error))}\n{remedy}")
+    kind = Expired if code == "400" else UserError  # the answer to a HEAD has no body that would say what is wrong
+    return kind(f"{uri}: {server} refuses {error.operation_name}: {redact(str(error))}\n{remedy}")
 
 
 def may_pass(error: ClientError) -> bool:
@@ -300,4 +327,6 @@ def has_bucket(bucket: str) -> bool:
         client().head_bucket(Bucket=bucket)
     except ClientError as error:
         return error.response["Error"]["Code"] not in _ABSENT | {"NoSuchBucket"}
+    except _OUT_OF_REACH as error:  # it went away since it answered that there is no such object
+        raise _no_connection(f"s3://{bucket}", error) from error
     return True

@@ -143,7 +143,7 @@ class _RangeAttempts:
             return work()
         except ClientError as error:
             _answered.add(self.server)
-            if error.response["Error"]["Code"] not in EXPIRED or self.renewed:
+            if error.response["Error"]["Code"] not in EXPIRED | {"400"} or self.renewed:  # 400: a HEAD has no body to say so
                 raise
             self.renewed = True
             renew(used, STALL_S)

@@ -23,7 +23,8 @@ from oar_scale.run.context import Run
 from oar_scale.runtime import retry
 from oar_scale.stages import train as train_stage
 from oar_scale.storage import Missing, open_storage
-from oar_scale.storage.patience import patient
+from oar_scale.storage.background import in_order
+from oar_scale.storage.patience import patience_s, patient
 from oar_scale.storage.s3 import S3Storage
 
 
@@ -131,3 +132,8 @@ def test_a_run_starts_when_the_storage_is_back(outage: Outage, tmp_path: Path) -
     with pytest.raises(UserError, match="pretrain needs stage data, which is not finished"):
         pipeline.run_stage(run, "pretrain")
     assert outage.requests == 0
+
+
+def test_threads_of_in_order_are_as_patient_as_their_caller() -> None:
+    with patient(600):
+        assert list(in_order(lambda _: patience_s(), [1, 2, 3], 3)) == [600] * 3
