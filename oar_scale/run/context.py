@@ -78,6 +78,11 @@ class Run:
         return self.at("tokenizers", "vq.safetensors")
 
     @property
+    def vq_training_uri(self) -> str:
+        """The training of the image tokenizer, until its stage is done."""
+        return self.at("tokenizers", "training.safetensors")
+
+    @property
     def text_uri(self) -> str:
         """The SentencePiece model, where the recipe trains or takes one."""
         return self.at("tokenizers", "text.model")

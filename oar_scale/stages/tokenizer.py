@@ -21,7 +21,7 @@ from oar_scale.json_object import JsonObject
 from oar_scale.run.context import Run
 from oar_scale.run.gpu_node import device_here, on_gpu_node, threads_here
 from oar_scale.runtime.stop_signals import StopSignals
-from oar_scale.storage import join
+from oar_scale.storage import join, open_storage
 from oar_scale.text import decode_text
 from oar_scale.tokenizers.clip_text import ClipText
 from oar_scale.tokenizers.image import ImageTokenizer
@@ -43,6 +43,8 @@ def run_tokenizer(run: Run) -> JsonObject:
     trained = recipe.tokenizer.image.weights is None
     save_vq(run.vq_uri, vq, half=trained)  # weights that came from elsewhere keep every bit, or their codes would change
     quality = on_gpu_node(run, _assess, gpus=min(1, recipe.parallel.gpus_per_worker), or_cpu=True)
+    if trained:  # not before: a stage that is interrupted while it is assessed would train again from the beginning
+        open_storage(run.vq_training_uri).delete(run.vq_training_uri)
     run.console.say(f"  {prompts.vocab_size} text pieces")
     return {**quality, "trained": trained, "text_pieces": prompts.vocab_size}
 
@@ -148,7 +150,7 @@ def _image_tokenizer(run: Run) -> ImageTokenizer:
             log.emit("resumed", step=step, uri=saved, seconds=seconds)
             tally.note(f"resumes from step {step}")
 
-        saved = run.at("tokenizers", "training.safetensors")
+        saved = run.vq_training_uri
         vq = train_vq(spec, config.training, pixels, run.recipe.seed, report, checkpoint=saved, stop=stop, resumed=resumed)
         log.emit("end", seconds=time.monotonic() - started)
     return vq

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from oar_scale.config.schema import VQTrainingConfig
 from oar_scale.errors import Requeue
-from oar_scale.storage import open_storage
 from oar_scale.tokenizers.adversarial import Adversary, adaptive_weight
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.perceptual import PerceptualLoss
@@ -68,7 +67,7 @@ def train_vq(
 
     Args:
         checkpoint: where the training is saved every ``SAVE_EVERY`` steps, and resumes from if it is of the same training: bit for bit as
-            if it had never stopped. Removed at the end. None: it is not saved.
+            if it had never stopped. Kept at the end: whoever calls deletes it when the tokenizer is stored. None: it is not saved.
         stop: asked after each step of a training that is saved, with the number of the step; a reason ends it.
         resumed: called where a saved training was loaded: with its step, and the seconds that this took.
 
@@ -81,6 +80,7 @@ def train_vq(
     if checkpoint is not None and (saved := read_training(checkpoint, identity)) is not None:
         training.restore(saved)
         resumed(training.step, time.monotonic() - started)
+    trained = training.step < config.steps
     while training.step < config.steps:
         images, reconstructed, quantized, loss = training.train_step(pixels_SHW3)
         step = training.step
@@ -94,8 +94,8 @@ def train_vq(
                 save_training(checkpoint, training.tensors(), identity)
             if reason is not None:
                 raise Requeue(reason)
-    if checkpoint is not None:
-        open_storage(checkpoint).delete(checkpoint)
+    if checkpoint is not None and trained:
+        save_training(checkpoint, training.tensors(), identity)
     return training.average.eval().to(memory_format=torch.contiguous_format)
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -89,6 +90,25 @@ def test_a_training_that_is_asked_to_stop_says_so_and_resumes(tmp_path: Path, mo
     assert "resumes from step 3\n" in output.getvalue()
     (event,) = [event for event in read_events(run.events, "tokenizer") if event["kind"] == "resumed"]
     assert (event["step"], event["uri"]) == (3, run.at("tokenizers", "training.safetensors")) and event["seconds"] > 0
+
+
+def test_a_stage_that_fails_while_it_assesses_does_not_train_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = prepared(tmp_path, training={"steps": 3, "batch": 4})
+    batches, plain = list[int](), vq_training._batch
+
+    def batch(*arguments: Any) -> Any:
+        batches.append(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(vq_training, "_batch", batch)
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr("oar_scale.stages.tokenizer.assess_vq", Mock(side_effect=ConnectionError("gone")))
+        run_tokenizer(run)
+    before = Path(run.vq_uri).read_bytes()
+    run_tokenizer(run)
+    assert len(batches) == 3, "nothing is trained twice"
+    assert Path(run.vq_uri).read_bytes() == before
+    assert not Path(run.at("tokenizers", "training.safetensors")).exists()
 
 
 def test_without_the_extra_eval_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
