@@ -220,7 +220,8 @@ class TrainingConfig(Section):
     log_every: Operational[int] = Field(5, ge=1)
     evaluate_every: Operational[int] = Field(50, ge=1)
     evaluate_orders: Operational[tuple[Literal["random", "raster", "stored"], ...]] = ("random",)
-    """Orders of the held-out likelihood; ``stored`` (fine-tuning) are those the any-order model prefers, extracted at the start."""
+    """Orders of the held-out likelihood, beside ``random`` ones, which are always measured; ``stored`` (fine-tuning) are those the
+    any-order model prefers, extracted at the start."""
     sample_every: Operational[int] = Field(0, ge=0)
     """Steps between grids of drawn held-out captions; 0: none."""
     checkpoint_every: Operational[int] = Field(50, ge=1)

@@ -106,7 +106,7 @@ def training_config(case: Case, name: str) -> TrainingConfig:
 
 def evaluation_seconds(case: Case, training: TrainingConfig) -> float:
     """Seconds of a stage's evaluations."""
-    images = training.steps // training.evaluate_every * len(training.evaluate_orders) * -(-HELDOUT_IMAGES // case.workers)
+    images = training.steps // training.evaluate_every * len({"random", *training.evaluate_orders}) * -(-HELDOUT_IMAGES // case.workers)
     return images * forward_flops(case.spec) / case.worker_flops
 
 

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from oar_scale.data.manifest import read_manifest
+from oar_scale.distributed.checkpoints import committed_steps
 from oar_scale.distributed.ray_train import run_training
 from oar_scale.errors import UserError
 from oar_scale.json_object import JsonObject
 from oar_scale.model import ModelSpec
 from oar_scale.model.spec import condition_spec
-from oar_scale.model.weights import fresh_weights, meta_model, open_model, save_tensors
+from oar_scale.model.weights import fresh_weights, meta_model, open_model, read_spec, save_tensors
 from oar_scale.run.artifacts import prompt_encoder
 from oar_scale.run.context import Run
+from oar_scale.storage import open_storage
 from oar_scale.storage.patience import patient
 from oar_scale.training.inputs import job_orders
 from oar_scale.training.job import TrainingJob
@@ -34,8 +36,9 @@ def run_train(run: Run, name: str) -> JsonObject:
         assert stage.model is not None
         start_from, result = run.model_uri("base" if name == "pretrain" else "any_order"), run.model_uri(stage.model)
         job = TrainingJob(run.recipe.of(stage), name, run.at(), run.local(), start_from, result, run.profile_steps, stage.orders)
-        _ = job.start_id  # here, and not at every worker: the whole file is read
-        job_orders(job)  # an order policy's errors are raised, and the mean order is computed once, before there are workers
+        if not run.rank:  # under torchrun the others reach what it writes when they have met it in the process group
+            _ = job.start_id  # here, and not at every worker: the whole file is read
+            job_orders(job)  # an order policy's errors are raised, and the mean order is computed once, before there are workers
     return run_training(job, run.console)
 
 
@@ -56,6 +59,9 @@ def _write_base(run: Run) -> None:
     condition = condition_spec(prompt_encoder(run), encoder_layers=recipe.model.text_encoder_layers)
     spec = ModelSpec.from_recipe(recipe.model, vocab_size=manifest.vocab_size, grid=manifest.grid, condition=condition)
     if recipe.model.weights is None:
+        base = run.model_uri("base")
+        if open_storage(base).exists(base) and read_spec(base) == spec and committed_steps(run.at("checkpoints", "pretrain")):
+            return  # what its checkpoints began with: another CPU, or version of torch, would draw others from the same seed
         torch.manual_seed(recipe.seed)
         _save_base(run, spec, fresh_weights(spec))
         return

@@ -51,7 +51,8 @@ class HeldoutImages:
             "raster": lambda: raster,
             "stored": lambda: self._preferred(job, mine, device),
         }
-        wanted = ("raster",) if job.recipe.model.layout == "raster" else job.training.evaluate_orders
+        # Random ones always: averages, the best checkpoints and whoever watches are judged by them.
+        wanted = ("raster",) if job.recipe.model.layout == "raster" else tuple(dict.fromkeys(("random", *job.training.evaluate_orders)))
         # A raster model's only order goes by the name that every other part of a run looks for.
         names = {"raster": "nll_random"} if job.recipe.model.layout == "raster" else {name: f"nll_{name}" for name in wanted}
         self.orders = {names[name]: makers[name]() for name in wanted}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from oar_scale.config.arms import FROM_EXTRACTION
 from oar_scale.config.locations import node_path
 from oar_scale.config.schema import DataConfig, ParallelConfig, Recipe, TrainingConfig
-from oar_scale.config.section import changeable_fields, limit_fields, silent_fields
+from oar_scale.config.section import changeable_fields, limit_fields, operational_fields, silent_fields
 from oar_scale.data.manifest import read_manifest
 from oar_scale.json_object import JsonObject
 from oar_scale.model import model_id
@@ -94,6 +95,20 @@ class TrainingJob:
             "streams": [recipe.data.canonical_streams, recipe.data.shuffle_window_shards],
             "max_bad_fraction": recipe.data.max_bad_fraction,
             **({"extract.mirror": True} if recipe.extract.mirror and self.section == "finetune" else {}),
+            **self._extraction(),
+        }
+
+    def _extraction(self) -> JsonObject:
+        """What of ``extract`` a fine-tuning rests on, but for ``mirror``: the views that have orders, and how its orders were found."""
+        if self.section != "finetune":
+            return {}
+        extract = self.recipe.extract
+        stored = self.kind == "finetune" and (self.training.order or "stored") in FROM_EXTRACTION
+        others = operational_fields(type(extract)) | {"mirror"}
+        return {
+            f"extract.{name}": value
+            for name, value in extract.model_dump(mode="json").items()
+            if name == "views" or (stored and name not in others)
         }
 
     @property
@@ -114,7 +129,8 @@ class TrainingJob:
         """
         then, now = self._by_name(identity), self._by_name(self.identity)
         names = sorted(now.keys() | then.keys() - self.changeable)
-        known = [name for name in names if name in then or name not in self.changeable]
+        later = {name for name in self._extraction() if name not in then}  # older versions did not write them
+        known = [name for name in names if name in then or name not in self.changeable | later]
         return {name: (then.get(name), now.get(name)) for name in known if then.get(name, _ABSENT) != now.get(name, _ABSENT)}
 
     def _named(self, data: frozenset[str], training: frozenset[str]) -> frozenset[str]:

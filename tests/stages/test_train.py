@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_run import prepare_small_run, small_recipe
+from small_run import copy_run, prepare_small_run, small_recipe
+from torch import Tensor
 
 from oar_scale.errors import UserError
-from oar_scale.model import AnyOrderModel, load_model, save_model
+from oar_scale.model import AnyOrderModel, ModelSpec, load_model, model_id, save_model
 from oar_scale.observe.console import Console
 from oar_scale.run.context import Run
+from oar_scale.stages import train as stage_train
 from oar_scale.stages.train import _warn_of_slow_bf16, _write_base, run_train
+from oar_scale.storage import open_storage
+from oar_scale.training.job import TrainingJob
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +82,30 @@ def test_without_pretraining_given_weights_are_the_model(run: Run, tmp_path: Pat
 def test_no_pretraining_and_no_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there has to be a trained any-order model.*\n.*model\.weights"):
         small_recipe(str(tmp_path), pretrain={"steps": 0})
+
+
+def test_under_torchrun_others_do_not_wait_for_a_base_model_that_rank_0_still_writes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = copy_run(run, str(tmp_path), **run.recipe.model_dump(exclude={"run_dir", "name"}))
+    os.unlink(own.model_uri("base"))
+    met: list[TrainingJob] = []
+    monkeypatch.setattr(stage_train, "run_training", lambda job, console: met.append(job) or {})
+    run_train(replace(own, console=Console(), rank=1), "pretrain")
+    assert met, "it comes to the process group, where rank 0 meets it once the model is written"
+
+
+def test_first_weights_are_not_drawn_anew_where_a_pretraining_resumes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another CPU, or another version of torch, draws others from the same seed."""
+    own, plain = copy_run(run, str(tmp_path), **run.recipe.model_dump(exclude={"run_dir", "name"})), stage_train.fresh_weights
+    _write_base(own)
+    first = model_id(own.model_uri("base"))
+
+    def others(spec: ModelSpec) -> dict[str, Tensor]:
+        torch.manual_seed(99)
+        return plain(spec)
+
+    monkeypatch.setattr(stage_train, "fresh_weights", others)
+    open_storage(own.at()).write(own.at("checkpoints", "pretrain", "step-00000100", "COMMITTED"), b"{}")
+    _write_base(own)
+    assert model_id(own.model_uri("base")) == first

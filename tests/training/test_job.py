@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_models import small_model
-from small_run import small_recipe
+from small_run import prepare_small_run, small_recipe
+from small_training import tiny_recipe
 
 from oar_scale.errors import Missing
 from oar_scale.model import model_id, save_model
@@ -27,3 +29,22 @@ def test_a_copy_of_a_job_knows_the_models_id(tmp_path: Path) -> None:
     assert copy.start_id == expected
     with pytest.raises(Missing):
         _ = fresh.start_id
+
+
+def test_a_fine_tuning_does_not_go_on_with_other_orders(tmp_path: Path) -> None:
+    """``oar run --only extract`` with other settings, while a fine-tuning has checkpoints and is not finished."""
+
+    def job(stage: str = "finetune", **extract: Any) -> TrainingJob:
+        recipe = run.recipe.model_copy(update={"extract": run.recipe.extract.model_copy(update=extract)})
+        return TrainingJob(recipe, stage, run.at(), run.local(), run.model_uri("base"), "")
+
+    run = prepare_small_run(tiny_recipe(str(tmp_path)))
+
+    before = job().identity
+    assert job(score="neg_entropy").changed_since(before) == {"extract.score": ("max_prob", "neg_entropy")}
+    assert not job(actors=7).changed_since(before)
+    of_control = job("control").identity
+    assert not job("control", score="neg_entropy").changed_since(of_control)
+    assert job("control", views=2).changed_since(of_control) == {"extract.views": (1, 2)}
+    older = {name: value for name, value in before.items() if not name.startswith("extract.")}
+    assert not job(score="neg_entropy").changed_since(older), "an older version did not write it"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_training import tiny_recipe
 
 from oar_scale.config.schema import Recipe
 from oar_scale.errors import Unreachable, UserError
@@ -36,3 +37,39 @@ def test_pictures_that_cannot_be_written_end_nothing(
     heldout: Any = SimpleNamespace(encoded_prompts=codes_BN, prompts=None, orders={}, captions=["a", "b"])
     SampleSheet(heldout).after_step(loop)
     assert f"the pictures of step 5 are left out: {error}" in caplog.text
+
+
+def test_each_picture_has_its_own_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten held-out images shared by four ranks: two have three of them, two have two."""
+    world, drawn, emitted = 4, list[int](), dict[str, Any]()
+
+    def decode(vq: object, codes_SN: torch.Tensor) -> list[Any]:
+        drawn.extend(codes_SN[:, 0].tolist())
+        return []
+
+    def of(rank: int) -> torch.Tensor:
+        return torch.arange(10)[rank::world][:, None].expand(-1, 4)
+
+    stubs: dict[str, Any] = {
+        "conditioning_inputs": lambda prompts, encoded, dtype: encoded,
+        "load_vq": lambda uri: SimpleNamespace(to=lambda device: None),
+        "generate": lambda model, condition, *_, **__: SimpleNamespace(codes_BN=condition, order_BN=condition),
+        "decode_pictures": decode,
+        "step_of_cell": lambda order: [],
+        "contact_sheet": lambda *_, **__: None,
+        "png": lambda sheet: b"",
+        "open_storage": lambda uri: SimpleNamespace(write=lambda *_: True),
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(sample_sheet, name, stub)
+    events = SimpleNamespace(emit=lambda kind, **fields: emitted.update(fields))
+    loop: Any = SimpleNamespace(step=5, every=lambda steps: True, events=events)
+    model = SimpleNamespace(condition=lambda rows: rows, dtype=torch.float32)
+    loop.engine = SimpleNamespace(plain_model=lambda: model, spec=SimpleNamespace(layout="dual"))
+    loop.process = SimpleNamespace(rank=0, world=world, device=torch.device("cpu"), heartbeat=lambda what: None)
+    loop.process.gather = lambda value: [(of(rank), of(rank)) for rank in range(world)]
+    recipe = tiny_recipe("/nowhere")
+    loop.job = SimpleNamespace(root="/r", local="/l", stage="pretrain", recipe=recipe, training=SimpleNamespace(sample_every=5))
+    heldout: Any = SimpleNamespace(encoded_prompts=of(0), prompts=None, orders={}, captions=[f"{number}" for number in range(10)])
+    SampleSheet(heldout).after_step(loop)
+    assert emitted["captions"] == [f"{number}" for number in drawn]

@@ -53,12 +53,15 @@ class SampleSheet(Callback):
         shares = loop.process.gather((drawn.codes_BN.cpu(), drawn.order_BN.cpu()))
         if loop.events:
             codes_SN, order_SN = (torch.cat([share[side] for share in shares]) for side in (0, 1))
+            # Rank r has every world-th caption from the r-th on; one without captions has drawn another rank's.
+            count = len(self._heldout.captions)
+            numbers = [(each + world * at) % count for each, (codes, _) in enumerate(shares) for at in range(len(codes))]
             try:
-                self._write(loop, loop.events, codes_SN, order_SN)
+                self._write(loop, loop.events, codes_SN, order_SN, [self._heldout.captions[number] for number in numbers])
             except UserError as error:  # a full disk, a storage that is away: pictures are not worth the training
                 _log.warning("the pictures of step %s are left out: %s", loop.step, error)
 
-    def _write(self, loop: Loop, events: EventSink, codes_SN: torch.Tensor, order_SN: torch.Tensor) -> None:
+    def _write(self, loop: Loop, events: EventSink, codes_SN: torch.Tensor, order_SN: torch.Tensor, captions: list[str]) -> None:
         device = loop.process.device
         vq = load_vq(join(loop.job.root, "tokenizers", "vq.safetensors")).to(device)
         sheets = {
@@ -70,7 +73,4 @@ class SampleSheet(Callback):
             uri = join(loop.job.local, paths[name])
             rows = [pictures[start : start + COLUMNS] for start in range(0, len(pictures), COLUMNS)]
             open_storage(uri).write(uri, png(contact_sheet(rows, gap=4)))
-        # Rank r has every world-th caption from the r-th on.
-        world, share = loop.process.world, len(codes_SN) // loop.process.world
-        captions = [self._heldout.captions[at] for rank in range(world) for at in range(rank, len(self._heldout.captions), world)[:share]]
         events.emit("samples", step=loop.step, captions=captions, **paths)
