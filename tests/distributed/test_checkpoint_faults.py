@@ -22,9 +22,10 @@ from launcher import run_workers, start_workers
 from small_run import prepare_small_run, pretraining
 from small_training import Trainer, note, noted, rooted, tiny_recipe, training, with_stage
 
-from oar_scale.distributed.checkpoints import Saver, committed_steps, restore
-from oar_scale.distributed.checkpoints.layout import checkpoint_locations
-from oar_scale.errors import UserError
+from oar_scale.distributed.checkpoints import Saver, committed_steps, fetch, restore
+from oar_scale.distributed.checkpoints.layout import Checkpoint, checkpoint_locations
+from oar_scale.errors import Unreachable, UserError
+from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import join, open_storage
 from oar_scale.training.job import TrainingJob
 
@@ -366,3 +367,24 @@ def test_one_sick_host_takes_no_checkpoint_from_the_others(whole: tuple[Training
         assert re.search(found, error), error
     assert noted(str(tmp_path), "healthy") == 2
     assert committed_steps(job.checkpoints) == [1, 2]
+
+
+def test_an_interrupted_download_needs_no_room_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, disk, calls = 4 << 20, 10 << 20, list[str]()
+    files = {name: {"bytes": size, "crc32c": 0} for name in ("a", "b")}
+    checkpoint = Checkpoint("s3://b/step-00000100", "20261123T085016Z-3f9a2c1b", {"files": files})
+
+    def download(checkpoint: Checkpoint, name: str, path: str) -> None:
+        calls.append(name)
+        if calls == ["a", "b"]:
+            raise Unreachable("s3://b: no connection")
+        Path(path).write_bytes(os.urandom(size))
+
+    def usage(path: str) -> Any:
+        return SimpleNamespace(free=disk - sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()))
+
+    monkeypatch.setattr(fetch, "_download", download)
+    monkeypatch.setattr(fetch.shutil, "disk_usage", usage)
+    monkeypatch.setattr("oar_scale.distributed.checkpoints.deepspeed_files.load_shard", lambda *_: {})
+    retry_transient(lambda: fetch.obtain(checkpoint, ["a", "b"], str(tmp_path)), 60, sleep=lambda seconds: None)
+    assert calls == ["a", "b", "a", "b"]

@@ -55,7 +55,9 @@ def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}. Set storage.scratch_dir to a folder that can be written.") from error
-    needed, free = sum(checkpoint.files[name]["bytes"] for name in names), shutil.disk_usage(folder).free
+    # An attempt before this one, which the storage has interrupted, has left parts of the files here: they are written over.
+    needed = sum(max(0, checkpoint.files[name]["bytes"] - _held(os.path.join(folder, name))) for name in names)
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"{folder}: {needed} bytes of {checkpoint.uri} are needed here, {free} are free. Free some, or set storage.scratch_dir."
@@ -63,6 +65,14 @@ def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
     for name in names:
         _download(checkpoint, name, os.path.join(folder, name))
         load_shard(os.path.join(folder, name), "meta")
+
+
+def _held(path: str) -> int:
+    """The bytes that a file holds on the disk, 0 where there is none."""
+    try:
+        return os.stat(path).st_blocks * 512
+    except FileNotFoundError:
+        return 0
 
 
 @contextmanager
