@@ -168,6 +168,8 @@ def resubmit(run: str, *, forget: bool = False) -> Submission:
         raise UserError(f"{run_dir}: all jobs of the last submission are done; submit other stages with oar submit.")
     recipe = load_recipe(os.path.join(run_dir, submission.recipe))
     profile = load_profile(submission.cluster, submission.overrides)
+    if isinstance(profile, RayProfile):
+        profile = profile.in_folder(submission.folder)
     return _submit(recipe, profile, submission.cluster, submission.overrides, left, submission.folder, forget)
 
 
@@ -321,6 +323,9 @@ def _refuse_second(run_dir: str, last: Submission, forget: bool) -> None:
 def _status(job: Job, run_dir: str, state: JobState) -> JobStatus:
     """Combine the scheduler's state with the recorded outcome, which remains when the scheduler has forgotten the job."""
     outcomes, name = job.outcomes(run_dir), state.name
+    if name == "COMPLETED" and (other := next((each for each in outcomes if each not in ("", "done")), "")):
+        # Slurm forgets each task of an array for itself, minutes after its end: what it lists may be the others.
+        name = "CANCELLED" if other == "cancelled" else "FAILED"
     done = name == "COMPLETED" or (name == "UNKNOWN" and bool(outcomes) and all(each == "done" for each in outcomes))
     failed = state.over and not done and name != "CANCELLED"
     outcome = next((each for each in outcomes if each not in ("", "done")), "") if failed else ""

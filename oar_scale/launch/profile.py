@@ -224,6 +224,12 @@ class RayProfile(Section):
             raise ValueError("PYTHONPATH: is the job's own; code lies in working_dir, in the image or among the packages of pip")
         return _check_env(given)
 
+    def in_folder(self, folder: str) -> RayProfile:
+        """The profile for a submission from ``folder``, to which a relative ``working_dir`` refers, whatever the current folder is."""
+        if self.working_dir is None or "://" in self.working_dir:
+            return self
+        return self.model_copy(update={"working_dir": os.path.join(folder, self.working_dir)})
+
 
 Profile = SlurmProfile | RayProfile
 KINDS: dict[str, type[SlurmProfile] | type[RayProfile]] = {"slurm": SlurmProfile, "ray": RayProfile}

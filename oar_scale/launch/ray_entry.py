@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _report(recipe, first_line(str(error)), began, options.stages)
             return 2
         for index, command in enumerate(JobSpec(tuple(options.stages)).commands(recipe)):
+            if stopped.is_set():  # the command before got the signal as well, and was done nevertheless: this one would not get it
+                return os.EX_TEMPFAIL
             env = {**os.environ, RETRIED: "1", LATER: " ".join(options.stages[index + 1 :])}
             if code := _run(command, env, options.max_failures, options.backoff_s, stopped):
                 if not stopped.is_set():

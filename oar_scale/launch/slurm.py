@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from oar_scale.errors import UserError
 from oar_scale.launch.job_specs import JobSpec
-from oar_scale.launch.job_state import JobState
+from oar_scale.launch.job_state import ENDED, JobState
 from oar_scale.launch.profile import SlurmProfile
 from oar_scale.launch.slurm_client import explain_refusal, run_client
 
@@ -337,4 +337,5 @@ def _array_state(names: Sequence[str]) -> str:
     for name in ("RUNNING", "COMPLETING", "PENDING"):
         if name in names:
             return name
-    return next((name for name in names if name != "COMPLETED"), names[0])
+    active = [name for name in names if name not in ENDED]  # CONFIGURING, SUSPENDED, ...
+    return next((name for name in [*active, *names] if name != "COMPLETED"), names[0])

@@ -6,13 +6,14 @@ REGENERATE_GOLDEN=1 pytest tests/launch/test_ray_requests.py       writes tests/
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
 from oar_scale.config.loading import load_recipe
-from oar_scale.launch import dry_run
+from oar_scale.launch import dry_run, ray_entry
 from oar_scale.launch.job_specs import JobSpec
 from oar_scale.launch.profile import RayProfile, load_profile
 from oar_scale.launch.ray_jobs import describe
@@ -74,3 +75,22 @@ def test_every_recipe_is_sent_whole_with_every_profile(path: Path, tmp_path: Pat
         assert given.model_dump(exclude={"parallel"}) == original.model_dump(exclude={"parallel"})
         assert given.parallel.placement == (profile.placement or original.parallel.placement)
         assert given.parallel.gpu_type == (profile.gpu_type or original.parallel.gpu_type)
+
+
+def test_a_ray_job_that_was_stopped_begins_no_further_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def call(command: list[str], env: dict[str, str]) -> int:
+        begun.append(command[3])
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0  # it was at its end
+
+    monkeypatch.setattr(ray_entry.subprocess, "call", call)
+    monkeypatch.setattr(ray_entry, "check_packages", lambda *_: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        options = ["--max-failures", "3", "--backoff-s", "0", "--recipe", str(ROOT / "recipes" / "smoke.yaml")]
+        assert ray_entry.main([*options, "pretrain", "extract"]) == os.EX_TEMPFAIL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert begun == ["train"]

@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from oar_scale.config.loading import load_recipe
 from oar_scale.errors import UserError
-from oar_scale.launch import find_jobs
+from oar_scale.launch import find_jobs, jobs, ray_client, ray_jobs
 from oar_scale.launch.job_state import JobState
 from oar_scale.launch.jobs import _status
+from oar_scale.launch.progress_fingerprint import progress_fingerprint
+from oar_scale.launch.slurm import _array_state
 from oar_scale.launch.submissions import Job, Submission, last_submission, locked, read_submissions, write_submissions
+from oar_scale.run.context import Run
+from oar_scale.tokenizers.training_file import save_training
+
+SMOKE = str(Path(__file__).resolve().parents[2] / "recipes" / "smoke.yaml")
 
 
 def submission() -> Submission:
@@ -53,3 +61,43 @@ def test_a_forgotten_array_is_done_when_all_its_tasks_are(tmp_path: Path) -> Non
 
 def test_a_forgotten_job_that_left_no_word_is_not_done(tmp_path: Path) -> None:
     assert not _status(submission().jobs[0], str(tmp_path), JobState("UNKNOWN")).done
+
+
+def test_a_failed_task_counts_though_slurm_lists_only_those_that_completed(tmp_path: Path) -> None:
+    """Slurm forgets each task MinJobAge (5 min) after its own end."""
+    job, folder = Job("extract", ["extract"], "42", "jobs/1-extract"), tmp_path / "jobs" / "1-extract"
+    folder.mkdir(parents=True)
+    (folder / "42_0.outcome").write_text("failed: failed with code 1, 4 times in a row\n")
+    (folder / "42_1.outcome").write_text("done\n")
+    status = _status(job, str(tmp_path), JobState("COMPLETED"))
+    assert (status.state, status.done, status.over) == ("FAILED", False, True) and "4 times in a row" in status.detail
+
+
+@pytest.mark.parametrize("other", ["CONFIGURING", "SUSPENDED"])
+def test_an_array_with_a_task_that_is_not_over_is_not_over(other: str) -> None:
+    assert not JobState(_array_state(["FAILED", other, "COMPLETED"])).over
+
+
+def test_resubmit_sends_the_folder_that_submit_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(ray_client, "connect", lambda address: None)
+    monkeypatch.setattr(ray_client, "start_job", lambda client, request, *_: sent.append(request["runtime_env"]["working_dir"]))
+    monkeypatch.setattr(ray_jobs, "states", lambda submission: {job.id: JobState("FAILED") for job in submission.jobs})
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    (project / "p.yaml").write_text("type: ray\naddress: http://127.0.0.1:8265\nfolder: /shared\n")
+    monkeypatch.chdir(project)
+    jobs.submit(SMOKE, "p.yaml", overrides=["run_dir=runs/x"])
+    monkeypatch.chdir(elsewhere)
+    jobs.resubmit(str(project / "runs" / "x"))
+    assert sent == [str(project)] * 2
+
+
+def test_training_of_the_image_tokenizer_is_progress(tmp_path: Path) -> None:
+    run = Run(load_recipe(SMOKE, [f"run_dir={tmp_path}/run"]))
+    seen = [progress_fingerprint(run)]
+    for step in (100, 200):
+        save_training(run.vq_training_uri, {"step": torch.tensor(step)}, "id")
+        seen.append(progress_fingerprint(run))
+    assert len(set(seen)) == 3 and progress_fingerprint(run) == seen[-1]
