@@ -99,5 +99,5 @@ def _cost(case: Case, parallel: ParallelConfig, stages: list[TrainingStagePlan],
         micro_batch=parallel.micro_batch,
         hours=hours,
         money=money,
-        saved=1 - money / planned_money,
+        saved=1 - money / planned_money if planned_money else 0.0,
     )

@@ -8,6 +8,7 @@ assumed.used()                           for the plan to print
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,6 +19,8 @@ from ruamel.yaml import YAML
 from oar_scale.errors import UserError
 
 GIVEN = "given with this plan"
+_DIVISORS = re.compile(r"mfu\..*|.*(_gb_s|_tflops|_per_s|_mfu|_efficiency|bandwidth_share)")
+"""Rates, and shares of them: with 0 nothing would ever end."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Assumptions:
         """A copy with another value for one figure.
 
         Raises:
-            UserError: no such key, or a value that is not positive.
+            UserError: no such key, or a value that it cannot have.
         """
         if key not in self._figures:
             near = difflib.get_close_matches(key, self._figures, n=3, cutoff=0.4)
@@ -58,6 +61,8 @@ class Assumptions:
             raise UserError(f"--assume {key}: there is no such assumption. {known}")
         if not 0 <= value < float("inf"):
             raise UserError(f"--assume {key}={value:g}: a number that is not negative is needed")
+        if not value and _DIVISORS.fullmatch(key):
+            raise UserError(f"--assume {key}=0: a number above 0 is needed, or it would take for ever")
         return Assumptions({**self._figures, key: Assumption(key, value, GIVEN, "")}, self._labels, self._mfu)
 
     def gpu_label(self, gpu: str) -> str:

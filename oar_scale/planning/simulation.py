@@ -58,7 +58,7 @@ def simulate(
     Raises:
         UserError: the number of images is unknown, or ranks that cannot share the streams.
     """
-    stream = stream_load(case, wanted.ranks, stages[0].step.seconds)
+    stream = stream_load(case, wanted.ranks, stages[0].step.seconds, stages[0].global_batch)
     if actors is None or orders is None:
         return Simulation(stream, None)
     pool = makespan(orders.shards, orders.shard_s, actors.count, actors.lost_per_year, orders.start_s, case.assumed, seed=case.seed)

@@ -46,11 +46,12 @@ class StreamLoad:
     """Samples whose positions were computed; each came once."""
 
 
-def stream_load(case: Case, ranks: int, step_s: float) -> StreamLoad:
+def stream_load(case: Case, ranks: int, step_s: float, batch: int) -> StreamLoad:
     """The load of the sample plan of a training run on ``ranks`` workers.
 
     Args:
         step_s: seconds of a step.
+        batch: images of a step.
 
     Raises:
         UserError: ranks that cannot share the recipe's streams or batch, fewer images than streams, or their number is unknown.
@@ -59,7 +60,7 @@ def stream_load(case: Case, ranks: int, step_s: float) -> StreamLoad:
     if case.images is None:
         raise UserError("--simulate has to know how many training images there are: add --images, e.g. --images 1e6")
     check_sharing(recipe, ranks)
-    streams, batch, images = recipe.data.canonical_streams, recipe.pretrain.global_batch, case.images.count
+    streams, images = recipe.data.canonical_streams, case.images.count
     sizes = [shard.samples] * (images // shard.samples) + ([images % shard.samples] if images % shard.samples else [])
     try:
         plan = SamplePlan(sizes, recipe.seed, streams, recipe.data.shuffle_window_shards)

@@ -9,7 +9,9 @@ import pytest
 from oar_scale.errors import UserError
 from oar_scale.planning.assumptions import GIVEN, read_assumptions
 from oar_scale.planning.cluster import CPU
+from oar_scale.planning.plan_report import as_text
 from oar_scale.runtime.gpu_peaks import peak_flops
+from tests.planning.test_oar_plan import plan
 
 FIGURES = read_assumptions()._figures
 
@@ -60,3 +62,11 @@ def test_the_longest_name_of_a_data_set_counts() -> None:
     assumed = read_assumptions()
     assert assumed.data_set(["imagenet-xl"]) == 1_281_167 and assumed.data_set(["emoji"]) == 10_856
     assert assumed.data_set(["mine"]) is None
+
+
+def test_an_assumption_of_zero_is_one_line_or_a_plan() -> None:
+    for key in [each.key for each in plan("imagenet").assumptions if not each.key.startswith("data_sets.")]:
+        try:
+            as_text(plan("imagenet", assume=[f"{key}=0"]))
+        except UserError as error:
+            assert "--assume" in str(error) or "does not fit" in str(error)

@@ -335,3 +335,18 @@ def test_the_guide_quotes_what_its_command_prints(capsys: pytest.CaptureFixture[
         printed = capsys.readouterr().out
         for part in re.split(r"^ *\.\.\.\n", shown, flags=re.MULTILINE):
             assert part in printed + "\n", part
+
+
+def test_gpus_of_ones_own_cost_nothing() -> None:
+    planned = plan("imagenet", price=0.0)
+    assert planned.money == 0 and planned.gpu_hours > 0 and not planned.cheaper
+    assert "$0.00" in as_text(planned) and as_json(planned)
+
+
+@pytest.mark.parametrize("batch", [1024, 2048])
+def test_the_stream_is_that_of_the_first_stage_that_trains(batch: int) -> None:
+    """RandAR's recipe has no pretraining."""
+    planned = plan("randar-l", f"finetune.global_batch={batch}", simulate="ranks=8")
+    assert planned.simulation is not None
+    stream = planned.simulation.stream
+    assert stream.steps == (stream.images - stream.skipped) // batch

@@ -21,7 +21,8 @@ IMAGES, RANKS, PER_NODE = 5003, 8, 4
 
 
 def small(ranks: int = RANKS) -> StreamLoad:
-    return stream_load(case("imagenet", *SMALL, nodes=ranks // PER_NODE, gpus_per_node=PER_NODE, images=IMAGES), ranks, step_s=0.5)
+    small = case("imagenet", *SMALL, nodes=ranks // PER_NODE, gpus_per_node=PER_NODE, images=IMAGES)
+    return stream_load(small, ranks, step_s=0.5, batch=64)
 
 
 def test_it_is_what_an_epoch_in_full_shows() -> None:
@@ -50,7 +51,8 @@ def test_more_ranks_read_fewer_shards_each() -> None:
 
 
 def test_a_billion_images_are_planned_without_a_table_of_them() -> None:
-    load = stream_load(case("imagenet", "data.canonical_streams=1024", images=10**9, nodes=128, gpus_per_node=8), 1024, step_s=1.0)
+    large = case("imagenet", "data.canonical_streams=1024", images=10**9, nodes=128, gpus_per_node=8)
+    load = stream_load(large, 1024, step_s=1.0, batch=1024)
     assert load.shards == 488_282 and load.per_step == (1, 1) and load.checked == 400_000
     assert load.read_twice < 1.001
 
