@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, Unpack, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -228,7 +229,7 @@ class Pretrained(LoadedModel):
         side = self.vq.spec.image_size if self.vq is not None else self.model.spec.grid
         return DrawingRecord(
             kind=kind,
-            prompt=prompt if isinstance(prompt, str | int) else None,
+            prompt=prompt if isinstance(prompt, str) else int(prompt) if np.ndim(prompt) == 0 else None,
             seed=seed,
             number=number,
             model=model,

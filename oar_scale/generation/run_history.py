@@ -31,7 +31,8 @@ from oar_scale.registry import MODELS, STAGES, Stage, current_name
 from oar_scale.storage import join, open_storage, read_json
 
 _MEASURED = ("nll", "pretrain", "calibration", "captions", "distances", "distance_differences", "orders")
-_PLACE = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*://|/|~|\.\.?/)\S*")
+_PLACE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*|~\S*|(?:(?:s3|file|hf)://|/|~[\w.-]*/|\.\.?/).*", re.DOTALL)
+"""Folders and keys of buckets may have blanks in their names; text that begins with a web address is a text."""
 MAP_PIXELS, SHEET_PIXELS = 256, 96
 """Sides of the order map, and of a picture on the sheet, about: pictures are enlarged by a whole factor."""
 SHOWN = 8

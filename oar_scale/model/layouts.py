@@ -143,7 +143,8 @@ class DualRows(RowLayout):
         """Embeddings of a code's position [N + 1, D], and the offsets to the next one [(2G - 1)^2, D]."""
         spec = self.spec
         if device not in self._offsets:
-            self._offsets[device] = offset_rotations(spec.grid, spec.head_dim, spec.rope_base, device)
+            with torch.inference_mode(False):  # as the rotations: a table made in inference mode must also serve training
+                self._offsets[device] = offset_rotations(spec.grid, spec.head_dim, spec.rope_base, device)
         cells_ND = rotate_vector(self.pos_here_embeddings, self.rotations(device)[:-1], spec.heads)
         here_RD = torch.cat([cells_ND, torch.zeros_like(cells_ND[:1])])  # the zero token lies nowhere
         return here_RD, rotate_vector(self.pos_next_embeddings, self._offsets[device], spec.heads)

@@ -66,7 +66,7 @@ def access_to(host: str, token: str | None) -> Access:
     Raises:
         UserError: others can reach the address, and there is no token; or one that can be guessed.
     """
-    token = token or os.environ.get(TOKEN) or None
+    token = (token or os.environ.get(TOKEN) or "").strip() or None  # no header can end in the line break of a file or a Secret
     if token is None and not _is_loopback(host):
         raise UserError(f"--host {host}: others can reach it, so it wants a token: set {TOKEN}, or --token")
     if token is not None and len(token) < _SHORTEST_TOKEN:

@@ -256,11 +256,11 @@ def chosen_orders(settings: SampleSettings) -> dict[str, SampleSettings]:
 
 def describe(settings: SampleSettings) -> str:
     """Settings of samples as a phrase, with all that changes an image and is not the default (so without drafts)."""
-    said = {"guidance": settings.guidance, "temperature": settings.temperature, "top_k": settings.top_k}
-    usual = asdict(SampleSettings(**said, order_temperature=0.0, draft=settings.draft))
-    others = [f"{name} {value}" for name, value in asdict(settings).items() if value != usual[name]]
-    top = [f"top {settings.top_k} codes"] if settings.top_k else []
-    return ", ".join([f"guidance {settings.guidance:g}", f"temperature {settings.temperature:g}", *top, *others])
+    said = [f"guidance {settings.guidance:g}", f"temperature {settings.temperature:g}"]
+    said += [f"top {settings.top_k} codes"] if settings.top_k else []
+    usual = SampleSettings(guidance=settings.guidance, temperature=settings.temperature, top_k=settings.top_k, order_temperature=0.0)
+    others = asdict(replace(usual, draft=settings.draft))
+    return ", ".join([*said, *(f"{name} {value}" for name, value in asdict(settings).items() if value != others[name])])
 
 
 def _pieces(sources: Sequence[Source]) -> list[Piece]:

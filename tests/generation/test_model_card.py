@@ -22,7 +22,7 @@ from tests.observe.synthetic import report as synthetic_report
 
 STAGES: dict[str, dict[str, Any]] = {
     "data": {
-        "settings": {"data.source": {"type": "table", "path": "/home/me/secret/pictures.csv"}},
+        "settings": {"data.source": {"type": "table", "path": "/home/me/secret place/pictures.csv"}},
         "results": {"train": 3550, "heldout": 403, "attribution": "Drawn by <b>Ann</b> | CC BY 4.0", "skipped": {"cat of Ann": "is cut"}},
     },
     "tokenizer": {"settings": {}, "results": {"psnr_db": 23.397, "codebook_use": 0.75}},

@@ -133,6 +133,12 @@ def test_a_model_file_alone_draws_codes_but_no_pictures(tmp_path: Path) -> None:
         alone.sample([0])
 
 
+def test_a_class_label_of_numpy_is_recorded(classes: Pretrained) -> None:
+    label, settings = np.arange(10)[3], classes.settings()
+    record = classes.record(label, 0, settings, seed=1)
+    assert record.prompt == 3 and classes.again(record).tobytes() == classes.sample([3], seed=1)[0].tobytes()
+
+
 def test_a_model_file_of_captions_names_what_is_missing(tmp_path: Path) -> None:
     """A model file of captions alone says whose captions are missing."""
     save_model(str(tmp_path / "model.safetensors"), small_model())

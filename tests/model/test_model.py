@@ -56,8 +56,9 @@ def test_one_cell_at_a_time_equals_the_whole_image_in_any_order(grid: int, batch
     assert_same(decoded_logits(model, codes, order, condition, known), whole)
 
 
-def test_a_model_first_used_in_inference_mode_can_be_trained() -> None:
-    model = small_model()
+@pytest.mark.parametrize("layout", ["instructed", "dual", "decoupled", "grouped"])
+def test_a_model_first_used_in_inference_mode_can_be_trained(layout: str) -> None:
+    model = small_model(layout=layout)
     codes, order, text = random_codes(model, 2, 0), random_orders(model, 2, 0), random_text(model, 2, 0)
     with torch.inference_mode():
         model(codes, order, model.condition(text))

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from oar_scale.generation.pretrained import Pretrained
 from oar_scale.serve.api_errors import ApiError
 from oar_scale.serve.guard import Access
+from oar_scale.serve.listening import access_to
 
 TOKEN = "a token of the tests"
 JSON = {"Content-Type": "application/json"}
@@ -114,3 +115,9 @@ def test_the_token_opens_and_health_needs_none(closed: Served) -> None:
         assert elsewhere.status_code == 202
     assert httpx.get(f"{closed.url}/healthz", trust_env=False).json()["ready"]
     assert httpx.head(f"{closed.url}/healthz", trust_env=False).status_code == 200
+
+
+def test_a_line_break_behind_the_token_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a file or a Kubernetes Secret: no header can end in one."""
+    monkeypatch.setenv("OAR_SERVE_TOKEN", f"{TOKEN}\n")
+    access_to("0.0.0.0", None).check("GET", "/api/model", Headers({"authorization": f"Bearer {TOKEN}", "host": "h"}))
