@@ -31,7 +31,7 @@ from oar_scale.run.again import begin_again, drop_if_complete, finish_interrupte
 from oar_scale.run.context import ONE_ORDER, OTHER_LAYOUT, Run
 from oar_scale.run.drivers import Drivers
 from oar_scale.run.stage_markers import Finished, dependents, mark_stale, read_finished, write_finished
-from oar_scale.runtime.stop_signals import Deadline
+from oar_scale.runtime.stop_signals import Deadline, StopSignals
 from oar_scale.storage import Missing, join, open_storage, read_json, write_json
 from oar_scale.storage.patience import patient
 from oar_scale.text import shown
@@ -69,20 +69,21 @@ def run_pipeline(run: Run, *, start: str | None = None, only: str | None = None,
         _check_packages(run, again if only else stages, again)
         if again:
             begin_again(run, drivers, again, yes=yes)
-        for stage in stages:
-            if deadline is not None and deadline.passed and _say_what_is_left(run, stages, again):
-                raise Requeue(deadline.reason)
-            if only in (None, stage.name):
-                if stage.ray and _to_do(read_finished(run, stage)):
-                    with _reporting(run, stage):
-                        stack.enter_context(_shared_ray(run.recipe))
-                try:
-                    _run_stage(run, stage, drivers)
-                except Requeue as stop:
-                    if deadline is not None and deadline.passed:
-                        _say_what_is_left(run, stages, again)
-                        raise Requeue(deadline.reason, stop.unfinished) from None
-                    raise
+        StopSignals.unheeded = None
+        for stage in again if only else stages:
+            reason = deadline.reason if deadline is not None and deadline.passed else StopSignals.unheeded
+            if reason is not None and _say_what_is_left(run, stages, again):
+                raise Requeue(reason)
+            if stage.ray and _to_do(read_finished(run, stage)):
+                with _reporting(run, stage):
+                    stack.enter_context(_shared_ray(run.recipe))
+            try:
+                _run_stage(run, stage, drivers)
+            except Requeue as stop:
+                if deadline is not None and deadline.passed:
+                    _say_what_is_left(run, stages, again)
+                    raise Requeue(deadline.reason, stop.unfinished) from None
+                raise
     catch_up(run.events, run.recipe, run.at(), names, run.console.say)
     run.console.say(f"finished in {duration(time.monotonic() - began)}")
 

@@ -103,6 +103,7 @@ class ParallelConfig(Section):
     cpu_threads: int = Field(1, ge=1)
     """Threads a worker computes with when it has no GPU."""
     gpus_per_worker: int = Field(0, ge=0)
+    """1, or 0 to compute on the CPU: a worker has one GPU."""
     gpu_type: str | None = None
     """On Ray: only GPUs of this type, by Ray's name of it, e.g. H100; for the actors of extraction, too. Default: any."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
@@ -161,6 +162,10 @@ class ParallelConfig(Section):
         if self.zero_stage == 0 and self.precision == "bf16":
             raise RecipeConflict(
                 "parallel.zero_stage", "ZeRO 0 keeps no float32 weights beside those in bf16.\nUse zero_stage 1 or more, or precision fp32."
+            )
+        if self.gpus_per_worker > 1:
+            raise RecipeConflict(
+                "parallel.gpus_per_worker", "a worker computes on one GPU.\nSet workers to the number of GPUs, and gpus_per_worker to 1."
             )
         if self.sums_in_fp32 and self.zero_stage == 1:
             raise RecipeConflict(

@@ -90,7 +90,7 @@ def _cost(case: Case, parallel: ParallelConfig, stages: list[TrainingStagePlan],
         lost = (interval / 2 + saving.upload_s + saving.restart_s) / saving.between_failures_s
         work = training.steps * step.seconds * (1 + saving.stall_s / interval) + evaluation_seconds(case, training)
         hours += work * (1 + lost) / 3600
-    money = hours * case.workers * case.gpus_per_worker * case.cluster.price
+    money = hours * case.workers * case.cluster.price
     return Alternative(
         nodes=case.cluster.nodes,
         per_node=case.cluster.per_node,

@@ -40,18 +40,12 @@ class Case:
     @property
     def workers(self) -> int:
         """Training workers that the cluster can run, at most the recipe's where no cluster is given."""
-        capacity = self.cluster.gpus // self.gpus_per_worker
-        return min(capacity, self.recipe.parallel.max_workers) if self.bounded else capacity
-
-    @property
-    def gpus_per_worker(self) -> int:
-        """GPUs of a worker; on CPUs, 1."""
-        return max(1, self.recipe.parallel.gpus_per_worker)
+        return min(self.cluster.gpus, self.recipe.parallel.max_workers) if self.bounded else self.cluster.gpus
 
     @property
     def worker_flops(self) -> float:
         """Useful operations a second of a worker."""
-        return self.cluster.flops * self.gpus_per_worker * self.mfu
+        return self.cluster.flops * self.mfu
 
     @property
     def decoding_rate(self) -> float:

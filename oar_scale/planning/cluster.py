@@ -63,18 +63,16 @@ def cluster(recipe: Recipe, assumed: Assumptions, gpu: str, nodes: int | None, p
     """The cluster as given; as many nodes as the recipe's workers fill, where that is not.
 
     Raises:
-        UserError: an unknown GPU, GPUs for a recipe that trains on CPUs, or fewer than one worker takes.
+        UserError: an unknown GPU, or GPUs for a recipe that trains on CPUs.
     """
     parallel, label = recipe.parallel, assumed.gpu_label(gpu)
     on_cpu = parallel.gpus_per_worker == 0
     if on_cpu != (gpu == CPU):
         here, other = ("CPUs", 1) if on_cpu else ("GPUs", 0)
         raise UserError(f"--gpu {gpu}: {recipe.name} trains on {here}; leave --gpu out, or add -o parallel.gpus_per_worker={other}")
-    slots = parallel.max_workers * max(1, parallel.gpus_per_worker)
-    per_node = per_node or (-(-slots // (nodes or 1)) if on_cpu else min(slots, NODE))
-    nodes = nodes or -(-slots // per_node)
-    if nodes * per_node < parallel.gpus_per_worker:
-        raise UserError(f"{nodes} x {per_node} GPUs are fewer than parallel.gpus_per_worker = {parallel.gpus_per_worker}: take more")
+    workers = parallel.max_workers
+    per_node = per_node or (-(-workers // (nodes or 1)) if on_cpu else min(workers, NODE))
+    nodes = nodes or -(-workers // per_node)
     tflops = assumed(f"gpus.{gpu}.{parallel.precision}_tflops") * (parallel.cpu_threads if on_cpu else 1)
     wire = assumed(f"gpus.{gpu}.network_gb_s") * (1 if on_cpu else min(1.0, per_node / NODE))
     return Cluster(

@@ -129,7 +129,7 @@ def plan_evaluation(case: Case) -> EvaluationPlan | None:
     likelihoods = (1 + models * NLL_PASSES) * scored * forward_flops(spec)
     brute = BRUTE_FORCE_IMAGES * checked_order_flops(case)  # one process does it, in float32
     busy_s = models * drawn * drawing.seconds + own / case.decoding_rate + (likelihoods + brute) / case.float32_rate
-    gpus = min(case.cluster.per_node, case.workers * case.gpus_per_worker)
+    gpus = min(case.cluster.per_node, case.workers)
     processes, on = (recipe.parallel.max_workers, "CPUs") if case.cluster.on_cpu else (gpus, "GPUs")
     start_s = case.assumed("actors.start_on_cpu_s" if case.cluster.on_cpu else "actors.start_s")
     seconds = start_s + max(busy_s / processes, brute / case.float32_rate)

@@ -166,8 +166,7 @@ def _nothing_fits(case: Case, needed: WorkerMemory, holds: Callable[[ParallelCon
     remedy = "Take a GPU with more memory."
     if more < MANY:
         enough = bisect.bisect_left(range(more), True, lo=more // 2, key=lambda workers: _would_fit(case, smallest, workers))
-        gpus = enough * case.gpus_per_worker
-        remedy = f"About {gpus} of them would do under ZeRO-3 with full activation checkpointing, or fewer with more memory."
+        remedy = f"About {enough} of them would do under ZeRO-3 with full activation checkpointing, or fewer with more memory."
     return (
         f"{case.recipe.name} does not fit on {case.workers} x {case.cluster.label}: {gb(needed.total)} GB are needed of "
         f"{gb(case.cluster.memory)} GB as the recipe is written, and {gb(least.total)} GB with zero_stage 3, micro_batch 1 and full "
@@ -176,5 +175,5 @@ def _nothing_fits(case: Case, needed: WorkerMemory, holds: Callable[[ParallelCon
 
 
 def _would_fit(case: Case, parallel: ParallelConfig, workers: int) -> bool:
-    elsewhere = replace(case, cluster=replace(case.cluster, nodes=workers, per_node=case.gpus_per_worker), bounded=False)
+    elsewhere = replace(case, cluster=replace(case.cluster, nodes=workers, per_node=1), bounded=False)
     return fits_on(elsewhere, memory_function(elsewhere)(parallel.model_copy(update={"workers": workers})))

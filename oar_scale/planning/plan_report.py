@@ -165,8 +165,7 @@ def _training(plan: RunPlan) -> Iterator[str]:
         yield f"  and {len(more)} fine-tunings of arms and other seeds, like finetune: {_time(hours)}, {gpu_hours}, {money} together"
     sent = stages[0].step.sent
     if sent:
-        gpus = plan.workers * max(1, plan.fit.parallel.gpus_per_worker)
-        links = f"{plan.cluster.link(gpus) / 1e9:,.0f} GB/s between the workers"
+        links = f"{plan.cluster.link(plan.workers) / 1e9:,.0f} GB/s between the workers"
         volumes = ", ".join(f"{name} {gb(size)} GB" for name, size in sent.items())
         yield f"  A worker sends in a step of {stages[0].name}: {volumes}; {links}"
     rate, shard = stages[0].step.images_per_s, plan.shard

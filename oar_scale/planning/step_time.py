@@ -89,7 +89,7 @@ def communication(case: Case, parallel: ParallelConfig, accumulation: int) -> tu
     if workers == 1:
         return {}, 0.0
     size = case.parameters.total * BYTES[parallel.precision] * (workers - 1) / workers
-    link = cluster.link(workers * case.gpus_per_worker)
+    link = cluster.link(workers)
     started = collectives(case, parallel, accumulation) * case.assumed("time.collective_s")
     if parallel.zero_stage < 3:
         reduced = 2 * size * (accumulation if parallel.zero_stage == 2 else 1)
@@ -98,7 +98,7 @@ def communication(case: Case, parallel: ParallelConfig, accumulation: int) -> tu
     weight = size * (0.5 if parallel.quantized_weights else 1) * accumulation
     gradient = size * (0.25 if parallel.quantized_gradients else 1) * accumulation
     sent = {"all-gather, forward": weight, "all-gather, backward": weight, "reduce-scatter of gradients": gradient}
-    near = cluster.link(parallel.hpz_workers * case.gpus_per_worker) if parallel.hpz_workers > 1 else link
+    near = cluster.link(parallel.hpz_workers) if parallel.hpz_workers > 1 else link
     return sent, started + (weight + gradient) / link + weight / near
 
 
@@ -116,7 +116,7 @@ def _hidden(case: Case, parallel: ParallelConfig, sent: dict[str, float], second
         return min(case.assumed("time.hidden_share") * seconds, passes_s)
     if not overlaps(parallel, case.workers):
         return 0.0
-    reduction_s = sent[REDUCED] / case.cluster.link(case.workers * case.gpus_per_worker)
+    reduction_s = sent[REDUCED] / case.cluster.link(case.workers)
     return min(case.assumed("time.hidden_share") * reduction_s, BACKWARD * passes_s)
 
 
@@ -136,5 +136,5 @@ def _offload(case: Case, parallel: ParallelConfig) -> float:
         return 0.0
     share = case.parameters.total / case.workers
     moved = 2 * share * BYTES[parallel.precision] * (2 if parallel.offload == "optimizer_and_parameters" else 1)
-    at_once = min(case.workers, case.cluster.per_node // case.gpus_per_worker)
+    at_once = min(case.workers, case.cluster.per_node)
     return moved / (case.assumed("time.pcie_gb_s") * 1e9) + share * at_once * ADAMW / (case.assumed("time.host_memory_gb_s") * 1e9)

@@ -61,7 +61,7 @@ class TrainingStagePlan:
 def plan_stage(case: Case, name: str, parallel: ParallelConfig) -> TrainingStagePlan:
     """Plan one training stage."""
     training, spec = training_config(case, name), case.spec
-    batch, gpus = training.global_batch, case.workers * case.gpus_per_worker
+    batch, gpus = training.global_batch, case.workers
     step = step_time(case, parallel, batch)
     evaluation_s = evaluation_seconds(case, training)
     written = checkpoint_traffic(spec, case.workers, average=training.ema_decay is not None)
@@ -120,5 +120,5 @@ def checkpoint_timing(case: Case, written: CheckpointTraffic, interval_s: float)
         stall_s=each / assumed("storage.disk_write_gb_s") + max(0.0, upload - interval_s),
         upload_s=upload,
         restart_s=assumed("failures.restart_s") + each / assumed("storage.s3_read_gb_s"),
-        between_failures_s=between_failures(case.failures, case.workers * case.gpus_per_worker),
+        between_failures_s=between_failures(case.failures, case.workers),
     )

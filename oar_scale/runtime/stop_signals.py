@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 STOP_ON = (signal.SIGTERM, signal.SIGUSR1)
 AGAIN_S = 5.0
@@ -21,6 +21,9 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 class StopSignals:
     """Notes in ``reason`` which of the signals came while the ``with`` block lasts; outside the main thread it sees none."""
+
+    unheeded: ClassVar[str | None] = None
+    """The reason of the last block that came to its end nevertheless: whatever would begin next in this process is asked to stop, too."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -40,6 +43,8 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is None and self.reason is not None:
+            StopSignals.unheeded = self.reason
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name

@@ -55,7 +55,6 @@ def test_what_does_not_go_together_is_said(parallel: dict[str, Any], named: str)
     [
         ({}, 2 + 96 + 96 + 8),
         ({"gpus_per_worker": 1}, 8 + 8 + 4),
-        ({"gpus_per_worker": 8}, 2),
         ({"gpus_per_worker": 1, "gpu_type": "H100"}, 16),
         ({"gpus_per_worker": 1, "gpu_type": "B200"}, 0),
         ({"gpus_per_worker": 1, "placement": "STRICT_PACK"}, 8),

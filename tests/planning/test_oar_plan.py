@@ -286,7 +286,6 @@ def test_what_does_not_fit_is_planned_with_the_nearest(capsys: pytest.CaptureFix
         (["--simulate", "rank=8"], r"--simulate rank=8: ranks=N is needed"),
         (["--assume", "gpu.price=3"], r"--assume gpu\.price: there is no such assumption"),
         (["--mfu", "40"], r"--mfu 40: a share of the peak"),
-        (["-o", "parallel.gpus_per_worker=2", "--nodes", "1", "--gpus-per-node", "1"], r"fewer than parallel\.gpus_per_worker"),
         (
             [*LARGE, "--gpu", "l40s", "--nodes", "1", "--gpus-per-node", "1", "--assume", "gpus.l40s.memory_gb=6"],
             r"does not fit on 1 x L40S: .*",

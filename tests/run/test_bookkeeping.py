@@ -89,6 +89,28 @@ def test_a_run_of_some_minutes_begins_nothing_after_them_and_the_next_one_goes_o
     assert "left" not in capsys.readouterr().out
 
 
+def test_a_stop_request_that_the_last_moment_of_a_stage_swallows_ends_the_run_behind_it(
+    run: Run, ran: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stage was done nevertheless; whoever sent the signal sends no second one."""
+    work = pipeline.entry_point
+
+    def at_its_end(stage: Stage) -> Callable[..., dict[str, Any]]:
+        with StopSignals() as signals:
+            if stage.name == "b":
+                os.kill(os.getpid(), signal.SIGTERM)
+                wait_until(lambda: signals.reason)
+        return work(stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "entry_point", at_its_end)
+        with pytest.raises(Requeue, match="SIGTERM"):
+            run_pipeline(Run(run.recipe))
+    assert ran == ["a", "b"] and "2 of 4 stages are left: c, d" in capsys.readouterr().out
+    run_pipeline(Run(run.recipe))
+    assert ran == ["a", "b", "c", "d"]
+
+
 class HeldClock:
     """The clock of deadlines: stands still until a test moves it past them all, which their threads wait for."""
 
