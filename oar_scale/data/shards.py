@@ -11,8 +11,6 @@ Plain ``webdataset.WebDataset(url)`` reads both. The same samples give the same 
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -49,18 +47,12 @@ def write_shard(folder: str, name: str, samples: Iterable[ShardSample]) -> Shard
 
 def pack_shard(name: str, samples: Iterable[ShardSample]) -> tuple[ShardInfo, bytes]:
     """The entry of a shard for the manifest, and its bytes."""
-    count = 0
-    handle, path = tempfile.mkstemp(suffix=".tar")
-    os.close(handle)
-    try:
-        with webdataset.TarWriter(path, mtime=0, user="oar", group="oar") as sink:
-            for sample in samples:
-                sink.write(sample)
-                count += 1
-        with open(path, "rb") as file:
-            data = file.read()
-    finally:
-        os.unlink(path)
+    count, file = 0, io.BytesIO()
+    with webdataset.TarWriter(file, mtime=0, user="oar", group="oar") as sink:
+        for sample in samples:
+            sink.write(sample)
+            count += 1
+    data = file.getvalue()
     return ShardInfo(name=name, bytes=len(data), samples=count, crc32c=crc32c.crc32c(data)), data
 
 
