@@ -34,8 +34,9 @@ from oar_scale.storage import fetch, join, open_storage
 from oar_scale.tokenizers.prompts import cond_inputs_of
 from oar_scale.training.job import TrainingJob
 
-OWN_TABLES = {"order": None, "orders_of": "own", "distinct_orders": None}
-"""Fields of ``finetune`` with which each image follows its own order of the tables, whatever the recipe's fine-tuning follows."""
+OWN_TABLES = {"order": None, "orders_of": "own", "distinct_orders": None, "any_view_share": None}
+"""Fields of ``finetune`` with which each image follows its own order of the tables, whatever the recipe's fine-tuning follows: in the one
+view that has some there, also where all of the run's views have orders."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from small_models import random_codes, random_text, small_model
 from small_run import prepare_small_run, small_recipe
 from torch import Tensor
 
+from oar_scale.config.schema import Recipe
 from oar_scale.data.manifest import read_manifest
 from oar_scale.errors import UserError
 from oar_scale.evaluation.distances import Kid
@@ -31,6 +32,8 @@ from oar_scale.storage import open_storage
 from oar_scale.studies import compare_extraction as stage
 from oar_scale.studies.extraction_methods import EXACT, RANDOM, ROUNDS, Method, compare, extraction_methods, head_methods
 from oar_scale.studies.short_training import ShortTraining, TrainingOutcome
+from oar_scale.training.inputs import job_prompts, job_stream
+from oar_scale.training.job import TrainingJob
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +165,20 @@ def test_a_short_training_follows_the_tables_whatever_the_recipe_follows(run: Ru
     shards = read_manifest(run.at("tokens", "train")).shards
     short = ShortTraining(other, run.model_uri("any_order"), shards, [], 2, str(tmp_path)).recipe.finetune
     assert (short.order, short.orders_of, short.distinct_orders) == (None, "own", None)
+
+
+def test_a_short_training_follows_orders_in_the_one_view_that_has_some(run: Run, tmp_path: Path) -> None:
+    """In the run all views have orders, so that any of them may be taken where one is followed."""
+    finetune = run.recipe.finetune.model_copy(update={"random_share": 0.1, "any_view_share": 0.5})
+    extract = run.recipe.extract.model_copy(update={"views": 2})
+    other = Run(Recipe.model_validate(run.recipe.model_copy(update={"finetune": finetune, "extract": extract}).model_dump()), run.console)
+    shards = read_manifest(run.at("tokens", "train")).shards
+    training = ShortTraining(other, run.model_uri("any_order"), shards, read_tokens(run, "train").keys, 2, str(tmp_path))
+    training._write_tables(np.tile(np.arange(64, dtype=np.uint16)[::-1], (len(training.keys), 1)), str(tmp_path / "orders" / "train"))
+    job = TrainingJob(training.recipe, "finetune", str(tmp_path), str(tmp_path), run.model_uri("any_order"), "")
+    batches = list(job_stream(job, job_prompts(job), 0, 1).batches(0, 20))
+    share = torch.cat([batch.fixed_b for batch in batches]).double().mean()
+    assert 0.8 < share < 1
 
 
 @pytest.mark.slow
