@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from oar_scale.config.data_sections import mirrored_views
 from oar_scale.config.schema import MixConfig
 from oar_scale.data.hashing import derived_seed
@@ -129,11 +131,19 @@ def _from_tables(job: TrainingJob, tables: StoredOrders, seed: int) -> StoredOrd
 
 
 def _mixed_source(job: TrainingJob, mix: MixConfig, own: Manifest, cache: ShardCache, orders: StoredOrders | None) -> ShardSource:
-    """Another folder of the mixture. Raises UserError for codes of another tokenizer."""
+    """Another folder of the mixture. Raises UserError for codes of another tokenizer.
+
+    Args:
+        orders: what its samples follow, in all of its views, of which it may have more than the run's own images.
+    """
     manifest = read_manifest(mix.shards)
     if manifest.grid is None:  # pictures
         vq = load_vq(join(job.root, "tokenizers", "vq.safetensors"))
         return ShardSource(mix.shards, manifest, cache, mix.weight, orders, vq, job.recipe.tokenizer.views)
+    if isinstance(orders, OneOrder):
+        orders = replace(orders, views=tuple(range(len(manifest.views))))
+    elif isinstance(orders, OrdersByKey):
+        orders = replace(orders, views=max(orders.views, len(manifest.views)))
     if manifest.tokenizer_id != own.tokenizer_id:
         raise UserError(
             f"{mix.shards}: its codes are of the tokenizer {manifest.tokenizer_id}, the run's own are of {own.tokenizer_id}. "

@@ -260,3 +260,25 @@ def test_orders_of_the_run_are_not_touched_by_a_damaged_choice(run: Run, tmp_pat
         write_json(uri, {"orders": damaged})
         with pytest.raises(UserError, match=r"not 2 orders of 8 x 8 cells\. Delete it"):
             distinct_orders(files, 2, 1, 8)
+
+
+def test_images_of_a_mixture_follow_one_order_in_all_of_their_views(tmp_path: Path) -> None:
+    """The other folder has more views than the run, and the arms fewer random orders than the ordered model, whose views they see."""
+    other = prepare_small_run(small_recipe(str(tmp_path / "other"), tokenizer={"views": ("center", "jitter1", "center_flip")}))
+    arms = {name: {"order": order, "random_share": 0.0} for name, order in (("raster", "raster"), ("fixed", "fixed-random"))}
+    recipe = small_recipe(
+        str(tmp_path / "run"),
+        tokenizer={"views": ("center",)},
+        finetune={"random_share": 0.5, "mix": [{"shards": other.at("tokens", "train")}]},
+        pipeline={"arms": arms},
+    )
+    run = prepare_small_run(recipe)
+    open_storage(run.at()).copy(run.model_uri("base"), run.model_uri("any_order"))
+    batches = {}
+    for name in ("control", *arms):
+        job = job_of(run, name)
+        batches[name] = list(job_stream(job, job_prompts(job), 0, 1).batches(0, 10))
+    for name in arms:
+        assert all(bool(batch.fixed_b.all()) for batch in batches[name])
+        assert all(torch.equal(one.codes_bN, two.codes_bN) for one, two in zip(batches[name], batches["control"], strict=True))
+    assert all(torch.equal(batch.orders(), torch.arange(64).expand(8, -1)) for batch in batches["raster"])
