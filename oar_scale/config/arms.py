@@ -110,6 +110,13 @@ def check_arms(pipeline: PipelineConfig, extract: ExtractConfig, finetune: Finet
         _check_extraction(name, arm, extract)
         check_orders(f"pipeline.arms.{name}", arm.finetune(finetune), own_extraction=bool(arm.extract))
     extractions = _extractions(pipeline, extract, finetune)
+    for name, arm in pipeline.arms.items():
+        if arm.finetune(finetune).order == "order-head" and extractions[name].startswith(EXTRACTION):
+            raise RecipeConflict(
+                f"pipeline.arms.{name}.extract",
+                "an order head learns from, and predicts for, the run's own extraction only.\n"
+                "Leave it out, or give a run of its own that extraction (extract) and finetune.order order-head.",
+            )
     same: dict[str, str] = {_same(finetune, "extract"): "the ordered model (stage finetune)"}
     if pipeline.control:
         same[_same(finetune.model_copy(update={"order": "random"}), "")] = "the control"

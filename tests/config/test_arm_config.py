@@ -108,6 +108,7 @@ def test_a_recipe_with_arms_is_read_back_as_it_was_written(tmp_path: Any) -> Non
         ({"a": {"extract": {"actors": 2}}}, "a.extract.actors", "the same for all arms"),
         ({"a": {"extract": {"orders_per_image": 3}}}, "a.extract.orders_per_image", "3 orders of an image would be the same"),
         ({"a": {"order": "raster", "extract": {"score": "margin"}}}, "a.extract", "orders that nothing is trained on"),
+        ({"a": {"order": "order-head", "extract": {"score": "margin"}}}, "a.extract", "own extraction only"),
         ({"a": {"order": "raster", "distinct_orders": 3}}, "a.distinct_orders", "which stored orders"),
         ({"a": {"order": "raster", "random_share": 1.0}}, "a", "same orders as the control"),
         ({"a": {"random_share": 0.0}}, "a.random_share", r"below 0\.1.*\n +Set finetune\.any_view_share"),
