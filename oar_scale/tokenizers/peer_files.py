@@ -63,7 +63,8 @@ def read_peer_file(uri: str) -> PeerFile:
         prefix += step
     where = f"{uri} (names without {prefix!r})" if prefix else uri
     bare = {name.removeprefix(prefix): tensor.detach() for name, tensor in tensors.items()}
-    return PeerFile(bare, where, vars(settings) if isinstance(settings, argparse.Namespace) else dict(settings))
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+    return PeerFile(bare, where, settings if isinstance(settings, dict) else {})
 
 
 def write_peer_file(uri: str, tensors: dict[str, Tensor], wrapping: Wrapping) -> None:

@@ -54,6 +54,14 @@ def test_the_format_that_torch_wrote_before_version_1_6_is_read(tmp_path: Path) 
     assert_same_bits(read_peer_file(str(tmp_path / "old.pt")).tensors, TENSORS)
 
 
+@pytest.mark.parametrize("line", [None, ["train.py", "--epochs", "3"], "train.py --epochs 3"])
+def test_a_command_line_in_another_form_than_llamagens_says_nothing(tmp_path: Path, line: object) -> None:
+    torch.save({"model": TENSORS, "args": line}, tmp_path / "weights.pt")
+    content = read_peer_file(str(tmp_path / "weights.pt"))
+    assert_same_bits(content.tensors, TENSORS)
+    assert content.settings == {}
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_safetensors_give_the_same_tensors(tmp_path: Path, prefix: str) -> None:
     save_file({prefix + name: tensor for name, tensor in TENSORS.items()}, tmp_path / "peer.safetensors")
