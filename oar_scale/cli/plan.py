@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from oar_scale.cli.common import Subparsers, add_verb, count, seed
 
@@ -59,6 +60,6 @@ def _whole(text: str) -> int:
         value = float(text)
     except ValueError:
         value = 0.0
-    if value < 1 or value != int(value):
+    if not 1 <= value < math.inf or value != int(value):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1, e.g. 1281167 or 1e9")
     return int(value)

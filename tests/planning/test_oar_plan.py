@@ -349,3 +349,11 @@ def test_the_stream_is_that_of_the_first_stage_that_trains(batch: int) -> None:
     assert planned.simulation is not None
     stream = planned.simulation.stream
     assert stream.steps == (stream.images - stream.skipped) // batch
+
+
+@pytest.mark.parametrize("images", ["inf", "1e400", "nan", "0", "1.5"])
+def test_a_number_of_images_that_is_none_is_one_clear_error(images: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "recipe.yaml", "--images", images])
+    assert ended.value.code == 2
+    assert f"'{images}' is no whole number from 1" in capsys.readouterr().err
