@@ -41,3 +41,20 @@ def shard(proxy: FaultProxy, s3_root: str) -> Shard:
 @pytest.fixture
 def cache(tmp_path: Path) -> ShardCache:
     return ShardCache(str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def renewed(proxy: FaultProxy, shard: Shard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
+    """The proxy, for clients whose profile has yesterday's keys until the first fault is injected; the shard is written before."""
+    profile = tmp_path / "credentials"
+
+    def renew(key: str, secret: str) -> None:
+        profile.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+
+    good = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profile))
+    renew("yesterday", "nobody")
+    proxy.on_fault = lambda kind: renew(*good)
+    return proxy

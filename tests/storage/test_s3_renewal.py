@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,22 +13,9 @@ from tests.shard_files import Shard
 
 
 @pytest.mark.parametrize("verb", ["write", "claim", "upload", "download", "list", "delete", "copy", "create"])
-def test_each_verb_reads_expired_credentials_again(
-    verb: str, proxy: FaultProxy, shard: Shard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    profile = tmp_path / "credentials"
-
-    def renew(key: str, secret: str) -> None:
-        profile.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
-
-    good = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profile))
-    renew("yesterday", "nobody")
+def test_each_verb_reads_expired_credentials_again(verb: str, renewed: FaultProxy, shard: Shard, tmp_path: Path) -> None:
     client()
-    proxy.on_fault = lambda kind: renew(*good)
-    proxy.spoil({"expired": 1.0}, at_most=1, methods=("GET", "PUT", "POST", "DELETE") if verb not in ("download", "copy") else ("HEAD",))
+    renewed.spoil({"expired": 1.0}, at_most=1, methods=("GET", "PUT", "POST", "DELETE") if verb not in ("download", "copy") else ("HEAD",))
     storage, other, path = open_storage(shard.uri), f"{shard.uri}.{verb}", tmp_path / "file"
     path.write_bytes(b"x")
 
@@ -47,6 +33,6 @@ def test_each_verb_reads_expired_credentials_again(
         "copy": lambda: storage.copy(shard.uri, other),
         "create": create,
     }[verb]()
-    assert proxy.injected["expired"] == 1
+    assert renewed.injected["expired"] == 1
     if verb not in ("download", "list", "delete"):
         assert storage.exists(other)

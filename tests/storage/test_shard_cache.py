@@ -147,23 +147,12 @@ def test_an_overloaded_server_is_given_up_with_name_and_count(
 
 
 def test_credentials_that_expire_are_read_again(
-    proxy: FaultProxy, shard: Shard, cache: ShardCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    renewed: FaultProxy, shard: Shard, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    profile = tmp_path / "credentials"
-
-    def renew(key: str, secret: str) -> None:
-        profile.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
-
-    good = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profile))
     monkeypatch.setattr(s3_download, "CONNECTIONS", 1)
-    renew("yesterday", "nobody")
-    proxy.on_fault = lambda kind: renew(*good)
-    proxy.spoil({"expired": 1.0}, at_most=1)
+    renewed.spoil({"expired": 1.0}, at_most=1)
     assert cache.read(*shard) == content(0)
-    assert cache.stats.retries == proxy.injected["expired"] == 1
+    assert cache.stats.retries == renewed.injected["expired"] == 1
 
 
 def test_credentials_that_stay_expired_are_a_clear_error(
