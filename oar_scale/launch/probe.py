@@ -1,4 +1,4 @@
-"""What ``oar doctor --cluster`` runs on the cluster. It prints each result as a line that begins with ``OAR-DOCTOR``.
+"""What ``oar doctor --cluster`` runs on the cluster. It prints each result as lines that begin with ``OAR-DOCTOR``.
 
     srun ... python -m oar_scale.launch.probe slurm     in each task, with MASTER_ADDR set: a task is a worker
     python -m oar_scale.launch.probe ray                as a Ray job: starts a worker on each node, for each GPU where there are any
@@ -22,7 +22,7 @@ from oar_scale.doctor.finding import Finding
 from oar_scale.doctor.node_checks import GROUP_S, NodeReport, RankInfo, check_between_nodes, node_report
 from oar_scale.doctor.storage_checks import remove_created_folders
 from oar_scale.errors import error_line
-from oar_scale.json_object import JsonObject, parse_json
+from oar_scale.json_object import JsonObject, parse_object
 from oar_scale.launch.ray_entry import RECIPE
 from oar_scale.runtime.program import program_exit
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from oar_scale.config.schema import Recipe
 
 MARK = "OAR-DOCTOR "
+PIECE = 800
+"""Characters of a result in a line: srun passes lines on whole up to 1,024 bytes; longer ones it may mix with those of other tasks."""
+MORE, LAST = "+", "."
 NODES = "nodes"
 PARTING_S = 30
 """Time left to the other workers once the first one has ended: they would wait for a worker that has failed at once."""
@@ -47,14 +50,23 @@ def main(kind: str) -> int:
 def parse_findings(log: str) -> tuple[list[NodeReport], list[Finding]]:
     """Read the probe's lines in a log: the reports of the nodes, and the findings between the nodes."""
     reports, findings = [], []
+    begun: dict[str, str] = {}
     for line in log.splitlines():
         _, mark, text = line.partition(MARK)
-        if mark:
-            record = parse_json(text)
+        if not mark:
+            continue
+        task, more, piece = (*text.split(" ", 2), "", "")[:3]
+        begun[task] = begun.get(task, "") + piece
+        if more == MORE:
+            continue
+        try:
+            record = parse_object(begun.pop(task))
             if "node" in record:
                 reports.append(NodeReport.of(record))
             else:
                 findings.append(Finding(**record))
+        except (ValueError, TypeError, KeyError):
+            findings.append(Finding("FAIL", "workers", f"a result of the check arrived damaged ({line[:200]}); run it again"))
     return reports, findings
 
 
@@ -63,9 +75,9 @@ def _in_task(env: os._Environ[str]) -> None:
     recipe, node = _recipe(), env.get("SLURMD_NODENAME", socket.gethostname())
     with remove_created_folders(recipe.root if recipe else None):
         if local == 0:
-            _print_lines([node_report(node, recipe).plain()])
+            _print_lines([node_report(node, recipe).plain()], rank)
         info = RankInfo(node, rank, int(env["SLURM_NTASKS"]), local, env["MASTER_ADDR"], int(env["MASTER_PORT"]), _gpu(local))
-        _print_lines([vars(finding) for finding in check_between_nodes(info, recipe)])
+        _print_lines([vars(finding) for finding in check_between_nodes(info, recipe)], rank)
 
 
 def _on_ray() -> None:
@@ -154,9 +166,12 @@ def _recipe() -> Recipe | None:
         return load_recipe(file.name)
 
 
-def _print_lines(lines: Sequence[JsonObject]) -> None:
-    for line in lines:
-        sys.stdout.write(f"{MARK}{json.dumps(line)}\n")  # in one write, since other tasks print as well
+def _print_lines(records: Sequence[JsonObject], task: int = 0) -> None:
+    for record in records:
+        text = json.dumps(record)
+        for start in range(0, len(text), PIECE):
+            more = MORE if start + PIECE < len(text) else LAST
+            sys.stdout.write(f"{MARK}{task} {more} {text[start : start + PIECE]}\n")  # in one write, since other tasks print as well
     sys.stdout.flush()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import re
 import threading
@@ -25,6 +26,7 @@ from oar_scale.doctor.finding import Finding
 from oar_scale.doctor.node_checks import NodeReport, merge_node_reports
 from oar_scale.doctor.storage_checks import storage_speed, wandb_server
 from oar_scale.launch import cluster_doctor as doctor
+from oar_scale.launch import probe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,6 +132,30 @@ def test_nodes_that_differ_are_named_and_equal_ones_are_one_line() -> None:
     lines = [str(finding) for finding in merge_node_reports([*reports, odd])]
     assert lines[0] == "FAIL torch: n0, n1, n2 and 3 more nodes: 2.15.0 | n6: 2.14.1; let all nodes use one image or environment"
     assert lines[1] == "warn devices: n0, n1, n2 and 3 more nodes: 8 GPUs | n6: no GPU"
+
+
+def printed(records: list[dict[str, Any]], task: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    probe._print_lines(records, task)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_long_results_of_tasks_that_print_at_once_arrive_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """srun splits lines of 1,024 bytes and more, and mixes them with those of other tasks."""
+    long = [NodeReport(f"n{i}", {}, [Finding("warn", "GPU link", f"\u00e9 {i} " * 400)]) for i in range(2)]
+    between = Finding("ok", "clocks", "within 0.1 ms of one another")
+    lines = [printed([report.plain(), vars(between)], task, capsys) for task, report in enumerate(long)]
+    assert len(lines[0]) > 4 and max(len(line.encode()) for line in lines[0]) < 1024
+    mixed = "\n".join(line for both in zip(*lines, strict=True) for line in both)
+    assert probe.parse_findings(f"a warning of a library\n{mixed}\n") == (long, [between, between])
+
+
+@pytest.mark.parametrize("line", ['OAR-DOCTOR 0 . {"status": "ok", "it', "OAR-DOCTOR 0 . {}", "OAR-DOCTOR", "OAR-DOCTOR ", "OAR-DOCTOR 1"])
+def test_a_damaged_result_is_a_finding(line: str) -> None:
+    good = Finding("ok", "clocks", "fine")
+    log = f"{line}\n{probe.MARK}1 . {json.dumps(vars(good))}\n"
+    assert probe.parse_findings(log)[1][-1] == good
+    damaged = probe.parse_findings(log)[1][:-1]
+    assert [(each.status, each.item) for each in damaged] == [("FAIL", "workers")] * line.startswith(probe.MARK)
 
 
 def join_group(port: int, late_s: float, recipes: list[str], out: str) -> None:
