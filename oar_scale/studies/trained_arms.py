@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from oar_scale.config.arms import FROM_EXTRACTION
 from oar_scale.config.loading import load_recipe
 from oar_scale.config.schema import Recipe
 from oar_scale.config.section import Section, silent_fields
@@ -137,7 +138,8 @@ def _trained(run: Run, path: str, stage: Stage, finished: Finished, start: str, 
         curves.pop(STORED, None)
     ends = {name: curve[-1][1] for name, curve in curves.items()}
     heldout = _images(run, "heldout")
-    figures = {name: (value, heldout) for name, value in ends.items()}
+    along_stored = {**heldout, **{f"extract.{name}": value for name, value in _extraction(run.recipe).items()}}
+    figures = {name: (value, along_stored if name == STORED else heldout) for name, value in ends.items()}
     if not stage.arm and not stage.seed:
         figures |= _evaluated(run, arm, evaluation, heldout)
     figures |= _flexibility(run, stage.model)
@@ -186,10 +188,16 @@ def _orders(recipe: Recipe, arm: str) -> dict[str, object]:
         return {"order": "random"}
     finetune = recipe.finetune
     orders: dict[str, object] = {"order": finetune.order or "stored", "random_share": finetune.random_share}
-    if finetune.order in (None, "stored"):
-        extract = recipe.extract.model_dump(mode="json", exclude={*silent_fields(recipe.extract), "views", "batch"})
-        orders |= {"orders_of": finetune.orders_of, "distinct_orders": finetune.distinct_orders, "extract": extract}
+    if orders["order"] == "stored":
+        orders |= {"orders_of": finetune.orders_of, "distinct_orders": finetune.distinct_orders}
+    if orders["order"] in FROM_EXTRACTION:
+        orders |= {"extract": _extraction(recipe)}
     return orders
+
+
+def _extraction(recipe: Recipe) -> JsonObject:
+    """How a model's orders are found."""
+    return recipe.extract.model_dump(mode="json", exclude={*silent_fields(recipe.extract), "views", "batch"})
 
 
 def _curves(run: Run, stage: str) -> dict[str, Curve]:

@@ -25,7 +25,7 @@ from oar_scale.run.context import Run
 from oar_scale.run.stage_markers import mark_stale, write_finished
 from oar_scale.storage import write_json
 from oar_scale.studies.compare_runs import arm_rows, mean_of, minus_control, run_compare_runs, told_apart
-from oar_scale.studies.trained_arms import trained_arms
+from oar_scale.studies.trained_arms import TrainedArm, trained_arms
 
 MEASURE = "held-out nll random"
 LAST = {
@@ -161,6 +161,23 @@ def test_other_seeds_of_an_arm_in_another_run_join_it(folder: str, tmp_path: Pat
     difference = minus_control(rows["raster"], list(rows.values()), MEASURE)
     assert difference is not None and difference.seeds == 4
     assert difference.mean == pytest.approx(np.mean([0.2, 0.35, 0.24, 0.5]))
+
+
+@pytest.mark.parametrize("order", ["mean", "order-head"])
+def test_orders_of_another_extraction_are_another_arm(order: str, tmp_path: Path) -> None:
+    """Also where they are the mean of the extracted ones, or learned from them; and so are likelihoods along the stored ones."""
+    trained = list[TrainedArm]()
+    for seed, score in enumerate(("max_prob", "margin")):
+        last = {"control": 3.3, "from_orders": 3.0 + seed}
+        arms = {"arms": {"from_orders": {"order": order}}}
+        run = finished_run(tmp_path / score, last, seed=seed, extract={"score": score}, pipeline=arms)
+        with EventLog(f"{run}/events", "control", attempt=2) as log:
+            log.emit("heldout", step=100, nll_random=3.3, nll_stored=2.0 + seed)
+        trained += trained_arms(run)[0]
+    rows = arm_rows(trained)
+    assert [(row.label.partition(" ")[0], len(row.trained)) for row in rows] == [("control", 2), ("from_orders", 1), ("from_orders", 1)]
+    stored = {name: value for each in rows[0].trained for name, value in each.figures.items() if "nll stored" in name}
+    assert stored == {f"held-out nll stored [extract.score {score}]": 2.0 + seed for seed, score in enumerate(("max_prob", "margin"))}
 
 
 def test_a_likelihood_that_leaks_is_left_out_of_old_evaluations(tmp_path: Path) -> None:
