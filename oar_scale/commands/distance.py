@@ -20,7 +20,7 @@ from oar_scale.observe.console import Console
 from oar_scale.shard_pool.feature_pool import FeatureJob, SetFeatures, compute_features
 from oar_scale.shard_pool.ledger import Record
 from oar_scale.shard_pool.pool_messages import event_message
-from oar_scale.storage import write_json
+from oar_scale.storage import absolute, write_json
 
 FORMAT = 2
 OF_FEATURES = [figure for figure in FEWEST if figure not in OF_SAMPLES_ALONE]
@@ -163,8 +163,7 @@ class _Found:
             statistics = statistics if fits else None
         if not has_images and statistics is None:
             raise UserError(f"{where}: holds neither images (arr_0) nor statistics (mu, sigma)")
-        place = where if "://" in where else os.path.abspath(where)
-        return cls(where, statistics, find_images(place, request.size) if has_images else None)
+        return cls(where, statistics, find_images(absolute(where), request.size) if has_images else None)
 
 
 def _side(request: DistanceRequest, found: _Found, say: Callable[[str], None]) -> tuple[Side, tuple[int, int] | None]:
@@ -184,7 +183,7 @@ def _features(request: DistanceRequest, images: ImageSet, say: Callable[[str], N
     job = FeatureJob(
         images=images,
         extractor=replace(request.extractor, weights=request.extractor.weights and os.path.abspath(request.extractor.weights)),
-        cache=request.cache or default_cache(),
+        cache=absolute(request.cache or default_cache()),
         batch=request.batch,
         cpu_threads=max(1, (os.cpu_count() or 1) // (request.actors or 1)) if "RAY_ADDRESS" not in os.environ else 1,
         cuda=cuda,

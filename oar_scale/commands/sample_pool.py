@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from oar_scale.shard_pool.ledger import Record
 from oar_scale.shard_pool.pool_messages import event_message
 from oar_scale.shard_pool.pool_status import read_status, status_lines
 from oar_scale.shard_pool.sampling_pool import SamplingJob, sample_all, shard_sizes
-from oar_scale.storage import Missing, join
+from oar_scale.storage import Missing, absolute, join
 
 NAMED = 20
 
@@ -41,7 +40,7 @@ def sample_with_actors(request: SampleRequest, actors: int, gpus_per_actor: floa
     if not 0 <= gpus_per_actor < math.inf:
         raise UserError(f"--gpus-per-actor {gpus_per_actor} must be a number from 0")
     out = pool_folder(request)
-    target, began = find_target(_absolute(request.target), request.overrides, request.model), time.monotonic()
+    target, began = find_target(absolute(request.target), request.overrides, request.model), time.monotonic()
     given = given_prompts(request, target)
     parallel = target.run.recipe.parallel if target.run else None
     job = SamplingJob(
@@ -98,8 +97,4 @@ def pool_folder(request: SampleRequest) -> str:
     """The folder of a pool's shards, as all hosts know it. Raises UserError where none is named."""
     if request.out is None or request.out.lower().endswith(".png"):
         raise UserError("--actors and --status are of shards in a folder: --out FOLDER or --out s3://bucket/prefix")
-    return _absolute(request.out)
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
+    return absolute(request.out)

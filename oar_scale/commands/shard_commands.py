@@ -21,7 +21,7 @@ from oar_scale.data.stats import DecodeCodes, StatsJob, collect_stats, lines, pi
 from oar_scale.data.verify import verify_folder
 from oar_scale.errors import UserError
 from oar_scale.observe.console import Console, Tally, duration
-from oar_scale.storage import open_storage
+from oar_scale.storage import absolute, open_storage
 from oar_scale.text import cut, say
 
 if TYPE_CHECKING:
@@ -135,9 +135,9 @@ def tokenize_shards(images: str, tokens: str, tokenizer: str, views: str, actors
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="oar-tokenize-") as cache, _progress("images") as show:
-        manifest = tokenize_all(
-            TokenizeJob(images, tokens, tokenizer, named, cache, cache_bytes=CACHE_BYTES), actors=actors, on_progress=show, make_bad=bad
-        )
+        # The actors of a cluster have other working folders than this process.
+        job = TokenizeJob(absolute(images), absolute(tokens), absolute(tokenizer), named, cache, cache_bytes=CACHE_BYTES)
+        manifest = tokenize_all(job, actors=actors, on_progress=show, make_bad=bad)
     print(
         f"{tokens}: {manifest.samples} images in {len(manifest.shards)} shards, {len(manifest.views)} views of {manifest.grid} x "
         f"{manifest.grid} codes, in {duration(time.monotonic() - began)}"

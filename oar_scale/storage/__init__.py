@@ -122,6 +122,11 @@ def join(uri: str, *names: str) -> str:
     return "/".join([base, *rest]) if rest else base or "/"
 
 
+def absolute(uri: str) -> str:
+    """The URI as processes with another working folder understand it: a path from the root, an object's URI as it is."""
+    return uri if "://" in uri else os.path.abspath(uri)
+
+
 def read_json(uri: str) -> JsonObject:
     """Return the JSON object stored at ``uri``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,6 +60,22 @@ def test_figures_are_printed_and_written_with_their_counts(sets: list[str], tmp_
     assert f"; of 6 images a side: {equal['samples']:.4f}, two halves of the reference {equal['halves_of_reference']:.4f})" in shown
     assert re.search(r"precision_efflite0 0\.\d{4} \[0\.\d{4}, 0\.\d{4}\]", shown)
     assert "dark.npz has 12 images for 1280 features, so its covariance is singular" in shown
+
+
+def test_a_cache_named_by_a_relative_path_is_the_same_folder_to_all_actors(
+    sets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a cluster (RAY_ADDRESS) work in the folder in which its Ray was started."""
+    caches, compute = list[str](), distance.compute_features
+
+    def noted(job: FeatureJob, *, actors: int | None, **others: Any) -> SetFeatures:
+        caches.append(job.cache)
+        return compute(job, actors=actors, **others)
+
+    monkeypatch.setattr(distance, "compute_features", noted)
+    monkeypatch.chdir(tmp_path)
+    assert main(["distance", *sets, "--metrics", "fd", "--cache", "features"]) == 0
+    assert caches == [str(tmp_path / "features")] * 2
 
 
 def test_statistics_of_the_reference_stand_for_its_images(sets: list[str], tmp_path: Path) -> None:

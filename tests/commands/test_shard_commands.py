@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from foreign_shards import img2dataset_folder, picture, upload, write_tar
 from oar_scale.cli import _parser, main
 from oar_scale.data.manifest import read_manifest
 from oar_scale.data.shards import read_shard
+from oar_scale.shard_pool import OnStep, ShardOutput
+from oar_scale.shard_pool.tokenization import TokenizeWorker
 from oar_scale.tokenizers.vq import VQSpec, VQTokenizer, save_vq
 
 
@@ -50,6 +54,28 @@ def test_foreign_pictures_on_s3_become_token_shards(
     assert main(command) == 0, "a finished folder is gone through again"
     assert main(["data", "stats", tokens, "--tokenizer", tokenizer, "--grid", str(tmp_path / "grid.png")]) == 0
     assert os.path.getsize(tmp_path / "grid.png") > 1000
+
+
+@pytest.mark.usefixtures("pool_here")
+def test_relative_paths_mean_the_same_to_actors_in_another_folder(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a cluster (RAY_ADDRESS) work in the folder in which its Ray was started."""
+    here, elsewhere, run = tmp_path / "here", tmp_path / "elsewhere", TokenizeWorker.run
+    elsewhere.mkdir()
+    images = img2dataset_folder(here / "images")
+    os.replace(tokenizer, here / "vq.safetensors")
+
+    def run_elsewhere(worker: TokenizeWorker, shard: str, on_step: OnStep) -> ShardOutput:
+        with contextlib.chdir(elsewhere):
+            output = run(worker, shard, on_step)
+            return replace(output, uri=os.path.abspath(output.uri))
+
+    monkeypatch.setattr(TokenizeWorker, "run", run_elsewhere)
+    monkeypatch.chdir(here)
+    assert main(["data", "index", os.path.relpath(images, here)]) == 0
+    command = ["data", "tokenize", os.path.relpath(images, here), "--out", "tokens", "--tokenizer", "vq.safetensors", "--actors", "1"]
+    assert main(command) == 0
+    assert main(["data", "verify", "tokens"]) == 0
+    assert not list(elsewhere.iterdir())
 
 
 def test_a_view_that_does_not_exist_is_named(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
