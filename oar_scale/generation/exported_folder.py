@@ -7,7 +7,6 @@ model_index.json  pipeline.py                                    for diffusers (
 
 from __future__ import annotations
 
-import os
 import re
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,7 @@ from oar_scale.orders.policies.mean import mean_order
 from oar_scale.storage import Missing, join, open_storage, write_json
 from oar_scale.tokenizers.image import ImageTokenizer
 from oar_scale.tokenizers.prompts import TEXT_FILE
-from oar_scale.tokenizers.safetensors_file import file_damage
+from oar_scale.tokenizers.safetensors_file import SAFE, file_damage
 from oar_scale.tokenizers.vq import load_vq, vq_id
 
 if TYPE_CHECKING:
@@ -66,6 +65,11 @@ def complete_folder(
     if bundle.sample.order == "mean":
         mean_order(bundle.orders, spec.grid)  # makes the file where there is none yet
     _copy_if_there(bundle.orders.mean, folder_files(folder).mean)
+    if public and isinstance(bundle.text, ClipTextConfig) and is_file(bundle.text.weights) and not bundle.text.weights.endswith(SAFE):
+        raise UserError(
+            f"{bundle.text.weights}: the text tower's weights may hold code. From the hub, weights are read as {SAFE} alone, so nobody "
+            "could load this model. Save them with safetensors, and name that file in tokenizer.text.weights."
+        )
     note = None
     if bundle.vq is not None:
         vq = load_vq(bundle.vq)
@@ -169,7 +173,7 @@ def _copy_text(bundle: ModelBundle, folder: str) -> TextConfig | None:
         copy_file(join(bundle.text_folder, TEXT_FILE), join(folder, TEXT_FILE))
         return text.model_copy(update={"weights": None})
     if isinstance(text, ClipTextConfig) and is_file(text.weights):
-        own = TOWER + os.path.splitext(text.weights)[1]
+        own = TOWER + (SAFE if text.weights.endswith(SAFE) else ".pt")  # which says how it is read
         copy_file(text.weights, join(folder, own))
         return text.model_copy(update={"weights": own})
     return text

@@ -220,5 +220,5 @@ def _beside(weights: str, config: str) -> str:
 
 
 def is_file(weights: str) -> bool:
-    """Whether an open_clip ``weights`` names a file, and not one of its tags."""
-    return "/" in weights or os.path.splitext(weights)[1] in (".safetensors", ".pt", ".pth", ".bin")
+    """Whether an open_clip ``weights`` names a file, and not one of its tags, as ``ClipText.load`` understands it."""
+    return "/" in weights or bool(os.path.splitext(weights)[1])

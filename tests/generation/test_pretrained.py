@@ -17,6 +17,8 @@ from small_models import small_model
 import oar_scale
 from oar_scale.commands.checkpoint_export import export_checkpoint
 from oar_scale.errors import UserError
+from oar_scale.generation.exported_folder import complete_folder
+from oar_scale.generation.hub import HubPath
 from oar_scale.generation.pretrained import Pretrained
 from oar_scale.model import save_model
 from oar_scale.model.spec import ClassSpec, FeatureSpec, condition_spec
@@ -155,15 +157,19 @@ def test_precomputed_features_prompt_a_model_trained_on_them(tmp_path: Path) -> 
         oar_scale.load(run).sample(["a red apple"])
 
 
-def test_an_export_takes_its_text_tower_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tower.bin", "epoch_8.ckpt", "tower"])
+def test_an_export_takes_its_text_tower_along(tmp_path: Path, name: str) -> None:
     import open_clip
 
-    weights = tmp_path / "tower.bin"
+    weights = tmp_path / name
     torch.save(open_clip.create_model("ViT-S-16-alt").state_dict(), weights)
     tower = ClipText.load("ViT-S-16-alt", str(weights))
     text = {"type": "open_clip", "architecture": "ViT-S-16-alt", "weights": str(weights)}
     run = small_run(tmp_path / "run", text, condition_spec(tower, encoder_layers=0))
-    expected = oar_scale.load(run).sample(["a red apple"])
+    loaded = oar_scale.load(run)
+    with pytest.raises(UserError, match=rf"{name}: the text tower's weights may hold code\. From the hub"):
+        complete_folder(str(tmp_path), loaded.bundle, loaded.model.spec, public=HubPath("me/emoji", None, ""))
+    expected = loaded.sample(["a red apple"])
     export_checkpoint(run, str(tmp_path / "exported"))
     weights.unlink()
     shutil.move(tmp_path / "exported", tmp_path / "elsewhere")
