@@ -60,6 +60,7 @@ def export_checkpoint(
     Raises:
         UserError: there is nothing to export at ``source``, the peer's code cannot compute it, or something is at ``out`` already.
     """
+    _refuse_unused(source, form, name, license_id, average=average)
     if form in TOKENIZERS:
         _export_tokenizer(source, require_unused(out), form)
     elif form in TRUNKS:
@@ -70,6 +71,20 @@ def export_checkpoint(
         with new_folder(out, last=CONFIG) as folder:
             _export_folder(folder, source, name, average, license_id)
     return out
+
+
+def _refuse_unused(source: str, form: str, name: str | None, license_id: str | None, *, average: bool) -> None:
+    """Raise UserError for an option that would do nothing."""
+    if license_id is not None and form != "folder":
+        raise UserError(f"--license means nothing with --format {form}, which has no model card: leave it out")
+    if form in TOKENIZERS and (name is not None or average):
+        raise UserError(
+            f"{'--ema' if average else '--model'} means nothing with --format {form}, the run's one image tokenizer: leave it out"
+        )
+    if name is not None and is_step_uri(source):
+        raise UserError(
+            f"--model means nothing of a training checkpoint, which holds one model: leave it out, or name the run for {name!r}"
+        )
 
 
 def _load(bundle: ModelBundle) -> AnyOrderModel:
@@ -121,6 +136,8 @@ def push_checkpoint(
         UserError: as :func:`export_checkpoint`, and :func:`~oar_scale.generation.hub.publish`.
     """
     from oar_scale.generation.hub import publish  # brings huggingface_hub
+
+    _refuse_unused(source, "folder", name, license_id, average=average)
 
     def fill(folder: str, public: HubPath) -> None:
         _export_folder(folder, source, name, average, license_id, public)

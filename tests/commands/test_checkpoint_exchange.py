@@ -370,3 +370,25 @@ def test_a_model_trained_here_does_not_pretend_to_be_a_peers(trained: Run, tmp_p
     assert not isinstance(load_model(trained.model_uri("any_order")).spec.condition, ClassSpec)
     with pytest.raises(UserError, match=r"randar models have layout instructed and condition class; this one has .* condition text"):
         export_checkpoint(trained.model_uri("any_order"), str(tmp_path / "out.safetensors"), "randar")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (
+            ["export", "runs/a", "--out", "x.pt", "--format", "randar", "--license", "cc0-1.0"],
+            "--license means nothing with --format randar",
+        ),
+        (["export", "runs/a", "--out", "x.pt", "--format", "llamagen-vq", "--ema"], "--ema means nothing with --format llamagen-vq"),
+        (["export", "runs/a", "--out", "x.pt", "--format", "maskgit-vq", "--model", "control"], "--model means nothing with --format"),
+        (
+            ["export", "runs/a/checkpoints/finetune/step-00000004", "--out", "x", "--model", "control"],
+            "--model means nothing of a training",
+        ),
+        (["push", "runs/a/checkpoints/finetune/step-00000004", "hf://me/x", "--model", "control"], "--model means nothing of a training"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is looked for: who asks for the control does not get what is in the checkpoint of another training."""
+    assert main(["checkpoint", *options]) == 2
+    assert f"error: {complaint}" in capsys.readouterr().err
