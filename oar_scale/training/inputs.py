@@ -61,7 +61,9 @@ def job_stream(
     )
     stored: StoredOrders | None = None
     if given.tables is not None:
-        stored = _from_tables(job, OrderTables(given.tables, folder, manifest.grid or 0, job.start_id, views, mirrored), seed)
+        stored = _from_tables(
+            job, OrderTables(given.tables, folder, manifest.grid or 0, job.start_id, views, mirrored, job.predicted_id), seed
+        )
     elif given.by_key:
         stored = OrdersByKey(seed, recipe.grid, views, mirrored)
     elif given.order is not None and not pretraining:

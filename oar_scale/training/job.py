@@ -12,6 +12,8 @@ from oar_scale.config.section import changeable_fields, limit_fields, operationa
 from oar_scale.data.manifest import read_manifest
 from oar_scale.json_object import JsonObject
 from oar_scale.model import model_id
+from oar_scale.orders.order_files import run_files
+from oar_scale.orders.order_table import read_orders, table_name
 from oar_scale.registry import STAGES, kind_of
 from oar_scale.storage import join
 
@@ -50,6 +52,16 @@ class TrainingJob:
     def start_id(self) -> str:
         """The id of the model that the stage starts with. Its file is read for it once, and copies of the job know it from then on."""
         return model_id(self.start_from)
+
+    @cached_property
+    def predicted_id(self) -> str | None:
+        """Which order head, with which settings, has predicted the orders that the stage follows; None: it follows others. Read by each
+        worker when it starts: they may have been predicted anew since the last attempt."""
+        if self.kind != "finetune" or self.training.order != "order-head":
+            return None
+        predicted = run_files(self.root, self.orders).predicted
+        assert predicted is not None
+        return read_orders(join(predicted, table_name(read_manifest(join(self.root, "tokens", "train")).shards[0].name))).settings_id
 
     @property
     def checkpoints(self) -> str:
@@ -105,11 +117,12 @@ class TrainingJob:
         extract = self.recipe.extract
         stored = self.kind == "finetune" and (self.training.order or "stored") in FROM_EXTRACTION
         others = operational_fields(type(extract)) | {"mirror"}
-        return {
+        found: JsonObject = {
             f"extract.{name}": value
             for name, value in extract.model_dump(mode="json").items()
             if name == "views" or (stored and name not in others)
         }
+        return found if self.predicted_id is None else {**found, "orders/predicted": self.predicted_id}
 
     @property
     def limits(self) -> frozenset[str]:

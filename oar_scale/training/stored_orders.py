@@ -46,9 +46,16 @@ class OrderTables:
     """The first so many views have rows in the table."""
     mirrored: dict[int, int]
     """Of some of these: the view that is the mirror image."""
+    settings_id: str | None = None
+    """How the orders must have been found; None takes any."""
 
     def __call__(self, shard: str, samples: OpenShard) -> dict[int, Orders]:
         table, where = read_orders(join(self.orders, table_name(shard))), join(self.tokens, shard)
+        if self.settings_id is not None and table.settings_id != self.settings_id:
+            raise UserError(
+                f"{table.uri}: orders of {table.settings_id}, the training began on those of {self.settings_id}: they have been predicted "
+                "anew, or not all of them. Run oar orders RECIPE --predict to its end, and do the stage again with --from."
+            )
         own = {
             view: join_orders(samples.keys, _of_view(table, view), shard=where, cells=self.grid**2, model_id=self.model_id)
             for view in range(self.views)
