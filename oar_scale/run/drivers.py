@@ -14,6 +14,7 @@ its heartbeat moves on, or its process is seen on this machine.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +29,12 @@ from oar_scale.shard_pool.leases import Lease, LeaseWatch, read_leases
 from oar_scale.shard_pool.ledger import Ledger, Record, names_in, write_record
 from oar_scale.shard_pool.pool_types import Timing
 from oar_scale.storage import join, open_storage
+from oar_scale.storage.patience import patience_s, patient
 
+log = logging.getLogger(__name__)
+
+LAST_WORDS_S = 30.0
+"""How long a driver that ends waits for a storage that does not answer, at most: a scheduler may be about to kill it."""
 JOB_LEASE = "OAR_LEASE"
 """The environment variable in which a job file names its own lease (``launch/job.sbatch.j2``)."""
 
@@ -57,8 +63,13 @@ class Drivers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._lease is not None:
-            self._lease.__exit__(kind, error, trace)
-            self._forget(self._lease.holder)
+            # What cannot be removed is overlooked once the lease has expired; how the run ended is what matters.
+            with patient(min(patience_s(), LAST_WORDS_S)):
+                self._lease.__exit__(kind, error, trace)
+                try:
+                    self._forget(self._lease.holder)
+                except UserError as problem:
+                    log.warning("the records of this driver stay, and count for nothing from now on: %s", problem)
 
     def take(self, stage: Stage) -> None:
         """Begin to do a stage: alone or, where pools do it, together with other drivers.

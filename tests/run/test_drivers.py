@@ -13,7 +13,7 @@ import pytest
 from fake_clock import FakeClock
 
 from oar_scale.config.schema import Recipe
-from oar_scale.errors import UserError
+from oar_scale.errors import Requeue, Unreachable, UserError
 from oar_scale.observe.console import Console
 from oar_scale.registry import STAGES
 from oar_scale.run.context import Run
@@ -112,6 +112,19 @@ def test_pools_share_their_stage_unless_its_results_are_moved(run: Run) -> None:
                 late.take(stage)
         mover.take(EXTRACT)
         helper.take(EXTRACT)
+
+
+def test_a_storage_that_is_away_at_the_end_does_not_change_how_the_run_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code 75 says that the job is to be queued again; an error that hides it, that it is not."""
+
+    def away(uri: str) -> None:
+        raise Unreachable("s3://b: no connection")
+
+    with monkeypatch.context() as patch, pytest.raises(Requeue), Drivers(run, sleep=never) as drivers:
+        drivers.take(PRETRAIN)
+        for module in ("run.drivers", "shard_pool.leases", "shard_pool.ledger"):
+            patch.setattr(f"oar_scale.{module}.open_storage", away)
+        raise Requeue("SIGTERM")
 
 
 def test_a_driver_that_was_refused_hinders_nobody(run: Run) -> None:
