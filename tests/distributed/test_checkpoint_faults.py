@@ -23,7 +23,7 @@ from small_run import prepare_small_run, pretraining
 from small_training import Trainer, note, noted, rooted, tiny_recipe, training, with_stage
 
 from oar_scale.distributed.checkpoints import Saver, committed_steps, fetch, restore
-from oar_scale.distributed.checkpoints.layout import Checkpoint, checkpoint_locations
+from oar_scale.distributed.checkpoints.layout import Checkpoint, DamagedCheckpoint, checkpoint_locations
 from oar_scale.errors import Unreachable, UserError
 from oar_scale.runtime.retry import retry_transient
 from oar_scale.storage import join, open_storage
@@ -388,3 +388,35 @@ def test_an_interrupted_download_needs_no_room_twice(tmp_path: Path, monkeypatch
     monkeypatch.setattr("oar_scale.distributed.checkpoints.deepspeed_files.load_shard", lambda *_: {})
     retry_transient(lambda: fetch.obtain(checkpoint, ["a", "b"], str(tmp_path)), 60, sleep=lambda seconds: None)
     assert calls == ["a", "b", "a", "b"]
+
+
+def test_a_rejected_checkpoint_leaves_its_room_to_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk holds one; the last file of the newer one is damaged."""
+    size, disk = 4 << 20, 10 << 20
+    files = {name: {"bytes": size, "crc32c": 0, "rank": 0} for name in ("mp_rank_a", "mp_rank_b")}
+    newer, older = (
+        Checkpoint(f"s3://b/step-0000000{step}", f"20261123T085016Z-3f9a2c1{step}", {"files": files, "world_size": 1, "zero_stage": 2})
+        for step in (2, 1)
+    )
+    calls: list[str] = []
+
+    def download(checkpoint: Checkpoint, name: str, path: str) -> None:
+        calls.append(path)
+        Path(path).write_bytes(os.urandom(size))
+        if len(calls) == 2:
+            raise DamagedCheckpoint(f"{name} is damaged", name)
+
+    def usage(path: str) -> Any:
+        return SimpleNamespace(free=disk - sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()))
+
+    monkeypatch.setattr(fetch, "_download", download)
+    monkeypatch.setattr(fetch.shutil, "disk_usage", usage)
+    monkeypatch.setattr("oar_scale.distributed.checkpoints.deepspeed_files.load_shard", lambda *_: {})
+    here = import_module("oar_scale.distributed.checkpoints.restore")
+    monkeypatch.setattr(here, "_all_gather", lambda value: [value])
+    monkeypatch.setattr(here, "_fits", lambda *_: True)
+    scratch = object.__new__(here._HostScratch)
+    scratch._ranks, scratch._index, scratch._path = [0], 0, str(tmp_path / "scratch")
+    assert list(scratch.obtain(newer, None)) == [0]
+    assert scratch.obtain(older, None) == {}
+    assert sorted(path.parent.name for path in tmp_path.rglob("mp_rank_*")) == [older.save] * 2

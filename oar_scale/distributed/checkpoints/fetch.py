@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from crc32c import crc32c
@@ -65,6 +65,16 @@ def obtain(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
     for name in names:
         _download(checkpoint, name, os.path.join(folder, name))
         load_shard(os.path.join(folder, name), "meta")
+
+
+def discard(checkpoint: Checkpoint, names: Iterable[str], scratch: str) -> None:
+    """Remove what :func:`obtain` has brought to ``local_folder(checkpoint, scratch)`` of these files, or a part of it."""
+    folder = local_folder(checkpoint, scratch)
+    if folder == checkpoint.folder:
+        return
+    for name in names:
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
 
 
 def _held(path: str) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from oar_scale.distributed.checkpoints import layout
 from oar_scale.distributed.checkpoints.deepspeed_types import ShardedEngine
-from oar_scale.distributed.checkpoints.fetch import check, local_folder, obtain
+from oar_scale.distributed.checkpoints.fetch import check, discard, local_folder, obtain
 from oar_scale.distributed.checkpoints.layout import Checkpoint, CheckpointLocation, DamagedCheckpoint
 from oar_scale.distributed.checkpoints.scratch import Scratch, clear_dead
 from oar_scale.distributed.checkpoints.shard_keys import WEIGHTS
@@ -264,7 +264,10 @@ class _HostScratch:
             error = raised
         answers = _all_gather((fault, _sendable(error)))
         _raise_first(error, [sent for _, sent in answers])
-        return {rank: fault for rank, (fault, _) in enumerate(answers) if fault is not None}
+        faults = {rank: fault for rank, (fault, _) in enumerate(answers) if fault is not None}
+        if faults:  # the one before comes next, and there may be no room for both
+            discard(checkpoint, names, self._path)
+        return faults
 
     def remove(self) -> None:
         """Remove the folder."""
