@@ -57,6 +57,9 @@ def undo(run: Run, drivers: Drivers, *, yes: bool) -> None:
     drivers.take_alone(stages)
     put_back(run, redo)
     run.console.say(f"the earlier results are back: {', '.join(redo.stages)}")
+    over = [stage.name for stage in stages if stage.local and not open_storage(run.marker(stage.name)).exists(run.marker(stage.name))]
+    if over:
+        run.console.say(f"  written over meanwhile, and done again by oar run RECIPE: {', '.join(over)}")
 
 
 def finish_interrupted(run: Run, drivers: Drivers) -> bool:

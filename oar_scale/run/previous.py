@@ -3,6 +3,9 @@
     ROOT/previous/redo.json                   which stages, and what is being moved or removed at the moment
     ROOT/previous/checkpoints/pretrain/...    their results under their old names (markers of local stages: LOCAL/previous/...)
 
+Of stages whose results lie in the local folder (evaluation, report) the marker alone is set aside. Where such a stage was finished anew,
+its files are the new ones: then the earlier marker is removed with the new one, and it has to be done again.
+
 Moving is a second name and the removal of the first: on a disk it costs nothing, in S3 the server copies, and no byte passes this host.
 ``redo.json`` is written before each move and tells a later driver how to finish one that was interrupted; each can be repeated.
 """
@@ -108,6 +111,8 @@ def finish(run: Run) -> None:
     for name in reversed(redo.moving):
         _move(run.marker(name), _marker_aside(run, name))
     for name in reversed(redo.removing):
+        if stages[name].local and open_storage(run.marker(name)).exists(run.marker(name)):
+            _delete([_marker_aside(run, name)])  # the new attempt has written over its files: the earlier ones are to be made again
         _delete([run.marker(name)])
     for name in redo.moving:
         _move_all(run, list(results(run, stages[name])), back=False)

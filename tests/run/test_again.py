@@ -131,6 +131,21 @@ def test_a_failed_attempt_can_be_undone(run: Run, work: Work, place: str, tmp_pa
     assert work.ran.count("evaluate") == 1
 
 
+def test_an_evaluation_of_the_new_results_does_not_stay_for_the_earlier_ones(run: Run, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file lies in the local folder, where the new one replaces it; the earlier marker would say that it is of the earlier models."""
+    monkeypatch.setattr(Recipe, "stages", lambda recipe: [*STAGES, Stage("report", "", "", ("evaluate",), local=True)])
+    run_pipeline(run)
+    work.fails = fail("report")
+    for _ in range(2):  # the second time the failed attempt alone is removed
+        with pytest.raises(UserError, match="not finite"):
+            run_pipeline(run, start="pretrain", yes=True)
+    undo_again(run, yes=True)
+    assert "done again by oar run RECIPE: evaluate" in said(run)
+    work.fails, before = lambda name: None, len(work.ran)
+    run_pipeline(run)
+    assert work.ran[before:] == ["evaluate"], "the report is that of the earlier results"
+
+
 def test_where_nothing_was_there_is_nothing_to_undo(run: Run, work: Work) -> None:
     work.fails = fail("data")
     with pytest.raises(UserError, match="not finite"):
