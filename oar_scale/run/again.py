@@ -120,10 +120,17 @@ def _amount(run: Run, stage: Stage, note: str = "") -> str:
 
 
 def _stale(run: Run, again: list[Stage]) -> list[str]:
-    """A line about finished stages that rest on the earlier results, and are not done again."""
+    """Lines about stages that rest on the earlier results, and are not done again: finished ones, and trainings with checkpoints."""
     later = {each.name: each for stage in again for each in dependents(run.recipe.stages(), stage.name) if each not in again}
     names = [name for name in later if open_storage(run.marker(name)).exists(run.marker(name))]
-    return [f"  stale afterwards, and kept as they are: {', '.join(names)}"] if names else []
+    begun = [name for name, stage in later.items() if stage.training and name not in names and results(run, stage)]
+    lines = [f"  stale afterwards, and kept as they are: {', '.join(names)}"] if names else []
+    if begun:
+        lines.append(
+            f"  begun on them, not finished, and kept as they are: {', '.join(begun)}; to begin them anew on the new results: "
+            f"oar run RECIPE --from {begun[0]}"
+        )
+    return lines
 
 
 def _ask(run: Run, lines: list[str], yes: bool) -> None:

@@ -146,6 +146,16 @@ def test_an_evaluation_of_the_new_results_does_not_stay_for_the_earlier_ones(run
     assert work.ran[before:] == ["evaluate"], "the report is that of the earlier results"
 
 
+def test_unfinished_trainings_on_earlier_results_are_named(run: Run, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    finetune = Stage("finetune", "", "", ("extract",), (), ("checkpoints/finetune",), training="finetune")
+    monkeypatch.setattr(Recipe, "stages", lambda recipe: [*STAGES[:3], finetune])
+    work.fails = fail("finetune")
+    with pytest.raises(UserError, match="not finite"):
+        run_pipeline(run)
+    with pytest.raises(UserError, match=r"begun on them, not finished, .*: finetune; .*oar run RECIPE --from finetune\n(.|\n)*add --yes"):
+        run_pipeline(run, only="extract")
+
+
 def test_where_nothing_was_there_is_nothing_to_undo(run: Run, work: Work) -> None:
     work.fails = fail("data")
     with pytest.raises(UserError, match="not finite"):
