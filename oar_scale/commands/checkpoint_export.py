@@ -106,11 +106,12 @@ def _bundle(source: str, name: str | None, average: bool) -> ModelBundle:
 def _bundle_of_checkpoint(checkpoint: str, spec: ModelSpec) -> ModelBundle:
     """The bundle of the run that ``ROOT/checkpoints/STAGE/step-N`` belongs to, as far as the storage shows it."""
     location = checkpoint if checkpoint.startswith("s3://") else os.path.abspath(checkpoint)
-    root = location.rstrip("/").rsplit("/", 3)[0]
+    root, _, stage, _ = location.rstrip("/").rsplit("/", 3)
     recipe, vq, text = join(root, RECIPE), join(root, "tokenizers", VQ), join(root, "tokenizers", TEXT_FILE)
     storage = open_storage(checkpoint)
     if storage.exists(recipe):
-        return run_bundle(root, load_recipe(recipe), checkpoint)
+        made = load_recipe(recipe)
+        return run_bundle(root, made, checkpoint, next((each.orders for each in made.stages() if each.name == stage), "orders"))
     text_config = implied_prompts(spec)
     if isinstance(spec.condition, TextSpec) and storage.exists(text):
         text_config = SentencePieceConfig(max_tokens=spec.condition.rows)

@@ -15,10 +15,9 @@ from oar_scale.data.balanced_labels import balanced_labels
 from oar_scale.data.prompt_files import GivenPrompt
 from oar_scale.errors import UserError
 from oar_scale.generation.folder_files import CONFIG
-from oar_scale.generation.model_bundle import RECIPE, ModelBundle, find_bundle, run_bundle
+from oar_scale.generation.model_bundle import RECIPE, ModelBundle, find_bundle, model_name, run_bundle
 from oar_scale.model.spec import ClassSpec
 from oar_scale.model.weights import read_spec
-from oar_scale.registry import current_name
 from oar_scale.run.artifacts import read_tokens, require, require_model
 from oar_scale.run.context import Run
 from oar_scale.storage import join
@@ -88,8 +87,8 @@ def _of_run(path: str, in_folder: bool, overrides: Sequence[str], model: str | N
 
 def run_target(run: Run, model: str | None) -> DrawingTarget:
     """A model of a run. Raises UserError as :func:`find_target`."""
-    wanted = current_name(model or ("any_order" if run.recipe.model.layout == "raster" else "ordered"))
+    wanted = model_name(run.recipe, model)
     require(run, run.vq_uri, "tokenizer")
     file = require_model(run, wanted)
     recipe = run.recipe.model_copy(update={"storage": run.recipe.storage.model_copy(update={"root": run.at()})})
-    return DrawingTarget(run_bundle(run.local(), recipe, file), run)
+    return DrawingTarget(run_bundle(run.local(), recipe, file, recipe.orders_of(wanted)), run)

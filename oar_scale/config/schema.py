@@ -199,6 +199,10 @@ class Recipe(Section):
         """The names of the run's models: those of every run, then those of its arms and seeds."""
         return list(dict.fromkeys([*MODELS, *(stage.model for stage in self.stages() if stage.model)]))
 
+    def orders_of(self, model: str) -> str:
+        """The folder of the run's storage with the extracted orders of a model: its arm's, where that has an extraction of its own."""
+        return next((stage.orders for stage in self.stages() if stage.model == model), "orders")
+
     def training(self, section: str) -> TrainingConfig:
         """The settings of a training: the section ``pretrain`` or ``finetune``."""
         return self.pretrain if section == "pretrain" else self.finetune

@@ -76,6 +76,8 @@ class ModelBundle:
     recipe: str | None
     root: str | None = None
     """The storage of the run that the model belongs to."""
+    extracted: str = "orders"
+    """The folder there with the extracted orders that belong to the model."""
     fetched: str | None = None
     """Of a model on the hub: the local folder with its files."""
     license: str | None = None
@@ -91,7 +93,7 @@ class ModelBundle:
     @property
     def orders(self) -> OrderFiles:
         """The files that order policies read."""
-        files = folder_files(self.folder) if self.root is None else run_files(self.root)
+        files = folder_files(self.folder) if self.root is None else run_files(self.root, self.extracted)
         return replace(files, read_only=self.read_only)
 
 
@@ -106,7 +108,8 @@ def find_bundle(path: str, model: str | None = None) -> ModelBundle:
     """
     if not path.startswith(HUB) and _is_run(path):
         recipe = load_recipe(join(path, RECIPE))
-        return run_bundle(path, recipe, _run_model(path, recipe, model))
+        name = model_name(recipe, model)
+        return run_bundle(path, recipe, _run_model(path, recipe, name), recipe.orders_of(name))
     if model is not None:
         raise UserError(f"{path}: {model!r} would be one of the models of a run's folder, and this is none.")
     if path.startswith(HUB):
@@ -139,20 +142,32 @@ def read_config(folder: str, shown: str | None = None) -> FolderConfig:
         raise UserError(f"{where}: not the configuration of an exported folder ({at}: {first['msg']}). Export it again.") from error
 
 
-def run_bundle(path: str, recipe: Recipe, model: str) -> ModelBundle:
-    """The model file ``model`` and what lies beside it in the run whose local folder is ``path``."""
+def model_name(recipe: Recipe, model: str | None) -> str:
+    """The name of the run's model that is asked for; None: the one that a run is there for."""
+    return current_name(model or ("any_order" if recipe.model.layout == "raster" else "ordered"))
+
+
+def run_bundle(path: str, recipe: Recipe, model: str, extracted: str = "orders") -> ModelBundle:
+    """The model file ``model`` and what lies beside it in the run whose local folder is ``path``; ``extracted`` as in the bundle."""
     root = recipe.storage.root or path
     tokenizers = join(root, "tokenizers")
     vq = join(tokenizers, VQ)
     return ModelBundle(
-        path, model, vq if open_storage(vq).exists(vq) else None, recipe.tokenizer.text, tokenizers, recipe.sample, recipe.name, root
+        path,
+        model,
+        vq if open_storage(vq).exists(vq) else None,
+        recipe.tokenizer.text,
+        tokenizers,
+        recipe.sample,
+        recipe.name,
+        root,
+        extracted,
     )
 
 
-def _run_model(path: str, recipe: Recipe, model: str | None) -> str:
+def _run_model(path: str, recipe: Recipe, wanted: str) -> str:
     """The file of a run's model, if it is there."""
     root = recipe.storage.root or path
-    wanted = current_name(model or ("any_order" if recipe.model.layout == "raster" else "ordered"))
     there = {name: uri for name in recipe.models() if open_storage(uri := run_model_file(root, name)).exists(uri)}
     if wanted not in there:
         has = f"It has: {', '.join(there)}. Name one of them, or resume the run." if there else "Run its training first."

@@ -16,6 +16,8 @@ from small_models import small_model
 
 import oar_scale
 from oar_scale.commands.checkpoint_export import export_checkpoint
+from oar_scale.commands.drawing_target import find_target
+from oar_scale.config.loading import dump_recipe, load_recipe
 from oar_scale.errors import UserError
 from oar_scale.generation.exported_folder import complete_folder
 from oar_scale.generation.hub import HubPath
@@ -71,6 +73,25 @@ def test_what_is_not_said_comes_from_the_recipe(drawer: Pretrained) -> None:
     drawn = drawer.draw(CAPTIONS, guidance=1.5, top_k=5, temperature=1.0, order_temperature=0.0)
     assert torch.equal(drawer.draw(CAPTIONS).codes_BN, drawn.codes_BN)
     assert not torch.equal(drawer.draw(CAPTIONS, guidance=9.0, top_k=1).codes_BN, drawn.codes_BN)
+
+
+def test_an_arm_with_an_extraction_of_its_own_draws_in_the_mean_of_that(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", {"type": "sentencepiece", "max_tokens": 4}, None)
+    recipe = load_recipe(
+        f"{run}/recipe.yaml", ["pipeline.arms={margin: {extract: {score: margin}}, half: {random_share: 0.5}}", "sample.order=mean"]
+    )
+    Path(run, "recipe.yaml").write_text(dump_recipe(recipe))
+    main, of_arm = list(range(GRID * GRID)), list(range(GRID * GRID))[::-1]
+    write_json(f"{run}/orders/mean.json", {"order": main})
+    write_json(f"{run}/arm_orders/margin/mean.json", {"order": of_arm})
+    for model, order in (("half", main), ("margin", of_arm), ("ordered", main)):
+        file = Path(run, "models", f"{model}.safetensors")
+        if not file.exists():
+            shutil.copy(Path(run, "models", "ordered.safetensors"), file)
+        export_checkpoint(run, str(tmp_path / model), name=model)
+        assert find_target(run, (), model).bundle.orders == oar_scale.load(run, model).bundle.orders
+        for drawer in (oar_scale.load(run, model), oar_scale.load(str(tmp_path / model))):
+            assert drawer.draw(CAPTIONS[:1], order="mean").order_BN.tolist() == [order], model
 
 
 def test_an_order_is_followed_by_name_or_as_a_permutation(drawer: Pretrained) -> None:
