@@ -123,9 +123,10 @@ class Tally:
 
 
 class _Pace:
-    """Units per second over the last minute; a step back (a restart) begins anew."""
+    """Units per second over the last minute, or the last few marks where they come seldom; a step back (a restart) begins anew."""
 
-    WINDOW_S = 60.0
+    WINDOW_S, FEW = 60.0, 8
+    """Shards of several actors end together: two marks may be as close as these or as far apart as a whole shard takes."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, float]] = deque()
@@ -135,7 +136,7 @@ class _Pace:
         if self._marks and done < self._marks[-1][1]:
             self._marks.clear()
         self._marks.append((now, done))
-        while len(self._marks) > 2 and now - self._marks[0][0] > self.WINDOW_S:
+        while len(self._marks) > self.FEW and now - self._marks[0][0] > self.WINDOW_S:
             self._marks.popleft()
 
     def per_second(self) -> float | None:

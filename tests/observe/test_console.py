@@ -97,6 +97,18 @@ def test_a_console_that_cannot_be_written_to_ends_nothing(tmp_path: Path, caplog
     assert "the console no longer follows pretrain (BrokenPipeError: nobody reads)" in caplog.text
 
 
+def test_the_pace_of_shards_that_end_together_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two actors, whose shards of five minutes end a few seconds apart."""
+    stream, clock = io.StringIO(), SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    with Console(stream, plain_interval_s=0).progress(8000, "orders") as tally:
+        for seconds in range(300, 6000, 300):
+            for clock.now in (float(seconds), seconds + 5.0):
+                tally.advance(256)
+    rates = [float(line.split()[2].removesuffix("/s")) for line in stream.getvalue().splitlines()]
+    assert all(0.8 <= rate <= 2.1 for rate in rates[4:]), rates
+
+
 def test_progress_counts_and_ends_with_the_total() -> None:
     stream = io.StringIO()
     with Console(stream, plain_interval_s=0).progress(40, "orders") as tally:
