@@ -55,6 +55,7 @@ def train(job: TrainingJob, wait_for_stop: Callable[[], str] | None = None) -> N
             threading.Thread(target=_forward_stop, args=(wait_for_stop, process), name="stop request", daemon=True).start()
         process.heartbeat("loading the model")
         rolled_back = None
+        engine: DeepSpeedEngine | None
         with patient(job.recipe.storage.patience_s):
             prompts = job_prompts(job)
             engine = DeepSpeedEngine(job, prompts, process)
@@ -65,14 +66,16 @@ def train(job: TrainingJob, wait_for_stop: Callable[[], str] | None = None) -> N
                 restored = restore(engine.deepspeed, job)
                 if rolled_back is not None and restored is None:
                     engine.destroy()
-                    del engine
+                    engine = None
                     gc.collect()  # DeepSpeed's engine is part of reference cycles
-                    engine = DeepSpeedEngine(job, prompts, process)
+                    with patient(job.recipe.storage.patience_s):
+                        engine = DeepSpeedEngine(job, prompts, process)
                 rolled_back = _attempt(job, process, engine, prompts, restored, rolled_back)
                 if rolled_back is None:
                     return
         finally:
-            engine.destroy()
+            if engine is not None:  # making another one may have failed
+                engine.destroy()
 
 
 def _attempt(

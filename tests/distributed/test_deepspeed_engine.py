@@ -125,6 +125,38 @@ def test_a_roll_back_needs_no_second_engine(prepared: Run, tmp_path: Path, zero_
     assert max(alive) == 1 and times == 3
 
 
+def not_made_twice(job: TrainingJob, out: str) -> None:
+    """The worker, whose first weights are gone when a roll-back to them needs a second engine."""
+    from oar_scale.distributed import worker
+    from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
+    from oar_scale.errors import UserError
+    from oar_scale.training.callbacks.memory import MemoryUsage
+    from oar_scale.training.loop import Loop, RollBack
+
+    def undo(self: MemoryUsage, loop: Loop) -> None:
+        make = DeepSpeedEngine.__init__
+
+        def fails(self: DeepSpeedEngine, *args: object) -> None:
+            make(self, *args)  # type: ignore[arg-type]
+            raise UserError("the first weights are gone")
+
+        DeepSpeedEngine.__init__ = fails  # type: ignore[method-assign,assignment]
+        raise RollBack(next_batch=1, started_at=0, times=1)
+
+    MemoryUsage.after_step = undo  # type: ignore[method-assign,assignment]
+    try:
+        worker.train(job)
+    except UserError as error:
+        Path(out).write_text(str(error))
+
+
+def test_a_second_engine_that_cannot_be_made_says_why(prepared: Run, tmp_path: Path) -> None:
+    """And not that there is none to destroy."""
+    run = copy_run(prepared, str(tmp_path), pretrain={"steps": 3, "checkpoint_every": 9})
+    run_workers(not_made_twice, 1, pretraining(run), str(tmp_path / "error"))
+    assert (tmp_path / "error").read_text() == "the first weights are gone"
+
+
 def test_the_kernels_of_deepspeeds_muon_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody calls them, and DeepSpeed imports them at each training's first reduction: with torch._dynamo, seconds of each worker."""
     from deepspeed.runtime import compiler
