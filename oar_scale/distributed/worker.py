@@ -19,6 +19,7 @@ from oar_scale.distributed.checkpoint_callback import CheckpointCallback
 from oar_scale.distributed.checkpoints import Restored, restore
 from oar_scale.distributed.deepspeed_engine import DeepSpeedEngine
 from oar_scale.distributed.worker_process import WorkerProcess
+from oar_scale.errors import Requeue
 from oar_scale.json_object import JsonObject
 from oar_scale.model.flops import useful_flops
 from oar_scale.model.weights import save_tensors
@@ -73,6 +74,10 @@ def train(job: TrainingJob, wait_for_stop: Callable[[], str] | None = None) -> N
                 rolled_back = _attempt(job, process, engine, prompts, restored, rolled_back)
                 if rolled_back is None:
                     return
+        except Requeue:
+            # Together: Ray Train kills the other workers once one has left, and rank 0 still commits what all have uploaded.
+            process.gather(None)
+            raise
         finally:
             if engine is not None:  # making another one may have failed
                 engine.destroy()

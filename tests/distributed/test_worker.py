@@ -182,6 +182,33 @@ def test_five_steps_and_a_signal_and_five_steps_are_ten_steps(prepared: Run, und
     assert losses(run) == losses(undisturbed)
 
 
+def leaves_with_a_slow_storage(job: TrainingJob, folder: str) -> None:
+    """SIGTERM at rank 1 after the second step; rank 0 takes a while to commit. Each notes what is committed when it leaves."""
+    from oar_scale.distributed.checkpoints import layout
+
+    commit = layout.commit
+
+    def slow(*args: Any) -> None:
+        time.sleep(2)
+        commit(*args)
+
+    layout.commit = slow
+    try:
+        train_worker(job, left_at=1)
+    finally:
+        Path(folder, f"committed-{os.environ['RANK']}").write_text(json.dumps(committed_steps(job.checkpoints)))
+
+
+def test_no_worker_leaves_before_the_last_checkpoint_is_committed(prepared: Run, tmp_path: Path) -> None:
+    """Ray Train kills the others as soon as one has left."""
+    run = copy_run(prepared, str(tmp_path / "run"), pretrain={"checkpoint_every": 100})
+    workers = start_workers(leaves_with_a_slow_storage, 2, pretraining(run), str(tmp_path))
+    for worker in workers:
+        worker.join(600)
+    assert [worker.exitcode for worker in workers] == [75, 75]
+    assert [json.loads((tmp_path / f"committed-{rank}").read_text()) for rank in (0, 1)] == [[2], [2]]
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_a_batch_without_a_finite_gradient_is_skipped_and_named(prepared: Run, tmp_path: Path, zero_stage: int) -> None:
     parallel = {"precision": "fp32" if zero_stage == 0 else "bf16", "zero_stage": zero_stage}
