@@ -117,28 +117,30 @@ class _Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._timeout_s / 10)):
             if time.monotonic() - self._last > self._timeout_s:
-                self._report()
-                time.sleep(min(10.0, self._timeout_s / 4))  # all collectives break by themselves after 1.5 times the timeout
-                os._exit(HUNG)
+                try:
+                    self._report()
+                    time.sleep(min(10.0, self._timeout_s / 4))  # all collectives break by themselves after 1.5 times the timeout
+                finally:
+                    os._exit(HUNG)
 
     def _report(self) -> None:
         silence = f"nothing moved for {self._timeout_s:g} s (parallel.hang_timeout_s)"
         message = f"rank {self._rank}: {silence} in: {self._doing}; stacks in {self._path}\n"
+        # In a thread: what hangs may be the disk, the storage, or what torch would ask.
+        files = threading.Thread(target=self._write_files, args=(message,), daemon=True)
+        files.start()
+        files.join(10)
         sys.stderr.write(message)
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+
+    def _write_files(self, message: str) -> None:
+        from torch._C._distributed_c10d import _dump_fr_trace_json
+
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
         with open(self._path, "w", encoding="utf-8") as file:
             file.write(message)
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        # In a thread: what hangs may be the storage, or what torch would ask.
-        rest = threading.Thread(target=self._write_collectives_and_upload, daemon=True)
-        rest.start()
-        rest.join(10)
-
-    def _write_collectives_and_upload(self) -> None:
-        from torch._C._distributed_c10d import _dump_fr_trace_json
-
         self._upload(".stacks")
         with open(f"{self._local}.collectives.json", "wb") as file:
             file.write(_dump_fr_trace_json(backend=dist.get_backend()))

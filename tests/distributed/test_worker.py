@@ -309,6 +309,22 @@ def test_hung_workers_write_their_stacks_and_exit(prepared: Run, tmp_path: Path)
     assert len(waiting) > len(stuck_one) > 0 and waiting[-1] != "completed"
 
 
+def hangs(job: TrainingJob) -> None:
+    from oar_scale.distributed.worker_process import WorkerProcess
+
+    with WorkerProcess(job):
+        time.sleep(20)
+
+
+def test_a_hung_worker_ends_where_its_stacks_cannot_be_written(prepared: Run, tmp_path: Path) -> None:
+    """A full disk may be why it hangs; one that stayed would hold its GPU, and all others."""
+    run = copy_run(prepared, str(tmp_path), parallel={"hang_timeout_s": 1})
+    Path(run.local("logs")).write_text("no folder")
+    (worker,) = start_workers(hangs, 1, pretraining(run))
+    worker.join(600)
+    assert worker.exitcode == 70
+
+
 def test_learning_rate_warms_up_and_decays_to_its_floor() -> None:
     config = small_recipe("unused").pretrain
     rates = [learning_rate(config, step) for step in range(config.steps)]
